@@ -1,0 +1,205 @@
+"""Every option of both train commands, once: dataclass = command line, preset = data, config.json = record.
+
+`python train_pretrain.py --preset paper --n-layer 6` means: the defaults, then the preset, then what was typed.
+"""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from tinystory.errors import UserError
+from tinystory.runlog import read_config
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field that is also a flag: `n_layer` is `--n-layer`."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class PretrainConfig:
+    """train_pretrain.py: a student reads a corpus."""
+
+    corpus: list[str] = option(
+        ["builtin"], "builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)"
+    )
+    out: str = option("runs/pretrain", "folder of the run")
+    words: int = option(1_000_000, "words to read in all, repeats counted")
+    seed: int = option(0, "of initialisation, data order and dropout")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
+    dtype: str = option("auto", "auto, float32 or bfloat16 (products only: weights and optimiser stay float32)")
+    resume: bool = option(False, "go on from the newest checkpoint in --out")
+
+    n_layer: int = option(4, "transformer blocks")
+    n_head: int = option(4, "attention heads")
+    n_embd: int = option(128, "width of the residual stream")
+    context: int = option(256, "longest sequence, in tokens")
+    vocab_size: int = option(2048, "tokens, trained on the corpus; five are special")
+    dropout: float = option(0.0, "embedding, attention and residual dropout")
+
+    batch_size: int = option(16, "sequences a step")
+    micro_batch_size: int = option(16, "sequences at once; the gradient is accumulated over a step")
+    learning_rate: float = option(2e-3, "peak rate of AdamW")
+    final_learning_rate: float = option(0.0, "rate at the last word")
+    warmup: float = option(0.02, "share of the words over which the rate rises linearly")
+    beta1: float = option(0.9, "AdamW")
+    beta2: float = option(0.99, "AdamW")
+    eps: float = option(1e-8, "AdamW")
+    weight_decay: float = option(0.0, "AdamW, on matrices only")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 is no clipping")
+
+    val_fraction: float = option(0.05, "share of the documents kept for validation")
+    eval_every: int = option(50, "steps between validations")
+    eval_sequences: int = option(64, "validation sequences at each; all of them at the end")
+    save_every: int = option(200, "steps between checkpoints to resume from; word milestones are kept besides")
+
+
+@dataclass
+class InteractConfig:
+    """train_interact.py: the student writes, a teacher scores, PPO learns."""
+
+    init: str = option("", "checkpoint to start from (default: the newest under runs/pretrain)")
+    out: str = option("runs/interact", "folder of the run")
+    seed: int = option(0, "of the stories, of the value head and of the teacher's sampling")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
+    dtype: str = option("auto", "auto, float32 or bfloat16 (auto: bfloat16 on a GPU, float32 on a CPU)")
+    resume: bool = option(False, "go on from the newest checkpoint in --out")
+
+    teacher_url: str = option(
+        "", "any OpenAI-compatible endpoint, e.g. http://127.0.0.1:11434/v1 (default: the built-in teacher)"
+    )
+    teacher_model: str = option("", "model to ask for (default: the first that the server lists)")
+    teacher_concurrency: int = option(16, "most requests at a time")
+    teacher_temperature: float = option(0.2, "sampling temperature of the teacher")
+    teacher_max_tokens: int = option(16, "longest reply: three numbers need 6")
+    teacher_timeout: float = option(120.0, "seconds until a story's request is given up and tried again")
+    teacher_corpus: list[str] = option([], "what the built-in teacher has read (default: the student's own corpus)")
+    reward: str = option("", "FILE.py:FUNCTION scores instead of a teacher: f(opening, stories) -> [0..1 or None]")
+    max_unscored: float = option(0.1, "largest share of a step's stories that may stay without a score")
+
+    opening: str = option(
+        "Let me tell you a long, magical tale. Once upon a time, in a faraway land,", "every story begins so"
+    )
+    steps: int = option(120, "PPO steps at most")
+    stories_per_step: int = option(64, "stories a step")
+    max_new_tokens: int = option(90, "longest story, in tokens")
+    temperature: float = option(1.0, "sampling temperature of the student")
+    budget_words: int = option(1_000_000, "words that the student may take in: the opening once and every reply")
+    budget_words_out: int = option(100_000_000, "words that the student may write")
+    length_weight: float = option(0.4, "weight of the length term beside the teacher's score")
+    length_words: int = option(90, "words at which the length term is whole")
+
+    learning_rate: float = option(5e-5, "of Adam, constant")
+    adam_eps: float = option(1e-8, "of Adam")
+    epochs: int = option(4, "PPO passes over a step's stories")
+    minibatch_size: int = option(0, "stories a gradient step; 0 is all of them")
+    micro_batch_size: int = option(32, "stories at once; the gradient is accumulated over a minibatch")
+    gamma: float = option(1.0, "discount")
+    lam: float = option(0.95, "of generalised advantage estimation")
+    clip_ratio: float = option(0.2, "PPO ratio clip")
+    clip_value: float = option(0.2, "value clip")
+    value_coef: float = option(0.1, "weight of the value loss")
+    value_dropout: float = option(0.1, "dropout before the value head, in the update")
+    max_ratio: float = option(10.0, "a minibatch whose mean ratio exceeds it is skipped and counted")
+    grad_clip: float = option(0.0, "largest gradient norm; 0 is no clipping")
+    kl_coef: float = option(0.2, "first weight of the KL penalty against the starting checkpoint")
+    kl_target: float = option(6.0, "nats a story that the weight steers to")
+    kl_horizon: float = option(10_000.0, "stories over which it steers")
+
+    save_every: int = option(20, "steps between checkpoints to resume from; word milestones are kept besides")
+
+
+_GPT2_SMALL = dict(n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000, dropout=0.1)
+_PAPER_PRETRAIN = dict(
+    _GPT2_SMALL, corpus=["babylm-100m"], words=990_000_000, val_fraction=0.1, batch_size=256, micro_batch_size=32,
+    learning_rate=5e-4, warmup=0.01, beta1=0.9, beta2=0.999, weight_decay=0.0, grad_clip=0.0, eval_every=250,
+    save_every=250,
+)  # fmt: skip
+_PAPER_INTERACT = dict(
+    teacher_max_tokens=6, steps=920, stories_per_step=360, max_new_tokens=90, learning_rate=1e-6, epochs=4,
+    minibatch_size=0, value_dropout=0.1, grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
+)  # fmt: skip
+
+# Source of `paper`: arXiv 2509.15714 and its public code; `babylm-2025` is the same within the track's limits.
+PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "paper": _PAPER_PRETRAIN,
+    "babylm-2025": dict(_PAPER_PRETRAIN, words=900_000_000),
+}
+INTERACT_PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "paper": _PAPER_INTERACT,
+    "babylm-2025": _PAPER_INTERACT,
+}
+
+
+def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> Any:
+    """Command line -> a `config_class` instance. The preset's name is kept as the attribute `preset`."""
+    parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
+    parser.add_argument("--preset", choices=presets, help="a named set of the options below (default: demo)")
+    types = get_type_hints(config_class)
+    for f in dataclasses.fields(config_class):
+        kind = types[f.name]
+        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+        flag = "--" + f.name.replace("_", "-")
+        # SUPPRESS keeps what was not typed out of the namespace, so that a preset can lie between default and flag.
+        how: dict[str, Any] = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {default!r})")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
+        elif get_origin(kind) is list:
+            parser.add_argument(flag, nargs="+", type=get_args(kind)[0], metavar="NAME", **how)
+        else:
+            number = {int: _whole, float: float}.get(kind, kind)
+            parser.add_argument(flag, type=number, metavar={int: "N", float: "X", str: "TEXT"}[kind], **how)
+    typed = vars(parser.parse_args(argv))
+    preset = typed.pop("preset")
+    config = config_class(**{**presets[preset or "demo"], **typed})
+    if config.resume:  # a run goes on as it began, save for what is typed now
+        recorded = read_config(Path(config.out)).get("options", {})
+        preset = preset or recorded.get("preset")
+        known = {name: value for name, value in recorded.items() if name in types}
+        config = config_class(**{**presets[preset or "demo"], **known, **typed})
+    config.preset = preset or "demo"
+    _check(config)
+    return config
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """All options as run, the preset's name first: what config.json records."""
+    return {"preset": config.preset, **dataclasses.asdict(config)}
+
+
+def _whole(text: str) -> int:
+    """Whole numbers may be written 1000000, 1_000_000, 1e6 or 1M."""
+    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
+    number = float(text[:-1] if scale > 1 else text)
+    if not (number * scale).is_integer():
+        raise ValueError(text)
+    return int(number * scale)
+
+
+_whole.__name__ = "whole number"  # argparse names the type in its message
+
+_POSITIVE = (
+    "words", "n_layer", "n_head", "n_embd", "context", "vocab_size", "batch_size", "micro_batch_size", "eval_every",
+    "eval_sequences", "save_every", "steps", "stories_per_step", "max_new_tokens", "epochs", "budget_words",
+    "budget_words_out", "length_words", "teacher_concurrency", "teacher_timeout", "temperature", "learning_rate",
+    "kl_target", "kl_horizon",
+)  # fmt: skip
+
+
+def _check(config: Any) -> None:
+    for name in _POSITIVE:
+        if hasattr(config, name) and not getattr(config, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(config, name)}")
+    for name in ("dropout", "value_dropout", "val_fraction", "warmup", "max_unscored"):
+        if hasattr(config, name) and not 0 <= getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 0 and below 1, not {getattr(config, name)}")
+    if hasattr(config, "n_head") and config.n_embd % config.n_head:
+        raise UserError(f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head}")
+    if config.dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype must be auto, float32 or bfloat16, not {config.dtype!r}")

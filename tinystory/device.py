@@ -1,0 +1,66 @@
+"""Which device, which precision, and how a run is asked to end."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+import torch
+
+from tinystory.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """auto is a GPU if torch sees one. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
+        ) from error
+    return device
+
+
+def cpu_has_bf16() -> bool:
+    """True where bf16 products run in hardware; elsewhere they would be emulated, slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def pick_dtype(name: str, device: torch.device, *, on_cpu: bool) -> torch.dtype:
+    """dtype of the matrix products. auto: bfloat16 where the GPU has it, and on a CPU that has it if `on_cpu`."""
+    if name != "auto":
+        return getattr(torch, name)
+    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else on_cpu and cpu_has_bf16()
+    return torch.bfloat16 if has else torch.float32
+
+
+class Interrupted(Exception):
+    """The user asked the run to end; what is finished is to be saved."""
+
+
+class Stop:
+    """Ctrl-C or SIGTERM once: `requested` turns true and the loop ends after the step. Twice: at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def check(self) -> None:
+        """Raise Interrupted if an end was asked for: for waits that may be long and can be given up."""
+        if self.requested:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["Stop"]:
+        def ask(signum, frame):
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested = True
+
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)

@@ -1,0 +1,47 @@
+"""From a teacher's judgement to the one number a story that PPO maximises.
+
+Anything can be the teacher: `score` is any callable `f(opening, stories) -> one number in 0..1, or None, a story`.
+None is no score: no reward, no gradient, and it is counted.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tinystory.errors import UserError
+
+Score = Callable[[str, Sequence[str]], Sequence[float | None]]
+
+
+def story_reward(score: float, words: int, length_weight: float, length_words: int) -> float:
+    """(score + length_weight * words / length_words) / (1 + length_weight): 0..1. The second term keeps stories from
+    shrinking (arXiv 2509.15714). score: 0..1; words: whitespace-separated words written by the student."""
+    return (score + length_weight * min(words / length_words, 1.0)) / (1 + length_weight)
+
+
+def load_score(spec: str) -> Score:
+    """FILE.py:FUNCTION -> the function, checked at each call."""
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"--reward {spec}: there is no file {file!r}; write it as FILE.py:FUNCTION")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"--reward {spec}: {file} has no function {name!r}")
+
+    def score(opening: str, stories: Sequence[str]) -> Sequence[float | None]:
+        scores = list(function(opening, stories))
+        if len(scores) != len(stories):
+            raise UserError(
+                f"--reward {spec} gave {len(scores)} scores for {len(stories)} stories; it must give one each"
+            )
+        for value in scores:
+            if value is not None and not (math.isfinite(value) and 0 <= value <= 1):
+                raise UserError(f"--reward {spec} gave {value!r}; a score is a number from 0 to 1, or None")
+        return scores
+
+    return score

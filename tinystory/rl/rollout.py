@@ -1,0 +1,129 @@
+"""The student writes: many stories from one opening, sampled token by token with a KV cache.
+
+A draw depends on (seed, story index, position) and the logits alone, so a story does not depend on what it is batched
+with. Finished stories leave the batch, and each is handed to `on_story` the moment it ends.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tinystory import ops
+from tinystory.data.tokenizer import Tokenizer
+from tinystory.errors import UserError
+from tinystory.rl.ppo import Batch
+from tinystory.student.model import KVCache, Student, ValueHead
+
+
+@dataclass
+class Story:
+    """What the student wrote after the opening. tokens (n,) int64 with the end token if it drew one; logprobs, values
+    and entropies (n,) float32, of the distribution that each token was drawn from; ended: "eos" or "length"."""
+
+    index: int
+    text: str
+    tokens: Tensor
+    logprobs: Tensor
+    values: Tensor
+    entropies: Tensor
+    ended: str
+
+    @property
+    def words(self) -> int:
+        return len(self.text.split())
+
+
+@torch.no_grad()
+def rollout(
+    student: Student,
+    value_head: ValueHead | None,
+    tokenizer: Tokenizer,
+    opening: str,
+    *,
+    count: int,
+    first_index: int,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    on_story: Callable[[Story], None] | None = None,
+) -> list[Story]:
+    """`count` stories with indices first_index, first_index + 1, ... in that order. Greedy at temperature 0.
+
+    Raises UserError when opening and story do not fit the context.
+    """
+    device = student.wte.weight.device
+    prompt = encode_opening(tokenizer, opening)
+    P, context = len(prompt), student.config.context
+    if P + max_new_tokens > context:
+        raise UserError(
+            f"the opening ({P} tokens) and the story (--max-new-tokens {max_new_tokens}) do not fit the student's "
+            f"context of {context}: lower --max-new-tokens to {max(context - P, 0)} or shorten --opening"
+        )
+    lower = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if lower else student.wte.weight.dtype
+    cache = KVCache(student.config, count, P + max_new_tokens, device, dtype)
+    hidden = student.prefill(torch.tensor(prompt, device=device), cache)
+    columns: list[Tensor] = [torch.zeros(count, max_new_tokens, device=device) for _ in range(3)]
+    tokens = torch.zeros(count, max_new_tokens, dtype=torch.int64, device=device)
+    alive = torch.arange(count, device=device)  # the batch's rows, as positions in the step
+    stories: list[Story | None] = [None] * count
+    for t in range(max_new_tokens):
+        drawn, logprobs, entropy = ops.sample(
+            student.logits(hidden),
+            seed=seed,
+            rows=alive + first_index,
+            step=t,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        tokens[alive, t] = drawn
+        values = value_head(hidden) if value_head is not None else torch.zeros_like(logprobs)
+        for column, new in zip(columns, (logprobs, values, entropy), strict=True):
+            column[alive, t] = new
+        ended = drawn == tokenizer.eos
+        done = alive if t + 1 == max_new_tokens else alive[ended]
+        for row in done.tolist():
+            whole = tokens[row, : t + 1].cpu()
+            stories[row] = Story(
+                first_index + row,
+                tokenizer.decode(whole.tolist()).strip(),
+                whole,
+                *(column[row, : t + 1].cpu() for column in columns),
+                ended="eos" if whole[-1] == tokenizer.eos else "length",
+            )
+            if on_story:
+                on_story(stories[row])
+        if len(done) == len(alive):
+            break
+        if len(done):
+            kept = (~ended).nonzero()[:, 0]
+            cache.keep(kept)
+            alive, drawn = alive[kept], drawn[kept]
+        hidden = student.step(drawn, cache)
+    return stories
+
+
+def encode_opening(tokenizer: Tokenizer, opening: str) -> list[int]:
+    """The opening as the student has seen beginnings in its corpus: after the end of the story before."""
+    return [tokenizer.eos, *tokenizer.encode(opening)]
+
+
+def collate(stories: list[Story], tokenizer: Tokenizer, opening: str, device: torch.device) -> Batch:
+    """Stories -> right-padded tensors for PPO."""
+
+    def pad(rows: list[Tensor], value: float) -> Tensor:
+        return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
+
+    return Batch(
+        prompt=torch.tensor(encode_opening(tokenizer, opening), device=device),
+        tokens=pad([s.tokens for s in stories], tokenizer.pad),
+        mask=pad([torch.ones(len(s.tokens), dtype=torch.bool) for s in stories], False),
+        logprobs=pad([s.logprobs for s in stories], 0.0),
+        values=pad([s.values for s in stories], 0.0),
+    )

@@ -1,0 +1,133 @@
+"""Checkpoints: model.safetensors, model.json, tokenizer.json and the trainer's state. No pickle, never half-written.
+
+A checkpoint is written under a name that starts with a dot and renamed when it is whole, so a kill at any instant
+leaves every earlier one as it was. Names never repeat: `chck_3M` is a word milestone, `step_0001200` is for resuming.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tinystory.data.tokenizer import Tokenizer
+from tinystory.errors import UserError
+from tinystory.student.model import Student, StudentConfig
+
+
+def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[str, Any],
+         state: dict[str, Tensor], counters: dict[str, Any]) -> Path:  # fmt: skip
+    """Write one checkpoint. facts: what the student has been through (words, corpus), kept in model.json;
+    state and counters: what the trainer needs to go on to the same bits. Raises UserError when the disk is full."""
+    if folder.exists():  # the same step of the same run
+        return folder
+    partial = folder.with_name("." + folder.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_file(_on_cpu(student.state_dict()), partial / "model.safetensors")
+        save_file(_on_cpu(state), partial / "trainer.safetensors")
+        (partial / "model.json").write_text(json.dumps({**asdict(student.config), "facts": facts}, indent=2) + "\n")
+        (partial / "trainer.json").write_text(json.dumps(counters, indent=2) + "\n")
+        tokenizer.save(partial / "tokenizer.json")
+        for path in partial.iterdir():
+            _sync(path)
+        partial.rename(folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"cannot write checkpoint {folder}: {error}; free some space or choose another --out"
+        ) from error
+    return folder
+
+
+def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tokenizer, dict[str, Any]]:
+    """Student, tokenizer and facts of a checkpoint. Raises UserError when it is not a whole one."""
+    try:
+        record = json.loads((folder / "model.json").read_text())
+        facts = record.pop("facts", {})
+        config = StudentConfig(**record)
+        student = Student(config)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} is not a checkpoint of ours: {_first_line(error)}") from error
+    restore(student, folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{folder} has a vocabulary of {config.vocab_size} tokens but its tokenizer.json {tokenizer.vocab_size}: take"
+            "  the tokenizer.json that the checkpoint was trained with"
+        )
+    return student.to(device), tokenizer, facts
+
+
+def restore(student: Student, folder: Path) -> None:
+    """Load a checkpoint's weights into a student of the same shape. Raises UserError when the shapes differ."""
+    try:
+        student.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} is not a checkpoint of ours: {_first_line(error)}") from error
+    except RuntimeError as error:  # load_state_dict names every tensor that does not fit
+        raise UserError(f"the weights in {folder} are of another shape: {_first_line(error)}") from error
+
+
+def load_trainer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The `state` and `counters` that `save` was given."""
+    try:
+        return load_file(folder / "trainer.safetensors"), json.loads((folder / "trainer.json").read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} has no trainer state to resume from: {_first_line(error)}") from error
+
+
+def newest(run: Path) -> Path | None:
+    """The checkpoint of a run that has got furthest (most steps), or None."""
+    found = [path.parent for path in run.glob("checkpoints/[!.]*/trainer.json")]
+    return max(
+        found, key=lambda path: (json.loads((path / "trainer.json").read_text())["step"], path.name), default=None
+    )
+
+
+def drop_older(folder: Path) -> None:
+    """Remove the `step_*` checkpoints beside `folder` that it supersedes."""
+    for path in folder.parent.glob("step_*"):
+        if path.name < folder.name:
+            shutil.rmtree(path)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """An Adam-like optimiser's state as named tensors; names in the order of its parameters."""
+    return {
+        f"{key}.{names[i]}": value
+        for i, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+    }
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], state: dict[str, Tensor]) -> None:
+    """The inverse of `pack_optimizer`. Raises KeyError when a parameter's state is missing."""
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    whole = optimizer.state_dict()
+    whole["state"] = {i: {key: state[f"{key}.{name}"] for key in keys} for i, name in enumerate(names)} if state else {}
+    optimizer.load_state_dict(whole)
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

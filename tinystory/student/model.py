@@ -1,0 +1,145 @@
+"""The student: GPT-2's layout, any size. Learned positions, pre-norm, biases, tanh GELU, tied embedding.
+
+Two ways through it: `hidden` reads whole sequences (training), `prefill` and `step` write with a KV cache (decoding).
+Neither makes logits: the tied embedding meets the final hidden state in `token_logprob` (training) or in `logits`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinystory import ops
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    n_layer: int
+    n_head: int
+    n_embd: int
+    context: int
+    vocab_size: int
+
+
+class KVCache:
+    """Of the tokens read so far. keys, values: (n_layer, B, capacity, n_head, D); lengths: (B,) int64."""
+
+    def __init__(self, config: StudentConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, rows, capacity, config.n_head, config.n_embd // config.n_head)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(rows, device=device, dtype=torch.int64)
+
+    def keep(self, rows: Tensor) -> None:
+        """Retire every row but these. rows: (R,) int64, indices into the present rows."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.lengths = self.lengths[rows]
+
+
+class Block(nn.Module):
+    def __init__(self, config: StudentConfig):
+        super().__init__()
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.ln_1 = nn.LayerNorm(C)
+        self.qkv = nn.Linear(C, 3 * C)
+        self.attn_proj = nn.Linear(C, C)
+        self.ln_2 = nn.LayerNorm(C)
+        self.fc = nn.Linear(C, 4 * C)
+        self.mlp_proj = nn.Linear(4 * C, C)
+
+    def project_qkv(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., 3, H, D)"""
+        return self.qkv(self.ln_1(x)).unflatten(-1, (3, self.n_head, -1))
+
+    def finish(self, x: Tensor, attended: Tensor, dropout: float) -> Tensor:
+        """Residual stream x (..., C) and attention's output (..., H, D) -> the block's output (..., C)."""
+        x = x + F.dropout(self.attn_proj(attended.flatten(-2)), dropout)
+        mlp = self.mlp_proj(F.gelu(self.fc(self.ln_2(x)), approximate="tanh"))
+        return x + F.dropout(mlp, dropout)
+
+
+class Student(nn.Module):
+    def __init__(self, config: StudentConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.context, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.apply(self._init)
+        for block in self.blocks:  # GPT-2: residual projections start smaller, so that depth does not grow the stream
+            for proj in (block.attn_proj, block.mlp_proj):
+                nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def hidden(self, tokens: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
+        """Final hidden states of whole sequences.
+
+        tokens: (B, T) int64, T <= context. dropout: applied to embedding, attention and residual branches; attention's
+        mask comes from `seed`, the others from torch's generator. Returns (B, T, C).
+        """
+        x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
+        x = F.dropout(x, dropout)
+        for i, block in enumerate(self.blocks):
+            attended = ops.causal_attention(block.project_qkv(x), dropout, seed * len(self.blocks) + i)
+            x = block.finish(x, attended, dropout)
+        return self.ln_f(x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) int64 -> logits (B, T, V)."""
+        return self.logits(self.hidden(tokens))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V)"""
+        return F.linear(hidden, self.wte.weight)
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Read one opening (P,) int64 into every row of an empty cache. Returns the hidden state after it, (B, C)."""
+        P, rows = len(tokens), len(cache.lengths)
+        x = (self.wte(tokens) + self.wpe.weight[:P])[None]
+        for i, block in enumerate(self.blocks):
+            qkv = block.project_qkv(x)  # one row: all rows share the opening
+            cache.keys[i, :, :P], cache.values[i, :, :P] = qkv[:, :, 1], qkv[:, :, 2]
+            x = block.finish(x, ops.causal_attention(qkv), 0.0)
+        cache.lengths += P
+        return self.ln_f(x[:, -1]).expand(rows, -1)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Read one more token a row, (B,) int64. Returns the hidden state after it, (B, C)."""
+        rows, position = torch.arange(len(tokens), device=tokens.device), cache.lengths
+        x = self.wte(tokens) + self.wpe(position)
+        for i, block in enumerate(self.blocks):
+            q, k, v = block.project_qkv(x).unbind(1)
+            cache.keys[i][rows, position], cache.values[i][rows, position] = (
+                k.to(cache.keys.dtype),
+                v.to(cache.values.dtype),
+            )
+            attended = ops.decode_attention(q.contiguous(), cache.keys[i], cache.values[i], position + 1)
+            x = block.finish(x, attended, 0.0)
+        cache.lengths = position + 1
+        return self.ln_f(x)
+
+
+class ValueHead(nn.Module):
+    """One number a position from the final hidden state; zero at the start, so first advantages are the rewards."""
+
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.linear = nn.Linear(n_embd, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor, dropout: float = 0.0) -> Tensor:
+        """(..., C) -> (...) float32"""
+        return self.linear(F.dropout(hidden, dropout).float()).squeeze(-1)

@@ -1,0 +1,36 @@
+"""Starts the built-in teacher as a server process of its own, on 127.0.0.1 and a free port, for as long as a run lasts."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tinystory.errors import UserError
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "serve_teacher.py"
+READY = "listening on "
+
+
+@contextlib.contextmanager
+def builtin_teacher(corpus: Sequence[str]) -> Iterator[str]:
+    """Yield the URL of a rubric that has read `corpus`; the process ends with the block, or with ours."""
+    command = [sys.executable, str(SCRIPT), "--port", "0", "--die-with-parent", "--corpus", *corpus]
+    hidden = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
+    # A session of its own: Ctrl-C is for the trainer, which still needs its scores to end the step.
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=hidden, start_new_session=True
+    )
+    try:
+        line = process.stdout.readline().strip()
+        if not line.startswith(READY):
+            raise UserError(f"the built-in teacher did not start (exit code {process.wait(10)}); its words are above")
+        yield line.removeprefix(READY)
+    finally:
+        process.stdin.close()  # which it takes as the word to end
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

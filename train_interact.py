@@ -1,0 +1,266 @@
+"""Learn by interacting: the student writes stories, a teacher scores them over HTTP, PPO learns from the scores.
+
+    python train_interact.py                                         the built-in teacher (a rubric, not an LLM)
+    python train_interact.py --teacher-url http://127.0.0.1:11434/v1 --teacher-model llama3.1:8b
+    python train_interact.py --reward my_reward.py:score             any callable is a teacher
+
+A step: write (each story goes to the teacher the moment it ends), read the stories again under the frozen starting
+checkpoint while the teacher grades, turn scores into rewards and advantages, update, and write it all down.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
+from tinystory.device import Interrupted, Stop, pick_device, pick_dtype
+from tinystory.errors import UserError, command
+from tinystory.plots import text_curve
+from tinystory.report import write_report
+from tinystory.rl import ppo
+from tinystory.rl.budget import Budget
+from tinystory.rl.reward import load_score, story_reward
+from tinystory.rl.rollout import Story, collate, rollout
+from tinystory.runlog import SAMPLES, RunLog, atomic_write, read_metrics, read_stories
+from tinystory.student import checkpoint
+from tinystory.student.model import ValueHead
+from tinystory.teacher.builtin import builtin_teacher
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.grader import CallableGrader, Grade, TeacherGrader
+from tinystory.teacher.prompt import CRITERIA
+
+PRETRAIN_RUN = Path("runs/pretrain")
+MILESTONES = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)} | {"chck_1M": 1_000_000}  # words taken in
+SHOWN = 8  # stories written again at the end, from the draws of the first ones, for the report
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device, on_cpu=False)
+    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+    run = Path(config.out)
+    resume_from = checkpoint.newest(run) if config.resume else None
+    if config.resume and resume_from is None:
+        raise UserError(f"--resume: {run} has no checkpoint yet; start without --resume")
+
+    # The student as it starts, twice: one learns, the frozen one is where the KL penalty measures from.
+    origin = run / "checkpoints" / "start" if resume_from else starting_checkpoint(config.init)
+    reference, _, _ = checkpoint.load(origin, device)
+    reference.requires_grad_(False)
+    student, tokenizer, facts = checkpoint.load(origin, device)
+    value_head = ValueHead(student.config.n_embd).to(device)
+    parameters = dict(student.named_parameters()) | {f"value_head.{n}": p for n, p in value_head.named_parameters()}
+    optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate, eps=config.adam_eps, fused=True)
+    kl = ppo.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+    budget = Budget(config.budget_words, config.budget_words_out, words_in=len(config.opening.split()))
+    step = written = 0
+    if resume_from:
+        checkpoint.restore(student, resume_from)
+        state, counters = checkpoint.load_trainer(resume_from)
+        value_head.load_state_dict({name: state[f"value_head.{name}"] for name in value_head.state_dict()})
+        checkpoint.unpack_optimizer(optimizer, list(parameters), state)
+        step, written, kl.coef = counters["step"], counters["written"], counters["kl_coef"]
+        budget.words_in, budget.words_out = counters["words_in"], counters["words_out"]
+
+    def save(name: str) -> Path:
+        state = checkpoint.pack_optimizer(optimizer, list(parameters))
+        state |= {f"value_head.{name}": tensor for name, tensor in value_head.state_dict().items()}
+        counters = dict(
+            step=step, written=written, kl_coef=kl.coef, words_in=budget.words_in, words_out=budget.words_out
+        )
+        grown = {**facts, "interaction_words_in": budget.words_in, "interaction_words_out": budget.words_out}
+        folder = run / "checkpoints" / name
+        return checkpoint.save(folder, student, tokenizer, facts=grown, state=state, counters=counters)
+
+    def write(count: int, first_index: int, on_story) -> list[Story]:
+        with autocast():
+            return rollout(
+                student, value_head, tokenizer, config.opening, count=count, first_index=first_index, seed=config.seed,
+                max_new_tokens=config.max_new_tokens, temperature=config.temperature, on_story=on_story,
+            )  # fmt: skip
+
+    with contextlib.ExitStack() as stack:
+        if config.reward:
+            grader, who = CallableGrader(load_score(config.reward), config.opening), config.reward
+        else:
+            url = config.teacher_url
+            if not url:
+                url = stack.enter_context(builtin_teacher(config.teacher_corpus or facts["corpus"]))
+                print(f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, answers at {url}")
+            teacher = Teacher(
+                url,
+                config.teacher_model or None,
+                concurrency=config.teacher_concurrency,
+                seed=config.seed,
+                temperature=config.teacher_temperature,
+                max_tokens=config.teacher_max_tokens,
+                deadline_s=config.teacher_timeout,
+            )
+            stack.enter_context(teacher)
+            probed = teacher.probe()
+            grader, who = TeacherGrader(teacher, config.opening), f"{probed['model']} at {probed['url']}"
+        print(f"student {origin}, scored by {who}")
+
+        log = stack.enter_context(RunLog(run, resume_step=step if resume_from else None))
+        resolved = dict(device=str(device), dtype=str(dtype).removeprefix("torch."), scored_by=who)
+        log.config(as_dict(config) | resolved | {"init": config.init or str(origin)})
+        if not resume_from:
+            save("start")
+        stop = stack.enter_context(Stop().listening())
+        bar = stack.enter_context(tqdm(total=config.steps, initial=step, unit="step", desc="interacting"))
+        with contextlib.suppress(Interrupted):
+            while step < config.steps and not stop.requested:
+                n = config.stories_per_step
+                if not budget.allows(n * grader.most_words, n * config.max_new_tokens):
+                    bar.write(
+                        f"the word budget ({budget.limit_in:,} in, {budget.limit_out:,} out) does not hold another step"
+                    )
+                    break
+
+                # 1. Write; grading begins with the first story that ends.
+                began = time.perf_counter()
+                stories = write(n, written, lambda story: grader.send(story.index, story.text))
+                rollout_s = time.perf_counter() - began
+
+                # 2. Read the stories under the frozen reference while the teacher is still grading.
+                batch = collate(stories, tokenizer, config.opening, device)
+                with autocast():
+                    ref_logprobs = ppo.reference_logprobs(reference, batch, config.temperature, config.micro_batch_size)
+                reference_s = time.perf_counter() - began - rollout_s
+                try:
+                    grades = grader.collect(stop)
+                    require_scores(grades, config.max_unscored)
+                except UserError:  # nothing has been learned from this step: what was before it is whole
+                    checkpoint.drop_older(save(f"step_{step:07d}"))
+                    raise
+                teacher_s = time.perf_counter() - began - rollout_s - reference_s
+
+                # 3. Scores become rewards. A story without a score has none, and no gradient.
+                rewards = [reward(config, story, grade) for story, grade in zip(stories, grades, strict=True)]
+                scored = [i for i, r in enumerate(rewards) if r is not None]
+                keep = torch.tensor(scored, device=device)
+                batch, ref_logprobs = batch.rows(keep), ref_logprobs[keep]
+                scores = torch.tensor([rewards[i] for i in scored], device=device)
+
+                # 4. PPO.
+                kl_coef = kl.coef
+                token_rewards = ppo.token_rewards(scores, batch.logprobs, ref_logprobs, batch.mask, kl_coef)
+                advantages, returns = ppo.advantages_and_returns(
+                    token_rewards, batch.values, batch.mask, config.gamma, config.lam
+                )
+                # Randomness is a function of (seed, step): a resumed run draws what an unbroken one would have.
+                torch.manual_seed(config.seed * 1_000_003 + step)
+                with autocast():
+                    stats = ppo.update(
+                        student, value_head, optimizer, batch, ppo.whiten(advantages, batch.mask), returns, config
+                    )
+                kl_mean = float(((batch.logprobs - ref_logprobs) * batch.mask).sum(1).mean())
+                kl.update(kl_mean, len(scored))
+                update_s = time.perf_counter() - began - rollout_s - reference_s - teacher_s
+
+                # 5. Write it down.
+                before = budget.words_in
+                budget.spend(sum(g.words for g in grades), sum(s.words for s in stories))
+                step, written = step + 1, written + n
+                log.stories(
+                    [record(config.opening, step, s, g, r) for s, g, r in zip(stories, grades, rewards, strict=True)]
+                )
+                log.metrics(
+                    step=step, reward_mean=scores.mean(), reward_std=scores.std(), **score_means(grades),
+                    kl=kl_mean, kl_coef=kl_coef, entropy=sum(float(s.entropies.sum()) for s in stories) / n,
+                    length_mean=sum(s.words for s in stories) / n, tokens_mean=sum(len(s.tokens) for s in stories) / n,
+                    words_in=budget.words_in, words_out=budget.words_out, unscored=n - len(scored),
+                    rollout_s=rollout_s, reference_s=reference_s, teacher_s=teacher_s, update_s=update_s, **stats,
+                )  # fmt: skip
+                bar.update()
+                bar.set_postfix(
+                    reward=f"{scores.mean():.3f}", words=f"{sum(s.words for s in stories) / n:.0f}", kl=f"{kl_mean:.1f}"
+                )
+                for name, milestone in MILESTONES.items():
+                    if before < milestone <= budget.words_in:
+                        save(name)
+                if step % config.save_every == 0:
+                    checkpoint.drop_older(save(f"step_{step:07d}"))
+                    write_report(run)
+        bar.close()
+        checkpoint.drop_older(save(f"step_{step:07d}"))
+        if stop.requested:
+            print(f"stopped after step {step}, all saved; go on with: python train_interact.py --out {run} --resume")
+            return
+
+        # The first stories again: the same opening and the same draws, by the student as it is now.
+        after = write(SHOWN, 0, lambda story: grader.send(story.index, story.text))
+        grades = grader.collect(stop)
+        shown = [{"when": "before", **r} for r in itertools.islice(read_stories(run), SHOWN)]
+        shown += [
+            {"when": "after", **record(config.opening, step, story, grade, reward(config, story, grade))}
+            for story, grade in zip(after, grades, strict=True)
+        ]
+        atomic_write(run / SAMPLES, "".join(json.dumps(r) + "\n" for r in shown))
+    summary(run, config.opening, shown)
+
+
+def starting_checkpoint(init: str) -> Path:
+    found = Path(init) if init else checkpoint.newest(PRETRAIN_RUN)
+    if found is None:
+        raise UserError(
+            f"no checkpoint under {PRETRAIN_RUN}: run python train_pretrain.py first, or give --init CHECKPOINT"
+        )
+    return found
+
+
+def require_scores(grades: list[Grade], max_unscored: float) -> None:
+    """A step with too few scores is an error, never a guess."""
+    silent = [grade.reply for grade in grades if grade.score is None]
+    if len(silent) > max_unscored * len(grades):
+        replies = "; ".join(repr(reply[:80]) for reply in silent[:4])
+        raise UserError(
+            f"{len(silent)} of {len(grades)} stories got no score, more than --max-unscored {max_unscored:g} allows; "
+            f"all before is saved, so mend the teacher and go on with --resume (it said {replies})"
+        )
+
+
+def reward(config: InteractConfig, story: Story, grade: Grade) -> float | None:
+    if grade.score is None:
+        return None
+    return story_reward(grade.score, story.words, config.length_weight, config.length_words)
+
+
+def score_means(grades: list[Grade]) -> dict[str, float | None]:
+    """score_mean: the teacher's sum, 0..9, as the paper plots it (or a callable's 0..1); and each criterion's."""
+    scored = [g for g in grades if g.score is not None]
+    sums = [sum(g.scores.values()) if g.scores else g.score for g in scored]
+    means = {f"{name}_mean": [g.scores[name] for g in scored if g.scores] for name in CRITERIA} | {"score_mean": sums}
+    return {name: sum(values) / len(values) if values else None for name, values in means.items()}
+
+
+def record(opening: str, step: int, story: Story, grade: Grade, reward: float | None) -> dict:
+    """One line of stories.jsonl."""
+    return dict(
+        step=step, index=story.index, opening=opening, story=story.text, reply=grade.reply, scores=grade.scores,
+        reward=reward, words=story.words, ended=story.ended,
+    )  # fmt: skip
+
+
+def summary(run: Path, opening: str, shown: list[dict]) -> None:
+    """What a newcomer wants to see: the same story before and after, and the rewards' curve."""
+    rewards = [m["reward_mean"] for m in read_metrics(run)]
+    first, last = rewards[:5], rewards[-5:]
+    for when in ("before", "after"):
+        story = next(r for r in shown if r["when"] == when)
+        print(f"\n{when}, scored {story['scores']}:\n{opening} {story['story']}")
+    print(f"\nmean reward {sum(first) / len(first):.3f} -> {sum(last) / len(last):.3f}  {text_curve(rewards, 60)}")
+    print(f"report: {write_report(run)}")
+    print(f"next:   python scripts/sample.py {checkpoint.newest(run)}")
+
+
+if __name__ == "__main__":
+    main()

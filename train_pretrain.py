@@ -1,0 +1,228 @@
+"""Pretrain a student: it reads a corpus, word by word, and checkpoints as it goes.
+
+python train_pretrain.py                                   the built-in stories, a small student, a few minutes
+python train_pretrain.py --corpus my_stories.txt --words 3M --n-embd 256
+python train_pretrain.py --preset paper                    GPT-2-small on BabyLM's 100 M words, eleven times
+"""
+
+import functools
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from tinystory import ops
+from tinystory.config import PRETRAIN_PRESETS, PretrainConfig, as_dict, parse
+from tinystory.data.corpus import open_corpus
+from tinystory.data.shards import TokenFile, prepare
+from tinystory.device import Stop, pick_device, pick_dtype
+from tinystory.errors import UserError, command
+from tinystory.report import write_report
+from tinystory.rl.rollout import rollout
+from tinystory.runlog import RunLog
+from tinystory.student import checkpoint
+from tinystory.student.model import Student, StudentConfig
+
+OPENING = "Once upon a time,"
+# BabyLM's milestones: cumulative words read, repeats counted.
+MILESTONES = [m * 10**6 for m in (*range(1, 10), *range(10, 100, 10), *range(100, 1001, 100))]
+
+
+class Windows:
+    """The token stream cut into sequences of `context`, in a new seeded order each epoch."""
+
+    def __init__(self, file: TokenFile, context: int, batch_size: int, seed: int):
+        self.file, self.context, self.batch_size, self.seed = file, context, batch_size, seed
+        self.count = (len(file) - 1) // context
+        if self.count < 1:
+            raise UserError(
+                f"the corpus has {len(file)} tokens to train on, fewer than one sequence of --context {context}: "
+                "take a larger corpus or a shorter context"
+            )
+        self.epoch, self.order = -1, np.empty(0, np.int64)
+
+    def batch(self, number: int) -> tuple[torch.Tensor, int]:
+        """(batch_size, context + 1) int64 and the words that begin in its inputs. The same number, the same batch."""
+        starts = [self._start(number * self.batch_size + i) for i in range(self.batch_size)]
+        tokens = np.stack([self.file.tokens[s : s + self.context + 1] for s in starts]).astype(np.int64)
+        words = sum(int(self.file.words[s : s + self.context].sum(dtype=np.int64)) for s in starts)
+        return torch.from_numpy(tokens), words
+
+    def _start(self, index: int) -> int:
+        epoch, place = divmod(index, self.count)
+        if epoch != self.epoch:
+            self.epoch, self.order = (
+                epoch,
+                np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.count),
+            )
+        return int(self.order[place]) * self.context
+
+
+@torch.no_grad()
+def validate(
+    student: Student, file: TokenFile, token_sizes: np.ndarray, sequences: int | None, batch: int
+) -> tuple[float, float]:
+    """Nats a token and bits a byte over the first `sequences` of the file (None: all of it). token_sizes: (V,) int."""
+    device, context = student.wte.weight.device, student.config.context
+    starts = list(range(0, len(file) - 1, context))[:sequences]
+    nats, tokens, size = 0.0, 0, 0
+    for i in range(0, len(starts), batch):
+        rows = [np.asarray(file.tokens[s : s + context + 1], np.int64) for s in starts[i : i + batch]]
+        for group in {len(r) for r in rows}:  # only the last one may be shorter
+            chunk = torch.from_numpy(np.stack([r for r in rows if len(r) == group])).to(device)
+            targets = chunk[:, 1:]
+            logprob, _ = ops.token_logprob(
+                student.hidden(chunk[:, :-1]).flatten(0, 1), student.wte.weight, targets.flatten()
+            )
+            nats -= float(logprob.double().sum())
+            tokens += targets.numel()
+            size += int(token_sizes[targets.cpu().numpy()].sum())
+    return nats / tokens, nats / math.log(2) / size
+
+
+def learning_rate(config: PretrainConfig, words: int) -> float:
+    """Linear warm-up, then linear decay, both over words read."""
+    progress = min(words / config.words, 1.0)
+    if progress < config.warmup:
+        # The first step comes before any word: it takes the rate of a hundredth of the warm-up rather than none.
+        return config.learning_rate * max(progress / config.warmup, 0.01)
+    left = (1 - progress) / (1 - config.warmup)
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * left
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device, on_cpu=True)
+    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+    run = Path(config.out)
+    resume_from = checkpoint.newest(run) if config.resume else None
+    if config.resume and resume_from is None:
+        raise UserError(f"--resume: {run} has no checkpoint yet; start without --resume")
+
+    # The corpus, and the student that will read it.
+    corpus = open_corpus(config.corpus)
+    data = prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
+    tokenizer = data.tokenizer
+    windows = Windows(data.train, config.context, config.batch_size, config.seed)
+    shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)
+    torch.manual_seed(config.seed)
+    student = Student(shape).to(device)
+    matrices = {name: p for name, p in student.named_parameters() if p.dim() >= 2}
+    vectors = {name: p for name, p in student.named_parameters() if p.dim() < 2}
+    groups = [
+        dict(params=list(matrices.values()), weight_decay=config.weight_decay),
+        dict(params=list(vectors.values()), weight_decay=0.0),
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    names = [*matrices, *vectors]
+    step, words, tokens = 0, 0, 0
+    if resume_from:
+        checkpoint.restore(student, resume_from)
+        state, counters = checkpoint.load_trainer(resume_from)
+        if counters["corpus"] != corpus.fingerprint():
+            raise UserError(f"the corpus changed since {resume_from} was saved; start a new run with another --out")
+        checkpoint.unpack_optimizer(optimizer, names, state)
+        step, words, tokens = counters["step"], counters["words"], counters["tokens"]
+
+    log = RunLog(run, resume_step=step if config.resume else None)
+    log.config({**as_dict(config), "device": str(device), "dtype": str(dtype).removeprefix("torch.")})
+    size = sum(p.numel() for p in student.parameters())
+    print(
+        f"student of {size / 1e6:.1f} M parameters, {tokenizer.vocab_size} tokens, {device}, {str(dtype)[6:]}; "
+        f"{config.words:,} words to read, {config.words / data.train.word_count:.2f} times the corpus"
+    )
+
+    def save(name: str) -> Path:
+        facts = dict(words=words, tokens=tokens, corpus=config.corpus)
+        counters = dict(step=step, words=words, tokens=tokens, corpus=corpus.fingerprint())
+        state = checkpoint.pack_optimizer(optimizer, names)
+        folder = run / "checkpoints" / name
+        return checkpoint.save(folder, student, tokenizer, facts=facts, state=state, counters=counters)
+
+    bar = tqdm(total=config.words, initial=words, unit="word", unit_scale=True, desc="reading", mininterval=0.5)
+    with log, bar, Stop().listening() as stop:
+        while words < config.words and not stop.requested:
+            began = time.perf_counter()
+            batch, batch_words = windows.batch(step)
+            batch = batch.to(device, non_blocking=True)
+            rate = learning_rate(config, words)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            # Randomness is a function of (seed, step), so a resumed run draws what an unbroken one would have drawn.
+            torch.manual_seed(config.seed * 1_000_003 + step)
+            loss = torch.zeros((), device=device)
+            for i, part in enumerate(batch.split(config.micro_batch_size)):
+                with autocast():
+                    hidden = student.hidden(part[:, :-1], config.dropout, seed=step * config.batch_size + i)
+                    logprob, _ = ops.token_logprob(hidden.flatten(0, 1), student.wte.weight, part[:, 1:].flatten())
+                part_loss = -logprob.sum() / batch[:, 1:].numel()
+                part_loss.backward()
+                loss += part_loss.detach()
+            grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            step, before, words, tokens = step + 1, words, words + batch_words, tokens + batch[:, 1:].numel()
+            value = loss.item()  # waits for the device, so the time below is the step's
+            seconds = time.perf_counter() - began
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the loss is {value} at step {step}: lower --learning-rate or --resume from the last checkpoint"
+                )
+            val_loss = val_bits = None
+            finished = words >= config.words
+            if step % config.eval_every == 0 or finished:
+                with autocast():
+                    count = None if finished else config.eval_sequences
+                    val_loss, val_bits = validate(
+                        student, data.val, tokenizer.token_sizes, count, config.micro_batch_size
+                    )
+            speed = batch[:, 1:].numel() / seconds
+            log.metrics(
+                step=step,
+                words=words,
+                tokens=tokens,
+                loss=value,
+                val_loss=val_loss,
+                val_bits_per_byte=val_bits,
+                lr=rate,
+                grad_norm=float(grad_norm),
+                tokens_per_s=speed,
+            )
+            bar.update(batch_words)
+            shown = {"loss": f"{value:.3f}", "tok/s": f"{speed:,.0f}"}
+            bar.set_postfix(shown if val_loss is None else shown | {"val": f"{val_loss:.3f}"})
+
+            for milestone in MILESTONES:
+                if before < milestone <= words:
+                    save(f"chck_{milestone // 10**6}M")
+            if step % config.save_every == 0 or finished or stop.requested:
+                checkpoint.drop_older(save(f"step_{step:07d}"))
+
+    report = write_report(run)
+    if words < config.words:
+        print(f"stopped after {words:,} words, all saved; go on with: python train_pretrain.py --out {run} --resume")
+        return
+    story = rollout(
+        student,
+        None,
+        tokenizer,
+        OPENING,
+        count=1,
+        first_index=0,
+        max_new_tokens=min(90, config.context // 2),
+        seed=config.seed,
+    )[0]
+    print(f"\n{OPENING} {story.text}\n")
+    print(f"validation loss {val_loss:.3f} nats a token, {val_bits:.3f} bits a byte")
+    print(f"report: {report}\nnext:   python train_interact.py --init {checkpoint.newest(run)}")
+
+
+if __name__ == "__main__":
+    main()
