@@ -1,0 +1,258 @@
+"""Charts as inline SVG, and a sparkline for the terminal.
+
+An SVG here holds no colour of its own: its classes take the page's CSS variables, so one chart is right on light and on
+dark paper. `standalone` makes a chart a file of its own.
+"""
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+POINTS = 240  # more than this many points a line cannot be told apart at the size drawn
+
+# Colours by role: (on light paper, on dark paper).
+COLOURS = {
+    "ink": ("#26231e", "#e8e4dc"),
+    "muted": ("#77716a", "#9c968c"),
+    "rule": ("#e6e1d8", "#37342f"),
+    "grey": ("#cfc9be", "#57534b"),
+    "paper": ("#fcfbf8", "#1a1917"),
+    "reward": ("#0b7a6b", "#4fc3ae"),
+    "readability": ("#2366ab", "#74aef0"),
+    "coherence": ("#b35a00", "#f0a35c"),
+    "creativity": ("#8440b5", "#c794ee"),
+    "plain": ("#5b6470", "#a7b0bd"),
+}
+
+STYLE = """
+svg.chart { display: block; width: 100%; height: auto; overflow: visible; }
+svg.chart text { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: var(--muted);
+  font-variant-numeric: tabular-nums; }
+svg.chart text.title { font-size: 13px; font-weight: 600; fill: var(--ink); }
+svg.chart text.value { font-weight: 600; fill: var(--tint); }
+svg.chart .grid { stroke: var(--rule); stroke-width: 1; }
+svg.chart .band { fill: var(--tint); opacity: .13; }
+svg.chart .raw { fill: none; stroke: var(--tint); stroke-width: 1; opacity: .35; }
+svg.chart .line { fill: none; stroke: var(--tint); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
+svg.chart .dot, svg.chart .bar { fill: var(--tint); }
+"""
+
+
+def palette() -> str:
+    """The CSS that defines every colour, following the reader's light or dark setting."""
+    light, dark = ("".join(f"--{name}: {pair[mode]}; " for name, pair in COLOURS.items()) for mode in (0, 1))
+    return f":root {{ {light}}}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n"
+
+
+@dataclass
+class Line:
+    """One curve. smooth: a rolling mean, its spread as a band and the raw values faintly behind; else the values."""
+
+    x: Sequence[float | None]
+    y: Sequence[float | None]
+    colour: str = "plain"
+    name: str = ""
+    smooth: bool = True
+
+    def points(self) -> tuple[np.ndarray, np.ndarray]:
+        """The points that have both coordinates, as float64 (n,) and (n,)."""
+        pairs = [(a, b) for a, b in zip(self.x, self.y, strict=True) if a is not None and b is not None]
+        x, y = np.array(pairs, dtype=float).reshape(-1, 2).T
+        return x, y
+
+
+def rolling(y: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of y over a centred window. (n,) -> (n,), (n,).
+
+    At the start, where curves are steep, the window narrows on both sides, so that it begins near the first values; at
+    the end it is cut short, so that the last mean is still one of many values.
+    """
+    n = len(y)
+    reach = np.clip(np.arange(n), 2, window // 2)
+    low = np.maximum(np.arange(n) - reach, 0)
+    high = np.minimum(np.arange(n) + reach + 1, n)
+    centre = y.mean()  # sums of squares of what is near zero do not cancel
+    first = np.concatenate([[0.0], np.cumsum(y - centre)])
+    second = np.concatenate([[0.0], np.cumsum((y - centre) ** 2)])
+    mean = (first[high] - first[low]) / (high - low)
+    square = (second[high] - second[low]) / (high - low)
+    return mean + centre, np.sqrt(np.maximum(square - mean**2, 0))
+
+
+def thin(values: np.ndarray, limit: int = POINTS) -> np.ndarray:
+    """values as at most limit means of neighbours. (n,) -> (min(n, limit),)."""
+    if len(values) <= limit:
+        return values
+    edges = np.linspace(0, len(values), limit + 1).astype(int)
+    return np.add.reduceat(values, edges[:-1]) / np.diff(edges)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """The fewest round numbers, 1, 2 or 5 times a power of ten apart, that are at least three within [low, high]."""
+    power = math.ceil(math.log10(high - low))
+    while True:
+        for multiple in (5, 2, 1):
+            step = multiple * 10.0 ** (power - 1)
+            first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+            if last - first >= 2:
+                return [float(f"{i * step:.9g}") for i in range(first, last + 1)]
+        power -= 1
+
+
+def tick_names(values: Sequence[float]) -> list[str]:
+    """The ticks as text, with as many decimals as tell them apart."""
+    names = [number(value) for value in values]
+    if len(set(names)) < len(names):
+        decimals = max(0, -math.floor(math.log10(values[1] - values[0]) + 1e-6))
+        names = [f"{value:,.{decimals}f}" for value in values]
+    return names
+
+
+def number(value: float | None) -> str:
+    """A number for people, three digits of it: 12.3M, 4,321, 0.618, 1.2e-5; a dash for none."""
+    if value is None:
+        return "\N{EN DASH}"
+    size = abs(value)
+    if size >= 99_950:
+        unit, name = next((unit, name) for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if size >= unit * 0.9995)
+        return f"{value / unit:.3g}{name}" if size < unit * 1000 else f"{value / unit:,.0f}{name}"
+    if size >= 999.5 or value == int(value):
+        return f"{value:,.0f}"
+    if size < 0.001:
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
+    return f"{value:.3g}"
+
+
+def chart(title: str, lines: Sequence[Line], *, y_range=None, x_name="step", size=(340, 210)) -> str:
+    """An SVG of the lines that have any point; "" if none has. y_range: (low, high), else what the curves need."""
+    drawn = [(line, *line.points()) for line in lines]
+    drawn = [(line, x, y) for line, x, y in drawn if len(x)]
+    if not drawn:
+        return ""
+    width, height = size
+    left, right, top, bottom = 44, 50, 30, 34
+    if any(line.name for line, *_ in drawn):
+        right = 86
+
+    shapes = [curves(line, x, y) for line, x, y in drawn]
+    x_low, x_high = min(x[0] for _, x, _ in drawn), max(x[-1] for _, x, _ in drawn)
+    if x_high == x_low:
+        x_low, x_high = x_low - 0.5, x_high + 0.5
+    if y_range is None:
+        edges = np.concatenate([each for shape in shapes for each in shape["extent"]])
+        y_low, y_high = edges.min(), edges.max()
+        span = y_high - y_low
+        pad = span * 0.06 if span > 1e-6 * abs(y_high) else abs(y_high) * 0.1 or 1.0  # flat but for rounding
+        y_range = (y_low - pad if y_low < 0 or y_low - pad > 0 else 0.0, y_high + pad)
+    y_low, y_high = y_range
+
+    def at_x(x):
+        return left + (np.asarray(x) - x_low) / (x_high - x_low) * (width - left - right)
+
+    def at_y(y):
+        return top + (y_high - np.clip(y, y_low, y_high)) / (y_high - y_low) * (height - top - bottom)
+
+    def path(x, y):
+        return "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in zip(at_x(x), at_y(y), strict=True))
+
+    parts = [f'<text class="title" x="0" y="14">{html.escape(title)}</text>']
+    marks = ticks(y_low, y_high)
+    for tick, name in zip(marks, tick_names(marks), strict=True):
+        y = float(at_y(tick))
+        parts.append(f'<path class="grid" d="M{left},{y:.1f}H{width - right}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
+    for tick in ticks(x_low, x_high):
+        if tick == int(tick):
+            x = float(at_x(tick))
+            parts.append(f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{number(tick)}</text>')
+    parts.append(f'<text x="{width - right}" y="{height - 3}" text-anchor="end">{html.escape(x_name)}</text>')
+
+    labels = []
+    for (line, x, _), shape in zip(drawn, shapes, strict=True):
+        parts.append(f'<g style="--tint: var(--{line.colour})">')
+        if "low" in shape:
+            there, back = path(shape["x"], shape["high"]), path(shape["x"][::-1], shape["low"][::-1])
+            parts.append(f'<path class="band" d="{there}L{back[1:]}Z"/>')
+            parts.append(f'<path class="raw" d="{path(shape["x"], shape["raw"])}"/>')
+        parts.append(f'<path class="line" d="{path(shape["x"], shape["line"])}"/>')
+        if len(x) <= 12:
+            dots = zip(at_x(shape["x"]), at_y(shape["line"]), strict=True)
+            parts.extend(f'<circle class="dot" r="3" cx="{a:.1f}" cy="{b:.1f}"/>' for a, b in dots)
+        parts.append("</g>")
+        last = float(shape["line"][-1])
+        labels.append((float(at_y(last)), line.colour, f"{line.name} {number(last)}".strip()))
+    y_free = -math.inf  # labels at the curves' ends, pushed apart where they would overlap
+    for y, colour, text in sorted(labels):
+        y_free = max(y + 4, y_free + 13)
+        parts.append(
+            f'<text class="value" style="--tint: var(--{colour})" x="{width - right + 7}" y="{y_free:.1f}">'
+            f"{html.escape(text)}</text>"
+        )
+    return svg(title, size, parts)
+
+
+def curves(line: Line, x: np.ndarray, y: np.ndarray) -> dict:
+    """What is drawn of a line: x, line and, if smoothed, raw, low, high; extent: what the axis must show."""
+    if not line.smooth or len(y) < 8:
+        shape = {"x": thin(x), "line": thin(y)}
+        return shape | {"extent": [shape["line"]]}
+    mean, spread = rolling(y, max(5, len(y) // 16))
+    shape = {"x": x, "raw": y, "line": mean, "low": mean - spread, "high": mean + spread}
+    shape = {name: thin(values) for name, values in shape.items()}
+    # The axis shows the mean and all but the outermost hundredth of the raw values, but one wild step must not flatten
+    # the rest: what lies further out than they span is cut off.
+    low, high = np.quantile(y, [0.01, 0.99])
+    seen = np.clip(shape["line"], 2 * low - high, 2 * high - low)
+    return shape | {"extent": [seen, np.array([low, high])]}
+
+
+def histogram(title: str, first: Sequence[int], last: Sequence[int], colour: str, size=(340, 190)) -> str:
+    """Shares of the scores 0, 1, 2 ... early in a run (grey) and late (in colour), side by side; counts as given."""
+    width, height = size
+    top, bottom = 44, 22
+    parts = [f'<text class="title" x="0" y="14">{html.escape(title)}</text>']
+    slot = width / len(first)
+    bar = slot * 0.36
+    shares = [[count / max(sum(counts), 1) for count in counts] for counts in (first, last)]
+    tallest = max(max(each) for each in shares) or 1.0
+    for score in range(len(first)):
+        for which, tint in ((0, "grey"), (1, colour)):
+            share = shares[which][score]
+            tall = share / tallest * (height - top - bottom)
+            x = slot * (score + 0.5) + (which - 1) * bar
+            y = height - bottom - tall
+            parts.append(
+                f'<rect class="bar" style="--tint: var(--{tint})" x="{x + 1:.1f}" y="{y:.1f}" '
+                f'width="{bar - 2:.1f}" height="{max(tall, 1):.1f}" rx="2"/>'
+                f'<text x="{x + bar / 2:.1f}" y="{y - 4:.1f}" text-anchor="middle">{share:.0%}</text>'
+            )
+        parts.append(f'<text x="{slot * (score + 0.5):.1f}" y="{height - 5}" text-anchor="middle">{score}</text>')
+    return svg(title, size, parts)
+
+
+def svg(title: str, size: tuple[int, int], parts: Sequence[str]) -> str:
+    return (
+        f'<svg class="chart" viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{html.escape(title)}">'
+        + "".join(parts)
+        + "</svg>"
+    )
+
+
+def standalone(drawing: str) -> str:
+    """A chart as the text of an .svg file, for a README: it follows the reader's light or dark setting too."""
+    start = '<svg xmlns="http://www.w3.org/2000/svg" '
+    return drawing.replace("<svg ", start, 1).replace(">", f"><style>{palette()}{STYLE}</style>", 1) + "\n"
+
+
+def text_curve(values: Sequence[float | None], width: int = 60) -> str:
+    """A curve of at most width characters for a terminal: ▁▂▃▄▅▆▇█ from its lowest value to its highest."""
+    blocks = "▁▂▃▄▅▆▇█"
+    y = thin(np.array([value for value in values if value is not None and math.isfinite(value)], dtype=float), width)
+    if not len(y):
+        return ""
+    span = y.max() - y.min()
+    heights = (y - y.min()) / span * (len(blocks) - 1) if span else np.full(len(y), 3.0)
+    return "".join(blocks[round(height)] for height in heights)
