@@ -1,0 +1,68 @@
+"""Print stories from a checkpoint.
+
+    python scripts/sample.py                                   the newest of runs/interact, else of runs/pretrain
+    python scripts/sample.py runs/pretrain/checkpoints/chck_1M --opening "One day, a small dragon" --stories 3
+"""
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tinystory.config import InteractConfig
+from tinystory.device import pick_device
+from tinystory.errors import UserError, command
+from tinystory.rl.rollout import rollout
+from tinystory.student import checkpoint
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="folder of a checkpoint, or of a run (its newest)")
+    parser.add_argument("--opening", default=InteractConfig.opening, help="what every story begins with")
+    parser.add_argument("--stories", type=int, default=5, help="how many (default: 5)")
+    parser.add_argument("--max-new-tokens", type=int, default=0, help="longest story (default: what the context holds)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (default: 1)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0 is all (default: 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest that make up p (default: 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(argv)
+
+    student, tokenizer, _ = checkpoint.load(find(options.checkpoint), pick_device(options.device))
+    room = student.config.context - len(tokenizer.encode(options.opening)) - 1
+    stories = rollout(
+        student,
+        None,
+        tokenizer,
+        options.opening,
+        count=options.stories,
+        first_index=0,
+        max_new_tokens=options.max_new_tokens or max(room, 1),
+        seed=options.seed,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+    )
+    for story in stories:
+        print(f"--- story {story.index + 1}, {story.words} words" + ("" if story.ended == "eos" else ", cut short"))
+        for paragraph in f"{options.opening} {story.text}".split("\n"):
+            print(textwrap.fill(paragraph, 100))
+        print()
+
+
+def find(path: Path | None) -> Path:
+    for run in [path] if path else [Path("runs/interact"), Path("runs/pretrain")]:
+        if (run / "model.json").exists():
+            return run
+        newest = checkpoint.newest(run)
+        if newest:
+            return newest
+    raise UserError(f"there is no checkpoint in {path or 'runs/interact or runs/pretrain'}: train one, or name another")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The built-in teacher: a server on 127.0.0.1 that grades stories through OpenAI's chat completions.
+
+    python scripts/serve_teacher.py                                    measures by the built-in stories
+    python scripts/serve_teacher.py --corpus my_stories.txt            ... by stories of your own
+    python train_interact.py --teacher-url http://127.0.0.1:8321/v1    learns from it
+
+It is a rubric that stands in for a language model. Use a real one where you have one: the interface is the same.
+"""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tinystory.data.corpus import open_corpus
+from tinystory.errors import UserError, command
+from tinystory.teacher.rubric import Rubric
+from tinystory.teacher.server import serve
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=8321, help="port on 127.0.0.1; 0 takes a free one (default: 8321)")
+    parser.add_argument(
+        "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="what to measure by (default: builtin)"
+    )
+    parser.add_argument("--die-with-parent", action="store_true", help="end when standard input closes")
+    options = parser.parse_args(argv)
+    if not 0 <= options.port <= 65535:
+        raise UserError(f"--port {options.port} is not a port: give a number from 0 to 65535")
+    if options.die_with_parent:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    try:
+        start = time.monotonic()
+        rubric = Rubric.from_corpus(open_corpus(options.corpus).documents())
+        seconds = time.monotonic() - start
+        _say(f"this teacher is a rubric, a stand-in for an LLM; it read {' '.join(options.corpus)} in {seconds:.1f} s")
+        asyncio.run(_serve(rubric, options.port))
+    except KeyboardInterrupt:  # before the server listens; afterwards Ctrl-C is an ordinary end
+        sys.exit(130)
+
+
+async def _serve(rubric: Rubric, port: int) -> None:
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(name, ended.set)
+    async with serve(rubric, port) as url:
+        print(f"listening on {url}", flush=True)
+        await ended.wait()
+
+
+def _end_with_stdin() -> None:
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
