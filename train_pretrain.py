@@ -160,8 +160,8 @@ def main(argv: list[str] | None = None) -> None:
             for i, part in enumerate(batch.split(config.micro_batch_size)):
                 with autocast():
                     hidden = student.hidden(part[:, :-1], config.dropout, seed=step * config.batch_size + i)
-                    logprob, _ = ops.token_logprob(hidden.flatten(0, 1), student.wte.weight, part[:, 1:].flatten())
-                part_loss = -logprob.sum() / batch[:, 1:].numel()
+                    nats = ops.cross_entropy(hidden.flatten(0, 1), student.wte.weight, part[:, 1:].flatten())
+                part_loss = nats * (len(part) / len(batch))
                 part_loss.backward()
                 loss += part_loss.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf)

@@ -56,6 +56,8 @@ def rollout(
 
     Raises UserError when opening and story do not fit the context.
     """
+    if temperature == 0:
+        temperature, top_k = 1.0, 1
     device = student.wte.weight.device
     prompt = encode_opening(tokenizer, opening)
     P, context = len(prompt), student.config.context

@@ -61,8 +61,8 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tok
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
-            f"{folder} has a vocabulary of {config.vocab_size} tokens but its tokenizer.json {tokenizer.vocab_size}: take"
-            "  the tokenizer.json that the checkpoint was trained with"
+            f"{folder} has a vocabulary of {config.vocab_size} tokens but its tokenizer has {tokenizer.vocab_size}: "
+            "take the tokenizer.json that the checkpoint was trained with"
         )
     return student.to(device), tokenizer, facts
 

@@ -1,4 +1,4 @@
-"""Starts the built-in teacher as a server process of its own, on 127.0.0.1 and a free port, for as long as a run lasts."""
+"""Starts the built-in teacher as a server process of its own, on 127.0.0.1, for as long as a run lasts."""
 
 import contextlib
 import os

@@ -1,0 +1,28 @@
+# Thin on purpose: each recipe is a line or two that can be copied into a shell.
+PY := .venv/bin/python
+
+.PHONY: demo test bench clean
+
+# From nothing to a student that tells better stories: about ten minutes on two cores.
+demo: .venv/ready
+	rm -rf runs/demo
+	$(PY) train_pretrain.py --out runs/demo/pretrain
+	$(PY) train_interact.py --init runs/demo/pretrain --out runs/demo/interact
+
+# Style, native tests, Python tests.
+test: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release
+	.venv/bin/cmake --build build/native -j 2
+	.venv/bin/ctest --test-dir build/native --output-on-failure
+	.venv/bin/pytest
+
+clean:
+	rm -rf .venv build runs/demo
+
+.venv/ready: pyproject.toml
+	@python3 -c 'import ensurepip, venv' || { echo "python3 has no venv: install it (Debian, Ubuntu: apt install python3-venv)"; exit 2; }
+	@command -v c++ >/dev/null || { echo "no C++ compiler: install one (Debian, Ubuntu: apt install g++; macOS: xcode-select --install)"; exit 2; }
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet --editable '.[test]'
+	@touch $@

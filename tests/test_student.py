@@ -1,0 +1,57 @@
+"""The two ways through the student agree, and its layout is GPT-2's."""
+
+import pytest
+import torch
+
+from tinystory.student.model import KVCache, Student, StudentConfig, ValueHead
+
+
+def test_reading_and_writing_agree(student):
+    """Token by token with the cache gives the hidden states of the whole sequence, rows of every age together."""
+    torch.manual_seed(1)
+    tokens = torch.randint(5, student.config.vocab_size, (3, 20))
+    tokens[:, :6] = tokens[0, :6]
+    whole = student.hidden(tokens)
+    cache = KVCache(student.config, rows=3, capacity=20, device=torch.device("cpu"), dtype=torch.float32)
+    torch.testing.assert_close(student.prefill(tokens[0, :6], cache), whole[:, 5], atol=1e-4, rtol=1e-4)
+    for t in range(6, 14):
+        torch.testing.assert_close(student.step(tokens[:, t], cache), whole[:, t], atol=1e-4, rtol=1e-4)
+    kept = torch.tensor([2, 0])
+    cache.keep(kept)
+    for t in range(14, 20):
+        torch.testing.assert_close(student.step(tokens[kept, t], cache), whole[kept, t], atol=1e-4, rtol=1e-4)
+
+
+def test_no_token_sees_a_later_one(student):
+    torch.manual_seed(2)
+    tokens = torch.randint(5, student.config.vocab_size, (1, 30))
+    changed = tokens.clone()
+    changed[:, 17:] = torch.randint(5, student.config.vocab_size, (1, 13))
+    torch.testing.assert_close(student.hidden(tokens)[:, :17], student.hidden(changed)[:, :17])
+    assert not torch.equal(student.hidden(tokens)[:, 17:], student.hidden(changed)[:, 17:])
+
+
+def test_dropout_is_drawn_from_the_seeds_and_only_in_training(student):
+    tokens = torch.randint(5, student.config.vocab_size, (2, 16))
+
+    def hidden(torch_seed: int, seed: int):
+        torch.manual_seed(torch_seed)
+        return student.hidden(tokens, dropout=0.2, seed=seed)
+
+    assert torch.equal(hidden(0, 0), hidden(0, 0))
+    assert not torch.equal(hidden(0, 0), hidden(1, 0))
+    assert not torch.equal(hidden(0, 0), hidden(0, 1))
+    assert torch.equal(student.hidden(tokens), student.hidden(tokens, seed=5))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 32), (3, 4, 128)])
+def test_size_is_gpt2s(shape):
+    """12 C^2 + 13 C a block, the two embeddings, the last norm: GPT-2's count with tied embeddings."""
+    n_layer, n_head, C = shape
+    student = Student(StudentConfig(n_layer, n_head, C, context=64, vocab_size=300))
+    assert sum(p.numel() for p in student.parameters()) == n_layer * (12 * C * C + 13 * C) + (300 + 64) * C + 2 * C
+
+
+def test_value_head_starts_at_zero(student):
+    hidden = student.hidden(torch.randint(5, 300, (2, 8)))
+    assert torch.equal(ValueHead(64)(hidden), torch.zeros(2, 8))
