@@ -26,7 +26,7 @@ from tinystory.report import write_report
 from tinystory.rl import ppo
 from tinystory.rl.budget import Budget
 from tinystory.rl.reward import load_score, story_reward
-from tinystory.rl.rollout import Story, collate, rollout
+from tinystory.rl.rollout import Story, collate, encode_opening, require_room, rollout
 from tinystory.runlog import SAMPLES, RunLog, atomic_write, read_metrics, read_stories
 from tinystory.student import checkpoint
 from tinystory.student.model import ValueHead
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     reference, _, _ = checkpoint.load(origin, device)
     reference.requires_grad_(False)
     student, tokenizer, facts = checkpoint.load(origin, device)
+    require_room(student, encode_opening(tokenizer, config.opening), config.max_new_tokens)
     value_head = ValueHead(student.config.n_embd).to(device)
     parameters = dict(student.named_parameters()) | {f"value_head.{n}": p for n, p in value_head.named_parameters()}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate, eps=config.adam_eps, fused=True)

@@ -193,9 +193,9 @@ def test_no_score_is_no_gradient_and_is_counted(place, tmp_path, capsys):
 
 
 def test_budget_stops_hard(place, tmp_path):
-    run_interact(place, tmp_path / "i", "--budget-words-out", "200")
+    run_interact(place, tmp_path / "i", "--budget-words-out", "110")
     records = metrics(tmp_path / "i")
-    assert 0 < len(records) < 4 and records[-1]["words_out"] <= 200
+    assert 0 < len(records) < 4 and records[-1]["words_out"] <= 110
 
 
 def test_mistakes_are_told_in_one_sentence(place, tmp_path, capsys, monkeypatch):

@@ -60,12 +60,8 @@ def rollout(
         temperature, top_k = 1.0, 1
     device = student.wte.weight.device
     prompt = encode_opening(tokenizer, opening)
-    P, context = len(prompt), student.config.context
-    if P + max_new_tokens > context:
-        raise UserError(
-            f"the opening ({P} tokens) and the story (--max-new-tokens {max_new_tokens}) do not fit the student's "
-            f"context of {context}: lower --max-new-tokens to {max(context - P, 0)} or shorten --opening"
-        )
+    require_room(student, prompt, max_new_tokens)
+    P = len(prompt)
     lower = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if lower else student.wte.weight.dtype
     cache = KVCache(student.config, count, P + max_new_tokens, device, dtype)
@@ -109,6 +105,16 @@ def rollout(
             alive, drawn = alive[kept], drawn[kept]
         hidden = student.step(drawn, cache)
     return stories
+
+
+def require_room(student: Student, prompt: list[int], max_new_tokens: int) -> None:
+    """Raises UserError when opening and story do not fit the context."""
+    room = student.config.context - len(prompt)
+    if max_new_tokens > room:
+        raise UserError(
+            f"the opening ({len(prompt)} tokens) and the story (--max-new-tokens {max_new_tokens}) do not fit the student's "
+            f"context of {student.config.context}: lower --max-new-tokens to {max(room, 0)} or shorten the opening"
+        )
 
 
 def encode_opening(tokenizer: Tokenizer, opening: str) -> list[int]:

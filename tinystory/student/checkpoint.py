@@ -110,11 +110,10 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[s
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], state: dict[str, Tensor]) -> None:
-    """The inverse of `pack_optimizer`. Raises KeyError when a parameter's state is missing."""
+    """The inverse of `pack_optimizer`; other tensors in `state` are left alone."""
     keys = ("step", "exp_avg", "exp_avg_sq")
-    whole = optimizer.state_dict()
-    whole["state"] = {i: {key: state[f"{key}.{name}"] for key in keys} for i, name in enumerate(names)} if state else {}
-    optimizer.load_state_dict(whole)
+    kept = {i: {key: state[f"{key}.{name}"] for key in keys} for i, name in enumerate(names) if f"step.{name}" in state}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
