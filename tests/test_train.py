@@ -221,7 +221,7 @@ def test_mistakes_are_told_in_one_sentence(place, tmp_path, capsys, monkeypatch)
         (["--init", str(tmp_path)], "not a checkpoint"),
         (["--init", init, "--reward", "x.py:f"], "x.py"),
         (["--init", init, "--reward", f"{place / 'reward.py'}:score", "--max-new-tokens", "500"], "--max-new-tokens"),
-        (["--init", init, "--teacher-url", "http://127.0.0.1:9"], "127.0.0.1:9"),
+        (["--init", init, *SHORT, "--teacher-url", "http://127.0.0.1:9"], "127.0.0.1:9"),
     ]:
         assert words in fails(interact.main, [*argv, "--out", out], capsys)
     assert not Path(out).exists() or not list(Path(out).iterdir()), "nothing half-written"

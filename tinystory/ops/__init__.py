@@ -1,0 +1,126 @@
+"""The project's own operators: compiled kernels (csrc/), compiled at first use, behind plain functions.
+
+TINYSTORY_KERNELS=reference runs the plain-PyTorch definitions of tinystory/ops/reference.py instead.
+"""
+
+import functools
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from tinystory.errors import UserError
+from tinystory.ops import autograd, build, reference
+
+__all__ = ["causal_attention", "cross_entropy", "decode_attention", "load", "sample", "token_logprob"]
+
+
+def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
+    """Causal self-attention of packed queries, keys and values: (B, T, 3, H, D) -> (B, T, H, D).
+
+    Scale 1 / sqrt(D). qkv is contiguous float32, bfloat16, float16 or float64; D is 32, 64 or 128 (on the CPU any
+    multiple of 16 up to 256). Dropout on the attention weights is a function of (seed, b * H + h, query, key); the
+    backward pass draws the same mask again. No (T, T) tensor is stored.
+    """
+    if compiled("causal_attention", qkv.device.type):
+        return torch.ops.tinystory.causal_attention(qkv, dropout_p, seed)[0]
+    return reference.causal_attention(qkv, dropout_p, seed)
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+    """Attention of one query a row over a cache: q (B, H, D), caches (B, T_max, H, D) -> (B, H, D).
+
+    Row b sees the first lengths[b] >= 1 cached keys. Only the last dimension needs to be contiguous. No gradient.
+    """
+    q, k_cache, v_cache = q.detach(), k_cache.detach(), v_cache.detach()
+    if compiled("decode_attention", q.device.type):
+        return torch.ops.tinystory.decode_attention(q, k_cache, v_cache, lengths)
+    return reference.decode_attention(q, k_cache, v_cache, lengths)
+
+
+def sample(
+    logits: Tensor,
+    *,
+    seed: int,
+    rows: Tensor,
+    step: int | Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw a token from each row of logits (B, V): tokens (B,) int64, logprobs (B,) and entropy (B,) float32.
+
+    The draw is a function of (seed, row id, step, that row's logits): rows (B,) int64 are the ids, step is one number
+    or (B,) int64. It is the same on every device and at every batch size, order and thread count. top_k keeps the k most
+    likely tokens, ties by lowest index; top_p then keeps the fewest most likely ones that hold at least that share of the
+    rest. logprobs and entropy are in nats, of softmax(logits / temperature) before top-k and top-p. Greedy choice is
+    top_k=1. A logit of -inf is never drawn; NaN, +inf or a row of -inf is an error that names the row.
+    """
+    logits = logits.detach()
+    steps = step if isinstance(step, Tensor) else rows.new_full(rows.shape, step)
+    run = torch.ops.tinystory.sample if compiled("sample", logits.device.type) else reference.sample
+    return run(logits, seed, rows, steps, temperature, top_k, top_p)
+
+
+def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy, in nats, under softmax(hidden @ weight.T).
+
+    hidden (N, C), weight (V, C), targets (N,) int64 -> logprob (N,), entropy (N,) in float32 (float64 for float64).
+    Products are computed in hidden's type, or in autocast's; the (N, V) logits exist one chunk of rows at a time, and
+    once more in the backward pass. Gradients go to hidden and weight from both outputs.
+    """
+    hidden, weight = autocast(hidden, weight)
+    if compiled("token_logprob", hidden.device.type):
+        return torch.ops.tinystory.token_logprob(hidden, weight, targets)[:2]
+    return reference.token_logprob(hidden, weight, targets)
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -logprob as token_logprob gives it, for pretraining: where gradients are wanted, the forward pass computes
+    them too, so the logits are computed once, not twice."""
+    hidden, weight = autocast(hidden, weight)
+    if not compiled("cross_entropy", hidden.device.type):
+        return reference.cross_entropy(hidden, weight, targets)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return torch.ops.tinystory.cross_entropy(hidden, weight, targets)[0]
+    return -torch.ops.tinystory.token_logprob(hidden, weight, targets)[0].mean()
+
+
+def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Under torch.autocast the products are computed in its type; weight keeps its own, and so does its gradient."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    return hidden, weight
+
+
+@torch.compiler.assume_constant_result
+def compiled(name: str, device: str) -> bool:
+    """Whether the compiled kernel runs this; else plain PyTorch does, said once on stderr."""
+    return choose(name, device)
+
+
+@functools.cache
+def choose(name: str, device: str) -> bool:
+    if not load():
+        return False
+    key = torch._C._dispatch_key_for_device(device)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"tinystory::{name}", key):
+        return True
+    print(f"tinystory: no {device} kernel of {name} here, so plain PyTorch runs it", file=sys.stderr)
+    return False
+
+
+@functools.cache
+def load() -> bool:
+    """Build and load the kernels (once a process). False if TINYSTORY_KERNELS=reference asks for plain PyTorch."""
+    wanted = os.environ.get("TINYSTORY_KERNELS", "")
+    if wanted == "reference":
+        print("tinystory: TINYSTORY_KERNELS=reference, so plain PyTorch runs in place of the kernels", file=sys.stderr)
+        return False
+    if wanted:
+        raise UserError(f"TINYSTORY_KERNELS={wanted!r} is not known; unset it, or set it to 'reference'")
+    build.load()
+    autograd.register()
+    return True
