@@ -72,4 +72,4 @@ class CallableGrader:
 def _grade(judgement: Judgement) -> Grade:
     scores = judgement.scores
     score = None if scores is None else sum(scores.values()) / (3 * len(scores))
-    return Grade(score, scores, judgement.reply, judgement.reply_words)
+    return Grade(score, scores, judgement.reply or judgement.error or "", judgement.reply_words)

@@ -1,0 +1,192 @@
+"""One OpenAI-compatible server: what it answers, or a Failure that says what can be done about it.
+
+Nothing that the server sends is trusted: its size is bounded, its shape checked, and its words are made harmless (no
+control characters, no key that it might echo) before they become part of a sentence of ours.
+"""
+
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Mapping
+from email.utils import parsedate_to_datetime
+
+from tinystory.errors import UserError
+from tinystory.teacher.prompt import clean
+
+LONGEST_ANSWER = 64 * 1024  # bytes; a reply is three numbers
+LONGEST_LIST = 8 * 1024 * 1024  # bytes; some hosts list hundreds of models, with prices
+LONGEST_MESSAGE = 300  # characters of the server's own words in an error
+
+NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+NO_CONTEXT = {"context_length_exceeded", "exceed_context_size_error"}
+LOOPBACK = re.compile(r"https?://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/|$)", re.IGNORECASE)
+NO_CONTEXT_WORDS = re.compile(r"context (length|size|window)", re.IGNORECASE)
+
+
+class Failure(Exception):
+    """A request that brought no answer. The message goes on from "the teacher at URL ..."."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,  # HTTP status; None where no answer came
+        again: bool = False,  # may pass: worth asking again
+        busy: bool = False,  # the server asks for fewer requests
+        fatal: bool = False,  # the next story would fare no better
+        unreachable: bool = False,  # no connection could be made
+        retry_after: float | None = None,  # seconds, as the server wishes
+    ):
+        super().__init__(message)
+        self.status, self.again, self.busy, self.fatal = status, again, busy, fatal
+        self.unreachable, self.retry_after = unreachable, retry_after
+
+
+class Server:
+    """The server at `url` (with its /v1). `key` may be None, for servers that want none; `timeout_s` is the longest
+    that one request waits for the next byte. Use on one event loop."""
+
+    def __init__(self, url: str, key: str | None, timeout_s: float):
+        try:  # here, not above: it takes a second, and only those who ask a teacher need it
+            import aiohttp
+            import httpx2
+            import openai
+        except ImportError as error:
+            raise UserError(f"asking a teacher needs {error.name}: pip install 'openai[aiohttp]'") from None
+        self._key = (key or "").strip()
+        if not re.fullmatch(r"[!-~]*", self._key):
+            raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
+        self._broken = (openai.APIConnectionError, httpx2.RequestError, aiohttp.ClientError, OSError)
+        self._unreachable = aiohttp.ClientConnectorError
+        # A redirect could carry the key elsewhere, so none is followed; a proxy cannot reach this machine's loopback;
+        # retries are decided where stories are known.
+        timeout = openai.Timeout(timeout_s, connect=min(timeout_s, 10.0))
+        try:
+            self._client = openai.AsyncOpenAI(
+                base_url=url,
+                api_key=self._key or "none",
+                max_retries=0,
+                timeout=timeout,
+                http_client=openai.DefaultAioHttpClient(
+                    timeout=timeout,
+                    follow_redirects=False,
+                    event_hooks={"response": [self._refuse]},
+                    trust_env=not LOOPBACK.match(url),
+                ),
+            )
+        except httpx2.InvalidURL as error:
+            raise UserError(f"the teacher's URL cannot be used: {error}") from None
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def models(self) -> list[str]:
+        """The names of the models that it lists, in its order."""
+        match await self._answer(self._client.models.with_streaming_response.list(), LONGEST_LIST):
+            case {"data": [*entries]} if all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries):
+                return [entry["id"] for entry in entries]
+        raise Failure("answers, but not as an OpenAI-compatible API: check the URL", status=200)
+
+    async def chat(self, **request) -> str:
+        """The text of the first choice; "" where the server sends none."""
+        answer = await self._answer(self._client.chat.completions.with_streaming_response.create(**request))
+        match answer:
+            case {"choices": [{"message": {"content": str(reply)}}, *_]}:
+                return self._redacted(reply.encode(errors="replace").decode())  # JSON can hold half a character
+            case {"choices": [{"message": {**rest}}, *_]} if rest.get("content") is None:
+                return ""
+        said = self.words(_said(answer)[0])
+        raise Failure("answers, but not with a chat completion" + f" ({said})" * bool(said), status=200, again=True)
+
+    async def _answer(self, request, longest: int = LONGEST_ANSWER) -> object:
+        """The JSON that comes back; None where it is not JSON."""
+        try:
+            async with request as response:
+                body = await _read(response.iter_bytes(), longest)
+        except self._broken as error:
+            causes = [error]
+            while causes[-1].__cause__ is not None:
+                causes.append(causes[-1].__cause__)
+            unreachable = any(isinstance(cause, self._unreachable) for cause in causes)
+            why = self.words(str(causes[-1]) or type(causes[-1]).__name__)
+            message = f"cannot be reached ({why}): start it, or check the URL" if unreachable else f"broke off ({why})"
+            raise Failure(message, again=True, unreachable=unreachable) from None
+        return _json(body)
+
+    async def _refuse(self, response) -> None:
+        """Called with every response before its body is read: any status but success becomes a Failure."""
+        status, headers = response.status_code, response.headers
+        if status < 300:
+            return
+        if status < 400:
+            where = self.words(headers.get("location", "nowhere"))
+            raise Failure(f"redirects to {where} (HTTP {status}): give that URL instead", status=status, fatal=True)
+        said, codes = _said(_json(await _read(response.aiter_bytes(), LONGEST_ANSWER)))
+        said = f"HTTP {status}: {self.words(said)}" if said else f"HTTP {status}"
+        if status in (401, 403):
+            raise Failure(f"refuses the key ({said}): set OPENAI_API_KEY", status=status, fatal=True)
+        if status == 402 or codes & NO_QUOTA:
+            raise Failure(f"has no quota left for this key ({said})", status=status, fatal=True)
+        if status in (408, 409, 429) or status >= 500:
+            raise Failure(
+                f"is in trouble ({said})",
+                status=status,
+                again=True,
+                busy=status in (429, 503),  # 503: the full queue of Ollama
+                retry_after=_retry_after(headers),
+            )
+        if status == 404 and not codes:
+            raise Failure(
+                f"answers, but not as an OpenAI-compatible API ({said}): check the URL", status=status, fatal=True
+            )
+        if status == 404:
+            raise Failure(f"does not have what was asked for ({said})", status=status, fatal=True)
+        if codes & NO_CONTEXT or NO_CONTEXT_WORDS.search(said):
+            raise Failure(f"has too short a context for opening and story ({said})", status=status, fatal=True)
+        raise Failure(f"refuses the request ({said})", status=status)
+
+    def _redacted(self, text: str) -> str:
+        return text.replace(self._key, "[key]") if self._key else text
+
+    def words(self, text: str) -> str:
+        """A server's words as one short line."""
+        line = " ".join(clean(self._redacted(text)).split())
+        return line if len(line) <= LONGEST_MESSAGE else line[: LONGEST_MESSAGE - 3] + "..."
+
+
+async def _read(chunks: AsyncIterator[bytes], longest: int) -> bytes:
+    body = bytearray()
+    async for chunk in chunks:
+        body += chunk
+        if len(body) > longest:
+            raise Failure(f"answers with more than {longest >> 10} KiB", status=200, again=True)
+    return bytes(body)
+
+
+def _json(body: bytes) -> object:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _said(answer: object) -> tuple[str, set[str]]:
+    """The message and the codes of an error, in the shapes that servers use; ("", no codes) for any other."""
+    match answer:
+        case {"error": {"message": str(message), **rest}} | {"object": "error", "message": str(message), **rest}:
+            return message, {str(rest.get("code")), str(rest.get("type"))}
+        case {"error": str(message)} | {"message": str(message)} | {"detail": str(message)}:
+            return message, set()
+    return "", set()
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait, from retry-after-ms or Retry-After (seconds or an HTTP date, RFC 9110); None if not said."""
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        value = headers.get(name, "")
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", value):
+            return float(value) * unit
+    try:
+        return max(parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time(), 0.0)
+    except (ValueError, TypeError, OverflowError):
+        return None

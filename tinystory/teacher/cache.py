@@ -1,0 +1,107 @@
+"""Every reply that was paid for, kept: one JSON line each, only ever appended.
+
+A reply is found again by what was asked, so a run that was killed and resumed gets the replies that it already had
+and asks only for the rest. Each line is handed to the operating system as one write before the reply is used: killing
+the process at any instant loses none, and a power cut at most the last few seconds of them (they reach the disk at
+`close`, or when the system writes them back), which are then asked again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tinystory.errors import UserError
+
+
+def cache_key(model: str, messages: Sequence[Mapping[str, str]], fence: str, sampling: Mapping[str, object]) -> str:
+    """The name of one question: model, prompt and sampling parameters (the seed says which attempt it is).
+
+    The fence, which differs from story to story, is left out: the same story asked twice is one question. It is
+    replaced by a character that `clean` lets into no prompt, so that two prompts cannot become one.
+    """
+    prompt = [[message["role"], message["content"].replace(fence, "\0")] for message in messages]
+    question = json.dumps([model, prompt, sorted(sampling.items())])
+    return hashlib.sha256(question.encode()).hexdigest()[:32]
+
+
+class Cache:
+    """Replies by `cache_key`, in memory and in the file `path`, which is made for the first one.
+
+    A last line without its end was being written when the process died, and is dropped. Any other line that is not
+    ours raises UserError: the file is something else, or damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self._replies: dict[str, str] = {}
+        self._file = None
+        if self.path.exists():
+            self._open()
+
+    def _open(self) -> None:
+        """Open for appending, after what is there."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open as long as the cache is
+        except OSError as error:
+            raise UserError(f"the teacher's replies cannot be kept in {self.path}: {error.strerror}") from None
+        try:
+            self._size = self._load()  # bytes
+            self._file.truncate(self._size)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _load(self) -> int:
+        """Read the lines there are; the number of bytes of the whole ones."""
+        whole = 0
+        with open(self.path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    record = json.loads(line)
+                    key, reply = record["key"], record["reply"]
+                except (ValueError, TypeError, KeyError):
+                    key = reply = None
+                if not isinstance(key, str) or not isinstance(reply, str):
+                    raise UserError(
+                        f"{self.path} line {number} is not a kept reply of the teacher: repair it or move the file away"
+                    )
+                self._replies.setdefault(key, reply)
+                whole += len(line)
+        return whole
+
+    def __len__(self) -> int:
+        return len(self._replies)
+
+    def get(self, key: str) -> str | None:
+        return self._replies.get(key)
+
+    def put(self, key: str, reply: str, **about: object) -> str:
+        """Keep `reply`, with whatever else is worth knowing `about` it; the reply that now stands for `key`.
+
+        The first reply to a question stands: where the same question was asked twice at once, both askers get it,
+        now and after a resume.
+        """
+        if self._file is None:
+            self._open()
+        if key not in self._replies:
+            line = (json.dumps({"key": key, "reply": reply, **about}) + "\n").encode()
+            try:
+                written = self._file.write(line)
+            except OSError as error:
+                raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
+            if written != len(line):
+                self._file.truncate(self._size)
+                raise UserError(f"{self.path} cannot be written: the disk is full")
+            self._size += written
+            self._replies[key] = reply
+        return self._replies[key]
+
+    def close(self) -> None:
+        if self._file is not None and not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
