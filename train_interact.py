@@ -104,9 +104,12 @@ def main(argv: list[str] | None = None) -> None:
                 temperature=config.teacher_temperature,
                 max_tokens=config.teacher_max_tokens,
                 deadline_s=config.teacher_timeout,
+                cache=run / "replies.jsonl",  # what was paid for is not asked again after a kill
             )
             stack.enter_context(teacher)
             probed = teacher.probe()
+            if not probed["scored"]:
+                print(f"warning: {probed['model']} was shown a story and gave no scores but {probed['reply'][:80]!r}")
             grader, who = TeacherGrader(teacher, config.opening), f"{probed['model']} at {probed['url']}"
         print(f"student {origin}, scored by {who}")
 
@@ -210,12 +213,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def starting_checkpoint(init: str) -> Path:
-    found = Path(init) if init else checkpoint.newest(PRETRAIN_RUN)
-    if found is None:
-        raise UserError(
-            f"no checkpoint under {PRETRAIN_RUN}: run python train_pretrain.py first, or give --init CHECKPOINT"
-        )
-    return found
+    if not init and checkpoint.newest(PRETRAIN_RUN) is None:
+        raise UserError(f"no checkpoint under {PRETRAIN_RUN}: run train_pretrain.py first, or give --init CHECKPOINT")
+    return checkpoint.find(Path(init) if init else PRETRAIN_RUN)
 
 
 def require_scores(grades: list[Grade], max_unscored: float) -> None:

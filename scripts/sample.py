@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.config import InteractConfig
 from tinystory.device import pick_device
-from tinystory.errors import UserError, command
+from tinystory.errors import command
 from tinystory.rl.rollout import rollout
 from tinystory.student import checkpoint
 
@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
 
-    student, tokenizer, _ = checkpoint.load(find(options.checkpoint), pick_device(options.device))
+    folder = checkpoint.find(options.checkpoint or default_run())
+    student, tokenizer, _ = checkpoint.load(folder, pick_device(options.device))
     room = student.config.context - len(tokenizer.encode(options.opening)) - 1
     stories = rollout(
         student,
@@ -54,14 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         print()
 
 
-def find(path: Path | None) -> Path:
-    for run in [path] if path else [Path("runs/interact"), Path("runs/pretrain")]:
-        if (run / "model.json").exists():
-            return run
-        newest = checkpoint.newest(run)
-        if newest:
-            return newest
-    raise UserError(f"there is no checkpoint in {path or 'runs/interact or runs/pretrain'}: train one, or name another")
+def default_run() -> Path:
+    return next((run for run in (Path("runs/interact"), Path("runs/pretrain")) if run.exists()), Path("runs/pretrain"))
 
 
 if __name__ == "__main__":

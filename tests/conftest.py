@@ -1,10 +1,14 @@
 """A student small enough to train within a test, and texts for it to read."""
 
+import hypothesis
 import pytest
 import torch
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.student.model import Student, StudentConfig
+
+hypothesis.settings.register_profile("patient", deadline=None)  # a slow machine is no failure
+hypothesis.settings.load_profile("patient")
 
 NAMES = ("Tom", "Mia", "Ben", "Lily", "Max", "Ana", "Sam", "Eva")
 THINGS = ("ball", "kite", "boat", "drum", "hat", "cake", "shell", "lamp")

@@ -218,9 +218,9 @@ def test_mistakes_are_told_in_one_sentence(place, tmp_path, capsys, monkeypatch)
     monkeypatch.chdir(tmp_path)
     for argv, words in [
         ([], "train_pretrain.py"),
-        (["--init", str(tmp_path)], "not a checkpoint"),
-        (["--init", init, "--reward", "x.py:f"], "x.py"),
-        (["--init", init, "--reward", f"{place / 'reward.py'}:score", "--max-new-tokens", "500"], "--max-new-tokens"),
+        (["--init", str(tmp_path)], "neither a checkpoint nor a run"),
+        (["--init", init, *SHORT, "--reward", "x.py:f"], "x.py"),
+        (["--init", init], "--max-new-tokens"),
         (["--init", init, *SHORT, "--teacher-url", "http://127.0.0.1:9"], "127.0.0.1:9"),
     ]:
         assert words in fails(interact.main, [*argv, "--out", out], capsys)

@@ -76,7 +76,7 @@ class InteractConfig:
     teacher_concurrency: int = option(16, "most requests at a time")
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher")
     teacher_max_tokens: int = option(16, "longest reply: three numbers need 6")
-    teacher_timeout: float = option(120.0, "seconds until a story's request is given up and tried again")
+    teacher_timeout: float = option(300.0, "seconds that a story's grading may take, asking again included")
     teacher_corpus: list[str] = option([], "what the built-in teacher has read (default: the student's own corpus)")
     reward: str = option("", "FILE.py:FUNCTION scores instead of a teacher: f(opening, stories) -> [0..1 or None]")
     max_unscored: float = option(0.1, "largest share of a step's stories that may stay without a score")

@@ -113,7 +113,7 @@ def require_room(student: Student, prompt: list[int], max_new_tokens: int) -> No
     if max_new_tokens > room:
         raise UserError(
             f"the opening ({len(prompt)} tokens) and the story (--max-new-tokens {max_new_tokens}) do not fit the "
-            f"student's context of {student.config.context}: lower --max-new-tokens to {max(room, 0)} or shorten the opening"
+            f"student's context of {student.config.context}: lower --max-new-tokens to {max(room, 0)}, or shorten it"
         )
 
 

@@ -93,6 +93,14 @@ def newest(run: Path) -> Path | None:
     )
 
 
+def find(path: Path) -> Path:
+    """`path` if it is a checkpoint, else the newest of the run that it is. Raises UserError if it is neither."""
+    found = path if (path / "model.json").exists() else newest(path)
+    if found is None:
+        raise UserError(f"{path} is neither a checkpoint nor a run that has one")
+    return found
+
+
 def drop_older(folder: Path) -> None:
     """Remove the `step_*` checkpoints beside `folder` that it supersedes."""
     for path in folder.parent.glob("step_*"):
