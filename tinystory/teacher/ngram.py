@@ -7,7 +7,7 @@ import numpy as np
 UNKNOWN, BOUNDARY = 0, 1  # token ids: a word that is not in the list; what stands between two documents
 ORDER = 5
 DISCOUNT = 0.75
-JAR = 0.1
+JAR = 0.1  # observed against expected: below this, words jar (see NgramModel.read)
 
 
 def hashes(ids: np.ndarray, n: int) -> np.ndarray:
@@ -116,7 +116,7 @@ class Phrases:
 
 def babble(ids: np.ndarray, boundary: int, length: int, count: int, context: int = 2) -> list[np.ndarray]:
     """`count` texts of about `length` ids each, every token drawn among those that followed the same `context` tokens
-    in `ids`: an exact, unsmoothed n-gram sampler, the weakest of writers."""
+    in `ids` (documents separated by `boundary`): an exact, unsmoothed n-gram sampler, the weakest of writers."""
     hashed = hashes(ids[:-1], context)
     order = np.argsort(hashed, kind="stable")
     ranked = hashed[order]
