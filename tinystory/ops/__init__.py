@@ -52,10 +52,11 @@ def sample(
     """Draw a token from each row of logits (B, V): tokens (B,) int64, logprobs (B,) and entropy (B,) float32.
 
     The draw is a function of (seed, row id, step, that row's logits): rows (B,) int64 are the ids, step is one number
-    or (B,) int64. It is the same on every device and at every batch size, order and thread count. top_k keeps the k most
-    likely tokens, ties by lowest index; top_p then keeps the fewest most likely ones that hold at least that share of the
-    rest. logprobs and entropy are in nats, of softmax(logits / temperature) before top-k and top-p. Greedy choice is
-    top_k=1. A logit of -inf is never drawn; NaN, +inf or a row of -inf is an error that names the row.
+    or (B,) int64. It is the same on every device and at every batch size, order and thread count. top_k keeps the k
+    most likely tokens, ties by lowest index; top_p then keeps the fewest most likely ones that hold at least that share
+    of the rest. logprobs and entropy are in nats, of softmax(logits / temperature) before top-k and top-p. The
+    temperature is in [1e-6, 1e6]; the greedy choice is top_k=1. A logit of -inf, or one 28 nats * temperature below the
+    highest, is never drawn; NaN, +inf or a row of -inf is an error that names the row.
     """
     logits = logits.detach()
     steps = step if isinstance(step, Tensor) else rows.new_full(rows.shape, step)
@@ -77,8 +78,9 @@ def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -logprob as token_logprob gives it, for pretraining: where gradients are wanted, the forward pass computes
-    them too, so the logits are computed once, not twice."""
+    """Mean of -logprob as token_logprob gives it, for pretraining.
+
+    Where gradients are wanted the forward pass computes them too, so the logits are computed once, not twice."""
     hidden, weight = autocast(hidden, weight)
     if not compiled("cross_entropy", hidden.device.type):
         return reference.cross_entropy(hidden, weight, targets)

@@ -1,0 +1,219 @@
+// Vectors of W floats through the compiler's own vector types; intrinsics only for what those cannot say.
+// The build passes -ffp-contract=off: a multiply and an add fuse only where fma() is written.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../launchers.h"
+#include "../weights.h"
+
+namespace tinystory::cpu {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int W = kVectorBytes / 4;
+
+typedef float vf __attribute__((vector_size(kVectorBytes)));
+typedef double vd __attribute__((vector_size(kVectorBytes)));
+typedef int32_t vi __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t vu __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t vu64 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t vh __attribute__((vector_size(kVectorBytes / 2)));      // W halves: bf16 or f16
+typedef uint32_t vu_half __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class V>
+inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+inline void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class V>
+inline V max(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+inline V select(decltype(std::declval<V>() > std::declval<V>()) mask, V a, V b) {
+  return mask ? a : b;
+}
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> { using type = vf; };
+template <>
+struct VecOf<double> { using type = vd; };
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class V>
+constexpr int lanes = sizeof(V) / sizeof(std::declval<V>()[0]);
+
+template <class V, class T>
+inline V splat(T x) {
+  return V{} + x;
+}
+
+inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+inline vd fma(vd a, vd b, vd c) { return a * b + c; }
+
+template <class V>
+inline auto sum(V v) {
+  auto a = v;
+  for (int w = lanes<V> / 2; w; w /= 2)
+    for (int i = 0; i < w; ++i) a[i] += a[i + w];
+  return a[0];
+}
+template <class V>
+inline auto highest(V v) {
+  auto a = v[0];
+  for (int i = 1; i < lanes<V>; ++i) a = v[i] > a ? v[i] : a;
+  return a;
+}
+#if defined(__AVX512F__)
+inline float sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float highest(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+#endif
+
+// 2^x for x <= 127; 0 below the smallest normal number.
+inline vf exp2(vf x) {
+  const vf magic = splat<vf>(kRounder);
+  const vf shifted = max(x, splat<vf>(-126.0f)) + magic;
+  const vf f = max(x, splat<vf>(-126.0f)) - (shifted - magic);
+  vf p = splat<vf>(kExp2[6]);
+  for (int i = 5; i >= 0; --i) p = fma(p, f, splat<vf>(kExp2[i]));
+  const vf r = (vf)((vi)p + ((vi)shifted << 23));
+  return select<vf>(x < -126.0f, vf{}, r);
+}
+inline vd exp2(vd x) {
+  for (int i = 0; i < lanes<vd>; ++i) x[i] = std::exp2(x[i]);
+  return x;
+}
+
+// --- 16-bit floats ---------------------------------------------------------------------------------------------------
+inline vf from_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+inline vh to_bf16(vf x) {
+#if defined(__AVX512BF16__)
+  return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
+  const vu u = (vu)x, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return __builtin_convertvector(select<vu>((vu)(x != x) != 0u, (u >> 16) | 0x40, rounded), vh);
+#endif
+}
+
+inline float from_f16(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
+  // Scaling by 2^112 moves the exponent's bias from 15 to 127 and makes subnormals normal.
+  uint32_t bits = rest >= 0x7c00 ? (0x7f800000 | rest << 13) : rest << 13;
+  float f = 0;
+  std::memcpy(&f, &bits, 4);
+  if (rest < 0x7c00) f *= 0x1p112f;
+  std::memcpy(&bits, &f, 4);
+  bits |= sign;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint16_t to_f16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint16_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;                        // NaN
+  if (bits >= 0x477ff000) return sign | 0x7c00;                       // rounds beyond 65504: infinity
+  if (bits < 0x38800000) {                                            // subnormal: the FPU rounds it for us
+    std::memcpy(&f, &bits, 4);
+    f += 0.5f;                                                        // ulp of [0.5, 1) is 2^-24, f16's smallest step
+    std::memcpy(&bits, &f, 4);
+    return sign | uint16_t(bits - 0x3f000000);
+  }
+  bits += 0xfff + (bits >> 13 & 1);                                   // to nearest, ties to even
+  return sign | uint16_t((bits - 0x38000000) >> 13);
+}
+inline vf from_f16(vh x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__F16C__) && defined(__AVX__)
+  return (vf)_mm256_cvtph_ps((__m128i)x);
+#else
+  vf r;
+  for (int i = 0; i < W; ++i) r[i] = from_f16(x[i]);
+  return r;
+#endif
+}
+inline vh to_f16(vf x) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__) && defined(__AVX__)
+  return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  vh r;
+  for (int i = 0; i < W; ++i) r[i] = to_f16(x[i]);
+  return r;
+#endif
+}
+
+inline int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+inline const void* at(const void* p, DType t, int64_t i) { return static_cast<const char*>(p) + i * size_of(t); }
+inline void* at(void* p, DType t, int64_t i) { return static_cast<char*>(p) + i * size_of(t); }
+
+// W (f64: W / 2) elements of the stored type as computing type V, and back.
+template <class V>
+inline V load_as(const void* p, DType t);
+template <>
+inline vf load_as<vf>(const void* p, DType t) {
+  return t == DType::f32 ? load<vf>(p) : t == DType::bf16 ? from_bf16(load<vh>(p)) : from_f16(load<vh>(p));
+}
+template <>
+inline vd load_as<vd>(const void* p, DType) { return load<vd>(p); }
+inline void store_as(void* p, DType t, vf x) {
+  if (t == DType::f32) store(p, x);
+  else if (t == DType::bf16) store(p, to_bf16(x));
+  else store(p, to_f16(x));
+}
+inline void store_as(void* p, DType, vd x) { store(p, x); }
+
+// The first n <= lanes elements at p, the other lanes filled; bytes beyond them are never touched.
+template <class V>
+inline V load_tail(const void* p, DType t, int64_t n, float fill) {
+  char bytes[sizeof(V)] = {};
+  std::memcpy(bytes, p, n * size_of(t));
+  V v = load_as<V>(bytes, t);
+  for (int64_t i = n; i < lanes<V>; ++i) v[i] = fill;
+  return v;
+}
+template <class V>
+inline void store_tail(void* p, DType t, int64_t n, V x) {
+  char bytes[sizeof(V)];
+  store_as(bytes, t, x);
+  std::memcpy(p, bytes, n * size_of(t));
+}
+
+// Scratch memory of this thread, 64-byte aligned, kept between calls: a fresh mmap each call costs its page faults.
+inline char* scratch(size_t bytes) {
+  thread_local std::vector<char> memory;
+  if (memory.size() < bytes + 64) memory.resize(bytes + 64);
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63));
+}
+
+}  // namespace tinystory::cpu

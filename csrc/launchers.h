@@ -1,0 +1,83 @@
+// Every op as a function on raw pointers: kernels never see torch, so native tests call them as they are.
+//
+// The CPU functions work on a range [begin, end) of independent items (the comment says which) and never start a
+// thread: ops.cpp splits the range with at::parallel_for. What an item computes does not depend on the split.
+#pragma once
+#include <cstdint>
+
+namespace tinystory {
+
+enum class DType { f32, bf16, f16, f64 };
+
+// softmax(Q K^T / sqrt(D), keys <= query) V of packed queries, keys and values; all tensors contiguous.
+struct Attention {
+  DType dtype;
+  int64_t B, T, H, D;
+  double dropout;
+  uint64_t seed;
+  const void* qkv;       // (B, T, 3, H, D)
+  void* out;             // (B, T, H, D)
+  void* lse;             // (B, H, T) log-sum-exp of the scaled scores, natural log: f32, f64 for f64
+  const void* grad_out;  // (B, T, H, D), backward only
+  void* grad_qkv;        // (B, T, 3, H, D), backward only
+};
+
+// One query a row against a cache. Strides are in elements; the last dimension is contiguous.
+struct DecodeAttention {
+  DType dtype;
+  int64_t B, H, D;
+  const void *q, *k, *v;
+  int64_t q_stride[2];              // of B, H
+  int64_t k_stride[3], v_stride[3]; // of B, T, H
+  const int64_t* lengths;           // (B,), each >= 1
+  void* out;                        // (B, H, D) contiguous
+};
+
+struct Sample {
+  DType dtype;
+  int64_t B, V;
+  const void* logits;            // (B, V) contiguous
+  const int64_t *rows, *steps;   // (B,)
+  uint64_t seed;
+  double temperature;            // > 0
+  int64_t top_k;                 // 0: off
+  double top_p;                  // 1: off
+  int64_t* tokens;               // (B,), or kNotANumber / kNoToken for a row that cannot be drawn from
+  float *logprobs, *entropy;     // (B,)
+};
+enum : int64_t { kNotANumber = -1, kNoToken = -2 };
+
+// softmax(hidden weight^T): log-probability of the target and entropy of each row, and the gradients of both. The
+// caller takes the N rows a chunk at a time and runs the steps in the order below, each over all its items before the
+// next.
+struct TokenLogprob {
+  DType dtype, weight_dtype;
+  int64_t N, C, V;
+  const void* hidden;                 // (N, C) contiguous, dtype: also the type of the products
+  const void* weight;                 // (V, C) contiguous, weight_dtype
+  const int64_t* targets;             // (N,)
+  void *logprob, *entropy;            // (N,) f32, or f64 for f64
+  double* lse;                        // (N,) f64 always: rounded to f32, its error would show in every probability
+  // Gradients of the loss: of logprob and entropy (N,), or, both null, of logprob everywhere.
+  const void *grad_logprob, *grad_entropy;
+  double grad_everywhere;
+  // (N, C') and (V, C') in f32 (f64), with C' = C rounded up to 64; written, not added to.
+  void *grad_hidden, *grad_weight;
+  int64_t first, rows;                // the chunk
+  void* workspace;                    // logprob_workspace() bytes
+};
+
+namespace cpu {
+void attention_forward(const Attention&, int64_t begin, int64_t end);         // items: B * H
+void attention_backward(const Attention&, int64_t begin, int64_t end);        // items: B * H
+void decode_attention(const DecodeAttention&, int64_t begin, int64_t end);    // items: B * H
+void sample(const Sample&, int64_t begin, int64_t end);                       // items: B
+int64_t logprob_workspace(const TokenLogprob&);                               // for chunks of `rows` rows
+int64_t logprob_groups(int64_t V);                                            // items that run over the vocabulary
+void logprob_pack(const TokenLogprob&, int64_t begin, int64_t end);           // items: pairs of the chunk's rows
+void logprob_logits(const TokenLogprob&, int64_t begin, int64_t end);         // items: groups
+void logprob_stats(const TokenLogprob&, int64_t begin, int64_t end);          // items: rows; logprob, entropy, lse
+void logprob_grad_weight(const TokenLogprob&, int64_t begin, int64_t end);    // items: groups; logits -> gradients
+void logprob_grad_hidden(const TokenLogprob&, int64_t begin, int64_t end);    // items: rows
+}  // namespace cpu
+}  // namespace tinystory

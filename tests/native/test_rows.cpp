@@ -1,0 +1,128 @@
+// Sampling and log-probabilities: rows in any split over threads, odd lengths, guards behind every output.
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+#include "harness.h"
+#include "launchers.h"
+#include "weights.h"
+
+using namespace tinystory;
+
+void test_sample(int64_t B, int64_t V, double temperature, int64_t top_k, double top_p) {
+  std::vector<float> logits = normal(B * V, unsigned(V), 3);
+  for (int64_t i = 0; i < B * V; i += 3) logits[i] = std::round(logits[i]);  // ties
+  std::vector<int64_t> rows(B), steps(B, 5), tokens(B), again(B);
+  std::iota(rows.begin(), rows.end(), 1000);
+  std::vector<float> logprobs(B), entropy(B);
+  Sample x{DType::f32, B, V, logits.data(), rows.data(), steps.data(), 77, temperature, top_k, top_p, tokens.data(),
+           logprobs.data(), entropy.data()};
+  parallel(B, 3, [&](int64_t begin, int64_t end) { cpu::sample(x, begin, end); });
+  for (int64_t b = 0; b < B; ++b) {
+    const float* row = &logits[b * V];
+    std::vector<int64_t> order(V);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return row[i] > row[j]; });
+    if (top_k > 0 && top_k < V) order.resize(top_k);
+    CHECK(std::find(order.begin(), order.end(), tokens[b]) != order.end(), "token beyond top-k");
+    double kept = 0, ahead = 0, total = 0, h = 0;
+    for (int64_t i : order) kept += std::exp((row[i] - row[order[0]]) / temperature);
+    for (int64_t i : order) {
+      if (i == tokens[b]) break;
+      ahead += std::exp((row[i] - row[order[0]]) / temperature);
+    }
+    CHECK(ahead < top_p * kept * (1 + 1e-5), "token beyond top-p");
+    for (int64_t i = 0; i < V; ++i) total += std::exp((row[i] - row[order[0]]) / temperature);
+    for (int64_t i = 0; i < V; ++i) {
+      const double log_p = (row[i] - row[order[0]]) / temperature - std::log(total);
+      h -= std::exp(log_p) * log_p;
+      if (i == tokens[b]) CHECK(std::fabs(logprobs[b] - log_p) < 1e-5, "%g %g", logprobs[b], log_p);
+    }
+    CHECK(std::fabs(entropy[b] - h) < 2e-5, "%g %g", entropy[b], h);
+  }
+  x.tokens = again.data();
+  for (int64_t b = B; b-- > 0;) cpu::sample(x, b, b + 1);
+  CHECK(tokens == again);
+}
+
+void test_wrong_rows() {
+  const int64_t V = 50;
+  std::vector<float> logits = normal(4 * V, 1);
+  logits[1 * V + 49] = NAN;
+  logits[2 * V + 3] = INFINITY;
+  std::fill_n(&logits[3 * V], V, -INFINITY);
+  const int64_t rows[4] = {}, steps[4] = {};
+  int64_t tokens[4];
+  float logprobs[4], entropy[4];
+  cpu::sample({DType::f32, 4, V, logits.data(), rows, steps, 1, 1.0, 0, 1.0, tokens, logprobs, entropy}, 0, 4);
+  CHECK(tokens[0] >= 0 && tokens[1] == kNotANumber && tokens[2] == kNotANumber && tokens[3] == kNoToken);
+}
+
+void test_logprob(int64_t N, int64_t V, int64_t C, int64_t chunk) {
+  const std::vector<float> hidden = normal(N * C, 1), weight = normal(V * C, 2, 2 / std::sqrt(float(C)));
+  const std::vector<float> g = normal(N, 3), ge = normal(N, 4);
+  const int64_t padded = (C + 63) / 64 * 64;
+  std::vector<int64_t> targets(N);
+  for (int64_t i = 0; i < N; ++i) targets[i] = i * 31 % V;
+  std::vector<float> logprob(N + 9, 777), entropy(N + 9, 777), dh(N * padded + 64, 777), dw(V * padded + 64, 777);
+  std::vector<double> lse(N);
+  TokenLogprob x{.dtype = DType::f32, .weight_dtype = DType::f32, .N = N, .C = C, .V = V, .hidden = hidden.data(),
+                 .weight = weight.data(), .targets = targets.data(), .logprob = logprob.data(),
+                 .entropy = entropy.data(), .lse = lse.data(), .grad_logprob = g.data(), .grad_entropy = ge.data(),
+                 .grad_everywhere = 0, .grad_hidden = dh.data(), .grad_weight = dw.data(), .first = 0, .rows = chunk,
+                 .workspace = nullptr};
+  std::vector<char> workspace(cpu::logprob_workspace(x) + 64, 'x');
+  x.workspace = workspace.data();
+  const auto step = [&](auto kernel, int64_t items) {
+    parallel(items, 3, [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
+  };
+  for (x.first = 0; x.first < N; x.first += chunk) {
+    x.rows = std::min(chunk, N - x.first);
+    step(cpu::logprob_pack, (x.rows + 1) / 2);
+    step(cpu::logprob_logits, cpu::logprob_groups(V));
+    step(cpu::logprob_stats, x.rows);
+    step(cpu::logprob_grad_weight, cpu::logprob_groups(V));
+    step(cpu::logprob_grad_hidden, x.rows);
+  }
+  std::vector<double> want_h(N * C), want_w(V * C), logits(V);
+  for (int64_t i = 0; i < N; ++i) {
+    double total = 0, h = 0;
+    for (int64_t v = 0; v < V; ++v) {
+      logits[v] = 0;
+      for (int64_t c = 0; c < C; ++c) logits[v] += double(hidden[i * C + c]) * weight[v * C + c];
+      total += std::exp(logits[v]);
+    }
+    const auto log_p = [&](int64_t v) { return logits[v] - std::log(total); };
+    for (int64_t v = 0; v < V; ++v) h -= std::exp(log_p(v)) * log_p(v);
+    CHECK(std::fabs(logprob[i] - log_p(targets[i])) < 1e-5);
+    CHECK(std::fabs(entropy[i] - h) < 2e-5);
+    for (int64_t v = 0; v < V; ++v) {
+      const double p = std::exp(log_p(v)), d = g[i] * ((v == targets[i]) - p) - ge[i] * p * (log_p(v) + h);
+      for (int64_t c = 0; c < C; ++c) {
+        want_h[i * C + c] += d * weight[v * C + c];
+        want_w[v * C + c] += d * hidden[i * C + c];
+      }
+    }
+  }
+  for (int64_t i = 0; i < N * C; ++i) CHECK(std::fabs(dh[i / C * padded + i % C] - want_h[i]) < 3e-5);
+  for (int64_t i = 0; i < V * C; ++i) CHECK(std::fabs(dw[i / C * padded + i % C] - want_w[i]) < 3e-5);
+  for (int i = 0; i < 64; ++i)
+    CHECK(dh[N * padded + i] == 777 && dw[V * padded + i] == 777 && workspace[workspace.size() - 64 + i] == 'x');
+  for (int i = 0; i < 9; ++i) CHECK(logprob[N + i] == 777 && entropy[N + i] == 777);
+}
+
+int main() {
+  for (int64_t V : {1, 2, 15, 16, 17, 1000, 1024, 1025, 5000})
+    for (double temperature : {1.0, 0.4}) {
+      test_sample(5, V, temperature, 0, 1);
+      test_sample(5, V, temperature, 7, 1);
+      test_sample(5, V, temperature, 0, 0.6);
+      test_sample(5, V, temperature, 20, 0.8);
+    }
+  test_wrong_rows();
+  for (int64_t V : {1, 2, 16, 33, 255, 256, 257, 700})
+    for (int64_t C : {8, 64, 100}) {
+      test_logprob(7, V, C, 7);
+      test_logprob(20, V, C, 6);
+    }
+}

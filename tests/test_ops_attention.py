@@ -1,0 +1,175 @@
+"""Attention kernels against the plain definition in float64: never worse than twice PyTorch's own kernel."""
+
+import os
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinystory import ops
+from tinystory.ops import reference
+
+SHAPES = int(os.environ.get("TINYSTORY_TEST_SHAPES", "60"))  # 200 and more before a release
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def random_shape(rng):
+    length = rng.choice([1, 2, rng.randint(3, 70), rng.randint(3, 70), rng.randint(71, 300), rng.randint(301, 1100)])
+    return rng.choice([1, 1, 2]), length, rng.choice([1, 2, 3]), rng.choice([16, 32, 64, 64, 96, 128])
+
+
+def with_grad(attend, qkv, grad):
+    qkv = qkv.detach().clone().requires_grad_()
+    out = attend(qkv)
+    out.backward(grad)
+    return out.detach(), qkv.grad
+
+
+def sdpa(qkv):
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def assert_close(ours, theirs, exact, note):
+    """Our largest error is at most twice theirs, or four roundings of the largest value (64 in float64)."""
+    rounding = (64 if ours.dtype == torch.float64 else 4) * torch.finfo(ours.dtype).eps * exact.abs().max()
+    error, own = ((x.double() - exact).abs().max() for x in (ours, theirs))
+    assert error <= torch.maximum(2 * own, rounding), f"{note}: {error:.2e} against PyTorch's {own:.2e}"
+
+
+@pytest.mark.parametrize("case", range(SHAPES))
+def test_output_and_gradient_within_twice_pytorchs_error(case):
+    rng = random.Random(case)
+    torch.manual_seed(case)
+    b, t, h, d = random_shape(rng)
+    dtype = DTYPES[case % len(DTYPES)]
+    qkv = (torch.randn(b, t, 3, h, d) * rng.choice([0.3, 1, 2])).to(dtype)
+    grad = torch.randn(b, t, h, d).to(dtype)
+    exact = with_grad(reference.causal_attention, qkv.double(), grad.double())
+    for name, *three in zip(
+        ("out", "grad"), with_grad(ops.causal_attention, qkv, grad), with_grad(sdpa, qkv, grad), exact, strict=True
+    ):
+        assert_close(*three, (name, dtype, (b, t, h, d)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 50, 3, 32), (1, 113, 2, 64)])
+def test_dropout_forward_and_backward_draw_the_definitions_mask(dtype, shape):
+    qkv, grad = torch.randn(*shape[:2], 3, *shape[2:]).to(dtype), torch.randn(shape).to(dtype)
+
+    def attend(define):
+        return lambda x: define(x, 0.3, 2**40 + 5)
+
+    exact = with_grad(attend(reference.causal_attention), qkv.double(), grad.double())
+    own = with_grad(attend(reference.causal_attention), qkv, grad)
+    for three in zip(with_grad(attend(ops.causal_attention), qkv, grad), own, exact, strict=True):
+        assert_close(*three, dtype)
+
+
+def test_dropout_keeps_the_right_share_independently():
+    """Share kept over 2 * 3 * 128^2 weights: 6 standard deviations is a false alarm once in 5e8 runs."""
+    p, n = 0.25, 2 * 3 * 128 * 128
+    mask = reference.dropout_mask(2, 3, 128, p, seed=7)
+    kept = mask > 0
+    deviation = (p * (1 - p) / n) ** 0.5
+    assert abs(kept.double().mean() - (1 - p)) < 6 * deviation
+    assert set(mask.unique().tolist()) == {0.0, 1 / (1 - p)}
+    for other in (mask.roll(1, 3), mask.roll(1, 2), mask.roll(8, 2), mask.roll(8, 3), mask.roll(1, 1), mask.roll(1, 0)):
+        both = (kept & (other > 0)).double().mean()
+        assert abs(both - (1 - p) ** 2) < 6 * ((1 - p) ** 2 / n) ** 0.5
+    assert not torch.equal(mask, reference.dropout_mask(2, 3, 128, p, seed=8))
+
+
+def test_dropout_leaves_the_mean_alone():
+    qkv = torch.randn(1, 40, 3, 1, 32)
+    mean = sum(ops.causal_attention(qkv, 0.2, seed) for seed in range(800)) / 800
+    assert (mean - ops.causal_attention(qkv)).abs().max() < 0.12  # sd of an entry about 0.02 at most
+
+
+def test_gradcheck_in_float64():
+    for p in (0.0, 0.4):
+        qkv = torch.randn(1, 7, 3, 2, 16, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x, p=p: ops.causal_attention(x, p, 3), qkv, fast_mode=True)
+
+
+def test_opcheck():
+    ops.load()
+    qkv = torch.randn(1, 20, 3, 2, 32, requires_grad=True)
+    for p in (0.0, 0.1):
+        torch.library.opcheck(torch.ops.tinystory.causal_attention.default, (qkv, p, 3))
+    cache = torch.randn(2, 9, 2, 32)
+    torch.library.opcheck(
+        torch.ops.tinystory.decode_attention.default, (torch.randn(2, 2, 32), cache, cache, torch.tensor([1, 9]))
+    )
+
+
+def test_the_same_bits_at_any_thread_count_and_batch():
+    qkv, grad = torch.randn(3, 70, 3, 2, 64, requires_grad=True), torch.randn(3, 70, 2, 64)
+    threads = torch.get_num_threads()
+    results = []
+    for n in (1, 2, 5):
+        torch.set_num_threads(n)
+        results.append(with_grad(ops.causal_attention, qkv, grad))
+    torch.set_num_threads(threads)
+    alone = [with_grad(ops.causal_attention, qkv[i : i + 1], grad[i : i + 1]) for i in range(3)]
+    results.append([torch.cat(x) for x in zip(*alone, strict=True)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_large_scores_do_not_overflow_and_masked_values_do_not_leak():
+    qkv = torch.randn(1, 60, 3, 1, 32) * 300
+    exact = reference.causal_attention(qkv.double())
+    assert_close(ops.causal_attention(qkv), sdpa(qkv), exact, "large")
+    changed = qkv.clone()
+    changed[:, 40:] = 1e5
+    assert torch.equal(ops.causal_attention(qkv)[:, :40], ops.causal_attention(changed)[:, :40])
+
+
+@pytest.mark.parametrize(
+    "qkv, p, words",
+    [
+        (torch.zeros(1, 4, 2, 2, 32), 0.0, r"qkv must have shape \(B, T, 3, H, D\)"),
+        (torch.zeros(1, 4, 3, 2, 20), 0.0, "head size D"),
+        (torch.zeros(1, 4, 3, 2, 32, dtype=torch.int32), 0.0, "qkv must be float32"),
+        (torch.zeros(1, 3, 4, 2, 32).transpose(1, 2), 0.0, "qkv must be contiguous"),
+        (torch.zeros(1, 4, 3, 2, 32), 1.0, "dropout_p must be in"),
+    ],
+)
+def test_errors_name_the_argument(qkv, p, words):
+    with pytest.raises(RuntimeError, match=words):
+        ops.causal_attention(qkv, p)
+
+
+# --- decode_attention -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", range(16))
+def test_decode_within_twice_pytorchs_error(case):
+    rng = random.Random(case)
+    torch.manual_seed(case)
+    b, h, t, d = rng.randint(1, 6), rng.randint(1, 4), rng.randint(1, 300), rng.choice([16, 32, 64, 96, 128])
+    dtype = DTYPES[case % len(DTYPES)]
+    q = torch.randn(b, 3, h, d).to(dtype)[:, 1]  # a view, as the projection leaves it
+    k, v = torch.randn(2, b, h, t, d).to(dtype).transpose(2, 3)
+    lengths = torch.tensor([rng.randint(1, t) for _ in range(b)], dtype=rng.choice([torch.int32, torch.int64]))
+    exact = reference.decode_attention(q.double(), k.double(), v.double(), lengths)
+    mask = (torch.arange(t) < lengths[:, None])[:, None, None]
+    own = F.scaled_dot_product_attention(q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)[:, :, 0]
+    assert_close(ops.decode_attention(q, k, v, lengths), own, exact, (dtype, b, h, t, d))
+    k[torch.arange(t) >= lengths[:, None]] = float("nan")  # what lies beyond a row's length is never read
+    assert_close(ops.decode_attention(q, k, v, lengths), own, exact, "beyond")
+
+
+def test_decode_errors_name_the_argument():
+    q, cache = torch.zeros(2, 3, 32), torch.zeros(2, 5, 3, 32)
+    for args, words in [
+        ((q[0], cache, cache, torch.tensor([1, 1])), "q must have shape"),
+        ((q, cache[:, :, :1], cache, torch.tensor([1, 1])), "k_cache must have shape"),
+        ((q, cache, cache.double(), torch.tensor([1, 1])), "v_cache is Double but q is Float"),
+        ((q, cache, cache, torch.tensor([1])), "lengths must have shape"),
+        ((q, cache, cache, torch.tensor([1, 6])), r"lengths\[1\] is 6"),
+    ]:
+        with pytest.raises(RuntimeError, match=words):
+            ops.decode_attention(*args)

@@ -1,0 +1,173 @@
+"""token_logprob and cross_entropy against the plain definition in float64: at most twice PyTorch's own error.
+
+Error is the root mean square over a result; its largest entry may be three times PyTorch's, since with few entries the
+largest is a matter of luck."""
+
+import os
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinystory import ops
+from tinystory.ops import reference
+
+SHAPES = int(os.environ.get("TINYSTORY_TEST_SHAPES", "60"))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def problem(case):
+    rng = random.Random(case)
+    torch.manual_seed(case)
+    n, c, v = rng.randint(30, 150), rng.choice([8, 16, 33, 64, 256]), rng.choice([17, 64, rng.randint(20, 3000)])
+    dtype = DTYPES[case % len(DTYPES)]
+    hidden, weight = torch.randn(n, c).to(dtype), (torch.randn(v, c) * rng.choice([0.1, 0.5])).to(dtype)
+    return hidden, weight, torch.randint(v, (n,))
+
+
+def results(f, hidden, weight, dtype):
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+    outputs, loss = f(*leaves)
+    return [x.detach() for x in outputs] + list(torch.autograd.grad(loss, leaves))
+
+
+def assert_no_worse(ours, own, exact, note):
+    for i, (x, y, e) in enumerate(zip(ours, own, exact, strict=True)):
+        ulp = (256 if x.dtype == torch.float64 else 4) * torch.finfo(x.dtype).eps
+        for measure, times in ((rms, 2), (largest, 3)):
+            error, theirs = measure(x.double() - e), measure(y.double() - e)
+            bound = max(times * theirs, ulp * measure(e))
+            assert error <= bound, f"{note}, result {i}: {error:.2e} against PyTorch's {theirs:.2e}"
+
+
+def rms(x):
+    return float(x.square().mean().sqrt())
+
+
+def largest(x):
+    return float(x.abs().max())
+
+
+@pytest.mark.parametrize("case", range(SHAPES))
+def test_values_and_gradients_of_both_outputs(case):
+    hidden, weight, targets = problem(case)
+    g, ge = torch.randn(2, len(hidden), dtype=torch.float64) * torch.tensor([[1.0], [case % 3]])
+
+    def through(op):
+        def f(h, w):
+            logprob, entropy = op(h, w, targets)
+            return (logprob, entropy), (logprob * g + entropy * ge).sum()
+
+        return f
+
+    dtype = hidden.dtype
+    ours = results(through(ops.token_logprob), hidden, weight, dtype)
+    own = results(through(reference.token_logprob), hidden, weight, dtype)
+    assert_no_worse(ours, own, results(through(reference.token_logprob), hidden, weight, torch.float64), hidden.dtype)
+
+
+@pytest.mark.parametrize("case", range(SHAPES // 3))
+def test_cross_entropy(case):
+    hidden, weight, targets = problem(case)
+
+    def through(op):
+        def f(h, w):
+            loss = op(h, w)
+            return (loss,), 3 * loss
+
+        return f
+
+    def pytorch(h, w):
+        return F.cross_entropy((h @ w.T).to(torch.promote_types(h.dtype, torch.float32)), targets)
+
+    exact = results(through(pytorch), hidden, weight, torch.float64)
+    ours = results(through(lambda h, w: ops.cross_entropy(h, w, targets)), hidden, weight, hidden.dtype)
+    assert_no_worse(ours, results(through(pytorch), hidden, weight, hidden.dtype), exact, hidden.dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(ops.cross_entropy(hidden, weight, targets).double(), exact[0], atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("n, c, v", [(1, 1, 1), (1, 7, 2), (3, 64, 2), (2, 100, 257), (1500, 8, 9000)])
+def test_degenerate_sizes_and_several_chunks(n, c, v):
+    hidden, weight, targets = torch.randn(n, c), torch.randn(v, c), torch.randint(v, (n,))
+    g = torch.randn(2, n)
+
+    def through(op):
+        def f(h, w):
+            two = op(h, w, targets)
+            return two, (two[0] * g[0] + two[1] * g[1]).sum()
+
+        return f
+
+    exact = results(through(reference.token_logprob), hidden, weight, torch.float64)
+    for ours, e in zip(results(through(ops.token_logprob), hidden, weight, torch.float32), exact, strict=True):
+        assert (ours - e).abs().max() < 2e-5 * max(1, float(e.abs().max()))
+
+
+def test_gradcheck_in_float64():
+    hidden = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (6,))
+    assert torch.autograd.gradcheck(lambda h, w: ops.token_logprob(h, w, targets), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: ops.cross_entropy(h, w, targets), (hidden, weight))
+
+
+def test_autocast_multiplies_in_bfloat16_and_keeps_the_weight_gradient_wide():
+    hidden, weight = torch.randn(20, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
+    targets = torch.randint(50, (20,))
+    for op in (lambda *a: -ops.token_logprob(*a)[0].mean(), ops.cross_entropy):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = op(hidden, weight, targets)
+        grads = torch.autograd.grad(loss, (hidden, weight))
+        assert loss.dtype == grads[0].dtype == grads[1].dtype == torch.float32
+        rounded = [x.detach().bfloat16().float().requires_grad_() for x in (hidden, weight)]
+        want = F.cross_entropy(rounded[0] @ rounded[1].T, targets)
+        torch.testing.assert_close(loss, want, atol=0.05, rtol=0.02)
+        for x, y in zip(grads, torch.autograd.grad(want, rounded), strict=True):
+            assert (x - y).norm() < 0.02 * y.norm()
+
+
+def test_the_same_bits_at_any_thread_count():
+    hidden, weight = torch.randn(50, 32, requires_grad=True), torch.randn(300, 32, requires_grad=True)
+    targets, threads, seen = torch.randint(300, (50,)), torch.get_num_threads(), []
+    for n in (1, 2, 5):
+        torch.set_num_threads(n)
+        logprob, entropy = ops.token_logprob(hidden, weight, targets)
+        seen.append((logprob, entropy, *torch.autograd.grad((logprob + entropy).sum(), (hidden, weight))))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+
+
+def test_opcheck_and_compile():
+    ops.load()
+    hidden, weight = torch.randn(20, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(50, (20,))
+    for op in (torch.ops.tinystory.token_logprob, torch.ops.tinystory.cross_entropy):
+        torch.library.opcheck(op.default, (hidden, weight, targets))
+
+    def step(qkv, hidden, seed):
+        mixed = ops.causal_attention(qkv * 1.5, 0.1, seed).sum() + ops.cross_entropy(hidden * 2, weight, targets)
+        return mixed + ops.token_logprob(hidden * 2, weight, targets)[1].sum()
+
+    qkv = torch.randn(1, 9, 3, 1, 32, requires_grad=True)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for seed in (1, 2, 3):
+        a, b = (torch.autograd.grad(f(qkv, hidden, seed), (qkv, hidden, weight)) for f in (step, compiled))
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def test_errors_name_the_argument():
+    h, w, t = torch.randn(4, 8), torch.randn(10, 8), torch.tensor([0, 1, 2, 9])
+    for args, words in [
+        ((h[0], w, t), "hidden must have shape"),
+        ((h, w[:, :7], t), "weight must have shape"),
+        ((h, w, t[:3]), "targets must have shape"),
+        ((h, w, t.int()), "targets must be int64"),
+        ((h, w, t + 1), r"targets\[3\] is 10"),
+        ((h, w, t - 1), r"targets\[0\] is -1"),
+        ((h.int(), w, t), "hidden must be float32"),
+    ]:
+        with pytest.raises(RuntimeError, match=words):
+            ops.token_logprob(*args)

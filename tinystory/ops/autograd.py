@@ -1,0 +1,104 @@
+"""Gradients and shapes of the compiled operators, for autograd, torch.compile and torch.library.opcheck."""
+
+import torch
+from torch import Tensor
+
+ops = torch.ops.tinystory
+
+
+def register() -> None:
+    """To be called once, after the operators were loaded."""
+    for name, fake in {
+        "causal_attention": attention_fake,
+        "causal_attention_backward": attention_backward_fake,
+        "decode_attention": decode_fake,
+        "sample": sample_fake,
+        "token_logprob": token_logprob_fake,
+        "token_logprob_backward": token_logprob_backward_fake,
+        "cross_entropy": cross_entropy_fake,
+    }.items():
+        torch.library.register_fake(f"tinystory::{name}", fake)
+    for name, setup, backward in (
+        ("causal_attention", attention_setup, attention_backward),
+        ("token_logprob", token_logprob_setup, token_logprob_backward),
+        ("cross_entropy", cross_entropy_setup, cross_entropy_backward),
+    ):
+        torch.library.register_autograd(f"tinystory::{name}", backward, setup_context=setup)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+# --- causal_attention -------------------------------------------------------------------------------------------------
+def attention_fake(qkv, dropout_p, seed):
+    b, t, _, h, d = qkv.shape
+    return qkv.new_empty(b, t, h, d), qkv.new_empty(b, h, t, dtype=wide(qkv.dtype))
+
+
+def attention_backward_fake(grad_out, qkv, out, lse, dropout_p, seed):
+    return torch.empty_like(qkv)
+
+
+def attention_setup(ctx, inputs, output):
+    qkv, ctx.dropout_p, ctx.seed = inputs
+    ctx.save_for_backward(qkv, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def attention_backward(ctx, grad_out: Tensor, _):
+    if grad_out is None:
+        return None, None, None
+    qkv, out, lse = ctx.saved_tensors
+    return ops.causal_attention_backward(grad_out, qkv, out, lse, ctx.dropout_p, ctx.seed), None, None
+
+
+# --- decode_attention, sample -----------------------------------------------------------------------------------------
+def decode_fake(q, k_cache, v_cache, lengths):
+    return q.new_empty(q.shape)
+
+
+def sample_fake(logits, seed, rows, steps, temperature, top_k, top_p):
+    shape = logits.shape[:1]
+    of = {"dtype": torch.float32}
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, **of), logits.new_empty(shape, **of)
+
+
+# --- token_logprob ----------------------------------------------------------------------------------------------------
+def token_logprob_fake(hidden, weight, targets):
+    kinds = (wide(hidden.dtype), wide(hidden.dtype), torch.float64)
+    return tuple(hidden.new_empty(hidden.shape[:1], dtype=dtype) for dtype in kinds)
+
+
+def token_logprob_backward_fake(grad_logprob, grad_entropy, hidden, weight, targets, entropy, lse):
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+
+
+def token_logprob_setup(ctx, inputs, output):
+    _, entropy, lse = output
+    ctx.save_for_backward(*inputs, entropy, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def token_logprob_backward(ctx, grad_logprob: Tensor, grad_entropy: Tensor, _):
+    return *ops.token_logprob_backward(grad_logprob, grad_entropy, *ctx.saved_tensors), None
+
+
+# --- cross_entropy ----------------------------------------------------------------------------------------------------
+def cross_entropy_fake(hidden, weight, targets):
+    loss = hidden.new_empty((), dtype=wide(hidden.dtype))
+    return loss, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+
+
+def cross_entropy_setup(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def cross_entropy_backward(ctx, grad: Tensor, *_):
+    if grad is None:
+        return None, None, None
+    grad_hidden, grad_weight = ctx.saved_tensors
+    return grad_hidden * grad, grad_weight * grad, None

@@ -1,0 +1,157 @@
+"""Compiles csrc/ once for this machine and loads it: the operators `torch.ops.tinystory.*`.
+
+The library lies in `cache_dir()/kernels/<key>`, where the key says all that the machine code depends on. A build works
+in a folder of its own and appears under its key by one rename, so there is no lock: an interrupted build cannot block
+or spoil the next, and of two at once the first to finish wins.
+"""
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from tinystory.errors import UserError
+from tinystory.paths import cache_dir
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-march=native",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",  # sampling needs each float step as written; kernels write fma() where they want one
+]
+TORCH_FLAGS = ["-fopenmp"]  # only for ops.cpp: at::parallel_for is a template over OpenMP
+
+
+def load() -> None:
+    """Build the kernels if need be and register them with torch.
+
+    Raises UserError if there is no C++ compiler, or with its message if it fails."""
+    library = build()
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise UserError(f"cannot load the kernels ({error}); delete {library.parent} and start again") from None
+
+
+def build() -> Path:
+    """Path of the compiled library, built first if it is not in the cache."""
+    if not CSRC.is_dir():
+        raise UserError(f"no kernel sources in {CSRC}: install with `pip install -e .` from a clone of the repository")
+    compiler = find_compiler()
+    sources = sorted(CSRC.glob("*.cpp")) + sorted((CSRC / "cpu").glob("*.cpp"))
+    home = cache_dir() / "kernels"
+    folder = home / cache_key(compiler)
+    library = folder / "tinystory.so"
+    if library.exists():
+        return library
+
+    started = time.monotonic()
+    print("tinystory: compiling the kernels once for this machine ...", end=" ", file=sys.stderr, flush=True)
+    home.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(home)
+    with tempfile.TemporaryDirectory(dir=home, prefix="building-", ignore_cleanup_errors=True) as temporary:
+        work = Path(temporary)
+        compile_all(compiler, sources, work)
+        with open(work / library.name, "rb") as file:
+            os.fsync(file.fileno())
+        finished = work / "finished"
+        finished.mkdir()
+        os.rename(work / library.name, finished / library.name)
+        try:
+            os.rename(finished, folder)
+        except OSError:
+            if not library.exists():  # else another process built the same at the same time
+                raise
+    print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
+    return library
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command: $CXX, else the first of c++, g++, clang++."""
+    if os.environ.get("CXX"):
+        command = shlex.split(os.environ["CXX"])
+        if not shutil.which(command[0]):
+            raise UserError(f"CXX names {command[0]}, which is not there; unset CXX or name a C++ compiler")
+        return command
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise UserError(
+        "no C++ compiler found: install one (Debian, Ubuntu: apt install g++), or set TINYSTORY_KERNELS=reference"
+        " to run in plain PyTorch"
+    )
+
+
+def cache_key(compiler: list[str]) -> str:
+    """Hash of everything the machine code depends on."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    parts = [torch.__version__, *compiler, version, *FLAGS, *TORCH_FLAGS, cpu()]
+    for source in sorted(CSRC.rglob("*")):
+        if source.suffix in (".cpp", ".h", ".cu", ".cuh"):
+            parts += [source.name, source.read_text()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def cpu() -> str:
+    """What -march=native looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def compile_all(compiler: list[str], sources: list[Path], work: Path) -> None:
+    """Compile each source and link work/tinystory.so."""
+    root = Path(torch.__file__).parent
+    includes = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+
+    def compile_one(source: Path) -> str:
+        target = str(work / f"{source.stem}.o")
+        extra = [*TORCH_FLAGS, *includes] if source.name == "ops.cpp" else []
+        run([*compiler, *FLAGS, abi, *extra, "-c", str(source), "-o", target], work)
+        return target
+
+    with ThreadPoolExecutor(max_workers=jobs()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    libraries = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    run([*compiler, "-shared", *TORCH_FLAGS, *objects, *libraries, "-o", str(work / "tinystory.so")], work)
+
+
+def jobs() -> int:
+    """Compilers at once: $MAX_JOBS, else the processors this process may use, at most 8 (ops.cpp takes 1.5 GB)."""
+    wanted = os.environ.get("MAX_JOBS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else min(8, len(os.sched_getaffinity(0)))
+
+
+def run(command: list[str], work: Path) -> None:
+    result = subprocess.run(command, cwd=work, capture_output=True, text=True)
+    if result.returncode:
+        print("failed", file=sys.stderr)
+        said = (result.stderr or result.stdout).strip()
+        raise UserError(
+            f"the kernels do not compile; {command[0]} says:\n{said[:4000]}\n"
+            "(set TINYSTORY_KERNELS=reference to run in plain PyTorch)"
+        )
+
+
+def remove_leftovers(home: Path) -> None:
+    """Folders of builds that were killed more than an hour ago."""
+    for folder in home.glob("building-*"):
+        if time.time() - folder.stat().st_mtime > 3600:
+            shutil.rmtree(folder, ignore_errors=True)

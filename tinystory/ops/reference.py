@@ -1,0 +1,131 @@
+"""What each operator means, in plain PyTorch: any device, any float type, differentiable, no care for speed or memory.
+
+The kernels are tested against these definitions. Random numbers come from the same Philox counters as in csrc/philox.h,
+so dropout masks and sampled tokens are the same bit for bit.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+WORD = 0xFFFFFFFF
+
+
+def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
+    """softmax(Q K^T / sqrt(D), keys up to the query) V of packed (B, T, 3, H, D) -> (B, T, H, D)."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=qkv.device).tril()
+    weights = scores.masked_fill(~causal, -math.inf).softmax(-1)
+    if dropout_p > 0:
+        weights = weights * dropout_mask(*scores.shape[:3], dropout_p, seed, qkv.device).to(weights.dtype)
+    return (weights @ v).transpose(1, 2).contiguous()
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+    """One query a row, q (B, H, D), over the first lengths[b] of (B, T_max, H, D) cached keys -> (B, H, D)."""
+    scores = torch.einsum("bhd,bthd->bht", q, k_cache) / math.sqrt(q.size(-1))
+    beyond = torch.arange(k_cache.size(1), device=q.device) >= lengths[:, None]
+    weights = scores.masked_fill(beyond[:, None], -math.inf).softmax(-1)
+    return torch.einsum("bht,bthd->bhd", weights, v_cache.masked_fill(beyond[:, :, None, None], 0))
+
+
+def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(hidden weight^T): log-probability of targets and entropy, in float32 (float64 for float64)."""
+    logits = hidden @ weight.to(hidden.dtype).T
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -logprob over the rows."""
+    return -token_logprob(hidden, weight, targets)[0].mean()
+
+
+def sample(
+    logits: Tensor, seed: int, rows: Tensor, steps: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A token a row of (B, V) logits, with log-probability and entropy before top-k and top-p."""
+    if not bool((logits < math.inf).all()):
+        raise RuntimeError(f"sample: logits row {int((~(logits < math.inf)).any(1).nonzero()[0])} holds NaN or +inf")
+    if bool((logits == -math.inf).all(1).any()):
+        raise RuntimeError(f"sample: logits row {int((logits == -math.inf).all(1).nonzero()[0])} is -inf throughout")
+    weights = sampling_weights(logits, temperature)
+    # The most likely first; among equals the lowest index first.
+    order = (logits.float() + 0.0).sort(dim=1, descending=True, stable=True).indices
+    ranked = weights.gather(1, order)
+    if 0 < top_k < logits.size(1):
+        ranked[:, top_k:] = 0
+    if top_p < 1:
+        fixed = max(1, int(top_p * 2**30 + 0.5))
+        total = ranked.sum(1, keepdim=True)
+        low = (total & 0x3FFFFFFF) * fixed
+        need = (total >> 30) * fixed + (low >> 30) + ((low & 0x3FFFFFFF) != 0)
+        ranked = ranked.masked_fill(ranked.cumsum(1) - ranked >= need, 0)
+    cumulative = torch.zeros_like(weights).scatter(1, order, ranked).cumsum(1)
+    draw = below(sample_bits(seed, rows, steps), cumulative[:, -1])
+    tokens = torch.searchsorted(cumulative, draw[:, None], right=True)[:, 0]
+    log_p = (logits.double() / temperature).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p.clamp_min(-1e4)).sum(-1)
+    return tokens, log_p.gather(1, tokens[:, None])[:, 0].float(), entropy.float()
+
+
+# --- random numbers ---------------------------------------------------------------------------------------------------
+
+
+def philox(seed: int, counter: list[Tensor | int]) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, in int64 tensors, per 4-word counter."""
+    x, y, z, w = counter
+    key0, key1 = seed & WORD, seed >> 32 & WORD
+    for _ in range(10):
+        a, b = x * 0xD2511F53, z * 0xCD9E8D57  # int64 wraps, but its 64 bits are those of the unsigned product
+        x, y, z, w = (b >> 32 & WORD) ^ y ^ key0, b & WORD, (a >> 32 & WORD) ^ w ^ key1, a & WORD
+        key0, key1 = key0 + 0x9E3779B9 & WORD, key1 + 0xBB67AE85 & WORD
+    return [x, y, z, w]
+
+
+def dropout_mask(batch: int, heads: int, length: int, p: float, seed: int, device=None) -> Tensor:
+    """(batch, heads, length, length): 0 or the scale 1 / (1 - p), with p rounded to a multiple of 2^-16."""
+    threshold = int(p * 65536 + 0.5)
+    head = torch.arange(batch * heads, device=device)[:, None, None]
+    i = torch.arange(length, device=device)[:, None]
+    j = torch.arange(length, device=device)
+    lane = i % 8 * 4 + j % 8 // 2
+    words = torch.stack(philox(seed, [i // 16 * 32 + lane, (j // 16).expand_as(lane), head, 0]))
+    which = (i % 16 // 8 + j % 16 // 8 * 2).expand(words.shape[1:])
+    bits = words.gather(0, which[None])[0] >> (j % 2 * 16) & 0xFFFF
+    keep = (bits >= threshold).double() * (65536 / (65536 - threshold))
+    return keep.view(batch, heads, length, length)
+
+
+def sample_bits(seed: int, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """64 random bits for each (row id, step): high and low 32-bit words."""
+    low, high, _, _ = philox(seed, [rows & WORD, rows >> 32 & WORD, steps & WORD, 1])
+    return high, low
+
+
+# --- fixed-point weights (csrc/weights.h) -----------------------------------------------------------------------------
+EXP2 = (1.0, 0.69314718246, 0.24022647738, 0.05550332367, 0.00961843692, 0.00133988750, 0.00015353362)
+
+
+def sampling_weights(logits: Tensor, temperature: float) -> Tensor:
+    """floor(2^40 * 2^t), t = (logit - highest) * log2(e) / temperature, each step rounded to float32 by itself."""
+    logits = logits.float()
+    scale = torch.tensor(1.4426950408889634 / temperature, dtype=torch.float32, device=logits.device)
+    t = ((logits - logits.amax(1, keepdim=True)) * scale).clamp_min(-60)
+    n = t.round()
+    f = t - n
+    p = torch.full_like(f, EXP2[6])
+    for coefficient in EXP2[5::-1]:
+        p = p * f + coefficient
+    return ((p * 2.0**24).to(torch.int64) << 16) >> -n.to(torch.int64)
+
+
+def below(bits: tuple[Tensor, Tensor], total: Tensor) -> Tensor:
+    """floor(bits * total / 2^64) for 64 bits given as high and low words, total < 2^62."""
+    high, low = bits
+    total_high, total_low = total >> 32, total & WORD
+    middle = (low * total_low >> 32 & WORD) + (low * total_high & WORD) + (high * total_low & WORD)
+    carry = (low * total_high >> 32) + (high * total_low >> 32 & WORD) + (middle >> 32)
+    return high * total_high + carry
