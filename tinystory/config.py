@@ -28,7 +28,7 @@ class PretrainConfig:
         ["builtin"], "builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)"
     )
     out: str = option("runs/pretrain", "folder of the run")
-    words: int = option(1_000_000, "words to read in all, repeats counted")
+    words: int = option(2_000_000, "words to read in all, repeats counted")
     seed: int = option(0, "of initialisation, data order and dropout")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
     dtype: str = option("auto", "auto, float32 or bfloat16 (products only: weights and optimiser stay float32)")
@@ -41,11 +41,11 @@ class PretrainConfig:
     vocab_size: int = option(2048, "tokens, trained on the corpus; five are special")
     dropout: float = option(0.0, "embedding, attention and residual dropout")
 
-    batch_size: int = option(16, "sequences a step")
+    batch_size: int = option(8, "sequences a step")
     micro_batch_size: int = option(16, "sequences at once; the gradient is accumulated over a step")
     learning_rate: float = option(2e-3, "peak rate of AdamW")
     final_learning_rate: float = option(0.0, "rate at the last word")
-    warmup: float = option(0.02, "share of the words over which the rate rises linearly")
+    warmup: float = option(0.05, "share of the words over which the rate rises linearly")
     beta1: float = option(0.9, "AdamW")
     beta2: float = option(0.99, "AdamW")
     eps: float = option(1e-8, "AdamW")
@@ -93,21 +93,21 @@ class InteractConfig:
     length_weight: float = option(0.4, "weight of the length term beside the teacher's score")
     length_words: int = option(90, "words at which the length term is whole")
 
-    learning_rate: float = option(5e-5, "of Adam, constant")
+    learning_rate: float = option(1e-4, "of Adam, constant")
     adam_eps: float = option(1e-8, "of Adam")
     epochs: int = option(4, "PPO passes over a step's stories")
     minibatch_size: int = option(0, "stories a gradient step; 0 is all of them")
     micro_batch_size: int = option(32, "stories at once; the gradient is accumulated over a minibatch")
     gamma: float = option(1.0, "discount")
-    lam: float = option(0.95, "of generalised advantage estimation")
+    lam: float = option(1.0, "of generalised advantage estimation")
     clip_ratio: float = option(0.2, "PPO ratio clip")
     clip_value: float = option(0.2, "value clip")
-    value_coef: float = option(0.1, "weight of the value loss")
-    value_dropout: float = option(0.1, "dropout before the value head, in the update")
+    value_coef: float = option(1.0, "weight of the value loss")
+    value_dropout: float = option(0.0, "dropout before the value head, in the update")
     max_ratio: float = option(10.0, "a minibatch whose mean ratio exceeds it is skipped and counted")
     grad_clip: float = option(0.0, "largest gradient norm; 0 is no clipping")
-    kl_coef: float = option(0.2, "first weight of the KL penalty against the starting checkpoint")
-    kl_target: float = option(6.0, "nats a story that the weight steers to")
+    kl_coef: float = option(0.004, "first weight of the KL penalty against the starting checkpoint")
+    kl_target: float = option(40.0, "nats a story that the weight steers to")
     kl_horizon: float = option(10_000.0, "stories over which it steers")
 
     save_every: int = option(20, "steps between checkpoints to resume from; word milestones are kept besides")
@@ -121,7 +121,8 @@ _PAPER_PRETRAIN = dict(
 )  # fmt: skip
 _PAPER_INTERACT = dict(
     teacher_max_tokens=6, steps=920, stories_per_step=360, max_new_tokens=90, learning_rate=1e-6, epochs=4,
-    minibatch_size=0, value_dropout=0.1, grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
+    minibatch_size=0, gamma=1.0, lam=0.95, value_coef=0.1, value_dropout=0.1, grad_clip=0.0,
+    kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
 
 # Source of `paper`: arXiv 2509.15714 and its public code; `babylm-2025` is the same within the track's limits.

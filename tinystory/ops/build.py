@@ -2,7 +2,8 @@
 
 The library lies in `cache_dir()/kernels/<key>`, where the key says all that the machine code depends on. A build works
 in a folder of its own and appears under its key by one rename, so there is no lock: an interrupted build cannot block
-or spoil the next, and of two at once the first to finish wins.
+or spoil the next, and of two at once the first to finish wins. (torch.utils.cpp_extension says where torch's headers and
+libraries are; its `load` would leave a lock that a killed build never opens.)
 """
 
 import hashlib
@@ -117,8 +118,9 @@ def cpu() -> str:
 
 def compile_all(compiler: list[str], sources: list[Path], work: Path) -> None:
     """Compile each source and link work/tinystory.so."""
-    root = Path(torch.__file__).parent
-    includes = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
+    from torch.utils import cpp_extension  # here, because it takes a while to import
+
+    includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
 
     def compile_one(source: Path) -> str:
@@ -129,7 +131,8 @@ def compile_all(compiler: list[str], sources: list[Path], work: Path) -> None:
 
     with ThreadPoolExecutor(max_workers=jobs()) as pool:
         objects = list(pool.map(compile_one, sources))
-    libraries = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    libraries = [flag for path in cpp_extension.library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    libraries += ["-ltorch_cpu", "-lc10"]
     run([*compiler, "-shared", *TORCH_FLAGS, *objects, *libraries, "-o", str(work / "tinystory.so")], work)
 
 
