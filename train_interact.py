@@ -26,7 +26,7 @@ from tinystory.report import write_report
 from tinystory.rl import ppo
 from tinystory.rl.budget import Budget
 from tinystory.rl.reward import load_score, story_reward
-from tinystory.rl.rollout import Story, collate, encode_opening, require_room, rollout
+from tinystory.rl.rollout import Story, collate, distinct_ngrams, encode_opening, require_room, rollout
 from tinystory.runlog import SAMPLES, RunLog, atomic_write, read_metrics, read_stories
 from tinystory.student import checkpoint
 from tinystory.student.model import ValueHead
@@ -181,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
                     step=step, reward_mean=scores.mean(), reward_std=scores.std(), **score_means(grades),
                     kl=kl_mean, kl_coef=kl_coef, entropy=sum(float(s.entropies.sum()) for s in stories) / n,
                     length_mean=sum(s.words for s in stories) / n, tokens_mean=sum(len(s.tokens) for s in stories) / n,
+                    distinct_4=distinct_ngrams([s.text for s in stories]),
                     words_in=budget.words_in, words_out=budget.words_out, unscored=n - len(scored),
                     rollout_s=rollout_s, reference_s=reference_s, teacher_s=teacher_s, update_s=update_s, **stats,
                 )  # fmt: skip

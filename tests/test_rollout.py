@@ -5,7 +5,7 @@ import torch
 
 from tinystory.errors import UserError
 from tinystory.rl import ppo
-from tinystory.rl.rollout import collate, encode_opening, rollout
+from tinystory.rl.rollout import collate, distinct_ngrams, encode_opening, rollout
 from tinystory.student.model import ValueHead
 
 OPENING = "Once upon a time,"
@@ -95,3 +95,9 @@ def test_greedy_at_temperature_zero(student, tokenizer):
 def test_a_context_too_short_is_told(student, tokenizer):
     with pytest.raises(UserError, match="--max-new-tokens"):
         write(student, tokenizer, max_new_tokens=64)
+
+
+def test_distinct_ngrams_tell_collapse():
+    assert distinct_ngrams(["a b c d e", "f g h i"]) == 1.0
+    assert distinct_ngrams(["a b c d e"] * 4) == 0.25
+    assert distinct_ngrams(["a b", ""]) is None

@@ -30,6 +30,7 @@ STUDENT_CURVES = {
     "reward_std": "Spread of reward within a step",
     "kl": "KL of a story from the first student, nats",
     "kl_coef": "KL coefficient",
+    "distinct_4": "Different 4-grams among a step's stories",
 }
 PPO_CURVES = {
     "policy_loss": "Policy loss",

@@ -2,8 +2,8 @@
 
 The library lies in `cache_dir()/kernels/<key>`, where the key says all that the machine code depends on. A build works
 in a folder of its own and appears under its key by one rename, so there is no lock: an interrupted build cannot block
-or spoil the next, and of two at once the first to finish wins. (torch.utils.cpp_extension says where torch's headers and
-libraries are; its `load` would leave a lock that a killed build never opens.)
+or spoil the next, and of two at once the first to finish wins. (torch.utils.cpp_extension says where torch's headers
+and libraries are; its `load` would leave a lock that a killed build never opens.)
 """
 
 import hashlib

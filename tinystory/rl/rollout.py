@@ -122,6 +122,13 @@ def encode_opening(tokenizer: Tokenizer, opening: str) -> list[int]:
     return [tokenizer.eos, *tokenizer.encode(opening)]
 
 
+def distinct_ngrams(texts: list[str], n: int = 4) -> float | None:
+    """Different word n-grams of all texts together over all their n-grams (Li et al. 2016, arXiv 1510.03055): towards 0
+    when the texts are one and the same. None where there are no n-grams."""
+    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
 def collate(stories: list[Story], tokenizer: Tokenizer, opening: str, device: torch.device) -> Batch:
     """Stories -> right-padded tensors for PPO."""
 
