@@ -28,7 +28,7 @@ class PretrainConfig:
         ["builtin"], "builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)"
     )
     out: str = option("runs/pretrain", "folder of the run")
-    words: int = option(2_000_000, "words to read in all, repeats counted")
+    words: int = option(3_000_000, "words to read in all, repeats counted")
     seed: int = option(0, "of initialisation, data order and dropout")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
     dtype: str = option("auto", "auto, float32 or bfloat16 (products only: weights and optimiser stay float32)")
@@ -84,7 +84,7 @@ class InteractConfig:
     opening: str = option(
         "Let me tell you a long, magical tale. Once upon a time, in a faraway land,", "every story begins so"
     )
-    steps: int = option(120, "PPO steps at most")
+    steps: int = option(60, "PPO steps at most")
     stories_per_step: int = option(64, "stories a step")
     max_new_tokens: int = option(90, "longest story, in tokens")
     temperature: float = option(1.0, "sampling temperature of the student")
@@ -93,7 +93,7 @@ class InteractConfig:
     length_weight: float = option(0.4, "weight of the length term beside the teacher's score")
     length_words: int = option(90, "words at which the length term is whole")
 
-    learning_rate: float = option(1e-4, "of Adam, constant")
+    learning_rate: float = option(5e-5, "of Adam, constant")
     adam_eps: float = option(1e-8, "of Adam")
     epochs: int = option(4, "PPO passes over a step's stories")
     minibatch_size: int = option(0, "stories a gradient step; 0 is all of them")
@@ -106,8 +106,8 @@ class InteractConfig:
     value_dropout: float = option(0.0, "dropout before the value head, in the update")
     max_ratio: float = option(10.0, "a minibatch whose mean ratio exceeds it is skipped and counted")
     grad_clip: float = option(0.0, "largest gradient norm; 0 is no clipping")
-    kl_coef: float = option(0.004, "first weight of the KL penalty against the starting checkpoint")
-    kl_target: float = option(40.0, "nats a story that the weight steers to")
+    kl_coef: float = option(0.1, "first weight of the KL penalty against the starting checkpoint")
+    kl_target: float = option(6.0, "nats a story that the weight steers to")
     kl_horizon: float = option(10_000.0, "stories over which it steers")
 
     save_every: int = option(20, "steps between checkpoints to resume from; word milestones are kept besides")
