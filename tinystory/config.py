@@ -84,7 +84,7 @@ class InteractConfig:
     opening: str = option(
         "Let me tell you a long, magical tale. Once upon a time, in a faraway land,", "every story begins so"
     )
-    steps: int = option(60, "PPO steps at most")
+    steps: int = option(80, "PPO steps at most")
     stories_per_step: int = option(64, "stories a step")
     max_new_tokens: int = option(90, "longest story, in tokens")
     temperature: float = option(1.0, "sampling temperature of the student")
