@@ -1,0 +1,30 @@
+// From a dtype (and head size) known at run time to kernels compiled for it.
+#pragma once
+#include "primitives.cuh"
+
+namespace tinystory::cuda {
+
+// Calls f with a number of the dtype's type.
+template <class F>
+void dispatch_dtype(DType dtype, const char* op, const F& f) {
+  if (dtype == DType::f32) f(float{});
+  else if (dtype == DType::bf16) f(bf16{});
+  else if (dtype == DType::f16) f(f16{});
+  else throw std::invalid_argument(std::string(op) + " on CUDA: float64 is not implemented");
+}
+
+// Calls f.run<E, D>() for a dtype and a head size.
+template <class F>
+void dispatch_attention(DType dtype, int64_t D, const char* op, const F& f) {
+  dispatch_dtype(dtype, op, [&](auto e) {
+    using E = decltype(e);
+    if (D == 32) f.template run<E, 32>();
+    else if (D == 64) f.template run<E, 64>();
+    else if (D == 128) f.template run<E, 128>();
+    else
+      throw std::invalid_argument(std::string(op) + " on CUDA: head size must be 32, 64 or 128, not " +
+                                  std::to_string(D));
+  });
+}
+
+}  // namespace tinystory::cuda

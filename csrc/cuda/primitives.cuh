@@ -1,0 +1,269 @@
+// Everything the kernels use that is not plain C++. Under nvcc these are PTX instructions and intrinsics for sm_80 and
+// up; under a C++ compiler tests/native/simt stands in, so that the kernels run unchanged where there is no GPU.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../philox.h"
+#include "launchers.cuh"
+
+namespace tinystory::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr int kMostShared = 163 << 10;  // bytes a block may have on sm_80, the least of the devices meant here
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+struct alignas(16) Vec16 {
+  uint32_t word[4];
+};
+
+}  // namespace tinystory::cuda
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+
+namespace tinystory::cuda {
+
+// --- threads ---------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ __align__(128) char shared[];
+  return shared;
+}
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int source) {
+  return __shfl_sync(0xffffffffu, value, source);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+__device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+__device__ __forceinline__ int lowest_bit(uint32_t x) { return __ffs(int(x)) - 1; }
+__device__ __forceinline__ void atomic_add_shared(uint64_t* p, uint64_t x) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
+}
+
+// --- arithmetic ------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// A sum and a product that the compiler may not fuse.
+__device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float bits_float(uint32_t u) { return __uint_as_float(u); }
+
+// x, but what is computed from it stays where it is: addresses that a loop could compute once for all its rounds are
+// cheaper to compute again than to hold in registers that the loop is short of.
+__device__ __forceinline__ int recomputed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Two numbers of 16 bits in one register, the first in the low half.
+template <class E>
+__device__ __forceinline__ uint32_t pack2(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack2<bf16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t pack2<f16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+__device__ __forceinline__ float to_float(f16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+template <class E>
+__device__ __forceinline__ E from_float(float x) {
+  return {uint16_t(pack2<E>(x, 0.0f))};
+}
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <class E>
+__device__ __forceinline__ float low_half(uint32_t pair) {
+  return to_float(E{uint16_t(pair)});
+}
+template <class E>
+__device__ __forceinline__ float high_half(uint32_t pair) {
+  return to_float(E{uint16_t(pair >> 16)});
+}
+
+// --- memory ----------------------------------------------------------------------------------------------------------
+// 16 bytes at a multiple of 16. As PTX, since the compiler splits what it cannot prove aligned.
+__device__ __forceinline__ Vec16 load16(const void* p) {
+  Vec16 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(p));
+  return v;
+}
+__device__ __forceinline__ void store16(void* p, Vec16 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
+               "r"(v.word[3])
+               : "memory");
+}
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ Vec16 load16_shared(const void* p) {
+  Vec16 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "r"(shared_address(p))
+               : "memory");
+  return v;
+}
+// From global to shared memory without passing through registers; zeros if not valid. The copy is there for the thread
+// that issued it after copy_wait, for the others after a barrier that follows.
+__device__ __forceinline__ void copy_async16(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void copy_async4(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kNewestLeft>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNewestLeft) : "memory");
+}
+
+// --- tensor cores ----------------------------------------------------------------------------------------------------
+// Four 8 x 8 matrices of 16-bit numbers; lane 8 i + j brings the address of matrix i's row j.
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8).
+template <class E>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ __forceinline__ void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void mma<f16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// --- launch ----------------------------------------------------------------------------------------------------------
+inline void check(cudaError_t e) {
+  if (e != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(e));
+}
+template <class Params>
+void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
+            const Params& params) {
+  if (blocks > INT32_MAX) throw std::invalid_argument("CUDA: more than 2^31 - 1 blocks");
+  if (shared_bytes > 48 << 10)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+  kernel<<<unsigned(blocks), unsigned(threads), shared_bytes, stream>>>(params);
+  check(cudaGetLastError());
+}
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+}  // namespace tinystory::cuda
+#else
+#include "simt_primitives.h"
+#endif
+
+// --- built from the above --------------------------------------------------------------------------------------------
+namespace tinystory::cuda {
+
+__device__ __forceinline__ int lane_id() { return int(threadIdx.x) % kWarpSize; }
+// From lane 0, so that the compiler knows it for the same in all lanes and keeps the warp together at branches on it.
+__device__ __forceinline__ int warp_id() { return shuffle(int(threadIdx.x) / kWarpSize, 0); }
+
+// Sum or maximum over the `kLanes` neighbouring lanes that this lane belongs to.
+template <int kLanes = kWarpSize, class T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int mask = 1; mask < kLanes; mask *= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+template <int kLanes = kWarpSize>
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int mask = 1; mask < kLanes; mask *= 2) x = fmaxf(x, shuffle_xor(x, mask));
+  return x;
+}
+
+// Sum over the lanes up to and with this one.
+template <class T>
+__device__ __forceinline__ T warp_running_sum(T x) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const T before = shuffle(x, lane - step);
+    if (lane >= step) x += before;
+  }
+  return x;
+}
+
+// The 16-byte vector's numbers as floats, and back.
+template <class E>
+constexpr int kPerVec16 = 16 / int(sizeof(E));
+__device__ __forceinline__ void unpack(float (&x)[4], Vec16 v, float) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = bits_float(v.word[i]);
+}
+template <class E>
+__device__ __forceinline__ void unpack(float (&x)[8], Vec16 v, E) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[2 * i] = low_half<E>(v.word[i]), x[2 * i + 1] = high_half<E>(v.word[i]);
+}
+__device__ __forceinline__ Vec16 pack(const float (&x)[4], float) {
+  return {{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])}};
+}
+template <class E>
+__device__ __forceinline__ Vec16 pack(const float (&x)[8], E) {
+  return {{pack2<E>(x[0], x[1]), pack2<E>(x[2], x[3]), pack2<E>(x[4], x[5]), pack2<E>(x[6], x[7])}};
+}
+
+}  // namespace tinystory::cuda

@@ -1,0 +1,291 @@
+// Sampling by inverse cumulative weight in fixed point (../weights.h), one block a row; the same draw as
+// ../cpu/sampling.cpp.
+//
+// The row is read for its highest logit, then for sums of weights, a warp at a time over its own stretch of the row,
+// then one warp reads its stretch again for the token. Top-k and top-p find their threshold by a radix search over
+// order-preserving keys, three histograms of at most 2048 buckets: nothing is sorted. Later readings come from the
+// cache.
+#include "../weights.h"
+#include "rows.cuh"
+
+namespace tinystory::cuda {
+namespace {
+
+constexpr int kThreads = 1024, kWarps = kThreads / kWarpSize, kBuckets = 2048;
+constexpr double kLn2Double = 0.6931471805599453;
+
+struct SampleParams {
+  const void* logits;
+  int V;
+  const int64_t *rows, *steps;
+  uint64_t seed, top_p;  // as top_p_fixed has it; 0: off
+  int top_k;             // 0: off
+  float scale;           // weight_scale(temperature)
+  double temperature;
+  int64_t* tokens;
+  float *logprobs, *entropy;
+};
+
+struct Weight {
+  uint64_t fixed;
+  float product;  // t * 2^t, for the entropy
+};
+// Step for step what ../cpu/sampling.cpp does with vectors.
+__device__ __forceinline__ Weight weigh(float logit, float top, float scale) {
+  const float t = fmaxf(mul_rn(add_rn(logit, -top), scale), kLowest);
+  const float shifted = add_rn(t, kRounder), f = add_rn(t, -add_rn(shifted, -kRounder));
+  constexpr float c[7] = {kExp2[0], kExp2[1], kExp2[2], kExp2[3], kExp2[4], kExp2[5], kExp2[6]};
+  float p = c[6];
+#pragma unroll
+  for (int i = 5; i >= 0; --i) p = add_rn(mul_rn(p, f), c[i]);
+  const int n = int(float_bits(shifted)) - kRounderBits;
+  const uint64_t mantissa = uint64_t(uint32_t(mul_rn(p, 16777216.0f)));
+  return {(mantissa << (kWeightBits - 24)) >> -n, t * bits_float(float_bits(p) + (uint32_t(n) << 23))};
+}
+__device__ __forceinline__ float logit_of_key(uint32_t key) { return bits_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+
+// The tokens that stay: those whose keys are above `key`, and of those equal to it the first `ties`.
+struct Cut {
+  uint32_t key;
+  uint64_t ties;
+};
+
+struct Shared {
+  uint64_t histogram[kBuckets], sums[kWarps];
+  uint32_t equal[kWarps];
+};
+
+template <class E>
+struct RowSampler {
+  static constexpr int kPiece = LogitRow<E>::kPiece;
+  LogitRow<const E> row;
+  float top, scale;
+  Shared& shared;
+  int warp_begin, warp_end;  // this warp's stretch
+
+  template <class F>
+  __device__ __forceinline__ void each(const F& f) const {
+    for (int v = warp_begin + lane_id() * kPiece; v < warp_end; v += kWarpSize * kPiece) {
+      float x[kPiece];
+      row.load(x, v, -INFINITY);
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i)
+        if (v + i < row.V) f(x[i]);
+    }
+  }
+
+  template <class T>
+  __device__ __forceinline__ T block_sum(T x) const {
+    return block_combine(x, reinterpret_cast<T*>(shared.sums), [](T a, T b) { return a + b; });
+  }
+  __device__ __forceinline__ float block_max(float x) const {
+    return block_combine(x, reinterpret_cast<float*>(shared.sums), [](float a, float b) { return fmaxf(a, b); });
+  }
+
+  __device__ __forceinline__ uint64_t weight_of_key(uint32_t key) const {
+    return weigh(logit_of_key(key), top, scale).fixed;
+  }
+
+  // Of the buckets, the highest such that it and those above it together hold at least `need`; `need` becomes what this
+  // one must give. Every warp finds it by itself: first which 64 buckets, then which of them.
+  __device__ __forceinline__ uint32_t find_bucket(uint64_t& need) const {
+    const int warp = int(threadIdx.x) / kWarpSize, lane = lane_id();
+    const uint64_t* mine = shared.histogram + warp * 64 + 2 * lane;
+    const uint64_t sum = warp_sum(mine[0] + mine[1]);
+    if (lane == 0) shared.sums[warp] = sum;
+    sync_block();
+    const uint64_t level = shared.sums[kWarps - 1 - lane], levels = warp_running_sum(level);
+    const int first = lowest_bit(ballot(levels >= need) | 1u << 31);
+    need -= shuffle(levels - level, first);
+    const int high = (kWarps - first) * 64 - 1 - 2 * lane;
+    const uint64_t upper = shared.histogram[high], both = upper + shared.histogram[high - 1];
+    const uint64_t running = warp_running_sum(both);
+    const int second = lowest_bit(ballot(running >= need) | 1u << 31);
+    need -= shuffle(running - both, second);
+    const uint64_t of_upper = shuffle(upper, second);
+    const bool in_lower = of_upper < need;
+    if (in_lower) need -= of_upper;
+    sync_block();
+    return uint32_t(shuffle(high, second)) - in_lower;
+  }
+
+  // The key such that the keys above it measure less than `need` and those from it up at least that much. `extra`, if
+  // any, is what key `extra_key` measures on top of what the tokens do.
+  template <class Measure>
+  __device__ __forceinline__ uint32_t find_threshold(uint64_t& need, const Measure& measure, uint32_t extra_key,
+                                                     uint64_t extra) const {
+    uint32_t prefix = 0, mask = 0;
+#pragma unroll 1
+    for (int round = 0; round < 3; ++round) {
+      const int shift = round == 0 ? 21 : round == 1 ? 10 : 0;
+      const uint32_t digits = round == 2 ? 1023 : 2047;
+      for (int i = int(threadIdx.x); i < kBuckets; i += kThreads) shared.histogram[i] = 0;
+      sync_block();
+      const auto add = [&](uint32_t key, uint64_t x) {
+        if ((key & mask) == prefix && x) atomic_add_shared(&shared.histogram[key >> shift & digits], x);
+      };
+      each([&](float x) {
+        const uint32_t key = order_key(float_bits(x));
+        add(key, measure(x, key));
+      });
+      if (threadIdx.x == 0) add(extra_key, extra);
+      sync_block();
+      prefix |= find_bucket(need) << shift;
+      mask |= digits << shift;
+    }
+    return prefix;
+  }
+
+  // Weight of what stays.
+  __device__ __forceinline__ uint64_t kept_total(const Cut& cut) const {
+    uint64_t sum = 0;
+    each([&](float x) {
+      if (order_key(float_bits(x)) > cut.key) sum += weigh(x, top, scale).fixed;
+    });
+    return block_sum(sum) + cut.ties * weight_of_key(cut.key);
+  }
+
+  // The first token whose cumulative weight, among those that stay, is above `draw`; only one lane of the block gets
+  // it, the others -1.
+  __device__ __forceinline__ int find_token(const Cut& cut, uint64_t draw) const {
+    const int warp = int(threadIdx.x) / kWarpSize, lane = lane_id();
+    const uint64_t cut_weight = cut.ties ? weight_of_key(cut.key) : 0;
+    uint64_t above = 0;
+    uint32_t equal = 0;
+    each([&](float x) {
+      const uint32_t key = order_key(float_bits(x));
+      if (key > cut.key) above += weigh(x, top, scale).fixed;
+      equal += key == cut.key;
+    });
+    above = warp_sum(above);
+    equal = warp_sum(equal);
+    if (lane == 0) shared.sums[warp] = above, shared.equal[warp] = equal;
+    sync_block();
+
+    // Which warp's stretch holds it, and how many ties were passed before.
+    uint64_t ties = cut.ties;
+    const auto select = [&](uint64_t above, uint32_t equal) {  // over the lanes of a warp, in order
+      const uint32_t equals = warp_running_sum(equal), before = equals - equal;
+      const uint64_t free = ties > before ? ties - before : 0;
+      const uint64_t weight = above + (equal < free ? equal : free) * cut_weight, weights = warp_running_sum(weight);
+      const uint32_t found = ballot(weights > draw);
+      const int lane = found ? lowest_bit(found) : kWarpSize - 1;
+      draw -= shuffle(found ? weights - weight : weights, lane);
+      const uint32_t passed = shuffle(found ? before : equals, lane);
+      ties = ties > passed ? ties - passed : 0;
+      return found ? lane : -1;
+    };
+    if (select(shared.sums[lane], shared.equal[lane]) != warp) return -1;
+    for (int v0 = warp_begin; v0 < warp_end; v0 += kWarpSize * kPiece) {
+      const int v = v0 + lane * kPiece;
+      float x[kPiece];
+      row.load(x, v, -INFINITY);
+      uint64_t above = 0;
+      uint32_t equal = 0;
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) {
+        if (v + i >= row.V) continue;
+        const uint32_t key = order_key(float_bits(x[i]));
+        if (key > cut.key) above += weigh(x[i], top, scale).fixed;
+        equal += key == cut.key;
+      }
+      const int owner = select(above, equal);
+      if (owner < 0) continue;
+      if (owner != lane) return -1;
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) {
+        if (v + i >= row.V) continue;
+        const uint32_t key = order_key(float_bits(x[i]));
+        uint64_t weight = key > cut.key ? weigh(x[i], top, scale).fixed : 0;
+        if (key == cut.key && ties) weight = cut_weight, --ties;
+        if (draw < weight) return v + i;
+        draw -= weight;
+      }
+    }
+    return -1;  // not reached: the draw is below the total
+  }
+};
+
+template <class E>
+__global__ void __launch_bounds__(kThreads) sample_kernel(SampleParams p) {
+  constexpr int kPiece = kPerVec16<E>, kStride = kWarpSize * kPiece;
+  const int b = int(blockIdx.x), per_warp = (p.V + kWarps * kStride - 1) / (kWarps * kStride) * kStride;
+  const int begin = int(threadIdx.x) / kWarpSize * per_warp, end = begin + per_warp;
+  RowSampler<E> s{{static_cast<const E*>(p.logits) + int64_t(b) * p.V, p.V},
+                  0,
+                  p.scale,
+                  *reinterpret_cast<Shared*>(shared_memory()),
+                  begin,
+                  end < p.V ? end : p.V};
+
+  float top = -INFINITY;
+  s.each([&](float x) { top = fmaxf(top, x < INFINITY ? x : INFINITY); });  // NaN compares false
+  s.top = top = s.block_max(top);
+  if (top == INFINITY || top == -INFINITY) {
+    if (threadIdx.x == 0) {
+      p.tokens[b] = top > 0 ? kNotANumber : kNoToken;
+      p.logprobs[b] = p.entropy[b] = 0;
+    }
+    return;
+  }
+
+  uint64_t total = 0;
+  float products = 0;
+  s.each([&](float x) {
+    const Weight w = weigh(x, top, p.scale);
+    total += w.fixed;
+    products += w.product;
+  });
+  total = s.block_sum(total);
+  products = s.block_sum(products);
+  const double sum_exp = double(total) * 0x1p-40;
+
+  Cut cut{0, 0};
+  uint64_t kept = total;
+  if (p.top_k) {
+    cut.ties = uint64_t(p.top_k);
+    cut.key = s.find_threshold(cut.ties, [](float, uint32_t) { return uint64_t(1); }, 0, 0);
+    kept = s.kept_total(cut);
+  }
+  if (p.top_p) {
+    uint64_t need = top_p_need(p.top_p, kept);
+    const auto measure = [&](float x, uint32_t key) {
+      return key > cut.key ? weigh(x, top, p.scale).fixed : uint64_t(0);
+    };
+    const uint64_t tied = cut.ties ? cut.ties * s.weight_of_key(cut.key) : 0;
+    const uint32_t key = s.find_threshold(need, measure, cut.key, tied);
+    const uint64_t weight = s.weight_of_key(key);
+    cut = {key, (need + weight - 1) / weight};
+    kept = s.kept_total(cut);
+  }
+  const uint64_t draw = below(sample_bits(p.seed, uint64_t(p.rows[b]), uint32_t(p.steps[b])), kept);
+  const int token = s.find_token(cut, draw);
+  if (token < 0) return;
+  const double log_total = log(sum_exp), logit = to_float(s.row.row[token]);
+  p.tokens[b] = token;
+  p.logprobs[b] = float((logit - top) / p.temperature - log_total);
+  p.entropy[b] = float(log_total - kLn2Double * products / sum_exp);
+}
+
+}  // namespace
+
+void sample(const Sample& x, cudaStream_t stream) {
+  if (x.B == 0) return;
+  const bool by_k = x.top_k > 0 && x.top_k < x.V, by_p = x.top_p < 1;
+  const SampleParams p{x.logits,
+                       int(x.V),
+                       x.rows,
+                       x.steps,
+                       x.seed,
+                       by_p ? top_p_fixed(x.top_p) : 0,
+                       by_k ? int(x.top_k) : 0,
+                       weight_scale(x.temperature),
+                       x.temperature,
+                       x.tokens,
+                       x.logprobs,
+                       x.entropy};
+  dispatch_dtype(x.dtype, "sample",
+                 [&](auto e) { launch(sample_kernel<decltype(e)>, x.B, kThreads, sizeof(Shared), stream, p); });
+}
+
+}  // namespace tinystory::cuda

@@ -1,0 +1,157 @@
+"""Plants one bug at a time in the CUDA kernels and shows that the tests on the SIMT machine catch it.
+
+Prints a table: the bug, and the first thing that noticed it. Fails if a bug goes unnoticed, or if the text that it
+changes is no longer in the source. `--only WORD` plants the bugs whose name has the word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[2] / "csrc"
+FLAGS = ["-std=c++20", "-march=native", "-ffp-contract=off", "-w", "-I", str(HERE)]
+KERNELS = {
+    "attention": ["attention_forward.cu", "attention_backward.cu"],
+    "ops": ["attention_decode.cu", "sampling.cu", "token_logprob.cu"],
+}
+TESTS = {
+    "attention": ["simt.cpp", "test_attention.cpp"],
+    "ops": ["simt.cpp", "test_ops.cpp", "sampling.cpp"],
+}
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str
+    file: str  # in csrc/cuda
+    old: str
+    new: str
+    test: str = "attention"  # or an op of test_ops
+    count: int = 1  # which occurrence of `old`
+
+
+FORWARD, BACKWARD, DECODE = "attention_forward.cu", "attention_backward.cu", "attention_decode.cu"
+TILES, ROWS, SAMPLING, LOGPROB = "tiles.cuh", "rows.cuh", "sampling.cu", "token_logprob.cu"
+UNSWIZZLED = "copy_async16(shared_memory() + to.offset + (row + r) * Tile<E, D>::kRowBytes + c * 16"
+SECOND = "pack2<E>(weights[m][k][2], weights[m][k][3]);\n      a[m]"
+BUGS = [
+    # Barriers and asynchronous copies.
+    Bug("forward: no barrier after the wait for a tile", FORWARD, "    sync_block();", "    "),
+    Bug("forward: does not wait for the copies", FORWARD, "copy_wait<0>();", "copy_wait<1>();"),
+    Bug("forward: next tile overwrites the one in use", FORWARD, "keys(tile % 2), k +", "keys(0), k +"),
+    Bug("forward: idle warps skip the barrier", FORWARD, "    copy_wait<0>();\n",
+        "    if (k0 > first + 16 * M - 1) continue;\n    copy_wait<0>();\n"),
+    Bug("backward: delta is read before all is written", BACKWARD, "  sync_block();\n\n", "\n"),
+    Bug("backward: no barrier in the pass for keys", BACKWARD, "    sync_block();", "    ", count=2),
+    Bug("output: no sync_warp before rows are read back", TILES, "  sync_warp();\n  constexpr", "  constexpr"),
+    Bug("rows: the next sum overwrites this one", ROWS, "  sync_block();\n  return x;", "  return x;", "logprob"),
+    Bug("sampling: no barrier after clearing buckets", SAMPLING, "= 0;\n      sync_block();", "= 0;", "sample"),
+    # Masks, tails and bounds.
+    Bug("forward: a query does not see its own key", FORWARD, "i % 2 > first", "i % 2 >= first"),
+    Bug("backward: a key is not seen by its own query", BACKWARD, "if (q0 + column <", "if (q0 + column <="),
+    Bug("tiles: rows past the end are read", TILES, "row + r < valid);", "true);"),
+    Bug("output: the last row is not written", TILES, "if (row + r < valid)", "if (row + r + 1 < valid)"),
+    Bug("output: rows past the end are written", TILES, "if (row + r < valid)", "if (true)"),
+    Bug("decode: one key too many", DECODE, "+ group < end ? dot", "+ group <= end ? dot", "decode"),
+    Bug("logits: the last of a row is not written", ROWS, "if (v + i < V) row", "if (v + i + 1 < V) row", "logprob"),
+    Bug("logits: a row is read past its end", ROWS, "v + i < V ? to_float", "true ? to_float", "logprob"),
+    # Where things lie.
+    Bug("tiles: rows four apart share banks", TILES, "row % 8 :", "row % 4 :"),
+    Bug("tiles: swizzled when read, not when written", TILES, "copy_async16(to.chunk(row + r, c)", UNSWIZZLED),
+    Bug("products: two registers of an operand swapped", TILES, f"a[m][1] = {SECOND}[2]", f"a[m][2] = {SECOND}[1]"),
+    Bug("products: values are not transposed", TILES, "ldmatrix_transposed(b,", "ldmatrix(b,"),
+    Bug("dropout: tile indices exchanged for keys", BACKWARD, "head, first, q0)", "head, q0, first)"),
+    Bug("dropout: bits of neighbouring queries mixed up", TILES, "int(8 * t + 4 + g / 2)", "int(8 * t + g / 2)"),
+    Bug("tiles: addresses are not multiples of 16", TILES, "c * kPerVec16<E>;", "c * kPerVec16<E> + 1;"),
+    # Arithmetic that only some inputs show.
+    Bug("softmax: output not rescaled with the maximum", FORWARD, "out[m][n][i] *= shrink", "out[m][n][i] *= 1"),
+    Bug("softmax: the sum misses three of four lanes", FORWARD, "warp_sum<4>(sum[m][half])", "sum[m][half]"),
+    Bug("decode: sums merged without their maxima", DECODE, "fmaf(part[D + 1], weight, sum)", "sum + part[D + 1]",
+        "decode"),
+    Bug("decode: a product misses half of the lanes", DECODE, "warp_sum<kLanes>", "warp_sum<kLanes / 2>", "decode"),
+    Bug("sampling: all ties at the threshold count", SAMPLING, "(equal < free ? equal : free)", "equal", "sample"),
+    Bug("entropy: not rescaled with the maximum", LOGPROB, "shrink * fmaf(sum,", "1 * fmaf(sum,", "logprob"),
+]
+
+
+def run(*command: object) -> None:
+    subprocess.run([str(c) for c in command], check=True)
+
+
+def compile_to(compiler: str, source: Path, to: Path, optimize: str) -> Path:
+    run(compiler, *FLAGS, optimize, "-x", "c++", "-c", source, "-o", to)
+    return to
+
+
+def plant(bug: Bug, csrc: Path) -> None:
+    path = csrc / "cuda" / bug.file
+    pieces = path.read_text().split(bug.old)
+    if len(pieces) <= bug.count:
+        raise SystemExit(f"planted_bugs: {bug.file} no longer has occurrence {bug.count} of: {bug.old!r}")
+    before, after = bug.old.join(pieces[: bug.count]), bug.old.join(pieces[bug.count :])
+    path.write_text(before + bug.new + after)
+
+
+def first_complaint(binary: Path, test: str) -> str:
+    """What the test, or the machine, notices first; '' if the test passes."""
+    command = [str(binary), *([test] if test != "attention" else [])]
+    env = {**os.environ, "SIMT_STOP_AT_FIRST": "1"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    if result.returncode == 0:
+        return ""
+    lines = [line.removeprefix("FAILED ") for line in result.stdout.splitlines() if line.startswith("FAILED ")]
+    return lines[0] if lines else f"the test ended with status {result.returncode}"
+
+
+def caught_by(bug: Bug | None, test: str, compiler: str, work: Path, objects: dict[str, Path]) -> str:
+    """What notices the bug; without a bug, what is wrong with the sound kernels."""
+    csrc = Path(tempfile.mkdtemp(dir=work))
+    shutil.copytree(CSRC, csrc, dirs_exist_ok=True)
+    if bug:
+        plant(bug, csrc)
+    group = "attention" if test == "attention" else "ops"
+    linked = [objects[name] for name in TESTS[group]]
+    for kernel in KERNELS[group]:
+        source = csrc / "cuda" / kernel
+        touched = bug and (kernel == bug.file or f'"{bug.file}"' in source.read_text())
+        # A failing test is short, so it is not worth much optimizing.
+        linked.append(compile_to(compiler, source, csrc / f"{kernel}.o", "-O1") if touched else objects[kernel])
+    run(compiler, *linked, "-o", csrc / "test")
+    return first_complaint(csrc / "test", test)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compiler", default=os.environ.get("CXX", "c++"))
+    parser.add_argument("--only", default="", metavar="WORD")
+    args = parser.parse_args()
+    bugs = [bug for bug in BUGS if args.only in bug.name]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        work = Path(folder)
+        sources = [HERE / "simt.cpp", HERE / "test_attention.cpp", HERE / "test_ops.cpp", CSRC / "cpu" / "sampling.cpp"]
+        sources += [CSRC / "cuda" / kernel for kernels in KERNELS.values() for kernel in kernels]
+        compiled = pool.map(lambda s: compile_to(args.compiler, s, work / f"{s.name}.o", "-O2"), sources)
+        objects = dict(zip([s.name for s in sources], compiled, strict=True))
+        tests = sorted({bug.test for bug in bugs})
+        unsound = list(pool.map(lambda test: caught_by(None, test, args.compiler, work, objects), tests))
+        if any(unsound):
+            raise SystemExit(f"planted_bugs: the tests fail without a bug: {[what for what in unsound if what]}")
+        found = list(pool.map(lambda bug: caught_by(bug, bug.test, args.compiler, work, objects), bugs))
+    for bug, what in zip(bugs, found, strict=True):
+        print(f"{bug.name:50} {what or 'NOT CAUGHT'}")
+    missed = found.count("")
+    print(f"planted bugs: {len(bugs) - missed} passed, {missed} failed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

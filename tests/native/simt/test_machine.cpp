@@ -1,0 +1,232 @@
+// The SIMT machine itself: primitives compute what the hardware's do, and each kind of mistake is caught and named.
+#include "check.h"
+
+using namespace tinystory::cuda;
+using namespace test;
+
+namespace {
+
+struct Params {
+  float *in, *out;
+  int mode;
+};
+
+int lane() { return int(threadIdx.x) % 32; }
+float* shared() { return reinterpret_cast<float*>(shared_memory()); }
+
+void run_kernel(void (*kernel)(Params), int threads, size_t shared_bytes, const Params& p, int blocks = 1) {
+  launch(kernel, blocks, threads, shared_bytes, nullptr, p);
+}
+
+// The error a launch ends with, or "".
+std::string error_of(void (*kernel)(Params), int threads, size_t shared_bytes, const Params& p) {
+  try {
+    run_kernel(kernel, threads, shared_bytes, p);
+  } catch (const simt::Error& e) {
+    return e.what();
+  }
+  return "";
+}
+void expect_error(const std::string& part, void (*kernel)(Params), int threads, size_t shared_bytes, const Params& p) {
+  const std::string got = error_of(kernel, threads, shared_bytes, p);
+  check(got.find(part) != std::string::npos,
+        "mode " + std::to_string(p.mode) + ": expected '" + part + "', got '" + got + "'");
+}
+
+// --- what must work --------------------------------------------------------------------------------------------------
+// Reverses 256 numbers through shared memory; mode 1 forgets the barrier.
+void reverse(Params p) {
+  const int i = int(threadIdx.x);
+  shared()[i] = p.in[i];
+  if (p.mode == 0) sync_block();
+  p.out[i] = shared()[255 - i];
+}
+
+void collectives(Params p) {
+  const int i = int(threadIdx.x);
+  const uint32_t odd = ballot(i % 2 == 1);
+  p.out[i] = warp_sum(float(lane())) + 1000 * float(shuffle(lane(), 5)) + (odd == 0xaaaaaaaau ? 1e6f : 0) +
+             warp_max<4>(float(lane())) * 1e-3f + float(warp_running_sum(1)) * 1e-5f;
+}
+
+// One mma of a (16 x 16) and b (8 rows of 16, transposed by the layout), through ldmatrix.
+void multiply(Params p) {
+  const auto* in = reinterpret_cast<const f16*>(p.in);
+  auto* tile = reinterpret_cast<f16*>(shared_memory());
+  for (int i = int(threadIdx.x); i < 32 * 16; i += 32) tile[i] = in[i];
+  sync_warp();
+  uint32_t a[4], b[4];
+  ldmatrix(a, tile + (lane() % 16) * 16 + lane() / 16 * 8);
+  f16* right = tile + 16 * 16;
+  if (p.mode == 0) ldmatrix(b, right + (lane() / 16 * 8 + lane() % 8) * 16 + lane() / 8 % 2 * 8);
+  else ldmatrix_transposed(b, right + (lane() % 16) * 16 + lane() / 16 * 8);
+  float c[2][4] = {};
+  mma<f16>(c[0], a, b[0], b[1]);
+  mma<f16>(c[1], a, b[2], b[3]);
+  for (int n = 0; n < 2; ++n)
+    for (int i = 0; i < 4; ++i) p.out[(lane() / 4 + i / 2 * 8) * 16 + 8 * n + 2 * (lane() % 4) + i % 2] = c[n][i];
+}
+
+void test_results() {
+  std::mt19937_64 random(0);
+  const auto numbers = normal<float>(random, 256);
+  const simt::Buffer<float> in(numbers);
+  for (int seed = 0; seed < 10; ++seed) {
+    simt::set_seed(seed);
+    simt::Buffer<float> out(256);
+    run_kernel(reverse, 256, 1024, {in.data(), out.data(), 0});
+    const auto got = out.read();
+    bool same = true;
+    for (int i = 0; i < 256; ++i) same &= got[i] == numbers[255 - i];
+    check(same, "reverse");
+    run_kernel(collectives, 64, 0, {nullptr, out.data(), 0});
+    for (int i = 0; i < 64; ++i) {
+      const double want = 496 + 5000 + 1e6 + (i % 32 / 4 * 4 + 3) * 1e-3 + (i % 32 + 1) * 1e-5;
+      check(std::fabs(out.read()[i] - want) < 0.07, "collectives");
+    }
+  }
+  const auto halves = normal<f16>(random, 32 * 16);
+  const auto x = to_doubles(halves);
+  const simt::Buffer<f16> half_in(halves);
+  for (int transposed = 0; transposed < 2; ++transposed) {
+    simt::Buffer<float> out(256);
+    run_kernel(multiply, 32, 1024, {reinterpret_cast<float*>(half_in.data()), out.data(), transposed});
+    const auto got = out.read();
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 16; ++j) {
+        double want = 0;
+        for (int k = 0; k < 16; ++k) want += x[i * 16 + k] * x[256 + (transposed ? k * 16 + j : j * 16 + k)];
+        check(std::fabs(got[i * 16 + j] - want) < 1e-5, "mma");
+      }
+  }
+  check(simt::bank_conflicts() > 0, "rows of 32 bytes without a swizzle meet in banks");
+  for (double v : {0.0, 1.0, -2.5, 65504.0, 1e-7, 3.14159}) {  // rounding to nearest, ties to even
+    check(std::fabs(to_float(from_float<f16>(float(v))) - v) <= std::fabs(v) * 0x1p-11 + 0x1p-25, "f16 rounding");
+    check(std::fabs(to_float(from_float<bf16>(float(v))) - v) <= std::fabs(v) * 0x1p-8, "bf16 rounding");
+  }
+  check(from_float<bf16>(1.00390625f).bits == 0x3f80 && from_float<bf16>(1.01171875f).bits == 0x3f82,
+        "bf16 ties to even");
+}
+
+// --- what must be caught ---------------------------------------------------------------------------------------------
+void test_missing_barrier() {
+  std::mt19937_64 random(0);
+  const simt::Buffer<float> in(normal<float>(random, 256));
+  for (int seed = 0; seed < 10; ++seed) {
+    simt::set_seed(seed);
+    simt::Buffer<float> out(256);
+    run_kernel(reverse, 256, 1024, {in.data(), out.data(), 1});
+    bool nan = false;
+    for (float x : out.read()) nan |= std::isnan(x);
+    check(nan, "a missing barrier lets poison through");
+  }
+}
+
+// Mode: what is wrong with it.
+void copies(Params p) {
+  const int i = int(threadIdx.x);
+  copy_async16(shared() + 4 * i, p.in + 4 * i, p.mode != 2);
+  copy_commit();
+  copy_async16(shared() + 128 + 4 * i, p.in + 4 * i, true);
+  copy_commit();
+  if (p.mode == 0 || p.mode == 2) copy_wait<0>();
+  if (p.mode == 1) copy_wait<1>();  // of the first only
+  for (int k = 0; k < 4; ++k) p.out[8 * i + k] = shared()[4 * i + k], p.out[8 * i + 4 + k] = shared()[128 + 4 * i + k];
+}
+
+void test_copies() {
+  std::vector<float> numbers(128);
+  for (int i = 0; i < 128; ++i) numbers[i] = float(i + 1);
+  const simt::Buffer<float> in(numbers);
+  for (int mode = 0; mode < 4; ++mode) {
+    simt::Buffer<float> out(256);
+    run_kernel(copies, 32, 1024, {in.data(), out.data(), mode});
+    const auto got = out.read();
+    for (int i = 0; i < 256; ++i) {
+      const bool second = i % 8 >= 4;
+      const float want = mode == 3 || (mode == 1 && second) ? NAN
+                         : mode == 2 && !second             ? 0.0f
+                                                            : numbers[i / 8 * 4 + i % 4];
+      check(std::isnan(want) ? std::isnan(got[i]) : got[i] == want, "cp.async, mode " + std::to_string(mode));
+    }
+  }
+}
+
+void diverge(Params p) {
+  const int i = int(threadIdx.x);
+  if (p.mode == 0) {
+    if (i < 40) sync_block();
+    else sync_block();
+  } else if (p.mode == 1) {
+    if (i == 7) return;
+    sync_block();
+  } else if (p.mode == 2) {
+    if (i % 2) p.out[i] = shuffle(1.0f, 0);
+    else p.out[i] = shuffle(2.0f, 1);
+  } else if (p.mode == 3) {
+    if (i != 3) p.out[i] = warp_sum(1.0f);
+  }
+}
+
+void stray(Params p) {
+  const int i = int(threadIdx.x);
+  switch (p.mode) {
+    case 0: p.out[i] = p.in[100 + i]; break;                                     // past the end, by the page
+    case 1: store16(p.out + 4 * i, load16(p.in + 100 - 4 * 31 + 4 * i)); break;  // by the byte
+    case 2: p.in[i] = 1; break;                                                  // read-only
+    case 3: store16(p.out + 1, load16(p.in)); break;                             // misaligned
+    case 4: shared()[256 + i] = 1; break;                                        // past shared memory
+    case 5: copy_async16(shared() + 256, p.in, true); break;
+    case 6: copy_async16(shared() + 2, p.in, true); break;
+    case 7: {
+      uint32_t r[4];
+      ldmatrix(r, shared() + 252 + 4 * (i / 31));
+      break;
+    }
+  }
+}
+
+void test_errors() {
+  for (int seed = 0; seed < 10; ++seed) {
+    simt::set_seed(seed);
+    const simt::Buffer<float> in(std::vector<float>(100, 1.0f));
+    simt::Buffer<float> out(128);
+    const auto expect = [&](const std::string& part, void (*kernel)(Params), int threads, int mode) {
+      expect_error(part, kernel, threads, 1024, {in.data(), out.data(), mode});
+    };
+    expect("divergent barrier", diverge, 64, 0);
+    expect("waits for ever at sync_block", diverge, 64, 1);
+    expect("divergent warp", diverge, 32, 2);
+    expect("waits for ever at shuffle", diverge, 32, 3);
+    expect(seed % 2 ? "" : "touched memory that is not its own", stray, 32, 0);  // odd seeds leave room after a buffer
+    expect("read outside every global buffer", stray, 32, 1);
+    expect("touched memory that is not its own", stray, 32, 2);
+    expect("not a multiple of 16", stray, 32, 3);
+    expect("touched memory that is not its own", stray, 32, 4);
+    expect("outside the 1024 bytes of shared memory", stray, 32, 5);
+    expect("not a multiple of 16", stray, 32, 6);
+    expect("outside the 1024 bytes of shared memory", stray, 32, 7);
+  }
+  expect_error("are too many", reverse, 256, 164 << 10, {});
+  expect_error("whole warps", reverse, 33, 0, {});
+
+  simt::set_seed(0);
+  simt::Buffer<float> odd(101);  // the machine cannot protect the 12 bytes after it, but sees that they changed
+  run_kernel([](Params p) { p.out[100 + threadIdx.x / 31] = 1; }, 32, 0, {nullptr, odd.data(), 0});
+  try {
+    odd.read();
+    check(false, "a write beside a buffer is seen");
+  } catch (const simt::Error&) {
+    check(true, "");
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_results();
+  test_missing_barrier();
+  test_copies();
+  test_errors();
+  return report("simt_machine");
+}

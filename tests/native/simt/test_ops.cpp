@@ -1,0 +1,241 @@
+// Decoding attention, sampling and log-probabilities on the SIMT machine: against float64, and sampling also against
+// the CPU kernel, whose draws must be the same ones.
+#include <algorithm>
+#include <limits>
+
+#include "check.h"
+
+using namespace tinystory;
+using namespace test;
+
+namespace {
+
+// --- decode_attention -----------------------------------------------------------------------------------------------
+template <class E>
+void test_decode(int64_t B, int64_t H, int64_t D, std::vector<int64_t> lengths, int processors, uint64_t seed) {
+  const int64_t T = *std::max_element(lengths.begin(), lengths.end()) + 3;
+  const std::string name = std::string("decode ") + Type<E>::name + " B=" + std::to_string(B) +
+                           " H=" + std::to_string(H) + " D=" + std::to_string(D) + " T=" + std::to_string(T) +
+                           " processors=" + std::to_string(processors);
+  std::mt19937_64 random(seed);
+  // The cache has room for two more heads than are used, and keys past a row's length are NaN.
+  const int64_t stride_t = (H + 2) * D, stride_b = T * stride_t;
+  auto q = normal<E>(random, B * H * D), k = normal<E>(random, B * stride_b), v = normal<E>(random, B * stride_b);
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t i = lengths[b] * stride_t; i < stride_b; ++i)
+      k[b * stride_b + i] = v[b * stride_b + i] = cuda::from_float<E>(NAN);
+  std::vector<double> want(B * H * D), bound(B * H * D);
+  const auto qd = to_doubles(q), kd = to_doubles(k), vd = to_doubles(v);
+  for (int64_t r = 0; r < B * H; ++r) {
+    const int64_t b = r / H, h = r % H, n = lengths[b];
+    std::vector<double> p(n);
+    double total = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      for (int64_t d = 0; d < D; ++d)
+        p[j] += qd[r * D + d] * kd[b * stride_b + j * stride_t + h * D + d] / std::sqrt(double(D));
+      total += p[j] = std::exp(p[j]);
+    }
+    for (int64_t d = 0; d < D; ++d) {
+      double size = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        const double term = p[j] / total * vd[b * stride_b + j * stride_t + h * D + d];
+        want[r * D + d] += term;
+        size += std::fabs(term);
+      }
+      bound[r * D + d] = Type<E>::unit * std::fabs(want[r * D + d]) * 1.01 + size * 0x1p-20 + 1e-7;
+    }
+  }
+  simt::set_seed(seed);
+  simt::set_multiprocessors(processors);
+  run(name, [&] {
+    const simt::Buffer<E> dq(q), dk(k), dv(v);
+    const simt::Buffer<int64_t> dl(lengths);
+    simt::Buffer<E> out(B * H * D);
+    const DecodeAttention x{Type<E>::dtype,
+                            B,
+                            H,
+                            D,
+                            dq.data(),
+                            dk.data(),
+                            dv.data(),
+                            {H * D, D},
+                            {stride_b, stride_t, D},
+                            {stride_b, stride_t, D},
+                            dl.data(),
+                            out.data()};
+    simt::Buffer<float> workspace(cuda::decode_attention_workspace(x, T));
+    cuda::decode_attention(x, T, workspace.data(), nullptr);
+    check_close(to_doubles(out.read()), want, bound, name);
+  });
+}
+
+template <class E>
+void test_decode() {
+  uint64_t seed = 0;
+  for (const int64_t D : {32, 64, 128})
+    for (const int processors : {1, 40}) {
+      test_decode<E>(1, 1, D, {1}, processors, ++seed);
+      test_decode<E>(3, 2, D, {5, 64, 1}, processors, ++seed);
+      test_decode<E>(2, 3, D, {700, 33}, processors, ++seed);
+    }
+}
+
+// --- sample ---------------------------------------------------------------------------------------------------------
+struct Drawn {
+  std::vector<int64_t> tokens;
+  std::vector<float> logprobs, entropy;
+};
+struct Rule {
+  double temperature = 1;
+  int64_t top_k = 0;
+  double top_p = 1;
+};
+
+template <class E>
+void test_sample(const std::vector<E>& logits, int64_t B, int64_t V, const Rule& rule, uint64_t seed,
+                 const std::string& what) {
+  const std::string name = "sample " + what + " " + Type<E>::name + " V=" + std::to_string(V) +
+                           " t=" + std::to_string(rule.temperature) + " k=" + std::to_string(rule.top_k) +
+                           " p=" + std::to_string(rule.top_p);
+  std::vector<int64_t> rows(B), steps(B);
+  for (int64_t b = 0; b < B; ++b) rows[b] = 17 * b + (int64_t(b) << 33), steps[b] = b + 5;
+  Sample x{Type<E>::dtype,   B,          V,          nullptr, nullptr, nullptr, seed,
+           rule.temperature, rule.top_k, rule.top_p, nullptr, nullptr, nullptr};
+  Drawn want{std::vector<int64_t>(B), std::vector<float>(B), std::vector<float>(B)};
+  x.logits = logits.data(), x.rows = rows.data(), x.steps = steps.data();
+  x.tokens = want.tokens.data(), x.logprobs = want.logprobs.data(), x.entropy = want.entropy.data();
+  cpu::sample(x, 0, B);
+
+  simt::set_seed(seed);
+  run(name, [&] {
+    const simt::Buffer<E> in(logits);
+    const simt::Buffer<int64_t> row_ids(rows), step_ids(steps);
+    simt::Buffer<int64_t> tokens(B);
+    simt::Buffer<float> logprobs(B), entropy(B);
+    x.logits = in.data(), x.rows = row_ids.data(), x.steps = step_ids.data();
+    x.tokens = tokens.data(), x.logprobs = logprobs.data(), x.entropy = entropy.data();
+    cuda::sample(x, nullptr);
+    const auto got = tokens.read();
+    const auto got_logprobs = logprobs.read(), got_entropy = entropy.read();
+    for (int64_t b = 0; b < B; ++b) {
+      check(got[b] == want.tokens[b], name + ": row " + std::to_string(b) + " drew " + std::to_string(got[b]) +
+                                          ", the CPU " + std::to_string(want.tokens[b]));
+      if (want.tokens[b] < 0) continue;
+      check(std::fabs(got_logprobs[b] - want.logprobs[b]) <= 2e-6 * (1 + std::fabs(want.logprobs[b])),
+            name + " logprob");
+      check(std::fabs(got_entropy[b] - want.entropy[b]) <= 2e-5 * (1 + std::fabs(want.entropy[b])), name + " entropy");
+    }
+  });
+}
+
+template <class E>
+void test_sample() {
+  std::mt19937_64 random(1);
+  const Rule rules[] = {{}, {0.7}, {1.5, 5}, {1, 0, 0.9}, {0.9, 40, 0.5}, {1, 1}, {1, 3, 1e-9}};
+  uint64_t seed = 0;
+  for (const int64_t V : {1, 2, 7, 250, 1000, 4099, 20000})
+    for (const Rule& rule : rules) test_sample<E>(normal<E>(random, 4 * V, 3), 4, V, rule, ++seed, "normal");
+  const float inf = std::numeric_limits<float>::infinity();
+  const int64_t V = 300;
+  for (const Rule& rule : rules) {
+    std::vector<E> equal(2 * V, cuda::from_float<E>(2.5f)), few(2 * V, cuda::from_float<E>(-inf)), zeros(2 * V);
+    for (int i : {3, 77, 299, 300, 599}) few[i] = cuda::from_float<E>(1);
+    for (int64_t i = 0; i < 2 * V; ++i) zeros[i] = cuda::from_float<E>(i % 3 ? 0.0f : -0.0f);
+    test_sample<E>(equal, 2, V, rule, ++seed, "all equal");
+    test_sample<E>(few, 2, V, rule, ++seed, "mostly -inf");
+    test_sample<E>(zeros, 2, V, rule, ++seed, "zeros of both signs");
+    auto bad = normal<E>(random, 4 * V);
+    bad[V - 1] = cuda::from_float<E>(NAN), bad[V] = cuda::from_float<E>(inf);
+    for (int64_t i = 2 * V; i < 3 * V; ++i) bad[i] = cuda::from_float<E>(-inf);
+    test_sample<E>(bad, 4, V, rule, ++seed, "NaN, inf, all -inf, sound");
+  }
+}
+
+// --- token_logprob --------------------------------------------------------------------------------------------------
+template <class E>
+void test_logprob(int64_t N, int64_t V, double scale, bool with_entropy, uint64_t seed) {
+  const std::string name =
+      std::string("logprob ") + Type<E>::name + " V=" + std::to_string(V) + " scale=" + std::to_string(scale);
+  std::mt19937_64 random(seed);
+  auto logits = normal<E>(random, N * V, scale);
+  if (V > 2) logits[1] = cuda::from_float<E>(-INFINITY);
+  std::vector<int64_t> targets(N);
+  for (int64_t& t : targets) t = int64_t(random() % V);
+  targets[0] = 0;
+  auto g = normal<float>(random, N);
+  const auto ge = normal<float>(random, N);
+  const bool everywhere = seed % 4 == 0 && !with_entropy;
+  if (everywhere) std::fill(g.begin(), g.end(), g[0]);
+  const auto x = to_doubles(logits);
+  std::vector<double> logprob(N), entropy(N), lse(N), grad(N * V), bound(N * V);
+  for (int64_t n = 0; n < N; ++n) {
+    const double* row = &x[n * V];
+    const double top = *std::max_element(row, row + V);
+    double total = 0;
+    for (int64_t v = 0; v < V; ++v) total += std::exp(row[v] - top);
+    lse[n] = top + std::log(total);
+    logprob[n] = row[targets[n]] - lse[n];
+    for (int64_t v = 0; v < V; ++v)
+      if (row[v] > -INFINITY) entropy[n] -= std::exp(row[v] - lse[n]) * (row[v] - lse[n]);
+    for (int64_t v = 0; v < V; ++v) {
+      const double p = std::exp(row[v] - lse[n]), log_p = std::max(row[v] - lse[n], -1000.0);
+      const double e = with_entropy ? ge[n] : 0.0;
+      grad[n * V + v] = double(g[n]) * ((v == targets[n]) - p) - e * p * (log_p + entropy[n]);
+      const double size = std::fabs(g[n]) * (v == targets[n] ? std::fabs(std::expm1(log_p)) : p) +
+                          std::fabs(e) * p * (std::fabs(log_p) + entropy[n]);
+      bound[n * V + v] = Type<E>::unit * 1.05 * std::fabs(grad[n * V + v]) + size * (2e-6 - 2e-7 * log_p) +
+                         (sizeof(E) == 2 ? 6e-8 : 1e-30);
+    }
+  }
+  simt::set_seed(seed);
+  run(name, [&] {
+    simt::Buffer<E> in(logits.size());
+    std::copy(logits.begin(), logits.end(), in.data());
+    const simt::Buffer<int64_t> target_ids(targets);
+    const simt::Buffer<float> dg(g), dge(ge);
+    simt::Buffer<float> out_logprob(N), out_entropy(N);
+    simt::Buffer<double> out_lse(N);
+    cuda::LogitChunk s{Type<E>::dtype,
+                       N,
+                       V,
+                       in.data(),
+                       target_ids.data(),
+                       out_logprob.data(),
+                       out_entropy.data(),
+                       out_lse.data(),
+                       dg.data(),
+                       with_entropy ? dge.data() : nullptr,
+                       0};
+    if (everywhere) s.grad_logprob = nullptr, s.grad_everywhere = g[0];
+    cuda::logit_stats(s, nullptr);
+    const auto near = [&](const std::vector<double>& want) {
+      std::vector<double> r;
+      for (double w : want) r.push_back(2e-6 * (1 + std::fabs(w)));
+      return r;
+    };
+    check_close(to_doubles(out_logprob.read()), logprob, near(logprob), name + " logprob");
+    check_close(to_doubles(out_entropy.read()), entropy, near(entropy), name + " entropy");
+    check_close(out_lse.read(), lse, near(lse), name + " lse");
+    cuda::logit_grad(s, nullptr);
+    check_close(to_doubles(in.read()), grad, bound, name + " grad");
+  });
+}
+
+template <class E>
+void test_logprob() {
+  uint64_t seed = 0;
+  for (const int64_t V : {1, 2, 9, 255, 256, 2048, 5001})
+    for (const double scale : {0.5, 8.0}) test_logprob<E>(3, V, scale, V % 2 == 0, ++seed);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {  // names of ops to test, default all
+  const auto wanted = [&](const std::string& op) {
+    return argc == 1 || std::find(argv + 1, argv + argc, op) != argv + argc;
+  };
+  if (wanted("decode")) test_decode<float>(), test_decode<bf16>(), test_decode<f16>();
+  if (wanted("logprob")) test_logprob<float>(), test_logprob<bf16>(), test_logprob<f16>();
+  if (wanted("sample")) test_sample<float>(), test_sample<bf16>(), test_sample<f16>();
+  return report("simt_ops");
+}
