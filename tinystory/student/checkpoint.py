@@ -33,7 +33,8 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[st
         partial.mkdir(parents=True)
         save_file(_on_cpu(student.state_dict()), partial / "model.safetensors")
         save_file(_on_cpu(state), partial / "trainer.safetensors")
-        (partial / "model.json").write_text(json.dumps({**asdict(student.config), "facts": facts}, indent=2) + "\n")
+        record = {**asdict(student.config), "tokenizer": tokenizer.fingerprint(), "facts": facts}
+        (partial / "model.json").write_text(json.dumps(record, indent=2) + "\n")
         (partial / "trainer.json").write_text(json.dumps(counters, indent=2) + "\n")
         tokenizer.save(partial / "tokenizer.json")
         for path in partial.iterdir():
@@ -52,17 +53,17 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tok
     """Student, tokenizer and facts of a checkpoint. Raises UserError when it is not a whole one."""
     try:
         record = json.loads((folder / "model.json").read_text())
-        facts = record.pop("facts", {})
+        facts, vocabulary = record.pop("facts", {}), record.pop("tokenizer", None)
         config = StudentConfig(**record)
         student = Student(config)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder} is not a checkpoint of ours: {_first_line(error)}") from error
     restore(student, folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size != config.vocab_size or tokenizer.fingerprint() != vocabulary:
         raise UserError(
-            f"{folder} has a vocabulary of {config.vocab_size} tokens but its tokenizer has {tokenizer.vocab_size}: "
-            "take the tokenizer.json that the checkpoint was trained with"
+            f"{folder} was trained with another vocabulary ({config.vocab_size} tokens) than its tokenizer.json has "
+            f"({tokenizer.vocab_size}): put back the tokenizer.json that it was saved with"
         )
     return student.to(device), tokenizer, facts
 
