@@ -93,6 +93,42 @@ def learning_rate(config: PretrainConfig, words: int) -> float:
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * left
 
 
+def make_optimizer(student: Student, config: PretrainConfig) -> tuple[torch.optim.Optimizer, list[str]]:
+    """AdamW and its parameters' names in its order: first the matrices, which decay, then the vectors, which do not."""
+    matrices = {name: p for name, p in student.named_parameters() if p.dim() >= 2}
+    vectors = {name: p for name, p in student.named_parameters() if p.dim() < 2}
+    groups = [
+        dict(params=list(matrices.values()), weight_decay=config.weight_decay),
+        dict(params=list(vectors.values()), weight_decay=0.0),
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
+    return optimizer, [*matrices, *vectors]
+
+
+def train_step(
+    student: Student, optimizer: torch.optim.Optimizer, batch: torch.Tensor, config: PretrainConfig,
+    dtype: torch.dtype, step: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """One update on a batch (B, T + 1) int64. Returns the mean loss, nats a token, and the gradient's norm.
+
+    Randomness is a function of (seed, step), so a resumed run draws what an unbroken one would have drawn."""
+    torch.manual_seed(config.seed * 1_000_003 + step)
+    loss = torch.zeros((), device=batch.device)
+    for i, part in enumerate(batch.split(config.micro_batch_size)):
+        with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            hidden = student.hidden(part[:, :-1], config.dropout, seed=step * config.batch_size + i)
+            nats = ops.cross_entropy(hidden.flatten(0, 1), student.wte.weight, part[:, 1:].flatten())
+        part_loss = nats * (len(part) / len(batch))
+        part_loss.backward()
+        loss += part_loss.detach()
+    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
@@ -112,14 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)
     torch.manual_seed(config.seed)
     student = Student(shape).to(device)
-    matrices = {name: p for name, p in student.named_parameters() if p.dim() >= 2}
-    vectors = {name: p for name, p in student.named_parameters() if p.dim() < 2}
-    groups = [
-        dict(params=list(matrices.values()), weight_decay=config.weight_decay),
-        dict(params=list(vectors.values()), weight_decay=0.0),
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-    names = [*matrices, *vectors]
+    optimizer, names = make_optimizer(student, config)
     step, words, tokens = 0, 0, 0
     if resume_from:
         checkpoint.restore(student, resume_from)
@@ -154,20 +183,7 @@ def main(argv: list[str] | None = None) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-            # Randomness is a function of (seed, step), so a resumed run draws what an unbroken one would have drawn.
-            torch.manual_seed(config.seed * 1_000_003 + step)
-            loss = torch.zeros((), device=device)
-            for i, part in enumerate(batch.split(config.micro_batch_size)):
-                with autocast():
-                    hidden = student.hidden(part[:, :-1], config.dropout, seed=step * config.batch_size + i)
-                    nats = ops.cross_entropy(hidden.flatten(0, 1), student.wte.weight, part[:, 1:].flatten())
-                part_loss = nats * (len(part) / len(batch))
-                part_loss.backward()
-                loss += part_loss.detach()
-            grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
+            loss, grad_norm = train_step(student, optimizer, batch, config, dtype, step)
             step, before, words, tokens = step + 1, words, words + batch_words, tokens + batch[:, 1:].numel()
             value = loss.item()  # waits for the device, so the time below is the step's
             seconds = time.perf_counter() - began

@@ -2,10 +2,15 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <ATen/record_function.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <tuple>
 
+#include "cpu/decoder.h"
 #include "launchers.h"
 
 namespace tinystory {
@@ -112,6 +117,13 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
 }
 
 // --- sample ----------------------------------------------------------------------------------------------------------
+void check_sampling(double temperature, int64_t top_k, double top_p, const char* op) {
+  TORCH_CHECK(temperature >= 1e-6 && temperature <= 1e6, op, ": temperature must be between 1e-6 and 1e6, not ",
+              temperature, "; top_k=1 takes the most likely token");
+  TORCH_CHECK(top_k >= 0, op, ": top_k must be 0 (off) or positive, not ", top_k);
+  TORCH_CHECK(top_p > 0 && top_p <= 1, op, ": top_p must be in (0, 1], not ", top_p);
+}
+
 std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, int64_t seed, const Tensor& rows, const Tensor& steps,
                                           double temperature, int64_t top_k, double top_p) {
   constexpr auto op = "sample";
@@ -123,10 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, int64_t seed, co
   TORCH_CHECK(V >= 1 && V < (1 << 22), op, ": logits must have between 1 and 2^22 - 1 columns, not ", V);
   check_ids(rows, B, logits, op, "rows");
   check_ids(steps, B, logits, op, "step");
-  TORCH_CHECK(temperature >= 1e-6 && temperature <= 1e6, op, ": temperature must be between 1e-6 and 1e6, not ",
-              temperature, "; top_k=1 takes the most likely token");
-  TORCH_CHECK(top_k >= 0, op, ": top_k must be 0 (off) or positive, not ", top_k);
-  TORCH_CHECK(top_p > 0 && top_p <= 1, op, ": top_p must be in (0, 1], not ", top_p);
+  check_sampling(temperature, top_k, top_p, op);
   const Tensor row_ids = rows.contiguous(), step_ids = steps.contiguous();
   Tensor tokens = at::empty({B}, rows.options()), logprobs = at::empty({B}, logits.options().dtype(at::kFloat));
   Tensor entropy = at::empty_like(logprobs);
@@ -254,9 +263,89 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Ten
   return {p.logprob.mean().neg_(), grad_hidden, grad_weight};
 }
 
+// --- Decoder ---------------------------------------------------------------------------------------------------------
+// cpu::Decoder with the tensors that it reads and writes: the one object here that keeps state.
+struct Decoder : torch::CustomClassHolder {
+  std::vector<Tensor> parameters;
+  int64_t vocabulary, context;
+  std::unique_ptr<cpu::Decoder> engine;
+  Tensor tokens, logprobs, values, entropies;
+
+  Decoder(std::vector<Tensor> parameters_, int64_t heads, bool bf16) : parameters(std::move(parameters_)) {
+    const int64_t n = parameters.size(), layers = (n - 4) / 12;
+    TORCH_CHECK(n == 4 + 12 * layers || n == 6 + 12 * layers, "Decoder: 12 parameters a block and 4 or 6 more, not ",
+                n, " in all");
+    TORCH_CHECK(parameters[0].dim() == 2, "Decoder: the first parameter must be the embedding (V, C)");
+    TORCH_CHECK(!bf16 || cpu::decoder_has_bf16(), "Decoder: this processor has no bfloat16 products");
+    const int64_t C = parameters[0].size(1);
+    vocabulary = parameters[0].size(0), context = parameters[1].size(0);
+    check_head_size(C / heads, "Decoder", "n_embd / n_head");
+    int64_t next = 0;
+    const auto take = [&](std::vector<int64_t> shape) {
+      const Tensor& t = parameters[next];
+      TORCH_CHECK(t.sizes() == at::IntArrayRef(shape) && t.scalar_type() == at::kFloat && t.is_contiguous() &&
+                      t.device().is_cpu(), "Decoder: parameter ", next, " must be contiguous float32 of shape ",
+                  at::IntArrayRef(shape), " on the CPU, not ", t.scalar_type(), " of shape ", t.sizes(), " on ",
+                  t.device());
+      return parameters[next++].const_data_ptr<float>();
+    };
+    const auto norm = [&]() -> cpu::StudentWeights::Affine { const float* w = take({C}); return {w, take({C})}; };
+    const auto linear = [&](int64_t in, int64_t out) -> cpu::StudentWeights::Affine {
+      const float* w = take({out, in});
+      return {w, take({out})};
+    };
+    cpu::StudentWeights w{.heads = heads, .C = C, .V = vocabulary};
+    w.wte = take({vocabulary, C}), w.wpe = take({context, C});
+    for (int64_t i = 0; i < layers; ++i)
+      w.blocks.push_back({.ln_1 = norm(), .qkv = linear(C, 3 * C), .attn_proj = linear(C, C), .ln_2 = norm(),
+                          .fc = linear(C, 4 * C), .mlp_proj = linear(4 * C, C)});
+    w.ln_f = norm();
+    if (next < n) w.value = linear(C, 1);
+    const auto run = [](const char* phase, int64_t items, const std::function<void(int64_t, int64_t)>& f) {
+      RECORD_USER_SCOPE(phase);
+      at::parallel_for(0, items, 1, f);
+    };
+    engine = cpu::make_decoder(bf16 ? DType::bf16 : DType::f32, std::move(w), {at::get_num_threads(), run});
+  }
+
+  void start(const Tensor& prompt, int64_t count, int64_t max_new, int64_t eos, int64_t seed, int64_t first_row,
+             double temperature, int64_t top_k, double top_p) {
+    check_ids(prompt, prompt.numel(), parameters[0], "Decoder.start", "prompt");
+    const Tensor ids = prompt.contiguous();
+    TORCH_CHECK(ids.numel() >= 1 && count >= 1 && max_new >= 1 && ids.numel() + max_new <= context,
+                "Decoder.start: a prompt of ", ids.numel(), " tokens, ", count, " stories of ", max_new,
+                " tokens: all must be at least 1 and fit the context of ", context);
+    for (int64_t i = 0; i < ids.numel(); ++i)
+      TORCH_CHECK(ids.const_data_ptr<int64_t>()[i] >= 0 && ids.const_data_ptr<int64_t>()[i] < vocabulary,
+                  "Decoder.start: prompt[", i, "] is not in the vocabulary of ", vocabulary);
+    check_sampling(temperature, top_k, top_p, "Decoder.start");
+    tokens = at::zeros({count, max_new}, at::kLong);
+    logprobs = at::zeros({count, max_new}, at::kFloat);
+    values = at::zeros_like(logprobs), entropies = at::zeros_like(logprobs);
+    engine->start({.prompt = ids.const_data_ptr<int64_t>(), .prompt_length = ids.numel(), .count = count,
+                   .max_new = max_new, .eos = eos, .seed = uint64_t(seed), .first_row = first_row,
+                   .temperature = temperature, .top_k = top_k, .top_p = top_p, .tokens = tokens.data_ptr<int64_t>(),
+                   .logprobs = logprobs.data_ptr<float>(), .values = values.data_ptr<float>(),
+                   .entropies = entropies.data_ptr<float>()});
+  }
+
+  std::vector<int64_t> step() {
+    TORCH_CHECK(tokens.defined(), "Decoder.step: call start first");
+    return engine->step();
+  }
+};
+
 }  // namespace
 
 TORCH_LIBRARY(tinystory, m) {
+  m.class_<Decoder>("Decoder")
+      .def(torch::init<std::vector<Tensor>, int64_t, bool>())
+      .def("start", &Decoder::start)
+      .def("step", &Decoder::step)
+      .def("outputs", [](const c10::intrusive_ptr<Decoder>& d) {
+        return std::make_tuple(d->tokens, d->logprobs, d->values, d->entropies);
+      });
+  m.def("decoder_has_bf16() -> bool", cpu::decoder_has_bf16);
   m.def("causal_attention(Tensor qkv, float dropout_p, SymInt seed) -> (Tensor out, Tensor lse)");
   m.def("causal_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float dropout_p, SymInt seed)"
         " -> Tensor");

@@ -4,7 +4,7 @@ A draw depends on (seed, story index, position) and the logits alone, so a story
 with. Finished stories leave the batch, and each is handed to `on_story` the moment it ends.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tinystory import ops
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.errors import UserError
+from tinystory.ops.decoder import Decoder
 from tinystory.rl.ppo import Batch
 from tinystory.student.model import KVCache, Student, ValueHead
 
@@ -61,42 +62,65 @@ def rollout(
     device = student.wte.weight.device
     prompt = encode_opening(tokenizer, opening)
     require_room(student, prompt, max_new_tokens)
-    P = len(prompt)
     lower = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if lower else student.wte.weight.dtype
-    cache = KVCache(student.config, count, P + max_new_tokens, device, dtype)
-    hidden = student.prefill(torch.tensor(prompt, device=device), cache)
-    columns: list[Tensor] = [torch.zeros(count, max_new_tokens, device=device) for _ in range(3)]
-    tokens = torch.zeros(count, max_new_tokens, dtype=torch.int64, device=device)
-    alive = torch.arange(count, device=device)  # the batch's rows, as positions in the step
+    token_steps = compiled_steps if Decoder.runs(device, dtype) else plain_steps
+    steps = token_steps(
+        student, value_head, torch.tensor(prompt, device=device), dtype,
+        count=count, max_new_tokens=max_new_tokens, eos=tokenizer.eos,
+        seed=seed, first_row=first_index, temperature=temperature, top_k=top_k, top_p=top_p,
+    )  # fmt: skip
     stories: list[Story | None] = [None] * count
+    for t, (outputs, ended) in enumerate(steps):
+        for row in ended:
+            tokens, logprobs, values, entropies = (column[row, : t + 1].cpu() for column in outputs)
+            text = tokenizer.decode(tokens.tolist()).strip()
+            how = "eos" if tokens[-1] == tokenizer.eos else "length"
+            stories[row] = Story(first_index + row, text, tokens, logprobs, values, entropies, how)
+            if on_story:
+                on_story(stories[row])
+    return stories
+
+
+# Of one token step: tokens int64 and logprobs, values, entropies float32, all (count, max_new_tokens) and filled up to
+# this step; and the rows that end with it.
+Step = tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[int]]
+
+
+def compiled_steps(
+    student: Student, value_head: ValueHead | None, prompt: Tensor, dtype: torch.dtype, **how
+) -> Iterator[Step]:
+    """Token steps until every story has ended, by the compiled engine."""
+    head = [] if value_head is None else value_head.parameters()
+    decoder = Decoder([*student.parameters(), *head], student.config.n_head, dtype)
+    outputs = decoder.start(prompt, **how)
+    left = how["count"]
+    while left:
+        ended = decoder.step()
+        left -= len(ended)
+        yield outputs, ended
+
+
+def plain_steps(
+    student: Student, value_head: ValueHead | None, prompt: Tensor, dtype: torch.dtype,
+    *, count: int, max_new_tokens: int, eos: int, first_row: int, **draws,
+) -> Iterator[Step]:  # fmt: skip
+    """The same on any device, operation by operation."""
+    device = prompt.device
+    cache = KVCache(student.config, count, len(prompt) + max_new_tokens, device, dtype)
+    hidden = student.prefill(prompt, cache)
+    tokens = torch.zeros(count, max_new_tokens, dtype=torch.int64, device=device)
+    columns = tuple(torch.zeros(count, max_new_tokens, device=device) for _ in range(3))
+    alive = torch.arange(count, device=device)  # the batch's rows, as positions in the step
     for t in range(max_new_tokens):
-        drawn, logprobs, entropy = ops.sample(
-            student.logits(hidden),
-            seed=seed,
-            rows=alive + first_index,
-            step=t,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
+        drawn, logprobs, entropy = ops.sample(student.logits(hidden), rows=alive + first_row, step=t, **draws)
         tokens[alive, t] = drawn
         values = value_head(hidden) if value_head is not None else torch.zeros_like(logprobs)
         for column, new in zip(columns, (logprobs, values, entropy), strict=True):
             column[alive, t] = new
-        ended = drawn == tokenizer.eos
+        ended = drawn == eos
         done = alive if t + 1 == max_new_tokens else alive[ended]
-        for row in done.tolist():
-            whole = tokens[row, : t + 1].cpu()
-            stories[row] = Story(
-                first_index + row,
-                tokenizer.decode(whole.tolist()).strip(),
-                whole,
-                *(column[row, : t + 1].cpu() for column in columns),
-                ended="eos" if whole[-1] == tokenizer.eos else "length",
-            )
-            if on_story:
-                on_story(stories[row])
+        yield (tokens, *columns), done.tolist()
         if len(done) == len(alive):
             break
         if len(done):
@@ -104,7 +128,6 @@ def rollout(
             cache.keep(kept)
             alive, drawn = alive[kept], drawn[kept]
         hidden = student.step(drawn, cache)
-    return stories
 
 
 def require_room(student: Student, prompt: list[int], max_new_tokens: int) -> None:

@@ -1,0 +1,308 @@
+"""How fast the product's own code runs here, in one JSON line: medians of runs, on random weights and tokens.
+
+    python scripts/bench.py pretrain --shape small              a training step: forward, backward, optimiser
+    python scripts/bench.py rollout --shape small --batch 64    stories from one opening, the teacher excluded
+    python scripts/bench.py ppo --shape gpt2s --batch 16        rollout, reference, four epochs; a constant reward
+    python scripts/bench.py kernels                             each operator beside PyTorch's own, interleaved
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tinystory import ops
+from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.device import pick_device, pick_dtype
+from tinystory.errors import UserError, command
+from tinystory.rl import ppo
+from tinystory.rl.rollout import collate, rollout
+from tinystory.student.model import Student, StudentConfig, ValueHead
+
+SHAPES = {
+    "small": StudentConfig(n_layer=4, n_head=4, n_embd=256, context=256, vocab_size=8192),
+    "gpt2s": StudentConfig(n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000),
+}
+PROMPT = 20  # tokens
+BATCH = {  # else 64
+    ("pretrain", "small"): 16,
+    ("pretrain", "gpt2s"): 4,
+    ("kernels", "small"): 16,
+    ("kernels", "gpt2s"): 4,
+    ("ppo", "gpt2s"): 16,
+}
+
+
+class Words:
+    """A tokenizer for random tokens: its openings have PROMPT - 1 of them, its words are numbers."""
+
+    eos, pad = 2, 1
+
+    def __init__(self, vocab_size: int):
+        self.opening = torch.randint(5, vocab_size, (PROMPT - 1,)).tolist()
+
+    def encode(self, text: str) -> list[int]:
+        return self.opening
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", choices=("kernels", "pretrain", "rollout", "ppo"))
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="4 layers of 256, or GPT-2-small")
+    parser.add_argument("--batch", type=int, help="sequences or stories (default: what README compares at)")
+    parser.add_argument("--new", type=int, default=90, help="tokens a story (default: 90)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the products")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs, after one that is not (default: 5)")
+    parser.add_argument("--json", action="store_true", help="nothing but the line of JSON")
+    parser.add_argument("--profile", action="store_true", help="then run once more and print where the time goes")
+    a = parser.parse_args(argv)
+    config, device = SHAPES[a.shape], pick_device(a.device)
+    batch = a.batch or BATCH.get((a.bench, a.shape), 64)
+    if min(batch, a.new, a.runs) < 1:
+        raise UserError("--batch, --new and --runs must be at least 1")
+    if a.bench in ("rollout", "ppo") and PROMPT + a.new > config.context:
+        raise UserError(f"--new {a.new} does not fit: {a.shape} has room for {config.context - PROMPT} tokens")
+    dtype = pick_dtype(a.dtype, device, on_cpu=a.bench in ("pretrain", "kernels"))
+    facts = dict(bench=a.bench, shape=a.shape, batch=batch, device=device_name(device), dtype=str(dtype)[6:])
+    facts |= dict(threads=torch.get_num_threads(), runs=a.runs)
+    load = os.getloadavg()[0]
+    if a.bench in ("rollout", "ppo"):
+        facts["new"] = a.new
+    torch.manual_seed(0)
+    if not a.json:
+        print(f"{a.bench} on {facts['device']}: {a.runs + 1} runs ...", file=sys.stderr)
+
+    if a.bench == "kernels":
+        measured = dict(kernels=kernels(config, batch, dtype, device, a.runs))
+        run = None
+    else:
+        run = dict(pretrain=pretrain, rollout=stories, ppo=interact)[a.bench](config, batch, a.new, dtype, device)
+        laps = [run() for _ in range(a.runs + 1)][1:]
+        measured = {name: round(statistics.median(lap[name] for lap in laps), 4) for name in laps[0]}
+        if a.bench in ("pretrain", "rollout"):
+            rows, backward = (batch, False) if a.bench == "rollout" else (batch * config.context, True)
+            limit = rows / gemm_seconds(config, rows, dtype, device, backward)
+            measured["gemm_limit_tokens_per_s"] = round(limit, 1)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * peak_rss_kb()
+    print(json.dumps(facts | measured | dict(peak_mb=round(peak / 2**20), load=round(load, 2))), flush=True)
+    if a.profile and run:
+        profile(run, device)
+
+
+def pretrain(config: StudentConfig, batch: int, _, dtype: torch.dtype, device: torch.device) -> Callable:
+    from train_pretrain import make_optimizer, train_step
+
+    options = PretrainConfig(batch_size=batch)
+    student = Student(config).to(device)
+    optimizer, _ = make_optimizer(student, options)
+    tokens = torch.randint(0, config.vocab_size, (batch, config.context + 1), device=device)
+
+    def run() -> dict[str, float]:
+        began = now(device)
+        train_step(student, optimizer, tokens, options, dtype, step=0)
+        seconds = now(device) - began
+        return dict(tokens_per_s=batch * config.context / seconds, step_s=seconds)
+
+    return run
+
+
+def stories(config: StudentConfig, batch: int, new: int, dtype: torch.dtype, device: torch.device) -> Callable:
+    student, head, words = Student(config).to(device), ValueHead(config.n_embd).to(device), Words(config.vocab_size)
+
+    def run() -> dict[str, float]:
+        began = now(device)
+        with lower(device, dtype):
+            written = rollout(student, head, words, "", count=batch, first_index=0, max_new_tokens=new, seed=0)
+        seconds = now(device) - began
+        tokens = sum(len(story.tokens) for story in written)  # with these weights one in V draws ends its story
+        return dict(tokens_per_s=tokens / seconds, rollout_s=seconds, tokens=tokens)
+
+    return run
+
+
+def interact(config: StudentConfig, batch: int, new: int, dtype: torch.dtype, device: torch.device) -> Callable:
+    options = InteractConfig(epochs=4, learning_rate=1e-6, stories_per_step=batch, max_new_tokens=new)
+    student, head, words = Student(config).to(device), ValueHead(config.n_embd).to(device), Words(config.vocab_size)
+    reference = Student(config).to(device).requires_grad_(False)
+    reference.load_state_dict(student.state_dict())
+    optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=options.learning_rate, fused=True)
+    scores = torch.full((batch,), 0.5, device=device)
+
+    def run() -> dict[str, float]:
+        began = now(device)
+        with lower(device, dtype):
+            written = rollout(student, head, words, "", count=batch, first_index=0, max_new_tokens=new, seed=0)
+        batched = collate(written, words, "", device)
+        wrote = now(device)
+        with lower(device, dtype):
+            ref_logprobs = ppo.reference_logprobs(reference, batched, 1.0, options.micro_batch_size)
+        read = now(device)
+        rewards = ppo.token_rewards(scores, batched.logprobs, ref_logprobs, batched.mask, options.kl_coef)
+        gains, returns = ppo.advantages_and_returns(rewards, batched.values, batched.mask, options.gamma, options.lam)
+        with lower(device, dtype):
+            ppo.update(student, head, optimizer, batched, ppo.whiten(gains, batched.mask), returns, options)
+        done = now(device)
+        tokens = sum(len(story.tokens) for story in written)
+        parts = dict(rollout_s=wrote - began, update_s=done - wrote, reference_s=read - wrote, tokens=tokens)
+        return dict(total_s=done - began) | parts
+
+    return run
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch.device, runs: int) -> dict[str, dict]:
+    """Median milliseconds of ours and PyTorch's, run in turn; their ratio (above 1: ours is faster); what each holds at
+    its peak beyond its inputs, in MB (null where the system does not tell)."""
+    T, H, C, V = config.context, config.n_head, config.n_embd, config.vocab_size
+    D, N = C // H, batch * T
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    qkv, hidden, weight = random(batch, T, 3, H, D), random(N, C), random(V, C)
+    targets, ids = torch.randint(V, (N,), device=device), torch.arange(64, device=device)
+    logits = random(64, V).detach()
+    q, k, v = (random(64, *shape, H, D).detach() for shape in ((), (T,), (T,)))
+    lengths = torch.randint(T // 2, T, (64,), device=device)
+    valid = (torch.arange(T, device=device) < lengths[:, None])[:, None, None]
+
+    def attention() -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    def logprob() -> Tensor:
+        log_p = F.linear(hidden, weight).float().log_softmax(-1)
+        return log_p.gather(1, targets[:, None]).sum() - 0.01 * (log_p.exp() * log_p).sum()
+
+    def our_logprob() -> Tensor:
+        chosen, entropy = ops.token_logprob(hidden, weight, targets)
+        return chosen.sum() + 0.01 * entropy.sum()
+
+    def draw() -> tuple[Tensor, Tensor]:
+        log_p = logits.float().log_softmax(-1)
+        p = log_p.exp()
+        tokens = p.multinomial(1)
+        return log_p.gather(1, tokens), -(p * log_p).sum(-1)
+
+    def decode() -> Tensor:
+        k_, v_ = k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q[:, :, None], k_, v_, attn_mask=valid)
+
+    def backward(f: Callable[[], Tensor]) -> Callable:
+        return lambda: f().sum().backward()
+
+    pairs = {
+        "attention": (backward(lambda: ops.causal_attention(qkv)), backward(attention)),
+        "token_logprob": (backward(our_logprob), backward(logprob)),
+        "cross_entropy": (
+            backward(lambda: ops.cross_entropy(hidden, weight, targets)),
+            backward(lambda: F.cross_entropy(F.linear(hidden, weight).float(), targets)),
+        ),
+        "sample": (lambda: ops.sample(logits, seed=0, rows=ids, step=0), draw),
+        "decode_attention": (lambda: ops.decode_attention(q, k, v, lengths), decode),
+    }
+    found = {}
+    for name, pair in pairs.items():
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(runs + 1):
+            for f, to in zip(pair, times, strict=True):
+                for leaf in (qkv, hidden, weight):
+                    leaf.grad = None
+                began = now(device)
+                f()
+                to.append(now(device) - began)
+        ours, theirs = (statistics.median(t[1:]) for t in times)
+        found[name] = dict(ours_ms=round(1000 * ours, 3), torch_ms=round(1000 * theirs, 3))
+        found[name] |= dict(ratio=round(theirs / ours, 2))
+        found[name] |= dict(zip(("ours_mb", "torch_mb"), (held_mb(f, device) for f in pair), strict=True))
+    return found
+
+
+def lower(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def gemm_seconds(
+    config: StudentConfig, rows: int, dtype: torch.dtype, device: torch.device, backward: bool, runs: int = 5
+) -> float:
+    """What PyTorch takes for the student's matrix products alone over so many rows, with or without the backward's."""
+    C, L, V = config.n_embd, config.n_layer, config.vocab_size
+    total = 0.0
+    for k, n, times in ((C, 3 * C, L), (C, C, L), (C, 4 * C, L), (4 * C, C, L), (C, V, 1)):
+        shapes = [(rows, k, n), (rows, n, k), (n, rows, k)] if backward else [(rows, k, n)]
+        for m, inner, out in shapes:
+            x, w = (torch.randn(s, dtype=dtype, device=device) for s in ((m, inner), (out, inner)))
+            laps = []
+            for _ in range(runs):
+                began = now(device)
+                F.linear(x, w)
+                laps.append(now(device) - began)
+            total += times * statistics.median(laps)
+    return total
+
+
+def peak_rss_kb() -> int:
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return rss // 1024 if sys.platform == "darwin" else rss
+
+
+def held_mb(f: Callable, device: torch.device) -> float | None:
+    """Peak memory of one call beyond what was there before it, in MB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        f()
+        return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
+    try:  # Linux: 5 sets the high-water mark back to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status_kb("VmRSS")
+        f()
+        return round((status_kb("VmHWM") - before) / 1024, 1)
+    except OSError:
+        return None
+
+
+def status_kb(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def profile(run: Callable, device: torch.device) -> None:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        run()
+    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=40), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""scripts/bench.py on a tiny shape: one line of JSON that adds up, through the product's own functions."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinystory.student.model import StudentConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "scripts" / "bench.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tiny = StudentConfig(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=300)
+    monkeypatch.setitem(module.SHAPES, "small", tiny)
+    return module
+
+
+@pytest.fixture
+def run(bench, capsys):
+    def run(*argv: str) -> dict:
+        bench.main([*argv, "--device", "cpu", "--json", "--runs", "2"])
+        out, err = capsys.readouterr()
+        assert out.count("\n") == 1 and err == ""
+        return json.loads(out)
+
+    return run
+
+
+def test_rollout_counts_the_tokens_that_were_written(run):
+    r = run("rollout", "--batch", "6", "--new", "9")
+    assert r["bench"] == "rollout" and r["batch"] == 6 and r["new"] == 9 and r["runs"] == 2
+    assert 0 < r["tokens"] <= 54
+    assert r["tokens_per_s"] == pytest.approx(r["tokens"] / r["rollout_s"], rel=0.5)
+    assert r["gemm_limit_tokens_per_s"] > 0 and r["peak_mb"] > 50
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ppo_is_a_whole_iteration(run, bench, monkeypatch, dtype):
+    updates, epochs = bench.ppo.update, []
+
+    def update(*args):
+        stats = updates(*args)
+        epochs.append(args[-1].epochs)
+        assert stats["skipped"] == 0
+        return stats
+
+    monkeypatch.setattr(bench.ppo, "update", update)
+    r = run("ppo", "--batch", "4", "--new", "8", "--dtype", dtype)
+    assert epochs == [4, 4, 4]  # one that is not timed, two that are
+    assert r["dtype"] == dtype
+    assert 0 < r["reference_s"] < r["update_s"] < r["total_s"]
+    assert r["total_s"] == pytest.approx(r["rollout_s"] + r["update_s"], rel=0.2, abs=0.01)
+
+
+def test_pretraining_is_train_pretrains_own_step(run, monkeypatch):
+    import train_pretrain  # found where scripts/bench.py looks for it
+
+    steps, seen = train_pretrain.train_step, []
+
+    def step(student, optimizer, tokens, *rest, **how):
+        seen.append(tuple(tokens.shape))
+        return steps(student, optimizer, tokens, *rest, **how)
+
+    monkeypatch.setattr(train_pretrain, "train_step", step)
+    r = run("pretrain", "--batch", "3")
+    assert seen == [(3, 65)] * 3
+    assert r["tokens_per_s"] == pytest.approx(3 * 64 / r["step_s"], rel=0.5)
+
+
+def test_kernels_are_all_beside_pytorchs(run):
+    r = run("kernels", "--batch", "2", "--dtype", "float32")
+    assert set(r["kernels"]) == {"attention", "token_logprob", "cross_entropy", "sample", "decode_attention"}
+    for figures in r["kernels"].values():
+        assert figures["ours_ms"] > 0 and figures["torch_ms"] > 0 and figures["ratio"] > 0
+
+
+def test_what_cannot_be_is_one_sentence(bench, capsys):
+    for argv, message in (
+        (["rollout", "--new", "60"], "--new 60 does not fit: small has room for 44 tokens"),
+        (["rollout", "--batch", "-3"], "must be at least 1"),
+        (["ppo", "--runs", "0"], "must be at least 1"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            bench.main(argv)
+        assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_profile_names_the_decoders_phases(bench, capsys):
+    if not bench.ops.load():
+        pytest.skip("the kernels are not compiled")
+    bench.main(["rollout", "--batch", "4", "--new", "5", "--device", "cpu", "--runs", "1", "--profile"])
+    out, err = capsys.readouterr()
+    assert json.loads(out)["bench"] == "rollout"
+    for phase in ("decoder: qkv", "decoder: attention", "decoder: draw"):
+        assert phase in err
+
+
+def test_memory_held_is_that_of_the_call(bench):
+    held = bench.held_mb(lambda: torch.ones(32 * 2**18).sum(), torch.device("cpu"))
+    if held is None:
+        pytest.skip("the system does not tell")
+    assert 30 < held < 60
