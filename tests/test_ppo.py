@@ -1,5 +1,6 @@
 """PPO's parts against plain loops written from the formulas, one story and one token at a time."""
 
+import copy
 import dataclasses
 import math
 
@@ -167,6 +168,22 @@ def test_learning_moves_the_policy_towards_what_is_rewarded(student):
     assert float((after - batch.logprobs)[batch.tokens == 42].mean()) > 0
     assert float((after - batch.logprobs)[batch.tokens != 42].mean()) < 0
     assert float((value - returns).abs().mean()) < float((batch.values - returns).abs().mean())
+
+
+def test_under_autocast_each_epoch_meets_the_weights_of_the_one_before(student):
+    """Autocast keeps its copies of the weights while it lasts: two epochs in one go must be one and then another."""
+    batch = random_batch([12, 20], student.config.vocab_size)
+    start, ends = copy.deepcopy(student.state_dict()), []
+    for calls, epochs in ((1, 2), (2, 1)):
+        student.load_state_dict(start)
+        head = ValueHead(student.config.n_embd)
+        optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=1e-3)
+        config = InteractConfig(epochs=epochs, max_ratio=1e9)
+        for _ in range(calls):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                ppo.update(student, head, optimizer, batch, batch.values, batch.values, config)
+        ends.append(copy.deepcopy(student.state_dict()))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
 
 
 def test_reward_is_the_papers():

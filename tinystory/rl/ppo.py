@@ -166,6 +166,7 @@ def update(
             limit = config.grad_clip or float("inf")
             stats["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, limit))
             optimizer.step()
+            torch.clear_autocast_cache()  # else the next minibatch would meet autocast's copies of the old weights
             updates += 1
             for name in sums:
                 sums[name] += stats[name]

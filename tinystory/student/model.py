@@ -142,4 +142,5 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor, dropout: float = 0.0) -> Tensor:
         """(..., C) -> (...) float32"""
-        return self.linear(F.dropout(hidden, dropout).float()).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):  # one column: rounding it would save nothing
+            return self.linear(F.dropout(hidden.float(), dropout)).squeeze(-1)
