@@ -9,6 +9,7 @@ checkpoint while the teacher grades, turn scores into rewards and advantages, up
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -33,7 +34,8 @@ from tinystory.student.model import ValueHead
 from tinystory.teacher.builtin import builtin_teacher
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grader import CallableGrader, Grade, TeacherGrader
-from tinystory.teacher.prompt import CRITERIA
+from tinystory.teacher.prompt import CRITERIA, Template, load_template
+from tinystory.teacher.replay import Replay
 
 PRETRAIN_RUN = Path("runs/pretrain")
 MILESTONES = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)} | {"chck_1M": 1_000_000}  # words taken in
@@ -92,29 +94,43 @@ def main(argv: list[str] | None = None) -> None:
         if config.reward:
             grader, who = CallableGrader(load_score(config.reward), config.opening), config.reward
         else:
-            url = config.teacher_url
-            if not url:
-                url = stack.enter_context(builtin_teacher(config.teacher_corpus or facts["corpus"]))
-                print(f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, answers at {url}")
-            teacher = Teacher(
-                url,
-                config.teacher_model or None,
-                concurrency=config.teacher_concurrency,
-                seed=config.seed,
-                temperature=config.teacher_temperature,
-                max_tokens=config.teacher_max_tokens,
-                deadline_s=config.teacher_timeout,
-                cache=run / "replies.jsonl",  # what was paid for is not asked again after a kill
-            )
+            template = load_template(config.teacher_prompt) if config.teacher_prompt else Template()
+            if config.replay:
+                teacher = Replay(Path(config.replay), template=template, max_tokens=config.teacher_max_tokens)
+            else:
+                url = config.teacher_url
+                if not url:
+                    url = stack.enter_context(builtin_teacher(config.teacher_corpus or facts["corpus"]))
+                    print(f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {url}")
+                teacher = Teacher(
+                    url,
+                    config.teacher_model or None,
+                    concurrency=config.teacher_concurrency,
+                    seed=config.seed,
+                    temperature=config.teacher_temperature,
+                    max_tokens=config.teacher_max_tokens,
+                    deadline_s=config.teacher_timeout,
+                    cache=run / "replies.jsonl",  # what was paid for is not asked again after a kill
+                    template=template,
+                    price_in=config.price_in,
+                    price_out=config.price_out,
+                    budget_cost=config.budget_cost or None,
+                )
             stack.enter_context(teacher)
             probed = teacher.probe()
-            if not probed["scored"]:
-                print(f"warning: {probed['model']} was shown a story and gave no scores but {probed['reply'][:80]!r}")
-            grader, who = TeacherGrader(teacher, config.opening), f"{probed['model']} at {probed['url']}"
+            print(f"teacher: {probed}")
+            if not probed.scored:
+                print(f"warning: {probed.model} was shown a story and gave no scores but {probed.reply[:80]!r}")
+            if not config.replay:
+                foreseen = teacher.forecast((config.steps - step) * config.stories_per_step, config.opening)
+                print("forecast: " + forecast_line(foreseen))
+            grader, who = TeacherGrader(teacher, config.opening), f"{probed.model} at {probed.url}"
         print(f"student {origin}, scored by {who}")
 
         log = stack.enter_context(RunLog(run, resume_step=step if resume_from else None))
         resolved = dict(device=str(device), dtype=str(dtype).removeprefix("torch."), scored_by=who)
+        if not config.reward:
+            resolved["teacher"] = dataclasses.asdict(probed)
         log.config(as_dict(config) | resolved | {"init": config.init or str(origin)})
         if not resume_from:
             save("start")
@@ -127,6 +143,9 @@ def main(argv: list[str] | None = None) -> None:
                     bar.write(
                         f"the word budget ({budget.limit_in:,} in, {budget.limit_out:,} out) does not hold another step"
                     )
+                    break
+                if not grader.affords(n):
+                    bar.write(f"--budget-cost {config.budget_cost:g} does not hold another step")
                     break
 
                 # 1. Write; grading begins with the first story that ends.
@@ -184,6 +203,7 @@ def main(argv: list[str] | None = None) -> None:
                     distinct_4=distinct_ngrams([s.text for s in stories]),
                     words_in=budget.words_in, words_out=budget.words_out, unscored=n - len(scored),
                     rollout_s=rollout_s, reference_s=reference_s, teacher_s=teacher_s, update_s=update_s, **stats,
+                    **grader.stats(),
                 )  # fmt: skip
                 bar.update()
                 bar.set_postfix(
@@ -213,6 +233,14 @@ def main(argv: list[str] | None = None) -> None:
     summary(run, config.opening, shown)
 
 
+def forecast_line(foreseen: dict[str, float]) -> str:
+    cost = f", cost {foreseen['cost']:.2f}" if foreseen["cost"] else ""
+    return (
+        f"{foreseen['stories']:,} stories, {foreseen['tokens_in']:,} tokens to read and {foreseen['tokens_out']:,} to "
+        f"write, {foreseen['words']:,} words for the student{cost}, about {foreseen['hours']:.1f} hours of grading"
+    )
+
+
 def starting_checkpoint(init: str) -> Path:
     if not init and checkpoint.newest(PRETRAIN_RUN) is None:
         raise UserError(f"no checkpoint under {PRETRAIN_RUN}: run train_pretrain.py first, or give --init CHECKPOINT")
@@ -237,10 +265,13 @@ def reward(config: InteractConfig, story: Story, grade: Grade) -> float | None:
 
 
 def score_means(grades: list[Grade]) -> dict[str, float | None]:
-    """score_mean: the teacher's sum, 0..9, as the paper plots it (or a callable's 0..1); and each criterion's."""
+    """score_mean: the teacher's sum, 0..9, as the paper plots it (or a callable's 0..1); and each criterion's. The
+    paper's three are always there, None where something else is graded."""
     scored = [g for g in grades if g.score is not None]
     sums = [sum(g.scores.values()) if g.scores else g.score for g in scored]
-    means = {f"{name}_mean": [g.scores[name] for g in scored if g.scores] for name in CRITERIA} | {"score_mean": sums}
+    names = dict.fromkeys([*CRITERIA, *(name for g in scored if g.scores for name in g.scores)])
+    means = {f"{name}_mean": [g.scores[name] for g in scored if g.scores and name in g.scores] for name in names}
+    means["score_mean"] = sums
     return {name: sum(values) / len(values) if values else None for name, values in means.items()}
 
 

@@ -22,19 +22,24 @@ from aiohttp import web
 from tinystory.errors import UserError
 from tinystory.teacher import api, client
 from tinystory.teacher.cache import Cache
-from tinystory.teacher.client import Judgement, Teacher
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.judgement import Judgement
+from tinystory.teacher.probe import Probe
 from tinystory.teacher.prompt import CRITERIA, read_back
+from tinystory.teacher.slots import Slots
 
 KEY = "sk-planted-0123456789"
 
 
 class FaultServer:
     """An OpenAI-compatible server on a free port. `script(story, n)` says what the n-th request (from 0) for a story
-    gets: a fault by name, a reply to send, or an aiohttp response. The client's first, probing story gets "2 1 3"."""
+    gets: a fault by name, a reply to send, or an aiohttp response. The client's first, probing story gets "2 1 3", and
+    `other` says what questions without a story get."""
 
-    def __init__(self, script=lambda story, n: "2 1 3", models=("first", "second")):
-        self.script, self.models = script, models
-        self.requests: list[dict] = []
+    def __init__(self, script=lambda story, n: "2 1 3", models=("first", "second"), other=lambda asked: "A fox."):
+        self.script, self.models, self.other = script, models, other
+        self.requests: list[dict] = []  # for stories
+        self.others: list[dict] = []
         self.times: list[float] = []
         self.seen = Counter()
         self.good = Counter()  # replies wholly sent, by story
@@ -73,7 +78,11 @@ class FaultServer:
 
     async def _chat(self, request):
         body = await request.json()
-        _, story = read_back(body["messages"])
+        found = read_back(body["messages"])
+        if found is None:
+            self.others.append(body)
+            return await self._answer(request, "", self.other(body))
+        story = found[1]
         n = self.seen[story]
         self.seen[story] += 1
         self.requests.append(body)
@@ -81,10 +90,13 @@ class FaultServer:
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            what = "2 1 3" if story.startswith("a cat sat down") and n == 0 else self.script(story, n)
+            what = self.first() if story.startswith("a cat sat down") and n == 0 else self.script(story, n)
             return await self._answer(request, story, what)
         finally:
             self.in_flight -= 1
+
+    def first(self):
+        return "2 1 3"
 
     async def _answer(self, request, story, what):
         whole = completion("2 1 3")
@@ -156,6 +168,8 @@ def test_every_story_is_scored_or_counted_none_twice_none_lost():
 
     done = []
     with FaultServer(script) as server, Teacher(server.url, concurrency=32, deadline_s=9.0) as teacher:
+        teacher.probe()
+        probes = teacher.ledger.total["requests"]
         judgements = teacher.judge("Once", list(plan), 0, progress=done.append)
         assert 2 < server.most_in_flight <= 32
     assert len(judgements) == 200 and sum(done) == 200
@@ -169,8 +183,9 @@ def test_every_story_is_scored_or_counted_none_twice_none_lost():
         else:
             assert judgement.scores is None and judgement.reply == "all good!" and judgement.attempts == 3
             assert judgement.reply_words == 6 and "3 replies" in judgement.error
-    assert teacher.counts["requests"] == sum(server.seen.values()) + 1  # the models
-    assert teacher.counts["failures"] == sum(len([w for w in p if " " not in w]) for p in plan.values())
+    assert teacher.ledger.total["requests"] == sum(server.seen.values()) - 1 + probes
+    assert teacher.ledger.total["failures"] == teacher.ledger.total["retries"]
+    assert teacher.ledger.total["failures"] == sum(len([w for w in p if " " not in w]) for p in plan.values())
 
 
 def test_a_server_that_never_answers_well_costs_the_story_not_the_run():
@@ -225,22 +240,150 @@ def test_words_beyond_the_cap_are_not_the_students(monkeypatch):
 def test_an_empty_story_needs_no_teacher():
     with FaultServer() as server, Teacher(server.url) as teacher:
         judgements = teacher.judge("Once", ["", " \n\t", "\x00\u200b"], 0)
-        assert judgements == [Judgement(dict.fromkeys(CRITERIA, 0), "", 0, 0, 0.0, None)] * 3
+        assert judgements == [Judgement(dict.fromkeys(CRITERIA, 0), 0.0, "", 0, 0, 0.0, None)] * 3
         assert len(server.requests) == 1  # the probe
 
 
 def test_the_probe_says_what_it_found():
     with FaultServer() as server, Teacher(server.url.removesuffix("/v1")) as teacher:
         found = teacher.probe()
-        assert found == teacher.probe()  # once
-        assert found == {
-            "url": server.url,
-            "model": "first",
-            "token_cap": "max_tokens",
-            "reply": "2 1 3",
-            "scored": True,
-        }
-        assert len(server.requests) == 1
+        assert found is teacher.probe()  # once
+        assert (found.url, found.model, found.token_cap, found.refused) == (server.url, "first", "max_tokens", ())
+        assert (found.reply, found.scored, found.thinks, found.tokens) == ("2 1 3", True, False, None)
+        assert (found.structure, found.held_to, found.seed, found.logprobs) == ("nothing", "nothing", True, False)
+        assert Probe.load(found.dump()) == found and Probe.load('{"url": ""}') is Probe.load("no") is None
+        assert len(server.requests) == 1 and len(server.others) == 4  # two structures, a seed twice
+        line = str(found)
+        assert line.isprintable() and f"first at {server.url}: scored a story" in line and "obeys no structure" in line
+
+
+def test_the_probe_is_asked_once_for_a_run(tmp_path):
+    with FaultServer() as server:
+        for _ in range(2):
+            with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
+                found = teacher.probe()
+        assert found.scored and len(server.requests) == 1 and len(server.others) == 4
+        with Teacher(server.url, "second", cache=tmp_path / "replies.jsonl") as teacher:
+            assert teacher.probe().model == "second"
+        assert len(server.requests) == 2
+
+
+def numbers_if_held(asked, *fields):
+    """What vLLM's or llama.cpp's server would say: animals, or what it is held to."""
+    return "1 0 2" if set(fields) & asked.keys() else "fox, owl, badger"
+
+
+@pytest.mark.parametrize("field", ["structured_outputs", "grammar"])
+def test_a_server_that_obeys_is_held_to_numbers(field):
+    with (
+        FaultServer(other=lambda asked: numbers_if_held(asked, field)) as server,
+        Teacher(server.url) as teacher,
+    ):
+        assert teacher.probe().structure == teacher.probe().held_to == "numbers"
+        assert len(server.others) == 3
+        assert teacher.judge("Once", ["A dog ran."], 0)[0].scores
+        assert server.requests[-1]["structured_outputs"] == {"regex": "[0-3] [0-3] [0-3]"}
+        assert server.requests[-1]["grammar"] == 'root ::= [0-3] " " [0-3] " " [0-3]'
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_json_is_for_models_that_give_no_plain_numbers(plain):
+    graded = json.dumps(dict.fromkeys(CRITERIA, 2))
+
+    class Json(FaultServer):
+        async def _chat(self, request):
+            asked = await request.json()
+            if "response_format" in asked:
+                self.requests.append(asked)
+                schema = asked["response_format"]["json_schema"]["schema"]
+                assert set(schema["properties"]) == set(schema["required"]) == set(CRITERIA)
+                return web.Response(text=completion(graded), content_type="application/json")
+            if not plain and read_back(asked["messages"]):
+                return web.Response(text=completion("Well, I like it!"), content_type="application/json")
+            return await super()._chat(request)
+
+    with Json() as server, Teacher(server.url, max_tokens=6) as teacher:
+        found = teacher.probe()
+        assert (found.structure, found.held_to, found.scored) == ("json", "nothing" if plain else "json", True)
+        (judgement,) = teacher.judge("Once", ["A dog ran."], 0)
+        assert judgement.score == pytest.approx(2 / 3)
+        assert ("response_format" in server.requests[-1]) != plain
+        assert server.requests[-1]["max_tokens"] == teacher.max_tokens == (6 if plain else 44)
+
+
+def test_an_option_that_is_accepted_and_ignored_is_not_obeyed():
+    dice = random.Random(0)
+    animals = ["fox", "3 3 3!", "owl", "1, 2 and 3", '{"readability": 3}', "A hare."]
+    with FaultServer(other=lambda asked: dice.choice(animals)) as server, Teacher(server.url) as teacher:
+        assert teacher.probe().structure == "nothing"
+        teacher.judge("Once", ["A dog ran."], 0)
+        assert not {"response_format", "grammar", "structured_outputs"} & server.requests[-1].keys()
+
+
+@pytest.mark.parametrize("refuse", [True, False])
+def test_seed_and_logprobs(refuse):
+    count = iter(range(100))
+
+    def other(asked):
+        if asked.get("logprobs") and refuse:
+            return error(400, "logprobs are not supported by this model")
+        choice = {"message": {"content": f"A fox {next(count)}."}}
+        if asked.get("logprobs"):
+            choice["logprobs"] = {"content": [{"token": "A", "logprob": -0.1}]}
+        return web.json_response({"choices": [choice]})
+
+    with FaultServer(other=other) as server, Teacher(server.url) as teacher:
+        assert (teacher.probe().seed, teacher.probe().logprobs) == (False, not refuse)
+        assert len(server.requests) + len(server.others) <= 6
+
+
+def test_what_a_server_refuses_by_name_is_left_out():
+    class Strict(FaultServer):
+        async def _chat(self, request):
+            for name in ("temperature", "seed", "max_tokens"):
+                if name in await request.json():
+                    other = " Use 'max_completion_tokens'." if name == "max_tokens" else ""
+                    return error(400, f"Unsupported parameter: '{name}'.{other}", code="unsupported_parameter")
+            return await super()._chat(request)
+
+    with Strict() as server, Teacher(server.url) as teacher:
+        found = teacher.probe()
+        assert (found.refused, found.token_cap) == (("seed", "temperature"), "max_completion_tokens")
+        assert "no seed" in str(found) and "no temperature" in str(found)
+        assert teacher.judge("Once", ["A dog ran."], 0)[0].error is None
+        assert not {"seed", "temperature"} & server.requests[-1].keys()
+
+
+def thought(text, thoughts="Let me see. The story ...", finish="length"):
+    message = {"role": "assistant", "content": text, "reasoning_content": thoughts}
+    return web.json_response({"choices": [{"message": message, "finish_reason": finish}]})
+
+
+@pytest.mark.parametrize("answer", [("", None), (None, "Hm, a cat."), ("<think>\nOkay, the user wants", "")])
+def test_a_model_that_only_thinks_is_refused_with_a_reason(answer):
+    class Thinker(FaultServer):
+        async def _chat(self, request):
+            self.requests.append(await request.json())
+            return thought(*answer)
+
+    with Thinker() as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
+        teacher.probe()
+    assert_one_clean_sentence(caught, server.url, "thinks before it answers", "16 tokens", "--teacher-max-tokens")
+    assert len(server.requests) == 2
+
+
+def test_a_model_that_can_be_told_not_to_think_is():
+    class Qwen(FaultServer):
+        async def _chat(self, request):
+            asked = await request.json()
+            if asked.get("chat_template_kwargs") != {"enable_thinking": False}:
+                return thought(None)
+            return await super()._chat(request)
+
+    with Qwen() as server, Teacher(server.url) as teacher:
+        found = teacher.probe()
+        assert found.thinks and found.quiet and found.scored and "told not to think" in str(found)
+        assert teacher.judge("Once", ["A dog ran."], 0)[0].scores == dict(zip(CRITERIA, (2, 1, 3), strict=True))
 
 
 def test_a_server_that_wants_the_other_token_cap_gets_it():
@@ -253,7 +396,7 @@ def test_a_server_that_wants_the_other_token_cap_gets_it():
             return await super()._chat(request)
 
     with Picky() as server, Teacher(server.url) as teacher:
-        assert teacher.probe()["token_cap"] == "max_completion_tokens"
+        assert teacher.probe().token_cap == "max_completion_tokens"
         assert teacher.judge("Once", ["A dog ran."], 0)[0].error is None
         assert all(request["max_completion_tokens"] == 16 for request in server.requests)
 
@@ -414,7 +557,7 @@ def test_ctrl_c_ends_a_waiting_judge():
 
 def test_slots_never_exceed_their_number_and_are_never_lost():
     async def run():
-        slots, dice, most = client._Slots(6), random.Random(0), 0
+        slots, dice, most = Slots(6), random.Random(0), 0
 
         async def story(i):
             nonlocal most
@@ -449,7 +592,7 @@ def test_no_reply_is_paid_for_twice(tmp_path):
         kept.write_bytes(lines + b'{"key": "torn')  # killed while writing
         with Teacher(server.url, cache=kept) as teacher:
             after = teacher.judge("Once", stories, 100)  # other indices: the mark is no part of the question
-            assert teacher.counts["cached"] == sum(judgement.attempts for judgement in before)
+            assert teacher.ledger.total["cached"] == sum(judgement.attempts for judgement in before)
         assert kept.read_bytes().startswith(lines + b"{") and b"torn" not in kept.read_bytes()
         paid = {story: server.seen[story] for story in stories}
         assert paid == {story: 2 if "1" in story else 1 for story in stories}
@@ -463,10 +606,10 @@ def test_no_reply_is_paid_for_twice(tmp_path):
         for other in ({"seed": 9}, {"temperature": 0.9}, {"max_tokens": 9}, {"model": "second"}):
             with Teacher(server.url, cache=kept, **other) as teacher:
                 teacher.judge("Once", stories[:1], 0)
-                assert teacher.counts["cached"] == 0
+                assert teacher.ledger.total["cached"] == 0
         with Teacher(server.url, cache=kept) as teacher:
             teacher.judge("Twice", stories[:1], 0)
-            assert teacher.counts["cached"] == 0
+            assert teacher.ledger.total["cached"] == 0
 
 
 def test_the_first_reply_to_a_question_stands(tmp_path):
@@ -522,3 +665,86 @@ def test_a_disk_that_fills_up_is_one_sentence_and_leaves_whole_lines(tmp_path):
         cache.put("another", "2 2 2")
     with contextlib.closing(Cache(path)) as cache:
         assert (cache.get("question"), cache.get("another")) == ("1 1 1", "2 2 2")
+
+
+# What it costs.
+
+
+def counted(reply, asked=500, said=6):
+    """A completion by a server that counts tokens."""
+    usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    return web.json_response({"choices": [{"message": {"content": reply}, "finish_reason": "stop"}], "usage": usage})
+
+
+class Counting(FaultServer):
+    def __init__(self, script=lambda story, n: counted("2 1 3"), **more):
+        super().__init__(script, other=lambda asked: counted("A fox.", 20, 3), **more)
+
+    def first(self):
+        return counted("2 1 3")
+
+
+def test_stats_and_cost_are_what_the_server_counted(tmp_path):
+    stories = [f"Dog {i} ran." for i in range(10)]
+    prices = dict(price_in=2.0, price_out=8.0, cache=tmp_path / "replies.jsonl")
+    script = lambda story, n: "500" if story == stories[3] and n == 0 else counted("2 1 3")  # noqa: E731
+    with Counting(script) as server, Teacher(server.url, **prices) as teacher:
+        teacher.probe()
+        teacher.stats()
+        assert all(judgement.scores for judgement in teacher.judge("Once", stories + stories[:2], 0))
+        stats = teacher.stats()
+        sent = len(server.requests) - 1
+        assert stats["requests"] == sent and stats["retries"] == 1 and stats["cached"] == 12 + 1 - sent
+        assert (stats["tokens_in"], stats["tokens_out"]) == (500 * (sent - 1), 6 * (sent - 1))
+        assert 0 < stats["latency_p50"] <= stats["latency_p90"] <= stats["latency_p99"]
+        spent = teacher.ledger.cost
+        assert teacher.stats() == {
+            **dict.fromkeys(("requests", "retries", "cached", "tokens_in", "tokens_out"), 0),
+            **dict.fromkeys(("latency_p50", "latency_p90", "latency_p99")),
+            "cost": spent,
+        }
+    with Counting() as server, Teacher(server.url, **prices) as teacher:  # what was paid for stays paid for
+        kept = 10 * (500 * 2 + 6 * 8) / 1e6
+        assert kept <= teacher.ledger.cost <= spent
+
+
+def test_a_forecast_is_the_probe_times_the_stories():
+    with Counting() as server, Teacher(server.url, concurrency=4, price_in=1.0, price_out=2.0) as teacher:
+        short, long = teacher.forecast(1000, "Once"), teacher.forecast(1000, "Once " * 50)
+        assert len(server.requests) == 1  # the probe's
+        assert short["stories"] == 1000 and short["words"] == 3001 and long["words"] == 3050
+        longer = 1 + client.STORY_WORDS - len(" ".join(client.FIRST_STORY).split())
+        assert short["tokens_in"] == round(1000 * (500 + longer * client.TOKENS_A_WORD))
+        assert short["tokens_out"] == long["tokens_out"] == 6000
+        assert long["tokens_in"] - short["tokens_in"] == round(1000 * 49 * client.TOKENS_A_WORD)
+        assert short["cost"] == pytest.approx((short["tokens_in"] + 2 * short["tokens_out"]) / 1e6, rel=1e-6)
+        assert short["hours"] == pytest.approx(1000 * teacher.probe().seconds / 4 / 3600)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_budget_is_never_passed_whatever_goes_wrong(counts):
+    """The server's own count of all that it was asked stays within the budget, and comes close to it."""
+    stories = [f"Dog {i} ran." for i in range(400)]
+    dice = random.Random(3)
+    billed = Counter()
+
+    def script(story, n):
+        what = dice.choice(["2 1 3"] * 6 + ["500", "reset", "malformed"])
+        if what != "500":  # a bad gateway: the answer was made and paid for, and came in pieces
+            billed.update(tokens_in=500, tokens_out=6)
+        return counted("2 1 3") if what == "2 1 3" and counts else what
+
+    def bill():
+        return (billed["tokens_in"] * 1.0 + billed["tokens_out"] * 3.0) / 1e6
+
+    with Counting(script) as server, Teacher(server.url, price_in=1.0, price_out=3.0, budget_cost=0.06) as teacher:
+        teacher.probe()
+        billed.update(tokens_in=teacher.ledger.total["tokens_in"], tokens_out=teacher.ledger.total["tokens_out"])
+        teacher.judge("Once", stories[:1], 0)
+        assert teacher.affords(1) and not teacher.affords(400)
+        with pytest.raises(UserError) as caught:
+            teacher.judge("Once", stories, 1)
+        assert_one_clean_sentence(caught, "--budget-cost 0.06", "--resume")
+        assert bill() <= teacher.ledger.cost <= 0.06 and not teacher.affords(1)
+        assert teacher.ledger.cost > 0.06 - teacher.ledger.price(teacher._most_in, 16)
+    assert (teacher.ledger._held["tokens_in"], teacher.ledger._held["tokens_out"]) == (0, 0)

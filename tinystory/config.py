@@ -5,6 +5,7 @@
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -77,6 +78,11 @@ class InteractConfig:
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher")
     teacher_max_tokens: int = option(16, "longest reply: three numbers need 6")
     teacher_timeout: float = option(300.0, "seconds that a story's grading may take, asking again included")
+    teacher_prompt: str = option("", "JSON file of what to grade instead: criteria, levels, weights (see README)")
+    price_in: float = option(0.0, "of a million prompt tokens, in any currency")
+    price_out: float = option(0.0, "of a million reply tokens")
+    budget_cost: float = option(0.0, "most that the teacher may cost, at these prices; 0 is no limit")
+    replay: str = option("", "folder of a run whose teacher's replies are given again, with no server")
     teacher_corpus: list[str] = option([], "what the built-in teacher has read (default: the student's own corpus)")
     reward: str = option("", "FILE.py:FUNCTION scores instead of a teacher: f(opening, stories) -> [0..1 or None]")
     max_unscored: float = option(0.1, "largest share of a step's stories that may stay without a score")
@@ -197,6 +203,11 @@ def _check(config: Any) -> None:
     for name in _POSITIVE:
         if hasattr(config, name) and not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(config, name)}")
+    for name in ("price_in", "price_out", "budget_cost"):
+        if hasattr(config, name) and not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(config, name)}")
+    if getattr(config, "budget_cost", 0) and not config.price_in + config.price_out:
+        raise UserError("--budget-cost needs the prices: give --price-in and --price-out, per million tokens")
     for name in ("dropout", "value_dropout", "val_fraction", "warmup", "max_unscored"):
         if hasattr(config, name) and not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 0 and below 1, not {getattr(config, name)}")

@@ -75,7 +75,7 @@ def story_card(record: dict, title: str) -> str:
     gap = "" if not opening or opening[-1].isspace() or re.match(r"\s|[.,!?;:]|$", story) else " "
     told = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"
     scores, reward, words, reply = (record.get(key) for key in ("scores", "reward", "words", "reply"))
-    marks = "".join(dots(each, scores[each]) for each in CRITERIA) if scores else ""
+    marks = "".join(dots(each, score) for each, score in scores.items()) if scores else ""
     foot = ["no score" if reward is None else f"reward {reward:.3f}"]
     if words is not None:
         foot.append(f"{number(words)} words")
@@ -89,12 +89,18 @@ def story_card(record: dict, title: str) -> str:
     )
 
 
+def colour(criterion: str) -> str:
+    """The paper's criteria have colours of their own."""
+    return criterion if criterion in CRITERIA else "plain"
+
+
 def dots(criterion: str, score: int) -> str:
     """A score as three dots, filled up to it."""
-    says = f"{criterion} {score} of {TOP_SCORE}"
+    name = escape(criterion.replace("_", " "))
+    says = f"{name} {score} of {TOP_SCORE}"
     drawn = "●" * score + "○" * (TOP_SCORE - score)
     return (
-        f'<span style="--tint: var(--{criterion})" title="{says}">{criterion} '
+        f'<span style="--tint: var(--{colour(criterion)})" title="{says}">{name} '
         f'<b role="img" aria-label="{says}">{drawn}</b></span>'
     )
 

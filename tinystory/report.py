@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tinystory import page, plots
 from tinystory.errors import UserError
-from tinystory.page import CRITERIA, TOP_SCORE, details, grid, section, story_card, tile
+from tinystory.page import CRITERIA, TOP_SCORE, colour, details, grid, section, story_card, tile
 from tinystory.plots import Line, chart, number
 from tinystory.runlog import SAMPLES, atomic_write, read_config, read_metrics, read_records, read_stories
 
@@ -117,11 +117,11 @@ def shown(value) -> str:
 def interaction(folder: Path, metrics: list[dict]) -> list[str]:
     picked = Picked(read_stories(folder))
     scores = [
-        chart(each.capitalize(), [Line(*columns(metrics, "step", f"{each}_mean"), each)], y_range=(0, TOP_SCORE))
-        for each in CRITERIA
+        chart(title(each), [Line(*columns(metrics, "step", f"{each}_mean"), colour(each))], y_range=(0, TOP_SCORE))
+        for each in picked.criteria
     ]
     return [
-        interaction_headline(metrics),
+        interaction_headline(metrics, picked.criteria),
         section(
             "What the teacher said",
             "Mean score of each step, from 0 to 3. In bold a rolling mean, its band one standard deviation of the "
@@ -137,7 +137,11 @@ def interaction(folder: Path, metrics: list[dict]) -> list[str]:
     ]
 
 
-def interaction_headline(metrics: list[dict]) -> str:
+def title(criterion: str) -> str:
+    return criterion.replace("_", " ").capitalize()
+
+
+def interaction_headline(metrics: list[dict], criteria: Sequence[str]) -> str:
     edge = max(1, min(EDGE, len(metrics) // 2))
 
     def ends(key: str) -> list[float | None]:
@@ -148,9 +152,9 @@ def interaction_headline(metrics: list[dict]) -> str:
     left_out = sum(value or 0 for value in column(metrics, "unscored"))
     spans = {0: "the only step", 1: "first step → last"}.get(len(metrics) // 2, f"first {edge} steps → last {edge}")
     tiles = [tile("Mean reward", page.change(ends("reward_mean")), spans, "reward")]
-    for each in CRITERIA:
+    for each in criteria:
         if ends(f"{each}_mean")[0] is not None:
-            tiles.append(tile(each.capitalize(), page.change(ends(f"{each}_mean")), f"of {TOP_SCORE}", each))
+            tiles.append(tile(escape(title(each)), page.change(ends(f"{each}_mean")), f"of {TOP_SCORE}", colour(each)))
     tiles += [
         tile("Words taken in", number(last.get("words_in")), f"{number(last.get('words_out'))} written"),
         tile("Unscored", number(left_out), "stories, left out of learning"),
@@ -167,12 +171,12 @@ def histograms(counts: dict[int, dict[str, list[int]]]) -> str:
         return ""
     tenth = max(1, len(steps) // 10)
     drawings = []
-    for each in CRITERIA:
+    for each in counts[steps[0]]:
         early, late = (
             [sum(counts[step][each][score] for step in part) for score in range(TOP_SCORE + 1)]
             for part in (steps[:tenth], steps[-tenth:])
         )
-        drawings.append(plots.histogram(each.capitalize(), early, late, each))
+        drawings.append(plots.histogram(title(each), early, late, colour(each)))
     return section(
         "How the scores spread",
         "Share of the stories with each score: in grey the first tenth of the steps, in colour the last tenth.",
@@ -229,6 +233,7 @@ class Picked:
 
     def __init__(self, stories: Iterable[dict]):
         self.counts: dict[int, dict[str, list[int]]] = {}
+        self.criteria = CRITERIA  # or what was graded instead
         self.scored = 0
         self.unscored: list[dict] = []
         best, worst = Top(PICKED), Top(PICKED)
@@ -242,8 +247,9 @@ class Picked:
             worst.offer(-record["reward"], record)
             if record["scores"]:  # a callable in the teacher's place gives a reward alone
                 if record["step"] not in self.counts:
-                    self.counts[record["step"]] = {each: [0] * (TOP_SCORE + 1) for each in CRITERIA}
-                for each in CRITERIA:
+                    self.criteria = tuple(record["scores"])
+                    self.counts[record["step"]] = {each: [0] * (TOP_SCORE + 1) for each in self.criteria}
+                for each in self.criteria:
                     self.counts[record["step"]][each][record["scores"][each]] += 1
         self.best, self.worst = best.records(), worst.records()
 

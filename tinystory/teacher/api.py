@@ -8,6 +8,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
 from tinystory.errors import UserError
@@ -40,6 +41,17 @@ class Failure(Exception):
         super().__init__(message)
         self.status, self.again, self.busy, self.fatal = status, again, busy, fatal
         self.unreachable, self.retry_after = unreachable, retry_after
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A chat completion's first choice."""
+
+    text: str  # "" where the server sends none
+    finish: str = ""  # why it ended: "stop", "length" or another word of the server's; "" if not said
+    thoughts: int = 0  # characters of the reasoning that came apart from the text
+    logprobs: bool = False  # whether any came
+    tokens: tuple[int, int] | None = None  # (prompt, completion) as the server counts them; None where it does not
 
 
 class Server:
@@ -87,14 +99,21 @@ class Server:
                 return [entry["id"] for entry in entries]
         raise Failure("answers, but not as an OpenAI-compatible API: check the URL", status=200)
 
-    async def chat(self, **request) -> str:
-        """The text of the first choice; "" where the server sends none."""
+    async def chat(self, **request) -> Reply:
+        """The first choice of one chat completion."""
         answer = await self._answer(self._client.chat.completions.with_streaming_response.create(**request))
         match answer:
-            case {"choices": [{"message": {"content": str(reply)}}, *_]}:
-                return self._redacted(reply.encode(errors="replace").decode())  # JSON can hold half a character
-            case {"choices": [{"message": {**rest}}, *_]} if rest.get("content") is None:
-                return ""
+            case {"choices": [{"message": {**message}, **choice}, *_], **rest}:
+                text = message.get("content")
+                if text is None or isinstance(text, str):
+                    return Reply(
+                        # JSON can hold half a character.
+                        self._redacted((text or "").encode(errors="replace").decode()),
+                        self.words(str(choice.get("finish_reason") or "")),
+                        sum(len(str(message.get(name) or "")) for name in ("reasoning_content", "reasoning")),
+                        isinstance(choice.get("logprobs"), dict) and bool(choice["logprobs"].get("content")),
+                        _tokens(rest.get("usage")),
+                    )
         said = self.words(_said(answer)[0])
         raise Failure("answers, but not with a chat completion" + f" ({said})" * bool(said), status=200, again=True)
 
@@ -168,6 +187,13 @@ def _json(body: bytes) -> object:
         return json.loads(body)
     except (ValueError, RecursionError):
         return None
+
+
+def _tokens(usage: object) -> tuple[int, int] | None:
+    match usage:
+        case {"prompt_tokens": int(asked), "completion_tokens": int(said)} if 0 <= asked < 10**9 and 0 <= said < 10**9:
+            return int(asked), int(said)
+    return None
 
 
 def _said(answer: object) -> tuple[str, set[str]]:

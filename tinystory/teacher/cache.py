@@ -9,7 +9,7 @@ the process at any instant loses none, and a power cut at most the last few seco
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tinystory.errors import UserError
@@ -21,9 +21,35 @@ def cache_key(model: str, messages: Sequence[Mapping[str, str]], fence: str, sam
     The fence, which differs from story to story, is left out: the same story asked twice is one question. It is
     replaced by a character that `clean` lets into no prompt, so that two prompts cannot become one.
     """
-    prompt = [[message["role"], message["content"].replace(fence, "\0")] for message in messages]
-    question = json.dumps([model, prompt, sorted(sampling.items())])
-    return hashlib.sha256(question.encode()).hexdigest()[:32]
+    return question_key(messages, fence) + _digest([model, sorted(sampling.items())])[:8]
+
+
+def question_key(messages: Sequence[Mapping[str, str]], fence: str) -> str:
+    """The first part of `cache_key`, which says what was asked, and not of whom."""
+    return _digest([[message["role"], message["content"].replace(fence, "\0")] for message in messages])[:24]
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def records(path: Path) -> Iterator[tuple[dict, int]]:
+    """Each kept line, with its number of bytes; a last one without its end is left out. UserError as for Cache."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            match record:
+                case {"key": str(), "reply": str()}:
+                    yield record, len(line)
+                case _:
+                    raise UserError(
+                        f"{path} line {number} is not a kept reply of the teacher: repair it or move the file away"
+                    )
 
 
 class Cache:
@@ -36,6 +62,7 @@ class Cache:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._replies: dict[str, str] = {}
+        self.tokens = (0, 0)  # of the prompts and replies that an earlier process paid for, where the server counted
         self._file = None
         if self.path.exists():
             self._open()
@@ -57,21 +84,12 @@ class Cache:
     def _load(self) -> int:
         """Read the lines there are; the number of bytes of the whole ones."""
         whole = 0
-        with open(self.path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    record = json.loads(line)
-                    key, reply = record["key"], record["reply"]
-                except (ValueError, TypeError, KeyError):
-                    key = reply = None
-                if not isinstance(key, str) or not isinstance(reply, str):
-                    raise UserError(
-                        f"{self.path} line {number} is not a kept reply of the teacher: repair it or move the file away"
-                    )
-                self._replies.setdefault(key, reply)
-                whole += len(line)
+        for record, size in records(self.path):
+            self._replies.setdefault(record["key"], record["reply"])
+            match record:
+                case {"tokens": [int(asked), int(said)]}:
+                    self.tokens = (self.tokens[0] + asked, self.tokens[1] + said)
+            whole += size
         return whole
 
     def __len__(self) -> int:

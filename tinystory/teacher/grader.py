@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from tinystory.device import Stop
-from tinystory.teacher.client import Judgement, Teacher
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.judgement import Judgement
+from tinystory.teacher.replay import Replay
 
 
 @dataclass
 class Grade:
-    """One story's. score: what the reward is made of, the teacher's sum over its greatest, 0..1; None is no score.
+    """One story's. score: what the reward is made of, the teacher's weighted mean, 0..1; None is no score.
     words: of every reply to it, for the budget."""
 
     score: float | None
@@ -22,7 +24,7 @@ class Grade:
 
 
 class TeacherGrader:
-    def __init__(self, teacher: Teacher, opening: str):
+    def __init__(self, teacher: Teacher | Replay, opening: str):
         self.teacher, self.opening = teacher, opening
         self.pending: dict[int, Future[Judgement]] = {}
 
@@ -30,6 +32,13 @@ class TeacherGrader:
     def most_words(self) -> int:
         """Most words that the replies to one story can hold: a word is at least one token."""
         return self.teacher.max_tokens * self.teacher.attempts
+
+    def affords(self, stories: int) -> bool:
+        return self.teacher.affords(stories)
+
+    def stats(self) -> dict[str, float | None]:
+        """What asking took since the last call, for the metrics."""
+        return {f"teacher_{name}": value for name, value in self.teacher.stats().items()}
 
     def send(self, index: int, text: str) -> None:
         """Hand over a story as soon as it ends: the teacher reads while the student goes on writing."""
@@ -60,6 +69,12 @@ class CallableGrader:
         self.score, self.opening = score, opening
         self.pending: dict[int, str] = {}
 
+    def affords(self, stories: int) -> bool:
+        return True
+
+    def stats(self) -> dict[str, float | None]:
+        return {}
+
     def send(self, index: int, text: str) -> None:
         self.pending[index] = text
 
@@ -70,6 +85,4 @@ class CallableGrader:
 
 
 def _grade(judgement: Judgement) -> Grade:
-    scores = judgement.scores
-    score = None if scores is None else sum(scores.values()) / (3 * len(scores))
-    return Grade(score, scores, judgement.reply or judgement.error or "", judgement.reply_words)
+    return Grade(judgement.score, judgement.scores, judgement.reply or judgement.error or "", judgement.reply_words)

@@ -1,0 +1,121 @@
+"""Say what this machine has for tinystory, and what keeps it from having the rest.
+
+    python scripts/doctor.py                                            the machine
+    python scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1    ... and the teacher there: what it obeys
+
+It builds nothing and changes nothing; asking a teacher takes about eight short requests.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from tinystory.device import cpu_has_bf16
+from tinystory.errors import UserError, command
+from tinystory.ops import build
+from tinystory.paths import cache_dir
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.prompt import Template, load_template
+
+PACKAGES = ("numpy", "tokenizers", "tiktoken", "safetensors", "openai", "aiohttp", "huggingface_hub")
+WANTED_DISK = 2 << 30  # bytes: shards of a large corpus, checkpoints, kernels
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher-url", metavar="URL", help="also ask the OpenAI-compatible teacher at this address")
+    parser.add_argument("--teacher-model", metavar="NAME", help="model to ask for (default: the first that it lists)")
+    parser.add_argument("--teacher-max-tokens", type=int, default=16, metavar="N", help="longest reply (default: 16)")
+    parser.add_argument("--teacher-prompt", metavar="FILE", help="JSON file of what to grade (default: stories)")
+    options = parser.parse_args(argv)
+    if options.teacher_max_tokens < 1:
+        raise UserError(f"--teacher-max-tokens must be at least 1, not {options.teacher_max_tokens}")
+
+    for name, found in machine():
+        print(f"{name:10} {found}")
+    if options.teacher_url is not None:
+        template = load_template(options.teacher_prompt) if options.teacher_prompt else Template()
+        limits = dict(max_tokens=options.teacher_max_tokens, template=template)
+        with Teacher(options.teacher_url, options.teacher_model, **limits) as teacher:
+            print(f"{'teacher':10} {teacher.probe()}")
+
+
+def machine() -> Iterator[tuple[str, str]]:
+    """(what, how it stands), in the order in which one needs them."""
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "torch", torch.__version__
+    yield "packages", ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    bf16 = "bfloat16 in hardware" if cpu_has_bf16() else "no bfloat16 in hardware: float32 is used"
+    yield "cpu", f"{len(os.sched_getaffinity(0))} processors for us, {torch.get_num_threads()} torch threads; {bf16}"
+    yield "compiler", compiler()
+    yield "kernels", kernels()
+    yield "gpu", gpu()
+    yield "cache", cache()
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def compiler() -> str:
+    try:
+        found = build.find_compiler()
+    except UserError as error:
+        return f"none: {error}"
+    said = subprocess.run([*found, "--version"], capture_output=True, text=True).stdout
+    return f"{' '.join(found)}: {said.splitlines()[0] if said else 'it does not say its version'}"
+
+
+def kernels() -> str:
+    """Whether the compiled operators are there, and if not, why."""
+    if os.environ.get("TINYSTORY_KERNELS") == "reference":
+        return "switched off by TINYSTORY_KERNELS=reference: plain PyTorch runs instead"
+    try:
+        library = cache_dir() / "kernels" / build.cache_key(build.find_compiler()) / "tinystory.so"
+    except UserError:
+        return "not built: there is no compiler"
+    if not build.CSRC.is_dir():
+        return "not built: their sources are only in a clone of the repository"
+    if not library.exists():
+        return "not built yet for these sources, this compiler and this processor: the first run does so"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"built, but they do not load ({error}): delete {library.parent}"
+    return f"built, and they load: {library}"
+
+
+def gpu() -> str:
+    if torch.version.cuda is None:
+        return "none: this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"none that torch (CUDA {torch.version.cuda}) can use: see what nvidia-smi says"
+    names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB" for gpu in names)
+
+
+def cache() -> str:
+    """The cache's folder, whether it can be written, and the room on its disk."""
+    folder = cache_dir()
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        return f"{folder} cannot be written: set TINYSTORY_CACHE to a folder that can"
+    free = shutil.disk_usage(there).free
+    short = " (little: a large corpus needs more)" if free < WANTED_DISK else ""
+    here = shutil.disk_usage(Path.cwd()).free  # for --out
+    return f"{folder}, {free / 2**30:.1f} GiB free{short}; in this folder {here / 2**30:.1f} GiB free"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What the doctor says of this machine and of a teacher, and how it says that something is wrong."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from test_teacher_client import KEY, FaultServer, closed_port, error
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "doctor.py"
+spec = importlib.util.spec_from_file_location("doctor", SCRIPT)
+doctor = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(doctor)
+
+
+def told(capsys, *argv: str) -> dict[str, str]:
+    """Each line by its first word."""
+    doctor.main(list(argv))
+    return dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_it_says_what_there_is(capsys):
+    lines = told(capsys)
+    assert list(lines) == ["python", "torch", "packages", "cpu", "compiler", "kernels", "gpu", "cache"]
+    assert "missing" not in lines["packages"].replace("huggingface_hub missing", "")
+    assert "GiB free" in lines["cache"]
+
+
+def test_it_says_why_there_are_no_kernels(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / "cache"))
+    assert "not built yet" in told(capsys)["kernels"] and not (tmp_path / "cache").exists()
+    key = doctor.build.cache_key(doctor.build.find_compiler())
+    library = tmp_path / "cache" / "kernels" / key / "tinystory.so"
+    library.parent.mkdir(parents=True)
+    library.write_text("no machine code")
+    assert f"delete {library.parent}" in told(capsys)["kernels"]
+    monkeypatch.setenv("TINYSTORY_KERNELS", "reference")
+    assert "switched off" in told(capsys)["kernels"]
+    monkeypatch.delenv("TINYSTORY_KERNELS")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    lines = told(capsys)
+    assert "no-such-compiler" in lines["compiler"] and "no compiler" in lines["kernels"]
+    monkeypatch.setenv("TINYSTORY_CACHE", str(SCRIPT / "cache"))
+    assert "set TINYSTORY_CACHE" in told(capsys)["cache"]
+
+
+def test_it_shows_what_a_teacher_obeys(capsys):
+    with FaultServer(other=lambda asked: "0 1 2" if "grammar" in asked else "A fox.") as server:
+        line = told(capsys, "--teacher-url", server.url, "--teacher-model", "second")["teacher"]
+    assert line.startswith(f"second at {server.url}: scored a story, max_tokens, obeys numbers, seed repeats")
+
+
+@pytest.mark.parametrize(
+    "url, words",
+    [("localhost:8000", "must look like"), (f"http://me:{KEY}@h/v1", "OPENAI_API_KEY"), (None, "start it")],
+)
+def test_a_bad_url_is_one_sentence_and_exit_code_2(capsys, url, words):
+    with pytest.raises(SystemExit) as caught:
+        doctor.main(["--teacher-url", url or closed_port()])
+    said = capsys.readouterr()
+    assert caught.value.code == 2 and words in said.err and said.err.count("\n") == 1 and "teacher " not in said.out
+    assert KEY not in said.err + said.out
+
+
+def test_a_teacher_that_refuses_the_key_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with FaultServer(models=lambda: error(401, f"no such key: {KEY}")) as server, pytest.raises(SystemExit) as caught:
+        doctor.main(["--teacher-url", server.url])
+    said = capsys.readouterr()
+    assert caught.value.code == 2 and "refuses the key" in said.err and KEY not in said.err + said.out
+
+
+def test_help_shows_how(capsys):
+    with pytest.raises(SystemExit) as caught:
+        doctor.main(["--help"])
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    assert "--teacher-url URL" in said and "python scripts/doctor.py" in said

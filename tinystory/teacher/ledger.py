@@ -1,0 +1,95 @@
+"""What asking costs: requests, tokens, seconds and money, and a limit on the money that no request can pass."""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tinystory.teacher.api import Failure
+
+
+@dataclass
+class Receipt:
+    """What one request used, to be filled in by whoever made it: (prompt, completion) tokens."""
+
+    tokens: tuple[int, int] | None = None
+
+
+class Ledger:
+    """Prices are per million tokens, in any one currency, which is also that of `budget` (None: no limit).
+
+    A request sets aside the most that it can cost before it is sent, and settles for what the server says that it
+    used. One whose answer never came may have been paid for, so all that it set aside stays spent. What a killed
+    process had on its way is known to nobody: at most one request for each slot.
+    """
+
+    def __init__(self, price_in: float = 0.0, price_out: float = 0.0, budget: float | None = None):
+        self.price_in, self.price_out, self.budget = price_in, price_out, budget
+        # tokens_in, tokens_out: as reported, or the most where nothing was; requests, failures, retries, cached.
+        self.total = Counter()
+        self._since = Counter()  # the same since the last `stats`
+        self._held = Counter()  # tokens_in, tokens_out set aside for what is on its way
+        self._seconds: list[float] = []  # of each answered request, since the last `stats`
+
+    def price(self, tokens_in: float, tokens_out: float) -> float:
+        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+
+    @property
+    def cost(self) -> float:
+        return self.price(self.total["tokens_in"], self.total["tokens_out"])
+
+    def affords(self, tokens_in: int, tokens_out: int) -> bool:
+        """True if so many more tokens, on top of all that is spent and on its way, stay within the budget."""
+        held_in = self.total["tokens_in"] + self._held["tokens_in"]
+        held_out = self.total["tokens_out"] + self._held["tokens_out"]
+        return self.budget is None or self.price(held_in + tokens_in, held_out + tokens_out) <= self.budget
+
+    def must_wait(self, tokens_in: int, tokens_out: int) -> bool:
+        """True if so many more tokens might still be afforded once what is on its way has settled for less."""
+        spent = self.price(self.total["tokens_in"] + tokens_in, self.total["tokens_out"] + tokens_out)
+        return not self.affords(tokens_in, tokens_out) and any(self._held.values()) and spent <= self.budget
+
+    @contextmanager
+    def request(self, tokens_in: int, tokens_out: int) -> Iterator[Receipt]:
+        """Around a request that can use at most so many tokens. Raises Failure where that could pass the budget."""
+        if not self.affords(tokens_in, tokens_out):
+            raise Failure(
+                f"cannot be asked again within --budget-cost {self.budget:g} ({self.cost:.4f} is spent): "
+                "raise it and go on with --resume",
+                fatal=True,
+            )
+        most = Counter(tokens_in=tokens_in, tokens_out=tokens_out)
+        self._held.update(most)
+        receipt, refused = Receipt(), False
+        try:
+            yield receipt
+        except Failure as failure:  # an error status, or no connection at all: there was no work to be paid for
+            refused = failure.unreachable or failure.status not in (None, 200)
+            raise
+        finally:
+            self._held.subtract(most)
+            if not refused:
+                for name, used in zip(most, receipt.tokens or most.values(), strict=True):
+                    self.count(name, used)
+
+    def paid_before(self, tokens_in: int, tokens_out: int) -> None:
+        """What an earlier process of the same run spent."""
+        self.total.update(tokens_in=tokens_in, tokens_out=tokens_out)
+
+    def count(self, what: str, number: int = 1) -> None:
+        self.total[what] += number
+        self._since[what] += number
+
+    def answered(self, seconds: float) -> None:
+        self._seconds.append(seconds)
+
+    def stats(self) -> dict[str, float | None]:
+        """Since the last call: requests, retries, cached, tokens_in, tokens_out, and the seconds that half, 90 % and
+        99 % of the answers took at most (None where there was none). Of the whole run: cost."""
+        since, seconds = self._since, self._seconds
+        self._since, self._seconds = Counter(), []
+        names = ("requests", "retries", "cached", "tokens_in", "tokens_out")
+        cuts = statistics.quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else seconds * 99
+        shares = {f"latency_p{share}": cuts[share - 1] if cuts else None for share in (50, 90, 99)}
+        return {name: since[name] for name in names} | shares | {"cost": self.cost}

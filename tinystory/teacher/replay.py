@@ -1,0 +1,91 @@
+"""The teacher of a recorded run, without a server: every reply that it gave, given again.
+
+A run that starts from the same checkpoint with the same options writes the same stories (bit for bit on a CPU), so it
+asks the same questions and, by the same replies, becomes the same student.
+"""
+
+from concurrent.futures import Future
+from pathlib import Path
+
+from tinystory.errors import UserError
+from tinystory.runlog import SAMPLES, STORIES, read_records
+from tinystory.teacher import probe as probing
+from tinystory.teacher.cache import question_key, records
+from tinystory.teacher.judgement import Judgement, nothing_to_grade, verdict
+from tinystory.teacher.probe import Probe
+from tinystory.teacher.prompt import Template, fence, render
+from tinystory.teacher.score import parse_scores
+
+REPLIES = "replies.jsonl"
+
+
+class Replay:
+    """Stands in for the Teacher of the run in the folder `run`: `template`, `max_tokens` and `attempts` are to be what
+    they were there. Raises UserError where the folder holds no replies."""
+
+    def __init__(self, run: Path, *, template: Template = Template(), max_tokens: int = 16, attempts: int = 3):  # noqa: B008
+        self.run, self.template, self.max_tokens, self.attempts = Path(run), template, max_tokens, attempts
+        self._replies: dict[str, dict[int, str]] = {}  # by question, then by attempt
+        found = None
+        if not (self.run / REPLIES).is_file():
+            raise UserError(f"--replay {run}: there is no {REPLIES} in it; give the folder of a run with a teacher")
+        for record, _ in records(self.run / REPLIES):
+            if record["key"].startswith("probe "):
+                found = Probe.load(record["reply"]) or found
+            elif isinstance(record.get("attempt"), int):
+                asked = self._replies.setdefault(record["key"][: len(question_key([], ""))], {})
+                asked.setdefault(record["attempt"], record["reply"])
+        if found is None:
+            raise UserError(f"--replay {run}: {REPLIES} does not say who gave the replies; run it again to replay it")
+        self._probed = found
+        if found.held_to == "json":
+            self.max_tokens = max(self.max_tokens, probing.json_tokens(template.names))
+        # The stories that were given up: another one with the very same words may have got its reply later.
+        logs = [self.run / name for name in (STORIES, SAMPLES)]
+        told = (record for log in logs if log.exists() for record in read_records(log))
+        self._given_up = {(record["index"], record["story"]) for record in told if record["scores"] is None}
+
+    def probe(self) -> Probe:
+        """What was found of the teacher at the time."""
+        return self._probed
+
+    def submit(self, opening: str, story: str, index: int) -> "Future[Judgement]":
+        """A judgement, already there; UserError, at once, for a story that the run did not ask about."""
+        future = Future()
+        future.set_result(nothing_to_grade(self.template, story) or self._judge(opening, story, index))
+        return future
+
+    def _judge(self, opening: str, story: str, index: int) -> Judgement:
+        mark = fence(0, index, f"{opening}\n{story}")  # which mark it was is no part of the question
+        messages = render(opening, story, fence=mark, criteria=self.template.criteria, preface=self.template.preface)
+        kept = self._replies.get(question_key(messages, mark), {})
+        replies, given_up = [], (index, story) in self._given_up
+        while len(replies) < self.attempts and len(replies) in kept:
+            replies.append(kept[len(replies)])
+            if parse_scores(replies[-1], self.template.names) is not None:
+                break
+        else:
+            if not given_up and len(replies) < self.attempts:
+                raise UserError(
+                    f"--replay {self.run}: story {index} was not graded there; start from the same checkpoint, with "
+                    "the same options, on the same kind of machine, and with no more steps than the run had"
+                )
+            return verdict(self.template, replies, self.max_tokens, 0.0, f"no scores in {len(replies)} replies")
+        if given_up:
+            return verdict(self.template, replies[:-1], self.max_tokens, 0.0, "the teacher gave no answer")
+        return verdict(self.template, replies, self.max_tokens, 0.0, None)
+
+    def affords(self, stories: int) -> bool:
+        return True
+
+    def stats(self) -> dict[str, float | None]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> "Replay":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
