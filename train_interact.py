@@ -26,7 +26,7 @@ from tinystory.plots import text_curve
 from tinystory.report import write_report
 from tinystory.rl import ppo
 from tinystory.rl.budget import Budget
-from tinystory.rl.reward import load_score, novelty, story_reward
+from tinystory.rl.reward import load_score, story_reward
 from tinystory.rl.rollout import Story, collate, distinct_ngrams, encode_opening, require_room, rollout
 from tinystory.runlog import SAMPLES, RunLog, atomic_write, read_metrics, read_stories
 from tinystory.student import checkpoint
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
                 teacher_s = time.perf_counter() - began - rollout_s - reference_s
 
                 # 3. Scores become rewards. A story without a score has none, and no gradient.
-                rewards = reward(config, stories, grades)
+                rewards = [reward(config, story, grade) for story, grade in zip(stories, grades, strict=True)]
                 scored = [i for i, r in enumerate(rewards) if r is not None]
                 keep = torch.tensor(scored, device=device)
                 batch, ref_logprobs = batch.rows(keep), ref_logprobs[keep]
@@ -226,8 +226,8 @@ def main(argv: list[str] | None = None) -> None:
         grades = grader.collect(stop)
         shown = [{"when": "before", **r} for r in itertools.islice(read_stories(run), SHOWN)]
         shown += [
-            {"when": "after", **record(config.opening, step, story, grade, gained)}
-            for story, grade, gained in zip(after, grades, reward(config, after, grades), strict=True)
+            {"when": "after", **record(config.opening, step, story, grade, reward(config, story, grade))}
+            for story, grade in zip(after, grades, strict=True)
         ]
         atomic_write(run / SAMPLES, "".join(json.dumps(r) + "\n" for r in shown))
     summary(run, config.opening, shown)
@@ -258,17 +258,10 @@ def require_scores(grades: list[Grade], max_unscored: float) -> None:
         )
 
 
-def reward(config: InteractConfig, stories: list[Story], grades: list[Grade]) -> list[float | None]:
-    """What PPO maximises, for each of a step's stories; None for one without a score."""
-    fresh = novelty([story.text for story in stories])
-    return [
-        None
-        if grade.score is None
-        else story_reward(
-            grade.score, story.words, config.length_weight, config.length_words, new, config.novelty_weight
-        )
-        for story, grade, new in zip(stories, grades, fresh, strict=True)
-    ]
+def reward(config: InteractConfig, story: Story, grade: Grade) -> float | None:
+    if grade.score is None:
+        return None
+    return story_reward(grade.score, story.words, config.length_weight, config.length_words)
 
 
 def score_means(grades: list[Grade]) -> dict[str, float | None]:

@@ -11,7 +11,7 @@ from tinystory.config import InteractConfig
 from tinystory.errors import UserError
 from tinystory.rl import ppo
 from tinystory.rl.budget import Budget
-from tinystory.rl.reward import load_score, novelty, story_reward
+from tinystory.rl.reward import load_score, story_reward
 from tinystory.student.model import ValueHead
 
 
@@ -190,13 +190,6 @@ def test_reward_is_the_papers():
     assert story_reward(7 / 9, 45, 0.4, 90) == pytest.approx((7 / 9 + 0.4 * 45 / 90) / 1.4)
     assert story_reward(1.0, 90, 0.4, 90) == story_reward(1.0, 500, 0.4, 90) == 1.0
     assert story_reward(0.0, 0, 0.4, 90) == 0.0
-
-
-def test_novelty_is_what_no_other_story_has():
-    assert novelty(["a b c d e", "f g h i", "", "a b"]) == [1.0, 1.0, 0.0, 0.0]
-    assert novelty(["a b c d e", "x b c d e"]) == [0.5, 0.5]
-    assert novelty(["a b c d"] * 3) == [0.0] * 3
-    assert story_reward(0.5, 45, 0.4, 90, novelty=0.25, novelty_weight=0.6) == pytest.approx((0.5 + 0.2 + 0.15) / 2)
 
 
 def test_budget_stops_before_it_is_overrun():

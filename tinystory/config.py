@@ -97,7 +97,6 @@ class InteractConfig:
     budget_words: int = option(1_000_000, "words that the student may take in: the opening once and every reply")
     budget_words_out: int = option(100_000_000, "words that the student may write")
     length_weight: float = option(0.4, "weight of the length term beside the teacher's score")
-    novelty_weight: float = option(0.4, "weight of the share of 4-grams that no other story of the step has")
     length_words: int = option(90, "words at which the length term is whole")
 
     learning_rate: float = option(5e-5, "of Adam, constant")
@@ -129,7 +128,7 @@ _PAPER_PRETRAIN = dict(
 _PAPER_INTERACT = dict(
     teacher_max_tokens=6, steps=920, stories_per_step=360, max_new_tokens=90, learning_rate=1e-6, epochs=4,
     minibatch_size=0, gamma=1.0, lam=0.95, value_coef=0.1, value_dropout=0.1, grad_clip=0.0,
-    kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0, novelty_weight=0.0,
+    kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
 
 # Source of `paper`: arXiv 2509.15714 and its public code; `babylm-2025` is the same within the track's limits.

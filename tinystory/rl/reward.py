@@ -5,9 +5,7 @@ None is no score: no reward, no gradient, and it is counted.
 """
 
 import importlib.util
-import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,26 +14,10 @@ from tinystory.errors import UserError
 Score = Callable[[str, Sequence[str]], Sequence[float | None]]
 
 
-def story_reward(
-    score: float, words: int, length_weight: float, length_words: int, novelty: float = 0.0, novelty_weight: float = 0.0
-) -> float:
-    """(score + length_weight * words / length_words + novelty_weight * novelty) / (1 + both weights): 0..1.
-
-    score: 0..1; words: whitespace-separated words written by the student. The length term keeps stories from shrinking
-    (arXiv 2509.15714, which has no novelty term); the novelty term keeps them from becoming one and the same.
-    """
-    bonus = length_weight * min(words / length_words, 1.0) + novelty_weight * novelty
-    return (score + bonus) / (1 + length_weight + novelty_weight)
-
-
-def novelty(texts: Sequence[str], n: int = 4) -> list[float]:
-    """For each text the share of its different word n-grams that no other of the texts has; 0 where it has none.
-
-    A teacher sees one story at a time, so it cannot see that all of a step's stories are alike. This does.
-    """
-    grams = [{tuple(words[i : i + n]) for i in range(len(words) - n + 1)} for words in map(str.split, texts)]
-    owners = Counter(itertools.chain.from_iterable(grams))
-    return [sum(owners[gram] == 1 for gram in own) / len(own) if own else 0.0 for own in grams]
+def story_reward(score: float, words: int, length_weight: float, length_words: int) -> float:
+    """(score + length_weight * words / length_words) / (1 + length_weight): 0..1. The second term keeps stories from
+    shrinking (arXiv 2509.15714). score: 0..1; words: whitespace-separated words written by the student."""
+    return (score + length_weight * min(words / length_words, 1.0)) / (1 + length_weight)
 
 
 def load_score(spec: str) -> Score:
