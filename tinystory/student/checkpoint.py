@@ -62,8 +62,8 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tok
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.vocab_size != config.vocab_size or tokenizer.fingerprint() != vocabulary:
         raise UserError(
-            f"{folder} was trained with another vocabulary ({config.vocab_size} tokens) than its tokenizer.json has "
-            f"({tokenizer.vocab_size}): put back the tokenizer.json that it was saved with"
+            f"{folder}/tokenizer.json is another vocabulary than the one that the weights were trained with: put "
+            "back the one that they were saved with"
         )
     return student.to(device), tokenizer, facts
 
