@@ -17,6 +17,10 @@ test: .venv/ready
 	.venv/bin/ctest --test-dir build/native --output-on-failure
 	.venv/bin/pytest
 
+# Our speed on this machine, a JSON line each; --shape gpt2s for GPT-2-small.
+bench: .venv/ready
+	for part in kernels pretrain rollout ppo; do $(PY) scripts/bench.py $$part --shape small --json; done
+
 clean:
 	rm -rf .venv build runs/demo
 
