@@ -230,7 +230,7 @@ def _download(repository: str, files: Sequence[str]) -> list[Path]:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError:
-        raise UserError(f"{repository} is on the Hugging Face Hub: pip install 'tinystory[hub]' first") from None
+        raise UserError(f"{repository} is on the Hugging Face Hub: pip install huggingface_hub first") from None
     paths = []
     for file in files:
         try:
