@@ -9,8 +9,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -116,11 +115,6 @@ class Tokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as a uint32 array, with no Python int in between. Releases the GIL."""
         return self._bpe.encode_to_numpy(text, disallowed_special=())
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One uint32 array for each text, in order, on all cores."""
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(self.encode_array, texts))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text; specials vanish, and bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
