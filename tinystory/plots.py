@@ -38,6 +38,7 @@ svg.chart .band { fill: var(--tint); opacity: .13; }
 svg.chart .raw { fill: none; stroke: var(--tint); stroke-width: 1; opacity: .35; }
 svg.chart .line { fill: none; stroke: var(--tint); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 svg.chart .dot, svg.chart .bar { fill: var(--tint); }
+svg.chart .error { fill: none; stroke: var(--tint); stroke-width: 1.5; }
 """
 
 
@@ -49,19 +50,28 @@ def palette() -> str:
 
 @dataclass
 class Line:
-    """One curve. smooth: a rolling mean, its spread as a band and the raw values faintly behind; else the values."""
+    """One curve. smooth: a rolling mean, its spread as a band and the raw values faintly behind; else the values.
+    errors: half the length of each value's error bar; None is no bar."""
 
     x: Sequence[float | None]
     y: Sequence[float | None]
     colour: str = "plain"
     name: str = ""
     smooth: bool = True
+    errors: Sequence[float | None] = ()
 
     def points(self) -> tuple[np.ndarray, np.ndarray]:
         """The points that have both coordinates, as float64 (n,) and (n,)."""
         pairs = [(a, b) for a, b in zip(self.x, self.y, strict=True) if a is not None and b is not None]
         x, y = np.array(pairs, dtype=float).reshape(-1, 2).T
         return x, y
+
+    def bars(self) -> np.ndarray:
+        """The error bars as rows of x, low end, high end: float64 (n, 3)."""
+        if not self.errors:
+            return np.empty((0, 3))
+        rows = zip(self.x, self.y, self.errors, strict=True)
+        return np.array([(x, y - e, y + e) for x, y, e in rows if None not in (x, y, e)]).reshape(-1, 3)
 
 
 def rolling(y: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,6 +112,13 @@ def ticks(low: float, high: float) -> list[float]:
         power -= 1
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten within [low, high], 0 < low <= high; of many, the powers alone."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    marks = [m * 10.0**p for p in powers for m in (1, 2, 5) if low * 0.999 <= m * 10.0**p <= high * 1.001]
+    return marks if len(marks) <= 8 else [mark for mark in marks if math.log10(mark).is_integer()]
+
+
 def tick_names(values: Sequence[float]) -> list[str]:
     """The ticks as text, with as many decimals as tell them apart."""
     names = [number(value) for value in values]
@@ -126,8 +143,11 @@ def number(value: float | None) -> str:
     return f"{value:.3g}"
 
 
-def chart(title: str, lines: Sequence[Line], *, y_range=None, x_name="step", size=(340, 210)) -> str:
-    """An SVG of the lines that have any point; "" if none has. y_range: (low, high), else what the curves need."""
+def chart(
+    title: str, lines: Sequence[Line], *, y_range=None, x_name="step", log_x: bool = False, size=(340, 210)
+) -> str:
+    """An SVG of the lines that have any point; "" if none has. y_range: (low, high), else what the curves need.
+    log_x: equal steps along x are equal ratios; every x must be above 0."""
     drawn = [(line, *line.points()) for line in lines]
     drawn = [(line, x, y) for line, x, y in drawn if len(x)]
     if not drawn:
@@ -135,14 +155,17 @@ def chart(title: str, lines: Sequence[Line], *, y_range=None, x_name="step", siz
     width, height = size
     left, right, top, bottom = 44, 50, 30, 34
     if any(line.name for line, *_ in drawn):
-        right = 86
+        right = max(86, 45 + 6 * max(len(line.name) for line, *_ in drawn))
 
     shapes = [curves(line, x, y) for line, x, y in drawn]
     x_low, x_high = min(x[0] for _, x, _ in drawn), max(x[-1] for _, x, _ in drawn)
     if x_high == x_low:
-        x_low, x_high = x_low - 0.5, x_high + 0.5
+        x_low, x_high = (x_low / 2, x_high * 2) if log_x else (x_low - 0.5, x_high + 0.5)
+    x_ticks = log_ticks(x_low, x_high) if log_x else [tick for tick in ticks(x_low, x_high) if tick == int(tick)]
+    along = np.log10 if log_x else np.asarray
     if y_range is None:
-        edges = np.concatenate([each for shape in shapes for each in shape["extent"]])
+        bars = [line.bars()[:, 1:].ravel() for line, *_ in drawn]
+        edges = np.concatenate([*(each for shape in shapes for each in shape["extent"]), *bars])
         y_low, y_high = edges.min(), edges.max()
         span = y_high - y_low
         pad = span * 0.06 if span > 1e-6 * abs(y_high) else abs(y_high) * 0.1 or 1.0  # flat but for rounding
@@ -150,7 +173,7 @@ def chart(title: str, lines: Sequence[Line], *, y_range=None, x_name="step", siz
     y_low, y_high = y_range
 
     def at_x(x):
-        return left + (np.asarray(x) - x_low) / (x_high - x_low) * (width - left - right)
+        return left + (along(x) - along(x_low)) / (along(x_high) - along(x_low)) * (width - left - right)
 
     def at_y(y):
         return top + (y_high - np.clip(y, y_low, y_high)) / (y_high - y_low) * (height - top - bottom)
@@ -164,10 +187,9 @@ def chart(title: str, lines: Sequence[Line], *, y_range=None, x_name="step", siz
         y = float(at_y(tick))
         parts.append(f'<path class="grid" d="M{left},{y:.1f}H{width - right}"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
-    for tick in ticks(x_low, x_high):
-        if tick == int(tick):
-            x = float(at_x(tick))
-            parts.append(f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{number(tick)}</text>')
+    for tick in x_ticks:
+        x = float(at_x(tick))
+        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{number(tick)}</text>')
     parts.append(f'<text x="{width - right}" y="{height - 3}" text-anchor="end">{html.escape(x_name)}</text>')
 
     labels = []
@@ -177,6 +199,10 @@ def chart(title: str, lines: Sequence[Line], *, y_range=None, x_name="step", siz
             there, back = path(shape["x"], shape["high"]), path(shape["x"][::-1], shape["low"][::-1])
             parts.append(f'<path class="band" d="{there}L{back[1:]}Z"/>')
             parts.append(f'<path class="raw" d="{path(shape["x"], shape["raw"])}"/>')
+        for at, low, high in line.bars():
+            a, b, c = float(at_x(at)), float(at_y(low)), float(at_y(high))
+            drawing = f"M{a:.1f},{b:.1f}V{c:.1f}M{a - 3:.1f},{b:.1f}h6M{a - 3:.1f},{c:.1f}h6"
+            parts.append(f'<path class="error" d="{drawing}"/>')
         parts.append(f'<path class="line" d="{path(shape["x"], shape["line"])}"/>')
         if len(x) <= 12:
             dots = zip(at_x(shape["x"]), at_y(shape["line"]), strict=True)
