@@ -68,6 +68,16 @@ def facts(rows: Sequence[tuple[str, str]]) -> str:
     )
 
 
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text in rows and columns, escaped here; the first column names its row."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(
+        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
+        for first, *rest in rows
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>' if rows else ""
+
+
 def story_card(record: dict, title: str) -> str:
     """A story after its opening, with its scores; record: opening, story and what there is of scores, reward, words,
     ended and reply."""
@@ -180,6 +190,13 @@ summary + * { margin-top: 1.4rem; }
 .facts { columns: 24rem; column-gap: 3rem; font-size: .85rem; margin-bottom: 0; }
 .facts + .facts { margin-top: 1rem; padding-top: 1rem; border-top: 1px solid var(--rule); }
 .facts div { display: flex; gap: 1rem; break-inside: avoid; padding: .16rem 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; }
+th, td { padding: .35rem .9rem .35rem 0; text-align: right; vertical-align: bottom; white-space: nowrap; }
+th { font-weight: 600; }
+thead th { color: var(--muted); white-space: normal; }
+th:first-child { text-align: left; }
+tr { border-bottom: 1px solid var(--rule); }
 dt { flex: 0 0 10rem; color: var(--muted); overflow-wrap: anywhere; }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 @media (max-width: 50rem) { .hero, .pair, .cards { grid-template-columns: minmax(0, 1fr); }
