@@ -173,20 +173,10 @@ def main(argv: list[str] | None = None) -> None:
                 batch, ref_logprobs = batch.rows(keep), ref_logprobs[keep]
                 scores = torch.tensor([rewards[i] for i in scored], device=device)
 
-                # 4. PPO.
-                kl_coef = kl.coef
-                token_rewards = ppo.token_rewards(scores, batch.logprobs, ref_logprobs, batch.mask, kl_coef)
-                advantages, returns = ppo.advantages_and_returns(
-                    token_rewards, batch.values, batch.mask, config.gamma, config.lam
-                )
-                # Randomness is a function of (seed, step): a resumed run draws what an unbroken one would have.
+                # 4. PPO. Randomness is a function of (seed, step): a resumed run draws what an unbroken one would have.
                 torch.manual_seed(config.seed * 1_000_003 + step)
                 with autocast():
-                    stats = ppo.update(
-                        student, value_head, optimizer, batch, ppo.whiten(advantages, batch.mask), returns, config
-                    )
-                kl_mean = float(((batch.logprobs - ref_logprobs) * batch.mask).sum(1).mean())
-                kl.update(kl_mean, len(scored))
+                    stats = ppo.step(student, value_head, optimizer, kl, batch, ref_logprobs, scores, config)
                 update_s = time.perf_counter() - began - rollout_s - reference_s - teacher_s
 
                 # 5. Write it down.
@@ -198,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
                 log.metrics(
                     step=step, reward_mean=scores.mean(), reward_std=scores.std(), **score_means(grades),
-                    kl=kl_mean, kl_coef=kl_coef, entropy=sum(float(s.entropies.sum()) for s in stories) / n,
+                    entropy=sum(float(s.entropies.sum()) for s in stories) / n,
                     length_mean=sum(s.words for s in stories) / n, tokens_mean=sum(len(s.tokens) for s in stories) / n,
                     distinct_4=distinct_ngrams([s.text for s in stories]),
                     words_in=budget.words_in, words_out=budget.words_out, unscored=n - len(scored),
@@ -206,9 +196,8 @@ def main(argv: list[str] | None = None) -> None:
                     **grader.stats(),
                 )  # fmt: skip
                 bar.update()
-                bar.set_postfix(
-                    reward=f"{scores.mean():.3f}", words=f"{sum(s.words for s in stories) / n:.0f}", kl=f"{kl_mean:.1f}"
-                )
+                words = sum(s.words for s in stories) / n
+                bar.set_postfix(reward=f"{scores.mean():.3f}", words=f"{words:.0f}", kl=f"{stats['kl']:.1f}")
                 for name, milestone in MILESTONES.items():
                     if before < milestone <= budget.words_in:
                         save(name)

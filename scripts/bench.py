@@ -143,6 +143,7 @@ def interact(config: StudentConfig, batch: int, new: int, dtype: torch.dtype, de
     reference.load_state_dict(student.state_dict())
     optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=options.learning_rate, fused=True)
     scores = torch.full((batch,), 0.5, device=device)
+    kl = ppo.AdaptiveKL(options.kl_coef, options.kl_target, options.kl_horizon)
 
     def run() -> dict[str, float]:
         began = now(device)
@@ -153,10 +154,8 @@ def interact(config: StudentConfig, batch: int, new: int, dtype: torch.dtype, de
         with lower(device, dtype):
             ref_logprobs = ppo.reference_logprobs(reference, batched, 1.0, options.micro_batch_size)
         read = now(device)
-        rewards = ppo.token_rewards(scores, batched.logprobs, ref_logprobs, batched.mask, options.kl_coef)
-        gains, returns = ppo.advantages_and_returns(rewards, batched.values, batched.mask, options.gamma, options.lam)
         with lower(device, dtype):
-            ppo.update(student, head, optimizer, batched, ppo.whiten(gains, batched.mask), returns, options)
+            ppo.step(student, head, optimizer, kl, batched, ref_logprobs, scores, options)
         done = now(device)
         tokens = sum(len(story.tokens) for story in written)
         parts = dict(rollout_s=wrote - began, update_s=done - wrote, reference_s=read - wrote, tokens=tokens)

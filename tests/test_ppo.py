@@ -112,7 +112,7 @@ def plain_loss(student, head, batch, advantages, returns, c) -> torch.Tensor:
 def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size):
     import copy
 
-    config = dataclasses.replace(InteractConfig(), epochs=1, micro_batch_size=micro_batch_size, value_dropout=0.0)
+    config = dataclasses.replace(InteractConfig(), epochs=1, micro_batch_size=micro_batch_size)
     batch = random_batch([7, 2, 12, 5, 9], student.config.vocab_size)
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight, std=0.1)
@@ -139,7 +139,7 @@ def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size
 
 
 def test_a_minibatch_with_a_wild_ratio_is_skipped(student):
-    config = dataclasses.replace(InteractConfig(), epochs=2, value_dropout=0.0)
+    config = dataclasses.replace(InteractConfig(), epochs=2)
     batch = random_batch([4, 6], student.config.vocab_size)
     batch.logprobs = batch.logprobs - 40.0
     before = [p.clone() for p in student.parameters()]
@@ -152,7 +152,7 @@ def test_a_minibatch_with_a_wild_ratio_is_skipped(student):
 
 def test_learning_moves_the_policy_towards_what_is_rewarded(student):
     """Reward one token wherever it stands: its probability rises, and the value head learns to expect the return."""
-    config = dataclasses.replace(InteractConfig(), epochs=4, value_dropout=0.0)
+    config = dataclasses.replace(InteractConfig(), epochs=4)
     batch = random_batch([10] * 8, student.config.vocab_size)
     batch.tokens[:, ::2] = 42
     head = ValueHead(64)

@@ -109,7 +109,6 @@ class InteractConfig:
     clip_ratio: float = option(0.2, "PPO ratio clip")
     clip_value: float = option(0.2, "value clip")
     value_coef: float = option(1.0, "weight of the value loss")
-    value_dropout: float = option(0.0, "dropout before the value head, in the update")
     max_ratio: float = option(10.0, "a minibatch whose mean ratio exceeds it is skipped and counted")
     grad_clip: float = option(0.0, "largest gradient norm; 0 is no clipping")
     kl_coef: float = option(0.1, "first weight of the KL penalty against the starting checkpoint")
@@ -127,7 +126,7 @@ _PAPER_PRETRAIN = dict(
 )  # fmt: skip
 _PAPER_INTERACT = dict(
     teacher_max_tokens=6, steps=920, stories_per_step=360, max_new_tokens=90, learning_rate=1e-6, epochs=4,
-    minibatch_size=0, gamma=1.0, lam=0.95, value_coef=0.1, value_dropout=0.1, grad_clip=0.0,
+    minibatch_size=0, gamma=1.0, lam=0.95, value_coef=0.1, grad_clip=0.0,
     kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
 
@@ -208,7 +207,7 @@ def _check(config: Any) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(config, name)}")
     if getattr(config, "budget_cost", 0) and not config.price_in + config.price_out:
         raise UserError("--budget-cost needs the prices: give --price-in and --price-out, per million tokens")
-    for name in ("dropout", "value_dropout", "val_fraction", "warmup", "max_unscored"):
+    for name in ("dropout", "val_fraction", "warmup", "max_unscored"):
         if hasattr(config, name) and not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 0 and below 1, not {getattr(config, name)}")
     if hasattr(config, "n_head") and config.n_embd % config.n_head:

@@ -66,7 +66,7 @@ def advantages_and_returns(
 
 
 def response_stats(
-    student: Student, value_head: ValueHead | None, batch: Batch, temperature: float, value_dropout: float = 0.0
+    student: Student, value_head: ValueHead | None, batch: Batch, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Read whole stories: log-prob and value (0 without a head) of every response token, (B, N) each, 0 off the mask.
 
@@ -77,7 +77,7 @@ def response_stats(
     inputs = torch.cat([batch.prompt.expand(len(tokens), -1), tokens[:, :-1]], dim=1)
     hidden = student.hidden(inputs)[:, P - 1 :][mask]  # (tokens, C): the state that each token was drawn from
     logprob, _ = ops.token_logprob(hidden / temperature, student.wte.weight, tokens[mask])
-    value = torch.zeros_like(logprob) if value_head is None else value_head(hidden, value_dropout)
+    value = torch.zeros_like(logprob) if value_head is None else value_head(hidden)
     zeros = torch.zeros(batch.mask.shape, device=mask.device)
     whole = F.pad(mask, (0, batch.mask.shape[1] - N))
     return zeros.masked_scatter(whole, logprob), zeros.masked_scatter(whole, value)
@@ -110,6 +110,30 @@ def by_length(mask: Tensor, size: int) -> list[Tensor]:
     return list(mask.sum(1).argsort(stable=True).split(size))
 
 
+def step(
+    student: Student,
+    value_head: ValueHead,
+    optimizer: torch.optim.Optimizer,
+    kl: AdaptiveKL,
+    batch: Batch,
+    ref_logprobs: Tensor,
+    scores: Tensor,
+    config: InteractConfig,
+) -> dict[str, float]:
+    """One PPO step on scored stories: rewards, advantages, the update, and the KL weight of the next step.
+
+    ref_logprobs: (B, N); scores: (B,), a story's reward. Returns the step's statistics.
+    """
+    rewards = token_rewards(scores, batch.logprobs, ref_logprobs, batch.mask, kl.coef)
+    advantages, returns = advantages_and_returns(rewards, batch.values, batch.mask, config.gamma, config.lam)
+    whitened = whiten(advantages, batch.mask)
+    mean_kl = float(((batch.logprobs - ref_logprobs) * batch.mask).sum(1).mean())
+    stats = dict(kl=mean_kl, kl_coef=kl.coef)
+    stats |= update(student, value_head, optimizer, batch, whitened, returns, config)
+    kl.update(mean_kl, len(scores))
+    return stats
+
+
 def update(
     student: Student,
     value_head: ValueHead,
@@ -121,7 +145,7 @@ def update(
 ) -> dict[str, float]:
     """config.epochs passes of PPO over the batch; advantages come whitened. Returns the step's statistics.
 
-    The order of minibatches and the value head's dropout are drawn from torch's global generator.
+    The order of minibatches is drawn from torch's global generator.
 
     A minibatch's gradient is accumulated over micro-batches and divided by the minibatch's tokens, so the size of a
     micro-batch changes memory and nothing else.
@@ -143,7 +167,7 @@ def update(
             for part in by_length(batch.mask[chosen], config.micro_batch_size):
                 rows = chosen[part]
                 old, mask = batch.rows(rows), batch.mask[rows]
-                logprob, value = response_stats(student, value_head, old, config.temperature, config.value_dropout)
+                logprob, value = response_stats(student, value_head, old, config.temperature)
                 ratio = torch.exp(torch.where(mask, logprob - old.logprobs, 0.0))
                 clipped = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
                 gain, target = advantages[rows], returns[rows]

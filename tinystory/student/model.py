@@ -140,7 +140,7 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, hidden: Tensor, dropout: float = 0.0) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (...) float32"""
         with torch.autocast(hidden.device.type, enabled=False):  # one column: rounding it would save nothing
-            return self.linear(F.dropout(hidden.float(), dropout)).squeeze(-1)
+            return self.linear(hidden.float()).squeeze(-1)
