@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from tinystory import babylm
 from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
 from tinystory.device import Interrupted, Stop, pick_device, pick_dtype
 from tinystory.errors import UserError, command
@@ -38,7 +39,7 @@ from tinystory.teacher.prompt import CRITERIA, Template, load_template
 from tinystory.teacher.replay import Replay
 
 PRETRAIN_RUN = Path("runs/pretrain")
-MILESTONES = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)} | {"chck_1M": 1_000_000}  # words taken in
+MILESTONES = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)} | {"chck_1M": 1_000_000}  # words taken in here
 SHOWN = 8  # stories written again at the end, from the draws of the first ones, for the report
 
 
@@ -59,6 +60,10 @@ def main(argv: list[str] | None = None) -> None:
     reference.requires_grad_(False)
     student, tokenizer, facts = checkpoint.load(origin, device)
     require_room(student, encode_opening(tokenizer, config.opening), config.max_new_tokens)
+    milestones = MILESTONES
+    if config.preset == babylm.TRACK:
+        babylm.check_interaction(facts, config.budget_words, config.budget_words_out)
+        milestones = babylm.milestones_beyond(facts)
     value_head = ValueHead(student.config.n_embd).to(device)
     parameters = dict(student.named_parameters()) | {f"value_head.{n}": p for n, p in value_head.named_parameters()}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate, eps=config.adam_eps, fused=True)
@@ -79,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
         counters = dict(
             step=step, written=written, kl_coef=kl.coef, words_in=budget.words_in, words_out=budget.words_out
         )
-        grown = {**facts, "interaction_words_in": budget.words_in, "interaction_words_out": budget.words_out}
+        spent = {"interaction_words_in": budget.words_in, "interaction_words_out": budget.words_out} if step else {}
+        grown = facts | {name: facts.get(name, 0) + words for name, words in spent.items()}
         folder = run / "checkpoints" / name
         return checkpoint.save(folder, student, tokenizer, facts=grown, state=state, counters=counters)
 
@@ -198,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
                 bar.update()
                 words = sum(s.words for s in stories) / n
                 bar.set_postfix(reward=f"{scores.mean():.3f}", words=f"{words:.0f}", kl=f"{stats['kl']:.1f}")
-                for name, milestone in MILESTONES.items():
+                for name, milestone in milestones.items():
                     if before < milestone <= budget.words_in:
                         save(name)
                 if step % config.save_every == 0:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tinystory import ops
+from tinystory import babylm, ops
+from tinystory.babylm import MILESTONES
 from tinystory.config import PRETRAIN_PRESETS, PretrainConfig, as_dict, parse
 from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import TokenFile, prepare
@@ -27,8 +28,6 @@ from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 
 OPENING = "Once upon a time,"
-# BabyLM's milestones: cumulative words read, repeats counted.
-MILESTONES = [m * 10**6 for m in (*range(1, 10), *range(10, 100, 10), *range(100, 1001, 100))]
 
 
 class Windows:
@@ -143,6 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     # The corpus, and the student that will read it.
     corpus = open_corpus(config.corpus)
     data = prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
+    if config.preset == babylm.TRACK:
+        babylm.check_reading(data.train.word_count, config.words)
     tokenizer = data.tokenizer
     windows = Windows(data.train, config.context, config.batch_size, config.seed)
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     def save(name: str) -> Path:
-        facts = dict(words=words, tokens=tokens, corpus=config.corpus)
+        facts = dict(words=words, tokens=tokens, corpus=config.corpus, corpus_words=data.train.word_count)
         counters = dict(step=step, words=words, tokens=tokens, corpus=corpus.fingerprint())
         state = checkpoint.pack_optimizer(optimizer, names)
         folder = run / "checkpoints" / name
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
 
             for milestone in MILESTONES:
                 if before < milestone <= words:
-                    save(f"chck_{milestone // 10**6}M")
+                    save(babylm.milestone_name(milestone))
             if step % config.save_every == 0 or finished or stop.requested:
                 checkpoint.drop_older(save(f"step_{step:07d}"))
 

@@ -1,7 +1,6 @@
 """The two commands as a user runs them: whole runs, stopped and resumed ones, and every mistake a user can make."""
 
 import contextlib
-import importlib.util
 import json
 import shutil
 import signal
@@ -9,39 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_stories
+from conftest import SHORT, SMALL, fails, interact, metrics, pretrain, tiny_stories
 
 from tinystory.student import checkpoint
-
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = "--n-layer 2 --n-head 2 --n-embd 64 --context 64 --vocab-size 320 --batch-size 4 --eval-every 5"
-SMALL = [*SMALL.split(), "--device", "cpu"]
-SHORT = "--stories-per-step 6 --max-new-tokens 16 --steps 4 --save-every 2 --device cpu --opening Once"
-SHORT = SHORT.split(" ")
-
-
-def command(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-pretrain, interact = command("train_pretrain"), command("train_interact")
-
-
-def fails(main, argv, capsys) -> str:
-    """Run a command that must fail as a user's mistake does: exit code 2 and one line on stderr."""
-    with pytest.raises(SystemExit) as exit:
-        main(argv)
-    assert exit.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -73,22 +42,6 @@ def interrupted_at(module, step: int):
         yield
     finally:
         module.RunLog.metrics = log
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a corpus, a pretrained student and a reward; shards go to a cache of its own."""
-    folder = tmp_path_factory.mktemp("train")
-    (folder / "corpus.txt").write_text("\n<|endoftext|>\n".join(tiny_stories(150)))
-    (folder / "reward.py").write_text(
-        "def score(opening, stories):\n    return [min(1.0, len(set(s.split())) / 12) for s in stories]\n"
-        "def silent(opening, stories):\n    return [None for s in stories]\n"
-        "def some(opening, stories):\n    return [None if i == 1 else 0.5 for i, s in enumerate(stories)]\n"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinystory.data.shards.cache_dir", lambda: folder / "cache")
-        pretrain.main(["--corpus", str(folder / "corpus.txt"), "--words", "2500", "--out", str(folder / "p"), *SMALL])
-    return folder
 
 
 def test_pretraining_learns_and_records(place):

@@ -1,0 +1,57 @@
+"""BabyLM's rules: how checkpoints are named, and what the 2025 INTERACTION track allows (babylm.github.io, 2025 call).
+
+The student may see 100 M words, the teacher's among them, each up to ten times, and write 100 M while it trains. The
+rules define no word; here it is what whitespace separates. Nothing but the teacher's text may reach the student.
+"""
+
+from typing import Any
+
+from tinystory.errors import UserError
+
+# Cumulative words at which the evaluation expects a checkpoint, repeats counted: `chck_1M` ... `chck_1000M`.
+MILESTONES = [m * 10**6 for m in (*range(1, 10), *range(10, 100, 10), *range(100, 1001, 100))]
+
+TRACK = "babylm-2025"
+WORDS_IN, WORDS_OUT, EPOCHS = 100_000_000, 100_000_000, 10
+
+
+def milestone_name(words: int) -> str:
+    return f"chck_{words // 10**6}M"
+
+
+def check_reading(corpus_words: int, words: int) -> None:
+    """Raises UserError if the track forbids to read `words` words of a corpus of `corpus_words`, repeats counted."""
+    if corpus_words > WORDS_IN:
+        raise UserError(
+            f"--preset {TRACK} allows a corpus of {WORDS_IN:,} words and this one trains on {corpus_words:,}: give a "
+            "smaller --corpus or a larger --val-fraction"
+        )
+    if words > EPOCHS * corpus_words:
+        raise UserError(
+            f"--preset {TRACK} allows {EPOCHS} epochs and this corpus trains on {corpus_words:,} words: give --words "
+            f"{EPOCHS * corpus_words} or fewer"
+        )
+
+
+def check_interaction(facts: dict[str, Any], words_in: int, words_out: int) -> None:
+    """Raises UserError if a student with these `facts` (see `checkpoint.save`) may not take in and write so many."""
+    if "corpus_words" not in facts:
+        raise UserError(
+            f"--preset {TRACK} must know how many words the student has read and this checkpoint does not say: start "
+            f"from one that train_pretrain.py --preset {TRACK} wrote"
+        )
+    check_reading(facts["corpus_words"], facts["words"])
+    left_in = WORDS_IN - facts["corpus_words"] - facts.get("interaction_words_in", 0)
+    left_out = WORDS_OUT - facts.get("interaction_words_out", 0)
+    for flag, wanted, left in (("budget-words", words_in, left_in), ("budget-words-out", words_out, left_out)):
+        if wanted > left:
+            raise UserError(
+                f"--preset {TRACK} leaves this student {max(left, 0):,} words, what it has read and written counted: "
+                f"give --{flag} {max(left, 0)} or fewer"
+            )
+
+
+def milestones_beyond(facts: dict[str, Any]) -> dict[str, int]:
+    """The official milestones that lie ahead of a student, in words still to be taken in."""
+    behind = facts["words"] + facts.get("interaction_words_in", 0)
+    return {milestone_name(words): words - behind for words in MILESTONES if words > behind}
