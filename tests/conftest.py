@@ -1,4 +1,4 @@
-"""A student small enough to train within a test, and texts for it to read."""
+"""A student small enough to train within a test, texts for it to read, and a teacher's failures made short."""
 
 import importlib.util
 import json
@@ -10,6 +10,7 @@ import torch
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.student.model import Student, StudentConfig
+from tinystory.teacher import client
 
 hypothesis.settings.register_profile("patient", deadline=None)  # a slow machine is no failure
 hypothesis.settings.load_profile("patient")
@@ -33,6 +34,14 @@ def tiny_stories(count: int) -> list[str]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train(tiny_stories(200), 320)
+
+
+@pytest.fixture
+def short_pauses(monkeypatch):
+    """A teacher's failures pass sooner, and no key of the user's is used."""
+    monkeypatch.setattr(client, "PAUSE_S", 0.01)
+    monkeypatch.setattr(client, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from test_teacher_client import KEY, FaultServer, closed_port, error
+from fault_server import KEY, FaultServer, closed_port, error
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "doctor.py"
 spec = importlib.util.spec_from_file_location("doctor", SCRIPT)

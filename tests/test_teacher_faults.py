@@ -12,8 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from aiohttp import web
-from test_teacher_client import KEY, FaultServer, error
+from fault_server import KEY, FaultServer, counted, error
 from test_train import ROOT, SHORT, assert_same_bits, fails, interact, metrics
 
 from tinystory.errors import UserError
@@ -26,11 +25,7 @@ STORIES = int(os.environ.get("TINYSTORY_FAULT_STORIES", "200"))  # 2000 for the 
 FAULTS = ["500", "429", "hang", "reset", "empty", "html", "malformed", "4 0 0", "huge", "drip"]
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(client, "PAUSE_S", 0.01)
-    monkeypatch.setattr(client, "LONGEST_PAUSE_S", 0.1)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 def honest(story: str) -> str:
@@ -182,12 +177,6 @@ def test_a_story_that_was_given_up_stays_so_whoever_wrote_it_again(tmp_path):
         again.submit("Once", "A dog ran.", 4)
 
 
-def counted(reply: str):
-    """A completion by a server that counts 400 + 5 tokens for every question."""
-    usage = {"prompt_tokens": 400, "completion_tokens": 5}
-    return web.json_response({"choices": [{"message": {"content": reply}}], "usage": usage})
-
-
 def test_a_run_by_criteria_of_ones_own_within_a_budget_and_with_no_key_anywhere(init, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     levels = ["no", "a bit", "yes", "very"]
@@ -196,12 +185,12 @@ def test_a_run_by_criteria_of_ones_own_within_a_budget_and_with_no_key_anywhere(
     (tmp_path / "prompt.json").write_text(json.dumps({"criteria": criteria}))
 
     def script(story, n):  # it tells the key wherever it can
-        return error(500, f"your key {KEY} is fine") if n == 0 and len(story) % 3 == 0 else counted("3 1")
+        return error(500, f"your key {KEY} is fine") if n == 0 and len(story) % 3 == 0 else counted("3 1", 400, 5)
 
     out = tmp_path / "run"
     flags = ["--teacher-prompt", str(tmp_path / "prompt.json"), "--price-in", "10", "--budget-cost", "0.28"]
     with FaultServer(script) as server:
-        server.first = lambda: counted("2 2")
+        server.first = lambda: counted("2 2", 400, 5)
         interact.main([*arguments(init, out, server.url), *flags])
         rubric = server.requests[-1]["messages"][0]["content"]
     assert "humour, suspense" in rubric and "readability" not in rubric

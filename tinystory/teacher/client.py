@@ -51,7 +51,8 @@ class _Question:
 class Teacher:
     """A teacher behind `url`, asked by at most `concurrency` requests at a time.
 
-    A story's requests all end within `deadline_s` seconds of its first; each is given a fair part of that. A reply
+    A story's requests all end within `deadline_s` seconds of its first; each is given a fair part of that, or less once
+    it is known how fast the server answers (see `Slots.patience`). A reply
     that holds no scores is asked for again with another seed, `attempts` times at most. `cache` is the path of a file
     that keeps every reply (see cache.py). The key is OPENAI_API_KEY; servers of one's own need none. `template` says
     what is graded. Prices are per million tokens, and no request is sent that could take the cost past `budget_cost`.
@@ -338,26 +339,30 @@ class Teacher:
         Each request waits for a free slot, and a story that pauses holds none. With `reached` False, a server that
         cannot be reached at all is given up at once.
         """
+        timeouts = 0
         for failures in itertools.count(1):
             async with self._slots.one(first=question.since is not None):
                 if self._fatal is not None:
                     raise self._fatal
+                began = time.monotonic()
                 if question.since is None:
-                    question.since = time.monotonic()
-                left = question.since + self.deadline_s - time.monotonic()
+                    question.since = began
+                left = max(question.since + self.deadline_s - began, 0.0)
                 try:
-                    answer = await asyncio.wait_for(request(), min(max(left, 0.0), self.deadline_s / self.attempts))
-                    self._slots.widen()
+                    patience = self._slots.patience(self.deadline_s / self.attempts, timeouts)
+                    answer = await asyncio.wait_for(request(), min(left, patience))
+                    self._slots.answered(time.monotonic() - began)
                     return answer
                 except asyncio.TimeoutError:  # the name that Python 3.10 has as well
                     failure = Failure("takes too long to answer", again=True)
+                    timeouts += 1
                 except Failure as error:
                     failure = error
             self.ledger.count("failures")
             if failure.fatal:
                 self._stop(failure)
             if failure.busy:
-                self._slots.narrow()
+                self._slots.turned_away()
             pause = min(PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S) * random.uniform(0.75, 1.25)
             if failure.retry_after is not None:
                 pause += min(failure.retry_after, LONGEST_RETRY_AFTER_S)

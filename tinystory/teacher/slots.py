@@ -1,19 +1,26 @@
-"""How many requests may be on their way at once."""
+"""How many requests may be on their way at once, and for how long."""
 
 import asyncio
-import time
 from collections import deque
 from contextlib import asynccontextmanager
 
+BUSY_COSTS = 0.5  # of a slot: a round of requests that are all turned away halves the limit
+SLOWER, SHORTEST_S = 3.0, 5.0  # a request is given so many times the slowest of the last answers, and never less
+
 
 class Slots:
-    """How many requests may be on their way: `most`, halved whenever the server says that it is too many (at most
-    once a second: a burst is one complaint), and one more again for each full round that goes well."""
+    """How many requests may be on their way: `most`; fewer by half a slot for each that the server turns away, and more
+    by one for each full round that goes well.
+
+    So a round of which a share s is turned away takes off s/2 of the limit, as DCTCP (RFC 8257) does for a share of
+    marked packets: a server that now and then refuses is asked on at full width, an overloaded one at half of it within
+    a round.
+    """
 
     def __init__(self, most: int):
         self.most, self.limit, self.taken = most, float(most), 0
-        self._narrowed = 0.0
         self._queue: deque[asyncio.Future] = deque()
+        self._seconds: deque[float] = deque(maxlen=2 * most)  # of the last answers
 
     @asynccontextmanager
     async def one(self, first: bool):
@@ -36,10 +43,16 @@ class Slots:
                 turn.set_result(None)
                 self.taken += 1
 
-    def widen(self) -> None:
+    def answered(self, seconds: float) -> None:
+        self._seconds.append(seconds)
         self.limit = min(self.limit + 1 / self.limit, self.most)
 
-    def narrow(self) -> None:
-        if time.monotonic() - self._narrowed > 1.0:
-            self._narrowed = time.monotonic()
-            self.limit = max(self.limit / 2, 1.0)
+    def turned_away(self) -> None:
+        self.limit = max(self.limit - BUSY_COSTS, 1.0)
+
+    def patience(self, longest: float, timeouts: int) -> float:
+        """Seconds to wait for an answer: `longest`, or less once a full round of answers has shown how long one takes;
+        twice as much after each of a story's `timeouts`, as TCP does (RFC 6298), for a server that has become slow."""
+        if len(self._seconds) < self.most:
+            return longest
+        return min(longest, max(SLOWER * max(self._seconds), SHORTEST_S) * 2**timeouts)

@@ -1,0 +1,182 @@
+"""How fast stories get to a teacher and back, in one JSON line: medians of runs, on the built-in stories.
+
+    python scripts/bench_teacher.py                                         our client beside the bare openai client
+    python scripts/bench_teacher.py --teacher-url http://127.0.0.1:8080/v1  what this server gains by the rubric first
+
+Without an address the teacher is a server of this script's that answers at once, so what the clients do themselves is
+all there is to measure. With one, stories are sent as we send them, the rubric first, and the other way round: a server
+that keeps its work on the beginning of a prompt need not read the rubric again.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tinystory.data.corpus import open_corpus
+from tinystory.errors import UserError, command
+from tinystory.teacher.api import Server
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.prompt import fence, render
+
+OPENING, WORDS = "Once upon a time,", 80  # of a story
+SAMPLING = dict(temperature=0.2, max_tokens=6, seed=0)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher-url", metavar="URL", help="measure the server at this address, not our client")
+    parser.add_argument("--stories", type=int, metavar="N", help="of a run (default: 2000; with --teacher-url 16)")
+    parser.add_argument("--concurrency", type=int, metavar="N", help="most requests at a time (default: 64, 1)")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed, after one that is not (default: 3)")
+    options = parser.parse_args(argv)
+    url = options.teacher_url
+    count, concurrency = options.stories or (16 if url else 2000), options.concurrency or (1 if url else 64)
+    if min(count, concurrency, options.runs) < 1:
+        raise UserError("--stories, --concurrency and --runs must be at least 1")
+    if url:
+        measured = prefix(url, count, concurrency, options.runs)
+    else:
+        with instant_server() as url:
+            measured = overhead(url, count, concurrency, options.runs)
+    print(json.dumps(dict(stories=count, concurrency=concurrency, runs=options.runs) | measured), flush=True)
+
+
+def overhead(url: str, count: int, concurrency: int, runs: int) -> dict[str, float]:
+    """Stories a second and this process's CPU milliseconds a story by our client (prompt, kept replies, scores and all)
+    and by the bare openai client on either of its transports, in turn; ratio: of our rate to the faster one's."""
+    import openai
+
+    async def bare(transport: type, prompts: list[dict]) -> None:
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", http_client=transport()) as client:
+            await each(lambda asked: client.chat.completions.create(model="m", **asked), prompts, concurrency)
+
+    def ours(stories: list[str]) -> None:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Teacher(url, concurrency=concurrency, cache=Path(folder) / "replies.jsonl") as teacher,
+        ):
+            assert all(judgement.scores for judgement in teacher.judge(OPENING, stories, 0))
+
+    clients = {
+        "ours": ours,
+        "aiohttp": lambda stories: asyncio.run(bare(openai.DefaultAioHttpClient, questions(stories))),
+        "httpx": lambda stories: asyncio.run(bare(openai.DefaultAsyncHttpxClient, questions(stories))),
+    }
+    laps = {name: [] for name in clients}
+    for stories in rounds(count, runs):
+        for name, ask in clients.items():
+            began, worked = time.perf_counter(), time.process_time()
+            ask(stories)
+            laps[name].append((time.perf_counter() - began, time.process_time() - worked))
+    found = {}
+    for name, times in laps.items():
+        seconds, cpu = (statistics.median(lap) for lap in zip(*times[1:], strict=True))
+        found |= {f"{name}_per_s": round(count / seconds, 1), f"{name}_cpu_ms": round(1e3 * cpu / count, 3)}
+    return found | dict(ratio=round(found["ours_per_s"] / max(found["aiohttp_per_s"], found["httpx_per_s"]), 3))
+
+
+def prefix(url: str, count: int, concurrency: int, runs: int) -> dict[str, float | str]:
+    """Seconds a story with the rubric first and with it last, in turn, each of stories that are new to the server; and
+    the tokens of a prompt, where it counts them."""
+    with Teacher(url) as teacher:
+        model = teacher.probe().model
+    tokens = []
+
+    async def ask(prompts: list[dict]) -> None:
+        server = Server(url, os.environ.get("OPENAI_API_KEY"), 300.0)
+        for reply in await each(lambda asked: server.chat(model=model, **asked), prompts, concurrency):
+            tokens.extend(reply.tokens[:1] if reply.tokens else ())
+        await server.close()
+
+    def swapped(prompt: dict) -> dict:
+        rubric, story = (message["content"] for message in prompt["messages"])
+        return prompt | {"messages": [{"role": "system", "content": story}, {"role": "user", "content": rubric}]}
+
+    laps = {"first": [], "last": []}
+    for stories in rounds(2 * count, runs):
+        prompts = questions(stories)
+        for name, half in (("first", prompts[:count]), ("last", list(map(swapped, prompts[count:])))):
+            began = time.perf_counter()
+            asyncio.run(ask(half))
+            laps[name].append((time.perf_counter() - began) / count)
+    first, last = (statistics.median(times[1:]) for times in laps.values())
+    measured = dict(rubric_first_s=round(first, 3), rubric_last_s=round(last, 3), ratio=round(last / first, 2))
+    return dict(model=model, prompt_tokens=statistics.mean(tokens) if tokens else None) | measured
+
+
+def rounds(count: int, runs: int) -> Iterator[list[str]]:
+    """The stories of each run, and first of the one that is not timed: no story comes twice."""
+    documents = open_corpus(["builtin"]).documents()
+    for _ in range(runs + 1):
+        yield [" ".join(document.split()[:WORDS]) for document in itertools.islice(documents, count)]
+
+
+def questions(stories: Sequence[str]) -> list[dict]:
+    marks = [fence(0, index, story) for index, story in enumerate(stories)]
+    return [dict(messages=render(OPENING, s, fence=mark), **SAMPLING) for s, mark in zip(stories, marks, strict=True)]
+
+
+async def each(ask: Callable[[dict], Awaitable], prompts: Sequence[dict], concurrency: int) -> list:
+    """What `ask` brings for each prompt, in the order in which it came, `concurrency` at a time."""
+    waiting, replies = iter(prompts), []
+
+    async def work() -> None:
+        for asked in waiting:
+            replies.append(await ask(asked))
+
+    await asyncio.gather(*(work() for _ in range(concurrency)))
+    return replies
+
+
+@contextlib.contextmanager
+def instant_server() -> Iterator[str]:
+    """The URL of a server, in a process of its own, that says "2 1 3" to everything."""
+    ours, its = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(its,), daemon=True)
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{ours.recv()}/v1"
+    finally:
+        process.kill()
+        process.join()
+
+
+def serve(pipe: multiprocessing.connection.Connection) -> None:
+    from aiohttp import web
+
+    message = {"role": "assistant", "content": "2 1 3"}
+    usage = {"prompt_tokens": 500, "completion_tokens": 6, "total_tokens": 506}
+    completion = dict(id="1", object="chat.completion", created=0, model="m", usage=usage)
+    completion["choices"] = [dict(index=0, message=message, finish_reason="stop")]
+    listed = dict(object="list", data=[dict(id="m", object="model", created=0, owned_by="us")])
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        await request.read()
+        return web.json_response(listed if request.method == "GET" else completion)
+
+    async def run() -> None:
+        runner = web.ServerRunner(web.Server(answer, access_log=None))
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        pipe.send(runner.addresses[0][1])
+        await asyncio.Event().wait()
+
+    asyncio.run(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""A teacher that misbehaves as it is told to, for the tests of the client and of whole runs."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+import traceback
+from collections import Counter
+
+from aiohttp import web
+
+from tinystory.teacher.prompt import read_back
+
+KEY = "sk-planted-0123456789"
+
+
+class FaultServer:
+    """An OpenAI-compatible server on a free port. `script(story, n)` says what the n-th request (from 0) for a story
+    gets: a fault by name, a reply to send, or an aiohttp response. The client's first, probing story gets "2 1 3", and
+    `other` says what questions without a story get."""
+
+    def __init__(self, script=lambda story, n: "2 1 3", models=("first", "second"), other=lambda asked: "A fox."):
+        self.script, self.models, self.other = script, models, other
+        self.requests: list[dict] = []  # for stories
+        self.others: list[dict] = []
+        self.times: list[float] = []
+        self.seen = Counter()
+        self.good = Counter()  # replies wholly sent, by story
+        self.in_flight = self.most_in_flight = 0
+        self.delay = 0.0  # seconds before a good reply
+
+    def __enter__(self):
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self._call(self._start())
+        return self
+
+    def __exit__(self, *_):
+        self._call(self.runner.cleanup())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+    def _call(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    async def _start(self):
+        app = web.Application()
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
+        await self.runner.setup()
+        site = web.TCPSite(self.runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}/v1"
+
+    async def _models(self, request):
+        if callable(self.models):
+            return self.models()
+        return web.json_response({"object": "list", "data": [{"id": name} for name in self.models]})
+
+    async def _chat(self, request):
+        body = await request.json()
+        found = read_back(body["messages"])
+        if found is None:
+            self.others.append(body)
+            return await self._answer(request, "", self.other(body))
+        story = found[1]
+        n = self.seen[story]
+        self.seen[story] += 1
+        self.requests.append(body)
+        self.times.append(time.monotonic())
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            what = self.first() if story.startswith("a cat sat down") and n == 0 else self.script(story, n)
+            return await self._answer(request, story, what)
+        finally:
+            self.in_flight -= 1
+
+    def first(self):
+        return "2 1 3"
+
+    async def _answer(self, request, story, what):
+        whole = completion("2 1 3")
+        match what:
+            case web.Response():
+                return what
+            case "hang":
+                while request.transport is not None and not request.transport.is_closing():
+                    await asyncio.sleep(0.01)
+                return web.Response()
+            case "500":
+                return web.json_response({"error": {"message": "oops"}}, status=500)
+            case "429":
+                return web.json_response({"error": {"message": "slow down"}}, status=429, headers={"Retry-After": "0"})
+            case "empty":
+                return web.Response()
+            case "html":
+                return web.Response(text="<html><body>3 3 3</body></html>", content_type="text/html")
+            case "malformed":
+                return web.Response(text=whole[:-9], content_type="application/json")
+            case "shape":
+                return web.json_response({"choices": [{"message": "3 3 3"}]})
+            case "huge":
+                return web.Response(text=completion("3 3 3 " * 1_000_000), content_type="application/json")
+            case "reset" | "drip":
+                response = web.StreamResponse(headers={"Content-Length": str(len(whole))})
+                await response.prepare(request)
+                with contextlib.suppress(ConnectionError):
+                    for byte in whole if what == "drip" else whole[:20]:
+                        await response.write(byte.encode())
+                        await asyncio.sleep(0.05 if what == "drip" else 0)
+                if request.transport is not None:
+                    request.transport.abort()
+                return response
+        await asyncio.sleep(self.delay)
+        self.good[story] += 1
+        return web.Response(text=completion(what), content_type="application/json")
+
+
+def completion(reply):
+    return json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": reply}}]})
+
+
+def error(status, message, headers=None, **more):
+    return web.json_response({"error": {"message": message, **more}}, status=status, headers=headers)
+
+
+def counted(reply, asked=500, said=6):
+    """A completion by a server that counts tokens."""
+    usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    return web.json_response({"choices": [{"message": {"content": reply}, "finish_reason": "stop"}], "usage": usage})
+
+
+def closed_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def assert_one_clean_sentence(caught, *words):
+    text = str(caught.value)
+    assert text.isprintable() and len(text) < 600 and all(word in text for word in words), text
+    for told in (text, repr(caught.value), "".join(traceback.format_exception(caught.value))):
+        assert KEY not in told

@@ -1,0 +1,99 @@
+"""Replies are kept: none is paid for twice, whatever happens to the file."""
+
+import contextlib
+import resource
+
+import pytest
+from fault_server import FaultServer
+
+from tinystory.errors import UserError
+from tinystory.teacher.cache import Cache
+from tinystory.teacher.client import Teacher
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
+
+def test_no_reply_is_paid_for_twice(tmp_path):
+    kept = tmp_path / "run" / "replies.jsonl"
+    stories = [f"Dog {i} ran." for i in range(30)]
+    script = lambda story, n: "hm" if "1" in story and n == 0 else f"{n} 1 1"  # noqa: E731
+    with FaultServer(script) as server:
+        with Teacher(server.url, cache=kept) as teacher:
+            before = teacher.judge("Once", stories[:20], 0)
+        lines = kept.read_bytes()
+        kept.write_bytes(lines + b'{"key": "torn')  # killed while writing
+        with Teacher(server.url, cache=kept) as teacher:
+            after = teacher.judge("Once", stories, 100)  # other indices: the mark is no part of the question
+            assert teacher.ledger.total["cached"] == sum(judgement.attempts for judgement in before)
+        assert kept.read_bytes().startswith(lines + b"{") and b"torn" not in kept.read_bytes()
+        paid = {story: server.seen[story] for story in stories}
+        assert paid == {story: 2 if "1" in story else 1 for story in stories}
+        for old, new in zip(before, after, strict=False):
+            assert (old.scores, old.reply, old.attempts, old.reply_words) == (
+                new.scores,
+                new.reply,
+                new.attempts,
+                new.reply_words,
+            )
+        for other in ({"seed": 9}, {"temperature": 0.9}, {"max_tokens": 9}, {"model": "second"}):
+            with Teacher(server.url, cache=kept, **other) as teacher:
+                teacher.judge("Once", stories[:1], 0)
+                assert teacher.ledger.total["cached"] == 0
+        with Teacher(server.url, cache=kept) as teacher:
+            teacher.judge("Twice", stories[:1], 0)
+            assert teacher.ledger.total["cached"] == 0
+
+
+def test_the_first_reply_to_a_question_stands(tmp_path):
+    cache = Cache(tmp_path / "replies.jsonl")
+    assert cache.put("question", "1 1 1") == cache.put("question", "2 2 2") == cache.get("question") == "1 1 1"
+    cache.close()
+    with contextlib.closing(Cache(tmp_path / "replies.jsonl")) as cache:
+        assert cache.get("question") == "1 1 1"
+    assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("cut", range(0, 60, 7))
+def test_a_cache_cut_anywhere_keeps_its_whole_lines(tmp_path, cut):
+    path = tmp_path / "replies.jsonl"
+    with contextlib.closing(Cache(path)) as cache:
+        for i in range(5):
+            cache.put(str(i), "\u2028 1 1\n" * i)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - cut])
+    with contextlib.closing(Cache(path)) as cache:
+        assert [cache.get(str(i)) for i in range(len(cache))] == ["\u2028 1 1\n" * i for i in range(len(cache))]
+        assert len(cache) == whole[: len(whole) - cut].count(b"\n")
+        for i in range(5):
+            cache.put(str(i), "\u2028 1 1\n" * i)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", [b"hello\n", b"[]\n", b'{"key": 1, "reply": "1 1 1"}\n', b"\xff\n", b"\n"])
+def test_another_file_is_not_a_cache(tmp_path, line):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(line)
+    with pytest.raises(UserError, match=r"notes\.txt line 1"):
+        Cache(path)
+    assert path.read_bytes() == line
+    with pytest.raises(UserError, match="cannot be kept"):
+        Cache(path / "replies.jsonl").put("question", "1 1 1")
+
+
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_whole_lines(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with contextlib.closing(Cache(path)) as cache:
+        cache.put("question", "1 1 1")
+        whole = path.read_bytes()
+        try:
+            for room in (10, 0):  # a line that is written in part, and one that is not at all
+                resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + room, limits[1]))
+                with pytest.raises(UserError, match="cannot be written"):
+                    cache.put("another", "2 2 2")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes() == whole and cache.get("another") is None
+        cache.put("another", "2 2 2")
+    with contextlib.closing(Cache(path)) as cache:
+        assert (cache.get("question"), cache.get("another")) == ("1 1 1", "2 2 2")

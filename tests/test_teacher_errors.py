@@ -1,0 +1,124 @@
+"""What asking again cannot mend is one clear sentence, and the key is in none."""
+
+import contextlib
+import gc
+import logging
+import socket
+import threading
+
+import pytest
+from aiohttp import web
+from fault_server import KEY, FaultServer, assert_one_clean_sentence, closed_port, error
+
+from tinystory.errors import UserError
+from tinystory.teacher.client import Teacher
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
+
+NOT_ONE = "not as an OpenAI-compatible API"
+FATAL = {
+    "refuses the key": lambda: error(401, f"Incorrect API key provided: {KEY}.\x1b[31m\nSee docs.", code="invalid"),
+    "no quota left": lambda: error(429, "You exceeded your current quota.", code="insufficient_quota"),
+    "does not have what was asked for": lambda: error(404, "The model `first` does not exist", code="model_not_found"),
+    "too short a context": lambda: error(400, "This model's maximum context length is 64 tokens.", type="invalid"),
+    "redirects to": lambda: web.Response(status=302, headers={"Location": f"http://127.0.0.1:9/{KEY}"}),
+    NOT_ONE: lambda: web.Response(status=404, text="<h1>no</h1>", content_type="text/html"),
+}
+
+
+@pytest.mark.parametrize("words", FATAL)
+def test_what_cannot_be_mended_by_asking_again_stops_everything(words, monkeypatch, caplog):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
+    with FaultServer(lambda story, n: FATAL[words]()) as server, Teacher(server.url, concurrency=4) as teacher:
+        with pytest.raises(UserError) as caught:
+            teacher.judge("Once", [f"Dog {i} ran." for i in range(50)], 0)
+        assert_one_clean_sentence(caught, server.url, words)
+        assert len(server.requests) <= 1 + 4  # those on their way, and no more
+        with pytest.raises(UserError):
+            teacher.submit("Once", "One more.", 50).result()
+        assert KEY not in repr(teacher) + repr(teacher._server) + caplog.text
+    del teacher
+    gc.collect()
+    assert "never retrieved" not in caplog.text  # a traceback that asyncio would print
+
+
+def test_nothing_there():
+    url = closed_port()
+    with Teacher(url) as teacher, pytest.raises(UserError) as caught:
+        teacher.probe()
+    assert_one_clean_sentence(caught, f"{url}/v1", "cannot be reached", "start it")
+
+
+def test_a_server_that_goes_away_stops_the_run():
+    with FaultServer() as server:
+        teacher = Teacher(server.url)
+        teacher.probe()
+    with teacher, pytest.raises(UserError) as caught:
+        teacher.judge("Once", ["A dog ran.", "A cat ran."], 0)
+    assert_one_clean_sentence(caught, "cannot be reached")
+
+
+def test_not_http_at_all():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet():
+            with contextlib.suppress(OSError):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(100)
+                    connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+        threading.Thread(target=greet, daemon=True).start()
+        with Teacher(f"http://127.0.0.1:{listener.getsockname()[1]}/") as teacher, pytest.raises(UserError) as caught:
+            teacher.probe()
+    assert_one_clean_sentence(caught, "broke off")
+
+
+@pytest.mark.parametrize(
+    "models, words",
+    [
+        (lambda: web.Response(text="<html>Welcome to nginx</html>", content_type="text/html"), NOT_ONE),
+        (lambda: web.json_response({"models": ["first"]}), NOT_ONE),
+        (lambda: web.json_response({"data": [{"name": "first"}]}), NOT_ONE),
+        (lambda: web.json_response({"detail": "Not Found"}, status=404), NOT_ONE),
+        (lambda: web.Response(text="[" * 100_000), NOT_ONE),
+        (lambda: web.json_response({"data": []}), "lists no model"),
+    ],
+)
+def test_no_openai_compatible_api(models, words):
+    with FaultServer(models=models) as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
+        teacher.probe()
+    assert_one_clean_sentence(caught, server.url, words)
+
+
+def test_a_model_that_is_not_listed():
+    with FaultServer() as server, Teacher(server.url, "third") as teacher, pytest.raises(UserError) as caught:
+        teacher.submit("Once", "A dog ran.", 0)
+    assert_one_clean_sentence(caught, "'third'", "first, second")
+
+
+@pytest.mark.parametrize(
+    "url", ["", "localhost:8000", "ftp://host/v1", "http://", "http://h:x/v1", "http://[", "http://h?key=1"]
+)
+def test_urls_that_are_none(url):
+    with pytest.raises(UserError, match="must look like"):
+        Teacher(url)
+
+
+def test_a_url_or_key_that_must_not_be(monkeypatch):
+    with pytest.raises(UserError) as caught:
+        Teacher(f"http://me:{KEY}@127.0.0.1:9/v1")
+    assert_one_clean_sentence(caught, "OPENAI_API_KEY")
+    with pytest.raises(UserError) as caught:
+        Teacher("http://127.0.0.1:9/v1", api_key=f"{KEY}\nX: y")
+    assert_one_clean_sentence(caught, "OPENAI_API_KEY")
+
+
+def test_a_key_that_a_reply_echoes_is_not_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    kept = tmp_path / "replies.jsonl"
+    with FaultServer(lambda story, n: f"your key is {KEY}") as server, Teacher(server.url, cache=kept) as teacher:
+        (judgement,) = teacher.judge("Once", ["A dog ran."], 0)
+    assert judgement.reply == "your key is [key]" and KEY not in kept.read_text()

@@ -1,0 +1,172 @@
+"""What the probe finds out, and how what it found is kept to."""
+
+import json
+import random
+
+import pytest
+from aiohttp import web
+from fault_server import FaultServer, assert_one_clean_sentence, completion, error
+
+from tinystory.errors import UserError
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.probe import Probe
+from tinystory.teacher.prompt import CRITERIA, read_back
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
+
+def test_the_probe_says_what_it_found():
+    with FaultServer() as server, Teacher(server.url.removesuffix("/v1")) as teacher:
+        found = teacher.probe()
+        assert found is teacher.probe()  # once
+        assert (found.url, found.model, found.token_cap, found.refused) == (server.url, "first", "max_tokens", ())
+        assert (found.reply, found.scored, found.thinks, found.tokens) == ("2 1 3", True, False, None)
+        assert (found.structure, found.held_to, found.seed, found.logprobs) == ("nothing", "nothing", True, False)
+        assert Probe.load(found.dump()) == found and Probe.load('{"url": ""}') is Probe.load("no") is None
+        assert len(server.requests) == 1 and len(server.others) == 4  # two structures, a seed twice
+        line = str(found)
+        assert line.isprintable() and f"first at {server.url}: scored a story" in line and "obeys no structure" in line
+
+
+def test_the_probe_is_asked_once_for_a_run(tmp_path):
+    with FaultServer() as server:
+        for _ in range(2):
+            with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
+                found = teacher.probe()
+        assert found.scored and len(server.requests) == 1 and len(server.others) == 4
+        with Teacher(server.url, "second", cache=tmp_path / "replies.jsonl") as teacher:
+            assert teacher.probe().model == "second"
+        assert len(server.requests) == 2
+
+
+def numbers_if_held(asked, *fields):
+    """What vLLM's or llama.cpp's server would say: animals, or what it is held to."""
+    return "1 0 2" if set(fields) & asked.keys() else "fox, owl, badger"
+
+
+@pytest.mark.parametrize("field", ["structured_outputs", "grammar"])
+def test_a_server_that_obeys_is_held_to_numbers(field):
+    with (
+        FaultServer(other=lambda asked: numbers_if_held(asked, field)) as server,
+        Teacher(server.url) as teacher,
+    ):
+        assert teacher.probe().structure == teacher.probe().held_to == "numbers"
+        assert len(server.others) == 3
+        assert teacher.judge("Once", ["A dog ran."], 0)[0].scores
+        assert server.requests[-1]["structured_outputs"] == {"regex": "[0-3] [0-3] [0-3]"}
+        assert server.requests[-1]["grammar"] == 'root ::= [0-3] " " [0-3] " " [0-3]'
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_json_is_for_models_that_give_no_plain_numbers(plain):
+    graded = json.dumps(dict.fromkeys(CRITERIA, 2))
+
+    class Json(FaultServer):
+        async def _chat(self, request):
+            asked = await request.json()
+            if "response_format" in asked:
+                self.requests.append(asked)
+                schema = asked["response_format"]["json_schema"]["schema"]
+                assert set(schema["properties"]) == set(schema["required"]) == set(CRITERIA)
+                return web.Response(text=completion(graded), content_type="application/json")
+            if not plain and read_back(asked["messages"]):
+                return web.Response(text=completion("Well, I like it!"), content_type="application/json")
+            return await super()._chat(request)
+
+    with Json() as server, Teacher(server.url, max_tokens=6) as teacher:
+        found = teacher.probe()
+        assert (found.structure, found.held_to, found.scored) == ("json", "nothing" if plain else "json", True)
+        (judgement,) = teacher.judge("Once", ["A dog ran."], 0)
+        assert judgement.score == pytest.approx(2 / 3)
+        assert ("response_format" in server.requests[-1]) != plain
+        assert server.requests[-1]["max_tokens"] == teacher.max_tokens == (6 if plain else 44)
+
+
+def test_an_option_that_is_accepted_and_ignored_is_not_obeyed():
+    dice = random.Random(0)
+    animals = ["fox", "3 3 3!", "owl", "1, 2 and 3", '{"readability": 3}', "A hare."]
+    with FaultServer(other=lambda asked: dice.choice(animals)) as server, Teacher(server.url) as teacher:
+        assert teacher.probe().structure == "nothing"
+        teacher.judge("Once", ["A dog ran."], 0)
+        assert not {"response_format", "grammar", "structured_outputs"} & server.requests[-1].keys()
+
+
+@pytest.mark.parametrize("refuse", [True, False])
+def test_seed_and_logprobs(refuse):
+    count = iter(range(100))
+
+    def other(asked):
+        if asked.get("logprobs") and refuse:
+            return error(400, "logprobs are not supported by this model")
+        choice = {"message": {"content": f"A fox {next(count)}."}}
+        if asked.get("logprobs"):
+            choice["logprobs"] = {"content": [{"token": "A", "logprob": -0.1}]}
+        return web.json_response({"choices": [choice]})
+
+    with FaultServer(other=other) as server, Teacher(server.url) as teacher:
+        assert (teacher.probe().seed, teacher.probe().logprobs) == (False, not refuse)
+        assert len(server.requests) + len(server.others) <= 6
+
+
+def test_what_a_server_refuses_by_name_is_left_out():
+    class Strict(FaultServer):
+        async def _chat(self, request):
+            for name in ("temperature", "seed", "max_tokens"):
+                if name in await request.json():
+                    other = " Use 'max_completion_tokens'." if name == "max_tokens" else ""
+                    return error(400, f"Unsupported parameter: '{name}'.{other}", code="unsupported_parameter")
+            return await super()._chat(request)
+
+    with Strict() as server, Teacher(server.url) as teacher:
+        found = teacher.probe()
+        assert (found.refused, found.token_cap) == (("seed", "temperature"), "max_completion_tokens")
+        assert "no seed" in str(found) and "no temperature" in str(found)
+        assert teacher.judge("Once", ["A dog ran."], 0)[0].error is None
+        assert not {"seed", "temperature"} & server.requests[-1].keys()
+
+
+def thought(text, thoughts="Let me see. The story ...", finish="length"):
+    message = {"role": "assistant", "content": text, "reasoning_content": thoughts}
+    return web.json_response({"choices": [{"message": message, "finish_reason": finish}]})
+
+
+@pytest.mark.parametrize("answer", [("", None), (None, "Hm, a cat."), ("<think>\nOkay, the user wants", "")])
+def test_a_model_that_only_thinks_is_refused_with_a_reason(answer):
+    class Thinker(FaultServer):
+        async def _chat(self, request):
+            self.requests.append(await request.json())
+            return thought(*answer)
+
+    with Thinker() as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
+        teacher.probe()
+    assert_one_clean_sentence(caught, server.url, "thinks before it answers", "16 tokens", "--teacher-max-tokens")
+    assert len(server.requests) == 2
+
+
+def test_a_model_that_can_be_told_not_to_think_is():
+    class Qwen(FaultServer):
+        async def _chat(self, request):
+            asked = await request.json()
+            if asked.get("chat_template_kwargs") != {"enable_thinking": False}:
+                return thought(None)
+            return await super()._chat(request)
+
+    with Qwen() as server, Teacher(server.url) as teacher:
+        found = teacher.probe()
+        assert found.thinks and found.quiet and found.scored and "told not to think" in str(found)
+        assert teacher.judge("Once", ["A dog ran."], 0)[0].scores == dict(zip(CRITERIA, (2, 1, 3), strict=True))
+
+
+def test_a_server_that_wants_the_other_token_cap_gets_it():
+    message = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
+
+    class Picky(FaultServer):
+        async def _chat(self, request):
+            if "max_tokens" in await request.json():
+                return error(400, message, code="unsupported_parameter")
+            return await super()._chat(request)
+
+    with Picky() as server, Teacher(server.url) as teacher:
+        assert teacher.probe().token_cap == "max_completion_tokens"
+        assert teacher.judge("Once", ["A dog ran."], 0)[0].error is None
+        assert all(request["max_completion_tokens"] == 16 for request in server.requests)
