@@ -12,8 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, SHORT, fails, interact, metrics
 from fault_server import KEY, FaultServer, counted, error
-from test_train import ROOT, SHORT, assert_same_bits, fails, interact, metrics
+from test_train import assert_same_bits
 
 from tinystory.errors import UserError
 from tinystory.student import checkpoint
