@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tinystory import babylm
+from tinystory import babylm, distributed
 from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
 from tinystory.device import Interrupted, Stop, pick_device, pick_dtype
 from tinystory.errors import UserError, command
@@ -46,6 +46,9 @@ SHOWN = 8  # stories written again at the end, from the draws of the first ones,
 @command
 def main(argv: list[str] | None = None) -> None:
     config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
+    distributed.start()
+    if config.stories_per_step < distributed.world():
+        raise UserError(f"{distributed.world()} processes need --stories-per-step {distributed.world()} at least")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device, on_cpu=False)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -87,6 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         spent = {"interaction_words_in": budget.words_in, "interaction_words_out": budget.words_out} if step else {}
         grown = facts | {name: facts.get(name, 0) + words for name, words in spent.items()}
         folder = run / "checkpoints" / name
+        if not distributed.is_first():
+            return folder
         return checkpoint.save(folder, student, tokenizer, facts=grown, state=state, counters=counters)
 
     def write(count: int, first_index: int, on_story) -> list[Story]:
@@ -96,67 +101,41 @@ def main(argv: list[str] | None = None) -> None:
                 max_new_tokens=config.max_new_tokens, temperature=config.temperature, on_story=on_story,
             )  # fmt: skip
 
-    with contextlib.ExitStack() as stack:
-        if config.reward:
-            grader, who = CallableGrader(load_score(config.reward), config.opening), config.reward
-        else:
-            template = load_template(config.teacher_prompt) if config.teacher_prompt else Template()
-            if config.replay:
-                teacher = Replay(Path(config.replay), template=template, max_tokens=config.teacher_max_tokens)
-            else:
-                url = config.teacher_url
-                if not url:
-                    url = stack.enter_context(builtin_teacher(config.teacher_corpus or facts["corpus"]))
-                    print(f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {url}")
-                teacher = Teacher(
-                    url,
-                    config.teacher_model or None,
-                    concurrency=config.teacher_concurrency,
-                    seed=config.seed,
-                    temperature=config.teacher_temperature,
-                    max_tokens=config.teacher_max_tokens,
-                    deadline_s=config.teacher_timeout,
-                    cache=run / "replies.jsonl",  # what was paid for is not asked again after a kill
-                    template=template,
-                    price_in=config.price_in,
-                    price_out=config.price_out,
-                    budget_cost=config.budget_cost or None,
-                )
-            stack.enter_context(teacher)
-            probed = teacher.probe()
-            print(f"teacher: {probed}")
-            if not probed.scored:
-                print(f"warning: {probed.model} was shown a story and gave no scores but {probed.reply[:80]!r}")
-            if not config.replay:
-                foreseen = teacher.forecast((config.steps - step) * config.stories_per_step, config.opening)
-                print("forecast: " + forecast_line(foreseen))
-            grader, who = TeacherGrader(teacher, config.opening), f"{probed.model} at {probed.url}"
-        print(f"student {origin}, scored by {who}")
+    def send(story: Story) -> None:
+        if grader:  # the first process has it
+            grader.send(story.index, story.text)
 
-        log = stack.enter_context(RunLog(run, resume_step=step if resume_from else None))
-        resolved = dict(device=str(device), dtype=str(dtype).removeprefix("torch."), scored_by=who)
-        if not config.reward:
-            resolved["teacher"] = dataclasses.asdict(probed)
+    with contextlib.ExitStack() as stack:
+        grader, resolved = None, {}
+        if distributed.is_first():
+            stories_left = (config.steps - step) * config.stories_per_step
+            grader, resolved = open_grader(config, run, facts["corpus"], stories_left, stack)
+            print(f"student {origin}, scored by {resolved['scored_by']}")
+        first = distributed.is_first()
+        log = stack.enter_context(RunLog(run, resume_step=step if resume_from else None, writes=first))
+        resolved |= dict(device=str(device), dtype=str(dtype).removeprefix("torch."))
         log.config(as_dict(config) | resolved | {"init": config.init or str(origin)})
         if not resume_from:
             save("start")
+        distributed.copy_from_first(parameters.values())
         stop = stack.enter_context(Stop().listening())
-        bar = stack.enter_context(tqdm(total=config.steps, initial=step, unit="step", desc="interacting"))
+        bar = stack.enter_context(
+            tqdm(total=config.steps, initial=step, unit="step", desc="interacting", disable=not first)
+        )
         with contextlib.suppress(Interrupted):
-            while step < config.steps and not stop.requested:
+            while step < config.steps and not distributed.largest(stop.requested):
                 n = config.stories_per_step
-                if not budget.allows(n * grader.most_words, n * config.max_new_tokens):
-                    bar.write(
-                        f"the word budget ({budget.limit_in:,} in, {budget.limit_out:,} out) does not hold another step"
-                    )
-                    break
-                if not grader.affords(n):
-                    bar.write(f"--budget-cost {config.budget_cost:g} does not hold another step")
+                spent = distributed.from_first(lambda: spent_budget(config, budget, grader))
+                if spent:
+                    bar.write(f"{spent} does not hold another step")
                     break
 
-                # 1. Write; grading begins with the first story that ends.
+                # 1. Write; grading begins with the first story that ends. Each process writes its share.
                 began = time.perf_counter()
-                stories = write(n, written, lambda story: grader.send(story.index, story.text))
+                mine = distributed.block(n)
+                stories = distributed.gather(write(len(mine), written + mine.start, send))
+                for story in stories[len(mine) :]:
+                    send(story)
                 rollout_s = time.perf_counter() - began
 
                 # 2. Read the stories under the frozen reference while the teacher is still grading.
@@ -165,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
                     ref_logprobs = ppo.reference_logprobs(reference, batch, config.temperature, config.micro_batch_size)
                 reference_s = time.perf_counter() - began - rollout_s
                 try:
-                    grades = grader.collect(stop)
+                    grades = distributed.from_first(lambda: grader.collect(stop))
                     require_scores(grades, config.max_unscored)
                 except UserError:  # nothing has been learned from this step: what was before it is whole
                     checkpoint.drop_older(save(f"step_{step:07d}"))
@@ -199,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
                     distinct_4=distinct_ngrams([s.text for s in stories]),
                     words_in=budget.words_in, words_out=budget.words_out, unscored=n - len(scored),
                     rollout_s=rollout_s, reference_s=reference_s, teacher_s=teacher_s, update_s=update_s, **stats,
-                    **grader.stats(),
+                    **(grader.stats() if first else {}),
                 )  # fmt: skip
                 bar.update()
                 words = sum(s.words for s in stories) / n
@@ -209,15 +188,19 @@ def main(argv: list[str] | None = None) -> None:
                         save(name)
                 if step % config.save_every == 0:
                     checkpoint.drop_older(save(f"step_{step:07d}"))
-                    write_report(run)
+                    if first:
+                        write_report(run)
         bar.close()
         checkpoint.drop_older(save(f"step_{step:07d}"))
         if stop.requested:
             print(f"stopped after step {step}, all saved; go on with: python train_interact.py --out {run} --resume")
             return
 
+        if not first:
+            return
+
         # The first stories again: the same opening and the same draws, by the student as it is now.
-        after = write(SHOWN, 0, lambda story: grader.send(story.index, story.text))
+        after = write(SHOWN, 0, send)
         grades = grader.collect(stop)
         shown = [{"when": "before", **r} for r in itertools.islice(read_stories(run), SHOWN)]
         shown += [
@@ -226,6 +209,57 @@ def main(argv: list[str] | None = None) -> None:
         ]
         atomic_write(run / SAMPLES, "".join(json.dumps(r) + "\n" for r in shown))
     summary(run, config.opening, shown)
+
+
+def open_grader(
+    config: InteractConfig, run: Path, corpus: list[str], stories_left: int, stack: contextlib.ExitStack
+) -> tuple[CallableGrader | TeacherGrader, dict]:
+    """Whoever scores, entered into the stack, and what config.json is to say of it."""
+    if config.reward:
+        return CallableGrader(load_score(config.reward), config.opening), {"scored_by": config.reward}
+    template = load_template(config.teacher_prompt) if config.teacher_prompt else Template()
+    if config.replay:
+        teacher = Replay(
+            Path(config.replay),
+            template=template,
+            max_tokens=config.teacher_max_tokens,
+        )
+    else:
+        url = config.teacher_url
+        if not url:
+            url = stack.enter_context(builtin_teacher(config.teacher_corpus or corpus))
+            print(f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {url}")
+        teacher = Teacher(
+            url,
+            config.teacher_model or None,
+            concurrency=config.teacher_concurrency,
+            seed=config.seed,
+            temperature=config.teacher_temperature,
+            max_tokens=config.teacher_max_tokens,
+            deadline_s=config.teacher_timeout,
+            cache=run / "replies.jsonl",  # what was paid for is not asked again after a kill
+            template=template,
+            price_in=config.price_in,
+            price_out=config.price_out,
+            budget_cost=config.budget_cost or None,
+        )
+    stack.enter_context(teacher)
+    probed = teacher.probe()
+    print(f"teacher: {probed}")
+    if not probed.scored:
+        print(f"warning: {probed.model} was shown a story and gave no scores but {probed.reply[:80]!r}")
+    if not config.replay:
+        print("forecast: " + forecast_line(teacher.forecast(stories_left, config.opening)))
+    scored_by = f"{probed.model} at {probed.url}"
+    return TeacherGrader(teacher, config.opening), {"scored_by": scored_by, "teacher": dataclasses.asdict(probed)}
+
+
+def spent_budget(config: InteractConfig, budget: Budget, grader: CallableGrader | TeacherGrader) -> str:
+    """What does not hold another step; empty if all do."""
+    n = config.stories_per_step
+    if not budget.allows(n * grader.most_words, n * config.max_new_tokens):
+        return f"the word budget ({budget.limit_in:,} in, {budget.limit_out:,} out)"
+    return "" if grader.affords(n) else f"--budget-cost {config.budget_cost:g}"
 
 
 def forecast_line(foreseen: dict[str, float]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tinystory import babylm, ops
+from tinystory import babylm, distributed, ops
 from tinystory.babylm import MILESTONES
 from tinystory.config import PRETRAIN_PRESETS, PretrainConfig, as_dict, parse
 from tinystory.data.corpus import open_corpus
@@ -64,9 +64,11 @@ class Windows:
 def validate(
     student: Student, file: TokenFile, token_sizes: np.ndarray, sequences: int | None, batch: int
 ) -> tuple[float, float]:
-    """Nats a token and bits a byte over the first `sequences` of the file (None: all of it). token_sizes: (V,) int."""
+    """Nats a token and bits a byte over the first `sequences` of the file (None: all of it), shared among processes.
+
+    token_sizes: (V,) int."""
     device, context = student.wte.weight.device, student.config.context
-    starts = list(range(0, len(file) - 1, context))[:sequences]
+    starts = distributed.share(list(range(0, len(file) - 1, context))[:sequences])
     nats, tokens, size = 0.0, 0, 0
     for i in range(0, len(starts), batch):
         rows = [np.asarray(file.tokens[s : s + context + 1], np.int64) for s in starts[i : i + batch]]
@@ -79,6 +81,7 @@ def validate(
             nats -= float(logprob.double().sum())
             tokens += targets.numel()
             size += int(token_sizes[targets.cpu().numpy()].sum())
+    nats, tokens, size = distributed.sum_(torch.tensor([nats, tokens, size], dtype=torch.float64)).tolist()
     return nats / tokens, nats / math.log(2) / size
 
 
@@ -110,18 +113,22 @@ def train_step(
     student: Student, optimizer: torch.optim.Optimizer, batch: torch.Tensor, config: PretrainConfig,
     dtype: torch.dtype, step: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """One update on a batch (B, T + 1) int64. Returns the mean loss, nats a token, and the gradient's norm.
+    """One update on a batch (B, T + 1) int64, shared among processes. Returns the mean loss, nats a token, and the
+    gradient's norm.
 
     Randomness is a function of (seed, step), so a resumed run draws what an unbroken one would have drawn."""
-    torch.manual_seed(config.seed * 1_000_003 + step)
+    rank, world = distributed.rank(), distributed.world()
+    torch.manual_seed(config.seed * 1_000_003 + step + (rank << 40))
     loss = torch.zeros((), device=batch.device)
-    for i, part in enumerate(batch.split(config.micro_batch_size)):
+    for i, part in enumerate(distributed.share(batch).split(config.micro_batch_size)):
         with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            hidden = student.hidden(part[:, :-1], config.dropout, seed=step * config.batch_size + i)
+            hidden = student.hidden(part[:, :-1], config.dropout, seed=step * config.batch_size + i * world + rank)
             nats = ops.cross_entropy(hidden.flatten(0, 1), student.wte.weight, part[:, 1:].flatten())
         part_loss = nats * (len(part) / len(batch))
         part_loss.backward()
         loss += part_loss.detach()
+    distributed.sum_gradients(student.parameters())
+    distributed.sum_(loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -131,6 +138,9 @@ def train_step(
 @command
 def main(argv: list[str] | None = None) -> None:
     config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
+    distributed.start()
+    if config.batch_size < distributed.world():
+        raise UserError(f"{distributed.world()} processes need a --batch-size of {distributed.world()} at least")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device, on_cpu=True)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -159,7 +169,8 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.unpack_optimizer(optimizer, names, state)
         step, words, tokens = counters["step"], counters["words"], counters["tokens"]
 
-    log = RunLog(run, resume_step=step if config.resume else None)
+    log = RunLog(run, resume_step=step if config.resume else None, writes=distributed.is_first())
+    distributed.copy_from_first(student.parameters())
     log.config({**as_dict(config), "device": str(device), "dtype": str(dtype).removeprefix("torch.")})
     size = sum(p.numel() for p in student.parameters())
     print(
@@ -172,11 +183,16 @@ def main(argv: list[str] | None = None) -> None:
         counters = dict(step=step, words=words, tokens=tokens, corpus=corpus.fingerprint())
         state = checkpoint.pack_optimizer(optimizer, names)
         folder = run / "checkpoints" / name
+        if not distributed.is_first():
+            return folder
         return checkpoint.save(folder, student, tokenizer, facts=facts, state=state, counters=counters)
 
-    bar = tqdm(total=config.words, initial=words, unit="word", unit_scale=True, desc="reading", mininterval=0.5)
+    quiet = not distributed.is_first()
+    bar = tqdm(
+        total=config.words, initial=words, unit="word", unit_scale=True, desc="reading", mininterval=0.5, disable=quiet
+    )
     with log, bar, Stop().listening() as stop:
-        while words < config.words and not stop.requested:
+        while words < config.words and not distributed.largest(stop.requested):
             began = time.perf_counter()
             batch, batch_words = windows.batch(step)
             batch = batch.to(device, non_blocking=True)
@@ -222,6 +238,8 @@ def main(argv: list[str] | None = None) -> None:
             if step % config.save_every == 0 or finished or stop.requested:
                 checkpoint.drop_older(save(f"step_{step:07d}"))
 
+    if quiet:
+        return
     report = write_report(run)
     if words < config.words:
         print(f"stopped after {words:,} words, all saved; go on with: python train_pretrain.py --out {run} --resume")

@@ -1,6 +1,7 @@
 """The one error that a user can cause. Commands print it as one sentence and exit with code 2."""
 
 import functools
+import os
 import sys
 
 
@@ -16,7 +17,8 @@ def command(main):
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one is enough
+                print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)

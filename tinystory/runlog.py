@@ -62,12 +62,17 @@ class RunLog:
     """Opens a run's folder for writing.
 
     resume_step: None for a new run; else the step of the checkpoint that the run continues from (0: from the start),
-    and records of later steps are dropped. Raises UserError if a new run would write over an old one.
+    and records of later steps are dropped. writes: False in all processes but one. Raises UserError if a new run would
+    write over an old one.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int | None):
+    def __init__(self, folder: Path, *, resume_step: int | None, writes: bool = True):
         self.folder = Path(folder)
         self.resume_step = resume_step
+        self.writes = writes
+        self._files: dict[str, IO[bytes]] = {}
+        if not writes:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -78,13 +83,14 @@ class RunLog:
         else:
             for name in (METRICS, STORIES):
                 keep_until(self.folder / name, resume_step)
-        self._files: dict[str, IO[bytes]] = {}
 
     def config(self, options: Mapping) -> None:
         """Write config.json: options as run, versions, device, git commit, when it started and was resumed.
 
         options["device"] ("cpu", "cuda:0", ...; "cpu" if absent) is the device whose name is kept.
         """
+        if not self.writes:
+            return
         path = self.folder / CONFIG
         before = json.loads(path.read_bytes()) if self.resume_step is not None and path.exists() else {}
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -113,6 +119,8 @@ class RunLog:
         self._append(STORIES, records)
 
     def _append(self, name: str, records: Sequence[Mapping]) -> None:
+        if not self.writes:
+            return
         lines = "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in records).encode()
         path = self.folder / name
         try:

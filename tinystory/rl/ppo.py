@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinystory import ops
+from tinystory import distributed, ops
 from tinystory.config import InteractConfig
 from tinystory.student.model import Student, ValueHead
 
@@ -100,14 +100,14 @@ class AdaptiveKL:
 def reference_logprobs(reference: Student, batch: Batch, temperature: float, micro_batch_size: int) -> Tensor:
     """(B, N) log-probs of the stories under the frozen starting checkpoint."""
     out = torch.zeros_like(batch.logprobs)
-    for rows in by_length(batch.mask, micro_batch_size):
+    for rows in distributed.share(by_length(batch.mask, micro_batch_size)):
         out[rows] = response_stats(reference, None, batch.rows(rows), temperature)[0]
-    return out
+    return distributed.sum_(out)
 
 
 def by_length(mask: Tensor, size: int) -> list[Tensor]:
     """Row indices in groups of at most `size`, rows of like length together, so that little padding is computed."""
-    return list(mask.sum(1).argsort(stable=True).split(size))
+    return [rows for rows in mask.sum(1).argsort(stable=True).split(size) if len(rows)]
 
 
 def step(
@@ -147,8 +147,8 @@ def update(
 
     The order of minibatches is drawn from torch's global generator.
 
-    A minibatch's gradient is accumulated over micro-batches and divided by the minibatch's tokens, so the size of a
-    micro-batch changes memory and nothing else.
+    A minibatch's gradient is accumulated over micro-batches and processes and divided by the minibatch's tokens, so
+    neither changes anything but memory and speed.
     """
     B = len(batch.tokens)
     minibatch = config.minibatch_size or B
@@ -164,8 +164,9 @@ def update(
             count = batch.mask[chosen].sum()
             stats = dict.fromkeys((*sums, "ratio"), 0.0)
             optimizer.zero_grad(set_to_none=True)
-            for part in by_length(batch.mask[chosen], config.micro_batch_size):
-                rows = chosen[part]
+            mine = distributed.share(chosen)
+            for part in by_length(batch.mask[mine], config.micro_batch_size):
+                rows = mine[part]
                 old, mask = batch.rows(rows), batch.mask[rows]
                 logprob, value = response_stats(student, value_head, old, config.temperature)
                 ratio = torch.exp(torch.where(mask, logprob - old.logprobs, 0.0))
@@ -184,6 +185,9 @@ def update(
                     stats["clip_fraction"] += float(((-gain * clipped > -gain * ratio) & mask).sum() / count)
                     stats["approx_kl"] += float((((ratio - 1) - ratio.log()) * mask).sum() / count)
                     stats["ratio"] += float((ratio * mask).sum() / count)
+            distributed.sum_gradients(parameters)
+            summed = distributed.sum_(torch.tensor([*stats.values()], dtype=torch.float64)).tolist()
+            stats = dict(zip(stats, summed, strict=True))
             if not stats["ratio"] <= config.max_ratio:  # also when it is not a number
                 skipped += 1
                 continue
@@ -198,7 +202,7 @@ def update(
     spread = returns[batch.mask]
     unexplained = (spread - batch.values[batch.mask]).var() / spread.var().clamp(min=1e-12)
     return {name: value / max(updates, 1) for name, value in sums.items()} | {
-        "ratio_error": ratio_error,
+        "ratio_error": distributed.largest(ratio_error),
         "skipped": skipped,
         "explained_variance": float(1 - unexplained),
     }

@@ -1,0 +1,128 @@
+"""Two processes under torchrun do what one does, but for the order of sums."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SHORT, SMALL, interact, metrics, pretrain
+from safetensors.torch import load_file
+
+from tinystory import distributed
+from tinystory.errors import UserError
+from tinystory.student import checkpoint
+
+BOTH = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_interact, train_pretrain
+from tinystory.data import shards
+shards.cache_dir = lambda: __import__("pathlib").Path(sys.argv[1])
+split = sys.argv.index("--then")
+train_pretrain.main(sys.argv[2:split])
+train_interact.main(sys.argv[split + 1 :])
+"""
+
+
+def assert_alike(a, b) -> None:
+    assert len(metrics(a)) == len(metrics(b)) > 0
+    for one, two in zip(metrics(a), metrics(b), strict=True):
+        assert one.keys() == two.keys()
+        for name in one.keys() - {name for name in one if name.endswith("_s")}:
+            want = one[name] if one[name] is None else pytest.approx(one[name], rel=1e-3, abs=1e-4)
+            assert two[name] == want, name
+    left, right = (load_file(checkpoint.newest(run) / "model.safetensors") for run in (a, b))
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=0, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(place, tmp_path):
+    """Rows and stories that do not divide evenly, minibatches, a story without a score: both loops whole."""
+    reading = ["--corpus", str(place / "corpus.txt"), *SMALL, "--dtype", "float32", "--words", "1500"]
+    reading += ["--batch-size", "5", "--micro-batch-size", "2", "--learning-rate", "1e-3"]
+    writing = [*SHORT, "--reward", f"{place / 'reward.py'}:some", "--max-unscored", "0.5", "--minibatch-size", "3"]
+    writing += ["--stories-per-step", "7", "--steps", "2", "--micro-batch-size", "2", "--learning-rate", "1e-4"]
+
+    def both(name: str) -> list[str]:
+        p, i = tmp_path / name / "p", tmp_path / name / "i"
+        start = ["--init", str(tmp_path / "one" / "p")]  # the very same weights
+        return [*reading, "--out", str(p)], [*writing, *start, "--out", str(i)]
+
+    for command, argv in zip((pretrain, interact), both("one"), strict=True):
+        command.main(argv)
+    script = tmp_path / "both.py"
+    script.write_text(BOTH)
+    first, second = both("two")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script,
+         place / "cache", *first, "--then", *second],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("parameters") == 1  # one of them speaks
+    for part in ("p", "i"):
+        assert_alike(tmp_path / "one" / part, tmp_path / "two" / part)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "i" / "stories.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [s["index"] for s in one] == [s["index"] for s in two] == list(range(14))
+    assert [s["story"] for s in one[:7]] == [s["story"] for s in two[:7]]  # the first step's, to the letter
+
+
+def collectives(rank: int, folder: str) -> None:
+    """One of two processes; its exit code is the verdict."""
+    distributed.dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    distributed.BUCKET = 8  # several buckets
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 2), (7,), (2,), (5, 5))]
+    for i, p in enumerate(parameters):
+        if rank == 0 or i != 2:  # a process without rows has no gradient
+            p.grad = torch.full_like(p, float(10 * i + rank + 1))
+    distributed.sum_gradients(parameters)
+    assert [float(p.grad.mean()) for p in parameters] == [3.0, 23.0, 21.0, 63.0]
+    assert all(p.grad.min() == p.grad.max() and p.grad.shape == p.shape for p in parameters)
+
+    weights = torch.full((4,), float(rank))
+    distributed.copy_from_first([weights])
+    assert not weights.any()
+    assert distributed.gather([f"{rank}{i}" for i in range(1 + rank)]) == ["00", "10", "11"]
+    assert distributed.largest(rank == 1) and distributed.largest(0.25 * rank) == 0.25
+    assert distributed.from_first(lambda: distributed.rank() + 7) == 7
+    with pytest.raises(UserError, match="the key is bad"):
+        distributed.from_first(refused)
+
+
+def refused():
+    assert distributed.is_first(), "the first process alone asks"
+    raise UserError("the key is bad")
+
+
+def test_collectives_of_two_processes(tmp_path):
+    fork = torch.multiprocessing.get_context("fork")
+    processes = [fork.Process(target=collectives, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_alone_everything_is_as_it_was():
+    x = torch.arange(5.0)
+    assert distributed.share([1, 2, 3]) == [1, 2, 3] and distributed.block(7) == range(7)
+    assert distributed.sum_(x) is x and distributed.largest(0.5) == 0.5 and distributed.gather([1]) == [1]
+    assert distributed.from_first(lambda: 3) == 3 and distributed.is_first()
+
+
+def test_shares_are_all_rows_once(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    shares, blocks = [], []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.share(list(range(8))))
+        blocks += [*distributed.block(8)]
+    assert sorted(row for rows in shares for row in rows) == blocks == list(range(8))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
