@@ -1,0 +1,291 @@
+"""The paper's experiment as one command: does interaction buy what many times the words of reading buy?
+
+    python scripts/reproduce.py --scale tiny             minutes: shows what comes out, proves nothing
+    python scripts/reproduce.py --scale small --corpus stories.txt --out runs/small
+    python scripts/reproduce.py --scale paper --teacher-url http://127.0.0.1:8000/v1
+
+One student reads, and leaves a checkpoint at every milestone of words. From some of them it goes on in three ways:
+
+    interact   it writes and the teacher scores, over several seeds
+    random     the same, save that the score is drawn from a hash of the story: all but the teacher's judgement
+    reading    it reads on, as many words as interaction took in and wrote, while the learning rate falls to 0
+
+Every checkpoint then writes stories from the same draws, which the teacher grades, and OUT/report.html compares them.
+Every part is a run of train_pretrain.py or train_interact.py in a folder of its own. What is finished is not done
+again and what was cut short goes on, so after Ctrl-C, or a kill, the same command continues.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from tinystory.babylm import MILESTONES, milestone_name
+from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig
+from tinystory.data.corpus import open_corpus
+from tinystory.data.shards import prepare
+from tinystory.device import pick_device
+from tinystory.errors import UserError, command
+from tinystory.experiment import random_reward
+from tinystory.experiment.parts import MILLION, Part, Progress, locked, run_parts
+from tinystory.experiment.report import EVALUATION, EXPERIMENT, write_experiment_report
+from tinystory.runlog import atomic_write, device_name, git_commit, plain, read_metrics, versions
+from tinystory.student import checkpoint
+from tinystory.teacher.builtin import builtin_teacher
+from tinystory.teacher.client import Teacher
+from train_pretrain import validate
+
+SEED = 1_000_003  # of the evaluation's stories: no interaction draws with it
+VAL_SEQUENCES = 256  # held-out sequences that bits a byte are measured on
+# Beginnings that no interaction has seen.
+OPENINGS = [
+    "One day,", "There was once a little girl who", "Tom and his dog", "It was a cold night, and",
+    "Once there was a bear.", "Mum said,", "In the garden,", "The old king",
+]  # fmt: skip
+RANDOM = {"reward": f"{Path(random_reward.__file__).resolve()}:random_reward"}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """pretrain, interact: options beside the preset's; starts: millions of words read where interaction begins; seeds,
+    random_seeds: how many of each; stories: graded of each checkpoint, at each kind of opening."""
+
+    preset: str
+    pretrain: dict[str, Any]
+    interact: dict[str, Any]
+    starts: tuple[int, ...]
+    seeds: int
+    random_seeds: int
+    stories: int
+
+
+SCALES = {
+    "tiny": Scale("demo", dict(words=3 * MILLION), dict(steps=20), (1, 2, 3), 2, 1, 128),
+    "small": Scale(
+        "demo",
+        dict(
+            corpus=["tinystories"], words=10 * MILLION, n_embd=256, vocab_size=8192, batch_size=16,
+            learning_rate=1.5e-3, eval_every=100,
+        ),
+        # One pass over more stories, and a weak KL penalty, learn most in a minute of CPU: LOG.md.
+        dict(steps=60, epochs=1, learning_rate=2e-4, kl_coef=0.02, dtype="bfloat16"),
+        (1, 2, 5, 10), 3, 2, 256,
+    ),
+    "paper": Scale("paper", {}, {}, (20, 50, 90, 200, 500, 900), 1, 1, 512),
+}  # fmt: skip
+
+
+def plan(scale: Scale, out: Path, teacher: dict[str, Any], device: str) -> list[Part]:
+    """Pretraining, then the interactions and their random control, with every option that is not the default's."""
+    reading = {"words": PretrainConfig.words, "device": device, **PRETRAIN_PRESETS[scale.preset], **scale.pretrain}
+    parts = [Part("pretrain", 0, 0, reading)]
+    needed = {name: getattr(InteractConfig, name) for name in ("steps", "stories_per_step", "epochs")}
+    writing = {**needed, "device": device, **INTERACT_PRESETS[scale.preset], **scale.interact}
+    for arm, seeds, reward in (("interact", scale.seeds, teacher), ("random", scale.random_seeds, RANDOM)):
+        for seed in range(seeds):
+            for start in scale.starts:
+                init = out / "pretrain" / "checkpoints" / milestone_name(start * MILLION)
+                options = {**writing, **reward, "seed": seed, "init": str(init)}
+                parts.append(Part(arm, start * MILLION, seed, options))
+    return parts
+
+
+def plan_reading(parts: Sequence[Part], out: Path) -> list[Part]:
+    """The control that reads on: from each start, as many words as its interactions took in and wrote, on average."""
+    further = []
+    for start in sorted({part.start for part in parts if part.arm == "interact"}):
+        runs = [read_metrics(out / part.name)[-1] for part in parts if (part.arm, part.start) == ("interact", start)]
+        words = start + sum(run["words_in"] + run["words_out"] for run in runs) // len(runs)
+        further.append(Part("reading", start, 0, {**parts[0].options, "words": words}))
+    return further
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint to evaluate. words: read and taken in, in all; start and seed as in Part, start 0: "before"."""
+
+    arm: str
+    start: int
+    seed: int
+    words: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{(self.start or self.words) // MILLION}M-{self.seed}"
+
+
+def subjects(parts: Sequence[Part], out: Path) -> list[Subject]:
+    """Every milestone of pretraining, then the last checkpoint of every other part."""
+    folders = {words: out / "pretrain" / "checkpoints" / milestone_name(words) for words in MILESTONES}
+    found = [Subject("before", 0, 0, words, folder) for words, folder in folders.items() if folder.exists()]
+    for part in parts[1:]:
+        newest = checkpoint.newest(out / part.name)
+        counters = json.loads((newest / "trainer.json").read_text())
+        words = counters["words"] if part.reads else part.start + counters["words_in"]
+        found.append(Subject(part.arm, part.start, part.seed, words, newest))
+    return found
+
+
+class Judge:
+    """Evaluates checkpoints as one experiment needs: the same draws, teacher and texts for all of them."""
+
+    def __init__(self, teacher: Teacher, reading: PretrainConfig, writing: InteractConfig, stories: int, blimp: str):
+        self.teacher, self.stories, self.blimp = teacher, stories, blimp
+        self.opening, self.length = writing.opening, writing.max_new_tokens
+        self.device = pick_device(reading.device)
+        self.corpus = open_corpus(reading.corpus)
+        self.val = prepare(
+            self.corpus, vocab_size=reading.vocab_size, val_fraction=reading.val_fraction, seed=reading.seed
+        ).val
+        # What the measures depend on: those that were taken with other settings are taken again.
+        self.settings = dict(
+            stories=stories, opening=self.opening, other_openings=OPENINGS, length=self.length, seed=SEED,
+            corpus=reading.corpus, teacher=teacher.probe().model, blimp=blimp,
+        )  # fmt: skip
+
+    def measure(self, folder: Path) -> dict[str, Any]:
+        from tinystory.evaluate.pairs import evaluate_pairs
+        from tinystory.evaluate.stories import story_measures
+
+        student, tokenizer, _ = checkpoint.load(folder, self.device)
+        told = [
+            story_measures(
+                student, tokenizer, openings=openings, n_stories=self.stories, max_new_tokens=self.length, seed=SEED,
+                grade=self.grade, corpus=self.corpus,
+            )
+            for openings in ([self.opening], OPENINGS)
+        ]  # fmt: skip
+        _, bits = validate(student, self.val, tokenizer.token_sizes, VAL_SEQUENCES, 16)
+        measures = {"stories": told[0], "other_openings": told[1], "bits_per_byte": bits}
+        return measures | ({"blimp": evaluate_pairs(student, tokenizer, self.blimp)} if self.blimp else {})
+
+    def grade(self, opening: str, stories: Sequence[str]) -> list[dict[str, int] | None]:
+        asked = [self.teacher.submit(opening, story, index) for index, story in enumerate(stories)]
+        return [each.result().scores for each in asked]
+
+
+def evaluate(found: Sequence[Subject], out: Path, judge: Judge, progress: Progress) -> None:
+    """evaluation/NAME.json of each, where it is not there yet."""
+    for subject in found:
+        path = out / EVALUATION / f"{subject.name}.json"
+        facts = {"arm": subject.arm, "start": subject.start, "seed": subject.seed, "words": subject.words}
+        kept = json.loads(path.read_bytes()) if path.exists() else {}
+        if kept.get("settings") != judge.settings or kept.get("words") != subject.words:
+            began = time.monotonic()
+            record = {**facts, "settings": judge.settings, "measures": judge.measure(subject.folder)}
+            atomic_write(path, json.dumps(plain(record), indent=1) + "\n")
+            progress.done(f"{EVALUATION}/{subject.name}", time.monotonic() - began)
+        else:
+            progress.at(f"{EVALUATION}/{subject.name}", 1.0)
+
+
+def reproduce(
+    scale: Scale, out: Path, teacher: dict[str, Any], *, name: str, device: str, blimp: str, jobs: int, lock: int
+) -> Path:
+    """The whole experiment, or what is left of it. Returns the report's path. teacher: options of train_interact.py."""
+    parts = plan(scale, out, teacher, device)
+    reading, writing = PretrainConfig(**parts[0].options), InteractConfig(**parts[1].options)
+    milestones = [m for m in MILESTONES if m <= reading.words]
+    missing = [start for start in scale.starts if start * MILLION not in milestones]
+    if missing:
+        raise UserError(
+            f"reading {reading.words:,} words leaves no checkpoint at {missing[0]} M: choose --milestones among those "
+            "that it does (1 to 9, 10 to 90 by 10, 100 to 1000 by 100)"
+        )
+
+    # What there is to do, for the time left.
+    progress = Progress()
+    for part in parts:
+        progress.expect(part.name, part.work, part.share(out))
+    written = writing.steps * writing.stories_per_step * writing.max_new_tokens
+    for start in scale.starts:
+        progress.expect(f"reading/{start}M-0", written)
+    names = [f"before-{m // MILLION}M-0" for m in milestones] + [f"reading-{start}M-0" for start in scale.starts]
+    for each in names + [part.name.replace("/", "-") for part in parts[1:]]:
+        progress.expect(f"{EVALUATION}/{each}", 2 * scale.stories * writing.max_new_tokens)
+
+    how = (out, scale.preset, jobs, lock, progress)
+    run_parts(parts[:1], *how)
+    run_parts(parts[1:], *how)
+    further = plan_reading(parts, out)
+    run_parts(further, *how)
+    with contextlib.ExitStack() as stack:
+        url = writing.teacher_url or stack.enter_context(builtin_teacher(reading.corpus))
+        asked = Teacher(
+            url, writing.teacher_model or None, concurrency=writing.teacher_concurrency, seed=SEED,
+            temperature=writing.teacher_temperature, max_tokens=writing.teacher_max_tokens,
+            deadline_s=writing.teacher_timeout, cache=out / EVALUATION / "replies.jsonl",
+        )  # fmt: skip
+        stack.enter_context(asked)
+        judge = Judge(asked, reading, writing, scale.stories, blimp)
+        evaluate(subjects(parts + further, out), out, judge, progress)
+        described = dict(
+            scale=name, teacher=asked.probe().model, **dataclasses.asdict(scale), evaluation=judge.settings,
+            device=device_name(str(judge.device)), versions=versions(), git_commit=git_commit(),
+        )  # fmt: skip
+    atomic_write(out / EXPERIMENT, json.dumps(described, indent=1) + "\n")
+    return write_experiment_report(out)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="tiny")
+    parser.add_argument("--out", type=Path, help="folder of the experiment (default: runs/reproduce-SCALE)")
+    parser.add_argument("--corpus", nargs="+", metavar="NAME", help="what the student reads (default: the scale's)")
+    parser.add_argument("--teacher-url", default="", help="an OpenAI-compatible endpoint (default: built in)")
+    parser.add_argument("--teacher-model", default="", help="model to ask for (default: the first that it lists)")
+    parser.add_argument("--teacher-concurrency", type=int, default=InteractConfig.teacher_concurrency)
+    parser.add_argument("--milestones", nargs="+", type=int, metavar="M", help="millions of words to interact from")
+    parser.add_argument("--seeds", type=int, help="interactions from each milestone")
+    parser.add_argument("--random-seeds", type=int, help="of the random-reward control")
+    parser.add_argument("--steps", type=int, help="PPO steps of an interaction")
+    parser.add_argument("--blimp", default="", help="folder of BLiMP's .jsonl files, to evaluate with them too")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--jobs", type=int, default=0, help="parts at a time (default: one a core, or one on a GPU)")
+    options = parser.parse_args(argv)
+
+    scale = SCALES[options.scale]
+    scale = dataclasses.replace(
+        scale,
+        pretrain=scale.pretrain | ({"corpus": options.corpus} if options.corpus else {}),
+        interact=scale.interact | ({"steps": options.steps} if options.steps else {}),
+        starts=tuple(options.milestones or scale.starts),
+        seeds=options.seeds or scale.seeds,
+        random_seeds=scale.random_seeds if options.random_seeds is None else options.random_seeds,
+    )
+    teacher = {name: value for name in ("teacher_url", "teacher_model") if (value := getattr(options, name))}
+    teacher |= {"teacher_concurrency": options.teacher_concurrency} if options.teacher_url else {}
+    jobs = options.jobs or (1 if torch.cuda.is_available() else torch.get_num_threads())
+    out = options.out or Path("runs") / f"reproduce-{options.scale}"
+    (out / EVALUATION).mkdir(parents=True, exist_ok=True)
+    # kill PID is taken as Ctrl-C is: the parts save where they are.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    with locked(out) as lock:
+        report = reproduce(
+            scale, out, teacher, name=options.scale, device=options.device, blimp=options.blimp, jobs=jobs, lock=lock
+        )
+    print(f"report: {report}")
+
+
+if __name__ == "__main__":
+    main()

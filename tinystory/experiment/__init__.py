@@ -1,0 +1,1 @@
+"""The paper's experiment (scripts/reproduce.py): its parts, its control's reward, its report."""

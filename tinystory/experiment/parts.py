@@ -1,0 +1,212 @@
+"""The parts of an experiment: runs of the two train commands, several at a time, each finished once and for all.
+
+Whether a part is finished is read from its folder, so nothing is kept that could be wrong after a kill.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tinystory.babylm import milestone_name
+from tinystory.errors import UserError
+from tinystory.page import duration
+from tinystory.runlog import METRICS, SAMPLES, read_config
+from tinystory.student import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+MILLION = 10**6
+# Where files lie and what computes is no setting: an experiment may be moved.
+NO_SETTINGS = ("init", "reward", "teacher_url", "device")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run of a train command. options: what differs from the preset's; start: words the student had read before;
+    seed: of the interaction, 0 where there is none."""
+
+    arm: str
+    start: int
+    seed: int
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}/{self.start // MILLION}M-{self.seed}" if self.start else self.arm
+
+    @property
+    def reads(self) -> bool:
+        return self.arm in ("pretrain", "reading")
+
+    def command(self, out: Path, preset: str) -> list[str]:
+        script = ROOT / ("train_pretrain.py" if self.reads else "train_interact.py")
+        words = [sys.executable, str(script), "--preset", preset, "--out", str(out / self.name)]
+        for name, value in self.options.items():
+            words += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
+        return words
+
+    def share(self, out: Path) -> float:
+        """How much of it is done, 0..1, by its metrics; 1 only if it is finished."""
+        folder = out / self.name
+        if self.reads:
+            newest = checkpoint.newest(folder)
+            if newest and json.loads((newest / "trainer.json").read_text())["words"] >= self.options["words"]:
+                return 1.0
+        elif (folder / SAMPLES).exists():  # the last thing that an interaction writes
+            return 1.0
+        last = last_record(folder / METRICS)
+        if self.reads:
+            return min(0.99, max(0, last.get("words", 0) - self.start) / (self.options["words"] - self.start))
+        return min(0.99, last.get("step", 0) / self.options["steps"])
+
+    @property
+    def work(self) -> float:
+        """What it costs, in words passed through the student and back: for the time left only."""
+        if self.reads:
+            return self.options["words"] - self.start
+        return self.options["steps"] * self.options["stories_per_step"] * 90 * (1 + self.options["epochs"])
+
+
+def last_record(path: Path) -> dict:
+    """The last whole line of a JSON-lines file, without reading the rest; {} if there is none."""
+    if not path.exists():
+        return {}
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 8192))
+        lines = file.read().split(b"\n")[:-1]  # what follows the last line break is torn
+    return json.loads(lines[-1]) if lines else {}
+
+
+def require_same_settings(part: Part, out: Path) -> None:
+    """Raises UserError where the part's folder holds a run of other settings."""
+    folder = out / part.name
+    recorded = read_config(folder).get("options", {})
+    for name, value in part.options.items():
+        if name not in NO_SETTINGS and recorded.get(name, value) != value:
+            raise UserError(
+                f"{folder} was run with {name} {recorded[name]}, not {value}: choose another --out or delete it"
+            )
+
+
+def make_ready(part: Part, out: Path) -> list[str]:
+    """Make a part's folder fit to start or to go on from, and say with which flag."""
+    folder = out / part.name
+    if checkpoint.newest(folder):
+        return ["--resume"]
+    shutil.rmtree(folder, ignore_errors=True)  # killed before its first checkpoint
+    if part.arm != "reading":
+        return []
+    name = milestone_name(part.start)
+    partial = folder / "checkpoints" / f".{name}"
+    shutil.copytree(out / "pretrain" / "checkpoints" / name, partial)
+    partial.rename(partial.with_name(name))
+    return ["--resume"]
+
+
+def run_parts(parts: Sequence[Part], out: Path, preset: str, jobs: int, lock: int, progress: "Progress") -> None:
+    """Run what is not finished of the parts, `jobs` at a time; each writes into a file of OUT/logs. lock: of `locked`.
+
+    Raises UserError when one of them fails; whatever ends this function ends the others, which save where they are."""
+    for part in parts:
+        require_same_settings(part, out)
+    waiting = [part for part in parts if part.share(out) < 1]
+    running: list[tuple[Part, subprocess.Popen, float]] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                part = waiting.pop(0)
+                words = part.command(out, preset) + make_ready(part, out)
+                with open(log_file(out, part), "ab") as log:
+                    # A session of its own: Ctrl-C is for us, who pass it on. The lock is held as long as the part runs.
+                    process = subprocess.Popen(
+                        words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(part),
+                        pass_fds=(lock,), start_new_session=True,
+                    )  # fmt: skip
+                running.append((part, process, time.monotonic()))
+            time.sleep(0.3)
+            for each in list(running):
+                part, process, began = each
+                ended = process.poll() is not None
+                share = part.share(out)
+                progress.at(part.name, share)
+                if ended:
+                    running.remove(each)
+                    if share < 1:
+                        raise UserError(
+                            f"{part.name} ended with exit code {process.returncode} before it was done; "
+                            f"{log_file(out, part)} says why; the same command goes on from there"
+                        )
+                    progress.done(part.name, time.monotonic() - began)
+    finally:
+        for _, process, _ in running:
+            process.terminate()
+        for _, process, _ in running:
+            process.wait()
+
+
+def environment(part: Part) -> dict[str, str]:
+    """One thread for each part that others run beside, whatever --jobs: sums in another order have other roundings."""
+    alone = part.arm == "pretrain" or torch.cuda.is_available()
+    return dict(os.environ) if alone else os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def log_file(out: Path, part: Part) -> Path:
+    path = out / "logs" / f"{part.name.replace('/', '-')}.txt"
+    path.parent.mkdir(exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[int]:
+    """The descriptor of a lock that this process and its parts hold: parts outlive a parent that was killed."""
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{out} is in use by another call, or by a part that one left running: waiting for it to end")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+class Progress:
+    """A line for each part that ends, and a bar of the whole with the time that is left by the speed so far."""
+
+    def __init__(self):
+        self.work, self.shares, self.first = {}, {}, 0.0
+        self.began = time.monotonic()
+        self.bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}{postfix}", mininterval=1)
+
+    def expect(self, name: str, work: float, share: float = 0.0) -> None:
+        """A part of so much work, in any unit, of which a share is done. To be called for all before one starts."""
+        self.work[name], self.shares[name] = work, share
+        self.first = self._whole()
+
+    def _whole(self) -> float:
+        return sum(work * self.shares[name] for name, work in self.work.items()) / sum(self.work.values())
+
+    def at(self, name: str, share: float) -> None:
+        self.shares[name] = share
+        self.bar.set_postfix_str(self._left(), refresh=False)
+        self.bar.update(self._whole() - self.bar.n)
+
+    def done(self, name: str, seconds: float) -> None:
+        self.at(name, 1.0)
+        finished = sum(share == 1 for share in self.shares.values())
+        self.bar.write(f"[{finished}/{len(self.shares)}] {name}: {duration(seconds)}; {self._left()}")
+
+    def _left(self) -> str:
+        whole = self._whole()
+        if whole - self.first < 0.001:
+            return "time left not known yet"
+        return f"about {duration((1 - whole) * (time.monotonic() - self.began) / (whole - self.first))} left"
