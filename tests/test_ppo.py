@@ -150,6 +150,53 @@ def test_a_minibatch_with_a_wild_ratio_is_skipped(student):
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
 
 
+def test_every_gradient_is_clipped(student):
+    config = InteractConfig(epochs=3, minibatch_size=1, grad_clip=1e-3, max_ratio=1e9)
+    batch = random_batch([4, 6], student.config.vocab_size)
+    head = ValueHead(student.config.n_embd)
+    parameters = [*student.parameters(), *head.parameters()]
+    optimizer, moved = torch.optim.SGD(parameters, lr=1.0), []
+    step = optimizer.step
+
+    def recorded():
+        before = [p.detach().clone() for p in parameters]
+        step()
+        norms = [(p.detach() - b).norm() for p, b in zip(parameters, before, strict=True)]
+        moved.append(float(torch.stack(norms).norm()))
+
+    optimizer.step = recorded
+    ppo.update(student, head, optimizer, batch, batch.values, batch.values, config)
+    assert moved == [pytest.approx(1e-3, rel=0.01)] * 6
+
+
+def test_the_value_head_starts_at_zero(student):
+    """So the first advantages are the rewards to come, and the first values clip nothing away."""
+    assert not ValueHead(64)(torch.randn(3, 5, 64)).any()
+
+
+def test_a_step_penalises_with_the_weight_that_it_logs(student):
+    batch = random_batch([5, 3], student.config.vocab_size)
+    with torch.no_grad():
+        batch.logprobs, batch.values = ppo.response_stats(student, None, batch, 1.0)
+    ref_logprobs = batch.logprobs - 2.0 * batch.mask  # 10 and 6 nats
+    head, kl, seen = ValueHead(student.config.n_embd), ppo.AdaptiveKL(0.2, target=6.0, horizon=10.0), {}
+    optimizer = torch.optim.SGD([*student.parameters(), *head.parameters()], lr=0.0)
+
+    def rewards(*arguments):
+        seen["rewards"] = token_rewards(*arguments)
+        return seen["rewards"]
+
+    token_rewards = ppo.token_rewards
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "token_rewards", rewards)
+        scores = torch.tensor([1.0, 0.5])
+        stats = ppo.step(student, head, optimizer, kl, batch, ref_logprobs, scores, InteractConfig(epochs=1))
+    assert stats["kl"] == pytest.approx(8.0, abs=1e-4) and stats["kl_coef"] == 0.2
+    want = torch.tensor([[-0.4, -0.4, -0.4, -0.4, 0.6], [-0.4, -0.4, 0.1, 0.0, 0.0]])
+    torch.testing.assert_close(seen["rewards"], want)
+    assert kl.coef == pytest.approx(0.2 * (1 + 0.2 * 2 / 10))
+
+
 def test_learning_moves_the_policy_towards_what_is_rewarded(student):
     """Reward one token wherever it stands: its probability rises, and the value head learns to expect the return."""
     config = dataclasses.replace(InteractConfig(), epochs=4)

@@ -60,6 +60,20 @@ def test_stories_end_at_the_end_token_and_keep_it(eager_to_end, tokenizer):
         assert story.text == tokenizer.decode(story.tokens.tolist()).strip()
 
 
+def test_the_score_stands_on_the_last_token_that_was_drawn(eager_to_end, tokenizer):
+    """On the end token where there is one, never on padding; and no sample is edited on its way to PPO."""
+    stories = write(eager_to_end, tokenizer)
+    batch = collate(stories, tokenizer, OPENING, torch.device("cpu"))
+    scores = torch.arange(1.0, 25.0)
+    rewards = ppo.token_rewards(scores, batch.logprobs, batch.logprobs, batch.mask, 0.2)
+    for row, story in enumerate(stories):
+        n = len(story.tokens)
+        assert batch.tokens[row, :n].equal(story.tokens) and int(batch.mask[row].sum()) == n
+        assert batch.mask[row, :n].all() and rewards[row].nonzero().tolist() == [[n - 1]]
+        assert float(rewards[row, n - 1]) == scores[row]
+        assert (int(batch.tokens[row, n - 1]) == tokenizer.eos) == (story.ended == "eos")
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_values_are_those_of_the_trainer(eager_to_end, tokenizer, temperature):
     """What the sampler saw is what PPO reads again: the first ratio is 1."""
