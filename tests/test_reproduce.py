@@ -213,10 +213,10 @@ def test_the_report_compares_the_arms(experiment):
     low = in_words(math.exp(math.log(1e6) + 0.4 * math.log(2)), [1e6])
     high = in_words(math.exp(math.log(1e6) + 0.6 * math.log(2)), [1e6])
     like = in_words(math.sqrt(2) * 1e6, [1e6])
-    assert ["1 M", "1", "1.5 ± 0.1", "0.75", "1.25", "9,000", like, f"{low} to {high}"] in rows
+    assert ["1 M", "1.00", "1.50 ± 0.10", "0.75", "1.25", "9,000", like, f"{low} to {high}"] in rows
     beyond = next(row for row in rows if row[0] == "4 M")
-    assert beyond[2:7] == ["3.5 ± 0", "–", "–", "9,000", "more than 4 M"]
-    assert next(row for row in rows if row[0] == "1 M + interaction")[1:3] == ["1.5 ± 0.1", "0.89 ± 0.01"]
+    assert beyond[2:] == ["3.50 ± 0.00", "–", "–", "9,000", "more than 4 M", "more than 4 M"]
+    assert next(row for row in rows if row[0] == "1 M + interaction")[1:3] == ["1.50 ± 0.10", "0.89 ± 0.01"]
 
 
 def test_the_report_escapes_what_models_wrote(experiment):

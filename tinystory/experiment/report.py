@@ -121,8 +121,12 @@ def millions(words: float) -> str:
 
 
 def plus_minus(values: Sequence[float | None]) -> str:
+    """Mean ± standard deviation, both with the decimals that suit the mean; a dash for none."""
     mean, deviation = spread(values)
-    return number(mean) if deviation is None else f"{number(mean)} ± {number(deviation)}"
+    if mean is None:
+        return number(None)
+    decimals = 2 if abs(mean) < 10 else 1
+    return f"{mean:.{decimals}f}" + ("" if deviation is None else f" ± {deviation:.{decimals}f}")
 
 
 def shown(value) -> str:
@@ -160,17 +164,16 @@ def equivalents(records: Sequence[dict]) -> str:
     for start, group in arms["interact"].items():
         scores = [value(record, SCORE) for record in group]
         mean, deviation = spread(scores)
-        around = "" if deviation is None else " to ".join(
-            in_words(reading_that_scores(mean + sign * deviation, words, curve), words) for sign in (-1, 1)
-        )  # fmt: skip
+        nearby = [mean, *(mean + sign * (deviation or 0.0) for sign in (-1, 1))]
+        like, *around = (in_words(reading_that_scores(score, words, curve), words) for score in nearby)
         others = [plus_minus([value(r, SCORE) for r in arms[arm].get(start, [])]) for arm in ("random", "reading")]
         taken = statistics.fmean(record["words"] for record in group) - start
         rows.append([
-            millions(start), number(value(before[start][0], SCORE)), plus_minus(scores), *others, number(taken),
-            in_words(reading_that_scores(mean, words, curve), words), around,
+            millions(start), plus_minus([value(before[start][0], SCORE)]), plus_minus(scores), *others, number(taken),
+            like, " to ".join(dict.fromkeys(around)),
         ])  # fmt: skip
     header = ["Words read", "Score", "after interaction", "after random reward", "after more reading",
-              "Words taken in", "Scores like reading", "one deviation"]  # fmt: skip
+              "Words taken in", "Scores like reading", "± one deviation"]  # fmt: skip
     return page.section(
         "What interaction buys",
         "Means over the seeds, and their standard deviation. “Scores like reading” is where the curve of reading alone "
