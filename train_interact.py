@@ -47,6 +47,7 @@ SHOWN = 8  # stories written again at the end, from the draws of the first ones,
 def main(argv: list[str] | None = None) -> None:
     config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
     distributed.start()
+    first = distributed.is_first()
     if config.stories_per_step < distributed.world():
         raise UserError(f"{distributed.world()} processes need --stories-per-step {distributed.world()} at least")
     device = pick_device(config.device)
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         spent = {"interaction_words_in": budget.words_in, "interaction_words_out": budget.words_out} if step else {}
         grown = facts | {name: facts.get(name, 0) + words for name, words in spent.items()}
         folder = run / "checkpoints" / name
-        if not distributed.is_first():
+        if not first:
             return folder
         return checkpoint.save(folder, student, tokenizer, facts=grown, state=state, counters=counters)
 
@@ -106,13 +107,13 @@ def main(argv: list[str] | None = None) -> None:
             grader.send(story.index, story.text)
 
     with contextlib.ExitStack() as stack:
-        grader, resolved = None, {}
-        if distributed.is_first():
-            stories_left = (config.steps - step) * config.stories_per_step
-            grader, resolved = open_grader(config, run, facts["corpus"], stories_left, stack)
-            print(f"student {origin}, scored by {resolved['scored_by']}")
-        first = distributed.is_first()
-        log = stack.enter_context(RunLog(run, resume_step=step if resume_from else None, writes=first))
+        stories_left = (config.steps - step) * config.stories_per_step
+        grader, resolved = distributed.together(
+            lambda: open_grader(config, run, facts["corpus"], stories_left, stack) if first else (None, {})
+        )
+        print(f"student {origin}, scored by {resolved.get('scored_by')}")
+        resume_step = step if resume_from else None
+        log = stack.enter_context(distributed.together(lambda: RunLog(run, resume_step=resume_step, writes=first)))
         resolved |= dict(device=str(device), dtype=str(dtype).removeprefix("torch."))
         log.config(as_dict(config) | resolved | {"init": config.init or str(origin)})
         if not resume_from:

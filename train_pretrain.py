@@ -151,7 +151,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # The corpus, and the student that will read it.
     corpus = open_corpus(config.corpus)
-    data = prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
+    data = distributed.together(
+        lambda: prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
+    )
     if config.preset == babylm.TRACK:
         babylm.check_reading(data.train.word_count, config.words)
     tokenizer = data.tokenizer
@@ -169,7 +171,8 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.unpack_optimizer(optimizer, names, state)
         step, words, tokens = counters["step"], counters["words"], counters["tokens"]
 
-    log = RunLog(run, resume_step=step if config.resume else None, writes=distributed.is_first())
+    resume_step, writes = step if config.resume else None, distributed.is_first()
+    log = distributed.together(lambda: RunLog(run, resume_step=resume_step, writes=writes))
     distributed.copy_from_first(student.parameters())
     log.config({**as_dict(config), "device": str(device), "dtype": str(dtype).removeprefix("torch.")})
     size = sum(p.numel() for p in student.parameters())
@@ -183,16 +186,15 @@ def main(argv: list[str] | None = None) -> None:
         counters = dict(step=step, words=words, tokens=tokens, corpus=corpus.fingerprint())
         state = checkpoint.pack_optimizer(optimizer, names)
         folder = run / "checkpoints" / name
-        if not distributed.is_first():
+        if not writes:
             return folder
         return checkpoint.save(folder, student, tokenizer, facts=facts, state=state, counters=counters)
 
-    quiet = not distributed.is_first()
-    bar = tqdm(
-        total=config.words, initial=words, unit="word", unit_scale=True, desc="reading", mininterval=0.5, disable=quiet
-    )
+    look = dict(unit="word", unit_scale=True, desc="reading", mininterval=0.5, disable=not writes)
+    bar = tqdm(total=config.words, initial=words, **look)
+    stopping = False
     with log, bar, Stop().listening() as stop:
-        while words < config.words and not distributed.largest(stop.requested):
+        while words < config.words and not stopping:
             began = time.perf_counter()
             batch, batch_words = windows.batch(step)
             batch = batch.to(device, non_blocking=True)
@@ -235,10 +237,11 @@ def main(argv: list[str] | None = None) -> None:
             for milestone in MILESTONES:
                 if before < milestone <= words:
                     save(babylm.milestone_name(milestone))
-            if step % config.save_every == 0 or finished or stop.requested:
+            stopping = bool(distributed.largest(stop.requested))  # a signal to any process stops them all
+            if step % config.save_every == 0 or finished or stopping:
                 checkpoint.drop_older(save(f"step_{step:07d}"))
 
-    if quiet:
+    if not writes:
         return
     report = write_report(run)
     if words < config.words:

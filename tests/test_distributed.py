@@ -93,6 +93,9 @@ def collectives(rank: int, folder: str) -> None:
     assert distributed.from_first(lambda: distributed.rank() + 7) == 7
     with pytest.raises(UserError, match="the key is bad"):
         distributed.from_first(refused)
+    assert distributed.together(lambda: rank) == rank
+    with pytest.raises(UserError, match="the key is bad"):
+        distributed.together(refused)
 
 
 def refused():

@@ -114,6 +114,13 @@ def from_first(make: Callable[[], T]) -> T:
     return box[0]
 
 
+def together(make: Callable[[], T]) -> T:
+    """What each process makes for itself, the first before the others; what the first raises stops them all."""
+    made: list[T] = []
+    from_first(lambda: made.append(make()))
+    return made[0] if made else make()
+
+
 def gather(items: list[T]) -> list[T]:
     """The lists of all processes, one after the other, in every process."""
     if world() == 1:
