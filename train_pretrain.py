@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         lambda: prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
     )
     if config.preset == babylm.TRACK:
-        babylm.check_reading(data.train.word_count, config.words)
+        babylm.check_reading(data.train.word_count, config.words, config.batch_size * config.context)
     tokenizer = data.tokenizer
     windows = Windows(data.train, config.context, config.batch_size, config.seed)
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)

@@ -80,6 +80,8 @@ def test_a_track_counts_the_corpus_once_and_all_interaction():
         babylm.check_reading(100_000_001, 1)
     with pytest.raises(UserError, match="--words 900000000 or fewer"):
         babylm.check_interaction(facts | dict(words=900_000_001), 1, 1)
+    with pytest.raises(UserError, match="--words 999 or fewer"):  # the last step, of up to a word a token, must fit too
+        babylm.check_reading(100, 1000, last_step=1)
     with pytest.raises(UserError, match="does not say"):
         babylm.check_interaction(dict(words=1), 1, 1)
 

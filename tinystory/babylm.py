@@ -19,17 +19,20 @@ def milestone_name(words: int) -> str:
     return f"chck_{words // 10**6}M"
 
 
-def check_reading(corpus_words: int, words: int) -> None:
-    """Raises UserError if the track forbids to read `words` words of a corpus of `corpus_words`, repeats counted."""
+def check_reading(corpus_words: int, words: int, last_step: int = 0) -> None:
+    """Raises UserError if the track forbids to read `words` words of a corpus of `corpus_words`, repeats counted.
+
+    last_step: words that the step which reaches `words` may read beyond it."""
     if corpus_words > WORDS_IN:
         raise UserError(
             f"--preset {TRACK} allows a corpus of {WORDS_IN:,} words and this one trains on {corpus_words:,}: give a "
             "smaller --corpus or a larger --val-fraction"
         )
-    if words > EPOCHS * corpus_words:
+    most = max(EPOCHS * corpus_words - last_step, 0)
+    if words > most:
         raise UserError(
             f"--preset {TRACK} allows {EPOCHS} epochs and this corpus trains on {corpus_words:,} words: give --words "
-            f"{EPOCHS * corpus_words} or fewer"
+            f"{most} or fewer"
         )
 
 
