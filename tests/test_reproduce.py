@@ -1,9 +1,11 @@
 """The experiment: what it plans, that it does nothing twice and loses nothing, and what its report says."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import re
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -142,19 +144,34 @@ def test_a_folder_of_other_settings_is_refused(fakes):
         run(some_parts(epochs=3), fakes)
 
 
-def test_one_call_at_a_time(tmp_path, capsys):
+@contextlib.contextmanager
+def shut_out_of(out):
+    """Somebody else who wants to work in `out`, cannot while the block lasts, and can after it."""
     entered = threading.Event()
 
-    def second():
-        with locked(tmp_path):
+    def work():
+        with locked(out):
             entered.set()
 
-    with locked(tmp_path):
-        thread = threading.Thread(target=second)
-        thread.start()
-        assert not entered.wait(0.2)
-    thread.join(10)
-    assert entered.is_set() and "waiting for it to end" in capsys.readouterr().out
+    other = threading.Thread(target=work)
+    other.start()
+    assert not entered.wait(0.2)
+    yield
+    other.join(10)
+    assert entered.is_set()
+
+
+def test_one_call_at_a_time(tmp_path, capsys):
+    with contextlib.ExitStack() as other, locked(tmp_path):
+        other.enter_context(shut_out_of(tmp_path))
+    assert "waiting for it to end" in capsys.readouterr().out
+
+
+def test_a_part_that_outlives_a_killed_parent_is_waited_for(tmp_path):
+    with locked(tmp_path) as lock:
+        part = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
+    with shut_out_of(tmp_path):
+        part.communicate(b"end")
 
 
 def test_the_last_record_of_a_torn_file_is_the_last_whole_one(tmp_path):
