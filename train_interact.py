@@ -46,7 +46,7 @@ SHOWN = 8  # stories written again at the end, from the draws of the first ones,
 @command
 def main(argv: list[str] | None = None) -> None:
     config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
-    distributed.start()
+    distributed.start(config.device)
     first = distributed.is_first()
     if config.stories_per_step < distributed.world():
         raise UserError(f"{distributed.world()} processes need --stories-per-step {distributed.world()} at least")
@@ -95,16 +95,16 @@ def main(argv: list[str] | None = None) -> None:
             return folder
         return checkpoint.save(folder, student, tokenizer, facts=grown, state=state, counters=counters)
 
-    def write(count: int, first_index: int, on_story) -> list[Story]:
-        with autocast():
-            return rollout(
-                student, value_head, tokenizer, config.opening, count=count, first_index=first_index, seed=config.seed,
-                max_new_tokens=config.max_new_tokens, temperature=config.temperature, on_story=on_story,
-            )  # fmt: skip
-
     def send(story: Story) -> None:
         if grader:  # the first process has it
             grader.send(story.index, story.text)
+
+    def write(count: int, first_index: int) -> list[Story]:
+        with autocast():
+            return rollout(
+                student, value_head, tokenizer, config.opening, count=count, first_index=first_index, seed=config.seed,
+                max_new_tokens=config.max_new_tokens, temperature=config.temperature, on_story=send,
+            )  # fmt: skip
 
     with contextlib.ExitStack() as stack:
         stories_left = (config.steps - step) * config.stories_per_step
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
                 # 1. Write; grading begins with the first story that ends. Each process writes its share.
                 began = time.perf_counter()
                 mine = distributed.block(n)
-                stories = distributed.gather(write(len(mine), written + mine.start, send))
+                stories = distributed.gather(write(len(mine), written + mine.start))
                 for story in stories[len(mine) :]:
                     send(story)
                 rollout_s = time.perf_counter() - began
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
             return
 
         # The first stories again: the same opening and the same draws, by the student as it is now.
-        after = write(SHOWN, 0, send)
+        after = write(SHOWN, 0)
         grades = grader.collect(stop)
         shown = [{"when": "before", **r} for r in itertools.islice(read_stories(run), SHOWN)]
         shown += [

@@ -138,7 +138,7 @@ def train_step(
 @command
 def main(argv: list[str] | None = None) -> None:
     config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
-    distributed.start()
+    distributed.start(config.device)
     if config.batch_size < distributed.world():
         raise UserError(f"{distributed.world()} processes need a --batch-size of {distributed.world()} at least")
     device = pick_device(config.device)

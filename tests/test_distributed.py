@@ -120,6 +120,16 @@ def test_alone_everything_is_as_it_was():
     assert distributed.from_first(lambda: 3) == 3 and distributed.is_first()
 
 
+@pytest.mark.parametrize("processes,device", [(3, "auto"), (2, "cuda:1")])
+def test_processes_need_a_gpu_each(monkeypatch, processes, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_WORLD_SIZE", str(processes)), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="this machine has 2: set --nproc-per-node to 2"):
+        distributed.start(device)
+
+
 def test_shares_are_all_rows_once(monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 3)
     shares, blocks = [], []

@@ -24,13 +24,21 @@ BUCKET = 1 << 24  # numbers summed at once: large enough to fill the wire, small
 PATIENCE = datetime.timedelta(hours=6)  # others wait this long for the first, which waits for the teacher
 
 
-def start() -> None:
-    """Join the processes that torchrun started; each takes the GPU of its local rank where there are GPUs."""
+def start(device: str) -> None:
+    """Join the processes that torchrun started. On a GPU ("auto" or "cuda") each takes that of its local rank.
+
+    Raises UserError if they cannot have one each."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
-    cuda = torch.cuda.is_available()
+    cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        here, cards = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > cards or device not in ("auto", "cuda"):
+            raise UserError(
+                f"{here} processes need {here} GPUs, one each, and this machine has {cards}: set --nproc-per-node to "
+                f"{cards} and leave --device out, or give --device cpu"
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     atexit.register(dist.destroy_process_group)
     if not is_first():
