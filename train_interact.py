@@ -224,6 +224,7 @@ def open_grader(
             Path(config.replay),
             template=template,
             max_tokens=config.teacher_max_tokens,
+            logprobs=config.teacher_logprobs,
         )
     else:
         url = config.teacher_url
@@ -240,6 +241,7 @@ def open_grader(
             deadline_s=config.teacher_timeout,
             cache=run / "replies.jsonl",  # what was paid for is not asked again after a kill
             template=template,
+            logprobs=config.teacher_logprobs,
             price_in=config.price_in,
             price_out=config.price_out,
             budget_cost=config.budget_cost or None,

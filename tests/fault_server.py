@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import socket
 import threading
 import time
@@ -134,6 +135,18 @@ def counted(reply, asked=500, said=6):
     """A completion by a server that counts tokens."""
     usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
     return web.json_response({"choices": [{"message": {"content": reply}, "finish_reason": "stop"}], "usage": usage})
+
+
+def weighed(reply, doubt):
+    """A completion with log-probabilities, a token each character: a digit could have been the one below it (0: 3) with
+    probability `doubt`."""
+    places = []
+    for char in reply:
+        chances = {char: 1 - doubt, str((int(char) - 1) % 4): doubt} if char.isdigit() else {char: 1.0}
+        others = [{"token": other, "logprob": math.log(chance), "bytes": None} for other, chance in chances.items()]
+        places.append({**others[0], "top_logprobs": others})
+    choice = {"message": {"role": "assistant", "content": reply}, "logprobs": {"content": places}}
+    return web.json_response({"choices": [choice]})
 
 
 def closed_port():

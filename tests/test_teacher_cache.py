@@ -7,7 +7,7 @@ import pytest
 from fault_server import FaultServer
 
 from tinystory.errors import UserError
-from tinystory.teacher.cache import Cache
+from tinystory.teacher.cache import Cache, Kept
 from tinystory.teacher.client import Teacher
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -46,10 +46,15 @@ def test_no_reply_is_paid_for_twice(tmp_path):
 
 def test_the_first_reply_to_a_question_stands(tmp_path):
     cache = Cache(tmp_path / "replies.jsonl")
-    assert cache.put("question", "1 1 1") == cache.put("question", "2 2 2") == cache.get("question") == "1 1 1"
+    assert (
+        cache.put("question", Kept("1 1 1"))
+        == cache.put("question", Kept("2 2 2"))
+        == cache.get("question")
+        == Kept("1 1 1")
+    )
     cache.close()
     with contextlib.closing(Cache(tmp_path / "replies.jsonl")) as cache:
-        assert cache.get("question") == "1 1 1"
+        assert cache.get("question") == Kept("1 1 1")
     assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == 1
 
 
@@ -58,14 +63,14 @@ def test_a_cache_cut_anywhere_keeps_its_whole_lines(tmp_path, cut):
     path = tmp_path / "replies.jsonl"
     with contextlib.closing(Cache(path)) as cache:
         for i in range(5):
-            cache.put(str(i), "\u2028 1 1\n" * i)
+            cache.put(str(i), Kept("\u2028 1 1\n" * i))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) - cut])
     with contextlib.closing(Cache(path)) as cache:
-        assert [cache.get(str(i)) for i in range(len(cache))] == ["\u2028 1 1\n" * i for i in range(len(cache))]
+        assert [cache.get(str(i)) for i in range(len(cache))] == [Kept("\u2028 1 1\n" * i) for i in range(len(cache))]
         assert len(cache) == whole[: len(whole) - cut].count(b"\n")
         for i in range(5):
-            cache.put(str(i), "\u2028 1 1\n" * i)
+            cache.put(str(i), Kept("\u2028 1 1\n" * i))
     assert path.read_bytes() == whole
 
 
@@ -77,23 +82,23 @@ def test_another_file_is_not_a_cache(tmp_path, line):
         Cache(path)
     assert path.read_bytes() == line
     with pytest.raises(UserError, match="cannot be kept"):
-        Cache(path / "replies.jsonl").put("question", "1 1 1")
+        Cache(path / "replies.jsonl").put("question", Kept("1 1 1"))
 
 
 def test_a_disk_that_fills_up_is_one_sentence_and_leaves_whole_lines(tmp_path):
     path = tmp_path / "replies.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with contextlib.closing(Cache(path)) as cache:
-        cache.put("question", "1 1 1")
+        cache.put("question", Kept("1 1 1"))
         whole = path.read_bytes()
         try:
             for room in (10, 0):  # a line that is written in part, and one that is not at all
                 resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + room, limits[1]))
                 with pytest.raises(UserError, match="cannot be written"):
-                    cache.put("another", "2 2 2")
+                    cache.put("another", Kept("2 2 2"))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert path.read_bytes() == whole and cache.get("another") is None
-        cache.put("another", "2 2 2")
+        cache.put("another", Kept("2 2 2"))
     with contextlib.closing(Cache(path)) as cache:
-        assert (cache.get("question"), cache.get("another")) == ("1 1 1", "2 2 2")
+        assert (cache.get("question"), cache.get("another")) == (Kept("1 1 1"), Kept("2 2 2"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SHORT, fails, interact, metrics
-from fault_server import KEY, FaultServer, counted, error
+from fault_server import KEY, FaultServer, counted, error, weighed
 from test_train import assert_same_bits
 
 from tinystory.errors import UserError
@@ -133,11 +133,17 @@ def replay(init: str, run: Path, out: Path, *more: str) -> None:
     interact.main([*arguments(init, out, "http://127.0.0.1:9"), *flags])
 
 
-def test_a_run_is_trained_again_from_its_replies_without_a_server(init, tmp_path, capsys):
-    with FaultServer(graded_now_and_then) as server:
-        interact.main([*arguments(init, tmp_path / "run", server.url), "--max-unscored", "0.9"])
+@pytest.mark.parametrize("flags", [[], ["--teacher-logprobs"]])
+def test_a_run_is_trained_again_from_its_replies_without_a_server(init, tmp_path, capsys, flags):
+    def script(story, n):
+        reply = graded_now_and_then(story, n)
+        return weighed(reply, 0.25) if flags else reply
+
+    with FaultServer(script) as server:
+        server.first = lambda: weighed("2 1 3", 0.25)
+        interact.main([*arguments(init, tmp_path / "run", server.url), "--max-unscored", "0.9", *flags])
         asked = len(server.requests)
-    replay(init, tmp_path / "run", tmp_path / "again")
+    replay(init, tmp_path / "run", tmp_path / "again", *flags)
     assert len(server.requests) == asked
     assert_same_bits(tmp_path / "run", tmp_path / "again")
     first, second = metrics(tmp_path / "run"), metrics(tmp_path / "again")
@@ -145,9 +151,11 @@ def test_a_run_is_trained_again_from_its_replies_without_a_server(init, tmp_path
     for a, b in zip(first, second, strict=True):
         for name in ("reward_mean", "score_mean", "kl", "words_in", "words_out", "unscored"):
             assert a[name] == b[name], name
+    story = next(s for s in map(json.loads, open(tmp_path / "run" / "stories.jsonl")) if s["scores"])
+    assert any(score % 1 == 0.75 for score in story["scores"].values()) == bool(flags)
     capsys.readouterr()
     # Another seed writes other stories, to which there are no replies: an error, and no guess.
-    line = fails(lambda argv: replay(init, tmp_path / "run", tmp_path / "other", *argv), ["--seed", "1"], capsys)
+    line = fails(lambda argv: replay(init, tmp_path / "run", tmp_path / "other", *argv), ["--seed", "1", *flags], capsys)
     assert "was not graded there" in line and "--replay" in line
 
 
@@ -218,6 +226,7 @@ def test_a_run_by_criteria_of_ones_own_within_a_budget_and_with_no_key_anywhere(
         (["--teacher-prompt", "nowhere.json"], "--teacher-prompt nowhere.json"),
         (["--budget-cost", "3"], "--price-in"),
         (["--price-in", "-1"], "--price-in"),
+        (["--preset", "paper", "--teacher-logprobs"], "--teacher-logprobs does not go with --preset paper"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(init, tmp_path, capsys, flags, words):

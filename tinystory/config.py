@@ -79,6 +79,7 @@ class InteractConfig:
     teacher_max_tokens: int = option(16, "longest reply: three numbers need 6")
     teacher_timeout: float = option(300.0, "seconds that a story's grading may take, asking again included")
     teacher_prompt: str = option("", "JSON file of what to grade instead: criteria, levels, weights (see README)")
+    teacher_logprobs: bool = option(False, "scores expected by the teacher's probabilities, not the digits drawn")
     price_in: float = option(0.0, "of a million prompt tokens, in any currency")
     price_out: float = option(0.0, "of a million reply tokens")
     budget_cost: float = option(0.0, "most that the teacher may cost, at these prices; 0 is no limit")
@@ -208,6 +209,11 @@ def _check(config: Any) -> None:
     for name in ("price_in", "price_out", "budget_cost"):
         if hasattr(config, name) and not 0 <= getattr(config, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(config, name)}")
+    if getattr(config, "teacher_logprobs", False) and config.preset != "demo":
+        raise UserError(
+            f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's probabilities must not "
+            "reach the student"
+        )
     if getattr(config, "budget_cost", 0) and not config.price_in + config.price_out:
         raise UserError("--budget-cost needs the prices: give --price-in and --price-out, per million tokens")
     for name in ("dropout", "val_fraction", "warmup", "max_unscored"):

@@ -104,11 +104,11 @@ def colour(criterion: str) -> str:
     return criterion if criterion in CRITERIA else "plain"
 
 
-def dots(criterion: str, score: int) -> str:
+def dots(criterion: str, score: float) -> str:
     """A score as three dots, filled up to it."""
     name = escape(criterion.replace("_", " "))
-    says = f"{name} {score} of {TOP_SCORE}"
-    drawn = "●" * score + "○" * (TOP_SCORE - score)
+    says = f"{name} {score:g} of {TOP_SCORE}"
+    drawn = "●" * round(score) + "○" * (TOP_SCORE - round(score))
     return (
         f'<span style="--tint: var(--{colour(criterion)})" title="{says}">{name} '
         f'<b role="img" aria-label="{says}">{drawn}</b></span>'

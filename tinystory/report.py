@@ -250,7 +250,7 @@ class Picked:
                     self.criteria = tuple(record["scores"])
                     self.counts[record["step"]] = {each: [0] * (TOP_SCORE + 1) for each in self.criteria}
                 for each in self.criteria:
-                    self.counts[record["step"]][each][record["scores"][each]] += 1
+                    self.counts[record["step"]][each][round(record["scores"][each])] += 1
         self.best, self.worst = best.records(), worst.records()
 
 

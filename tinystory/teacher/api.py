@@ -50,7 +50,8 @@ class Reply:
     text: str  # "" where the server sends none
     finish: str = ""  # why it ended: "stop", "length" or another word of the server's; "" if not said
     thoughts: int = 0  # characters of the reasoning that came apart from the text
-    logprobs: bool = False  # whether any came
+    # Each token with the natural log-probabilities of what could have stood there, itself included; () if not said.
+    logprobs: tuple[tuple[str, dict[str, float]], ...] = ()
     tokens: tuple[int, int] | None = None  # (prompt, completion) as the server counts them; None where it does not
 
 
@@ -111,7 +112,7 @@ class Server:
                         self._redacted((text or "").encode(errors="replace").decode()),
                         self.words(str(choice.get("finish_reason") or "")),
                         sum(len(str(message.get(name) or "")) for name in ("reasoning_content", "reasoning")),
-                        isinstance(choice.get("logprobs"), dict) and bool(choice["logprobs"].get("content")),
+                        _logprobs(choice.get("logprobs")),
                         _tokens(rest.get("usage")),
                     )
         said = self.words(_said(answer)[0])
@@ -194,6 +195,24 @@ def _tokens(usage: object) -> tuple[int, int] | None:
         case {"prompt_tokens": int(asked), "completion_tokens": int(said)} if 0 <= asked < 10**9 and 0 <= said < 10**9:
             return int(asked), int(said)
     return None
+
+
+def _logprobs(found: object) -> tuple[tuple[str, dict[str, float]], ...]:
+    match found:
+        case {"content": [*tokens]} if all(
+            _is_token(token) and all(map(_is_token, token.get("top_logprobs") or ())) for token in tokens
+        ):
+            places = ([token, *(token.get("top_logprobs") or ())] for token in tokens)
+            return tuple((place[0]["token"], {each["token"]: each["logprob"] for each in place}) for place in places)
+    return ()
+
+
+def _is_token(entry: object) -> bool:
+    match entry:
+        case {"token": str(), "logprob": int() | float() as logprob, **rest}:
+            # Above 0 by rounding alone; and some servers say -9999 for never.
+            return -1e6 < logprob < 1e-3 and isinstance(rest.get("top_logprobs"), list | None)
+    return False
 
 
 def _said(answer: object) -> tuple[str, set[str]]:

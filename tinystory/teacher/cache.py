@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tinystory.errors import UserError
 
@@ -52,6 +53,11 @@ def records(path: Path) -> Iterator[tuple[dict, int]]:
                     )
 
 
+class Kept(NamedTuple):
+    reply: str
+    expected: dict[str, float] | None = None  # scores, where they were made of the reply's log-probabilities
+
+
 class Cache:
     """Replies by `cache_key`, in memory and in the file `path`, which is made for the first one.
 
@@ -61,7 +67,7 @@ class Cache:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self._replies: dict[str, str] = {}
+        self._replies: dict[str, Kept] = {}
         self.tokens = (0, 0)  # of the prompts and replies that an earlier process paid for, where the server counted
         self._file = None
         if self.path.exists():
@@ -85,7 +91,7 @@ class Cache:
         """Read the lines there are; the number of bytes of the whole ones."""
         whole = 0
         for record, size in records(self.path):
-            self._replies.setdefault(record["key"], record["reply"])
+            self._replies.setdefault(record["key"], Kept(record["reply"], record.get("expected")))
             match record:
                 case {"tokens": [int(asked), int(said)]}:
                     self.tokens = (self.tokens[0] + asked, self.tokens[1] + said)
@@ -95,11 +101,11 @@ class Cache:
     def __len__(self) -> int:
         return len(self._replies)
 
-    def get(self, key: str) -> str | None:
+    def get(self, key: str) -> Kept | None:
         return self._replies.get(key)
 
-    def put(self, key: str, reply: str, **about: object) -> str:
-        """Keep `reply`, with whatever else is worth knowing `about` it; the reply that now stands for `key`.
+    def put(self, key: str, kept: Kept, **about: object) -> Kept:
+        """Keep a reply, with whatever else is worth knowing `about` it; the one that now stands for `key`.
 
         The first reply to a question stands: where the same question was asked twice at once, both askers get it,
         now and after a resume.
@@ -107,7 +113,8 @@ class Cache:
         if self._file is None:
             self._open()
         if key not in self._replies:
-            line = (json.dumps({"key": key, "reply": reply, **about}) + "\n").encode()
+            told = {"expected": kept.expected} if kept.expected is not None else {}
+            line = (json.dumps({"key": key, "reply": kept.reply, **told, **about}) + "\n").encode()
             try:
                 written = self._file.write(line)
             except OSError as error:
@@ -116,7 +123,7 @@ class Cache:
                 self._file.truncate(self._size)
                 raise UserError(f"{self.path} cannot be written: the disk is full")
             self._size += written
-            self._replies[key] = reply
+            self._replies[key] = kept
         return self._replies[key]
 
     def close(self) -> None:

@@ -22,12 +22,12 @@ from urllib.parse import urlsplit
 from tinystory.errors import UserError
 from tinystory.teacher import probe as probing
 from tinystory.teacher.api import Failure, Reply, Server
-from tinystory.teacher.cache import Cache, cache_key
+from tinystory.teacher.cache import Cache, Kept, cache_key
 from tinystory.teacher.judgement import Judgement, nothing_to_grade, verdict
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.probe import Probe
 from tinystory.teacher.prompt import Template, fence, render
-from tinystory.teacher.score import LONGEST_REPLY, parse_scores
+from tinystory.teacher.score import LONGEST_REPLY, expected_scores, parse_scores
 from tinystory.teacher.slots import Slots
 
 FAILURES = 8  # failed requests after which a story is given up; with the pauses below, a minute or more
@@ -52,10 +52,11 @@ class Teacher:
     """A teacher behind `url`, asked by at most `concurrency` requests at a time.
 
     A story's requests all end within `deadline_s` seconds of its first; each is given a fair part of that, or less once
-    it is known how fast the server answers (see `Slots.patience`). A reply
-    that holds no scores is asked for again with another seed, `attempts` times at most. `cache` is the path of a file
-    that keeps every reply (see cache.py). The key is OPENAI_API_KEY; servers of one's own need none. `template` says
-    what is graded. Prices are per million tokens, and no request is sent that could take the cost past `budget_cost`.
+    it is known how fast the server answers (see `Slots.patience`). A reply that holds no scores is asked for again with
+    another seed, `attempts` times at most. With `logprobs`, scores are expectations (see `expected_scores`), and a
+    reply without what they are made of is none. `cache` is the path of a file that keeps every reply (see cache.py).
+    The key is OPENAI_API_KEY; servers of one's own need none. `template` says what is graded. Prices are per million
+    tokens, and no request is sent that could take the cost past `budget_cost`.
 
     What asking again cannot mend (a refused key, an exhausted quota, an unknown model, a story too long for the
     model's context) raises UserError from whatever waits for a judgement, and stops the stories still to be asked.
@@ -75,12 +76,13 @@ class Teacher:
         cache: str | os.PathLike | None = None,
         api_key: str | None = None,
         template: Template = Template(),  # noqa: B008 - frozen
+        logprobs: bool = False,
         price_in: float = 0.0,
         price_out: float = 0.0,
         budget_cost: float | None = None,
     ):
         self.url = _base_url(url)
-        self.model, self.template = model, template
+        self.model, self.template, self.logprobs = model, template, logprobs
         self.temperature, self.seed, self.max_tokens = temperature, seed, max_tokens
         self.deadline_s, self.attempts = deadline_s, attempts
         self.ledger = Ledger(price_in, price_out, budget_cost)
@@ -199,14 +201,14 @@ class Teacher:
             elif self.model not in models:
                 listed = self._server.words(", ".join(models)) or "none"
                 raise UserError(f"the teacher at {self.url} has no model {self.model!r}; it lists: {listed}")
-            about = f"{self.url} {self.model} {self.max_tokens} {self.temperature} {self.template}"
+            about = f"{self.url} {self.model} {self.max_tokens} {self.temperature} {self.logprobs} {self.template}"
             key = "probe " + hashlib.sha256(about.encode()).hexdigest()[:24]
             kept = self._cache.get(key) if self._cache is not None else None
-            found = kept and Probe.load(kept)
+            found = kept and Probe.load(kept.reply)
             if not found:
                 found = await self._find_out()
                 if self._cache is not None:
-                    self._cache.put(key, found.dump())
+                    self._cache.put(key, Kept(found.dump()))
         except Failure as failure:
             raise UserError(f"the teacher at {self.url} {failure}") from None
         self._token_cap, self._refused, self._quiet = found.token_cap, set(found.refused), found.quiet
@@ -248,6 +250,13 @@ class Teacher:
             most = max(self.max_tokens, probing.json_tokens(names))
             first = await ask(question.messages, max_tokens=most, **probing.options(held_to, names))
             scored = parse_scores(first.text, names) is not None
+        if self.logprobs:
+            asked = {**self._sampling(0), **probing.options(held_to, names), **probing.LOGPROBS}
+            if not await probing.weighs(lambda: ask(question.messages, **asked), names):
+                raise Failure(
+                    f"has a model, {self.model}, that gives no log-probabilities of the single digits of its scores: "
+                    "leave --teacher-logprobs out, or ask a server that does"
+                )
         seed, logprobs = await probing.find_seed_and_logprobs(ask)
         return Probe(
             self.url, self.model, first.text[:LONGEST_REPLY], scored, self._token_cap, tuple(sorted(self._refused)),
@@ -283,19 +292,20 @@ class Teacher:
         scores, replies, error = None, [], None
         while scores is None and error is None:
             try:
-                replies.append(await self._reply(question, attempt=len(replies)))
+                reply, expected = await self._reply(question, attempt=len(replies))
             except Failure as failure:
                 error = f"the teacher {failure}"
             else:
-                scores = parse_scores(replies[-1], self.template.names)
+                replies.append(reply)
+                scores = expected if self.logprobs else parse_scores(reply, self.template.names)
                 if scores is None and len(replies) == self.attempts:
                     error = f"no scores in {len(replies)} replies"
         seconds = 0.0 if question.since is None else time.monotonic() - question.since
-        return verdict(self.template, replies, self.max_tokens, seconds, error)
+        return verdict(self.template, scores, replies, self.max_tokens, seconds, error)
 
-    async def _reply(self, question: _Question, attempt: int) -> str:
+    async def _reply(self, question: _Question, attempt: int) -> Kept:
         """One reply: a kept one, or a new one, kept."""
-        sampling = self._sampling(attempt)
+        sampling = self._sampling(attempt) | (probing.LOGPROBS if self.logprobs else {})
         if self._cache is not None:
             key = cache_key(self.model, question.messages, question.mark, sampling | {"held_to": self._held_to})
             kept = self._cache.get(key)
@@ -304,9 +314,12 @@ class Teacher:
                 return kept
         held = probing.options(self._held_to, self.template.names)
         reply = await self._patiently(lambda: self._chat(question.messages, **sampling, **held), question)
+        kept = Kept(reply.text)
+        if self.logprobs:
+            kept = Kept(reply.text, expected_scores(reply.text, self.template.names, reply.logprobs))
         if self._cache is None:
-            return reply.text
-        return self._cache.put(key, reply.text, model=self.model, attempt=attempt, tokens=reply.tokens)
+            return kept
+        return self._cache.put(key, kept, model=self.model, attempt=attempt, tokens=reply.tokens)
 
     def _sampling(self, attempt: int) -> dict:
         seed = (self.seed + attempt) % 2**31  # servers take 32 bits

@@ -18,7 +18,7 @@ class Grade:
     words: of every reply to it, for the budget."""
 
     score: float | None
-    scores: dict[str, int] | None
+    scores: dict[str, float] | None
     reply: str
     words: int
 

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinystory.teacher.prompt import Template, clean
-from tinystory.teacher.score import LONGEST_REPLY, parse_scores
+from tinystory.teacher.score import LONGEST_REPLY
 
 
 @dataclass(frozen=True)
 class Judgement:
     """What came of one story."""
 
-    scores: dict[str, int] | None  # 0..3 by criterion; None where the teacher gave none that could be read
+    # 0..3 by criterion, whole or, of log-probabilities, expected; None where the teacher gave none that could be read.
+    scores: dict[str, float] | None
     score: float | None  # their weighted mean as a share of the greatest, 0..1; None with `scores`
     reply: str  # the last reply, at most LONGEST_REPLY characters
     attempts: int  # replies received; more than one where the first could not be read
@@ -21,10 +22,14 @@ class Judgement:
 
 
 def verdict(
-    template: Template, replies: Sequence[str], max_tokens: int, seconds: float, error: str | None
+    template: Template,
+    scores: dict[str, float] | None,
+    replies: Sequence[str],
+    max_tokens: int,
+    seconds: float,
+    error: str | None,
 ) -> Judgement:
     """The judgement that these replies to one story make, the last of which holds the scores or none does."""
-    scores = parse_scores(replies[-1], template.names) if replies and error is None else None
     return Judgement(
         scores,
         None if scores is None else template.score(scores),

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from tinystory.teacher.api import Failure, Reply
-from tinystory.teacher.score import TOP, parse_scores
+from tinystory.teacher.score import TOP, expected_scores, parse_scores
 
 # Asked for three words or a sentence, no model answers with grades unless something holds it to them.
 OFF_TOPIC = [{"role": "user", "content": "Name three animals that live in a forest. Write their names and no number."}]
@@ -14,6 +14,7 @@ ANYTHING = [{"role": "user", "content": "Write one short sentence about any anim
 JSON_TOKENS = 12  # for each criterion: a key, a colon, a digit, a comma and some white space
 # How servers are told not to think: vLLM, SGLang and llama.cpp by the chat template, Ollama by the effort.
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "none"}
+LOGPROBS = {"logprobs": True, "top_logprobs": 10}  # servers give up to 20, but a reply is no longer than LONGEST_ANSWER
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ async def find_seed_and_logprobs(ask: Callable[..., Awaitable[Reply]]) -> tuple[
     same = dict(max_tokens=16, temperature=1.0, seed=7)
     try:
         try:
-            first = await ask(ANYTHING, logprobs=True, top_logprobs=5, **same)
+            first = await ask(ANYTHING, **LOGPROBS, **same)
         except Failure as failure:
             if failure.status != 400:
                 raise
@@ -118,7 +119,18 @@ async def find_seed_and_logprobs(ask: Callable[..., Awaitable[Reply]]) -> tuple[
         if failure.fatal or failure.unreachable:
             raise
         return False, False
-    return bool(first.text.strip()) and first.text == second.text, first.logprobs
+    return bool(first.text.strip()) and first.text == second.text, bool(first.logprobs)
+
+
+async def weighs(ask: Callable[[], Awaitable[Reply]], names: Sequence[str]) -> bool:
+    """Whether expected scores can be made of a reply, if it holds scores at all."""
+    try:
+        reply = await ask()
+    except Failure as failure:
+        if failure.fatal or failure.unreachable or failure.again:
+            raise
+        return False  # refused by name
+    return parse_scores(reply.text, names) is None or expected_scores(reply.text, names, reply.logprobs) is not None
 
 
 def json_tokens(names: Sequence[str]) -> int:

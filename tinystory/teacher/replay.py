@@ -10,7 +10,7 @@ from pathlib import Path
 from tinystory.errors import UserError
 from tinystory.runlog import SAMPLES, STORIES, read_records
 from tinystory.teacher import probe as probing
-from tinystory.teacher.cache import question_key, records
+from tinystory.teacher.cache import Kept, question_key, records
 from tinystory.teacher.judgement import Judgement, nothing_to_grade, verdict
 from tinystory.teacher.probe import Probe
 from tinystory.teacher.prompt import Template, fence, render
@@ -20,12 +20,21 @@ REPLIES = "replies.jsonl"
 
 
 class Replay:
-    """Stands in for the Teacher of the run in the folder `run`: `template`, `max_tokens` and `attempts` are to be what
-    they were there. Raises UserError where the folder holds no replies."""
+    """Stands in for the Teacher of the run in the folder `run`: `template`, `max_tokens`, `attempts` and `logprobs` are
+    to be what they were there. Raises UserError where the folder holds no replies."""
 
-    def __init__(self, run: Path, *, template: Template = Template(), max_tokens: int = 16, attempts: int = 3):  # noqa: B008
+    def __init__(
+        self,
+        run: Path,
+        *,
+        template: Template = Template(),  # noqa: B008 - frozen
+        max_tokens: int = 16,
+        attempts: int = 3,
+        logprobs: bool = False,
+    ):
         self.run, self.template, self.max_tokens, self.attempts = Path(run), template, max_tokens, attempts
-        self._replies: dict[str, dict[int, str]] = {}  # by question, then by attempt
+        self.logprobs = logprobs
+        self._replies: dict[str, dict[int, Kept]] = {}  # by question, then by attempt
         found = None
         if not (self.run / REPLIES).is_file():
             raise UserError(f"--replay {run}: there is no {REPLIES} in it; give the folder of a run with a teacher")
@@ -34,7 +43,7 @@ class Replay:
                 found = Probe.load(record["reply"]) or found
             elif isinstance(record.get("attempt"), int):
                 asked = self._replies.setdefault(record["key"][: len(question_key([], ""))], {})
-                asked.setdefault(record["attempt"], record["reply"])
+                asked.setdefault(record["attempt"], Kept(record["reply"], record.get("expected")))
         if found is None:
             raise UserError(f"--replay {run}: {REPLIES} does not say who gave the replies; run it again to replay it")
         self._probed = found
@@ -59,10 +68,12 @@ class Replay:
         mark = fence(0, index, f"{opening}\n{story}")  # which mark it was is no part of the question
         messages = render(opening, story, fence=mark, criteria=self.template.criteria, preface=self.template.preface)
         kept = self._replies.get(question_key(messages, mark), {})
-        replies, given_up = [], (index, story) in self._given_up
+        scores, replies, given_up = None, [], (index, story) in self._given_up
         while len(replies) < self.attempts and len(replies) in kept:
-            replies.append(kept[len(replies)])
-            if parse_scores(replies[-1], self.template.names) is not None:
+            reply, expected = kept[len(replies)]
+            replies.append(reply)
+            scores = expected if self.logprobs else parse_scores(reply, self.template.names)
+            if scores is not None:
                 break
         else:
             if not given_up and len(replies) < self.attempts:
@@ -70,10 +81,10 @@ class Replay:
                     f"--replay {self.run}: story {index} was not graded there; start from the same checkpoint, with "
                     "the same options, on the same kind of machine, and with no more steps than the run had"
                 )
-            return verdict(self.template, replies, self.max_tokens, 0.0, f"no scores in {len(replies)} replies")
+            return verdict(self.template, None, replies, self.max_tokens, 0.0, f"no scores in {len(replies)} replies")
         if given_up:
-            return verdict(self.template, replies[:-1], self.max_tokens, 0.0, "the teacher gave no answer")
-        return verdict(self.template, replies, self.max_tokens, 0.0, None)
+            return verdict(self.template, None, replies[:-1], self.max_tokens, 0.0, "the teacher gave no answer")
+        return verdict(self.template, scores, replies, self.max_tokens, 0.0, None)
 
     def affords(self, stories: int) -> bool:
         return True

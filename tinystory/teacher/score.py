@@ -8,10 +8,13 @@ understood and nothing else is. For the criteria readability, coherence, creativ
     readability: 2, coherence: 1, creativity: 3     exactly these labels
 """
 
+import bisect
 import functools
+import itertools
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 TOP = 3  # each criterion is graded 0, 1, 2 or 3
 LONGEST_REPLY = 1000  # characters; what is longer is an essay, and costs nothing to refuse
@@ -41,6 +44,43 @@ def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
     if not all(type(value) is int and 0 <= value <= TOP for value in scores.values()):  # type: True is an int too
         return None
     return {name: scores[name] for name in criteria}
+
+
+def expected_scores(
+    reply: str, criteria: Sequence[str], tokens: Sequence[tuple[str, Mapping[str, float]]]
+) -> dict[str, float] | None:
+    """The scores that a reply holds, each weighed by the model's own doubt: the mean of 0..3 by the probabilities that
+    these digits had in the score's place, made to sum to 1 (G-Eval, arXiv 2303.16634, equation 1); 4 decimals.
+
+    `tokens` are the reply's, each with the natural log-probabilities of what could have stood there. None where the
+    reply holds no scores, or the tokens are not its own or have none of the digits by itself.
+    """
+    scores = parse_scores(reply, criteria)
+    said = "".join(token for token, _ in tokens)
+    start = said.find(reply)  # a server may strip the reply, or end the tokens with the one that ends the turn
+    if scores is None or start < 0:
+        return None
+    begins = [0, *itertools.accumulate(len(token) for token, _ in tokens)]
+    expected = {}
+    for name, at in _places(reply, criteria).items():
+        token, others = tokens[bisect.bisect_right(begins, start + at) - 1]
+        chances = [0.0] * (TOP + 1)
+        for other, logprob in others.items():
+            if re.fullmatch(_DIGIT, other.strip()):  # " 2" is 2
+                chances[int(other)] += math.exp(logprob)
+        if token.strip() != reply[at] or not any(chances):
+            return None
+        expected[name] = round(sum(score * chance for score, chance in enumerate(chances)) / sum(chances), 4)
+    return expected if expected.keys() == scores.keys() else None
+
+
+def _places(reply: str, criteria: Sequence[str]) -> dict[str, int]:
+    """Where in a reply that holds scores the digit of each criterion stands."""
+    if numbers := _patterns(tuple(criteria))[0].fullmatch(reply.strip(" \t\r\n")):
+        before = len(reply) - len(reply.lstrip(" \t\r\n"))
+        return {name: before + numbers.start(i) for i, name in enumerate(criteria, start=1)}
+    found = ((name, re.search(rf'\b{name}"?{_SPACE}*:{_SPACE}*({_DIGIT})', reply)) for name in criteria)
+    return {name: match.start(1) for name, match in found if match}  # a key may be written with \u escapes
 
 
 @functools.cache
