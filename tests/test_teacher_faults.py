@@ -17,6 +17,7 @@ from fault_server import KEY, FaultServer, counted, error, weighed
 from test_train import assert_same_bits
 
 from tinystory.errors import UserError
+from tinystory.runlog import read_stories
 from tinystory.student import checkpoint
 from tinystory.teacher import client
 from tinystory.teacher.client import Teacher
@@ -151,11 +152,12 @@ def test_a_run_is_trained_again_from_its_replies_without_a_server(init, tmp_path
     for a, b in zip(first, second, strict=True):
         for name in ("reward_mean", "score_mean", "kl", "words_in", "words_out", "unscored"):
             assert a[name] == b[name], name
-    story = next(s for s in map(json.loads, open(tmp_path / "run" / "stories.jsonl")) if s["scores"])
+    story = next(story for story in read_stories(tmp_path / "run") if story["scores"])
     assert any(score % 1 == 0.75 for score in story["scores"].values()) == bool(flags)
     capsys.readouterr()
     # Another seed writes other stories, to which there are no replies: an error, and no guess.
-    line = fails(lambda argv: replay(init, tmp_path / "run", tmp_path / "other", *argv), ["--seed", "1", *flags], capsys)
+    flags = ["--seed", "1", *flags]
+    line = fails(lambda argv: replay(init, tmp_path / "run", tmp_path / "other", *argv), flags, capsys)
     assert "was not graded there" in line and "--replay" in line
 
 
