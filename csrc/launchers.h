@@ -22,15 +22,16 @@ struct Attention {
   void* grad_qkv;        // (B, T, 3, H, D), backward only
 };
 
-// One query a row against a cache. Strides are in elements; the last dimension is contiguous.
+// One new token a row: its query against a prefix that all rows share, the row's cache, and the token's own key, which
+// is appended to the cache with its value. All tensors contiguous; keys lie before values.
 struct DecodeAttention {
   DType dtype;
-  int64_t B, H, D;
-  const void *q, *k, *v;
-  int64_t q_stride[2];              // of B, H
-  int64_t k_stride[3], v_stride[3]; // of B, T, H
-  const int64_t* lengths;           // (B,), each >= 1
-  void* out;                        // (B, H, D) contiguous
+  int64_t B, P, T, H, D;
+  const void* qkv;         // (B, 3, H, D)
+  const void* prefix;      // (P, 2, H, D)
+  void* cache;             // (B, T, 2, H, D)
+  const int64_t* lengths;  // (B,) positions of the cache in use, each less than T
+  void* out;               // (B, H, D)
 };
 
 struct Sample {

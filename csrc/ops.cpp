@@ -1,7 +1,6 @@
-// Schemas, argument checks and dispatch: the one file that knows torch. Autograd and fake kernels: tinystory/ops/.
+// Schemas, and the kernels of csrc/cpu behind them; cuda/ops.cpp has those of csrc/cuda. These two and arguments.h know
+// torch, no other file does. Autograd and fake kernels: tinystory/ops/.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <ATen/record_function.h>
@@ -10,146 +9,43 @@
 
 #include <tuple>
 
+#include "arguments.h"
 #include "cpu/decoder.h"
-#include "launchers.h"
 
 namespace tinystory {
 namespace {
 
-using at::Tensor;
-
-DType dtype_of(const Tensor& t, const char* op, const char* name) {
-  switch (t.scalar_type()) {
-    case at::kFloat: return DType::f32;
-    case at::kBFloat16: return DType::bf16;
-    case at::kHalf: return DType::f16;
-    case at::kDouble: return DType::f64;
-    default:
-      TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16, float16 or float64, not ", t.scalar_type());
-  }
-}
-
-void check_like(const Tensor& t, const Tensor& other, const char* op, const char* name, const char* other_name) {
-  TORCH_CHECK(t.scalar_type() == other.scalar_type(), op, ": ", name, " is ", t.scalar_type(), " but ", other_name,
-              " is ", other.scalar_type());
-  TORCH_CHECK(t.device() == other.device(), op, ": ", name, " is on ", t.device(), " but ", other_name, " is on ",
-              other.device());
-}
-
-void check_head_size(int64_t D, const char* op, const char* name) {
-  TORCH_CHECK(D >= 16 && D <= 256 && D % 16 == 0, op, ": ", name,
-              "'s head size D must be a multiple of 16 up to 256, not ", D);
-}
-
-void check_ids(const Tensor& t, int64_t n, const Tensor& other, const char* op, const char* name) {
-  TORCH_CHECK(t.dim() == 1 && t.size(0) == n, op, ": ", name, " must have shape (", n, "), not ", t.sizes());
-  TORCH_CHECK(t.scalar_type() == at::kLong, op, ": ", name, " must be int64, not ", t.scalar_type());
-  TORCH_CHECK(t.device() == other.device(), op, ": ", name, " is on ", t.device(), ", not on ", other.device());
-}
-
-// --- causal_attention ------------------------------------------------------------------------------------------------
-Attention attention_args(const Tensor& qkv, double dropout_p, int64_t seed, const char* op) {
-  TORCH_CHECK(qkv.dim() == 5 && qkv.size(2) == 3, op, ": qkv must have shape (B, T, 3, H, D), not ", qkv.sizes());
-  TORCH_CHECK(qkv.is_contiguous(), op, ": qkv must be contiguous; call .contiguous() first");
-  const int64_t D = qkv.size(4);
-  check_head_size(D, op, "qkv");
-  TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), not ", dropout_p);
-  return {.dtype = dtype_of(qkv, op, "qkv"), .B = qkv.size(0), .T = qkv.size(1), .H = qkv.size(3), .D = D,
-          .dropout = dropout_p, .seed = uint64_t(seed), .qkv = qkv.const_data_ptr()};
-}
-
 std::tuple<Tensor, Tensor> causal_attention(const Tensor& qkv, double dropout_p, int64_t seed) {
-  Attention x = attention_args(qkv, dropout_p, seed, "causal_attention");
-  Tensor out = at::empty({x.B, x.T, x.H, x.D}, qkv.options());
-  Tensor lse = at::empty({x.B, x.H, x.T}, qkv.options().dtype(x.dtype == DType::f64 ? at::kDouble : at::kFloat));
-  x.out = out.data_ptr();
-  x.lse = lse.data_ptr();
-  at::parallel_for(0, x.B * x.H, 1, [&](int64_t begin, int64_t end) { cpu::attention_forward(x, begin, end); });
-  return {out, lse};
+  const AttentionForward f(qkv, dropout_p, seed);
+  at::parallel_for(0, f.x.B * f.x.H, 1, [&](int64_t begin, int64_t end) { cpu::attention_forward(f.x, begin, end); });
+  return {f.out, f.lse};
 }
 
 Tensor causal_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
                                  double dropout_p, int64_t seed) {
-  Attention x = attention_args(qkv, dropout_p, seed, "causal_attention_backward");
-  check_like(grad_out, qkv, "causal_attention_backward", "grad_out", "qkv");
-  TORCH_CHECK(grad_out.sizes() == out.sizes(), "causal_attention_backward: grad_out must have shape ", out.sizes(),
-              ", not ", grad_out.sizes());
-  const Tensor grad = grad_out.contiguous();
-  Tensor grad_qkv = at::empty(qkv.sizes(), qkv.options());
-  x.grad_out = grad.const_data_ptr();
-  x.out = out.data_ptr();
-  x.lse = lse.data_ptr();
-  x.grad_qkv = grad_qkv.data_ptr();
-  at::parallel_for(0, x.B * x.H, 1, [&](int64_t begin, int64_t end) { cpu::attention_backward(x, begin, end); });
-  return grad_qkv;
+  const AttentionBackward f(grad_out, qkv, out, lse, dropout_p, seed);
+  at::parallel_for(0, f.x.B * f.x.H, 1, [&](int64_t begin, int64_t end) { cpu::attention_backward(f.x, begin, end); });
+  return f.grad_qkv;
 }
 
-// --- decode_attention ------------------------------------------------------------------------------------------------
-Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths) {
-  constexpr auto op = "decode_attention";
-  TORCH_CHECK(q.dim() == 3, op, ": q must have shape (B, H, D), not ", q.sizes());
-  const int64_t B = q.size(0), H = q.size(1), D = q.size(2);
-  check_head_size(D, op, "q");
-  TORCH_CHECK(q.stride(2) == 1, op, ": q's last dimension must be contiguous");
-  for (const auto& [cache, name] : {std::pair{&k_cache, "k_cache"}, {&v_cache, "v_cache"}}) {
-    TORCH_CHECK(cache->dim() == 4 && cache->size(0) == B && cache->size(2) == H && cache->size(3) == D, op, ": ", name,
-                " must have shape (", B, ", T_max, ", H, ", ", D, "), not ", cache->sizes());
-    TORCH_CHECK(cache->stride(3) == 1, op, ": ", name, "'s last dimension must be contiguous");
-    check_like(*cache, q, op, name, "q");
-  }
-  const Tensor n = lengths.to(at::kLong).contiguous();
-  check_ids(n, B, q, op, "lengths");
-  const int64_t T = std::min(k_cache.size(1), v_cache.size(1));
-  for (int64_t b = 0; b < B; ++b) {
-    const int64_t length = n.const_data_ptr<int64_t>()[b];
-    TORCH_CHECK(length >= 1 && length <= T, op, ": lengths[", b, "] is ", length, ", not between 1 and T_max = ", T);
-  }
-  Tensor out = at::empty({B, H, D}, q.options());
-  const auto strides = [](const Tensor& t, int64_t (&s)[3]) { std::copy_n(t.strides().begin(), 3, s); };
-  DecodeAttention x{.dtype = dtype_of(q, op, "q"), .B = B, .H = H, .D = D, .q = q.const_data_ptr(),
-                    .k = k_cache.const_data_ptr(), .v = v_cache.const_data_ptr(),
-                    .q_stride = {q.stride(0), q.stride(1)}, .k_stride = {}, .v_stride = {},
-                    .lengths = n.const_data_ptr<int64_t>(), .out = out.data_ptr()};
-  strides(k_cache, x.k_stride);
-  strides(v_cache, x.v_stride);
-  at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) { cpu::decode_attention(x, begin, end); });
-  return out;
-}
-
-// --- sample ----------------------------------------------------------------------------------------------------------
-void check_sampling(double temperature, int64_t top_k, double top_p, const char* op) {
-  TORCH_CHECK(temperature >= 1e-6 && temperature <= 1e6, op, ": temperature must be between 1e-6 and 1e6, not ",
-              temperature, "; top_k=1 takes the most likely token");
-  TORCH_CHECK(top_k >= 0, op, ": top_k must be 0 (off) or positive, not ", top_k);
-  TORCH_CHECK(top_p > 0 && top_p <= 1, op, ": top_p must be in (0, 1], not ", top_p);
+Tensor decode_attention(const Tensor& qkv, const Tensor& prefix, const Tensor& cache, const Tensor& lengths) {
+  const Decode f(qkv, prefix, cache, lengths);
+  for (int64_t b = 0; b < f.x.B; ++b)
+    TORCH_CHECK(f.x.lengths[b] >= 0 && f.x.lengths[b] < f.x.T, "decode_attention: lengths[", b, "] is ",
+                f.x.lengths[b], ", not in 0 .. T_max - 1 = ", f.x.T - 1);
+  at::parallel_for(0, f.x.B * f.x.H, 1, [&](int64_t begin, int64_t end) { cpu::decode_attention(f.x, begin, end); });
+  return f.out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, int64_t seed, const Tensor& rows, const Tensor& steps,
                                           double temperature, int64_t top_k, double top_p) {
-  constexpr auto op = "sample";
-  TORCH_CHECK(logits.dim() == 2, op, ": logits must have shape (B, V), not ", logits.sizes());
-  const int64_t B = logits.size(0), V = logits.size(1);
-  const DType dtype = dtype_of(logits, op, "logits");
-  TORCH_CHECK(dtype != DType::f64, op, ": logits must be float32, bfloat16 or float16, not float64");
-  TORCH_CHECK(logits.is_contiguous(), op, ": logits must be contiguous; call .contiguous() first");
-  TORCH_CHECK(V >= 1 && V < (1 << 22), op, ": logits must have between 1 and 2^22 - 1 columns, not ", V);
-  check_ids(rows, B, logits, op, "rows");
-  check_ids(steps, B, logits, op, "step");
-  check_sampling(temperature, top_k, top_p, op);
-  const Tensor row_ids = rows.contiguous(), step_ids = steps.contiguous();
-  Tensor tokens = at::empty({B}, rows.options()), logprobs = at::empty({B}, logits.options().dtype(at::kFloat));
-  Tensor entropy = at::empty_like(logprobs);
-  const Sample x{.dtype = dtype, .B = B, .V = V, .logits = logits.const_data_ptr(),
-                 .rows = row_ids.const_data_ptr<int64_t>(), .steps = step_ids.const_data_ptr<int64_t>(),
-                 .seed = uint64_t(seed), .temperature = temperature, .top_k = top_k, .top_p = top_p,
-                 .tokens = tokens.data_ptr<int64_t>(), .logprobs = logprobs.data_ptr<float>(),
-                 .entropy = entropy.data_ptr<float>()};
-  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) { cpu::sample(x, begin, end); });
-  for (int64_t b = 0; b < B; ++b) {
-    TORCH_CHECK(x.tokens[b] != kNotANumber, op, ": logits row ", b, " (id ", x.rows[b], ") holds NaN or +inf");
-    TORCH_CHECK(x.tokens[b] != kNoToken, op, ": logits row ", b, " (id ", x.rows[b], ") is -inf throughout");
+  const Draw f(logits, seed, rows, steps, temperature, top_k, top_p);
+  at::parallel_for(0, f.x.B, 1, [&](int64_t begin, int64_t end) { cpu::sample(f.x, begin, end); });
+  for (int64_t b = 0; b < f.x.B; ++b) {
+    TORCH_CHECK(f.x.tokens[b] != kNotANumber, "sample: logits row ", b, " (id ", f.x.rows[b], ") holds NaN or +inf");
+    TORCH_CHECK(f.x.tokens[b] != kNoToken, "sample: logits row ", b, " (id ", f.x.rows[b], ") is -inf throughout");
   }
-  return {tokens, logprobs, entropy};
+  return {f.tokens, f.logprobs, f.entropy};
 }
 
 // --- token_logprob ---------------------------------------------------------------------------------------------------
@@ -163,11 +59,9 @@ struct Logprob {
 
   Logprob(const Tensor& h, const Tensor& w, const Tensor& t, const char* op)
       : hidden(check(h, w, t, op).contiguous()), weight(w.contiguous()), targets(t.contiguous()),
-        wide(h.options().dtype(h.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)) {
+        wide(h.options().dtype(tinystory::wide(h))) {
     x.dtype = dtype_of(h, op, "hidden");
     x.weight_dtype = dtype_of(w, op, "weight");
-    TORCH_CHECK((x.dtype == DType::f64) == (x.weight_dtype == DType::f64), op, ": weight is ", w.scalar_type(),
-                " but hidden is ", h.scalar_type());
     x.N = h.size(0), x.C = h.size(1), x.V = w.size(0);
     x.hidden = hidden.const_data_ptr(), x.weight = weight.const_data_ptr();
     x.targets = targets.const_data_ptr<int64_t>();
@@ -182,11 +76,7 @@ struct Logprob {
   }
 
   static const Tensor& check(const Tensor& h, const Tensor& w, const Tensor& t, const char* op) {
-    TORCH_CHECK(h.dim() == 2, op, ": hidden must have shape (N, C), not ", h.sizes());
-    TORCH_CHECK(w.dim() == 2 && w.size(1) == h.size(1), op, ": weight must have shape (V, ", h.size(1), "), not ",
-                w.sizes());
-    TORCH_CHECK(w.device() == h.device(), op, ": weight is on ", w.device(), " but hidden is on ", h.device());
-    check_ids(t, h.size(0), h, op, "targets");
+    check_logprob(h, w, t, op);
     for (int64_t i = 0; i < t.size(0); ++i) {
       const int64_t target = t.const_data_ptr<int64_t>()[i * t.stride(0)];
       TORCH_CHECK(target >= 0 && target < w.size(0), op, ": targets[", i, "] is ", target, ", not in 0 .. V - 1 = ",
@@ -279,7 +169,7 @@ struct Decoder : torch::CustomClassHolder {
     TORCH_CHECK(!bf16 || cpu::decoder_has_bf16(), "Decoder: this processor has no bfloat16 products");
     const int64_t C = parameters[0].size(1);
     vocabulary = parameters[0].size(0), context = parameters[1].size(0);
-    check_head_size(C / heads, "Decoder", "n_embd / n_head");
+    check_head_size(C / heads, parameters[0], "Decoder", "n_embd / n_head");
     int64_t next = 0;
     const auto take = [&](std::vector<int64_t> shape) {
       const Tensor& t = parameters[next];
@@ -349,7 +239,7 @@ TORCH_LIBRARY(tinystory, m) {
   m.def("causal_attention(Tensor qkv, float dropout_p, SymInt seed) -> (Tensor out, Tensor lse)");
   m.def("causal_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float dropout_p, SymInt seed)"
         " -> Tensor");
-  m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths) -> Tensor");
+  m.def("decode_attention(Tensor qkv, Tensor prefix, Tensor(a!) cache, Tensor lengths) -> Tensor");
   m.def("sample(Tensor logits, SymInt seed, Tensor rows, Tensor steps, float temperature, int top_k, float top_p)"
         " -> (Tensor tokens, Tensor logprobs, Tensor entropy)");
   m.def("token_logprob(Tensor hidden, Tensor weight, Tensor targets) -> (Tensor logprob, Tensor entropy, Tensor lse)");

@@ -175,11 +175,12 @@ def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch
         return torch.randn(shape, device=device).to(dtype).requires_grad_()
 
     qkv, hidden, weight = random(batch, T, 3, H, D), random(N, C), random(V, C)
-    targets, ids = torch.randint(V, (N,), device=device), torch.arange(64, device=device)
+    targets, rows = torch.randint(V, (N,), device=device), torch.arange(64, device=device)
     logits = random(64, V).detach()
-    q, k, v = (random(64, *shape, H, D).detach() for shape in ((), (T,), (T,)))
-    lengths = torch.randint(T // 2, T, (64,), device=device)
-    valid = (torch.arange(T, device=device) < lengths[:, None])[:, None, None]
+    new, prefix, cache = (random(*shape, H, D).detach() for shape in ((64, 3), (PROMPT, 2), (64, T - PROMPT, 2)))
+    whole = torch.cat([prefix.expand(64, *prefix.shape), cache], 1)
+    lengths = torch.randint((T - PROMPT) // 2, T - PROMPT, (64,), device=device)
+    valid = (torch.arange(T, device=device) <= PROMPT + lengths[:, None])[:, None, None]
 
     def attention() -> Tensor:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -200,8 +201,9 @@ def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch
         return log_p.gather(1, tokens), -(p * log_p).sum(-1)
 
     def decode() -> Tensor:
-        k_, v_ = k.transpose(1, 2), v.transpose(1, 2)
-        return F.scaled_dot_product_attention(q[:, :, None], k_, v_, attn_mask=valid)
+        whole[rows, PROMPT + lengths] = new[:, 1:]
+        k, v = whole.transpose(1, 3).unbind(2)
+        return F.scaled_dot_product_attention(new[:, 0, :, None], k, v, attn_mask=valid)
 
     def backward(f: Callable[[], Tensor]) -> Callable:
         return lambda: f().sum().backward()
@@ -213,8 +215,8 @@ def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch
             backward(lambda: ops.cross_entropy(hidden, weight, targets)),
             backward(lambda: F.cross_entropy(F.linear(hidden, weight).float(), targets)),
         ),
-        "sample": (lambda: ops.sample(logits, seed=0, rows=ids, step=0), draw),
-        "decode_attention": (lambda: ops.decode_attention(q, k, v, lengths), decode),
+        "sample": (lambda: ops.sample(logits, seed=0, rows=rows, step=0), draw),
+        "decode_attention": (lambda: ops.decode_attention(new, prefix, cache, lengths), decode),
     }
     found = {}
     for name, pair in pairs.items():

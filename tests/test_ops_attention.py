@@ -98,10 +98,8 @@ def test_opcheck():
     qkv = torch.randn(1, 20, 3, 2, 32, requires_grad=True)
     for p in (0.0, 0.1):
         torch.library.opcheck(torch.ops.tinystory.causal_attention.default, (qkv, p, 3))
-    cache = torch.randn(2, 9, 2, 32)
-    torch.library.opcheck(
-        torch.ops.tinystory.decode_attention.default, (torch.randn(2, 2, 32), cache, cache, torch.tensor([1, 9]))
-    )
+    args = (torch.randn(2, 3, 2, 32), torch.randn(4, 2, 2, 32), torch.randn(2, 9, 2, 2, 32), torch.tensor([0, 8]))
+    torch.library.opcheck(torch.ops.tinystory.decode_attention.default, args)
 
 
 def test_the_same_bits_at_any_thread_count_and_batch():
@@ -149,27 +147,34 @@ def test_errors_name_the_argument(qkv, p, words):
 def test_decode_within_twice_pytorchs_error(case):
     rng = random.Random(case)
     torch.manual_seed(case)
-    b, h, t, d = rng.randint(1, 6), rng.randint(1, 4), rng.randint(1, 300), rng.choice([16, 32, 64, 96, 128])
+    b, h, d = rng.randint(1, 6), rng.randint(1, 4), rng.choice([16, 32, 64, 96, 128])
+    p, t = rng.choice([0, rng.randint(1, 200)]), rng.randint(1, 200)
     dtype = DTYPES[case % len(DTYPES)]
-    q = torch.randn(b, 3, h, d).to(dtype)[:, 1]  # a view, as the projection leaves it
-    k, v = torch.randn(2, b, h, t, d).to(dtype).transpose(2, 3)
-    lengths = torch.tensor([rng.randint(1, t) for _ in range(b)], dtype=rng.choice([torch.int32, torch.int64]))
-    exact = reference.decode_attention(q.double(), k.double(), v.double(), lengths)
-    mask = (torch.arange(t) < lengths[:, None])[:, None, None]
-    own = F.scaled_dot_product_attention(q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)[:, :, 0]
-    assert_close(ops.decode_attention(q, k, v, lengths), own, exact, (dtype, b, h, t, d))
-    k[torch.arange(t) >= lengths[:, None]] = float("nan")  # what lies beyond a row's length is never read
-    assert_close(ops.decode_attention(q, k, v, lengths), own, exact, "beyond")
+    qkv, prefix, cache = (torch.randn(*n, h, d).to(dtype) for n in ((b, 3), (p, 2), (b, t, 2)))
+    lengths = torch.randint(t, (b,))
+    after = cache.double()
+    exact = reference.decode_attention(qkv.double(), prefix.double(), after, lengths)
+    k, v = torch.cat([prefix.expand(b, *prefix.shape), after.to(dtype)], 1).transpose(1, 3).unbind(2)
+    mask = (torch.arange(p + t) <= p + lengths[:, None])[:, None, None]
+    own = F.scaled_dot_product_attention(qkv[:, 0, :, None], k, v, attn_mask=mask)[:, :, 0]
+    cache[torch.arange(t) >= lengths[:, None]] = float("nan")  # what lies beyond a row's length is never read
+    assert_close(ops.decode_attention(qkv, prefix, cache, lengths), own, exact, (dtype, b, h, p, t, d))
+    used = torch.arange(t) <= lengths[:, None]
+    assert torch.equal(cache[used], after.to(dtype)[used]) and cache[~used].isnan().all()
 
 
 def test_decode_errors_name_the_argument():
-    q, cache = torch.zeros(2, 3, 32), torch.zeros(2, 5, 3, 32)
-    for args, words in [
-        ((q[0], cache, cache, torch.tensor([1, 1])), "q must have shape"),
-        ((q, cache[:, :, :1], cache, torch.tensor([1, 1])), "k_cache must have shape"),
-        ((q, cache, cache.double(), torch.tensor([1, 1])), "v_cache is Double but q is Float"),
-        ((q, cache, cache, torch.tensor([1])), "lengths must have shape"),
-        ((q, cache, cache, torch.tensor([1, 6])), r"lengths\[1\] is 6"),
+    qkv, prefix, cache = torch.zeros(2, 3, 3, 32), torch.zeros(4, 2, 3, 32), torch.zeros(2, 5, 2, 3, 32)
+    for changed, words in [
+        (dict(qkv=qkv[:, :2]), "qkv must have shape"),
+        (dict(prefix=prefix[:, :1]), r"prefix must have shape \(P, 2, H, D\)"),
+        (dict(cache=cache[:1]), r"cache must have shape \(B, T_max, 2, H, D\)"),
+        (dict(cache=cache.double()), "cache is Double but qkv is Float"),
+        (dict(cache=cache.transpose(0, 1).contiguous().transpose(0, 1)), "cache must be contiguous"),
+        (dict(lengths=[1]), "lengths must have shape"),
+        (dict(lengths=[1, 5]), r"lengths\[1\] is 5"),
+        (dict(lengths=[-1, 0]), r"lengths\[0\] is -1"),
     ]:
+        args = dict(qkv=qkv, prefix=prefix, cache=cache, lengths=[0, 4]) | changed
         with pytest.raises(RuntimeError, match=words):
-            ops.decode_attention(*args)
+            ops.decode_attention(**args | dict(lengths=torch.tensor(args["lengths"])))

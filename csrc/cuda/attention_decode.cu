@@ -1,4 +1,5 @@
-// Attention of one query a row over a key-value cache, bound by reading the cache once.
+// Attention of one new token a row over a key-value cache, bound by reading the cache once. The shared prefix lies in
+// memory once and is small, so that all rows but the first find it in the L2 cache.
 //
 // A key is read by as many lanes as it has pieces of 16 bytes; such a group takes every so many-th key, four at a time,
 // and keeps its own running maximum, sum and output. The block's groups are merged at the end. When there are too few
@@ -12,19 +13,20 @@ constexpr int kThreads = 128, kAtOnce = 4;
 constexpr int64_t kLeastKeys = 128;  // a block's share is not worth its merging below this
 
 struct DecodeParams {
-  const void *q, *k, *v;
-  int64_t q_stride[2], k_stride[3], v_stride[3];
+  const void *qkv, *prefix;
+  void* cache;
   const int64_t* lengths;
   void* out;
   float* parts;  // (B * H, splits, D + 2): output, maximum, sum
-  int H, splits;
+  int64_t T;
+  int P, H, splits;
   float scale_log2;
 };
 
 // Splits of each row's keys. The same for all rows: the lengths are on the device.
-int count_splits(const DecodeAttention& x, int64_t max_length) {
+int count_splits(const DecodeAttention& x) {
   const int64_t rows = x.B * x.H, wanted = (int64_t(4) * multiprocessors() + rows - 1) / rows;
-  const int64_t most = (max_length + kLeastKeys - 1) / kLeastKeys;
+  const int64_t most = (x.P + x.T + kLeastKeys - 1) / kLeastKeys;
   return int(wanted < most ? wanted : most < 1 ? 1 : most);
 }
 
@@ -45,37 +47,47 @@ __device__ __forceinline__ float merge(const float* parts, int count, int d, flo
 }
 
 template <class E, int D>
-__global__ void __launch_bounds__(kThreads) decode_kernel(DecodeParams p) {
+__global__ void __launch_bounds__(kThreads, 6) decode_kernel(DecodeParams p) {
   constexpr int kPiece = kPerVec16<E>, kLanes = D / kPiece, kGroups = kThreads / kLanes;
   const int row = int(blockIdx.x) / p.splits, split = int(blockIdx.x) % p.splits, b = row / p.H, h = row % p.H;
   const int lane = int(threadIdx.x) % kLanes, group = int(threadIdx.x) / kLanes;
-  const int64_t length = p.lengths[b], share = (length + p.splits - 1) / p.splits;
-  const int begin = int(split * share), end = int((split + 1) * share < length ? (split + 1) * share : length);
-  const E* k = static_cast<const E*>(p.k) + b * p.k_stride[0] + h * p.k_stride[2] + lane * kPiece;
-  const E* v = static_cast<const E*>(p.v) + b * p.v_stride[0] + h * p.v_stride[2] + lane * kPiece;
+  const int64_t length = p.lengths[b];
+  require(length >= 0 && length < p.T, "decode_attention: an entry of lengths is not in 0 .. T_max - 1");
+  const int cached = p.P + int(length), keys = cached + 1;  // the last is its own
+  const int share = (keys + p.splits - 1) / p.splits;
+  const int begin = split * share, end = (split + 1) * share < keys ? (split + 1) * share : keys;
+  const int64_t stride = int64_t(p.H) * D, own_piece = h * D + lane * kPiece;
+  const E* prefix = static_cast<const E*>(p.prefix) + own_piece;
+  E* cache = static_cast<E*>(p.cache) + 2 * b * p.T * stride + own_piece;
+  const E* query = static_cast<const E*>(p.qkv) + 3 * b * stride + own_piece;
+  if (split == 0 && group < 2)  // appends the key and the value, which no block reads from there
+    store16(cache + (2 * length + group) * stride, load16(query + (1 + group) * stride));
 
   float q[kPiece], out[kPiece];
-  unpack(q, load16(static_cast<const E*>(p.q) + b * p.q_stride[0] + h * p.q_stride[1] + lane * kPiece), E{});
+  unpack(q, load16(query), E{});
 #pragma unroll
   for (int i = 0; i < kPiece; ++i) q[i] *= p.scale_log2, out[i] = 0;
   float high = -INFINITY, sum = 0;
   // All groups go round as often, so that the lanes of a warp stay together for the shuffles.
   for (int j0 = begin; j0 < end; j0 += kGroups * kAtOnce) {
-    Vec16 keys[kAtOnce], values[kAtOnce];
+    Vec16 key[kAtOnce], value[kAtOnce];
     float s[kAtOnce], top = high;
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       const int j = j0 + u * kGroups + group;
-      keys[u] = values[u] = {};
+      key[u] = value[u] = {};
       if (j < end) {
-        keys[u] = load16(k + j * p.k_stride[1]);
-        values[u] = load16(v + j * p.v_stride[1]);
+        const E* at = j < p.P      ? prefix + 2 * j * stride
+                      : j < cached ? cache + 2 * (j - p.P) * stride
+                                   : query + stride;
+        key[u] = load16(at);
+        value[u] = load16(at + stride);
       }
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       float x[kPiece], dot = 0;
-      unpack(x, keys[u], E{});
+      unpack(x, key[u], E{});
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) dot = fmaf(q[i], x[i], dot);
       dot = warp_sum<kLanes>(dot);
@@ -91,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(DecodeParams p) {
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       float x[kPiece];
-      unpack(x, values[u], E{});
+      unpack(x, value[u], E{});
       const float weight = exp2_fast(s[u] - top);
       sum += weight;
 #pragma unroll
@@ -132,15 +144,14 @@ struct Decode {
   cudaStream_t stream;
   template <class E, int D>
   void run() const {
-    const DecodeParams p{x.q,
-                         x.k,
-                         x.v,
-                         {x.q_stride[0], x.q_stride[1]},
-                         {x.k_stride[0], x.k_stride[1], x.k_stride[2]},
-                         {x.v_stride[0], x.v_stride[1], x.v_stride[2]},
+    const DecodeParams p{x.qkv,
+                         x.prefix,
+                         x.cache,
                          x.lengths,
                          x.out,
                          workspace,
+                         x.T,
+                         int(x.P),
                          int(x.H),
                          splits,
                          float(1.4426950408889634 / std::sqrt(double(D)))};
@@ -152,15 +163,15 @@ struct Decode {
 
 }  // namespace
 
-int64_t decode_attention_workspace(const DecodeAttention& x, int64_t max_length) {
+int64_t decode_attention_workspace(const DecodeAttention& x) {
   if (x.B * x.H == 0) return 0;
-  const int64_t splits = count_splits(x, max_length);
+  const int64_t splits = count_splits(x);
   return splits == 1 ? 0 : x.B * x.H * splits * (x.D + 2);
 }
 
-void decode_attention(const DecodeAttention& x, int64_t max_length, float* workspace, cudaStream_t stream) {
+void decode_attention(const DecodeAttention& x, float* workspace, cudaStream_t stream) {
   if (x.B * x.H == 0) return;
-  dispatch_attention(x.dtype, x.D, "decode_attention", Decode{x, count_splits(x, max_length), workspace, stream});
+  dispatch_attention(x.dtype, x.D, "decode_attention", Decode{x, count_splits(x), workspace, stream});
 }
 
 }  // namespace tinystory::cuda

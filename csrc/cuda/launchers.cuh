@@ -1,8 +1,8 @@
 // The ops of ../launchers.h on a CUDA device: the same structs, whose pointers are now the device's, and a stream.
 //
-// Every pointer but those of row ids, lengths and per-row results must be a multiple of 16 bytes, and so must the
-// strides of DecodeAttention. Float64 and other head sizes than 32, 64 and 128 are not implemented:
-// std::invalid_argument. A launch that the driver refuses: std::runtime_error.
+// Every pointer but those of row ids, lengths and per-row results must be a multiple of 16 bytes. Float64 and head
+// sizes other than 32, 64 and 128 are not implemented: std::invalid_argument. A launch that the driver refuses:
+// std::runtime_error. A length or target out of range, which only the device sees, fails an assertion there.
 #pragma once
 #include "../launchers.h"
 
@@ -15,9 +15,9 @@ void attention_forward(const Attention&, cudaStream_t);
 // delta: workspace of B * H * T floats.
 void attention_backward(const Attention&, float* delta, cudaStream_t);
 
-// max_length: no entry of lengths is greater. workspace: as many floats as decode_attention_workspace says, may be 0.
-int64_t decode_attention_workspace(const DecodeAttention&, int64_t max_length);
-void decode_attention(const DecodeAttention&, int64_t max_length, float* workspace, cudaStream_t);
+// workspace: as many floats as decode_attention_workspace says, may be 0.
+int64_t decode_attention_workspace(const DecodeAttention&);
+void decode_attention(const DecodeAttention&, float* workspace, cudaStream_t);
 
 void sample(const Sample&, cudaStream_t);
 

@@ -1,6 +1,7 @@
 // Everything the kernels use that is not plain C++. Under nvcc these are PTX instructions and intrinsics for sm_80 and
 // up; under a C++ compiler tests/native/simt stands in, so that the kernels run unchanged where there is no GPU.
 #pragma once
+#include <cassert>
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
@@ -48,6 +49,10 @@ __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 __device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+// A device-side assertion: what only the kernel can see ends the stream with an error, as PyTorch's own kernels do.
+__device__ __forceinline__ void require(bool ok, const char* what) {
+  if (!ok) __assert_fail(what, __FILE__, __LINE__, __func__);
+}
 __device__ __forceinline__ int lowest_bit(uint32_t x) { return __ffs(int(x)) - 1; }
 __device__ __forceinline__ void atomic_add_shared(uint64_t* p, uint64_t x) {
   atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));

@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(LogitChunk p) {
   if (threadIdx.x == 0) {
     const double log_total = log(double(sum));
     p.lse[n] = own.top + log_total;
+    require(p.targets[n] >= 0 && p.targets[n] < p.V, "token_logprob: an entry of targets is not in 0 .. V - 1");
     p.logprob[n] = float(to_float(row.row[p.targets[n]]) - own.top - log_total);
     p.entropy[n] = float(log_total - double(weighted) / sum * double(kLn2));
   }

@@ -116,26 +116,29 @@ void test_halves(DType type, const Case& c) {
 }
 
 void test_decode() {
-  const int64_t B = 3, H = 2, D = 48, T = 37;
-  const std::vector<float> q = normal(B * 3 * H * D, 1), k = normal(B * T * H * D, 2), v = normal(B * T * H * D, 3);
-  const int64_t lengths[] = {1, 37, 18};
-  std::vector<float> out(B * H * D);
-  DecodeAttention x{.dtype = DType::f32, .B = B, .H = H, .D = D, .q = q.data(), .k = k.data(), .v = v.data(),
-                    .q_stride = {3 * H * D, D}, .k_stride = {T * H * D, H * D, D}, .v_stride = {T * H * D, H * D, D},
-                    .lengths = lengths, .out = out.data()};
+  const int64_t B = 3, P = 9, H = 2, D = 48, T = 37, row = H * D;
+  const std::vector<float> qkv = normal(B * 3 * row, 1), prefix = normal(P * 2 * row, 2);
+  std::vector<float> cache = normal(B * T * 2 * row, 3), out(B * row);
+  const int64_t lengths[] = {0, 36, 17};
+  DecodeAttention x{.dtype = DType::f32, .B = B, .P = P, .T = T, .H = H, .D = D, .qkv = qkv.data(),
+                    .prefix = prefix.data(), .cache = cache.data(), .lengths = lengths, .out = out.data()};
   parallel(B * H, 3, [&](int64_t begin, int64_t end) { cpu::decode_attention(x, begin, end); });
-  for (int64_t b = 0; b < B; ++b)
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t i = 0; i < 2 * row; ++i)
+      CHECK(cache[(b * T + lengths[b]) * 2 * row + i] == qkv[(b * 3 + 1) * row + i], "not appended");
     for (int64_t h = 0; h < H; ++h) {
       std::vector<double> want(D);
       double total = 0;
-      for (int64_t j = 0; j < lengths[b]; ++j) {
+      for (int64_t j = 0; j <= P + lengths[b]; ++j) {
+        const float* key = (j < P ? &prefix[j * 2 * row] : &cache[(b * T + j - P) * 2 * row]) + h * D;
         double s = 0;
-        for (int64_t d = 0; d < D; ++d) s += double(q[b * 3 * H * D + h * D + d]) * k[((b * T + j) * H + h) * D + d];
+        for (int64_t d = 0; d < D; ++d) s += double(qkv[b * 3 * row + h * D + d]) * key[d];
         total += s = std::exp(s / std::sqrt(double(D)));
-        for (int64_t d = 0; d < D; ++d) want[d] += s * v[((b * T + j) * H + h) * D + d];
+        for (int64_t d = 0; d < D; ++d) want[d] += s * key[row + d];
       }
       for (int64_t d = 0; d < D; ++d) CHECK(std::fabs(out[(b * H + h) * D + d] - want[d] / total) < 1e-5);
     }
+  }
 }
 
 int main() {

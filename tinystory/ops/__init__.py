@@ -28,15 +28,16 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tens
     return reference.causal_attention(qkv, dropout_p, seed)
 
 
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    """Attention of one query a row over a cache: q (B, H, D), caches (B, T_max, H, D) -> (B, H, D).
+def decode_attention(qkv: Tensor, prefix: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+    """Attention of one new token a row, which it appends to the row's cache: -> (B, H, D).
 
-    Row b sees the first lengths[b] >= 1 cached keys. Only the last dimension needs to be contiguous. No gradient.
+    qkv (B, 3, H, D): the new tokens' queries, keys and values. prefix (P, 2, H, D): keys and values that all rows begin
+    with, stored once; P may be 0. cache (B, T_max, 2, H, D): each row's own, of which lengths[b] < T_max positions are
+    in use (lengths (B,) int64); the new key and value are written to the next. Row b's query sees the prefix, those and
+    itself. All contiguous, of one dtype as for causal_attention. No gradient.
     """
-    q, k_cache, v_cache = q.detach(), k_cache.detach(), v_cache.detach()
-    if compiled("decode_attention", q.device.type):
-        return torch.ops.tinystory.decode_attention(q, k_cache, v_cache, lengths)
-    return reference.decode_attention(q, k_cache, v_cache, lengths)
+    run = torch.ops.tinystory if compiled("decode_attention", qkv.device.type) else reference
+    return run.decode_attention(qkv.detach(), prefix.detach(), cache, lengths)
 
 
 def sample(

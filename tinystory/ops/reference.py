@@ -23,12 +23,15 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tens
     return (weights @ v).transpose(1, 2).contiguous()
 
 
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    """One query a row, q (B, H, D), over the first lengths[b] of (B, T_max, H, D) cached keys -> (B, H, D)."""
-    scores = torch.einsum("bhd,bthd->bht", q, k_cache) / math.sqrt(q.size(-1))
-    beyond = torch.arange(k_cache.size(1), device=q.device) >= lengths[:, None]
-    weights = scores.masked_fill(beyond[:, None], -math.inf).softmax(-1)
-    return torch.einsum("bht,bthd->bhd", weights, v_cache.masked_fill(beyond[:, :, None, None], 0))
+def decode_attention(qkv: Tensor, prefix: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+    """Append the new token's key and value, qkv (B, 3, H, D), to each row's first lengths[b] in cache (B, T, 2, H, D);
+    its query sees the prefix (P, 2, H, D), then those and itself -> (B, H, D)."""
+    cache[torch.arange(len(cache), device=cache.device), lengths] = qkv[:, 1:]
+    q, seen = qkv[:, 0], torch.cat([prefix.expand(len(cache), *prefix.shape), cache], 1)
+    beyond = torch.arange(seen.size(1), device=q.device) > len(prefix) + lengths[:, None]
+    k, v = seen.masked_fill(beyond[:, :, None, None, None], 0).unbind(2)
+    scores = torch.einsum("bhd,bthd->bht", q, k) / math.sqrt(q.size(-1))
+    return torch.einsum("bht,bthd->bhd", scores.masked_fill(beyond[:, None], -math.inf).softmax(-1), v)
 
 
 def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

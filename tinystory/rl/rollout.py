@@ -107,7 +107,7 @@ def plain_steps(
 ) -> Iterator[Step]:  # fmt: skip
     """The same on any device, operation by operation."""
     device = prompt.device
-    cache = KVCache(student.config, count, len(prompt) + max_new_tokens, device, dtype)
+    cache = KVCache(student.config, count, len(prompt), max_new_tokens, device, dtype)
     hidden = student.prefill(prompt, cache)
     tokens = torch.zeros(count, max_new_tokens, dtype=torch.int64, device=device)
     columns = tuple(torch.zeros(count, max_new_tokens, device=device) for _ in range(3))

@@ -24,18 +24,20 @@ class StudentConfig:
 
 
 class KVCache:
-    """Of the tokens read so far. keys, values: (n_layer, B, capacity, n_head, D); lengths: (B,) int64."""
+    """Keys and values of the tokens read so far. prefix: of the opening, which all rows share, (n_layer, P, 2, n_head,
+    D); own: of each row's tokens after it, (n_layer, B, capacity, 2, n_head, D); lengths: how many, (B,) int64."""
 
-    def __init__(self, config: StudentConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, rows, capacity, config.n_head, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+    def __init__(
+        self, config: StudentConfig, rows: int, prefix: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ):
+        heads = (2, config.n_head, config.n_embd // config.n_head)
+        self.prefix = torch.zeros(config.n_layer, prefix, *heads, device=device, dtype=dtype)
+        self.own = torch.zeros(config.n_layer, rows, capacity, *heads, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, device=device, dtype=torch.int64)
 
     def keep(self, rows: Tensor) -> None:
         """Retire every row but these. rows: (R,) int64, indices into the present rows."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.lengths = self.lengths[rows]
+        self.own, self.lengths = self.own[:, rows], self.lengths[rows]
 
 
 class Block(nn.Module):
@@ -104,30 +106,22 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Read one opening (P,) int64 into every row of an empty cache. Returns the hidden state after it, (B, C)."""
-        P, rows = len(tokens), len(cache.lengths)
-        x = (self.wte(tokens) + self.wpe.weight[:P])[None]
+        """Read an opening (P,) int64, once for all rows. Returns the hidden state after it, (B, C)."""
+        x = (self.wte(tokens) + self.wpe.weight[: len(tokens)])[None]
         for i, block in enumerate(self.blocks):
-            qkv = block.project_qkv(x)  # one row: all rows share the opening
-            cache.keys[i, :, :P], cache.values[i, :, :P] = qkv[:, :, 1], qkv[:, :, 2]
+            qkv = block.project_qkv(x)
+            cache.prefix[i] = qkv[0, :, 1:]
             x = block.finish(x, ops.causal_attention(qkv), 0.0)
-        cache.lengths += P
-        return self.ln_f(x[:, -1]).expand(rows, -1)
+        return self.ln_f(x[:, -1]).expand(len(cache.lengths), -1)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Read one more token a row, (B,) int64. Returns the hidden state after it, (B, C)."""
-        rows, position = torch.arange(len(tokens), device=tokens.device), cache.lengths
-        x = self.wte(tokens) + self.wpe(position)
+        x = self.wte(tokens) + self.wpe(cache.prefix.shape[1] + cache.lengths)
         for i, block in enumerate(self.blocks):
-            q, k, v = block.project_qkv(x).unbind(1)
-            cache.keys[i][rows, position], cache.values[i][rows, position] = (
-                k.to(cache.keys.dtype),
-                v.to(cache.values.dtype),
-            )
-            attended = ops.decode_attention(q.contiguous(), cache.keys[i], cache.values[i], position + 1)
-            x = block.finish(x, attended, 0.0)
-        cache.lengths = position + 1
+            qkv = block.project_qkv(x)
+            x = block.finish(x, ops.decode_attention(qkv, cache.prefix[i], cache.own[i], cache.lengths), 0.0)
+        cache.lengths += 1
         return self.ln_f(x)
 
 

@@ -52,6 +52,9 @@ inline uint32_t ballot(bool predicate, SIMT_SITE) {
   });
   return a.result;
 }
+inline void require(bool ok, const char* what, SIMT_SITE) {
+  if (!ok) simt::fail(SIMT_HERE, what);
+}
 inline int lowest_bit(uint32_t x) { return __builtin_ctz(x); }
 inline void atomic_add_shared(uint64_t* p, uint64_t x, SIMT_SITE) {
   simt::check_shared(p, 8, SIMT_HERE);

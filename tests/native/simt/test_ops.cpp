@@ -1,6 +1,7 @@
 // Decoding attention, sampling and log-probabilities on the SIMT machine: against float64, and sampling also against
 // the CPU kernel, whose draws must be the same ones.
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "check.h"
@@ -12,33 +13,35 @@ namespace {
 
 // --- decode_attention -----------------------------------------------------------------------------------------------
 template <class E>
-void test_decode(int64_t B, int64_t H, int64_t D, std::vector<int64_t> lengths, int processors, uint64_t seed) {
-  const int64_t T = *std::max_element(lengths.begin(), lengths.end()) + 3;
+void test_decode(int64_t B, int64_t P, int64_t H, int64_t D, std::vector<int64_t> lengths, int processors,
+                 uint64_t seed) {
+  const int64_t T = *std::max_element(lengths.begin(), lengths.end()) + 3, row = H * D;
   const std::string name = std::string("decode ") + Type<E>::name + " B=" + std::to_string(B) +
-                           " H=" + std::to_string(H) + " D=" + std::to_string(D) + " T=" + std::to_string(T) +
-                           " processors=" + std::to_string(processors);
+                           " P=" + std::to_string(P) + " H=" + std::to_string(H) + " D=" + std::to_string(D) +
+                           " T=" + std::to_string(T) + " processors=" + std::to_string(processors);
   std::mt19937_64 random(seed);
-  // The cache has room for two more heads than are used, and keys past a row's length are NaN.
-  const int64_t stride_t = (H + 2) * D, stride_b = T * stride_t;
-  auto q = normal<E>(random, B * H * D), k = normal<E>(random, B * stride_b), v = normal<E>(random, B * stride_b);
-  for (int64_t b = 0; b < B; ++b)
-    for (int64_t i = lengths[b] * stride_t; i < stride_b; ++i)
-      k[b * stride_b + i] = v[b * stride_b + i] = cuda::from_float<E>(NAN);
-  std::vector<double> want(B * H * D), bound(B * H * D);
-  const auto qd = to_doubles(q), kd = to_doubles(k), vd = to_doubles(v);
+  const auto qkv = normal<E>(random, B * 3 * row), prefix = normal<E>(random, P * 2 * row);
+  auto cache = normal<E>(random, B * T * 2 * row);
+  for (int64_t b = 0; b < B; ++b)  // what lies beyond a row's length is never read
+    std::fill(&cache[(b * T + lengths[b]) * 2 * row], &cache[(b + 1) * T * 2 * row - 1] + 1, cuda::from_float<E>(NAN));
+  std::vector<double> want(B * row), bound(B * row);
+  const auto qkv_d = to_doubles(qkv), prefix_d = to_doubles(prefix), cache_d = to_doubles(cache);
   for (int64_t r = 0; r < B * H; ++r) {
-    const int64_t b = r / H, h = r % H, n = lengths[b];
+    const int64_t b = r / H, h = r % H, n = P + lengths[b] + 1;
+    const double* q = &qkv_d[b * 3 * row + h * D];
+    const auto key = [&](int64_t j) {
+      return j < P ? &prefix_d[j * 2 * row + h * D] : j + 1 < n ? &cache_d[(b * T + j - P) * 2 * row + h * D] : q + row;
+    };
     std::vector<double> p(n);
     double total = 0;
     for (int64_t j = 0; j < n; ++j) {
-      for (int64_t d = 0; d < D; ++d)
-        p[j] += qd[r * D + d] * kd[b * stride_b + j * stride_t + h * D + d] / std::sqrt(double(D));
+      for (int64_t d = 0; d < D; ++d) p[j] += q[d] * key(j)[d] / std::sqrt(double(D));
       total += p[j] = std::exp(p[j]);
     }
     for (int64_t d = 0; d < D; ++d) {
       double size = 0;
       for (int64_t j = 0; j < n; ++j) {
-        const double term = p[j] / total * vd[b * stride_b + j * stride_t + h * D + d];
+        const double term = p[j] / total * key(j)[row + d];
         want[r * D + d] += term;
         size += std::fabs(term);
       }
@@ -48,24 +51,19 @@ void test_decode(int64_t B, int64_t H, int64_t D, std::vector<int64_t> lengths, 
   simt::set_seed(seed);
   simt::set_multiprocessors(processors);
   run(name, [&] {
-    const simt::Buffer<E> dq(q), dk(k), dv(v);
-    const simt::Buffer<int64_t> dl(lengths);
-    simt::Buffer<E> out(B * H * D);
-    const DecodeAttention x{Type<E>::dtype,
-                            B,
-                            H,
-                            D,
-                            dq.data(),
-                            dk.data(),
-                            dv.data(),
-                            {H * D, D},
-                            {stride_b, stride_t, D},
-                            {stride_b, stride_t, D},
-                            dl.data(),
+    const simt::Buffer<E> new_token(qkv), shared(prefix);
+    const simt::Buffer<int64_t> used(lengths);
+    simt::Buffer<E> grown(cache.size()), out(B * row);
+    std::copy(cache.begin(), cache.end(), grown.data());
+    const DecodeAttention x{Type<E>::dtype, B, P, T, H, D, new_token.data(), shared.data(), grown.data(), used.data(),
                             out.data()};
-    simt::Buffer<float> workspace(cuda::decode_attention_workspace(x, T));
-    cuda::decode_attention(x, T, workspace.data(), nullptr);
+    simt::Buffer<float> workspace(cuda::decode_attention_workspace(x));
+    cuda::decode_attention(x, workspace.data(), nullptr);
     check_close(to_doubles(out.read()), want, bound, name);
+    auto after = cache;
+    for (int64_t b = 0; b < B; ++b)
+      std::copy_n(&qkv[(3 * b + 1) * row], 2 * row, &after[(b * T + lengths[b]) * 2 * row]);
+    check(std::memcmp(grown.read().data(), after.data(), after.size() * sizeof(E)) == 0, name + ": the cache after it");
   });
 }
 
@@ -74,10 +72,40 @@ void test_decode() {
   uint64_t seed = 0;
   for (const int64_t D : {32, 64, 128})
     for (const int processors : {1, 40}) {
-      test_decode<E>(1, 1, D, {1}, processors, ++seed);
-      test_decode<E>(3, 2, D, {5, 64, 1}, processors, ++seed);
-      test_decode<E>(2, 3, D, {700, 33}, processors, ++seed);
+      test_decode<E>(1, 0, 1, D, {0}, processors, ++seed);
+      test_decode<E>(3, 20, 2, D, {5, 64, 0}, processors, ++seed);
+      test_decode<E>(2, 130, 3, D, {600, 33}, processors, ++seed);
     }
+}
+
+// A number that only the kernel sees and that would lead outside its buffers.
+template <class F>
+void expect_assertion(const std::string& words, const F& f) {
+  std::string said;
+  try {
+    f();
+  } catch (const simt::Error& e) {
+    said = e.what();
+  }
+  check(said.find(words) != std::string::npos, "no assertion '" + words + "', but '" + said + "'");
+}
+
+void test_assertions() {
+  const simt::Buffer<float> numbers(3 * 32), results(32);
+  for (const int64_t length : {-1, 3})
+    expect_assertion("an entry of lengths is not in 0 .. T_max - 1", [&] {
+      const simt::Buffer<int64_t> lengths(std::vector<int64_t>{length});
+      const simt::Buffer<float> cache(3 * 2 * 32);
+      cuda::decode_attention({DType::f32, 1, 0, 3, 1, 32, numbers.data(), nullptr, cache.data(), lengths.data(),
+                              results.data()}, nullptr, nullptr);
+    });
+  for (const int64_t target : {-1, 32})
+    expect_assertion("an entry of targets is not in 0 .. V - 1", [&] {
+      const simt::Buffer<int64_t> targets(std::vector<int64_t>{target});
+      const simt::Buffer<double> lse(1);
+      cuda::logit_stats({DType::f32, 1, 32, numbers.data(), targets.data(), results.data(), results.data(), lse.data(),
+                         nullptr, nullptr, 0}, nullptr);
+    });
 }
 
 // --- sample ---------------------------------------------------------------------------------------------------------
@@ -237,5 +265,6 @@ int main(int argc, char** argv) {  // names of ops to test, default all
   if (wanted("decode")) test_decode<float>(), test_decode<bf16>(), test_decode<f16>();
   if (wanted("logprob")) test_logprob<float>(), test_logprob<bf16>(), test_logprob<f16>();
   if (wanted("sample")) test_sample<float>(), test_sample<bf16>(), test_sample<f16>();
+  if (wanted("assertions")) test_assertions();
   return report("simt_ops");
 }

@@ -1,0 +1,179 @@
+// From tensors to the structs of launchers.h: arguments checked, results allocated. Both devices' bindings (ops.cpp,
+// cuda/ops.cpp) begin here, so that an error reads the same on each.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <algorithm>
+
+#include "launchers.h"
+
+namespace tinystory {
+
+using at::Tensor;
+
+inline DType dtype_of(const Tensor& t, const char* op, const char* name) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::f32;
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    case at::kDouble:
+      if (!t.is_cuda()) return DType::f64;
+      [[fallthrough]];
+    default:
+      TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16", t.is_cuda() ? " or float16 on CUDA" :
+                  ", float16 or float64", ", not ", t.scalar_type());
+  }
+}
+
+inline void check_like(const Tensor& t, const Tensor& other, const char* op, const char* name, const char* other_name) {
+  TORCH_CHECK(t.scalar_type() == other.scalar_type(), op, ": ", name, " is ", t.scalar_type(), " but ", other_name,
+              " is ", other.scalar_type());
+  TORCH_CHECK(t.device() == other.device(), op, ": ", name, " is on ", t.device(), " but ", other_name, " is on ",
+              other.device());
+}
+
+inline void check_contiguous(const Tensor& t, const char* op, const char* name) {
+  TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous; call .contiguous() first");
+  TORCH_CHECK(!t.is_cuda() || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, op, ": ", name,
+              " must begin at a multiple of 16 bytes on CUDA; call .clone() first");
+}
+
+inline void check_head_size(int64_t D, const Tensor& t, const char* op, const char* name) {
+  TORCH_CHECK(!t.is_cuda() || D == 32 || D == 64 || D == 128, op, ": ", name,
+              "'s head size D must be 32, 64 or 128 on CUDA, not ", D);
+  TORCH_CHECK(D >= 16 && D <= 256 && D % 16 == 0, op, ": ", name,
+              "'s head size D must be a multiple of 16 up to 256, not ", D);
+}
+
+inline void check_ids(const Tensor& t, int64_t n, const Tensor& other, const char* op, const char* name) {
+  TORCH_CHECK(t.dim() == 1 && t.size(0) == n, op, ": ", name, " must have shape (", n, "), not ", t.sizes());
+  TORCH_CHECK(t.scalar_type() == at::kLong, op, ": ", name, " must be int64, not ", t.scalar_type());
+  TORCH_CHECK(t.device() == other.device(), op, ": ", name, " is on ", t.device(), ", not on ", other.device());
+}
+
+inline at::ScalarType wide(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// --- causal_attention ------------------------------------------------------------------------------------------------
+inline Attention attention_args(const Tensor& qkv, double dropout_p, int64_t seed, const char* op) {
+  TORCH_CHECK(qkv.dim() == 5 && qkv.size(2) == 3, op, ": qkv must have shape (B, T, 3, H, D), not ", qkv.sizes());
+  check_contiguous(qkv, op, "qkv");
+  const int64_t D = qkv.size(4);
+  check_head_size(D, qkv, op, "qkv");
+  TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), not ", dropout_p);
+  return {.dtype = dtype_of(qkv, op, "qkv"), .B = qkv.size(0), .T = qkv.size(1), .H = qkv.size(3), .D = D,
+          .dropout = dropout_p, .seed = uint64_t(seed), .qkv = qkv.const_data_ptr()};
+}
+
+struct AttentionForward {
+  Attention x;
+  Tensor out, lse;
+
+  AttentionForward(const Tensor& qkv, double dropout_p, int64_t seed)
+      : x(attention_args(qkv, dropout_p, seed, "causal_attention")),
+        out(at::empty({x.B, x.T, x.H, x.D}, qkv.options())),
+        lse(at::empty({x.B, x.H, x.T}, qkv.options().dtype(wide(qkv)))) {
+    x.out = out.data_ptr();
+    x.lse = lse.data_ptr();
+  }
+};
+
+struct AttentionBackward {
+  Attention x;
+  Tensor grad_out, grad_qkv;
+
+  AttentionBackward(const Tensor& grad_out_, const Tensor& qkv, const Tensor& out, const Tensor& lse, double dropout_p,
+                    int64_t seed)
+      : x(attention_args(qkv, dropout_p, seed, "causal_attention_backward")) {
+    constexpr auto op = "causal_attention_backward";
+    check_like(grad_out_, qkv, op, "grad_out", "qkv");
+    TORCH_CHECK(grad_out_.sizes() == out.sizes(), op, ": grad_out must have shape ", out.sizes(), ", not ",
+                grad_out_.sizes());
+    grad_out = grad_out_.contiguous();
+    check_contiguous(grad_out, op, "grad_out");
+    grad_qkv = at::empty(qkv.sizes(), qkv.options());
+    x.grad_out = grad_out.const_data_ptr();
+    x.out = out.data_ptr();
+    x.lse = lse.data_ptr();
+    x.grad_qkv = grad_qkv.data_ptr();
+  }
+};
+
+// --- decode_attention ------------------------------------------------------------------------------------------------
+struct Decode {
+  DecodeAttention x;
+  Tensor lengths, out;
+
+  Decode(const Tensor& qkv, const Tensor& prefix, const Tensor& cache, const Tensor& lengths_) {
+    constexpr auto op = "decode_attention";
+    TORCH_CHECK(qkv.dim() == 4 && qkv.size(1) == 3, op, ": qkv must have shape (B, 3, H, D), not ", qkv.sizes());
+    const int64_t B = qkv.size(0), H = qkv.size(2), D = qkv.size(3);
+    check_head_size(D, qkv, op, "qkv");
+    const auto check_keys = [&](const Tensor& t, int64_t dim, const char* name, const char* shape) {
+      TORCH_CHECK(t.dim() == dim && t.sizes().slice(dim - 3) == at::IntArrayRef({2, H, D}) &&
+                      (dim < 5 || t.size(0) == B), op, ": ", name, " must have shape ", shape,
+                  " with qkv's B, H and D, not ", t.sizes());
+      check_like(t, qkv, op, name, "qkv");
+      check_contiguous(t, op, name);
+    };
+    check_keys(prefix, 4, "prefix", "(P, 2, H, D)");
+    check_keys(cache, 5, "cache", "(B, T_max, 2, H, D)");
+    check_contiguous(qkv, op, "qkv");
+    check_ids(lengths_, B, qkv, op, "lengths");
+    lengths = lengths_.contiguous();
+    out = at::empty({B, H, D}, qkv.options());
+    x = {.dtype = dtype_of(qkv, op, "qkv"), .B = B, .P = prefix.size(0), .T = cache.size(1), .H = H, .D = D,
+         .qkv = qkv.const_data_ptr(), .prefix = prefix.const_data_ptr(), .cache = cache.data_ptr(),
+         .lengths = lengths.const_data_ptr<int64_t>(), .out = out.data_ptr()};
+  }
+};
+
+// --- sample ----------------------------------------------------------------------------------------------------------
+inline void check_sampling(double temperature, int64_t top_k, double top_p, const char* op) {
+  TORCH_CHECK(temperature >= 1e-6 && temperature <= 1e6, op, ": temperature must be between 1e-6 and 1e6, not ",
+              temperature, "; top_k=1 takes the most likely token");
+  TORCH_CHECK(top_k >= 0, op, ": top_k must be 0 (off) or positive, not ", top_k);
+  TORCH_CHECK(top_p > 0 && top_p <= 1, op, ": top_p must be in (0, 1], not ", top_p);
+}
+
+struct Draw {
+  Sample x;
+  Tensor rows, steps, tokens, logprobs, entropy;
+
+  Draw(const Tensor& logits, int64_t seed, const Tensor& rows_, const Tensor& steps_, double temperature, int64_t top_k,
+       double top_p) {
+    constexpr auto op = "sample";
+    TORCH_CHECK(logits.dim() == 2, op, ": logits must have shape (B, V), not ", logits.sizes());
+    const int64_t B = logits.size(0), V = logits.size(1);
+    const DType dtype = dtype_of(logits, op, "logits");
+    TORCH_CHECK(dtype != DType::f64, op, ": logits must be float32, bfloat16 or float16, not float64");
+    check_contiguous(logits, op, "logits");
+    TORCH_CHECK(V >= 1 && V < (1 << 22), op, ": logits must have between 1 and 2^22 - 1 columns, not ", V);
+    check_ids(rows_, B, logits, op, "rows");
+    check_ids(steps_, B, logits, op, "step");
+    check_sampling(temperature, top_k, top_p, op);
+    rows = rows_.contiguous(), steps = steps_.contiguous();
+    tokens = at::empty({B}, rows.options()), logprobs = at::empty({B}, logits.options().dtype(at::kFloat));
+    entropy = at::empty_like(logprobs);
+    x = {.dtype = dtype, .B = B, .V = V, .logits = logits.const_data_ptr(), .rows = rows.const_data_ptr<int64_t>(),
+         .steps = steps.const_data_ptr<int64_t>(), .seed = uint64_t(seed), .temperature = temperature, .top_k = top_k,
+         .top_p = top_p, .tokens = tokens.data_ptr<int64_t>(), .logprobs = logprobs.data_ptr<float>(),
+         .entropy = entropy.data_ptr<float>()};
+  }
+};
+
+// --- token_logprob ---------------------------------------------------------------------------------------------------
+inline void check_logprob(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const char* op) {
+  TORCH_CHECK(hidden.dim() == 2, op, ": hidden must have shape (N, C), not ", hidden.sizes());
+  TORCH_CHECK(weight.dim() == 2 && weight.size(1) == hidden.size(1), op, ": weight must have shape (V, ",
+              hidden.size(1), "), not ", weight.sizes());
+  TORCH_CHECK(weight.device() == hidden.device(), op, ": weight is on ", weight.device(), " but hidden is on ",
+              hidden.device());
+  const bool f64 = dtype_of(hidden, op, "hidden") == DType::f64;
+  TORCH_CHECK(f64 == (dtype_of(weight, op, "weight") == DType::f64), op, ": weight is ", weight.scalar_type(),
+              " but hidden is ", hidden.scalar_type());
+  check_ids(targets, hidden.size(0), hidden, op, "targets");
+}
+
+}  // namespace tinystory
