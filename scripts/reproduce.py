@@ -192,7 +192,7 @@ def evaluate(found: Sequence[Subject], out: Path, judge: Judge, progress: Progre
             atomic_write(path, json.dumps(plain(record), indent=1) + "\n")
             progress.done(f"{EVALUATION}/{subject.name}", time.monotonic() - began)
         else:
-            progress.at(f"{EVALUATION}/{subject.name}", 1.0)
+            progress.skip(f"{EVALUATION}/{subject.name}")
 
 
 def reproduce(

@@ -118,9 +118,13 @@ def run_parts(parts: Sequence[Part], out: Path, preset: str, jobs: int, lock: in
     """Run what is not finished of the parts, `jobs` at a time; each writes into a file of OUT/logs. lock: of `locked`.
 
     Raises UserError when one of them fails; whatever ends this function ends the others, which save where they are."""
+    waiting = []
     for part in parts:
         require_same_settings(part, out)
-    waiting = [part for part in parts if part.share(out) < 1]
+        if part.share(out) < 1:
+            waiting.append(part)
+        else:
+            progress.skip(part.name)
     running: list[tuple[Part, subprocess.Popen, float]] = []
     try:
         while waiting or running:
@@ -183,7 +187,7 @@ class Progress:
     """A line for each part that ends, and a bar of the whole with the time that is left by the speed so far."""
 
     def __init__(self):
-        self.work, self.shares, self.first = {}, {}, 0.0
+        self.work, self.shares, self.first, self.ended = {}, {}, 0.0, set()
         self.began = time.monotonic()
         self.bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}{postfix}", mininterval=1)
 
@@ -200,10 +204,17 @@ class Progress:
         self.bar.set_postfix_str(self._left(), refresh=False)
         self.bar.update(self._whole() - self.bar.n)
 
+    def skip(self, name: str) -> None:
+        """An earlier call has done it: that says nothing of this one's speed."""
+        before = self._whole()
+        self.shares[name] = 1.0
+        self.first += self._whole() - before
+        self.ended.add(name)
+
     def done(self, name: str, seconds: float) -> None:
         self.at(name, 1.0)
-        finished = sum(share == 1 for share in self.shares.values())
-        self.bar.write(f"[{finished}/{len(self.shares)}] {name}: {duration(seconds)}; {self._left()}")
+        self.ended.add(name)
+        self.bar.write(f"[{len(self.ended)}/{len(self.shares)}] {name}: {duration(seconds)}; {self._left()}")
 
     def _left(self) -> str:
         whole = self._whole()
