@@ -340,6 +340,22 @@ def test_text_curve():
     assert len(long) == 40 and list(long) == sorted(long) and long[0] == "▁" and long[-1] == "█"
 
 
+def test_what_the_teacher_took_is_summed_and_drawn(tmp_path):
+    interaction_run(tmp_path / "callable")
+    assert "Asking the teacher" not in write_report(tmp_path / "callable").read_text()
+    with RunLog(tmp_path / "run", resume_step=None) as log:
+        for step in range(1, 6):
+            log.metrics(
+                step=step, reward_mean=0.5, teacher_requests=70, teacher_retries=6, teacher_cached=0,
+                teacher_tokens_in=40_000, teacher_tokens_out=400, teacher_cost=0.25 * step,
+                teacher_latency_p50=0.5, teacher_latency_p90=1.5, teacher_latency_p99=step,
+            )  # fmt: skip
+    page = Page(write_report(tmp_path / "run"))
+    for words in ("Asking the teacher", "Requests350", "Asked again after a failure30", "200k", "2,000", "Cost1.25"):
+        assert words in page.text, words
+    assert all(f"{name} " in page.text for name in ("half", "90 %", "99 %"))  # of the answers, beside their curves
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

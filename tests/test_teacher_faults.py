@@ -90,9 +90,10 @@ def arguments(init: str, out: Path, url: str) -> list[str]:
     return ["--init", init, "--out", str(out), "--teacher-url", url, "--teacher-concurrency", "3", *SHORT]
 
 
-def test_a_run_killed_in_mid_step_pays_for_no_reply_twice_and_ends_the_same(init, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    answered, alive = 0, 8  # into the second of four steps of six
+def test_a_run_stopped_in_mid_step_pays_for_no_reply_twice_and_ends_the_same(init, tmp_path):
+    """First by Ctrl-C in the second of four steps of six, then by kill -9 in the third."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    answered = alive = 0
 
     def script(story, n):
         nonlocal answered
@@ -101,26 +102,41 @@ def test_a_run_killed_in_mid_step_pays_for_no_reply_twice_and_ends_the_same(init
         answered += 1
         return honest(story)
 
-    with FaultServer(script) as server:
-        command = [sys.executable, str(ROOT / "train_interact.py"), *arguments(init, killed, server.url)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        kept, until = killed / "replies.jsonl", time.monotonic() + 120
+    def stop_at(replies: int, how: signal.Signals, *argv: str) -> tuple[int, str]:
+        """Exit code and what it printed of a run that gets a signal with so many replies kept and three on their way"""
+        nonlocal alive
+        alive = replies
+        command = [sys.executable, str(ROOT / "train_interact.py"), *argv]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        kept, until = stopped / "replies.jsonl", time.monotonic() + 120
         # The probe's record is a line too.
         while not (kept.exists() and kept.read_text().count('"attempt"') == alive and server.in_flight == 3):
             assert process.poll() is None and time.monotonic() < until, process.communicate()[1]
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert len(metrics(killed)) == 1 and checkpoint.newest(killed).name == "start"
+        process.send_signal(how)
+        said = process.communicate()[0]
+        while server.in_flight:  # the server sees every connection closed
+            time.sleep(0.01)
+        return process.returncode, said
+
+    with FaultServer(script) as server:
+        code, said = stop_at(8, signal.SIGINT, *arguments(init, stopped, server.url))
+        assert (
+            code == 0
+            and "stopped after step 1, all saved" in said
+            and checkpoint.newest(stopped).name == "step_0000001"
+        )
+        code, said = stop_at(14, signal.SIGKILL, "--resume", "--out", str(stopped))
+        assert code == -signal.SIGKILL and len(metrics(stopped)) == 2
         alive = -1
-        interact.main(["--resume", "--out", str(killed)])
+        interact.main(["--resume", "--out", str(stopped)])
         paid = {story: times for story, times in server.good.items() if story}
         assert set(paid.values()) == {1} and len(paid) >= 4 * 6
         server.seen.clear()
         interact.main(arguments(init, whole, server.url))
-    assert_same_bits(whole, killed)
+    assert_same_bits(whole, stopped)
     for name in ("stories.jsonl", "samples.jsonl"):
-        assert (whole / name).read_text() == (killed / name).read_text()
+        assert (whole / name).read_text() == (stopped / name).read_text()
 
 
 def graded_now_and_then(story: str, n: int) -> str:

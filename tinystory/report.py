@@ -41,6 +41,14 @@ PPO_CURVES = {
     "grad_norm": "Gradient norm",
     "ratio_error": "Ratio error before the first update",
 }
+TEACHER_SUMS = {
+    "requests": "Requests",
+    "retries": "Asked again after a failure",
+    "cached": "Replies that were kept from before",
+    "tokens_in": "Tokens of prompts",
+    "tokens_out": "Tokens of replies",
+}
+LATENCIES = {"p50": "half", "p90": "90 %", "p99": "99 %"}  # of a step's answers
 READING_CURVES = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
@@ -134,6 +142,7 @@ def interaction(folder: Path, metrics: list[dict]) -> list[str]:
         best_and_worst(picked),
         unscored(picked),
         details("Inside PPO", curves(metrics, PPO_CURVES)),
+        asking(metrics),
     ]
 
 
@@ -223,6 +232,24 @@ def unscored(picked: "Picked") -> str:
 
 def step_name(record: dict) -> str:
     return f"Step {number(record['step'])}"
+
+
+def asking(metrics: list[dict]) -> str:
+    """What the teacher was asked and how fast it answered; "" where none was."""
+    if not any(column(metrics, "teacher_requests")):
+        return ""
+    sums = {name: sum(value or 0 for value in column(metrics, f"teacher_{key}")) for key, name in TEACHER_SUMS.items()}
+    cost = metrics[-1].get("teacher_cost")
+    rows = [(name, number(total)) for name, total in sums.items()] + [("Cost", number(cost))] * bool(cost)
+    latencies = [
+        Line(*columns(metrics, "step", f"teacher_latency_{key}"), "plain", name, smooth=False)
+        for key, name in LATENCIES.items()
+    ]
+    charts = [
+        chart("Seconds that answers took at most", latencies),
+        chart("Asked again after a failure", [Line(*columns(metrics, "step", "teacher_retries"))]),
+    ]
+    return details("Asking the teacher", page.facts(rows) + grid(charts))
 
 
 class Picked:
