@@ -99,6 +99,13 @@ def test_what_is_sent():
         assert read_back(first["messages"]) == ("Once", "A dog ran.")
 
 
+def test_as_many_are_on_their_way_as_was_asked_for():
+    with FaultServer() as server, Teacher(server.url, concurrency=130) as teacher:
+        server.delay = 0.5
+        teacher.judge("Once", [f"Dog {i} ran." for i in range(140)], 0)
+    assert server.most_in_flight == 130
+
+
 def test_words_beyond_the_cap_are_not_the_students(monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", closed_port())  # and a proxy is not asked for this machine's own address
     with FaultServer(lambda story, n: "well " * 50) as server, Teacher(server.url, max_tokens=6) as teacher:

@@ -16,6 +16,7 @@ from tinystory.teacher.prompt import clean
 
 LONGEST_ANSWER = 64 * 1024  # bytes; a reply is three numbers
 LONGEST_LIST = 8 * 1024 * 1024  # bytes; some hosts list hundreds of models, with prices
+KEEP_ALIVE_S = 2.0  # shorter than any server's (uvicorn's, and so vLLM's: 5), which must not close as we send
 LONGEST_MESSAGE = 300  # characters of the server's own words in an error
 
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
@@ -71,6 +72,7 @@ class Server:
             raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
         self._broken = (openai.APIConnectionError, httpx2.RequestError, aiohttp.ClientError, OSError)
         self._unreachable = aiohttp.ClientConnectorError
+        # How many connections there are is up to the caller: aiohttp takes 0 for no limit, and None for its own of 100.
         # A redirect could carry the key elsewhere, so none is followed; a proxy cannot reach this machine's loopback;
         # retries are decided where stories are known.
         timeout = openai.Timeout(timeout_s, connect=min(timeout_s, 10.0))
@@ -82,6 +84,7 @@ class Server:
                 timeout=timeout,
                 http_client=openai.DefaultAioHttpClient(
                     timeout=timeout,
+                    limits=httpx2.Limits(max_connections=0, keepalive_expiry=KEEP_ALIVE_S),
                     follow_redirects=False,
                     event_hooks={"response": [self._refuse]},
                     trust_env=not LOOPBACK.match(url),
