@@ -40,19 +40,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher-url", metavar="URL", help="measure the server at this address, not our client")
     parser.add_argument("--stories", type=int, metavar="N", help="of a run (default: 2000; with --teacher-url 16)")
-    parser.add_argument("--concurrency", type=int, metavar="N", help="most requests at a time (default: 64, 1)")
+    parser.add_argument("--concurrency", type=int, default=64, metavar="N", help="our client's requests at a time")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed, after one that is not (default: 3)")
     options = parser.parse_args(argv)
-    url = options.teacher_url
-    count, concurrency = options.stories or (16 if url else 2000), options.concurrency or (1 if url else 64)
-    if min(count, concurrency, options.runs) < 1:
+    count = options.stories or (16 if options.teacher_url else 2000)
+    if min(count, options.concurrency, options.runs) < 1:
         raise UserError("--stories, --concurrency and --runs must be at least 1")
-    if url:
-        measured = prefix(url, count, concurrency, options.runs)
+    if options.teacher_url:
+        measured = prefix(options.teacher_url, count, options.runs)
     else:
         with instant_server() as url:
-            measured = overhead(url, count, concurrency, options.runs)
-    print(json.dumps(dict(stories=count, concurrency=concurrency, runs=options.runs) | measured), flush=True)
+            measured = overhead(url, count, options.concurrency, options.runs)
+    print(json.dumps(dict(stories=count, runs=options.runs) | measured), flush=True)
 
 
 def overhead(url: str, count: int, concurrency: int, runs: int) -> dict[str, float]:
@@ -82,40 +81,44 @@ def overhead(url: str, count: int, concurrency: int, runs: int) -> dict[str, flo
             began, worked = time.perf_counter(), time.process_time()
             ask(stories)
             laps[name].append((time.perf_counter() - began, time.process_time() - worked))
-    found = {}
+    found = dict(concurrency=concurrency)
     for name, times in laps.items():
         seconds, cpu = (statistics.median(lap) for lap in zip(*times[1:], strict=True))
         found |= {f"{name}_per_s": round(count / seconds, 1), f"{name}_cpu_ms": round(1e3 * cpu / count, 3)}
     return found | dict(ratio=round(found["ours_per_s"] / max(found["aiohttp_per_s"], found["httpx_per_s"]), 3))
 
 
-def prefix(url: str, count: int, concurrency: int, runs: int) -> dict[str, float | str]:
-    """Seconds a story with the rubric first and with it last, in turn, each of stories that are new to the server; and
-    the tokens of a prompt, where it counts them."""
+def prefix(url: str, count: int, runs: int) -> dict[str, float | str | None]:
+    """Median seconds of a story asked alone with the rubric first and with it last, in turn, every story new to the
+    server and none the first in its order; and the tokens of a prompt, where the server counts them."""
     with Teacher(url) as teacher:
         model = teacher.probe().model
-    tokens = []
-
-    async def ask(prompts: list[dict]) -> None:
-        server = Server(url, os.environ.get("OPENAI_API_KEY"), 300.0)
-        for reply in await each(lambda asked: server.chat(model=model, **asked), prompts, concurrency):
-            tokens.extend(reply.tokens[:1] if reply.tokens else ())
-        await server.close()
 
     def swapped(prompt: dict) -> dict:
         rubric, story = (message["content"] for message in prompt["messages"])
         return prompt | {"messages": [{"role": "system", "content": story}, {"role": "user", "content": rubric}]}
 
-    laps = {"first": [], "last": []}
-    for stories in rounds(2 * count, runs):
-        prompts = questions(stories)
-        for name, half in (("first", prompts[:count]), ("last", list(map(swapped, prompts[count:])))):
+    async def ask(prompts: list[dict]) -> list[float]:
+        server = Server(url, os.environ.get("OPENAI_API_KEY"), 300.0)
+
+        async def timed(asked: dict) -> float:
             began = time.perf_counter()
-            asyncio.run(ask(half))
-            laps[name].append((time.perf_counter() - began) / count)
-    first, last = (statistics.median(times[1:]) for times in laps.values())
+            reply = await server.chat(model=model, **asked)
+            tokens.extend(reply.tokens[:1] if reply.tokens else ())
+            return time.perf_counter() - began
+
+        seconds = await each(timed, prompts, concurrency=1)
+        await server.close()
+        return seconds[1:]
+
+    laps, tokens = {"first": [], "last": []}, []
+    for stories in rounds(2 * count + 2, runs):
+        prompts = questions(stories)
+        laps["first"] += asyncio.run(ask(prompts[::2]))
+        laps["last"] += asyncio.run(ask(list(map(swapped, prompts[1::2]))))
+    first, last = (statistics.median(times[count:]) for times in laps.values())
     measured = dict(rubric_first_s=round(first, 3), rubric_last_s=round(last, 3), ratio=round(last / first, 2))
-    return dict(model=model, prompt_tokens=statistics.mean(tokens) if tokens else None) | measured
+    return dict(model=model, prompt_tokens=round(statistics.mean(tokens), 1) if tokens else None) | measured
 
 
 def rounds(count: int, runs: int) -> Iterator[list[str]]:

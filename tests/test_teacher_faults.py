@@ -24,6 +24,7 @@ from tinystory.teacher.client import Teacher
 from tinystory.teacher.replay import Replay
 
 STORIES = int(os.environ.get("TINYSTORY_FAULT_STORIES", "200"))  # 2000 for the full size
+LATENCY = float(os.environ.get("TINYSTORY_FAULT_LATENCY", "0"))  # seconds that a good reply takes, as of a real model
 FAULTS = ["500", "429", "hang", "reset", "empty", "html", "malformed", "4 0 0", "huge", "drip"]
 
 
@@ -51,7 +52,9 @@ def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted():
     with FaultServer(script) as server, Teacher(server.url, concurrency=64, deadline_s=12.0) as teacher:
         teacher.probe()
         teacher.stats()
+        server.delay, began = LATENCY, time.monotonic()
         judgements = teacher.judge("Once", stories, 0)
+        seconds = time.monotonic() - began
         stats = teacher.stats()
     unscored = [story for story, judgement in zip(stories, judgements, strict=True) if judgement.scores is None]
     assert len(judgements) == STORIES and set(unscored) >= hopeless and len(unscored) <= len(hopeless) + STORIES // 50
@@ -67,6 +70,8 @@ def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted():
     assert stats["requests"] == sum(server.seen.values()) - 1
     assert stats["requests"] == failed + sum(judgement.attempts for judgement in judgements)
     assert stats["retries"] <= failed
+    share = len(judgements) / seconds / (64 / LATENCY) if LATENCY else None
+    print(f"{len(judgements) / seconds:.1f} stories/s, {share and f'{share:.0%}'} of 64 slots / latency; {stats}")
 
 
 # Whole runs of train_interact.py.

@@ -1,0 +1,30 @@
+"""scripts/bench_teacher.py on a few stories: one line of JSON that adds up."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from fault_server import FaultServer, counted
+
+
+def bench(*argv: str) -> dict:
+    command = [sys.executable, str(ROOT / "scripts" / "bench_teacher.py"), *argv]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def test_our_client_beside_the_bare_one():
+    r = bench("--stories", "40", "--runs", "1", "--concurrency", "8")
+    assert (r["stories"], r["runs"], r["concurrency"]) == (40, 1, 8)
+    assert r["ratio"] == pytest.approx(r["ours_per_s"] / max(r["aiohttp_per_s"], r["httpx_per_s"]), abs=0.01)
+    assert min(r["ours_cpu_ms"], r["aiohttp_cpu_ms"], r["httpx_cpu_ms"]) > 0
+
+
+def test_a_server_is_asked_in_both_orders():
+    with FaultServer(lambda story, n: counted("2 1 3", 600), other=lambda asked: counted("A fox.", 400)) as server:
+        r = bench("--teacher-url", server.url, "--stories", "2", "--runs", "1")
+        swapped = [asked for asked in server.others if len(asked["messages"]) == 2]
+    assert (r["model"], r["prompt_tokens"]) == ("first", 500) and r["rubric_first_s"] > 0 and r["rubric_last_s"] > 0
+    assert len(server.requests) == 1 + 2 * 3 and len(swapped) == 2 * 3  # two runs of a first story and two more
+    assert all("from 0 to 3" in asked["messages"][1]["content"] for asked in swapped)
