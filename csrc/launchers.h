@@ -68,6 +68,35 @@ struct TokenLogprob {
   void* workspace;                    // logprob_workspace() bytes
 };
 
+// y = gelu(x weight^T + bias) + residual with or without either end, products in f32 or bf16, sums in f32. The caller
+// takes the M rows a chunk at a time: forward pack_weight once, then pack_x and forward a chunk; backward pack_weight
+// once, then pack_grad, grad_x, grad_weight a chunk. K and N are multiples of 32.
+struct Linear {
+  DType x_type, y_type;               // f32 or bf16: of x and grad_x; of y and grad_y
+  bool bf16, gelu;                    // bf16: products, and slope
+  int64_t M, K, N;
+  const void* x;                      // (M, K)
+  const float *weight, *bias;         // (N, K), (N,)
+  const float* residual;              // (M, N) or null
+  void *y, *slope;                    // (M, N); slope: GELU's derivative, forward to backward
+  const void* grad_y;                 // (M, N); null: forward
+  void* grad_x;                       // (M, K)
+  float *grad_weight, *bias_parts;    // (N, K); (blocks of kLinearRows rows, N), whose sum is the bias's gradient
+  int64_t first, rows;                // the chunk; `first` is a multiple of kLinearRows
+  void* workspace;                    // linear_workspace() bytes
+};
+constexpr int64_t kLinearRows = 64;
+
+struct LayerNorm {
+  DType y_type;                       // of y and grad_y
+  int64_t rows, C;                    // C is a multiple of 32
+  const float *x, *weight, *bias;     // (rows, C), (C,), (C,)
+  float *mean, *scale;                // (rows,)
+  void* y;
+  const void* grad_y;
+  float *grad_x, *parts;              // (blocks of kLinearRows rows, 2, C): sums to the gradients of weight and bias
+};
+
 namespace cpu {
 void attention_forward(const Attention&, int64_t begin, int64_t end);         // items: B * H
 void attention_backward(const Attention&, int64_t begin, int64_t end);        // items: B * H
@@ -80,5 +109,15 @@ void logprob_logits(const TokenLogprob&, int64_t begin, int64_t end);         //
 void logprob_stats(const TokenLogprob&, int64_t begin, int64_t end);          // items: rows; logprob, entropy, lse
 void logprob_grad_weight(const TokenLogprob&, int64_t begin, int64_t end);    // items: groups; logits -> gradients
 void logprob_grad_hidden(const TokenLogprob&, int64_t begin, int64_t end);    // items: rows
+int64_t linear_workspace(const Linear&);                                      // for chunks of `rows` rows
+int64_t linear_tiles(const Linear&, int64_t columns);                         // items of forward (N) and grad_x (K)
+void linear_pack_weight(const Linear&, int64_t begin, int64_t end);           // items: N / 64, backward N / 32
+void linear_pack_x(const Linear&, int64_t begin, int64_t end);                // items: rows
+void linear_forward(const Linear&, int64_t begin, int64_t end);
+void linear_pack_grad(const Linear&, int64_t begin, int64_t end);             // items: rows / kLinearRows
+void linear_grad_x(const Linear&, int64_t begin, int64_t end);
+void linear_grad_weight(const Linear&, int64_t begin, int64_t end);           // items: N / 64 * K / 64
+void layer_norm(const LayerNorm&, int64_t begin, int64_t end);                // items: rows
+void layer_norm_backward(const LayerNorm&, int64_t begin, int64_t end);       // items: rows / kLinearRows
 }  // namespace cpu
 }  // namespace tinystory

@@ -7,6 +7,10 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#if defined(__linux__)
+#include <malloc.h>
+#endif
+#include <optional>
 #include <tuple>
 
 #include "arguments.h"
@@ -14,6 +18,13 @@
 
 namespace tinystory {
 namespace {
+
+// Kept between calls, one a thread: a fresh 50 MB would cost its page faults each time.
+void* workspace(int64_t bytes) {
+  thread_local Tensor memory;
+  if (!memory.defined() || memory.numel() < bytes) memory = at::empty({bytes}, at::kByte);
+  return memory.data_ptr();
+}
 
 std::tuple<Tensor, Tensor> causal_attention(const Tensor& qkv, double dropout_p, int64_t seed) {
   const AttentionForward f(qkv, dropout_p, seed);
@@ -67,12 +78,7 @@ struct Logprob {
     x.targets = targets.const_data_ptr<int64_t>();
     const int64_t fit = kChunkBytes / std::max<int64_t>(1, x.V * int64_t(wide.dtype().itemsize()));
     x.rows = std::min(std::max<int64_t>(fit / 6 * 6, 6), x.N);
-    // Kept between calls, one a thread: a fresh 50 MB would cost its page faults each time.
-    thread_local Tensor workspace;
-    const int64_t bytes = cpu::logprob_workspace(x);
-    if (!workspace.defined() || workspace.numel() < bytes)
-      workspace = at::empty({bytes}, h.options().dtype(at::kByte).requires_grad(false));
-    x.workspace = workspace.data_ptr();
+    x.workspace = workspace(cpu::logprob_workspace(x));
   }
 
   static const Tensor& check(const Tensor& h, const Tensor& w, const Tensor& t, const char* op) {
@@ -151,6 +157,128 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Ten
   p.run(true, true);
   const auto [grad_hidden, grad_weight] = p.grads();
   return {p.logprob.mean().neg_(), grad_hidden, grad_weight};
+}
+
+// --- linear, layer_norm ----------------------------------------------------------------------------------------------
+constexpr int64_t kChunkRows = 2048;  // of a linear layer: what is packed stays in the last cache
+
+void check_float(const Tensor& t, at::IntArrayRef shape, const char* op, const char* name) {
+  TORCH_CHECK(t.scalar_type() == at::kFloat && t.sizes() == shape && t.is_contiguous(), op, ": ", name,
+              " must be contiguous float32 of shape ", shape, ", not ", t.scalar_type(), " of shape ", t.sizes());
+}
+
+DType float_or_bf16(const Tensor& t, const char* op, const char* name) {
+  const DType type = dtype_of(t, op, name);
+  TORCH_CHECK(type == DType::f32 || type == DType::bf16, op, ": ", name, " must be float32 or bfloat16, not ",
+              t.scalar_type());
+  TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous; call .contiguous() first");
+  return type;
+}
+
+Linear linear_args(const Tensor& x, const Tensor& weight, bool gelu, bool bf16, const char* op) {
+  TORCH_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1), op, ": x (..., K) and weight (N, K) ",
+              "do not fit: ", x.sizes(), " and ", weight.sizes());
+  check_float(weight, weight.sizes(), op, "weight");
+  const int64_t N = weight.size(0), K = weight.size(1);
+  TORCH_CHECK(N % 32 == 0 && K % 32 == 0, op, ": weight's sizes must be multiples of 32, not ", weight.sizes());
+  return {.x_type = float_or_bf16(x, op, "x"), .y_type = {}, .bf16 = bf16, .gelu = gelu,
+          .M = x.numel() / std::max<int64_t>(K, 1), .K = K, .N = N, .x = x.const_data_ptr(),
+          .weight = weight.const_data_ptr<float>(), .rows = {}};
+}
+
+// weight's items, then `run` on each chunk of rows.
+template <class F>
+void linear_chunks(Linear& l, int64_t weight_items, const F& run) {
+  l.rows = std::min(kChunkRows, l.M);
+  l.workspace = workspace(cpu::linear_workspace(l));
+  at::parallel_for(0, weight_items, 1, [&](int64_t begin, int64_t end) { cpu::linear_pack_weight(l, begin, end); });
+  for (; l.first < l.M; l.first += kChunkRows) {
+    l.rows = std::min(kChunkRows, l.M - l.first);
+    run([&](auto kernel, int64_t items) {
+      at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { kernel(l, begin, end); });
+    });
+  }
+}
+
+int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                  const std::optional<Tensor>& residual, bool gelu, bool bf16) {
+  constexpr auto op = "linear";
+  Linear l = linear_args(x, weight, gelu, bf16, op);
+  check_float(bias, {l.N}, op, "bias");
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = l.N;
+  if (residual) check_float(*residual, shape, op, "residual");
+  const auto type = bf16 ? at::kBFloat16 : at::kFloat;
+  Tensor y = at::empty(shape, x.options().dtype(residual ? at::kFloat : type));
+  Tensor slope = at::empty(gelu ? shape : std::vector<int64_t>{0}, x.options().dtype(type));
+  l.y_type = dtype_of(y, op, "y");
+  l.bias = bias.const_data_ptr<float>(), l.residual = residual ? residual->const_data_ptr<float>() : nullptr;
+  l.y = y.data_ptr(), l.slope = slope.data_ptr();
+  linear_chunks(l, blocks(l.N, 64), [&](const auto& step) {
+    step(cpu::linear_pack_x, l.rows);
+    step(cpu::linear_forward, cpu::linear_tiles(l, l.N));
+  });
+  return {y, slope};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                                                   const Tensor& slope, bool gelu, bool bf16) {
+  constexpr auto op = "linear_backward";
+  Linear l = linear_args(x, weight, gelu, bf16, op);
+  const Tensor g = grad_y.contiguous();
+  TORCH_CHECK(g.numel() == l.M * l.N && (!gelu || slope.numel() == l.M * l.N), op, ": grad_y or slope do not fit");
+  l.y_type = float_or_bf16(g, op, "grad_y");
+  Tensor grad_x = at::empty_like(x), grad_weight = at::empty_like(weight);
+  Tensor bias_parts = at::empty({blocks(l.M, kLinearRows), l.N}, weight.options());
+  if (l.M == 0) grad_weight.zero_();
+  l.grad_y = g.const_data_ptr(), l.slope = slope.data_ptr(), l.grad_x = grad_x.data_ptr();
+  l.grad_weight = grad_weight.data_ptr<float>(), l.bias_parts = bias_parts.data_ptr<float>();
+  linear_chunks(l, l.N / 32, [&](const auto& step) {
+    step(cpu::linear_pack_grad, blocks(l.rows, kLinearRows));
+    step(cpu::linear_grad_x, cpu::linear_tiles(l, l.K));
+    step(cpu::linear_grad_weight, blocks(l.N, 64) * blocks(l.K, 64));
+  });
+  return {grad_x, grad_weight, bias_parts.sum(0)};
+}
+
+LayerNorm norm_args(const Tensor& x, const Tensor& weight, const char* op) {
+  check_float(x, x.sizes(), op, "x");
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 32 == 0, op, ": x's last dimension must be a multiple of 32, not ", x.sizes());
+  check_float(weight, {x.size(-1)}, op, "weight");
+  const int64_t C = x.size(-1);
+  return {.y_type = {}, .rows = x.numel() / std::max<int64_t>(C, 1), .C = C, .x = x.const_data_ptr<float>(),
+          .weight = weight.const_data_ptr<float>()};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, bool bf16) {
+  LayerNorm n = norm_args(x, weight, "layer_norm");
+  check_float(bias, weight.sizes(), "layer_norm", "bias");
+  Tensor y = at::empty(x.sizes(), x.options().dtype(bf16 ? at::kBFloat16 : at::kFloat));
+  Tensor mean = at::empty({n.rows}, x.options()), scale = at::empty_like(mean);
+  n.y_type = bf16 ? DType::bf16 : DType::f32;
+  n.bias = bias.const_data_ptr<float>(), n.y = y.data_ptr();
+  n.mean = mean.data_ptr<float>(), n.scale = scale.data_ptr<float>();
+  at::parallel_for(0, n.rows, 64, [&](int64_t begin, int64_t end) { cpu::layer_norm(n, begin, end); });
+  return {y, mean, scale};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                                                       const Tensor& mean, const Tensor& scale) {
+  constexpr auto op = "layer_norm_backward";
+  LayerNorm n = norm_args(x, weight, op);
+  check_float(mean, {n.rows}, op, "mean");
+  check_float(scale, {n.rows}, op, "scale");
+  const Tensor g = grad_y.contiguous();
+  TORCH_CHECK(g.sizes() == x.sizes(), op, ": grad_y must have shape ", x.sizes(), ", not ", g.sizes());
+  Tensor grad_x = at::empty_like(x), parts = at::empty({blocks(n.rows, kLinearRows), 2, n.C}, x.options());
+  n.y_type = float_or_bf16(g, op, "grad_y");
+  n.mean = mean.data_ptr<float>(), n.scale = scale.data_ptr<float>();
+  n.grad_y = g.const_data_ptr(), n.grad_x = grad_x.data_ptr<float>(), n.parts = parts.data_ptr<float>();
+  at::parallel_for(0, parts.size(0), 1, [&](int64_t begin, int64_t end) { cpu::layer_norm_backward(n, begin, end); });
+  const Tensor sums = parts.sum(0);
+  return {grad_x, sums[0].clone(), sums[1].clone()};
 }
 
 // --- Decoder ---------------------------------------------------------------------------------------------------------
@@ -247,6 +375,13 @@ TORCH_LIBRARY(tinystory, m) {
         " Tensor entropy, Tensor lse) -> (Tensor grad_hidden, Tensor grad_weight)");
   m.def("cross_entropy(Tensor hidden, Tensor weight, Tensor targets)"
         " -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)");
+  m.def("linear(Tensor x, Tensor weight, Tensor bias, Tensor? residual, bool gelu, bool bf16)"
+        " -> (Tensor y, Tensor slope)");
+  m.def("linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor slope, bool gelu, bool bf16)"
+        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, bool bf16) -> (Tensor y, Tensor mean, Tensor scale)");
+  m.def("layer_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor mean, Tensor scale)"
+        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 }
 
 TORCH_LIBRARY_IMPL(tinystory, CPU, m) {
@@ -257,6 +392,10 @@ TORCH_LIBRARY_IMPL(tinystory, CPU, m) {
   m.impl("token_logprob", token_logprob);
   m.impl("token_logprob_backward", token_logprob_backward);
   m.impl("cross_entropy", cross_entropy);
+  m.impl("linear", linear);
+  m.impl("linear_backward", linear_backward);
+  m.impl("layer_norm", layer_norm);
+  m.impl("layer_norm_backward", layer_norm_backward);
 }
 
 }  // namespace tinystory

@@ -45,13 +45,6 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// tanh GELU: x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
-vf gelu(vf x) {
-  constexpr float kSlope = -2 * 0.7978845608028654 * 1.4426950408889634;
-  const vf u = x * fma(x * x, splat<vf>(0.044715f), splat<vf>(1.0f)) * kSlope;
-  return x / (exp2(u < 126.0f ? u : splat<vf>(126.0f)) + 1.0f);
-}
-
 template <class K>
 class Engine final : public Decoder {
   using Word = typename K::Word;
@@ -269,7 +262,7 @@ class Engine final : public Decoder {
       norm_rows(rows, b.ln_2);
       product_of("decoder: fc, gelu", b.fc, normed_.data, rows, [&](int64_t i, int64_t column, const float* sums) {
         each(b.fc, column, sums,
-             [&](int64_t j, vf v) { store_numbers<K>(inner_.data + i * 4 * C / K::kPair, j, gelu(v)); });
+             [&](int64_t j, vf v) { store_numbers<K>(inner_.data + i * 4 * C / K::kPair, j, gelu_and_slope(v).first); });
       });
       add_to_x("decoder: mlp_proj", b.mlp_proj, inner_.data);
     }

@@ -64,7 +64,7 @@ constexpr int lanes = sizeof(V) / sizeof(std::declval<V>()[0]);
 
 template <class V, class T>
 inline V splat(T x) {
-  return V{} + x;
+  return x - V{};  // not V{} + x: -0 + 0 is +0, so the compiler would have to add
 }
 
 inline vf fma(vf a, vf b, vf c) {
@@ -109,6 +109,14 @@ inline vf exp2(vf x) {
 inline vd exp2(vd x) {
   for (int i = 0; i < lanes<vd>; ++i) x[i] = std::exp2(x[i]);
   return x;
+}
+
+// tanh GELU: x s with s = sigmoid(u), u = 2 sqrt(2 / pi) (x + 0.044715 x^3); and its derivative s + x s (1 - s) u'.
+inline std::pair<vf, vf> gelu_and_slope(vf x) {
+  constexpr float k = 2 * 0.7978845608028654;
+  const vf xx = x * x, u = x * fma(xx, splat<vf>(0.044715f), splat<vf>(1.0f)) * (k * -1.4426950408889634f);
+  const vf s = 1.0f / (exp2(u < 126.0f ? u : splat<vf>(126.0f)) + 1.0f), y = x * s;
+  return {y, fma(y * (1.0f - s), fma(xx, splat<vf>(3 * 0.044715f * k), splat<vf>(k)), s)};
 }
 
 // --- 16-bit floats ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,16 @@ from torch import Tensor
 from tinystory.errors import UserError
 from tinystory.ops import autograd, build, reference
 
-__all__ = ["causal_attention", "cross_entropy", "decode_attention", "load", "sample", "token_logprob"]
+__all__ = [
+    "causal_attention",
+    "cross_entropy",
+    "decode_attention",
+    "layer_norm",
+    "linear",
+    "load",
+    "sample",
+    "token_logprob",
+]
 
 
 def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
@@ -92,10 +101,42 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Under torch.autocast the products are computed in its type; weight keeps its own, and so does its gradient."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    return hidden, weight
+    return hidden if hidden.dtype == torch.float64 else hidden.to(product_dtype(hidden)), weight
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """A linear layer and what follows it: x (..., K), weight (N, K), bias (N,) -> (..., N).
+
+    gelu: tanh GELU of the sum. residual (..., N): added last. Products are computed in x's type, or in autocast's,
+    which is also the result's unless a residual gives it its own. weight and bias keep their type, and so do their
+    gradients: nothing is cast a use. A row's result depends on that row alone. The kernel runs on a CPU for a float32
+    weight with sizes that are multiples of 32; for all else PyTorch's own product does (on a GPU cuBLAS).
+    """
+    dtype = product_dtype(x)
+    if fused("linear", x, weight) and (residual is None or residual.dtype == torch.float32):
+        residual = residual if residual is None else residual.contiguous()
+        return torch.ops.tinystory.linear(x.contiguous(), weight, bias, residual, gelu, dtype == torch.bfloat16)[0]
+    return reference.linear(x, weight, bias, residual, gelu)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Layer norm of the last dimension, eps 1e-5, for a product to read: x (..., C) float32 -> (..., C) in autocast's
+    type (without autocast float32). Where the kernel does not run, as for linear, PyTorch's does, in float32."""
+    if fused("layer_norm", x, weight) and x.dtype == torch.float32:
+        return torch.ops.tinystory.layer_norm(x.contiguous(), weight, bias, product_dtype(x) == torch.bfloat16)[0]
+    return reference.layer_norm(x, weight, bias)
+
+
+def fused(name: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether the CPU's kernel computes a layer with this weight."""
+    fits = x.device.type == "cpu" and weight.dtype == torch.float32 and x.dtype in (torch.float32, torch.bfloat16)
+    fits = fits and all(size % 32 == 0 for size in weight.shape)
+    return fits and product_dtype(x) in (torch.float32, torch.bfloat16) and compiled(name, "cpu")
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @torch.compiler.assume_constant_result

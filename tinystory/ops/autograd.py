@@ -16,12 +16,18 @@ def register() -> None:
         "token_logprob": token_logprob_fake,
         "token_logprob_backward": token_logprob_backward_fake,
         "cross_entropy": cross_entropy_fake,
+        "linear": linear_fake,
+        "linear_backward": linear_backward_fake,
+        "layer_norm": layer_norm_fake,
+        "layer_norm_backward": layer_norm_backward_fake,
     }.items():
         torch.library.register_fake(f"tinystory::{name}", fake)
     for name, setup, backward in (
         ("causal_attention", attention_setup, attention_backward),
         ("token_logprob", token_logprob_setup, token_logprob_backward),
         ("cross_entropy", cross_entropy_setup, cross_entropy_backward),
+        ("linear", linear_setup, linear_backward),
+        ("layer_norm", layer_norm_setup, layer_norm_backward),
     ):
         torch.library.register_autograd(f"tinystory::{name}", backward, setup_context=setup)
 
@@ -102,3 +108,54 @@ def cross_entropy_backward(ctx, grad: Tensor, *_):
         return None, None, None
     grad_hidden, grad_weight = ctx.saved_tensors
     return grad_hidden * grad, grad_weight * grad, None
+
+
+# --- linear, layer_norm -----------------------------------------------------------------------------------------------
+def products(bf16: bool) -> torch.dtype:
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def linear_fake(x, weight, bias, residual, gelu, bf16):
+    shape = (*x.shape[:-1], weight.shape[0])
+    y = x.new_empty(shape, dtype=products(bf16) if residual is None else torch.float32)
+    return y, x.new_empty(shape if gelu else 0, dtype=products(bf16))
+
+
+def linear_backward_fake(grad_y, x, weight, slope, gelu, bf16):
+    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[0])
+
+
+def linear_setup(ctx, inputs, output):
+    x, weight, _, residual, ctx.gelu, ctx.bf16 = inputs
+    ctx.residual = residual is not None
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def linear_backward(ctx, grad_y: Tensor, _):
+    if grad_y is None:
+        return (None,) * 6
+    grads = ops.linear_backward(grad_y, *ctx.saved_tensors, ctx.gelu, ctx.bf16)
+    return *grads, grad_y if ctx.residual else None, None, None
+
+
+def layer_norm_fake(x, weight, bias, bf16):
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(x.shape, dtype=products(bf16)), x.new_empty(rows), x.new_empty(rows)
+
+
+def layer_norm_backward_fake(grad_y, x, weight, mean, scale):
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def layer_norm_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def layer_norm_backward(ctx, grad_y: Tensor, *_):
+    if grad_y is None:
+        return (None,) * 4
+    return *ops.layer_norm_backward(grad_y, *ctx.saved_tensors), None

@@ -7,6 +7,7 @@ so dropout masks and sampled tokens are the same bit for bit.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
@@ -44,6 +45,18 @@ def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean of -logprob over the rows."""
     return -token_logprob(hidden, weight, targets)[0].mean()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """x weight^T + bias, then tanh GELU if asked for, then the residual stream if there is one."""
+    y = F.linear(x, weight, bias)
+    y = F.gelu(y, approximate="tanh") if gelu else y
+    return y if residual is None else residual + y
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over the last dimension (1e-5 under the root), then weight and bias."""
+    return F.layer_norm(x, weight.shape, weight, bias)
 
 
 def sample(

@@ -54,13 +54,22 @@ class Block(nn.Module):
 
     def project_qkv(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., 3, H, D)"""
-        return self.qkv(self.ln_1(x)).unflatten(-1, (3, self.n_head, -1))
+        normed = ops.layer_norm(x, self.ln_1.weight, self.ln_1.bias)
+        return ops.linear(normed, self.qkv.weight, self.qkv.bias).unflatten(-1, (3, self.n_head, -1))
 
     def finish(self, x: Tensor, attended: Tensor, dropout: float) -> Tensor:
         """Residual stream x (..., C) and attention's output (..., H, D) -> the block's output (..., C)."""
-        x = x + F.dropout(self.attn_proj(attended.flatten(-2)), dropout)
-        mlp = self.mlp_proj(F.gelu(self.fc(self.ln_2(x)), approximate="tanh"))
-        return x + F.dropout(mlp, dropout)
+        x = add(x, self.attn_proj, attended.flatten(-2), dropout)
+        normed = ops.layer_norm(x, self.ln_2.weight, self.ln_2.bias)
+        inner = ops.linear(normed, self.fc.weight, self.fc.bias, gelu=True)
+        return add(x, self.mlp_proj, inner, dropout)
+
+
+def add(x: Tensor, layer: nn.Linear, branch: Tensor, dropout: float) -> Tensor:
+    """x + dropout(layer(branch)): the residual stream's next state."""
+    if dropout:
+        return x + F.dropout(ops.linear(branch, layer.weight, layer.bias), dropout)
+    return ops.linear(branch, layer.weight, layer.bias, residual=x)
 
 
 class Student(nn.Module):

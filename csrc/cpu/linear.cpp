@@ -1,0 +1,218 @@
+// Linear layers, forward and backward, with what surrounds them in a transformer done while the numbers are at hand:
+// bias, tanh GELU and its derivative, the residual stream; and layer norm.
+//
+// All three products run through the register tile of product.h: what stands on the right is packed in panels of 64
+// columns first (the weight: 1 to 2 % of a product's time, so nothing is kept between calls), a panel meets a block of
+// rows that stays in the second-level cache. A row's result depends on that row alone, and sums over rows are taken in
+// blocks of fixed size: neither the number of threads nor the rest of the batch changes a bit of a row.
+#include <algorithm>
+
+#include "product.h"
+
+namespace tinystory::cpu {
+namespace {
+
+constexpr int64_t kRows = 96;     // of a block that meets a panel: their sums stay in the first-level cache
+constexpr int64_t kReduce = 256;  // Words summed in one go: a sum of short sums rounds less than one long sum
+
+template <class K>
+struct Layer {
+  using Word = typename K::Word;
+  static constexpr DType kStored = K::kPair == 2 ? DType::bf16 : DType::f32;
+
+  const Linear& l;
+  const int64_t in, out, pairs;          // Words a row of x and of y; rows of the chunk, kPair at a time
+  Word *panels, *rows, *grad_rows, *x_pairs, *grad_pairs;
+  size_t bytes;
+
+  explicit Layer(const Linear& l)
+      : l(l), in(l.K / K::kPair), out(l.N / K::kPair), pairs((l.rows + K::kPair - 1) / K::kPair) {
+    Arena m{static_cast<char*>(l.workspace), 0};
+    panels = m.take<Word>(std::max(round_up(l.N, kPanel) * in, round_up(l.K, kPanel) * out));
+    rows = m.take<Word>(l.grad_y || l.x_type == kStored ? 0 : l.rows * in);
+    const int64_t n = l.grad_y ? pairs : 0;
+    grad_rows = m.take<Word>(n * K::kPair * out);
+    x_pairs = m.take<Word>(n * round_up(l.K, kPanel));
+    grad_pairs = m.take<Word>(n * round_up(l.N, kPanel));
+    bytes = m.used;
+  }
+
+  const void* x_at(int64_t row) const { return at(l.x, l.x_type, (l.first + row) * l.K); }
+  const Word* x_rows() const { return l.x_type == kStored ? static_cast<const Word*>(x_at(0)) : rows; }
+
+  // items: panels of the weight's rows, or (backward) blocks of kPair * W of its rows
+  void pack_weight(int64_t begin, int64_t end) {
+    const int64_t height = l.grad_y ? kWeightRows : kPanel;
+    Word* w = reinterpret_cast<Word*>(scratch(height * in * sizeof(Word)));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = std::min(height, l.N - i * height);
+      pack_rows<K>(w, l.weight + i * height * l.K, DType::f32, l.K, n, height, l.K, l.K);
+      if (l.grad_y) pair_rows<K>(panels + i * height / K::kPair * kPanel, w, height, l.K, kPanel, out);
+      else transpose_rows<K>(panels + i * kPanel * in, w, kPanel, l.K);
+    }
+  }
+
+  void pack_x(int64_t begin, int64_t end) {
+    if (l.x_type != kStored) pack_rows<K>(rows + begin * in, x_at(begin), l.x_type, l.K, end - begin, end - begin, l.K, l.K);
+  }
+
+  // finish(row, column, sum) a vector at a time for items of kRows rows of a (rows, words) and one panel.
+  template <class F>
+  void multiply(int64_t begin, int64_t end, const Word* a, int64_t words, int64_t columns, const F& finish) const {
+    const int64_t n_panels = (columns + kPanel - 1) / kPanel;
+    float sums[kRows * kPanel];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item / n_panels * kRows, last = std::min(l.rows, first + kRows);
+      const int64_t column = item % n_panels * kPanel, width = std::min(kPanel, columns - column);
+      for (int64_t k = 0; k < words; k += kReduce)
+        for (int64_t r = first; r < last; r += 6)
+          product<K>(std::min<int64_t>(6, last - r), width / W, std::min(kReduce, words - k), a + r * words + k, words,
+                     1, panels + column * words + k * kPanel, kPanel, sums + (r - first) * kPanel, kPanel, k > 0);
+      for (int64_t r = first; r < last; ++r)
+        for (int64_t j = 0; j < width; j += W) finish(r, column + j, load<vf>(sums + (r - first) * kPanel + j));
+    }
+  }
+
+  void forward(int64_t begin, int64_t end) {
+    multiply(begin, end, x_rows(), in, l.N, [&](int64_t row, int64_t j, vf y) {
+      const int64_t to = (l.first + row) * l.N + j;
+      y += load<vf>(l.bias + j);
+      if (l.gelu) {
+        const auto [value, slope] = gelu_and_slope(y);
+        store_as(at(l.slope, kSlope, to), kSlope, slope);
+        y = value;
+      }
+      if (l.residual) y += load<vf>(l.residual + to);
+      store_as(at(l.y, l.y_type, to), l.y_type, y);
+    });
+  }
+
+  // items: blocks of kLinearRows rows. The gradient before the bias, by rows and by pairs of rows; x by pairs of rows.
+  void pack_grad(int64_t begin, int64_t end) {
+    Word* x_block = reinterpret_cast<Word*>(scratch((kLinearRows * in + l.N) * sizeof(float) + 64));
+    float* sums = reinterpret_cast<float*>(x_block + kLinearRows * in);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kLinearRows, n = std::min(kLinearRows, l.rows - first), padded = round_up(n, K::kPair);
+      Word* g_block = grad_rows + first * out;
+      std::memset(sums, 0, l.N * sizeof(float));
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < l.N; j += W) {
+          const int64_t from = (l.first + first + i) * l.N + j;
+          vf g = load_as<vf>(at(l.grad_y, l.y_type, from), l.y_type);
+          if (l.gelu) g *= load_as<vf>(at(l.slope, kSlope, from), kSlope);
+          store(sums + j, load<vf>(sums + j) + g);
+          store_numbers<K>(g_block + i * out, j, g);
+        }
+      std::memcpy(l.bias_parts + (l.first / kLinearRows + block) * l.N, sums, l.N * sizeof(float));
+      if (padded > n) std::memset(g_block + n * out, 0, out * sizeof(Word));
+      pack_rows<K>(x_block, x_at(first), l.x_type, l.K, n, padded, l.K, l.K);
+      pair_rows<K>(grad_pairs + first / K::kPair * kPanel, g_block, padded, l.N, kPanel, pairs);
+      pair_rows<K>(x_pairs + first / K::kPair * kPanel, x_block, padded, l.K, kPanel, pairs);
+    }
+  }
+
+  void grad_x(int64_t begin, int64_t end) {
+    multiply(begin, end, grad_rows, out, l.K, [&](int64_t row, int64_t j, vf g) {
+      store_as(at(l.grad_x, l.x_type, (l.first + row) * l.K + j), l.x_type, g);
+    });
+  }
+
+  // items: tiles of kPanel x kPanel
+  void grad_weight(int64_t begin, int64_t end) {
+    const int64_t n_panels = (l.K + kPanel - 1) / kPanel;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t n = item / n_panels * kPanel, c = item % n_panels * kPanel;
+      for (int64_t k = 0; k < pairs; k += kReduce)
+        for (int64_t i = n; i < std::min(n + kPanel, l.N); i += 6) {
+          const int64_t height = std::min<int64_t>(6, std::min(n + kPanel, l.N) - i);
+          product<K>(height, std::min(kPanel, l.K - c) / W, std::min(kReduce, pairs - k),
+                     grad_pairs + n * pairs + k * kPanel + i - n, 1, kPanel, x_pairs + c * pairs + k * kPanel, kPanel,
+                     l.grad_weight + i * l.K + c, l.K, k > 0 || l.first > 0);
+        }
+    }
+  }
+
+ private:
+  static constexpr int64_t kWeightRows = 32;
+  const DType kSlope = l.bf16 ? DType::bf16 : DType::f32;
+};
+
+template <class F>
+auto with_layer(const Linear& l, const F& f) {
+#if defined(__AVX512BF16__)
+  if (l.bf16) return f(Layer<BF16>(l));
+#endif
+  return f(Layer<F32>(l));
+}
+
+}  // namespace
+
+int64_t linear_workspace(const Linear& l) {
+  return with_layer(l, [](auto layer) { return int64_t(layer.bytes); });
+}
+int64_t linear_tiles(const Linear& l, int64_t columns) {
+  return (l.rows + kRows - 1) / kRows * ((columns + kPanel - 1) / kPanel);
+}
+void linear_pack_weight(const Linear& l, int64_t begin, int64_t end) {
+  with_layer(l, [&](auto layer) { layer.pack_weight(begin, end); });
+}
+void linear_pack_x(const Linear& l, int64_t begin, int64_t end) {
+  with_layer(l, [&](auto layer) { layer.pack_x(begin, end); });
+}
+void linear_forward(const Linear& l, int64_t begin, int64_t end) {
+  with_layer(l, [&](auto layer) { layer.forward(begin, end); });
+}
+void linear_pack_grad(const Linear& l, int64_t begin, int64_t end) {
+  with_layer(l, [&](auto layer) { layer.pack_grad(begin, end); });
+}
+void linear_grad_x(const Linear& l, int64_t begin, int64_t end) {
+  with_layer(l, [&](auto layer) { layer.grad_x(begin, end); });
+}
+void linear_grad_weight(const Linear& l, int64_t begin, int64_t end) {
+  with_layer(l, [&](auto layer) { layer.grad_weight(begin, end); });
+}
+
+// --- layer norm ------------------------------------------------------------------------------------------------------
+void layer_norm(const LayerNorm& n, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const float* x = n.x + i * n.C;
+    vf sums{}, squares{};
+    for (int64_t c = 0; c < n.C; c += W) sums += load<vf>(x + c);
+    const float mean = sum(sums) / n.C;
+    for (int64_t c = 0; c < n.C; c += W) {
+      const vf d = load<vf>(x + c) - mean;
+      squares = fma(d, d, squares);
+    }
+    const float scale = 1 / std::sqrt(sum(squares) / n.C + 1e-5f);
+    n.mean[i] = mean, n.scale[i] = scale;
+    for (int64_t c = 0; c < n.C; c += W)
+      store_as(at(n.y, n.y_type, i * n.C + c), n.y_type,
+               fma((load<vf>(x + c) - mean) * scale, load<vf>(n.weight + c), load<vf>(n.bias + c)));
+  }
+}
+
+void layer_norm_backward(const LayerNorm& n, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    float *weight_part = n.parts + 2 * block * n.C, *bias_part = weight_part + n.C;
+    std::memset(weight_part, 0, 2 * n.C * sizeof(float));
+    for (int64_t i = block * kLinearRows; i < std::min(n.rows, (block + 1) * kLinearRows); ++i) {
+      const float *x = n.x + i * n.C, mean = n.mean[i], scale = n.scale[i];
+      const auto grad = [&](int64_t c) { return load_as<vf>(at(n.grad_y, n.y_type, i * n.C + c), n.y_type); };
+      vf sums{}, products{};
+      for (int64_t c = 0; c < n.C; c += W) {
+        const vf g = grad(c), h = (load<vf>(x + c) - mean) * scale, gw = g * load<vf>(n.weight + c);
+        store(weight_part + c, fma(g, h, load<vf>(weight_part + c)));
+        store(bias_part + c, load<vf>(bias_part + c) + g);
+        sums += gw;
+        products = fma(gw, h, products);
+      }
+      const float mean_g = sum(sums) / n.C, mean_gh = sum(products) / n.C;
+      for (int64_t c = 0; c < n.C; c += W) {
+        const vf h = (load<vf>(x + c) - mean) * scale;
+        store(n.grad_x + i * n.C + c, (grad(c) * load<vf>(n.weight + c) - mean_g - h * mean_gh) * scale);
+      }
+    }
+  }
+}
+
+}  // namespace tinystory::cpu
