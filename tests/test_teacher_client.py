@@ -205,12 +205,25 @@ def test_a_turned_away_round_halves_the_slots_and_a_good_one_adds_one():
 
 
 def test_patience_follows_the_slowest_answers_and_doubles():
-    slots = Slots(4)
-    for seconds in (1.0, 2.0, 6.0):
+    slots = Slots(40)
+    for _ in range(39):
+        slots.answered(1.0)
         assert slots.patience(100.0, 0) == 100.0  # not yet a full round
-        slots.answered(seconds)
-    slots.answered(1.0)
+    slots.answered(6.0)
     assert [slots.patience(100.0, timeouts) for timeouts in range(4)] == [18.0, 36.0, 72.0, 100.0]
-    for _ in range(8):
+    for _ in range(80):
         slots.answered(0.1)
-    assert slots.patience(100.0, 0) == 5.0 and slots.patience(3.0, 0) == 3.0
+    assert slots.patience(100.0, 0) == 10.0 and slots.patience(3.0, 0) == 3.0
+    few = Slots(2)
+    for _ in range(31):
+        few.answered(0.1)
+        assert few.patience(100.0, 0) == 100.0  # too few to know the slowest
+
+
+def test_a_request_that_is_long_overdue_is_sent_again(monkeypatch):
+    monkeypatch.setattr("tinystory.teacher.slots.SHORTEST_S", 0.3)
+    script = lambda story, n: "hang" if story == "Dog 99 ran." and n == 0 else "2 1 3"  # noqa: E731
+    with FaultServer(script) as server, Teacher(server.url, deadline_s=300.0) as teacher:
+        began = time.monotonic()
+        assert all(judgement.scores for judgement in teacher.judge("Once", [f"Dog {i} ran." for i in range(100)], 0))
+    assert server.seen["Dog 99 ran."] == 2 and time.monotonic() - began < 60  # and not the 100 s of its own deadline

@@ -5,7 +5,8 @@ from collections import deque
 from contextlib import asynccontextmanager
 
 BUSY_COSTS = 0.5  # of a slot: a round of requests that are all turned away halves the limit
-SLOWER, SHORTEST_S = 3.0, 5.0  # a request is given so many times the slowest of the last answers, and never less
+SLOWER, SHORTEST_S = 3.0, 10.0  # a request is given so many times the slowest of the last answers, and never less
+KNOWN = 32  # answers, and a full round of them, after which it is known how slow the slowest are
 
 
 class Slots:
@@ -20,7 +21,7 @@ class Slots:
     def __init__(self, most: int):
         self.most, self.limit, self.taken = most, float(most), 0
         self._queue: deque[asyncio.Future] = deque()
-        self._seconds: deque[float] = deque(maxlen=2 * most)  # of the last answers
+        self._seconds: deque[float] = deque(maxlen=2 * max(most, KNOWN))  # of the last answers
 
     @asynccontextmanager
     async def one(self, first: bool):
@@ -51,8 +52,8 @@ class Slots:
         self.limit = max(self.limit - BUSY_COSTS, 1.0)
 
     def patience(self, longest: float, timeouts: int) -> float:
-        """Seconds to wait for an answer: `longest`, or less once a full round of answers has shown how long one takes;
+        """Seconds to wait for an answer: `longest`, or less once enough answers have shown how long one takes at most;
         twice as much after each of a story's `timeouts`, as TCP does (RFC 6298), for a server that has become slow."""
-        if len(self._seconds) < self.most:
+        if len(self._seconds) < max(self.most, KNOWN):
             return longest
         return min(longest, max(SLOWER * max(self._seconds), SHORTEST_S) * 2**timeouts)
