@@ -53,7 +53,8 @@ struct Layer {
   }
 
   void pack_x(int64_t begin, int64_t end) {
-    if (l.x_type != kStored) pack_rows<K>(rows + begin * in, x_at(begin), l.x_type, l.K, end - begin, end - begin, l.K, l.K);
+    const int64_t n = end - begin;
+    if (l.x_type != kStored) pack_rows<K>(rows + begin * in, x_at(begin), l.x_type, l.K, n, n, l.K, l.K);
   }
 
   // finish(row, column, sum) a vector at a time for items of kRows rows of a (rows, words) and one panel.
@@ -92,7 +93,8 @@ struct Layer {
     Word* x_block = reinterpret_cast<Word*>(scratch((kLinearRows * in + l.N) * sizeof(float) + 64));
     float* sums = reinterpret_cast<float*>(x_block + kLinearRows * in);
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kLinearRows, n = std::min(kLinearRows, l.rows - first), padded = round_up(n, K::kPair);
+      const int64_t first = block * kLinearRows, n = std::min(kLinearRows, l.rows - first);
+      const int64_t padded = round_up(n, K::kPair);
       Word* g_block = grad_rows + first * out;
       std::memset(sums, 0, l.N * sizeof(float));
       for (int64_t i = 0; i < n; ++i)
