@@ -1,7 +1,7 @@
 # Thin on purpose: each recipe is a line or two that can be copied into a shell.
 PY := .venv/bin/python
 
-.PHONY: demo test bench clean
+.PHONY: demo test sanitize bench clean
 
 # From nothing to a student that tells better stories: about ten minutes on two cores.
 demo: .venv/ready
@@ -16,6 +16,12 @@ test: .venv/ready
 	.venv/bin/cmake --build build/native -j 2
 	.venv/bin/ctest --test-dir build/native --output-on-failure
 	.venv/bin/pytest
+
+# The native tests of the CPU kernels under AddressSanitizer and UBSan, then under ThreadSanitizer.
+sanitize: .venv/ready
+	for kind in address thread; do \
+	  .venv/bin/cmake -S . -B build/$$kind -DSANITIZE=$$kind && .venv/bin/cmake --build build/$$kind -j 2 && \
+	  .venv/bin/ctest --test-dir build/$$kind --output-on-failure || exit 1; done
 
 # Our speed on this machine, a JSON line each; --shape gpt2s for GPT-2-small.
 bench: .venv/ready
