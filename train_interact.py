@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from tinystory import babylm, distributed
 from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
-from tinystory.device import Interrupted, Stop, pick_device, pick_dtype
+from tinystory.device import Interrupted, Stop, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
 from tinystory.plots import text_curve
 from tinystory.report import write_report
@@ -179,6 +179,7 @@ def main(argv: list[str] | None = None) -> None:
                     distinct_4=distinct_ngrams([s.text for s in stories]),
                     words_in=budget.words_in, words_out=budget.words_out, unscored=n - len(scored),
                     rollout_s=rollout_s, reference_s=reference_s, teacher_s=teacher_s, update_s=update_s, **stats,
+                    peak_memory_mb=peak_memory_mb(device),
                     **(grader.stats() if first else {}),
                 )  # fmt: skip
                 bar.update()

@@ -19,7 +19,7 @@ from tinystory.babylm import MILESTONES
 from tinystory.config import PRETRAIN_PRESETS, PretrainConfig, as_dict, parse
 from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import TokenFile, prepare
-from tinystory.device import Stop, pick_device, pick_dtype
+from tinystory.device import Stop, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
 from tinystory.report import write_report
 from tinystory.rl.rollout import rollout
@@ -229,6 +229,7 @@ def main(argv: list[str] | None = None) -> None:
                 lr=rate,
                 grad_norm=float(grad_norm),
                 tokens_per_s=speed,
+                peak_memory_mb=peak_memory_mb(device),
             )
             bar.update(batch_words)
             shown = {"loss": f"{value:.3f}", "tok/s": f"{speed:,.0f}"}

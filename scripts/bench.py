@@ -1,15 +1,14 @@
 """How fast the product's own code runs here, in one JSON line: medians of runs, on random weights and tokens.
 
-    python scripts/bench.py pretrain --shape small              a training step: forward, backward, optimiser
-    python scripts/bench.py rollout --shape small --batch 64    stories from one opening, the teacher excluded
-    python scripts/bench.py ppo --shape gpt2s --batch 16        rollout, reference, four epochs; a constant reward
-    python scripts/bench.py kernels                             each operator beside PyTorch's own, interleaved
+python scripts/bench.py pretrain --shape small              a training step: forward, backward, optimiser
+python scripts/bench.py rollout --shape small --batch 64    stories from one opening, the teacher excluded
+python scripts/bench.py ppo --shape gpt2s --batch 16        rollout, reference, four epochs; a constant reward
+python scripts/bench.py kernels                             each operator beside PyTorch's own, interleaved
 """
 
 import argparse
 import json
 import os
-import resource
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory import ops
 from tinystory.config import InteractConfig, PretrainConfig
-from tinystory.device import pick_device, pick_dtype
+from tinystory.device import peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
 from tinystory.rl import ppo
 from tinystory.rl.rollout import collate, rollout
@@ -99,8 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             rows, backward = (batch, False) if a.bench == "rollout" else (batch * config.context, True)
             limit = rows / gemm_seconds(config, rows, dtype, device, backward)
             measured["gemm_limit_tokens_per_s"] = round(limit, 1)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * peak_rss_kb()
-    print(json.dumps(facts | measured | dict(peak_mb=round(peak / 2**20), load=round(load, 2))), flush=True)
+    print(json.dumps(facts | measured | dict(peak_mb=peak_memory_mb(device), load=round(load, 2))), flush=True)
     if a.profile and run:
         profile(run, device)
 
@@ -263,11 +261,6 @@ def gemm_seconds(
                 laps.append(now(device) - began)
             total += times * statistics.median(laps)
     return total
-
-
-def peak_rss_kb() -> int:
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return rss // 1024 if sys.platform == "darwin" else rss
 
 
 def held_mb(f: Callable, device: torch.device) -> float | None:

@@ -51,6 +51,7 @@ def test_pretraining_learns_and_records(place):
     assert records[-1]["words"] >= 2500 > records[-2]["words"]
     assert records[-1]["val_loss"] and records[0]["val_loss"] is None
     wanted = {"step", "words", "tokens", "loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm", "tokens_per_s"}
+    wanted |= {"peak_memory_mb"}
     assert all(record.keys() == wanted for record in records)
     assert json.loads((run / "config.json").read_text())["options"]["n_embd"] == 64
     assert "<svg" in (run / "report.html").read_text() or "data:image" in (run / "report.html").read_text()
@@ -67,7 +68,7 @@ def test_pretraining_resumes_to_the_same_bits(place, tmp_path, dropout):
     assert len(metrics(tmp_path / "parts")) == 3
     pretrain.main(["--resume", "--out", str(tmp_path / "parts")])  # the options come from config.json
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
-    timed = ("tokens_per_s",)
+    timed = ("tokens_per_s", "peak_memory_mb")
     plain = [
         [{k: v for k, v in m.items() if k not in timed} for m in metrics(tmp_path / n)] for n in ("whole", "parts")
     ]
@@ -92,7 +93,7 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     records = metrics(tmp_path / "i")
     contract = (
         "step reward_mean score_mean readability_mean coherence_mean creativity_mean kl kl_coef entropy length_mean"
-        " words_in words_out unscored rollout_s teacher_s update_s"
+        " words_in words_out unscored rollout_s teacher_s update_s peak_memory_mb"
     )
     assert all(set(contract.split()) <= record.keys() for record in records) and len(records) == 4
     assert records[0]["ratio_error"] < 1e-4 and abs(records[0]["kl"]) < 1e-3

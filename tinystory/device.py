@@ -1,7 +1,9 @@
 """Which device, which precision, and how a run is asked to end."""
 
 import contextlib
+import resource
 import signal
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -34,6 +36,14 @@ def pick_dtype(name: str, device: torch.device, *, on_cpu: bool) -> torch.dtype:
         return getattr(torch, name)
     has = torch.cuda.is_bf16_supported() if device.type == "cuda" else on_cpu and cpu_has_bf16()
     return torch.bfloat16 if has else torch.float32
+
+
+def peak_memory_mb(device: torch.device) -> int:
+    """The most memory held so far, MiB: of a GPU by torch's tensors, else of the system by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return rss >> (20 if sys.platform == "darwin" else 10)  # in bytes there, in KiB elsewhere
 
 
 class Interrupted(Exception):
