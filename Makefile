@@ -1,7 +1,7 @@
 # Thin on purpose: each recipe is a line or two that can be copied into a shell.
 PY := .venv/bin/python
 
-.PHONY: demo test sanitize bench clean
+.PHONY: demo test sanitize bench cuda-build clean
 
 # From nothing to a student that tells better stories: about ten minutes on two cores.
 demo: .venv/ready
@@ -26,6 +26,12 @@ sanitize: .venv/ready
 # Our speed on this machine, a JSON line each; --shape gpt2s for GPT-2-small.
 bench: .venv/ready
 	for part in kernels pretrain rollout ppo; do $(PY) scripts/bench.py $$part --shape small --json; done
+
+# The CUDA kernels, bound to PyPI's torch for CUDA 13: compiled, loaded and disassembled. Needs nvcc 13, no card; 6 GB.
+cuda-build:
+	python3 -m venv build/cuda
+	build/cuda/bin/pip install --quiet torch==2.11.0 --editable '.[test]'
+	TINYSTORY_CACHE=build/cuda/cache build/cuda/bin/pytest tests/test_cuda_binding.py tests/test_cuda_compile.py
 
 clean:
 	rm -rf .venv build runs/demo

@@ -19,7 +19,7 @@ import torch
 
 from tinystory.device import cpu_has_bf16
 from tinystory.errors import UserError, command
-from tinystory.ops import build
+from tinystory.ops import build, nvcc
 from tinystory.paths import cache_dir
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import Template, load_template
@@ -58,6 +58,7 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "compiler", compiler()
     yield "kernels", kernels()
     yield "gpu", gpu()
+    yield "nvcc", cuda_compiler()
     yield "cache", cache()
 
 
@@ -82,9 +83,9 @@ def kernels() -> str:
     if os.environ.get("TINYSTORY_KERNELS") == "reference":
         return "switched off by TINYSTORY_KERNELS=reference: plain PyTorch runs instead"
     try:
-        library = cache_dir() / "kernels" / build.cache_key(build.find_compiler()) / "tinystory.so"
-    except UserError:
-        return "not built: there is no compiler"
+        library = cache_dir() / "kernels" / build.cache_key(build.find_compiler(), nvcc.find()) / "tinystory.so"
+    except UserError as error:
+        return f"not built: {error}"
     if not build.CSRC.is_dir():
         return "not built: their sources are only in a clone of the repository"
     if not library.exists():
@@ -103,6 +104,15 @@ def gpu() -> str:
         return f"none that torch (CUDA {torch.version.cuda}) can use: see what nvidia-smi says"
     names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return ", ".join(f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB" for gpu in names)
+
+
+def cuda_compiler() -> str:
+    """Whether the CUDA kernels can be compiled, and if not, why."""
+    try:
+        found = nvcc.find()
+    except UserError as error:
+        return str(error)
+    return f"{found.path}: {found}" if found else f"not used: {nvcc.why_not()}"
 
 
 def cache() -> str:

@@ -20,7 +20,7 @@ def told(capsys, *argv: str) -> dict[str, str]:
 
 def test_it_says_what_there_is(capsys):
     lines = told(capsys)
-    assert list(lines) == ["python", "torch", "packages", "cpu", "compiler", "kernels", "gpu", "cache"]
+    assert list(lines) == ["python", "torch", "packages", "cpu", "compiler", "kernels", "gpu", "nvcc", "cache"]
     assert "missing" not in lines["packages"].replace("huggingface_hub missing", "")
     assert "GiB free" in lines["cache"]
 
@@ -28,7 +28,7 @@ def test_it_says_what_there_is(capsys):
 def test_it_says_why_there_are_no_kernels(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / "cache"))
     assert "not built yet" in told(capsys)["kernels"] and not (tmp_path / "cache").exists()
-    key = doctor.build.cache_key(doctor.build.find_compiler())
+    key = doctor.build.cache_key(doctor.build.find_compiler(), doctor.nvcc.find())
     library = tmp_path / "cache" / "kernels" / key / "tinystory.so"
     library.parent.mkdir(parents=True)
     library.write_text("no machine code")
@@ -38,7 +38,7 @@ def test_it_says_why_there_are_no_kernels(capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("TINYSTORY_KERNELS")
     monkeypatch.setenv("CXX", "no-such-compiler")
     lines = told(capsys)
-    assert "no-such-compiler" in lines["compiler"] and "no compiler" in lines["kernels"]
+    assert "no-such-compiler" in lines["compiler"] and "no-such-compiler" in lines["kernels"]
     monkeypatch.setenv("TINYSTORY_CACHE", str(SCRIPT / "cache"))
     assert "set TINYSTORY_CACHE" in told(capsys)["cache"]
 

@@ -167,6 +167,13 @@ def test_errors_name_the_row_or_the_argument():
         draw(torch.randn(40))
 
 
+def test_a_negative_token_of_a_gpu_is_an_error_that_names_the_row():
+    ops.require_drawn(torch.tensor([0, 7]), torch.tensor([5, 6]))
+    for token, words in ((-1, "NaN or"), (-2, "-inf throughout")):
+        with pytest.raises(RuntimeError, match=f"logits row 1 .id 6. .*{words}"):
+            ops.require_drawn(torch.tensor([0, token]), torch.tensor([5, 6]))
+
+
 def test_philox_matches_the_published_vectors():
     """Known answers of Random123's philox4x32-10 (kat_vectors of Salmon et al.)."""
     for seed, counter, words in [

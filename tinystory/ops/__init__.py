@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tinystory.errors import UserError
-from tinystory.ops import autograd, build, reference
+from tinystory.ops import autograd, build, nvcc, reference
 
 __all__ = [
     "causal_attention",
@@ -20,6 +20,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "load",
+    "require_drawn",
     "sample",
     "token_logprob",
 ]
@@ -66,12 +67,21 @@ def sample(
     most likely tokens, ties by lowest index; top_p then keeps the fewest most likely ones that hold at least that share
     of the rest. logprobs and entropy are in nats, of softmax(logits / temperature) before top-k and top-p. The
     temperature is in [1e-6, 1e6]; the greedy choice is top_k=1. A logit of -inf, or one 28 nats * temperature below the
-    highest, is never drawn; NaN, +inf or a row of -inf is an error that names the row.
+    highest, is never drawn; NaN, +inf or a row of -inf is an error that names the row. On a GPU, which this does not
+    wait for, such a row draws a negative token, and `require_drawn` raises the error where tokens are read.
     """
     logits = logits.detach()
     steps = step if isinstance(step, Tensor) else rows.new_full(rows.shape, step)
     run = torch.ops.tinystory.sample if compiled("sample", logits.device.type) else reference.sample
     return run(logits, seed, rows, steps, temperature, top_k, top_p)
+
+
+def require_drawn(tokens: Tensor, rows: Tensor) -> None:
+    """Raise RuntimeError for the first row that `sample` could not draw from. Waits for the device of tokens (B,)."""
+    for i, token in enumerate(tokens.tolist()):
+        if token < 0:
+            what = "holds NaN or +inf" if token == -1 else "is -inf throughout"
+            raise RuntimeError(f"sample: logits row {i} (id {int(rows[i])}) {what}")
 
 
 def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,6 +159,8 @@ def compiled(name: str, device: str) -> bool:
 def choose(name: str, device: str) -> bool:
     if not load():
         return False
+    if device == "cuda" and (why := nvcc.why_not()):
+        raise UserError(why)
     key = torch._C._dispatch_key_for_device(device)
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"tinystory::{name}", key):
         return True

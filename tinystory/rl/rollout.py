@@ -72,8 +72,8 @@ def rollout(
     )  # fmt: skip
     stories: list[Story | None] = [None] * count
     for t, (outputs, ended) in enumerate(steps):
-        for row in ended:
-            tokens, logprobs, values, entropies = (column[row, : t + 1].cpu() for column in outputs)
+        written = [column[ended, : t + 1].cpu() for column in outputs] if ended else [[]] * 4
+        for row, tokens, logprobs, values, entropies in zip(ended, *written, strict=True):
             text = tokenizer.decode(tokens.tolist()).strip()
             how = "eos" if tokens[-1] == tokenizer.eos else "length"
             stories[row] = Story(first_index + row, text, tokens, logprobs, values, entropies, how)
@@ -111,22 +111,24 @@ def plain_steps(
     hidden = student.prefill(prompt, cache)
     tokens = torch.zeros(count, max_new_tokens, dtype=torch.int64, device=device)
     columns = tuple(torch.zeros(count, max_new_tokens, device=device) for _ in range(3))
-    alive = torch.arange(count, device=device)  # the batch's rows, as positions in the step
+    alive = torch.arange(count, device="cpu")  # the batch's rows, as positions in the step
+    at = alive.to(device)
     for t in range(max_new_tokens):
-        drawn, logprobs, entropy = ops.sample(student.logits(hidden), rows=alive + first_row, step=t, **draws)
-        tokens[alive, t] = drawn
+        drawn, logprobs, entropy = ops.sample(student.logits(hidden), rows=at + first_row, step=t, **draws)
+        tokens[at, t] = drawn
         values = value_head(hidden) if value_head is not None else torch.zeros_like(logprobs)
         for column, new in zip(columns, (logprobs, values, entropy), strict=True):
-            column[alive, t] = new
-        ended = drawn == eos
-        done = alive if t + 1 == max_new_tokens else alive[ended]
-        yield (tokens, *columns), done.tolist()
-        if len(done) == len(alive):
+            column[at, t] = new
+        read = drawn.cpu()  # the one wait for the device in a step
+        ops.require_drawn(read, alive + first_row)
+        ended = (read == eos) | (t + 1 == max_new_tokens)
+        yield (tokens, *columns), alive[ended].tolist()
+        if ended.all():
             break
-        if len(done):
-            kept = (~ended).nonzero()[:, 0]
+        if ended.any():
+            alive, kept = alive[~ended], (~ended).nonzero()[:, 0].to(device)
             cache.keep(kept)
-            alive, drawn = alive[kept], drawn[kept]
+            at, drawn = at[kept], drawn[kept]
         hidden = student.step(drawn, cache)
 
 

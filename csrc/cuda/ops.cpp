@@ -1,0 +1,152 @@
+// The kernels of this folder behind the schemas of ../ops.cpp. Of torch's CUDA headers only c10/cuda, so that a bare
+// nvcc is enough to compile; matrix products go through ATen to cuBLAS.
+//
+// Nothing here waits for the device. So what only the device can see is an error later: `sample` draws a negative token
+// (tinystory.ops.require_drawn), and a length or target out of range is an assertion of the kernel.
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "../arguments.h"
+#include "launchers.cuh"
+
+namespace tinystory {
+namespace {
+
+// The device of an op's first tensor while this lives, and its current stream. Launches are checked in primitives.cuh.
+struct On {
+  c10::cuda::CUDAGuard guard;
+  cudaStream_t stream;
+  On(const Tensor& t, const char* op, const char* name)
+      : guard((check(t, op, name), t.device())), stream(c10::cuda::getCurrentCUDAStream()) {}
+  static void check(const Tensor& t, const char* op, const char* name) {
+    TORCH_CHECK(t.is_cuda(), op, ": ", name, " is on ", t.device(), " but other arguments are on a CUDA device");
+  }
+};
+
+std::tuple<Tensor, Tensor> causal_attention(const Tensor& qkv, double dropout_p, int64_t seed) {
+  const On on(qkv, "causal_attention", "qkv");
+  const AttentionForward f(qkv, dropout_p, seed);
+  cuda::attention_forward(f.x, on.stream);
+  return {f.out, f.lse};
+}
+
+Tensor causal_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
+                                 double dropout_p, int64_t seed) {
+  const On on(qkv, "causal_attention_backward", "qkv");
+  const AttentionBackward f(grad_out, qkv, out, lse, dropout_p, seed);
+  const Tensor delta = at::empty_like(lse);
+  cuda::attention_backward(f.x, delta.data_ptr<float>(), on.stream);
+  return f.grad_qkv;
+}
+
+Tensor decode_attention(const Tensor& qkv, const Tensor& prefix, const Tensor& cache, const Tensor& lengths) {
+  const On on(qkv, "decode_attention", "qkv");
+  const Decode f(qkv, prefix, cache, lengths);
+  const Tensor workspace = at::empty({cuda::decode_attention_workspace(f.x)}, qkv.options().dtype(at::kFloat));
+  cuda::decode_attention(f.x, workspace.data_ptr<float>(), on.stream);
+  return f.out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, int64_t seed, const Tensor& rows, const Tensor& steps,
+                                          double temperature, int64_t top_k, double top_p) {
+  const On on(logits, "sample", "logits");
+  const Draw f(logits, seed, rows, steps, temperature, top_k, top_p);
+  cuda::sample(f.x, on.stream);
+  return {f.tokens, f.logprobs, f.entropy};
+}
+
+// --- token_logprob ---------------------------------------------------------------------------------------------------
+// Products and logits are in hidden's type, sums over chunks and the results in float32.
+struct Logprob {
+  static constexpr int64_t kChunkBytes = 128 << 20;  // of logits: enough rows to fill the device
+
+  const On on;
+  const Tensor hidden, weight, targets;
+  const at::ScalarType weight_type;
+  const at::TensorOptions wide;
+  const int64_t N, C, V;
+  Tensor logprob, entropy, lse, grad_logprob, grad_entropy, grad_hidden, grad_weight;
+  double grad_everywhere = 0;
+
+  Logprob(const Tensor& h, const Tensor& w, const Tensor& t, const char* op)
+      : on(h, op, "hidden"), hidden((check_logprob(h, w, t, op), h.contiguous())),
+        weight(w.to(h.scalar_type()).contiguous()), targets(t.contiguous()), weight_type(w.scalar_type()),
+        wide(h.options().dtype(at::kFloat)), N(h.size(0)), C(h.size(1)), V(w.size(0)) {}
+
+  void allocate_results() {
+    logprob = at::empty({N}, wide), entropy = at::empty({N}, wide), lse = at::empty({N}, wide.dtype(at::kDouble));
+  }
+
+  void run(bool stats, bool grads) {
+    if (grads) grad_hidden = at::empty({N, C}, hidden.options());
+    const int64_t fit = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, V * hidden.itemsize()));
+    Tensor memory = at::empty({std::min(fit, N), V}, hidden.options());
+    for (int64_t first = 0; first < N; first += fit) {
+      const int64_t rows = std::min(fit, N - first);
+      const auto chunk = [&](const Tensor& t) { return t.narrow(0, first, rows); };
+      const auto pointer = [&](const Tensor& t) { return t.defined() ? t.data_ptr<float>() + first : nullptr; };
+      Tensor logits = memory.narrow(0, 0, rows);
+      at::mm_out(logits, chunk(hidden), weight.t());
+      const cuda::LogitChunk x{.dtype = dtype_of(hidden, "token_logprob", "hidden"), .rows = rows, .V = V,
+                               .logits = logits.data_ptr(), .targets = targets.const_data_ptr<int64_t>() + first,
+                               .logprob = pointer(logprob), .entropy = pointer(entropy),
+                               .lse = lse.data_ptr<double>() + first, .grad_logprob = pointer(grad_logprob),
+                               .grad_entropy = pointer(grad_entropy), .grad_everywhere = grad_everywhere};
+      if (stats) cuda::logit_stats(x, on.stream);
+      if (!grads) continue;
+      cuda::logit_grad(x, on.stream);  // logits are now their gradient
+      Tensor to = chunk(grad_hidden);
+      at::mm_out(to, logits, weight);
+      const Tensor left = logits.t(), right = chunk(hidden);
+      const Tensor part = left.scalar_type() == at::kFloat ? at::mm(left, right) : at::mm(left, right, at::kFloat);
+      grad_weight = grad_weight.defined() ? grad_weight.add_(part) : part;
+    }
+    if (grads) grad_weight = N ? grad_weight.to(weight_type) : at::zeros({V, C}, weight.options().dtype(weight_type));
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> token_logprob(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
+  Logprob p(hidden, weight, targets, "token_logprob");
+  p.allocate_results();
+  p.run(true, false);
+  return {p.logprob, p.entropy, p.lse};
+}
+
+std::tuple<Tensor, Tensor> token_logprob_backward(const Tensor& grad_logprob, const Tensor& grad_entropy,
+                                                  const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                                                  const Tensor& entropy, const Tensor& lse) {
+  Logprob p(hidden, weight, targets, "token_logprob_backward");
+  p.grad_logprob = grad_logprob.contiguous(), p.grad_entropy = grad_entropy.contiguous();
+  p.entropy = entropy, p.lse = lse;
+  p.run(false, true);
+  return {p.grad_hidden, p.grad_weight};
+}
+
+// The mean of -logprob and its gradients, which need no more than N to be known: so the logits are computed once.
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
+  Logprob p(hidden, weight, targets, "cross_entropy");
+  TORCH_CHECK(p.N > 0, "cross_entropy: hidden has no rows");
+  p.grad_everywhere = -1.0 / p.N;
+  p.allocate_results();
+  p.run(true, true);
+  return {p.logprob.mean().neg_(), p.grad_hidden, p.grad_weight};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tinystory, CUDA, m) {
+  m.impl("causal_attention", causal_attention);
+  m.impl("causal_attention_backward", causal_attention_backward);
+  m.impl("decode_attention", decode_attention);
+  m.impl("sample", sample);
+  m.impl("token_logprob", token_logprob);
+  m.impl("token_logprob_backward", token_logprob_backward);
+  m.impl("cross_entropy", cross_entropy);
+}
+
+}  // namespace tinystory

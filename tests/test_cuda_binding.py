@@ -1,0 +1,35 @@
+"""Where torch has CUDA and nvcc is there, the kernels compile for it, link, load and register. No card needed."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tinystory import ops
+from tinystory.ops import nvcc
+
+pytestmark = pytest.mark.skipif(nvcc.find() is None, reason=nvcc.why_not())
+
+OPS = ["causal_attention", "decode_attention", "sample", "token_logprob", "cross_entropy"]
+OPS += ["causal_attention_backward", "token_logprob_backward"]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_cuda_kernel_is_registered(name):
+    assert ops.load()
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tinystory::{name}", "CUDA")
+
+
+def test_shapes_and_types_are_known_without_a_card():
+    """What torch.compile traces with: fake tensors on a CUDA device that is not there."""
+    ops.load()
+    with FakeTensorMode(), torch.device("cuda"):
+        out = ops.causal_attention(torch.empty(2, 9, 3, 4, 64, dtype=torch.bfloat16))
+        assert out.shape == (2, 9, 4, 64) and out.dtype == torch.bfloat16 and out.device.type == "cuda"
+        new, prefix, cache = torch.empty(5, 3, 4, 64), torch.empty(7, 2, 4, 64), torch.empty(5, 20, 2, 4, 64)
+        assert ops.decode_attention(new, prefix, cache, torch.empty(5, dtype=torch.int64)).shape == (5, 4, 64)
+        ids = torch.empty(5, dtype=torch.int64)
+        tokens, logprobs, _ = ops.sample(torch.empty(5, 100), seed=0, rows=ids, step=0)
+        assert tokens.dtype == torch.int64 and logprobs.shape == (5,)
+        hidden, weight = torch.empty(5, 8, requires_grad=True), torch.empty(100, 8, requires_grad=True)
+        loss = ops.token_logprob(hidden, weight, ids)[0].sum() + ops.cross_entropy(hidden, weight, ids)
+        assert [g.shape for g in torch.autograd.grad(loss, (hidden, weight))] == [(5, 8), (100, 8)]
