@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         start = time.monotonic()
-        rubric = Rubric.from_corpus(open_corpus(options.corpus).documents())
+        rubric = Rubric.from_corpus(open_corpus(options.corpus).mixed())
         seconds = time.monotonic() - start
         _say(f"this teacher is a rubric, a stand-in for an LLM; it read {' '.join(options.corpus)} in {seconds:.1f} s")
         asyncio.run(_serve(rubric, options.port))

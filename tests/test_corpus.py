@@ -296,3 +296,12 @@ def test_without_huggingface_hub_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="pip install huggingface_hub"):
         open_corpus(["tinystories"])
+
+
+def test_mixed_documents_come_from_all_files_at_the_same_pace(tmp_path):
+    (tmp_path / "long.txt").write_text("<|endoftext|>".join(["one two three four five six"] * 5))
+    (tmp_path / "short.txt").write_text("<|endoftext|>".join(["seven eight"] * 9))
+    corpus = open_corpus([str(tmp_path / "long.txt"), str(tmp_path / "short.txt")])
+    mixed = list(corpus.mixed())
+    assert mixed[:8] == ["one two three four five six", *["seven eight"] * 3] * 2
+    assert sorted(mixed) == sorted(corpus.documents())

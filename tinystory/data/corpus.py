@@ -6,6 +6,7 @@ Everything streams: nothing here holds more than a few megabytes of text, whatev
 import codecs
 import gzip
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -52,6 +53,19 @@ class Corpus:
         Raises UserError where a file turns out to be broken or to hold no text.
         """
         return itertools.chain.from_iterable(read() for _, read in self._parts)
+
+    def mixed(self) -> Iterator[str]:
+        """The same documents, the next one always from the part that has given the fewest words: for readers who stop
+        early and shall know all parts."""
+        heap = [(0, index, read()) for index, (_, read) in enumerate(self._parts)]
+        while heap:
+            words, index, documents = heap[0]
+            document = next(documents, None)
+            if document is None:
+                heapq.heappop(heap)
+            else:
+                heapq.heapreplace(heap, (words + len(document.split()), index, documents))
+                yield document
 
     def fingerprint(self) -> str:
         """Hex digest that changes whenever the documents could: a file's path, size or time, the grammar's source."""
