@@ -20,6 +20,11 @@ THINGS = ("ball", "kite", "boat", "drum", "hat", "cake", "shell", "lamp")
 PLACES = ("park", "wood", "house", "garden", "shop", "barn")
 
 
+def on_gpu() -> bool:
+    """Whether tensors are made on a GPU by default: tests/test_gpu.py runs other files' tests so."""
+    return torch.get_default_device().type == "cuda"
+
+
 def tiny_stories(count: int) -> list[str]:
     stories = []
     for i in range(count):

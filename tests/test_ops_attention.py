@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import on_gpu
 
 from tinystory import ops
 from tinystory.ops import reference
@@ -14,9 +15,17 @@ SHAPES = int(os.environ.get("TINYSTORY_TEST_SHAPES", "60"))  # 200 and more befo
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+def dtype_of(case):
+    return DTYPES[case % (3 if on_gpu() else 4)]
+
+
+def head_size(rng):
+    return rng.choice([32, 64, 128] if on_gpu() else [16, 32, 64, 96, 128])
+
+
 def random_shape(rng):
     length = rng.choice([1, 2, rng.randint(3, 70), rng.randint(3, 70), rng.randint(71, 300), rng.randint(301, 1100)])
-    return rng.choice([1, 1, 2]), length, rng.choice([1, 2, 3]), rng.choice([16, 32, 64, 64, 96, 128])
+    return rng.choice([1, 1, 2]), length, rng.choice([1, 2, 3]), head_size(rng)
 
 
 def with_grad(attend, qkv, grad):
@@ -43,7 +52,7 @@ def test_output_and_gradient_within_twice_pytorchs_error(case):
     rng = random.Random(case)
     torch.manual_seed(case)
     b, t, h, d = random_shape(rng)
-    dtype = DTYPES[case % len(DTYPES)]
+    dtype = dtype_of(case)
     qkv = (torch.randn(b, t, 3, h, d) * rng.choice([0.3, 1, 2])).to(dtype)
     grad = torch.randn(b, t, h, d).to(dtype)
     exact = with_grad(reference.causal_attention, qkv.double(), grad.double())
@@ -53,9 +62,10 @@ def test_output_and_gradient_within_twice_pytorchs_error(case):
         assert_close(*three, (name, dtype, (b, t, h, d)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", range(len(DTYPES)))
 @pytest.mark.parametrize("shape", [(2, 50, 3, 32), (1, 113, 2, 64)])
-def test_dropout_forward_and_backward_draw_the_definitions_mask(dtype, shape):
+def test_dropout_forward_and_backward_draw_the_definitions_mask(case, shape):
+    dtype = dtype_of(case)
     qkv, grad = torch.randn(*shape[:2], 3, *shape[2:]).to(dtype), torch.randn(shape).to(dtype)
 
     def attend(define):
@@ -82,9 +92,11 @@ def test_dropout_keeps_the_right_share_independently():
 
 
 def test_dropout_leaves_the_mean_alone():
+    """800 masks: an entry's standard deviation is at most sqrt(p / (1 - p) / 800) times the largest value."""
+    torch.manual_seed(0)
     qkv = torch.randn(1, 40, 3, 1, 32)
     mean = sum(ops.causal_attention(qkv, 0.2, seed) for seed in range(800)) / 800
-    assert (mean - ops.causal_attention(qkv)).abs().max() < 0.12  # sd of an entry about 0.02 at most
+    assert (mean - ops.causal_attention(qkv)).abs().max() < 6 * (0.25 / 800) ** 0.5 * qkv.abs().max()
 
 
 def test_gradcheck_in_float64():
@@ -147,9 +159,9 @@ def test_errors_name_the_argument(qkv, p, words):
 def test_decode_within_twice_pytorchs_error(case):
     rng = random.Random(case)
     torch.manual_seed(case)
-    b, h, d = rng.randint(1, 6), rng.randint(1, 4), rng.choice([16, 32, 64, 96, 128])
+    b, h, d = rng.randint(1, 6), rng.randint(1, 4), head_size(rng)
     p, t = rng.choice([0, rng.randint(1, 200)]), rng.randint(1, 200)
-    dtype = DTYPES[case % len(DTYPES)]
+    dtype = dtype_of(case)
     qkv, prefix, cache = (torch.randn(*n, h, d).to(dtype) for n in ((b, 3), (p, 2), (b, t, 2)))
     lengths = torch.randint(t, (b,))
     after = cache.double()

@@ -12,7 +12,8 @@ def test_reading_and_writing_agree(student):
     tokens = torch.randint(5, student.config.vocab_size, (3, 20))
     tokens[:, :6] = tokens[0, :6]
     whole = student.hidden(tokens)
-    cache = KVCache(student.config, rows=3, prefix=6, capacity=14, device=torch.device("cpu"), dtype=torch.float32)
+    device = student.wte.weight.device
+    cache = KVCache(student.config, rows=3, prefix=6, capacity=14, device=device, dtype=torch.float32)
     torch.testing.assert_close(student.prefill(tokens[0, :6], cache), whole[:, 5], atol=1e-4, rtol=1e-4)
     for t in range(6, 14):
         torch.testing.assert_close(student.step(tokens[:, t], cache), whole[:, t], atol=1e-4, rtol=1e-4)
