@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         stories_left = (config.steps - step) * config.stories_per_step
         grader, resolved = distributed.together(
-            lambda: open_grader(config, run, facts["corpus"], stories_left, stack) if first else (None, {})
+            lambda: open_grader(config, run, facts.get("corpus"), stories_left, stack) if first else (None, {})
         )
         print(f"student {origin}, scored by {resolved.get('scored_by')}")
         resume_step = step if resume_from else None
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def open_grader(
-    config: InteractConfig, run: Path, corpus: list[str], stories_left: int, stack: contextlib.ExitStack
+    config: InteractConfig, run: Path, corpus: list[str] | None, stories_left: int, stack: contextlib.ExitStack
 ) -> tuple[CallableGrader | TeacherGrader, dict]:
     """Whoever scores, entered into the stack, and what config.json is to say of it."""
     if config.reward:
@@ -230,6 +230,8 @@ def open_grader(
     else:
         url = config.teacher_url
         if not url:
+            if not (config.teacher_corpus or corpus):
+                raise UserError(f"{config.init} does not say what it has read: give --teacher-corpus NAME|FILE")
             url = stack.enter_context(builtin_teacher(config.teacher_corpus or corpus))
             print(f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {url}")
         teacher = Teacher(

@@ -195,7 +195,7 @@ def test_reading_that_scores_as_much():
 
 
 def record(arm, start, seed, words, score):
-    stories = {"score": score, "distinct_4": 0.9 - seed / 100, "story": "<script>"}
+    stories = {"score_mean": score, "distinct_4": 0.9 - seed / 100, "story": "<script>"}
     facts = {"arm": arm, "start": start, "seed": seed, "words": words, "settings": {"stories": 8}}
     return {**facts, "measures": {"stories": stories}}
 

@@ -67,9 +67,9 @@ def test_a_story_in_the_corpus_language_takes_few_tokens(tokenizer):
 
 
 def test_specials_are_distinct_and_first(tokenizer):
-    ids = [tokenizer.bos, tokenizer.pad, tokenizer.eos, tokenizer.unk, tokenizer.mask]
-    assert ids == [0, 1, 2, 3, 4]
-    assert [tokenizers.Tokenizer.from_str(tokenizer.json).token_to_id(name) for name in SPECIALS] == ids
+    assert tokenizer.specials == {name: id for id, name in enumerate(SPECIALS)}
+    assert [tokenizer.bos, tokenizer.pad, tokenizer.eos] == [0, 1, 2]
+    assert [tokenizers.Tokenizer.from_str(tokenizer.json).token_to_id(name) for name in SPECIALS] == [0, 1, 2, 3, 4]
 
 
 def test_decode_drops_specials_and_marks_broken_characters(tokenizer):
@@ -138,12 +138,18 @@ def _leave_a_gap(spec):
     del vocab[next(name for name, id in vocab.items() if id == 500)]
 
 
+def _rename_the_end(spec):
+    spec["added_tokens"][2]["content"] = "<end>"
+    spec["model"]["vocab"]["<end>"] = spec["model"]["vocab"].pop("</s>")
+
+
 FOREIGN = {
     "its model": lambda spec: spec["model"].update(type="WordPiece"),
     "plain BPE": lambda spec: spec["model"].update(byte_fallback=True),
     "its split": lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
     "changes the text": lambda spec: spec.update(normalizer={"type": "NFC"}),
-    "special tokens": lambda spec: spec["added_tokens"].pop(),
+    "no end token": _rename_the_end,
+    "single characters": lambda spec: spec["added_tokens"].append({"id": 5, "content": "!"}),
     "gaps": _leave_a_gap,
     "follow its merges": _swap_merges,
     "'model'": lambda spec: spec.pop("model"),

@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from tinystory.errors import UserError
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4
+END_NAMES = ("</s>", "<|endoftext|>")  # ours; GPT-2's
 MIN_VOCAB = len(SPECIALS) + 256
 MAX_TOKEN_BYTES = 128  # so that the words beginning in one token always fit in a byte (see shards.py)
 
@@ -41,19 +42,24 @@ BYTE_OF_CHAR = _byte_of_char()
 class Tokenizer:
     """Any Unicode text to ids and back. Text like "</s>" in a document is ordinary bytes, never the special token.
 
-    `vocab_size` counts the specials; `bos pad eos unk mask` are 0..4 and all distinct. `token_bytes[i]` is what id i
-    stands for (empty for the specials), `token_sizes` (vocab_size,) int64 its length.
+    `vocab_size` counts the specials, of which `bos`, `pad` and `eos` have a use; where a vocabulary that others made
+    has no `<s>` or `<pad>` of its own, its end token is that too. `token_bytes[i]` is what id i stands for (empty for
+    the specials), `token_sizes` (vocab_size,) int64 its length.
     """
 
-    bos, pad, eos, unk, mask = range(5)
-
     def __init__(self, json_text: str):
-        """From the text of a tokenizer.json made by `train`. ValueError, KeyError or TypeError for any other."""
+        """From the text of a tokenizer.json of byte-level BPE with GPT-2's split, as `train` makes it. ValueError,
+        KeyError or TypeError for any other."""
         self.json = json_text
-        self.token_bytes = _token_bytes(json.loads(json_text))
+        self.token_bytes, specials = _token_bytes(json.loads(json_text))
+        self.specials = specials
+        self.eos = next((specials[name] for name in END_NAMES if name in specials), None)
+        if self.eos is None:
+            raise ValueError(f"it has no end token {' or '.join(END_NAMES)}")
+        self.bos, self.pad = specials.get("<s>", self.eos), specials.get("<pad>", self.eos)
         self.token_sizes = np.array([len(token) for token in self.token_bytes])
         self.vocab_size = len(self.token_bytes)
-        ranks = {token: id for id, token in enumerate(self.token_bytes) if id >= len(SPECIALS)}
+        ranks = {token: id for id, token in enumerate(self.token_bytes) if token}
         self._bpe = tiktoken.Encoding("tinystory", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
 
     @classmethod
@@ -102,8 +108,8 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} is not a tokenizer.json of tinystory's ({error}): give one that train_pretrain.py "
-                            "or prepare_data.py wrote") from None
+            raise UserError(f"{path} is not a tokenizer.json that can be used here ({error}): give one that "
+                            "train_pretrain.py or prepare_data.py wrote, or GPT-2's or one made like it") from None
 
     def fingerprint(self) -> str:
         """Hex digest of the vocabulary and how it is applied."""
@@ -121,8 +127,9 @@ class Tokenizer:
         return b"".join(self.token_bytes[id] for id in ids).decode("utf-8", errors="replace")
 
 
-def _token_bytes(spec: dict) -> list[bytes]:
-    """What each id stands for, read from a parsed tokenizer.json; ValueError says in what it is not one of ours."""
+def _token_bytes(spec: dict) -> tuple[list[bytes], dict[str, int]]:
+    """What each id stands for and the ids of the specials, read from a parsed tokenizer.json; ValueError says what it
+    is in it that `Tokenizer` cannot do."""
     model, split = spec["model"], spec["pre_tokenizer"]
     if model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback") or model.get("ignore_merges"):
         raise ValueError("its model is not plain BPE")
@@ -130,20 +137,18 @@ def _token_bytes(spec: dict) -> list[bytes]:
         raise ValueError("its split is not GPT-2's")
     if spec.get("normalizer"):
         raise ValueError("it changes the text before it splits it")
-    added = {token["id"]: token["content"] for token in spec["added_tokens"]}
-    if added != dict(enumerate(SPECIALS)):
-        raise ValueError(f"its special tokens are not {' '.join(SPECIALS)}")
-
-    names = sorted(model["vocab"], key=model["vocab"].get)
-    if [model["vocab"][name] for name in names] != list(range(len(names))):
+    specials = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    vocab = model["vocab"] | specials
+    names = sorted(vocab, key=vocab.get)
+    if [vocab[name] for name in names] != list(range(len(names))):
         raise ValueError("its ids have gaps")
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    alphabet, merged = names[len(SPECIALS):MIN_VOCAB], names[MIN_VOCAB:]
-    if tuple(names[:len(SPECIALS)]) != SPECIALS or set(alphabet) != BYTE_OF_CHAR.keys():
-        raise ValueError("its first tokens are not the specials and the 256 bytes")
-    if merged != ["".join(pair) for pair in merges]:
+    ordinary = [name for name in names if name not in specials]
+    if {name for name in ordinary if len(name) == 1} != BYTE_OF_CHAR.keys():
+        raise ValueError("its single characters are not the 256 bytes")
+    if [name for name in ordinary if len(name) > 1] != ["".join(pair) for pair in merges]:
         raise ValueError("its ids do not follow its merges")
-    table = [bytes(BYTE_OF_CHAR[char] for char in name) for name in names[len(SPECIALS):]]
+    table = [b"" if name in specials else bytes(BYTE_OF_CHAR[char] for char in name) for name in names]
     if max(map(len, table)) > MAX_TOKEN_BYTES:
         raise ValueError(f"a token is longer than {MAX_TOKEN_BYTES} bytes")
-    return [b""] * len(SPECIALS) + table
+    return table, specials

@@ -20,21 +20,21 @@ ARMS = {
     "reading": ("+ more reading", "readability"),
 }
 # What the table shows: (name, note, path into a record's measures).
-SCORE = ("stories", "score")
-OTHER_SCORE = ("other_openings", "score")
+SCORE = ("stories", "score_mean")
+OTHER_SCORE = ("other_openings", "score_mean")
 SEEN = {  # by the teacher
     "Score": SCORE,
-    "readability": ("stories", "readability"),
-    "coherence": ("stories", "coherence"),
-    "creativity": ("stories", "creativity"),
+    "readability": ("stories", "readability_mean"),
+    "coherence": ("stories", "coherence_mean"),
+    "creativity": ("stories", "creativity_mean"),
 }
 UNSEEN = {
     "Score, other openings": OTHER_SCORE,
     "distinct_4": ("stories", "distinct_4"),
     "self-BLEU": ("stories", "self_bleu"),
     "Nats a word": ("stories", "entropy_per_word"),
-    "Copied": ("stories", "copied"),
-    "Words": ("stories", "words"),
+    "Copied": ("stories", "copied_share"),
+    "Words": ("stories", "length_mean"),
     "Bits a byte": ("bits_per_byte",),
     "BLiMP": ("blimp", "accuracy"),
 }
@@ -196,7 +196,7 @@ def measures_table(records: Sequence[dict]) -> str:
     return page.section(
         "What the teacher saw and what it did not",
         "Only the score and its three parts were rewarded. distinct_4: different word 4-grams over all of them; "
-        "self-BLEU: how much the stories are like each other; copied: share of a story in long phrases of the corpus; "
+        "self-BLEU: how much the stories are like each other; copied: the longest phrase of the corpus in a story; "
         "bits a byte: on held-out text. A score bought by telling the same story again shows in these.",
         page.table(["Student", *columns], rows),
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.errors import UserError
+from tinystory.student import hf
 from tinystory.student.model import Student, StudentConfig
 
 
@@ -50,7 +51,11 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[st
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tokenizer, dict[str, Any]]:
-    """Student, tokenizer and facts of a checkpoint. Raises UserError when it is not a whole one."""
+    """Student, tokenizer and facts of a checkpoint, or of a folder of transformers', which knows no facts. Raises
+    UserError when it is not a whole one."""
+    if hf.is_folder(folder):
+        student, tokenizer = hf.read(folder)
+        return student.to(device), tokenizer, {}
     try:
         record = json.loads((folder / "model.json").read_text())
         facts, vocabulary = record.pop("facts", {}), record.pop("tokenizer", None)
@@ -95,8 +100,9 @@ def newest(run: Path) -> Path | None:
 
 
 def find(path: Path) -> Path:
-    """`path` if it is a checkpoint, else the newest of the run that it is. Raises UserError if it is neither."""
-    found = path if (path / "model.json").exists() else newest(path)
+    """`path` if it is a checkpoint or a folder of transformers', else the newest of the run that it is. Raises
+    UserError if it is none of these."""
+    found = path if (path / "model.json").exists() or hf.is_folder(path) else newest(path)
     if found is None:
         raise UserError(f"{path} is neither a checkpoint nor a run that has one")
     return found

@@ -1,0 +1,98 @@
+"""Write a checkpoint as a folder that transformers loads, or put a run's milestones on the Hub.
+
+    python scripts/export_hf.py runs/pretrain exported                   its newest checkpoint -> exported/
+    python scripts/export_hf.py runs/pretrain exported --all-checkpoints exported/chck_1M, exported/chck_2M, ...
+    python scripts/export_hf.py runs/pretrain exported --all-checkpoints --push NAME/REPO
+
+BabyLM's pipeline ignores --revision_name for a local folder: give it one folder a milestone, or push, which makes each
+milestone a branch of that name and the newest checkpoint `main`. Pushing needs `pip install huggingface_hub` and a
+token: `hf auth login`, or HF_TOKEN.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from tinystory.errors import UserError, command
+from tinystory.student import checkpoint, hf
+
+MAIN = "main"  # where the newest checkpoint goes: the Hub's name for what is loaded without a revision
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run (its newest)")
+    parser.add_argument("folder", type=Path, help="new folder to write")
+    parser.add_argument("--all-checkpoints", action="store_true", help="a folder each for all chck_* of the run")
+    parser.add_argument("--push", metavar="REPO", default="", help="then upload to this repository of the Hub")
+    options = parser.parse_args(argv)
+    api = open_hub() if options.push else None
+
+    newest = checkpoint.find(options.checkpoint)
+    if options.all_checkpoints:
+        found = milestones(options.checkpoint)
+        folders = {path.name: options.folder / path.name for path in found}
+        sources = dict(zip(folders, found, strict=True)) | {MAIN: newest}
+        folders[MAIN] = options.folder / MAIN
+    else:
+        folders, sources = {MAIN: options.folder}, {MAIN: newest}
+    for branch, folder in tqdm(folders.items(), desc="writing", unit=" folders", disable=None):
+        student, tokenizer, _ = checkpoint.load(sources[branch])
+        hf.write(folder, student, tokenizer)
+    if student.config.context < hf.FINE_TUNING:
+        print(
+            f"warning: this student reads {student.config.context} tokens at most; BabyLM's fine-tuning gives it "
+            f"{hf.FINE_TUNING}: train with --context {hf.FINE_TUNING} for it, or give it a shorter --sequence_length",
+            file=sys.stderr,
+        )
+    print(f"written: {', '.join(map(str, folders.values()))}")
+    if api:
+        print(f"pushed: {push(api, options.push, folders)}")
+
+
+def milestones(run: Path) -> list[Path]:
+    """The chck_* of a run, by words. Raises UserError if there are none."""
+    found = [path.parent for path in run.glob("checkpoints/chck_*/model.json")]
+    if not found:
+        raise UserError(f"{run} has no checkpoints/chck_*: --all-checkpoints takes the folder of a run that has some")
+    unit = {"K": 10**3, "M": 10**6}
+    return sorted(found, key=lambda path: [int(n) * unit[u] for n, u in re.findall(r"(\d+)([KM])", path.name)])
+
+
+def open_hub():
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise UserError("--push needs the Hub's client: pip install huggingface_hub") from error
+    return HfApi()
+
+
+def push(api, repository: str, folders: dict[str, Path]) -> str:
+    """Each folder as the branch of its name, what it held before replaced. Returns the repository's address."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        address = api.create_repo(repository, exist_ok=True)
+        for branch, folder in tqdm(folders.items(), desc="pushing", unit=" branches", disable=None):
+            if branch != MAIN:
+                api.create_branch(repository, branch=branch, exist_ok=True)
+            api.upload_folder(
+                repo_id=repository, folder_path=folder, revision=branch, delete_patterns="*",
+                commit_message=f"{branch} of a tinystory student",
+            )  # fmt: skip
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"cannot push to {repository}: {' '.join(str(error).split())[:300]}; what is written stays, so mend that "
+            "and push again"
+        ) from error
+    return str(address)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Which of several texts does the student find likeliest? BLiMP, its supplement, entity tracking and the wug test.
+
+The definitions are those of BabyLM's pipeline (babylm/evaluation-pipeline-2025, evaluation_pipeline/sentence_zero_shot:
+read_files.py, dataset.py, compute_results.py, run.py), so that accuracies agree to the pair: the sum of the tokens'
+log-probabilities, not divided by length; no token before the text, whose first token therefore never counts; of an
+entity's options only what follows the prefix; a tie goes to the first, which is always the right one; the average is
+over phenomena, not over pairs.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinystory.data.tokenizer import Tokenizer
+from tinystory.errors import UserError
+from tinystory.evaluate.intervals import bootstrap, weighted, wilson
+from tinystory.evaluate.scoring import part, sum_logprobs
+from tinystory.student.model import Student
+
+
+@dataclass(frozen=True)
+class Item:
+    """Texts to choose among, the right one first, each read after `prefix`. uid: the phenomenon; split: phenomena are
+    averaged within it first; groups: other names to count it under; ratio: the share of people who chose the first."""
+
+    prefix: str
+    options: tuple[str, ...]
+    uid: str
+    split: str = ""
+    groups: dict[str, str] = field(default_factory=dict)
+    ratio: float | None = None
+
+
+def read_items(path: str | Path) -> list[Item]:
+    """The items of a .jsonl or .jsonl.gz file, or of all in a folder, in BabyLM's formats.
+
+    Raises UserError where there are none or a line is of no known format.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.jsonl")) + sorted(path.glob("*.jsonl.gz")) if path.is_dir() else [path]
+    items = [item for file in files for item in _read(file)]
+    if not items:
+        raise UserError(f"{path} holds no evaluation items: give a .jsonl (or .jsonl.gz) file, or a folder of them")
+    return items
+
+
+def _read(file: Path) -> Iterator[Item]:
+    name = file.name.removesuffix(".gz").removesuffix(".jsonl")
+    where = str(file)
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"{file}, line {number},"
+                if line.strip():
+                    yield _item(json.loads(line), name)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, zlib.error) as error:
+        raise UserError(
+            f"{where} is not an item of BLiMP, entity tracking or the wug test ({error!r}): give BabyLM's own files"
+        ) from error
+
+
+def _item(record: dict[str, Any], file: str) -> Item:
+    if "sentence_good" in record:
+        options = (record["sentence_good"], record["sentence_bad"])
+        if "field" not in record:  # the supplement's files name neither field nor phenomenon
+            item = Item("", options, file)
+        else:
+            groups = {
+                "field": record["field"].replace("syntax_semantics", "syntax/semantics"),
+                "linguistics_term": record["linguistics_term"],
+            }
+            item = Item("", options, record["UID"], groups=groups)
+    elif "options" in record:
+        item = Item(record["input_prefix"], tuple(record["options"]), f"{file}_{record['numops']}_ops", split=file)
+    else:
+        item = Item("", tuple(record["sentences"].split("\t")), file, ratio=float(record["ratio"]))
+    if len(item.options) < 2 or not all(isinstance(text, str) for text in (item.prefix, item.uid, *item.options)):
+        raise ValueError("an item has two texts or more")
+    return item
+
+
+def scores(student: Student, tokenizer: Tokenizer, items: Sequence[Item], desc: str) -> list[torch.Tensor | None]:
+    """Of each item's options: the log-probability, nats, of what they do not all begin with, (options,) float64. None
+    where one does not fit the student's context."""
+    groups = [[part(tokenizer, item.prefix, option) for option in item.options] for item in items]
+    fits = [max(len(ids) for ids, _ in group) <= student.config.context for group in groups]
+    sums = iter(sum_logprobs(student, [group for group, fit in zip(groups, fits, strict=True) if fit], desc))
+    return [next(sums) if fit else None for fit in fits]
+
+
+def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> dict[str, Any]:
+    """Accuracy on the files of BLiMP, its supplement or entity tracking.
+
+    Returns accuracy and its 95 % interval ci, in per cent, the average over phenomena as the pipeline takes it; items;
+    too_long, the items that do not fit the student's context and are left out; and phenomena, {uid: row}, and groups,
+    {"field": {name: row}, ...}, each row accuracy, ci (Wilson), correct and total.
+    """
+    items = read_items(path)
+    if any(item.ratio is not None for item in items):
+        raise UserError(f"{path} holds the wug test, which has no right answers: give it as --wug")
+    found = scores(student, tokenizer, items, Path(path).name)
+    # argmax takes the first of equals, as the pipeline does
+    judged = [(item, int(each.argmax()) == 0) for item, each in zip(items, found, strict=True) if each is not None]
+    if not judged:
+        raise UserError(f"no item of {path} fits the student's context of {student.config.context} tokens")
+    phenomena = _count((item.uid, correct) for item, correct in judged)
+    kinds = dict.fromkeys(kind for item in items for kind in item.groups)
+    groups = {kind: _count((i.groups[kind], c) for i, c in judged if kind in i.groups) for kind in kinds}
+
+    splits: dict[str, set[str]] = {}
+    for item, _ in judged:
+        splits.setdefault(item.split, set()).add(item.uid)
+    counts = [
+        (phenomena[uid]["correct"], phenomena[uid]["total"], 1 / (len(splits) * len(uids)))
+        for uids in splits.values() for uid in uids
+    ]  # fmt: skip
+    return {
+        "accuracy": 100 * sum(weight * correct / total for correct, total, weight in counts),
+        "ci": _percent(weighted(counts)),
+        "items": len(judged),
+        "too_long": len(items) - len(judged),
+        "phenomena": phenomena,
+        "groups": groups,
+    }
+
+
+def _count(judged: Iterator[tuple[str, bool]]) -> dict[str, dict]:
+    counts: dict[str, list[int]] = {}
+    for name, correct in judged:
+        count = counts.setdefault(name, [0, 0])
+        count[0] += correct
+        count[1] += 1
+    return {
+        name: {"accuracy": 100 * c / n, "ci": _percent(wilson(c, n)), "correct": c, "total": n}
+        for name, (c, n) in counts.items()
+    }
+
+
+def _percent(interval: tuple[float, float]) -> tuple[float, float]:
+    return 100 * interval[0], 100 * interval[1]
+
+
+def evaluate_wug(student: Student, tokenizer: Tokenizer, path: str | Path) -> dict[str, Any]:
+    """The wug test: Spearman's rank correlation, in -1..1, of the student's preference for the first form, the softmax
+    of the two log-probabilities, with the share of people who chose it. Returns correlation, ci (bootstrap), items."""
+    items = read_items(path)
+    if any(item.ratio is None for item in items):
+        raise UserError(f"{path} has items without a ratio: --wug takes the wug test's files")
+    found = scores(student, tokenizer, items, Path(path).name)
+    kept = [(each, item.ratio) for each, item in zip(found, items, strict=True) if each is not None]
+    if len(kept) < 3:
+        raise UserError(f"{path} has {len(kept)} items that fit the student's context: a correlation needs three")
+    # In float32, as the pipeline does: preferences near 0 and 1 are ties there.
+    model = torch.stack([each.float().softmax(0)[0] for each, _ in kept]).numpy()
+    human = np.array([ratio for _, ratio in kept])
+
+    def statistic(rows: np.ndarray) -> float:
+        return spearman(model[rows], human[rows])
+
+    return {
+        "correlation": spearman(model, human),
+        "ci": bootstrap(statistic, len(kept)),
+        "items": len(kept),
+        "too_long": len(items) - len(kept),
+    }
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rank correlation, equal values sharing the mean of their ranks; nan where all are equal."""
+    ranks = []
+    for values in (x, y):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
+    a, b = (rank - rank.mean() for rank in ranks)
+    scale = np.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / scale) if scale else float("nan")

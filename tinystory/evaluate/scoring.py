@@ -1,0 +1,137 @@
+"""Log-probabilities of many texts: the one thing that every evaluation here asks of a student.
+
+Texts that are compared are read as a tree, what they begin with once; trees are batched with others of like size; and
+the vocabulary product is made only where a log-probability is wanted. A text is read as it stands, with no token before
+it, as BabyLM's pipeline reads it: its first token is context only.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from tinystory import ops
+from tinystory.data.corpus import Corpus
+from tinystory.data.shards import encode
+from tinystory.data.tokenizer import Tokenizer
+from tinystory.evaluate.intervals import bootstrap
+from tinystory.student.model import Student
+
+BATCH = 4096  # tokens, padding counted
+MOST_TOKENS = 500_000  # of a corpus are read for its bits a byte
+
+Part = tuple[tuple[int, ...], int]  # token ids, and the first of them, 1 or more, whose log-probability counts
+
+
+def part(tokenizer: Tokenizer, prefix: str, rest: str) -> Part:
+    """`rest` read after `prefix`. A token that holds the end of one and the beginning of the other counts."""
+    tokens = tokenizer.encode(prefix + rest)
+    ends = np.cumsum(tokenizer.token_sizes[tokens])
+    first = int(np.searchsorted(ends, len(prefix.encode()), side="right"))
+    return tuple(tokens), max(first, 1)
+
+
+@torch.no_grad()
+def sum_logprobs(student: Student, groups: Sequence[Sequence[Part]], desc: str) -> list[Tensor]:
+    """Of each part of each group: the sum over i >= first of log p(token i | the tokens before it), nats, (parts,)
+    float64. What all parts of a group begin with is read once and not summed: it decides nothing between them. No part
+    may be longer than the student's context."""
+    device = student.wte.weight.device
+    trees = [_tree(group) for group in groups]
+    order = sorted(range(len(trees)), key=lambda i: len(trees[i].tokens))
+    sums: list[Tensor] = [torch.empty(0)] * len(groups)
+    with tqdm(total=len(groups), desc=desc, unit=" items", leave=False, delay=2, disable=None) as bar:
+        while order:  # the longest first: what memory is needed shows at once
+            width = len(trees[order[-1]].tokens)
+            begin = max(len(order) - max(BATCH // max(width, 1), 1), 0)
+            rows, order = order[begin:], order[:begin]
+            batch = [trees[row] for row in rows]
+            tokens, positions, branch = (
+                torch.tensor([[*each, *[0] * (width - len(each))] for each in column], device=device)
+                for column in zip(*((t.tokens, t.positions, t.branch) for t in batch), strict=True)
+            )
+            totals = torch.zeros(len(batch), 1 + max(len(groups[row]) for row in rows), dtype=torch.float64)
+            targets = [(row, before, at) for row, tree in enumerate(batch) for before, at in tree.scored]
+            if targets:
+                row, before, at = torch.tensor(targets, device=device).T
+                hidden = _hidden(student, tokens, positions, branch)[row, before]
+                logprob, _ = ops.token_logprob(hidden, student.wte.weight, tokens[row, at])
+                totals.index_put_((row.cpu(), branch[row, at].cpu()), logprob.double().cpu(), accumulate=True)
+            for row, total in zip(rows, totals, strict=True):
+                sums[row] = total[1 : 1 + len(groups[row])]
+            bar.update(len(rows))
+    return sums
+
+
+class _Tree(NamedTuple):
+    """A group as one row: what its parts begin with (branch 0), then the rest of each (branches 1, 2, ...). scored:
+    where each token that counts is, after where the one before it is."""
+
+    tokens: list[int]
+    positions: list[int]
+    branch: list[int]
+    scored: list[tuple[int, int]]
+
+
+def _tree(group: Sequence[Part]) -> _Tree:
+    texts = [ids for ids, _ in group]
+    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False)))
+    if len(group) == 1:
+        common = 0
+    tree = _Tree([*texts[0][:common]], [*range(common)], [0] * common, [])
+    for branch, (ids, first) in enumerate(group, 1):
+        shift = len(tree.tokens) - common
+        tree.tokens.extend(ids[common:])
+        tree.positions.extend(range(common, len(ids)))
+        tree.branch.extend([branch] * (len(ids) - common))
+        tree.scored.extend(
+            (shift + i - 1 if i > common else i - 1, shift + i) for i in range(max(first, common), len(ids))
+        )
+    return tree
+
+
+def _hidden(student: Student, tokens: Tensor, positions: Tensor, branch: Tensor) -> Tensor:
+    """Final hidden states (B, T, C) where a token sees those before it in its own branch and in branch 0.
+    tokens, positions, branch: (B, T) int64; the padding comes last, so that nothing sees it."""
+    T = tokens.shape[1]
+    earlier = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
+    mask = earlier & ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None]))
+    x = student.wte(tokens) + student.wpe(positions)
+    for block in student.blocks:
+        q, k, v = block.project_qkv(x).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+        x = block.finish(x, attended.transpose(1, 2), 0.0)
+    return student.ln_f(x)
+
+
+def bits_per_byte(student: Student, tokenizer: Tokenizer, corpus: Corpus) -> dict:
+    """bits_per_byte, its ci and the tokens read, over the first MOST_TOKENS of a corpus.
+
+    The documents, an end token after each, are cut into pieces of the context's length; each token is predicted from
+    those before it in its piece. The bits of all tokens but each piece's first, end tokens too, over the bytes of the
+    text that they stand for. ci: bootstrap over pieces.
+    """
+    documents, size = [], 0
+    for document in corpus.documents():
+        documents.append(document)
+        size += len(document)
+        if size > 5 * MOST_TOKENS:  # more than enough: a token is rarely longer than five characters
+            break
+    stream = encode(tokenizer, documents)[0][:MOST_TOKENS].astype(np.int64)
+    context = student.config.context
+    pieces = [stream[start : start + context] for start in range(0, len(stream) - 1, context - 1)]
+    logprobs = sum_logprobs(student, [[(tuple(piece.tolist()), 1)] for piece in pieces], "bits a byte")
+    bits = -torch.cat(logprobs).numpy() / math.log(2)
+    sizes = np.array([tokenizer.token_sizes[piece[1:]].sum() for piece in pieces])
+
+    def ratio(rows: np.ndarray) -> float:
+        return float(bits[rows].sum() / sizes[rows].sum())
+
+    whole = ratio(np.arange(len(pieces)))
+    return {"bits_per_byte": whole, "ci": bootstrap(ratio, len(pieces)), "tokens": len(stream)}

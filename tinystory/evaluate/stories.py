@@ -1,0 +1,176 @@
+"""What a student's stories are like: how a teacher scores them, how varied they are, what they copy, how they end."""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from tinystory.data.corpus import Corpus
+from tinystory.data.tokenizer import Tokenizer
+from tinystory.evaluate.intervals import bootstrap, wilson
+from tinystory.rl.rollout import Story, distinct_ngrams, rollout
+from tinystory.student.model import Student
+
+Grade = Callable[[str, Sequence[str]], Sequence[dict[str, float] | None]]
+
+OPENINGS = (
+    "Once upon a time, in a faraway land,",
+    "One day, a little girl named Lily",
+    "Tom had a dog who",
+    "The old man looked at the sea and",
+    "It was a dark night when",
+    "Deep in the wood there lived",
+    "Mia was sad because",
+    "There was once a king who",
+)
+
+
+def story_measures(
+    student: Student,
+    tokenizer: Tokenizer,
+    *,
+    openings: Sequence[str],
+    n_stories: int,
+    max_new_tokens: int,
+    seed: int,
+    grade: Grade | None = None,
+    corpus: Corpus | None = None,
+) -> dict[str, Any]:
+    """Measures of `n_stories` sampled stories, as many of each opening, give or take one; the same draws each time.
+
+    grade(opening, stories) gives each story's scores by criterion, 0..3 each, or None for no score.
+
+    Returns, over all stories: length_mean (words), ended_eos_share, entropy_per_word (nats, of the distributions drawn
+    from, summed over the tokens and divided by the words), distinct_1..distinct_4 (different word n-grams over all of
+    them), self_bleu (see there; None for one story alone). With `grade`: score_mean, the criteria's sum, with its
+    interval score_ci (bootstrap over stories), NAME_mean of each criterion, and unscored. With `corpus`: copied_share,
+    the words of the longest phrase shared with it over the story's words, and copied_longest, the most words of any.
+    The intervals that are not named above are ended_eos_ci (Wilson) and length_ci.
+    """
+    told: list[tuple[str, Story]] = []
+    for i, opening in enumerate(openings):
+        count = n_stories // len(openings) + (i < n_stories % len(openings))
+        stories = rollout(
+            student, None, tokenizer, opening, count=count, first_index=len(told), max_new_tokens=max_new_tokens,
+            seed=seed,
+        ) if count else []  # fmt: skip
+        told += [(opening, story) for story in stories]
+    stories = [story for _, story in told]
+    texts = [story.text for story in stories]
+    lengths = np.array([story.words for story in stories])
+    ended = sum(story.ended == "eos" for story in stories)
+    measures: dict[str, Any] = {
+        "stories": len(stories),
+        "length_mean": float(lengths.mean()),
+        "length_ci": bootstrap(lambda rows: float(lengths[rows].mean()), len(lengths)),
+        "ended_eos_share": ended / len(stories),
+        "ended_eos_ci": wilson(ended, len(stories)),
+        "entropy_per_word": sum(float(s.entropies.sum()) for s in stories) / max(int(lengths.sum()), 1),
+        **{f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2, 3, 4)},
+        "self_bleu": self_bleu(texts),
+    }
+    if grade:
+        measures |= _scores(openings, told, grade)
+    if corpus:
+        shared = longest_shared(texts, corpus)
+        measures["copied_share"] = fmean(n / max(words, 1) for n, words in zip(shared, lengths.tolist(), strict=True))
+        measures["copied_longest"] = max(shared)
+    return measures
+
+
+def _scores(openings: Sequence[str], told: Sequence[tuple[str, Story]], grade: Grade) -> dict[str, Any]:
+    scored: list[dict[str, float]] = []
+    for opening in openings:
+        texts = [story.text for of, story in told if of == opening]
+        scored += [scores for scores in grade(opening, texts) if scores is not None] if texts else []
+    if not scored:
+        return {"score_mean": None, "score_ci": None, "unscored": len(told)}
+    sums = np.array([sum(scores.values()) for scores in scored], dtype=float)
+    return {
+        "score_mean": float(sums.mean()),
+        "score_ci": bootstrap(lambda rows: float(sums[rows].mean()), len(sums)),
+        **{f"{name}_mean": fmean(scores[name] for scores in scored) for name in scored[0]},
+        "unscored": len(told) - len(scored),
+    }
+
+
+def self_bleu(texts: Sequence[str], most: int = 4) -> float | None:
+    """Mean BLEU of each text against all others (Zhu et al. 2018, arXiv 1802.01886): 1 where they are one and the same.
+
+    Word n-grams of one to `most`, with equal weights; a count of no match is taken as 0.1 (smoothing 1 of Chen and
+    Cherry 2014); the reference length is the others' nearest. Texts of fewer than `most` words are left out; None where
+    fewer than two remain.
+    """
+    words = [text.split() for text in texts if len(text.split()) >= most]
+    if len(words) < 2:
+        return None
+    logs = np.zeros(len(words))
+    for n in range(1, most + 1):
+        counts = [Counter(tuple(w[i : i + n]) for i in range(len(w) - n + 1)) for w in words]
+        first: dict[tuple, tuple[int, int]] = {}  # of each n-gram: the highest count in a text, and which text
+        second: dict[tuple, int] = {}  # and the highest in any other
+        for index, each in enumerate(counts):
+            for gram, count in each.items():
+                highest, _ = first.get(gram, (0, -1))
+                if count > highest:
+                    first[gram], second[gram] = (count, index), highest
+                else:
+                    second[gram] = max(second[gram], count)
+        for index, each in enumerate(counts):
+            matched = sum(
+                min(count, first[gram][0] if first[gram][1] != index else second[gram]) for gram, count in each.items()
+            )
+            logs[index] += math.log(max(matched, 0.1) / each.total()) / most
+    lengths = np.array([len(w) for w in words])
+    for index, length in enumerate(lengths):
+        others = np.delete(lengths, index)
+        nearest = others[np.lexsort((others, np.abs(others - length)))[0]]  # of two as near, the shorter
+        logs[index] += min(0.0, 1 - nearest / length)
+    return float(np.exp(logs).mean())
+
+
+def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
+    """Of each text, the words of the longest phrase that stands in a document of the corpus. Words are what whitespace
+    separates, as spelled; phrases are compared by 64-bit hashes of their words."""
+    vocabulary, stream = _words(corpus.fingerprint(), corpus)
+    rows = [np.array([vocabulary.get(word, 0) for word in text.split()], dtype=np.int64) for text in texts]
+    ours = np.concatenate([np.append(row, -1) for row in rows])  # -1, as the corpus's 0, is a word of neither
+    owner = np.repeat(np.arange(len(rows)), [len(row) + 1 for row in rows])
+    keys = np.random.default_rng(0).integers(1, 2**63, len(vocabulary) + 2, dtype=np.uint64)
+    ours_at, theirs_at = np.flatnonzero(ours > 0), np.flatnonzero(stream)
+    ours_hash, theirs_hash = keys[ours[ours_at]], keys[stream[theirs_at]]
+    longest, length = np.zeros(len(rows), dtype=int), 1
+    while len(ours_at):
+        met = np.isin(ours_hash, theirs_hash)
+        ours_at, ours_hash = ours_at[met], ours_hash[met]
+        longest[owner[ours_at]] = length
+        kept = np.isin(theirs_hash, ours_hash)  # a phrase can only go on where it began: few places are left soon
+        theirs_at, theirs_hash = theirs_at[kept], theirs_hash[kept]
+        ours_at, ours_hash = _longer(ours, ours_at, ours_hash, length, keys)
+        theirs_at, theirs_hash = _longer(stream, theirs_at, theirs_hash, length, keys)
+        length += 1
+    return longest.tolist()
+
+
+def _longer(words: np.ndarray, at: np.ndarray, hashed: np.ndarray, length: int, keys: np.ndarray):
+    """The phrases of `length` words at these places, one word longer where that word is there."""
+    kept = at + length < len(words)
+    at, hashed = at[kept], hashed[kept]
+    following = words[at + length]
+    kept = following > 0
+    return at[kept], hashed[kept] * np.uint64(6364136223846793005) + keys[following[kept]]
+
+
+@functools.lru_cache(maxsize=1)
+def _words(fingerprint: str, corpus: Corpus) -> tuple[dict[str, int], np.ndarray]:
+    """Ids of a corpus's words, from 1, and its documents as ids, 0 after each: (n,) int32."""
+    vocabulary: dict[str, int] = {}
+    documents = []
+    for document in corpus.documents():
+        ids = [vocabulary.setdefault(word, len(vocabulary) + 1) for word in document.split()]
+        documents.append(np.array([*ids, 0], dtype=np.int32))
+    return vocabulary, np.concatenate(documents)

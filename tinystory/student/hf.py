@@ -1,0 +1,260 @@
+"""To and from the folders of transformers' GPT-2: config.json, model.safetensors, tokenizer.json.
+
+What is written here `AutoModelForCausalLM`, `AutoModel`, `AutoTokenizer` and `AutoProcessor` load with no code of ours.
+What is read may come from anyone: only JSON and safetensors are opened, every size is checked against the file before
+anything is made of it, and whatever in a model is not GPT-2's layout is refused, not approximated.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tinystory.data.tokenizer import END_NAMES, Tokenizer
+from tinystory.errors import UserError
+from tinystory.student.model import Student, StudentConfig
+
+# Their names in a block -> ours. Their Conv1D keeps (in, out), our Linear (out, in).
+MODULES = {
+    "ln_1": "ln_1",
+    "attn.c_attn": "qkv",
+    "attn.c_proj": "attn_proj",
+    "ln_2": "ln_2",
+    "mlp.c_fc": "fc",
+    "mlp.c_proj": "mlp_proj",
+}
+# What the layout fixes, with transformers' own default where a config.json leaves it out.
+FIXED = {
+    "layer_norm_epsilon": (1e-5, 1e-5),
+    "scale_attn_weights": (True, True),
+    "scale_attn_by_inverse_layer_idx": (False, False),
+    "add_cross_attention": (False, False),
+    "tie_word_embeddings": (True, True),
+}
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
+LONGEST_JSON = 100_000_000  # characters; GPT-2's tokenizer.json has 1.4 M
+FINE_TUNING = 512  # tokens that BabyLM's fine-tuning reads at once
+
+
+def is_folder(path: Path) -> bool:
+    """Whether transformers wrote this folder, or we for it."""
+    return (path / "config.json").is_file() and not (path / "model.json").exists() and "model_type" in _json(
+        path / "config.json"
+    )  # fmt: skip
+
+
+def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
+    """Write a new folder for transformers. Raises UserError where it cannot, and where there is one already."""
+    shape = student.config
+    names = {id: name for name, id in tokenizer.specials.items()}
+    ends = {f"{role}_token_id": id for role, id in _roles(tokenizer).items()}
+    config = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": shape.vocab_size,
+        "n_positions": shape.context,
+        "n_embd": shape.n_embd,
+        "n_layer": shape.n_layer,
+        "n_head": shape.n_head,
+        "activation_function": TANH_GELU[0],
+        **{name: value for name, (value, _) in FIXED.items()},
+        "torch_dtype": "float32",
+        **ends,
+    }
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": shape.context,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # text like "</s>" in a document is text
+        "padding_side": "right",
+    }
+    roles = {f"{role}_token": names[id] for role, id in _roles(tokenizer).items()}
+    files = {
+        "config.json": config,
+        "generation_config.json": ends,
+        "tokenizer_config.json": tokenizer_config | roles,
+        "special_tokens_map.json": roles,
+    }
+    try:
+        folder.mkdir(parents=True)
+        save_file(_theirs(student), folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except FileExistsError as error:
+        raise UserError(f"{folder} is there already: name a new folder, or remove that one") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {error}; free some space or choose another folder") from error
+
+
+def _roles(tokenizer: Tokenizer) -> dict[str, int]:
+    return {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
+
+
+def _theirs(student: Student) -> dict[str, Tensor]:
+    ours = student.state_dict()
+    return {
+        f"transformer.{name}": (ours[own].T if turned else ours[own]).detach().cpu().contiguous()
+        for name, own, turned, _ in _layout(student.config)
+    }
+
+
+def _layout(shape: StudentConfig) -> list[tuple[str, str, bool, tuple[int, ...]]]:
+    """Every parameter: their name, ours, whether it is turned, and its shape as theirs."""
+    C = shape.n_embd
+    widths = {"qkv": (C, 3 * C), "attn_proj": (C, C), "fc": (C, 4 * C), "mlp_proj": (4 * C, C)}
+    rows = [
+        ("wte.weight", "wte.weight", False, (shape.vocab_size, C)),
+        ("wpe.weight", "wpe.weight", False, (shape.context, C)),
+    ]
+    for layer in range(shape.n_layer):
+        for theirs, ours in MODULES.items():
+            wide = widths.get(ours, (C,))
+            rows.append((f"h.{layer}.{theirs}.weight", f"blocks.{layer}.{ours}.weight", ours in widths, wide))
+            rows.append((f"h.{layer}.{theirs}.bias", f"blocks.{layer}.{ours}.bias", False, wide[-1:]))
+    return [*rows, ("ln_f.weight", "ln_f.weight", False, (C,)), ("ln_f.bias", "ln_f.bias", False, (C,))]
+
+
+def read(folder: Path) -> tuple[Student, Tokenizer]:
+    """The student, in float32 on the CPU, and the tokenizer of a folder that transformers wrote.
+
+    Raises UserError for what is not GPT-2's layout, byte-level BPE with GPT-2's split, and safetensors.
+    """
+    config = _json(folder / "config.json")
+    shape = _shape(folder, config)
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise UserError(
+            f"{folder} has no model.safetensors: load it with transformers and save it again with "
+            "save_pretrained(FOLDER, max_shard_size='100GB'), which writes one; a .bin is a pickle, which runs code as "
+            "it loads, and is not opened"
+        )
+    try:
+        state = _ours(folder, file, shape)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    tokenizer = _tokenizer(folder, config, shape.vocab_size)
+    with torch.device("meta"):
+        student = Student(shape)
+    student.load_state_dict(state, assign=True)
+    return student.requires_grad_(), tokenizer
+
+
+def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
+    def refuse(what: str) -> UserError:
+        return UserError(f"{folder}/config.json is of a model that this student cannot be: {what}")
+
+    if config.get("model_type") != "gpt2":
+        raise refuse(f"its model_type is {config.get('model_type')!r}, not 'gpt2'")
+    sizes = {}
+    for name, theirs in (("n_layer", "n_layer"), ("n_head", "n_head"), ("n_embd", "n_embd"),
+                         ("context", "n_positions"), ("vocab_size", "vocab_size")):  # fmt: skip
+        sizes[name] = config.get(theirs)
+        if type(sizes[name]) is not int or not 0 < sizes[name] < 2**24:
+            raise refuse(f"its {theirs} is {sizes[name]!r}")
+    if sizes["n_embd"] % (16 * sizes["n_head"]):
+        raise refuse(f"its heads are {sizes['n_embd'] / sizes['n_head']:g} wide, not a multiple of 16")
+    for name, (ours, default) in FIXED.items():
+        if config.get(name, default) != ours:
+            raise refuse(f"its {name} is {config[name]!r}, not {ours!r}")
+    if config.get("activation_function", TANH_GELU[0]) not in TANH_GELU:
+        raise refuse(f"its activation_function is {config['activation_function']!r}, not the tanh GELU")
+    if config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
+        raise refuse(f"its n_inner is {config['n_inner']!r}, not 4 * n_embd")
+    return StudentConfig(**sizes)
+
+
+def _ours(folder: Path, path: Path, shape: StudentConfig) -> dict[str, Tensor]:
+    """Their weights under our names; the prefix `transformer.` may be there or not."""
+    with safe_open(path, framework="pt") as file:
+        there = set(file.keys())
+        prefix = "transformer." if "transformer.wte.weight" in there else ""
+        state = {}
+        for name, own, turned, wanted in _layout(shape):
+            if prefix + name not in there:
+                raise UserError(f"{path} has no tensor {prefix + name}: it is not the model of its config.json")
+            found = tuple(file.get_slice(prefix + name).get_shape())
+            if found != wanted:
+                raise UserError(f"{path}: {prefix + name} is {found}, and its config.json says {wanted}")
+            tensor = file.get_tensor(prefix + name).float()
+            state[own] = (tensor.T if turned else tensor).contiguous()
+        if "lm_head.weight" in there and not torch.equal(
+            file.get_tensor("lm_head.weight").float(), state["wte.weight"]
+        ):
+            raise UserError(f"{path} has an output layer of its own (lm_head.weight): only a tied one can be used here")
+    return state
+
+
+def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
+    """Its tokenizer.json, or vocab.json and merges.txt; the end token by the config, whatever it is called."""
+    file = folder / "tokenizer.json"
+    spec = _json(file) if file.is_file() else _from_vocab_and_merges(folder)
+    try:
+        if (spec.get("post_processor") or {"type": "ByteLevel"})["type"] != "ByteLevel":
+            print(
+                f"{folder}: its tokenizer puts tokens of its own around a text; they are left out here", file=sys.stderr
+            )
+        vocab, added = spec["model"]["vocab"], spec["added_tokens"]
+        ids = set(vocab.values()) | {token["id"] for token in added}
+        if len(ids) > vocab_size:
+            raise ValueError(f"it has {len(ids)} tokens and the model {vocab_size}")
+        for id in range(len(ids), vocab_size):  # rows that a model has beyond its tokens, to be a round number
+            added.append(_special(f"<unused{id}>", id))
+        end = config.get("eos_token_id")
+        for token in added:
+            if token["id"] == end and token["content"] not in END_NAMES:
+                if END_NAMES[0] in vocab:
+                    raise ValueError(f"its end token is {token['content']!r}, and {END_NAMES[0]!r} is another")
+                vocab.pop(token["content"], None)
+                token["content"], vocab[END_NAMES[0]] = END_NAMES[0], end
+        tokenizer = Tokenizer(json.dumps(spec, ensure_ascii=False))
+        if end is not None and tokenizer.eos != end:
+            raise ValueError(f"its end token is {tokenizer.eos} and that of config.json {end!r}")
+        return tokenizer
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the tokenizer in {folder} cannot be used here: {error}") from error
+
+
+def _special(name: str, id: int) -> dict[str, Any]:
+    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": id, "content": name, **off, "special": True}
+
+
+def _from_vocab_and_merges(folder: Path) -> dict[str, Any]:
+    """GPT-2's two files as one tokenizer.json. What no merge makes and is longer than a character is special."""
+    vocab = _json(folder / "vocab.json")
+    try:
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder} has no tokenizer.json, nor vocab.json with merges.txt: {error}") from error
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    made = {"".join(pair) for pair in merges}
+    special = [_special(name, id) for name, id in vocab.items() if len(name) > 1 and name not in made]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": sorted(special, key=lambda token: str(token["id"])),
+        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": merges,
+        },
+    }  # fmt: skip
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError for anything else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST_JSON + 1)
+        content = json.loads(text) if len(text) <= LONGEST_JSON else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object of a reasonable size")
+    return content
