@@ -25,7 +25,7 @@ def bench(monkeypatch):
 @pytest.fixture
 def run(bench, capsys):
     def run(*argv: str) -> dict:
-        bench.main([*argv, "--device", "cpu", "--json", "--runs", "2"])
+        bench.main([*argv, "--device", "cpu", "--json", "--runs", "1"])
         out, err = capsys.readouterr()
         assert out.count("\n") == 1 and err == ""
         return json.loads(out)
@@ -35,9 +35,9 @@ def run(bench, capsys):
 
 def test_rollout_counts_the_tokens_that_were_written(run):
     r = run("rollout", "--batch", "6", "--new", "9")
-    assert r["bench"] == "rollout" and r["batch"] == 6 and r["new"] == 9 and r["runs"] == 2
+    assert r["bench"] == "rollout" and r["batch"] == 6 and r["new"] == 9 and r["runs"] == 1
     assert 0 < r["tokens"] <= 54
-    assert r["tokens_per_s"] == pytest.approx(r["tokens"] / r["rollout_s"], rel=0.5)
+    assert r["tokens_per_s"] == pytest.approx(r["tokens"] / r["rollout_s"], rel=0.1)  # times are rounded
     assert r["gemm_limit_tokens_per_s"] > 0 and r["peak_mb"] > 50
 
 
@@ -53,7 +53,7 @@ def test_ppo_is_a_whole_iteration(run, bench, monkeypatch, dtype):
 
     monkeypatch.setattr(bench.ppo, "update", update)
     r = run("ppo", "--batch", "4", "--new", "8", "--dtype", dtype)
-    assert epochs == [4, 4, 4]  # one that is not timed, two that are
+    assert epochs == [4, 4]  # one that is not timed, one that is
     assert r["dtype"] == dtype
     assert 0 < r["reference_s"] < r["update_s"] < r["total_s"]
     assert r["total_s"] == pytest.approx(r["rollout_s"] + r["update_s"], rel=0.2, abs=0.01)
@@ -70,8 +70,8 @@ def test_pretraining_is_train_pretrains_own_step(run, monkeypatch):
 
     monkeypatch.setattr(train_pretrain, "train_step", step)
     r = run("pretrain", "--batch", "3")
-    assert seen == [(3, 65)] * 3
-    assert r["tokens_per_s"] == pytest.approx(3 * 64 / r["step_s"], rel=0.5)
+    assert seen == [(3, 65)] * 2
+    assert r["tokens_per_s"] == pytest.approx(3 * 64 / r["step_s"], rel=0.1)  # times are rounded
 
 
 def test_kernels_are_all_beside_pytorchs(run):
