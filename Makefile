@@ -1,7 +1,7 @@
 # Thin on purpose: each recipe is a line or two that can be copied into a shell.
 PY := .venv/bin/python
 
-.PHONY: demo test sanitize bench cuda-build clean
+.PHONY: demo test sanitize bench cuda-build gpu-check clean
 
 # From nothing to a student that tells better stories: about ten minutes on two cores.
 demo: .venv/ready
@@ -32,6 +32,13 @@ cuda-build:
 	python3 -m venv build/cuda
 	build/cuda/bin/pip install --quiet torch==2.11.0 --editable '.[test]'
 	TINYSTORY_CACHE=build/cuda/cache build/cuda/bin/pytest tests/test_cuda_binding.py tests/test_cuda_compile.py
+
+# On a machine with a card: the GPU tests, the kernels' tests again under compute-sanitizer, and our speed beside the card's.
+gpu-check: .venv/ready
+	.venv/bin/pytest -m gpu
+	TINYSTORY_TEST_SHAPES=12 compute-sanitizer --error-exitcode 1 .venv/bin/pytest -m gpu -k "not device_sees and not interaction"
+	TINYSTORY_TEST_SHAPES=12 compute-sanitizer --tool racecheck --error-exitcode 1 .venv/bin/pytest -m gpu -k "same_bits"
+	for shape in small gpt2s; do $(PY) scripts/bench.py kernels --device cuda --shape $$shape --batch 32 --runs 50; done
 
 clean:
 	rm -rf .venv build runs/demo

@@ -7,6 +7,7 @@ python scripts/bench.py kernels                             each operator beside
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,6 +36,12 @@ SHAPES = {
     "gpt2s": StudentConfig(n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000),
 }
 PROMPT = 20  # tokens
+SDPA_BACKENDS = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+)
 BATCH = {  # else 64
     ("pretrain", "small"): 16,
     ("pretrain", "gpt2s"): 4,
@@ -165,7 +173,9 @@ def interact(config: StudentConfig, batch: int, new: int, dtype: torch.dtype, de
 # --- kernels ----------------------------------------------------------------------------------------------------------
 def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch.device, runs: int) -> dict[str, dict]:
     """Median milliseconds of ours and PyTorch's, run in turn; their ratio (above 1: ours is faster); what each holds at
-    its peak beyond its inputs, in MB (null where the system does not tell)."""
+    its peak beyond its inputs, in MB (null where the system does not tell). On a GPU also each backend of SDPA, the
+    best of which is PyTorch's; and the arithmetic or the memory traffic that the result takes over our time, in TFLOP/s
+    or GB/s, beside what a matrix product and a copy reach here."""
     T, H, C, V = config.context, config.n_head, config.n_embd, config.vocab_size
     D, N = C // H, batch * T
 
@@ -180,8 +190,11 @@ def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch
     lengths = torch.randint((T - PROMPT) // 2, T - PROMPT, (64,), device=device)
     valid = (torch.arange(T, device=device) <= PROMPT + lengths[:, None])[:, None, None]
 
-    def attention() -> Tensor:
+    def attention(backend: SDPBackend | None = None) -> Tensor:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if backend is not None:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
     def logprob() -> Tensor:
@@ -206,6 +219,14 @@ def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch
     def backward(f: Callable[[], Tensor]) -> Callable:
         return lambda: f().sum().backward()
 
+    size, forward_flops = dtype.itemsize, 2 * batch * H * T * T * D  # causal: half of two products
+    work = {  # floating-point operations, or bytes that must be read
+        "attention": dict(flops=3.5 * forward_flops),
+        "token_logprob": dict(flops=6 * N * C * V),
+        "cross_entropy": dict(flops=6 * N * C * V),
+        "sample": dict(bytes=64 * V * size),
+        "decode_attention": dict(bytes=(PROMPT + int(lengths.sum())) * 2 * C * size),
+    }
     pairs = {
         "attention": (backward(lambda: ops.causal_attention(qkv)), backward(attention)),
         "token_logprob": (backward(our_logprob), backward(logprob)),
@@ -216,19 +237,39 @@ def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch
         "sample": (lambda: ops.sample(logits, seed=0, rows=rows, step=0), draw),
         "decode_attention": (lambda: ops.decode_attention(new, prefix, cache, lengths), decode),
     }
-    found = {}
-    for name, pair in pairs.items():
-        times: tuple[list[float], list[float]] = ([], [])
+    lap = lap_timer(device)
+
+    def medians(*functions: Callable) -> list[float]:
+        times = [[] for _ in functions]
         for _ in range(runs + 1):
-            for f, to in zip(pair, times, strict=True):
+            for f, to in zip(functions, times, strict=True):
                 for leaf in (qkv, hidden, weight):
                     leaf.grad = None
-                began = now(device)
-                f()
-                to.append(now(device) - began)
-        ours, theirs = (statistics.median(t[1:]) for t in times)
-        found[name] = dict(ours_ms=round(1000 * ours, 3), torch_ms=round(1000 * theirs, 3))
-        found[name] |= dict(ratio=round(theirs / ours, 2))
+                to.append(lap(f))
+        return [statistics.median(t[1:]) for t in times]
+
+    limits, found = {}, {}
+    if device.type == "cuda":
+        big, a = torch.empty(2**28, dtype=torch.uint8, device=device), torch.randn(8192, 8192, device=device).to(dtype)
+        product, copy = medians(lambda: a @ a, lambda: big.clone())
+        limits = dict(flops=2 * 8192**3 / product, bytes=2 * 2**28 / copy)
+        del big, a
+    for name, pair in pairs.items():
+        ours, theirs = medians(*pair)
+        found[name] = dict(ours_ms=round(1000 * ours, 3))
+        if name == "attention" and device.type == "cuda":
+            best = {}
+            for backend in SDPA_BACKENDS:
+                try:
+                    (best[backend.name],) = medians(backward(functools.partial(attention, backend)))
+                except RuntimeError as error:  # not for this dtype or card, or too large
+                    print(f"SDPA's {backend.name}: {str(error).splitlines()[0]}", file=sys.stderr)
+            theirs = min(best.values())
+            found[name] |= {f"{key.lower()}_ms": round(1000 * seconds, 3) for key, seconds in best.items()}
+        found[name] |= dict(torch_ms=round(1000 * theirs, 3), ratio=round(theirs / ours, 2))
+        for kind, amount in work[name].items() if limits else ():
+            unit, scale = dict(flops=("tflop_s", 1e12), bytes=("gb_s", 1e9))[kind]
+            found[name] |= {unit: round(amount / ours / scale, 1), f"limit_{unit}": round(limits[kind] / scale, 1)}
         found[name] |= dict(zip(("ours_mb", "torch_mb"), (held_mb(f, device) for f in pair), strict=True))
     return found
 
@@ -242,6 +283,31 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def lap_timer(device: torch.device) -> Callable[[Callable], float]:
+    """A function that runs another and says how many seconds it took. On a GPU by events of its stream, after its
+    caches were overwritten, which also gives the host time to be ahead of the device."""
+    if device.type != "cuda":
+
+        def lap(f: Callable) -> float:
+            began = time.perf_counter()
+            f()
+            return time.perf_counter() - began
+
+        return lap
+    flush = torch.empty(2**28, dtype=torch.uint8, device=device)  # larger than any L2 cache
+
+    def lap_on_stream(f: Callable) -> float:
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        began.record()
+        f()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1000
+
+    return lap_on_stream
 
 
 def gemm_seconds(
