@@ -1,0 +1,148 @@
+"""Evaluate checkpoints: BabyLM's zero-shot tasks, bits per byte, and what the stories are like.
+
+    python scripts/evaluate.py runs/pretrain --blimp blimp_filtered --out report.json
+    python scripts/evaluate.py runs/pretrain/checkpoints/chck_* --stories 200 --corpus builtin --out report.json
+
+CHECKPOINT is a checkpoint of ours, a run (its newest), or a folder that transformers wrote. The files are BabyLM's own,
+gzipped or not; the definitions are its pipeline's, to the pair. Beside --out comes a page with the same name and .html.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from tinystory.config import InteractConfig
+from tinystory.data.corpus import open_corpus
+from tinystory.device import pick_device
+from tinystory.errors import UserError, command
+from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
+from tinystory.evaluate.reading import evaluate_reading
+from tinystory.evaluate.report import comparison, write_page
+from tinystory.evaluate.scoring import bits_per_byte
+from tinystory.evaluate.stories import OPENINGS, Grade, story_measures
+from tinystory.runlog import atomic_write
+from tinystory.student import checkpoint
+from tinystory.teacher.builtin import builtin_teacher
+from tinystory.teacher.client import Teacher
+
+TASKS = {
+    "blimp": (evaluate_pairs, "BLiMP: a .jsonl file, or a folder of them"),
+    "supplement": (evaluate_pairs, "BLiMP's supplement"),
+    "entity_tracking": (evaluate_pairs, "entity tracking"),
+    "wug": (evaluate_wug, "wug test of adjective nominalisation"),
+    "reading": (evaluate_reading, "reading_data.csv"),
+}
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
+    for task, (_, text) in TASKS.items():
+        parser.add_argument(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
+    parser.add_argument(
+        "--corpus",
+        nargs="+",
+        metavar="NAME|FILE",
+        help="text for bits per byte, for what a story copies, and for the built-in teacher",
+    )
+    parser.add_argument("--stories", type=int, default=0, help="stories to write and measure (default: 0, none)")
+    parser.add_argument(
+        "--openings", type=Path, metavar="FILE", help="their openings, one a line (default: eight of ours)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=InteractConfig.max_new_tokens, help="longest story")
+    parser.add_argument("--teacher-url", default="", help="who scores them (default: the built-in teacher)")
+    parser.add_argument("--teacher-model", default="", help="default: the first that the server lists")
+    parser.add_argument("--teacher-concurrency", type=int, default=InteractConfig.teacher_concurrency)
+    parser.add_argument("--seed", type=int, default=0, help="of the stories' draws and the teacher's")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="report.json to write, and report.html beside it")
+    options = parser.parse_args(argv)
+    tasks = {task: getattr(options, task) for task in TASKS if getattr(options, task)}
+    if not (tasks or options.corpus or options.stories):
+        raise UserError("nothing to evaluate: give --blimp or another task, --corpus, or --stories N")
+    if options.out and options.out.suffix == ".html":
+        raise UserError("--out is the .json to write; the page is put beside it")
+    corpus = open_corpus(options.corpus) if options.corpus else None
+    openings = read_openings(options.openings) if options.openings else OPENINGS
+    device = pick_device(options.device)
+
+    records = []
+    with contextlib.ExitStack() as stack:
+        grade = open_teacher(options, stack) if options.stories else None
+        for folder in tqdm([checkpoint.find(path) for path in options.checkpoints], desc="checkpoints", disable=None):
+            student, tokenizer, facts = checkpoint.load(folder, device)
+            words = facts.get("words", 0) + facts.get("interaction_words_in", 0)
+            record = {"name": name_of(folder), "checkpoint": str(folder), "words": words or None}
+            for task, path in tasks.items():
+                record[task] = TASKS[task][0](student, tokenizer, path)
+            if corpus:
+                record["corpus"] = bits_per_byte(student, tokenizer, corpus)
+            if options.stories:
+                record["stories"] = story_measures(
+                    student, tokenizer, openings=openings, n_stories=options.stories, corpus=corpus, grade=grade,
+                    max_new_tokens=options.max_new_tokens, seed=options.seed,
+                )  # fmt: skip
+            records.append(record)
+    rows = comparison(records)
+    width = max(len(row[0]) for row in rows)
+    print(" " * width, *(f"{record['name']:>24}" for record in records))
+    for first, *cells in rows:
+        print(f"{first:<{width}}", *(f"{cell:>24}" for cell in cells))
+    for record in records:
+        if left_out := {task: record[task]["too_long"] for task in tasks if record[task].get("too_long")}:
+            print(f"{record['name']}: items longer than its context, left out: {left_out}")
+    if options.out:
+        text = json.dumps({"tasks": tasks, "corpus": options.corpus, "checkpoints": records}, indent=1) + "\n"
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(options.out, text)
+        write_page(records, options.out.with_suffix(".html"))
+        print(f"report: {options.out.with_suffix('.html')}")
+
+
+def name_of(folder: Path) -> str:
+    """RUN/chck_1M of RUN/checkpoints/chck_1M, else the folder's own name."""
+    folder = folder.resolve()
+    return f"{folder.parents[1].name}/{folder.name}" if folder.parent.name == "checkpoints" else folder.name
+
+
+def read_openings(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --openings {path}: {error}") from error
+    if not any(lines):
+        raise UserError(f"--openings {path} is empty: write one opening a line")
+    return [line for line in lines if line]
+
+
+def open_teacher(options: argparse.Namespace, stack: contextlib.ExitStack) -> Grade:
+    url = options.teacher_url or stack.enter_context(builtin_teacher(options.corpus or ["builtin"]))
+    asked = Teacher(
+        url,
+        options.teacher_model or None,
+        concurrency=options.teacher_concurrency,
+        seed=options.seed,
+        temperature=InteractConfig.teacher_temperature,
+        max_tokens=InteractConfig.teacher_max_tokens,
+        deadline_s=InteractConfig.teacher_timeout,
+    )
+    teacher = stack.enter_context(asked)
+    print(f"teacher: {teacher.probe()}")
+
+    def grade(opening: str, stories: Sequence[str]) -> list[dict[str, float] | None]:
+        sent = [teacher.submit(opening, story, index) for index, story in enumerate(stories)]
+        return [each.result().scores for each in sent]
+
+    return grade
+
+
+if __name__ == "__main__":
+    main()
