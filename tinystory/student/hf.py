@@ -194,6 +194,7 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
     """Its tokenizer.json, or vocab.json and merges.txt; the end token by the config, whatever it is called."""
     file = folder / "tokenizer.json"
     spec = _json(file) if file.is_file() else _from_vocab_and_merges(folder)
+    as_read = json.dumps(spec)
     try:
         if (spec.get("post_processor") or {"type": "ByteLevel"})["type"] != "ByteLevel":
             print(
@@ -212,7 +213,9 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
                     raise ValueError(f"its end token is {token['content']!r}, and {END_NAMES[0]!r} is another")
                 vocab.pop(token["content"], None)
                 token["content"], vocab[END_NAMES[0]] = END_NAMES[0], end
-        tokenizer = Tokenizer(json.dumps(spec, ensure_ascii=False))
+        changed = json.dumps(spec) != as_read or not file.is_file()
+        # Untouched it keeps its text, and so its fingerprint: what we wrote comes back as the same vocabulary.
+        tokenizer = Tokenizer(json.dumps(spec, ensure_ascii=False) if changed else file.read_text(encoding="utf-8"))
         if end is not None and tokenizer.eos != end:
             raise ValueError(f"its end token is {tokenizer.eos} and that of config.json {end!r}")
         return tokenizer
