@@ -78,6 +78,9 @@ def test_transformers_reads_it_with_no_code_of_ours(exported, student, tokenizer
         theirs = auto.from_pretrained(exported)
         assert theirs.is_fast
         assert [theirs.bos_token_id, theirs.pad_token_id, theirs.eos_token_id] == [0, 1, 2]
+        whole = theirs(TEXTS[0], return_tensors="pt")
+        with torch.no_grad():  # all that the tokenizer gives goes into the model, as BabyLM's reading task does it
+            torch.testing.assert_close(model(**whole).logits, student(whole["input_ids"]), atol=1e-4, rtol=0)
         for text in TEXTS:
             assert theirs(text)["input_ids"] == tokenizer.encode(text)
             assert theirs.decode(tokenizer.encode(text)) == text
@@ -87,6 +90,11 @@ def test_transformers_reads_it_with_no_code_of_ours(exported, student, tokenizer
     assert torch.equal(again.wte.weight, student.wte.weight) and vocabulary.encode("a kite") == tokenizer.encode(
         "a kite"
     )
+
+
+def test_the_tokenizer_gives_no_token_types(exported):
+    told = json.loads((exported / "tokenizer_config.json").read_text())
+    assert told["model_input_names"] == ["input_ids", "attention_mask"]  # others would change GPT-2's logits
 
 
 def test_there_and_back(exported, student, tokenizer):

@@ -69,6 +69,8 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": shape.context,
+        # Not token_type_ids, which the class gives by default: GPT-2 adds the embedding of token 0 for them everywhere.
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # text like "</s>" in a document is text
         "padding_side": "right",
