@@ -1,6 +1,5 @@
 """A student small enough to train within a test, texts for it to read, and a teacher's failures made short."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import hypothesis
 import pytest
 import torch
 
+import train_pretrain
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher import client
@@ -65,16 +65,6 @@ SHORT = "--stories-per-step 6 --max-new-tokens 16 --steps 4 --save-every 2 --dev
 SHORT = SHORT.split(" ")
 
 
-def command(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-pretrain, interact = command("train_pretrain"), command("train_interact")
-
-
 def fails(main, argv, capsys) -> str:
     """Run a command that must fail as a user's mistake does: exit code 2 and one line on stderr."""
     with pytest.raises(SystemExit) as exit:
@@ -101,5 +91,7 @@ def place(tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tinystory.data.shards.cache_dir", lambda: folder / "cache")
-        pretrain.main(["--corpus", str(folder / "corpus.txt"), "--words", "2500", "--out", str(folder / "p"), *SMALL])
+        train_pretrain.main(
+            ["--corpus", str(folder / "corpus.txt"), "--words", "2500", "--out", str(folder / "p"), *SMALL]
+        )
     return folder

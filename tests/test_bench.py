@@ -1,25 +1,19 @@
 """scripts/bench.py on a tiny shape: one line of JSON that adds up, through the product's own functions."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+from scripts import bench as bench_script
 from tinystory.student.model import StudentConfig
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def bench(monkeypatch):
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "scripts" / "bench.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     tiny = StudentConfig(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=300)
-    monkeypatch.setitem(module.SHAPES, "small", tiny)
-    return module
+    monkeypatch.setitem(bench_script.SHAPES, "small", tiny)
+    return bench_script
 
 
 @pytest.fixture

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, SMALL, interact, metrics, pretrain
+from conftest import ROOT, SHORT, SMALL, metrics
 from safetensors.torch import load_file
 
+import train_interact as interact
+import train_pretrain as pretrain
 from tinystory import distributed
 from tinystory.errors import UserError
 from tinystory.student import checkpoint

@@ -1,15 +1,11 @@
 """What the doctor says of this machine and of a teacher, and how it says that something is wrong."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 from fault_server import KEY, FaultServer, closed_port, error
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "doctor.py"
-spec = importlib.util.spec_from_file_location("doctor", SCRIPT)
-doctor = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(doctor)
+from scripts import doctor
 
 
 def told(capsys, *argv: str) -> dict[str, str]:
@@ -39,7 +35,7 @@ def test_it_says_why_there_are_no_kernels(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     lines = told(capsys)
     assert "no-such-compiler" in lines["compiler"] and "no-such-compiler" in lines["kernels"]
-    monkeypatch.setenv("TINYSTORY_CACHE", str(SCRIPT / "cache"))
+    monkeypatch.setenv("TINYSTORY_CACHE", str(Path(doctor.__file__) / "cache"))
     assert "set TINYSTORY_CACHE" in told(capsys)["cache"]
 
 

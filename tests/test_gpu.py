@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SHORT, SMALL, interact, metrics, pretrain
+from conftest import SHORT, SMALL, metrics
 from test_ops_attention import (  # noqa: F401
     test_decode_within_twice_pytorchs_error,
     test_dropout_forward_and_backward_draw_the_definitions_mask,
@@ -34,6 +34,8 @@ from test_ops_sample import (  # noqa: F401
 from test_ops_sample import test_opcheck as test_opcheck_of_sample  # noqa: F401
 from test_student import test_reading_and_writing_agree  # noqa: F401
 
+import train_interact as interact
+import train_pretrain as pretrain
 from tinystory import ops
 
 pytestmark = pytest.mark.gpu

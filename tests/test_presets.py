@@ -3,8 +3,10 @@
 import json
 
 import pytest
-from conftest import SHORT, SMALL, fails, interact, metrics, pretrain
+from conftest import SHORT, SMALL, fails, metrics
 
+import train_interact as interact
+import train_pretrain as pretrain
 from tinystory import babylm
 from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
 from tinystory.errors import UserError

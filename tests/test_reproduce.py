@@ -1,7 +1,6 @@
 """The experiment: what it plans, that it does nothing twice and loses nothing, and what its report says."""
 
 import contextlib
-import importlib.util
 import json
 import math
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import reproduce
 from tinystory.config import InteractConfig
 from tinystory.errors import UserError
 from tinystory.experiment import parts as running
@@ -22,16 +22,6 @@ from tinystory.plots import Line, chart, log_ticks
 
 ROOT = Path(__file__).resolve().parents[1]
 
-
-def script():
-    spec = importlib.util.spec_from_file_location("reproduce", ROOT / "scripts" / "reproduce.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reproduce"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-reproduce = script()
 
 # ---- the plan -------------------------------------------------------------------------------------------------------
 

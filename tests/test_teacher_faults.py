@@ -12,10 +12,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHORT, fails, interact, metrics
+from conftest import ROOT, SHORT, fails, metrics
 from fault_server import KEY, FaultServer, counted, error, weighed
 from test_train import assert_same_bits
 
+import train_interact as interact
 from tinystory.errors import UserError
 from tinystory.runlog import read_stories
 from tinystory.student import checkpoint

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SHORT, interact, metrics
+from conftest import SHORT, metrics
 from fault_server import closed_port
 
+import train_interact as interact
 from tinystory.errors import UserError
 from tinystory.runlog import read_stories
 from tinystory.student import checkpoint

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHORT, SMALL, fails, interact, metrics, pretrain, tiny_stories
+from conftest import SHORT, SMALL, fails, metrics, tiny_stories
 
+import train_interact as interact
+import train_pretrain as pretrain
 from tinystory.student import checkpoint
 
 
