@@ -31,9 +31,10 @@ PAIRS = ("blimp", "supplement", "entity_tracking")
 
 def value(record: dict, path: Sequence[str] | None) -> Any:
     """What is at the end of a path; None where it was not taken."""
-    for name in path or ("",):
-        record = record.get(name) if record else None
-    return record
+    found = record if path else None
+    for name in path or ():
+        found = found.get(name) if found else None
+    return found
 
 
 def comparison(records: Sequence[dict]) -> list[list[str]]:
