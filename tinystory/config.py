@@ -63,7 +63,7 @@ class PretrainConfig:
 class InteractConfig:
     """train_interact.py: the student writes, a teacher scores, PPO learns."""
 
-    init: str = option("", "checkpoint, or transformers' GPT-2 folder, to start from (default: newest of runs/pretrain)")
+    init: str = option("", "checkpoint or folder of transformers to start from (default: newest under runs/pretrain)")
     out: str = option("runs/interact", "folder of the run")
     seed: int = option(0, "of the stories, of the value head and of the teacher's sampling")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")

@@ -26,7 +26,7 @@ ROWS = (
     ("self-BLEU", ("stories", "self_bleu"), None, 3),
     ("copied share", ("stories", "copied_share"), None, 3),
 )
-PAIRS = ("blimp", "supplement", "entity_tracking")
+PAIRS = {"blimp": "BLiMP", "supplement": "BLiMP’s supplement", "entity_tracking": "Entity tracking"}
 
 
 def value(record: dict, path: Sequence[str] | None) -> Any:
@@ -102,7 +102,7 @@ def _phenomena(records: Sequence[dict], task: str) -> str:
         ]
         rows = [[name, str(row["total"]), *(_cell(each.get(name)) for each in found)] for name, row in found[0].items()]
         tables.append(page.table([title, "items", *(record["name"] for record in there)], rows))
-    return page.details(task.replace("_", " ").capitalize(), "".join(reversed(tables)))
+    return page.details(PAIRS[task], "".join(reversed(tables)))
 
 
 def _cell(row: dict | None) -> str:
