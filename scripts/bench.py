@@ -7,6 +7,7 @@ python scripts/bench.py kernels                             each operator beside
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import os
@@ -330,12 +331,14 @@ def gemm_seconds(
 
 
 def held_mb(f: Callable, device: torch.device) -> float | None:
-    """Peak memory of one call beyond what was there before it, in MB."""
+    """Peak memory of one call beyond what was there before it, in MB. On a CPU what was freed is given back first."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         f()
         return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     try:  # Linux: 5 sets the high-water mark back to what is resident now
         Path("/proc/self/clear_refs").write_text("5")
         before = status_kb("VmRSS")
