@@ -37,6 +37,8 @@ from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import prepare
 from tinystory.device import pick_device
 from tinystory.errors import UserError, command
+from tinystory.evaluate.pairs import evaluate_pairs
+from tinystory.evaluate.stories import story_measures
 from tinystory.experiment import random_reward
 from tinystory.experiment.parts import MILLION, Part, Progress, locked, run_parts
 from tinystory.experiment.report import EVALUATION, EXPERIMENT, write_experiment_report
@@ -160,9 +162,6 @@ class Judge:
         )  # fmt: skip
 
     def measure(self, folder: Path) -> dict[str, Any]:
-        from tinystory.evaluate.pairs import evaluate_pairs
-        from tinystory.evaluate.stories import story_measures
-
         student, tokenizer, _ = checkpoint.load(folder, self.device)
         told = [
             story_measures(
