@@ -49,8 +49,8 @@ struct Sample {
 enum : int64_t { kNotANumber = -1, kNoToken = -2 };
 
 // softmax(hidden weight^T): log-probability of the target and entropy of each row, and the gradients of both. The
-// caller takes the N rows a chunk at a time and runs the steps in the order below, each over all its items before the
-// next.
+// caller takes the N x V logits a chunk at a time and runs the steps in the order below, each over all its items before
+// the next. What sums over rows takes whole rows, the lower ones first; so chunks of some columns are for gradients.
 struct TokenLogprob {
   DType dtype, weight_dtype;
   int64_t N, C, V;
@@ -62,11 +62,14 @@ struct TokenLogprob {
   // Gradients of the loss: of logprob and entropy (N,), or, both null, of logprob everywhere.
   const void *grad_logprob, *grad_entropy;
   double grad_everywhere;
-  // (N, C') and (V, C') in f32 (f64), with C' = C rounded up to 64; written, not added to.
+  // In f32 (f64), with C' = C rounded up to 64: (N, C'), written by the chunks of the first columns, else added to;
+  // and for the chunk's columns (., C'), written by the chunks of the first rows, else added to.
   void *grad_hidden, *grad_weight;
   int64_t first, rows;                // the chunk
+  int64_t first_group, groups;        // its columns
   void* workspace;                    // logprob_workspace() bytes
 };
+constexpr int64_t kLogprobGroup = 256;  // columns a group: all but the last one's
 
 // y = gelu(x weight^T + bias) + residual with or without either end, products in f32 or bf16, sums in f32. The caller
 // takes the M rows a chunk at a time: forward pack_weight once, then pack_x and forward a chunk; backward pack_weight
@@ -102,12 +105,11 @@ void attention_forward(const Attention&, int64_t begin, int64_t end);         //
 void attention_backward(const Attention&, int64_t begin, int64_t end);        // items: B * H
 void decode_attention(const DecodeAttention&, int64_t begin, int64_t end);    // items: B * H
 void sample(const Sample&, int64_t begin, int64_t end);                       // items: B
-int64_t logprob_workspace(const TokenLogprob&);                               // for chunks of `rows` rows
-int64_t logprob_groups(int64_t V);                                            // items that run over the vocabulary
+int64_t logprob_workspace(const TokenLogprob&);                               // for chunks of no more rows and groups
 void logprob_pack(const TokenLogprob&, int64_t begin, int64_t end);           // items: pairs of the chunk's rows
-void logprob_logits(const TokenLogprob&, int64_t begin, int64_t end);         // items: groups
+void logprob_logits(const TokenLogprob&, int64_t begin, int64_t end);         // items: the chunk's groups
 void logprob_stats(const TokenLogprob&, int64_t begin, int64_t end);          // items: rows; logprob, entropy, lse
-void logprob_grad_weight(const TokenLogprob&, int64_t begin, int64_t end);    // items: groups; logits -> gradients
+void logprob_grad_weight(const TokenLogprob&, int64_t begin, int64_t end);    // items: its groups; logits -> gradients
 void logprob_grad_hidden(const TokenLogprob&, int64_t begin, int64_t end);    // items: rows
 int64_t linear_workspace(const Linear&);                                      // for chunks of `rows` rows
 int64_t linear_tiles(const Linear&, int64_t columns);                         // items of forward (N) and grad_x (K)

@@ -70,9 +70,7 @@ struct Logprob {
   const Tensor hidden, weight, targets;
   const at::TensorOptions wide;  // f32, or f64 for f64
   TokenLogprob x{};
-  Tensor logprob, entropy, lse, grad_hidden, grad_weight;
-
-  static constexpr int64_t kChunkBytes = 32 << 20;  // of logits
+  Tensor logprob, entropy, lse, grad_hidden, grad_weight, sums;  // sums: the chunk's part of grad_weight
 
   Logprob(const Tensor& h, const Tensor& w, const Tensor& t, const char* op)
       : hidden(check(h, w, t, op).contiguous()), weight(w.contiguous()), targets(t.contiguous()),
@@ -82,9 +80,6 @@ struct Logprob {
     x.N = h.size(0), x.C = h.size(1), x.V = w.size(0);
     x.hidden = hidden.const_data_ptr(), x.weight = weight.const_data_ptr();
     x.targets = targets.const_data_ptr<int64_t>();
-    const int64_t fit = kChunkBytes / std::max<int64_t>(1, x.V * int64_t(wide.dtype().itemsize()));
-    x.rows = std::min(std::max<int64_t>(fit / 6 * 6, 6), x.N);
-    x.workspace = workspace(cpu::logprob_workspace(x));
   }
 
   static const Tensor& check(const Tensor& h, const Tensor& w, const Tensor& t, const char* op) {
@@ -107,37 +102,66 @@ struct Logprob {
     x.logprob = logprob.data_ptr();
     use(entropy, lse);
   }
-  void allocate_grads() {
-    const int64_t C = (x.C + 63) / 64 * 64;
-    grad_hidden = at::empty({x.N, C}, wide), grad_weight = at::empty({x.V, C}, wide);
-    x.grad_hidden = grad_hidden.data_ptr(), x.grad_weight = grad_weight.data_ptr();
-    if (x.N == 0) grad_weight.zero_();
-  }
-  std::tuple<Tensor, Tensor> grads() const {
-    return {grad_hidden.narrow(1, 0, x.C).to(hidden.scalar_type()).contiguous(),
-            grad_weight.narrow(1, 0, x.C).to(weight.scalar_type()).contiguous()};
-  }
 
-  void run(bool stats, bool grads) {
-    const int64_t groups = cpu::logprob_groups(x.V), chunk = x.rows;
+  // In chunks of so many bytes of logits: of whole rows for stats, else of 4096 rows and columns for every thread.
+  void run(int64_t bytes, bool stats, bool grads) {
+    const int64_t fit = bytes / int64_t(wide.dtype().itemsize());
+    const int64_t all_groups = (x.V + kLogprobGroup - 1) / kLogprobGroup;
+    const auto at_least = [](int64_t least, int64_t n) { return std::max(least, n); };
+    const int64_t rows = std::min(x.N, stats ? at_least(6, fit / at_least(1, x.V) / 6 * 6) : 4096);
+    const int64_t threads = at::get_num_threads(), groups = fit / at_least(1, rows) / kLogprobGroup;
+    const int64_t columns = stats ? all_groups : at_least(1, (groups + threads - 1) / threads) * threads;
+    if (grads) allocate_grads(std::min(x.V, columns * kLogprobGroup));
     const auto step = [&](auto kernel, int64_t items) {
       at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
     };
-    for (x.first = 0; x.first < x.N; x.first += chunk) {
-      x.rows = std::min(chunk, x.N - x.first);
-      step(cpu::logprob_pack, (x.rows + 1) / 2);
-      step(cpu::logprob_logits, groups);
-      if (stats) step(cpu::logprob_stats, x.rows);
-      if (grads) step(cpu::logprob_grad_weight, groups);
-      if (grads) step(cpu::logprob_grad_hidden, x.rows);
+    x.rows = rows, x.groups = std::min(columns, all_groups);
+    x.workspace = workspace(cpu::logprob_workspace(x));
+    for (x.first_group = 0; x.first_group < all_groups; x.first_group += columns) {
+      x.groups = std::min(columns, all_groups - x.first_group);
+      for (x.first = 0; x.first < x.N; x.first += rows) {
+        x.rows = std::min(rows, x.N - x.first);
+        if (x.first_group == 0 || rows < x.N) step(cpu::logprob_pack, (x.rows + 1) / 2);  // else it lies there still
+        if (stats) {
+          step(cpu::logprob_logits, x.groups);
+          step(cpu::logprob_stats, x.rows);
+          if (grads) step(cpu::logprob_grad_weight, x.groups);
+        } else {  // what stats told is known: a group's gradients while its logits are at hand
+          step([](const TokenLogprob& x, int64_t begin, int64_t end) {
+            for (int64_t g = begin; g < end; ++g) {
+              cpu::logprob_logits(x, g, g + 1);
+              cpu::logprob_grad_weight(x, g, g + 1);
+            }
+          }, x.groups);
+        }
+        if (grads) step(cpu::logprob_grad_hidden, x.rows);
+      }
+      if (grads) finish_grad_weight();
     }
+  }
+
+  void allocate_grads(int64_t columns) {
+    const int64_t C = (x.C + 63) / 64 * 64;
+    grad_hidden = at::empty({x.N, C}, wide), grad_weight = at::empty({x.V, x.C}, weight.options());
+    const bool in_place = columns == x.V && C == x.C && grad_weight.scalar_type() == wide.dtype();
+    sums = in_place ? grad_weight : at::empty({columns, C}, wide);
+    x.grad_hidden = grad_hidden.data_ptr(), x.grad_weight = sums.data_ptr();
+    if (x.N == 0) sums.zero_();
+  }
+  void finish_grad_weight() {
+    if (sums.is_same(grad_weight)) return;
+    const int64_t first = x.first_group * kLogprobGroup, n = std::min(x.groups * kLogprobGroup, x.V - first);
+    grad_weight.narrow(0, first, n).copy_(sums.narrow(0, 0, n).narrow(1, 0, x.C));
+  }
+  std::tuple<Tensor, Tensor> grads() const {
+    return {grad_hidden.narrow(1, 0, x.C).to(hidden.scalar_type()).contiguous(), grad_weight};
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor> token_logprob(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
   Logprob p(hidden, weight, targets, "token_logprob");
   p.allocate_results();
-  p.run(true, false);
+  p.run(hidden.element_size() * (10 << 20), true, false);
   return {p.logprob, p.entropy, p.lse};
 }
 
@@ -148,8 +172,7 @@ std::tuple<Tensor, Tensor> token_logprob_backward(const Tensor& grad_logprob, co
   const Tensor g = grad_logprob.contiguous(), ge = grad_entropy.contiguous();
   p.x.grad_logprob = g.const_data_ptr(), p.x.grad_entropy = ge.const_data_ptr();
   p.use(entropy, lse);
-  p.allocate_grads();
-  p.run(false, true);
+  p.run(hidden.element_size() * (6 << 20), false, true);
   return p.grads();
 }
 
@@ -159,10 +182,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Ten
   TORCH_CHECK(p.x.N > 0, "cross_entropy: hidden has no rows");
   p.x.grad_everywhere = -1.0 / p.x.N;
   p.allocate_results();
-  p.allocate_grads();
-  p.run(true, true);
+  p.run(32 << 20, true, true);
   const auto [grad_hidden, grad_weight] = p.grads();
-  return {p.logprob.mean().neg_(), grad_hidden, grad_weight};
+  return {p.logprob.mean(at::kDouble).neg_().to(p.logprob.scalar_type()), grad_hidden, grad_weight};
 }
 
 // --- linear, layer_norm ----------------------------------------------------------------------------------------------

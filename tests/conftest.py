@@ -25,6 +25,31 @@ def on_gpu() -> bool:
     return torch.get_default_device().type == "cuda"
 
 
+def assert_no_worse(ours, theirs, exact, note, scale=None) -> tuple[float, float]:
+    """A result's root mean square error is at most twice that of PyTorch's own in the same type, or one rounding of the
+    result: twice what the best may be off. (scale: whose roundings, if not the result's: a sum that cancels is exact to
+    those of its terms.) Returns the largest errors of both, in roundings of the largest entry. In float64, where
+    PyTorch's is the exact one, 256 such roundings are the bound."""
+    eps = torch.finfo(ours.dtype).eps
+    scale = (exact if scale is None else scale).double()
+    error, own = ours.double() - exact, theirs.double() - exact
+    rounding = eps * float(scale.abs().max())
+    largest = float(error.abs().max()) / rounding, float(own.abs().max()) / rounding
+    if ours.dtype == torch.float64:
+        assert largest[0] < 256, f"{note}: {largest[0]:.0f} roundings"
+        return 0.0, 0.0
+    error, own, scale = (float(x.square().mean().sqrt()) for x in (error, own, scale))
+    assert error <= max(2 * own, eps * scale), f"{note}: {error:.2e} against PyTorch's {own:.2e}"
+    return largest
+
+
+def assert_largest_no_worse(errors: dict[str, list[tuple[float, float]]]) -> None:
+    """Over all shapes a result's largest error is at most twice PyTorch's. (In one small result it is luck.)"""
+    for name, pairs in errors.items():
+        ours, theirs = (max(column) for column in zip(*pairs, strict=True))
+        assert ours <= max(2 * theirs, 1), f"{name}: {ours:.2f} roundings against PyTorch's {theirs:.2f}"
+
+
 def tiny_stories(count: int) -> list[str]:
     stories = []
     for i in range(count):

@@ -15,7 +15,7 @@ from test_ops_attention import (  # noqa: F401
     test_dropout_leaves_the_mean_alone,
     test_large_scores_do_not_overflow_and_masked_values_do_not_leak,
     test_opcheck,
-    test_output_and_gradient_within_twice_pytorchs_error,
+    test_output_and_gradients_within_twice_pytorchs_error,
 )
 from test_ops_logprob import (  # noqa: F401
     test_autocast_multiplies_in_bfloat16_and_keeps_the_weight_gradient_wide,

@@ -1,8 +1,8 @@
 // Log-probabilities and entropies of targets under softmax(hidden weight^T), and their gradients.
 //
-// The logits of one chunk of rows exist at a time, in f32 (f64), in groups of kGroup columns [group][row][kGroup]. Each
-// is computed by the register tile of product.h and turned into its own gradient in place; for bf16 the gradients are
-// stored twice as bf16, by rows over the logits themselves and as pairs of rows beside them.
+// The logits of one chunk exist at a time, in f32 (f64), in groups of kGroup columns [group][row][kStride]. Each is
+// computed by the register tile of product.h and turned into its own gradient in place; for bf16 the gradients are
+// stored twice as bf16, by rows over the logits themselves and, while they are in use, as pairs of rows.
 #include <algorithm>
 
 #include "product.h"
@@ -10,8 +10,10 @@
 namespace tinystory::cpu {
 namespace {
 
-constexpr int64_t kGroup = 256;
+constexpr int64_t kGroup = kLogprobGroup;
+constexpr int64_t kStride = kGroup + 16;  // rows a power of two apart would share a few lines of the first cache
 constexpr int64_t kReduce = 128;  // Words summed in one go: a sum of short sums rounds less than one long sum
+constexpr int64_t kBlock = 96;    // rows that meet a panel: they and their results stay in the second-level cache
 constexpr double kLog2e = 1.4426950408889634;
 
 template <class K>
@@ -22,26 +24,26 @@ struct Chunk {
   static constexpr int64_t L = lanes<V>;
 
   const TokenLogprob& x;
-  const int64_t rows, C, words, groups;   // rows and C padded: to whole pairs, to whole panels
-  Word *hidden, *hidden_panels, *pairs;
+  const int64_t rows, C, words;           // rows and C padded: to whole pairs, to whole panels
+  Word *hidden, *hidden_panels;
   Acc* logits;
   size_t bytes;
 
   explicit Chunk(const TokenLogprob& x)
-      : x(x), rows(round_up(x.rows, 2)), C(round_up(x.C, kPanel)), words(C / K::kPair), groups(logprob_groups(x.V)) {
+      : x(x), rows(round_up(x.rows, 2)), C(round_up(x.C, kPanel)), words(C / K::kPair) {
     Arena m{static_cast<char*>(x.workspace), 0};
     hidden = m.take<Word>(rows * words);
     hidden_panels = m.take<Word>(rows * words);
-    logits = m.take<Acc>(groups * rows * kGroup);
-    pairs = m.take<Word>(K::kPair == 2 ? groups * rows / 2 * kGroup : 0);
+    logits = m.take<Acc>(x.groups * rows * kStride);
     bytes = m.used;
   }
 
-  int64_t width(int64_t group) const { return std::min(kGroup, x.V - group * kGroup); }
-  Acc* logits_at(int64_t group, int64_t row) const { return logits + (group * rows + row) * kGroup; }
+  int64_t column(int64_t group) const { return (x.first_group + group) * kGroup; }  // the group's first
+  int64_t width(int64_t group) const { return std::min(kGroup, x.V - column(group)); }
+  Acc* logits_at(int64_t group, int64_t row) const { return logits + (group * rows + row) * kStride; }
   // The group's rows of the weight, as words; zero up to a whole panel.
   void weight_rows(Word* to, int64_t group) const {
-    pack_rows<K>(to, at(x.weight, x.weight_dtype, group * kGroup * x.C), x.weight_dtype, x.C, width(group),
+    pack_rows<K>(to, at(x.weight, x.weight_dtype, column(group) * x.C), x.weight_dtype, x.C, width(group),
                  round_up(width(group), kPanel), x.C, C);
   }
 
@@ -59,12 +61,13 @@ struct Chunk {
     for (int64_t g = begin; g < end; ++g) {
       weight_rows(w, g);
       transpose_rows<K>(panels, w, round_up(width(g), kPanel), C);
-      for (int64_t v = 0; v < width(g); v += kPanel)
-        for (int64_t r = 0; r < x.rows; r += 6)
-          for (int64_t k = 0; k < words; k += kReduce)
-            product<K>(std::min<int64_t>(6, x.rows - r), kPanel / L, std::min(kReduce, words - k),
-                       hidden + r * words + k, words, 1, panels + v * words + k * kPanel, kPanel, logits_at(g, r) + v,
-                       kGroup, k > 0);
+      for (int64_t first = 0; first < x.rows; first += kBlock)
+        for (int64_t v = 0; v < width(g); v += kPanel)
+          for (int64_t r = first; r < std::min(first + kBlock, x.rows); r += 6)
+            for (int64_t k = 0; k < words; k += kReduce)
+              product<K>(std::min<int64_t>(6, x.rows - r), kPanel / L, std::min(kReduce, words - k),
+                         hidden + r * words + k, words, 1, panels + v * words + k * kPanel, kPanel, logits_at(g, r) + v,
+                         kStride, k > 0);
     }
   }
 
@@ -98,7 +101,7 @@ struct Chunk {
   }
   template <class F, class G>
   void each_vector(int64_t row, const F& f, const G& after) {
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0; g < x.groups; ++g) {
       const Acc* p = logits_at(g, row);
       int64_t v = 0;
       for (; v + L <= width(g); v += L) f(load<V>(p + v));
@@ -128,7 +131,7 @@ struct Chunk {
     r.g = x.grad_logprob ? static_cast<const Acc*>(x.grad_logprob)[i] : Acc(x.grad_everywhere);
     r.ge = x.grad_entropy ? static_cast<const Acc*>(x.grad_entropy)[i] : Acc(0);
     r.entropy = r.ge != 0 ? static_cast<const Acc*>(x.entropy)[i] : Acc(0);
-    r.target = x.targets[i] - group * kGroup;
+    r.target = x.targets[i] - column(group);
     if (r.target >= 0 && r.target < kGroup) {
       const double log_p = double(logits_at(group, row)[r.target]) - x.lse[i];
       r.at_target = Acc(-r.g * std::expm1(log_p) - r.ge * std::exp(log_p) * (log_p + r.entropy));
@@ -138,7 +141,9 @@ struct Chunk {
 
   void grad_weight(int64_t g) {
     const int64_t n = width(g);
-    Word* both = pairs + g * rows / 2 * kGroup;
+    V index;
+    for (int64_t l = 0; l < L; ++l) index[l] = Acc(l);
+    Word* pairs = reinterpret_cast<Word*>(scratch(K::kPair == 2 ? rows / 2 * kStride * sizeof(Word) : 0));
     for (int64_t row = 0; row < rows; row += 2) {
       Acc* at[2] = {logits_at(g, row), logits_at(g, row + 1)};
       RowGrad grad[2]{};
@@ -146,37 +151,56 @@ struct Chunk {
       for (int64_t v = 0; v < round_up(n, kPanel); v += L) {
         V d[2]{};
         for (int64_t e = 0; e < 2 && row + e < x.rows; ++e) {
+          __builtin_prefetch(at[e] + v + 2 * kStride);
           d[e] = grad[e](load<V>(at[e] + v));
-          if (grad[e].target >= v && grad[e].target < v + L) d[e][grad[e].target - v] = grad[e].at_target;
-          for (int64_t l = std::max<int64_t>(0, n - v); l < L; ++l) d[e][l] = 0;
+          if (v + L > n) d[e] = select<V>(index < splat<V>(Acc(n - v)), d[e], V{});
         }
         store_numbers<K>(at[0], v, d[0]);
         store_numbers<K>(at[1], v, d[1]);
         if constexpr (K::kPair == 2)
-          store(both + row / 2 * kGroup + v, pair(to_bf16(d[0]), to_bf16(d[1])));
+          store(pairs + row / 2 * kStride + v, pair(to_bf16(d[0]), to_bf16(d[1])));
+      }
+      for (int64_t e = 0; e < 2 && row + e < x.rows; ++e) {
+        const int64_t v = grad[e].target;
+        if (v < 0 || v >= n) continue;
+        if constexpr (K::kPair == 2) {
+          const uint16_t d = to_bf16(splat<V>(grad[e].at_target))[0];
+          reinterpret_cast<uint16_t*>(at[e])[v] = d;
+          reinterpret_cast<uint16_t*>(pairs + row / 2 * kStride + v)[e] = d;
+        } else {
+          at[e][v] = grad[e].at_target;
+        }
       }
     }
-    const Word* left = K::kPair == 2 ? both : reinterpret_cast<Word*>(logits_at(g, 0));
+    const Word* left = K::kPair == 2 ? pairs : reinterpret_cast<Word*>(logits_at(g, 0));
     for (int64_t c = 0; c < C; c += kPanel)
       for (int64_t v = 0; v < n; v += 6)
-        product<K>(std::min<int64_t>(6, n - v), kPanel / L, rows / K::kPair, left + v, 1, kGroup,
+        product<K>(std::min<int64_t>(6, n - v), kPanel / L, rows / K::kPair, left + v, 1, kStride,
                    hidden_panels + c / kPanel * (rows / K::kPair) * kPanel, kPanel,
                    static_cast<Acc*>(x.grad_weight) + (g * kGroup + v) * C + c, C, x.first > 0);
   }
 
   void grad_hidden(int64_t begin, int64_t end) {
-    Word* w = reinterpret_cast<Word*>(scratch(2 * kGroup * words * sizeof(Word)));
+    constexpr int64_t kPacked = 4, stride = kStride * sizeof(Acc) / sizeof(Word);  // groups packed at a time
+    Word* w = reinterpret_cast<Word*>(scratch((1 + kPacked) * kGroup * words * sizeof(Word)));
     Word* panels = w + kGroup * words;
-    constexpr int64_t stride = kGroup * sizeof(Acc) / sizeof(Word);
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t n = round_up(width(g), kPanel);
-      weight_rows(w, g);
-      pair_rows<K>(panels, w, n, C, kPanel, n / K::kPair);
-      for (int64_t c = 0; c < C; c += kPanel)
-        for (int64_t r = begin; r < end; r += 6)
-          product<K>(std::min<int64_t>(6, end - r), kPanel / L, n / K::kPair, reinterpret_cast<Word*>(logits_at(g, r)),
-                     stride, 1, panels + c / kPanel * (n / K::kPair) * kPanel, kPanel,
-                     static_cast<Acc*>(x.grad_hidden) + (x.first + r) * C + c, C, g > 0);
+    for (int64_t g0 = 0; g0 < x.groups; g0 += kPacked) {
+      const int64_t last = std::min(g0 + kPacked, x.groups);
+      for (int64_t g = g0; g < last; ++g) {
+        const int64_t n = round_up(width(g), kPanel);
+        weight_rows(w, g);
+        pair_rows<K>(panels + (g - g0) * kGroup * words, w, n, C, kPanel, n / K::kPair);
+      }
+      for (int64_t first = begin; first < end; first += kBlock)
+        for (int64_t c = 0; c < C; c += kPanel)
+          for (int64_t g = g0; g < last; ++g)
+            for (int64_t r = first; r < std::min(first + kBlock, end); r += 6) {
+              const int64_t n = round_up(width(g), kPanel) / K::kPair;
+              product<K>(std::min<int64_t>(6, std::min(first + kBlock, end) - r), kPanel / L, n,
+                         reinterpret_cast<Word*>(logits_at(g, r)), stride, 1,
+                         panels + (g - g0) * kGroup * words + c / kPanel * n * kPanel, kPanel,
+                         static_cast<Acc*>(x.grad_hidden) + (x.first + r) * C + c, C, column(g) > 0);
+            }
     }
   }
 };
@@ -192,7 +216,6 @@ auto with_chunk(const TokenLogprob& x, const F& f) {
 
 }  // namespace
 
-int64_t logprob_groups(int64_t V) { return (V + kGroup - 1) / kGroup; }
 int64_t logprob_workspace(const TokenLogprob& x) {
   return with_chunk(x, [](auto chunk) { return int64_t(chunk.bytes); });
 }

@@ -153,14 +153,16 @@ void test(const Model& m, DType type, const std::vector<int64_t>& prompt, int64_
         CHECK(all.tokens[at + t] == -7 && all.logprobs[at + t] == -7, "story %ld goes on after its end", long(i));
         continue;
       }
-      CHECK((all.tokens[at + t] == kEos || t + 1 == max_new) == (t + 1 == n), "story %ld ends at %ld", long(i), long(n));
+      const bool last = all.tokens[at + t] == kEos || t + 1 == max_new;
+      CHECK(last == (t + 1 == n), "story %ld ends at %ld", long(i), long(n));
       const Row& row = rows[prompt.size() - 1 + t];
       double total = 0, entropy = 0;
       for (int64_t v = 0; v < m.w.V; ++v) total += std::exp(row[v] / 0.9);
       for (int64_t v = 0; v < m.w.V; ++v) {
         const double log_p = row[v] / 0.9 - std::log(total);
         entropy -= std::exp(log_p) * log_p;
-        if (v == all.tokens[at + t]) CHECK(std::fabs(log_p - all.logprobs[at + t]) < tolerance, "%g %g", log_p, all.logprobs[at + t]);
+        if (v != all.tokens[at + t]) continue;
+        CHECK(std::fabs(log_p - all.logprobs[at + t]) < tolerance, "%g %g", log_p, all.logprobs[at + t]);
       }
       CHECK(std::fabs(entropy - all.entropies[at + t]) < tolerance, "%g %g", entropy, all.entropies[at + t]);
       CHECK(std::fabs(row[m.w.V] - all.values[at + t]) < tolerance, "%g %g", row[m.w.V], all.values[at + t]);

@@ -58,32 +58,57 @@ void test_wrong_rows() {
   CHECK(tokens[0] >= 0 && tokens[1] == kNotANumber && tokens[2] == kNotANumber && tokens[3] == kNoToken);
 }
 
-void test_logprob(int64_t N, int64_t V, int64_t C, int64_t chunk) {
-  const std::vector<float> hidden = normal(N * C, 1), weight = normal(V * C, 2, 2 / std::sqrt(float(C)));
+void test_logprob(DType type, int64_t N, int64_t V, int64_t C, int64_t chunk) {
+  std::vector<float> hidden = normal(N * C, 1), weight = normal(V * C, 2, 2 / std::sqrt(float(C)));
+  std::vector<uint16_t> half;
+  if (type == DType::bf16)
+    for (auto* wide : {&hidden, &weight})
+      for (float& f : *wide) {
+        uint32_t u;
+        std::memcpy(&u, &f, 4);
+        half.push_back(u >> 16);
+        u &= 0xffff0000;
+        std::memcpy(&f, &u, 4);
+      }
   const std::vector<float> g = normal(N, 3), ge = normal(N, 4);
   const int64_t padded = (C + 63) / 64 * 64;
   std::vector<int64_t> targets(N);
   for (int64_t i = 0; i < N; ++i) targets[i] = i * 31 % V;
   std::vector<float> logprob(N + 9, 777), entropy(N + 9, 777), dh(N * padded + 64, 777), dw(V * padded + 64, 777);
   std::vector<double> lse(N);
-  TokenLogprob x{.dtype = DType::f32, .weight_dtype = DType::f32, .N = N, .C = C, .V = V, .hidden = hidden.data(),
+  const int64_t groups = (V + kLogprobGroup - 1) / kLogprobGroup;
+  TokenLogprob x{.dtype = type, .weight_dtype = type, .N = N, .C = C, .V = V, .hidden = hidden.data(),
                  .weight = weight.data(), .targets = targets.data(), .logprob = logprob.data(),
                  .entropy = entropy.data(), .lse = lse.data(), .grad_logprob = g.data(), .grad_entropy = ge.data(),
                  .grad_everywhere = 0, .grad_hidden = dh.data(), .grad_weight = dw.data(), .first = 0, .rows = chunk,
-                 .workspace = nullptr};
+                 .first_group = 0, .groups = groups, .workspace = nullptr};
+  if (type == DType::bf16) x.hidden = half.data(), x.weight = half.data() + N * C;
   std::vector<char> workspace(cpu::logprob_workspace(x) + 64, 'x');
   x.workspace = workspace.data();
   const auto step = [&](auto kernel, int64_t items) {
     parallel(items, 3, [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
   };
-  for (x.first = 0; x.first < N; x.first += chunk) {
-    x.rows = std::min(chunk, N - x.first);
-    step(cpu::logprob_pack, (x.rows + 1) / 2);
-    step(cpu::logprob_logits, cpu::logprob_groups(V));
-    step(cpu::logprob_stats, x.rows);
-    step(cpu::logprob_grad_weight, cpu::logprob_groups(V));
-    step(cpu::logprob_grad_hidden, x.rows);
+  const auto rows = [&](bool stats) {
+    for (x.first = 0; x.first < N; x.first += chunk) {
+      x.rows = std::min(chunk, N - x.first);
+      step(cpu::logprob_pack, (x.rows + 1) / 2);
+      step(cpu::logprob_logits, x.groups);
+      if (stats) step(cpu::logprob_stats, x.rows);
+      step(cpu::logprob_grad_weight, x.groups);
+      step(cpu::logprob_grad_hidden, x.rows);
+    }
+  };
+  rows(true);
+  {  // The gradients by chunks of columns are the same to the bit.
+    const std::vector<float> dh_whole = dh, dw_whole = dw;
+    for (x.first_group = 0; x.first_group < groups; x.first_group += 2) {
+      x.groups = std::min<int64_t>(2, groups - x.first_group);
+      x.grad_weight = dw.data() + x.first_group * kLogprobGroup * padded;
+      rows(false);
+    }
+    CHECK(dh == dh_whole && dw == dw_whole);
   }
+  const double tolerance = type == DType::bf16 ? 0.05 : 3e-5;  // of gradients: d is rounded to bf16
   std::vector<double> want_h(N * C), want_w(V * C), logits(V);
   for (int64_t i = 0; i < N; ++i) {
     double total = 0, h = 0;
@@ -104,8 +129,8 @@ void test_logprob(int64_t N, int64_t V, int64_t C, int64_t chunk) {
       }
     }
   }
-  for (int64_t i = 0; i < N * C; ++i) CHECK(std::fabs(dh[i / C * padded + i % C] - want_h[i]) < 3e-5);
-  for (int64_t i = 0; i < V * C; ++i) CHECK(std::fabs(dw[i / C * padded + i % C] - want_w[i]) < 3e-5);
+  for (int64_t i = 0; i < N * C; ++i) CHECK(std::fabs(dh[i / C * padded + i % C] - want_h[i]) < tolerance);
+  for (int64_t i = 0; i < V * C; ++i) CHECK(std::fabs(dw[i / C * padded + i % C] - want_w[i]) < tolerance);
   for (int i = 0; i < 64; ++i)
     CHECK(dh[N * padded + i] == 777 && dw[V * padded + i] == 777 && workspace[workspace.size() - 64 + i] == 'x');
   for (int i = 0; i < 9; ++i) CHECK(logprob[N + i] == 777 && entropy[N + i] == 777);
@@ -122,7 +147,9 @@ int main() {
   test_wrong_rows();
   for (int64_t V : {1, 2, 16, 33, 255, 256, 257, 700})
     for (int64_t C : {8, 64, 100}) {
-      test_logprob(7, V, C, 7);
-      test_logprob(20, V, C, 6);
+      for (DType type : {DType::f32, DType::bf16}) {
+        test_logprob(type, 7, V, C, 7);
+        test_logprob(type, 20, V, C, 6);
+      }
     }
 }
