@@ -1,5 +1,6 @@
 // The register tile behind every product on the CPU, and the layouts that feed it.
 #pragma once
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -149,7 +150,7 @@ void pair_rows(typename K::Word* to, const typename K::Word* rows, int64_t n, in
       }
   } else {
     for (int64_t i = 0; i < n; ++i, rows += D)
-      for (int64_t d = 0; d < D; d += width) std::memcpy(place(i, d), rows + d, width * sizeof *to);
+      for (int64_t d = 0; d < D; d += width) std::memcpy(place(i, d), rows + d, std::min(width, D - d) * sizeof *to);
   }
 }
 

@@ -1,0 +1,131 @@
+// Linear layers and layer norm, forward and backward, against plain double-precision loops; the same bits on any number
+// of threads. Buffers have the size that they need and no more, for sanitizers to see beyond their ends.
+#include <algorithm>
+#include <array>
+
+#include "harness.h"
+#include "launchers.h"
+
+using namespace tinystory;
+
+struct Results {
+  std::vector<float> y, slope, grad_x, grad_weight, bias_parts;
+  bool operator==(const Results&) const = default;
+};
+
+double gelu(double x, double& slope) {
+  const double k = 0.7978845608028654, u = k * (x + 0.044715 * x * x * x), t = std::tanh(u);
+  slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * k * (1 + 3 * 0.044715 * x * x);
+  return 0.5 * x * (1 + t);
+}
+
+void test_linear(bool bf16, bool gelu_too, int64_t M, int64_t K, int64_t N, int64_t chunk) {
+  // All in f32: bf16 products round what they read themselves, and here only the products and `slope` are bf16.
+  const std::vector<float> x = normal(M * K, 1), weight = normal(N * K, 2, 1 / std::sqrt(float(K)));
+  const std::vector<float> bias = normal(N, 3), residual = normal(M * N, 4), grad_y = normal(M * N, 5);
+  const int64_t blocks = (M + kLinearRows - 1) / kLinearRows;
+  const auto run = [&](int threads) {
+    Results r{std::vector<float>(M * N), std::vector<float>(bf16 ? M * N / 2 : M * N), std::vector<float>(M * K),
+              std::vector<float>(N * K), std::vector<float>(blocks * N)};
+    for (const float* grad : {(const float*)nullptr, grad_y.data()}) {
+      Linear l{.x_type = DType::f32, .y_type = DType::f32, .bf16 = bf16, .gelu = gelu_too, .M = M, .K = K, .N = N,
+               .x = x.data(), .weight = weight.data(), .bias = bias.data(), .residual = residual.data(),
+               .y = r.y.data(), .slope = r.slope.data(), .grad_y = grad, .grad_x = r.grad_x.data(),
+               .grad_weight = r.grad_weight.data(), .bias_parts = r.bias_parts.data(), .first = 0,
+               .rows = std::min(chunk, M), .workspace = nullptr};
+      std::vector<char> workspace(cpu::linear_workspace(l));
+      l.workspace = workspace.data();
+      const auto step = [&](auto kernel, int64_t items) {
+        parallel(items, threads, [&](int64_t begin, int64_t end) { kernel(l, begin, end); });
+      };
+      step(cpu::linear_pack_weight, grad ? N / 32 : (N + 63) / 64);
+      for (; l.first < M; l.first += chunk) {
+        l.rows = std::min(chunk, M - l.first);
+        if (grad) {
+          step(cpu::linear_pack_grad, (l.rows + kLinearRows - 1) / kLinearRows);
+          step(cpu::linear_grad_x, cpu::linear_tiles(l, K));
+          step(cpu::linear_grad_weight, (N + 63) / 64 * ((K + 63) / 64));
+        } else {
+          step(cpu::linear_pack_x, l.rows);
+          step(cpu::linear_forward, cpu::linear_tiles(l, N));
+        }
+      }
+    }
+    return r;
+  };
+  const Results r = run(3);
+  CHECK(r == run(1));
+
+  const double tolerance = bf16 ? 0.08 : 2e-5;
+  std::vector<double> grad_x(M * K), grad_weight(N * K), grad_bias(N);
+  for (int64_t i = 0; i < M; ++i)
+    for (int64_t j = 0; j < N; ++j) {
+      double sum = bias[j], slope = 1;
+      for (int64_t k = 0; k < K; ++k) sum += double(x[i * K + k]) * weight[j * K + k];
+      if (gelu_too) sum = gelu(sum, slope);
+      CHECK(std::fabs(r.y[i * N + j] - (sum + residual[i * N + j])) < tolerance, "y %g", r.y[i * N + j]);
+      const double g = grad_y[i * N + j] * slope;
+      grad_bias[j] += g;
+      for (int64_t k = 0; k < K; ++k) {
+        grad_x[i * K + k] += g * weight[j * K + k];
+        grad_weight[j * K + k] += g * x[i * K + k];
+      }
+    }
+  const double root = std::sqrt(double(M));  // of the terms that a sum over rows has
+  for (int64_t i = 0; i < M * K; ++i) CHECK(std::fabs(r.grad_x[i] - grad_x[i]) < tolerance, "%g", grad_x[i]);
+  for (int64_t i = 0; i < N * K; ++i) CHECK(std::fabs(r.grad_weight[i] - grad_weight[i]) < tolerance * root);
+  for (int64_t j = 0; j < N; ++j) {
+    double sum = 0;
+    for (int64_t b = 0; b < blocks; ++b) sum += r.bias_parts[b * N + j];
+    CHECK(std::fabs(sum - grad_bias[j]) < tolerance * root, "bias %g %g", sum, grad_bias[j]);
+  }
+}
+
+void test_layer_norm(int64_t rows, int64_t C) {
+  const std::vector<float> x = normal(rows * C, 1, 3), weight = normal(C, 2), bias = normal(C, 3);
+  const std::vector<float> grad_y = normal(rows * C, 4);
+  const int64_t blocks = (rows + kLinearRows - 1) / kLinearRows;
+  std::vector<float> mean(rows), scale(rows), y(rows * C), grad_x(rows * C), parts(blocks * 2 * C);
+  const LayerNorm n{.y_type = DType::f32, .rows = rows, .C = C, .x = x.data(), .weight = weight.data(),
+                    .bias = bias.data(), .mean = mean.data(), .scale = scale.data(), .y = y.data(),
+                    .grad_y = grad_y.data(), .grad_x = grad_x.data(), .parts = parts.data()};
+  parallel(rows, 3, [&](int64_t begin, int64_t end) { cpu::layer_norm(n, begin, end); });
+  parallel(blocks, 3, [&](int64_t begin, int64_t end) { cpu::layer_norm_backward(n, begin, end); });
+  std::vector<double> sums(2 * C);
+  for (int64_t i = 0; i < rows; ++i) {
+    double m = 0, square = 0, mean_g = 0, mean_gh = 0;
+    for (int64_t c = 0; c < C; ++c) m += double(x[i * C + c]) / C;
+    for (int64_t c = 0; c < C; ++c) square += (x[i * C + c] - m) * (x[i * C + c] - m) / C;
+    const double s = 1 / std::sqrt(square + 1e-5);
+    const auto h = [&](int64_t c) { return (x[i * C + c] - m) * s; };
+    for (int64_t c = 0; c < C; ++c) {
+      const double g = double(grad_y[i * C + c]) * weight[c];
+      mean_g += g / C, mean_gh += g * h(c) / C;
+      sums[c] += grad_y[i * C + c] * h(c), sums[C + c] += grad_y[i * C + c];
+    }
+    for (int64_t c = 0; c < C; ++c) {
+      CHECK(std::fabs(y[i * C + c] - (h(c) * weight[c] + bias[c])) < 1e-5);
+      const double want = (double(grad_y[i * C + c]) * weight[c] - mean_g - h(c) * mean_gh) * s;
+      CHECK(std::fabs(grad_x[i * C + c] - want) < 1e-5);
+    }
+  }
+  for (int64_t c = 0; c < 2 * C; ++c) {
+    double sum = 0;
+    for (int64_t b = 0; b < blocks; ++b) sum += parts[b * 2 * C + c];
+    CHECK(std::fabs(sum - sums[c]) < 1e-4);
+  }
+}
+
+int main() {
+  for (bool bf16 : {false, true}) {
+#if !defined(__AVX512BF16__)
+    if (bf16) continue;
+#endif
+    for (bool gelu_too : {false, true})
+      for (auto [M, K, N, chunk] : {std::array<int64_t, 4>{1, 32, 32, 64}, {70, 96, 160, 64}, {150, 64, 96, 128},
+                                    {97, 128, 32, 256}, {200, 32, 64, 64}})
+        test_linear(bf16, gelu_too, M, K, N, chunk);
+  }
+  for (int64_t rows : {1, 63, 64, 130})
+    for (int64_t C : {32, 96}) test_layer_norm(rows, C);
+}
