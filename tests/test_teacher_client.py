@@ -136,7 +136,8 @@ def test_closing_leaves_nothing_on_its_way():
 
 def test_ctrl_c_ends_a_waiting_judge():
     program = (
-        "import sys; from tinystory.teacher.client import Teacher\n"
+        "import signal, sys; from tinystory.teacher.client import Teacher\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background is born deaf to it
         "with Teacher(sys.argv[1]) as teacher: teacher.judge('Once', ['A dog ran.', 'A cat ran.'], 0)"
     )
     with FaultServer(lambda story, n: "hang") as server:
