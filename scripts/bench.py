@@ -4,11 +4,14 @@ python scripts/bench.py pretrain --shape small              a training step: for
 python scripts/bench.py rollout --shape small --batch 64    stories from one opening, the teacher excluded
 python scripts/bench.py ppo --shape gpt2s --batch 16        rollout, reference, four epochs; a constant reward
 python scripts/bench.py kernels                             each operator beside PyTorch's own, interleaved
+python scripts/bench.py growth --runs 3 --plot growth.svg   a token's time against batch, context, vocabulary, length
 """
 
 import argparse
 import ctypes
+import dataclasses
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -22,15 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory import ops
+from tinystory import ops, plots
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.device import peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
 from tinystory.rl import ppo
 from tinystory.rl.rollout import collate, rollout
+from tinystory.runlog import atomic_write
 from tinystory.student.model import Student, StudentConfig, ValueHead
 
 SHAPES = {
@@ -45,6 +50,8 @@ SDPA_BACKENDS = (
     SDPBackend.MATH,
 )
 BATCH = {  # else 64
+    ("growth", "small"): 16,
+    ("growth", "gpt2s"): 4,
     ("pretrain", "small"): 16,
     ("pretrain", "gpt2s"): 4,
     ("kernels", "small"): 16,
@@ -71,13 +78,14 @@ class Words:
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=("kernels", "pretrain", "rollout", "ppo"))
+    parser.add_argument("bench", choices=("kernels", "pretrain", "rollout", "ppo", "growth"))
     parser.add_argument("--shape", choices=SHAPES, default="small", help="4 layers of 256, or GPT-2-small")
     parser.add_argument("--batch", type=int, help="sequences or stories (default: what README compares at)")
     parser.add_argument("--new", type=int, default=90, help="tokens a story (default: 90)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the products")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
     parser.add_argument("--runs", type=int, default=5, help="timed runs, after one that is not (default: 5)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="of growth: where to draw it")
     parser.add_argument("--json", action="store_true", help="nothing but the line of JSON")
     parser.add_argument("--profile", action="store_true", help="then run once more and print where the time goes")
     a = parser.parse_args(argv)
@@ -85,6 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     batch = a.batch or BATCH.get((a.bench, a.shape), 64)
     if min(batch, a.new, a.runs) < 1:
         raise UserError("--batch, --new and --runs must be at least 1")
+    if a.plot and (a.bench != "growth" or not a.plot.parent.is_dir()):
+        raise UserError(f"--plot {a.plot}: only growth is drawn, and into a folder that is there")
     if a.bench in ("rollout", "ppo") and PROMPT + a.new > config.context:
         raise UserError(f"--new {a.new} does not fit: {a.shape} has room for {config.context - PROMPT} tokens")
     dtype = pick_dtype(a.dtype, device, on_cpu=a.bench in ("pretrain", "kernels"))
@@ -97,13 +107,16 @@ def main(argv: list[str] | None = None) -> None:
     if not a.json:
         print(f"{a.bench} on {facts['device']}: {a.runs + 1} runs ...", file=sys.stderr)
 
+    run = None
     if a.bench == "kernels":
         measured = dict(kernels=kernels(config, batch, dtype, device, a.runs))
-        run = None
+    elif a.bench == "growth":
+        measured = growth(config, batch, a.new, a.dtype, device, a.runs, quiet=a.json)
+        if a.plot:
+            atomic_write(a.plot, growth_chart(measured["base"], measured["growth"]))
     else:
         run = dict(pretrain=pretrain, rollout=stories, ppo=interact)[a.bench](config, batch, a.new, dtype, device)
-        laps = [run() for _ in range(a.runs + 1)][1:]
-        measured = {name: round(statistics.median(lap[name] for lap in laps), 4) for name in laps[0]}
+        measured = {name: round(value, 4) for name, value in medians(run, a.runs).items()}
         if a.bench in ("pretrain", "rollout"):
             rows, backward = (batch, False) if a.bench == "rollout" else (batch * config.context, True)
             limit = rows / gemm_seconds(config, rows, dtype, device, backward)
@@ -113,6 +126,11 @@ def main(argv: list[str] | None = None) -> None:
         profile(run, device)
 
 
+def medians(run: Callable[[], dict[str, float]], runs: int) -> dict[str, float]:
+    laps = [run() for _ in range(runs + 1)][1:]
+    return {name: statistics.median(lap[name] for lap in laps) for name in laps[0]}
+
+
 def pretrain(config: StudentConfig, batch: int, _, dtype: torch.dtype, device: torch.device) -> Callable:
     from train_pretrain import make_optimizer, train_step
 
@@ -120,12 +138,13 @@ def pretrain(config: StudentConfig, batch: int, _, dtype: torch.dtype, device: t
     student = Student(config).to(device)
     optimizer, _ = make_optimizer(student, options)
     tokens = torch.randint(0, config.vocab_size, (batch, config.context + 1), device=device)
+    count = batch * config.context
 
     def run() -> dict[str, float]:
         began = now(device)
         train_step(student, optimizer, tokens, options, dtype, step=0)
         seconds = now(device) - began
-        return dict(tokens_per_s=batch * config.context / seconds, step_s=seconds)
+        return dict(tokens_per_s=count / seconds, step_s=seconds, tokens=count)
 
     return run
 
@@ -144,8 +163,10 @@ def stories(config: StudentConfig, batch: int, new: int, dtype: torch.dtype, dev
     return run
 
 
-def interact(config: StudentConfig, batch: int, new: int, dtype: torch.dtype, device: torch.device) -> Callable:
-    options = InteractConfig(epochs=4, learning_rate=1e-6, stories_per_step=batch, max_new_tokens=new)
+def interact(
+    config: StudentConfig, batch: int, new: int, dtype: torch.dtype, device: torch.device, epochs: int = 4
+) -> Callable:
+    options = InteractConfig(epochs=epochs, learning_rate=1e-6, stories_per_step=batch, max_new_tokens=new)
     student, head, words = Student(config).to(device), ValueHead(config.n_embd).to(device), Words(config.vocab_size)
     reference = Student(config).to(device).requires_grad_(False)
     reference.load_state_dict(student.state_dict())
@@ -170,6 +191,65 @@ def interact(config: StudentConfig, batch: int, new: int, dtype: torch.dtype, de
         return dict(total_s=done - began) | parts
 
     return run
+
+
+# --- growth -----------------------------------------------------------------------------------------------------------
+PARTS = {  # what is timed: what runs it, which of its seconds, its line's colour
+    "reading": (pretrain, "step_s", "readability"),
+    "writing": (stories, "rollout_s", "creativity"),
+    "update": (functools.partial(interact, epochs=1), "update_s", "reward"),  # the reference's pass and one of PPO's
+}
+AXES = {  # what is varied: its unit, the parts that depend on it
+    "batch": ("sequences, or stories", ("reading", "writing", "update")),
+    "context": ("tokens a sequence (the step’s tokens fixed)", ("reading",)),
+    "vocabulary": ("tokens", ("reading", "writing", "update")),
+    "length": ("tokens a story", ("writing", "update")),
+}
+
+
+def growth(
+    config: StudentConfig, batch: int, new: int, dtype: str, device: torch.device, runs: int, quiet: bool
+) -> dict[str, dict]:
+    """Microseconds a token where one quantity at a time goes from an eighth of the shape's own to eight times that, by
+    powers of two. A longer context has fewer sequences, so that a step's tokens stay as many; a longer story has the
+    context that it needs."""
+    base = dict(batch=batch, context=config.context, vocabulary=config.vocab_size, length=new)
+    dtypes = {part: pick_dtype(dtype, device, on_cpu=part == "reading") for part in PARTS}
+    points = []
+    for quantity, (_, parts) in AXES.items():
+        for part, power in itertools.product(parts, range(-3, 4)):
+            at = base | {quantity: int(base[quantity] * 2.0**power)}
+            if quantity == "context":
+                at["batch"] = int(batch / 2.0**power)
+            if min(at.values()) >= 1:
+                points.append((quantity, part, at))
+    found = {quantity: {part: dict(x=[], us_per_token=[]) for part in parts} for quantity, (_, parts) in AXES.items()}
+    for quantity, part, at in tqdm(points, desc="growth", unit="point", disable=quiet):
+        context = at["context"] if part == "reading" else max(config.context, PROMPT + at["length"])
+        shape = dataclasses.replace(config, context=context, vocab_size=at["vocabulary"])
+        make, seconds, _ = PARTS[part]
+        lap = medians(make(shape, at["batch"], at["length"], dtypes[part], device), runs)
+        found[quantity][part]["x"].append(at[quantity])
+        found[quantity][part]["us_per_token"].append(round(1e6 * lap[seconds] / lap["tokens"], 3))
+    return dict(dtype={part: str(each)[6:] for part, each in dtypes.items()}, base=base, growth=found)
+
+
+def growth_chart(base: dict[str, int], found: dict[str, dict]) -> str:
+    """A panel a quantity: each part's time a token as a multiple of that at the shape's own, as the text of an .svg."""
+    panels, own = [], {}
+    for quantity, parts in found.items():
+        lines = []
+        for part, points in parts.items():
+            own[part] = points["us_per_token"][points["x"].index(base[quantity])]
+            times = [round(us / own[part], 2) for us in points["us_per_token"]]
+            lines.append(plots.Line(points["x"], times, PARTS[part][2], part, smooth=False))
+        top = max(2.0, *(1.05 * max(line.y) for line in lines))  # what is flat looks flat
+        title = f"Time a token against {quantity}, 1 at {base[quantity]:,}"
+        # Along an even axis a cost that is linear is a straight line; a batch's falls with its inverse.
+        even = quantity != "batch"
+        panels.append(plots.chart(title, lines, y_range=(0, top), x_name=AXES[quantity][0], log_x=not even))
+    at_one = ", ".join(f"{part} {plots.number(us)}" for part, us in own.items())
+    return plots.standalone(plots.grid(f"Microseconds a token at 1: {at_one}", panels))
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """scripts/bench.py on a tiny shape: one line of JSON that adds up, through the product's own functions."""
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -76,11 +77,41 @@ def test_kernels_are_all_beside_pytorchs(run):
         assert figures["ours_ms"] > 0 and figures["torch_ms"] > 0 and figures["ratio"] > 0
 
 
+def test_growth_is_measured_and_drawn(run, tmp_path):
+    file = tmp_path / "growth.svg"
+    r = run("growth", "--batch", "2", "--new", "4", "--plot", str(file))
+    assert r["base"] == dict(batch=2, context=64, vocabulary=300, length=4)
+    assert set(r["dtype"]) == {"reading", "writing", "update"}
+    varied = {
+        "batch": ([1, 2, 4, 8, 16], {"reading", "writing", "update"}),
+        "context": ([8, 16, 32, 64, 128], {"reading"}),  # a longer one leaves no whole sequence of a step's 128 tokens
+        "vocabulary": ([37, 75, 150, 300, 600, 1200, 2400], {"reading", "writing", "update"}),
+        "length": ([1, 2, 4, 8, 16, 32], {"writing", "update"}),
+    }
+    assert set(r["growth"]) == set(varied)
+    for quantity, (values, parts) in varied.items():
+        assert set(r["growth"][quantity]) == parts
+        for points in r["growth"][quantity].values():
+            assert points["x"] == values and len(points["us_per_token"]) == len(values)
+            assert min(points["us_per_token"]) > 0
+
+    root = ElementTree.parse(file).getroot()
+    texts = [each.text for each in root.iter("{http://www.w3.org/2000/svg}text")]
+    for title in ("batch, 1 at 2", "context, 1 at 64", "vocabulary, 1 at 300", "length, 1 at 4"):
+        assert f"Time a token against {title}" in texts
+    paths = [each.get("class") for each in root.iter("{http://www.w3.org/2000/svg}path")]
+    assert paths.count("line") == 9
+    for part in ("reading", "writing", "update"):
+        assert sum(text.startswith(f"{part} ") for text in texts) == 3
+
+
 def test_what_cannot_be_is_one_sentence(bench, capsys):
     for argv, message in (
         (["rollout", "--new", "60"], "--new 60 does not fit: small has room for 44 tokens"),
         (["rollout", "--batch", "-3"], "must be at least 1"),
         (["ppo", "--runs", "0"], "must be at least 1"),
+        (["ppo", "--plot", "ppo.svg"], "only growth is drawn"),
+        (["growth", "--plot", "no/such/folder/growth.svg"], "into a folder that is there"),
     ):
         with pytest.raises(SystemExit) as exit:
             bench.main(argv)

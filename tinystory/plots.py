@@ -267,6 +267,18 @@ def svg(title: str, size: tuple[int, int], parts: Sequence[str]) -> str:
     )
 
 
+def grid(title: str, drawings: Sequence[str], columns: int = 2, size=(340, 210), gap: int = 24) -> str:
+    """Drawings of one size in rows as one drawing, below a title."""
+    parts = [f'<text class="title" x="0" y="14">{html.escape(title)}</text>']
+    for i, drawing in enumerate(drawings):
+        x, y = i % columns * (size[0] + gap), 32 + i // columns * (size[1] + gap)
+        inside = drawing[drawing.index(">") + 1 : drawing.rindex("</svg>")]
+        parts.append(f'<g transform="translate({x},{y})">{inside}</g>')
+    rows = math.ceil(len(drawings) / columns)
+    whole = columns * (size[0] + gap) - gap, 32 + rows * (size[1] + gap) - gap
+    return svg(title, whole, parts)
+
+
 def standalone(drawing: str) -> str:
     """A chart as the text of an .svg file, for a README: it follows the reader's light or dark setting too."""
     start = '<svg xmlns="http://www.w3.org/2000/svg" '
