@@ -1,7 +1,7 @@
 // Every op as a function on raw pointers: kernels never see torch, so native tests call them as they are.
 //
 // The CPU functions work on a range [begin, end) of independent items (the comment says which) and never start a
-// thread: ops.cpp splits the range with at::parallel_for. What an item computes does not depend on the split.
+// thread: ops.cpp hands out parts of the range. What an item computes does not depend on the split.
 #pragma once
 #include <cstdint>
 
@@ -70,6 +70,7 @@ struct TokenLogprob {
   void* workspace;                    // logprob_workspace() bytes
 };
 constexpr int64_t kLogprobGroup = 256;  // columns a group: all but the last one's
+constexpr int64_t kLogprobRows = 48;    // rows an item of logprob_grad_hidden
 
 // y = gelu(x weight^T + bias) + residual with or without either end, products in f32 or bf16, sums in f32. The caller
 // takes the M rows a chunk at a time: forward pack_weight once, then pack_x and forward a chunk; backward pack_weight
@@ -110,7 +111,7 @@ void logprob_pack(const TokenLogprob&, int64_t begin, int64_t end);           //
 void logprob_logits(const TokenLogprob&, int64_t begin, int64_t end);         // items: the chunk's groups
 void logprob_stats(const TokenLogprob&, int64_t begin, int64_t end);          // items: rows; logprob, entropy, lse
 void logprob_grad_weight(const TokenLogprob&, int64_t begin, int64_t end);    // items: its groups; logits -> gradients
-void logprob_grad_hidden(const TokenLogprob&, int64_t begin, int64_t end);    // items: rows
+void logprob_grad_hidden(const TokenLogprob&, int64_t begin, int64_t end);    // items: rows / kLogprobRows
 int64_t linear_workspace(const Linear&);                                      // for chunks of `rows` rows
 int64_t linear_tiles(const Linear&, int64_t columns);                         // items of forward (N) and grad_x (K)
 void linear_pack_weight(const Linear&, int64_t begin, int64_t end);           // items: N / 64, backward N / 32

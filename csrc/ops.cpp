@@ -10,6 +10,7 @@
 #if defined(__linux__)
 #include <malloc.h>
 #endif
+#include <atomic>
 #include <optional>
 #include <tuple>
 
@@ -32,16 +33,29 @@ void* workspace(int64_t bytes) {
   return memory.data_ptr();
 }
 
+int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// f(begin, end) on parts that make up [0, items), each taken by the thread that is free next: a core that is slower, or
+// that other programs use too, holds nobody up. What an item computes depends on neither.
+template <class F>
+void parallel(int64_t items, const F& f) {
+  const int64_t threads = at::get_num_threads(), part = std::max<int64_t>(1, items / (8 * threads));
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(threads, blocks(items, part)), 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(part)) < items;) f(begin, std::min(items, begin + part));
+  });
+}
+
 std::tuple<Tensor, Tensor> causal_attention(const Tensor& qkv, double dropout_p, int64_t seed) {
   const AttentionForward f(qkv, dropout_p, seed);
-  at::parallel_for(0, f.x.B * f.x.H, 1, [&](int64_t begin, int64_t end) { cpu::attention_forward(f.x, begin, end); });
+  parallel(f.x.B * f.x.H, [&](int64_t begin, int64_t end) { cpu::attention_forward(f.x, begin, end); });
   return {f.out, f.lse};
 }
 
 Tensor causal_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
                                  double dropout_p, int64_t seed) {
   const AttentionBackward f(grad_out, qkv, out, lse, dropout_p, seed);
-  at::parallel_for(0, f.x.B * f.x.H, 1, [&](int64_t begin, int64_t end) { cpu::attention_backward(f.x, begin, end); });
+  parallel(f.x.B * f.x.H, [&](int64_t begin, int64_t end) { cpu::attention_backward(f.x, begin, end); });
   return f.grad_qkv;
 }
 
@@ -50,14 +64,14 @@ Tensor decode_attention(const Tensor& qkv, const Tensor& prefix, const Tensor& c
   for (int64_t b = 0; b < f.x.B; ++b)
     TORCH_CHECK(f.x.lengths[b] >= 0 && f.x.lengths[b] < f.x.T, "decode_attention: lengths[", b, "] is ",
                 f.x.lengths[b], ", not in 0 .. T_max - 1 = ", f.x.T - 1);
-  at::parallel_for(0, f.x.B * f.x.H, 1, [&](int64_t begin, int64_t end) { cpu::decode_attention(f.x, begin, end); });
+  parallel(f.x.B * f.x.H, [&](int64_t begin, int64_t end) { cpu::decode_attention(f.x, begin, end); });
   return f.out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, int64_t seed, const Tensor& rows, const Tensor& steps,
                                           double temperature, int64_t top_k, double top_p) {
   const Draw f(logits, seed, rows, steps, temperature, top_k, top_p);
-  at::parallel_for(0, f.x.B, 1, [&](int64_t begin, int64_t end) { cpu::sample(f.x, begin, end); });
+  parallel(f.x.B, [&](int64_t begin, int64_t end) { cpu::sample(f.x, begin, end); });
   for (int64_t b = 0; b < f.x.B; ++b) {
     TORCH_CHECK(f.x.tokens[b] != kNotANumber, "sample: logits row ", b, " (id ", f.x.rows[b], ") holds NaN or +inf");
     TORCH_CHECK(f.x.tokens[b] != kNoToken, "sample: logits row ", b, " (id ", f.x.rows[b], ") is -inf throughout");
@@ -113,7 +127,7 @@ struct Logprob {
     const int64_t columns = stats ? all_groups : at_least(1, (groups + threads - 1) / threads) * threads;
     if (grads) allocate_grads(std::min(x.V, columns * kLogprobGroup));
     const auto step = [&](auto kernel, int64_t items) {
-      at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
+      parallel(items, [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
     };
     x.rows = rows, x.groups = std::min(columns, all_groups);
     x.workspace = workspace(cpu::logprob_workspace(x));
@@ -121,7 +135,8 @@ struct Logprob {
       x.groups = std::min(columns, all_groups - x.first_group);
       for (x.first = 0; x.first < x.N; x.first += rows) {
         x.rows = std::min(rows, x.N - x.first);
-        if (x.first_group == 0 || rows < x.N) step(cpu::logprob_pack, (x.rows + 1) / 2);  // else it lies there still
+        if (rows < x.N || x.first_group == 0 || x.groups < columns)  // else it lies there still
+          step(cpu::logprob_pack, (x.rows + 1) / 2);
         if (stats) {
           step(cpu::logprob_logits, x.groups);
           step(cpu::logprob_stats, x.rows);
@@ -134,7 +149,7 @@ struct Logprob {
             }
           }, x.groups);
         }
-        if (grads) step(cpu::logprob_grad_hidden, x.rows);
+        if (grads) step(cpu::logprob_grad_hidden, blocks(x.rows, kLogprobRows));
       }
       if (grads) finish_grad_weight();
     }
@@ -172,7 +187,7 @@ std::tuple<Tensor, Tensor> token_logprob_backward(const Tensor& grad_logprob, co
   const Tensor g = grad_logprob.contiguous(), ge = grad_entropy.contiguous();
   p.x.grad_logprob = g.const_data_ptr(), p.x.grad_entropy = ge.const_data_ptr();
   p.use(entropy, lse);
-  p.run(hidden.element_size() * (6 << 20), false, true);
+  p.run(hidden.element_size() * (5 << 20), false, true);
   return p.grads();
 }
 
@@ -219,16 +234,14 @@ template <class F>
 void linear_chunks(Linear& l, int64_t weight_items, const F& run) {
   l.rows = std::min(kChunkRows, l.M);
   l.workspace = workspace(cpu::linear_workspace(l));
-  at::parallel_for(0, weight_items, 1, [&](int64_t begin, int64_t end) { cpu::linear_pack_weight(l, begin, end); });
+  parallel(weight_items, [&](int64_t begin, int64_t end) { cpu::linear_pack_weight(l, begin, end); });
   for (; l.first < l.M; l.first += kChunkRows) {
     l.rows = std::min(kChunkRows, l.M - l.first);
     run([&](auto kernel, int64_t items) {
-      at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { kernel(l, begin, end); });
+      parallel(items, [&](int64_t begin, int64_t end) { kernel(l, begin, end); });
     });
   }
 }
-
-int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                   const std::optional<Tensor>& residual, bool gelu, bool bf16) {
@@ -289,7 +302,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& wei
   n.y_type = bf16 ? DType::bf16 : DType::f32;
   n.bias = bias.const_data_ptr<float>(), n.y = y.data_ptr();
   n.mean = mean.data_ptr<float>(), n.scale = scale.data_ptr<float>();
-  at::parallel_for(0, n.rows, 64, [&](int64_t begin, int64_t end) { cpu::layer_norm(n, begin, end); });
+  parallel(n.rows, [&](int64_t begin, int64_t end) { cpu::layer_norm(n, begin, end); });
   return {y, mean, scale};
 }
 
@@ -305,7 +318,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, con
   n.y_type = float_or_bf16(g, op, "grad_y");
   n.mean = mean.data_ptr<float>(), n.scale = scale.data_ptr<float>();
   n.grad_y = g.const_data_ptr(), n.grad_x = grad_x.data_ptr<float>(), n.parts = parts.data_ptr<float>();
-  at::parallel_for(0, parts.size(0), 1, [&](int64_t begin, int64_t end) { cpu::layer_norm_backward(n, begin, end); });
+  parallel(parts.size(0), [&](int64_t begin, int64_t end) { cpu::layer_norm_backward(n, begin, end); });
   const Tensor sums = parts.sum(0);
   return {grad_x, sums[0].clone(), sums[1].clone()};
 }
@@ -350,7 +363,7 @@ struct Decoder : torch::CustomClassHolder {
     if (next < n) w.value = linear(C, 1);
     const auto run = [](const char* phase, int64_t items, const std::function<void(int64_t, int64_t)>& f) {
       RECORD_USER_SCOPE(phase);
-      at::parallel_for(0, items, 1, f);
+      parallel(items, f);
     };
     engine = cpu::make_decoder(bf16 ? DType::bf16 : DType::f32, std::move(w), {at::get_num_threads(), run});
   }

@@ -12,8 +12,10 @@
 namespace tinystory::cpu {
 namespace {
 
-constexpr int64_t kRows = 96;     // of a block that meets a panel: their sums stay in the first-level cache
-constexpr int64_t kReduce = 256;  // Words summed in one go: a sum of short sums rounds less than one long sum
+constexpr int64_t kRows = 48;     // of a block that meets a panel: their sums stay in the first-level cache
+// Words summed in one go: a sum of short sums rounds less than one long sum. bf16 has rounded far more already.
+template <class K>
+constexpr int64_t kReduce = K::kPair == 2 ? 384 : 256;
 
 template <class K>
 struct Layer {
@@ -31,7 +33,7 @@ struct Layer {
     panels = m.take<Word>(std::max(round_up(l.N, kPanel) * in, round_up(l.K, kPanel) * out));
     rows = m.take<Word>(l.grad_y || l.x_type == kStored ? 0 : l.rows * in);
     const int64_t n = l.grad_y ? pairs : 0;
-    grad_rows = m.take<Word>(n * K::kPair * out);
+    grad_rows = m.take<Word>(grad_stored() ? 0 : n * K::kPair * out);
     x_pairs = m.take<Word>(n * round_up(l.K, kPanel));
     grad_pairs = m.take<Word>(n * round_up(l.N, kPanel));
     bytes = m.used;
@@ -39,6 +41,11 @@ struct Layer {
 
   const void* x_at(int64_t row) const { return at(l.x, l.x_type, (l.first + row) * l.K); }
   const Word* x_rows() const { return l.x_type == kStored ? static_cast<const Word*>(x_at(0)) : rows; }
+  // The gradient before the bias: grad_y itself, or grad_rows.
+  bool grad_stored() const { return !l.gelu && l.y_type == kStored; }
+  const Word* grads() const {
+    return grad_stored() ? static_cast<const Word*>(at(l.grad_y, l.y_type, l.first * l.N)) : grad_rows;
+  }
 
   // items: panels of the weight's rows, or (backward) blocks of kPair * W of its rows
   void pack_weight(int64_t begin, int64_t end) {
@@ -65,9 +72,9 @@ struct Layer {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item / n_panels * kRows, last = std::min(l.rows, first + kRows);
       const int64_t column = item % n_panels * kPanel, width = std::min(kPanel, columns - column);
-      for (int64_t k = 0; k < words; k += kReduce)
+      for (int64_t k = 0; k < words; k += kReduce<K>)
         for (int64_t r = first; r < last; r += 6)
-          product<K>(std::min<int64_t>(6, last - r), width / W, std::min(kReduce, words - k), a + r * words + k, words,
+          product<K>(std::min<int64_t>(6, last - r), width / W, std::min(kReduce<K>, words - k), a + r * words + k, words,
                      1, panels + column * words + k * kPanel, kPanel, sums + (r - first) * kPanel, kPanel, k > 0);
       for (int64_t r = first; r < last; ++r)
         for (int64_t j = 0; j < width; j += W) finish(r, column + j, load<vf>(sums + (r - first) * kPanel + j));
@@ -90,31 +97,37 @@ struct Layer {
 
   // items: blocks of kLinearRows rows. The gradient before the bias, by rows and by pairs of rows; x by pairs of rows.
   void pack_grad(int64_t begin, int64_t end) {
-    Word* x_block = reinterpret_cast<Word*>(scratch((kLinearRows * in + l.N) * sizeof(float) + 64));
-    float* sums = reinterpret_cast<float*>(x_block + kLinearRows * in);
+    const size_t block_words = kLinearRows * std::max(in, out);
+    Word* copy = reinterpret_cast<Word*>(scratch(block_words * sizeof(Word) + l.N * sizeof(float)));
+    float* sums = reinterpret_cast<float*>(copy + block_words);
+    // Rows from..: where they lie if they are stored as Words; else, or if a pair lacks its second row, in `copy`.
+    const auto in_pairs = [&](Word* to, const void* from, DType type, int64_t n, int64_t columns) {
+      const int64_t padded = round_up(n, K::kPair);
+      if (type != kStored || padded > n) {
+        pack_rows<K>(copy, from, type, columns, n, padded, columns, columns);
+        from = copy;
+      }
+      pair_rows<K>(to, static_cast<const Word*>(from), padded, columns, kPanel, pairs);
+    };
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kLinearRows, n = std::min(kLinearRows, l.rows - first);
-      const int64_t padded = round_up(n, K::kPair);
-      Word* g_block = grad_rows + first * out;
       std::memset(sums, 0, l.N * sizeof(float));
-      for (int64_t i = 0; i < n; ++i)
+      for (int64_t i = first; i < first + n; ++i)
         for (int64_t j = 0; j < l.N; j += W) {
-          const int64_t from = (l.first + first + i) * l.N + j;
+          const int64_t from = (l.first + i) * l.N + j;
           vf g = load_as<vf>(at(l.grad_y, l.y_type, from), l.y_type);
           if (l.gelu) g *= load_as<vf>(at(l.slope, kSlope, from), kSlope);
           store(sums + j, load<vf>(sums + j) + g);
-          store_numbers<K>(g_block + i * out, j, g);
+          if (!grad_stored()) store_numbers<K>(grad_rows + i * out, j, g);
         }
       std::memcpy(l.bias_parts + (l.first / kLinearRows + block) * l.N, sums, l.N * sizeof(float));
-      if (padded > n) std::memset(g_block + n * out, 0, out * sizeof(Word));
-      pack_rows<K>(x_block, x_at(first), l.x_type, l.K, n, padded, l.K, l.K);
-      pair_rows<K>(grad_pairs + first / K::kPair * kPanel, g_block, padded, l.N, kPanel, pairs);
-      pair_rows<K>(x_pairs + first / K::kPair * kPanel, x_block, padded, l.K, kPanel, pairs);
+      in_pairs(grad_pairs + first / K::kPair * kPanel, grads() + first * out, kStored, n, l.N);
+      in_pairs(x_pairs + first / K::kPair * kPanel, x_at(first), l.x_type, n, l.K);
     }
   }
 
   void grad_x(int64_t begin, int64_t end) {
-    multiply(begin, end, grad_rows, out, l.K, [&](int64_t row, int64_t j, vf g) {
+    multiply(begin, end, grads(), out, l.K, [&](int64_t row, int64_t j, vf g) {
       store_as(at(l.grad_x, l.x_type, (l.first + row) * l.K + j), l.x_type, g);
     });
   }
@@ -124,10 +137,10 @@ struct Layer {
     const int64_t n_panels = (l.K + kPanel - 1) / kPanel;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / n_panels * kPanel, c = item % n_panels * kPanel;
-      for (int64_t k = 0; k < pairs; k += kReduce)
+      for (int64_t k = 0; k < pairs; k += kReduce<K>)
         for (int64_t i = n; i < std::min(n + kPanel, l.N); i += 6) {
           const int64_t height = std::min<int64_t>(6, std::min(n + kPanel, l.N) - i);
-          product<K>(height, std::min(kPanel, l.K - c) / W, std::min(kReduce, pairs - k),
+          product<K>(height, std::min(kPanel, l.K - c) / W, std::min(kReduce<K>, pairs - k),
                      grad_pairs + n * pairs + k * kPanel + i - n, 1, kPanel, x_pairs + c * pairs + k * kPanel, kPanel,
                      l.grad_weight + i * l.K + c, l.K, k > 0 || l.first > 0);
         }

@@ -12,7 +12,9 @@ namespace {
 
 constexpr int64_t kGroup = kLogprobGroup;
 constexpr int64_t kStride = kGroup + 16;  // rows a power of two apart would share a few lines of the first cache
-constexpr int64_t kReduce = 128;  // Words summed in one go: a sum of short sums rounds less than one long sum
+// Words summed in one go: a sum of short sums rounds less than one long sum. bf16 has rounded far more already.
+template <class K>
+constexpr int64_t kReduce = K::kPair == 2 ? 384 : 128;
 constexpr int64_t kBlock = 96;    // rows that meet a panel: they and their results stay in the second-level cache
 constexpr double kLog2e = 1.4426950408889634;
 
@@ -25,13 +27,14 @@ struct Chunk {
 
   const TokenLogprob& x;
   const int64_t rows, C, words;           // rows and C padded: to whole pairs, to whole panels
-  Word *hidden, *hidden_panels;
+  Word *weight_pairs, *hidden, *hidden_panels;
   Acc* logits;
   size_t bytes;
 
   explicit Chunk(const TokenLogprob& x)
       : x(x), rows(round_up(x.rows, 2)), C(round_up(x.C, kPanel)), words(C / K::kPair) {
     Arena m{static_cast<char*>(x.workspace), 0};
+    weight_pairs = m.take<Word>(x.grad_hidden ? x.groups * kGroup * words : 0);  // first: all chunks of rows find it
     hidden = m.take<Word>(rows * words);
     hidden_panels = m.take<Word>(rows * words);
     logits = m.take<Acc>(x.groups * rows * kStride);
@@ -60,12 +63,15 @@ struct Chunk {
     Word* panels = w + kGroup * words;
     for (int64_t g = begin; g < end; ++g) {
       weight_rows(w, g);
-      transpose_rows<K>(panels, w, round_up(width(g), kPanel), C);
+      const int64_t n = round_up(width(g), kPanel);
+      transpose_rows<K>(panels, w, n, C);
+      if (x.grad_hidden && x.first == 0)
+        pair_rows<K>(weight_pairs + g * kGroup * words, w, n, C, kPanel, n / K::kPair);
       for (int64_t first = 0; first < x.rows; first += kBlock)
         for (int64_t v = 0; v < width(g); v += kPanel)
           for (int64_t r = first; r < std::min(first + kBlock, x.rows); r += 6)
-            for (int64_t k = 0; k < words; k += kReduce)
-              product<K>(std::min<int64_t>(6, x.rows - r), kPanel / L, std::min(kReduce, words - k),
+            for (int64_t k = 0; k < words; k += kReduce<K>)
+              product<K>(std::min<int64_t>(6, x.rows - r), kPanel / L, std::min(kReduce<K>, words - k),
                          hidden + r * words + k, words, 1, panels + v * words + k * kPanel, kPanel, logits_at(g, r) + v,
                          kStride, k > 0);
     }
@@ -181,27 +187,17 @@ struct Chunk {
   }
 
   void grad_hidden(int64_t begin, int64_t end) {
-    constexpr int64_t kPacked = 4, stride = kStride * sizeof(Acc) / sizeof(Word);  // groups packed at a time
-    Word* w = reinterpret_cast<Word*>(scratch((1 + kPacked) * kGroup * words * sizeof(Word)));
-    Word* panels = w + kGroup * words;
-    for (int64_t g0 = 0; g0 < x.groups; g0 += kPacked) {
-      const int64_t last = std::min(g0 + kPacked, x.groups);
-      for (int64_t g = g0; g < last; ++g) {
-        const int64_t n = round_up(width(g), kPanel);
-        weight_rows(w, g);
-        pair_rows<K>(panels + (g - g0) * kGroup * words, w, n, C, kPanel, n / K::kPair);
-      }
-      for (int64_t first = begin; first < end; first += kBlock)
+    constexpr int64_t kTogether = 4, stride = kStride * sizeof(Acc) / sizeof(Word);  // groups that share the cache
+    for (int64_t first = begin * kLogprobRows; first < std::min(x.rows, end * kLogprobRows); first += kLogprobRows)
+      for (int64_t g0 = 0; g0 < x.groups; g0 += kTogether)
         for (int64_t c = 0; c < C; c += kPanel)
-          for (int64_t g = g0; g < last; ++g)
-            for (int64_t r = first; r < std::min(first + kBlock, end); r += 6) {
+          for (int64_t g = g0; g < std::min(g0 + kTogether, x.groups); ++g)
+            for (int64_t r = first; r < std::min(first + kLogprobRows, x.rows); r += 6) {
               const int64_t n = round_up(width(g), kPanel) / K::kPair;
-              product<K>(std::min<int64_t>(6, std::min(first + kBlock, end) - r), kPanel / L, n,
-                         reinterpret_cast<Word*>(logits_at(g, r)), stride, 1,
-                         panels + (g - g0) * kGroup * words + c / kPanel * n * kPanel, kPanel,
+              product<K>(std::min<int64_t>(6, x.rows - r), kPanel / L, n, reinterpret_cast<Word*>(logits_at(g, r)),
+                         stride, 1, weight_pairs + g * kGroup * words + c * n, kPanel,
                          static_cast<Acc*>(x.grad_hidden) + (x.first + r) * C + c, C, column(g) > 0);
             }
-    }
   }
 };
 
