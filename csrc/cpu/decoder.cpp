@@ -17,7 +17,9 @@
 namespace tinystory::cpu {
 namespace {
 
-constexpr int64_t kReduce = 128;  // Words summed in one go: 128 * 64 of them fit the first cache
+// Words summed in one go, for the sum's rounding in f32, which bf16 does not see.
+template <class K>
+constexpr int64_t kReduce = K::kPair == 2 ? 384 : 128;
 
 // Uninitialised memory in huge pages where the system has them: weights and caches are read from end to end each step.
 template <class T>
@@ -48,8 +50,6 @@ class Buffer {
 template <class K>
 class Engine final : public Decoder {
   using Word = typename K::Word;
-  using Stored = std::conditional_t<K::kPair == 2, uint16_t, float>;  // of the cache
-  static constexpr DType kStored = K::kPair == 2 ? DType::bf16 : DType::f32;
 
   struct Linear {
     const Word* panels;  // [panel][padded in][64]
@@ -74,8 +74,8 @@ class Engine final : public Decoder {
   std::vector<int64_t> slots_;         // of the stories that have not ended: the rows of a step
   std::vector<int64_t> drawn_, rows_, steps_;
   std::vector<float> logprobs_, entropies_, values_;
-  Buffer<Stored> keys_, values_cache_;               // [layer][slot][head][room * D]
-  Buffer<Stored> prompt_keys_, prompt_values_;       // [layer][head][prompt room * D]
+  Buffer<Word> keys_, values_cache_;                 // [layer][slot][head][head_words(room)]
+  Buffer<Word> prompt_keys_, prompt_values_;         // [layer][head][head_words(prompt room)]
   int64_t room_ = 0, prompt_room_ = 0;
   Buffer<float> x_, qkv_, logits_;     // (rows, C), (rows, 3 C), (rows, V)
   Buffer<Word> normed_, attended_, inner_;           // (rows, C), (rows, C), (rows, 4 C)
@@ -117,8 +117,8 @@ class Engine final : public Decoder {
     for (int64_t i = 0; i < stories.count; ++i) slots_[i] = i;
     const int64_t P = stories.prompt_length, rows = std::max(P, stories.count), layers = blocks_.size();
     room_ = round_up(stories.max_new, W), prompt_room_ = round_up(P, W);
-    for (auto* cache : {&keys_, &values_cache_}) cache->resize(layers * stories.count * room_ * C);
-    for (auto* cache : {&prompt_keys_, &prompt_values_}) cache->resize(layers * prompt_room_ * C);
+    for (auto* cache : {&keys_, &values_cache_}) cache->resize(layers * stories.count * H * head_words(room_));
+    for (auto* cache : {&prompt_keys_, &prompt_values_}) cache->resize(layers * H * head_words(prompt_room_));
     x_.resize(rows * C), qkv_.resize(rows * 3 * C), logits_.resize(stories.count * student_.V);
     normed_.resize(rows * C / K::kPair), attended_.resize(rows * C / K::kPair), inner_.resize(rows * 4 * C / K::kPair);
 
@@ -184,9 +184,9 @@ class Engine final : public Decoder {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t p = item / blocks, first = item % blocks * block, last = std::min(rows, first + block);
         const Word* panel = l.panels + p * l.panel_words();
-        for (int64_t k = 0; k < words; k += kReduce)
+        for (int64_t k = 0; k < words; k += kReduce<K>)
           for (int64_t r = first; r < last; r += 6)
-            product<K>(std::min<int64_t>(6, last - r), kPanel / W, std::min(kReduce, words - k), a + r * words + k,
+            product<K>(std::min<int64_t>(6, last - r), kPanel / W, std::min(kReduce<K>, words - k), a + r * words + k,
                        words, 1, panel + k * kPanel, kPanel, sums + (r - first) * kPanel, kPanel, k > 0);
         for (int64_t r = first; r < last; ++r) finish(r, p * kPanel, sums + (r - first) * kPanel);
       }
@@ -268,87 +268,94 @@ class Engine final : public Decoder {
     }
   }
 
-  // --- the cache: W positions of keys side by side, [position / W][D][W], so that a vector holds W scores; values as
-  // they come, [position][D] ------------------------------------------------------------------------------------------
-  Stored* keys(int64_t layer, int64_t slot, int64_t head) const {
-    return keys_.data + ((layer * stories_.count + slot) * H + head) * room_ * D;
+  // --- the cache, in Words: keys [position / W][D / kPair][W], so that a vector holds W scores, and values
+  // [position / kPair][D]. A position that is not written yet shares its Words with others: it is zero there. ----------
+  int64_t head_words(int64_t room) const { return room * D / K::kPair; }
+  Word* keys(int64_t layer, int64_t slot, int64_t head) const {
+    return keys_.data + ((layer * stories_.count + slot) * H + head) * head_words(room_);
   }
-  Stored* values(int64_t layer, int64_t slot, int64_t head) const {
-    return values_cache_.data + ((layer * stories_.count + slot) * H + head) * room_ * D;
+  Word* values(int64_t layer, int64_t slot, int64_t head) const {
+    return values_cache_.data + ((layer * stories_.count + slot) * H + head) * head_words(room_);
   }
 
   void append(int64_t layer, int64_t row, int64_t head, bool prompt) {
-    const int64_t shared = (layer * H + head) * prompt_room_ * D, t = prompt ? row : time_ - 1;
-    Stored* k = prompt ? prompt_keys_.data + shared : keys(layer, slots_[row], head);
-    Stored* v = (prompt ? prompt_values_.data + shared : values(layer, slots_[row], head)) + t * D;
+    const int64_t shared = (layer * H + head) * head_words(prompt_room_), t = prompt ? row : time_ - 1;
+    Word* k = (prompt ? prompt_keys_.data + shared : keys(layer, slots_[row], head)) + t / W * head_words(W) + t % W;
+    Word* v = (prompt ? prompt_values_.data + shared : values(layer, slots_[row], head)) + t / K::kPair * D;
     const float* from = qkv_.data + row * 3 * C + C + head * D;
-    k += t / W * W * D + t % W;
     for (int64_t d = 0; d < D; d += W) {
-      store_as(v + d, kStored, load<vf>(from + C + d));
-      Stored column[W];
-      store_as(column, kStored, load<vf>(from + d));
-      for (int64_t i = 0; i < W; ++i) k[(d + i) * W] = column[i];
+      const vf value = load<vf>(from + C + d);
+      if constexpr (K::kPair == 2) {
+        const vu half = __builtin_convertvector(to_bf16(value), vu);
+        store(v + d, t % 2 ? load<vu>(v + d) | half << 16 : half);
+      } else {
+        store(v + d, value);
+      }
+      Word column[W / K::kPair];
+      store_numbers<K>(column, 0, load<vf>(from + d));
+      for (int64_t i = 0; i < W / K::kPair; ++i) k[(d / K::kPair + i) * W] = column[i];
     }
   }
 
   // The row's query over the first `shared` positions of the prompt and the first `own` of its story.
   void attend(int64_t layer, int64_t row, int64_t head, int64_t shared, int64_t own) {
     const int64_t first = round_up(shared, W), positions = first + round_up(own, W);
-    float* q = reinterpret_cast<float*>(scratch((D + positions) * sizeof(float)));
-    float* p = q + D;
-    const float scale = float(1.4426950408889634 / std::sqrt(double(D)));  // scores to the base 2
-    for (int64_t d = 0; d < D; d += W)
-      store(q + d, load<vf>(qkv_.data + row * 3 * C + head * D + d) * scale);
-    const int64_t prompt_at = (layer * H + head) * prompt_room_ * D;
-    const Stored *k0 = prompt_keys_.data + prompt_at, *v0 = prompt_values_.data + prompt_at;
-    const Stored *k1 = own ? keys(layer, slots_[row], head) : nullptr;
-    const Stored *v1 = own ? values(layer, slots_[row], head) : nullptr;
+    float* scores = reinterpret_cast<float*>(scratch((positions + D) * sizeof(float)));
+    Word* weights = reinterpret_cast<Word*>(scores);  // in their place: no longer than they are
+    Word* q = reinterpret_cast<Word*>(scores + positions);
+    for (int64_t d = 0; d < D; d += W) store_numbers<K>(q, d, load<vf>(qkv_.data + row * 3 * C + head * D + d));
+    const int64_t prompt_at = (layer * H + head) * head_words(prompt_room_);
+    const Word *k0 = prompt_keys_.data + prompt_at, *v0 = prompt_values_.data + prompt_at;
+    const Word *k1 = own ? keys(layer, slots_[row], head) : nullptr, *v1 = own ? values(layer, slots_[row], head) : nullptr;
 
     vf tops = splat<vf>(-INFINITY);
-    score(q, k0, shared, p, tops);
-    score(q, k1, own, p + first, tops);
+    score(q, k0, shared, scores, tops);
+    score(q, k1, own, scores + first, tops);
     const float top = highest(tops);
     vf sums{};
     for (int64_t j = 0; j < positions; j += W) {
-      const vf e = exp2(load<vf>(p + j) - top);
+      const vf e = exp2(load<vf>(scores + j) - top);
       sums += e;
-      store(p + j, e);
+      store_numbers<K>(weights, j, e);
     }
     const float total = 1 / sum(sums);
+    const Word* w1 = weights + first / K::kPair;
     Word* out = attended_.data + row * C / K::kPair;
     int64_t d = 0;
-    for (; d + 4 * W <= D; d += 4 * W) mix<4>(v0 + d, shared, p, v1 + d, own, p + first, total, out, head * D + d);
-    for (; d < D; d += W) mix<1>(v0 + d, shared, p, v1 + d, own, p + first, total, out, head * D + d);
+    for (; d + 4 * W <= D; d += 4 * W) mix<4>(v0 + d, shared, weights, v1 + d, own, w1, total, out, head * D + d);
+    for (; d < D; d += W) mix<1>(v0 + d, shared, weights, v1 + d, own, w1, total, out, head * D + d);
   }
 
-  void score(const float* q, const Stored* k, int64_t n, float* p, vf& tops) const {
-    for (int64_t j = 0; j < n; j += W, k += W * D) {
+  // Scores to the base 2.
+  void score(const Word* q, const Word* k, int64_t n, float* scores, vf& tops) const {
+    const float scale = float(1.4426950408889634 / std::sqrt(double(D)));
+    for (int64_t j = 0; j < n; j += W, k += head_words(W)) {
       vf part[4]{};
-      for (int64_t d = 0; d < D; d += 4)
+      for (int64_t d = 0; d < D / K::kPair; d += 4)
         for (int64_t i = 0; i < 4; ++i)
-          part[i] = fma(splat<vf>(q[d + i]), load_as<vf>(k + (d + i) * W, kStored), part[i]);
-      vf s = (part[0] + part[1]) + (part[2] + part[3]);
+          part[i] = K::dot(K::broadcast(reinterpret_cast<const char*>(q + d + i)), load<vf>(k + (d + i) * W), part[i]);
+      vf s = ((part[0] + part[1]) + (part[2] + part[3])) * scale;
       for (int64_t i = n - j; i < W; ++i) s[i] = -INFINITY;
       tops = max(s, tops);
-      store(p + j, s);
+      store(scores + j, s);
     }
   }
 
   template <int N>
-  void mix(const Stored* v0, int64_t n0, const float* p0, const Stored* v1, int64_t n1, const float* p1, float total,
+  void mix(const Word* v0, int64_t n0, const Word* w0, const Word* v1, int64_t n1, const Word* w1, float total,
            Word* out, int64_t column) const {
     vf acc[2][N]{};
-    const auto run = [&](const Stored* v, int64_t n, const float* p) {
+    const auto run = [&](const Word* v, int64_t n, const Word* weights) {
       const auto add = [&](vf* to, int64_t t) {
-        const vf w = splat<vf>(p[t]);
-        for (int i = 0; i < N; ++i) to[i] = fma(w, load_as<vf>(v + t * D + i * W, kStored), to[i]);
+        const vf w = K::broadcast(reinterpret_cast<const char*>(weights + t));
+        for (int i = 0; i < N; ++i) to[i] = K::dot(w, load<vf>(v + t * D + i * W), to[i]);
       };
       int64_t t = 0;
       for (; t + 2 <= n; t += 2) add(acc[0], t), add(acc[1], t + 1);
       if (t < n) add(acc[0], t);
     };
-    run(v0, n0, p0);
-    run(v1, n1, p1);
+    run(v0, (n0 + K::kPair - 1) / K::kPair, w0);
+    run(v1, (n1 + K::kPair - 1) / K::kPair, w1);
     for (int i = 0; i < N; ++i) store_numbers<K>(out, column + i * W, (acc[0][i] + acc[1][i]) * total);
   }
 
