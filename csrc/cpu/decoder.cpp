@@ -269,7 +269,7 @@ class Engine final : public Decoder {
   }
 
   // --- the cache, in Words: keys [position / W][D / kPair][W], so that a vector holds W scores, and values
-  // [position / kPair][D]. A position that is not written yet shares its Words with others: it is zero there. ----------
+  // [position / kPair][D]. A position that is not written yet shares its Words with others: it is zero there. --
   int64_t head_words(int64_t room) const { return room * D / K::kPair; }
   Word* keys(int64_t layer, int64_t slot, int64_t head) const {
     return keys_.data + ((layer * stories_.count + slot) * H + head) * head_words(room_);
@@ -306,7 +306,8 @@ class Engine final : public Decoder {
     for (int64_t d = 0; d < D; d += W) store_numbers<K>(q, d, load<vf>(qkv_.data + row * 3 * C + head * D + d));
     const int64_t prompt_at = (layer * H + head) * head_words(prompt_room_);
     const Word *k0 = prompt_keys_.data + prompt_at, *v0 = prompt_values_.data + prompt_at;
-    const Word *k1 = own ? keys(layer, slots_[row], head) : nullptr, *v1 = own ? values(layer, slots_[row], head) : nullptr;
+    const Word* k1 = own ? keys(layer, slots_[row], head) : nullptr;
+    const Word* v1 = own ? values(layer, slots_[row], head) : nullptr;
 
     vf tops = splat<vf>(-INFINITY);
     score(q, k0, shared, scores, tops);

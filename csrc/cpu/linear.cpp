@@ -74,8 +74,8 @@ struct Layer {
       const int64_t column = item % n_panels * kPanel, width = std::min(kPanel, columns - column);
       for (int64_t k = 0; k < words; k += kReduce<K>)
         for (int64_t r = first; r < last; r += 6)
-          product<K>(std::min<int64_t>(6, last - r), width / W, std::min(kReduce<K>, words - k), a + r * words + k, words,
-                     1, panels + column * words + k * kPanel, kPanel, sums + (r - first) * kPanel, kPanel, k > 0);
+          product<K>(std::min<int64_t>(6, last - r), width / W, std::min(kReduce<K>, words - k), a + r * words + k,
+                     words, 1, panels + column * words + k * kPanel, kPanel, sums + (r - first) * kPanel, kPanel, k > 0);
       for (int64_t r = first; r < last; ++r)
         for (int64_t j = 0; j < width; j += W) finish(r, column + j, load<vf>(sums + (r - first) * kPanel + j));
     }
