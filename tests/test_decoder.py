@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tinystory.ops.decoder import Decoder
-from tinystory.rl.rollout import compiled_steps, plain_steps
+from tinystory.rl.rollout import compiled_steps, student_steps
 from tinystory.student.model import Student, StudentConfig, ValueHead
 
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ SHAPES = [
 def test_stories_are_those_of_the_plain_loop(shape, how):
     student, head = make(**shape, end=1.0)
     ours, last = write(compiled_steps, student, head, **how)
-    plain, plain_last = write(plain_steps, student, head, **how)
+    plain, plain_last = write(student_steps, student, head, **how)
     assert torch.equal(last, plain_last)
     assert torch.equal(ours[0], plain[0])
     for column, same in zip(ours[1:], plain[1:], strict=True):

@@ -5,6 +5,7 @@ pytest -m gpu
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ from test_student import test_reading_and_writing_agree  # noqa: F401
 import train_interact as interact
 import train_pretrain as pretrain
 from tinystory import ops
+from tinystory.rl.rollout import TokenStep, rollout
+from tinystory.student.model import ValueHead
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -171,6 +174,43 @@ def test_what_only_the_device_sees_is_an_assertion_that_names_the_argument(call,
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0 and words in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ends_early", [False, True])
+def test_stories_from_graphs_are_those_of_plain_calls(request, tokenizer, monkeypatch, ends_early, dtype):
+    """To the bit, also when the weights have changed since the last rollout; one capture a size of the batch."""
+    with torch.device("cpu"):  # whose random weights end as many stories as this counts on
+        student = request.getfixturevalue("student").to("cuda")
+    head, sizes, capture = ValueHead(64), [], TokenStep.capture
+    monkeypatch.setattr(TokenStep, "capture", lambda step: (sizes.append(len(step.at)), capture(step)))
+    torch.nn.init.normal_(head.linear.weight)
+    with torch.no_grad():
+        student.ln_f.bias += 2.4 * ends_early * student.wte.weight[tokenizer.eos]
+
+    def write():
+        how = dict(count=200, first_index=0, max_new_tokens=30, seed=1)
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            return rollout(student, head, tokenizer, "Once upon a time,", **how)
+
+    before = None
+    for _ in range(3):
+        sizes.clear()
+        stories = write()
+        assert sizes[0] == 200 and (len(sizes) > 1) == ends_early
+        assert all(smaller <= larger // 2 for larger, smaller in pairwise(sizes))
+        with monkeypatch.context() as patch:
+            patch.setattr(TokenStep, "advance", TokenStep.run)
+            for story, plain in zip(stories, write(), strict=True):
+                assert (story.index, story.text, story.ended) == (plain.index, plain.text, plain.ended)
+                for column in ("tokens", "logprobs", "values", "entropies"):
+                    assert torch.equal(getattr(story, column), getattr(plain, column))
+        texts = [story.text for story in stories]
+        assert texts != before
+        before = texts
+        with torch.no_grad():
+            for p in [*student.parameters(), *head.parameters()]:
+                p += 0.05 * p.std(correction=0) * torch.randn_like(p)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

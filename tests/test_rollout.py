@@ -1,12 +1,18 @@
 """Stories come out the same whatever they are batched with, and carry the numbers that PPO needs."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from tinystory import ops
 from tinystory.errors import UserError
 from tinystory.rl import ppo
-from tinystory.rl.rollout import collate, distinct_ngrams, encode_opening, rollout
-from tinystory.student.model import ValueHead
+from tinystory.rl import rollout as rollout_module
+from tinystory.rl.rollout import TokenStep, collate, distinct_ngrams, encode_opening, rollout, student_steps
+from tinystory.student.model import KVCache, ValueHead
 
 OPENING = "Once upon a time,"
 
@@ -115,3 +121,136 @@ def test_distinct_ngrams_tell_collapse():
     assert distinct_ngrams(["a b c d e", "f g h i"]) == 1.0
     assert distinct_ngrams(["a b c d e"] * 4) == 0.25
     assert distinct_ngrams(["a b", ""]) is None
+
+
+# --- the token step that CUDA captures --------------------------------------------------------------------------------
+PROMPT, COUNT, NEW = (5, 6, 7), 100, 30
+HOW = dict(count=COUNT, max_new_tokens=NEW, first_row=11)
+DRAWS = dict(seed=3, temperature=0.9, top_k=200, top_p=0.99)
+
+
+def always(alive, rows, on_graph):
+    return alive < rows
+
+
+def at_half(alive, rows, on_graph):
+    return 2 * alive <= rows
+
+
+def never(alive, rows, on_graph):
+    return False
+
+
+def as_on_a_gpu(alive, rows, on_graph, rule=rollout_module.worth_compacting):
+    return rule(alive, rows, True)
+
+
+@pytest.fixture
+def ends_soon(eager_to_end, tokenizer):
+    with torch.no_grad():
+        eager_to_end.ln_f.bias += 1.2 * eager_to_end.wte.weight[tokenizer.eos]
+    return eager_to_end
+
+
+@pytest.fixture
+def head():
+    head = ValueHead(64)
+    torch.nn.init.normal_(head.linear.weight)
+    return head
+
+
+def steps_of(student, head, eos, dtype=torch.float32):
+    """The outputs after all steps, and the rows that ended with each."""
+    prompt = torch.tensor(PROMPT)
+    with torch.no_grad(), torch.autocast(prompt.device.type, dtype, enabled=dtype != torch.float32):
+        steps = [*student_steps(student, head, prompt, dtype, eos=eos, **HOW, **DRAWS)]
+    return steps[-1][0], [ended for _, ended in steps]
+
+
+@torch.no_grad()
+def steps_by_definition(student, head, eos, dtype):
+    """Every row goes on to the last step, and what follows its end is wiped out."""
+    prompt, rows = torch.tensor(PROMPT), torch.arange(COUNT)
+    cache = KVCache(student.config, COUNT, len(prompt), NEW, prompt.device, dtype)
+    columns, hidden = [], student.prefill(prompt, cache)
+    for t in range(NEW):
+        drawn, logprobs, entropies = ops.sample(student.logits(hidden), rows=rows + HOW["first_row"], step=t, **DRAWS)
+        columns.append((drawn, logprobs, head(hidden), entropies))
+        hidden = student.step(drawn, cache)
+    outputs = [torch.stack(column, 1) for column in zip(*columns, strict=True)]
+    last = torch.tensor([row.index(eos) if eos in row else NEW - 1 for row in outputs[0].tolist()])
+    outputs = [column.masked_fill(torch.arange(NEW) > last[:, None], 0) for column in outputs]
+    return outputs, [(last == t).nonzero()[:, 0].tolist() for t in range(NEW)]
+
+
+@pytest.mark.parametrize(
+    "rule, dtype",
+    [(always, torch.float32), (at_half, torch.float32), (never, torch.float32), (never, torch.float16)],
+)
+def test_rows_that_have_ended_change_nothing(ends_soon, head, tokenizer, monkeypatch, rule, dtype):
+    """However long they stay in the batch. Nor does it that float16's weights are cast once, not at each use."""
+    monkeypatch.setattr(rollout_module, "worth_compacting", rule)
+    outputs, ended = steps_of(ends_soon, head, tokenizer.eos, dtype)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        defined, ended_there = steps_by_definition(ends_soon, head, tokenizer.eos, dtype)
+    assert ended == ended_there and sum(map(bool, ended)) > 5
+    assert torch.equal(outputs[0], defined[0])
+    for column, same in zip(outputs[1:], defined[1:], strict=True):
+        exact = rule is never  # every product has the same shape then
+        torch.testing.assert_close(column, same, atol=0 if exact else 1e-4, rtol=0 if exact else 1e-4)
+
+
+class Graph(TorchDispatchMode):
+    """Stands in for a CUDA graph: records the operators that run while it is entered; `replay` runs them again, with
+    the same arguments, and puts the results into the same tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "waits"
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            if not func.is_view:
+                for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                    old.copy_(new)
+
+
+class Recorded(TokenStep):
+    """The step as on CUDA, with that graph."""
+
+    warm_up = TokenStep.run
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.on_graph = True
+
+    def capture(self):
+        state = [self.drawn, self.cache.own, self.cache.lengths, *self.outputs]
+        before = [x.clone() for x in state]
+        self.graphs.append(Graph())
+        with self.graphs[-1]:
+            self.run()
+        for x, old in zip(state, before, strict=True):  # a capture runs nothing
+            x.copy_(old)
+
+
+@pytest.mark.parametrize("rule", [at_half, as_on_a_gpu])
+def test_a_step_can_be_recorded_once_a_size_and_replayed(ends_soon, head, tokenizer, monkeypatch, rule):
+    if not ops.load():
+        pytest.skip("the kernels are not compiled")
+    monkeypatch.setattr(rollout_module, "worth_compacting", rule)
+    plain, plain_ended = steps_of(ends_soon, head, tokenizer.eos)
+    sizes, capture = [], Recorded.capture
+    monkeypatch.setattr(Recorded, "capture", lambda self: (sizes.append(len(self.at)), capture(self)))
+    monkeypatch.setattr(rollout_module, "TokenStep", Recorded)
+    outputs, ended = steps_of(ends_soon, head, tokenizer.eos)
+    assert ended == plain_ended
+    assert all(torch.equal(a, b) for a, b in zip(outputs, plain, strict=True))
+    assert sizes[0] == COUNT and len(sizes) > 1 and all(2 * b <= a for a, b in pairwise(sizes))
+    assert len(sizes) == 2 if rule is as_on_a_gpu else len(sizes) > 2

@@ -4,6 +4,7 @@ Two ways through it: `hidden` reads whole sequences (training), `prefill` and `s
 Neither makes logits: the tied embedding meets the final hidden state in `token_logprob` (training) or in `logits`.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -104,6 +105,17 @@ class Student(nn.Module):
             attended = ops.causal_attention(block.project_qkv(x), dropout, seed * len(self.blocks) + i)
             x = block.finish(x, attended, dropout)
         return self.ln_f(x)
+
+    def cast(self, dtype: torch.dtype) -> "Student":
+        """For decoding, to be called under autocast to dtype if that is used: a student that computes the same, but
+        whose linear layers are cast now and not at each use. All that needs no cast is shared with this one."""
+        student = copy.deepcopy(self, {id(p): p for p in self.parameters()})
+        for layer in student.modules():
+            if isinstance(layer, nn.Linear) and not ops.fused("linear", layer.weight, layer.weight):
+                layer.weight, layer.bias = (
+                    nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in (layer.weight, layer.bias)
+                )
+        return student
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V)."""
