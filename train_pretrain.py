@@ -64,11 +64,13 @@ class Windows:
 def validate(
     student: Student, file: TokenFile, token_sizes: np.ndarray, sequences: int | None, batch: int
 ) -> tuple[float, float]:
-    """Nats a token and bits a byte over the first `sequences` of the file (None: all of it), shared among processes.
+    """Nats a token and bits a byte over `sequences` of the file, evenly spread (None: all), shared among processes.
 
     token_sizes: (V,) int."""
     device, context = student.wte.weight.device, student.config.context
-    starts = distributed.share(list(range(0, len(file) - 1, context))[:sequences])
+    starts = range(0, len(file) - 1, context)
+    count = min(sequences or len(starts), len(starts))
+    starts = distributed.share([starts[i * len(starts) // count] for i in range(count)])
     nats, tokens, size = 0.0, 0, 0
     for i in range(0, len(starts), batch):
         rows = [np.asarray(file.tokens[s : s + context + 1], np.int64) for s in starts[i : i + batch]]

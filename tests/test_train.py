@@ -6,13 +6,16 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SHORT, SMALL, fails, metrics, tiny_stories
 
 import train_interact as interact
 import train_pretrain as pretrain
+from tinystory.data.shards import TokenFile
 from tinystory.student import checkpoint
+from tinystory.student.model import Student, StudentConfig
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -44,6 +47,23 @@ def interrupted_at(module, step: int):
         yield
     finally:
         module.RunLog.metrics = log
+
+
+def test_a_short_validation_reads_from_all_of_the_file():
+    """Of a corpus of several files, the first sequences alone would all be of the first."""
+    torch.manual_seed(0)
+    student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=32, context=8, vocab_size=64))
+    tokens = torch.randint(64, (4 * 8 + 1,)).numpy()
+    sizes, empty = np.ones(64, np.int64), np.empty(0)
+
+    def nats(tokens, sequences=None):
+        file = TokenFile(tokens=tokens, words=empty, offsets=empty, word_count=0, byte_count=0)
+        return pretrain.validate(student, file, sizes, sequences, batch=3)[0]
+
+    each = [nats(tokens[start : start + 9]) for start in (0, 8, 16, 24)]
+    assert nats(tokens, 2) == pytest.approx((each[0] + each[2]) / 2)
+    assert nats(tokens, 3) == pytest.approx((each[0] + each[1] + each[2]) / 3)
+    assert nats(tokens) == nats(tokens, 9) == pytest.approx(sum(each) / 4)
 
 
 def test_pretraining_learns_and_records(place):

@@ -55,7 +55,7 @@ class PretrainConfig:
 
     val_fraction: float = option(0.05, "share of the documents kept for validation")
     eval_every: int = option(50, "steps between validations")
-    eval_sequences: int = option(64, "validation sequences at each; all of them at the end")
+    eval_sequences: int = option(64, "validation sequences at each, spread over all; at the end every one")
     save_every: int = option(200, "steps between checkpoints to resume from; word milestones are kept besides")
 
 
