@@ -46,7 +46,7 @@ class PretrainConfig:
     micro_batch_size: int = option(16, "sequences at once; the gradient is accumulated over a step")
     learning_rate: float = option(2e-3, "peak rate of AdamW")
     final_learning_rate: float = option(0.0, "rate at the last word")
-    warmup: float = option(0.05, "share of the words over which the rate rises linearly")
+    warmup: float = option(0.2, "share of the words over which the rate rises linearly")
     beta1: float = option(0.9, "AdamW")
     beta2: float = option(0.99, "AdamW")
     eps: float = option(1e-8, "AdamW")
