@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.batch_size < distributed.world():
         raise UserError(f"{distributed.world()} processes need a --batch-size of {distributed.world()} at least")
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device, on_cpu=True)
+    dtype = pick_dtype(config.dtype, device)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     run = Path(config.out)
     resume_from = checkpoint.newest(run) if config.resume else None

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--plot {a.plot}: only growth is drawn, and into a folder that is there")
     if a.bench in ("rollout", "ppo") and PROMPT + a.new > config.context:
         raise UserError(f"--new {a.new} does not fit: {a.shape} has room for {config.context - PROMPT} tokens")
-    dtype = pick_dtype(a.dtype, device, on_cpu=a.bench in ("pretrain", "kernels"))
+    dtype = pick_dtype(a.dtype, device)
     facts = dict(bench=a.bench, shape=a.shape, batch=batch, device=device_name(device), dtype=str(dtype)[6:])
     facts |= dict(threads=torch.get_num_threads(), runs=a.runs)
     load = os.getloadavg()[0]
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     if a.bench == "kernels":
         measured = dict(kernels=kernels(config, batch, dtype, device, a.runs))
     elif a.bench == "growth":
-        measured = growth(config, batch, a.new, a.dtype, device, a.runs, quiet=a.json)
+        measured = growth(config, batch, a.new, dtype, device, a.runs, quiet=a.json)
         if a.plot:
             atomic_write(a.plot, growth_chart(measured["base"], measured["growth"]))
     else:
@@ -208,13 +208,12 @@ AXES = {  # what is varied: its unit, the parts that depend on it
 
 
 def growth(
-    config: StudentConfig, batch: int, new: int, dtype: str, device: torch.device, runs: int, quiet: bool
+    config: StudentConfig, batch: int, new: int, dtype: torch.dtype, device: torch.device, runs: int, quiet: bool
 ) -> dict[str, dict]:
     """Microseconds a token where one quantity at a time goes from an eighth of the shape's own to eight times that, by
     powers of two. A longer context has fewer sequences, so that a step's tokens stay as many; a longer story has the
     context that it needs."""
     base = dict(batch=batch, context=config.context, vocabulary=config.vocab_size, length=new)
-    dtypes = {part: pick_dtype(dtype, device, on_cpu=part == "reading") for part in PARTS}
     points = []
     for quantity, (_, parts) in AXES.items():
         for part, power in itertools.product(parts, range(-3, 4)):
@@ -228,10 +227,10 @@ def growth(
         context = at["context"] if part == "reading" else max(config.context, PROMPT + at["length"])
         shape = dataclasses.replace(config, context=context, vocab_size=at["vocabulary"])
         make, seconds, _ = PARTS[part]
-        lap = medians(make(shape, at["batch"], at["length"], dtypes[part], device), runs)
+        lap = medians(make(shape, at["batch"], at["length"], dtype, device), runs)
         found[quantity][part]["x"].append(at[quantity])
         found[quantity][part]["us_per_token"].append(round(1e6 * lap[seconds] / lap["tokens"], 3))
-    return dict(dtype={part: str(each)[6:] for part, each in dtypes.items()}, base=base, growth=found)
+    return dict(base=base, growth=found)
 
 
 def growth_chart(base: dict[str, int], found: dict[str, dict]) -> str:

@@ -82,7 +82,7 @@ SCALES = {
             corpus=["tinystories"], words=10 * MILLION, n_embd=256, vocab_size=8192, batch_size=16,
             learning_rate=1.5e-3, warmup=0.05, eval_every=100,
         ),
-        dict(BRISK, steps=60, dtype="bfloat16"),
+        dict(BRISK, steps=60),
         (1, 2, 5, 10), 3, 2, 256,
     ),
     "paper": Scale("paper", {}, {}, (20, 50, 90, 200, 500, 900), 1, 1, 512),

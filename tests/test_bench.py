@@ -81,7 +81,6 @@ def test_growth_is_measured_and_drawn(run, tmp_path):
     file = tmp_path / "growth.svg"
     r = run("growth", "--batch", "2", "--new", "4", "--plot", str(file))
     assert r["base"] == dict(batch=2, context=64, vocabulary=300, length=4)
-    assert set(r["dtype"]) == {"reading", "writing", "update"}
     varied = {
         "batch": ([1, 2, 4, 8, 16], {"reading", "writing", "update"}),
         "context": ([8, 16, 32, 64, 128], {"reading"}),  # a longer one leaves no whole sequence of a step's 128 tokens

@@ -67,7 +67,7 @@ class InteractConfig:
     out: str = option("runs/interact", "folder of the run")
     seed: int = option(0, "of the stories, of the value head and of the teacher's sampling")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    dtype: str = option("auto", "auto, float32 or bfloat16 (auto: bfloat16 on a GPU, float32 on a CPU)")
+    dtype: str = option("auto", "auto, float32 or bfloat16 (products only: weights and optimiser stay float32)")
     resume: bool = option(False, "go on from the newest checkpoint in --out")
 
     teacher_url: str = option(

@@ -30,11 +30,11 @@ def cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def pick_dtype(name: str, device: torch.device, *, on_cpu: bool) -> torch.dtype:
-    """dtype of the matrix products. auto: bfloat16 where the GPU has it, and on a CPU that has it if `on_cpu`."""
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """dtype of the matrix products. auto: bfloat16 where the hardware has it."""
     if name != "auto":
         return getattr(torch, name)
-    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else on_cpu and cpu_has_bf16()
+    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
     return torch.bfloat16 if has else torch.float32
 
 
