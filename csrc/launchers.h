@@ -50,7 +50,8 @@ enum : int64_t { kNotANumber = -1, kNoToken = -2 };
 
 // softmax(hidden weight^T): log-probability of the target and entropy of each row, and the gradients of both. The
 // caller takes the N x V logits a chunk at a time and runs the steps in the order below, each over all its items before
-// the next. What sums over rows takes whole rows, the lower ones first; so chunks of some columns are for gradients.
+// the next, the lower rows first. `logits` and `stats` take all columns; so do gradients that follow them in the same
+// chunk. Where entropy and lse are known (logprob null), gradients come from chunks of some columns, without these two.
 struct TokenLogprob {
   DType dtype, weight_dtype;
   int64_t N, C, V;
@@ -70,7 +71,7 @@ struct TokenLogprob {
   void* workspace;                    // logprob_workspace() bytes
 };
 constexpr int64_t kLogprobGroup = 256;  // columns a group: all but the last one's
-constexpr int64_t kLogprobRows = 48;    // rows an item of logprob_grad_hidden
+constexpr int64_t kLogprobRows = 96;    // rows an item of logprob_grad_hidden
 
 // y = gelu(x weight^T + bias) + residual with or without either end, products in f32 or bf16, sums in f32. The caller
 // takes the M rows a chunk at a time: forward pack_weight once, then pack_x and forward a chunk; backward pack_weight

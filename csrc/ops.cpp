@@ -117,14 +117,15 @@ struct Logprob {
     use(entropy, lse);
   }
 
-  // In chunks of so many bytes of logits: of whole rows for stats, else of 4096 rows and columns for every thread.
+  // In chunks of so many bytes of f32. Gradients that follow their row's statistics need all its columns in one chunk;
+  // else a chunk is 4096 rows and, for gradients, columns for every thread: so the weight is packed seldom.
   void run(int64_t bytes, bool stats, bool grads) {
     const int64_t fit = bytes / int64_t(wide.dtype().itemsize());
-    const int64_t all_groups = (x.V + kLogprobGroup - 1) / kLogprobGroup;
+    const int64_t all_groups = blocks(x.V, kLogprobGroup), threads = at::get_num_threads();
     const auto at_least = [](int64_t least, int64_t n) { return std::max(least, n); };
-    const int64_t rows = std::min(x.N, stats ? at_least(6, fit / at_least(1, x.V) / 6 * 6) : 4096);
-    const int64_t threads = at::get_num_threads(), groups = fit / at_least(1, rows) / kLogprobGroup;
-    const int64_t columns = stats ? all_groups : at_least(1, (groups + threads - 1) / threads) * threads;
+    const int64_t rows = std::min(x.N, stats && grads ? at_least(6, fit / at_least(1, x.V) / 6 * 6) : 4096);
+    const int64_t groups = fit / at_least(1, rows) / kLogprobGroup;
+    const int64_t columns = stats ? all_groups : at_least(1, blocks(groups, threads)) * threads;
     if (grads) allocate_grads(std::min(x.V, columns * kLogprobGroup));
     const auto step = [&](auto kernel, int64_t items) {
       parallel(items, [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
@@ -137,18 +138,8 @@ struct Logprob {
         x.rows = std::min(rows, x.N - x.first);
         if (rows < x.N || x.first_group == 0 || x.groups < columns)  // else it lies there still
           step(cpu::logprob_pack, (x.rows + 1) / 2);
-        if (stats) {
-          step(cpu::logprob_logits, x.groups);
-          step(cpu::logprob_stats, x.rows);
-          if (grads) step(cpu::logprob_grad_weight, x.groups);
-        } else {  // what stats told is known: a group's gradients while its logits are at hand
-          step([](const TokenLogprob& x, int64_t begin, int64_t end) {
-            for (int64_t g = begin; g < end; ++g) {
-              cpu::logprob_logits(x, g, g + 1);
-              cpu::logprob_grad_weight(x, g, g + 1);
-            }
-          }, x.groups);
-        }
+        if (stats) step(cpu::logprob_logits, x.groups), step(cpu::logprob_stats, x.rows);
+        if (grads) step(cpu::logprob_grad_weight, x.groups);
         if (grads) step(cpu::logprob_grad_hidden, blocks(x.rows, kLogprobRows));
       }
       if (grads) finish_grad_weight();
@@ -176,7 +167,7 @@ struct Logprob {
 std::tuple<Tensor, Tensor, Tensor> token_logprob(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
   Logprob p(hidden, weight, targets, "token_logprob");
   p.allocate_results();
-  p.run(hidden.element_size() * (10 << 20), true, false);
+  p.run(0, true, false);
   return {p.logprob, p.entropy, p.lse};
 }
 
@@ -187,7 +178,7 @@ std::tuple<Tensor, Tensor> token_logprob_backward(const Tensor& grad_logprob, co
   const Tensor g = grad_logprob.contiguous(), ge = grad_entropy.contiguous();
   p.x.grad_logprob = g.const_data_ptr(), p.x.grad_entropy = ge.const_data_ptr();
   p.use(entropy, lse);
-  p.run(hidden.element_size() * (5 << 20), false, true);
+  p.run(10 << 20, false, true);
   return p.grads();
 }
 

@@ -1,8 +1,9 @@
 // Log-probabilities and entropies of targets under softmax(hidden weight^T), and their gradients.
 //
-// The logits of one chunk exist at a time, in f32 (f64), in groups of kGroup columns [group][row][kStride]. Each is
-// computed by the register tile of product.h and turned into its own gradient in place; for bf16 the gradients are
-// stored twice as bf16, by rows over the logits themselves and, while they are in use, as pairs of rows.
+// Logits are computed by the register tile of product.h in groups of kGroup columns, in f32 (f64). A block of rows exists
+// at a time, for a few sums, then once more for the gradients; or, where the gradients wait for these sums alone, a
+// chunk's logits are kept, [group][row][kStride]. Gradients of bf16 are stored twice as bf16: by rows and, while they are
+// in use, as pairs of rows.
 #include <algorithm>
 
 #include "product.h"
@@ -26,24 +27,45 @@ struct Chunk {
   static constexpr int64_t L = lanes<V>;
 
   const TokenLogprob& x;
-  const int64_t rows, C, words;           // rows and C padded: to whole pairs, to whole panels
-  Word *weight_pairs, *hidden, *hidden_panels;
-  Acc* logits;
+  const bool keeps;                       // the logits, for the gradients; else they are computed again, or none is asked
+  const int64_t rows, C, words, stride;   // rows and C padded: to whole pairs, to whole panels; stride of grads
+  Word *weight_pairs, *hidden, *hidden_panels, *grads;
+  Acc *sums, *logits;                     // (groups, rows, 3), see sum_group; where grads are
   size_t bytes;
 
   explicit Chunk(const TokenLogprob& x)
-      : x(x), rows(round_up(x.rows, 2)), C(round_up(x.C, kPanel)), words(C / K::kPair) {
+      : x(x), keeps(x.logprob && x.grad_hidden), rows(round_up(x.rows, 2)), C(round_up(x.C, kPanel)),
+        words(C / K::kPair), stride(keeps ? kStride : kStride / K::kPair) {
     Arena m{static_cast<char*>(x.workspace), 0};
     weight_pairs = m.take<Word>(x.grad_hidden ? x.groups * kGroup * words : 0);  // first: all chunks of rows find it
     hidden = m.take<Word>(rows * words);
-    hidden_panels = m.take<Word>(rows * words);
-    logits = m.take<Acc>(x.groups * rows * kStride);
+    hidden_panels = m.take<Word>(x.grad_hidden ? rows * words : 0);
+    sums = m.take<Acc>(x.logprob ? x.groups * rows * 3 : 0);
+    grads = m.take<Word>(x.grad_hidden ? x.groups * rows * stride : 0);
+    logits = reinterpret_cast<Acc*>(grads);
     bytes = m.used;
+  }
+
+  // A thread's own: a group's rows of the weight, and its panels; a block's logits; bf16 gradients of pairs of rows.
+  struct Own {
+    Word *weight, *panels, *pairs;
+    Acc* logits;
+  };
+  Own own() const {
+    Own o;
+    const auto lay_out = [&](Arena m) {
+      o.weight = m.take<Word>(kGroup * words), o.panels = m.take<Word>(kGroup * words);
+      o.logits = m.take<Acc>(kBlock * kStride);
+      o.pairs = m.take<Word>(K::kPair == 2 && x.grad_hidden ? rows / 2 * kStride : 0);
+      return m.used;
+    };
+    lay_out({scratch(lay_out({})), 0});
+    return o;
   }
 
   int64_t column(int64_t group) const { return (x.first_group + group) * kGroup; }  // the group's first
   int64_t width(int64_t group) const { return std::min(kGroup, x.V - column(group)); }
-  Acc* logits_at(int64_t group, int64_t row) const { return logits + (group * rows + row) * kStride; }
+  Word* grads_at(int64_t group, int64_t row) const { return grads + (group * rows + row) * stride; }
   // The group's rows of the weight, as words; zero up to a whole panel.
   void weight_rows(Word* to, int64_t group) const {
     pack_rows<K>(to, at(x.weight, x.weight_dtype, column(group) * x.C), x.weight_dtype, x.C, width(group),
@@ -54,70 +76,76 @@ struct Chunk {
     const int64_t first = 2 * begin, n = std::min(2 * end, x.rows) - first;
     pack_rows<K>(hidden + first * words, at(x.hidden, x.dtype, (x.first + first) * x.C), x.dtype, x.C, n,
                  2 * end - first, x.C, C);
+    if (!x.grad_hidden) return;
     pair_rows<K>(hidden_panels + first / K::kPair * kPanel, hidden + first * words, 2 * end - first, C, kPanel,
                  rows / K::kPair);
   }
 
-  void compute(int64_t begin, int64_t end) {
-    Word* w = reinterpret_cast<Word*>(scratch(2 * kGroup * words * sizeof(Word)));
-    Word* panels = w + kGroup * words;
-    for (int64_t g = begin; g < end; ++g) {
-      weight_rows(w, g);
-      const int64_t n = round_up(width(g), kPanel);
-      transpose_rows<K>(panels, w, n, C);
-      if (x.grad_hidden && x.first == 0)
-        pair_rows<K>(weight_pairs + g * kGroup * words, w, n, C, kPanel, n / K::kPair);
-      for (int64_t first = 0; first < x.rows; first += kBlock)
-        for (int64_t v = 0; v < width(g); v += kPanel)
-          for (int64_t r = first; r < std::min(first + kBlock, x.rows); r += 6)
-            for (int64_t k = 0; k < words; k += kReduce<K>)
-              product<K>(std::min<int64_t>(6, x.rows - r), kPanel / L, std::min(kReduce<K>, words - k),
-                         hidden + r * words + k, words, 1, panels + v * words + k * kPanel, kPanel, logits_at(g, r) + v,
-                         kStride, k > 0);
+  // use(first, end, logits) on blocks of the chunk's rows, logits [row - first][kStride] of this group.
+  template <class F>
+  void each_block(int64_t g, const Own& own, const F& use) {
+    weight_rows(own.weight, g);
+    const int64_t n = round_up(width(g), kPanel);
+    transpose_rows<K>(own.panels, own.weight, n, C);
+    if (x.grad_hidden && x.first == 0)
+      pair_rows<K>(weight_pairs + g * kGroup * words, own.weight, n, C, kPanel, n / K::kPair);
+    for (int64_t first = 0; first < x.rows; first += kBlock) {
+      const int64_t end = std::min(first + kBlock, x.rows);
+      Acc* to = keeps ? logits + (g * rows + first) * kStride : own.logits;
+      for (int64_t v = 0; v < width(g); v += kPanel)
+        for (int64_t r = first; r < end; r += 6)
+          for (int64_t k = 0; k < words; k += kReduce<K>)
+            product<K>(std::min<int64_t>(6, end - r), kPanel / L, std::min(kReduce<K>, words - k),
+                       hidden + r * words + k, words, 1, own.panels + v * words + k * kPanel, kPanel,
+                       to + (r - first) * kStride + v, kStride, k > 0);
+      use(first, end, to);
     }
+  }
+
+  void sum_logits(int64_t g) {
+    each_block(g, own(), [&](int64_t first, int64_t end, const Acc* logits) {
+      for (int64_t r = first; r < end; ++r) sum_group(g, r, logits + (r - first) * kStride);
+    });
+  }
+
+  // top = the highest of the row's logits in the group; with z = log2(e) (logit - top), the sums of 2^z and of z 2^z.
+  void sum_group(int64_t g, int64_t row, const Acc* logits) {
+    const auto each_vector = [&](const auto& f) {
+      int64_t v = 0;
+      for (; v + L <= width(g); v += L) f(load<V>(logits + v));
+      if (v == width(g)) return;
+      V last = load<V>(logits + v);
+      for (int64_t l = width(g) - v; l < L; ++l) last[l] = Acc(-INFINITY);
+      f(last);
+    };
+    V tops = splat<V>(Acc(-INFINITY)), total{}, weighted{};
+    each_vector([&](V logit) { tops = max(logit, tops); });
+    const Acc top = highest(tops);
+    each_vector([&](V logit) {
+      const V z = (logit - top) * Acc(kLog2e), p = exp2(z);
+      total += p;
+      weighted = fma(max(z, splat<V>(Acc(-1000))), p, weighted);  // 0 times -inf would be NaN
+    });
+    Acc* to = sums + (g * rows + row) * 3;
+    to[0] = top, to[1] = sum(total), to[2] = sum(weighted);
+    const int64_t target = x.targets[x.first + row] - column(g);
+    if (target >= 0 && target < kGroup) static_cast<Acc*>(x.logprob)[x.first + row] = logits[target];
   }
 
   void stats(int64_t row) {
-    V tops = splat<V>(Acc(-INFINITY));
-    each_vector(row, [&](V logit) { tops = max(logit, tops); });
-    const Acc top = highest(tops);
-    // With z = log2(e) (logit - top): total = sum of 2^z, weighted = sum of z 2^z; only a group's share in V's type.
-    double total = 0, weighted = 0;
-    V sums{}, products{};
-    const auto flush = [&] {
-      total += sum(sums), weighted += sum(products);
-      sums = products = V{};
-    };
-    each_vector(row, [&](V logit) {
-      const V z = (logit - top) * Acc(kLog2e), p = exp2(z);
-      sums += p;
-      products = fma(max(z, splat<V>(Acc(-1000))), p, products);  // 0 times -inf would be NaN
-    }, flush);
-    const double log_total = std::log(total);
-    const int64_t i = x.first + row, target = x.targets[i];
-    x.lse[i] = top + log_total;
-    static_cast<Acc*>(x.logprob)[i] = Acc(double(logits_at(target / kGroup, row)[target % kGroup]) - top - log_total);
-    static_cast<Acc*>(x.entropy)[i] = Acc(log_total - weighted / total / kLog2e);
-  }
-
-  // f on the row's logits, a vector at a time, -inf beyond the last; then `after` at the end of each group.
-  template <class F>
-  void each_vector(int64_t row, const F& f) {
-    each_vector(row, f, [] {});
-  }
-  template <class F, class G>
-  void each_vector(int64_t row, const F& f, const G& after) {
+    double top = -INFINITY, total = 0, weighted = 0;
+    for (int64_t g = 0; g < x.groups; ++g) top = std::max<double>(top, sums[(g * rows + row) * 3]);
     for (int64_t g = 0; g < x.groups; ++g) {
-      const Acc* p = logits_at(g, row);
-      int64_t v = 0;
-      for (; v + L <= width(g); v += L) f(load<V>(p + v));
-      if (v < width(g)) {
-        V last = load<V>(p + v);
-        for (int64_t l = width(g) - v; l < L; ++l) last[l] = Acc(-INFINITY);
-        f(last);
-      }
-      after();
+      const Acc* group = sums + (g * rows + row) * 3;
+      const double z = std::max(-1000.0, (group[0] - top) * kLog2e), scale = std::exp2(z);
+      total += scale * group[1], weighted += scale * (group[2] + z * group[1]);
     }
+    const int64_t i = x.first + row;
+    const double log_total = std::log(total);
+    auto& logprob = static_cast<Acc*>(x.logprob)[i];  // the target's logit until now
+    logprob = Acc(double(logprob) - top - log_total);
+    static_cast<Acc*>(x.entropy)[i] = Acc(log_total - weighted / total / kLog2e);
+    x.lse[i] = top + log_total;
   }
 
   // d logprob / d logit = [target] - p;  d entropy / d logit = -p (log p + entropy).
@@ -129,7 +157,7 @@ struct Chunk {
       return ge != 0 ? p * (-g - ge * (max(log_p, splat<V>(Acc(-1000))) + entropy)) : -g * p;
     }
   };
-  RowGrad row_grad(int64_t group, int64_t row) const {
+  RowGrad row_grad(int64_t group, int64_t row, const Acc* logits) const {
     const int64_t i = x.first + row;
     RowGrad r{};
     r.lse = Acc(x.lse[i]);
@@ -139,63 +167,73 @@ struct Chunk {
     r.entropy = r.ge != 0 ? static_cast<const Acc*>(x.entropy)[i] : Acc(0);
     r.target = x.targets[i] - column(group);
     if (r.target >= 0 && r.target < kGroup) {
-      const double log_p = double(logits_at(group, row)[r.target]) - x.lse[i];
+      const double log_p = double(logits[r.target]) - x.lse[i];
       r.at_target = Acc(-r.g * std::expm1(log_p) - r.ge * std::exp(log_p) * (log_p + r.entropy));
     }
     return r;
   }
 
-  void grad_weight(int64_t g) {
+  // The logits' gradients, over the logits themselves where those are kept; of rows [first, end), first even.
+  void differentiate(int64_t g, int64_t first, int64_t end, const Acc* logits, Word* pairs) {
     const int64_t n = width(g);
     V index;
     for (int64_t l = 0; l < L; ++l) index[l] = Acc(l);
-    Word* pairs = reinterpret_cast<Word*>(scratch(K::kPair == 2 ? rows / 2 * kStride * sizeof(Word) : 0));
-    for (int64_t row = 0; row < rows; row += 2) {
-      Acc* at[2] = {logits_at(g, row), logits_at(g, row + 1)};
+    for (int64_t row = first; row < end; row += 2) {
+      const Acc* from[2] = {logits + (row - first) * kStride, logits + (row + 1 - first) * kStride};
+      Word* to[2] = {grads_at(g, row), grads_at(g, row + 1)};
       RowGrad grad[2]{};
-      for (int64_t e = 0; e < 2 && row + e < x.rows; ++e) grad[e] = row_grad(g, row + e);
+      for (int64_t e = 0; e < 2 && row + e < end; ++e) grad[e] = row_grad(g, row + e, from[e]);
       for (int64_t v = 0; v < round_up(n, kPanel); v += L) {
         V d[2]{};
-        for (int64_t e = 0; e < 2 && row + e < x.rows; ++e) {
-          __builtin_prefetch(at[e] + v + 2 * kStride);
-          d[e] = grad[e](load<V>(at[e] + v));
+        for (int64_t e = 0; e < 2 && row + e < end; ++e) {
+          __builtin_prefetch(from[e] + v + 2 * kStride);
+          d[e] = grad[e](load<V>(from[e] + v));
           if (v + L > n) d[e] = select<V>(index < splat<V>(Acc(n - v)), d[e], V{});
         }
-        store_numbers<K>(at[0], v, d[0]);
-        store_numbers<K>(at[1], v, d[1]);
+        store_numbers<K>(to[0], v, d[0]);
+        store_numbers<K>(to[1], v, d[1]);
         if constexpr (K::kPair == 2)
           store(pairs + row / 2 * kStride + v, pair(to_bf16(d[0]), to_bf16(d[1])));
       }
-      for (int64_t e = 0; e < 2 && row + e < x.rows; ++e) {
+      for (int64_t e = 0; e < 2 && row + e < end; ++e) {
         const int64_t v = grad[e].target;
         if (v < 0 || v >= n) continue;
         if constexpr (K::kPair == 2) {
           const uint16_t d = to_bf16(splat<V>(grad[e].at_target))[0];
-          reinterpret_cast<uint16_t*>(at[e])[v] = d;
+          reinterpret_cast<uint16_t*>(to[e])[v] = d;
           reinterpret_cast<uint16_t*>(pairs + row / 2 * kStride + v)[e] = d;
         } else {
-          at[e][v] = grad[e].at_target;
+          to[e][v] = grad[e].at_target;
         }
       }
     }
-    const Word* left = K::kPair == 2 ? pairs : reinterpret_cast<Word*>(logits_at(g, 0));
+  }
+
+  void grad_weight(int64_t g) {
+    const Own o = own();
+    const auto use = [&](int64_t first, int64_t end, const Acc* logits) {
+      differentiate(g, first, end, logits, o.pairs);
+    };
+    if (keeps) use(0, x.rows, logits + g * rows * kStride);
+    else each_block(g, o, use);
+    const Word* left = K::kPair == 2 ? o.pairs : grads_at(g, 0);
     for (int64_t c = 0; c < C; c += kPanel)
-      for (int64_t v = 0; v < n; v += 6)
-        product<K>(std::min<int64_t>(6, n - v), kPanel / L, rows / K::kPair, left + v, 1, kStride,
+      for (int64_t v = 0; v < width(g); v += 6)
+        product<K>(std::min<int64_t>(6, width(g) - v), kPanel / L, rows / K::kPair, left + v, 1, kStride,
                    hidden_panels + c / kPanel * (rows / K::kPair) * kPanel, kPanel,
                    static_cast<Acc*>(x.grad_weight) + (g * kGroup + v) * C + c, C, x.first > 0);
   }
 
   void grad_hidden(int64_t begin, int64_t end) {
-    constexpr int64_t kTogether = 4, stride = kStride * sizeof(Acc) / sizeof(Word);  // groups that share the cache
+    constexpr int64_t kTogether = 2;  // groups that share the cache
     for (int64_t first = begin * kLogprobRows; first < std::min(x.rows, end * kLogprobRows); first += kLogprobRows)
       for (int64_t g0 = 0; g0 < x.groups; g0 += kTogether)
         for (int64_t c = 0; c < C; c += kPanel)
           for (int64_t g = g0; g < std::min(g0 + kTogether, x.groups); ++g)
             for (int64_t r = first; r < std::min(first + kLogprobRows, x.rows); r += 6) {
               const int64_t n = round_up(width(g), kPanel) / K::kPair;
-              product<K>(std::min<int64_t>(6, x.rows - r), kPanel / L, n, reinterpret_cast<Word*>(logits_at(g, r)),
-                         stride, 1, weight_pairs + g * kGroup * words + c * n, kPanel,
+              product<K>(std::min<int64_t>(6, x.rows - r), kPanel / L, n, grads_at(g, r), stride, 1,
+                         weight_pairs + g * kGroup * words + c * n, kPanel,
                          static_cast<Acc*>(x.grad_hidden) + (x.first + r) * C + c, C, column(g) > 0);
             }
   }
@@ -219,7 +257,9 @@ void logprob_pack(const TokenLogprob& x, int64_t begin, int64_t end) {
   with_chunk(x, [&](auto chunk) { chunk.pack(begin, end); });
 }
 void logprob_logits(const TokenLogprob& x, int64_t begin, int64_t end) {
-  with_chunk(x, [&](auto chunk) { chunk.compute(begin, end); });
+  with_chunk(x, [&](auto chunk) {
+    for (int64_t g = begin; g < end; ++g) chunk.sum_logits(g);
+  });
 }
 void logprob_stats(const TokenLogprob& x, int64_t begin, int64_t end) {
   with_chunk(x, [&](auto chunk) {
