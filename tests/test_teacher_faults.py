@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -114,11 +115,14 @@ def test_a_run_stopped_in_mid_step_pays_for_no_reply_twice_and_ends_the_same(ini
         alive = replies
         command = [sys.executable, str(ROOT / "train_interact.py"), *argv]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        kept, until = stopped / "replies.jsonl", time.monotonic() + 120
+        until = threading.Timer(120, process.kill)  # whoever waits for its output must not wait for ever
+        until.start()
+        kept = stopped / "replies.jsonl"
         # The probe's record is a line too.
         while not (kept.exists() and kept.read_text().count('"attempt"') == alive and server.in_flight == 3):
-            assert process.poll() is None and time.monotonic() < until, process.communicate()[1]
+            assert process.poll() is None, process.communicate()[1]
             time.sleep(0.02)
+        until.cancel()
         process.send_signal(how)
         said = process.communicate()[0]
         while server.in_flight:  # the server sees every connection closed

@@ -205,11 +205,13 @@ def plain(value):
 
 
 def versions() -> dict[str, str | None]:
+    import torch  # not at the top: reports do without
+
     import tinystory
 
-    packages = ("torch", "numpy", "tokenizers", "tinystory")
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in packages:
+    # torch says itself which build it is (+cpu, +cu128), which the metadata of PyPI's does not.
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("numpy", "tokenizers", "tinystory"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # a clone that was not installed
