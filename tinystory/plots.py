@@ -155,7 +155,7 @@ def chart(
     width, height = size
     left, right, top, bottom = 44, 50, 30, 34
     if any(line.name for line, *_ in drawn):
-        right = max(86, 45 + 6 * max(len(line.name) for line, *_ in drawn))
+        right = max(86, 50 + 7 * max(len(line.name) for line, *_ in drawn))
 
     shapes = [curves(line, x, y) for line, x, y in drawn]
     x_low, x_high = min(x[0] for _, x, _ in drawn), max(x[-1] for _, x, _ in drawn)
