@@ -162,3 +162,15 @@ def test_errors_name_the_argument():
     ]:
         with pytest.raises(RuntimeError, match=words):
             ops.token_logprob(*args)
+
+
+def test_a_whole_group_of_columns_at_minus_infinity_weighs_nothing():
+    hidden, targets = torch.full((6, 8), 1e200, dtype=torch.float64), torch.randint(200, (6,))
+    weight = torch.randn(700, 8, dtype=torch.float64) * 1e-200
+    weight[256:512] = -1e200
+    left = torch.cat([weight[:256], weight[512:]])
+    for ours, want in zip(
+        ops.token_logprob(hidden, weight, targets), ops.token_logprob(hidden, left, targets), strict=True
+    ):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, want)

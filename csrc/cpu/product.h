@@ -43,7 +43,7 @@ void tile(int64_t n_k, const typename K::Word* a, int64_t am, int64_t ak, const 
           typename K::Acc* c, int64_t cm, bool add) {
   using V = Vec<typename K::Acc>;
   constexpr int L = lanes<V>;
-  if (add)
+  if (add)  // what the sums are added to comes nearer while they are formed
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < C; ++j) __builtin_prefetch(c + r * cm + j * L, 1);
   V acc[R][C];

@@ -5,6 +5,7 @@
 // chunk's logits are kept, [group][row][kStride]. Gradients of bf16 are stored twice as bf16: by rows and, while they are
 // in use, as pairs of rows.
 #include <algorithm>
+#include <limits>
 
 #include "product.h"
 
@@ -120,7 +121,7 @@ struct Chunk {
     };
     V tops = splat<V>(Acc(-INFINITY)), total{}, weighted{};
     each_vector([&](V logit) { tops = max(logit, tops); });
-    const Acc top = highest(tops);
+    const Acc top = std::max(highest(tops), std::numeric_limits<Acc>::lowest());  // all may be -inf: that weighs nothing
     each_vector([&](V logit) {
       const V z = (logit - top) * Acc(kLog2e), p = exp2(z);
       total += p;
