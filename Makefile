@@ -31,7 +31,7 @@ bench: .venv/ready
 cuda-build:
 	python3 -m venv build/cuda
 	build/cuda/bin/pip install --quiet torch==2.11.0 --editable '.[test]'
-	TINYSTORY_CACHE=build/cuda/cache build/cuda/bin/pytest tests/test_cuda_binding.py tests/test_cuda_compile.py
+	TINYSTORY_CACHE=build/cuda/cache build/cuda/bin/pytest tests/ops/test_cuda_binding.py tests/ops/test_cuda_compile.py
 
 # On a machine with a card: the GPU tests, the kernels' tests again under compute-sanitizer, and our speed beside the card's.
 gpu-check: .venv/ready

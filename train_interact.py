@@ -19,20 +19,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tinystory import babylm, distributed
+from tinystory import babylm, distributed, ppo
+from tinystory.babylm import Budget
 from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
 from tinystory.device import Interrupted, Stop, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
-from tinystory.plots import text_curve
-from tinystory.report import write_report
-from tinystory.rl import ppo
-from tinystory.rl.budget import Budget
-from tinystory.rl.reward import load_score, story_reward
-from tinystory.rl.rollout import Story, collate, distinct_ngrams, encode_opening, require_room, rollout
+from tinystory.evaluate.stories import distinct_ngrams
+from tinystory.report.plots import text_curve
+from tinystory.report.run import write_report
+from tinystory.reward import load_score, story_reward
+from tinystory.rubric.process import builtin_teacher
 from tinystory.runlog import SAMPLES, RunLog, atomic_write, read_metrics, read_stories
 from tinystory.student import checkpoint
+from tinystory.student.generate import Story, encode_opening, generate, require_room
 from tinystory.student.model import ValueHead
-from tinystory.teacher.builtin import builtin_teacher
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grader import CallableGrader, Grade, TeacherGrader
 from tinystory.teacher.prompt import CRITERIA, Template, load_template
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def write(count: int, first_index: int) -> list[Story]:
         with autocast():
-            return rollout(
+            return generate(
                 student, value_head, tokenizer, config.opening, count=count, first_index=first_index, seed=config.seed,
                 max_new_tokens=config.max_new_tokens, temperature=config.temperature, on_story=send,
             )  # fmt: skip
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
                 rollout_s = time.perf_counter() - began
 
                 # 2. Read the stories under the frozen reference while the teacher is still grading.
-                batch = collate(stories, tokenizer, config.opening, device)
+                batch = ppo.collate(stories, tokenizer, config.opening, device)
                 with autocast():
                     ref_logprobs = ppo.reference_logprobs(reference, batch, config.temperature, config.micro_batch_size)
                 reference_s = time.perf_counter() - began - rollout_s

@@ -21,10 +21,10 @@ from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import TokenFile, prepare
 from tinystory.device import Stop, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
-from tinystory.report import write_report
-from tinystory.rl.rollout import rollout
+from tinystory.report.run import write_report
 from tinystory.runlog import RunLog
 from tinystory.student import checkpoint
+from tinystory.student.generate import generate
 from tinystory.student.model import Student, StudentConfig
 
 OPENING = "Once upon a time,"
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     if words < config.words:
         print(f"stopped after {words:,} words, all saved; go on with: python train_pretrain.py --out {run} --resume")
         return
-    story = rollout(
+    story = generate(
         student,
         None,
         tokenizer,

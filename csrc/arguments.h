@@ -1,4 +1,4 @@
-// From tensors to the structs of launchers.h: arguments checked, results allocated. Both devices' bindings (ops.cpp,
+// From tensors to the structs of kernels.h: arguments checked, results allocated. Both devices' bindings (ops.cpp,
 // cuda/ops.cpp) begin here, so that an error reads the same on each.
 #pragma once
 #include <ATen/core/Tensor.h>
@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "launchers.h"
+#include "kernels.h"
 
 namespace tinystory {
 

@@ -15,7 +15,7 @@
 #include <tuple>
 
 #include "arguments.h"
-#include "cpu/decoder.h"
+#include "cpu/engine.h"
 
 namespace tinystory {
 namespace {

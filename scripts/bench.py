@@ -29,13 +29,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory import ops, plots
+from tinystory import ops, ppo
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.device import peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
-from tinystory.rl import ppo
-from tinystory.rl.rollout import collate, rollout
+from tinystory.report import plots
 from tinystory.runlog import atomic_write
+from tinystory.student.generate import generate
 from tinystory.student.model import Student, StudentConfig, ValueHead
 
 SHAPES = {
@@ -155,7 +155,7 @@ def stories(config: StudentConfig, batch: int, new: int, dtype: torch.dtype, dev
     def run() -> dict[str, float]:
         began = now(device)
         with lower(device, dtype):
-            written = rollout(student, head, words, "", count=batch, first_index=0, max_new_tokens=new, seed=0)
+            written = generate(student, head, words, "", count=batch, first_index=0, max_new_tokens=new, seed=0)
         seconds = now(device) - began
         tokens = sum(len(story.tokens) for story in written)  # with these weights one in V draws ends its story
         return dict(tokens_per_s=tokens / seconds, rollout_s=seconds, tokens=tokens)
@@ -177,8 +177,8 @@ def interact(
     def run() -> dict[str, float]:
         began = now(device)
         with lower(device, dtype):
-            written = rollout(student, head, words, "", count=batch, first_index=0, max_new_tokens=new, seed=0)
-        batched = collate(written, words, "", device)
+            written = generate(student, head, words, "", count=batch, first_index=0, max_new_tokens=new, seed=0)
+        batched = ppo.collate(written, words, "", device)
         wrote = now(device)
         with lower(device, dtype):
             ref_logprobs = ppo.reference_logprobs(reference, batched, 1.0, options.micro_batch_size)

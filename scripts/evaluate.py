@@ -24,12 +24,12 @@ from tinystory.device import pick_device
 from tinystory.errors import UserError, command
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.reading import evaluate_reading
-from tinystory.evaluate.report import comparison, write_page
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import OPENINGS, Grade, story_measures
+from tinystory.report.evaluation import comparison, write_page
+from tinystory.rubric.process import builtin_teacher
 from tinystory.runlog import atomic_write
 from tinystory.student import checkpoint
-from tinystory.teacher.builtin import builtin_teacher
 from tinystory.teacher.client import Teacher
 
 TASKS = {

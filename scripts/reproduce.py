@@ -41,10 +41,10 @@ from tinystory.evaluate.pairs import evaluate_pairs
 from tinystory.evaluate.stories import story_measures
 from tinystory.experiment import random_reward
 from tinystory.experiment.parts import MILLION, Part, Progress, locked, run_parts
-from tinystory.experiment.report import EVALUATION, EXPERIMENT, write_experiment_report
+from tinystory.report.experiment import EVALUATION, EXPERIMENT, write_experiment_report
+from tinystory.rubric.process import builtin_teacher
 from tinystory.runlog import atomic_write, device_name, git_commit, plain, read_metrics, versions
 from tinystory.student import checkpoint
-from tinystory.teacher.builtin import builtin_teacher
 from tinystory.teacher.client import Teacher
 from train_pretrain import validate
 

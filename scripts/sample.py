@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tinystory.config import InteractConfig
 from tinystory.device import pick_device
 from tinystory.errors import command
-from tinystory.rl.rollout import rollout
 from tinystory.student import checkpoint
+from tinystory.student.generate import generate
 
 
 @command
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = checkpoint.find(options.checkpoint or default_run())
     student, tokenizer, _ = checkpoint.load(folder, pick_device(options.device))
     room = student.config.context - len(tokenizer.encode(options.opening)) - 1
-    stories = rollout(
+    stories = generate(
         student,
         None,
         tokenizer,

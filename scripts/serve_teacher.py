@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.data.corpus import open_corpus
 from tinystory.errors import UserError, command
-from tinystory.teacher.rubric import Rubric
-from tinystory.teacher.server import serve
+from tinystory.rubric.rubric import Rubric
+from tinystory.rubric.server import serve
 
 
 @command

@@ -6,9 +6,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train_pretrain
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher import client
 
@@ -20,8 +22,14 @@ THINGS = ("ball", "kite", "boat", "drum", "hat", "cake", "shell", "lamp")
 PLACES = ("park", "wood", "house", "garden", "shop", "barn")
 
 
+# Text that a tokenizer may stumble over.
+AWKWARD = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+AWKWARD += [ "<|endoftext|>", " ", "  ", "\n", "\r\n", "\t", "\x00", "\x1c", "\x85", "\u00a0", "\u200b"]
+AWKWARD += ["\u2028", "\u3000", "\ufeff", "\ufffd", "\U0010ffff", "'s", "'LL", "e\u0301", "🐈‍⬛", "猫", "१", " 12"]
+
+
 def on_gpu() -> bool:
-    """Whether tensors are made on a GPU by default: tests/test_gpu.py runs other files' tests so."""
+    """Whether tensors are made on a GPU by default: tests/ops/test_gpu.py runs other files' tests so."""
     return torch.get_default_device().type == "cuda"
 
 
@@ -102,6 +110,17 @@ def fails(main, argv, capsys) -> str:
 
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint.newest(run)
+    return load_file(newest / "model.safetensors") | load_file(newest / "trainer.safetensors")
+
+
+def assert_same_bits(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
 @pytest.fixture(scope="session")

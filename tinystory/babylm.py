@@ -4,6 +4,7 @@ The student may see 100 M words, the teacher's among them, each up to ten times,
 rules define no word; here it is what whitespace separates. Nothing but the teacher's text may reach the student.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from tinystory.errors import UserError
@@ -58,3 +59,22 @@ def milestones_beyond(facts: dict[str, Any]) -> dict[str, int]:
     """The official milestones that lie ahead of a student, in words still to be taken in."""
     behind = facts["words"] + facts.get("interaction_words_in", 0)
     return {milestone_name(words): words - behind for words in MILESTONES if words > behind}
+
+
+@dataclass
+class Budget:
+    """Words are whitespace-separated. In: the opening, once, and every word of every reply (arXiv 2509.15714).
+    Out: every word that the student wrote."""
+
+    limit_in: int
+    limit_out: int
+    words_in: int = 0
+    words_out: int = 0
+
+    def allows(self, words_in: int, words_out: int) -> bool:
+        """True if a step that takes in and writes at most so many words stays within both limits."""
+        return self.words_in + words_in <= self.limit_in and self.words_out + words_out <= self.limit_out
+
+    def spend(self, words_in: int, words_out: int) -> None:
+        self.words_in += words_in
+        self.words_out += words_out

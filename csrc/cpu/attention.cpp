@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "../philox.h"
-#include "product.h"
+#include "gemm.h"
 
 namespace tinystory::cpu {
 namespace {

@@ -1,13 +1,13 @@
 // Linear layers, forward and backward, with what surrounds them in a transformer done while the numbers are at hand:
 // bias, tanh GELU and its derivative, the residual stream; and layer norm.
 //
-// All three products run through the register tile of product.h: what stands on the right is packed in panels of 64
+// All three products run through the register tile of gemm.h: what stands on the right is packed in panels of 64
 // columns first (the weight: 1 to 2 % of a product's time, so nothing is kept between calls), a panel meets a block of
 // rows that stays in the second-level cache. A row's result depends on that row alone, and sums over rows are taken in
 // blocks of fixed size: neither the number of threads nor the rest of the batch changes a bit of a row.
 #include <algorithm>
 
-#include "product.h"
+#include "gemm.h"
 
 namespace tinystory::cpu {
 namespace {

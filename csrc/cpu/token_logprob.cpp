@@ -1,13 +1,13 @@
 // Log-probabilities and entropies of targets under softmax(hidden weight^T), and their gradients.
 //
-// Logits are computed by the register tile of product.h in groups of kGroup columns, in f32 (f64). A block of rows exists
+// Logits are computed by the register tile of gemm.h in groups of kGroup columns, in f32 (f64). A block of rows exists
 // at a time, for a few sums, then once more for the gradients; or, where the gradients wait for these sums alone, a
 // chunk's logits are kept, [group][row][kStride]. Gradients of bf16 are stored twice as bf16: by rows and, while they are
 // in use, as pairs of rows.
 #include <algorithm>
 #include <limits>
 
-#include "product.h"
+#include "gemm.h"
 
 namespace tinystory::cpu {
 namespace {

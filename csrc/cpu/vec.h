@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../launchers.h"
+#include "../kernels.h"
 #include "../weights.h"
 
 namespace tinystory::cpu {

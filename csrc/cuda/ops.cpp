@@ -12,7 +12,7 @@
 #include <tuple>
 
 #include "../arguments.h"
-#include "launchers.cuh"
+#include "kernels.cuh"
 
 namespace tinystory {
 namespace {

@@ -8,7 +8,7 @@
 #include <string>
 
 #include "../philox.h"
-#include "launchers.cuh"
+#include "kernels.cuh"
 
 namespace tinystory::cuda {
 

@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "harness.h"
-#include "launchers.h"
+#include "kernels.h"
 #include "philox.h"
 
 using namespace tinystory;

@@ -4,7 +4,7 @@
 #include <array>
 
 #include "harness.h"
-#include "launchers.h"
+#include "kernels.h"
 
 using namespace tinystory;
 

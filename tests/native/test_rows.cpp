@@ -4,7 +4,7 @@
 #include <numeric>
 
 #include "harness.h"
-#include "launchers.h"
+#include "kernels.h"
 #include "weights.h"
 
 using namespace tinystory;

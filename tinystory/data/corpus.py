@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tinystory.data import grammar
+from tinystory.data.builtin import grammar
 from tinystory.errors import UserError
 
 BUILTIN_WORDS = 1_000_000
@@ -97,8 +97,7 @@ def open_corpus(names: Sequence[str]) -> Corpus:
 
 def _grammar_source() -> str:
     """Hex digest of the code and phrases that the built-in stories come from."""
-    source = Path(grammar.__file__)
-    files = [source, *sorted(source.parent.glob("story_*.py"))]
+    files = sorted(Path(grammar.__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import bootstrap, wilson
-from tinystory.rl.rollout import Story, distinct_ngrams, rollout
+from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student
 
 Grade = Callable[[str, Sequence[str]], Sequence[dict[str, float] | None]]
@@ -27,6 +27,13 @@ OPENINGS = (
     "Mia was sad because",
     "There was once a king who",
 )
+
+
+def distinct_ngrams(texts: list[str], n: int = 4) -> float | None:
+    """Different word n-grams of all texts together over all their n-grams (Li et al. 2016, arXiv 1510.03055): towards 0
+    when the texts are one and the same. None where there are no n-grams."""
+    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
 
 
 def story_measures(
@@ -54,7 +61,7 @@ def story_measures(
     told: list[tuple[str, Story]] = []
     for i, opening in enumerate(openings):
         count = n_stories // len(openings) + (i < n_stories % len(openings))
-        stories = rollout(
+        stories = generate(
             student, None, tokenizer, opening, count=count, first_index=len(told), max_new_tokens=max_new_tokens,
             seed=seed,
         ) if count else []  # fmt: skip

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from tinystory.babylm import milestone_name
 from tinystory.errors import UserError
-from tinystory.page import duration
+from tinystory.report.page import duration
 from tinystory.runlog import METRICS, SAMPLES, read_config
 from tinystory.student import checkpoint
 

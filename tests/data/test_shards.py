@@ -1,0 +1,280 @@
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinystory.data import shards
+from tinystory.data.builtin import grammar
+from tinystory.data.corpus import Corpus, open_corpus
+from tinystory.data.shards import encode, prepare
+from tinystory.data.tokenizer import Tokenizer
+from tinystory.errors import UserError
+
+AWKWARD = [" ", "\n", "\x1c", "\x1f", "\x85", "\u00a0", "\u200b", "\u2028", "\u3000", "\ufeff", " a", "!\x1c!"]
+AWKWARD += ["a", "é", "猫", "🐈‍⬛", "</s>", "<pad>"]
+TEXT = st.lists(st.one_of(st.text(max_size=6), st.sampled_from(AWKWARD)), max_size=12).map("".join)
+
+
+def corpus_of(documents, fail=False) -> Corpus:
+    """A corpus in memory; `fail` gives one that says the same of itself but cannot be read."""
+    what = hashlib.sha256(repr(documents).encode()).hexdigest()
+    return Corpus(["memory"], [(what, (lambda: 1 / 0) if fail else (lambda: iter(documents)))])
+
+
+STORIES = [*grammar.stories(20_000, 0), "猫が 猫が 好きです", "a\u3000b \x1c c", "</s> is text"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(STORIES, 600)
+
+
+# Word counts.
+
+def words_one_by_one(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The definition, spelled out: for each token, the words whose first byte lies in it."""
+    begins, byte, in_word = [], 0, False
+    for char in text:
+        if not char.isspace() and not in_word:
+            begins.append(byte)
+        in_word, byte = not char.isspace(), byte + len(char.encode())
+    counts, at = [], 0
+    for id in tokenizer.encode(text):
+        end = at + len(tokenizer.token_bytes[id])
+        counts.append(sum(at <= begin < end for begin in begins))
+        at = end
+    return counts
+
+
+@settings(max_examples=400, deadline=None)
+@given(documents=st.lists(TEXT, min_size=1, max_size=4))
+def test_words_are_counted_exactly(tokenizer, documents):
+    tokens, words, lengths, byte_count = encode(tokenizer, documents)
+    ends = np.cumsum(lengths)
+    assert len(tokens) == len(words) == ends[-1]
+    assert byte_count == sum(len(document.encode()) for document in documents)
+    for document, start, end in zip(documents, ends - lengths, ends, strict=True):
+        assert tokens[start:end].tolist() == [*tokenizer.encode(document), tokenizer.eos]
+        assert words[start:end].tolist() == [*words_one_by_one(tokenizer, document), 0]
+        assert words[start:end].sum() == len(document.split())
+
+
+def test_every_white_space_of_python_parts_words(tokenizer):
+    spaces = [chr(c) for c in range(sys.maxunicode + 1) if chr(c).isspace()]
+    assert len(spaces) == 29
+    text = "a" + "a".join(spaces) + "a"
+    assert encode(tokenizer, [text])[1].sum() == len(text.split()) == 30
+
+
+# The folder.
+
+def test_prepare_holds_every_document_in_order(tmp_path):
+    data = prepare(corpus_of(STORIES), vocab_size=600, val_fraction=0.2, seed=3, cache=tmp_path)
+    assert data.tokenizer.vocab_size == 600
+    assert data.train.tokens.dtype == np.uint16 and data.train.words.dtype == np.uint8
+    assert data.train.offsets.dtype == np.int64
+    told = []
+    for split in (data.train, data.val):
+        tokens, words = [], []
+        for a, b in zip(split.offsets[:-1], split.offsets[1:], strict=True):
+            tokens.append(split.tokens[a:b])
+            words.append(int(split.words[a:b].sum()))
+        texts = [data.tokenizer.decode(ids[:-1]) for ids in tokens]
+        assert all(ids[-1] == data.tokenizer.eos and data.tokenizer.eos not in ids[:-1] for ids in tokens)
+        assert texts == [story for story in STORIES if story in set(texts)]
+        assert words == [len(text.split()) for text in texts]
+        assert split.word_count == sum(words)
+        assert split.byte_count == sum(len(text.encode()) for text in texts)
+        assert len(split) == len(split.tokens) == len(split.words) == split.offsets[-1]
+        told += texts
+    assert sorted(told) == sorted(STORIES)
+    assert 0.1 < (len(data.val.offsets) - 1) / len(STORIES) < 0.3
+    assert [path.name for path in tmp_path.iterdir()] == [data.path.name]
+
+
+def test_the_second_time_opens_what_is_there(tmp_path):
+    first = prepare(corpus_of(STORIES), vocab_size=600, cache=tmp_path)
+    again = prepare(corpus_of(STORIES, fail=True), vocab_size=600, cache=tmp_path)
+    assert again.path == first.path
+    assert np.array_equal(again.train.tokens, first.train.tokens)
+
+
+def test_anything_that_matters_gives_another_folder(tmp_path, tokenizer):
+    def path(documents=STORIES, **changes):
+        return prepare(corpus_of(documents), **{"vocab_size": 600, "cache": tmp_path, **changes}).path
+
+    paths = [path(), path(STORIES[1:]), path(vocab_size=500), path(seed=1), path(val_fraction=0.2),
+             path(tokenizer=tokenizer)]
+    assert len(set(paths)) == len(paths)
+    assert path(tokenizer=tokenizer, vocab_size=0) == path(tokenizer=tokenizer)
+
+
+def test_a_given_tokenizer_is_used(tmp_path, tokenizer):
+    data = prepare(corpus_of(["Another text.", "And one more."]), vocab_size=0, tokenizer=tokenizer, cache=tmp_path)
+    assert data.tokenizer.json == tokenizer.json
+    assert data.train.tokens.tolist() == [*tokenizer.encode("Another text."), tokenizer.eos]
+
+
+def test_bytes_of_the_folder_do_not_depend_on_threads_or_batches(tmp_path, monkeypatch):
+    def contents(name):
+        path = prepare(corpus_of(STORIES), vocab_size=600, cache=tmp_path / name).path
+        return {file.name: file.read_bytes() for file in path.iterdir()}
+
+    first = contents("a")
+    monkeypatch.setattr(shards, "BATCH", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert contents("b") == first
+
+
+def test_a_large_vocabulary_takes_four_bytes(tmp_path):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(21_000)]
+    data = prepare(corpus_of([" ".join(words)] * 3), vocab_size=66_000, cache=tmp_path)
+    assert data.tokenizer.vocab_size > 1 << 16
+    assert data.train.tokens.dtype == np.uint32 and data.train.tokens.max() >= 1 << 16
+    assert data.tokenizer.decode(data.train.tokens[:data.train.offsets[1]]) == " ".join(words)
+
+
+# The split.
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("count", [2, 3, 10])
+@pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
+def test_a_few_documents_still_fill_both_splits(tmp_path, tokenizer, count, seed, fraction):
+    documents = [f"Story number {i}." for i in range(count)]
+    options = {"vocab_size": 0, "tokenizer": tokenizer, "cache": tmp_path}
+    data = prepare(corpus_of(documents), val_fraction=fraction, seed=seed, **options)
+    assert len(data.train.offsets) + len(data.val.offsets) == count + 2
+    assert min(len(data.train), len(data.val)) > 0
+
+
+def test_growing_the_corpus_moves_no_document_to_the_other_split(tmp_path, tokenizer):
+    def validation(count):
+        corpus = corpus_of([f"Story {i}." for i in range(count)])
+        data = prepare(corpus, vocab_size=0, tokenizer=tokenizer, cache=tmp_path)
+        return data.tokenizer.decode(data.val.tokens)
+
+    assert validation(400).startswith(validation(200))
+
+
+def test_no_validation_when_none_is_wanted(tmp_path, tokenizer):
+    data = prepare(corpus_of(["One story."]), vocab_size=0, tokenizer=tokenizer, val_fraction=0, cache=tmp_path)
+    assert (len(data.val), data.val.word_count, data.val.offsets.tolist()) == (0, 0, [0])
+    assert data.train.word_count == 2
+
+
+def test_a_single_document_gives_its_end_to_validation(tmp_path, tokenizer):
+    text = " ".join(f"word{i}" for i in range(1000))
+    data = prepare(corpus_of([text]), vocab_size=0, tokenizer=tokenizer, cache=tmp_path)
+    parts = [tokenizer.decode(split.tokens) for split in (data.train, data.val)]
+    assert " ".join(parts) == text
+    assert 40 < data.val.word_count < 60
+    with pytest.raises(UserError, match="too short to set a part aside"):
+        prepare(corpus_of(["word"]), vocab_size=0, tokenizer=tokenizer, cache=tmp_path)
+
+
+def test_the_tokenizer_has_not_seen_the_validation_documents(tmp_path):
+    documents = [f"{'abcdefghij'[i % 10] * 3} " * 50 for i in range(10)]
+    data = prepare(corpus_of(documents), vocab_size=400, val_fraction=0.3, seed=1, cache=tmp_path)
+    for letter in "abcdefghij":
+        trained = letter.encode() * 3 in data.tokenizer.token_bytes
+        assert trained == (letter in data.tokenizer.decode(data.train.tokens))
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 7, float("nan")])
+def test_a_fraction_that_is_none(tmp_path, fraction):
+    with pytest.raises(UserError, match="makes no sense"):
+        prepare(corpus_of(STORIES), vocab_size=600, val_fraction=fraction, cache=tmp_path)
+
+
+# Accidents.
+
+def test_an_error_while_building_leaves_nothing(tmp_path):
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"Once upon a time.\n\n" * 1000 + b"\xff")
+    cache = tmp_path / "cache"
+    with pytest.raises(UserError, match="not UTF-8"):
+        prepare(open_corpus([str(bad)]), vocab_size=300, cache=cache)
+    assert list(cache.iterdir()) == []
+
+
+BUILD = """
+import os, signal, sys
+from tinystory.data import shards
+from tinystory.data.corpus import open_corpus
+encode, calls = shards.encode, []
+def killed(*arguments):
+    calls.append(0)
+    if len(calls) > 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(*arguments)
+if "kill" in sys.argv:
+    shards.BATCH, shards.encode = 1000, killed
+print(shards.prepare(open_corpus([sys.argv[1]]), vocab_size=400, cache=sys.argv[2]).path)
+"""
+
+
+def build(*arguments):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, "-c", BUILD, *map(str, arguments)], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture
+def tale(tmp_path):
+    path = tmp_path / "tale.txt"
+    path.write_text("\n\n".join(STORIES), encoding="utf-8")
+    return path
+
+
+def test_a_kill_while_building_leaves_nothing_that_looks_whole(tmp_path, tale):
+    killed = build(tale, tmp_path / "cache", "kill")
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    data = prepare(open_corpus([str(tale)]), vocab_size=400, cache=tmp_path / "cache")
+    assert sum(split.word_count for split in (data.train, data.val)) == sum(len(s.split()) for s in STORIES)
+
+
+def test_two_processes_that_build_at_once_agree(tmp_path, tale):
+    both = [build(tale, tmp_path / "cache") for _ in range(2)]
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert said[0][0] == said[1][0]
+    assert [str(path) for path in (tmp_path / "cache").iterdir()] == [said[0][0].strip()]
+
+
+@pytest.mark.parametrize("damage", ["train.tokens", "val.words", "train.offsets", "meta.json", "tokenizer.json"])
+def test_damage_is_noticed(tmp_path, damage):
+    path = prepare(corpus_of(STORIES), vocab_size=600, cache=tmp_path).path / damage
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match=r"delete that folder|not a tokenizer.json"):
+        prepare(corpus_of(STORIES), vocab_size=600, cache=tmp_path)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="TINYSTORY_CACHE"):
+        prepare(corpus_of(STORIES), vocab_size=600, cache=tmp_path / "file" / "cache")
+
+
+def test_the_command_says_what_is_in_a_corpus(tmp_path, tale):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TINYSTORY_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, ROOT / "scripts" / "prepare_data.py", "--vocab-size", "400", "--corpus"]
+    said = subprocess.run([*command, tale], env=environment, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    path = next((tmp_path / "cache" / "shards").iterdir())
+    meta = json.loads((path / "meta.json").read_text())
+    for number in (*meta["train"].values(), *meta["val"].values()):
+        assert f"{number:,}" in said.stdout
+    assert str(path) in said.stdout
+    wrong = subprocess.run([*command, tmp_path / "no.txt"], env=environment, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1

@@ -1,0 +1,360 @@
+"""The definitions of BabyLM's pipeline, on small files in its formats, against plain sums over logits."""
+
+import csv
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_stories
+
+from scripts import evaluate
+from tinystory.data.corpus import open_corpus
+from tinystory.errors import UserError
+from tinystory.evaluate import scoring
+from tinystory.evaluate.intervals import bootstrap, weighted, wilson
+from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, read_items, scores, spearman
+from tinystory.evaluate.reading import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading, explained
+from tinystory.evaluate.scoring import bits_per_byte, part, sum_logprobs
+from tinystory.evaluate.stories import distinct_ngrams, longest_shared, self_bleu, story_measures
+from tinystory.student import checkpoint, hf
+
+PAIRS = [("Tom had a kite.", "Tom had a a kite."), ("Mia was happy.", "happy Mia was."), ("It is.", "It is."),
+         ("The park was in the ball and in the wood.", "The ball was in the park."), ("Ça va?", "猫 va?")]  # fmt: skip
+BLIMP = [
+    {"sentence_good": good, "sentence_bad": bad, "field": "syntax_semantics" if i % 2 else "syntax",
+     "linguistics_term": "order", "UID": "one" if i < 2 else "two"} for i, (good, bad) in enumerate(PAIRS)
+]  # fmt: skip
+PREFIX = "Tom had the ball, Mia had the kite. Tom had "
+ENTITIES = [{"input_prefix": PREFIX, "options": ["the ball.", "nothing.", "the ball and the kite."], "numops": 1}]
+WUG = [{"sentences": f"a noun: {a}able. {a}ability\ta noun: {a}able. {a}ableness", "ratio": i / 7}
+       for i, a in enumerate(("th", "pa", "kit", "bo", "drum", "ha", "sh", "la"))]  # fmt: skip
+
+
+def write(path, records):
+    text = "\n".join(map(json.dumps, records))  # with no newline at the end, as some of BabyLM's
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def logprob(student, tokens, first):
+    """Sum of log p(token | those before) from `first` on, in float64, from logits."""
+    with torch.no_grad():
+        all_logs = student.double()(torch.tensor([list(tokens)]))[0].log_softmax(-1)
+    student.float()
+    return float(sum(all_logs[i - 1, tokens[i]] for i in range(max(first, 1), len(tokens))))
+
+
+def test_a_text_is_scored_from_its_second_token_on(student, tokenizer):
+    for good, bad in PAIRS:
+        (found,) = scores(student, tokenizer, [Item("", (good, bad), "x")], "x")
+        whole = [logprob(student, tokenizer.encode(text), 1) for text in (good, bad)]
+        assert float(found[0] - found[1]) == pytest.approx(whole[0] - whole[1], abs=1e-3)
+
+
+def test_a_token_across_the_border_belongs_to_the_option(student, tokenizer):
+    ids, first = part(tokenizer, "in the ", "park")
+    assert tokenizer.decode(ids[first:]).endswith("park") and tokenizer.decode(ids[:first]) in "in the "
+    for prefix, option in ((PREFIX, "the ball."), ("猫", "猫 is"), ("", "Tom")):
+        ids, first = part(tokenizer, prefix, option)
+        ends = np.cumsum([len(tokenizer.token_bytes[id]) for id in ids])
+        assert first == max(next(i for i, end in enumerate(ends) if end > len(prefix.encode())), 1)
+
+
+def test_trees_give_what_each_text_alone_gives(student, tokenizer):
+    texts = [part(tokenizer, PREFIX, option) for option in ENTITIES[0]["options"]]
+    together = sum_logprobs(student, [texts, texts[:2]], "x")
+    alone = torch.cat(sum_logprobs(student, [[each] for each in texts], "x"))
+    # What they all begin with is left out where they are together; the differences stay.
+    torch.testing.assert_close(together[0] - together[0][0], alone - alone[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(together[1] - together[1][0], alone[:2] - alone[0], atol=1e-4, rtol=0)
+    for value, (ids, first) in zip(alone, texts, strict=True):
+        assert float(value) == pytest.approx(logprob(student, list(ids), first), abs=1e-3)
+
+
+def test_the_batch_makes_no_difference(student, tokenizer, monkeypatch):
+    groups = [[part(tokenizer, "", text) for text in pair] for pair in PAIRS]
+    whole = sum_logprobs(student, groups, "x")
+    monkeypatch.setattr(scoring, "BATCH", 1)
+    for a, b in zip(whole, sum_logprobs(student, groups, "x"), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["blimp.jsonl", "blimp.jsonl.gz"])
+def test_accuracy_is_the_mean_over_phenomena(student, tokenizer, tmp_path, name):
+    folder = tmp_path / "blimp"
+    folder.mkdir()
+    write(folder / name, BLIMP)
+    found = evaluate_pairs(student, tokenizer, folder)
+    right = [
+        logprob(student, tokenizer.encode(good), 1) >= logprob(student, tokenizer.encode(bad), 1) for good, bad in PAIRS
+    ]
+    assert right[2]  # a tie is right
+    rows = found["phenomena"]
+    assert [rows[uid]["correct"] for uid in ("one", "two")] == [sum(right[:2]), sum(right[2:])]
+    assert [rows[uid]["total"] for uid in ("one", "two")] == [2, 3]
+    assert found["accuracy"] == pytest.approx(100 * (sum(right[:2]) / 2 + sum(right[2:]) / 3) / 2)
+    assert found["items"] == 5 and found["groups"]["field"]["syntax/semantics"]["total"] == 2
+    assert found["ci"][0] < found["accuracy"] < found["ci"][1]
+
+
+def test_the_supplement_takes_its_names_from_its_files(student, tokenizer, tmp_path):
+    write(tmp_path / "hypernym.jsonl.gz", [{"sentence_good": "a b", "sentence_bad": "b a"}])
+    write(tmp_path / "turn_taking.jsonl", [{"sentence_good": "A: x\nB: y", "sentence_bad": "A: x\nB: x"}])
+    assert set(evaluate_pairs(student, tokenizer, tmp_path)["phenomena"]) == {"hypernym", "turn_taking"}
+
+
+def test_entities_are_averaged_within_each_file_first(student, tokenizer, tmp_path):
+    flat = {"input_prefix": "Box ", "options": ["0.", "0."], "numops": 0}  # a tie: right
+    wrong_first = sorted(ENTITIES[0]["options"], key=lambda o: logprob(student, *part(tokenizer, PREFIX, o)))
+    never = {"input_prefix": PREFIX, "options": wrong_first, "numops": 1}
+    write(tmp_path / "regular.jsonl", [flat, never, {**never, "numops": 2}])
+    write(tmp_path / "ambiref.jsonl", [flat, {**flat, "options": ["0." * 200, "1."]}])
+    found = evaluate_pairs(student, tokenizer, tmp_path)
+    assert found["accuracy"] == pytest.approx((100 / 3 + 100) / 2) and found["too_long"] == 1
+    assert set(found["phenomena"]) == {"regular_0_ops", "regular_1_ops", "regular_2_ops", "ambiref_0_ops"}
+
+
+def test_the_wug_test_is_a_rank_correlation(student, tokenizer, tmp_path):
+    found = evaluate_wug(student, tokenizer, write(tmp_path / "wug.jsonl", WUG))
+    preferred = []
+    for record in WUG:
+        a, b = (logprob(student, tokenizer.encode(text), 1) for text in record["sentences"].split("\t"))
+        preferred.append(1 / (1 + math.exp(b - a)))
+    assert found["correlation"] == pytest.approx(spearman(np.array(preferred), np.arange(8.0)), abs=1e-6)
+    assert found["items"] == 8 and found["ci"][0] <= found["correlation"] <= found["ci"][1]
+
+
+def test_spearman_by_hand():
+    # Ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: Pearson's of them is 4.5 / sqrt(4.5 * 5).
+    assert spearman(np.array([1.0, 5, 5, 9]), np.array([0.1, 3, 2, 7])) == pytest.approx(4.5 / math.sqrt(22.5))
+    assert spearman(np.arange(5), -np.arange(5)) == pytest.approx(-1)
+    assert math.isnan(spearman(np.ones(4), np.arange(4)))
+
+
+BROKEN = {
+    b"": "holds no evaluation items",
+    b"{": "line 1, is not an item",
+    b'{"sentence_good": "a", "sentence_bad": "b"}\n{"sentence_good": "a"}': "line 2, is not an item",
+    b'{"input_prefix": "a", "options": ["b"], "numops": 0}': "line 1, is not an item",
+    b'{"sentence_good": 1, "sentence_bad": "b"}': "line 1, is not an item",
+    b"\xff\xfe": "is not an item",
+    b"[" * 100_000: "is not an item",
+}
+
+
+@pytest.mark.parametrize("data", BROKEN)
+def test_a_broken_file_is_named(tmp_path, data):
+    (tmp_path / "a.jsonl").write_bytes(data)
+    with pytest.raises(UserError, match=BROKEN[data]):
+        read_items(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl.gz").write_bytes(data)
+    with pytest.raises(UserError):
+        read_items(tmp_path / "a.jsonl.gz")
+    with pytest.raises(UserError, match="cannot read"):
+        read_items(tmp_path / "nothing.jsonl")
+
+
+def test_a_file_of_another_task_is_refused(student, tokenizer, tmp_path):
+    with pytest.raises(UserError, match="give it as --wug"):
+        evaluate_pairs(student, tokenizer, write(tmp_path / "wug.jsonl", WUG))
+    with pytest.raises(UserError, match="items without a ratio"):
+        evaluate_wug(student, tokenizer, write(tmp_path / "blimp.jsonl", BLIMP))
+
+
+# ---- reading times --------------------------------------------------------------------------------------------------
+
+
+def reading_rows(count=60):
+    rng, rows = np.random.default_rng(0), []
+    for i in range(count):
+        words = tiny_stories(64)[i].split()
+        at = 1 + i % 6
+        row = {"item": " ".join(words[:at]), "word": words[at], "prev_word": words[at - 1]}
+        row |= {"prev_item": " ".join(words[: at - 1]), "prev_length": len(words[at - 1]) if at > 1 else ""}
+        row |= {"Subtlex_log10": rng.normal(10, 3), "length": len(words[at]), "context_length": at}
+        row |= {name: "" if i == 7 and name == EYES[0] else rng.normal(200, 40) for name in (*EYES, SELF_PACED)}
+        rows.append(row)
+    return rows
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_reading_times_are_regressed_on_surprisal(student, tokenizer, tmp_path):
+    rows = reading_rows()
+    found = evaluate_reading(student, tokenizer, write_csv(tmp_path / "reading_data.csv", rows))
+
+    def surprisal(text, word):
+        total = 0.0
+        for id in tokenizer.encode(word):  # with no space before it; the text so far is made into tokens anew
+            context = tokenizer.encode(text)
+            total -= logprob(student, [*context, id], len(context))
+            text += tokenizer.decode([id])
+        return total
+
+    data = {n: np.array([float(r[n] or "nan") for r in rows]) for n in (*EYES, SELF_PACED, *BASELINE, "prev_length")}
+    data["pred"] = np.array([surprisal(r["item"], r["word"]) for r in rows])
+    data["prev_pred"] = np.array(
+        [surprisal(r["prev_item"], r["prev_word"]) if r["prev_item"] else np.nan for r in rows]
+    )
+    assert found["eye_tracking"] == pytest.approx(np.mean([explained(data, name, BASELINE) for name in EYES]), rel=1e-2)
+    assert found["self_paced"] == pytest.approx(explained(data, SELF_PACED, SPILLOVER), rel=1e-2)
+
+
+def test_explained_is_the_share_of_what_the_baseline_leaves():
+    rng = np.random.default_rng(1)
+    data = {name: rng.normal(size=200) for name in (*BASELINE, "pred", "noise")}
+    data["y"] = data["length"] * data["Subtlex_log10"] + data["pred"] + data["noise"]
+    # By the normal equations, uncentred: 1 - RSS / RSS of the baseline.
+    x = [data[name] for name in BASELINE]
+    design = np.stack([np.ones(200), *x, x[0] * x[1], x[0] * x[2], x[1] * x[2], data["pred"]], 1)
+    left = [
+        data["y"] @ data["y"] - data["y"] @ d @ np.linalg.solve(d.T @ d, d.T @ data["y"])
+        for d in (design, design[:, :-1])
+    ]
+    assert explained(data, "y", BASELINE) == pytest.approx(100 * (1 - left[0] / left[1]))
+    assert 35 < explained(data, "y", BASELINE) < 65
+
+
+def test_a_reading_file_of_another_kind_is_named(student, tokenizer, tmp_path):
+    with pytest.raises(UserError, match="not BabyLM's reading_data"):
+        evaluate_reading(student, tokenizer, write_csv(tmp_path / "a.csv", [{"item": "a", "word": "b"}]))
+    with pytest.raises(UserError, match="cannot read"):
+        evaluate_reading(student, tokenizer, tmp_path / "nothing.csv")
+
+
+# ---- bits a byte, stories, intervals --------------------------------------------------------------------------------
+
+
+def test_bits_a_byte_of_a_uniform_student(student, tokenizer, tmp_path):
+    with torch.no_grad():
+        student.wte.weight.zero_()  # every token as likely
+    (tmp_path / "a.txt").write_text("\n\n".join(tiny_stories(8)))
+    found = bits_per_byte(student, tokenizer, open_corpus([str(tmp_path / "a.txt")]))
+    ids = [[*tokenizer.encode(story), tokenizer.eos] for story in tiny_stories(8)]
+    stream, context = [id for each in ids for id in each], student.config.context
+    pieces = [stream[i : i + context] for i in range(0, len(stream) - 1, context - 1)]
+    counted = [id for piece in pieces for id in piece[1:]]
+    assert len(counted) == len(stream) - 1  # every token once but the very first
+    bits = len(counted) * math.log2(tokenizer.vocab_size) / sum(len(tokenizer.token_bytes[id]) for id in counted)
+    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5) and found["ci"][0] <= bits <= found["ci"][1]
+
+
+def test_self_bleu_by_hand():
+    same = "the cat sat on the mat"
+    assert self_bleu([same, same, same]) == pytest.approx(1)
+    assert self_bleu([same]) is None and self_bleu(["a b", same]) is None
+    # "a b c d" in "a b c d e": precisions 1, brevity exp(1 - 5 / 4). The other way: 4/5, 3/4, 2/3, 1/2, no brevity.
+    expected = (math.exp(-1 / 4) + (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25) / 2
+    assert self_bleu(["a b c d", "a b c d e"]) == pytest.approx(expected)
+    # A count is clipped at the most in any one other text; no match counts as 0.1.
+    expected = (math.exp(0.25 * sum(math.log(p) for p in (1 / 4, 0.1 / 3, 0.1 / 2, 0.1))) +
+                math.exp(0.25 * sum(math.log(p) for p in (1 / 4, 0.1 / 3, 0.1 / 2, 0.1)))) / 2  # fmt: skip
+    assert self_bleu(["a a a a", "a b c d"]) == pytest.approx(expected)
+
+
+def test_the_longest_phrase_shared_with_the_corpus(tmp_path):
+    (tmp_path / "a.txt").write_text("One two three four five.\n\nSix seven two three.")
+    corpus = open_corpus([str(tmp_path / "a.txt")])
+    texts = [
+        "so two three four again",
+        "five. Six",
+        "nothing",
+        "",
+        "Six seven two three. four",
+        "three three two three",
+    ]
+    assert longest_shared(texts, corpus) == [3, 1, 0, 0, 4, 2]
+
+
+def test_story_measures(student, tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(tiny_stories(20)))
+    asked = []
+
+    def grade(opening, stories):
+        asked.append((opening, len(stories)))
+        return [{"readability": 1, "coherence": i % 2, "creativity": 0} if i else None for i in range(len(stories))]
+
+    how = dict(openings=["Tom", "Mia had"], n_stories=9, max_new_tokens=12, seed=3)
+    found = story_measures(student, tokenizer, **how, grade=grade, corpus=open_corpus([str(tmp_path / "a.txt")]))
+    assert asked == [("Tom", 5), ("Mia had", 4)]
+    assert found["stories"] == 9 and found["unscored"] == 2
+    # Four and three scored: 1, 0, 1, 0 and 1, 0, 1 for coherence.
+    assert found["score_mean"] == pytest.approx(1 + 4 / 7) and found["coherence_mean"] == pytest.approx(4 / 7)
+    assert found["score_ci"][0] <= found["score_mean"] <= found["score_ci"][1]
+    assert 0 <= found["copied_share"] <= 1 and 0 <= found["ended_eos_share"] <= 1
+    plain = story_measures(student, tokenizer, **how)
+    assert (
+        all(plain[name] == found[name] for name in plain) and "score_mean" not in plain and "copied_share" not in plain
+    )
+    assert story_measures(student, tokenizer, **how | {"seed": 4})["entropy_per_word"] != plain["entropy_per_word"]
+    silent = story_measures(student, tokenizer, **how, grade=lambda opening, stories: [None] * len(stories))
+    assert silent["score_mean"] is None and silent["unscored"] == 9
+
+
+def test_intervals():
+    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)  # Newcombe 1998's formula by hand
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # his table I, method 3
+    low, high = weighted([(50, 100, 1.0)])
+    assert (low + high) / 2 == pytest.approx(0.5) and high - low == pytest.approx(
+        2 * 1.96 * math.sqrt(0.25 / 104), rel=1e-3
+    )
+    sample = np.random.default_rng(0).normal(size=400)
+    low, high = bootstrap(lambda rows: float(sample[rows].mean()), 400)
+    assert high - low == pytest.approx(2 * 1.96 * sample.std() / 20, rel=0.1) and low < sample.mean() < high
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda opening, stories: [{"humour": 2}] * len(stories))
+    run = tmp_path / "run" / "checkpoints"
+    for step, name in enumerate(("chck_1M", "chck_2M"), 1):
+        facts = {"words": step * 1_000_000}
+        checkpoint.save(run / name, student, tokenizer, facts=facts, state={}, counters={"step": step})
+    hf.write(tmp_path / "<b>theirs", student, tokenizer)
+    (tmp_path / "a.txt").write_text("\n\n".join(tiny_stories(8)))
+    tasks = {"blimp": write(tmp_path / "blimp.jsonl", BLIMP), "wug": write(tmp_path / "wug.jsonl", WUG)}
+    tasks |= {"entity-tracking": write(tmp_path / "regular.jsonl", ENTITIES)}
+    tasks |= {"reading": write_csv(tmp_path / "reading_data.csv", reading_rows())}
+    arguments = [str(run / "chck_1M"), str(run.parent), str(tmp_path / "<b>theirs")]
+    arguments += [word for task, path in tasks.items() for word in (f"--{task}", str(path))]
+    arguments += ["--corpus", str(tmp_path / "a.txt"), "--stories", "8", "--max-new-tokens", "8", "--device", "cpu"]
+    evaluate.main([*arguments, "--out", str(tmp_path / "out" / "report.json")])
+    records = json.loads((tmp_path / "out" / "report.json").read_text())["checkpoints"]
+    assert [(r["name"], r["words"]) for r in records] == [
+        ("run/chck_1M", 10**6), ("run/chck_2M", 2 * 10**6), ("<b>theirs", None)
+    ]  # fmt: skip
+    assert records[0]["blimp"] == records[2]["blimp"] and records[0]["stories"] == records[2]["stories"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "&lt;b&gt;theirs" in page and "<b>theirs" not in page and page.count("<svg") >= 5
+    said = capsys.readouterr().out
+    assert "BLiMP, %" in said and "run/chck_2M" in said and "bits a byte" in said
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    ([], "nothing to evaluate"),
+    (["--stories", "4", "--openings", "missing.txt"], "cannot read --openings"),
+    (["--blimp", "missing"], "neither a checkpoint nor a run"),
+    (["--blimp", "missing", "--out", "a.html"], "--out is the .json"),
+])  # fmt: skip
+def test_what_the_command_says_of_a_wrong_call(tmp_path, capsys, monkeypatch, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["nothing", "--device", "cpu", *arguments])
+    assert complaint in capsys.readouterr().err
+
+
+def test_distinct_ngrams_tell_collapse():
+    assert distinct_ngrams(["a b c d e", "f g h i"]) == 1.0
+    assert distinct_ngrams(["a b c d e"] * 4) == 0.25
+    assert distinct_ngrams(["a b", ""]) is None

@@ -1,0 +1,197 @@
+// The decoder against a plain double-precision loop over the stories that it wrote: the same numbers, the same bits in
+// any batch and on any number of threads, nothing written after a story's end.
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "cpu/engine.h"
+#include "harness.h"
+
+using namespace tinystory;
+
+constexpr int64_t kEos = 2;
+
+// A student's parameters, with the pointers to them that a decoder takes.
+struct Model {
+  std::vector<std::vector<float>> storage;
+  cpu::StudentWeights w;
+  unsigned seed = 1;
+
+  const float* random(int64_t n, float scale, float mean = 0) {
+    storage.push_back(normal(n, seed++, scale));
+    for (float& x : storage.back()) {
+      x += mean;
+      uint32_t bits;  // to bf16, so that both types of products read the same weights
+      std::memcpy(&bits, &x, 4);
+      bits &= 0xffff0000;
+      std::memcpy(&x, &bits, 4);
+    }
+    return storage.back().data();
+  }
+  cpu::StudentWeights::Affine norm(int64_t C) {
+    const float* weight = random(C, 0.1f, 1);
+    return {weight, random(C, 0.1f)};
+  }
+  cpu::StudentWeights::Affine linear(int64_t in, int64_t out) {
+    const float* weight = random(out * in, 0.15f);
+    return {weight, random(out, 0.1f)};
+  }
+
+  Model(int64_t layers, int64_t heads, int64_t C, int64_t V, int64_t context) {
+    w.heads = heads, w.C = C, w.V = V;
+    w.wte = random(V * C, 0.2f), w.wpe = random(context * C, 0.2f);
+    for (int64_t i = 0; i < layers; ++i)
+      w.blocks.push_back({.ln_1 = norm(C), .qkv = linear(C, 3 * C), .attn_proj = linear(C, C), .ln_2 = norm(C),
+                          .fc = linear(C, 4 * C), .mlp_proj = linear(4 * C, C)});
+    w.ln_f = norm(C), w.value = linear(C, 1);
+    for (int64_t c = 0; c < C; ++c) const_cast<float*>(w.ln_f.bias)[c] += w.wte[kEos * C + c];  // stories end early
+  }
+};
+
+using Row = std::vector<double>;
+
+Row layer_norm(const Row& x, const cpu::StudentWeights::Affine& a) {
+  double mean = 0, square = 0;
+  for (double v : x) mean += v / x.size();
+  for (double v : x) square += (v - mean) * (v - mean) / x.size();
+  Row out(x.size());
+  for (size_t c = 0; c < x.size(); ++c) out[c] = (x[c] - mean) / std::sqrt(square + 1e-5) * a.weight[c] + a.bias[c];
+  return out;
+}
+
+Row apply(const Row& x, const float* weight, const float* bias, int64_t out) {
+  Row y(out);
+  for (int64_t j = 0; j < out; ++j) {
+    y[j] = bias ? bias[j] : 0;
+    for (size_t c = 0; c < x.size(); ++c) y[j] += x[c] * weight[j * x.size() + c];
+  }
+  return y;
+}
+Row apply(const Row& x, const cpu::StudentWeights::Affine& a, int64_t out) { return apply(x, a.weight, a.bias, out); }
+
+void add(Row& to, const Row& x) {
+  for (size_t c = 0; c < x.size(); ++c) to[c] += x[c];
+}
+
+// After each token the logits (V), then the value.
+std::vector<Row> plain(const cpu::StudentWeights& w, const std::vector<int64_t>& tokens) {
+  const int64_t C = w.C, D = C / w.heads;
+  std::vector<std::vector<Row>> seen(w.blocks.size());  // [layer][position]: q, k and v
+  std::vector<Row> results;
+  for (size_t t = 0; t < tokens.size(); ++t) {
+    Row x(C);
+    for (int64_t c = 0; c < C; ++c) x[c] = double(w.wte[tokens[t] * C + c]) + w.wpe[t * C + c];
+    for (size_t layer = 0; layer < w.blocks.size(); ++layer) {
+      const auto& b = w.blocks[layer];
+      seen[layer].push_back(apply(layer_norm(x, b.ln_1), b.qkv, 3 * C));
+      Row mixed(C), inner;
+      for (int64_t h = 0; h < C; h += D) {
+        Row p;
+        double total = 0;
+        for (const Row& past : seen[layer]) {
+          double s = 0;
+          for (int64_t d = h; d < h + D; ++d) s += seen[layer][t][d] * past[C + d];
+          p.push_back(std::exp(s / std::sqrt(double(D))));
+          total += p.back();
+        }
+        for (size_t j = 0; j <= t; ++j)
+          for (int64_t d = h; d < h + D; ++d) mixed[d] += p[j] / total * seen[layer][j][2 * C + d];
+      }
+      add(x, apply(mixed, b.attn_proj, C));
+      inner = apply(layer_norm(x, b.ln_2), b.fc, 4 * C);
+      for (double& v : inner) v *= 0.5 * (1 + std::tanh(0.7978845608028654 * (v + 0.044715 * v * v * v)));
+      add(x, apply(inner, b.mlp_proj, C));
+    }
+    const Row last = layer_norm(x, w.ln_f);
+    results.push_back(apply(last, w.wte, nullptr, w.V));
+    results.back().push_back(apply(last, w.value, 1)[0]);
+  }
+  return results;
+}
+
+struct Written {
+  std::vector<int64_t> tokens;
+  std::vector<float> logprobs, values, entropies;
+  std::vector<int64_t> length;
+};
+
+template <int kThreads>
+cpu::Threads threads() {
+  return {kThreads, [](const char*, int64_t items, const std::function<void(int64_t, int64_t)>& f) {
+            parallel(items, kThreads, f);
+          }};
+}
+
+Written write(const Model& m, DType type, cpu::Threads threads, const std::vector<int64_t>& prompt, int64_t first,
+              int64_t count, int64_t max_new) {
+  const size_t n = count * max_new;
+  Written out{std::vector<int64_t>(n, -7), std::vector<float>(n, -7), std::vector<float>(n, -7),
+              std::vector<float>(n, -7), std::vector<int64_t>(count)};
+  const auto decoder = cpu::make_decoder(type, m.w, threads);
+  decoder->start({.prompt = prompt.data(), .prompt_length = int64_t(prompt.size()), .count = count, .max_new = max_new,
+                  .eos = kEos, .seed = 11, .first_row = first, .temperature = 0.9, .top_k = 0, .top_p = 1,
+                  .tokens = out.tokens.data(), .logprobs = out.logprobs.data(), .values = out.values.data(),
+                  .entropies = out.entropies.data()});
+  int64_t ended = 0;
+  for (int64_t t = 1; ended < count; ++t)
+    for (int64_t slot : decoder->step()) out.length[slot] = t, ++ended;
+  CHECK(decoder->step().empty());
+  return out;
+}
+
+void test(const Model& m, DType type, const std::vector<int64_t>& prompt, int64_t count, int64_t max_new) {
+  const Written all = write(m, type, threads<3>(), prompt, 100, count, max_new);
+  // Of bf16 only the rounding of activations and cache is left to see.
+  const double tolerance = type == DType::bf16 ? 0.15 : 2e-4;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = all.length[i], at = i * max_new;
+    std::vector<int64_t> story = prompt;
+    story.insert(story.end(), &all.tokens[at], &all.tokens[at] + n - 1);
+    const std::vector<Row> rows = plain(m.w, story);
+    for (int64_t t = 0; t < max_new; ++t) {
+      if (t >= n) {
+        CHECK(all.tokens[at + t] == -7 && all.logprobs[at + t] == -7, "story %ld goes on after its end", long(i));
+        continue;
+      }
+      const bool last = all.tokens[at + t] == kEos || t + 1 == max_new;
+      CHECK(last == (t + 1 == n), "story %ld ends at %ld", long(i), long(n));
+      const Row& row = rows[prompt.size() - 1 + t];
+      double total = 0, entropy = 0;
+      for (int64_t v = 0; v < m.w.V; ++v) total += std::exp(row[v] / 0.9);
+      for (int64_t v = 0; v < m.w.V; ++v) {
+        const double log_p = row[v] / 0.9 - std::log(total);
+        entropy -= std::exp(log_p) * log_p;
+        if (v != all.tokens[at + t]) continue;
+        CHECK(std::fabs(log_p - all.logprobs[at + t]) < tolerance, "%g %g", log_p, all.logprobs[at + t]);
+      }
+      CHECK(std::fabs(entropy - all.entropies[at + t]) < tolerance, "%g %g", entropy, all.entropies[at + t]);
+      CHECK(std::fabs(row[m.w.V] - all.values[at + t]) < tolerance, "%g %g", row[m.w.V], all.values[at + t]);
+    }
+  }
+  const int64_t third = count / 3;
+  const Written part = write(m, type, threads<1>(), prompt, 100 + third, count - third, max_new);
+  CHECK(std::equal(part.tokens.begin(), part.tokens.end(), all.tokens.begin() + third * max_new));
+  CHECK(std::equal(part.logprobs.begin(), part.logprobs.end(), all.logprobs.begin() + third * max_new));
+  CHECK(std::equal(part.values.begin(), part.values.end(), all.values.begin() + third * max_new));
+  CHECK(std::equal(part.entropies.begin(), part.entropies.end(), all.entropies.begin() + third * max_new));
+}
+
+int main() {
+  const Model narrow(2, 3, 48, 70, 64), wide(1, 1, 160, 131, 64);
+  std::vector<DType> types{DType::f32};
+  if (cpu::decoder_has_bf16()) types.push_back(DType::bf16);
+  for (DType type : types) {
+    test(narrow, type, {5, 6, 7, 8}, 13, 20);
+    test(narrow, type, {5}, 1, 1);
+    test(narrow, type, std::vector<int64_t>(33, 9), 5, 17);
+    test(wide, type, {5, 64, 130}, 7, 18);
+  }
+  Model broken(1, 1, 64, 65, 8);
+  const_cast<float*>(broken.w.ln_f.bias)[3] = NAN;
+  try {
+    write(broken, DType::f32, threads<2>(), {1}, 40, 2, 3);
+    CHECK(false, "NaN was drawn from");
+  } catch (const std::runtime_error& error) {
+    CHECK(std::strstr(error.what(), "story 40 at token 0"), "%s", error.what());
+  }
+}

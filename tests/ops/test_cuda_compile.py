@@ -1,0 +1,122 @@
+"""Every CUDA kernel compiles for sm_80 and sm_90 without warnings, spills or local memory, into the instructions meant.
+
+Needs nvcc but no card; the last test also needs cuobjdump, which CUDA's toolkit and the wheels of triton and
+nvidia-cuda-cuobjdump carry.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import site
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+SOURCES = sorted(CUDA.glob("*.cu"))
+ARCHITECTURES = ("sm_80", "sm_90")
+
+
+def find_tool(name: str) -> str | None:
+    """The tool on PATH, in CUDA_HOME, or in a wheel beside this Python."""
+    places = [Path(os.environ["CUDA_HOME"], "bin")] if "CUDA_HOME" in os.environ else []
+    for packages in map(Path, site.getsitepackages()):
+        places += [*packages.glob("nvidia/*/bin"), packages / "triton/backends/nvidia/bin"]
+    return shutil.which(name) or next((found for place in places if (found := shutil.which(name, path=place))), None)
+
+
+NVCC = find_tool("nvcc")
+CUOBJDUMP = find_tool("cuobjdump")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: the CUDA kernels are not compiled here")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str  # mangled
+    arch: str
+    registers: int
+    stack: int
+    spilled: int
+
+
+def compile_source(source: Path, out: Path) -> tuple[Path, str]:
+    targets = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHITECTURES]
+    strict = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
+    built = out / f"{source.stem}.o"
+    command = [NVCC, "-std=c++20", "-O3", *targets, *strict, "-Xptxas", "-v", "-c", source, "-o", built]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, f"{source.name}:\n{result.stderr}"
+    return built, result.stderr
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[str, tuple[Path, str]]:
+    out = tmp_path_factory.mktemp("cuda")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(lambda source: compile_source(source, out), SOURCES)
+        return {source.stem: result for source, result in zip(SOURCES, results, strict=True)}
+
+
+def read_ptxas(log: str) -> list[Kernel]:
+    entry = re.compile(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
+        r".*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    return [Kernel(n, a, int(r), int(stack), int(spill)) for n, a, stack, spill, r in entry.findall(log)]
+
+
+def test_every_kernel_is_compiled_for_every_architecture(compiled):
+    counts = {name: len(read_ptxas(log)) for name, (_, log) in compiled.items()}
+    # 3 dtypes x 3 head sizes, or 3 dtypes, times the kernels in the file, times the architectures.
+    assert counts == {
+        "attention_forward": 9 * 2,
+        "attention_backward": 9 * 2 * 2,
+        "attention_decode": 9 * 2 * 2,
+        "sampling": 3 * 2,
+        "token_logprob": 3 * 2 * 2,
+    }
+
+
+def test_no_kernel_spills_or_uses_local_memory(compiled):
+    kernels = [k for _, log in compiled.values() for k in read_ptxas(log)]
+    assert [k for k in kernels if k.stack or k.spilled] == []
+
+
+def read_sass(built: Path) -> dict[tuple[str, str], list[str]]:
+    """Instructions of each kernel, by architecture and mangled name."""
+    text = subprocess.run([CUOBJDUMP, "-sass", str(built)], capture_output=True, text=True, check=True).stdout
+    functions: dict[tuple[str, str], list[str]] = {}
+    arch, instructions = "", []
+    for line in text.splitlines():
+        if found := re.search(r"arch = (\w+)", line):
+            arch = found[1]
+        elif found := re.search(r"Function : (\w+)", line):
+            instructions = functions.setdefault((arch, found[1]), [])
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", line):
+            instructions.append(found[1])
+    return functions
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump: the machine code is not looked at")
+def test_machine_code_has_the_instructions_meant(compiled):
+    seen = 0
+    for name, (built, _) in compiled.items():
+        for (arch, kernel), instructions in read_sass(built).items():
+            has = set(instructions)
+            where = f"{name} {arch} {kernel}"
+            assert not {i for i in has if i.startswith(("LDL", "STL"))}, where
+            if name in ("attention_forward", "attention_backward"):
+                assert {"LDGSTS.E.BYPASS.128", "STG.E.128"} <= has, where
+                half = "f16E" in kernel  # bf16 or f16
+                assert half == any(i.startswith("HMMA.16816.F32") for i in has), where
+                assert half == any(i.startswith("LDSM.16") for i in has), where
+            elif "merge_kernel" not in kernel:
+                assert any(i.startswith("LDG.E.128") for i in has), where
+            seen += 1
+    assert seen == sum(len(read_ptxas(log)) for _, log in compiled.values())

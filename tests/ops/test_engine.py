@@ -1,0 +1,207 @@
+"""The compiled decoder against the plain loop, and against the student's own forward pass."""
+
+import threading
+
+import pytest
+import torch
+
+from tinystory.ops.engine import Decoder
+from tinystory.student.generate import compiled_steps, student_steps
+from tinystory.student.model import Student, StudentConfig, ValueHead
+
+CPU = torch.device("cpu")
+EOS = 2
+NO_BF16 = pytest.mark.skipif(not Decoder.runs(CPU, torch.bfloat16), reason="no bfloat16 products on this processor")
+TYPES = [torch.float32, pytest.param(torch.bfloat16, marks=NO_BF16)]
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    if not Decoder.runs(CPU, torch.float32):
+        pytest.skip("the kernels are not compiled")
+
+
+def make(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=320, end=0.0):
+    """A student far enough from zero that every path matters, and that ends its stories sooner with a higher `end`."""
+    torch.manual_seed(n_layer * n_embd + vocab_size)
+    student = Student(StudentConfig(n_layer, n_head, n_embd, context, vocab_size))
+    head = ValueHead(n_embd)
+    for p in [*student.parameters(), *head.parameters()]:
+        torch.nn.init.normal_(p, std=0.2) if p.dim() >= 2 else torch.nn.init.normal_(p, mean=float(p[0] == 1), std=0.1)
+    with torch.no_grad():
+        student.ln_f.bias += end * student.wte.weight[EOS]
+    return student, head
+
+
+def write(steps, student, head, dtype=torch.float32, prompt=(5, 6, 7, 8, 9), **how):
+    """All stories: their outputs, and the step at which each ended."""
+    how = dict(count=24, max_new_tokens=30, eos=EOS, first_row=0, seed=7, temperature=1.0, top_k=0, top_p=1.0) | how
+    last = [-1] * how["count"]
+    with torch.no_grad(), torch.autocast("cpu", enabled=dtype != torch.float32):
+        for t, step in enumerate(steps(student, head, torch.tensor(prompt), dtype, **how)):
+            outputs, ended = step
+            for row in ended:
+                assert last[row] == -1
+                last[row] = t
+    return outputs, torch.tensor(last)
+
+
+@torch.no_grad()
+def read_again(student, head, prompt, outputs, temperature):
+    """Log-probs, values and entropies that the student's forward pass gives the same tokens."""
+    tokens = outputs[0]
+    whole = torch.cat([torch.tensor(prompt).expand(len(tokens), -1), tokens], 1)[:, :-1]
+    hidden = student.hidden(whole)[:, len(prompt) - 1 :]
+    log_p = (student.logits(hidden).double() / temperature).log_softmax(-1)
+    return log_p.gather(2, tokens[..., None])[..., 0], head(hidden).float(), -(log_p.exp() * log_p).sum(-1)
+
+
+# Widths that are not whole panels of 64 columns, head sizes of 16 and of 5 vectors, batches beyond and below a tile of
+# 6 rows, prompts and stories of one token and across blocks of 16 positions.
+SHAPES = [
+    dict(),
+    dict(n_layer=3, n_head=3, n_embd=48, vocab_size=301),
+    dict(n_layer=1, n_head=2, n_embd=160, vocab_size=65),
+    dict(n_layer=1, n_head=1, n_embd=256, vocab_size=2500),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(),
+        dict(count=1, prompt=(5,), max_new_tokens=1),
+        dict(count=7, prompt=tuple(range(10, 43)), max_new_tokens=20),
+        dict(count=5, top_k=7, top_p=0.8, temperature=0.7, first_row=10**12, seed=-3),
+    ],
+    ids=str,
+)
+def test_stories_are_those_of_the_plain_loop(shape, how):
+    student, head = make(**shape, end=1.0)
+    ours, last = write(compiled_steps, student, head, **how)
+    plain, plain_last = write(student_steps, student, head, **how)
+    assert torch.equal(last, plain_last)
+    assert torch.equal(ours[0], plain[0])
+    for column, same in zip(ours[1:], plain[1:], strict=True):
+        torch.testing.assert_close(column, same, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_numbers_are_those_of_the_forward_pass(dtype, temperature):
+    """The draw is of the distribution that PPO reads again. bfloat16 is no further from float32 than PyTorch's own."""
+    student, head = make(n_layer=4, n_head=4, n_embd=128, vocab_size=500, end=0.5)
+    prompt = (5, 6, 7)
+    outputs, last = write(compiled_steps, student, head, dtype, prompt, count=40, temperature=temperature)
+    mask = torch.arange(30) <= last[:, None]
+    exact = read_again(student, head, prompt, outputs, temperature)
+    with torch.autocast("cpu"):
+        lower = read_again(student, head, prompt, outputs, temperature)
+    for column, truth, low in zip(outputs[1:], exact, lower, strict=True):
+        error, theirs = (column - truth)[mask], (low - truth)[mask]
+        bound = 1e-4 * max(1, truth.abs().max()) if dtype == torch.float32 else 1.5 * theirs.abs().max()
+        assert error.abs().max() < bound
+        assert error.mean().abs() < bound / 10  # rounding leans neither way
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_story_is_the_same_to_the_bit_in_any_batch_and_on_any_threads(dtype):
+    student, head = make(n_layer=2, n_head=3, n_embd=144, vocab_size=700, end=1.2)
+    together, last = write(compiled_steps, student, head, dtype, count=50)
+    assert len(set(last.tolist())) > 3  # the batch shrank many times
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for first, count in ((0, 50), (0, 1), (13, 1), (20, 7), (49, 1)):
+            part, _ = write(compiled_steps, student, head, dtype, count=count, first_row=first)
+            for column, whole in zip(part, together, strict=True):
+                assert torch.equal(column, whole[first : first + count])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_nothing_is_written_after_a_story_has_ended():
+    student, head = make(end=1.5)
+    outputs, last = write(compiled_steps, student, head)
+    assert set(last.tolist()) - {29}
+    beyond = torch.arange(30) > last[:, None]
+    assert all((column[beyond] == 0).all() for column in outputs)
+    assert (outputs[0][~beyond] == EOS).sum() == (outputs[0].gather(1, last[:, None]) == EOS).sum()
+
+
+def test_without_a_value_head_values_are_zero():
+    student, head = make()
+    ours, _ = write(compiled_steps, student, head)
+    bare, _ = write(compiled_steps, student, None)
+    assert torch.equal(ours[0], bare[0]) and (bare[2] == 0).all() and (ours[2] != 0).any()
+
+
+def test_a_decoder_starts_again_and_agrees_with_itself():
+    student, head = make()
+    decoder = Decoder([*student.parameters(), *head.parameters()], 2)
+    runs = []
+    for count, prompt in ((3, [5, 6]), (24, [9, 8, 7]), (3, [5, 6])):
+        tokens, *_ = decoder.start(torch.tensor(prompt), count=count, max_new_tokens=12, eos=-1, seed=1)
+        for _ in range(12):
+            ended = decoder.step()
+        assert ended == list(range(count)) and decoder.step() == []
+        runs.append(tokens)
+    assert torch.equal(runs[0], runs[2])
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    student, head = make()
+    with torch.no_grad():
+        student.ln_f.bias[3] = float("nan")
+    with pytest.raises(RuntimeError, match="story 4 at token 0 are not finite"):
+        write(compiled_steps, student, head, first_row=4)
+
+
+def test_what_does_not_fit_is_an_error():
+    student, _ = make()
+    parameters = list(student.parameters())
+    with pytest.raises(RuntimeError, match="12 parameters a block"):
+        Decoder(parameters[:-1], 2)
+    with pytest.raises(RuntimeError, match="parameter 4 must be contiguous float32"):
+        Decoder([*parameters[:4], parameters[4].T, *parameters[5:]], 2)
+    with pytest.raises(RuntimeError, match="multiple of 16"):
+        Decoder(parameters, 8)
+    decoder = Decoder(parameters, 2)
+    with pytest.raises(RuntimeError, match="call start first"):
+        decoder.step()
+    how = dict(count=2, max_new_tokens=5, eos=EOS, seed=0)
+    for wrong in (
+        dict(prompt=[]), dict(prompt=[320]), dict(prompt=[-1]), dict(prompt=[1] * 60), dict(count=0),
+        dict(max_new_tokens=0), dict(temperature=0.0), dict(top_p=0.0), dict(top_k=-1),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=r"Decoder\.start"):
+            decoder.start(torch.tensor(wrong.pop("prompt", [5]), dtype=torch.int64), **how | wrong)
+
+
+def test_other_threads_run_while_a_step_does():
+    """The teacher's client talks while stories are being written."""
+    student, _ = make(n_layer=8, n_head=4, n_embd=256, vocab_size=4000)
+    decoder = Decoder([*student.parameters()], 4)
+    decoder.start(torch.tensor([5]), count=200, max_new_tokens=40, eos=-1, seed=0)
+    ticks, stop = [0], threading.Event()
+
+    def tick():
+        while not stop.wait(0.0005):
+            ticks[0] += 1
+
+    other = threading.Thread(target=tick)
+    other.start()
+    most = 0
+    for _ in range(5):
+        before = ticks[0]
+        decoder.step()
+        most = max(most, ticks[0] - before)
+    stop.set()
+    other.join()
+    assert most > 0
+
+
+def test_the_decoder_says_what_it_cannot_run():
+    assert not Decoder.runs(torch.device("cuda"), torch.float32)
+    assert not Decoder.runs(CPU, torch.float16)

@@ -1,0 +1,228 @@
+"""The CUDA kernels on a card. Most of these are the CPU's own tests, run with tensors that are made on the GPU.
+
+pytest -m gpu
+"""
+
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import SHORT, SMALL, metrics
+from test_attention import (  # noqa: F401
+    test_decode_within_twice_pytorchs_error,
+    test_dropout_forward_and_backward_draw_the_definitions_mask,
+    test_dropout_leaves_the_mean_alone,
+    test_large_scores_do_not_overflow_and_masked_values_do_not_leak,
+    test_opcheck,
+    test_output_and_gradients_within_twice_pytorchs_error,
+)
+from test_logprob import (  # noqa: F401
+    test_autocast_multiplies_in_bfloat16_and_keeps_the_weight_gradient_wide,
+    test_cross_entropy,
+    test_degenerate_sizes_and_several_chunks,
+    test_opcheck_and_compile,
+    test_values_and_gradients_of_both_outputs,
+)
+from test_sample import (  # noqa: F401
+    test_a_large_vocabulary,
+    test_frequencies_are_the_probabilities,
+    test_the_draw_depends_on_nothing_but_seed_row_step_and_logits,
+    test_the_kernel_draws_what_the_definition_draws,
+    test_top_k_and_top_p_sets_are_exact,
+)
+from test_sample import test_opcheck as test_opcheck_of_sample  # noqa: F401
+from test_student import test_reading_and_writing_agree  # noqa: F401
+
+import train_interact as interact
+import train_pretrain as pretrain
+from tinystory import ops
+from tinystory.student.generate import TokenStep, generate
+from tinystory.student.model import ValueHead
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device: the CUDA kernels are not run on a card here", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_card():
+    with torch.device("cuda"):
+        yield
+
+
+def problems():
+    """Every op with inputs that are large enough to need many blocks: name -> (function of a leaf, leaf)."""
+    torch.manual_seed(0)
+    weight, targets, rows = torch.randn(5000, 64), torch.randint(5000, (3000,)), torch.arange(300)
+    prefix, cache, lengths = torch.randn(40, 2, 8, 64), torch.randn(300, 90, 2, 8, 64), torch.randint(90, (300,))
+    return {
+        "causal_attention": (lambda x: ops.causal_attention(x, 0.1, 5), torch.randn(4, 300, 3, 8, 64)),
+        "token_logprob": (lambda x: sum(ops.token_logprob(x, weight, targets)), torch.randn(3000, 64)),
+        "cross_entropy": (lambda x: ops.cross_entropy(x, weight, targets), torch.randn(3000, 64)),
+        "decode_attention": (
+            lambda x: ops.decode_attention(x, prefix, cache.clone(), lengths),
+            torch.randn(300, 3, 8, 64),
+        ),
+        "sample": (lambda x: ops.sample(x, seed=1, rows=rows, step=2, top_p=0.9)[1], torch.randn(300, 20_000)),
+    }
+
+
+NAMES = ["causal_attention", "token_logprob", "cross_entropy", "decode_attention", "sample"]
+
+
+def run(f, x):
+    """Output, and the gradient of its sum if it has one."""
+    x = x.clone().requires_grad_()
+    out = f(x)
+    return [out.detach(), *(torch.autograd.grad(out.sum(), x) if out.requires_grad else ())]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_bits_in_every_run(name):
+    f, x = problems()[name]
+    first = run(f, x)
+    for _ in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(f, x), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stream_that_is_not_the_default_one(name):
+    """The op must wait for what its stream does first: a pause, then the input's true values."""
+    f, x = problems()[name]
+    want, stream, late = run(f, x), torch.cuda.Stream(), torch.full_like(x, 0.25)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x)
+        got = run(f, late)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_on_a_device_that_is_not_the_current_one(name):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device: the device guard is not tested")
+    f, x = problems()[name]
+    want = run(f, x)
+    with torch.device("cuda:1"):
+        torch.manual_seed(0)
+        f, x = problems()[name]
+        got = run(f, x)
+    assert torch.cuda.current_device() == 0 and all(t.device.index == 1 for t in got)
+    assert [t.shape for t in got] == [t.shape for t in want] and all(t.isfinite().all() for t in got)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"top_k": 40}, {"top_p": 0.9}, {"top_k": 9, "top_p": 0.5}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_draw_is_the_same_on_the_cpu_and_on_the_gpu(options, dtype):
+    logits, rows, steps = (torch.randn(500, 16_000) * 3).to(dtype), torch.randperm(10_000)[:500], torch.arange(500)
+    here = ops.sample(logits, seed=11, rows=rows, step=steps, **options)
+    there = ops.sample(logits.cpu(), seed=11, rows=rows.cpu(), step=steps.cpu(), **options)
+    assert torch.equal(here[0].cpu(), there[0])
+    for a, b in zip(here[1:], there[1:], strict=True):
+        torch.testing.assert_close(a.cpu(), b, atol=2e-5, rtol=1e-5)
+
+
+def test_a_row_that_cannot_be_drawn_from_is_named_when_tokens_are_read():
+    for value, words in ((float("nan"), "NaN or"), (float("inf"), "inf"), (-float("inf"), "-inf throughout")):
+        logits, rows = torch.randn(3, 40), torch.tensor([7, 8, 9])
+        logits[1] = value
+        tokens = ops.sample(logits, seed=0, rows=rows, step=0)[0]
+        assert (tokens[[0, 2]] >= 0).all()
+        with pytest.raises(RuntimeError, match=f"logits row 1 .id 8. .*{words}"):
+            ops.require_drawn(tokens, rows)
+
+
+def test_what_is_not_supported_is_an_error_that_names_the_argument():
+    hidden, weight, targets = torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(4, dtype=torch.int64)
+    for call, words in [
+        (lambda: ops.causal_attention(torch.zeros(1, 4, 3, 2, 96)), "qkv's head size D must be 32, 64 or 128 on CUDA"),
+        (
+            lambda: ops.causal_attention(torch.zeros(1, 4, 3, 2, 32).double()),
+            "qkv must be float32, bfloat16 or float16",
+        ),
+        (lambda: ops.causal_attention(torch.zeros(385)[1:].view(1, 2, 3, 2, 32)), "qkv must begin at a multiple of 16"),
+        (lambda: ops.token_logprob(hidden.double(), weight.double(), targets), "hidden must be float32, bfloat16 or"),
+        (lambda: ops.token_logprob(hidden, weight.cpu(), targets), "weight is on cpu but hidden is on cuda"),
+        (lambda: ops.token_logprob(hidden, weight, targets.cpu()), "targets is on cpu"),
+        (lambda: ops.sample(hidden, seed=0, rows=targets.cpu(), step=targets), "rows is on cpu"),
+    ]:
+        with pytest.raises(RuntimeError, match=words):
+            call()
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        ("ops.token_logprob(torch.zeros(2, 8), torch.zeros(9, 8), torch.tensor([0, 9]))", "an entry of targets"),
+        (
+            "ops.decode_attention(torch.zeros(1, 3, 1, 32), torch.zeros(0, 2, 1, 32),"
+            " torch.zeros(1, 4, 2, 1, 32), torch.tensor([4]))",
+            "an entry of lengths",
+        ),
+    ],
+)
+def test_what_only_the_device_sees_is_an_assertion_that_names_the_argument(call, words):
+    """In a process of its own: an assertion ends every use of the card there."""
+    code = (
+        f"import torch; from tinystory import ops; torch.set_default_device('cuda'); {call}; torch.cuda.synchronize()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and words in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ends_early", [False, True])
+def test_stories_from_graphs_are_those_of_plain_calls(request, tokenizer, monkeypatch, ends_early, dtype):
+    """To the bit, also when the weights have changed since the last rollout; one capture a size of the batch."""
+    with torch.device("cpu"):  # whose random weights end as many stories as this counts on
+        student = request.getfixturevalue("student").to("cuda")
+    head, sizes, capture = ValueHead(64), [], TokenStep.capture
+    monkeypatch.setattr(TokenStep, "capture", lambda step: (sizes.append(len(step.at)), capture(step)))
+    torch.nn.init.normal_(head.linear.weight)
+    with torch.no_grad():
+        student.ln_f.bias += 2.4 * ends_early * student.wte.weight[tokenizer.eos]
+
+    def write():
+        how = dict(count=200, first_index=0, max_new_tokens=30, seed=1)
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            return generate(student, head, tokenizer, "Once upon a time,", **how)
+
+    before = None
+    for _ in range(3):
+        sizes.clear()
+        stories = write()
+        assert sizes[0] == 200 and (len(sizes) > 1) == ends_early
+        assert all(smaller <= larger // 2 for larger, smaller in pairwise(sizes))
+        with monkeypatch.context() as patch:
+            patch.setattr(TokenStep, "advance", TokenStep.run)
+            for story, plain in zip(stories, write(), strict=True):
+                assert (story.index, story.text, story.ended) == (plain.index, plain.text, plain.ended)
+                for column in ("tokens", "logprobs", "values", "entropies"):
+                    assert torch.equal(getattr(story, column), getattr(plain, column))
+        texts = [story.text for story in stories]
+        assert texts != before
+        before = texts
+        with torch.no_grad():
+            for p in [*student.parameters(), *head.parameters()]:
+                p += 0.05 * p.std(correction=0) * torch.randn_like(p)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pretraining_and_interaction_run(place, tmp_path, dtype):
+    """Both commands, on the card from end to end; the loss falls, and the trainer rereads what the sampler saw."""
+    card = ["--device", "cuda", "--dtype", dtype]
+    with torch.device("cpu"):
+        corpus = ["--corpus", str(place / "corpus.txt"), "--words", "6000"]
+        pretrain.main([*corpus, "--out", str(tmp_path / "p"), *SMALL, *card])
+        reward = ["--reward", f"{place / 'reward.py'}:score"]
+        interact.main(["--init", str(tmp_path / "p"), "--out", str(tmp_path / "i"), *reward, *SHORT, *card])
+    losses = [m["loss"] for m in metrics(tmp_path / "p")]
+    assert losses[-1] < losses[0] - 0.3
+    steps = metrics(tmp_path / "i")
+    assert len(steps) == 4 and all(m["ratio_error"] < (1e-3 if dtype == "float32" else 0.2) for m in steps)

@@ -1,0 +1,391 @@
+"""The report: right numbers, whatever a model wrote kept as text, small and streaming however long the run."""
+
+import math
+import random
+import re
+import weakref
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinystory.errors import UserError
+from tinystory.report.plots import (
+    Line,
+    chart,
+    histogram,
+    number,
+    rolling,
+    standalone,
+    text_curve,
+    thin,
+    tick_names,
+    ticks,
+)
+from tinystory.report.run import PICKED, Picked, Top, histograms, write_report
+from tinystory.runlog import RunLog
+
+CRITERIA = ("readability", "coherence", "creativity")
+EVIL = "</p></article><script>alert(1)</script><img src=x onerror=y>&lt;\x00\x1b[31m\u202e\ud800 {name} %s"
+VOID = {"meta", "path", "rect", "circle"}
+
+
+def story(step, index, reward=0.5, **other):
+    record = {
+        "step": step,
+        "index": index,
+        "opening": "Once upon a time,",
+        "story": f"a cat ran {step} {index}.",
+        "reply": "2 1 2",
+        "scores": {"readability": 2, "coherence": 1, "creativity": 2},
+        "reward": reward,
+        "words": 5,
+        "ended": "eos",
+    }
+    return record | other
+
+
+def interaction_run(folder, steps=20, stories=()):
+    with RunLog(folder, resume_step=None) as log:
+        log.config({"teacher_url": "http://127.0.0.1:9/v1", "note": EVIL, "device": "cpu"})
+        for step in range(1, steps + 1):
+            log.metrics(
+                step=step,
+                reward_mean=step / 100,
+                readability_mean=1 + step / 100,
+                coherence_mean=1.5,
+                creativity_mean=2.0,
+                kl=None if step == 3 else step * 0.1,
+                kl_coef=0.2,
+                entropy=math.nan,
+                words_in=100 * step,
+                words_out=50 * step,
+                unscored=2,
+                rollout_s=1.0,
+                teacher_s=2.0,
+                update_s=1.0,
+            )
+        if stories:
+            log.stories(stories)
+
+
+class Page(HTMLParser):
+    """Every tag, attribute and text of a page; fails on tags that do not nest."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.open = set(), [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+        self.text = " ".join("".join(self.texts).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += attributes
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.texts.append(data)
+
+
+def check_self_contained(page):
+    assert not page.tags & {
+        "script",
+        "img",
+        "link",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+        "audio",
+        "video",
+        "use",
+    }
+    names = {name for name, _ in page.attributes}
+    assert not names & {"src", "href", "xlink:href", "srcset", "action"} and not any(n.startswith("on") for n in names)
+    assert not any("url(" in (value or "") for _, value in page.attributes)
+
+
+def test_headline_is_the_mean_of_five_steps_at_each_end(tmp_path):
+    interaction_run(tmp_path, 20, [story(step, 0) for step in range(1, 21)])
+    text = Page(write_report(tmp_path)).text
+    assert "Mean reward0.03 → 0.18first 5 steps → last 5" in text
+    assert "Readability1.03 → 1.18" in text
+    assert "Words taken in2,0001,000 written" in text and "Unscored40" in text
+    assert "rollout 20 s, 25%teacher 40 s, 50%update 20 s, 25%" in text
+
+
+def test_what_models_and_servers_write_stays_text(tmp_path):
+    stories = [story(1, 0, story=EVIL, opening=EVIL), story(1, 1, reward=None, scores=None, reply=EVIL, story="x")]
+    interaction_run(tmp_path, 2, stories)
+    samples = [{"when": when, "index": 0, "scores": None, "reward": None} for when in ("before", "after")]
+    with RunLog(tmp_path, resume_step=2) as log:
+        log._append("samples.jsonl", [sample | {"opening": EVIL, "story": EVIL} for sample in samples])
+    path = write_report(tmp_path)
+    page = Page(path)
+    check_self_contained(page)
+    shown = "</p></article><script>alert(1)</script><img src=x onerror=y>&lt;"
+    # best and worst, unscored, its reply, two samples, and the option
+    assert page.text.count(shown) == 2 * 2 + 1 + 2 * 2 + 1
+    assert "default-src 'none'" in path.read_text() and "\x1b" not in path.read_text()
+
+
+def test_an_endless_story_does_not_make_an_endless_page(tmp_path):
+    interaction_run(tmp_path, 2, [story(1, index, story=f"{index} " + "la" * 10**6) for index in range(3)])
+    assert write_report(tmp_path).stat().st_size < 200_000
+
+
+def test_best_and_worst_are_the_best_and_worst():
+    random.seed(0)
+    records = [story(step, 0, reward=random.random()) for step in range(500)]
+    records += [story(step, 1, reward=None, scores=None) for step in range(10)]
+    random.shuffle(records)
+    picked = Picked(records)
+    ranked = sorted((each for each in records if each["reward"] is not None), key=lambda each: each["reward"])
+    assert picked.best == ranked[:-6:-1] and picked.worst == ranked[:5]
+    assert picked.scored == 500 and len(picked.unscored) == 3
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=40), st.randoms())
+def test_picked_stories_differ_and_do_not_depend_on_the_order(told, order):
+    """Few values and few texts, so that ties and repeats abound; a text always has the same value here."""
+    records = [
+        {"step": n, "index": 0, "opening": "", "story": str(text), "reward": text // 2}
+        for n, (_, text) in enumerate(told)
+    ]
+    top = Top(3)
+    for record in records:
+        top.offer(record["reward"], record)
+    kept = top.records()
+    texts = [record["story"] for record in kept]
+    assert len(set(texts)) == len(texts) == min(3, len({text for _, text in told}))
+    distinct = sorted({(text // 2, text) for _, text in told}, reverse=True)
+    assert [record["reward"] for record in kept] == [value for value, _ in distinct[:3]]
+
+
+def test_equals_favour_neither_the_early_nor_the_late():
+    steps = []
+    for run in range(200):
+        top = Top(PICKED)
+        for step in range(100):
+            top.offer(1.0, story(step + 1000 * run, 0))
+        steps += [record["step"] % 1000 for record in top.records()]
+    # 1000 draws from 0..99: the mean's standard error is 0.9.
+    assert abs(np.mean(steps) - 49.5) < 6
+
+
+def test_a_long_run_is_streamed():
+    class Record(dict):
+        """A dict that can be watched."""
+
+    alive = weakref.WeakSet()
+    most = 0
+
+    class Watched(Record):
+        __hash__ = object.__hash__
+
+    def stories():
+        nonlocal most
+        for n in range(3000):
+            record = Watched(story(n // 10, n % 10, reward=math.sin(n)))
+            alive.add(record)
+            most = max(most, len(alive))
+            yield record
+
+    Picked(stories())
+    assert most <= 2 * PICKED + 10
+
+
+def test_histograms_compare_the_first_tenth_with_the_last(tmp_path):
+    counts = {step: {each: [0, 0, 0, 0] for each in CRITERIA} for step in range(1, 31)}
+    for step, count in counts.items():
+        for each in CRITERIA:
+            count[each][0 if step <= 3 else 3 if step > 27 else 1] = 4
+    # In the first three steps every score is 0, in the last three every score is 3; the middle is not shown.
+    shares = re.findall(r"(\d+)%</text>", histograms(counts))
+    assert shares == ["100", "0", "0", "0", "0", "0", "0", "100"] * 3
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 7, 9, 400])
+@pytest.mark.parametrize("with_stories", [False, True])
+def test_a_run_of_any_length_gives_a_page(tmp_path, steps, with_stories):
+    stories = [story(step, 0) for step in range(1, steps + 1)] if with_stories else []
+    interaction_run(tmp_path, steps, stories)
+    path = write_report(tmp_path)
+    check_self_contained(page := Page(path))
+    assert not re.search(r"\bnan\b", path.read_text(), re.IGNORECASE) and "None" not in page.text
+    assert ("Best and worst" in page.text) == (with_stories and steps > 0)
+    before = path.read_bytes()
+    assert write_report(tmp_path).read_bytes() == before
+
+
+def test_a_callable_in_the_teachers_place_gives_rewards_without_scores(tmp_path):
+    with RunLog(tmp_path, resume_step=None) as log:
+        for step in range(1, 4):
+            log.metrics(step=step, reward_mean=step / 10, readability_mean=None, unscored=0)
+            log.stories([story(step, 0, reward=step / 10, scores=None, reply="")])
+    text = Page(write_report(tmp_path)).text
+    assert "Best and worst" in text and "What the teacher said" not in text and "without a score" not in text
+
+
+def test_pretraining(tmp_path):
+    with RunLog(tmp_path, resume_step=None) as log:
+        log.config({"corpus": ["builtin"], "device": "cpu"})
+        for step in range(1, 101):
+            log.metrics(
+                step=step,
+                words=step * 1000,
+                tokens=step * 1300,
+                loss=8 / step,
+                val_loss=8 / step if step % 50 == 0 or step == 1 else None,
+                val_bits_per_byte=None,
+                lr=1e-3,
+                grad_norm=1.0,
+                tokens_per_s=9000.0,
+            )
+    page = Page(write_report(tmp_path))
+    check_self_contained(page)
+    assert "Validation loss8.00 → 0.08" in page.text and "Words read100k130k tokens" in page.text
+    assert "Bits a byte" not in page.text and "val 0.08" in page.text
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+values = st.floats(-1e9, 1e9, allow_nan=False)
+
+
+@given(st.lists(st.none() | values, max_size=600), st.booleans(), st.text())
+def test_any_curve_is_well_formed_and_inside_its_frame(y, smooth, title):
+    title = "".join(c for c in title if c.isprintable())
+    drawing = chart(title, [Line(range(len(y)), y, smooth=smooth, name="<&>")])
+    if all(value is None for value in y):
+        assert drawing == ""
+        return
+    check_inside(drawing)
+
+
+def check_inside(drawing):
+    root = ElementTree.fromstring(standalone(drawing))
+    for path in root.iter("{http://www.w3.org/2000/svg}path"):
+        for pair in path.get("d").strip("MZ").split("L") if "H" not in path.get("d") else ():
+            a, b = map(float, pair.split(","))
+            assert 43 <= a <= 341 and 29 <= b <= 211
+
+
+def test_one_wild_step_neither_flattens_the_curve_nor_leaves_the_frame():
+    wild = [step / 200 + 1e6 * (step == 150) for step in range(200)]
+    check_inside(drawing := chart("KL", [Line(range(200), wild)]))
+    line = re.search(r'class="raw" d="M([^"]+)"', drawing)[1]
+    heights = [float(pair.split(",")[1]) for pair in line.split("L")]
+    assert heights[0] - heights[140] > 40  # of the 146 there are; in SVG y grows downwards
+
+
+def test_a_histogram_is_well_formed():
+    root = ElementTree.fromstring(standalone(histogram("a < b", [0, 0, 0, 0], [1, 2, 3, 4], "coherence")))
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}rect"))) == 8
+
+
+@given(values, st.floats(1e-6, 1e9))
+def test_ticks_are_even_round_and_inside(low, span):
+    if low + span == low or span < 1e-6 * abs(low):
+        return
+    found = ticks(low, low + span)
+    assert 3 <= len(found) <= 13
+    slack = span * 1e-4
+    assert low - slack <= found[0] and found[-1] <= low + span + slack
+    steps = np.diff(found)
+    assert np.allclose(steps, steps[0], rtol=1e-2)
+
+
+def test_ticks_close_together_are_told_apart():
+    assert tick_names([0.19999, 0.199995, 0.2]) == ["0.199990", "0.199995", "0.200000"]
+    assert tick_names([9000, 9500, 10000]) == ["9,000", "9,500", "10,000"]
+    assert tick_names([1_234_560, 1_234_580]) == ["1,234,560", "1,234,580"]
+
+
+@given(st.lists(values, min_size=1, max_size=80), st.integers(5, 30))
+def test_rolling_is_the_mean_and_spread_of_the_window(y, window):
+    y = np.array(y)
+    mean, spread = rolling(y, window)
+    for i in range(len(y)):
+        reach = min(max(i, 2), window // 2)
+        part = y[max(i - reach, 0) : i + reach + 1]
+        scale = np.abs(y).max() + 1e-9
+        assert abs(mean[i] - part.mean()) < 1e-9 * scale and abs(spread[i] - part.std()) < 1e-6 * scale
+
+
+@given(st.lists(values, min_size=1, max_size=500), st.integers(1, 50))
+def test_thin_keeps_the_level(y, limit):
+    y = np.array(y)
+    small = thin(y, limit)
+    assert len(small) == min(len(y), limit)
+    assert y.min() - 1e-6 <= small.min() and small.max() <= y.max() + 1e-6
+    if len(y) <= limit:
+        assert (small == y).all()
+
+
+def test_text_curve():
+    assert text_curve([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert text_curve([1, None, math.nan, 2]) == "▁█"
+    assert text_curve([]) == "" and text_curve([None]) == ""
+    assert text_curve([5.0] * 3) == "▄▄▄"
+    long = text_curve(range(1000), 40)
+    assert len(long) == 40 and list(long) == sorted(long) and long[0] == "▁" and long[-1] == "█"
+
+
+def test_what_the_teacher_took_is_summed_and_drawn(tmp_path):
+    interaction_run(tmp_path / "callable")
+    assert "Asking the teacher" not in write_report(tmp_path / "callable").read_text()
+    with RunLog(tmp_path / "run", resume_step=None) as log:
+        for step in range(1, 6):
+            log.metrics(
+                step=step, reward_mean=0.5, teacher_requests=70, teacher_retries=6, teacher_cached=0,
+                teacher_tokens_in=40_000, teacher_tokens_out=400, teacher_cost=0.25 * step,
+                teacher_latency_p50=0.5, teacher_latency_p90=1.5, teacher_latency_p99=step,
+            )  # fmt: skip
+    page = Page(write_report(tmp_path / "run"))
+    for words in ("Asking the teacher", "Requests350", "Asked again after a failure30", "200k", "2,000", "Cost1.25"):
+        assert words in page.text, words
+    assert all(f"{name} " in page.text for name in ("half", "90 %", "99 %"))  # of the answers, beside their curves
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (-3, "-3"),
+        (0.61803, "0.618"),
+        (12.345, "12.3"),
+        (999.7, "1,000"),
+        (4321, "4,321"),
+        (99_949, "99,949"),
+        (123_456, "123k"),
+        (999_700, "1M"),
+        (12_345_678, "12.3M"),
+        (5e9, "5B"),
+        (5e13, "50,000B"),
+        (0.0004, "4e-4"),
+        (1.23e-12, "1.2e-12"),
+        (None, "\N{EN DASH}"),
+    ],
+)
+def test_numbers_for_people(value, text):
+    assert number(value) == text

@@ -1,0 +1,249 @@
+"""Stories come out the same whatever they are batched with, and carry the numbers that PPO needs."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tinystory import ops, ppo
+from tinystory.errors import UserError
+from tinystory.student import generate as generation
+from tinystory.student.generate import TokenStep, encode_opening, generate, student_steps
+from tinystory.student.model import KVCache, ValueHead
+
+OPENING = "Once upon a time,"
+
+
+def write(student, tokenizer, head=None, **how):
+    how = dict(count=24, first_index=0, max_new_tokens=30, seed=7) | how
+    return generate(student, head, tokenizer, OPENING, **how)
+
+
+@pytest.fixture
+def eager_to_end(student, tokenizer):
+    """A student that ends many of its stories early."""
+    with torch.no_grad():
+        student.ln_f.bias += 1.2 * student.wte.weight[tokenizer.eos]
+    return student
+
+
+def test_a_story_is_the_same_in_any_batch(eager_to_end, tokenizer):
+    together = write(eager_to_end, tokenizer)
+    assert {s.ended for s in together} == {"eos", "length"}
+    assert [s.index for s in together] == list(range(24))
+    for story in together[::5]:
+        alone = write(eager_to_end, tokenizer, count=1, first_index=story.index)[0]
+        assert torch.equal(alone.tokens, story.tokens) and alone.text == story.text
+        torch.testing.assert_close(alone.logprobs, story.logprobs, atol=1e-4, rtol=1e-4)
+
+
+def test_threads_change_nothing(eager_to_end, tokenizer):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = write(eager_to_end, tokenizer)
+        torch.set_num_threads(2)
+        two = write(eager_to_end, tokenizer)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one, two, strict=True))
+
+
+def test_another_seed_or_index_is_another_story(student, tokenizer):
+    stories = write(student, tokenizer) + write(student, tokenizer, seed=8)
+    assert len({tuple(s.tokens.tolist()) for s in stories}) == 48
+
+
+def test_stories_end_at_the_end_token_and_keep_it(eager_to_end, tokenizer):
+    for story in write(eager_to_end, tokenizer):
+        assert tokenizer.eos not in story.tokens[:-1]
+        assert (story.ended == "eos") == (int(story.tokens[-1]) == tokenizer.eos)
+        assert story.ended == "eos" or len(story.tokens) == 30
+        assert len(story.tokens) == len(story.logprobs) == len(story.values) == len(story.entropies)
+        assert story.text == tokenizer.decode(story.tokens.tolist()).strip()
+
+
+def test_the_score_stands_on_the_last_token_that_was_drawn(eager_to_end, tokenizer):
+    """On the end token where there is one, never on padding; and no sample is edited on its way to PPO."""
+    stories = write(eager_to_end, tokenizer)
+    batch = ppo.collate(stories, tokenizer, OPENING, torch.device("cpu"))
+    scores = torch.arange(1.0, 25.0)
+    rewards = ppo.token_rewards(scores, batch.logprobs, batch.logprobs, batch.mask, 0.2)
+    for row, story in enumerate(stories):
+        n = len(story.tokens)
+        assert batch.tokens[row, :n].equal(story.tokens) and int(batch.mask[row].sum()) == n
+        assert batch.mask[row, :n].all() and rewards[row].nonzero().tolist() == [[n - 1]]
+        assert float(rewards[row, n - 1]) == scores[row]
+        assert (int(batch.tokens[row, n - 1]) == tokenizer.eos) == (story.ended == "eos")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_and_values_are_those_of_the_trainer(eager_to_end, tokenizer, temperature):
+    """What the sampler saw is what PPO reads again: the first ratio is 1."""
+    head = ValueHead(64)
+    torch.nn.init.normal_(head.linear.weight)
+    batch = ppo.collate(
+        write(eager_to_end, tokenizer, head, temperature=temperature), tokenizer, OPENING, torch.device("cpu")
+    )
+    with torch.no_grad():
+        logprobs, values = ppo.response_stats(eager_to_end, head, batch, temperature)
+    torch.testing.assert_close(batch.logprobs, logprobs, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(batch.values, values, atol=2e-3, rtol=1e-3)
+
+
+def test_each_story_is_handed_over_once_as_it_ends(eager_to_end, tokenizer):
+    seen = []
+    stories = write(eager_to_end, tokenizer, on_story=seen.append)
+    assert sorted(s.index for s in seen) == list(range(24))
+    lengths = [len(s.tokens) for s in seen]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+    assert {id(s) for s in seen} == {id(s) for s in stories}
+
+
+def test_greedy_at_temperature_zero(student, tokenizer):
+    stories = write(student, tokenizer, temperature=0.0, count=2)
+    assert torch.equal(stories[0].tokens, stories[1].tokens)
+    row = torch.tensor(encode_opening(tokenizer, OPENING))
+    for token in stories[0].tokens[:5].tolist():
+        assert int(student(row[None])[0, -1].argmax()) == token
+        row = torch.cat([row, torch.tensor([token])])
+
+
+def test_a_context_too_short_is_told(student, tokenizer):
+    with pytest.raises(UserError, match="--max-new-tokens"):
+        write(student, tokenizer, max_new_tokens=64)
+
+
+# --- the token step that CUDA captures --------------------------------------------------------------------------------
+PROMPT, COUNT, NEW = (5, 6, 7), 100, 30
+HOW = dict(count=COUNT, max_new_tokens=NEW, first_row=11)
+DRAWS = dict(seed=3, temperature=0.9, top_k=200, top_p=0.99)
+
+
+def always(alive, rows, on_graph):
+    return alive < rows
+
+
+def at_half(alive, rows, on_graph):
+    return 2 * alive <= rows
+
+
+def never(alive, rows, on_graph):
+    return False
+
+
+def as_on_a_gpu(alive, rows, on_graph, rule=generation.worth_compacting):
+    return rule(alive, rows, True)
+
+
+@pytest.fixture
+def ends_soon(eager_to_end, tokenizer):
+    with torch.no_grad():
+        eager_to_end.ln_f.bias += 1.2 * eager_to_end.wte.weight[tokenizer.eos]
+    return eager_to_end
+
+
+@pytest.fixture
+def head():
+    head = ValueHead(64)
+    torch.nn.init.normal_(head.linear.weight)
+    return head
+
+
+def steps_of(student, head, eos, dtype=torch.float32):
+    """The outputs after all steps, and the rows that ended with each."""
+    prompt = torch.tensor(PROMPT)
+    with torch.no_grad(), torch.autocast(prompt.device.type, dtype, enabled=dtype != torch.float32):
+        steps = [*student_steps(student, head, prompt, dtype, eos=eos, **HOW, **DRAWS)]
+    return steps[-1][0], [ended for _, ended in steps]
+
+
+@torch.no_grad()
+def steps_by_definition(student, head, eos, dtype):
+    """Every row goes on to the last step, and what follows its end is wiped out."""
+    prompt, rows = torch.tensor(PROMPT), torch.arange(COUNT)
+    cache = KVCache(student.config, COUNT, len(prompt), NEW, prompt.device, dtype)
+    columns, hidden = [], student.prefill(prompt, cache)
+    for t in range(NEW):
+        drawn, logprobs, entropies = ops.sample(student.logits(hidden), rows=rows + HOW["first_row"], step=t, **DRAWS)
+        columns.append((drawn, logprobs, head(hidden), entropies))
+        hidden = student.step(drawn, cache)
+    outputs = [torch.stack(column, 1) for column in zip(*columns, strict=True)]
+    last = torch.tensor([row.index(eos) if eos in row else NEW - 1 for row in outputs[0].tolist()])
+    outputs = [column.masked_fill(torch.arange(NEW) > last[:, None], 0) for column in outputs]
+    return outputs, [(last == t).nonzero()[:, 0].tolist() for t in range(NEW)]
+
+
+@pytest.mark.parametrize(
+    "rule, dtype",
+    [(always, torch.float32), (at_half, torch.float32), (never, torch.float32), (never, torch.float16)],
+)
+def test_rows_that_have_ended_change_nothing(ends_soon, head, tokenizer, monkeypatch, rule, dtype):
+    """However long they stay in the batch. Nor does it that float16's weights are cast once, not at each use."""
+    monkeypatch.setattr(generation, "worth_compacting", rule)
+    outputs, ended = steps_of(ends_soon, head, tokenizer.eos, dtype)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        defined, ended_there = steps_by_definition(ends_soon, head, tokenizer.eos, dtype)
+    assert ended == ended_there and sum(map(bool, ended)) > 5
+    assert torch.equal(outputs[0], defined[0])
+    for column, same in zip(outputs[1:], defined[1:], strict=True):
+        exact = rule is never  # every product has the same shape then
+        torch.testing.assert_close(column, same, atol=0 if exact else 1e-4, rtol=0 if exact else 1e-4)
+
+
+class Graph(TorchDispatchMode):
+    """Stands in for a CUDA graph: records the operators that run while it is entered; `replay` runs them again, with
+    the same arguments, and puts the results into the same tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "waits"
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            if not func.is_view:
+                for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                    old.copy_(new)
+
+
+class Recorded(TokenStep):
+    """The step as on CUDA, with that graph."""
+
+    warm_up = TokenStep.run
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.on_graph = True
+
+    def capture(self):
+        state = [self.drawn, self.cache.own, self.cache.lengths, *self.outputs]
+        before = [x.clone() for x in state]
+        self.graphs.append(Graph())
+        with self.graphs[-1]:
+            self.run()
+        for x, old in zip(state, before, strict=True):  # a capture runs nothing
+            x.copy_(old)
+
+
+@pytest.mark.parametrize("rule", [at_half, as_on_a_gpu])
+def test_a_step_can_be_recorded_once_a_size_and_replayed(ends_soon, head, tokenizer, monkeypatch, rule):
+    if not ops.load():
+        pytest.skip("the kernels are not compiled")
+    monkeypatch.setattr(generation, "worth_compacting", rule)
+    plain, plain_ended = steps_of(ends_soon, head, tokenizer.eos)
+    sizes, capture = [], Recorded.capture
+    monkeypatch.setattr(Recorded, "capture", lambda self: (sizes.append(len(self.at)), capture(self)))
+    monkeypatch.setattr(generation, "TokenStep", Recorded)
+    outputs, ended = steps_of(ends_soon, head, tokenizer.eos)
+    assert ended == plain_ended
+    assert all(torch.equal(a, b) for a, b in zip(outputs, plain, strict=True))
+    assert sizes[0] == COUNT and len(sizes) > 1 and all(2 * b <= a for a, b in pairwise(sizes))
+    assert len(sizes) == 2 if rule is as_on_a_gpu else len(sizes) > 2

@@ -1,0 +1,355 @@
+"""Folders of transformers' GPT-2, both ways. Where transformers is not installed, an independent reading of the same
+files stands in for it; where it is (4.51.3 is what BabyLM's pipeline pins), it reads them itself."""
+
+import base64
+import http.server
+import json
+import re
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import AWKWARD, tiny_stories
+from safetensors.torch import load_file, save_file
+
+import train_interact
+from scripts import export_hf
+from tinystory.data.tokenizer import BYTE_OF_CHAR, Tokenizer
+from tinystory.errors import UserError
+from tinystory.student import checkpoint, hf
+from tinystory.student.model import Student, StudentConfig
+
+TEXTS = [*tiny_stories(3), *AWKWARD, "".join(AWKWARD), "<s>a</s>b<pad>", "Ça va déjà? 猫が 🐈‍⬛ ٣٤", ""]
+
+
+def gpt2_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """GPT-2 as Radford et al. describe it, from transformers' files: (T,) int64 -> (T, V)."""
+    w, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    w = {name.removeprefix("transformer."): tensor for name, tensor in w.items()}
+    T, C, H = len(tokens), config["n_embd"], config["n_head"]
+
+    def norm(x, name):
+        return F.layer_norm(x, (C,), w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def conv(x, name):
+        return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = w["wte.weight"][tokens] + w["wpe.weight"][:T]
+    for layer in range(config["n_layer"]):
+        at = f"h.{layer}"
+        q, k, v = (
+            each.view(T, H, -1).transpose(0, 1)
+            for each in conv(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn").split(C, -1)
+        )
+        weights = (q @ k.transpose(1, 2) / (C // H) ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+        x = x + conv((weights.softmax(-1) @ v).transpose(0, 1).reshape(T, C), f"{at}.attn.c_proj")
+        x = x + conv(F.gelu(conv(norm(x, f"{at}.ln_2"), f"{at}.mlp.c_fc"), approximate="tanh"), f"{at}.mlp.c_proj")
+    return norm(x, "ln_f") @ w["wte.weight"].T
+
+
+@pytest.fixture
+def exported(tmp_path, student, tokenizer) -> Path:
+    hf.write(tmp_path / "exported", student, tokenizer)
+    return tmp_path / "exported"
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_written_weights_give_the_same_logits(exported, student):
+    tokens = torch.randint(student.config.vocab_size, (40,), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gpt2_logits(exported, tokens), student(tokens[None])[0], atol=1e-4, rtol=0)
+
+
+def test_transformers_reads_it_with_no_code_of_ours(exported, student, tokenizer):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
+    tokens = torch.randint(student.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, student(tokens), atol=1e-4, rtol=0)
+        body = transformers.AutoModel.from_pretrained(exported).eval()
+        torch.testing.assert_close(body(tokens).last_hidden_state, student.hidden(tokens), atol=1e-4, rtol=0)
+    for auto in (transformers.AutoTokenizer, transformers.AutoProcessor):
+        theirs = auto.from_pretrained(exported)
+        assert theirs.is_fast
+        assert [theirs.bos_token_id, theirs.pad_token_id, theirs.eos_token_id] == [0, 1, 2]
+        whole = theirs(TEXTS[0], return_tensors="pt")
+        with torch.no_grad():  # all that the tokenizer gives goes into the model, as BabyLM's reading task does it
+            torch.testing.assert_close(model(**whole).logits, student(whole["input_ids"]), atol=1e-4, rtol=0)
+        for text in TEXTS:
+            assert theirs(text)["input_ids"] == tokenizer.encode(text)
+            assert theirs.decode(tokenizer.encode(text)) == text
+    model.save_pretrained(exported.parent / "saved")
+    theirs.save_pretrained(exported.parent / "saved")
+    again, vocabulary = hf.read(exported.parent / "saved")
+    assert torch.equal(again.wte.weight, student.wte.weight) and vocabulary.encode("a kite") == tokenizer.encode(
+        "a kite"
+    )
+
+
+def test_the_tokenizer_gives_no_token_types(exported):
+    told = json.loads((exported / "tokenizer_config.json").read_text())
+    assert told["model_input_names"] == ["input_ids", "attention_mask"]  # others would change GPT-2's logits
+
+
+def test_there_and_back(exported, student, tokenizer):
+    assert checkpoint.find(exported) == exported
+    back, vocabulary, facts = checkpoint.load(exported)
+    assert back.config == student.config and facts == {}
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), student.parameters(), strict=True))
+    assert all(p.requires_grad for p in back.parameters())
+    assert vocabulary.fingerprint() == tokenizer.fingerprint()
+    with pytest.raises(UserError, match="there already"):
+        hf.write(exported, student, tokenizer)
+
+
+# ---- what others saved ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign(tmp_path) -> Path:
+    """As OpenAI's `gpt2` is on the Hub: no prefix, causal masks among the tensors, the end token last."""
+    folder = tmp_path / "gpt2"
+    chars = list(BYTE_OF_CHAR)
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n")]
+    names = [*chars, *map("".join, merges), "<|endoftext|>"]
+    torch.manual_seed(1)
+    student = Student(StudentConfig(n_layer=2, n_head=2, n_embd=32, context=48, vocab_size=len(names)))
+    ours = Tokenizer.train(tiny_stories(20), len(names))  # only so that there is something to write
+    hf.write(folder, student, ours)
+    weights = {
+        name.removeprefix("transformer."): t.half() for name, t in load_file(folder / "model.safetensors").items()
+    }
+    weights |= {f"h.{i}.attn.bias": torch.ones(48, 48).tril()[None, None] for i in range(2)}
+    save_file(weights | {"lm_head.weight": weights["wte.weight"].clone()}, folder / "model.safetensors")
+    end = len(names) - 1
+    config = json.loads((folder / "config.json").read_text()) | {
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "n_inner": None,
+    }
+    del config["pad_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink()
+    (folder / "vocab.json").write_text(json.dumps({name: id for id, name in enumerate(names)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
+    return folder
+
+
+def test_a_model_as_gpt2_is_saved(foreign, tmp_path):
+    student, tokenizer, _ = checkpoint.load(foreign)
+    assert student.wte.weight.dtype == torch.float32
+    assert tokenizer.eos == tokenizer.pad == tokenizer.bos == student.config.vocab_size - 1
+    assert tokenizer.encode("the the<|endoftext|>")[:2] == [257, 258] and tokenizer.eos not in tokenizer.encode(
+        "<|endoftext|>"
+    )
+    tokens = torch.arange(40)
+    half = {name: t.float() for name, t in load_file(foreign / "model.safetensors").items()}
+    save_file(half, foreign / "model.safetensors")
+    torch.testing.assert_close(gpt2_logits(foreign, tokens), student(tokens[None])[0], atol=1e-4, rtol=0)
+    hf.write(tmp_path / "back", student, tokenizer)
+    assert json.loads((tmp_path / "back" / "special_tokens_map.json").read_text())["pad_token"] == "<|endoftext|>"
+    assert hf.read(tmp_path / "back")[1].fingerprint() == tokenizer.fingerprint()
+
+
+def test_the_end_token_is_what_the_config_says(foreign):
+    vocab = json.loads((foreign / "vocab.json").read_text())
+    (foreign / "vocab.json").write_text(
+        json.dumps({n.replace("<|endoftext|>", "<|im_end|>"): id for n, id in vocab.items()})
+    )
+    assert hf.read(foreign)[1].eos == len(vocab) - 1
+
+
+def test_rows_beyond_the_vocabulary_are_tokens_without_text(foreign):
+    vocab = json.loads((foreign / "vocab.json").read_text())
+    weights = load_file(foreign / "model.safetensors")
+    wte = torch.cat([weights["wte.weight"], torch.zeros(3, 32).half()])
+    save_file(weights | {"wte.weight": wte, "lm_head.weight": wte.clone()}, foreign / "model.safetensors")
+    edit(foreign / "config.json", vocab_size=len(wte))
+    student, tokenizer = hf.read(foreign)
+    assert tokenizer.vocab_size == student.config.vocab_size == len(vocab) + 3
+    assert tokenizer.decode([len(vocab), len(vocab) + 2]) == ""
+
+
+def _no_safetensors(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _cut(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def _untie(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["wte.weight"] + 1}, folder / "model.safetensors")
+
+
+def config(**changes):
+    return lambda folder: edit(folder / "config.json", **changes)
+
+
+REFUSED = {
+    "is a pickle": _no_safetensors,
+    "cannot be read": _cut,
+    "output layer of its own": _untie,
+    "model_type is 'llama'": config(model_type="llama"),
+    "not the tanh GELU": config(activation_function="relu"),
+    "n_layer is 1000000000": config(n_layer=10**9),
+    "has no tensor h.2": config(n_layer=3),
+    "n_embd is '32'": config(n_embd="32"),
+    "heads are 8 wide": config(n_head=4),
+    r"wpe.weight is \(48, 32\)": config(n_positions=49),
+    "n_inner is 100": config(n_inner=100),
+    "scale_attn_by_inverse_layer_idx is True": config(scale_attn_by_inverse_layer_idx=True),
+    "end token is 260 and that of config.json 5": config(eos_token_id=5),
+    "nor vocab.json with merges.txt": lambda folder: (folder / "merges.txt").unlink(),
+    "cannot read .*vocab.json": lambda folder: (folder / "vocab.json").write_text("[" * 100_000),
+    "has 262 tokens and the model 261": lambda folder: edit(folder / "vocab.json", extra=261),
+    "cannot be used here": lambda folder: edit(folder / "vocab.json", the=[]),
+}
+
+
+@pytest.mark.parametrize("complaint", REFUSED)
+def test_what_is_refused(foreign, complaint):
+    REFUSED[complaint](foreign)
+    with pytest.raises(UserError, match=complaint):
+        checkpoint.load(foreign)
+
+
+def test_interaction_starts_from_it(foreign, tmp_path):
+    (tmp_path / "words.py").write_text("def score(opening, stories):\n    return [0.5] * len(stories)\n")
+    out = tmp_path / "run"
+    options = dict(init=foreign, out=out, reward=f"{tmp_path / 'words.py'}:score", steps=1, stories_per_step=4)
+    options |= dict(max_new_tokens=8, opening="the", device="cpu")
+    train_interact.main([word for name, v in options.items() for word in (f"--{name.replace('_', '-')}", str(v))])
+    student, tokenizer, facts = checkpoint.load(checkpoint.newest(out))
+    assert tokenizer.eos == student.config.vocab_size - 1 and facts["interaction_words_out"] > 0
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path, student, tokenizer) -> Path:
+    for step, name in enumerate(("chck_2M", "chck_10M", "step_0000003")):
+        with torch.no_grad():
+            student.wte.weight[0, 0] = step
+        checkpoint.save(
+            tmp_path / "run" / "checkpoints" / name, student, tokenizer, facts={}, state={}, counters={"step": step}
+        )
+    return tmp_path / "run"
+
+
+def corner(folder: Path) -> float:
+    return float(load_file(folder / "model.safetensors")["transformer.wte.weight"][0, 0])
+
+
+def test_a_folder_a_milestone(run, tmp_path, capsys):
+    export_hf.main([str(run), str(tmp_path / "all"), "--all-checkpoints"])
+    assert {path.name: corner(path) for path in (tmp_path / "all").iterdir()} == {
+        "chck_2M": 0,
+        "chck_10M": 1,
+        "main": 2,
+    }
+    assert "fine-tuning gives it 512" in capsys.readouterr().err
+    assert [path.name for path in export_hf.milestones(run)] == ["chck_2M", "chck_10M"]
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as an upload of small files asks for; files: {(branch, path): bytes}."""
+
+    protocol_version = "HTTP/1.1"
+    files: dict
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if self.headers["Authorization"] != "Bearer hf_right":
+            return self.answer(401, {"error": "Invalid username or password."})
+        branch = self.path.rsplit("/", 1)[-1]
+        if self.path == "/api/repos/create":
+            self.answer(200, {"url": f"http://{self.headers['Host']}/me/tale", "name": "me/tale"})
+        elif self.path.startswith("/api/models/me/tale/branch/"):
+            self.answer(200, {})
+        elif self.path.startswith("/api/models/me/tale/preupload/"):
+            asked = json.loads(body)["files"]
+            self.answer(
+                200, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
+            )
+        elif self.path.startswith("/api/models/me/tale/commit/"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[branch, line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del self.files[branch, line["value"]["path"]]
+            self.answer(
+                200,
+                {
+                    "commitUrl": f"http://{self.headers['Host']}/me/tale/commit/0",
+                    "commitOid": "0" * 40,
+                    "success": True,
+                },
+            )
+        else:
+            self.answer(404, {"error": self.path})
+
+    def do_GET(self):
+        branch = re.fullmatch(r"/api/models/me/tale/tree/([^/?]+).*", self.path)
+        if branch:
+            there = [path for at, path in self.files if at == branch[1]]
+            self.answer(200, [{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in there])
+        else:
+            self.answer(200, {"id": "me/tale", "sha": "0" * 40, "siblings": []})
+
+    def answer(self, status, content):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_milestones_become_branches_of_the_hub(run, tmp_path, capsys, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    Hub.files = {("chck_2M", "old.txt"): b"superseded"}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)  # read from HF_ENDPOINT at import
+
+    def push(folder, token):
+        monkeypatch.setattr(export_hf, "open_hub", lambda: hub.HfApi(token=token))
+        export_hf.main([str(run), str(tmp_path / folder), "--all-checkpoints", "--push", "me/tale"])
+
+    with pytest.raises(SystemExit, match="2"):
+        push("one", "hf_wrong")
+    assert "cannot push to me/tale" in capsys.readouterr().err
+    push("two", "hf_right")
+    server.shutdown()
+    server.server_close()
+    assert f"pushed: {address}/me/tale" in capsys.readouterr().out
+    written = {(path.parent.name, path.name): path.read_bytes() for path in (tmp_path / "two").glob("*/*")}
+    assert Hub.files == written and {branch for branch, _ in written} == {"chck_2M", "chck_10M", "main"}
+
+
+def test_what_the_command_says_of_a_wrong_call(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for arguments, complaint in (
+        ([run / "checkpoints" / "chck_2M", tmp_path / "x", "--all-checkpoints"], "takes the folder of a run"),
+        ([run, tmp_path / "x", "--push", "me/tale"], "pip install huggingface_hub"),
+        ([tmp_path / "nothing", tmp_path / "x"], "neither a checkpoint nor a run"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            export_hf.main(list(map(str, arguments)))
+        assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

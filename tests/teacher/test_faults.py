@@ -1,0 +1,262 @@
+"""Runs with a teacher that fails: nothing lost, nothing paid for twice, and the record is enough to repeat them."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SHORT, assert_same_bits, fails, metrics
+from fault_server import KEY, FaultServer, counted, error, weighed
+
+import train_interact as interact
+from tinystory.errors import UserError
+from tinystory.runlog import read_stories
+from tinystory.student import checkpoint
+from tinystory.teacher import client
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.replay import Replay
+
+STORIES = int(os.environ.get("TINYSTORY_FAULT_STORIES", "200"))  # 2000 for the full size
+LATENCY = float(os.environ.get("TINYSTORY_FAULT_LATENCY", "0"))  # seconds that a good reply takes, as of a real model
+FAULTS = ["500", "429", "hang", "reset", "empty", "html", "malformed", "4 0 0", "huge", "drip"]
+
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
+
+def honest(story: str) -> str:
+    digest = hashlib.sha256(story.encode()).digest()
+    return f"{digest[0] % 4} {digest[1] % 4} {digest[2] % 4}"
+
+
+def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted():
+    stories = [f"Story {i} of a cat." for i in range(STORIES)]
+    hopeless = set(stories[::50])
+    sent = Counter()
+
+    def script(story, n):
+        if story in hopeless:
+            return "I loved it!"
+        dice = random.Random(f"{story} {n}")
+        what = dice.choice(FAULTS) if dice.random() < 0.2 else honest(story)
+        sent[what if what in FAULTS else "honest"] += 1
+        return what
+
+    with FaultServer(script) as server, Teacher(server.url, concurrency=64, deadline_s=12.0) as teacher:
+        teacher.probe()
+        teacher.stats()
+        server.delay, began = LATENCY, time.monotonic()
+        judgements = teacher.judge("Once", stories, 0)
+        seconds = time.monotonic() - began
+        stats = teacher.stats()
+    unscored = [story for story, judgement in zip(stories, judgements, strict=True) if judgement.scores is None]
+    assert len(judgements) == STORIES and set(unscored) >= hopeless and len(unscored) <= len(hopeless) + STORIES // 50
+    for story, judgement in zip(stories, judgements, strict=True):
+        assert judgement.attempts == server.good[story]  # every whole reply is somebody's, once
+        if judgement.scores is None:
+            assert judgement.score is None and judgement.error
+        else:
+            assert judgement.error is None and judgement.reply == honest(story)
+            assert list(judgement.scores.values()) == [int(digit) for digit in honest(story).split()]
+    assert set(sent) == {*FAULTS, "honest"} and sent["honest"] == STORIES - len(unscored)
+    failed = sum(sent[fault] for fault in FAULTS if fault != "4 0 0")  # which is a reply, if no good one
+    assert stats["requests"] == sum(server.seen.values()) - 1
+    assert stats["requests"] == failed + sum(judgement.attempts for judgement in judgements)
+    assert stats["retries"] <= failed
+    share = len(judgements) / seconds / (64 / LATENCY) if LATENCY else None
+    print(f"{len(judgements) / seconds:.1f} stories/s, {share and f'{share:.0%}'} of 64 slots / latency; {stats}")
+
+
+# Whole runs of train_interact.py.
+
+
+@pytest.fixture(scope="module")
+def init(tokenizer, tmp_path_factory) -> str:
+    """A student that knows nothing yet, as a checkpoint."""
+    import torch
+
+    from tinystory.student.model import Student, StudentConfig
+
+    torch.manual_seed(0)
+    student = Student(StudentConfig(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=tokenizer.vocab_size))
+    folder = tmp_path_factory.mktemp("init") / "start"
+    checkpoint.save(folder, student, tokenizer, facts={"corpus": ["builtin"]}, state={}, counters={"step": 0})
+    return str(folder)
+
+
+def arguments(init: str, out: Path, url: str) -> list[str]:
+    return ["--init", init, "--out", str(out), "--teacher-url", url, "--teacher-concurrency", "3", *SHORT]
+
+
+def test_a_run_stopped_in_mid_step_pays_for_no_reply_twice_and_ends_the_same(init, tmp_path):
+    """First by Ctrl-C in the second of four steps of six, then by kill -9 in the third."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    answered = alive = 0
+
+    def script(story, n):
+        nonlocal answered
+        if answered == alive:
+            return "hang"
+        answered += 1
+        return honest(story)
+
+    def stop_at(replies: int, how: signal.Signals, *argv: str) -> tuple[int, str]:
+        """Exit code and what it printed of a run that gets a signal with so many replies kept and three on their way"""
+        nonlocal alive
+        alive = replies
+        command = [sys.executable, str(ROOT / "train_interact.py"), *argv]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        until = threading.Timer(120, process.kill)  # whoever waits for its output must not wait for ever
+        until.start()
+        kept = stopped / "replies.jsonl"
+        # The probe's record is a line too.
+        while not (kept.exists() and kept.read_text().count('"attempt"') == alive and server.in_flight == 3):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.02)
+        until.cancel()
+        process.send_signal(how)
+        said = process.communicate()[0]
+        while server.in_flight:  # the server sees every connection closed
+            time.sleep(0.01)
+        return process.returncode, said
+
+    with FaultServer(script) as server:
+        code, said = stop_at(8, signal.SIGINT, *arguments(init, stopped, server.url))
+        assert (
+            code == 0
+            and "stopped after step 1, all saved" in said
+            and checkpoint.newest(stopped).name == "step_0000001"
+        )
+        code, said = stop_at(14, signal.SIGKILL, "--resume", "--out", str(stopped))
+        assert code == -signal.SIGKILL and len(metrics(stopped)) == 2
+        alive = -1
+        interact.main(["--resume", "--out", str(stopped)])
+        paid = {story: times for story, times in server.good.items() if story}
+        assert set(paid.values()) == {1} and len(paid) >= 4 * 6
+        server.seen.clear()
+        interact.main(arguments(init, whole, server.url))
+    assert_same_bits(whole, stopped)
+    for name in ("stories.jsonl", "samples.jsonl"):
+        assert (whole / name).read_text() == (stopped / name).read_text()
+
+
+def graded_now_and_then(story: str, n: int) -> str:
+    """A teacher that talks about a third of the stories at first, and about some of them only ever talks."""
+    mood = hashlib.sha256(story.encode()).digest()[3] % 9
+    return "What a tale" if mood == 0 or (mood < 3 and n == 0) else honest(story)
+
+
+def replay(init: str, run: Path, out: Path, *more: str) -> None:
+    flags = ["--max-unscored", "0.9", "--replay", str(run), *more]
+    interact.main([*arguments(init, out, "http://127.0.0.1:9"), *flags])
+
+
+@pytest.mark.parametrize("flags", [[], ["--teacher-logprobs"]])
+def test_a_run_is_trained_again_from_its_replies_without_a_server(init, tmp_path, capsys, flags):
+    def script(story, n):
+        reply = graded_now_and_then(story, n)
+        return weighed(reply, 0.25) if flags else reply
+
+    with FaultServer(script) as server:
+        server.first = lambda: weighed("2 1 3", 0.25)
+        interact.main([*arguments(init, tmp_path / "run", server.url), "--max-unscored", "0.9", *flags])
+        asked = len(server.requests)
+    replay(init, tmp_path / "run", tmp_path / "again", *flags)
+    assert len(server.requests) == asked
+    assert_same_bits(tmp_path / "run", tmp_path / "again")
+    first, second = metrics(tmp_path / "run"), metrics(tmp_path / "again")
+    assert sum(record["unscored"] for record in first) > 0
+    for a, b in zip(first, second, strict=True):
+        for name in ("reward_mean", "score_mean", "kl", "words_in", "words_out", "unscored"):
+            assert a[name] == b[name], name
+    story = next(story for story in read_stories(tmp_path / "run") if story["scores"])
+    assert any(score % 1 == 0.75 for score in story["scores"].values()) == bool(flags)
+    capsys.readouterr()
+    # Another seed writes other stories, to which there are no replies: an error, and no guess.
+    flags = ["--seed", "1", *flags]
+    line = fails(lambda argv: replay(init, tmp_path / "run", tmp_path / "other", *argv), flags, capsys)
+    assert "was not graded there" in line and "--replay" in line
+
+
+def test_what_cannot_be_replayed(tmp_path):
+    with pytest.raises(UserError, match=r"there is no replies\.jsonl"):
+        Replay(tmp_path)
+    (tmp_path / "replies.jsonl").write_text('{"key": "0123", "reply": "1 1 1", "attempt": 0}\n')
+    with pytest.raises(UserError, match="does not say who"):
+        Replay(tmp_path)
+
+
+def test_a_story_that_was_given_up_stays_so_whoever_wrote_it_again(tmp_path):
+    """Story 1 was given up; the same words at 2 were graded: a replay tells the two apart."""
+    script = lambda story, n: "500" if n < client.FAILURES else "1 1 1"  # noqa: E731
+    with FaultServer(script) as server, Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
+        lost, found = (teacher.judge("Once", ["A cat ran."], index)[0] for index in (1, 2))
+    assert lost.scores is None and found.scores is not None
+    (tmp_path / "stories.jsonl").write_text(
+        '{"step": 1, "index": 1, "story": "A cat ran.", "scores": null}\n'
+        '{"step": 1, "index": 2, "story": "A cat ran.", "scores": {}}\n'
+    )
+    again = Replay(tmp_path)
+    assert again.submit("Once", "A cat ran.", 1).result().scores is None
+    assert again.submit("Once", "A cat ran.", 1).result().reply_words == lost.reply_words == 0
+    assert again.submit("Once", "A cat ran.", 2).result().scores == found.scores
+    assert again.submit("Once", " ", 3).result().score == 0.0
+    with pytest.raises(UserError, match="story 4 was not graded"):
+        again.submit("Once", "A dog ran.", 4)
+
+
+def test_a_run_by_criteria_of_ones_own_within_a_budget_and_with_no_key_anywhere(init, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    levels = ["no", "a bit", "yes", "very"]
+    criteria = [{"name": name, "question": "Is it?", "levels": levels} for name in ("humour", "suspense")]
+    criteria[0]["weight"] = 3
+    (tmp_path / "prompt.json").write_text(json.dumps({"criteria": criteria}))
+
+    def script(story, n):  # it tells the key wherever it can
+        return error(500, f"your key {KEY} is fine") if n == 0 and len(story) % 3 == 0 else counted("3 1", 400, 5)
+
+    out = tmp_path / "run"
+    flags = ["--teacher-prompt", str(tmp_path / "prompt.json"), "--price-in", "10", "--budget-cost", "0.28"]
+    with FaultServer(script) as server:
+        server.first = lambda: counted("2 2", 400, 5)
+        interact.main([*arguments(init, out, server.url), *flags])
+        rubric = server.requests[-1]["messages"][0]["content"]
+    assert "humour, suspense" in rubric and "readability" not in rubric
+    records = metrics(out)
+    assert 0 < len(records) < 4, "the budget holds some of the four steps"
+    for record in records:
+        assert (record["humour_mean"], record["suspense_mean"], record["readability_mean"]) == (3, 1, None)
+        assert record["teacher_tokens_in"] >= 6 * 400 and record["teacher_cost"] <= 0.28
+        assert record["teacher_latency_p50"] <= record["teacher_latency_p99"]
+    story = json.loads((out / "stories.jsonl").read_text().splitlines()[0])
+    length = 0.4 * min(story["words"] / 90, 1)
+    assert story["reward"] == pytest.approx(((3 * 3 + 1) / 12 + length) / 1.4)
+    said = capsys.readouterr()
+    assert "forecast: 24 stories" in said.out and "--budget-cost 0.28 does not hold another step" in said.out + said.err
+    assert json.loads((out / "config.json").read_text())["options"]["teacher"]["scored"] is True
+    written = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
+    assert KEY not in said.out + said.err and not any(KEY.encode() in content for content in written)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--replay", "nowhere"], "--replay nowhere"),
+        (["--teacher-prompt", "nowhere.json"], "--teacher-prompt nowhere.json"),
+        (["--budget-cost", "3"], "--price-in"),
+        (["--price-in", "-1"], "--price-in"),
+        (["--preset", "paper", "--teacher-logprobs"], "--teacher-logprobs does not go with --preset paper"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(init, tmp_path, capsys, flags, words):
+    argv = [*arguments(init, tmp_path / "out", "http://127.0.0.1:9"), *flags]
+    assert words in fails(interact.main, argv, capsys)
+    assert not (tmp_path / "out").exists()

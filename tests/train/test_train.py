@@ -1,0 +1,209 @@
+"""The two commands as a user runs them: whole runs, stopped and resumed ones, and every mistake a user can make."""
+
+import contextlib
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT, SMALL, assert_same_bits, fails, metrics, tiny_stories
+
+import train_interact as interact
+import train_pretrain as pretrain
+from tinystory.data.shards import TokenFile
+from tinystory.student import checkpoint
+from tinystory.student.model import Student, StudentConfig
+
+
+@contextlib.contextmanager
+def interrupted_at(module, step: int):
+    """Ctrl-C arrives while the given step is being logged."""
+    log = module.RunLog.metrics
+
+    def metrics(self, *, step: int, **values):
+        log(self, step=step, **values)
+        if step == interrupted_at.step:
+            signal.raise_signal(signal.SIGINT)
+
+    interrupted_at.step = step
+    module.RunLog.metrics = metrics
+    try:
+        yield
+    finally:
+        module.RunLog.metrics = log
+
+
+def test_a_short_validation_reads_from_all_of_the_file():
+    """Of a corpus of several files, the first sequences alone would all be of the first."""
+    torch.manual_seed(0)
+    student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=32, context=8, vocab_size=64))
+    tokens = torch.randint(64, (4 * 8 + 1,)).numpy()
+    sizes, empty = np.ones(64, np.int64), np.empty(0)
+
+    def nats(tokens, sequences=None):
+        file = TokenFile(tokens=tokens, words=empty, offsets=empty, word_count=0, byte_count=0)
+        return pretrain.validate(student, file, sizes, sequences, batch=3)[0]
+
+    each = [nats(tokens[start : start + 9]) for start in (0, 8, 16, 24)]
+    assert nats(tokens, 2) == pytest.approx((each[0] + each[2]) / 2)
+    assert nats(tokens, 3) == pytest.approx((each[0] + each[1] + each[2]) / 3)
+    assert nats(tokens) == nats(tokens, 9) == pytest.approx(sum(each) / 4)
+
+
+def test_pretraining_learns_and_records(place):
+    run = place / "p"
+    records = metrics(run)
+    assert records[-1]["loss"] < records[0]["loss"] - 0.5
+    assert records[-1]["words"] >= 2500 > records[-2]["words"]
+    assert records[-1]["val_loss"] and records[0]["val_loss"] is None
+    wanted = {"step", "words", "tokens", "loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm", "tokens_per_s"}
+    wanted |= {"peak_memory_mb"}
+    assert all(record.keys() == wanted for record in records)
+    assert json.loads((run / "config.json").read_text())["options"]["n_embd"] == 64
+    assert "<svg" in (run / "report.html").read_text() or "data:image" in (run / "report.html").read_text()
+    student, tokenizer, facts = checkpoint.load(checkpoint.newest(run))
+    assert facts["words"] == records[-1]["words"] and student.config.vocab_size == tokenizer.vocab_size == 320
+
+
+@pytest.mark.parametrize("dropout", ["0.0", "0.1"])
+def test_pretraining_resumes_to_the_same_bits(place, tmp_path, dropout):
+    argv = ["--corpus", str(place / "corpus.txt"), "--words", "2000", "--dropout", dropout, *SMALL]
+    pretrain.main([*argv, "--out", str(tmp_path / "whole")])
+    with interrupted_at(pretrain, step=3):
+        pretrain.main([*argv, "--out", str(tmp_path / "parts")])
+    assert len(metrics(tmp_path / "parts")) == 3
+    pretrain.main(["--resume", "--out", str(tmp_path / "parts")])  # the options come from config.json
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+    timed = ("tokens_per_s", "peak_memory_mb")
+    plain = [
+        [{k: v for k, v in m.items() if k not in timed} for m in metrics(tmp_path / n)] for n in ("whole", "parts")
+    ]
+    assert plain[0] == plain[1]
+
+
+def test_micro_batches_change_nothing_but_memory(place, tmp_path):
+    argv = ["--corpus", str(place / "corpus.txt"), "--words", "1000", "--dtype", "float32", *SMALL]
+    pretrain.main([*argv, "--out", str(tmp_path / "a")])
+    pretrain.main([*argv, "--micro-batch-size", "3", "--out", str(tmp_path / "b")])
+    for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+def run_interact(place, out: Path, *more: str) -> None:
+    init = str(checkpoint.newest(place / "p"))
+    interact.main(["--init", init, "--reward", f"{place / 'reward.py'}:score", "--out", str(out), *SHORT, *more])
+
+
+def test_interaction_records_what_it_did(place, tmp_path, capsys):
+    run_interact(place, tmp_path / "i")
+    records = metrics(tmp_path / "i")
+    contract = (
+        "step reward_mean score_mean readability_mean coherence_mean creativity_mean kl kl_coef entropy length_mean"
+        " words_in words_out unscored rollout_s teacher_s update_s peak_memory_mb"
+    )
+    assert all(set(contract.split()) <= record.keys() for record in records) and len(records) == 4
+    assert records[0]["ratio_error"] < 1e-4 and abs(records[0]["kl"]) < 1e-3
+    assert records[-1]["kl"] != 0
+    stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]
+    assert [s["index"] for s in stories] == list(range(24))
+    assert all(s["words"] == len(s["story"].split()) and s["ended"] in ("eos", "length") for s in stories)
+    assert records[-1]["words_out"] == sum(s["words"] for s in stories)
+    assert records[0]["reward_mean"] == pytest.approx(sum(s["reward"] for s in stories[:6]) / 6, abs=1e-5)
+    samples = [json.loads(line) for line in (tmp_path / "i" / "samples.jsonl").read_text().splitlines()]
+    assert [s["when"] for s in samples] == ["before"] * 8 + ["after"] * 8 or len(samples) >= 12
+    assert "mean reward" in capsys.readouterr().out
+
+
+def test_interaction_resumes_to_the_same_bits(place, tmp_path):
+    run_interact(place, tmp_path / "whole", "--minibatch-size", "4")
+    with interrupted_at(interact, step=3):
+        run_interact(place, tmp_path / "parts", "--minibatch-size", "4")
+    assert checkpoint.newest(tmp_path / "parts").name == "step_0000003"
+    interact.main(["--resume", "--out", str(tmp_path / "parts")])
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+    for name in ("stories.jsonl", "samples.jsonl"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
+
+
+def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, tmp_path):
+    run_interact(place, tmp_path / "whole")
+    run_interact(place, tmp_path / "killed")
+    folder = tmp_path / "killed" / "checkpoints"
+    shutil.copytree(folder / "start", folder / "step_0000000")  # as if killed after step 1 was logged, before any save
+    shutil.rmtree(folder / "step_0000004")
+    interact.main(["--resume", "--out", str(tmp_path / "killed")])
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+    assert len(metrics(tmp_path / "killed")) == 4
+
+
+def test_no_score_is_no_gradient_and_is_counted(place, tmp_path, capsys):
+    init = str(checkpoint.newest(place / "p"))
+    base = ["--init", init, *SHORT, "--steps", "1"]
+    interact.main(
+        [*base, "--reward", f"{place / 'reward.py'}:some", "--max-unscored", "0.5", "--out", str(tmp_path / "a")]
+    )
+    assert metrics(tmp_path / "a")[0]["unscored"] == 1
+    stories = [json.loads(line) for line in (tmp_path / "a" / "stories.jsonl").read_text().splitlines()]
+    assert [s["reward"] is None for s in stories] == [False, True, False, False, False, False]
+    line = fails(
+        interact.main, [*base, "--reward", f"{place / 'reward.py'}:silent", "--out", str(tmp_path / "b")], capsys
+    )
+    assert "6 of 6 stories got no score" in line and "--resume" in line
+    assert not (tmp_path / "b" / "metrics.jsonl").exists()
+
+
+def test_budget_stops_hard(place, tmp_path):
+    run_interact(place, tmp_path / "i", "--budget-words-out", "110")
+    records = metrics(tmp_path / "i")
+    assert 0 < len(records) < 4 and records[-1]["words_out"] <= 110
+
+
+def test_mistakes_are_told_in_one_sentence(place, tmp_path, capsys, monkeypatch):
+    corpus, out = str(place / "corpus.txt"), str(tmp_path / "out")
+    init = str(checkpoint.newest(place / "p"))
+    (tmp_path / "empty.txt").write_text("")
+    for argv, words in [
+        (["--corpus", str(tmp_path / "none.txt")], "none.txt"),
+        (["--corpus", str(tmp_path / "empty.txt")], "empty"),
+        (["--corpus", corpus, "--n-embd", "65", "--n-head", "2"], "multiple of --n-head"),
+        (["--corpus", corpus, "--words", "0"], "--words"),
+        (["--corpus", corpus, "--device", "cuda:9"], "--device cuda:9"),
+        (["--corpus", corpus, "--resume"], "no checkpoint"),
+        (["--corpus", corpus, "--context", "100000"], "--context"),
+    ]:
+        assert words in fails(pretrain.main, [*argv, "--out", out], capsys)
+    assert "already holds a run" in fails(
+        pretrain.main, ["--corpus", corpus, "--out", str(place / "p"), *SMALL], capsys
+    )
+    monkeypatch.chdir(tmp_path)
+    for argv, words in [
+        ([], "train_pretrain.py"),
+        (["--init", str(tmp_path)], "neither a checkpoint nor a run"),
+        (["--init", init, *SHORT, "--reward", "x.py:f"], "x.py"),
+        (["--init", init], "--max-new-tokens"),
+        (["--init", init, *SHORT, "--teacher-url", "http://127.0.0.1:9"], "127.0.0.1:9"),
+    ]:
+        assert words in fails(interact.main, [*argv, "--out", out], capsys)
+    assert not Path(out).exists() or not list(Path(out).iterdir()), "nothing half-written"
+
+
+def test_resuming_a_changed_corpus_is_refused(place, tmp_path, capsys):
+    corpus = tmp_path / "c.txt"
+    corpus.write_text((place / "corpus.txt").read_text())
+    pretrain.main(["--corpus", str(corpus), "--words", "300", "--out", str(tmp_path / "r"), *SMALL])
+    corpus.write_text("\n<|endoftext|>\n".join(tiny_stories(160)))
+    line = fails(pretrain.main, ["--resume", "--words", "600", "--out", str(tmp_path / "r")], capsys)
+    assert "changed" in line
+
+
+def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
+    """Over HTTP, with the server started by itself on the student's own corpus."""
+    interact.main(["--init", str(checkpoint.newest(place / "p")), "--out", str(tmp_path / "i"), *SHORT, "--steps", "1"])
+    record = metrics(tmp_path / "i")[0]
+    stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]
+    assert record["unscored"] == 0 and all(set(s["scores"].values()) <= {0, 1, 2, 3} for s in stories)
+    assert record["words_in"] == 1 + sum(len(s["reply"].split()) for s in stories)
+    assert "stands in for an LLM" in capsys.readouterr().out

@@ -1,0 +1,206 @@
+"""The HTML that report.html is made of: small parts, the template and its style. What a model wrote is escaped here."""
+
+import re
+from collections.abc import Sequence
+from html import escape
+
+from tinystory.report.plots import number
+
+CRITERIA = ("readability", "coherence", "creativity")
+TOP_SCORE = 3
+LONGEST = 3000  # characters of a story that are shown
+
+
+def section(title: str, note: str, body: str) -> str:
+    return f'<section><h2>{title}</h2><p class="note">{note}</p>{body}</section>' if body else ""
+
+
+def details(title: str, body: str, opened: bool = False) -> str:
+    return f"<details{' open' if opened else ''}><summary>{title}</summary>{body}</details>" if body else ""
+
+
+def grid(drawings: Sequence[str]) -> str:
+    figures = "".join(f"<figure>{drawing}</figure>" for drawing in drawings if drawing)
+    return f'<div class="grid">{figures}</div>' if figures else ""
+
+
+def hero(tiles: Sequence[str], drawing: str) -> str:
+    return f'<section class="hero"><div class="tiles">{"".join(tiles)}</div><div>{drawing}</div></section>'
+
+
+def tile(name: str, value: str, note: str, colour: str = "ink") -> str:
+    """One headline figure; value may be HTML."""
+    return f'<div class="tile" style="--tint: var(--{colour})"><h3>{name}</h3><p>{value}</p><small>{note}</small></div>'
+
+
+def change(ends: Sequence[float | None]) -> str:
+    """0.31 → 0.62, or the one value there is."""
+    texts = [number(None) if value is None else f"{value:.2f}" for value in ends]
+    return texts[0] if len(texts) == 1 else f'<span class="from">{texts[0]} →</span> {texts[-1]}'
+
+
+def time_bar(spent: Sequence[tuple[str, float]]) -> str:
+    """Where the seconds went: (name, seconds) as one stacked bar."""
+    spent = [(name, seconds) for name, seconds in spent if seconds]
+    total = sum(seconds for _, seconds in spent)
+    if not total:
+        return ""
+    bars = "".join(f'<i class="t{i}" style="flex-grow: {each / total:.4f}"></i>' for i, (_, each) in enumerate(spent))
+    names = "".join(
+        f'<span><b class="t{i}"></b>{name} {duration(seconds)}, {seconds / total:.0%}</span>'
+        for i, (name, seconds) in enumerate(spent)
+    )
+    return f'<div class="time"><p>Where {duration(total)} went</p><div class="parts">{bars}</div><p>{names}</p></div>'
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def facts(rows: Sequence[tuple[str, str]]) -> str:
+    return (
+        '<dl class="facts">'
+        + "".join(f"<div><dt>{escape(key)}</dt><dd>{clip(value)}</dd></div>" for key, value in rows)
+        + "</dl>"
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text in rows and columns, escaped here; the first column names its row."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(
+        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
+        for first, *rest in rows
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>' if rows else ""
+
+
+def story_card(record: dict, title: str) -> str:
+    """A story after its opening, with its scores; record: opening, story and what there is of scores, reward, words,
+    ended and reply."""
+    opening, story = record["opening"], record["story"]
+    gap = "" if not opening or opening[-1].isspace() or re.match(r"\s|[.,!?;:]|$", story) else " "
+    told = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"
+    scores, reward, words, reply = (record.get(key) for key in ("scores", "reward", "words", "reply"))
+    marks = "".join(dots(each, score) for each, score in scores.items()) if scores else ""
+    foot = ["no score" if reward is None else f"reward {reward:.3f}"]
+    if words is not None:
+        foot.append(f"{number(words)} words")
+    if record.get("ended") == "length":
+        foot.append("cut off at the length limit")
+    if reward is None and reply:
+        foot.append(f"the teacher’s reply: <q>{clip(reply, 300)}</q>")
+    return (
+        f'<article><header><strong>{escape(title)}</strong><span class="scores">{marks}</span></header>'
+        f'<p class="story"><em>{clip(opening)}</em>{told}</p><footer>{" · ".join(foot)}</footer></article>'
+    )
+
+
+def colour(criterion: str) -> str:
+    """The paper's criteria have colours of their own."""
+    return criterion if criterion in CRITERIA else "plain"
+
+
+def dots(criterion: str, score: float) -> str:
+    """A score as three dots, filled up to it."""
+    name = escape(criterion.replace("_", " "))
+    says = f"{name} {score:g} of {TOP_SCORE}"
+    drawn = "●" * round(score) + "○" * (TOP_SCORE - round(score))
+    return (
+        f'<span style="--tint: var(--{colour(criterion)})" title="{says}">{name} '
+        f'<b role="img" aria-label="{says}">{drawn}</b></span>'
+    )
+
+
+def clip(text: str, limit: int = LONGEST) -> str:
+    """text escaped, cut to limit characters, its control characters (save line breaks) made visible."""
+    shown = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text[:limit])
+    return escape(shown) + (" …" if len(text) > limit else "")
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{name} · tinystory</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{name}</h1>
+<p class="note">{subtitle}</p>
+{sections}
+</body>
+</html>
+"""
+
+STYLE = """
+:root { --serif: "Iowan Old Style", "Palatino Linotype", Palatino, Georgia, "Noto Serif", serif;
+  --sans: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 3rem 1.25rem 5rem; max-width: 70rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 var(--sans); font-variant-numeric: tabular-nums; }
+h1, h2, summary { font-family: var(--serif); font-weight: 600; line-height: 1.2; margin: 0; text-wrap: balance;
+  overflow-wrap: anywhere; }
+h1 { font-size: 2.5rem; }
+h2, summary { font-size: 1.5rem; }
+h3 { margin: 0; font-size: .8rem; font-weight: 600; color: var(--muted); }
+section, details { margin-top: 4rem; }
+details + details { margin-top: 1.5rem; }
+.note { margin: .3rem 0 1.4rem; color: var(--muted); max-width: 44rem; text-wrap: pretty; }
+.hero { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 3rem; margin-top: 2.2rem; }
+.tiles { align-content: start; display: grid; grid-template-columns: repeat(2, 1fr); gap: 1.8rem 1rem; }
+.tile p { margin: 0; font-size: 1.7rem; line-height: 1.3; font-weight: 600; color: var(--tint); white-space: nowrap; }
+.tile .from { color: var(--muted); font-weight: 400; font-size: 1.15rem; }
+.tile small { color: var(--muted); }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 2.2rem; }
+figure { margin: 0; }
+.time { margin-top: 1.2rem; font-size: .85rem; color: var(--muted); }
+.time p { margin: .4rem 0; }
+.time span { margin-right: 1.3em; white-space: nowrap; }
+.time b { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .45em; }
+.parts { display: flex; gap: 2px; height: .6rem; }
+.parts i { min-width: 2px; border-radius: 2px; }
+.t0, .t1, .t2, .t3 { background: var(--plain); }
+.t1 { opacity: .7; }
+.t2 { opacity: .45; }
+.t3 { opacity: .25; }
+.pair, .cards { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 3rem; }
+.pair + .pair, article + article { border-top: 1px solid var(--rule); }
+.pair > article, .cards > article { border-top: 0; }
+.pair h3 { font-size: 1rem; color: var(--ink); }
+article { padding: 1.2rem 0; min-width: 0; }
+article header, article footer { font-size: .8rem; color: var(--muted); }
+article header { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; align-items: baseline; }
+article strong { color: var(--ink); }
+.scores { display: flex; flex-wrap: wrap; gap: .1rem 1rem; }
+.scores b { color: var(--tint); letter-spacing: .08em; font-weight: 400; }
+.story { margin: .5rem 0; max-width: 36rem; font: 1.08rem/1.6 var(--serif); white-space: pre-wrap;
+  overflow-wrap: anywhere; unicode-bidi: isolate; }
+.story em { font-style: normal; color: var(--reward); }
+.story i { color: var(--muted); }
+article q { overflow-wrap: anywhere; unicode-bidi: isolate; }
+summary { cursor: pointer; }
+summary + * { margin-top: 1.4rem; }
+.facts { columns: 24rem; column-gap: 3rem; font-size: .85rem; margin-bottom: 0; }
+.facts + .facts { margin-top: 1rem; padding-top: 1rem; border-top: 1px solid var(--rule); }
+.facts div { display: flex; gap: 1rem; break-inside: avoid; padding: .16rem 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; }
+th, td { padding: .35rem .9rem .35rem 0; text-align: right; vertical-align: bottom; white-space: nowrap; }
+th { font-weight: 600; }
+thead th { color: var(--muted); white-space: normal; }
+th:first-child { text-align: left; }
+tr { border-bottom: 1px solid var(--rule); }
+dt { flex: 0 0 10rem; color: var(--muted); overflow-wrap: anywhere; }
+dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
+@media (max-width: 50rem) { .hero, .pair, .cards { grid-template-columns: minmax(0, 1fr); }
+  .pair > article + article { padding-top: 0; } .pair > div + div { margin-top: 2.5rem; }
+  .hero svg.chart text { font-size: 15px; } }
+@media print { details:not([open]) { display: none; } }
+"""

@@ -1,0 +1,247 @@
+"""The student writes: many stories from one opening, sampled token by token with a KV cache.
+
+A draw depends on (seed, story index, position) and the logits alone, so a story does not depend on what it is batched
+with. Each is handed to `on_story` the moment it ends.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinystory import ops
+from tinystory.data.tokenizer import Tokenizer
+from tinystory.errors import UserError
+from tinystory.ops.engine import Decoder
+from tinystory.student.model import KVCache, Student, ValueHead
+
+
+@dataclass
+class Story:
+    """What the student wrote after the opening. tokens (n,) int64 with the end token if it drew one; logprobs, values
+    and entropies (n,) float32, of the distribution that each token was drawn from; ended: "eos" or "length"."""
+
+    index: int
+    text: str
+    tokens: Tensor
+    logprobs: Tensor
+    values: Tensor
+    entropies: Tensor
+    ended: str
+
+    @property
+    def words(self) -> int:
+        return len(self.text.split())
+
+
+@torch.no_grad()
+def generate(
+    student: Student,
+    value_head: ValueHead | None,
+    tokenizer: Tokenizer,
+    opening: str,
+    *,
+    count: int,
+    first_index: int,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    on_story: Callable[[Story], None] | None = None,
+) -> list[Story]:
+    """`count` stories with indices first_index, first_index + 1, ... in that order. Greedy at temperature 0.
+
+    Raises UserError when opening and story do not fit the context.
+    """
+    if temperature == 0:
+        temperature, top_k = 1.0, 1
+    device = student.wte.weight.device
+    prompt = encode_opening(tokenizer, opening)
+    require_room(student, prompt, max_new_tokens)
+    lower = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if lower else student.wte.weight.dtype
+    token_steps = compiled_steps if Decoder.runs(device, dtype) else student_steps
+    steps = token_steps(
+        student, value_head, torch.tensor(prompt, device=device), dtype,
+        count=count, max_new_tokens=max_new_tokens, eos=tokenizer.eos,
+        seed=seed, first_row=first_index, temperature=temperature, top_k=top_k, top_p=top_p,
+    )  # fmt: skip
+    stories: list[Story | None] = [None] * count
+    for t, (outputs, ended) in enumerate(steps):
+        written = [column[ended, : t + 1].cpu() for column in outputs] if ended else [[]] * 4
+        for row, tokens, logprobs, values, entropies in zip(ended, *written, strict=True):
+            text = tokenizer.decode(tokens.tolist()).strip()
+            how = "eos" if tokens[-1] == tokenizer.eos else "length"
+            stories[row] = Story(first_index + row, text, tokens, logprobs, values, entropies, how)
+            if on_story:
+                on_story(stories[row])
+    return stories
+
+
+# Of one token step: tokens int64 and logprobs, values, entropies float32, all (count, max_new_tokens) and filled up to
+# this step; and the rows that end with it.
+Step = tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[int]]
+
+
+def compiled_steps(
+    student: Student, value_head: ValueHead | None, prompt: Tensor, dtype: torch.dtype, **how
+) -> Iterator[Step]:
+    """Token steps until every story has ended, by the compiled engine."""
+    head = [] if value_head is None else value_head.parameters()
+    decoder = Decoder([*student.parameters(), *head], student.config.n_head, dtype)
+    outputs = decoder.start(prompt, **how)
+    left = how["count"]
+    while left:
+        ended = decoder.step()
+        left -= len(ended)
+        yield outputs, ended
+
+
+def student_steps(
+    student: Student, value_head: ValueHead | None, prompt: Tensor, dtype: torch.dtype,
+    *, count: int, max_new_tokens: int, eos: int, first_row: int, **draws,
+) -> Iterator[Step]:  # fmt: skip
+    """The same on any device, by PyTorch and our kernels; on CUDA as captured graphs."""
+    step = TokenStep(student, value_head, prompt, dtype, count, max_new_tokens, first_row, draws)
+    outputs = tuple(column[:count] for column in step.outputs)
+    rows = torch.arange(count, device="cpu")  # the batch's, as positions in the outputs
+    alive = torch.ones(count, dtype=torch.bool, device="cpu")  # which of them have not ended
+    for t in range(max_new_tokens):
+        if t:
+            step.advance()
+        drawn = step.drawn.cpu()  # the one wait for the device in a step
+        ops.require_drawn(drawn[alive], rows[alive] + first_row)
+        ended = alive & ((drawn == eos) | (t + 1 == max_new_tokens))
+        yield outputs, rows[ended].tolist()
+        if not ended.any():
+            continue
+        alive &= ~ended
+        if not alive.any():
+            return
+        if worth_compacting(int(alive.sum()), len(alive), step.on_graph):
+            step.keep(alive.nonzero()[:, 0])
+            rows, alive = rows[alive], alive[alive]
+        else:
+            step.ignore(ended)
+
+
+def worth_compacting(alive: int, rows: int, on_graph: bool) -> bool:
+    """Whether to take the rows that have ended out of a batch of `rows`.
+
+    As plain calls, always: it costs a copy. A graph must be captured anew, which costs milliseconds: so not before half
+    have ended, which makes log2(rows) captures at most; and not at 64 rows or fewer, where a step takes a GPU about as
+    long as one row's would, the weights being read once for all rows.
+    """
+    return rows > 64 and 2 * alive <= rows if on_graph else alive < rows
+
+
+class TokenStep:
+    """A token step of a batch of R rows: read each row's last token, draw the next, note it in the outputs.
+
+    All that changes from step to step is in tensors that stay where they are, and nothing waits for the device: so on
+    CUDA the step is captured as a graph, and a replay costs the host one launch in place of one an operation.
+
+    drawn: (R,) int64, the last tokens; the first are there from the start. at: (R,) int64, the rows' positions in the
+    outputs. cache: its lengths are also the steps that the rows are at. outputs: tokens int64 and logprobs, values,
+    entropies float32, (count + 1, max_new_tokens): rows that have ended stay in the batch until `keep` and write to the
+    last row, which nobody reads.
+    """
+
+    def __init__(
+        self, student: Student, value_head: ValueHead | None, prompt: Tensor, dtype: torch.dtype,
+        count: int, max_new_tokens: int, first_row: int, draws: dict,
+    ):  # fmt: skip
+        device = prompt.device
+        self.student, self.value_head, self.first_row, self.draws = student.cast(dtype), value_head, first_row, draws
+        self.unembedding = student.wte.weight.detach().to(dtype)  # tokens are looked up in the embedding as it is
+        self.cache = KVCache(student.config, count, len(prompt), max_new_tokens, device, dtype)
+        self.at = torch.arange(count, device=device)
+        self.drawn = torch.zeros_like(self.at)
+        self.outputs = tuple(
+            torch.zeros(count + 1, max_new_tokens, dtype=kind, device=device)
+            for kind in (torch.int64, torch.float32, torch.float32, torch.float32)
+        )
+        self.on_graph = device.type == "cuda" and ops.load()  # the definitions in plain PyTorch do wait
+        self.graphs: list[torch.cuda.CUDAGraph] = []  # the last is in use, those before share their memory with it
+        self.steps = 0  # of the batch at its present size
+        self.draw(self.student.prefill(prompt, self.cache))
+
+    def draw(self, hidden: Tensor) -> None:
+        """Draw from the final hidden states (R, C)."""
+        step = self.cache.lengths
+        logits = F.linear(hidden, self.unembedding)
+        drawn, logprobs, entropies = ops.sample(logits, rows=self.at + self.first_row, step=step, **self.draws)
+        values = self.value_head(hidden) if self.value_head is not None else torch.zeros_like(logprobs)
+        for column, new in zip(self.outputs, (drawn, logprobs, values, entropies), strict=True):
+            column[self.at, step] = new
+        self.drawn.copy_(drawn)
+
+    def run(self) -> None:
+        """The step itself."""
+        # Negative is a token that could not be drawn: an error by now, but in a row that has ended.
+        self.draw(self.student.step(self.drawn.clamp_min(0), self.cache))
+
+    def advance(self) -> None:
+        """Run the step. On CUDA the first at each size of the batch by calls, the others as a graph."""
+        if not self.on_graph:
+            self.run()
+        elif self.steps == 0:
+            self.warm_up()
+        else:
+            if self.steps == 1:
+                self.capture()
+            self.graphs[-1].replay()
+        self.steps += 1
+
+    def warm_up(self) -> None:
+        """Run the step where it will be captured, so that all is set up that a capture forbids: cuBLAS, kernels that
+        are loaded at their first use."""
+        here, aside = torch.cuda.current_stream(self.at.device), capture_stream(self.at.device)
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            self.run()
+        here.wait_stream(aside)
+
+    def capture(self) -> None:
+        """Record the step, which runs nothing. What other threads do with the device meanwhile does not matter."""
+        graph, pool = torch.cuda.CUDAGraph(), self.graphs[-1].pool() if self.graphs else None
+        stream = capture_stream(self.at.device)
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self.run()
+        self.graphs.append(graph)
+
+    def ignore(self, ended: Tensor) -> None:
+        """Note nothing more of these rows. ended: (R,) bool, on the CPU."""
+        self.at.masked_fill_(ended.to(self.at.device), len(self.outputs[0]) - 1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Take all rows but these out of the batch. rows: (n,) int64, on the CPU, indices into the present rows."""
+        rows = rows.to(self.at.device)
+        self.cache.keep(rows)
+        self.at, self.drawn = self.at[rows], self.drawn[rows]
+        self.steps = 0
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+def require_room(student: Student, prompt: list[int], max_new_tokens: int) -> None:
+    """Raises UserError when opening and story do not fit the context."""
+    room = student.config.context - len(prompt)
+    if max_new_tokens > room:
+        raise UserError(
+            f"the opening ({len(prompt)} tokens) and the story (--max-new-tokens {max_new_tokens}) do not fit the "
+            f"student's context of {student.config.context}: lower --max-new-tokens to {max(room, 0)}, or shorten it"
+        )
+
+
+def encode_opening(tokenizer: Tokenizer, opening: str) -> list[int]:
+    """The opening as the student has seen beginnings in its corpus: after the end of the story before."""
+    return [tokenizer.eos, *tokenizer.encode(opening)]
