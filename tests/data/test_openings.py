@@ -1,0 +1,78 @@
+"""What stories begin with: the same for a seed and an index, each used before one is used again, a tenth held out."""
+
+import json
+import random
+
+import pytest
+
+from tinystory.data.builtin import grammar
+from tinystory.data.openings import BUILTIN, LONGEST, Openings, builtin_openings, load_openings
+from tinystory.errors import UserError
+
+TEXTS = [f"There was a fox number {i}." for i in range(40)]
+
+
+def test_an_opening_depends_on_the_seed_and_the_index_alone():
+    openings = Openings(TEXTS, seed=3)
+    asked = list(range(100))
+    random.Random(0).shuffle(asked)
+    assert {i: openings[i] for i in asked} == {i: Openings(TEXTS, seed=3)[i] for i in range(100)}
+    assert [openings[i] for i in range(36)] != [Openings(TEXTS, seed=4)[i] for i in range(36)]
+
+
+def test_each_is_used_once_before_one_is_used_again():
+    openings = Openings(TEXTS, seed=0)
+    rounds = [[openings[i] for i in range(start, start + 36)] for start in (0, 36, 72)]
+    assert all(sorted(each) == sorted(openings.train) for each in rounds)
+    assert rounds[0] != rounds[1] != rounds[2]
+
+
+def test_a_tenth_is_held_out_and_never_trained_on():
+    openings = Openings(TEXTS, seed=0)
+    assert len(openings.held_out) == 4 and not set(openings.held_out) & set(openings.train)
+    assert not set(openings.held_out) & {openings[i] for i in range(500)}
+
+
+def test_groups_share_an_opening():
+    openings = Openings(TEXTS, seed=0, per_opening=4)
+    told = [openings[i] for i in range(40)]
+    assert all(len(set(told[i : i + 4])) == 1 for i in range(0, 40, 4)) and len(set(told)) == 10
+
+
+def test_one_opening_is_trained_on_and_looked_at():
+    one = Openings(["Once"], seed=0)
+    assert one.train == one.held_out == ["Once"] and one[0] == one[123456] == "Once"
+
+
+def test_builtin_openings_name_their_hero_and_are_no_story_of_the_corpus():
+    openings = builtin_openings()
+    assert len(set(openings)) == BUILTIN == len(openings)
+    assert all(4 < len(text.split()) <= LONGEST and text[-1] in '.!?"' for text in openings)
+    names = set(" ".join([grammar.vocabulary.GIRLS, grammar.vocabulary.BOYS, grammar.vocabulary.CREATURES]).split())
+    assert all(names & {word.strip('.,!?"') for word in text.split()} for text in openings)
+
+
+def test_a_file_has_one_per_line(tmp_path):
+    (tmp_path / "a.txt").write_text("One day, a fox\n\n  Far away,  \nOne day, a fox\n")
+    assert load_openings(str(tmp_path / "a.txt")) == ["One day, a fox", "Far away,"]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"opening": "One\nday"}) + "\n")
+    assert load_openings(str(tmp_path / "a.jsonl")) == ["One\nday"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("no.txt", None, "cannot be read"),
+        ("empty.txt", b"\n \n", "holds no opening"),
+        ("bytes.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("a.jsonl", b'{"opening": "x"}\n{"text": "y"}\n', "line 2"),
+        ("b.jsonl", b"[1]\n", "line 1"),
+        ("c.jsonl", b'{"opening": 3}\n', "line 1"),
+        ("d.jsonl", b"[" * 100_000, "line 1"),
+    ],
+)
+def test_what_is_no_list_of_openings_is_said(tmp_path, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        load_openings(str(tmp_path / name))

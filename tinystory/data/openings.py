@@ -1,0 +1,80 @@
+"""What the stories begin with: one opening for all, the built-in list, or a file of one's own."""
+
+import functools
+import json
+import random
+import re
+from pathlib import Path
+
+from tinystory.data.builtin import grammar
+from tinystory.errors import UserError
+
+HELD_OUT = 10  # one opening in so many is never trained on
+BUILTIN = 200
+SHORTEST, LONGEST = 12, 30  # words of a built-in opening
+
+
+class Openings:
+    """The openings of a run: `train` for PPO, `held_out` for looking at the student from outside. One alone is both."""
+
+    def __init__(self, texts: list[str], seed: int, per_opening: int = 1):
+        self.seed, self.per_opening = seed, per_opening
+        self.held_out = texts[HELD_OUT - 1 :: HELD_OUT] or texts
+        self.train = [text for text in texts if text not in self.held_out] or texts
+
+    def __getitem__(self, index: int) -> str:
+        """The opening of the story `index`: each is used once before one is used again, in an order drawn from the seed,
+        by `per_opening` stories in a row."""
+        round_, place = divmod(index // self.per_opening, len(self.train))
+        return self.train[_order(len(self.train), self.seed, round_)[place]]
+
+
+@functools.lru_cache(2)
+def _order(count: int, seed: int, round_: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed} {round_}").shuffle(order)
+    return order
+
+
+def load_openings(name: str) -> list[str]:
+    """`builtin`, or a file of one opening per line: plain text, or JSON with an "opening" field (then the name ends in
+    .jsonl). Raises UserError for a file without openings, or a line that is none."""
+    if name == "builtin":
+        return builtin_openings()
+    path = Path(name)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--openings {name} cannot be read ({error}): give builtin, or a text file of one per line") from None
+    openings = []
+    for number, line in enumerate(lines, 1):
+        if line and path.suffix == ".jsonl":
+            try:
+                line = json.loads(line)["opening"].strip()
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                raise UserError(f'--openings {name}: line {number} is no JSON record with an "opening" text') from None
+        if line:
+            openings.append(line)
+    if not openings:
+        raise UserError(f"--openings {name} holds no opening: write one per line")
+    return list(dict.fromkeys(openings))
+
+
+@functools.cache
+def builtin_openings() -> list[str]:
+    """The first sentences of stories that the grammar tells, until the hero has been named: who, often where, and what
+    is the matter. Another seed than the corpus's, so what follows them there is not what the student has read."""
+    rng = random.Random("openings")
+    openings: dict[str, None] = {}
+    while len(openings) < BUILTIN:
+        plot = grammar.PLOTS[int(rng.random() * len(grammar.PLOTS))]
+        story, facts = plot.tell(rng)
+        sentences = re.findall(r'.+?[.!?]+"?(?=\s|$)', story.replace("\n", " "))
+        opening = sentences[0]
+        for sentence in sentences[1:]:
+            if len(opening.split()) >= SHORTEST and facts["h"] in opening:
+                break
+            opening += sentence
+        if len(opening.split()) <= LONGEST:
+            openings[opening] = None
+    return list(openings)

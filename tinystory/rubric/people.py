@@ -1,0 +1,158 @@
+"""Who is who in a story: whether names are known when they are used, and whether he and she are the people meant.
+
+Learned by counting, as the lexicon is. A name that comes out of nowhere stands where only a known one would ("said
+Pip"); a name that is introduced stands where a new one would ("a mouse named Pip", "his friend Pip"). A pronoun agrees
+as often as in the corpus, or as seldom as in the same text with half of its pronouns flipped.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tinystory.rubric.lexicon import Lexicon
+from tinystory.rubric.ngram import BOUNDARY
+from tinystory.rubric.surface import words_of
+
+HE, SHE = 0, 1
+# Subject, object and possessive; "her" is either of the last two.
+PRONOUNS = ({"he": 0, "him": 1, "his": 2, "himself": 1}, {"she": 0, "her": 3, "hers": 2, "herself": 1})
+PEOPLE = (
+    words_of("boy man dad daddy papa father grandpa grandfather brother uncle king prince wizard son"),
+    words_of("girl woman mom mommy mama mother grandma granny grandmother sister aunt queen princess witch daughter"),
+)
+FLIPPED = {"he": "she", "she": "he", "him": "her", "his": "her", "her": "his", "himself": "herself", "herself": "himself"}
+READ = 1500  # stories from which agreement is learned
+PRIOR = 4  # observations that the coarser estimate counts for
+EVIDENCE = 3.0  # nats that one mention can count for, at most
+# What a pronoun is seen against: its form (4), the last person's mention (a name, a pronoun, a noun; or nobody), and how
+# many sentences ago it was (0, 1, more).
+NAME, PRONOUN, NOUN, NOBODY = range(4)
+SAME, OTHER, UNKNOWN_PERSON = range(3)  # the pronoun is of the last person's sex, of another's in the story, of nobody's
+
+
+class People:
+    def __init__(self, lexicon: Lexicon):
+        size = len(lexicon)
+        self._form, self._sex = np.full(size, -1), np.full(size, -1)
+        for sex, forms in enumerate(PRONOUNS):
+            for word in forms.keys() & lexicon.index.keys():
+                self._form[lexicon.index[word]], self._sex[lexicon.index[word]] = forms[word], sex
+            self._sex[lexicon.members(PEOPLE[sex])] = sex
+        titled = lexicon.members([*PEOPLE[HE], *PEOPLE[SHE]])
+        self.name = lexicon.name & ~titled  # "Mom" needs no introduction
+        she = lexicon.referred[:, 1] / np.maximum(lexicon.referred[:, :2].sum(1), 1e-9)
+        common = self.name & (np.bincount(lexicon.ids, minlength=size) >= 20)
+        self._sex[common & (she > 0.75)], self._sex[common & (she < 0.25)] = SHE, HE
+        self._stop = lexicon.members(".!?")
+        self._seen = self._stop | self.name | (self._sex >= 0)
+        self._flipped = np.arange(size)
+        for word in FLIPPED.keys() & lexicon.index.keys():
+            self._flipped[lexicon.index[word]] = lexicon.index.get(FLIPPED[word], lexicon.index[word])
+        self._masked = np.where(self.name, size, np.arange(size))  # one name is like another
+        self._learn_introductions(lexicon.ids, size)
+        self._learn_agreement(lexicon.ids)
+
+    def told(self, ids: np.ndarray, start: int) -> float | None:
+        """Nats per mention of a name by which the words around it speak for what it is, known or new; None without a
+        name from `start` on."""
+        at = np.flatnonzero(self.name[ids])
+        if not (at >= start).any():
+            return None
+        new = _first(ids[at])
+        odds = sum(_log_odds(near, far, *context) for (near, far), context in zip(self._tables, self._contexts(ids, at), strict=True))
+        evidence = np.where(new, odds, -odds)
+        return float(np.clip(evidence, -EVIDENCE, EVIDENCE)[at >= start].mean())
+
+    def agreement(self, ids: np.ndarray, start: int) -> float | None:
+        """Nats per pronoun by which it is as the corpus has it rather than flipped by a coin; None without he or she."""
+        evidence = [self._agreement[case] for case in self._cases(ids, start)]
+        return float(np.mean(evidence)) if evidence else None
+
+    def flipped(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The same tokens with half of their he and she exchanged."""
+        return np.where(rng.random(len(ids)) < 0.5, self._flipped[ids], ids)
+
+    def _contexts(self, ids: np.ndarray, at: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """Keys of the one and the two tokens before each place, and of those after it."""
+        around = self._masked[np.pad(ids, 2, constant_values=BOUNDARY)]
+        size = len(self._masked) + 1
+        before, after = around[at + 1], around[at + 3]
+        return (before, before * size + around[at]), (after, after * size + around[at + 4])
+
+    def _learn_introductions(self, ids: np.ndarray, size: int) -> None:
+        at = np.flatnonzero(self.name[ids])
+        new = _first(np.cumsum(ids == BOUNDARY)[at] * size + ids[at])
+        self._tables = [tuple(_Table(keys, new) for keys in context) for context in self._contexts(ids, at)]
+
+    def _learn_agreement(self, ids: np.ndarray) -> None:
+        rng = np.random.default_rng(0)
+        starts = np.flatnonzero(ids == BOUNDARY)[: READ + 1]
+        counts = np.ones((2, 4, 4, 3, 3))  # real or flipped; form, last mention, distance; outcome
+        for first, end in zip(starts[:-1] + 1, starts[1:], strict=True):
+            for which, story in enumerate((ids[first:end], self.flipped(ids[first:end], rng))):
+                for case in self._cases(story, 0):
+                    counts[(which, *case)] += 1
+        real, flipped = np.log(counts / counts.sum(-1, keepdims=True))
+        self._agreement = np.clip(real - flipped, -EVIDENCE, EVIDENCE)
+
+    def _cases(self, ids: np.ndarray, start: int) -> Iterator[tuple[int, int, int, int]]:
+        """For each he or she from `start` on: its form, the last person's mention, its distance, and the outcome."""
+        sexes: dict[int, int] = {}  # of this story's names
+        present = [False, False]
+        last, mention, sentence, when = -1, NOBODY, 0, 0
+        unsexed = -1  # the last name whose sex is not known yet
+        for at in np.flatnonzero(self._seen[ids]).tolist():
+            word = int(ids[at])
+            if self._stop[word]:
+                sentence += 1
+                continue
+            sex = int(self._sex[word])
+            if self._form[word] >= 0:
+                if unsexed >= 0:
+                    sexes[unsexed], unsexed = sex, -1
+                    last, mention, when, present[sex] = sex, NAME, sentence, True
+                if at >= start:
+                    outcome = SAME if sex == last else OTHER if present[sex] else UNKNOWN_PERSON
+                    yield int(self._form[word]), mention, min(sentence - when, 2), outcome
+                mention = PRONOUN
+            elif self.name[word]:
+                sex = sexes.get(word, sex)
+                if sex < 0 and mention == NOUN and when == sentence:  # "a girl named Pip"
+                    sex = last
+                if sex < 0:
+                    unsexed = word
+                    continue
+                sexes[word], unsexed, mention = sex, -1, NAME
+            else:
+                mention = NOUN
+            last, when, present[sex] = sex, sentence, True
+
+
+class _Table:
+    """How often each context holds a known and a new name."""
+
+    def __init__(self, keys: np.ndarray, new: np.ndarray):
+        self.keys, which = np.unique(keys, return_inverse=True)
+        self.counts = np.stack([np.bincount(which, weights=side, minlength=len(self.keys)) for side in (~new, new)], 1)
+        self.usual = (self.counts.sum(0) + 1) / (len(keys) + 2)
+
+    def share(self, keys: np.ndarray, prior: np.ndarray) -> np.ndarray:
+        """(n, 2) shares of known and new, pulled to the prior."""
+        if not len(self.keys):
+            return np.broadcast_to(prior, (len(keys), 2))
+        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        counts = np.where((self.keys[place] == keys)[:, None], self.counts[place], 0.0)
+        return (counts + PRIOR * prior) / (counts.sum(1, keepdims=True) + PRIOR)
+
+
+def _log_odds(near: _Table, far: _Table, near_keys: np.ndarray, far_keys: np.ndarray) -> np.ndarray:
+    """(n,) nats by which a context speaks for a new name, beyond what is usual."""
+    log = np.log(far.share(far_keys, near.share(near_keys, near.usual)) / near.usual)
+    return log[:, 1] - log[:, 0]
+
+
+def _first(keys: np.ndarray) -> np.ndarray:
+    """(n,) bool: the first occurrence of each key."""
+    first = np.zeros(len(keys), bool)
+    first[np.unique(keys, return_index=True)[1]] = True
+    return first
