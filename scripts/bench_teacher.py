@@ -68,7 +68,7 @@ def overhead(url: str, count: int, concurrency: int, runs: int) -> dict[str, flo
             tempfile.TemporaryDirectory() as folder,
             Teacher(url, concurrency=concurrency, cache=Path(folder) / "replies.jsonl") as teacher,
         ):
-            assert all(judgement.scores for judgement in teacher.judge(OPENING, stories, 0))
+            assert all(grade.scores for grade in teacher.grade(OPENING, stories, 0))
 
     clients = {
         "ours": ours,

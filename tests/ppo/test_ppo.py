@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tinystory import ppo
-from tinystory.babylm import Budget
+from tinystory.babylm import WordBudget
 from tinystory.config import InteractConfig
 from tinystory.errors import UserError
 from tinystory.reward import load_score, story_reward
@@ -240,7 +240,7 @@ def test_reward_is_the_papers():
 
 
 def test_budget_stops_before_it_is_overrun():
-    budget = Budget(limit_in=100, limit_out=1000, words_in=15)
+    budget = WordBudget(limit_in=100, limit_out=1000, words_in=15)
     assert budget.allows(85, 1000) and not budget.allows(86, 0) and not budget.allows(0, 1001)
     budget.spend(80, 990)
     assert budget.allows(5, 10) and not budget.allows(6, 10) and not budget.allows(5, 11)

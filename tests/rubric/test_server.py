@@ -17,8 +17,8 @@ from tinystory.data.builtin import grammar
 from tinystory.errors import UserError
 from tinystory.rubric.rubric import Rubric
 from tinystory.rubric.server import LONGEST_BODY, MODEL, serve
+from tinystory.teacher.grade import parse_scores
 from tinystory.teacher.prompt import CRITERIA, STORYTELLING, Criterion, fence, render
-from tinystory.teacher.score import parse_scores
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "serve_teacher.py"
 OPENING = "Once upon a time,"

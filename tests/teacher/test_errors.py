@@ -33,7 +33,7 @@ def test_what_cannot_be_mended_by_asking_again_stops_everything(words, monkeypat
     caplog.set_level(logging.DEBUG)
     with FaultServer(lambda story, n: FATAL[words]()) as server, Teacher(server.url, concurrency=4) as teacher:
         with pytest.raises(UserError) as caught:
-            teacher.judge("Once", [f"Dog {i} ran." for i in range(50)], 0)
+            teacher.grade("Once", [f"Dog {i} ran." for i in range(50)], 0)
         assert_one_clean_sentence(caught, server.url, words)
         assert len(server.requests) <= 1 + 4  # those on their way, and no more
         with pytest.raises(UserError):
@@ -56,7 +56,7 @@ def test_a_server_that_goes_away_stops_the_run():
         teacher = Teacher(server.url)
         teacher.probe()
     with teacher, pytest.raises(UserError) as caught:
-        teacher.judge("Once", ["A dog ran.", "A cat ran."], 0)
+        teacher.grade("Once", ["A dog ran.", "A cat ran."], 0)
     assert_one_clean_sentence(caught, "cannot be reached")
 
 
@@ -120,5 +120,5 @@ def test_a_key_that_a_reply_echoes_is_not_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     kept = tmp_path / "replies.jsonl"
     with FaultServer(lambda story, n: f"your key is {KEY}") as server, Teacher(server.url, cache=kept) as teacher:
-        (judgement,) = teacher.judge("Once", ["A dog ran."], 0)
-    assert judgement.reply == "your key is [key]" and KEY not in kept.read_text()
+        (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+    assert grade.reply == "your key is [key]" and KEY not in kept.read_text()

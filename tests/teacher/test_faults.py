@@ -54,25 +54,25 @@ def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted():
         teacher.probe()
         teacher.stats()
         server.delay, began = LATENCY, time.monotonic()
-        judgements = teacher.judge("Once", stories, 0)
+        grades = teacher.grade("Once", stories, 0)
         seconds = time.monotonic() - began
         stats = teacher.stats()
-    unscored = [story for story, judgement in zip(stories, judgements, strict=True) if judgement.scores is None]
-    assert len(judgements) == STORIES and set(unscored) >= hopeless and len(unscored) <= len(hopeless) + STORIES // 50
-    for story, judgement in zip(stories, judgements, strict=True):
-        assert judgement.attempts == server.good[story]  # every whole reply is somebody's, once
-        if judgement.scores is None:
-            assert judgement.score is None and judgement.error
+    unscored = [story for story, grade in zip(stories, grades, strict=True) if grade.scores is None]
+    assert len(grades) == STORIES and set(unscored) >= hopeless and len(unscored) <= len(hopeless) + STORIES // 50
+    for story, grade in zip(stories, grades, strict=True):
+        assert grade.attempts == server.good[story]  # every whole reply is somebody's, once
+        if grade.scores is None:
+            assert grade.score is None and grade.error
         else:
-            assert judgement.error is None and judgement.reply == honest(story)
-            assert list(judgement.scores.values()) == [int(digit) for digit in honest(story).split()]
+            assert grade.error is None and grade.reply == honest(story)
+            assert list(grade.scores.values()) == [int(digit) for digit in honest(story).split()]
     assert set(sent) == {*FAULTS, "honest"} and sent["honest"] == STORIES - len(unscored)
     failed = sum(sent[fault] for fault in FAULTS if fault != "4 0 0")  # which is a reply, if no good one
     assert stats["requests"] == sum(server.seen.values()) - 1
-    assert stats["requests"] == failed + sum(judgement.attempts for judgement in judgements)
+    assert stats["requests"] == failed + sum(grade.attempts for grade in grades)
     assert stats["retries"] <= failed
-    share = len(judgements) / seconds / (64 / LATENCY) if LATENCY else None
-    print(f"{len(judgements) / seconds:.1f} stories/s, {share and f'{share:.0%}'} of 64 slots / latency; {stats}")
+    share = len(grades) / seconds / (64 / LATENCY) if LATENCY else None
+    print(f"{len(grades) / seconds:.1f} stories/s, {share and f'{share:.0%}'} of 64 slots / latency; {stats}")
 
 
 # Whole runs of train_interact.py.
@@ -198,7 +198,7 @@ def test_a_story_that_was_given_up_stays_so_whoever_wrote_it_again(tmp_path):
     """Story 1 was given up; the same words at 2 were graded: a replay tells the two apart."""
     script = lambda story, n: "500" if n < client.FAILURES else "1 1 1"  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
-        lost, found = (teacher.judge("Once", ["A cat ran."], index)[0] for index in (1, 2))
+        lost, found = (teacher.grade("Once", ["A cat ran."], index)[0] for index in (1, 2))
     assert lost.scores is None and found.scores is not None
     (tmp_path / "stories.jsonl").write_text(
         '{"step": 1, "index": 1, "story": "A cat ran.", "scores": null}\n'

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tinystory.teacher.grade import parse_scores
 from tinystory.teacher.prompt import CRITERIA
-from tinystory.teacher.score import parse_scores
 
 space = st.text(" \t\r\n", max_size=4)
 between = st.one_of(st.text(" \t\r\n", min_size=1, max_size=3), st.tuples(space, space).map(",".join))

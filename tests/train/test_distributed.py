@@ -84,25 +84,25 @@ def collectives(rank: int, folder: str) -> None:
     for i, p in enumerate(parameters):
         if rank == 0 or i != 2:  # a process without rows has no gradient
             p.grad = torch.full_like(p, float(10 * i + rank + 1))
-    distributed.sum_gradients(parameters)
+    distributed.all_reduce_gradients(parameters)
     assert [float(p.grad.mean()) for p in parameters] == [3.0, 23.0, 21.0, 63.0]
     assert all(p.grad.min() == p.grad.max() and p.grad.shape == p.shape for p in parameters)
 
     weights = torch.full((4,), float(rank))
-    distributed.copy_from_first([weights])
+    distributed.broadcast_from_rank0([weights])
     assert not weights.any()
-    assert distributed.gather([f"{rank}{i}" for i in range(1 + rank)]) == ["00", "10", "11"]
-    assert distributed.largest(rank == 1) and distributed.largest(0.25 * rank) == 0.25
-    assert distributed.from_first(lambda: distributed.rank() + 7) == 7
+    assert distributed.all_gather_list([f"{rank}{i}" for i in range(1 + rank)]) == ["00", "10", "11"]
+    assert distributed.all_reduce_max(rank == 1) and distributed.all_reduce_max(0.25 * rank) == 0.25
+    assert distributed.rank0_value(lambda: distributed.rank() + 7) == 7
     with pytest.raises(UserError, match="the key is bad"):
-        distributed.from_first(refused)
-    assert distributed.together(lambda: rank) == rank
+        distributed.rank0_value(refused)
+    assert distributed.rank0_first(lambda: rank) == rank
     with pytest.raises(UserError, match="the key is bad"):
-        distributed.together(refused)
+        distributed.rank0_first(refused)
 
 
 def refused():
-    assert distributed.is_first(), "the first process alone asks"
+    assert distributed.is_rank0(), "rank 0 alone asks"
     raise UserError("the key is bad")
 
 
@@ -118,9 +118,10 @@ def test_collectives_of_two_processes(tmp_path):
 
 def test_alone_everything_is_as_it_was():
     x = torch.arange(5.0)
-    assert distributed.share([1, 2, 3]) == [1, 2, 3] and distributed.block(7) == range(7)
-    assert distributed.sum_(x) is x and distributed.largest(0.5) == 0.5 and distributed.gather([1]) == [1]
-    assert distributed.from_first(lambda: 3) == 3 and distributed.is_first()
+    assert distributed.shard_strided([1, 2, 3]) == [1, 2, 3] and distributed.shard_contiguous(7) == range(7)
+    assert distributed.all_reduce_sum(x) is x and distributed.all_reduce_max(0.5) == 0.5
+    assert distributed.all_gather_list([1]) == [1]
+    assert distributed.rank0_value(lambda: 3) == 3 and distributed.is_rank0()
 
 
 @pytest.mark.parametrize("processes,device", [(3, "auto"), (2, "cuda:1")])
@@ -134,11 +135,11 @@ def test_processes_need_a_gpu_each(monkeypatch, processes, device):
 
 
 def test_shares_are_all_rows_once(monkeypatch):
-    monkeypatch.setattr(distributed, "world", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     shares, blocks = [], []
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(distributed.share(list(range(8))))
-        blocks += [*distributed.block(8)]
+        shares.append(distributed.shard_strided(list(range(8))))
+        blocks += [*distributed.shard_contiguous(8)]
     assert sorted(row for rows in shares for row in rows) == blocks == list(range(8))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
