@@ -1,4 +1,4 @@
-"""Replies are kept: none is paid for twice, whatever happens to the file."""
+"""The cache of replies: no reply is paid for twice, whatever happens to the file."""
 
 import contextlib
 import resource
@@ -23,7 +23,7 @@ def test_no_reply_is_paid_for_twice(tmp_path):
         lines = kept.read_bytes()
         kept.write_bytes(lines + b'{"key": "torn')  # killed while writing
         with Teacher(server.url, cache=kept) as teacher:
-            after = teacher.grade("Once", stories, 100)  # other indices: the mark is no part of the question
+            after = teacher.grade("Once", stories, 100)  # other indices: the fence is not part of the key
             assert teacher.ledger.total["cached"] == sum(grade.attempts for grade in before)
         assert kept.read_bytes().startswith(lines + b"{") and b"torn" not in kept.read_bytes()
         paid = {story: server.seen[story] for story in stories}
@@ -44,7 +44,7 @@ def test_no_reply_is_paid_for_twice(tmp_path):
             assert teacher.ledger.total["cached"] == 0
 
 
-def test_the_first_reply_to_a_question_stands(tmp_path):
+def test_the_first_reply_to_a_question_is_kept(tmp_path):
     cache = Cache(tmp_path / "replies.jsonl")
     assert (
         cache.put("question", Kept("1 1 1"))
@@ -92,7 +92,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_leaves_whole_lines(tmp_path):
         cache.put("question", Kept("1 1 1"))
         whole = path.read_bytes()
         try:
-            for room in (10, 0):  # a line that is written in part, and one that is not at all
+            for room in (10, 0):  # a line that is written in part, and one that is not written
                 resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + room, limits[1]))
                 with pytest.raises(UserError, match="cannot be written"):
                     cache.put("another", Kept("2 2 2"))

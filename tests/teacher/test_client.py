@@ -1,4 +1,4 @@
-"""The client against a server that misbehaves in every way: nothing lost, nothing invented."""
+"""The client against a server with every kind of fault: no score is lost or invented."""
 
 import asyncio
 import random
@@ -19,7 +19,7 @@ from tinystory.teacher.slots import Slots
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
-def test_every_story_is_scored_or_counted_none_twice_none_lost():
+def test_every_story_is_scored_or_counted_exactly_once():
     faults = ["500", "429", "hang", "reset", "empty", "html", "malformed", "shape", "huge", "drip", "3/3 2/3 1", "2 2"]
     dice = random.Random(1)
     plan = {}  # what each story's first requests get, before the honest reply
@@ -43,7 +43,7 @@ def test_every_story_is_scored_or_counted_none_twice_none_lost():
         assert 2 < server.most_in_flight <= 32
     assert len(grades) == 200 and sum(done) == 200
     for story, grade in zip(plan, grades, strict=True):
-        unread = [what for what in plan[story] if " " in what]  # replies that came, and hold no scores
+        unread = [what for what in plan[story] if " " in what]  # complete replies without scores
         if len(unread) < 3:
             assert grade.error is None and grade.reply == honest(story)
             assert list(grade.scores.values()) == [int(digit) for digit in honest(story).split()]
@@ -57,7 +57,7 @@ def test_every_story_is_scored_or_counted_none_twice_none_lost():
     assert teacher.ledger.total["failures"] == sum(len([w for w in p if " " not in w]) for p in plan.values())
 
 
-def test_a_server_that_never_answers_well_costs_the_story_not_the_run():
+def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
     with FaultServer(lambda story, n: "500") as server, Teacher(server.url) as teacher:
         (grade,) = teacher.grade("Once", ["A dog ran."], 0)
     assert grade.scores is None and grade.reply == "" and grade.attempts == grade.reply_words == 0
@@ -72,7 +72,7 @@ def test_a_hanging_request_is_cut_at_its_deadline():
 
 
 @pytest.mark.parametrize("headers", [{"retry-after-ms": "300"}, {"Retry-After": "0.3"}])
-def test_the_server_says_when_to_come_back(headers):
+def test_the_client_waits_as_long_as_the_server_asks(headers):
     busy = error(429, "slow down", headers=headers)
     with FaultServer(lambda story, n: "3 3 3" if n else busy) as server, Teacher(server.url) as teacher:
         (grade,) = teacher.grade("Once", ["A dog ran."], 0)
@@ -99,15 +99,15 @@ def test_what_is_sent():
         assert read_back(first["messages"]) == ("Once", "A dog ran.")
 
 
-def test_as_many_are_on_their_way_as_was_asked_for():
+def test_as_many_requests_are_in_flight_as_allowed():
     with FaultServer() as server, Teacher(server.url, concurrency=130) as teacher:
         server.delay = 0.5
         teacher.grade("Once", [f"Dog {i} ran." for i in range(140)], 0)
     assert server.most_in_flight == 130
 
 
-def test_words_beyond_the_cap_are_not_the_students(monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", closed_port())  # and a proxy is not asked for this machine's own address
+def test_words_beyond_max_tokens_do_not_count(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", closed_port())  # and no proxy is used for this machine's own address
     with FaultServer(lambda story, n: "well " * 50) as server, Teacher(server.url, max_tokens=6) as teacher:
         (grade,) = teacher.grade("Once", ["A dog ran."], 0)
     assert grade.scores is None and grade.reply_words == 3 * 6
@@ -120,24 +120,24 @@ def test_an_empty_story_needs_no_teacher():
         assert len(server.requests) == 1  # the probe
 
 
-def test_closing_leaves_nothing_on_its_way():
+def test_closing_leaves_nothing_in_flight():
     with FaultServer(lambda story, n: "hang") as server:
         teacher = Teacher(server.url, concurrency=8)
         futures = [teacher.submit("Once", f"Dog {i} ran.", i) for i in range(20)]
         while server.in_flight < 8:
             time.sleep(0.01)
         teacher.close()
-        teacher.close()  # twice does no harm
+        teacher.close()  # closing twice does no harm
         assert all(future.cancelled() for future in futures) and not teacher._thread.is_alive()
         while server.in_flight:  # the server sees every connection closed
             time.sleep(0.01)
         assert len(server.requests) == 1 + 8
 
 
-def test_ctrl_c_ends_a_waiting_judge():
+def test_ctrl_c_ends_the_wait_for_grades():
     program = (
         "import signal, sys; from tinystory.teacher.client import Teacher\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background is born deaf to it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs start with SIGINT ignored
         "with Teacher(sys.argv[1]) as teacher: teacher.grade('Once', ['A dog ran.', 'A cat ran.'], 0)"
     )
     with FaultServer(lambda story, n: "hang") as server:
@@ -149,7 +149,7 @@ def test_ctrl_c_ends_a_waiting_judge():
     assert errors.strip().endswith("KeyboardInterrupt") and "never retrieved" not in errors and "Unclosed" not in errors
 
 
-def test_slots_never_exceed_their_number_and_are_never_lost():
+def test_slots_never_exceed_the_limit_and_are_never_lost():
     async def run():
         slots, dice, most = Slots(6), random.Random(0), 0
 
@@ -172,8 +172,8 @@ def test_slots_never_exceed_their_number_and_are_never_lost():
     asyncio.run(run())
 
 
-def test_an_overloaded_server_is_asked_less_and_more_again_when_it_can():
-    """Room for 3 requests, then for all, then for 3: what the server has at once follows."""
+def test_an_overloaded_server_gets_fewer_requests_and_more_when_it_recovers():
+    """The server has room for 3 requests, then for all, then for 3, and the requests in flight follow."""
     room, at_once = 3, []
 
     def script(story, n):
@@ -181,7 +181,7 @@ def test_an_overloaded_server_is_asked_less_and_more_again_when_it_can():
         return "429" if server.in_flight > room else "2 1 3"
 
     with FaultServer(script) as server, Teacher(server.url, concurrency=16) as teacher:
-        server.delay = 0.03  # longer than a busy machine needs to send the next
+        server.delay = 0.03  # longer than a busy machine takes to send the next request
         for room, count, last in ((3, 60, range(2, 12)), (99, 200, range(13, 17)), (3, 60, range(2, 12))):  # noqa: B007
             at_once.clear()
             grades = teacher.grade("Once", [f"Dog {i} of {count} ran." for i in range(count)], 0)
@@ -189,7 +189,7 @@ def test_an_overloaded_server_is_asked_less_and_more_again_when_it_can():
             assert max(at_once[-60:-20]) in last and int(teacher._slots.limit) in last
 
 
-def test_a_refused_round_halves_the_slots_and_a_good_one_adds_one():
+def test_a_refused_round_halves_the_slots_and_an_answered_one_adds_one():
     slots = Slots(64)
     for _ in range(64):
         slots.refused()
@@ -197,7 +197,7 @@ def test_a_refused_round_halves_the_slots_and_a_good_one_adds_one():
     for _ in range(32):
         slots.answered(0.1)
     assert slots.limit == pytest.approx(33, abs=0.02)
-    for i in range(10_000):  # one in fifty, as rate limits or a fault here and there give: no reason to slow down
+    for i in range(10_000):  # one in fifty, like occasional faults: no reason to slow down
         slots.answered(0.1) if i % 50 else slots.refused()
     assert slots.limit > 63
     for _ in range(200):
@@ -221,10 +221,10 @@ def test_the_timeout_follows_the_slowest_answers_and_doubles():
         assert few.timeout(100.0, 0) == 100.0  # too few to know the slowest
 
 
-def test_a_request_that_is_long_overdue_is_sent_again(monkeypatch):
+def test_a_request_that_is_long_overdue_is_retried(monkeypatch):
     monkeypatch.setattr("tinystory.teacher.slots.SHORTEST_S", 0.3)
     script = lambda story, n: "hang" if story == "Dog 99 ran." and n == 0 else "2 1 3"  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url, deadline_s=300.0) as teacher:
         began = time.monotonic()
         assert all(grade.scores for grade in teacher.grade("Once", [f"Dog {i} ran." for i in range(100)], 0))
-    assert server.seen["Dog 99 ran."] == 2 and time.monotonic() - began < 60  # and not the 100 s of its own deadline
+    assert server.seen["Dog 99 ran."] == 2 and time.monotonic() - began < 60  # not the 100 s of its own timeout

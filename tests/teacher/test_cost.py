@@ -1,4 +1,4 @@
-"""What asking costs, and the budget that no request passes."""
+"""The cost of grading, and the budget that no request exceeds."""
 
 import random
 from collections import Counter
@@ -40,7 +40,7 @@ def test_stats_and_cost_are_what_the_server_counted(tmp_path):
             **dict.fromkeys(("latency_p50", "latency_p90", "latency_p99")),
             "cost": spent,
         }
-    with Counting() as server, Teacher(server.url, **prices) as teacher:  # what was paid for stays paid for
+    with Counting() as server, Teacher(server.url, **prices) as teacher:  # earlier costs still count
         kept = 10 * (500 * 2 + 6 * 8) / 1e6
         assert kept <= teacher.ledger.cost <= spent
 
@@ -59,15 +59,15 @@ def test_a_forecast_is_the_probe_times_the_stories():
 
 
 @pytest.mark.parametrize("counts", [True, False])
-def test_a_budget_is_never_passed_whatever_goes_wrong(counts):
-    """The server's own count of all that it was asked stays within the budget, and comes close to it."""
+def test_a_budget_is_never_exceeded_whatever_goes_wrong(counts):
+    """The server's own count of what it bills stays within the budget, and comes close to it."""
     stories = [f"Dog {i} ran." for i in range(400)]
     dice = random.Random(3)
     billed = Counter()
 
     def script(story, n):
         what = dice.choice(["2 1 3"] * 6 + ["500", "reset", "malformed"])
-        if what != "500":  # a bad gateway: the answer was made and paid for, and came in pieces
+        if what != "500":  # with these faults the answer was generated and billed, but arrived broken
             billed.update(tokens_in=500, tokens_out=6)
         return counted("2 1 3") if what == "2 1 3" and counts else what
 

@@ -1,4 +1,4 @@
-"""What the probe finds out, and how what it found is kept to."""
+"""What the probe finds out, and how the client uses it."""
 
 import json
 import random
@@ -23,12 +23,12 @@ def test_the_probe_says_what_it_found():
         assert (found.reply, found.scored, found.thinks, found.tokens) == ("2 1 3", True, False, None)
         assert (found.structure, found.held_to, found.seed, found.logprobs) == ("nothing", "nothing", True, False)
         assert Probe.load(found.dump()) == found and Probe.load('{"url": ""}') is Probe.load("no") is None
-        assert len(server.requests) == 1 and len(server.others) == 4  # two structures, a seed twice
+        assert len(server.requests) == 1 and len(server.others) == 4  # two structures, one seed twice
         line = str(found)
         assert line.isprintable() and f"first at {server.url}: scored a story" in line and "obeys no structure" in line
 
 
-def test_the_probe_is_asked_once_for_a_run(tmp_path):
+def test_a_server_is_probed_once_per_run(tmp_path):
     with FaultServer() as server:
         for _ in range(2):
             with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
@@ -40,7 +40,7 @@ def test_the_probe_is_asked_once_for_a_run(tmp_path):
 
 
 def numbers_if_held(asked, *fields):
-    """What vLLM's or llama.cpp's server would say: animals, or what it is held to."""
+    """The reply of vLLM's or llama.cpp's server: animals, or whatever it is constrained to."""
     return "1 0 2" if set(fields) & asked.keys() else "fox, owl, badger"
 
 
@@ -82,7 +82,7 @@ def test_json_is_for_models_that_give_no_plain_numbers(plain):
         assert server.requests[-1]["max_tokens"] == teacher.max_tokens == (6 if plain else 44)
 
 
-def test_an_option_that_is_accepted_and_ignored_is_not_obeyed():
+def test_an_option_that_is_accepted_and_ignored_is_not_used():
     dice = random.Random(0)
     animals = ["fox", "3 3 3!", "owl", "1, 2 and 3", '{"readability": 3}', "A hare."]
     with FaultServer(other=lambda asked: dice.choice(animals)) as server, Teacher(server.url) as teacher:

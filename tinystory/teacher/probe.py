@@ -124,7 +124,7 @@ async def find_seed_and_logprobs(ask: Callable[..., Awaitable[Reply]]) -> tuple[
 
 
 async def allows_expected_scores(ask: Callable[[], Awaitable[Reply]], names: Sequence[str]) -> bool:
-    """Whether a reply that holds scores comes with the log-probabilities that expected scores need; True without scores."""
+    """Whether a reply that holds scores comes with what expected scores need; True if it holds none."""
     try:
         reply = await ask()
     except Failure as failure:
