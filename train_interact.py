@@ -31,9 +31,8 @@ from tinystory.runlog import SAMPLES, RunLog, atomic_write, read_metrics, read_s
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, encode_opening, generate, require_room
 from tinystory.student.model import ValueHead
-from tinystory.teacher.grade import Grade
+from tinystory.teacher.grade import Grade, require_scores, score_means
 from tinystory.teacher.grader import Grader, open_grader
-from tinystory.teacher.prompt import CRITERIA
 
 PRETRAIN_RUN = Path("runs/pretrain")
 # Words taken in during interaction at which a checkpoint is kept.
@@ -222,31 +221,10 @@ def exhausted_budget(config: InteractConfig, budget: WordBudget, grader: Grader)
     return "" if grader.affords(n) else f"--budget-cost {config.budget_cost:g}"
 
 
-def require_scores(grades: list[Grade], max_unscored: float) -> None:
-    """A step with too few scores is an error, never a guess."""
-    unscored = [grade for grade in grades if grade.score is None]
-    if len(unscored) > max_unscored * len(grades):
-        replies = "; ".join(repr(grade.reply_or_error[:80]) for grade in unscored[:4])
-        raise UserError(
-            f"{len(unscored)} of {len(grades)} stories got no score, more than --max-unscored {max_unscored:g} allows; "
-            f"all earlier steps are saved, so fix the teacher and go on with --resume (it said {replies})"
-        )
-
-
 def reward_of(config: InteractConfig, story: Story, grade: Grade) -> float | None:
     if grade.score is None:
         return None
     return story_reward(grade.score, story.words, config.length_weight, config.length_words)
-
-
-def score_means(grades: list[Grade]) -> dict[str, float | None]:
-    """score_mean: the sum of the criteria's scores, 0..9, as the paper plots it (or a callable's score, 0..1); and the
-    mean of each criterion. The paper's three criteria are always there, None if others are graded."""
-    scored = [g for g in grades if g.score is not None]
-    names = dict.fromkeys([*CRITERIA, *(name for g in scored for name in g.scores or ())])
-    values = {f"{name}_mean": [g.scores[name] for g in scored if g.scores and name in g.scores] for name in names}
-    values["score_mean"] = [sum(g.scores.values()) if g.scores else g.score for g in scored]
-    return {name: sum(each) / len(each) if each else None for name, each in values.items()}
 
 
 def story_means(stories: list[Story]) -> dict[str, float | None]:

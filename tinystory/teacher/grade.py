@@ -17,7 +17,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tinystory.teacher.prompt import TOP, Template, clean
+from tinystory.errors import UserError
+from tinystory.teacher.prompt import CRITERIA, TOP, Template, clean
 
 LONGEST_REPLY = 1000  # characters; a longer reply is an essay, and refusing it costs nothing
 
@@ -68,6 +69,27 @@ def grade_if_empty(template: Template, story: str) -> Grade | None:
     if clean(story).strip():
         return None
     return Grade(dict.fromkeys(template.names, 0), 0.0)
+
+
+def require_scores(grades: list[Grade], max_unscored: float) -> None:
+    """Raises UserError if more than a fraction `max_unscored` of a step's stories has no score: never a guess."""
+    unscored = [grade for grade in grades if grade.score is None]
+    if len(unscored) > max_unscored * len(grades):
+        replies = "; ".join(repr(grade.reply_or_error[:80]) for grade in unscored[:4])
+        raise UserError(
+            f"{len(unscored)} of {len(grades)} stories got no score, more than --max-unscored {max_unscored:g} allows; "
+            f"all earlier steps are saved, so fix the teacher and go on with --resume (it said {replies})"
+        )
+
+
+def score_means(grades: list[Grade]) -> dict[str, float | None]:
+    """score_mean: the sum of the criteria's scores, 0..9, as the paper plots it (or a callable's score, 0..1); and the
+    mean of each criterion. The paper's three criteria are always there, None if others are graded."""
+    scored = [g for g in grades if g.score is not None]
+    names = dict.fromkeys([*CRITERIA, *(name for g in scored for name in g.scores or ())])
+    values = {f"{name}_mean": [g.scores[name] for g in scored if g.scores and name in g.scores] for name in names}
+    values["score_mean"] = [sum(g.scores.values()) if g.scores else g.score for g in scored]
+    return {name: sum(each) / len(each) if each else None for name, each in values.items()}
 
 
 _SPACE = r"[ \t\r\n]"
