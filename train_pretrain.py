@@ -1,8 +1,8 @@
-"""Pretrain a student: it reads a corpus, word by word, and checkpoints as it goes.
+"""Pretrain a student on a corpus, with checkpoints along the way.
 
 python train_pretrain.py                                   the built-in stories, a small student, a few minutes
 python train_pretrain.py --corpus my_stories.txt --words 3M --n-embd 256
-python train_pretrain.py --preset paper                    GPT-2-small on BabyLM's 100 M words, eleven times
+python train_pretrain.py --preset paper                    GPT-2-small on BabyLM's 100 M words, eleven epochs
 """
 
 import functools
@@ -31,7 +31,7 @@ OPENING = "Once upon a time,"
 
 
 class Windows:
-    """The token stream cut into sequences of `context`, in a new seeded order each epoch."""
+    """The token stream cut into sequences of `context` tokens, shuffled with the seed anew in each epoch."""
 
     def __init__(self, file: TokenFile, context: int, batch_size: int, seed: int):
         self.file, self.context, self.batch_size, self.seed = file, context, batch_size, seed
@@ -44,7 +44,8 @@ class Windows:
         self.epoch, self.order = -1, np.empty(0, np.int64)
 
     def batch(self, number: int) -> tuple[torch.Tensor, int]:
-        """(batch_size, context + 1) int64 and the words that begin in its inputs. The same number, the same batch."""
+        """Batch `number`, the same at each call: tokens, (batch_size, context + 1) int64, and the number of words that
+        start in its inputs."""
         starts = [self._start(number * self.batch_size + i) for i in range(self.batch_size)]
         tokens = np.stack([self.file.tokens[s : s + self.context + 1] for s in starts]).astype(np.int64)
         words = sum(int(self.file.words[s : s + self.context].sum(dtype=np.int64)) for s in starts)
@@ -53,10 +54,8 @@ class Windows:
     def _start(self, index: int) -> int:
         epoch, place = divmod(index, self.count)
         if epoch != self.epoch:
-            self.epoch, self.order = (
-                epoch,
-                np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.count),
-            )
+            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            self.epoch, self.order = epoch, generator.permutation(self.count)
         return int(self.order[place]) * self.context
 
 
@@ -64,17 +63,17 @@ class Windows:
 def validate(
     student: Student, file: TokenFile, token_sizes: np.ndarray, sequences: int | None, batch: int
 ) -> tuple[float, float]:
-    """Nats a token and bits a byte over `sequences` of the file, evenly spread (None: all), shared among processes.
+    """Nats per token and bits per byte on `sequences` of the file, evenly spread (None: all), sharded over processes.
 
-    token_sizes: (V,) int."""
+    token_sizes: (V,) int, bytes per token."""
     device, context = student.wte.weight.device, student.config.context
     starts = range(0, len(file) - 1, context)
     count = min(sequences or len(starts), len(starts))
-    starts = distributed.share([starts[i * len(starts) // count] for i in range(count)])
+    starts = distributed.shard_strided([starts[i * len(starts) // count] for i in range(count)])
     nats, tokens, size = 0.0, 0, 0
     for i in range(0, len(starts), batch):
         rows = [np.asarray(file.tokens[s : s + context + 1], np.int64) for s in starts[i : i + batch]]
-        for group in {len(r) for r in rows}:  # only the last one may be shorter
+        for group in {len(r) for r in rows}:  # only the last sequence can be shorter
             chunk = torch.from_numpy(np.stack([r for r in rows if len(r) == group])).to(device)
             targets = chunk[:, 1:]
             logprob, _ = ops.token_logprob(
@@ -83,22 +82,22 @@ def validate(
             nats -= float(logprob.double().sum())
             tokens += targets.numel()
             size += int(token_sizes[targets.cpu().numpy()].sum())
-    nats, tokens, size = distributed.sum_(torch.tensor([nats, tokens, size], dtype=torch.float64)).tolist()
+    nats, tokens, size = distributed.all_reduce_sum(torch.tensor([nats, tokens, size], dtype=torch.float64)).tolist()
     return nats / tokens, nats / math.log(2) / size
 
 
 def learning_rate(config: PretrainConfig, words: int) -> float:
-    """Linear warm-up, then linear decay, both over words read."""
+    """Linear warm-up, then linear decay, both as a function of the words read."""
     progress = min(words / config.words, 1.0)
     if progress < config.warmup:
-        # The first step comes before any word: it takes the rate of a hundredth of the warm-up rather than none.
+        # No words have been read before the first step: it takes the rate at 1 % of the warm-up rather than 0.
         return config.learning_rate * max(progress / config.warmup, 0.01)
     left = (1 - progress) / (1 - config.warmup)
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * left
 
 
 def make_optimizer(student: Student, config: PretrainConfig) -> tuple[torch.optim.Optimizer, list[str]]:
-    """AdamW and its parameters' names in its order: first the matrices, which decay, then the vectors, which do not."""
+    """AdamW, and the names of its parameters in order: the matrices, with weight decay, then the vectors, without."""
     matrices = {name: p for name, p in student.named_parameters() if p.dim() >= 2}
     vectors = {name: p for name, p in student.named_parameters() if p.dim() < 2}
     groups = [
@@ -115,22 +114,22 @@ def train_step(
     student: Student, optimizer: torch.optim.Optimizer, batch: torch.Tensor, config: PretrainConfig,
     dtype: torch.dtype, step: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """One update on a batch (B, T + 1) int64, shared among processes. Returns the mean loss, nats a token, and the
-    gradient's norm.
+    """One update on a batch, (B, T + 1) int64, sharded over processes. Returns the mean loss in nats per token and the
+    norm of the gradient.
 
-    Randomness is a function of (seed, step), so a resumed run draws what an unbroken one would have drawn."""
-    rank, world = distributed.rank(), distributed.world()
+    Randomness is a function of (seed, step), so a resumed run repeats an unbroken one."""
+    rank, world = distributed.rank(), distributed.world_size()
     torch.manual_seed(config.seed * 1_000_003 + step + (rank << 40))
     loss = torch.zeros((), device=batch.device)
-    for i, part in enumerate(distributed.share(batch).split(config.micro_batch_size)):
+    for i, part in enumerate(distributed.shard_strided(batch).split(config.micro_batch_size)):
         with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
             hidden = student.hidden(part[:, :-1], config.dropout, seed=step * config.batch_size + i * world + rank)
             nats = ops.cross_entropy(hidden.flatten(0, 1), student.wte.weight, part[:, 1:].flatten())
         part_loss = nats * (len(part) / len(batch))
         part_loss.backward()
         loss += part_loss.detach()
-    distributed.sum_gradients(student.parameters())
-    distributed.sum_(loss)
+    distributed.all_reduce_gradients(student.parameters())
+    distributed.all_reduce_sum(loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -141,8 +140,8 @@ def train_step(
 def main(argv: list[str] | None = None) -> None:
     config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
     distributed.start(config.device)
-    if config.batch_size < distributed.world():
-        raise UserError(f"{distributed.world()} processes need a --batch-size of {distributed.world()} at least")
+    if config.batch_size < distributed.world_size():
+        raise UserError(f"--batch-size must be at least {distributed.world_size()}, the number of processes")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -151,9 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.resume and resume_from is None:
         raise UserError(f"--resume: {run} has no checkpoint yet; start without --resume")
 
-    # The corpus, and the student that will read it.
+    # The corpus and the student.
     corpus = open_corpus(config.corpus)
-    data = distributed.together(
+    data = distributed.rank0_first(
         lambda: prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
     )
     if config.preset == babylm.TRACK:
@@ -173,13 +172,13 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.unpack_optimizer(optimizer, names, state)
         step, words, tokens = counters["step"], counters["words"], counters["tokens"]
 
-    resume_step, writes = step if config.resume else None, distributed.is_first()
-    log = distributed.together(lambda: RunLog(run, resume_step=resume_step, writes=writes))
-    distributed.copy_from_first(student.parameters())
+    resume_step, rank0 = step if config.resume else None, distributed.is_rank0()
+    log = distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0))
+    distributed.broadcast_from_rank0(student.parameters())
     log.config({**as_dict(config), "device": str(device), "dtype": str(dtype).removeprefix("torch.")})
     size = sum(p.numel() for p in student.parameters())
     print(
-        f"student of {size / 1e6:.1f} M parameters, {tokenizer.vocab_size} tokens, {device}, {str(dtype)[6:]}; "
+        f"student with {size / 1e6:.1f} M parameters, {tokenizer.vocab_size} tokens, {device}, {str(dtype)[6:]}; "
         f"{config.words:,} words to read, {config.words / data.train.word_count:.2f} times the corpus"
     )
 
@@ -188,12 +187,14 @@ def main(argv: list[str] | None = None) -> None:
         counters = dict(step=step, words=words, tokens=tokens, corpus=corpus.fingerprint())
         state = checkpoint.pack_optimizer(optimizer, names)
         folder = run / "checkpoints" / name
-        if not writes:
+        if not rank0:
             return folder
         return checkpoint.save(folder, student, tokenizer, facts=facts, state=state, counters=counters)
 
-    look = dict(unit="word", unit_scale=True, desc="reading", mininterval=0.5, disable=not writes)
-    bar = tqdm(total=config.words, initial=words, **look)
+    bar = tqdm(
+        total=config.words, initial=words, unit="word", unit_scale=True, desc="reading", mininterval=0.5,
+        disable=not rank0,
+    )  # fmt: skip
     stopping = False
     with log, bar, Stop().listening() as stop:
         while words < config.words and not stopping:
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
 
             loss, grad_norm = train_step(student, optimizer, batch, config, dtype, step)
             step, before, words, tokens = step + 1, words, words + batch_words, tokens + batch[:, 1:].numel()
-            value = loss.item()  # waits for the device, so the time below is the step's
+            value = loss.item()  # waits for the device, so the next line measures the whole step
             seconds = time.perf_counter() - began
             if not math.isfinite(value):
                 raise UserError(
@@ -240,28 +241,22 @@ def main(argv: list[str] | None = None) -> None:
             for milestone in MILESTONES:
                 if before < milestone <= words:
                     save(babylm.milestone_name(milestone))
-            stopping = bool(distributed.largest(stop.requested))  # a signal to any process stops them all
+            stopping = bool(distributed.all_reduce_max(stop.requested))  # a signal to any process stops all of them
             if step % config.save_every == 0 or finished or stopping:
                 checkpoint.drop_older(save(f"step_{step:07d}"))
 
-    if not writes:
+    if not rank0:
         return
     report = write_report(run)
     if words < config.words:
         print(f"stopped after {words:,} words, all saved; go on with: python train_pretrain.py --out {run} --resume")
         return
-    story = generate(
-        student,
-        None,
-        tokenizer,
-        OPENING,
-        count=1,
-        first_index=0,
-        max_new_tokens=min(90, config.context // 2),
+    (story,) = generate(
+        student, None, tokenizer, OPENING, count=1, first_index=0, max_new_tokens=min(90, config.context // 2),
         seed=config.seed,
-    )[0]
+    )  # fmt: skip
     print(f"\n{OPENING} {story.text}\n")
-    print(f"validation loss {val_loss:.3f} nats a token, {val_bits:.3f} bits a byte")
+    print(f"validation loss {val_loss:.3f} nats per token, {val_bits:.3f} bits per byte")
     print(f"report: {report}\nnext:   python train_interact.py --init {checkpoint.newest(run)}")
 
 

@@ -1,11 +1,11 @@
-"""How fast stories get to a teacher and back, in one JSON line: medians of runs, on the built-in stories.
+"""Speed of the teacher's client, as one JSON line: medians over runs, on the built-in stories.
 
     python scripts/bench_teacher.py                                         our client beside the bare openai client
-    python scripts/bench_teacher.py --teacher-url http://127.0.0.1:8080/v1  what this server gains by the rubric first
+    python scripts/bench_teacher.py --teacher-url http://127.0.0.1:8080/v1  this server's gain from prefix caching
 
-Without an address the teacher is a server of this script's that answers at once, so what the clients do themselves is
-all there is to measure. With one, stories are sent as we send them, the rubric first, and the other way round: a server
-that keeps its work on the beginning of a prompt need not read the rubric again.
+Without a URL the teacher is a server started here that answers immediately, so only the overhead of the clients is
+measured. With a URL, stories are sent with the rubric first, as we do, and with the rubric last: a server that caches
+prompt prefixes does not have to process the rubric again.
 """
 
 import argparse
@@ -31,17 +31,17 @@ from tinystory.teacher.api import Server
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import fence, render
 
-OPENING, WORDS = "Once upon a time,", 80  # of a story
+OPENING, WORDS = "Once upon a time,", 80  # words per story
 SAMPLING = dict(temperature=0.2, max_tokens=6, seed=0)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher-url", metavar="URL", help="measure the server at this address, not our client")
-    parser.add_argument("--stories", type=int, metavar="N", help="of a run (default: 2000; with --teacher-url 16)")
-    parser.add_argument("--concurrency", type=int, default=64, metavar="N", help="our client's requests at a time")
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed, after one that is not (default: 3)")
+    parser.add_argument("--teacher-url", metavar="URL", help="measure the server at this URL, not our client")
+    parser.add_argument("--stories", type=int, metavar="N", help="stories per run (default: 2000, or 16 with a URL)")
+    parser.add_argument("--concurrency", type=int, default=64, metavar="N", help="requests in flight")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed runs, after a warm-up run (default: 3)")
     options = parser.parse_args(argv)
     count = options.stories or (16 if options.teacher_url else 2000)
     if min(count, options.concurrency, options.runs) < 1:
@@ -55,8 +55,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def overhead(url: str, count: int, concurrency: int, runs: int) -> dict[str, float]:
-    """Stories a second and this process's CPU milliseconds a story by our client (prompt, kept replies, scores and all)
-    and by the bare openai client on either of its transports, in turn; ratio: of our rate to the faster one's."""
+    """Stories per second and CPU milliseconds per story in this process, by our client (prompt, cache and parsing
+    included) and by the bare openai client on both of its transports, alternating; ratio: our rate over the faster
+    one's."""
     import openai
 
     async def bare(transport: type, prompts: list[dict]) -> None:
@@ -68,7 +69,7 @@ def overhead(url: str, count: int, concurrency: int, runs: int) -> dict[str, flo
             tempfile.TemporaryDirectory() as folder,
             Teacher(url, concurrency=concurrency, cache=Path(folder) / "replies.jsonl") as teacher,
         ):
-            assert all(judgement.scores for judgement in teacher.judge(OPENING, stories, 0))
+            assert all(grade.scores for grade in teacher.grade(OPENING, stories, 0))
 
     clients = {
         "ours": ours,
@@ -89,8 +90,9 @@ def overhead(url: str, count: int, concurrency: int, runs: int) -> dict[str, flo
 
 
 def prefix(url: str, count: int, runs: int) -> dict[str, float | str | None]:
-    """Median seconds of a story asked alone with the rubric first and with it last, in turn, every story new to the
-    server and none the first in its order; and the tokens of a prompt, where the server counts them."""
+    """Median seconds per story, one request at a time, with the rubric first and with it last, alternating; every story
+    is new to the server and the first of each order is not timed. Also the tokens per prompt, if the server counts
+    them."""
     with Teacher(url) as teacher:
         model = teacher.probe().model
 
@@ -122,7 +124,7 @@ def prefix(url: str, count: int, runs: int) -> dict[str, float | str | None]:
 
 
 def rounds(count: int, runs: int) -> Iterator[list[str]]:
-    """The stories of each run, and first of the one that is not timed: no story comes twice."""
+    """The stories of the warm-up run and of each timed run; no story occurs twice."""
     documents = open_corpus(["builtin"]).documents()
     for _ in range(runs + 1):
         yield [" ".join(document.split()[:WORDS]) for document in itertools.islice(documents, count)]
@@ -134,7 +136,7 @@ def questions(stories: Sequence[str]) -> list[dict]:
 
 
 async def each(ask: Callable[[dict], Awaitable], prompts: Sequence[dict], concurrency: int) -> list:
-    """What `ask` brings for each prompt, in the order in which it came, `concurrency` at a time."""
+    """The results of `ask` for all prompts, in the order of completion, `concurrency` at a time."""
     waiting, replies = iter(prompts), []
 
     async def work() -> None:
@@ -147,7 +149,7 @@ async def each(ask: Callable[[dict], Awaitable], prompts: Sequence[dict], concur
 
 @contextlib.contextmanager
 def instant_server() -> Iterator[str]:
-    """The URL of a server, in a process of its own, that says "2 1 3" to everything."""
+    """The URL of a server in its own process that replies "2 1 3" to every request."""
     ours, its = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(its,), daemon=True)
     process.start()

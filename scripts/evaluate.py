@@ -1,17 +1,17 @@
-"""Evaluate checkpoints: BabyLM's zero-shot tasks, bits per byte, and what the stories are like.
+"""Evaluate checkpoints: BabyLM's zero-shot tasks, bits per byte, and measures of the stories.
 
     python scripts/evaluate.py runs/pretrain --blimp blimp_filtered --out report.json
     python scripts/evaluate.py runs/pretrain/checkpoints/chck_* --stories 200 --corpus builtin --out report.json
 
-CHECKPOINT is a checkpoint of ours, a run (its newest), or a folder that transformers wrote. The files are BabyLM's own,
-gzipped or not; the definitions are its pipeline's, to the pair. Beside --out comes a page with the same name and .html.
+CHECKPOINT is a checkpoint, a run (its newest checkpoint), or a folder that transformers wrote. The data files are
+BabyLM's own, gzipped or not, and the measures are defined as in its pipeline, to the pair. An .html page is written
+beside --out.
 """
 
 import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,12 +25,11 @@ from tinystory.errors import UserError, command
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.scoring import bits_per_byte
-from tinystory.evaluate.stories import OPENINGS, Grade, story_measures
+from tinystory.evaluate.stories import OPENINGS, GradeStories, story_measures
 from tinystory.report.evaluation import comparison, write_page
-from tinystory.rubric.process import builtin_teacher
 from tinystory.runlog import atomic_write
 from tinystory.student import checkpoint
-from tinystory.teacher.client import Teacher
+from tinystory.teacher.grader import open_grader
 
 TASKS = {
     "blimp": (evaluate_pairs, "BLiMP: a .jsonl file, or a folder of them"),
@@ -51,17 +50,19 @@ def main(argv: list[str] | None = None) -> None:
         "--corpus",
         nargs="+",
         metavar="NAME|FILE",
-        help="text for bits per byte, for what a story copies, and for the built-in teacher",
+        help="text for bits per byte, for the measure of copying, and for the built-in teacher",
     )
     parser.add_argument("--stories", type=int, default=0, help="stories to write and measure (default: 0, none)")
     parser.add_argument(
-        "--openings", type=Path, metavar="FILE", help="their openings, one a line (default: eight of ours)"
+        "--openings", type=Path, metavar="FILE", help="their openings, one per line (default: eight built-in ones)"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=InteractConfig.max_new_tokens, help="longest story")
-    parser.add_argument("--teacher-url", default="", help="who scores them (default: the built-in teacher)")
-    parser.add_argument("--teacher-model", default="", help="default: the first that the server lists")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=InteractConfig.max_new_tokens, help="longest story, in tokens"
+    )
+    parser.add_argument("--teacher-url", default="", help="teacher that scores them (default: the built-in teacher)")
+    parser.add_argument("--teacher-model", default="", help="model name (default: the first that the server lists)")
     parser.add_argument("--teacher-concurrency", type=int, default=InteractConfig.teacher_concurrency)
-    parser.add_argument("--seed", type=int, default=0, help="of the stories' draws and the teacher's")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the stories and of the teacher")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="report.json to write, and report.html beside it")
     options = parser.parse_args(argv)
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (tasks or options.corpus or options.stories):
         raise UserError("nothing to evaluate: give --blimp or another task, --corpus, or --stories N")
     if options.out and options.out.suffix == ".html":
-        raise UserError("--out is the .json to write; the page is put beside it")
+        raise UserError("--out is the .json file to write; the page is written beside it")
     corpus = open_corpus(options.corpus) if options.corpus else None
     openings = read_openings(options.openings) if options.openings else OPENINGS
     device = pick_device(options.device)
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def name_of(folder: Path) -> str:
-    """RUN/chck_1M of RUN/checkpoints/chck_1M, else the folder's own name."""
+    """RUN/chck_1M for RUN/checkpoints/chck_1M, else the folder's own name."""
     folder = folder.resolve()
     return f"{folder.parents[1].name}/{folder.name}" if folder.parent.name == "checkpoints" else folder.name
 
@@ -119,29 +120,20 @@ def read_openings(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --openings {path}: {error}") from error
     if not any(lines):
-        raise UserError(f"--openings {path} is empty: write one opening a line")
+        raise UserError(f"--openings {path} is empty: write one opening per line")
     return [line for line in lines if line]
 
 
-def open_teacher(options: argparse.Namespace, stack: contextlib.ExitStack) -> Grade:
-    url = options.teacher_url or stack.enter_context(builtin_teacher(options.corpus or ["builtin"]))
-    asked = Teacher(
-        url,
-        options.teacher_model or None,
-        concurrency=options.teacher_concurrency,
+def open_teacher(options: argparse.Namespace, stack: contextlib.ExitStack) -> GradeStories:
+    """A teacher for as long as the stack lasts."""
+    config = InteractConfig(
+        teacher_url=options.teacher_url,
+        teacher_model=options.teacher_model,
+        teacher_concurrency=options.teacher_concurrency,
         seed=options.seed,
-        temperature=InteractConfig.teacher_temperature,
-        max_tokens=InteractConfig.teacher_max_tokens,
-        deadline_s=InteractConfig.teacher_timeout,
     )
-    teacher = stack.enter_context(asked)
-    print(f"teacher: {teacher.probe()}")
-
-    def grade(opening: str, stories: Sequence[str]) -> list[dict[str, float] | None]:
-        sent = [teacher.submit(opening, story, index) for index, story in enumerate(stories)]
-        return [each.result().scores for each in sent]
-
-    return grade
+    grader = stack.enter_context(open_grader(config, corpus=options.corpus or ["builtin"]))
+    return lambda opening, stories: [grade.scores for grade in grader.grade(opening, stories)]
 
 
 if __name__ == "__main__":

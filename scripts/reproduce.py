@@ -16,7 +16,6 @@ again and what was cut short goes on, so after Ctrl-C, or a kill, the same comma
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import signal
@@ -42,10 +41,9 @@ from tinystory.evaluate.stories import story_measures
 from tinystory.experiment import random_reward
 from tinystory.experiment.parts import MILLION, Part, Progress, locked, run_parts
 from tinystory.report.experiment import EVALUATION, EXPERIMENT, write_experiment_report
-from tinystory.rubric.process import builtin_teacher
 from tinystory.runlog import atomic_write, device_name, git_commit, plain, read_metrics, versions
 from tinystory.student import checkpoint
-from tinystory.teacher.client import Teacher
+from tinystory.teacher.grader import Grader, open_grader
 from train_pretrain import validate
 
 SEED = 1_000_003  # of the evaluation's stories: no interaction draws with it
@@ -147,8 +145,8 @@ def subjects(parts: Sequence[Part], out: Path) -> list[Subject]:
 class Judge:
     """Evaluates checkpoints as one experiment needs: the same draws, teacher and texts for all of them."""
 
-    def __init__(self, teacher: Teacher, reading: PretrainConfig, writing: InteractConfig, stories: int, blimp: str):
-        self.teacher, self.stories, self.blimp = teacher, stories, blimp
+    def __init__(self, grader: Grader, reading: PretrainConfig, writing: InteractConfig, stories: int, blimp: str):
+        self.grader, self.stories, self.blimp = grader, stories, blimp
         self.opening, self.length = writing.opening, writing.max_new_tokens
         self.device = pick_device(reading.device)
         self.corpus = open_corpus(reading.corpus)
@@ -158,7 +156,7 @@ class Judge:
         # What the measures depend on: those that were taken with other settings are taken again.
         self.settings = dict(
             stories=stories, opening=self.opening, other_openings=OPENINGS, length=self.length, seed=SEED,
-            corpus=reading.corpus, teacher=teacher.probe().model, blimp=blimp,
+            corpus=reading.corpus, teacher=grader.facts["teacher"]["model"], blimp=blimp,
         )  # fmt: skip
 
     def measure(self, folder: Path) -> dict[str, Any]:
@@ -174,9 +172,8 @@ class Judge:
         measures = {"stories": told[0], "other_openings": told[1], "bits_per_byte": bits}
         return measures | ({"blimp": evaluate_pairs(student, tokenizer, self.blimp)} if self.blimp else {})
 
-    def grade(self, opening: str, stories: Sequence[str]) -> list[dict[str, int] | None]:
-        asked = [self.teacher.submit(opening, story, index) for index, story in enumerate(stories)]
-        return [each.result().scores for each in asked]
+    def grade(self, opening: str, stories: Sequence[str]) -> list[dict[str, float] | None]:
+        return [grade.scores for grade in self.grader.grade(opening, stories)]
 
 
 def evaluate(found: Sequence[Subject], out: Path, judge: Judge, progress: Progress) -> None:
@@ -224,18 +221,12 @@ def reproduce(
     run_parts(parts[1:], *how)
     further = plan_reading(parts, out)
     run_parts(further, *how)
-    with contextlib.ExitStack() as stack:
-        url = writing.teacher_url or stack.enter_context(builtin_teacher(reading.corpus))
-        asked = Teacher(
-            url, writing.teacher_model or None, concurrency=writing.teacher_concurrency, seed=SEED,
-            temperature=writing.teacher_temperature, max_tokens=writing.teacher_max_tokens,
-            deadline_s=writing.teacher_timeout, cache=out / EVALUATION / "replies.jsonl",
-        )  # fmt: skip
-        stack.enter_context(asked)
-        judge = Judge(asked, reading, writing, scale.stories, blimp)
+    grading = dataclasses.replace(writing, seed=SEED)
+    with open_grader(grading, corpus=reading.corpus, replies=out / EVALUATION / "replies.jsonl") as grader:
+        judge = Judge(grader, reading, writing, scale.stories, blimp)
         evaluate(subjects(parts + further, out), out, judge, progress)
         described = dict(
-            scale=name, teacher=asked.probe().model, **dataclasses.asdict(scale), evaluation=judge.settings,
+            scale=name, teacher=judge.settings["teacher"], **dataclasses.asdict(scale), evaluation=judge.settings,
             device=device_name(str(judge.device)), versions=versions(), git_commit=git_commit(),
         )  # fmt: skip
     atomic_write(out / EXPERIMENT, json.dumps(described, indent=1) + "\n")

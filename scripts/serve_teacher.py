@@ -1,10 +1,10 @@
 """The built-in teacher: a server on 127.0.0.1 that grades stories through OpenAI's chat completions.
 
-    python scripts/serve_teacher.py                                    measures by the built-in stories
-    python scripts/serve_teacher.py --corpus my_stories.txt            ... by stories of your own
-    python train_interact.py --teacher-url http://127.0.0.1:8321/v1    learns from it
+    python scripts/serve_teacher.py                                    measure stories against the built-in corpus
+    python scripts/serve_teacher.py --corpus my_stories.txt            ... against your own stories
+    python train_interact.py --teacher-url http://127.0.0.1:8321/v1    learn from it
 
-It is a rubric that stands in for a language model. Use a real one where you have one: the interface is the same.
+It is a rubric that stands in for a language model. Use a real one if you have one: the interface is the same.
 """
 
 import argparse
@@ -29,9 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8321, help="port on 127.0.0.1; 0 takes a free one (default: 8321)")
     parser.add_argument(
-        "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="what to measure by (default: builtin)"
+        "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="corpus to read (default: builtin)"
     )
-    parser.add_argument("--die-with-parent", action="store_true", help="end when standard input closes")
+    parser.add_argument("--die-with-parent", action="store_true", help="exit when standard input closes")
     options = parser.parse_args(argv)
     if not 0 <= options.port <= 65535:
         raise UserError(f"--port {options.port} is not a port: give a number from 0 to 65535")
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds = time.monotonic() - start
         _say(f"this teacher is a rubric, a stand-in for an LLM; it read {' '.join(options.corpus)} in {seconds:.1f} s")
         asyncio.run(_serve(rubric, options.port))
-    except KeyboardInterrupt:  # before the server listens; afterwards Ctrl-C is an ordinary end
+    except KeyboardInterrupt:  # before the server listens; afterwards Ctrl-C is a normal exit
         sys.exit(130)
 
 

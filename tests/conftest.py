@@ -1,4 +1,4 @@
-"""A student small enough to train within a test, texts for it to read, and a teacher's failures made short."""
+"""Shared fixtures and helpers: a student small enough to train within a test, its corpus, and short retry pauses."""
 
 import json
 from pathlib import Path
@@ -22,22 +22,22 @@ THINGS = ("ball", "kite", "boat", "drum", "hat", "cake", "shell", "lamp")
 PLACES = ("park", "wood", "house", "garden", "shop", "barn")
 
 
-# Text that a tokenizer may stumble over.
+# Text that is difficult for a tokenizer.
 AWKWARD = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-AWKWARD += [ "<|endoftext|>", " ", "  ", "\n", "\r\n", "\t", "\x00", "\x1c", "\x85", "\u00a0", "\u200b"]
+AWKWARD += ["<|endoftext|>", " ", "  ", "\n", "\r\n", "\t", "\x00", "\x1c", "\x85", "\u00a0", "\u200b"]
 AWKWARD += ["\u2028", "\u3000", "\ufeff", "\ufffd", "\U0010ffff", "'s", "'LL", "e\u0301", "🐈‍⬛", "猫", "१", " 12"]
 
 
 def on_gpu() -> bool:
-    """Whether tensors are made on a GPU by default: tests/ops/test_gpu.py runs other files' tests so."""
+    """Whether tensors are created on a GPU by default, as when tests/ops/test_gpu.py runs the tests of other files."""
     return torch.get_default_device().type == "cuda"
 
 
 def assert_no_worse(ours, theirs, exact, note, scale=None) -> tuple[float, float]:
-    """A result's root mean square error is at most twice that of PyTorch's own in the same type, or one rounding of the
-    result: twice what the best may be off. (scale: whose roundings, if not the result's: a sum that cancels is exact to
-    those of its terms.) Returns the largest errors of both, in roundings of the largest entry. In float64, where
-    PyTorch's is the exact one, 256 such roundings are the bound."""
+    """The root mean square error of `ours` is at most twice that of `theirs`, PyTorch's result in the same dtype, or at
+    most one rounding error of the result. scale: the tensor whose rounding errors count, if not the result's: a sum
+    that cancels is exact only up to the rounding errors of its terms. Returns the maximum errors of both, in rounding
+    errors of the largest entry. In float64, where PyTorch's result is the exact one, the bound is 256 of them."""
     eps = torch.finfo(ours.dtype).eps
     scale = (exact if scale is None else scale).double()
     error, own = ours.double() - exact, theirs.double() - exact
@@ -52,7 +52,7 @@ def assert_no_worse(ours, theirs, exact, note, scale=None) -> tuple[float, float
 
 
 def assert_largest_no_worse(errors: dict[str, list[tuple[float, float]]]) -> None:
-    """Over all shapes a result's largest error is at most twice PyTorch's. (In one small result it is luck.)"""
+    """Over all shapes, the maximum error is at most twice PyTorch's. (For one small result it depends on chance.)"""
     for name, pairs in errors.items():
         ours, theirs = (max(column) for column in zip(*pairs, strict=True))
         assert ours <= max(2 * theirs, 1), f"{name}: {ours:.2f} roundings against PyTorch's {theirs:.2f}"
@@ -76,7 +76,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def short_pauses(monkeypatch):
-    """A teacher's failures pass sooner, and no key of the user's is used."""
+    """Shorten the pauses between retries, and ignore the user's API key."""
     monkeypatch.setattr(client, "PAUSE_S", 0.01)
     monkeypatch.setattr(client, "LONGEST_PAUSE_S", 0.1)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -86,7 +86,7 @@ def short_pauses(monkeypatch):
 def student(tokenizer) -> Student:
     torch.manual_seed(0)
     student = Student(StudentConfig(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=tokenizer.vocab_size))
-    for p in student.parameters():  # far enough from zero that every path matters
+    for p in student.parameters():  # far enough from zero that every path contributes
         torch.nn.init.normal_(p, std=0.2) if p.dim() >= 2 else torch.nn.init.normal_(p, mean=float(p[0] == 1), std=0.1)
     return student
 
@@ -99,7 +99,7 @@ SHORT = SHORT.split(" ")
 
 
 def fails(main, argv, capsys) -> str:
-    """Run a command that must fail as a user's mistake does: exit code 2 and one line on stderr."""
+    """Run a command that must fail with exit code 2 and one error line on stderr; returns the line."""
     with pytest.raises(SystemExit) as exit:
         main(argv)
     assert exit.value.code == 2
@@ -125,7 +125,7 @@ def assert_same_bits(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """A folder with a corpus, a pretrained student and a reward; shards go to a cache of its own."""
+    """A folder with a corpus, a pretrained student and callables for --reward; its shards have their own cache."""
     folder = tmp_path_factory.mktemp("train")
     (folder / "corpus.txt").write_text("\n<|endoftext|>\n".join(tiny_stories(150)))
     (folder / "reward.py").write_text(

@@ -1,4 +1,4 @@
-"""A teacher that misbehaves as it is told to, for the tests of the client and of whole runs."""
+"""A teacher with scripted faults, for the tests of the client and of whole runs."""
 
 import asyncio
 import contextlib
@@ -18,9 +18,9 @@ KEY = "sk-planted-0123456789"
 
 
 class FaultServer:
-    """An OpenAI-compatible server on a free port. `script(story, n)` says what the n-th request (from 0) for a story
-    gets: a fault by name, a reply to send, or an aiohttp response. The client's first, probing story gets "2 1 3", and
-    `other` says what questions without a story get."""
+    """An OpenAI-compatible server on a free port. `script(story, n)` is the response to the n-th request, from 0, for a
+    story: a fault by name, a reply, or an aiohttp response. The story of the client's probe gets "2 1 3", and
+    `other(request)` is the response to requests without a story."""
 
     def __init__(self, script=lambda story, n: "2 1 3", models=("first", "second"), other=lambda asked: "A fox."):
         self.script, self.models, self.other = script, models, other
@@ -28,7 +28,7 @@ class FaultServer:
         self.others: list[dict] = []
         self.times: list[float] = []
         self.seen = Counter()
-        self.good = Counter()  # replies wholly sent, by story
+        self.good = Counter()  # complete replies sent, per story
         self.in_flight = self.most_in_flight = 0
         self.delay = 0.0  # seconds before a good reply
 
@@ -132,14 +132,14 @@ def error(status, message, headers=None, **more):
 
 
 def counted(reply, asked=500, said=6):
-    """A completion by a server that counts tokens."""
+    """A completion from a server that counts tokens."""
     usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
     return web.json_response({"choices": [{"message": {"content": reply}, "finish_reason": "stop"}], "usage": usage})
 
 
 def weighed(reply, doubt):
-    """A completion with log-probabilities, a token each character: a digit could have been the one below it (0: 3) with
-    probability `doubt`."""
+    """A completion with log-probabilities, one token per character: with probability `doubt` a digit is the next lower
+    one (3 for 0)."""
     places = []
     for char in reply:
         chances = {char: 1 - doubt, str((int(char) - 1) % 4): doubt} if char.isdigit() else {char: 1.0}

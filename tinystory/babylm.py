@@ -1,7 +1,7 @@
-"""BabyLM's rules: how checkpoints are named, and what the 2025 INTERACTION track allows (babylm.github.io, 2025 call).
+"""BabyLM's rules: the names of checkpoints, and the limits of the 2025 INTERACTION track (babylm.github.io, 2025 call).
 
-The student may see 100 M words, the teacher's among them, each up to ten times, and write 100 M while it trains. The
-rules define no word; here it is what whitespace separates. Nothing but the teacher's text may reach the student.
+The student may see 100 M words, including the teacher's, each up to ten times, and write 100 M during training. The
+rules do not define a word; here words are separated by whitespace. Only the teacher's text may reach the student.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 
 from tinystory.errors import UserError
 
-# Cumulative words at which the evaluation expects a checkpoint, repeats counted: `chck_1M` ... `chck_1000M`.
+# Cumulative words, counting repeats, at which the evaluation expects a checkpoint: `chck_1M` ... `chck_1000M`.
 MILESTONES = [m * 10**6 for m in (*range(1, 10), *range(10, 100, 10), *range(100, 1001, 100))]
 
 TRACK = "babylm-2025"
@@ -21,9 +21,8 @@ def milestone_name(words: int) -> str:
 
 
 def check_reading(corpus_words: int, words: int, last_step: int = 0) -> None:
-    """Raises UserError if the track forbids to read `words` words of a corpus of `corpus_words`, repeats counted.
-
-    last_step: words that the step which reaches `words` may read beyond it."""
+    """Raises UserError if the track does not allow training on `words` words, counting repeats, of a corpus of
+    `corpus_words`. last_step: upper bound on the words by which the last step may exceed `words`."""
     if corpus_words > WORDS_IN:
         raise UserError(
             f"--preset {TRACK} allows a corpus of {WORDS_IN:,} words and this one trains on {corpus_words:,}: give a "
@@ -38,7 +37,8 @@ def check_reading(corpus_words: int, words: int, last_step: int = 0) -> None:
 
 
 def check_interaction(facts: dict[str, Any], words_in: int, words_out: int) -> None:
-    """Raises UserError if a student with these `facts` (see `checkpoint.save`) may not take in and write so many."""
+    """Raises UserError if the track does not allow a student with these `facts` (see `checkpoint.save`) to take in and
+    write so many words."""
     if "corpus_words" not in facts:
         raise UserError(
             f"--preset {TRACK} must know how many words the student has read and this checkpoint does not say: start "
@@ -50,21 +50,21 @@ def check_interaction(facts: dict[str, Any], words_in: int, words_out: int) -> N
     for flag, wanted, left in (("budget-words", words_in, left_in), ("budget-words-out", words_out, left_out)):
         if wanted > left:
             raise UserError(
-                f"--preset {TRACK} leaves this student {max(left, 0):,} words, what it has read and written counted: "
+                f"--preset {TRACK} leaves this student {max(left, 0):,} words after all that it has read and written: "
                 f"give --{flag} {max(left, 0)} or fewer"
             )
 
 
 def milestones_beyond(facts: dict[str, Any]) -> dict[str, int]:
-    """The official milestones that lie ahead of a student, in words still to be taken in."""
+    """The official milestones ahead of a student, and the words that it has still to take in until each."""
     behind = facts["words"] + facts.get("interaction_words_in", 0)
     return {milestone_name(words): words - behind for words in MILESTONES if words > behind}
 
 
 @dataclass
-class Budget:
-    """Words are whitespace-separated. In: the opening, once, and every word of every reply (arXiv 2509.15714).
-    Out: every word that the student wrote."""
+class WordBudget:
+    """The interaction's words so far and their limits. In: the opening once, and each word of each reply (arXiv
+    2509.15714). Out: each word that the student writes."""
 
     limit_in: int
     limit_out: int
@@ -72,7 +72,7 @@ class Budget:
     words_out: int = 0
 
     def allows(self, words_in: int, words_out: int) -> bool:
-        """True if a step that takes in and writes at most so many words stays within both limits."""
+        """True if so many more words in and out stay within both limits."""
         return self.words_in + words_in <= self.limit_in and self.words_out + words_out <= self.limit_out
 
     def spend(self, words_in: int, words_out: int) -> None:

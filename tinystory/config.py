@@ -1,6 +1,6 @@
-"""Every option of both train commands, once: dataclass = command line, preset = data, config.json = record.
+"""Every option of both train commands, defined once: dataclass = command line, preset = data, config.json = record.
 
-`python train_pretrain.py --preset paper --n-layer 6` means: the defaults, then the preset, then what was typed.
+`python train_pretrain.py --preset paper --n-layer 6` means: the defaults, then the preset, then flags; the last wins.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from tinystory.runlog import read_config
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field that is also a flag: `n_layer` is `--n-layer`."""
+    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: shown by --help."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
@@ -23,104 +23,108 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass
 class PretrainConfig:
-    """train_pretrain.py: a student reads a corpus."""
+    """Pretrain a student on a corpus."""
 
     corpus: list[str] = option(
         ["builtin"], "builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)"
     )
     out: str = option("runs/pretrain", "folder of the run")
-    words: int = option(3_000_000, "words to read in all, repeats counted")
-    seed: int = option(0, "of initialisation, data order and dropout")
+    words: int = option(3_000_000, "total words to train on, counting repeats")
+    seed: int = option(0, "seed of initialisation, data order and dropout")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    dtype: str = option("auto", "auto, float32 or bfloat16 (products only: weights and optimiser stay float32)")
-    resume: bool = option(False, "go on from the newest checkpoint in --out")
+    dtype: str = option("auto", "auto, float32 or bfloat16 (matmuls only; weights and optimiser stay float32)")
+    resume: bool = option(False, "continue from the newest checkpoint in --out")
 
     n_layer: int = option(4, "transformer blocks")
     n_head: int = option(4, "attention heads")
     n_embd: int = option(128, "width of the residual stream")
-    context: int = option(256, "longest sequence, in tokens")
-    vocab_size: int = option(2048, "tokens, trained on the corpus; five are special")
-    dropout: float = option(0.0, "embedding, attention and residual dropout")
+    context: int = option(256, "context length, in tokens")
+    vocab_size: int = option(2048, "size of the vocabulary, trained on the corpus; five tokens are special")
+    dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals")
 
-    batch_size: int = option(8, "sequences a step")
-    micro_batch_size: int = option(16, "sequences at once; the gradient is accumulated over a step")
-    learning_rate: float = option(2e-3, "peak rate of AdamW")
-    final_learning_rate: float = option(0.0, "rate at the last word")
-    warmup: float = option(0.2, "share of the words over which the rate rises linearly")
-    beta1: float = option(0.9, "AdamW")
-    beta2: float = option(0.99, "AdamW")
-    eps: float = option(1e-8, "AdamW")
-    weight_decay: float = option(0.0, "AdamW, on matrices only")
-    grad_clip: float = option(1.0, "largest gradient norm; 0 is no clipping")
+    batch_size: int = option(8, "sequences per step")
+    micro_batch_size: int = option(16, "sequences per forward pass; gradients are accumulated over a step")
+    learning_rate: float = option(2e-3, "peak learning rate of AdamW")
+    final_learning_rate: float = option(0.0, "learning rate at the last word")
+    warmup: float = option(0.2, "fraction of the words over which the learning rate rises linearly")
+    beta1: float = option(0.9, "AdamW beta1")
+    beta2: float = option(0.99, "AdamW beta2")
+    eps: float = option(1e-8, "AdamW epsilon")
+    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only")
+    grad_clip: float = option(1.0, "maximum gradient norm; 0 means no clipping")
 
-    val_fraction: float = option(0.05, "share of the documents kept for validation")
+    val_fraction: float = option(0.05, "fraction of the documents held out for validation")
     eval_every: int = option(50, "steps between validations")
-    eval_sequences: int = option(64, "validation sequences at each, spread over all; at the end every one")
-    save_every: int = option(200, "steps between checkpoints to resume from; word milestones are kept besides")
+    eval_sequences: int = option(64, "sequences per validation, evenly spread; the last one uses all")
+    save_every: int = option(200, "steps between checkpoints for --resume; word milestones are saved as well")
 
 
 @dataclass
 class InteractConfig:
-    """train_interact.py: the student writes, a teacher scores, PPO learns."""
+    """Train a student by interaction: it writes stories, a teacher scores them, PPO learns from the scores."""
 
-    init: str = option("", "checkpoint or folder of transformers to start from (default: newest under runs/pretrain)")
+    init: str = option(
+        "", "starting checkpoint, or a folder that transformers wrote (default: newest under runs/pretrain)"
+    )
     out: str = option("runs/interact", "folder of the run")
-    seed: int = option(0, "of the stories, of the value head and of the teacher's sampling")
+    seed: int = option(0, "seed of the stories, the minibatch order and the teacher's sampling")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    dtype: str = option("auto", "auto, float32 or bfloat16 (products only: weights and optimiser stay float32)")
-    resume: bool = option(False, "go on from the newest checkpoint in --out")
+    dtype: str = option("auto", "auto, float32 or bfloat16 (matmuls only; weights and optimiser stay float32)")
+    resume: bool = option(False, "continue from the newest checkpoint in --out")
 
     teacher_url: str = option(
         "", "any OpenAI-compatible endpoint, e.g. http://127.0.0.1:11434/v1 (default: the built-in teacher)"
     )
-    teacher_model: str = option("", "model to ask for (default: the first that the server lists)")
-    teacher_concurrency: int = option(16, "most requests at a time")
+    teacher_model: str = option("", "model name (default: the first that the server lists)")
+    teacher_concurrency: int = option(16, "maximum number of requests in flight")
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher")
-    teacher_max_tokens: int = option(16, "longest reply: three numbers need 6")
-    teacher_timeout: float = option(300.0, "seconds that a story's grading may take, asking again included")
-    teacher_prompt: str = option("", "JSON file of what to grade instead: criteria, levels, weights (see README)")
-    teacher_logprobs: bool = option(False, "scores expected by the teacher's probabilities, not the digits drawn")
-    price_in: float = option(0.0, "of a million prompt tokens, in any currency")
-    price_out: float = option(0.0, "of a million reply tokens")
-    budget_cost: float = option(0.0, "most that the teacher may cost, at these prices; 0 is no limit")
-    replay: str = option("", "folder of a run whose teacher's replies are given again, with no server")
-    teacher_corpus: list[str] = option([], "what the built-in teacher has read (default: the student's own corpus)")
-    reward: str = option("", "FILE.py:FUNCTION scores instead of a teacher: f(opening, stories) -> [0..1 or None]")
-    max_unscored: float = option(0.1, "largest share of a step's stories that may stay without a score")
+    teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6")
+    teacher_timeout: float = option(300.0, "seconds that grading one story may take, retries included")
+    teacher_prompt: str = option("", "JSON file with other criteria, levels and weights to grade (see README)")
+    teacher_logprobs: bool = option(
+        False, "use expected scores under the teacher's token probabilities, not the sampled digits"
+    )
+    price_in: float = option(0.0, "price per million prompt tokens, in any currency")
+    price_out: float = option(0.0, "price per million reply tokens")
+    budget_cost: float = option(0.0, "maximum cost of the teacher at these prices; 0 means no limit")
+    replay: str = option("", "folder of a run whose teacher's replies are replayed, without a server")
+    teacher_corpus: list[str] = option([], "corpus of the built-in teacher (default: the student's own)")
+    reward: str = option("", "FILE.py:FUNCTION that scores instead of a teacher: f(opening, stories) -> [0..1 or None]")
+    max_unscored: float = option(0.1, "maximum fraction of a step's stories without a score")
 
     opening: str = option(
-        "Let me tell you a long, magical tale. Once upon a time, in a faraway land,", "every story begins so"
+        "Let me tell you a long, magical tale. Once upon a time, in a faraway land,", "opening of every story"
     )
-    steps: int = option(80, "PPO steps at most")
-    stories_per_step: int = option(64, "stories a step")
-    max_new_tokens: int = option(90, "longest story, in tokens")
+    steps: int = option(80, "maximum number of PPO steps")
+    stories_per_step: int = option(64, "stories per step")
+    max_new_tokens: int = option(90, "maximum tokens of a story")
     temperature: float = option(1.0, "sampling temperature of the student")
-    budget_words: int = option(1_000_000, "words that the student may take in: the opening once and every reply")
-    budget_words_out: int = option(100_000_000, "words that the student may write")
-    length_weight: float = option(0.4, "weight of the length term beside the teacher's score")
-    length_words: int = option(90, "words at which the length term is whole")
+    budget_words: int = option(1_000_000, "word budget, in: the opening once and every word of every reply")
+    budget_words_out: int = option(100_000_000, "word budget, out: every word that the student writes")
+    length_weight: float = option(0.4, "weight of the length term relative to the teacher's score")
+    length_words: int = option(90, "words at which the length term reaches its maximum")
 
-    learning_rate: float = option(5e-5, "of Adam, constant")
-    adam_eps: float = option(1e-8, "of Adam")
+    learning_rate: float = option(5e-5, "learning rate of Adam, constant")
+    adam_eps: float = option(1e-8, "Adam epsilon")
     epochs: int = option(4, "PPO passes over a step's stories")
-    minibatch_size: int = option(0, "stories a gradient step; 0 is all of them")
-    micro_batch_size: int = option(32, "stories at once; the gradient is accumulated over a minibatch")
-    gamma: float = option(1.0, "discount")
-    lam: float = option(1.0, "of generalised advantage estimation")
-    clip_ratio: float = option(0.2, "PPO ratio clip")
-    clip_value: float = option(0.2, "value clip")
+    minibatch_size: int = option(0, "stories per gradient step; 0 means all")
+    micro_batch_size: int = option(32, "stories per forward pass; gradients are accumulated over a minibatch")
+    gamma: float = option(1.0, "discount factor")
+    lam: float = option(1.0, "GAE lambda")
+    clip_ratio: float = option(0.2, "clipping range of the policy ratio")
+    clip_value: float = option(0.2, "clipping range of the value")
     value_coef: float = option(1.0, "weight of the value loss")
-    max_ratio: float = option(10.0, "a minibatch whose mean ratio exceeds it is skipped and counted")
-    grad_clip: float = option(0.0, "largest gradient norm; 0 is no clipping")
-    kl_coef: float = option(0.1, "first weight of the KL penalty against the starting checkpoint")
-    kl_target: float = option(6.0, "nats a story that the weight steers to")
-    kl_horizon: float = option(10_000.0, "stories over which it steers")
+    max_ratio: float = option(10.0, "mean policy ratio above which a minibatch is skipped, and counted")
+    grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping")
+    kl_coef: float = option(0.1, "initial coefficient of the KL penalty against the starting checkpoint")
+    kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)")
+    kl_horizon: float = option(10_000.0, "horizon of the adaptive controller, in stories")
 
-    save_every: int = option(20, "steps between checkpoints to resume from; word milestones are kept besides")
+    save_every: int = option(20, "steps between checkpoints for --resume; word milestones are saved as well")
 
 
-# Source of `paper`: arXiv 2509.15714 and its public code, libraries' defaults where that sets nothing (the clipping of
-# pretraining is transformers' Trainer's, float32 in the interaction is TRL's).
+# Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of their libraries
+# (gradient clipping in pretraining: transformers' Trainer; float32 in the interaction: TRL).
 _PAPER_PRETRAIN = dict(
     n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000, dropout=0.1, corpus=["babylm-100m"],
     words=990_000_000, val_fraction=0.1, batch_size=256, micro_batch_size=32, learning_rate=5e-4,
@@ -137,7 +141,7 @@ _PAPER_INTERACT = dict(
 PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "paper": _PAPER_PRETRAIN,
-    # Ten epochs are the limit (see babylm.py); more of the corpus than the paper's 90 % keeps these words within it.
+    # The limit is ten epochs (see babylm.py); training on 95 % of the corpus, not the paper's 90 %, stays within it.
     "babylm-2025": dict(_PAPER_PRETRAIN, words=900_000_000, val_fraction=0.05),
 }
 INTERACT_PRESETS: dict[str, dict[str, Any]] = {
@@ -148,15 +152,16 @@ INTERACT_PRESETS: dict[str, dict[str, Any]] = {
 
 
 def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> Any:
-    """Command line -> a `config_class` instance. The preset's name is kept as the attribute `preset`."""
+    """Parse a command line into a `config_class`, whose attribute `preset` is the preset's name. Raises UserError for
+    an option out of range; with --resume, options that are not given come from the run's config.json."""
     parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
-    parser.add_argument("--preset", choices=presets, help="a named set of the options below (default: demo)")
+    parser.add_argument("--preset", choices=presets, help="named set of the options below (default: demo)")
     types = get_type_hints(config_class)
     for f in dataclasses.fields(config_class):
         kind = types[f.name]
         default = f.default_factory() if f.default is dataclasses.MISSING else f.default
         flag = "--" + f.name.replace("_", "-")
-        # SUPPRESS keeps what was not typed out of the namespace, so that a preset can lie between default and flag.
+        # SUPPRESS keeps flags that were not given out of the namespace, so a preset overrides defaults but not flags.
         how: dict[str, Any] = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {default!r})")
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
@@ -168,7 +173,7 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
     typed = vars(parser.parse_args(argv))
     preset = typed.pop("preset")
     config = config_class(**{**presets[preset or "demo"], **typed})
-    if config.resume:  # a run goes on as it began, save for what is typed now
+    if config.resume:  # a run continues with its own options, overridden by flags
         recorded = read_config(Path(config.out)).get("options", {})
         preset = preset or recorded.get("preset")
         known = {name: value for name, value in recorded.items() if name in types}
@@ -179,12 +184,12 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """All options as run, the preset's name first: what config.json records."""
+    """All options as run, the preset's name first, for config.json."""
     return {"preset": config.preset, **dataclasses.asdict(config)}
 
 
 def _whole(text: str) -> int:
-    """Whole numbers may be written 1000000, 1_000_000, 1e6 or 1M."""
+    """An integer written as 1000000, 1_000_000, 1e6 or 1M."""
     scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
     number = float(text[:-1] if scale > 1 else text)
     if not (number * scale).is_integer():
@@ -192,7 +197,7 @@ def _whole(text: str) -> int:
     return int(number * scale)
 
 
-_whole.__name__ = "whole number"  # argparse names the type in its message
+_whole.__name__ = "whole number"  # argparse names the type in its error message
 
 _POSITIVE = (
     "words", "n_layer", "n_head", "n_embd", "context", "vocab_size", "batch_size", "micro_batch_size", "eval_every",

@@ -1,8 +1,8 @@
-"""PPO on stories: rewards a token, advantages, the clipped losses, the adaptive KL weight.
+"""PPO on stories: per-token rewards, advantages, the clipped losses, the adaptive KL coefficient.
 
 Formulas follow TRL 0.9.4's PPOTrainer, which the paper used (arXiv 2509.15714), itself after Ziegler et al. 2019
 (arXiv 1909.08593); PPO is Schulman et al. 2017 (arXiv 1707.06347), GAE Schulman et al. 2015 (arXiv 1506.02438).
-Tensors are (B, N): a row a story, a column a response token; `mask` is True where there is a token.
+Tensors are (B, N): one row per story, one column per response token; `mask` is True at tokens, False at padding.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from tinystory.student.model import Student, ValueHead
 
 @dataclass
 class Batch:
-    """One step's stories, right-padded. prompt: (P,) int64 that all share; tokens: (B, N) int64; mask: (B, N) bool;
-    logprobs, values: (B, N) float32 as they were when the token was drawn."""
+    """The stories of one step, right-padded. prompt: (P,) int64, the same for all; tokens: (B, N) int64; mask: (B, N)
+    bool; logprobs, values: (B, N) float32, from when the token was sampled."""
 
     prompt: Tensor
     tokens: Tensor
@@ -35,7 +35,7 @@ class Batch:
 
 
 def collate(stories: list[Story], tokenizer: Tokenizer, opening: str, device: torch.device) -> Batch:
-    """Stories -> right-padded tensors for PPO."""
+    """Stack stories into right-padded tensors."""
 
     def pad(rows: list[Tensor], value: float) -> Tensor:
         return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
@@ -54,46 +54,50 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the masked entries (Bessel's correction, 1e-8 under the root)."""
+    """Shift and scale to mean 0 and variance 1 over the masked entries (Bessel's correction, epsilon 1e-8)."""
     count = mask.sum()
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask) * count / (count - 1).clamp(min=1)
     return (x - mean) * torch.rsqrt(variance + 1e-8)
 
 
-def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """-kl_coef * (logp - ref_logp) at every token, plus the story's score (B,) at its last one."""
+def token_rewards(
+    story_rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
+) -> Tensor:
+    """(B, N): -kl_coef * (logprob - ref_logprob) at each token, plus the story's reward, (B,), at its last token."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
-    rows = torch.arange(len(scores), device=scores.device)
-    rewards[rows, mask.sum(1) - 1] += scores
+    rows = torch.arange(len(story_rewards), device=story_rewards.device)
+    rewards[rows, mask.sum(1) - 1] += story_rewards
     return rewards
 
 
 def advantages_and_returns(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (eq. 16 of the paper) and returns = advantages + values, both 0 off the mask."""
+    """Generalised advantage estimates (eq. 16 of the GAE paper) and returns = advantages + values, both (B, N) and 0
+    off the mask. rewards: (B, N), per token."""
     values, rewards = values * mask, rewards * mask
     advantages = torch.zeros_like(values)
-    running = torch.zeros_like(values[:, 0])
+    advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
-        following = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(running)
-        running = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * running
-        advantages[:, t] = running
+        next_values = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(advantage)
+        advantage = rewards[:, t] + gamma * next_values - values[:, t] + gamma * lam * advantage
+        advantages[:, t] = advantage
     return advantages * mask, (advantages + values) * mask
 
 
 def response_stats(
     student: Student, value_head: ValueHead | None, batch: Batch, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Read whole stories: log-prob and value (0 without a head) of every response token, (B, N) each, 0 off the mask.
+    """Forward pass over whole stories: the log-probability and value (0 without a value head) of every response token,
+    (B, N) each, 0 off the mask.
 
-    Only response positions meet the heads; columns that every row pads are not computed.
+    The heads are applied at response positions only; columns that are padding in every row are not computed.
     """
     P, N = len(batch.prompt), int(batch.mask.sum(1).max())
     tokens, mask = batch.tokens[:, :N], batch.mask[:, :N]
     inputs = torch.cat([batch.prompt.expand(len(tokens), -1), tokens[:, :-1]], dim=1)
-    hidden = student.hidden(inputs)[:, P - 1 :][mask]  # (tokens, C): the state that each token was drawn from
+    hidden = student.hidden(inputs)[:, P - 1 :][mask]  # (tokens, C): the state from which each token was sampled
     logprob, _ = ops.token_logprob(hidden / temperature, student.wte.weight, tokens[mask])
     value = torch.zeros_like(logprob) if value_head is None else value_head(hidden)
     zeros = torch.zeros(batch.mask.shape, device=mask.device)
@@ -103,7 +107,8 @@ def response_stats(
 
 @dataclass
 class AdaptiveKL:
-    """The KL penalty's weight, steered to `target` nats a story (Ziegler et al. 2019, section 2.2)."""
+    """The coefficient of the KL penalty, adapted towards a KL of `target` nats per story (Ziegler et al. 2019, section
+    2.2)."""
 
     coef: float
     target: float
@@ -116,15 +121,16 @@ class AdaptiveKL:
 
 @torch.no_grad()
 def reference_logprobs(reference: Student, batch: Batch, temperature: float, micro_batch_size: int) -> Tensor:
-    """(B, N) log-probs of the stories under the frozen starting checkpoint."""
+    """(B, N) log-probabilities of the stories' tokens under the frozen starting checkpoint."""
     out = torch.zeros_like(batch.logprobs)
-    for rows in distributed.share(by_length(batch.mask, micro_batch_size)):
+    for rows in distributed.shard_strided(by_length(batch.mask, micro_batch_size)):
         out[rows] = response_stats(reference, None, batch.rows(rows), temperature)[0]
-    return distributed.sum_(out)
+    return distributed.all_reduce_sum(out)
 
 
 def by_length(mask: Tensor, size: int) -> list[Tensor]:
-    """Row indices in groups of at most `size`, rows of like length together, so that little padding is computed."""
+    """Row indices in groups of at most `size`, with rows of similar length in a group, so that little padding is
+    computed."""
     return [rows for rows in mask.sum(1).argsort(stable=True).split(size) if len(rows)]
 
 
@@ -135,20 +141,20 @@ def step(
     kl: AdaptiveKL,
     batch: Batch,
     ref_logprobs: Tensor,
-    scores: Tensor,
+    story_rewards: Tensor,
     config: InteractConfig,
 ) -> dict[str, float]:
-    """One PPO step on scored stories: rewards, advantages, the update, and the KL weight of the next step.
+    """One PPO step on stories with rewards: token rewards, advantages, the update, and the next KL coefficient.
 
-    ref_logprobs: (B, N); scores: (B,), a story's reward. Returns the step's statistics.
+    ref_logprobs: (B, N); story_rewards: (B,). Returns the step's statistics.
     """
-    rewards = token_rewards(scores, batch.logprobs, ref_logprobs, batch.mask, kl.coef)
+    rewards = token_rewards(story_rewards, batch.logprobs, ref_logprobs, batch.mask, kl.coef)
     advantages, returns = advantages_and_returns(rewards, batch.values, batch.mask, config.gamma, config.lam)
     whitened = whiten(advantages, batch.mask)
     mean_kl = float(((batch.logprobs - ref_logprobs) * batch.mask).sum(1).mean())
     stats = dict(kl=mean_kl, kl_coef=kl.coef)
     stats |= update(student, value_head, optimizer, batch, whitened, returns, config)
-    kl.update(mean_kl, len(scores))
+    kl.update(mean_kl, len(story_rewards))
     return stats
 
 
@@ -161,12 +167,10 @@ def update(
     returns: Tensor,
     config: InteractConfig,
 ) -> dict[str, float]:
-    """config.epochs passes of PPO over the batch; advantages come whitened. Returns the step's statistics.
+    """config.epochs passes of PPO over the batch. advantages: already whitened. Returns the step's statistics.
 
-    The order of minibatches is drawn from torch's global generator.
-
-    A minibatch's gradient is accumulated over micro-batches and processes and divided by the minibatch's tokens, so
-    neither changes anything but memory and speed.
+    The order of minibatches is drawn from torch's global generator. The gradient of a minibatch is accumulated over
+    micro-batches and processes and divided by the number of its tokens, so both affect only memory and speed.
     """
     B = len(batch.tokens)
     minibatch = config.minibatch_size or B
@@ -182,45 +186,46 @@ def update(
             count = batch.mask[chosen].sum()
             stats = dict.fromkeys((*sums, "ratio"), 0.0)
             optimizer.zero_grad(set_to_none=True)
-            mine = distributed.share(chosen)
+            mine = distributed.shard_strided(chosen)
             for part in by_length(batch.mask[mine], config.micro_batch_size):
                 rows = mine[part]
                 old, mask = batch.rows(rows), batch.mask[rows]
                 logprob, value = response_stats(student, value_head, old, config.temperature)
                 ratio = torch.exp(torch.where(mask, logprob - old.logprobs, 0.0))
-                clipped = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
-                gain, target = advantages[rows], returns[rows]
-                policy = torch.maximum(-gain * ratio, -gain * clipped) * mask
-                near = old.values + (value - old.values).clamp(-config.clip_value, config.clip_value)
-                error = torch.maximum((value - target) ** 2, (near - target) ** 2) * mask
-                loss = (policy.sum() + config.value_coef * 0.5 * error.sum()) / count
+                clipped_ratio = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
+                clipped_values = old.values + (value - old.values).clamp(-config.clip_value, config.clip_value)
+                advantage, target = advantages[rows], returns[rows]
+                policy_loss = torch.maximum(-advantage * ratio, -advantage * clipped_ratio) * mask
+                value_loss = torch.maximum((value - target) ** 2, (clipped_values - target) ** 2) * mask
+                loss = (policy_loss.sum() + config.value_coef * 0.5 * value_loss.sum()) / count
                 loss.backward()
                 with torch.no_grad():
-                    if epoch == 0 and updates == 0:  # nothing has been learned yet: any ratio but 1 is rounding
+                    if epoch == 0 and updates == 0:  # no update yet: any ratio other than 1 is rounding
                         ratio_error = max(ratio_error, float(((ratio - 1).abs() * mask).max()))
-                    stats["policy_loss"] += float(policy.sum() / count)
-                    stats["value_loss"] += float(0.5 * error.sum() / count)
-                    stats["clip_fraction"] += float(((-gain * clipped > -gain * ratio) & mask).sum() / count)
+                    clipped = -advantage * clipped_ratio > -advantage * ratio
+                    stats["policy_loss"] += float(policy_loss.sum() / count)
+                    stats["value_loss"] += float(0.5 * value_loss.sum() / count)
+                    stats["clip_fraction"] += float((clipped & mask).sum() / count)
                     stats["approx_kl"] += float((((ratio - 1) - ratio.log()) * mask).sum() / count)
                     stats["ratio"] += float((ratio * mask).sum() / count)
-            distributed.sum_gradients(parameters)
-            summed = distributed.sum_(torch.tensor([*stats.values()], dtype=torch.float64)).tolist()
+            distributed.all_reduce_gradients(parameters)
+            summed = distributed.all_reduce_sum(torch.tensor([*stats.values()], dtype=torch.float64)).tolist()
             stats = dict(zip(stats, summed, strict=True))
-            if not stats["ratio"] <= config.max_ratio:  # also when it is not a number
+            if not stats["ratio"] <= config.max_ratio:  # also true for NaN
                 skipped += 1
                 continue
             limit = config.grad_clip or float("inf")
             stats["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, limit))
             optimizer.step()
-            torch.clear_autocast_cache()  # else the next minibatch would meet autocast's copies of the old weights
+            torch.clear_autocast_cache()  # it holds casts of the old weights
             updates += 1
             for name in sums:
                 sums[name] += stats[name]
     optimizer.zero_grad(set_to_none=True)
-    spread = returns[batch.mask]
-    unexplained = (spread - batch.values[batch.mask]).var() / spread.var().clamp(min=1e-12)
+    targets = returns[batch.mask]
+    unexplained = (targets - batch.values[batch.mask]).var() / targets.var().clamp(min=1e-12)
     return {name: value / max(updates, 1) for name, value in sums.items()} | {
-        "ratio_error": distributed.largest(ratio_error),
+        "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,
         "explained_variance": float(1 - unexplained),
     }

@@ -1,7 +1,7 @@
-"""From a teacher's judgement to the one number a story that PPO maximises.
+"""From the teacher's score of a story to its reward, the number that PPO maximises.
 
-Anything can be the teacher: `score` is any callable `f(opening, stories) -> one number in 0..1, or None, a story`.
-None is no score: no reward, no gradient, and it is counted.
+Anything can be the teacher: any callable `f(opening, stories)` that returns one score per story, 0..1 or None. None is
+no score: the story gets no reward and no gradient, and it is counted.
 """
 
 import importlib.util
@@ -11,17 +11,19 @@ from pathlib import Path
 
 from tinystory.errors import UserError
 
-Score = Callable[[str, Sequence[str]], Sequence[float | None]]
+ScoreStories = Callable[[str, Sequence[str]], Sequence[float | None]]
 
 
 def story_reward(score: float, words: int, length_weight: float, length_words: int) -> float:
-    """(score + length_weight * words / length_words) / (1 + length_weight): 0..1. The second term keeps stories from
-    shrinking (arXiv 2509.15714). score: 0..1; words: whitespace-separated words written by the student."""
+    """(score + length_weight * words / length_words) / (1 + length_weight): 0..1. The second term, at most
+    length_weight, keeps stories from shrinking (arXiv 2509.15714). score: 0..1; words: whitespace-separated words that
+    the student wrote."""
     return (score + length_weight * min(words / length_words, 1.0)) / (1 + length_weight)
 
 
-def load_score(spec: str) -> Score:
-    """FILE.py:FUNCTION -> the function, checked at each call."""
+def load_score(spec: str) -> ScoreStories:
+    """The function named by FILE.py:FUNCTION, with its scores checked at each call. Raises UserError if there is none,
+    and from a call whose scores are not one number in 0..1 or None per story."""
     file, _, name = spec.rpartition(":")
     path = Path(file)
     if not path.is_file():
@@ -37,7 +39,7 @@ def load_score(spec: str) -> Score:
         scores = list(function(opening, stories))
         if len(scores) != len(stories):
             raise UserError(
-                f"--reward {spec} gave {len(scores)} scores for {len(stories)} stories; it must give one each"
+                f"--reward {spec} gave {len(scores)} scores for {len(stories)} stories; it must give one per story"
             )
         for value in scores:
             if value is not None and not (math.isfinite(value) and 0 <= value <= 1):

@@ -1,140 +1,144 @@
-// Attention of one new token a row over a key-value cache, bound by reading the cache once. The shared prefix lies in
-// memory once and is small, so that all rows but the first find it in the L2 cache.
+// Decode-step attention: one new token per row against its KV cache; its key and value are appended to the cache. The
+// kernel is bound by reading the cache once. The shared prefix is stored once and is small, so every row but the first
+// finds it in the L2 cache.
 //
-// A key is read by as many lanes as it has pieces of 16 bytes; such a group takes every so many-th key, four at a time,
-// and keeps its own running maximum, sum and output. The block's groups are merged at the end. When there are too few
-// rows to fill the device, several blocks share a row's keys, and a second kernel merges what they found.
+// A group of lanes reads one key, 16 bytes per lane; the block's groups take the keys in turn, kUnroll at a time, and
+// each group keeps its own running maximum m, sum l and output O. The groups' partial results are merged at the end.
+// When there are too few rows to fill the device, several blocks split a row's keys (as in flash-decoding), and a
+// second kernel merges their partial results.
 #include "dispatch.cuh"
 
 namespace tinystory::cuda {
 namespace {
 
-constexpr int kThreads = 128, kAtOnce = 4;
-constexpr int64_t kLeastKeys = 128;  // a block's share is not worth its merging below this
+constexpr int kThreads = 128, kUnroll = 4;
+constexpr int64_t kMinKeysPerSplit = 128;  // fewer keys per block do not pay for the merge
 
 struct DecodeParams {
   const void *qkv, *prefix;
   void* cache;
   const int64_t* lengths;
   void* out;
-  float* parts;  // (B * H, splits, D + 2): output, maximum, sum
+  float* partials;  // (B * H, splits, D + 2): O, m, l
   int64_t T;
   int P, H, splits;
   float scale_log2;
 };
 
-// Splits of each row's keys. The same for all rows: the lengths are on the device.
-int count_splits(const DecodeAttention& x) {
+// Number of blocks that split each row's keys; one number for all rows, because the lengths are on the device.
+int split_count(const DecodeAttention& x) {
   const int64_t rows = x.B * x.H, wanted = (int64_t(4) * multiprocessors() + rows - 1) / rows;
-  const int64_t most = (x.P + x.T + kLeastKeys - 1) / kLeastKeys;
+  const int64_t most = (x.P + x.T + kMinKeysPerSplit - 1) / kMinKeysPerSplit;
   return int(wanted < most ? wanted : most < 1 ? 1 : most);
 }
 
-// Merges `count` partial results that lie `D + 2` floats apart: what thread d returns is the whole's output d.
+// Merges `count` partial results (O, m, l), D + 2 floats each. Thread d returns element d of the merged, unnormalised
+// O.
 template <int D>
-__device__ __forceinline__ float merge(const float* parts, int count, int d, float& high, float& sum) {
-  high = -INFINITY;
-  for (int i = 0; i < count; ++i) high = fmaxf(high, parts[i * (D + 2) + D]);
-  float out = 0;
-  sum = 0;
+__device__ __forceinline__ float merge_partials(const float* partials, int count, int d, float& m, float& l) {
+  m = -INFINITY;
+  for (int i = 0; i < count; ++i) m = fmaxf(m, partials[i * (D + 2) + D]);
+  float O = 0;
+  l = 0;
   for (int i = 0; i < count; ++i) {
-    const float* part = parts + i * (D + 2);
-    const float weight = high == -INFINITY ? 0 : exp2_fast(part[D] - high);  // a part may have had no keys
-    out = fmaf(part[d], weight, out);
-    sum = fmaf(part[D + 1], weight, sum);
+    const float* part = partials + i * (D + 2);
+    const float weight = m == -INFINITY ? 0 : exp2_fast(part[D] - m);  // a partial result may have had no keys
+    O = fmaf(part[d], weight, O);
+    l = fmaf(part[D + 1], weight, l);
   }
-  return out;
+  return O;
 }
 
-template <class E, int D>
+template <class Element, int D>
 __global__ void __launch_bounds__(kThreads, 6) decode_kernel(DecodeParams p) {
-  constexpr int kPiece = kPerVec16<E>, kLanes = D / kPiece, kGroups = kThreads / kLanes;
+  constexpr int kVec = kVecElements<Element>, kLanes = D / kVec, kGroups = kThreads / kLanes;
   const int row = int(blockIdx.x) / p.splits, split = int(blockIdx.x) % p.splits, b = row / p.H, h = row % p.H;
   const int lane = int(threadIdx.x) % kLanes, group = int(threadIdx.x) / kLanes;
   const int64_t length = p.lengths[b];
   require(length >= 0 && length < p.T, "decode_attention: an entry of lengths is not in 0 .. T_max - 1");
-  const int cached = p.P + int(length), keys = cached + 1;  // the last is its own
-  const int share = (keys + p.splits - 1) / p.splits;
-  const int begin = split * share, end = (split + 1) * share < keys ? (split + 1) * share : keys;
-  const int64_t stride = int64_t(p.H) * D, own_piece = h * D + lane * kPiece;
-  const E* prefix = static_cast<const E*>(p.prefix) + own_piece;
-  E* cache = static_cast<E*>(p.cache) + 2 * b * p.T * stride + own_piece;
-  const E* query = static_cast<const E*>(p.qkv) + 3 * b * stride + own_piece;
-  if (split == 0 && group < 2)  // appends the key and the value, which no block reads from there
+  const int cached = p.P + int(length), keys = cached + 1;  // the last is the new token's
+  const int keys_per_split = (keys + p.splits - 1) / p.splits;
+  const int begin = split * keys_per_split,
+            end = (split + 1) * keys_per_split < keys ? (split + 1) * keys_per_split : keys;
+  const int64_t stride = int64_t(p.H) * D, own_vec = h * D + lane * kVec;
+  const Element* prefix = static_cast<const Element*>(p.prefix) + own_vec;
+  Element* cache = static_cast<Element*>(p.cache) + 2 * b * p.T * stride + own_vec;
+  const Element* query = static_cast<const Element*>(p.qkv) + 3 * b * stride + own_vec;
+  if (split == 0 && group < 2)  // append the new key and value; no block reads them from the cache
     store16(cache + (2 * length + group) * stride, load16(query + (1 + group) * stride));
 
-  float q[kPiece], out[kPiece];
-  unpack(q, load16(query), E{});
+  float q[kVec], O[kVec];
+  unpack(q, load16(query), Element{});
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) q[i] *= p.scale_log2, out[i] = 0;
-  float high = -INFINITY, sum = 0;
-  // All groups go round as often, so that the lanes of a warp stay together for the shuffles.
-  for (int j0 = begin; j0 < end; j0 += kGroups * kAtOnce) {
-    Vec16 key[kAtOnce], value[kAtOnce];
-    float s[kAtOnce], top = high;
+  for (int i = 0; i < kVec; ++i) q[i] *= p.scale_log2, O[i] = 0;
+  float m = -INFINITY, l = 0;
+  // Every group makes the same number of iterations, so that all lanes of a warp reach the shuffles.
+  for (int j0 = begin; j0 < end; j0 += kGroups * kUnroll) {
+    Vec16 key[kUnroll], value[kUnroll];
+    float s[kUnroll], m_new = m;
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
+    for (int u = 0; u < kUnroll; ++u) {
       const int j = j0 + u * kGroups + group;
       key[u] = value[u] = {};
       if (j < end) {
-        const E* at = j < p.P      ? prefix + 2 * j * stride
-                      : j < cached ? cache + 2 * (j - p.P) * stride
-                                   : query + stride;
+        const Element* at = j < p.P      ? prefix + 2 * j * stride
+                            : j < cached ? cache + 2 * (j - p.P) * stride
+                                         : query + stride;
         key[u] = load16(at);
         value[u] = load16(at + stride);
       }
     }
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      float x[kPiece], dot = 0;
-      unpack(x, key[u], E{});
+    for (int u = 0; u < kUnroll; ++u) {
+      float x[kVec], dot = 0;
+      unpack(x, key[u], Element{});
 #pragma unroll
-      for (int i = 0; i < kPiece; ++i) dot = fmaf(q[i], x[i], dot);
+      for (int i = 0; i < kVec; ++i) dot = fmaf(q[i], x[i], dot);
       dot = warp_sum<kLanes>(dot);
       s[u] = j0 + u * kGroups + group < end ? dot : -INFINITY;
-      top = fmaxf(top, s[u]);
+      m_new = fmaxf(m_new, s[u]);
     }
-    if (top == -INFINITY) continue;  // no key for this group; no shuffle follows
-    const float shrink = exp2_fast(high - top);
-    high = top;
-    sum *= shrink;
+    if (m_new == -INFINITY) continue;  // this group has no key yet; no shuffle follows in this iteration
+    const float rescale = exp2_fast(m - m_new);
+    m = m_new;
+    l *= rescale;
 #pragma unroll
-    for (int i = 0; i < kPiece; ++i) out[i] *= shrink;
+    for (int i = 0; i < kVec; ++i) O[i] *= rescale;
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      float x[kPiece];
-      unpack(x, value[u], E{});
-      const float weight = exp2_fast(s[u] - top);
-      sum += weight;
+    for (int u = 0; u < kUnroll; ++u) {
+      float x[kVec];
+      unpack(x, value[u], Element{});
+      const float weight = exp2_fast(s[u] - m_new);
+      l += weight;
 #pragma unroll
-      for (int i = 0; i < kPiece; ++i) out[i] = fmaf(weight, x[i], out[i]);
+      for (int i = 0; i < kVec; ++i) O[i] = fmaf(weight, x[i], O[i]);
     }
   }
 
   float* groups = reinterpret_cast<float*>(shared_memory());  // (kGroups, D + 2)
   float* own = groups + group * (D + 2);
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) own[lane * kPiece + i] = out[i];
-  if (lane == 0) own[D] = high, own[D + 1] = sum;
+  for (int i = 0; i < kVec; ++i) own[lane * kVec + i] = O[i];
+  if (lane == 0) own[D] = m, own[D + 1] = l;
   sync_block();
   const int d = int(threadIdx.x);
   if (d >= D) return;
-  const float whole = merge<D>(groups, kGroups, d, high, sum);
+  const float merged = merge_partials<D>(groups, kGroups, d, m, l);
   if (p.splits == 1) {
-    static_cast<E*>(p.out)[int64_t(row) * D + d] = from_float<E>(whole / sum);
+    static_cast<Element*>(p.out)[int64_t(row) * D + d] = from_float<Element>(merged / l);
   } else {
-    float* part = p.parts + int64_t(blockIdx.x) * (D + 2);
-    part[d] = whole;
-    if (d == 0) part[D] = high, part[D + 1] = sum;
+    float* part = p.partials + int64_t(blockIdx.x) * (D + 2);
+    part[d] = merged;
+    if (d == 0) part[D] = m, part[D + 1] = l;
   }
 }
 
-template <class E, int D>
+template <class Element, int D>
 __global__ void __launch_bounds__(D) merge_kernel(DecodeParams p) {
   const int row = int(blockIdx.x), d = int(threadIdx.x);
-  float high, sum;
-  const float whole = merge<D>(p.parts + int64_t(row) * p.splits * (D + 2), p.splits, d, high, sum);
-  static_cast<E*>(p.out)[int64_t(row) * D + d] = from_float<E>(whole / sum);
+  float m, l;
+  const float merged = merge_partials<D>(p.partials + int64_t(row) * p.splits * (D + 2), p.splits, d, m, l);
+  static_cast<Element*>(p.out)[int64_t(row) * D + d] = from_float<Element>(merged / l);
 }
 
 struct Decode {
@@ -142,7 +146,7 @@ struct Decode {
   int splits;
   float* workspace;
   cudaStream_t stream;
-  template <class E, int D>
+  template <class Element, int D>
   void run() const {
     const DecodeParams p{x.qkv,
                          x.prefix,
@@ -155,9 +159,9 @@ struct Decode {
                          int(x.H),
                          splits,
                          float(1.4426950408889634 / std::sqrt(double(D)))};
-    constexpr int kGroups = kThreads / (D / kPerVec16<E>);
-    launch(decode_kernel<E, D>, x.B * x.H * splits, kThreads, kGroups * (D + 2) * 4, stream, p);
-    if (splits > 1) launch(merge_kernel<E, D>, x.B * x.H, D, 0, stream, p);
+    constexpr int kGroups = kThreads / (D / kVecElements<Element>);
+    launch(decode_kernel<Element, D>, x.B * x.H * splits, kThreads, kGroups * (D + 2) * 4, stream, p);
+    if (splits > 1) launch(merge_kernel<Element, D>, x.B * x.H, D, 0, stream, p);
   }
 };
 
@@ -165,13 +169,13 @@ struct Decode {
 
 int64_t decode_attention_workspace(const DecodeAttention& x) {
   if (x.B * x.H == 0) return 0;
-  const int64_t splits = count_splits(x);
+  const int64_t splits = split_count(x);
   return splits == 1 ? 0 : x.B * x.H * splits * (x.D + 2);
 }
 
 void decode_attention(const DecodeAttention& x, float* workspace, cudaStream_t stream) {
   if (x.B * x.H == 0) return;
-  dispatch_attention(x.dtype, x.D, "decode_attention", Decode{x, count_splits(x), workspace, stream});
+  dispatch_attention(x.dtype, x.D, "decode_attention", Decode{x, split_count(x), workspace, stream});
 }
 
 }  // namespace tinystory::cuda

@@ -1,10 +1,10 @@
-// From a dtype (and head size) known at run time to kernels compiled for it.
+// Dispatch from a run-time dtype (and head size) to the template instantiations.
 #pragma once
 #include "primitives.cuh"
 
 namespace tinystory::cuda {
 
-// Calls f with a number of the dtype's type.
+// Calls f with a value of the dtype's C++ type.
 template <class F>
 void dispatch_dtype(DType dtype, const char* op, const F& f) {
   if (dtype == DType::f32) f(float{});
@@ -17,10 +17,10 @@ void dispatch_dtype(DType dtype, const char* op, const F& f) {
 template <class F>
 void dispatch_attention(DType dtype, int64_t D, const char* op, const F& f) {
   dispatch_dtype(dtype, op, [&](auto e) {
-    using E = decltype(e);
-    if (D == 32) f.template run<E, 32>();
-    else if (D == 64) f.template run<E, 64>();
-    else if (D == 128) f.template run<E, 128>();
+    using Element = decltype(e);
+    if (D == 32) f.template run<Element, 32>();
+    else if (D == 64) f.template run<Element, 64>();
+    else if (D == 128) f.template run<Element, 128>();
     else
       throw std::invalid_argument(std::string(op) + " on CUDA: head size must be 32, 64 or 128, not " +
                                   std::to_string(D));

@@ -1,8 +1,8 @@
-// The ops of ../kernels.h on a CUDA device: the same structs, whose pointers are now the device's, and a stream.
+// The ops of ../kernels.h on a CUDA device: the same structs with device pointers, and a stream.
 //
-// Every pointer but those of row ids, lengths and per-row results must be a multiple of 16 bytes. Float64 and head
-// sizes other than 32, 64 and 128 are not implemented: std::invalid_argument. A launch that the driver refuses:
-// std::runtime_error. A length or target out of range, which only the device sees, fails an assertion there.
+// Every pointer except those to row ids, lengths and per-row results must be 16-byte aligned. float64, and head sizes
+// other than 32, 64 and 128, are not implemented: std::invalid_argument. A failed launch throws std::runtime_error. A
+// length or target out of range, which only the device can see, fails a device-side assertion.
 #pragma once
 #include "../kernels.h"
 
@@ -15,21 +15,21 @@ void attention_forward(const Attention&, cudaStream_t);
 // delta: workspace of B * H * T floats.
 void attention_backward(const Attention&, float* delta, cudaStream_t);
 
-// workspace: as many floats as decode_attention_workspace says, may be 0.
+// workspace: decode_attention_workspace(x) floats, possibly 0.
 int64_t decode_attention_workspace(const DecodeAttention&);
 void decode_attention(const DecodeAttention&, float* workspace, cudaStream_t);
 
 void sample(const Sample&, cudaStream_t);
 
-// The parts of TokenLogprob between its matrix products, on a chunk of rows: all pointers are the chunk's.
+// The steps of TokenLogprob between its GEMMs, on a chunk of rows; all pointers point into the chunk.
 struct LogitChunk {
   DType dtype;
   int64_t rows, V;
-  void* logits;            // (rows, V) contiguous; logit_grad overwrites them with their gradient
+  void* logits;            // (rows, V) contiguous; logit_grad overwrites it with its gradient
   const int64_t* targets;  // (rows,)
   float *logprob, *entropy;
   double* lse;
-  // logit_grad only, as in TokenLogprob: both null means grad_everywhere of every logprob.
+  // logit_grad only, as in TokenLogprob: if both are null, every logprob's gradient is grad_everywhere.
   const float *grad_logprob, *grad_entropy;
   double grad_everywhere;
 };

@@ -1,8 +1,8 @@
-// The kernels of this folder behind the schemas of ../ops.cpp. Of torch's CUDA headers only c10/cuda, so that a bare
-// nvcc is enough to compile; matrix products go through ATen to cuBLAS.
+// The CUDA implementations of the op schemas in ../ops.cpp. Of torch's CUDA headers this includes only c10/cuda, so
+// that nvcc alone is enough to compile it; GEMMs go through ATen to cuBLAS.
 //
-// Nothing here waits for the device. So what only the device can see is an error later: `sample` draws a negative token
-// (tinystory.ops.require_drawn), and a length or target out of range is an assertion of the kernel.
+// Nothing here synchronizes with the device. Errors that only the device can see surface later: `sample` draws a
+// negative token (see tinystory.ops.require_drawn); a length or target out of range fails a device-side assertion.
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -17,11 +17,11 @@
 namespace tinystory {
 namespace {
 
-// The device of an op's first tensor while this lives, and its current stream. Launches are checked in primitives.cuh.
-struct On {
+// Makes the device of an op's first tensor current for its lifetime, and holds that device's current stream.
+struct DeviceScope {
   c10::cuda::CUDAGuard guard;
   cudaStream_t stream;
-  On(const Tensor& t, const char* op, const char* name)
+  DeviceScope(const Tensor& t, const char* op, const char* name)
       : guard((check(t, op, name), t.device())), stream(c10::cuda::getCurrentCUDAStream()) {}
   static void check(const Tensor& t, const char* op, const char* name) {
     TORCH_CHECK(t.is_cuda(), op, ": ", name, " is on ", t.device(), " but other arguments are on a CUDA device");
@@ -29,7 +29,7 @@ struct On {
 };
 
 std::tuple<Tensor, Tensor> causal_attention(const Tensor& qkv, double dropout_p, int64_t seed) {
-  const On on(qkv, "causal_attention", "qkv");
+  const DeviceScope on(qkv, "causal_attention", "qkv");
   const AttentionForward f(qkv, dropout_p, seed);
   cuda::attention_forward(f.x, on.stream);
   return {f.out, f.lse};
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> causal_attention(const Tensor& qkv, double dropout_p,
 
 Tensor causal_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
                                  double dropout_p, int64_t seed) {
-  const On on(qkv, "causal_attention_backward", "qkv");
+  const DeviceScope on(qkv, "causal_attention_backward", "qkv");
   const AttentionBackward f(grad_out, qkv, out, lse, dropout_p, seed);
   const Tensor delta = at::empty_like(lse);
   cuda::attention_backward(f.x, delta.data_ptr<float>(), on.stream);
@@ -45,7 +45,7 @@ Tensor causal_attention_backward(const Tensor& grad_out, const Tensor& qkv, cons
 }
 
 Tensor decode_attention(const Tensor& qkv, const Tensor& prefix, const Tensor& cache, const Tensor& lengths) {
-  const On on(qkv, "decode_attention", "qkv");
+  const DeviceScope on(qkv, "decode_attention", "qkv");
   const Decode f(qkv, prefix, cache, lengths);
   const Tensor workspace = at::empty({cuda::decode_attention_workspace(f.x)}, qkv.options().dtype(at::kFloat));
   cuda::decode_attention(f.x, workspace.data_ptr<float>(), on.stream);
@@ -54,21 +54,21 @@ Tensor decode_attention(const Tensor& qkv, const Tensor& prefix, const Tensor& c
 
 std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, int64_t seed, const Tensor& rows, const Tensor& steps,
                                           double temperature, int64_t top_k, double top_p) {
-  const On on(logits, "sample", "logits");
+  const DeviceScope on(logits, "sample", "logits");
   const Draw f(logits, seed, rows, steps, temperature, top_k, top_p);
   cuda::sample(f.x, on.stream);
   return {f.tokens, f.logprobs, f.entropy};
 }
 
 // --- token_logprob ---------------------------------------------------------------------------------------------------
-// Products and logits are in hidden's type, sums over chunks and the results in float32.
+// GEMMs and logits are in hidden's dtype; sums over chunks and results are in float32.
 struct Logprob {
-  static constexpr int64_t kChunkBytes = 128 << 20;  // of logits: enough rows to fill the device
+  static constexpr int64_t kChunkBytes = 128 << 20;  // of logits per chunk: enough rows to fill the device
 
-  const On on;
+  const DeviceScope on;
   const Tensor hidden, weight, targets;
   const at::ScalarType weight_type;
-  const at::TensorOptions wide;
+  const at::TensorOptions float_options;
   const int64_t N, C, V;
   Tensor logprob, entropy, lse, grad_logprob, grad_entropy, grad_hidden, grad_weight;
   double grad_everywhere = 0;
@@ -76,10 +76,11 @@ struct Logprob {
   Logprob(const Tensor& h, const Tensor& w, const Tensor& t, const char* op)
       : on(h, op, "hidden"), hidden((check_logprob(h, w, t, op), h.contiguous())),
         weight(w.to(h.scalar_type()).contiguous()), targets(t.contiguous()), weight_type(w.scalar_type()),
-        wide(h.options().dtype(at::kFloat)), N(h.size(0)), C(h.size(1)), V(w.size(0)) {}
+        float_options(h.options().dtype(at::kFloat)), N(h.size(0)), C(h.size(1)), V(w.size(0)) {}
 
   void allocate_results() {
-    logprob = at::empty({N}, wide), entropy = at::empty({N}, wide), lse = at::empty({N}, wide.dtype(at::kDouble));
+    logprob = at::empty({N}, float_options), entropy = at::empty({N}, float_options);
+    lse = at::empty({N}, float_options.dtype(at::kDouble));
   }
 
   void run(bool stats, bool grads) {
@@ -99,7 +100,7 @@ struct Logprob {
                                .grad_entropy = pointer(grad_entropy), .grad_everywhere = grad_everywhere};
       if (stats) cuda::logit_stats(x, on.stream);
       if (!grads) continue;
-      cuda::logit_grad(x, on.stream);  // logits are now their gradient
+      cuda::logit_grad(x, on.stream);  // logits now hold their gradient
       Tensor to = chunk(grad_hidden);
       at::mm_out(to, logits, weight);
       const Tensor left = logits.t(), right = chunk(hidden);
@@ -127,7 +128,7 @@ std::tuple<Tensor, Tensor> token_logprob_backward(const Tensor& grad_logprob, co
   return {p.grad_hidden, p.grad_weight};
 }
 
-// The mean of -logprob and its gradients, which need no more than N to be known: so the logits are computed once.
+// Mean of -logprob and its gradients. The upstream gradient is known in advance (-1 / N), so logits are computed once.
 std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
   Logprob p(hidden, weight, targets, "cross_entropy");
   TORCH_CHECK(p.N > 0, "cross_entropy: hidden has no rows");

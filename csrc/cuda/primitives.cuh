@@ -1,5 +1,5 @@
-// Everything the kernels use that is not plain C++. Under nvcc these are PTX instructions and intrinsics for sm_80 and
-// up; under a C++ compiler tests/native/simt stands in, so that the kernels run unchanged where there is no GPU.
+// Everything the kernels use that is not plain C++. Under nvcc these are PTX instructions and intrinsics (sm_80 and
+// later); under a C++ compiler tests/native/simt provides them, so the same kernel sources run where there is no GPU.
 #pragma once
 #include <cassert>
 #include <cmath>
@@ -13,7 +13,7 @@
 namespace tinystory::cuda {
 
 constexpr int kWarpSize = 32;
-constexpr int kMostShared = 163 << 10;  // bytes a block may have on sm_80, the least of the devices meant here
+constexpr int kMaxSharedBytes = 163 << 10;  // per block on sm_80, the smallest of the supported GPUs
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 struct bf16 {
@@ -40,16 +40,16 @@ __device__ __forceinline__ char* shared_memory() {
 }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
-template <class T>
-__device__ __forceinline__ T shuffle(T value, int source) {
+template <class Value>
+__device__ __forceinline__ Value shuffle(Value value, int source) {
   return __shfl_sync(0xffffffffu, value, source);
 }
-template <class T>
-__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+template <class Value>
+__device__ __forceinline__ Value shuffle_xor(Value value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 __device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
-// A device-side assertion: what only the kernel can see ends the stream with an error, as PyTorch's own kernels do.
+// A device-side assertion, as in PyTorch's own kernels: an invalid value that only the kernel can see fails the stream.
 __device__ __forceinline__ void require(bool ok, const char* what) {
   if (!ok) __assert_fail(what, __FILE__, __LINE__, __func__);
 }
@@ -69,21 +69,21 @@ __device__ __forceinline__ float log2_fast(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// A sum and a product that the compiler may not fuse.
+// Addition and multiplication that the compiler may not contract into an FMA.
 __device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float bits_float(uint32_t u) { return __uint_as_float(u); }
 
-// x, but what is computed from it stays where it is: addresses that a loop could compute once for all its rounds are
-// cheaper to compute again than to hold in registers that the loop is short of.
+// Returns x, opaquely: the compiler cannot hoist what is computed from it out of a loop. Recomputing an address in each
+// iteration is cheaper than holding it in a register that the loop is short of.
 __device__ __forceinline__ int recomputed(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// Two numbers of 16 bits in one register, the first in the low half.
-template <class E>
+// Two 16-bit elements in one register, the first in the low half.
+template <class Element>
 __device__ __forceinline__ uint32_t pack2(float low, float high);
 template <>
 __device__ __forceinline__ uint32_t pack2<bf16>(float low, float high) {
@@ -104,25 +104,25 @@ __device__ __forceinline__ float to_float(f16 x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 }
-template <class E>
-__device__ __forceinline__ E from_float(float x) {
-  return {uint16_t(pack2<E>(x, 0.0f))};
+template <class Element>
+__device__ __forceinline__ Element from_float(float x) {
+  return {uint16_t(pack2<Element>(x, 0.0f))};
 }
 template <>
 __device__ __forceinline__ float from_float<float>(float x) {
   return x;
 }
-template <class E>
+template <class Element>
 __device__ __forceinline__ float low_half(uint32_t pair) {
-  return to_float(E{uint16_t(pair)});
+  return to_float(Element{uint16_t(pair)});
 }
-template <class E>
+template <class Element>
 __device__ __forceinline__ float high_half(uint32_t pair) {
-  return to_float(E{uint16_t(pair >> 16)});
+  return to_float(Element{uint16_t(pair >> 16)});
 }
 
 // --- memory ----------------------------------------------------------------------------------------------------------
-// 16 bytes at a multiple of 16. As PTX, since the compiler splits what it cannot prove aligned.
+// 16 bytes, aligned to 16. As PTX, because the compiler splits an access whose alignment it cannot prove.
 __device__ __forceinline__ Vec16 load16(const void* p) {
   Vec16 v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -144,8 +144,8 @@ __device__ __forceinline__ Vec16 load16_shared(const void* p) {
                : "memory");
   return v;
 }
-// From global to shared memory without passing through registers; zeros if not valid. The copy is there for the thread
-// that issued it after copy_wait, for the others after a barrier that follows.
+// cp.async: global to shared memory without passing through registers; writes zeros if not valid. The result is visible
+// to the issuing thread after copy_wait, and to the other threads after a barrier that follows it.
 __device__ __forceinline__ void copy_async16(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
@@ -155,13 +155,13 @@ __device__ __forceinline__ void copy_async4(void* to, const void* from, bool val
                : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kNewestLeft>
+template <int kPendingGroups>
 __device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kNewestLeft) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPendingGroups) : "memory");
 }
 
 // --- tensor cores ----------------------------------------------------------------------------------------------------
-// Four 8 x 8 matrices of 16-bit numbers; lane 8 i + j brings the address of matrix i's row j.
+// Four 8 x 8 matrices of 16-bit elements; lane 8 i + j passes the address of row j of matrix i.
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -176,7 +176,7 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], const void
 }
 
 // c (16 x 8) += a (16 x 16) b (16 x 8).
-template <class E>
+template <class Element>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
 __device__ __forceinline__ void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -218,16 +218,16 @@ inline int multiprocessors() {
 #include "simt_primitives.h"
 #endif
 
-// --- built from the above --------------------------------------------------------------------------------------------
+// --- derived ---------------------------------------------------------------------------------------------------------
 namespace tinystory::cuda {
 
 __device__ __forceinline__ int lane_id() { return int(threadIdx.x) % kWarpSize; }
-// From lane 0, so that the compiler knows it for the same in all lanes and keeps the warp together at branches on it.
+// Broadcast from lane 0, so that the compiler knows it is uniform over the warp and keeps branches on it convergent.
 __device__ __forceinline__ int warp_id() { return shuffle(int(threadIdx.x) / kWarpSize, 0); }
 
-// Sum or maximum over the `kLanes` neighbouring lanes that this lane belongs to.
-template <int kLanes = kWarpSize, class T>
-__device__ __forceinline__ T warp_sum(T x) {
+// Sum or maximum over the aligned group of kLanes lanes that contains this lane.
+template <int kLanes = kWarpSize, class Value>
+__device__ __forceinline__ Value warp_sum(Value x) {
 #pragma unroll
   for (int mask = 1; mask < kLanes; mask *= 2) x += shuffle_xor(x, mask);
   return x;
@@ -239,36 +239,37 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Sum over the lanes up to and with this one.
-template <class T>
-__device__ __forceinline__ T warp_running_sum(T x) {
+// Inclusive prefix sum over the lanes.
+template <class Value>
+__device__ __forceinline__ Value warp_prefix_sum(Value x) {
   const int lane = lane_id();
 #pragma unroll
   for (int step = 1; step < kWarpSize; step *= 2) {
-    const T before = shuffle(x, lane - step);
+    const Value before = shuffle(x, lane - step);
     if (lane >= step) x += before;
   }
   return x;
 }
 
-// The 16-byte vector's numbers as floats, and back.
-template <class E>
-constexpr int kPerVec16 = 16 / int(sizeof(E));
+// A 16-byte vector's elements as floats, and back.
+template <class Element>
+constexpr int kVecElements = 16 / int(sizeof(Element));
 __device__ __forceinline__ void unpack(float (&x)[4], Vec16 v, float) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) x[i] = bits_float(v.word[i]);
 }
-template <class E>
-__device__ __forceinline__ void unpack(float (&x)[8], Vec16 v, E) {
+template <class Element>
+__device__ __forceinline__ void unpack(float (&x)[8], Vec16 v, Element) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) x[2 * i] = low_half<E>(v.word[i]), x[2 * i + 1] = high_half<E>(v.word[i]);
+  for (int i = 0; i < 4; ++i) x[2 * i] = low_half<Element>(v.word[i]), x[2 * i + 1] = high_half<Element>(v.word[i]);
 }
 __device__ __forceinline__ Vec16 pack(const float (&x)[4], float) {
   return {{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])}};
 }
-template <class E>
-__device__ __forceinline__ Vec16 pack(const float (&x)[8], E) {
-  return {{pack2<E>(x[0], x[1]), pack2<E>(x[2], x[3]), pack2<E>(x[4], x[5]), pack2<E>(x[6], x[7])}};
+template <class Element>
+__device__ __forceinline__ Vec16 pack(const float (&x)[8], Element) {
+  return {
+      {pack2<Element>(x[0], x[1]), pack2<Element>(x[2], x[3]), pack2<Element>(x[4], x[5]), pack2<Element>(x[6], x[7])}};
 }
 
 }  // namespace tinystory::cuda

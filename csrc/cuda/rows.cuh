@@ -1,4 +1,4 @@
-// One block a row of logits: pieces of 16 bytes a lane, and sums over the block.
+// One block per row of logits: 16-byte accesses per lane, and reductions over the block.
 #pragma once
 #include <type_traits>
 
@@ -6,40 +6,40 @@
 
 namespace tinystory::cuda {
 
-// A row of V numbers in pieces of kPiece, which are read and written at once where the row's beginning allows it.
-template <class E>
+// A row of V elements, read and written kVec at a time; one 16-byte access where the row's alignment allows it.
+template <class Element>
 struct LogitRow {
-  using Number = std::remove_const_t<E>;
-  static constexpr int kPiece = kPerVec16<Number>;
-  E* row;
+  using Value = std::remove_const_t<Element>;
+  static constexpr int kVec = kVecElements<Value>;
+  Element* row;
   int V;
 
-  __device__ __forceinline__ bool whole(int v) const {
-    return (reinterpret_cast<uintptr_t>(row) & 15) == 0 && v + kPiece <= V;
+  __device__ __forceinline__ bool vectorizable(int v) const {
+    return (reinterpret_cast<uintptr_t>(row) & 15) == 0 && v + kVec <= V;
   }
-  __device__ __forceinline__ void load(float (&x)[kPiece], int v, float past_end) const {
-    if (whole(v)) {
-      unpack(x, load16(row + v), Number{});
+  __device__ __forceinline__ void load(float (&x)[kVec], int v, float past_end) const {
+    if (vectorizable(v)) {
+      unpack(x, load16(row + v), Value{});
     } else {
 #pragma unroll
-      for (int i = 0; i < kPiece; ++i) x[i] = v + i < V ? to_float(row[v + i]) : past_end;
+      for (int i = 0; i < kVec; ++i) x[i] = v + i < V ? to_float(row[v + i]) : past_end;
     }
   }
-  __device__ __forceinline__ void store(const float (&x)[kPiece], int v) const {
-    if (whole(v)) {
-      store16(row + v, pack(x, E{}));
+  __device__ __forceinline__ void store(const float (&x)[kVec], int v) const {
+    if (vectorizable(v)) {
+      store16(row + v, pack(x, Element{}));
     } else {
 #pragma unroll
-      for (int i = 0; i < kPiece; ++i)
-        if (v + i < V) row[v + i] = from_float<E>(x[i]);
+      for (int i = 0; i < kVec; ++i)
+        if (v + i < V) row[v + i] = from_float<Element>(x[i]);
     }
   }
 };
 
-// Combines a value of every thread, first within warps, then over what the warps left in `shared` (a place for each).
-// The order is fixed, so sums of floats are the same in every run.
-template <class T, class F>
-__device__ __forceinline__ T block_combine(T x, T* shared, const F& combine) {
+// Block-wide reduction, first within each warp, then over the warps' results in `shared` (one element per warp). The
+// order is fixed, so floating-point sums are deterministic.
+template <class Value, class Combine>
+__device__ __forceinline__ Value block_combine(Value x, Value* shared, const Combine& combine) {
   const int warp = int(threadIdx.x) / kWarpSize, lane = lane_id(), warps = int(blockDim.x) / kWarpSize;
 #pragma unroll
   for (int mask = 1; mask < kWarpSize; mask *= 2) x = combine(x, shuffle_xor(x, mask));

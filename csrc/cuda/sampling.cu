@@ -1,10 +1,9 @@
-// Sampling by inverse cumulative weight in fixed point (../weights.h), one block a row; the same draw as
+// Sampling by inverse transform over fixed-point weights (../weights.h), one block per row; draws the same token as
 // ../cpu/sampling.cpp.
 //
-// The row is read for its highest logit, then for sums of weights, a warp at a time over its own stretch of the row,
-// then one warp reads its stretch again for the token. Top-k and top-p find their threshold by a radix search over
-// order-preserving keys, three histograms of at most 2048 buckets: nothing is sorted. Later readings come from the
-// cache.
+// Each warp owns a segment of the row. The row is read once for the maximum logit and once for the sum of weights; then
+// one warp reads its segment again to find the token. Top-k and top-p find their threshold by a radix search over
+// order-preserving keys (three histograms of at most 2048 buckets), without sorting. All reads but the first hit cache.
 #include "../weights.h"
 #include "rows.cuh"
 
@@ -18,7 +17,7 @@ struct SampleParams {
   const void* logits;
   int V;
   const int64_t *rows, *steps;
-  uint64_t seed, top_p;  // as top_p_fixed has it; 0: off
+  uint64_t seed, top_p;  // top_p from top_p_fixed; 0: off
   int top_k;             // 0: off
   float scale;           // weight_scale(temperature)
   double temperature;
@@ -28,9 +27,9 @@ struct SampleParams {
 
 struct Weight {
   uint64_t fixed;
-  float product;  // t * 2^t, for the entropy
+  float t_weight;  // t * 2^t, for the entropy
 };
-// Step for step what ../cpu/sampling.cpp does with vectors.
+// The same sequence of IEEE operations as the vectorised loop of ../cpu/sampling.cpp.
 __device__ __forceinline__ Weight weigh(float logit, float top, float scale) {
   const float t = fmaxf(mul_rn(add_rn(logit, -top), scale), kLowest);
   const float shifted = add_rn(t, kRounder), f = add_rn(t, -add_rn(shifted, -kRounder));
@@ -44,39 +43,39 @@ __device__ __forceinline__ Weight weigh(float logit, float top, float scale) {
 }
 __device__ __forceinline__ float logit_of_key(uint32_t key) { return bits_float(key >> 31 ? key & 0x7fffffffu : ~key); }
 
-// The tokens that stay: those whose keys are above `key`, and of those equal to it the first `ties`.
+// The truncated vocabulary: all tokens with a key above `key`, and the first `ties` of those whose key equals it.
 struct Cut {
   uint32_t key;
   uint64_t ties;
 };
 
-struct Shared {
+struct SharedState {
   uint64_t histogram[kBuckets], sums[kWarps];
   uint32_t equal[kWarps];
 };
 
-template <class E>
+template <class Element>
 struct RowSampler {
-  static constexpr int kPiece = LogitRow<E>::kPiece;
-  LogitRow<const E> row;
+  static constexpr int kVec = LogitRow<Element>::kVec;
+  LogitRow<const Element> row;
   float top, scale;
-  Shared& shared;
-  int warp_begin, warp_end;  // this warp's stretch
+  SharedState& shared;
+  int warp_begin, warp_end;  // this warp's segment
 
-  template <class F>
-  __device__ __forceinline__ void each(const F& f) const {
-    for (int v = warp_begin + lane_id() * kPiece; v < warp_end; v += kWarpSize * kPiece) {
-      float x[kPiece];
+  template <class Visit>
+  __device__ __forceinline__ void for_each(const Visit& visit) const {
+    for (int v = warp_begin + lane_id() * kVec; v < warp_end; v += kWarpSize * kVec) {
+      float x[kVec];
       row.load(x, v, -INFINITY);
 #pragma unroll
-      for (int i = 0; i < kPiece; ++i)
-        if (v + i < row.V) f(x[i]);
+      for (int i = 0; i < kVec; ++i)
+        if (v + i < row.V) visit(x[i]);
     }
   }
 
-  template <class T>
-  __device__ __forceinline__ T block_sum(T x) const {
-    return block_combine(x, reinterpret_cast<T*>(shared.sums), [](T a, T b) { return a + b; });
+  template <class Value>
+  __device__ __forceinline__ Value block_sum(Value x) const {
+    return block_combine(x, reinterpret_cast<Value*>(shared.sums), [](Value a, Value b) { return a + b; });
   }
   __device__ __forceinline__ float block_max(float x) const {
     return block_combine(x, reinterpret_cast<float*>(shared.sums), [](float a, float b) { return fmaxf(a, b); });
@@ -86,20 +85,20 @@ struct RowSampler {
     return weigh(logit_of_key(key), top, scale).fixed;
   }
 
-  // Of the buckets, the highest such that it and those above it together hold at least `need`; `need` becomes what this
-  // one must give. Every warp finds it by itself: first which 64 buckets, then which of them.
+  // The highest bucket such that it and the buckets above it hold at least `need` in total; on return `need` is what
+  // remains to be taken from this bucket. Every warp finds it redundantly: first the 64 buckets, then the one of them.
   __device__ __forceinline__ uint32_t find_bucket(uint64_t& need) const {
     const int warp = int(threadIdx.x) / kWarpSize, lane = lane_id();
     const uint64_t* mine = shared.histogram + warp * 64 + 2 * lane;
     const uint64_t sum = warp_sum(mine[0] + mine[1]);
     if (lane == 0) shared.sums[warp] = sum;
     sync_block();
-    const uint64_t level = shared.sums[kWarps - 1 - lane], levels = warp_running_sum(level);
+    const uint64_t level = shared.sums[kWarps - 1 - lane], levels = warp_prefix_sum(level);
     const int first = lowest_bit(ballot(levels >= need) | 1u << 31);
     need -= shuffle(levels - level, first);
     const int high = (kWarps - first) * 64 - 1 - 2 * lane;
     const uint64_t upper = shared.histogram[high], both = upper + shared.histogram[high - 1];
-    const uint64_t running = warp_running_sum(both);
+    const uint64_t running = warp_prefix_sum(both);
     const int second = lowest_bit(ballot(running >= need) | 1u << 31);
     need -= shuffle(running - both, second);
     const uint64_t of_upper = shuffle(upper, second);
@@ -109,8 +108,8 @@ struct RowSampler {
     return uint32_t(shuffle(high, second)) - in_lower;
   }
 
-  // The key such that the keys above it measure less than `need` and those from it up at least that much. `extra`, if
-  // any, is what key `extra_key` measures on top of what the tokens do.
+  // The key such that the keys above it have a total measure below `need`, and the keys at or above it at least `need`.
+  // `extra` is added to the measure of key `extra_key`.
   template <class Measure>
   __device__ __forceinline__ uint32_t find_threshold(uint64_t& need, const Measure& measure, uint32_t extra_key,
                                                      uint64_t extra) const {
@@ -124,7 +123,7 @@ struct RowSampler {
       const auto add = [&](uint32_t key, uint64_t x) {
         if ((key & mask) == prefix && x) atomic_add_shared(&shared.histogram[key >> shift & digits], x);
       };
-      each([&](float x) {
+      for_each([&](float x) {
         const uint32_t key = order_key(float_bits(x));
         add(key, measure(x, key));
       });
@@ -136,23 +135,23 @@ struct RowSampler {
     return prefix;
   }
 
-  // Weight of what stays.
+  // Total weight of the truncated vocabulary.
   __device__ __forceinline__ uint64_t kept_total(const Cut& cut) const {
     uint64_t sum = 0;
-    each([&](float x) {
+    for_each([&](float x) {
       if (order_key(float_bits(x)) > cut.key) sum += weigh(x, top, scale).fixed;
     });
     return block_sum(sum) + cut.ties * weight_of_key(cut.key);
   }
 
-  // The first token whose cumulative weight, among those that stay, is above `draw`; only one lane of the block gets
-  // it, the others -1.
+  // The first token whose cumulative weight within the truncated vocabulary exceeds `draw`. One lane of the block
+  // returns it, all others return -1.
   __device__ __forceinline__ int find_token(const Cut& cut, uint64_t draw) const {
     const int warp = int(threadIdx.x) / kWarpSize, lane = lane_id();
     const uint64_t cut_weight = cut.ties ? weight_of_key(cut.key) : 0;
     uint64_t above = 0;
     uint32_t equal = 0;
-    each([&](float x) {
+    for_each([&](float x) {
       const uint32_t key = order_key(float_bits(x));
       if (key > cut.key) above += weigh(x, top, scale).fixed;
       equal += key == cut.key;
@@ -162,12 +161,12 @@ struct RowSampler {
     if (lane == 0) shared.sums[warp] = above, shared.equal[warp] = equal;
     sync_block();
 
-    // Which warp's stretch holds it, and how many ties were passed before.
+    // Find the warp whose segment holds it, and how many ties precede that segment.
     uint64_t ties = cut.ties;
-    const auto select = [&](uint64_t above, uint32_t equal) {  // over the lanes of a warp, in order
-      const uint32_t equals = warp_running_sum(equal), before = equals - equal;
+    const auto select = [&](uint64_t above, uint32_t equal) {  // over the lanes in order
+      const uint32_t equals = warp_prefix_sum(equal), before = equals - equal;
       const uint64_t free = ties > before ? ties - before : 0;
-      const uint64_t weight = above + (equal < free ? equal : free) * cut_weight, weights = warp_running_sum(weight);
+      const uint64_t weight = above + (equal < free ? equal : free) * cut_weight, weights = warp_prefix_sum(weight);
       const uint32_t found = ballot(weights > draw);
       const int lane = found ? lowest_bit(found) : kWarpSize - 1;
       draw -= shuffle(found ? weights - weight : weights, lane);
@@ -176,14 +175,14 @@ struct RowSampler {
       return found ? lane : -1;
     };
     if (select(shared.sums[lane], shared.equal[lane]) != warp) return -1;
-    for (int v0 = warp_begin; v0 < warp_end; v0 += kWarpSize * kPiece) {
-      const int v = v0 + lane * kPiece;
-      float x[kPiece];
+    for (int v0 = warp_begin; v0 < warp_end; v0 += kWarpSize * kVec) {
+      const int v = v0 + lane * kVec;
+      float x[kVec];
       row.load(x, v, -INFINITY);
       uint64_t above = 0;
       uint32_t equal = 0;
 #pragma unroll
-      for (int i = 0; i < kPiece; ++i) {
+      for (int i = 0; i < kVec; ++i) {
         if (v + i >= row.V) continue;
         const uint32_t key = order_key(float_bits(x[i]));
         if (key > cut.key) above += weigh(x[i], top, scale).fixed;
@@ -193,7 +192,7 @@ struct RowSampler {
       if (owner < 0) continue;
       if (owner != lane) return -1;
 #pragma unroll
-      for (int i = 0; i < kPiece; ++i) {
+      for (int i = 0; i < kVec; ++i) {
         if (v + i >= row.V) continue;
         const uint32_t key = order_key(float_bits(x[i]));
         uint64_t weight = key > cut.key ? weigh(x[i], top, scale).fixed : 0;
@@ -202,24 +201,24 @@ struct RowSampler {
         draw -= weight;
       }
     }
-    return -1;  // not reached: the draw is below the total
+    return -1;  // not reached: draw < total
   }
 };
 
-template <class E>
+template <class Element>
 __global__ void __launch_bounds__(kThreads) sample_kernel(SampleParams p) {
-  constexpr int kPiece = kPerVec16<E>, kStride = kWarpSize * kPiece;
+  constexpr int kVec = kVecElements<Element>, kStride = kWarpSize * kVec;
   const int b = int(blockIdx.x), per_warp = (p.V + kWarps * kStride - 1) / (kWarps * kStride) * kStride;
   const int begin = int(threadIdx.x) / kWarpSize * per_warp, end = begin + per_warp;
-  RowSampler<E> s{{static_cast<const E*>(p.logits) + int64_t(b) * p.V, p.V},
-                  0,
-                  p.scale,
-                  *reinterpret_cast<Shared*>(shared_memory()),
-                  begin,
-                  end < p.V ? end : p.V};
+  RowSampler<Element> s{{static_cast<const Element*>(p.logits) + int64_t(b) * p.V, p.V},
+                        0,
+                        p.scale,
+                        *reinterpret_cast<SharedState*>(shared_memory()),
+                        begin,
+                        end < p.V ? end : p.V};
 
   float top = -INFINITY;
-  s.each([&](float x) { top = fmaxf(top, x < INFINITY ? x : INFINITY); });  // NaN compares false
+  s.for_each([&](float x) { top = fmaxf(top, x < INFINITY ? x : INFINITY); });  // NaN compares false
   s.top = top = s.block_max(top);
   if (top == INFINITY || top == -INFINITY) {
     if (threadIdx.x == 0) {
@@ -230,14 +229,14 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleParams p) {
   }
 
   uint64_t total = 0;
-  float products = 0;
-  s.each([&](float x) {
+  float t_weights = 0;
+  s.for_each([&](float x) {
     const Weight w = weigh(x, top, p.scale);
     total += w.fixed;
-    products += w.product;
+    t_weights += w.t_weight;
   });
   total = s.block_sum(total);
-  products = s.block_sum(products);
+  t_weights = s.block_sum(t_weights);
   const double sum_exp = double(total) * 0x1p-40;
 
   Cut cut{0, 0};
@@ -264,7 +263,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleParams p) {
   const double log_total = log(sum_exp), logit = to_float(s.row.row[token]);
   p.tokens[b] = token;
   p.logprobs[b] = float((logit - top) / p.temperature - log_total);
-  p.entropy[b] = float(log_total - kLn2Double * products / sum_exp);
+  p.entropy[b] = float(log_total - kLn2Double * t_weights / sum_exp);
 }
 
 }  // namespace
@@ -285,7 +284,7 @@ void sample(const Sample& x, cudaStream_t stream) {
                        x.logprobs,
                        x.entropy};
   dispatch_dtype(x.dtype, "sample",
-                 [&](auto e) { launch(sample_kernel<decltype(e)>, x.B, kThreads, sizeof(Shared), stream, p); });
+                 [&](auto e) { launch(sample_kernel<decltype(e)>, x.B, kThreads, sizeof(SharedState), stream, p); });
 }
 
 }  // namespace tinystory::cuda

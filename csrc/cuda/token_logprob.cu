@@ -1,76 +1,76 @@
-// Rows of logits -> log-probability of the target and entropy, in one reading, and the gradient of both back onto the
-// logits, in place. One block a row.
+// Per row of logits: log-probability of the target and entropy in a single pass (online softmax), and the gradient of
+// both with respect to the logits, in place. One block per row.
 #include "rows.cuh"
 
 namespace tinystory::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kLeast = -1000;  // stands for log 0 where it is multiplied by 0
+constexpr float kMinLog = -1000;  // replaces log 0 where it is multiplied by 0
 
-// Of some logits x, with z = log2(e) (x - top): the sums of 2^z and of z 2^z.
+// Running statistics of logits x, with z = log2(e) (x - m): m = max x, l = sum of 2^z, z_sum = sum of z 2^z.
 struct Stats {
-  float top, sum, weighted;
+  float m, l, z_sum;
 
-  __device__ __forceinline__ void move_top(float to) {
-    const float down = fmaxf((top - to) * kLog2e, kLeast), shrink = exp2_fast(down);
-    weighted = shrink * fmaf(sum, down, weighted);
-    sum *= shrink;
-    top = to;
+  __device__ __forceinline__ void rescale(float m_new) {
+    const float shift = fmaxf((m - m_new) * kLog2e, kMinLog), factor = exp2_fast(shift);
+    z_sum = factor * fmaf(l, shift, z_sum);
+    l *= factor;
+    m = m_new;
   }
 };
 
-template <class E>
+template <class Element>
 __global__ void __launch_bounds__(kThreads) stats_kernel(LogitChunk p) {
-  constexpr int kPiece = kPerVec16<E>;
+  constexpr int kVec = kVecElements<Element>;
   const int n = int(blockIdx.x);
-  const LogitRow<const E> row{static_cast<const E*>(p.logits) + int64_t(n) * p.V, int(p.V)};
+  const LogitRow<const Element> row{static_cast<const Element*>(p.logits) + int64_t(n) * p.V, int(p.V)};
   Stats own{-3e38f, 0, 0};
-  for (int v = int(threadIdx.x) * kPiece; v < p.V; v += kThreads * kPiece) {
-    float x[kPiece], top = own.top;
+  for (int v = int(threadIdx.x) * kVec; v < p.V; v += kThreads * kVec) {
+    float x[kVec], m_new = own.m;
     row.load(x, v, -INFINITY);
 #pragma unroll
-    for (int i = 0; i < kPiece; ++i) top = fmaxf(top, x[i]);
-    if (top > own.top) own.move_top(top);
+    for (int i = 0; i < kVec; ++i) m_new = fmaxf(m_new, x[i]);
+    if (m_new > own.m) own.rescale(m_new);
 #pragma unroll
-    for (int i = 0; i < kPiece; ++i) {
-      const float z = (x[i] - top) * kLog2e, e = exp2_fast(z);
-      own.sum += e;
-      own.weighted = fmaf(fmaxf(z, kLeast), e, own.weighted);
+    for (int i = 0; i < kVec; ++i) {
+      const float z = (x[i] - m_new) * kLog2e, e = exp2_fast(z);
+      own.l += e;
+      own.z_sum = fmaf(fmaxf(z, kMinLog), e, own.z_sum);
     }
   }
   float* shared = reinterpret_cast<float*>(shared_memory());
   const auto add = [](float a, float b) { return a + b; };
-  own.move_top(block_combine(own.top, shared, [](float a, float b) { return fmaxf(a, b); }));
-  const float sum = block_combine(own.sum, shared, add), weighted = block_combine(own.weighted, shared, add);
+  own.rescale(block_combine(own.m, shared, [](float a, float b) { return fmaxf(a, b); }));
+  const float l = block_combine(own.l, shared, add), z_sum = block_combine(own.z_sum, shared, add);
   if (threadIdx.x == 0) {
-    const double log_total = log(double(sum));
-    p.lse[n] = own.top + log_total;
+    const double log_total = log(double(l));
+    p.lse[n] = own.m + log_total;
     require(p.targets[n] >= 0 && p.targets[n] < p.V, "token_logprob: an entry of targets is not in 0 .. V - 1");
-    p.logprob[n] = float(to_float(row.row[p.targets[n]]) - own.top - log_total);
-    p.entropy[n] = float(log_total - double(weighted) / sum * double(kLn2));
+    p.logprob[n] = float(to_float(row.row[p.targets[n]]) - own.m - log_total);
+    p.entropy[n] = float(log_total - double(z_sum) / l * double(kLn2));
   }
 }
 
-template <class E>
+template <class Element>
 __global__ void __launch_bounds__(kThreads) grad_kernel(LogitChunk p) {
-  constexpr int kPiece = kPerVec16<E>;
+  constexpr int kVec = kVecElements<Element>;
   const int n = int(blockIdx.x);
-  const LogitRow<E> row{static_cast<E*>(p.logits) + int64_t(n) * p.V, int(p.V)};
-  const float lse = float(p.lse[n]), lse_rest = float(p.lse[n] - lse);  // together as exact as the double
+  const LogitRow<Element> row{static_cast<Element*>(p.logits) + int64_t(n) * p.V, int(p.V)};
+  const float lse = float(p.lse[n]), lse_low = float(p.lse[n] - lse);  // high and low part of the double
   const float g = p.grad_logprob ? p.grad_logprob[n] : float(p.grad_everywhere);
   const float ge = p.grad_entropy ? p.grad_entropy[n] : 0;
   const float entropy = ge != 0 ? p.entropy[n] : 0;
   const int target = int(p.targets[n]);
   // d logprob / d x = [target] - p;  d entropy / d x = -p (log p + entropy).
-  for (int v = int(threadIdx.x) * kPiece; v < p.V; v += kThreads * kPiece) {
-    float x[kPiece];
+  for (int v = int(threadIdx.x) * kVec; v < p.V; v += kThreads * kVec) {
+    float x[kVec];
     row.load(x, v, 0);
 #pragma unroll
-    for (int i = 0; i < kPiece; ++i) {
-      const float log_p = x[i] - lse - lse_rest, of_entropy = ge * (fmaxf(log_p, kLeast) + entropy);
+    for (int i = 0; i < kVec; ++i) {
+      const float log_p = x[i] - lse - lse_low, entropy_term = ge * (fmaxf(log_p, kMinLog) + entropy);
       const float e = exp2_fast(log_p * kLog2e);
-      x[i] = v + i == target ? -g * expm1f(log_p) - e * of_entropy : -e * (g + of_entropy);
+      x[i] = v + i == target ? -g * expm1f(log_p) - e * entropy_term : -e * (g + entropy_term);
     }
     row.store(x, v);
   }

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a card. Most of these are the CPU's own tests, run with tensors that are made on the GPU.
+"""The CUDA kernels on a GPU. Most of these are the CPU tests, run on CUDA tensors.
 
 pytest -m gpu
 """
@@ -43,17 +43,17 @@ from tinystory.student.model import ValueHead
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
-    pytest.skip("no CUDA device: the CUDA kernels are not run on a card here", allow_module_level=True)
+    pytest.skip("no CUDA device: the CUDA kernels are not run on a GPU here", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def on_the_card():
+def on_the_gpu():
     with torch.device("cuda"):
         yield
 
 
 def problems():
-    """Every op with inputs that are large enough to need many blocks: name -> (function of a leaf, leaf)."""
+    """Every op with inputs large enough for many blocks: name -> (function of a leaf tensor, that tensor)."""
     torch.manual_seed(0)
     weight, targets, rows = torch.randn(5000, 64), torch.randint(5000, (3000,)), torch.arange(300)
     prefix, cache, lengths = torch.randn(40, 2, 8, 64), torch.randn(300, 90, 2, 8, 64), torch.randint(90, (300,))
@@ -73,7 +73,7 @@ NAMES = ["causal_attention", "token_logprob", "cross_entropy", "decode_attention
 
 
 def run(f, x):
-    """Output, and the gradient of its sum if it has one."""
+    """The output, and the gradient of its sum if it has one."""
     x = x.clone().requires_grad_()
     out = f(x)
     return [out.detach(), *(torch.autograd.grad(out.sum(), x) if out.requires_grad else ())]
@@ -89,7 +89,7 @@ def test_the_same_bits_in_every_run(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stream_that_is_not_the_default_one(name):
-    """The op must wait for what its stream does first: a pause, then the input's true values."""
+    """The op must run after earlier work on its stream: here a pause, then a copy of the real input."""
     f, x = problems()[name]
     want, stream, late = run(f, x), torch.cuda.Stream(), torch.full_like(x, 0.25)
     torch.cuda.synchronize()
@@ -168,7 +168,7 @@ def test_what_is_not_supported_is_an_error_that_names_the_argument():
     ],
 )
 def test_what_only_the_device_sees_is_an_assertion_that_names_the_argument(call, words):
-    """In a process of its own: an assertion ends every use of the card there."""
+    """In a separate process: a device-side assertion makes the CUDA context unusable."""
     code = (
         f"import torch; from tinystory import ops; torch.set_default_device('cuda'); {call}; torch.cuda.synchronize()"
     )
@@ -179,8 +179,8 @@ def test_what_only_the_device_sees_is_an_assertion_that_names_the_argument(call,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ends_early", [False, True])
 def test_stories_from_graphs_are_those_of_plain_calls(request, tokenizer, monkeypatch, ends_early, dtype):
-    """To the bit, also when the weights have changed since the last rollout; one capture a size of the batch."""
-    with torch.device("cpu"):  # whose random weights end as many stories as this counts on
+    """Bit for bit, also after the weights have changed since the last rollout; one graph capture per batch size."""
+    with torch.device("cpu"):  # the number of stories that end early depends on its random weights
         student = request.getfixturevalue("student").to("cuda")
     head, sizes, capture = ValueHead(64), [], TokenStep.capture
     monkeypatch.setattr(TokenStep, "capture", lambda step: (sizes.append(len(step.at)), capture(step)))
@@ -215,13 +215,13 @@ def test_stories_from_graphs_are_those_of_plain_calls(request, tokenizer, monkey
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pretraining_and_interaction_run(place, tmp_path, dtype):
-    """Both commands, on the card from end to end; the loss falls, and the trainer rereads what the sampler saw."""
-    card = ["--device", "cuda", "--dtype", dtype]
+    """Both commands end to end on the GPU; the loss falls, and PPO's first pass reproduces the sampler's logprobs."""
+    on_gpu = ["--device", "cuda", "--dtype", dtype]
     with torch.device("cpu"):
         corpus = ["--corpus", str(place / "corpus.txt"), "--words", "6000"]
-        pretrain.main([*corpus, "--out", str(tmp_path / "p"), *SMALL, *card])
+        pretrain.main([*corpus, "--out", str(tmp_path / "p"), *SMALL, *on_gpu])
         reward = ["--reward", f"{place / 'reward.py'}:score"]
-        interact.main(["--init", str(tmp_path / "p"), "--out", str(tmp_path / "i"), *reward, *SHORT, *card])
+        interact.main(["--init", str(tmp_path / "p"), "--out", str(tmp_path / "i"), *reward, *SHORT, *on_gpu])
     losses = [m["loss"] for m in metrics(tmp_path / "p")]
     assert losses[-1] < losses[0] - 0.3
     steps = metrics(tmp_path / "i")

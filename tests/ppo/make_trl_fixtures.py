@@ -29,7 +29,7 @@ PAD, EOS = 1, 2
 OPENING = [7, 30, 11, 5]
 STORIES, LONGEST, UPDATES = 12, 10, 4
 
-# Ours by the names of InteractConfig. The rates are larger than the paper's 1e-6: a difference must be able to show.
+# Our options, named as in InteractConfig. The learning rates exceed the paper's 1e-6, so that a difference shows.
 SETTINGS = {
     "paper": dict(
         learning_rate=1e-4, adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2,
@@ -62,7 +62,7 @@ def our_weights(policy) -> dict[str, torch.Tensor]:
 
 
 def models_alike() -> tuple[AutoModelForCausalLMWithValueHead, AutoModelForCausalLMWithValueHead]:
-    """Policy and reference, far enough from zero that every path matters."""
+    """Policy and reference, far enough from zero that every path contributes."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=SHAPE["vocab_size"], n_positions=SHAPE["context"], n_embd=SHAPE["n_embd"],
@@ -148,13 +148,13 @@ class Recorded:
             explained_variance=float(1 - masked_var(returns - values, on) / masked_var(returns, on)),
             tokens_mean=float(stats["tokens/responses_len_mean"]),
         )  # fmt: skip
-        if self.trainer.config.mini_batch_size == STORIES:  # the first pass sees all stories with the old weights
+        if self.trainer.config.mini_batch_size == STORIES:  # the first pass uses the old weights for all stories
             statistics["entropy"] = self.each["entropy_first"][0] * float(on.sum()) / STORIES
         return tensors | {"orders": torch.tensor(np.stack(orders))}, statistics
 
 
 def write_stories(trainer: PPOTrainer, update: int) -> list[torch.Tensor]:
-    """Sampled by TRL; three of them cut short, so that lengths differ and some end with the end token."""
+    """Sampled by TRL; three are cut short, so that lengths differ and some end with the end token."""
     torch.manual_seed(update)
     how = dict(max_new_tokens=LONGEST, min_length=-1, top_k=0, top_p=1.0, do_sample=True, pad_token_id=PAD)
     with torch.no_grad():
@@ -168,7 +168,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SHAPE["vocab_size"])}, unk_token="t0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="t0", pad_token="t1", eos_token="t2")
-    tokenizer.padding_side = "right"  # TRL gives no position ids, so rows padded on the left are read at wrong ones
+    tokenizer.padding_side = "right"  # TRL passes no position ids, so left-padded rows would have wrong positions
     kept, statistics = {}, {}
     for name, setting in SETTINGS.items():
         policy, reference = models_alike()
@@ -180,7 +180,7 @@ def main() -> None:
             tensors, statistics[f"{name}/{update}"] = recorded.step(stories, scores)
             tokens = torch.nn.utils.rnn.pad_sequence([*stories, torch.zeros(LONGEST).long()], True)[:-1]
             tensors |= {"tokens": tokens.to(torch.int16), "scores": scores}
-            if name == "paper" or update == UPDATES - 1:  # the file is to stay small
+            if name == "paper" or update == UPDATES - 1:  # to keep the file small
                 tensors |= {f"weights/{key}": w for key, w in our_weights(policy).items()}
             kept |= {f"{name}/{update}/{key}": x.contiguous() for key, x in tensors.items()}
     facts = dict(shape=SHAPE, opening=OPENING, settings=SETTINGS, updates=UPDATES, statistics=statistics)

@@ -37,7 +37,7 @@ def load(weights: dict[str, torch.Tensor]) -> tuple[Student, ValueHead]:
 @pytest.mark.parametrize("setting", FACTS["settings"])
 def test_four_updates_are_trls(setting, monkeypatch):
     options = FACTS["settings"][setting]
-    config = InteractConfig(**options, micro_batch_size=5)  # TRL has no micro-batches: they must not show
+    config = InteractConfig(**options, micro_batch_size=5)  # TRL has no micro-batches: they must not matter
     student, head = load(tensors("start/"))
     reference, _ = load(tensors("start/"))
     optimizer = torch.optim.Adam(
@@ -79,8 +79,8 @@ def test_four_updates_are_trls(setting, monkeypatch):
         for name, want in tensors(f"{setting}/{update}/weights/").items():
             got = weights[name].detach()
             if name.endswith("qkv.bias"):
-                # Softmax ignores what the keys' bias adds to all scores of a row alike: its gradient is rounding alone,
-                # which Adam scales up to a whole step, and no output depends on it.
+                # The keys' bias adds the same to all attention logits of a row, which softmax ignores: its gradient is
+                # only rounding error, which Adam scales up to a full step, and no output depends on it.
                 compare("keys' biases", got[C : 2 * C], want[C : 2 * C])
                 got, want = (torch.cat([x[:C], x[2 * C :]]) for x in (got, want))
             compare(f"weights after {update + 1}", got, want)

@@ -1,4 +1,4 @@
-"""PPO's parts against plain loops written from the formulas, one story and one token at a time."""
+"""PPO against plain loops written from the formulas, over one story and one token at a time."""
 
 import copy
 import dataclasses
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tinystory import ppo
-from tinystory.babylm import Budget
+from tinystory.babylm import WordBudget
 from tinystory.config import InteractConfig
 from tinystory.errors import UserError
 from tinystory.reward import load_score, story_reward
@@ -24,7 +24,7 @@ def random_batch(lengths, vocab, seed=0) -> ppo.Batch:
     return ppo.Batch(torch.tensor([2, 9, 11, 30]), tokens, mask, -1 - normal[0].abs() * mask, normal[1])
 
 
-def test_rewards_are_kl_at_each_token_and_the_score_at_the_last():
+def test_token_rewards_are_kl_at_each_token_and_the_storys_reward_at_the_last():
     mask = torch.tensor([[True, True, True], [True, False, False]])
     logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.5, 7.0, 7.0]])
     ref = torch.tensor([[-1.5, -2.0, -2.0], [-1.0, 9.0, 9.0]])
@@ -92,7 +92,7 @@ def test_story_stats_are_those_of_each_story_alone(student):
 
 
 def plain_loss(student, head, batch, advantages, returns, c) -> torch.Tensor:
-    """TRL 0.9.4's PPO loss with every token weighted alike, story by story."""
+    """TRL 0.9.4's PPO loss with equal weight per token, one story at a time."""
     policy, value_loss, count = 0.0, 0.0, 0
     for b in range(len(batch.tokens)):
         n = int(batch.mask[b].sum())
@@ -102,8 +102,8 @@ def plain_loss(student, head, batch, advantages, returns, c) -> torch.Tensor:
         ratio = (new - batch.logprobs[b, :n]).exp()
         a, r, old, v = advantages[b, :n], returns[b, :n], batch.values[b, :n], head(hidden)
         policy += torch.max(-a * ratio, -a * ratio.clamp(1 - c.clip_ratio, 1 + c.clip_ratio)).sum()
-        near = torch.max(torch.min(v, old + c.clip_value), old - c.clip_value)
-        value_loss += 0.5 * torch.max((v - r) ** 2, (near - r) ** 2).sum()
+        clipped = torch.max(torch.min(v, old + c.clip_value), old - c.clip_value)
+        value_loss += 0.5 * torch.max((v - r) ** 2, (clipped - r) ** 2).sum()
         count += n
     return (policy + c.value_coef * value_loss) / count
 
@@ -170,11 +170,11 @@ def test_every_gradient_is_clipped(student):
 
 
 def test_the_value_head_starts_at_zero(student):
-    """So the first advantages are the rewards to come, and the first values clip nothing away."""
+    """So the first advantages are the returns, and value clipping has no effect at first."""
     assert not ValueHead(64)(torch.randn(3, 5, 64)).any()
 
 
-def test_a_step_penalises_with_the_weight_that_it_logs(student):
+def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
     batch = random_batch([5, 3], student.config.vocab_size)
     with torch.no_grad():
         batch.logprobs, batch.values = ppo.response_stats(student, None, batch, 1.0)
@@ -198,7 +198,7 @@ def test_a_step_penalises_with_the_weight_that_it_logs(student):
 
 
 def test_learning_moves_the_policy_towards_what_is_rewarded(student):
-    """Reward one token wherever it stands: its probability rises, and the value head learns to expect the return."""
+    """One token is rewarded: its probability rises, and the value head learns to predict the return."""
     config = dataclasses.replace(InteractConfig(), epochs=4)
     batch = random_batch([10] * 8, student.config.vocab_size)
     batch.tokens[:, ::2] = 42
@@ -217,8 +217,8 @@ def test_learning_moves_the_policy_towards_what_is_rewarded(student):
     assert float((value - returns).abs().mean()) < float((batch.values - returns).abs().mean())
 
 
-def test_under_autocast_each_epoch_meets_the_weights_of_the_one_before(student):
-    """Autocast keeps its copies of the weights while it lasts: two epochs in one go must be one and then another."""
+def test_under_autocast_each_epoch_uses_the_weights_of_the_one_before(student):
+    """Autocast caches casts of the weights: two epochs under one autocast must equal one epoch under each of two."""
     batch = random_batch([12, 20], student.config.vocab_size)
     start, ends = copy.deepcopy(student.state_dict()), []
     for calls, epochs in ((1, 2), (2, 1)):
@@ -240,13 +240,13 @@ def test_reward_is_the_papers():
 
 
 def test_budget_stops_before_it_is_overrun():
-    budget = Budget(limit_in=100, limit_out=1000, words_in=15)
+    budget = WordBudget(limit_in=100, limit_out=1000, words_in=15)
     assert budget.allows(85, 1000) and not budget.allows(86, 0) and not budget.allows(0, 1001)
     budget.spend(80, 990)
     assert budget.allows(5, 10) and not budget.allows(6, 10) and not budget.allows(5, 11)
 
 
-def test_a_reward_of_ones_own_is_checked(tmp_path):
+def test_the_scores_of_a_callable_are_checked(tmp_path):
     file = tmp_path / "r.py"
     file.write_text(
         "def ok(o, s): return [0.5 if x else None for x in s]\ndef short(o, s): return []\ndef wild(o, s): return [2]\n"

@@ -1,4 +1,4 @@
-"""The built-in teacher's rubric: what is better scores better, and what only looks for points gets none."""
+"""The built-in teacher's rubric: better stories score higher, and exploits do not pay."""
 
 import random
 import re
@@ -36,7 +36,7 @@ def rubric() -> Rubric:
 
 @pytest.fixture(scope="module")
 def good() -> list[str]:
-    """Stories that the rubric has not read, as far as their sentences fit into 90 words."""
+    """Stories that the rubric has not read, cut to the sentences within 90 words."""
     return [_within(story, 90) for story in grammar.stories(20_000, seed=1)][:60]
 
 
@@ -61,7 +61,7 @@ def _shuffled(pieces: list[str], rng: random.Random) -> str:
 
 
 def _ladder(story: str, rng: random.Random) -> list[str]:
-    """From good to one word again and again."""
+    """Samples from good stories down to one word repeated."""
     words = story.split()
     repeated = " ".join([rng.choice(words).strip('.,!?"')] * len(words)) + "."
     return [story, _shuffled(_sentences(story), rng), _shuffled(words, rng), repeated]
@@ -83,7 +83,7 @@ def _babble(rubric: Rubric, context: int) -> list[str]:
     ]
 
 
-# What is better scores better
+# Better stories score higher
 
 
 def test_order_of_sentences_and_words_counts(rubric, good):
@@ -111,7 +111,7 @@ def test_good_stories_use_the_upper_half_and_babble_the_lower(rubric, good):
 
 
 def test_there_is_a_path_from_bad_to_good(rubric, good):
-    """The more words of a story are replaced by any others, the less it scores, and by steps that PPO can see."""
+    """The more words of a story are replaced at random, the lower its score, in steps large enough for PPO."""
     rng = random.Random(0)
     others = " ".join(good).split()
     sums = []
@@ -134,7 +134,7 @@ def test_less_than_a_sentence_is_nothing(rubric):
         assert rubric.score(OPENING, story) == {"readability": 0, "coherence": 0, "creativity": 0}, story
 
 
-# What only looks for points gets none
+# Exploits do not pay
 
 
 NAMES = "Tim Lily Tom Ben Max Sue Sam Mia Lucy Anna Bob Sara Jack Amy Leo".split()
@@ -193,7 +193,7 @@ def test_copying_the_corpus_is_not_creative():
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=200), st.text(max_size=400))
-def test_any_text_gets_whole_numbers_and_always_the_same(rubric, opening, story):
+def test_any_text_gets_integer_scores_and_always_the_same(rubric, opening, story):
     scores = rubric.score(opening, story)
     assert list(scores) == list(CRITERIA)
     assert all(type(value) is int and 0 <= value <= 3 for value in scores.values())
@@ -238,7 +238,7 @@ def test_a_strange_corpus_still_gives_scores(corpus):
 # The parts
 
 
-def test_sentences_end_where_they_end():
+def test_ends_of_sentences():
     def split(text: str) -> list[str]:
         spelled = tokens(text)
         return [" ".join(spelled[first:end]) for first, end in sentences(spelled).bounds]
@@ -250,7 +250,7 @@ def test_sentences_end_where_they_end():
     assert split("") == []
 
 
-def test_quotation_marks_are_told_apart_and_counted():
+def test_quotation_marks_are_distinguished_and_counted():
     hi, oh = [OPEN, "Hi", ",", CLOSE], [OPEN, "Oh", "!", CLOSE]
     assert tokens('"Hi," said Tom\'s dog. \u201cOh!\u201d') == [*hi, "said", "Tom", "'s", "dog", ".", *oh]
     assert sentences(tokens('"Hi," he said. "Oh."')).unpaired == 0

@@ -1,4 +1,4 @@
-"""The built-in teacher over HTTP: asked with the official client, in OpenAI's shapes, on this machine only."""
+"""The built-in teacher over HTTP, with the official client and OpenAI's formats, on this machine only."""
 
 import asyncio
 import http.client
@@ -17,8 +17,8 @@ from tinystory.data.builtin import grammar
 from tinystory.errors import UserError
 from tinystory.rubric.rubric import Rubric
 from tinystory.rubric.server import LONGEST_BODY, MODEL, serve
+from tinystory.teacher.grade import parse_scores
 from tinystory.teacher.prompt import CRITERIA, STORYTELLING, Criterion, fence, render
-from tinystory.teacher.score import parse_scores
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "serve_teacher.py"
 OPENING = "Once upon a time,"
@@ -32,7 +32,7 @@ def rubric() -> Rubric:
 
 @pytest.fixture(scope="module")
 def url(rubric):
-    """The server on a thread of its own, as a client in another process would meet it."""
+    """The server on its own thread, as a client in another process would see it."""
     ready, addresses = threading.Event(), []
 
     async def run() -> None:
@@ -89,7 +89,7 @@ def test_the_client_gets_the_scores_of_the_rubric(client, rubric):
         assert answer.usage.completion_tokens == 3
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + 3 > 300
         seen.add(answer.choices[0].message.content)
-    assert len(seen) > 3  # not one answer for all
+    assert len(seen) > 3  # not the same answer for all
 
 
 def test_a_story_cannot_grade_itself(client):
@@ -127,7 +127,7 @@ def test_a_token_cap_cuts_the_reply(client, cap):
     ],
     ids=["chat", "other prompt", "no instructions", "other criteria", "other order"],
 )
-def test_what_it_was_not_asked_it_does_not_grade(client, messages):
+def test_it_grades_only_if_asked_for_its_criteria(client, messages):
     for options in ({}, {"response_format": {"type": "json_object"}}):
         reply = client.chat.completions.create(model=MODEL, messages=messages, **options).choices[0].message.content
         assert "stands in for a language model" in reply
@@ -236,7 +236,7 @@ def test_every_answer_has_its_own_request_id(url):
     assert len({_raw(url, "GET", "/v1/models")[2]["X-Request-Id"] for _ in range(5)}) == 5
 
 
-def test_half_a_character_breaks_nothing(url):
+def test_a_lone_surrogate_breaks_nothing(url):
     body = {"model": MODEL, "messages": [{"role": "user", "content": "\ud800"}]}
     assert _raw(url, "POST", "/v1/chat/completions", json.dumps(body).encode())[0] == 200
 
@@ -278,7 +278,7 @@ def test_the_command_says_when_it_is_ready_and_ends_cleanly(corpus, end):
         else:
             process.send_signal(end)
         assert process.wait(10) == 0
-        assert process.stdout.read() == ""  # one line, no more
+        assert process.stdout.read() == ""  # one line only
         said = process.stderr.read()
         assert "stand-in for an LLM" in said and "Traceback" not in said
 

@@ -1,4 +1,4 @@
-"""Replies are kept: none is paid for twice, whatever happens to the file."""
+"""The cache of replies: no reply is paid for twice, whatever happens to the file."""
 
 import contextlib
 import resource
@@ -19,12 +19,12 @@ def test_no_reply_is_paid_for_twice(tmp_path):
     script = lambda story, n: "hm" if "1" in story and n == 0 else f"{n} 1 1"  # noqa: E731
     with FaultServer(script) as server:
         with Teacher(server.url, cache=kept) as teacher:
-            before = teacher.judge("Once", stories[:20], 0)
+            before = teacher.grade("Once", stories[:20], 0)
         lines = kept.read_bytes()
         kept.write_bytes(lines + b'{"key": "torn')  # killed while writing
         with Teacher(server.url, cache=kept) as teacher:
-            after = teacher.judge("Once", stories, 100)  # other indices: the mark is no part of the question
-            assert teacher.ledger.total["cached"] == sum(judgement.attempts for judgement in before)
+            after = teacher.grade("Once", stories, 100)  # other indices: the fence is not part of the key
+            assert teacher.ledger.total["cached"] == sum(grade.attempts for grade in before)
         assert kept.read_bytes().startswith(lines + b"{") and b"torn" not in kept.read_bytes()
         paid = {story: server.seen[story] for story in stories}
         assert paid == {story: 2 if "1" in story else 1 for story in stories}
@@ -37,14 +37,14 @@ def test_no_reply_is_paid_for_twice(tmp_path):
             )
         for other in ({"seed": 9}, {"temperature": 0.9}, {"max_tokens": 9}, {"model": "second"}):
             with Teacher(server.url, cache=kept, **other) as teacher:
-                teacher.judge("Once", stories[:1], 0)
+                teacher.grade("Once", stories[:1], 0)
                 assert teacher.ledger.total["cached"] == 0
         with Teacher(server.url, cache=kept) as teacher:
-            teacher.judge("Twice", stories[:1], 0)
+            teacher.grade("Twice", stories[:1], 0)
             assert teacher.ledger.total["cached"] == 0
 
 
-def test_the_first_reply_to_a_question_stands(tmp_path):
+def test_the_first_reply_to_a_question_is_kept(tmp_path):
     cache = Cache(tmp_path / "replies.jsonl")
     assert (
         cache.put("question", Kept("1 1 1"))
@@ -92,7 +92,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_leaves_whole_lines(tmp_path):
         cache.put("question", Kept("1 1 1"))
         whole = path.read_bytes()
         try:
-            for room in (10, 0):  # a line that is written in part, and one that is not at all
+            for room in (10, 0):  # a line that is written in part, and one that is not written
                 resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + room, limits[1]))
                 with pytest.raises(UserError, match="cannot be written"):
                     cache.put("another", Kept("2 2 2"))

@@ -1,4 +1,4 @@
-"""The client against a server that misbehaves in every way: nothing lost, nothing invented."""
+"""The client against a server with every kind of fault: no score is lost or invented."""
 
 import asyncio
 import random
@@ -12,14 +12,14 @@ from fault_server import FaultServer, closed_port, error
 
 from tinystory.teacher import api, client
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.judgement import Judgement
+from tinystory.teacher.grade import Grade
 from tinystory.teacher.prompt import CRITERIA, read_back
 from tinystory.teacher.slots import Slots
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
-def test_every_story_is_scored_or_counted_none_twice_none_lost():
+def test_every_story_is_scored_or_counted_exactly_once():
     faults = ["500", "429", "hang", "reset", "empty", "html", "malformed", "shape", "huge", "drip", "3/3 2/3 1", "2 2"]
     dice = random.Random(1)
     plan = {}  # what each story's first requests get, before the honest reply
@@ -39,44 +39,44 @@ def test_every_story_is_scored_or_counted_none_twice_none_lost():
     with FaultServer(script) as server, Teacher(server.url, concurrency=32, deadline_s=9.0) as teacher:
         teacher.probe()
         probes = teacher.ledger.total["requests"]
-        judgements = teacher.judge("Once", list(plan), 0, progress=done.append)
+        grades = teacher.grade("Once", list(plan), 0, progress=done.append)
         assert 2 < server.most_in_flight <= 32
-    assert len(judgements) == 200 and sum(done) == 200
-    for story, judgement in zip(plan, judgements, strict=True):
-        unread = [what for what in plan[story] if " " in what]  # replies that came, and hold no scores
+    assert len(grades) == 200 and sum(done) == 200
+    for story, grade in zip(plan, grades, strict=True):
+        unread = [what for what in plan[story] if " " in what]  # complete replies without scores
         if len(unread) < 3:
-            assert judgement.error is None and judgement.reply == honest(story)
-            assert list(judgement.scores.values()) == [int(digit) for digit in honest(story).split()]
-            assert judgement.attempts == len(unread) + 1 == server.good[story]
-            assert judgement.reply_words == 3 + sum(len(reply.split()) for reply in unread)
+            assert grade.error is None and grade.reply == honest(story)
+            assert list(grade.scores.values()) == [int(digit) for digit in honest(story).split()]
+            assert grade.attempts == len(unread) + 1 == server.good[story]
+            assert grade.reply_words == 3 + sum(len(reply.split()) for reply in unread)
         else:
-            assert judgement.scores is None and judgement.reply == "all good!" and judgement.attempts == 3
-            assert judgement.reply_words == 6 and "3 replies" in judgement.error
+            assert grade.scores is None and grade.reply == "all good!" and grade.attempts == 3
+            assert grade.reply_words == 6 and "3 replies" in grade.error
     assert teacher.ledger.total["requests"] == sum(server.seen.values()) - 1 + probes
     assert teacher.ledger.total["failures"] == teacher.ledger.total["retries"]
     assert teacher.ledger.total["failures"] == sum(len([w for w in p if " " not in w]) for p in plan.values())
 
 
-def test_a_server_that_never_answers_well_costs_the_story_not_the_run():
+def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
     with FaultServer(lambda story, n: "500") as server, Teacher(server.url) as teacher:
-        (judgement,) = teacher.judge("Once", ["A dog ran."], 0)
-    assert judgement.scores is None and judgement.reply == "" and judgement.attempts == judgement.reply_words == 0
-    assert judgement.error == "the teacher is in trouble (HTTP 500: oops)"
+        (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+    assert grade.scores is None and grade.reply == "" and grade.attempts == grade.reply_words == 0
+    assert grade.error == "the teacher is in trouble (HTTP 500: oops)"
     assert server.seen["A dog ran."] == client.FAILURES
 
 
 def test_a_hanging_request_is_cut_at_its_deadline():
     with FaultServer(lambda story, n: "drip") as server, Teacher(server.url, deadline_s=0.6, attempts=2) as teacher:
-        (judgement,) = teacher.judge("Once", ["A dog ran."], 0)
-    assert judgement.scores is None and "too long" in judgement.error and server.seen["A dog ran."] == 2
+        (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+    assert grade.scores is None and "too long" in grade.error and server.seen["A dog ran."] == 2
 
 
 @pytest.mark.parametrize("headers", [{"retry-after-ms": "300"}, {"Retry-After": "0.3"}])
-def test_the_server_says_when_to_come_back(headers):
+def test_the_client_waits_as_long_as_the_server_asks(headers):
     busy = error(429, "slow down", headers=headers)
     with FaultServer(lambda story, n: "3 3 3" if n else busy) as server, Teacher(server.url) as teacher:
-        (judgement,) = teacher.judge("Once", ["A dog ran."], 0)
-    assert judgement.scores == dict.fromkeys(CRITERIA, 3)
+        (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+    assert grade.scores == dict.fromkeys(CRITERIA, 3)
     assert server.times[-1] - server.times[-2] >= 0.3
 
 
@@ -92,53 +92,53 @@ def test_retry_after_in_every_form():
 def test_what_is_sent():
     with FaultServer(lambda story, n: "hm" if n == 0 else "1 1 1") as server:
         with Teacher(server.url, "second", seed=7, temperature=0.5, max_tokens=9) as teacher:
-            assert teacher.judge("Once", ["A dog\x00 ran."], 5)[0].attempts == 2
+            assert teacher.grade("Once", ["A dog\x00 ran."], 5)[0].attempts == 2
         first, second = server.requests[1:]
         assert (first["model"], first["temperature"], first["max_tokens"], first["seed"]) == ("second", 0.5, 9, 7)
         assert second == {**first, "seed": 8}
         assert read_back(first["messages"]) == ("Once", "A dog ran.")
 
 
-def test_as_many_are_on_their_way_as_was_asked_for():
+def test_as_many_requests_are_in_flight_as_allowed():
     with FaultServer() as server, Teacher(server.url, concurrency=130) as teacher:
         server.delay = 0.5
-        teacher.judge("Once", [f"Dog {i} ran." for i in range(140)], 0)
+        teacher.grade("Once", [f"Dog {i} ran." for i in range(140)], 0)
     assert server.most_in_flight == 130
 
 
-def test_words_beyond_the_cap_are_not_the_students(monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", closed_port())  # and a proxy is not asked for this machine's own address
+def test_words_beyond_max_tokens_do_not_count(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", closed_port())  # and no proxy is used for this machine's own address
     with FaultServer(lambda story, n: "well " * 50) as server, Teacher(server.url, max_tokens=6) as teacher:
-        (judgement,) = teacher.judge("Once", ["A dog ran."], 0)
-    assert judgement.scores is None and judgement.reply_words == 3 * 6
+        (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+    assert grade.scores is None and grade.reply_words == 3 * 6
 
 
 def test_an_empty_story_needs_no_teacher():
     with FaultServer() as server, Teacher(server.url) as teacher:
-        judgements = teacher.judge("Once", ["", " \n\t", "\x00\u200b"], 0)
-        assert judgements == [Judgement(dict.fromkeys(CRITERIA, 0), 0.0, "", 0, 0, 0.0, None)] * 3
+        grades = teacher.grade("Once", ["", " \n\t", "\x00\u200b"], 0)
+        assert grades == [Grade(dict.fromkeys(CRITERIA, 0), 0.0, "", 0, 0, 0.0, None)] * 3
         assert len(server.requests) == 1  # the probe
 
 
-def test_closing_leaves_nothing_on_its_way():
+def test_closing_leaves_nothing_in_flight():
     with FaultServer(lambda story, n: "hang") as server:
         teacher = Teacher(server.url, concurrency=8)
         futures = [teacher.submit("Once", f"Dog {i} ran.", i) for i in range(20)]
         while server.in_flight < 8:
             time.sleep(0.01)
         teacher.close()
-        teacher.close()  # twice does no harm
+        teacher.close()  # closing twice does no harm
         assert all(future.cancelled() for future in futures) and not teacher._thread.is_alive()
         while server.in_flight:  # the server sees every connection closed
             time.sleep(0.01)
         assert len(server.requests) == 1 + 8
 
 
-def test_ctrl_c_ends_a_waiting_judge():
+def test_ctrl_c_ends_the_wait_for_grades():
     program = (
         "import signal, sys; from tinystory.teacher.client import Teacher\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background is born deaf to it
-        "with Teacher(sys.argv[1]) as teacher: teacher.judge('Once', ['A dog ran.', 'A cat ran.'], 0)"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs start with SIGINT ignored
+        "with Teacher(sys.argv[1]) as teacher: teacher.grade('Once', ['A dog ran.', 'A cat ran.'], 0)"
     )
     with FaultServer(lambda story, n: "hang") as server:
         process = subprocess.Popen([sys.executable, "-c", program, server.url], stderr=subprocess.PIPE, text=True)
@@ -149,7 +149,7 @@ def test_ctrl_c_ends_a_waiting_judge():
     assert errors.strip().endswith("KeyboardInterrupt") and "never retrieved" not in errors and "Unclosed" not in errors
 
 
-def test_slots_never_exceed_their_number_and_are_never_lost():
+def test_slots_never_exceed_the_limit_and_are_never_lost():
     async def run():
         slots, dice, most = Slots(6), random.Random(0), 0
 
@@ -159,7 +159,7 @@ def test_slots_never_exceed_their_number_and_are_never_lost():
                 async with slots.one(first=again):
                     most = max(most, slots.taken)
                     await asyncio.sleep(dice.random() / 500)
-                    slots.turned_away() if dice.random() < 0.1 else slots.answered(0.1)
+                    slots.refused() if dice.random() < 0.1 else slots.answered(0.1)
 
         tasks = [asyncio.create_task(story(i)) for i in range(200)]
         for _ in range(20):
@@ -172,8 +172,8 @@ def test_slots_never_exceed_their_number_and_are_never_lost():
     asyncio.run(run())
 
 
-def test_an_overloaded_server_is_asked_less_and_more_again_when_it_can():
-    """Room for 3 requests, then for all, then for 3: what the server has at once follows."""
+def test_an_overloaded_server_gets_fewer_requests_and_more_when_it_recovers():
+    """The server has room for 3 requests, then for all, then for 3, and the requests in flight follow."""
     room, at_once = 3, []
 
     def script(story, n):
@@ -181,50 +181,50 @@ def test_an_overloaded_server_is_asked_less_and_more_again_when_it_can():
         return "429" if server.in_flight > room else "2 1 3"
 
     with FaultServer(script) as server, Teacher(server.url, concurrency=16) as teacher:
-        server.delay = 0.03  # longer than a busy machine needs to send the next
+        server.delay = 0.03  # longer than a busy machine takes to send the next request
         for room, count, last in ((3, 60, range(2, 12)), (99, 200, range(13, 17)), (3, 60, range(2, 12))):  # noqa: B007
             at_once.clear()
-            judgements = teacher.judge("Once", [f"Dog {i} of {count} ran." for i in range(count)], 0)
-            assert all(judgement.scores for judgement in judgements)
+            grades = teacher.grade("Once", [f"Dog {i} of {count} ran." for i in range(count)], 0)
+            assert all(grade.scores for grade in grades)
             assert max(at_once[-60:-20]) in last and int(teacher._slots.limit) in last
 
 
-def test_a_turned_away_round_halves_the_slots_and_a_good_one_adds_one():
+def test_a_refused_round_halves_the_slots_and_an_answered_one_adds_one():
     slots = Slots(64)
     for _ in range(64):
-        slots.turned_away()
+        slots.refused()
     assert slots.limit == 32
     for _ in range(32):
         slots.answered(0.1)
     assert slots.limit == pytest.approx(33, abs=0.02)
-    for i in range(10_000):  # one in fifty, as rate limits or a fault here and there give: no reason to slow down
-        slots.answered(0.1) if i % 50 else slots.turned_away()
+    for i in range(10_000):  # one in fifty, like occasional faults: no reason to slow down
+        slots.answered(0.1) if i % 50 else slots.refused()
     assert slots.limit > 63
     for _ in range(200):
-        slots.turned_away()
+        slots.refused()
     assert slots.limit == 1
 
 
-def test_patience_follows_the_slowest_answers_and_doubles():
+def test_the_timeout_follows_the_slowest_answers_and_doubles():
     slots = Slots(40)
     for _ in range(39):
         slots.answered(1.0)
-        assert slots.patience(100.0, 0) == 100.0  # not yet a full round
+        assert slots.timeout(100.0, 0) == 100.0  # not yet a full round
     slots.answered(6.0)
-    assert [slots.patience(100.0, timeouts) for timeouts in range(4)] == [18.0, 36.0, 72.0, 100.0]
+    assert [slots.timeout(100.0, timeouts) for timeouts in range(4)] == [18.0, 36.0, 72.0, 100.0]
     for _ in range(80):
         slots.answered(0.1)
-    assert slots.patience(100.0, 0) == 10.0 and slots.patience(3.0, 0) == 3.0
+    assert slots.timeout(100.0, 0) == 10.0 and slots.timeout(3.0, 0) == 3.0
     few = Slots(2)
     for _ in range(31):
         few.answered(0.1)
-        assert few.patience(100.0, 0) == 100.0  # too few to know the slowest
+        assert few.timeout(100.0, 0) == 100.0  # too few to know the slowest
 
 
-def test_a_request_that_is_long_overdue_is_sent_again(monkeypatch):
+def test_a_request_that_is_long_overdue_is_retried(monkeypatch):
     monkeypatch.setattr("tinystory.teacher.slots.SHORTEST_S", 0.3)
     script = lambda story, n: "hang" if story == "Dog 99 ran." and n == 0 else "2 1 3"  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url, deadline_s=300.0) as teacher:
         began = time.monotonic()
-        assert all(judgement.scores for judgement in teacher.judge("Once", [f"Dog {i} ran." for i in range(100)], 0))
-    assert server.seen["Dog 99 ran."] == 2 and time.monotonic() - began < 60  # and not the 100 s of its own deadline
+        assert all(grade.scores for grade in teacher.grade("Once", [f"Dog {i} ran." for i in range(100)], 0))
+    assert server.seen["Dog 99 ran."] == 2 and time.monotonic() - began < 60  # not the 100 s of its own timeout

@@ -1,4 +1,4 @@
-"""What asking costs, and the budget that no request passes."""
+"""The cost of grading, and the budget that no request exceeds."""
 
 import random
 from collections import Counter
@@ -28,7 +28,7 @@ def test_stats_and_cost_are_what_the_server_counted(tmp_path):
     with Counting(script) as server, Teacher(server.url, **prices) as teacher:
         teacher.probe()
         teacher.stats()
-        assert all(judgement.scores for judgement in teacher.judge("Once", stories + stories[:2], 0))
+        assert all(grade.scores for grade in teacher.grade("Once", stories + stories[:2], 0))
         stats = teacher.stats()
         sent = len(server.requests) - 1
         assert stats["requests"] == sent and stats["retries"] == 1 and stats["cached"] == 12 + 1 - sent
@@ -40,7 +40,7 @@ def test_stats_and_cost_are_what_the_server_counted(tmp_path):
             **dict.fromkeys(("latency_p50", "latency_p90", "latency_p99")),
             "cost": spent,
         }
-    with Counting() as server, Teacher(server.url, **prices) as teacher:  # what was paid for stays paid for
+    with Counting() as server, Teacher(server.url, **prices) as teacher:  # earlier costs still count
         kept = 10 * (500 * 2 + 6 * 8) / 1e6
         assert kept <= teacher.ledger.cost <= spent
 
@@ -51,23 +51,23 @@ def test_a_forecast_is_the_probe_times_the_stories():
         assert len(server.requests) == 1  # the probe's
         assert short["stories"] == 1000 and short["words"] == 3001 and long["words"] == 3050
         longer = 1 + client.STORY_WORDS - len(" ".join(client.FIRST_STORY).split())
-        assert short["tokens_in"] == round(1000 * (500 + longer * client.TOKENS_A_WORD))
+        assert short["tokens_in"] == round(1000 * (500 + longer * client.TOKENS_PER_WORD))
         assert short["tokens_out"] == long["tokens_out"] == 6000
-        assert long["tokens_in"] - short["tokens_in"] == round(1000 * 49 * client.TOKENS_A_WORD)
+        assert long["tokens_in"] - short["tokens_in"] == round(1000 * 49 * client.TOKENS_PER_WORD)
         assert short["cost"] == pytest.approx((short["tokens_in"] + 2 * short["tokens_out"]) / 1e6, rel=1e-6)
         assert short["hours"] == pytest.approx(1000 * teacher.probe().seconds / 4 / 3600)
 
 
 @pytest.mark.parametrize("counts", [True, False])
-def test_a_budget_is_never_passed_whatever_goes_wrong(counts):
-    """The server's own count of all that it was asked stays within the budget, and comes close to it."""
+def test_a_budget_is_never_exceeded_whatever_goes_wrong(counts):
+    """The server's own count of what it bills stays within the budget, and comes close to it."""
     stories = [f"Dog {i} ran." for i in range(400)]
     dice = random.Random(3)
     billed = Counter()
 
     def script(story, n):
         what = dice.choice(["2 1 3"] * 6 + ["500", "reset", "malformed"])
-        if what != "500":  # a bad gateway: the answer was made and paid for, and came in pieces
+        if what != "500":  # with these faults the answer was generated and billed, but arrived broken
             billed.update(tokens_in=500, tokens_out=6)
         return counted("2 1 3") if what == "2 1 3" and counts else what
 
@@ -77,10 +77,10 @@ def test_a_budget_is_never_passed_whatever_goes_wrong(counts):
     with Counting(script) as server, Teacher(server.url, price_in=1.0, price_out=3.0, budget_cost=0.06) as teacher:
         teacher.probe()
         billed.update(tokens_in=teacher.ledger.total["tokens_in"], tokens_out=teacher.ledger.total["tokens_out"])
-        teacher.judge("Once", stories[:1], 0)
+        teacher.grade("Once", stories[:1], 0)
         assert teacher.affords(1) and not teacher.affords(400)
         with pytest.raises(UserError) as caught:
-            teacher.judge("Once", stories, 1)
+            teacher.grade("Once", stories, 1)
         assert_one_clean_sentence(caught, "--budget-cost 0.06", "--resume")
         assert bill() <= teacher.ledger.cost <= 0.06 and not teacher.affords(1)
         assert teacher.ledger.cost > 0.06 - teacher.ledger.price(teacher._most_in, 16)

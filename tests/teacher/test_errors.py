@@ -1,4 +1,4 @@
-"""What asking again cannot mend is one clear sentence, and the key is in none."""
+"""Failures that a retry cannot fix are one clear sentence, and none contains the key."""
 
 import contextlib
 import gc
@@ -28,14 +28,14 @@ FATAL = {
 
 
 @pytest.mark.parametrize("words", FATAL)
-def test_what_cannot_be_mended_by_asking_again_stops_everything(words, monkeypatch, caplog):
+def test_a_failure_that_a_retry_cannot_fix_stops_everything(words, monkeypatch, caplog):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     caplog.set_level(logging.DEBUG)
     with FaultServer(lambda story, n: FATAL[words]()) as server, Teacher(server.url, concurrency=4) as teacher:
         with pytest.raises(UserError) as caught:
-            teacher.judge("Once", [f"Dog {i} ran." for i in range(50)], 0)
+            teacher.grade("Once", [f"Dog {i} ran." for i in range(50)], 0)
         assert_one_clean_sentence(caught, server.url, words)
-        assert len(server.requests) <= 1 + 4  # those on their way, and no more
+        assert len(server.requests) <= 1 + 4  # only those in flight
         with pytest.raises(UserError):
             teacher.submit("Once", "One more.", 50).result()
         assert KEY not in repr(teacher) + repr(teacher._server) + caplog.text
@@ -56,7 +56,7 @@ def test_a_server_that_goes_away_stops_the_run():
         teacher = Teacher(server.url)
         teacher.probe()
     with teacher, pytest.raises(UserError) as caught:
-        teacher.judge("Once", ["A dog ran.", "A cat ran."], 0)
+        teacher.grade("Once", ["A dog ran.", "A cat ran."], 0)
     assert_one_clean_sentence(caught, "cannot be reached")
 
 
@@ -102,12 +102,12 @@ def test_a_model_that_is_not_listed():
 @pytest.mark.parametrize(
     "url", ["", "localhost:8000", "ftp://host/v1", "http://", "http://h:x/v1", "http://[", "http://h?key=1"]
 )
-def test_urls_that_are_none(url):
+def test_invalid_urls(url):
     with pytest.raises(UserError, match="must look like"):
         Teacher(url)
 
 
-def test_a_url_or_key_that_must_not_be(monkeypatch):
+def test_a_url_with_a_password_or_an_impossible_key_is_refused(monkeypatch):
     with pytest.raises(UserError) as caught:
         Teacher(f"http://me:{KEY}@127.0.0.1:9/v1")
     assert_one_clean_sentence(caught, "OPENAI_API_KEY")
@@ -120,5 +120,5 @@ def test_a_key_that_a_reply_echoes_is_not_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     kept = tmp_path / "replies.jsonl"
     with FaultServer(lambda story, n: f"your key is {KEY}") as server, Teacher(server.url, cache=kept) as teacher:
-        (judgement,) = teacher.judge("Once", ["A dog ran."], 0)
-    assert judgement.reply == "your key is [key]" and KEY not in kept.read_text()
+        (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+    assert grade.reply == "your key is [key]" and KEY not in kept.read_text()

@@ -1,4 +1,4 @@
-"""Expected scores: what the teacher's own probabilities make of its digits, and what is done where it gives none."""
+"""Expected scores under the teacher's token probabilities, and teachers that give no probabilities."""
 
 import json
 import math
@@ -11,20 +11,20 @@ from hypothesis import strategies as st
 
 from tinystory.errors import UserError
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.grade import expected_scores, parse_scores
 from tinystory.teacher.prompt import CRITERIA
-from tinystory.teacher.score import expected_scores, parse_scores
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 def tokens(*pieces, **chances):
-    """Tokens that are certain, save the digits: each has the same `chances` {d0: ..., d3: ...}."""
+    """Tokens with probability 1, except digits, which all have the same `chances` {d0: ..., d3: ...}."""
     likely = {name[1:]: math.log(chance) for name, chance in chances.items()}
     return [(piece, likely if piece.strip().isdigit() else {piece: 0.0}) for piece in pieces]
 
 
-def test_a_score_is_the_mean_by_probability_of_what_could_have_stood_there():
-    # 0.2 of it went to what is no grade: 1 and 2 share the rest 1 to 3.
+def test_an_expected_score_is_the_mean_over_the_candidate_digits():
+    # Probability 0.2 is on tokens that are not scores; the rest is 1 to 3 on the digits 1 and 2.
     place = {"1": math.log(0.2), "2": math.log(0.5), " 2": math.log(0.1), "4": math.log(0.1), "x": math.log(0.1)}
     said = [("2", place), (" ", {" ": 0.0}), ("1", {"1": -0.5}), (" 3", {" 3": -1.0, "3": -1.0})]
     assert expected_scores("2 1 3", CRITERIA, said) == {"readability": 1.75, "coherence": 1.0, "creativity": 3.0}
@@ -46,7 +46,7 @@ def test_digits_are_found_in_every_form(pieces):
     assert expected_scores(reply, CRITERIA, found) == {"readability": 2.9, "coherence": 1.1, "creativity": 0.2}
 
 
-def test_digits_in_names_are_no_scores():
+def test_digits_in_names_are_not_scores():
     found = tokens("q1", ": ", "2", ", ", "q2", ": ", "2", d2=0.5, d0=0.5)
     assert expected_scores("q1: 2, q2: 2", ["q1", "q2"], found) == {"q1": 1.0, "q2": 1.0}
 
@@ -55,10 +55,10 @@ def test_digits_in_names_are_no_scores():
     "reply, said",
     [
         ("2 1 3", []),
-        ("2 1 3", tokens("2 1", " ", "3", d3=1.0)),  # no digit by itself
-        ("2 1 3", tokens("2", " ", "1", d1=1.0)),  # not all of it
+        ("2 1 3", tokens("2 1", " ", "3", d3=1.0)),  # no token is a digit alone
+        ("2 1 3", tokens("2", " ", "1", d1=1.0)),  # not the whole reply
         ("2 1", tokens("2", " ", "1", d1=1.0)),  # no scores
-        ("2 1 3", [(piece, {piece: -9999.0}) for piece in "2 1 3"]),  # nothing to share out
+        ("2 1 3", [(piece, {piece: -9999.0}) for piece in "2 1 3"]),  # no probability mass
         ('{"\\u0072eadability": 1, "coherence": 1, "creativity": 1}', None),
     ],
 )
@@ -68,7 +68,7 @@ def test_without_probabilities_for_each_digit_there_is_no_score(reply, said):
 
 
 @given(st.lists(st.integers(0, 3), min_size=3, max_size=3), st.lists(st.floats(-30, 0), min_size=4, max_size=4))
-def test_an_expectation_lies_within_the_scale_and_is_the_digit_where_that_is_certain(digits, logprobs):
+def test_an_expected_score_lies_within_the_scale_and_is_the_digit_if_that_is_certain(digits, logprobs):
     reply = " ".join(map(str, digits))
     certain = [(char, {char: 0.0}) for char in reply]
     assert expected_scores(reply, CRITERIA, certain) == parse_scores(reply, CRITERIA)
@@ -78,7 +78,7 @@ def test_an_expectation_lies_within_the_scale_and_is_the_digit_where_that_is_cer
 
 
 def graded(doubt=0.25):
-    """A server that gives log-probabilities where they are asked for."""
+    """A server that gives log-probabilities if they are asked for."""
 
     class Graded(FaultServer):
         def first(self):
@@ -87,33 +87,33 @@ def graded(doubt=0.25):
     return Graded(lambda story, n: weighed("2 1 3", doubt))
 
 
-def test_a_story_is_scored_by_expectation_and_kept_so(tmp_path):
+def test_expected_scores_are_used_and_cached(tmp_path):
     wanted = {"readability": 1.75, "coherence": 0.75, "creativity": 2.75}
     with graded() as server:
         for _ in range(2):
             with Teacher(server.url, logprobs=True, cache=tmp_path / "replies.jsonl") as teacher:
-                (judgement,) = teacher.judge("Once", ["A dog ran."], 0)
-            assert judgement.scores == wanted and judgement.reply == "2 1 3" and judgement.reply_words == 3
-            assert judgement.score == pytest.approx(sum(wanted.values()) / 9)
+                (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+            assert grade.scores == wanted and grade.reply == "2 1 3" and grade.reply_words == 3
+            assert grade.score == pytest.approx(sum(wanted.values()) / 9)
         assert server.seen["A dog ran."] == 1
         asked = server.requests[-1]
         assert asked["logprobs"] is True and 4 <= asked["top_logprobs"] <= 20
-        with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:  # whole scores are another question
-            assert teacher.judge("Once", ["A dog ran."], 0)[0].scores == parse_scores("2 1 3", CRITERIA)
+        with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:  # integer scores have another key
+            assert teacher.grade("Once", ["A dog ran."], 0)[0].scores == parse_scores("2 1 3", CRITERIA)
         assert server.seen["A dog ran."] == 2 and "logprobs" not in server.requests[-1]
 
 
-def test_a_reply_without_log_probabilities_is_asked_for_again_and_given_up():
+def test_a_reply_without_log_probabilities_is_retried_and_given_up():
     answers = {"A dog ran.": ["2 1 3", weighed("2 1 3", 0.5)], "A cat ran.": ["2 1 3"] * 3}
     with graded() as server, Teacher(server.url, logprobs=True) as teacher:
         server.script = lambda story, n: answers[story][n] if story in answers else weighed("2 1 3", 0.5)
-        dog, cat = teacher.judge("Once", list(answers), 0)
+        dog, cat = teacher.grade("Once", list(answers), 0)
     assert dog.attempts == 2 and list(dog.scores.values()) == [1.5, 0.5, 2.5]
     assert cat.scores is cat.score is None and cat.attempts == 3 and "no scores in 3 replies" in cat.error
 
 
 @pytest.mark.parametrize("answer", ["2 1 3", "null", "wide", "text", "refuses"])
-def test_a_server_that_gives_none_is_refused_before_the_first_story(answer):
+def test_a_server_without_log_probabilities_is_refused_before_the_first_story(answer):
     def odd(logprobs):
         choice = {"message": {"content": "2 1 3"}, "logprobs": logprobs}
         return web.json_response({"choices": [choice]})
@@ -136,8 +136,8 @@ def test_a_server_that_gives_none_is_refused_before_the_first_story(answer):
             assert teacher.probe().scored
 
 
-def test_completions_hold_what_is_said_of_them():
-    """The stand-in's own shape, which is that of the API."""
+def test_the_fault_server_sends_log_probabilities_as_the_api_does():
+    """The format of the fault server's completions is that of the API."""
     choice = json.loads(weighed("1 2", 0.5).text)["choices"][0]
     assert [place["token"] for place in choice["logprobs"]["content"]] == ["1", " ", "2"]
     assert "logprobs" not in json.loads(completion("1 2"))["choices"][0]

@@ -1,4 +1,4 @@
-"""Runs with a teacher that fails: nothing lost, nothing paid for twice, and the record is enough to repeat them."""
+"""Runs with a faulty teacher: nothing is lost or paid for twice, and the recorded replies suffice to repeat a run."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from tinystory.teacher.client import Teacher
 from tinystory.teacher.replay import Replay
 
 STORIES = int(os.environ.get("TINYSTORY_FAULT_STORIES", "200"))  # 2000 for the full size
-LATENCY = float(os.environ.get("TINYSTORY_FAULT_LATENCY", "0"))  # seconds that a good reply takes, as of a real model
+LATENCY = float(os.environ.get("TINYSTORY_FAULT_LATENCY", "0"))  # seconds per good reply, as with a real model
 FAULTS = ["500", "429", "hang", "reset", "empty", "html", "malformed", "4 0 0", "huge", "drip"]
 
 
@@ -54,25 +54,25 @@ def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted():
         teacher.probe()
         teacher.stats()
         server.delay, began = LATENCY, time.monotonic()
-        judgements = teacher.judge("Once", stories, 0)
+        grades = teacher.grade("Once", stories, 0)
         seconds = time.monotonic() - began
         stats = teacher.stats()
-    unscored = [story for story, judgement in zip(stories, judgements, strict=True) if judgement.scores is None]
-    assert len(judgements) == STORIES and set(unscored) >= hopeless and len(unscored) <= len(hopeless) + STORIES // 50
-    for story, judgement in zip(stories, judgements, strict=True):
-        assert judgement.attempts == server.good[story]  # every whole reply is somebody's, once
-        if judgement.scores is None:
-            assert judgement.score is None and judgement.error
+    unscored = [story for story, grade in zip(stories, grades, strict=True) if grade.scores is None]
+    assert len(grades) == STORIES and set(unscored) >= hopeless and len(unscored) <= len(hopeless) + STORIES // 50
+    for story, grade in zip(stories, grades, strict=True):
+        assert grade.attempts == server.good[story]  # every complete reply is used once
+        if grade.scores is None:
+            assert grade.score is None and grade.error
         else:
-            assert judgement.error is None and judgement.reply == honest(story)
-            assert list(judgement.scores.values()) == [int(digit) for digit in honest(story).split()]
+            assert grade.error is None and grade.reply == honest(story)
+            assert list(grade.scores.values()) == [int(digit) for digit in honest(story).split()]
     assert set(sent) == {*FAULTS, "honest"} and sent["honest"] == STORIES - len(unscored)
-    failed = sum(sent[fault] for fault in FAULTS if fault != "4 0 0")  # which is a reply, if no good one
+    failed = sum(sent[fault] for fault in FAULTS if fault != "4 0 0")  # a complete reply, though without valid scores
     assert stats["requests"] == sum(server.seen.values()) - 1
-    assert stats["requests"] == failed + sum(judgement.attempts for judgement in judgements)
+    assert stats["requests"] == failed + sum(grade.attempts for grade in grades)
     assert stats["retries"] <= failed
-    share = len(judgements) / seconds / (64 / LATENCY) if LATENCY else None
-    print(f"{len(judgements) / seconds:.1f} stories/s, {share and f'{share:.0%}'} of 64 slots / latency; {stats}")
+    share = len(grades) / seconds / (64 / LATENCY) if LATENCY else None
+    print(f"{len(grades) / seconds:.1f} stories/s, {share and f'{share:.0%}'} of 64 slots / latency; {stats}")
 
 
 # Whole runs of train_interact.py.
@@ -80,7 +80,7 @@ def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted():
 
 @pytest.fixture(scope="module")
 def init(tokenizer, tmp_path_factory) -> str:
-    """A student that knows nothing yet, as a checkpoint."""
+    """A checkpoint of an untrained student."""
     import torch
 
     from tinystory.student.model import Student, StudentConfig
@@ -96,8 +96,8 @@ def arguments(init: str, out: Path, url: str) -> list[str]:
     return ["--init", init, "--out", str(out), "--teacher-url", url, "--teacher-concurrency", "3", *SHORT]
 
 
-def test_a_run_stopped_in_mid_step_pays_for_no_reply_twice_and_ends_the_same(init, tmp_path):
-    """First by Ctrl-C in the second of four steps of six, then by kill -9 in the third."""
+def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(init, tmp_path):
+    """It is stopped by Ctrl-C in the second of four steps of six stories, then by kill -9 in the third."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     answered = alive = 0
 
@@ -109,15 +109,15 @@ def test_a_run_stopped_in_mid_step_pays_for_no_reply_twice_and_ends_the_same(ini
         return honest(story)
 
     def stop_at(replies: int, how: signal.Signals, *argv: str) -> tuple[int, str]:
-        """Exit code and what it printed of a run that gets a signal with so many replies kept and three on their way"""
+        """Signal a run once so many replies are cached and three are in flight; its exit code and output."""
         nonlocal alive
         alive = replies
         command = [sys.executable, str(ROOT / "train_interact.py"), *argv]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        until = threading.Timer(120, process.kill)  # whoever waits for its output must not wait for ever
+        until = threading.Timer(120, process.kill)  # so that the wait for its output ends
         until.start()
         kept = stopped / "replies.jsonl"
-        # The probe's record is a line too.
+        # The probe's record is also a line of the file.
         while not (kept.exists() and kept.read_text().count('"attempt"') == alive and server.in_flight == 3):
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.02)
@@ -149,7 +149,7 @@ def test_a_run_stopped_in_mid_step_pays_for_no_reply_twice_and_ends_the_same(ini
 
 
 def graded_now_and_then(story: str, n: int) -> str:
-    """A teacher that talks about a third of the stories at first, and about some of them only ever talks."""
+    """A teacher that first replies to a third of the stories without scores, and to some of them always."""
     mood = hashlib.sha256(story.encode()).digest()[3] % 9
     return "What a tale" if mood == 0 or (mood < 3 and n == 0) else honest(story)
 
@@ -160,7 +160,7 @@ def replay(init: str, run: Path, out: Path, *more: str) -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--teacher-logprobs"]])
-def test_a_run_is_trained_again_from_its_replies_without_a_server(init, tmp_path, capsys, flags):
+def test_a_run_is_replayed_from_its_replies_without_a_server(init, tmp_path, capsys, flags):
     def script(story, n):
         reply = graded_now_and_then(story, n)
         return weighed(reply, 0.25) if flags else reply
@@ -180,7 +180,7 @@ def test_a_run_is_trained_again_from_its_replies_without_a_server(init, tmp_path
     story = next(story for story in read_stories(tmp_path / "run") if story["scores"])
     assert any(score % 1 == 0.75 for score in story["scores"].values()) == bool(flags)
     capsys.readouterr()
-    # Another seed writes other stories, to which there are no replies: an error, and no guess.
+    # Another seed gives other stories, for which there are no replies: an error, not a guess.
     flags = ["--seed", "1", *flags]
     line = fails(lambda argv: replay(init, tmp_path / "run", tmp_path / "other", *argv), flags, capsys)
     assert "was not graded there" in line and "--replay" in line
@@ -194,11 +194,11 @@ def test_what_cannot_be_replayed(tmp_path):
         Replay(tmp_path)
 
 
-def test_a_story_that_was_given_up_stays_so_whoever_wrote_it_again(tmp_path):
-    """Story 1 was given up; the same words at 2 were graded: a replay tells the two apart."""
+def test_a_story_that_was_given_up_stays_so_even_if_its_words_come_again(tmp_path):
+    """Story 1 was given up, and story 2 with the same words was graded: a replay distinguishes them."""
     script = lambda story, n: "500" if n < client.FAILURES else "1 1 1"  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
-        lost, found = (teacher.judge("Once", ["A cat ran."], index)[0] for index in (1, 2))
+        lost, found = (teacher.grade("Once", ["A cat ran."], index)[0] for index in (1, 2))
     assert lost.scores is None and found.scores is not None
     (tmp_path / "stories.jsonl").write_text(
         '{"step": 1, "index": 1, "story": "A cat ran.", "scores": null}\n'
@@ -213,14 +213,14 @@ def test_a_story_that_was_given_up_stays_so_whoever_wrote_it_again(tmp_path):
         again.submit("Once", "A dog ran.", 4)
 
 
-def test_a_run_by_criteria_of_ones_own_within_a_budget_and_with_no_key_anywhere(init, tmp_path, capsys, monkeypatch):
+def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(init, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     levels = ["no", "a bit", "yes", "very"]
     criteria = [{"name": name, "question": "Is it?", "levels": levels} for name in ("humour", "suspense")]
     criteria[0]["weight"] = 3
     (tmp_path / "prompt.json").write_text(json.dumps({"criteria": criteria}))
 
-    def script(story, n):  # it tells the key wherever it can
+    def script(story, n):  # it echoes the key wherever it can
         return error(500, f"your key {KEY} is fine") if n == 0 and len(story) % 3 == 0 else counted("3 1", 400, 5)
 
     out = tmp_path / "run"

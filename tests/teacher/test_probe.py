@@ -1,4 +1,4 @@
-"""What the probe finds out, and how what it found is kept to."""
+"""What the probe finds out, and how the client uses it."""
 
 import json
 import random
@@ -23,12 +23,12 @@ def test_the_probe_says_what_it_found():
         assert (found.reply, found.scored, found.thinks, found.tokens) == ("2 1 3", True, False, None)
         assert (found.structure, found.held_to, found.seed, found.logprobs) == ("nothing", "nothing", True, False)
         assert Probe.load(found.dump()) == found and Probe.load('{"url": ""}') is Probe.load("no") is None
-        assert len(server.requests) == 1 and len(server.others) == 4  # two structures, a seed twice
+        assert len(server.requests) == 1 and len(server.others) == 4  # two structures, one seed twice
         line = str(found)
         assert line.isprintable() and f"first at {server.url}: scored a story" in line and "obeys no structure" in line
 
 
-def test_the_probe_is_asked_once_for_a_run(tmp_path):
+def test_a_server_is_probed_once_per_run(tmp_path):
     with FaultServer() as server:
         for _ in range(2):
             with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
@@ -40,7 +40,7 @@ def test_the_probe_is_asked_once_for_a_run(tmp_path):
 
 
 def numbers_if_held(asked, *fields):
-    """What vLLM's or llama.cpp's server would say: animals, or what it is held to."""
+    """The reply of vLLM's or llama.cpp's server: animals, or whatever it is constrained to."""
     return "1 0 2" if set(fields) & asked.keys() else "fox, owl, badger"
 
 
@@ -52,7 +52,7 @@ def test_a_server_that_obeys_is_held_to_numbers(field):
     ):
         assert teacher.probe().structure == teacher.probe().held_to == "numbers"
         assert len(server.others) == 3
-        assert teacher.judge("Once", ["A dog ran."], 0)[0].scores
+        assert teacher.grade("Once", ["A dog ran."], 0)[0].scores
         assert server.requests[-1]["structured_outputs"] == {"regex": "[0-3] [0-3] [0-3]"}
         assert server.requests[-1]["grammar"] == 'root ::= [0-3] " " [0-3] " " [0-3]'
 
@@ -76,18 +76,18 @@ def test_json_is_for_models_that_give_no_plain_numbers(plain):
     with Json() as server, Teacher(server.url, max_tokens=6) as teacher:
         found = teacher.probe()
         assert (found.structure, found.held_to, found.scored) == ("json", "nothing" if plain else "json", True)
-        (judgement,) = teacher.judge("Once", ["A dog ran."], 0)
-        assert judgement.score == pytest.approx(2 / 3)
+        (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+        assert grade.score == pytest.approx(2 / 3)
         assert ("response_format" in server.requests[-1]) != plain
         assert server.requests[-1]["max_tokens"] == teacher.max_tokens == (6 if plain else 44)
 
 
-def test_an_option_that_is_accepted_and_ignored_is_not_obeyed():
+def test_an_option_that_is_accepted_and_ignored_is_not_used():
     dice = random.Random(0)
     animals = ["fox", "3 3 3!", "owl", "1, 2 and 3", '{"readability": 3}', "A hare."]
     with FaultServer(other=lambda asked: dice.choice(animals)) as server, Teacher(server.url) as teacher:
         assert teacher.probe().structure == "nothing"
-        teacher.judge("Once", ["A dog ran."], 0)
+        teacher.grade("Once", ["A dog ran."], 0)
         assert not {"response_format", "grammar", "structured_outputs"} & server.requests[-1].keys()
 
 
@@ -121,7 +121,7 @@ def test_what_a_server_refuses_by_name_is_left_out():
         found = teacher.probe()
         assert (found.refused, found.token_cap) == (("seed", "temperature"), "max_completion_tokens")
         assert "no seed" in str(found) and "no temperature" in str(found)
-        assert teacher.judge("Once", ["A dog ran."], 0)[0].error is None
+        assert teacher.grade("Once", ["A dog ran."], 0)[0].error is None
         assert not {"seed", "temperature"} & server.requests[-1].keys()
 
 
@@ -154,7 +154,7 @@ def test_a_model_that_can_be_told_not_to_think_is():
     with Qwen() as server, Teacher(server.url) as teacher:
         found = teacher.probe()
         assert found.thinks and found.quiet and found.scored and "told not to think" in str(found)
-        assert teacher.judge("Once", ["A dog ran."], 0)[0].scores == dict(zip(CRITERIA, (2, 1, 3), strict=True))
+        assert teacher.grade("Once", ["A dog ran."], 0)[0].scores == dict(zip(CRITERIA, (2, 1, 3), strict=True))
 
 
 def test_a_server_that_wants_the_other_token_cap_gets_it():
@@ -168,5 +168,5 @@ def test_a_server_that_wants_the_other_token_cap_gets_it():
 
     with Picky() as server, Teacher(server.url) as teacher:
         assert teacher.probe().token_cap == "max_completion_tokens"
-        assert teacher.judge("Once", ["A dog ran."], 0)[0].error is None
+        assert teacher.grade("Once", ["A dog ran."], 0)[0].error is None
         assert all(request["max_completion_tokens"] == 16 for request in server.requests)

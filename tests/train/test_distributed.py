@@ -1,4 +1,4 @@
-"""Two processes under torchrun do what one does, but for the order of sums."""
+"""Two processes under torchrun compute what one does, up to the order of sums."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def assert_alike(a, b) -> None:
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(place, tmp_path):
-    """Rows and stories that do not divide evenly, minibatches, a story without a score: both loops whole."""
+    """Both complete loops, with rows and stories that do not divide evenly, minibatches and a story without a score."""
     reading = ["--corpus", str(place / "corpus.txt"), *SMALL, "--dtype", "float32", "--words", "1500"]
     reading += ["--batch-size", "5", "--micro-batch-size", "2", "--learning-rate", "1e-3"]
     writing = [*SHORT, "--reward", f"{place / 'reward.py'}:some", "--max-unscored", "0.5", "--minibatch-size", "3"]
@@ -51,7 +51,7 @@ def test_two_processes_do_what_one_does(place, tmp_path):
 
     def both(name: str) -> list[str]:
         p, i = tmp_path / name / "p", tmp_path / name / "i"
-        start = ["--init", str(tmp_path / "one" / "p")]  # the very same weights
+        start = ["--init", str(tmp_path / "one" / "p")]  # the same weights
         return [*reading, "--out", str(p)], [*writing, *start, "--out", str(i)]
 
     for command, argv in zip((pretrain, interact), both("one"), strict=True):
@@ -65,7 +65,7 @@ def test_two_processes_do_what_one_does(place, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("parameters") == 1  # one of them speaks
+    assert done.stdout.count("parameters") == 1  # only rank 0 prints
     for part in ("p", "i"):
         assert_alike(tmp_path / "one" / part, tmp_path / "two" / part)
     one, two = (
@@ -73,36 +73,36 @@ def test_two_processes_do_what_one_does(place, tmp_path):
         for name in ("one", "two")
     )
     assert [s["index"] for s in one] == [s["index"] for s in two] == list(range(14))
-    assert [s["story"] for s in one[:7]] == [s["story"] for s in two[:7]]  # the first step's, to the letter
+    assert [s["story"] for s in one[:7]] == [s["story"] for s in two[:7]]  # those of the first step are identical
 
 
 def collectives(rank: int, folder: str) -> None:
-    """One of two processes; its exit code is the verdict."""
+    """Runs in each of two processes; a failed assertion sets the exit code."""
     distributed.dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     distributed.BUCKET = 8  # several buckets
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 2), (7,), (2,), (5, 5))]
     for i, p in enumerate(parameters):
         if rank == 0 or i != 2:  # a process without rows has no gradient
             p.grad = torch.full_like(p, float(10 * i + rank + 1))
-    distributed.sum_gradients(parameters)
+    distributed.all_reduce_gradients(parameters)
     assert [float(p.grad.mean()) for p in parameters] == [3.0, 23.0, 21.0, 63.0]
     assert all(p.grad.min() == p.grad.max() and p.grad.shape == p.shape for p in parameters)
 
     weights = torch.full((4,), float(rank))
-    distributed.copy_from_first([weights])
+    distributed.broadcast_from_rank0([weights])
     assert not weights.any()
-    assert distributed.gather([f"{rank}{i}" for i in range(1 + rank)]) == ["00", "10", "11"]
-    assert distributed.largest(rank == 1) and distributed.largest(0.25 * rank) == 0.25
-    assert distributed.from_first(lambda: distributed.rank() + 7) == 7
+    assert distributed.all_gather_list([f"{rank}{i}" for i in range(1 + rank)]) == ["00", "10", "11"]
+    assert distributed.all_reduce_max(rank == 1) and distributed.all_reduce_max(0.25 * rank) == 0.25
+    assert distributed.rank0_value(lambda: distributed.rank() + 7) == 7
     with pytest.raises(UserError, match="the key is bad"):
-        distributed.from_first(refused)
-    assert distributed.together(lambda: rank) == rank
+        distributed.rank0_value(refused)
+    assert distributed.rank0_first(lambda: rank) == rank
     with pytest.raises(UserError, match="the key is bad"):
-        distributed.together(refused)
+        distributed.rank0_first(refused)
 
 
 def refused():
-    assert distributed.is_first(), "the first process alone asks"
+    assert distributed.is_rank0(), "rank 0 alone asks"
     raise UserError("the key is bad")
 
 
@@ -116,11 +116,12 @@ def test_collectives_of_two_processes(tmp_path):
     assert [process.exitcode for process in processes] == [0, 0]
 
 
-def test_alone_everything_is_as_it_was():
+def test_with_one_process_everything_is_a_no_op():
     x = torch.arange(5.0)
-    assert distributed.share([1, 2, 3]) == [1, 2, 3] and distributed.block(7) == range(7)
-    assert distributed.sum_(x) is x and distributed.largest(0.5) == 0.5 and distributed.gather([1]) == [1]
-    assert distributed.from_first(lambda: 3) == 3 and distributed.is_first()
+    assert distributed.shard_strided([1, 2, 3]) == [1, 2, 3] and distributed.shard_contiguous(7) == range(7)
+    assert distributed.all_reduce_sum(x) is x and distributed.all_reduce_max(0.5) == 0.5
+    assert distributed.all_gather_list([1]) == [1]
+    assert distributed.rank0_value(lambda: 3) == 3 and distributed.is_rank0()
 
 
 @pytest.mark.parametrize("processes,device", [(3, "auto"), (2, "cuda:1")])
@@ -133,12 +134,12 @@ def test_processes_need_a_gpu_each(monkeypatch, processes, device):
         distributed.start(device)
 
 
-def test_shares_are_all_rows_once(monkeypatch):
-    monkeypatch.setattr(distributed, "world", lambda: 3)
+def test_shards_cover_all_rows_once(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     shares, blocks = [], []
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(distributed.share(list(range(8))))
-        blocks += [*distributed.block(8)]
+        shares.append(distributed.shard_strided(list(range(8))))
+        blocks += [*distributed.shard_contiguous(8)]
     assert sorted(row for rows in shares for row in rows) == blocks == list(range(8))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

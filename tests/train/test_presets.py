@@ -12,7 +12,7 @@ from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig,
 from tinystory.errors import UserError
 from tinystory.student import checkpoint
 
-# arXiv 2509.15714 and its code, setting by setting.
+# The settings of arXiv 2509.15714 and its code.
 PAPER_PRETRAIN = dict(
     n_layer=12, n_head=12, n_embd=768, context=512, dropout=0.1, vocab_size=16_000, corpus=["babylm-100m"],
     val_fraction=0.1, words=11 * 90_000_000, beta1=0.9, beta2=0.999, weight_decay=0.0, learning_rate=5e-4,
@@ -82,7 +82,7 @@ def test_a_track_counts_the_corpus_once_and_all_interaction():
         babylm.check_reading(100_000_001, 1)
     with pytest.raises(UserError, match="--words 900000000 or fewer"):
         babylm.check_interaction(facts | dict(words=900_000_001), 1, 1)
-    with pytest.raises(UserError, match="--words 999 or fewer"):  # the last step, of up to a word a token, must fit too
+    with pytest.raises(UserError, match="--words 999 or fewer"):  # the last step, of up to a word per token, must fit
         babylm.check_reading(100, 1000, last_step=1)
     with pytest.raises(UserError, match="does not say"):
         babylm.check_interaction(dict(words=1), 1, 1)

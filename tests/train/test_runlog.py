@@ -1,4 +1,4 @@
-"""The run's folder: what a kill, a full disk, a second run or a strange value may do to it."""
+"""The run's folder after a kill, on a full disk, with a second run and with unusual values."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def test_what_is_written_is_read(tmp_path):
     assert read_metrics(tmp_path / "nowhere") == [] and list(read_stories(tmp_path / "nowhere")) == []
 
 
-def test_config_names_what_a_reader_needs_to_run_it_again(tmp_path):
+def test_config_records_what_is_needed_to_repeat_the_run(tmp_path):
     with RunLog(tmp_path, resume_step=None) as log:
         log.config({"out": tmp_path, "teacher_url": "https://me:secret@host/v1", "device": "cpu"})
     config = read_config(tmp_path)
@@ -53,7 +53,7 @@ def test_a_new_run_never_writes_over_an_old_one(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_folder_with_other_things_in_it_is_welcome(tmp_path):
+def test_a_folder_with_other_files_in_it_is_accepted(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     a_run(tmp_path, 1)
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -73,14 +73,14 @@ def test_resume_cuts_back_to_the_checkpoint_and_goes_on_as_if_never_stopped(tmp_
     config = read_config(tmp_path / "killed")
     assert config["started"] == started and [each["step"] for each in config["resumed"]] == [2]
 
-    """Cut the file after each of its bytes: readers and a resumed run see exactly the records that were whole."""
+    """Cut the file after each byte: readers and a resumed run see exactly the complete records."""
     a_run(tmp_path, 3)
     path = tmp_path / "stories.jsonl"
     whole = path.read_bytes()
     ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
     for cut in range(0, len(whole), 7):
         path.write_bytes(whole[:cut])
-        # A record whose newline alone is missing is whole.
+        # A record that lacks only its newline is complete.
         expected = sum(end <= cut for end in ends)
         assert len(list(read_stories(tmp_path))) == expected
         RunLog(tmp_path, resume_step=3).close()
@@ -172,8 +172,8 @@ def test_atomic_file_leaves_the_old_content_when_its_writer_fails(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-def test_whoever_reads_while_a_file_is_rewritten_sees_one_whole_version(tmp_path):
-    """A process rewrites a file for ever and is killed in the midst of it: at every moment the file parses."""
+def test_a_reader_of_a_file_being_rewritten_sees_one_complete_version(tmp_path):
+    """A process rewrites a file in a loop and is killed in the middle: the file parses at any moment."""
     program = """
 import sys
 from pathlib import Path

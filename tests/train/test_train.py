@@ -1,4 +1,4 @@
-"""The two commands as a user runs them: whole runs, stopped and resumed ones, and every mistake a user can make."""
+"""The two train commands as a user runs them: complete, stopped and resumed runs, and users' mistakes."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ def interrupted_at(module, step: int):
 
 
 def test_a_short_validation_reads_from_all_of_the_file():
-    """Of a corpus of several files, the first sequences alone would all be of the first."""
+    """In a corpus of several files, the first sequences would all come from the first file."""
     torch.manual_seed(0)
     student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=32, context=8, vocab_size=64))
     tokens = torch.randint(64, (4 * 8 + 1,)).numpy()
@@ -84,7 +84,7 @@ def test_pretraining_resumes_to_the_same_bits(place, tmp_path, dropout):
     assert plain[0] == plain[1]
 
 
-def test_micro_batches_change_nothing_but_memory(place, tmp_path):
+def test_micro_batches_change_only_memory(place, tmp_path):
     argv = ["--corpus", str(place / "corpus.txt"), "--words", "1000", "--dtype", "float32", *SMALL]
     pretrain.main([*argv, "--out", str(tmp_path / "a")])
     pretrain.main([*argv, "--micro-batch-size", "3", "--out", str(tmp_path / "b")])
@@ -200,7 +200,7 @@ def test_resuming_a_changed_corpus_is_refused(place, tmp_path, capsys):
 
 
 def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
-    """Over HTTP, with the server started by itself on the student's own corpus."""
+    """Over HTTP; the run starts the server on the student's own corpus."""
     interact.main(["--init", str(checkpoint.newest(place / "p")), "--out", str(tmp_path / "i"), *SHORT, "--steps", "1"])
     record = metrics(tmp_path / "i")[0]
     stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]

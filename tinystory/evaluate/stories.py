@@ -1,4 +1,4 @@
-"""What a student's stories are like: how a teacher scores them, how varied they are, what they copy, how they end."""
+"""Measures of a student's stories: the teacher's scores, diversity, copying from the corpus, length and endings."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ from tinystory.evaluate.intervals import bootstrap, wilson
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student
 
-Grade = Callable[[str, Sequence[str]], Sequence[dict[str, float] | None]]
+GradeStories = Callable[[str, Sequence[str]], Sequence[dict[str, float] | None]]
 
 OPENINGS = (
     "Once upon a time, in a faraway land,",
@@ -30,8 +30,8 @@ OPENINGS = (
 
 
 def distinct_ngrams(texts: list[str], n: int = 4) -> float | None:
-    """Different word n-grams of all texts together over all their n-grams (Li et al. 2016, arXiv 1510.03055): towards 0
-    when the texts are one and the same. None where there are no n-grams."""
+    """Distinct word n-grams of all texts together over the number of their n-grams (Li et al. 2016, arXiv 1510.03055):
+    close to 0 if all texts are the same. None if there are no n-grams."""
     grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
@@ -44,21 +44,21 @@ def story_measures(
     n_stories: int,
     max_new_tokens: int,
     seed: int,
-    grade: Grade | None = None,
+    grade: GradeStories | None = None,
     corpus: Corpus | None = None,
 ) -> dict[str, Any]:
-    """Measures of `n_stories` sampled stories, as many of each opening, give or take one; the same draws each time.
+    """Measures of `n_stories` sampled stories, spread evenly over the openings; the same seed gives the same draws.
 
-    grade(opening, stories) gives each story's scores by criterion, 0..3 each, or None for no score.
+    grade(opening, stories) returns each story's scores per criterion, 0..3 each, or None for no score.
 
-    Returns, over all stories: length_mean (words), ended_eos_share, entropy_per_word (nats, of the distributions drawn
-    from, summed over the tokens and divided by the words), distinct_1..distinct_4 (different word n-grams over all of
-    them), self_bleu (see there; None for one story alone). With `grade`: score_mean, the criteria's sum, with its
-    interval score_ci (bootstrap over stories), NAME_mean of each criterion, and unscored. With `corpus`: copied_share,
-    the words of the longest phrase shared with it over the story's words, and copied_longest, the most words of any.
-    The intervals that are not named above are ended_eos_ci (Wilson) and length_ci.
+    Returns, over all stories: length_mean (words) with length_ci; ended_eos_share with ended_eos_ci (Wilson);
+    entropy_per_word (nats: entropies of the sampling distributions, summed over tokens, per word); distinct_1 to
+    distinct_4 (distinct word n-grams over all of them); self_bleu (None for a single story). With `grade`: score_mean,
+    the sum of the criteria's scores, with score_ci; NAME_mean of each criterion; unscored. With `corpus`: copied_share,
+    the words of the longest phrase shared with it over the story's words, and copied_longest, the longest such phrase
+    in words. The other intervals are bootstrapped over stories.
     """
-    told: list[tuple[str, Story]] = []
+    told: list[tuple[str, Story]] = []  # (opening, story)
     for i, opening in enumerate(openings):
         count = n_stories // len(openings) + (i < n_stories % len(openings))
         stories = generate(
@@ -89,7 +89,7 @@ def story_measures(
     return measures
 
 
-def _scores(openings: Sequence[str], told: Sequence[tuple[str, Story]], grade: Grade) -> dict[str, Any]:
+def _scores(openings: Sequence[str], told: Sequence[tuple[str, Story]], grade: GradeStories) -> dict[str, Any]:
     scored: list[dict[str, float]] = []
     for opening in openings:
         texts = [story.text for of, story in told if of == opening]
@@ -106,11 +106,11 @@ def _scores(openings: Sequence[str], told: Sequence[tuple[str, Story]], grade: G
 
 
 def self_bleu(texts: Sequence[str], most: int = 4) -> float | None:
-    """Mean BLEU of each text against all others (Zhu et al. 2018, arXiv 1802.01886): 1 where they are one and the same.
+    """Mean BLEU of each text against all others (Zhu et al. 2018, arXiv 1802.01886): 1 if all texts are the same.
 
-    Word n-grams of one to `most`, with equal weights; a count of no match is taken as 0.1 (smoothing 1 of Chen and
-    Cherry 2014); the reference length is the others' nearest. Texts of fewer than `most` words are left out; None where
-    fewer than two remain.
+    Word n-grams of orders 1 to `most`, with equal weights; zero matches count as 0.1 (smoothing 1 of Chen and Cherry
+    2014); the reference length is the closest one among the others. Texts of fewer than `most` words are left out; None
+    if fewer than two remain.
     """
     words = [text.split() for text in texts if len(text.split()) >= most]
     if len(words) < 2:
@@ -118,8 +118,8 @@ def self_bleu(texts: Sequence[str], most: int = 4) -> float | None:
     logs = np.zeros(len(words))
     for n in range(1, most + 1):
         counts = [Counter(tuple(w[i : i + n]) for i in range(len(w) - n + 1)) for w in words]
-        first: dict[tuple, tuple[int, int]] = {}  # of each n-gram: the highest count in a text, and which text
-        second: dict[tuple, int] = {}  # and the highest in any other
+        first: dict[tuple, tuple[int, int]] = {}  # per n-gram: its highest count in one text, and which text
+        second: dict[tuple, int] = {}  # per n-gram: its highest count in any other text
         for index, each in enumerate(counts):
             for gram, count in each.items():
                 highest, _ = first.get(gram, (0, -1))
@@ -135,25 +135,25 @@ def self_bleu(texts: Sequence[str], most: int = 4) -> float | None:
     lengths = np.array([len(w) for w in words])
     for index, length in enumerate(lengths):
         others = np.delete(lengths, index)
-        nearest = others[np.lexsort((others, np.abs(others - length)))[0]]  # of two as near, the shorter
+        nearest = others[np.lexsort((others, np.abs(others - length)))[0]]  # the shorter of two equally close ones
         logs[index] += min(0.0, 1 - nearest / length)
     return float(np.exp(logs).mean())
 
 
 def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
-    """Of each text, the words of the longest phrase that stands in a document of the corpus. Words are what whitespace
-    separates, as spelled; phrases are compared by 64-bit hashes of their words."""
+    """Per text, the length in words of its longest phrase that also occurs in a document of the corpus. Words are
+    separated by whitespace and compared as spelled; phrases are compared by 64-bit hashes of their words."""
     vocabulary, stream = _words(corpus.fingerprint(), corpus)
     rows = [np.array([vocabulary.get(word, 0) for word in text.split()], dtype=np.int64) for text in texts]
-    ours = np.concatenate([np.append(row, -1) for row in rows])  # -1, as the corpus's 0, is a word of neither
+    ours = np.concatenate([np.append(row, -1) for row in rows])  # -1 here, and 0 in the corpus, match nothing
     owner = np.repeat(np.arange(len(rows)), [len(row) + 1 for row in rows])
     keys = np.random.default_rng(0).integers(1, 2**63, len(vocabulary) + 2, dtype=np.uint64)
     ours_at, theirs_at = np.flatnonzero(ours > 0), np.flatnonzero(stream)
     ours_hash, theirs_hash = keys[ours[ours_at]], keys[stream[theirs_at]]
     longest, length = np.zeros(len(rows), dtype=int), 1
     while len(ours_at):
-        # A phrase can only go on where it began, so few places of the corpus are left soon. They are sieved by 22 bits
-        # of their hashes: those that pass by chance are no harm, and a sort of the whole corpus would take seconds.
+        # A phrase can only grow where a shorter one matched, so few positions in the corpus remain soon. They are
+        # filtered by 22 bits of their hashes: false positives do no harm, and sorting the whole corpus takes seconds.
         sieve = np.zeros(2**22, dtype=bool)
         sieve[ours_hash >> np.uint64(42)] = True
         kept = sieve[theirs_hash >> np.uint64(42)]
@@ -168,17 +168,17 @@ def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
 
 
 def _longer(words: np.ndarray, at: np.ndarray, hashed: np.ndarray, length: int, keys: np.ndarray):
-    """The phrases of `length` words at these places, one word longer where that word is there."""
+    """The phrases of `length` words at these positions, extended by one word where the text goes on."""
     kept = at + length < len(words)
     at, hashed = at[kept], hashed[kept]
-    following = words[at + length]
-    kept = following > 0
-    return at[kept], hashed[kept] * np.uint64(6364136223846793005) + keys[following[kept]]
+    next_word = words[at + length]
+    kept = next_word > 0
+    return at[kept], hashed[kept] * np.uint64(6364136223846793005) + keys[next_word[kept]]
 
 
 @functools.lru_cache(maxsize=1)
 def _words(fingerprint: str, corpus: Corpus) -> tuple[dict[str, int], np.ndarray]:
-    """Ids of a corpus's words, from 1, and its documents as ids, 0 after each: (n,) int32."""
+    """The ids of a corpus's words, from 1 on, and its documents as ids, each followed by 0: (n,) int32."""
     vocabulary: dict[str, int] = {}
     documents = []
     for document in corpus.documents():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tinystory.errors import UserError
-from tinystory.ops import autograd, build, nvcc, reference
+from tinystory.ops import autograd, build, cuda, reference
 
 __all__ = [
     "causal_attention",
@@ -159,8 +159,8 @@ def compiled(name: str, device: str) -> bool:
 def choose(name: str, device: str) -> bool:
     if not load():
         return False
-    if device == "cuda" and (why := nvcc.why_not()):
-        raise UserError(why)
+    if device == "cuda":
+        cuda.load()
     key = torch._C._dispatch_key_for_device(device)
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"tinystory::{name}", key):
         return True

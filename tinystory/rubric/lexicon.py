@@ -1,6 +1,6 @@
-"""What a corpus teaches about its words: which are known, which name things, act, refer, begin or end a story.
+"""Word statistics of a corpus: known words, names, nouns, verbs, pronouns, and where in a story words occur.
 
-Nothing here is a parser. Each class is a count over a million words, and is used only in sums over a whole story.
+Nothing here is a parser. Each class comes from counts over a million words, and is used only in sums over a story.
 """
 
 from array import array
@@ -27,12 +27,12 @@ FUNCTION = frozenset(
 )
 VERBS = words_of("is was are were am be had has have did do does will would can could should must may might said says")
 ENDINGS = ("ing", "ed", "ly", "s")
-CONTEXTS = 5  # how a thing is brought in: bare, "a", "the", a possessive, "named"
+CONTEXTS = 5  # the word that introduces a thing: none, "a", "the", a possessive, "named"
 
 
 class Lexicon:
-    """Word list and word classes of documents, given as tokens. UNKNOWN and BOUNDARY are ids 0 and 1. Of the arrays,
-    `ids` (T,) is the text, `spelled` (T,) the same as indices into `spellings`; all others have a row for each id."""
+    """Word list and word classes of documents, given as tokens. UNKNOWN and BOUNDARY are ids 0 and 1. `ids`, (T,), is
+    the text and `spelled`, (T,), the same as indices into `spellings`; all other arrays have one row per id."""
 
     def __init__(self, documents: Iterable[list[str]]):
         raw = defaultdict()
@@ -46,7 +46,7 @@ class Lexicon:
         count = defaultdict(int)
         for spelling, seen in zip(self.spellings[1:], spelling_count[1:].tolist(), strict=True):
             count[_folded(spelling)] += seen
-        rare = 2 if len(self.spelled) > 200_000 else 1  # seen once in a large corpus: as often a slip as a word
+        rare = 2 if len(self.spelled) > 200_000 else 1  # a word seen once in a large corpus is as often a slip
         words = sorted((word for word, seen in count.items() if seen >= rare), key=count.__getitem__, reverse=True)
         self.words = ["<unknown>", "<boundary>", *words]
         self.index = {word: id for id, word in enumerate(self.words)}
@@ -63,7 +63,7 @@ class Lexicon:
         return np.array([index.get(_folded(token), UNKNOWN) for token in spelled], dtype=np.int64)
 
     def members(self, words: Iterable[str]) -> np.ndarray:
-        """(V,) bool: which ids are among these words."""
+        """(V,) bool: the ids of these words."""
         flags = np.zeros(len(self), bool)
         flags[[self.index[word] for word in words if word in self.index]] = True
         return flags
@@ -79,8 +79,8 @@ class Lexicon:
         def share(where: np.ndarray) -> np.ndarray:
             return np.bincount(ids[where], minlength=size) / total
 
-        # A name has a capital where no sentence begins; a verb follows he, she, they; a noun follows a determiner
-        # and is itself followed by something that is not another noun.
+        # A name has a capital within sentences; a verb follows he, she, they; a noun follows a determiner and is not
+        # followed by another noun.
         inside = letters[before] | (before == self.index.get(",", BOUNDARY))
         middle = np.maximum(np.bincount(ids[inside], minlength=size), 1)
         capitals = np.bincount(ids[inside & capital], minlength=size) / middle
@@ -102,7 +102,7 @@ class Lexicon:
         patterns = np.where(self.content, size + np.where(self.name, 0, classes), np.arange(size))
         self.pattern = np.unique(patterns, return_inverse=True)[1]  # UNKNOWN and BOUNDARY stay 0 and 1
 
-        # Which of he, she, it, they comes next after a thing: (V, 4) shares.
+        # Which of he, she, it, they comes next after a thing: (V, 4), smoothed probabilities.
         self.pronoun = np.full(size, -1)
         for words in PRONOUNS:
             for which, word in enumerate(words):
@@ -110,15 +110,15 @@ class Lexicon:
                     self.pronoun[self.index[word]] = which
         at = np.flatnonzero(self.pronoun[ids] >= 0)
         things = np.flatnonzero(self.entity[ids])
-        following = np.searchsorted(at, things)
-        things, following = things[following < len(at)], at[following[following < len(at)]]
-        near = following - things < 20
-        pairs = ids[things[near]] * 4 + self.pronoun[ids[following[near]]]
+        pronouns = np.searchsorted(at, things)
+        things, pronouns = things[pronouns < len(at)], at[pronouns[pronouns < len(at)]]
+        close = pronouns - things < 20
+        pairs = ids[things[close]] * 4 + self.pronoun[ids[pronouns[close]]]
         self.referred = np.bincount(pairs, minlength=4 * size).reshape(size, 4).astype(float)
         usual = self.referred.sum(0) / max(self.referred.sum(), 1)
         self.referred = (self.referred + 4 * usual) / (self.referred.sum(1, keepdims=True) + 4)
 
-        # Where in a story two words stand, pulled to the middle where they are rare.
+        # Where in a story a pair of words occurs, shrunk towards the middle if it is rare.
         starts = np.flatnonzero(ids == BOUNDARY)
         lengths = np.diff(starts, append=len(ids))
         relative = (np.arange(len(ids)) - np.repeat(starts, lengths)) / np.repeat(lengths, lengths)
@@ -126,7 +126,7 @@ class Lexicon:
         place = np.bincount(which, weights=relative[:-1] - 0.5) / (count + 20)
         self._place_keys, self._place = keys[count > 4], place[count > 4]
 
-        # How a thing is brought in when it is new and when it is known: log p(context | word, new or known).
+        # How a thing is introduced when it is new and when it is known: log p(context | word, new or known).
         self._kinds = np.zeros(size, np.int64)
         for kind, words in enumerate((("a", "an"), ("the",), POSSESSIVES, ("named", "called")), start=1):
             self._kinds[self.members(words)] = kind
@@ -144,14 +144,14 @@ class Lexicon:
         self.brought_in = np.log(table)
 
     def place(self, ids: np.ndarray) -> np.ndarray:
-        """(T,) ids -> (T - 1,) where in a story each pair of tokens usually stands: -0.5 its beginning, 0.5 its end."""
+        """(T,) ids -> (T - 1,) where in a story each pair of tokens usually occurs: -0.5 its beginning, 0.5 its end."""
         if len(ids) < 2 or not len(self._place_keys):
             return np.zeros(max(0, len(ids) - 1))
         at, there = find(self._place_keys, hashes(ids, 2))
         return np.where(there, self._place[at], 0.0)
 
     def contexts(self, ids: np.ndarray) -> np.ndarray:
-        """(T,) ids -> (T,) how each token is brought in, looking back over at most two adjectives."""
+        """(T,) ids -> (T,) the context that introduces each token, looking back over at most two adjectives."""
         kind = np.zeros(len(ids), np.int64)
         open_ = np.ones(len(ids), bool)
         for back in (1, 2, 3):
@@ -165,5 +165,5 @@ class Lexicon:
 
 
 def _folded(spelling: str) -> str:
-    """Lower case; of several end marks the first: "?!" is "?"."""
+    """Lower case; several end marks become the first of them: "?!" is "?"."""
     return spelling[0] if spelling[0] in ".!?" and spelling != "..." else spelling.lower()

@@ -1,13 +1,13 @@
-"""An interpolated n-gram model in sorted numpy arrays: a million words build in seconds and look up in microseconds."""
+"""An interpolated n-gram model in sorted numpy arrays: built from a million words in seconds, queried in microseconds."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-UNKNOWN, BOUNDARY = 0, 1  # token ids: a word that is not in the list; what stands between two documents
+UNKNOWN, BOUNDARY = 0, 1  # token ids: a word that is not in the list; the separator of documents
 ORDER = 5
 DISCOUNT = 0.75
-JAR = 0.1  # observed against expected: below this, words jar (see NgramModel.read)
+JAR = 0.1  # ratio of observed to expected count below which a word jars (see NgramModel.read)
 
 
 def hashes(ids: np.ndarray, n: int) -> np.ndarray:
@@ -21,14 +21,14 @@ def hashes(ids: np.ndarray, n: int) -> np.ndarray:
 
 
 def find(table: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each key stands in the sorted table, and whether it is there at all."""
+    """The position of each key in the sorted table, and whether it is there."""
     at = np.minimum(np.searchsorted(table, keys), len(table) - 1)
     return at, table[at] == keys
 
 
 def distinct(hashed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The different hashes, sorted; for each, one place where it stands; and how often it occurs. (numpy's unique does
-    the same with a stable sort, several times slower.)"""
+    """The distinct hashes, sorted; the index of one occurrence of each; and their counts. (numpy's unique does the same
+    with a stable sort, several times slower.)"""
     order = np.argsort(hashed)
     ranked = hashed[order]
     starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
@@ -62,11 +62,11 @@ class NgramModel:
             self._orders.append(_Order(keys, count.astype(np.float32), probability.astype(np.float32)))
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(T,) ids, standing at the beginning of a document -> (ORDER, T) natural-log probabilities, where row n is
-        given the n tokens before; and (T,) bool: the token jars.
+        """(T,) ids from the beginning of a document -> (ORDER, T) natural-log probabilities, in row n given the n
+        tokens before; and (T,) bool, whether the token jars.
 
-        A token jars where it ends a pair, triple or quadruple that is not in the corpus, or hardly, though its two
-        overlapping halves are so common there that they should have met: observed + 0.5 < JAR * (expected + 0.5).
+        A token jars if it ends a pair, triple or quadruple that the corpus does not have, or hardly has, though the two
+        overlapping parts are common enough to expect it: observed + 0.5 < JAR * (expected + 0.5).
         """
         padded = np.concatenate([np.full(ORDER - 1, BOUNDARY), ids])
         probability, left_over = self._unigram[padded], None
@@ -89,8 +89,8 @@ class NgramModel:
 
 @dataclass
 class _Order:
-    """The n-grams of one length, sorted by hash: how often each occurs, its probability, and as a context of the next
-    order the share of probability that is left over for what never followed it."""
+    """The n-grams of one length, sorted by hash: the count and probability of each and, as a context of the next order,
+    the probability mass left over for tokens that never followed it."""
 
     keys: np.ndarray
     count: np.ndarray
@@ -99,14 +99,14 @@ class _Order:
 
 
 class Phrases:
-    """The set of all n-grams of a text, by hash: tells which tokens of another text are copied from it."""
+    """The set of all n-grams of a text, by hash, to find which tokens of another text are copied from it."""
 
     def __init__(self, ids: np.ndarray, n: int):
         self.n = n
         self._keys = np.sort(hashes(ids, n))
 
     def copied(self, ids: np.ndarray) -> float:
-        """Share of the tokens that lie in an n-gram of the text."""
+        """The share of the tokens that are part of an n-gram of the text."""
         if len(ids) < self.n:
             return 0.0
         _, there = find(self._keys, hashes(ids, self.n))
@@ -115,8 +115,8 @@ class Phrases:
 
 
 def babble(ids: np.ndarray, boundary: int, length: int, count: int, context: int = 2) -> list[np.ndarray]:
-    """`count` texts of about `length` ids each, every token drawn among those that followed the same `context` tokens
-    in `ids` (documents separated by `boundary`): an exact, unsmoothed n-gram sampler, the weakest of writers."""
+    """`count` texts of about `length` ids from an unsmoothed n-gram sampler: each token is drawn among those that
+    followed the same `context` tokens in `ids` (documents separated by `boundary`)."""
     hashed = hashes(ids[:-1], context)
     order = np.argsort(hashed, kind="stable")
     ranked = hashed[order]
@@ -130,9 +130,9 @@ def babble(ids: np.ndarray, boundary: int, length: int, count: int, context: int
             low, high = np.searchsorted(ranked, key, "left"), np.searchsorted(ranked, key, "right")
             if high == low:
                 break
-            following = int(ids[order[rng.integers(low, high)] + context])
-            if following == boundary:
+            drawn = int(ids[order[rng.integers(low, high)] + context])
+            if drawn == boundary:
                 break
-            text.append(following)
+            text.append(drawn)
         texts.append(np.array(text[1:]))
     return texts

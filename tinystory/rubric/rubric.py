@@ -1,38 +1,39 @@
-"""The built-in teacher's rubric: readability, coherence and creativity measured on the text, with no neural net.
+"""The built-in teacher's rubric: readability, coherence and creativity measured on the text, without a neural network.
 
-It is a stand-in for a language model that judges, so that everything runs where there is none. Each criterion is made
-of parts between 0 and 1, and its score is three times the criterion, rounded to a whole number:
+It stands in for a language model as judge, so that everything runs where there is none. Each criterion is a formula of
+parts between 0 and 1, and its score is three times the criterion, rounded to an integer:
 
     readability = known * formed * clean * the geometric mean of fluent, grammatical, smooth and 0.1 + 0.9 reach,
                   for 25 fresh words or more
         known       share of tokens in the corpus's word list
-        formed      share of words in sentences with a capital, an end, a verb and no more than 30 words
+        formed      share of words in sentences with a capital, an end mark, a verb and at most 30 words
         clean       few slips: a/an, "they was", doubled words, odd capitals, stray or unclosed quotation marks
-        fluent      how probable each sentence is under a 5-gram model of the corpus
-        grammatical the same, of its pattern: function words, and for all others only their class and ending
-        smooth      few words that jar: that never follow the one, two or three before them, though all are common
-        reach       whether words fit the four before them better than the two before them foretell
+        fluent      probability of each sentence under a 5-gram model of the corpus
+        grammatical the same for its pattern: function words, and only class and ending of all other words
+        smooth      few words that jar: never seen after the one, two or three before them, though all are common
+        reach       whether words are likelier given the four words before them than given two
     coherence = (0.25 focus + 0.15 introduced + 0.15 referred + 0.2 order + 0.15 joined + 0.1 shape) * unlooped,
                 as far as readable, for 40 fresh words or more
-        focus       share of mentions that are of a thing or person mentioned more than once
-        introduced  "a dog", "named Tim" for the new and "the dog", "Tim" for the known
+        focus       share of mentions whose thing or person is mentioned more than once
+        introduced  "a dog", "named Tim" at the first mention and "the dog", "Tim" later
         referred    he, she, it, they fit one of the last five things named
-        order       sentences stand in the order in which their words usually come in a story
-        joined      sentences begin as they would after the end of the one before
-        shape       a trouble, an end, and an end that sounds like one
-        unlooped    few phrases that came before (names and pronouns count as the same word, so do sentence patterns)
+        order       sentences are in the order in which their words usually come in a story
+        joined      sentences begin as sentences do after the one before
+        shape       a problem, an end mark, and a last sentence that sounds like an ending
+        unlooped    few repeated phrases (names and pronouns count as the same word, so do sentence patterns)
     creativity = (0.4 varied + 0.4 rare + 0.2 rhythm) * (1 + 2 uncopied) / 3 * unlooped,
                  as far as readable and coherent, for 45 fresh words or more
-        varied      different words, corrected for length
-        rare        content words that are not the commonest ones
+        varied      distinct words, corrected for length
+        rare        content words other than the commonest ones
         rhythm      sentences are not all tiny and do not all begin alike
         uncopied    share of the story outside long phrases of the corpus
 
-What a part should reach is learned: 1 is what most unseen stories of the corpus have, 0 what the same words have in
-random order (fluent, grammatical, smooth), or the same sentences, or a writer who knows only which word follows which
-two (whichever is less: reach and the thread). So the teacher should know the corpus that the student reads. A word is
-fresh where it is not in a phrase that came before, in the story or in its opening: padding, echo and loops earn
-nothing. No end mark or fewer than three words is less than a sentence: 0 0 0.
+The scale of a part is learned from held-out stories of the corpus: most of them reach 1. The same words in random order
+set 0 for fluent, grammatical and smooth. For reach and the parts of coherence, 0 is set by a sampler that knows only
+which word follows which two or, if that is lower, by the same sentences in random order. So the teacher should know the
+corpus that the student reads. A word is fresh if it is not part of a phrase that came before, in the story or in its
+opening: padding, echoes and loops earn nothing. A text without an end mark or with fewer than three words is less than
+a sentence: 0 0 0.
 """
 
 from collections.abc import Iterable, Iterator
@@ -45,12 +46,12 @@ from tinystory.rubric.ngram import ORDER, UNKNOWN, NgramModel, Phrases, babble, 
 from tinystory.rubric.surface import CLOSE, formed, sentences, slips, tokens, words_of
 from tinystory.teacher.prompt import CRITERIA
 
-MOST_TOKENS = 1_700_000  # of the corpus are read: about 1.5 M words and their stops
+MOST_TOKENS = 1_700_000  # read from the corpus: about 1.5 M words and their punctuation
 LEAST_TOKENS = 200
-PASSAGE = 600  # tokens; a longer document is read as several stories
-LONGEST = 1000  # tokens of a story are looked at; the writer has room for about a hundred
-EXCERPT = 90  # tokens of a story that the rubric is set by: what the writer has room for
-HELD_OUT = 200  # stories kept apart to set it by, one in sixteen
+PASSAGE = 600  # tokens; a longer document counts as several stories
+LONGEST = 1000  # tokens of a story that are read; the student writes about a hundred
+EXCERPT = 90  # tokens of each story that sets the scales: about as many as the student writes
+HELD_OUT = 200  # stories held out to set the scales, one in sixteen
 
 TROUBLE = frozenset(
     words_of(
@@ -59,17 +60,17 @@ TROUBLE = frozenset(
         "mean lonely missing difficult hard help careful sorry"
     )
 )
-# Ids beyond any word's, for what counts as the same word when phrases are compared.
+# Ids beyond all words, for classes that count as one word when phrases are compared.
 NAMED, THING, ACT, OTHER = range(1 << 30, (1 << 30) + 4)
 
 
 def ramp(x, zero: float, one: float):
-    """0 up to `zero`, 1 from `one` on, linear between; `zero` may be the larger of the two."""
+    """0 up to `zero`, 1 from `one` on, linear between them; `zero` may be greater than `one`."""
     return np.clip((x - zero) / (one - zero), 0.0, 1.0)
 
 
 class Rubric:
-    """Measures stories against one corpus. Deterministic: the same text always gets the same scores."""
+    """Measures stories against a corpus, deterministically: the same text always gets the same scores."""
 
     def __init__(self, lexicon: Lexicon, model: NgramModel, patterns: NgramModel, phrases: Phrases):
         self.lexicon, self.model, self.patterns, self.phrases = lexicon, model, patterns, phrases
@@ -88,9 +89,9 @@ class Rubric:
 
     @classmethod
     def from_corpus(cls, documents: Iterable[str]) -> "Rubric":
-        """Read the first 1.5 M words of the documents, keep some stories apart and set the scales by them.
+        """Read about 1.5 M words of the documents, hold some stories out and set the scales by them.
 
-        Raises UserError where they are too few to measure anything by.
+        Raises UserError if there are too few words.
         """
         kept, held_out, count = [], [], 0
         passages = (passage for document in documents for passage in _passages(tokens(document), PASSAGE))
@@ -113,19 +114,19 @@ class Rubric:
         return rubric
 
     def score(self, opening: str, story: str) -> dict[str, int]:
-        """The whole numbers 0..3 for the three criteria."""
+        """The integer score, 0..3, of each criterion."""
         measured = self.measure(opening, story)
         return {name: int(3 * measured[name] + 0.5) for name in CRITERIA}
 
     def measure(self, opening: str, story: str) -> dict[str, float]:
-        """The parts and the three criteria, each in 0..1, the sum of the criteria as `total`, and the count `fresh`."""
+        """The parts and the three criteria, each 0..1, their sum `total`, and `fresh`, the number of fresh words."""
         seen = self._see(tokens(opening)[-LONGEST:], tokens(story)[:LONGEST])
         if seen is None:
             return dict.fromkeys((*CRITERIA, "total"), 0.0)
         part = {name: float(ramp(seen[name], *scale).mean()) for name, scale in self._scale.items()}
         part |= {name: float(seen[name]) for name in ("shape", "rhythm", "fresh")}
         fresh = part["fresh"]
-        # A small floor, so that even in the worst of texts a repair is seen in the total.
+        # Small floors, so that an improvement raises the total even of the worst text.
         natural = (part["fluent"] * part["grammatical"] * part["smooth"] * (0.1 + 0.9 * part["reach"])) ** 0.25
         correct = part["known"] * (0.02 + 0.98 * part["formed"]) * (0.02 + 0.98 * part["clean"])
         readability = correct * (0.02 + 0.98 * natural) * ramp(fresh, 1, 25)
@@ -145,7 +146,8 @@ class Rubric:
         return part | criteria | {"total": sum(criteria.values())}
 
     def _set_scales(self, examples: list[list[str]]) -> None:
-        """`examples`: unseen stories, as tokens. What they have becomes 1; their ruins, and a babbler's, become 0."""
+        """Set each part's scale. examples: held-out stories, as tokens, which set 1; corrupted copies of them and
+        n-gram samples set 0."""
         lexicon, rng = self.lexicon, np.random.default_rng(0)
 
         def seen(texts: Iterable[list[str]]) -> list[dict]:
@@ -160,7 +162,7 @@ class Rubric:
             values = [np.atleast_1d(measured[name]) for measured in group] or [np.zeros(1)]
             return float(np.percentile(np.concatenate(values), percent))
 
-        # In nats a token. A corpus that repeats itself is no harder to meet: -2.5 and -2 are enough.
+        # In nats per token. Against a repetitive corpus, -2.5 and -2 are enough for a score of 1.
         for name, enough in (("fluent", -2.5), ("grammatical", -2.0)):
             one = min(value(good, name, 25), enough)
             self._scale[name] = (min(value(mixed, name, 50), one - 2), one)
@@ -178,7 +180,7 @@ class Rubric:
             self._scale[name] = (min(zero, one - 0.1), one)
 
     def _see(self, before: list[str], after: list[str]) -> dict | None:
-        """What the parts are made of, unscaled; None for less than a sentence."""
+        """The unscaled measurements; None for less than a sentence. before, after: tokens of the opening, the story."""
         words = np.array([token[0].isalpha() for token in after], bool)
         count = int(words.sum())
         if count < 3 or not any(token[0] in ".!?" for token in after):
@@ -221,7 +223,7 @@ class Rubric:
         }
 
     def _things(self, ids: np.ndarray, start: int) -> dict[str, float]:
-        """Whether the story keeps to its things and people, and brings them in as one does."""
+        """Whether the story stays with its things and people, and introduces them as stories do."""
         lexicon = self.lexicon
         at = start + np.flatnonzero(lexicon.entity[ids[start:]])
         if not len(at):
@@ -252,7 +254,7 @@ class Rubric:
 
 
 def _passages(spelled: list[str], longest: int) -> Iterator[list[str]]:
-    """The tokens in pieces of whole sentences, each at most `longest` long unless a single sentence is longer."""
+    """The tokens in pieces of whole sentences, of at most `longest` tokens unless a single sentence is longer."""
     if len(spelled) <= longest:
         if spelled:
             yield spelled
@@ -271,8 +273,8 @@ def _shuffled(pieces: list[list[str]], rng: np.random.Generator) -> list[str]:
 
 
 def _phrases(lexicon: Lexicon, examples: list[list[str]]) -> Phrases:
-    """Of phrases of 8, 12, ... tokens the shortest that unseen stories share little with the corpus: a corpus that
-    repeats itself needs longer ones before a repetition is a copy."""
+    """The corpus's phrases of the shortest length, from 8 tokens on, at which held-out stories share little with it: in
+    a repetitive corpus only longer shared phrases are copies."""
     for n in (8, 12, 16, 24):
         phrases = Phrases(lexicon.ids, n)
         if np.mean([phrases.copied(lexicon.look_up(spelled)) for spelled in examples]) < 0.3:
@@ -281,7 +283,7 @@ def _phrases(lexicon: Lexicon, examples: list[list[str]]) -> Phrases:
 
 
 def _again(ids: np.ndarray, n: int) -> np.ndarray:
-    """(T,) bool: the tokens of every n-gram that has occurred before."""
+    """(T,) bool: the tokens of each n-gram that has occurred before."""
     if len(ids) < n:
         return np.zeros(len(ids), bool)
     keys = hashes(ids, n)
@@ -291,20 +293,20 @@ def _again(ids: np.ndarray, n: int) -> np.ndarray:
 
 
 def _by_sentence(logprob: np.ndarray, bounds: list[tuple[int, int]]) -> np.ndarray:
-    """For each token the mean of its sentence: one sentence that is too easy does not make up for another."""
+    """For each token the mean of its sentence, so that one easy sentence does not compensate for another."""
     starts, ends = np.array(bounds).T
     return np.repeat(np.add.reduceat(logprob, starts) / (ends - starts), ends - starts)
 
 
 def _order(place: list[float]) -> float:
-    """-1..1: whether the sentences stand in the order in which their words usually come in a story."""
+    """-1..1: whether the sentences are in the order in which their words usually come in a story."""
     later = np.subtract.outer(place, place)[np.tril_indices(len(place), -1)]
     apart = np.abs(later).sum()
     return float(later.sum() / apart) * min(1.0, (len(place) - 1) / 4) if apart > 0 else 0.0
 
 
 def _joined(logprob: np.ndarray, spans: list[tuple[int, int]]) -> float:
-    """Nats a word by which the beginnings of sentences are likelier after the sentence before than after any stop."""
-    gain = logprob[-1] - logprob  # row n: given four tokens against given n; n - 1 in a sentence and the stop before it
+    """Nats per word by which sentence beginnings are likelier given the previous sentence than given its end mark only."""
+    gain = logprob[-1] - logprob  # row n: given 4 tokens over given n (n - 1 words and an end mark)
     gains = [gain[at + 1, first + at] for first, end in spans[1:] for at in range(min(ORDER - 2, end - first))]
     return float(np.mean(gains)) if gains else -1.0

@@ -1,10 +1,10 @@
-"""The built-in teacher behind OpenAI's HTTP interface, on this machine only: the rubric, asked like any language model.
+"""The built-in teacher: the rubric behind OpenAI's HTTP interface, on this machine only.
 
-It is a stand-in for an LLM and says so in /v1/models. It reads the very prompt that an LLM would get, finds the story
-in it, measures it and answers "2 1 3", or the JSON that a response_format asks for. A prompt that does not ask for
-these three grades gets a reply in words and no number.
+It stands in for an LLM and says so in /v1/models. It gets the same prompt as an LLM, finds the story in it, measures it
+and replies "2 1 3", or the JSON that a response_format asks for. A prompt that does not ask for these three criteria
+gets a reply in words, without numbers.
 
-Tokens are counted as words, numbers and single other characters, each with the space before it; a message has 3 more.
+Tokens are words, numbers and single other characters, each with the space before it, plus 3 per message.
 """
 
 import itertools
@@ -28,16 +28,16 @@ CANNOT = (
     "I am a rubric that stands in for a language model. I can only grade a story, asked for in tinystory's own words, "
     f"for {', '.join(CRITERIA)}; I found no such question here, so I give no grades."
 )
-LONGEST_BODY = 256 * 1024  # bytes; a question is about four thousand
+LONGEST_BODY = 256 * 1024  # bytes; a request has about 4,000
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TOKEN = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
 
 
 @asynccontextmanager
 async def serve(rubric: Rubric, port: int = 0, model: str = MODEL) -> AsyncIterator[str]:
-    """Serve on 127.0.0.1 for as long as the block runs, and yield the base URL; port 0 takes a free one.
+    """Serve on 127.0.0.1 for as long as the block runs, and yield the base URL. port: 0 takes a free one.
 
-    Raises UserError where the port cannot be had.
+    Raises UserError if the port is not free.
     """
     runner = web.AppRunner(_application(rubric, model), access_log=None)
     await runner.setup()
@@ -52,7 +52,7 @@ async def serve(rubric: Rubric, port: int = 0, model: str = MODEL) -> AsyncItera
 
 
 class _Refused(Exception):
-    """What the client did wrong, for an answer in OpenAI's shape."""
+    """The client's mistake, for an error response in OpenAI's format."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400):
         super().__init__(message)
@@ -110,7 +110,7 @@ def _application(rubric: Rubric, model: str) -> web.Application:
 
 @web.middleware
 async def _in_openai_shape(request: web.Request, handler) -> web.StreamResponse:
-    """Every error, aiohttp's own among them, as {"error": {message, type, param, code}}."""
+    """Turn every error, including aiohttp's own, into {"error": {message, type, param, code}}."""
     headers = {}
     try:
         return await handler(request)
@@ -139,7 +139,7 @@ async def _name_request(request: web.Request, response: web.StreamResponse) -> N
 def _parsed(body: bytes) -> dict:
     try:
         asked = json.loads(body)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise _Refused(f"The body of the request is not valid JSON: {str(error)[:100]}.") from None
     if not isinstance(asked, dict):
         raise _Refused("The body of the request must be a JSON object.")
@@ -153,7 +153,7 @@ def _check_model(name: str, model: str) -> None:
 
 
 def _checked(asked: dict, model: str) -> tuple[list[dict], list[str] | None]:
-    """The messages, each content as text, and the keys of the JSON object to answer with (None: answer as text)."""
+    """The messages, with each content as text, and the keys of the JSON object to reply with (None: reply as text)."""
     name = asked.get("model")
     if not isinstance(name, str):
         raise _Refused("You must provide a model: a string.", "model")
@@ -215,7 +215,7 @@ def _keys(response_format: object) -> list[str] | None:
 
 def _reply(rubric: Rubric, messages: list[dict], keys: list[str] | None) -> str:
     found = read_back(messages)
-    if found is None or ", ".join(CRITERIA) not in messages[0]["content"]:  # other criteria are not ours to grade
+    if found is None or ", ".join(CRITERIA) not in messages[0]["content"]:  # it asks for other criteria
         return CANNOT if keys is None else json.dumps({"error": CANNOT})
     scores = rubric.score(*found)
     if keys is None:

@@ -1,4 +1,4 @@
-"""What can be seen of a text without knowing its language well: tokens, sentences, quotations, slips of the pen."""
+"""What a text shows without much knowledge of its language: tokens, sentences, quotations, slips."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ OPEN, CLOSE = "\u201c", "\u201d"  # quotation marks, as tokens
 _OPENING = re.compile(r'(?<![^\s(\[-])"(?=\S)')
 # Typographic quotation marks, apostrophes, dashes and dots.
 _PLAIN = str.maketrans("\u201e\u00ab\u00bb\u2018\u2019\u2013\u2014", f"{OPEN}{OPEN}{CLOSE}''--") | {0x2026: "..."}
-LONGEST_SENTENCE = 30  # words; a longer one runs on
+LONGEST_SENTENCE = 30  # words; a longer one is a run-on sentence
 
 
 def words_of(line: str) -> list[str]:
@@ -25,8 +25,8 @@ CLASHES = frozenset(
 
 
 def tokens(text: str) -> list[str]:
-    """Words (with 's apart), numbers, end marks and single other characters. Typographic marks are made plain, but
-    quotation marks are told apart: one that opens has a space before it and none after."""
+    """Words (with 's apart), numbers, end marks and single other characters. Typographic marks become plain ones, but
+    opening and closing quotation marks stay distinct: one that opens has a space before it and none after."""
     return TOKEN.findall(_OPENING.sub(OPEN, text.translate(_PLAIN)).replace('"', CLOSE))
 
 
@@ -34,11 +34,11 @@ def tokens(text: str) -> list[str]:
 class Sentences:
     bounds: list[tuple[int, int]]  # first token and one past the last
     quoted: list[bool]  # for each token: within quotation marks (the opening mark counts, the closing one does not)
-    unpaired: int  # marks that close nothing or open within a quotation; and one left open where the text does end
+    unpaired: int  # quotation marks that close nothing, open within a quotation, or are still open at the end
 
 
 def sentences(spelled: list[str]) -> Sentences:
-    """A sentence ends at . ! ? and takes a closing quotation mark with it, but goes on before "asked the fish"."""
+    """A sentence ends at . ! ? and includes a closing quotation mark after it, but goes on before "asked the fish"."""
     bounds, quoted, inside, start, unpaired = [], [], False, 0, 0
     for at, token in enumerate(spelled):
         if token in (OPEN, CLOSE):
@@ -59,10 +59,10 @@ def sentences(spelled: list[str]) -> Sentences:
 
 
 def formed(spelled: list[str], found: Sentences, verb: list[bool], continues: bool) -> int:
-    """How many words lie in well-formed sentences: a capital, an end mark, a verb, not endless.
+    """The number of words in well-formed sentences: with a capital, an end mark and a verb, and not too long.
 
-    In a quotation a few words will do ("Oh, no!"). The last sentence may be cut short, and the first `continues` an
-    opening that broke off.
+    In a quotation a few words are enough ("Oh, no!"). The last sentence may be cut short. continues: the first sentence
+    continues an unfinished opening.
     """
     good = 0
     for first, end in found.bounds:
@@ -79,7 +79,7 @@ def formed(spelled: list[str], found: Sentences, verb: list[bool], continues: bo
 
 
 def slips(spelled: list[str], found: Sentences, may_be_capital: list[bool]) -> float:
-    """How many slips: a/an, "they was", doubled words, odd capitals, stray punctuation, unclosed quotations."""
+    """The number of slips: a/an, "they was", doubled words, odd capitals, stray punctuation, unclosed quotations."""
     count = 2.0 * found.unpaired
     last, last_is_word = "", False
     for at, token in enumerate(spelled):
@@ -93,6 +93,6 @@ def slips(spelled: list[str], found: Sentences, may_be_capital: list[bool]) -> f
             if last_is_word and token[0].isupper() and not may_be_capital[at] and this != "i":
                 count += 0.5
         elif last == OPEN or (at and not last_is_word and last != CLOSE and this not in (OPEN, CLOSE)):
-            count += 1  # two stops together
+            count += 1  # two punctuation marks in a row
         last, last_is_word = this, is_word
     return count

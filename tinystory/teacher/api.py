@@ -1,7 +1,7 @@
-"""One OpenAI-compatible server: what it answers, or a Failure that says what can be done about it.
+"""HTTP to one OpenAI-compatible server: its answer, or a Failure that says what can be done about it.
 
-Nothing that the server sends is trusted: its size is bounded, its shape checked, and its words are made harmless (no
-control characters, no key that it might echo) before they become part of a sentence of ours.
+Nothing that the server sends is trusted: its size is bounded, its shape is checked, and its words are cleaned (no
+control characters, no echoed key) before they become part of a message.
 """
 
 import json
@@ -16,8 +16,8 @@ from tinystory.teacher.prompt import clean
 
 LONGEST_ANSWER = 64 * 1024  # bytes; a reply is three numbers
 LONGEST_LIST = 8 * 1024 * 1024  # bytes; some hosts list hundreds of models, with prices
-KEEP_ALIVE_S = 2.0  # shorter than any server's (uvicorn's, and so vLLM's: 5), which must not close as we send
-LONGEST_MESSAGE = 300  # characters of the server's own words in an error
+KEEP_ALIVE_S = 2.0  # shorter than any server's (5 for uvicorn and so vLLM), which must not close while we send
+LONGEST_MESSAGE = 300  # characters of the server's message that an error quotes
 
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 NO_CONTEXT = {"context_length_exceeded", "exceed_context_size_error"}
@@ -26,18 +26,18 @@ NO_CONTEXT_WORDS = re.compile(r"context (length|size|window)", re.IGNORECASE)
 
 
 class Failure(Exception):
-    """A request that brought no answer. The message goes on from "the teacher at URL ..."."""
+    """A request without a usable answer. The message continues "the teacher at URL ..."."""
 
     def __init__(
         self,
         message: str,
         *,
-        status: int | None = None,  # HTTP status; None where no answer came
-        again: bool = False,  # may pass: worth asking again
+        status: int | None = None,  # HTTP status; None if no answer came
+        again: bool = False,  # transient: worth a retry
         busy: bool = False,  # the server asks for fewer requests
-        fatal: bool = False,  # the next story would fare no better
+        fatal: bool = False,  # every other story would fail in the same way
         unreachable: bool = False,  # no connection could be made
-        retry_after: float | None = None,  # seconds, as the server wishes
+        retry_after: float | None = None,  # seconds that the server asks to wait
     ):
         super().__init__(message)
         self.status, self.again, self.busy, self.fatal = status, again, busy, fatal
@@ -48,20 +48,20 @@ class Failure(Exception):
 class Reply:
     """A chat completion's first choice."""
 
-    text: str  # "" where the server sends none
-    finish: str = ""  # why it ended: "stop", "length" or another word of the server's; "" if not said
-    thoughts: int = 0  # characters of the reasoning that came apart from the text
-    # Each token with the natural log-probabilities of what could have stood there, itself included; () if not said.
+    text: str  # "" if the server sends none
+    finish: str = ""  # why it ended: "stop", "length" or another of the server's words; "" if unknown
+    thoughts: int = 0  # characters of reasoning that came apart from the text
+    # Each token with the natural log-probabilities of the candidates at its position, itself included; () if unknown.
     logprobs: tuple[tuple[str, dict[str, float]], ...] = ()
-    tokens: tuple[int, int] | None = None  # (prompt, completion) as the server counts them; None where it does not
+    tokens: tuple[int, int] | None = None  # (prompt, completion) as the server counts them; None if it does not
 
 
 class Server:
-    """The server at `url` (with its /v1). `key` may be None, for servers that want none; `timeout_s` is the longest
-    that one request waits for the next byte. Use on one event loop."""
+    """The server at `url`, which includes /v1. key: None for servers without keys; timeout_s: how long one request
+    waits for the next byte. To be used on one event loop."""
 
     def __init__(self, url: str, key: str | None, timeout_s: float):
-        try:  # here, not above: it takes a second, and only those who ask a teacher need it
+        try:  # not at the top of the file: the import takes a second, and only runs with a teacher need it
             import aiohttp
             import httpx2
             import openai
@@ -72,9 +72,9 @@ class Server:
             raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
         self._broken = (openai.APIConnectionError, httpx2.RequestError, aiohttp.ClientError, OSError)
         self._unreachable = aiohttp.ClientConnectorError
-        # How many connections there are is up to the caller: aiohttp takes 0 for no limit, and None for its own of 100.
-        # A redirect could carry the key elsewhere, so none is followed; a proxy cannot reach this machine's loopback;
-        # retries are decided where stories are known.
+        # The caller limits the connections: to aiohttp, 0 means no limit and None its own limit of 100. A redirect
+        # could carry the key to another host, so none is followed. A proxy cannot reach this machine's loopback.
+        # Retries are decided by the caller, who knows the stories.
         timeout = openai.Timeout(timeout_s, connect=min(timeout_s, 10.0))
         try:
             self._client = openai.AsyncOpenAI(
@@ -97,7 +97,7 @@ class Server:
         await self._client.close()
 
     async def models(self) -> list[str]:
-        """The names of the models that it lists, in its order."""
+        """The names of the models that the server lists, in its order."""
         match await self._answer(self._client.models.with_streaming_response.list(), LONGEST_LIST):
             case {"data": [*entries]} if all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries):
                 return [entry["id"] for entry in entries]
@@ -111,7 +111,7 @@ class Server:
                 text = message.get("content")
                 if text is None or isinstance(text, str):
                     return Reply(
-                        # JSON can hold half a character.
+                        # JSON can hold half a surrogate pair.
                         self._redacted((text or "").encode(errors="replace").decode()),
                         self.words(str(choice.get("finish_reason") or "")),
                         sum(len(str(message.get(name) or "")) for name in ("reasoning_content", "reasoning")),
@@ -122,7 +122,7 @@ class Server:
         raise Failure("answers, but not with a chat completion" + f" ({said})" * bool(said), status=200, again=True)
 
     async def _answer(self, request, longest: int = LONGEST_ANSWER) -> object:
-        """The JSON that comes back; None where it is not JSON."""
+        """The JSON value of the response; None if it is not JSON."""
         try:
             async with request as response:
                 body = await _read(response.iter_bytes(), longest)
@@ -137,7 +137,7 @@ class Server:
         return _json(body)
 
     async def _refuse(self, response) -> None:
-        """Called with every response before its body is read: any status but success becomes a Failure."""
+        """Called with every response before its body is read: raises Failure for any status but success."""
         status, headers = response.status_code, response.headers
         if status < 300:
             return
@@ -172,7 +172,7 @@ class Server:
         return text.replace(self._key, "[key]") if self._key else text
 
     def words(self, text: str) -> str:
-        """A server's words as one short line."""
+        """Text from the server as one short line, cleaned and without the key."""
         line = " ".join(clean(self._redacted(text)).split())
         return line if len(line) <= LONGEST_MESSAGE else line[: LONGEST_MESSAGE - 3] + "..."
 
@@ -213,13 +213,13 @@ def _logprobs(found: object) -> tuple[tuple[str, dict[str, float]], ...]:
 def _is_token(entry: object) -> bool:
     match entry:
         case {"token": str(), "logprob": int() | float() as logprob, **rest}:
-            # Above 0 by rounding alone; and some servers say -9999 for never.
+            # Rounding can make it slightly positive; some servers send -9999 for probability 0.
             return -1e6 < logprob < 1e-3 and isinstance(rest.get("top_logprobs"), list | None)
     return False
 
 
 def _said(answer: object) -> tuple[str, set[str]]:
-    """The message and the codes of an error, in the shapes that servers use; ("", no codes) for any other."""
+    """The message and the codes of an error, in any of the shapes that servers use; ("", no codes) otherwise."""
     match answer:
         case {"error": {"message": str(message), **rest}} | {"object": "error", "message": str(message), **rest}:
             return message, {str(rest.get("code")), str(rest.get("type"))}
@@ -229,7 +229,7 @@ def _said(answer: object) -> tuple[str, set[str]]:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from retry-after-ms or Retry-After (seconds or an HTTP date, RFC 9110); None if not said."""
+    """Seconds to wait, from retry-after-ms or Retry-After (seconds or an HTTP date, RFC 9110); None without either."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = headers.get(name, "")
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", value):

@@ -1,9 +1,9 @@
-"""Every reply that was paid for, kept: one JSON line each, only ever appended.
+"""An append-only cache of the teacher's replies, one JSON line each.
 
-A reply is found again by what was asked, so a run that was killed and resumed gets the replies that it already had
-and asks only for the rest. Each line is handed to the operating system as one write before the reply is used: killing
-the process at any instant loses none, and a power cut at most the last few seconds of them (they reach the disk at
-`close`, or when the system writes them back), which are then asked again.
+The key of a reply is the question, so a run that was killed and resumed finds the replies that it already has and asks
+only for the others. Each line is one write to the operating system, made before the reply is used: killing the process
+at any instant loses no reply. A power cut loses at most the last few seconds of them, which are then asked for again
+(they reach the disk at `close`, or when the system writes them back).
 """
 
 import hashlib
@@ -17,16 +17,16 @@ from tinystory.errors import UserError
 
 
 def cache_key(model: str, messages: Sequence[Mapping[str, str]], fence: str, sampling: Mapping[str, object]) -> str:
-    """The name of one question: model, prompt and sampling parameters (the seed says which attempt it is).
+    """The key of one question: model, prompt and sampling parameters (the seed says which attempt it is).
 
-    The fence, which differs from story to story, is left out: the same story asked twice is one question. It is
-    replaced by a character that `clean` lets into no prompt, so that two prompts cannot become one.
+    The fence, which differs from story to story, is left out: the same story sent twice is one question. It is replaced
+    by a character that `clean` removes from every prompt, so two different prompts never get the same key.
     """
     return question_key(messages, fence) + _digest([model, sorted(sampling.items())])[:8]
 
 
 def question_key(messages: Sequence[Mapping[str, str]], fence: str) -> str:
-    """The first part of `cache_key`, which says what was asked, and not of whom."""
+    """The first part of `cache_key`: what was asked, whoever the teacher is."""
     return _digest([[message["role"], message["content"].replace(fence, "\0")] for message in messages])[:24]
 
 
@@ -35,7 +35,7 @@ def _digest(value: object) -> str:
 
 
 def records(path: Path) -> Iterator[tuple[dict, int]]:
-    """Each kept line, with its number of bytes; a last one without its end is left out. UserError as for Cache."""
+    """Each line and its size in bytes, without an incomplete last line. Raises UserError as Cache does."""
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
@@ -55,29 +55,32 @@ def records(path: Path) -> Iterator[tuple[dict, int]]:
 
 class Kept(NamedTuple):
     reply: str
-    expected: dict[str, float] | None = None  # scores, where they were made of the reply's log-probabilities
+    expected: dict[str, float] | None = None  # expected scores, if the teacher is asked for log-probabilities
 
 
 class Cache:
-    """Replies by `cache_key`, in memory and in the file `path`, which is made for the first one.
+    """Replies by `cache_key`, in memory and in the file `path`, which is created with the first reply.
 
-    A last line without its end was being written when the process died, and is dropped. Any other line that is not
-    ours raises UserError: the file is something else, or damaged.
+    An incomplete last line was being written when the process died, and is dropped. Any other line that is not a kept
+    reply raises UserError: the file is damaged or is not a cache.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._replies: dict[str, Kept] = {}
-        self.tokens = (0, 0)  # of the prompts and replies that an earlier process paid for, where the server counted
+        self.tokens = (
+            0,
+            0,
+        )  # (prompt, completion) tokens that earlier processes paid for, as far as the server counted
         self._file = None
         if self.path.exists():
             self._open()
 
     def _open(self) -> None:
-        """Open for appending, after what is there."""
+        """Open the file for appending, and load what it holds."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open as long as the cache is
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
         except OSError as error:
             raise UserError(f"the teacher's replies cannot be kept in {self.path}: {error.strerror}") from None
         try:
@@ -88,7 +91,7 @@ class Cache:
             raise
 
     def _load(self) -> int:
-        """Read the lines there are; the number of bytes of the whole ones."""
+        """Load the file's complete lines; returns their size in bytes."""
         whole = 0
         for record, size in records(self.path):
             self._replies.setdefault(record["key"], Kept(record["reply"], record.get("expected")))
@@ -105,10 +108,10 @@ class Cache:
         return self._replies.get(key)
 
     def put(self, key: str, kept: Kept, **about: object) -> Kept:
-        """Keep a reply, with whatever else is worth knowing `about` it; the one that now stands for `key`.
+        """Keep a reply, with other facts `about` it, and return the one that is kept for `key`.
 
-        The first reply to a question stands: where the same question was asked twice at once, both askers get it,
-        now and after a resume.
+        The first reply to a question is kept: if the same question was sent twice at once, both senders get the first
+        reply, now and after a resume.
         """
         if self._file is None:
             self._open()

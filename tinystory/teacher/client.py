@@ -1,7 +1,7 @@
-"""Asking the teacher: any server that speaks OpenAI's chat completions, and nothing lost when it misbehaves.
+"""The teacher's client: any server with OpenAI's chat completions can grade, and no failure of it is taken for a score.
 
-One event loop in a thread of its own sends the stories, so they can be judged while others are still being written.
-Every story ends with scores that the teacher gave, or with none; no failure ever becomes a number.
+An event loop in its own thread sends the stories, so some are graded while others are still being written. Every story
+ends either with scores that the teacher gave or with none.
 """
 
 import asyncio
@@ -23,43 +23,49 @@ from tinystory.errors import UserError
 from tinystory.teacher import probe as probing
 from tinystory.teacher.api import Failure, Reply, Server
 from tinystory.teacher.cache import Cache, Kept, cache_key
-from tinystory.teacher.judgement import Judgement, nothing_to_grade, verdict
+from tinystory.teacher.grade import (
+    LONGEST_REPLY,
+    Grade,
+    expected_scores,
+    grade_if_empty,
+    grade_of,
+    parse_scores,
+)
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.probe import Probe
 from tinystory.teacher.prompt import Template, fence, render
-from tinystory.teacher.score import LONGEST_REPLY, expected_scores, parse_scores
 from tinystory.teacher.slots import Slots
 
-FAILURES = 8  # failed requests after which a story is given up; with the pauses below, a minute or more
-PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before the first and the latest of them; jittered, doubled each time
+FAILURES = 8  # failed requests after which a story is given up; with the pauses below, after a minute or more
+PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before the first retry, and before any; doubled each time, with jitter
 LONGEST_RETRY_AFTER_S = 60.0
 FIRST_STORY = "Once upon a time,", "a cat sat down by the fire and slept."  # the probe's opening and story
-TEMPLATE_TOKENS = 256  # the most that a chat template adds to two messages
-STORY_WORDS = 80  # what a forecast takes a story to be
-TOKENS_A_WORD = 1.4  # of English stories, in the tokens of common models: 1.2 to 1.4
+TEMPLATE_TOKENS = 256  # upper bound on what a chat template adds to two messages
+STORY_WORDS = 80  # length of a story in a forecast
+TOKENS_PER_WORD = 1.4  # English stories have 1.2 to 1.4 tokens per word under the tokenizers of common models
 
 
 @dataclass
 class _Question:
-    """A story on its way: the messages, the mark in them, and when its first request was sent."""
+    """A story being graded: the messages, the fence in them, and when its first request was sent."""
 
     messages: list[dict]
-    mark: str
+    fence: str
     since: float | None = None
 
 
 class Teacher:
-    """A teacher behind `url`, asked by at most `concurrency` requests at a time.
+    """A client of the teacher at `url`, with at most `concurrency` requests in flight.
 
-    A story's requests all end within `deadline_s` seconds of its first; each is given a fair part of that, or less once
-    it is known how fast the server answers (see `Slots.patience`). A reply that holds no scores is asked for again with
-    another seed, `attempts` times at most. With `logprobs`, scores are expectations (see `expected_scores`), and a
-    reply without what they are made of is none. `cache` is the path of a file that keeps every reply (see cache.py).
-    The key is OPENAI_API_KEY; servers of one's own need none. `template` says what is graded. Prices are per million
-    tokens, and no request is sent that could take the cost past `budget_cost`.
+    A story's requests all end within `deadline_s` seconds of its first; the timeout of each is deadline_s / attempts,
+    or less once the server's speed is known (see `Slots.timeout`). If a reply holds no scores, the story is sent again
+    with another seed, up to `attempts` times. With `logprobs`, scores are expected values (see `expected_scores`), and
+    a reply without the log-probabilities that they need holds none. cache: path of the file that keeps every reply (see
+    cache.py). api_key: default OPENAI_API_KEY; local servers need none. template: what is graded. Prices are per
+    million tokens, and no request is sent that could take the cost beyond `budget_cost`.
 
-    What asking again cannot mend (a refused key, an exhausted quota, an unknown model, a story too long for the
-    model's context) raises UserError from whatever waits for a judgement, and stops the stories still to be asked.
+    A failure that a retry cannot fix (a refused key, an exhausted quota, an unknown model, a story too long for the
+    model's context) raises UserError from whatever waits for a grade, and no further story is sent.
     """
 
     def __init__(
@@ -88,7 +94,7 @@ class Teacher:
         self.ledger = Ledger(price_in, price_out, budget_cost)
         self._token_cap, self._refused, self._quiet, self._held_to = "max_tokens", set(), False, "nothing"
         self._probed: Probe | None = None
-        self._most_in = 0  # tokens of the longest prompt so far, at most
+        self._most_in = 0  # upper bound on the tokens of the longest prompt so far
         self._fatal: UserError | None = None
         self._server = Server(self.url, api_key or os.environ.get("OPENAI_API_KEY"), deadline_s / attempts)
         self._cache = None if cache is None else Cache(cache)
@@ -100,28 +106,28 @@ class Teacher:
         self._thread.start()
 
     def probe(self) -> Probe:
-        """Ask the server what it is and what it can do, once: eight requests or so, and one if the cache's file holds
-        the answers.
+        """Find out what the server can do, once: about eight requests, or one if the cache holds the result.
 
-        The model is the first that it lists, if none was named. UserError where the server is not there, is no
-        OpenAI-compatible API, does not list the model, refuses, or has a model that thinks for longer than a reply.
+        If no model was named, the first one listed is used. Raises UserError if the server cannot be reached, is not an
+        OpenAI-compatible API, does not list the model, refuses, or has a model that reasons for longer than a reply.
         """
         if self._probed is None:
             self._probed = self._run(self._probe()).result()
         return self._probed
 
     def stats(self) -> dict[str, float | None]:
-        """What was asked and how fast it came, since the last call (see `Ledger.stats`); `cost` is of the whole run."""
+        """Requests, tokens and latencies since the last call, and the cost of the whole run (see `Ledger.stats`)."""
         return self.ledger.stats()
 
     def forecast(self, stories: int, opening: str) -> dict[str, float]:
-        """What grading so many stories will take, judged by the probe: {"stories", "tokens_in", "tokens_out", "words"
-        (of replies, for the student's budget), "cost", "hours"}, all replies readable at once and none asked twice."""
+        """Estimate, from the probe, of grading so many stories: {"stories", "tokens_in", "tokens_out", "words" (the
+        opening and all replies, for the student's budget), "cost", "hours"}. It assumes one readable reply per story.
+        """
         found = self.probe()
         longer = len(opening.split()) + STORY_WORDS - len(" ".join(FIRST_STORY).split())
         measured = len(str(render(*FIRST_STORY, fence="=", **self._asked()))) / 4, len(found.reply) / 2  # characters
         asked, said = found.tokens or measured
-        tokens = stories * (asked + longer * TOKENS_A_WORD), stories * said
+        tokens = stories * (asked + longer * TOKENS_PER_WORD), stories * said
         return {
             "stories": stories,
             "tokens_in": round(tokens[0]),
@@ -132,38 +138,38 @@ class Teacher:
         }
 
     def affords(self, stories: int) -> bool:
-        """True if so many more stories stay within `budget_cost`, whatever becomes of them."""
+        """True if grading so many more stories stays within `budget_cost` even if each takes every attempt."""
         requests = stories * self.attempts
         return self.ledger.affords(requests * self._most_in, requests * self.max_tokens)
 
-    def submit(self, opening: str, story: str, index: int) -> "concurrent.futures.Future[Judgement]":
-        """Send one story to be judged, after `probe`; `index`, its number in the run, makes its mark.
+    def submit(self, opening: str, story: str, index: int) -> "concurrent.futures.Future[Grade]":
+        """Send one story, after `probe`. index: the story's number in the run, from which its fence is derived.
 
-        A story with no text at all is 0 0 0 by the rubric and is not sent.
+        A story without text gets 0 for each criterion, by the rubric, and is not sent.
         """
         self.probe()
-        return self._run(self._judge(opening, story, index))
+        return self._run(self._grade(opening, story, index))
 
-    def judge(
+    def grade(
         self,
         opening: str,
         stories: Sequence[str],
         first_index: int,
         progress: Callable[[int], object] = lambda done: None,
-    ) -> list[Judgement]:
-        """The judgements of `stories`, in their order; `progress(1)` is called as each one comes."""
+    ) -> list[Grade]:
+        """The grades of `stories`, in the same order; `progress(1)` is called after each one."""
         futures = [self.submit(opening, story, first_index + i) for i, story in enumerate(stories)]
         try:
             for future in concurrent.futures.as_completed(futures):
                 future.result()
                 progress(1)
-        finally:  # an error or Ctrl-C: nothing stays on its way
+        finally:  # after an error or Ctrl-C nothing stays in flight
             for future in futures:
                 future.cancel()
         return [future.result() for future in futures]
 
     def close(self) -> None:
-        """Cancel what is on its way, and close the connections and the cache."""
+        """Cancel the requests in flight, and close the connections and the cache."""
         if self._loop.is_closed():
             return
         self._run(self._shut()).result()
@@ -179,7 +185,7 @@ class Teacher:
     def __exit__(self, *_) -> None:
         self.close()
 
-    # Everything below runs on the event loop's thread.
+    # All coroutines below run on the event loop's thread.
 
     def _run(self, coroutine: Awaitable) -> concurrent.futures.Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -193,7 +199,7 @@ class Teacher:
 
     async def _probe(self) -> Probe:
         try:
-            models = await self._patiently(self._server.models, _Question([], ""), reached=False)
+            models = await self._retried(self._server.models, _Question([], ""), reached=False)
             if self.model is None:
                 if not models:
                     raise UserError(f"the teacher at {self.url} lists no model: load one, or name it")
@@ -232,7 +238,7 @@ class Teacher:
         mark = fence(self.seed, -1, "\n".join(FIRST_STORY))
         question = _Question(render(*FIRST_STORY, fence=mark, **self._asked()), mark)
         first = await self._first(lambda: ask(question.messages, **self._sampling(0)), question)
-        thinks, scored = probing.think(first), parse_scores(first.text, names) is not None
+        thinks, scored = probing.thought(first), parse_scores(first.text, names) is not None
         if thinks and not scored:
             self._quiet = True
             with contextlib.suppress(Failure):
@@ -252,7 +258,7 @@ class Teacher:
             scored = parse_scores(first.text, names) is not None
         if self.logprobs:
             asked = {**self._sampling(0), **probing.options(held_to, names), **probing.LOGPROBS}
-            if not await probing.weighs(lambda: ask(question.messages, **asked), names):
+            if not await probing.allows_expected_scores(lambda: ask(question.messages, **asked), names):
                 raise Failure(
                     f"has a model, {self.model}, that gives no log-probabilities of the single digits of its scores: "
                     "leave --teacher-logprobs out, or ask a server that does"
@@ -264,10 +270,10 @@ class Teacher:
         )  # fmt: skip
 
     async def _first(self, request: Callable[[], Awaitable[Reply]], question: _Question) -> Reply:
-        """The outcome of `request`, asked again without what the server refuses by name."""
+        """The result of `request`, retried without any parameter that the server's error names."""
         while True:
             try:
-                return await self._patiently(request, question)
+                return await self._retried(request, question)
             except Failure as failure:
                 said = str(failure) if failure.status in (400, 422) else ""
                 named = {name for name in ("temperature", "seed") if re.search(rf"\b{name}\b", said)}
@@ -281,12 +287,11 @@ class Teacher:
     def _asked(self) -> dict:
         return {"criteria": self.template.criteria, "preface": self.template.preface}
 
-    async def _judge(self, opening: str, story: str, index: int) -> Judgement:
-        # Where one failure stops all, most of the others are never waited for: asyncio need not report them.
+    async def _grade(self, opening: str, story: str, index: int) -> Grade:
+        # After a fatal failure most of the other tasks are never awaited: asyncio need not report their exceptions.
         asyncio.current_task().add_done_callback(lambda task: task.cancelled() or task.exception())
-        judgement = nothing_to_grade(self.template, story)
-        if judgement is not None:
-            return judgement
+        if empty := grade_if_empty(self.template, story):
+            return empty
         mark = fence(self.seed, index, f"{opening}\n{story}")
         question = _Question(render(opening, story, fence=mark, **self._asked()), mark)
         scores, replies, error = None, [], None
@@ -301,19 +306,19 @@ class Teacher:
                 if scores is None and len(replies) == self.attempts:
                     error = f"no scores in {len(replies)} replies"
         seconds = 0.0 if question.since is None else time.monotonic() - question.since
-        return verdict(self.template, scores, replies, self.max_tokens, seconds, error)
+        return grade_of(self.template, scores, replies, max_tokens=self.max_tokens, seconds=seconds, error=error)
 
     async def _reply(self, question: _Question, attempt: int) -> Kept:
-        """One reply: a kept one, or a new one, kept."""
+        """One reply: from the cache, or a new one, which is then kept there."""
         sampling = self._sampling(attempt) | (probing.LOGPROBS if self.logprobs else {})
         if self._cache is not None:
-            key = cache_key(self.model, question.messages, question.mark, sampling | {"held_to": self._held_to})
+            key = cache_key(self.model, question.messages, question.fence, sampling | {"held_to": self._held_to})
             kept = self._cache.get(key)
             if kept is not None:
                 self.ledger.count("cached")
                 return kept
         held = probing.options(self._held_to, self.template.names)
-        reply = await self._patiently(lambda: self._chat(question.messages, **sampling, **held), question)
+        reply = await self._retried(lambda: self._chat(question.messages, **sampling, **held), question)
         kept = Kept(reply.text)
         if self.logprobs:
             kept = Kept(reply.text, expected_scores(reply.text, self.template.names, reply.logprobs))
@@ -330,13 +335,13 @@ class Teacher:
         if self._quiet:
             request["extra_body"] = request.get("extra_body", {}) | probing.NO_THINKING
         request[self._token_cap] = max_tokens
-        # A token is a byte or more, and the chat template adds a few of its own. Where the server counted the tokens of
-        # a first story, only the part that differs from it is in doubt.
-        told = [len(message["content"].encode()) for message in messages]
+        # An upper bound on the prompt's tokens: a token is at least one byte, and the chat template adds a few. If the
+        # server counted the tokens of the probe's story, only the part that differs from it is uncertain.
+        sizes = [len(message["content"].encode()) for message in messages]
         counted = self._probed.tokens if self._probed is not None else None
-        most = counted[0] + told[-1] if counted and len(told) == 2 else sum(told) + TEMPLATE_TOKENS
+        most = counted[0] + sizes[-1] if counted and len(sizes) == 2 else sum(sizes) + TEMPLATE_TOKENS
         self._most_in = max(self._most_in, most)
-        while self.ledger.must_wait(most, max_tokens):  # only ever at a budget's very end
+        while self.ledger.must_wait(most, max_tokens):  # only near the end of a budget
             await asyncio.sleep(0.01)
         self.ledger.count("requests")
         began = time.monotonic()
@@ -346,11 +351,11 @@ class Teacher:
         self.ledger.answered(time.monotonic() - began)
         return reply
 
-    async def _patiently(self, request: Callable[[], Awaitable], question: _Question, reached: bool = True):
-        """The outcome of `request`, asked again after failures that may pass; Failure when it is given up.
+    async def _retried(self, request: Callable[[], Awaitable], question: _Question, reached: bool = True):
+        """The result of `request`, retried after transient failures; raises Failure when it is given up.
 
-        Each request waits for a free slot, and a story that pauses holds none. With `reached` False, a server that
-        cannot be reached at all is given up at once.
+        Each request waits for a free slot, and a story that pauses holds none. reached: whether the server is known to
+        exist; if not, one that cannot be reached is given up at once.
         """
         timeouts = 0
         for failures in itertools.count(1):
@@ -362,11 +367,11 @@ class Teacher:
                     question.since = began
                 left = max(question.since + self.deadline_s - began, 0.0)
                 try:
-                    patience = self._slots.patience(self.deadline_s / self.attempts, timeouts)
-                    answer = await asyncio.wait_for(request(), min(left, patience))
+                    timeout = self._slots.timeout(self.deadline_s / self.attempts, timeouts)
+                    answer = await asyncio.wait_for(request(), min(left, timeout))
                     self._slots.answered(time.monotonic() - began)
                     return answer
-                except asyncio.TimeoutError:  # the name that Python 3.10 has as well
+                except asyncio.TimeoutError:  # the builtin TimeoutError only from Python 3.11 on
                     failure = Failure("takes too long to answer", again=True)
                     timeouts += 1
                 except Failure as error:
@@ -375,7 +380,7 @@ class Teacher:
             if failure.fatal:
                 self._stop(failure)
             if failure.busy:
-                self._slots.turned_away()
+                self._slots.refused()
             pause = min(PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S) * random.uniform(0.75, 1.25)
             if failure.retry_after is not None:
                 pause += min(failure.retry_after, LONGEST_RETRY_AFTER_S)
@@ -384,7 +389,7 @@ class Teacher:
                 self.ledger.count("retries")
                 await asyncio.sleep(pause)
                 continue
-            if failure.unreachable:  # again and again, so it is not this story's fault
+            if failure.unreachable:  # after all retries, so the story is not the cause
                 self._stop(failure)
             raise failure
 
@@ -394,10 +399,10 @@ class Teacher:
 
 
 def _base_url(url: str) -> str:
-    """`url` with the path that these servers share, /v1, where it has none."""
+    """`url`, with the usual path /v1 if it has none."""
     try:
         parts = urlsplit(url.strip())
-        parts.port  # noqa: B018 - raises where it is no number
+        parts.port  # noqa: B018 - raises ValueError if it is not a number
     except ValueError:
         parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:

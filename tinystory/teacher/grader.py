@@ -1,51 +1,68 @@
-"""Who scores a step's stories, a teacher over HTTP or any callable, behind one face."""
+"""Who scores the stories: a teacher over HTTP, the replies of a recorded run, or any callable, behind one interface.
 
-from collections.abc import Callable, Sequence
+`open_grader` builds it from the options; train_interact.py, scripts/evaluate.py and scripts/reproduce.py all use it.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from tinystory.config import InteractConfig
 from tinystory.device import Stop
+from tinystory.errors import UserError
+from tinystory.reward import ScoreStories, load_score
+from tinystory.rubric.process import builtin_teacher
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.judgement import Judgement
+from tinystory.teacher.grade import Grade
+from tinystory.teacher.prompt import Template, load_template
 from tinystory.teacher.replay import Replay
 
 
-@dataclass
-class Grade:
-    """One story's. score: what the reward is made of, the teacher's weighted mean, 0..1; None is no score.
-    words: of every reply to it, for the budget."""
-
-    score: float | None
-    scores: dict[str, float] | None
-    reply: str
-    words: int
-
-
 class TeacherGrader:
+    """Stories to `opening` are graded by a teacher. facts: what config.json records about it."""
+
     def __init__(self, teacher: Teacher | Replay, opening: str):
         self.teacher, self.opening = teacher, opening
-        self.pending: dict[int, Future[Judgement]] = {}
+        self.pending: dict[int, Future[Grade]] = {}
+        probed = teacher.probe()
+        self.facts = {"scored_by": f"{probed.model} at {probed.url}", "teacher": dataclasses.asdict(probed)}
 
     @property
     def most_words(self) -> int:
-        """Most words that the replies to one story can hold: a word is at least one token."""
+        """Upper bound on the words in the replies to one story: a word is at least one token."""
         return self.teacher.max_tokens * self.teacher.attempts
 
     def affords(self, stories: int) -> bool:
         return self.teacher.affords(stories)
 
+    def forecast(self, stories: int) -> str:
+        """One sentence on what so many stories will take; empty if they take nothing."""
+        foreseen = self.teacher.forecast(stories, self.opening)
+        if not foreseen:
+            return ""
+        cost = f", cost {foreseen['cost']:.2f}" if foreseen["cost"] else ""
+        return (
+            f"{foreseen['stories']:,} stories, {foreseen['tokens_in']:,} prompt tokens and {foreseen['tokens_out']:,} "
+            f"reply tokens, {foreseen['words']:,} words for the student{cost}, about {foreseen['hours']:.1f} hours of "
+            "grading"
+        )
+
     def stats(self) -> dict[str, float | None]:
-        """What asking took since the last call, for the metrics."""
+        """The teacher's metrics since the last call."""
         return {f"teacher_{name}": value for name, value in self.teacher.stats().items()}
 
     def send(self, index: int, text: str) -> None:
-        """Hand over a story as soon as it ends: the teacher reads while the student goes on writing."""
+        """Send a story as soon as it ends: the teacher grades it while the student writes the others."""
         self.pending[index] = self.teacher.submit(self.opening, text, index)
 
     def collect(self, stop: Stop) -> list[Grade]:
-        """Grades of all that was sent, in the order of their indices. Raises Interrupted if an end is asked for."""
+        """The grades of all stories sent, in the order of their indices. Raises Interrupted if `stop` is requested, and
+        UserError for a fatal failure of the teacher."""
         futures = [self.pending[index] for index in sorted(self.pending)]
         self.pending = {}
         waiting = set(futures)
@@ -54,23 +71,34 @@ class TeacherGrader:
                 done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
                 bar.update(len(done))
                 for future in done:
-                    future.result()  # a fatal answer (bad key, unknown model) ends the wait at once
+                    future.result()  # a fatal failure (bad key, unknown model) ends the wait at once
                 if waiting and stop.requested:
                     for future in waiting:
                         future.cancel()
                     stop.check()
-        return [_grade(future.result()) for future in futures]
+        return [future.result() for future in futures]
+
+    def grade(self, opening: str, stories: Sequence[str]) -> list[Grade]:
+        """The grades of stories to any opening, in their order, for an evaluation."""
+        futures = [self.teacher.submit(opening, story, index) for index, story in enumerate(stories)]
+        return [future.result() for future in futures]
 
 
 class CallableGrader:
-    most_words = 0  # the student takes in no words of a callable
+    """Stories to `opening` are scored by `function`. The student takes in no words, and nothing costs anything."""
 
-    def __init__(self, score: Callable[[str, Sequence[str]], Sequence[float | None]], opening: str):
-        self.score, self.opening = score, opening
+    most_words = 0
+
+    def __init__(self, function: ScoreStories, opening: str, name: str):
+        self.function, self.opening = function, opening
         self.pending: dict[int, str] = {}
+        self.facts: dict[str, Any] = {"scored_by": name}
 
     def affords(self, stories: int) -> bool:
         return True
+
+    def forecast(self, stories: int) -> str:
+        return ""
 
     def stats(self) -> dict[str, float | None]:
         return {}
@@ -81,8 +109,64 @@ class CallableGrader:
     def collect(self, stop: Stop) -> list[Grade]:
         texts = [self.pending[index] for index in sorted(self.pending)]
         self.pending = {}
-        return [Grade(score, None, "", 0) for score in self.score(self.opening, texts)]
+        return self.grade(self.opening, texts)
+
+    def grade(self, opening: str, stories: Sequence[str]) -> list[Grade]:
+        return [Grade(scores=None, score=score) for score in self.function(opening, stories)]
 
 
-def _grade(judgement: Judgement) -> Grade:
-    return Grade(judgement.score, judgement.scores, judgement.reply or judgement.error or "", judgement.reply_words)
+Grader = TeacherGrader | CallableGrader
+
+
+@contextlib.contextmanager
+def open_grader(
+    config: InteractConfig, *, corpus: Sequence[str] | None, replies: Path | None = None
+) -> Iterator[Grader]:
+    """The grader that the options describe, probed and ready, for as long as the block lasts.
+
+    corpus: what the student has read, and so the built-in teacher by default; None if unknown. replies: file in which a
+    teacher's replies are kept. Raises UserError if the grader cannot be had."""
+    if config.reward:
+        yield CallableGrader(load_score(config.reward), config.opening, config.reward)
+        return
+    template = load_template(config.teacher_prompt) if config.teacher_prompt else Template()
+    with contextlib.ExitStack() as stack:
+        if config.replay:
+            teacher = Replay(
+                Path(config.replay),
+                template=template,
+                max_tokens=config.teacher_max_tokens,
+                logprobs=config.teacher_logprobs,
+            )
+        else:
+            url = config.teacher_url
+            if not url:
+                measured_by = config.teacher_corpus or corpus
+                if not measured_by:
+                    raise UserError(
+                        f"{config.init} does not say what the student has read: give --teacher-corpus NAME|FILE"
+                    )
+                url = stack.enter_context(builtin_teacher(measured_by))
+                print(f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {url}")
+            teacher = stack.enter_context(
+                Teacher(
+                    url,
+                    config.teacher_model or None,
+                    concurrency=config.teacher_concurrency,
+                    seed=config.seed,
+                    temperature=config.teacher_temperature,
+                    max_tokens=config.teacher_max_tokens,
+                    deadline_s=config.teacher_timeout,
+                    cache=replies,
+                    template=template,
+                    logprobs=config.teacher_logprobs,
+                    price_in=config.price_in,
+                    price_out=config.price_out,
+                    budget_cost=config.budget_cost or None,
+                )
+            )
+        probed = teacher.probe()
+        print(f"teacher: {probed}")
+        if not probed.scored:
+            print(f"warning: {probed.model} was shown a story and gave no scores but {probed.reply[:80]!r}")
+        yield TeacherGrader(teacher, config.opening)

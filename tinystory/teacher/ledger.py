@@ -1,4 +1,4 @@
-"""What asking costs: requests, tokens, seconds and money, and a limit on the money that no request can pass."""
+"""What grading costs: requests, tokens, seconds and money, with a budget that no request can exceed."""
 
 import statistics
 from collections import Counter
@@ -11,26 +11,26 @@ from tinystory.teacher.api import Failure
 
 @dataclass
 class Receipt:
-    """What one request used, to be filled in by whoever made it: (prompt, completion) tokens."""
+    """The tokens that one request used, filled in by its sender: (prompt, completion)."""
 
     tokens: tuple[int, int] | None = None
 
 
 class Ledger:
-    """Prices are per million tokens, in any one currency, which is also that of `budget` (None: no limit).
+    """Prices are per million tokens, in the currency of `budget` (None: no limit).
 
-    A request sets aside the most that it can cost before it is sent, and settles for what the server says that it
-    used. One whose answer never came may have been paid for, so all that it set aside stays spent. What a killed
-    process had on its way is known to nobody: at most one request for each slot.
+    Before it is sent, a request reserves the most that it can cost; afterwards it is charged what the server reports.
+    If no answer came, the request may have been billed all the same, so the whole reservation is charged. What a killed
+    process had in flight is unknown: at most one request per slot.
     """
 
     def __init__(self, price_in: float = 0.0, price_out: float = 0.0, budget: float | None = None):
         self.price_in, self.price_out, self.budget = price_in, price_out, budget
-        # tokens_in, tokens_out: as reported, or the most where nothing was; requests, failures, retries, cached.
+        # tokens_in, tokens_out: as reported, or the reservation if nothing was; requests, failures, retries, cached.
         self.total = Counter()
         self._since = Counter()  # the same since the last `stats`
-        self._held = Counter()  # tokens_in, tokens_out set aside for what is on its way
-        self._seconds: list[float] = []  # of each answered request, since the last `stats`
+        self._held = Counter()  # tokens_in, tokens_out reserved for requests in flight
+        self._seconds: list[float] = []  # durations of the answered requests since the last `stats`
 
     def price(self, tokens_in: float, tokens_out: float) -> float:
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
@@ -40,19 +40,20 @@ class Ledger:
         return self.price(self.total["tokens_in"], self.total["tokens_out"])
 
     def affords(self, tokens_in: int, tokens_out: int) -> bool:
-        """True if so many more tokens, on top of all that is spent and on its way, stay within the budget."""
+        """True if so many more tokens, beyond those charged and reserved, stay within the budget."""
         held_in = self.total["tokens_in"] + self._held["tokens_in"]
         held_out = self.total["tokens_out"] + self._held["tokens_out"]
         return self.budget is None or self.price(held_in + tokens_in, held_out + tokens_out) <= self.budget
 
     def must_wait(self, tokens_in: int, tokens_out: int) -> bool:
-        """True if so many more tokens might still be afforded once what is on its way has settled for less."""
+        """True if so many more tokens may become affordable once the requests in flight are charged less than they
+        reserved."""
         spent = self.price(self.total["tokens_in"] + tokens_in, self.total["tokens_out"] + tokens_out)
         return not self.affords(tokens_in, tokens_out) and any(self._held.values()) and spent <= self.budget
 
     @contextmanager
     def request(self, tokens_in: int, tokens_out: int) -> Iterator[Receipt]:
-        """Around a request that can use at most so many tokens. Raises Failure where that could pass the budget."""
+        """Wraps a request that can use at most so many tokens. Raises Failure if that could exceed the budget."""
         if not self.affords(tokens_in, tokens_out):
             raise Failure(
                 f"cannot be asked again within --budget-cost {self.budget:g} ({self.cost:.4f} is spent): "
@@ -64,7 +65,7 @@ class Ledger:
         receipt, refused = Receipt(), False
         try:
             yield receipt
-        except Failure as failure:  # an error status, or no connection at all: there was no work to be paid for
+        except Failure as failure:  # an error status or no connection: the server did no work that it could bill
             refused = failure.unreachable or failure.status not in (None, 200)
             raise
         finally:
@@ -74,7 +75,7 @@ class Ledger:
                     self.count(name, used)
 
     def paid_before(self, tokens_in: int, tokens_out: int) -> None:
-        """What an earlier process of the same run spent."""
+        """Charge what an earlier process of the same run spent."""
         self.total.update(tokens_in=tokens_in, tokens_out=tokens_out)
 
     def count(self, what: str, number: int = 1) -> None:
@@ -85,11 +86,11 @@ class Ledger:
         self._seconds.append(seconds)
 
     def stats(self) -> dict[str, float | None]:
-        """Since the last call: requests, retries, cached, tokens_in, tokens_out, and the seconds that half, 90 % and
-        99 % of the answers took at most (None where there was none). Of the whole run: cost."""
+        """Since the last call: requests, retries, cached, tokens_in, tokens_out, and latency_p50, _p90 and _p99 in
+        seconds (None if nothing was answered). For the whole run: cost."""
         since, seconds = self._since, self._seconds
         self._since, self._seconds = Counter(), []
         names = ("requests", "retries", "cached", "tokens_in", "tokens_out")
         cuts = statistics.quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else seconds * 99
-        shares = {f"latency_p{share}": cuts[share - 1] if cuts else None for share in (50, 90, 99)}
-        return {name: since[name] for name in names} | shares | {"cost": self.cost}
+        latencies = {f"latency_p{p}": cuts[p - 1] if cuts else None for p in (50, 90, 99)}
+        return {name: since[name] for name in names} | latencies | {"cost": self.cost}

@@ -1,4 +1,4 @@
-"""What a server can do, found out by asking it: accepting an option is not obeying it."""
+"""What a server can do, found out by experiment: a server that accepts an option may still ignore it."""
 
 import dataclasses
 import json
@@ -6,35 +6,36 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from tinystory.teacher.api import Failure, Reply
-from tinystory.teacher.score import TOP, expected_scores, parse_scores
+from tinystory.teacher.grade import expected_scores, parse_scores
+from tinystory.teacher.prompt import TOP
 
-# Asked for three words or a sentence, no model answers with grades unless something holds it to them.
+# Asked for animals or a sentence, a model answers with scores only if the server constrains it to them.
 OFF_TOPIC = [{"role": "user", "content": "Name three animals that live in a forest. Write their names and no number."}]
 ANYTHING = [{"role": "user", "content": "Write one short sentence about any animal that you like."}]
-JSON_TOKENS = 12  # for each criterion: a key, a colon, a digit, a comma and some white space
-# How servers are told not to think: vLLM, SGLang and llama.cpp by the chat template, Ollama by the effort.
+JSON_TOKENS = 12  # per criterion: a key, a colon, a digit, a comma and some whitespace
+# How to switch reasoning off: for vLLM, SGLang and llama.cpp in the chat template, for Ollama by the effort.
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "none"}
-LOGPROBS = {"logprobs": True, "top_logprobs": 10}  # servers give up to 20, but a reply is no longer than LONGEST_ANSWER
+LOGPROBS = {"logprobs": True, "top_logprobs": 10}  # servers allow up to 20, but the answer must fit LONGEST_ANSWER
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One model of one server."""
+    """The capabilities of one model on one server."""
 
     url: str
     model: str
-    reply: str  # to a first story
-    scored: bool  # whether that held scores
-    token_cap: str  # the name that it has for the longest reply: max_tokens or max_completion_tokens
-    refused: tuple[str, ...]  # of temperature, seed: what it answers with an error and so is not sent
-    thinks: bool  # whether hidden reasoning came before the reply
-    quiet: bool  # whether it has to be told not to think, and obeys
-    structure: str  # what it can be held to: "numbers", "json" or "nothing"
-    held_to: str  # what it is held to: JSON, of more words, only if it gives no plain numbers by itself
-    seed: bool  # whether the same seed brought the same sentence
+    reply: str  # to the probe's story
+    scored: bool  # whether that reply held scores
+    token_cap: str  # the server's name for the longest reply: max_tokens or max_completion_tokens
+    refused: tuple[str, ...]  # of temperature and seed, the parameters that it refuses, which are not sent
+    thinks: bool  # whether the model reasons before it replies
+    quiet: bool  # whether reasoning must be switched off in each request, which works
+    structure: str  # the strictest constraint on a reply that works: "numbers", "json" or "nothing"
+    held_to: str  # the constraint used: "json", which has more words, only if the model gives no numbers without it
+    seed: bool  # whether the same seed gave the same sentence
     logprobs: bool  # whether log-probabilities came
-    tokens: tuple[int, int] | None  # (prompt, completion) of the first story; None where it does not count
-    seconds: float  # of the fastest answer: the first may have had to wait until the model was loaded
+    tokens: tuple[int, int] | None  # (prompt, completion) of the probe's story; None if the server does not count
+    seconds: float  # of the fastest answer: the first may have waited until the model was loaded
 
     def __str__(self) -> str:
         found = [
@@ -55,7 +56,7 @@ class Probe:
 
     @classmethod
     def load(cls, text: str) -> "Probe | None":
-        """What `dump` wrote; None for anything else, such as what another version of this program wrote."""
+        """The inverse of `dump`; None for any other text, such as one from another version of this program."""
         try:
             found = json.loads(text)
             found["refused"] = tuple(found["refused"])
@@ -66,9 +67,9 @@ class Probe:
 
 
 def options(structure: str, names: Sequence[str]) -> dict:
-    """The fields of a request that hold a reply to grades for `names`."""
+    """The fields of a request that constrain a reply to scores for `names`."""
     match structure:
-        case "numbers":  # vLLM reads the first and ignores the second; llama.cpp's server the other way round
+        case "numbers":  # vLLM obeys the first field, llama.cpp's server the second; each ignores the other
             grade = f"[0-{TOP}]"
             grammar = "root ::= " + ' " " '.join([grade] * len(names))
             return {"extra_body": {"structured_outputs": {"regex": " ".join([grade] * len(names))}, "grammar": grammar}}
@@ -84,13 +85,13 @@ def options(structure: str, names: Sequence[str]) -> dict:
     return {}
 
 
-def think(reply: Reply) -> bool:
-    """Whether the model reasoned before it replied, seen or unseen."""
+def thought(reply: Reply) -> bool:
+    """Whether the model reasoned before it replied, visibly or not."""
     return reply.thoughts > 0 or "<think>" in reply.text[:20] or (not reply.text.strip() and reply.finish == "length")
 
 
 async def find_structure(ask: Callable[..., Awaitable[Reply]], names: Sequence[str], max_tokens: int) -> str:
-    """The first structure that the server obeys, "nothing" where it obeys none: at most two requests."""
+    """The first structure that the server obeys, "nothing" if it obeys none: at most two requests."""
     for structure, most in (("numbers", max_tokens), ("json", json_tokens(names))):
         try:
             reply = await ask(OFF_TOPIC, max_tokens=most, **options(structure, names))
@@ -104,7 +105,7 @@ async def find_structure(ask: Callable[..., Awaitable[Reply]], names: Sequence[s
 
 
 async def find_seed_and_logprobs(ask: Callable[..., Awaitable[Reply]]) -> tuple[bool, bool]:
-    """Whether a seed repeats a sentence drawn at temperature 1, and whether log-probabilities come: at most three
+    """Whether a seed reproduces a sentence drawn at temperature 1, and whether log-probabilities come: at most three
     requests."""
     same = dict(max_tokens=16, temperature=1.0, seed=7)
     try:
@@ -122,14 +123,14 @@ async def find_seed_and_logprobs(ask: Callable[..., Awaitable[Reply]]) -> tuple[
     return bool(first.text.strip()) and first.text == second.text, bool(first.logprobs)
 
 
-async def weighs(ask: Callable[[], Awaitable[Reply]], names: Sequence[str]) -> bool:
-    """Whether expected scores can be made of a reply, if it holds scores at all."""
+async def allows_expected_scores(ask: Callable[[], Awaitable[Reply]], names: Sequence[str]) -> bool:
+    """Whether a reply that holds scores comes with what expected scores need; True if it holds none."""
     try:
         reply = await ask()
     except Failure as failure:
         if failure.fatal or failure.unreachable or failure.again:
             raise
-        return False  # refused by name
+        return False  # the server refuses log-probabilities
     return parse_scores(reply.text, names) is None or expected_scores(reply.text, names, reply.logprobs) is not None
 
 

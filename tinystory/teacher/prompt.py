@@ -1,5 +1,5 @@
-"""What the teacher is asked. The rubric comes first and is the same for every story, so a server can reuse its prefix;
-the story comes last, between two copies of a mark that does not occur in it, so no story can end its own quotation.
+"""The teacher's prompt. The rubric comes first and is the same for every story, so a server can cache that prefix; the
+story comes last, between two copies of a fence that does not occur in it, so no story can end its own quotation.
 
 The criteria, their order and their scale are those of "Once Upon a Time: Interactive Learning for Storytelling with
 Small Language Models" (arXiv 2509.15714); the wording is ours.
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinystory.errors import UserError
-from tinystory.teacher.score import TOP
+
+TOP = 3  # each criterion is graded 0, 1, 2 or 3
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Criterion:
     name: str
     question: str
     levels: tuple[str, str, str, str]  # what earns 0, 1, 2 and 3
-    weight: float = 1.0  # its share in the one score of a story
+    weight: float = 1.0  # in the weighted mean that is a story's score
 
 
 STORYTELLING = (
@@ -69,7 +70,7 @@ PREFACE = (
 
 @dataclass(frozen=True)
 class Template:
-    """What a teacher is asked to grade, and who it is told that it is."""
+    """The criteria that a teacher grades, and the preface that introduces them."""
 
     criteria: tuple[Criterion, ...] = STORYTELLING
     preface: str = PREFACE
@@ -78,8 +79,8 @@ class Template:
     def names(self) -> tuple[str, ...]:
         return tuple(criterion.name for criterion in self.criteria)
 
-    def score(self, scores: Mapping[str, int]) -> float:
-        """The weighted mean of whole numbers 0..3, as a share of its greatest value: 0..1."""
+    def score(self, scores: Mapping[str, float]) -> float:
+        """The weighted mean of the criteria's scores over TOP: 0..1."""
         earned = sum(criterion.weight * scores[criterion.name] for criterion in self.criteria)
         return earned / (TOP * sum(criterion.weight for criterion in self.criteria))
 
@@ -91,7 +92,7 @@ def load_template(path: str | os.PathLike) -> Template:
          "criteria": [{"name": "humour", "question": "Is it funny?", "levels": ["no", "a bit", "yes", "very"],
                        "weight": 1}, ...]}
 
-    `preface` and `weight` may be left out. Raises UserError where it is anything else.
+    `preface` and `weight` may be left out. Raises UserError if the file does not hold such an object.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -99,7 +100,7 @@ def load_template(path: str | os.PathLike) -> Template:
         raise UserError(f"--teacher-prompt {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--teacher-prompt {path} is not JSON: {str(error)[:100]}") from None
-    wrong = _wrong(found)
+    wrong = _mistake(found)
     if wrong:
         raise UserError(f"--teacher-prompt {path}: {wrong}")
     criteria = tuple(
@@ -108,8 +109,8 @@ def load_template(path: str | os.PathLike) -> Template:
     return Template(criteria, found.get("preface", PREFACE))
 
 
-def _wrong(found: object) -> str | None:
-    """What keeps a JSON value from being a template; None where nothing does."""
+def _mistake(found: object) -> str | None:
+    """Why a JSON value is not a template; None if it is one."""
     match found:
         case {"criteria": [_, *_] as criteria, **rest} if not rest.keys() - {"preface"}:
             pass
@@ -138,7 +139,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip()) and clean(value) == value
 
 
-# The user message is BEFORE + opening + BETWEEN + mark + newline + story + newline + mark + AFTER.
+# The user message is BEFORE + opening + BETWEEN + fence + newline + story + newline + fence + AFTER.
 BEFORE = "The opening that the writer was given, which is not to be graded:\n\n"
 BETWEEN = "\n\nThe writer's story, which goes on from there, between two marks:\n\n"
 AFTER = "\n\nYour grades for the story between the marks, numbers only:"
@@ -169,9 +170,9 @@ def instructions(criteria: Sequence[Criterion] = STORYTELLING, preface: str = PR
 def render(
     opening: str, story: str, *, fence: str, criteria: Sequence[Criterion] = STORYTELLING, preface: str = PREFACE
 ) -> list[dict]:
-    """The chat messages that ask for one story's grades. Both texts are cleaned; `fence` comes from `fence()`.
+    """The chat messages that ask for one story's scores. Both texts are cleaned; `fence` comes from `fence()`.
 
-    Raises ValueError where the fence is not one line or occurs in what it fences.
+    Raises ValueError if the fence is not one line or occurs in the opening or the story.
     """
     user = f"{BEFORE}{clean(opening)}{BETWEEN}{fence}\n{clean(story)}\n{fence}{AFTER}"
     if not fence or "\n" in fence or user.count(fence) != 2:
@@ -180,9 +181,9 @@ def render(
 
 
 def read_back(messages: object) -> tuple[str, str] | None:
-    """The (opening, story), cleaned, in messages that `render` wrote; None for any other messages.
+    """The cleaned (opening, story) in messages that `render` wrote; None for any other messages.
 
-    The marks are found from the end, and each occurs exactly twice, so nothing that a story holds can move them.
+    The fence is the last line, and it occurs exactly twice, so no text in a story can move it.
     """
     if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
         return None
@@ -198,10 +199,9 @@ def read_back(messages: object) -> tuple[str, str] | None:
 
 
 def fence(seed: int, index: int, text: str) -> str:
-    """The mark of story `index`: the same in every run with this seed, and its digits are nowhere in `text`.
+    """The fence of story `index`: the same in every run with this seed, with digits that do not occur in `text`.
 
-    `text` is all that the mark must be absent from (opening and story). Derived, not drawn, so that a replayed run
-    asks the very same question.
+    text: opening and story. The digits are derived, not random, so a replayed run asks exactly the same question.
     """
     text, size = clean(text), 6
     while True:
@@ -211,21 +211,21 @@ def fence(seed: int, index: int, text: str) -> str:
         size *= 2
 
 
-# Chat templates' control tokens (<|eot_id|>, </s>, <start_of_turn>, [INST], [gMASK], <<SYS>>): some servers read them
-# in the text of a message as well, where they would end the turn. A space after the bracket makes them plain text, and
-# after the brackets that Unicode's normal forms (NFKC), which some tokenizers apply first, turn into < and [.
+# Control tokens of chat templates (<|eot_id|>, </s>, <start_of_turn>, [INST], [gMASK], <<SYS>>): some servers interpret
+# them in the text of a message too, where they would end the turn. A space after the bracket makes them plain text. The
+# same holds for brackets that Unicode normalisation (NFKC), which some tokenizers apply first, turns into < and [.
 _CONTROL_TOKEN = re.compile(r"[<\uff1c\ufe64](?=\S)|[\[\uff3b](?=[/\uff0f]?[a-z]?[A-Z\uff21-\uff3a][\w]*[\]\uff3d])")
 
-# What is drawn as nothing and yet is read by a model: Unicode's Default_Ignorable_Code_Point beyond the categories that
-# `_visible` names, variation selectors (which can spell out hidden text) and fillers.
+# Characters that are invisible to a person but not to a model: Unicode's Default_Ignorable_Code_Point beyond the
+# categories in `_visible`, variation selectors (which can encode hidden text) and fillers.
 _IGNORABLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]")
 
 
 def clean(text: str) -> str:
-    """`text` as the teacher may see it: no control, invisible or unencodable characters, no chat-template tokens.
+    """`text` without control, invisible or unencodable characters and without control tokens of chat templates.
 
-    Newlines stay; other white space among the control characters becomes a space, so words stay apart, and so do the
-    other separators of lines and paragraphs. Cleaning twice changes nothing.
+    Newlines stay. Other whitespace among the control characters, and the separators of lines and paragraphs, become a
+    space, so words stay apart. The function is idempotent.
     """
     if not text.isascii() or not text.isprintable():
         text = _IGNORABLE.sub("", "".join(map(_visible, text)))

@@ -1,7 +1,7 @@
-"""The teacher of a recorded run, without a server: every reply that it gave, given again.
+"""The teacher of a recorded run, replayed without a server.
 
 A run that starts from the same checkpoint with the same options writes the same stories (bit for bit on a CPU), so it
-asks the same questions and, by the same replies, becomes the same student.
+asks the same questions, gets the same replies and ends with the same weights.
 """
 
 from concurrent.futures import Future
@@ -11,17 +11,16 @@ from tinystory.errors import UserError
 from tinystory.runlog import SAMPLES, STORIES, read_records
 from tinystory.teacher import probe as probing
 from tinystory.teacher.cache import Kept, question_key, records
-from tinystory.teacher.judgement import Judgement, nothing_to_grade, verdict
+from tinystory.teacher.grade import Grade, grade_if_empty, grade_of, parse_scores
 from tinystory.teacher.probe import Probe
 from tinystory.teacher.prompt import Template, fence, render
-from tinystory.teacher.score import parse_scores
 
 REPLIES = "replies.jsonl"
 
 
 class Replay:
-    """Stands in for the Teacher of the run in the folder `run`: `template`, `max_tokens`, `attempts` and `logprobs` are
-    to be what they were there. Raises UserError where the folder holds no replies."""
+    """Stands in for the Teacher of the run in the folder `run`. `template`, `max_tokens`, `attempts` and `logprobs`
+    must have the values that they had there. Raises UserError if the folder holds no replies."""
 
     def __init__(
         self,
@@ -34,7 +33,7 @@ class Replay:
     ):
         self.run, self.template, self.max_tokens, self.attempts = Path(run), template, max_tokens, attempts
         self.logprobs = logprobs
-        self._replies: dict[str, dict[int, Kept]] = {}  # by question, then by attempt
+        self._replies: dict[str, dict[int, Kept]] = {}  # per question and attempt
         found = None
         if not (self.run / REPLIES).is_file():
             raise UserError(f"--replay {run}: there is no {REPLIES} in it; give the folder of a run with a teacher")
@@ -49,23 +48,23 @@ class Replay:
         self._probed = found
         if found.held_to == "json":
             self.max_tokens = max(self.max_tokens, probing.json_tokens(template.names))
-        # The stories that were given up: another one with the very same words may have got its reply later.
+        # The stories that were given up: another story with the same words may have got a reply later.
         logs = [self.run / name for name in (STORIES, SAMPLES)]
-        told = (record for log in logs if log.exists() for record in read_records(log))
-        self._given_up = {(record["index"], record["story"]) for record in told if record["scores"] is None}
+        stories = (record for log in logs if log.exists() for record in read_records(log))
+        self._given_up = {(record["index"], record["story"]) for record in stories if record["scores"] is None}
 
     def probe(self) -> Probe:
-        """What was found of the teacher at the time."""
+        """The recorded result of the run's probe."""
         return self._probed
 
-    def submit(self, opening: str, story: str, index: int) -> "Future[Judgement]":
-        """A judgement, already there; UserError, at once, for a story that the run did not ask about."""
+    def submit(self, opening: str, story: str, index: int) -> "Future[Grade]":
+        """A finished future. Raises UserError at once for a story that was not graded in the run."""
         future = Future()
-        future.set_result(nothing_to_grade(self.template, story) or self._judge(opening, story, index))
+        future.set_result(grade_if_empty(self.template, story) or self._grade(opening, story, index))
         return future
 
-    def _judge(self, opening: str, story: str, index: int) -> Judgement:
-        mark = fence(0, index, f"{opening}\n{story}")  # which mark it was is no part of the question
+    def _grade(self, opening: str, story: str, index: int) -> Grade:
+        mark = fence(0, index, f"{opening}\n{story}")  # the question's key leaves the fence out
         messages = render(opening, story, fence=mark, criteria=self.template.criteria, preface=self.template.preface)
         kept = self._replies.get(question_key(messages, mark), {})
         scores, replies, given_up = None, [], (index, story) in self._given_up
@@ -81,22 +80,18 @@ class Replay:
                     f"--replay {self.run}: story {index} was not graded there; start from the same checkpoint, with "
                     "the same options, on the same kind of machine, and with no more steps than the run had"
                 )
-            return verdict(self.template, None, replies, self.max_tokens, 0.0, f"no scores in {len(replies)} replies")
+            error = f"no scores in {len(replies)} replies"
+            return grade_of(self.template, None, replies, max_tokens=self.max_tokens, error=error)
         if given_up:
-            return verdict(self.template, None, replies[:-1], self.max_tokens, 0.0, "the teacher gave no answer")
-        return verdict(self.template, scores, replies, self.max_tokens, 0.0, None)
+            error = "the teacher gave no answer"
+            return grade_of(self.template, None, replies[:-1], max_tokens=self.max_tokens, error=error)
+        return grade_of(self.template, scores, replies, max_tokens=self.max_tokens)
+
+    def forecast(self, stories: int, opening: str) -> None:
+        """A replay takes no time and costs nothing."""
 
     def affords(self, stories: int) -> bool:
         return True
 
     def stats(self) -> dict[str, float | None]:
         return {}
-
-    def close(self) -> None:
-        pass
-
-    def __enter__(self) -> "Replay":
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass

@@ -1,31 +1,30 @@
-"""How many requests may be on their way at once, and for how long."""
+"""Congestion control: how many requests may be in flight, and the timeout of each."""
 
 import asyncio
 from collections import deque
 from contextlib import asynccontextmanager
 
-BUSY_COSTS = 0.5  # of a slot: a round of requests that are all turned away halves the limit
-SLOWER, SHORTEST_S = 3.0, 10.0  # a request is given so many times the slowest of the last answers, and never less
-KNOWN = 32  # answers, and a full round of them, after which it is known how slow the slowest are
+BUSY_COSTS = 0.5  # slots per refused request, so a round that is refused altogether halves the limit
+SLOWER, SHORTEST_S = 3.0, 10.0  # the timeout is this multiple of the slowest recent answer, and at least SHORTEST_S
+KNOWN = 32  # answers (and at least one full round) before the slowest answer is known well enough
 
 
 class Slots:
-    """How many requests may be on their way: `most`; fewer by half a slot for each that the server turns away, and more
-    by one for each full round that goes well.
+    """A limit on requests in flight: `most`, half a slot less for each request that the server refuses as busy, and one
+    slot more for each full round of answers.
 
-    So a round of which a share s is turned away takes off s/2 of the limit, as DCTCP (RFC 8257) does for a share of
-    marked packets: a server that now and then refuses is asked on at full width, an overloaded one at half of it within
-    a round.
+    So a round with a refused share s lowers the limit by s/2, as DCTCP (RFC 8257) does for a share of marked packets: a
+    server that refuses now and then keeps nearly all its requests, an overloaded one has half of them within a round.
     """
 
     def __init__(self, most: int):
         self.most, self.limit, self.taken = most, float(most), 0
         self._queue: deque[asyncio.Future] = deque()
-        self._seconds: deque[float] = deque(maxlen=2 * max(most, KNOWN))  # of the last answers
+        self._seconds: deque[float] = deque(maxlen=2 * max(most, KNOWN))  # durations of the last answers
 
     @asynccontextmanager
     async def one(self, first: bool):
-        """Wait for a slot and hold it; `first` before all that wait, for a story that held one before."""
+        """Wait for a slot and hold it. first: ahead of the queue, for a story that has held a slot before."""
         turn = asyncio.get_running_loop().create_future()
         (self._queue.appendleft if first else self._queue.append)(turn)
         self._admit()
@@ -48,12 +47,12 @@ class Slots:
         self._seconds.append(seconds)
         self.limit = min(self.limit + 1 / self.limit, self.most)
 
-    def turned_away(self) -> None:
+    def refused(self) -> None:
         self.limit = max(self.limit - BUSY_COSTS, 1.0)
 
-    def patience(self, longest: float, timeouts: int) -> float:
-        """Seconds to wait for an answer: `longest`, or less once enough answers have shown how long one takes at most;
-        twice as much after each of a story's `timeouts`, as TCP does (RFC 6298), for a server that has become slow."""
+    def timeout(self, longest: float, timeouts: int) -> float:
+        """Seconds to wait for an answer: `longest`, or less once enough answers have come to know the slowest; doubled
+        after each of a story's `timeouts`, as TCP does (RFC 6298), in case the server has become slow."""
         if len(self._seconds) < max(self.most, KNOWN):
             return longest
         return min(longest, max(SLOWER * max(self._seconds), SHORTEST_S) * 2**timeouts)

@@ -41,15 +41,15 @@ class Bug:
 
 FORWARD, BACKWARD, DECODE = "attention_forward.cu", "attention_backward.cu", "attention_decode.cu"
 TILES, ROWS, SAMPLING, LOGPROB = "tiles.cuh", "rows.cuh", "sampling.cu", "token_logprob.cu"
-UNSWIZZLED = "copy_async16(shared_memory() + to.offset + (row + r) * Tile<E, D>::kRowBytes + c * 16"
-SECOND = "pack2<E>(weights[m][k][2], weights[m][k][3]);\n      a[m]"
+UNSWIZZLED = "copy_async16(shared_memory() + to.offset + (row + r) * Tile<Element, D>::kRowBytes + c * 16"
+SECOND = "pack2<Element>(A[mi][ki][2], A[mi][ki][3]);\n      a[mi]"
 BUGS = [
     # Barriers and asynchronous copies.
     Bug("forward: no barrier after the wait for a tile", FORWARD, "    sync_block();", "    "),
     Bug("forward: does not wait for the copies", FORWARD, "copy_wait<0>();", "copy_wait<1>();"),
     Bug("forward: next tile overwrites the one in use", FORWARD, "keys(tile % 2), k +", "keys(0), k +"),
     Bug("forward: idle warps skip the barrier", FORWARD, "    copy_wait<0>();\n",
-        "    if (k0 > first + 16 * M - 1) continue;\n    copy_wait<0>();\n"),
+        "    if (k0 > first + 16 * kMmaM - 1) continue;\n    copy_wait<0>();\n"),
     Bug("backward: delta is read before all is written", BACKWARD, "  sync_block();\n\n", "\n"),
     Bug("backward: no barrier in the pass for keys", BACKWARD, "    sync_block();", "    ", count=2),
     Bug("output: no sync_warp before rows are read back", TILES, "  sync_warp();\n  constexpr", "  constexpr"),
@@ -71,19 +71,19 @@ BUGS = [
     # Where things lie.
     Bug("tiles: rows four apart share banks", TILES, "row % 8 :", "row % 4 :"),
     Bug("tiles: swizzled when read, not when written", TILES, "copy_async16(to.chunk(row + r, c)", UNSWIZZLED),
-    Bug("products: two registers of an operand swapped", TILES, f"a[m][1] = {SECOND}[2]", f"a[m][2] = {SECOND}[1]"),
-    Bug("products: values are not transposed", TILES, "ldmatrix_transposed(b,", "ldmatrix(b,"),
+    Bug("gemm: two registers of an operand swapped", TILES, f"a[mi][1] = {SECOND}[2]", f"a[mi][2] = {SECOND}[1]"),
+    Bug("gemm: values are not transposed", TILES, "ldmatrix_transposed(b,", "ldmatrix(b,"),
     Bug("dropout: tile indices exchanged for keys", BACKWARD, "head, first, q0)", "head, q0, first)"),
     Bug("dropout: bits of neighbouring queries mixed up", TILES, "int(8 * t + 4 + g / 2)", "int(8 * t + g / 2)"),
-    Bug("tiles: addresses are not multiples of 16", TILES, "c * kPerVec16<E>;", "c * kPerVec16<E> + 1;"),
+    Bug("tiles: addresses are not multiples of 16", TILES, "* kVecElements<Element>;", "* kVecElements<Element> + 1;"),
     # Arithmetic that only some inputs show.
-    Bug("softmax: output not rescaled with the maximum", FORWARD, "out[m][n][i] *= shrink", "out[m][n][i] *= 1"),
-    Bug("softmax: the sum misses three of four lanes", FORWARD, "warp_sum<4>(sum[m][half])", "sum[m][half]"),
-    Bug("decode: sums merged without their maxima", DECODE, "fmaf(part[D + 1], weight, sum)", "sum + part[D + 1]",
+    Bug("softmax: output not rescaled with the maximum", FORWARD, "O[mi][ni][i] *= rescale", "O[mi][ni][i] *= 1"),
+    Bug("softmax: the sum misses three of four lanes", FORWARD, "warp_sum<4>(l[mi][half])", "l[mi][half]"),
+    Bug("decode: sums merged without their maxima", DECODE, "fmaf(part[D + 1], weight, l)", "l + part[D + 1]",
         "decode"),
     Bug("decode: a product misses half of the lanes", DECODE, "warp_sum<kLanes>", "warp_sum<kLanes / 2>", "decode"),
     Bug("sampling: all ties at the threshold count", SAMPLING, "(equal < free ? equal : free)", "equal", "sample"),
-    Bug("entropy: not rescaled with the maximum", LOGPROB, "shrink * fmaf(sum,", "1 * fmaf(sum,", "logprob"),
+    Bug("entropy: not rescaled with the maximum", LOGPROB, "factor * fmaf(l,", "1 * fmaf(l,", "logprob"),
 ]
 
 

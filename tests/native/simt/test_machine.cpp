@@ -46,7 +46,7 @@ void collectives(Params p) {
   const int i = int(threadIdx.x);
   const uint32_t odd = ballot(i % 2 == 1);
   p.out[i] = warp_sum(float(lane())) + 1000 * float(shuffle(lane(), 5)) + (odd == 0xaaaaaaaau ? 1e6f : 0) +
-             warp_max<4>(float(lane())) * 1e-3f + float(warp_running_sum(1)) * 1e-5f;
+             warp_max<4>(float(lane())) * 1e-3f + float(warp_prefix_sum(1)) * 1e-5f;
 }
 
 // One mma of a (16 x 16) and b (8 rows of 16, transposed by the layout), through ldmatrix.

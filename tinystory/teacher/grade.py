@@ -1,0 +1,178 @@
+"""The grade of one story, and how it is read from a teacher's replies: exactly the scores asked for, or no score.
+
+A reply that is read generously becomes an invented reward ("2 2", cut short, is not 4/9), so three forms are
+understood and nothing else is. For the criteria readability, coherence, creativity they are
+
+    2 1 3                                           integers in the order asked, separated by spaces, commas or newlines
+    {"readability": 2, "coherence": 1, ...}         one JSON object with exactly these keys, bare or in a ```json fence
+    readability: 2, coherence: 1, creativity: 3     exactly these labels
+"""
+
+import bisect
+import functools
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tinystory.errors import UserError
+from tinystory.teacher.prompt import CRITERIA, TOP, Template, clean
+
+LONGEST_REPLY = 1000  # characters; a longer reply is an essay, and refusing it costs nothing
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The outcome of grading one story."""
+
+    # 0..3 per criterion: integers, or expected values from log-probabilities. None if no reply could be read, or if a
+    # callable graded the story.
+    scores: dict[str, float] | None
+    score: float | None  # 0..1, of which the reward is made: the weighted mean of `scores` over TOP; None if ungraded
+    reply: str = ""  # the last reply, at most LONGEST_REPLY characters
+    attempts: int = 0  # replies received; more than one if the first could not be read
+    reply_words: int = 0  # whitespace-separated words of all replies, at most max_tokens each: the student's input
+    seconds: float = 0.0  # from the first request to the last reply; 0 if no request was made
+    error: str | None = None  # why there is no score
+
+    @property
+    def reply_or_error(self) -> str:
+        return self.reply or self.error or ""
+
+
+def grade_of(
+    template: Template,
+    scores: dict[str, float] | None,
+    replies: Sequence[str],
+    *,
+    max_tokens: int,
+    seconds: float = 0.0,
+    error: str | None = None,
+) -> Grade:
+    """The grade that a story's replies make: either the last one holds `scores`, or none does and `error` says why."""
+    return Grade(
+        scores,
+        None if scores is None else template.score(scores),
+        replies[-1][:LONGEST_REPLY] if replies else "",
+        len(replies),
+        # A word is at least one token. If a server ignores max_tokens, nobody reads the words beyond it.
+        sum(min(len(reply.split()), max_tokens) for reply in replies),
+        seconds,
+        error,
+    )
+
+
+def grade_if_empty(template: Template, story: str) -> Grade | None:
+    """All 0, by the rubric, for a story without text, which is not sent to the teacher; None for any other story."""
+    if clean(story).strip():
+        return None
+    return Grade(dict.fromkeys(template.names, 0), 0.0)
+
+
+def require_scores(grades: list[Grade], max_unscored: float) -> None:
+    """Raises UserError if more than a fraction `max_unscored` of a step's stories has no score: never a guess."""
+    unscored = [grade for grade in grades if grade.score is None]
+    if len(unscored) > max_unscored * len(grades):
+        replies = "; ".join(repr(grade.reply_or_error[:80]) for grade in unscored[:4])
+        raise UserError(
+            f"{len(unscored)} of {len(grades)} stories got no score, more than --max-unscored {max_unscored:g} allows; "
+            f"all earlier steps are saved, so fix the teacher and go on with --resume (it said {replies})"
+        )
+
+
+def score_means(grades: list[Grade]) -> dict[str, float | None]:
+    """score_mean: the sum of the criteria's scores, 0..9, as the paper plots it (or a callable's score, 0..1); and the
+    mean of each criterion. The paper's three criteria are always there, None if others are graded."""
+    scored = [g for g in grades if g.score is not None]
+    names = dict.fromkeys([*CRITERIA, *(name for g in scored for name in g.scores or ())])
+    values = {f"{name}_mean": [g.scores[name] for g in scored if g.scores and name in g.scores] for name in names}
+    values["score_mean"] = [sum(g.scores.values()) if g.scores else g.score for g in scored]
+    return {name: sum(each) / len(each) if each else None for name, each in values.items()}
+
+
+_SPACE = r"[ \t\r\n]"
+_BETWEEN = rf"(?:{_SPACE}+(?:,{_SPACE}*)?|,{_SPACE}*)"
+_DIGIT = rf"[0-{TOP}]"  # a class, not \d, which also means the digits of other scripts
+_FENCED = re.compile(rf"```(?:json)?{_SPACE}*(\{{.*\}}){_SPACE}*```", re.DOTALL)
+
+
+def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
+    """The score, 0..3, of each criterion, in the order of `criteria`; None if the reply is not exactly one of the three
+    forms."""
+    if len(reply) > LONGEST_REPLY:
+        return None
+    text = reply.strip(" \t\r\n")
+    numbers, labelled = _patterns(tuple(criteria))
+    if match := numbers.fullmatch(text):
+        found = list(zip(criteria, map(int, match.groups()), strict=True))
+    elif match := labelled.fullmatch(text):
+        names, digits = match.groups()[0::2], match.groups()[1::2]
+        found = list(zip(names, map(int, digits), strict=True))
+    else:
+        found = _json_object(text)
+    scores = dict(found)
+    if len(found) != len(criteria) or scores.keys() != set(criteria):
+        return None
+    if not all(type(value) is int and 0 <= value <= TOP for value in scores.values()):  # type: True is an int too
+        return None
+    return {name: scores[name] for name in criteria}
+
+
+def expected_scores(
+    reply: str, criteria: Sequence[str], tokens: Sequence[tuple[str, Mapping[str, float]]]
+) -> dict[str, float] | None:
+    """The expected value of each score in a reply: the mean of 0..3 under the probabilities of these digits at the
+    score's position, normalised to sum to 1 (G-Eval, arXiv 2303.16634, equation 1), rounded to 4 decimals.
+
+    tokens: those of the reply, each with the natural log-probabilities of the candidates at its position. None if the
+    reply holds no scores, or if the tokens do not spell the reply, or if no candidate is a digit alone.
+    """
+    scores = parse_scores(reply, criteria)
+    spelled = "".join(token for token, _ in tokens)
+    start = spelled.find(reply)  # a server may strip the reply, or add the end-of-turn token to the tokens
+    if scores is None or start < 0:
+        return None
+    begins = [0, *itertools.accumulate(len(token) for token, _ in tokens)]
+    expected = {}
+    for name, at in _digit_positions(reply, criteria).items():
+        token, candidates = tokens[bisect.bisect_right(begins, start + at) - 1]
+        probabilities = [0.0] * (TOP + 1)
+        for candidate, logprob in candidates.items():
+            if re.fullmatch(_DIGIT, candidate.strip()):  # " 2" is 2
+                probabilities[int(candidate)] += math.exp(logprob)
+        if token.strip() != reply[at] or not any(probabilities):
+            return None
+        expected[name] = round(sum(score * p for score, p in enumerate(probabilities)) / sum(probabilities), 4)
+    return expected if expected.keys() == scores.keys() else None
+
+
+def _digit_positions(reply: str, criteria: Sequence[str]) -> dict[str, int]:
+    """The index of each criterion's digit in a reply that holds scores."""
+    if numbers := _patterns(tuple(criteria))[0].fullmatch(reply.strip(" \t\r\n")):
+        before = len(reply) - len(reply.lstrip(" \t\r\n"))
+        return {name: before + numbers.start(i) for i, name in enumerate(criteria, start=1)}
+    found = ((name, re.search(rf'\b{name}"?{_SPACE}*:{_SPACE}*({_DIGIT})', reply)) for name in criteria)
+    return {name: match.start(1) for name, match in found if match}  # a key may be written with \u escapes
+
+
+@functools.cache
+def _patterns(criteria: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
+    numbers = _BETWEEN.join([f"({_DIGIT})"] * len(criteria))
+    label = "|".join(map(re.escape, criteria))
+    labelled = _BETWEEN.join([rf"({label}){_SPACE}*:{_SPACE}*({_DIGIT})"] * len(criteria))
+    return re.compile(numbers + r"\.?"), re.compile(labelled + r"\.?")
+
+
+def _json_object(text: str) -> list[tuple[str, object]]:
+    """The (key, value) pairs of a flat JSON object, with repeated keys so that they can be refused; [] for any other
+    text."""
+    if match := _FENCED.fullmatch(text):
+        text = match[1]
+    if not text.startswith("{") or text.count("{") != 1:
+        return []
+    try:
+        return json.loads(text, object_pairs_hook=list)
+    except (ValueError, RecursionError):  # not JSON, or JSON nested too deeply
+        return []
