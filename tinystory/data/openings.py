@@ -1,4 +1,4 @@
-"""What the stories begin with: one opening for all, the built-in list, or a file of one's own."""
+"""The openings that stories continue: one for all, the built-in list, or a file of the user's."""
 
 import functools
 import json
@@ -23,16 +23,16 @@ class Openings:
         self.train = [text for text in texts if text not in self.held_out] or texts
 
     def __getitem__(self, index: int) -> str:
-        """The opening of the story `index`: each is used once before one is used again, in an order drawn from the seed,
-        by `per_opening` stories in a row."""
-        round_, place = divmod(index // self.per_opening, len(self.train))
-        return self.train[_order(len(self.train), self.seed, round_)[place]]
+        """The opening of story `index`. `per_opening` consecutive stories share one, and every opening is used once
+        before any is used again, in an order drawn from the seed."""
+        epoch, place = divmod(index // self.per_opening, len(self.train))
+        return self.train[_order(len(self.train), self.seed, epoch)[place]]
 
 
 @functools.lru_cache(2)
-def _order(count: int, seed: int, round_: int) -> list[int]:
+def _order(count: int, seed: int, epoch: int) -> list[int]:
     order = list(range(count))
-    random.Random(f"{seed} {round_}").shuffle(order)
+    random.Random(f"{seed} {epoch}").shuffle(order)
     return order
 
 
@@ -45,7 +45,9 @@ def load_openings(name: str) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--openings {name} cannot be read ({error}): give builtin, or a text file of one per line") from None
+        raise UserError(
+            f"--openings {name} cannot be read ({error}): give builtin, or a text file of one per line"
+        ) from None
     openings = []
     for number, line in enumerate(lines, 1):
         if line and path.suffix == ".jsonl":

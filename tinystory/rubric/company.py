@@ -6,7 +6,9 @@ from tinystory.rubric.lexicon import Lexicon
 from tinystory.rubric.ngram import BOUNDARY
 
 REACH = 200  # tokens; words further apart do not keep company
-WINDOW = 90  # tokens of a text that are looked at together: the more words, the less each pair has to do with each other
+WINDOW = (
+    90  # tokens of a text that are looked at together: the more words, the less each pair has to do with each other
+)
 LEAST = 4  # different content words that a text must have to be measured
 
 
@@ -31,7 +33,9 @@ class Company:
         """Mean over all pairs of the text's words of log (1 + stories that hold both) / (1 + as many as chance would
         give): smoothed pointwise mutual information (Church and Hanks 1990). None for fewer than LEAST words."""
         pieces = [self._words(ids[at : at + WINDOW]) for at in range(0, max(len(ids) - WINDOW // 2, 1), WINDOW // 2)]
-        keys = np.concatenate([self._pairs(words) for words in pieces if len(words) >= LEAST] or [np.empty(0, np.int64)])
+        keys = np.concatenate(
+            [self._pairs(words) for words in pieces if len(words) >= LEAST] or [np.empty(0, np.int64)]
+        )
         if not len(keys) or not len(self._keys):
             return None
         place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)

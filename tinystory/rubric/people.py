@@ -20,14 +20,14 @@ PEOPLE = (
     words_of("boy man dad daddy papa father grandpa grandfather brother uncle king prince wizard son"),
     words_of("girl woman mom mommy mama mother grandma granny grandmother sister aunt queen princess witch daughter"),
 )
-FLIPPED = {"he": "she", "she": "he", "him": "her", "his": "her", "her": "his", "himself": "herself", "herself": "himself"}
+FLIPPED = {"he": "she", "him": "her", "his": "her", "himself": "herself"}
+FLIPPED |= {"she": "he", "her": "his", "herself": "himself"}
 READ = 1500  # stories from which agreement is learned
 PRIOR = 4  # observations that the coarser estimate counts for
 EVIDENCE = 3.0  # nats that one mention can count for, at most
-# What a pronoun is seen against: its form (4), the last person's mention (a name, a pronoun, a noun; or nobody), and how
-# many sentences ago it was (0, 1, more).
+# The case of a pronoun: its form (4), how the last person was mentioned, and how many sentences ago (0, 1, more).
 NAME, PRONOUN, NOUN, NOBODY = range(4)
-SAME, OTHER, UNKNOWN_PERSON = range(3)  # the pronoun is of the last person's sex, of another's in the story, of nobody's
+LAST, EARLIER, ABSENT = range(3)  # its sex is that of the last person, of an earlier one, or of nobody in the story
 
 
 class People:
@@ -52,25 +52,33 @@ class People:
         self._learn_introductions(lexicon.ids, size)
         self._learn_agreement(lexicon.ids)
 
-    def told(self, ids: np.ndarray, start: int) -> float | None:
-        """Nats per mention of a name by which the words around it speak for what it is, known or new; None without a
-        name from `start` on."""
+    def told(self, ids: np.ndarray, start: int = 0) -> float | None:
+        """Nats per mention of a name by which the words around it agree with what it is, known or new; None without a
+        name from `start` on. ids: (T,), the opening's and the story's, which begins at `start`."""
         at = np.flatnonzero(self.name[ids])
         if not (at >= start).any():
             return None
         new = _first(ids[at])
-        odds = sum(_log_odds(near, far, *context) for (near, far), context in zip(self._tables, self._contexts(ids, at), strict=True))
+        odds = sum(
+            _log_odds(*tables, *keys) for tables, keys in zip(self._tables, self._contexts(ids, at), strict=True)
+        )
         evidence = np.where(new, odds, -odds)
         return float(np.clip(evidence, -EVIDENCE, EVIDENCE)[at >= start].mean())
 
-    def agreement(self, ids: np.ndarray, start: int) -> float | None:
-        """Nats per pronoun by which it is as the corpus has it rather than flipped by a coin; None without he or she."""
+    def agreement(self, ids: np.ndarray, start: int = 0) -> float | None:
+        """Nats per pronoun by which the text resembles the corpus rather than one with half of he and she exchanged;
+        None without he or she from `start` on."""
         evidence = [self._agreement[case] for case in self._cases(ids, start)]
         return float(np.mean(evidence)) if evidence else None
 
     def flipped(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The same tokens with half of their he and she exchanged."""
         return np.where(rng.random(len(ids)) < 0.5, self._flipped[ids], ids)
+
+    def renamed(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The same tokens with each mention of a name replaced by a name drawn at random."""
+        names = np.flatnonzero(self.name)
+        return np.where(self.name[ids], rng.choice(names, len(ids)), ids) if len(names) else ids
 
     def _contexts(self, ids: np.ndarray, at: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
         """Keys of the one and the two tokens before each place, and of those after it."""
@@ -112,7 +120,7 @@ class People:
                     sexes[unsexed], unsexed = sex, -1
                     last, mention, when, present[sex] = sex, NAME, sentence, True
                 if at >= start:
-                    outcome = SAME if sex == last else OTHER if present[sex] else UNKNOWN_PERSON
+                    outcome = LAST if sex == last else EARLIER if present[sex] else ABSENT
                     yield int(self._form[word]), mention, min(sentence - when, 2), outcome
                 mention = PRONOUN
             elif self.name[word]:

@@ -12,16 +12,19 @@ parts between 0 and 1, and its score is three times the criterion, rounded to an
         grammatical the same for its pattern: function words, and only class and ending of all other words
         smooth      few words that jar: never seen after the one, two or three before them, though all are common
         reach       whether words are likelier given the four words before them than given two
-    coherence = (0.25 focus + 0.15 introduced + 0.15 referred + 0.2 order + 0.15 joined + 0.1 shape) * unlooped,
-                as far as readable, for 40 fresh words or more
+    coherence = (0.15 focus + 0.1 introduced + 0.1 referred + 0.2 order + 0.1 joined + 0.15 shape + 0.2 fit)
+                * (0.2 + 0.5 told + 0.3 agreement) * unlooped, as far as readable, for 40 fresh words or more
         focus       share of mentions whose thing or person is mentioned more than once
         introduced  "a dog", "named Tim" at the first mention and "the dog", "Tim" later
         referred    he, she, it, they fit one of the last five things named
         order       sentences are in the order in which their words usually come in a story
         joined      sentences begin as sentences do after the one before
         shape       a problem, an end mark, and a last sentence that sounds like an ending
+        fit         content words that are told of in one story (company.py)
+        told        names are introduced before they are used as known (people.py)
+        agreement   he and she are the people meant (people.py)
         unlooped    few repeated phrases (names and pronouns count as the same word, so do sentence patterns)
-    creativity = (0.4 varied + 0.4 rare + 0.2 rhythm) * (1 + 2 uncopied) / 3 * unlooped,
+    creativity = (0.4 varied + 0.4 rare (0.2 + 0.8 fit) + 0.2 rhythm) * (1 + 2 uncopied) / 3 * unlooped,
                  as far as readable and coherent, for 45 fresh words or more
         varied      distinct words, corrected for length
         rare        content words other than the commonest ones
@@ -30,19 +33,23 @@ parts between 0 and 1, and its score is three times the criterion, rounded to an
 
 The scale of a part is learned from held-out stories of the corpus: most of them reach 1. The same words in random order
 set 0 for fluent, grammatical and smooth. For reach and the parts of coherence, 0 is set by a sampler that knows only
-which word follows which two or, if that is lower, by the same sentences in random order. So the teacher should know the
-corpus that the student reads. A word is fresh if it is not part of a phrase that came before, in the story or in its
-opening: padding, echoes and loops earn nothing. A text without an end mark or with fewer than three words is less than
-a sentence: 0 0 0.
+which word follows which two or, if that is lower, by the same sentences in random order; for told, agreement and fit
+by the same stories with their names drawn at random, with half of he and she exchanged, and with the second half of
+another story. A story without names, or without he and she, gets one half for that part. So the teacher should know
+the corpus that the student reads. A word is fresh if it is not part of a phrase that came before, in the story or in
+its opening: padding, echoes and loops earn nothing. A text without an end mark or with fewer than three words is less
+than a sentence: 0 0 0.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from tinystory.errors import UserError
+from tinystory.rubric.company import Company
 from tinystory.rubric.lexicon import Lexicon
 from tinystory.rubric.ngram import ORDER, UNKNOWN, NgramModel, Phrases, babble, hashes
+from tinystory.rubric.people import People
 from tinystory.rubric.surface import CLOSE, formed, sentences, slips, tokens, words_of
 from tinystory.teacher.prompt import CRITERIA
 
@@ -74,6 +81,7 @@ class Rubric:
 
     def __init__(self, lexicon: Lexicon, model: NgramModel, patterns: NgramModel, phrases: Phrases):
         self.lexicon, self.model, self.patterns, self.phrases = lexicon, model, patterns, phrases
+        self.people, self.company = People(lexicon), Company(lexicon)
         self._frame = np.arange(len(lexicon))
         self._frame[lexicon.name | (lexicon.pronoun >= 0)] = NAMED
         self._skeleton = self._frame.copy()
@@ -123,7 +131,10 @@ class Rubric:
         seen = self._see(tokens(opening)[-LONGEST:], tokens(story)[:LONGEST])
         if seen is None:
             return dict.fromkeys((*CRITERIA, "total"), 0.0)
-        part = {name: float(ramp(seen[name], *scale).mean()) for name, scale in self._scale.items()}
+        part = {
+            name: 0.5 if seen[name] is None else float(ramp(seen[name], *scale).mean())
+            for name, scale in self._scale.items()
+        }
         part |= {name: float(seen[name]) for name in ("shape", "rhythm", "fresh")}
         fresh = part["fresh"]
         # Small floors, so that an improvement raises the total even of the worst text.
@@ -131,15 +142,17 @@ class Rubric:
         correct = part["known"] * (0.02 + 0.98 * part["formed"]) * (0.02 + 0.98 * part["clean"])
         readability = correct * (0.02 + 0.98 * natural) * ramp(fresh, 1, 25)
         thread = (
-            0.25 * part["focus"]
-            + 0.15 * part["introduced"]
-            + 0.15 * part["referred"]
+            0.15 * part["focus"]
+            + 0.1 * part["introduced"]
+            + 0.1 * part["referred"]
             + 0.2 * part["order"]
-            + 0.15 * part["joined"]
-            + 0.1 * part["shape"]
+            + 0.1 * part["joined"]
+            + 0.15 * part["shape"]
+            + 0.2 * part["fit"]
         )
-        coherence = thread * part["unlooped"] * ramp(readability, 0, 0.4) * ramp(fresh, 5, 40)
-        own = 0.4 * part["varied"] + 0.4 * part["rare"] + 0.2 * part["rhythm"]
+        who_is_who = 0.2 + 0.5 * part["told"] + 0.3 * part["agreement"]
+        coherence = thread * who_is_who * part["unlooped"] * ramp(readability, 0, 0.4) * ramp(fresh, 5, 40)
+        own = 0.4 * part["varied"] + 0.4 * part["rare"] * (0.2 + 0.8 * part["fit"]) + 0.2 * part["rhythm"]
         sense = ramp(readability, 0.1, 0.7) * (0.2 + 0.8 * ramp(coherence, 0, 0.6))
         creativity = own * (1 + 2 * part["uncopied"]) / 3 * part["unlooped"] * sense * ramp(fresh, 5, 45)
         criteria = dict(zip(CRITERIA, map(float, (readability, coherence, creativity)), strict=True))
@@ -179,6 +192,25 @@ class Rubric:
                 zero = min(zero, value(reordered, name, 50))
             self._scale[name] = (min(zero, one - 0.1), one)
 
+        def scale(measure: Callable[[np.ndarray], float | None], corrupt: list[np.ndarray], least: float):
+            real, worse = (
+                [value for text in group if (value := measure(text)) is not None] or [0.0]
+                for group in (stories, corrupt)
+            )
+            one = float(np.percentile(real, 40))
+            return min(float(np.percentile(worse, 50)), one - least), one
+
+        people, stories = self.people, [lexicon.look_up(text) for text in examples]
+        halves = [
+            np.append(a[: len(a) // 2], b[len(b) // 2 :])
+            for a, b in zip(stories, [*stories[1:], *stories[:1]], strict=True)
+        ]
+        self._scale |= {
+            "told": scale(people.told, [people.renamed(text, rng) for text in stories], 0.5),
+            "agreement": scale(people.agreement, [people.flipped(text, rng) for text in stories], 0.2),
+            "fit": scale(self.company.fit, halves, 0.02),
+        }
+
     def _see(self, before: list[str], after: list[str]) -> dict | None:
         """The unscaled measurements; None for less than a sentence. before, after: tokens of the opening, the story."""
         words = np.array([token[0].isalpha() for token in after], bool)
@@ -211,6 +243,9 @@ class Rubric:
             "reach": (logprob[-1] - logprob[2]).mean(),
             **self._things(ids, start),
             "referred": self._referred(ids, start),
+            "told": self.people.told(ids, start),
+            "agreement": self.people.agreement(ids, start),
+            "fit": self.company.fit(story),
             "order": _order(place),
             "joined": _joined(logprob, spans),
             "shape": 0.4 * any(word in TROUBLE for word in lower) + 0.3 * ended + 0.3 * (ended and place[-1] > 0),
@@ -306,7 +341,7 @@ def _order(place: list[float]) -> float:
 
 
 def _joined(logprob: np.ndarray, spans: list[tuple[int, int]]) -> float:
-    """Nats per word by which sentence beginnings are likelier given the previous sentence than given its end mark only."""
+    """Nats per word by which sentence beginnings are likelier given the previous sentence than given its end mark."""
     gain = logprob[-1] - logprob  # row n: given 4 tokens over given n (n - 1 words and an end mark)
     gains = [gain[at + 1, first + at] for first, end in spans[1:] for at in range(min(ORDER - 2, end - first))]
     return float(np.mean(gains)) if gains else -1.0
