@@ -80,7 +80,7 @@ class InteractConfig:
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher")
     teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6")
     teacher_timeout: float = option(300.0, "seconds that grading one story may take, retries included")
-    teacher_prompt: str = option("", "JSON file with other criteria, levels and weights to grade (see README)")
+    teacher_prompt: str = option("", "JSON file with other criteria, levels and weights to grade (see docs/teachers.md)")
     teacher_logprobs: bool = option(
         False, "use expected scores under the teacher's token probabilities, not the sampled digits"
     )
@@ -92,17 +92,22 @@ class InteractConfig:
     reward: str = option("", "FILE.py:FUNCTION that scores instead of a teacher: f(opening, stories) -> [0..1 or None]")
     max_unscored: float = option(0.1, "maximum fraction of a step's stories without a score")
 
-    opening: str = option(
-        "Let me tell you a long, magical tale. Once upon a time, in a faraway land,", "opening of every story"
-    )
+    openings: str = option("builtin", "what stories begin with: builtin, or a file with one opening per line")
+    opening: str = option("", "one opening for every story, in place of --openings")
+    stories_per_opening: int = option(1, "stories that share an opening within a step")
     steps: int = option(80, "maximum number of PPO steps")
     stories_per_step: int = option(64, "stories per step")
-    max_new_tokens: int = option(90, "maximum tokens of a story")
+    max_new_tokens: int = option(200, "maximum tokens of a story")
     temperature: float = option(1.0, "sampling temperature of the student")
-    budget_words: int = option(1_000_000, "word budget, in: the opening once and every word of every reply")
+    budget_words: int = option(1_000_000, "word budget, in: each opening once and every word of every reply")
     budget_words_out: int = option(100_000_000, "word budget, out: every word that the student writes")
     length_weight: float = option(0.4, "weight of the length term relative to the teacher's score")
     length_words: int = option(90, "words at which the length term reaches its maximum")
+    diversity: float = option(1.0, "part of the score, 0..1, that is multiplied by the story's difference from others")
+    unfinished: float = option(0.5, "part of its reward, 0..1, that a story keeps which does not end")
+    look_every: int = option(10, "steps between looks at stories to held-out openings, of which the best is kept; 0: none")
+    look_stories: int = option(40, "stories per look")
+    stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
     learning_rate: float = option(5e-5, "learning rate of Adam, constant")
     adam_eps: float = option(1e-8, "Adam epsilon")
@@ -131,11 +136,12 @@ _PAPER_PRETRAIN = dict(
     final_learning_rate=0.0, warmup=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, grad_clip=1.0,
     eval_every=250, save_every=250,
 )  # fmt: skip
+PAPER_OPENING = "Let me tell you a long, magical tale. Once upon a time, in a faraway land,"
 _PAPER_INTERACT = dict(
-    dtype="float32", teacher_temperature=0.2, teacher_max_tokens=6, steps=920, stories_per_step=360,
-    max_new_tokens=90, temperature=1.0, budget_words=1_000_000, budget_words_out=100_000_000, length_weight=0.4,
-    length_words=90, learning_rate=1e-6, adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95,
-    clip_ratio=0.2, clip_value=0.2, value_coef=0.1, max_ratio=10.0, grad_clip=0.0, kl_coef=0.2, kl_target=6.0,
+    dtype="float32", opening=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
+    stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000, budget_words_out=100_000_000, length_weight=0.4,
+    length_words=90, diversity=0.0, unfinished=1.0, look_every=0, learning_rate=1e-6, adam_eps=1e-8, epochs=4,
+    minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1, max_ratio=10.0, grad_clip=0.0, kl_coef=0.2, kl_target=6.0,
     kl_horizon=10_000.0,
 )  # fmt: skip
 PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
@@ -203,7 +209,7 @@ _POSITIVE = (
     "words", "n_layer", "n_head", "n_embd", "context", "vocab_size", "batch_size", "micro_batch_size", "eval_every",
     "eval_sequences", "save_every", "steps", "stories_per_step", "max_new_tokens", "epochs", "budget_words",
     "budget_words_out", "length_words", "teacher_concurrency", "teacher_timeout", "temperature", "learning_rate",
-    "kl_target", "kl_horizon",
+    "kl_target", "kl_horizon", "stories_per_opening", "look_stories",
 )  # fmt: skip
 
 
@@ -224,6 +230,11 @@ def _check(config: Any) -> None:
     for name in ("dropout", "val_fraction", "warmup", "max_unscored"):
         if hasattr(config, name) and not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 0 and below 1, not {getattr(config, name)}")
+    for name in ("diversity", "unfinished"):
+        if hasattr(config, name) and not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"--{name} must be from 0 to 1, not {getattr(config, name)}")
+    if getattr(config, "look_every", 0) < 0:
+        raise UserError(f"--look-every must be at least 0, not {config.look_every}")
     if hasattr(config, "n_head") and config.n_embd % config.n_head:
         raise UserError(f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head}")
     if config.dtype not in ("auto", "float32", "bfloat16"):

@@ -5,10 +5,10 @@ Formulas follow TRL 0.9.4's PPOTrainer, which the paper used (arXiv 2509.15714),
 Tensors are (B, N): one row per story, one column per response token; `mask` is True at tokens, False at padding.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,29 +21,41 @@ from tinystory.student.model import Student, ValueHead
 
 @dataclass
 class Batch:
-    """The stories of one step, right-padded. prompt: (P,) int64, the same for all; tokens: (B, N) int64; mask: (B, N)
-    bool; logprobs, values: (B, N) float32, from when the token was sampled."""
+    """The stories of one step, right-padded. inputs: (B, T) int64, opening and story but for its last token; predicts:
+    (B, T) bool, True where the next token is the story's; tokens: (B, N) int64; mask: (B, N) bool; logprobs, values:
+    (B, N) float32, from when the token was sampled."""
 
-    prompt: Tensor
+    inputs: Tensor
+    predicts: Tensor
     tokens: Tensor
     mask: Tensor
     logprobs: Tensor
     values: Tensor
 
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64: the inputs of each row, padding not counted."""
+        positions = torch.arange(1, self.predicts.shape[1] + 1, device=self.predicts.device)
+        return (self.predicts * positions).amax(1)
+
     def rows(self, rows: Tensor) -> "Batch":
-        return Batch(self.prompt, self.tokens[rows], self.mask[rows], self.logprobs[rows], self.values[rows])
+        return Batch(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
 
-def collate(stories: list[Story], tokenizer: Tokenizer, opening: str, device: torch.device) -> Batch:
+def collate(stories: list[Story], tokenizer: Tokenizer, device: torch.device) -> Batch:
     """Stack stories into right-padded tensors."""
 
     def pad(rows: list[Tensor], value: float) -> Tensor:
         return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
 
+    openings = [torch.tensor(encode_opening(tokenizer, s.opening)) for s in stories]
+    before = [torch.zeros(len(opening) - 1, dtype=torch.bool) for opening in openings]
+    masks = [torch.ones(len(s.tokens), dtype=torch.bool) for s in stories]
     return Batch(
-        prompt=torch.tensor(encode_opening(tokenizer, opening), device=device),
+        inputs=pad([torch.cat([o, s.tokens[:-1]]) for o, s in zip(openings, stories, strict=True)], tokenizer.pad),
+        predicts=pad([torch.cat(pair) for pair in zip(before, masks, strict=True)], False),
         tokens=pad([s.tokens for s in stories], tokenizer.pad),
-        mask=pad([torch.ones(len(s.tokens), dtype=torch.bool) for s in stories], False),
+        mask=pad(masks, False),
         logprobs=pad([s.logprobs for s in stories], 0.0),
         values=pad([s.values for s in stories], 0.0),
     )
@@ -94,15 +106,12 @@ def response_stats(
 
     The heads are applied at response positions only; columns that are padding in every row are not computed.
     """
-    P, N = len(batch.prompt), int(batch.mask.sum(1).max())
-    tokens, mask = batch.tokens[:, :N], batch.mask[:, :N]
-    inputs = torch.cat([batch.prompt.expand(len(tokens), -1), tokens[:, :-1]], dim=1)
-    hidden = student.hidden(inputs)[:, P - 1 :][mask]  # (tokens, C): the state from which each token was sampled
-    logprob, _ = ops.token_logprob(hidden / temperature, student.wte.weight, tokens[mask])
+    T = int(batch.lengths.max())
+    hidden = student.hidden(batch.inputs[:, :T])[batch.predicts[:, :T]]  # (tokens, C): where each token was sampled from
+    logprob, _ = ops.token_logprob(hidden / temperature, student.wte.weight, batch.tokens[batch.mask])
     value = torch.zeros_like(logprob) if value_head is None else value_head(hidden)
-    zeros = torch.zeros(batch.mask.shape, device=mask.device)
-    whole = F.pad(mask, (0, batch.mask.shape[1] - N))
-    return zeros.masked_scatter(whole, logprob), zeros.masked_scatter(whole, value)
+    zeros = torch.zeros(batch.mask.shape, device=batch.mask.device)
+    return zeros.masked_scatter(batch.mask, logprob), zeros.masked_scatter(batch.mask, value)
 
 
 @dataclass
@@ -123,15 +132,14 @@ class AdaptiveKL:
 def reference_logprobs(reference: Student, batch: Batch, temperature: float, micro_batch_size: int) -> Tensor:
     """(B, N) log-probabilities of the stories' tokens under the frozen starting checkpoint."""
     out = torch.zeros_like(batch.logprobs)
-    for rows in distributed.shard_strided(by_length(batch.mask, micro_batch_size)):
+    for rows in distributed.shard_strided(by_length(batch.lengths, micro_batch_size)):
         out[rows] = response_stats(reference, None, batch.rows(rows), temperature)[0]
     return distributed.all_reduce_sum(out)
 
 
-def by_length(mask: Tensor, size: int) -> list[Tensor]:
-    """Row indices in groups of at most `size`, with rows of similar length in a group, so that little padding is
-    computed."""
-    return [rows for rows in mask.sum(1).argsort(stable=True).split(size) if len(rows)]
+def by_length(lengths: Tensor, size: int) -> list[Tensor]:
+    """Indices of `lengths` in groups of at most `size`, similar lengths together, so that little padding is computed."""
+    return [rows for rows in lengths.argsort(stable=True).split(size) if len(rows)]
 
 
 def step(
@@ -187,7 +195,7 @@ def update(
             stats = dict.fromkeys((*sums, "ratio"), 0.0)
             optimizer.zero_grad(set_to_none=True)
             mine = distributed.shard_strided(chosen)
-            for part in by_length(batch.mask[mine], config.micro_batch_size):
+            for part in by_length(batch.lengths[mine], config.micro_batch_size):
                 rows = mine[part]
                 old, mask = batch.rows(rows), batch.mask[rows]
                 logprob, value = response_stats(student, value_head, old, config.temperature)

@@ -1,11 +1,15 @@
 """From the teacher's score of a story to its reward, the number that PPO maximises.
 
+A story earns its score, multiplied by how different it is from the other stories of its step (as DARLING does, arXiv
+2509.02534), and the paper's length term; a story that is cut off keeps a part of that.
+
 Anything can be the teacher: any callable `f(opening, stories)` that returns one score per story, 0..1 or None. None is
 no score: the story gets no reward and no gradient, and it is counted.
 """
 
 import importlib.util
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,11 +18,34 @@ from tinystory.errors import UserError
 ScoreStories = Callable[[str, Sequence[str]], Sequence[float | None]]
 
 
-def story_reward(score: float, words: int, length_weight: float, length_words: int) -> float:
-    """(score + length_weight * words / length_words) / (1 + length_weight): 0..1. The second term, at most
-    length_weight, keeps stories from shrinking (arXiv 2509.15714). score: 0..1; words: whitespace-separated words that
-    the student wrote."""
-    return (score + length_weight * min(words / length_words, 1.0)) / (1 + length_weight)
+def story_reward(
+    score: float, difference: float, words: int, ended: bool,
+    *, diversity: float, length_weight: float, length_words: int, unfinished: float,
+) -> float:  # fmt: skip
+    """(score * (1 - diversity + diversity * difference) + length_weight * words / length_words) / (1 + length_weight),
+    times `unfinished` for a story that was cut off: 0..1.
+
+    score, difference: 0..1. The length term, at most length_weight, keeps stories from shrinking (arXiv 2509.15714,
+    whose reward this is with diversity 0 and unfinished 1). words: whitespace-separated words that the student wrote.
+    """
+    quality = score * (1 - diversity + diversity * difference)
+    reward = (quality + length_weight * min(words / length_words, 1.0)) / (1 + length_weight)
+    return reward if ended else reward * unfinished
+
+
+def differences(stories: Sequence[str]) -> list[float]:
+    """How different each story is from the others, 0..1: the mean over its distinct phrases of 1 / (number of stories
+    that contain the phrase). 1 if it shares none; 0 for a story too short to contain one."""
+    own = [phrases(story) for story in stories]
+    shared = Counter(phrase for each in own for phrase in each)
+    return [sum(1 / shared[phrase] for phrase in each) / len(each) if each else 0.0 for each in own]
+
+
+def phrases(story: str, n: int = 4) -> set[tuple[str, ...]]:
+    """The distinct n-grams of a story's words, in lower case and without punctuation. Capitalised words, names among
+    them, count as one word: a story told again about someone else is not a different one."""
+    words = ["@" if word[:1].isupper() else word.lower().strip('.,;:!?"') for word in story.split()]
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
 def load_score(spec: str) -> ScoreStories:

@@ -39,6 +39,15 @@ def test_groups_share_an_opening():
     assert all(len(set(told[i : i + 4])) == 1 for i in range(0, 40, 4)) and len(set(told)) == 10
 
 
+@pytest.mark.parametrize("per_opening", [1, 3, 8])
+def test_the_words_of_each_opening_are_counted_once(per_opening):
+    openings = Openings(TEXTS, seed=0, per_opening=per_opening)
+    counted = [openings.new_words(first, 7) for first in range(0, 700, 7)]
+    assert sum(counted) == sum(len(text.split()) for text in openings.train)
+    used = {openings[i] for i in range(70)}
+    assert sum(counted[:10]) == sum(len(text.split()) for text in used)
+
+
 def test_one_opening_is_trained_on_and_looked_at():
     one = Openings(["Once"], seed=0)
     assert one.train == one.held_out == ["Once"] and one[0] == one[123456] == "Once"

@@ -28,6 +28,11 @@ class Openings:
         epoch, place = divmod(index // self.per_opening, len(self.train))
         return self.train[_order(len(self.train), self.seed, epoch)[place]]
 
+    def new_words(self, first_index: int, count: int) -> int:
+        """Words of the openings that these stories are the first to use: the student takes each in once."""
+        first, end = (-(-index // self.per_opening) for index in (first_index, first_index + count))
+        return sum(len(self[i * self.per_opening].split()) for i in range(first, min(end, len(self.train))))
+
 
 @functools.lru_cache(2)
 def _order(count: int, seed: int, epoch: int) -> list[int]:

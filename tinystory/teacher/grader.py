@@ -24,10 +24,10 @@ from tinystory.teacher.replay import Replay
 
 
 class TeacherGrader:
-    """Stories to `opening` are graded by a teacher. facts: what config.json records about it."""
+    """Stories are graded by a teacher. facts: what config.json records about it."""
 
-    def __init__(self, teacher: Teacher | Replay, opening: str):
-        self.teacher, self.opening = teacher, opening
+    def __init__(self, teacher: Teacher | Replay):
+        self.teacher = teacher
         self.pending: dict[int, Future[Grade]] = {}
         probed = teacher.probe()
         self.facts = {"scored_by": f"{probed.model} at {probed.url}", "teacher": dataclasses.asdict(probed)}
@@ -40,9 +40,9 @@ class TeacherGrader:
     def affords(self, stories: int) -> bool:
         return self.teacher.affords(stories)
 
-    def forecast(self, stories: int) -> str:
-        """One sentence on what so many stories will take; empty if they take nothing."""
-        foreseen = self.teacher.forecast(stories, self.opening)
+    def forecast(self, stories: int, opening: str) -> str:
+        """One sentence on what so many stories to such an opening will take; empty if they take nothing."""
+        foreseen = self.teacher.forecast(stories, opening)
         if not foreseen:
             return ""
         cost = f", cost {foreseen['cost']:.2f}" if foreseen["cost"] else ""
@@ -56,9 +56,9 @@ class TeacherGrader:
         """The teacher's metrics since the last call."""
         return {f"teacher_{name}": value for name, value in self.teacher.stats().items()}
 
-    def send(self, index: int, text: str) -> None:
+    def send(self, index: int, opening: str, text: str) -> None:
         """Send a story as soon as it ends: the teacher grades it while the student writes the others."""
-        self.pending[index] = self.teacher.submit(self.opening, text, index)
+        self.pending[index] = self.teacher.submit(opening, text, index)
 
     def collect(self, stop: Stop) -> list[Grade]:
         """The grades of all stories sent, in the order of their indices. Raises Interrupted if `stop` is requested, and
@@ -85,31 +85,35 @@ class TeacherGrader:
 
 
 class CallableGrader:
-    """Stories to `opening` are scored by `function`. The student takes in no words, and nothing costs anything."""
+    """Stories are scored by `function`. The student takes in no words, and nothing costs anything."""
 
     most_words = 0
 
-    def __init__(self, function: ScoreStories, opening: str, name: str):
-        self.function, self.opening = function, opening
-        self.pending: dict[int, str] = {}
+    def __init__(self, function: ScoreStories, name: str):
+        self.function = function
+        self.pending: dict[int, tuple[str, str]] = {}  # opening and story
         self.facts: dict[str, Any] = {"scored_by": name}
 
     def affords(self, stories: int) -> bool:
         return True
 
-    def forecast(self, stories: int) -> str:
+    def forecast(self, stories: int, opening: str) -> str:
         return ""
 
     def stats(self) -> dict[str, float | None]:
         return {}
 
-    def send(self, index: int, text: str) -> None:
-        self.pending[index] = text
+    def send(self, index: int, opening: str, text: str) -> None:
+        self.pending[index] = opening, text
 
     def collect(self, stop: Stop) -> list[Grade]:
-        texts = [self.pending[index] for index in sorted(self.pending)]
+        sent = [self.pending[index] for index in sorted(self.pending)]
         self.pending = {}
-        return self.grade(self.opening, texts)
+        grades: dict[int, Grade] = {}
+        for opening in dict.fromkeys(opening for opening, _ in sent):
+            at = [i for i, (own, _) in enumerate(sent) if own == opening]
+            grades |= zip(at, self.grade(opening, [sent[i][1] for i in at]), strict=True)
+        return [grades[i] for i in range(len(sent))]
 
     def grade(self, opening: str, stories: Sequence[str]) -> list[Grade]:
         return [Grade(scores=None, score=score) for score in self.function(opening, stories)]
@@ -127,7 +131,7 @@ def open_grader(
     corpus: what the student has read, and so the built-in teacher by default; None if unknown. replies: file in which a
     teacher's replies are kept. Raises UserError if the grader cannot be had."""
     if config.reward:
-        yield CallableGrader(load_score(config.reward), config.opening, config.reward)
+        yield CallableGrader(load_score(config.reward), config.reward)
         return
     template = load_template(config.teacher_prompt) if config.teacher_prompt else Template()
     with contextlib.ExitStack() as stack:
@@ -169,4 +173,4 @@ def open_grader(
         print(f"teacher: {probed}")
         if not probed.scored:
             print(f"warning: {probed.model} was shown a story and gave no scores but {probed.reply[:80]!r}")
-        yield TeacherGrader(teacher, config.opening)
+        yield TeacherGrader(teacher)
