@@ -1,0 +1,23 @@
+// Splits the kernels' ranges of items over torch's threads.
+#pragma once
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace tinystory {
+
+inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Calls f(begin, end) on parts that cover [0, items), each taken by the thread that is free next, so that a core that is
+// slower, or busy with other programs, delays no other. An item's result depends on neither the part nor the thread.
+template <class F>
+void parallel(int64_t items, const F& f) {
+  const int64_t threads = at::get_num_threads(), part = std::max<int64_t>(1, items / (8 * threads));
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(threads, blocks(items, part)), 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(part)) < items;) f(begin, std::min(items, begin + part));
+  });
+}
+
+}  // namespace tinystory
