@@ -5,14 +5,15 @@
     python train_interact.py --reward my_reward.py:score             any callable is a teacher
 
 One step: write stories (each goes to the teacher the moment it ends), read them under the frozen starting checkpoint
-while the teacher grades, turn scores into rewards, update the student by PPO, and write everything down.
+while the teacher grades, turn scores into rewards, update the student by PPO, and write everything down. Now and then
+the student is looked at from outside, by stories to openings that it never trains on, and the best one is kept.
 """
 
 import contextlib
 import functools
-import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,14 +21,16 @@ from tqdm import tqdm
 
 from tinystory import babylm, distributed, ppo
 from tinystory.babylm import WordBudget
+from tinystory.collapse import signs_of_collapse
 from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
+from tinystory.data.openings import Openings, load_openings
 from tinystory.device import Interrupted, Stop, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
-from tinystory.evaluate.stories import distinct_ngrams
+from tinystory.evaluate.stories import distinct_ngrams, plots
 from tinystory.report.plots import text_curve
 from tinystory.report.run import write_report
-from tinystory.reward import story_reward
-from tinystory.runlog import SAMPLES, RunLog, atomic_write, read_metrics, read_stories
+from tinystory.reward import differences, story_reward
+from tinystory.runlog import LOOKS, SAMPLES, RunLog, atomic_write, read_metrics, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, encode_opening, generate, require_room
 from tinystory.student.model import ValueHead
@@ -37,7 +40,7 @@ from tinystory.teacher.grader import Grader, open_grader
 PRETRAIN_RUN = Path("runs/pretrain")
 # Words taken in during interaction at which a checkpoint is kept.
 INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)} | {"chck_1M": 1_000_000}
-SHOWN = 8  # stories sampled again at the end, with the draws of the first ones, for the report
+LOOK_INDEX = 10**9  # stories of a look are numbered from here: the same draws each time, and none of training's
 
 
 @command
@@ -60,7 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     reference, _, _ = checkpoint.load(origin, device)
     reference.requires_grad_(False)
     student, tokenizer, facts = checkpoint.load(origin, device)
-    require_room(student, encode_opening(tokenizer, config.opening), config.max_new_tokens)
+    texts = [config.opening] if config.opening else load_openings(config.openings)
+    openings = Openings(texts, config.seed, config.stories_per_opening)
+    require_room(student, max((encode_opening(tokenizer, text) for text in texts), key=len), config.max_new_tokens)
     milestones = INTERACTION_CHECKPOINTS
     if config.preset == babylm.TRACK:
         babylm.check_interaction(facts, config.budget_words, config.budget_words_out)
@@ -70,13 +75,13 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate, eps=config.adam_eps, fused=True)
 
     # The state of the run: what a checkpoint restores.
-    counters = dict(step=0, written=0, kl_coef=config.kl_coef, words_in=len(config.opening.split()), words_out=0)
+    counters = dict(step=0, written=0, kl_coef=config.kl_coef, words_in=0, words_out=0, best=-1.0, best_step=0)
     if resume_from:
         checkpoint.restore(student, resume_from)
         state, counters = checkpoint.load_trainer(resume_from)
         value_head.load_state_dict({name: state[f"value_head.{name}"] for name in value_head.state_dict()})
         checkpoint.unpack_optimizer(optimizer, list(parameters), state)
-    step, written = counters["step"], counters["written"]
+    step, written, best, best_step = (counters[name] for name in ("step", "written", "best", "best_step"))
     kl = ppo.AdaptiveKL(counters["kl_coef"], config.kl_target, config.kl_horizon)
     budget = WordBudget(config.budget_words, config.budget_words_out, counters["words_in"], counters["words_out"])
 
@@ -87,8 +92,9 @@ def main(argv: list[str] | None = None) -> None:
             state |= {f"value_head.{name}": tensor for name, tensor in value_head.state_dict().items()}
             words = dict(words_in=budget.words_in, words_out=budget.words_out)
             lifetime = {f"interaction_{k}": facts.get(f"interaction_{k}", 0) + v for k, v in words.items()}
-            counters = dict(step=step, written=written, kl_coef=kl.coef, **words)
+            progress = dict(step=step, written=written, best=best, best_step=best_step)
             now = facts | (lifetime if step else {})
+            counters = progress | dict(kl_coef=kl.coef, **words)
             checkpoint.save(folder, student, tokenizer, facts=now, state=state, counters=counters)
         return folder
 
@@ -97,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         opened = open_grader(config, corpus=facts.get("corpus"), replies=run / "replies.jsonl")
         grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else None)
         grader_facts = grader.facts if grader else {}
-        if grader and (forecast := grader.forecast((config.steps - step) * n)):
+        if grader and (forecast := grader.forecast((config.steps - step) * n, openings[0])):
             print(f"forecast: {forecast}")
         print(f"student {origin}, scored by {grader_facts.get('scored_by')}")
         resume_step = step if resume_from else None
@@ -114,33 +120,57 @@ def main(argv: list[str] | None = None) -> None:
 
         def send(story: Story) -> None:
             if grader:
-                grader.send(story.index, story.text)
+                grader.send(story.index, story.opening, story.text)
 
-        def write(count: int, first_index: int) -> list[Story]:
+        def write(first: int, count: int, opening_of: Callable[[int], str]) -> list[Story]:
+            """Stories first to first + count - 1, on every rank; each writes a shard. Grading begins with the first one
+            that ends on rank 0."""
+            shard = distributed.shard_contiguous(count)
             with autocast():
-                return generate(
-                    student, value_head, tokenizer, config.opening, count=count, first_index=first_index,
-                    seed=config.seed, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                    on_story=send,
+                mine = generate(
+                    student, value_head, tokenizer, [opening_of(first + i) for i in shard],
+                    first_index=first + shard.start, seed=config.seed, max_new_tokens=config.max_new_tokens,
+                    temperature=config.temperature, on_story=send,
                 )  # fmt: skip
+            stories = distributed.all_gather_list(mine)
+            for story in stories[len(shard) :]:
+                send(story)
+            return stories
 
+        def look() -> dict[str, float | None]:
+            """Stories to openings that are never trained on: their means, and a new checkpoint `best` if they are."""
+            nonlocal best, best_step
+            held_out = openings.held_out
+            stories = write(LOOK_INDEX, config.look_stories, lambda i: held_out[(i - LOOK_INDEX) % len(held_out)])
+            grades = distributed.rank0_value(lambda: grader.collect(stop))
+            rewards = rewards_of(config, stories, grades)
+            means = score_means(grades) | story_means(stories)
+            given = [reward for reward in rewards if reward is not None]
+            reward = sum(given) / len(given) if given else None
+            log.looks(story_records(step, stories, grades, rewards))
+            if reward is not None and reward > best:
+                best, best_step = reward, step
+                save("best")
+            names = ("score_mean", "diversity_mean", "distinct_4", "plots", "ended", "length_mean")
+            return {"held_out_reward": reward} | {f"held_out_{name}": means[name] for name in names}
+
+        warned = False
         with contextlib.suppress(Interrupted):
+            if step == 0:
+                look()
             while step < config.steps and not distributed.all_reduce_max(stop.requested):
                 exhausted = distributed.rank0_value(lambda: exhausted_budget(config, budget, grader))
                 if exhausted:
                     bar.write(f"{exhausted} does not hold another step")
                     break
 
-                # 1. Write: each rank its shard. Grading begins with the first story that ends on rank 0.
+                # 1. Write.
                 began = time.perf_counter()
-                shard = distributed.shard_contiguous(n)
-                stories = distributed.all_gather_list(write(len(shard), written + shard.start))
-                for story in stories[len(shard) :]:
-                    send(story)
+                stories = write(written, n, openings.__getitem__)
                 wrote = time.perf_counter()
 
                 # 2. Read the stories under the frozen reference while the teacher is still grading.
-                batch = ppo.collate(stories, tokenizer, config.opening, device)
+                batch = ppo.collate(stories, tokenizer, device)
                 with autocast():
                     ref_logprobs = ppo.reference_logprobs(reference, batch, config.temperature, config.micro_batch_size)
                 read = time.perf_counter()
@@ -155,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
                 graded = time.perf_counter()
 
                 # 4. Turn scores into rewards. A story without a score has no reward and gives no gradient.
-                rewards = [reward_of(config, story, grade) for story, grade in zip(stories, grades, strict=True)]
+                rewards = rewards_of(config, stories, grades)
                 scored = [i for i, reward in enumerate(rewards) if reward is not None]
                 kept = torch.tensor(scored, device=device)
                 batch, ref_logprobs = batch.rows(kept), ref_logprobs[kept]
@@ -167,15 +197,18 @@ def main(argv: list[str] | None = None) -> None:
                     stats = ppo.step(student, value_head, optimizer, kl, batch, ref_logprobs, story_rewards, config)
                 updated = time.perf_counter()
 
-                # 6. Write everything down.
+                # 6. Look at the student from outside, and write everything down.
                 words_before = budget.words_in
-                budget.spend(sum(g.reply_words for g in grades), sum(s.words for s in stories))
+                words_read = openings.new_words(written, n) + sum(grade.reply_words for grade in grades)
+                budget.spend(words_read, sum(story.words for story in stories))
                 step, written = step + 1, written + n
-                log.stories(story_records(config.opening, step, stories, grades, rewards))
+                looked = look() if step == config.steps or (config.look_every and step % config.look_every == 0) else {}
+                log.stories(story_records(step, stories, grades, rewards))
                 log.metrics(
                     step=step, reward_mean=story_rewards.mean(), reward_std=story_rewards.std(),
                     **score_means(grades), **story_means(stories),
-                    words_in=budget.words_in, words_out=budget.words_out, unscored=n - len(scored),
+                    objective=story_rewards.mean() - stats["kl_coef"] * stats["kl"], **looked, words_in=budget.words_in,
+                    words_out=budget.words_out, unscored=n - len(scored),
                     rollout_s=wrote - began, reference_s=read - wrote, teacher_s=graded - read,
                     update_s=updated - graded, **stats, peak_memory_mb=peak_memory_mb(device),
                     **(grader.stats() if grader else {}),
@@ -190,21 +223,22 @@ def main(argv: list[str] | None = None) -> None:
                     checkpoint.drop_older(save(f"step_{step:07d}"))
                     if rank0:
                         write_report(run)
+                    signs = distributed.rank0_value(lambda: signs_of_collapse(read_metrics(run), config.kl_target))
+                    if signs and not warned:
+                        bar.write(f"the stories collapse: {signs}")
+                        warned = True
+                    if signs and config.stop_on_collapse:
+                        break
         bar.close()
         checkpoint.drop_older(save(f"step_{step:07d}"))
         if stop.requested:
             print(f"stopped after step {step}, all saved; go on with: python train_interact.py --out {run} --resume")
-        elif grader:
-            # The first stories again: the same opening and the same draws, by the student as it is now.
-            after = write(SHOWN, 0)
-            grades = grader.collect(stop)
-            rewards = [reward_of(config, story, grade) for story, grade in zip(after, grades, strict=True)]
-            shown = [{"when": "before", **record} for record in itertools.islice(read_stories(run), SHOWN)]
-            shown += [
-                {"when": "after", **record} for record in story_records(config.opening, step, after, grades, rewards)
-            ]
+        elif rank0:
+            looks = list(read_records(run / LOOKS))
+            sides = (("before", 0), ("after", best_step))
+            shown = [{"when": when} | look for when, at in sides for look in looks if look["step"] == at]
             atomic_write(run / SAMPLES, "".join(json.dumps(record) + "\n" for record in shown))
-            print_summary(run, config.opening, shown)
+            print_summary(run, shown, best_step)
 
 
 def starting_checkpoint(init: str) -> Path:
@@ -221,46 +255,63 @@ def exhausted_budget(config: InteractConfig, budget: WordBudget, grader: Grader)
     return "" if grader.affords(n) else f"--budget-cost {config.budget_cost:g}"
 
 
-def reward_of(config: InteractConfig, story: Story, grade: Grade) -> float | None:
-    if grade.score is None:
-        return None
-    return story_reward(grade.score, story.words, config.length_weight, config.length_words)
+def rewards_of(config: InteractConfig, stories: list[Story], grades: list[Grade]) -> list[float | None]:
+    """What each story earns, None without a score. All of a step's stories count when it is compared with others."""
+    how = dict(
+        diversity=config.diversity, length_weight=config.length_weight, length_words=config.length_words,
+        unfinished=config.unfinished,
+    )  # fmt: skip
+    return [
+        None if grade.score is None else story_reward(grade.score, difference, story.words, story.ended == "eos", **how)
+        for story, grade, difference in zip(stories, grades, differences([s.text for s in stories]), strict=True)
+    ]
 
 
 def story_means(stories: list[Story]) -> dict[str, float | None]:
-    """Means per story: entropy (nats, summed over its tokens), words and tokens; and distinct_4 over all stories."""
-    n = len(stories)
+    """Means per story: entropy (nats, summed over its tokens), words, tokens, difference from the others; the fraction
+    that ended; and distinct_4 and the number of plots over all stories."""
+    n, texts = len(stories), [story.text for story in stories]
     return {
         "entropy": sum(float(story.entropies.sum()) for story in stories) / n,
         "length_mean": sum(story.words for story in stories) / n,
         "tokens_mean": sum(len(story.tokens) for story in stories) / n,
-        "distinct_4": distinct_ngrams([story.text for story in stories]),
+        "ended": sum(story.ended == "eos" for story in stories) / n,
+        "diversity_mean": sum(differences(texts)) / n,
+        "distinct_4": distinct_ngrams(texts),
+        "plots": len(plots(texts)),
     }
 
 
 def story_records(
-    opening: str, step: int, stories: list[Story], grades: list[Grade], rewards: list[float | None]
+    step: int, stories: list[Story], grades: list[Grade], rewards: list[float | None]
 ) -> list[dict]:
-    """The lines of stories.jsonl."""
+    """The lines of stories.jsonl and looks.jsonl."""
     return [
         dict(
-            step=step, index=story.index, opening=opening, story=story.text, reply=grade.reply_or_error,
+            step=step, index=story.index, opening=story.opening, story=story.text, reply=grade.reply_or_error,
             scores=grade.scores, reward=reward, words=story.words, ended=story.ended,
         )
         for story, grade, reward in zip(stories, grades, rewards, strict=True)
     ]  # fmt: skip
 
 
-def print_summary(run: Path, opening: str, shown: list[dict]) -> None:
-    """One story before and after, and the curve of the rewards."""
-    rewards = [m["reward_mean"] for m in read_metrics(run)]
-    first, last = rewards[:5], rewards[-5:]
-    for when in ("before", "after"):
-        story = next(r for r in shown if r["when"] == when)
-        print(f"\n{when}, scored {story['scores']}:\n{opening} {story['story']}")
-    print(f"\nmean reward {sum(first) / len(first):.3f} -> {sum(last) / len(last):.3f}  {text_curve(rewards, 60)}")
+def print_summary(run: Path, shown: list[dict], best_step: int) -> None:
+    """The same held-out opening before and after, what a look measured, and the curve of the rewards."""
+    rewards = [record["reward_mean"] for record in read_metrics(run)]
+    sides = {when: [record for record in shown if record["when"] == when] for when in ("before", "after")}
+    for when, records in sides.items():
+        print(f"\n{when}, scored {records[0]['scores']}:\n{records[0]['opening']} {records[0]['story']}")
+    print(f"\n{len(sides['before'])} stories to held-out openings, before and after step {best_step}, the best:")
+    for name, measure in (
+        ("reward", lambda rs: sum(given := [r["reward"] for r in rs if r["reward"] is not None]) / max(len(given), 1)),
+        ("ended", lambda rs: sum(r["ended"] == "eos" for r in rs) / len(rs)),
+        ("distinct_4", lambda rs: distinct_ngrams([r["story"] for r in rs]) or 0.0),
+        ("plots", lambda rs: len(plots([r["story"] for r in rs]))),
+    ):
+        print(f"  {name:12} {measure(sides['before']):.3g} -> {measure(sides['after']):.3g}")
+    print(f"mean reward per step {text_curve(rewards, 60)}")
     print(f"report: {write_report(run)}")
-    print(f"next:   python scripts/sample.py {checkpoint.newest(run)}")
+    print(f"next:   python scripts/sample.py {run / 'checkpoints' / 'best'}")
 
 
 if __name__ == "__main__":

@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"stopped after {words:,} words, all saved; go on with: python train_pretrain.py --out {run} --resume")
         return
     (story,) = generate(
-        student, None, tokenizer, OPENING, count=1, first_index=0, max_new_tokens=min(90, config.context // 2),
+        student, None, tokenizer, [OPENING], first_index=0, max_new_tokens=min(90, config.context // 2),
         seed=config.seed,
     )  # fmt: skip
     print(f"\n{OPENING} {story.text}\n")

@@ -103,9 +103,9 @@ struct AttentionBackward {
 // --- decode_attention ------------------------------------------------------------------------------------------------
 struct Decode {
   DecodeAttention x;
-  Tensor lengths, out;
+  Tensor spans, lengths, out;
 
-  Decode(const Tensor& qkv, const Tensor& prefix, const Tensor& cache, const Tensor& lengths_) {
+  Decode(const Tensor& qkv, const Tensor& prefix, const Tensor& spans_, const Tensor& cache, const Tensor& lengths_) {
     constexpr auto op = "decode_attention";
     TORCH_CHECK(qkv.dim() == 4 && qkv.size(1) == 3, op, ": qkv must have shape (B, 3, H, D), not ", qkv.sizes());
     const int64_t B = qkv.size(0), H = qkv.size(2), D = qkv.size(3);
@@ -120,12 +120,14 @@ struct Decode {
     check_keys(prefix, 4, "prefix", "(P, 2, H, D)");
     check_keys(cache, 5, "cache", "(B, T_max, 2, H, D)");
     check_contiguous(qkv, op, "qkv");
+    TORCH_CHECK(spans_.dim() == 2 && spans_.size(1) == 2, op, ": spans must have shape (B, 2), not ", spans_.sizes());
+    check_ids(spans_.flatten(), 2 * B, qkv, op, "spans");
     check_ids(lengths_, B, qkv, op, "lengths");
-    lengths = lengths_.contiguous();
+    spans = spans_.contiguous(), lengths = lengths_.contiguous();
     out = at::empty({B, H, D}, qkv.options());
     x = {.dtype = dtype_of(qkv, op, "qkv"), .B = B, .P = prefix.size(0), .T = cache.size(1), .H = H, .D = D,
-         .qkv = qkv.const_data_ptr(), .prefix = prefix.const_data_ptr(), .cache = cache.data_ptr(),
-         .lengths = lengths.const_data_ptr<int64_t>(), .out = out.data_ptr()};
+         .qkv = qkv.const_data_ptr(), .prefix = prefix.const_data_ptr(), .spans = spans.const_data_ptr<int64_t>(),
+         .cache = cache.data_ptr(), .lengths = lengths.const_data_ptr<int64_t>(), .out = out.data_ptr()};
   }
 };
 

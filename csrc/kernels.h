@@ -22,13 +22,15 @@ struct Attention {
   void* grad_qkv;        // (B, T, 3, H, D), backward only
 };
 
-// Decode-step attention: one new token per row. Its query attends to a prefix that all rows share, to the row's KV
-// cache and to itself; its key and value are appended to the cache. All tensors contiguous; keys lie before values.
+// Decode-step attention: one new token per row. Its query attends to the row's prefix, which any number of rows may
+// share, to the row's KV cache and to itself; its key and value are appended to the cache. All tensors contiguous; keys
+// lie before values.
 struct DecodeAttention {
   DType dtype;
   int64_t B, P, T, H, D;
   const void* qkv;         // (B, 3, H, D)
   const void* prefix;      // (P, 2, H, D)
+  const int64_t* spans;    // (B, 2) where in it each row's prefix begins and ends
   void* cache;             // (B, T, 2, H, D)
   const int64_t* lengths;  // (B,) filled positions of the cache, each less than T
   void* out;               // (B, H, D)

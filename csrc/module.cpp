@@ -43,23 +43,24 @@ class Engine {
                                {at::get_num_threads(), run});
   }
 
-  Outputs start(const Tensor& prompt, int64_t count, int64_t max_new, int64_t eos, int64_t seed, int64_t first_row,
-                double temperature, int64_t top_k, double top_p) {
+  Outputs start(const std::vector<Tensor>& prompts, const Tensor& which, int64_t max_new, int64_t eos, int64_t seed,
+                int64_t first_row, double temperature, int64_t top_k, double top_p) {
     constexpr auto op = "Engine.start";
-    check_ids(prompt, prompt.numel(), parameters_.begin()->second, op, "prompt");
-    const Tensor ids = prompt.contiguous();
-    TORCH_CHECK(ids.numel() >= 1 && count >= 1 && max_new >= 1 && ids.numel() + max_new <= context_, op,
-                ": a prompt of ", ids.numel(), " tokens, ", count, " stories of ", max_new,
-                " tokens: each must be at least 1, and prompt and story must fit the context of ", context_);
-    for (int64_t i = 0; i < ids.numel(); ++i)
-      TORCH_CHECK(ids.const_data_ptr<int64_t>()[i] >= 0 && ids.const_data_ptr<int64_t>()[i] < vocabulary_, op,
-                  ": prompt[", i, "] is not in the vocabulary of ", vocabulary_);
+    const int64_t count = which.numel();
+    std::vector<std::vector<int64_t>> openings;
+    for (const Tensor& prompt : prompts) {
+      openings.push_back(ids(prompt, vocabulary_, "prompt"));
+      TORCH_CHECK(prompt.numel() >= 1 && count >= 1 && max_new >= 1 && prompt.numel() + max_new <= context_, op,
+                  ": a prompt of ", prompt.numel(), " tokens, ", count, " stories of ", max_new,
+                  " tokens: each must be at least 1, and prompt and story must fit the context of ", context_);
+    }
+    const std::vector<int64_t> continues = ids(which, openings.size(), "which");
     check_sampling(temperature, top_k, top_p, op);
     tokens_ = at::zeros({count, max_new}, at::kLong);
     logprobs_ = at::zeros({count, max_new}, at::kFloat);
     values_ = at::zeros_like(logprobs_), entropies_ = at::zeros_like(logprobs_);
-    engine_->start({.prompt = ids.const_data_ptr<int64_t>(), .prompt_length = ids.numel(), .count = count,
-                    .max_new = max_new, .eos = eos, .seed = uint64_t(seed), .first_row = first_row,
+    engine_->start({.prompts = openings, .which = continues, .max_new = max_new, .eos = eos, .seed = uint64_t(seed),
+                    .first_row = first_row,
                     .temperature = temperature, .top_k = top_k, .top_p = top_p, .tokens = tokens_.data_ptr<int64_t>(),
                     .logprobs = logprobs_.data_ptr<float>(), .values = values_.data_ptr<float>(),
                     .entropies = entropies_.data_ptr<float>()});
@@ -72,6 +73,17 @@ class Engine {
   }
 
  private:
+  // The elements of a (n,) int64 tensor, each in 0 .. end - 1.
+  std::vector<int64_t> ids(const Tensor& t, int64_t end, const char* name) const {
+    constexpr auto op = "Engine.start";
+    check_ids(t, t.numel(), parameters_.begin()->second, op, name);
+    const Tensor flat = t.contiguous();
+    const std::vector<int64_t> elements(flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel());
+    for (size_t i = 0; i < elements.size(); ++i)
+      TORCH_CHECK(elements[i] >= 0 && elements[i] < end, op, ": ", name, "[", i, "] is not in 0 .. ", end - 1);
+    return elements;
+  }
+
   std::map<std::string, Tensor> parameters_;  // keeps alive what the engine points to
   int64_t vocabulary_, context_;
   std::unique_ptr<cpu::Engine> engine_;

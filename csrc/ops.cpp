@@ -43,11 +43,16 @@ Tensor causal_attention_backward(const Tensor& grad_out, const Tensor& qkv, cons
   return f.grad_qkv;
 }
 
-Tensor decode_attention(const Tensor& qkv, const Tensor& prefix, const Tensor& cache, const Tensor& lengths) {
-  const Decode f(qkv, prefix, cache, lengths);
-  for (int64_t b = 0; b < f.x.B; ++b)
+Tensor decode_attention(const Tensor& qkv, const Tensor& prefix, const Tensor& spans, const Tensor& cache,
+                        const Tensor& lengths) {
+  const Decode f(qkv, prefix, spans, cache, lengths);
+  for (int64_t b = 0; b < f.x.B; ++b) {
     TORCH_CHECK(f.x.lengths[b] >= 0 && f.x.lengths[b] < f.x.T, "decode_attention: lengths[", b, "] is ",
                 f.x.lengths[b], ", not in 0 .. T_max - 1 = ", f.x.T - 1);
+    const int64_t begin = f.x.spans[2 * b], end = f.x.spans[2 * b + 1];
+    TORCH_CHECK(0 <= begin && begin <= end && end <= f.x.P, "decode_attention: spans[", b, "] is ", begin, " .. ", end,
+                ", not within 0 .. P = ", f.x.P);
+  }
   parallel(f.x.B * f.x.H, [&](int64_t begin, int64_t end) { cpu::decode_attention(f.x, begin, end); });
   return f.out;
 }
@@ -315,7 +320,7 @@ TORCH_LIBRARY(tinystory, m) {
   op("causal_attention(Tensor qkv, float dropout_p, SymInt seed) -> (Tensor out, Tensor lse)", causal_attention);
   op("causal_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float dropout_p, SymInt seed)"
      " -> Tensor", causal_attention_backward);
-  op("decode_attention(Tensor qkv, Tensor prefix, Tensor(a!) cache, Tensor lengths) -> Tensor", decode_attention);
+  op("decode_attention(Tensor qkv, Tensor prefix, Tensor spans, Tensor(a!) cache, Tensor lengths) -> Tensor", decode_attention);
   op("sample(Tensor logits, SymInt seed, Tensor rows, Tensor steps, float temperature, int top_k, float top_p)"
      " -> (Tensor tokens, Tensor logprobs, Tensor entropy)", sample);
   op("token_logprob(Tensor hidden, Tensor weight, Tensor targets) -> (Tensor logprob, Tensor entropy, Tensor lse)",

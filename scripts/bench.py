@@ -155,7 +155,7 @@ def stories(config: StudentConfig, batch: int, new: int, dtype: torch.dtype, dev
     def run() -> dict[str, float]:
         began = now(device)
         with lower(device, dtype):
-            written = generate(student, head, words, "", count=batch, first_index=0, max_new_tokens=new, seed=0)
+            written = generate(student, head, words, [""] * batch, first_index=0, max_new_tokens=new, seed=0)
         seconds = now(device) - began
         tokens = sum(len(story.tokens) for story in written)  # with these weights one in V draws ends its story
         return dict(tokens_per_s=tokens / seconds, rollout_s=seconds, tokens=tokens)
@@ -177,8 +177,8 @@ def interact(
     def run() -> dict[str, float]:
         began = now(device)
         with lower(device, dtype):
-            written = generate(student, head, words, "", count=batch, first_index=0, max_new_tokens=new, seed=0)
-        batched = ppo.collate(written, words, "", device)
+            written = generate(student, head, words, [""] * batch, first_index=0, max_new_tokens=new, seed=0)
+        batched = ppo.collate(written, words, device)
         wrote = now(device)
         with lower(device, dtype):
             ref_logprobs = ppo.reference_logprobs(reference, batched, 1.0, options.micro_batch_size)
@@ -269,6 +269,7 @@ def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch
     new, prefix, cache = (random(*shape, H, D).detach() for shape in ((64, 3), (PROMPT, 2), (64, T - PROMPT, 2)))
     whole = torch.cat([prefix.expand(64, *prefix.shape), cache], 1)
     lengths = torch.randint((T - PROMPT) // 2, T - PROMPT, (64,), device=device)
+    spans = torch.tensor([[0, PROMPT]] * 64, device=device)
     valid = (torch.arange(T, device=device) <= PROMPT + lengths[:, None])[:, None, None]
 
     def attention(backend: SDPBackend | None = None) -> Tensor:
@@ -316,7 +317,7 @@ def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch
         "token_logprob_entropy": (backward(logprob_and_entropy), backward(log_softmax)),
         "cross_entropy": (backward(lambda: ops.cross_entropy(hidden, weight, targets)), plain_loss),
         "sample": (lambda: ops.sample(logits, seed=0, rows=rows, step=0), draw),
-        "decode_attention": (lambda: ops.decode_attention(new, prefix, cache, lengths), decode),
+        "decode_attention": (lambda: ops.decode_attention(new, prefix, spans, cache, lengths), decode),
     }
     lap = lap_timer(device)
 

@@ -80,7 +80,7 @@ class InteractConfig:
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher")
     teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6")
     teacher_timeout: float = option(300.0, "seconds that grading one story may take, retries included")
-    teacher_prompt: str = option("", "JSON file with other criteria, levels and weights to grade (see docs/teachers.md)")
+    teacher_prompt: str = option("", "JSON file with other criteria, levels and weights (see docs/teachers.md)")
     teacher_logprobs: bool = option(
         False, "use expected scores under the teacher's token probabilities, not the sampled digits"
     )
@@ -105,7 +105,7 @@ class InteractConfig:
     length_words: int = option(90, "words at which the length term reaches its maximum")
     diversity: float = option(1.0, "part of the score, 0..1, that is multiplied by the story's difference from others")
     unfinished: float = option(0.5, "part of its reward, 0..1, that a story keeps which does not end")
-    look_every: int = option(10, "steps between looks at stories to held-out openings, of which the best is kept; 0: none")
+    look_every: int = option(10, "steps between looks at held-out openings, whose best student is kept; 0: none")
     look_stories: int = option(40, "stories per look")
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
@@ -139,10 +139,10 @@ _PAPER_PRETRAIN = dict(
 PAPER_OPENING = "Let me tell you a long, magical tale. Once upon a time, in a faraway land,"
 _PAPER_INTERACT = dict(
     dtype="float32", opening=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
-    stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000, budget_words_out=100_000_000, length_weight=0.4,
-    length_words=90, diversity=0.0, unfinished=1.0, look_every=0, learning_rate=1e-6, adam_eps=1e-8, epochs=4,
-    minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1, max_ratio=10.0, grad_clip=0.0, kl_coef=0.2, kl_target=6.0,
-    kl_horizon=10_000.0,
+    stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000,
+    budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, look_every=0,
+    learning_rate=1e-6, adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2,
+    clip_value=0.2, value_coef=0.1, max_ratio=10.0, grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
 PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},

@@ -107,7 +107,7 @@ def response_stats(
     The heads are applied at response positions only; columns that are padding in every row are not computed.
     """
     T = int(batch.lengths.max())
-    hidden = student.hidden(batch.inputs[:, :T])[batch.predicts[:, :T]]  # (tokens, C): where each token was sampled from
+    hidden = student.hidden(batch.inputs[:, :T])[batch.predicts[:, :T]]  # (tokens, C): each token's origin
     logprob, _ = ops.token_logprob(hidden / temperature, student.wte.weight, batch.tokens[batch.mask])
     value = torch.zeros_like(logprob) if value_head is None else value_head(hidden)
     zeros = torch.zeros(batch.mask.shape, device=batch.mask.device)
@@ -138,7 +138,7 @@ def reference_logprobs(reference: Student, batch: Batch, temperature: float, mic
 
 
 def by_length(lengths: Tensor, size: int) -> list[Tensor]:
-    """Indices of `lengths` in groups of at most `size`, similar lengths together, so that little padding is computed."""
+    """Indices of `lengths` in groups of at most `size`, similar ones together, so that little padding is computed."""
     return [rows for rows in lengths.argsort(stable=True).split(size) if len(rows)]
 
 

@@ -20,6 +20,7 @@ from typing import IO
 from tinystory.errors import UserError
 
 CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
+LOOKS = "looks.jsonl"  # stories to held-out openings
 
 
 @contextlib.contextmanager
@@ -83,6 +84,8 @@ class RunLog:
         else:
             for name in (METRICS, STORIES):
                 keep_until(self.folder / name, resume_step)
+            # The checkpoint of step 0 is saved before the student is looked at, all others after.
+            keep_until(self.folder / LOOKS, resume_step or -1)
 
     def config(self, options: Mapping) -> None:
         """Write config.json: options as run, versions, device, git commit, when it started and was resumed.
@@ -117,6 +120,10 @@ class RunLog:
     def stories(self, records: Sequence[Mapping]) -> None:
         """Append one record a story: step, index, opening, story, reply, scores, reward, words, ended."""
         self._append(STORIES, records)
+
+    def looks(self, records: Sequence[Mapping]) -> None:
+        """The same for stories to held-out openings, from which nothing is learned."""
+        self._append(LOOKS, records)
 
     def _append(self, name: str, records: Sequence[Mapping]) -> None:
         if not self.writes:

@@ -12,13 +12,14 @@ template <class Acc, DType type>
 void decode(const DecodeAttention& x, int64_t b, int64_t first, int64_t last) {
   using Vec = VecOf<Acc>;
   constexpr int64_t L = lanes<Vec>;
-  const int64_t length = x.lengths[b], n = x.P + length + 1, D = x.D, heads = last - first, row = x.H * D;
+  const int64_t span = x.spans[2 * b], P = x.spans[2 * b + 1] - span;
+  const int64_t length = x.lengths[b], n = P + length + 1, D = x.D, heads = last - first, row = x.H * D;
   Acc* q = reinterpret_cast<Acc*>(scratch(heads * (2 * D + n + 1) * sizeof(Acc)));
   Acc *out = q + heads * D, *weights = out + heads * D, *total = weights + heads * n;
   const void *query = at(x.qkv, type, b * 3 * row + first * D), *own = at(query, type, row);
   const auto position = [&](int64_t j) {  // the keys of position j; its values follow after `row` elements
-    return j < x.P     ? at(x.prefix, type, j * 2 * row + first * D)
-           : j + 1 < n ? at(x.cache, type, (b * x.T + j - x.P) * 2 * row + first * D)
+    return j < P       ? at(x.prefix, type, (span + j) * 2 * row + first * D)
+           : j + 1 < n ? at(x.cache, type, (b * x.T + j - P) * 2 * row + first * D)
                        : own;
   };
   const Vec to_log2 = splat<Vec>(Acc(1.4426950408889634 / std::sqrt(double(D))));

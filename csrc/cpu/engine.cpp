@@ -2,7 +2,7 @@
 //
 // A token step is a few phases per layer, each split over the threads: norms by rows, matmuls by panels of 64 columns,
 // attention by rows and heads. A story's keys and values stay where they were written until it ends, so nothing moves
-// when stories end; the prompt's are stored once for all stories.
+// when stories end; a prompt's are stored once for all stories that continue it.
 #include "engine.h"
 
 #include <algorithm>
@@ -71,7 +71,13 @@ class EngineOf final : public Engine {
   Linear head_;
   Buffer<Pack> packed_;
 
+  struct Prompt {
+    int64_t length, at;  // `at`: its first position in the prompts' cache, a multiple of W
+  };
+
   Stories stories_{};
+  std::vector<Prompt> prompts_;
+  std::vector<int64_t> prompt_of_, position_;  // of each token of the prompts
   int64_t time_ = 0;
   std::vector<int64_t> slots_;         // the stories that have not ended: the rows of a step
   std::vector<int64_t> drawn_, rows_, steps_;
@@ -115,27 +121,39 @@ class EngineOf final : public Engine {
   void start(const Stories& stories) override {
     stories_ = stories;
     time_ = 0;
-    slots_.resize(stories.count);
-    for (int64_t i = 0; i < stories.count; ++i) slots_[i] = i;
-    const int64_t P = stories.prompt_length, rows = std::max(P, stories.count), layers = blocks_.size();
-    room_ = round_up(stories.max_new, W), prompt_room_ = round_up(P, W);
-    for (auto* cache : {&keys_, &values_cache_}) cache->resize(layers * stories.count * H * head_packs(room_));
+    const int64_t count = stories.which.size(), prompts = stories.prompts.size(), layers = blocks_.size();
+    slots_.resize(count);
+    for (int64_t i = 0; i < count; ++i) slots_[i] = i;
+    drawn_.clear(), prompts_.clear(), prompt_of_.clear(), position_.clear();
+    prompt_room_ = 0;
+    for (const auto& tokens : stories.prompts) {
+      const int64_t length = tokens.size();
+      for (int64_t t = 0; t < length; ++t) prompt_of_.push_back(prompts_.size()), position_.push_back(t);
+      drawn_.insert(drawn_.end(), tokens.begin(), tokens.end());
+      prompts_.push_back({length, prompt_room_});
+      prompt_room_ += round_up(length, W);
+    }
+    const int64_t P = drawn_.size(), rows = std::max(P, count);
+    room_ = round_up(stories.max_new, W);
+    for (auto* cache : {&keys_, &values_cache_}) cache->resize(layers * count * H * head_packs(room_));
     for (auto* cache : {&prompt_keys_, &prompt_values_}) cache->resize(layers * H * head_packs(prompt_room_));
-    x_.resize(rows * C), qkv_.resize(rows * 3 * C), logits_.resize(stories.count * student_.V);
+    x_.resize(rows * C), qkv_.resize(rows * 3 * C), logits_.resize(std::max(prompts, count) * student_.V);
     normed_.resize(packs(rows * C)), attended_.resize(packs(rows * C)), inner_.resize(packs(rows * 4 * C));
 
-    drawn_.assign(stories.prompt, stories.prompt + P);
-    embed(P, [](int64_t i) { return i; });
+    embed(P, [&](int64_t i) { return position_[i]; });
     run_layers(P, true);
-    std::memmove(x_.data, x_.data + (P - 1) * C, C * sizeof(float));
-    run_head(1);
+    for (int64_t p = 0, end = 0; p < prompts; ++p) {  // the state after each prompt, from which its stories draw
+      end += prompts_[p].length;
+      std::memmove(x_.data + p * C, x_.data + (end - 1) * C, C * sizeof(float));
+    }
+    run_head(prompts);
   }
 
   std::vector<int64_t> step() override {
     const int64_t n = slots_.size();
     if (!n) return {};
     if (time_) {
-      embed(n, [&](int64_t) { return stories_.prompt_length + time_ - 1; });
+      embed(n, [&](int64_t i) { return prompt(i).length + time_ - 1; });
       run_layers(n, false);
       run_head(n);
     }
@@ -147,7 +165,7 @@ class EngineOf final : public Engine {
       stories_.tokens[to] = drawn_[i];
       stories_.logprobs[to] = logprobs_[i];
       stories_.entropies[to] = entropies_[i];
-      stories_.values[to] = values_[time_ ? i : 0];
+      stories_.values[to] = values_[state_row(i)];
       if (drawn_[i] == stories_.eos || time_ + 1 == stories_.max_new) {
         ended.push_back(slot);
       } else {
@@ -161,6 +179,11 @@ class EngineOf final : public Engine {
   }
 
  private:
+  // The prompt that the story in row i continues.
+  const Prompt& prompt(int64_t i) const { return prompts_[stories_.which[slots_[i]]]; }
+  // The row of the state from which row i draws: at step 0 the stories of a prompt share one.
+  int64_t state_row(int64_t i) const { return time_ ? i : stories_.which[slots_[i]]; }
+
   static int64_t panels(const Linear& l) { return round_up(l.out, kPanel) / kPanel; }
   static int64_t packs(int64_t elements) { return elements / Policy::kPack; }
 
@@ -236,23 +259,24 @@ class EngineOf final : public Engine {
     });
   }
 
-  void run_layers(int64_t rows, bool prompt) {
+  void run_layers(int64_t rows, bool prompts) {
     for (size_t layer = 0; layer < blocks_.size(); ++layer) {
       const Block& b = blocks_[layer];
       norm_rows(rows, b.ln_1);
       matmul("engine: qkv", b.qkv, normed_.data, rows, [&](int64_t i, int64_t column, const float* sums) {
         each(b.qkv, column, sums, [&](int64_t j, vf v) { store(qkv_.data + i * 3 * C + j, v); });
       });
-      if (prompt) {
+      if (prompts) {
         for (int64_t i = 0; i < rows * H; ++i) append(layer, i / H, i % H, true);
         threads_.run("engine: attention", rows * H, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) attend(layer, i / H, i % H, i / H + 1, 0);
+          for (int64_t i = begin; i < end; ++i)
+            attend(layer, i / H, i % H, prompts_[prompt_of_[i / H]].at, position_[i / H] + 1, 0);
         });
       } else {
         threads_.run("engine: attention", rows * H, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
             append(layer, i / H, i % H, false);
-            attend(layer, i / H, i % H, stories_.prompt_length, time_);
+            attend(layer, i / H, i % H, prompt(i / H).at, prompt(i / H).length, time_);
           }
         });
       }
@@ -278,14 +302,15 @@ class EngineOf final : public Engine {
   // [position / kPack][D]. A position that is not yet written may share its Packs with others: it is zero there. ---
   int64_t head_packs(int64_t room) const { return packs(room * D); }
   Pack* keys(int64_t layer, int64_t slot, int64_t head) const {
-    return keys_.data + ((layer * stories_.count + slot) * H + head) * head_packs(room_);
+    return keys_.data + ((layer * stories_.which.size() + slot) * H + head) * head_packs(room_);
   }
   Pack* values(int64_t layer, int64_t slot, int64_t head) const {
-    return values_cache_.data + ((layer * stories_.count + slot) * H + head) * head_packs(room_);
+    return values_cache_.data + ((layer * stories_.which.size() + slot) * H + head) * head_packs(room_);
   }
 
   void append(int64_t layer, int64_t row, int64_t head, bool prompt) {
-    const int64_t shared = (layer * H + head) * head_packs(prompt_room_), t = prompt ? row : time_ - 1;
+    const int64_t shared = (layer * H + head) * head_packs(prompt_room_);
+    const int64_t t = prompt ? prompts_[prompt_of_[row]].at + position_[row] : time_ - 1;
     Pack* k = (prompt ? prompt_keys_.data + shared : keys(layer, slots_[row], head)) + t / W * head_packs(W) + t % W;
     Pack* v = (prompt ? prompt_values_.data + shared : values(layer, slots_[row], head)) + t / Policy::kPack * D;
     const float* from = qkv_.data + row * 3 * C + C + head * D;
@@ -303,15 +328,15 @@ class EngineOf final : public Engine {
     }
   }
 
-  // The row's query attends to the first `shared` positions of the prompt and the first `own` of its story.
-  void attend(int64_t layer, int64_t row, int64_t head, int64_t shared, int64_t own) {
+  // The row's query attends to the `shared` positions of a prompt from `prompt_at` on and the first `own` of its story.
+  void attend(int64_t layer, int64_t row, int64_t head, int64_t prompt_at, int64_t shared, int64_t own) {
     const int64_t first = round_up(shared, W), positions = first + round_up(own, W);
     float* scores = reinterpret_cast<float*>(scratch((positions + D) * sizeof(float)));
     Pack* weights = reinterpret_cast<Pack*>(scores);  // written in place: they take no more memory
     Pack* q = reinterpret_cast<Pack*>(scores + positions);
     for (int64_t d = 0; d < D; d += W) store_elements<Policy>(q, d, load<vf>(qkv_.data + row * 3 * C + head * D + d));
-    const int64_t prompt_at = (layer * H + head) * head_packs(prompt_room_);
-    const Pack *k0 = prompt_keys_.data + prompt_at, *v0 = prompt_values_.data + prompt_at;
+    const int64_t shared_at = (layer * H + head) * head_packs(prompt_room_) + head_packs(prompt_at);
+    const Pack *k0 = prompt_keys_.data + shared_at, *v0 = prompt_values_.data + shared_at;
     const Pack* k1 = own ? keys(layer, slots_[row], head) : nullptr;
     const Pack* v1 = own ? values(layer, slots_[row], head) : nullptr;
 
@@ -391,8 +416,8 @@ class EngineOf final : public Engine {
     logprobs_.resize(n), entropies_.resize(n);
     for (int64_t i = 0; i < n; ++i) rows_[i] = stories_.first_row + slots_[i], steps_[i] = time_;
     threads_.run("engine: draw", n, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)  // at step 0 all stories share one row of logits
-        sample({.dtype = DType::f32, .B = 1, .V = student_.V, .logits = logits_.data + (time_ ? i * student_.V : 0),
+      for (int64_t i = begin; i < end; ++i)
+        sample({.dtype = DType::f32, .B = 1, .V = student_.V, .logits = logits_.data + state_row(i) * student_.V,
                 .rows = &rows_[i], .steps = &steps_[i], .seed = stories_.seed, .temperature = stories_.temperature,
                 .top_k = stories_.top_k, .top_p = stories_.top_p, .tokens = &drawn_[i], .logprobs = &logprobs_[i],
                 .entropy = &entropies_[i]}, 0, 1);

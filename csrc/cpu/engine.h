@@ -1,4 +1,4 @@
-// The student's forward pass in C++, for decoding on a CPU: many stories from one opening, token by token, each with
+// The student's forward pass in C++, for decoding on a CPU: many stories at once, token by token, each with
 // what PPO needs of it. `Student.trunk` in tinystory/student/model.py is the same forward pass in Python: a change to
 // one needs the same change to the other. find_weights refuses parameters and layouts that the engine does not know.
 #pragma once
@@ -50,10 +50,11 @@ struct StudentWeights {
 // Throws std::invalid_argument for an unknown layout and for a parameter that is missing, unexpected or misshapen.
 StudentWeights find_weights(const Layout&, const std::map<std::string, Parameter>&);
 
-// Row `slot` of the (count, max_new) outputs is the story that draws its tokens as row id first_row + slot.
+// count is which.size(). Row `slot` of the (count, max_new) outputs is the story that draws its tokens as row id first_row + slot.
 struct Stories {
-  const int64_t* prompt;  // (prompt_length,), prompt_length >= 1: the opening of all stories
-  int64_t prompt_length, count, max_new, eos;
+  std::vector<std::vector<int64_t>> prompts;  // the distinct openings, each of at least one token
+  std::vector<int64_t> which;                 // of each story, the prompt that it continues
+  int64_t max_new, eos;
   uint64_t seed;
   int64_t first_row;
   double temperature;
@@ -66,7 +67,7 @@ struct Stories {
 class Engine {
  public:
   virtual ~Engine() = default;
-  // Reads the prompt, once for all stories.
+  // Reads each prompt once, whatever the number of its stories.
   virtual void start(const Stories&) = 0;
   // Draws one more token for every story that has not ended; returns the slots of those that end with it. A story's
   // results depend on its row id and the weights alone: not on the other stories, nor on the threads.

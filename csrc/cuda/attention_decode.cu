@@ -17,7 +17,7 @@ constexpr int64_t kMinKeysPerSplit = 128;  // fewer keys per block do not pay fo
 struct DecodeParams {
   const void *qkv, *prefix;
   void* cache;
-  const int64_t* lengths;
+  const int64_t *spans, *lengths;
   void* out;
   float* partials;  // (B * H, splits, D + 2): O, m, l
   int64_t T;
@@ -54,9 +54,10 @@ __global__ void __launch_bounds__(kThreads, 6) decode_kernel(DecodeParams p) {
   constexpr int kVec = kVecElements<Element>, kLanes = D / kVec, kGroups = kThreads / kLanes;
   const int row = int(blockIdx.x) / p.splits, split = int(blockIdx.x) % p.splits, b = row / p.H, h = row % p.H;
   const int lane = int(threadIdx.x) % kLanes, group = int(threadIdx.x) / kLanes;
-  const int64_t length = p.lengths[b];
+  const int64_t length = p.lengths[b], span = p.spans[2 * b], prefix_end = p.spans[2 * b + 1];
   require(length >= 0 && length < p.T, "decode_attention: an entry of lengths is not in 0 .. T_max - 1");
-  const int cached = p.P + int(length), keys = cached + 1;  // the last is the new token's
+  require(span >= 0 && span <= prefix_end && prefix_end <= p.P, "decode_attention: an entry of spans is not in 0 .. P");
+  const int P = int(prefix_end - span), cached = P + int(length), keys = cached + 1;  // the last is the new token's
   const int keys_per_split = (keys + p.splits - 1) / p.splits;
   const int begin = split * keys_per_split,
             end = (split + 1) * keys_per_split < keys ? (split + 1) * keys_per_split : keys;
@@ -81,8 +82,8 @@ __global__ void __launch_bounds__(kThreads, 6) decode_kernel(DecodeParams p) {
       const int j = j0 + u * kGroups + group;
       key[u] = value[u] = {};
       if (j < end) {
-        const Element* at = j < p.P      ? prefix + 2 * j * stride
-                            : j < cached ? cache + 2 * (j - p.P) * stride
+        const Element* at = j < P        ? prefix + 2 * (span + j) * stride
+                            : j < cached ? cache + 2 * (j - P) * stride
                                          : query + stride;
         key[u] = load16(at);
         value[u] = load16(at + stride);
@@ -151,6 +152,7 @@ struct Decode {
     const DecodeParams p{x.qkv,
                          x.prefix,
                          x.cache,
+                         x.spans,
                          x.lengths,
                          x.out,
                          workspace,

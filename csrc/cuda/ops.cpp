@@ -44,9 +44,10 @@ Tensor causal_attention_backward(const Tensor& grad_out, const Tensor& qkv, cons
   return f.grad_qkv;
 }
 
-Tensor decode_attention(const Tensor& qkv, const Tensor& prefix, const Tensor& cache, const Tensor& lengths) {
+Tensor decode_attention(const Tensor& qkv, const Tensor& prefix, const Tensor& spans, const Tensor& cache,
+                        const Tensor& lengths) {
   const DeviceScope on(qkv, "decode_attention", "qkv");
-  const Decode f(qkv, prefix, cache, lengths);
+  const Decode f(qkv, prefix, spans, cache, lengths);
   const Tensor workspace = at::empty({cuda::decode_attention_workspace(f.x)}, qkv.options().dtype(at::kFloat));
   cuda::decode_attention(f.x, workspace.data_ptr<float>(), on.stream);
   return f.out;

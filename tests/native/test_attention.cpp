@@ -119,9 +119,9 @@ void test_decode() {
   const int64_t B = 3, P = 9, H = 2, D = 48, T = 37, row = H * D;
   const std::vector<float> qkv = normal(B * 3 * row, 1), prefix = normal(P * 2 * row, 2);
   std::vector<float> cache = normal(B * T * 2 * row, 3), out(B * row);
-  const int64_t lengths[] = {0, 36, 17};
+  const int64_t lengths[] = {0, 36, 17}, spans[] = {0, 9, 4, 4, 3, 8};
   DecodeAttention x{.dtype = DType::f32, .B = B, .P = P, .T = T, .H = H, .D = D, .qkv = qkv.data(),
-                    .prefix = prefix.data(), .cache = cache.data(), .lengths = lengths, .out = out.data()};
+                    .prefix = prefix.data(), .spans = spans, .cache = cache.data(), .lengths = lengths, .out = out.data()};
   parallel(B * H, 3, [&](int64_t begin, int64_t end) { cpu::decode_attention(x, begin, end); });
   for (int64_t b = 0; b < B; ++b) {
     for (int64_t i = 0; i < 2 * row; ++i)
@@ -129,8 +129,10 @@ void test_decode() {
     for (int64_t h = 0; h < H; ++h) {
       std::vector<double> want(D);
       double total = 0;
-      for (int64_t j = 0; j <= P + lengths[b]; ++j) {
-        const float* key = (j < P ? &prefix[j * 2 * row] : &cache[(b * T + j - P) * 2 * row]) + h * D;
+      const int64_t begin = spans[2 * b], shared = spans[2 * b + 1] - begin;
+      for (int64_t j = 0; j <= shared + lengths[b]; ++j) {
+        const float* key =
+            (j < shared ? &prefix[(begin + j) * 2 * row] : &cache[(b * T + j - shared) * 2 * row]) + h * D;
         double s = 0;
         for (int64_t d = 0; d < D; ++d) s += double(qkv[b * 3 * row + h * D + d]) * key[d];
         total += s = std::exp(s / std::sqrt(double(D)));

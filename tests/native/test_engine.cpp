@@ -131,14 +131,15 @@ cpu::Threads threads() {
           }};
 }
 
-Written write(const Model& m, DType type, cpu::Threads threads, const std::vector<int64_t>& prompt, int64_t first,
-              int64_t count, int64_t max_new) {
+Written write(const Model& m, DType type, cpu::Threads threads, const std::vector<std::vector<int64_t>>& prompts,
+              const std::vector<int64_t>& which, int64_t first, int64_t max_new) {
+  const int64_t count = which.size();
   const size_t n = count * max_new;
   Written out{std::vector<int64_t>(n, -7), std::vector<float>(n, -7), std::vector<float>(n, -7),
               std::vector<float>(n, -7), std::vector<int64_t>(count)};
   const auto engine = cpu::make_engine(type, m.w, threads);
-  engine->start({.prompt = prompt.data(), .prompt_length = int64_t(prompt.size()), .count = count, .max_new = max_new,
-                  .eos = kEos, .seed = 11, .first_row = first, .temperature = 0.9, .top_k = 0, .top_p = 1,
+  engine->start({.prompts = prompts, .which = which, .max_new = max_new, .eos = kEos, .seed = 11, .first_row = first,
+                  .temperature = 0.9, .top_k = 0, .top_p = 1,
                   .tokens = out.tokens.data(), .logprobs = out.logprobs.data(), .values = out.values.data(),
                   .entropies = out.entropies.data()});
   int64_t ended = 0;
@@ -148,12 +149,16 @@ Written write(const Model& m, DType type, cpu::Threads threads, const std::vecto
   return out;
 }
 
-void test(const Model& m, DType type, const std::vector<int64_t>& prompt, int64_t count, int64_t max_new) {
-  const Written all = write(m, type, threads<3>(), prompt, 100, count, max_new);
+// The stories go through the prompts in turn.
+void test(const Model& m, DType type, const std::vector<std::vector<int64_t>>& prompts, int64_t count, int64_t max_new) {
+  std::vector<int64_t> which(count);
+  for (int64_t i = 0; i < count; ++i) which[i] = i % prompts.size();
+  const Written all = write(m, type, threads<3>(), prompts, which, 100, max_new);
   // With bf16 only the rounding of activations and cache differs.
   const double tolerance = type == DType::bf16 ? 0.15 : 2e-4;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t n = all.length[i], at = i * max_new;
+    const std::vector<int64_t>& prompt = prompts[which[i]];
     std::vector<int64_t> story = prompt;
     story.insert(story.end(), &all.tokens[at], &all.tokens[at] + n - 1);
     const std::vector<Row> rows = plain(m.w, story);
@@ -178,7 +183,12 @@ void test(const Model& m, DType type, const std::vector<int64_t>& prompt, int64_
     }
   }
   const int64_t third = count / 3;
-  const Written part = write(m, type, threads<1>(), prompt, 100 + third, count - third, max_new);
+  // The last two thirds, with the prompts in another order and one that nobody continues.
+  std::vector<std::vector<int64_t>> others(prompts.rbegin(), prompts.rend());
+  others.insert(others.begin(), {1, 2, 3});
+  std::vector<int64_t> continued;
+  for (int64_t i = third; i < count; ++i) continued.push_back(prompts.size() - which[i]);
+  const Written part = write(m, type, threads<1>(), others, continued, 100 + third, max_new);
   CHECK(std::equal(part.tokens.begin(), part.tokens.end(), all.tokens.begin() + third * max_new));
   CHECK(std::equal(part.logprobs.begin(), part.logprobs.end(), all.logprobs.begin() + third * max_new));
   CHECK(std::equal(part.values.begin(), part.values.end(), all.values.begin() + third * max_new));
@@ -222,15 +232,16 @@ int main() {
   std::vector<DType> types{DType::f32};
   if (cpu::engine_has_bf16()) types.push_back(DType::bf16);
   for (DType type : types) {
-    test(narrow, type, {5, 6, 7, 8}, 13, 20);
-    test(narrow, type, {5}, 1, 1);
-    test(narrow, type, std::vector<int64_t>(33, 9), 5, 17);
-    test(wide, type, {5, 64, 130}, 7, 18);
+    test(narrow, type, {{5, 6, 7, 8}}, 13, 20);
+    test(narrow, type, {{5}}, 1, 1);
+    test(narrow, type, {std::vector<int64_t>(33, 9)}, 5, 17);
+    test(narrow, type, {{5, 6, 7, 8}, {5}, std::vector<int64_t>(33, 9), {5, 6}}, 11, 20);
+    test(wide, type, {{5, 64, 130}}, 7, 18);
   }
   Model broken(1, 1, 64, 65, 8);
   broken.storage["ln_f.bias"][3] = NAN;
   try {
-    write(broken, DType::f32, threads<2>(), {1}, 40, 2, 3);
+    write(broken, DType::f32, threads<2>(), {{1}}, {0, 0}, 40, 3);
     CHECK(false, "NaN was drawn from");
   } catch (const std::runtime_error& error) {
     CHECK(std::strstr(error.what(), "story 40 at token 0"), "%s", error.what());

@@ -107,7 +107,8 @@ def test_opcheck():
     qkv = torch.randn(1, 20, 3, 2, 32, requires_grad=True)
     for p in (0.0, 0.1):
         torch.library.opcheck(torch.ops.tinystory.causal_attention.default, (qkv, p, 3))
-    args = (torch.randn(2, 3, 2, 32), torch.randn(4, 2, 2, 32), torch.randn(2, 9, 2, 2, 32), torch.tensor([0, 8]))
+    new, prefix, cache = torch.randn(2, 3, 2, 32), torch.randn(4, 2, 2, 32), torch.randn(2, 9, 2, 2, 32)
+    args = (new, prefix, torch.tensor([[0, 4], [1, 2]]), cache, torch.tensor([0, 8]))
     torch.library.opcheck(torch.ops.tinystory.decode_attention.default, args)
 
 
@@ -160,14 +161,16 @@ def test_decode_within_twice_pytorchs_error(case):
     p, t = rng.choice([0, rng.randint(1, 200)]), rng.randint(1, 200)
     dtype = dtype_of(case)
     qkv, prefix, cache = (torch.randn(*n, h, d).to(dtype) for n in ((b, 3), (p, 2), (b, t, 2)))
-    lengths = torch.randint(t, (b,))
+    lengths, spans = torch.randint(t, (b,)), torch.randint(p + 1, (b, 2)).sort(1).values
     after = cache.double()
-    exact = reference.decode_attention(qkv.double(), prefix.double(), after, lengths)
+    exact = reference.decode_attention(qkv.double(), prefix.double(), spans, after, lengths)
     k, v = torch.cat([prefix.expand(b, *prefix.shape), after.to(dtype)], 1).transpose(1, 3).unbind(2)
-    mask = (torch.arange(p + t) <= p + lengths[:, None])[:, None, None]
+    place = torch.arange(p + t)
+    mask = torch.where(place < p, (place >= spans[:, :1]) & (place < spans[:, 1:]), place <= p + lengths[:, None])
+    mask = mask[:, None, None]
     own = F.scaled_dot_product_attention(qkv[:, 0, :, None], k, v, attn_mask=mask)[:, :, 0]
     cache[torch.arange(t) >= lengths[:, None]] = float("nan")  # what lies beyond a row's length is never read
-    assert_no_worse(ops.decode_attention(qkv, prefix, cache, lengths), own, exact, (dtype, b, h, p, t, d))
+    assert_no_worse(ops.decode_attention(qkv, prefix, spans, cache, lengths), own, exact, (dtype, b, h, p, t, d))
     used = torch.arange(t) <= lengths[:, None]
     assert torch.equal(cache[used], after.to(dtype)[used]) and cache[~used].isnan().all()
 
@@ -180,10 +183,14 @@ def test_decode_errors_name_the_argument():
         (dict(cache=cache[:1]), r"cache must have shape \(B, T_max, 2, H, D\)"),
         (dict(cache=cache.double()), "cache is Double but qkv is Float"),
         (dict(cache=cache.transpose(0, 1).contiguous().transpose(0, 1)), "cache must be contiguous"),
+        (dict(spans=torch.zeros(2, 3, dtype=torch.int64)), r"spans must have shape \(B, 2\)"),
+        (dict(spans=torch.tensor([[0, 4], [0, 5]])), r"spans\[1\] is 0 .. 5"),
+        (dict(spans=torch.tensor([[2, 1], [0, 4]])), r"spans\[0\] is 2 .. 1"),
+        (dict(spans=torch.zeros(2, 2)), "spans must be int64"),
         (dict(lengths=[1]), "lengths must have shape"),
         (dict(lengths=[1, 5]), r"lengths\[1\] is 5"),
         (dict(lengths=[-1, 0]), r"lengths\[0\] is -1"),
     ]:
-        args = dict(qkv=qkv, prefix=prefix, cache=cache, lengths=[0, 4]) | changed
+        args = dict(qkv=qkv, prefix=prefix, spans=torch.tensor([[0, 4]] * 2), cache=cache, lengths=[0, 4]) | changed
         with pytest.raises(RuntimeError, match=words):
             ops.decode_attention(**args | dict(lengths=torch.tensor(args["lengths"])))

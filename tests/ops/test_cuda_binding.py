@@ -26,8 +26,8 @@ def test_shapes_and_types_are_known_without_a_card():
         out = ops.causal_attention(torch.empty(2, 9, 3, 4, 64, dtype=torch.bfloat16))
         assert out.shape == (2, 9, 4, 64) and out.dtype == torch.bfloat16 and out.device.type == "cuda"
         new, prefix, cache = torch.empty(5, 3, 4, 64), torch.empty(7, 2, 4, 64), torch.empty(5, 20, 2, 4, 64)
-        assert ops.decode_attention(new, prefix, cache, torch.empty(5, dtype=torch.int64)).shape == (5, 4, 64)
-        ids = torch.empty(5, dtype=torch.int64)
+        ids, spans = torch.empty(5, dtype=torch.int64), torch.empty(5, 2, dtype=torch.int64)
+        assert ops.decode_attention(new, prefix, spans, cache, ids).shape == (5, 4, 64)
         tokens, logprobs, _ = ops.sample(torch.empty(5, 100), seed=0, rows=ids, step=0)
         assert tokens.dtype == torch.int64 and logprobs.shape == (5,)
         hidden, weight = torch.empty(5, 8), torch.empty(100, 8)

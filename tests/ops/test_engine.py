@@ -43,9 +43,10 @@ def engine_of(student, head=None):
 def write(steps, student, head, dtype=torch.float32, prompt=(5, 6, 7, 8, 9), **how):
     """All stories: their outputs, and the step at which each ended."""
     how = dict(count=24, max_new_tokens=30, eos=EOS, first_row=0, seed=7, temperature=1.0, top_k=0, top_p=1.0) | how
-    last = [-1] * how["count"]
+    which = torch.zeros(how.pop("count"), dtype=torch.int64)
+    last = [-1] * len(which)
     with torch.no_grad(), torch.autocast("cpu", enabled=dtype != torch.float32):
-        for t, step in enumerate(steps(student, head, torch.tensor(prompt), dtype, **how)):
+        for t, step in enumerate(steps(student, head, [torch.tensor(prompt)], which, dtype, **how)):
             outputs, ended = step
             for row in ended:
                 assert last[row] == -1
@@ -149,7 +150,8 @@ def test_an_engine_starts_again_and_agrees_with_itself():
     engine = engine_of(student, head)
     runs = []
     for count, prompt in ((3, [5, 6]), (24, [9, 8, 7]), (3, [5, 6])):
-        tokens, *_ = engine.start(torch.tensor(prompt), count=count, max_new_tokens=12, eos=-1, seed=1)
+        which = torch.zeros(count, dtype=torch.int64)
+        tokens, *_ = engine.start([torch.tensor(prompt)], which, max_new_tokens=12, eos=-1, seed=1)
         for _ in range(12):
             ended = engine.step()
         assert ended == list(range(count)) and engine.step() == []
@@ -241,20 +243,23 @@ def test_what_does_not_fit_is_an_error():
     engine = engine_of(make()[0])
     with pytest.raises(RuntimeError, match="call start first"):
         engine.step()
-    how = dict(count=2, max_new_tokens=5, eos=EOS, seed=0)
+    how = dict(which=[0, 0], max_new_tokens=5, eos=EOS, seed=0)
     for wrong in (
-        dict(prompt=[]), dict(prompt=[320]), dict(prompt=[-1]), dict(prompt=[1] * 60), dict(count=0),
+        dict(prompt=[]), dict(prompt=[320]), dict(prompt=[-1]), dict(prompt=[1] * 60), dict(which=[]),
+        dict(which=[0, 1]), dict(which=[-1]),
         dict(max_new_tokens=0), dict(temperature=0.0), dict(top_p=0.0), dict(top_k=-1),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=r"Engine\.start"):
-            engine.start(torch.tensor(wrong.pop("prompt", [5]), dtype=torch.int64), **how | wrong)
+            prompts = [torch.tensor(wrong.pop("prompt", [5]), dtype=torch.int64)]
+            options = how | wrong
+            engine.start(prompts, torch.tensor(options.pop("which"), dtype=torch.int64), **options)
 
 
 def test_other_threads_run_while_a_step_does():
     """The teacher's client talks while stories are being written."""
     student, _ = make(n_layer=8, n_head=4, n_embd=256, vocab_size=4000)
     engine = engine_of(student)
-    engine.start(torch.tensor([5]), count=200, max_new_tokens=40, eos=-1, seed=0)
+    engine.start([torch.tensor([5])], torch.zeros(200, dtype=torch.int64), max_new_tokens=40, eos=-1, seed=0)
     ticks, stop = [0], threading.Event()
 
     def tick():

@@ -57,12 +57,13 @@ def problems():
     torch.manual_seed(0)
     weight, targets, rows = torch.randn(5000, 64), torch.randint(5000, (3000,)), torch.arange(300)
     prefix, cache, lengths = torch.randn(40, 2, 8, 64), torch.randn(300, 90, 2, 8, 64), torch.randint(90, (300,))
+    spans = torch.randint(41, (300, 2)).sort(1).values
     return {
         "causal_attention": (lambda x: ops.causal_attention(x, 0.1, 5), torch.randn(4, 300, 3, 8, 64)),
         "token_logprob": (lambda x: sum(ops.token_logprob(x, weight, targets)), torch.randn(3000, 64)),
         "cross_entropy": (lambda x: ops.cross_entropy(x, weight, targets), torch.randn(3000, 64)),
         "decode_attention": (
-            lambda x: ops.decode_attention(x, prefix, cache.clone(), lengths),
+            lambda x: ops.decode_attention(x, prefix, spans, cache.clone(), lengths),
             torch.randn(300, 3, 8, 64),
         ),
         "sample": (lambda x: ops.sample(x, seed=1, rows=rows, step=2, top_p=0.9)[1], torch.randn(300, 20_000)),
@@ -161,7 +162,7 @@ def test_what_is_not_supported_is_an_error_that_names_the_argument():
     [
         ("ops.token_logprob(torch.zeros(2, 8), torch.zeros(9, 8), torch.tensor([0, 9]))", "an entry of targets"),
         (
-            "ops.decode_attention(torch.zeros(1, 3, 1, 32), torch.zeros(0, 2, 1, 32),"
+            "ops.decode_attention(torch.zeros(1, 3, 1, 32), torch.zeros(0, 2, 1, 32), torch.tensor([[0, 0]]),"
             " torch.zeros(1, 4, 2, 1, 32), torch.tensor([4]))",
             "an entry of lengths",
         ),
@@ -189,9 +190,9 @@ def test_stories_from_graphs_are_those_of_plain_calls(request, tokenizer, monkey
         student.ln_f.bias += 2.4 * ends_early * student.wte.weight[tokenizer.eos]
 
     def write():
-        how = dict(count=200, first_index=0, max_new_tokens=30, seed=1)
+        how = dict(first_index=0, max_new_tokens=30, seed=1)
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            return generate(student, head, tokenizer, "Once upon a time,", **how)
+            return generate(student, head, tokenizer, ["Once upon a time,", "One day"] * 100, **how)
 
     before = None
     for _ in range(3):

@@ -17,8 +17,8 @@ OPENING = "Once upon a time,"
 
 
 def write(student, tokenizer, head=None, **how):
-    how = dict(count=24, first_index=0, max_new_tokens=30, seed=7) | how
-    return generate(student, head, tokenizer, OPENING, **how)
+    how = dict(openings=[OPENING] * 24, first_index=0, max_new_tokens=30, seed=7) | how
+    return generate(student, head, tokenizer, **how)
 
 
 @pytest.fixture
@@ -29,12 +29,18 @@ def eager_to_end(student, tokenizer):
     return student
 
 
-def test_a_story_is_the_same_in_any_batch(eager_to_end, tokenizer):
-    together = write(eager_to_end, tokenizer)
+@pytest.mark.parametrize("engine", [True, False])
+@pytest.mark.parametrize("openings", [[OPENING], [OPENING, "Ben", "Once upon a time, Mia had a ball.", "Tom"]])
+def test_a_story_is_the_same_in_any_batch(eager_to_end, tokenizer, monkeypatch, openings, engine):
+    """For its opening and index: whatever other stories and openings it is batched with, on the engine and without."""
+    if not engine:
+        monkeypatch.setattr(generation.Engine, "runs", lambda device, dtype: False)
+    openings = [openings[i % len(openings)] for i in range(24)]
+    together = write(eager_to_end, tokenizer, openings=openings)
     assert {s.ended for s in together} == {"eos", "length"}
-    assert [s.index for s in together] == list(range(24))
+    assert [s.index for s in together] == list(range(24)) and [s.opening for s in together] == openings
     for story in together[::5]:
-        alone = write(eager_to_end, tokenizer, count=1, first_index=story.index)[0]
+        alone = write(eager_to_end, tokenizer, openings=[story.opening], first_index=story.index)[0]
         assert torch.equal(alone.tokens, story.tokens) and alone.text == story.text
         torch.testing.assert_close(alone.logprobs, story.logprobs, atol=1e-4, rtol=1e-4)
 
@@ -68,7 +74,7 @@ def test_stories_end_at_the_end_token_and_keep_it(eager_to_end, tokenizer):
 def test_the_score_stands_on_the_last_token_that_was_drawn(eager_to_end, tokenizer):
     """On the end token where there is one, never on padding; and no sample is edited on its way to PPO."""
     stories = write(eager_to_end, tokenizer)
-    batch = ppo.collate(stories, tokenizer, OPENING, torch.device("cpu"))
+    batch = ppo.collate(stories, tokenizer, torch.device("cpu"))
     scores = torch.arange(1.0, 25.0)
     rewards = ppo.token_rewards(scores, batch.logprobs, batch.logprobs, batch.mask, 0.2)
     for row, story in enumerate(stories):
@@ -84,9 +90,8 @@ def test_logprobs_and_values_are_those_of_the_trainer(eager_to_end, tokenizer, t
     """What the sampler saw is what PPO reads again: the first ratio is 1."""
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight)
-    batch = ppo.collate(
-        write(eager_to_end, tokenizer, head, temperature=temperature), tokenizer, OPENING, torch.device("cpu")
-    )
+    stories = write(eager_to_end, tokenizer, head, temperature=temperature, openings=[OPENING, "Once", "Ben said"] * 8)
+    batch = ppo.collate(stories, tokenizer, torch.device("cpu"))
     with torch.no_grad():
         logprobs, values = ppo.response_stats(eager_to_end, head, batch, temperature)
     torch.testing.assert_close(batch.logprobs, logprobs, atol=2e-4, rtol=1e-4)
@@ -103,7 +108,7 @@ def test_each_story_is_handed_over_once_as_it_ends(eager_to_end, tokenizer):
 
 
 def test_greedy_at_temperature_zero(student, tokenizer):
-    stories = write(student, tokenizer, temperature=0.0, count=2)
+    stories = write(student, tokenizer, temperature=0.0, openings=[OPENING] * 2)
     assert torch.equal(stories[0].tokens, stories[1].tokens)
     row = torch.tensor(encode_opening(tokenizer, OPENING))
     for token in stories[0].tokens[:5].tolist():
@@ -117,8 +122,8 @@ def test_a_context_too_short_is_told(student, tokenizer):
 
 
 # --- the token step that CUDA captures --------------------------------------------------------------------------------
-PROMPT, COUNT, NEW = (5, 6, 7), 100, 30
-HOW = dict(count=COUNT, max_new_tokens=NEW, first_row=11)
+PROMPTS, COUNT, NEW = ((5, 6, 7), (8,), (9, 6, 5, 7, 8, 5)), 100, 30
+HOW = dict(max_new_tokens=NEW, first_row=11)
 DRAWS = dict(seed=3, temperature=0.9, top_k=200, top_p=0.99)
 
 
@@ -154,18 +159,18 @@ def head():
 
 def steps_of(student, head, eos, dtype=torch.float32):
     """The outputs after all steps, and the rows that ended with each."""
-    prompt = torch.tensor(PROMPT)
-    with torch.no_grad(), torch.autocast(prompt.device.type, dtype, enabled=dtype != torch.float32):
-        steps = [*student_steps(student, head, prompt, dtype, eos=eos, **HOW, **DRAWS)]
+    prompts, which = [torch.tensor(prompt) for prompt in PROMPTS], torch.arange(COUNT) % len(PROMPTS)
+    with torch.no_grad(), torch.autocast(which.device.type, dtype, enabled=dtype != torch.float32):
+        steps = [*student_steps(student, head, prompts, which, dtype, eos=eos, **HOW, **DRAWS)]
     return steps[-1][0], [ended for _, ended in steps]
 
 
 @torch.no_grad()
 def steps_by_definition(student, head, eos, dtype):
     """Every row goes on to the last step, and what follows its end is wiped out."""
-    prompt, rows = torch.tensor(PROMPT), torch.arange(COUNT)
-    cache = KVCache(student.config, COUNT, len(prompt), NEW, prompt.device, dtype)
-    columns, hidden = [], student.prefill(prompt, cache)
+    rows, which = torch.arange(COUNT), torch.arange(COUNT) % len(PROMPTS)
+    cache = KVCache(student.config, torch.tensor([[0, 3], [3, 4], [4, 10]])[which], NEW, dtype)
+    columns, hidden = [], student.prefill([torch.tensor(prompt) for prompt in PROMPTS], cache)[which]
     for t in range(NEW):
         drawn, logprobs, entropies = ops.sample(student.logits(hidden), rows=rows + HOW["first_row"], step=t, **DRAWS)
         columns.append((drawn, logprobs, head(hidden), entropies))

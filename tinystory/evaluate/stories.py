@@ -12,6 +12,7 @@ import numpy as np
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import bootstrap, wilson
+from tinystory.reward import phrases
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student
 
@@ -36,6 +37,21 @@ def distinct_ngrams(texts: list[str], n: int = 4) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
+def plots(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
+    """Sizes of groups of stories that tell the same plot, largest first. A story joins the first group whose founder
+    shares more than `threshold` of its phrases of three words (Jaccard; capitalised words count as one), or founds one.
+    """
+    groups: list[tuple[set, int]] = []
+    for own in (phrases(text, 3) for text in texts):
+        for i, (founder, size) in enumerate(groups):
+            if len(own & founder) > threshold * len(own | founder):
+                groups[i] = founder, size + 1
+                break
+        else:
+            groups.append((own, 1))
+    return sorted((size for _, size in groups), reverse=True)
+
+
 def story_measures(
     student: Student,
     tokenizer: Tokenizer,
@@ -58,15 +74,12 @@ def story_measures(
     the words of the longest phrase shared with it over the story's words, and copied_longest, the longest such phrase
     in words. The other intervals are bootstrapped over stories.
     """
-    told: list[tuple[str, Story]] = []  # (opening, story)
-    for i, opening in enumerate(openings):
-        count = n_stories // len(openings) + (i < n_stories % len(openings))
-        stories = generate(
-            student, None, tokenizer, opening, count=count, first_index=len(told), max_new_tokens=max_new_tokens,
-            seed=seed,
-        ) if count else []  # fmt: skip
-        told += [(opening, story) for story in stories]
-    stories = [story for _, story in told]
+    continued = [
+        opening
+        for i, opening in enumerate(openings)
+        for _ in range(n_stories // len(openings) + (i < n_stories % len(openings)))
+    ]
+    stories = generate(student, None, tokenizer, continued, first_index=0, max_new_tokens=max_new_tokens, seed=seed)
     texts = [story.text for story in stories]
     lengths = np.array([story.words for story in stories])
     ended = sum(story.ended == "eos" for story in stories)
@@ -81,7 +94,7 @@ def story_measures(
         "self_bleu": self_bleu(texts),
     }
     if grade:
-        measures |= _scores(openings, told, grade)
+        measures |= _scores(openings, stories, grade)
     if corpus:
         shared = longest_shared(texts, corpus)
         measures["copied_share"] = fmean(n / max(words, 1) for n, words in zip(shared, lengths.tolist(), strict=True))
@@ -89,19 +102,19 @@ def story_measures(
     return measures
 
 
-def _scores(openings: Sequence[str], told: Sequence[tuple[str, Story]], grade: GradeStories) -> dict[str, Any]:
+def _scores(openings: Sequence[str], stories: Sequence[Story], grade: GradeStories) -> dict[str, Any]:
     scored: list[dict[str, float]] = []
     for opening in openings:
-        texts = [story.text for of, story in told if of == opening]
+        texts = [story.text for story in stories if story.opening == opening]
         scored += [scores for scores in grade(opening, texts) if scores is not None] if texts else []
     if not scored:
-        return {"score_mean": None, "score_ci": None, "unscored": len(told)}
+        return {"score_mean": None, "score_ci": None, "unscored": len(stories)}
     sums = np.array([sum(scores.values()) for scores in scored], dtype=float)
     return {
         "score_mean": float(sums.mean()),
         "score_ci": bootstrap(lambda rows: float(sums[rows].mean()), len(sums)),
         **{f"{name}_mean": fmean(scores[name] for scores in scored) for name in scored[0]},
-        "unscored": len(told) - len(scored),
+        "unscored": len(stories) - len(scored),
     }
 
 

@@ -39,16 +39,17 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tens
     return reference.causal_attention(qkv, dropout_p, seed)
 
 
-def decode_attention(qkv: Tensor, prefix: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+def decode_attention(qkv: Tensor, prefix: Tensor, spans: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     """Decode-step attention: one new token per row; its key and value are appended to the KV cache. -> (B, H, D)
 
-    qkv (B, 3, H, D): the new tokens' queries, keys and values. prefix (P, 2, H, D): keys and values that all rows
-    share; P may be 0. cache (B, T_max, 2, H, D): each row's own keys and values, of which lengths[b] < T_max positions
-    are filled, lengths (B,) int64; the new ones are written to the next. Row b's query attends to the prefix, to the
-    filled positions and to itself. All tensors are contiguous and have one dtype, as for causal_attention. No gradient.
+    qkv (B, 3, H, D): the new tokens' queries, keys and values. prefix (P, 2, H, D): keys and values of what the rows
+    begin with, each prefix once; row b's is prefix[spans[b, 0] : spans[b, 1]], spans (B, 2) int64, and may be empty.
+    cache (B, T_max, 2, H, D): each row's own keys and values, of which lengths[b] < T_max positions are filled, lengths
+    (B,) int64; the new ones are written to the next. Row b's query attends to its prefix, the filled positions and
+    itself. All tensors are contiguous and have one dtype, as for causal_attention. No gradient.
     """
     run = torch.ops.tinystory if compiled("decode_attention", qkv.device.type) else reference
-    return run.decode_attention(qkv.detach(), prefix.detach(), cache, lengths)
+    return run.decode_attention(qkv.detach(), prefix.detach(), spans, cache, lengths)
 
 
 def sample(

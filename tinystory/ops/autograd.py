@@ -39,7 +39,7 @@ def attention_backward(ctx, grad_out: Tensor, _):
 
 
 # --- decode_attention, sample -----------------------------------------------------------------------------------------
-def decode_fake(qkv, prefix, cache, lengths):
+def decode_fake(qkv, prefix, spans, cache, lengths):
     return qkv.new_empty(qkv[:, 0].shape)
 
 

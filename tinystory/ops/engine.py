@@ -1,6 +1,6 @@
-"""Many stories from one opening, by the C++ engine that runs all layers of a token step (csrc/cpu/engine.cpp)."""
+"""Many stories at once, by the C++ engine that runs all layers of a token step (csrc/cpu/engine.cpp)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -53,9 +53,9 @@ class Engine:
 
     def start(
         self,
-        prompt: Tensor,
+        prompts: Sequence[Tensor],
+        which: Tensor,
         *,
-        count: int,
         max_new_tokens: int,
         eos: int,
         seed: int,
@@ -64,13 +64,15 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Read the prompt (P,) int64, once for all `count` stories. Story i draws as `ops.sample` does for row id
-        first_row + i.
+        """Read each prompt, (P_i,) int64, once. Story i continues prompts[which[i]], which (count,) int64, and draws as
+        `ops.sample` does for row id first_row + i.
 
         Returns tokens int64 and logprobs, values and entropies float32, each (count, max_new_tokens) and filled by the
         following steps: logprobs and entropies in nats, as `ops.sample` defines them. Raises RuntimeError if an
         argument is out of range."""
-        return self._engine.start(prompt, count, max_new_tokens, eos, seed, first_row, temperature, top_k, top_p)
+        return self._engine.start(
+            list(prompts), which, max_new_tokens, eos, seed, first_row, temperature, top_k, top_p
+        )
 
     def step(self) -> list[int]:
         """Draw the next token of every story that has not ended. Returns the stories that end with it: they drew `eos`,

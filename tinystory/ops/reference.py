@@ -24,12 +24,14 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tens
     return (P @ v).transpose(1, 2).contiguous()
 
 
-def decode_attention(qkv: Tensor, prefix: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+def decode_attention(qkv: Tensor, prefix: Tensor, spans: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     """Append the new tokens' keys and values, qkv (B, 3, H, D), to the cache (B, T, 2, H, D), of which row b has filled
-    lengths[b]. Its query attends to the prefix (P, 2, H, D), to those and to itself -> (B, H, D)."""
+    lengths[b]. Its query attends to its span of the prefix (P, 2, H, D), to those and to itself -> (B, H, D)."""
     cache[torch.arange(len(cache), device=cache.device), lengths] = qkv[:, 1:]
     q, seen = qkv[:, 0], torch.cat([prefix.expand(len(cache), *prefix.shape), cache], 1)
-    beyond = torch.arange(seen.size(1), device=q.device) > len(prefix) + lengths[:, None]
+    place = torch.arange(seen.size(1), device=q.device)
+    outside = (place < spans[:, :1]) | (place >= spans[:, 1:])
+    beyond = torch.where(place < len(prefix), outside, place > len(prefix) + lengths[:, None])
     k, v = seen.masked_fill(beyond[:, :, None, None, None], 0).unbind(2)
     scores = torch.einsum("bhd,bthd->bht", q, k) / math.sqrt(q.size(-1))
     return torch.einsum("bht,bthd->bhd", scores.masked_fill(beyond[:, None], -math.inf).softmax(-1), v)

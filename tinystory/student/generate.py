@@ -1,11 +1,11 @@
-"""`generate`: the student writes many stories from one opening, sampled token by token with a KV cache.
+"""`generate`: the student continues many openings, sampled token by token with a KV cache.
 
 On a CPU the C++ engine runs the token steps, where it can; otherwise `TokenStep` does, on a GPU as a CUDA graph. A draw
 depends on (seed, story index, position) and the logits alone, so a story does not depend on the rest of its batch.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ class Story:
     """
 
     index: int
+    opening: str
     text: str
     tokens: Tensor
     logprobs: Tensor
@@ -46,9 +47,8 @@ def generate(
     student: Student,
     value_head: ValueHead | None,
     tokenizer: Tokenizer,
-    opening: str,
+    openings: Sequence[str],
     *,
-    count: int,
     first_index: int,
     max_new_tokens: int,
     seed: int,
@@ -57,22 +57,25 @@ def generate(
     top_p: float = 1.0,
     on_story: Callable[[Story], None] | None = None,
 ) -> list[Story]:
-    """Write `count` stories, with indices first_index, first_index + 1, ..., and return them in that order.
+    """Continue each opening, by stories with indices first_index, first_index + 1, ..., returned in that order.
 
-    Each is handed to `on_story` as soon as it ends. temperature 0 is greedy decoding. The matmuls and the KV cache have
-    autocast's type. Raises UserError when opening and story do not fit the context.
+    An opening that several stories share is read once. Each story is handed to `on_story` as soon as it ends.
+    temperature 0 is greedy decoding. The matmuls and the KV cache have autocast's type. Raises UserError when an
+    opening and its story do not fit the context.
     """
     if temperature == 0:
         temperature, top_k = 1.0, 1
     device = student.wte.weight.device
-    prompt = encode_opening(tokenizer, opening)
-    require_room(student, prompt, max_new_tokens)
+    count, distinct = len(openings), {text: i for i, text in enumerate(dict.fromkeys(openings))}
+    prompts = [encode_opening(tokenizer, text) for text in distinct]
+    require_room(student, max(prompts, key=len), max_new_tokens)
     lower = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if lower else student.wte.weight.dtype
     token_steps = engine_steps if Engine.runs(device, dtype) else student_steps
     steps = token_steps(
-        student, value_head, torch.tensor(prompt, device=device), dtype,
-        count=count, max_new_tokens=max_new_tokens, eos=tokenizer.eos,
+        student, value_head, [torch.tensor(prompt, device=device) for prompt in prompts],
+        torch.tensor([distinct[text] for text in openings], device=device), dtype,
+        max_new_tokens=max_new_tokens, eos=tokenizer.eos,
         seed=seed, first_row=first_index, temperature=temperature, top_k=top_k, top_p=top_p,
     )  # fmt: skip
     stories: list[Story | None] = [None] * count
@@ -81,27 +84,28 @@ def generate(
         for row, tokens, logprobs, values, entropies in zip(ended, *written, strict=True):
             text = tokenizer.decode(tokens.tolist()).strip()
             how = "eos" if tokens[-1] == tokenizer.eos else "length"
-            stories[row] = Story(first_index + row, text, tokens, logprobs, values, entropies, how)
+            stories[row] = Story(first_index + row, openings[row], text, tokens, logprobs, values, entropies, how)
             if on_story:
                 on_story(stories[row])
     return stories
 
 
+# prompts: the distinct openings, (P_i,) int64; which: (count,) int64, the opening that each story continues.
 # One token step: tokens int64 and logprobs, values, entropies float32, all (count, max_new_tokens) and filled up to
 # this step; and the rows that end with it.
 Step = tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[int]]
 
 
 def engine_steps(
-    student: Student, value_head: ValueHead | None, prompt: Tensor, dtype: torch.dtype, **how
+    student: Student, value_head: ValueHead | None, prompts: list[Tensor], which: Tensor, dtype: torch.dtype, **how
 ) -> Iterator[Step]:
     """Token steps until every story has ended, by the C++ engine."""
     parameters = dict(student.named_parameters())
     if value_head is not None:
         parameters |= value_head.named_parameters(prefix="value_head")
     engine = Engine(parameters, student.layout, dtype)
-    outputs = engine.start(prompt, **how)
-    left = how["count"]
+    outputs = engine.start(prompts, which, **how)
+    left = len(which)
     while left:
         ended = engine.step()
         left -= len(ended)
@@ -109,11 +113,12 @@ def engine_steps(
 
 
 def student_steps(
-    student: Student, value_head: ValueHead | None, prompt: Tensor, dtype: torch.dtype,
-    *, count: int, max_new_tokens: int, eos: int, first_row: int, **draws,
+    student: Student, value_head: ValueHead | None, prompts: list[Tensor], which: Tensor, dtype: torch.dtype,
+    *, max_new_tokens: int, eos: int, first_row: int, **draws,
 ) -> Iterator[Step]:  # fmt: skip
     """The same steps on any device, by PyTorch and our kernels; on CUDA as captured graphs."""
-    step = TokenStep(student, value_head, prompt, dtype, count, max_new_tokens, first_row, draws)
+    count = len(which)
+    step = TokenStep(student, value_head, prompts, which, dtype, max_new_tokens, first_row, draws)
     outputs = tuple(column[:count] for column in step.outputs)
     rows = torch.arange(count, device="cpu")  # the batch, as rows of the outputs
     alive = torch.ones(count, dtype=torch.bool, device="cpu")  # which of them have not ended
@@ -159,13 +164,15 @@ class TokenStep:
     """
 
     def __init__(
-        self, student: Student, value_head: ValueHead | None, prompt: Tensor, dtype: torch.dtype,
-        count: int, max_new_tokens: int, first_row: int, draws: dict,
+        self, student: Student, value_head: ValueHead | None, prompts: list[Tensor], which: Tensor, dtype: torch.dtype,
+        max_new_tokens: int, first_row: int, draws: dict,
     ):  # fmt: skip
-        device = prompt.device
+        device, count = which.device, len(which)
         self.student, self.value_head, self.first_row, self.draws = student.cast(dtype), value_head, first_row, draws
         self.unembedding = student.wte.weight.detach().to(dtype)  # tokens are looked up in the embedding as it is
-        self.cache = KVCache(student.config, count, len(prompt), max_new_tokens, device, dtype)
+        ends = torch.tensor([len(prompt) for prompt in prompts], device=device).cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        self.cache = KVCache(student.config, torch.stack([starts, ends], 1)[which], max_new_tokens, dtype)
         self.at = torch.arange(count, device=device)
         self.drawn = torch.zeros_like(self.at)
         self.outputs = tuple(
@@ -175,7 +182,7 @@ class TokenStep:
         self.on_graph = device.type == "cuda" and bool(ops.load())  # the reference in plain PyTorch waits
         self.graphs: list[torch.cuda.CUDAGraph] = []  # the last one is in use; the earlier ones share its memory pool
         self.steps = 0  # taken by the batch at its present size
-        self.draw(self.student.prefill(prompt, self.cache))
+        self.draw(self.student.prefill(prompts, self.cache)[which])
 
     def draw(self, hidden: Tensor) -> None:
         """Draw from the final hidden states (R, C)."""

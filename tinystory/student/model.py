@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from tinystory import ops
 from tinystory.ops.engine import Layout
@@ -34,21 +35,21 @@ class StudentConfig:
 class KVCache:
     """Keys and values of the tokens read so far.
 
-    prefix (n_layer, P, 2, H, D): the opening's, which all rows share. own (n_layer, B, capacity, 2, H, D): each row's,
-    for the tokens after the opening. lengths (B,) int64: how many positions of `own` each row has filled.
+    prefix (n_layer, P, 2, H, D): the openings', one after the other, each once. spans (B, 2) int64: where in it each
+    row's opening begins and ends. own (n_layer, B, capacity, 2, H, D): each row's, for the tokens after the opening.
+    lengths (B,) int64: how many positions of `own` each row has filled.
     """
 
-    def __init__(
-        self, config: StudentConfig, rows: int, prefix: int, capacity: int, device: torch.device, dtype: torch.dtype
-    ):
-        heads = (2, config.n_head, config.n_embd // config.n_head)
-        self.prefix = torch.zeros(config.n_layer, prefix, *heads, device=device, dtype=dtype)
-        self.own = torch.zeros(config.n_layer, rows, capacity, *heads, device=device, dtype=dtype)
-        self.lengths = torch.zeros(rows, device=device, dtype=torch.int64)
+    def __init__(self, config: StudentConfig, spans: Tensor, capacity: int, dtype: torch.dtype):
+        rows, heads = len(spans), (2, config.n_head, config.n_embd // config.n_head)
+        self.spans = spans
+        self.prefix = torch.zeros(config.n_layer, int(spans.max()), *heads, device=spans.device, dtype=dtype)
+        self.own = torch.zeros(config.n_layer, rows, capacity, *heads, device=spans.device, dtype=dtype)
+        self.lengths = torch.zeros(rows, device=spans.device, dtype=torch.int64)
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row but these. rows: (R,) int64, indices into the present rows."""
-        self.own, self.lengths = self.own[:, rows], self.lengths[rows]
+        self.own, self.lengths, self.spans = self.own[:, rows], self.lengths[rows], self.spans[rows]
 
 
 class Linear(nn.Linear):
@@ -176,24 +177,27 @@ class Student(nn.Module):
         return F.linear(hidden, self.wte.weight)
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Read an opening, tokens (P,) int64, once for all rows. Returns the hidden state after it, (B, C)."""
+    def prefill(self, openings: list[Tensor], cache: KVCache) -> Tensor:
+        """Read each opening, (P_i,) int64, once. Returns the hidden state after each, (len(openings), C)."""
+        tokens = pad_sequence(openings, batch_first=True)
+        lengths = torch.tensor([len(opening) for opening in openings], device=tokens.device)
+        real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
 
         def attend(i: int, qkv: Tensor) -> Tensor:
-            cache.prefix[i] = qkv[0, :, 1:]
+            cache.prefix[i] = qkv[:, :, 1:][real]
             return ops.causal_attention(qkv)
 
-        x = self.trunk((self.wte(tokens) + self.wpe.weight[: len(tokens)])[None], attend)
-        return x[:, -1].expand(len(cache.lengths), -1)
+        x = self.trunk(self.wte(tokens) + self.wpe.weight[: tokens.shape[1]], attend)
+        return x[torch.arange(len(openings), device=x.device), lengths - 1]
 
     @torch.no_grad()
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Read one more token per row, tokens (B,) int64. Returns the hidden state after it, (B, C)."""
 
         def attend(i: int, qkv: Tensor) -> Tensor:
-            return ops.decode_attention(qkv, cache.prefix[i], cache.own[i], cache.lengths)
+            return ops.decode_attention(qkv, cache.prefix[i], cache.spans, cache.own[i], cache.lengths)
 
-        x = self.trunk(self.wte(tokens) + self.wpe(cache.prefix.shape[1] + cache.lengths), attend)
+        x = self.trunk(self.wte(tokens) + self.wpe(cache.spans[:, 1] - cache.spans[:, 0] + cache.lengths), attend)
         cache.lengths += 1
         return x
 

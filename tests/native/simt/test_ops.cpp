@@ -20,6 +20,8 @@ void test_decode(int64_t B, int64_t P, int64_t H, int64_t D, std::vector<int64_t
                            " P=" + std::to_string(P) + " H=" + std::to_string(H) + " D=" + std::to_string(D) +
                            " T=" + std::to_string(T) + " processors=" + std::to_string(processors);
   std::mt19937_64 random(seed);
+  std::vector<int64_t> spans;  // the whole prefix, then a part of it, then nothing, and again
+  for (int64_t b = 0; b < B; ++b) spans.push_back(b % 3 ? P / 3 : 0), spans.push_back(b % 3 == 2 ? P / 3 : P);
   const auto qkv = normal<E>(random, B * 3 * row), prefix = normal<E>(random, P * 2 * row);
   auto cache = normal<E>(random, B * T * 2 * row);
   for (int64_t b = 0; b < B; ++b)  // what lies beyond a row's length is never read
@@ -27,10 +29,12 @@ void test_decode(int64_t B, int64_t P, int64_t H, int64_t D, std::vector<int64_t
   std::vector<double> want(B * row), bound(B * row);
   const auto qkv_d = to_doubles(qkv), prefix_d = to_doubles(prefix), cache_d = to_doubles(cache);
   for (int64_t r = 0; r < B * H; ++r) {
-    const int64_t b = r / H, h = r % H, n = P + lengths[b] + 1;
+    const int64_t b = r / H, h = r % H, begin = spans[2 * b], own = spans[2 * b + 1] - begin, n = own + lengths[b] + 1;
     const double* q = &qkv_d[b * 3 * row + h * D];
     const auto key = [&](int64_t j) {
-      return j < P ? &prefix_d[j * 2 * row + h * D] : j + 1 < n ? &cache_d[(b * T + j - P) * 2 * row + h * D] : q + row;
+      return j < own     ? &prefix_d[(begin + j) * 2 * row + h * D]
+             : j + 1 < n ? &cache_d[(b * T + j - own) * 2 * row + h * D]
+                         : q + row;
     };
     std::vector<double> p(n);
     double total = 0;
@@ -52,10 +56,10 @@ void test_decode(int64_t B, int64_t P, int64_t H, int64_t D, std::vector<int64_t
   simt::set_multiprocessors(processors);
   run(name, [&] {
     const simt::Buffer<E> new_token(qkv), shared(prefix);
-    const simt::Buffer<int64_t> used(lengths);
+    const simt::Buffer<int64_t> used(lengths), parts(spans);
     simt::Buffer<E> grown(cache.size()), out(B * row);
     std::copy(cache.begin(), cache.end(), grown.data());
-    const DecodeAttention x{Type<E>::dtype, B, P, T, H, D, new_token.data(), shared.data(), grown.data(), used.data(),
+    const DecodeAttention x{Type<E>::dtype, B, P, T, H, D, new_token.data(), shared.data(), parts.data(), grown.data(), used.data(),
                             out.data()};
     simt::Buffer<float> workspace(cuda::decode_attention_workspace(x));
     cuda::decode_attention(x, workspace.data(), nullptr);
@@ -96,8 +100,16 @@ void test_assertions() {
     expect_assertion("an entry of lengths is not in 0 .. T_max - 1", [&] {
       const simt::Buffer<int64_t> lengths(std::vector<int64_t>{length});
       const simt::Buffer<float> cache(3 * 2 * 32);
-      cuda::decode_attention({DType::f32, 1, 0, 3, 1, 32, numbers.data(), nullptr, cache.data(), lengths.data(),
+      const simt::Buffer<int64_t> spans(std::vector<int64_t>{0, 0});
+      cuda::decode_attention({DType::f32, 1, 0, 3, 1, 32, numbers.data(), nullptr, spans.data(), cache.data(), lengths.data(),
                               results.data()}, nullptr, nullptr);
+    });
+  for (const std::vector<int64_t>& span : {std::vector<int64_t>{-1, 1}, {0, 3}, {2, 1}})
+    expect_assertion("an entry of spans is not in 0 .. P", [&] {
+      const simt::Buffer<int64_t> lengths(std::vector<int64_t>{0}), spans(span);
+      const simt::Buffer<float> cache(3 * 2 * 32), prefix(2 * 2 * 32);
+      cuda::decode_attention({DType::f32, 1, 2, 3, 1, 32, numbers.data(), prefix.data(), spans.data(), cache.data(),
+                              lengths.data(), results.data()}, nullptr, nullptr);
     });
   for (const int64_t target : {-1, 32})
     expect_assertion("an entry of targets is not in 0 .. V - 1", [&] {

@@ -1,0 +1,39 @@
+"""Signs that interaction is ruining the storyteller: said once, aloud, with what to try."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+WINDOW = 5  # steps that are averaged
+
+
+def signs_of_collapse(metrics: Sequence[dict], kl_target: float) -> str:
+    """What the last WINDOW records of metrics.jsonl show against the first, in one sentence; empty if nothing is wrong.
+
+    The thresholds are coarse on purpose: each is far outside what a step's noise does to a mean of WINDOW steps.
+    """
+    if len(metrics) < 2 * WINDOW:
+        return ""
+
+    def first_and_last(name: str) -> tuple[float, float] | None:
+        ends = [[record.get(name) for record in part] for part in (metrics[:WINDOW], metrics[-WINDOW:])]
+        return None if None in ends[0] + ends[1] else (fmean(ends[0]), fmean(ends[1]))
+
+    signs = []
+    for name, what, at_least in (
+        ("distinct_4", "the stories grow alike (distinct_4 {:.2f} to {:.2f})", 0.6),
+        ("plots", "few plots are left ({:.0f} to {:.0f})", 0.4),
+        ("length_mean", "they shrink ({:.0f} to {:.0f} words)", 0.5),
+        ("entropy", "their entropy collapses ({:.0f} to {:.0f} nats)", 0.35),
+    ):
+        ends = first_and_last(name)
+        if ends and ends[1] < at_least * ends[0]:
+            signs.append(what.format(*ends))
+    kl, spread = first_and_last("kl"), first_and_last("reward_std")
+    if kl and kl[1] > 3 * kl_target:
+        signs.append(f"the KL runs away ({kl[1]:.1f} nats per story, target {kl_target:g})")
+    if spread and spread[1] < 0.1 * spread[0]:
+        signs.append("all stories earn the same")
+    if not signs:
+        return ""
+    advice = "try more --stories-per-step, a higher --kl-coef or --diversity, or a lower --learning-rate"
+    return f"{', '.join(signs)}: {advice}"
