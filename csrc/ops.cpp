@@ -1,6 +1,5 @@
 // Schemas, and the kernels of csrc/cpu behind them; cuda/ops.cpp has those of csrc/cuda. These two and arguments.h know
 // torch, no other file does. Autograd and fake kernels: tinystory/ops/.
-#include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <ATen/record_function.h>
@@ -10,12 +9,12 @@
 #if defined(__linux__)
 #include <malloc.h>
 #endif
-#include <atomic>
 #include <optional>
 #include <tuple>
 
 #include "arguments.h"
 #include "cpu/engine.h"
+#include "parallel.h"
 
 namespace tinystory {
 namespace {
@@ -31,19 +30,6 @@ void* workspace(int64_t bytes) {
   thread_local Tensor memory;
   if (!memory.defined() || memory.numel() < bytes) memory = at::empty({bytes}, at::kByte);
   return memory.data_ptr();
-}
-
-int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-// f(begin, end) on parts that make up [0, items), each taken by the thread that is free next: a core that is slower, or
-// that other programs use too, holds nobody up. What an item computes depends on neither.
-template <class F>
-void parallel(int64_t items, const F& f) {
-  const int64_t threads = at::get_num_threads(), part = std::max<int64_t>(1, items / (8 * threads));
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(threads, blocks(items, part)), 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(part)) < items;) f(begin, std::min(items, begin + part));
-  });
 }
 
 std::tuple<Tensor, Tensor> causal_attention(const Tensor& qkv, double dropout_p, int64_t seed) {
