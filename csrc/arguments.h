@@ -1,5 +1,5 @@
-// From tensors to the structs of kernels.h: arguments checked, results allocated. Both devices' bindings (ops.cpp,
-// cuda/ops.cpp) begin here, so that an error reads the same on each.
+// From tensors to the structs of kernels.h: checks the arguments and allocates the results. ops.cpp and cuda/ops.cpp
+// share it, so that both devices raise the same errors.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

@@ -1,7 +1,7 @@
 // Every op as a function on raw pointers: kernels never see torch, so native tests call them as they are.
 //
 // The CPU functions work on a range [begin, end) of independent items (the comment says which) and never start a
-// thread: ops.cpp hands out parts of the range. What an item computes does not depend on the split.
+// thread: ops.cpp divides the range among threads. An item's result does not depend on the division.
 #pragma once
 #include <cstdint>
 
@@ -22,15 +22,15 @@ struct Attention {
   void* grad_qkv;        // (B, T, 3, H, D), backward only
 };
 
-// One new token a row: its query against a prefix that all rows share, the row's cache, and the token's own key, which
-// is appended to the cache with its value. All tensors contiguous; keys lie before values.
+// Decode-step attention: one new token per row. Its query attends to a prefix that all rows share, to the row's KV
+// cache and to itself; its key and value are appended to the cache. All tensors contiguous; keys lie before values.
 struct DecodeAttention {
   DType dtype;
   int64_t B, P, T, H, D;
   const void* qkv;         // (B, 3, H, D)
   const void* prefix;      // (P, 2, H, D)
   void* cache;             // (B, T, 2, H, D)
-  const int64_t* lengths;  // (B,) positions of the cache in use, each less than T
+  const int64_t* lengths;  // (B,) filled positions of the cache, each less than T
   void* out;               // (B, H, D)
 };
 
@@ -43,50 +43,51 @@ struct Sample {
   double temperature;            // > 0
   int64_t top_k;                 // 0: off
   double top_p;                  // 1: off
-  int64_t* tokens;               // (B,), or kNotANumber / kNoToken for a row that cannot be drawn from
+  int64_t* tokens;               // (B,); kNotANumber or kNoToken if no draw is possible
   float *logprobs, *entropy;     // (B,)
 };
 enum : int64_t { kNotANumber = -1, kNoToken = -2 };
 
 // softmax(hidden weight^T): log-probability of the target and entropy of each row, and the gradients of both. The
-// caller takes the N x V logits a chunk at a time and runs the steps in the order below, each over all its items before
-// the next, the lower rows first. `logits` and `stats` take all columns; so do gradients that follow them in the same
-// chunk. Where entropy and lse are known (logprob null), gradients come from chunks of some columns, without these two.
+// caller divides the N x V logits into chunks and, chunk by chunk with the lower rows first, runs the steps in this
+// order, each over all its items before the next. A chunk of `logits` and `stats`, and of gradients that follow them,
+// has all columns. Where entropy and lse are known (logprob null), chunks of some columns give the gradients alone.
 struct TokenLogprob {
   DType dtype, weight_dtype;
   int64_t N, C, V;
-  const void* hidden;                 // (N, C) contiguous, dtype: also the type of the products
+  const void* hidden;                 // (N, C) contiguous, dtype: also the type of the GEMMs
   const void* weight;                 // (V, C) contiguous, weight_dtype
   const int64_t* targets;             // (N,)
   void *logprob, *entropy;            // (N,) f32, or f64 for f64
-  double* lse;                        // (N,) f64 always: rounded to f32, its error would show in every probability
-  // Gradients of the loss: of logprob and entropy (N,), or, both null, of logprob everywhere.
+  double* lse;                        // (N,) always f64: an f32 rounding would be in every probability
+  // The gradients of the loss by logprob and entropy, (N,); or, both null, its gradient by every logprob.
   const void *grad_logprob, *grad_entropy;
   double grad_everywhere;
-  // In f32 (f64), with C' = C rounded up to 64: (N, C'), written by the chunks of the first columns, else added to;
-  // and for the chunk's columns (., C'), written by the chunks of the first rows, else added to.
+  // In f32 (f64), with C' = C rounded up to 64. grad_hidden (N, C'): chunks of the first columns write it, others add.
+  // grad_weight (the chunk's columns, C'): chunks of the first rows write it, others add.
   void *grad_hidden, *grad_weight;
   int64_t first, rows;                // the chunk
   int64_t first_group, groups;        // its columns
   void* workspace;                    // logprob_workspace() bytes
 };
-constexpr int64_t kLogprobGroup = 256;  // columns a group: all but the last one's
-constexpr int64_t kLogprobRows = 96;    // rows an item of logprob_grad_hidden
+constexpr int64_t kLogprobGroup = 256;  // columns per group; the last may have fewer
+constexpr int64_t kLogprobRows = 96;    // rows per item of logprob_grad_hidden
 
-// y = gelu(x weight^T + bias) + residual with or without either end, products in f32 or bf16, sums in f32. The caller
-// takes the M rows a chunk at a time: forward pack_weight once, then pack_x and forward a chunk; backward pack_weight
-// once, then pack_grad, grad_x, grad_weight a chunk. K and N are multiples of 32.
+// y = gelu(x weight^T + bias) + residual, where gelu and residual are optional; sums in f32. The caller divides the M
+// rows into chunks. Forward: pack_weight once, then pack_x and forward per chunk. Backward: pack_weight once, then
+// pack_grad, grad_x and grad_weight per chunk. K and N are multiples of 32.
 struct Linear {
   DType x_type, y_type;               // f32 or bf16: of x and grad_x; of y and grad_y
-  bool bf16, gelu;                    // bf16: products, and slope
+  DType gemm_type;                    // f32 or bf16: of the matmuls, and of slope
+  bool gelu;
   int64_t M, K, N;
   const void* x;                      // (M, K)
   const float *weight, *bias;         // (N, K), (N,)
   const float* residual;              // (M, N) or null
-  void *y, *slope;                    // (M, N); slope: GELU's derivative, forward to backward
+  void *y, *slope;                    // (M, N); slope: GELU's derivative, kept for backward
   const void* grad_y;                 // (M, N); null: forward
   void* grad_x;                       // (M, K)
-  float *grad_weight, *bias_parts;    // (N, K); (blocks of kLinearRows rows, N), whose sum is the bias's gradient
+  float *grad_weight, *bias_parts;    // (N, K); (blocks of kLinearRows rows, N): their sum is grad_bias
   int64_t first, rows;                // the chunk; `first` is a multiple of kLinearRows
   void* workspace;                    // linear_workspace() bytes
 };
@@ -99,7 +100,7 @@ struct LayerNorm {
   float *mean, *scale;                // (rows,)
   void* y;
   const void* grad_y;
-  float *grad_x, *parts;              // (blocks of kLinearRows rows, 2, C): sums to the gradients of weight and bias
+  float *grad_x, *parts;              // (blocks of kLinearRows rows, 2, C): their sum is grad_weight, grad_bias
 };
 
 namespace cpu {

@@ -1,4 +1,99 @@
-// The Python module. Importing it loads this library, and so registers the operators of ops.cpp.
-#include <pybind11/pybind11.h>
+// The Python module: importing it registers the operators of ops.cpp, and it holds what keeps state between calls, the
+// decoding engine. An operator is a pure function, which autograd, torch.compile and opcheck must understand: it belongs
+// in TORCH_LIBRARY. An object that only our own Python drives needs none of that: it is a C++ class bound by pybind11.
+#include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/utils/pybind.h>
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.doc() = "tinystory's compiled kernels"; }
+#include "arguments.h"
+#include "cpu/engine.h"
+#include "parallel.h"
+
+namespace tinystory {
+namespace {
+
+// cpu::Engine with the tensors that it reads and writes.
+class Engine {
+ public:
+  using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+  Engine(std::map<std::string, Tensor> parameters, int64_t n_layer, int64_t n_head, std::string norm,
+         std::string activation, std::string positions, bool bias, bool tied_head, at::ScalarType dtype)
+      : parameters_(std::move(parameters)) {
+    TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16, "Engine: dtype must be float32 or bfloat16, not ",
+                      dtype);
+    TORCH_CHECK_VALUE(dtype == at::kFloat || cpu::engine_has_bf16(), "Engine: this processor has no bfloat16 matmul");
+    std::map<std::string, cpu::Parameter> named;
+    for (const auto& [name, t] : parameters_) {
+      TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.is_contiguous() && t.device().is_cpu(), "Engine: parameter ",
+                        name, " must be contiguous float32 on the CPU, not ", t.scalar_type(), " on ", t.device(),
+                        t.is_contiguous() ? "" : ", not contiguous");
+      named[name] = {t.const_data_ptr<float>(), t.sizes().vec()};
+    }
+    cpu::StudentWeights weights =
+        cpu::find_weights({n_layer, n_head, norm, activation, positions, bias, tied_head}, named);
+    vocabulary_ = weights.V, context_ = weights.context;
+    const auto run = [](const char* phase, int64_t items, const std::function<void(int64_t, int64_t)>& f) {
+      RECORD_USER_SCOPE(phase);
+      parallel(items, f);
+    };
+    engine_ = cpu::make_engine(dtype == at::kBFloat16 ? DType::bf16 : DType::f32, std::move(weights),
+                               {at::get_num_threads(), run});
+  }
+
+  Outputs start(const Tensor& prompt, int64_t count, int64_t max_new, int64_t eos, int64_t seed, int64_t first_row,
+                double temperature, int64_t top_k, double top_p) {
+    constexpr auto op = "Engine.start";
+    check_ids(prompt, prompt.numel(), parameters_.begin()->second, op, "prompt");
+    const Tensor ids = prompt.contiguous();
+    TORCH_CHECK(ids.numel() >= 1 && count >= 1 && max_new >= 1 && ids.numel() + max_new <= context_, op,
+                ": a prompt of ", ids.numel(), " tokens, ", count, " stories of ", max_new,
+                " tokens: each must be at least 1, and prompt and story must fit the context of ", context_);
+    for (int64_t i = 0; i < ids.numel(); ++i)
+      TORCH_CHECK(ids.const_data_ptr<int64_t>()[i] >= 0 && ids.const_data_ptr<int64_t>()[i] < vocabulary_, op,
+                  ": prompt[", i, "] is not in the vocabulary of ", vocabulary_);
+    check_sampling(temperature, top_k, top_p, op);
+    tokens_ = at::zeros({count, max_new}, at::kLong);
+    logprobs_ = at::zeros({count, max_new}, at::kFloat);
+    values_ = at::zeros_like(logprobs_), entropies_ = at::zeros_like(logprobs_);
+    engine_->start({.prompt = ids.const_data_ptr<int64_t>(), .prompt_length = ids.numel(), .count = count,
+                    .max_new = max_new, .eos = eos, .seed = uint64_t(seed), .first_row = first_row,
+                    .temperature = temperature, .top_k = top_k, .top_p = top_p, .tokens = tokens_.data_ptr<int64_t>(),
+                    .logprobs = logprobs_.data_ptr<float>(), .values = values_.data_ptr<float>(),
+                    .entropies = entropies_.data_ptr<float>()});
+    return {tokens_, logprobs_, values_, entropies_};
+  }
+
+  std::vector<int64_t> step() {
+    TORCH_CHECK(tokens_.defined(), "Engine.step: call start first");
+    return engine_->step();
+  }
+
+ private:
+  std::map<std::string, Tensor> parameters_;  // keeps alive what the engine points to
+  int64_t vocabulary_, context_;
+  std::unique_ptr<cpu::Engine> engine_;
+  Tensor tokens_, logprobs_, values_, entropies_;
+};
+
+}  // namespace
+}  // namespace tinystory
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  namespace py = pybind11;
+  using tinystory::Engine;
+  // Arguments and results are converted with the GIL held; it is released while the engine computes.
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.doc() = "tinystory's compiled kernels; tinystory/ops/ is their documented face.";
+  m.def("engine_has_bf16", tinystory::cpu::engine_has_bf16);
+  py::class_<Engine>(m, "Engine")
+      .def(py::init<std::map<std::string, at::Tensor>, int64_t, int64_t, std::string, std::string, std::string, bool,
+                    bool, at::ScalarType>(),
+           py::arg("parameters"), py::kw_only(), py::arg("n_layer"), py::arg("n_head"), py::arg("norm"),
+           py::arg("activation"), py::arg("positions"), py::arg("bias"), py::arg("tied_head"), py::arg("dtype"),
+           NoGil())
+      .def("start", &Engine::start, NoGil())
+      .def("step", &Engine::step, NoGil());
+}

@@ -1,9 +1,8 @@
-// Schemas, and the kernels of csrc/cpu behind them; cuda/ops.cpp has those of csrc/cuda. These two and arguments.h know
-// torch, no other file does. Autograd and fake kernels: tinystory/ops/.
+// The operators: their schemas (at the end), and the kernels of csrc/cpu that run them; cuda/ops.cpp has the kernels of
+// csrc/cuda. These two, arguments.h and module.cpp know torch; no other file does. Autograd and fake kernels are in
+// tinystory/ops/autograd.py.
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <ATen/record_function.h>
-#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #if defined(__linux__)
@@ -13,19 +12,18 @@
 #include <tuple>
 
 #include "arguments.h"
-#include "cpu/engine.h"
 #include "parallel.h"
 
 namespace tinystory {
 namespace {
 
 #if defined(__GLIBC__)
-// A step's activations are freed and asked for again in the next one: memory given back to the system in between costs
-// its page faults each time (8 % of a pretraining step). 32 MiB is the most that glibc takes for the first.
+// A step's activations are freed, and allocated again in the next step. Returning the memory to the system in between
+// costs page faults each time (8 % of a pretraining step). 32 MiB is glibc's maximum for the first threshold.
 [[maybe_unused]] const bool kept = mallopt(M_MMAP_THRESHOLD, 32 << 20) && mallopt(M_TRIM_THRESHOLD, 1 << 30);
 #endif
 
-// Kept between calls, one a thread: a fresh 50 MB would cost its page faults each time.
+// One per thread, kept between calls: a new 50 MB would cost its page faults each time.
 void* workspace(int64_t bytes) {
   thread_local Tensor memory;
   if (!memory.defined() || memory.numel() < bytes) memory = at::empty({bytes}, at::kByte);
@@ -70,7 +68,7 @@ struct Logprob {
   const Tensor hidden, weight, targets;
   const at::TensorOptions wide;  // f32, or f64 for f64
   TokenLogprob x{};
-  Tensor logprob, entropy, lse, grad_hidden, grad_weight, sums;  // sums: the chunk's part of grad_weight
+  Tensor logprob, entropy, lse, grad_hidden, grad_weight, sums;  // sums: grad_weight of the chunk's columns
 
   Logprob(const Tensor& h, const Tensor& w, const Tensor& t, const char* op)
       : hidden(check(h, w, t, op).contiguous()), weight(w.contiguous()), targets(t.contiguous()),
@@ -103,8 +101,8 @@ struct Logprob {
     use(entropy, lse);
   }
 
-  // In chunks of so many bytes of f32. Gradients that follow their row's statistics need all its columns in one chunk;
-  // else a chunk is 4096 rows and, for gradients, columns for every thread: so the weight is packed seldom.
+  // Runs in chunks of about `bytes` bytes of f32. Gradients that follow their row's statistics need all columns in the
+  // chunk; else a chunk is 4096 rows and, for gradients, columns for every thread, so that the weight is packed rarely.
   void run(int64_t bytes, bool stats, bool grads) {
     const int64_t fit = bytes / int64_t(wide.dtype().itemsize());
     const int64_t all_groups = blocks(x.V, kLogprobGroup), threads = at::get_num_threads();
@@ -122,7 +120,7 @@ struct Logprob {
       x.groups = std::min(columns, all_groups - x.first_group);
       for (x.first = 0; x.first < x.N; x.first += rows) {
         x.rows = std::min(rows, x.N - x.first);
-        if (rows < x.N || x.first_group == 0 || x.groups < columns)  // else it lies there still
+        if (rows < x.N || x.first_group == 0 || x.groups < columns)  // else it is still there
           step(cpu::logprob_pack, (x.rows + 1) / 2);
         if (stats) step(cpu::logprob_logits, x.groups), step(cpu::logprob_stats, x.rows);
         if (grads) step(cpu::logprob_grad_weight, x.groups);
@@ -168,7 +166,8 @@ std::tuple<Tensor, Tensor> token_logprob_backward(const Tensor& grad_logprob, co
   return p.grads();
 }
 
-// The mean of -logprob and its gradients, which need no more than N to be known: so the logits are computed once.
+// The mean of -logprob and its gradients, which need nothing from the backward pass but a factor: the logits are
+// computed once.
 std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
   Logprob p(hidden, weight, targets, "cross_entropy");
   TORCH_CHECK(p.x.N > 0, "cross_entropy: hidden has no rows");
@@ -180,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Ten
 }
 
 // --- linear, layer_norm ----------------------------------------------------------------------------------------------
-constexpr int64_t kChunkRows = 2048;  // of a linear layer: what is packed stays in the last cache
+constexpr int64_t kChunkRows = 2048;  // per chunk of a linear layer: the packed rows stay in the L3 cache
 
 void check_float(const Tensor& t, at::IntArrayRef shape, const char* op, const char* name) {
   TORCH_CHECK(t.scalar_type() == at::kFloat && t.sizes() == shape && t.is_contiguous(), op, ": ", name,
@@ -195,18 +194,24 @@ DType float_or_bf16(const Tensor& t, const char* op, const char* name) {
   return type;
 }
 
-Linear linear_args(const Tensor& x, const Tensor& weight, bool gelu, bool bf16, const char* op) {
+// The type of a layer's matmuls.
+DType gemm_type(at::ScalarType dtype, const char* op) {
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, op, ": dtype must be float32 or bfloat16, not ", dtype);
+  return dtype == at::kBFloat16 ? DType::bf16 : DType::f32;
+}
+
+Linear linear_args(const Tensor& x, const Tensor& weight, bool gelu, at::ScalarType dtype, const char* op) {
   TORCH_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1), op, ": x (..., K) and weight (N, K) ",
               "do not fit: ", x.sizes(), " and ", weight.sizes());
   check_float(weight, weight.sizes(), op, "weight");
   const int64_t N = weight.size(0), K = weight.size(1);
   TORCH_CHECK(N % 32 == 0 && K % 32 == 0, op, ": weight's sizes must be multiples of 32, not ", weight.sizes());
-  return {.x_type = float_or_bf16(x, op, "x"), .y_type = {}, .bf16 = bf16, .gelu = gelu,
+  return {.x_type = float_or_bf16(x, op, "x"), .y_type = {}, .gemm_type = gemm_type(dtype, op), .gelu = gelu,
           .M = x.numel() / std::max<int64_t>(K, 1), .K = K, .N = N, .x = x.const_data_ptr(),
           .weight = weight.const_data_ptr<float>(), .rows = {}};
 }
 
-// weight's items, then `run` on each chunk of rows.
+// Packs the weight, then calls `run` for each chunk of rows.
 template <class F>
 void linear_chunks(Linear& l, int64_t weight_items, const F& run) {
   l.rows = std::min(kChunkRows, l.M);
@@ -221,16 +226,15 @@ void linear_chunks(Linear& l, int64_t weight_items, const F& run) {
 }
 
 std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                  const std::optional<Tensor>& residual, bool gelu, bool bf16) {
+                                  const std::optional<Tensor>& residual, bool gelu, at::ScalarType dtype) {
   constexpr auto op = "linear";
-  Linear l = linear_args(x, weight, gelu, bf16, op);
+  Linear l = linear_args(x, weight, gelu, dtype, op);
   check_float(bias, {l.N}, op, "bias");
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = l.N;
   if (residual) check_float(*residual, shape, op, "residual");
-  const auto type = bf16 ? at::kBFloat16 : at::kFloat;
-  Tensor y = at::empty(shape, x.options().dtype(residual ? at::kFloat : type));
-  Tensor slope = at::empty(gelu ? shape : std::vector<int64_t>{0}, x.options().dtype(type));
+  Tensor y = at::empty(shape, x.options().dtype(residual ? at::kFloat : dtype));
+  Tensor slope = at::empty(gelu ? shape : std::vector<int64_t>{0}, x.options().dtype(dtype));
   l.y_type = dtype_of(y, op, "y");
   l.bias = bias.const_data_ptr<float>(), l.residual = residual ? residual->const_data_ptr<float>() : nullptr;
   l.y = y.data_ptr(), l.slope = slope.data_ptr();
@@ -242,9 +246,9 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const T
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
-                                                   const Tensor& slope, bool gelu, bool bf16) {
+                                                   const Tensor& slope, bool gelu, at::ScalarType dtype) {
   constexpr auto op = "linear_backward";
-  Linear l = linear_args(x, weight, gelu, bf16, op);
+  Linear l = linear_args(x, weight, gelu, dtype, op);
   const Tensor g = grad_y.contiguous();
   TORCH_CHECK(g.numel() == l.M * l.N && (!gelu || slope.numel() == l.M * l.N), op, ": grad_y or slope do not fit");
   l.y_type = float_or_bf16(g, op, "grad_y");
@@ -271,12 +275,13 @@ LayerNorm norm_args(const Tensor& x, const Tensor& weight, const char* op) {
           .weight = weight.const_data_ptr<float>()};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, bool bf16) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                              at::ScalarType dtype) {
   LayerNorm n = norm_args(x, weight, "layer_norm");
   check_float(bias, weight.sizes(), "layer_norm", "bias");
-  Tensor y = at::empty(x.sizes(), x.options().dtype(bf16 ? at::kBFloat16 : at::kFloat));
+  Tensor y = at::empty(x.sizes(), x.options().dtype(dtype));
   Tensor mean = at::empty({n.rows}, x.options()), scale = at::empty_like(mean);
-  n.y_type = bf16 ? DType::bf16 : DType::f32;
+  n.y_type = gemm_type(dtype, "layer_norm");
   n.bias = bias.const_data_ptr<float>(), n.y = y.data_ptr();
   n.mean = mean.data_ptr<float>(), n.scale = scale.data_ptr<float>();
   parallel(n.rows, [&](int64_t begin, int64_t end) { cpu::layer_norm(n, begin, end); });
@@ -300,121 +305,33 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, con
   return {grad_x, sums[0].clone(), sums[1].clone()};
 }
 
-// --- Decoder ---------------------------------------------------------------------------------------------------------
-// cpu::Decoder with the tensors that it reads and writes: the one object here that keeps state.
-struct Decoder : torch::CustomClassHolder {
-  std::vector<Tensor> parameters;
-  int64_t vocabulary, context;
-  std::unique_ptr<cpu::Decoder> engine;
-  Tensor tokens, logprobs, values, entropies;
-
-  Decoder(std::vector<Tensor> parameters_, int64_t heads, bool bf16) : parameters(std::move(parameters_)) {
-    const int64_t n = parameters.size(), layers = (n - 4) / 12;
-    TORCH_CHECK(n == 4 + 12 * layers || n == 6 + 12 * layers, "Decoder: 12 parameters a block and 4 or 6 more, not ",
-                n, " in all");
-    TORCH_CHECK(parameters[0].dim() == 2, "Decoder: the first parameter must be the embedding (V, C)");
-    TORCH_CHECK(!bf16 || cpu::decoder_has_bf16(), "Decoder: this processor has no bfloat16 products");
-    const int64_t C = parameters[0].size(1);
-    vocabulary = parameters[0].size(0), context = parameters[1].size(0);
-    check_head_size(C / heads, parameters[0], "Decoder", "n_embd / n_head");
-    int64_t next = 0;
-    const auto take = [&](std::vector<int64_t> shape) {
-      const Tensor& t = parameters[next];
-      TORCH_CHECK(t.sizes() == at::IntArrayRef(shape) && t.scalar_type() == at::kFloat && t.is_contiguous() &&
-                      t.device().is_cpu(), "Decoder: parameter ", next, " must be contiguous float32 of shape ",
-                  at::IntArrayRef(shape), " on the CPU, not ", t.scalar_type(), " of shape ", t.sizes(), " on ",
-                  t.device());
-      return parameters[next++].const_data_ptr<float>();
-    };
-    const auto norm = [&]() -> cpu::StudentWeights::Affine { const float* w = take({C}); return {w, take({C})}; };
-    const auto linear = [&](int64_t in, int64_t out) -> cpu::StudentWeights::Affine {
-      const float* w = take({out, in});
-      return {w, take({out})};
-    };
-    cpu::StudentWeights w{.heads = heads, .C = C, .V = vocabulary};
-    w.wte = take({vocabulary, C}), w.wpe = take({context, C});
-    for (int64_t i = 0; i < layers; ++i)
-      w.blocks.push_back({.ln_1 = norm(), .qkv = linear(C, 3 * C), .attn_proj = linear(C, C), .ln_2 = norm(),
-                          .fc = linear(C, 4 * C), .mlp_proj = linear(4 * C, C)});
-    w.ln_f = norm();
-    if (next < n) w.value = linear(C, 1);
-    const auto run = [](const char* phase, int64_t items, const std::function<void(int64_t, int64_t)>& f) {
-      RECORD_USER_SCOPE(phase);
-      parallel(items, f);
-    };
-    engine = cpu::make_decoder(bf16 ? DType::bf16 : DType::f32, std::move(w), {at::get_num_threads(), run});
-  }
-
-  void start(const Tensor& prompt, int64_t count, int64_t max_new, int64_t eos, int64_t seed, int64_t first_row,
-             double temperature, int64_t top_k, double top_p) {
-    check_ids(prompt, prompt.numel(), parameters[0], "Decoder.start", "prompt");
-    const Tensor ids = prompt.contiguous();
-    TORCH_CHECK(ids.numel() >= 1 && count >= 1 && max_new >= 1 && ids.numel() + max_new <= context,
-                "Decoder.start: a prompt of ", ids.numel(), " tokens, ", count, " stories of ", max_new,
-                " tokens: all must be at least 1 and fit the context of ", context);
-    for (int64_t i = 0; i < ids.numel(); ++i)
-      TORCH_CHECK(ids.const_data_ptr<int64_t>()[i] >= 0 && ids.const_data_ptr<int64_t>()[i] < vocabulary,
-                  "Decoder.start: prompt[", i, "] is not in the vocabulary of ", vocabulary);
-    check_sampling(temperature, top_k, top_p, "Decoder.start");
-    tokens = at::zeros({count, max_new}, at::kLong);
-    logprobs = at::zeros({count, max_new}, at::kFloat);
-    values = at::zeros_like(logprobs), entropies = at::zeros_like(logprobs);
-    engine->start({.prompt = ids.const_data_ptr<int64_t>(), .prompt_length = ids.numel(), .count = count,
-                   .max_new = max_new, .eos = eos, .seed = uint64_t(seed), .first_row = first_row,
-                   .temperature = temperature, .top_k = top_k, .top_p = top_p, .tokens = tokens.data_ptr<int64_t>(),
-                   .logprobs = logprobs.data_ptr<float>(), .values = values.data_ptr<float>(),
-                   .entropies = entropies.data_ptr<float>()});
-  }
-
-  std::vector<int64_t> step() {
-    TORCH_CHECK(tokens.defined(), "Decoder.step: call start first");
-    return engine->step();
-  }
-};
-
 }  // namespace
 
+// One entry per operator: its schema, and its CPU kernel.
 TORCH_LIBRARY(tinystory, m) {
-  m.class_<Decoder>("Decoder")
-      .def(torch::init<std::vector<Tensor>, int64_t, bool>())
-      .def("start", &Decoder::start)
-      .def("step", &Decoder::step)
-      .def("outputs", [](const c10::intrusive_ptr<Decoder>& d) {
-        return std::make_tuple(d->tokens, d->logprobs, d->values, d->entropies);
-      });
-  m.def("decoder_has_bf16() -> bool", cpu::decoder_has_bf16);
-  m.def("causal_attention(Tensor qkv, float dropout_p, SymInt seed) -> (Tensor out, Tensor lse)");
-  m.def("causal_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float dropout_p, SymInt seed)"
-        " -> Tensor");
-  m.def("decode_attention(Tensor qkv, Tensor prefix, Tensor(a!) cache, Tensor lengths) -> Tensor");
-  m.def("sample(Tensor logits, SymInt seed, Tensor rows, Tensor steps, float temperature, int top_k, float top_p)"
-        " -> (Tensor tokens, Tensor logprobs, Tensor entropy)");
-  m.def("token_logprob(Tensor hidden, Tensor weight, Tensor targets) -> (Tensor logprob, Tensor entropy, Tensor lse)");
-  m.def("token_logprob_backward(Tensor grad_logprob, Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor targets,"
-        " Tensor entropy, Tensor lse) -> (Tensor grad_hidden, Tensor grad_weight)");
-  m.def("cross_entropy(Tensor hidden, Tensor weight, Tensor targets)"
-        " -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)");
-  m.def("linear(Tensor x, Tensor weight, Tensor bias, Tensor? residual, bool gelu, bool bf16)"
-        " -> (Tensor y, Tensor slope)");
-  m.def("linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor slope, bool gelu, bool bf16)"
-        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
-  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, bool bf16) -> (Tensor y, Tensor mean, Tensor scale)");
-  m.def("layer_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor mean, Tensor scale)"
-        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
-}
-
-TORCH_LIBRARY_IMPL(tinystory, CPU, m) {
-  m.impl("causal_attention", causal_attention);
-  m.impl("causal_attention_backward", causal_attention_backward);
-  m.impl("decode_attention", decode_attention);
-  m.impl("sample", sample);
-  m.impl("token_logprob", token_logprob);
-  m.impl("token_logprob_backward", token_logprob_backward);
-  m.impl("cross_entropy", cross_entropy);
-  m.impl("linear", linear);
-  m.impl("linear_backward", linear_backward);
-  m.impl("layer_norm", layer_norm);
-  m.impl("layer_norm_backward", layer_norm_backward);
+  const auto op = [&](const char* schema, auto* kernel) {
+    m.def(schema, torch::dispatch(c10::DispatchKey::CPU, kernel));
+  };
+  op("causal_attention(Tensor qkv, float dropout_p, SymInt seed) -> (Tensor out, Tensor lse)", causal_attention);
+  op("causal_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float dropout_p, SymInt seed)"
+     " -> Tensor", causal_attention_backward);
+  op("decode_attention(Tensor qkv, Tensor prefix, Tensor(a!) cache, Tensor lengths) -> Tensor", decode_attention);
+  op("sample(Tensor logits, SymInt seed, Tensor rows, Tensor steps, float temperature, int top_k, float top_p)"
+     " -> (Tensor tokens, Tensor logprobs, Tensor entropy)", sample);
+  op("token_logprob(Tensor hidden, Tensor weight, Tensor targets) -> (Tensor logprob, Tensor entropy, Tensor lse)",
+     token_logprob);
+  op("token_logprob_backward(Tensor grad_logprob, Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor targets,"
+     " Tensor entropy, Tensor lse) -> (Tensor grad_hidden, Tensor grad_weight)", token_logprob_backward);
+  op("cross_entropy(Tensor hidden, Tensor weight, Tensor targets)"
+     " -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)", cross_entropy);
+  op("linear(Tensor x, Tensor weight, Tensor bias, Tensor? residual, bool gelu, ScalarType dtype)"
+     " -> (Tensor y, Tensor slope)", linear);
+  op("linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor slope, bool gelu, ScalarType dtype)"
+     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)", linear_backward);
+  op("layer_norm(Tensor x, Tensor weight, Tensor bias, ScalarType dtype) -> (Tensor y, Tensor mean, Tensor scale)",
+     layer_norm);
+  op("layer_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor mean, Tensor scale)"
+     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)", layer_norm_backward);
 }
 
 }  // namespace tinystory

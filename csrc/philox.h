@@ -15,7 +15,7 @@ struct Words4 {
   uint32_t x, y, z, w;
 };
 
-// What a number is for is the counter's last word, so that no two uses ever share a stream.
+// The purpose of the bits is the last word of the counter, so that no two uses share a stream.
 enum Purpose : uint32_t { kDropout = 0, kSample = 1 };
 
 TINYSTORY_HD Words4 philox(uint64_t seed, Words4 counter) {
@@ -30,20 +30,20 @@ TINYSTORY_HD Words4 philox(uint64_t seed, Words4 counter) {
 }
 
 // --- dropout on attention weights ------------------------------------------------------------------------------------
-// Each weight (query i, key j) of head number b * H + h owns 16 random bits and is kept when they are >= the threshold.
-// A 16 x 16 tile of weights takes 32 calls, numbered by lane = 4 * g + t as the threads of a warp hold an mma tile:
-// of lane's four words, x holds row g and columns 2t, 2t + 1 (low half, high half), y row g + 8, z and w the same two
-// rows at columns 2t + 8, 2t + 9.
+// Each weight (query i, key j) of head b * H + h has its own 16 random bits and is kept when they are >= the threshold.
+// A 16 x 16 tile of weights takes 32 calls, numbered by lane = 4 * g + t as the threads of a warp hold an mma tile. Of
+// a lane's four words, x holds row g at columns 2t (low half) and 2t + 1 (high half), y the same columns of row g + 8,
+// and z and w the same two rows at columns 2t + 8 and 2t + 9.
 TINYSTORY_HD Words4 dropout_words(uint64_t seed, uint32_t head, uint32_t tile_row, uint32_t tile_col, uint32_t lane) {
   return philox(seed, {tile_row * 32 + lane, tile_col, head, kDropout});
 }
 
-// p rounded to a multiple of 2^-16; the scale is that of the rounded p, so the expectation stays exact.
+// p rounded to a multiple of 2^-16. The scale is 1 / (1 - rounded p), so that the expectation is exact.
 TINYSTORY_HD uint32_t dropout_threshold(double p) { return uint32_t(p * 65536.0 + 0.5); }
 TINYSTORY_HD double dropout_scale(uint32_t threshold) { return 65536.0 / double(65536u - threshold); }
 
 // --- sampling --------------------------------------------------------------------------------------------------------
-// 64 random bits for one token: a function of the seed, the row's id and the step, nothing else.
+// 64 random bits for one token: a function of the seed, the row's id and the step alone.
 TINYSTORY_HD uint64_t sample_bits(uint64_t seed, uint64_t row, uint32_t step) {
   const Words4 r = philox(seed, {uint32_t(row), uint32_t(row >> 32), step, kSample});
   return uint64_t(r.y) << 32 | r.x;

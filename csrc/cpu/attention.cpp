@@ -1,10 +1,10 @@
 // Causal attention, forward and backward, one (batch, head) at a time.
 //
-// Queries are taken in strips of 48 rows. A strip's scores against all the keys before it fit in the second-level cache
-// (48 x T numbers), so each strip sees its whole softmax at once: the blocked passes of FlashAttention-2 (Dao 2023,
-// arXiv 2307.08691), without the rescaling that a GPU's small shared memory forces. Nothing of size (T, T) is stored:
-// the backward pass computes the weights again from the log-sum-exp, and each row's sum of weight times gradient from
-// the strip itself, so it has no use for the output. All seven products run through one register tile.
+// Queries are taken in strips of 48 rows. A strip's scores against all earlier keys (48 x T elements) fit in the L2
+// cache, so each strip computes its whole softmax at once: the blocked passes of FlashAttention-2 (Dao 2023, arXiv
+// 2307.08691), whose names m, l, S, P, dP and dS are used here, without the rescaling that a GPU's small shared memory
+// forces. Nothing of size (T, T) is stored: the backward pass recomputes P from the log-sum-exp, and each row's
+// delta = sum of P * dP from the strip itself, so it does not need the output. All seven matmuls use gemm.h.
 #include <algorithm>
 
 #include "../philox.h"
@@ -13,10 +13,10 @@
 namespace tinystory::cpu {
 namespace {
 
-constexpr int64_t kStrip = 48;  // query rows at once: whole dropout tiles (16 rows) and register tiles (6 rows)
+constexpr int64_t kStrip = 48;  // query rows per strip: whole dropout tiles (16 rows) and micro-kernels (6 rows)
 constexpr double kLog2e = 1.4426950408889634;
 
-// 1 where dropout keeps a tile's weight, 0 where it does not.
+// 1 where dropout keeps an element of the tile, 0 where it drops it.
 void dropout_tile(float (&keep)[16][16], const Attention& x, int64_t head, int64_t i, int64_t j) {
   const uint32_t threshold = dropout_threshold(x.dropout);
   uint32_t word[4][32];
@@ -34,21 +34,21 @@ void dropout_tile(float (&keep)[16][16], const Attention& x, int64_t head, int64
     }
 }
 
-template <class K>
+template <class Policy>
 struct Head {
-  using Acc = typename K::Acc;
-  using Word = typename K::Word;
-  using V = Vec<Acc>;
-  static constexpr int L = lanes<V>;
+  using Acc = typename Policy::Acc;
+  using Pack = typename Policy::Pack;
+  using Vec = VecOf<Acc>;
+  static constexpr int L = lanes<Vec>;
 
   const Attention& x;
-  const int64_t T, D, padded, words, row_stride;   // padded: T up to whole panels, and the leading dimension of a strip
+  const int64_t T, D, padded, packs, row_stride;  // padded: T up to whole panels; the row stride of a strip
   const Acc scale, drop_scale;
-  Word *q, *k, *v, *o, *k_panels, *v_panels, *q_pairs, *k_pairs, *v_pairs, *o_pairs, *p_pairs, *s_pairs;
-  Acc *s, *ds, *out, *dk, *dv;
+  Pack *Q, *K, *V, *dO, *K_panels, *V_panels, *Q_pairs, *K_pairs, *V_pairs, *dO_pairs, *P_pairs, *dS_pairs;
+  Acc *S, *dS, *out, *dK, *dV;
 
   Head(const Attention& x, bool backward)
-      : x(x), T(x.T), D(x.D), padded(round_up(x.T, kPanel)), words(x.D / K::kPair), row_stride(3 * x.H * x.D),
+      : x(x), T(x.T), D(x.D), padded(round_up(x.T, kPanel)), packs(x.D / Policy::kPack), row_stride(3 * x.H * x.D),
         scale(Acc(1 / std::sqrt(double(x.D)))), drop_scale(Acc(dropout_scale(dropout_threshold(x.dropout)))) {
     Arena arena;
     allocate(arena, backward);
@@ -57,25 +57,25 @@ struct Head {
   }
 
   void allocate(Arena& m, bool backward) {
-    const int64_t rows = padded * words, pairs = K::kPair == 2 ? rows : 0;
-    for (Word** p : {&q, &k, &v, &k_panels}) *p = m.take<Word>(rows);
-    v_pairs = m.take<Word>(pairs);
-    s = m.take<Acc>(kStrip * padded);
+    const int64_t rows = padded * packs, pairs = Policy::kPack == 2 ? rows : 0;
+    for (Pack** p : {&Q, &K, &V, &K_panels}) *p = m.take<Pack>(rows);
+    V_pairs = m.take<Pack>(pairs);
+    S = m.take<Acc>(kStrip * padded);
     out = m.take<Acc>(kStrip * D);
     if (!backward) return;
-    for (Word** p : {&o, &v_panels}) *p = m.take<Word>(rows);
-    for (Word** p : {&q_pairs, &k_pairs, &o_pairs}) *p = m.take<Word>(pairs);
-    ds = m.take<Acc>(kStrip * padded);
-    p_pairs = m.take<Word>(K::kPair == 2 ? kStrip / 2 * padded : 0);
-    s_pairs = m.take<Word>(K::kPair == 2 ? kStrip / 2 * padded : 0);
-    dk = m.take<Acc>(padded * D);
-    dv = m.take<Acc>(padded * D);
+    for (Pack** p : {&dO, &V_panels}) *p = m.take<Pack>(rows);
+    for (Pack** p : {&Q_pairs, &K_pairs, &dO_pairs}) *p = m.take<Pack>(pairs);
+    dS = m.take<Acc>(kStrip * padded);
+    P_pairs = m.take<Pack>(Policy::kPack == 2 ? kStrip / 2 * padded : 0);
+    dS_pairs = m.take<Pack>(Policy::kPack == 2 ? kStrip / 2 * padded : 0);
+    dK = m.take<Acc>(padded * D);
+    dV = m.take<Acc>(padded * D);
   }
 
-  // Rows side by side for a product that reduces over them; a single number a Word needs no rearranging.
-  const Word* pairs(Word* to, const Word* rows) const {
-    if (K::kPair == 1) return rows;
-    pair_rows<K>(to, rows, padded, D, D, padded / K::kPair);
+  // Rows side by side for a GEMM that reduces over them; with one element per Pack they are in place already.
+  const Pack* pairs(Pack* to, const Pack* rows) const {
+    if (Policy::kPack == 1) return rows;
+    pair_rows<Policy>(to, rows, padded, D, D, padded / Policy::kPack);
     return to;
   }
 
@@ -84,84 +84,86 @@ struct Head {
   }
   Acc& lse(int64_t head, int64_t i) const { return static_cast<Acc*>(x.lse)[head * T + i]; }
 
-  // to[rows of the strip][keys up to the diagonal] = left rows times right panels.
-  void scores(Acc* to, const Word* left, const Word* panels, int64_t i0, int64_t rows) const {
+  // to[rows of the strip][keys up to the diagonal] = left rows * panels: S = Q K^T, or dP = dO V^T.
+  void scores(Acc* to, const Pack* left, const Pack* panels, int64_t i0, int64_t rows) const {
     for (int64_t j = 0; j < i0 + rows; j += kPanel)
       for (int64_t r = 0; r < rows; r += 6) {
         const int64_t m = std::min<int64_t>(6, rows - r), keys = std::min(kPanel, i0 + r + m - j);
         if (keys > 0)
-          product<K>(m, (keys + L - 1) / L, words, left + (i0 + r) * words, words, 1, panels + j * words, kPanel,
-                     to + r * padded + j, padded);
+          gemm<Policy>(m, (keys + L - 1) / L, packs, left + (i0 + r) * packs, packs, 1, panels + j * packs, kPanel,
+                       to + r * padded + j, padded);
       }
   }
 
-  // out[rows of the strip][D] = weights[strip][keys] times right (kPair keys a Word).
-  void mix(const Word* weights, const Word* right, int64_t i0, int64_t rows) const {
-    const int64_t stride = padded * sizeof(Acc) / sizeof(Word);
+  // out[rows of the strip][D] = left[strip][keys] * right (kPack keys per Pack): O = P V, or dQ = dS K.
+  void mix(const Pack* left, const Pack* right, int64_t i0, int64_t rows) const {
+    const int64_t stride = padded * sizeof(Acc) / sizeof(Pack);
     for (int64_t r = 0; r < rows; r += 6) {
       const int64_t m = std::min<int64_t>(6, rows - r);
-      product<K>(m, D / L, (i0 + r + m + K::kPair - 1) / K::kPair, weights + r * stride, stride, 1, right, D,
-                 out + r * D, D);
+      gemm<Policy>(m, D / L, (i0 + r + m + Policy::kPack - 1) / Policy::kPack, left + r * stride, stride, 1, right, D,
+                   out + r * D, D);
     }
   }
 
-  // to[keys up to the diagonal][D] += weights^T times right, reduced over the strip's rows.
-  void scatter(Acc* to, const Word* weights, const Word* right, int64_t i0, int64_t rows) const {
+  // to[keys up to the diagonal][D] += left^T * right, reduced over the strip's rows: dV = P^T dO, or dK = dS^T Q.
+  void scatter(Acc* to, const Pack* left, const Pack* right, int64_t i0, int64_t rows) const {
+    const int64_t last = (rows + Policy::kPack - 1) / Policy::kPack;
     for (int64_t j = 0; j < i0 + rows; j += 6) {
-      const int64_t first = std::max<int64_t>(0, j - i0) / K::kPair, last = (rows + K::kPair - 1) / K::kPair;
-      product<K>(std::min<int64_t>(6, i0 + rows - j), D / L, last - first, weights + first * padded + j, 1, padded,
-                 right + (i0 / K::kPair + first) * D, D, to + j * D, D, true);
+      const int64_t first = std::max<int64_t>(0, j - i0) / Policy::kPack;
+      gemm<Policy>(std::min<int64_t>(6, i0 + rows - j), D / L, last - first, left + first * padded + j, 1, padded,
+                   right + (i0 / Policy::kPack + first) * D, D, to + j * D, D, true);
     }
   }
 
-  static void keep_first(Acc* row, int64_t n, Acc fill) {
+  // Fills a row from element n to the end of its vector.
+  static void fill_tail(Acc* row, int64_t n, Acc fill) {
     for (; n % L; ++n) row[n] = fill;
   }
 
   void forward(int64_t head) {
     const int64_t b = head / x.H, h = head % x.H;
-    pack_rows<K>(q, input(0, b, h), x.dtype, row_stride, T, padded, D, D);
-    pack_rows<K>(k, input(1, b, h), x.dtype, row_stride, T, padded, D, D);
-    pack_rows<K>(v, input(2, b, h), x.dtype, row_stride, T, padded, D, D);
-    transpose_rows<K>(k_panels, k, padded, D);
-    const Word* values = pairs(v_pairs, v);
+    pack_rows<Policy>(Q, input(0, b, h), x.dtype, row_stride, T, padded, D, D);
+    pack_rows<Policy>(K, input(1, b, h), x.dtype, row_stride, T, padded, D, D);
+    pack_rows<Policy>(V, input(2, b, h), x.dtype, row_stride, T, padded, D, D);
+    transpose_rows<Policy>(K_panels, K, padded, D);
+    const Pack* values = pairs(V_pairs, V);
 
     for (int64_t i0 = 0; i0 < T; i0 += kStrip) {
       const int64_t rows = std::min(kStrip, T - i0);
-      scores(s, q, k_panels, i0, rows);
-      Acc total[kStrip];
+      scores(S, Q, K_panels, i0, rows);
+      Acc l[kStrip];
       for (int64_t r = 0; r < rows; ++r) {
-        Acc* row = s + r * padded;
+        Acc* row = S + r * padded;
         const int64_t n = i0 + r + 1;
-        keep_first(row, n, Acc(-INFINITY));
-        V top = splat<V>(Acc(-INFINITY));
-        for (int64_t j = 0; j < n; j += L) top = max(load<V>(row + j), top);
+        fill_tail(row, n, Acc(-INFINITY));
+        Vec top = splat<Vec>(Acc(-INFINITY));
+        for (int64_t j = 0; j < n; j += L) top = max(load<Vec>(row + j), top);
         const Acc m = highest(top) * scale;
-        V sums{};
+        Vec sums{};
         for (int64_t j = 0; j < n; j += L) {
-          const V p = exp2(fma(load<V>(row + j), splat<V>(scale), splat<V>(-m)) * Acc(kLog2e));
+          const Vec p = exp2(fma(load<Vec>(row + j), splat<Vec>(scale), splat<Vec>(-m)) * Acc(kLog2e));
           sums += p;
           if (x.dropout > 0) store(row + j, p);
-          else store_numbers<K>(row, j, p);
+          else store_elements<Policy>(row, j, p);
         }
-        total[r] = sum(sums);
-        lse(head, i0 + r) = m + Acc(std::log(total[r]));
+        l[r] = sum(sums);
+        lse(head, i0 + r) = m + Acc(std::log(l[r]));
         zero_rest(row, round_up(n, L), i0 + rows, x.dropout > 0);
       }
       if (x.dropout > 0) drop(head, i0, rows);
-      mix(reinterpret_cast<const Word*>(s), values, i0, rows);
+      mix(reinterpret_cast<const Pack*>(S), values, i0, rows);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t d = 0; d < D; d += L)
           store_as(at(x.out, x.dtype, ((b * T + i0 + r) * x.H + h) * D + d), x.dtype,
-                   load<V>(out + r * D + d) / total[r]);
+                   load<Vec>(out + r * D + d) / l[r]);
     }
   }
 
-  // Weights beyond the diagonal that a register tile's longest row makes its other rows read.
-  static void zero_rest(Acc* row, int64_t j, int64_t end, bool numbers) {
+  // Zeroes the elements beyond the diagonal that a micro-kernel's longest row makes its other rows read.
+  static void zero_rest(Acc* row, int64_t j, int64_t end, bool unpacked) {
     for (; j < end; j += L) {
-      if (numbers) store(row + j, V{});
-      else store_numbers<K>(row, j, V{});
+      if (unpacked) store(row + j, Vec{});
+      else store_elements<Policy>(row, j, Vec{});
     }
   }
 
@@ -172,132 +174,132 @@ struct Head {
         if (j <= i0 + r0 + 15) dropout_tile(keep, x, head, i0 + r0, j);
         for (int64_t r = r0; r < std::min(r0 + 16, rows); ++r)
           for (int64_t c = 0; c < 16; c += L) {
-            V p = load<V>(s + r * padded + j + c);
+            Vec p = load<Vec>(S + r * padded + j + c);
             for (int l = 0; l < L; ++l) p[l] *= drop_scale * Acc(keep[r - r0][c + l]);
-            store_numbers<K>(s + r * padded, j + c, p);
+            store_elements<Policy>(S + r * padded, j + c, p);
           }
       }
   }
 
   void backward(int64_t head) {
     const int64_t b = head / x.H, h = head % x.H;
-    pack_rows<K>(q, input(0, b, h), x.dtype, row_stride, T, padded, D, D);
-    pack_rows<K>(k, input(1, b, h), x.dtype, row_stride, T, padded, D, D);
-    pack_rows<K>(v, input(2, b, h), x.dtype, row_stride, T, padded, D, D);
-    pack_rows<K>(o, at(x.grad_out, x.dtype, (b * T * x.H + h) * D), x.dtype, x.H * D, T, padded, D, D);
-    transpose_rows<K>(k_panels, k, padded, D);
-    transpose_rows<K>(v_panels, v, padded, D);
-    const Word* queries = pairs(q_pairs, q);
-    const Word* keys = pairs(k_pairs, k);
-    const Word* grads = pairs(o_pairs, o);
-    std::memset(dk, 0, padded * D * sizeof *dk);
-    std::memset(dv, 0, padded * D * sizeof *dv);
+    pack_rows<Policy>(Q, input(0, b, h), x.dtype, row_stride, T, padded, D, D);
+    pack_rows<Policy>(K, input(1, b, h), x.dtype, row_stride, T, padded, D, D);
+    pack_rows<Policy>(V, input(2, b, h), x.dtype, row_stride, T, padded, D, D);
+    pack_rows<Policy>(dO, at(x.grad_out, x.dtype, (b * T * x.H + h) * D), x.dtype, x.H * D, T, padded, D, D);
+    transpose_rows<Policy>(K_panels, K, padded, D);
+    transpose_rows<Policy>(V_panels, V, padded, D);
+    const Pack* queries = pairs(Q_pairs, Q);
+    const Pack* keys = pairs(K_pairs, K);
+    const Pack* grads = pairs(dO_pairs, dO);
+    std::memset(dK, 0, padded * D * sizeof *dK);
+    std::memset(dV, 0, padded * D * sizeof *dV);
 
     for (int64_t i0 = 0; i0 < T; i0 += kStrip) {
       const int64_t rows = std::min(kStrip, T - i0);
-      scores(s, q, k_panels, i0, rows);
-      scores(ds, o, v_panels, i0, rows);
-      weight_grads(head, i0, rows);
-      mix(reinterpret_cast<const Word*>(ds), keys, i0, rows);
-      scatter(dv, K::kPair == 2 ? p_pairs : reinterpret_cast<const Word*>(s), grads, i0, rows);
-      scatter(dk, K::kPair == 2 ? s_pairs : reinterpret_cast<const Word*>(ds), queries, i0, rows);
+      scores(S, Q, K_panels, i0, rows);
+      scores(dS, dO, V_panels, i0, rows);
+      score_grads(head, i0, rows);
+      mix(reinterpret_cast<const Pack*>(dS), keys, i0, rows);
+      scatter(dV, Policy::kPack == 2 ? P_pairs : reinterpret_cast<const Pack*>(S), grads, i0, rows);
+      scatter(dK, Policy::kPack == 2 ? dS_pairs : reinterpret_cast<const Pack*>(dS), queries, i0, rows);
       unpack(0, b, h, i0, rows, out);
     }
-    unpack(1, b, h, 0, T, dk);
-    unpack(2, b, h, 0, T, dv);
+    unpack(1, b, h, 0, T, dK);
+    unpack(2, b, h, 0, T, dV);
   }
 
   void unpack(int which, int64_t b, int64_t h, int64_t i0, int64_t rows, const Acc* from) const {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t d = 0; d < D; d += L)
         store_as(at(x.grad_qkv, x.dtype, (b * T + i0 + r) * row_stride + which * x.H * D + h * D + d), x.dtype,
-                 load<V>(from + r * D + d));
+                 load<Vec>(from + r * D + d));
   }
 
-  // Scores s and gradients ds of the weights -> weights (with dropout) and gradients of the scores.
-  void weight_grads(int64_t head, int64_t i0, int64_t rows) {
-    V index, sums[kStrip]{}, deltas[kStrip]{};
+  // From S in S and dP in dS to P (with dropout) in S and dS in dS.
+  void score_grads(int64_t head, int64_t i0, int64_t rows) {
+    Vec index, sums[kStrip]{}, deltas[kStrip]{};
     for (int l = 0; l < L; ++l) index[l] = Acc(l);
     float keep[16][16];
-    // First the weights and each row's delta = sum of weight * gradient. A weight that dropout zeroes is kept negated.
+    // First P and each row's delta = sum of P * dP. A weight that dropout zeroes is stored negated.
     for (int64_t r0 = 0; r0 < rows; r0 += 16)
       for (int64_t j0 = 0; j0 < i0 + rows; j0 += 16) {
         if (x.dropout > 0 && j0 <= i0 + r0 + 15) dropout_tile(keep, x, head, i0 + r0, j0);
         for (int64_t r = r0; r < std::min(r0 + 16, rows); ++r)
           for (int64_t j = j0; j < j0 + 16; j += L) {
             const int64_t valid = i0 + r + 1 - j;
-            V p{};
+            Vec p{};
             if (valid > 0) {
-              // The difference in one rounding: the logarithm's base then costs nothing where p is large.
-              const V log_p = fma(load<V>(s + r * padded + j), splat<V>(scale), splat<V>(-lse(head, i0 + r)));
+              // The difference in one rounding, so that the change of base costs no accuracy where p is large.
+              const Vec log_p = fma(load<Vec>(S + r * padded + j), splat<Vec>(scale), splat<Vec>(-lse(head, i0 + r)));
               p = exp2(log_p * Acc(kLog2e));
-              if (valid < L) p = select<V>(index < splat<V>(Acc(valid)), p, V{});
+              if (valid < L) p = select<Vec>(index < splat<Vec>(Acc(valid)), p, Vec{});
               sums[r] += p;
-              V dp = load<V>(ds + r * padded + j);
-              if (valid < L) dp = select<V>(index < splat<V>(Acc(valid)), dp, V{});
-              store(ds + r * padded + j, dp);
+              Vec dP = load<Vec>(dS + r * padded + j);
+              if (valid < L) dP = select<Vec>(index < splat<Vec>(Acc(valid)), dP, Vec{});
+              store(dS + r * padded + j, dP);
               if (x.dropout > 0) {
-                V kept;
+                Vec kept;
                 for (int l = 0; l < L; ++l) kept[l] = Acc(keep[r - r0][j - j0 + l]);
-                dp *= kept * drop_scale;
-                p = select<V>(kept > V{}, p, -p);
-                deltas[r] = fma(max(p, V{}), dp, deltas[r]);
+                dP *= kept * drop_scale;
+                p = select<Vec>(kept > Vec{}, p, -p);
+                deltas[r] = fma(max(p, Vec{}), dP, deltas[r]);
               } else {
-                deltas[r] = fma(p, dp, deltas[r]);
+                deltas[r] = fma(p, dP, deltas[r]);
               }
             } else {
-              store(ds + r * padded + j, V{});
+              store(dS + r * padded + j, Vec{});
             }
-            store(s + r * padded + j, p);
+            store(S + r * padded + j, p);
           }
       }
-    // The weights sum to 1 but for the rounding of lse: what is missing is made up here.
+    // P sums to 1 except for the rounding of lse, which is corrected here.
     Acc delta[kStrip], norm[kStrip];
     for (int64_t r = 0; r < rows; ++r) {
       norm[r] = 1 / sum(sums[r]);
       delta[r] = sum(deltas[r]) * norm[r];
     }
-    // Then the gradients, two rows at a time, so that bf16 pairs can be written; a missing last row is all zeros.
+    // Then dS, two rows at a time, so that pairs of bf16 can be written; a missing last row is all zeros.
     for (int64_t r = 0; r < rows; r += 2)
       for (int64_t j = 0; j < i0 + rows; j += L) {
-        V p[2]{}, d[2]{};
+        Vec p[2]{}, d[2]{};
         for (int64_t e = 0; e < 2 && r + e < rows; ++e) {
-          p[e] = load<V>(s + (r + e) * padded + j) * norm[r + e];
-          V dp = load<V>(ds + (r + e) * padded + j);
+          p[e] = load<Vec>(S + (r + e) * padded + j) * norm[r + e];
+          Vec dP = load<Vec>(dS + (r + e) * padded + j);
           if (x.dropout > 0) {
-            const V size = max(p[e], -p[e]);
-            dp = select<V>(p[e] > V{}, dp * drop_scale, V{});
-            p[e] = max(p[e], V{}) * drop_scale;
-            d[e] = size * (dp - delta[r + e]) * scale;
+            const Vec size = max(p[e], -p[e]);
+            dP = select<Vec>(p[e] > Vec{}, dP * drop_scale, Vec{});
+            p[e] = max(p[e], Vec{}) * drop_scale;
+            d[e] = size * (dP - delta[r + e]) * scale;
           } else {
-            d[e] = p[e] * (dp - delta[r + e]) * scale;
+            d[e] = p[e] * (dP - delta[r + e]) * scale;
           }
         }
         put(r, j, rows, p, d);
       }
   }
 
-  void put(int64_t r, int64_t j, int64_t rows, V (&p)[2], V (&d)[2]) {
+  void put(int64_t r, int64_t j, int64_t rows, Vec (&p)[2], Vec (&d)[2]) {
 #if defined(__AVX512BF16__)
-    if constexpr (K::kPair == 2) {
+    if constexpr (Policy::kPack == 2) {
       const vh p0 = to_bf16(p[0]), p1 = to_bf16(p[1]), d0 = to_bf16(d[0]), d1 = to_bf16(d[1]);
-      store(p_pairs + r / 2 * padded + j, pair(p0, p1));
-      store(s_pairs + r / 2 * padded + j, pair(d0, d1));
-      store(reinterpret_cast<uint16_t*>(ds + r * padded) + j, d0);
-      if (r + 1 < rows) store(reinterpret_cast<uint16_t*>(ds + (r + 1) * padded) + j, d1);
+      store(P_pairs + r / 2 * padded + j, pair(p0, p1));
+      store(dS_pairs + r / 2 * padded + j, pair(d0, d1));
+      store(reinterpret_cast<uint16_t*>(dS + r * padded) + j, d0);
+      if (r + 1 < rows) store(reinterpret_cast<uint16_t*>(dS + (r + 1) * padded) + j, d1);
       return;
     }
 #endif
     for (int64_t e = 0; e < 2 && r + e < rows; ++e) {
-      store(s + (r + e) * padded + j, p[e]);
-      store(ds + (r + e) * padded + j, d[e]);
+      store(S + (r + e) * padded + j, p[e]);
+      store(dS + (r + e) * padded + j, d[e]);
     }
   }
 };
 
-template <class K>
+template <class Policy>
 void run(const Attention& x, bool backward, int64_t begin, int64_t end) {
-  Head<K> head(x, backward);
+  Head<Policy> head(x, backward);
   for (int64_t i = begin; i < end; ++i) backward ? head.backward(i) : head.forward(i);
 }
 

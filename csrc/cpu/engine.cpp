@@ -1,6 +1,8 @@
-// A token step is a few phases a layer, each split over the threads: norms by rows, products by panels of 64 columns,
-// attention by rows and heads. A story's keys and values lie where they were first written until it ends, so nothing
-// moves when stories retire; the prompt's lie once, for all.
+// The forward pass of `Student.trunk` (tinystory/student/model.py) for decoding. If you change one, change the other.
+//
+// A token step is a few phases per layer, each split over the threads: norms by rows, matmuls by panels of 64 columns,
+// attention by rows and heads. A story's keys and values stay where they were written until it ends, so nothing moves
+// when stories end; the prompt's are stored once for all stories.
 #include "engine.h"
 
 #include <algorithm>
@@ -17,11 +19,11 @@
 namespace tinystory::cpu {
 namespace {
 
-// Words summed in one go, for the sum's rounding in f32, which bf16 does not see.
-template <class K>
-constexpr int64_t kReduce = K::kPair == 2 ? 384 : 128;
+// Packs per partial sum: a sum of short sums rounds less in f32. bf16 has rounded far more already.
+template <class Policy>
+constexpr int64_t kReduce = Policy::kPack == 2 ? 384 : 128;
 
-// Uninitialised memory in huge pages where the system has them: weights and caches are read from end to end each step.
+// Uninitialised memory, in huge pages where the system has them: each step reads all weights and caches.
 template <class T>
 class Buffer {
  public:
@@ -47,15 +49,15 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-template <class K>
-class Engine final : public Decoder {
-  using Word = typename K::Word;
+template <class Policy>
+class EngineOf final : public Engine {
+  using Pack = typename Policy::Pack;
 
   struct Linear {
-    const Word* panels;  // [panel][padded in][64]
+    const Pack* panels;  // [panel][padded in][64]
     const float* bias;
-    int64_t in, out;     // numbers
-    int64_t panel_words() const { return round_up(in, kPanel) / K::kPair * kPanel; }
+    int64_t in, out;     // elements
+    int64_t panel_packs() const { return round_up(in, kPanel) / Policy::kPack * kPanel; }
   };
   struct Block {
     StudentWeights::Affine ln_1, ln_2;
@@ -67,21 +69,21 @@ class Engine final : public Decoder {
   const int64_t C, H, D;
   std::vector<Block> blocks_;
   Linear head_;
-  Buffer<Word> packed_;
+  Buffer<Pack> packed_;
 
   Stories stories_{};
   int64_t time_ = 0;
-  std::vector<int64_t> slots_;         // of the stories that have not ended: the rows of a step
+  std::vector<int64_t> slots_;         // the stories that have not ended: the rows of a step
   std::vector<int64_t> drawn_, rows_, steps_;
   std::vector<float> logprobs_, entropies_, values_;
-  Buffer<Word> keys_, values_cache_;                 // [layer][slot][head][head_words(room)]
-  Buffer<Word> prompt_keys_, prompt_values_;         // [layer][head][head_words(prompt room)]
+  Buffer<Pack> keys_, values_cache_;                 // [layer][slot][head][head_packs(room)]
+  Buffer<Pack> prompt_keys_, prompt_values_;         // [layer][head][head_packs(prompt room)]
   int64_t room_ = 0, prompt_room_ = 0;
   Buffer<float> x_, qkv_, logits_;     // (rows, C), (rows, 3 C), (rows, V)
-  Buffer<Word> normed_, attended_, inner_;           // (rows, C), (rows, C), (rows, 4 C)
+  Buffer<Pack> normed_, attended_, inner_;           // (rows, C), (rows, C), (rows, 4 C)
 
  public:
-  Engine(StudentWeights student, Threads threads)
+  EngineOf(StudentWeights student, Threads threads)
       : student_(std::move(student)), threads_(threads), C(student_.C), H(student_.heads), D(C / H) {
     std::vector<std::pair<Linear*, const float*>> all;
     blocks_.resize(student_.blocks.size());
@@ -99,14 +101,14 @@ class Engine final : public Decoder {
       add(to.mlp_proj, from.mlp_proj, 4 * C, C);
     }
     add(head_, {student_.wte, nullptr}, C, student_.V);
-    int64_t words = 0;
-    for (auto& [to, from] : all) words += panels(*to) * to->panel_words();
-    packed_.resize(words);
-    Word* at = packed_.data;
+    int64_t packs = 0;
+    for (auto& [to, from] : all) packs += panels(*to) * to->panel_packs();
+    packed_.resize(packs);
+    Pack* at = packed_.data;
     for (auto& [to, from] : all) {
       to->panels = at;
       pack(*to, from, at);
-      at += panels(*to) * to->panel_words();
+      at += panels(*to) * to->panel_packs();
     }
   }
 
@@ -117,10 +119,10 @@ class Engine final : public Decoder {
     for (int64_t i = 0; i < stories.count; ++i) slots_[i] = i;
     const int64_t P = stories.prompt_length, rows = std::max(P, stories.count), layers = blocks_.size();
     room_ = round_up(stories.max_new, W), prompt_room_ = round_up(P, W);
-    for (auto* cache : {&keys_, &values_cache_}) cache->resize(layers * stories.count * H * head_words(room_));
-    for (auto* cache : {&prompt_keys_, &prompt_values_}) cache->resize(layers * H * head_words(prompt_room_));
+    for (auto* cache : {&keys_, &values_cache_}) cache->resize(layers * stories.count * H * head_packs(room_));
+    for (auto* cache : {&prompt_keys_, &prompt_values_}) cache->resize(layers * H * head_packs(prompt_room_));
     x_.resize(rows * C), qkv_.resize(rows * 3 * C), logits_.resize(stories.count * student_.V);
-    normed_.resize(rows * C / K::kPair), attended_.resize(rows * C / K::kPair), inner_.resize(rows * 4 * C / K::kPair);
+    normed_.resize(packs(rows * C)), attended_.resize(packs(rows * C)), inner_.resize(packs(rows * 4 * C));
 
     drawn_.assign(stories.prompt, stories.prompt + P);
     embed(P, [](int64_t i) { return i; });
@@ -160,40 +162,42 @@ class Engine final : public Decoder {
 
  private:
   static int64_t panels(const Linear& l) { return round_up(l.out, kPanel) / kPanel; }
+  static int64_t packs(int64_t elements) { return elements / Policy::kPack; }
 
-  void pack(const Linear& l, const float* weight, Word* to) const {
+  void pack(const Linear& l, const float* weight, Pack* to) const {
     const int64_t padded = round_up(l.in, kPanel);
-    threads_.run("decoder: pack weights", panels(l), [&](int64_t begin, int64_t end) {
-      Word* rows = reinterpret_cast<Word*>(scratch(kPanel * padded * sizeof(Word)));
+    threads_.run("engine: pack weights", panels(l), [&](int64_t begin, int64_t end) {
+      Pack* rows = reinterpret_cast<Pack*>(scratch(kPanel * padded * sizeof(Pack)));
       for (int64_t p = begin; p < end; ++p) {
-        pack_rows<K>(rows, weight + p * kPanel * l.in, DType::f32, l.in, std::min(kPanel, l.out - p * kPanel), kPanel,
-                     l.in, padded);
-        transpose_rows<K>(to + p * l.panel_words(), rows, kPanel, padded);
+        pack_rows<Policy>(rows, weight + p * kPanel * l.in, DType::f32, l.in, std::min(kPanel, l.out - p * kPanel),
+                          kPanel, l.in, padded);
+        transpose_rows<Policy>(to + p * l.panel_packs(), rows, kPanel, padded);
       }
     });
   }
 
-  // finish(row, column, sums) for each row and panel of a (rows, in) times the weight: 64 sums from that column on.
+  // a (rows, in) times the weight: calls finish(row, column, sums) per row and panel, with 64 sums from that column on.
   template <class F>
-  void product_of(const char* phase, const Linear& l, const Word* a, int64_t rows, const F& finish) const {
-    const int64_t words = l.in / K::kPair, n_panels = panels(l);
+  void matmul(const char* phase, const Linear& l, const Pack* a, int64_t rows, const F& finish) const {
+    const int64_t n_k = packs(l.in), n_panels = panels(l);
     const int64_t blocks = std::max<int64_t>(1, std::min(2 * threads_.count / n_panels, rows / 12));
     const int64_t block = round_up((rows + blocks - 1) / blocks, 6);
     threads_.run(phase, n_panels * blocks, [&](int64_t begin, int64_t end) {
       float* sums = reinterpret_cast<float*>(scratch(block * kPanel * sizeof(float)));
       for (int64_t item = begin; item < end; ++item) {
         const int64_t p = item / blocks, first = item % blocks * block, last = std::min(rows, first + block);
-        const Word* panel = l.panels + p * l.panel_words();
-        for (int64_t k = 0; k < words; k += kReduce<K>)
+        const Pack* panel = l.panels + p * l.panel_packs();
+        for (int64_t k = 0; k < n_k; k += kReduce<Policy>)
           for (int64_t r = first; r < last; r += 6)
-            product<K>(std::min<int64_t>(6, last - r), kPanel / W, std::min(kReduce<K>, words - k), a + r * words + k,
-                       words, 1, panel + k * kPanel, kPanel, sums + (r - first) * kPanel, kPanel, k > 0);
+            gemm<Policy>(std::min<int64_t>(6, last - r), kPanel / W, std::min(kReduce<Policy>, n_k - k),
+                         a + r * n_k + k, n_k, 1, panel + k * kPanel, kPanel, sums + (r - first) * kPanel, kPanel,
+                         k > 0);
         for (int64_t r = first; r < last; ++r) finish(r, p * kPanel, sums + (r - first) * kPanel);
       }
     });
   }
 
-  // f(column, sum + bias) a vector at a time, to the matrix's last column.
+  // Calls f(column, sum + bias), a vector at a time, up to the matrix's last column.
   template <class F>
   static void each(const Linear& l, int64_t column, const float* sums, const F& f) {
     for (int64_t j = 0; j < kPanel && column + j < l.out; j += W)
@@ -208,7 +212,7 @@ class Engine final : public Decoder {
               load<vf>(student_.wte + drawn_[i] * C + c) + load<vf>(student_.wpe + position(i) * C + c));
   }
 
-  // f(column, normed) a vector at a time.
+  // Calls f(column, normed), a vector at a time.
   template <class F>
   void norm(const float* x, const StudentWeights::Affine& ln, const F& f) const {
     vf sums{}, squares{};
@@ -224,9 +228,11 @@ class Engine final : public Decoder {
   }
 
   void norm_rows(int64_t rows, const StudentWeights::Affine& ln) {
-    threads_.run("decoder: norm", rows, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        norm(x_.data + i * C, ln, [&](int64_t c, vf v) { store_numbers<K>(normed_.data + i * C / K::kPair, c, v); });
+    threads_.run("engine: norm", rows, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Pack* to = normed_.data + packs(i * C);
+        norm(x_.data + i * C, ln, [&](int64_t c, vf v) { store_elements<Policy>(to, c, v); });
+      }
     });
   }
 
@@ -234,80 +240,80 @@ class Engine final : public Decoder {
     for (size_t layer = 0; layer < blocks_.size(); ++layer) {
       const Block& b = blocks_[layer];
       norm_rows(rows, b.ln_1);
-      product_of("decoder: qkv", b.qkv, normed_.data, rows, [&](int64_t i, int64_t column, const float* sums) {
+      matmul("engine: qkv", b.qkv, normed_.data, rows, [&](int64_t i, int64_t column, const float* sums) {
         each(b.qkv, column, sums, [&](int64_t j, vf v) { store(qkv_.data + i * 3 * C + j, v); });
       });
       if (prompt) {
         for (int64_t i = 0; i < rows * H; ++i) append(layer, i / H, i % H, true);
-        threads_.run("decoder: attention", rows * H, [&](int64_t begin, int64_t end) {
+        threads_.run("engine: attention", rows * H, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) attend(layer, i / H, i % H, i / H + 1, 0);
         });
       } else {
-        threads_.run("decoder: attention", rows * H, [&](int64_t begin, int64_t end) {
+        threads_.run("engine: attention", rows * H, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
             append(layer, i / H, i % H, false);
             attend(layer, i / H, i % H, stories_.prompt_length, time_);
           }
         });
       }
-      const auto add_to_x = [&](const char* phase, const Linear& l, const Word* a) {
-        product_of(phase, l, a, rows, [&](int64_t i, int64_t column, const float* sums) {
+      const auto add_to_x = [&](const char* phase, const Linear& l, const Pack* a) {
+        matmul(phase, l, a, rows, [&](int64_t i, int64_t column, const float* sums) {
           each(l, column, sums, [&](int64_t j, vf v) {
             float* to = x_.data + i * C + j;
             store(to, load<vf>(to) + v);
           });
         });
       };
-      add_to_x("decoder: attn_proj", b.attn_proj, attended_.data);
+      add_to_x("engine: attn_proj", b.attn_proj, attended_.data);
       norm_rows(rows, b.ln_2);
-      product_of("decoder: fc, gelu", b.fc, normed_.data, rows, [&](int64_t i, int64_t column, const float* sums) {
-        each(b.fc, column, sums,
-             [&](int64_t j, vf v) { store_numbers<K>(inner_.data + i * 4 * C / K::kPair, j, gelu_and_slope(v).first); });
+      matmul("engine: fc, gelu", b.fc, normed_.data, rows, [&](int64_t i, int64_t column, const float* sums) {
+        Pack* to = inner_.data + packs(i * 4 * C);
+        each(b.fc, column, sums, [&](int64_t j, vf v) { store_elements<Policy>(to, j, gelu_and_slope(v).first); });
       });
-      add_to_x("decoder: mlp_proj", b.mlp_proj, inner_.data);
+      add_to_x("engine: mlp_proj", b.mlp_proj, inner_.data);
     }
   }
 
-  // --- the cache, in Words: keys [position / W][D / kPair][W], so that a vector holds W scores, and values
-  // [position / kPair][D]. A position that is not written yet shares its Words with others: it is zero there. --
-  int64_t head_words(int64_t room) const { return room * D / K::kPair; }
-  Word* keys(int64_t layer, int64_t slot, int64_t head) const {
-    return keys_.data + ((layer * stories_.count + slot) * H + head) * head_words(room_);
+  // --- the cache, in Packs: keys [position / W][D / kPack][W], so that a vector holds W scores, and values
+  // [position / kPack][D]. A position that is not yet written may share its Packs with others: it is zero there. ---
+  int64_t head_packs(int64_t room) const { return packs(room * D); }
+  Pack* keys(int64_t layer, int64_t slot, int64_t head) const {
+    return keys_.data + ((layer * stories_.count + slot) * H + head) * head_packs(room_);
   }
-  Word* values(int64_t layer, int64_t slot, int64_t head) const {
-    return values_cache_.data + ((layer * stories_.count + slot) * H + head) * head_words(room_);
+  Pack* values(int64_t layer, int64_t slot, int64_t head) const {
+    return values_cache_.data + ((layer * stories_.count + slot) * H + head) * head_packs(room_);
   }
 
   void append(int64_t layer, int64_t row, int64_t head, bool prompt) {
-    const int64_t shared = (layer * H + head) * head_words(prompt_room_), t = prompt ? row : time_ - 1;
-    Word* k = (prompt ? prompt_keys_.data + shared : keys(layer, slots_[row], head)) + t / W * head_words(W) + t % W;
-    Word* v = (prompt ? prompt_values_.data + shared : values(layer, slots_[row], head)) + t / K::kPair * D;
+    const int64_t shared = (layer * H + head) * head_packs(prompt_room_), t = prompt ? row : time_ - 1;
+    Pack* k = (prompt ? prompt_keys_.data + shared : keys(layer, slots_[row], head)) + t / W * head_packs(W) + t % W;
+    Pack* v = (prompt ? prompt_values_.data + shared : values(layer, slots_[row], head)) + t / Policy::kPack * D;
     const float* from = qkv_.data + row * 3 * C + C + head * D;
     for (int64_t d = 0; d < D; d += W) {
       const vf value = load<vf>(from + C + d);
-      if constexpr (K::kPair == 2) {
+      if constexpr (Policy::kPack == 2) {
         const vu half = __builtin_convertvector(to_bf16(value), vu);
         store(v + d, t % 2 ? load<vu>(v + d) | half << 16 : half);
       } else {
         store(v + d, value);
       }
-      Word column[W / K::kPair];
-      store_numbers<K>(column, 0, load<vf>(from + d));
-      for (int64_t i = 0; i < W / K::kPair; ++i) k[(d / K::kPair + i) * W] = column[i];
+      Pack column[W / Policy::kPack];
+      store_elements<Policy>(column, 0, load<vf>(from + d));
+      for (int64_t i = 0; i < W / Policy::kPack; ++i) k[(d / Policy::kPack + i) * W] = column[i];
     }
   }
 
-  // The row's query over the first `shared` positions of the prompt and the first `own` of its story.
+  // The row's query attends to the first `shared` positions of the prompt and the first `own` of its story.
   void attend(int64_t layer, int64_t row, int64_t head, int64_t shared, int64_t own) {
     const int64_t first = round_up(shared, W), positions = first + round_up(own, W);
     float* scores = reinterpret_cast<float*>(scratch((positions + D) * sizeof(float)));
-    Word* weights = reinterpret_cast<Word*>(scores);  // in their place: no longer than they are
-    Word* q = reinterpret_cast<Word*>(scores + positions);
-    for (int64_t d = 0; d < D; d += W) store_numbers<K>(q, d, load<vf>(qkv_.data + row * 3 * C + head * D + d));
-    const int64_t prompt_at = (layer * H + head) * head_words(prompt_room_);
-    const Word *k0 = prompt_keys_.data + prompt_at, *v0 = prompt_values_.data + prompt_at;
-    const Word* k1 = own ? keys(layer, slots_[row], head) : nullptr;
-    const Word* v1 = own ? values(layer, slots_[row], head) : nullptr;
+    Pack* weights = reinterpret_cast<Pack*>(scores);  // written in place: they take no more memory
+    Pack* q = reinterpret_cast<Pack*>(scores + positions);
+    for (int64_t d = 0; d < D; d += W) store_elements<Policy>(q, d, load<vf>(qkv_.data + row * 3 * C + head * D + d));
+    const int64_t prompt_at = (layer * H + head) * head_packs(prompt_room_);
+    const Pack *k0 = prompt_keys_.data + prompt_at, *v0 = prompt_values_.data + prompt_at;
+    const Pack* k1 = own ? keys(layer, slots_[row], head) : nullptr;
+    const Pack* v1 = own ? values(layer, slots_[row], head) : nullptr;
 
     vf tops = splat<vf>(-INFINITY);
     score(q, k0, shared, scores, tops);
@@ -317,24 +323,25 @@ class Engine final : public Decoder {
     for (int64_t j = 0; j < positions; j += W) {
       const vf e = exp2(load<vf>(scores + j) - top);
       sums += e;
-      store_numbers<K>(weights, j, e);
+      store_elements<Policy>(weights, j, e);
     }
     const float total = 1 / sum(sums);
-    const Word* w1 = weights + first / K::kPair;
-    Word* out = attended_.data + row * C / K::kPair;
+    const Pack* w1 = weights + first / Policy::kPack;
+    Pack* out = attended_.data + row * C / Policy::kPack;
     int64_t d = 0;
     for (; d + 4 * W <= D; d += 4 * W) mix<4>(v0 + d, shared, weights, v1 + d, own, w1, total, out, head * D + d);
     for (; d < D; d += W) mix<1>(v0 + d, shared, weights, v1 + d, own, w1, total, out, head * D + d);
   }
 
-  // Scores to the base 2.
-  void score(const Word* q, const Word* k, int64_t n, float* scores, vf& tops) const {
+  // Scores times log2(e), for exp2.
+  void score(const Pack* q, const Pack* k, int64_t n, float* scores, vf& tops) const {
     const float scale = float(1.4426950408889634 / std::sqrt(double(D)));
-    for (int64_t j = 0; j < n; j += W, k += head_words(W)) {
+    for (int64_t j = 0; j < n; j += W, k += head_packs(W)) {
       vf part[4]{};
-      for (int64_t d = 0; d < D / K::kPair; d += 4)
+      for (int64_t d = 0; d < D / Policy::kPack; d += 4)
         for (int64_t i = 0; i < 4; ++i)
-          part[i] = K::dot(K::broadcast(reinterpret_cast<const char*>(q + d + i)), load<vf>(k + (d + i) * W), part[i]);
+          part[i] = Policy::dot(Policy::broadcast(reinterpret_cast<const char*>(q + d + i)),
+                                load<vf>(k + (d + i) * W), part[i]);
       vf s = ((part[0] + part[1]) + (part[2] + part[3])) * scale;
       for (int64_t i = n - j; i < W; ++i) s[i] = -INFINITY;
       tops = max(s, tops);
@@ -343,38 +350,38 @@ class Engine final : public Decoder {
   }
 
   template <int N>
-  void mix(const Word* v0, int64_t n0, const Word* w0, const Word* v1, int64_t n1, const Word* w1, float total,
-           Word* out, int64_t column) const {
+  void mix(const Pack* v0, int64_t n0, const Pack* w0, const Pack* v1, int64_t n1, const Pack* w1, float total,
+           Pack* out, int64_t column) const {
     vf acc[2][N]{};
-    const auto run = [&](const Word* v, int64_t n, const Word* weights) {
+    const auto run = [&](const Pack* v, int64_t n, const Pack* weights) {
       const auto add = [&](vf* to, int64_t t) {
-        const vf w = K::broadcast(reinterpret_cast<const char*>(weights + t));
-        for (int i = 0; i < N; ++i) to[i] = K::dot(w, load<vf>(v + t * D + i * W), to[i]);
+        const vf w = Policy::broadcast(reinterpret_cast<const char*>(weights + t));
+        for (int i = 0; i < N; ++i) to[i] = Policy::dot(w, load<vf>(v + t * D + i * W), to[i]);
       };
       int64_t t = 0;
       for (; t + 2 <= n; t += 2) add(acc[0], t), add(acc[1], t + 1);
       if (t < n) add(acc[0], t);
     };
-    run(v0, (n0 + K::kPair - 1) / K::kPair, w0);
-    run(v1, (n1 + K::kPair - 1) / K::kPair, w1);
-    for (int i = 0; i < N; ++i) store_numbers<K>(out, column + i * W, (acc[0][i] + acc[1][i]) * total);
+    run(v0, (n0 + Policy::kPack - 1) / Policy::kPack, w0);
+    run(v1, (n1 + Policy::kPack - 1) / Policy::kPack, w1);
+    for (int i = 0; i < N; ++i) store_elements<Policy>(out, column + i * W, (acc[0][i] + acc[1][i]) * total);
   }
 
   // --- logits, values, draws -----------------------------------------------------------------------------------------
   void run_head(int64_t rows) {
     values_.assign(rows, 0.0f);
-    threads_.run("decoder: norm", rows, [&](int64_t begin, int64_t end) {
+    threads_.run("engine: norm", rows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         vf value{};
         norm(x_.data + i * C, student_.ln_f, [&](int64_t c, vf v) {
-          store_numbers<K>(normed_.data + i * C / K::kPair, c, v);
+          store_elements<Policy>(normed_.data + i * C / Policy::kPack, c, v);
           if (student_.value.weight) value = fma(v, load<vf>(student_.value.weight + c), value);
         });
         if (student_.value.weight) values_[i] = sum(value) + *student_.value.bias;
       }
     });
     const int64_t V = student_.V;
-    product_of("decoder: logits", head_, normed_.data, rows, [&](int64_t i, int64_t column, const float* sums) {
+    matmul("engine: logits", head_, normed_.data, rows, [&](int64_t i, int64_t column, const float* sums) {
       std::memcpy(logits_.data + i * V + column, sums, std::min(kPanel, V - column) * sizeof(float));
     });
   }
@@ -383,8 +390,8 @@ class Engine final : public Decoder {
     for (auto* ids : {&drawn_, &rows_, &steps_}) ids->resize(n);
     logprobs_.resize(n), entropies_.resize(n);
     for (int64_t i = 0; i < n; ++i) rows_[i] = stories_.first_row + slots_[i], steps_[i] = time_;
-    threads_.run("decoder: draw", n, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)  // at first all stories share one row of logits
+    threads_.run("engine: draw", n, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)  // at step 0 all stories share one row of logits
         sample({.dtype = DType::f32, .B = 1, .V = student_.V, .logits = logits_.data + (time_ ? i * student_.V : 0),
                 .rows = &rows_[i], .steps = &steps_[i], .seed = stories_.seed, .temperature = stories_.temperature,
                 .top_k = stories_.top_k, .top_p = stories_.top_p, .tokens = &drawn_[i], .logprobs = &logprobs_[i],
@@ -392,14 +399,14 @@ class Engine final : public Decoder {
     });
     for (int64_t i = 0; i < n; ++i)
       if (drawn_[i] < 0)
-        throw std::runtime_error("Decoder: the logits of story " + std::to_string(rows_[i]) + " at token " +
+        throw std::runtime_error("Engine: the logits of story " + std::to_string(rows_[i]) + " at token " +
                                  std::to_string(time_) + " are not finite");
   }
 };
 
 }  // namespace
 
-bool decoder_has_bf16() {
+bool engine_has_bf16() {
 #if defined(__AVX512BF16__)
   return true;
 #else
@@ -407,11 +414,11 @@ bool decoder_has_bf16() {
 #endif
 }
 
-std::unique_ptr<Decoder> make_decoder(DType dtype, StudentWeights student, Threads threads) {
+std::unique_ptr<Engine> make_engine([[maybe_unused]] DType dtype, StudentWeights student, Threads threads) {
 #if defined(__AVX512BF16__)
-  if (dtype == DType::bf16) return std::make_unique<Engine<BF16>>(std::move(student), threads);
+  if (dtype == DType::bf16) return std::make_unique<EngineOf<BF16>>(std::move(student), threads);
 #endif
-  return std::make_unique<Engine<F32>>(std::move(student), threads);
+  return std::make_unique<EngineOf<F32>>(std::move(student), threads);
 }
 
 }  // namespace tinystory::cpu

@@ -1,22 +1,38 @@
-// Many stories from one opening, token by token: all layers of a step, the draw, and what PPO needs of it.
+// The student's forward pass in C++, for decoding on a CPU: many stories from one opening, token by token, each with
+// what PPO needs of it. `Student.trunk` in tinystory/student/model.py is the same forward pass in Python: a change to
+// one needs the same change to the other. find_weights refuses parameters and layouts that the engine does not know.
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "../kernels.h"
 
 namespace tinystory::cpu {
 
-// Runs f on parts [begin, end) that make up [0, items), under a name for profilers. Results do not depend on the parts.
+// Runs f on parts [begin, end) that cover [0, items); `phase` is for profilers. Results do not depend on the parts.
 struct Threads {
   int64_t count;
   void (*run)(const char* phase, int64_t items, const std::function<void(int64_t begin, int64_t end)>& f);
 };
 
-// A student's parameters as PyTorch holds them, f32 and contiguous: a Linear's weight is (out, in). They stay where
-// they are; only the matrices are copied, into the order in which products read them.
+// What the names and shapes of the parameters do not say: `Layout` in tinystory/ops/engine.py.
+struct Layout {
+  int64_t n_layer, n_head;
+  std::string norm, activation, positions;
+  bool bias, tied_head;
+};
+
+// A parameter as PyTorch holds it, f32 and contiguous: a Linear's weight is (out, in).
+struct Parameter {
+  const float* data;
+  std::vector<int64_t> shape;
+};
+
+// The parameters that the engine computes with. They are not copied, except matrices, which are packed for GEMM.
 struct StudentWeights {
   struct Affine {
     const float *weight, *bias;
@@ -24,15 +40,19 @@ struct StudentWeights {
   struct Block {
     Affine ln_1, qkv, attn_proj, ln_2, fc, mlp_proj;
   };
-  int64_t heads, C, V;
-  const float *wte, *wpe;     // (V, C), (context, C)
+  int64_t heads, C, V, context;
+  const float *wte, *wpe;  // (V, C), (context, C)
   std::vector<Block> blocks;
-  Affine ln_f, value;         // value: (1, C) and (1,), or both null: values are 0
+  Affine ln_f, value;      // value: (1, C) and (1,), or both null: values are 0
 };
+
+// Looks each parameter up by its name in `Student.named_parameters()`; a value head's begin with "value_head.".
+// Throws std::invalid_argument for an unknown layout and for a parameter that is missing, unexpected or misshapen.
+StudentWeights find_weights(const Layout&, const std::map<std::string, Parameter>&);
 
 // Row `slot` of the (count, max_new) outputs is the story that draws its tokens as row id first_row + slot.
 struct Stories {
-  const int64_t* prompt;      // (prompt_length,), prompt_length >= 1: all stories begin so
+  const int64_t* prompt;  // (prompt_length,), prompt_length >= 1: the opening of all stories
   int64_t prompt_length, count, max_new, eos;
   uint64_t seed;
   int64_t first_row;
@@ -43,19 +63,19 @@ struct Stories {
   float *logprobs, *values, *entropies;
 };
 
-class Decoder {
+class Engine {
  public:
-  virtual ~Decoder() = default;
+  virtual ~Engine() = default;
   // Reads the prompt, once for all stories.
   virtual void start(const Stories&) = 0;
   // Draws one more token for every story that has not ended; returns the slots of those that end with it. A story's
-  // numbers depend on its row id and the weights alone: not on the other stories, nor on the threads.
+  // results depend on its row id and the weights alone: not on the other stories, nor on the threads.
   // Throws std::runtime_error if a logit is NaN or +inf.
   virtual std::vector<int64_t> step() = 0;
 };
 
-// dtype of products and cache: f32, or bf16 where decoder_has_bf16(); sums, norms and logits are f32.
-std::unique_ptr<Decoder> make_decoder(DType, StudentWeights, Threads);
-bool decoder_has_bf16();
+// dtype of the matmuls and the KV cache: f32, or bf16 where engine_has_bf16(). Sums, norms and logits are f32.
+std::unique_ptr<Engine> make_engine(DType, StudentWeights, Threads);
+bool engine_has_bf16();
 
 }  // namespace tinystory::cpu

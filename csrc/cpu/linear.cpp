@@ -1,10 +1,10 @@
-// Linear layers, forward and backward, with what surrounds them in a transformer done while the numbers are at hand:
-// bias, tanh GELU and its derivative, the residual stream; and layer norm.
+// Linear layers, forward and backward, fused with what surrounds them in a transformer: bias, tanh GELU and its
+// derivative, the residual stream. And layer norm.
 //
-// All three products run through the register tile of gemm.h: what stands on the right is packed in panels of 64
-// columns first (the weight: 1 to 2 % of a product's time, so nothing is kept between calls), a panel meets a block of
-// rows that stays in the second-level cache. A row's result depends on that row alone, and sums over rows are taken in
-// blocks of fixed size: neither the number of threads nor the rest of the batch changes a bit of a row.
+// All three GEMMs use gemm.h: the right operand is first packed in panels of 64 columns (the weight takes 1 to 2 % of a
+// GEMM's time, so it is not kept between calls), and each panel is multiplied with blocks of rows that stay in the L2
+// cache. A row's result depends on that row alone, and sums over rows are taken in blocks of fixed size: neither the
+// number of threads nor the rest of the batch changes a bit of a row.
 #include <algorithm>
 
 #include "gemm.h"
@@ -12,82 +12,83 @@
 namespace tinystory::cpu {
 namespace {
 
-constexpr int64_t kRows = 48;     // of a block that meets a panel: their sums stay in the first-level cache
-// Words summed in one go: a sum of short sums rounds less than one long sum. bf16 has rounded far more already.
-template <class K>
-constexpr int64_t kReduce = K::kPair == 2 ? 384 : 256;
+constexpr int64_t kRows = 48;  // rows per block that is multiplied with a panel: their sums stay in the L1 cache
+// Packs per partial sum: a sum of short sums rounds less than one long sum. bf16 has rounded far more already.
+template <class Policy>
+constexpr int64_t kReduce = Policy::kPack == 2 ? 384 : 256;
 
-template <class K>
+template <class Policy>
 struct Layer {
-  using Word = typename K::Word;
-  static constexpr DType kStored = K::kPair == 2 ? DType::bf16 : DType::f32;
+  using Pack = typename Policy::Pack;
+  static constexpr DType kStored = Policy::kPack == 2 ? DType::bf16 : DType::f32;
 
   const Linear& l;
-  const int64_t in, out, pairs;          // Words a row of x and of y; rows of the chunk, kPair at a time
-  Word *panels, *rows, *grad_rows, *x_pairs, *grad_pairs;
+  const int64_t in, out, pairs;  // Packs per row of x and of y; the rows of the chunk, divided by kPack
+  Pack *panels, *rows, *grad_rows, *x_pairs, *grad_pairs;
   size_t bytes;
 
   explicit Layer(const Linear& l)
-      : l(l), in(l.K / K::kPair), out(l.N / K::kPair), pairs((l.rows + K::kPair - 1) / K::kPair) {
+      : l(l), in(l.K / Policy::kPack), out(l.N / Policy::kPack), pairs((l.rows + Policy::kPack - 1) / Policy::kPack) {
     Arena m{static_cast<char*>(l.workspace), 0};
-    panels = m.take<Word>(std::max(round_up(l.N, kPanel) * in, round_up(l.K, kPanel) * out));
-    rows = m.take<Word>(l.grad_y || l.x_type == kStored ? 0 : l.rows * in);
+    panels = m.take<Pack>(std::max(round_up(l.N, kPanel) * in, round_up(l.K, kPanel) * out));
+    rows = m.take<Pack>(l.grad_y || l.x_type == kStored ? 0 : l.rows * in);
     const int64_t n = l.grad_y ? pairs : 0;
-    grad_rows = m.take<Word>(grad_stored() ? 0 : n * K::kPair * out);
-    x_pairs = m.take<Word>(n * round_up(l.K, kPanel));
-    grad_pairs = m.take<Word>(n * round_up(l.N, kPanel));
+    grad_rows = m.take<Pack>(grad_stored() ? 0 : n * Policy::kPack * out);
+    x_pairs = m.take<Pack>(n * round_up(l.K, kPanel));
+    grad_pairs = m.take<Pack>(n * round_up(l.N, kPanel));
     bytes = m.used;
   }
 
   const void* x_at(int64_t row) const { return at(l.x, l.x_type, (l.first + row) * l.K); }
-  const Word* x_rows() const { return l.x_type == kStored ? static_cast<const Word*>(x_at(0)) : rows; }
-  // The gradient before the bias: grad_y itself, or grad_rows.
+  const Pack* x_rows() const { return l.x_type == kStored ? static_cast<const Pack*>(x_at(0)) : rows; }
+  // The gradient before the bias is grad_y itself, or grad_rows.
   bool grad_stored() const { return !l.gelu && l.y_type == kStored; }
-  const Word* grads() const {
-    return grad_stored() ? static_cast<const Word*>(at(l.grad_y, l.y_type, l.first * l.N)) : grad_rows;
+  const Pack* grads() const {
+    return grad_stored() ? static_cast<const Pack*>(at(l.grad_y, l.y_type, l.first * l.N)) : grad_rows;
   }
 
-  // items: panels of the weight's rows, or (backward) blocks of kPair * W of its rows
+  // items: panels of the weight's rows, or (backward) blocks of kPack * W of its rows
   void pack_weight(int64_t begin, int64_t end) {
     const int64_t height = l.grad_y ? kWeightRows : kPanel;
-    Word* w = reinterpret_cast<Word*>(scratch(height * in * sizeof(Word)));
+    Pack* w = reinterpret_cast<Pack*>(scratch(height * in * sizeof(Pack)));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = std::min(height, l.N - i * height);
-      pack_rows<K>(w, l.weight + i * height * l.K, DType::f32, l.K, n, height, l.K, l.K);
-      if (l.grad_y) pair_rows<K>(panels + i * height / K::kPair * kPanel, w, height, l.K, kPanel, out);
-      else transpose_rows<K>(panels + i * kPanel * in, w, kPanel, l.K);
+      pack_rows<Policy>(w, l.weight + i * height * l.K, DType::f32, l.K, n, height, l.K, l.K);
+      if (l.grad_y) pair_rows<Policy>(panels + i * height / Policy::kPack * kPanel, w, height, l.K, kPanel, out);
+      else transpose_rows<Policy>(panels + i * kPanel * in, w, kPanel, l.K);
     }
   }
 
   void pack_x(int64_t begin, int64_t end) {
     const int64_t n = end - begin;
-    if (l.x_type != kStored) pack_rows<K>(rows + begin * in, x_at(begin), l.x_type, l.K, n, n, l.K, l.K);
+    if (l.x_type != kStored) pack_rows<Policy>(rows + begin * in, x_at(begin), l.x_type, l.K, n, n, l.K, l.K);
   }
 
-  // finish(row, column, sum) a vector at a time for items of kRows rows of a (rows, words) and one panel.
+  // Calls finish(row, column, sum), a vector at a time, for each item: kRows rows of a (rows, packs) and one panel.
   template <class F>
-  void multiply(int64_t begin, int64_t end, const Word* a, int64_t words, int64_t columns, const F& finish) const {
+  void matmul(int64_t begin, int64_t end, const Pack* a, int64_t packs, int64_t columns, const F& finish) const {
     const int64_t n_panels = (columns + kPanel - 1) / kPanel;
     float sums[kRows * kPanel];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item / n_panels * kRows, last = std::min(l.rows, first + kRows);
       const int64_t column = item % n_panels * kPanel, width = std::min(kPanel, columns - column);
-      for (int64_t k = 0; k < words; k += kReduce<K>)
+      for (int64_t k = 0; k < packs; k += kReduce<Policy>)
         for (int64_t r = first; r < last; r += 6)
-          product<K>(std::min<int64_t>(6, last - r), width / W, std::min(kReduce<K>, words - k), a + r * words + k,
-                     words, 1, panels + column * words + k * kPanel, kPanel, sums + (r - first) * kPanel, kPanel, k > 0);
+          gemm<Policy>(std::min<int64_t>(6, last - r), width / W, std::min(kReduce<Policy>, packs - k),
+                       a + r * packs + k, packs, 1, panels + column * packs + k * kPanel, kPanel,
+                       sums + (r - first) * kPanel, kPanel, k > 0);
       for (int64_t r = first; r < last; ++r)
         for (int64_t j = 0; j < width; j += W) finish(r, column + j, load<vf>(sums + (r - first) * kPanel + j));
     }
   }
 
   void forward(int64_t begin, int64_t end) {
-    multiply(begin, end, x_rows(), in, l.N, [&](int64_t row, int64_t j, vf y) {
+    matmul(begin, end, x_rows(), in, l.N, [&](int64_t row, int64_t j, vf y) {
       const int64_t to = (l.first + row) * l.N + j;
       y += load<vf>(l.bias + j);
       if (l.gelu) {
         const auto [value, slope] = gelu_and_slope(y);
-        store_as(at(l.slope, kSlope, to), kSlope, slope);
+        store_as(at(l.slope, l.gemm_type, to), l.gemm_type, slope);
         y = value;
       }
       if (l.residual) y += load<vf>(l.residual + to);
@@ -95,19 +96,19 @@ struct Layer {
     });
   }
 
-  // items: blocks of kLinearRows rows. The gradient before the bias, by rows and by pairs of rows; x by pairs of rows.
+  // items: blocks of kLinearRows rows. Packs the gradient before the bias by rows and by pairs of rows, x by pairs.
   void pack_grad(int64_t begin, int64_t end) {
-    const size_t block_words = kLinearRows * std::max(in, out);
-    Word* copy = reinterpret_cast<Word*>(scratch(block_words * sizeof(Word) + l.N * sizeof(float)));
-    float* sums = reinterpret_cast<float*>(copy + block_words);
-    // Rows from..: where they lie if they are stored as Words; else, or if a pair lacks its second row, in `copy`.
-    const auto in_pairs = [&](Word* to, const void* from, DType type, int64_t n, int64_t columns) {
-      const int64_t padded = round_up(n, K::kPair);
+    const size_t block_packs = kLinearRows * std::max(in, out);
+    Pack* copy = reinterpret_cast<Pack*>(scratch(block_packs * sizeof(Pack) + l.N * sizeof(float)));
+    float* sums = reinterpret_cast<float*>(copy + block_packs);
+    // Reads the rows in place if they are stored as Packs and every pair has its second row, else from `copy`.
+    const auto in_pairs = [&](Pack* to, const void* from, DType type, int64_t n, int64_t columns) {
+      const int64_t padded = round_up(n, Policy::kPack);
       if (type != kStored || padded > n) {
-        pack_rows<K>(copy, from, type, columns, n, padded, columns, columns);
+        pack_rows<Policy>(copy, from, type, columns, n, padded, columns, columns);
         from = copy;
       }
-      pair_rows<K>(to, static_cast<const Word*>(from), padded, columns, kPanel, pairs);
+      pair_rows<Policy>(to, static_cast<const Pack*>(from), padded, columns, kPanel, pairs);
     };
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kLinearRows, n = std::min(kLinearRows, l.rows - first);
@@ -116,18 +117,18 @@ struct Layer {
         for (int64_t j = 0; j < l.N; j += W) {
           const int64_t from = (l.first + i) * l.N + j;
           vf g = load_as<vf>(at(l.grad_y, l.y_type, from), l.y_type);
-          if (l.gelu) g *= load_as<vf>(at(l.slope, kSlope, from), kSlope);
+          if (l.gelu) g *= load_as<vf>(at(l.slope, l.gemm_type, from), l.gemm_type);
           store(sums + j, load<vf>(sums + j) + g);
-          if (!grad_stored()) store_numbers<K>(grad_rows + i * out, j, g);
+          if (!grad_stored()) store_elements<Policy>(grad_rows + i * out, j, g);
         }
       std::memcpy(l.bias_parts + (l.first / kLinearRows + block) * l.N, sums, l.N * sizeof(float));
-      in_pairs(grad_pairs + first / K::kPair * kPanel, grads() + first * out, kStored, n, l.N);
-      in_pairs(x_pairs + first / K::kPair * kPanel, x_at(first), l.x_type, n, l.K);
+      in_pairs(grad_pairs + first / Policy::kPack * kPanel, grads() + first * out, kStored, n, l.N);
+      in_pairs(x_pairs + first / Policy::kPack * kPanel, x_at(first), l.x_type, n, l.K);
     }
   }
 
   void grad_x(int64_t begin, int64_t end) {
-    multiply(begin, end, grads(), out, l.K, [&](int64_t row, int64_t j, vf g) {
+    matmul(begin, end, grads(), out, l.K, [&](int64_t row, int64_t j, vf g) {
       store_as(at(l.grad_x, l.x_type, (l.first + row) * l.K + j), l.x_type, g);
     });
   }
@@ -137,25 +138,24 @@ struct Layer {
     const int64_t n_panels = (l.K + kPanel - 1) / kPanel;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / n_panels * kPanel, c = item % n_panels * kPanel;
-      for (int64_t k = 0; k < pairs; k += kReduce<K>)
+      for (int64_t k = 0; k < pairs; k += kReduce<Policy>)
         for (int64_t i = n; i < std::min(n + kPanel, l.N); i += 6) {
           const int64_t height = std::min<int64_t>(6, std::min(n + kPanel, l.N) - i);
-          product<K>(height, std::min(kPanel, l.K - c) / W, std::min(kReduce<K>, pairs - k),
-                     grad_pairs + n * pairs + k * kPanel + i - n, 1, kPanel, x_pairs + c * pairs + k * kPanel, kPanel,
-                     l.grad_weight + i * l.K + c, l.K, k > 0 || l.first > 0);
+          gemm<Policy>(height, std::min(kPanel, l.K - c) / W, std::min(kReduce<Policy>, pairs - k),
+                       grad_pairs + n * pairs + k * kPanel + i - n, 1, kPanel, x_pairs + c * pairs + k * kPanel, kPanel,
+                       l.grad_weight + i * l.K + c, l.K, k > 0 || l.first > 0);
         }
     }
   }
 
  private:
   static constexpr int64_t kWeightRows = 32;
-  const DType kSlope = l.bf16 ? DType::bf16 : DType::f32;
 };
 
 template <class F>
 auto with_layer(const Linear& l, const F& f) {
 #if defined(__AVX512BF16__)
-  if (l.bf16) return f(Layer<BF16>(l));
+  if (l.gemm_type == DType::bf16) return f(Layer<BF16>(l));
 #endif
   return f(Layer<F32>(l));
 }

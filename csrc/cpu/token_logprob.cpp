@@ -1,9 +1,9 @@
 // Log-probabilities and entropies of targets under softmax(hidden weight^T), and their gradients.
 //
-// Logits are computed by the register tile of gemm.h in groups of kGroup columns, in f32 (f64). A block of rows exists
-// at a time, for a few sums, then once more for the gradients; or, where the gradients wait for these sums alone, a
-// chunk's logits are kept, [group][row][kStride]. Gradients of bf16 are stored twice as bf16: by rows and, while they are
-// in use, as pairs of rows.
+// Logits are computed with gemm.h in groups of kGroup columns, in f32 (f64). One block of rows exists at a time: first
+// for a few sums, then again for the gradients. Where the gradients need nothing but these sums, a chunk's logits are
+// kept instead, [group][row][kStride]. For bf16 the logits' gradients are stored twice as bf16: by rows and, while they
+// are in use, as pairs of rows.
 #include <algorithm>
 #include <limits>
 
@@ -13,92 +13,92 @@ namespace tinystory::cpu {
 namespace {
 
 constexpr int64_t kGroup = kLogprobGroup;
-constexpr int64_t kStride = kGroup + 16;  // rows a power of two apart would share a few lines of the first cache
-// Words summed in one go: a sum of short sums rounds less than one long sum. bf16 has rounded far more already.
-template <class K>
-constexpr int64_t kReduce = K::kPair == 2 ? 384 : 128;
-constexpr int64_t kBlock = 96;    // rows that meet a panel: they and their results stay in the second-level cache
+constexpr int64_t kStride = kGroup + 16;  // rows a power of two apart would share a few sets of the L1 cache
+// Packs per partial sum: a sum of short sums rounds less than one long sum. bf16 has rounded far more already.
+template <class Policy>
+constexpr int64_t kReduce = Policy::kPack == 2 ? 384 : 128;
+constexpr int64_t kBlock = 96;  // rows per block that is multiplied with a panel: with their logits they fit in L2
 constexpr double kLog2e = 1.4426950408889634;
 
-template <class K>
+template <class Policy>
 struct Chunk {
-  using Acc = typename K::Acc;
-  using Word = typename K::Word;
-  using V = Vec<Acc>;
-  static constexpr int64_t L = lanes<V>;
+  using Acc = typename Policy::Acc;
+  using Pack = typename Policy::Pack;
+  using Vec = VecOf<Acc>;
+  static constexpr int64_t L = lanes<Vec>;
 
   const TokenLogprob& x;
-  const bool keeps;                       // the logits, for the gradients; else they are computed again, or none is asked
-  const int64_t rows, C, words, stride;   // rows and C padded: to whole pairs, to whole panels; stride of grads
-  Word *weight_pairs, *hidden, *hidden_panels, *grads;
-  Acc *sums, *logits;                     // (groups, rows, 3), see sum_group; where grads are
+  const bool keeps;                      // whether the logits are kept for the gradients
+  const int64_t rows, C, packs, stride;  // rows and C padded to whole pairs and whole panels; row stride of grads
+  Pack *weight_pairs, *hidden, *hidden_panels, *grads;
+  Acc *sums, *logits;                    // sums (groups, rows, 3), see sum_group; logits share the memory of grads
   size_t bytes;
 
   explicit Chunk(const TokenLogprob& x)
       : x(x), keeps(x.logprob && x.grad_hidden), rows(round_up(x.rows, 2)), C(round_up(x.C, kPanel)),
-        words(C / K::kPair), stride(keeps ? kStride : kStride / K::kPair) {
+        packs(C / Policy::kPack), stride(keeps ? kStride : kStride / Policy::kPack) {
     Arena m{static_cast<char*>(x.workspace), 0};
-    weight_pairs = m.take<Word>(x.grad_hidden ? x.groups * kGroup * words : 0);  // first: all chunks of rows find it
-    hidden = m.take<Word>(rows * words);
-    hidden_panels = m.take<Word>(x.grad_hidden ? rows * words : 0);
+    weight_pairs = m.take<Pack>(x.grad_hidden ? x.groups * kGroup * packs : 0);  // first: in place for all row chunks
+    hidden = m.take<Pack>(rows * packs);
+    hidden_panels = m.take<Pack>(x.grad_hidden ? rows * packs : 0);
     sums = m.take<Acc>(x.logprob ? x.groups * rows * 3 : 0);
-    grads = m.take<Word>(x.grad_hidden ? x.groups * rows * stride : 0);
+    grads = m.take<Pack>(x.grad_hidden ? x.groups * rows * stride : 0);
     logits = reinterpret_cast<Acc*>(grads);
     bytes = m.used;
   }
 
-  // A thread's own: a group's rows of the weight, and its panels; a block's logits; bf16 gradients of pairs of rows.
+  // One thread's memory: a group's rows of the weight and their panels; a block's logits; bf16 gradients in pairs.
   struct Own {
-    Word *weight, *panels, *pairs;
+    Pack *weight, *panels, *pairs;
     Acc* logits;
   };
   Own own() const {
     Own o;
     const auto lay_out = [&](Arena m) {
-      o.weight = m.take<Word>(kGroup * words), o.panels = m.take<Word>(kGroup * words);
+      o.weight = m.take<Pack>(kGroup * packs), o.panels = m.take<Pack>(kGroup * packs);
       o.logits = m.take<Acc>(kBlock * kStride);
-      o.pairs = m.take<Word>(K::kPair == 2 && x.grad_hidden ? rows / 2 * kStride : 0);
+      o.pairs = m.take<Pack>(Policy::kPack == 2 && x.grad_hidden ? rows / 2 * kStride : 0);
       return m.used;
     };
     lay_out({scratch(lay_out({})), 0});
     return o;
   }
 
-  int64_t column(int64_t group) const { return (x.first_group + group) * kGroup; }  // the group's first
+  int64_t column(int64_t group) const { return (x.first_group + group) * kGroup; }  // the group's first column
   int64_t width(int64_t group) const { return std::min(kGroup, x.V - column(group)); }
-  Word* grads_at(int64_t group, int64_t row) const { return grads + (group * rows + row) * stride; }
-  // The group's rows of the weight, as words; zero up to a whole panel.
-  void weight_rows(Word* to, int64_t group) const {
-    pack_rows<K>(to, at(x.weight, x.weight_dtype, column(group) * x.C), x.weight_dtype, x.C, width(group),
+  Pack* grads_at(int64_t group, int64_t row) const { return grads + (group * rows + row) * stride; }
+  // Packs the group's rows of the weight; zero up to a whole panel.
+  void weight_rows(Pack* to, int64_t group) const {
+    pack_rows<Policy>(to, at(x.weight, x.weight_dtype, column(group) * x.C), x.weight_dtype, x.C, width(group),
                  round_up(width(group), kPanel), x.C, C);
   }
 
   void pack(int64_t begin, int64_t end) {
     const int64_t first = 2 * begin, n = std::min(2 * end, x.rows) - first;
-    pack_rows<K>(hidden + first * words, at(x.hidden, x.dtype, (x.first + first) * x.C), x.dtype, x.C, n,
+    pack_rows<Policy>(hidden + first * packs, at(x.hidden, x.dtype, (x.first + first) * x.C), x.dtype, x.C, n,
                  2 * end - first, x.C, C);
     if (!x.grad_hidden) return;
-    pair_rows<K>(hidden_panels + first / K::kPair * kPanel, hidden + first * words, 2 * end - first, C, kPanel,
-                 rows / K::kPair);
+    pair_rows<Policy>(hidden_panels + first / Policy::kPack * kPanel, hidden + first * packs, 2 * end - first, C,
+                      kPanel, rows / Policy::kPack);
   }
 
-  // use(first, end, logits) on blocks of the chunk's rows, logits [row - first][kStride] of this group.
+  // Calls use(first, end, logits) on blocks of the chunk's rows, with this group's logits [row - first][kStride].
   template <class F>
   void each_block(int64_t g, const Own& own, const F& use) {
     weight_rows(own.weight, g);
     const int64_t n = round_up(width(g), kPanel);
-    transpose_rows<K>(own.panels, own.weight, n, C);
+    transpose_rows<Policy>(own.panels, own.weight, n, C);
     if (x.grad_hidden && x.first == 0)
-      pair_rows<K>(weight_pairs + g * kGroup * words, own.weight, n, C, kPanel, n / K::kPair);
+      pair_rows<Policy>(weight_pairs + g * kGroup * packs, own.weight, n, C, kPanel, n / Policy::kPack);
     for (int64_t first = 0; first < x.rows; first += kBlock) {
       const int64_t end = std::min(first + kBlock, x.rows);
       Acc* to = keeps ? logits + (g * rows + first) * kStride : own.logits;
       for (int64_t v = 0; v < width(g); v += kPanel)
         for (int64_t r = first; r < end; r += 6)
-          for (int64_t k = 0; k < words; k += kReduce<K>)
-            product<K>(std::min<int64_t>(6, end - r), kPanel / L, std::min(kReduce<K>, words - k),
-                       hidden + r * words + k, words, 1, own.panels + v * words + k * kPanel, kPanel,
-                       to + (r - first) * kStride + v, kStride, k > 0);
+          for (int64_t k = 0; k < packs; k += kReduce<Policy>)
+            gemm<Policy>(std::min<int64_t>(6, end - r), kPanel / L, std::min(kReduce<Policy>, packs - k),
+                         hidden + r * packs + k, packs, 1, own.panels + v * packs + k * kPanel, kPanel,
+                         to + (r - first) * kStride + v, kStride, k > 0);
       use(first, end, to);
     }
   }
@@ -109,23 +109,23 @@ struct Chunk {
     });
   }
 
-  // top = the highest of the row's logits in the group; with z = log2(e) (logit - top), the sums of 2^z and of z 2^z.
+  // Stores m, the maximum of the row's logits in the group, and with z = log2(e) (logit - m) the sums of 2^z and z 2^z.
   void sum_group(int64_t g, int64_t row, const Acc* logits) {
     const auto each_vector = [&](const auto& f) {
       int64_t v = 0;
-      for (; v + L <= width(g); v += L) f(load<V>(logits + v));
+      for (; v + L <= width(g); v += L) f(load<Vec>(logits + v));
       if (v == width(g)) return;
-      V last = load<V>(logits + v);
+      Vec last = load<Vec>(logits + v);
       for (int64_t l = width(g) - v; l < L; ++l) last[l] = Acc(-INFINITY);
       f(last);
     };
-    V tops = splat<V>(Acc(-INFINITY)), total{}, weighted{};
-    each_vector([&](V logit) { tops = max(logit, tops); });
-    const Acc top = std::max(highest(tops), std::numeric_limits<Acc>::lowest());  // all may be -inf: that weighs nothing
-    each_vector([&](V logit) {
-      const V z = (logit - top) * Acc(kLog2e), p = exp2(z);
+    Vec tops = splat<Vec>(Acc(-INFINITY)), total{}, weighted{};
+    each_vector([&](Vec logit) { tops = max(logit, tops); });
+    const Acc top = std::max(highest(tops), std::numeric_limits<Acc>::lowest());  // not -inf: -inf - -inf is NaN
+    each_vector([&](Vec logit) {
+      const Vec z = (logit - top) * Acc(kLog2e), p = exp2(z);
       total += p;
-      weighted = fma(max(z, splat<V>(Acc(-1000))), p, weighted);  // 0 times -inf would be NaN
+      weighted = fma(max(z, splat<Vec>(Acc(-1000))), p, weighted);  // 0 times -inf would be NaN
     });
     Acc* to = sums + (g * rows + row) * 3;
     to[0] = top, to[1] = sum(total), to[2] = sum(weighted);
@@ -153,9 +153,9 @@ struct Chunk {
   struct RowGrad {
     Acc lse, rest, g, ge, entropy, at_target;
     int64_t target;
-    V operator()(V logit) const {
-      const V log_p = (logit - lse) - rest, p = exp2(log_p * Acc(kLog2e));
-      return ge != 0 ? p * (-g - ge * (max(log_p, splat<V>(Acc(-1000))) + entropy)) : -g * p;
+    Vec operator()(Vec logit) const {
+      const Vec log_p = (logit - lse) - rest, p = exp2(log_p * Acc(kLog2e));
+      return ge != 0 ? p * (-g - ge * (max(log_p, splat<Vec>(Acc(-1000))) + entropy)) : -g * p;
     }
   };
   RowGrad row_grad(int64_t group, int64_t row, const Acc* logits) const {
@@ -174,33 +174,33 @@ struct Chunk {
     return r;
   }
 
-  // The logits' gradients, over the logits themselves where those are kept; of rows [first, end), first even.
-  void differentiate(int64_t g, int64_t first, int64_t end, const Acc* logits, Word* pairs) {
+  // The gradients of the logits of rows [first, end), first even; where the logits are kept, they are overwritten.
+  void differentiate(int64_t g, int64_t first, int64_t end, const Acc* logits, Pack* pairs) {
     const int64_t n = width(g);
-    V index;
+    Vec index;
     for (int64_t l = 0; l < L; ++l) index[l] = Acc(l);
     for (int64_t row = first; row < end; row += 2) {
       const Acc* from[2] = {logits + (row - first) * kStride, logits + (row + 1 - first) * kStride};
-      Word* to[2] = {grads_at(g, row), grads_at(g, row + 1)};
+      Pack* to[2] = {grads_at(g, row), grads_at(g, row + 1)};
       RowGrad grad[2]{};
       for (int64_t e = 0; e < 2 && row + e < end; ++e) grad[e] = row_grad(g, row + e, from[e]);
       for (int64_t v = 0; v < round_up(n, kPanel); v += L) {
-        V d[2]{};
+        Vec d[2]{};
         for (int64_t e = 0; e < 2 && row + e < end; ++e) {
           __builtin_prefetch(from[e] + v + 2 * kStride);
-          d[e] = grad[e](load<V>(from[e] + v));
-          if (v + L > n) d[e] = select<V>(index < splat<V>(Acc(n - v)), d[e], V{});
+          d[e] = grad[e](load<Vec>(from[e] + v));
+          if (v + L > n) d[e] = select<Vec>(index < splat<Vec>(Acc(n - v)), d[e], Vec{});
         }
-        store_numbers<K>(to[0], v, d[0]);
-        store_numbers<K>(to[1], v, d[1]);
-        if constexpr (K::kPair == 2)
+        store_elements<Policy>(to[0], v, d[0]);
+        store_elements<Policy>(to[1], v, d[1]);
+        if constexpr (Policy::kPack == 2)
           store(pairs + row / 2 * kStride + v, pair(to_bf16(d[0]), to_bf16(d[1])));
       }
       for (int64_t e = 0; e < 2 && row + e < end; ++e) {
         const int64_t v = grad[e].target;
         if (v < 0 || v >= n) continue;
-        if constexpr (K::kPair == 2) {
-          const uint16_t d = to_bf16(splat<V>(grad[e].at_target))[0];
+        if constexpr (Policy::kPack == 2) {
+          const uint16_t d = to_bf16(splat<Vec>(grad[e].at_target))[0];
           reinterpret_cast<uint16_t*>(to[e])[v] = d;
           reinterpret_cast<uint16_t*>(pairs + row / 2 * kStride + v)[e] = d;
         } else {
@@ -217,25 +217,25 @@ struct Chunk {
     };
     if (keeps) use(0, x.rows, logits + g * rows * kStride);
     else each_block(g, o, use);
-    const Word* left = K::kPair == 2 ? o.pairs : grads_at(g, 0);
+    const Pack* left = Policy::kPack == 2 ? o.pairs : grads_at(g, 0);
     for (int64_t c = 0; c < C; c += kPanel)
       for (int64_t v = 0; v < width(g); v += 6)
-        product<K>(std::min<int64_t>(6, width(g) - v), kPanel / L, rows / K::kPair, left + v, 1, kStride,
-                   hidden_panels + c / kPanel * (rows / K::kPair) * kPanel, kPanel,
-                   static_cast<Acc*>(x.grad_weight) + (g * kGroup + v) * C + c, C, x.first > 0);
+        gemm<Policy>(std::min<int64_t>(6, width(g) - v), kPanel / L, rows / Policy::kPack, left + v, 1, kStride,
+                     hidden_panels + c / kPanel * (rows / Policy::kPack) * kPanel, kPanel,
+                     static_cast<Acc*>(x.grad_weight) + (g * kGroup + v) * C + c, C, x.first > 0);
   }
 
   void grad_hidden(int64_t begin, int64_t end) {
-    constexpr int64_t kTogether = 2;  // groups that share the cache
+    constexpr int64_t kTogether = 2;  // groups whose weights share the cache
     for (int64_t first = begin * kLogprobRows; first < std::min(x.rows, end * kLogprobRows); first += kLogprobRows)
       for (int64_t g0 = 0; g0 < x.groups; g0 += kTogether)
         for (int64_t c = 0; c < C; c += kPanel)
           for (int64_t g = g0; g < std::min(g0 + kTogether, x.groups); ++g)
             for (int64_t r = first; r < std::min(first + kLogprobRows, x.rows); r += 6) {
-              const int64_t n = round_up(width(g), kPanel) / K::kPair;
-              product<K>(std::min<int64_t>(6, x.rows - r), kPanel / L, n, grads_at(g, r), stride, 1,
-                         weight_pairs + g * kGroup * words + c * n, kPanel,
-                         static_cast<Acc*>(x.grad_hidden) + (x.first + r) * C + c, C, column(g) > 0);
+              const int64_t n = round_up(width(g), kPanel) / Policy::kPack;
+              gemm<Policy>(std::min<int64_t>(6, x.rows - r), kPanel / L, n, grads_at(g, r), stride, 1,
+                           weight_pairs + g * kGroup * packs + c * n, kPanel,
+                           static_cast<Acc*>(x.grad_hidden) + (x.first + r) * C + c, C, column(g) > 0);
             }
   }
 };

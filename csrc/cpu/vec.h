@@ -1,4 +1,4 @@
-// Vectors of W floats through the compiler's own vector types; intrinsics only for what those cannot say.
+// Vectors of W floats through the compiler's own vector types; intrinsics only for what those cannot express.
 // The build passes -ffp-contract=off: a multiply and an add fuse only where fma() is written.
 #pragma once
 #include <cmath>
@@ -29,42 +29,42 @@ typedef double vd __attribute__((vector_size(kVectorBytes)));
 typedef int32_t vi __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t vu __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t vu64 __attribute__((vector_size(kVectorBytes)));
-typedef uint16_t vh __attribute__((vector_size(kVectorBytes / 2)));      // W halves: bf16 or f16
+typedef uint16_t vh __attribute__((vector_size(kVectorBytes / 2)));      // W bf16 or f16
 typedef uint32_t vu_half __attribute__((vector_size(kVectorBytes / 2)));
 
-template <class V>
-inline V load(const void* p) {
-  V v;
+template <class Vec>
+inline Vec load(const void* p) {
+  Vec v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-template <class V>
-inline void store(void* p, V v) {
+template <class Vec>
+inline void store(void* p, Vec v) {
   std::memcpy(p, &v, sizeof v);
 }
-template <class V>
-inline V max(V a, V b) {
+template <class Vec>
+inline Vec max(Vec a, Vec b) {
   return a > b ? a : b;
 }
-template <class V>
-inline V select(decltype(std::declval<V>() > std::declval<V>()) mask, V a, V b) {
+template <class Vec>
+inline Vec select(decltype(std::declval<Vec>() > std::declval<Vec>()) mask, Vec a, Vec b) {
   return mask ? a : b;
 }
 
 template <class T>
-struct VecOf;
+struct VecType;
 template <>
-struct VecOf<float> { using type = vf; };
+struct VecType<float> { using type = vf; };
 template <>
-struct VecOf<double> { using type = vd; };
+struct VecType<double> { using type = vd; };
 template <class T>
-using Vec = typename VecOf<T>::type;
-template <class V>
-constexpr int lanes = sizeof(V) / sizeof(std::declval<V>()[0]);
+using VecOf = typename VecType<T>::type;
+template <class Vec>
+constexpr int lanes = sizeof(Vec) / sizeof(std::declval<Vec>()[0]);
 
-template <class V, class T>
-inline V splat(T x) {
-  return x - V{};  // not V{} + x: -0 + 0 is +0, so the compiler would have to add
+template <class Vec, class T>
+inline Vec splat(T x) {
+  return x - Vec{};  // not Vec{} + x: -0 + 0 is +0, so the compiler would have to add
 }
 
 inline vf fma(vf a, vf b, vf c) {
@@ -78,17 +78,17 @@ inline vf fma(vf a, vf b, vf c) {
 }
 inline vd fma(vd a, vd b, vd c) { return a * b + c; }
 
-template <class V>
-inline auto sum(V v) {
+template <class Vec>
+inline auto sum(Vec v) {
   auto a = v;
-  for (int w = lanes<V> / 2; w; w /= 2)
+  for (int w = lanes<Vec> / 2; w; w /= 2)
     for (int i = 0; i < w; ++i) a[i] += a[i + w];
   return a[0];
 }
-template <class V>
-inline auto highest(V v) {
+template <class Vec>
+inline auto highest(Vec v) {
   auto a = v[0];
-  for (int i = 1; i < lanes<V>; ++i) a = v[i] > a ? v[i] : a;
+  for (int i = 1; i < lanes<Vec>; ++i) a = v[i] > a ? v[i] : a;
   return a;
 }
 #if defined(__AVX512F__)
@@ -185,9 +185,9 @@ inline int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ?
 inline const void* at(const void* p, DType t, int64_t i) { return static_cast<const char*>(p) + i * size_of(t); }
 inline void* at(void* p, DType t, int64_t i) { return static_cast<char*>(p) + i * size_of(t); }
 
-// W (f64: W / 2) elements of the stored type as computing type V, and back.
-template <class V>
-inline V load_as(const void* p, DType t);
+// Loads lanes<Vec> elements of the stored type t as Vec, and stores them.
+template <class Vec>
+inline Vec load_as(const void* p, DType t);
 template <>
 inline vf load_as<vf>(const void* p, DType t) {
   return t == DType::f32 ? load<vf>(p) : t == DType::bf16 ? from_bf16(load<vh>(p)) : from_f16(load<vh>(p));
@@ -201,23 +201,23 @@ inline void store_as(void* p, DType t, vf x) {
 }
 inline void store_as(void* p, DType, vd x) { store(p, x); }
 
-// The first n <= lanes elements at p, the other lanes filled; bytes beyond them are never touched.
-template <class V>
-inline V load_tail(const void* p, DType t, int64_t n, float fill) {
-  char bytes[sizeof(V)] = {};
+// The first n <= lanes elements at p; the other lanes hold `fill`. Bytes beyond the n elements are never touched.
+template <class Vec>
+inline Vec load_tail(const void* p, DType t, int64_t n, float fill) {
+  char bytes[sizeof(Vec)] = {};
   std::memcpy(bytes, p, n * size_of(t));
-  V v = load_as<V>(bytes, t);
-  for (int64_t i = n; i < lanes<V>; ++i) v[i] = fill;
+  Vec v = load_as<Vec>(bytes, t);
+  for (int64_t i = n; i < lanes<Vec>; ++i) v[i] = fill;
   return v;
 }
-template <class V>
-inline void store_tail(void* p, DType t, int64_t n, V x) {
-  char bytes[sizeof(V)];
+template <class Vec>
+inline void store_tail(void* p, DType t, int64_t n, Vec x) {
+  char bytes[sizeof(Vec)];
   store_as(bytes, t, x);
   std::memcpy(p, bytes, n * size_of(t));
 }
 
-// Scratch memory of this thread, 64-byte aligned, kept between calls: a fresh mmap each call costs its page faults.
+// This thread's scratch memory, 64-byte aligned and kept between calls: a new mmap per call would cost page faults.
 inline char* scratch(size_t bytes) {
   thread_local std::vector<char> memory;
   if (memory.size() < bytes + 64) memory.resize(bytes + 64);

@@ -1,5 +1,5 @@
-// The decoder against a plain double-precision loop over the stories that it wrote: the same numbers, the same bits in
-// any batch and on any number of threads, nothing written after a story's end.
+// The engine against a plain double-precision loop over the stories that it wrote: the same values, the same bits in
+// any batch and on any number of threads, nothing written after a story's end. And what it refuses.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -11,40 +11,49 @@ using namespace tinystory;
 
 constexpr int64_t kEos = 2;
 
-// A student's parameters, with the pointers to them that a decoder takes.
+// A student's parameters by name.
 struct Model {
-  std::vector<std::vector<float>> storage;
+  std::map<std::string, std::vector<float>> storage;
+  std::map<std::string, cpu::Parameter> parameters;
+  cpu::Layout layout;
   cpu::StudentWeights w;
   unsigned seed = 1;
 
-  const float* random(int64_t n, float scale, float mean = 0) {
-    storage.push_back(normal(n, seed++, scale));
-    for (float& x : storage.back()) {
+  void random(const std::string& name, const std::vector<int64_t>& shape, float scale, float mean = 0) {
+    int64_t n = 1;
+    for (int64_t size : shape) n *= size;
+    auto& values = storage[name] = normal(n, seed++, scale);
+    for (float& x : values) {
       x += mean;
-      uint32_t bits;  // to bf16, so that both types of products read the same weights
+      uint32_t bits;  // to bf16, so that both types of matmuls read the same weights
       std::memcpy(&bits, &x, 4);
       bits &= 0xffff0000;
       std::memcpy(&x, &bits, 4);
     }
-    return storage.back().data();
+    parameters[name] = {values.data(), shape};
   }
-  cpu::StudentWeights::Affine norm(int64_t C) {
-    const float* weight = random(C, 0.1f, 1);
-    return {weight, random(C, 0.1f)};
+  void norm(const std::string& name, int64_t C) {
+    random(name + ".weight", {C}, 0.1f, 1);
+    random(name + ".bias", {C}, 0.1f);
   }
-  cpu::StudentWeights::Affine linear(int64_t in, int64_t out) {
-    const float* weight = random(out * in, 0.15f);
-    return {weight, random(out, 0.1f)};
+  void linear(const std::string& name, int64_t in, int64_t out) {
+    random(name + ".weight", {out, in}, 0.15f);
+    random(name + ".bias", {out}, 0.1f);
   }
 
-  Model(int64_t layers, int64_t heads, int64_t C, int64_t V, int64_t context) {
-    w.heads = heads, w.C = C, w.V = V;
-    w.wte = random(V * C, 0.2f), w.wpe = random(context * C, 0.2f);
-    for (int64_t i = 0; i < layers; ++i)
-      w.blocks.push_back({.ln_1 = norm(C), .qkv = linear(C, 3 * C), .attn_proj = linear(C, C), .ln_2 = norm(C),
-                          .fc = linear(C, 4 * C), .mlp_proj = linear(4 * C, C)});
-    w.ln_f = norm(C), w.value = linear(C, 1);
-    for (int64_t c = 0; c < C; ++c) const_cast<float*>(w.ln_f.bias)[c] += w.wte[kEos * C + c];  // stories end early
+  Model(int64_t layers, int64_t heads, int64_t C, int64_t V, int64_t context)
+      : layout{layers, heads, "pre-layer-norm", "gelu-tanh", "learned", true, true} {
+    random("wte.weight", {V, C}, 0.2f);
+    random("wpe.weight", {context, C}, 0.2f);
+    for (int64_t i = 0; i < layers; ++i) {
+      const std::string block = "blocks." + std::to_string(i);
+      norm(block + ".ln_1", C), linear(block + ".qkv", C, 3 * C), linear(block + ".attn_proj", C, C);
+      norm(block + ".ln_2", C), linear(block + ".fc", C, 4 * C), linear(block + ".mlp_proj", 4 * C, C);
+    }
+    norm("ln_f", C), linear("value_head.linear", C, 1);
+    // Stories end early.
+    for (int64_t c = 0; c < C; ++c) storage["ln_f.bias"][c] += storage["wte.weight"][kEos * C + c];
+    w = cpu::find_weights(layout, parameters);
   }
 };
 
@@ -127,21 +136,21 @@ Written write(const Model& m, DType type, cpu::Threads threads, const std::vecto
   const size_t n = count * max_new;
   Written out{std::vector<int64_t>(n, -7), std::vector<float>(n, -7), std::vector<float>(n, -7),
               std::vector<float>(n, -7), std::vector<int64_t>(count)};
-  const auto decoder = cpu::make_decoder(type, m.w, threads);
-  decoder->start({.prompt = prompt.data(), .prompt_length = int64_t(prompt.size()), .count = count, .max_new = max_new,
+  const auto engine = cpu::make_engine(type, m.w, threads);
+  engine->start({.prompt = prompt.data(), .prompt_length = int64_t(prompt.size()), .count = count, .max_new = max_new,
                   .eos = kEos, .seed = 11, .first_row = first, .temperature = 0.9, .top_k = 0, .top_p = 1,
                   .tokens = out.tokens.data(), .logprobs = out.logprobs.data(), .values = out.values.data(),
                   .entropies = out.entropies.data()});
   int64_t ended = 0;
   for (int64_t t = 1; ended < count; ++t)
-    for (int64_t slot : decoder->step()) out.length[slot] = t, ++ended;
-  CHECK(decoder->step().empty());
+    for (int64_t slot : engine->step()) out.length[slot] = t, ++ended;
+  CHECK(engine->step().empty());
   return out;
 }
 
 void test(const Model& m, DType type, const std::vector<int64_t>& prompt, int64_t count, int64_t max_new) {
   const Written all = write(m, type, threads<3>(), prompt, 100, count, max_new);
-  // Of bf16 only the rounding of activations and cache is left to see.
+  // With bf16 only the rounding of activations and cache differs.
   const double tolerance = type == DType::bf16 ? 0.15 : 2e-4;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t n = all.length[i], at = i * max_new;
@@ -176,10 +185,42 @@ void test(const Model& m, DType type, const std::vector<int64_t>& prompt, int64_
   CHECK(std::equal(part.entropies.begin(), part.entropies.end(), all.entropies.begin() + third * max_new));
 }
 
+template <class Change>
+void test_refusal(const char* words, const Change& change) {
+  Model m(2, 1, 32, 40, 8);
+  change(m);
+  try {
+    cpu::find_weights(m.layout, m.parameters);
+    CHECK(false, "not refused: %s", words);
+  } catch (const std::invalid_argument& error) {
+    CHECK(std::strstr(error.what(), words), "%s", error.what());
+  }
+}
+
+void test_refusals() {
+  test_refusal("parameter blocks.1.fc.bias is missing", [](Model& m) { m.parameters.erase("blocks.1.fc.bias"); });
+  test_refusal("parameter wpe.weight is missing", [](Model& m) { m.parameters.erase("wpe.weight"); });
+  test_refusal("parameter value_head.linear.bias is missing",
+               [](Model& m) { m.parameters.erase("value_head.linear.bias"); });
+  test_refusal("parameter lm_head.weight of shape (40, 32) is unexpected",
+               [](Model& m) { m.parameters["lm_head.weight"] = m.parameters["wte.weight"]; });
+  test_refusal("parameter blocks.1.attn_proj.bias of shape (32) is unexpected", [](Model& m) { m.layout.n_layer = 1; });
+  test_refusal("parameter blocks.0.fc.weight must have shape (128, 32), not (96, 32)",
+               [](Model& m) { m.parameters["blocks.0.fc.weight"].shape = {96, 32}; });
+  test_refusal("parameter wte.weight must be a matrix", [](Model& m) { m.parameters["wte.weight"].shape.pop_back(); });
+  test_refusal("n_embd / n_head = 32 / 4 must be a multiple of 16", [](Model& m) { m.layout.n_head = 4; });
+  test_refusal("activation relu", [](Model& m) { m.layout.activation = "relu"; });
+  test_refusal("norm post", [](Model& m) { m.layout.norm = "post"; });
+  test_refusal("positions rotary", [](Model& m) { m.layout.positions = "rotary"; });
+  test_refusal("bias False", [](Model& m) { m.layout.bias = false; });
+  test_refusal("tied_head False", [](Model& m) { m.layout.tied_head = false; });
+}
+
 int main() {
+  test_refusals();
   const Model narrow(2, 3, 48, 70, 64), wide(1, 1, 160, 131, 64);
   std::vector<DType> types{DType::f32};
-  if (cpu::decoder_has_bf16()) types.push_back(DType::bf16);
+  if (cpu::engine_has_bf16()) types.push_back(DType::bf16);
   for (DType type : types) {
     test(narrow, type, {5, 6, 7, 8}, 13, 20);
     test(narrow, type, {5}, 1, 1);
@@ -187,7 +228,7 @@ int main() {
     test(wide, type, {5, 64, 130}, 7, 18);
   }
   Model broken(1, 1, 64, 65, 8);
-  const_cast<float*>(broken.w.ln_f.bias)[3] = NAN;
+  broken.storage["ln_f.bias"][3] = NAN;
   try {
     write(broken, DType::f32, threads<2>(), {1}, 40, 2, 3);
     CHECK(false, "NaN was drawn from");

@@ -19,8 +19,9 @@ double gelu(double x, double& slope) {
   return 0.5 * x * (1 + t);
 }
 
-void test_linear(bool bf16, bool gelu_too, int64_t M, int64_t K, int64_t N, int64_t chunk) {
-  // All in f32: bf16 products round what they read themselves, and here only the products and `slope` are bf16.
+void test_linear(DType gemm_type, bool gelu_too, int64_t M, int64_t K, int64_t N, int64_t chunk) {
+  // Only the matmuls and `slope` are bf16: the kernels round the f32 inputs themselves.
+  const bool bf16 = gemm_type == DType::bf16;
   const std::vector<float> x = normal(M * K, 1), weight = normal(N * K, 2, 1 / std::sqrt(float(K)));
   const std::vector<float> bias = normal(N, 3), residual = normal(M * N, 4), grad_y = normal(M * N, 5);
   const int64_t blocks = (M + kLinearRows - 1) / kLinearRows;
@@ -28,8 +29,8 @@ void test_linear(bool bf16, bool gelu_too, int64_t M, int64_t K, int64_t N, int6
     Results r{std::vector<float>(M * N), std::vector<float>(bf16 ? M * N / 2 : M * N), std::vector<float>(M * K),
               std::vector<float>(N * K), std::vector<float>(blocks * N)};
     for (const float* grad : {(const float*)nullptr, grad_y.data()}) {
-      Linear l{.x_type = DType::f32, .y_type = DType::f32, .bf16 = bf16, .gelu = gelu_too, .M = M, .K = K, .N = N,
-               .x = x.data(), .weight = weight.data(), .bias = bias.data(), .residual = residual.data(),
+      Linear l{.x_type = DType::f32, .y_type = DType::f32, .gemm_type = gemm_type, .gelu = gelu_too, .M = M, .K = K,
+               .N = N, .x = x.data(), .weight = weight.data(), .bias = bias.data(), .residual = residual.data(),
                .y = r.y.data(), .slope = r.slope.data(), .grad_y = grad, .grad_x = r.grad_x.data(),
                .grad_weight = r.grad_weight.data(), .bias_parts = r.bias_parts.data(), .first = 0,
                .rows = std::min(chunk, M), .workspace = nullptr};
@@ -71,7 +72,7 @@ void test_linear(bool bf16, bool gelu_too, int64_t M, int64_t K, int64_t N, int6
         grad_weight[j * K + k] += g * x[i * K + k];
       }
     }
-  const double root = std::sqrt(double(M));  // of the terms that a sum over rows has
+  const double root = std::sqrt(double(M));  // a sum over rows has M terms
   for (int64_t i = 0; i < M * K; ++i) CHECK(std::fabs(r.grad_x[i] - grad_x[i]) < tolerance, "%g", grad_x[i]);
   for (int64_t i = 0; i < N * K; ++i) CHECK(std::fabs(r.grad_weight[i] - grad_weight[i]) < tolerance * root);
   for (int64_t j = 0; j < N; ++j) {
@@ -117,15 +118,15 @@ void test_layer_norm(int64_t rows, int64_t C) {
 }
 
 int main() {
-  for (bool bf16 : {false, true}) {
-#if !defined(__AVX512BF16__)
-    if (bf16) continue;
+  std::vector<DType> types{DType::f32};
+#if defined(__AVX512BF16__)
+  types.push_back(DType::bf16);
 #endif
+  for (DType gemm_type : types)
     for (bool gelu_too : {false, true})
       for (auto [M, K, N, chunk] : {std::array<int64_t, 4>{1, 32, 32, 64}, {70, 96, 160, 64}, {150, 64, 96, 128},
                                     {97, 128, 32, 256}, {200, 32, 64, 64}})
-        test_linear(bf16, gelu_too, M, K, N, chunk);
-  }
+        test_linear(gemm_type, gelu_too, M, K, N, chunk);
   for (int64_t rows : {1, 63, 64, 130})
     for (int64_t C : {32, 96}) test_layer_norm(rows, C);
 }

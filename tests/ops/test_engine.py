@@ -1,23 +1,24 @@
-"""The compiled decoder against the plain loop, and against the student's own forward pass."""
+"""The C++ engine against the loop in Python, against the student's own forward pass, and what it refuses."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tinystory.ops.engine import Decoder
-from tinystory.student.generate import compiled_steps, student_steps
+from tinystory.ops.engine import Engine
+from tinystory.student.generate import engine_steps, student_steps
 from tinystory.student.model import Student, StudentConfig, ValueHead
 
 CPU = torch.device("cpu")
 EOS = 2
-NO_BF16 = pytest.mark.skipif(not Decoder.runs(CPU, torch.bfloat16), reason="no bfloat16 products on this processor")
+NO_BF16 = pytest.mark.skipif(not Engine.runs(CPU, torch.bfloat16), reason="no bfloat16 matmul on this processor")
 TYPES = [torch.float32, pytest.param(torch.bfloat16, marks=NO_BF16)]
 
 
 @pytest.fixture(autouse=True)
 def compiled():
-    if not Decoder.runs(CPU, torch.float32):
+    if not Engine.runs(CPU, torch.float32):
         pytest.skip("the kernels are not compiled")
 
 
@@ -31,6 +32,12 @@ def make(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=320, end=0.0):
     with torch.no_grad():
         student.ln_f.bias += end * student.wte.weight[EOS]
     return student, head
+
+
+def engine_of(student, head=None):
+    """An engine for the student; values are 0 without a head."""
+    values = {} if head is None else dict(head.named_parameters(prefix="value_head"))
+    return Engine(dict(student.named_parameters()) | values, student.layout)
 
 
 def write(steps, student, head, dtype=torch.float32, prompt=(5, 6, 7, 8, 9), **how):
@@ -79,7 +86,7 @@ SHAPES = [
 )
 def test_stories_are_those_of_the_plain_loop(shape, how):
     student, head = make(**shape, end=1.0)
-    ours, last = write(compiled_steps, student, head, **how)
+    ours, last = write(engine_steps, student, head, **how)
     plain, plain_last = write(student_steps, student, head, **how)
     assert torch.equal(last, plain_last)
     assert torch.equal(ours[0], plain[0])
@@ -89,11 +96,11 @@ def test_stories_are_those_of_the_plain_loop(shape, how):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_numbers_are_those_of_the_forward_pass(dtype, temperature):
+def test_results_are_those_of_the_forward_pass(dtype, temperature):
     """The draw is of the distribution that PPO reads again. bfloat16 is no further from float32 than PyTorch's own."""
     student, head = make(n_layer=4, n_head=4, n_embd=128, vocab_size=500, end=0.5)
     prompt = (5, 6, 7)
-    outputs, last = write(compiled_steps, student, head, dtype, prompt, count=40, temperature=temperature)
+    outputs, last = write(engine_steps, student, head, dtype, prompt, count=40, temperature=temperature)
     mask = torch.arange(30) <= last[:, None]
     exact = read_again(student, head, prompt, outputs, temperature)
     with torch.autocast("cpu"):
@@ -108,13 +115,13 @@ def test_numbers_are_those_of_the_forward_pass(dtype, temperature):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_a_story_is_the_same_to_the_bit_in_any_batch_and_on_any_threads(dtype):
     student, head = make(n_layer=2, n_head=3, n_embd=144, vocab_size=700, end=1.2)
-    together, last = write(compiled_steps, student, head, dtype, count=50)
+    together, last = write(engine_steps, student, head, dtype, count=50)
     assert len(set(last.tolist())) > 3  # the batch shrank many times
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         for first, count in ((0, 50), (0, 1), (13, 1), (20, 7), (49, 1)):
-            part, _ = write(compiled_steps, student, head, dtype, count=count, first_row=first)
+            part, _ = write(engine_steps, student, head, dtype, count=count, first_row=first)
             for column, whole in zip(part, together, strict=True):
                 assert torch.equal(column, whole[first : first + count])
     finally:
@@ -123,7 +130,7 @@ def test_a_story_is_the_same_to_the_bit_in_any_batch_and_on_any_threads(dtype):
 
 def test_nothing_is_written_after_a_story_has_ended():
     student, head = make(end=1.5)
-    outputs, last = write(compiled_steps, student, head)
+    outputs, last = write(engine_steps, student, head)
     assert set(last.tolist()) - {29}
     beyond = torch.arange(30) > last[:, None]
     assert all((column[beyond] == 0).all() for column in outputs)
@@ -132,20 +139,20 @@ def test_nothing_is_written_after_a_story_has_ended():
 
 def test_without_a_value_head_values_are_zero():
     student, head = make()
-    ours, _ = write(compiled_steps, student, head)
-    bare, _ = write(compiled_steps, student, None)
+    ours, _ = write(engine_steps, student, head)
+    bare, _ = write(engine_steps, student, None)
     assert torch.equal(ours[0], bare[0]) and (bare[2] == 0).all() and (ours[2] != 0).any()
 
 
-def test_a_decoder_starts_again_and_agrees_with_itself():
+def test_an_engine_starts_again_and_agrees_with_itself():
     student, head = make()
-    decoder = Decoder([*student.parameters(), *head.parameters()], 2)
+    engine = engine_of(student, head)
     runs = []
     for count, prompt in ((3, [5, 6]), (24, [9, 8, 7]), (3, [5, 6])):
-        tokens, *_ = decoder.start(torch.tensor(prompt), count=count, max_new_tokens=12, eos=-1, seed=1)
+        tokens, *_ = engine.start(torch.tensor(prompt), count=count, max_new_tokens=12, eos=-1, seed=1)
         for _ in range(12):
-            ended = decoder.step()
-        assert ended == list(range(count)) and decoder.step() == []
+            ended = engine.step()
+        assert ended == list(range(count)) and engine.step() == []
         runs.append(tokens)
     assert torch.equal(runs[0], runs[2])
 
@@ -155,35 +162,99 @@ def test_logits_that_are_not_finite_are_an_error():
     with torch.no_grad():
         student.ln_f.bias[3] = float("nan")
     with pytest.raises(RuntimeError, match="story 4 at token 0 are not finite"):
-        write(compiled_steps, student, head, first_row=4)
+        write(engine_steps, student, head, first_row=4)
+
+
+def drop(name):
+    return lambda parameters: parameters.pop(name)
+
+
+def add(name, *shape):
+    return lambda parameters: parameters.__setitem__(name, torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (drop("blocks.1.fc.bias"), r"parameter blocks\.1\.fc\.bias is missing"),
+        (drop("wte.weight"), r"parameter wte\.weight is missing"),
+        (add("lm_head.weight", 320, 64), r"parameter lm_head\.weight of shape \(320, 64\) is unexpected"),
+        (add("blocks.2.ln_1.weight", 64), r"parameter blocks\.2\.ln_1\.weight of shape \(64\) is unexpected"),
+        (add("blocks.0.fc.weight", 128, 64), r"fc\.weight must have shape \(256, 64\), not \(128, 64\)"),
+        (lambda p: p.update({"ln_f.bias": p["ln_f.bias"].double()}), r"ln_f\.bias must be contiguous float32"),
+        (lambda p: p.update({"wpe.weight": p["wpe.weight"].T}), r"wpe\.weight must be contiguous float32"),
+    ],
+)
+def test_other_parameters_are_refused(change, words):
+    student, _ = make()
+    parameters = dict(student.named_parameters())
+    change(parameters)
+    with pytest.raises(ValueError, match=words):
+        Engine(parameters, student.layout)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(activation="relu"), "the layout has activation relu, and the engine knows only gelu-tanh"),
+        (dict(norm="post-layer-norm"), "norm post-layer-norm"),
+        (dict(positions="rotary"), "positions rotary"),
+        (dict(bias=False), "bias False"),
+        (dict(tied_head=False), "tied_head False"),
+        (dict(n_layer=1), r"parameter blocks\.1\.\S+ of shape \S+ is unexpected"),
+        (dict(n_layer=3), r"parameter blocks\.2\.\S+ is missing"),
+        (dict(n_head=8), "64 / 8 must be a multiple of 16"),
+    ],
+)
+def test_other_layouts_are_refused(change, words):
+    student, _ = make()
+    with pytest.raises(ValueError, match=words):
+        Engine(dict(student.named_parameters()), replace(student.layout, **change))
+
+
+def another_activation(student):
+    student.blocks[1].fc.gelu = False
+
+
+def another_norm(student):
+    student.blocks[1].ln_2 = torch.nn.RMSNorm(64)
+
+
+def no_bias(student):
+    student.blocks[1].fc.bias = None
+
+
+def one_more_parameter(student):
+    student.blocks[1].gate = torch.nn.Parameter(torch.zeros(64))
+
+
+@pytest.mark.parametrize("change", [another_activation, another_norm, no_bias, one_more_parameter])
+def test_a_student_whose_block_has_changed_is_refused(change):
+    """By name, not by position: nothing is decoded with the wrong forward pass."""
+    student, head = make()
+    change(student)
+    with pytest.raises(ValueError, match=r"^Engine: .*; csrc/cpu/engine\.cpp must be taught"):
+        write(engine_steps, student, head)
 
 
 def test_what_does_not_fit_is_an_error():
-    student, _ = make()
-    parameters = list(student.parameters())
-    with pytest.raises(RuntimeError, match="12 parameters a block"):
-        Decoder(parameters[:-1], 2)
-    with pytest.raises(RuntimeError, match="parameter 4 must be contiguous float32"):
-        Decoder([*parameters[:4], parameters[4].T, *parameters[5:]], 2)
-    with pytest.raises(RuntimeError, match="multiple of 16"):
-        Decoder(parameters, 8)
-    decoder = Decoder(parameters, 2)
+    engine = engine_of(make()[0])
     with pytest.raises(RuntimeError, match="call start first"):
-        decoder.step()
+        engine.step()
     how = dict(count=2, max_new_tokens=5, eos=EOS, seed=0)
     for wrong in (
         dict(prompt=[]), dict(prompt=[320]), dict(prompt=[-1]), dict(prompt=[1] * 60), dict(count=0),
         dict(max_new_tokens=0), dict(temperature=0.0), dict(top_p=0.0), dict(top_k=-1),
     ):  # fmt: skip
-        with pytest.raises(RuntimeError, match=r"Decoder\.start"):
-            decoder.start(torch.tensor(wrong.pop("prompt", [5]), dtype=torch.int64), **how | wrong)
+        with pytest.raises(RuntimeError, match=r"Engine\.start"):
+            engine.start(torch.tensor(wrong.pop("prompt", [5]), dtype=torch.int64), **how | wrong)
 
 
 def test_other_threads_run_while_a_step_does():
     """The teacher's client talks while stories are being written."""
     student, _ = make(n_layer=8, n_head=4, n_embd=256, vocab_size=4000)
-    decoder = Decoder([*student.parameters()], 4)
-    decoder.start(torch.tensor([5]), count=200, max_new_tokens=40, eos=-1, seed=0)
+    engine = engine_of(student)
+    engine.start(torch.tensor([5]), count=200, max_new_tokens=40, eos=-1, seed=0)
     ticks, stop = [0], threading.Event()
 
     def tick():
@@ -195,13 +266,13 @@ def test_other_threads_run_while_a_step_does():
     most = 0
     for _ in range(5):
         before = ticks[0]
-        decoder.step()
+        engine.step()
         most = max(most, ticks[0] - before)
     stop.set()
     other.join()
     assert most > 0
 
 
-def test_the_decoder_says_what_it_cannot_run():
-    assert not Decoder.runs(torch.device("cuda"), torch.float32)
-    assert not Decoder.runs(CPU, torch.float16)
+def test_the_engine_says_what_it_cannot_run():
+    assert not Engine.runs(torch.device("cuda"), torch.float32)
+    assert not Engine.runs(CPU, torch.float16)

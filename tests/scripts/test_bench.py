@@ -117,13 +117,13 @@ def test_what_cannot_be_is_one_sentence(bench, capsys):
         assert exit.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_profile_names_the_decoders_phases(bench, capsys):
+def test_a_profile_names_the_engines_phases(bench, capsys):
     if not bench.ops.load():
         pytest.skip("the kernels are not compiled")
     bench.main(["rollout", "--batch", "4", "--new", "5", "--device", "cpu", "--runs", "1", "--profile"])
     out, err = capsys.readouterr()
     assert json.loads(out)["bench"] == "rollout"
-    for phase in ("decoder: qkv", "decoder: attention", "decoder: draw"):
+    for phase in ("engine: qkv", "engine: attention", "engine: draw"):
         assert phase in err
 
 

@@ -1,8 +1,10 @@
-"""The two ways through the student agree, and its layout is GPT-2's."""
+"""The student's trunk gives the same results with each of its attentions, and its layout is GPT-2's."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from tinystory.ops import reference
 from tinystory.student.model import KVCache, Student, StudentConfig, ValueHead
 
 
@@ -21,6 +23,35 @@ def test_reading_and_writing_agree(student):
     cache.keep(kept)
     for t in range(14, 20):
         torch.testing.assert_close(student.step(tokens[kept, t], cache), whole[kept, t], atol=1e-4, rtol=1e-4)
+
+
+def test_the_trunk_is_gpt2s_block_by_the_paper(student):
+    """ln_f(x) after x = x + attn_proj(attention(ln_1(x))) and x = x + mlp_proj(gelu(fc(ln_2(x)))), written out."""
+    torch.manual_seed(3)
+    tokens = torch.randint(5, student.config.vocab_size, (2, 12))
+    x = student.wte(tokens) + student.wpe(torch.arange(12))
+    for block in student.blocks:
+        normed = F.layer_norm(x, x.shape[-1:], block.ln_1.weight, block.ln_1.bias)
+        qkv = F.linear(normed, block.qkv.weight, block.qkv.bias).unflatten(-1, (3, student.config.n_head, -1))
+        attention = reference.causal_attention(qkv).flatten(-2)
+        x = x + F.linear(attention, block.attn_proj.weight, block.attn_proj.bias)
+        normed = F.layer_norm(x, x.shape[-1:], block.ln_2.weight, block.ln_2.bias)
+        inner = F.gelu(F.linear(normed, block.fc.weight, block.fc.bias), approximate="tanh")
+        x = x + F.linear(inner, block.mlp_proj.weight, block.mlp_proj.bias)
+    expected = F.layer_norm(x, x.shape[-1:], student.ln_f.weight, student.ln_f.bias)
+    torch.testing.assert_close(student.hidden(tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_attend_gets_each_layers_packed_qkv_in_order(student):
+    seen = []
+
+    def attend(i, qkv):
+        seen.append((i, qkv.shape))
+        return qkv[..., 2, :, :]
+
+    student.trunk(torch.randn(2, 3, 64), attend)
+    heads = student.config.n_head
+    assert seen == [(i, (2, 3, 3, heads, 64 // heads)) for i in range(student.config.n_layer)]
 
 
 def test_no_token_sees_a_later_one(student):

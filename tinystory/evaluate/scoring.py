@@ -1,8 +1,8 @@
-"""Log-probabilities of many texts: the one thing that every evaluation here asks of a student.
+"""Log-probabilities of many texts: all that the evaluations here need from a student.
 
-Texts that are compared are read as a tree, what they begin with once; trees are batched with others of like size; and
-the vocabulary product is made only where a log-probability is wanted. A text is read as it stands, with no token before
-it, as BabyLM's pipeline reads it: its first token is context only.
+Texts that are compared are read as a tree, their common prefix once. Trees are batched with others of similar size, and
+logits are computed only where a log-probability is wanted. A text is read without a token before it, as BabyLM's
+pipeline reads it: its first token is context only.
 """
 
 import math
@@ -23,14 +23,14 @@ from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import bootstrap
 from tinystory.student.model import Student
 
-BATCH = 4096  # tokens, padding counted
-MOST_TOKENS = 500_000  # of a corpus are read for its bits a byte
+BATCH = 4096  # tokens, including padding
+MOST_TOKENS = 500_000  # of a corpus, for its bits per byte
 
-Part = tuple[tuple[int, ...], int]  # token ids, and the first of them, 1 or more, whose log-probability counts
+Part = tuple[tuple[int, ...], int]  # token ids, and the index (>= 1) of the first whose log-probability counts
 
 
 def part(tokenizer: Tokenizer, prefix: str, rest: str) -> Part:
-    """`rest` read after `prefix`. A token that holds the end of one and the beginning of the other counts."""
+    """`rest` after `prefix`. A token that spans the end of one and the beginning of the other counts."""
     tokens = tokenizer.encode(prefix + rest)
     ends = np.cumsum(tokenizer.token_sizes[tokens])
     first = int(np.searchsorted(ends, len(prefix.encode()), side="right"))
@@ -39,15 +39,16 @@ def part(tokenizer: Tokenizer, prefix: str, rest: str) -> Part:
 
 @torch.no_grad()
 def sum_logprobs(student: Student, groups: Sequence[Sequence[Part]], desc: str) -> list[Tensor]:
-    """Of each part of each group: the sum over i >= first of log p(token i | the tokens before it), nats, (parts,)
-    float64. What all parts of a group begin with is read once and not summed: it decides nothing between them. No part
-    may be longer than the student's context."""
+    """Per group a tensor (parts,) float64: the sum over i >= first of log p(token i | tokens before i), in nats.
+
+    The common prefix of a group's parts is read once and not summed, since it cannot decide between them. No part may
+    be longer than the student's context."""
     device = student.wte.weight.device
     trees = [_tree(group) for group in groups]
     order = sorted(range(len(trees)), key=lambda i: len(trees[i].tokens))
     sums: list[Tensor] = [torch.empty(0)] * len(groups)
     with tqdm(total=len(groups), desc=desc, unit=" items", leave=False, delay=2, disable=None) as bar:
-        while order:  # the longest first: what memory is needed shows at once
+        while order:  # the longest first, so that a lack of memory shows at once
             width = len(trees[order[-1]].tokens)
             begin = max(len(order) - max(BATCH // max(width, 1), 1), 0)
             rows, order = order[begin:], order[:begin]
@@ -70,8 +71,9 @@ def sum_logprobs(student: Student, groups: Sequence[Sequence[Part]], desc: str) 
 
 
 class _Tree(NamedTuple):
-    """A group as one row: what its parts begin with (branch 0), then the rest of each (branches 1, 2, ...). scored:
-    where each token that counts is, after where the one before it is."""
+    """A group as one row: the common prefix of its parts (branch 0), then the rest of each (branches 1, 2, ...).
+
+    scored: for each token that counts, the index of the token before it and its own."""
 
     tokens: list[int]
     positions: list[int]
@@ -97,36 +99,36 @@ def _tree(group: Sequence[Part]) -> _Tree:
 
 
 def _hidden(student: Student, tokens: Tensor, positions: Tensor, branch: Tensor) -> Tensor:
-    """Final hidden states (B, T, C) where a token sees those before it in its own branch and in branch 0.
-    tokens, positions, branch: (B, T) int64; the padding comes last, so that nothing sees it."""
+    """Final hidden states (B, T, C) where a token sees the earlier tokens of its own branch and of branch 0.
+    tokens, positions, branch: (B, T) int64. The padding comes last, so that no token sees it."""
     T = tokens.shape[1]
     earlier = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
     mask = earlier & ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None]))
-    x = student.wte(tokens) + student.wpe(positions)
-    for block in student.blocks:
-        q, k, v = block.project_qkv(x).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
-        x = block.finish(x, attended.transpose(1, 2), 0.0)
-    return student.ln_f(x)
+
+    def attend(_: int, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).transpose(1, 2)
+
+    return student.trunk(student.wte(tokens) + student.wpe(positions), attend)
 
 
 def bits_per_byte(student: Student, tokenizer: Tokenizer, corpus: Corpus) -> dict:
-    """bits_per_byte, its ci and the tokens read, over the first MOST_TOKENS of a corpus.
+    """bits_per_byte, its confidence interval and the number of tokens read, over the first MOST_TOKENS of a corpus.
 
     The documents, an end token after each, are cut into pieces of the context's length; each token is predicted from
-    those before it in its piece. The bits of all tokens but each piece's first, end tokens too, over the bytes of the
-    text that they stand for. ci: bootstrap over pieces.
+    the tokens before it in its piece. The metric is the bits of all tokens except each piece's first (end tokens
+    included), divided by the bytes of text that they encode. ci: bootstrap over pieces.
     """
     documents, size = [], 0
     for document in corpus.documents():
         documents.append(document)
         size += len(document)
-        if size > 5 * MOST_TOKENS:  # more than enough: a token is rarely longer than five characters
+        if size > 5 * MOST_TOKENS:  # enough: the average token has fewer than five characters
             break
     stream = encode(tokenizer, documents)[0][:MOST_TOKENS].astype(np.int64)
     context = student.config.context
     pieces = [stream[start : start + context] for start in range(0, len(stream) - 1, context - 1)]
-    logprobs = sum_logprobs(student, [[(tuple(piece.tolist()), 1)] for piece in pieces], "bits a byte")
+    logprobs = sum_logprobs(student, [[(tuple(piece.tolist()), 1)] for piece in pieces], "bits per byte")
     bits = -torch.cat(logprobs).numpy() / math.log(2)
     sizes = np.array([tokenizer.token_sizes[piece[1:]].sum() for piece in pieces])
 

@@ -6,6 +6,7 @@ TINYSTORY_KERNELS=reference runs the plain-PyTorch definitions of tinystory/ops/
 import functools
 import os
 import sys
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -39,12 +40,12 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tens
 
 
 def decode_attention(qkv: Tensor, prefix: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
-    """Attention of one new token a row, which it appends to the row's cache: -> (B, H, D).
+    """Decode-step attention: one new token per row; its key and value are appended to the KV cache. -> (B, H, D)
 
-    qkv (B, 3, H, D): the new tokens' queries, keys and values. prefix (P, 2, H, D): keys and values that all rows begin
-    with, stored once; P may be 0. cache (B, T_max, 2, H, D): each row's own, of which lengths[b] < T_max positions are
-    in use (lengths (B,) int64); the new key and value are written to the next. Row b's query sees the prefix, those and
-    itself. All contiguous, of one dtype as for causal_attention. No gradient.
+    qkv (B, 3, H, D): the new tokens' queries, keys and values. prefix (P, 2, H, D): keys and values that all rows
+    share; P may be 0. cache (B, T_max, 2, H, D): each row's own keys and values, of which lengths[b] < T_max positions
+    are filled, lengths (B,) int64; the new ones are written to the next. Row b's query attends to the prefix, to the
+    filled positions and to itself. All tensors are contiguous and have one dtype, as for causal_attention. No gradient.
     """
     run = torch.ops.tinystory if compiled("decode_attention", qkv.device.type) else reference
     return run.decode_attention(qkv.detach(), prefix.detach(), cache, lengths)
@@ -62,13 +63,13 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw a token from each row of logits (B, V): tokens (B,) int64, logprobs (B,) and entropy (B,) float32.
 
-    The draw is a function of (seed, row id, step, that row's logits): rows (B,) int64 are the ids, step is one number
-    or (B,) int64. It is the same on every device and at every batch size, order and thread count. top_k keeps the k
-    most likely tokens, ties by lowest index; top_p then keeps the fewest most likely ones that hold at least that share
-    of the rest. logprobs and entropy are in nats, of softmax(logits / temperature) before top-k and top-p. The
-    temperature is in [1e-6, 1e6]; the greedy choice is top_k=1. A logit of -inf, or one 28 nats * temperature below the
-    highest, is never drawn; NaN, +inf or a row of -inf is an error that names the row. On a GPU, which this does not
-    wait for, such a row draws a negative token, and `require_drawn` raises the error where tokens are read.
+    The draw is a function of (seed, row id, step, that row's logits): rows (B,) int64 are the ids; step is an int or
+    (B,) int64. It is the same on every device and for every batch size, order and thread count. logprobs and entropy
+    are in nats, of softmax(logits / temperature), before truncation: top_k keeps the k most likely tokens, ties by
+    lowest index; then top_p keeps the smallest set of most likely tokens with at least that probability among them.
+    temperature is in [1e-6, 1e6]; top_k=1 is greedy. A token whose logit is -inf, or 28 nats * temperature below the
+    maximum, is never drawn. NaN, +inf or a row of -inf raises RuntimeError, which names the row. On a GPU, which this
+    function does not wait for, such a row draws a negative token, and `require_drawn` raises the error later.
     """
     logits = logits.detach()
     steps = step if isinstance(step, Tensor) else rows.new_full(rows.shape, step)
@@ -88,8 +89,8 @@ def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
     """Log-probability of each target and entropy, in nats, under softmax(hidden @ weight.T).
 
     hidden (N, C), weight (V, C), targets (N,) int64 -> logprob (N,), entropy (N,) in float32 (float64 for float64).
-    Products are computed in hidden's type, or in autocast's; the (N, V) logits exist one chunk of rows at a time, and
-    once more in the backward pass. Gradients go to hidden and weight from both outputs.
+    The matmul is computed in hidden's type, or in autocast's. The (N, V) logits exist one chunk at a time, and again in
+    the backward pass. Both outputs have gradients by hidden and weight.
     """
     hidden, weight = autocast(hidden, weight)
     if compiled("token_logprob", hidden.device.type):
@@ -98,9 +99,9 @@ def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -logprob as token_logprob gives it, for pretraining.
+    """Mean of -logprob as in token_logprob, for pretraining.
 
-    Where gradients are wanted the forward pass computes them too, so the logits are computed once, not twice."""
+    If gradients are required the forward pass computes them too, so that the logits are computed once, not twice."""
     hidden, weight = autocast(hidden, weight)
     if not compiled("cross_entropy", hidden.device.type):
         return reference.cross_entropy(hidden, weight, targets)
@@ -110,41 +111,43 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Under torch.autocast the products are computed in its type; weight keeps its own, and so does its gradient."""
-    return hidden if hidden.dtype == torch.float64 else hidden.to(product_dtype(hidden)), weight
+    """Under torch.autocast the matmul is computed in its type; weight and its gradient keep theirs."""
+    return hidden if hidden.dtype == torch.float64 else hidden.to(matmul_dtype(hidden)), weight
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """A linear layer and what follows it: x (..., K), weight (N, K), bias (N,) -> (..., N).
+    """residual + gelu(x weight^T + bias): x (..., K), weight (N, K), bias (N,), residual (..., N) -> (..., N).
 
-    gelu: tanh GELU of the sum. residual (..., N): added last. Products are computed in x's type, or in autocast's,
-    which is also the result's unless a residual gives it its own. weight and bias keep their type, and so do their
-    gradients: nothing is cast a use. A row's result depends on that row alone. The kernel runs on a CPU for a float32
-    weight with sizes that are multiples of 32; for all else PyTorch's own product does (on a GPU cuBLAS).
+    gelu (tanh GELU) and residual are optional. The matmul is computed in x's type, or in autocast's, which is also the
+    result's type unless there is a residual, whose type it then has. weight, bias and their gradients keep their type:
+    there is no cast per use. A row's result depends on that row alone. The kernel runs on a CPU for a float32 weight
+    whose sizes are multiples of 32; otherwise PyTorch's matmul runs (on a GPU cuBLAS).
     """
-    dtype = product_dtype(x)
+    dtype = matmul_dtype(x)
     if fused("linear", x, weight) and (residual is None or residual.dtype == torch.float32):
         residual = residual if residual is None else residual.contiguous()
-        return torch.ops.tinystory.linear(x.contiguous(), weight, bias, residual, gelu, dtype == torch.bfloat16)[0]
+        return torch.ops.tinystory.linear(x.contiguous(), weight, bias, residual, gelu, dtype)[0]
     return reference.linear(x, weight, bias, residual, gelu)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Layer norm of the last dimension, eps 1e-5, for a product to read: x (..., C) float32 -> (..., C) in autocast's
-    type (without autocast float32). Where the kernel does not run, as for linear, PyTorch's does, in float32."""
+    """Layer norm over the last dimension, eps 1e-5, as the input of a matmul: x (..., C) float32 -> (..., C) in
+    autocast's type (float32 without autocast). Where the kernel does not run, as for `linear`, PyTorch's does, in
+    float32."""
     if fused("layer_norm", x, weight) and x.dtype == torch.float32:
-        return torch.ops.tinystory.layer_norm(x.contiguous(), weight, bias, product_dtype(x) == torch.bfloat16)[0]
+        return torch.ops.tinystory.layer_norm(x.contiguous(), weight, bias, matmul_dtype(x))[0]
     return reference.layer_norm(x, weight, bias)
 
 
 def fused(name: str, x: Tensor, weight: Tensor) -> bool:
-    """Whether the CPU's kernel computes a layer with this weight."""
+    """Whether the CPU kernel `name` runs for this input and weight."""
     fits = x.device.type == "cpu" and weight.dtype == torch.float32 and x.dtype in (torch.float32, torch.bfloat16)
     fits = fits and all(size % 32 == 0 for size in weight.shape)
-    return fits and product_dtype(x) in (torch.float32, torch.bfloat16) and compiled(name, "cpu")
+    return fits and matmul_dtype(x) in (torch.float32, torch.bfloat16) and compiled(name, "cpu")
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The type in which x is multiplied: autocast's, or its own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -169,14 +172,15 @@ def choose(name: str, device: str) -> bool:
 
 
 @functools.cache
-def load() -> bool:
-    """Build and load the kernels (once a process). False if TINYSTORY_KERNELS=reference asks for plain PyTorch."""
+def load() -> ModuleType | None:
+    """Build and load the kernels, once per process: their Python module (csrc/module.cpp). None if
+    TINYSTORY_KERNELS=reference asks for plain PyTorch."""
     wanted = os.environ.get("TINYSTORY_KERNELS", "")
     if wanted == "reference":
         print("tinystory: TINYSTORY_KERNELS=reference, so plain PyTorch runs in place of the kernels", file=sys.stderr)
-        return False
+        return None
     if wanted:
         raise UserError(f"TINYSTORY_KERNELS={wanted!r} is not known; unset it, or set it to 'reference'")
-    build.load()
+    module = build.load()
     autograd.register()
-    return True
+    return module

@@ -1,35 +1,13 @@
-"""Gradients and shapes of the compiled operators, for autograd, torch.compile and torch.library.opcheck."""
+"""Gradients and shapes of the compiled operators, for autograd, torch.compile and torch.library.opcheck.
+
+`OPERATORS`, at the end, has one entry per operator of csrc/ops.cpp. A fake kernel returns empty tensors of the results'
+shapes and dtypes. `setup` saves what `backward` needs, and `backward` returns a gradient, or None, per argument.
+"""
 
 import torch
 from torch import Tensor
 
 ops = torch.ops.tinystory
-
-
-def register() -> None:
-    """To be called once, after the operators were loaded."""
-    for name, fake in {
-        "causal_attention": attention_fake,
-        "causal_attention_backward": attention_backward_fake,
-        "decode_attention": decode_fake,
-        "sample": sample_fake,
-        "token_logprob": token_logprob_fake,
-        "token_logprob_backward": token_logprob_backward_fake,
-        "cross_entropy": cross_entropy_fake,
-        "linear": linear_fake,
-        "linear_backward": linear_backward_fake,
-        "layer_norm": layer_norm_fake,
-        "layer_norm_backward": layer_norm_backward_fake,
-    }.items():
-        torch.library.register_fake(f"tinystory::{name}", fake)
-    for name, setup, backward in (
-        ("causal_attention", attention_setup, attention_backward),
-        ("token_logprob", token_logprob_setup, token_logprob_backward),
-        ("cross_entropy", cross_entropy_setup, cross_entropy_backward),
-        ("linear", linear_setup, linear_backward),
-        ("layer_norm", layer_norm_setup, layer_norm_backward),
-    ):
-        torch.library.register_autograd(f"tinystory::{name}", backward, setup_context=setup)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -111,22 +89,18 @@ def cross_entropy_backward(ctx, grad: Tensor, *_):
 
 
 # --- linear, layer_norm -----------------------------------------------------------------------------------------------
-def products(bf16: bool) -> torch.dtype:
-    return torch.bfloat16 if bf16 else torch.float32
-
-
-def linear_fake(x, weight, bias, residual, gelu, bf16):
+def linear_fake(x, weight, bias, residual, gelu, dtype):
     shape = (*x.shape[:-1], weight.shape[0])
-    y = x.new_empty(shape, dtype=products(bf16) if residual is None else torch.float32)
-    return y, x.new_empty(shape if gelu else 0, dtype=products(bf16))
+    y = x.new_empty(shape, dtype=dtype if residual is None else torch.float32)
+    return y, x.new_empty(shape if gelu else 0, dtype=dtype)
 
 
-def linear_backward_fake(grad_y, x, weight, slope, gelu, bf16):
+def linear_backward_fake(grad_y, x, weight, slope, gelu, dtype):
     return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
 def linear_setup(ctx, inputs, output):
-    x, weight, _, residual, ctx.gelu, ctx.bf16 = inputs
+    x, weight, _, residual, ctx.gelu, ctx.dtype = inputs
     ctx.residual = residual is not None
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -136,13 +110,13 @@ def linear_setup(ctx, inputs, output):
 def linear_backward(ctx, grad_y: Tensor, _):
     if grad_y is None:
         return (None,) * 6
-    grads = ops.linear_backward(grad_y, *ctx.saved_tensors, ctx.gelu, ctx.bf16)
+    grads = ops.linear_backward(grad_y, *ctx.saved_tensors, ctx.gelu, ctx.dtype)
     return *grads, grad_y if ctx.residual else None, None, None
 
 
-def layer_norm_fake(x, weight, bias, bf16):
+def layer_norm_fake(x, weight, bias, dtype):
     rows = x.numel() // x.shape[-1]
-    return x.new_empty(x.shape, dtype=products(bf16)), x.new_empty(rows), x.new_empty(rows)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(rows), x.new_empty(rows)
 
 
 def layer_norm_backward_fake(grad_y, x, weight, mean, scale):
@@ -159,3 +133,28 @@ def layer_norm_backward(ctx, grad_y: Tensor, *_):
     if grad_y is None:
         return (None,) * 4
     return *ops.layer_norm_backward(grad_y, *ctx.saved_tensors), None
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+OPERATORS = {  # name: fake kernel; then, if the operator has a gradient, setup and backward
+    "causal_attention": (attention_fake, attention_setup, attention_backward),
+    "causal_attention_backward": (attention_backward_fake,),
+    "decode_attention": (decode_fake,),
+    "sample": (sample_fake,),
+    "token_logprob": (token_logprob_fake, token_logprob_setup, token_logprob_backward),
+    "token_logprob_backward": (token_logprob_backward_fake,),
+    "cross_entropy": (cross_entropy_fake, cross_entropy_setup, cross_entropy_backward),
+    "linear": (linear_fake, linear_setup, linear_backward),
+    "linear_backward": (linear_backward_fake,),
+    "layer_norm": (layer_norm_fake, layer_norm_setup, layer_norm_backward),
+    "layer_norm_backward": (layer_norm_backward_fake,),
+}
+
+
+def register() -> None:
+    """Register all of them with torch. Called once, after the operators were loaded."""
+    for name, (fake, *gradient) in OPERATORS.items():
+        torch.library.register_fake(f"tinystory::{name}", fake)
+        if gradient:
+            setup, backward = gradient
+            torch.library.register_autograd(f"tinystory::{name}", backward, setup_context=setup)

@@ -1,6 +1,7 @@
-"""Many stories from one opening: the compiled engine that runs all layers of a token step (csrc/cpu/engine.cpp)."""
+"""Many stories from one opening, by the C++ engine that runs all layers of a token step (csrc/cpu/engine.cpp)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -8,25 +9,47 @@ from torch import Tensor
 from tinystory import ops
 
 
-class Decoder:
-    """Decodes with a snapshot of a GPT-2 student (see tinystory/student/model.py) on the CPU.
+@dataclass(frozen=True)
+class Layout:
+    """A description of a transformer, as far as its parameters' names and shapes do not give it.
 
-    parameters: float32, in the order of `Student.parameters()`, then the value head's weight and bias or nothing;
-    they must not change while the decoder is used. dtype: of the products and of the cache, float32 or bfloat16; sums,
-    norms, softmax and logits are float32. A story is a function of the parameters, the dtype, the prompt, the seed and
-    its row id, bit for bit, whatever the batch and however many the threads.
+    The engine knows norm "pre-layer-norm", activation "gelu-tanh", positions "learned", a bias in every layer and norm,
+    and an output head tied to the embedding. It refuses anything else.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], heads: int, dtype: torch.dtype = torch.float32):
-        parameters = [p.detach() for p in parameters]
-        self._engine = torch.classes.tinystory.Decoder(parameters, heads, dtype == torch.bfloat16)
+    n_layer: int
+    n_head: int
+    norm: str
+    activation: str
+    positions: str
+    bias: bool
+    tied_head: bool
+
+
+class Engine:
+    """Decodes on the CPU with a snapshot of a student (tinystory/student/model.py).
+
+    parameters: float32, contiguous, by name: `dict(student.named_parameters())` and, for values, those of the value
+    head as "value_head.linear.weight" and "value_head.linear.bias". They must not change while the engine is used.
+    dtype: of the matmuls and of the KV cache, float32 or bfloat16; sums, norms, softmax and logits are float32.
+
+    A story is a function of the parameters, the dtype, the prompt, the seed and its row id, bit for bit: neither the
+    rest of the batch nor the number of threads changes it.
+
+    Raises ValueError if a parameter is missing, unexpected or of the wrong shape or type, if the layout is unknown, or
+    if this machine has no matmul of that dtype.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype = torch.float32):
+        detached = {name: parameter.detach() for name, parameter in parameters.items()}
+        self._engine = ops.load().Engine(detached, **asdict(layout), dtype=dtype)
 
     @staticmethod
     def runs(device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether this machine has the engine for tensors there and products of that type."""
-        if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not ops.load():
+        """Whether the engine runs on this device with matmuls of this dtype, on this machine."""
+        if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not (module := ops.load()):
             return False
-        return dtype == torch.float32 or torch.ops.tinystory.decoder_has_bf16()
+        return dtype == torch.float32 or module.engine_has_bf16()
 
     def start(
         self,
@@ -41,13 +64,15 @@ class Decoder:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Read the prompt (P,) int64, once for all `count` stories; story i draws as `ops.sample` does for row id
-        first_row + i. Returns tokens int64, logprobs, values and entropies float32, each (count, max_new_tokens) and
-        filled by the steps to come."""
-        self._engine.start(prompt, count, max_new_tokens, eos, seed, first_row, temperature, top_k, top_p)
-        return self._engine.outputs()
+        """Read the prompt (P,) int64, once for all `count` stories. Story i draws as `ops.sample` does for row id
+        first_row + i.
+
+        Returns tokens int64 and logprobs, values and entropies float32, each (count, max_new_tokens) and filled by the
+        following steps: logprobs and entropies in nats, as `ops.sample` defines them. Raises RuntimeError if an
+        argument is out of range."""
+        return self._engine.start(prompt, count, max_new_tokens, eos, seed, first_row, temperature, top_k, top_p)
 
     def step(self) -> list[int]:
-        """Draw the next token of every story that has not ended. Returns those that end with it: they drew `eos`, or
-        it is their last. RuntimeError if a logit is not finite."""
+        """Draw the next token of every story that has not ended. Returns the stories that end with it: they drew `eos`,
+        or it is their last. Raises RuntimeError if a logit is not finite."""
         return self._engine.step()

@@ -1,7 +1,7 @@
-"""What each operator means, in plain PyTorch: any device, any float type, differentiable, no care for speed or memory.
+"""The definition of each operator in plain PyTorch: any device, any float type, differentiable, slow, memory-hungry.
 
-The kernels are tested against these definitions. Random numbers come from the same Philox counters as in csrc/philox.h,
-so dropout masks and sampled tokens are the same bit for bit.
+The kernels are tested against these definitions. Random bits come from the same Philox counters as in csrc/philox.h, so
+dropout masks and sampled tokens are the same bit for bit.
 """
 
 import math
@@ -10,23 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WORD = 0xFFFFFFFF
+WORD = 0xFFFFFFFF  # a mask of 32 bits
 
 
 def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
-    """softmax(Q K^T / sqrt(D), keys up to the query) V of packed (B, T, 3, H, D) -> (B, T, H, D)."""
+    """softmax(Q K^T / sqrt(D), over keys up to the query) V: packed (B, T, 3, H, D) -> (B, T, H, D)."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
-    causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=qkv.device).tril()
-    weights = scores.masked_fill(~causal, -math.inf).softmax(-1)
+    S = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    causal = torch.ones(S.shape[-2:], dtype=torch.bool, device=qkv.device).tril()
+    P = S.masked_fill(~causal, -math.inf).softmax(-1)
     if dropout_p > 0:
-        weights = weights * dropout_mask(*scores.shape[:3], dropout_p, seed, qkv.device).to(weights.dtype)
-    return (weights @ v).transpose(1, 2).contiguous()
+        P = P * dropout_mask(*S.shape[:3], dropout_p, seed, qkv.device).to(P.dtype)
+    return (P @ v).transpose(1, 2).contiguous()
 
 
 def decode_attention(qkv: Tensor, prefix: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
-    """Append the new token's key and value, qkv (B, 3, H, D), to each row's first lengths[b] in cache (B, T, 2, H, D);
-    its query sees the prefix (P, 2, H, D), then those and itself -> (B, H, D)."""
+    """Append the new tokens' keys and values, qkv (B, 3, H, D), to the cache (B, T, 2, H, D), of which row b has filled
+    lengths[b]. Its query attends to the prefix (P, 2, H, D), to those and to itself -> (B, H, D)."""
     cache[torch.arange(len(cache), device=cache.device), lengths] = qkv[:, 1:]
     q, seen = qkv[:, 0], torch.cat([prefix.expand(len(cache), *prefix.shape), cache], 1)
     beyond = torch.arange(seen.size(1), device=q.device) > len(prefix) + lengths[:, None]
@@ -36,7 +36,7 @@ def decode_attention(qkv: Tensor, prefix: Tensor, cache: Tensor, lengths: Tensor
 
 
 def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(hidden weight^T): log-probability of targets and entropy, in float32 (float64 for float64)."""
+    """Log-probability of the targets and entropy under softmax(hidden weight^T), in float32 (float64 for float64)."""
     logits = hidden @ weight.to(hidden.dtype).T
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
@@ -48,7 +48,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """x weight^T + bias, then tanh GELU if asked for, then the residual stream if there is one."""
+    """residual + gelu(x weight^T + bias), where residual and gelu are optional."""
     y = F.linear(x, weight, bias)
     y = F.gelu(y, approximate="tanh") if gelu else y
     return y if residual is None else residual + y
@@ -62,7 +62,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def sample(
     logits: Tensor, seed: int, rows: Tensor, steps: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A token a row of (B, V) logits, with log-probability and entropy before top-k and top-p."""
+    """A token per row of logits (B, V), with its log-probability and the entropy before top-k and top-p."""
     if not bool((logits < math.inf).all()):
         raise RuntimeError(f"sample: logits row {int((~(logits < math.inf)).any(1).nonzero()[0])} holds NaN or +inf")
     if bool((logits == -math.inf).all(1).any()):
@@ -87,7 +87,7 @@ def sample(
     return tokens, log_p.gather(1, tokens[:, None])[:, 0].float(), entropy.float()
 
 
-# --- random numbers ---------------------------------------------------------------------------------------------------
+# --- random bits ------------------------------------------------------------------------------------------------------
 
 
 def philox(seed: int, counter: list[Tensor | int]) -> list[Tensor]:
@@ -95,14 +95,14 @@ def philox(seed: int, counter: list[Tensor | int]) -> list[Tensor]:
     x, y, z, w = counter
     key0, key1 = seed & WORD, seed >> 32 & WORD
     for _ in range(10):
-        a, b = x * 0xD2511F53, z * 0xCD9E8D57  # int64 wraps, but its 64 bits are those of the unsigned product
+        a, b = x * 0xD2511F53, z * 0xCD9E8D57  # int64 wraps, and has the same 64 bits as uint64
         x, y, z, w = (b >> 32 & WORD) ^ y ^ key0, b & WORD, (a >> 32 & WORD) ^ w ^ key1, a & WORD
         key0, key1 = key0 + 0x9E3779B9 & WORD, key1 + 0xBB67AE85 & WORD
     return [x, y, z, w]
 
 
 def dropout_mask(batch: int, heads: int, length: int, p: float, seed: int, device=None) -> Tensor:
-    """(batch, heads, length, length): 0 or the scale 1 / (1 - p), with p rounded to a multiple of 2^-16."""
+    """A mask (batch, heads, length, length) of 0 and the scale 1 / (1 - p), with p rounded to a multiple of 2^-16."""
     threshold = int(p * 65536 + 0.5)
     head = torch.arange(batch * heads, device=device)[:, None, None]
     i = torch.arange(length, device=device)[:, None]

@@ -1,7 +1,7 @@
-"""The student writes: many stories from one opening, sampled token by token with a KV cache.
+"""`generate`: the student writes many stories from one opening, sampled token by token with a KV cache.
 
-A draw depends on (seed, story index, position) and the logits alone, so a story does not depend on what it is batched
-with. Each is handed to `on_story` the moment it ends.
+On a CPU the C++ engine runs the token steps, where it can; otherwise `TokenStep` does, on a GPU as a CUDA graph. A draw
+depends on (seed, story index, position) and the logits alone, so a story does not depend on the rest of its batch.
 """
 
 import functools
@@ -15,14 +15,18 @@ from torch import Tensor
 from tinystory import ops
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.errors import UserError
-from tinystory.ops.engine import Decoder
+from tinystory.ops.engine import Engine
 from tinystory.student.model import KVCache, Student, ValueHead
 
 
 @dataclass
 class Story:
-    """What the student wrote after the opening. tokens (n,) int64 with the end token if it drew one; logprobs, values
-    and entropies (n,) float32, of the distribution that each token was drawn from; ended: "eos" or "length"."""
+    """What the student wrote after the opening, on the CPU.
+
+    tokens (n,) int64: with the end token, if the story drew one. logprobs, entropies (n,) float32, in nats: of
+    softmax(logits / temperature) at each token, before top-k and top-p truncate it. values (n,) float32: the value
+    head's, or 0 without one. ended: "eos" or "length".
+    """
 
     index: int
     text: str
@@ -53,9 +57,10 @@ def generate(
     top_p: float = 1.0,
     on_story: Callable[[Story], None] | None = None,
 ) -> list[Story]:
-    """`count` stories with indices first_index, first_index + 1, ... in that order. Greedy at temperature 0.
+    """Write `count` stories, with indices first_index, first_index + 1, ..., and return them in that order.
 
-    Raises UserError when opening and story do not fit the context.
+    Each is handed to `on_story` as soon as it ends. temperature 0 is greedy decoding. The matmuls and the KV cache have
+    autocast's type. Raises UserError when opening and story do not fit the context.
     """
     if temperature == 0:
         temperature, top_k = 1.0, 1
@@ -64,7 +69,7 @@ def generate(
     require_room(student, prompt, max_new_tokens)
     lower = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if lower else student.wte.weight.dtype
-    token_steps = compiled_steps if Decoder.runs(device, dtype) else student_steps
+    token_steps = engine_steps if Engine.runs(device, dtype) else student_steps
     steps = token_steps(
         student, value_head, torch.tensor(prompt, device=device), dtype,
         count=count, max_new_tokens=max_new_tokens, eos=tokenizer.eos,
@@ -82,21 +87,23 @@ def generate(
     return stories
 
 
-# Of one token step: tokens int64 and logprobs, values, entropies float32, all (count, max_new_tokens) and filled up to
+# One token step: tokens int64 and logprobs, values, entropies float32, all (count, max_new_tokens) and filled up to
 # this step; and the rows that end with it.
 Step = tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[int]]
 
 
-def compiled_steps(
+def engine_steps(
     student: Student, value_head: ValueHead | None, prompt: Tensor, dtype: torch.dtype, **how
 ) -> Iterator[Step]:
-    """Token steps until every story has ended, by the compiled engine."""
-    head = [] if value_head is None else value_head.parameters()
-    decoder = Decoder([*student.parameters(), *head], student.config.n_head, dtype)
-    outputs = decoder.start(prompt, **how)
+    """Token steps until every story has ended, by the C++ engine."""
+    parameters = dict(student.named_parameters())
+    if value_head is not None:
+        parameters |= value_head.named_parameters(prefix="value_head")
+    engine = Engine(parameters, student.layout, dtype)
+    outputs = engine.start(prompt, **how)
     left = how["count"]
     while left:
-        ended = decoder.step()
+        ended = engine.step()
         left -= len(ended)
         yield outputs, ended
 
@@ -105,15 +112,15 @@ def student_steps(
     student: Student, value_head: ValueHead | None, prompt: Tensor, dtype: torch.dtype,
     *, count: int, max_new_tokens: int, eos: int, first_row: int, **draws,
 ) -> Iterator[Step]:  # fmt: skip
-    """The same on any device, by PyTorch and our kernels; on CUDA as captured graphs."""
+    """The same steps on any device, by PyTorch and our kernels; on CUDA as captured graphs."""
     step = TokenStep(student, value_head, prompt, dtype, count, max_new_tokens, first_row, draws)
     outputs = tuple(column[:count] for column in step.outputs)
-    rows = torch.arange(count, device="cpu")  # the batch's, as positions in the outputs
+    rows = torch.arange(count, device="cpu")  # the batch, as rows of the outputs
     alive = torch.ones(count, dtype=torch.bool, device="cpu")  # which of them have not ended
     for t in range(max_new_tokens):
         if t:
             step.advance()
-        drawn = step.drawn.cpu()  # the one wait for the device in a step
+        drawn = step.drawn.cpu()  # the only wait for the device in a step
         ops.require_drawn(drawn[alive], rows[alive] + first_row)
         ended = alive & ((drawn == eos) | (t + 1 == max_new_tokens))
         yield outputs, rows[ended].tolist()
@@ -132,23 +139,23 @@ def student_steps(
 def worth_compacting(alive: int, rows: int, on_graph: bool) -> bool:
     """Whether to take the rows that have ended out of a batch of `rows`.
 
-    As plain calls, always: it costs a copy. A graph must be captured anew, which costs milliseconds: so not before half
-    have ended, which makes log2(rows) captures at most; and not at 64 rows or fewer, where a step takes a GPU about as
-    long as one row's would, the weights being read once for all rows.
+    Without a graph always: compacting costs one copy. A graph must be captured again, which takes milliseconds. So
+    there it waits until half of the rows have ended, which makes at most log2(rows) captures, and it never compacts a
+    batch of 64 rows or fewer: a step reads the weights once for all rows, so it takes about as long as for one row.
     """
     return rows > 64 and 2 * alive <= rows if on_graph else alive < rows
 
 
 class TokenStep:
-    """A token step of a batch of R rows: read each row's last token, draw the next, note it in the outputs.
+    """A token step of a batch of R rows: read each row's last token, draw the next, write it to the outputs.
 
-    All that changes from step to step is in tensors that stay where they are, and nothing waits for the device: so on
-    CUDA the step is captured as a graph, and a replay costs the host one launch in place of one an operation.
+    All state that changes from step to step is in tensors that stay at the same address, and nothing waits for the
+    device. So on CUDA the step is captured as a graph; a replay costs the host one launch instead of one per kernel.
 
-    drawn: (R,) int64, the last tokens; the first are there from the start. at: (R,) int64, the rows' positions in the
-    outputs. cache: its lengths are also the steps that the rows are at. outputs: tokens int64 and logprobs, values,
-    entropies float32, (count + 1, max_new_tokens): rows that have ended stay in the batch until `keep` and write to the
-    last row, which nobody reads.
+    drawn (R,) int64: the last token of each row; the first is drawn by the constructor. at (R,) int64: each row's index
+    in the outputs. cache: its lengths are also the step that each row is at. outputs: tokens int64 and logprobs,
+    values, entropies float32, (count + 1, max_new_tokens). Rows that have ended stay in the batch until `keep` and
+    write to the last row of the outputs, which is never read.
     """
 
     def __init__(
@@ -165,9 +172,9 @@ class TokenStep:
             torch.zeros(count + 1, max_new_tokens, dtype=kind, device=device)
             for kind in (torch.int64, torch.float32, torch.float32, torch.float32)
         )
-        self.on_graph = device.type == "cuda" and ops.load()  # the definitions in plain PyTorch do wait
-        self.graphs: list[torch.cuda.CUDAGraph] = []  # the last is in use, those before share their memory with it
-        self.steps = 0  # of the batch at its present size
+        self.on_graph = device.type == "cuda" and bool(ops.load())  # the reference in plain PyTorch waits
+        self.graphs: list[torch.cuda.CUDAGraph] = []  # the last one is in use; the earlier ones share its memory pool
+        self.steps = 0  # taken by the batch at its present size
         self.draw(self.student.prefill(prompt, self.cache))
 
     def draw(self, hidden: Tensor) -> None:
@@ -181,12 +188,12 @@ class TokenStep:
         self.drawn.copy_(drawn)
 
     def run(self) -> None:
-        """The step itself."""
-        # Negative is a token that could not be drawn: an error by now, but in a row that has ended.
+        """Read the last tokens and draw the next."""
+        # A negative token could not be drawn. In a row that is alive that has raised an error by now.
         self.draw(self.student.step(self.drawn.clamp_min(0), self.cache))
 
     def advance(self) -> None:
-        """Run the step. On CUDA the first at each size of the batch by calls, the others as a graph."""
+        """Run one step: on CUDA the first at each batch size eagerly, the others as a graph."""
         if not self.on_graph:
             self.run()
         elif self.steps == 0:
@@ -198,8 +205,8 @@ class TokenStep:
         self.steps += 1
 
     def warm_up(self) -> None:
-        """Run the step where it will be captured, so that all is set up that a capture forbids: cuBLAS, kernels that
-        are loaded at their first use."""
+        """Run the step on the stream of the capture, so that all set-up that a capture forbids is done before: cuBLAS's
+        and that of kernels that are loaded at their first use."""
         here, aside = torch.cuda.current_stream(self.at.device), capture_stream(self.at.device)
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
@@ -207,7 +214,7 @@ class TokenStep:
         here.wait_stream(aside)
 
     def capture(self) -> None:
-        """Record the step, which runs nothing. What other threads do with the device meanwhile does not matter."""
+        """Record the step without running it. Other threads may use the device meanwhile."""
         graph, pool = torch.cuda.CUDAGraph(), self.graphs[-1].pool() if self.graphs else None
         stream = capture_stream(self.at.device)
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -215,11 +222,11 @@ class TokenStep:
         self.graphs.append(graph)
 
     def ignore(self, ended: Tensor) -> None:
-        """Note nothing more of these rows. ended: (R,) bool, on the CPU."""
+        """Write nothing more of these rows to the outputs. ended: (R,) bool, on the CPU."""
         self.at.masked_fill_(ended.to(self.at.device), len(self.outputs[0]) - 1)
 
     def keep(self, rows: Tensor) -> None:
-        """Take all rows but these out of the batch. rows: (n,) int64, on the CPU, indices into the present rows."""
+        """Drop all rows but these from the batch. rows: (n,) int64, on the CPU, indices into the present rows."""
         rows = rows.to(self.at.device)
         self.cache.keep(rows)
         self.at, self.drawn = self.at[rows], self.drawn[rows]
@@ -228,7 +235,7 @@ class TokenStep:
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    """One stream for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
@@ -243,5 +250,5 @@ def require_room(student: Student, prompt: list[int], max_new_tokens: int) -> No
 
 
 def encode_opening(tokenizer: Tokenizer, opening: str) -> list[int]:
-    """The opening as the student has seen beginnings in its corpus: after the end of the story before."""
+    """The opening as the corpus shows the student a document's beginning: after the end token of the previous one."""
     return [tokenizer.eos, *tokenizer.encode(opening)]

@@ -1,18 +1,25 @@
 """The student: GPT-2's layout, any size. Learned positions, pre-norm, biases, tanh GELU, tied embedding.
 
-Two ways through it: `hidden` reads whole sequences (training), `prefill` and `step` write with a KV cache (decoding).
-Neither makes logits: the tied embedding meets the final hidden state in `token_logprob` (training) or in `logits`.
+`Student.trunk` is the one forward pass in Python. Each use of it brings its own attention: `hidden` attends within
+whole sequences (training), `prefill` and `step` over a KV cache (decoding), tinystory/evaluate/scoring.py over trees.
+None of them computes logits: the tied embedding meets the final hidden state in `ops.token_logprob` or in `logits`.
+
+csrc/cpu/engine.cpp is the same forward pass in C++, for decoding on a CPU. Change one and you must change the other:
+the engine refuses parameters or a `Student.layout` that it does not know.
 """
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinystory import ops
+from tinystory.ops.engine import Layout
 
 
 @dataclass(frozen=True)
@@ -25,8 +32,11 @@ class StudentConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens read so far. prefix: of the opening, which all rows share, (n_layer, P, 2, n_head,
-    D); own: of each row's tokens after it, (n_layer, B, capacity, 2, n_head, D); lengths: how many, (B,) int64."""
+    """Keys and values of the tokens read so far.
+
+    prefix (n_layer, P, 2, H, D): the opening's, which all rows share. own (n_layer, B, capacity, 2, H, D): each row's,
+    for the tokens after the opening. lengths (B,) int64: how many positions of `own` each row has filled.
+    """
 
     def __init__(
         self, config: StudentConfig, rows: int, prefix: int, capacity: int, device: torch.device, dtype: torch.dtype
@@ -37,40 +47,56 @@ class KVCache:
         self.lengths = torch.zeros(rows, device=device, dtype=torch.int64)
 
     def keep(self, rows: Tensor) -> None:
-        """Retire every row but these. rows: (R,) int64, indices into the present rows."""
+        """Drop every row but these. rows: (R,) int64, indices into the present rows."""
         self.own, self.lengths = self.own[:, rows], self.lengths[rows]
 
 
+class Linear(nn.Linear):
+    """A linear layer fused with what follows it: tanh GELU, or the addition to the residual stream."""
+
+    def __init__(self, n_in: int, n_out: int, gelu: bool = False):
+        super().__init__(n_in, n_out)
+        self.gelu = gelu
+
+    def forward(self, y: Tensor) -> Tensor:
+        """(..., n_in) -> (..., n_out)"""
+        return ops.linear(y, self.weight, self.bias, gelu=self.gelu)
+
+    def add_to(self, x: Tensor, y: Tensor, dropout: float) -> Tensor:
+        """x + dropout(self(y)): the residual stream x (..., n_out) after the branch that ends with this layer."""
+        if dropout:
+            return x + F.dropout(self(y), dropout)
+        return ops.linear(y, self.weight, self.bias, residual=x, gelu=self.gelu)
+
+
+class LayerNorm(nn.LayerNorm):
+    """The layer norm before a linear layer, which reads it in the type of its matmul."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias)
+
+
 class Block(nn.Module):
+    """x = x + attn_proj(attend(qkv(ln_1(x)))), then x = x + mlp_proj(gelu(fc(ln_2(x)))); each `+` is fused into the
+    linear layer before it."""
+
     def __init__(self, config: StudentConfig):
         super().__init__()
         C = config.n_embd
         self.n_head = config.n_head
-        self.ln_1 = nn.LayerNorm(C)
-        self.qkv = nn.Linear(C, 3 * C)
-        self.attn_proj = nn.Linear(C, C)
-        self.ln_2 = nn.LayerNorm(C)
-        self.fc = nn.Linear(C, 4 * C)
-        self.mlp_proj = nn.Linear(4 * C, C)
+        self.ln_1 = LayerNorm(C)
+        self.qkv = Linear(C, 3 * C)
+        self.attn_proj = Linear(C, C)
+        self.ln_2 = LayerNorm(C)
+        self.fc = Linear(C, 4 * C, gelu=True)
+        self.mlp_proj = Linear(4 * C, C)
 
-    def project_qkv(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., 3, H, D)"""
-        normed = ops.layer_norm(x, self.ln_1.weight, self.ln_1.bias)
-        return ops.linear(normed, self.qkv.weight, self.qkv.bias).unflatten(-1, (3, self.n_head, -1))
-
-    def finish(self, x: Tensor, attended: Tensor, dropout: float) -> Tensor:
-        """Residual stream x (..., C) and attention's output (..., H, D) -> the block's output (..., C)."""
-        x = add(x, self.attn_proj, attended.flatten(-2), dropout)
-        normed = ops.layer_norm(x, self.ln_2.weight, self.ln_2.bias)
-        inner = ops.linear(normed, self.fc.weight, self.fc.bias, gelu=True)
-        return add(x, self.mlp_proj, inner, dropout)
-
-
-def add(x: Tensor, layer: nn.Linear, branch: Tensor, dropout: float) -> Tensor:
-    """x + dropout(layer(branch)): the residual stream's next state."""
-    if dropout:
-        return x + F.dropout(ops.linear(branch, layer.weight, layer.bias), dropout)
-    return ops.linear(branch, layer.weight, layer.bias, residual=x)
+    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor], dropout: float) -> Tensor:
+        """(..., C) -> (..., C). attend: packed queries, keys and values (..., 3, H, D) -> (..., H, D)."""
+        qkv = self.qkv(self.ln_1(x)).unflatten(-1, (3, self.n_head, -1))
+        x = self.attn_proj.add_to(x, attend(qkv).flatten(-2), dropout)  # x = x + attn_proj(attention)
+        x = self.mlp_proj.add_to(x, self.fc(self.ln_2(x)), dropout)  # x = x + mlp_proj(gelu(fc(ln_2(x))))
+        return x
 
 
 class Student(nn.Module):
@@ -93,22 +119,46 @@ class Student(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def hidden(self, tokens: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
-        """Final hidden states of whole sequences.
+    @property
+    def layout(self) -> Layout:
+        """What the C++ engine must know of this student besides its parameters."""
+        norms = [norm for block in self.blocks for norm in (block.ln_1, block.ln_2)] + [self.ln_f]
+        return Layout(
+            n_layer=len(self.blocks),
+            n_head=self.config.n_head,
+            norm="pre-layer-norm" if all(isinstance(norm, nn.LayerNorm) for norm in norms) else "other",
+            activation="gelu-tanh" if all(block.fc.gelu for block in self.blocks) else "other",
+            positions="learned",
+            bias=all(m.bias is not None for m in self.modules() if isinstance(m, nn.Linear | nn.LayerNorm)),
+            tied_head=True,
+        )
 
-        tokens: (B, T) int64, T <= context. dropout: applied to embedding, attention and residual branches; attention's
-        mask comes from `seed`, the others from torch's generator. Returns (B, T, C).
+    def trunk(self, x: Tensor, attend: Callable[[int, Tensor], Tensor], dropout: float = 0.0) -> Tensor:
+        """From embedded tokens (..., C) to final hidden states (..., C).
+
+        attend(i, qkv): the attention of layer i, from packed queries, keys and values (..., 3, H, D) to (..., H, D).
+        dropout: applied to the embedding and the residual branches, with torch's generator.
         """
-        x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
         x = F.dropout(x, dropout)
         for i, block in enumerate(self.blocks):
-            attended = ops.causal_attention(block.project_qkv(x), dropout, seed * len(self.blocks) + i)
-            x = block.finish(x, attended, dropout)
+            x = block(x, partial(attend, i), dropout)
         return self.ln_f(x)
 
+    def hidden(self, tokens: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
+        """Final hidden states (B, T, C) of whole sequences: tokens (B, T) int64, T <= context.
+
+        dropout: applied to the embedding, the attention weights and the residual branches. The mask of the attention
+        weights comes from `seed`, the others from torch's generator.
+        """
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            return ops.causal_attention(qkv, dropout, seed * len(self.blocks) + i)
+
+        return self.trunk(self.wte(tokens) + self.wpe.weight[: tokens.shape[1]], attend, dropout)
+
     def cast(self, dtype: torch.dtype) -> "Student":
-        """For decoding, to be called under autocast to dtype if that is used: a student that computes the same, but
-        whose linear layers are cast now and not at each use. All that needs no cast is shared with this one."""
+        """For decoding, called under the autocast to dtype that decoding will use, if any: a student that computes the
+        same, but whose linear layers are cast now, not at each use. Parameters that need no cast are shared."""
         student = copy.deepcopy(self, {id(p): p for p in self.parameters()})
         for layer in student.modules():
             if isinstance(layer, nn.Linear) and not ops.fused("linear", layer.weight, layer.weight):
@@ -127,27 +177,29 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Read an opening (P,) int64, once for all rows. Returns the hidden state after it, (B, C)."""
-        x = (self.wte(tokens) + self.wpe.weight[: len(tokens)])[None]
-        for i, block in enumerate(self.blocks):
-            qkv = block.project_qkv(x)
+        """Read an opening, tokens (P,) int64, once for all rows. Returns the hidden state after it, (B, C)."""
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
             cache.prefix[i] = qkv[0, :, 1:]
-            x = block.finish(x, ops.causal_attention(qkv), 0.0)
-        return self.ln_f(x[:, -1]).expand(len(cache.lengths), -1)
+            return ops.causal_attention(qkv)
+
+        x = self.trunk((self.wte(tokens) + self.wpe.weight[: len(tokens)])[None], attend)
+        return x[:, -1].expand(len(cache.lengths), -1)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Read one more token a row, (B,) int64. Returns the hidden state after it, (B, C)."""
-        x = self.wte(tokens) + self.wpe(cache.prefix.shape[1] + cache.lengths)
-        for i, block in enumerate(self.blocks):
-            qkv = block.project_qkv(x)
-            x = block.finish(x, ops.decode_attention(qkv, cache.prefix[i], cache.own[i], cache.lengths), 0.0)
+        """Read one more token per row, tokens (B,) int64. Returns the hidden state after it, (B, C)."""
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            return ops.decode_attention(qkv, cache.prefix[i], cache.own[i], cache.lengths)
+
+        x = self.trunk(self.wte(tokens) + self.wpe(cache.prefix.shape[1] + cache.lengths), attend)
         cache.lengths += 1
-        return self.ln_f(x)
+        return x
 
 
 class ValueHead(nn.Module):
-    """One number a position from the final hidden state; zero at the start, so first advantages are the rewards."""
+    """One value per position from the final hidden state. It starts at zero: the first advantages are the rewards."""
 
     def __init__(self, n_embd: int):
         super().__init__()

@@ -1,0 +1,85 @@
+// From a student's parameters by name, and the description of its layout, to what engine.cpp computes with.
+#include <set>
+#include <sstream>
+#include <stdexcept>
+
+#include "engine.h"
+
+namespace tinystory::cpu {
+namespace {
+
+template <class... Words>
+[[noreturn]] void refuse(const Words&... words) {
+  std::ostringstream message;
+  message << "Engine: ";
+  (message << ... << words);
+  message << "; csrc/cpu/engine.cpp must be taught what tinystory/student/model.py has changed"
+             " (TINYSTORY_KERNELS=reference decodes in plain PyTorch)";
+  throw std::invalid_argument(message.str());
+}
+
+std::string text(const std::vector<int64_t>& shape) {
+  std::string s = "(";
+  for (int64_t size : shape) s += (s.size() > 1 ? ", " : "") + std::to_string(size);
+  return s + ")";
+}
+
+void check_layout(const Layout& layout) {
+  const auto check = [](const char* field, const std::string& is, const std::string& known) {
+    if (is != known) refuse("the layout has ", field, " ", is, ", and the engine knows only ", known);
+  };
+  const auto yes_no = [](bool x) { return x ? "True" : "False"; };
+  check("norm", layout.norm, "pre-layer-norm");
+  check("activation", layout.activation, "gelu-tanh");
+  check("positions", layout.positions, "learned");
+  check("bias", yes_no(layout.bias), "True");
+  check("tied_head", yes_no(layout.tied_head), "True");
+}
+
+}  // namespace
+
+StudentWeights find_weights(const Layout& layout, const std::map<std::string, Parameter>& parameters) {
+  check_layout(layout);
+  std::set<std::string> used;
+  const auto find = [&](const std::string& name) -> const Parameter& {
+    const auto found = parameters.find(name);
+    if (found == parameters.end()) refuse("parameter ", name, " is missing");
+    used.insert(name);
+    return found->second;
+  };
+  const auto take = [&](const std::string& name, const std::vector<int64_t>& shape) {
+    const Parameter& p = find(name);
+    if (p.shape != shape) refuse("parameter ", name, " must have shape ", text(shape), ", not ", text(p.shape));
+    return p.data;
+  };
+  const auto matrix = [&](const std::string& name) {
+    const Parameter& p = find(name);
+    if (p.shape.size() != 2) refuse("parameter ", name, " must be a matrix, not of shape ", text(p.shape));
+    return p.shape;
+  };
+  const int64_t V = matrix("wte.weight")[0], C = matrix("wte.weight")[1], context = matrix("wpe.weight")[0];
+  const auto norm = [&](const std::string& name) {
+    return StudentWeights::Affine{take(name + ".weight", {C}), take(name + ".bias", {C})};
+  };
+  const auto linear = [&](const std::string& name, int64_t in, int64_t out) {
+    return StudentWeights::Affine{take(name + ".weight", {out, in}), take(name + ".bias", {out})};
+  };
+
+  const int64_t D = layout.n_head > 0 && C % layout.n_head == 0 ? C / layout.n_head : 0;
+  if (D < 16 || D > 256 || D % 16)
+    refuse("n_embd / n_head = ", C, " / ", layout.n_head, " must be a multiple of 16 up to 256");
+  StudentWeights w{.heads = layout.n_head, .C = C, .V = V, .context = context, .wte = take("wte.weight", {V, C}),
+                   .wpe = take("wpe.weight", {context, C}), .blocks = {}, .ln_f = norm("ln_f"), .value = {}};
+  for (int64_t i = 0; i < layout.n_layer; ++i) {
+    const std::string block = "blocks." + std::to_string(i) + ".";
+    w.blocks.push_back({.ln_1 = norm(block + "ln_1"), .qkv = linear(block + "qkv", C, 3 * C),
+                        .attn_proj = linear(block + "attn_proj", C, C), .ln_2 = norm(block + "ln_2"),
+                        .fc = linear(block + "fc", C, 4 * C), .mlp_proj = linear(block + "mlp_proj", 4 * C, C)});
+  }
+  if (parameters.count("value_head.linear.weight")) w.value = linear("value_head.linear", C, 1);
+  for (const auto& [name, parameter] : parameters)
+    if (!used.count(name)) refuse("parameter ", name, " of shape ", text(parameter.shape), " is unexpected");
+  return w;
+}
+
+}  // namespace tinystory::cpu
