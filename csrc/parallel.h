@@ -11,8 +11,8 @@ namespace tinystory {
 
 inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Calls f(begin, end) on parts that cover [0, items), each taken by the thread that is free next, so that a core that is
-// slower, or busy with other programs, delays no other. An item's result depends on neither the part nor the thread.
+// Calls f(begin, end) on parts that cover [0, items), each taken by the thread that is free next, so that a core that
+// is slower, or busy with other programs, delays no other. An item's result depends on neither part nor thread.
 template <class F>
 void parallel(int64_t items, const F& f) {
   const int64_t threads = at::get_num_threads(), part = std::max<int64_t>(1, items / (8 * threads));
