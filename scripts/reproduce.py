@@ -208,7 +208,7 @@ def reproduce(
     # What there is to do, for the time left.
     progress = Progress()
     for part in parts:
-        progress.expect(part.name, part.work, part.share(out))
+        progress.expect(part.name, part.work, part.fraction_done(out))
     written = writing.steps * writing.stories_per_step * writing.max_new_tokens
     for start in scale.starts:
         progress.expect(f"reading/{start}M-0", written)
