@@ -257,7 +257,7 @@ def _download(repository: str, files: Sequence[str]) -> list[Path]:
                             ) from None
         except (errors.RepositoryNotFoundError, errors.EntryNotFoundError):
             raise UserError(f"the server has no {repository}/{file}: check HF_ENDPOINT") from None
-        except (errors.HTTPError, OSError) as error:  # HTTPError comes from the underlying HTTP library
+        except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # of the HTTP library below it
             status = getattr(getattr(error, "response", None), "status_code", None)
             why = f"the server answered {status}" if status else getattr(error, "strerror", "") or "connection lost"
             raise UserError(f"cannot download {repository}/{file}: {why}; check the network and HF_ENDPOINT, then run "

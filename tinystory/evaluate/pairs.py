@@ -91,8 +91,9 @@ def _item(record: dict[str, Any], file: str) -> Item:
 
 
 def scores(student: Student, tokenizer: Tokenizer, items: Sequence[Item], desc: str) -> list[torch.Tensor | None]:
-    """Per item, the log-probabilities of its options after their common prefix, in nats: (options,) float64. None for an
-    item that does not fit the student's context. desc: of the progress bar."""
+    """Per item, the log-probabilities of its options after their common prefix, in nats: (options,) float64.
+
+    None for an item that does not fit the student's context. desc: label of the progress bar."""
     groups = [[part(tokenizer, item.prefix, option) for option in item.options] for item in items]
     fits = [max(len(ids) for ids, _ in group) <= student.config.context for group in groups]
     sums = iter(sum_logprobs(student, [group for group, fit in zip(groups, fits, strict=True) if fit], desc))

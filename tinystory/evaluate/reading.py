@@ -26,7 +26,7 @@ SPILLOVER = (*BASELINE, "prev_length", "prev_pred")  # effects of the previous w
 
 
 def evaluate_reading(student: Student, tokenizer: Tokenizer, path: str | Path) -> dict[str, Any]:
-    """The scores on reading_data.csv: eye_tracking (mean over four measures) and self_paced (with one word of spillover).
+    """Scores on reading_data.csv: eye_tracking (mean over four measures) and self_paced (with one word of spillover).
 
     Each is the percentage of the variance left unexplained by word length, frequency and position that surprisal
     explains. There is no interval, because resampling words overstates a gain that cannot be negative. items: the
@@ -40,8 +40,8 @@ def evaluate_reading(student: Student, tokenizer: Tokenizer, path: str | Path) -
     longest = max(len(ids) for group in groups for ids, _ in group)
     if longest > student.config.context:
         raise UserError(
-            f"{path} has a text of {longest} tokens, and the student reads {student.config.context}: evaluate one that was "
-            f"trained with --context {longest} or more"
+            f"{path} has a text of {longest} tokens, and the student reads {student.config.context}: "
+            f"evaluate one that was trained with --context {longest} or more"
         )
     flat = sum_logprobs(student, [[p] for group in groups for p in group], "reading times")
     sums = iter(float(each) for each in flat)

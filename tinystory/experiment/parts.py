@@ -175,8 +175,7 @@ def log_file(out: Path, part: Part) -> Path:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[int]:
-    """The file descriptor of a lock on the experiment, held by this process and inherited by its parts, which can outlive
-    a killed parent."""
+    """The file descriptor of a lock on the experiment. Its parts inherit it, since they can outlive a killed parent."""
     with open(out / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

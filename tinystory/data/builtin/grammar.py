@@ -211,9 +211,9 @@ def _vocabulary() -> frozenset[str]:
     tables: list[object] = [_RULES.values(), *_HEROES.values(), *_HELPERS.values(), *_PARENTS.values()]
     tables += [[rows for _, rows in plot.facts] + plot.paragraphs for plot in PLOTS]
     literals = [f"{hand}s" for rows in _HEROES.values() for row in rows for hand in _literals(row[3])]
-    names = {name for names in _NAMES["wild"] for name in names}
+    wild = {name for group in _NAMES["wild"] for name in group}
     literals += [*_literals(tables), *(word for pronouns in _PRONOUNS for word in pronouns.values())]
-    literals += [*names, *(f"{name}'s" for name in names)]
+    literals += [*wild, *(f"{name}'s" for name in wild)]
     return frozenset(_WORD.findall(" ".join(literals).lower()))
 
 
