@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=5, help="timed runs, after a warm-up run (default: 5)")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="chart to write (growth only)")
     parser.add_argument("--json", action="store_true", help="print only the line of JSON")
-    parser.add_argument("--profile", action="store_true", help="then run once more under the profiler and print its table")
+    parser.add_argument("--profile", action="store_true", help="then run once more under the profiler")
     a = parser.parse_args(argv)
     config, device = SHAPES[a.shape], pick_device(a.device)
     batch = a.batch or BATCH.get((a.bench, a.shape), 64)
@@ -109,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{a.bench} on {facts['device']}: {a.runs + 1} runs ...", file=sys.stderr)
 
     run = None
+    measured: dict[str, Any]
     if a.bench == "kernels":
         measured = dict(kernels=kernels(config, batch, dtype, device, a.runs))
     elif a.bench == "growth":
@@ -132,7 +134,7 @@ def medians(run: Callable[[], dict[str, float]], runs: int) -> dict[str, float]:
     return {name: statistics.median(lap[name] for lap in laps) for name in laps[0]}
 
 
-def pretrain(config: StudentConfig, batch: int, _: int, dtype: torch.dtype, device: torch.device) -> Callable:
+def pretrain(config: StudentConfig, batch: int, new: int, dtype: torch.dtype, device: torch.device) -> Callable:
     from train_pretrain import make_optimizer, train_step
 
     options = PretrainConfig(batch_size=batch)
@@ -195,7 +197,8 @@ def interact(
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------
-PARTS: dict[str, tuple[Callable[..., Callable], str, str]] = {  # part timed: (function that makes its run, key of its seconds, colour of its curve)
+# Part timed: (function that makes its run, key of its seconds, colour of its curve).
+PARTS: dict[str, tuple[Callable[..., Callable], str, str]] = {
     "reading": (pretrain, "step_s", "readability"),
     "writing": (stories, "rollout_s", "creativity"),
     "update": (functools.partial(interact, epochs=1), "update_s", "reward"),  # reference pass and one PPO epoch
@@ -211,7 +214,7 @@ AXES = {  # quantity varied: (unit, parts that depend on it)
 def growth(
     config: StudentConfig, batch: int, new: int, dtype: torch.dtype, device: torch.device, runs: int, quiet: bool
 ) -> dict[str, dict]:
-    """Microseconds per token as one quantity at a time goes from 1/8 to 8 times its value in the shape, by powers of two.
+    """Microseconds per token as one quantity at a time goes from 1/8 to 8 times its value in the shape, doubling.
 
     A longer context has fewer sequences, so that the number of tokens per step is fixed; a longer story has the context
     that it needs."""
@@ -241,12 +244,13 @@ def growth_chart(base: dict[str, int], found: dict[str, dict]) -> str:
     """The text of an .svg with one panel per quantity: time per token of each part, relative to the shape itself."""
     panels, own = [], {}
     for quantity, parts in found.items():
-        lines = []
+        lines, curves = [], []
         for part, points in parts.items():
             own[part] = points["us_per_token"][points["x"].index(base[quantity])]
             times = [round(us / own[part], 2) for us in points["us_per_token"]]
+            curves.append(times)
             lines.append(plots.Line(points["x"], times, PARTS[part][2], part, smooth=False))
-        top = max(2.0, *(1.05 * max(line.y) for line in lines))  # constant curves look flat
+        top = max(2.0, *(1.05 * max(times) for times in curves))  # constant curves look flat
         title = f"Time per token against {quantity}, 1 at {base[quantity]:,}"
         # On a linear axis a linear cost is a straight line; the cost per token falls with the inverse of the batch.
         even = quantity != "batch"
@@ -258,8 +262,8 @@ def growth_chart(base: dict[str, int], found: dict[str, dict]) -> str:
 # --- kernels ----------------------------------------------------------------------------------------------------------
 def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch.device, runs: int) -> dict[str, dict]:
     """Per operator: median milliseconds of ours and PyTorch's, alternating; their ratio (above 1: ours is faster); peak
-    memory beyond the inputs in MB (null if the system does not report it). On a GPU also every backend of SDPA, the best
-    of which counts as PyTorch's, and our achieved TFLOP/s or GB/s beside the rate of a GEMM and of a copy."""
+    memory beyond the inputs in MB (null if the system does not report it). On a GPU also every backend of SDPA, the
+    best of which counts as PyTorch's, and our achieved TFLOP/s or GB/s beside the rate of a GEMM and of a copy."""
     T, H, C, V = config.context, config.n_head, config.n_embd, config.vocab_size
     D, N = C // H, batch * T
 
@@ -305,7 +309,7 @@ def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch
 
     plain_loss = backward(lambda: F.cross_entropy(F.linear(hidden, weight), targets))
     size, forward_flops = dtype.itemsize, 2 * batch * H * T * T * D  # causal: half of two GEMMs
-    work = {  # floating-point operations, or bytes that must be read
+    work: dict[str, dict[str, float]] = {  # floating-point operations, or bytes that must be read
         "attention": dict(flops=3.5 * forward_flops),
         "token_logprob": dict(flops=6 * N * C * V),
         "token_logprob_entropy": dict(flops=6 * N * C * V),
@@ -332,7 +336,8 @@ def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch
                 to.append(lap(f))
         return [statistics.median(t[1:]) for t in times]
 
-    limits, found = {}, {}
+    limits: dict[str, float] = {}
+    found: dict[str, dict[str, float | None]] = {}
     if device.type == "cuda":
         big, a = torch.empty(2**28, dtype=torch.uint8, device=device), torch.randn(8192, 8192, device=device).to(dtype)
         gemm, copy = medians(lambda: a @ a, lambda: big.clone())

@@ -154,7 +154,7 @@ class Judge:
             self.corpus, vocab_size=reading.vocab_size, val_fraction=reading.val_fraction, seed=reading.seed
         ).val
         # Everything that the measures depend on: a measure taken with other settings is taken again.
-        self.settings = dict(
+        self.settings: dict[str, Any] = dict(
             stories=stories, opening=self.opening, other_openings=OPENINGS, length=self.length, seed=SEED,
             corpus=reading.corpus, teacher=grader.facts["teacher"]["model"], blimp=blimp,
         )  # fmt: skip
