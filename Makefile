@@ -1,7 +1,7 @@
 # Thin on purpose: each recipe is a line or two that can be copied into a shell.
 PY := .venv/bin/python
 
-.PHONY: demo test sanitize bench cuda-build gpu-check clean
+.PHONY: demo test sanitize bench cuda-build kernel-report gpu-check clean
 
 # From nothing to a student that tells better stories: about ten minutes on two cores.
 demo: .venv/ready
@@ -32,6 +32,11 @@ cuda-build:
 	python3 -m venv build/cuda
 	build/cuda/bin/pip install --quiet torch==2.11.0 --editable '.[test]'
 	TINYSTORY_CACHE=build/cuda/cache build/cuda/bin/pytest tests/ops/test_cuda_binding.py tests/ops/test_cuda_compile.py
+
+# What the CUDA kernels do to memory, per source line, and their machine code if nvcc is there, beside their budgets.
+kernel-report: .venv/ready
+	.venv/bin/cmake -S tests/native/simt -B build/simt && .venv/bin/cmake --build build/simt -j 2 --target simt_trace
+	build/simt/simt_trace report && { $(PY) tests/native/simt/sass_report.py || [ $$? = 77 ]; }
 
 # On a machine with a card: the GPU tests, the kernels' tests again under compute-sanitizer, and our speed beside the card's.
 gpu-check: .venv/ready

@@ -1,6 +1,6 @@
-// The Python module: importing it registers the operators of ops.cpp, and it holds what keeps state between calls, the
-// decoding engine. An operator is a pure function, which autograd, torch.compile and opcheck must understand: it belongs
-// in TORCH_LIBRARY. An object that only our own Python drives needs none of that: it is a C++ class bound by pybind11.
+// The Python module. Importing it registers the operators of ops.cpp; it has the one object that keeps state between
+// calls, the decoding engine. Operators go in TORCH_LIBRARY, because autograd, torch.compile and opcheck must
+// understand them. An object that only our own Python drives needs none of that: it is bound by pybind11.
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>

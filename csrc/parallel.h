@@ -1,23 +1,31 @@
-// Splits the kernels' ranges of items over torch's threads.
+// Splits the kernels' ranges of items over torch's threads, or, without OpenMP, over as many of our own.
 #pragma once
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <atomic>
 
+#include "cpu/thread_pool.h"
+
 namespace tinystory {
 
 inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Calls f(begin, end) on parts that cover [0, items), each taken by the thread that is free next, so that a core that is
-// slower, or busy with other programs, delays no other. An item's result depends on neither the part nor the thread.
+// Calls f(begin, end) on parts that cover [0, items), each taken by the thread that is free next, so that a core that
+// is slower, or busy with other programs, delays no other. An item's result depends on neither part nor thread.
 template <class F>
 void parallel(int64_t items, const F& f) {
   const int64_t threads = at::get_num_threads(), part = std::max<int64_t>(1, items / (8 * threads));
+  const int64_t useful = std::min(threads, blocks(items, part));
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(threads, blocks(items, part)), 1, [&](int64_t, int64_t) {
+  const auto work = [&] {
     for (int64_t begin; (begin = next.fetch_add(part)) < items;) f(begin, std::min(items, begin + part));
-  });
+  };
+#ifdef _OPENMP
+  at::parallel_for(0, useful, 1, [&](int64_t, int64_t) { work(); });
+#else
+  cpu::ThreadPool::shared().run(useful, work);
+#endif
 }
 
 }  // namespace tinystory

@@ -1,10 +1,10 @@
-"""How fast the product's own code runs here, in one JSON line: medians of runs, on random weights and tokens.
+"""Speed of training, generation and kernels on this machine, as one JSON line: medians over runs with random weights.
 
-python scripts/bench.py pretrain --shape small              a training step: forward, backward, optimiser
-python scripts/bench.py rollout --shape small --batch 64    stories from one opening, the teacher excluded
+python scripts/bench.py pretrain --shape small              a training step: forward, backward, optimizer
+python scripts/bench.py rollout --shape small --batch 64    stories from one opening, without the teacher
 python scripts/bench.py ppo --shape gpt2s --batch 16        rollout, reference, four epochs; a constant reward
-python scripts/bench.py kernels                             each operator beside PyTorch's own, interleaved
-python scripts/bench.py growth --runs 3 --plot growth.svg   a token's time against batch, context, vocabulary, length
+python scripts/bench.py kernels                             each operator and PyTorch's own, interleaved
+python scripts/bench.py growth --runs 3 --plot growth.svg   time per token against batch, context, vocabulary, length
 """
 
 import argparse
@@ -17,9 +17,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory import ops, ppo
 from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.data.tokenizer import Tokenizer
 from tinystory.device import peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
 from tinystory.report import plots
@@ -49,7 +51,7 @@ SDPA_BACKENDS = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.MATH,
 )
-BATCH = {  # else 64
+BATCH = {  # default batch sizes; 64 for the rest
     ("growth", "small"): 16,
     ("growth", "gpt2s"): 4,
     ("pretrain", "small"): 16,
@@ -60,8 +62,8 @@ BATCH = {  # else 64
 }
 
 
-class Words:
-    """A tokenizer for random tokens: its openings have PROMPT - 1 of them, its words are numbers."""
+class Words(Tokenizer):
+    """A stand-in for a tokenizer: the opening is PROMPT - 1 random tokens, and words are token ids."""
 
     eos, pad = 2, 1
 
@@ -71,7 +73,7 @@ class Words:
     def encode(self, text: str) -> list[int]:
         return self.opening
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         return " ".join(map(str, ids))
 
 
@@ -80,21 +82,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", choices=("kernels", "pretrain", "rollout", "ppo", "growth"))
     parser.add_argument("--shape", choices=SHAPES, default="small", help="4 layers of 256, or GPT-2-small")
-    parser.add_argument("--batch", type=int, help="sequences or stories (default: what README compares at)")
-    parser.add_argument("--new", type=int, default=90, help="tokens a story (default: 90)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the products")
+    parser.add_argument("--batch", type=int, help="sequences or stories (default: as in the published figures)")
+    parser.add_argument("--new", type=int, default=90, help="tokens per story (default: 90)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="dtype of the GEMMs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
-    parser.add_argument("--runs", type=int, default=5, help="timed runs, after one that is not (default: 5)")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="of growth: where to draw it")
-    parser.add_argument("--json", action="store_true", help="nothing but the line of JSON")
-    parser.add_argument("--profile", action="store_true", help="then run once more and print where the time goes")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs, after a warm-up run (default: 5)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="chart to write (growth only)")
+    parser.add_argument("--json", action="store_true", help="print only the line of JSON")
+    parser.add_argument("--profile", action="store_true", help="then run once more under the profiler")
     a = parser.parse_args(argv)
     config, device = SHAPES[a.shape], pick_device(a.device)
     batch = a.batch or BATCH.get((a.bench, a.shape), 64)
     if min(batch, a.new, a.runs) < 1:
         raise UserError("--batch, --new and --runs must be at least 1")
     if a.plot and (a.bench != "growth" or not a.plot.parent.is_dir()):
-        raise UserError(f"--plot {a.plot}: only growth is drawn, and into a folder that is there")
+        raise UserError(f"--plot {a.plot} needs the bench growth and a folder that exists")
     if a.bench in ("rollout", "ppo") and PROMPT + a.new > config.context:
         raise UserError(f"--new {a.new} does not fit: {a.shape} has room for {config.context - PROMPT} tokens")
     dtype = pick_dtype(a.dtype, device)
@@ -108,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{a.bench} on {facts['device']}: {a.runs + 1} runs ...", file=sys.stderr)
 
     run = None
+    measured: dict[str, Any]
     if a.bench == "kernels":
         measured = dict(kernels=kernels(config, batch, dtype, device, a.runs))
     elif a.bench == "growth":
@@ -131,7 +134,7 @@ def medians(run: Callable[[], dict[str, float]], runs: int) -> dict[str, float]:
     return {name: statistics.median(lap[name] for lap in laps) for name in laps[0]}
 
 
-def pretrain(config: StudentConfig, batch: int, _, dtype: torch.dtype, device: torch.device) -> Callable:
+def pretrain(config: StudentConfig, batch: int, new: int, dtype: torch.dtype, device: torch.device) -> Callable:
     from train_pretrain import make_optimizer, train_step
 
     options = PretrainConfig(batch_size=batch)
@@ -157,7 +160,7 @@ def stories(config: StudentConfig, batch: int, new: int, dtype: torch.dtype, dev
         with lower(device, dtype):
             written = generate(student, head, words, [""] * batch, first_index=0, max_new_tokens=new, seed=0)
         seconds = now(device) - began
-        tokens = sum(len(story.tokens) for story in written)  # with these weights one in V draws ends its story
+        tokens = sum(len(story.tokens) for story in written)  # random weights: one draw in V ends its story
         return dict(tokens_per_s=tokens / seconds, rollout_s=seconds, tokens=tokens)
 
     return run
@@ -194,25 +197,27 @@ def interact(
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------
-PARTS = {  # what is timed: what runs it, which of its seconds, its line's colour
+# Part timed: (function that makes its run, key of its seconds, colour of its curve).
+PARTS: dict[str, tuple[Callable[..., Callable], str, str]] = {
     "reading": (pretrain, "step_s", "readability"),
     "writing": (stories, "rollout_s", "creativity"),
-    "update": (functools.partial(interact, epochs=1), "update_s", "reward"),  # the reference's pass and one of PPO's
+    "update": (functools.partial(interact, epochs=1), "update_s", "reward"),  # reference pass and one PPO epoch
 }
-AXES = {  # what is varied: its unit, the parts that depend on it
+AXES = {  # quantity varied: (unit, parts that depend on it)
     "batch": ("sequences, or stories", ("reading", "writing", "update")),
-    "context": ("tokens a sequence (the step’s tokens fixed)", ("reading",)),
+    "context": ("tokens per sequence (tokens per step fixed)", ("reading",)),
     "vocabulary": ("tokens", ("reading", "writing", "update")),
-    "length": ("tokens a story", ("writing", "update")),
+    "length": ("tokens per story", ("writing", "update")),
 }
 
 
 def growth(
     config: StudentConfig, batch: int, new: int, dtype: torch.dtype, device: torch.device, runs: int, quiet: bool
 ) -> dict[str, dict]:
-    """Microseconds a token where one quantity at a time goes from an eighth of the shape's own to eight times that, by
-    powers of two. A longer context has fewer sequences, so that a step's tokens stay as many; a longer story has the
-    context that it needs."""
+    """Microseconds per token as one quantity at a time goes from 1/8 to 8 times its value in the shape, doubling.
+
+    A longer context has fewer sequences, so that the number of tokens per step is fixed; a longer story has the context
+    that it needs."""
     base = dict(batch=batch, context=config.context, vocabulary=config.vocab_size, length=new)
     points = []
     for quantity, (_, parts) in AXES.items():
@@ -222,7 +227,9 @@ def growth(
                 at["batch"] = int(batch / 2.0**power)
             if min(at.values()) >= 1:
                 points.append((quantity, part, at))
-    found = {quantity: {part: dict(x=[], us_per_token=[]) for part in parts} for quantity, (_, parts) in AXES.items()}
+    found: dict[str, dict[str, dict[str, list]]] = {
+        quantity: {part: dict(x=[], us_per_token=[]) for part in parts} for quantity, (_, parts) in AXES.items()
+    }
     for quantity, part, at in tqdm(points, desc="growth", unit="point", disable=quiet):
         context = at["context"] if part == "reading" else max(config.context, PROMPT + at["length"])
         shape = dataclasses.replace(config, context=context, vocab_size=at["vocabulary"])
@@ -234,29 +241,29 @@ def growth(
 
 
 def growth_chart(base: dict[str, int], found: dict[str, dict]) -> str:
-    """A panel a quantity: each part's time a token as a multiple of that at the shape's own, as the text of an .svg."""
+    """The text of an .svg with one panel per quantity: time per token of each part, relative to the shape itself."""
     panels, own = [], {}
     for quantity, parts in found.items():
-        lines = []
+        lines, curves = [], []
         for part, points in parts.items():
             own[part] = points["us_per_token"][points["x"].index(base[quantity])]
             times = [round(us / own[part], 2) for us in points["us_per_token"]]
+            curves.append(times)
             lines.append(plots.Line(points["x"], times, PARTS[part][2], part, smooth=False))
-        top = max(2.0, *(1.05 * max(line.y) for line in lines))  # what is flat looks flat
-        title = f"Time a token against {quantity}, 1 at {base[quantity]:,}"
-        # Along an even axis a cost that is linear is a straight line; a batch's falls with its inverse.
+        top = max(2.0, *(1.05 * max(times) for times in curves))  # constant curves look flat
+        title = f"Time per token against {quantity}, 1 at {base[quantity]:,}"
+        # On a linear axis a linear cost is a straight line; the cost per token falls with the inverse of the batch.
         even = quantity != "batch"
         panels.append(plots.chart(title, lines, y_range=(0, top), x_name=AXES[quantity][0], log_x=not even))
     at_one = ", ".join(f"{part} {plots.number(us)}" for part, us in own.items())
-    return plots.standalone(plots.grid(f"Microseconds a token at 1: {at_one}", panels))
+    return plots.standalone(plots.grid(f"Microseconds per token at 1: {at_one}", panels))
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch.device, runs: int) -> dict[str, dict]:
-    """Median milliseconds of ours and PyTorch's, run in turn; their ratio (above 1: ours is faster); what each holds at
-    its peak beyond its inputs, in MB (null where the system does not tell). On a GPU also each backend of SDPA, the
-    best of which is PyTorch's; and the arithmetic or the memory traffic that the result takes over our time, in TFLOP/s
-    or GB/s, beside what a matrix product and a copy reach here."""
+    """Per operator: median milliseconds of ours and PyTorch's, alternating; their ratio (above 1: ours is faster); peak
+    memory beyond the inputs in MB (null if the system does not report it). On a GPU also every backend of SDPA, the
+    best of which counts as PyTorch's, and our achieved TFLOP/s or GB/s beside the rate of a GEMM and of a copy."""
     T, H, C, V = config.context, config.n_head, config.n_embd, config.vocab_size
     D, N = C // H, batch * T
 
@@ -302,8 +309,8 @@ def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch
         return lambda: f().sum().backward()
 
     plain_loss = backward(lambda: F.cross_entropy(F.linear(hidden, weight), targets))
-    size, forward_flops = dtype.itemsize, 2 * batch * H * T * T * D  # causal: half of two products
-    work = {  # floating-point operations, or bytes that must be read
+    size, forward_flops = dtype.itemsize, 2 * batch * H * T * T * D  # causal: half of two GEMMs
+    work: dict[str, dict[str, float]] = {  # floating-point operations, or bytes that must be read
         "attention": dict(flops=3.5 * forward_flops),
         "token_logprob": dict(flops=6 * N * C * V),
         "token_logprob_entropy": dict(flops=6 * N * C * V),
@@ -322,7 +329,7 @@ def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch
     lap = lap_timer(device)
 
     def medians(*functions: Callable) -> list[float]:
-        times = [[] for _ in functions]
+        times: list[list[float]] = [[] for _ in functions]
         for _ in range(runs + 1):
             for f, to in zip(functions, times, strict=True):
                 for leaf in (qkv, hidden, weight):
@@ -330,11 +337,12 @@ def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch
                 to.append(lap(f))
         return [statistics.median(t[1:]) for t in times]
 
-    limits, found = {}, {}
+    limits: dict[str, float] = {}
+    found: dict[str, dict[str, float | None]] = {}
     if device.type == "cuda":
         big, a = torch.empty(2**28, dtype=torch.uint8, device=device), torch.randn(8192, 8192, device=device).to(dtype)
-        product, copy = medians(lambda: a @ a, lambda: big.clone())
-        limits = dict(flops=2 * 8192**3 / product, bytes=2 * 2**28 / copy)
+        gemm, copy = medians(lambda: a @ a, lambda: big.clone())
+        limits = dict(flops=2 * 8192**3 / gemm, bytes=2 * 2**28 / copy)
         del big, a
     for name, pair in pairs.items():
         ours, theirs = medians(*pair)
@@ -344,7 +352,7 @@ def kernels(config: StudentConfig, batch: int, dtype: torch.dtype, device: torch
             for backend in SDPA_BACKENDS:
                 try:
                     (best[backend.name],) = medians(backward(functools.partial(attention, backend)))
-                except RuntimeError as error:  # not for this dtype or card, or too large
+                except RuntimeError as error:  # unsupported for this dtype or GPU, or out of memory
                     print(f"SDPA's {backend.name}: {str(error).splitlines()[0]}", file=sys.stderr)
             theirs = min(best.values())
             found[name] |= {f"{key.lower()}_ms": round(1000 * seconds, 3) for key, seconds in best.items()}
@@ -368,8 +376,8 @@ def now(device: torch.device) -> float:
 
 
 def lap_timer(device: torch.device) -> Callable[[Callable], float]:
-    """A function that runs another and says how many seconds it took. On a GPU by events of its stream, after its
-    caches were overwritten, which also gives the host time to be ahead of the device."""
+    """A function that runs another one and returns its seconds. On a GPU it uses events, after flushing the L2 cache,
+    which also lets the host run ahead of the device."""
     if device.type != "cuda":
 
         def lap(f: Callable) -> float:
@@ -395,7 +403,7 @@ def lap_timer(device: torch.device) -> Callable[[Callable], float]:
 def gemm_seconds(
     config: StudentConfig, rows: int, dtype: torch.dtype, device: torch.device, backward: bool, runs: int = 5
 ) -> float:
-    """What PyTorch takes for the student's matrix products alone over so many rows, with or without the backward's."""
+    """Seconds that PyTorch takes for the student's GEMMs alone over `rows` rows, with or without the backward pass."""
     C, L, V = config.n_embd, config.n_layer, config.vocab_size
     total = 0.0
     for k, n, times in ((C, 3 * C, L), (C, C, L), (C, 4 * C, L), (4 * C, C, L), (C, V, 1)):
@@ -412,8 +420,8 @@ def gemm_seconds(
 
 
 def held_mb(f: Callable, device: torch.device) -> float | None:
-    """Peak memory of one call beyond what was there before it, in MB. On a CPU what was freed is given back first, and
-    the call has a thread of its own: memory that a thread keeps from call to call counts as well."""
+    """Peak memory of one call beyond the memory in use before it, in MB. On a CPU freed memory is first returned to the
+    system, and the call runs in a new thread, so that memory which a thread keeps between calls is counted too."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -421,7 +429,7 @@ def held_mb(f: Callable, device: torch.device) -> float | None:
         return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
-    try:  # Linux: 5 sets the high-water mark back to what is resident now
+    try:  # Linux: 5 resets the high-water mark to the resident memory
         Path("/proc/self/clear_refs").write_text("5")
         before = status_kb("VmRSS")
         with ThreadPoolExecutor(1) as thread:

@@ -1,18 +1,19 @@
-"""Write a checkpoint as a folder that transformers loads, or put a run's milestones on the Hub.
+"""Write a checkpoint as a folder that transformers loads, or upload a run's milestones to the Hub.
 
     python scripts/export_hf.py runs/pretrain exported                   its newest checkpoint -> exported/
     python scripts/export_hf.py runs/pretrain exported --all-checkpoints exported/chck_1M, exported/chck_2M, ...
     python scripts/export_hf.py runs/pretrain exported --all-checkpoints --push NAME/REPO
 
-BabyLM's pipeline ignores --revision_name for a local folder: give it one folder a milestone, or push, which makes each
-milestone a branch of that name and the newest checkpoint `main`. Pushing needs `pip install huggingface_hub` and a
-token: `hf auth login`, or HF_TOKEN.
+BabyLM's pipeline ignores --revision_name for a local folder: give it one folder per milestone, or push, which uploads
+each milestone as a branch of that name and the newest checkpoint as `main`. Pushing needs
+`pip install huggingface_hub` and a token: `hf auth login`, or HF_TOKEN.
 """
 
 import argparse
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,16 +22,19 @@ from tqdm import tqdm
 from tinystory.errors import UserError, command
 from tinystory.student import checkpoint, hf
 
-MAIN = "main"  # where the newest checkpoint goes: the Hub's name for what is loaded without a revision
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+MAIN = "main"  # branch of the newest checkpoint: the Hub's default revision
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run (its newest)")
+    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run (its newest checkpoint)")
     parser.add_argument("folder", type=Path, help="new folder to write")
-    parser.add_argument("--all-checkpoints", action="store_true", help="a folder each for all chck_* of the run")
-    parser.add_argument("--push", metavar="REPO", default="", help="then upload to this repository of the Hub")
+    parser.add_argument("--all-checkpoints", action="store_true", help="write all chck_* of the run, one folder each")
+    parser.add_argument("--push", metavar="REPO", default="", help="then upload to this repository on the Hub")
     options = parser.parse_args(argv)
     api = open_hub() if options.push else None
 
@@ -47,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         hf.write(folder, student, tokenizer)
     if student.config.context < hf.FINE_TUNING:
         print(
-            f"warning: this student reads {student.config.context} tokens at most; BabyLM's fine-tuning gives it "
-            f"{hf.FINE_TUNING}: train with --context {hf.FINE_TUNING} for it, or give it a shorter --sequence_length",
+            f"warning: this student reads {student.config.context} tokens at most; BabyLM's fine-tuning uses "
+            f"{hf.FINE_TUNING}: train with --context {hf.FINE_TUNING}, or fine-tune with a shorter --sequence_length",
             file=sys.stderr,
         )
     print(f"written: {', '.join(map(str, folders.values()))}")
@@ -57,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def milestones(run: Path) -> list[Path]:
-    """The chck_* of a run, by words. Raises UserError if there are none."""
+    """The chck_* folders of a run in order of words. Raises UserError if there are none."""
     found = [path.parent for path in run.glob("checkpoints/chck_*/model.json")]
     if not found:
         raise UserError(f"{run} has no checkpoints/chck_*: --all-checkpoints takes the folder of a run that has some")
@@ -65,7 +69,7 @@ def milestones(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: [int(n) * unit[u] for n, u in re.findall(r"(\d+)([KM])", path.name)])
 
 
-def open_hub():
+def open_hub() -> "HfApi":
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
@@ -73,8 +77,8 @@ def open_hub():
     return HfApi()
 
 
-def push(api, repository: str, folders: dict[str, Path]) -> str:
-    """Each folder as the branch of its name, what it held before replaced. Returns the repository's address."""
+def push(api: "HfApi", repository: str, folders: dict[str, Path]) -> str:
+    """Upload each folder to the branch of its name, replacing the content. Returns the URL of the repository."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
@@ -88,8 +92,8 @@ def push(api, repository: str, folders: dict[str, Path]) -> str:
             )  # fmt: skip
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
-            f"cannot push to {repository}: {' '.join(str(error).split())[:300]}; what is written stays, so mend that "
-            "and push again"
+            f"cannot push to {repository}: {' '.join(str(error).split())[:300]}; the written folders are kept: fix the "
+            "cause and push again"
         ) from error
     return str(address)
 

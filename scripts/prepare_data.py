@@ -1,9 +1,9 @@
-"""Tokenise a corpus ahead of training and say what is in it.
+"""Tokenize a corpus before training and print its size.
 
     python scripts/prepare_data.py --corpus builtin
     python scripts/prepare_data.py --corpus tales.txt.gz more.jsonl --vocab-size 16000
 
-train_pretrain.py does the same when it starts and finds what was built here, if --corpus, --vocab-size,
+train_pretrain.py does the same at its start, or uses the result of this script if --corpus, --vocab-size,
 --val-fraction and --seed are the same.
 """
 
@@ -20,14 +20,14 @@ def main() -> None:
     default = PretrainConfig()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", nargs="+", default=default.corpus, metavar="NAME|FILE",
-                        help=f"any of {', '.join(NAMES)} and of .txt, .jsonl, .txt.gz, .jsonl.gz files, read one after "
-                             f"the other (default: {' '.join(default.corpus)})")
+                        help=f"corpora ({', '.join(NAMES)}) and .txt, .jsonl, .txt.gz or .jsonl.gz files, concatenated "
+                             f" (default: {' '.join(default.corpus)})")
     parser.add_argument("--vocab-size", type=int, default=default.vocab_size, metavar="N",
-                        help="tokens to learn, the five special ones among them (default: %(default)s)")
+                        help="tokens to learn, including five special ones (default: %(default)s)")
     parser.add_argument("--val-fraction", type=float, default=default.val_fraction, metavar="F",
-                        help="share of the documents kept for validation (default: %(default)s)")
+                        help="fraction of the documents held out for validation (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=default.seed, metavar="N",
-                        help="chooses the documents for validation (default: %(default)s)")
+                        help="chooses the held-out documents (default: %(default)s)")
     args = parser.parse_args()
 
     data = prepare(open_corpus(args.corpus), vocab_size=args.vocab_size, val_fraction=args.val_fraction, seed=args.seed)

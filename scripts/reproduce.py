@@ -1,18 +1,18 @@
-"""The paper's experiment as one command: does interaction buy what many times the words of reading buy?
+"""The paper's experiment as one command: does interaction replace reading many times as many words?
 
-    python scripts/reproduce.py --scale tiny             minutes: shows what comes out, proves nothing
+    python scripts/reproduce.py --scale tiny             takes minutes: shows the output, proves nothing
     python scripts/reproduce.py --scale small --corpus stories.txt --out runs/small
     python scripts/reproduce.py --scale paper --teacher-url http://127.0.0.1:8000/v1
 
-One student reads, and leaves a checkpoint at every milestone of words. From some of them it goes on in three ways:
+One student is pretrained, with a checkpoint at every milestone of words. From some of these it continues in three ways:
 
-    interact   it writes and the teacher scores, over several seeds
-    random     the same, save that the score is drawn from a hash of the story: all but the teacher's judgement
-    reading    it reads on, as many words as interaction took in and wrote, while the learning rate falls to 0
+    interact   it writes stories and the teacher scores them, for several seeds
+    random     the same with scores drawn from a hash of the story: everything but the teacher's judgement
+    reading    it reads as many further words as interaction took in and wrote, while the learning rate decays to 0
 
-Every checkpoint then writes stories from the same draws, which the teacher grades, and OUT/report.html compares them.
-Every part is a run of train_pretrain.py or train_interact.py in a folder of its own. What is finished is not done
-again and what was cut short goes on, so after Ctrl-C, or a kill, the same command continues.
+Every checkpoint then writes stories with the same random numbers, the teacher grades them, and OUT/report.html compares
+them. Every part is a run of train_pretrain.py or train_interact.py in its own folder. Finished parts are not run again
+and interrupted ones are resumed, so after Ctrl-C or a kill the same command continues.
 """
 
 import argparse
@@ -46,9 +46,9 @@ from tinystory.student import checkpoint
 from tinystory.teacher.grader import Grader, open_grader
 from train_pretrain import validate
 
-SEED = 1_000_003  # of the evaluation's stories: no interaction draws with it
-VAL_SEQUENCES = 256  # held-out sequences that bits a byte are measured on
-# Beginnings that no interaction has seen.
+SEED = 1_000_003  # seed of the stories for evaluation, which no interaction uses
+VAL_SEQUENCES = 256  # held-out sequences for bits per byte
+# Openings that no interaction has seen.
 OPENINGS = [
     "One day,", "There was once a little girl who", "Tom and his dog", "It was a cold night, and",
     "Once there was a bear.", "Mum said,", "In the garden,", "The old king",
@@ -58,8 +58,8 @@ RANDOM = {"reward": f"{Path(random_reward.__file__).resolve()}:random_reward"}
 
 @dataclass(frozen=True)
 class Scale:
-    """pretrain, interact: options beside the preset's; starts: millions of words read where interaction begins; seeds,
-    random_seeds: how many of each; stories: graded of each checkpoint, at each kind of opening."""
+    """pretrain, interact: options on top of the preset; starts: millions of words read when interaction begins; seeds,
+    random_seeds: number of runs per start; stories: number graded per checkpoint and kind of opening."""
 
     preset: str
     pretrain: dict[str, Any]
@@ -70,7 +70,7 @@ class Scale:
     stories: int
 
 
-# What learns most in minutes of CPU (LOG.md): one pass over more stories, and a weak KL penalty.
+# The settings that learn most in minutes on a CPU (LOG.md): one epoch over more stories, and a weak KL penalty.
 BRISK = dict(epochs=1, learning_rate=1e-4, kl_coef=0.02, kl_target=12.0)
 SCALES = {
     "tiny": Scale("demo", dict(words=3 * MILLION), dict(BRISK, steps=40), (1, 2, 3), 2, 1, 128),
@@ -88,7 +88,7 @@ SCALES = {
 
 
 def plan(scale: Scale, out: Path, teacher: dict[str, Any], device: str) -> list[Part]:
-    """Pretraining, then the interactions and their random control, with every option that is not the default's."""
+    """Pretraining, then the interactions and their random control, with all options that are not defaults."""
     reading = {"words": PretrainConfig.words, "device": device, **PRETRAIN_PRESETS[scale.preset], **scale.pretrain}
     parts = [Part("pretrain", 0, 0, reading)]
     needed = {name: getattr(InteractConfig, name) for name in ("steps", "stories_per_step", "epochs")}
@@ -103,7 +103,7 @@ def plan(scale: Scale, out: Path, teacher: dict[str, Any], device: str) -> list[
 
 
 def plan_reading(parts: Sequence[Part], out: Path) -> list[Part]:
-    """The control that reads on: from each start, as many words as its interactions took in and wrote, on average."""
+    """The reading control: from each start, as many words as its interactions took in and wrote on average."""
     further = []
     for start in sorted({part.start for part in parts if part.arm == "interact"}):
         runs = [read_metrics(out / part.name)[-1] for part in parts if (part.arm, part.start) == ("interact", start)]
@@ -117,7 +117,7 @@ def plan_reading(parts: Sequence[Part], out: Path) -> list[Part]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint to evaluate. words: read and taken in, in all; start and seed as in Part, start 0: "before"."""
+    """A checkpoint to evaluate. words: read and taken in, in total; start, seed: as in Part (start 0 for "before")."""
 
     arm: str
     start: int
@@ -135,7 +135,7 @@ def subjects(parts: Sequence[Part], out: Path) -> list[Subject]:
     folders = {words: out / "pretrain" / "checkpoints" / milestone_name(words) for words in MILESTONES}
     found = [Subject("before", 0, 0, words, folder) for words, folder in folders.items() if folder.exists()]
     for part in parts[1:]:
-        newest = checkpoint.newest(out / part.name)
+        newest = checkpoint.find(out / part.name)
         counters = json.loads((newest / "trainer.json").read_text())
         words = counters["words"] if part.reads else part.start + counters["words_in"]
         found.append(Subject(part.arm, part.start, part.seed, words, newest))
@@ -143,7 +143,7 @@ def subjects(parts: Sequence[Part], out: Path) -> list[Subject]:
 
 
 class Judge:
-    """Evaluates checkpoints as one experiment needs: the same draws, teacher and texts for all of them."""
+    """Evaluates checkpoints, all with the same random numbers, teacher and texts."""
 
     def __init__(self, grader: Grader, reading: PretrainConfig, writing: InteractConfig, stories: int, blimp: str):
         self.grader, self.stories, self.blimp = grader, stories, blimp
@@ -153,8 +153,8 @@ class Judge:
         self.val = prepare(
             self.corpus, vocab_size=reading.vocab_size, val_fraction=reading.val_fraction, seed=reading.seed
         ).val
-        # What the measures depend on: those that were taken with other settings are taken again.
-        self.settings = dict(
+        # Everything that the measures depend on: a measure taken with other settings is taken again.
+        self.settings: dict[str, Any] = dict(
             stories=stories, opening=self.opening, other_openings=OPENINGS, length=self.length, seed=SEED,
             corpus=reading.corpus, teacher=grader.facts["teacher"]["model"], blimp=blimp,
         )  # fmt: skip
@@ -177,7 +177,7 @@ class Judge:
 
 
 def evaluate(found: Sequence[Subject], out: Path, judge: Judge, progress: Progress) -> None:
-    """evaluation/NAME.json of each, where it is not there yet."""
+    """Write evaluation/NAME.json for each subject, unless it exists with the same settings."""
     for subject in found:
         path = out / EVALUATION / f"{subject.name}.json"
         facts = {"arm": subject.arm, "start": subject.start, "seed": subject.seed, "words": subject.words}
@@ -194,21 +194,21 @@ def evaluate(found: Sequence[Subject], out: Path, judge: Judge, progress: Progre
 def reproduce(
     scale: Scale, out: Path, teacher: dict[str, Any], *, name: str, device: str, blimp: str, jobs: int, lock: int
 ) -> Path:
-    """The whole experiment, or what is left of it. Returns the report's path. teacher: options of train_interact.py."""
+    """Run the experiment, or the rest of it. Returns the path of the report. teacher: options for train_interact.py."""
     parts = plan(scale, out, teacher, device)
     reading, writing = PretrainConfig(**parts[0].options), InteractConfig(**parts[1].options)
     milestones = [m for m in MILESTONES if m <= reading.words]
     missing = [start for start in scale.starts if start * MILLION not in milestones]
     if missing:
         raise UserError(
-            f"reading {reading.words:,} words leaves no checkpoint at {missing[0]} M: choose --milestones among those "
-            "that it does (1 to 9, 10 to 90 by 10, 100 to 1000 by 100)"
+            f"reading {reading.words:,} words leaves no checkpoint at {missing[0]} M: choose --milestones among "
+            "those that it does (1 to 9, 10 to 90 by 10, 100 to 1000 by 100)"
         )
 
-    # What there is to do, for the time left.
+    # All the work, for the remaining time.
     progress = Progress()
     for part in parts:
-        progress.expect(part.name, part.work, part.share(out))
+        progress.expect(part.name, part.work, part.fraction_done(out))
     written = writing.steps * writing.stories_per_step * writing.max_new_tokens
     for start in scale.starts:
         progress.expect(f"reading/{start}M-0", written)
@@ -241,17 +241,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="tiny")
     parser.add_argument("--out", type=Path, help="folder of the experiment (default: runs/reproduce-SCALE)")
-    parser.add_argument("--corpus", nargs="+", metavar="NAME", help="what the student reads (default: the scale's)")
-    parser.add_argument("--teacher-url", default="", help="an OpenAI-compatible endpoint (default: built in)")
-    parser.add_argument("--teacher-model", default="", help="model to ask for (default: the first that it lists)")
+    parser.add_argument("--corpus", nargs="+", metavar="NAME", help="corpora for pretraining (default: set by --scale)")
+    parser.add_argument("--teacher-url", default="", help="OpenAI-compatible endpoint (default: built-in teacher)")
+    parser.add_argument("--teacher-model", default="", help="model name (default: the first that the server lists)")
     parser.add_argument("--teacher-concurrency", type=int, default=InteractConfig.teacher_concurrency)
-    parser.add_argument("--milestones", nargs="+", type=int, metavar="M", help="millions of words to interact from")
-    parser.add_argument("--seeds", type=int, help="interactions from each milestone")
-    parser.add_argument("--random-seeds", type=int, help="of the random-reward control")
-    parser.add_argument("--steps", type=int, help="PPO steps of an interaction")
-    parser.add_argument("--blimp", default="", help="folder of BLiMP's .jsonl files, to evaluate with them too")
+    parser.add_argument("--milestones", nargs="+", type=int, metavar="M", help="starts of interaction, million words")
+    parser.add_argument("--seeds", type=int, help="interactions per milestone")
+    parser.add_argument("--random-seeds", type=int, help="random-reward runs per milestone")
+    parser.add_argument("--steps", type=int, help="PPO steps per interaction")
+    parser.add_argument("--blimp", default="", help="folder of BLiMP's .jsonl files, evaluated too")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--jobs", type=int, default=0, help="parts at a time (default: one a core, or one on a GPU)")
+    parser.add_argument("--jobs", type=int, default=0, help="parallel parts (default: one per core, or one on a GPU)")
     options = parser.parse_args(argv)
 
     scale = SCALES[options.scale]
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     jobs = options.jobs or (1 if torch.cuda.is_available() else torch.get_num_threads())
     out = options.out or Path("runs") / f"reproduce-{options.scale}"
     (out / EVALUATION).mkdir(parents=True, exist_ok=True)
-    # kill PID is taken as Ctrl-C is: the parts save where they are.
+    # Treat kill PID like Ctrl-C: the parts save a checkpoint.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     with locked(out) as lock:

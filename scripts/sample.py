@@ -1,6 +1,6 @@
-"""Print stories from a checkpoint.
+"""Print stories by the student of a checkpoint.
 
-    python scripts/sample.py                                   the newest of runs/interact, else of runs/pretrain
+    python scripts/sample.py                                   newest of runs/interact, else of runs/pretrain
     python scripts/sample.py runs/pretrain/checkpoints/chck_1M --opening "One day, a small dragon" --stories 3
 """
 
@@ -21,13 +21,13 @@ from tinystory.student.generate import generate
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="folder of a checkpoint, or of a run (its newest)")
-    parser.add_argument("--opening", default=InteractConfig.opening, help="what every story begins with")
-    parser.add_argument("--stories", type=int, default=5, help="how many (default: 5)")
-    parser.add_argument("--max-new-tokens", type=int, default=0, help="longest story (default: what the context holds)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (default: 1)")
-    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0 is all (default: 0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest that make up p (default: 1)")
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="folder of a checkpoint or a run (its newest one)")
+    parser.add_argument("--opening", default=InteractConfig.opening, help="text that every story begins with")
+    parser.add_argument("--stories", type=int, default=5, help="number of stories (default: 5)")
+    parser.add_argument("--max-new-tokens", type=int, default=0, help="longest story (default: up to the context)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy decoding (default: 1)")
+    parser.add_argument("--top-k", type=int, default=0, help="keep the k most probable tokens; 0: all (default: 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling: probability to keep (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         top_p=options.top_p,
     )
     for story in stories:
-        print(f"--- story {story.index + 1}, {story.words} words" + ("" if story.ended == "eos" else ", cut short"))
+        print(f"--- story {story.index + 1}, {story.words} words" + ("" if story.ended == "eos" else ", cut off"))
         for paragraph in f"{options.opening} {story.text}".split("\n"):
             print(textwrap.fill(paragraph, 100))
         print()

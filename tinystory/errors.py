@@ -1,23 +1,28 @@
-"""The one error that a user can cause. Commands print it as one sentence and exit with code 2."""
+"""The error for everything that the user can fix. Commands print it as one sentence and exit with code 2."""
 
 import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class UserError(Exception):
-    """Something the user can mend; the message is one clear sentence that says what to do."""
+    """A problem that the user can fix; the message is one clear sentence that says what to do."""
 
 
-def command(main):
-    """Wrap a command's main(): a UserError becomes one line on stderr and exit code 2, never a traceback."""
+def command(main: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a command's main(): a UserError becomes one line on stderr and exit code 2, without a traceback."""
 
     @functools.wraps(main)
-    def run(*args, **kwargs):
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one is enough
+            if os.environ.get("RANK", "0") == "0":  # under torchrun, one process is enough
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:

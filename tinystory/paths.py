@@ -1,4 +1,4 @@
-"""Where built kernels and tokenised corpora are kept between runs."""
+"""The cache folder, which keeps compiled kernels and tokenized corpora between runs."""
 
 import os
 from pathlib import Path

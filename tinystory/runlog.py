@@ -1,7 +1,7 @@
-"""A run's folder: config.json, metrics.jsonl (one object a step) and stories.jsonl (one object a story).
+"""A run's folder: config.json, metrics.jsonl (one object per step) and stories.jsonl (one object per story).
 
-Records are written a whole line at a time, unbuffered, so a killed run leaves at most one torn last line. Whoever reads
-skips that line; a resumed run cuts both files back to its checkpoint's step before it goes on.
+Records are written as whole lines, unbuffered, so a killed run leaves at most an incomplete last line, which readers
+skip. A resumed run first truncates both files to the step of its checkpoint.
 """
 
 import contextlib
@@ -15,9 +15,11 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeAlias
 
 from tinystory.errors import UserError
+
+Record: TypeAlias = dict[str, Any]  # one JSON object
 
 CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
 LOOKS = "looks.jsonl"  # stories to held-out openings
@@ -25,9 +27,9 @@ LOOKS = "looks.jsonl"  # stories to held-out openings
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes path's place, durably, when the block ends well; otherwise path is left untouched.
+    """A binary file that replaces path, durably, when the block ends without an error; else path is left untouched.
 
-    Raises UserError where the disk refuses (full, read-only, no such folder).
+    Raises UserError if it cannot be written (disk full, read-only, no such folder).
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -37,7 +39,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        # The rename itself is only on disk once its folder is.
+        # The rename is durable only once its folder is synced.
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -50,7 +52,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write content (str as UTF-8) to path: after a kill at any instant path holds all of the old or all of the new."""
+    """Write content (str as UTF-8) to path atomically: a kill at any instant leaves the old content or the new."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -62,9 +64,9 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 class RunLog:
     """Opens a run's folder for writing.
 
-    resume_step: None for a new run; else the step of the checkpoint that the run continues from (0: from the start),
-    and records of later steps are dropped. writes: False in all processes but one. Raises UserError if a new run would
-    write over an old one.
+    resume_step: None for a new run, else the step of the checkpoint that the run continues from (0: from the start);
+    records of later steps are dropped. writes: False in all processes but one. Raises UserError if a new run would
+    overwrite an old one.
     """
 
     def __init__(self, folder: Path, *, resume_step: int | None, writes: bool = True):
@@ -87,10 +89,10 @@ class RunLog:
             # The checkpoint of step 0 is saved before the student is looked at, all others after.
             keep_until(self.folder / LOOKS, resume_step or -1)
 
-    def config(self, options: Mapping) -> None:
-        """Write config.json: options as run, versions, device, git commit, when it started and was resumed.
+    def config(self, options: Mapping[str, Any]) -> None:
+        """Write config.json: the options, versions, device, git commit, and the times of the start and of each resume.
 
-        options["device"] ("cpu", "cuda:0", ...; "cpu" if absent) is the device whose name is kept.
+        options["device"] ("cpu", "cuda:0", ...; "cpu" if absent) is the device whose name is recorded.
         """
         if not self.writes:
             return
@@ -109,31 +111,31 @@ class RunLog:
             "resumed": resumed,
         }
         text = json.dumps(record, indent=2, default=str)
-        # A password inside a URL (https://user:password@host) is a secret, whoever put it there.
+        # A password in a URL (https://user:password@host) must not be recorded.
         text = re.sub(r'(?<=://)[^/@\s"]+@', "", text)
         atomic_write(path, text + "\n")
 
-    def metrics(self, *, step: int, **values) -> None:
-        """Append one step's record. Floats keep 7 significant digits; JSON has no NaN or infinity: they become null."""
+    def metrics(self, *, step: int, **values: Any) -> None:
+        """Append the record of one step. Floats keep 7 significant digits; NaN and infinity become null."""
         self._append(METRICS, [{"step": step} | values])
 
-    def stories(self, records: Sequence[Mapping]) -> None:
-        """Append one record a story: step, index, opening, story, reply, scores, reward, words, ended."""
+    def stories(self, records: Sequence[Record]) -> None:
+        """Append one record per story: step, index, opening, story, reply, scores, reward, words, ended."""
         self._append(STORIES, records)
 
-    def looks(self, records: Sequence[Mapping]) -> None:
+    def looks(self, records: Sequence[Record]) -> None:
         """The same for stories to held-out openings, from which nothing is learned."""
         self._append(LOOKS, records)
 
-    def _append(self, name: str, records: Sequence[Mapping]) -> None:
+    def _append(self, name: str, records: Sequence[Record]) -> None:
         if not self.writes:
             return
         lines = "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in records).encode()
         path = self.folder / name
         try:
             if name not in self._files:
-                self._files[name] = open(path, "ab", buffering=0)  # noqa: SIM115  (held for the whole run)
-            while lines:  # an unbuffered write may take only a part, as on a disk that is nearly full
+                self._files[name] = open(path, "ab", buffering=0)  # noqa: SIM115  (open for the whole run)
+            while lines:  # an unbuffered write may be partial, as on a nearly full disk
                 lines = lines[self._files[name].write(lines) :]
         except OSError as error:
             raise cannot_write(path, error) from error
@@ -146,38 +148,38 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-def read_config(folder: Path) -> dict:
-    """config.json's object; {} where there is none."""
+def read_config(folder: Path) -> Record:
+    """The object in config.json; {} if there is no such file."""
     path = Path(folder) / CONFIG
     return json.loads(path.read_bytes()) if path.exists() else {}
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """Every record of metrics.jsonl, in order; [] where there is none."""
+def read_metrics(folder: Path) -> list[Record]:
+    """All records of metrics.jsonl, in order; [] if there is no such file."""
     return list(read_records(Path(folder) / METRICS))
 
 
-def read_stories(folder: Path) -> Iterator[dict]:
-    """The records of stories.jsonl, one at a time: a long run's file is larger than one wants to hold."""
+def read_stories(folder: Path) -> Iterator[Record]:
+    """The records of stories.jsonl, one at a time: the file of a long run is too large to hold in memory."""
     return read_records(Path(folder) / STORIES)
 
 
-def read_records(path: Path) -> Iterator[dict]:
-    """The objects of a JSON-lines file; none if it is missing. A torn last line is skipped.
+def read_records(path: Path) -> Iterator[Record]:
+    """The objects of a JSON Lines file; none if it is missing. An incomplete last line is skipped.
 
-    Raises UserError if any other line is not a JSON object: then something else wrote to the file.
+    Raises UserError if any other line is not a JSON object: then something else has written to the file.
     """
     if not path.exists():
         return
     with open(path, "rb") as file:
-        torn = None
+        broken = None
         for number, line in enumerate(file, 1):
-            if torn is not None:
-                raise UserError(f"line {torn} of {path} is not a JSON object: mend or delete that line")
+            if broken is not None:
+                raise UserError(f"line {broken} of {path} is not a JSON object: fix or delete that line")
             try:
                 record = json.loads(line)
             except ValueError:
@@ -185,11 +187,11 @@ def read_records(path: Path) -> Iterator[dict]:
             if isinstance(record, dict):
                 yield record
             else:
-                torn = number
+                broken = number
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Cut a record file back to the records whose step is at most step."""
+    """Remove the records of later steps from a record file."""
     if not path.exists():
         return
     with atomic_file(path) as file:
@@ -198,8 +200,8 @@ def keep_until(path: Path, step: int) -> None:
                 file.write(json.dumps(record).encode() + b"\n")
 
 
-def plain(value):
-    """value as JSON can hold it: tensor and NumPy scalars become numbers, floats are rounded, non-finite ones None."""
+def plain(value: Any) -> Any:
+    """value with JSON types: tensor and NumPy scalars become numbers, floats are rounded, non-finite ones are None."""
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -212,29 +214,29 @@ def plain(value):
 
 
 def versions() -> dict[str, str | None]:
-    import torch  # not at the top: reports do without
+    import torch  # imported here because reports do not need it
 
     import tinystory
 
-    # torch says itself which build it is (+cpu, +cu128), which the metadata of PyPI's does not.
+    # torch.__version__ names the build (+cpu, +cu128), which the metadata of PyPI's wheels do not.
     found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("numpy", "tokenizers", "tinystory"):
         try:
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # a clone that was not installed
+        except metadata.PackageNotFoundError:  # a clone without installation
             found[package] = getattr(tinystory, "__version__", None) if package == "tinystory" else None
     return found
 
 
 def device_name(device: str) -> str:
-    """What the device calls itself: "NVIDIA H100 80GB HBM3", or the CPU's model with the threads in use."""
-    import torch  # here, so that --help need not wait for it
+    """The device's own name: "NVIDIA H100 80GB HBM3", or the CPU model with the number of threads in use."""
+    import torch  # imported here so that --help is fast
 
-    device = torch.device(device)
-    if device.type == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return str(device)
+    if kind != "cpu":
+        return str(torch.device(device))
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -244,7 +246,7 @@ def device_name(device: str) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the clone that this code runs from ("-dirty" appended if it was changed), None outside one."""
+    """The commit of the clone that this code runs from, plus "-dirty" if it has changes; None outside a clone."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

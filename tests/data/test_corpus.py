@@ -5,10 +5,12 @@ import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -149,6 +151,19 @@ def test_fingerprint_changes_with_what_the_documents_depend_on(tmp_path, monkeyp
     assert all(re.fullmatch("[0-9a-f]{64}", print) for print in prints)
 
 
+def test_the_builtin_fingerprint_covers_the_grammar_and_every_file_of_plots_and_words(tmp_path, monkeypatch):
+    room = Path(grammar.__file__).parent
+    copy = shutil.copytree(room, tmp_path / "builtin")
+    before = open_corpus(["builtin"]).fingerprint()
+    monkeypatch.setattr(grammar, "__file__", str(copy / "grammar.py"))
+    assert open_corpus(["builtin"]).fingerprint() == before
+    for name in ("grammar", "vocabulary", "home", "town", "woods", "magic", "small"):
+        source = (copy / f"{name}.py").read_bytes()
+        write(copy / f"{name}.py", source + b"#")
+        assert open_corpus(["builtin"]).fingerprint() != before, name
+        write(copy / f"{name}.py", source)
+
+
 # What can be wrong with a file, and what is said.
 
 WRONG = {
@@ -200,7 +215,7 @@ def test_broken_gzip(tmp_path):
 def test_a_line_of_json_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "MAX_RECORD", 3 << 20)
     path = write(tmp_path / "a.jsonl", b'{"text": "' + b"x" * 8_000_000)
-    with pytest.raises(UserError, match="one JSON object a line"):
+    with pytest.raises(UserError, match="one JSON object per line"):
         read(path)
 
 

@@ -26,7 +26,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def reference(tokenizer) -> tokenizers.Tokenizer:
-    """The `tokenizers` library running the very file we save; told that special text in a document is only text."""
+    """The `tokenizers` library with the file that we save, set to treat special tokens in a document as text."""
     reference = tokenizers.Tokenizer.from_str(tokenizer.json)
     reference.encode_special_tokens = True
     return reference
@@ -88,7 +88,7 @@ def test_training_is_deterministic_and_streams(tokenizer):
 def test_small_corpus_gives_a_smaller_vocabulary_and_says_so(capsys):
     small = Tokenizer.train(["the cat and the hat"], 5000)
     assert MIN_VOCAB < small.vocab_size < 300
-    assert f"gave {small.vocab_size}" in capsys.readouterr().err
+    assert f"it yields {small.vocab_size}" in capsys.readouterr().err
 
 
 def test_bytes_alone_are_a_vocabulary(capsys):
@@ -184,5 +184,5 @@ def test_random_damage_never_escapes_as_another_error(tokenizer, tmp_path):
         at = rng.randrange(len(data))
         data[at:at + rng.randrange(1, 40)] = bytes(rng.randrange(256) for _ in range(rng.randrange(5)))
         path.write_bytes(data)
-        with contextlib.suppress(UserError):  # damage may also fall where it does not matter
+        with contextlib.suppress(UserError):  # the damaged bytes may also be ones without effect
             Tokenizer.load(path)

@@ -93,7 +93,7 @@ def some_parts(**options):
 def run(parts, out, jobs=2):
     progress = Progress()
     for part in parts:
-        progress.expect(part.name, part.work, part.share(out))
+        progress.expect(part.name, part.work, part.fraction_done(out))
     with locked(out) as lock:
         run_parts(parts, out, "demo", jobs, lock, progress)
 
@@ -104,7 +104,7 @@ def calls(out):
 
 def test_what_is_finished_is_not_done_again(fakes):
     run(some_parts(), fakes)
-    assert [part.share(fakes) for part in some_parts()] == [1, 1, 1]
+    assert [part.fraction_done(fakes) for part in some_parts()] == [1, 1, 1]
     run(some_parts(), fakes)
     assert calls(fakes) == ["0 ", "0 ", "0 "]
 
@@ -113,7 +113,7 @@ def test_a_part_that_ended_early_is_named_and_goes_on_where_it_was(fakes):
     (fakes / "interact" / "fail").touch()
     with pytest.raises(UserError, match=r"interact/1M-0 ended with exit code 3 before .*logs/interact-1M-0\.txt"):
         run(some_parts(), fakes, jobs=1)
-    assert some_parts()[0].share(fakes) == 0.5
+    assert some_parts()[0].fraction_done(fakes) == 0.5
     (fakes / "interact" / "fail").unlink()
     run(some_parts(), fakes)
     assert calls(fakes) == ["0 2 ", "0 ", "0 "]

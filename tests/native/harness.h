@@ -1,4 +1,4 @@
-// The native tests' harness: CHECK, seeded numbers, and a range split over threads that start together.
+// The native tests' harness: CHECK, seeded random values, and a range split over threads that start together.
 #pragma once
 #include <cmath>
 #include <cstdio>
@@ -25,7 +25,7 @@ inline std::vector<float> normal(size_t n, unsigned seed, float scale = 1) {
   return x;
 }
 
-// f(begin, end) over [0, n) in equal parts, one thread a part.
+// Calls f(begin, end) over [0, n) in equal parts, one thread per part.
 template <class F>
 void parallel(int64_t n, int threads, const F& f) {
   std::vector<std::thread> pool;

@@ -74,7 +74,7 @@ void test(const Case& c, int threads) {
   CHECK(!std::memcmp(o1.data(), o.data(), n * 4) && !std::memcmp(g1.data(), g.data(), 3 * n * 4));
 }
 
-// bf16 and f16 inputs: the same numbers in f32 give the same result up to the rounding of weights and output.
+// bf16 and f16 inputs: the same values in f32 give the same result up to the rounding of weights and output.
 void test_halves(DType type, const Case& c) {
   const int64_t n = c.B * c.T * c.H * c.D;
   std::vector<float> wide = normal(3 * n, 5), wide_grad = normal(n, 6);

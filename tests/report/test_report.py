@@ -27,8 +27,8 @@ from tinystory.report.plots import (
 )
 from tinystory.report.run import PICKED, Picked, Top, histograms, write_report
 from tinystory.runlog import RunLog
+from tinystory.teacher.prompt import CRITERIA
 
-CRITERIA = ("readability", "coherence", "creativity")
 EVIL = "</p></article><script>alert(1)</script><img src=x onerror=y>&lt;\x00\x1b[31m\u202e\ud800 {name} %s"
 VOID = {"meta", "path", "rect", "circle"}
 
@@ -353,7 +353,7 @@ def test_text_curve():
 
 def test_what_the_teacher_took_is_summed_and_drawn(tmp_path):
     interaction_run(tmp_path / "callable")
-    assert "Asking the teacher" not in write_report(tmp_path / "callable").read_text()
+    assert "Requests to the teacher" not in write_report(tmp_path / "callable").read_text()
     with RunLog(tmp_path / "run", resume_step=None) as log:
         for step in range(1, 6):
             log.metrics(
@@ -362,9 +362,9 @@ def test_what_the_teacher_took_is_summed_and_drawn(tmp_path):
                 teacher_latency_p50=0.5, teacher_latency_p90=1.5, teacher_latency_p99=step,
             )  # fmt: skip
     page = Page(write_report(tmp_path / "run"))
-    for words in ("Asking the teacher", "Requests350", "Asked again after a failure30", "200k", "2,000", "Cost1.25"):
+    for words in ("Requests to the teacher", "Requests350", "Retries after a failure30", "200k", "2,000", "Cost1.25"):
         assert words in page.text, words
-    assert all(f"{name} " in page.text for name in ("half", "90 %", "99 %"))  # of the answers, beside their curves
+    assert all(f"{name} " in page.text for name in ("50 %", "90 %", "99 %"))  # percentiles, beside their curves
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_growth_is_measured_and_drawn(run, tmp_path):
     root = ElementTree.parse(file).getroot()
     texts = [each.text for each in root.iter("{http://www.w3.org/2000/svg}text")]
     for title in ("batch, 1 at 2", "context, 1 at 64", "vocabulary, 1 at 300", "length, 1 at 4"):
-        assert f"Time a token against {title}" in texts
+        assert f"Time per token against {title}" in texts
     paths = [each.get("class") for each in root.iter("{http://www.w3.org/2000/svg}path")]
     assert paths.count("line") == 9
     for part in ("reading", "writing", "update"):

@@ -103,7 +103,7 @@ def test_there_and_back(exported, student, tokenizer):
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), student.parameters(), strict=True))
     assert all(p.requires_grad for p in back.parameters())
     assert vocabulary.fingerprint() == tokenizer.fingerprint()
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         hf.write(exported, student, tokenizer)
 
 
@@ -197,17 +197,17 @@ def config(**changes):
 REFUSED = {
     "is a pickle": _no_safetensors,
     "cannot be read": _cut,
-    "output layer of its own": _untie,
+    "separate output layer": _untie,
     "model_type is 'llama'": config(model_type="llama"),
     "not the tanh GELU": config(activation_function="relu"),
     "n_layer is 1000000000": config(n_layer=10**9),
     "has no tensor h.2": config(n_layer=3),
     "n_embd is '32'": config(n_embd="32"),
-    "heads are 8 wide": config(n_head=4),
+    "head size is 8": config(n_head=4),
     r"wpe.weight is \(48, 32\)": config(n_positions=49),
     "n_inner is 100": config(n_inner=100),
     "scale_attn_by_inverse_layer_idx is True": config(scale_attn_by_inverse_layer_idx=True),
-    "end token is 260 and that of config.json 5": config(eos_token_id=5),
+    "end token is 260 and that of config.json is 5": config(eos_token_id=5),
     "nor vocab.json with merges.txt": lambda folder: (folder / "merges.txt").unlink(),
     "cannot read .*vocab.json": lambda folder: (folder / "vocab.json").write_text("[" * 100_000),
     "has 262 tokens and the model 261": lambda folder: edit(folder / "vocab.json", extra=261),
@@ -257,7 +257,7 @@ def test_a_folder_a_milestone(run, tmp_path, capsys):
         "chck_10M": 1,
         "main": 2,
     }
-    assert "fine-tuning gives it 512" in capsys.readouterr().err
+    assert "fine-tuning uses 512" in capsys.readouterr().err
     assert [path.name for path in export_hf.milestones(run)] == ["chck_2M", "chck_10M"]
 
 

@@ -1,6 +1,6 @@
-"""Where documents come from: the built-in stories, corpora on the Hugging Face Hub, files of one's own.
+"""Corpora as streams of documents: the built-in stories, corpora on the Hugging Face Hub, and local files.
 
-Everything streams: nothing here holds more than a few megabytes of text, whatever the size of the file.
+Everything is streamed: at most a few megabytes of text are in memory, whatever the size of the file.
 """
 
 import codecs
@@ -21,9 +21,9 @@ from tinystory.errors import UserError
 BUILTIN_WORDS = 1_000_000
 BUILTIN_SEED = 0
 
-# What is on the Hub: a dataset's repository and the files that make the corpus, in order.
-# TinyStories: Eldan & Li 2023, arXiv 2305.07759; the file its models were trained on.
-# BabyLM: the organisers' text for the strict-small and strict tracks, as they publish it since 2026.
+# Corpora on the Hub: the dataset's repository and its files, in order.
+# TinyStories: Eldan & Li 2023, arXiv 2305.07759; the file that its models were trained on.
+# BabyLM: the organisers' text for the strict-small and strict tracks, as published since 2026.
 _BABYLM = tuple(f"{part}.train.txt" for part in
                 ("bnc_spoken", "childes", "gutenberg", "open_subtitles", "simple_wiki", "switchboard"))
 HUB = {
@@ -36,27 +36,27 @@ NAMES = ("builtin", *HUB)
 MARKER = "<|endoftext|>"
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 CHUNK = 1 << 20  # bytes read at a time
-MAX_DOCUMENT = 1 << 18  # characters; a longer document is cut at the end of a line, so that it never has to be held
-MAX_RECORD = 1 << 26  # characters in a line of .jsonl
+MAX_DOCUMENT = 1 << 18  # characters; longer documents are split at a line end, so that none has to fit in memory
+MAX_RECORD = 1 << 26  # characters per line of .jsonl
 
 
 class Corpus:
-    """Documents in a fixed order. Make one with `open_corpus`."""
+    """Documents in a fixed order. Built by `open_corpus`."""
 
     def __init__(self, names: Sequence[str], parts: Sequence[tuple[str, Callable[[], Iterator[str]]]]):
         self.names = tuple(names)
-        self._parts = parts  # (what it is, exactly; how to read it)
+        self._parts = parts  # (identity, which enters the fingerprint; function that opens the stream of documents)
 
     def documents(self) -> Iterator[str]:
-        """A fresh stream of non-empty documents, stripped of outer white space, each at most MAX_DOCUMENT characters.
+        """A new stream of the non-empty documents, stripped, each at most MAX_DOCUMENT characters long.
 
-        Raises UserError where a file turns out to be broken or to hold no text.
+        Raises UserError while reading if a file is malformed or holds no text.
         """
         return itertools.chain.from_iterable(read() for _, read in self._parts)
 
     def mixed(self) -> Iterator[str]:
-        """The same documents, the next one always from the part that has given the fewest words: for readers who stop
-        early and shall know all parts."""
+        """The same documents interleaved: the next one comes from the file that has yielded the fewest words so far, so
+        that a reader who stops early has seen every file."""
         heap = [(0, index, read()) for index, (_, read) in enumerate(self._parts)]
         while heap:
             words, index, documents = heap[0]
@@ -68,18 +68,19 @@ class Corpus:
                 yield document
 
     def fingerprint(self) -> str:
-        """Hex digest that changes whenever the documents could: a file's path, size or time, the grammar's source."""
-        identity = [MAX_DOCUMENT, *(what for what, _ in self._parts)]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        """Hex digest of everything that the documents depend on: each file's path, size and modification time, or the
+        source of the grammar."""
+        key = [MAX_DOCUMENT, *(identity for identity, _ in self._parts)]
+        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 def open_corpus(names: Sequence[str]) -> Corpus:
-    """The corpora and files named, one after the other.
+    """The concatenation of the named corpora and files.
 
-    A name is one of NAMES or a path to .txt or .jsonl, either with .gz after it. In a .txt, `<|endoftext|>` separates
-    the documents; without any, blank lines do; without those, the file is one document. In a .jsonl each line is an
-    object whose "text" or "story" is a document. Raises UserError for anything that cannot be opened; what is on the
-    Hub is downloaded here.
+    A name is one of NAMES or the path of a .txt or .jsonl file, optionally gzipped (.gz). Documents in a .txt file are
+    separated by `<|endoftext|>`; if there is none, by blank lines; without those, the file is one document. Each line
+    of a .jsonl file is an object whose "text" or "story" is a document. Corpora on the Hub are downloaded here. Raises
+    UserError for anything that cannot be opened.
     """
     parts = []
     for name in names:
@@ -96,7 +97,7 @@ def open_corpus(names: Sequence[str]) -> Corpus:
 
 
 def _grammar_source() -> str:
-    """Hex digest of the code and phrases that the built-in stories come from."""
+    """Hex digest of the code and the phrases behind the built-in stories."""
     files = sorted(Path(grammar.__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -109,12 +110,12 @@ def _file(path: Path) -> tuple[str, Callable[[], Iterator[str]]]:
         raise UserError(f"there is no corpus and no file called {str(path)!r}: "
                         f"the corpora are {', '.join(NAMES)}") from None
     if not path.is_file():
-        raise UserError(f"{path} is not a file: name the files in it one by one")
+        raise UserError(f"{path} is not a file: name its files one by one")
     if kind not in (".txt", ".jsonl"):
-        raise UserError(f"{path} is neither .txt nor .jsonl (either may have .gz after it): rename or convert it")
+        raise UserError(f"{path} is neither .txt nor .jsonl (optionally .gz): rename or convert it")
     if status.st_size == 0:
         raise UserError(f"{path} is empty: choose another corpus")
-    what = f"{kind} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    identity = f"{kind} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
     split = _records if kind == ".jsonl" else _passages
 
     def read() -> Iterator[str]:
@@ -124,9 +125,9 @@ def _file(path: Path) -> tuple[str, Callable[[], Iterator[str]]]:
                 found = True
                 yield piece
         if not found:
-            raise UserError(f"{path} holds no documents: there is only white space in it")
+            raise UserError(f"{path} holds no documents, only white space: choose another corpus")
 
-    return what, read
+    return identity, read
 
 
 def _gzipped(path: Path) -> bool:
@@ -134,17 +135,17 @@ def _gzipped(path: Path) -> bool:
 
 
 def _text(path: Path) -> Iterator[str]:
-    """A UTF-8 file in chunks, gunzipped if its name ends in .gz, with its BOM dropped and every line end as \\n."""
+    """Chunks of a UTF-8 file, gunzipped if its name ends in .gz, without the BOM and with \\n for every line end."""
     utf8 = codecs.getincrementaldecoder("utf-8")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-    done, lines, first = 0, 1, True  # bytes decoded so far, the line they end in, nothing yielded yet
+    done, lines, first = 0, 1, True  # bytes decoded so far, the line that they end in, whether nothing was yielded yet
     try:
         with (gzip.open if _gzipped(path) else open)(path, "rb") as file:
             while True:
                 data = file.read(CHUNK)
                 try:
                     text = decoder.decode(data, final=not data)
-                except UnicodeDecodeError as error:  # its object: a character begun in the last chunk, then this chunk
+                except UnicodeDecodeError as error:  # its object: an incomplete character, then this chunk
                     at = done - (len(error.object) - len(data)) + error.start
                     line = lines + error.object.count(b"\n", 0, error.start)
                     raise UserError(f"{path} is not UTF-8: byte {at} (counted from 0), in line {line}, is "
@@ -157,13 +158,13 @@ def _text(path: Path) -> Iterator[str]:
                 done += len(data)
                 lines += data.count(b"\n")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file ({error}): fetch or compress it again") from None
+        raise UserError(f"{path} is not a whole gzip file ({error}): download or compress it again") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _passages(path: Path) -> Iterator[str]:
-    """The documents of a plain text, in pieces of any length."""
+    """The documents of a plain-text file, long ones in pieces."""
     separator = _separator(path)
     rest = ""
     for text in _text(path):
@@ -175,8 +176,8 @@ def _passages(path: Path) -> Iterator[str]:
     yield rest
 
 
-def _separator(path: Path) -> re.Pattern:
-    """What stands between documents: the marker if it occurs anywhere, else blank lines."""
+def _separator(path: Path) -> re.Pattern[str]:
+    """The separator of the documents: the marker if the file holds one, else blank lines."""
     tail = ""
     for text in _text(path):
         if MARKER in tail + text:
@@ -186,14 +187,14 @@ def _separator(path: Path) -> re.Pattern:
 
 
 def _records(path: Path) -> Iterator[str]:
-    """The documents of JSON Lines."""
+    """The documents of a JSON Lines file."""
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
             document = record["text"] if "text" in record else record["story"]
-            document.encode()  # a lone surrogate, which JSON can spell, is no Unicode text
+            document.encode()  # JSON can spell lone surrogates, which are not valid Unicode
         except (ValueError, RecursionError) as error:
             raise UserError(f"line {number} of {path} is not a JSON object with Unicode text: {error}") from None
         except (KeyError, TypeError, AttributeError):
@@ -203,19 +204,19 @@ def _records(path: Path) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines that end in \\n alone: inside JSON, U+2028 and its like are text."""
+    """Lines that end in \\n only: inside JSON, U+2028 and other Unicode line ends are text."""
     rest = ""
     for number, text in enumerate(_text(path), 1):
         *whole, rest = (rest + text).split("\n")
         yield from whole
         if len(rest) > MAX_RECORD:
             raise UserError(f"{path} has a line of over {MAX_RECORD >> 20} million characters in its first "
-                            f"{number} MB: .jsonl holds one JSON object a line")
+                            f"{number} MB: .jsonl holds one JSON object per line")
     yield rest
 
 
 def _bounded(document: str) -> Iterator[str]:
-    """The document, stripped, in pieces of at most MAX_DOCUMENT characters; nothing if it is blank."""
+    """The stripped document in pieces of at most MAX_DOCUMENT characters; nothing if it is blank."""
     while len(document) > MAX_DOCUMENT:
         piece, document = _cut(document)
         if piece := piece.strip():
@@ -225,7 +226,7 @@ def _bounded(document: str) -> Iterator[str]:
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """Split after MAX_DOCUMENT characters or a little before: behind a line, else a word, if there is one to end."""
+    """Split after at most MAX_DOCUMENT characters: at the last line end, else at the last space, else exactly there."""
     at = text.rfind("\n", 1, MAX_DOCUMENT)
     if at < 0:
         at = text.rfind(" ", 1, MAX_DOCUMENT)
@@ -234,10 +235,10 @@ def _cut(text: str) -> tuple[str, str]:
 
 
 def _download(repository: str, files: Sequence[str]) -> list[Path]:
-    """Files of a dataset on the Hub, from huggingface_hub's own cache where they are there already.
+    """Local paths of a dataset's files, downloaded unless they are in huggingface_hub's cache.
 
-    Where that cache lies, which server is asked and whether one is asked at all is the library's affair: HF_HOME,
-    HF_HUB_CACHE, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN.
+    The library's own variables configure cache, server and offline mode: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT,
+    HF_HUB_OFFLINE, HF_TOKEN.
     """
     try:
         import huggingface_hub
@@ -256,9 +257,9 @@ def _download(repository: str, files: Sequence[str]) -> list[Path]:
                             ) from None
         except (errors.RepositoryNotFoundError, errors.EntryNotFoundError):
             raise UserError(f"the server has no {repository}/{file}: check HF_ENDPOINT") from None
-        except (errors.HTTPError, OSError) as error:  # HTTPError: of the HTTP library that this one stands on
+        except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # of the HTTP library below it
             status = getattr(getattr(error, "response", None), "status_code", None)
-            why = f"the server answered {status}" if status else (getattr(error, "strerror", "") or "it broke off")
+            why = f"the server answered {status}" if status else getattr(error, "strerror", "") or "connection lost"
             raise UserError(f"cannot download {repository}/{file}: {why}; check the network and HF_ENDPOINT, then run "
                             "this again") from None
     return paths

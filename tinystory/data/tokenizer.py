@@ -1,8 +1,8 @@
-"""Byte-level BPE: trained by `tokenizers`, saved as its tokenizer.json, run by `tiktoken`.
+"""Byte-level BPE: trained by `tokenizers`, saved as its tokenizer.json, applied by `tiktoken`.
 
-The two give the same ids. `tokenizers` merges only the pairs it learned, in order; `tiktoken` joins any two
-neighbours whose union has the lowest rank. For ranks that come out of BPE training these are one and the same: a span
-of bytes is merged alike wherever it stands, so a token can only ever be reached by the one merge that made it.
+Both give the same ids. `tokenizers` merges only the pairs that it learned, in order; `tiktoken` merges any two
+neighbours whose union has the lowest rank. For ranks from BPE training the two rules agree: a span of bytes is merged
+in the same way wherever it occurs, so a token can only be produced by the merge that created it.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -22,7 +23,7 @@ from tinystory.errors import UserError
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4
 END_NAMES = ("</s>", "<|endoftext|>")  # ours; GPT-2's
 MIN_VOCAB = len(SPECIALS) + 256
-MAX_TOKEN_BYTES = 128  # so that the words beginning in one token always fit in a byte (see shards.py)
+MAX_TOKEN_BYTES = 128  # so that the count of words that begin in one token fits in a byte (see shards.py)
 
 # GPT-2's split (Radford et al. 2019), in the form that tiktoken publishes for its encoding "gpt2": possessive, so that
 # it never backtracks. `tokenizers` has the same split built into pre_tokenizers.ByteLevel.
@@ -30,7 +31,7 @@ SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+
 
 
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes: printable Latin-1 stands for itself, the rest moves to U+0100 and on."""
+    """GPT-2's printable characters for bytes: printable Latin-1 is itself, the other bytes map to U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(moved)}
@@ -40,22 +41,23 @@ BYTE_OF_CHAR = _byte_of_char()
 
 
 class Tokenizer:
-    """Any Unicode text to ids and back. Text like "</s>" in a document is ordinary bytes, never the special token.
+    """Encodes any Unicode text and decodes ids. Text like "</s>" in a document is encoded as ordinary bytes.
 
-    `vocab_size` counts the specials, of which `bos`, `pad` and `eos` have a use; where a vocabulary that others made
-    has no `<s>` or `<pad>` of its own, its end token is that too. `token_bytes[i]` is what id i stands for (empty for
-    the specials), `token_sizes` (vocab_size,) int64 its length.
+    `vocab_size` includes the special tokens, of which `bos`, `pad` and `eos` are used; in a foreign vocabulary without
+    `<s>` or `<pad>` the end token takes their role. `token_bytes[i]` holds the bytes of id i (empty for special
+    tokens), `token_sizes` (vocab_size,) int64 their number.
     """
 
     def __init__(self, json_text: str):
-        """From the text of a tokenizer.json of byte-level BPE with GPT-2's split, as `train` makes it. ValueError,
-        KeyError or TypeError for any other."""
+        """From the text of a tokenizer.json for byte-level BPE with GPT-2's split, such as `train` makes. Raises
+        ValueError, KeyError or TypeError for any other."""
         self.json = json_text
         self.token_bytes, specials = _token_bytes(json.loads(json_text))
         self.specials = specials
-        self.eos = next((specials[name] for name in END_NAMES if name in specials), None)
-        if self.eos is None:
+        eos = next((specials[name] for name in END_NAMES if name in specials), None)
+        if eos is None:
             raise ValueError(f"it has no end token {' or '.join(END_NAMES)}")
+        self.eos: int = eos
         self.bos, self.pad = specials.get("<s>", self.eos), specials.get("<pad>", self.eos)
         self.token_sizes = np.array([len(token) for token in self.token_bytes])
         self.vocab_size = len(self.token_bytes)
@@ -64,9 +66,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn up to `vocab_size` tokens from a stream; memory grows with the distinct words, not with the text.
+        """Learn up to `vocab_size` tokens from a stream; memory grows with the number of distinct words only.
 
-        A corpus with too few repeated pairs gives fewer tokens, and one line on stderr says so.
+        A corpus with too few repeated pairs yields fewer tokens, with one line on stderr. Raises UserError if
+        `vocab_size` is below MIN_VOCAB.
         """
         if vocab_size < MIN_VOCAB:
             raise UserError(f"a vocabulary of {vocab_size} is too small: {len(SPECIALS)} special tokens and 256 bytes "
@@ -86,12 +89,12 @@ class Tokenizer:
         bpe.train_from_iterator(documents, trainer)
         tokenizer = cls(bpe.to_str())
         if tokenizer.vocab_size < vocab_size:
-            print(f"tokenizer: the corpus is too small for {vocab_size} tokens, it gave {tokenizer.vocab_size}",
+            print(f"tokenizer: the corpus is too small for {vocab_size} tokens; it yields {tokenizer.vocab_size}",
                   file=sys.stderr)
         return tokenizer
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write tokenizer.json, whole or not at all."""
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json atomically."""
         path = Path(path)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         with open(part, "w", encoding="utf-8") as file:
@@ -101,8 +104,8 @@ class Tokenizer:
         os.replace(part, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Read a tokenizer.json that `save` wrote; UserError for a missing, broken or foreign one."""
+    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Read a tokenizer.json. Raises UserError if it is missing, malformed or of another kind."""
         try:
             return cls(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -119,17 +122,17 @@ class Tokenizer:
         return self._bpe.encode_ordinary(text)
 
     def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as a uint32 array, with no Python int in between. Releases the GIL."""
+        """`encode` as a uint32 array, without a list of Python ints. Releases the GIL."""
         return self._bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; specials vanish, and bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        """The text; special tokens are dropped, and bytes that are not UTF-8 (part of a character) become U+FFFD."""
         return b"".join(self.token_bytes[id] for id in ids).decode("utf-8", errors="replace")
 
 
-def _token_bytes(spec: dict) -> tuple[list[bytes], dict[str, int]]:
-    """What each id stands for and the ids of the specials, read from a parsed tokenizer.json; ValueError says what it
-    is in it that `Tokenizer` cannot do."""
+def _token_bytes(spec: dict[str, Any]) -> tuple[list[bytes], dict[str, int]]:
+    """The bytes of each id and the ids of the special tokens, from a parsed tokenizer.json. Raises ValueError with the
+    first thing in it that `Tokenizer` does not support."""
     model, split = spec["model"], spec["pre_tokenizer"]
     if model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback") or model.get("ignore_merges"):
         raise ValueError("its model is not plain BPE")
@@ -139,7 +142,7 @@ def _token_bytes(spec: dict) -> tuple[list[bytes], dict[str, int]]:
         raise ValueError("it changes the text before it splits it")
     specials = {token["content"]: token["id"] for token in spec["added_tokens"]}
     vocab = model["vocab"] | specials
-    names = sorted(vocab, key=vocab.get)
+    names = sorted(vocab, key=vocab.__getitem__)
     if [vocab[name] for name in names] != list(range(len(names))):
         raise ValueError("its ids have gaps")
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]

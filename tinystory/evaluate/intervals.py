@@ -1,36 +1,39 @@
-"""95 % intervals: of a share, of a mean of shares, of any statistic of a sample."""
+"""95 % confidence intervals: for a proportion, a weighted mean of proportions, and any statistic of a sample."""
 
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-Z = 1.959964  # of the normal distribution, 95 % two-sided
+Z = 1.959964  # two-sided 95 % quantile of the normal distribution
 RESAMPLES = 1000
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927)."""
-    share, square = correct / total, Z * Z / total
-    middle = (share + square / 2) / (1 + square)
-    half = Z * math.sqrt(share * (1 - share) / total + square / (4 * total)) / (1 + square)
+    """Wilson's score interval for the proportion correct / total (Wilson 1927)."""
+    p, square = correct / total, Z * Z / total
+    middle = (p + square / 2) / (1 + square)
+    half = Z * math.sqrt(p * (1 - p) / total + square / (4 * total)) / (1 + square)
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def weighted(counts: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
-    """Of sum(weight * correct / total) over independent shares, counts being (correct, total, weight): normal, with
-    Agresti and Coull's two more of each outcome in the variance, so that a share of 0 or 1 is not taken as certain."""
+    """Normal interval for sum(weight * correct / total) over independent proportions; counts: (correct, total, weight).
+
+    The variance adds two successes and two failures to each proportion (Agresti and Coull), so that a proportion of 0
+    or 1 does not count as certain."""
     middle = sum(weight * correct / total for correct, total, weight in counts)
     variance = 0.0
     for correct, total, weight in counts:
-        share = (correct + 2) / (total + 4)
-        variance += weight**2 * share * (1 - share) / (total + 4)
+        p = (correct + 2) / (total + 4)
+        variance += weight**2 * p * (1 - p) / (total + 4)
     half = Z * math.sqrt(variance)
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], size: int, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """The percentile bootstrap of statistic(rows), rows being `size` indices drawn with replacement; seeded."""
+    """Percentile bootstrap interval for statistic(rows), where rows are `size` indices drawn with replacement (fixed
+    seed)."""
     rng = np.random.default_rng(0)
     values = [statistic(rng.integers(size, size=size)) for _ in range(resamples)]
     low, high = np.nanquantile(values, [0.025, 0.975])

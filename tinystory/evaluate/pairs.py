@@ -1,16 +1,16 @@
-"""Which of several texts does the student find likeliest? BLiMP, its supplement, entity tracking and the wug test.
+"""Which of several texts does the student find most probable? BLiMP, its supplement, entity tracking and the wug test.
 
 The definitions are those of BabyLM's pipeline (babylm/evaluation-pipeline-2025, evaluation_pipeline/sentence_zero_shot:
-read_files.py, dataset.py, compute_results.py, run.py), so that accuracies agree to the pair: the sum of the tokens'
-log-probabilities, not divided by length; no token before the text, whose first token therefore never counts; of an
-entity's options only what follows the prefix; a tie goes to the first, which is always the right one; the average is
-over phenomena, not over pairs.
+read_files.py, dataset.py, compute_results.py, run.py), so that accuracies agree on every pair: token log-probabilities
+are summed, not divided by length; no token precedes the text, so its first token is never scored; in entity tracking
+only the part after the prefix counts; a tie goes to the first option, which is always the correct one; the average is
+taken over phenomena, not over pairs.
 """
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from tinystory.student.model import Student
 
 @dataclass(frozen=True)
 class Item:
-    """Texts to choose among, the right one first, each read after `prefix`. uid: the phenomenon; split: phenomena are
-    averaged within it first; groups: other names to count it under; ratio: the share of people who chose the first."""
+    """Options to choose from, the correct one first, each read after `prefix`.
+
+    uid: the phenomenon; split: phenomena are first averaged within a split; groups: further categories {kind: name} to
+    report it under; ratio: the fraction of people who chose the first option (wug test only)."""
 
     prefix: str
     options: tuple[str, ...]
@@ -39,9 +41,9 @@ class Item:
 
 
 def read_items(path: str | Path) -> list[Item]:
-    """The items of a .jsonl or .jsonl.gz file, or of all in a folder, in BabyLM's formats.
+    """The items of a .jsonl or .jsonl.gz file, or of all such files in a folder, in BabyLM's formats.
 
-    Raises UserError where there are none or a line is of no known format.
+    Raises UserError if there are none or if a line has an unknown format.
     """
     path = Path(path)
     files = sorted(path.glob("*.jsonl")) + sorted(path.glob("*.jsonl.gz")) if path.is_dir() else [path]
@@ -84,13 +86,14 @@ def _item(record: dict[str, Any], file: str) -> Item:
     else:
         item = Item("", tuple(record["sentences"].split("\t")), file, ratio=float(record["ratio"]))
     if len(item.options) < 2 or not all(isinstance(text, str) for text in (item.prefix, item.uid, *item.options)):
-        raise ValueError("an item has two texts or more")
+        raise ValueError("an item needs two texts or more")
     return item
 
 
 def scores(student: Student, tokenizer: Tokenizer, items: Sequence[Item], desc: str) -> list[torch.Tensor | None]:
-    """Of each item's options: the log-probability, nats, of what they do not all begin with, (options,) float64. None
-    where one does not fit the student's context."""
+    """Per item, the log-probabilities of its options after their common prefix, in nats: (options,) float64.
+
+    None for an item that does not fit the student's context. desc: label of the progress bar."""
     groups = [[part(tokenizer, item.prefix, option) for option in item.options] for item in items]
     fits = [max(len(ids) for ids, _ in group) <= student.config.context for group in groups]
     sums = iter(sum_logprobs(student, [group for group, fit in zip(groups, fits, strict=True) if fit], desc))
@@ -98,17 +101,18 @@ def scores(student: Student, tokenizer: Tokenizer, items: Sequence[Item], desc: 
 
 
 def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> dict[str, Any]:
-    """Accuracy on the files of BLiMP, its supplement or entity tracking.
+    """Accuracy on BLiMP, its supplement or entity tracking.
 
-    Returns accuracy and its 95 % interval ci, in per cent, the average over phenomena as the pipeline takes it; items;
-    too_long, the items that do not fit the student's context and are left out; and phenomena, {uid: row}, and groups,
-    {"field": {name: row}, ...}, each row accuracy, ci (Wilson), correct and total.
+    Returns a dict: accuracy and ci (95 % interval), in per cent, averaged over phenomena as in the pipeline; items, the
+    number scored; too_long, the number left out because they do not fit the student's context; phenomena {uid: row} and
+    groups {"field": {name: row}, ...}, where a row holds accuracy, ci (Wilson), correct and total. Raises UserError if
+    no item fits, or for the files of the wug test.
     """
     items = read_items(path)
     if any(item.ratio is not None for item in items):
         raise UserError(f"{path} holds the wug test, which has no right answers: give it as --wug")
     found = scores(student, tokenizer, items, Path(path).name)
-    # argmax takes the first of equals, as the pipeline does
+    # argmax takes the first of equal values, as in the pipeline
     judged = [(item, int(each.argmax()) == 0) for item, each in zip(items, found, strict=True) if each is not None]
     if not judged:
         raise UserError(f"no item of {path} fits the student's context of {student.config.context} tokens")
@@ -133,7 +137,7 @@ def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> 
     }
 
 
-def _count(judged: Iterator[tuple[str, bool]]) -> dict[str, dict]:
+def _count(judged: Iterable[tuple[str, bool]]) -> dict[str, dict[str, Any]]:
     counts: dict[str, list[int]] = {}
     for name, correct in judged:
         count = counts.setdefault(name, [0, 0])
@@ -150,8 +154,10 @@ def _percent(interval: tuple[float, float]) -> tuple[float, float]:
 
 
 def evaluate_wug(student: Student, tokenizer: Tokenizer, path: str | Path) -> dict[str, Any]:
-    """The wug test: Spearman's rank correlation, in -1..1, of the student's preference for the first form, the softmax
-    of the two log-probabilities, with the share of people who chose it. Returns correlation, ci (bootstrap), items."""
+    """The wug test: Spearman's rank correlation between the student's preference for the first form (the softmax of the
+    two log-probabilities) and the fraction of people who chose it.
+
+    Returns correlation (-1..1), ci (bootstrap), items and too_long. Raises UserError for files of another task."""
     items = read_items(path)
     if any(item.ratio is None for item in items):
         raise UserError(f"{path} has items without a ratio: --wug takes the wug test's files")
@@ -159,7 +165,7 @@ def evaluate_wug(student: Student, tokenizer: Tokenizer, path: str | Path) -> di
     kept = [(each, item.ratio) for each, item in zip(found, items, strict=True) if each is not None]
     if len(kept) < 3:
         raise UserError(f"{path} has {len(kept)} items that fit the student's context: a correlation needs three")
-    # In float32, as the pipeline does: preferences near 0 and 1 are ties there.
+    # In float32, as in the pipeline, where preferences near 0 and 1 become ties.
     model = torch.stack([each.float().softmax(0)[0] for each, _ in kept]).numpy()
     human = np.array([ratio for _, ratio in kept])
 
@@ -175,7 +181,7 @@ def evaluate_wug(student: Student, tokenizer: Tokenizer, path: str | Path) -> di
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation, equal values sharing the mean of their ranks; nan where all are equal."""
+    """Spearman's rank correlation of (n,) and (n,); ties get their mean rank. nan if all values are equal."""
     ranks = []
     for values in (x, y):
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)

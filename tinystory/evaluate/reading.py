@@ -1,8 +1,8 @@
-"""How much of people's reading times does the student's surprisal explain? BabyLM's reading task.
+"""How much of the variance in human reading times does the student's surprisal explain? BabyLM's reading task.
 
-Data and regressions after de Varda, Marelli & Amenta 2023 (Behavior Research Methods), as BabyLM's pipeline takes them
-(babylm/evaluation-pipeline-2025, evaluation_pipeline/reading: evaluation_functions.py, run.py), its peculiarities too:
-a word is read with no space before it, and what the text is so far is made into tokens anew for each of the word's.
+Data and regressions follow de Varda, Marelli & Amenta 2023 (Behavior Research Methods) as implemented in BabyLM's
+pipeline (babylm/evaluation-pipeline-2025, evaluation_pipeline/reading: evaluation_functions.py, run.py), including its
+peculiarities: a word has no space before it, and the text so far is tokenized again for each token of the word.
 """
 
 import csv
@@ -22,15 +22,15 @@ from tinystory.student.model import Student
 EYES = ("RTfirstfix", "RTfirstpass", "RTgopast", "RTrightbound")
 SELF_PACED = "self_paced_reading_time"
 BASELINE = ("Subtlex_log10", "length", "context_length")
-SPILLOVER = (*BASELINE, "prev_length", "prev_pred")  # what the word before leaves over
+SPILLOVER = (*BASELINE, "prev_length", "prev_pred")  # effects of the previous word
 
 
 def evaluate_reading(student: Student, tokenizer: Tokenizer, path: str | Path) -> dict[str, Any]:
-    """Of reading_data.csv: eye_tracking, the mean over four measures, and self_paced, with one word of spillover.
+    """Scores on reading_data.csv: eye_tracking (mean over four measures) and self_paced (with one word of spillover).
 
-    Each is in per cent: how much of the variance that word length, frequency and place leave unexplained the surprisal
-    explains. There is no interval: resampled words overstate a gain that cannot be negative. items: words. Raises
-    UserError for a file that is not BabyLM's.
+    Each is the percentage of the variance left unexplained by word length, frequency and position that surprisal
+    explains. There is no interval, because resampling words overstates a gain that cannot be negative. items: the
+    number of words. Raises UserError for a file that is not BabyLM's or does not fit the student's context.
     """
     rows = _read(Path(path))
     texts = [(row["item"] or "None", row["word"]) for row in rows]
@@ -39,7 +39,10 @@ def evaluate_reading(student: Student, tokenizer: Tokenizer, path: str | Path) -
     groups = [pieces(tokenizer, *each) for each in asked]
     longest = max(len(ids) for group in groups for ids, _ in group)
     if longest > student.config.context:
-        raise UserError(f"{path} has a text of {longest} tokens, and the student reads {student.config.context}")
+        raise UserError(
+            f"{path} has a text of {longest} tokens, and the student reads {student.config.context}: "
+            f"evaluate one that was trained with --context {longest} or more"
+        )
     flat = sum_logprobs(student, [[p] for group in groups for p in group], "reading times")
     sums = iter(float(each) for each in flat)
     surprisal = {each: -sum(itertools.islice(sums, len(group))) for each, group in zip(asked, groups, strict=True)}
@@ -69,15 +72,15 @@ def _read(path: Path) -> list[dict[str, str]]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, csv.Error, EOFError) as error:
-        raise UserError(f"{path} is not BabyLM's reading_data.csv ({error!r})") from error
+        raise UserError(f"{path} is not BabyLM's reading_data.csv ({error!r}): give that file") from error
 
 
 def pieces(tokenizer: Tokenizer, sentence: str, word: str) -> list[Part]:
-    """What is asked of the student for the log-probability of `word` after `sentence`: one part a token of the word."""
-    parts = []
+    """The parts whose log-probabilities sum to that of `word` after `sentence`: one per token of the word."""
+    parts: list[Part] = []
     for id in tokenizer.encode(word):
         text = tokenizer.decode([id])
-        # The first token of its text: another one where a character is cut in two.
+        # Decoded and encoded again as in the pipeline: a token with part of a character changes.
         target = id if not parts else tokenizer.encode(text)[0]
         context = tokenizer.encode(sentence)
         parts.append(((*context, target), len(context)))
@@ -86,15 +89,17 @@ def pieces(tokenizer: Tokenizer, sentence: str, word: str) -> list[Part]:
 
 
 def explained(data: dict[str, np.ndarray], outcome: str, baseline: Sequence[str]) -> float:
-    """Per cent of the variance of `outcome` that the baseline leaves and the surprisal "pred" explains, by ordinary
-    least squares with the products of each two of the baseline. Rows with a gap are left out."""
+    """Percentage of the variance of `outcome` left by the baseline that the surprisal "pred" explains.
+
+    Ordinary least squares on the baseline and its pairwise interactions. data: columns (n,); rows with a nan are left
+    out."""
     columns = [data[name] for name in (outcome, *baseline, "pred")]
     there = ~np.isnan(columns).any(0)
     y, *x, surprisal = (column[there] for column in columns)
-    x = [(each - each.mean()) / each.std() for each in x]  # of the same span, and better conditioned
-    products = [a * b for a, b in itertools.combinations(x, 2)]
-    design = np.stack([np.ones_like(y), *x, *products, surprisal], axis=1)
+    x = [(each - each.mean()) / each.std() for each in x]  # spans the same space and is better conditioned
+    interactions = [a * b for a, b in itertools.combinations(x, 2)]
+    design = np.stack([np.ones_like(y), *x, *interactions, surprisal], axis=1)
     total = ((y - y.mean()) ** 2).sum()
-    left = [((y - part @ np.linalg.lstsq(part, y, rcond=None)[0]) ** 2).sum() for part in (design[:, :-1], design)]
-    base, model = (1 - each / total for each in left)
+    residual = [((y - part @ np.linalg.lstsq(part, y, rcond=None)[0]) ** 2).sum() for part in (design[:, :-1], design)]
+    base, model = (1 - each / total for each in residual)
     return float(100 * (model - base) / (1 - base))

@@ -1,1 +1,1 @@
-"""The paper's experiment (scripts/reproduce.py): its parts, its control's reward, its report."""
+"""The paper's experiment (scripts/reproduce.py): its runs, and the reward of its random control."""

@@ -1,6 +1,6 @@
-"""The parts of an experiment: runs of the two train commands, several at a time, each finished once and for all.
+"""The parts of an experiment: runs of the two train commands, several at a time, each run to its end once.
 
-Whether a part is finished is read from its folder, so nothing is kept that could be wrong after a kill.
+Whether a part is finished is read from its folder, so there is no other state that a kill could leave inconsistent.
 """
 
 import contextlib
@@ -22,19 +22,19 @@ from tqdm import tqdm
 from tinystory.babylm import milestone_name
 from tinystory.errors import UserError
 from tinystory.report.page import duration
-from tinystory.runlog import METRICS, SAMPLES, read_config
+from tinystory.runlog import METRICS, SAMPLES, Record, read_config
 from tinystory.student import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 MILLION = 10**6
-# Where files lie and what computes is no setting: an experiment may be moved.
+# Options that may differ between calls, because an experiment may move to another folder or device.
 NO_SETTINGS = ("init", "reward", "teacher_url", "device")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One run of a train command. options: what differs from the preset's; start: words the student had read before;
-    seed: of the interaction, 0 where there is none."""
+    """One run of a train command. options: those that differ from the preset; start: words that the student read before
+    (0 for pretraining); seed: of the interaction, else 0."""
 
     arm: str
     start: int
@@ -56,14 +56,14 @@ class Part:
             words += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
         return words
 
-    def share(self, out: Path) -> float:
-        """How much of it is done, 0..1, by its metrics; 1 only if it is finished."""
+    def fraction_done(self, out: Path) -> float:
+        """The fraction done, 0..1, from its metrics; 1 only if it is finished."""
         folder = out / self.name
         if self.reads:
             newest = checkpoint.newest(folder)
             if newest and json.loads((newest / "trainer.json").read_text())["words"] >= self.options["words"]:
                 return 1.0
-        elif (folder / SAMPLES).exists():  # the last thing that an interaction writes
+        elif (folder / SAMPLES).exists():  # the last file that an interaction writes
             return 1.0
         last = last_record(folder / METRICS)
         if self.reads:
@@ -72,24 +72,24 @@ class Part:
 
     @property
     def work(self) -> float:
-        """What it costs, in words passed through the student and back: for the time left only."""
+        """Estimated cost, in words of forward and backward passes; used for the remaining time only."""
         if self.reads:
             return self.options["words"] - self.start
         return self.options["steps"] * self.options["stories_per_step"] * 90 * (1 + self.options["epochs"])
 
 
-def last_record(path: Path) -> dict:
-    """The last whole line of a JSON-lines file, without reading the rest; {} if there is none."""
+def last_record(path: Path) -> Record:
+    """The last complete record of a JSON Lines file, without reading the rest; {} if there is none."""
     if not path.exists():
         return {}
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 8192))
-        lines = file.read().split(b"\n")[:-1]  # what follows the last line break is torn
+        lines = file.read().split(b"\n")[:-1]  # the text after the last line break is incomplete
     return json.loads(lines[-1]) if lines else {}
 
 
 def require_same_settings(part: Part, out: Path) -> None:
-    """Raises UserError where the part's folder holds a run of other settings."""
+    """Raises UserError if the part's folder holds a run with other settings."""
     folder = out / part.name
     recorded = read_config(folder).get("options", {})
     for name, value in part.options.items():
@@ -100,7 +100,7 @@ def require_same_settings(part: Part, out: Path) -> None:
 
 
 def make_ready(part: Part, out: Path) -> list[str]:
-    """Make a part's folder fit to start or to go on from, and say with which flag."""
+    """Prepare a part's folder for a start or a resume; returns the flag to run it with."""
     folder = out / part.name
     if checkpoint.newest(folder):
         return ["--resume"]
@@ -115,24 +115,25 @@ def make_ready(part: Part, out: Path) -> list[str]:
 
 
 def run_parts(parts: Sequence[Part], out: Path, preset: str, jobs: int, lock: int, progress: "Progress") -> None:
-    """Run what is not finished of the parts, `jobs` at a time; each writes into a file of OUT/logs. lock: of `locked`.
+    """Run the unfinished parts, `jobs` at a time, each with a log file in OUT/logs. lock: from `locked`.
 
-    Raises UserError when one of them fails; whatever ends this function ends the others, which save where they are."""
+    Raises UserError if one of them fails. However this function ends, it terminates the others, which first save a
+    checkpoint."""
     waiting = []
     for part in parts:
         require_same_settings(part, out)
-        if part.share(out) < 1:
+        if part.fraction_done(out) < 1:
             waiting.append(part)
         else:
             progress.skip(part.name)
-    running: list[tuple[Part, subprocess.Popen, float]] = []
+    running: list[tuple[Part, subprocess.Popen[bytes], float]] = []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 part = waiting.pop(0)
                 words = part.command(out, preset) + make_ready(part, out)
                 with open(log_file(out, part), "ab") as log:
-                    # A session of its own: Ctrl-C is for us, who pass it on. The lock is held as long as the part runs.
+                    # In its own session, so that Ctrl-C reaches only us, and we pass it on. It inherits the lock.
                     process = subprocess.Popen(
                         words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(part),
                         pass_fds=(lock,), start_new_session=True,
@@ -142,14 +143,14 @@ def run_parts(parts: Sequence[Part], out: Path, preset: str, jobs: int, lock: in
             for each in list(running):
                 part, process, began = each
                 ended = process.poll() is not None
-                share = part.share(out)
-                progress.at(part.name, share)
+                fraction = part.fraction_done(out)
+                progress.at(part.name, fraction)
                 if ended:
                     running.remove(each)
-                    if share < 1:
+                    if fraction < 1:
                         raise UserError(
                             f"{part.name} ended with exit code {process.returncode} before it was done; "
-                            f"{log_file(out, part)} says why; the same command goes on from there"
+                            f"{log_file(out, part)} says why; the same command continues from there"
                         )
                     progress.done(part.name, time.monotonic() - began)
     finally:
@@ -160,7 +161,8 @@ def run_parts(parts: Sequence[Part], out: Path, preset: str, jobs: int, lock: in
 
 
 def environment(part: Part) -> dict[str, str]:
-    """One thread for each part that others run beside, whatever --jobs: sums in another order have other roundings."""
+    """The environment of a part: a single thread for parts that run in parallel, whatever --jobs, since the number of
+    threads changes the order of sums and so the rounding."""
     alone = part.arm == "pretrain" or torch.cuda.is_available()
     return dict(os.environ) if alone else os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -173,51 +175,54 @@ def log_file(out: Path, part: Part) -> Path:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[int]:
-    """The descriptor of a lock that this process and its parts hold: parts outlive a parent that was killed."""
+    """The file descriptor of a lock on the experiment. Its parts inherit it, since they can outlive a killed parent."""
     with open(out / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{out} is in use by another call, or by a part that one left running: waiting for it to end")
+            print(f"{out} is in use by another call, or by a part that it left running: waiting for it to end")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
 
 class Progress:
-    """A line for each part that ends, and a bar of the whole with the time that is left by the speed so far."""
+    """One line per finished part, and a progress bar with the remaining time, estimated from the speed so far."""
 
-    def __init__(self):
-        self.work, self.shares, self.first, self.ended = {}, {}, 0.0, set()
+    def __init__(self) -> None:
+        self.work: dict[str, float] = {}
+        self.fractions: dict[str, float] = {}
+        self.ended: set[str] = set()
+        self.first = 0.0  # the fraction of all work that earlier calls have done
         self.began = time.monotonic()
         self.bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}{postfix}", mininterval=1)
 
-    def expect(self, name: str, work: float, share: float = 0.0) -> None:
-        """A part of so much work, in any unit, of which a share is done. To be called for all before one starts."""
-        self.work[name], self.shares[name] = work, share
+    def expect(self, name: str, work: float, fraction: float = 0.0) -> None:
+        """Announce a part: its work, in any unit, and the fraction already done. Call it for all before any starts."""
+        self.work[name], self.fractions[name] = work, fraction
         self.first = self._whole()
 
     def _whole(self) -> float:
-        return sum(work * self.shares[name] for name, work in self.work.items()) / sum(self.work.values())
+        return sum(work * self.fractions[name] for name, work in self.work.items()) / sum(self.work.values())
 
-    def at(self, name: str, share: float) -> None:
-        self.shares[name] = share
+    def at(self, name: str, fraction: float) -> None:
+        self.fractions[name] = fraction
         self.bar.set_postfix_str(self._left(), refresh=False)
         self.bar.update(self._whole() - self.bar.n)
 
     def skip(self, name: str) -> None:
-        """An earlier call has done it: that says nothing of this one's speed."""
+        """Mark a part as done by an earlier call, so that it does not count towards the speed of this one."""
         before = self._whole()
-        self.shares[name] = 1.0
+        self.fractions[name] = 1.0
         self.first += self._whole() - before
         self.ended.add(name)
 
     def done(self, name: str, seconds: float) -> None:
         self.at(name, 1.0)
         self.ended.add(name)
-        self.bar.write(f"[{len(self.ended)}/{len(self.shares)}] {name}: {duration(seconds)}; {self._left()}")
+        self.bar.write(f"[{len(self.ended)}/{len(self.fractions)}] {name}: {duration(seconds)}; {self._left()}")
 
     def _left(self) -> str:
         whole = self._whole()
         if whole - self.first < 0.001:
-            return "time left not known yet"
+            return "remaining time not known yet"
         return f"about {duration((1 - whole) * (time.monotonic() - self.began) / (whole - self.first))} left"

@@ -1,13 +1,13 @@
-"""The HTML that report.html is made of: small parts, the template and its style. What a model wrote is escaped here."""
+"""Building blocks of report.html: HTML fragments, the template and its style. Text from models is escaped here."""
 
 import re
 from collections.abc import Sequence
 from html import escape
 
-from tinystory.report.plots import number
+from tinystory.report.plots import CRITERION_COLOURS, number
+from tinystory.runlog import Record
 
-CRITERIA = ("readability", "coherence", "creativity")
-TOP_SCORE = 3
+TOP_SCORE = 3  # each criterion is scored from 0 to this
 LONGEST = 3000  # characters of a story that are shown
 
 
@@ -34,13 +34,13 @@ def tile(name: str, value: str, note: str, colour: str = "ink") -> str:
 
 
 def change(ends: Sequence[float | None]) -> str:
-    """0.31 → 0.62, or the one value there is."""
+    """0.31 → 0.62, or a single value."""
     texts = [number(None) if value is None else f"{value:.2f}" for value in ends]
     return texts[0] if len(texts) == 1 else f'<span class="from">{texts[0]} →</span> {texts[-1]}'
 
 
 def time_bar(spent: Sequence[tuple[str, float]]) -> str:
-    """Where the seconds went: (name, seconds) as one stacked bar."""
+    """One stacked bar of (name, seconds)."""
     spent = [(name, seconds) for name, seconds in spent if seconds]
     total = sum(seconds for _, seconds in spent)
     if not total:
@@ -50,7 +50,7 @@ def time_bar(spent: Sequence[tuple[str, float]]) -> str:
         f'<span><b class="t{i}"></b>{name} {duration(seconds)}, {seconds / total:.0%}</span>'
         for i, (name, seconds) in enumerate(spent)
     )
-    return f'<div class="time"><p>Where {duration(total)} went</p><div class="parts">{bars}</div><p>{names}</p></div>'
+    return f'<div class="time"><p>Time: {duration(total)}</p><div class="parts">{bars}</div><p>{names}</p></div>'
 
 
 def duration(seconds: float) -> str:
@@ -69,7 +69,7 @@ def facts(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Text in rows and columns, escaped here; the first column names its row."""
+    """A table of text, escaped here; the first column holds the row headers."""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(
         f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
@@ -78,9 +78,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>' if rows else ""
 
 
-def story_card(record: dict, title: str) -> str:
-    """A story after its opening, with its scores; record: opening, story and what there is of scores, reward, words,
-    ended and reply."""
+def story_card(record: Record, title: str) -> str:
+    """A story after its opening, with its scores. record: opening and story; optionally scores, reward, words, ended,
+    reply."""
     opening, story = record["opening"], record["story"]
     gap = "" if not opening or opening[-1].isspace() or re.match(r"\s|[.,!?;:]|$", story) else " "
     told = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"
@@ -100,12 +100,12 @@ def story_card(record: dict, title: str) -> str:
 
 
 def colour(criterion: str) -> str:
-    """The paper's criteria have colours of their own."""
-    return criterion if criterion in CRITERIA else "plain"
+    """The colour of a criterion's charts; "plain" for one that is not the paper's."""
+    return criterion if criterion in CRITERION_COLOURS else "plain"
 
 
 def dots(criterion: str, score: float) -> str:
-    """A score as three dots, filled up to it."""
+    """A score as three dots, filled up to the score."""
     name = escape(criterion.replace("_", " "))
     says = f"{name} {score:g} of {TOP_SCORE}"
     drawn = "●" * round(score) + "○" * (TOP_SCORE - round(score))
@@ -116,7 +116,7 @@ def dots(criterion: str, score: float) -> str:
 
 
 def clip(text: str, limit: int = LONGEST) -> str:
-    """text escaped, cut to limit characters, its control characters (save line breaks) made visible."""
+    """text escaped, cut to limit characters, with control characters other than line breaks made visible."""
     shown = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text[:limit])
     return escape(shown) + (" …" if len(text) > limit else "")
 

@@ -1,19 +1,26 @@
 """Charts as inline SVG, and a sparkline for the terminal.
 
-An SVG here holds no colour of its own: its classes take the page's CSS variables, so one chart is right on light and on
-dark paper. `standalone` makes a chart a file of its own.
+The SVG has no colours itself: its classes refer to the page's CSS variables, so that the same chart works on light and
+dark backgrounds. `standalone` turns a chart into the text of an .svg file.
 """
 
 import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-POINTS = 240  # more than this many points a line cannot be told apart at the size drawn
+POINTS = 240  # points per curve; more cannot be distinguished at the size drawn
 
-# Colours by role: (on light paper, on dark paper).
+# Colours by role: (on a light background, on a dark one).
+CRITERION_COLOURS = {
+    "readability": ("#2366ab", "#74aef0"),
+    "coherence": ("#b35a00", "#f0a35c"),
+    "creativity": ("#8440b5", "#c794ee"),
+}
 COLOURS = {
     "ink": ("#26231e", "#e8e4dc"),
     "muted": ("#77716a", "#9c968c"),
@@ -21,9 +28,7 @@ COLOURS = {
     "grey": ("#cfc9be", "#57534b"),
     "paper": ("#fcfbf8", "#1a1917"),
     "reward": ("#0b7a6b", "#4fc3ae"),
-    "readability": ("#2366ab", "#74aef0"),
-    "coherence": ("#b35a00", "#f0a35c"),
-    "creativity": ("#8440b5", "#c794ee"),
+    **CRITERION_COLOURS,
     "plain": ("#5b6470", "#a7b0bd"),
 }
 
@@ -43,15 +48,15 @@ svg.chart .error { fill: none; stroke: var(--tint); stroke-width: 1.5; }
 
 
 def palette() -> str:
-    """The CSS that defines every colour, following the reader's light or dark setting."""
+    """CSS variables for all colours, following the reader's light or dark setting."""
     light, dark = ("".join(f"--{name}: {pair[mode]}; " for name, pair in COLOURS.items()) for mode in (0, 1))
     return f":root {{ {light}}}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n"
 
 
 @dataclass
 class Line:
-    """One curve. smooth: a rolling mean, its spread as a band and the raw values faintly behind; else the values.
-    errors: half the length of each value's error bar; None is no bar."""
+    """One curve. smooth: a rolling mean with its standard deviation as a band and the raw values faintly, else only the
+    values. errors: half the length of each value's error bar, None for no bar."""
 
     x: Sequence[float | None]
     y: Sequence[float | None]
@@ -71,20 +76,21 @@ class Line:
         if not self.errors:
             return np.empty((0, 3))
         rows = zip(self.x, self.y, self.errors, strict=True)
-        return np.array([(x, y - e, y + e) for x, y, e in rows if None not in (x, y, e)]).reshape(-1, 3)
+        bars = [(x, y - e, y + e) for x, y, e in rows if x is not None and y is not None and e is not None]
+        return np.array(bars).reshape(-1, 3)
 
 
 def rolling(y: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of y over a centred window. (n,) -> (n,), (n,).
 
-    At the start, where curves are steep, the window narrows on both sides, so that it begins near the first values; at
-    the end it is cut short, so that the last mean is still one of many values.
+    At the start, where curves are steep, the window narrows on both sides, so that the mean begins near the first
+    values; at the end it is truncated on one side, so that the last mean still averages many values.
     """
     n = len(y)
     reach = np.clip(np.arange(n), 2, window // 2)
     low = np.maximum(np.arange(n) - reach, 0)
     high = np.minimum(np.arange(n) + reach + 1, n)
-    centre = y.mean()  # sums of squares of what is near zero do not cancel
+    centre = y.mean()  # sums of squares of values near zero do not suffer from cancellation
     first = np.concatenate([[0.0], np.cumsum(y - centre)])
     second = np.concatenate([[0.0], np.cumsum((y - centre) ** 2)])
     mean = (first[high] - first[low]) / (high - low)
@@ -93,7 +99,7 @@ def rolling(y: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def thin(values: np.ndarray, limit: int = POINTS) -> np.ndarray:
-    """values as at most limit means of neighbours. (n,) -> (min(n, limit),)."""
+    """values averaged over neighbours to at most limit points. (n,) -> (min(n, limit),)."""
     if len(values) <= limit:
         return values
     edges = np.linspace(0, len(values), limit + 1).astype(int)
@@ -101,7 +107,7 @@ def thin(values: np.ndarray, limit: int = POINTS) -> np.ndarray:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """The fewest round numbers, 1, 2 or 5 times a power of ten apart, that are at least three within [low, high]."""
+    """At least three round numbers within [low, high], with the largest spacing of 1, 2 or 5 times a power of ten."""
     power = math.ceil(math.log10(high - low))
     while True:
         for multiple in (5, 2, 1):
@@ -113,14 +119,14 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten within [low, high], 0 < low <= high; of many, the powers alone."""
+    """1, 2 and 5 times the powers of ten within [low, high], 0 < low <= high; if more than 8, only the powers."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     marks = [m * 10.0**p for p in powers for m in (1, 2, 5) if low * 0.999 <= m * 10.0**p <= high * 1.001]
     return marks if len(marks) <= 8 else [mark for mark in marks if math.log10(mark).is_integer()]
 
 
 def tick_names(values: Sequence[float]) -> list[str]:
-    """The ticks as text, with as many decimals as tell them apart."""
+    """The ticks as text, with enough decimals to distinguish them."""
     names = [number(value) for value in values]
     if len(set(names)) < len(names):
         decimals = max(0, -math.floor(math.log10(values[1] - values[0]) + 1e-6))
@@ -129,7 +135,7 @@ def tick_names(values: Sequence[float]) -> list[str]:
 
 
 def number(value: float | None) -> str:
-    """A number for people, three digits of it: 12.3M, 4,321, 0.618, 1.2e-5; a dash for none."""
+    """A number with about three digits: 12.3M, 4,321, 0.618, 1.2e-5; a dash for None."""
     if value is None:
         return "\N{EN DASH}"
     size = abs(value)
@@ -144,10 +150,16 @@ def number(value: float | None) -> str:
 
 
 def chart(
-    title: str, lines: Sequence[Line], *, y_range=None, x_name="step", log_x: bool = False, size=(340, 210)
+    title: str,
+    lines: Sequence[Line],
+    *,
+    y_range: tuple[float, float] | None = None,
+    x_name: str = "step",
+    log_x: bool = False,
+    size: tuple[int, int] = (340, 210),
 ) -> str:
-    """An SVG of the lines that have any point; "" if none has. y_range: (low, high), else what the curves need.
-    log_x: equal steps along x are equal ratios; every x must be above 0."""
+    """An SVG of the lines that have points; "" if none has. y_range: (low, high), by default fitted to the curves;
+    log_x: logarithmic x axis, for positive x; size: width and height in pixels."""
     drawn = [(line, *line.points()) for line in lines]
     drawn = [(line, x, y) for line, x, y in drawn if len(x)]
     if not drawn:
@@ -168,28 +180,28 @@ def chart(
         edges = np.concatenate([*(each for shape in shapes for each in shape["extent"]), *bars])
         y_low, y_high = edges.min(), edges.max()
         span = y_high - y_low
-        pad = span * 0.06 if span > 1e-6 * abs(y_high) else abs(y_high) * 0.1 or 1.0  # flat but for rounding
+        pad = span * 0.06 if span > 1e-6 * abs(y_high) else abs(y_high) * 0.1 or 1.0  # constant up to rounding
         y_range = (y_low - pad if y_low < 0 or y_low - pad > 0 else 0.0, y_high + pad)
     y_low, y_high = y_range
 
-    def at_x(x):
+    def at_x(x: ArrayLike) -> np.ndarray:
         return left + (along(x) - along(x_low)) / (along(x_high) - along(x_low)) * (width - left - right)
 
-    def at_y(y):
+    def at_y(y: ArrayLike) -> np.ndarray:
         return top + (y_high - np.clip(y, y_low, y_high)) / (y_high - y_low) * (height - top - bottom)
 
-    def path(x, y):
+    def path(x: np.ndarray, y: np.ndarray) -> str:
         return "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in zip(at_x(x), at_y(y), strict=True))
 
     parts = [f'<text class="title" x="0" y="14">{html.escape(title)}</text>']
     marks = ticks(y_low, y_high)
     for tick, name in zip(marks, tick_names(marks), strict=True):
-        y = float(at_y(tick))
-        parts.append(f'<path class="grid" d="M{left},{y:.1f}H{width - right}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
+        up = float(at_y(tick))
+        parts.append(f'<path class="grid" d="M{left},{up:.1f}H{width - right}"/>')
+        parts.append(f'<text x="{left - 6}" y="{up + 4:.1f}" text-anchor="end">{name}</text>')
     for tick in x_ticks:
-        x = float(at_x(tick))
-        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{number(tick)}</text>')
+        across = float(at_x(tick))
+        parts.append(f'<text x="{across:.1f}" y="{height - bottom + 16}" text-anchor="middle">{number(tick)}</text>')
     parts.append(f'<text x="{width - right}" y="{height - 3}" text-anchor="end">{html.escape(x_name)}</text>')
 
     labels = []
@@ -199,8 +211,8 @@ def chart(
             there, back = path(shape["x"], shape["high"]), path(shape["x"][::-1], shape["low"][::-1])
             parts.append(f'<path class="band" d="{there}L{back[1:]}Z"/>')
             parts.append(f'<path class="raw" d="{path(shape["x"], shape["raw"])}"/>')
-        for at, low, high in line.bars():
-            a, b, c = float(at_x(at)), float(at_y(low)), float(at_y(high))
+        for at, end, other_end in line.bars():
+            a, b, c = float(at_x(at)), float(at_y(end)), float(at_y(other_end))
             drawing = f"M{a:.1f},{b:.1f}V{c:.1f}M{a - 3:.1f},{b:.1f}h6M{a - 3:.1f},{c:.1f}h6"
             parts.append(f'<path class="error" d="{drawing}"/>')
         parts.append(f'<path class="line" d="{path(shape["x"], shape["line"])}"/>')
@@ -210,9 +222,9 @@ def chart(
         parts.append("</g>")
         last = float(shape["line"][-1])
         labels.append((float(at_y(last)), line.colour, f"{line.name} {number(last)}".strip()))
-    y_free = -math.inf  # labels at the curves' ends, pushed apart where they would overlap
-    for y, colour, text in sorted(labels):
-        y_free = max(y + 4, y_free + 13)
+    y_free = -math.inf  # the labels at the ends of the curves are shifted so as not to overlap
+    for end, colour, text in sorted(labels):
+        y_free = max(end + 4, y_free + 13)
         parts.append(
             f'<text class="value" style="--tint: var(--{colour})" x="{width - right + 7}" y="{y_free:.1f}">'
             f"{html.escape(text)}</text>"
@@ -220,40 +232,42 @@ def chart(
     return svg(title, size, parts)
 
 
-def curves(line: Line, x: np.ndarray, y: np.ndarray) -> dict:
-    """What is drawn of a line: x, line and, if smoothed, raw, low, high; extent: what the axis must show."""
+def curves(line: Line, x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    """The arrays to draw for a line: x, line and, if smoothed, raw, low, high; extent: values that the axis shows."""
     if not line.smooth or len(y) < 8:
         shape = {"x": thin(x), "line": thin(y)}
         return shape | {"extent": [shape["line"]]}
     mean, spread = rolling(y, max(5, len(y) // 16))
     shape = {"x": x, "raw": y, "line": mean, "low": mean - spread, "high": mean + spread}
     shape = {name: thin(values) for name, values in shape.items()}
-    # The axis shows the mean and all but the outermost hundredth of the raw values, but one wild step must not flatten
-    # the rest: what lies further out than they span is cut off.
+    # The axis shows the mean and the central 98 % of the raw values. Clipping keeps a single outlier from flattening
+    # the rest.
     low, high = np.quantile(y, [0.01, 0.99])
     seen = np.clip(shape["line"], 2 * low - high, 2 * high - low)
     return shape | {"extent": [seen, np.array([low, high])]}
 
 
-def histogram(title: str, first: Sequence[int], last: Sequence[int], colour: str, size=(340, 190)) -> str:
-    """Shares of the scores 0, 1, 2 ... early in a run (grey) and late (in colour), side by side; counts as given."""
+def histogram(title: str, first: Sequence[int], last: Sequence[int], colour: str) -> str:
+    """Fractions of the scores 0, 1, 2 ... early in a run (grey) and late (in colour), side by side. first, last: counts
+    per score."""
+    size = 340, 190
     width, height = size
     top, bottom = 44, 22
     parts = [f'<text class="title" x="0" y="14">{html.escape(title)}</text>']
     slot = width / len(first)
     bar = slot * 0.36
-    shares = [[count / max(sum(counts), 1) for count in counts] for counts in (first, last)]
-    tallest = max(max(each) for each in shares) or 1.0
+    fractions = [[count / max(sum(counts), 1) for count in counts] for counts in (first, last)]
+    tallest = max(max(each) for each in fractions) or 1.0
     for score in range(len(first)):
         for which, tint in ((0, "grey"), (1, colour)):
-            share = shares[which][score]
-            tall = share / tallest * (height - top - bottom)
+            fraction = fractions[which][score]
+            tall = fraction / tallest * (height - top - bottom)
             x = slot * (score + 0.5) + (which - 1) * bar
             y = height - bottom - tall
             parts.append(
                 f'<rect class="bar" style="--tint: var(--{tint})" x="{x + 1:.1f}" y="{y:.1f}" '
                 f'width="{bar - 2:.1f}" height="{max(tall, 1):.1f}" rx="2"/>'
-                f'<text x="{x + bar / 2:.1f}" y="{y - 4:.1f}" text-anchor="middle">{share:.0%}</text>'
+                f'<text x="{x + bar / 2:.1f}" y="{y - 4:.1f}" text-anchor="middle">{fraction:.0%}</text>'
             )
         parts.append(f'<text x="{slot * (score + 0.5):.1f}" y="{height - 5}" text-anchor="middle">{score}</text>')
     return svg(title, size, parts)
@@ -267,8 +281,9 @@ def svg(title: str, size: tuple[int, int], parts: Sequence[str]) -> str:
     )
 
 
-def grid(title: str, drawings: Sequence[str], columns: int = 2, size=(340, 210), gap: int = 24) -> str:
-    """Drawings of one size in rows as one drawing, below a title."""
+def grid(title: str, drawings: Sequence[str], columns: int = 2, gap: int = 24) -> str:
+    """Charts of the default size arranged in rows below a title, as one SVG."""
+    size = 340, 210
     parts = [f'<text class="title" x="0" y="14">{html.escape(title)}</text>']
     for i, drawing in enumerate(drawings):
         x, y = i % columns * (size[0] + gap), 32 + i // columns * (size[1] + gap)
@@ -280,13 +295,13 @@ def grid(title: str, drawings: Sequence[str], columns: int = 2, size=(340, 210),
 
 
 def standalone(drawing: str) -> str:
-    """A chart as the text of an .svg file, for a README: it follows the reader's light or dark setting too."""
+    """A chart as the text of an .svg file, for a README; it also follows the reader's light or dark setting."""
     start = '<svg xmlns="http://www.w3.org/2000/svg" '
     return drawing.replace("<svg ", start, 1).replace(">", f"><style>{palette()}{STYLE}</style>", 1) + "\n"
 
 
 def text_curve(values: Sequence[float | None], width: int = 60) -> str:
-    """A curve of at most width characters for a terminal: ▁▂▃▄▅▆▇█ from its lowest value to its highest."""
+    """A sparkline of at most width characters, ▁▂▃▄▅▆▇█ from the lowest value to the highest."""
     blocks = "▁▂▃▄▅▆▇█"
     y = thin(np.array([value for value in values if value is not None and math.isfinite(value)], dtype=float), width)
     if not len(y):

@@ -1,7 +1,7 @@
-"""Checkpoints: model.safetensors, model.json, tokenizer.json and the trainer's state. No pickle, never half-written.
+"""Checkpoints: model.safetensors, model.json, tokenizer.json and the trainer state, without pickle, written atomically.
 
-A checkpoint is written under a name that starts with a dot and renamed when it is whole, so a kill at any instant
-leaves every earlier one as it was. Names never repeat: `chck_3M` is a word milestone, `step_0001200` is for resuming.
+A checkpoint is written under a name that starts with a dot and renamed when complete, so a kill at any instant leaves
+all earlier ones intact. Names are never reused: `chck_3M` is a milestone in words, `step_0001200` is for resuming.
 """
 
 import json
@@ -24,9 +24,10 @@ from tinystory.student.model import Student, StudentConfig
 
 def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[str, Any],
          state: dict[str, Tensor], counters: dict[str, Any]) -> Path:  # fmt: skip
-    """Write one checkpoint. facts: what the student has been through (words, corpus), kept in model.json;
-    state and counters: what the trainer needs to go on to the same bits. Raises UserError when the disk is full."""
-    if folder.exists():  # the same step of the same run
+    """Write one checkpoint and return its folder; one that exists is left as it is. facts: the training history (words,
+    corpus), stored in model.json; state and counters: what the trainer needs for a bit-exact resume. Raises UserError
+    if it cannot be written."""
+    if folder.exists():  # the same step of the same run, before a resume
         return folder
     partial = folder.with_name("." + folder.name)
     shutil.rmtree(partial, ignore_errors=True)
@@ -51,8 +52,8 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[st
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tokenizer, dict[str, Any]]:
-    """Student, tokenizer and facts of a checkpoint, or of a folder of transformers', which knows no facts. Raises
-    UserError when it is not a whole one."""
+    """Student, tokenizer and facts of a checkpoint, or of a folder that transformers wrote ({} for the facts). Raises
+    UserError if it is incomplete or malformed."""
     if hf.is_folder(folder):
         student, tokenizer = hf.read(folder)
         return student.to(device), tokenizer, {}
@@ -67,24 +68,24 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tok
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.vocab_size != config.vocab_size or tokenizer.fingerprint() != vocabulary:
         raise UserError(
-            f"{folder}/tokenizer.json is another vocabulary than the one that the weights were trained with: put "
-            "back the one that they were saved with"
+            f"{folder}/tokenizer.json is another vocabulary than the one that the weights were trained with: restore "
+            "the file that was saved with them"
         )
     return student.to(device), tokenizer, facts
 
 
 def restore(student: Student, folder: Path) -> None:
-    """Load a checkpoint's weights into a student of the same shape. Raises UserError when the shapes differ."""
+    """Load the weights of a checkpoint into a student of the same shape. Raises UserError if the shapes differ."""
     try:
         student.load_state_dict(load_file(folder / "model.safetensors"))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} is not a checkpoint of ours: {_first_line(error)}") from error
-    except RuntimeError as error:  # load_state_dict names every tensor that does not fit
-        raise UserError(f"the weights in {folder} are of another shape: {_first_line(error)}") from error
+    except RuntimeError as error:  # from load_state_dict, which lists every mismatch
+        raise UserError(f"the weights in {folder} have another shape: {_first_line(error)}") from error
 
 
 def load_trainer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The `state` and `counters` that `save` was given."""
+    """The `state` and `counters` given to `save`. Raises UserError if they are missing or malformed."""
     try:
         return load_file(folder / "trainer.safetensors"), json.loads((folder / "trainer.json").read_text())
     except (OSError, ValueError, SafetensorError) as error:
@@ -92,7 +93,7 @@ def load_trainer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def newest(run: Path) -> Path | None:
-    """The checkpoint of a run that has got furthest (most steps), or None."""
+    """The checkpoint with the most steps in a run's folder, or None."""
     found = [path.parent for path in run.glob("checkpoints/[!.]*/trainer.json")]
     return max(
         found, key=lambda path: (json.loads((path / "trainer.json").read_text())["step"], path.name), default=None
@@ -100,23 +101,23 @@ def newest(run: Path) -> Path | None:
 
 
 def find(path: Path) -> Path:
-    """`path` if it is a checkpoint or a folder of transformers', else the newest of the run that it is. Raises
-    UserError if it is none of these."""
+    """`path` itself if it is a checkpoint or a folder that transformers wrote, else the newest checkpoint of the run in
+    it. Raises UserError if there is none."""
     found = path if (path / "model.json").exists() or hf.is_folder(path) else newest(path)
     if found is None:
-        raise UserError(f"{path} is neither a checkpoint nor a run that has one")
+        raise UserError(f"{path} is neither a checkpoint nor a run that has one: give the folder of either")
     return found
 
 
 def drop_older(folder: Path) -> None:
-    """Remove the `step_*` checkpoints beside `folder` that it supersedes."""
+    """Remove the `step_*` checkpoints beside `folder` that are older."""
     for path in folder.parent.glob("step_*"):
         if path.name < folder.name:
             shutil.rmtree(path)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """An Adam-like optimiser's state as named tensors; names in the order of its parameters."""
+    """The state of an Adam-like optimizer as named tensors. names: of its parameters, in order."""
     return {
         f"{key}.{names[i]}": value
         for i, entry in optimizer.state_dict()["state"].items()
@@ -125,7 +126,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[s
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], state: dict[str, Tensor]) -> None:
-    """The inverse of `pack_optimizer`; other tensors in `state` are left alone."""
+    """The inverse of `pack_optimizer`; other tensors in `state` are ignored."""
     keys = ("step", "exp_avg", "exp_avg_sq")
     kept = {i: {key: state[f"{key}.{name}"] for key in keys} for i, name in enumerate(names) if f"step.{name}" in state}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})

@@ -1,8 +1,8 @@
 """To and from the folders of transformers' GPT-2: config.json, model.safetensors, tokenizer.json.
 
-What is written here `AutoModelForCausalLM`, `AutoModel`, `AutoTokenizer` and `AutoProcessor` load with no code of ours.
-What is read may come from anyone: only JSON and safetensors are opened, every size is checked against the file before
-anything is made of it, and whatever in a model is not GPT-2's layout is refused, not approximated.
+`AutoModelForCausalLM`, `AutoModel`, `AutoTokenizer` and `AutoProcessor` load the folders written here without any code
+of ours. Folders to read are untrusted: only JSON and safetensors are opened, sizes are checked against the file before
+anything is allocated, and a model that is not exactly GPT-2's layout is refused, not approximated.
 """
 
 import json
@@ -19,7 +19,7 @@ from tinystory.data.tokenizer import END_NAMES, Tokenizer
 from tinystory.errors import UserError
 from tinystory.student.model import Student, StudentConfig
 
-# Their names in a block -> ours. Their Conv1D keeps (in, out), our Linear (out, in).
+# Module names in a block: transformers' -> ours. Its Conv1D stores weights as (in, out), our Linear as (out, in).
 MODULES = {
     "ln_1": "ln_1",
     "attn.c_attn": "qkv",
@@ -28,7 +28,7 @@ MODULES = {
     "mlp.c_fc": "fc",
     "mlp.c_proj": "mlp_proj",
 }
-# What the layout fixes, with transformers' own default where a config.json leaves it out.
+# Options that the layout fixes: (required value, transformers' default if config.json omits it).
 FIXED = {
     "layer_norm_epsilon": (1e-5, 1e-5),
     "scale_attn_weights": (True, True),
@@ -36,20 +36,20 @@ FIXED = {
     "add_cross_attention": (False, False),
     "tie_word_embeddings": (True, True),
 }
-TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names for the same function
 LONGEST_JSON = 100_000_000  # characters; GPT-2's tokenizer.json has 1.4 M
-FINE_TUNING = 512  # tokens that BabyLM's fine-tuning reads at once
+FINE_TUNING = 512  # tokens per sequence in BabyLM's fine-tuning
 
 
 def is_folder(path: Path) -> bool:
-    """Whether transformers wrote this folder, or we for it."""
+    """Whether this is a folder in transformers' format."""
     return (path / "config.json").is_file() and not (path / "model.json").exists() and "model_type" in _json(
         path / "config.json"
     )  # fmt: skip
 
 
 def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
-    """Write a new folder for transformers. Raises UserError where it cannot, and where there is one already."""
+    """Write a new folder that transformers can load. Raises UserError if it exists or cannot be written."""
     shape = student.config
     names = {id: name for name, id in tokenizer.specials.items()}
     ends = {f"{role}_token_id": id for role, id in _roles(tokenizer).items()}
@@ -69,10 +69,10 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": shape.context,
-        # Not token_type_ids, which the class gives by default: GPT-2 adds the embedding of token 0 for them everywhere.
+        # Without token_type_ids, the default of this class: GPT-2 would add the embedding of token 0 everywhere.
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # text like "</s>" in a document is text
+        "split_special_tokens": True,  # "</s>" in a document is ordinary text
         "padding_side": "right",
     }
     roles = {f"{role}_token": names[id] for role, id in _roles(tokenizer).items()}
@@ -84,12 +84,12 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
     }
     try:
         folder.mkdir(parents=True)
-        save_file(_theirs(student), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(_to_transformers(student), folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except FileExistsError as error:
-        raise UserError(f"{folder} is there already: name a new folder, or remove that one") from error
+        raise UserError(f"{folder} already exists: name a new folder, or remove that one") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}; free some space or choose another folder") from error
 
@@ -98,34 +98,34 @@ def _roles(tokenizer: Tokenizer) -> dict[str, int]:
     return {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
 
 
-def _theirs(student: Student) -> dict[str, Tensor]:
+def _to_transformers(student: Student) -> dict[str, Tensor]:
     ours = student.state_dict()
     return {
-        f"transformer.{name}": (ours[own].T if turned else ours[own]).detach().cpu().contiguous()
-        for name, own, turned, _ in _layout(student.config)
+        f"transformer.{theirs}": (ours[own].T if transposed else ours[own]).detach().cpu().contiguous()
+        for theirs, own, transposed, _ in _layout(student.config)
     }
 
 
 def _layout(shape: StudentConfig) -> list[tuple[str, str, bool, tuple[int, ...]]]:
-    """Every parameter: their name, ours, whether it is turned, and its shape as theirs."""
+    """Every parameter: its name in transformers, our name, whether it is transposed, and its shape in transformers."""
     C = shape.n_embd
     widths = {"qkv": (C, 3 * C), "attn_proj": (C, C), "fc": (C, 4 * C), "mlp_proj": (4 * C, C)}
-    rows = [
+    rows: list[tuple[str, str, bool, tuple[int, ...]]] = [
         ("wte.weight", "wte.weight", False, (shape.vocab_size, C)),
         ("wpe.weight", "wpe.weight", False, (shape.context, C)),
     ]
     for layer in range(shape.n_layer):
         for theirs, ours in MODULES.items():
-            wide = widths.get(ours, (C,))
-            rows.append((f"h.{layer}.{theirs}.weight", f"blocks.{layer}.{ours}.weight", ours in widths, wide))
-            rows.append((f"h.{layer}.{theirs}.bias", f"blocks.{layer}.{ours}.bias", False, wide[-1:]))
+            size: tuple[int, ...] = widths.get(ours, (C,))
+            rows.append((f"h.{layer}.{theirs}.weight", f"blocks.{layer}.{ours}.weight", ours in widths, size))
+            rows.append((f"h.{layer}.{theirs}.bias", f"blocks.{layer}.{ours}.bias", False, size[-1:]))
     return [*rows, ("ln_f.weight", "ln_f.weight", False, (C,)), ("ln_f.bias", "ln_f.bias", False, (C,))]
 
 
 def read(folder: Path) -> tuple[Student, Tokenizer]:
-    """The student, in float32 on the CPU, and the tokenizer of a folder that transformers wrote.
+    """The student, in float32 on the CPU, and the tokenizer of a folder in transformers' format.
 
-    Raises UserError for what is not GPT-2's layout, byte-level BPE with GPT-2's split, and safetensors.
+    Raises UserError unless it has GPT-2's layout, byte-level BPE with GPT-2's split, and weights in safetensors.
     """
     config = _json(folder / "config.json")
     shape = _shape(folder, config)
@@ -133,11 +133,11 @@ def read(folder: Path) -> tuple[Student, Tokenizer]:
     if not file.is_file():
         raise UserError(
             f"{folder} has no model.safetensors: load it with transformers and save it again with "
-            "save_pretrained(FOLDER, max_shard_size='100GB'), which writes one; a .bin is a pickle, which runs code as "
-            "it loads, and is not opened"
+            "save_pretrained(FOLDER, max_shard_size='100GB'), which writes one; a .bin file is a pickle, which can run "
+            "code when it is loaded, and is not opened"
         )
     try:
-        state = _ours(folder, file, shape)
+        state = _from_transformers(file, shape)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
     tokenizer = _tokenizer(folder, config, shape.vocab_size)
@@ -149,18 +149,19 @@ def read(folder: Path) -> tuple[Student, Tokenizer]:
 
 def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
     def refuse(what: str) -> UserError:
-        return UserError(f"{folder}/config.json is of a model that this student cannot be: {what}")
+        return UserError(f"{folder}/config.json describes a model that is not supported here: {what}")
 
     if config.get("model_type") != "gpt2":
         raise refuse(f"its model_type is {config.get('model_type')!r}, not 'gpt2'")
-    sizes = {}
+    sizes: dict[str, int] = {}
     for name, theirs in (("n_layer", "n_layer"), ("n_head", "n_head"), ("n_embd", "n_embd"),
                          ("context", "n_positions"), ("vocab_size", "vocab_size")):  # fmt: skip
-        sizes[name] = config.get(theirs)
-        if type(sizes[name]) is not int or not 0 < sizes[name] < 2**24:
-            raise refuse(f"its {theirs} is {sizes[name]!r}")
+        size = config.get(theirs)
+        if type(size) is not int or not 0 < size < 2**24:
+            raise refuse(f"its {theirs} is {size!r}")
+        sizes[name] = size
     if sizes["n_embd"] % (16 * sizes["n_head"]):
-        raise refuse(f"its heads are {sizes['n_embd'] / sizes['n_head']:g} wide, not a multiple of 16")
+        raise refuse(f"its head size is {sizes['n_embd'] / sizes['n_head']:g}, not a multiple of 16")
     for name, (ours, default) in FIXED.items():
         if config.get(name, default) != ours:
             raise refuse(f"its {name} is {config[name]!r}, not {ours!r}")
@@ -171,42 +172,42 @@ def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
     return StudentConfig(**sizes)
 
 
-def _ours(folder: Path, path: Path, shape: StudentConfig) -> dict[str, Tensor]:
-    """Their weights under our names; the prefix `transformer.` may be there or not."""
+def _from_transformers(path: Path, shape: StudentConfig) -> dict[str, Tensor]:
+    """The weights under our names; their prefix `transformer.` is optional."""
     with safe_open(path, framework="pt") as file:
         there = set(file.keys())
         prefix = "transformer." if "transformer.wte.weight" in there else ""
         state = {}
-        for name, own, turned, wanted in _layout(shape):
+        for name, own, transposed, expected in _layout(shape):
             if prefix + name not in there:
                 raise UserError(f"{path} has no tensor {prefix + name}: it is not the model of its config.json")
             found = tuple(file.get_slice(prefix + name).get_shape())
-            if found != wanted:
-                raise UserError(f"{path}: {prefix + name} is {found}, and its config.json says {wanted}")
+            if found != expected:
+                raise UserError(f"{path}: {prefix + name} is {found}, and its config.json says {expected}")
             tensor = file.get_tensor(prefix + name).float()
-            state[own] = (tensor.T if turned else tensor).contiguous()
+            state[own] = (tensor.T if transposed else tensor).contiguous()
         if "lm_head.weight" in there and not torch.equal(
             file.get_tensor("lm_head.weight").float(), state["wte.weight"]
         ):
-            raise UserError(f"{path} has an output layer of its own (lm_head.weight): only a tied one can be used here")
+            raise UserError(f"{path} has a separate output layer (lm_head.weight): only a tied one is supported")
     return state
 
 
 def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """Its tokenizer.json, or vocab.json and merges.txt; the end token by the config, whatever it is called."""
+    """From tokenizer.json, else from vocab.json and merges.txt; config.json says which token is the end token."""
     file = folder / "tokenizer.json"
     spec = _json(file) if file.is_file() else _from_vocab_and_merges(folder)
     as_read = json.dumps(spec)
     try:
         if (spec.get("post_processor") or {"type": "ByteLevel"})["type"] != "ByteLevel":
             print(
-                f"{folder}: its tokenizer puts tokens of its own around a text; they are left out here", file=sys.stderr
+                f"{folder}: its tokenizer adds special tokens around a text; they are left out here", file=sys.stderr
             )
         vocab, added = spec["model"]["vocab"], spec["added_tokens"]
         ids = set(vocab.values()) | {token["id"] for token in added}
         if len(ids) > vocab_size:
             raise ValueError(f"it has {len(ids)} tokens and the model {vocab_size}")
-        for id in range(len(ids), vocab_size):  # rows that a model has beyond its tokens, to be a round number
+        for id in range(len(ids), vocab_size):  # embedding rows beyond the vocabulary, as padding
             added.append(_special(f"<unused{id}>", id))
         end = config.get("eos_token_id")
         for token in added:
@@ -216,10 +217,10 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
                 vocab.pop(token["content"], None)
                 token["content"], vocab[END_NAMES[0]] = END_NAMES[0], end
         changed = json.dumps(spec) != as_read or not file.is_file()
-        # Untouched it keeps its text, and so its fingerprint: what we wrote comes back as the same vocabulary.
+        # If unchanged, keep the text as it is, so that a tokenizer that we wrote keeps its fingerprint.
         tokenizer = Tokenizer(json.dumps(spec, ensure_ascii=False) if changed else file.read_text(encoding="utf-8"))
         if end is not None and tokenizer.eos != end:
-            raise ValueError(f"its end token is {tokenizer.eos} and that of config.json {end!r}")
+            raise ValueError(f"its end token is {tokenizer.eos} and that of config.json is {end!r}")
         return tokenizer
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the tokenizer in {folder} cannot be used here: {error}") from error
@@ -231,7 +232,7 @@ def _special(name: str, id: int) -> dict[str, Any]:
 
 
 def _from_vocab_and_merges(folder: Path) -> dict[str, Any]:
-    """GPT-2's two files as one tokenizer.json. What no merge makes and is longer than a character is special."""
+    """GPT-2's two files as one tokenizer.json. Tokens of several characters that no merge makes count as special."""
     vocab = _json(folder / "vocab.json")
     try:
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
@@ -253,7 +254,7 @@ def _from_vocab_and_merges(folder: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError for anything else."""
+    """The JSON object in a file. Raises UserError for anything else."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(LONGEST_JSON + 1)

@@ -1,4 +1,4 @@
-// What the tests share: a check that counts, random inputs, element types as numbers, buffers of them.
+// Shared by the tests: counted checks, random inputs, properties of the element types.
 #pragma once
 #include <cmath>
 #include <cstdio>
@@ -20,7 +20,7 @@ inline void check(bool ok, const std::string& what) {
   if (std::getenv("SIMT_STOP_AT_FIRST")) std::exit(1);
 }
 
-// Runs f; an Error of the SIMT machine is a failed check that says what the machine said.
+// Runs f; an exception, such as an Error of the SIMT machine, is a failed check with its message.
 template <class F>
 void run(const std::string& what, const F& f) {
   try {
@@ -39,13 +39,13 @@ using tinystory::DType;
 using tinystory::cuda::bf16;
 using tinystory::cuda::f16;
 
-template <class E>
+template <class Element>
 struct Type;
 template <>
 struct Type<float> {
   static constexpr DType dtype = DType::f32;
   static constexpr const char* name = "f32";
-  static constexpr double unit = 0x1p-24;  // relative error of rounding to it
+  static constexpr double unit = 0x1p-24;  // unit roundoff
 };
 template <>
 struct Type<bf16> {
@@ -60,21 +60,21 @@ struct Type<f16> {
   static constexpr double unit = 0x1p-11;
 };
 
-template <class E>
-std::vector<double> to_doubles(const std::vector<E>& v) {
+template <class Element>
+std::vector<double> to_doubles(const std::vector<Element>& v) {
   std::vector<double> r(v.size());
   for (size_t i = 0; i < v.size(); ++i) r[i] = tinystory::cuda::to_float(v[i]);
   return r;
 }
-template <class E>
-std::vector<E> normal(std::mt19937_64& random, size_t n, double scale = 1) {
+template <class Element>
+std::vector<Element> normal(std::mt19937_64& random, size_t n, double scale = 1) {
   std::normal_distribution<double> d(0, scale);
-  std::vector<E> r(n);
-  for (E& x : r) x = tinystory::cuda::from_float<E>(float(d(random)));
+  std::vector<Element> r(n);
+  for (Element& x : r) x = tinystory::cuda::from_float<Element>(float(d(random)));
   return r;
 }
 
-// Checks |got - want| <= bound element by element and says where it is worst.
+// Checks |got - want| <= bound for every element, and reports the worst.
 inline void check_close(const std::vector<double>& got, const std::vector<double>& want,
                         const std::vector<double>& bound, const std::string& what) {
   double worst = 0;

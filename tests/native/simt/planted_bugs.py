@@ -1,7 +1,7 @@
 """Plants one bug at a time in the CUDA kernels and shows that the tests on the SIMT machine catch it.
 
-Prints a table: the bug, and the first thing that noticed it. Fails if a bug goes unnoticed, or if the text that it
-changes is no longer in the source. `--only WORD` plants the bugs whose name has the word.
+Prints a table: the bug, and the first failed check. Fails if a bug is not caught, or if the text that it replaces is no
+longer in the source. `--only WORD` plants the bugs whose name contains the word.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ KERNELS = {
     "attention": ["attention_forward.cu", "attention_backward.cu"],
     "ops": ["attention_decode.cu", "sampling.cu", "token_logprob.cu"],
 }
+KERNELS["races"] = KERNELS["attention"] + KERNELS["ops"]
 TESTS = {
-    "attention": ["simt.cpp", "test_attention.cpp"],
-    "ops": ["simt.cpp", "test_ops.cpp", "sampling.cpp"],
+    "attention": ["simt.cpp", "trace.cpp", "test_attention.cpp"],
+    "ops": ["simt.cpp", "trace.cpp", "test_ops.cpp", "sampling.cpp"],
+    "races": ["simt.cpp", "trace.cpp", "tsan_hooks.cpp", "test_trace.cpp"],
 }
+# As CMakeLists.txt compiles and links simt_trace.
+TRACED = ["-O1", "-g1", "-fno-pie", "-fno-store-merging", "-fsanitize=thread", f'-DBUDGETS="{HERE}/budgets.txt"']
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Bug:
     file: str  # in csrc/cuda
     old: str
     new: str
-    test: str = "attention"  # or an op of test_ops
+    test: str = "attention"  # or "races", or an op of test_ops
     count: int = 1  # which occurrence of `old`
 
 
@@ -48,8 +52,12 @@ BUGS = [
     Bug("forward: no barrier after the wait for a tile", FORWARD, "    sync_block();", "    "),
     Bug("forward: does not wait for the copies", FORWARD, "copy_wait<0>();", "copy_wait<1>();"),
     Bug("forward: next tile overwrites the one in use", FORWARD, "keys(tile % 2), k +", "keys(0), k +"),
-    Bug("forward: idle warps skip the barrier", FORWARD, "    copy_wait<0>();\n",
-        "    if (k0 > first + 16 * kMmaM - 1) continue;\n    copy_wait<0>();\n"),
+    Bug(
+        "forward: idle warps skip the barrier",
+        FORWARD,
+        "    copy_wait<0>();\n",
+        "    if (k0 > first + 16 * kMmaM - 1) continue;\n    copy_wait<0>();\n",
+    ),
     Bug("backward: delta is read before all is written", BACKWARD, "  sync_block();\n\n", "\n"),
     Bug("backward: no barrier in the pass for keys", BACKWARD, "    sync_block();", "    ", count=2),
     Bug("output: no sync_warp before rows are read back", TILES, "  sync_warp();\n  constexpr", "  constexpr"),
@@ -79,11 +87,48 @@ BUGS = [
     # Arithmetic that only some inputs show.
     Bug("softmax: output not rescaled with the maximum", FORWARD, "O[mi][ni][i] *= rescale", "O[mi][ni][i] *= 1"),
     Bug("softmax: the sum misses three of four lanes", FORWARD, "warp_sum<4>(l[mi][half])", "l[mi][half]"),
-    Bug("decode: sums merged without their maxima", DECODE, "fmaf(part[D + 1], weight, l)", "l + part[D + 1]",
-        "decode"),
+    Bug(
+        "decode: sums merged without their maxima", DECODE, "fmaf(part[D + 1], weight, l)", "l + part[D + 1]", "decode"
+    ),
     Bug("decode: a product misses half of the lanes", DECODE, "warp_sum<kLanes>", "warp_sum<kLanes / 2>", "decode"),
     Bug("sampling: all ties at the threshold count", SAMPLING, "(equal < free ? equal : free)", "equal", "sample"),
     Bug("entropy: not rescaled with the maximum", LOGPROB, "factor * fmaf(l,", "1 * fmaf(l,", "logprob"),
+    # Races: on this machine the results stay right, in every schedule or in all that are tried.
+    Bug(
+        "sampling: histogram without an atomic",
+        SAMPLING,
+        "atomic_add_shared(&shared.histogram[key >> shift & digits], x)",
+        "shared.histogram[key >> shift & digits] += x",
+        "races",
+    ),
+    Bug(
+        "output: rows staged before all lanes have read",
+        TILES,
+        "  const int g = lane_id() / 4, t = lane_id() % 4;\n  sync_warp();",
+        "  const int g = lane_id() / 4, t = lane_id() % 4;",
+        "races",
+    ),
+    Bug(
+        "output: a shuffle in place of sync_warp",
+        TILES,
+        "  sync_warp();\n  constexpr",
+        "  ballot(true);\n  constexpr",
+        "races",
+    ),
+    Bug(
+        "decode: every split appends the key and value",
+        DECODE,
+        "if (split == 0 && group < 2)",
+        "if (group < 2)",
+        "races",
+    ),
+    Bug(
+        "sampling: buckets cleared before all have searched",
+        SAMPLING,
+        "    sync_block();\n    return uint32_t(",
+        "    return uint32_t(",
+        "races",
+    ),
 ]
 
 
@@ -91,8 +136,8 @@ def run(*command: object) -> None:
     subprocess.run([str(c) for c in command], check=True)
 
 
-def compile_to(compiler: str, source: Path, to: Path, optimize: str) -> Path:
-    run(compiler, *FLAGS, optimize, "-x", "c++", "-c", source, "-o", to)
+def compile_to(compiler: str, source: Path, to: Path, *flags: str) -> Path:
+    run(compiler, *FLAGS, *flags, "-x", "c++", "-c", source, "-o", to)
     return to
 
 
@@ -105,8 +150,8 @@ def plant(bug: Bug, csrc: Path) -> None:
     path.write_text(before + bug.new + after)
 
 
-def first_complaint(binary: Path, test: str) -> str:
-    """What the test, or the machine, notices first; '' if the test passes."""
+def first_failure(binary: Path, test: str) -> str:
+    """The first failed check of the test; '' if the test passes."""
     command = [str(binary), *([test] if test != "attention" else [])]
     env = {**os.environ, "SIMT_STOP_AT_FIRST": "1"}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
@@ -117,35 +162,48 @@ def first_complaint(binary: Path, test: str) -> str:
 
 
 def caught_by(bug: Bug | None, test: str, compiler: str, work: Path, objects: dict[str, Path]) -> str:
-    """What notices the bug; without a bug, what is wrong with the sound kernels."""
+    """What catches the bug, or '' if nothing does. Without a bug: what fails with the sound kernels."""
     csrc = Path(tempfile.mkdtemp(dir=work))
     shutil.copytree(CSRC, csrc, dirs_exist_ok=True)
     if bug:
         plant(bug, csrc)
-    group = "attention" if test == "attention" else "ops"
+    group = test if test in KERNELS else "ops"
+    traced = "traced " if group == "races" else ""
     linked = [objects[name] for name in TESTS[group]]
     for kernel in KERNELS[group]:
         source = csrc / "cuda" / kernel
         touched = bug and (kernel == bug.file or f'"{bug.file}"' in source.read_text())
-        # A failing test is short, so it is not worth much optimizing.
-        linked.append(compile_to(compiler, source, csrc / f"{kernel}.o", "-O1") if touched else objects[kernel])
-    run(compiler, *linked, "-o", csrc / "test")
-    return first_complaint(csrc / "test", test)
+        # A failing test is short, so optimizing it does not pay.
+        flags = TRACED if traced else ["-O0"]
+        built = compile_to(compiler, source, csrc / f"{kernel}.o", *flags) if touched else objects[traced + kernel]
+        linked.append(built)
+    run(compiler, *(["-no-pie"] if traced else []), *linked, "-o", csrc / "test")
+    return first_failure(csrc / "test", test)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compiler", default=os.environ.get("CXX", "c++"))
     parser.add_argument("--only", default="", metavar="WORD")
+    parser.add_argument("--without-races", action="store_true", help="for compilers that cannot build simt_trace")
     args = parser.parse_args()
-    bugs = [bug for bug in BUGS if args.only in bug.name]
+    bugs = [bug for bug in BUGS if args.only in bug.name and not (args.without_races and bug.test == "races")]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         work = Path(folder)
-        sources = [HERE / "simt.cpp", HERE / "test_attention.cpp", HERE / "test_ops.cpp", CSRC / "cpu" / "sampling.cpp"]
-        sources += [CSRC / "cuda" / kernel for kernels in KERNELS.values() for kernel in kernels]
-        compiled = pool.map(lambda s: compile_to(args.compiler, s, work / f"{s.name}.o", "-O2"), sources)
-        objects = dict(zip([s.name for s in sources], compiled, strict=True))
         tests = sorted({bug.test for bug in bugs})
+        groups = {test if test in KERNELS else "ops" for test in tests}
+        wanted: dict[str, tuple[Path, list[str]]] = {}
+        for group in groups:
+            traced = group == "races"
+            for name in TESTS[group]:
+                source = CSRC / "cpu" / name if name == "sampling.cpp" else HERE / name
+                wanted[name] = source, TRACED if name == "test_trace.cpp" else ["-O2"]
+            for name in KERNELS[group]:
+                wanted["traced " * traced + name] = CSRC / "cuda" / name, TRACED if traced else ["-O2"]
+        compiled = pool.map(
+            lambda name: compile_to(args.compiler, wanted[name][0], work / f"{name}.o", *wanted[name][1]), wanted
+        )
+        objects = dict(zip(wanted, compiled, strict=True))
         unsound = list(pool.map(lambda test: caught_by(None, test, args.compiler, work, objects), tests))
         if any(unsound):
             raise SystemExit(f"planted_bugs: the tests fail without a bug: {[what for what in unsound if what]}")

@@ -1,24 +1,26 @@
-// Fibers: makecontext gives each its stack once; from then on _setjmp and _longjmp switch without a system call.
-#undef _FORTIFY_SOURCE  // its longjmp refuses to leave a stack
+// Fibers: makecontext gives each its stack once; after that, _setjmp and _longjmp switch without a system call.
+#undef _FORTIFY_SOURCE  // its longjmp refuses to switch stacks
 #include "simt.h"
-
-#include <csetjmp>
-#include <csignal>
-#include <memory>
-#include <numeric>
-#include <algorithm>
-#include <utility>
 
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
+
+#include <algorithm>
+#include <csetjmp>
+#include <csignal>
+#include <memory>
+#include <numeric>
+#include <utility>
+
+#include "trace.h"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace simt {
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10, kSharedLimit = 163 << 10;  // of a block on sm_80
+constexpr size_t kStackBytes = 256 << 10, kSharedLimit = 163 << 10;  // per block on sm_80
 const size_t kPage = size_t(sysconf(_SC_PAGESIZE));
 constexpr unsigned kMaxThreads = 1024;
 
@@ -28,20 +30,21 @@ struct Copy {
   size_t bytes;
   bool valid;
   int group;
+  Site site;
 };
 
 struct Fiber {
   jmp_buf at;
   ucontext_t start;
   bool created = false, done = true;
-  Site site{"the start", "", 0};  // where it waits, or the last place it passed
+  Site site{"the start", "", 0};  // where it waits, or the last primitive it called
   std::vector<Copy> copies;
   int groups = 0;  // committed so far
 };
 
 struct Warp {
   uint32_t runnable = 0, arrived = 0;
-  void* brought[kWarpSize];
+  void* arguments[kWarpSize];
 };
 
 // xorshift64*
@@ -68,7 +71,7 @@ struct Machine {
   size_t shared_bytes = 0;
   std::vector<Fiber> fibers{kMaxThreads};
   std::vector<Warp> warps{kMaxThreads / kWarpSize};
-  std::vector<unsigned> priority;  // warps, most urgent first
+  std::vector<unsigned> priority;  // warps, highest priority first
   bool run_ahead = true;
   unsigned threads = 0, at_barrier = 0, first_at_barrier = 0, done = 0, current = 0;
   bool in_fiber = false;
@@ -82,6 +85,10 @@ std::string at(const Site& s) {
   return std::string(s.what) +
          (s.line ? " (" + std::string(slash ? slash + 1 : s.file) + ":" + std::to_string(s.line) + ")" : "");
 }
+bool same(const Site& a, const Site& b) {
+  const auto equal = [](const char* x, const char* y) { return x == y || std::strcmp(x, y) == 0; };
+  return a.line == b.line && equal(a.what, b.what) && equal(a.file, b.file);
+}
 std::string thread_name(unsigned i) { return "block " + std::to_string(blockIdx.x) + " thread " + std::to_string(i); }
 
 void* map(size_t bytes, int protection) {
@@ -90,7 +97,7 @@ void* map(size_t bytes, int protection) {
   return p;
 }
 
-// Ends the launch from inside a fiber. The fibers' stacks are abandoned: kernels hold nothing that needs a destructor.
+// Ends the launch from inside a fiber, abandoning all stacks: kernels hold nothing that needs a destructor.
 [[noreturn]] void end_launch(std::string why) {
   m.error = std::move(why);
   _longjmp(m.scheduler, 2);
@@ -120,7 +127,7 @@ void switch_to(unsigned i) {
   if (!f.created) {
     f.created = true;
     getcontext(&f.start);
-    f.start.uc_stack.ss_sp = m.stacks + i * kStackBytes + kPage;  // the page below stays protected
+    f.start.uc_stack.ss_sp = m.stacks + i * kStackBytes + kPage;  // the page below it stays protected
     f.start.uc_stack.ss_size = kStackBytes - kPage;
     f.start.uc_link = nullptr;
     makecontext(&f.start, fiber_main, 0);
@@ -153,7 +160,7 @@ std::string stuck() {
   for (unsigned i = 0; i < m.threads; ++i)
     if (!m.fibers[i].done) waits = waits == m.threads ? i : waits;
   for (unsigned i = 0; i < m.threads; ++i)
-    if (m.fibers[i].done || m.fibers[i].site.line != m.fibers[waits].site.line) other = other == m.threads ? i : other;
+    if (m.fibers[i].done || !same(m.fibers[i].site, m.fibers[waits].site)) other = other == m.threads ? i : other;
   std::string why = thread_name(waits) + " waits for ever at " + at(m.fibers[waits].site);
   if (other < m.threads) why += ", while thread " + std::to_string(other) + " is at " + at(m.fibers[other].site);
   return why;
@@ -170,14 +177,19 @@ void run_block() {
   }
   for (unsigned w : m.priority) m.warps[w].runnable = ~0u, m.warps[w].arrived = 0;
   draw_order();
+  if (trace::on()) trace::begin_block();
   switch (_setjmp(m.scheduler)) {
-    case 2:  // an error; the fibers start afresh next time
+    case 2:  // an error: the next launch creates the fibers anew
       m.in_fiber = false;
       for (Fiber& f : m.fibers) f.created = false;
       throw Error(m.error);
-    default: m.in_fiber = false;
+    default:
+      m.in_fiber = false;
   }
-  if (m.done == m.threads) return;
+  if (m.done == m.threads) {
+    if (trace::on()) trace::end_block();
+    return;
+  }
   const int next = next_thread();
   if (next < 0) {
     for (Fiber& f : m.fibers) f.created = false;
@@ -213,7 +225,7 @@ void start_machine() {
   for (int signal : {SIGSEGV, SIGBUS, SIGFPE}) sigaction(signal, &action, nullptr);
 }
 
-// Shared memory ends at a protected page and begins, to within a page, after another.
+// Shared memory ends at a protected page and begins within a page after another.
 void place_shared(size_t bytes) {
   if (bytes > kSharedLimit) throw Error("launch: " + std::to_string(bytes) + " bytes of shared memory are too many");
   m.shared_bytes = (bytes + 15) / 16 * 16;
@@ -233,9 +245,9 @@ void set_seed(uint64_t seed) {
 void set_multiprocessors(int count) { m.multiprocessors = count; }
 int multiprocessors() { return m.multiprocessors; }
 int64_t bank_conflicts() { return m.conflicts; }
-void count_bank_conflicts(int64_t passes) { m.conflicts += passes; }
 
-void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& thread) {
+void launch(const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes,
+            const std::function<void()>& thread) {
   if (!m.stacks) start_machine();
   if (threads == 0 || threads % kWarpSize || threads > kMaxThreads)
     throw Error("launch: " + std::to_string(threads) + " threads are not 1 to 32 whole warps");
@@ -250,6 +262,7 @@ void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::f
   m.random.shuffle(order);
   blockDim = {threads, 1, 1};
   gridDim = {blocks, 1, 1};
+  if (trace::on()) trace::begin_launch(kernel);
   for (unsigned b : order) {
     blockIdx = {b, 0, 0};
     run_block();
@@ -261,6 +274,17 @@ void fail(const Site& site, const std::string& why) {
 }
 
 char* shared_memory() { return m.shared; }
+size_t shared_bytes() { return m.shared_bytes; }
+bool in_kernel() { return m.in_fiber; }
+unsigned running_thread() { return m.current; }
+bool on_stack(const void* p) { return p >= m.stacks && p < m.stacks + kMaxThreads * kStackBytes; }
+std::pair<const char*, size_t> find_buffer(const void* p) {
+  for (const auto& [begin, size] : m.buffers)
+    if (p >= begin && p < begin + size) return {begin, size};
+  return {};
+}
+
+namespace {
 
 void check_shared(const void* p, size_t bytes, const Site& site) {
   const char* c = static_cast<const char*>(p);
@@ -271,11 +295,37 @@ void check_shared(const void* p, size_t bytes, const Site& site) {
 }
 
 void check_global(const void* p, size_t bytes, bool write, const Site& site) {
-  const char* c = static_cast<const char*>(p);
   if (uintptr_t(p) % bytes) fail(site, "global address is not a multiple of " + std::to_string(bytes));
-  for (const auto& [begin, size] : m.buffers)
-    if (c >= begin && c + bytes <= begin + size) return;
-  fail(site, std::string(write ? "write" : "read") + " outside every global buffer");
+  const auto [begin, size] = find_buffer(p);
+  if (!begin || static_cast<const char*>(p) + bytes > begin + size)
+    fail(site, std::string(write ? "write" : "read") + " outside every global buffer");
+}
+
+void note(const void* p, size_t bytes, trace::Access access, const Site& site) {
+  if (trace::on()) trace::access(p, bytes, access, site);
+}
+
+}  // namespace
+
+void load_global(void* to, const void* from, size_t bytes, const Site& site) {
+  check_global(from, bytes, false, site);
+  note(from, bytes, trace::Access::read, site);
+  std::memcpy(to, from, bytes);
+}
+void store_global(void* to, const void* from, size_t bytes, const Site& site) {
+  check_global(to, bytes, true, site);
+  note(to, bytes, trace::Access::write, site);
+  std::memcpy(to, from, bytes);
+}
+void load_shared(void* to, const void* from, size_t bytes, const Site& site) {
+  check_shared(from, bytes, site);
+  note(from, bytes, trace::Access::read, site);
+  std::memcpy(to, from, bytes);
+}
+void atomic_add_shared(uint64_t* p, uint64_t x, const Site& site) {
+  check_shared(p, 8, site);
+  note(p, 8, trace::Access::atomic, site);
+  *p += x;
 }
 
 void sync_block(const Site& site) {
@@ -283,32 +333,33 @@ void sync_block(const Site& site) {
   f.site = site;
   if (!m.at_barrier) m.first_at_barrier = m.current;
   const Site& first = m.fibers[m.first_at_barrier].site;
-  if (first.line != site.line || std::strcmp(first.file, site.file) != 0)
+  if (!same(first, site))
     fail(site, "divergent barrier: thread " + std::to_string(m.first_at_barrier) + " waits at " + at(first));
   Warp& w = m.warps[m.current / kWarpSize];
   w.runnable &= ~(1u << m.current % kWarpSize);
   if (++m.at_barrier == m.threads) {
     m.at_barrier = 0;
+    if (trace::on()) trace::block_barrier();
     for (unsigned i : m.priority) m.warps[i].runnable = ~0u;
     draw_order();
   }
   yield();
 }
 
-void meet(const Site& site, void* brought, void (*run)(void* const (&lanes)[kWarpSize])) {
+void meet(const Site& site, void* argument, void (*run)(void* const (&lanes)[kWarpSize])) {
   Warp& w = m.warps[m.current / kWarpSize];
   const unsigned lane = m.current % kWarpSize;
   if (w.arrived) {
     const unsigned first = m.current - lane + unsigned(__builtin_ctz(w.arrived));
     const Site& other = m.fibers[first].site;
-    if (other.line != site.line || std::strcmp(other.what, site.what) != 0)
-      fail(site, "divergent warp: thread " + std::to_string(first) + " waits at " + at(other));
+    if (!same(other, site)) fail(site, "divergent warp: thread " + std::to_string(first) + " waits at " + at(other));
   }
   m.fibers[m.current].site = site;
-  w.brought[lane] = brought;
+  w.arguments[lane] = argument;
   w.arrived |= 1u << lane;
   if (w.arrived == ~0u) {
-    run(w.brought);
+    if (trace::on()) trace::converge(m.current / kWarpSize);
+    run(w.arguments);
     w.arrived = 0;
     w.runnable = ~0u;
   } else {
@@ -317,19 +368,52 @@ void meet(const Site& site, void* brought, void (*run)(void* const (&lanes)[kWar
   yield();
 }
 
+void sync_warp(const Site& site) {
+  meet(site, nullptr, [](void* const(&)[kWarpSize]) {
+    if (trace::on()) trace::warp_barrier(m.current / kWarpSize);
+  });
+}
+
+void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed, const Site& site) {
+  struct Args {
+    uint32_t* r;
+    const char* row;
+    bool transposed;
+  } args{r, static_cast<const char*>(row), transposed};
+  check_shared(row, 16, site);
+  note(row, 16, trace::Access::read, site);
+  meet<Args>(site, args, [](Args* const(&lanes)[kWarpSize]) {
+    for (int i = 0; i < 4; ++i) {  // matrix i: lane 8 i + j passed the address of its row j
+      int rows_at[8] = {};         // by group of four banks
+      for (int j = 0; j < 8; ++j) ++rows_at[uintptr_t(lanes[8 * i + j]->row) / 16 % 8];
+      m.conflicts += *std::max_element(rows_at, rows_at + 8) - 1;
+      for (int lane = 0; lane < kWarpSize; ++lane)
+        for (int half = 0; half < 2; ++half) {
+          int row = lane / 4, column = 2 * (lane % 4) + half;
+          if (lanes[0]->transposed) std::swap(row, column);
+          std::memcpy(reinterpret_cast<char*>(lanes[lane]->r + i) + 2 * half, lanes[8 * i + row]->row + 2 * column, 2);
+        }
+    }
+  });
+}
+
 void copy_async(void* to, const void* from, size_t bytes, bool valid, const Site& site) {
   check_shared(to, bytes, site);
   if (valid) check_global(from, bytes, false, site);
   Fiber& f = m.fibers[m.current];
   f.site = site;
+  note(to, bytes, trace::Access::copy_issued, site);
+  if (valid) note(from, bytes, trace::Access::read, site);
   std::memset(to, 0xff, bytes);
-  f.copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, valid, f.groups});
+  f.copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, valid, f.groups, site});
 }
 void copy_commit() { ++m.fibers[m.current].groups; }
-void copy_wait(int newest_left) {
+void copy_wait(int pending_groups) {
   Fiber& f = m.fibers[m.current];
   std::erase_if(f.copies, [&](const Copy& c) {
-    if (c.group >= f.groups - newest_left) return false;
+    if (c.group >= f.groups - pending_groups) return false;
+    note(c.to, c.bytes, trace::Access::copy_landed, c.site);
+    if (c.valid) note(c.from, c.bytes, trace::Access::late_read, c.site);
     if (c.valid) std::memcpy(c.to, c.from, c.bytes);
     else std::memset(c.to, 0, c.bytes);
     return true;
@@ -342,7 +426,7 @@ Memory::Memory(size_t bytes) : bytes_(bytes) {
   map_ = static_cast<char*>(map(mapped_, PROT_NONE));
   mprotect(map_ + kPage, pages, PROT_READ | PROT_WRITE);
   std::memset(map_ + kPage, 0xff, pages);
-  // Torch's allocations begin at multiples of 16 too, so a size that is none leaves a few bytes before the page.
+  // 16-byte aligned, as torch's allocations are, so up to 15 bytes remain between the buffer and the protected page.
   data_ = map_ + kPage + (m.at_page_end ? pages - (bytes + 15) / 16 * 16 : 0);
   m.buffers.push_back({data_, bytes_});
 }

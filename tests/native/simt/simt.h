@@ -1,15 +1,18 @@
-// A small SIMT machine: runs CUDA kernels on the CPU, one block after another, each thread of a block a fiber.
+// A small SIMT machine: runs CUDA kernels on the CPU, one block after another, with one fiber per thread of a block.
 //
-// It is made to be the worst machine that CUDA allows. What a kernel may not rely on does not hold here:
-//   * Between barriers the warps run in an order drawn from a seed: either one as far ahead of the others as its
-//     barriers let it, or all interleaved. Lanes of a warp run in drawn order from one collective to the next.
-//   * Blocks run in drawn order. Shared memory starts each block as NaNs, and so do global buffers (Buffer below).
-//   * cp.async spoils its destination when it is issued and copies at the wait_group that waits for it, not before.
-//   * Threads of a block that wait at different barriers, or that end while others wait, are an error which names both;
-//     so are lanes of a warp that meet in different collectives.
-//   * Reads and writes outside shared memory or outside every global buffer are errors, and so are misaligned ones.
-//     Wide accesses are checked to the byte, all others by the protected pages around each buffer.
-// Any of these ends the launch with an Error that says where: the kernel's line where a primitive was called.
+// It is the most adversarial machine that CUDA allows. Guarantees that CUDA does not give do not hold here either:
+//   * Between barriers, warps run in a random order (from a seed): either one warp runs as far ahead of the others as
+//   its
+//     barriers allow, or all are interleaved. Lanes of a warp run in random order from one collective to the next.
+//   * Blocks run in random order. Shared memory is filled with NaNs before each block; so are global buffers (Buffer).
+//   * cp.async overwrites its destination with NaNs when it is issued, and copies only at the wait_group that waits for
+//   it.
+//   * It is an error, which names both threads, if threads of a block wait at different barriers or end while others
+//     wait, or if lanes of a warp wait at different collectives.
+//   * Accesses outside shared memory or outside every global buffer are errors, and so are misaligned accesses. Wide
+//     accesses are checked exactly, all others by the protected pages around each buffer.
+// Each of these ends the launch with an Error that names the line of the kernel that called the primitive.
+// trace.h adds what a schedule cannot show: data races that happened not to change a result, and memory traffic.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -17,12 +20,13 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
-extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the running fiber
 
 namespace simt {
 
@@ -30,7 +34,7 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Where a kernel called a primitive.
+// Where a kernel calls a primitive. Two sites are the same if name, file and line are.
 struct Site {
   const char* what;
   const char* file;
@@ -38,13 +42,14 @@ struct Site {
 };
 
 // --- for tests -------------------------------------------------------------------------------------------------------
-void set_seed(uint64_t seed);  // of the schedule and of the side on which buffers meet their protected page
+void set_seed(uint64_t seed);  // of the schedule; its parity decides on which side buffers touch a protected page
 void set_multiprocessors(int count);
-int64_t bank_conflicts();  // so far: extra passes that ldmatrix needed because rows of a matrix shared banks
+int64_t bank_conflicts();  // extra passes of all ldmatrix so far, because rows of a matrix shared banks
 
-void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& thread);
+void launch(const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes,
+            const std::function<void()>& thread);
 
-// Global memory between protected pages, filled with 0xff bytes: NaN in every float format.
+// Global memory between protected pages, filled with 0xff bytes, which are NaN in every float format.
 class Memory {
  public:
   explicit Memory(size_t bytes);
@@ -84,31 +89,43 @@ constexpr int kWarpSize = 32;
 
 [[noreturn]] void fail(const Site&, const std::string& why);
 char* shared_memory();
-void check_shared(const void* p, size_t bytes, const Site&);
-void check_global(const void* p, size_t bytes, bool write, const Site&);
 int multiprocessors();
-void count_bank_conflicts(int64_t passes);
+
+// Accesses of `bytes` bytes, aligned to as many. Each is checked, and traced as one access of its lane.
+void load_global(void* to, const void* from, size_t bytes, const Site&);
+void store_global(void* to, const void* from, size_t bytes, const Site&);
+void load_shared(void* to, const void* from, size_t bytes, const Site&);
+void atomic_add_shared(uint64_t*, uint64_t, const Site&);
+void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed, const Site&);
+void copy_async(void* to, const void* from, size_t bytes, bool valid, const Site&);
+void copy_commit();
+void copy_wait(int pending_groups);
 
 void sync_block(const Site&);
+void sync_warp(const Site&);
 
-// The 32 lanes of a warp meet; `run` gets what each brought, then all go on. Lanes must meet at the same site.
-void meet(const Site&, void* brought, void (*run)(void* const (&lanes)[kWarpSize]));
-template <class T>
-void meet(const Site& site, T& brought, void (*run)(T* const (&lanes)[kWarpSize])) {
-  // The function travels inside what is brought, so that the engine needs no templates.
-  struct Parcel {
-    T* value;
-    void (*run)(T* const (&)[kWarpSize]);
-  } parcel{&brought, run};
-  meet(site, &parcel, [](void* const(&lanes)[kWarpSize]) {
-    T* values[kWarpSize];
-    for (int i = 0; i < kWarpSize; ++i) values[i] = static_cast<Parcel*>(lanes[i])->value;
-    static_cast<Parcel*>(lanes[0])->run(values);
+// A warp-wide collective: when all 32 lanes have arrived, `run` gets the argument of each, then all continue. All lanes
+// must call it at the same site.
+void meet(const Site&, void* argument, void (*run)(void* const (&lanes)[kWarpSize]));
+template <class Argument>
+void meet(const Site& site, Argument& argument, void (*run)(Argument* const (&lanes)[kWarpSize])) {
+  // The function is passed inside the argument, so that the machine needs no templates.
+  struct Call {
+    Argument* value;
+    void (*run)(Argument* const (&)[kWarpSize]);
+  } call{&argument, run};
+  meet(site, &call, [](void* const(&lanes)[kWarpSize]) {
+    Argument* values[kWarpSize];
+    for (int i = 0; i < kWarpSize; ++i) values[i] = static_cast<Call*>(lanes[i])->value;
+    static_cast<Call*>(lanes[0])->run(values);
   });
 }
 
-void copy_async(void* to, const void* from, size_t bytes, bool valid, const Site&);
-void copy_commit();
-void copy_wait(int newest_left);
+// --- for the tracer --------------------------------------------------------------------------------------------------
+bool in_kernel();
+unsigned running_thread();
+size_t shared_bytes();
+bool on_stack(const void*);                               // of any thread of the block
+std::pair<const char*, size_t> find_buffer(const void*);  // begin and size of the global buffer, or null
 
 }  // namespace simt

@@ -1,9 +1,10 @@
-// csrc/cuda/primitives.cuh as the SIMT machine has them: the same names, in plain C++.
+// The primitives of csrc/cuda/primitives.cuh on the SIMT machine, in plain C++.
 #pragma once
 #include <algorithm>
 #include <cmath>
 
 #include "simt.h"
+#include "trace.h"
 
 #define __global__
 #define __device__
@@ -13,22 +14,21 @@
 
 namespace tinystory::cuda {
 
-// Each primitive knows where it was called.
+// Every primitive takes its call site as default arguments.
 #define SIMT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define SIMT_HERE \
   simt::Site { __func__, file, line }
+// For loops over registers only, which would report nothing but take long.
+#define SIMT_UNTRACED __attribute__((no_sanitize("thread")))
 
 inline char* shared_memory() { return simt::shared_memory(); }
 inline void sync_block(SIMT_SITE) { simt::sync_block(SIMT_HERE); }
-inline void sync_warp(SIMT_SITE) {
-  int nothing = 0;
-  simt::meet<int>(SIMT_HERE, nothing, [](int* const(&)[32]) {});
-}
+inline void sync_warp(SIMT_SITE) { simt::sync_warp(SIMT_HERE); }
 
-template <class T>
-T shuffle(T value, int source, SIMT_SITE) {
+template <class Value>
+Value shuffle(Value value, int source, SIMT_SITE) {
   struct Args {
-    T value, result;
+    Value value, result;
     int source;
   } a{value, {}, source};
   simt::meet<Args>(SIMT_HERE, a, [](Args* const(&lanes)[32]) {
@@ -36,8 +36,8 @@ T shuffle(T value, int source, SIMT_SITE) {
   });
   return a.result;
 }
-template <class T>
-T shuffle_xor(T value, int mask, SIMT_SITE) {
+template <class Value>
+Value shuffle_xor(Value value, int mask, SIMT_SITE) {
   return shuffle(value, int(threadIdx.x % 32) ^ mask, file, line);
 }
 inline uint32_t ballot(bool predicate, SIMT_SITE) {
@@ -56,10 +56,7 @@ inline void require(bool ok, const char* what, SIMT_SITE) {
   if (!ok) simt::fail(SIMT_HERE, what);
 }
 inline int lowest_bit(uint32_t x) { return __builtin_ctz(x); }
-inline void atomic_add_shared(uint64_t* p, uint64_t x, SIMT_SITE) {
-  simt::check_shared(p, 8, SIMT_HERE);
-  *p += x;
-}
+inline void atomic_add_shared(uint64_t* p, uint64_t x, SIMT_SITE) { simt::atomic_add_shared(p, x, SIMT_HERE); }
 
 // --- arithmetic ------------------------------------------------------------------------------------------------------
 inline float exp2_fast(float x) { return std::exp2(x); }
@@ -85,8 +82,8 @@ inline float to_float(f16 x) {
   std::memcpy(&h, &x, 2);
   return float(h);
 }
-template <class E>
-E from_float(float x);
+template <class Element>
+Element from_float(float x);
 template <>
 inline float from_float<float>(float x) {
   return x;
@@ -103,34 +100,29 @@ inline f16 from_float<f16>(float x) {
   std::memcpy(&r, &h, 2);
   return r;
 }
-template <class E>
+template <class Element>
 uint32_t pack2(float low, float high) {
-  return from_float<E>(low).bits | uint32_t(from_float<E>(high).bits) << 16;
+  return from_float<Element>(low).bits | uint32_t(from_float<Element>(high).bits) << 16;
 }
-template <class E>
+template <class Element>
 float low_half(uint32_t pair) {
-  return to_float(E{uint16_t(pair)});
+  return to_float(Element{uint16_t(pair)});
 }
-template <class E>
+template <class Element>
 float high_half(uint32_t pair) {
-  return to_float(E{uint16_t(pair >> 16)});
+  return to_float(Element{uint16_t(pair >> 16)});
 }
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 inline Vec16 load16(const void* p, SIMT_SITE) {
-  simt::check_global(p, 16, false, SIMT_HERE);
   Vec16 v;
-  std::memcpy(&v, p, 16);
+  simt::load_global(&v, p, 16, SIMT_HERE);
   return v;
 }
-inline void store16(void* p, Vec16 v, SIMT_SITE) {
-  simt::check_global(p, 16, true, SIMT_HERE);
-  std::memcpy(p, &v, 16);
-}
+inline void store16(void* p, Vec16 v, SIMT_SITE) { simt::store_global(p, &v, 16, SIMT_HERE); }
 inline Vec16 load16_shared(const void* p, SIMT_SITE) {
-  simt::check_shared(p, 16, SIMT_HERE);
   Vec16 v;
-  std::memcpy(&v, p, 16);
+  simt::load_shared(&v, p, 16, SIMT_HERE);
   return v;
 }
 inline void copy_async16(void* to, const void* from, bool valid, SIMT_SITE) {
@@ -140,55 +132,38 @@ inline void copy_async4(void* to, const void* from, bool valid, SIMT_SITE) {
   simt::copy_async(to, from, 4, valid, SIMT_HERE);
 }
 inline void copy_commit() { simt::copy_commit(); }
-template <int kNewestLeft>
+template <int kPendingGroups>
 void copy_wait() {
-  simt::copy_wait(kNewestLeft);
+  simt::copy_wait(kPendingGroups);
 }
 
 // --- tensor cores ----------------------------------------------------------------------------------------------------
-inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed, const simt::Site& site) {
-  struct Args {
-    uint32_t* r;
-    const char* row;
-    bool transposed;
-  } a{r, static_cast<const char*>(row), transposed};
-  simt::check_shared(row, 16, site);
-  simt::meet<Args>(site, a, [](Args* const(&lanes)[32]) {
-    for (int i = 0; i < 4; ++i) {  // matrix i: lane 8 i + j brought the address of its row j
-      int rows_at[8] = {};         // four banks each
-      for (int j = 0; j < 8; ++j) ++rows_at[uintptr_t(lanes[8 * i + j]->row) / 16 % 8];
-      simt::count_bank_conflicts(*std::max_element(rows_at, rows_at + 8) - 1);
-      for (int lane = 0; lane < 32; ++lane)
-        for (int half = 0; half < 2; ++half) {
-          int row = lane / 4, column = 2 * (lane % 4) + half;
-          if (lanes[0]->transposed) std::swap(row, column);
-          std::memcpy(reinterpret_cast<char*>(lanes[lane]->r + i) + 2 * half, lanes[8 * i + row]->row + 2 * column, 2);
-        }
-    }
-  });
+inline void ldmatrix(uint32_t (&r)[4], const void* row, SIMT_SITE) { simt::ldmatrix(r, row, false, SIMT_HERE); }
+inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row, SIMT_SITE) {
+  simt::ldmatrix(r, row, true, SIMT_HERE);
 }
-inline void ldmatrix(uint32_t (&r)[4], const void* row, SIMT_SITE) { ldmatrix(r, row, false, SIMT_HERE); }
-inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row, SIMT_SITE) { ldmatrix(r, row, true, SIMT_HERE); }
 
-// c (16 x 8) += a (16 x 16) b (16 x 8), laid out as PTX's mma.m16n8k16 has it.
-template <class E>
+// c (16 x 8) += a (16 x 16) b (16 x 8), in the register layout of PTX's mma.m16n8k16.
+template <class Element>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_SITE) {
   struct Args {
     float* c;
     const uint32_t* a;
     uint32_t b[2];
-  } args{c, a, {b0, b1}};
-  simt::meet<Args>(SIMT_HERE, args, [](Args* const(&lanes)[32]) {
+    simt::Site site;
+  } args{c, a, {b0, b1}, SIMT_HERE};
+  simt::meet<Args>(args.site, args, [](Args* const(&lanes)[32]) SIMT_UNTRACED {
+    if (simt::trace::on()) simt::trace::mma(lanes[0]->site);
     float A[16][16], B[16][8], C[16][8] = {};
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = 2 * (lane % 4);
       for (int i = 0; i < 4; ++i) {
-        A[g + i % 2 * 8][t + i / 2 * 8] = low_half<E>(lanes[lane]->a[i]);
-        A[g + i % 2 * 8][t + i / 2 * 8 + 1] = high_half<E>(lanes[lane]->a[i]);
+        A[g + i % 2 * 8][t + i / 2 * 8] = low_half<Element>(lanes[lane]->a[i]);
+        A[g + i % 2 * 8][t + i / 2 * 8 + 1] = high_half<Element>(lanes[lane]->a[i]);
       }
       for (int i = 0; i < 2; ++i) {
-        B[t + 8 * i][g] = low_half<E>(lanes[lane]->b[i]);
-        B[t + 8 * i + 1][g] = high_half<E>(lanes[lane]->b[i]);
+        B[t + 8 * i][g] = low_half<Element>(lanes[lane]->b[i]);
+        B[t + 8 * i + 1][g] = high_half<Element>(lanes[lane]->b[i]);
       }
     }
     for (int i = 0; i < 16; ++i)
@@ -203,7 +178,8 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_S
 template <class Params>
 void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t,
             const Params& params) {
-  simt::launch(unsigned(blocks), unsigned(threads), shared_bytes, [&] { kernel(params); });
+  simt::launch(reinterpret_cast<const void*>(kernel), unsigned(blocks), unsigned(threads), shared_bytes,
+               [&] { kernel(params); });
 }
 inline int multiprocessors() { return simt::multiprocessors(); }
 

@@ -1,8 +1,8 @@
-// Attention kernels on the SIMT machine against their definition in float64.
+// The attention kernels on the SIMT machine against their definition in float64.
 //
-// Bounds are per element and to first order: an output is a sum of products, and each product may be off by a few units
-// of rounding of the dtype, and by what rounding in float32 does to its score, relative to the sizes of its factors. So
-// a bound is the same sum with every term made positive and multiplied by its relative error.
+// Error bounds are per element and to first order. An output is a sum of products; each product may have a relative
+// error of a few roundings in the dtype, plus the effect of float32 rounding on its score. So the bound is the same sum
+// over absolute values, each term multiplied by its relative error.
 #include "check.h"
 
 using namespace tinystory;
@@ -90,27 +90,29 @@ Expected attend(const std::vector<double>& qkv, const std::vector<double>& grad_
   return e;
 }
 
-template <class E>
+template <class Element>
 void test_training(const Case& c, int64_t D, uint64_t seed) {
-  const std::string name = std::string(Type<E>::name) + " B=" + std::to_string(c.B) + " T=" + std::to_string(c.T) +
-                           " H=" + std::to_string(c.H) + " D=" + std::to_string(D) +
+  const std::string name = std::string(Type<Element>::name) + " B=" + std::to_string(c.B) +
+                           " T=" + std::to_string(c.T) + " H=" + std::to_string(c.H) + " D=" + std::to_string(D) +
                            " dropout=" + std::to_string(c.dropout) + " scale=" + std::to_string(c.scale) +
                            " seed=" + std::to_string(seed);
   std::mt19937_64 random(seed);
-  const auto qkv = normal<E>(random, c.B * c.T * 3 * c.H * D, c.scale),
-             grad_out = normal<E>(random, c.B * c.T * c.H * D);
-  // Half-precision weights are rounded once and so are outputs; in float32 the sums of many terms round as well.
-  const double unit = Type<E>::unit * (sizeof(E) == 2 ? 2 : 32);
-  const double least = std::is_same_v<E, f16> ? 0x1p-24 : 0;  // what small f16 weights are rounded to multiples of
+  const auto qkv = normal<Element>(random, c.B * c.T * 3 * c.H * D, c.scale),
+             grad_out = normal<Element>(random, c.B * c.T * c.H * D);
+  // In 16-bit types P and the output are rounded once each; in float32 the long sums round as well.
+  const double unit = Type<Element>::unit * (sizeof(Element) == 2 ? 2 : 32);
+  const double least = std::is_same_v<Element, f16>
+                           ? 0x1p-24
+                           : 0;  // spacing of f16 subnormals, to which small elements of P are rounded
   const Expected want = attend(to_doubles(qkv), to_doubles(grad_out), c, D, seed, unit, least);
 
   simt::set_seed(seed);
   run(name, [&] {
-    const simt::Buffer<E> in(qkv), grad(grad_out);
-    simt::Buffer<E> out(c.B * c.T * c.H * D), grad_in(qkv.size());
+    const simt::Buffer<Element> in(qkv), grad(grad_out);
+    simt::Buffer<Element> out(c.B * c.T * c.H * D), grad_in(qkv.size());
     simt::Buffer<float> lse(c.B * c.H * c.T), delta(c.B * c.H * c.T);
-    const Attention x{Type<E>::dtype, c.B,       c.T,        c.H,        D,           c.dropout,
-                      seed,           in.data(), out.data(), lse.data(), grad.data(), grad_in.data()};
+    const Attention x{Type<Element>::dtype, c.B,        c.T,         c.H,           D, c.dropout, seed, in.data(),
+                      out.data(),           lse.data(), grad.data(), grad_in.data()};
     cuda::attention_forward(x, nullptr);
     check_close(to_doubles(out.read()), want.out, want.out_bound, "out " + name);
     check_close(to_doubles(lse.read()), want.lse, want.lse_bound, "lse " + name);
@@ -119,15 +121,15 @@ void test_training(const Case& c, int64_t D, uint64_t seed) {
     check_close(to_doubles(first), want.grad, want.grad_bound, "grad " + name);
     check(simt::bank_conflicts() == 0, "bank conflicts, " + name);
 
-    simt::set_seed(seed + 1000);  // another order of threads and blocks gives the same bits
+    simt::set_seed(seed + 1000);  // the same bits in another order of threads and blocks
     cuda::attention_backward(x, delta.data(), nullptr);
-    check(std::memcmp(grad_in.data(), first.data(), first.size() * sizeof(E)) == 0, "grad again " + name);
+    check(std::memcmp(grad_in.data(), first.data(), first.size() * sizeof(Element)) == 0, "grad again " + name);
   });
 }
 
-template <class E>
+template <class Element>
 void test_training(uint64_t seed) {
-  // Around the sizes of tiles (16, 32, 64, 128) and of none, then at random.
+  // At and around multiples of the tile sizes (16, 32, 64, 128), then random shapes.
   std::vector<Case> cases{{1, 1, 1, 0},   {2, 7, 3, 0},     {1, 16, 2, 0.3},    {1, 63, 1, 0},
                           {1, 64, 1, 0},  {1, 65, 2, 0.1},  {1, 127, 1, 0},     {1, 130, 2, 0.5},
                           {1, 257, 1, 0}, {1, 90, 1, 0, 5}, {1, 150, 1, 0.1, 5}};
@@ -136,10 +138,10 @@ void test_training(uint64_t seed) {
     cases.push_back(
         {1 + int64_t(random() % 2), 1 + int64_t(random() % 200), 1 + int64_t(random() % 2), i % 2 ? 0.0 : 0.2});
   for (const Case& c : cases)
-    for (const int64_t D : {32, 64, 128}) test_training<E>(c, D, ++seed);
+    for (const int64_t D : {32, 64, 128}) test_training<Element>(c, D, ++seed);
 }
 
-// What is not implemented is an error, not a wrong answer.
+// Unsupported arguments raise an error instead of giving a wrong result.
 void expect_refusal(const std::string& part, DType dtype, int64_t D) {
   Attention x{};
   x.dtype = dtype, x.B = x.T = x.H = 1, x.D = D;

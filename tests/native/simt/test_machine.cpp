@@ -1,4 +1,4 @@
-// The SIMT machine itself: primitives compute what the hardware's do, and each kind of mistake is caught and named.
+// The SIMT machine itself: primitives compute what the hardware computes, and each kind of mistake is caught and named.
 #include "check.h"
 
 using namespace tinystory::cuda;
@@ -18,7 +18,7 @@ void run_kernel(void (*kernel)(Params), int threads, size_t shared_bytes, const 
   launch(kernel, blocks, threads, shared_bytes, nullptr, p);
 }
 
-// The error a launch ends with, or "".
+// The error that ends the launch, or "".
 std::string error_of(void (*kernel)(Params), int threads, size_t shared_bytes, const Params& p) {
   try {
     run_kernel(kernel, threads, shared_bytes, p);
@@ -33,8 +33,8 @@ void expect_error(const std::string& part, void (*kernel)(Params), int threads, 
         "mode " + std::to_string(p.mode) + ": expected '" + part + "', got '" + got + "'");
 }
 
-// --- what must work --------------------------------------------------------------------------------------------------
-// Reverses 256 numbers through shared memory; mode 1 forgets the barrier.
+// --- results ---------------------------------------------------------------------------------------------------------
+// Reverses 256 elements through shared memory; mode 1 omits the barrier.
 void reverse(Params p) {
   const int i = int(threadIdx.x);
   shared()[i] = p.in[i];
@@ -99,7 +99,7 @@ void test_results() {
         check(std::fabs(got[i * 16 + j] - want) < 1e-5, "mma");
       }
   }
-  check(simt::bank_conflicts() > 0, "rows of 32 bytes without a swizzle meet in banks");
+  check(simt::bank_conflicts() > 0, "rows of 32 bytes without a swizzle conflict in banks");
   for (double v : {0.0, 1.0, -2.5, 65504.0, 1e-7, 3.14159}) {  // rounding to nearest, ties to even
     check(std::fabs(to_float(from_float<f16>(float(v))) - v) <= std::fabs(v) * 0x1p-11 + 0x1p-25, "f16 rounding");
     check(std::fabs(to_float(from_float<bf16>(float(v))) - v) <= std::fabs(v) * 0x1p-8, "bf16 rounding");
@@ -108,7 +108,7 @@ void test_results() {
         "bf16 ties to even");
 }
 
-// --- what must be caught ---------------------------------------------------------------------------------------------
+// --- mistakes --------------------------------------------------------------------------------------------------------
 void test_missing_barrier() {
   std::mt19937_64 random(0);
   const simt::Buffer<float> in(normal<float>(random, 256));
@@ -122,7 +122,7 @@ void test_missing_barrier() {
   }
 }
 
-// Mode: what is wrong with it.
+// The mode selects the mistake.
 void copies(Params p) {
   const int i = int(threadIdx.x);
   copy_async16(shared() + 4 * i, p.in + 4 * i, p.mode != 2);
@@ -130,7 +130,7 @@ void copies(Params p) {
   copy_async16(shared() + 128 + 4 * i, p.in + 4 * i, true);
   copy_commit();
   if (p.mode == 0 || p.mode == 2) copy_wait<0>();
-  if (p.mode == 1) copy_wait<1>();  // of the first only
+  if (p.mode == 1) copy_wait<1>();  // for the first group only
   for (int k = 0; k < 4; ++k) p.out[8 * i + k] = shared()[4 * i + k], p.out[8 * i + 4 + k] = shared()[128 + 4 * i + k];
 }
 
@@ -152,6 +152,8 @@ void test_copies() {
   }
 }
 
+void meet_at_equal_lines(bool other);
+
 void diverge(Params p) {
   const int i = int(threadIdx.x);
   if (p.mode == 0) {
@@ -165,19 +167,35 @@ void diverge(Params p) {
     else p.out[i] = shuffle(2.0f, 1);
   } else if (p.mode == 3) {
     if (i != 3) p.out[i] = warp_sum(1.0f);
+  } else if (p.mode == 4) {
+    meet_at_equal_lines(i % 2);
   }
 }
 
 void stray(Params p) {
   const int i = int(threadIdx.x);
   switch (p.mode) {
-    case 0: p.out[i] = p.in[100 + i]; break;                                     // past the end, by the page
-    case 1: store16(p.out + 4 * i, load16(p.in + 100 - 4 * 31 + 4 * i)); break;  // by the byte
-    case 2: p.in[i] = 1; break;                                                  // read-only
-    case 3: store16(p.out + 1, load16(p.in)); break;                             // misaligned
-    case 4: shared()[256 + i] = 1; break;                                        // past shared memory
-    case 5: copy_async16(shared() + 256, p.in, true); break;
-    case 6: copy_async16(shared() + 2, p.in, true); break;
+    case 0:
+      p.out[i] = p.in[100 + i];
+      break;  // past the end, by the page
+    case 1:
+      store16(p.out + 4 * i, load16(p.in + 100 - 4 * 31 + 4 * i));
+      break;  // by the byte
+    case 2:
+      p.in[i] = 1;
+      break;  // read-only
+    case 3:
+      store16(p.out + 1, load16(p.in));
+      break;  // misaligned
+    case 4:
+      shared()[256 + i] = 1;
+      break;  // past shared memory
+    case 5:
+      copy_async16(shared() + 256, p.in, true);
+      break;
+    case 6:
+      copy_async16(shared() + 2, p.in, true);
+      break;
     case 7: {
       uint32_t r[4];
       ldmatrix(r, shared() + 252 + 4 * (i / 31));
@@ -198,6 +216,7 @@ void test_errors() {
     expect("waits for ever at sync_block", diverge, 64, 1);
     expect("divergent warp", diverge, 32, 2);
     expect("waits for ever at shuffle", diverge, 32, 3);
+    expect("divergent warp", diverge, 32, 4);
     expect(seed % 2 ? "" : "touched memory that is not its own", stray, 32, 0);  // odd seeds leave room after a buffer
     expect("read outside every global buffer", stray, 32, 1);
     expect("touched memory that is not its own", stray, 32, 2);
@@ -211,7 +230,7 @@ void test_errors() {
   expect_error("whole warps", reverse, 33, 0, {});
 
   simt::set_seed(0);
-  simt::Buffer<float> odd(101);  // the machine cannot protect the 12 bytes after it, but sees that they changed
+  simt::Buffer<float> odd(101);  // the 12 bytes after it cannot be protected, but a change is detected
   run_kernel([](Params p) { p.out[100 + threadIdx.x / 31] = 1; }, 32, 0, {nullptr, odd.data(), 0});
   try {
     odd.read();
@@ -230,3 +249,16 @@ int main() {
   test_errors();
   return report("simt_machine");
 }
+
+// Last in this file, because of #line: two calls whose lines have the same number, in different files.
+namespace {
+void meet_at_equal_lines(bool other) {
+  if (other) {
+#line 1 "one.cuh"
+    sync_warp();
+  } else {
+#line 1 "other.cuh"
+    sync_warp();
+  }
+}
+}  // namespace

@@ -1,5 +1,5 @@
-// Decoding attention, sampling and log-probabilities on the SIMT machine: against float64, and sampling also against
-// the CPU kernel, whose draws must be the same ones.
+// Decode-step attention, sampling and log-probabilities on the SIMT machine, against float64; sampling also against the
+// CPU kernel, which must draw the same tokens.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -12,20 +12,20 @@ using namespace test;
 namespace {
 
 // --- decode_attention -----------------------------------------------------------------------------------------------
-template <class E>
+template <class Element>
 void test_decode(int64_t B, int64_t P, int64_t H, int64_t D, std::vector<int64_t> lengths, int processors,
                  uint64_t seed) {
   const int64_t T = *std::max_element(lengths.begin(), lengths.end()) + 3, row = H * D;
-  const std::string name = std::string("decode ") + Type<E>::name + " B=" + std::to_string(B) +
+  const std::string name = std::string("decode ") + Type<Element>::name + " B=" + std::to_string(B) +
                            " P=" + std::to_string(P) + " H=" + std::to_string(H) + " D=" + std::to_string(D) +
                            " T=" + std::to_string(T) + " processors=" + std::to_string(processors);
   std::mt19937_64 random(seed);
   std::vector<int64_t> spans;  // the whole prefix, then a part of it, then nothing, and again
   for (int64_t b = 0; b < B; ++b) spans.push_back(b % 3 ? P / 3 : 0), spans.push_back(b % 3 == 2 ? P / 3 : P);
-  const auto qkv = normal<E>(random, B * 3 * row), prefix = normal<E>(random, P * 2 * row);
-  auto cache = normal<E>(random, B * T * 2 * row);
+  const auto qkv = normal<Element>(random, B * 3 * row), prefix = normal<Element>(random, P * 2 * row);
+  auto cache = normal<Element>(random, B * T * 2 * row);
   for (int64_t b = 0; b < B; ++b)  // what lies beyond a row's length is never read
-    std::fill(&cache[(b * T + lengths[b]) * 2 * row], &cache[(b + 1) * T * 2 * row - 1] + 1, cuda::from_float<E>(NAN));
+    std::fill(&cache[(b * T + lengths[b]) * 2 * row], &cache[(b + 1) * T * 2 * row - 1] + 1, cuda::from_float<Element>(NAN));
   std::vector<double> want(B * row), bound(B * row);
   const auto qkv_d = to_doubles(qkv), prefix_d = to_doubles(prefix), cache_d = to_doubles(cache);
   for (int64_t r = 0; r < B * H; ++r) {
@@ -49,17 +49,17 @@ void test_decode(int64_t B, int64_t P, int64_t H, int64_t D, std::vector<int64_t
         want[r * D + d] += term;
         size += std::fabs(term);
       }
-      bound[r * D + d] = Type<E>::unit * std::fabs(want[r * D + d]) * 1.01 + size * 0x1p-20 + 1e-7;
+      bound[r * D + d] = Type<Element>::unit * std::fabs(want[r * D + d]) * 1.01 + size * 0x1p-20 + 1e-7;
     }
   }
   simt::set_seed(seed);
   simt::set_multiprocessors(processors);
   run(name, [&] {
-    const simt::Buffer<E> new_token(qkv), shared(prefix);
+    const simt::Buffer<Element> new_token(qkv), shared(prefix);
     const simt::Buffer<int64_t> used(lengths), parts(spans);
-    simt::Buffer<E> grown(cache.size()), out(B * row);
+    simt::Buffer<Element> grown(cache.size()), out(B * row);
     std::copy(cache.begin(), cache.end(), grown.data());
-    const DecodeAttention x{Type<E>::dtype, B, P, T, H, D, new_token.data(), shared.data(), parts.data(), grown.data(), used.data(),
+    const DecodeAttention x{Type<Element>::dtype, B, P, T, H, D, new_token.data(), shared.data(), parts.data(), grown.data(), used.data(),
                             out.data()};
     simt::Buffer<float> workspace(cuda::decode_attention_workspace(x));
     cuda::decode_attention(x, workspace.data(), nullptr);
@@ -67,22 +67,23 @@ void test_decode(int64_t B, int64_t P, int64_t H, int64_t D, std::vector<int64_t
     auto after = cache;
     for (int64_t b = 0; b < B; ++b)
       std::copy_n(&qkv[(3 * b + 1) * row], 2 * row, &after[(b * T + lengths[b]) * 2 * row]);
-    check(std::memcmp(grown.read().data(), after.data(), after.size() * sizeof(E)) == 0, name + ": the cache after it");
+    check(std::memcmp(grown.read().data(), after.data(), after.size() * sizeof(Element)) == 0,
+          name + ": the cache after it");
   });
 }
 
-template <class E>
+template <class Element>
 void test_decode() {
   uint64_t seed = 0;
   for (const int64_t D : {32, 64, 128})
     for (const int processors : {1, 40}) {
-      test_decode<E>(1, 0, 1, D, {0}, processors, ++seed);
-      test_decode<E>(3, 20, 2, D, {5, 64, 0}, processors, ++seed);
-      test_decode<E>(2, 130, 3, D, {600, 33}, processors, ++seed);
+      test_decode<Element>(1, 0, 1, D, {0}, processors, ++seed);
+      test_decode<Element>(3, 20, 2, D, {5, 64, 0}, processors, ++seed);
+      test_decode<Element>(2, 130, 3, D, {600, 33}, processors, ++seed);
     }
 }
 
-// A number that only the kernel sees and that would lead outside its buffers.
+// An invalid value that only the kernel can see, and that would lead outside its buffers.
 template <class F>
 void expect_assertion(const std::string& words, const F& f) {
   std::string said;
@@ -116,7 +117,8 @@ void test_assertions() {
       const simt::Buffer<int64_t> targets(std::vector<int64_t>{target});
       const simt::Buffer<double> lse(1);
       cuda::logit_stats({DType::f32, 1, 32, numbers.data(), targets.data(), results.data(), results.data(), lse.data(),
-                         nullptr, nullptr, 0}, nullptr);
+                         nullptr, nullptr, 0},
+                        nullptr);
     });
 }
 
@@ -131,16 +133,16 @@ struct Rule {
   double top_p = 1;
 };
 
-template <class E>
-void test_sample(const std::vector<E>& logits, int64_t B, int64_t V, const Rule& rule, uint64_t seed,
+template <class Element>
+void test_sample(const std::vector<Element>& logits, int64_t B, int64_t V, const Rule& rule, uint64_t seed,
                  const std::string& what) {
-  const std::string name = "sample " + what + " " + Type<E>::name + " V=" + std::to_string(V) +
+  const std::string name = "sample " + what + " " + Type<Element>::name + " V=" + std::to_string(V) +
                            " t=" + std::to_string(rule.temperature) + " k=" + std::to_string(rule.top_k) +
                            " p=" + std::to_string(rule.top_p);
   std::vector<int64_t> rows(B), steps(B);
   for (int64_t b = 0; b < B; ++b) rows[b] = 17 * b + (int64_t(b) << 33), steps[b] = b + 5;
-  Sample x{Type<E>::dtype,   B,          V,          nullptr, nullptr, nullptr, seed,
-           rule.temperature, rule.top_k, rule.top_p, nullptr, nullptr, nullptr};
+  Sample x{Type<Element>::dtype, B,          V,          nullptr, nullptr, nullptr, seed,
+           rule.temperature,     rule.top_k, rule.top_p, nullptr, nullptr, nullptr};
   Drawn want{std::vector<int64_t>(B), std::vector<float>(B), std::vector<float>(B)};
   x.logits = logits.data(), x.rows = rows.data(), x.steps = steps.data();
   x.tokens = want.tokens.data(), x.logprobs = want.logprobs.data(), x.entropy = want.entropy.data();
@@ -148,7 +150,7 @@ void test_sample(const std::vector<E>& logits, int64_t B, int64_t V, const Rule&
 
   simt::set_seed(seed);
   run(name, [&] {
-    const simt::Buffer<E> in(logits);
+    const simt::Buffer<Element> in(logits);
     const simt::Buffer<int64_t> row_ids(rows), step_ids(steps);
     simt::Buffer<int64_t> tokens(B);
     simt::Buffer<float> logprobs(B), entropy(B);
@@ -168,37 +170,39 @@ void test_sample(const std::vector<E>& logits, int64_t B, int64_t V, const Rule&
   });
 }
 
-template <class E>
+template <class Element>
 void test_sample() {
   std::mt19937_64 random(1);
   const Rule rules[] = {{}, {0.7}, {1.5, 5}, {1, 0, 0.9}, {0.9, 40, 0.5}, {1, 1}, {1, 3, 1e-9}};
   uint64_t seed = 0;
   for (const int64_t V : {1, 2, 7, 250, 1000, 4099, 20000})
-    for (const Rule& rule : rules) test_sample<E>(normal<E>(random, 4 * V, 3), 4, V, rule, ++seed, "normal");
+    for (const Rule& rule : rules)
+      test_sample<Element>(normal<Element>(random, 4 * V, 3), 4, V, rule, ++seed, "normal");
   const float inf = std::numeric_limits<float>::infinity();
   const int64_t V = 300;
   for (const Rule& rule : rules) {
-    std::vector<E> equal(2 * V, cuda::from_float<E>(2.5f)), few(2 * V, cuda::from_float<E>(-inf)), zeros(2 * V);
-    for (int i : {3, 77, 299, 300, 599}) few[i] = cuda::from_float<E>(1);
-    for (int64_t i = 0; i < 2 * V; ++i) zeros[i] = cuda::from_float<E>(i % 3 ? 0.0f : -0.0f);
-    test_sample<E>(equal, 2, V, rule, ++seed, "all equal");
-    test_sample<E>(few, 2, V, rule, ++seed, "mostly -inf");
-    test_sample<E>(zeros, 2, V, rule, ++seed, "zeros of both signs");
-    auto bad = normal<E>(random, 4 * V);
-    bad[V - 1] = cuda::from_float<E>(NAN), bad[V] = cuda::from_float<E>(inf);
-    for (int64_t i = 2 * V; i < 3 * V; ++i) bad[i] = cuda::from_float<E>(-inf);
-    test_sample<E>(bad, 4, V, rule, ++seed, "NaN, inf, all -inf, sound");
+    std::vector<Element> equal(2 * V, cuda::from_float<Element>(2.5f)), few(2 * V, cuda::from_float<Element>(-inf)),
+        zeros(2 * V);
+    for (int i : {3, 77, 299, 300, 599}) few[i] = cuda::from_float<Element>(1);
+    for (int64_t i = 0; i < 2 * V; ++i) zeros[i] = cuda::from_float<Element>(i % 3 ? 0.0f : -0.0f);
+    test_sample<Element>(equal, 2, V, rule, ++seed, "all equal");
+    test_sample<Element>(few, 2, V, rule, ++seed, "mostly -inf");
+    test_sample<Element>(zeros, 2, V, rule, ++seed, "zeros of both signs");
+    auto bad = normal<Element>(random, 4 * V);
+    bad[V - 1] = cuda::from_float<Element>(NAN), bad[V] = cuda::from_float<Element>(inf);
+    for (int64_t i = 2 * V; i < 3 * V; ++i) bad[i] = cuda::from_float<Element>(-inf);
+    test_sample<Element>(bad, 4, V, rule, ++seed, "NaN, inf, all -inf, sound");
   }
 }
 
 // --- token_logprob --------------------------------------------------------------------------------------------------
-template <class E>
+template <class Element>
 void test_logprob(int64_t N, int64_t V, double scale, bool with_entropy, uint64_t seed) {
   const std::string name =
-      std::string("logprob ") + Type<E>::name + " V=" + std::to_string(V) + " scale=" + std::to_string(scale);
+      std::string("logprob ") + Type<Element>::name + " V=" + std::to_string(V) + " scale=" + std::to_string(scale);
   std::mt19937_64 random(seed);
-  auto logits = normal<E>(random, N * V, scale);
-  if (V > 2) logits[1] = cuda::from_float<E>(-INFINITY);
+  auto logits = normal<Element>(random, N * V, scale);
+  if (V > 2) logits[1] = cuda::from_float<Element>(-INFINITY);
   std::vector<int64_t> targets(N);
   for (int64_t& t : targets) t = int64_t(random() % V);
   targets[0] = 0;
@@ -223,19 +227,19 @@ void test_logprob(int64_t N, int64_t V, double scale, bool with_entropy, uint64_
       grad[n * V + v] = double(g[n]) * ((v == targets[n]) - p) - e * p * (log_p + entropy[n]);
       const double size = std::fabs(g[n]) * (v == targets[n] ? std::fabs(std::expm1(log_p)) : p) +
                           std::fabs(e) * p * (std::fabs(log_p) + entropy[n]);
-      bound[n * V + v] = Type<E>::unit * 1.05 * std::fabs(grad[n * V + v]) + size * (2e-6 - 2e-7 * log_p) +
-                         (sizeof(E) == 2 ? 6e-8 : 1e-30);
+      bound[n * V + v] = Type<Element>::unit * 1.05 * std::fabs(grad[n * V + v]) + size * (2e-6 - 2e-7 * log_p) +
+                         (sizeof(Element) == 2 ? 6e-8 : 1e-30);
     }
   }
   simt::set_seed(seed);
   run(name, [&] {
-    simt::Buffer<E> in(logits.size());
+    simt::Buffer<Element> in(logits.size());
     std::copy(logits.begin(), logits.end(), in.data());
     const simt::Buffer<int64_t> target_ids(targets);
     const simt::Buffer<float> dg(g), dge(ge);
     simt::Buffer<float> out_logprob(N), out_entropy(N);
     simt::Buffer<double> out_lse(N);
-    cuda::LogitChunk s{Type<E>::dtype,
+    cuda::LogitChunk s{Type<Element>::dtype,
                        N,
                        V,
                        in.data(),
@@ -261,11 +265,11 @@ void test_logprob(int64_t N, int64_t V, double scale, bool with_entropy, uint64_
   });
 }
 
-template <class E>
+template <class Element>
 void test_logprob() {
   uint64_t seed = 0;
   for (const int64_t V : {1, 2, 9, 255, 256, 2048, 5001})
-    for (const double scale : {0.5, 8.0}) test_logprob<E>(3, V, scale, V % 2 == 0, ++seed);
+    for (const double scale : {0.5, 8.0}) test_logprob<Element>(3, V, scale, V % 2 == 0, ++seed);
 }
 
 }  // namespace

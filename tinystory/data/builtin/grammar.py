@@ -1,16 +1,17 @@
-"""The built-in corpus: a story grammar in the manner of TinyStories (Eldan and Li, arXiv 2305.07759).
+"""The built-in corpus: a story grammar in the style of TinyStories (Eldan and Li, arXiv 2305.07759).
 
-Each plot is a chain of cause and effect told in beats; a story draws its characters and the facts of its world once,
-then tells each beat in one of several ways, so that facts, names and pronouns agree from the first line to the last.
+A plot is a chain of cause and effect in several paragraphs. A story first draws its facts (characters, places, things),
+then expands each paragraph, choosing among alternative wordings, so that facts, names and pronouns agree throughout.
 The markup of plots and phrases:
 
-    [a|b]    one of these              {h}     a fact of this story (hero) or a phrase from RULES; {H} begins a sentence
-    <a>      a detail a long story     x & y = 1 & 2 / 3 & 4    facts drawn together, once a story; later facts may use
-             tells, a short one skips                           earlier ones
+    [a|b]                    one of the options, drawn uniformly
+    <a>                      an optional detail: likely in a long story, rare in a short one
+    {h}                      a fact of this story (here the hero's name) or a phrase from RULES; {H} is capitalised
+    x & y = 1 & 2 / 3 & 4    facts x and y, drawn together as one row per story; later facts may use earlier ones
 
-The hero is {h}, a {kind} with {he} {him} {his} {himself} {hand} {hands}, living {lived}; the friend is {f}, at first
-mention {f.full} or {f.a}; {mom} is a parent or grandparent and {g} ({g.a}, {g.hm}) someone who knows things. Hero and
-friend are never both "he" or both "she", so a pronoun has one meaning.
+The hero is {h}, a {kind} with pronouns {he} {him} {his} {himself}, body parts {hand} {hands}, who lives {lived}. The
+friend is {f}, introduced as {f.full} or {f.a}; {mom} is a parent or grandparent; {g} ({g.a}, {g.hm}) is a helper who
+gives advice. Hero and friend never share a pronoun, so each "he" or "she" is unambiguous.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeAlias, TypeVar
 
 from tinystory.data.builtin import home, magic, small, town, vocabulary, woods
 
+T = TypeVar("T")
+_Part: TypeAlias = "str | _Slot | _Choice | _Detail"
+
 _PRONOUNS = ({"he": "she", "him": "her", "his": "her", "himself": "herself"},
              {"he": "he", "him": "him", "his": "his", "himself": "himself"})  # fmt: skip
-_WITH_CHILDREN = ("child", "robot", "snowman", "toy", "ghost", "puppy")  # heroes whose friend is a child
+_WITH_CHILDREN = ("child", "robot", "snowman", "toy", "ghost", "puppy")  # classes of heroes whose friend is a child
 _ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou])")
 _WORD = re.compile(r"(?<!')[a-z]+(?:'[a-z]+)*")
 
 
 class _Slot:
-    """{fact} or {phrase}; a capital first letter asks for one."""
+    """{fact} or {phrase}; a capital first letter capitalises the text."""
 
     def __init__(self, key: str):
         self.key, self.capital = key[0].lower() + key[1:], key[0].isupper()
@@ -43,9 +48,9 @@ class _Slot:
 
 
 class _Choice:
-    """[a|b|c]"""
+    """[a|b|c]: one of the options."""
 
-    def __init__(self, options: list[list]):
+    def __init__(self, options: list[list[_Part]]):
         self.options = options
 
     def write(self, tell: _Telling, out: list[str]) -> None:
@@ -53,9 +58,9 @@ class _Choice:
 
 
 class _Detail:
-    """<a>"""
+    """<a>: an optional detail."""
 
-    def __init__(self, parts: list):
+    def __init__(self, parts: list[_Part]):
         self.parts = parts
 
     def write(self, tell: _Telling, out: list[str]) -> None:
@@ -64,33 +69,35 @@ class _Detail:
 
 
 class _Telling:
-    """One story being told: its facts and its dice. Only random.random() is used, whose sequence Python guarantees."""
+    """The state of one story: facts, random numbers, probability of details. Uses only random.random(), the one method
+    whose sequence Python guarantees across versions."""
 
     def __init__(self, rng: random.Random, detail: float):
-        self.random, self.detail, self.facts = rng.random, detail, {}
+        self.random, self.detail = rng.random, detail
+        self.facts: dict[str, str] = {}
 
-    def pick(self, options):
+    def pick(self, options: Sequence[T]) -> T:
         return options[int(self.random() * len(options))]
 
-    def write(self, parts: list, out: list[str]) -> None:
+    def write(self, parts: list[_Part], out: list[str]) -> None:
         for part in parts:
-            if part.__class__ is str:
+            if isinstance(part, str):
                 out.append(part)
             else:
                 part.write(self, out)
 
-    def expand(self, parts: list) -> str:
+    def expand(self, parts: list[_Part]) -> str:
         out: list[str] = []
         self.write(parts, out)
         return "".join(out)
 
 
-def _parse(text: str) -> list:
-    """Markup -> parts: str, _Slot, _Choice, _Detail."""
+def _parse(text: str) -> list[_Part]:
+    """Markup as a list of parts. Raises ValueError for unbalanced brackets."""
     tokens = re.findall(r"[\[\]|<>]|\{[^{}]*\}|[^\[\]|<>{}]+", re.sub(r"\s*\n\s*", " ", text.strip()))
 
-    def sequence(position: int, stops: str) -> tuple[list, int]:
-        parts: list = []
+    def sequence(position: int, stops: str) -> tuple[list[_Part], int]:
+        parts: list[_Part] = []
         while position < len(tokens) and tokens[position] not in stops:
             token = tokens[position]
             position += 1
@@ -120,18 +127,19 @@ def _parse(text: str) -> list:
     return sequence(0, "")[0]
 
 
-def _rows(text: str) -> list[list[list]]:
-    """Rows of a table: "a & b / c & d" -> [[a, b], [c, d]], each cell parsed."""
+def _rows(text: str) -> list[list[list[_Part]]]:
+    """A table of parsed cells: "a & b / c & d" -> [[a, b], [c, d]]."""
     return [[_parse(cell) for cell in row.split(" & ")] for row in re.split(r" /\s", re.sub(r"\s+", " ", text.strip()))]
 
 
 class _Plot:
-    """== name: classes of hero; then facts, one "names = rows" each; a blank line; then paragraphs."""
+    """Source: "name: classes of heroes", then one "names = rows" per group of facts, a blank line, then paragraphs."""
 
     def __init__(self, source: str):
         head, *paragraphs = re.split(r"\n\s*\n", source.strip())
         title, *facts = re.split(r"\n(?=\S)", head)
-        self.name, heroes = title.split(": ")
+        name, heroes = title.split(": ")
+        self.name: str = name
         self.heroes = heroes.split()
         pairs = (re.split(r" =\s+", fact, maxsplit=1) for fact in facts)
         self.facts = [(names.split(" & "), _rows(rows)) for names, rows in pairs]
@@ -139,8 +147,8 @@ class _Plot:
 
     def tell(self, rng: random.Random) -> tuple[str, dict[str, str]]:
         """One story and its facts."""
-        patience = rng.random()  # most stories are told briefly
-        tell = _Telling(rng, 0.8 * patience * patience * patience)
+        length = rng.random()  # cubed below, so that most stories are short
+        tell = _Telling(rng, 0.8 * length * length * length)
         _cast(tell, self.heroes)
         for names, rows in self.facts:
             for name, cell in zip(names, tell.pick(rows), strict=True):
@@ -151,7 +159,7 @@ class _Plot:
 
 
 def _cast(tell: _Telling, classes: list[str]) -> None:
-    """Draw hero, friend, parent and helper into the story's facts."""
+    """Draw the hero, friend, parent and helper, and add them to the facts of the story."""
     facts, role = tell.facts, tell.pick(classes)
     she = int(tell.random() * 2)
     row = tell.pick(_HEROES[role])
@@ -187,26 +195,26 @@ PLOTS = [_Plot(source) for room in (home, town, woods, magic, small)
          for source in room.PLOTS.split("\n== ")[1:]]  # fmt: skip
 
 
-def _literals(parts) -> Iterator[str]:
-    """Every piece of plain text below parts."""
+def _literals(parts: object) -> Iterator[str]:
+    """Every piece of literal text in a nested structure of parts."""
     if isinstance(parts, str):
         yield parts
     elif isinstance(parts, _Choice):
         yield from _literals(parts.options)
     elif isinstance(parts, _Detail):
         yield from _literals(parts.parts)
-    elif not isinstance(parts, _Slot):
+    elif isinstance(parts, Iterable):  # a list of parts, a table, a plot's facts; no _Slot
         for part in parts:
             yield from _literals(part)
 
 
 def _vocabulary() -> frozenset[str]:
-    tables = [_RULES.values(), *_HEROES.values(), *_HELPERS.values(), *_PARENTS.values()]
+    tables: list[object] = [_RULES.values(), *_HEROES.values(), *_HELPERS.values(), *_PARENTS.values()]
     tables += [[rows for _, rows in plot.facts] + plot.paragraphs for plot in PLOTS]
     literals = [f"{hand}s" for rows in _HEROES.values() for row in rows for hand in _literals(row[3])]
-    names = {name for names in _NAMES["wild"] for name in names}
+    wild = {name for group in _NAMES["wild"] for name in group}
     literals += [*_literals(tables), *(word for pronouns in _PRONOUNS for word in pronouns.values())]
-    literals += [*names, *(f"{name}'s" for name in names)]
+    literals += [*wild, *(f"{name}'s" for name in wild)]
     return frozenset(_WORD.findall(" ".join(literals).lower()))
 
 
@@ -214,14 +222,14 @@ VOCABULARY: frozenset[str] = _vocabulary()
 
 
 def stories(words: int, seed: int) -> Iterator[str]:
-    """Stories, no two alike, until at least `words` whitespace-separated words were told. Same seed, same bytes."""
+    """Distinct stories, until they have at least `words` whitespace-separated words. Same seed, same bytes."""
     rng = random.Random(seed)
-    told: set[bytes] = set()
+    seen: set[bytes] = set()
     while words > 0:
         story, _ = PLOTS[int(rng.random() * len(PLOTS))].tell(rng)
-        mark = hashlib.blake2b(story.encode(), digest_size=8).digest()  # a wrong match just skips a story
-        if mark in told:
+        digest = hashlib.blake2b(story.encode(), digest_size=8).digest()  # a collision merely skips a story
+        if digest in seen:
             continue
-        told.add(mark)
+        seen.add(digest)
         words -= len(story.split())
         yield story

@@ -1,4 +1,4 @@
-"""Plots at home: lost things, broken things, fears and small lies. Markup as in grammar.py."""
+"""Plots at home: things lost and broken, fears, small lies. Markup as in grammar.py."""
 
 PLOTS = r"""
 == the lost treasure: child paw folk

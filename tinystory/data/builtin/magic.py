@@ -1,4 +1,4 @@
-"""Plots with dragons, stars, toys and wishes. Markup as in grammar.py."""
+"""Plots about dragons, stars, toys and wishes. Markup as in grammar.py."""
 
 PLOTS = r"""
 == the dragon without fire: dragon

@@ -1,4 +1,4 @@
-"""Small plots: one thing happens, and it turns out otherwise than expected. Markup as in grammar.py."""
+"""Short plots: one event with an unexpected outcome. Markup as in grammar.py."""
 
 PLOTS = r"""
 == the firefly lamp: child paw folk

@@ -1,4 +1,4 @@
-"""Plots with friends, games and work to do. Markup as in grammar.py."""
+"""Plots about friends, games and work. Markup as in grammar.py."""
 
 PLOTS = r"""
 == the sandcastle quarrel: child paw folk

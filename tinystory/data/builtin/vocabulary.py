@@ -1,10 +1,10 @@
-"""Who lives in the built-in stories, and the phrases that any of them may use. Markup as in grammar.py."""
+"""Characters of the built-in stories, and the phrases that all plots share. Markup as in grammar.py."""
 
 GIRLS = "Lily Mia Anna Lucy Ella Zoe Nora Ruby Rosa Ivy Amy Tess Maya Kate Lena Sara Emma Jane"
 BOYS = "Tom Tim Ben Sam Max Leo Jack Finn Noah Omar Hugo Theo Luca Oscar Milo Kai Adam Dan"
 CREATURES = "Pip Bo Coco Fluffy Pepper Nibbles Biscuit Pebble Mango Peanut Poppy Socks Bramble Olly Momo Toto"
 
-# class: kind (she~he where they differ) & home & where the hero lives & hand & what the hero likes to eat
+# class of heroes: kind (she~he where they differ) & home & where they live & hand (or paw ...) & favourite food
 HEROES = {
     "child": """
         girl~boy & house & in a [small|white|yellow|tall|little red|old] house [by the sea|near the woods|on a hill|
@@ -49,7 +49,7 @@ HEROES = {
     "train": "train & shed & in a shed by the rails & wheel & coal",
     "ghost": "ghost & attic & in the attic of an old house & hand & dust",
 }
-# people and animals who know things: name & first mention & what they say before they speak
+# helpers, who give advice: name & introduction & interjection before they speak
 HELPERS = {
     "child": """
         the gardener & an old gardener in a green hat & Well, well /

@@ -1,4 +1,4 @@
-"""Plots out of doors: the woods, the weather and the animals. Markup as in grammar.py."""
+"""Plots outdoors: woods, weather, animals. Markup as in grammar.py."""
 
 PLOTS = r"""
 == the kitten in the tree: child folk

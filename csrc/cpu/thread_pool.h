@@ -1,0 +1,73 @@
+// Threads where the compiler has no OpenMP, or has another than torch's: Apple's clang, and clang on Linux.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <thread>
+
+namespace tinystory::cpu {
+
+// Its threads wait between calls and end with the process. A worker that wakes too late to help is not waited for, so a
+// process that was forked, which has none of the workers, does all the work itself.
+class ThreadPool {
+ public:
+  // Calls f on up to `threads` threads at once, the calling one among them, and returns when none of them runs it any
+  // more. A call from inside f, or while another thread's call runs, is f() alone. Rethrows one of f's exceptions.
+  void run(int64_t threads, const std::function<void()>& f) {
+    if (threads <= 1 || busy_.test_and_set()) return f();
+    {
+      const std::lock_guard lock(mutex_);
+      for (; workers_ < threads - 1; ++workers_) std::thread(&ThreadPool::work, this).detach();
+      job_ = &f, wanted_ = threads - 1, error_ = nullptr;
+    }
+    wake_.notify_all();
+    call(f);
+    std::unique_lock lock(mutex_);
+    wanted_ = 0;
+    done_.wait(lock, [&] { return running_ == 0; });
+    const std::exception_ptr error = error_;
+    lock.unlock();
+    busy_.clear();
+    if (error) std::rethrow_exception(error);
+  }
+
+  static ThreadPool& shared() {
+    static ThreadPool& pool = *new ThreadPool;  // never destroyed: its threads may outlive main
+    return pool;
+  }
+
+ private:
+  void work() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return wanted_ > 0; });
+      --wanted_, ++running_;
+      const auto* job = job_;
+      lock.unlock();
+      call(*job);
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  void call(const std::function<void()>& f) {
+    try {
+      f();
+    } catch (...) {
+      const std::lock_guard lock(mutex_);
+      error_ = std::current_exception();
+    }
+  }
+
+  std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+  std::mutex mutex_;  // guards what follows
+  std::condition_variable wake_, done_;
+  const std::function<void()>* job_ = nullptr;
+  std::exception_ptr error_;
+  int64_t workers_ = 0, wanted_ = 0, running_ = 0;  // threads; those that may still join the job; those in it
+};
+
+}  // namespace tinystory::cpu

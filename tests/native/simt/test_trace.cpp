@@ -1,0 +1,320 @@
+// The tracer itself on small kernels, then the CUDA kernels: free of data races, and each within its budget.
+//
+// `simt_trace` tests; `simt_trace report` also prints what each source line of a kernel does; `simt_trace races` looks
+// for races in the kernels only.
+#include <algorithm>
+#include <cinttypes>
+#include <cstring>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <sstream>
+
+#include "check.h"
+#include "trace.h"
+
+using namespace tinystory;
+using namespace test;
+
+namespace {
+
+// --- the tracer ------------------------------------------------------------------------------------------------------
+struct Params {
+  float *in, *out;
+  int mode;
+};
+int lane() { return int(threadIdx.x) % 32; }
+float* shared() { return reinterpret_cast<float*>(cuda::shared_memory()); }
+
+simt::trace::Kernel traced(void (*kernel)(Params), int mode, int threads, int blocks = 1) {
+  simt::Buffer<float> in(1024), out(1024);
+  simt::trace::start();
+  try {
+    cuda::launch(kernel, blocks, threads, 4096, nullptr, Params{in.data(), out.data(), mode});
+  } catch (const simt::Error& e) {
+    check(false, e.what());
+  }
+  return simt::trace::stop().at(0);
+}
+
+// One store and one load by another lane of the warp; the mode is what lies between them.
+void lanes(Params p) {
+  shared()[lane()] = 1;
+  if (p.mode == 0) cuda::sync_warp();
+  if (p.mode == 1) cuda::sync_block();
+  if (p.mode == 2) p.out[lane()] = cuda::shuffle(1.0f, lane() ^ 1);
+  if (p.mode == 3) p.out[lane()] = float(cuda::ballot(true));
+  p.out[lane()] += shared()[lane() ^ 1];
+}
+// The same with a thread of another warp.
+void warps(Params p) {
+  const int i = int(threadIdx.x);
+  shared()[i] = 1;
+  if (p.mode == 0) cuda::sync_warp();
+  if (p.mode == 1) cuda::sync_block();
+  p.out[i] = shared()[i ^ 32];
+}
+void write_after_read(Params p) {
+  const int i = int(threadIdx.x);
+  p.out[i] = shared()[i ^ 32] + shared()[i];
+  if (p.mode == 0) cuda::sync_warp();
+  if (p.mode == 1) cuda::sync_block();
+  shared()[i] = 1;
+}
+void add(Params p) {
+  auto* sum = reinterpret_cast<uint64_t*>(cuda::shared_memory());
+  if (threadIdx.x == 0) *sum = 0;
+  cuda::sync_block();
+  if (p.mode == 0) *sum += 1;
+  if (p.mode == 1) cuda::atomic_add_shared(sum, 1);
+  if (p.mode == 2) cuda::sync_block();
+}
+void copy(Params p) {
+  const int i = int(threadIdx.x);
+  cuda::copy_async16(shared() + 4 * i, p.in + 4 * i, true);
+  cuda::copy_commit();
+  if (p.mode == 0) p.out[i] = shared()[4 * i];  // before the wait
+  cuda::copy_wait<0>();
+  if (p.mode == 1) p.out[i] = shared()[4 * i];        // after it, what this thread copied
+  if (p.mode == 2) p.out[i] = shared()[4 * (i ^ 1)];  // what another did
+  cuda::sync_block();
+  if (p.mode == 3) p.out[i] = shared()[4 * (i ^ 1)];
+}
+void wide(Params p) {
+  const int i = int(threadIdx.x);
+  if (p.mode == 0) cuda::store16(p.out + 4 * (i / 2), cuda::Vec16{});
+  if (p.mode == 1) cuda::store16(p.out + 4 * i, cuda::Vec16{});
+  if (p.mode == 2) shared()[i] = 1, cuda::load16_shared(shared() + 4 * (i / 4));
+}
+// Blocks are not ordered by anything; mode 1 keeps apart what they write.
+void blocks(Params p) { p.out[threadIdx.x + (p.mode ? 32 * blockIdx.x : 0)] = 1; }
+
+void strided(Params p) {  // mode: words between neighbouring lanes
+  p.out[p.mode * lane()] = shared()[p.mode * lane()];
+}
+void vectors(Params p) {
+  cuda::store16(p.out + 4 * p.mode * lane(), cuda::load16_shared(shared() + 4 * p.mode * lane()));
+}
+
+void test_races() {
+  const auto expect = [](void (*kernel)(Params), int mode, int threads, const std::string& kind, int blocks = 1) {
+    const auto races = traced(kernel, mode, threads, blocks).races;
+    const std::string found = races.empty() ? "" : races[0];
+    check(kind.empty() ? found.empty() : found.find(kind) != std::string::npos,
+          "mode " + std::to_string(mode) + ": expected race '" + kind + "', found '" + found + "'");
+  };
+  for (int seed = 0; seed < 10; ++seed) {
+    simt::set_seed(seed);
+    expect(lanes, 0, 32, "");
+    expect(lanes, 1, 32, "");
+    expect(warps, 1, 64, "");
+    expect(write_after_read, 1, 64, "");
+    expect(add, 1, 64, "");
+    expect(copy, 1, 32, "");
+    expect(copy, 3, 64, "");
+    expect(wide, 1, 32, "");
+    expect(blocks, 1, 32, "", 3);
+  }
+  // A shuffle or a ballot makes lanes meet but orders no memory; sync_warp orders one warp only.
+  for (const int mode : {2, 3, 4}) expect(lanes, mode, 32, "shared memory");
+  for (const int mode : {0, 4}) expect(warps, mode, 64, "shared memory");
+  for (const int mode : {0, 4}) expect(write_after_read, mode, 64, "shared memory");
+  expect(add, 0, 64, "at byte 0 of shared memory");
+  expect(copy, 0, 32, "access during an asynchronous copy");
+  expect(copy, 2, 32, "read after write");
+  expect(wide, 0, 32, "(store16 test_trace.cpp");
+  expect(wide, 2, 32, "shared memory");
+  expect(blocks, 0, 32, "write after write", 3);
+}
+
+void test_counts() {
+  const auto expect = [](int64_t got, int64_t want, const std::string& what) {
+    check(got == want, what + ": " + std::to_string(got) + ", not " + std::to_string(want));
+  };
+  for (const auto& [stride, passes, sectors] : {std::tuple{1, 1, 4}, {2, 2, 8}, {3, 1, 12}, {8, 8, 32}, {31, 1, 32}}) {
+    const auto kernel = traced(strided, stride, 32);
+    const std::string name = "stride " + std::to_string(stride);
+    expect(kernel.total.requests, 2, name + " requests");
+    expect(kernel.total.passes, passes, name + " passes");
+    expect(kernel.total.ideal_passes, 1, name + " ideal passes");
+    expect(kernel.total.sectors, sectors, name + " sectors");
+    expect(kernel.total.sector_bytes, 128, name + " bytes used");
+  }
+  for (const auto& [stride, passes] : {std::pair{1, 4}, {2, 8}}) {
+    const auto kernel = traced(vectors, stride, 32);
+    expect(kernel.total.passes, passes, "16 bytes a lane, passes");
+    expect(kernel.total.ideal_passes, 4, "16 bytes a lane, ideal passes");
+    expect(kernel.total.sectors, 16 * stride, "16 bytes a lane, sectors");
+  }
+  const auto kernel = traced(lanes, 0, 32);
+  check(kernel.name == "lanes", "the kernel's name is '" + kernel.name + "'");
+  for (const auto& line : kernel.lines)
+    check(line.where.rfind("test_trace.cpp:", 0) == 0, "a line is named '" + line.where + "'");
+}
+
+// --- the kernels -----------------------------------------------------------------------------------------------------
+template <class Element>
+void attention(int64_t B, int64_t T, int64_t H, int64_t D, double dropout) {
+  std::mt19937_64 random(1);
+  const simt::Buffer<Element> qkv(normal<Element>(random, B * T * 3 * H * D)),
+      grad_out(normal<Element>(random, B * T * H * D));
+  simt::Buffer<Element> out(B * T * H * D), grad_qkv(B * T * 3 * H * D);
+  simt::Buffer<float> lse(B * H * T), delta(B * H * T);
+  const Attention x{Type<Element>::dtype, B, T, H, D, dropout, 5, qkv.data(), out.data(), lse.data(), grad_out.data(),
+                    grad_qkv.data()};
+  cuda::attention_forward(x, nullptr);
+  cuda::attention_backward(x, delta.data(), nullptr);
+}
+
+template <class Element>
+void decode(int64_t B, int64_t P, int64_t H, int64_t D, int64_t length, int processors) {
+  std::mt19937_64 random(1);
+  const int64_t T = length + 3, row = H * D;
+  const auto filled = normal<Element>(random, B * T * 2 * row);
+  const simt::Buffer<Element> qkv(normal<Element>(random, B * 3 * row)), prefix(normal<Element>(random, P * 2 * row));
+  const simt::Buffer<int64_t> lengths(std::vector<int64_t>(B, length));
+  simt::Buffer<Element> cache(filled.size()), out(B * row);
+  std::copy(filled.begin(), filled.end(), cache.data());
+  simt::set_multiprocessors(processors);
+  const DecodeAttention x{Type<Element>::dtype, B,         P, T, H, D, qkv.data(), prefix.data(), cache.data(),
+                          lengths.data(),       out.data()};
+  simt::Buffer<float> workspace(cuda::decode_attention_workspace(x));
+  cuda::decode_attention(x, workspace.data(), nullptr);
+}
+
+template <class Element>
+void sample(int64_t B, int64_t V, int64_t top_k, double top_p) {
+  std::mt19937_64 random(1);
+  const simt::Buffer<Element> logits(normal<Element>(random, B * V, 3));
+  const simt::Buffer<int64_t> rows(std::vector<int64_t>(B, 3)), steps(std::vector<int64_t>(B, 4));
+  simt::Buffer<int64_t> tokens(B);
+  simt::Buffer<float> logprobs(B), entropy(B);
+  cuda::sample({Type<Element>::dtype, B, V, logits.data(), rows.data(), steps.data(), 7, 1.0, top_k, top_p,
+                tokens.data(), logprobs.data(), entropy.data()},
+               nullptr);
+}
+
+template <class Element>
+void logprob(int64_t N, int64_t V) {
+  std::mt19937_64 random(1);
+  const auto values = normal<Element>(random, N * V, 3);
+  simt::Buffer<Element> logits(values.size());
+  std::copy(values.begin(), values.end(), logits.data());
+  const simt::Buffer<int64_t> targets(std::vector<int64_t>(N, V / 2));
+  const simt::Buffer<float> grad_logprob(normal<float>(random, N)), grad_entropy(normal<float>(random, N));
+  simt::Buffer<float> out(N), entropy(N);
+  simt::Buffer<double> lse(N);
+  const cuda::LogitChunk x{Type<Element>::dtype,
+                           N,
+                           V,
+                           logits.data(),
+                           targets.data(),
+                           out.data(),
+                           entropy.data(),
+                           lse.data(),
+                           grad_logprob.data(),
+                           grad_entropy.data(),
+                           0};
+  cuda::logit_stats(x, nullptr);
+  cuda::logit_grad(x, nullptr);
+}
+
+// The runs that budgets.txt has budgets for, and those whose shapes are chosen for races alone.
+const std::vector<std::pair<std::string, std::function<void()>>> kBudgeted{
+    {"attention", [] { attention<cuda::bf16>(1, 256, 2, 64, 0); }},
+    {"attention-f32", [] { attention<float>(1, 64, 2, 64, 0); }},
+    {"decode", [] { decode<cuda::bf16>(4, 20, 4, 64, 45, 1); }},
+    {"decode-split", [] { decode<cuda::bf16>(2, 20, 2, 64, 300, 4); }},
+    {"sample", [] { sample<cuda::bf16>(2, 16000, 0, 1); }},
+    {"sample-top-p", [] { sample<cuda::bf16>(2, 16000, 0, 0.9); }},
+    {"logprob", [] { logprob<cuda::bf16>(2, 16000); }},
+};
+const std::vector<std::pair<std::string, std::function<void()>>> kForRaces{
+    {"attention bf16 T=150 D=32 dropout", [] { attention<cuda::bf16>(1, 150, 2, 32, 0.1); }},
+    {"attention f16 T=130 D=64 dropout", [] { attention<cuda::f16>(1, 130, 1, 64, 0.1); }},
+    {"attention bf16 T=70 D=128", [] { attention<cuda::bf16>(1, 70, 1, 128, 0); }},
+    {"attention f32 T=70 D=32", [] { attention<float>(1, 70, 1, 32, 0); }},
+    {"attention f32 T=40 D=128", [] { attention<float>(1, 40, 1, 128, 0.1); }},
+    {"decode f32 D=32", [] { decode<float>(2, 130, 3, 32, 60, 1); }},
+    {"decode f16 D=128", [] { decode<cuda::f16>(1, 0, 1, 128, 5, 1); }},
+    {"sample f32 top-k and top-p, odd V", [] { sample<float>(1, 4099, 40, 0.5); }},
+    {"sample bf16 top-k", [] { sample<cuda::bf16>(1, 1000, 5, 1); }},
+    {"logprob f32, odd V", [] { logprob<float>(2, 5001); }},
+    {"logprob f16", [] { logprob<cuda::f16>(1, 2048); }},
+};
+
+std::vector<simt::trace::Kernel> run_traced(const std::string& name, const std::function<void()>& f, uint64_t seed) {
+  simt::set_seed(seed);
+  simt::trace::start();
+  run(name, f);
+  auto kernels = simt::trace::stop();
+  for (const auto& kernel : kernels)
+    for (const std::string& race : kernel.races) check(false, name + ", " + kernel.name + ": race: " + race);
+  check(!kernels.empty(), name + ": no kernel was traced");
+  return kernels;
+}
+
+void print_report(const std::string& name, const simt::trace::Kernel& kernel) {
+  const auto print = [](const std::string& where, const std::string& what, const simt::trace::Counts& c) {
+    std::printf("  %-28s %-19s %9" PRId64 " %9" PRId64 " %9" PRId64 " %9" PRId64, where.c_str(), what.c_str(),
+                c.requests, c.passes, c.ideal_passes, c.sectors);
+    if (c.sectors) std::printf(" %6.0f%%", 100.0 * double(c.sector_bytes) / double(32 * c.sectors));
+    else std::printf("       -");
+    std::printf(" %9" PRId64 "\n", c.mma);
+  };
+  std::printf("%s: %s\n  %-28s %-19s %9s %9s %9s %9s %7s %9s\n", name.c_str(), kernel.name.c_str(), "", "", "requests",
+              "passes", "ideal", "sectors", "used", "mma");
+  for (const auto& line : kernel.lines) print(line.where, line.what, line.counts);
+  print("total", "", kernel.total);
+}
+
+struct Budget {
+  int64_t passes, sectors, mma;
+};
+std::map<std::pair<std::string, std::string>, Budget> read_budgets() {
+  std::ifstream file(BUDGETS);
+  check(bool(file), "cannot read " BUDGETS);
+  std::map<std::pair<std::string, std::string>, Budget> budgets;
+  for (std::string line; std::getline(file, line);) {
+    std::istringstream fields(line);
+    std::string run, kernel;
+    Budget b;
+    if (line[0] != '#' && fields >> run >> kernel >> b.passes >> b.sectors >> b.mma) budgets[{run, kernel}] = b;
+  }
+  return budgets;
+}
+
+// A count above its budget fails; so does a budget that is more than 5% above its count, since it would hide a loss.
+void test_budgets(bool report) {
+  auto budgets = read_budgets();
+  for (const auto& [name, f] : kBudgeted)
+    for (const auto& kernel : run_traced(name, f, 0)) {
+      std::string key = kernel.name;
+      std::erase(key, ' ');
+      if (report) print_report(name, kernel);
+      const auto found = budgets.find({name, key});
+      check(found != budgets.end(), name + " " + key + " has no budget");
+      if (found == budgets.end()) continue;
+      const auto hold = [&](const char* what, int64_t count, int64_t budget) {
+        check(count <= budget && budget <= count + count / 20,
+              name + " " + key + ": " + std::to_string(count) + " " + what + ", budget " + std::to_string(budget));
+      };
+      hold("passes", kernel.total.passes, found->second.passes);
+      hold("sectors", kernel.total.sectors, found->second.sectors);
+      hold("mma", kernel.total.mma, found->second.mma);
+      budgets.erase(found);
+    }
+  for (const auto& [key, budget] : budgets)
+    check(false, key.first + " " + key.second + " has a budget but did not run");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string mode = argc > 1 ? argv[1] : "";
+  if (mode != "races") test_races(), test_counts(), test_budgets(mode == "report");
+  else
+    for (const auto& [name, f] : kBudgeted) run_traced(name, f, 0);
+  for (const auto& [name, f] : kForRaces) run_traced(name, f, 1);
+  return report("simt_trace");
+}

@@ -1,0 +1,61 @@
+// What a kernel does to memory, seen access by access: data races, and the counts that a GPU's profiler would show.
+//
+// Kernels are compiled with -fsanitize=thread, which puts a call to a __tsan_* function before every load and store;
+// tsan_hooks.cpp defines these functions, so no sanitizer runtime is linked. Primitives that move 16 bytes or copy
+// asynchronously report their own accesses (simt.cpp).
+//
+// Races are those of the PTX memory model: two accesses to the same byte by different threads, at least one of them a
+// write and not both atomic, that no barrier orders. sync_block orders all threads of a block and sync_warp all lanes
+// of a warp; shuffles, ballots, ldmatrix and mma synchronize execution but order no memory. Nothing orders two blocks
+// of a launch. The destination of a cp.async may not be touched by anyone before the wait, and after the wait only by
+// its thread until a barrier. A race is found in every schedule of the machine, whether or not it changed a result.
+//
+// Counts are per source line: warp requests; passes over shared memory, beside their number without bank conflicts; and
+// 32-byte sectors of global memory, with the fraction of their bytes that was asked for. 32 lanes that access up to 4
+// bytes each (16 lanes of 8, 8 lanes of 16) take as many passes as the most loaded bank has distinct words, or for
+// atomics lanes. Wide accesses and mma are exact; nvcc may merge or repeat scalar accesses, which are counted as this
+// compiler left them.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "simt.h"
+
+namespace simt::trace {
+
+struct Counts {
+  int64_t requests = 0, passes = 0, ideal_passes = 0, sectors = 0, sector_bytes = 0, mma = 0;
+};
+struct Line {
+  std::string where, what;  // "file:line"; the primitive, "load" or "store"
+  Counts counts;
+};
+struct Kernel {
+  std::string name;
+  Counts total;
+  std::vector<Line> lines;
+  std::vector<std::string> races;  // one entry per pair of source lines
+};
+
+// Traces all launches from start to stop. stop returns one entry per kernel, in order of first launch.
+void start();
+std::vector<Kernel> stop();
+
+// --- for the machine -------------------------------------------------------------------------------------------------
+// A cp.async reads and writes at some time between its issue and its wait: recorded at both, counted at the first.
+enum class Access { read, write, atomic, copy_issued, copy_landed, late_read };
+
+bool on();
+void begin_launch(const void* kernel);
+void begin_block();
+void end_block();
+void block_barrier();          // all threads of the block have arrived
+void converge(unsigned warp);  // all lanes of the warp have arrived at a collective
+void warp_barrier(unsigned warp);
+void access(const void* p, size_t bytes, Access, const Site&);
+void access(const void* p, size_t bytes, Access, const void* return_address);
+void mma(const Site&);
+
+}  // namespace simt::trace
