@@ -162,7 +162,7 @@ def steps_of(student, head, eos, dtype=torch.float32):
     prompts, which = [torch.tensor(prompt) for prompt in PROMPTS], torch.arange(COUNT) % len(PROMPTS)
     with torch.no_grad(), torch.autocast(which.device.type, dtype, enabled=dtype != torch.float32):
         steps = [*student_steps(student, head, prompts, which, dtype, eos=eos, **HOW, **DRAWS)]
-    return steps[-1][0], [ended for _, ended in steps]
+    return steps[-1][0], [ended for _, ended in steps] + [[]] * (NEW - len(steps))
 
 
 @torch.no_grad()

@@ -172,12 +172,14 @@ void decode(int64_t B, int64_t P, int64_t H, int64_t D, int64_t length, int proc
   const int64_t T = length + 3, row = H * D;
   const auto filled = normal<Element>(random, B * T * 2 * row);
   const simt::Buffer<Element> qkv(normal<Element>(random, B * 3 * row)), prefix(normal<Element>(random, P * 2 * row));
-  const simt::Buffer<int64_t> lengths(std::vector<int64_t>(B, length));
+  std::vector<int64_t> whole;
+  for (int64_t b = 0; b < B; ++b) whole.push_back(0), whole.push_back(P);
+  const simt::Buffer<int64_t> lengths(std::vector<int64_t>(B, length)), spans(whole);
   simt::Buffer<Element> cache(filled.size()), out(B * row);
   std::copy(filled.begin(), filled.end(), cache.data());
   simt::set_multiprocessors(processors);
-  const DecodeAttention x{Type<Element>::dtype, B,         P, T, H, D, qkv.data(), prefix.data(), cache.data(),
-                          lengths.data(),       out.data()};
+  const DecodeAttention x{Type<Element>::dtype, B, P, T, H, D, qkv.data(), prefix.data(), spans.data(), cache.data(),
+                          lengths.data(), out.data()};
   simt::Buffer<float> workspace(cuda::decode_attention_workspace(x));
   cuda::decode_attention(x, workspace.data(), nullptr);
 }
