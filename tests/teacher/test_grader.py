@@ -54,9 +54,6 @@ def test_a_callable_scores_and_costs_nothing(tmp_path):
 
 
 def test_the_builtin_teacher_needs_a_corpus():
-    config = InteractConfig(init="somewhere")
-    with (
-        pytest.raises(UserError, match="somewhere does not say what the student has read"),
-        open_grader(config, corpus=None),
-    ):
+    opened = open_grader(InteractConfig(init="somewhere"), corpus=None)
+    with pytest.raises(UserError, match="somewhere does not say what the student has read"), opened:
         pass
