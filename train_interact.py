@@ -14,6 +14,7 @@ import itertools
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -70,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate, eps=config.adam_eps, fused=True)
 
     # The state of the run: what a checkpoint restores.
-    counters = dict(step=0, written=0, kl_coef=config.kl_coef, words_in=len(config.opening.split()), words_out=0)
+    counters: dict[str, Any] = dict(step=0, written=0, kl_coef=config.kl_coef)
+    counters |= dict(words_in=len(config.opening.split()), words_out=0)  # the opening counts once
     if resume_from:
         checkpoint.restore(student, resume_from)
         state, counters = checkpoint.load_trainer(resume_from)
