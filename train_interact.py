@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -75,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate, eps=config.adam_eps, fused=True)
 
     # The state of the run: what a checkpoint restores.
-    counters = dict(step=0, written=0, kl_coef=config.kl_coef, words_in=0, words_out=0, best=-1.0, best_step=0)
+    counters: dict[str, Any] = dict(step=0, written=0, kl_coef=config.kl_coef, best=-1.0, best_step=0)
+    counters |= dict(words_in=0, words_out=0)
     if resume_from:
         checkpoint.restore(student, resume_from)
         state, counters = checkpoint.load_trainer(resume_from)

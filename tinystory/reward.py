@@ -56,6 +56,8 @@ def load_score(spec: str) -> ScoreStories:
     if not path.is_file():
         raise UserError(f"--reward {spec}: there is no file {file!r}; write it as FILE.py:FUNCTION")
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"--reward {spec}: {file!r} is not a Python file; write it as FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     function = getattr(module, name, None)

@@ -257,3 +257,6 @@ def test_the_scores_of_a_callable_are_checked(tmp_path):
             load_score(f"{file}:{name}")("o", ["a"])
     with pytest.raises(UserError, match="no file"):
         load_score("nowhere.py:f")
+    (tmp_path / "r.txt").write_text("")
+    with pytest.raises(UserError, match="not a Python file"):
+        load_score(f"{tmp_path / 'r.txt'}:f")

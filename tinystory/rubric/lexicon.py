@@ -35,7 +35,7 @@ class Lexicon:
     the text and `spelled`, (T,), the same as indices into `spellings`; all other arrays have one row per id."""
 
     def __init__(self, documents: Iterable[list[str]]):
-        raw = defaultdict()
+        raw: defaultdict[str, int] = defaultdict()
         raw.default_factory = raw.__len__
         spelled = array("l", [raw["<s>"]])
         for document in documents:
@@ -43,7 +43,7 @@ class Lexicon:
             spelled.append(0)
         self.spelled, self.spellings = np.array(spelled), list(raw)
         spelling_count = np.bincount(self.spelled)
-        count = defaultdict(int)
+        count: defaultdict[str, int] = defaultdict(int)
         for spelling, seen in zip(self.spellings[1:], spelling_count[1:].tolist(), strict=True):
             count[_folded(spelling)] += seen
         rare = 2 if len(self.spelled) > 200_000 else 1  # a word seen once in a large corpus is as often a slip
@@ -96,7 +96,7 @@ class Lexicon:
         self.entity = self.noun | self.name
         self.content = letters & ~function
 
-        # A word's pattern: itself for function words and stops, else its class and ending ("-ing" of an act).
+        # A word's pattern: itself for function words and punctuation, else its class and ending ("-ing" of a verb).
         endings = np.array([next((i for i, e in enumerate(ENDINGS) if word.endswith(e)), -1) for word in self.words])
         classes = np.select([self.name, self.noun, self.verb], [0, 1, 2], 3) * (len(ENDINGS) + 1) + endings + 1
         patterns = np.where(self.content, size + np.where(self.name, 0, classes), np.arange(size))

@@ -1,4 +1,4 @@
-"""An interpolated n-gram model in sorted numpy arrays: built from a million words in seconds, read in microseconds."""
+"""An interpolated n-gram model in sorted numpy arrays: a million words in seconds, a lookup in microseconds."""
 
 from dataclasses import dataclass
 

@@ -274,7 +274,8 @@ class Rubric:
     def _referred(self, ids: np.ndarray, start: int) -> float:
         """How well each he, she, it, they fits one of the last five things named: the mean of the best fits."""
         lexicon = self.lexicon
-        recent, fits = [], []
+        recent: list[int] = []
+        fits: list[float] = []
         for at in np.flatnonzero(lexicon.entity[ids] | (lexicon.pronoun[ids] >= 0)).tolist():
             id = int(ids[at])
             which = lexicon.pronoun[id]
@@ -341,7 +342,7 @@ def _order(place: list[float]) -> float:
 
 
 def _joined(logprob: np.ndarray, spans: list[tuple[int, int]]) -> float:
-    """Nats per word by which sentence beginnings are likelier given the previous sentence than given its end mark."""
+    """Nats per word by which sentence beginnings are likelier given the sentence before than its end mark only."""
     gain = logprob[-1] - logprob  # row n: given 4 tokens over given n (n - 1 words and an end mark)
     gains = [gain[at + 1, first + at] for first, end in spans[1:] for at in range(min(ORDER - 2, end - first))]
     return float(np.mean(gains)) if gains else -1.0

@@ -7,6 +7,7 @@ at any instant loses no reply. A power cut loses at most the last few seconds of
 """
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,23 +73,24 @@ class Cache:
             0,
             0,
         )  # (prompt, completion) tokens that earlier processes paid for, as far as the server counted
-        self._file = None
+        self._file: io.FileIO | None = None
         if self.path.exists():
             self._open()
 
-    def _open(self) -> None:
+    def _open(self) -> io.FileIO:
         """Open the file for appending, and load what it holds."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
+            file = self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
         except OSError as error:
             raise UserError(f"the teacher's replies cannot be kept in {self.path}: {error.strerror}") from None
         try:
             self._size = self._load()  # bytes
-            self._file.truncate(self._size)
+            file.truncate(self._size)
         except BaseException:
-            self._file.close()
+            file.close()
             raise
+        return file
 
     def _load(self) -> int:
         """Load the file's complete lines; returns their size in bytes."""
@@ -113,17 +115,16 @@ class Cache:
         The first reply to a question is kept: if the same question was sent twice at once, both senders get the first
         reply, now and after a resume.
         """
-        if self._file is None:
-            self._open()
+        file = self._file or self._open()
         if key not in self._replies:
             told = {"expected": kept.expected} if kept.expected is not None else {}
             line = (json.dumps({"key": key, "reply": kept.reply, **told, **about}) + "\n").encode()
             try:
-                written = self._file.write(line)
+                written = file.write(line)
             except OSError as error:
                 raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
             if written != len(line):
-                self._file.truncate(self._size)
+                file.truncate(self._size)
                 raise UserError(f"{self.path} cannot be written: the disk is full")
             self._size += written
             self._replies[key] = kept

@@ -125,7 +125,7 @@ class Teacher:
         """
         found = self.probe()
         longer = len(opening.split()) + STORY_WORDS - len(" ".join(FIRST_STORY).split())
-        measured = len(str(render(*FIRST_STORY, fence="=", **self._asked()))) / 4, len(found.reply) / 2  # characters
+        measured = len(str(render(*FIRST_STORY, fence="=", **self._rubric()))) / 4, len(found.reply) / 2  # characters
         asked, said = found.tokens or measured
         tokens = stories * (asked + longer * TOKENS_PER_WORD), stories * said
         return {
@@ -236,7 +236,7 @@ class Teacher:
             return reply
 
         mark = fence(self.seed, -1, "\n".join(FIRST_STORY))
-        question = _Question(render(*FIRST_STORY, fence=mark, **self._asked()), mark)
+        question = _Question(render(*FIRST_STORY, fence=mark, **self._rubric()), mark)
         first = await self._first(lambda: ask(question.messages, **self._sampling(0)), question)
         thinks, scored = probing.thought(first), parse_scores(first.text, names) is not None
         if thinks and not scored:
@@ -276,7 +276,7 @@ class Teacher:
                 return await self._retried(request, question)
             except Failure as failure:
                 said = str(failure) if failure.status in (400, 422) else ""
-                named = {name for name in ("temperature", "seed") if re.search(rf"\b{name}\b", said)}
+                named = {name for name in probing.OPTIONAL if re.search(rf"\b{name}\b", said)}
                 if self._token_cap == "max_tokens" and "max_completion_tokens" in said:
                     self._token_cap = "max_completion_tokens"
                 elif named - self._refused:
@@ -284,7 +284,7 @@ class Teacher:
                 else:
                     raise
 
-    def _asked(self) -> dict:
+    def _rubric(self) -> dict:
         return {"criteria": self.template.criteria, "preface": self.template.preface}
 
     async def _grade(self, opening: str, story: str, index: int) -> Grade:
@@ -293,7 +293,7 @@ class Teacher:
         if empty := grade_if_empty(self.template, story):
             return empty
         mark = fence(self.seed, index, f"{opening}\n{story}")
-        question = _Question(render(opening, story, fence=mark, **self._asked()), mark)
+        question = _Question(render(opening, story, fence=mark, **self._rubric()), mark)
         scores, replies, error = None, [], None
         while scores is None and error is None:
             try:

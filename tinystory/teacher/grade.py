@@ -88,7 +88,7 @@ def score_means(grades: list[Grade]) -> dict[str, float | None]:
     scored = [g for g in grades if g.score is not None]
     names = dict.fromkeys([*CRITERIA, *(name for g in scored for name in g.scores or ())])
     values = {f"{name}_mean": [g.scores[name] for g in scored if g.scores and name in g.scores] for name in names}
-    values["score_mean"] = [sum(g.scores.values()) if g.scores else g.score for g in scored]
+    values["score_mean"] = [sum(g.scores.values()) if g.scores else g.score for g in grades if g.score is not None]
     return {name: sum(each) / len(each) if each else None for name, each in values.items()}
 
 
@@ -105,6 +105,7 @@ def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
         return None
     text = reply.strip(" \t\r\n")
     numbers, labelled = _patterns(tuple(criteria))
+    found: list[tuple[str, object]]
     if match := numbers.fullmatch(text):
         found = list(zip(criteria, map(int, match.groups()), strict=True))
     elif match := labelled.fullmatch(text):
@@ -112,10 +113,8 @@ def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
         found = list(zip(names, map(int, digits), strict=True))
     else:
         found = _json_object(text)
-    scores = dict(found)
+    scores = {name: value for name, value in found if type(value) is int and 0 <= value <= TOP}  # True is no score
     if len(found) != len(criteria) or scores.keys() != set(criteria):
-        return None
-    if not all(type(value) is int and 0 <= value <= TOP for value in scores.values()):  # type: True is an int too
         return None
     return {name: scores[name] for name in criteria}
 

@@ -134,6 +134,7 @@ def open_grader(
         yield CallableGrader(load_score(config.reward), config.reward)
         return
     template = load_template(config.teacher_prompt) if config.teacher_prompt else Template()
+    teacher: Teacher | Replay
     with contextlib.ExitStack() as stack:
         if config.replay:
             teacher = Replay(

@@ -12,6 +12,7 @@ from tinystory.teacher.prompt import TOP
 # Asked for animals or a sentence, a model answers with scores only if the server constrains it to them.
 OFF_TOPIC = [{"role": "user", "content": "Name three animals that live in a forest. Write their names and no number."}]
 ANYTHING = [{"role": "user", "content": "Write one short sentence about any animal that you like."}]
+OPTIONAL = ("temperature", "seed")  # parameters that are left out where the server's error names them
 JSON_TOKENS = 12  # per criterion: a key, a colon, a digit, a comma and some whitespace
 # How to switch reasoning off: for vLLM, SGLang and llama.cpp in the chat template, for Ollama by the effort.
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "none"}
@@ -27,7 +28,7 @@ class Probe:
     reply: str  # to the probe's story
     scored: bool  # whether that reply held scores
     token_cap: str  # the server's name for the longest reply: max_tokens or max_completion_tokens
-    refused: tuple[str, ...]  # of temperature and seed, the parameters that it refuses, which are not sent
+    refused: tuple[str, ...]  # the OPTIONAL parameters that it refuses, which are not sent
     thinks: bool  # whether the model reasons before it replies
     quiet: bool  # whether reasoning must be switched off in each request, which works
     structure: str  # the strictest constraint on a reply that works: "numbers", "json" or "nothing"

@@ -1,0 +1,59 @@
+"""open_grader: one way from the options to whoever scores."""
+
+import pytest
+from fault_server import FaultServer
+
+from tinystory.config import InteractConfig
+from tinystory.device import Interrupted, Stop
+from tinystory.errors import UserError
+from tinystory.teacher.grader import open_grader
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
+
+def test_a_teacher_grades_the_stories_of_a_step_and_those_of_an_evaluation(tmp_path, capsys):
+    script = lambda story, n: "3 3 3" if "dog" in story else "0 0 3"  # noqa: E731
+    replies = tmp_path / "replies.jsonl"
+    with FaultServer(script) as server:
+        config = InteractConfig(teacher_url=server.url, opening="Once", teacher_max_tokens=10)
+        with open_grader(config, corpus=None, replies=replies) as grader:
+            assert grader.facts["scored_by"] == f"first at {server.url}" and grader.facts["teacher"]["scored"]
+            assert grader.most_words == 30 and grader.affords(10**6)
+            assert grader.forecast(7).startswith("7 stories")
+            for index, text in ((4, "A dog ran."), (3, "A cat ran.")):
+                grader.send(index, text)
+            grades = grader.collect(Stop())
+            assert [grade.score for grade in grades] == [pytest.approx(1 / 3), 1.0]
+            assert [grade.reply_words for grade in grades] == [3, 3]
+            assert [grade.score for grade in grader.grade("One day,", ["A dog.", ""])] == [1.0, 0.0]
+    assert len(replies.read_text().splitlines()) == 1 + 3  # the probe and three stories
+    assert "teacher: first at" in capsys.readouterr().out
+
+
+def test_the_wait_for_grades_ends_when_a_stop_is_requested():
+    stop = Stop()
+    stop.requested = True
+    with FaultServer(lambda story, n: "hang") as server:
+        config = InteractConfig(teacher_url=server.url)
+        with open_grader(config, corpus=None) as grader:
+            grader.send(0, "A dog ran.")
+            with pytest.raises(Interrupted):
+                grader.collect(stop)
+
+
+def test_a_callable_scores_and_costs_nothing(tmp_path):
+    (tmp_path / "r.py").write_text("def f(opening, stories): return [len(s) / 10 if s else None for s in stories]\n")
+    config = InteractConfig(reward=f"{tmp_path / 'r.py'}:f")
+    with open_grader(config, corpus=None) as grader:
+        grader.send(1, "abc")
+        grader.send(0, "")
+        grades = grader.collect(Stop())
+        assert [grade.score for grade in grades] == [None, 0.3] and grades[1].scores is None
+        assert grader.collect(Stop()) == []
+        assert (grader.facts, grader.most_words, grader.forecast(9)) == ({"scored_by": config.reward}, 0, "")
+
+
+def test_the_builtin_teacher_needs_a_corpus():
+    opened = open_grader(InteractConfig(init="somewhere"), corpus=None)
+    with pytest.raises(UserError, match="somewhere does not say what the student has read"), opened:
+        pass
