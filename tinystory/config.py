@@ -26,7 +26,7 @@ class PretrainConfig:
     """Pretrain a student on a corpus."""
 
     corpus: list[str] = option(
-        ["builtin"], "builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)"
+        ["primer", "builtin"], "primer, builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)"
     )
     out: str = option("runs/pretrain", "folder of the run")
     words: int = option(3_000_000, "total words to train on, counting repeats")

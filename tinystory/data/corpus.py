@@ -4,6 +4,7 @@ Everything is streamed: at most a few megabytes of text are in memory, whatever 
 """
 
 import codecs
+import functools
 import gzip
 import hashlib
 import heapq
@@ -15,10 +16,10 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tinystory.data.builtin import grammar
+from tinystory.data.builtin import grammar, primer
 from tinystory.errors import UserError
 
-BUILTIN_WORDS = 1_000_000
+BUILTIN = {"builtin": (grammar.stories, 1_000_000), "primer": (primer.tales, 500_000)}  # what tells it, and words
 BUILTIN_SEED = 0
 
 # Corpora on the Hub: the dataset's repository and its files, in order.
@@ -31,7 +32,7 @@ HUB = {
     "babylm-10m": ("BabyLM-community/BabyLM-2026-Strict-Small", _BABYLM),
     "babylm-100m": ("BabyLM-community/BabyLM-2026-Strict", _BABYLM),
 }
-NAMES = ("builtin", *HUB)
+NAMES = (*BUILTIN, *HUB)
 
 MARKER = "<|endoftext|>"
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
@@ -84,9 +85,10 @@ def open_corpus(names: Sequence[str]) -> Corpus:
     """
     parts = []
     for name in names:
-        if name == "builtin":
-            parts.append((f"builtin {BUILTIN_WORDS} {BUILTIN_SEED} {_grammar_source()}",
-                          lambda: grammar.stories(BUILTIN_WORDS, BUILTIN_SEED)))
+        if name in BUILTIN:
+            tell, words = BUILTIN[name]
+            parts.append((f"{name} {words} {BUILTIN_SEED} {_grammar_source()}",
+                          functools.partial(tell, words, BUILTIN_SEED)))
         elif name in HUB:
             parts.extend(_file(path) for path in _download(*HUB[name]))
         else:
