@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     windows = Windows(data.train, config.context, config.batch_size, config.seed)
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)
     torch.manual_seed(config.seed)
-    student = Student(shape).to(device)
+    student = Student(shape, config.weights_init).to(device)
     optimizer, names = make_optimizer(student, config)
     step, words, tokens = 0, 0, 0
     if resume_from:

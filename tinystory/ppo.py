@@ -98,6 +98,17 @@ def advantages_and_returns(
     return advantages * mask, (advantages + values) * mask
 
 
+def leave_one_out(returns: Tensor, mask: Tensor) -> Tensor:
+    """(B, N): at each token of a story its return, (B,), minus the mean of the others' (REINFORCE leave-one-out,
+    Ahmadian et al. 2024, arXiv 2402.14740)."""
+    return (returns - returns.mean())[:, None] * mask * (len(returns) / max(len(returns) - 1, 1))
+
+
+def learning_rate(config: InteractConfig, step: int) -> float:
+    """Of step 0, 1, ...: constant, or with --lr-decay falling linearly towards 0 at --steps."""
+    return config.learning_rate * (1 - step / config.steps if config.lr_decay else 1.0)
+
+
 def response_stats(
     student: Student, value_head: ValueHead | None, batch: Batch, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -158,9 +169,12 @@ def step(
     """
     rewards = token_rewards(story_rewards, batch.logprobs, ref_logprobs, batch.mask, kl.coef)
     advantages, returns = advantages_and_returns(rewards, batch.values, batch.mask, config.gamma, config.lam)
+    if config.advantage == "rloo":
+        advantages = leave_one_out(rewards.sum(1), batch.mask)
     whitened = whiten(advantages, batch.mask)
     mean_kl = float(((batch.logprobs - ref_logprobs) * batch.mask).sum(1).mean())
-    stats = dict(kl=mean_kl, kl_coef=kl.coef)
+    objective = float(story_rewards.mean()) - kl.coef * mean_kl
+    stats = dict(kl=mean_kl, kl_coef=kl.coef, objective=objective)
     stats |= update(student, value_head, optimizer, batch, whitened, returns, config)
     kl.update(mean_kl, len(story_rewards))
     return stats

@@ -1,4 +1,4 @@
-"""The primer: very plain tales about two or three people and their things, from which a small student learns who is who.
+"""The primer: very plain tales of two or three people and their things, which teach a small student who is who.
 
 A name that has been told, and its he or she, are a fortieth of the tokens of a story: for a student of a million
 parameters they drown in everything else that there is to learn. Here they are nearly all that there is to learn, as in
