@@ -45,6 +45,8 @@ class PretrainConfig:
 
     batch_size: int = option(8, "sequences per step")
     micro_batch_size: int = option(16, "sequences per forward pass; gradients are accumulated over a step")
+    optimizer: str = option("muon", "muon (for the blocks' matrices, AdamW for the rest) or adamw")
+    muon_learning_rate: float = option(0.02, "peak learning rate of Muon")
     learning_rate: float = option(2e-3, "peak learning rate of AdamW")
     final_learning_rate: float = option(0.0, "learning rate at the last word")
     warmup: float = option(0.2, "fraction of the words over which the learning rate rises linearly")
@@ -134,8 +136,8 @@ class InteractConfig:
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of their libraries
 # (gradient clipping in pretraining: transformers' Trainer; float32 in the interaction: TRL).
 _PAPER_PRETRAIN = dict(
-    n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000, weights_init="gpt2", dropout=0.1,
-    corpus=["babylm-100m"], words=990_000_000, val_fraction=0.1, batch_size=256, micro_batch_size=32,
+    n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000, weights_init="gpt2", optimizer="adamw",
+    dropout=0.1, corpus=["babylm-100m"], words=990_000_000, val_fraction=0.1, batch_size=256, micro_batch_size=32,
     learning_rate=5e-4, final_learning_rate=0.0, warmup=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0,
     grad_clip=1.0, eval_every=250, save_every=250,
 )  # fmt: skip
@@ -213,7 +215,7 @@ _POSITIVE = (
     "words", "n_layer", "n_head", "n_embd", "context", "vocab_size", "batch_size", "micro_batch_size", "eval_every",
     "eval_sequences", "save_every", "steps", "stories_per_step", "max_new_tokens", "epochs", "budget_words",
     "budget_words_out", "length_words", "teacher_concurrency", "teacher_timeout", "temperature", "learning_rate",
-    "kl_target", "kl_horizon", "stories_per_opening", "look_stories",
+    "kl_target", "kl_horizon", "stories_per_opening", "look_stories", "muon_learning_rate",
 )  # fmt: skip
 
 
@@ -245,5 +247,7 @@ def _check(config: Any) -> None:
         raise UserError(f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head}")
     if getattr(config, "weights_init", "unit") not in ("unit", "gpt2"):
         raise UserError(f"--weights-init must be unit or gpt2, not {config.weights_init!r}")
+    if getattr(config, "optimizer", "muon") not in ("muon", "adamw"):
+        raise UserError(f"--optimizer must be muon or adamw, not {config.optimizer!r}")
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--dtype must be auto, float32 or bfloat16, not {config.dtype!r}")

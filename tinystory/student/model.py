@@ -101,10 +101,11 @@ class Block(nn.Module):
 
 
 class Student(nn.Module):
-    """init: "gpt2" is GPT-2's, whose standard deviation of 0.02 suits its width of 768. "unit" scales with the width and
-    keeps the token's own embedding in the foreground of the residual stream: deviations of 1 for embeddings, 0.3 for
-    positions and 1 / sqrt(C) for matrices, a gain of 1 / sqrt(C) in the final norm. Attention then starts sharp enough
-    to be trained, so a small student learns to copy a name hundreds of steps sooner (docs/results.md)."""
+    """init: "gpt2" is GPT-2's, whose standard deviation of 0.02 suits its width of 768. "unit" scales with the
+    width and keeps the token's own embedding in the foreground of the residual stream: deviations of 1 for
+    embeddings, 0.3 for positions and 1 / sqrt(C) for matrices, a gain of 1 / sqrt(C) in the final norm. Attention
+    then starts sharp enough to be trained, so a small student learns to copy a name hundreds of steps sooner
+    (docs/results.md)."""
 
     def __init__(self, config: StudentConfig, init: str = "gpt2"):
         super().__init__()
