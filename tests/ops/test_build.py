@@ -36,9 +36,7 @@ def place(tmp_path, monkeypatch):
     script.write_text(
         f'#!/bin/sh\ncase "$*" in *-dM*) exec c++ "$@";; *module.cpp*) what=module;; *answer.cpp*) what=answer;; '
         f"*) what=link;; esac\necho $what >> {tmp_path}/calls\n"
-        f'while [ -e {tmp_path}/hold-$what ]; do sleep 0.1; done
-exec c++ "$@"
-'
+        f'while [ -e {tmp_path}/hold-$what ]; do sleep 0.1; done\nexec c++ "$@"\n'
     )
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
