@@ -197,8 +197,9 @@ def main(argv: list[str] | None = None) -> None:
                 torch.manual_seed(config.seed * 1_000_003 + step)
                 for group in optimizer.param_groups:
                     group["lr"] = ppo.learning_rate(config, step)
-                with autocast():
-                    stats = ppo.step(student, value_head, optimizer, kl, batch, ref_logprobs, story_rewards, config)
+                stats = ppo.step(
+                    student, value_head, optimizer, kl, batch, ref_logprobs, story_rewards, config, autocast
+                )
                 updated = time.perf_counter()
 
                 # 6. Look at the student from outside, and write everything down.
