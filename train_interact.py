@@ -168,7 +168,8 @@ def main(argv: list[str] | None = None) -> None:
                 look()
             while step < config.steps and not distributed.all_reduce_max(stop.requested):
                 new_words = openings.new_words(written, n)
-                exhausted = distributed.rank0_value(lambda: exhausted_budget(config, budget, grader, new_words))
+                spent = functools.partial(exhausted_budget, config, budget, grader, new_words)
+                exhausted = distributed.rank0_value(spent)
                 if exhausted:
                     bar.write(f"{exhausted} does not hold another step")
                     break
@@ -243,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
                         warned = True
                     if signs and config.stop_on_collapse:
                         break
-            if not distributed.all_reduce_max(stop.requested) and not_looked_at():  # a budget ended the run, or collapse
+            if not distributed.all_reduce_max(stop.requested) and not_looked_at():  # ended by a budget or collapse
                 look()
         bar.close()
         checkpoint.drop_older(save(f"step_{step:07d}", replace=True))
