@@ -17,7 +17,6 @@ from tinystory.reward import differences, load_score, phrases, story_reward
 from tinystory.student.generate import Story, encode_opening
 from tinystory.student.model import ValueHead
 
-
 OPENING = torch.tensor([2, 9, 11, 30])
 
 
