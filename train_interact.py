@@ -203,8 +203,11 @@ def main(argv: list[str] | None = None) -> None:
 
                 # 5. PPO. Randomness is a function of (seed, step), so a resumed run repeats an unbroken one.
                 torch.manual_seed(config.seed * 1_000_003 + step)
-                with autocast():
-                    stats = ppo.step(student, value_head, optimizer, kl, batch, ref_logprobs, story_rewards, config)
+                for group in optimizer.param_groups:
+                    group["lr"] = ppo.learning_rate(config, step)
+                stats = ppo.step(
+                    student, value_head, optimizer, kl, batch, ref_logprobs, story_rewards, config, autocast
+                )
                 updated = time.perf_counter()
 
                 # 6. Look at the student from outside, and write everything down.
@@ -219,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
                 log.metrics(
                     step=step, reward_mean=story_rewards.mean(), reward_std=story_rewards.std(),
                     **score_means(grades), **story_means(stories),
-                    objective=story_rewards.mean() - stats["kl_coef"] * stats["kl"], **looked, words_in=budget.words_in,
+                    **looked, words_in=budget.words_in,
                     words_out=budget.words_out, unscored=n - len(scored),
                     rollout_s=wrote - began, reference_s=read - wrote, teacher_s=graded - read,
                     update_s=updated - graded, **stats, peak_memory_mb=peak_memory_mb(device),

@@ -26,6 +26,7 @@ from tinystory.runlog import RunLog
 from tinystory.student import checkpoint
 from tinystory.student.generate import generate
 from tinystory.student.model import Student, StudentConfig
+from tinystory.student.muon import MuonAdamW
 
 OPENING = "Once upon a time,"
 
@@ -97,17 +98,20 @@ def learning_rate(config: PretrainConfig, words: int) -> float:
 
 
 def make_optimizer(student: Student, config: PretrainConfig) -> tuple[torch.optim.Optimizer, list[str]]:
-    """AdamW, and the names of its parameters in order: the matrices, with weight decay, then the vectors, without."""
-    matrices = {name: p for name, p in student.named_parameters() if p.dim() >= 2}
-    vectors = {name: p for name, p in student.named_parameters() if p.dim() < 2}
+    """The optimizer, and the names of its parameters in order: the matrices, with weight decay, then the vectors,
+    without. Of --optimizer muon the blocks' matrices are the first, and embeddings go to AdamW."""
+    parameters = dict(student.named_parameters())
+    blocks = {name: p for name, p in parameters.items() if p.dim() >= 2 and name.startswith("blocks.")}
+    blocks = blocks if config.optimizer == "muon" else {}
+    matrices = {name: p for name, p in parameters.items() if p.dim() >= 2 and name not in blocks}
+    vectors = {name: p for name, p in parameters.items() if p.dim() < 2}
     groups = [
         dict(params=list(matrices.values()), weight_decay=config.weight_decay),
         dict(params=list(vectors.values()), weight_decay=0.0),
     ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
-    return optimizer, [*matrices, *vectors]
+    options = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    optimizer = MuonAdamW(blocks.values(), groups, **options) if blocks else torch.optim.AdamW(groups, **options)
+    return optimizer, [*blocks, *matrices, *vectors]
 
 
 def train_step(
@@ -161,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     windows = Windows(data.train, config.context, config.batch_size, config.seed)
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)
     torch.manual_seed(config.seed)
-    student = Student(shape).to(device)
+    student = Student(shape, config.weights_init).to(device)
     optimizer, names = make_optimizer(student, config)
     step, words, tokens = 0, 0, 0
     if resume_from:
@@ -203,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             batch = batch.to(device, non_blocking=True)
             rate = learning_rate(config, words)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * (config.muon_learning_rate / config.learning_rate if "muon" in group else 1.0)
 
             loss, grad_norm = train_step(student, optimizer, batch, config, dtype, step)
             step, before, words, tokens = step + 1, words, words + batch_words, tokens + batch[:, 1:].numel()

@@ -10,6 +10,7 @@ import argparse
 import os
 import platform
 import shutil
+import ssl
 import subprocess
 from collections.abc import Iterator
 from importlib import metadata
@@ -19,12 +20,13 @@ import torch
 
 from tinystory.device import cpu_has_bf16
 from tinystory.errors import UserError, command
-from tinystory.ops import build, nvcc
+from tinystory.ops import build, cuda
 from tinystory.paths import cache_dir
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import Template, load_template
 
-PACKAGES = ("numpy", "tokenizers", "tiktoken", "safetensors", "openai", "aiohttp", "huggingface_hub")
+PACKAGES = ("pybind11", "ninja", "setuptools", "numpy", "tokenizers", "tiktoken", "safetensors", "openai", "httpx2")
+PACKAGES += ("aiohttp", "tqdm", "huggingface_hub", "transformers")  # the last two are optional
 WANTED_DISK = 2 << 30  # bytes: shards of a large corpus, checkpoints, kernels
 
 
@@ -54,12 +56,18 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "torch", torch.__version__
     yield "packages", ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     bf16 = "bfloat16 in hardware" if cpu_has_bf16() else "no bfloat16 in hardware: float32 is used"
-    yield "cpu", f"{len(os.sched_getaffinity(0))} processors for us, {torch.get_num_threads()} torch threads; {bf16}"
+    yield "cpu", f"{processors()} processors for us, {torch.get_num_threads()} torch threads; {bf16}"
     yield "compiler", compiler()
     yield "kernels", kernels()
     yield "gpu", gpu()
     yield "nvcc", cuda_compiler()
+    yield "https", certificates()
     yield "cache", cache()
+
+
+def processors() -> int:
+    """Those that this process may use; macOS cannot say, so there all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def version(package: str) -> str:
@@ -71,11 +79,12 @@ def version(package: str) -> str:
 
 def compiler() -> str:
     try:
-        found = build.find_compiler()
+        found, *flags = build.command()
     except UserError as error:
         return f"none: {error}"
-    said = subprocess.run([*found, "--version"], capture_output=True, text=True).stdout
-    return f"{' '.join(found)}: {said.splitlines()[0] if said else 'it does not say its version'}"
+    said = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+    threads = "OpenMP" if "-fopenmp" in flags else "threads of our own"
+    return f"{found}: {said.splitlines()[0] if said else 'it does not say its version'}; {threads}"
 
 
 def kernels() -> str:
@@ -83,13 +92,13 @@ def kernels() -> str:
     if os.environ.get("TINYSTORY_KERNELS") == "reference":
         return "switched off by TINYSTORY_KERNELS=reference: plain PyTorch runs instead"
     try:
-        library = cache_dir() / "kernels" / build.cache_key(build.find_compiler(), nvcc.find()) / "tinystory.so"
+        library = build.library_folder(build.NAME, build.cpu_sources(), "", "") / f"{build.NAME}.so"
     except UserError as error:
         return f"not built: {error}"
-    if not build.CSRC.is_dir():
-        return "not built: their sources are only in a clone of the repository"
+    if not build.cpu_sources():
+        return f"not built: there are no sources in {build.CSRC}; install tinystory again"
     if not library.exists():
-        return "not built yet for these sources, this compiler and this processor: the first run does so"
+        return "not built yet for this compiler, this processor and this torch: the first run does so"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -108,11 +117,21 @@ def gpu() -> str:
 
 def cuda_compiler() -> str:
     """Whether the CUDA kernels can be compiled, and if not, why."""
-    try:
-        found = nvcc.find()
-    except UserError as error:
-        return str(error)
-    return f"{found.path}: {found}" if found else f"not used: {nvcc.why_not()}"
+    if why := cuda.why_not():
+        return f"not used: {why}"
+    kept, dropped = cuda.architectures()
+    without = f", without {', '.join(dropped)}" if dropped else ""
+    return f"{cuda.toolkit()}, for compute capability {', '.join(kept)}{without}"
+
+
+def certificates() -> str:
+    """What https (a hosted teacher, a corpus) trusts: the system's certificates."""
+    paths = ssl.get_default_verify_paths()
+    found = len(ssl.create_default_context().get_ca_certs()) or bool(paths.capath and os.listdir(paths.capath))
+    where = paths.cafile or paths.capath or "the system's keychain"
+    if not found:
+        return f"no certificates in {where}: install ca-certificates, or set SSL_CERT_FILE"
+    return f"certificates of {where}"
 
 
 def cache() -> str:

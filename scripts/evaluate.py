@@ -26,6 +26,7 @@ from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import OPENINGS, GradeStories, story_measures
+from tinystory.evaluate.who import unseen_stories, who_is_who
 from tinystory.report.evaluation import comparison, write_page
 from tinystory.runlog import atomic_write
 from tinystory.student import checkpoint
@@ -52,6 +53,9 @@ def main(argv: list[str] | None = None) -> None:
         metavar="NAME|FILE",
         help="text for bits per byte, for the measure of copying, and for the built-in teacher",
     )
+    parser.add_argument(
+        "--who", type=int, default=0, metavar="N", help="unseen built-in stories in which to look for who is who"
+    )
     parser.add_argument("--stories", type=int, default=0, help="stories to write and measure (default: 0, none)")
     parser.add_argument(
         "--openings", type=Path, metavar="FILE", help="their openings, one per line (default: eight built-in ones)"
@@ -67,8 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="report.json to write, and report.html beside it")
     options = parser.parse_args(argv)
     tasks = {task: getattr(options, task) for task in TASKS if getattr(options, task)}
-    if not (tasks or options.corpus or options.stories):
-        raise UserError("nothing to evaluate: give --blimp or another task, --corpus, or --stories N")
+    if not (tasks or options.corpus or options.stories or options.who):
+        raise UserError("nothing to evaluate: give --blimp or another task, --corpus, --who N or --stories N")
     if options.out and options.out.suffix == ".html":
         raise UserError("--out is the .json file to write; the page is written beside it")
     corpus = open_corpus(options.corpus) if options.corpus else None
@@ -84,6 +88,10 @@ def main(argv: list[str] | None = None) -> None:
             record = {"name": name_of(folder), "checkpoint": str(folder), "words": words or None}
             for task, path in tasks.items():
                 record[task] = TASKS[task][0](student, tokenizer, path)
+            if options.who:
+                record["who"] = who_is_who(student, tokenizer, unseen_stories(options.who))
+            if seen := set(options.corpus or []) & set(facts.get("corpus", [])):
+                print(f"{record['name']}: it was trained on {', '.join(sorted(seen))}, so that is no test of it")
             if corpus:
                 record["corpus"] = bits_per_byte(student, tokenizer, corpus)
             if options.stories:

@@ -26,7 +26,7 @@ class PretrainConfig:
     """Pretrain a student on a corpus."""
 
     corpus: list[str] = option(
-        ["builtin"], "builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)"
+        ["primer", "builtin"], "primer, builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)"
     )
     out: str = option("runs/pretrain", "folder of the run")
     words: int = option(3_000_000, "total words to train on, counting repeats")
@@ -40,10 +40,13 @@ class PretrainConfig:
     n_embd: int = option(128, "width of the residual stream")
     context: int = option(256, "context length, in tokens")
     vocab_size: int = option(2048, "size of the vocabulary, trained on the corpus; five tokens are special")
+    weights_init: str = option("unit", "initial weights: unit (scaled with the width) or gpt2")
     dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals")
 
     batch_size: int = option(8, "sequences per step")
     micro_batch_size: int = option(16, "sequences per forward pass; gradients are accumulated over a step")
+    optimizer: str = option("muon", "muon (for the blocks' matrices, AdamW for the rest) or adamw")
+    muon_learning_rate: float = option(0.02, "peak learning rate of Muon")
     learning_rate: float = option(2e-3, "peak learning rate of AdamW")
     final_learning_rate: float = option(0.0, "learning rate at the last word")
     warmup: float = option(0.2, "fraction of the words over which the learning rate rises linearly")
@@ -95,8 +98,8 @@ class InteractConfig:
     openings: str = option("builtin", "what stories begin with: builtin, or a file with one opening per line")
     opening: str = option("", "one opening for every story, in place of --openings")
     stories_per_opening: int = option(1, "stories that share an opening within a step")
-    steps: int = option(80, "maximum number of PPO steps")
-    stories_per_step: int = option(64, "stories per step")
+    steps: int = option(20, "maximum number of PPO steps")
+    stories_per_step: int = option(256, "stories per step")
     max_new_tokens: int = option(200, "maximum tokens of a story")
     temperature: float = option(1.0, "sampling temperature of the student")
     budget_words: int = option(1_000_000, "word budget, in: each opening once and every word of every reply")
@@ -105,24 +108,26 @@ class InteractConfig:
     length_words: int = option(90, "words at which the length term reaches its maximum")
     diversity: float = option(1.0, "part of the score, 0..1, that is multiplied by the story's difference from others")
     unfinished: float = option(0.5, "part of its reward, 0..1, that a story keeps which does not end")
-    look_every: int = option(10, "steps between looks at held-out openings; 0: only at the start and the end")
+    look_every: int = option(2, "steps between looks at held-out openings; 0: only at the start and the end")
     look_stories: int = option(40, "stories per look; the student that earns most in one is kept as `best`")
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
-    learning_rate: float = option(5e-5, "learning rate of Adam, constant")
+    learning_rate: float = option(1e-4, "initial learning rate of Adam")
+    lr_decay: bool = option(True, "let the rate fall linearly to 0 at --steps")
     adam_eps: float = option(1e-8, "Adam epsilon")
-    epochs: int = option(4, "PPO passes over a step's stories")
+    epochs: int = option(1, "PPO passes over a step's stories")
     minibatch_size: int = option(0, "stories per gradient step; 0 means all")
     micro_batch_size: int = option(32, "stories per forward pass; gradients are accumulated over a minibatch")
+    advantage: str = option("rloo", "gae (with the value head) or rloo (the reward minus the mean of the others')")
     gamma: float = option(1.0, "discount factor")
     lam: float = option(1.0, "GAE lambda")
     clip_ratio: float = option(0.2, "clipping range of the policy ratio")
     clip_value: float = option(0.2, "clipping range of the value")
-    value_coef: float = option(1.0, "weight of the value loss")
+    value_coef: float = option(0.0, "weight of the value loss, for --advantage gae")
     max_ratio: float = option(10.0, "mean policy ratio above which a minibatch is skipped, and counted")
     grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping")
     kl_coef: float = option(0.1, "initial coefficient of the KL penalty against the starting checkpoint")
-    kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)")
+    kl_target: float = option(2.0, "target KL per story, in nats (adaptive controller)")
     kl_horizon: float = option(10_000.0, "horizon of the adaptive controller, in stories")
 
     save_every: int = option(20, "steps between checkpoints for --resume; word milestones are saved as well")
@@ -131,18 +136,19 @@ class InteractConfig:
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of their libraries
 # (gradient clipping in pretraining: transformers' Trainer; float32 in the interaction: TRL).
 _PAPER_PRETRAIN = dict(
-    n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000, dropout=0.1, corpus=["babylm-100m"],
-    words=990_000_000, val_fraction=0.1, batch_size=256, micro_batch_size=32, learning_rate=5e-4,
-    final_learning_rate=0.0, warmup=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, grad_clip=1.0,
-    eval_every=250, save_every=250,
+    n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000, weights_init="gpt2", optimizer="adamw",
+    dropout=0.1, corpus=["babylm-100m"], words=990_000_000, val_fraction=0.1, batch_size=256, micro_batch_size=32,
+    learning_rate=5e-4, final_learning_rate=0.0, warmup=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0,
+    grad_clip=1.0, eval_every=250, save_every=250,
 )  # fmt: skip
 PAPER_OPENING = "Let me tell you a long, magical tale. Once upon a time, in a faraway land,"
 _PAPER_INTERACT = dict(
     dtype="float32", opening=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
     stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000,
     budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, look_every=0,
-    learning_rate=1e-6, adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2,
-    clip_value=0.2, value_coef=0.1, max_ratio=10.0, grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
+    learning_rate=1e-6, lr_decay=False, advantage="gae", adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0,
+    lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1, max_ratio=10.0, grad_clip=0.0, kl_coef=0.2,
+    kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
 PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
@@ -209,7 +215,7 @@ _POSITIVE = (
     "words", "n_layer", "n_head", "n_embd", "context", "vocab_size", "batch_size", "micro_batch_size", "eval_every",
     "eval_sequences", "save_every", "steps", "stories_per_step", "max_new_tokens", "epochs", "budget_words",
     "budget_words_out", "length_words", "teacher_concurrency", "teacher_timeout", "temperature", "learning_rate",
-    "kl_target", "kl_horizon", "stories_per_opening", "look_stories",
+    "kl_target", "kl_horizon", "stories_per_opening", "look_stories", "muon_learning_rate",
 )  # fmt: skip
 
 
@@ -235,7 +241,13 @@ def _check(config: Any) -> None:
             raise UserError(f"--{name} must be from 0 to 1, not {getattr(config, name)}")
     if getattr(config, "look_every", 0) < 0:
         raise UserError(f"--look-every must be at least 0, not {config.look_every}")
+    if getattr(config, "advantage", "gae") not in ("gae", "rloo"):
+        raise UserError(f"--advantage must be gae or rloo, not {config.advantage!r}")
     if hasattr(config, "n_head") and config.n_embd % config.n_head:
         raise UserError(f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head}")
+    if getattr(config, "weights_init", "unit") not in ("unit", "gpt2"):
+        raise UserError(f"--weights-init must be unit or gpt2, not {config.weights_init!r}")
+    if getattr(config, "optimizer", "muon") not in ("muon", "adamw"):
+        raise UserError(f"--optimizer must be muon or adamw, not {config.optimizer!r}")
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--dtype must be auto, float32 or bfloat16, not {config.dtype!r}")

@@ -8,13 +8,22 @@ from collections.abc import Iterator
 
 import torch
 
+from tinystory import ops
 from tinystory.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """auto is a GPU if torch sees one. Raises UserError for a device that is not there."""
+    """The device of --device. auto is a GPU if torch sees one and the kernels can be compiled for it, else the CPU,
+    which one line then explains. Raises UserError for a device that cannot be used."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        try:
+            return pick_device("cuda")
+        except UserError as error:
+            why = str(error).splitlines()[0]
+            print(f"tinystory: --device auto is the CPU here, not the GPU: {why}", file=sys.stderr)
+            return torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -22,16 +31,23 @@ def pick_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
         ) from error
+    if device.type == "cuda":
+        ops.load_cuda(device)
     return device
 
 
 def cpu_has_bf16() -> bool:
-    """True where bf16 products run in hardware; elsewhere they would be emulated, slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """True where bf16 matmuls run in hardware; elsewhere they would be emulated, slower than float32."""
+    return any(cpu_flag(name) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def cpu_flag(name: str) -> bool:
+    """A private function of torch.cpu; False in versions of torch that do not have it."""
+    return getattr(torch.cpu, name, bool)()
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """dtype of the matrix products. auto: bfloat16 where the hardware has it."""
+    """dtype of the matmuls. auto: bfloat16 where the hardware has it."""
     if name != "auto":
         return getattr(torch, name)
     has = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
@@ -39,7 +55,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def peak_memory_mb(device: torch.device) -> int:
-    """The most memory held so far, MiB: of a GPU by torch's tensors, else of the system by this process."""
+    """Peak memory in MiB: on a GPU that of torch's tensors, else the resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -56,8 +56,13 @@ def test_plain_text(tmp_path, case, gz):
 
 @pytest.mark.parametrize("gz", ["", ".gz"])
 def test_json_lines(tmp_path, gz):
-    lines = ['{"text": " One.\\r\\n\\r\\nStill one. "}', "", '{"story": "Two\u2028two", "id": 3}', '{"text": "  "}',
-             f'{{"text": "Three {MARKER} three"}}']
+    lines = [
+        '{"text": " One.\\r\\n\\r\\nStill one. "}',
+        "",
+        '{"story": "Two\u2028two", "id": 3}',
+        '{"text": "  "}',
+        f'{{"text": "Three {MARKER} three"}}',
+    ]
     path = write(tmp_path / f"a.jsonl{gz}", "\ufeff" + "\r\n".join(lines))
     assert read(path) == ["One.\r\n\r\nStill one.", "Two\u2028two", f"Three {MARKER} three"]
 
@@ -66,8 +71,11 @@ def test_json_lines(tmp_path, gz):
 @given(
     documents=st.lists(
         st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), min_size=1, max_size=30)
-        .map(str.strip).filter(lambda text: text and MARKER not in text and not text.startswith("\ufeff")),
-        min_size=1, max_size=5),
+        .map(str.strip)
+        .filter(lambda text: text and MARKER not in text and not text.startswith("\ufeff")),
+        min_size=1,
+        max_size=5,
+    ),
     separator=st.sampled_from([MARKER, f"\n{MARKER}\n", "\n\n", "\n \n\n"]),
     newline=st.sampled_from(["\n", "\r\n"]),
     bom=st.sampled_from(["", "\ufeff"]),
@@ -93,15 +101,16 @@ def test_several_names_are_read_one_after_the_other(tmp_path):
 
 def test_builtin_is_the_grammar():
     stories = open_corpus(["builtin"]).documents()
-    expected = grammar.stories(corpus.BUILTIN_WORDS, corpus.BUILTIN_SEED)
+    expected = grammar.stories(corpus.BUILTIN["builtin"][1], corpus.BUILTIN_SEED)
     assert [next(stories) for _ in range(5)] == [next(expected) for _ in range(5)]
 
 
 def test_builtin_holds_the_words_it_promises():
-    assert sum(len(story.split()) for story in open_corpus(["builtin"]).documents()) >= corpus.BUILTIN_WORDS
+    assert sum(len(story.split()) for story in open_corpus(["builtin"]).documents()) >= corpus.BUILTIN["builtin"][1]
 
 
 # A long document is cut; nothing is ever held whole.
+
 
 @pytest.mark.parametrize("glue", ["\n", " "])
 def test_a_long_document_is_cut_between_words(tmp_path, glue):
@@ -129,6 +138,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, unit):
 
 
 # The fingerprint.
+
 
 def test_fingerprint_changes_with_what_the_documents_depend_on(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
@@ -220,7 +230,7 @@ def test_a_line_of_json_without_end(tmp_path, monkeypatch):
 
 
 def test_names_that_are_nothing(tmp_path):
-    with pytest.raises(UserError, match=r"no file called 'tinystorys': the corpora are builtin, tinystories"):
+    with pytest.raises(UserError, match=r"no file called 'tinystorys': the corpora are builtin, primer, tinystories"):
         open_corpus(["tinystorys"])
     with pytest.raises(UserError, match="is not a file"):
         open_corpus([str(tmp_path)])
@@ -233,7 +243,8 @@ def test_names_that_are_nothing(tmp_path):
 
 HUB_FILES = {
     f"/datasets/{repository}/resolve/main/{file}": f"One of {repository}.\n{MARKER}\nTwo of {file}.\n".encode()
-    for repository, files in corpus.HUB.values() for file in files
+    for repository, files in corpus.HUB.values()
+    for file in files
 }
 GATED = "/datasets/BabyLM-community/BabyLM-2026-Strict/"
 
@@ -294,8 +305,10 @@ def test_hub_corpora_are_downloaded_once_and_then_there_without_a_network(hub, t
     assert fetch("tinystories", endpoint=hub) == stories
     assert fetch("tinystories", endpoint="http://127.0.0.1:9", HF_HUB_OFFLINE="1") == stories
     baby = fetch("babylm-10m", endpoint=hub, HF_HUB_CACHE=str(tmp_path / "elsewhere"))
-    assert baby[1::2] == [f"Two of {part}.train.txt." for part in (
-        "bnc_spoken", "childes", "gutenberg", "open_subtitles", "simple_wiki", "switchboard")]
+    assert baby[1::2] == [
+        f"Two of {part}.train.txt."
+        for part in ("bnc_spoken", "childes", "gutenberg", "open_subtitles", "simple_wiki", "switchboard")
+    ]
     assert (tmp_path / "elsewhere").is_dir()
 
 

@@ -40,6 +40,7 @@ def tokenizer() -> Tokenizer:
 
 # Word counts.
 
+
 def words_one_by_one(tokenizer: Tokenizer, text: str) -> list[int]:
     """The definition, spelled out: for each token, the words whose first byte lies in it."""
     begins, byte, in_word = [], 0, False
@@ -77,6 +78,7 @@ def test_every_white_space_of_python_parts_words(tokenizer):
 
 # The folder.
 
+
 def test_prepare_holds_every_document_in_order(tmp_path):
     data = prepare(corpus_of(STORIES), vocab_size=600, val_fraction=0.2, seed=3, cache=tmp_path)
     assert data.tokenizer.vocab_size == 600
@@ -112,8 +114,14 @@ def test_anything_that_matters_gives_another_folder(tmp_path, tokenizer):
     def path(documents=STORIES, **changes):
         return prepare(corpus_of(documents), **{"vocab_size": 600, "cache": tmp_path, **changes}).path
 
-    paths = [path(), path(STORIES[1:]), path(vocab_size=500), path(seed=1), path(val_fraction=0.2),
-             path(tokenizer=tokenizer)]
+    paths = [
+        path(),
+        path(STORIES[1:]),
+        path(vocab_size=500),
+        path(seed=1),
+        path(val_fraction=0.2),
+        path(tokenizer=tokenizer),
+    ]
     assert len(set(paths)) == len(paths)
     assert path(tokenizer=tokenizer, vocab_size=0) == path(tokenizer=tokenizer)
 
@@ -141,10 +149,11 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     data = prepare(corpus_of([" ".join(words)] * 3), vocab_size=66_000, cache=tmp_path)
     assert data.tokenizer.vocab_size > 1 << 16
     assert data.train.tokens.dtype == np.uint32 and data.train.tokens.max() >= 1 << 16
-    assert data.tokenizer.decode(data.train.tokens[:data.train.offsets[1]]) == " ".join(words)
+    assert data.tokenizer.decode(data.train.tokens[: data.train.offsets[1]]) == " ".join(words)
 
 
 # The split.
+
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("count", [2, 3, 10])
@@ -198,6 +207,7 @@ def test_a_fraction_that_is_none(tmp_path, fraction):
 
 # Accidents.
 
+
 def test_an_error_while_building_leaves_nothing(tmp_path):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"Once upon a time.\n\n" * 1000 + b"\xff")
@@ -225,8 +235,13 @@ print(shards.prepare(open_corpus([sys.argv[1]]), vocab_size=400, cache=sys.argv[
 
 def build(*arguments):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen([sys.executable, "-c", BUILD, *map(str, arguments)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD, *map(str, arguments)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def test_same_ids_as_tokenizers_and_back_to_the_same_text(tokenizer, reference, 
 
 def test_every_unicode_character_splits_alike_in_both_libraries(tokenizer, reference):
     codes = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE1000)]  # planes 4 to 13 and 15 on are empty
-    texts = ["".join(f"a{chr(c)} {chr(c)}1" for c in codes[at:at + 256]) for at in range(0, len(codes), 256)]
+    texts = ["".join(f"a{chr(c)} {chr(c)}1" for c in codes[at : at + 256]) for at in range(0, len(codes), 256)]
     encoded = zip(texts, map(tokenizer.encode_array, texts), reference.encode_batch_fast(texts), strict=True)
     for text, ours, theirs in encoded:
         assert ours.tolist() == theirs.ids
@@ -182,7 +182,7 @@ def test_random_damage_never_escapes_as_another_error(tokenizer, tmp_path):
     for _ in range(60):
         data = bytearray(tokenizer.json.encode())
         at = rng.randrange(len(data))
-        data[at:at + rng.randrange(1, 40)] = bytes(rng.randrange(256) for _ in range(rng.randrange(5)))
+        data[at : at + rng.randrange(1, 40)] = bytes(rng.randrange(256) for _ in range(rng.randrange(5)))
         path.write_bytes(data)
         with contextlib.suppress(UserError):  # the damaged bytes may also be ones without effect
             Tokenizer.load(path)

@@ -341,7 +341,7 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, 
     page = (tmp_path / "out" / "report.html").read_text()
     assert "&lt;b&gt;theirs" in page and "<b>theirs" not in page and page.count("<svg") >= 5
     said = capsys.readouterr().out
-    assert "BLiMP, %" in said and "run/chck_2M" in said and "bits a byte" in said
+    assert "BLiMP, %" in said and "run/chck_2M" in said and "bits per byte" in said
 
 
 @pytest.mark.parametrize("arguments, complaint", [

@@ -109,8 +109,8 @@ def test_what_cannot_be_is_one_sentence(bench, capsys):
         (["rollout", "--new", "60"], "--new 60 does not fit: small has room for 44 tokens"),
         (["rollout", "--batch", "-3"], "must be at least 1"),
         (["ppo", "--runs", "0"], "must be at least 1"),
-        (["ppo", "--plot", "ppo.svg"], "only growth is drawn"),
-        (["growth", "--plot", "no/such/folder/growth.svg"], "into a folder that is there"),
+        (["ppo", "--plot", "ppo.svg"], "needs the bench growth"),
+        (["growth", "--plot", "no/such/folder/growth.svg"], "a folder that exists"),
     ):
         with pytest.raises(SystemExit) as exit:
             bench.main(argv)

@@ -16,16 +16,18 @@ def told(capsys, *argv: str) -> dict[str, str]:
 
 def test_it_says_what_there_is(capsys):
     lines = told(capsys)
-    assert list(lines) == ["python", "torch", "packages", "cpu", "compiler", "kernels", "gpu", "nvcc", "cache"]
-    assert "missing" not in lines["packages"].replace("huggingface_hub missing", "")
+    assert list(lines) == ["python", "torch", "packages", "cpu", "compiler", "kernels", "gpu", "nvcc", "https", "cache"]
+    for optional in ("huggingface_hub", "transformers"):
+        lines["packages"] = lines["packages"].replace(f"{optional} missing", "")
+    assert "missing" not in lines["packages"] and "certificates of" in lines["https"]
     assert "GiB free" in lines["cache"]
 
 
 def test_it_says_why_there_are_no_kernels(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / "cache"))
     assert "not built yet" in told(capsys)["kernels"] and not (tmp_path / "cache").exists()
-    key = doctor.build.cache_key(doctor.build.find_compiler(), doctor.nvcc.find())
-    library = tmp_path / "cache" / "kernels" / key / "tinystory.so"
+    library = doctor.build.library_folder("tinystory_cpu", doctor.build.cpu_sources(), "", "") / "tinystory_cpu.so"
+    assert tmp_path in library.parents
     library.parent.mkdir(parents=True)
     library.write_text("no machine code")
     assert f"delete {library.parent}" in told(capsys)["kernels"]

@@ -4,6 +4,7 @@ Everything is streamed: at most a few megabytes of text are in memory, whatever 
 """
 
 import codecs
+import functools
 import gzip
 import hashlib
 import heapq
@@ -15,23 +16,25 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tinystory.data.builtin import grammar
+from tinystory.data.builtin import grammar, primer
 from tinystory.errors import UserError
 
-BUILTIN_WORDS = 1_000_000
+BUILTIN = {"builtin": (grammar.stories, 1_000_000), "primer": (primer.tales, 500_000)}  # what tells it, and words
 BUILTIN_SEED = 0
 
 # Corpora on the Hub: the dataset's repository and its files, in order.
 # TinyStories: Eldan & Li 2023, arXiv 2305.07759; the file that its models were trained on.
 # BabyLM: the organisers' text for the strict-small and strict tracks, as published since 2026.
-_BABYLM = tuple(f"{part}.train.txt" for part in
-                ("bnc_spoken", "childes", "gutenberg", "open_subtitles", "simple_wiki", "switchboard"))
+_BABYLM = tuple(
+    f"{part}.train.txt"
+    for part in ("bnc_spoken", "childes", "gutenberg", "open_subtitles", "simple_wiki", "switchboard")
+)
 HUB = {
     "tinystories": ("roneneldan/TinyStories", ("TinyStories-train.txt",)),
     "babylm-10m": ("BabyLM-community/BabyLM-2026-Strict-Small", _BABYLM),
     "babylm-100m": ("BabyLM-community/BabyLM-2026-Strict", _BABYLM),
 }
-NAMES = ("builtin", *HUB)
+NAMES = (*BUILTIN, *HUB)
 
 MARKER = "<|endoftext|>"
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
@@ -84,9 +87,10 @@ def open_corpus(names: Sequence[str]) -> Corpus:
     """
     parts = []
     for name in names:
-        if name == "builtin":
-            parts.append((f"builtin {BUILTIN_WORDS} {BUILTIN_SEED} {_grammar_source()}",
-                          lambda: grammar.stories(BUILTIN_WORDS, BUILTIN_SEED)))
+        if name in BUILTIN:
+            tell, words = BUILTIN[name]
+            identity = f"{name} {words} {BUILTIN_SEED} {_grammar_source()}"
+            parts.append((identity, functools.partial(tell, words, BUILTIN_SEED)))
         elif name in HUB:
             parts.extend(_file(path) for path in _download(*HUB[name]))
         else:
@@ -107,8 +111,9 @@ def _file(path: Path) -> tuple[str, Callable[[], Iterator[str]]]:
     try:
         status = path.stat()
     except OSError:
-        raise UserError(f"there is no corpus and no file called {str(path)!r}: "
-                        f"the corpora are {', '.join(NAMES)}") from None
+        raise UserError(
+            f"there is no corpus and no file called {str(path)!r}: the corpora are {', '.join(NAMES)}"
+        ) from None
     if not path.is_file():
         raise UserError(f"{path} is not a file: name its files one by one")
     if kind not in (".txt", ".jsonl"):
@@ -148,8 +153,10 @@ def _text(path: Path) -> Iterator[str]:
                 except UnicodeDecodeError as error:  # its object: an incomplete character, then this chunk
                     at = done - (len(error.object) - len(data)) + error.start
                     line = lines + error.object.count(b"\n", 0, error.start)
-                    raise UserError(f"{path} is not UTF-8: byte {at} (counted from 0), in line {line}, is "
-                                    f"0x{error.object[error.start]:02x}; convert it, for instance with iconv") from None
+                    raise UserError(
+                        f"{path} is not UTF-8: byte {at} (counted from 0), in line {line}, is "
+                        f"0x{error.object[error.start]:02x}; convert it, for instance with iconv"
+                    ) from None
                 if text:
                     yield text.removeprefix("\ufeff") if first else text
                     first = False
@@ -182,7 +189,7 @@ def _separator(path: Path) -> re.Pattern[str]:
     for text in _text(path):
         if MARKER in tail + text:
             return re.compile(re.escape(MARKER))
-        tail = (tail + text)[-len(MARKER):]
+        tail = (tail + text)[-len(MARKER) :]
     return BLANK_LINES
 
 
@@ -198,8 +205,9 @@ def _records(path: Path) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"line {number} of {path} is not a JSON object with Unicode text: {error}") from None
         except (KeyError, TypeError, AttributeError):
-            raise UserError(f'line {number} of {path} is not a JSON object with a string called "text" or "story"'
-                            ) from None
+            raise UserError(
+                f'line {number} of {path} is not a JSON object with a string called "text" or "story"'
+            ) from None
         yield document
 
 
@@ -210,8 +218,10 @@ def _lines(path: Path) -> Iterator[str]:
         *whole, rest = (rest + text).split("\n")
         yield from whole
         if len(rest) > MAX_RECORD:
-            raise UserError(f"{path} has a line of over {MAX_RECORD >> 20} million characters in its first "
-                            f"{number} MB: .jsonl holds one JSON object per line")
+            raise UserError(
+                f"{path} has a line of over {MAX_RECORD >> 20} million characters in its first "
+                f"{number} MB: .jsonl holds one JSON object per line"
+            )
     yield rest
 
 
@@ -250,16 +260,20 @@ def _download(repository: str, files: Sequence[str]) -> list[Path]:
         try:
             paths.append(Path(huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")))
         except errors.LocalEntryNotFoundError:
-            raise UserError(f"cannot reach the Hugging Face Hub and {repository}/{file} is not in its cache: "
-                            "check the network, HF_ENDPOINT and HF_HUB_OFFLINE") from None
+            raise UserError(
+                f"cannot reach the Hugging Face Hub and {repository}/{file} is not in its cache: "
+                "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+            ) from None
         except errors.GatedRepoError:
-            raise UserError(f"{repository} is gated: accept its terms on the Hugging Face Hub, then hf auth login"
-                            ) from None
+            raise UserError(
+                f"{repository} is gated: accept its terms on the Hugging Face Hub, then hf auth login"
+            ) from None
         except (errors.RepositoryNotFoundError, errors.EntryNotFoundError):
             raise UserError(f"the server has no {repository}/{file}: check HF_ENDPOINT") from None
         except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # of the HTTP library below it
             status = getattr(getattr(error, "response", None), "status_code", None)
             why = f"the server answered {status}" if status else getattr(error, "strerror", "") or "connection lost"
-            raise UserError(f"cannot download {repository}/{file}: {why}; check the network and HF_ENDPOINT, then run "
-                            "this again") from None
+            raise UserError(
+                f"cannot download {repository}/{file}: {why}; check the network and HF_ENDPOINT, then run this again"
+            ) from None
     return paths

@@ -105,8 +105,9 @@ def prepare(
         except OSError as error:
             if path.exists():  # another process finished first, with the same content
                 return _open(path)
-            raise UserError(f"cannot write tokens under {root}: {error.strerror}; set TINYSTORY_CACHE to another folder"
-                            ) from None
+            raise UserError(
+                f"cannot write tokens under {root}: {error.strerror}; set TINYSTORY_CACHE to another folder"
+            ) from None
     return _open(path)
 
 
@@ -144,8 +145,14 @@ def _build(
             writers[is_val].append(*encoded)
             progress.update(sum(map(len, batch)))
     meta = {
-        "format": FORMAT, "corpus": corpus.names, "fingerprint": corpus.fingerprint(), "documents": count,
-        "val_fraction": val_fraction, "seed": seed, "train": writers[0].close(), "val": writers[1].close(),
+        "format": FORMAT,
+        "corpus": corpus.names,
+        "fingerprint": corpus.fingerprint(),
+        "documents": count,
+        "val_fraction": val_fraction,
+        "seed": seed,
+        "train": writers[0].close(),
+        "val": writers[1].close(),
     }
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
@@ -169,8 +176,9 @@ def _documents(corpus: Corpus, val_fraction: float) -> Iterator[str]:
         end = int(len(first) * (1 - val_fraction))
         cut = max(first.rfind(" ", 0, end), first.rfind("\n", 0, end))
         if cut < 0:
-            raise UserError("the corpus is a single document, too short to set a part aside for validation: "
-                            "give more text")
+            raise UserError(
+                "the corpus is a single document, too short to set a part aside for validation: give more text"
+            )
         first, second = first[:cut].strip(), first[cut:].strip()
     yield first
     if second is not None:

@@ -72,8 +72,10 @@ class Tokenizer:
         `vocab_size` is below MIN_VOCAB.
         """
         if vocab_size < MIN_VOCAB:
-            raise UserError(f"a vocabulary of {vocab_size} is too small: {len(SPECIALS)} special tokens and 256 bytes "
-                            f"need at least {MIN_VOCAB}")
+            raise UserError(
+                f"a vocabulary of {vocab_size} is too small: {len(SPECIALS)} special tokens and 256 bytes "
+                f"need at least {MIN_VOCAB}"
+            )
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
@@ -89,8 +91,10 @@ class Tokenizer:
         bpe.train_from_iterator(documents, trainer)
         tokenizer = cls(bpe.to_str())
         if tokenizer.vocab_size < vocab_size:
-            print(f"tokenizer: the corpus is too small for {vocab_size} tokens; it yields {tokenizer.vocab_size}",
-                  file=sys.stderr)
+            print(
+                f"tokenizer: the corpus is too small for {vocab_size} tokens; it yields {tokenizer.vocab_size}",
+                file=sys.stderr,
+            )
         return tokenizer
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -111,8 +115,10 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} is not a tokenizer.json that can be used here ({error}): give one that "
-                            "train_pretrain.py or prepare_data.py wrote, or GPT-2's or one made like it") from None
+            raise UserError(
+                f"{path} is not a tokenizer.json that can be used here ({error}): give one that "
+                "train_pretrain.py or prepare_data.py wrote, or GPT-2's or one made like it"
+            ) from None
 
     def fingerprint(self) -> str:
         """Hex digest of the vocabulary and how it is applied."""

@@ -21,6 +21,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "load",
+    "load_cuda",
     "require_drawn",
     "sample",
     "token_logprob",
@@ -185,3 +186,10 @@ def load() -> ModuleType | None:
     module = build.load()
     autograd.register()
     return module
+
+
+def load_cuda(device: torch.device) -> None:
+    """Build and load the CUDA kernels for this GPU, unless TINYSTORY_KERNELS=reference. UserError if it cannot be."""
+    if load():
+        cuda.check(torch.cuda.get_device_capability(device))
+        cuda.load()

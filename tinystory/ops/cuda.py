@@ -1,6 +1,7 @@
 """The CUDA kernels: whether they can be compiled here, for which GPUs, and if not, why not."""
 
 import functools
+import logging
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from tinystory.errors import UserError
 from tinystory.ops import build
 
 OLDEST = (8, 0)  # compute capability: mma of bfloat16, cp.async
-INSTEAD = "or use --device cpu, or set TINYSTORY_KERNELS=reference to run in plain PyTorch"
+INSTEAD = f"or use --device cpu, or {build.INSTEAD}"
 
 
 @functools.cache
@@ -25,41 +26,56 @@ def load() -> None:
     gpus, dropped = architectures()
     if dropped:
         print(f"tinystory: no CUDA kernels for {', '.join(dropped)}: they need 8.0 or more", file=sys.stderr)
-    build.build("tinystory_cuda", [*build.CSRC.glob("cuda/*.c*")], ";".join(gpus), nvcc_version(toolkit()))
+    try:
+        sources = sorted(build.CSRC.glob("cuda/*.c*"))
+        build.build("tinystory_cuda", [s for s in sources if s.suffix != ".cuh"], ";".join(gpus), version(toolkit()))
+    except UserError as error:
+        hint = "if nvcc refuses the C++ compiler, name an older one, as in CC=gcc-13 CXX=g++-13"
+        raise UserError(f"{error}\n({hint}, {INSTEAD})") from None
+
+
+def check(capability: tuple[int, int]) -> None:
+    """Raise UserError for a GPU that the kernels do not run on."""
+    if capability < OLDEST:
+        raise UserError(
+            f"this GPU has compute capability {capability[0]}.{capability[1]}, and the CUDA kernels need 8.0 (Ampere) "
+            f"or more: use another GPU, {INSTEAD}"
+        )
 
 
 def why_not() -> str:
     """Why the CUDA kernels cannot be compiled here, with what to do, or ''."""
-    wanted = torch.version.cuda
-    if wanted is None:
+    if torch.version.cuda is None:
         return "this torch is built without CUDA: install one with it to use a GPU"
-    if not architectures()[0]:
-        what = ", ".join(architectures()[1])
-        return f"the CUDA kernels need compute capability 8.0 (Ampere) or more, not {what}: use another GPU"
+    wanted = torch.version.cuda.split(".")[0]
+    kept, dropped = architectures()
+    if not kept:
+        return (
+            f"the CUDA kernels need compute capability 8.0 (Ampere) or more, not {', '.join(dropped)}: use another GPU"
+        )
     home = toolkit()
     if home is None:
         return (
-            f"torch has CUDA {wanted}, but there is no nvcc to compile the kernels: install CUDA's toolkit of version "
-            f"{wanted.split('.')[0]} and set CUDA_HOME to its folder"
+            f"torch has CUDA {torch.version.cuda}, but there is no CUDA toolkit to compile the kernels with: install "
+            f"version {wanted} and set CUDA_HOME to its folder"
         )
-    found = re.search(r"release (\d+)\.\d+", nvcc_version(home))
-    if not found or found[1] != wanted.split(".")[0]:
-        return (
-            f"torch has CUDA {wanted}, but {home} has {found[0] if found else 'an nvcc without a version'}: set "
-            f"CUDA_HOME to a toolkit of version {wanted.split('.')[0]}"
-        )
+    found = re.search(r"release (\d+)\.\d+", version(home))
+    if not found or found[1] != wanted:
+        said = found[0] if found else "an nvcc that does not say its version"
+        return f"torch has CUDA {torch.version.cuda}, but {home} has {said}: set CUDA_HOME to a toolkit of {wanted}"
     return ""
 
 
 def toolkit() -> Path | None:
-    """The CUDA toolkit that torch.utils.cpp_extension finds, if it is whole."""
+    """The folder of the CUDA toolkit that torch.utils.cpp_extension finds, if it is whole."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns on import where no GPU is
     from torch.utils.cpp_extension import CUDA_HOME
 
     home = Path(CUDA_HOME or os.devnull)
     return home if all((home / part).exists() for part in ("bin/nvcc", "include/cuda_runtime.h")) else None
 
 
-def nvcc_version(home: Path) -> str:
+def version(home: Path) -> str:
     return subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
 
 

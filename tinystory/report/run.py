@@ -242,10 +242,7 @@ def teacher_requests(metrics: list[Record]) -> str:
     sums = {name: sum(value or 0 for value in column(metrics, f"teacher_{key}")) for key, name in TEACHER_SUMS.items()}
     cost = metrics[-1].get("teacher_cost")
     rows = [(name, number(total)) for name, total in sums.items()] + [("Cost", number(cost))] * bool(cost)
-    latencies = [
-        curve(metrics, f"teacher_latency_{key}", name=name, smooth=False)
-        for key, name in LATENCIES.items()
-    ]
+    latencies = [curve(metrics, f"teacher_latency_{key}", name=name, smooth=False) for key, name in LATENCIES.items()]
     charts = [
         chart("Latency percentiles, seconds", latencies),
         chart("Retries after a failure", [curve(metrics, "teacher_retries")]),

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from tinystory.errors import UserError
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "serve_teacher.py"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = next((f for f in ("scripts", "tinystory_scripts") if (ROOT / f / "serve_teacher.py").exists()), "scripts")
+SCRIPT = ROOT / FOLDER / "serve_teacher.py"  # of a clone, or of an installed wheel
 READY = "listening on "
 
 
@@ -25,10 +27,10 @@ def builtin_teacher(corpus: Sequence[str]) -> Iterator[str]:
     try:
         line = process.stdout.readline().strip()
         if not line.startswith(READY):
-            raise UserError(f"the built-in teacher did not start (exit code {process.wait(10)}); its words are above")
+            raise UserError(f"the built-in teacher did not start (exit code {process.wait(10)}); its message is above")
         yield line.removeprefix(READY)
     finally:
-        process.stdin.close()  # which it takes as the word to end
+        process.stdin.close()  # which tells it to end
         try:
             process.wait(5)
         except subprocess.TimeoutExpired:

@@ -128,7 +128,7 @@ def drop_older(folder: Path) -> None:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The state of an Adam-like optimizer as named tensors. names: of its parameters, in order."""
+    """The state of AdamW or MuonAdamW as named tensors. names: of its parameters, in order."""
     return {
         f"{key}.{names[i]}": value
         for i, entry in optimizer.state_dict()["state"].items()
@@ -138,8 +138,12 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[s
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], state: dict[str, Tensor]) -> None:
     """The inverse of `pack_optimizer`; other tensors in `state` are ignored."""
-    keys = ("step", "exp_avg", "exp_avg_sq")
-    kept = {i: {key: state[f"{key}.{name}"] for key in keys} for i, name in enumerate(names) if f"step.{name}" in state}
+    keys = ("step", "exp_avg", "exp_avg_sq", "momentum")
+    kept = {
+        i: entry
+        for i, name in enumerate(names)
+        if (entry := {key: state[f"{key}.{name}"] for key in keys if f"{key}.{name}" in state})
+    }
     optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
 
 

@@ -200,9 +200,7 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
     as_read = json.dumps(spec)
     try:
         if (spec.get("post_processor") or {"type": "ByteLevel"})["type"] != "ByteLevel":
-            print(
-                f"{folder}: its tokenizer adds special tokens around a text; they are left out here", file=sys.stderr
-            )
+            print(f"{folder}: its tokenizer adds special tokens around a text; they are left out here", file=sys.stderr)
         vocab, added = spec["model"]["vocab"], spec["added_tokens"]
         ids = set(vocab.values()) | {token["id"] for token in added}
         if len(ids) > vocab_size:

@@ -146,7 +146,8 @@ def open_grader(
         else:
             url = config.teacher_url
             if not url:
-                measured_by = config.teacher_corpus or corpus
+                stories = [name for name in corpus or [] if name != "primer"]  # which no story should be measured by
+                measured_by = config.teacher_corpus or stories or corpus
                 if not measured_by:
                     raise UserError(
                         f"{config.init} does not say what the student has read: give --teacher-corpus NAME|FILE"

@@ -1,0 +1,112 @@
+"""A GPU, a CUDA toolkit or a list of architectures that do not fit: the CPU runs, and --device cuda is one sentence."""
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from tinystory import device, ops
+from tinystory.errors import UserError
+from tinystory.ops import build, cuda
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A torch with CUDA 13.0, a whole toolkit of 13.1, and one GPU of compute capability 9.0. Returns a setter."""
+    home = tmp_path / "toolkit"
+    (home / "bin").mkdir(parents=True)
+    (home / "include").mkdir()
+    (home / "include/cuda_runtime.h").touch()
+    built = []
+
+    def has(*, gpus=((9, 0),), wanted="", nvcc="13.1", header=True, fails="", torch_cuda="13.0"):
+        for cached in (cuda.load, ops.choose):
+            cached.cache_clear()
+        (home / "bin/nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {nvcc}, V{nvcc}.1'\n")
+        (home / "bin/nvcc").chmod(0o755)
+        if not header:
+            (home / "include/cuda_runtime.h").unlink()
+        if not nvcc:
+            (home / "bin/nvcc").unlink()
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(home))
+        monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d=0: gpus[getattr(d, "index", d) or 0])
+        monkeypatch.setattr(torch, "empty", lambda *size, device: None)  # no GPU is here
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+        built.clear()
+
+        def compile_for(name, sources, gpus="", toolkit=""):
+            if fails:
+                raise UserError(f"the kernels do not compile; the compiler says:\n{fails}\n(advice)")
+            built.append(gpus)
+
+        monkeypatch.setattr(build, "build", compile_for)
+        return built
+
+    assert ops.load(), "the CPU's kernels, before the build is replaced"
+    yield has
+    for cached in (cuda.load, ops.choose):
+        cached.cache_clear()
+
+
+def test_the_gpus_here_or_those_asked_for_are_compiled_for(machine):
+    built = machine(gpus=((9, 0), (8, 6), (9, 0)))
+    assert device.pick_device("auto").type == "cuda" and built == ["8.6;9.0"]
+    built = machine(wanted="8.0;9.0+PTX")
+    device.pick_device("cuda")
+    assert built == ["8.0;9.0+PTX"]
+    machine(gpus=())
+    assert cuda.architectures() == (["8.0", "9.0"], [])  # no GPU: what `make cuda-build` compiles for
+
+
+def test_entries_that_cannot_be_served_are_dropped_and_named_once(machine, capsys):
+    built = machine(wanted="7.5 8.0 8.6 9.0+PTX Turing 10.0a")
+    device.pick_device("cuda")
+    device.pick_device("cuda")
+    assert built == ["8.0;8.6;9.0+PTX;10.0a"]
+    assert capsys.readouterr().err == "tinystory: no CUDA kernels for 7.5, Turing: they need 8.0 or more\n"
+
+
+BAD = {
+    "an old GPU": (dict(gpus=((7, 5),)), "compute capability 7.5, and the CUDA kernels need 8.0 .*--device cpu"),
+    "nothing left of the list": (dict(wanted="7.0;7.5"), "need compute capability 8.0 .* not 7.0, 7.5.*--device cpu"),
+    "no nvcc": (dict(nvcc=""), "no CUDA toolkit .*install version 13 and set CUDA_HOME.*--device cpu"),
+    "an nvcc without headers": (dict(header=False), "no CUDA toolkit .*install version 13 and set CUDA_HOME"),
+    "another major version": (dict(nvcc="12.8"), "has release 12.8: set CUDA_HOME to a toolkit of 13.*--device cpu"),
+    "a silent nvcc": (dict(nvcc="unknown"), "an nvcc that does not say its version"),
+    "nvcc too old for gcc": (dict(fails="#error -- unsupported GNU version!"), "unsupported GNU(.|\n)*CC=gcc-13"),
+    "a GPU that is not NVIDIA's": (dict(torch_cuda=None), "torch is built without CUDA"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_the_cpu_runs_and_device_cuda_is_one_sentence(machine, capsys, case):
+    settings, sentence = BAD[case]
+    machine(**settings)
+    assert device.pick_device("cpu").type == "cpu" and ops.choose("sample", "cpu")
+    said = capsys.readouterr()
+    assert said.err == said.out == ""
+    assert device.pick_device("auto").type == "cpu"
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(UserError, match=sentence):
+        device.pick_device("cuda")
+
+
+def test_an_old_gpu_beside_a_new_one(machine):
+    built = machine(gpus=((7, 5), (9, 0)))
+    with pytest.raises(UserError, match=r"compute capability 7\.5"):
+        device.pick_device("cuda:0")
+    assert device.pick_device("cuda:1").type == "cuda" and built == ["9.0"]
+
+
+def test_reference_needs_no_toolkit(machine, monkeypatch):
+    machine(gpus=((7, 5),), nvcc="")
+    monkeypatch.setattr(ops, "load", lambda: None)
+    assert device.pick_device("auto").type == "cuda"
+
+
+def test_private_functions_of_torch_may_be_missing(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    assert not device.cpu_has_bf16()

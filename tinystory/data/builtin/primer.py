@@ -1,0 +1,78 @@
+"""The primer: very plain tales of two or three people and their things, which teach a small student who is who.
+
+A name that has been told, and its he or she, are a fortieth of the tokens of a story: for a student of a million
+parameters they drown in everything else that there is to learn. Here they are nearly all that there is to learn, as in
+the first books that children read. Mixed with stories (`--corpus primer builtin`), what is learned here holds there.
+"""
+
+import random
+from collections.abc import Iterator
+
+from tinystory.data.builtin import grammar, vocabulary
+
+GIRLS, BOYS, CREATURES = vocabulary.GIRLS.split(), vocabulary.BOYS.split(), vocabulary.CREATURES.split()
+KINDS = "fox rabbit bear mouse squirrel hedgehog otter mole raccoon kitten puppy duck owl robin sparrow".split()
+THINGS = "ball kite boat drum hat cake shell lamp book bell cup box spoon leaf stone egg pie rope jar coat".split()
+COLORS = "red blue green yellow white brown little big old new".split()
+FOODS = "honey carrots cheese nuts apples berries soup bread pancakes corn".split()
+PLACES = "by the pond/under the tree/in the garden/on the hill/by the fire/in the kitchen/near the river/at the gate"
+PLACES = PLACES.split("/")
+
+# {a} and {b} are two of the people; {he}, {him}, {his}, {kind} and {thing} are a's.
+INTRODUCTIONS = (
+    "{a} was a {kind}. {He} had a {color} {thing}.",
+    "There was a {kind} named {a}. {He} had a {color} {thing}.",
+    "Here is a {kind}. {His} name is {a}. {He} has a {color} {thing}.",
+    "Once there was a {kind} named {a}. {a} had a {color} {thing}, and {he} loved {his} {thing}.",
+    "Once upon a time, there was a little {kind} called {a}. {He} liked {food}.",
+)
+EVENTS = (
+    "{a} sat {place}. {He} ate some {food}.",
+    '"Where is my {thing}?" said {a}. "Here is your {thing}," said {b}.',
+    "Who had the {thing}? {a} had the {thing}.",
+    "{a} gave the {thing} to {b}. Then {b} gave it back to {a}.",
+    '"I like {food}," said {a}. So {b} gave {him} some {food}.',
+    "{b} looked for {a}. {He} was {place}.",
+    "Then {a} put {his} {thing} {place}.",
+    '"Come and play, {a}," said {b}. And {a} came with {his} {thing}.',
+    "{a} was happy, for {he} had {his} {thing}.",
+    '{a} and {b} went to play {place}. "Look, {b}!" said {a}.',
+    "One day, {a} lost {his} {thing}. {b} helped {him} look. The {thing} was {place}.",
+    '"Thank you, {b}," said {a}. {He} gave {b} a hug.',
+)
+
+
+def tales(words: int, seed: int) -> Iterator[str]:
+    """Tales of 30 to 170 words, until at least `words` whitespace-separated words have been told. Only random.random()
+    is used, whose sequence Python guarantees: the same seed gives the same bytes."""
+    rng = random.Random(seed)
+    while words > 0:
+        tale = _tale(rng)
+        words -= len(tale.split())
+        yield tale
+
+
+def _tale(rng: random.Random) -> str:
+    def pick(options):
+        return options[int(rng.random() * len(options))]
+
+    def details() -> dict[str, str]:
+        return {"color": pick(COLORS), "food": pick(FOODS), "place": pick(PLACES)}
+
+    people: list[dict[str, str]] = []
+    for _ in range(pick((2, 2, 3))):
+        she, child = pick((False, True)), pick((False, True))
+        pronouns = ("she", "her", "her") if she else ("he", "him", "his")
+        facts = dict(zip(("he", "him", "his"), pronouns, strict=True))
+        told = {value for person in people for value in person.values()}
+        names = (GIRLS if she else BOYS) + ([] if child else CREATURES)
+        facts["a"] = pick([name for name in names if name not in told])
+        facts["thing"] = pick([thing for thing in THINGS if thing not in told])
+        facts["kind"] = ("girl" if she else "boy") if child else pick(KINDS)
+        people.append(facts | {key.title(): facts[key].title() for key in ("he", "his")})
+    sentences = [pick(INTRODUCTIONS).format(**person, **details()) for person in people]
+    for _ in range(4 + int(rng.random() * 6)):
+        one = pick(people)
+        other = pick([person for person in people if person is not one])
+        sentences.append(pick(EVENTS).format(**one, b=other["a"], **details()))
+    return grammar.ARTICLE.sub(r"\1n ", " ".join(sentences))
