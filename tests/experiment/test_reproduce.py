@@ -302,16 +302,7 @@ def test_a_chart_with_error_bars_over_a_logarithm():
 
 @pytest.mark.slow
 def test_the_whole_experiment(tmp_path, monkeypatch):
-    small = dict(
-        corpus=["builtin"],
-        words=MILLION,
-        n_layer=1,
-        n_head=1,
-        n_embd=32,
-        vocab_size=320,
-        batch_size=32,
-        learning_rate=1e-2,
-    )
+    small = dict(words=MILLION, n_layer=1, n_head=1, n_embd=32, vocab_size=320, batch_size=32, learning_rate=1e-2)
     scale = reproduce.Scale("demo", small, dict(steps=2, stories_per_step=8, max_new_tokens=40), (1,), 2, 1, 16)
     monkeypatch.setitem(reproduce.SCALES, "tiny", scale)
     reproduce.main(["--out", str(tmp_path), "--device", "cpu"])
