@@ -27,10 +27,10 @@ from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
 from tinystory.data.openings import Openings, load_openings
 from tinystory.device import Interrupted, Stop, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
-from tinystory.evaluate.stories import distinct_ngrams, plots
+from tinystory.evaluate.stories import distinct_ngrams
 from tinystory.report.plots import text_curve
 from tinystory.report.run import write_report
-from tinystory.reward import differences, story_reward
+from tinystory.reward import differences, plots, story_reward
 from tinystory.runlog import LOOKS, SAMPLES, RunLog, atomic_write, read_metrics, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, encode_opening, generate, require_room
@@ -168,8 +168,8 @@ def main(argv: list[str] | None = None) -> None:
                 look()
             while step < config.steps and not distributed.all_reduce_max(stop.requested):
                 new_words = openings.new_words(written, n)
-                spent = functools.partial(exhausted_budget, config, budget, grader, new_words)
-                exhausted = distributed.rank0_value(spent)
+                ask = functools.partial(exhausted_budget, config, budget, grader, new_words)
+                exhausted = distributed.rank0_value(ask)
                 if exhausted:
                     bar.write(f"{exhausted} does not hold another step")
                     break
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
                         warned = True
                     if signs and config.stop_on_collapse:
                         break
-            if not distributed.all_reduce_max(stop.requested) and not_looked_at():  # ended by a budget or collapse
+            if not distributed.all_reduce_max(stop.requested) and not_looked_at():  # an end before the last step
                 look()
         bar.close()
         checkpoint.drop_older(save(f"step_{step:07d}", replace=True))

@@ -21,7 +21,7 @@ from tinystory.student.generate import encode_opening, generate
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="a checkpoint, or a run (its best, or newest)")
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="folder of a checkpoint or a run (its best or newest)")
     parser.add_argument("--opening", help="text that every story begins with (default: built-in ones, held out)")
     parser.add_argument("--stories", type=int, default=5, help="number of stories (default: 5)")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="longest story (default: up to the context)")

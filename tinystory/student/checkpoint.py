@@ -45,7 +45,7 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[st
         tokenizer.save(partial / "tokenizer.json")
         for path in partial.iterdir():
             _sync(path)
-        if folder.exists():  # a kill between the two renames leaves none, not half of one
+        if folder.exists():  # a kill between the two renames leaves the run without `best`, not with half of one
             folder.rename(replaced)
         partial.rename(folder)
         _sync(folder.parent)
