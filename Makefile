@@ -9,9 +9,11 @@ demo: .venv/ready
 	$(PY) train_pretrain.py --out runs/demo/pretrain
 	$(PY) train_interact.py --init runs/demo/pretrain --out runs/demo/interact
 
-# Style, native tests, Python tests.
+# Style, types, native tests, Python tests.
 test: .venv/ready
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 	.venv/bin/cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release
 	.venv/bin/cmake --build build/native -j 2
 	.venv/bin/ctest --test-dir build/native --output-on-failure

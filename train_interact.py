@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         # Rank 0 alone has a grader. It is opened before the run's folder is: a mistake leaves nothing behind.
         opened = open_grader(config, corpus=facts.get("corpus"), replies=run / "replies.jsonl")
         grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else None)
+        scorer = cast(Grader, grader)  # for what rank 0 alone runs
         grader_facts = grader.facts if grader else {}
         looks_ahead = sum(looks_at(config, at) for at in range(step + bool(step), config.steps + 1))
         stories_ahead = (config.steps - step) * n + looks_ahead * config.look_stories
@@ -147,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
             nonlocal best, best_step
             held_out = openings.held_out
             stories = write(LOOK_INDEX, config.look_stories, lambda i: held_out[(i - LOOK_INDEX) % len(held_out)])
-            grades = distributed.rank0_value(lambda: grader.collect(stop))
+            grades = distributed.rank0_value(lambda: scorer.collect(stop))
             rewards = rewards_of(config, stories, grades)
             means = score_means(grades) | story_means(stories)
             given = [reward for reward in rewards if reward is not None]
@@ -168,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
                 look()
             while step < config.steps and not distributed.all_reduce_max(stop.requested):
                 new_words = openings.new_words(written, n)
-                ask = functools.partial(exhausted_budget, config, budget, grader, new_words)
+                ask = functools.partial(exhausted_budget, config, budget, scorer, new_words)
                 exhausted = distributed.rank0_value(ask)
                 if exhausted:
                     bar.write(f"{exhausted} does not hold another step")
@@ -187,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
 
                 # 3. Wait for the grades.
                 try:
-                    grades = distributed.rank0_value(lambda: grader.collect(stop))
+                    grades = distributed.rank0_value(lambda: scorer.collect(stop))
                     require_scores(grades, config.max_unscored)
                 except UserError:  # nothing has been learned in this step, so the state after the last one is saved
                     checkpoint.drop_older(save(f"step_{step:07d}"))
@@ -279,7 +280,7 @@ def exhausted_budget(config: InteractConfig, budget: WordBudget, grader: Grader,
 
 def rewards_of(config: InteractConfig, stories: list[Story], grades: list[Grade]) -> list[float | None]:
     """What each story earns, None without a score. All of a step's stories count when it is compared with others."""
-    how = dict(
+    how: dict[str, Any] = dict(
         diversity=config.diversity, length_weight=config.length_weight, length_words=config.length_words,
         unfinished=config.unfinished,
     )  # fmt: skip
@@ -304,9 +305,7 @@ def story_means(stories: list[Story]) -> dict[str, float | None]:
     }
 
 
-def story_records(
-    step: int, stories: list[Story], grades: list[Grade], rewards: list[float | None]
-) -> list[dict]:
+def story_records(step: int, stories: list[Story], grades: list[Grade], rewards: list[float | None]) -> list[dict]:
     """The lines of stories.jsonl and looks.jsonl."""
     return [
         dict(

@@ -9,6 +9,7 @@ import functools
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,9 +69,9 @@ def validate(
 
     token_sizes: (V,) int, bytes per token."""
     device, context = student.wte.weight.device, student.config.context
-    starts = range(0, len(file) - 1, context)
-    count = min(sequences or len(starts), len(starts))
-    starts = distributed.shard_strided([starts[i * len(starts) // count] for i in range(count)])
+    every = range(0, len(file) - 1, context)
+    count = min(sequences or len(every), len(every))
+    starts = distributed.shard_strided([every[i * len(every) // count] for i in range(count)])
     nats, tokens, size = 0.0, 0, 0
     for i in range(0, len(starts), batch):
         rows = [np.asarray(file.tokens[s : s + context + 1], np.int64) for s in starts[i : i + batch]]
@@ -109,7 +110,9 @@ def make_optimizer(student: Student, config: PretrainConfig) -> tuple[torch.opti
         dict(params=list(matrices.values()), weight_decay=config.weight_decay),
         dict(params=list(vectors.values()), weight_decay=0.0),
     ]
-    options = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    options: dict[str, Any] = dict(
+        lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
     optimizer = MuonAdamW(blocks.values(), groups, **options) if blocks else torch.optim.AdamW(groups, **options)
     return optimizer, [*blocks, *matrices, *vectors]
 

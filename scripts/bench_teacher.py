@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     if min(count, options.concurrency, options.runs) < 1:
         raise UserError("--stories, --concurrency and --runs must be at least 1")
     if options.teacher_url:
-        measured = prefix(options.teacher_url, count, options.runs)
+        measured: dict[str, Any] = prefix(options.teacher_url, count, options.runs)
     else:
         with instant_server() as url:
             measured = overhead(url, count, options.concurrency, options.runs)
@@ -76,7 +77,7 @@ def overhead(url: str, count: int, concurrency: int, runs: int) -> dict[str, flo
         "aiohttp": lambda stories: asyncio.run(bare(openai.DefaultAioHttpClient, questions(stories))),
         "httpx": lambda stories: asyncio.run(bare(openai.DefaultAsyncHttpxClient, questions(stories))),
     }
-    laps = {name: [] for name in clients}
+    laps: dict[str, list[tuple[float, float]]] = {name: [] for name in clients}
     for stories in rounds(count, runs):
         for name, ask in clients.items():
             began, worked = time.perf_counter(), time.process_time()
@@ -113,7 +114,8 @@ def prefix(url: str, count: int, runs: int) -> dict[str, float | str | None]:
         await server.close()
         return seconds[1:]
 
-    laps, tokens = {"first": [], "last": []}, []
+    laps: dict[str, list[float]] = {"first": [], "last": []}
+    tokens: list[int] = []
     for stories in rounds(2 * count + 2, runs):
         prompts = questions(stories)
         laps["first"] += asyncio.run(ask(prompts[::2]))

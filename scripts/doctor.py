@@ -25,8 +25,10 @@ from tinystory.paths import cache_dir
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import Template, load_template
 
-PACKAGES = ("pybind11", "ninja", "setuptools", "numpy", "tokenizers", "tiktoken", "safetensors", "openai", "httpx2")
-PACKAGES += ("aiohttp", "tqdm", "huggingface_hub", "transformers")  # the last two are optional
+PACKAGES = (
+    "pybind11", "ninja", "setuptools", "numpy", "tokenizers", "tiktoken", "safetensors", "openai", "httpx2", "aiohttp",
+    "tqdm", "huggingface_hub", "transformers",  # the last two are optional
+)  # fmt: skip
 WANTED_DISK = 2 << 30  # bytes: shards of a large corpus, checkpoints, kernels
 
 

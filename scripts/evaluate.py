@@ -13,6 +13,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         for folder in tqdm([checkpoint.find(path) for path in options.checkpoints], desc="checkpoints", disable=None):
             student, tokenizer, facts = checkpoint.load(folder, device)
             words = facts.get("words", 0) + facts.get("interaction_words_in", 0)
-            record = {"name": name_of(folder), "checkpoint": str(folder), "words": words or None}
+            record: dict[str, Any] = {"name": name_of(folder), "checkpoint": str(folder), "words": words or None}
             for task, path in tasks.items():
                 record[task] = TASKS[task][0](student, tokenizer, path)
             if options.who:

@@ -24,7 +24,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,7 @@ class Judge:
         measures = {"stories": told[0], "other_openings": told[1], "bits_per_byte": bits}
         return measures | ({"blimp": evaluate_pairs(student, tokenizer, self.blimp)} if self.blimp else {})
 
-    def grade(self, opening: str, stories: Sequence[str]) -> list[dict[str, float] | None]:
+    def grade(self, opening: str, stories: Sequence[str]) -> list[Mapping[str, float] | None]:
         return [grade.scores for grade in self.grader.grade(opening, stories)]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 WINDOW = 5  # steps that are averaged
 
@@ -15,7 +16,9 @@ def signs_of_collapse(metrics: Sequence[dict], kl_target: float) -> str:
         return ""
 
     def first_and_last(name: str) -> tuple[float, float] | None:
-        ends = [[record.get(name) for record in part] for part in (metrics[:WINDOW], metrics[-WINDOW:])]
+        ends: list[list[Any]] = [
+            [record.get(name) for record in part] for part in (metrics[:WINDOW], metrics[-WINDOW:])
+        ]
         return None if None in ends[0] + ends[1] else (fmean(ends[0]), fmean(ends[1]))
 
     signs = []

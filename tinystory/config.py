@@ -6,6 +6,7 @@
 import argparse
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -24,6 +25,8 @@ def option(default: Any, help: str) -> Any:
 @dataclass
 class PretrainConfig:
     """Pretrain a student on a corpus."""
+
+    preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
 
     corpus: list[str] = option(
         ["primer", "builtin"], "primer, builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)"
@@ -65,6 +68,8 @@ class PretrainConfig:
 @dataclass
 class InteractConfig:
     """Train a student by interaction: it writes stories, a teacher scores them, PPO learns from the scores."""
+
+    preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
 
     init: str = option(
         "", "starting checkpoint, or a folder that transformers wrote (default: newest under runs/pretrain)"
@@ -169,9 +174,10 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
     parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
     parser.add_argument("--preset", choices=presets, help="named set of the options below (default: demo)")
     types = get_type_hints(config_class)
-    for f in dataclasses.fields(config_class):
+    options = [f for f in dataclasses.fields(config_class) if f.init]  # all but `preset`
+    for f in options:
         kind = types[f.name]
-        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         flag = "--" + f.name.replace("_", "-")
         # SUPPRESS keeps flags that were not given out of the namespace, so a preset overrides defaults but not flags.
         how: dict[str, Any] = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {default!r})")
@@ -180,15 +186,16 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
         elif get_origin(kind) is list:
             parser.add_argument(flag, nargs="+", type=get_args(kind)[0], metavar="NAME", **how)
         else:
-            number = {int: _whole, float: float}.get(kind, kind)
-            parser.add_argument(flag, type=number, metavar={int: "N", float: "X", str: "TEXT"}[kind], **how)
+            readers: dict[type, Callable[[str], Any]] = {int: _whole, float: float}
+            metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+            parser.add_argument(flag, type=readers.get(kind, kind), metavar=metavar, **how)
     typed = vars(parser.parse_args(argv))
     preset = typed.pop("preset")
     config = config_class(**{**presets[preset or "demo"], **typed})
     if config.resume:  # a run continues with its own options, overridden by flags
         recorded = read_config(Path(config.out)).get("options", {})
         preset = preset or recorded.get("preset")
-        known = {name: value for name, value in recorded.items() if name in types}
+        known = {f.name: recorded[f.name] for f in options if f.name in recorded}
         config = config_class(**{**presets[preset or "demo"], **known, **typed})
     config.preset = preset or "demo"
     _check(config)
@@ -197,7 +204,7 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
 
 def as_dict(config: Any) -> dict[str, Any]:
     """All options as run, the preset's name first, for config.json."""
-    return {"preset": config.preset, **dataclasses.asdict(config)}
+    return dataclasses.asdict(config)
 
 
 def _whole(text: str) -> int:

@@ -5,6 +5,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
+from types import FrameType
 
 import torch
 
@@ -79,7 +80,7 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
-        def ask(signum, frame):
+        def ask(signum: int, frame: FrameType | None) -> None:
             if self.requested:
                 raise KeyboardInterrupt
             self.requested = True

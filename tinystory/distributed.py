@@ -20,6 +20,7 @@ from tinystory.device import Interrupted
 from tinystory.errors import UserError
 
 T = TypeVar("T")
+Rows = TypeVar("Rows", Tensor, list)
 BUCKET = 1 << 24  # elements per all-reduce: enough to saturate the network, few beside all gradients
 TIMEOUT = datetime.timedelta(hours=6)  # of a collective: the other ranks wait for rank 0, which waits for the teacher
 
@@ -57,7 +58,7 @@ def is_rank0() -> bool:
     return rank() == 0
 
 
-def shard_strided(rows: T) -> T:
+def shard_strided(rows: Rows) -> Rows:
     """This process's rows of a list or tensor: every world_size()-th one, starting at its rank."""
     return rows[rank() :: world_size()]
 

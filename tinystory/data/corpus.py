@@ -85,7 +85,7 @@ def open_corpus(names: Sequence[str]) -> Corpus:
     of a .jsonl file is an object whose "text" or "story" is a document. Corpora on the Hub are downloaded here. Raises
     UserError for anything that cannot be opened.
     """
-    parts = []
+    parts: list[tuple[str, Callable[[], Iterator[str]]]] = []
     for name in names:
         if name in BUILTIN:
             tell, words = BUILTIN[name]

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -15,7 +15,7 @@ from tinystory.evaluate.intervals import bootstrap, wilson
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student
 
-GradeStories = Callable[[str, Sequence[str]], Sequence[dict[str, float] | None]]
+GradeStories = Callable[[str, Sequence[str]], Sequence[Mapping[str, float] | None]]
 
 OPENINGS = (
     "Once upon a time, in a faraway land,",
@@ -87,7 +87,7 @@ def story_measures(
 
 
 def _scores(openings: Sequence[str], stories: Sequence[Story], grade: GradeStories) -> dict[str, Any]:
-    scored: list[dict[str, float]] = []
+    scored: list[Mapping[str, float]] = []
     for opening in openings:
         texts = [story.text for story in stories if story.opening == opening]
         scored += [scores for scores in grade(opening, texts) if scores is not None] if texts else []
@@ -164,7 +164,9 @@ def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
     return longest.tolist()
 
 
-def _longer(words: np.ndarray, at: np.ndarray, hashed: np.ndarray, length: int, keys: np.ndarray):
+def _longer(
+    words: np.ndarray, at: np.ndarray, hashed: np.ndarray, length: int, keys: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The phrases of `length` words at these positions, extended by one word where the text goes on."""
     kept = at + length < len(words)
     at, hashed = at[kept], hashed[kept]

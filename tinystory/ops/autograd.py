@@ -4,9 +4,13 @@
 shapes and dtypes. `setup` saves what `backward` needs, and `backward` returns a gradient, or None, per argument.
 """
 
+from collections.abc import Callable
+from typing import Any  # torch's ctx takes any attribute
+
 import torch
 from torch import Tensor
 
+Gradients = tuple[Tensor | None, ...]  # one per argument of the operator
 ops = torch.ops.tinystory
 
 
@@ -15,23 +19,25 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 # --- causal_attention -------------------------------------------------------------------------------------------------
-def attention_fake(qkv, dropout_p, seed):
+def attention_fake(qkv: Tensor, dropout_p: float, seed: int) -> tuple[Tensor, Tensor]:
     b, t, _, h, d = qkv.shape
     return qkv.new_empty(b, t, h, d), qkv.new_empty(b, h, t, dtype=wide(qkv.dtype))
 
 
-def attention_backward_fake(grad_out, qkv, out, lse, dropout_p, seed):
+def attention_backward_fake(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, dropout_p: float, seed: int
+) -> Tensor:
     return torch.empty_like(qkv)
 
 
-def attention_setup(ctx, inputs, output):
+def attention_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     qkv, ctx.dropout_p, ctx.seed = inputs
     ctx.save_for_backward(qkv, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def attention_backward(ctx, grad_out: Tensor, _):
+def attention_backward(ctx: Any, grad_out: Tensor | None, _: None) -> Gradients:
     if grad_out is None:
         return None, None, None
     qkv, out, lse = ctx.saved_tensors
@@ -39,49 +45,53 @@ def attention_backward(ctx, grad_out: Tensor, _):
 
 
 # --- decode_attention, sample -----------------------------------------------------------------------------------------
-def decode_fake(qkv, prefix, spans, cache, lengths):
+def decode_fake(qkv: Tensor, prefix: Tensor, spans: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     return qkv.new_empty(qkv[:, 0].shape)
 
 
-def sample_fake(logits, seed, rows, steps, temperature, top_k, top_p):
-    shape = logits.shape[:1]
-    of = {"dtype": torch.float32}
-    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, **of), logits.new_empty(shape, **of)
+def sample_fake(
+    logits: Tensor, seed: int, rows: Tensor, steps: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, ...]:
+    kinds = (torch.int64, torch.float32, torch.float32)
+    return tuple(logits.new_empty(logits.shape[:1], dtype=dtype) for dtype in kinds)
 
 
 # --- token_logprob ----------------------------------------------------------------------------------------------------
-def token_logprob_fake(hidden, weight, targets):
+def token_logprob_fake(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     kinds = (wide(hidden.dtype), wide(hidden.dtype), torch.float64)
     return tuple(hidden.new_empty(hidden.shape[:1], dtype=dtype) for dtype in kinds)
 
 
-def token_logprob_backward_fake(grad_logprob, grad_entropy, hidden, weight, targets, entropy, lse):
+def token_logprob_backward_fake(
+    grad_logprob: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
-def token_logprob_setup(ctx, inputs, output):
+def token_logprob_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     _, entropy, lse = output
     ctx.save_for_backward(*inputs, entropy, lse)
     ctx.mark_non_differentiable(lse)
 
 
-def token_logprob_backward(ctx, grad_logprob: Tensor, grad_entropy: Tensor, _):
+def token_logprob_backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> Gradients:
     return *ops.token_logprob_backward(grad_logprob, grad_entropy, *ctx.saved_tensors), None
 
 
 # --- cross_entropy ----------------------------------------------------------------------------------------------------
-def cross_entropy_fake(hidden, weight, targets):
+def cross_entropy_fake(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     loss = hidden.new_empty((), dtype=wide(hidden.dtype))
     return loss, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
-def cross_entropy_setup(ctx, inputs, output):
+def cross_entropy_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def cross_entropy_backward(ctx, grad: Tensor, *_):
+def cross_entropy_backward(ctx: Any, grad: Tensor | None, *_: None) -> Gradients:
     if grad is None:
         return None, None, None
     grad_hidden, grad_weight = ctx.saved_tensors
@@ -89,17 +99,21 @@ def cross_entropy_backward(ctx, grad: Tensor, *_):
 
 
 # --- linear, layer_norm -----------------------------------------------------------------------------------------------
-def linear_fake(x, weight, bias, residual, gelu, dtype):
+def linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, gelu: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], weight.shape[0])
     y = x.new_empty(shape, dtype=dtype if residual is None else torch.float32)
-    return y, x.new_empty(shape if gelu else 0, dtype=dtype)
+    return y, x.new_empty(shape if gelu else (0,), dtype=dtype)
 
 
-def linear_backward_fake(grad_y, x, weight, slope, gelu, dtype):
+def linear_backward_fake(
+    grad_y: Tensor, x: Tensor, weight: Tensor, slope: Tensor, gelu: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
-def linear_setup(ctx, inputs, output):
+def linear_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, weight, _, residual, ctx.gelu, ctx.dtype = inputs
     ctx.residual = residual is not None
     ctx.save_for_backward(x, weight, output[1])
@@ -107,36 +121,39 @@ def linear_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def linear_backward(ctx, grad_y: Tensor, _):
+def linear_backward(ctx: Any, grad_y: Tensor | None, _: None) -> Gradients:
     if grad_y is None:
         return (None,) * 6
     grads = ops.linear_backward(grad_y, *ctx.saved_tensors, ctx.gelu, ctx.dtype)
     return *grads, grad_y if ctx.residual else None, None, None
 
 
-def layer_norm_fake(x, weight, bias, dtype):
+def layer_norm_fake(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.numel() // x.shape[-1]
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(rows), x.new_empty(rows)
 
 
-def layer_norm_backward_fake(grad_y, x, weight, mean, scale):
+def layer_norm_backward_fake(
+    grad_y: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
-def layer_norm_setup(ctx, inputs, output):
+def layer_norm_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:2], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def layer_norm_backward(ctx, grad_y: Tensor, *_):
+def layer_norm_backward(ctx: Any, grad_y: Tensor | None, *_: None) -> Gradients:
     if grad_y is None:
         return (None,) * 4
     return *ops.layer_norm_backward(grad_y, *ctx.saved_tensors), None
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
-OPERATORS = {  # name: fake kernel; then, if the operator has a gradient, setup and backward
+# Per name: the fake kernel; then, if the operator has a gradient, setup and backward.
+OPERATORS: dict[str, tuple[Callable, ...]] = {
     "causal_attention": (attention_fake, attention_setup, attention_backward),
     "causal_attention_backward": (attention_backward_fake,),
     "decode_attention": (decode_fake,),

@@ -26,9 +26,11 @@ def load() -> None:
     gpus, dropped = architectures()
     if dropped:
         print(f"tinystory: no CUDA kernels for {', '.join(dropped)}: they need 8.0 or more", file=sys.stderr)
+    home = toolkit()
+    assert home is not None, "why_not would have said so"
     try:
         sources = sorted(build.CSRC.glob("cuda/*.c*"))
-        build.build("tinystory_cuda", [s for s in sources if s.suffix != ".cuh"], ";".join(gpus), version(toolkit()))
+        build.build("tinystory_cuda", [s for s in sources if s.suffix != ".cuh"], ";".join(gpus), version(home))
     except UserError as error:
         hint = "if nvcc refuses the C++ compiler, name an older one, as in CC=gcc-13 CXX=g++-13"
         raise UserError(f"{error}\n({hint}, {INSTEAD})") from None

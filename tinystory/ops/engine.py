@@ -42,7 +42,9 @@ class Engine:
 
     def __init__(self, parameters: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype = torch.float32):
         detached = {name: parameter.detach() for name, parameter in parameters.items()}
-        self._engine = ops.load().Engine(detached, **asdict(layout), dtype=dtype)
+        module = ops.load()
+        assert module is not None, "Engine.runs says whether there is an engine"
+        self._engine = module.Engine(detached, **asdict(layout), dtype=dtype)
 
     @staticmethod
     def runs(device: torch.device, dtype: torch.dtype) -> bool:
@@ -70,9 +72,7 @@ class Engine:
         Returns tokens int64 and logprobs, values and entropies float32, each (count, max_new_tokens) and filled by the
         following steps: logprobs and entropies in nats, as `ops.sample` defines them. Raises RuntimeError if an
         argument is out of range."""
-        return self._engine.start(
-            list(prompts), which, max_new_tokens, eos, seed, first_row, temperature, top_k, top_p
-        )
+        return self._engine.start(list(prompts), which, max_new_tokens, eos, seed, first_row, temperature, top_k, top_p)
 
     def step(self) -> list[int]:
         """Draw the next token of every story that has not ended. Returns the stories that end with it: they drew `eos`,

@@ -20,7 +20,8 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tens
     causal = torch.ones(S.shape[-2:], dtype=torch.bool, device=qkv.device).tril()
     P = S.masked_fill(~causal, -math.inf).softmax(-1)
     if dropout_p > 0:
-        P = P * dropout_mask(*S.shape[:3], dropout_p, seed, qkv.device).to(P.dtype)
+        batch, heads, length, _ = S.shape
+        P = P * dropout_mask(batch, heads, length, dropout_p, seed, qkv.device).to(P.dtype)
     return (P @ v).transpose(1, 2).contiguous()
 
 
@@ -92,7 +93,7 @@ def sample(
 # --- random bits ------------------------------------------------------------------------------------------------------
 
 
-def philox(seed: int, counter: list[Tensor | int]) -> list[Tensor]:
+def philox(seed: int, counter: list[Tensor]) -> list[Tensor]:
     """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, in int64 tensors, per 4-word counter."""
     x, y, z, w = counter
     key0, key1 = seed & WORD, seed >> 32 & WORD
@@ -103,14 +104,16 @@ def philox(seed: int, counter: list[Tensor | int]) -> list[Tensor]:
     return [x, y, z, w]
 
 
-def dropout_mask(batch: int, heads: int, length: int, p: float, seed: int, device=None) -> Tensor:
+def dropout_mask(
+    batch: int, heads: int, length: int, p: float, seed: int, device: torch.device | None = None
+) -> Tensor:
     """A mask (batch, heads, length, length) of 0 and the scale 1 / (1 - p), with p rounded to a multiple of 2^-16."""
     threshold = int(p * 65536 + 0.5)
     head = torch.arange(batch * heads, device=device)[:, None, None]
     i = torch.arange(length, device=device)[:, None]
     j = torch.arange(length, device=device)
     lane = i % 8 * 4 + j % 8 // 2
-    words = torch.stack(philox(seed, [i // 16 * 32 + lane, (j // 16).expand_as(lane), head, 0]))
+    words = torch.stack(philox(seed, [i // 16 * 32 + lane, (j // 16).expand_as(lane), head, torch.zeros_like(head)]))
     which = (i % 16 // 8 + j % 16 // 8 * 2).expand(words.shape[1:])
     bits = words.gather(0, which[None])[0] >> (j % 2 * 16) & 0xFFFF
     keep = (bits >= threshold).double() * (65536 / (65536 - threshold))
@@ -119,7 +122,7 @@ def dropout_mask(batch: int, heads: int, length: int, p: float, seed: int, devic
 
 def sample_bits(seed: int, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """64 random bits for each (row id, step): high and low 32-bit words."""
-    low, high, _, _ = philox(seed, [rows & WORD, rows >> 32 & WORD, steps & WORD, 1])
+    low, high, _, _ = philox(seed, [rows & WORD, rows >> 32 & WORD, steps & WORD, torch.ones_like(steps)])
     return high, low
 
 

@@ -122,14 +122,14 @@ class Lexicon:
         starts = np.flatnonzero(ids == BOUNDARY)
         lengths = np.diff(starts, append=len(ids))
         relative = (np.arange(len(ids)) - np.repeat(starts, lengths)) / np.repeat(lengths, lengths)
-        keys, which, count = np.unique(hashes(ids, 2), return_inverse=True, return_counts=True)
-        place = np.bincount(which, weights=relative[:-1] - 0.5) / (count + 20)
+        keys, inverse, count = np.unique(hashes(ids, 2), return_inverse=True, return_counts=True)
+        place = np.bincount(inverse, weights=relative[:-1] - 0.5) / (count + 20)
         self._place_keys, self._place = keys[count > 4], place[count > 4]
 
         # How a thing is introduced when it is new and when it is known: log p(context | word, new or known).
         self._kinds = np.zeros(size, np.int64)
-        for kind, words in enumerate((("a", "an"), ("the",), POSSESSIVES, ("named", "called")), start=1):
-            self._kinds[self.members(words)] = kind
+        for kind, cues in enumerate((("a", "an"), ("the",), POSSESSIVES, ("named", "called")), start=1):
+            self._kinds[self.members(cues)] = kind
         self._passed = self.content & ~self.name & ~self.verb
         kinds = self.contexts(ids)
         story = np.repeat(np.arange(len(starts)), lengths)

@@ -80,7 +80,9 @@ class People:
         names = np.flatnonzero(self.name)
         return np.where(self.name[ids], rng.choice(names, len(ids)), ids) if len(names) else ids
 
-    def _contexts(self, ids: np.ndarray, at: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    def _contexts(
+        self, ids: np.ndarray, at: np.ndarray
+    ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
         """Keys of the one and the two tokens before each place, and of those after it."""
         around = self._masked[np.pad(ids, 2, constant_values=BOUNDARY)]
         size = len(self._masked) + 1
@@ -90,7 +92,7 @@ class People:
     def _learn_introductions(self, ids: np.ndarray, size: int) -> None:
         at = np.flatnonzero(self.name[ids])
         new = _first(np.cumsum(ids == BOUNDARY)[at] * size + ids[at])
-        self._tables = [tuple(_Table(keys, new) for keys in context) for context in self._contexts(ids, at)]
+        self._tables = [(_Table(near, new), _Table(far, new)) for near, far in self._contexts(ids, at)]
 
     def _learn_agreement(self, ids: np.ndarray) -> None:
         rng = np.random.default_rng(0)
@@ -99,7 +101,8 @@ class People:
         for first, end in zip(starts[:-1] + 1, starts[1:], strict=True):
             for which, story in enumerate((ids[first:end], self.flipped(ids[first:end], rng))):
                 for case in self._cases(story, 0):
-                    counts[(which, *case)] += 1
+                    cell = (which, *case)
+                    counts[cell] += 1
         real, flipped = np.log(counts / counts.sum(-1, keepdims=True))
         self._agreement = np.clip(real - flipped, -EVIDENCE, EVIDENCE)
 

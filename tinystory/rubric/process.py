@@ -24,6 +24,7 @@ def builtin_teacher(corpus: Sequence[str]) -> Iterator[str]:
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=hidden, start_new_session=True
     )
+    assert process.stdin is not None and process.stdout is not None
     try:
         line = process.stdout.readline().strip()
         if not line.startswith(READY):

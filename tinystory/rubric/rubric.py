@@ -42,6 +42,7 @@ than a sentence: 0 0 0.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -71,8 +72,8 @@ TROUBLE = frozenset(
 NAMED, THING, ACT, OTHER = range(1 << 30, (1 << 30) + 4)
 
 
-def ramp(x, zero: float, one: float):
-    """0 up to `zero`, 1 from `one` on, linear between them; `zero` may be greater than `one`."""
+def ramp(x: float | np.ndarray, zero: float, one: float) -> Any:
+    """0 up to `zero`, 1 from `one` on, linear between them; `zero` may be greater. Shaped as x."""
     return np.clip((x - zero) / (one - zero), 0.0, 1.0)
 
 
@@ -101,7 +102,9 @@ class Rubric:
 
         Raises UserError if there are too few words.
         """
-        kept, held_out, count = [], [], 0
+        kept: list[list[str]] = []
+        held_out: list[list[str]] = []
+        count = 0
         passages = (passage for document in documents for passage in _passages(tokens(document), PASSAGE))
         for index, passage in enumerate(passages):
             if index % 16 == 15 and len(held_out) < HELD_OUT:
@@ -192,7 +195,9 @@ class Rubric:
                 zero = min(zero, value(reordered, name, 50))
             self._scale[name] = (min(zero, one - 0.1), one)
 
-        def scale(measure: Callable[[np.ndarray], float | None], corrupt: list[np.ndarray], least: float):
+        def scale(
+            measure: Callable[[np.ndarray], float | None], corrupt: list[np.ndarray], least: float
+        ) -> tuple[float, float]:
             real, worse = (
                 [value for text in group if (value := measure(text)) is not None] or [0.0]
                 for group in (stories, corrupt)

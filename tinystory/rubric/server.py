@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from tinystory.errors import UserError
 from tinystory.rubric.rubric import Rubric
@@ -109,7 +110,7 @@ def _application(rubric: Rubric, model: str) -> web.Application:
 
 
 @web.middleware
-async def _in_openai_shape(request: web.Request, handler) -> web.StreamResponse:
+async def _in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn every error, including aiohttp's own, into {"error": {message, type, param, code}}."""
     headers = {}
     try:

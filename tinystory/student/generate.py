@@ -7,6 +7,7 @@ depends on (seed, story index, position) and the logits alone, so a story does n
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,26 +79,28 @@ def generate(
         max_new_tokens=max_new_tokens, eos=tokenizer.eos,
         seed=seed, first_row=first_index, temperature=temperature, top_k=top_k, top_p=top_p,
     )  # fmt: skip
-    stories: list[Story | None] = [None] * count
+    stories: dict[int, Story] = {}
     for t, (outputs, ended) in enumerate(steps):
-        written = [column[ended, : t + 1].cpu() for column in outputs] if ended else [[]] * 4
+        if not ended:
+            continue
+        written = [column[ended, : t + 1].cpu() for column in outputs]
         for row, tokens, logprobs, values, entropies in zip(ended, *written, strict=True):
             text = tokenizer.decode(tokens.tolist()).strip()
             how = "eos" if tokens[-1] == tokenizer.eos else "length"
             stories[row] = Story(first_index + row, openings[row], text, tokens, logprobs, values, entropies, how)
             if on_story:
                 on_story(stories[row])
-    return stories
+    return [stories[row] for row in range(count)]
 
 
 # prompts: the distinct openings, (P_i,) int64; which: (count,) int64, the opening that each story continues.
 # One token step: tokens int64 and logprobs, values, entropies float32, all (count, max_new_tokens) and filled up to
 # this step; and the rows that end with it.
-Step = tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[int]]
+Step = tuple[tuple[Tensor, ...], list[int]]
 
 
 def engine_steps(
-    student: Student, value_head: ValueHead | None, prompts: list[Tensor], which: Tensor, dtype: torch.dtype, **how
+    student: Student, value_head: ValueHead | None, prompts: list[Tensor], which: Tensor, dtype: torch.dtype, **how: Any
 ) -> Iterator[Step]:
     """Token steps until every story has ended, by the C++ engine."""
     parameters = dict(student.named_parameters())
@@ -114,7 +117,7 @@ def engine_steps(
 
 def student_steps(
     student: Student, value_head: ValueHead | None, prompts: list[Tensor], which: Tensor, dtype: torch.dtype,
-    *, max_new_tokens: int, eos: int, first_row: int, **draws,
+    *, max_new_tokens: int, eos: int, first_row: int, **draws: Any,
 ) -> Iterator[Step]:  # fmt: skip
     """The same steps on any device, by PyTorch and our kernels; on CUDA as captured graphs."""
     count = len(which)

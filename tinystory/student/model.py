@@ -120,9 +120,11 @@ class Student(nn.Module):
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        for block in self.blocks:  # GPT-2: residual projections start smaller, so that depth does not grow the stream
-            for proj in (block.attn_proj, block.mlp_proj):
-                nn.init.normal_(proj.weight, std=std / math.sqrt(2 * config.n_layer))
+        # GPT-2: residual projections start smaller, so that depth does not grow the stream.
+        for module in self.modules():
+            if isinstance(module, Block):
+                for proj in (module.attn_proj, module.mlp_proj):
+                    nn.init.normal_(proj.weight, std=std / math.sqrt(2 * config.n_layer))
         if init != "gpt2":
             nn.init.normal_(self.wte.weight, std=1.0)
             nn.init.normal_(self.wpe.weight, std=0.3)
@@ -131,12 +133,13 @@ class Student(nn.Module):
     @property
     def layout(self) -> Layout:
         """What the C++ engine must know of this student besides its parameters."""
-        norms = [norm for block in self.blocks for norm in (block.ln_1, block.ln_2)] + [self.ln_f]
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
+        norms = [norm for block in blocks for norm in (block.ln_1, block.ln_2)] + [self.ln_f]
         return Layout(
-            n_layer=len(self.blocks),
+            n_layer=len(blocks),
             n_head=self.config.n_head,
             norm="pre-layer-norm" if all(isinstance(norm, nn.LayerNorm) for norm in norms) else "other",
-            activation="gelu-tanh" if all(block.fc.gelu for block in self.blocks) else "other",
+            activation="gelu-tanh" if all(block.fc.gelu for block in blocks) else "other",
             positions="learned",
             bias=all(m.bias is not None for m in self.modules() if isinstance(m, nn.Linear | nn.LayerNorm)),
             tied_head=True,

@@ -23,7 +23,7 @@ class MuonAdamW(torch.optim.AdamW):
         super().__init__([dict(params=list(matrices), weight_decay=0.0, muon=True), *others], **options)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
         group = self.param_groups[0]
         updates: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
         for p in group["params"]:

@@ -8,11 +8,17 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
 
 from tinystory.errors import UserError
 from tinystory.teacher.prompt import clean
+
+if TYPE_CHECKING:
+    import httpx2
+    import openai
 
 LONGEST_ANSWER = 64 * 1024  # bytes; a reply is three numbers
 LONGEST_LIST = 8 * 1024 * 1024  # bytes; some hosts list hundreds of models, with prices
@@ -103,7 +109,7 @@ class Server:
                 return [entry["id"] for entry in entries]
         raise Failure("answers, but not as an OpenAI-compatible API: check the URL", status=200)
 
-    async def chat(self, **request) -> Reply:
+    async def chat(self, **request: Any) -> Reply:
         """The first choice of one chat completion."""
         answer = await self._answer(self._client.chat.completions.with_streaming_response.create(**request))
         match answer:
@@ -121,13 +127,15 @@ class Server:
         said = self.words(_said(answer)[0])
         raise Failure("answers, but not with a chat completion" + f" ({said})" * bool(said), status=200, again=True)
 
-    async def _answer(self, request, longest: int = LONGEST_ANSWER) -> object:
+    async def _answer(
+        self, request: "AbstractAsyncContextManager[openai.AsyncAPIResponse]", longest: int = LONGEST_ANSWER
+    ) -> object:
         """The JSON value of the response; None if it is not JSON."""
         try:
             async with request as response:
                 body = await _read(response.iter_bytes(), longest)
         except self._broken as error:
-            causes = [error]
+            causes: list[BaseException] = [error]
             while causes[-1].__cause__ is not None:
                 causes.append(causes[-1].__cause__)
             unreachable = any(isinstance(cause, self._unreachable) for cause in causes)
@@ -136,7 +144,7 @@ class Server:
             raise Failure(message, again=True, unreachable=unreachable) from None
         return _json(body)
 
-    async def _refuse(self, response) -> None:
+    async def _refuse(self, response: "httpx2.Response") -> None:
         """Called with every response before its body is read: raises Failure for any status but success."""
         status, headers = response.status_code, response.headers
         if status < 300:

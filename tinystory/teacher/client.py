@@ -8,15 +8,14 @@ import asyncio
 import concurrent.futures
 import contextlib
 import hashlib
-import itertools
 import os
 import random
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from tinystory.errors import UserError
@@ -36,6 +35,7 @@ from tinystory.teacher.probe import Probe
 from tinystory.teacher.prompt import Template, fence, render
 from tinystory.teacher.slots import Slots
 
+T = TypeVar("T")
 FAILURES = 8  # failed requests after which a story is given up; with the pauses below, after a minute or more
 PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before the first retry, and before any; doubled each time, with jitter
 LONGEST_RETRY_AFTER_S = 60.0
@@ -92,7 +92,8 @@ class Teacher:
         self.temperature, self.seed, self.max_tokens = temperature, seed, max_tokens
         self.deadline_s, self.attempts = deadline_s, attempts
         self.ledger = Ledger(price_in, price_out, budget_cost)
-        self._token_cap, self._refused, self._quiet, self._held_to = "max_tokens", set(), False, "nothing"
+        self._token_cap, self._quiet, self._held_to = "max_tokens", False, "nothing"
+        self._refused: set[str] = set()
         self._probed: Probe | None = None
         self._most_in = 0  # upper bound on the tokens of the longest prompt so far
         self._fatal: UserError | None = None
@@ -182,12 +183,12 @@ class Teacher:
     def __enter__(self) -> "Teacher":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # All coroutines below run on the event loop's thread.
 
-    def _run(self, coroutine: Awaitable) -> concurrent.futures.Future:
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _shut(self) -> None:
@@ -224,9 +225,9 @@ class Teacher:
         return found
 
     async def _find_out(self) -> Probe:
-        names, seconds = self.template.names, []
+        names, seconds = self.template.names, list[float]()
 
-        async def ask(messages: list[dict], **sampling) -> Reply:
+        async def ask(messages: list[dict], **sampling: Any) -> Reply:
             began = time.monotonic()
             try:
                 reply = await asyncio.wait_for(self._chat(messages, **sampling), self.deadline_s / self.attempts)
@@ -264,6 +265,7 @@ class Teacher:
                     "leave --teacher-logprobs out, or ask a server that does"
                 )
         seed, logprobs = await probing.find_seed_and_logprobs(ask)
+        assert self.model is not None
         return Probe(
             self.url, self.model, first.text[:LONGEST_REPLY], scored, self._token_cap, tuple(sorted(self._refused)),
             thinks, self._quiet, structure, held_to, seed, logprobs, first.tokens, min(seconds),
@@ -289,12 +291,16 @@ class Teacher:
 
     async def _grade(self, opening: str, story: str, index: int) -> Grade:
         # After a fatal failure most of the other tasks are never awaited: asyncio need not report their exceptions.
-        asyncio.current_task().add_done_callback(lambda task: task.cancelled() or task.exception())
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
         if empty := grade_if_empty(self.template, story):
             return empty
         mark = fence(self.seed, index, f"{opening}\n{story}")
         question = _Question(render(opening, story, fence=mark, **self._rubric()), mark)
-        scores, replies, error = None, [], None
+        scores: Mapping[str, float] | None = None
+        replies: list[str] = []
+        error: str | None = None
         while scores is None and error is None:
             try:
                 reply, expected = await self._reply(question, attempt=len(replies))
@@ -312,6 +318,7 @@ class Teacher:
         """One reply: from the cache, or a new one, which is then kept there."""
         sampling = self._sampling(attempt) | (probing.LOGPROBS if self.logprobs else {})
         if self._cache is not None:
+            assert self.model is not None  # since the probe
             key = cache_key(self.model, question.messages, question.fence, sampling | {"held_to": self._held_to})
             kept = self._cache.get(key)
             if kept is not None:
@@ -330,7 +337,7 @@ class Teacher:
         seed = (self.seed + attempt) % 2**31  # servers take 32 bits
         return {"temperature": self.temperature, "max_tokens": self.max_tokens, "seed": seed}
 
-    async def _chat(self, messages: list[dict], *, max_tokens: int, **request) -> Reply:
+    async def _chat(self, messages: list[dict], *, max_tokens: int, **request: Any) -> Reply:
         request = {name: value for name, value in request.items() if name not in self._refused}
         if self._quiet:
             request["extra_body"] = request.get("extra_body", {}) | probing.NO_THINKING
@@ -351,14 +358,15 @@ class Teacher:
         self.ledger.answered(time.monotonic() - began)
         return reply
 
-    async def _retried(self, request: Callable[[], Awaitable], question: _Question, reached: bool = True):
+    async def _retried(self, request: Callable[[], Awaitable[T]], question: _Question, reached: bool = True) -> T:
         """The result of `request`, retried after transient failures; raises Failure when it is given up.
 
         Each request waits for a free slot, and a story that pauses holds none. reached: whether the server is known to
         exist; if not, one that cannot be reached is given up at once.
         """
-        timeouts = 0
-        for failures in itertools.count(1):
+        failures = timeouts = 0
+        while True:
+            failures += 1
             async with self._slots.one(first=question.since is not None):
                 if self._fatal is not None:
                     raise self._fatal

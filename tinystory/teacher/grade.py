@@ -29,7 +29,7 @@ class Grade:
 
     # 0..3 per criterion: integers, or expected values from log-probabilities. None if no reply could be read, or if a
     # callable graded the story.
-    scores: dict[str, float] | None
+    scores: Mapping[str, float] | None
     score: float | None  # 0..1, of which the reward is made: the weighted mean of `scores` over TOP; None if ungraded
     reply: str = ""  # the last reply, at most LONGEST_REPLY characters
     attempts: int = 0  # replies received; more than one if the first could not be read
@@ -44,7 +44,7 @@ class Grade:
 
 def grade_of(
     template: Template,
-    scores: dict[str, float] | None,
+    scores: Mapping[str, float] | None,
     replies: Sequence[str],
     *,
     max_tokens: int,

@@ -30,7 +30,10 @@ class TeacherGrader:
         self.teacher = teacher
         self.pending: dict[int, Future[Grade]] = {}
         probed = teacher.probe()
-        self.facts = {"scored_by": f"{probed.model} at {probed.url}", "teacher": dataclasses.asdict(probed)}
+        self.facts: dict[str, Any] = {
+            "scored_by": f"{probed.model} at {probed.url}",
+            "teacher": dataclasses.asdict(probed),
+        }
 
     @property
     def most_words(self) -> int:

@@ -27,9 +27,9 @@ class Ledger:
     def __init__(self, price_in: float = 0.0, price_out: float = 0.0, budget: float | None = None):
         self.price_in, self.price_out, self.budget = price_in, price_out, budget
         # tokens_in, tokens_out: as reported, or the reservation if nothing was; requests, failures, retries, cached.
-        self.total = Counter()
-        self._since = Counter()  # the same since the last `stats`
-        self._held = Counter()  # tokens_in, tokens_out reserved for requests in flight
+        self.total: Counter[str] = Counter()
+        self._since: Counter[str] = Counter()  # the same since the last `stats`
+        self._held: Counter[str] = Counter()  # tokens_in, tokens_out reserved for requests in flight
         self._seconds: list[float] = []  # durations of the answered requests since the last `stats`
 
     def price(self, tokens_in: float, tokens_out: float) -> float:
@@ -48,8 +48,10 @@ class Ledger:
     def must_wait(self, tokens_in: int, tokens_out: int) -> bool:
         """True if so many more tokens may become affordable once the requests in flight are charged less than they
         reserved."""
+        if self.budget is None or self.affords(tokens_in, tokens_out):
+            return False
         spent = self.price(self.total["tokens_in"] + tokens_in, self.total["tokens_out"] + tokens_out)
-        return not self.affords(tokens_in, tokens_out) and any(self._held.values()) and spent <= self.budget
+        return any(self._held.values()) and spent <= self.budget
 
     @contextmanager
     def request(self, tokens_in: int, tokens_out: int) -> Iterator[Receipt]:

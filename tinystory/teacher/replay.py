@@ -4,6 +4,7 @@ A run that starts from the same checkpoint with the same options writes the same
 asks the same questions, gets the same replies and ends with the same weights.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class Replay:
 
     def submit(self, opening: str, story: str, index: int) -> "Future[Grade]":
         """A finished future. Raises UserError at once for a story that was not graded in the run."""
-        future = Future()
+        future: Future[Grade] = Future()
         future.set_result(grade_if_empty(self.template, story) or self._grade(opening, story, index))
         return future
 
@@ -67,7 +68,9 @@ class Replay:
         mark = fence(0, index, f"{opening}\n{story}")  # the question's key leaves the fence out
         messages = render(opening, story, fence=mark, criteria=self.template.criteria, preface=self.template.preface)
         kept = self._replies.get(question_key(messages, mark), {})
-        scores, replies, given_up = None, [], (index, story) in self._given_up
+        scores: Mapping[str, float] | None = None
+        replies: list[str] = []
+        given_up = (index, story) in self._given_up
         while len(replies) < self.attempts and len(replies) in kept:
             reply, expected = kept[len(replies)]
             replies.append(reply)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 BUSY_COSTS = 0.5  # slots per refused request, so a round that is refused altogether halves the limit
@@ -23,7 +24,7 @@ class Slots:
         self._seconds: deque[float] = deque(maxlen=2 * max(most, KNOWN))  # durations of the last answers
 
     @asynccontextmanager
-    async def one(self, first: bool):
+    async def one(self, first: bool) -> AsyncIterator[None]:
         """Wait for a slot and hold it. first: ahead of the queue, for a story that has held a slot before."""
         turn = asyncio.get_running_loop().create_future()
         (self._queue.appendleft if first else self._queue.append)(turn)

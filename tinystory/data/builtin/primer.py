@@ -6,7 +6,8 @@ the first books that children read. Mixed with stories (`--corpus primer builtin
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from tinystory.data.builtin import grammar, vocabulary
 
@@ -15,8 +16,10 @@ KINDS = "fox rabbit bear mouse squirrel hedgehog otter mole raccoon kitten puppy
 THINGS = "ball kite boat drum hat cake shell lamp book bell cup box spoon leaf stone egg pie rope jar coat".split()
 COLORS = "red blue green yellow white brown little big old new".split()
 FOODS = "honey carrots cheese nuts apples berries soup bread pancakes corn".split()
-PLACES = "by the pond/under the tree/in the garden/on the hill/by the fire/in the kitchen/near the river/at the gate"
-PLACES = PLACES.split("/")
+PLACES = (
+    "by the pond/under the tree/in the garden/on the hill/by the fire/in the kitchen/near the river/at the gate"
+).split("/")
+T = TypeVar("T")
 
 # {a} and {b} are two of the people; {he}, {him}, {his}, {kind} and {thing} are a's.
 INTRODUCTIONS = (
@@ -53,7 +56,7 @@ def tales(words: int, seed: int) -> Iterator[str]:
 
 
 def _tale(rng: random.Random) -> str:
-    def pick(options):
+    def pick(options: Sequence[T]) -> T:
         return options[int(rng.random() * len(options))]
 
     def details() -> dict[str, str]:
