@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
     distributed.start(config.device)
     rank0, n = distributed.is_rank0(), config.stories_per_step
-    for flag, stories in (("--stories-per-step", n), ("--look-stories", config.look_stories)):
-        if stories < distributed.world_size():
+    for flag, count in (("--stories-per-step", n), ("--look-stories", config.look_stories)):
+        if count < distributed.world_size():
             raise UserError(f"{flag} must be at least {distributed.world_size()}, the number of processes")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
