@@ -72,7 +72,7 @@ BUGS = [
     Bug("decode: one key too many", DECODE, "+ group < end ? dot", "+ group <= end ? dot", "decode"),
     Bug("decode: appended a position too far", DECODE, "(2 * length + group)", "(2 * length + 2 + group)", "decode"),
     Bug("decode: more than the two appended", DECODE, "if (split == 0 && group < 2)", "if (group <= 2)", "decode"),
-    Bug("decode: the cache is read P keys late", DECODE, "cache + 2 * (j - p.P)", "cache + 2 * j", "decode"),
+    Bug("decode: the cache is read P keys late", DECODE, "cache + 2 * (j - P)", "cache + 2 * j", "decode"),
     Bug("decode: a length is not checked", DECODE, "length < p.T,", "length <= p.T,", "assertions"),
     Bug("logits: the last of a row is not written", ROWS, "if (v + i < V) row", "if (v + i + 1 < V) row", "logprob"),
     Bug("logits: a row is read past its end", ROWS, "v + i < V ? to_float", "true ? to_float", "logprob"),
