@@ -99,7 +99,7 @@ def kernels() -> str:
         return f"not built: {error}"
     if not build.cpu_sources():
         return f"not built: there are no sources in {build.CSRC}; install tinystory again"
-    if not library.exists():
+    if not os.path.exists(library):
         return "not built yet for this compiler, this processor and this torch: the first run does so"
     try:
         torch.ops.load_library(library)
@@ -139,7 +139,7 @@ def certificates() -> str:
 def cache() -> str:
     """The cache's folder, whether it can be written, and the room on its disk."""
     folder = cache_dir()
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
     if not there.is_dir() or not os.access(there, os.W_OK):
         return f"{folder} cannot be written: set TINYSTORY_CACHE to a folder that can"
     free = shutil.disk_usage(there).free

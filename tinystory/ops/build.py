@@ -110,17 +110,23 @@ def library_folder(name: str, sources: list[Path], *more: str) -> Path:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for this process. Where a killed build left torch's lock behind, the folder is made anew: the
-    compilers of that build may still run, and now they write into one that is gone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as file:
+    compilers of that build may still run, and now they write into one that is gone. Raises UserError where the folder
+    cannot be written or locked."""
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("tinystory: waiting for another process that compiles the kernels", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if (folder / "lock").exists():
-            shutil.rmtree(folder)
-            folder.mkdir()
+            folder.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(open(folder.with_suffix(".lock"), "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("tinystory: waiting for another process that compiles the kernels", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if (folder / "lock").exists():
+                shutil.rmtree(folder)
+                folder.mkdir()
+        except OSError as error:
+            why = f"{folder} cannot be written or locked ({error.strerror})"
+            raise UserError(f"{why}: set TINYSTORY_CACHE to a folder on a local disk that can, or {INSTEAD}") from None
         yield
 
 
