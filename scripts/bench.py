@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory import ops, ppo
-from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.config import INTERACT_PRESETS, InteractConfig, PretrainConfig
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.device import peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
@@ -169,7 +169,8 @@ def stories(config: StudentConfig, batch: int, new: int, dtype: torch.dtype, dev
 def interact(
     config: StudentConfig, batch: int, new: int, dtype: torch.dtype, device: torch.device, epochs: int = 4
 ) -> Callable:
-    options = InteractConfig(epochs=epochs, learning_rate=1e-6, stories_per_step=batch, max_new_tokens=new)
+    paper = INTERACT_PRESETS["paper"] | dict(epochs=epochs, stories_per_step=batch, max_new_tokens=new)
+    options = InteractConfig(**paper)
     student, head, words = Student(config).to(device), ValueHead(config.n_embd).to(device), Words(config.vocab_size)
     reference = Student(config).to(device).requires_grad_(False)
     reference.load_state_dict(student.state_dict())
@@ -186,8 +187,8 @@ def interact(
         with lower(device, dtype):
             ref_logprobs = ppo.reference_logprobs(reference, batched, 1.0, options.micro_batch_size)
         read = now(device)
-        with lower(device, dtype):
-            ppo.step(student, head, optimizer, kl, batched, ref_logprobs, scores, options)
+        autocast = functools.partial(lower, device, dtype)
+        ppo.step(student, head, optimizer, kl, batched, ref_logprobs, scores, options, autocast)
         done = now(device)
         tokens = sum(len(story.tokens) for story in written)
         parts = dict(rollout_s=wrote - began, update_s=done - wrote, reference_s=read - wrote, tokens=tokens)

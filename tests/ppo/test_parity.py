@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from tinystory import ops, ppo
-from tinystory.config import InteractConfig
+from tinystory.config import INTERACT_PRESETS, InteractConfig
 from tinystory.student.model import Student, StudentConfig, ValueHead
 
 FILE = Path(__file__).with_name("trl_ppo.safetensors")
@@ -37,6 +37,7 @@ def load(weights: dict[str, torch.Tensor]) -> tuple[Student, ValueHead]:
 @pytest.mark.parametrize("setting", FACTS["settings"])
 def test_four_updates_are_trls(setting, monkeypatch):
     options = FACTS["settings"][setting]
+    options = INTERACT_PRESETS["paper"] | options
     config = InteractConfig(**options, micro_batch_size=5)  # TRL has no micro-batches: they must not matter
     student, head = load(tensors("start/"))
     reference, _ = load(tensors("start/"))

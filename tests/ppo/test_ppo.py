@@ -31,6 +31,9 @@ def with_openings(openings, tokens, mask, logprobs, values) -> ppo.Batch:
     return ppo.Batch(inputs, predicts, tokens, mask, logprobs, values)
 
 
+CONFIG = InteractConfig(**INTERACT_PRESETS["paper"])
+
+
 def random_batch(lengths, vocab, seed=0, openings=None) -> ppo.Batch:
     g = torch.Generator().manual_seed(seed)
     B, N = len(lengths), max(lengths)
@@ -131,7 +134,7 @@ def plain_loss(student, head, batch, advantages, returns, c) -> torch.Tensor:
 def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size):
     import copy
 
-    config = dataclasses.replace(InteractConfig(), epochs=1, micro_batch_size=micro_batch_size)
+    config = dataclasses.replace(CONFIG, epochs=1, micro_batch_size=micro_batch_size)
     batch = random_batch([7, 2, 12, 5, 9], student.config.vocab_size)
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight, std=0.1)
@@ -158,7 +161,7 @@ def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size
 
 
 def test_a_minibatch_with_a_wild_ratio_is_skipped(student):
-    config = dataclasses.replace(InteractConfig(), epochs=2)
+    config = dataclasses.replace(CONFIG, epochs=2)
     batch = random_batch([4, 6], student.config.vocab_size)
     batch.logprobs = batch.logprobs - 40.0
     before = [p.clone() for p in student.parameters()]
@@ -170,7 +173,7 @@ def test_a_minibatch_with_a_wild_ratio_is_skipped(student):
 
 
 def test_every_gradient_is_clipped(student):
-    config = InteractConfig(epochs=3, minibatch_size=1, grad_clip=1e-3, max_ratio=1e9)
+    config = dataclasses.replace(CONFIG, epochs=3, minibatch_size=1, grad_clip=1e-3, max_ratio=1e9)
     batch = random_batch([4, 6], student.config.vocab_size)
     head = ValueHead(student.config.n_embd)
     parameters = [*student.parameters(), *head.parameters()]
@@ -209,7 +212,9 @@ def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "token_rewards", rewards)
         scores = torch.tensor([1.0, 0.5])
-        stats = ppo.step(student, head, optimizer, kl, batch, ref_logprobs, scores, InteractConfig(epochs=1))
+        stats = ppo.step(
+            student, head, optimizer, kl, batch, ref_logprobs, scores, dataclasses.replace(CONFIG, epochs=1)
+        )
     assert stats["kl"] == pytest.approx(8.0, abs=1e-4) and stats["kl_coef"] == 0.2
     want = torch.tensor([[-0.4, -0.4, -0.4, -0.4, 0.6], [-0.4, -0.4, 0.1, 0.0, 0.0]])
     torch.testing.assert_close(seen["rewards"], want)
@@ -218,7 +223,7 @@ def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
 
 def test_learning_moves_the_policy_towards_what_is_rewarded(student):
     """One token is rewarded: its probability rises, and the value head learns to predict the return."""
-    config = dataclasses.replace(InteractConfig(), epochs=4)
+    config = dataclasses.replace(CONFIG, epochs=4)
     batch = random_batch([10] * 8, student.config.vocab_size)
     batch.tokens[:, ::2] = 42
     head = ValueHead(64)
@@ -244,7 +249,7 @@ def test_under_autocast_each_epoch_uses_the_weights_of_the_one_before(student):
         student.load_state_dict(start)
         head = ValueHead(student.config.n_embd)
         optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=1e-3)
-        config = InteractConfig(epochs=epochs, max_ratio=1e9)
+        config = dataclasses.replace(CONFIG, epochs=epochs, max_ratio=1e9)
         for _ in range(calls):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 ppo.update(student, head, optimizer, batch, batch.values, batch.values, config)
