@@ -234,8 +234,11 @@ def experiment(tmp_path):
     for start in (1, 4):
         folder = tmp_path / "interact" / f"{start}M-0"
         folder.mkdir(parents=True)
-        told = [dict(when=w, opening="Once", story=f"{w} <i>", scores=None, reward=0.5) for w in ("before", "after")]
-        (folder / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in told))
+        told = [
+            dict(step=step, opening="Once", story=f"{which} at {step} <i>", scores=None, reward=0.5)
+            for step in (0, 10, 40) for which in ("first", "second")
+        ]  # fmt: skip
+        (folder / "looks.jsonl").write_text("".join(json.dumps(each) + "\n" for each in told))
     return tmp_path
 
 
@@ -257,7 +260,8 @@ def test_the_report_compares_the_arms(experiment):
 
 def test_the_report_escapes_what_models_wrote(experiment):
     page = write_experiment_report(experiment).read_text()
-    assert "before &lt;i&gt;" in page and "<script" not in page and "&lt;b&gt;" in page
+    assert "first at 0 &lt;i&gt;" in page and "first at 40 &lt;i&gt;" in page and "&lt;b&gt;" in page
+    assert "<script" not in page and "second at" not in page and "at 10" not in page
 
 
 class CountingJudge:

@@ -225,7 +225,7 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(ini
         return error(500, f"your key {KEY} is fine") if n == 0 and len(story) % 3 == 0 else counted("3 1", 400, 5)
 
     out = tmp_path / "run"
-    flags = ["--teacher-prompt", str(tmp_path / "prompt.json"), "--price-in", "10", "--budget-cost", "0.28"]
+    flags = ["--teacher-prompt", str(tmp_path / "prompt.json"), "--price-in", "10", "--budget-cost", "0.5"]
     flags += ["--diversity", "0", "--unfinished", "1"]
     with FaultServer(script) as server:
         server.first = lambda: counted("2 2", 400, 5)
@@ -236,13 +236,13 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(ini
     assert 0 < len(records) < 4, "the budget holds some of the four steps"
     for record in records:
         assert (record["humour_mean"], record["suspense_mean"], record["readability_mean"]) == (3, 1, None)
-        assert record["teacher_tokens_in"] >= 6 * 400 and record["teacher_cost"] <= 0.28
+        assert record["teacher_tokens_in"] >= 6 * 400 and record["teacher_cost"] <= 0.5
         assert record["teacher_latency_p50"] <= record["teacher_latency_p99"]
     story = json.loads((out / "stories.jsonl").read_text().splitlines()[0])
     length = 0.4 * min(story["words"] / 90, 1)
     assert story["reward"] == pytest.approx(((3 * 3 + 1) / 12 + length) / 1.4)
     said = capsys.readouterr()
-    assert "forecast: 36 stories" in said.out and "--budget-cost 0.28 does not hold another step" in said.out + said.err
+    assert "forecast: 36 stories" in said.out and "--budget-cost 0.5 does not hold another step" in said.out + said.err
     assert json.loads((out / "config.json").read_text())["options"]["teacher"]["scored"] is True
     written = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
     assert KEY not in said.out + said.err and not any(KEY.encode() in content for content in written)
