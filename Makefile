@@ -1,7 +1,7 @@
 # Thin on purpose: each recipe is a line or two that can be copied into a shell.
 PY := .venv/bin/python
 
-.PHONY: demo test sanitize bench cuda-build kernel-report gpu-check clean
+.PHONY: demo test sanitize portable-check lowest-check wheel-check bench cuda-build kernel-report gpu-check clean
 
 # From nothing to a student that tells better stories: about ten minutes on two cores.
 demo: .venv/ready
@@ -24,6 +24,38 @@ sanitize: .venv/ready
 	for kind in address thread; do \
 	  .venv/bin/cmake -S . -B build/$$kind -DSANITIZE=$$kind && .venv/bin/cmake --build build/$$kind -j 2 && \
 	  .venv/bin/ctest --test-dir build/$$kind --output-on-failure || exit 1; done
+
+# The native tests of the CPU kernels, compiled by clang++ for two older x86-64 processors, and for ARM, which QEMU
+# emulates. Then the operators in torch, compiled by clang++, which gives them threads of our own instead of OpenMP.
+# Debian, Ubuntu: apt install clang g++-aarch64-linux-gnu qemu-user
+native = .venv/bin/cmake -S . -B build/$(1) -DSIMT=OFF $(2) && .venv/bin/cmake --build build/$(1) -j 2 && \
+         .venv/bin/ctest --test-dir build/$(1) --output-on-failure
+portable-check: .venv/ready
+	$(call native,x86-64-v3,-DCMAKE_CXX_COMPILER=clang++ -DARCH=-march=x86-64-v3)
+	$(call native,x86-64,-DCMAKE_CXX_COMPILER=clang++ -DARCH=-march=x86-64)
+	$(call native,aarch64,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DARCH= \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64)
+	CXX=clang++ TINYSTORY_CACHE=build/clang .venv/bin/pytest tests/ops
+
+# The tests at the oldest versions that pyproject.toml allows; PYTHON=python3.10 for the oldest Python. 6 GB.
+PYTHON := python3
+lowest-check:
+	python3 -m venv build/uv && build/uv/bin/pip install --quiet uv
+	build/uv/bin/uv venv --clear --python $(PYTHON) build/lowest
+	build/uv/bin/uv pip install --python build/lowest --resolution lowest-direct --editable '.[test]'
+	TINYSTORY_CACHE=build/lowest/cache build/lowest/bin/pytest
+
+# A wheel, installed without the clone and run with an empty HOME in an empty folder. Its dependencies are .venv's.
+wheel-check: .venv/ready
+	set -e; new=$$(mktemp -d); trap 'rm -rf $$new' EXIT; mkdir $$new/home $$new/empty; \
+	.venv/bin/pip wheel --quiet --no-deps --wheel-dir $$new .; \
+	$(PY) -m venv --without-pip $$new/venv; \
+	.venv/bin/pip --python $$new/venv/bin/python install --quiet --no-deps $$new/*.whl; \
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $$new/venv/lib/python*/site-packages)/from-clone.pth; \
+	cd $$new/empty; export PATH=$$new/venv/bin:$$PATH HOME=$$new/home; unset PYTHONPATH TINYSTORY_CACHE XDG_CACHE_HOME; \
+	tinystory-pretrain --out pretrain --words 20000; \
+	tinystory-interact --init pretrain --out interact --steps 2 --stories-per-step 8; \
+	tinystory-sample interact; tinystory-doctor
 
 # Our speed on this machine, a JSON line each; --shape gpt2s for GPT-2-small.
 bench: .venv/ready
