@@ -27,10 +27,10 @@ from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
 from tinystory.data.openings import Openings, load_openings
 from tinystory.device import Interrupted, Stop, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
-from tinystory.evaluate.stories import distinct_ngrams, plots
+from tinystory.evaluate.stories import distinct_ngrams
 from tinystory.report.plots import text_curve
 from tinystory.report.run import write_report
-from tinystory.reward import differences, story_reward
+from tinystory.reward import differences, plots, story_reward
 from tinystory.runlog import LOOKS, SAMPLES, RunLog, atomic_write, read_metrics, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, encode_opening, generate, require_room
@@ -49,8 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
     distributed.start(config.device)
     rank0, n = distributed.is_rank0(), config.stories_per_step
-    if n < distributed.world_size():
-        raise UserError(f"--stories-per-step must be at least {distributed.world_size()}, the number of processes")
+    for flag, count in (("--stories-per-step", n), ("--look-stories", config.look_stories)):
+        if count < distributed.world_size():
+            raise UserError(f"{flag} must be at least {distributed.world_size()}, the number of processes")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     kl = ppo.AdaptiveKL(counters["kl_coef"], config.kl_target, config.kl_horizon)
     budget = WordBudget(config.budget_words, config.budget_words_out, counters["words_in"], counters["words_out"])
 
-    def save(name: str) -> Path:
+    def save(name: str, replace: bool = False) -> Path:
         folder = run / "checkpoints" / name
         if rank0:
             state = checkpoint.pack_optimizer(optimizer, list(parameters))
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             progress = dict(step=step, written=written, best=best, best_step=best_step)
             now = facts | (lifetime if step else {})
             counters = progress | dict(kl_coef=kl.coef, **words)
-            checkpoint.save(folder, student, tokenizer, facts=now, state=state, counters=counters)
+            checkpoint.save(folder, student, tokenizer, facts=now, state=state, counters=counters, replace=replace)
         return folder
 
     with contextlib.ExitStack() as stack:
@@ -106,7 +107,9 @@ def main(argv: list[str] | None = None) -> None:
         grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else None)
         scorer = cast(Grader, grader)  # for what rank 0 alone runs
         grader_facts = grader.facts if grader else {}
-        if grader and (forecast := grader.forecast((config.steps - step) * n, openings[0])):
+        looks_ahead = sum(looks_at(config, at) for at in range(step + bool(step), config.steps + 1))
+        stories_ahead = (config.steps - step) * n + looks_ahead * config.look_stories
+        if grader and (forecast := grader.forecast(stories_ahead, openings[0])):
             print(f"forecast: {forecast}")
         print(f"student {origin}, scored by {grader_facts.get('scored_by')}")
         resume_step = step if resume_from else None
@@ -153,16 +156,21 @@ def main(argv: list[str] | None = None) -> None:
             log.looks(story_records(step, stories, grades, rewards))
             if reward is not None and reward > best:
                 best, best_step = reward, step
-                save("best")
+                save(checkpoint.BEST, replace=True)
             names = ("score_mean", "diversity_mean", "distinct_4", "plots", "ended", "length_mean")
             return {"held_out_reward": reward} | {f"held_out_{name}": means[name] for name in names}
 
+        def not_looked_at() -> bool:
+            return distributed.rank0_value(lambda: all(record["step"] != step for record in read_records(run / LOOKS)))
+
         warned = False
         with contextlib.suppress(Interrupted):
-            if step == 0:
+            if looks_at(config, step) and not_looked_at():
                 look()
             while step < config.steps and not distributed.all_reduce_max(stop.requested):
-                exhausted = distributed.rank0_value(lambda: exhausted_budget(config, budget, scorer))
+                new_words = openings.new_words(written, n)
+                ask = functools.partial(exhausted_budget, config, budget, scorer, new_words)
+                exhausted = distributed.rank0_value(ask)
                 if exhausted:
                     bar.write(f"{exhausted} does not hold another step")
                     break
@@ -198,16 +206,19 @@ def main(argv: list[str] | None = None) -> None:
                 torch.manual_seed(config.seed * 1_000_003 + step)
                 for group in optimizer.param_groups:
                     group["lr"] = ppo.learning_rate(config, step)
-                with autocast():
-                    stats = ppo.step(student, value_head, optimizer, kl, batch, ref_logprobs, story_rewards, config)
+                stats = ppo.step(
+                    student, value_head, optimizer, kl, batch, ref_logprobs, story_rewards, config, autocast
+                )
                 updated = time.perf_counter()
 
                 # 6. Look at the student from outside, and write everything down.
                 words_before = budget.words_in
-                words_read = openings.new_words(written, n) + sum(grade.reply_words for grade in grades)
+                words_read = new_words + sum(grade.reply_words for grade in grades)
                 budget.spend(words_read, sum(story.words for story in stories))
                 step, written = step + 1, written + n
-                looked = look() if step == config.steps or (config.look_every and step % config.look_every == 0) else {}
+                looked = {}
+                with contextlib.suppress(Interrupted):  # the step is logged all the same; a resumed run looks first
+                    looked = look() if looks_at(config, step) else {}
                 log.stories(story_records(step, stories, grades, rewards))
                 log.metrics(
                     step=step, reward_mean=story_rewards.mean(), reward_std=story_rewards.std(),
@@ -234,8 +245,10 @@ def main(argv: list[str] | None = None) -> None:
                         warned = True
                     if signs and config.stop_on_collapse:
                         break
+            if not distributed.all_reduce_max(stop.requested) and not_looked_at():  # an end before the last step
+                look()
         bar.close()
-        checkpoint.drop_older(save(f"step_{step:07d}"))
+        checkpoint.drop_older(save(f"step_{step:07d}", replace=True))
         if stop.requested:
             print(f"stopped after step {step}, all saved; go on with: python train_interact.py --out {run} --resume")
         elif rank0:
@@ -252,12 +265,17 @@ def starting_checkpoint(init: str) -> Path:
     return checkpoint.find(Path(init) if init else PRETRAIN_RUN)
 
 
-def exhausted_budget(config: InteractConfig, budget: WordBudget, grader: Grader) -> str:
-    """Which budget does not hold another step; empty if all do."""
+def looks_at(config: InteractConfig, step: int) -> bool:
+    """Whether the student is looked at after this many steps, if the run gets so far."""
+    return step in (0, config.steps) or (config.look_every > 0 and step % config.look_every == 0)
+
+
+def exhausted_budget(config: InteractConfig, budget: WordBudget, grader: Grader, new_words: int) -> str:
+    """Which budget does not hold another step and a look; empty if all do. new_words: of openings not used before."""
     n = config.stories_per_step
-    if not budget.allows(n * grader.most_words, n * config.max_new_tokens):
+    if not budget.allows(new_words + n * grader.most_words, n * config.max_new_tokens):
         return f"the word budget ({budget.limit_in:,} in, {budget.limit_out:,} out)"
-    return "" if grader.affords(n) else f"--budget-cost {config.budget_cost:g}"
+    return "" if grader.affords(n + config.look_stories) else f"--budget-cost {config.budget_cost:g}"
 
 
 def rewards_of(config: InteractConfig, stories: list[Story], grades: list[Grade]) -> list[float | None]:
@@ -314,7 +332,7 @@ def print_summary(run: Path, shown: list[dict], best_step: int) -> None:
         print(f"  {name:12} {measure(sides['before']):.3g} -> {measure(sides['after']):.3g}")
     print(f"mean reward per step {text_curve(rewards, 60)}")
     print(f"report: {write_report(run)}")
-    print(f"next:   python scripts/sample.py {run / 'checkpoints' / 'best'}")
+    print(f"next:   python scripts/sample.py {checkpoint.find(run)}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python scripts/evaluate.py runs/pretrain --blimp blimp_filtered --out report.json
     python scripts/evaluate.py runs/pretrain/checkpoints/chck_* --stories 200 --corpus builtin --out report.json
 
-CHECKPOINT is a checkpoint, a run (its newest checkpoint), or a folder that transformers wrote. The data files are
-BabyLM's own, gzipped or not, and the measures are defined as in its pipeline, to the pair. An .html page is written
+CHECKPOINT is a checkpoint, a run (its best or newest checkpoint), or a folder that transformers wrote. The data files
+are BabyLM's own, gzipped or not, and the measures are defined as in its pipeline, to the pair. An .html page is written
 beside --out.
 """
 

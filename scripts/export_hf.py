@@ -1,11 +1,11 @@
 """Write a checkpoint as a folder that transformers loads, or upload a run's milestones to the Hub.
 
-    python scripts/export_hf.py runs/pretrain exported                   its newest checkpoint -> exported/
+    python scripts/export_hf.py runs/pretrain exported                   its best or newest checkpoint -> exported/
     python scripts/export_hf.py runs/pretrain exported --all-checkpoints exported/chck_1M, exported/chck_2M, ...
     python scripts/export_hf.py runs/pretrain exported --all-checkpoints --push NAME/REPO
 
 BabyLM's pipeline ignores --revision_name for a local folder: give it one folder per milestone, or push, which uploads
-each milestone as a branch of that name and the newest checkpoint as `main`. Pushing needs
+each milestone as a branch of that name and the best or newest checkpoint as `main`. Pushing needs
 `pip install huggingface_hub` and a token: `hf auth login`, or HF_TOKEN.
 """
 
@@ -25,27 +25,27 @@ from tinystory.student import checkpoint, hf
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-MAIN = "main"  # branch of the newest checkpoint: the Hub's default revision
+MAIN = "main"  # branch of the best or newest checkpoint: the Hub's default revision
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run (its newest checkpoint)")
+    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run (its best or newest one)")
     parser.add_argument("folder", type=Path, help="new folder to write")
     parser.add_argument("--all-checkpoints", action="store_true", help="write all chck_* of the run, one folder each")
     parser.add_argument("--push", metavar="REPO", default="", help="then upload to this repository on the Hub")
     options = parser.parse_args(argv)
     api = open_hub() if options.push else None
 
-    newest = checkpoint.find(options.checkpoint)
+    shown = checkpoint.find(options.checkpoint)
     if options.all_checkpoints:
         found = milestones(options.checkpoint)
         folders = {path.name: options.folder / path.name for path in found}
-        sources = dict(zip(folders, found, strict=True)) | {MAIN: newest}
+        sources = dict(zip(folders, found, strict=True)) | {MAIN: shown}
         folders[MAIN] = options.folder / MAIN
     else:
-        folders, sources = {MAIN: options.folder}, {MAIN: newest}
+        folders, sources = {MAIN: options.folder}, {MAIN: shown}
     for branch, folder in tqdm(folders.items(), desc="writing", unit=" folders", disable=None):
         student, tokenizer, _ = checkpoint.load(sources[branch])
         hf.write(folder, student, tokenizer)

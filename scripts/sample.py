@@ -1,7 +1,7 @@
 """Print stories by the student of a checkpoint.
 
-python scripts/sample.py                                   newest of runs/interact, else of runs/pretrain
-python scripts/sample.py runs/pretrain/checkpoints/chck_1M --opening "One day, a small dragon" --stories 3
+    python scripts/sample.py                                   best of runs/interact, else newest of runs/pretrain
+    python scripts/sample.py runs/pretrain/checkpoints/chck_1M --opening "One day, a small dragon" --stories 3
 """
 
 import argparse
@@ -11,18 +11,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.config import InteractConfig
+from tinystory.data.openings import Openings, load_openings
 from tinystory.device import pick_device
 from tinystory.errors import command
 from tinystory.student import checkpoint
-from tinystory.student.generate import generate
+from tinystory.student.generate import encode_opening, generate
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="folder of a checkpoint or a run (its newest one)")
-    parser.add_argument("--opening", default=InteractConfig.opening, help="text that every story begins with")
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="folder of a checkpoint or a run (its best or newest)")
+    parser.add_argument("--opening", help="text that every story begins with (default: built-in ones, held out)")
     parser.add_argument("--stories", type=int, default=5, help="number of stories (default: 5)")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="longest story (default: up to the context)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy decoding (default: 1)")
@@ -34,12 +34,14 @@ def main(argv: list[str] | None = None) -> None:
 
     folder = checkpoint.find(options.checkpoint or default_run())
     student, tokenizer, _ = checkpoint.load(folder, pick_device(options.device))
-    room = student.config.context - len(tokenizer.encode(options.opening)) - 1
+    held_out = Openings(load_openings("builtin"), seed=0).held_out
+    openings = [options.opening or held_out[i % len(held_out)] for i in range(options.stories)]
+    room = student.config.context - max(len(encode_opening(tokenizer, opening)) for opening in openings)
     stories = generate(
         student,
         None,
         tokenizer,
-        [options.opening] * options.stories,
+        openings,
         first_index=0,
         max_new_tokens=options.max_new_tokens or max(room, 1),
         seed=options.seed,
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     for story in stories:
         print(f"--- story {story.index + 1}, {story.words} words" + ("" if story.ended == "eos" else ", cut off"))
-        for paragraph in f"{options.opening} {story.text}".split("\n"):
+        for paragraph in f"{story.opening} {story.text}".split("\n"):
             print(textwrap.fill(paragraph, 100))
         print()
 

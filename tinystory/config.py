@@ -113,8 +113,8 @@ class InteractConfig:
     length_words: int = option(90, "words at which the length term reaches its maximum")
     diversity: float = option(1.0, "part of the score, 0..1, that is multiplied by the story's difference from others")
     unfinished: float = option(0.5, "part of its reward, 0..1, that a story keeps which does not end")
-    look_every: int = option(2, "steps between looks at held-out openings, whose best student is kept; 0: none")
-    look_stories: int = option(40, "stories per look")
+    look_every: int = option(2, "steps between looks at held-out openings; 0: only at the start and the end")
+    look_stories: int = option(40, "stories per look; the student that earns most in one is kept as `best`")
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
     learning_rate: float = option(1e-4, "initial learning rate of Adam")

@@ -5,7 +5,10 @@ Formulas follow TRL 0.9.4's PPOTrainer, which the paper used (arXiv 2509.15714),
 Tensors are (B, N): one row per story, one column per response token; `mask` is True at tokens, False at padding.
 """
 
+import contextlib
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +20,8 @@ from tinystory.config import InteractConfig
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.student.generate import Story, encode_opening
 from tinystory.student.model import Student, ValueHead
+
+Autocast = Callable[[], contextlib.AbstractContextManager]
 
 
 @dataclass
@@ -162,10 +167,12 @@ def step(
     ref_logprobs: Tensor,
     story_rewards: Tensor,
     config: InteractConfig,
+    autocast: Autocast = contextlib.nullcontext,
 ) -> dict[str, float]:
     """One PPO step on stories with rewards: token rewards, advantages, the update, and the next KL coefficient.
 
-    ref_logprobs: (B, N); story_rewards: (B,). Returns the step's statistics.
+    ref_logprobs: (B, N); story_rewards: (B,); autocast: the context of the forward passes, and of them alone: inside it
+    the backward pass would round the value head's float32 gradient. Returns the step's statistics.
     """
     rewards = token_rewards(story_rewards, batch.logprobs, ref_logprobs, batch.mask, kl.coef)
     advantages, returns = advantages_and_returns(rewards, batch.values, batch.mask, config.gamma, config.lam)
@@ -175,7 +182,7 @@ def step(
     mean_kl = float(((batch.logprobs - ref_logprobs) * batch.mask).sum(1).mean())
     objective = float(story_rewards.mean()) - kl.coef * mean_kl
     stats = dict(kl=mean_kl, kl_coef=kl.coef, objective=objective)
-    stats |= update(student, value_head, optimizer, batch, whitened, returns, config)
+    stats |= update(student, value_head, optimizer, batch, whitened, returns, config, autocast)
     kl.update(mean_kl, len(story_rewards))
     return stats
 
@@ -188,6 +195,7 @@ def update(
     advantages: Tensor,
     returns: Tensor,
     config: InteractConfig,
+    autocast: Autocast = contextlib.nullcontext,
 ) -> dict[str, float]:
     """config.epochs passes of PPO over the batch. advantages: already whitened. Returns the step's statistics.
 
@@ -212,7 +220,8 @@ def update(
             for part in by_length(batch.lengths[mine], config.micro_batch_size):
                 rows = mine[part]
                 old, mask = batch.rows(rows), batch.mask[rows]
-                logprob, value = response_stats(student, value_head, old, config.temperature)
+                with autocast():
+                    logprob, value = response_stats(student, value_head, old, config.temperature)
                 ratio = torch.exp(torch.where(mask, logprob - old.logprobs, 0.0))
                 clipped_ratio = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
                 clipped_values = old.values + (value - old.values).clamp(-config.clip_value, config.clip_value)
@@ -239,13 +248,13 @@ def update(
             limit = config.grad_clip or float("inf")
             stats["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, limit))
             optimizer.step()
-            torch.clear_autocast_cache()  # it holds casts of the old weights
             updates += 1
             for name in sums:
                 sums[name] += stats[name]
     optimizer.zero_grad(set_to_none=True)
     targets = returns[batch.mask]
-    unexplained = (targets - batch.values[batch.mask]).var() / targets.var().clamp(min=1e-12)
+    several = len(targets) > 1  # one has no variance
+    unexplained = (targets - batch.values[batch.mask]).var() / targets.var().clamp(min=1e-12) if several else math.nan
     return {name: value / max(updates, 1) for name, value in sums.items()} | {
         "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,

@@ -48,6 +48,21 @@ def phrases(story: str, n: int = 4) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
+def plots(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
+    """Sizes of groups of stories that tell the same plot, largest first. A story joins the first group whose founder
+    shares more than `threshold` of its phrases of three words (Jaccard; capitalised words count as one), or founds one.
+    """
+    groups: list[tuple[set, int]] = []
+    for own in (phrases(text, 3) for text in texts):
+        for i, (founder, size) in enumerate(groups):
+            if len(own & founder) > threshold * len(own | founder):
+                groups[i] = founder, size + 1
+                break
+        else:
+            groups.append((own, 1))
+    return sorted((size for _, size in groups), reverse=True)
+
+
 def load_score(spec: str) -> ScoreStories:
     """The function named by FILE.py:FUNCTION, with its scores checked at each call. Raises UserError if there is none,
     and from a call whose scores are not one number in 0..1 or None per story."""

@@ -102,18 +102,25 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2) dq_ke
     gemm_ss(S, Q, keys(tile % 2));
     clear(dP);
     gemm_ss(dP, dO, values(tile % 2));
-    auto& dS = S;  // dS overwrites S
-    const bool diagonal = k0 + Policy::kColumns - 1 > first;
+    if (k0 + Policy::kColumns - 1 > first) {
+#pragma unroll
+      for (int mi = 0; mi < kMmaM; ++mi)
+#pragma unroll
+        for (int ni = 0; ni < kMmaN; ++ni)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (k0 + 8 * ni + 2 * t + i % 2 > first + 16 * mi + g + i / 2 * 8) S[mi][ni][i] = -INFINITY;
+    }
+    if (p.dropout.threshold) apply_dropout(dP, keep_mask, p.dropout.scale);
+    auto& dS = S;  // in place
 #pragma unroll
     for (int mi = 0; mi < kMmaM; ++mi)
 #pragma unroll
       for (int ni = 0; ni < kMmaN; ++ni)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          float P = exp2_fast(fmaf(S[mi][ni][i], p.scale_log2, -lse2[mi][i / 2]));
-          if (diagonal && k0 + 8 * ni + 2 * t + i % 2 > first + 16 * mi + g + i / 2 * 8) P = 0;
-          const float dropped = keep_mask[mi] >> (4 * ni + i) & 1 ? dP[mi][ni][i] * p.dropout.scale : 0;
-          dS[mi][ni][i] = P * (dropped - delta[mi][i / 2]);
+          const float P = exp2_fast(fmaf(S[mi][ni][i], p.scale_log2, -lse2[mi][i / 2]));
+          dS[mi][ni][i] = P * (dP[mi][ni][i] - delta[mi][i / 2]);
         }
     gemm_rs(dQ, dS, keys(tile % 2));
   }
@@ -185,8 +192,19 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2) dkdv_
     gemm_ss(S, K, queries(tile % 2));
     clear(dP);
     gemm_ss(dP, V, grads(tile % 2));
-    auto &ZP = S, &dS = dP;  // in place
-    const int lane = recomputed(lane_id()), g = lane / 4, t = lane % 4;
+    if (q0 < first + 16 * kMmaM - 1) {
+      const int lane = recomputed(lane_id()), g = lane / 4, t = lane % 4;
+#pragma unroll
+      for (int mi = 0; mi < kMmaM; ++mi)
+#pragma unroll
+        for (int ni = 0; ni < kMmaN; ++ni)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (q0 + 8 * ni + 2 * t + i % 2 < first + 16 * mi + g + i / 2 * 8) S[mi][ni][i] = -INFINITY;
+    }
+    if (p.dropout.threshold) apply_dropout(dP, keep_mask, p.dropout.scale);
+    auto &P = S, &dS = dP;  // in place
+    const int t = recomputed(lane_id()) % 4;
 #pragma unroll
     for (int ni = 0; ni < kMmaN; ++ni)
 #pragma unroll
@@ -197,14 +215,12 @@ __global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2) dkdv_
         for (int mi = 0; mi < kMmaM; ++mi)
 #pragma unroll
           for (int i = odd; i < 4; i += 2) {
-            float P = exp2_fast(fmaf(S[mi][ni][i], p.scale_log2, -lse2));
-            if (q0 + column < first + 16 * mi + g + i / 2 * 8) P = 0;
-            const float Z = keep_mask[mi] >> (4 * ni + i) & 1 ? p.dropout.scale : 0;
-            ZP[mi][ni][i] = Z * P;
-            dS[mi][ni][i] = P * (Z * dP[mi][ni][i] - delta);
+            P[mi][ni][i] = exp2_fast(fmaf(S[mi][ni][i], p.scale_log2, -lse2));
+            dS[mi][ni][i] = P[mi][ni][i] * (dP[mi][ni][i] - delta);
           }
       }
-    gemm_rs(dV, ZP, grads(tile % 2));
+    if (p.dropout.threshold) apply_dropout(P, keep_mask, p.dropout.scale);
+    gemm_rs(dV, P, grads(tile % 2));
     gemm_rs(dK, dS, queries(tile % 2));
   }
 

@@ -14,11 +14,19 @@ namespace tinystory::cuda {
 template <class Element, int D>
 struct Tile {
   static constexpr int kRowBytes = D * int(sizeof(Element)), kChunks = kRowBytes / 16;
-  int offset;  // in shared memory
+  static constexpr int kSwizzled = kChunks < 8 ? kChunks : 8;  // chunks are permuted within groups of this many
+  int offset;                                                  // in shared memory
 
-  __device__ __forceinline__ char* chunk(int row, int c) const {
+  static __device__ __forceinline__ int chunk_offset(int row, int c) {
     const int key = kChunks >= 8 ? row % 8 : row / (8 / kChunks) % kChunks;
-    return shared_memory() + offset + row * kRowBytes + ((c ^ key) * 16);
+    return row * kRowBytes + ((c ^ key) * 16);
+  }
+  __device__ __forceinline__ char* chunk(int row, int c) const {
+    return shared_memory() + offset + chunk_offset(row, c);
+  }
+  // From the offset of chunk c to that of chunk c + `chunks` of the same row, for even `chunks` and c < 2.
+  static __device__ __forceinline__ int advance(int chunk_offset, int chunks) {
+    return (chunk_offset ^ chunks % kSwizzled * 16) + chunks / kSwizzled * kSwizzled * 16;
   }
 };
 
@@ -44,15 +52,20 @@ struct LeftOperand {
   int row;
   uint32_t fragments[kInRegisters ? kMmaM : 1][kInRegisters ? D / 16 : 1][4];
 
-  __device__ __forceinline__ void load(uint32_t (&a)[4], int mi, int ki, int lane) const {
-    ldmatrix(a, tile.chunk(row + 16 * mi + lane % 16, 2 * ki + lane / 16));
+  // The offset in shared memory of this lane's chunk of ki = 0; `load` takes it and a fragment's indices.
+  __device__ __forceinline__ int lane_offset(int lane) const {
+    return tile.offset + Tile<Element, D>::chunk_offset(row + lane % 16, lane / 16);
+  }
+  static __device__ __forceinline__ void load(uint32_t (&a)[4], int lane_offset, int mi, int ki) {
+    ldmatrix(a,
+             shared_memory() + Tile<Element, D>::advance(lane_offset, 2 * ki) + 16 * mi * Tile<Element, D>::kRowBytes);
   }
   __device__ __forceinline__ void preload() {
     if constexpr (kInRegisters) {
 #pragma unroll
       for (int mi = 0; mi < kMmaM; ++mi)
 #pragma unroll
-        for (int ki = 0; ki < D / 16; ++ki) load(fragments[mi][ki], mi, ki, lane_id());
+        for (int ki = 0; ki < D / 16; ++ki) load(fragments[mi][ki], lane_offset(lane_id()), mi, ki);
     }
   }
 };
@@ -62,8 +75,9 @@ template <class Element, int D, int kMmaM, int kMmaN, bool kInRegisters>
 __device__ __forceinline__ void gemm_ss(float (&c)[kMmaM][kMmaN][4],
                                         const LeftOperand<Element, D, kMmaM, kInRegisters>& left,
                                         Tile<Element, D> right) {
-  const int lane = recomputed(lane_id());
-#pragma unroll kInRegisters ? D / 16 : 2
+  const int lane = recomputed(lane_id()), a_offset = left.lane_offset(lane),
+            b_offset = right.offset + Tile<Element, D>::chunk_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+#pragma unroll
   for (int ki = 0; ki < D / 16; ++ki) {
     uint32_t a[kMmaM][4];
 #pragma unroll
@@ -72,13 +86,14 @@ __device__ __forceinline__ void gemm_ss(float (&c)[kMmaM][kMmaN][4],
 #pragma unroll
         for (int i = 0; i < 4; ++i) a[mi][i] = left.fragments[mi][ki][i];
       } else {
-        left.load(a[mi], mi, ki, lane);
+        left.load(a[mi], a_offset, mi, ki);
       }
     }
+    const char* rows = shared_memory() + Tile<Element, D>::advance(b_offset, 2 * ki);
 #pragma unroll
     for (int ni = 0; ni < kMmaN; ni += 2) {
       uint32_t b[4];
-      ldmatrix(b, right.chunk(8 * ni + lane / 16 * 8 + lane % 8, 2 * ki + lane / 8 % 2));
+      ldmatrix(b, rows + 8 * ni * Tile<Element, D>::kRowBytes);
 #pragma unroll
       for (int mi = 0; mi < kMmaM; ++mi) {
         mma<Element>(c[mi][ni], a[mi], b[0], b[1]);
@@ -123,7 +138,7 @@ __device__ __forceinline__ void gemm_ss(float (&c)[kMmaM][kMmaN][4], const LeftO
 template <class Element, int D, int kMmaM, int kMmaK>
 __device__ __forceinline__ void gemm_rs(float (&c)[kMmaM][D / 8][4], const float (&A)[kMmaM][kMmaK][4],
                                         Tile<Element, D> right) {
-  const int lane = recomputed(lane_id());
+  const int lane = recomputed(lane_id()), offset = right.offset + Tile<Element, D>::chunk_offset(lane % 16, lane / 16);
 #pragma unroll
   for (int ki = 0; ki < kMmaK; ki += 2) {
     uint32_t a[kMmaM][4];
@@ -137,7 +152,8 @@ __device__ __forceinline__ void gemm_rs(float (&c)[kMmaM][D / 8][4], const float
 #pragma unroll
     for (int ni = 0; ni < D / 8; ni += 2) {
       uint32_t b[4];
-      ldmatrix_transposed(b, right.chunk(8 * ki + lane % 16, ni + lane / 16));
+      const char* rows = shared_memory() + Tile<Element, D>::advance(offset, ni);
+      ldmatrix_transposed(b, rows + 8 * ki * Tile<Element, D>::kRowBytes);
 #pragma unroll
       for (int mi = 0; mi < kMmaM; ++mi) {
         mma<Element>(c[mi][ni], a[mi], b[0], b[1]);
@@ -267,6 +283,18 @@ __device__ __forceinline__ void draw_keep_masks(uint32_t (&keep_mask)[kMmaM], co
       keep_mask[mi] |= keep_bits<kTransposed>(d, head, kTransposed ? c : r, kTransposed ? r : c) << (4 * ni);
     }
   }
+}
+
+// Multiplies fragments by the dropout mask times its scale.
+template <int kMmaM, int kMmaN>
+__device__ __forceinline__ void apply_dropout(float (&c)[kMmaM][kMmaN][4], const uint32_t (&keep_mask)[kMmaM],
+                                              float scale) {
+#pragma unroll
+  for (int mi = 0; mi < kMmaM; ++mi)
+#pragma unroll
+    for (int ni = 0; ni < kMmaN; ++ni)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[mi][ni][i] = keep_mask[mi] >> (4 * ni + i) & 1 ? c[mi][ni][i] * scale : 0;
 }
 
 // --- parameters ------------------------------------------------------------------------------------------------------

@@ -101,12 +101,12 @@ def test_several_names_are_read_one_after_the_other(tmp_path):
 
 def test_builtin_is_the_grammar():
     stories = open_corpus(["builtin"]).documents()
-    expected = grammar.stories(corpus.BUILTIN_WORDS, corpus.BUILTIN_SEED)
+    expected = grammar.stories(corpus.BUILTIN["builtin"][1], corpus.BUILTIN_SEED)
     assert [next(stories) for _ in range(5)] == [next(expected) for _ in range(5)]
 
 
 def test_builtin_holds_the_words_it_promises():
-    assert sum(len(story.split()) for story in open_corpus(["builtin"]).documents()) >= corpus.BUILTIN_WORDS
+    assert sum(len(story.split()) for story in open_corpus(["builtin"]).documents()) >= corpus.BUILTIN["builtin"][1]
 
 
 # A long document is cut; nothing is ever held whole.
@@ -230,7 +230,7 @@ def test_a_line_of_json_without_end(tmp_path, monkeypatch):
 
 
 def test_names_that_are_nothing(tmp_path):
-    with pytest.raises(UserError, match=r"no file called 'tinystorys': the corpora are builtin, tinystories"):
+    with pytest.raises(UserError, match=r"no file called 'tinystorys': the corpora are builtin, primer, tinystories"):
         open_corpus(["tinystorys"])
     with pytest.raises(UserError, match="is not a file"):
         open_corpus([str(tmp_path)])

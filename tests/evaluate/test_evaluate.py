@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_stories
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scripts import evaluate
 from tinystory.data.corpus import open_corpus
@@ -19,6 +21,7 @@ from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, read_it
 from tinystory.evaluate.reading import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading, explained
 from tinystory.evaluate.scoring import bits_per_byte, part, sum_logprobs
 from tinystory.evaluate.stories import distinct_ngrams, longest_shared, self_bleu, story_measures
+from tinystory.reward import plots
 from tinystory.student import checkpoint, hf
 
 PAIRS = [("Tom had a kite.", "Tom had a a kite."), ("Mia was happy.", "happy Mia was."), ("It is.", "It is."),
@@ -358,3 +361,19 @@ def test_distinct_ngrams_tell_collapse():
     assert distinct_ngrams(["a b c d e", "f g h i"]) == 1.0
     assert distinct_ngrams(["a b c d e"] * 4) == 0.25
     assert distinct_ngrams(["a b", ""]) is None
+
+
+def test_plots_count_stories_told_again():
+    scarf = "Tom lost his red scarf in the wood and a kind owl brought it back before the sun went down."
+    cake = "A baker made one huge cake but nobody came so all the mice of that town had some instead."
+    again = scarf.replace("Tom", "Mia").replace("red", "blue")
+    assert plots([scarf, cake, again, scarf]) == [3, 1]
+    assert plots([scarf] * 5) == [5] and plots([]) == [] and plots([cake, scarf]) == [1, 1]
+    assert plots([scarf, again], threshold=0.9) == [1, 1]
+    assert plots(["", "", "too short"]) == [1, 1, 1]  # no phrases, so nothing in common
+
+
+@given(st.lists(st.lists(st.sampled_from("abc"), max_size=9).map(" ".join), max_size=12))
+def test_plots_are_sizes_of_groups_of_all_stories(texts):
+    sizes = plots(texts)
+    assert sum(sizes) == len(texts) and sizes == sorted(sizes, reverse=True) and 0 not in sizes

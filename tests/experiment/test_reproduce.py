@@ -38,6 +38,35 @@ def test_every_scale_is_a_plan_of_options_that_the_commands_have(name, tmp_path)
         assert InteractConfig(**part.options).init.endswith(f"chck_{part.start // MILLION}M")
 
 
+def test_the_objective_is_the_papers_unless_told_otherwise(tmp_path, monkeypatch, capsys):
+    planned = []
+
+    def no_more(scale, out, teacher, **how):
+        planned.append(reproduce.plan(scale, out, teacher, "cpu"))
+        return out
+
+    monkeypatch.setattr(reproduce, "reproduce", no_more)
+    for flags in ([], ["--objective", "demo"]):
+        reproduce.main(["--scale", "small", "--out", str(tmp_path), *flags])
+    paper, demo = (InteractConfig(**parts[1].options) for parts in planned)
+    want = {name: reproduce.INTERACT_PRESETS["paper"][name] for name in reproduce.OBJECTIVES["paper"]}
+    assert {name: getattr(paper, name) for name in want} == want
+    assert {name: getattr(demo, name) for name in want} == {name: getattr(InteractConfig, name) for name in want}
+    said = capsys.readouterr().out
+    assert "objective paper: opening 'Let me tell you" in said and "objective demo: opening ''" in said
+
+
+def test_the_student_compared_is_the_last_not_the_best(tmp_path):
+    """Else every arm would be chosen by the score that it is judged by."""
+    part = Part("random", MILLION, 0, {})
+    for name, step in (("best", 2), ("step_0000004", 4)):
+        folder = tmp_path / part.name / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "trainer.json").write_text(json.dumps({"step": step, "words_in": 7}))
+    (found,) = reproduce.subjects([Part("pretrain", 0, 0, {}), part], tmp_path)
+    assert found.folder.name == "step_0000004" and found.words == MILLION + 7
+
+
 def test_the_random_control_differs_in_the_reward_alone(tmp_path):
     _, *others = reproduce.plan(reproduce.SCALES["small"], tmp_path, {}, "cpu")
     by_name = {part.name: part.options for part in others}

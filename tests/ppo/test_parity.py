@@ -53,11 +53,13 @@ def test_four_updates_are_trls(setting, monkeypatch):
     for update in range(FACTS["updates"]):
         theirs, statistics = tensors(f"{setting}/{update}/"), FACTS["statistics"][f"{setting}/{update}"]
         mask, scores = theirs["mask"], theirs["scores"]
-        batch = ppo.Batch(torch.tensor(FACTS["opening"]), theirs["tokens"].long(), mask, *[torch.zeros(mask.shape)] * 2)
+        tokens, opening = theirs["tokens"].long(), torch.tensor(FACTS["opening"]).expand(len(mask), -1)
+        inputs = torch.cat([opening, tokens[:, :-1]], 1)
+        predicts = torch.cat([torch.zeros(len(mask), opening.shape[1] - 1, dtype=torch.bool), mask], 1)
+        batch = ppo.Batch(inputs, predicts, tokens, mask, *[torch.zeros(mask.shape)] * 2)
         with torch.no_grad():
             batch.logprobs, batch.values = ppo.response_stats(student, head, batch, 1.0)
-            inputs = torch.cat([batch.prompt.expand(len(mask), -1), batch.tokens[:, :-1]], 1)
-            hidden = student.hidden(inputs)[:, len(batch.prompt) - 1 :][mask]
+            hidden = student.hidden(inputs)[:, opening.shape[1] - 1 :][mask]
             entropy = float(ops.token_logprob(hidden, student.wte.weight, batch.tokens[mask])[1].sum()) / len(mask)
         ref_logprobs = ppo.reference_logprobs(reference, batch, 1.0, 5)
         rewards = ppo.token_rewards(scores, batch.logprobs, ref_logprobs, mask, kl.coef)

@@ -6,22 +6,38 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tinystory import ppo
 from tinystory.babylm import WordBudget
-from tinystory.config import InteractConfig
+from tinystory.config import INTERACT_PRESETS, InteractConfig
 from tinystory.errors import UserError
-from tinystory.reward import load_score, story_reward
+from tinystory.reward import differences, load_score, phrases, story_reward
+from tinystory.student.generate import Story, encode_opening
 from tinystory.student.model import ValueHead
 
+OPENING = torch.tensor([2, 9, 11, 30])
 
-def random_batch(lengths, vocab, seed=0) -> ppo.Batch:
+
+def with_openings(openings, tokens, mask, logprobs, values) -> ppo.Batch:
+    """The batch of stories that continue these openings, one per row: (P_i,) each."""
+    B, P, N = len(tokens), max(map(len, openings)), tokens.shape[1]
+    inputs, predicts = torch.zeros(B, P + N - 1, dtype=torch.int64), torch.zeros(B, P + N - 1, dtype=torch.bool)
+    for b, opening in enumerate(openings):
+        first, n = len(opening) - 1, int(mask[b].sum())
+        inputs[b, : first + n] = torch.cat([opening, tokens[b, : n - 1]])
+        predicts[b, first : first + n] = True
+    return ppo.Batch(inputs, predicts, tokens, mask, logprobs, values)
+
+
+def random_batch(lengths, vocab, seed=0, openings=None) -> ppo.Batch:
     g = torch.Generator().manual_seed(seed)
     B, N = len(lengths), max(lengths)
     mask = torch.arange(N) < torch.tensor(lengths)[:, None]
     normal = torch.randn(2, B, N, generator=g) * mask
     tokens = torch.randint(5, vocab, (B, N), generator=g)
-    return ppo.Batch(torch.tensor([2, 9, 11, 30]), tokens, mask, -1 - normal[0].abs() * mask, normal[1])
+    return with_openings(openings or [OPENING] * B, tokens, mask, -1 - normal[0].abs() * mask, normal[1])
 
 
 def test_token_rewards_are_kl_at_each_token_and_the_storys_reward_at_the_last():
@@ -76,18 +92,21 @@ def test_adaptive_kl_follows_the_formula():
     assert kl.coef == pytest.approx(0.2 * (1 + 0.1 * 0.036) * (1 + 0.2 * 0.036) * (1 - 0.2 * 0.036))
 
 
-def test_story_stats_are_those_of_each_story_alone(student):
-    batch = random_batch([7, 2, 12], student.config.vocab_size)
+@pytest.mark.parametrize("opening_lengths", [(4, 4, 4), (4, 9, 1)])
+def test_story_stats_are_those_of_each_story_alone(student, opening_lengths):
+    openings = [torch.arange(5, 5 + n) for n in opening_lengths]
+    batch = random_batch([7, 2, 12], student.config.vocab_size, openings=openings)
+    assert batch.lengths.tolist() == [p + n - 1 for p, n in zip(opening_lengths, (7, 2, 12), strict=True)]
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight)
     with torch.no_grad():
         logprob, value = ppo.response_stats(student, head, batch, temperature=0.7)
         for b, n in enumerate((7, 2, 12)):
-            row = torch.cat([batch.prompt, batch.tokens[b, :n]])
-            logits = student(row[None])[0, 3:-1].double() / 0.7
+            row, first = torch.cat([openings[b], batch.tokens[b, :n]]), len(openings[b]) - 1
+            logits = student(row[None])[0, first:-1].double() / 0.7
             want = logits.log_softmax(-1).gather(1, batch.tokens[b, :n, None])[:, 0]
             torch.testing.assert_close(logprob[b, :n].double(), want, atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(value[b, :n], head(student.hidden(row[None])[0, 3:-1]), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(value[b, :n], head(student.hidden(row[None])[0, first:-1]), atol=1e-4, rtol=1e-4)
             assert not logprob[b, n:].any() and not value[b, n:].any()
 
 
@@ -96,8 +115,8 @@ def plain_loss(student, head, batch, advantages, returns, c) -> torch.Tensor:
     policy, value_loss, count = 0.0, 0.0, 0
     for b in range(len(batch.tokens)):
         n = int(batch.mask[b].sum())
-        row = torch.cat([batch.prompt, batch.tokens[b, :n]])
-        hidden = student.hidden(row[None])[0, len(batch.prompt) - 1 : -1]
+        row = torch.cat([OPENING, batch.tokens[b, :n]])
+        hidden = student.hidden(row[None])[0, len(OPENING) - 1 : -1]
         new = student.logits(hidden).log_softmax(-1).gather(1, batch.tokens[b, :n, None])[:, 0]
         ratio = (new - batch.logprobs[b, :n]).exp()
         a, r, old, v = advantages[b, :n], returns[b, :n], batch.values[b, :n], head(hidden)
@@ -233,10 +252,78 @@ def test_under_autocast_each_epoch_uses_the_weights_of_the_one_before(student):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
 
 
+def test_a_batch_holds_each_story_after_its_own_opening(tokenizer):
+    openings, words = ["Once upon a time, Tom", "Mia had a kite."], ["had a ball.", "It was"]
+    told = []
+    for i, (opening, text) in enumerate(zip(openings, words, strict=True)):
+        tokens = torch.tensor(tokenizer.encode(" " + text))
+        numbers = torch.arange(len(tokens), dtype=torch.float32)
+        told.append(Story(i, opening, text, tokens, -numbers, numbers, numbers, "length"))
+    batch = ppo.collate(told, tokenizer, torch.device("cpu"))
+    for b, story in enumerate(told):
+        opening, n = encode_opening(tokenizer, story.opening), len(story.tokens)
+        assert batch.inputs[b, : batch.lengths[b]].tolist() == [*opening, *story.tokens[:-1].tolist()]
+        assert batch.predicts[b].nonzero()[:, 0].tolist() == [*range(len(opening) - 1, len(opening) - 1 + n)]
+        assert batch.tokens[b][batch.mask[b]].tolist() == story.tokens.tolist()
+        assert torch.equal(batch.values[b, :n], story.values) and torch.equal(batch.logprobs[b, :n], story.logprobs)
+    assert batch.predicts.sum() == batch.mask.sum()
+
+
+PAPER = {name: INTERACT_PRESETS["paper"][name] for name in ("diversity", "length_weight", "length_words", "unfinished")}
+
+
 def test_reward_is_the_papers():
-    assert story_reward(7 / 9, 45, 0.4, 90) == pytest.approx((7 / 9 + 0.4 * 45 / 90) / 1.4)
-    assert story_reward(1.0, 90, 0.4, 90) == story_reward(1.0, 500, 0.4, 90) == 1.0
-    assert story_reward(0.0, 0, 0.4, 90) == 0.0
+    for difference, ended in ((0.0, False), (1.0, True)):  # neither matters
+        assert story_reward(7 / 9, difference, 45, ended, **PAPER) == pytest.approx((7 / 9 + 0.4 * 45 / 90) / 1.4)
+        assert story_reward(1.0, difference, 90, ended, **PAPER) == 1.0
+        assert story_reward(1.0, difference, 500, ended, **PAPER) == 1.0
+        assert story_reward(0.0, difference, 0, ended, **PAPER) == 0.0
+
+
+def test_sameness_and_a_cut_cost_a_part_of_the_reward():
+    how = dict(length_weight=0.0, length_words=90)
+    assert story_reward(0.8, 0.25, 50, True, diversity=1.0, unfinished=0.5, **how) == pytest.approx(0.8 * 0.25)
+    assert story_reward(0.8, 0.25, 50, True, diversity=0.5, unfinished=0.5, **how) == pytest.approx(0.8 * 0.625)
+    assert story_reward(0.8, 1.0, 50, False, diversity=1.0, unfinished=0.5, **how) == pytest.approx(0.4)
+    long = story_reward(0.8, 1.0, 90, True, diversity=1.0, unfinished=0.5, length_weight=0.4, length_words=90)
+    assert long == pytest.approx(1.2 / 1.4)
+
+
+unit = st.floats(0, 1)
+
+
+@given(unit, unit, unit, st.integers(0, 300), st.booleans(), unit, unit)
+def test_a_reward_is_from_0_to_1_and_rises_with_the_difference(score, low, high, words, ended, diversity, unfinished):
+    how = dict(diversity=diversity, unfinished=unfinished, length_weight=0.4, length_words=90)
+    low, high = sorted((low, high))
+    rewards = [story_reward(score, difference, words, ended, **how) for difference in (low, high)]
+    assert -1e-12 <= rewards[0] <= rewards[1] + 1e-12 <= 1 + 2e-12
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=4, max_size=30), st.integers(1, 9))
+def test_stories_that_are_all_the_same_share_their_difference(words, n):
+    assert differences([" ".join(words)] * n) == pytest.approx([1 / n] * n)
+
+
+@given(st.lists(st.integers(4, 30), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_stories_that_share_no_phrase_are_wholly_different(lengths, random):
+    stories = [" ".join(f"{chr(97 + i)}{random.randrange(5)}" for _ in range(n)) for i, n in enumerate(lengths)]
+    assert differences(stories) == pytest.approx([1.0] * len(stories))
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "Tom", "Mia"]), max_size=12).map(" ".join), max_size=8))
+def test_a_difference_does_not_depend_on_order_or_on_names(stories):
+    found = differences(stories)
+    assert all(0 <= each <= 1 for each in found)
+    assert differences(stories[::-1]) == pytest.approx(found[::-1])
+    assert differences([story.replace("Tom", "Peanut") for story in stories]) == pytest.approx(found)
+
+
+def test_phrases_count_names_as_one_word_and_ignore_punctuation():
+    assert phrases('Tom had a "big" ball.') == {("@", "had", "a", "big"), ("had", "a", "big", "ball")}
+    assert phrases("Tom had a big ball") == phrases("Mia had a big, ball!") and phrases("too short here") == set()
+    assert phrases("a b c", 2) == {("a", "b"), ("b", "c")}
+    assert differences(["Tom saw a dog", "Mia saw a dog", "a cat sat down", "short"]) == [0.5, 0.5, 1.0, 0.0]
 
 
 def test_budget_stops_before_it_is_overrun():

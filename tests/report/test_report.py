@@ -24,6 +24,7 @@ from tinystory.report.plots import (
     thin,
     tick_names,
     ticks,
+    trail,
 )
 from tinystory.report.run import PICKED, Picked, Top, histograms, write_report
 from tinystory.runlog import RunLog
@@ -132,15 +133,15 @@ def test_headline_is_the_mean_of_five_steps_at_each_end(tmp_path):
 def test_what_models_and_servers_write_stays_text(tmp_path):
     stories = [story(1, 0, story=EVIL, opening=EVIL), story(1, 1, reward=None, scores=None, reply=EVIL, story="x")]
     interaction_run(tmp_path, 2, stories)
-    samples = [{"when": when, "index": 0, "scores": None, "reward": None} for when in ("before", "after")]
+    samples = [{"when": when, "step": 0, "index": 0, "scores": None, "reward": None} for when in ("before", "after")]
     with RunLog(tmp_path, resume_step=2) as log:
         log._append("samples.jsonl", [sample | {"opening": EVIL, "story": EVIL} for sample in samples])
     path = write_report(tmp_path)
     page = Page(path)
     check_self_contained(page)
     shown = "</p></article><script>alert(1)</script><img src=x onerror=y>&lt;"
-    # best and worst, unscored, its reply, two samples, and the option
-    assert page.text.count(shown) == 2 * 2 + 1 + 2 * 2 + 1
+    # best and worst, both stories drawn at random, unscored and its reply, two samples, and the option
+    assert page.text.count(shown) == 2 * 2 + (2 + 1) + 1 + 2 * 2 + 1
     assert "default-src 'none'" in path.read_text() and "\x1b" not in path.read_text()
 
 
@@ -207,7 +208,59 @@ def test_a_long_run_is_streamed():
             yield record
 
     Picked(stories())
-    assert most <= 2 * PICKED + 10
+    # The first step and the last one are kept whole; there are ten stories per step.
+    assert most <= 2 * PICKED + 2 * 10 + 10
+
+
+def told(step, texts):
+    return [story(step, i, story=text) for i, text in enumerate(texts)]
+
+
+def test_the_page_shows_collapse(tmp_path):
+    """The last step tells one plot; its stories are drawn at random, repeats and all, and the same ones each time."""
+    rng = random.Random(0)
+    different = [" ".join(f"w{rng.randrange(999)}" for _ in range(20)) for _ in range(8)]
+    same = ["a girl named Peanut had a scarf and then it was gone for ever", *different[:1]]
+    interaction_run(tmp_path, 2, told(1, different) + told(2, same[:1] * 7 + same[1:]))
+    path = write_report(tmp_path)
+    page = Page(path)
+    assert "Step 1: 8 plots in 8 stories, the largest of 1" in page.text
+    assert "Step 2: 2 plots in 8 stories, the largest of 7" in page.text
+    widths = [value for name, value in page.attributes if name == "style" and "flex-grow: 7" in (value or "")]
+    assert widths == ["flex-grow: 7"]
+    drawn = page.text.split("At random, of the last step")[1].split("Best of the run")[0]
+    assert drawn.count("named Peanut") >= PICKED - 1
+    first = path.read_bytes()
+    assert write_report(tmp_path).read_bytes() == first
+
+
+def test_stories_at_random_do_not_depend_on_their_reward():
+    drawn = []
+    for step in range(300):
+        drawn += [each["index"] for each in Picked([story(step, i, reward=i / 40) for i in range(40)]).drawn]
+    assert len(drawn) == 300 * PICKED
+    assert abs(np.mean(drawn) - 19.5) < 1.5  # the standard error of the mean is 0.3
+
+
+def test_held_out_openings_are_shown_before_and_after_with_their_scorer(tmp_path):
+    with RunLog(tmp_path, resume_step=None) as log:
+        log.config({"device": "cpu", "scored_by": "x at http://h/v1", "teacher": {"model": "stern <b>"}})
+        log.metrics(step=1, reward_mean=0.5)
+        for when, step in (("before", 0), ("after", 30)):
+            log._append("samples.jsonl", [story(step, 10**9 + i, story=f"{when} {i}") | {"when": when} for i in (1, 0)])
+    text = Page(write_report(tmp_path)).text
+    assert re.search("Before, step 0.*before 0.*After, step 30.*after 0.*before 1.*after 1", text)
+    assert text.count("scored by stern <b>") == 4
+
+
+def test_a_trail_goes_from_the_first_point_to_the_last():
+    drawing = trail("Score", [(0.9, 4.0), (0.5, 6.0)], "difference", (0, 1), (0, 8))
+    circles = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawing)
+    (x0, y0), (x1, y1) = ((float(x), float(y)) for x, y in circles)
+    across, down = 340 - 44 - 50, 210 - 30 - 34
+    assert x0 - x1 == pytest.approx(0.4 * across, abs=0.11) and y0 - y1 == pytest.approx(2 / 8 * down, abs=0.11)
+    assert trail("Score", [(0.9, 4.0)], "difference", (0, 1), (0, 8)) == ""
+    ElementTree.fromstring(standalone(trail("A < B", [(i / 500, i) for i in range(400)], "&", (0, 1), (0, 400))))
 
 
 def test_histograms_compare_the_first_tenth_with_the_last(tmp_path):

@@ -76,6 +76,24 @@ def test_optimizer_round_trip(student):
     assert all(torch.equal(after[k], v) for k, v in student.state_dict().items())
 
 
+def test_best_is_replaced_shown_and_never_resumed_from(tmp_path, student, tokenizer):
+    def corner(folder):
+        return checkpoint.load(folder)[0].wte.weight[0, 0].item()
+
+    for step, name in enumerate(("start", "step_0000001", "best")):
+        with torch.no_grad():
+            student.wte.weight[0, 0] = step
+        how = dict(facts={}, state={}, counters={"step": step})
+        checkpoint.save(tmp_path / "checkpoints" / name, student, tokenizer, **how)
+    assert checkpoint.find(tmp_path).name == "best" and checkpoint.newest(tmp_path).name == "step_0000001"
+    with torch.no_grad():
+        student.wte.weight[0, 0] = 9
+    assert corner(checkpoint.save(checkpoint.find(tmp_path), student, tokenizer, **how)) == 2
+    assert corner(checkpoint.save(checkpoint.find(tmp_path), student, tokenizer, **how, replace=True)) == 9
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"start", "step_0000001", "best"}
+    assert checkpoint.find(tmp_path / "checkpoints" / "start").name == "start"
+
+
 @pytest.mark.parametrize(
     "harm", ["no model.json", "bad json", "extra key", "cut weights", "other shape", "no tokenizer"]
 )

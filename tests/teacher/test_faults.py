@@ -97,7 +97,8 @@ def arguments(init: str, out: Path, url: str) -> list[str]:
 
 
 def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(init, tmp_path):
-    """It is stopped by Ctrl-C in the second of four steps of six stories, then by kill -9 in the third."""
+    """It is stopped by Ctrl-C in the second of four steps of six stories, then by kill -9 in the third. The student is
+    looked at, by four stories, before the first step and after the second."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     answered = alive = 0
 
@@ -129,13 +130,13 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(i
         return process.returncode, said
 
     with FaultServer(script) as server:
-        code, said = stop_at(8, signal.SIGINT, *arguments(init, stopped, server.url))
+        code, said = stop_at(4 + 8, signal.SIGINT, *arguments(init, stopped, server.url))
         assert (
             code == 0
             and "stopped after step 1, all saved" in said
             and checkpoint.newest(stopped).name == "step_0000001"
         )
-        code, said = stop_at(14, signal.SIGKILL, "--resume", "--out", str(stopped))
+        code, said = stop_at(4 + 12 + 4 + 2, signal.SIGKILL, "--resume", "--out", str(stopped))
         assert code == -signal.SIGKILL and len(metrics(stopped)) == 2
         alive = -1
         interact.main(["--resume", "--out", str(stopped)])
@@ -144,7 +145,7 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(i
         server.seen.clear()
         interact.main(arguments(init, whole, server.url))
     assert_same_bits(whole, stopped)
-    for name in ("stories.jsonl", "samples.jsonl"):
+    for name in ("stories.jsonl", "looks.jsonl", "samples.jsonl"):
         assert (whole / name).read_text() == (stopped / name).read_text()
 
 
@@ -225,6 +226,7 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(ini
 
     out = tmp_path / "run"
     flags = ["--teacher-prompt", str(tmp_path / "prompt.json"), "--price-in", "10", "--budget-cost", "0.28"]
+    flags += ["--diversity", "0", "--unfinished", "1"]
     with FaultServer(script) as server:
         server.first = lambda: counted("2 2", 400, 5)
         interact.main([*arguments(init, out, server.url), *flags])
@@ -240,7 +242,7 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(ini
     length = 0.4 * min(story["words"] / 90, 1)
     assert story["reward"] == pytest.approx(((3 * 3 + 1) / 12 + length) / 1.4)
     said = capsys.readouterr()
-    assert "forecast: 24 stories" in said.out and "--budget-cost 0.28 does not hold another step" in said.out + said.err
+    assert "forecast: 36 stories" in said.out and "--budget-cost 0.28 does not hold another step" in said.out + said.err
     assert json.loads((out / "config.json").read_text())["options"]["teacher"]["scored"] is True
     written = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
     assert KEY not in said.out + said.err and not any(KEY.encode() in content for content in written)

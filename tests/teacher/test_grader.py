@@ -19,9 +19,9 @@ def test_a_teacher_grades_the_stories_of_a_step_and_those_of_an_evaluation(tmp_p
         with open_grader(config, corpus=None, replies=replies) as grader:
             assert grader.facts["scored_by"] == f"first at {server.url}" and grader.facts["teacher"]["scored"]
             assert grader.most_words == 30 and grader.affords(10**6)
-            assert grader.forecast(7).startswith("7 stories")
+            assert grader.forecast(7, "Once").startswith("7 stories")
             for index, text in ((4, "A dog ran."), (3, "A cat ran.")):
-                grader.send(index, text)
+                grader.send(index, "Once", text)
             grades = grader.collect(Stop())
             assert [grade.score for grade in grades] == [pytest.approx(1 / 3), 1.0]
             assert [grade.reply_words for grade in grades] == [3, 3]
@@ -36,21 +36,24 @@ def test_the_wait_for_grades_ends_when_a_stop_is_requested():
     with FaultServer(lambda story, n: "hang") as server:
         config = InteractConfig(teacher_url=server.url)
         with open_grader(config, corpus=None) as grader:
-            grader.send(0, "A dog ran.")
+            grader.send(0, "Once", "A dog ran.")
             with pytest.raises(Interrupted):
                 grader.collect(stop)
 
 
 def test_a_callable_scores_and_costs_nothing(tmp_path):
-    (tmp_path / "r.py").write_text("def f(opening, stories): return [len(s) / 10 if s else None for s in stories]\n")
+    (tmp_path / "r.py").write_text(
+        "def f(opening, stories): return [len(opening + s) / 10 if s else None for s in stories]\n"
+    )
     config = InteractConfig(reward=f"{tmp_path / 'r.py'}:f")
     with open_grader(config, corpus=None) as grader:
-        grader.send(1, "abc")
-        grader.send(0, "")
+        grader.send(1, "One", "abc")
+        grader.send(0, "Two", "")
+        grader.send(2, "One", "abcd")
         grades = grader.collect(Stop())
-        assert [grade.score for grade in grades] == [None, 0.3] and grades[1].scores is None
+        assert [grade.score for grade in grades] == [None, 0.6, 0.7] and grades[1].scores is None
         assert grader.collect(Stop()) == []
-        assert (grader.facts, grader.most_words, grader.forecast(9)) == ({"scored_by": config.reward}, 0, "")
+        assert (grader.facts, grader.most_words, grader.forecast(9, "Once")) == ({"scored_by": config.reward}, 0, "")
 
 
 def test_the_builtin_teacher_needs_a_corpus():

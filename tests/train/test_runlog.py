@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.errors import UserError
-from tinystory.runlog import RunLog, atomic_file, atomic_write, plain, read_config, read_metrics, read_stories
+from tinystory.runlog import (
+    RunLog,
+    atomic_file,
+    atomic_write,
+    plain,
+    read_config,
+    read_metrics,
+    read_records,
+    read_stories,
+)
 
 
 def a_run(folder, steps):
@@ -72,6 +81,17 @@ def test_resume_cuts_back_to_the_checkpoint_and_goes_on_as_if_never_stopped(tmp_
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     config = read_config(tmp_path / "killed")
     assert config["started"] == started and [each["step"] for each in config["resumed"]] == [2]
+
+
+def test_resume_cuts_looks_back_too(tmp_path):
+    """A look at step n is on disk before the checkpoint of step n, but for n = 0."""
+    for resume_step, kept in ((2, [0, 2]), (1, [0]), (0, [])):
+        folder = tmp_path / str(resume_step)
+        with RunLog(folder, resume_step=None) as log:
+            for step in (0, 2, 4):
+                log.looks([{"step": step, "story": "Tim ran."}])
+        RunLog(folder, resume_step=resume_step).close()
+        assert [record["step"] for record in read_records(folder / "looks.jsonl")] == kept
 
     """Cut the file after each byte: readers and a resumed run see exactly the complete records."""
     a_run(tmp_path, 3)

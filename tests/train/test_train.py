@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, SMALL, assert_same_bits, fails, metrics, tiny_stories
+from conftest import NAMES, SHORT, SMALL, THINGS, assert_same_bits, fails, metrics, tiny_stories
 
 import train_interact as interact
 import train_pretrain as pretrain
+from tinystory.data.openings import Openings
 from tinystory.data.shards import TokenFile
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
+from tinystory.teacher.grader import CallableGrader
 
 
 @contextlib.contextmanager
@@ -102,7 +104,8 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     records = metrics(tmp_path / "i")
     contract = (
         "step reward_mean score_mean readability_mean coherence_mean creativity_mean kl kl_coef entropy length_mean"
-        " words_in words_out unscored rollout_s teacher_s update_s peak_memory_mb"
+        " distinct_4 diversity_mean plots ended objective words_in words_out unscored rollout_s teacher_s update_s"
+        " peak_memory_mb"
     )
     assert all(set(contract.split()) <= record.keys() for record in records) and len(records) == 4
     assert records[0]["ratio_error"] < 1e-4 and abs(records[0]["kl"]) < 1e-3
@@ -113,8 +116,27 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     assert records[-1]["words_out"] == sum(s["words"] for s in stories)
     assert records[0]["reward_mean"] == pytest.approx(sum(s["reward"] for s in stories[:6]) / 6, abs=1e-5)
     samples = [json.loads(line) for line in (tmp_path / "i" / "samples.jsonl").read_text().splitlines()]
-    assert [s["when"] for s in samples] == ["before"] * 8 + ["after"] * 8 or len(samples) >= 12
-    assert "mean reward" in capsys.readouterr().out
+    looks = [json.loads(line) for line in (tmp_path / "i" / "looks.jsonl").read_text().splitlines()]
+    assert [look["step"] for look in looks] == [0] * 4 + [2] * 4 + [4] * 4
+    assert [look["index"] for look in looks] == [interact.LOOK_INDEX + i for i in range(4)] * 3
+    rewards = {at: sum(look["reward"] for look in looks if look["step"] == at) / 4 for at in (0, 2, 4)}
+    best = max(rewards, key=rewards.get)
+    assert samples == [
+        {"when": when, **look} for when, at in (("before", 0), ("after", best)) for look in looks if look["step"] == at
+    ]
+    shown = checkpoint.find(tmp_path / "i")
+    assert shown.name == "best" and checkpoint.newest(tmp_path / "i").name == "step_0000004"
+    assert json.loads((shown / "trainer.json").read_text())["step"] == best
+    assert [record.get("held_out_reward") is None for record in records] == [True, False, True, False]
+    assert records[3]["held_out_reward"] == pytest.approx(rewards[4], abs=1e-6)
+    own = [s["reward"] for s in stories[18:]]
+    assert records[3]["reward_mean"] == pytest.approx(sum(own) / 6, abs=1e-5)
+    penalty = records[3]["kl_coef"] * records[3]["kl"]
+    assert records[3]["objective"] == pytest.approx(records[3]["reward_mean"] - penalty, abs=1e-5)
+    assert records[3]["ended"] == sum(s["ended"] == "eos" for s in stories[18:]) / 6
+    assert 0 < records[3]["diversity_mean"] <= 1 and 1 <= records[3]["plots"] <= 6
+    said = capsys.readouterr().out
+    assert "mean reward" in said and f"before and after step {best}, the best" in said
 
 
 def test_interaction_resumes_to_the_same_bits(place, tmp_path):
@@ -124,7 +146,7 @@ def test_interaction_resumes_to_the_same_bits(place, tmp_path):
     assert checkpoint.newest(tmp_path / "parts").name == "step_0000003"
     interact.main(["--resume", "--out", str(tmp_path / "parts")])
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
-    for name in ("stories.jsonl", "samples.jsonl"):
+    for name in ("stories.jsonl", "looks.jsonl", "samples.jsonl"):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
 
 
@@ -137,6 +159,62 @@ def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, tmp_path):
     interact.main(["--resume", "--out", str(tmp_path / "killed")])
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
     assert len(metrics(tmp_path / "killed")) == 4
+    for name in ("looks.jsonl", "checkpoints/best/trainer.json", "checkpoints/best/model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_an_interrupted_look_is_made_up_for(place, tmp_path, monkeypatch):
+    """Ctrl-C arrives in the look of step 2: the step is logged and saved, and a resumed run looks before it goes on."""
+    run_interact(place, tmp_path / "whole")
+    collect = CallableGrader.collect
+
+    def interrupted(self, stop):
+        signal.raise_signal(signal.SIGINT)
+        stop.check()
+
+    def second_step(self, stop):
+        if min(self.pending) >= interact.LOOK_INDEX and (tmp_path / "parts" / "looks.jsonl").exists():
+            return interrupted(self, stop)
+        return collect(self, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CallableGrader, "collect", second_step)
+        run_interact(place, tmp_path / "parts")
+    assert len(metrics(tmp_path / "parts")) == 2 and "held_out_reward" not in metrics(tmp_path / "parts")[1]
+    assert not (tmp_path / "parts" / "samples.jsonl").exists()
+    interact.main(["--resume", "--out", str(tmp_path / "parts")])
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+    for name in ("looks.jsonl", "samples.jsonl", "checkpoints/best/model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_every_opening_is_paid_for_once_and_a_tenth_is_never_trained_on(place, tmp_path):
+    texts = [f"{'One day ' * (i % 3)}{name} had a {THINGS[i]}" for i, name in enumerate(NAMES)]
+    texts += [f"It was {thing}" for thing in THINGS]
+    (tmp_path / "openings.txt").write_text("\n".join(texts))
+    more = ["--opening", "", "--openings", str(tmp_path / "openings.txt"), "--stories-per-opening", "2"]
+    run_interact(place, tmp_path / "i", *more, "--steps", "6", "--stories-per-step", "6")
+    openings = Openings(texts, seed=0, per_opening=2)
+    stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]
+    assert [story["opening"] for story in stories] == [openings[i] for i in range(36)]
+    assert {story["opening"] for story in stories} == set(openings.train)
+    looks = [json.loads(line) for line in (tmp_path / "i" / "looks.jsonl").read_text().splitlines()]
+    assert {look["opening"] for look in looks} == set(openings.held_out) and len(openings.held_out) == 1
+    for record in metrics(tmp_path / "i"):  # a callable's scores are no words
+        used = {story["opening"] for story in stories[: 6 * record["step"]]}
+        assert record["words_in"] == sum(len(opening.split()) for opening in used)
+
+
+def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(interact, "signs_of_collapse", lambda records, kl_target: "all the same" * (len(records) >= 2))
+    run_interact(place, tmp_path / "on")
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("the stories collapse: all the same") == 1 and len(metrics(tmp_path / "on")) == 4
+    run_interact(place, tmp_path / "off", "--stop-on-collapse", "--look-every", "0")
+    assert len(metrics(tmp_path / "off")) == 2
+    looks = [json.loads(line) for line in (tmp_path / "off" / "looks.jsonl").read_text().splitlines()]
+    assert {look["step"] for look in looks} == {0, 2}  # the last student is looked at, wherever the run ends
+    assert checkpoint.newest(tmp_path / "off").name == "step_0000002"
 
 
 def test_no_score_is_no_gradient_and_is_counted(place, tmp_path, capsys):
@@ -153,6 +231,13 @@ def test_no_score_is_no_gradient_and_is_counted(place, tmp_path, capsys):
     )
     assert "6 of 6 stories got no score" in line and "--resume" in line
     assert not (tmp_path / "b" / "metrics.jsonl").exists()
+
+
+def test_the_word_budget_holds_openings_that_are_still_to_come(place, tmp_path):
+    (tmp_path / "openings.txt").write_text("Tom had\nMia had a big\nIt was\n")
+    more = ["--opening", "", "--openings", str(tmp_path / "openings.txt"), "--stories-per-opening", "6"]
+    run_interact(place, tmp_path / "i", *more, "--budget-words", "7")
+    assert len(metrics(tmp_path / "i")) < 3 and metrics(tmp_path / "i")[-1]["words_in"] <= 7
 
 
 def test_budget_stops_hard(place, tmp_path):

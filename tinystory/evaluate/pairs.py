@@ -73,8 +73,8 @@ def _read(file: Path) -> Iterator[Item]:
 def _item(record: dict[str, Any], file: str) -> Item:
     if "sentence_good" in record:
         options = (record["sentence_good"], record["sentence_bad"])
-        if "field" not in record:  # the supplement's files name neither field nor phenomenon
-            item = Item("", options, file)
+        if "field" not in record:  # the supplement's files name no field, and most of them no phenomenon
+            item = Item("", options, record.get("UID", file))
         else:
             groups = {
                 "field": record["field"].replace("syntax_semantics", "syntax/semantics"),

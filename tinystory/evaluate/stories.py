@@ -12,7 +12,6 @@ import numpy as np
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import bootstrap, wilson
-from tinystory.reward import phrases
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student
 
@@ -35,21 +34,6 @@ def distinct_ngrams(texts: list[str], n: int = 4) -> float | None:
     close to 0 if all texts are the same. None if there are no n-grams."""
     grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
-
-
-def plots(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
-    """Sizes of groups of stories that tell the same plot, largest first. A story joins the first group whose founder
-    shares more than `threshold` of its phrases of three words (Jaccard; capitalised words count as one), or founds one.
-    """
-    groups: list[tuple[set, int]] = []
-    for own in (phrases(text, 3) for text in texts):
-        for i, (founder, size) in enumerate(groups):
-            if len(own & founder) > threshold * len(own | founder):
-                groups[i] = founder, size + 1
-                break
-        else:
-            groups.append((own, 1))
-    return sorted((size for _, size in groups), reverse=True)
 
 
 def story_measures(

@@ -5,8 +5,7 @@ which is built only when a GPU is first used: so no GPU or CUDA toolkit can keep
 
 Each has a folder `cache_dir()/kernels/<name>-<key>`. The key covers all that the machine code depends on except what
 the sources say, which ninja follows, so that it compiles only what changed. A lock of the operating system guards the
-folder. It ends with its holders: a killed build never blocks the next, and torch's own lock file, which such a build
-leaves behind, is removed under it.
+folder: it ends with its process, so a killed build never blocks the next, as torch's own lock file would.
 """
 
 import contextlib
@@ -110,8 +109,8 @@ def library_folder(name: str, sources: list[Path], *more: str) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, for this process and the compilers that it starts: the lock is their standard input, so if only
-    this process is killed, it lasts until they end."""
+    """Hold the folder for this process. Where a killed build left torch's lock behind, the folder is made anew: the
+    compilers of that build may still run, and now they write into one that is gone."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as file:
         try:
@@ -119,14 +118,10 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             print("tinystory: waiting for another process that compiles the kernels", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
-        stdin = os.dup(0)
-        os.dup2(file.fileno(), 0)
-        try:
-            (folder / "lock").unlink(missing_ok=True)  # torch's
-            yield
-        finally:
-            os.dup2(stdin, 0)
-            os.close(stdin)
+        if (folder / "lock").exists():
+            shutil.rmtree(folder)
+            folder.mkdir()
+        yield
 
 
 @contextlib.contextmanager

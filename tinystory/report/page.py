@@ -33,9 +33,9 @@ def tile(name: str, value: str, note: str, colour: str = "ink") -> str:
     return f'<div class="tile" style="--tint: var(--{colour})"><h3>{name}</h3><p>{value}</p><small>{note}</small></div>'
 
 
-def change(ends: Sequence[float | None]) -> str:
+def change(ends: Sequence[float | None], decimals: int = 2) -> str:
     """0.31 → 0.62, or a single value."""
-    texts = [number(None) if value is None else f"{value:.2f}" for value in ends]
+    texts = [number(None) if value is None else f"{value:.{decimals}f}" for value in ends]
     return texts[0] if len(texts) == 1 else f'<span class="from">{texts[0]} →</span> {texts[-1]}'
 
 
@@ -51,6 +51,17 @@ def time_bar(spent: Sequence[tuple[str, float]]) -> str:
         for i, (name, seconds) in enumerate(spent)
     )
     return f'<div class="time"><p>Time: {duration(total)}</p><div class="parts">{bars}</div><p>{names}</p></div>'
+
+
+def group_bar(sizes: Sequence[int], when: str) -> str:
+    """Stories by plot, as one bar of blocks. sizes: stories per plot, the largest first."""
+    says = f"{when}: {count(len(sizes), 'plot')} in {count(sum(sizes), 'story', 'stories')}, the largest of {sizes[0]}"
+    blocks = "".join(f'<i style="flex-grow: {size}"></i>' for size in sizes)
+    return f'<figure class="plots"><figcaption>{says}</figcaption><div class="parts">{blocks}</div></figure>'
+
+
+def count(n: int, one: str, many: str = "") -> str:
+    return f"{number(n)} {one if n == 1 else many or one + 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -78,15 +89,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>' if rows else ""
 
 
-def story_card(record: Record, title: str) -> str:
-    """A story after its opening, with its scores. record: opening and story; optionally scores, reward, words, ended,
-    reply."""
+def story_card(record: Record, title: str, scored_by: str = "") -> str:
+    """A story after its opening, with its scores, and by whom it was scored. record: opening and story; optionally
+    scores, reward, words, ended, reply."""
     opening, story = record["opening"], record["story"]
     gap = "" if not opening or opening[-1].isspace() or re.match(r"\s|[.,!?;:]|$", story) else " "
     told = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"
     scores, reward, words, reply = (record.get(key) for key in ("scores", "reward", "words", "reply"))
     marks = "".join(dots(each, score) for each, score in scores.items()) if scores else ""
     foot = ["no score" if reward is None else f"reward {reward:.3f}"]
+    if scored_by and reward is not None:
+        foot.append(f"scored by {clip(scored_by, 80)}")
     if words is not None:
         foot.append(f"{number(words)} words")
     if record.get("ended") == "length":
@@ -170,10 +183,16 @@ figure { margin: 0; }
 .t1 { opacity: .7; }
 .t2 { opacity: .45; }
 .t3 { opacity: .25; }
+.plots { margin-bottom: 1.2rem; }
+.plots + .grid { margin-top: 2.4rem; }
+figcaption { font-size: .85rem; color: var(--muted); margin-bottom: .3rem; }
+.plots .parts { gap: 1px; height: 1.4rem; }
+.plots .parts i { flex-basis: 0; min-width: 1px; background: var(--reward); }
+.three { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 0 2.4rem; }
 .pair, .cards { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 3rem; }
 .pair + .pair, article + article { border-top: 1px solid var(--rule); }
 .pair > article, .cards > article { border-top: 0; }
-.pair h3 { font-size: 1rem; color: var(--ink); }
+.pair h3, .three h3 { font-size: 1rem; color: var(--ink); }
 article { padding: 1.2rem 0; min-width: 0; }
 article header, article footer { font-size: .8rem; color: var(--muted); }
 article header { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; align-items: baseline; }
@@ -199,8 +218,8 @@ th:first-child { text-align: left; }
 tr { border-bottom: 1px solid var(--rule); }
 dt { flex: 0 0 10rem; color: var(--muted); overflow-wrap: anywhere; }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
-@media (max-width: 50rem) { .hero, .pair, .cards { grid-template-columns: minmax(0, 1fr); }
-  .pair > article + article { padding-top: 0; } .pair > div + div { margin-top: 2.5rem; }
+@media (max-width: 50rem) { .hero, .pair, .cards, .three { grid-template-columns: minmax(0, 1fr); }
+  .pair > article + article { padding-top: 0; } .pair > div + div, .three > div + div { margin-top: 2.5rem; }
   .hero svg.chart text { font-size: 15px; } }
 @media print { details:not([open]) { display: none; } }
 """

@@ -232,6 +232,48 @@ def chart(
     return svg(title, size, parts)
 
 
+def trail(
+    title: str,
+    points: Sequence[tuple[float, float]],
+    x_name: str,
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+) -> str:
+    """An SVG of where a pair of measures went over a run, smoothed, from its first point (grey) to its last; "" for
+    fewer than two points."""
+    if len(points) < 2:
+        return ""
+    size = 340, 210
+    width, height = size
+    left, right, top, bottom = 44, 50, 30, 34
+    window = max(5, len(points) // 16) if len(points) >= 8 else 1
+    x, y = (thin(rolling(values, window)[0] if window > 1 else values) for values in np.array(points, dtype=float).T)
+    (x_low, x_high), (y_low, y_high) = x_range, y_range
+
+    def place(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+        across = left + (np.asarray(a) - x_low) / (x_high - x_low) * (width - left - right)
+        return across, top + (y_high - np.asarray(b)) / (y_high - y_low) * (height - top - bottom)
+
+    parts = [f'<text class="title" x="0" y="14">{html.escape(title)}</text>']
+    for tick in ticks(y_low, y_high):
+        up = float(place(x_low, tick)[1])
+        parts.append(f'<path class="grid" d="M{left},{up:.1f}H{width - right}"/>')
+        parts.append(f'<text x="{left - 6}" y="{up + 4:.1f}" text-anchor="end">{number(tick)}</text>')
+    for tick in ticks(x_low, x_high):
+        across = float(place(tick, y_low)[0])
+        parts.append(f'<text x="{across:.1f}" y="{height - bottom + 16}" text-anchor="middle">{number(tick)}</text>')
+    parts.append(f'<text x="{width - right}" y="{height - 3}" text-anchor="end">{html.escape(x_name)}</text>')
+    where = [f"{a:.1f},{b:.1f}" for a, b in zip(*place(x, y), strict=True)]
+    parts.append(f'<g style="--tint: var(--reward)"><path class="line" d="M{"L".join(where)}"/></g>')
+    for at, tint, name, down in ((0, "grey", "first", 17), (-1, "reward", "last", -9)):
+        a, b = (float(each) for each in place(x[at], y[at]))
+        parts.append(
+            f'<g style="--tint: var(--{tint})"><circle class="dot" r="4" cx="{a:.1f}" cy="{b:.1f}"/></g>'
+            f'<text x="{a:.1f}" y="{b + down:.1f}" text-anchor="middle">{name}</text>'
+        )
+    return svg(title, size, parts)
+
+
 def curves(line: Line, x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     """The arrays to draw for a line: x, line and, if smoothed, raw, low, high; extent: values that the axis shows."""
     if not line.smooth or len(y) < 8:

@@ -17,20 +17,28 @@ from tinystory.errors import UserError
 from tinystory.report import page, plots
 from tinystory.report.page import TOP_SCORE, colour, details, grid, section, story_card, tile
 from tinystory.report.plots import Line, chart, number
+from tinystory.reward import plots as plot_sizes
 from tinystory.runlog import SAMPLES, Record, atomic_write, read_config, read_metrics, read_records, read_stories
 
 EDGE = 5  # the headline compares the mean of this many first steps with that of the last ones
-PAIRS, PICKED, UNSCORED = 12, 5, 3  # numbers shown: before-and-after pairs, best (and worst) stories, unscored stories
+PAIRS, PICKED, UNSCORED = 12, 5, 3  # stories shown: before and after; best, worst and at random; unscored
 HERO = (560, 300)  # size of the chart at the top, in pixels
 PARTS = ("rollout", "reference", "teacher", "update")  # of a step, in chronological order
 
+SAMENESS_CURVES = {
+    "plots": "Plots in a step’s stories",
+    "diversity_mean": "Difference from the other stories, 0 to 1",
+    "distinct_4": "Distinct 4-grams in a step’s stories",
+    "ended": "Fraction of stories that end",
+    "held_out_reward": "Reward at held-out openings",
+}
 STUDENT_CURVES = {
-    "length_mean": "Story length, words",
-    "entropy": "Entropy per story, nats",
-    "reward_std": "Standard deviation of the reward in a step",
+    "objective": "Objective: reward less the KL penalty",
     "kl": "KL to the initial student per story, nats",
     "kl_coef": "KL coefficient",
-    "distinct_4": "Distinct 4-grams in a step’s stories",
+    "entropy": "Entropy per story, nats",
+    "length_mean": "Story length, words",
+    "reward_std": "Standard deviation of the reward in a step",
 }
 PPO_CURVES = {
     "policy_loss": "Policy loss",
@@ -68,9 +76,9 @@ def write_report(run_folder: Path) -> Path:
     if not metrics:
         sections = ['<p class="note">No step is recorded yet.</p>']
     elif "reward_mean" in metrics[-1]:
-        sections = interaction(folder, metrics)
+        sections = interaction(folder, metrics, scorer(config))
     else:
-        sections = pretraining(folder, metrics)
+        sections = pretraining(metrics)
     sections.append(how_it_was_run(config))
     text = page.PAGE.format(
         name=escape(folder.resolve().name),
@@ -122,7 +130,13 @@ def shown(value: object) -> str:
 # ---- an interaction run ---------------------------------------------------------------------------------------------
 
 
-def interaction(folder: Path, metrics: list[Record]) -> list[str]:
+def scorer(config: Record) -> str:
+    """Who scored the stories: the model's name, or the callable's; "" if it is not recorded."""
+    options = config.get("options", {})
+    return options.get("teacher", {}).get("model") or Path(options.get("scored_by") or "").name
+
+
+def interaction(folder: Path, metrics: list[Record], scored_by: str) -> list[str]:
     picked = Picked(read_stories(folder))
     scores = [
         chart(title(each), [curve(metrics, f"{each}_mean", colour(each))], y_range=(0, TOP_SCORE))
@@ -130,6 +144,7 @@ def interaction(folder: Path, metrics: list[Record]) -> list[str]:
     ]
     return [
         interaction_headline(metrics, picked.criteria),
+        sameness(metrics, picked),
         section(
             "What the teacher said",
             "Mean score per step, from 0 to 3. The bold line is a rolling mean, the band one standard deviation over "
@@ -138,8 +153,8 @@ def interaction(folder: Path, metrics: list[Record]) -> list[str]:
         ),
         histograms(picked.counts),
         section("How the student changed", "", curves(metrics, STUDENT_CURVES)),
-        before_and_after(folder),
-        best_and_worst(picked),
+        before_and_after(folder, scored_by),
+        random_best_and_worst(picked, scored_by),
         unscored(picked),
         details("PPO diagnostics", curves(metrics, PPO_CURVES)),
         teacher_requests(metrics),
@@ -165,6 +180,10 @@ def interaction_headline(metrics: list[Record], criteria: Sequence[str]) -> str:
         if ends(f"{each}_mean")[0] is not None:
             scores = page.change(ends(f"{each}_mean"))
             tiles.append(tile(escape(title(each)), scores, f"out of {TOP_SCORE}", colour(each)))
+    if ends("plots")[0] is not None:
+        tiles.append(tile("Plots", page.change(ends("plots"), 0), "in the stories of a step"))
+    if ends("ended")[0] is not None:
+        tiles.append(tile("Told to the end", page.change(ends("ended")), "fraction of the stories"))
     tiles += [
         tile("Words taken in", number(last.get("words_in")), f"{number(last.get('words_out'))} written"),
         tile("Unscored", number(left_out), "stories, left out of the update"),
@@ -194,31 +213,61 @@ def histograms(counts: dict[int, dict[str, list[int]]]) -> str:
     )
 
 
-def before_and_after(folder: Path) -> str:
+def sameness(metrics: list[Record], picked: "Picked") -> str:
+    """Whether a higher score was bought by telling the same story again."""
+    highest = TOP_SCORE * len(picked.criteria) or 1
+    pairs = zip(column(metrics, "diversity_mean"), column(metrics, "score_mean"), strict=True)
+    points = [(x, y) for x, y in pairs if x is not None and y is not None]
+    trail = plots.trail(
+        "Score against difference, step by step", points, "difference from the other stories", (0, 1), (0, highest)
+    )
+    ends = [picked.first, picked.last] if picked.first is not picked.last else [picked.last]
+    bars = "".join(page.group_bar(plot_sizes([r["story"] for r in told]), step_name(told[0])) for told in ends if told)
+    return section(
+        "Better stories, or one story again?",
+        "A score can be bought by telling one good story over and over: then the trail climbs to the left, the plots "
+        "become few and their blocks wide. Each block of a bar is a plot, as wide as it has stories; two stories tell "
+        "the same plot if they share more than 12 % of their phrases of three words, names aside.",
+        bars + grid([trail, *curve_charts(metrics, SAMENESS_CURVES)]),
+    )
+
+
+def before_and_after(folder: Path, scored_by: str) -> str:
     samples: dict[int, dict[str, Record]] = defaultdict(dict)
     for record in read_records(folder / SAMPLES):
         samples[record["index"]][record["when"]] = record
     pairs = [
-        "".join(story_card(told[when], when.capitalize()) for when in ("before", "after") if when in told)
+        "".join(
+            story_card(told[when], f"{when.capitalize()}, step {number(told[when]['step'])}", scored_by)
+            for when in ("before", "after")
+            if when in told
+        )
         for _, told in sorted(samples.items())[:PAIRS]
     ]
     return section(
-        "The same openings, before and after",
-        "The opening, in colour, is given; the student continues it, both times with the same random numbers.",
+        "Openings that it was never trained on, before and after",
+        "The opening, in colour, is given; the student continues it, both times with the same random numbers. After: "
+        "the student that earned most at such openings, which is kept as the checkpoint best. With a single opening, "
+        "it is the one trained on.",
         "".join(f'<div class="pair">{pair}</div>' for pair in pairs),
     )
 
 
-def best_and_worst(picked: "Picked") -> str:
-    halves = [
-        f"<div><h3>{name}</h3>{''.join(story_card(each, step_name(each)) for each in records)}</div>"
-        for name, records in (("Best", picked.best), ("Worst", picked.worst))
+def random_best_and_worst(picked: "Picked", scored_by: str) -> str:
+    columns = [
+        f"<div><h3>{name}</h3>{''.join(story_card(each, step_name(each), scored_by) for each in records)}</div>"
+        for name, records in (
+            ("At random, of the last step", picked.drawn),
+            ("Best of the run", picked.best),
+            ("Worst of the run", picked.worst),
+        )
         if records
     ]
     return section(
-        "Best and worst stories",
-        f"By reward, among all {number(picked.scored)} scored stories of the run; ties are broken at random.",
-        f'<div class="pair">{"".join(halves)}</div>' if halves else "",
+        "What it tells now, and the best and worst it told",
+        "The first column is what to expect of the student. Best and worst are by reward, among all "
+        f"{number(picked.scored)} scored stories, the same story once; ties are broken at random.",
+        f'<div class="three">{"".join(columns)}</div>' if columns else "",
     )
 
 
@@ -254,7 +303,8 @@ class Picked:
     """What the page shows from stories.jsonl, collected in one pass without holding the other stories in memory.
 
     criteria: as graded, () if no story has scores; counts[step][criterion][score]: numbers of stories; best, worst:
-    distinct stories by reward; unscored: the first ones.
+    distinct stories by reward; unscored: the first ones; first, last: the stories of the first step and of the last,
+    the same list if there is only one; drawn: some of the last step, at random, but the same ones each time.
     """
 
     def __init__(self, stories: Iterable[Record]):
@@ -262,8 +312,13 @@ class Picked:
         self.criteria: tuple[str, ...] = ()
         self.scored = 0
         self.unscored: list[Record] = []
+        self.first: list[Record] = []
+        self.last: list[Record] = self.first
         best, worst = Top(PICKED), Top(PICKED)
         for record in stories:
+            if self.last and self.last[0]["step"] != record["step"]:
+                self.last = []
+            self.last.append(record)
             if record["reward"] is None:
                 if len(self.unscored) < UNSCORED:
                     self.unscored.append(record)
@@ -278,12 +333,18 @@ class Picked:
                 for each in self.criteria:
                     self.counts[record["step"]][each][round(record["scores"][each])] += 1
         self.best, self.worst = best.records(), worst.records()
+        self.drawn = sorted(self.last, key=shuffled)[:PICKED]
+
+
+def shuffled(record: Record) -> bytes:
+    """A key that puts stories in random order: a hash of step and index."""
+    return hashlib.blake2b(f"{record['step']} {record['index']}".encode(), digest_size=8).digest()
 
 
 class Top:
     """The records with the highest values, no two with the same story.
 
-    Ties are broken by a hash of step and index, so that neither early nor late stories are favoured.
+    Ties are broken at random, so that neither early nor late stories are favoured.
     """
 
     def __init__(self, size: int):
@@ -296,8 +357,7 @@ class Top:
             return
         if any(record["story"] == kept["story"] and record["opening"] == kept["opening"] for *_, kept in self.heap):
             return
-        tie_break = hashlib.blake2b(f"{record['step']} {record['index']}".encode(), digest_size=8).digest()
-        heapq.heappush(self.heap, (value, tie_break, next(self.order), record))
+        heapq.heappush(self.heap, (value, shuffled(record), next(self.order), record))
         if len(self.heap) > self.size:
             heapq.heappop(self.heap)
 
@@ -308,7 +368,7 @@ class Top:
 # ---- a pretraining run ----------------------------------------------------------------------------------------------
 
 
-def pretraining(folder: Path, metrics: list[Record]) -> list[str]:
+def pretraining(metrics: list[Record]) -> list[str]:
     losses = [
         curve(metrics, "loss", x="words", name="train"),
         curve(metrics, "val_loss", "reward", x="words", name="val", smooth=False),
@@ -328,7 +388,6 @@ def pretraining(folder: Path, metrics: list[Record]) -> list[str]:
     return [
         page.hero(tiles, drawing),
         section("Training", "", curves(metrics, READING_CURVES, "words", "words read")),
-        before_and_after(folder),
     ]
 
 
@@ -351,8 +410,12 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def curves(metrics: list[Record], titles: dict[str, str], x: str = "step", x_name: str = "step") -> str:
+    return grid(curve_charts(metrics, titles, x, x_name))
+
+
+def curve_charts(metrics: list[Record], titles: dict[str, str], x: str = "step", x_name: str = "step") -> list[str]:
     drawings = []
     for key, title in titles.items():
         line = curve(metrics, key, x=x, smooth=key not in ("lr", "kl_coef"))  # these are set, not measured
         drawings.append(chart(title, [line], x_name=x_name))
-    return grid(drawings)
+    return drawings

@@ -1,7 +1,8 @@
 """Checkpoints: model.safetensors, model.json, tokenizer.json and the trainer state, without pickle, written atomically.
 
 A checkpoint is written under a name that starts with a dot and renamed when complete, so a kill at any instant leaves
-all earlier ones intact. Names are never reused: `chck_3M` is a milestone in words, `step_0001200` is for resuming.
+all earlier ones intact. `chck_3M` is a milestone in words, `step_0001200` is for resuming, and `best`, the only name
+that is used again, is what an interaction is shown by.
 """
 
 import json
@@ -21,16 +22,19 @@ from tinystory.errors import UserError
 from tinystory.student import hf
 from tinystory.student.model import Student, StudentConfig
 
+BEST = "best"
+
 
 def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[str, Any],
-         state: dict[str, Tensor], counters: dict[str, Any]) -> Path:  # fmt: skip
-    """Write one checkpoint and return its folder; one that exists is left as it is. facts: the training history (words,
-    corpus), stored in model.json; state and counters: what the trainer needs for a bit-exact resume. Raises UserError
-    if it cannot be written."""
-    if folder.exists():  # the same step of the same run, before a resume
+         state: dict[str, Tensor], counters: dict[str, Any], replace: bool = False) -> Path:  # fmt: skip
+    """Write one checkpoint and return its folder. One that exists is left as it is, or replaced. facts: the training
+    history (words, corpus), stored in model.json; state and counters: what the trainer needs for a bit-exact resume.
+    Raises UserError if it cannot be written."""
+    if folder.exists() and not replace:  # the same step of the same run, before a resume
         return folder
-    partial = folder.with_name("." + folder.name)
+    partial, replaced = folder.with_name("." + folder.name), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         save_file(_on_cpu(student.state_dict()), partial / "model.safetensors")
@@ -41,8 +45,11 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[st
         tokenizer.save(partial / "tokenizer.json")
         for path in partial.iterdir():
             _sync(path)
+        if folder.exists():  # a kill between the two renames leaves the run without `best`, not with half of one
+            folder.rename(replaced)
         partial.rename(folder)
         _sync(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
@@ -93,17 +100,21 @@ def load_trainer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def newest(run: Path) -> Path | None:
-    """The checkpoint with the most steps in a run's folder, or None."""
-    found = [path.parent for path in run.glob("checkpoints/[!.]*/trainer.json")]
+    """The checkpoint with the most steps in a run's folder, or None. Not `best`: it is saved before its step is
+    logged."""
+    found = [path.parent for path in run.glob("checkpoints/[!.]*/trainer.json") if path.parent.name != BEST]
     return max(
         found, key=lambda path: (json.loads((path / "trainer.json").read_text())["step"], path.name), default=None
     )
 
 
 def find(path: Path) -> Path:
-    """`path` itself if it is a checkpoint or a folder that transformers wrote, else the newest checkpoint of the run in
-    it. Raises UserError if there is none."""
-    found = path if (path / "model.json").exists() or hf.is_folder(path) else newest(path)
+    """`path` itself if it is a checkpoint or a folder that transformers wrote, else the best checkpoint of the run in
+    it, or the newest if none was chosen as the best. Raises UserError if there is none."""
+    best = path / "checkpoints" / BEST
+    if (path / "model.json").exists() or hf.is_folder(path):
+        return path
+    found = best if (best / "trainer.json").exists() else newest(path)
     if found is None:
         raise UserError(f"{path} is neither a checkpoint nor a run that has one: give the folder of either")
     return found

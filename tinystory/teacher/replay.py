@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from tinystory.errors import UserError
-from tinystory.runlog import SAMPLES, STORIES, read_records
+from tinystory.runlog import LOOKS, STORIES, read_records
 from tinystory.teacher import probe as probing
 from tinystory.teacher.cache import Kept, question_key, records
 from tinystory.teacher.grade import Grade, grade_if_empty, grade_of, parse_scores
@@ -50,7 +50,7 @@ class Replay:
         if found.held_to == "json":
             self.max_tokens = max(self.max_tokens, probing.json_tokens(template.names))
         # The stories that were given up: another story with the same words may have got a reply later.
-        logs = [self.run / name for name in (STORIES, SAMPLES)]
+        logs = [self.run / name for name in (STORIES, LOOKS)]
         stories = (record for log in logs if log.exists() for record in read_records(log))
         self._given_up = {(record["index"], record["story"]) for record in stories if record["scores"] is None}
 

@@ -65,7 +65,7 @@ BUGS = [
     Bug("sampling: no barrier after clearing buckets", SAMPLING, "= 0;\n      sync_block();", "= 0;", "sample"),
     # Masks, tails and bounds.
     Bug("forward: a query does not see its own key", FORWARD, "i % 2 > first", "i % 2 >= first"),
-    Bug("backward: a key is not seen by its own query", BACKWARD, "if (q0 + column <", "if (q0 + column <="),
+    Bug("backward: a key is not seen by its own query", BACKWARD, "i % 2 < first", "i % 2 <= first"),
     Bug("tiles: rows past the end are read", TILES, "row + r < valid);", "true);"),
     Bug("output: the last row is not written", TILES, "if (row + r < valid)", "if (row + r + 1 < valid)"),
     Bug("output: rows past the end are written", TILES, "if (row + r < valid)", "if (true)"),
@@ -93,7 +93,7 @@ BUGS = [
     Bug("decode: a product misses half of the lanes", DECODE, "warp_sum<kLanes>", "warp_sum<kLanes / 2>", "decode"),
     Bug("sampling: all ties at the threshold count", SAMPLING, "(equal < free ? equal : free)", "equal", "sample"),
     Bug("entropy: not rescaled with the maximum", LOGPROB, "factor * fmaf(l,", "1 * fmaf(l,", "logprob"),
-    # Races: on this machine the results stay right, in every schedule or in all that are tried.
+    # Races. Of the first two it is known that all results stay right on this machine; of the others it was not tried.
     Bug(
         "sampling: histogram without an atomic",
         SAMPLING,
@@ -154,7 +154,7 @@ def first_failure(binary: Path, test: str) -> str:
     """The first failed check of the test; '' if the test passes."""
     command = [str(binary), *([test] if test != "attention" else [])]
     env = {**os.environ, "SIMT_STOP_AT_FIRST": "1"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     if result.returncode == 0:
         return ""
     lines = [line.removeprefix("FAILED ") for line in result.stdout.splitlines() if line.startswith("FAILED ")]

@@ -30,7 +30,7 @@ _Part: TypeAlias = "str | _Slot | _Choice | _Detail"
 _PRONOUNS = ({"he": "she", "him": "her", "his": "her", "himself": "herself"},
              {"he": "he", "him": "him", "his": "his", "himself": "himself"})  # fmt: skip
 _WITH_CHILDREN = ("child", "robot", "snowman", "toy", "ghost", "puppy")  # classes of heroes whose friend is a child
-_ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou])")
+ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou])")
 _WORD = re.compile(r"(?<!')[a-z]+(?:'[a-z]+)*")
 
 
@@ -155,7 +155,7 @@ class _Plot:
                 tell.facts[name] = tell.expand(cell)
         paragraphs = [tell.expand(paragraph).strip() for paragraph in self.paragraphs]
         text = "\n".join(filter(None, paragraphs))
-        return _ARTICLE.sub(r"\1n ", re.sub("  +", " ", text)), tell.facts
+        return ARTICLE.sub(r"\1n ", re.sub("  +", " ", text)), tell.facts
 
 
 def _cast(tell: _Telling, classes: list[str]) -> None:

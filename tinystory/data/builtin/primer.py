@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from tinystory.data.builtin import vocabulary
+from tinystory.data.builtin import grammar, vocabulary
 
 GIRLS, BOYS, CREATURES = vocabulary.GIRLS.split(), vocabulary.BOYS.split(), vocabulary.CREATURES.split()
 KINDS = "fox rabbit bear mouse squirrel hedgehog otter mole raccoon kitten puppy duck owl robin sparrow".split()
@@ -46,7 +46,7 @@ EVENTS = (
 
 
 def tales(words: int, seed: int) -> Iterator[str]:
-    """Tales of 30 to 120 words, until at least `words` whitespace-separated words have been told. Only random.random()
+    """Tales of 30 to 170 words, until at least `words` whitespace-separated words have been told. Only random.random()
     is used, whose sequence Python guarantees: the same seed gives the same bytes."""
     rng = random.Random(seed)
     while words > 0:
@@ -78,4 +78,4 @@ def _tale(rng: random.Random) -> str:
         one = pick(people)
         other = pick([person for person in people if person is not one])
         sentences.append(pick(EVENTS).format(**one, b=other["a"], **details()))
-    return " ".join(sentences)
+    return grammar.ARTICLE.sub(r"\1n ", " ".join(sentences))
