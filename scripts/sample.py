@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings, load_openings
 from tinystory.device import pick_device
 from tinystory.errors import command
@@ -25,7 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--opening", help="text that every story begins with (default: built-in ones, held out)")
     parser.add_argument("--stories", type=int, default=5, help="number of stories (default: 5)")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="longest story (default: up to the context)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy decoding (default: 1)")
+    parser.add_argument(
+        "--temperature", type=float, default=InteractConfig.temperature, help="0 is greedy decoding (default: 0.7)"
+    )
     parser.add_argument("--top-k", type=int, default=0, help="keep the k most probable tokens; 0: all (default: 0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling: probability to keep (default: 1)")
     parser.add_argument("--seed", type=int, default=0)

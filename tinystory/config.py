@@ -106,7 +106,7 @@ class InteractConfig:
     steps: int = option(20, "maximum number of PPO steps")
     stories_per_step: int = option(256, "stories per step")
     max_new_tokens: int = option(200, "maximum tokens of a story")
-    temperature: float = option(1.0, "sampling temperature of the student")
+    temperature: float = option(0.7, "sampling temperature of the student")
     budget_words: int = option(1_000_000, "word budget, in: each opening once and every word of every reply")
     budget_words_out: int = option(100_000_000, "word budget, out: every word that the student writes")
     length_weight: float = option(0.4, "weight of the length term relative to the teacher's score")
