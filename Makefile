@@ -14,6 +14,7 @@ test: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu*' | xargs .venv/bin/clang-format --dry-run --Werror
 	.venv/bin/cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release
 	.venv/bin/cmake --build build/native -j 2
 	.venv/bin/ctest --test-dir build/native --output-on-failure

@@ -22,8 +22,8 @@ inline DType dtype_of(const Tensor& t, const char* op, const char* name) {
       if (!t.is_cuda()) return DType::f64;
       [[fallthrough]];
     default:
-      TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16", t.is_cuda() ? " or float16 on CUDA" :
-                  ", float16 or float64", ", not ", t.scalar_type());
+      TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16",
+                  t.is_cuda() ? " or float16 on CUDA" : ", float16 or float64", ", not ", t.scalar_type());
   }
 }
 
@@ -62,8 +62,14 @@ inline Attention attention_args(const Tensor& qkv, double dropout_p, int64_t see
   const int64_t D = qkv.size(4);
   check_head_size(D, qkv, op, "qkv");
   TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), not ", dropout_p);
-  return {.dtype = dtype_of(qkv, op, "qkv"), .B = qkv.size(0), .T = qkv.size(1), .H = qkv.size(3), .D = D,
-          .dropout = dropout_p, .seed = uint64_t(seed), .qkv = qkv.const_data_ptr()};
+  return {.dtype = dtype_of(qkv, op, "qkv"),
+          .B = qkv.size(0),
+          .T = qkv.size(1),
+          .H = qkv.size(3),
+          .D = D,
+          .dropout = dropout_p,
+          .seed = uint64_t(seed),
+          .qkv = qkv.const_data_ptr()};
 }
 
 struct AttentionForward {
@@ -111,9 +117,9 @@ struct Decode {
     const int64_t B = qkv.size(0), H = qkv.size(2), D = qkv.size(3);
     check_head_size(D, qkv, op, "qkv");
     const auto check_keys = [&](const Tensor& t, int64_t dim, const char* name, const char* shape) {
-      TORCH_CHECK(t.dim() == dim && t.sizes().slice(dim - 3) == at::IntArrayRef({2, H, D}) &&
-                      (dim < 5 || t.size(0) == B), op, ": ", name, " must have shape ", shape,
-                  " with qkv's B, H and D, not ", t.sizes());
+      TORCH_CHECK(
+          t.dim() == dim && t.sizes().slice(dim - 3) == at::IntArrayRef({2, H, D}) && (dim < 5 || t.size(0) == B), op,
+          ": ", name, " must have shape ", shape, " with qkv's B, H and D, not ", t.sizes());
       check_like(t, qkv, op, name, "qkv");
       check_contiguous(t, op, name);
     };
@@ -125,9 +131,18 @@ struct Decode {
     check_ids(lengths_, B, qkv, op, "lengths");
     spans = spans_.contiguous(), lengths = lengths_.contiguous();
     out = at::empty({B, H, D}, qkv.options());
-    x = {.dtype = dtype_of(qkv, op, "qkv"), .B = B, .P = prefix.size(0), .T = cache.size(1), .H = H, .D = D,
-         .qkv = qkv.const_data_ptr(), .prefix = prefix.const_data_ptr(), .spans = spans.const_data_ptr<int64_t>(),
-         .cache = cache.data_ptr(), .lengths = lengths.const_data_ptr<int64_t>(), .out = out.data_ptr()};
+    x = {.dtype = dtype_of(qkv, op, "qkv"),
+         .B = B,
+         .P = prefix.size(0),
+         .T = cache.size(1),
+         .H = H,
+         .D = D,
+         .qkv = qkv.const_data_ptr(),
+         .prefix = prefix.const_data_ptr(),
+         .spans = spans.const_data_ptr<int64_t>(),
+         .cache = cache.data_ptr(),
+         .lengths = lengths.const_data_ptr<int64_t>(),
+         .out = out.data_ptr()};
   }
 };
 
@@ -158,9 +173,18 @@ struct Draw {
     rows = rows_.contiguous(), steps = steps_.contiguous();
     tokens = at::empty({B}, rows.options()), logprobs = at::empty({B}, logits.options().dtype(at::kFloat));
     entropy = at::empty_like(logprobs);
-    x = {.dtype = dtype, .B = B, .V = V, .logits = logits.const_data_ptr(), .rows = rows.const_data_ptr<int64_t>(),
-         .steps = steps.const_data_ptr<int64_t>(), .seed = uint64_t(seed), .temperature = temperature, .top_k = top_k,
-         .top_p = top_p, .tokens = tokens.data_ptr<int64_t>(), .logprobs = logprobs.data_ptr<float>(),
+    x = {.dtype = dtype,
+         .B = B,
+         .V = V,
+         .logits = logits.const_data_ptr(),
+         .rows = rows.const_data_ptr<int64_t>(),
+         .steps = steps.const_data_ptr<int64_t>(),
+         .seed = uint64_t(seed),
+         .temperature = temperature,
+         .top_k = top_k,
+         .top_p = top_p,
+         .tokens = tokens.data_ptr<int64_t>(),
+         .logprobs = logprobs.data_ptr<float>(),
          .entropy = entropy.data_ptr<float>()};
   }
 };

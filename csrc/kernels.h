@@ -39,14 +39,14 @@ struct DecodeAttention {
 struct Sample {
   DType dtype;
   int64_t B, V;
-  const void* logits;            // (B, V) contiguous
-  const int64_t *rows, *steps;   // (B,)
+  const void* logits;           // (B, V) contiguous
+  const int64_t *rows, *steps;  // (B,)
   uint64_t seed;
-  double temperature;            // > 0
-  int64_t top_k;                 // 0: off
-  double top_p;                  // 1: off
-  int64_t* tokens;               // (B,); kNotANumber or kNoToken if no draw is possible
-  float *logprobs, *entropy;     // (B,)
+  double temperature;         // > 0
+  int64_t top_k;              // 0: off
+  double top_p;               // 1: off
+  int64_t* tokens;            // (B,); kNotANumber or kNoToken if no draw is possible
+  float *logprobs, *entropy;  // (B,)
 };
 enum : int64_t { kNotANumber = -1, kNoToken = -2 };
 
@@ -57,20 +57,20 @@ enum : int64_t { kNotANumber = -1, kNoToken = -2 };
 struct TokenLogprob {
   DType dtype, weight_dtype;
   int64_t N, C, V;
-  const void* hidden;                 // (N, C) contiguous, dtype: also the type of the GEMMs
-  const void* weight;                 // (V, C) contiguous, weight_dtype
-  const int64_t* targets;             // (N,)
-  void *logprob, *entropy;            // (N,) f32, or f64 for f64
-  double* lse;                        // (N,) always f64: an f32 rounding would be in every probability
+  const void* hidden;       // (N, C) contiguous, dtype: also the type of the GEMMs
+  const void* weight;       // (V, C) contiguous, weight_dtype
+  const int64_t* targets;   // (N,)
+  void *logprob, *entropy;  // (N,) f32, or f64 for f64
+  double* lse;              // (N,) always f64: an f32 rounding would be in every probability
   // The gradients of the loss by logprob and entropy, (N,); or, both null, its gradient by every logprob.
   const void *grad_logprob, *grad_entropy;
   double grad_everywhere;
   // In f32 (f64), with C' = C rounded up to 64. grad_hidden (N, C'): chunks of the first columns write it, others add.
   // grad_weight (the chunk's columns, C'): chunks of the first rows write it, others add.
   void *grad_hidden, *grad_weight;
-  int64_t first, rows;                // the chunk
-  int64_t first_group, groups;        // its columns
-  void* workspace;                    // logprob_workspace() bytes
+  int64_t first, rows;          // the chunk
+  int64_t first_group, groups;  // its columns
+  void* workspace;              // logprob_workspace() bytes
 };
 constexpr int64_t kLogprobGroup = 256;  // columns per group; the last may have fewer
 constexpr int64_t kLogprobRows = 96;    // rows per item of logprob_grad_hidden
@@ -79,52 +79,52 @@ constexpr int64_t kLogprobRows = 96;    // rows per item of logprob_grad_hidden
 // rows into chunks. Forward: pack_weight once, then pack_x and forward per chunk. Backward: pack_weight once, then
 // pack_grad, grad_x and grad_weight per chunk. K and N are multiples of 32.
 struct Linear {
-  DType x_type, y_type;               // f32 or bf16: of x and grad_x; of y and grad_y
-  DType gemm_type;                    // f32 or bf16: of the matmuls, and of slope
+  DType x_type, y_type;  // f32 or bf16: of x and grad_x; of y and grad_y
+  DType gemm_type;       // f32 or bf16: of the matmuls, and of slope
   bool gelu;
   int64_t M, K, N;
-  const void* x;                      // (M, K)
-  const float *weight, *bias;         // (N, K), (N,)
-  const float* residual;              // (M, N) or null
-  void *y, *slope;                    // (M, N); slope: GELU's derivative, kept for backward
-  const void* grad_y;                 // (M, N); null: forward
-  void* grad_x;                       // (M, K)
-  float *grad_weight, *bias_parts;    // (N, K); (blocks of kLinearRows rows, N): their sum is grad_bias
-  int64_t first, rows;                // the chunk; `first` is a multiple of kLinearRows
-  void* workspace;                    // linear_workspace() bytes
+  const void* x;                    // (M, K)
+  const float *weight, *bias;       // (N, K), (N,)
+  const float* residual;            // (M, N) or null
+  void *y, *slope;                  // (M, N); slope: GELU's derivative, kept for backward
+  const void* grad_y;               // (M, N); null: forward
+  void* grad_x;                     // (M, K)
+  float *grad_weight, *bias_parts;  // (N, K); (blocks of kLinearRows rows, N): their sum is grad_bias
+  int64_t first, rows;              // the chunk; `first` is a multiple of kLinearRows
+  void* workspace;                  // linear_workspace() bytes
 };
 constexpr int64_t kLinearRows = 64;
 
 struct LayerNorm {
-  DType y_type;                       // of y and grad_y
-  int64_t rows, C;                    // C is a multiple of 32
-  const float *x, *weight, *bias;     // (rows, C), (C,), (C,)
-  float *mean, *scale;                // (rows,)
+  DType y_type;                    // of y and grad_y
+  int64_t rows, C;                 // C is a multiple of 32
+  const float *x, *weight, *bias;  // (rows, C), (C,), (C,)
+  float *mean, *scale;             // (rows,)
   void* y;
   const void* grad_y;
-  float *grad_x, *parts;              // (blocks of kLinearRows rows, 2, C): their sum is grad_weight, grad_bias
+  float *grad_x, *parts;  // (blocks of kLinearRows rows, 2, C): their sum is grad_weight, grad_bias
 };
 
 namespace cpu {
-void attention_forward(const Attention&, int64_t begin, int64_t end);         // items: B * H
-void attention_backward(const Attention&, int64_t begin, int64_t end);        // items: B * H
-void decode_attention(const DecodeAttention&, int64_t begin, int64_t end);    // items: B * H
-void sample(const Sample&, int64_t begin, int64_t end);                       // items: B
-int64_t logprob_workspace(const TokenLogprob&);                               // for chunks of no more rows and groups
-void logprob_pack(const TokenLogprob&, int64_t begin, int64_t end);           // items: pairs of the chunk's rows
-void logprob_logits(const TokenLogprob&, int64_t begin, int64_t end);         // items: the chunk's groups
-void logprob_stats(const TokenLogprob&, int64_t begin, int64_t end);          // items: rows; logprob, entropy, lse
-void logprob_grad_weight(const TokenLogprob&, int64_t begin, int64_t end);    // items: its groups; logits -> gradients
-void logprob_grad_hidden(const TokenLogprob&, int64_t begin, int64_t end);    // items: rows / kLogprobRows
-int64_t linear_workspace(const Linear&);                                      // for chunks of `rows` rows
-int64_t linear_tiles(const Linear&, int64_t columns);                         // items of forward (N) and grad_x (K)
-void linear_pack_weight(const Linear&, int64_t begin, int64_t end);           // items: N / 64, backward N / 32
-void linear_pack_x(const Linear&, int64_t begin, int64_t end);                // items: rows
+void attention_forward(const Attention&, int64_t begin, int64_t end);       // items: B * H
+void attention_backward(const Attention&, int64_t begin, int64_t end);      // items: B * H
+void decode_attention(const DecodeAttention&, int64_t begin, int64_t end);  // items: B * H
+void sample(const Sample&, int64_t begin, int64_t end);                     // items: B
+int64_t logprob_workspace(const TokenLogprob&);                             // for chunks of no more rows and groups
+void logprob_pack(const TokenLogprob&, int64_t begin, int64_t end);         // items: pairs of the chunk's rows
+void logprob_logits(const TokenLogprob&, int64_t begin, int64_t end);       // items: the chunk's groups
+void logprob_stats(const TokenLogprob&, int64_t begin, int64_t end);        // items: rows; logprob, entropy, lse
+void logprob_grad_weight(const TokenLogprob&, int64_t begin, int64_t end);  // items: its groups; logits -> gradients
+void logprob_grad_hidden(const TokenLogprob&, int64_t begin, int64_t end);  // items: rows / kLogprobRows
+int64_t linear_workspace(const Linear&);                                    // for chunks of `rows` rows
+int64_t linear_tiles(const Linear&, int64_t columns);                       // items of forward (N) and grad_x (K)
+void linear_pack_weight(const Linear&, int64_t begin, int64_t end);         // items: N / 64, backward N / 32
+void linear_pack_x(const Linear&, int64_t begin, int64_t end);              // items: rows
 void linear_forward(const Linear&, int64_t begin, int64_t end);
-void linear_pack_grad(const Linear&, int64_t begin, int64_t end);             // items: rows / kLinearRows
+void linear_pack_grad(const Linear&, int64_t begin, int64_t end);  // items: rows / kLinearRows
 void linear_grad_x(const Linear&, int64_t begin, int64_t end);
-void linear_grad_weight(const Linear&, int64_t begin, int64_t end);           // items: N / 64 * K / 64
-void layer_norm(const LayerNorm&, int64_t begin, int64_t end);                // items: rows
-void layer_norm_backward(const LayerNorm&, int64_t begin, int64_t end);       // items: rows / kLinearRows
+void linear_grad_weight(const Linear&, int64_t begin, int64_t end);      // items: N / 64 * K / 64
+void layer_norm(const LayerNorm&, int64_t begin, int64_t end);           // items: rows
+void layer_norm_backward(const LayerNorm&, int64_t begin, int64_t end);  // items: rows / kLinearRows
 }  // namespace cpu
 }  // namespace tinystory

@@ -59,10 +59,18 @@ class Engine {
     tokens_ = at::zeros({count, max_new}, at::kLong);
     logprobs_ = at::zeros({count, max_new}, at::kFloat);
     values_ = at::zeros_like(logprobs_), entropies_ = at::zeros_like(logprobs_);
-    engine_->start({.prompts = openings, .which = continues, .max_new = max_new, .eos = eos, .seed = uint64_t(seed),
+    engine_->start({.prompts = openings,
+                    .which = continues,
+                    .max_new = max_new,
+                    .eos = eos,
+                    .seed = uint64_t(seed),
                     .first_row = first_row,
-                    .temperature = temperature, .top_k = top_k, .top_p = top_p, .tokens = tokens_.data_ptr<int64_t>(),
-                    .logprobs = logprobs_.data_ptr<float>(), .values = values_.data_ptr<float>(),
+                    .temperature = temperature,
+                    .top_k = top_k,
+                    .top_p = top_p,
+                    .tokens = tokens_.data_ptr<int64_t>(),
+                    .logprobs = logprobs_.data_ptr<float>(),
+                    .values = values_.data_ptr<float>(),
                     .entropies = entropies_.data_ptr<float>()});
     return {tokens_, logprobs_, values_, entropies_};
   }

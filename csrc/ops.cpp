@@ -47,8 +47,8 @@ Tensor decode_attention(const Tensor& qkv, const Tensor& prefix, const Tensor& s
                         const Tensor& lengths) {
   const Decode f(qkv, prefix, spans, cache, lengths);
   for (int64_t b = 0; b < f.x.B; ++b) {
-    TORCH_CHECK(f.x.lengths[b] >= 0 && f.x.lengths[b] < f.x.T, "decode_attention: lengths[", b, "] is ",
-                f.x.lengths[b], ", not in 0 .. T_max - 1 = ", f.x.T - 1);
+    TORCH_CHECK(f.x.lengths[b] >= 0 && f.x.lengths[b] < f.x.T, "decode_attention: lengths[", b, "] is ", f.x.lengths[b],
+                ", not in 0 .. T_max - 1 = ", f.x.T - 1);
     const int64_t begin = f.x.spans[2 * b], end = f.x.spans[2 * b + 1];
     TORCH_CHECK(0 <= begin && begin <= end && end <= f.x.P, "decode_attention: spans[", b, "] is ", begin, " .. ", end,
                 ", not within 0 .. P = ", f.x.P);
@@ -89,8 +89,8 @@ struct Logprob {
     check_logprob(h, w, t, op);
     for (int64_t i = 0; i < t.size(0); ++i) {
       const int64_t target = t.const_data_ptr<int64_t>()[i * t.stride(0)];
-      TORCH_CHECK(target >= 0 && target < w.size(0), op, ": targets[", i, "] is ", target, ", not in 0 .. V - 1 = ",
-                  w.size(0) - 1);
+      TORCH_CHECK(target >= 0 && target < w.size(0), op, ": targets[", i, "] is ", target,
+                  ", not in 0 .. V - 1 = ", w.size(0) - 1);
     }
     return h;
   }
@@ -211,9 +211,16 @@ Linear linear_args(const Tensor& x, const Tensor& weight, bool gelu, at::ScalarT
   check_float(weight, weight.sizes(), op, "weight");
   const int64_t N = weight.size(0), K = weight.size(1);
   TORCH_CHECK(N % 32 == 0 && K % 32 == 0, op, ": weight's sizes must be multiples of 32, not ", weight.sizes());
-  return {.x_type = float_or_bf16(x, op, "x"), .y_type = {}, .gemm_type = gemm_type(dtype, op), .gelu = gelu,
-          .M = x.numel() / std::max<int64_t>(K, 1), .K = K, .N = N, .x = x.const_data_ptr(),
-          .weight = weight.const_data_ptr<float>(), .rows = {}};
+  return {.x_type = float_or_bf16(x, op, "x"),
+          .y_type = {},
+          .gemm_type = gemm_type(dtype, op),
+          .gelu = gelu,
+          .M = x.numel() / std::max<int64_t>(K, 1),
+          .K = K,
+          .N = N,
+          .x = x.const_data_ptr(),
+          .weight = weight.const_data_ptr<float>(),
+          .rows = {}};
 }
 
 // Packs the weight, then calls `run` for each chunk of rows.
@@ -276,7 +283,10 @@ LayerNorm norm_args(const Tensor& x, const Tensor& weight, const char* op) {
               x.sizes());
   check_float(weight, {x.size(-1)}, op, "weight");
   const int64_t C = x.size(-1);
-  return {.y_type = {}, .rows = x.numel() / std::max<int64_t>(C, 1), .C = C, .x = x.const_data_ptr<float>(),
+  return {.y_type = {},
+          .rows = x.numel() / std::max<int64_t>(C, 1),
+          .C = C,
+          .x = x.const_data_ptr<float>(),
           .weight = weight.const_data_ptr<float>()};
 }
 
@@ -319,24 +329,32 @@ TORCH_LIBRARY(tinystory, m) {
   };
   op("causal_attention(Tensor qkv, float dropout_p, SymInt seed) -> (Tensor out, Tensor lse)", causal_attention);
   op("causal_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float dropout_p, SymInt seed)"
-     " -> Tensor", causal_attention_backward);
-  op("decode_attention(Tensor qkv, Tensor prefix, Tensor spans, Tensor(a!) cache, Tensor lengths) -> Tensor", decode_attention);
+     " -> Tensor",
+     causal_attention_backward);
+  op("decode_attention(Tensor qkv, Tensor prefix, Tensor spans, Tensor(a!) cache, Tensor lengths) -> Tensor",
+     decode_attention);
   op("sample(Tensor logits, SymInt seed, Tensor rows, Tensor steps, float temperature, int top_k, float top_p)"
-     " -> (Tensor tokens, Tensor logprobs, Tensor entropy)", sample);
+     " -> (Tensor tokens, Tensor logprobs, Tensor entropy)",
+     sample);
   op("token_logprob(Tensor hidden, Tensor weight, Tensor targets) -> (Tensor logprob, Tensor entropy, Tensor lse)",
      token_logprob);
   op("token_logprob_backward(Tensor grad_logprob, Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor targets,"
-     " Tensor entropy, Tensor lse) -> (Tensor grad_hidden, Tensor grad_weight)", token_logprob_backward);
+     " Tensor entropy, Tensor lse) -> (Tensor grad_hidden, Tensor grad_weight)",
+     token_logprob_backward);
   op("cross_entropy(Tensor hidden, Tensor weight, Tensor targets)"
-     " -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)", cross_entropy);
+     " -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)",
+     cross_entropy);
   op("linear(Tensor x, Tensor weight, Tensor bias, Tensor? residual, bool gelu, ScalarType dtype)"
-     " -> (Tensor y, Tensor slope)", linear);
+     " -> (Tensor y, Tensor slope)",
+     linear);
   op("linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor slope, bool gelu, ScalarType dtype)"
-     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)", linear_backward);
+     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+     linear_backward);
   op("layer_norm(Tensor x, Tensor weight, Tensor bias, ScalarType dtype) -> (Tensor y, Tensor mean, Tensor scale)",
      layer_norm);
   op("layer_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor mean, Tensor scale)"
-     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)", layer_norm_backward);
+     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+     layer_norm_backward);
 }
 
 }  // namespace tinystory

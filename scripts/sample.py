@@ -1,7 +1,7 @@
 """Print stories by the student of a checkpoint.
 
-    python scripts/sample.py                                   best of runs/interact, else newest of runs/pretrain
-    python scripts/sample.py runs/pretrain/checkpoints/chck_1M --opening "One day, a small dragon" --stories 3
+python scripts/sample.py                                   best of runs/interact, else newest of runs/pretrain
+python scripts/sample.py runs/pretrain/checkpoints/chck_1M --opening "One day, a small dragon" --stories 3
 """
 
 import argparse

@@ -56,7 +56,7 @@ class EngineOf final : public Engine {
   struct Linear {
     const Pack* panels;  // [panel][padded in][64]
     const float* bias;
-    int64_t in, out;     // elements
+    int64_t in, out;  // elements
     int64_t panel_packs() const { return round_up(in, kPanel) / Policy::kPack * kPanel; }
   };
   struct Block {
@@ -79,14 +79,14 @@ class EngineOf final : public Engine {
   std::vector<Prompt> prompts_;
   std::vector<int64_t> prompt_of_, position_;  // of each token of the prompts
   int64_t time_ = 0;
-  std::vector<int64_t> slots_;         // the stories that have not ended: the rows of a step
+  std::vector<int64_t> slots_;  // the stories that have not ended: the rows of a step
   std::vector<int64_t> drawn_, rows_, steps_;
   std::vector<float> logprobs_, entropies_, values_;
-  Buffer<Pack> keys_, values_cache_;                 // [layer][slot][head][head_packs(room)]
-  Buffer<Pack> prompt_keys_, prompt_values_;         // [layer][head][head_packs(prompt room)]
+  Buffer<Pack> keys_, values_cache_;          // [layer][slot][head][head_packs(room)]
+  Buffer<Pack> prompt_keys_, prompt_values_;  // [layer][head][head_packs(prompt room)]
   int64_t room_ = 0, prompt_room_ = 0;
-  Buffer<float> x_, qkv_, logits_;     // (rows, C), (rows, 3 C), (rows, V)
-  Buffer<Pack> normed_, attended_, inner_;           // (rows, C), (rows, C), (rows, 4 C)
+  Buffer<float> x_, qkv_, logits_;          // (rows, C), (rows, 3 C), (rows, V)
+  Buffer<Pack> normed_, attended_, inner_;  // (rows, C), (rows, C), (rows, 4 C)
 
  public:
   EngineOf(StudentWeights student, Threads threads)
@@ -365,8 +365,8 @@ class EngineOf final : public Engine {
       vf part[4]{};
       for (int64_t d = 0; d < D / Policy::kPack; d += 4)
         for (int64_t i = 0; i < 4; ++i)
-          part[i] = Policy::dot(Policy::broadcast(reinterpret_cast<const char*>(q + d + i)),
-                                load<vf>(k + (d + i) * W), part[i]);
+          part[i] = Policy::dot(Policy::broadcast(reinterpret_cast<const char*>(q + d + i)), load<vf>(k + (d + i) * W),
+                                part[i]);
       vf s = ((part[0] + part[1]) + (part[2] + part[3])) * scale;
       for (int64_t i = n - j; i < W; ++i) s[i] = -INFINITY;
       tops = max(s, tops);
@@ -417,10 +417,20 @@ class EngineOf final : public Engine {
     for (int64_t i = 0; i < n; ++i) rows_[i] = stories_.first_row + slots_[i], steps_[i] = time_;
     threads_.run("engine: draw", n, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        sample({.dtype = DType::f32, .B = 1, .V = student_.V, .logits = logits_.data + state_row(i) * student_.V,
-                .rows = &rows_[i], .steps = &steps_[i], .seed = stories_.seed, .temperature = stories_.temperature,
-                .top_k = stories_.top_k, .top_p = stories_.top_p, .tokens = &drawn_[i], .logprobs = &logprobs_[i],
-                .entropy = &entropies_[i]}, 0, 1);
+        sample({.dtype = DType::f32,
+                .B = 1,
+                .V = student_.V,
+                .logits = logits_.data + state_row(i) * student_.V,
+                .rows = &rows_[i],
+                .steps = &steps_[i],
+                .seed = stories_.seed,
+                .temperature = stories_.temperature,
+                .top_k = stories_.top_k,
+                .top_p = stories_.top_p,
+                .tokens = &drawn_[i],
+                .logprobs = &logprobs_[i],
+                .entropy = &entropies_[i]},
+               0, 1);
     });
     for (int64_t i = 0; i < n; ++i)
       if (drawn_[i] < 0)

@@ -43,14 +43,15 @@ struct StudentWeights {
   int64_t heads, C, V, context;
   const float *wte, *wpe;  // (V, C), (context, C)
   std::vector<Block> blocks;
-  Affine ln_f, value;      // value: (1, C) and (1,), or both null: values are 0
+  Affine ln_f, value;  // value: (1, C) and (1,), or both null: values are 0
 };
 
 // Looks each parameter up by its name in `Student.named_parameters()`; a value head's begin with "value_head.".
 // Throws std::invalid_argument for an unknown layout and for a parameter that is missing, unexpected or misshapen.
 StudentWeights find_weights(const Layout&, const std::map<std::string, Parameter>&);
 
-// count is which.size(). Row `slot` of the (count, max_new) outputs is the story that draws its tokens as row id first_row + slot.
+// count is which.size(). Row `slot` of the (count, max_new) outputs is the story that draws its tokens as row id
+// first_row + slot.
 struct Stories {
   std::vector<std::vector<int64_t>> prompts;  // the distinct openings, each of at least one token
   std::vector<int64_t> which;                 // of each story, the prompt that it continues

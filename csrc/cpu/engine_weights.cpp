@@ -68,13 +68,23 @@ StudentWeights find_weights(const Layout& layout, const std::map<std::string, Pa
   const int64_t D = layout.n_head > 0 && C % layout.n_head == 0 ? C / layout.n_head : 0;
   if (D < 16 || D > 256 || D % 16)
     refuse("n_embd / n_head = ", C, " / ", layout.n_head, " must be a multiple of 16 up to 256");
-  StudentWeights w{.heads = layout.n_head, .C = C, .V = V, .context = context, .wte = take("wte.weight", {V, C}),
-                   .wpe = take("wpe.weight", {context, C}), .blocks = {}, .ln_f = norm("ln_f"), .value = {}};
+  StudentWeights w{.heads = layout.n_head,
+                   .C = C,
+                   .V = V,
+                   .context = context,
+                   .wte = take("wte.weight", {V, C}),
+                   .wpe = take("wpe.weight", {context, C}),
+                   .blocks = {},
+                   .ln_f = norm("ln_f"),
+                   .value = {}};
   for (int64_t i = 0; i < layout.n_layer; ++i) {
     const std::string block = "blocks." + std::to_string(i) + ".";
-    w.blocks.push_back({.ln_1 = norm(block + "ln_1"), .qkv = linear(block + "qkv", C, 3 * C),
-                        .attn_proj = linear(block + "attn_proj", C, C), .ln_2 = norm(block + "ln_2"),
-                        .fc = linear(block + "fc", C, 4 * C), .mlp_proj = linear(block + "mlp_proj", 4 * C, C)});
+    w.blocks.push_back({.ln_1 = norm(block + "ln_1"),
+                        .qkv = linear(block + "qkv", C, 3 * C),
+                        .attn_proj = linear(block + "attn_proj", C, C),
+                        .ln_2 = norm(block + "ln_2"),
+                        .fc = linear(block + "fc", C, 4 * C),
+                        .mlp_proj = linear(block + "mlp_proj", 4 * C, C)});
   }
   if (parameters.count("value_head.linear.weight")) w.value = linear("value_head.linear", C, 1);
   for (const auto& [name, parameter] : parameters)

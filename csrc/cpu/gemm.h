@@ -68,7 +68,7 @@ void micro_kernel(int64_t n_k, const typename Policy::Pack* a, int64_t am, int64
 
 template <class Policy, int R>
 void micro_row(int64_t vectors, int64_t n_k, const typename Policy::Pack* a, int64_t am, int64_t ak,
-              const typename Policy::Pack* b, int64_t bk, typename Policy::Acc* c, int64_t cm, bool add) {
+               const typename Policy::Pack* b, int64_t bk, typename Policy::Acc* c, int64_t cm, bool add) {
   constexpr int L = lanes<VecOf<typename Policy::Acc>>;
   for (; vectors >= kMicroVectors; vectors -= kMicroVectors, b += kMicroVectors * L, c += kMicroVectors * L)
     micro_kernel<Policy, R, kMicroVectors>(n_k, a, am, ak, b, bk, c, cm, add);
@@ -82,7 +82,7 @@ void micro_row(int64_t vectors, int64_t n_k, const typename Policy::Pack* a, int
 // The same for rows <= 6 and any number of vectors per row.
 template <class Policy>
 void gemm(int64_t rows, int64_t vectors, int64_t n_k, const typename Policy::Pack* a, int64_t am, int64_t ak,
-             const typename Policy::Pack* b, int64_t bk, typename Policy::Acc* c, int64_t cm, bool add = false) {
+          const typename Policy::Pack* b, int64_t bk, typename Policy::Acc* c, int64_t cm, bool add = false) {
   if (rows == 6) return micro_row<Policy, 6>(vectors, n_k, a, am, ak, b, bk, c, cm, add);
   if (rows >= 4) {
     micro_row<Policy, 4>(vectors, n_k, a, am, ak, b, bk, c, cm, add);

@@ -31,7 +31,7 @@ struct Chunk {
   const bool keeps;                      // whether the logits are kept for the gradients
   const int64_t rows, C, packs, stride;  // rows and C padded to whole pairs and whole panels; row stride of grads
   Pack *weight_pairs, *hidden, *hidden_panels, *grads;
-  Acc *sums, *logits;                    // sums (groups, rows, 3), see sum_group; logits share the memory of grads
+  Acc *sums, *logits;  // sums (groups, rows, 3), see sum_group; logits share the memory of grads
   size_t bytes;
 
   explicit Chunk(const TokenLogprob& x)
@@ -70,13 +70,13 @@ struct Chunk {
   // Packs the group's rows of the weight; zero up to a whole panel.
   void weight_rows(Pack* to, int64_t group) const {
     pack_rows<Policy>(to, at(x.weight, x.weight_dtype, column(group) * x.C), x.weight_dtype, x.C, width(group),
-                 round_up(width(group), kPanel), x.C, C);
+                      round_up(width(group), kPanel), x.C, C);
   }
 
   void pack(int64_t begin, int64_t end) {
     const int64_t first = 2 * begin, n = std::min(2 * end, x.rows) - first;
     pack_rows<Policy>(hidden + first * packs, at(x.hidden, x.dtype, (x.first + first) * x.C), x.dtype, x.C, n,
-                 2 * end - first, x.C, C);
+                      2 * end - first, x.C, C);
     if (!x.grad_hidden) return;
     pair_rows<Policy>(hidden_panels + first / Policy::kPack * kPanel, hidden + first * packs, 2 * end - first, C,
                       kPanel, rows / Policy::kPack);
@@ -193,8 +193,7 @@ struct Chunk {
         }
         store_elements<Policy>(to[0], v, d[0]);
         store_elements<Policy>(to[1], v, d[1]);
-        if constexpr (Policy::kPack == 2)
-          store(pairs + row / 2 * kStride + v, pair(to_bf16(d[0]), to_bf16(d[1])));
+        if constexpr (Policy::kPack == 2) store(pairs + row / 2 * kStride + v, pair(to_bf16(d[0]), to_bf16(d[1])));
       }
       for (int64_t e = 0; e < 2 && row + e < end; ++e) {
         const int64_t v = grad[e].target;

@@ -29,7 +29,7 @@ typedef double vd __attribute__((vector_size(kVectorBytes)));
 typedef int32_t vi __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t vu __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t vu64 __attribute__((vector_size(kVectorBytes)));
-typedef uint16_t vh __attribute__((vector_size(kVectorBytes / 2)));      // W bf16 or f16
+typedef uint16_t vh __attribute__((vector_size(kVectorBytes / 2)));  // W bf16 or f16
 typedef uint32_t vu_half __attribute__((vector_size(kVectorBytes / 2)));
 
 template <class Vec>
@@ -54,9 +54,13 @@ inline Vec select(decltype(std::declval<Vec>() > std::declval<Vec>()) mask, Vec 
 template <class T>
 struct VecType;
 template <>
-struct VecType<float> { using type = vf; };
+struct VecType<float> {
+  using type = vf;
+};
 template <>
-struct VecType<double> { using type = vd; };
+struct VecType<double> {
+  using type = vd;
+};
 template <class T>
 using VecOf = typename VecType<T>::type;
 template <class Vec>
@@ -147,15 +151,15 @@ inline uint16_t to_f16(float f) {
   std::memcpy(&bits, &f, 4);
   const uint16_t sign = bits >> 16 & 0x8000;
   bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return sign | 0x7e00;                        // NaN
-  if (bits >= 0x477ff000) return sign | 0x7c00;                       // rounds beyond 65504: infinity
-  if (bits < 0x38800000) {                                            // subnormal: the FPU rounds it for us
+  if (bits > 0x7f800000) return sign | 0x7e00;   // NaN
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds beyond 65504: infinity
+  if (bits < 0x38800000) {                       // subnormal: the FPU rounds it for us
     std::memcpy(&f, &bits, 4);
-    f += 0.5f;                                                        // ulp of [0.5, 1) is 2^-24, f16's smallest step
+    f += 0.5f;  // ulp of [0.5, 1) is 2^-24, f16's smallest step
     std::memcpy(&bits, &f, 4);
     return sign | uint16_t(bits - 0x3f000000);
   }
-  bits += 0xfff + (bits >> 13 & 1);                                   // to nearest, ties to even
+  bits += 0xfff + (bits >> 13 & 1);  // to nearest, ties to even
   return sign | uint16_t((bits - 0x38000000) >> 13);
 }
 inline vf from_f16(vh x) {
@@ -193,7 +197,9 @@ inline vf load_as<vf>(const void* p, DType t) {
   return t == DType::f32 ? load<vf>(p) : t == DType::bf16 ? from_bf16(load<vh>(p)) : from_f16(load<vh>(p));
 }
 template <>
-inline vd load_as<vd>(const void* p, DType) { return load<vd>(p); }
+inline vd load_as<vd>(const void* p, DType) {
+  return load<vd>(p);
+}
 inline void store_as(void* p, DType t, vf x) {
   if (t == DType::f32) store(p, x);
   else if (t == DType::bf16) store(p, to_bf16(x));

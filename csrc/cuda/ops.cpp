@@ -94,11 +94,17 @@ struct Logprob {
       const auto pointer = [&](const Tensor& t) { return t.defined() ? t.data_ptr<float>() + first : nullptr; };
       Tensor logits = memory.narrow(0, 0, rows);
       at::mm_out(logits, chunk(hidden), weight.t());
-      const cuda::LogitChunk x{.dtype = dtype_of(hidden, "token_logprob", "hidden"), .rows = rows, .V = V,
-                               .logits = logits.data_ptr(), .targets = targets.const_data_ptr<int64_t>() + first,
-                               .logprob = pointer(logprob), .entropy = pointer(entropy),
-                               .lse = lse.data_ptr<double>() + first, .grad_logprob = pointer(grad_logprob),
-                               .grad_entropy = pointer(grad_entropy), .grad_everywhere = grad_everywhere};
+      const cuda::LogitChunk x{.dtype = dtype_of(hidden, "token_logprob", "hidden"),
+                               .rows = rows,
+                               .V = V,
+                               .logits = logits.data_ptr(),
+                               .targets = targets.const_data_ptr<int64_t>() + first,
+                               .logprob = pointer(logprob),
+                               .entropy = pointer(entropy),
+                               .lse = lse.data_ptr<double>() + first,
+                               .grad_logprob = pointer(grad_logprob),
+                               .grad_entropy = pointer(grad_entropy),
+                               .grad_everywhere = grad_everywhere};
       if (stats) cuda::logit_stats(x, on.stream);
       if (!grads) continue;
       cuda::logit_grad(x, on.stream);  // logits now hold their gradient

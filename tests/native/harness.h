@@ -30,6 +30,8 @@ template <class F>
 void parallel(int64_t n, int threads, const F& f) {
   std::vector<std::thread> pool;
   for (int t = 0; t < threads; ++t)
-    pool.emplace_back([=] { if (n * t / threads < n * (t + 1) / threads) f(n * t / threads, n * (t + 1) / threads); });
+    pool.emplace_back([=] {
+      if (n * t / threads < n * (t + 1) / threads) f(n * t / threads, n * (t + 1) / threads);
+    });
   for (std::thread& t : pool) t.join();
 }

@@ -57,8 +57,8 @@ void test(const Case& c, int threads) {
 
   constexpr float guard = 12345;
   std::vector<float> o(n + 64, guard), g(3 * n + 64, guard), lse(c.B * c.H * c.T + 64, guard);
-  const Attention x{DType::f32, c.B, c.T, c.H, c.D, c.dropout, seed, qkv.data(), o.data(), lse.data(), grad_out.data(),
-                    g.data()};
+  const Attention x{DType::f32,      c.B,     c.T, c.H, c.D, c.dropout, seed, qkv.data(), o.data(), lse.data(),
+                    grad_out.data(), g.data()};
   parallel(c.B * c.H, threads, [&](int64_t begin, int64_t end) { cpu::attention_forward(x, begin, end); });
   parallel(c.B * c.H, threads, [&](int64_t begin, int64_t end) { cpu::attention_backward(x, begin, end); });
   for (int64_t i = 0; i < n; ++i) CHECK(std::fabs(o[i] - out[i]) < 1e-5, "T %ld out %g != %g", long(c.T), o[i], out[i]);
@@ -91,8 +91,8 @@ void test_halves(DType type, const Case& c) {
   for (int64_t i = 0; i < 3 * n; ++i) narrow(wide[i], qkv[i]);
   for (int64_t i = 0; i < n; ++i) narrow(wide_grad[i], grad[i]);
   std::vector<float> lse(c.B * c.H * c.T), o32(n), g32(3 * n);
-  Attention x{DType::f32, c.B, c.T, c.H, c.D, c.dropout, 1, wide.data(), o32.data(), lse.data(), wide_grad.data(),
-              g32.data()};
+  Attention x{DType::f32,       c.B,       c.T, c.H, c.D, c.dropout, 1, wide.data(), o32.data(), lse.data(),
+              wide_grad.data(), g32.data()};
   cpu::attention_forward(x, 0, c.B * c.H);
   cpu::attention_backward(x, 0, c.B * c.H);
   x.dtype = type, x.qkv = qkv.data(), x.out = o.data(), x.grad_out = grad.data(), x.grad_qkv = g.data();
@@ -120,8 +120,18 @@ void test_decode() {
   const std::vector<float> qkv = normal(B * 3 * row, 1), prefix = normal(P * 2 * row, 2);
   std::vector<float> cache = normal(B * T * 2 * row, 3), out(B * row);
   const int64_t lengths[] = {0, 36, 17}, spans[] = {0, 9, 4, 4, 3, 8};
-  DecodeAttention x{.dtype = DType::f32, .B = B, .P = P, .T = T, .H = H, .D = D, .qkv = qkv.data(),
-                    .prefix = prefix.data(), .spans = spans, .cache = cache.data(), .lengths = lengths, .out = out.data()};
+  DecodeAttention x{.dtype = DType::f32,
+                    .B = B,
+                    .P = P,
+                    .T = T,
+                    .H = H,
+                    .D = D,
+                    .qkv = qkv.data(),
+                    .prefix = prefix.data(),
+                    .spans = spans,
+                    .cache = cache.data(),
+                    .lengths = lengths,
+                    .out = out.data()};
   parallel(B * H, 3, [&](int64_t begin, int64_t end) { cpu::decode_attention(x, begin, end); });
   for (int64_t b = 0; b < B; ++b) {
     for (int64_t i = 0; i < 2 * row; ++i)
@@ -144,13 +154,19 @@ void test_decode() {
 }
 
 int main() {
-  for (const Case& c : {Case{1, 1, 1, 16, 0}, {2, 3, 2, 32, 0}, {1, 47, 1, 64, 0}, {1, 48, 1, 64, 0.1},
-                        {1, 49, 3, 64, 0}, {2, 64, 1, 128, 0}, {1, 65, 2, 32, 0.3}, {1, 101, 1, 96, 0.5},
+  for (const Case& c : {Case{1, 1, 1, 16, 0},
+                        {2, 3, 2, 32, 0},
+                        {1, 47, 1, 64, 0},
+                        {1, 48, 1, 64, 0.1},
+                        {1, 49, 3, 64, 0},
+                        {2, 64, 1, 128, 0},
+                        {1, 65, 2, 32, 0.3},
+                        {1, 101, 1, 96, 0.5},
                         {1, 150, 2, 64, 0}})
     test(c, 3);
   for (DType type : {DType::bf16, DType::f16})
-    for (const Case& c : {Case{1, 1, 2, 64, 0}, {1, 33, 1, 32, 0.2}, {2, 97, 1, 64, 0}, {1, 50, 1, 48, 0},
-                          {1, 49, 1, 128, 0}})
+    for (const Case& c :
+         {Case{1, 1, 2, 64, 0}, {1, 33, 1, 32, 0.2}, {2, 97, 1, 64, 0}, {1, 50, 1, 48, 0}, {1, 49, 1, 128, 0}})
       test_halves(type, c);
   test_decode();
 }

@@ -138,10 +138,19 @@ Written write(const Model& m, DType type, cpu::Threads threads, const std::vecto
   Written out{std::vector<int64_t>(n, -7), std::vector<float>(n, -7), std::vector<float>(n, -7),
               std::vector<float>(n, -7), std::vector<int64_t>(count)};
   const auto engine = cpu::make_engine(type, m.w, threads);
-  engine->start({.prompts = prompts, .which = which, .max_new = max_new, .eos = kEos, .seed = 11, .first_row = first,
-                  .temperature = 0.9, .top_k = 0, .top_p = 1,
-                  .tokens = out.tokens.data(), .logprobs = out.logprobs.data(), .values = out.values.data(),
-                  .entropies = out.entropies.data()});
+  engine->start({.prompts = prompts,
+                 .which = which,
+                 .max_new = max_new,
+                 .eos = kEos,
+                 .seed = 11,
+                 .first_row = first,
+                 .temperature = 0.9,
+                 .top_k = 0,
+                 .top_p = 1,
+                 .tokens = out.tokens.data(),
+                 .logprobs = out.logprobs.data(),
+                 .values = out.values.data(),
+                 .entropies = out.entropies.data()});
   int64_t ended = 0;
   for (int64_t t = 1; ended < count; ++t)
     for (int64_t slot : engine->step()) out.length[slot] = t, ++ended;
@@ -150,7 +159,8 @@ Written write(const Model& m, DType type, cpu::Threads threads, const std::vecto
 }
 
 // The stories go through the prompts in turn.
-void test(const Model& m, DType type, const std::vector<std::vector<int64_t>>& prompts, int64_t count, int64_t max_new) {
+void test(const Model& m, DType type, const std::vector<std::vector<int64_t>>& prompts, int64_t count,
+          int64_t max_new) {
   std::vector<int64_t> which(count);
   for (int64_t i = 0; i < count; ++i) which[i] = i % prompts.size();
   const Written all = write(m, type, threads<3>(), prompts, which, 100, max_new);

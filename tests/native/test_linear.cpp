@@ -29,11 +29,26 @@ void test_linear(DType gemm_type, bool gelu_too, int64_t M, int64_t K, int64_t N
     Results r{std::vector<float>(M * N), std::vector<float>(bf16 ? M * N / 2 : M * N), std::vector<float>(M * K),
               std::vector<float>(N * K), std::vector<float>(blocks * N)};
     for (const float* grad : {(const float*)nullptr, grad_y.data()}) {
-      Linear l{.x_type = DType::f32, .y_type = DType::f32, .gemm_type = gemm_type, .gelu = gelu_too, .M = M, .K = K,
-               .N = N, .x = x.data(), .weight = weight.data(), .bias = bias.data(), .residual = residual.data(),
-               .y = r.y.data(), .slope = r.slope.data(), .grad_y = grad, .grad_x = r.grad_x.data(),
-               .grad_weight = r.grad_weight.data(), .bias_parts = r.bias_parts.data(), .first = 0,
-               .rows = std::min(chunk, M), .workspace = nullptr};
+      Linear l{.x_type = DType::f32,
+               .y_type = DType::f32,
+               .gemm_type = gemm_type,
+               .gelu = gelu_too,
+               .M = M,
+               .K = K,
+               .N = N,
+               .x = x.data(),
+               .weight = weight.data(),
+               .bias = bias.data(),
+               .residual = residual.data(),
+               .y = r.y.data(),
+               .slope = r.slope.data(),
+               .grad_y = grad,
+               .grad_x = r.grad_x.data(),
+               .grad_weight = r.grad_weight.data(),
+               .bias_parts = r.bias_parts.data(),
+               .first = 0,
+               .rows = std::min(chunk, M),
+               .workspace = nullptr};
       std::vector<char> workspace(cpu::linear_workspace(l));
       l.workspace = workspace.data();
       const auto step = [&](auto kernel, int64_t items) {
@@ -87,9 +102,18 @@ void test_layer_norm(int64_t rows, int64_t C) {
   const std::vector<float> grad_y = normal(rows * C, 4);
   const int64_t blocks = (rows + kLinearRows - 1) / kLinearRows;
   std::vector<float> mean(rows), scale(rows), y(rows * C), grad_x(rows * C), parts(blocks * 2 * C);
-  const LayerNorm n{.y_type = DType::f32, .rows = rows, .C = C, .x = x.data(), .weight = weight.data(),
-                    .bias = bias.data(), .mean = mean.data(), .scale = scale.data(), .y = y.data(),
-                    .grad_y = grad_y.data(), .grad_x = grad_x.data(), .parts = parts.data()};
+  const LayerNorm n{.y_type = DType::f32,
+                    .rows = rows,
+                    .C = C,
+                    .x = x.data(),
+                    .weight = weight.data(),
+                    .bias = bias.data(),
+                    .mean = mean.data(),
+                    .scale = scale.data(),
+                    .y = y.data(),
+                    .grad_y = grad_y.data(),
+                    .grad_x = grad_x.data(),
+                    .parts = parts.data()};
   parallel(rows, 3, [&](int64_t begin, int64_t end) { cpu::layer_norm(n, begin, end); });
   parallel(blocks, 3, [&](int64_t begin, int64_t end) { cpu::layer_norm_backward(n, begin, end); });
   std::vector<double> sums(2 * C);
@@ -124,8 +148,11 @@ int main() {
 #endif
   for (DType gemm_type : types)
     for (bool gelu_too : {false, true})
-      for (auto [M, K, N, chunk] : {std::array<int64_t, 4>{1, 32, 32, 64}, {70, 96, 160, 64}, {150, 64, 96, 128},
-                                    {97, 128, 32, 256}, {200, 32, 64, 64}})
+      for (auto [M, K, N, chunk] : {std::array<int64_t, 4>{1, 32, 32, 64},
+                                    {70, 96, 160, 64},
+                                    {150, 64, 96, 128},
+                                    {97, 128, 32, 256},
+                                    {200, 32, 64, 64}})
         test_linear(gemm_type, gelu_too, M, K, N, chunk);
   for (int64_t rows : {1, 63, 64, 130})
     for (int64_t C : {32, 96}) test_layer_norm(rows, C);

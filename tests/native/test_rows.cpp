@@ -15,8 +15,8 @@ void test_sample(int64_t B, int64_t V, double temperature, int64_t top_k, double
   std::vector<int64_t> rows(B), steps(B, 5), tokens(B), again(B);
   std::iota(rows.begin(), rows.end(), 1000);
   std::vector<float> logprobs(B), entropy(B);
-  Sample x{DType::f32, B, V, logits.data(), rows.data(), steps.data(), 77, temperature, top_k, top_p, tokens.data(),
-           logprobs.data(), entropy.data()};
+  Sample x{DType::f32,  B,     V,     logits.data(), rows.data(),     steps.data(),  77,
+           temperature, top_k, top_p, tokens.data(), logprobs.data(), entropy.data()};
   parallel(B, 3, [&](int64_t begin, int64_t end) { cpu::sample(x, begin, end); });
   for (int64_t b = 0; b < B; ++b) {
     const float* row = &logits[b * V];
@@ -77,11 +77,27 @@ void test_logprob(DType type, int64_t N, int64_t V, int64_t C, int64_t chunk) {
   std::vector<float> logprob(N + 9, 777), entropy(N + 9, 777), dh(N * padded + 64, 777), dw(V * padded + 64, 777);
   std::vector<double> lse(N);
   const int64_t groups = (V + kLogprobGroup - 1) / kLogprobGroup;
-  TokenLogprob x{.dtype = type, .weight_dtype = type, .N = N, .C = C, .V = V, .hidden = hidden.data(),
-                 .weight = weight.data(), .targets = targets.data(), .logprob = logprob.data(),
-                 .entropy = entropy.data(), .lse = lse.data(), .grad_logprob = g.data(), .grad_entropy = ge.data(),
-                 .grad_everywhere = 0, .grad_hidden = dh.data(), .grad_weight = dw.data(), .first = 0, .rows = chunk,
-                 .first_group = 0, .groups = groups, .workspace = nullptr};
+  TokenLogprob x{.dtype = type,
+                 .weight_dtype = type,
+                 .N = N,
+                 .C = C,
+                 .V = V,
+                 .hidden = hidden.data(),
+                 .weight = weight.data(),
+                 .targets = targets.data(),
+                 .logprob = logprob.data(),
+                 .entropy = entropy.data(),
+                 .lse = lse.data(),
+                 .grad_logprob = g.data(),
+                 .grad_entropy = ge.data(),
+                 .grad_everywhere = 0,
+                 .grad_hidden = dh.data(),
+                 .grad_weight = dw.data(),
+                 .first = 0,
+                 .rows = chunk,
+                 .first_group = 0,
+                 .groups = groups,
+                 .workspace = nullptr};
   if (type == DType::bf16) x.hidden = half.data(), x.weight = half.data() + N * C;
   std::vector<char> workspace(cpu::logprob_workspace(x) + 64, 'x');
   x.workspace = workspace.data();

@@ -183,8 +183,7 @@ void run_block() {
       m.in_fiber = false;
       for (Fiber& f : m.fibers) f.created = false;
       throw Error(m.error);
-    default:
-      m.in_fiber = false;
+    default: m.in_fiber = false;
   }
   if (m.done == m.threads) {
     if (trace::on()) trace::end_block();

@@ -175,27 +175,13 @@ void diverge(Params p) {
 void stray(Params p) {
   const int i = int(threadIdx.x);
   switch (p.mode) {
-    case 0:
-      p.out[i] = p.in[100 + i];
-      break;  // past the end, by the page
-    case 1:
-      store16(p.out + 4 * i, load16(p.in + 100 - 4 * 31 + 4 * i));
-      break;  // by the byte
-    case 2:
-      p.in[i] = 1;
-      break;  // read-only
-    case 3:
-      store16(p.out + 1, load16(p.in));
-      break;  // misaligned
-    case 4:
-      shared()[256 + i] = 1;
-      break;  // past shared memory
-    case 5:
-      copy_async16(shared() + 256, p.in, true);
-      break;
-    case 6:
-      copy_async16(shared() + 2, p.in, true);
-      break;
+    case 0: p.out[i] = p.in[100 + i]; break;                                     // past the end, by the page
+    case 1: store16(p.out + 4 * i, load16(p.in + 100 - 4 * 31 + 4 * i)); break;  // by the byte
+    case 2: p.in[i] = 1; break;                                                  // read-only
+    case 3: store16(p.out + 1, load16(p.in)); break;                             // misaligned
+    case 4: shared()[256 + i] = 1; break;                                        // past shared memory
+    case 5: copy_async16(shared() + 256, p.in, true); break;
+    case 6: copy_async16(shared() + 2, p.in, true); break;
     case 7: {
       uint32_t r[4];
       ldmatrix(r, shared() + 252 + 4 * (i / 31));

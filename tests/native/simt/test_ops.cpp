@@ -25,7 +25,8 @@ void test_decode(int64_t B, int64_t P, int64_t H, int64_t D, std::vector<int64_t
   const auto qkv = normal<Element>(random, B * 3 * row), prefix = normal<Element>(random, P * 2 * row);
   auto cache = normal<Element>(random, B * T * 2 * row);
   for (int64_t b = 0; b < B; ++b)  // what lies beyond a row's length is never read
-    std::fill(&cache[(b * T + lengths[b]) * 2 * row], &cache[(b + 1) * T * 2 * row - 1] + 1, cuda::from_float<Element>(NAN));
+    std::fill(&cache[(b * T + lengths[b]) * 2 * row], &cache[(b + 1) * T * 2 * row - 1] + 1,
+              cuda::from_float<Element>(NAN));
   std::vector<double> want(B * row), bound(B * row);
   const auto qkv_d = to_doubles(qkv), prefix_d = to_doubles(prefix), cache_d = to_doubles(cache);
   for (int64_t r = 0; r < B * H; ++r) {
@@ -59,8 +60,9 @@ void test_decode(int64_t B, int64_t P, int64_t H, int64_t D, std::vector<int64_t
     const simt::Buffer<int64_t> used(lengths), parts(spans);
     simt::Buffer<Element> grown(cache.size()), out(B * row);
     std::copy(cache.begin(), cache.end(), grown.data());
-    const DecodeAttention x{Type<Element>::dtype, B, P, T, H, D, new_token.data(), shared.data(), parts.data(), grown.data(), used.data(),
-                            out.data()};
+    const DecodeAttention x{
+        Type<Element>::dtype, B,           P,         T, H, D, new_token.data(), shared.data(), parts.data(),
+        grown.data(),         used.data(), out.data()};
     simt::Buffer<float> workspace(cuda::decode_attention_workspace(x));
     cuda::decode_attention(x, workspace.data(), nullptr);
     check_close(to_doubles(out.read()), want, bound, name);
@@ -102,15 +104,17 @@ void test_assertions() {
       const simt::Buffer<int64_t> lengths(std::vector<int64_t>{length});
       const simt::Buffer<float> cache(3 * 2 * 32);
       const simt::Buffer<int64_t> spans(std::vector<int64_t>{0, 0});
-      cuda::decode_attention({DType::f32, 1, 0, 3, 1, 32, numbers.data(), nullptr, spans.data(), cache.data(), lengths.data(),
-                              results.data()}, nullptr, nullptr);
+      cuda::decode_attention({DType::f32, 1, 0, 3, 1, 32, numbers.data(), nullptr, spans.data(), cache.data(),
+                              lengths.data(), results.data()},
+                             nullptr, nullptr);
     });
   for (const std::vector<int64_t>& span : {std::vector<int64_t>{-1, 1}, {0, 3}, {2, 1}})
     expect_assertion("an entry of spans is not in 0 .. P", [&] {
       const simt::Buffer<int64_t> lengths(std::vector<int64_t>{0}), spans(span);
       const simt::Buffer<float> cache(3 * 2 * 32), prefix(2 * 2 * 32);
       cuda::decode_attention({DType::f32, 1, 2, 3, 1, 32, numbers.data(), prefix.data(), spans.data(), cache.data(),
-                              lengths.data(), results.data()}, nullptr, nullptr);
+                              lengths.data(), results.data()},
+                             nullptr, nullptr);
     });
   for (const int64_t target : {-1, 32})
     expect_assertion("an entry of targets is not in 0 .. V - 1", [&] {

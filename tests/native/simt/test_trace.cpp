@@ -178,8 +178,9 @@ void decode(int64_t B, int64_t P, int64_t H, int64_t D, int64_t length, int proc
   simt::Buffer<Element> cache(filled.size()), out(B * row);
   std::copy(filled.begin(), filled.end(), cache.data());
   simt::set_multiprocessors(processors);
-  const DecodeAttention x{Type<Element>::dtype, B, P, T, H, D, qkv.data(), prefix.data(), spans.data(), cache.data(),
-                          lengths.data(), out.data()};
+  const DecodeAttention x{
+      Type<Element>::dtype, B,         P, T, H, D, qkv.data(), prefix.data(), spans.data(), cache.data(),
+      lengths.data(),       out.data()};
   simt::Buffer<float> workspace(cuda::decode_attention_workspace(x));
   cuda::decode_attention(x, workspace.data(), nullptr);
 }
