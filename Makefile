@@ -48,8 +48,9 @@ lowest-check:
 
 # A wheel, installed without the clone and run with an empty HOME in an empty folder. Its dependencies are .venv's.
 wheel-check: .venv/ready
+	rm -rf build/lib build/bdist.*
 	set -e; new=$$(mktemp -d); trap 'rm -rf $$new' EXIT; mkdir $$new/home $$new/empty; \
-	.venv/bin/pip wheel --quiet --no-deps --wheel-dir $$new .; \
+	.venv/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $$new .; \
 	$(PY) -m venv --without-pip $$new/venv; \
 	.venv/bin/pip --python $$new/venv/bin/python install --quiet --no-deps $$new/*.whl; \
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $$new/venv/lib/python*/site-packages)/from-clone.pth; \
