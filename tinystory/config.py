@@ -32,7 +32,7 @@ class PretrainConfig:
         ["primer", "builtin"], "primer, builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)"
     )
     out: str = option("runs/pretrain", "folder of the run")
-    words: int = option(3_000_000, "total words to train on, counting repeats")
+    words: int = option(2_600_000, "total words to train on, counting repeats")
     seed: int = option(0, "seed of initialisation, data order and dropout")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
     dtype: str = option("auto", "auto, float32 or bfloat16 (matmuls only; weights and optimiser stay float32)")
@@ -103,7 +103,7 @@ class InteractConfig:
     openings: str = option("builtin", "what stories begin with: builtin, or a file with one opening per line")
     opening: str = option("", "one opening for every story, in place of --openings")
     stories_per_opening: int = option(1, "stories that share an opening within a step")
-    steps: int = option(24, "maximum number of PPO steps")
+    steps: int = option(16, "maximum number of PPO steps")
     stories_per_step: int = option(256, "stories per step")
     max_new_tokens: int = option(200, "maximum tokens of a story")
     temperature: float = option(0.7, "sampling temperature of the student")
