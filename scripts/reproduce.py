@@ -42,7 +42,6 @@ from tinystory.device import pick_device
 from tinystory.errors import UserError, command
 from tinystory.evaluate.pairs import evaluate_pairs
 from tinystory.evaluate.stories import story_measures
-from tinystory.experiment import random_reward
 from tinystory.experiment.parts import MILLION, Part, Progress, locked, run_parts
 from tinystory.report.experiment import EVALUATION, EXPERIMENT, write_experiment_report
 from tinystory.runlog import atomic_write, device_name, git_commit, plain, read_metrics, versions
@@ -57,7 +56,7 @@ OPENINGS = [
     "One day,", "There was once a little girl who", "Tom and his dog", "It was a cold night, and",
     "Once there was a bear.", "Mum said,", "In the garden,", "The old king",
 ]  # fmt: skip
-RANDOM = {"reward": f"{Path(random_reward.__file__).resolve()}:random_reward"}
+RANDOM = {"reward": "random"}
 
 
 @dataclass(frozen=True)

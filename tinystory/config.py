@@ -97,7 +97,7 @@ class InteractConfig:
     budget_cost: float = option(0.0, "maximum cost of the teacher at these prices; 0 means no limit")
     replay: str = option("", "folder of a run whose teacher's replies are replayed, without a server")
     teacher_corpus: list[str] = option([], "corpus of the built-in teacher (default: the student's own)")
-    reward: str = option("", "FILE.py:FUNCTION that scores instead of a teacher: f(opening, stories) -> [0..1 or None]")
+    reward: str = option("", "FILE.py:FUNCTION in place of a teacher: f(opening, stories) -> [0..1 or None]; or random")
     max_unscored: float = option(0.1, "maximum fraction of a step's stories without a score")
 
     openings: str = option("builtin", "what stories begin with: builtin, or a file with one opening per line")

@@ -7,6 +7,7 @@ Anything can be the teacher: any callable `f(opening, stories)` that returns one
 no score: the story gets no reward and no gradient, and it is counted.
 """
 
+import hashlib
 import importlib.util
 import math
 from collections import Counter
@@ -63,9 +64,18 @@ def plots(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
     return sorted((size for _, size in groups), reverse=True)
 
 
+def random_scores(opening: str, stories: Sequence[str]) -> list[float]:
+    """The control that tells drift from learning, `--reward random`. Per story, the sum of three scores from 0 to 3
+    divided by 9, as from a teacher, but drawn from the story's hash. The other terms of the reward stay the same."""
+    digests = (hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=3).digest() for story in stories)
+    return [sum(byte % 4 for byte in digest) / 9 for digest in digests]
+
+
 def load_score(spec: str) -> ScoreStories:
-    """The function named by FILE.py:FUNCTION, with its scores checked at each call. Raises UserError if there is none,
-    and from a call whose scores are not one number in 0..1 or None per story."""
+    """`random_scores` for "random", else the function named by FILE.py:FUNCTION, with its scores checked at each call.
+    Raises UserError if there is none, and from a call whose scores are not one number in 0..1 or None per story."""
+    if spec == "random":
+        return random_scores
     file, _, name = spec.rpartition(":")
     path = Path(file)
     if not path.is_file():

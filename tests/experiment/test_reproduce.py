@@ -16,9 +16,9 @@ from tinystory.config import InteractConfig
 from tinystory.errors import UserError
 from tinystory.experiment import parts as running
 from tinystory.experiment.parts import MILLION, Part, Progress, last_record, locked, run_parts
-from tinystory.experiment.random_reward import random_reward
 from tinystory.report.experiment import in_words, reading_that_scores, write_experiment_report
 from tinystory.report.plots import Line, chart, log_ticks
+from tinystory.reward import random_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,8 +76,8 @@ def test_the_random_control_differs_in_the_reward_alone(tmp_path):
 
 def test_the_random_reward_is_a_teachers_scores_that_know_nothing():
     stories = [f"story {i}" for i in range(2000)]
-    scores = random_reward("Once", stories)
-    assert scores == random_reward("Never", stories)
+    scores = random_scores("Once", stories)
+    assert scores == random_scores("Never", stories)
     assert {round(score * 9, 6) for score in scores} == set(range(10))
     assert sum(scores) / len(scores) == pytest.approx(0.5, abs=0.02)
 
