@@ -242,8 +242,9 @@ def test_windows_is_one_sentence_that_names_wsl():
 
 
 WITHOUT = """
-import os, sys
+import os, sys, sysconfig
 import torch.utils.cpp_extension  # while sys.platform is still true: it goes by the linker that is here
+sysconfig.get_config_vars()  # and this by the file of the Python that is here
 for name in ("sched_getaffinity", "sched_setaffinity", "pidfd_open", "posix_fadvise"):
     if hasattr(os, name): delattr(os, name)
 import builtins, io
