@@ -74,7 +74,10 @@ def main(argv: list[str] | None = None) -> None:
         milestones = babylm.milestones_beyond(facts)
     value_head = ValueHead(student.config.n_embd).to(device)
     parameters = dict(student.named_parameters()) | {f"value_head.{k}": p for k, p in value_head.named_parameters()}
-    optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate, eps=config.adam_eps, fused=True)
+    optimizer = ppo.SharpAdam(
+        student.ln_f, parameters.values(), config.learning_rate, config.sharpness_rate, config.adam_eps
+    )
+    parameters |= {"sharpness": optimizer.sharpness}
 
     # The state of the run: what a checkpoint restores.
     counters: dict[str, Any] = dict(step=0, written=0, kl_coef=config.kl_coef, best=-1.0, best_step=0)
@@ -205,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
                 # 5. PPO. Randomness is a function of (seed, step), so a resumed run repeats an unbroken one.
                 torch.manual_seed(config.seed * 1_000_003 + step)
                 for group in optimizer.param_groups:
-                    group["lr"] = ppo.learning_rate(config, step)
+                    group["lr"] = group["initial_lr"] * ppo.decay(config, step)
                 stats = ppo.step(
                     student, value_head, optimizer, kl, batch, ref_logprobs, story_rewards, config, autocast
                 )

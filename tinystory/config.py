@@ -119,6 +119,7 @@ class InteractConfig:
 
     learning_rate: float = option(1e-4, "initial learning rate of Adam")
     lr_decay: bool = option(True, "let the rate fall linearly to 0 at --steps")
+    sharpness_rate: float = option(0.04, "learning rate of the logits' common scale, a direction of its own; 0: none")
     adam_eps: float = option(1e-8, "Adam epsilon")
     epochs: int = option(1, "PPO passes over a step's stories")
     minibatch_size: int = option(0, "stories per gradient step; 0 means all")
@@ -151,9 +152,9 @@ _PAPER_INTERACT = dict(
     dtype="float32", opening=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
     stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000,
     budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, look_every=0,
-    learning_rate=1e-6, lr_decay=False, advantage="gae", adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0,
-    lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1, max_ratio=10.0, grad_clip=0.0, kl_coef=0.2,
-    kl_target=6.0, kl_horizon=10_000.0,
+    learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, advantage="gae", adam_eps=1e-8, epochs=4,
+    minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1, max_ratio=10.0,
+    grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
 PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},

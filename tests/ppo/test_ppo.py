@@ -43,6 +43,44 @@ def random_batch(lengths, vocab, seed=0, openings=None) -> ppo.Batch:
     return with_openings(openings or [OPENING] * B, tokens, mask, -1 - normal[0].abs() * mask, normal[1])
 
 
+def test_sharpness_scales_all_logits_along_the_gradient(student):
+    """Its gradient is the derivative of the loss by the logarithm of a factor on the logits."""
+    tokens = torch.arange(2 * 12).view(2, 12) % 50
+
+    def loss(factor=1.0):
+        return torch.nn.functional.cross_entropy(factor * student(tokens).flatten(0, 1), tokens.flatten())
+
+    with torch.no_grad():
+        before, h = student(tokens), 1e-3
+        slope = (loss(math.exp(h)) - loss(math.exp(-h))) / (2 * h)
+    optimizer = ppo.SharpAdam(student.ln_f, student.parameters(), lr=0.0, rate=0.1, eps=1e-8)
+    loss().backward()
+    optimizer.step()
+    moment = optimizer.state[optimizer.sharpness]["exp_avg"] / 0.1  # Adam's first moment after one step
+    torch.testing.assert_close(moment, slope, rtol=1e-2, atol=0)
+    after = student(tokens).detach()
+    torch.testing.assert_close(after, before * math.exp(-0.1 * slope.sign()), rtol=1e-4, atol=1e-5)
+    assert optimizer.sharpness == 0  # folded into the weights
+
+
+def test_without_sharpness_it_is_adam_bit_for_bit(student):
+    start = student
+    tokens = torch.arange(2 * 12).view(2, 12) % 50
+    trained = []
+    for make in (
+        lambda s: torch.optim.Adam(s.parameters(), lr=1e-3, eps=1e-6, fused=True),
+        lambda s: ppo.SharpAdam(s.ln_f, s.parameters(), lr=1e-3, rate=0.0, eps=1e-6),
+    ):
+        student = copy.deepcopy(start)
+        optimizer = make(student)
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(student(tokens).flatten(0, 1), tokens.flatten()).backward()
+            optimizer.step()
+        trained.append(student.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in trained), strict=True))
+
+
 def test_token_rewards_are_kl_at_each_token_and_the_storys_reward_at_the_last():
     mask = torch.tensor([[True, True, True], [True, False, False]])
     logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.5, 7.0, 7.0]])

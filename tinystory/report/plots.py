@@ -6,8 +6,9 @@ dark backgrounds. `standalone` turns a chart into the text of an .svg file.
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -238,9 +239,10 @@ def trail(
     x_name: str,
     x_range: tuple[float, float],
     y_range: tuple[float, float],
+    beside: Mapping[str, Sequence[tuple[float, float]]] = MappingProxyType({}),
 ) -> str:
     """An SVG of where a pair of measures went over a run, smoothed, from its first point (grey) to its last; "" for
-    fewer than two points."""
+    fewer than two points. beside: named curves to hold it against, in grey."""
     if len(points) < 2:
         return ""
     size = 340, 210
@@ -263,8 +265,16 @@ def trail(
         across = float(place(tick, y_low)[0])
         parts.append(f'<text x="{across:.1f}" y="{height - bottom + 16}" text-anchor="middle">{number(tick)}</text>')
     parts.append(f'<text x="{width - right}" y="{height - 3}" text-anchor="end">{html.escape(x_name)}</text>')
-    where = [f"{a:.1f},{b:.1f}" for a, b in zip(*place(x, y), strict=True)]
-    parts.append(f'<g style="--tint: var(--reward)"><path class="line" d="M{"L".join(where)}"/></g>')
+
+    def line(x: ArrayLike, y: ArrayLike, tint: str) -> str:
+        where = [f"{a:.1f},{b:.1f}" for a, b in zip(*place(x, y), strict=True)]
+        return f'<g style="--tint: var(--{tint})"><path class="line" d="M{"L".join(where)}"/></g>'
+
+    for name, curve in beside.items():
+        parts.append(line(*zip(*curve, strict=True), "grey"))
+        a, b = (float(each) for each in place(*curve[-1]))
+        parts.append(f'<text x="{a + 5:.1f}" y="{b + 4:.1f}">{html.escape(name)}</text>')
+    parts.append(line(x, y, "reward"))
     for at, tint, name, down in ((0, "grey", "first", 17), (-1, "reward", "last", -9)):
         a, b = (float(each) for each in place(x[at], y[at]))
         parts.append(

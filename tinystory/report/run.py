@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tinystory.errors import UserError
 from tinystory.report import page, plots
+from tinystory.report.frontier import best_of_n, tilt
 from tinystory.report.page import TOP_SCORE, colour, details, grid, section, story_card, tile
 from tinystory.report.plots import Line, chart, number
 from tinystory.reward import plots as plot_sizes
@@ -152,6 +153,7 @@ def interaction(folder: Path, metrics: list[Record], scored_by: str) -> list[str
             grid(scores),
         ),
         histograms(picked.counts),
+        price(metrics, picked),
         section("How the student changed", "", curves(metrics, STUDENT_CURVES)),
         before_and_after(folder, scored_by),
         random_best_and_worst(picked, scored_by),
@@ -229,6 +231,27 @@ def sameness(metrics: list[Record], picked: "Picked") -> str:
         "become few and their blocks wide. Each block of a bar is a plot, as wide as it has stories; two stories tell "
         "the same plot if they share more than 12 % of their phrases of three words, names aside.",
         bars + grid([trail, *curve_charts(metrics, SAMENESS_CURVES)]),
+    )
+
+
+def price(metrics: list[Record], picked: "Picked") -> str:
+    """Reward against KL, beside what the starting student could earn without any training."""
+    rewards = [record["reward"] for record in picked.first if record["reward"] is not None]
+    pairs = zip(column(metrics, "kl"), column(metrics, "reward_mean"), strict=True)
+    points = [(x, y) for x, y in pairs if x is not None and y is not None]
+    if not rewards or metrics[0]["step"] != picked.first[0]["step"] or len(points) < 2:
+        return ""
+    beside = {"best possible": tilt(rewards), "best of n": best_of_n(rewards)}
+    kl, reward = zip(*points, *itertools.chain(*beside.values()), strict=True)
+    ranges = (min(0.0, *kl), max(kl) * 1.05), (min(reward) - 0.02, max(reward) + 0.02)
+    name = "KL to the initial student, nats per story"
+    trail = plots.trail("Reward against KL, step by step", points, name, *ranges, beside)
+    return section(
+        "What it cost",
+        "How far the student went from where it started, and what it earned there. In grey, what its first stories say "
+        "could be had without training: by telling each story in proportion to p exp(reward / beta), which nothing "
+        "beats at its KL, and by telling the best of 1, 2, 4, 8 and 16.",
+        grid([trail]),
     )
 
 
