@@ -64,6 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, default=InteractConfig.max_new_tokens, help="longest story, in tokens"
     )
+    parser.add_argument(
+        "--temperature", type=float, default=InteractConfig.temperature, help="at which they are sampled"
+    )
     parser.add_argument("--teacher-url", default="", help="teacher that scores them (default: the built-in teacher)")
     parser.add_argument("--teacher-model", default="", help="model name (default: the first that the server lists)")
     parser.add_argument("--teacher-concurrency", type=int, default=InteractConfig.teacher_concurrency)
@@ -98,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             if options.stories:
                 record["stories"] = story_measures(
                     student, tokenizer, openings=openings, n_stories=options.stories, corpus=corpus, grade=grade,
-                    max_new_tokens=options.max_new_tokens, seed=options.seed,
+                    max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed,
                 )  # fmt: skip
             records.append(record)
     rows = comparison(records)

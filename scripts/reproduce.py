@@ -165,6 +165,7 @@ class Judge:
         self.grader, self.stories, self.blimp = grader, stories, blimp
         texts = [writing.opening] if writing.opening else load_openings(writing.openings)
         self.openings, self.length = Openings(texts, writing.seed).train, writing.max_new_tokens
+        self.temperature = writing.temperature
         self.device = pick_device(reading.device)
         self.corpus = open_corpus(reading.corpus)
         self.val = prepare(
@@ -172,16 +173,17 @@ class Judge:
         ).val
         # Everything that the measures depend on: a measure taken with other settings is taken again.
         self.settings: dict[str, Any] = dict(
-            stories=stories, openings=self.openings, other_openings=OPENINGS, length=self.length, seed=SEED,
-            corpus=reading.corpus, teacher=grader.facts["teacher"]["model"], blimp=blimp,
+            stories=stories, openings=self.openings, other_openings=OPENINGS, length=self.length,
+            temperature=self.temperature, seed=SEED, corpus=reading.corpus, teacher=grader.facts["teacher"]["model"],
+            blimp=blimp,
         )  # fmt: skip
 
     def measure(self, folder: Path) -> dict[str, Any]:
         student, tokenizer, _ = checkpoint.load(folder, self.device)
         told = [
             story_measures(
-                student, tokenizer, openings=openings, n_stories=self.stories, max_new_tokens=self.length, seed=SEED,
-                grade=self.grade, corpus=self.corpus,
+                student, tokenizer, openings=openings, n_stories=self.stories, max_new_tokens=self.length,
+                temperature=self.temperature, seed=SEED, grade=self.grade, corpus=self.corpus,
             )
             for openings in (self.openings, OPENINGS)
         ]  # fmt: skip

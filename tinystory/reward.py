@@ -50,18 +50,23 @@ def phrases(story: str, n: int = 4) -> set[tuple[str, ...]]:
 
 
 def plots(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
-    """Sizes of groups of stories that tell the same plot, largest first. A story joins the first group whose founder
-    shares more than `threshold` of its phrases of three words (Jaccard; capitalised words count as one), or founds one.
-    """
-    groups: list[tuple[set, int]] = []
+    """How many of the texts tell each plot (`plot_numbers`), largest first."""
+    return sorted(Counter(plot_numbers(texts, threshold)).values(), reverse=True)
+
+
+def plot_numbers(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
+    """The plot of each text, numbered from 0 by first appearance. A story has the plot of the first founder that shares
+    more than `threshold` of its phrases of three words with it (Jaccard; capitalised words count as one word), or it
+    founds one."""
+    founders: list[set] = []
+    numbers = []
     for own in (phrases(text, 3) for text in texts):
-        for i, (founder, size) in enumerate(groups):
-            if len(own & founder) > threshold * len(own | founder):
-                groups[i] = founder, size + 1
-                break
-        else:
-            groups.append((own, 1))
-    return sorted((size for _, size in groups), reverse=True)
+        same = (i for i, other in enumerate(founders) if len(own & other) > threshold * len(own | other))
+        number = next(same, len(founders))
+        if number == len(founders):
+            founders.append(own)
+        numbers.append(number)
+    return numbers
 
 
 def random_scores(opening: str, stories: Sequence[str]) -> list[float]:

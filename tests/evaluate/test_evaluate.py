@@ -20,7 +20,7 @@ from tinystory.evaluate.intervals import bootstrap, weighted, wilson
 from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, read_items, scores, spearman
 from tinystory.evaluate.reading import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading, explained
 from tinystory.evaluate.scoring import bits_per_byte, part, sum_logprobs
-from tinystory.evaluate.stories import distinct_ngrams, longest_shared, self_bleu, story_measures
+from tinystory.evaluate.stories import distinct_ngrams, longest_shared, self_bleu, story_measures, utility
 from tinystory.reward import plots
 from tinystory.student import checkpoint, hf
 
@@ -286,7 +286,7 @@ def test_story_measures(student, tokenizer, tmp_path):
         asked.append((opening, len(stories)))
         return [{"readability": 1, "coherence": i % 2, "creativity": 0} if i else None for i in range(len(stories))]
 
-    how = dict(openings=["Tom", "Mia had"], n_stories=9, max_new_tokens=12, seed=3)
+    how = dict(openings=["Tom", "Mia had"], n_stories=9, max_new_tokens=12, temperature=1.0, seed=3)
     found = story_measures(student, tokenizer, **how, grade=grade, corpus=open_corpus([str(tmp_path / "a.txt")]))
     assert asked == [("Tom", 5), ("Mia had", 4)]
     assert found["stories"] == 9 and found["unscored"] == 2
@@ -301,6 +301,9 @@ def test_story_measures(student, tokenizer, tmp_path):
     assert story_measures(student, tokenizer, **how | {"seed": 4})["entropy_per_word"] != plain["entropy_per_word"]
     silent = story_measures(student, tokenizer, **how, grade=lambda opening, stories: [None] * len(stories))
     assert silent["score_mean"] is None and silent["unscored"] == 9
+    assert plain["plots_10"] is None and found["utility_10"] is None  # too few stories to an opening
+    ten = story_measures(student, tokenizer, **how | {"n_stories": 19}, grade=grade)  # ten to the first, nine
+    assert 1 <= ten["plots_10"] <= 10 and 0 < ten["utility_10"] <= 2
 
 
 def test_intervals():
@@ -371,6 +374,15 @@ def test_plots_count_stories_told_again():
     assert plots([scarf] * 5) == [5] and plots([]) == [] and plots([cake, scarf]) == [1, 1]
     assert plots([scarf, again], threshold=0.9) == [1, 1]
     assert plots(["", "", "too short"]) == [1, 1, 1]  # no phrases, so nothing in common
+
+
+def test_utility_is_what_a_patient_reader_gets_of_new_plots():
+    """A reader who goes on with chance 0.8 sees story i with chance 0.8 ** i."""
+    scarf = "Tom lost his red scarf in the wood and a kind owl brought it back before the sun went down."
+    cake = "A baker made one huge cake but nobody came so all the mice of that town had some instead."
+    assert utility([scarf], [6.0]) == 6
+    assert utility([scarf, scarf], [6.0, 9.0]) == pytest.approx(6 / 1.8)  # told before: worth nothing
+    assert utility([scarf, cake], [6.0, 9.0]) == pytest.approx((6 + 0.8 * 9) / 1.8)
 
 
 @given(st.lists(st.lists(st.sampled_from("abc"), max_size=9).map(" ".join), max_size=12))

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import bootstrap, wilson
+from tinystory.reward import plot_numbers, plots
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student
 
@@ -43,6 +44,7 @@ def story_measures(
     openings: Sequence[str],
     n_stories: int,
     max_new_tokens: int,
+    temperature: float,
     seed: int,
     grade: GradeStories | None = None,
     corpus: Corpus | None = None,
@@ -53,17 +55,21 @@ def story_measures(
 
     Returns, over all stories: length_mean (words) with length_ci; ended_eos_share with ended_eos_ci (Wilson);
     entropy_per_word (nats: entropies of the sampling distributions, summed over tokens, per word); distinct_1 to
-    distinct_4 (distinct word n-grams over all of them); self_bleu (None for a single story). With `grade`: score_mean,
-    the sum of the criteria's scores, with score_ci; NAME_mean of each criterion; unscored. With `corpus`: copied_share,
-    the words of the longest phrase shared with it over the story's words, and copied_longest, the longest such phrase
-    in words. The other intervals are bootstrapped over stories.
+    distinct_4 (distinct word n-grams over all of them); self_bleu (None for a single story); plots_10, of the first ten
+    stories to an opening, averaged over openings with as many (NoveltyBench's distinct). With `grade`: score_mean, the
+    sum of the criteria's scores, with score_ci; NAME_mean of each criterion; unscored; utility_10 (see `utility`). With
+    `corpus`: copied_share, the words of the longest phrase shared with it over the story's words, and copied_longest,
+    the longest such phrase in words. The other intervals are bootstrapped over stories.
     """
     continued = [
         opening
         for i, opening in enumerate(openings)
         for _ in range(n_stories // len(openings) + (i < n_stories % len(openings)))
     ]
-    stories = generate(student, None, tokenizer, continued, first_index=0, max_new_tokens=max_new_tokens, seed=seed)
+    stories = generate(
+        student, None, tokenizer, continued, first_index=0, max_new_tokens=max_new_tokens, temperature=temperature,
+        seed=seed,
+    )  # fmt: skip
     texts = [story.text for story in stories]
     lengths = np.array([story.words for story in stories])
     ended = sum(story.ended == "eos" for story in stories)
@@ -77,6 +83,8 @@ def story_measures(
         **{f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2, 3, 4)},
         "self_bleu": self_bleu(texts),
     }
+    told = [[story.text for story in stories if story.opening == opening] for opening in openings]
+    measures["plots_10"] = mean_of(len(plots(each[:10])) for each in told if len(each) >= 10)
     if grade:
         measures |= _scores(openings, stories, grade)
     if corpus:
@@ -88,9 +96,13 @@ def story_measures(
 
 def _scores(openings: Sequence[str], stories: Sequence[Story], grade: GradeStories) -> dict[str, Any]:
     scored: list[Mapping[str, float]] = []
+    useful = []
     for opening in openings:
         texts = [story.text for story in stories if story.opening == opening]
-        scored += [scores for scores in grade(opening, texts) if scores is not None] if texts else []
+        grades = grade(opening, texts) if texts else []
+        scored += [scores for scores in grades if scores is not None]
+        if len(texts) >= 10:
+            useful.append(utility(texts[:10], [sum(scores.values()) if scores else 0.0 for scores in grades[:10]]))
     if not scored:
         return {"score_mean": None, "score_ci": None, "unscored": len(stories)}
     sums = np.array([sum(scores.values()) for scores in scored], dtype=float)
@@ -99,7 +111,25 @@ def _scores(openings: Sequence[str], stories: Sequence[Story], grade: GradeStori
         "score_ci": bootstrap(lambda rows: float(sums[rows].mean()), len(sums)),
         **{f"{name}_mean": fmean(scores[name] for scores in scored) for name in scored[0]},
         "unscored": len(stories) - len(scored),
+        "utility_10": mean_of(useful),
     }
+
+
+def mean_of(values: Iterable[float]) -> float | None:
+    """None of no values."""
+    values = list(values)
+    return fmean(values) if values else None
+
+
+def utility(texts: Sequence[str], scores: Sequence[float], patience: float = 0.8) -> float:
+    """What these answers to one opening are worth to a reader who asks for another with chance `patience`, and for whom
+    a plot that was told before is worth nothing (NoveltyBench, arXiv 2504.05228, eq. 2): in units of a score.
+
+    There, a classifier says whether two answers are the same; here, they are if they tell one plot."""
+    numbers = plot_numbers(texts)
+    weights = patience ** np.arange(len(texts))
+    new = np.array([number not in numbers[:i] for i, number in enumerate(numbers)], dtype=float)
+    return float((weights * new * np.asarray(scores, dtype=float)).sum() / weights.sum())
 
 
 def self_bleu(texts: Sequence[str], most: int = 4) -> float | None:

@@ -27,6 +27,8 @@ ROWS = (
     ("nats per word", ("stories", "entropy_per_word"), None, 2),
     ("distinct_4", ("stories", "distinct_4"), None, 3),
     ("self-BLEU", ("stories", "self_bleu"), None, 3),
+    ("plots of 10", ("stories", "plots_10"), None, 1),
+    ("utility of 10", ("stories", "utility_10"), None, 2),
     ("copied fraction", ("stories", "copied_share"), None, 3),
 )
 PAIRS = {"blimp": "BLiMP", "supplement": "BLiMP’s supplement", "entity_tracking": "Entity tracking"}

@@ -33,6 +33,8 @@ UNSEEN = {  # not rewarded
     "Score, other openings": OTHER_SCORE,
     "distinct_4": ("stories", "distinct_4"),
     "self-BLEU": ("stories", "self_bleu"),
+    "Plots of 10": ("stories", "plots_10"),
+    "Utility of 10": ("stories", "utility_10"),
     "Nats per word": ("stories", "entropy_per_word"),
     "Copied": ("stories", "copied_share"),
     "Words": ("stories", "length_mean"),
