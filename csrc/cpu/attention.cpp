@@ -40,6 +40,7 @@ struct Head {
   using Pack = typename Policy::Pack;
   using Vec = VecOf<Acc>;
   static constexpr int L = lanes<Vec>;
+  static constexpr int64_t kWidth = kPanel<Policy>;
 
   const Attention& x;
   const int64_t T, D, padded, packs, row_stride;  // padded: T up to whole panels; the row stride of a strip
@@ -48,7 +49,7 @@ struct Head {
   Acc *S, *dS, *out, *dK, *dV;
 
   Head(const Attention& x, bool backward)
-      : x(x), T(x.T), D(x.D), padded(round_up(x.T, kPanel)), packs(x.D / Policy::kPack), row_stride(3 * x.H * x.D),
+      : x(x), T(x.T), D(x.D), padded(round_up(x.T, kColumns)), packs(x.D / Policy::kPack), row_stride(3 * x.H * x.D),
         scale(Acc(1 / std::sqrt(double(x.D)))), drop_scale(Acc(dropout_scale(dropout_threshold(x.dropout)))) {
     Arena arena;
     allocate(arena, backward);
@@ -86,13 +87,14 @@ struct Head {
 
   // to[rows of the strip][keys up to the diagonal] = left rows * panels: S = Q K^T, or dP = dO V^T.
   void scores(Acc* to, const Pack* left, const Pack* panels, int64_t i0, int64_t rows) const {
-    for (int64_t j = 0; j < i0 + rows; j += kPanel)
-      for (int64_t r = 0; r < rows; r += 6) {
-        const int64_t m = std::min<int64_t>(6, rows - r), keys = std::min(kPanel, i0 + r + m - j);
-        if (keys > 0)
-          gemm<Policy>(m, (keys + L - 1) / L, packs, left + (i0 + r) * packs, packs, 1, panels + j * packs, kPanel,
-                       to + r * padded + j, padded);
-      }
+    constexpr int64_t kDiagonal = std::min<int64_t>(kWidth, 16);  // keys that are left out or not, together
+    for (int64_t j = 0, width; j < i0 + rows; j += width) {
+      width = j + kWidth <= i0 ? kWidth : kDiagonal;
+      const int64_t r = std::max<int64_t>(0, j - i0) / 6 * 6;
+      gemm<Policy>(rows - r, width, packs, {left + (i0 + r) * packs, packs, 1},
+                   {panels + j / kWidth * kWidth * packs + j % kWidth, kWidth, kWidth * packs}, to + r * padded + j,
+                   padded);
+    }
   }
 
   // out[rows of the strip][D] = left[strip][keys] * right (kPack keys per Pack): O = P V, or dQ = dS K.
@@ -100,18 +102,19 @@ struct Head {
     const int64_t stride = padded * sizeof(Acc) / sizeof(Pack);
     for (int64_t r = 0; r < rows; r += 6) {
       const int64_t m = std::min<int64_t>(6, rows - r);
-      gemm<Policy>(m, D / L, (i0 + r + m + Policy::kPack - 1) / Policy::kPack, left + r * stride, stride, 1, right, D,
-                   out + r * D, D);
+      gemm<Policy>(m, D, (i0 + r + m + Policy::kPack - 1) / Policy::kPack, {left + r * stride, stride, 1},
+                   {right, D, kWidth}, out + r * D, D);
     }
   }
 
   // to[keys up to the diagonal][D] += left^T * right, reduced over the strip's rows: dV = P^T dO, or dK = dS^T Q.
   void scatter(Acc* to, const Pack* left, const Pack* right, int64_t i0, int64_t rows) const {
     const int64_t last = (rows + Policy::kPack - 1) / Policy::kPack;
-    for (int64_t j = 0; j < i0 + rows; j += 6) {
+    for (int64_t j = 0, m; j < i0 + rows; j += m) {
+      m = j < i0 ? i0 : std::min<int64_t>(6, i0 + rows - j);  // on the diagonal, few keys share their first query
       const int64_t first = std::max<int64_t>(0, j - i0) / Policy::kPack;
-      gemm<Policy>(std::min<int64_t>(6, i0 + rows - j), D / L, last - first, left + first * padded + j, 1, padded,
-                   right + (i0 / Policy::kPack + first) * D, D, to + j * D, D, true);
+      gemm<Policy>(m, D, last - first, {left + first * padded + j, 1, padded},
+                   {right + (i0 / Policy::kPack + first) * D, D, kWidth}, to + j * D, D, true);
     }
   }
 

@@ -19,10 +19,6 @@
 namespace tinystory::cpu {
 namespace {
 
-// Packs per partial sum: a sum of short sums rounds less in f32. bf16 has rounded far more already.
-template <class Policy>
-constexpr int64_t kReduce = Policy::kPack == 2 ? 384 : 128;
-
 // Uninitialised memory, in huge pages where the system has them: each step reads all weights and caches.
 template <class T>
 class Buffer {
@@ -54,10 +50,11 @@ class EngineOf final : public Engine {
   using Pack = typename Policy::Pack;
 
   struct Linear {
-    const Pack* panels;  // [panel][padded in][64]
+    const Pack* panels;  // the weight as a right operand of gemm.h, padded to whole 64 rows and columns
     const float* bias;
     int64_t in, out;  // elements
-    int64_t panel_packs() const { return round_up(in, kPanel) / Policy::kPack * kPanel; }
+    int64_t k_packs() const { return round_up(in, kColumns) / Policy::kPack; }
+    int64_t packs() const { return round_up(out, kColumns) * k_packs(); }
   };
   struct Block {
     StudentWeights::Affine ln_1, ln_2;
@@ -108,13 +105,13 @@ class EngineOf final : public Engine {
     }
     add(head_, {student_.wte, nullptr}, C, student_.V);
     int64_t packs = 0;
-    for (auto& [to, from] : all) packs += panels(*to) * to->panel_packs();
+    for (auto& [to, from] : all) packs += to->packs();
     packed_.resize(packs);
     Pack* at = packed_.data;
     for (auto& [to, from] : all) {
       to->panels = at;
       pack(*to, from, at);
-      at += panels(*to) * to->panel_packs();
+      at += to->packs();
     }
   }
 
@@ -184,47 +181,41 @@ class EngineOf final : public Engine {
   // The row of the state from which row i draws: at step 0 the stories of a prompt share one.
   int64_t state_row(int64_t i) const { return time_ ? i : stories_.which[slots_[i]]; }
 
-  static int64_t panels(const Linear& l) { return round_up(l.out, kPanel) / kPanel; }
+  static int64_t across(const Linear& l) { return round_up(l.out, kColumns) / kColumns; }
   static int64_t packs(int64_t elements) { return elements / Policy::kPack; }
 
   void pack(const Linear& l, const float* weight, Pack* to) const {
-    const int64_t padded = round_up(l.in, kPanel);
-    threads_.run("engine: pack weights", panels(l), [&](int64_t begin, int64_t end) {
-      Pack* rows = reinterpret_cast<Pack*>(scratch(kPanel * padded * sizeof(Pack)));
-      for (int64_t p = begin; p < end; ++p) {
-        pack_rows<Policy>(rows, weight + p * kPanel * l.in, DType::f32, l.in, std::min(kPanel, l.out - p * kPanel),
-                          kPanel, l.in, padded);
-        transpose_rows<Policy>(to + p * l.panel_packs(), rows, kPanel, padded);
+    const int64_t padded = round_up(l.in, kColumns);
+    threads_.run("engine: pack weights", across(l), [&](int64_t begin, int64_t end) {
+      Pack* rows = reinterpret_cast<Pack*>(scratch(kColumns * padded * sizeof(Pack)));
+      for (int64_t i = begin; i < end; ++i) {
+        pack_rows<Policy>(rows, weight + i * kColumns * l.in, DType::f32, l.in,
+                          std::min(kColumns, l.out - i * kColumns), kColumns, l.in, padded);
+        transpose_rows<Policy>(to + i * kColumns * l.k_packs(), rows, kColumns, padded);
       }
     });
   }
 
-  // a (rows, in) times the weight: calls finish(row, column, sums) per row and panel, with 64 sums from that column on.
+  // a (rows, in) times the weight: calls finish(row, column, sum), a vector at a time. The last one may reach beyond
+  // the matrix's last column.
   template <class F>
   void matmul(const char* phase, const Linear& l, const Pack* a, int64_t rows, const F& finish) const {
-    const int64_t n_k = packs(l.in), n_panels = panels(l);
-    const int64_t blocks = std::max<int64_t>(1, std::min(2 * threads_.count / n_panels, rows / 12));
+    constexpr int64_t kWidth = kPanel<Policy>;
+    const int64_t n_k = packs(l.in), columns = across(l);
+    const int64_t blocks = std::max<int64_t>(1, std::min(2 * threads_.count / columns, rows / 12));
     const int64_t block = round_up((rows + blocks - 1) / blocks, 6);
-    threads_.run(phase, n_panels * blocks, [&](int64_t begin, int64_t end) {
-      float* sums = reinterpret_cast<float*>(scratch(block * kPanel * sizeof(float)));
+    threads_.run(phase, columns * blocks, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t p = item / blocks, first = item % blocks * block, last = std::min(rows, first + block);
-        const Pack* panel = l.panels + p * l.panel_packs();
-        for (int64_t k = 0; k < n_k; k += kReduce<Policy>)
-          for (int64_t r = first; r < last; r += 6)
-            gemm<Policy>(std::min<int64_t>(6, last - r), kPanel / W, std::min(kReduce<Policy>, n_k - k),
-                         a + r * n_k + k, n_k, 1, panel + k * kPanel, kPanel, sums + (r - first) * kPanel, kPanel,
-                         k > 0);
-        for (int64_t r = first; r < last; ++r) finish(r, p * kPanel, sums + (r - first) * kPanel);
+        const int64_t column = item / blocks * kColumns, first = item % blocks * block;
+        gemm_tile<Policy>(first, std::min(rows, first + block), column, std::min(round_up(l.out, W), column + kColumns),
+                          n_k, {a, n_k, 1}, {l.panels, kWidth, l.k_packs() * kWidth}, finish);
       }
     });
   }
-
-  // Calls f(column, sum + bias), a vector at a time, up to the matrix's last column.
+  // The same for sum + bias; `out` is whole vectors.
   template <class F>
-  static void each(const Linear& l, int64_t column, const float* sums, const F& f) {
-    for (int64_t j = 0; j < kPanel && column + j < l.out; j += W)
-      f(column + j, load<vf>(sums + j) + load<vf>(l.bias + column + j));
+  void linear(const char* phase, const Linear& l, const Pack* a, int64_t rows, const F& finish) const {
+    matmul(phase, l, a, rows, [&](int64_t i, int64_t j, vf sum) { finish(i, j, sum + load<vf>(l.bias + j)); });
   }
 
   template <class F>
@@ -235,26 +226,12 @@ class EngineOf final : public Engine {
               load<vf>(student_.wte + drawn_[i] * C + c) + load<vf>(student_.wpe + position(i) * C + c));
   }
 
-  // Calls f(column, normed), a vector at a time.
-  template <class F>
-  void norm(const float* x, const StudentWeights::Affine& ln, const F& f) const {
-    vf sums{}, squares{};
-    for (int64_t c = 0; c < C; c += W) sums += load<vf>(x + c);
-    const vf mean = splat<vf>(sum(sums) / C);
-    for (int64_t c = 0; c < C; c += W) {
-      const vf d = load<vf>(x + c) - mean;
-      squares = fma(d, d, squares);
-    }
-    const float scale = 1 / std::sqrt(sum(squares) / C + 1e-5f);
-    for (int64_t c = 0; c < C; c += W)
-      f(c, fma((load<vf>(x + c) - mean) * scale, load<vf>(ln.weight + c), load<vf>(ln.bias + c)));
-  }
-
   void norm_rows(int64_t rows, const StudentWeights::Affine& ln) {
     threads_.run("engine: norm", rows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         Pack* to = normed_.data + packs(i * C);
-        norm(x_.data + i * C, ln, [&](int64_t c, vf v) { store_elements<Policy>(to, c, v); });
+        layer_norm_row(x_.data + i * C, C, ln.weight, ln.bias,
+                       [&](int64_t c, vf v) { store_elements<Policy>(to, c, v); });
       }
     });
   }
@@ -263,9 +240,8 @@ class EngineOf final : public Engine {
     for (size_t layer = 0; layer < blocks_.size(); ++layer) {
       const Block& b = blocks_[layer];
       norm_rows(rows, b.ln_1);
-      matmul("engine: qkv", b.qkv, normed_.data, rows, [&](int64_t i, int64_t column, const float* sums) {
-        each(b.qkv, column, sums, [&](int64_t j, vf v) { store(qkv_.data + i * 3 * C + j, v); });
-      });
+      linear("engine: qkv", b.qkv, normed_.data, rows,
+             [&](int64_t i, int64_t j, vf v) { store(qkv_.data + i * 3 * C + j, v); });
       if (prompts) {
         for (int64_t i = 0; i < rows * H; ++i) append(layer, i / H, i % H, true);
         threads_.run("engine: attention", rows * H, [&](int64_t begin, int64_t end) {
@@ -281,18 +257,15 @@ class EngineOf final : public Engine {
         });
       }
       const auto add_to_x = [&](const char* phase, const Linear& l, const Pack* a) {
-        matmul(phase, l, a, rows, [&](int64_t i, int64_t column, const float* sums) {
-          each(l, column, sums, [&](int64_t j, vf v) {
-            float* to = x_.data + i * C + j;
-            store(to, load<vf>(to) + v);
-          });
+        linear(phase, l, a, rows, [&](int64_t i, int64_t j, vf v) {
+          float* to = x_.data + i * C + j;
+          store(to, load<vf>(to) + v);
         });
       };
       add_to_x("engine: attn_proj", b.attn_proj, attended_.data);
       norm_rows(rows, b.ln_2);
-      matmul("engine: fc, gelu", b.fc, normed_.data, rows, [&](int64_t i, int64_t column, const float* sums) {
-        Pack* to = inner_.data + packs(i * 4 * C);
-        each(b.fc, column, sums, [&](int64_t j, vf v) { store_elements<Policy>(to, j, gelu_and_slope(v).first); });
+      linear("engine: fc, gelu", b.fc, normed_.data, rows, [&](int64_t i, int64_t j, vf v) {
+        store_elements<Policy>(inner_.data + packs(i * 4 * C), j, gelu_and_slope(v).first);
       });
       add_to_x("engine: mlp_proj", b.mlp_proj, inner_.data);
     }
@@ -398,7 +371,7 @@ class EngineOf final : public Engine {
     threads_.run("engine: norm", rows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         vf value{};
-        norm(x_.data + i * C, student_.ln_f, [&](int64_t c, vf v) {
+        layer_norm_row(x_.data + i * C, C, student_.ln_f.weight, student_.ln_f.bias, [&](int64_t c, vf v) {
           store_elements<Policy>(normed_.data + i * C / Policy::kPack, c, v);
           if (student_.value.weight) value = fma(v, load<vf>(student_.value.weight + c), value);
         });
@@ -406,8 +379,8 @@ class EngineOf final : public Engine {
       }
     });
     const int64_t V = student_.V;
-    matmul("engine: logits", head_, normed_.data, rows, [&](int64_t i, int64_t column, const float* sums) {
-      std::memcpy(logits_.data + i * V + column, sums, std::min(kPanel, V - column) * sizeof(float));
+    matmul("engine: logits", head_, normed_.data, rows, [&](int64_t i, int64_t j, vf v) {
+      std::memcpy(logits_.data + i * V + j, &v, std::min<int64_t>(W, V - j) * sizeof(float));
     });
   }
 

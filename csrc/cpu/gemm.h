@@ -1,5 +1,7 @@
-// GEMM on the CPU: a micro-kernel that keeps a small tile of the result in registers, `gemm`, which covers up to 6 rows
-// with it, and the packed layouts that both read. Callers block for the caches; a Policy chooses the instructions.
+// GEMM on the CPU: one driver, `gemm`, that blocks for the caches around a micro-kernel, which keeps a small tile of
+// the result in registers; `gemm_tile`, which hands each finished vector of sums to its caller's epilogue; and the
+// packed layouts that they read. A Policy chooses the instructions. An element's sum is formed in the same order
+// whatever rows, columns and threads surround it.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -9,15 +11,22 @@
 
 namespace tinystory::cpu {
 
-constexpr int64_t kPanel = 64;                  // columns per panel of a transposed matrix
-constexpr int kMicroVectors = W == 16 ? 4 : 2;  // vectors per row of the tile: 6 * 4 sums + 4 columns fit 32 registers
+constexpr int64_t kColumns = 64;                  // columns per item of work; callers pad to them
+constexpr int64_t kTileRows = W == 16 ? 48 : 96;  // rows that share a panel in the L1 cache with their sums
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMicroVectors = 4;  // vectors per row of the tile: 6 * 4 sums and 4 columns fit 32 registers
+#else
+constexpr int kMicroVectors = 2;
+#endif
 
 // A Policy says how to multiply and add. A Pack is the unit along the reduced dimension: one element, or two bf16 for
-// the processor's dot-product instruction. kPack is the number of elements in a Pack.
+// the processor's dot-product instruction. kPack is the number of elements in a Pack; kReduce, the number of Packs per
+// partial sum: a sum of short sums rounds less than one long sum, and bf16 has rounded far more already.
 struct F32 {
   using Acc = float;
   using Pack = float;
   static constexpr int kPack = 1;
+  static constexpr int64_t kReduce = 128;
   static vf broadcast(const char* p) { return splat<vf>(load<float>(p)); }
   static vf dot(vf a, vf b, vf sum) { return fma(a, b, sum); }
 };
@@ -25,6 +34,7 @@ struct F64 {
   using Acc = double;
   using Pack = double;
   static constexpr int kPack = 1;
+  static constexpr int64_t kReduce = 128;
   static vd broadcast(const char* p) { return splat<vd>(load<double>(p)); }
   static vd dot(vd a, vd b, vd sum) { return fma(a, b, sum); }
 };
@@ -33,16 +43,33 @@ struct BF16 {
   using Acc = float;
   using Pack = uint32_t;
   static constexpr int kPack = 2;
+  static constexpr int64_t kReduce = 384;
   static vf broadcast(const char* p) { return (vf)(vu{} + load<uint32_t>(p)); }
   static vf dot(vf a, vf b, vf sum) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 };
 #endif
 
-// The micro-kernel: c[m][n] (+)= sum over k of a[m][k] * b[k][n] for an R x (C * lanes) tile held in registers. The
-// strides am, ak and bk are in Packs.
+// Columns per panel of a packed right operand: what the micro-kernel takes at once, so that it reads memory in order.
+template <class Policy>
+constexpr int64_t kPanel = kMicroVectors * lanes<VecOf<typename Policy::Acc>>;
+
+// Operands, in Packs. Element (row, k) of the left one lies at at[row * row_stride + k * k_stride]; the right one has
+// panels of kPanel columns, and element (k, column) of a panel lies at at[k * k_stride + column].
+template <class Policy>
+struct Left {
+  const typename Policy::Pack* at;
+  int64_t row_stride, k_stride;
+};
+template <class Policy>
+struct Right {
+  const typename Policy::Pack* at;
+  int64_t k_stride, panel_stride;
+};
+
+// The micro-kernel: c[m][n] (+)= sum over k of a[m][k] * b[k][n] for an R x (C * lanes) tile held in registers.
 template <class Policy, int R, int C>
-void micro_kernel(int64_t n_k, const typename Policy::Pack* a, int64_t am, int64_t ak, const typename Policy::Pack* b,
-                  int64_t bk, typename Policy::Acc* c, int64_t cm, bool add) {
+void micro_kernel(int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, int64_t bk, typename Policy::Acc* c,
+                  int64_t cm, bool add) {
   using Vec = VecOf<typename Policy::Acc>;
   constexpr int L = lanes<Vec>;
   if (add)  // prefetched while the sums are formed
@@ -51,11 +78,11 @@ void micro_kernel(int64_t n_k, const typename Policy::Pack* a, int64_t am, int64
   Vec acc[R][C];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < C; ++j) acc[r][j] = Vec{};
-  for (int64_t k = 0; k < n_k; ++k, a += ak, b += bk) {
+  for (int64_t k = 0; k < n_k; ++k, a.at += a.k_stride, b += bk) {
     Vec col[C];
     for (int j = 0; j < C; ++j) col[j] = load<Vec>(b + j * L);
     for (int r = 0; r < R; ++r) {
-      const Vec row = Policy::broadcast(reinterpret_cast<const char*>(a + r * am));
+      const Vec row = Policy::broadcast(reinterpret_cast<const char*>(a.at + r * a.row_stride));
       for (int j = 0; j < C; ++j) acc[r][j] = Policy::dot(row, col[j], acc[r][j]);
     }
   }
@@ -66,33 +93,62 @@ void micro_kernel(int64_t n_k, const typename Policy::Pack* a, int64_t am, int64
     }
 }
 
-template <class Policy, int R>
-void micro_row(int64_t vectors, int64_t n_k, const typename Policy::Pack* a, int64_t am, int64_t ak,
-               const typename Policy::Pack* b, int64_t bk, typename Policy::Acc* c, int64_t cm, bool add) {
-  constexpr int L = lanes<VecOf<typename Policy::Acc>>;
-  for (; vectors >= kMicroVectors; vectors -= kMicroVectors, b += kMicroVectors * L, c += kMicroVectors * L)
-    micro_kernel<Policy, R, kMicroVectors>(n_k, a, am, ak, b, bk, c, cm, add);
-  if constexpr (kMicroVectors == 4)
-    if (vectors == 3) return micro_kernel<Policy, R, 3>(n_k, a, am, ak, b, bk, c, cm, add);
-  if constexpr (kMicroVectors == 4)
-    if (vectors == 2) return micro_kernel<Policy, R, 2>(n_k, a, am, ak, b, bk, c, cm, add);
-  if (vectors == 1) micro_kernel<Policy, R, 1>(n_k, a, am, ak, b, bk, c, cm, add);
+// The same for any number of rows.
+template <class Policy, int C>
+void micro_column(int64_t rows, int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, int64_t bk,
+                  typename Policy::Acc* c, int64_t cm, bool add) {
+  const auto take = [&]<int R>(std::integral_constant<int, R>) {
+    micro_kernel<Policy, R, C>(n_k, a, b, bk, c, cm, add);
+    rows -= R, a.at += R * a.row_stride, c += R * cm;
+  };
+  while (rows >= 6) take(std::integral_constant<int, 6>());
+  if (rows >= 4) take(std::integral_constant<int, 4>());
+  if (rows >= 2) take(std::integral_constant<int, 2>());
+  if (rows) take(std::integral_constant<int, 1>());
 }
 
-// The same for rows <= 6 and any number of vectors per row.
+// The driver: c (rows, columns) = a b, or with `add` c += a b, reducing over n_k Packs. The columns are whole vectors.
 template <class Policy>
-void gemm(int64_t rows, int64_t vectors, int64_t n_k, const typename Policy::Pack* a, int64_t am, int64_t ak,
-          const typename Policy::Pack* b, int64_t bk, typename Policy::Acc* c, int64_t cm, bool add = false) {
-  if (rows == 6) return micro_row<Policy, 6>(vectors, n_k, a, am, ak, b, bk, c, cm, add);
-  if (rows >= 4) {
-    micro_row<Policy, 4>(vectors, n_k, a, am, ak, b, bk, c, cm, add);
-    rows -= 4, a += 4 * am, c += 4 * cm;
+void gemm(int64_t rows, int64_t columns, int64_t n_k, Left<Policy> a, Right<Policy> b, typename Policy::Acc* c,
+          int64_t cm, bool add = false) {
+  constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>, kWidth = kPanel<Policy>;
+  for (int64_t k = 0; k < n_k; k += Policy::kReduce, add = true) {
+    const int64_t depth = std::min(Policy::kReduce, n_k - k);
+    for (int64_t first = 0; first < rows; first += kTileRows)
+      for (int64_t j = 0; j < columns; j += kWidth) {
+        const Left<Policy> left{a.at + first * a.row_stride + k * a.k_stride, a.row_stride, a.k_stride};
+        const auto* right = b.at + j / kWidth * b.panel_stride + k * b.k_stride;
+        const auto run = [&]<int C>(std::integral_constant<int, C>) {
+          micro_column<Policy, C>(std::min(kTileRows, rows - first), depth, left, right, b.k_stride, c + first * cm + j,
+                                  cm, add);
+        };
+        const int64_t vectors = std::min(kWidth, columns - j) / L;
+        if (vectors == kMicroVectors) run(std::integral_constant<int, kMicroVectors>());
+        if constexpr (kMicroVectors == 4) {
+          if (vectors == 3) run(std::integral_constant<int, 3>());
+          if (vectors == 2) run(std::integral_constant<int, 2>());
+        }
+        if (vectors == 1) run(std::integral_constant<int, 1>());
+      }
   }
-  if (rows >= 2) {
-    micro_row<Policy, 2>(vectors, n_k, a, am, ak, b, bk, c, cm, add);
-    rows -= 2, a += 2 * am, c += 2 * cm;
-  }
-  if (rows) micro_row<Policy, 1>(vectors, n_k, a, am, ak, b, bk, c, cm, add);
+}
+
+// Rows [first, last) and columns [column, end) of a b, whose sums are not stored: calls finish(row, column, sum) for
+// each vector of them while it is in the L1 cache. `column` is the first of a panel.
+template <class Policy, class Finish>
+void gemm_tile(int64_t first, int64_t last, int64_t column, int64_t end, int64_t n_k, Left<Policy> a, Right<Policy> b,
+               const Finish& finish) {
+  using Vec = VecOf<typename Policy::Acc>;
+  constexpr int64_t L = lanes<Vec>, kWidth = kPanel<Policy>;
+  alignas(64) typename Policy::Acc sums[kTileRows * kWidth];
+  for (; first < last; first += kTileRows)
+    for (int64_t j = column; j < end; j += kWidth) {
+      const int64_t rows = std::min(kTileRows, last - first), width = std::min(kWidth, end - j);
+      gemm<Policy>(rows, width, n_k, {a.at + first * a.row_stride, a.row_stride, a.k_stride},
+                   {b.at + j / kWidth * b.panel_stride, b.k_stride, b.panel_stride}, sums, kWidth);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t v = 0; v < width; v += L) finish(first + r, j + v, load<Vec>(sums + r * kWidth + v));
+    }
 }
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -114,13 +170,18 @@ void pack_rows(typename Policy::Pack* to, const void* from, DType type, int64_t 
                int64_t padded_rows, int64_t D, int64_t padded_D) {
   using Vec = VecOf<typename Policy::Acc>;
   constexpr int64_t L = lanes<Vec>;
+  constexpr int64_t kAhead = 12;  // rows: a head's rows lie too far apart for the hardware's prefetcher
   const int64_t packs = padded_D / Policy::kPack;
-  for (int64_t i = 0; i < rows; ++i, to += packs)
+  for (int64_t i = 0; i < rows; ++i, to += packs) {
+    const char* row = static_cast<const char*>(at(from, type, i * stride));
+    const int64_t ahead = i + kAhead < rows ? kAhead * stride * size_of(type) : 0;
     for (int64_t d = 0; d < padded_D; d += L) {
-      const void* p = at(from, type, i * stride + d);
+      const void* p = at(row, type, d);
+      __builtin_prefetch(static_cast<const char*>(p) + ahead);
       const Vec v = d + L <= D ? load_as<Vec>(p, type) : d < D ? load_tail<Vec>(p, type, D - d, 0) : Vec{};
       store_elements<Policy>(to, d, v);
     }
+  }
   std::memset(to, 0, (padded_rows - rows) * packs * sizeof *to);
 }
 
@@ -156,7 +217,8 @@ void pair_rows(typename Policy::Pack* to, const typename Policy::Pack* rows, int
       }
   } else {
     for (int64_t i = 0; i < n; ++i, rows += D)
-      for (int64_t d = 0; d < D; d += width) std::memcpy(place(i, d), rows + d, std::min(width, D - d) * sizeof *to);
+      for (int64_t d = 0; d < D; d += lanes<VecOf<typename Policy::Acc>>)
+        store(place(i, d), load<VecOf<typename Policy::Acc>>(rows + d));
   }
 }
 
@@ -174,19 +236,20 @@ void transpose(Vec (&r)[lanes<Vec>]) {
   }
 }
 
-// Transposes rows into panels [padded / 64][D / kPack][64], the right operand of a GEMM that reduces over D.
+// Transposes rows into panels [padded / kPanel][D / kPack][kPanel], the right operand of a GEMM that reduces over D.
 template <class Policy>
 void transpose_rows(typename Policy::Pack* to, const typename Policy::Pack* rows, int64_t padded, int64_t D) {
   using Vec = std::conditional_t<sizeof(typename Policy::Pack) == 8, vd, vu>;
   constexpr int L = lanes<Vec>;
+  constexpr int64_t kWidth = kPanel<Policy>;
   const int64_t packs = D / Policy::kPack;
   for (int64_t j = 0; j < padded; j += L)
     for (int64_t w = 0; w < packs; w += L) {
       Vec block[L];
       for (int i = 0; i < L; ++i) block[i] = load<Vec>(rows + (j + i) * packs + w);
       transpose(block);
-      auto* panel = to + (j / kPanel) * packs * kPanel + w * kPanel + j % kPanel;
-      for (int i = 0; i < L; ++i) store(panel + i * kPanel, block[i]);
+      auto* panel = to + j / kWidth * packs * kWidth + w * kWidth + j % kWidth;
+      for (int i = 0; i < L; ++i) store(panel + i * kWidth, block[i]);
     }
 }
 

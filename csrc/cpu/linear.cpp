@@ -1,25 +1,22 @@
 // Linear layers, forward and backward, fused with what surrounds them in a transformer: bias, tanh GELU and its
 // derivative, the residual stream. And layer norm.
 //
-// All three GEMMs use gemm.h: the right operand is first packed in panels of 64 columns (the weight takes 1 to 2 % of a
-// GEMM's time, so it is not kept between calls), and each panel is multiplied with blocks of rows that stay in the L2
-// cache. A row's result depends on that row alone, and sums over rows are taken in blocks of fixed size: neither the
-// number of threads nor the rest of the batch changes a bit of a row.
+// All three GEMMs use gemm.h: the right operand is first packed in panels (the weight takes 1 to 2 % of a GEMM's time,
+// so it is not kept between calls), and each panel is multiplied with blocks of rows that stay in the L2 cache. A row's
+// result depends on that row alone, and sums over rows are taken in blocks of fixed size: neither the number of threads
+// nor the rest of the batch changes a bit of a row.
 #include <algorithm>
+#include <tuple>
 
 #include "gemm.h"
 
 namespace tinystory::cpu {
 namespace {
 
-constexpr int64_t kRows = 48;  // rows per block that is multiplied with a panel: their sums stay in the L1 cache
-// Packs per partial sum: a sum of short sums rounds less than one long sum. bf16 has rounded far more already.
-template <class Policy>
-constexpr int64_t kReduce = Policy::kPack == 2 ? 384 : 256;
-
 template <class Policy>
 struct Layer {
   using Pack = typename Policy::Pack;
+  static constexpr int64_t kWidth = kPanel<Policy>;
   static constexpr DType kStored = Policy::kPack == 2 ? DType::bf16 : DType::f32;
 
   const Linear& l;
@@ -30,12 +27,12 @@ struct Layer {
   explicit Layer(const Linear& l)
       : l(l), in(l.K / Policy::kPack), out(l.N / Policy::kPack), pairs((l.rows + Policy::kPack - 1) / Policy::kPack) {
     Arena m{static_cast<char*>(l.workspace), 0};
-    panels = m.take<Pack>(std::max(round_up(l.N, kPanel) * in, round_up(l.K, kPanel) * out));
+    panels = m.take<Pack>(std::max(round_up(l.N, kColumns) * in, round_up(l.K, kColumns) * out));
     rows = m.take<Pack>(l.grad_y || l.x_type == kStored ? 0 : l.rows * in);
     const int64_t n = l.grad_y ? pairs : 0;
     grad_rows = m.take<Pack>(grad_stored() ? 0 : n * Policy::kPack * out);
-    x_pairs = m.take<Pack>(n * round_up(l.K, kPanel));
-    grad_pairs = m.take<Pack>(n * round_up(l.N, kPanel));
+    x_pairs = m.take<Pack>(n * round_up(l.K, kColumns));
+    grad_pairs = m.take<Pack>(n * round_up(l.N, kColumns));
     bytes = m.used;
   }
 
@@ -47,15 +44,15 @@ struct Layer {
     return grad_stored() ? static_cast<const Pack*>(at(l.grad_y, l.y_type, l.first * l.N)) : grad_rows;
   }
 
-  // items: panels of the weight's rows, or (backward) blocks of kPack * W of its rows
+  // items: blocks of 64 of the weight's rows, or (backward) of 32
   void pack_weight(int64_t begin, int64_t end) {
-    const int64_t height = l.grad_y ? kWeightRows : kPanel;
+    const int64_t height = l.grad_y ? kWeightRows : kColumns;
     Pack* w = reinterpret_cast<Pack*>(scratch(height * in * sizeof(Pack)));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = std::min(height, l.N - i * height);
       pack_rows<Policy>(w, l.weight + i * height * l.K, DType::f32, l.K, n, height, l.K, l.K);
-      if (l.grad_y) pair_rows<Policy>(panels + i * height / Policy::kPack * kPanel, w, height, l.K, kPanel, out);
-      else transpose_rows<Policy>(panels + i * kPanel * in, w, kPanel, l.K);
+      if (l.grad_y) pair_rows<Policy>(panels + i * height / Policy::kPack * kWidth, w, height, l.K, kWidth, out);
+      else transpose_rows<Policy>(panels + i * height * in, w, height, l.K);
     }
   }
 
@@ -64,21 +61,14 @@ struct Layer {
     if (l.x_type != kStored) pack_rows<Policy>(rows + begin * in, x_at(begin), l.x_type, l.K, n, n, l.K, l.K);
   }
 
-  // Calls finish(row, column, sum), a vector at a time, for each item: kRows rows of a (rows, packs) and one panel.
+  // Calls finish(row, column, sum), a vector at a time, for each item: kTileRows rows of a (rows, packs), 64 columns.
   template <class F>
   void matmul(int64_t begin, int64_t end, const Pack* a, int64_t packs, int64_t columns, const F& finish) const {
-    const int64_t n_panels = (columns + kPanel - 1) / kPanel;
-    float sums[kRows * kPanel];
+    const int64_t across = (columns + kColumns - 1) / kColumns;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item / n_panels * kRows, last = std::min(l.rows, first + kRows);
-      const int64_t column = item % n_panels * kPanel, width = std::min(kPanel, columns - column);
-      for (int64_t k = 0; k < packs; k += kReduce<Policy>)
-        for (int64_t r = first; r < last; r += 6)
-          gemm<Policy>(std::min<int64_t>(6, last - r), width / W, std::min(kReduce<Policy>, packs - k),
-                       a + r * packs + k, packs, 1, panels + column * packs + k * kPanel, kPanel,
-                       sums + (r - first) * kPanel, kPanel, k > 0);
-      for (int64_t r = first; r < last; ++r)
-        for (int64_t j = 0; j < width; j += W) finish(r, column + j, load<vf>(sums + (r - first) * kPanel + j));
+      const int64_t first = item / across * kTileRows, column = item % across * kColumns;
+      gemm_tile<Policy>(first, std::min(l.rows, first + kTileRows), column, std::min(columns, column + kColumns), packs,
+                        {a, packs, 1}, {panels, kWidth, packs * kWidth}, finish);
     }
   }
 
@@ -102,13 +92,13 @@ struct Layer {
     Pack* copy = reinterpret_cast<Pack*>(scratch(block_packs * sizeof(Pack) + l.N * sizeof(float)));
     float* sums = reinterpret_cast<float*>(copy + block_packs);
     // Reads the rows in place if they are stored as Packs and every pair has its second row, else from `copy`.
-    const auto in_pairs = [&](Pack* to, const void* from, DType type, int64_t n, int64_t columns) {
+    const auto in_pairs = [&](Pack* to, int64_t width, const void* from, DType type, int64_t n, int64_t columns) {
       const int64_t padded = round_up(n, Policy::kPack);
       if (type != kStored || padded > n) {
         pack_rows<Policy>(copy, from, type, columns, n, padded, columns, columns);
         from = copy;
       }
-      pair_rows<Policy>(to, static_cast<const Pack*>(from), padded, columns, kPanel, pairs);
+      pair_rows<Policy>(to, static_cast<const Pack*>(from), padded, columns, width, pairs);
     };
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kLinearRows, n = std::min(kLinearRows, l.rows - first);
@@ -122,8 +112,8 @@ struct Layer {
           if (!grad_stored()) store_elements<Policy>(grad_rows + i * out, j, g);
         }
       std::memcpy(l.bias_parts + (l.first / kLinearRows + block) * l.N, sums, l.N * sizeof(float));
-      in_pairs(grad_pairs + first / Policy::kPack * kPanel, grads() + first * out, kStored, n, l.N);
-      in_pairs(x_pairs + first / Policy::kPack * kPanel, x_at(first), l.x_type, n, l.K);
+      in_pairs(grad_pairs + first / Policy::kPack * kColumns, kColumns, grads() + first * out, kStored, n, l.N);
+      in_pairs(x_pairs + first / Policy::kPack * kWidth, kWidth, x_at(first), l.x_type, n, l.K);
     }
   }
 
@@ -133,18 +123,14 @@ struct Layer {
     });
   }
 
-  // items: tiles of kPanel x kPanel
+  // items: tiles of 64 x 64
   void grad_weight(int64_t begin, int64_t end) {
-    const int64_t n_panels = (l.K + kPanel - 1) / kPanel;
+    const int64_t across = (l.K + kColumns - 1) / kColumns;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t n = item / n_panels * kPanel, c = item % n_panels * kPanel;
-      for (int64_t k = 0; k < pairs; k += kReduce<Policy>)
-        for (int64_t i = n; i < std::min(n + kPanel, l.N); i += 6) {
-          const int64_t height = std::min<int64_t>(6, std::min(n + kPanel, l.N) - i);
-          gemm<Policy>(height, std::min(kPanel, l.K - c) / W, std::min(kReduce<Policy>, pairs - k),
-                       grad_pairs + n * pairs + k * kPanel + i - n, 1, kPanel, x_pairs + c * pairs + k * kPanel, kPanel,
-                       l.grad_weight + i * l.K + c, l.K, k > 0 || l.first > 0);
-        }
+      const int64_t n = item / across * kColumns, c = item % across * kColumns;
+      gemm<Policy>(std::min(kColumns, l.N - n), std::min(kColumns, l.K - c), pairs,
+                   {grad_pairs + n * pairs, 1, kColumns}, {x_pairs + c * pairs, kWidth, pairs * kWidth},
+                   l.grad_weight + n * l.K + c, l.K, l.first > 0);
     }
   }
 
@@ -166,7 +152,7 @@ int64_t linear_workspace(const Linear& l) {
   return with_layer(l, [](auto layer) { return int64_t(layer.bytes); });
 }
 int64_t linear_tiles(const Linear& l, int64_t columns) {
-  return (l.rows + kRows - 1) / kRows * ((columns + kPanel - 1) / kPanel);
+  return (l.rows + kTileRows - 1) / kTileRows * ((columns + kColumns - 1) / kColumns);
 }
 void linear_pack_weight(const Linear& l, int64_t begin, int64_t end) {
   with_layer(l, [&](auto layer) { layer.pack_weight(begin, end); });
@@ -190,19 +176,9 @@ void linear_grad_weight(const Linear& l, int64_t begin, int64_t end) {
 // --- layer norm ------------------------------------------------------------------------------------------------------
 void layer_norm(const LayerNorm& n, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const float* x = n.x + i * n.C;
-    vf sums{}, squares{};
-    for (int64_t c = 0; c < n.C; c += W) sums += load<vf>(x + c);
-    const float mean = sum(sums) / n.C;
-    for (int64_t c = 0; c < n.C; c += W) {
-      const vf d = load<vf>(x + c) - mean;
-      squares = fma(d, d, squares);
-    }
-    const float scale = 1 / std::sqrt(sum(squares) / n.C + 1e-5f);
-    n.mean[i] = mean, n.scale[i] = scale;
-    for (int64_t c = 0; c < n.C; c += W)
-      store_as(at(n.y, n.y_type, i * n.C + c), n.y_type,
-               fma((load<vf>(x + c) - mean) * scale, load<vf>(n.weight + c), load<vf>(n.bias + c)));
+    std::tie(n.mean[i], n.scale[i]) = layer_norm_row(n.x + i * n.C, n.C, n.weight, n.bias, [&](int64_t c, vf y) {
+      store_as(at(n.y, n.y_type, i * n.C + c), n.y_type, y);
+    });
   }
 }
 

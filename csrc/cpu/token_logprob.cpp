@@ -14,9 +14,6 @@ namespace {
 
 constexpr int64_t kGroup = kLogprobGroup;
 constexpr int64_t kStride = kGroup + 16;  // rows a power of two apart would share a few sets of the L1 cache
-// Packs per partial sum: a sum of short sums rounds less than one long sum. bf16 has rounded far more already.
-template <class Policy>
-constexpr int64_t kReduce = Policy::kPack == 2 ? 384 : 128;
 constexpr int64_t kBlock = 96;  // rows per block that is multiplied with a panel: with their logits they fit in L2
 constexpr double kLog2e = 1.4426950408889634;
 
@@ -25,7 +22,7 @@ struct Chunk {
   using Acc = typename Policy::Acc;
   using Pack = typename Policy::Pack;
   using Vec = VecOf<Acc>;
-  static constexpr int64_t L = lanes<Vec>;
+  static constexpr int64_t L = lanes<Vec>, kWidth = kPanel<Policy>;
 
   const TokenLogprob& x;
   const bool keeps;                      // whether the logits are kept for the gradients
@@ -35,7 +32,7 @@ struct Chunk {
   size_t bytes;
 
   explicit Chunk(const TokenLogprob& x)
-      : x(x), keeps(x.logprob && x.grad_hidden), rows(round_up(x.rows, 2)), C(round_up(x.C, kPanel)),
+      : x(x), keeps(x.logprob && x.grad_hidden), rows(round_up(x.rows, 2)), C(round_up(x.C, kColumns)),
         packs(C / Policy::kPack), stride(keeps ? kStride : kStride / Policy::kPack) {
     Arena m{static_cast<char*>(x.workspace), 0};
     weight_pairs = m.take<Pack>(x.grad_hidden ? x.groups * kGroup * packs : 0);  // first: in place for all row chunks
@@ -70,7 +67,7 @@ struct Chunk {
   // Packs the group's rows of the weight; zero up to a whole panel.
   void weight_rows(Pack* to, int64_t group) const {
     pack_rows<Policy>(to, at(x.weight, x.weight_dtype, column(group) * x.C), x.weight_dtype, x.C, width(group),
-                      round_up(width(group), kPanel), x.C, C);
+                      round_up(width(group), kColumns), x.C, C);
   }
 
   void pack(int64_t begin, int64_t end) {
@@ -78,27 +75,23 @@ struct Chunk {
     pack_rows<Policy>(hidden + first * packs, at(x.hidden, x.dtype, (x.first + first) * x.C), x.dtype, x.C, n,
                       2 * end - first, x.C, C);
     if (!x.grad_hidden) return;
-    pair_rows<Policy>(hidden_panels + first / Policy::kPack * kPanel, hidden + first * packs, 2 * end - first, C,
-                      kPanel, rows / Policy::kPack);
+    pair_rows<Policy>(hidden_panels + first / Policy::kPack * kWidth, hidden + first * packs, 2 * end - first, C,
+                      kWidth, rows / Policy::kPack);
   }
 
   // Calls use(first, end, logits) on blocks of the chunk's rows, with this group's logits [row - first][kStride].
   template <class F>
   void each_block(int64_t g, const Own& own, const F& use) {
     weight_rows(own.weight, g);
-    const int64_t n = round_up(width(g), kPanel);
+    const int64_t n = round_up(width(g), kColumns);
     transpose_rows<Policy>(own.panels, own.weight, n, C);
     if (x.grad_hidden && x.first == 0)
-      pair_rows<Policy>(weight_pairs + g * kGroup * packs, own.weight, n, C, kPanel, n / Policy::kPack);
+      pair_rows<Policy>(weight_pairs + g * kGroup * packs, own.weight, n, C, kWidth, n / Policy::kPack);
     for (int64_t first = 0; first < x.rows; first += kBlock) {
       const int64_t end = std::min(first + kBlock, x.rows);
       Acc* to = keeps ? logits + (g * rows + first) * kStride : own.logits;
-      for (int64_t v = 0; v < width(g); v += kPanel)
-        for (int64_t r = first; r < end; r += 6)
-          for (int64_t k = 0; k < packs; k += kReduce<Policy>)
-            gemm<Policy>(std::min<int64_t>(6, end - r), kPanel / L, std::min(kReduce<Policy>, packs - k),
-                         hidden + r * packs + k, packs, 1, own.panels + v * packs + k * kPanel, kPanel,
-                         to + (r - first) * kStride + v, kStride, k > 0);
+      gemm<Policy>(end - first, n, packs, {hidden + first * packs, packs, 1}, {own.panels, kWidth, packs * kWidth}, to,
+                   kStride);
       use(first, end, to);
     }
   }
@@ -184,7 +177,7 @@ struct Chunk {
       Pack* to[2] = {grads_at(g, row), grads_at(g, row + 1)};
       RowGrad grad[2]{};
       for (int64_t e = 0; e < 2 && row + e < end; ++e) grad[e] = row_grad(g, row + e, from[e]);
-      for (int64_t v = 0; v < round_up(n, kPanel); v += L) {
+      for (int64_t v = 0; v < round_up(n, kColumns); v += L) {
         Vec d[2]{};
         for (int64_t e = 0; e < 2 && row + e < end; ++e) {
           __builtin_prefetch(from[e] + v + 2 * kStride);
@@ -217,25 +210,22 @@ struct Chunk {
     if (keeps) use(0, x.rows, logits + g * rows * kStride);
     else each_block(g, o, use);
     const Pack* left = Policy::kPack == 2 ? o.pairs : grads_at(g, 0);
-    for (int64_t c = 0; c < C; c += kPanel)
-      for (int64_t v = 0; v < width(g); v += 6)
-        gemm<Policy>(std::min<int64_t>(6, width(g) - v), kPanel / L, rows / Policy::kPack, left + v, 1, kStride,
-                     hidden_panels + c / kPanel * (rows / Policy::kPack) * kPanel, kPanel,
-                     static_cast<Acc*>(x.grad_weight) + (g * kGroup + v) * C + c, C, x.first > 0);
+    const int64_t n = rows / Policy::kPack;
+    gemm<Policy>(width(g), C, n, {left, 1, kStride}, {hidden_panels, kWidth, n * kWidth},
+                 static_cast<Acc*>(x.grad_weight) + g * kGroup * C, C, x.first > 0);
   }
 
   void grad_hidden(int64_t begin, int64_t end) {
     constexpr int64_t kTogether = 2;  // groups whose weights share the cache
     for (int64_t first = begin * kLogprobRows; first < std::min(x.rows, end * kLogprobRows); first += kLogprobRows)
       for (int64_t g0 = 0; g0 < x.groups; g0 += kTogether)
-        for (int64_t c = 0; c < C; c += kPanel)
-          for (int64_t g = g0; g < std::min(g0 + kTogether, x.groups); ++g)
-            for (int64_t r = first; r < std::min(first + kLogprobRows, x.rows); r += 6) {
-              const int64_t n = round_up(width(g), kPanel) / Policy::kPack;
-              gemm<Policy>(std::min<int64_t>(6, x.rows - r), kPanel / L, n, grads_at(g, r), stride, 1,
-                           weight_pairs + g * kGroup * packs + c * n, kPanel,
-                           static_cast<Acc*>(x.grad_hidden) + (x.first + r) * C + c, C, column(g) > 0);
-            }
+        for (int64_t c = 0; c < C; c += kColumns)
+          for (int64_t g = g0; g < std::min(g0 + kTogether, x.groups); ++g) {
+            const int64_t n = round_up(width(g), kColumns) / Policy::kPack;
+            gemm<Policy>(std::min(kLogprobRows, x.rows - first), kColumns, n, {grads_at(g, first), stride, 1},
+                         {weight_pairs + g * kGroup * packs + c * n, kWidth, n * kWidth},
+                         static_cast<Acc*>(x.grad_hidden) + (x.first + first) * C + c, C, column(g) > 0);
+          }
   }
 };
 

@@ -8,6 +8,8 @@
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../kernels.h"
@@ -76,6 +78,8 @@ inline vf fma(vf a, vf b, vf c) {
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
   return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -121,6 +125,23 @@ inline std::pair<vf, vf> gelu_and_slope(vf x) {
   const vf xx = x * x, u = x * fma(xx, splat<vf>(0.044715f), splat<vf>(1.0f)) * (k * -1.4426950408889634f);
   const vf s = 1.0f / (exp2(u < 126.0f ? u : splat<vf>(126.0f)) + 1.0f), y = x * s;
   return {y, fma(y * (1.0f - s), fma(xx, splat<vf>(3 * 0.044715f * k), splat<vf>(k)), s)};
+}
+
+// Layer norm of a row of C elements: calls finish(c, y), a vector at a time. Returns the mean and 1 / deviation.
+template <class F>
+inline std::pair<float, float> layer_norm_row(const float* x, int64_t C, const float* weight, const float* bias,
+                                              const F& finish) {
+  vf sums{}, squares{};
+  for (int64_t c = 0; c < C; c += W) sums += load<vf>(x + c);
+  const float mean = sum(sums) / C;
+  for (int64_t c = 0; c < C; c += W) {
+    const vf d = load<vf>(x + c) - mean;
+    squares = fma(d, d, squares);
+  }
+  const float scale = 1 / std::sqrt(sum(squares) / C + 1e-5f);
+  for (int64_t c = 0; c < C; c += W)
+    finish(c, fma((load<vf>(x + c) - mean) * scale, load<vf>(weight + c), load<vf>(bias + c)));
+  return {mean, scale};
 }
 
 // --- 16-bit floats ---------------------------------------------------------------------------------------------------

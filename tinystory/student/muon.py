@@ -46,12 +46,25 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """(n, rows, columns) -> about U V^T of each matrix's singular value decomposition U S V^T, by Newton-Schulz."""
+    """(n, rows, columns) -> about U V^T of each matrix's singular value decomposition U S V^T, by Newton-Schulz.
+
+    An iteration is x <- p x with p = a + b g + c g^2 of the Gram matrix g = x x^T, which becomes p g p. Of a matrix
+    with a longer side it is therefore enough to follow g and the product of all p, which are smaller."""
     a, b, c = COEFFICIENTS
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    for _ in range(ITERATIONS):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+    if x.shape[-2] == x.shape[-1]:
+        for _ in range(ITERATIONS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x
+    gram, product = x @ x.mT, torch.eye(x.shape[-2], dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
+    for i in range(ITERATIONS):
+        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # p - a
+        product = torch.baddbmm(product, rest, product, beta=a) if i else a * product + rest
+        if i + 1 < ITERATIONS:
+            half = torch.baddbmm(gram, rest, gram, beta=a)
+            gram = torch.baddbmm(half, half, rest, beta=a)
+    x = product @ x
     return x.mT if tall else x
