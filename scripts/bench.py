@@ -174,7 +174,10 @@ def interact(
     student, head, words = Student(config).to(device), ValueHead(config.n_embd).to(device), Words(config.vocab_size)
     reference = Student(config).to(device).requires_grad_(False)
     reference.load_state_dict(student.state_dict())
-    optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=options.learning_rate, fused=True)
+    optimizer = ppo.SharpAdam(
+        student.ln_f, [*student.parameters(), *head.parameters()], options.learning_rate, options.sharpness_rate,
+        options.adam_eps,
+    )  # fmt: skip
     scores = torch.full((batch,), 0.5, device=device)
     kl = ppo.AdaptiveKL(options.kl_coef, options.kl_target, options.kl_horizon)
 

@@ -32,7 +32,7 @@ class PretrainConfig:
         ["primer", "builtin"], "primer, builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)"
     )
     out: str = option("runs/pretrain", "folder of the run")
-    words: int = option(2_600_000, "total words to train on, counting repeats")
+    words: int = option(3_000_000, "total words to train on, counting repeats")
     seed: int = option(0, "seed of initialisation, data order and dropout")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
     dtype: str = option("auto", "auto, float32 or bfloat16 (matmuls only; weights and optimiser stay float32)")
@@ -60,7 +60,7 @@ class PretrainConfig:
     grad_clip: float = option(1.0, "maximum gradient norm; 0 means no clipping")
 
     val_fraction: float = option(0.05, "fraction of the documents held out for validation")
-    eval_every: int = option(50, "steps between validations")
+    eval_every: int = option(100, "steps between validations")
     eval_sequences: int = option(64, "sequences per validation, evenly spread; the last one uses all")
     save_every: int = option(200, "steps between checkpoints for --resume; word milestones are saved as well")
 
@@ -117,9 +117,11 @@ class InteractConfig:
     look_stories: int = option(40, "stories per look; the student that earns most in one is kept as `best`")
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
-    learning_rate: float = option(1e-4, "initial learning rate of Adam")
+    learning_rate: float = option(6e-5, "initial learning rate of Adam")
     lr_decay: bool = option(True, "let the rate fall linearly to 0 at --steps")
-    sharpness_rate: float = option(0.04, "learning rate of the logits' common scale, a direction of its own; 0: none")
+    sharpness_rate: float = option(
+        0.06, "initial learning rate of the scale of all logits, which is learned apart; 0: not"
+    )
     adam_eps: float = option(1e-8, "Adam epsilon")
     epochs: int = option(1, "PPO passes over a step's stories")
     minibatch_size: int = option(0, "stories per gradient step; 0 means all")
@@ -132,9 +134,9 @@ class InteractConfig:
     value_coef: float = option(0.0, "weight of the value loss, for --advantage gae")
     max_ratio: float = option(10.0, "mean policy ratio above which a minibatch is skipped, and counted")
     grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping")
-    kl_coef: float = option(0.02, "initial coefficient of the KL penalty against the starting checkpoint")
-    kl_target: float = option(2.0, "target KL per story, in nats (adaptive controller)")
-    kl_horizon: float = option(10_000.0, "horizon of the adaptive controller, in stories")
+    kl_coef: float = option(0.01, "initial coefficient of the KL penalty against the starting checkpoint")
+    kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)")
+    kl_horizon: float = option(2_000.0, "horizon of the adaptive controller, in stories")
 
     save_every: int = option(20, "steps between checkpoints for --resume; word milestones are saved as well")
 
