@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from tinystory import babylm, distributed, ops
 from tinystory.babylm import MILESTONES
-from tinystory.config import PRETRAIN_PRESETS, PretrainConfig, as_dict, parse
+from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, as_dict, parse
 from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import TokenFile, prepare
 from tinystory.device import Stop, peak_memory_mb, pick_device, pick_dtype
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     (story,) = generate(
         student, None, tokenizer, [OPENING], first_index=0, max_new_tokens=min(90, config.context // 2),
-        seed=config.seed,
+        temperature=InteractConfig.temperature, seed=config.seed,
     )  # fmt: skip
     print(f"\n{OPENING} {story.text}\n")
     print(f"validation loss {val_loss:.3f} nats per token, {val_bits:.3f} bits per byte")
