@@ -41,9 +41,8 @@ def test_four_updates_are_trls(setting, monkeypatch):
     config = InteractConfig(**options, micro_batch_size=5)  # TRL has no micro-batches: they must not matter
     student, head = load(tensors("start/"))
     reference, _ = load(tensors("start/"))
-    optimizer = torch.optim.Adam(
-        [*student.parameters(), *head.parameters()], lr=config.learning_rate, eps=config.adam_eps, fused=True
-    )
+    parameters = [*student.parameters(), *head.parameters()]
+    optimizer = ppo.SharpAdam(student.ln_f, parameters, config.learning_rate, config.sharpness_rate, config.adam_eps)
     kl = ppo.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
     C, off = student.config.n_embd, {}
 
