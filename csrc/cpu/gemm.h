@@ -59,6 +59,7 @@ template <class Policy>
 struct Left {
   const typename Policy::Pack* at;
   int64_t row_stride, k_stride;
+  Left part(int64_t row, int64_t k) const { return {at + row * row_stride + k * k_stride, row_stride, k_stride}; }
 };
 template <class Policy>
 struct Right {
@@ -93,18 +94,36 @@ void micro_kernel(int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, i
     }
 }
 
-// The same for any number of rows.
-template <class Policy, int C>
+// The same for any number of rows; calls done(row, R) after each R of them.
+template <class Policy, int C, class Done>
 void micro_column(int64_t rows, int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, int64_t bk,
-                  typename Policy::Acc* c, int64_t cm, bool add) {
+                  typename Policy::Acc* c, int64_t cm, bool add, const Done& done) {
+  int64_t row = 0;
   const auto take = [&]<int R>(std::integral_constant<int, R>) {
-    micro_kernel<Policy, R, C>(n_k, a, b, bk, c, cm, add);
-    rows -= R, a.at += R * a.row_stride, c += R * cm;
+    micro_kernel<Policy, R, C>(n_k, {a.at + row * a.row_stride, a.row_stride, a.k_stride}, b, bk, c + row * cm, cm,
+                               add);
+    done(row, R);
+    row += R;
   };
-  while (rows >= 6) take(std::integral_constant<int, 6>());
-  if (rows >= 4) take(std::integral_constant<int, 4>());
-  if (rows >= 2) take(std::integral_constant<int, 2>());
-  if (rows) take(std::integral_constant<int, 1>());
+  while (rows - row >= 6) take(std::integral_constant<int, 6>());
+  if (rows - row >= 4) take(std::integral_constant<int, 4>());
+  if (rows - row >= 2) take(std::integral_constant<int, 2>());
+  if (rows > row) take(std::integral_constant<int, 1>());
+}
+
+// One panel, of up to kMicroVectors vectors, and one partial sum.
+template <class Policy, class Done>
+void gemm_panel(int64_t rows, int64_t vectors, int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, int64_t bk,
+                typename Policy::Acc* c, int64_t cm, bool add, const Done& done) {
+  const auto run = [&]<int C>(std::integral_constant<int, C>) {
+    micro_column<Policy, C>(rows, n_k, a, b, bk, c, cm, add, done);
+  };
+  if (vectors == kMicroVectors) return run(std::integral_constant<int, kMicroVectors>());
+  if constexpr (kMicroVectors == 4) {
+    if (vectors == 3) return run(std::integral_constant<int, 3>());
+    if (vectors == 2) return run(std::integral_constant<int, 2>());
+  }
+  if (vectors == 1) run(std::integral_constant<int, 1>());
 }
 
 // The driver: c (rows, columns) = a b, or with `add` c += a b, reducing over n_k Packs. The columns are whole vectors.
@@ -112,29 +131,18 @@ template <class Policy>
 void gemm(int64_t rows, int64_t columns, int64_t n_k, Left<Policy> a, Right<Policy> b, typename Policy::Acc* c,
           int64_t cm, bool add = false) {
   constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>, kWidth = kPanel<Policy>;
-  for (int64_t k = 0; k < n_k; k += Policy::kReduce, add = true) {
-    const int64_t depth = std::min(Policy::kReduce, n_k - k);
+  for (int64_t k = 0; k < n_k; k += Policy::kReduce, add = true)
     for (int64_t first = 0; first < rows; first += kTileRows)
-      for (int64_t j = 0; j < columns; j += kWidth) {
-        const Left<Policy> left{a.at + first * a.row_stride + k * a.k_stride, a.row_stride, a.k_stride};
-        const auto* right = b.at + j / kWidth * b.panel_stride + k * b.k_stride;
-        const auto run = [&]<int C>(std::integral_constant<int, C>) {
-          micro_column<Policy, C>(std::min(kTileRows, rows - first), depth, left, right, b.k_stride, c + first * cm + j,
-                                  cm, add);
-        };
-        const int64_t vectors = std::min(kWidth, columns - j) / L;
-        if (vectors == kMicroVectors) run(std::integral_constant<int, kMicroVectors>());
-        if constexpr (kMicroVectors == 4) {
-          if (vectors == 3) run(std::integral_constant<int, 3>());
-          if (vectors == 2) run(std::integral_constant<int, 2>());
-        }
-        if (vectors == 1) run(std::integral_constant<int, 1>());
-      }
-  }
+      for (int64_t j = 0; j < columns; j += kWidth)
+        gemm_panel<Policy>(std::min(kTileRows, rows - first), std::min(kWidth, columns - j) / L,
+                           std::min(Policy::kReduce, n_k - k), a.part(first, k),
+                           b.at + j / kWidth * b.panel_stride + k * b.k_stride, b.k_stride, c + first * cm + j, cm, add,
+                           [](int64_t, int64_t) {});
 }
 
-// Rows [first, last) and columns [column, end) of a b, whose sums are not stored: calls finish(row, column, sum) for
-// each vector of them while it is in the L1 cache. `column` is the first of a panel.
+// The driver for sums that are not stored: calls finish(row, column, sum) for each vector of rows [first, last) and
+// columns [column, end) of a b, as soon as the sum is complete, so that the next sums hide what `finish` waits for.
+// `column` is the first of a panel.
 template <class Policy, class Finish>
 void gemm_tile(int64_t first, int64_t last, int64_t column, int64_t end, int64_t n_k, Left<Policy> a, Right<Policy> b,
                const Finish& finish) {
@@ -142,13 +150,18 @@ void gemm_tile(int64_t first, int64_t last, int64_t column, int64_t end, int64_t
   constexpr int64_t L = lanes<Vec>, kWidth = kPanel<Policy>;
   alignas(64) typename Policy::Acc sums[kTileRows * kWidth];
   for (; first < last; first += kTileRows)
-    for (int64_t j = column; j < end; j += kWidth) {
-      const int64_t rows = std::min(kTileRows, last - first), width = std::min(kWidth, end - j);
-      gemm<Policy>(rows, width, n_k, {a.at + first * a.row_stride, a.row_stride, a.k_stride},
-                   {b.at + j / kWidth * b.panel_stride, b.k_stride, b.panel_stride}, sums, kWidth);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t v = 0; v < width; v += L) finish(first + r, j + v, load<Vec>(sums + r * kWidth + v));
-    }
+    for (int64_t j = column; j < end; j += kWidth)
+      for (int64_t k = 0; k < n_k; k += Policy::kReduce) {
+        const int64_t width = std::min(kWidth, end - j);
+        gemm_panel<Policy>(std::min(kTileRows, last - first), width / L, std::min(Policy::kReduce, n_k - k),
+                           a.part(first, k), b.at + j / kWidth * b.panel_stride + k * b.k_stride, b.k_stride, sums,
+                           kWidth, k > 0, [&](int64_t row, int64_t n) {
+                             if (k + Policy::kReduce < n_k) return;
+                             for (int64_t r = row; r < row + n; ++r)
+                               for (int64_t v = 0; v < width; v += L)
+                                 finish(first + r, j + v, load<Vec>(sums + r * kWidth + v));
+                           });
+      }
 }
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
