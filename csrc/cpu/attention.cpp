@@ -283,7 +283,7 @@ struct Head {
   }
 
   void put(int64_t r, int64_t j, int64_t rows, Vec (&p)[2], Vec (&d)[2]) {
-#if defined(__AVX512BF16__)
+#if defined(TINYSTORY_BF16)
     if constexpr (Policy::kPack == 2) {
       const vh p0 = to_bf16(p[0]), p1 = to_bf16(p[1]), d0 = to_bf16(d[0]), d1 = to_bf16(d[1]);
       store(P_pairs + r / 2 * padded + j, pair(p0, p1));
@@ -308,7 +308,7 @@ void run(const Attention& x, bool backward, int64_t begin, int64_t end) {
 
 void dispatch(const Attention& x, bool backward, int64_t begin, int64_t end) {
   if (x.dtype == DType::f64) return run<F64>(x, backward, begin, end);
-#if defined(__AVX512BF16__)
+#if defined(TINYSTORY_BF16)
   if (x.dtype == DType::bf16 && x.D % (2 * W) == 0) return run<BF16>(x, backward, begin, end);
 #endif
   run<F32>(x, backward, begin, end);

@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "amx.h"
 #include "vec.h"
 
 namespace tinystory::cpu {
@@ -38,20 +39,35 @@ struct F64 {
   static vd broadcast(const char* p) { return splat<vd>(load<double>(p)); }
   static vd dot(vd a, vd b, vd sum) { return fma(a, b, sum); }
 };
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(TINYSTORY_AMX_TWIN)
+#define TINYSTORY_BF16
 struct BF16 {
   using Acc = float;
   using Pack = uint32_t;
   static constexpr int kPack = 2;
   static constexpr int64_t kReduce = 384;
   static vf broadcast(const char* p) { return (vf)(vu{} + load<uint32_t>(p)); }
+#if defined(__AVX512BF16__)
   static vf dot(vf a, vf b, vf sum) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
-};
+#else  // beside AMX's twin
+  static vf dot(vf a, vf b, vf sum) {
+    sum = fma((vf)((vu)a & 0xffff0000), (vf)((vu)b & 0xffff0000), sum);
+    return fma((vf)((vu)a << 16), (vf)((vu)b << 16), sum);
+  }
 #endif
+};
+// The same on AMX's tiles where there are any: for a left operand whose k_stride is 1. Whether the tiles run depends on
+// the machine and n_k, not on the rows, whose results it changes.
+struct BF16Tiles : BF16 {};
+#endif
+
+// Packs that a right operand's rows, and with them k, are padded to, in zeros.
+template <class Policy>
+constexpr int64_t kPadding = Policy::kPack == 2 ? 16 : 1;
 
 // Columns per panel of a packed right operand: what the micro-kernel takes at once, so that it reads memory in order.
 template <class Policy>
-constexpr int64_t kPanel = kMicroVectors * lanes<VecOf<typename Policy::Acc>>;
+constexpr int64_t kPanel = Policy::kPack == 2 ? kColumns : kMicroVectors * lanes<VecOf<typename Policy::Acc>>;
 
 // Operands, in Packs. Element (row, k) of the left one lies at at[row * row_stride + k * k_stride]; the right one has
 // panels of kPanel columns, and element (k, column) of a panel lies at at[k * k_stride + column].
@@ -111,10 +127,18 @@ void micro_column(int64_t rows, int64_t n_k, Left<Policy> a, const typename Poli
   if (rows > row) take(std::integral_constant<int, 1>());
 }
 
-// One panel, of up to kMicroVectors vectors, and one partial sum.
+// One panel and one partial sum. Calls done(row, n) when n more rows are complete.
 template <class Policy, class Done>
 void gemm_panel(int64_t rows, int64_t vectors, int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, int64_t bk,
                 typename Policy::Acc* c, int64_t cm, bool add, const Done& done) {
+  constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>;
+#if defined(TINYSTORY_AMX) && defined(TINYSTORY_BF16)
+  if constexpr (std::is_same_v<Policy, BF16Tiles>)
+    if (n_k % amx::kPacks == 0 && vectors * L % amx::kPacks == 0 && amx::permitted())
+      return amx::panel(rows, vectors * L, n_k, a.at, a.row_stride, b, bk, c, cm, add, done);
+#endif
+  for (; vectors > kMicroVectors; vectors -= kMicroVectors, b += kMicroVectors * L, c += kMicroVectors * L)
+    micro_column<Policy, kMicroVectors>(rows, n_k, a, b, bk, c, cm, add, [](int64_t, int64_t) {});
   const auto run = [&]<int C>(std::integral_constant<int, C>) {
     micro_column<Policy, C>(rows, n_k, a, b, bk, c, cm, add, done);
   };
@@ -249,21 +273,28 @@ void transpose(Vec (&r)[lanes<Vec>]) {
   }
 }
 
+// to[column * to_stride + row] = from[row * from_stride + column], for rows and columns in whole vectors.
+template <class Pack>
+void transpose_packs(Pack* to, int64_t to_stride, const Pack* from, int64_t from_stride, int64_t rows,
+                     int64_t columns) {
+  using Vec = std::conditional_t<sizeof(Pack) == 8, vd, vu>;
+  constexpr int L = lanes<Vec>;
+  for (int64_t i = 0; i < rows; i += L)
+    for (int64_t j = 0; j < columns; j += L) {
+      Vec block[L];
+      for (int r = 0; r < L; ++r) block[r] = load<Vec>(from + (i + r) * from_stride + j);
+      transpose(block);
+      for (int r = 0; r < L; ++r) store(to + (j + r) * to_stride + i, block[r]);
+    }
+}
+
 // Transposes rows into panels [padded / kPanel][D / kPack][kPanel], the right operand of a GEMM that reduces over D.
 template <class Policy>
 void transpose_rows(typename Policy::Pack* to, const typename Policy::Pack* rows, int64_t padded, int64_t D) {
-  using Vec = std::conditional_t<sizeof(typename Policy::Pack) == 8, vd, vu>;
-  constexpr int L = lanes<Vec>;
   constexpr int64_t kWidth = kPanel<Policy>;
   const int64_t packs = D / Policy::kPack;
-  for (int64_t j = 0; j < padded; j += L)
-    for (int64_t w = 0; w < packs; w += L) {
-      Vec block[L];
-      for (int i = 0; i < L; ++i) block[i] = load<Vec>(rows + (j + i) * packs + w);
-      transpose(block);
-      auto* panel = to + j / kWidth * packs * kWidth + w * kWidth + j % kWidth;
-      for (int i = 0; i < L; ++i) store(panel + i * kWidth, block[i]);
-    }
+  for (int64_t j = 0; j < padded; j += kWidth)
+    transpose_packs(to + j * packs, kWidth, rows + j * packs, packs, std::min(kWidth, padded - j), packs);
 }
 
 // Hands out memory in 64-byte aligned pieces. Run twice: first to count the bytes, then over memory of that size.
