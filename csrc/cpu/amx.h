@@ -1,18 +1,22 @@
-// AMX: tiles of 16 x 16 sums of products of bf16 pairs. The tile instructions are in this header and nowhere else. With
-// TINYSTORY_AMX_TWIN it defines a scalar twin of them in their place, which rounds as they do (Intel SDM, TDPBF16PS) and
-// ends the program where hardware would fault, so that every path is tested on machines without AMX.
+// AMX: tiles of 16 x 16 sums of products of bf16 pairs. Its instructions are in this header and nowhere else. With
+// TINYSTORY_AMX_TWIN a scalar twin of them takes their place, so that every path is tested on machines without AMX.
 #pragma once
 #if defined(TINYSTORY_AMX_TWIN) || (defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__))
 #define TINYSTORY_AMX
-#include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#if !defined(TINYSTORY_AMX_TWIN)
+#if defined(TINYSTORY_AMX_TWIN)
+#include "amx_twin.h"  // of tests/native
+#else
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+// Macros, because a tile's number is part of the instruction.
+#define TILE_CONFIG(c) _tile_loadconfig(&(c))
+#define TILE_RELEASE() _tile_release()
+#define TILE_ZERO(t) _tile_zero(t)
+#define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
+#define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
+#define TILE_DOT(sums, left, right) _tile_dpbf16ps(sums, left, right)
 #endif
 
 namespace tinystory::cpu::amx {
@@ -32,81 +36,16 @@ struct alignas(64) Config {
   }
 };
 
-#if defined(TINYSTORY_AMX_TWIN)
-inline bool permitted() { return true; }
-
-struct Twin {
-  Config config{0, 0};
-  bool configured = false;
-  uint32_t tile[8][kRows][kPacks];
-
-  static void require(bool holds, const char* what) {
-    if (!holds) std::fprintf(stderr, "AMX's twin: %s\n", what), std::abort();
-  }
-  void load_config(const Config& c) {
-    config = c, configured = true;
-    std::memset(tile, 0, sizeof tile);
-  }
-  void release() { configured = false; }
-  int rows(int t) const {
-    require(configured, "no tiles are configured");
-    require(config.rows[t] > 0, "the tile is not configured");
-    return config.rows[t];
-  }
-  void zero(int t) { std::memset(tile[t], 0, rows(t) * sizeof tile[t][0]); }
-  void load(int t, const void* from, int64_t stride) {
-    for (int r = 0; r < rows(t); ++r) std::memcpy(tile[t][r], static_cast<const char*>(from) + r * stride, 64);
-  }
-  void store(int t, void* to, int64_t stride) const {
-    for (int r = 0; r < rows(t); ++r) std::memcpy(static_cast<char*>(to) + r * stride, tile[t][r], 64);
-  }
-  static float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
-  static float half(uint32_t pair, int which) {
-    const uint32_t bits = which ? pair & 0xffff0000 : pair << 16;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return flushed(x);
-  }
-  // Products of the pairs' first halves and of their second halves are summed apart, then added to each other.
-  void dot(int sums, int left, int right) {
-    require(rows(sums) == rows(left) && rows(right) == kPacks, "the tiles' shapes do not fit");
-    for (int m = 0; m < rows(sums); ++m)
-      for (int n = 0; n < kPacks; ++n) {
-        float part[2]{}, sum;
-        for (int k = 0; k < kPacks; ++k)
-          for (int e = 0; e < 2; ++e)
-            part[e] = flushed(std::fma(half(tile[left][m][k], e), half(tile[right][k][n], e), part[e]));
-        std::memcpy(&sum, &tile[sums][m][n], 4);
-        sum = flushed(flushed(sum) + flushed(part[0] + part[1]));
-        std::memcpy(&tile[sums][m][n], &sum, 4);
-      }
-  }
-  static Twin& own() {
-    thread_local Twin twin;
-    return twin;
-  }
-};
-#define TILE_CONFIG(c) Twin::own().load_config(c)
-#define TILE_RELEASE() Twin::own().release()
-#define TILE_ZERO(t) Twin::own().zero(t)
-#define TILE_LOAD(t, p, stride) Twin::own().load(t, p, stride)
-#define TILE_STORE(t, p, stride) Twin::own().store(t, p, stride)
-#define TILE_DOT(sums, left, right) Twin::own().dot(sums, left, right)
-#else
 // Asks Linux for the tiles' 8 KiB of state, once per process. Threads get theirs at their first tile instruction.
 inline bool permitted() {
+#if defined(TINYSTORY_AMX_TWIN)
+  return true;
+#else
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool given = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return given;
-}
-// Macros, because a tile's number is part of the instruction.
-#define TILE_CONFIG(c) _tile_loadconfig(&(c))
-#define TILE_RELEASE() _tile_release()
-#define TILE_ZERO(t) _tile_zero(t)
-#define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
-#define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
-#define TILE_DOT(sums, left, right) _tile_dpbf16ps(sums, left, right)
 #endif
+}
 
 // c (rows, columns) = a b, or with `add` c += a b, of 1 to 32 rows and 16 or 32 columns, reducing over n_k pairs, a
 // multiple of 16. Strides in elements of 4 bytes. The tiles are configured for these rows.

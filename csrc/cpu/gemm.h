@@ -39,7 +39,7 @@ struct F64 {
   static vd broadcast(const char* p) { return splat<vd>(load<double>(p)); }
   static vd dot(vd a, vd b, vd sum) { return fma(a, b, sum); }
 };
-#if defined(__AVX512BF16__) || defined(TINYSTORY_AMX_TWIN)
+#if defined(__AVX512BF16__) || defined(TINYSTORY_AMX)
 #define TINYSTORY_BF16
 struct BF16 {
   using Acc = float;
@@ -49,7 +49,7 @@ struct BF16 {
   static vf broadcast(const char* p) { return (vf)(vu{} + load<uint32_t>(p)); }
 #if defined(__AVX512BF16__)
   static vf dot(vf a, vf b, vf sum) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
-#else  // beside AMX's twin
+#else  // AMX without AVX-512: where tests run it
   static vf dot(vf a, vf b, vf sum) {
     sum = fma((vf)((vu)a & 0xffff0000), (vf)((vu)b & 0xffff0000), sum);
     return fma((vf)((vu)a << 16), (vf)((vu)b << 16), sum);
@@ -132,7 +132,7 @@ template <class Policy, class Done>
 void gemm_panel(int64_t rows, int64_t vectors, int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, int64_t bk,
                 typename Policy::Acc* c, int64_t cm, bool add, const Done& done) {
   constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>;
-#if defined(TINYSTORY_AMX) && defined(TINYSTORY_BF16)
+#if defined(TINYSTORY_AMX)
   if constexpr (std::is_same_v<Policy, BF16Tiles>)
     if (n_k % amx::kPacks == 0 && vectors * L % amx::kPacks == 0 && amx::permitted())
       return amx::panel(rows, vectors * L, n_k, a.at, a.row_stride, b, bk, c, cm, add, done);

@@ -102,11 +102,11 @@ int main() {
       for (int64_t n_k : {16, 48, 128, 400}) {
         test<F32>({rows, columns, n_k}, false);
         test<F32>({rows, columns, n_k - 3}, true);
-#if defined(TINYSTORY_AMX) && defined(TINYSTORY_BF16)
+#if defined(TINYSTORY_AMX)
         if (amx::permitted()) test<BF16Tiles>({rows, columns, n_k}, false);
 #endif
       }
-#if defined(TINYSTORY_AMX) && defined(TINYSTORY_BF16)
+#if defined(TINYSTORY_AMX)
   std::puts(amx::permitted() ? "AMX's tiles were tested" : "Linux does not permit AMX here: its tiles were not tested");
 #endif
 }
