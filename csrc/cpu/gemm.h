@@ -127,6 +127,16 @@ void micro_column(int64_t rows, int64_t n_k, Left<Policy> a, const typename Poli
   if (rows > row) take(std::integral_constant<int, 1>());
 }
 
+// Whether AMX's tiles run a GEMM of this policy whose n_k is a multiple of kPadding.
+template <class Policy>
+bool on_tiles() {
+#if defined(TINYSTORY_AMX)
+  return std::is_same_v<Policy, BF16Tiles> && amx::permitted();
+#else
+  return false;
+#endif
+}
+
 // One panel and one partial sum. Calls done(row, n) when n more rows are complete.
 template <class Policy, class Done>
 void gemm_panel(int64_t rows, int64_t vectors, int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, int64_t bk,
@@ -134,7 +144,7 @@ void gemm_panel(int64_t rows, int64_t vectors, int64_t n_k, Left<Policy> a, cons
   constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>;
 #if defined(TINYSTORY_AMX)
   if constexpr (std::is_same_v<Policy, BF16Tiles>)
-    if (n_k % amx::kPacks == 0 && vectors * L % amx::kPacks == 0 && amx::permitted())
+    if (on_tiles<Policy>() && n_k % amx::kPacks == 0 && vectors * L % amx::kPacks == 0)
       return amx::panel(rows, vectors * L, n_k, a.at, a.row_stride, b, bk, c, cm, add, done);
 #endif
   for (; vectors > kMicroVectors; vectors -= kMicroVectors, b += kMicroVectors * L, c += kMicroVectors * L)

@@ -1,6 +1,6 @@
-// Runs AMX instructions on x86-64 processors without AMX: they raise SIGILL, and the handler decodes them and runs their
-// twin. Linked with --wrap=syscall, so that a request for AMX's permission is granted. What is tested this way is what
-// the compiler made of csrc/cpu/amx.h: instructions, their order, addresses.
+// Runs AMX instructions on x86-64 processors without AMX: they raise SIGILL, and the handler decodes them and runs
+// their twin. Linked with --wrap=syscall, so that a request for AMX's permission is granted. What is tested this way is
+// what the compiler made of csrc/cpu/amx.h: instructions, their order, addresses.
 #include <csignal>
 #include <sys/syscall.h>
 #include <ucontext.h>

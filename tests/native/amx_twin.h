@@ -1,6 +1,6 @@
-// A scalar twin of the AMX instructions that csrc/cpu/amx.h uses. It rounds as they do (Intel SDM, TDPBF16PS), and ends
-// the program where hardware would fault. amx.h includes it with TINYSTORY_AMX_TWIN, in place of the instructions, which
-// tests every path of ours on any machine; amx_trap.cpp runs it for the instructions themselves.
+// A scalar twin of the AMX instructions that csrc/cpu/amx.h uses. It rounds as they do (Intel SDM, TDPBF16PS), and
+// ends the program where hardware would fault. amx.h includes it with TINYSTORY_AMX_TWIN, in place of the instructions,
+// which tests every path of ours on any machine; amx_trap.cpp runs it for the instructions themselves.
 #pragma once
 #include <cmath>
 #include <cstdint>
