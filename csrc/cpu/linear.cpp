@@ -160,6 +160,23 @@ auto with_layer(const Linear& l, const F& f) {
 
 }  // namespace
 
+const char* instructions() {
+#if defined(TINYSTORY_AMX)
+  if (on_tiles<BF16Tiles>()) return W == 16 ? "AVX-512, AMX for bfloat16" : "AVX2, AMX for bfloat16";
+#endif
+#if defined(__AVX512BF16__)
+  return "AVX-512, its dot product for bfloat16";
+#elif defined(__AVX512F__)
+  return "AVX-512";
+#elif defined(__FMA__)
+  return "AVX2";
+#elif defined(__aarch64__)
+  return "NEON";
+#else
+  return "vectors of 4 floats or more, without a fused multiply-add";
+#endif
+}
+
 int64_t linear_workspace(const Linear& l) {
   return with_layer(l, [](auto layer) { return int64_t(layer.bytes); });
 }
