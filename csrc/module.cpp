@@ -108,6 +108,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using NoGil = py::call_guard<py::gil_scoped_release>;
   m.doc() = "tinystory's compiled kernels; tinystory/ops/ is their documented face.";
   m.def("engine_has_bf16", tinystory::cpu::engine_has_bf16);
+  m.def("instructions", tinystory::cpu::instructions);
   py::class_<Engine>(m, "Engine")
       .def(py::init<std::map<std::string, at::Tensor>, int64_t, int64_t, std::string, std::string, std::string, bool,
                     bool, at::ScalarType>(),

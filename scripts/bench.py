@@ -102,6 +102,9 @@ def main(argv: list[str] | None = None) -> None:
     dtype = pick_dtype(a.dtype, device)
     facts = dict(bench=a.bench, shape=a.shape, batch=batch, device=device_name(device), dtype=str(dtype)[6:])
     facts |= dict(threads=torch.get_num_threads(), runs=a.runs)
+    if device.type == "cpu":
+        module = ops.load()
+        facts["instructions"] = module.instructions() if module else "PyTorch's"
     load = os.getloadavg()[0]
     if a.bench in ("rollout", "ppo"):
         facts["new"] = a.new

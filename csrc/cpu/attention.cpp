@@ -1,10 +1,10 @@
 // Causal attention, forward and backward, one (batch, head) at a time.
 //
-// Queries are taken in strips of 48 rows. A strip's scores against all earlier keys (48 x T elements) fit in the L2
-// cache, so each strip computes its whole softmax at once: the blocked passes of FlashAttention-2 (Dao 2023, arXiv
-// 2307.08691), whose names m, l, S, P, dP and dS are used here, without the rescaling that a GPU's small shared memory
-// forces. Nothing of size (T, T) is stored: the backward pass recomputes P from the log-sum-exp, and each row's
-// delta = sum of P * dP from the strip itself, so it does not need the output. All seven matmuls use gemm.h.
+// Queries are taken in strips of 48 or 64 rows. A strip's scores against all earlier keys fit in the L2 cache, so each
+// strip computes its whole softmax at once: the blocked passes of FlashAttention-2 (Dao 2023, arXiv 2307.08691), whose
+// names m, l, S, P, dP and dS are used here, without the rescaling that a GPU's small shared memory forces. Nothing of
+// size (T, T) is stored: the backward pass recomputes P from the log-sum-exp, and each row's delta = sum of P * dP from
+// the strip itself, so it does not need the output. All seven matmuls use gemm.h.
 #include <algorithm>
 
 #include "../philox.h"
@@ -13,7 +13,6 @@
 namespace tinystory::cpu {
 namespace {
 
-constexpr int64_t kStrip = 48;  // query rows per strip: whole dropout tiles (16 rows) and micro-kernels (6 rows)
 constexpr double kLog2e = 1.4426950408889634;
 
 // 1 where dropout keeps an element of the tile, 0 where it drops it.
@@ -41,11 +40,15 @@ struct Head {
   using Vec = VecOf<Acc>;
   static constexpr int L = lanes<Vec>;
   static constexpr int64_t kWidth = kPanel<Policy>;
+  // Query rows per strip: whole dropout tiles (16 rows), and micro-kernels (6 rows) or AMX's tiles (16 pairs of rows).
+  static constexpr int64_t kStrip = Policy::kPack == 2 ? 64 : 48;
+  static constexpr int64_t kKeys = Policy::kPack * kPadding<Policy>;  // a strip's keys are padded to them, in zeros
 
   const Attention& x;
   const int64_t T, D, padded, packs, row_stride;  // padded: T up to whole panels; the row stride of a strip
   const Acc scale, drop_scale;
-  Pack *Q, *K, *V, *dO, *K_panels, *V_panels, *Q_pairs, *K_pairs, *V_pairs, *dO_pairs, *P_pairs, *dS_pairs;
+  const bool tiles = on_tiles<Policy>();
+  Pack *Q, *K, *V, *dO, *K_panels, *V_panels, *Q_pairs, *K_pairs, *V_pairs, *dO_pairs, *P_pairs, *dS_pairs, *columns;
   Acc *S, *dS, *out, *dK, *dV;
 
   Head(const Attention& x, bool backward)
@@ -69,6 +72,7 @@ struct Head {
     dS = m.take<Acc>(kStrip * padded);
     P_pairs = m.take<Pack>(Policy::kPack == 2 ? kStrip / 2 * padded : 0);
     dS_pairs = m.take<Pack>(Policy::kPack == 2 ? kStrip / 2 * padded : 0);
+    columns = m.take<Pack>(Policy::kPack == 2 ? kStrip / 2 * padded : 0);
     dK = m.take<Acc>(padded * D);
     dV = m.take<Acc>(padded * D);
   }
@@ -99,22 +103,36 @@ struct Head {
 
   // out[rows of the strip][D] = left[strip][keys] * right (kPack keys per Pack): O = P V, or dQ = dS K.
   void mix(const Pack* left, const Pack* right, int64_t i0, int64_t rows) const {
-    const int64_t stride = padded * sizeof(Acc) / sizeof(Pack);
-    for (int64_t r = 0; r < rows; r += 6) {
-      const int64_t m = std::min<int64_t>(6, rows - r);
-      gemm<Policy>(m, D, (i0 + r + m + Policy::kPack - 1) / Policy::kPack, {left + r * stride, stride, 1},
-                   {right, D, kWidth}, out + r * D, D);
+    const int64_t stride = padded * sizeof(Acc) / sizeof(Pack), together = tiles ? 32 : 6;
+    for (int64_t r = 0; r < rows; r += together) {
+      const int64_t m = std::min(together, rows - r), keys = round_up(i0 + r + m, tiles ? kKeys : Policy::kPack);
+      gemm<Policy>(m, D, keys / Policy::kPack, {left + r * stride, stride, 1}, {right, D, kWidth}, out + r * D, D);
     }
   }
 
-  // to[keys up to the diagonal][D] += left^T * right, reduced over the strip's rows: dV = P^T dO, or dK = dS^T Q.
-  void scatter(Acc* to, const Pack* left, const Pack* right, int64_t i0, int64_t rows) const {
-    const int64_t last = (rows + Policy::kPack - 1) / Policy::kPack;
+  // to[keys up to the diagonal][D] += left^T * right, reduced over the strip's rows: dV = P^T dO, or dK = dS^T Q. Keys
+  // on the diagonal begin with different rows, so few are taken together.
+  void scatter(Acc* to, Pack* left, const Pack* right, int64_t i0, int64_t rows) const {
+    right += i0 / Policy::kPack * D;
+    if (tiles) {
+      constexpr int64_t n = kStrip / Policy::kPack;
+      const int64_t last = round_up(rows, Policy::kPack) / Policy::kPack, end = round_up(i0 + rows, kKeys);
+      for (int64_t k = last; k < n; ++k) std::memset(left + k * padded, 0, end * sizeof(Pack));
+      transpose_packs(columns, n, left, padded, n, end);
+      for (int64_t j = 0, m; j < i0 + rows; j += m) {
+        m = j < i0 ? i0 : std::min(kKeys, i0 + rows - j);
+        const int64_t first = std::max<int64_t>(0, j - i0) / kKeys * kPadding<Policy>;
+        gemm<Policy>(m, D, n - first, {columns + j * n + first, n, 1}, {right + first * D, D, kWidth}, to + j * D, D,
+                     true);
+      }
+      return;
+    }
+    const int64_t last = round_up(rows, Policy::kPack) / Policy::kPack;
     for (int64_t j = 0, m; j < i0 + rows; j += m) {
-      m = j < i0 ? i0 : std::min<int64_t>(6, i0 + rows - j);  // on the diagonal, few keys share their first query
+      m = j < i0 ? i0 : std::min<int64_t>(6, i0 + rows - j);
       const int64_t first = std::max<int64_t>(0, j - i0) / Policy::kPack;
-      gemm<Policy>(m, D, last - first, {left + first * padded + j, 1, padded},
-                   {right + (i0 / Policy::kPack + first) * D, D, kWidth}, to + j * D, D, true);
+      gemm<Policy>(m, D, last - first, {left + first * padded + j, 1, padded}, {right + first * D, D, kWidth},
+                   to + j * D, D, true);
     }
   }
 
@@ -151,7 +169,7 @@ struct Head {
         }
         l[r] = sum(sums);
         lse(head, i0 + r) = m + Acc(std::log(l[r]));
-        zero_rest(row, round_up(n, L), i0 + rows, x.dropout > 0);
+        zero_rest(row, round_up(n, L), round_up(i0 + rows, kKeys), x.dropout > 0);
       }
       if (x.dropout > 0) drop(head, i0, rows);
       mix(reinterpret_cast<const Pack*>(S), values, i0, rows);
@@ -162,7 +180,7 @@ struct Head {
     }
   }
 
-  // Zeroes the elements beyond the diagonal that a micro-kernel's longest row makes its other rows read.
+  // Zeroes the elements beyond the diagonal that are read with those of the longest row.
   static void zero_rest(Acc* row, int64_t j, int64_t end, bool unpacked) {
     for (; j < end; j += L) {
       if (unpacked) store(row + j, Vec{});
@@ -173,7 +191,7 @@ struct Head {
   void drop(int64_t head, int64_t i0, int64_t rows) {
     float keep[16][16];
     for (int64_t r0 = 0; r0 < rows; r0 += 16)
-      for (int64_t j = 0; j < i0 + rows; j += 16) {
+      for (int64_t j = 0; j < round_up(i0 + rows, kKeys); j += 16) {
         if (j <= i0 + r0 + 15) dropout_tile(keep, x, head, i0 + r0, j);
         for (int64_t r = r0; r < std::min(r0 + 16, rows); ++r)
           for (int64_t c = 0; c < 16; c += L) {
@@ -204,8 +222,8 @@ struct Head {
       scores(dS, dO, V_panels, i0, rows);
       score_grads(head, i0, rows);
       mix(reinterpret_cast<const Pack*>(dS), keys, i0, rows);
-      scatter(dV, Policy::kPack == 2 ? P_pairs : reinterpret_cast<const Pack*>(S), grads, i0, rows);
-      scatter(dK, Policy::kPack == 2 ? dS_pairs : reinterpret_cast<const Pack*>(dS), queries, i0, rows);
+      scatter(dV, Policy::kPack == 2 ? P_pairs : reinterpret_cast<Pack*>(S), grads, i0, rows);
+      scatter(dK, Policy::kPack == 2 ? dS_pairs : reinterpret_cast<Pack*>(dS), queries, i0, rows);
       unpack(0, b, h, i0, rows, out);
     }
     unpack(1, b, h, 0, T, dK);
@@ -226,7 +244,7 @@ struct Head {
     float keep[16][16];
     // First P and each row's delta = sum of P * dP. A weight that dropout zeroes is stored negated.
     for (int64_t r0 = 0; r0 < rows; r0 += 16)
-      for (int64_t j0 = 0; j0 < i0 + rows; j0 += 16) {
+      for (int64_t j0 = 0; j0 < round_up(i0 + rows, kKeys); j0 += 16) {
         if (x.dropout > 0 && j0 <= i0 + r0 + 15) dropout_tile(keep, x, head, i0 + r0, j0);
         for (int64_t r = r0; r < std::min(r0 + 16, rows); ++r)
           for (int64_t j = j0; j < j0 + 16; j += L) {
@@ -264,7 +282,7 @@ struct Head {
     }
     // Then dS, two rows at a time, so that pairs of bf16 can be written; a missing last row is all zeros.
     for (int64_t r = 0; r < rows; r += 2)
-      for (int64_t j = 0; j < i0 + rows; j += L) {
+      for (int64_t j = 0; j < round_up(i0 + rows, kKeys); j += L) {
         Vec p[2]{}, d[2]{};
         for (int64_t e = 0; e < 2 && r + e < rows; ++e) {
           p[e] = load<Vec>(S + (r + e) * padded + j) * norm[r + e];
@@ -283,7 +301,7 @@ struct Head {
   }
 
   void put(int64_t r, int64_t j, int64_t rows, Vec (&p)[2], Vec (&d)[2]) {
-#if defined(__AVX512BF16__)
+#if defined(TINYSTORY_BF16)
     if constexpr (Policy::kPack == 2) {
       const vh p0 = to_bf16(p[0]), p1 = to_bf16(p[1]), d0 = to_bf16(d[0]), d1 = to_bf16(d[1]);
       store(P_pairs + r / 2 * padded + j, pair(p0, p1));
@@ -308,8 +326,8 @@ void run(const Attention& x, bool backward, int64_t begin, int64_t end) {
 
 void dispatch(const Attention& x, bool backward, int64_t begin, int64_t end) {
   if (x.dtype == DType::f64) return run<F64>(x, backward, begin, end);
-#if defined(__AVX512BF16__)
-  if (x.dtype == DType::bf16 && x.D % (2 * W) == 0) return run<BF16>(x, backward, begin, end);
+#if defined(TINYSTORY_BF16)
+  if (x.dtype == DType::bf16 && x.D % 32 == 0) return run<BF16Tiles>(x, backward, begin, end);
 #endif
   run<F32>(x, backward, begin, end);
 }

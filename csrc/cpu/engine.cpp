@@ -415,7 +415,7 @@ class EngineOf final : public Engine {
 }  // namespace
 
 bool engine_has_bf16() {
-#if defined(__AVX512BF16__)
+#if defined(TINYSTORY_BF16)
   return true;
 #else
   return false;
@@ -423,8 +423,8 @@ bool engine_has_bf16() {
 }
 
 std::unique_ptr<Engine> make_engine([[maybe_unused]] DType dtype, StudentWeights student, Threads threads) {
-#if defined(__AVX512BF16__)
-  if (dtype == DType::bf16) return std::make_unique<EngineOf<BF16>>(std::move(student), threads);
+#if defined(TINYSTORY_BF16)
+  if (dtype == DType::bf16) return std::make_unique<EngineOf<BF16Tiles>>(std::move(student), threads);
 #endif
   return std::make_unique<EngineOf<F32>>(std::move(student), threads);
 }

@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "amx.h"
 #include "vec.h"
 
 namespace tinystory::cpu {
@@ -38,20 +39,35 @@ struct F64 {
   static vd broadcast(const char* p) { return splat<vd>(load<double>(p)); }
   static vd dot(vd a, vd b, vd sum) { return fma(a, b, sum); }
 };
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(TINYSTORY_AMX)
+#define TINYSTORY_BF16
 struct BF16 {
   using Acc = float;
   using Pack = uint32_t;
   static constexpr int kPack = 2;
   static constexpr int64_t kReduce = 384;
   static vf broadcast(const char* p) { return (vf)(vu{} + load<uint32_t>(p)); }
+#if defined(__AVX512BF16__)
   static vf dot(vf a, vf b, vf sum) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
-};
+#else  // AMX without AVX-512: where tests run it
+  static vf dot(vf a, vf b, vf sum) {
+    sum = fma((vf)((vu)a & 0xffff0000), (vf)((vu)b & 0xffff0000), sum);
+    return fma((vf)((vu)a << 16), (vf)((vu)b << 16), sum);
+  }
 #endif
+};
+// The same on AMX's tiles where there are any: for a left operand whose k_stride is 1. Whether the tiles run depends on
+// the machine and n_k, not on the rows, whose results it changes.
+struct BF16Tiles : BF16 {};
+#endif
+
+// Packs that a right operand's rows, and with them k, are padded to, in zeros.
+template <class Policy>
+constexpr int64_t kPadding = Policy::kPack == 2 ? 16 : 1;
 
 // Columns per panel of a packed right operand: what the micro-kernel takes at once, so that it reads memory in order.
 template <class Policy>
-constexpr int64_t kPanel = kMicroVectors * lanes<VecOf<typename Policy::Acc>>;
+constexpr int64_t kPanel = Policy::kPack == 2 ? kColumns : kMicroVectors * lanes<VecOf<typename Policy::Acc>>;
 
 // Operands, in Packs. Element (row, k) of the left one lies at at[row * row_stride + k * k_stride]; the right one has
 // panels of kPanel columns, and element (k, column) of a panel lies at at[k * k_stride + column].
@@ -59,6 +75,7 @@ template <class Policy>
 struct Left {
   const typename Policy::Pack* at;
   int64_t row_stride, k_stride;
+  Left part(int64_t row, int64_t k) const { return {at + row * row_stride + k * k_stride, row_stride, k_stride}; }
 };
 template <class Policy>
 struct Right {
@@ -93,18 +110,54 @@ void micro_kernel(int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, i
     }
 }
 
-// The same for any number of rows.
-template <class Policy, int C>
+// The same for any number of rows; calls done(row, R) after each R of them.
+template <class Policy, int C, class Done>
 void micro_column(int64_t rows, int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, int64_t bk,
-                  typename Policy::Acc* c, int64_t cm, bool add) {
+                  typename Policy::Acc* c, int64_t cm, bool add, const Done& done) {
+  int64_t row = 0;
   const auto take = [&]<int R>(std::integral_constant<int, R>) {
-    micro_kernel<Policy, R, C>(n_k, a, b, bk, c, cm, add);
-    rows -= R, a.at += R * a.row_stride, c += R * cm;
+    micro_kernel<Policy, R, C>(n_k, {a.at + row * a.row_stride, a.row_stride, a.k_stride}, b, bk, c + row * cm, cm,
+                               add);
+    done(row, R);
+    row += R;
   };
-  while (rows >= 6) take(std::integral_constant<int, 6>());
-  if (rows >= 4) take(std::integral_constant<int, 4>());
-  if (rows >= 2) take(std::integral_constant<int, 2>());
-  if (rows) take(std::integral_constant<int, 1>());
+  while (rows - row >= 6) take(std::integral_constant<int, 6>());
+  if (rows - row >= 4) take(std::integral_constant<int, 4>());
+  if (rows - row >= 2) take(std::integral_constant<int, 2>());
+  if (rows > row) take(std::integral_constant<int, 1>());
+}
+
+// Whether AMX's tiles run a GEMM of this policy whose n_k is a multiple of kPadding.
+template <class Policy>
+bool on_tiles() {
+#if defined(TINYSTORY_AMX)
+  return std::is_same_v<Policy, BF16Tiles> && amx::permitted();
+#else
+  return false;
+#endif
+}
+
+// One panel and one partial sum. Calls done(row, n) when n more rows are complete.
+template <class Policy, class Done>
+void gemm_panel(int64_t rows, int64_t vectors, int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, int64_t bk,
+                typename Policy::Acc* c, int64_t cm, bool add, const Done& done) {
+  constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>;
+#if defined(TINYSTORY_AMX)
+  if constexpr (std::is_same_v<Policy, BF16Tiles>)
+    if (on_tiles<Policy>() && n_k % amx::kPacks == 0 && vectors * L % amx::kPacks == 0)
+      return amx::panel(rows, vectors * L, n_k, a.at, a.row_stride, b, bk, c, cm, add, done);
+#endif
+  for (; vectors > kMicroVectors; vectors -= kMicroVectors, b += kMicroVectors * L, c += kMicroVectors * L)
+    micro_column<Policy, kMicroVectors>(rows, n_k, a, b, bk, c, cm, add, [](int64_t, int64_t) {});
+  const auto run = [&]<int C>(std::integral_constant<int, C>) {
+    micro_column<Policy, C>(rows, n_k, a, b, bk, c, cm, add, done);
+  };
+  if (vectors == kMicroVectors) return run(std::integral_constant<int, kMicroVectors>());
+  if constexpr (kMicroVectors == 4) {
+    if (vectors == 3) return run(std::integral_constant<int, 3>());
+    if (vectors == 2) return run(std::integral_constant<int, 2>());
+  }
+  if (vectors == 1) run(std::integral_constant<int, 1>());
 }
 
 // The driver: c (rows, columns) = a b, or with `add` c += a b, reducing over n_k Packs. The columns are whole vectors.
@@ -112,29 +165,18 @@ template <class Policy>
 void gemm(int64_t rows, int64_t columns, int64_t n_k, Left<Policy> a, Right<Policy> b, typename Policy::Acc* c,
           int64_t cm, bool add = false) {
   constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>, kWidth = kPanel<Policy>;
-  for (int64_t k = 0; k < n_k; k += Policy::kReduce, add = true) {
-    const int64_t depth = std::min(Policy::kReduce, n_k - k);
+  for (int64_t k = 0; k < n_k; k += Policy::kReduce, add = true)
     for (int64_t first = 0; first < rows; first += kTileRows)
-      for (int64_t j = 0; j < columns; j += kWidth) {
-        const Left<Policy> left{a.at + first * a.row_stride + k * a.k_stride, a.row_stride, a.k_stride};
-        const auto* right = b.at + j / kWidth * b.panel_stride + k * b.k_stride;
-        const auto run = [&]<int C>(std::integral_constant<int, C>) {
-          micro_column<Policy, C>(std::min(kTileRows, rows - first), depth, left, right, b.k_stride, c + first * cm + j,
-                                  cm, add);
-        };
-        const int64_t vectors = std::min(kWidth, columns - j) / L;
-        if (vectors == kMicroVectors) run(std::integral_constant<int, kMicroVectors>());
-        if constexpr (kMicroVectors == 4) {
-          if (vectors == 3) run(std::integral_constant<int, 3>());
-          if (vectors == 2) run(std::integral_constant<int, 2>());
-        }
-        if (vectors == 1) run(std::integral_constant<int, 1>());
-      }
-  }
+      for (int64_t j = 0; j < columns; j += kWidth)
+        gemm_panel<Policy>(std::min(kTileRows, rows - first), std::min(kWidth, columns - j) / L,
+                           std::min(Policy::kReduce, n_k - k), a.part(first, k),
+                           b.at + j / kWidth * b.panel_stride + k * b.k_stride, b.k_stride, c + first * cm + j, cm, add,
+                           [](int64_t, int64_t) {});
 }
 
-// Rows [first, last) and columns [column, end) of a b, whose sums are not stored: calls finish(row, column, sum) for
-// each vector of them while it is in the L1 cache. `column` is the first of a panel.
+// The driver for sums that are not stored: calls finish(row, column, sum) for each vector of rows [first, last) and
+// columns [column, end) of a b, as soon as the sum is complete, so that the next sums hide what `finish` waits for.
+// `column` is the first of a panel.
 template <class Policy, class Finish>
 void gemm_tile(int64_t first, int64_t last, int64_t column, int64_t end, int64_t n_k, Left<Policy> a, Right<Policy> b,
                const Finish& finish) {
@@ -142,13 +184,18 @@ void gemm_tile(int64_t first, int64_t last, int64_t column, int64_t end, int64_t
   constexpr int64_t L = lanes<Vec>, kWidth = kPanel<Policy>;
   alignas(64) typename Policy::Acc sums[kTileRows * kWidth];
   for (; first < last; first += kTileRows)
-    for (int64_t j = column; j < end; j += kWidth) {
-      const int64_t rows = std::min(kTileRows, last - first), width = std::min(kWidth, end - j);
-      gemm<Policy>(rows, width, n_k, {a.at + first * a.row_stride, a.row_stride, a.k_stride},
-                   {b.at + j / kWidth * b.panel_stride, b.k_stride, b.panel_stride}, sums, kWidth);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t v = 0; v < width; v += L) finish(first + r, j + v, load<Vec>(sums + r * kWidth + v));
-    }
+    for (int64_t j = column; j < end; j += kWidth)
+      for (int64_t k = 0; k < n_k; k += Policy::kReduce) {
+        const int64_t width = std::min(kWidth, end - j);
+        gemm_panel<Policy>(std::min(kTileRows, last - first), width / L, std::min(Policy::kReduce, n_k - k),
+                           a.part(first, k), b.at + j / kWidth * b.panel_stride + k * b.k_stride, b.k_stride, sums,
+                           kWidth, k > 0, [&](int64_t row, int64_t n) {
+                             if (k + Policy::kReduce < n_k) return;
+                             for (int64_t r = row; r < row + n; ++r)
+                               for (int64_t v = 0; v < width; v += L)
+                                 finish(first + r, j + v, load<Vec>(sums + r * kWidth + v));
+                           });
+      }
 }
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -236,21 +283,28 @@ void transpose(Vec (&r)[lanes<Vec>]) {
   }
 }
 
+// to[column * to_stride + row] = from[row * from_stride + column], for rows and columns in whole vectors.
+template <class Pack>
+void transpose_packs(Pack* to, int64_t to_stride, const Pack* from, int64_t from_stride, int64_t rows,
+                     int64_t columns) {
+  using Vec = std::conditional_t<sizeof(Pack) == 8, vd, vu>;
+  constexpr int L = lanes<Vec>;
+  for (int64_t i = 0; i < rows; i += L)
+    for (int64_t j = 0; j < columns; j += L) {
+      Vec block[L];
+      for (int r = 0; r < L; ++r) block[r] = load<Vec>(from + (i + r) * from_stride + j);
+      transpose(block);
+      for (int r = 0; r < L; ++r) store(to + (j + r) * to_stride + i, block[r]);
+    }
+}
+
 // Transposes rows into panels [padded / kPanel][D / kPack][kPanel], the right operand of a GEMM that reduces over D.
 template <class Policy>
 void transpose_rows(typename Policy::Pack* to, const typename Policy::Pack* rows, int64_t padded, int64_t D) {
-  using Vec = std::conditional_t<sizeof(typename Policy::Pack) == 8, vd, vu>;
-  constexpr int L = lanes<Vec>;
   constexpr int64_t kWidth = kPanel<Policy>;
   const int64_t packs = D / Policy::kPack;
-  for (int64_t j = 0; j < padded; j += L)
-    for (int64_t w = 0; w < packs; w += L) {
-      Vec block[L];
-      for (int i = 0; i < L; ++i) block[i] = load<Vec>(rows + (j + i) * packs + w);
-      transpose(block);
-      auto* panel = to + j / kWidth * packs * kWidth + w * kWidth + j % kWidth;
-      for (int i = 0; i < L; ++i) store(panel + i * kWidth, block[i]);
-    }
+  for (int64_t j = 0; j < padded; j += kWidth)
+    transpose_packs(to + j * packs, kWidth, rows + j * packs, packs, std::min(kWidth, padded - j), packs);
 }
 
 // Hands out memory in 64-byte aligned pieces. Run twice: first to count the bytes, then over memory of that size.

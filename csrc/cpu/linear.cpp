@@ -20,12 +20,13 @@ struct Layer {
   static constexpr DType kStored = Policy::kPack == 2 ? DType::bf16 : DType::f32;
 
   const Linear& l;
-  const int64_t in, out, pairs;  // Packs per row of x and of y; the rows of the chunk, divided by kPack
+  const int64_t in, out, pairs;  // Packs per row of x and of y; per column of the chunk, padded
   Pack *panels, *rows, *grad_rows, *x_pairs, *grad_pairs;
   size_t bytes;
 
   explicit Layer(const Linear& l)
-      : l(l), in(l.K / Policy::kPack), out(l.N / Policy::kPack), pairs((l.rows + Policy::kPack - 1) / Policy::kPack) {
+      : l(l), in(l.K / Policy::kPack), out(l.N / Policy::kPack),
+        pairs(round_up(round_up(l.rows, Policy::kPack) / Policy::kPack, kPadding<Policy>)) {
     Arena m{static_cast<char*>(l.workspace), 0};
     panels = m.take<Pack>(std::max(round_up(l.N, kColumns) * in, round_up(l.K, kColumns) * out));
     rows = m.take<Pack>(l.grad_y || l.x_type == kStored ? 0 : l.rows * in);
@@ -61,6 +62,9 @@ struct Layer {
     if (l.x_type != kStored) pack_rows<Policy>(rows + begin * in, x_at(begin), l.x_type, l.K, n, n, l.K, l.K);
   }
 
+  // grad_pairs: the left operand of grad_weight. bf16's is transposed, which AMX wants.
+  static constexpr bool kTransposed = Policy::kPack == 2;
+
   // Calls finish(row, column, sum), a vector at a time, for each item: kTileRows rows of a (rows, packs), 64 columns.
   template <class F>
   void matmul(int64_t begin, int64_t end, const Pack* a, int64_t packs, int64_t columns, const F& finish) const {
@@ -89,16 +93,18 @@ struct Layer {
   // items: blocks of kLinearRows rows. Packs the gradient before the bias by rows and by pairs of rows, x by pairs.
   void pack_grad(int64_t begin, int64_t end) {
     const size_t block_packs = kLinearRows * std::max(in, out);
-    Pack* copy = reinterpret_cast<Pack*>(scratch(block_packs * sizeof(Pack) + l.N * sizeof(float)));
-    float* sums = reinterpret_cast<float*>(copy + block_packs);
-    // Reads the rows in place if they are stored as Packs and every pair has its second row, else from `copy`.
+    Pack* copy = reinterpret_cast<Pack*>(scratch(2 * block_packs * sizeof(Pack) + l.N * sizeof(float)));
+    Pack* in_rows = copy + block_packs;
+    float* sums = reinterpret_cast<float*>(in_rows + block_packs);
+    // Reads the rows in place if they are stored as Packs and need no padding, else from `copy`.
     const auto in_pairs = [&](Pack* to, int64_t width, const void* from, DType type, int64_t n, int64_t columns) {
-      const int64_t padded = round_up(n, Policy::kPack);
+      const int64_t padded = round_up(n, Policy::kPack * kPadding<Policy>);
       if (type != kStored || padded > n) {
         pack_rows<Policy>(copy, from, type, columns, n, padded, columns, columns);
         from = copy;
       }
       pair_rows<Policy>(to, static_cast<const Pack*>(from), padded, columns, width, pairs);
+      return padded / Policy::kPack;
     };
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kLinearRows, n = std::min(kLinearRows, l.rows - first);
@@ -112,8 +118,14 @@ struct Layer {
           if (!grad_stored()) store_elements<Policy>(grad_rows + i * out, j, g);
         }
       std::memcpy(l.bias_parts + (l.first / kLinearRows + block) * l.N, sums, l.N * sizeof(float));
-      in_pairs(grad_pairs + first / Policy::kPack * kColumns, kColumns, grads() + first * out, kStored, n, l.N);
-      in_pairs(x_pairs + first / Policy::kPack * kWidth, kWidth, x_at(first), l.x_type, n, l.K);
+      const int64_t at = first / Policy::kPack;
+      if constexpr (kTransposed) {
+        const int64_t packs = in_pairs(in_rows, l.N, grads() + first * out, kStored, n, l.N);
+        transpose_packs(grad_pairs + at, pairs, in_rows, l.N, packs, l.N);
+      } else {
+        in_pairs(grad_pairs + at * kColumns, kColumns, grads() + first * out, kStored, n, l.N);
+      }
+      in_pairs(x_pairs + at * kWidth, kWidth, x_at(first), l.x_type, n, l.K);
     }
   }
 
@@ -129,8 +141,8 @@ struct Layer {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / across * kColumns, c = item % across * kColumns;
       gemm<Policy>(std::min(kColumns, l.N - n), std::min(kColumns, l.K - c), pairs,
-                   {grad_pairs + n * pairs, 1, kColumns}, {x_pairs + c * pairs, kWidth, pairs * kWidth},
-                   l.grad_weight + n * l.K + c, l.K, l.first > 0);
+                   {grad_pairs + n * pairs, kTransposed ? pairs : 1, kTransposed ? 1 : kColumns},
+                   {x_pairs + c * pairs, kWidth, pairs * kWidth}, l.grad_weight + n * l.K + c, l.K, l.first > 0);
     }
   }
 
@@ -140,13 +152,30 @@ struct Layer {
 
 template <class F>
 auto with_layer(const Linear& l, const F& f) {
-#if defined(__AVX512BF16__)
-  if (l.gemm_type == DType::bf16) return f(Layer<BF16>(l));
+#if defined(TINYSTORY_BF16)
+  if (l.gemm_type == DType::bf16) return f(Layer<BF16Tiles>(l));
 #endif
   return f(Layer<F32>(l));
 }
 
 }  // namespace
+
+const char* instructions() {
+#if defined(TINYSTORY_AMX)
+  if (on_tiles<BF16Tiles>()) return W == 16 ? "AVX-512, AMX for bfloat16" : "AVX2, AMX for bfloat16";
+#endif
+#if defined(__AVX512BF16__)
+  return "AVX-512, its dot product for bfloat16";
+#elif defined(__AVX512F__)
+  return "AVX-512";
+#elif defined(__FMA__)
+  return "AVX2";
+#elif defined(__aarch64__)
+  return "NEON";
+#else
+  return "vectors of 4 floats or more, without a fused multiply-add";
+#endif
+}
 
 int64_t linear_workspace(const Linear& l) {
   return with_layer(l, [](auto layer) { return int64_t(layer.bytes); });

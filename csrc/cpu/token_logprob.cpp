@@ -26,14 +26,14 @@ struct Chunk {
 
   const TokenLogprob& x;
   const bool keeps;                      // whether the logits are kept for the gradients
-  const int64_t rows, C, packs, stride;  // rows and C padded to whole pairs and whole panels; row stride of grads
+  const int64_t rows, C, packs, stride;  // rows and C padded for gemm.h; row stride of grads
   Pack *weight_pairs, *hidden, *hidden_panels, *grads;
   Acc *sums, *logits;  // sums (groups, rows, 3), see sum_group; logits share the memory of grads
   size_t bytes;
 
   explicit Chunk(const TokenLogprob& x)
-      : x(x), keeps(x.logprob && x.grad_hidden), rows(round_up(x.rows, 2)), C(round_up(x.C, kColumns)),
-        packs(C / Policy::kPack), stride(keeps ? kStride : kStride / Policy::kPack) {
+      : x(x), keeps(x.logprob && x.grad_hidden), rows(round_up(x.rows, 2 * kPadding<Policy>)),
+        C(round_up(x.C, kColumns)), packs(C / Policy::kPack), stride(keeps ? kStride : kStride / Policy::kPack) {
     Arena m{static_cast<char*>(x.workspace), 0};
     weight_pairs = m.take<Pack>(x.grad_hidden ? x.groups * kGroup * packs : 0);  // first: in place for all row chunks
     hidden = m.take<Pack>(rows * packs);
@@ -44,9 +44,10 @@ struct Chunk {
     bytes = m.used;
   }
 
-  // One thread's memory: a group's rows of the weight and their panels; a block's logits; bf16 gradients in pairs.
+  // One thread's memory: a group's rows of the weight and their panels; a block's logits; and for bf16 a block's
+  // gradients in pairs of rows, and those of the whole chunk by columns.
   struct Own {
-    Pack *weight, *panels, *pairs;
+    Pack *weight, *panels, *pairs, *columns;
     Acc* logits;
   };
   Own own() const {
@@ -54,7 +55,9 @@ struct Chunk {
     const auto lay_out = [&](Arena m) {
       o.weight = m.take<Pack>(kGroup * packs), o.panels = m.take<Pack>(kGroup * packs);
       o.logits = m.take<Acc>(kBlock * kStride);
-      o.pairs = m.take<Pack>(Policy::kPack == 2 && x.grad_hidden ? rows / 2 * kStride : 0);
+      const bool paired = Policy::kPack == 2 && x.grad_hidden;
+      o.pairs = m.take<Pack>(paired ? kBlock / 2 * kStride : 0);
+      o.columns = m.take<Pack>(paired ? kGroup * rows / 2 : 0);
       return m.used;
     };
     lay_out({scratch(lay_out({})), 0});
@@ -72,11 +75,12 @@ struct Chunk {
 
   void pack(int64_t begin, int64_t end) {
     const int64_t first = 2 * begin, n = std::min(2 * end, x.rows) - first;
-    pack_rows<Policy>(hidden + first * packs, at(x.hidden, x.dtype, (x.first + first) * x.C), x.dtype, x.C, n,
-                      2 * end - first, x.C, C);
+    const int64_t padded = (2 * end < x.rows ? 2 * end : rows) - first;
+    pack_rows<Policy>(hidden + first * packs, at(x.hidden, x.dtype, (x.first + first) * x.C), x.dtype, x.C, n, padded,
+                      x.C, C);
     if (!x.grad_hidden) return;
-    pair_rows<Policy>(hidden_panels + first / Policy::kPack * kWidth, hidden + first * packs, 2 * end - first, C,
-                      kWidth, rows / Policy::kPack);
+    pair_rows<Policy>(hidden_panels + first / Policy::kPack * kWidth, hidden + first * packs, padded, C, kWidth,
+                      rows / Policy::kPack);
   }
 
   // Calls use(first, end, logits) on blocks of the chunk's rows, with this group's logits [row - first][kStride].
@@ -186,7 +190,8 @@ struct Chunk {
         }
         store_elements<Policy>(to[0], v, d[0]);
         store_elements<Policy>(to[1], v, d[1]);
-        if constexpr (Policy::kPack == 2) store(pairs + row / 2 * kStride + v, pair(to_bf16(d[0]), to_bf16(d[1])));
+        if constexpr (Policy::kPack == 2)
+          store(pairs + (row - first) / 2 * kStride + v, pair(to_bf16(d[0]), to_bf16(d[1])));
       }
       for (int64_t e = 0; e < 2 && row + e < end; ++e) {
         const int64_t v = grad[e].target;
@@ -194,7 +199,7 @@ struct Chunk {
         if constexpr (Policy::kPack == 2) {
           const uint16_t d = to_bf16(splat<Vec>(grad[e].at_target))[0];
           reinterpret_cast<uint16_t*>(to[e])[v] = d;
-          reinterpret_cast<uint16_t*>(pairs + row / 2 * kStride + v)[e] = d;
+          reinterpret_cast<uint16_t*>(pairs + (row - first) / 2 * kStride + v)[e] = d;
         } else {
           to[e][v] = grad[e].at_target;
         }
@@ -206,12 +211,20 @@ struct Chunk {
     const Own o = own();
     const auto use = [&](int64_t first, int64_t end, const Acc* logits) {
       differentiate(g, first, end, logits, o.pairs);
+      if constexpr (Policy::kPack == 2) {
+        const int64_t n = (end - first + 1) / 2, padded = round_up(n, kPadding<Policy>);
+        std::memset(o.pairs + n * kStride, 0, (padded - n) * kStride * sizeof(Pack));
+        transpose_packs(o.columns + first / 2, rows / 2, o.pairs, kStride, padded, round_up(width(g), kColumns));
+      }
     };
-    if (keeps) use(0, x.rows, logits + g * rows * kStride);
-    else each_block(g, o, use);
-    const Pack* left = Policy::kPack == 2 ? o.pairs : grads_at(g, 0);
+    if (!keeps) each_block(g, o, use);
+    else
+      for (int64_t first = 0; first < x.rows; first += kBlock)
+        use(first, std::min(first + kBlock, x.rows), logits + (g * rows + first) * kStride);
     const int64_t n = rows / Policy::kPack;
-    gemm<Policy>(width(g), C, n, {left, 1, kStride}, {hidden_panels, kWidth, n * kWidth},
+    const Left<Policy> left =
+        Policy::kPack == 2 ? Left<Policy>{o.columns, n, 1} : Left<Policy>{grads_at(g, 0), 1, kStride};
+    gemm<Policy>(width(g), C, n, left, {hidden_panels, kWidth, n * kWidth},
                  static_cast<Acc*>(x.grad_weight) + g * kGroup * C, C, x.first > 0);
   }
 
@@ -232,8 +245,8 @@ struct Chunk {
 template <class F>
 auto with_chunk(const TokenLogprob& x, const F& f) {
   if (x.dtype == DType::f64) return f(Chunk<F64>(x));
-#if defined(__AVX512BF16__)
-  if (x.dtype == DType::bf16) return f(Chunk<BF16>(x));
+#if defined(TINYSTORY_BF16)
+  if (x.dtype == DType::bf16) return f(Chunk<BF16Tiles>(x));
 #endif
   return f(Chunk<F32>(x));
 }

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "cpu/vec.h"
 #include "harness.h"
 #include "kernels.h"
 #include "weights.h"
@@ -99,10 +100,14 @@ void test_logprob(DType type, int64_t N, int64_t V, int64_t C, int64_t chunk) {
                  .groups = groups,
                  .workspace = nullptr};
   if (type == DType::bf16) x.hidden = half.data(), x.weight = half.data() + N * C;
-  std::vector<char> workspace(cpu::logprob_workspace(x) + 64, 'x');
+  constexpr char kNaN = -1;  // in any float: padding that is read must have been written
+  std::vector<char> workspace(cpu::logprob_workspace(x) + 64, kNaN);
   x.workspace = workspace.data();
   const auto step = [&](auto kernel, int64_t items) {
-    parallel(items, 3, [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
+    parallel(items, 3, [&](int64_t begin, int64_t end) {
+      std::memset(cpu::scratch(1 << 19), kNaN, 1 << 19);
+      kernel(x, begin, end);
+    });
   };
   const auto rows = [&](bool stats) {
     for (x.first = 0; x.first < N; x.first += chunk) {
@@ -148,7 +153,7 @@ void test_logprob(DType type, int64_t N, int64_t V, int64_t C, int64_t chunk) {
   for (int64_t i = 0; i < N * C; ++i) CHECK(std::fabs(dh[i / C * padded + i % C] - want_h[i]) < tolerance);
   for (int64_t i = 0; i < V * C; ++i) CHECK(std::fabs(dw[i / C * padded + i % C] - want_w[i]) < tolerance);
   for (int i = 0; i < 64; ++i)
-    CHECK(dh[N * padded + i] == 777 && dw[V * padded + i] == 777 && workspace[workspace.size() - 64 + i] == 'x');
+    CHECK(dh[N * padded + i] == 777 && dw[V * padded + i] == 777 && workspace[workspace.size() - 64 + i] == kNaN);
   for (int i = 0; i < 9; ++i) CHECK(logprob[N + i] == 777 && entropy[N + i] == 777);
 }
 

@@ -1,0 +1,120 @@
+// AMX: tiles of 16 x 16 sums of products of bf16 pairs. Its instructions are in this header and nowhere else. With
+// TINYSTORY_AMX_TWIN a scalar twin of them takes their place, so that every path is tested on machines without AMX.
+#pragma once
+#if defined(TINYSTORY_AMX_TWIN) || (defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__))
+#define TINYSTORY_AMX
+#include <cstdint>
+#if defined(TINYSTORY_AMX_TWIN)
+#include "amx_twin.h"  // of tests/native
+#else
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+// Macros, because a tile's number is part of the instruction.
+#define TILE_CONFIG(c) _tile_loadconfig(&(c))
+#define TILE_RELEASE() _tile_release()
+#define TILE_ZERO(t) _tile_zero(t)
+#define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
+#define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
+#define TILE_DOT(sums, left, right) _tile_dpbf16ps(sums, left, right)
+#endif
+
+namespace tinystory::cpu::amx {
+
+constexpr int64_t kRows = 16, kPacks = 16;  // a tile's rows; its 32-bit columns: sums, or pairs of bf16
+
+// The operand of LDTILECFG. Tiles 0 to 3 are sums, two by two; 4 and 5 rows of the left operand; 6 and 7 the right one.
+struct alignas(64) Config {
+  uint8_t palette = 1, start_row = 0, reserved[14]{};
+  uint16_t column_bytes[16]{};
+  uint8_t rows[16]{};
+
+  // The upper tiles have `above` rows, the lower ones `below`; none of 0 rows may be used.
+  Config(int64_t above, int64_t below) {
+    const int64_t of[8] = {above, above, below, below, above, below, kPacks, kPacks};
+    for (int t = 0; t < 8; ++t) rows[t] = uint8_t(of[t]), column_bytes[t] = of[t] ? 4 * kPacks : 0;
+  }
+};
+
+// Asks Linux for the tiles' 8 KiB of state, once per process. Threads get theirs at their first tile instruction.
+inline bool permitted() {
+#if defined(TINYSTORY_AMX_TWIN)
+  return true;
+#else
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool given = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return given;
+#endif
+}
+
+// c (rows, columns) = a b, or with `add` c += a b, of 1 to 32 rows and 16 or 32 columns, reducing over n_k pairs, a
+// multiple of 16. Strides in elements of 4 bytes. The tiles are configured for these rows.
+template <bool kBelow, bool kRight>
+inline void block(int64_t n_k, const uint32_t* a, int64_t am, const uint32_t* b, int64_t bk, float* c, int64_t cm,
+                  bool add) {
+  float* below = c + kRows * cm;
+  if (add) {
+    TILE_LOAD(0, c, 4 * cm);
+    if constexpr (kRight) TILE_LOAD(1, c + kPacks, 4 * cm);
+    if constexpr (kBelow) TILE_LOAD(2, below, 4 * cm);
+    if constexpr (kBelow && kRight) TILE_LOAD(3, below + kPacks, 4 * cm);
+  } else {
+    TILE_ZERO(0);
+    if constexpr (kRight) TILE_ZERO(1);
+    if constexpr (kBelow) TILE_ZERO(2);
+    if constexpr (kBelow && kRight) TILE_ZERO(3);
+  }
+  for (int64_t k = 0; k < n_k; k += kPacks, b += kPacks * bk) {
+    TILE_LOAD(4, a + k, 4 * am);
+    TILE_LOAD(6, b, 4 * bk);
+    TILE_DOT(0, 4, 6);
+    if constexpr (kRight) {
+      TILE_LOAD(7, b + kPacks, 4 * bk);
+      TILE_DOT(1, 4, 7);
+    }
+    if constexpr (kBelow) {
+      TILE_LOAD(5, a + kRows * am + k, 4 * am);
+      TILE_DOT(2, 5, 6);
+      if constexpr (kRight) TILE_DOT(3, 5, 7);
+    }
+  }
+  TILE_STORE(0, c, 4 * cm);
+  if constexpr (kRight) TILE_STORE(1, c + kPacks, 4 * cm);
+  if constexpr (kBelow) TILE_STORE(2, below, 4 * cm);
+  if constexpr (kBelow && kRight) TILE_STORE(3, below + kPacks, 4 * cm);
+}
+
+// The same for any rows, and columns in multiples of 16; calls done(row, n) after each n rows. The thread's tiles are
+// configured and released here.
+template <class Done>
+void panel(int64_t rows, int64_t columns, int64_t n_k, const uint32_t* a, int64_t am, const uint32_t* b, int64_t bk,
+           float* c, int64_t cm, bool add, const Done& done) {
+  int64_t configured = 0;
+  for (int64_t r = 0; r < rows; r += 2 * kRows) {
+    const int64_t n = rows - r < 2 * kRows ? rows - r : 2 * kRows;
+    if (n != configured) {
+      const Config config(n < kRows ? n : kRows, n < kRows ? 0 : n - kRows);
+      asm volatile("" : : "r"(&config) : "memory");  // the intrinsics do not say all that they read
+      TILE_CONFIG(config);
+      configured = n;
+    }
+    for (int64_t j = 0; j < columns; j += 2 * kPacks) {
+      const bool right = columns - j > kPacks;
+      const auto run = n > kRows ? (right ? block<true, true> : block<true, false>)
+                                 : (right ? block<false, true> : block<false, false>);
+      run(n_k, a + r * am, am, b + j, bk, c + r * cm + j, cm, add);
+    }
+    done(r, n);
+  }
+  TILE_RELEASE();
+}
+
+#undef TILE_CONFIG
+#undef TILE_RELEASE
+#undef TILE_ZERO
+#undef TILE_LOAD
+#undef TILE_STORE
+#undef TILE_DOT
+
+}  // namespace tinystory::cpu::amx
+#endif
