@@ -25,7 +25,8 @@ from tinystory.person.pairs import PairDesk
 from tinystory.person.server import serve
 from tinystory.report import page, plots
 from tinystory.report.judges import preference_lines
-from tinystory.runlog import read_config, read_metrics
+from tinystory.report.run import write_report
+from tinystory.runlog import METRICS, read_config, read_metrics
 from tinystory.teacher.prompt import Template, load_template
 
 
@@ -60,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.compare:
         for line in preference_lines(run_preferences(options.compare)):
             print(line)
+        if (options.compare / METRICS).exists():
+            print(f"report: {write_report(options.compare)}")
 
 
 async def _serve(desk: Desk | PairDesk, options: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from tinystory.evaluate.preference import (
     win_rate,
 )
 from tinystory.report.judges import preference_lines
-from tinystory.runlog import SAMPLES
+from tinystory.runlog import SAMPLES, RunLog
 from tinystory.teacher.prompt import instructions
 
 PAIRS = [pair_of("Once", f"a plain tale {i}.", f"a fine tale {i}.") for i in range(10)]
@@ -84,7 +84,7 @@ def test_a_runs_pairs_are_its_stories_before_and_after(tmp_path):
 def test_choices_about_stories_that_are_no_longer_there_do_not_count(tmp_path):
     samples(tmp_path)
     keep_choices(tmp_path, "m", PAIRS, [Choice(FIRST)] * 10)
-    keep_choices(tmp_path, "m", PAIRS, [None, *[Choice(SECOND)] * 9])  # in place of the first ones
+    keep_choices(tmp_path, "m", PAIRS, [None, *[Choice(SECOND)] * 9])  # the last word counts
     keep_choices(tmp_path, "n", [pair_of("Once", "old", "stories")], [Choice(FIRST)])
     found = run_preferences(tmp_path)
     assert list(found) == ["m"] and (found["m"]["second"], found["m"]["first"]) == (9, 0)
@@ -93,6 +93,9 @@ def test_choices_about_stories_that_are_no_longer_there_do_not_count(tmp_path):
 
 
 def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short_pauses):
+    with RunLog(tmp_path, resume_step=None) as log:
+        log.config({"device": "cpu"})
+        log.metrics(step=9, reward_mean=0.5)
     samples(tmp_path)
     with FaultServer(lambda text, n: "3" if "fine" in text.rpartition("\n")[2] else "0") as server:
         server.first = lambda: "1"
@@ -103,6 +106,7 @@ def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short
     said = capsys.readouterr().out
     assert "first preferred after in 10 of 10 pairs" in said and "second in 50% of its answers" in said
     assert run_preferences(tmp_path)["first"]["rate"] == 1
+    assert "first preferred the story after interaction in 10 of 10" in (tmp_path / "report.html").read_text()
 
 
 def test_wrong_comparisons_are_one_sentence(tmp_path, capsys):

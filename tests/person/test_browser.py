@@ -179,6 +179,7 @@ def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
     story = "there was a little fox who wanted to catch the moon. " * 4 + "W" * 200
     client = subprocess.Popen([sys.executable, "-c", asker, f"http://127.0.0.1:{port}/v1", story], cwd=ROOT)
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    context.set_default_timeout(PATIENCE_MS)
     try:
         page = context.new_page()
         page.goto(f"http://127.0.0.1:{port}/?who=ada")

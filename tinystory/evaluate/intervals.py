@@ -10,8 +10,8 @@ Z = 1.959964  # two-sided 95 % quantile of the normal distribution
 RESAMPLES = 1000
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """Wilson's score interval for the proportion correct / total (Wilson 1927)."""
+def wilson(correct: float, total: int) -> tuple[float, float]:
+    """Wilson's score interval for the proportion correct / total (Wilson 1927). A tie may count one half."""
     p, square = correct / total, Z * Z / total
     middle = (p + square / 2) / (1 + square)
     half = Z * math.sqrt(p * (1 - p) / total + square / (4 * total)) / (1 + square)

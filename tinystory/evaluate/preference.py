@@ -4,6 +4,7 @@ A person sees the two in random order. A language model sees each pair in both o
 first (or last): a pair counts for a story only if it is preferred in both, and otherwise as a tie.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from tinystory.errors import UserError
 from tinystory.evaluate.intervals import wilson
-from tinystory.runlog import SAMPLES, atomic_write, read_records
+from tinystory.journal import Journal
+from tinystory.runlog import SAMPLES, read_records
 from tinystory.teacher.prompt import Criterion, Template
 
 FIRST, SECOND, SAME = "first", "second", "same"
@@ -85,13 +87,11 @@ def run_preferences(run: Path) -> dict[str, dict[str, Any]]:
 
 
 def keep_choices(run: Path, by: str, pairs: Sequence[Pair], choices: Sequence[Choice | None]) -> None:
-    """Write what a model says of a run's pairs, in place of what it said before."""
-    path = Path(run) / PREFERENCES
-    records = [record for record in read_records(path) if record["by"] != by]
-    for pair, choice in zip(pairs, choices, strict=True):
-        if choice is not None:
-            records.append({**pair._asdict(), "choice": choice.better, "inconsistent": choice.inconsistent, "by": by})
-    atomic_write(path, "".join(json.dumps(record) + "\n" for record in records))
+    """Append what a model says of a run's pairs; it counts in place of what the same model said before."""
+    with contextlib.closing(Journal(Path(run) / PREFERENCES)) as journal:
+        for pair, choice in zip(pairs, choices, strict=True):
+            said = {"choice": choice.better, "inconsistent": choice.inconsistent} if choice else {"choice": None}
+            journal.append({**pair._asdict(), **said, "by": by})
 
 
 # ---- a language model -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tinystory.errors import UserError
-from tinystory.person.journal import Journal
+from tinystory.journal import Journal
 from tinystory.runlog import Record
 from tinystory.teacher.prompt import TOP, Template, instructions
 

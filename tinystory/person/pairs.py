@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tinystory.evaluate.preference import SAME, Choice, Pair, win_rate
+from tinystory.journal import Journal
 from tinystory.person.desk import Mistake
-from tinystory.person.journal import Journal
 from tinystory.runlog import Record
 
 

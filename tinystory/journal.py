@@ -9,7 +9,7 @@ from tinystory.runlog import Record, cannot_write, read_records
 
 class Journal:
     """The records of `path`, which is created with its folder. Each line reaches the disk before `append` returns. An
-    incomplete last line was being written when the process died, and is dropped; no other process may append.
+    incomplete last line was being written when a process died, and is dropped.
 
     Raises UserError if the file cannot be written, or holds something else.
     """
@@ -21,7 +21,9 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  (open for as long as the process lives)
             self._file.seek(0)
-            self._file.truncate(self._file.read().rfind(b"\n") + 1)
+            held = self._file.read()
+            if held and not held.endswith(b"\n"):
+                self._file.truncate(held.rfind(b"\n") + 1)
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
