@@ -116,7 +116,7 @@ def ask(name: str, told: Sequence[tuple[str, str]], options: argparse.Namespace,
     replies = (run if run.is_dir() else run.parent) / "second_replies.jsonl" if config.teacher_url else None
     with contextlib.ExitStack() as stack:
         grader = stack.enter_context(open_grader(config, corpus=options.corpus, replies=replies))
-        title = BUILTIN if name == BUILTIN else grader.facts.get("teacher", {}).get("model") or name
+        title = BUILTIN if name == BUILTIN else grader.facts.get("teacher", {}).get("model") or Path(name).name
         judge = Judge(title, {}, {})
         for (opening, story), grade in zip(told, grader.grade_each(told), strict=True):
             judge.add(opening, story, grade.scores, grade.score)

@@ -123,8 +123,8 @@ def test_some_stories_without_a_score_are_left_out_and_counted():
 
 
 def _counts_words(story, n):
-    digit = min(3, len(story.split()) // 35)
-    return f"{digit} {digit} {digit}"
+    total = min(9, len(story.split()) // 13)
+    return f"{(total + 2) // 3} {(total + 1) // 3} {total // 3}"
 
 
 def test_the_doctor_calibrates_an_endpoint(capsys, monkeypatch):

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (Debian: apt install chromium)"),
 ]
 EVIL = "<img src=x onerror=\"document.title='caught'\"><script>document.title='caught'</script>"
-PATIENCE_MS = 120_000
+PATIENCE_MS = 600_000  # of a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
                 press(page, "111", story)
             else:
                 press(page, f"{number % 4}{number // 4 % 4}2", story)
-        assert trainer.wait(120) == 0, trainer.stdout.read()
+        assert trainer.wait(600) == 0, trainer.stdout.read()
     finally:
         for process in (trainer, server):
             process.kill()

@@ -97,6 +97,17 @@ def test_a_trainers_client_waits_for_the_person(url, short_pauses):
             assert grade.scores is not None or "skipped" in grade.reply  # no score, and no guess
 
 
+def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
+    with Teacher(url, deadline_s=3.0) as teacher:  # 1 s per request, and as long for the next byte
+        teacher.probe()
+        future = teacher.submit("Once upon a time,", "a cat sat.", 0)
+        story = shown(url)
+        time.sleep(4)
+        asked = {"who": "ada", "action": "grade", "key": story["key"], "scores": dict.fromkeys(Template().names, 2)}
+        assert ask(url, "POST", "/do", asked)[0] == 200
+        assert future.result(20).score == 2 / 3 and teacher.stats()["retries"] == 0
+
+
 def test_a_trainer_with_other_criteria_is_told_so(url, short_pauses):
     humour = Template((Criterion("humour", "Is it funny?", ("no", "a bit", "yes", "very")),))
     with Teacher(url, template=humour) as teacher, pytest.raises(UserError, match="same --teacher-prompt"):

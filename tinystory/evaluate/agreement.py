@@ -13,8 +13,8 @@ import numpy as np
 
 from tinystory.errors import UserError
 from tinystory.evaluate.intervals import bootstrap, spearman
+from tinystory.teacher.prompt import TOP
 
-TOP = 3  # each criterion is scored from 0 to this
 Told: TypeAlias = tuple[str, str]  # opening and story
 
 

@@ -18,7 +18,6 @@ from tinystory.evaluate.who import unseen_stories
 from tinystory.teacher.client import PERSON
 from tinystory.teacher.grader import Grader, TeacherGrader
 
-TOP = 3  # each criterion is scored from 0 to this
 FULL, CHEAP = 24, 16  # stories of each kind
 CHEAP_KINDS = (REAL, SENTENCES, WORDS)
 AGAIN = 16  # stories, half of them shuffled, that are asked a second time
@@ -152,7 +151,7 @@ def verdict(found: Mapping[str, Any]) -> str:
         return f"gave no scores: {found['unscored']} of {found['stories']} stories are without one"
     telling = f"{found['judgement']:.2f} [{found['judgement_ci'][0]:.2f}, {found['judgement_ci'][1]:.2f}]"
     lowest, highest = found["range"]
-    if found["length"] is not None and found["length_ci"][0] > COUNTS_WORDS:
+    if found["length"] is not None and found["length"] >= COUNTS_WORDS and found["length_ci"][0] > 0.5:
         return (
             f"counts words: score and length correlate by {found['length']:.2f} among stories of one kind, and it puts "
             f"a story above its own words shuffled with probability {telling}"
