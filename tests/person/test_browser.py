@@ -18,6 +18,7 @@ from fault_server import closed_port
 
 from tinystory.evaluate.preference import run_pairs, run_preferences
 from tinystory.runlog import SAMPLES, read_records, read_stories
+from tinystory.teacher.prompt import clean
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install 'tinystory[test]'")
@@ -57,10 +58,14 @@ def start(folder: Path, port: str, *argv: str) -> subprocess.Popen:
     return process
 
 
-def read(page) -> str:
+def read(page, trainer: subprocess.Popen) -> str:
     """The story that the page shows, once it shows one."""
-    page.wait_for_selector("#story:not([hidden])")
-    return page.text_content("#tale")
+    while True:
+        try:
+            page.wait_for_selector("#story:not([hidden])", timeout=5000)
+            return page.text_content("#tale")
+        except sync_api.TimeoutError:  # the machine is busy, or there is nothing to wait for
+            assert trainer.poll() is None, trainer.stdout and trainer.stdout.read()
 
 
 def press(page, keys: str, before: str) -> None:
@@ -78,7 +83,8 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
     command = [
         sys.executable, str(ROOT / "train_interact.py"), "--init", str(place / "p"), "--out", "runs/interact",
         "--teacher-url", f"{url}/v1", "--stories-per-step", "8", "--steps", "2", "--look-every", "0",
-        "--look-stories", "2", "--max-new-tokens", "16", "--max-unscored", "0.5", "--device", "cpu",
+        "--look-stories", "2", "--max-new-tokens", "16", "--max-unscored", "0.5", "--opening", "Once",
+        "--device", "cpu",
     ]  # fmt: skip
     trainer = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -87,14 +93,14 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
         page.keyboard.press("Enter")
         seen = []
         for number in range(20):  # 2 looks of 2 stories, and 2 steps of 8
-            story = read(page)
-            assert story not in seen or number in (5, 6)
+            story = read(page, trainer)
+            assert story not in seen
             seen.append(story)
             if number == 4:  # a slip of the finger, and the way back
                 press(page, "000", story)
                 page.keyboard.press("b")
                 page.wait_for_function("before => document.getElementById('tale').textContent === before", arg=story)
-                press(page, "321", "")
+                press(page, "321", story)
             elif number == 7:
                 press(page, "s", story)
             elif number == 9:  # the server dies in the middle of a step, with a story half graded
@@ -105,12 +111,12 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
                 page.wait_for_function("document.getElementById('message').textContent.includes('does not answer')")
                 assert kept.read_bytes() == before
                 server = start(tmp_path, port)
-                assert read(page) == story
+                assert read(page, trainer) == story
                 press(page, "21", story)
             elif number == 12:  # a closed page
                 page.goto("about:blank")
                 page.goto(url)
-                assert read(page) == story
+                assert read(page, trainer) == story
                 press(page, "111", story)
             else:
                 press(page, f"{number % 4}{number // 4 % 4}2", story)
@@ -128,7 +134,9 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
     stories = list(read_stories(run))
     assert len(stories) == 16 and [record["unscored"] for record in metrics(run)] in ([1, 0], [0, 1])
     for story in stories:
-        assert story["scores"] == by_story[story["story"]][-1]["scores"]  # what was said last is what was learned
+        assert (
+            story["scores"] == by_story[clean(story["story"])][-1]["scores"]
+        )  # what was said last is what was learned
     assert json.loads((run / "config.json").read_text())["options"]["teacher"]["model"] == "person"
 
 
@@ -183,7 +191,7 @@ def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
     try:
         page = context.new_page()
         page.goto(f"http://127.0.0.1:{port}/?who=ada")
-        read(page)
+        read(page, client)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         page.keyboard.press("2")
         assert page.locator("fieldset.now legend").inner_text().startswith("Coherence")
