@@ -100,7 +100,7 @@ class InteractConfig:
     reward: str = option("", "FILE.py:FUNCTION in place of a teacher: f(opening, stories) -> [0..1 or None]; or random")
     calibrate: bool = option(True, "before the run, see whether --teacher-url tells stories from shuffled words")
     require_judgement: float = option(
-        0.0, "least probability with which the teacher must put a story above its own words shuffled; 0.5 is chance"
+        0.0, "least probability with which the teacher must put a story above shuffled words; 0.5 is chance"
     )
     max_unscored: float = option(0.1, "maximum fraction of a step's stories without a score")
 

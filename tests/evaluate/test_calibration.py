@@ -87,7 +87,7 @@ def test_a_teacher_that_knows_gets_every_pair_right():
     assert all(each["auc"] == 1 for each in found["order"]) and found["judgement"] == 1
     assert found["kinds"][REAL]["mean"] == 1 and found["range"] == [0, 1] and found["unscored"] == 0
     assert found["steady"]["same"] == 1 and found["length"] is None  # one score per kind: length changes nothing
-    assert verdict(found).startswith("puts a story above its own words shuffled with probability 1.00 [0.8")
+    assert verdict(found).startswith("puts a story above shuffled words with probability 1.00 [0.8")
 
 
 # Teachers are called what they are

@@ -111,8 +111,7 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
                 page.wait_for_function("document.getElementById('message').textContent.includes('does not answer')")
                 assert kept.read_bytes() == before
                 server = start(tmp_path, port)
-                assert read(page, trainer) == story
-                press(page, "21", story)
+                press(page, "21", story)  # before the trainer has noticed
             elif number == 12:  # a closed page
                 page.goto("about:blank")
                 page.goto(url)

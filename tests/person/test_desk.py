@@ -51,7 +51,7 @@ async def later(desk, clock, seconds=desks.GRACE_S):
 def grade(desk, who, scores=GOOD, **more):
     """Grade what lies before this person; returns the story."""
     shown = desk.state(who)["show"]
-    desk.do(who, "grade", {"key": shown["key"], "scores": scores, "seconds": 3.14159, **more})
+    desk.do(who, "grade", {**shown, "scores": scores, "seconds": 3.14159, **more})
     return shown["story"]
 
 
@@ -82,7 +82,7 @@ def test_what_was_graded_is_never_asked_again_not_even_after_a_kill(tmp_path):
     async def before(desk, clock):
         tasks = await asked(desk, "a", "b", "c")
         grade(desk, "ada")
-        desk.do("ada", "skip", {"key": desk.state("ada")["show"]["key"]})
+        desk.do("ada", "skip", desk.state("ada")["show"])
         for task in tasks:
             task.cancel()
 
@@ -198,8 +198,10 @@ def test_a_trainer_that_hangs_up_and_comes_back_finds_its_story_where_it_was(tmp
         await asyncio.sleep(0)
         await later(desk, clock, desks.FORGET_S + 1)
         assert desk.state("ada")["show"] is None and desk.state("ada")["left"] == 0
-        with pytest.raises(Mistake, match="no longer asked"):
-            desk.do("ada", "grade", {"key": shown["key"], "scores": GOOD})
+        desk.do("ada", "grade", {**shown, "scores": GOOD})  # by a page that has not noticed
+        assert await desk.ask("Once", "b") == GOOD
+        with pytest.raises(Mistake, match="not what was asked"):
+            desk.do("ada", "grade", {**shown, "story": "another", "scores": GOOD})
 
     run(scene, tmp_path)
 

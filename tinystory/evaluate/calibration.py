@@ -1,6 +1,6 @@
 """Whether a teacher can judge: it is shown stories of known order, before time and money go into learning from it.
 
-The judgement is the probability that it scores a story above its own words shuffled (the area under the ROC curve; a
+The judgement is the probability that it scores a story above shuffled words (the area under the ROC curve; a
 tie counts one half). 0.5 is chance, and a teacher near it teaches noise.
 """
 
@@ -154,20 +154,20 @@ def verdict(found: Mapping[str, Any]) -> str:
     if found["length"] is not None and found["length"] >= COUNTS_WORDS and found["length_ci"][0] > 0.5:
         return (
             f"counts words: score and length correlate by {found['length']:.2f} among stories of one kind, and it puts "
-            f"a story above its own words shuffled with probability {telling}"
+            f"a story above shuffled words with probability {telling}"
         )
     if found["judgement_ci"][0] > 0.5:
-        return f"puts a story above its own words shuffled with probability {telling}"
+        return f"puts a story above shuffled words with probability {telling}"
     if lowest == highest:
         return f"gives everything the same score, {lowest:.0%} of the highest: there is nothing to learn from it"
     steady = found["steady"]
     if steady and steady["same"] < STEADY and (steady["correlation"] or 0.0) < STEADY:
         return (
             f"answers at random: asked twice, it gives {steady['same']:.0%} of the stories the same score, and it puts "
-            f"a story above its own words shuffled with probability {telling}, where 0.5 is chance"
+            f"a story above shuffled words with probability {telling}, where 0.5 is chance"
         )
     return (
-        f"cannot tell a story from its own words shuffled: it puts the story first with probability {telling}, where "
+        f"cannot tell a story from shuffled words: it puts the story first with probability {telling}, where "
         "0.5 is chance; learning from it is learning from noise"
     )
 
