@@ -27,6 +27,7 @@ from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
 from tinystory.data.openings import Openings, load_openings
 from tinystory.device import Interrupted, Stop, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
+from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.stories import distinct_ngrams
 from tinystory.report.plots import text_curve
 from tinystory.report.run import write_report
@@ -114,6 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         stories_ahead = (config.steps - step) * n + looks_ahead * config.look_stories
         if grader and (forecast := grader.forecast(stories_ahead, openings[0])):
             print(f"forecast: {forecast}")
+        grader_facts |= distributed.rank0_value(lambda: calibrated(config, scorer))
         print(f"student {origin}, scored by {grader_facts.get('scored_by')}")
         resume_step = step if resume_from else None
         log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))

@@ -2,8 +2,10 @@
 
     python scripts/doctor.py                                            the machine
     python scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1    ... and the teacher there: what it obeys
+    python scripts/doctor.py --teacher-url URL --calibrate              ... and whether it can judge stories
+    python scripts/doctor.py --reward my_reward.py:score --calibrate    the same for a callable
 
-It builds nothing and changes nothing; asking a teacher takes about eight short requests.
+It builds nothing and changes nothing. Asking a teacher takes about eight short requests, calibrating it 160 more.
 """
 
 import argparse
@@ -18,11 +20,16 @@ from pathlib import Path
 
 import torch
 
+from tinystory.config import InteractConfig
 from tinystory.device import cpu_has_bf16
 from tinystory.errors import UserError, command
+from tinystory.evaluate.calibration import FULL, calibrate, lines, of_grader, require, verdict
+from tinystory.evaluate.known import corpus_documents, known_stories
 from tinystory.ops import build, cuda
 from tinystory.paths import cache_dir
+from tinystory.reward import load_score
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.grader import CallableGrader, Grader, TeacherGrader
 from tinystory.teacher.prompt import Template, load_template
 
 PACKAGES = (
@@ -39,17 +46,45 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--teacher-model", metavar="NAME", help="model to ask for (default: the first that it lists)")
     parser.add_argument("--teacher-max-tokens", type=int, default=16, metavar="N", help="longest reply (default: 16)")
     parser.add_argument("--teacher-prompt", metavar="FILE", help="JSON file of what to grade (default: stories)")
+    parser.add_argument("--teacher-concurrency", type=int, default=InteractConfig.teacher_concurrency, metavar="N")
+    parser.add_argument("--reward", default="", metavar="FILE.py:FUNCTION", help="callable to calibrate; or random")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="show the teacher stories of known order, say what it makes of them",
+    )
+    parser.add_argument(
+        "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="whence most of them (default: builtin)"
+    )
+    parser.add_argument("--require-judgement", type=float, default=0.0, metavar="X", help="fail if it judges worse")
     options = parser.parse_args(argv)
     if options.teacher_max_tokens < 1:
         raise UserError(f"--teacher-max-tokens must be at least 1, not {options.teacher_max_tokens}")
 
     for name, found in machine():
         print(f"{name:10} {found}")
-    if options.teacher_url is not None:
+    calibrates = options.calibrate or options.require_judgement > 0
+    if calibrates and options.teacher_url is None and not options.reward:
+        raise UserError("--calibrate needs a teacher: give --teacher-url URL or --reward FILE.py:FUNCTION")
+    if options.reward and calibrates:
+        calibration(CallableGrader(load_score(options.reward), options.reward), options)
+    elif options.teacher_url is not None:
         template = load_template(options.teacher_prompt) if options.teacher_prompt else Template()
-        limits = dict(max_tokens=options.teacher_max_tokens, template=template)
+        limits = dict(max_tokens=options.teacher_max_tokens, template=template, concurrency=options.teacher_concurrency)
         with Teacher(options.teacher_url, options.teacher_model, **limits) as teacher:
             print(f"{'teacher':10} {teacher.probe()}")
+            if calibrates:
+                calibration(TeacherGrader(teacher), options)
+
+
+def calibration(grader: Grader, options: argparse.Namespace) -> None:
+    """Print what a grader makes of stories of known order. Raises UserError if it judges worse than is required."""
+    known = known_stories(corpus_documents(options.corpus), FULL)
+    found = calibrate(of_grader(grader), known)
+    for line in lines(found):
+        print(f"{'':10} {line}")
+    print(f"{'judgement':10} the teacher {verdict(found)}")
+    require(found, options.require_judgement)
 
 
 def machine() -> Iterator[tuple[str, str]]:

@@ -2,6 +2,9 @@
 
     python scripts/evaluate.py runs/pretrain --blimp blimp_filtered --out report.json
     python scripts/evaluate.py runs/pretrain/checkpoints/chck_* --stories 200 --corpus builtin --out report.json
+    python scripts/evaluate.py --compare runs/interact --teacher-url URL     which stories does an LLM prefer, blindly:
+                                                                             those before interaction, or after it?
+    python scripts/evaluate.py --compare A B --teacher-url URL               ... those of checkpoint A, or of B?
 
 CHECKPOINT is a checkpoint, a run (its best or newest checkpoint), or a folder that transformers wrote. The data files
 are BabyLM's own, gzipped or not, and the measures are defined as in its pipeline, to the pair. An .html page is written
@@ -24,14 +27,19 @@ from tinystory.data.corpus import open_corpus
 from tinystory.device import pick_device
 from tinystory.errors import UserError, command
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
+from tinystory.evaluate.preference import COMPARISON, Pair, compare, keep_choices, pair_of, run_pairs
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import OPENINGS, GradeStories, story_measures
 from tinystory.evaluate.who import unseen_stories, who_is_who
 from tinystory.report.evaluation import comparison, write_page
+from tinystory.report.judges import with_ends
+from tinystory.report.run import write_report
 from tinystory.runlog import atomic_write
 from tinystory.student import checkpoint
-from tinystory.teacher.grader import open_grader
+from tinystory.student.generate import generate
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.grader import TeacherGrader, open_grader
 
 TASKS = {
     "blimp": (evaluate_pairs, "BLiMP: a .jsonl file, or a folder of them"),
@@ -40,12 +48,16 @@ TASKS = {
     "wug": (evaluate_wug, "wug test of adjective nominalisation"),
     "reading": (evaluate_reading, "reading_data.csv"),
 }
+COMPARED = 40  # pairs, if --stories does not say
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT")
+    parser.add_argument(
+        "--compare", nargs="+", type=Path, metavar="RUN|A B", help="pairs of stories to judge, each in both orders"
+    )
     for task, (_, text) in TASKS.items():
         parser.add_argument(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
     parser.add_argument(
@@ -75,6 +87,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="report.json to write, and report.html beside it")
     options = parser.parse_args(argv)
     tasks = {task: getattr(options, task) for task in TASKS if getattr(options, task)}
+    if options.compare:
+        compare_stories(options)
+        return
+    if not options.checkpoints:
+        raise UserError("nothing to evaluate: name a checkpoint or a run, or two with --compare")
     if not (tasks or options.corpus or options.stories or options.who):
         raise UserError("nothing to evaluate: give --blimp or another task, --corpus, --who N or --stories N")
     if options.out and options.out.suffix == ".html":
@@ -118,6 +135,58 @@ def main(argv: list[str] | None = None) -> None:
         atomic_write(options.out, text)
         write_page(records, options.out.with_suffix(".html"))
         print(f"report: {options.out.with_suffix('.html')}")
+
+
+def compare_stories(options: argparse.Namespace) -> None:
+    """Ask the teacher which stories are better, each pair in both orders, and print the win rate of the second ones.
+    Choices about a run's own stories are kept there, for its report."""
+    if len(options.compare) > 2 or options.checkpoints:
+        raise UserError("--compare takes one run, or two checkpoints, and nothing else is evaluated with it")
+    if not options.teacher_url:
+        raise UserError("--compare needs --teacher-url: the built-in teacher scores stories, it cannot compare them")
+    run = options.compare[0] if len(options.compare) == 1 else None
+    pairs = run_pairs(run) if run else student_pairs(*options.compare, options)
+    with Teacher(
+        options.teacher_url,
+        options.teacher_model or None,
+        concurrency=options.teacher_concurrency,
+        seed=options.seed,
+        template=COMPARISON,
+        cache=run / "comparison_replies.jsonl" if run else None,
+    ) as teacher:
+        grader = TeacherGrader(teacher)
+        found = compare(pairs, lambda told: [grade.score for grade in grader.grade_each(told)])
+        by = str(teacher.model)
+    names = ("before", "after") if run else tuple(name_of(checkpoint.find(path)) for path in options.compare)
+    if not found["pairs"]:
+        raise UserError(f"{by} compared none of {len(pairs)} pairs: see scripts/doctor.py --teacher-url URL")
+    print(
+        f"{by} preferred {names[1]} in {found['second']} of {found['pairs']} pairs, {names[0]} in {found['first']}; in "
+        f"{found['same']} the answer depended on the order, a tie. Win rate of {names[1]}: "
+        f"{with_ends(found['rate'], found['ci'])}"
+    )
+    print(
+        f"it preferred whatever came second in {found['second_place']:.0%} of its answers (50 % without a bias)"
+        + (f"; {found['unscored']} pairs without an answer" if found["unscored"] else "")
+    )
+    if run:
+        keep_choices(run, by, pairs, found["choices"])
+        print(f"report: {write_report(run)}")
+
+
+def student_pairs(first: Path, second: Path, options: argparse.Namespace) -> list[Pair]:
+    """Stories of two students to the same openings, with the same random numbers."""
+    openings = read_openings(options.openings) if options.openings else OPENINGS
+    device, told = pick_device(options.device), []
+    begins = [openings[i % len(openings)] for i in range(options.stories or COMPARED)]
+    for path in (first, second):
+        student, tokenizer, _ = checkpoint.load(checkpoint.find(path), device)
+        how = dict(first_index=0, max_new_tokens=options.max_new_tokens, seed=options.seed)
+        told.append(generate(student, None, tokenizer, begins, **how))
+    pairs = [pair_of(a.opening, a.text, b.text) for a, b in zip(*told, strict=True) if a.text != b.text]
+    if not pairs:
+        raise UserError(f"{first} and {second} tell the same stories: there is nothing to compare")
+    return pairs
 
 
 def name_of(folder: Path) -> str:

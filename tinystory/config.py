@@ -98,6 +98,10 @@ class InteractConfig:
     replay: str = option("", "folder of a run whose teacher's replies are replayed, without a server")
     teacher_corpus: list[str] = option([], "corpus of the built-in teacher (default: the student's own)")
     reward: str = option("", "FILE.py:FUNCTION in place of a teacher: f(opening, stories) -> [0..1 or None]; or random")
+    calibrate: bool = option(True, "before the run, see whether --teacher-url tells stories from shuffled words")
+    require_judgement: float = option(
+        0.0, "least probability with which the teacher must put a story above shuffled words; 0.5 is chance"
+    )
     max_unscored: float = option(0.1, "maximum fraction of a step's stories without a score")
 
     openings: str = option("builtin", "what stories begin with: builtin, or a file with one opening per line")
@@ -243,7 +247,7 @@ def _check(config: Any) -> None:
         )
     if getattr(config, "budget_cost", 0) and not config.price_in + config.price_out:
         raise UserError("--budget-cost needs the prices: give --price-in and --price-out, per million tokens")
-    for name in ("dropout", "val_fraction", "warmup", "max_unscored"):
+    for name in ("dropout", "val_fraction", "warmup", "max_unscored", "require_judgement"):
         if hasattr(config, name) and not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 0 and below 1, not {getattr(config, name)}")
     for name in ("diversity", "unfinished"):

@@ -16,8 +16,8 @@ from scripts import evaluate
 from tinystory.data.corpus import open_corpus
 from tinystory.errors import UserError
 from tinystory.evaluate import scoring
-from tinystory.evaluate.intervals import bootstrap, weighted, wilson
-from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, read_items, scores, spearman
+from tinystory.evaluate.intervals import bootstrap, spearman, weighted, wilson
+from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, read_items, scores
 from tinystory.evaluate.reading import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading, explained
 from tinystory.evaluate.scoring import bits_per_byte, part, sum_logprobs
 from tinystory.evaluate.stories import distinct_ngrams, longest_shared, self_bleu, story_measures, utility

@@ -15,8 +15,9 @@ import pytest
 
 from tinystory.data.builtin import grammar
 from tinystory.errors import UserError
+from tinystory.rubric.chat import LONGEST_BODY
 from tinystory.rubric.rubric import Rubric
-from tinystory.rubric.server import LONGEST_BODY, MODEL, serve
+from tinystory.rubric.server import MODEL, serve
 from tinystory.teacher.grade import parse_scores
 from tinystory.teacher.prompt import CRITERIA, STORYTELLING, Criterion, fence, render
 

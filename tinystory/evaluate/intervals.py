@@ -1,4 +1,5 @@
-"""95 % confidence intervals: for a proportion, a weighted mean of proportions, and any statistic of a sample."""
+"""95 % confidence intervals: for a proportion, a weighted mean of proportions, and any statistic of a sample; and
+Spearman's rank correlation, which several measures share."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,8 +10,8 @@ Z = 1.959964  # two-sided 95 % quantile of the normal distribution
 RESAMPLES = 1000
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """Wilson's score interval for the proportion correct / total (Wilson 1927)."""
+def wilson(correct: float, total: int) -> tuple[float, float]:
+    """Wilson's score interval for the proportion correct / total (Wilson 1927). A tie may count one half."""
     p, square = correct / total, Z * Z / total
     middle = (p + square / 2) / (1 + square)
     half = Z * math.sqrt(p * (1 - p) / total + square / (4 * total)) / (1 + square)
@@ -33,8 +34,22 @@ def weighted(counts: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
 
 def bootstrap(statistic: Callable[[np.ndarray], float], size: int, resamples: int = RESAMPLES) -> tuple[float, float]:
     """Percentile bootstrap interval for statistic(rows), where rows are `size` indices drawn with replacement (fixed
-    seed)."""
+    seed). Resamples for which it is nan are left out; if it always is, so are both ends."""
     rng = np.random.default_rng(0)
-    values = [statistic(rng.integers(size, size=size)) for _ in range(resamples)]
-    low, high = np.nanquantile(values, [0.025, 0.975])
+    values = np.array([statistic(rng.integers(size, size=size)) for _ in range(resamples)])
+    values = values[~np.isnan(values)]
+    low, high = np.quantile(values, [0.025, 0.975]) if len(values) else (np.nan, np.nan)
     return float(low), float(high)
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rank correlation of (n,) and (n,); ties get their mean rank. nan if all values are equal."""
+    a, b = (rank - rank.mean() for rank in (ranks(x), ranks(y)))
+    scale = np.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / scale) if scale else float("nan")
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """The ranks of (n,) from 1, as float64 (n,); ties get their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]

@@ -20,7 +20,7 @@ import torch
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.errors import UserError
-from tinystory.evaluate.intervals import bootstrap, weighted, wilson
+from tinystory.evaluate.intervals import bootstrap, spearman, weighted, wilson
 from tinystory.evaluate.scoring import part, sum_logprobs
 from tinystory.student.model import Student
 
@@ -178,14 +178,3 @@ def evaluate_wug(student: Student, tokenizer: Tokenizer, path: str | Path) -> di
         "items": len(kept),
         "too_long": len(items) - len(kept),
     }
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation of (n,) and (n,); ties get their mean rank. nan if all values are equal."""
-    ranks = []
-    for values in (x, y):
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
-    a, b = (rank - rank.mean() for rank in ranks)
-    scale = np.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / scale) if scale else float("nan")

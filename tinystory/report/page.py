@@ -89,9 +89,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>' if rows else ""
 
 
-def story_card(record: Record, title: str, scored_by: str = "") -> str:
+def story_card(record: Record, title: str, scored_by: str = "", also: str = "") -> str:
     """A story after its opening, with its scores, and by whom it was scored. record: opening and story; optionally
-    scores, reward, words, ended, reply."""
+    scores, reward, words, ended, reply. also: HTML of what other judges say."""
     opening, story = record["opening"], record["story"]
     gap = "" if not opening or opening[-1].isspace() or re.match(r"\s|[.,!?;:]|$", story) else " "
     told = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"
@@ -100,6 +100,8 @@ def story_card(record: Record, title: str, scored_by: str = "") -> str:
     foot = ["no score" if reward is None else f"reward {reward:.3f}"]
     if scored_by and reward is not None:
         foot.append(f"scored by {clip(scored_by, 80)}")
+    if also:
+        foot.append(also)
     if words is not None:
         foot.append(f"{number(words)} words")
     if record.get("ended") == "length":

@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 
 from tinystory.errors import UserError
-from tinystory.report import page, plots
+from tinystory.report import judges, page, plots
 from tinystory.report.frontier import best_of_n, tilt
 from tinystory.report.page import TOP_SCORE, colour, details, grid, section, story_card, tile
 from tinystory.report.plots import Line, chart, number
@@ -77,7 +77,7 @@ def write_report(run_folder: Path) -> Path:
     if not metrics:
         sections = ['<p class="note">No step is recorded yet.</p>']
     elif "reward_mean" in metrics[-1]:
-        sections = interaction(folder, metrics, scorer(config))
+        sections = interaction(folder, metrics, config)
     else:
         sections = pretraining(metrics)
     sections.append(how_it_was_run(config))
@@ -137,8 +137,8 @@ def scorer(config: Record) -> str:
     return options.get("teacher", {}).get("model") or Path(options.get("scored_by") or "").name
 
 
-def interaction(folder: Path, metrics: list[Record], scored_by: str) -> list[str]:
-    picked = Picked(read_stories(folder))
+def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str]:
+    picked, scored_by = Picked(read_stories(folder)), scorer(config)
     scores = [
         chart(title(each), [curve(metrics, f"{each}_mean", colour(each))], y_range=(0, TOP_SCORE))
         for each in picked.criteria
@@ -148,13 +148,14 @@ def interaction(folder: Path, metrics: list[Record], scored_by: str) -> list[str
         sameness(metrics, picked),
         section(
             "What the teacher said",
-            "Mean score per step, from 0 to 3. The bold line is a rolling mean, the band one standard deviation over "
-            "its window.",
+            f"{judges.scored_by_note(scored_by, config)} Mean score per step, from 0 to 3. The bold line is a rolling "
+            "mean, the band one standard deviation over its window.",
             grid(scores),
         ),
         histograms(picked.counts),
         price(metrics, picked),
         section("How the student changed", "", curves(metrics, STUDENT_CURVES)),
+        judges.judges_section(folder, scored_by),
         before_and_after(folder, scored_by),
         random_best_and_worst(picked, scored_by),
         unscored(picked),
@@ -256,12 +257,18 @@ def price(metrics: list[Record], picked: "Picked") -> str:
 
 
 def before_and_after(folder: Path, scored_by: str) -> str:
+    opinions = judges.read_opinions(folder)
     samples: dict[int, dict[str, Record]] = defaultdict(dict)
     for record in read_records(folder / SAMPLES):
         samples[record["index"]][record["when"]] = record
     pairs = [
         "".join(
-            story_card(told[when], f"{when.capitalize()}, step {number(told[when]['step'])}", scored_by)
+            story_card(
+                told[when],
+                f"{when.capitalize()}, step {number(told[when]['step'])}",
+                scored_by,
+                judges.also_said(opinions, told[when]),
+            )
             for when in ("before", "after")
             if when in told
         )

@@ -41,6 +41,8 @@ PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before the first retry, and before any; 
 LONGEST_RETRY_AFTER_S = 60.0
 FIRST_STORY = "Once upon a time,", "a cat sat down by the fire and slept."  # the probe's opening and story
 TEMPLATE_TOKENS = 256  # upper bound on what a chat template adds to two messages
+PERSON = "person"  # the model of a server behind which a person grades (scripts/teach.py)
+PATIENCE_S = 3 * 86_400.0
 STORY_WORDS = 80  # length of a story in a forecast
 TOKENS_PER_WORD = 1.4  # English stories have 1.2 to 1.4 tokens per word under the tokenizers of common models
 
@@ -143,13 +145,14 @@ class Teacher:
         requests = stories * self.attempts
         return self.ledger.affords(requests * self._most_in, requests * self.max_tokens)
 
-    def submit(self, opening: str, story: str, index: int) -> "concurrent.futures.Future[Grade]":
-        """Send one story, after `probe`. index: the story's number in the run, from which its fence is derived.
+    def submit(self, opening: str, story: str, index: int, again: int = 0) -> "concurrent.futures.Future[Grade]":
+        """Send one story, after `probe`. index: the story's number in the run, from which its fence is derived. again:
+        how often the same story was sent before, if it is to be judged anew: with other seeds, and not from the cache.
 
         A story without text gets 0 for each criterion, by the rubric, and is not sent.
         """
         self.probe()
-        return self._run(self._grade(opening, story, index))
+        return self._run(self._grade(opening, story, index, again))
 
     def grade(
         self,
@@ -220,6 +223,8 @@ class Teacher:
             raise UserError(f"the teacher at {self.url} {failure}") from None
         self._token_cap, self._refused, self._quiet = found.token_cap, set(found.refused), found.quiet
         self._held_to = found.held_to
+        if self.model == PERSON:  # who may stop for lunch
+            self.deadline_s = self._slots.shortest = PATIENCE_S
         if self._held_to == "json":
             self.max_tokens = max(self.max_tokens, probing.json_tokens(self.template.names))
         return found
@@ -289,7 +294,7 @@ class Teacher:
     def _rubric(self) -> dict:
         return {"criteria": self.template.criteria, "preface": self.template.preface}
 
-    async def _grade(self, opening: str, story: str, index: int) -> Grade:
+    async def _grade(self, opening: str, story: str, index: int, again: int) -> Grade:
         # After a fatal failure most of the other tasks are never awaited: asyncio need not report their exceptions.
         task = asyncio.current_task()
         assert task is not None
@@ -303,7 +308,7 @@ class Teacher:
         error: str | None = None
         while scores is None and error is None:
             try:
-                reply, expected = await self._reply(question, attempt=len(replies))
+                reply, expected = await self._reply(question, attempt=len(replies) + again * self.attempts)
             except Failure as failure:
                 error = f"the teacher {failure}"
             else:

@@ -83,7 +83,11 @@ class TeacherGrader:
 
     def grade(self, opening: str, stories: Sequence[str]) -> list[Grade]:
         """The grades of stories to any opening, in their order, for an evaluation."""
-        futures = [self.teacher.submit(opening, story, index) for index, story in enumerate(stories)]
+        return self.grade_each([(opening, story) for story in stories])
+
+    def grade_each(self, told: Sequence[tuple[str, str]], again: int = 0) -> list[Grade]:
+        """The grades of (opening, story) pairs, in their order. again: 1 for a second answer to the same questions."""
+        futures = [self.teacher.submit(*each, index, again) for index, each in enumerate(told)]
         return [future.result() for future in futures]
 
 
@@ -120,6 +124,9 @@ class CallableGrader:
 
     def grade(self, opening: str, stories: Sequence[str]) -> list[Grade]:
         return [Grade(scores=None, score=score) for score in self.function(opening, stories)]
+
+    def grade_each(self, told: Sequence[tuple[str, str]], again: int = 0) -> list[Grade]:
+        return [self.grade(opening, [story])[0] for opening, story in told]
 
 
 Grader = TeacherGrader | CallableGrader

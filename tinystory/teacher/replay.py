@@ -58,7 +58,7 @@ class Replay:
         """The recorded result of the run's probe."""
         return self._probed
 
-    def submit(self, opening: str, story: str, index: int) -> "Future[Grade]":
+    def submit(self, opening: str, story: str, index: int, again: int = 0) -> "Future[Grade]":
         """A finished future. Raises UserError at once for a story that was not graded in the run."""
         future: Future[Grade] = Future()
         future.set_result(grade_if_empty(self.template, story) or self._grade(opening, story, index))

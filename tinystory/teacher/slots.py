@@ -20,6 +20,7 @@ class Slots:
 
     def __init__(self, most: int):
         self.most, self.limit, self.taken = most, float(most), 0
+        self.shortest = SHORTEST_S
         self._queue: deque[asyncio.Future] = deque()
         self._seconds: deque[float] = deque(maxlen=2 * max(most, KNOWN))  # durations of the last answers
 
@@ -56,4 +57,4 @@ class Slots:
         after each of a story's `timeouts`, as TCP does (RFC 6298), in case the server has become slow."""
         if len(self._seconds) < max(self.most, KNOWN):
             return longest
-        return min(longest, max(SLOWER * max(self._seconds), SHORTEST_S) * 2**timeouts)
+        return min(longest, max(SLOWER * max(self._seconds), self.shortest) * 2**timeouts)

@@ -1,0 +1,92 @@
+"""Be the teacher: a page on which you read the student's stories and grade them, and an endpoint for the trainer.
+
+    python scripts/teach.py                          then open the page that it names, and in another terminal
+    python train_interact.py --teacher-url http://127.0.0.1:8500/v1 --stories-per-step 8 --look-stories 8
+
+    python scripts/teach.py --compare runs/interact  which of two stories is better, without knowing which is which
+
+Keys 0 to 3 grade; B goes back, S skips, P pauses. Every grade is kept in --grades as it is given, and no story is asked
+about twice. Several people can open the page, each with a name.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tinystory.errors import UserError, command
+from tinystory.evaluate.preference import PREFERENCES, run_pairs, run_preferences
+from tinystory.person.desk import Desk
+from tinystory.person.pairs import PairDesk
+from tinystory.person.server import serve
+from tinystory.report import page, plots
+from tinystory.report.judges import preference_lines
+from tinystory.report.run import write_report
+from tinystory.runlog import METRICS, read_config, read_metrics
+from tinystory.teacher.prompt import Template, load_template
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=8500, help="port on 127.0.0.1; 0 takes a free one (default: 8500)")
+    parser.add_argument(
+        "--grades", type=Path, default=Path("runs/teach/grades.jsonl"), metavar="FILE", help="where grades are kept"
+    )
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/interact"), metavar="RUN", help="run whose rewards the page shows"
+    )
+    parser.add_argument("--teacher-prompt", metavar="FILE", help="JSON file of what to grade, as for the trainer")
+    parser.add_argument(
+        "--twice", type=float, default=0.5, metavar="X", help="fraction of stories that a second person grades too"
+    )
+    parser.add_argument("--compare", type=Path, metavar="RUN", help="compare a run's stories before and after instead")
+    options = parser.parse_args(argv)
+    if not 0 <= options.port <= 65535:
+        raise UserError(f"--port {options.port} is not a port: give a number from 0 to 65535")
+    if not 0 <= options.twice <= 1:
+        raise UserError(f"--twice must be from 0 to 1, not {options.twice:g}")
+    desk: Desk | PairDesk
+    if options.compare:
+        desk = PairDesk(options.compare / PREFERENCES, run_pairs(options.compare))
+    else:
+        template = load_template(options.teacher_prompt) if options.teacher_prompt else Template()
+        desk = Desk(options.grades, template, options.twice)
+    with contextlib.closing(desk):
+        asyncio.run(_serve(desk, options))
+    if options.compare:
+        for line in preference_lines(run_preferences(options.compare)):
+            print(line)
+        if (options.compare / METRICS).exists():
+            print(f"report: {write_report(options.compare)}")
+
+
+async def _serve(desk: Desk | PairDesk, options: argparse.Namespace) -> None:
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(name, ended.set)
+    style = plots.palette() + plots.STYLE + page.STYLE
+    async with serve(desk, options.port, style=style, curve=lambda url: curve(options.run, url)) as url:
+        print(f"open {url} in a browser", flush=True)
+        if not options.compare:
+            print(f"and start: python train_interact.py --teacher-url {url}/v1 --stories-per-step 8 --look-stories 8 "
+                  "--max-unscored 0.5", flush=True)  # fmt: skip
+        await ended.wait()
+
+
+def curve(run: Path, url: str) -> str:
+    """The mean reward per step so far, as SVG; "" if the run's teacher is not this one."""
+    teacher = read_config(run).get("options", {}).get("teacher", {})
+    if teacher.get("url") != f"{url}/v1":
+        return ""
+    metrics = [each for each in read_metrics(run) if each.get("reward_mean") is not None]
+    line = plots.Line([each["step"] for each in metrics], [each["reward_mean"] for each in metrics], "reward")
+    return plots.chart("Mean reward per step", [line], size=(300, 150))
+
+
+if __name__ == "__main__":
+    main()

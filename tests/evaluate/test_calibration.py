@@ -1,0 +1,181 @@
+"""Calibration: teachers that are known are called what they are, and stories of known order are what they say."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import fails
+from fault_server import FaultServer
+
+from scripts import doctor
+from tinystory.config import InteractConfig
+from tinystory.errors import UserError
+from tinystory.evaluate import calibration
+from tinystory.evaluate.calibration import CHEAP, CHEAP_KINDS, area_under_curve, calibrate, calibrated, require, verdict
+from tinystory.evaluate.known import KINDS, REAL, SENTENCES, WORDS, known_stories, split_sentences
+from tinystory.evaluate.who import unseen_stories
+from tinystory.teacher.grader import open_grader
+
+STORIES = known_stories(unseen_stories(300), CHEAP)
+
+
+def knowing(told, again):
+    """A teacher that knows the answer: the better kind, the higher its score."""
+    kinds = {(each.opening, each.story): each.kind for each in STORIES}
+    best = {REAL: 1.0, SENTENCES: 0.6, WORDS: 0.2}
+    return [best.get(kinds[each], 0.0) for each in told]
+
+
+def lots(told, again):
+    draw = random.Random(again)
+    return [draw.randint(0, 9) / 9 for _ in told]
+
+
+def length(told, again):
+    return [min(1.0, len(story.split()) / 150) for _, story in told]
+
+
+# Stories of known order
+
+
+def test_each_kind_is_what_it_says():
+    assert Counter(each.kind for each in STORIES) == dict.fromkeys(KINDS, CHEAP)
+    rows = {kind: [each for each in STORIES if each.kind == kind] for kind in KINDS}
+    for i, real in enumerate(rows[REAL]):
+        assert all(rows[kind][i].opening == real.opening for kind in KINDS)
+        for kind in (SENTENCES, WORDS):
+            mixed = rows[kind][i].story
+            assert sorted(mixed.split()) == sorted(real.story.split()) and mixed != real.story
+        assert sorted(split_sentences(rows[SENTENCES][i].story)) == sorted(split_sentences(real.story))
+        repeated = rows["one word repeated"][i].story.split()
+        assert len(set(repeated)) == 1 and len(repeated) == len(real.story.split())
+    lengths = [len(each.story.split()) for each in rows[REAL]]
+    assert min(lengths) < 60 and max(lengths) > 90  # without a spread no bias by length could be seen
+
+
+def test_half_of_the_stories_are_of_the_corpus_and_a_poor_corpus_is_no_error():
+    reals = [each for each in STORIES if each.kind == REAL]
+    theirs = " ".join(unseen_stories(300))
+    assert sum(each.story[:60] in theirs for each in reals) == CHEAP - CHEAP // 2
+    assert len(known_stories(["too short"], 4)) == 4 * len(KINDS)
+
+
+def test_the_same_seed_gives_the_same_texts():
+    assert known_stories(unseen_stories(300), CHEAP) == STORIES
+    assert known_stories(unseen_stories(300), CHEAP, seed=1) != STORIES
+
+
+def test_a_quotation_is_kept_whole_when_sentences_are_split():
+    assert split_sentences('He said "No!" Then he went. "Why?" she asked.') == [
+        'He said "No!"',
+        "Then he went.",
+        '"Why?" she asked.',
+    ]
+
+
+# Numbers
+
+
+def test_the_area_counts_ties_as_one_half():
+    assert area_under_curve(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == (3 + 0.5) / 4
+    assert area_under_curve(np.ones(3), np.ones(5)) == 0.5
+
+
+def test_a_teacher_that_knows_gets_every_pair_right():
+    found = calibrate(knowing, STORIES)
+    assert all(each["auc"] == 1 for each in found["order"]) and found["judgement"] == 1
+    assert found["kinds"][REAL]["mean"] == 1 and found["range"] == [0, 1] and found["unscored"] == 0
+    assert found["steady"]["same"] == 1 and found["length"] is None  # one score per kind: length changes nothing
+    assert verdict(found).startswith("puts a story above shuffled words with probability 1.00 [0.8")
+
+
+# Teachers are called what they are
+
+
+@pytest.mark.parametrize(
+    "teacher, says",
+    [
+        (lots, "answers at random"),
+        (length, "counts words"),
+        (lambda told, again: [2 / 3] * len(told), "gives everything the same score, 67%"),
+        (lambda told, again: [0.4 + 0.1 * (len(story) % 3) for _, story in told], "cannot tell a story"),
+        (lambda told, again: [None] * len(told), "gave no scores"),
+    ],
+)
+def test_a_teacher_that_cannot_judge_is_said_so_and_can_be_refused(teacher, says):
+    found = calibrate(teacher, STORIES)
+    assert says in verdict(found)
+    require(found, 0.0)
+    with pytest.raises(UserError, match=r"--require-judgement 0\.8: the teacher"):
+        require(found, 0.8)
+
+
+def test_some_stories_without_a_score_are_left_out_and_counted():
+    def forgetful(told, again):
+        return [None if i % 5 == 0 else score for i, score in enumerate(knowing(told, again))]
+
+    found = calibrate(forgetful, STORIES)
+    assert found["judgement"] == 1 and found["unscored"] == len(range(0, len(STORIES), 5))
+
+
+# Commands
+
+
+def _counts_words(story, n):
+    total = min(9, len(story.split()) // 13)
+    return f"{(total + 2) // 3} {(total + 1) // 3} {total // 3}"
+
+
+def test_the_doctor_calibrates_an_endpoint(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "machine", lambda: [])
+    monkeypatch.setattr(doctor, "FULL", 12)
+    with FaultServer(_counts_words) as server:
+        doctor.main(["--teacher-url", server.url, "--calibrate"])
+        asked = len(server.requests)
+    said = capsys.readouterr().out
+    assert "judgement  the teacher counts words" in said and "real > another language" in said
+    assert asked == 1 + 12 * len(KINDS) + calibration.AGAIN  # the probe's story, each text once, some twice
+
+
+def test_the_doctor_calibrates_a_callable_and_refuses_it(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "machine", lambda: [])
+    line = fails(doctor.main, ["--reward", "random", "--calibrate", "--require-judgement", "0.9"], capsys)
+    assert "--require-judgement 0.9: the teacher" in line and "choose another" in line
+    assert "--calibrate needs a teacher" in fails(doctor.main, ["--calibrate"], capsys)
+
+
+def test_a_run_says_what_its_teacher_is_before_it_begins(short_pauses, tmp_path, capsys):
+    with FaultServer(_counts_words) as server:
+        config = InteractConfig(teacher_url=server.url)
+        with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:
+            found = calibrated(config, grader)["calibration"]
+            asked = len(server.requests)
+        with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:  # resumed: nothing anew
+            assert calibrated(config, grader)["calibration"] == found and len(server.requests) == asked
+            config.require_judgement = 0.7
+            with pytest.raises(UserError, match="counts words"):
+                calibrated(config, grader)
+            config.calibrate, config.require_judgement = False, 0.0
+            assert calibrated(config, grader) == {}
+    assert "calibration: the teacher counts words" in capsys.readouterr().out
+    assert found["verdict"].startswith("counts words") and found["stories"] == CHEAP * len(CHEAP_KINDS)
+
+
+def test_a_second_answer_is_a_new_question_with_another_seed(short_pauses, tmp_path):
+    with FaultServer() as server:
+        config = InteractConfig(teacher_url=server.url)
+        with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:
+            grader.grade_each([("Once", "a dog ran.")])
+            grader.grade_each([("Once", "a dog ran.")], again=1)
+            grader.grade_each([("Once", "a dog ran.")], again=1)  # which is kept
+        seeds = [request["seed"] for request in server.requests if "a dog ran." in str(request)]
+    assert len(seeds) == 2 and len(set(seeds)) == 2
+
+
+def test_a_callable_or_the_builtin_teacher_is_not_calibrated_unless_judgement_is_required(capsys):
+    config = InteractConfig(reward="random")
+    with open_grader(config, corpus=None) as grader:
+        assert calibrated(config, grader) == {}
+        config.require_judgement = 0.3
+        assert calibrated(config, grader)["calibration"]["steady"]["same"] == 1

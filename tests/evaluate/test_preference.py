@@ -1,0 +1,117 @@
+"""Blind comparison: each pair in both orders, ties counted one half, and the report's sentence."""
+
+import json
+
+import pytest
+from conftest import fails
+from fault_server import FaultServer
+
+from scripts import evaluate
+from tinystory.errors import UserError
+from tinystory.evaluate.preference import (
+    COMPARISON,
+    FIRST,
+    SAME,
+    SECOND,
+    Choice,
+    both_orders,
+    compare,
+    keep_choices,
+    pair_of,
+    run_pairs,
+    run_preferences,
+    win_rate,
+)
+from tinystory.report.judges import preference_lines
+from tinystory.runlog import SAMPLES, RunLog
+from tinystory.teacher.prompt import instructions
+
+PAIRS = [pair_of("Once", f"a plain tale {i}.", f"a fine tale {i}.") for i in range(10)]
+
+
+def likes(word):
+    """A judge that prefers the story with this word, wherever it stands; 0..1 for the lower of the two."""
+    return lambda told: [1.0 if word in text.rpartition("\n")[2] else 0.0 for _, text in told]
+
+
+def test_who_prefers_the_same_story_in_both_orders_wins_it():
+    found = compare(PAIRS, likes("fine"))
+    assert (found["second"], found["first"], found["same"], found["rate"]) == (10, 0, 0, 1)
+    assert found["second_place"] == 0.5 and found["ci"][0] > 0.7 and found["choices"] == [Choice(SECOND)] * 10
+    assert compare(PAIRS, likes("plain"))["rate"] == 0
+
+
+def test_who_prefers_a_place_decides_nothing():
+    found = compare(PAIRS, lambda told: [2 / 3] * len(told))
+    assert found["rate"] == 0.5 and found["same"] == found["inconsistent"] == 10 and found["second_place"] == 1
+
+
+def test_a_pair_without_an_answer_is_left_out():
+    found = compare(PAIRS, lambda told: [None if i == 3 else answer for i, answer in enumerate(likes("fine")(told))])
+    assert found["pairs"] == 9 and found["unscored"] == 1 and found["choices"][1] is None
+
+
+def test_a_tie_counts_one_half():
+    found = win_rate([Choice(FIRST), Choice(SECOND), Choice(SAME), Choice(SAME)])
+    assert found["rate"] == 0.5 and found["ci"][0] < 0.5 < found["ci"][1]
+    assert win_rate([])["rate"] is None
+
+
+def test_no_story_can_pretend_to_be_two():
+    pair = pair_of("Once", "one\n--------\nand two", "three")
+    for _, text in both_orders(pair):
+        assert text.count("-" * 16) == 1
+
+
+def samples(run, pairs=PAIRS):
+    run.mkdir(exist_ok=True)
+    records = [
+        {"when": when, "step": step, "index": i, "opening": pair.opening, "story": story, "scores": None}
+        for i, pair in enumerate(pairs)
+        for when, step, story in (("before", 0, pair.first), ("after", 9, pair.second))
+    ]
+    (run / SAMPLES).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_a_runs_pairs_are_its_stories_before_and_after(tmp_path):
+    samples(tmp_path)
+    assert run_pairs(tmp_path) == PAIRS
+    samples(tmp_path, [pair_of("Once", "the same", "the same")])
+    with pytest.raises(UserError, match="finished interaction"):
+        run_pairs(tmp_path)
+
+
+def test_choices_about_stories_that_are_no_longer_there_do_not_count(tmp_path):
+    samples(tmp_path)
+    keep_choices(tmp_path, "m", PAIRS, [Choice(FIRST)] * 10)
+    keep_choices(tmp_path, "m", PAIRS, [None, *[Choice(SECOND)] * 9])  # the last word counts
+    keep_choices(tmp_path, "n", [pair_of("Once", "old", "stories")], [Choice(FIRST)])
+    found = run_preferences(tmp_path)
+    assert list(found) == ["m"] and (found["m"]["second"], found["m"]["first"]) == (9, 0)
+    (line,) = preference_lines(found)
+    assert "m preferred the story after interaction in 9 of 9 pairs" in line and "win rate 1.00 [0." in line
+
+
+def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short_pauses):
+    with RunLog(tmp_path, resume_step=None) as log:
+        log.config({"device": "cpu"})
+        log.metrics(step=9, reward_mean=0.5)
+    samples(tmp_path)
+    with FaultServer(lambda text, n: "3" if "fine" in text.rpartition("\n")[2] else "0") as server:
+        server.first = lambda: "1"
+        evaluate.main(["--compare", str(tmp_path), "--teacher-url", server.url])
+        texts = {request["messages"][-1]["content"] for request in server.requests}
+        system = {request["messages"][0]["content"] for request in server.requests}
+    assert len(texts) == 1 + 2 * len(PAIRS) and system == {instructions(COMPARISON.criteria, COMPARISON.preface)}
+    said = capsys.readouterr().out
+    assert "first preferred after in 10 of 10 pairs" in said and "second in 50% of its answers" in said
+    assert run_preferences(tmp_path)["first"]["rate"] == 1
+    assert "first preferred the story after interaction in 10 of 10" in (tmp_path / "report.html").read_text()
+
+
+def test_wrong_comparisons_are_one_sentence(tmp_path, capsys):
+    assert "needs --teacher-url" in fails(evaluate.main, ["--compare", str(tmp_path)], capsys)
+    url = ["--teacher-url", "http://127.0.0.1:9/v1"]
+    assert "one run, or two" in fails(evaluate.main, ["--compare", "a", "b", "c", *url], capsys)
+    assert "finished interaction" in fails(evaluate.main, ["--compare", str(tmp_path), *url], capsys)
+    assert "nothing to evaluate" in fails(evaluate.main, [], capsys)
