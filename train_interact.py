@@ -12,15 +12,19 @@ the student is looked at from outside, by stories to openings that it never trai
 import contextlib
 import functools
 import json
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, is no error to trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 from tqdm import tqdm
 
-from tinystory import babylm, distributed, ppo
+from tinystory import babylm, distributed, memory, ppo
 from tinystory.babylm import WordBudget
 from tinystory.collapse import signs_of_collapse
 from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
@@ -32,7 +36,7 @@ from tinystory.evaluate.stories import distinct_ngrams
 from tinystory.report.plots import text_curve
 from tinystory.report.run import write_report
 from tinystory.reward import differences, plots, story_reward
-from tinystory.runlog import LOOKS, SAMPLES, RunLog, atomic_write, read_metrics, read_records
+from tinystory.runlog import LOOKS, SAMPLES, RunLog, atomic_write, held, read_metrics, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, encode_opening, generate, require_room
 from tinystory.student.model import ValueHead
@@ -49,6 +53,11 @@ LOOK_INDEX = 10**9  # stories of a look are numbered from here: the same draws e
 def main(argv: list[str] | None = None) -> None:
     config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
     distributed.start(config.device)
+    with distributed.on_rank0(held(Path(config.out))):
+        interact(config)
+
+
+def interact(config: InteractConfig) -> None:
     rank0, n = distributed.is_rank0(), config.stories_per_step
     for flag, count in (("--stories-per-step", n), ("--look-stories", config.look_stories)):
         if count < distributed.world_size():
@@ -57,15 +66,16 @@ def main(argv: list[str] | None = None) -> None:
     dtype = pick_dtype(config.dtype, device)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     run = Path(config.out)
-    resume_from = checkpoint.newest(run) if config.resume else None
+    resume_from = distributed.rank0_value(lambda: checkpoint.newest_whole(run)) if config.resume else None
     if config.resume and resume_from is None:
-        raise UserError(f"--resume: {run} has no checkpoint yet; start without --resume")
+        print(f"{run} was stopped before its first checkpoint: it starts again")
 
     # Two copies of the starting checkpoint: the student, which learns, and the frozen reference of the KL penalty.
     origin = run / "checkpoints" / "start" if resume_from else starting_checkpoint(config.init)
     reference, _, _ = checkpoint.load(origin, device)
     reference.requires_grad_(False)
     student, tokenizer, facts = checkpoint.load(origin, device)
+    memory.require_for_interaction(config, student.config, device)
     texts = [config.opening] if config.opening else load_openings(config.openings)
     openings = Openings(texts, config.seed, config.stories_per_opening)
     require_room(student, max((encode_opening(tokenizer, text) for text in texts), key=len), config.max_new_tokens)
@@ -85,8 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     counters |= dict(words_in=0, words_out=0)
     if resume_from:
         checkpoint.restore(student, resume_from)
-        state, counters = checkpoint.load_trainer(resume_from)
-        value_head.load_state_dict({name: state[f"value_head.{name}"] for name in value_head.state_dict()})
+        state, counters = checkpoint.load_trainer(resume_from, tuple(counters))
+        checkpoint.restore_module(value_head, "value_head", state)
         checkpoint.unpack_optimizer(optimizer, list(parameters), state)
     step, written, best, best_step = (counters[name] for name in ("step", "written", "best", "best_step"))
     kl = ppo.AdaptiveKL(counters["kl_coef"], config.kl_target, config.kl_horizon)
@@ -117,7 +127,12 @@ def main(argv: list[str] | None = None) -> None:
             print(f"forecast: {forecast}")
         grader_facts |= distributed.rank0_value(lambda: calibrated(config, scorer))
         print(f"student {origin}, scored by {grader_facts.get('scored_by')}")
-        resume_step = step if resume_from else None
+        first_words = openings.new_words(0, n)
+        if step == 0 and (
+            exhausted := distributed.rank0_value(lambda: exhausted_budget(config, budget, scorer, first_words))
+        ):
+            raise UserError(f"{exhausted} does not hold a single step: raise it, or lower --stories-per-step")
+        resume_step = step if config.resume else None
         log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
         resolved = dict(device=str(device), dtype=str(dtype).removeprefix("torch."), init=config.init or str(origin))
         log.config(as_dict(config) | grader_facts | resolved)

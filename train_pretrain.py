@@ -7,15 +7,19 @@ python train_pretrain.py --preset paper                    GPT-2-small on BabyLM
 
 import functools
 import math
+import signal
 import time
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, is no error to trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from tinystory import babylm, distributed, ops
+from tinystory import babylm, distributed, memory, ops
 from tinystory.babylm import MILESTONES
 from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, as_dict, parse
 from tinystory.data.corpus import open_corpus
@@ -23,9 +27,9 @@ from tinystory.data.shards import TokenFile, prepare
 from tinystory.device import Stop, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
 from tinystory.report.run import write_report
-from tinystory.runlog import RunLog
+from tinystory.runlog import RunLog, held
 from tinystory.student import checkpoint
-from tinystory.student.generate import generate
+from tinystory.student.generate import encode_opening, generate
 from tinystory.student.model import Student, StudentConfig
 from tinystory.student.muon import MuonAdamW
 
@@ -147,15 +151,21 @@ def train_step(
 def main(argv: list[str] | None = None) -> None:
     config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
     distributed.start(config.device)
+    with distributed.on_rank0(held(Path(config.out))):
+        pretrain(config)
+
+
+def pretrain(config: PretrainConfig) -> None:
     if config.batch_size < distributed.world_size():
         raise UserError(f"--batch-size must be at least {distributed.world_size()}, the number of processes")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     run = Path(config.out)
-    resume_from = checkpoint.newest(run) if config.resume else None
+    memory.require_for_pretraining(config, device)
+    resume_from = distributed.rank0_value(lambda: checkpoint.newest_whole(run)) if config.resume else None
     if config.resume and resume_from is None:
-        raise UserError(f"--resume: {run} has no checkpoint yet; start without --resume")
+        print(f"{run} was stopped before its first checkpoint: it starts again")
 
     # The corpus and the student.
     corpus = open_corpus(config.corpus)
@@ -173,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     step, words, tokens = 0, 0, 0
     if resume_from:
         checkpoint.restore(student, resume_from)
-        state, counters = checkpoint.load_trainer(resume_from)
+        state, counters = checkpoint.load_trainer(resume_from, ("step", "words", "tokens", "corpus"))
         if counters["corpus"] != corpus.fingerprint():
             raise UserError(f"the corpus changed since {resume_from} was saved; start a new run with another --out")
         checkpoint.unpack_optimizer(optimizer, names, state)
@@ -258,11 +268,13 @@ def main(argv: list[str] | None = None) -> None:
     if words < config.words:
         print(f"stopped after {words:,} words, all saved; go on with: python train_pretrain.py --out {run} --resume")
         return
-    (story,) = generate(
-        student, None, tokenizer, [OPENING], first_index=0, max_new_tokens=min(90, config.context // 2),
-        temperature=InteractConfig.temperature, seed=config.seed,
-    )  # fmt: skip
-    print(f"\n{OPENING} {story.text}\n")
+    room = config.context - len(encode_opening(tokenizer, OPENING))
+    if room > 0:
+        (story,) = generate(
+            student, None, tokenizer, [OPENING], first_index=0, max_new_tokens=min(90, config.context // 2, room),
+            temperature=InteractConfig.temperature, seed=config.seed,
+        )  # fmt: skip
+        print(f"\n{OPENING} {story.text}\n")
     print(f"validation loss {val_loss:.3f} nats per token, {val_bits:.3f} bits per byte")
     print(f"report: {report}\nnext:   python train_interact.py --init {checkpoint.newest(run)}")
 

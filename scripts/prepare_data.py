@@ -9,7 +9,7 @@ train_pretrain.py does the same at its start, or uses the result of this script 
 
 import argparse
 
-from tinystory.config import PretrainConfig
+from tinystory.config import PretrainConfig, check
 from tinystory.data.corpus import NAMES, open_corpus
 from tinystory.data.shards import prepare
 from tinystory.errors import command
@@ -49,6 +49,7 @@ def main() -> None:
         help="chooses the held-out documents (default: %(default)s)",
     )
     args = parser.parse_args()
+    check(PretrainConfig(**vars(args)))
 
     data = prepare(open_corpus(args.corpus), vocab_size=args.vocab_size, val_fraction=args.val_fraction, seed=args.seed)
     print(f"{'':12}{'documents':>12}{'words':>14}{'tokens':>14}{'bytes':>14}{'words/token':>13}")

@@ -152,7 +152,7 @@ def subjects(parts: Sequence[Part], out: Path) -> list[Subject]:
     for part in parts[1:]:
         newest = checkpoint.newest(out / part.name)  # not the best one: no arm is to be chosen by its score
         assert newest is not None, f"{part.name} is done, so it has a checkpoint"
-        counters = json.loads((newest / "trainer.json").read_text())
+        counters = checkpoint.read_counters(newest)
         words = counters["words"] if part.reads else part.start + counters["words_in"]
         found.append(Subject(part.arm, part.start, part.seed, words, newest))
     return found

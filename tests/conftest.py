@@ -109,6 +109,12 @@ def fails(main, argv, capsys) -> str:
     return lines[0]
 
 
+def story_record(step: int, index: int = 0, **other) -> dict:
+    """A line of stories.jsonl, looks.jsonl or, with `when`, samples.jsonl."""
+    record = dict(step=step, index=index, opening="Once", story="Tim said “no”.\nHe ran.", reply="1 1 1", scores=None)
+    return record | dict(reward=0.5, words=5, ended="eos") | other
+
+
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -5,21 +5,39 @@
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from tinystory.errors import UserError
-from tinystory.runlog import read_config
+from tinystory.runlog import CONFIG, recorded_options
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: shown by --help."""
+def option(default: Any, help: str, allowed: str | tuple[str, ...] = "") -> Any:
+    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: shown by --help. allowed: the range of a
+    number, as an interval like "[0, 1)", or the names that a text can be."""
+    metadata = {"help": help, "allowed": Interval(allowed) if isinstance(allowed, str) and allowed else allowed}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Interval:
+    """The numbers from `low` to `high`. A bound is included if its bracket is square; nan is in no interval."""
+
+    def __init__(self, text: str):
+        low, high = text[1:-1].split(",")
+        self.low, self.high = float(low), float(high)
+        self.includes_low, self.includes_high = text[0] == "[", text[-1] == "]"
+
+    def __contains__(self, number: float) -> bool:
+        above = self.low <= number if self.includes_low else self.low < number
+        return above and (number <= self.high if self.includes_high else number < self.high)
+
+    def __str__(self) -> str:
+        low = f"{'at least' if self.includes_low else 'above'} {self.low:.12g}"
+        return f"{low} and {'at most' if self.includes_high else 'below'} {self.high:.12g}"
 
 
 @dataclass
@@ -32,37 +50,45 @@ class PretrainConfig:
         ["primer", "builtin"], "primer, builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)"
     )
     out: str = option("runs/pretrain", "folder of the run")
-    words: int = option(3_000_000, "total words to train on, counting repeats")
-    seed: int = option(0, "seed of initialisation, data order and dropout")
+    words: int = option(3_000_000, "total words to train on, counting repeats", "[1, 1e15]")
+    seed: int = option(0, "seed of initialisation, data order and dropout", "[0, 4294967295]")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    dtype: str = option("auto", "auto, float32 or bfloat16 (matmuls only; weights and optimiser stay float32)")
+    dtype: str = option(
+        "auto",
+        "auto, float32 or bfloat16 (matmuls only; weights and optimiser stay float32)",
+        ("auto", "float32", "bfloat16"),
+    )
     resume: bool = option(False, "continue from the newest checkpoint in --out")
 
-    n_layer: int = option(4, "transformer blocks")
-    n_head: int = option(4, "attention heads")
-    n_embd: int = option(128, "width of the residual stream")
-    context: int = option(256, "context length, in tokens")
-    vocab_size: int = option(2048, "size of the vocabulary, trained on the corpus; five tokens are special")
-    weights_init: str = option("unit", "initial weights: unit (scaled with the width) or gpt2")
-    dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals")
+    n_layer: int = option(4, "transformer blocks", "[1, 1000]")
+    n_head: int = option(4, "attention heads", "[1, 1000]")
+    n_embd: int = option(128, "width of the residual stream", "[16, 100000]")
+    context: int = option(256, "context length, in tokens", "[2, 1e6]")
+    vocab_size: int = option(
+        2048, "size of the vocabulary, trained on the corpus; five tokens are special", "[261, 1e6]"
+    )
+    weights_init: str = option("unit", "initial weights: unit (scaled with the width) or gpt2", ("unit", "gpt2"))
+    dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", "[0, 1)")
 
-    batch_size: int = option(8, "sequences per step")
-    micro_batch_size: int = option(16, "sequences per forward pass; gradients are accumulated over a step")
-    optimizer: str = option("muon", "muon (for the blocks' matrices, AdamW for the rest) or adamw")
-    muon_learning_rate: float = option(0.02, "peak learning rate of Muon")
-    learning_rate: float = option(2e-3, "peak learning rate of AdamW")
-    final_learning_rate: float = option(0.0, "learning rate at the last word")
-    warmup: float = option(0.2, "fraction of the words over which the learning rate rises linearly")
-    beta1: float = option(0.9, "AdamW beta1")
-    beta2: float = option(0.99, "AdamW beta2")
-    eps: float = option(1e-8, "AdamW epsilon")
-    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only")
-    grad_clip: float = option(1.0, "maximum gradient norm; 0 means no clipping")
+    batch_size: int = option(8, "sequences per step", "[1, 1e9]")
+    micro_batch_size: int = option(16, "sequences per forward pass; gradients are accumulated over a step", "[1, 1e9]")
+    optimizer: str = option("muon", "muon (for the blocks' matrices, AdamW for the rest) or adamw", ("muon", "adamw"))
+    muon_learning_rate: float = option(0.02, "peak learning rate of Muon", "(0, 100]")
+    learning_rate: float = option(2e-3, "peak learning rate of AdamW", "(0, 100]")
+    final_learning_rate: float = option(0.0, "learning rate at the last word", "[0, 100]")
+    warmup: float = option(0.2, "fraction of the words over which the learning rate rises linearly", "[0, 1)")
+    beta1: float = option(0.9, "AdamW beta1", "[0, 1)")
+    beta2: float = option(0.99, "AdamW beta2", "[0, 1)")
+    eps: float = option(1e-8, "AdamW epsilon", "(0, 1]")
+    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", "[0, 100]")
+    grad_clip: float = option(1.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
-    val_fraction: float = option(0.05, "fraction of the documents held out for validation")
-    eval_every: int = option(100, "steps between validations")
-    eval_sequences: int = option(64, "sequences per validation, evenly spread; the last one uses all")
-    save_every: int = option(200, "steps between checkpoints for --resume; word milestones are saved as well")
+    val_fraction: float = option(0.05, "fraction of the documents held out for validation", "(0, 1)")
+    eval_every: int = option(100, "steps between validations", "[1, 1e9]")
+    eval_sequences: int = option(64, "sequences per validation, evenly spread; the last one uses all", "[1, 1e9]")
+    save_every: int = option(
+        200, "steps between checkpoints for --resume; word milestones are saved as well", "[1, 1e9]"
+    )
 
 
 @dataclass
@@ -75,74 +101,90 @@ class InteractConfig:
         "", "starting checkpoint, or a folder that transformers wrote (default: newest under runs/pretrain)"
     )
     out: str = option("runs/interact", "folder of the run")
-    seed: int = option(0, "seed of the stories, the minibatch order and the teacher's sampling")
+    seed: int = option(0, "seed of the stories, the minibatch order and the teacher's sampling", "[0, 4294967295]")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    dtype: str = option("auto", "auto, float32 or bfloat16 (matmuls only; weights and optimiser stay float32)")
+    dtype: str = option(
+        "auto",
+        "auto, float32 or bfloat16 (matmuls only; weights and optimiser stay float32)",
+        ("auto", "float32", "bfloat16"),
+    )
     resume: bool = option(False, "continue from the newest checkpoint in --out")
 
     teacher_url: str = option(
         "", "any OpenAI-compatible endpoint, e.g. http://127.0.0.1:11434/v1 (default: the built-in teacher)"
     )
     teacher_model: str = option("", "model name (default: the first that the server lists)")
-    teacher_concurrency: int = option(16, "maximum number of requests in flight")
-    teacher_temperature: float = option(0.2, "sampling temperature of the teacher")
-    teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6")
-    teacher_timeout: float = option(300.0, "seconds that grading one story may take, retries included")
+    teacher_concurrency: int = option(16, "maximum number of requests in flight", "[1, 10000]")
+    teacher_temperature: float = option(0.2, "sampling temperature of the teacher", "[0, 2]")
+    teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]")
+    teacher_timeout: float = option(300.0, "seconds that grading one story may take, retries included", "(0, 86400]")
     teacher_prompt: str = option("", "JSON file with other criteria, levels and weights (see docs/teachers.md)")
     teacher_logprobs: bool = option(
         False, "use expected scores under the teacher's token probabilities, not the sampled digits"
     )
-    price_in: float = option(0.0, "price per million prompt tokens, in any currency")
-    price_out: float = option(0.0, "price per million reply tokens")
-    budget_cost: float = option(0.0, "maximum cost of the teacher at these prices; 0 means no limit")
+    price_in: float = option(0.0, "price per million prompt tokens, in any currency", "[0, 1e9]")
+    price_out: float = option(0.0, "price per million reply tokens", "[0, 1e9]")
+    budget_cost: float = option(0.0, "maximum cost of the teacher at these prices; 0 means no limit", "[0, 1e12]")
     replay: str = option("", "folder of a run whose teacher's replies are replayed, without a server")
     teacher_corpus: list[str] = option([], "corpus of the built-in teacher (default: the student's own)")
     reward: str = option("", "FILE.py:FUNCTION in place of a teacher: f(opening, stories) -> [0..1 or None]; or random")
     calibrate: bool = option(True, "before the run, see whether --teacher-url tells stories from shuffled words")
     require_judgement: float = option(
-        0.0, "least probability with which the teacher must put a story above shuffled words; 0.5 is chance"
+        0.0, "least probability with which the teacher must put a story above shuffled words; 0.5 is chance", "[0, 1)"
     )
-    max_unscored: float = option(0.1, "maximum fraction of a step's stories without a score")
+    max_unscored: float = option(0.1, "maximum fraction of a step's stories without a score", "[0, 1)")
 
     openings: str = option("builtin", "what stories begin with: builtin, or a file with one opening per line")
     opening: str = option("", "one opening for every story, in place of --openings")
-    stories_per_opening: int = option(1, "stories that share an opening within a step")
-    steps: int = option(16, "maximum number of PPO steps")
-    stories_per_step: int = option(256, "stories per step")
-    max_new_tokens: int = option(200, "maximum tokens of a story")
-    temperature: float = option(0.7, "sampling temperature of the student")
-    budget_words: int = option(1_000_000, "word budget, in: each opening once and every word of every reply")
-    budget_words_out: int = option(100_000_000, "word budget, out: every word that the student writes")
-    length_weight: float = option(0.4, "weight of the length term relative to the teacher's score")
-    length_words: int = option(90, "words at which the length term reaches its maximum")
-    diversity: float = option(0.5, "part of the score, 0..1, that is multiplied by the story's difference from others")
-    unfinished: float = option(0.5, "part of its reward, 0..1, that a story keeps which does not end")
-    look_every: int = option(4, "steps between looks at held-out openings; 0: only at the start and the end")
-    look_stories: int = option(40, "stories per look; the student that earns most in one is kept as `best`")
+    stories_per_opening: int = option(1, "stories that share an opening within a step", "[1, 1e9]")
+    steps: int = option(16, "maximum number of PPO steps", "[1, 1e9]")
+    stories_per_step: int = option(256, "stories per step", "[1, 1e9]")
+    max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
+    temperature: float = option(0.7, "sampling temperature of the student", "[0.01, 100]")
+    budget_words: int = option(
+        1_000_000, "word budget, in: each opening once and every word of every reply", "[1, 1e15]"
+    )
+    budget_words_out: int = option(100_000_000, "word budget, out: every word that the student writes", "[1, 1e15]")
+    length_weight: float = option(0.4, "weight of the length term relative to the teacher's score", "[0, 100]")
+    length_words: int = option(90, "words at which the length term reaches its maximum", "[1, 1e9]")
+    diversity: float = option(
+        0.5, "part of the score, 0..1, that is multiplied by the story's difference from others", "[0, 1]"
+    )
+    unfinished: float = option(0.5, "part of its reward, 0..1, that a story keeps which does not end", "[0, 1]")
+    look_every: int = option(
+        4, "steps between looks at held-out openings; 0: only at the start and the end", "[0, 1e9]"
+    )
+    look_stories: int = option(40, "stories per look; the student that earns most in one is kept as `best`", "[1, 1e9]")
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
-    learning_rate: float = option(6e-5, "initial learning rate of Adam")
+    learning_rate: float = option(6e-5, "initial learning rate of Adam", "(0, 100]")
     lr_decay: bool = option(True, "let the rate fall linearly to 0 at --steps")
     sharpness_rate: float = option(
-        0.06, "initial learning rate of the scale of all logits, which is learned apart; 0: not"
+        0.06, "initial learning rate of the scale of all logits, which is learned apart; 0: not", "[0, 100]"
     )
-    adam_eps: float = option(1e-8, "Adam epsilon")
-    epochs: int = option(1, "PPO passes over a step's stories")
-    minibatch_size: int = option(0, "stories per gradient step; 0 means all")
-    micro_batch_size: int = option(32, "stories per forward pass; gradients are accumulated over a minibatch")
-    advantage: str = option("rloo", "gae (with the value head) or rloo (the reward minus the mean of the others')")
-    gamma: float = option(1.0, "discount factor")
-    lam: float = option(1.0, "GAE lambda")
-    clip_ratio: float = option(0.2, "clipping range of the policy ratio")
-    clip_value: float = option(0.2, "clipping range of the value")
-    value_coef: float = option(0.0, "weight of the value loss, for --advantage gae")
-    max_ratio: float = option(10.0, "mean policy ratio above which a minibatch is skipped, and counted")
-    grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping")
-    kl_coef: float = option(0.01, "initial coefficient of the KL penalty against the starting checkpoint")
-    kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)")
-    kl_horizon: float = option(2_000.0, "horizon of the adaptive controller, in stories")
+    adam_eps: float = option(1e-8, "Adam epsilon", "(0, 1]")
+    epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]")
+    minibatch_size: int = option(0, "stories per gradient step; 0 means all", "[0, 1e9]")
+    micro_batch_size: int = option(
+        32, "stories per forward pass; gradients are accumulated over a minibatch", "[1, 1e9]"
+    )
+    advantage: str = option(
+        "rloo", "gae (with the value head) or rloo (the reward minus the mean of the others')", ("gae", "rloo")
+    )
+    gamma: float = option(1.0, "discount factor", "[0, 1]")
+    lam: float = option(1.0, "GAE lambda", "[0, 1]")
+    clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
+    clip_value: float = option(0.2, "clipping range of the value", "(0, 1e9]")
+    value_coef: float = option(0.0, "weight of the value loss, for --advantage gae", "[0, 1000]")
+    max_ratio: float = option(10.0, "mean policy ratio above which a minibatch is skipped, and counted", "[1, 1e9]")
+    grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
+    kl_coef: float = option(0.01, "initial coefficient of the KL penalty against the starting checkpoint", "[0, 1000]")
+    kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)", "(0, 1e6]")
+    kl_horizon: float = option(2_000.0, "horizon of the adaptive controller, in stories", "(0, 1e12]")
 
-    save_every: int = option(20, "steps between checkpoints for --resume; word milestones are saved as well")
+    save_every: int = option(
+        20, "steps between checkpoints for --resume; word milestones are saved as well", "[1, 1e9]"
+    )
 
 
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of their libraries
@@ -183,30 +225,46 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
     types = get_type_hints(config_class)
     options = [f for f in dataclasses.fields(config_class) if f.init]  # all but `preset`
     for f in options:
-        kind = types[f.name]
+        kind, allowed = types[f.name], f.metadata["allowed"]
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        flag = "--" + f.name.replace("_", "-")
+        bounds = f"; {allowed}" if isinstance(allowed, Interval) else ""
         # SUPPRESS keeps flags that were not given out of the namespace, so a preset overrides defaults but not flags.
-        how: dict[str, Any] = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {default!r})")
+        help = f"{f.metadata['help']} (default: {default!r}{bounds})".replace("%", "%%")
+        how: dict[str, Any] = dict(default=argparse.SUPPRESS, help=help)
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
+            parser.add_argument(_flag(f.name), action=argparse.BooleanOptionalAction, **how)
         elif get_origin(kind) is list:
-            parser.add_argument(flag, nargs="+", type=get_args(kind)[0], metavar="NAME", **how)
+            parser.add_argument(_flag(f.name), nargs="+", type=get_args(kind)[0], metavar="NAME", **how)
         else:
             readers: dict[type, Callable[[str], Any]] = {int: _whole, float: float}
             metavar = {int: "N", float: "X", str: "TEXT"}[kind]
-            parser.add_argument(flag, type=readers.get(kind, kind), metavar=metavar, **how)
+            parser.add_argument(_flag(f.name), type=readers.get(kind, kind), metavar=metavar, **how)
     typed = vars(parser.parse_args(argv))
-    preset = typed.pop("preset")
-    config = config_class(**{**presets[preset or "demo"], **typed})
-    if config.resume:  # a run continues with its own options, overridden by flags
-        recorded = read_config(Path(config.out)).get("options", {})
+    preset, recorded = typed.pop("preset"), {}
+    if typed.get("resume"):  # a run continues with its own options, overridden by flags
+        folder = Path(str(typed.get("out", vars(config_class)["out"])))
+        recorded = recorded_options(folder)
         preset = preset or recorded.get("preset")
-        known = {f.name: recorded[f.name] for f in options if f.name in recorded}
-        config = config_class(**{**presets[preset or "demo"], **known, **typed})
+        if preset not in (None, *presets):
+            raise UserError(f"{folder / CONFIG} names a preset {preset!r} that there is not; give --preset")
+        recorded = {f.name: recorded[f.name] for f in options if f.name in recorded} | {"out": str(folder)}
+        for name in recorded.keys() - typed.keys():
+            try:
+                _check_option(config_class, name, recorded[name])
+            except UserError as error:
+                raise UserError(f"{folder / CONFIG}: {error}; correct it there, or give the flag") from None
+    config = config_class(**{**presets[preset or "demo"], **recorded, **typed})
     config.preset = preset or "demo"
-    _check(config)
+    check(config)
     return config
+
+
+def check(config: Any) -> None:
+    """Raises UserError unless each option is in its range and all go together."""
+    for f in dataclasses.fields(config):
+        if f.init:
+            _check_option(type(config), f.name, getattr(config, f.name))
+    _check_together(config)
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -214,54 +272,66 @@ def as_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _whole(text: str) -> int:
     """An integer written as 1000000, 1_000_000, 1e6 or 1M."""
     scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
-    number = float(text[:-1] if scale > 1 else text)
-    if not (number * scale).is_integer():
-        raise ValueError(text)
-    return int(number * scale)
+    digits = text[:-1] if scale > 1 else text
+    try:
+        return int(digits) * scale
+    except ValueError:
+        number = float(digits) * scale
+        if not number.is_integer():
+            raise
+        return int(number)
 
 
 _whole.__name__ = "whole number"  # argparse names the type in its error message
-
-_POSITIVE = (
-    "words", "n_layer", "n_head", "n_embd", "context", "vocab_size", "batch_size", "micro_batch_size", "eval_every",
-    "eval_sequences", "save_every", "steps", "stories_per_step", "max_new_tokens", "epochs", "budget_words",
-    "budget_words_out", "length_words", "teacher_concurrency", "teacher_timeout", "temperature", "learning_rate",
-    "kl_target", "kl_horizon", "stories_per_opening", "look_stories", "muon_learning_rate",
-)  # fmt: skip
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def _check(config: Any) -> None:
-    for name in _POSITIVE:
-        if hasattr(config, name) and not getattr(config, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(config, name)}")
-    for name in ("price_in", "price_out", "budget_cost"):
-        if hasattr(config, name) and not 0 <= getattr(config, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(config, name)}")
-    if getattr(config, "teacher_logprobs", False) and config.preset != "demo":
+def _check_option(config_class: type, name: str, value: Any) -> None:
+    """Raises UserError unless the value, of the command line or of a config.json, has its option's type and range."""
+    kind, (f,) = get_type_hints(config_class)[name], (f for f in dataclasses.fields(config_class) if f.name == name)
+    allowed, several = f.metadata["allowed"], get_origin(kind) is list
+    scalar = get_args(kind)[0] if several else kind
+    if several and not isinstance(value, list):
+        raise UserError(f"{_flag(name)} must be a list, not {value!r:.80}")
+    for each in value if several else [value]:
+        if not (type(each) is scalar or (scalar is float and type(each) is int)):
+            raise UserError(f"{_flag(name)} must be {_KINDS[scalar]}, not {each!r:.80}")
+        if isinstance(allowed, Interval) and each not in allowed:
+            raise UserError(f"{_flag(name)} must be {allowed}, not {each}")
+        if isinstance(allowed, tuple) and each not in allowed:
+            raise UserError(f"{_flag(name)} must be {', '.join(allowed[:-1])} or {allowed[-1]}, not {each!r:.80}")
+        if scalar is str and ("\0" in each or each != each.encode(errors="replace").decode()):
+            raise UserError(f"{_flag(name)} must be Unicode text without NUL characters, not {each!r:.80}")
+
+
+def _check_together(config: Any) -> None:
+    """Raises UserError for options that do not go together. What an option can be alone stands beside its help."""
+    if isinstance(config, PretrainConfig):
+        size, rest = divmod(config.n_embd, config.n_head)
+        if rest or size % 16 or size > 256:
+            raise UserError(
+                f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head} times 16, and at most 256 "
+                f"times it: the size of a head is a multiple of 16 up to 256"
+            )
+        return
+    if config.teacher_logprobs and config.preset != "demo":
         raise UserError(
             f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's probabilities must not "
             "reach the student"
         )
-    if getattr(config, "budget_cost", 0) and not config.price_in + config.price_out:
+    if config.budget_cost and not config.price_in + config.price_out:
         raise UserError("--budget-cost needs the prices: give --price-in and --price-out, per million tokens")
-    for name in ("dropout", "val_fraction", "warmup", "max_unscored", "require_judgement"):
-        if hasattr(config, name) and not 0 <= getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 0 and below 1, not {getattr(config, name)}")
-    for name in ("diversity", "unfinished"):
-        if hasattr(config, name) and not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"--{name} must be from 0 to 1, not {getattr(config, name)}")
-    if getattr(config, "look_every", 0) < 0:
-        raise UserError(f"--look-every must be at least 0, not {config.look_every}")
-    if getattr(config, "advantage", "gae") not in ("gae", "rloo"):
-        raise UserError(f"--advantage must be gae or rloo, not {config.advantage!r}")
-    if hasattr(config, "n_head") and config.n_embd % config.n_head:
-        raise UserError(f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head}")
-    if getattr(config, "weights_init", "unit") not in ("unit", "gpt2"):
-        raise UserError(f"--weights-init must be unit or gpt2, not {config.weights_init!r}")
-    if getattr(config, "optimizer", "muon") not in ("muon", "adamw"):
-        raise UserError(f"--optimizer must be muon or adamw, not {config.optimizer!r}")
-    if config.dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"--dtype must be auto, float32 or bfloat16, not {config.dtype!r}")
+    scored_by = [name for name in ("reward", "replay", "teacher_url") if getattr(config, name)]
+    if len(scored_by) > 1:
+        raise UserError(f"{' and '.join(map(_flag, scored_by))} do not go together: one of them scores the stories")
+    if config.opening and config.openings != InteractConfig.openings:
+        raise UserError("--opening and --openings do not go together; --opening '' leaves the choice to --openings")
+    if config.advantage == "rloo" and config.stories_per_step < 2:
+        raise UserError("--advantage rloo compares a story with others of its step: give --stories-per-step 2 or more")

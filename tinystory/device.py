@@ -27,6 +27,8 @@ def pick_device(name: str) -> torch.device:
             return torch.device("cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("no kernels for it")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(

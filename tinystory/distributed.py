@@ -6,10 +6,14 @@ the teacher, prints and writes. Without torchrun there is one process, and every
 """
 
 import atexit
+import contextlib
 import datetime
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -17,11 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinystory.device import Interrupted
-from tinystory.errors import UserError
+from tinystory.errors import PeerLost, UserError
 
 T = TypeVar("T")
 Rows = TypeVar("Rows", Tensor, list)
 BUCKET = 1 << 24  # elements per all-reduce: enough to saturate the network, few beside all gradients
+GRACE_S = 300.0  # to end a step and save, after torchrun was killed
 TIMEOUT = datetime.timedelta(hours=6)  # of a collective: the other ranks wait for rank 0, which waits for the teacher
 
 
@@ -42,8 +47,31 @@ def start(device: str) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     atexit.register(dist.destroy_process_group)
+    threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
     if not is_rank0():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+
+
+def follow(parent: int) -> None:
+    """End this process after `parent`, torchrun, which cannot end it once it has been killed: first as Ctrl-C does, so
+    that the step is ended and saved, and after GRACE_S at once."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_S)
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def peers() -> Iterator[None]:
+    """Around each collective: what gloo or NCCL raises when another process has ended becomes PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(
+            f"process {rank()} lost the others of this run: one of them ended, and said why above, or was killed "
+            f"({' '.join(str(error).split()):.120}); go on with --resume"
+        ) from error
 
 
 def rank() -> int:
@@ -71,7 +99,8 @@ def shard_contiguous(count: int) -> range:
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over the processes, in place; returns x."""
     if world_size() > 1:
-        dist.all_reduce(x)
+        with peers():
+            dist.all_reduce(x)
     return x
 
 
@@ -79,7 +108,8 @@ def all_reduce_max(x: float) -> float:
     """Maximum over the processes."""
     if world_size() > 1:
         box = torch.tensor(x, dtype=torch.float64)
-        dist.all_reduce(box, dist.ReduceOp.MAX)
+        with peers():
+            dist.all_reduce(box, dist.ReduceOp.MAX)
         return float(box)
     return x
 
@@ -103,8 +133,9 @@ def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
 def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
     """Copy the tensors of rank 0 into those of every process."""
     if world_size() > 1:
-        for x in tensors:
-            dist.broadcast(x.detach(), 0)
+        with peers():
+            for x in tensors:
+                dist.broadcast(x.detach(), 0)
 
 
 def rank0_value(make: Callable[[], T]) -> T:
@@ -117,7 +148,8 @@ def rank0_value(make: Callable[[], T]) -> T:
             box[0] = make()
         except (UserError, Interrupted) as error:
             box[1] = error
-    dist.broadcast_object_list(box, 0)
+    with peers():
+        dist.broadcast_object_list(box, 0)
     if box[1] is not None:
         raise box[1]
     return box[0]
@@ -130,10 +162,19 @@ def rank0_first(make: Callable[[], T]) -> T:
     return made[0] if made else make()
 
 
+@contextlib.contextmanager
+def on_rank0(context: contextlib.AbstractContextManager) -> Iterator[None]:
+    """Enter the context on rank 0 only; what it raises there is raised on every rank."""
+    with contextlib.ExitStack() as stack:
+        rank0_value(lambda: stack.enter_context(context) and None)
+        yield
+
+
 def all_gather_list(items: list[T]) -> list[T]:
     """The lists of all processes, concatenated in the order of the ranks, on every rank."""
     if world_size() == 1:
         return items
     lists: list[Any] = [None] * world_size()
-    dist.all_gather_object(lists, items)
+    with peers():
+        dist.all_gather_object(lists, items)
     return [item for each in lists for item in each]

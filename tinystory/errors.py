@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -14,15 +15,22 @@ class UserError(Exception):
     """A problem that the user can fix; the message is one clear sentence that says what to do."""
 
 
+class PeerLost(UserError):
+    """Another process of a torchrun run has ended; any that is left says so."""
+
+
 def command(main: Callable[P, T]) -> Callable[P, T]:
     """Decorates a command's main(): a UserError becomes one line on stderr and exit code 2, without a traceback."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by the train files while they import torch
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":  # under torchrun, one process is enough
+            # Under torchrun, one process is enough.
+            if os.environ.get("RANK", "0") == "0" or isinstance(error, PeerLost):
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:

@@ -1,16 +1,21 @@
 """A run's folder: config.json, metrics.jsonl (one object per step) and stories.jsonl (one object per story).
 
 Records are written as whole lines, unbuffered, so a killed run leaves at most an incomplete last line, which readers
-skip. A resumed run first truncates both files to the step of its checkpoint.
+skip. A resumed run first truncates both files to the step of its checkpoint. One process at a time writes (`held`).
+
+What is read back may have been cut, edited or written by something else: each kind of file has one reader here, which
+checks names, types and sizes, so that whatever uses the records need not.
 """
 
 import contextlib
 import datetime
+import fcntl
 import json
 import math
 import os
 import platform
 import re
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -20,9 +25,25 @@ from typing import IO, Any, TypeAlias
 from tinystory.errors import UserError
 
 Record: TypeAlias = dict[str, Any]  # one JSON object
+Fields: TypeAlias = dict[str, tuple[type, ...]]
 
 CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
 LOOKS = "looks.jsonl"  # stories to held-out openings
+LOCK = ".lock"
+LONGEST = 1 << 26  # bytes of a JSON file, or of a line of records
+LARGEST = 1e100  # of a number in a record
+
+_NUMBER = (int, float, type(None))
+_STORY: Fields = {
+    "step": (int,), "index": (int,), "opening": (str,), "story": (str,), "reply": (str, type(None)),
+    "scores": (dict, type(None)), "reward": _NUMBER, "words": (int,), "ended": (str,),
+}  # fmt: skip
+FIELDS: dict[str, Fields] = {  # what each record has at least
+    METRICS: {"step": (int,)},
+    STORIES: _STORY,
+    LOOKS: _STORY,
+    SAMPLES: _STORY | {"when": (str,)},
+}
 
 
 @contextlib.contextmanager
@@ -61,6 +82,44 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder")
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, made if need be, for the block, by a lock of the operating system's: it ends with the
+    process, however that ends. Of a block that writes nothing, nothing is left. Raises UserError, naming the holder,
+    if another process holds it."""
+    folder, path = Path(folder), Path(folder) / LOCK
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            current = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        except BlockingIOError:
+            current = False
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        if not current:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise UserError(
+                f"{folder} is in use by {holder}: wait until that has ended, stop it, or choose another --out"
+            )
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
+            file.flush()
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
+                for each in made:
+                    each.rmdir()
+
+
 class RunLog:
     """Opens a run's folder for writing.
 
@@ -81,7 +140,7 @@ class RunLog:
         except OSError as error:
             raise cannot_write(self.folder, error) from error
         if resume_step is None:
-            if any((self.folder / name).exists() for name in (CONFIG, METRICS, STORIES, SAMPLES, "checkpoints")):
+            if holds_run(self.folder):
                 raise UserError(f"{self.folder} already holds a run: continue it with --resume or choose another --out")
         else:
             for name in (METRICS, STORIES):
@@ -97,9 +156,9 @@ class RunLog:
         if not self.writes:
             return
         path = self.folder / CONFIG
-        before = json.loads(path.read_bytes()) if self.resume_step is not None and path.exists() else {}
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        resumed = list(before.get("resumed", []))
+        before = read_config(self.folder) if self.resume_step is not None else {}
+        now = _now()
+        resumed = before.get("resumed", [])
         if before:
             resumed.append({"step": self.resume_step, "at": now})
         record = {
@@ -152,10 +211,76 @@ class RunLog:
         self.close()
 
 
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def parse_object(text: bytes | str) -> Record:
+    """The JSON object that the text is. Raises ValueError for anything else, NaN and Infinity in it too."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"it holds {name}")
+
+    try:
+        value = json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    return value
+
+
+def read_object(path: Path) -> Record:
+    """The JSON object in a file. Raises UserError, without advice, for anything else."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise ValueError(f"it is over {LONGEST >> 20} MB")
+        return parse_object(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split()):.200}") from error
+
+
 def read_config(folder: Path) -> Record:
-    """The object in config.json; {} if there is no such file."""
+    """The object in config.json; {} if there is no such file. Raises UserError if it is not what RunLog.config
+    writes."""
     path = Path(folder) / CONFIG
-    return json.loads(path.read_bytes()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    advice = "restore it from a copy, or start a new run in another --out"
+    try:
+        config = read_object(path)
+    except UserError as error:
+        raise UserError(f"{error}; {advice}") from error
+    kinds: Fields = {"options": (dict,), "started": (str,), "device": (str,), "resumed": (list,)}
+    wrong = [name for name, kind in kinds.items() if not isinstance(config.get(name), kind)]
+    try:
+        datetime.datetime.fromisoformat(str(config.get("started")))
+    except ValueError:
+        wrong.append("started")
+    if wrong:
+        raise UserError(f"{path} is damaged: its {wrong[0]!r} is missing or of another kind; {advice}")
+    return config
+
+
+def recorded_options(folder: Path) -> Record:
+    """The options of a run that is to be resumed. Raises UserError if they are not known."""
+    config = read_config(folder)
+    if config:
+        return config["options"]
+    if holds_run(Path(folder)):
+        raise UserError(
+            f"{Path(folder) / CONFIG} is missing, and with it the options of the run: restore it from a copy, or start "
+            "a new run in another --out"
+        )
+    raise UserError(f"--resume: {folder} holds no run, and no checkpoint yet; start without --resume")
+
+
+def holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CONFIG, METRICS, STORIES, SAMPLES, "checkpoints"))
 
 
 def read_metrics(folder: Path) -> list[Record]:
@@ -169,25 +294,58 @@ def read_stories(folder: Path) -> Iterator[Record]:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The objects of a JSON Lines file; none if it is missing. An incomplete last line is skipped.
+    """The records of a JSON Lines file, each with the FIELDS of its kind; none if it is missing. An incomplete last
+    line is skipped.
 
-    Raises UserError if any other line is not a JSON object: then something else has written to the file.
+    Raises UserError if any other line is not such a record: then something else has written to the file.
     """
     if not path.exists():
         return
-    with open(path, "rb") as file:
-        broken = None
-        for number, line in enumerate(file, 1):
-            if broken is not None:
-                raise UserError(f"line {broken} of {path} is not a JSON object: fix or delete that line")
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict):
+    fields = FIELDS.get(path.name, {})
+    try:
+        with open(path, "rb") as file:
+            number, broken = 0, ""
+            while line := file.readline(LONGEST + 1):
+                number += 1
+                if broken:
+                    raise UserError(broken)
+                try:
+                    if len(line) > LONGEST:
+                        raise ValueError(f"it is over {LONGEST >> 20} MB")
+                    record = parse_object(line)
+                except ValueError as error:
+                    broken = f"line {number} of {path} is not a JSON object ({error}): fix or delete that line"
+                    continue
+                wrong = _misfit(record, fields)
+                if wrong:
+                    raise UserError(
+                        f"line {number} of {path} is not a record of a run ({wrong}): fix or delete that line"
+                    )
                 yield record
-            else:
-                broken = number
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _misfit(record: Record, fields: Fields) -> str:
+    """What is wrong with a record; "" if nothing is."""
+    for name, kinds in fields.items():
+        if name not in record:
+            return f"it has no {name!r}"
+        if type(record[name]) not in kinds:
+            return f"its {name!r} is {record[name]!r:.40}"
+    numbers = record if "story" not in fields else {"reward": record["reward"]}
+    for name, value in numbers.items() if fields else ():
+        if type(value) not in (*_NUMBER, bool) and not name.startswith("teacher_"):
+            return f"its {name!r} is {value!r:.40}"
+        if isinstance(value, int | float) and not -LARGEST < value < LARGEST:
+            return f"its {name!r} is too large"
+    if any(not 0 <= record[name] < 1 << 53 for name, kinds in fields.items() if kinds == (int,)):
+        return "a count in it is negative or too large"
+    if "story" in fields and any(
+        type(score) not in (int, float) or not 0 <= score <= 3 for score in (record["scores"] or {}).values()
+    ):
+        return "a score in it is not a number from 0 to 3"
+    return ""
 
 
 def keep_until(path: Path, step: int) -> None:

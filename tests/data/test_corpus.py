@@ -121,9 +121,10 @@ def test_a_long_document_is_cut_between_words(tmp_path, glue):
 
 
 def test_a_long_record_is_cut_too(tmp_path):
-    text = "a" * (2 * MAX_DOCUMENT + 1)
-    pieces = read(write(tmp_path / "a.jsonl", json.dumps({"text": text})))
-    assert [len(piece) for piece in pieces] == [MAX_DOCUMENT, MAX_DOCUMENT, 1]
+    words = ["a"] * MAX_DOCUMENT
+    pieces = read(write(tmp_path / "a.jsonl", json.dumps({"text": " ".join(words)})))
+    assert len(pieces) == 2 and max(map(len, pieces)) <= MAX_DOCUMENT
+    assert " ".join(pieces).split() == words
 
 
 @pytest.mark.parametrize("unit", ["once upon a time ", "x", f"{'once upon a time ' * 20}\n\n", f"{'x' * 99}{MARKER}"])
@@ -334,3 +335,16 @@ def test_mixed_documents_come_from_all_files_at_the_same_pace(tmp_path):
     mixed = list(corpus.mixed())
     assert mixed[:8] == ["one two three four five six", *["seven eight"] * 3] * 2
     assert sorted(mixed) == sorted(corpus.documents())
+
+
+@given(st.lists(st.sampled_from(["a", "Z9_", "\0", "-=", " ", "\n", "猫", "é"]).flatmap(
+    lambda unit: st.integers(1, 3 * corpus.MAX_RUN).map(lambda count: unit * count)
+), min_size=1, max_size=6))  # fmt: skip
+def test_no_run_is_endless_and_no_text_is_lost(runs):
+    text = "".join(runs)
+    pieces = list(corpus._bounded(text))
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+    longest = re.compile(rf"\w{{{2 * corpus.MAX_RUN}}}|\s{{{2 * corpus.MAX_RUN}}}|[^\w\s]{{{2 * corpus.MAX_RUN}}}")
+    assert not any(longest.search(piece) for piece in pieces)
+    if max(map(len, runs)) < corpus.MAX_RUN and text.strip() and len(set(runs)) == len(runs) == 1:
+        assert pieces == [text.strip()]

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import story_record
 
 from scripts import reproduce
 from tinystory.config import InteractConfig
@@ -101,7 +102,8 @@ with open(out.parent / f"calls-{out.name}", "a") as calls, open(out / "metrics.j
         (out / "checkpoints/c/trainer.json").write_text(json.dumps({"step": step}))
         if step == 2 and (out.parent / "fail").exists():
             sys.exit(3)
-(out / "config.json").write_text(json.dumps({"options": {"steps": 4, "epochs": int(options["epochs"])}}))
+(out / "config.json").write_text(json.dumps({"options": {"steps": 4, "epochs": int(options["epochs"])},
+    "started": "2026-01-01T00:00:00+00:00", "device": "cpu", "resumed": []}))
 (out / "samples.jsonl").write_text("")
 """
 
@@ -235,7 +237,7 @@ def experiment(tmp_path):
         folder = tmp_path / "interact" / f"{start}M-0"
         folder.mkdir(parents=True)
         told = [
-            dict(step=step, opening="Once", story=f"{which} at {step} <i>", scores=None, reward=0.5)
+            story_record(step, story=f"{which} at {step} <i>")
             for step in (0, 10, 40) for which in ("first", "second")
         ]  # fmt: skip
         (folder / "looks.jsonl").write_text("".join(json.dumps(each) + "\n" for each in told))

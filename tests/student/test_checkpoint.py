@@ -1,20 +1,36 @@
 """A checkpoint is whole or absent, comes back as it went, and a wrong one is told in a sentence."""
 
+import contextlib
 import json
+import os
+import re
+import resource
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_stories
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tinystory.data.tokenizer import Tokenizer
 from tinystory.errors import UserError
 from tinystory.student import checkpoint
+from tinystory.student.model import Student, StudentConfig
 
 
 def save(folder, student, tokenizer, step=3, state=None):
     return checkpoint.save(
         folder, student, tokenizer, facts={"words": 7}, state=state or {"x": torch.arange(3.0)}, counters={"step": step}
     )
+
+
+def seal(folder):
+    """Make the manifest agree with the files, as whoever changes a checkpoint on purpose would."""
+    files = {name: folder / name for name in checkpoint.FILES}
+    sealed = {n: {"size": path.stat().st_size, "sha256": checkpoint.file_hash(path)} for n, path in files.items()}
+    (folder / "manifest.json").write_text(json.dumps(sealed))
 
 
 def test_comes_back_as_it_went(tmp_path, student, tokenizer):
@@ -47,10 +63,12 @@ def test_a_kill_while_saving_leaves_the_earlier_one(tmp_path, student, tokenizer
 
 
 def test_superseded_ones_go_and_milestones_stay(tmp_path, student, tokenizer):
-    for name, step in (("chck_1M", 5), ("step_0000005", 5), ("step_0000009", 9)):
+    for name, step in (("chck_1M", 5), ("step_0000005", 5), ("step_0000007", 7), ("step_0000009", 9)):
         last = save(tmp_path / "checkpoints" / name, student, tokenizer, step=step)
+    (tmp_path / "checkpoints" / ".step_0000011").mkdir()  # half written by a killed process
     checkpoint.drop_older(last)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["chck_1M", "step_0000009"]
+    kept = ["chck_1M", "step_0000007", "step_0000009"]  # the last two: one of them may be damaged later
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == kept
 
 
 def test_optimizer_round_trip(student):
@@ -124,6 +142,7 @@ def test_another_vocabulary_is_refused(tmp_path, student, tokenizer, size):
     other = type(tokenizer).train(["a different text, " * 50, *tiny_stories(50)[::2]], size)
     folder = save(tmp_path / "c", student, tokenizer)
     other.save(folder / "tokenizer.json")
+    seal(folder)
     with pytest.raises(UserError, match="another vocabulary"):
         checkpoint.load(folder)
 
@@ -137,3 +156,130 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, student, tokenizer, mo
         save(tmp_path / "checkpoints" / "c", student, tokenizer)
     assert list((tmp_path / "checkpoints").iterdir()) == []
     shutil.rmtree(tmp_path / "checkpoints")
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", [*checkpoint.FILES, "manifest.json"])
+def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(tmp_path, student, tokenizer, name, capsys):
+    save(tmp_path / "checkpoints" / "step_0000003", student, tokenizer, step=3)
+    folder = save(tmp_path / "checkpoints" / "step_0000007", student, tokenizer, step=7)
+    assert checkpoint.newest_whole(tmp_path) == folder
+    for harm in (lambda path: flip(path, path.stat().st_size // 2), Path.unlink):
+        harm(folder / name)
+        assert checkpoint.newest_whole(tmp_path).name == "step_0000003"
+        said = capsys.readouterr().err
+        assert str(folder) in said and name in said and said.count("\n") == 1
+        if name not in ("trainer.json", "manifest.json"):  # found before anything is read from them
+            with pytest.raises(UserError, match=re.escape(str(folder)) + ".*" + name):
+                checkpoint.load(folder)
+    again = save(tmp_path / "checkpoints" / "step_0000007", student, tokenizer, step=7)  # the resumed run comes by
+    assert checkpoint.newest_whole(tmp_path) == again
+    for each in (again, tmp_path / "checkpoints" / "step_0000003"):
+        flip(each / name, 0)
+    with pytest.raises(UserError, match="every checkpoint"):
+        checkpoint.newest_whole(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [dict(n_head=0), dict(n_head=-2), dict(n_layer=10**9), dict(n_layer=3), dict(n_embd=10**7, n_head=10**6),
+     dict(n_head=3), dict(n_embd=2.0), dict(context=None), dict(vocab_size=2**60), dict(n_layer=True), dict(extra=1),
+     dict(facts=[]), dict(facts={"words": "many"}), dict(facts={"corpus": [1]}), dict(n_head=4)],
+)  # fmt: skip
+def test_what_a_hostile_model_json_claims_is_refused_before_it_is_allocated(tmp_path, student, tokenizer, claim):
+    folder = save(tmp_path / "c", student, tokenizer)
+    record = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(record | claim))
+    seal(folder)
+    if claim == dict(n_head=4):  # heads of 16 instead of 32: nothing in the weights says otherwise
+        assert checkpoint.load(folder)[0].config.n_head == 4
+        return
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"model\.(json|safetensors)"):
+        checkpoint.load(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, student, tokenizer, value):
+    with torch.no_grad():
+        student.blocks[1].fc.weight[3, 5] = value
+    with pytest.raises(UserError, match=r"NaN or infinite weights, in blocks\.1\.fc\.weight"):
+        checkpoint.load(save(tmp_path / "c", student, tokenizer))
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400) | st.just(2**63),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A checkpoint with the optimiser's state of the student in it."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(tiny_stories(200), 320)
+    student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=16, context=8, vocab_size=tokenizer.vocab_size))
+    counters = dict(step=3, words=9, tokens=9, corpus="0123")
+    facts = dict(words=9, corpus=["a.txt"], corpus_words=9)
+    run = tmp_path_factory.mktemp("run")
+    state = {
+        f"{key}.{name}": p.detach().clone()
+        for name, p in student.named_parameters()
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    state |= {f"step.{name}": torch.tensor(3.0) for name, _ in student.named_parameters()}
+    checkpoint.save(run / "checkpoints" / "a", student, tokenizer, facts=facts, state=state, counters=counters)
+    return run
+
+
+@settings(max_examples=int(os.environ.get("TINYSTORY_FUZZ", "60")), deadline=None)
+@given(data=st.data())
+def test_no_harm_to_a_checkpoint_is_a_traceback(whole, tmp_path_factory, data):
+    """Bytes cut, flipped and replaced, values of other types, keys that are missing: with a manifest that agrees."""
+    run = tmp_path_factory.mktemp("harmed")
+    shutil.copytree(whole, run, dirs_exist_ok=True)
+    folder = run / "checkpoints" / "a"
+    path = folder / data.draw(st.sampled_from([*checkpoint.FILES, "manifest.json"]))
+    content = path.read_bytes()
+    at = data.draw(st.integers(0, len(content) - 1) | st.integers(0, min(len(content), 400) - 1))
+    how = data.draw(st.sampled_from(["cut", "flip", "insert", "value", "key"]))
+    if how == "cut":
+        path.write_bytes(content[:at])
+    elif how == "flip":
+        flip(path, at)
+    elif how == "insert" or path.suffix != ".json":
+        path.write_bytes(content[:at] + data.draw(st.binary(max_size=20)) + content[at:])
+    else:
+        record = json.loads(content)
+        inside = record
+        key = data.draw(st.sampled_from(sorted(inside)))
+        while isinstance(inside[key], dict) and inside[key] and data.draw(st.booleans()):
+            inside = inside[key]
+            key = data.draw(st.sampled_from(sorted(inside)))
+        if how == "key":
+            del inside[key]
+        else:
+            inside[key] = data.draw(JUNK)
+        path.write_text(json.dumps(record))
+    if path.name != "manifest.json" and data.draw(st.booleans()):
+        seal(folder)
+    student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=16, context=8, vocab_size=320))
+    optimizer = torch.optim.Adam(student.parameters())
+    names = [name for name, _ in student.named_parameters()]
+    for use in (
+        lambda: checkpoint.newest(run),
+        lambda: checkpoint.newest_whole(run),
+        lambda: checkpoint.load(checkpoint.find(run)),
+        lambda: checkpoint.restore(student, folder),
+        lambda: checkpoint.unpack_optimizer(optimizer, names, checkpoint.load_trainer(folder)[0]),
+        lambda: checkpoint.load_trainer(folder, ("step", "words", "tokens", "corpus")),
+    ):
+        with contextlib.suppress(UserError):
+            use()

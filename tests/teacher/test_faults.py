@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHORT, assert_same_bits, fails, metrics
+from conftest import ROOT, SHORT, assert_same_bits, fails, metrics, story_record
 from fault_server import KEY, FaultServer, counted, error, weighed
 
 import train_interact as interact
@@ -201,10 +201,8 @@ def test_a_story_that_was_given_up_stays_so_even_if_its_words_come_again(tmp_pat
     with FaultServer(script) as server, Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
         lost, found = (teacher.grade("Once", ["A cat ran."], index)[0] for index in (1, 2))
     assert lost.scores is None and found.scores is not None
-    (tmp_path / "stories.jsonl").write_text(
-        '{"step": 1, "index": 1, "story": "A cat ran.", "scores": null}\n'
-        '{"step": 1, "index": 2, "story": "A cat ran.", "scores": {}}\n'
-    )
+    told = [story_record(1, index, story="A cat ran.", scores=scores) for index, scores in ((1, None), (2, {}))]
+    (tmp_path / "stories.jsonl").write_text("".join(json.dumps(record) + "\n" for record in told))
     again = Replay(tmp_path)
     assert again.submit("Once", "A cat ran.", 1).result().scores is None
     assert again.submit("Once", "A cat ran.", 1).result().reply_words == lost.reply_words == 0

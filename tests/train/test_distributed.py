@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import train_interact as interact
 import train_pretrain as pretrain
 from tinystory import distributed
 from tinystory.errors import UserError
+from tinystory.runlog import held
 from tinystory.student import checkpoint
 
 BOTH = f"""
@@ -74,6 +78,57 @@ def test_two_processes_do_what_one_does(place, tmp_path):
     )
     assert [s["index"] for s in one] == [s["index"] for s in two] == list(range(14))
     assert [s["story"] for s in one[:7]] == [s["story"] for s in two[:7]]  # those of the first step are identical
+
+
+def under_torchrun(place, out) -> tuple[subprocess.Popen, list[int]]:
+    """A long pretraining on two processes that has logged a step: torchrun, and the workers in the order of ranks."""
+    script = out.parent / "one.py"
+    script.write_text(BOTH.split("split =")[0] + "train_pretrain.main(sys.argv[2:])\n")
+    argv = ["--corpus", str(place / "corpus.txt"), *SMALL, "--words", "100M", "--out", str(out)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch = subprocess.Popen(
+        [*torchrun, script, place / "cache", *argv],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (out / "metrics.jsonl").exists() and launch.poll() is None:
+        time.sleep(0.1)
+    listed = subprocess.run(["pgrep", "-P", str(launch.pid)], capture_output=True, text=True).stdout.split()
+    return launch, sorted(map(int, listed))
+
+
+def running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return not Path(f"/proc/{pid}/stat").exists() or ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_process_is_told_in_a_sentence(place, tmp_path, rank):
+    launch, workers = under_torchrun(place, tmp_path / "p")
+    assert len(workers) == 2
+    os.kill(workers[rank], signal.SIGKILL)
+    said = launch.communicate(timeout=120)[1]
+    assert f"error: process {1 - rank} lost the others of this run" in said and "--resume" in said
+    assert 'train_pretrain.py", line' not in said and not any(map(running, workers))
+    with held(tmp_path / "p"):
+        assert len(metrics(tmp_path / "p")) > 0
+
+
+@pytest.mark.slow
+def test_torchrun_killed_leaves_no_worker_and_nothing_unsaved(place, tmp_path):
+    launch, workers = under_torchrun(place, tmp_path / "p")
+    launch.kill()
+    launch.wait()
+    deadline = time.monotonic() + 120
+    while any(map(running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    launch.stderr.close()
+    assert not any(map(running, workers))
+    newest = checkpoint.newest_whole(tmp_path / "p")
+    assert newest and checkpoint.read_counters(newest)["step"] == metrics(tmp_path / "p")[-1]["step"]
 
 
 def collectives(rank: int, folder: str) -> None:

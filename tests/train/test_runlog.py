@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import story_record
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +31,7 @@ def a_run(folder, steps):
         log.config({"seed": 1, "device": "cpu"})
         for step in range(1, steps + 1):
             log.metrics(step=step, reward_mean=step / 7)
-            log.stories([{"step": step, "index": i, "story": "Tim said “no”.\nHe ran."} for i in range(3)])
+            log.stories([story_record(step, i) for i in range(3)])
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -76,7 +77,7 @@ def test_resume_cuts_back_to_the_checkpoint_and_goes_on_as_if_never_stopped(tmp_
         log.config({"seed": 1, "device": "cpu"})
         for step in range(3, 6):
             log.metrics(step=step, reward_mean=step / 7)
-            log.stories([{"step": step, "index": i, "story": "Tim said “no”.\nHe ran."} for i in range(3)])
+            log.stories([story_record(step, i) for i in range(3)])
     for name in ("metrics.jsonl", "stories.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     config = read_config(tmp_path / "killed")
@@ -89,7 +90,7 @@ def test_resume_cuts_looks_back_too(tmp_path):
         folder = tmp_path / str(resume_step)
         with RunLog(folder, resume_step=None) as log:
             for step in (0, 2, 4):
-                log.looks([{"step": step, "story": "Tim ran."}])
+                log.looks([story_record(step)])
         RunLog(folder, resume_step=resume_step).close()
         assert [record["step"] for record in read_records(folder / "looks.jsonl")] == kept
 
@@ -152,8 +153,9 @@ json_values = st.recursive(
 )
 
 
-@given(st.dictionaries(st.text(), json_values))
-def test_any_story_record_comes_back(tmp_path_factory, record):
+@given(st.dictionaries(st.text(), json_values), st.text() | st.just("\ud800\u2028</script>\0"))
+def test_any_story_record_comes_back(tmp_path_factory, record, text):
+    record |= story_record(1, story=text, reply=text)
     folder = tmp_path_factory.mktemp("run")
     with RunLog(folder, resume_step=None) as log:
         log.stories([record, record])

@@ -40,6 +40,8 @@ MARKER = "<|endoftext|>"
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 CHUNK = 1 << 20  # bytes read at a time
 MAX_DOCUMENT = 1 << 18  # characters; longer documents are split at a line end, so that none has to fit in memory
+MAX_RUN = 1 << 9  # characters; longer runs of letters, of other signs or of white space are split, not all at once
+UNBROKEN = re.compile(r"\w*|\s*|[^\w\s]*")  # each piece that the tokenizer's split makes is within such a run
 MAX_RECORD = 1 << 26  # characters per line of .jsonl
 
 
@@ -226,13 +228,25 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _bounded(document: str) -> Iterator[str]:
-    """The stripped document in pieces of at most MAX_DOCUMENT characters; nothing if it is blank."""
+    """The stripped document in pieces of at most MAX_DOCUMENT characters, without endless words; none if it is
+    blank."""
     while len(document) > MAX_DOCUMENT:
         piece, document = _cut(document)
-        if piece := piece.strip():
-            yield piece
-    if document := document.strip():
-        yield document
+        yield from _broken(piece)
+    yield from _broken(document)
+
+
+def _broken(text: str) -> Iterator[str]:
+    """The text, stripped, cut wherever a run goes on for MAX_RUN characters or more and always before 2 * MAX_RUN: the
+    time to learn BPE grows with the square of its longest word, and an endless line of one letter is one word."""
+    start = 0
+    for end in range(MAX_RUN, len(text), MAX_RUN):
+        if UNBROKEN.fullmatch(text, end - MAX_RUN, end):
+            if piece := text[start:end].strip():
+                yield piece
+            start = end
+    if piece := text[start:].strip():
+        yield piece
 
 
 def _cut(text: str) -> tuple[str, str]:

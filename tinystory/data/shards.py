@@ -31,7 +31,7 @@ from tinystory.paths import cache_dir
 DType: TypeAlias = "np.dtype[Any]"
 Encoded: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # of `encode`
 
-FORMAT = 1  # increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
+FORMAT = 2  # increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
 BATCH = 1 << 19  # characters that one thread encodes at a time
 MAX_THREADS = 16  # more would wait for the thread that reads, and each needs about 20 MB
 

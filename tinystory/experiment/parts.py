@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tinystory.babylm import milestone_name
 from tinystory.errors import UserError
 from tinystory.report.page import duration
-from tinystory.runlog import METRICS, SAMPLES, Record, read_config
+from tinystory.runlog import CONFIG, METRICS, SAMPLES, Record, atomic_write, parse_object, read_config
 from tinystory.student import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ class Part:
         folder = out / self.name
         if self.reads:
             newest = checkpoint.newest(folder)
-            if newest and json.loads((newest / "trainer.json").read_text())["words"] >= self.options["words"]:
+            if newest and checkpoint.read_counters(newest).get("words", 0) >= self.options["words"]:
                 return 1.0
         elif (folder / SAMPLES).exists():  # the last file that an interaction writes
             return 1.0
@@ -85,7 +85,10 @@ def last_record(path: Path) -> Record:
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 8192))
         lines = file.read().split(b"\n")[:-1]  # the text after the last line break is incomplete
-    return json.loads(lines[-1]) if lines else {}
+    try:
+        return parse_object(lines[-1]) if lines else {}
+    except ValueError:  # for the reader of the whole file to complain about
+        return {}
 
 
 def require_same_settings(part: Part, out: Path) -> None:
@@ -108,6 +111,9 @@ def make_ready(part: Part, out: Path) -> list[str]:
     if part.arm != "reading":
         return []
     name = milestone_name(part.start)
+    known = read_config(out / "pretrain")
+    folder.mkdir(parents=True)
+    atomic_write(folder / CONFIG, json.dumps(known | {"options": known["options"] | part.options}))
     partial = folder / "checkpoints" / f".{name}"
     shutil.copytree(out / "pretrain" / "checkpoints" / name, partial)
     partial.rename(partial.with_name(name))

@@ -205,7 +205,7 @@ def histograms(counts: dict[int, dict[str, list[int]]]) -> str:
     drawings = []
     for each in counts[steps[0]]:
         early, late = (
-            [sum(counts[step][each][score] for step in part) for score in range(TOP_SCORE + 1)]
+            [sum(counts[step][each][score] for step in part if each in counts[step]) for score in range(TOP_SCORE + 1)]
             for part in (steps[:tenth], steps[-tenth:])
         )
         drawings.append(plots.histogram(title(each), early, late, colour(each)))
@@ -357,11 +357,10 @@ class Picked:
             best.offer(record["reward"], record)
             worst.offer(-record["reward"], record)
             if record["scores"]:  # with --reward a callable replaces the teacher and gives no scores
-                if record["step"] not in self.counts:
-                    self.criteria = tuple(record["scores"])
-                    self.counts[record["step"]] = {each: [0] * (TOP_SCORE + 1) for each in self.criteria}
-                for each in self.criteria:
-                    self.counts[record["step"]][each][round(record["scores"][each])] += 1
+                self.criteria = tuple(record["scores"])
+                counts = self.counts.setdefault(record["step"], {})
+                for each, score in record["scores"].items():  # another --teacher-prompt may have come with a resume
+                    counts.setdefault(each, [0] * (TOP_SCORE + 1))[round(score)] += 1
         self.best, self.worst = best.records(), worst.records()
         self.drawn = sorted(self.last, key=shuffled)[:PICKED]
 

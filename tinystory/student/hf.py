@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tinystory.data.tokenizer import END_NAMES, Tokenizer
 from tinystory.errors import UserError
-from tinystory.student.model import Student, StudentConfig
+from tinystory.student.model import Student, StudentConfig, wrong_shape
 
 # Module names in a block: transformers' -> ours. Its Conv1D stores weights as (in, out), our Linear as (out, in).
 MODULES = {
@@ -102,11 +102,11 @@ def _to_transformers(student: Student) -> dict[str, Tensor]:
     ours = student.state_dict()
     return {
         f"transformer.{theirs}": (ours[own].T if transposed else ours[own]).detach().cpu().contiguous()
-        for theirs, own, transposed, _ in _layout(student.config)
+        for theirs, own, transposed, _ in layout(student.config)
     }
 
 
-def _layout(shape: StudentConfig) -> list[tuple[str, str, bool, tuple[int, ...]]]:
+def layout(shape: StudentConfig) -> list[tuple[str, str, bool, tuple[int, ...]]]:
     """Every parameter: its name in transformers, our name, whether it is transposed, and its shape in transformers."""
     C = shape.n_embd
     widths = {"qkv": (C, 3 * C), "attn_proj": (C, C), "fc": (C, 4 * C), "mlp_proj": (4 * C, C)}
@@ -153,15 +153,12 @@ def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
 
     if config.get("model_type") != "gpt2":
         raise refuse(f"its model_type is {config.get('model_type')!r}, not 'gpt2'")
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     for name, theirs in (("n_layer", "n_layer"), ("n_head", "n_head"), ("n_embd", "n_embd"),
                          ("context", "n_positions"), ("vocab_size", "vocab_size")):  # fmt: skip
-        size = config.get(theirs)
-        if type(size) is not int or not 0 < size < 2**24:
-            raise refuse(f"its {theirs} is {size!r}")
-        sizes[name] = size
-    if sizes["n_embd"] % (16 * sizes["n_head"]):
-        raise refuse(f"its head size is {sizes['n_embd'] / sizes['n_head']:g}, not a multiple of 16")
+        sizes[name] = config.get(theirs)
+    if wrong := wrong_shape(sizes):
+        raise refuse(wrong.replace("its context", "its n_positions"))
     for name, (ours, default) in FIXED.items():
         if config.get(name, default) != ours:
             raise refuse(f"its {name} is {config[name]!r}, not {ours!r}")
@@ -178,7 +175,7 @@ def _from_transformers(path: Path, shape: StudentConfig) -> dict[str, Tensor]:
         there = set(file.keys())
         prefix = "transformer." if "transformer.wte.weight" in there else ""
         state = {}
-        for name, own, transposed, expected in _layout(shape):
+        for name, own, transposed, expected in layout(shape):
             if prefix + name not in there:
                 raise UserError(f"{path} has no tensor {prefix + name}: it is not the model of its config.json")
             found = tuple(file.get_slice(prefix + name).get_shape())

@@ -10,9 +10,10 @@ the engine refuses parameters or a `Student.layout` that it does not know.
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,19 @@ class StudentConfig:
     n_embd: int
     context: int
     vocab_size: int
+
+
+def wrong_shape(sizes: Mapping[str, Any]) -> str:
+    """What is wrong with the sizes that a file claims for a StudentConfig; "" if nothing is. Files are untrusted, so
+    this is asked before anything is allocated."""
+    names = [f.name for f in fields(StudentConfig)]
+    if sizes.keys() != set(names):
+        return f"it must have {', '.join(names)}, and has {', '.join(map(str, sizes))[:200] or 'nothing'}"
+    for name in names:
+        if type(sizes[name]) is not int or not 0 < sizes[name] < 2**24:
+            return f"its {name} is {sizes[name]!r:.80}"
+    head = sizes["n_embd"] / sizes["n_head"]
+    return "" if head % 16 == 0 and head <= 256 else f"its head size is {head:g}, not a multiple of 16 up to 256"
 
 
 class KVCache:

@@ -1,0 +1,168 @@
+"""What no option may be: out of range, not a number, too large for memory, or against another option."""
+
+import dataclasses
+import json
+
+import pytest
+from conftest import SHORT, SMALL, fails, metrics
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_interact as interact
+import train_pretrain as pretrain
+from tinystory import memory
+from tinystory.config import (
+    INTERACT_PRESETS,
+    PRETRAIN_PRESETS,
+    InteractConfig,
+    Interval,
+    PretrainConfig,
+    as_dict,
+    check,
+    parse,
+)
+from tinystory.errors import UserError
+from tinystory.student import checkpoint
+
+COMMANDS = {PretrainConfig: PRETRAIN_PRESETS, InteractConfig: INTERACT_PRESETS}
+
+
+def options(config_class):
+    return [f for f in dataclasses.fields(config_class) if f.init]
+
+
+def test_every_number_has_a_range_that_holds_every_preset():
+    for config_class, presets in COMMANDS.items():
+        for f in options(config_class):
+            assert isinstance(f.metadata["allowed"], Interval) == (f.type in (int, float)), f.name
+        for preset in presets:
+            parse(config_class, presets, ["--preset", preset])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -1, 10**300, 2**63, 2.5, True, "1", None])
+def test_no_number_may_be_any_of_these(value):
+    for config_class in COMMANDS:
+        for f in options(config_class):
+            if isinstance(f.metadata["allowed"], Interval) and (f.type is int or value != 2.5):
+                config = dataclasses.replace(config_class(), **{f.name: value})
+                with pytest.raises(UserError, match=rf"--{f.name.replace('_', '-')} must be "):
+                    check(config)
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--learning-rate"])
+@pytest.mark.parametrize("text", ["nan", "inf", "1e400", "-1", "9223372036854775808", "x", ""])
+def test_what_is_no_number_is_told_without_a_traceback(flag, text, capsys):
+    line = capture(lambda: pretrain.main([f"{flag}={text}"]), capsys)
+    assert "error: " in line and flag in line
+
+
+def capture(command, capsys) -> str:
+    with pytest.raises(SystemExit) as exit:
+        command()
+    assert exit.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-timeout 0|--beta1 2|--beta2 1|--n-embd 20
+--n-embd 130|--n-head 3|--n-embd 2048 --n-head 4|--val-fraction 0|--val-fraction 1|--vocab-size 1e9|--vocab-size 260
+--teacher-max-tokens 0|--teacher-max-tokens -5|--kl-coef -5|--clip-ratio -1|--gamma 5|--eps 0|--warmup 1|--dropout 1
+--advantage ppo|--optimizer sgd|--weights-init zero|--dtype float16|--max-unscored 1|--diversity 1.1|--context 1
+--reward random --teacher-url http://127.0.0.1:9|--replay x --teacher-url http://127.0.0.1:9|--reward random --replay x
+--opening Once --openings o.txt|--preset paper --openings o.txt|--stories-per-step 1|--budget-cost 1"""
+
+
+@pytest.mark.parametrize("argv", REFUSED.replace("\n", "|").split("|"))
+def test_senseless_options_are_refused(argv):
+    argv = argv.split()
+    config_class = next(c for c in COMMANDS if {f.name for f in options(c)} >= {argv[-2][2:].replace("-", "_")})
+    with pytest.raises(UserError, match="--"):
+        parse(config_class, COMMANDS[config_class], argv)
+
+
+def test_whole_numbers_are_exact():
+    def seed(text):
+        return parse(PretrainConfig, PRETRAIN_PRESETS, ["--words", text]).words
+
+    assert [seed(text) for text in ("1e6", "1_000", "2M", "1.5k", "999999999999999")] == [
+        10**6,
+        1000,
+        2 * 10**6,
+        1500,
+        10**15 - 1,
+    ]
+
+
+JUNK = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text() | st.none()) | st.just({})
+)
+
+
+@given(st.data())
+def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
+    """Any value for any option: a config that may be run, or a sentence that names the file and the option."""
+    out = tmp_path_factory.mktemp("run")
+    config_class = data.draw(st.sampled_from([*COMMANDS]))
+    record = as_dict(config_class())
+    name = data.draw(st.sampled_from(sorted(record)))
+    record[name] = data.draw(JUNK | st.sampled_from(["\0", "\ud800", 2**70, -1]))
+    run = {"options": record, "started": "2026-01-01T00:00:00+00:00", "device": "cpu", "resumed": []}
+    (out / "config.json").write_text(json.dumps(run))
+    try:
+        config = parse(config_class, COMMANDS[config_class], ["--resume", "--out", str(out)])
+    except UserError as error:
+        assert str(out) in str(error) or name in ("openings", "opening", "reward", "n_head", "n_embd", "budget_cost")
+        assert name.replace("_", "-") in str(error)
+    else:
+        assert config.out == str(out) and config.resume
+        assert name in ("out", "resume") or getattr(config, name) == record[name] or record[name] is None
+
+
+def test_what_cannot_fit_memory_is_refused_before_it_is_allocated(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "total", lambda device: 64 << 30)
+    corpus = ["--corpus", str(place / "corpus.txt"), *SMALL, "--out", str(tmp_path / "p")]
+    for flag in ("--batch-size 1e9", "--n-embd 65536 --n-head 512", "--context 1e6 --batch-size 1e5"):
+        line = fails(pretrain.main, [*corpus, *flag.split()], capsys)
+        assert "GB of memory" in line and "lower --batch-size" in line
+    init = ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--reward", "random", "--out", str(tmp_path / "i")]
+    for flag in ("--stories-per-step", "--look-stories"):
+        assert "GB of memory" in fails(interact.main, [*init, flag, "1e9"], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_estimate_counts_parameters_exactly(student):
+    assert memory.parameters(student.config) == sum(p.numel() for p in student.parameters())
+
+
+def test_a_budget_that_holds_no_step_is_refused_at_once(place, tmp_path, capsys):
+    init = ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--reward", "random", "--out", str(tmp_path / "i")]
+    line = fails(interact.main, [*init, "--budget-words-out", "50"], capsys)
+    assert "does not hold a single step" in line and not (tmp_path / "i").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 100_000, "\0" * 100_000, "one two three " * 9 + " " * 100_000 + "four " * 9, "ab1 " * 30_000]
+)
+def test_a_corpus_of_one_endless_line_is_read(tmp_path, text, monkeypatch):
+    """Also one letter, or one gap: the time to learn a vocabulary grows with the square of the longest word."""
+    monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "corpus.txt").write_text(text)
+    pretrain.main(
+        [
+            "--corpus",
+            str(tmp_path / "corpus.txt"),
+            *SMALL,
+            "--words",
+            "20",
+            "--context",
+            "16",
+            "--out",
+            str(tmp_path / "p"),
+        ]
+    )
+    assert metrics(tmp_path / "p")
+
+
+def test_a_context_too_short_for_the_closing_story_ends_well(place, tmp_path):
+    corpus = ["--corpus", str(place / "corpus.txt"), *SMALL, "--words", "40", "--out", str(tmp_path / "p")]
+    pretrain.main([*corpus, "--context", "4"])
+    assert (tmp_path / "p" / "report.html").exists()
