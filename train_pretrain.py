@@ -22,6 +22,7 @@ from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import TokenFile, prepare
 from tinystory.device import Stop, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
+from tinystory.paths import usage
 from tinystory.report.run import write_report
 from tinystory.runlog import RunLog
 from tinystory.student import checkpoint
@@ -256,7 +257,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     report = write_report(run)
     if words < config.words:
-        print(f"stopped after {words:,} words, all saved; go on with: python train_pretrain.py --out {run} --resume")
+        go_on = usage("python train_pretrain.py")
+        print(f"stopped after {words:,} words, all saved; go on with: {go_on} --out {run} --resume")
         return
     (story,) = generate(
         student, None, tokenizer, [OPENING], first_index=0, max_new_tokens=min(90, config.context // 2),
@@ -264,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     print(f"\n{OPENING} {story.text}\n")
     print(f"validation loss {val_loss:.3f} nats per token, {val_bits:.3f} bits per byte")
-    print(f"report: {report}\nnext:   python train_interact.py --init {checkpoint.newest(run)}")
+    print(f"report: {report}\nnext:   {usage('python train_interact.py')} --init {checkpoint.newest(run)}")
 
 
 if __name__ == "__main__":

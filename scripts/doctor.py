@@ -21,7 +21,7 @@ import torch
 from tinystory.device import cpu_has_bf16
 from tinystory.errors import UserError, command
 from tinystory.ops import build, cuda
-from tinystory.paths import cache_dir
+from tinystory.paths import cache_dir, usage
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import Template, load_template
 
@@ -34,7 +34,7 @@ WANTED_DISK = 2 << 30  # bytes: shards of a large corpus, checkpoints, kernels
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher-url", metavar="URL", help="also ask the OpenAI-compatible teacher at this address")
     parser.add_argument("--teacher-model", metavar="NAME", help="model to ask for (default: the first that it lists)")
     parser.add_argument("--teacher-max-tokens", type=int, default=16, metavar="N", help="longest reply (default: 16)")

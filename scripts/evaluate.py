@@ -28,6 +28,7 @@ from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import OPENINGS, GradeStories, story_measures
 from tinystory.evaluate.who import unseen_stories, who_is_who
+from tinystory.paths import usage
 from tinystory.report.evaluation import comparison, write_page
 from tinystory.runlog import atomic_write
 from tinystory.student import checkpoint
@@ -44,7 +45,7 @@ TASKS = {
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
     for task, (_, text) in TASKS.items():
         parser.add_argument(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
