@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-CLONE = Path(__file__).resolve().parents[1]  # or site-packages, if a wheel was installed
+ROOT = Path(__file__).resolve().parents[1]  # a clone, or the site-packages of a wheel
 
 
 def cache_dir() -> Path:
@@ -18,6 +18,6 @@ def cache_dir() -> Path:
 def usage(text: str | None) -> str:
     """`text` as the user can type its commands: where there is no clone, `python train_interact.py` becomes
     `tinystory-interact` and `python scripts/sample.py` `tinystory-sample`, the entry points of pyproject.toml."""
-    if (CLONE / "pyproject.toml").is_file():
+    if (ROOT / "pyproject.toml").is_file():
         return text or ""
     return re.sub(r"python (?:scripts/|train_)(\w+)\.py", lambda m: f"tinystory-{m[1]}".replace("_", "-"), text or "")
