@@ -33,6 +33,7 @@ from tinystory.device import Interrupted, Stop, peak_memory_mb, pick_device, pic
 from tinystory.errors import UserError, command
 from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.stories import distinct_ngrams
+from tinystory.paths import usage
 from tinystory.report.plots import text_curve
 from tinystory.report.run import write_report
 from tinystory.reward import differences, plots, story_reward
@@ -270,7 +271,8 @@ def interact(config: InteractConfig) -> None:
         bar.close()
         checkpoint.drop_older(save(f"step_{step:07d}", replace=True))
         if stop.requested:
-            print(f"stopped after step {step}, all saved; go on with: python train_interact.py --out {run} --resume")
+            go_on = usage("python train_interact.py")
+            print(f"stopped after step {step}, all saved; go on with: {go_on} --out {run} --resume")
         elif rank0:
             looks = list(read_records(run / LOOKS))
             sides = (("before", 0), ("after", best_step))
@@ -281,7 +283,8 @@ def interact(config: InteractConfig) -> None:
 
 def starting_checkpoint(init: str) -> Path:
     if not init and checkpoint.newest(PRETRAIN_RUN) is None:
-        raise UserError(f"no checkpoint under {PRETRAIN_RUN}: run train_pretrain.py first, or give --init CHECKPOINT")
+        first = usage("python train_pretrain.py")
+        raise UserError(f"no checkpoint under {PRETRAIN_RUN}: run {first} first, or give --init CHECKPOINT")
     return checkpoint.find(Path(init) if init else PRETRAIN_RUN)
 
 
@@ -352,7 +355,7 @@ def print_summary(run: Path, shown: list[dict], best_step: int) -> None:
         print(f"  {name:12} {measure(sides['before']):.3g} -> {measure(sides['after']):.3g}")
     print(f"mean reward per step {text_curve(rewards, 60)}")
     print(f"report: {write_report(run)}")
-    print(f"next:   python scripts/sample.py {checkpoint.find(run)}")
+    print(f"next:   {usage('python scripts/sample.py')} {checkpoint.find(run)}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import TokenFile, prepare
 from tinystory.device import Stop, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
+from tinystory.paths import usage
 from tinystory.report.run import write_report
 from tinystory.runlog import RunLog, held
 from tinystory.student import checkpoint
@@ -266,7 +267,8 @@ def pretrain(config: PretrainConfig) -> None:
         return
     report = write_report(run)
     if words < config.words:
-        print(f"stopped after {words:,} words, all saved; go on with: python train_pretrain.py --out {run} --resume")
+        go_on = usage("python train_pretrain.py")
+        print(f"stopped after {words:,} words, all saved; go on with: {go_on} --out {run} --resume")
         return
     room = config.context - len(encode_opening(tokenizer, OPENING))
     if room > 0:
@@ -276,7 +278,7 @@ def pretrain(config: PretrainConfig) -> None:
         )  # fmt: skip
         print(f"\n{OPENING} {story.text}\n")
     print(f"validation loss {val_loss:.3f} nats per token, {val_bits:.3f} bits per byte")
-    print(f"report: {report}\nnext:   python train_interact.py --init {checkpoint.newest(run)}")
+    print(f"report: {report}\nnext:   {usage('python train_interact.py')} --init {checkpoint.newest(run)}")
 
 
 if __name__ == "__main__":

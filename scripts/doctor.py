@@ -26,7 +26,7 @@ from tinystory.errors import UserError, command
 from tinystory.evaluate.calibration import FULL, calibrate, lines, of_grader, require, verdict
 from tinystory.evaluate.known import corpus_documents, known_stories
 from tinystory.ops import build, cuda
-from tinystory.paths import cache_dir
+from tinystory.paths import cache_dir, usage
 from tinystory.reward import load_score
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grader import CallableGrader, Grader, TeacherGrader
@@ -41,7 +41,7 @@ WANTED_DISK = 2 << 30  # bytes: shards of a large corpus, checkpoints, kernels
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher-url", metavar="URL", help="also ask the OpenAI-compatible teacher at this address")
     parser.add_argument("--teacher-model", metavar="NAME", help="model to ask for (default: the first that it lists)")
     parser.add_argument("--teacher-max-tokens", type=int, default=16, metavar="N", help="longest reply (default: 16)")

@@ -32,6 +32,7 @@ from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import OPENINGS, GradeStories, story_measures
 from tinystory.evaluate.who import unseen_stories, who_is_who
+from tinystory.paths import usage
 from tinystory.report.evaluation import comparison, write_page
 from tinystory.report.judges import with_ends
 from tinystory.report.run import write_report
@@ -53,7 +54,7 @@ COMPARED = 40  # pairs, if --stories does not say
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT")
     parser.add_argument(
         "--compare", nargs="+", type=Path, metavar="RUN|A B", help="pairs of stories to judge, each in both orders"

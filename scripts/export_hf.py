@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from tinystory.errors import UserError, command
+from tinystory.paths import usage
 from tinystory.student import checkpoint, hf
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ MAIN = "main"  # branch of the best or newest checkpoint: the Hub's default revi
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run (its best or newest one)")
     parser.add_argument("folder", type=Path, help="new folder to write")
     parser.add_argument("--all-checkpoints", action="store_true", help="write all chck_* of the run, one folder each")

@@ -13,12 +13,13 @@ from tinystory.config import PretrainConfig, check
 from tinystory.data.corpus import NAMES, open_corpus
 from tinystory.data.shards import prepare
 from tinystory.errors import command
+from tinystory.paths import usage
 
 
 @command
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     default = PretrainConfig()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--corpus",
         nargs="+",
@@ -48,7 +49,7 @@ def main() -> None:
         metavar="N",
         help="chooses the held-out documents (default: %(default)s)",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check(PretrainConfig(**vars(args)))
 
     data = prepare(open_corpus(args.corpus), vocab_size=args.vocab_size, val_fraction=args.val_fraction, seed=args.seed)

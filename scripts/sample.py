@@ -15,13 +15,14 @@ from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings, load_openings
 from tinystory.device import pick_device
 from tinystory.errors import command
+from tinystory.paths import usage
 from tinystory.student import checkpoint
 from tinystory.student.generate import encode_opening, generate
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path, help="folder of a checkpoint or a run (its best or newest)")
     parser.add_argument("--opening", help="text that every story begins with (default: built-in ones, held out)")
     parser.add_argument("--stories", type=int, default=5, help="number of stories (default: 5)")

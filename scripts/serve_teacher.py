@@ -20,13 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.data.corpus import open_corpus
 from tinystory.errors import UserError, command
+from tinystory.paths import usage
 from tinystory.rubric.rubric import Rubric
 from tinystory.rubric.server import serve
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8321, help="port on 127.0.0.1; 0 takes a free one (default: 8321)")
     parser.add_argument(
         "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="corpus to read (default: builtin)"

@@ -156,6 +156,21 @@ def test_compilers_that_outlive_a_killed_build_do_not_reach_the_next(place):
     assert run(place) == ("43", "") and "answer" not in calls(place)
 
 
+def test_a_source_that_changes_while_others_compile_is_compiled_by_the_next_build(place):
+    first, held, _ = start_and_hold(place, "link")
+    (place / "csrc/cpu/answer.h").write_text("#define ANSWER 43\n")
+    held.unlink()
+    assert first.communicate(timeout=LIMIT)[0] == "42\n"
+    assert run(place)[0] == "43"
+
+
+def test_an_unchanged_library_is_loaded_without_torchs_builder(place):
+    """It takes half a second to import."""
+    assert run(place)[0] == "42"
+    code = RUN.format(str(place / "csrc")) + "; import sys; print('torch.utils.cpp_extension' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "42\nFalse\n"
+
+
 def test_two_builds_at_once_build_once(place):
     first, held, _ = start_and_hold(place, "link")
     second = start(place)
@@ -175,6 +190,8 @@ def test_every_input_is_in_the_key(place, monkeypatch):
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
     folders.append(build.library_folder("x", sources))
     monkeypatch.setattr(build.torch, "__version__", "9.9")
+    folders.append(build.library_folder("x", sources))
+    monkeypatch.setattr(build, "__version__", "9.9")  # an installer may give newer sources an older time
     folders.append(build.library_folder("x", sources))
     assert len(set(folders)) == len(folders)
 

@@ -65,12 +65,12 @@ def test_entries_that_cannot_be_served_are_dropped_and_named_once(machine, capsy
     device.pick_device("cuda")
     device.pick_device("cuda")
     assert built == ["8.0;8.6;9.0+PTX;10.0a"]
-    assert capsys.readouterr().err == "tinystory: no CUDA kernels for 7.5, Turing: they need 8.0 or more\n"
+    assert capsys.readouterr().err == "tinystory: no CUDA kernels for 7.5, Turing: only for numbers from 8.0 on\n"
 
 
 BAD = {
     "an old GPU": (dict(gpus=((7, 5),)), "compute capability 7.5, and the CUDA kernels need 8.0 .*--device cpu"),
-    "nothing left of the list": (dict(wanted="7.0;7.5"), "need compute capability 8.0 .* not 7.0, 7.5.*--device cpu"),
+    "nothing left of the list": (dict(wanted="7.0;7.5"), "not 7.0, 7.5: unset TORCH_CUDA_ARCH_LIST.*--device cpu"),
     "no nvcc": (dict(nvcc=""), "no CUDA toolkit .*install version 13 and set CUDA_HOME.*--device cpu"),
     "an nvcc without headers": (dict(header=False), "no CUDA toolkit .*install version 13 and set CUDA_HOME"),
     "another major version": (dict(nvcc="12.8"), "has release 12.8: set CUDA_HOME to a toolkit of 13.*--device cpu"),

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import os
 import re
 import shlex
@@ -22,16 +23,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import ninja
 import pybind11
 import torch
 
+from tinystory import __version__
 from tinystory.errors import UserError
-from tinystory.paths import cache_dir
+from tinystory.paths import ROOT, cache_dir
 
-PACKAGE = Path(__file__).resolve().parents[1]
-CSRC = next((p for p in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if p.is_dir()), PACKAGE / "csrc")  # wheel, clone
+CSRC = ROOT / "csrc" if (ROOT / "csrc").is_dir() else ROOT / "tinystory/csrc"  # a clone's, or a wheel's
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-ffp-contract=off"]  # sampling needs each float step as written; kernels write fma() where they want one
 INSTEAD = "set TINYSTORY_KERNELS=reference to run in plain PyTorch"
@@ -51,34 +53,65 @@ def cpu_sources() -> list[Path]:
 
 
 def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> ModuleType:
-    """Compile and load a library: with `gpus`, as in TORCH_CUDA_ARCH_LIST, one for CUDA."""
-    compiler, *flags = command()
+    """Load a library, compiled first if a source has changed: with `gpus`, as in TORCH_CUDA_ARCH_LIST, one for CUDA."""
     folder = library_folder(name, sources, gpus, toolkit)
-    # The second and third keep torch from warning of unknown compilers, and from taking objects out of a ccache that
-    # other machines share: it does not know which processor -march=native meant.
-    settings = {"CXX": compiler, "TORCH_DONT_CHECK_COMPILER_ABI": "1", "TORCH_NO_COMPILER_WRAPPER": "1"}
-    settings |= {"TORCH_CUDA_ARCH_LIST": gpus, "PATH": f"{ninja.BIN_DIR}:{os.environ.get('PATH', os.defpath)}"}
-    with locked(folder), environment(settings), progress(folder / f"{name}.so", sources, gpus):
-        from torch.utils import cpp_extension  # here, because it takes half a second to import
-
+    with locked(folder):
+        built = folder / "built"  # its time is when the last build that succeeded began
+        since = built.stat().st_mtime if built.exists() else 0
+        files = [file for place in {CSRC, *(s.parent for s in sources)} for file in place.glob("*.*")]
+        changed = sorted(file.name for file in files if file.stat().st_mtime > since)
         try:
-            return cpp_extension.load(
-                name,
-                list(map(str, sources)),
-                # torch's own copy of pybind11, which its libraries are built with, comes before the package's, which
-                # serves builds of torch that have no copy (conda-forge, Debian).
-                extra_cflags=[*flags, f"-isystem {shlex.quote(pybind11.get_include())}"],
-                extra_cuda_cflags=["-std=c++20", "-O3"],
-                extra_ldflags=flags[-1:],
-                build_directory=str(folder),
-                with_cuda=bool(gpus),
-            )
+            if not changed:
+                return imported(name, folder)
+            what = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
+            why = f"after a change in {', '.join(changed)}" if since else f"({len(sources)} files, once)"
+            print(f"tinystory: compiling the {what} {why} ...", end=" ", file=sys.stderr, flush=True)
+            (folder / "begun").touch()
+            started, outcome = time.monotonic(), "failed"
+            try:
+                module = compiled(name, sources, folder, gpus)
+                outcome = f"{time.monotonic() - started:.0f} s"
+            finally:
+                print(outcome, file=sys.stderr)
+            (folder / "begun").replace(built)
+            return module
         except ImportError as error:
             raise UserError(f"cannot load the kernels ({error}); delete {folder} and start again") from None
         except (RuntimeError, OSError) as error:
             failed = re.findall(r"^FAILED: .*\n.*\n((?:(?!\[\d+/|ninja: ).*\n)*)", str(error), re.MULTILINE)
             said = "".join(failed).strip() or str(error)
             raise UserError(f"the kernels do not compile; the compiler says:\n{said[:4000]}\n({INSTEAD})") from None
+
+
+def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleType:
+    """What ninja makes of the sources, loaded."""
+    from torch.utils import cpp_extension  # here, because it takes half a second to import
+
+    compiler, *flags = command()
+    # The second and third keep torch from warning of unknown compilers, and from taking objects out of a ccache that
+    # other machines share: it does not know which processor -march=native meant.
+    settings = {"CXX": compiler, "TORCH_DONT_CHECK_COMPILER_ABI": "1", "TORCH_NO_COMPILER_WRAPPER": "1"}
+    settings |= {"TORCH_CUDA_ARCH_LIST": gpus, "PATH": f"{ninja.BIN_DIR}:{os.environ.get('PATH', os.defpath)}"}
+    with mock.patch.dict(os.environ, settings):  # and not afterwards
+        return cpp_extension.load(
+            name,
+            list(map(str, sources)),
+            # torch's own copy of pybind11, which its libraries are built with, comes before the package's, which
+            # serves builds of torch that have no copy (conda-forge, Debian).
+            extra_cflags=[*flags, f"-isystem {shlex.quote(pybind11.get_include())}"],
+            extra_cuda_cflags=["-std=c++20", "-O3"],
+            extra_ldflags=flags[-1:],
+            build_directory=str(folder),
+            with_cuda=bool(gpus),
+        )
+
+
+def imported(name: str, folder: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.so")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def command() -> list[str]:
@@ -102,8 +135,9 @@ def macros(command: list[str]) -> str:
 
 
 def library_folder(name: str, sources: list[Path], *more: str) -> Path:
-    parts = [torch.__version__, torch.version.git_version, sys.version, *command(), macros(command()), *more]
-    digest = hashlib.sha256("\0".join([*parts, *map(str, sources)]).encode()).hexdigest()
+    versions = [__version__, torch.__version__, str(torch.version.git_version), sys.version]
+    parts = [*versions, *command(), macros(command()), *more, *map(str, sources)]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return cache_dir().absolute() / "kernels" / f"{name}-{digest[:16]}"
 
 
@@ -112,50 +146,19 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for this process. Where a killed build left torch's lock behind, the folder is made anew: the
     compilers of that build may still run, and now they write into one that is gone. Raises UserError where the folder
     cannot be written or locked."""
-    with contextlib.ExitStack() as held:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder.with_suffix(".lock"), "w")  # noqa: SIM115
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context(open(folder.with_suffix(".lock"), "w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print("tinystory: waiting for another process that compiles the kernels", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if (folder / "lock").exists():
-                shutil.rmtree(folder)
-                folder.mkdir()
-        except OSError as error:
-            why = f"{folder} cannot be written or locked ({error.strerror})"
-            raise UserError(f"{why}: set TINYSTORY_CACHE to a folder on a local disk that can, or {INSTEAD}") from None
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("tinystory: waiting for another process that compiles the kernels", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if (folder / "lock").exists():
+            shutil.rmtree(folder)
+            folder.mkdir()
+    except OSError as error:
+        why = f"{folder} cannot be written or locked ({error.strerror})"
+        raise UserError(f"{why}: set TINYSTORY_CACHE to a folder on a local disk that can, or {INSTEAD}") from None
+    with file:
         yield
-
-
-@contextlib.contextmanager
-def environment(settings: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@contextlib.contextmanager
-def progress(library: Path, sources: list[Path], gpus: str) -> Iterator[None]:
-    """One line on stderr if there is something to compile: what, and how long it took."""
-    built = library.stat().st_mtime if library.exists() else 0
-    files = [file for folder in {CSRC, *(s.parent for s in sources)} for file in folder.glob("*.*")]
-    changed = sorted(file.name for file in files if file.stat().st_mtime > built)
-    if not changed:
-        yield
-        return
-    why = f"after a change in {', '.join(changed)}" if built else f"({len(sources)} files, once)"
-    what = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
-    print(f"tinystory: compiling the {what} {why} ...", end=" ", file=sys.stderr, flush=True)
-    started, outcome = time.monotonic(), "failed"
-    try:
-        yield
-        outcome = f"{time.monotonic() - started:.0f} s"
-    finally:
-        print(outcome, file=sys.stderr)

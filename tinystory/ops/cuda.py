@@ -25,7 +25,7 @@ def load() -> None:
         raise UserError(f"{why}, {INSTEAD}")
     gpus, dropped = architectures()
     if dropped:
-        print(f"tinystory: no CUDA kernels for {', '.join(dropped)}: they need 8.0 or more", file=sys.stderr)
+        print(f"tinystory: no CUDA kernels for {', '.join(dropped)}: only for numbers from 8.0 on", file=sys.stderr)
     home = toolkit()
     assert home is not None, "why_not would have said so"
     try:
@@ -52,9 +52,8 @@ def why_not() -> str:
     wanted = torch.version.cuda.split(".")[0]
     kept, dropped = architectures()
     if not kept:
-        return (
-            f"the CUDA kernels need compute capability 8.0 (Ampere) or more, not {', '.join(dropped)}: use another GPU"
-        )
+        instead = "unset TORCH_CUDA_ARCH_LIST" if os.environ.get("TORCH_CUDA_ARCH_LIST") else "use another GPU"
+        return f"the CUDA kernels need compute capability 8.0 (Ampere) or more, not {', '.join(dropped)}: {instead}"
     home = toolkit()
     if home is None:
         return (
