@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tinystory.config import InteractConfig
 from tinystory.errors import UserError, command
 from tinystory.evaluate.agreement import Judge, agreement
+from tinystory.paths import usage
 from tinystory.report.agreement import COLUMNS, length_line, rows, write_agreement
 from tinystory.report.judges import OPINIONS
 from tinystory.report.run import scorer, write_report
@@ -34,7 +35,7 @@ BUILTIN = "rubric"
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "judges", nargs="+", metavar="JUDGE", help="a run, a file of graded stories, a URL, rubric, or FILE.py:FUNCTION"
     )

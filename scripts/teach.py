@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.errors import UserError, command
 from tinystory.evaluate.preference import PREFERENCES, run_pairs, run_preferences
+from tinystory.paths import usage
 from tinystory.person.desk import Desk
 from tinystory.person.pairs import PairDesk
 from tinystory.person.server import serve
@@ -32,7 +33,7 @@ from tinystory.teacher.prompt import Template, load_template
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8500, help="port on 127.0.0.1; 0 takes a free one (default: 8500)")
     parser.add_argument(
         "--grades", type=Path, default=Path("runs/teach/grades.jsonl"), metavar="FILE", help="where grades are kept"
