@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     told = [*first[0].scores, *first[0].wholes] if first else []
     told = told[: options.stories or None]
     judges = [*first]
-    for name, found in zip(options.judges[1:], read[1:], strict=True):
-        judges += found if found is not None else [ask(name, told, options, run)]
+    for name, others in zip(options.judges[1:], read[1:], strict=True):
+        judges += others if others is not None else [ask(name, told, options, run)]
     if len(judges) < 2:
         raise UserError("agreement needs two judges: name another one, or a file that several people graded")
     if run.is_dir():

@@ -146,7 +146,7 @@ def compare_stories(options: argparse.Namespace) -> None:
     if not options.teacher_url:
         raise UserError("--compare needs --teacher-url: the built-in teacher scores stories, it cannot compare them")
     run = options.compare[0] if len(options.compare) == 1 else None
-    pairs = run_pairs(run) if run else student_pairs(*options.compare, options)
+    pairs = run_pairs(run) if run else student_pairs(options.compare[0], options.compare[1], options)
     with Teacher(
         options.teacher_url,
         options.teacher_model or None,

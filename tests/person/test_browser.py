@@ -108,7 +108,9 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
                 before = kept.read_bytes()
                 server.send_signal(signal.SIGKILL)
                 server.wait()
-                page.wait_for_function("document.getElementById('message').textContent.includes('does not answer')")
+                page.wait_for_function(
+                    "() => document.getElementById('message').textContent.includes('does not answer')"
+                )
                 assert kept.read_bytes() == before
                 server = start(tmp_path, port)
                 press(page, "21", story)  # before the trainer has noticed

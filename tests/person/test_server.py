@@ -15,6 +15,7 @@ from tinystory.person import desk as desks
 from tinystory.person.desk import Desk
 from tinystory.person.server import page, serve
 from tinystory.rubric import chat
+from tinystory.runlog import RunLog
 from tinystory.teacher.client import PERSON, Teacher
 from tinystory.teacher.prompt import Criterion, Template
 
@@ -165,6 +166,16 @@ def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url,
 
     with pytest.raises(UserError, match="--port"):
         asyncio.run(again())
+
+
+def test_the_curve_is_of_the_run_that_is_taught_from_here(tmp_path):
+    with RunLog(tmp_path / "run", resume_step=None) as log:
+        log.config({"teacher": {"url": "http://127.0.0.1:8500/v1"}, "device": "cpu"})
+        assert teach.curve(tmp_path / "run", "http://127.0.0.1:8500") == ""  # before the first step
+        for step in (1, 2, 3):
+            log.metrics(step=step, reward_mean=step / 10)
+    assert "Mean reward per step" in teach.curve(tmp_path / "run", "http://127.0.0.1:8500")
+    assert teach.curve(tmp_path / "run", "http://127.0.0.1:8501") == teach.curve(tmp_path, "http://x") == ""
 
 
 @pytest.mark.parametrize("argv", [["--port", "70000"], ["--twice", "2"], ["--compare", "nowhere"]])
