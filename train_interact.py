@@ -41,7 +41,7 @@ from tinystory.runlog import LOOKS, SAMPLES, RunLog, atomic_write, held, read_me
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, encode_opening, generate, require_room
 from tinystory.student.model import ValueHead
-from tinystory.teacher.grade import Grade, require_scores, score_means
+from tinystory.teacher.grade import Grade, agreement, require_scores, score_means
 from tinystory.teacher.grader import Grader, open_grader
 
 PRETRAIN_RUN = Path("runs/pretrain")
@@ -170,6 +170,7 @@ def interact(config: InteractConfig) -> None:
             held_out = openings.held_out
             stories = write(LOOK_INDEX, config.look_stories, lambda i: held_out[(i - LOOK_INDEX) % len(held_out)])
             grades = distributed.rank0_value(lambda: scorer.collect(stop))
+            budget.spend(sum(grade.reply_words for grade in grades), sum(story.words for story in stories))
             rewards = rewards_of(config, stories, grades)
             means = score_means(grades) | story_means(stories)
             given = [reward for reward in rewards if reward is not None]
@@ -237,13 +238,17 @@ def interact(config: InteractConfig) -> None:
                 words_read = new_words + sum(grade.reply_words for grade in grades)
                 budget.spend(words_read, sum(story.words for story in stories))
                 step, written = step + 1, written + n
-                looked = {}
-                with contextlib.suppress(Interrupted):  # the step is logged all the same; a resumed run looks first
+                looked, failed = {}, None
+                try:
                     looked = look() if looks_at(config, step) else {}
+                except Interrupted:  # the step is logged all the same; a resumed run looks first
+                    pass
+                except UserError as error:
+                    failed = error
                 log.stories(story_records(step, stories, grades, rewards))
                 log.metrics(
                     step=step, reward_mean=story_rewards.mean(), reward_std=story_rewards.std(),
-                    **score_means(grades), **story_means(stories),
+                    **score_means(grades), **agreement(grades), **story_means(stories),
                     **looked, words_in=budget.words_in,
                     words_out=budget.words_out, unscored=n - len(scored),
                     rollout_s=wrote - began, reference_s=read - wrote, teacher_s=graded - read,
@@ -256,6 +261,9 @@ def interact(config: InteractConfig) -> None:
                 for name, milestone in milestones.items():
                     if words_before < milestone <= budget.words_in:
                         save(name)
+                if failed:  # the teacher, at the look: what this step learned is saved
+                    checkpoint.drop_older(save(f"step_{step:07d}"))
+                    raise failed
                 if step % config.save_every == 0:
                     checkpoint.drop_older(save(f"step_{step:07d}"))
                     if rank0:

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         "judges", nargs="+", metavar="JUDGE", help="a run, a file of graded stories, a URL, rubric, or FILE.py:FUNCTION"
     )
     parser.add_argument("--stories", type=int, default=0, metavar="N", help="ask about the first N only (default: all)")
-    parser.add_argument("--teacher-model", default="", metavar="NAME", help="model of the endpoints")
+    parser.add_argument("--teacher-model", nargs="+", default=[], metavar="NAME", help="model of the endpoints")
     parser.add_argument("--teacher-concurrency", type=int, default=InteractConfig.teacher_concurrency, metavar="N")
     parser.add_argument("--teacher-prompt", default="", metavar="FILE", help="JSON file of what endpoints grade")
     parser.add_argument(
@@ -111,7 +111,7 @@ def ask(name: str, told: Sequence[tuple[str, str]], options: argparse.Namespace,
         teacher_prompt=options.teacher_prompt,
     )
     if name.startswith(("http://", "https://")):
-        config.teacher_url = name
+        config.teacher_url = [name]
     elif name != BUILTIN:
         config.reward = name
     replies = (run if run.is_dir() else run.parent) / "second_replies.jsonl" if config.teacher_url else None

@@ -2,10 +2,12 @@
 
     python scripts/bench_teacher.py                                         our client beside the bare openai client
     python scripts/bench_teacher.py --teacher-url http://127.0.0.1:8080/v1  this server's gain from prefix caching
+    python scripts/bench_teacher.py --latency 0.2                           one slow server, three, three unlike ones
 
 Without a URL the teacher is a server started here that answers immediately, so only the overhead of the clients is
 measured. With a URL, stories are sent with the rubric first, as we do, and with the rubric last: a server that caches
-prompt prefixes does not have to process the rubric again.
+prompt prefixes does not have to process the rubric again. With a latency, servers are started here that take so long
+for a reply and work on AT_ONCE requests at a time, as a model's slots do; the others wait.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import fence, render
 
 OPENING, WORDS = "Once upon a time,", 80  # words per story
+AT_ONCE = 8  # requests that a slow server works on
 SAMPLING = dict(temperature=0.2, max_tokens=6, seed=0)
 
 
@@ -40,6 +43,7 @@ SAMPLING = dict(temperature=0.2, max_tokens=6, seed=0)
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher-url", metavar="URL", help="measure the server at this URL, not our client")
+    parser.add_argument("--latency", type=float, metavar="S", help="measure servers that take S seconds per reply")
     parser.add_argument("--stories", type=int, metavar="N", help="stories per run (default: 2000, or 16 with a URL)")
     parser.add_argument("--concurrency", type=int, default=64, metavar="N", help="requests in flight")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed runs, after a warm-up run (default: 3)")
@@ -49,8 +53,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--stories, --concurrency and --runs must be at least 1")
     if options.teacher_url:
         measured: dict[str, Any] = prefix(options.teacher_url, count, options.runs)
+    elif options.latency:
+        measured = sharing(options.latency, count, options.runs)
     else:
-        with instant_server() as url:
+        with local_server() as url:
             measured = overhead(url, count, options.concurrency, options.runs)
     print(json.dumps(dict(stories=count, runs=options.runs) | measured), flush=True)
 
@@ -88,6 +94,27 @@ def overhead(url: str, count: int, concurrency: int, runs: int) -> dict[str, flo
         seconds, cpu = (statistics.median(lap) for lap in zip(*times[1:], strict=True))
         found |= {f"{name}_per_s": round(count / seconds, 1), f"{name}_cpu_ms": round(1e3 * cpu / count, 3)}
     return found | dict(ratio=round(found["ours_per_s"] / max(found["aiohttp_per_s"], found["httpx_per_s"]), 3))
+
+
+def sharing(latency: float, count: int, runs: int) -> dict[str, float]:
+    """Stories per second with one server, with three like it, and with three of which two take twice as long,
+    alternating; of_three and of_unlike: the fraction of 3 and of 2 times the rate of one that this is."""
+    with contextlib.ExitStack() as stack:
+        even, odd = ([stack.enter_context(local_server(s)) for _ in range(3)] for s in (latency, 2 * latency))
+        groups = {"one": even[:1], "three": even, "unlike": [even[0], *odd[:2]]}
+        laps: dict[str, list[float]] = {name: [] for name in groups}
+        for stories in rounds(count, runs):
+            for name, urls in groups.items():
+                with Teacher(urls, concurrency=AT_ONCE) as teacher:
+                    teacher.probe()
+                    began = time.perf_counter()
+                    assert all(grade.scores for grade in teacher.grade(OPENING, stories, 0))
+                    laps[name].append(time.perf_counter() - began)
+    rate = {name: count / statistics.median(seconds[1:]) for name, seconds in laps.items()}
+    found = dict(latency_s=latency, at_once=AT_ONCE) | {f"{name}_per_s": round(each, 1) for name, each in rate.items()}
+    return found | dict(
+        of_three=round(rate["three"] / rate["one"] / 3, 3), of_unlike=round(rate["unlike"] / rate["one"] / 2, 3)
+    )
 
 
 def prefix(url: str, count: int, runs: int) -> dict[str, float | str | None]:
@@ -150,10 +177,10 @@ async def each(ask: Callable[[dict], Awaitable], prompts: Sequence[dict], concur
 
 
 @contextlib.contextmanager
-def instant_server() -> Iterator[str]:
+def local_server(latency: float = 0.0) -> Iterator[str]:
     """The URL of a server in its own process that replies "2 1 3" to every request."""
     ours, its = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(its,), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(its, latency), daemon=True)
     process.start()
     try:
         yield f"http://127.0.0.1:{ours.recv()}/v1"
@@ -162,17 +189,21 @@ def instant_server() -> Iterator[str]:
         process.join()
 
 
-def serve(pipe: multiprocessing.connection.Connection) -> None:
+def serve(pipe: multiprocessing.connection.Connection, latency: float) -> None:
     from aiohttp import web
 
     message = {"role": "assistant", "content": "2 1 3"}
     usage = {"prompt_tokens": 500, "completion_tokens": 6, "total_tokens": 506}
     completion = dict(id="1", object="chat.completion", created=0, model="m", usage=usage)
     completion["choices"] = [dict(index=0, message=message, finish_reason="stop")]
+    slots = asyncio.Semaphore(AT_ONCE)
     listed = dict(object="list", data=[dict(id="m", object="model", created=0, owned_by="us")])
 
     async def answer(request: web.BaseRequest) -> web.Response:
         await request.read()
+        if latency and request.method == "POST":
+            async with slots:
+                await asyncio.sleep(latency)
         return web.json_response(listed if request.method == "GET" else completion)
 
     async def run() -> None:

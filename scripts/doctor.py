@@ -29,7 +29,7 @@ from tinystory.ops import build, cuda
 from tinystory.paths import cache_dir, usage
 from tinystory.reward import load_score
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grader import CallableGrader, Grader, TeacherGrader
+from tinystory.teacher.grader import CallableGrader, Grader, TeacherGrader, load_extra
 from tinystory.teacher.prompt import Template, load_template
 
 PACKAGES = (
@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="whence most of them (default: builtin)"
     )
     parser.add_argument("--require-judgement", type=float, default=0.0, metavar="X", help="fail if it judges worse")
+    parser.add_argument("--teacher-extra", default="", metavar="JSON", help="fields to merge into each request")
     options = parser.parse_args(argv)
     if options.teacher_max_tokens < 1:
         raise UserError(f"--teacher-max-tokens must be at least 1, not {options.teacher_max_tokens}")
@@ -71,8 +72,12 @@ def main(argv: list[str] | None = None) -> None:
     elif options.teacher_url is not None:
         template = load_template(options.teacher_prompt) if options.teacher_prompt else Template()
         limits = dict(max_tokens=options.teacher_max_tokens, template=template, concurrency=options.teacher_concurrency)
+        limits |= dict(extra=load_extra(options.teacher_extra))
         with Teacher(options.teacher_url, options.teacher_model, **limits) as teacher:
-            print(f"{'teacher':10} {teacher.probe()}")
+            probed = teacher.probe()
+            print(f"{'teacher':10} {probed}")
+            for note in probed.notes:
+                print(f"{'':10} {note}")
             if calibrates:
                 calibration(TeacherGrader(teacher), options)
 

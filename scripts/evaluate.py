@@ -80,8 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--temperature", type=float, default=InteractConfig.temperature, help="at which they are sampled"
     )
-    parser.add_argument("--teacher-url", default="", help="teacher that scores them (default: the built-in teacher)")
-    parser.add_argument("--teacher-model", default="", help="model name (default: the first that the server lists)")
+    parser.add_argument("--teacher-url", nargs="+", default=[], help="teacher that scores them (default: built in)")
+    parser.add_argument("--teacher-model", nargs="+", default=[], help="model name (default: the first listed)")
     parser.add_argument("--teacher-concurrency", type=int, default=InteractConfig.teacher_concurrency)
     parser.add_argument("--seed", type=int, default=0, help="seed of the stories and of the teacher")
     parser.add_argument("--device", default="auto")

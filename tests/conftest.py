@@ -12,7 +12,7 @@ import train_pretrain
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
-from tinystory.teacher import client
+from tinystory.teacher import judge
 
 hypothesis.settings.register_profile("patient", deadline=None)  # a slow machine is no failure
 hypothesis.settings.load_profile("patient")
@@ -77,8 +77,8 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def short_pauses(monkeypatch):
     """Shorten the pauses between retries, and ignore the user's API key."""
-    monkeypatch.setattr(client, "PAUSE_S", 0.01)
-    monkeypatch.setattr(client, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(judge, "PAUSE_S", 0.01)
+    monkeypatch.setattr(judge, "LONGEST_PAUSE_S", 0.1)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 

@@ -31,6 +31,7 @@ class FaultServer:
         self.good = Counter()  # complete replies sent, per story
         self.in_flight = self.most_in_flight = 0
         self.delay = 0.0  # seconds before a good reply
+        self.port = 0  # any that is free
 
     def __enter__(self):
         self.loop = asyncio.new_event_loop()
@@ -54,7 +55,7 @@ class FaultServer:
         app.router.add_post("/v1/chat/completions", self._chat)
         self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
         await self.runner.setup()
-        site = web.TCPSite(self.runner, "127.0.0.1", 0)
+        site = web.TCPSite(self.runner, "127.0.0.1", self.port)
         await site.start()
         self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}/v1"
 

@@ -110,11 +110,19 @@ class InteractConfig:
     )
     resume: bool = option(False, "continue from the newest checkpoint in --out")
 
-    teacher_url: str = option(
-        "", "any OpenAI-compatible endpoint, e.g. http://127.0.0.1:11434/v1 (default: the built-in teacher)"
+    teacher_url: list[str] = option(
+        [], "any OpenAI-compatible endpoint, e.g. http://127.0.0.1:11434/v1, or several (default: the built-in teacher)"
     )
-    teacher_model: str = option("", "model name (default: the first that the server lists)")
-    teacher_concurrency: int = option(16, "maximum number of requests in flight", "[1, 10000]")
+    teacher_model: list[str] = option(
+        [], "model name, or one for each --teacher-url (default: the first that a server lists)"
+    )
+    teacher_panel: str = option(
+        "none",
+        "mean or median: different models grade every story, and their scores are combined so",
+        ("none", "mean", "median"),
+    )
+    teacher_extra: str = option("", "JSON object whose fields are merged into each request to the teacher")
+    teacher_concurrency: int = option(16, "maximum number of requests in flight per server", "[1, 10000]")
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher", "[0, 2]")
     teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]")
     teacher_timeout: float = option(300.0, "seconds that grading one story may take, retries included", "(0, 86400]")
@@ -248,6 +256,9 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
         if preset not in (None, *presets):
             raise UserError(f"{folder / CONFIG} names a preset {preset!r} that there is not; give --preset")
         recorded = {f.name: recorded[f.name] for f in options if f.name in recorded} | {"out": str(folder)}
+        for name in {"teacher_url", "teacher_model"} & recorded.keys():  # one text in runs older than several servers
+            if isinstance(recorded[name], str):
+                recorded[name] = [recorded[name]] if recorded[name] else []
         for name in recorded.keys() - typed.keys():
             try:
                 _check_option(config_class, name, recorded[name])

@@ -7,12 +7,14 @@ Anything can be the teacher: any callable `f(opening, stories)` that returns one
 no score: the story gets no reward and no gradient, and it is counted.
 """
 
+import contextlib
 import hashlib
 import importlib.util
-import math
+import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tinystory.errors import UserError
 
@@ -78,7 +80,8 @@ def random_scores(opening: str, stories: Sequence[str]) -> list[float]:
 
 def load_score(spec: str) -> ScoreStories:
     """`random_scores` for "random", else the function named by FILE.py:FUNCTION, with its scores checked at each call.
-    Raises UserError if there is none, and from a call whose scores are not one number in 0..1 or None per story."""
+    Raises UserError if there is none, if its file or a call of it fails, and from a call whose scores are not one
+    number in 0..1 or None per story."""
     if spec == "random":
         return random_scores
     file, _, name = spec.rpartition(":")
@@ -89,20 +92,55 @@ def load_score(spec: str) -> ScoreStories:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--reward {spec}: {file!r} is not a Python file; write it as FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    with _told_where(spec, file):
+        module_spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"--reward {spec}: {file} has no function {name!r}")
 
     def score(opening: str, stories: Sequence[str]) -> Sequence[float | None]:
-        scores = list(function(opening, stories))
+        with _told_where(spec, file):
+            given = function(opening, stories)
+            scores = given if given is None or isinstance(given, str) else list(given)
+        if not isinstance(scores, list):
+            raise UserError(f"--reward {spec} gave {_short(scores)}; it must give a list with one score per story")
         if len(scores) != len(stories):
             raise UserError(
                 f"--reward {spec} gave {len(scores)} scores for {len(stories)} stories; it must give one per story"
             )
         for value in scores:
-            if value is not None and not (math.isfinite(value) and 0 <= value <= 1):
-                raise UserError(f"--reward {spec} gave {value!r}; a score is a number from 0 to 1, or None")
+            if value is not None and not _is_score(value):
+                raise UserError(f"--reward {spec} gave {_short(value)}; a score is a number from 0 to 1, or None")
         return scores
 
     return score
+
+
+def _is_score(value: Any) -> bool:
+    """Whether it is a number from 0 to 1 of any library's; text that reads as one is none."""
+    return not isinstance(value, str | bytes) and hasattr(value, "__float__") and 0 <= float(value) <= 1
+
+
+def _short(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+@contextlib.contextmanager
+def _told_where(spec: str, file: str) -> Iterator[None]:
+    """Whatever the user's code raises ends in one sentence with the last line of that file that was running."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        place = error if isinstance(error, SyntaxError) else None
+        where, line = (place.filename or file, place.lineno) if place else (file, None)
+        for frame in [] if place else traceback.extract_tb(error.__traceback__):
+            if Path(frame.filename).resolve() == Path(file).resolve():
+                line = frame.lineno
+        at = f"{where}, line {line}" if line else where
+        why = place.msg if place else " ".join(str(error).split())
+        raise UserError(
+            f"--reward {spec} failed in {at}: {type(error).__name__}{': ' * bool(why)}{why[:200]}"
+        ) from error

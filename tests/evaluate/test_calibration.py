@@ -147,7 +147,7 @@ def test_the_doctor_calibrates_a_callable_and_refuses_it(capsys, monkeypatch):
 
 def test_a_run_says_what_its_teacher_is_before_it_begins(short_pauses, tmp_path, capsys):
     with FaultServer(_counts_words) as server:
-        config = InteractConfig(teacher_url=server.url)
+        config = InteractConfig(teacher_url=[server.url])
         with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:
             found = calibrated(config, grader)["calibration"]
             asked = len(server.requests)
@@ -164,7 +164,7 @@ def test_a_run_says_what_its_teacher_is_before_it_begins(short_pauses, tmp_path,
 
 def test_a_second_answer_is_a_new_question_with_another_seed(short_pauses, tmp_path):
     with FaultServer() as server:
-        config = InteractConfig(teacher_url=server.url)
+        config = InteractConfig(teacher_url=[server.url])
         with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:
             grader.grade_each([("Once", "a dog ran.")])
             grader.grade_each([("Once", "a dog ran.")], again=1)

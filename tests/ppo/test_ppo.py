@@ -390,3 +390,38 @@ def test_the_scores_of_a_callable_are_checked(tmp_path):
     (tmp_path / "r.txt").write_text("")
     with pytest.raises(UserError, match="not a Python file"):
         load_score(f"{tmp_path / 'r.txt'}:f")
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("def f(o, s):\n    return [1 / 0 for x in s]\n", "r.py, line 2: ZeroDivisionError: division by zero"),
+        ("def f(o, s):\n    return json.loads('x')\nimport json\n", "r.py, line 2: JSONDecodeError"),
+        ("\ndef f(o, s)\n    return [1]\n", "r.py, line 2: SyntaxError"),
+        ("import nowhere_at_all\n", "r.py, line 1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("def f(o, s):\n    raise KeyError\n", "r.py, line 2: KeyError"),
+        ("def f(o, s):\n    yield 0.5\n    raise OSError('no\\nroom')\n", "r.py, line 3: OSError: no room"),
+        ("def f(o):\n    return [1]\n", "r.py: TypeError"),
+        ("def f(o, s):\n    return '0'\n", "gave '0'; it must give a list"),
+        ("def f(o, s):\n    return None\n", "gave None; it must give a list"),
+        ("def f(o, s):\n    return 0.5\n", "TypeError"),
+        ("def f(o, s):\n    return ['0.5']\n", "gave '0.5'; a score is a number from 0 to 1, or None"),
+        ("def f(o, s):\n    return [float('nan')]\n", "gave nan; a score is a number"),
+        ("def f(o, s):\n    return [{}]\n", "gave {}; a score is a number"),
+    ],
+)
+def test_a_reward_file_that_fails_is_one_sentence_with_its_line(tmp_path, body, words):
+    (tmp_path / "r.py").write_text(body)
+    with pytest.raises(UserError) as caught:
+        load_score(f"{tmp_path / 'r.py'}:f")("o", ["a"])
+    assert words in str(caught.value) and "--reward" in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_scores_of_any_library_are_numbers(tmp_path):
+    (tmp_path / "r.py").write_text(
+        "import numpy, torch\n"
+        "def f(o, s): return numpy.array([0.25, 1.0], dtype='f')\n"
+        "def g(o, s): return [torch.tensor(0.5), True]\n"
+    )
+    assert list(load_score(f"{tmp_path / 'r.py'}:f")("o", ["a", "b"])) == [0.25, 1.0]
+    assert list(load_score(f"{tmp_path / 'r.py'}:g")("o", ["a", "b"])) == [0.5, 1]

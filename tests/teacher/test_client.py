@@ -10,11 +10,11 @@ import time
 import pytest
 from fault_server import FaultServer, closed_port, error
 
-from tinystory.teacher import api, client
+from tinystory.teacher import api, judge
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grade
 from tinystory.teacher.prompt import CRITERIA, read_back
-from tinystory.teacher.slots import Slots
+from tinystory.teacher.slots import Queue, Slots
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -62,7 +62,7 @@ def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
         (grade,) = teacher.grade("Once", ["A dog ran."], 0)
     assert grade.scores is None and grade.reply == "" and grade.attempts == grade.reply_words == 0
     assert grade.error == "the teacher is in trouble (HTTP 500: oops)"
-    assert server.seen["A dog ran."] == client.FAILURES
+    assert server.seen["A dog ran."] == judge.FAILURES
 
 
 def test_a_hanging_request_is_cut_at_its_deadline():
@@ -151,22 +151,24 @@ def test_ctrl_c_ends_the_wait_for_grades():
 
 def test_slots_never_exceed_the_limit_and_are_never_lost():
     async def run():
-        slots, dice, most = Slots(6), random.Random(0), 0
+        each, dice, most = [Slots(4), Slots(2)], random.Random(0), 0
+        queue = Queue(each)
 
         async def story(i):
             nonlocal most
             for again in (False, True, True):
-                async with slots.one(first=again):
-                    most = max(most, slots.taken)
+                async with queue.one(first=again) as at:
+                    most = max(most, sum(slots.taken for slots in each))
+                    assert each[at].taken <= each[at].most
                     await asyncio.sleep(dice.random() / 500)
-                    slots.refused() if dice.random() < 0.1 else slots.answered(0.1)
+                    each[at].refused() if dice.random() < 0.1 else each[at].answered(0.1)
 
         tasks = [asyncio.create_task(story(i)) for i in range(200)]
         for _ in range(20):
             await asyncio.sleep(0.002)
             dice.choice(tasks).cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        assert slots.taken == 0 and 1 < most <= 6 and 1 <= slots.limit <= 6
+        assert 2 < most <= 6 and all(slots.taken == 0 and 1 <= slots.limit <= slots.most for slots in each)
         assert not any(isinstance(task.exception(), Exception) for task in tasks if not task.cancelled())
 
     asyncio.run(run())
@@ -186,7 +188,7 @@ def test_an_overloaded_server_gets_fewer_requests_and_more_when_it_recovers():
             at_once.clear()
             grades = teacher.grade("Once", [f"Dog {i} of {count} ran." for i in range(count)], 0)
             assert all(grade.scores for grade in grades)
-            assert max(at_once[-60:-20]) in last and int(teacher._slots.limit) in last
+            assert max(at_once[-60:-20]) in last and int(teacher.endpoints[0].slots.limit) in last
 
 
 def test_a_refused_round_halves_the_slots_and_an_answered_one_adds_one():

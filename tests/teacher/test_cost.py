@@ -83,5 +83,5 @@ def test_a_budget_is_never_exceeded_whatever_goes_wrong(counts):
             teacher.grade("Once", stories, 1)
         assert_one_clean_sentence(caught, "--budget-cost 0.06", "--resume")
         assert bill() <= teacher.ledger.cost <= 0.06 and not teacher.affords(1)
-        assert teacher.ledger.cost > 0.06 - teacher.ledger.price(teacher._most_in, 16)
+        assert teacher.ledger.cost > 0.06 - teacher.ledger.price(teacher.ledger.largest_in, 16)
     assert (teacher.ledger._held["tokens_in"], teacher.ledger._held["tokens_out"]) == (0, 0)

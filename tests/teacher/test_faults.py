@@ -20,7 +20,7 @@ import train_interact as interact
 from tinystory.errors import UserError
 from tinystory.runlog import read_stories
 from tinystory.student import checkpoint
-from tinystory.teacher import client
+from tinystory.teacher import judge
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.replay import Replay
 
@@ -149,6 +149,48 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(i
         assert (whole / name).read_text() == (stopped / name).read_text()
 
 
+def test_a_run_whose_teacher_gave_no_scores_goes_on_once_it_is_mended(init, tmp_path, capsys):
+    """It answers in sentences, and half of the stories of the step that failed then get their scores."""
+    out, mended = tmp_path / "out", False
+    script = lambda story, n: honest(story) if mended or len(story) % 2 else "I loved it!"  # noqa: E731
+    with FaultServer(script) as server:
+        server.first = lambda: "2 1 3" if mended else "Lovely."
+        for _ in range(2):
+            argv = ["--resume", "--out", str(out)] if out.exists() else arguments(init, out, server.url)
+            line = fails(interact.main, argv, capsys)
+            assert "stories got no score" in line and line.count("I loved it!") <= 1
+        mended, asked = True, dict(server.good)
+        interact.main(["--resume", "--out", str(out)])
+        scored_before = [story for story in asked if len(story) % 2]
+        assert scored_before and all(server.good[story] == 1 for story in scored_before)  # paid for once
+    assert len(metrics(out)) == 4 and all(record["unscored"] == 0 for record in metrics(out))
+    assert "I loved it!" in (out / "replies.jsonl").read_text()
+
+
+def test_a_teacher_that_refuses_during_a_look_costs_no_step(init, tmp_path, capsys):
+    """Its quota ends with the second step, before the look that follows. The run then ends as one that was never
+    stopped: with the same weights, and with no reply paid for twice."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    with FaultServer(lambda story, n: honest(story)) as server:
+        interact.main(arguments(init, whole, server.url))
+    with FaultServer() as server:
+        left = 4 + 6 + 6
+
+        def until_empty(story, n):
+            nonlocal left
+            left -= 1
+            return honest(story) if left >= 0 else error(402, "no quota")
+
+        server.script = until_empty
+        line = fails(interact.main, arguments(init, stopped, server.url), capsys)
+        assert "no quota" in line and len(metrics(stopped)) == 2 and checkpoint.newest(stopped).name == "step_0000002"
+        left = 10**6
+        interact.main(["--resume", "--out", str(stopped)])
+        assert max(times for story, times in server.good.items() if story) == 1
+    assert_same_bits(whole, stopped)
+    assert metrics(whole)[-1]["words_in"] == metrics(stopped)[-1]["words_in"]
+
+
 def graded_now_and_then(story: str, n: int) -> str:
     """A teacher that first replies to a third of the stories without scores, and to some of them always."""
     mood = hashlib.sha256(story.encode()).digest()[3] % 9
@@ -197,7 +239,7 @@ def test_what_cannot_be_replayed(tmp_path):
 
 def test_a_story_that_was_given_up_stays_so_even_if_its_words_come_again(tmp_path):
     """Story 1 was given up, and story 2 with the same words was graded: a replay distinguishes them."""
-    script = lambda story, n: "500" if n < client.FAILURES else "1 1 1"  # noqa: E731
+    script = lambda story, n: "500" if n < judge.FAILURES else "1 1 1"  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
         lost, found = (teacher.grade("Once", ["A cat ran."], index)[0] for index in (1, 2))
     assert lost.scores is None and found.scores is not None

@@ -139,8 +139,8 @@ def test_a_model_that_only_thinks_is_refused_with_a_reason(answer):
 
     with Thinker() as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
         teacher.probe()
-    assert_one_clean_sentence(caught, server.url, "thinks before it answers", "16 tokens", "--teacher-max-tokens")
-    assert len(server.requests) == 2
+    assert_one_clean_sentence(caught, server.url, "thinks before it answers", "4096 tokens")
+    assert len(server.requests) == 1 + 4 + 1  # as it is, told four times, and with more tokens
 
 
 def test_a_model_that_can_be_told_not_to_think_is():
@@ -153,7 +153,8 @@ def test_a_model_that_can_be_told_not_to_think_is():
 
     with Qwen() as server, Teacher(server.url) as teacher:
         found = teacher.probe()
-        assert found.thinks and found.quiet and found.scored and "told not to think" in str(found)
+        assert found.thinks and found.scored and "told not to think" in str(found)
+        assert found.quiet == {"chat_template_kwargs": {"enable_thinking": False}}
         assert teacher.grade("Once", ["A dog ran."], 0)[0].scores == dict(zip(CRITERIA, (2, 1, 3), strict=True))
 
 

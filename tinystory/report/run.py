@@ -132,9 +132,10 @@ def shown(value: object) -> str:
 
 
 def scorer(config: Record) -> str:
-    """Who scored the stories: the model's name, or the callable's; "" if it is not recorded."""
+    """Who scored the stories: the models' names, or the callable's; "" if it is not recorded."""
     options = config.get("options", {})
-    return options.get("teacher", {}).get("model") or Path(options.get("scored_by") or "").name
+    models = dict.fromkeys(each["model"] for each in options.get("teachers") or [options.get("teacher", {})] if each)
+    return ", ".join(models) or Path(options.get("scored_by") or "").name
 
 
 def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str]:

@@ -29,6 +29,12 @@ NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_act
 NO_CONTEXT = {"context_length_exceeded", "exceed_context_size_error"}
 LOOPBACK = re.compile(r"https?://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/|$)", re.IGNORECASE)
 NO_CONTEXT_WORDS = re.compile(r"context (length|size|window)", re.IGNORECASE)
+# What templates say that know no system message: Gemma's and Mistral's, which llama.cpp answers with 500, and Google.
+NO_SYSTEM = re.compile(
+    r"(system|developer) (role|message|prompt|instruction)|roles must alternate|roles are supported", re.IGNORECASE
+)
+CUT_SHORT = "output limit was reached"  # OpenAI's 400 where the thoughts alone fill the cap
+DEEPEST = 8  # levels of an error that are read: one provider's within another's
 
 
 class Failure(Exception):
@@ -111,16 +117,23 @@ class Server:
 
     async def chat(self, **request: Any) -> Reply:
         """The first choice of one chat completion."""
-        answer = await self._answer(self._client.chat.completions.with_streaming_response.create(**request))
+        try:
+            answer = await self._answer(self._client.chat.completions.with_streaming_response.create(**request))
+        except Failure as failure:
+            if failure.status == 400 and CUT_SHORT in str(failure):
+                return Reply("", "length")
+            raise
         match answer:
             case {"choices": [{"message": {**message}, **choice}, *_], **rest}:
                 text = message.get("content")
                 if text is None or isinstance(text, str):
+                    # Some servers leave the thoughts in the text. JSON can hold half a surrogate pair.
+                    thoughts, _, text = (text or "").encode(errors="replace").decode().rpartition("</think>")
+                    apart = (str(message.get(name) or "") for name in ("reasoning_content", "reasoning"))
                     return Reply(
-                        # JSON can hold half a surrogate pair.
-                        self._redacted((text or "").encode(errors="replace").decode()),
+                        self._redacted(text.lstrip() if thoughts else text),
                         self.words(str(choice.get("finish_reason") or "")),
-                        sum(len(str(message.get(name) or "")) for name in ("reasoning_content", "reasoning")),
+                        sum(map(len, apart)) + len(thoughts.replace("<think>", "").strip()),
                         _logprobs(choice.get("logprobs")),
                         _tokens(rest.get("usage")),
                     )
@@ -154,16 +167,18 @@ class Server:
             raise Failure(f"redirects to {where} (HTTP {status}): give that URL instead", status=status, fatal=True)
         said, codes = _said(_json(await _read(response.aiter_bytes(), LONGEST_ANSWER)))
         said = f"HTTP {status}: {self.words(said)}" if said else f"HTTP {status}"
-        if status in (401, 403):
-            raise Failure(f"refuses the key ({said}): set OPENAI_API_KEY", status=status, fatal=True)
         if status == 402 or codes & NO_QUOTA:
             raise Failure(f"has no quota left for this key ({said})", status=status, fatal=True)
-        if status in (408, 409, 429) or status >= 500:
+        if status == 401:
+            raise Failure(f"refuses the key ({said}): set OPENAI_API_KEY", status=status, fatal=True)
+        if status == 403:  # perhaps for this story alone: OpenRouter's moderation
+            raise Failure(f"forbids the request ({said}); if it forbids every one, set OPENAI_API_KEY", status=status)
+        if status in (408, 409, 429) or (status >= 500 and not NO_SYSTEM.search(said)):
             raise Failure(
                 f"is in trouble ({said})",
                 status=status,
                 again=True,
-                busy=status in (429, 503),  # 503: the full queue of Ollama
+                busy=status in (429, 503, 529),  # 503: the full queue of Ollama; 529: Anthropic is overloaded
                 retry_after=_retry_after(headers),
             )
         if status == 404 and not codes:
@@ -194,7 +209,7 @@ async def _read(chunks: AsyncIterator[bytes], longest: int) -> bytes:
     return bytes(body)
 
 
-def _json(body: bytes) -> object:
+def _json(body: bytes | str) -> object:
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -227,13 +242,31 @@ def _is_token(entry: object) -> bool:
 
 
 def _said(answer: object) -> tuple[str, set[str]]:
-    """The message and the codes of an error, in any of the shapes that servers use; ("", no codes) otherwise."""
-    match answer:
-        case {"error": {"message": str(message), **rest}} | {"object": "error", "message": str(message), **rest}:
-            return message, {str(rest.get("code")), str(rest.get("type"))}
-        case {"error": str(message)} | {"message": str(message)} | {"detail": str(message)}:
-            return message, set()
-    return "", set()
+    """The messages and the codes of an error, however they are nested: OpenAI's object, FastAPI's detail, Gemini's
+    list, OpenRouter's metadata with a provider's own error as text; ("", no codes) if there are none."""
+    said: dict[str, None] = {}  # each message once
+    codes: set[str] = set()
+
+    def read(value: object, depth: int) -> None:
+        if isinstance(value, str):
+            inner = _json(value) if value.lstrip().startswith(("{", "[")) else None
+            if isinstance(inner, dict | list):
+                read(inner, depth + 1)
+            else:
+                said[value] = None
+        elif isinstance(value, list) and depth < DEEPEST:
+            for each in value[:4]:
+                read(each, depth + 1)
+        elif isinstance(value, dict) and depth < DEEPEST:
+            if "message" in value:
+                codes.update((str(value.get("code")), str(value.get("type"))))
+            if isinstance(value.get("loc"), list):  # which field of the request FastAPI's msg is about
+                said[".".join(map(str, value["loc"]))] = None
+            for name in ("message", "error", "detail", "msg", "metadata", "raw"):
+                read(value.get(name), depth + 1)
+
+    read(answer, 0)
+    return "; ".join(said), codes
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -69,6 +69,7 @@ class Cache:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._replies: dict[str, Kept] = {}
+        self._earlier: set[str] = set()  # keys of the replies that an earlier process kept
         self.tokens = (
             0,
             0,
@@ -96,7 +97,8 @@ class Cache:
         """Load the file's complete lines; returns their size in bytes."""
         whole = 0
         for record, size in records(self.path):
-            self._replies.setdefault(record["key"], Kept(record["reply"], record.get("expected")))
+            self._replies[record["key"]] = Kept(record["reply"], record.get("expected"))  # the last: see `put`
+            self._earlier.add(record["key"])
             match record:
                 case {"tokens": [int(asked), int(said)]}:
                     self.tokens = (self.tokens[0] + asked, self.tokens[1] + said)
@@ -106,17 +108,24 @@ class Cache:
     def __len__(self) -> int:
         return len(self._replies)
 
-    def get(self, key: str) -> Kept | None:
-        return self._replies.get(key)
+    def get(self, key: str, earlier: bool = True) -> Kept | None:
+        """The reply to a question; None if there is none, or only one of an earlier process and not `earlier`."""
+        return None if key in self._earlier and not earlier else self._replies.get(key)
 
-    def put(self, key: str, kept: Kept, **about: object) -> Kept:
+    def items(self) -> Iterator[tuple[str, Kept]]:
+        """Keys and replies, the oldest key first."""
+        return iter(self._replies.items())
+
+    def put(self, key: str, kept: Kept, *, again: bool = False, **about: object) -> Kept:
         """Keep a reply, with other facts `about` it, and return the one that is kept for `key`.
 
         The first reply to a question is kept: if the same question was sent twice at once, both senders get the first
-        reply, now and after a resume.
+        reply, now and after a resume. again: the question was asked again because the reply of an earlier process is of
+        no use; that one stays in the file, but this one counts.
         """
         file = self._file or self._open()
-        if key not in self._replies:
+        if key not in self._replies or (again and key in self._earlier):
+            self._earlier.discard(key)
             told = {"expected": kept.expected} if kept.expected is not None else {}
             line = (json.dumps({"key": key, "reply": kept.reply, **told, **about}) + "\n").encode()
             try:

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ class Grade:
     reply_words: int = 0  # whitespace-separated words of all replies, at most max_tokens each: the student's input
     seconds: float = 0.0  # from the first request to the last reply; 0 if no request was made
     error: str | None = None  # why there is no score
+    panel: tuple[Mapping[str, float], ...] = ()  # the scores by each teacher of a panel, if all gave some
 
     @property
     def reply_or_error(self) -> str:
@@ -64,6 +66,51 @@ def grade_of(
     )
 
 
+def panel_grade(template: Template, models: Sequence[str], grades: Sequence[Grade], how: str) -> Grade:
+    """The grade of a panel, one of whose teachers gave each of `grades`: per criterion the mean or the median of their
+    scores. Teachers differ in how strict they are, so a story that one of them did not score has no score."""
+    scores: dict[str, float] | None = None
+    order = sorted(range(len(models)), key=models.__getitem__)  # not that of the URLs: a replay does not know it
+    models, grades = [models[i] for i in order], [grades[i] for i in order]
+    panel = tuple(grade.scores for grade in grades if grade.scores is not None)
+    if len(panel) == len(grades):
+        combine = statistics.median if how == "median" else statistics.fmean
+        scores = {name: round(float(combine([each[name] for each in panel])), 4) for name in template.names}
+    parts = [f"{model}: {grade.reply_or_error}" for model, grade in zip(models, grades, strict=True)]
+    return Grade(
+        scores,
+        None if scores is None else template.score(scores),
+        "; ".join(parts)[:LONGEST_REPLY],
+        sum(grade.attempts for grade in grades),
+        sum(grade.reply_words for grade in grades),
+        max(grade.seconds for grade in grades),
+        None if scores is not None else "; ".join(grade.error for grade in grades if grade.error),
+        panel if scores is not None else (),
+    )
+
+
+def agreement(grades: Sequence[Grade]) -> dict[str, float | None]:
+    """How far the teachers of a panel agree, over all pairs of them: panel_agreement, the fraction of scores that are
+    equal, and panel_correlation, the mean correlation (Pearson) of the sums of a story's scores, None if it is not
+    defined. {} without a panel."""
+    panels = [grade.panel for grade in grades if grade.panel]
+    if not panels:
+        return {}
+    pairs = list(itertools.combinations(range(len(panels[0])), 2))
+    equal = [panel[a][name] == panel[b][name] for panel in panels for a, b in pairs for name in panel[a]]
+    sums = [[sum(panel[at].values()) for panel in panels] for at in range(len(panels[0]))]
+    varied = all(len(set(each)) > 1 for each in sums)
+    correlations = [statistics.correlation(sums[a], sums[b]) for a, b in pairs] if varied else []
+    return {
+        "panel_agreement": sum(equal) / len(equal),
+        "panel_correlation": sum(correlations) / len(correlations) if correlations else None,
+    }
+
+
+def too_few_scores(grades: Sequence[Grade], max_unscored: float) -> bool:
+    return sum(grade.score is None for grade in grades) > max_unscored * len(grades)
+
+
 def grade_if_empty(template: Template, story: str) -> Grade | None:
     """All 0, by the rubric, for a story without text, which is not sent to the teacher; None for any other story."""
     if clean(story).strip():
@@ -73,9 +120,10 @@ def grade_if_empty(template: Template, story: str) -> Grade | None:
 
 def require_scores(grades: list[Grade], max_unscored: float) -> None:
     """Raises UserError if more than a fraction `max_unscored` of a step's stories has no score: never a guess."""
-    unscored = [grade for grade in grades if grade.score is None]
-    if len(unscored) > max_unscored * len(grades):
-        replies = "; ".join(repr(grade.reply_or_error[:80]) for grade in unscored[:4])
+    if too_few_scores(grades, max_unscored):
+        unscored = [grade for grade in grades if grade.score is None]
+        said = dict.fromkeys(repr(grade.reply_or_error[:160]) for grade in unscored)  # each different one once
+        replies = "; ".join([*said][:4])
         raise UserError(
             f"{len(unscored)} of {len(grades)} stories got no score, more than --max-unscored {max_unscored:g} allows; "
             f"all earlier steps are saved, so fix the teacher and go on with --resume (it said {replies})"
@@ -130,7 +178,8 @@ def expected_scores(
     """
     scores = parse_scores(reply, criteria)
     spelled = "".join(token for token, _ in tokens)
-    start = spelled.find(reply)  # a server may strip the reply, or add the end-of-turn token to the tokens
+    # A server may strip the reply, send thoughts before it, or add the end-of-turn token to the tokens.
+    start = spelled.rfind(reply)
     if scores is None or start < 0:
         return None
     begins = [0, *itertools.accumulate(len(token) for token, _ in tokens)]

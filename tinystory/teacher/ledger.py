@@ -1,10 +1,12 @@
 """What grading costs: requests, tokens, seconds and money, with a budget that no request can exceed."""
 
 import statistics
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from tinystory.teacher.api import Failure
 
@@ -24,11 +26,16 @@ class Ledger:
     process had in flight is unknown: at most one request per slot.
     """
 
-    def __init__(self, price_in: float = 0.0, price_out: float = 0.0, budget: float | None = None):
+    def __init__(
+        self, price_in: float = 0.0, price_out: float = 0.0, budget: float | None = None, servers: Sequence[str] = ()
+    ):
         self.price_in, self.price_out, self.budget = price_in, price_out, budget
+        self.largest_in = 0  # upper bound on the tokens of the longest prompt so far
         # tokens_in, tokens_out: as reported, or the reservation if nothing was; requests, failures, retries, cached.
         self.total: Counter[str] = Counter()
         self._since: Counter[str] = Counter()  # the same since the last `stats`
+        # The same per server, and answers, if there are several.
+        self._servers: dict[str, Counter[str]] = {url: Counter() for url in servers if len(servers) > 1}
         self._held: Counter[str] = Counter()  # tokens_in, tokens_out reserved for requests in flight
         self._seconds: list[float] = []  # durations of the answered requests since the last `stats`
 
@@ -48,14 +55,15 @@ class Ledger:
     def must_wait(self, tokens_in: int, tokens_out: int) -> bool:
         """True if so many more tokens may become affordable once the requests in flight are charged less than they
         reserved."""
+        self.largest_in = max(self.largest_in, tokens_in)
         if self.budget is None or self.affords(tokens_in, tokens_out):
             return False
         spent = self.price(self.total["tokens_in"] + tokens_in, self.total["tokens_out"] + tokens_out)
         return any(self._held.values()) and spent <= self.budget
 
     @contextmanager
-    def request(self, tokens_in: int, tokens_out: int) -> Iterator[Receipt]:
-        """Wraps a request that can use at most so many tokens. Raises Failure if that could exceed the budget."""
+    def request(self, tokens_in: int, tokens_out: int, server: str) -> Iterator[Receipt]:
+        """Wraps a request to `server` of at most so many tokens. Raises Failure if that could exceed the budget."""
         if not self.affords(tokens_in, tokens_out):
             raise Failure(
                 f"cannot be asked again within --budget-cost {self.budget:g} ({self.cost:.4f} is spent): "
@@ -65,8 +73,12 @@ class Ledger:
         most = Counter(tokens_in=tokens_in, tokens_out=tokens_out)
         self._held.update(most)
         receipt, refused = Receipt(), False
+        self.count("requests", server=server)
+        began = time.monotonic()
         try:
             yield receipt
+            self._seconds.append(time.monotonic() - began)
+            self.count("answers", server=server)
         except Failure as failure:  # an error status or no connection: the server did no work that it could bill
             refused = failure.unreachable or failure.status not in (None, 200)
             raise
@@ -74,25 +86,33 @@ class Ledger:
             self._held.subtract(most)
             if not refused:
                 for name, used in zip(most, receipt.tokens or most.values(), strict=True):
-                    self.count(name, used)
+                    self.count(name, used, server)
 
     def paid_before(self, tokens_in: int, tokens_out: int) -> None:
         """Charge what an earlier process of the same run spent."""
         self.total.update(tokens_in=tokens_in, tokens_out=tokens_out)
 
-    def count(self, what: str, number: int = 1) -> None:
+    def count(self, what: str, number: int = 1, server: str = "") -> None:
         self.total[what] += number
         self._since[what] += number
+        if server in self._servers:
+            self._servers[server][what] += number
 
-    def answered(self, seconds: float) -> None:
-        self._seconds.append(seconds)
-
-    def stats(self) -> dict[str, float | None]:
+    def stats(self) -> dict[str, Any]:
         """Since the last call: requests, retries, cached, tokens_in, tokens_out, and latency_p50, _p90 and _p99 in
-        seconds (None if nothing was answered). For the whole run: cost."""
+        seconds (None if nothing was answered). For the whole run: cost. If there are several servers, also servers: per
+        URL the requests, answers, failures, tokens_in, tokens_out and cost since the last call."""
         since, seconds = self._since, self._seconds
         self._since, self._seconds = Counter(), []
         names = ("requests", "retries", "cached", "tokens_in", "tokens_out")
         cuts = statistics.quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else seconds * 99
         latencies = {f"latency_p{p}": cuts[p - 1] if cuts else None for p in (50, 90, 99)}
-        return {name: since[name] for name in names} | latencies | {"cost": self.cost}
+        told: dict[str, Any] = {name: since[name] for name in names} | latencies | {"cost": self.cost}
+        if self._servers:
+            told["servers"] = {url: self._of(counts) for url, counts in self._servers.items()}
+            self._servers = {url: Counter() for url in self._servers}
+        return told
+
+    def _of(self, counts: Counter[str]) -> dict[str, float]:
+        names = ("requests", "answers", "failures", "tokens_in", "tokens_out")
+        return {name: counts[name] for name in names} | {"cost": self.price(counts["tokens_in"], counts["tokens_out"])}

@@ -203,7 +203,8 @@ def fence(seed: int, index: int, text: str) -> str:
 
     text: opening and story. The digits are derived, not random, so a replayed run asks exactly the same question.
     """
-    text, size = clean(text), 6
+    # Compared as a model may read it: with full-width and other compatible forms of letters and digits made plain.
+    text, size = unicodedata.normalize("NFKC", clean(text)).casefold(), 6
     while True:
         digits = hashlib.shake_256(f"{seed} {index}".encode()).hexdigest(size)
         if digits not in text:
@@ -211,14 +212,21 @@ def fence(seed: int, index: int, text: str) -> str:
         size *= 2
 
 
-# Control tokens of chat templates (<|eot_id|>, </s>, <start_of_turn>, [INST], [gMASK], <<SYS>>): some servers interpret
-# them in the text of a message too, where they would end the turn. A space after the bracket makes them plain text. The
-# same holds for brackets that Unicode normalisation (NFKC), which some tokenizers apply first, turns into < and [.
-_CONTROL_TOKEN = re.compile(r"[<\uff1c\ufe64](?=\S)|[\[\uff3b](?=[/\uff0f]?[a-z]?[A-Z\uff21-\uff3a][\w]*[\]\uff3d])")
+# Control tokens of chat templates (<|eot_id|>, </s>, <start_of_turn>, [INST], [gMASK], <<SYS>>, EXAONE's [|assistant|],
+# MiniMax's [e~[ and ]~b]): some servers interpret them in the text of a message too, where they would end the turn. A
+# space after the bracket makes them plain text. The same holds for brackets and bars that Unicode normalisation (NFKC),
+# which some tokenizers apply first, turns into the plain ones.
+_CONTROL_TOKEN = re.compile(
+    r"[<\uff1c\ufe64](?=\S)"
+    r"|[\[\uff3b](?=[/\uff0f]?[a-z]?[A-Z\uff21-\uff3a][\w]*[\]\uff3d]|[|\uff5c]|[a-z\uff41-\uff5a]?[~\uff5e])"
+    r"|[\]\uff3d](?=[!\uff01]?[a-z\uff41-\uff5a]?[~\uff5e])"
+)
 
 # Characters that are invisible to a person but not to a model: Unicode's Default_Ignorable_Code_Point beyond the
-# categories in `_visible`, variation selectors (which can encode hidden text) and fillers.
-_IGNORABLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]")
+# categories in `_visible`, variation selectors (which can encode hidden text), fillers and the blank Braille cell.
+_IGNORABLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
+)
 
 
 def clean(text: str) -> str:

@@ -1,0 +1,266 @@
+"""Several servers: one model behind them shares the stories, different models are a panel that grades every story."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections import Counter
+
+import pytest
+from fault_server import FaultServer, assert_one_clean_sentence, closed_port, counted, error
+from test_faults import honest
+
+from tinystory.config import InteractConfig
+from tinystory.device import Stop
+from tinystory.errors import UserError
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.grade import Grade, agreement, panel_grade
+from tinystory.teacher.grader import open_grader
+from tinystory.teacher.prompt import CRITERIA, Template
+from tinystory.teacher.replay import Replay
+from tinystory.teacher.slots import Queue, Slots
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
+
+@contextlib.contextmanager
+def servers(*scripts, models=("m",)):
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(FaultServer(script, models=models)) for script in scripts]
+
+
+def urls(found):
+    return [server.url for server in found]
+
+
+def stories(count, name="Dog"):
+    return [f"{name} {i} ran." for i in range(count)]
+
+
+good = lambda story, n: "2 1 3"  # noqa: E731
+
+
+def test_servers_of_one_model_share_the_stories_by_how_fast_they_answer():
+    """One holds what it got until the other has answered most of the stories."""
+
+    class Slow(FaultServer):
+        async def _answer(self, request, story, what):
+            while story in stories(80) and sum(fast.good[each] for each in stories(80)) < 70:
+                await asyncio.sleep(0.01)
+            return await super()._answer(request, story, what)
+
+    with contextlib.ExitStack() as stack:
+        (fast,), slow = stack.enter_context(servers(good)), stack.enter_context(Slow(models=("m",)))
+        teacher = stack.enter_context(Teacher(urls([fast, slow]), concurrency=4, deadline_s=10_000))
+        teacher.probe()
+        teacher.stats()
+        assert all(grade.scores for grade in teacher.grade("Once", stories(80), 0))
+        told = teacher.stats()["servers"]
+    answers = [told[server.url]["answers"] for server in (fast, slow)]
+    assert sum(answers) == 80 and answers[0] >= 70 and answers[1] >= 4
+    assert max(fast.most_in_flight, slow.most_in_flight) <= 4
+    assert [sum(server.good[story] for story in stories(80)) for server in (fast, slow)] == answers
+
+
+def test_a_free_slot_of_the_server_that_is_expected_to_answer_first_is_taken():
+    each = [Slots(4), Slots(4), Slots(4)]
+    queue = Queue(each)
+    each[0].answered(3.0)
+    each[1].answered(1.0)  # nothing is known of the last: it is tried as if it were as fast
+
+    async def grants(count):
+        async with contextlib.AsyncExitStack() as stack:
+            return [await stack.enter_async_context(queue.one(first=False)) for _ in range(count)]
+
+    assert sorted(asyncio.run(grants(8))) == [0, 1, 1, 1, 1, 2, 2, 2] and not any(slots.taken for slots in each)
+    each[1].open = False
+    assert 1 not in asyncio.run(grants(8))
+
+
+def test_every_story_is_graded_once_though_a_server_dies_and_it_is_asked_again_when_it_is_back(capsys):
+    """The port of a dead server refuses connections; the run goes on, and later uses it again."""
+    with servers(good) as (stays,):
+        with FaultServer(models=("m",)) as dies:
+            port = dies.runner.addresses[0][1]
+            config = InteractConfig(teacher_url=urls([dies, stays]), teacher_concurrency=4)
+            grader = contextlib.ExitStack()
+            opened = grader.enter_context(open_grader(config, corpus=None))
+            stays.delay = dies.delay = 0.02
+            opened.grade("Once", stories(20))
+            assert sum(dies.good.values()) > 3
+        with grader:  # `dies` is down now
+            for i, story in enumerate(stories(30, "Cat")):
+                opened.send(i, "Once", story)
+            assert all(grade.scores for grade in opened.collect(Stop()))
+            assert all(stays.good[story] == 1 for story in stories(30, "Cat"))
+            assert "the others go on without it" in capsys.readouterr().out
+            back = FaultServer(models=("m",))
+            back.port = port
+            with back:
+                until = time.monotonic() + 60
+                while not opened.teacher.endpoints[0].slots.open and time.monotonic() < until:
+                    time.sleep(0.02)
+                back.delay = stays.delay = 0.02
+                assert all(grade.scores for grade in opened.grade("Once", stories(40, "Hen")))
+                assert sum(back.good.values()) > 3
+                assert all(back.good[story] + stays.good[story] == 1 for story in stories(40, "Hen"))
+                opened.collect(Stop())
+                assert "is back" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["500", "reset", "malformed"])
+def test_a_server_that_only_fails_is_left_out(fault):
+    scripts = good, lambda story, n: fault
+    with servers(*scripts) as (fine, broken), Teacher(urls([fine, broken]), concurrency=8) as teacher:
+        teacher.probe()
+        fine.delay = 0.02
+        assert all(grade.scores for grade in teacher.grade("Once", stories(120), 0))
+        assert any("without it" in told for told in teacher.news())
+
+
+@pytest.mark.parametrize("status", [401, 402])
+def test_a_server_that_refuses_the_key_leaves_the_run_to_the_others_and_the_last_one_ends_it(status):
+    no = lambda story, n: error(status, "no more")  # noqa: E731
+    with servers(good, no) as (fine, refuses), Teacher(urls([fine, refuses]), concurrency=2) as teacher:
+        assert all(grade.scores for grade in teacher.grade("Once", stories(20), 0))
+        assert len(refuses.requests) <= 1 + 2
+        fine.script = no
+        with pytest.raises(UserError) as caught:
+            teacher.grade("Once", stories(20, "Cat"), 0)
+    assert_one_clean_sentence(caught, fine.url, "no more")
+
+
+def test_a_server_that_is_down_at_the_start_is_told_and_used_when_it_comes(capsys):
+    late = closed_port()
+    with servers(good) as (there,), Teacher([late, there.url], concurrency=2) as teacher:
+        assert [found.url for found in teacher.probes()] == [there.url]
+        (told,) = teacher.news()
+        assert late in told and "cannot be reached" in told
+        assert all(grade.scores for grade in teacher.grade("Once", stories(5), 0))
+        comes = FaultServer(models=("m",))
+        comes.port = int(late.rpartition(":")[2])
+        with comes:
+            until = time.monotonic() + 60
+            while teacher.endpoints[0].probed is None and time.monotonic() < until:
+                time.sleep(0.02)
+            there.delay = comes.delay = 0.03
+            assert all(grade.scores for grade in teacher.grade("Once", stories(40, "Cat"), 0))
+            assert sum(comes.good.values()) > 3
+    with Teacher([late, closed_port()]) as teacher, pytest.raises(UserError, match="cannot be reached"):
+        teacher.probe()
+
+
+def test_a_run_resumed_with_several_servers_pays_for_no_reply_twice(tmp_path):
+    kept = tmp_path / "replies.jsonl"
+    script = lambda story, n: honest(story)  # noqa: E731
+    with servers(script, script, script) as found:
+        for count in (20, 50):
+            with Teacher(urls(found), cache=kept, price_in=1.0) as teacher:
+                grades = teacher.grade("Once", stories(count), 0)
+        assert all(sum(server.good[story] for server in found) == 1 for story in stories(50))
+        assert [grade.reply for grade in grades] == [honest(story) for story in stories(50)]
+        with Teacher(found[1].url, cache=kept) as teacher:  # with the one that is left
+            assert teacher.grade("Once", stories(50), 0) == grades or teacher.ledger.total["cached"] == 50
+    answered = Counter(json.loads(line).get("server") for line in kept.read_text().splitlines())
+    assert set(answered) - {None} <= set(urls(found)) and sum(answered.values()) == 50 + 3
+    again = Replay(tmp_path)
+    assert [again.submit("Once", s, i).result().reply for i, s in enumerate(stories(50))] == [g.reply for g in grades]
+
+
+def test_replies_and_cost_are_told_by_server():
+    count = lambda asked: lambda story, n: counted("2 1 3", asked, 5)  # noqa: E731
+    with servers(count(100), count(300)) as found, Teacher(urls(found), concurrency=2, price_in=10.0) as teacher:
+        teacher.probe()
+        teacher.stats()
+        for server in found:
+            server.delay = 0.02
+        teacher.grade("Once", stories(40), 0)
+        stats = teacher.stats()
+    for server, asked in zip(found, (100, 300), strict=True):
+        told = stats["servers"][server.url]
+        answers = sum(server.good.values())
+        assert told["answers"] == told["requests"] > 0 and told["failures"] == 0
+        assert told["tokens_in"] == asked * told["answers"] and told["cost"] == pytest.approx(told["tokens_in"] / 1e5)
+    assert sum(each["answers"] for each in stats["servers"].values()) == 40 and answers >= 0
+
+
+# Panels.
+
+
+def of(*digits):
+    return dict(zip(CRITERIA, digits, strict=True))
+
+
+@pytest.mark.parametrize("how, wanted", [("mean", of(2, 1, 1.6667)), ("median", of(2, 1, 2))])
+def test_a_panel_combines_the_scores_of_all_its_models(how, wanted, tmp_path):
+    said = {"a": "1 0 3", "b": "3 2 2", "c": "2 1 0"}
+    config = InteractConfig(teacher_model=list(said), teacher_panel=how)
+    with contextlib.ExitStack() as stack:
+        found = [
+            stack.enter_context(FaultServer(lambda story, n, reply=reply: reply, models=[name]))
+            for name, reply in said.items()
+        ]
+        config.teacher_url = urls(found)
+        for _ in range(2):  # the second time from the record
+            with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:
+                assert grader.facts["scored_by"].startswith(f"{how} of a at") and len(grader.facts["teachers"]) == 3
+                assert grader.most_words == 3 * 3 * 16
+                (grade,) = grader.grade("Once", ["A dog ran."])
+                assert grade.scores == wanted and grade.reply_words == 9
+                assert grade.reply == "a: 1 0 3; b: 3 2 2; c: 2 1 0"
+        assert all(server.good["A dog ran."] == 1 for server in found)
+    again = Replay(tmp_path, panel=how).submit("Once", "A dog ran.", 0).result()
+    assert (again.scores, again.reply, again.reply_words) == (grade.scores, grade.reply, grade.reply_words)
+
+
+def test_a_story_that_one_of_the_panel_did_not_score_has_no_score():
+    silent = lambda story, n: "Nice!" if "cat" in story else "2 2 2"  # noqa: E731
+    one, other = FaultServer(good, models=["a"]), FaultServer(silent, models=["b"])
+    with one, other, Teacher([one.url, other.url], panel="mean") as teacher:
+        cat, dog = teacher.grade("Once", ["A cat ran.", "A dog ran."], 0)
+    assert cat.scores is cat.score is None and cat.error == "no scores in 3 replies" and cat.reply_words == 3 + 3
+    assert dog.scores == of(2, 1.5, 2.5)
+
+
+def test_the_servers_of_one_model_in_a_panel_share_its_stories():
+    low = lambda story, n: "0 0 0"  # noqa: E731
+    with servers(good, good, models=("a",)) as pair, FaultServer(low, models=("b",)) as other:
+        for server in (*pair, other):
+            server.delay = 0.02
+        with Teacher(urls([*pair, other]), panel="median", concurrency=2) as teacher:
+            assert all(g.scores == of(1, 0.5, 1.5) for g in teacher.grade("Once", stories(30), 0))
+    assert all(pair[0].good[story] + pair[1].good[story] == 1 == other.good[story] for story in stories(30))
+    assert all(sum(server.good[story] for story in stories(30)) > 3 for server in pair)
+
+
+def test_agreement_of_a_panel():
+    def grades(*panels):
+        return [panel_grade(Template(), ["a", "b"], [graded(x), graded(y)], "mean") for x, y in panels]
+
+    def graded(digits):
+        return Grade(of(*digits), 0.5)
+
+    same = agreement(grades(((1, 1, 1), (1, 1, 1)), ((3, 2, 3), (3, 2, 3))))
+    assert same == {"panel_agreement": 1.0, "panel_correlation": pytest.approx(1.0)}
+    against = agreement(grades(((1, 1, 1), (3, 3, 1)), ((3, 3, 1), (1, 1, 1))))
+    assert against == {"panel_agreement": pytest.approx(1 / 3), "panel_correlation": pytest.approx(-1.0)}
+    assert agreement(grades(((1, 1, 1), (1, 1, 1))))["panel_correlation"] is None  # one story varies in nothing
+    assert agreement([]) == {}
+
+
+@pytest.mark.parametrize(
+    "url, model, panel, words",
+    [
+        (["http://a/v1", "http://b/v1"], ["x", "y", "z"], "", "3 models were named for 2 teachers"),
+        (["http://a/v1", "http://a/v1"], None, "", "one URL was given twice"),
+    ],
+)
+def test_teachers_that_cannot_be_meant(url, model, panel, words):
+    with pytest.raises(UserError, match=words):
+        Teacher(url, model, panel=panel)
+
+
+def test_a_panel_of_one_model_is_refused():
+    refused = pytest.raises(UserError, match="at least two different models")
+    with servers(good, good) as found, Teacher(urls(found), panel="mean") as teacher, refused:
+        teacher.probe()
