@@ -17,11 +17,13 @@ template <class Policy>
 struct Layer {
   using Pack = typename Policy::Pack;
   static constexpr int64_t kWidth = kPanel<Policy>;
+  // The left operand of grad_weight is the gradient as it lies; for bf16, pairs of its rows, transposed as AMX wants.
+  static constexpr bool kTransposed = Policy::kPack == 2;
   static constexpr DType kStored = Policy::kPack == 2 ? DType::bf16 : DType::f32;
 
   const Linear& l;
   const int64_t in, out, pairs;  // Packs per row of x and of y; per column of the chunk, padded
-  Pack *panels, *rows, *grad_rows, *x_pairs, *grad_pairs;
+  Pack *panels, *rows, *grad_rows, *x_pairs, *grad_columns;
   size_t bytes;
 
   explicit Layer(const Linear& l)
@@ -33,7 +35,7 @@ struct Layer {
     const int64_t n = l.grad_y ? pairs : 0;
     grad_rows = m.take<Pack>(grad_stored() ? 0 : n * Policy::kPack * out);
     x_pairs = m.take<Pack>(n * round_up(l.K, kColumns));
-    grad_pairs = m.take<Pack>(n * round_up(l.N, kColumns));
+    grad_columns = m.take<Pack>(kTransposed ? n * l.N : 0);
     bytes = m.used;
   }
 
@@ -62,9 +64,6 @@ struct Layer {
     if (l.x_type != kStored) pack_rows<Policy>(rows + begin * in, x_at(begin), l.x_type, l.K, n, n, l.K, l.K);
   }
 
-  // grad_pairs: the left operand of grad_weight. bf16's is transposed, which AMX wants.
-  static constexpr bool kTransposed = Policy::kPack == 2;
-
   // Calls finish(row, column, sum), a vector at a time, for each item: kTileRows rows of a (rows, packs), 64 columns.
   template <class F>
   void matmul(int64_t begin, int64_t end, const Pack* a, int64_t packs, int64_t columns, const F& finish) const {
@@ -90,7 +89,7 @@ struct Layer {
     });
   }
 
-  // items: blocks of kLinearRows rows. Packs the gradient before the bias by rows and by pairs of rows, x by pairs.
+  // items: blocks of kLinearRows rows. Packs the gradient before the bias by rows, for bf16 by columns too; x by pairs.
   void pack_grad(int64_t begin, int64_t end) {
     const size_t block_packs = kLinearRows * std::max(in, out);
     Pack* copy = reinterpret_cast<Pack*>(scratch(2 * block_packs * sizeof(Pack) + l.N * sizeof(float)));
@@ -121,9 +120,7 @@ struct Layer {
       const int64_t at = first / Policy::kPack;
       if constexpr (kTransposed) {
         const int64_t packs = in_pairs(in_rows, l.N, grads() + first * out, kStored, n, l.N);
-        transpose_packs(grad_pairs + at, pairs, in_rows, l.N, packs, l.N);
-      } else {
-        in_pairs(grad_pairs + at * kColumns, kColumns, grads() + first * out, kStored, n, l.N);
+        transpose_packs(grad_columns + at, pairs, in_rows, l.N, packs, l.N);
       }
       in_pairs(x_pairs + at * kWidth, kWidth, x_at(first), l.x_type, n, l.K);
     }
@@ -140,8 +137,9 @@ struct Layer {
     const int64_t across = (l.K + kColumns - 1) / kColumns;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / across * kColumns, c = item % across * kColumns;
-      gemm<Policy>(std::min(kColumns, l.N - n), std::min(kColumns, l.K - c), pairs,
-                   {grad_pairs + n * pairs, kTransposed ? pairs : 1, kTransposed ? 1 : kColumns},
+      const Left<Policy> left =
+          kTransposed ? Left<Policy>{grad_columns + n * pairs, pairs, 1} : Left<Policy>{grads() + n, 1, l.N};
+      gemm<Policy>(std::min(kColumns, l.N - n), std::min(kColumns, l.K - c), pairs, left,
                    {x_pairs + c * pairs, kWidth, pairs * kWidth}, l.grad_weight + n * l.K + c, l.K, l.first > 0);
     }
   }
