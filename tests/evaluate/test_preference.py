@@ -79,6 +79,7 @@ def test_a_runs_pairs_are_its_stories_before_and_after(tmp_path):
     samples(tmp_path, [pair_of("Once", "the same", "the same")])
     with pytest.raises(UserError, match="finished interaction"):
         run_pairs(tmp_path)
+    assert run_preferences(tmp_path) == run_preferences(tmp_path / "nowhere") == {}  # a report asks without knowing
 
 
 def test_choices_about_stories_that_are_no_longer_there_do_not_count(tmp_path):

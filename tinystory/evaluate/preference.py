@@ -43,17 +43,21 @@ def run_pairs(run: Path) -> list[Pair]:
     """The stories to a run's held-out openings before interaction (first) and after it (second).
 
     Raises UserError if there are none."""
+    pairs = _pairs(run)
+    if not pairs:
+        raise UserError(f"{run} has no stories before and after ({SAMPLES}): give the folder of a finished interaction")
+    return pairs
+
+
+def _pairs(run: Path) -> list[Pair]:
     told: dict[int, dict[str, dict]] = {}
     for record in read_records(Path(run) / SAMPLES):
         told.setdefault(record["index"], {})[record["when"]] = record
-    pairs = [
+    return [
         pair_of(sides["before"]["opening"], sides["before"]["story"], sides["after"]["story"])
         for sides in told.values()
         if sides.keys() == {"before", "after"} and sides["before"]["story"] != sides["after"]["story"]
     ]
-    if not pairs:
-        raise UserError(f"{run} has no stories before and after ({SAMPLES}): give the folder of a finished interaction")
-    return pairs
 
 
 def win_rate(choices: Sequence[Choice]) -> dict[str, Any]:
@@ -73,7 +77,7 @@ def win_rate(choices: Sequence[Choice]) -> dict[str, Any]:
 def run_preferences(run: Path) -> dict[str, dict[str, Any]]:
     """The win rate of a run's stories after interaction, by who judged them: people, and models of
     `evaluate.py --compare`. A person's last word on a pair counts."""
-    keys = {pair.key for pair in run_pairs(run)} if (Path(run) / SAMPLES).exists() else set()
+    keys = {pair.key for pair in _pairs(run)}
     by: dict[str, dict[str, Choice]] = {}
     for record in read_records(Path(run) / PREFERENCES):
         if record["key"] in keys:
