@@ -66,7 +66,18 @@ def test_no_story_can_pretend_to_be_two():
 def samples(run, pairs=PAIRS):
     run.mkdir(exist_ok=True)
     records = [
-        {"when": when, "step": step, "index": i, "opening": pair.opening, "story": story, "scores": None}
+        {
+            "when": when,
+            "step": step,
+            "index": i,
+            "opening": pair.opening,
+            "story": story,
+            "reply": None,
+            "scores": None,
+            "reward": None,
+            "words": 2,
+            "ended": "eos",
+        }
         for i, pair in enumerate(pairs)
         for when, step, story in (("before", 0, pair.first), ("after", 9, pair.second))
     ]

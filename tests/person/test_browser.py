@@ -151,8 +151,9 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
 def test_a_blind_comparison_by_keys(page, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
+    rest = {"scores": None, "reply": None, "reward": None, "words": 3, "ended": "eos"}
     told = [
-        {"when": when, "step": step, "index": i, "opening": "Once", "story": f"{when} {i} {EVIL}", "scores": None}
+        {"when": when, "step": step, "index": i, "opening": "Once", "story": f"{when} {i} {EVIL}"} | rest
         for i in range(6)
         for when, step in (("before", 0), ("after", 3))
     ]

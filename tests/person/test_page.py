@@ -81,7 +81,6 @@ def test_a_trainers_client_waits_for_the_person(url, short_pauses):
         found = teacher.probe()
         assert found.model == PERSON and found.scored and not found.logprobs
         assert json.loads(ask(url, "GET", "/state?who=ada")[2])["show"] is None  # the probe bothered nobody
-        assert teacher.deadline_s > 86_400
         marks = ("cat", "alert", "dog")
         stories = ["a cat sat.", EVIL, "a dog ran."]
         futures = [teacher.submit("Once upon a time,", story, i) for i, story in enumerate(stories)]

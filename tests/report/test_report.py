@@ -135,9 +135,9 @@ def test_headline_is_the_mean_of_five_steps_at_each_end(tmp_path):
 def test_what_models_and_servers_write_stays_text(tmp_path):
     stories = [story(1, 0, story=EVIL, opening=EVIL), story(1, 1, reward=None, scores=None, reply=EVIL, story="x")]
     interaction_run(tmp_path, 2, stories)
-    samples = [{"when": when, "step": 0, "index": 0, "scores": None, "reward": None} for when in ("before", "after")]
+    unsaid = dict(opening=EVIL, story=EVIL, scores=None, reward=None, reply=None)
     with RunLog(tmp_path, resume_step=2) as log:
-        log._append("samples.jsonl", [sample | {"opening": EVIL, "story": EVIL} for sample in samples])
+        log._append("samples.jsonl", [story(0, 0, when=when, **unsaid) for when in ("before", "after")])
     path = write_report(tmp_path)
     page = Page(path)
     check_self_contained(page)

@@ -20,7 +20,8 @@ STORIES = [f"a cat sat {'here ' * i}and {EVIL} ran." for i in range(12)]
 
 def record(i, story, **more):
     scores = dict(zip(CRITERIA, (i % 4, i % 3, 2), strict=True))
-    return {"step": 1, "index": i, "opening": "Once", "story": story, "scores": scores, "reward": 0.5} | more
+    rest = {"reply": None, "reward": 0.5, "words": 5, "ended": "eos"}
+    return {"step": 1, "index": i, "opening": "Once", "story": story, "scores": scores} | rest | more
 
 
 @pytest.fixture
