@@ -411,7 +411,7 @@ def pretraining(metrics: list[Record]) -> list[str]:
     tiles = [
         tile("Validation loss", drop, "nats per token, first → last", "reward") if val else "",
         tile("Bits per byte", bits_drop, "on validation, first → last", "reward") if bits else "",
-        tile("Words read", number(metrics[-1]["words"]), f"{number(metrics[-1]['tokens'])} tokens"),
+        tile("Words read", number(metrics[-1].get("words")), f"{number(metrics[-1].get('tokens'))} tokens"),
         tile("Tokens per second", number(sorted(speed)[len(speed) // 2]), "median step") if speed else "",
     ]
     drawing = chart("Loss, nats per token", losses, x_name="words read", size=HERO)

@@ -74,7 +74,8 @@ class Teacher:
         budget_cost: float | None = None,
     ):
         urls = [base_url(each) for each in ([url] if isinstance(url, str) else url)]
-        models: list[str | None] = [model] if isinstance(model, str) else [*(model or [None])]
+        named = [model] if isinstance(model, str) else model
+        models: list[str | None] = [*named] if named else [None]
         if len(models) not in (1, len(urls)):
             raise UserError(f"{len(models)} models were named for {len(urls)} teachers: name one, or one for each URL")
         if len(set(urls)) < len(urls) and not panel:
