@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -158,3 +159,6 @@ TORCH_LIBRARY_IMPL(tinystory, CUDA, m) {
 }
 
 }  // namespace tinystory
+
+// Python imports the library as a module, which registers the kernels above and has nothing else to say.
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.doc() = "tinystory's CUDA kernels, registered with torch."; }
