@@ -111,10 +111,11 @@ def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
         config = parse(config_class, COMMANDS[config_class], ["--resume", "--out", str(out)])
     except UserError as error:
         assert str(out) in str(error) or name in ("openings", "opening", "reward", "n_head", "n_embd", "budget_cost")
-        assert name.replace("_", "-") in str(error)
+        assert name.replace("_", "-") in str(error) or "is damaged" in str(error)  # which is what Infinity does to JSON
     else:
         assert config.out == str(out) and config.resume
-        assert name in ("out", "resume") or getattr(config, name) == record[name] or record[name] is None
+        taken = getattr(config, name)
+        assert name in ("out", "resume") or taken == record[name] or record[name] is None or not (taken or record[name])
 
 
 def test_what_cannot_fit_memory_is_refused_before_it_is_allocated(place, tmp_path, capsys, monkeypatch):

@@ -113,11 +113,11 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]
     assert [s["index"] for s in stories] == list(range(24))
     assert all(s["words"] == len(s["story"].split()) and s["ended"] in ("eos", "length") for s in stories)
-    assert records[-1]["words_out"] == sum(s["words"] for s in stories)
     assert records[0]["reward_mean"] == pytest.approx(sum(s["reward"] for s in stories[:6]) / 6, abs=1e-5)
     samples = [json.loads(line) for line in (tmp_path / "i" / "samples.jsonl").read_text().splitlines()]
     looks = [json.loads(line) for line in (tmp_path / "i" / "looks.jsonl").read_text().splitlines()]
     assert [look["step"] for look in looks] == [0] * 4 + [2] * 4 + [4] * 4
+    assert records[-1]["words_out"] == sum(s["words"] for s in stories + looks)
     assert [look["index"] for look in looks] == [interact.LOOK_INDEX + i for i in range(4)] * 3
     rewards = {at: sum(look["reward"] for look in looks if look["step"] == at) / 4 for at in (0, 2, 4)}
     best = max(rewards, key=rewards.get)
@@ -133,7 +133,7 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     assert records[3]["reward_mean"] == pytest.approx(sum(own) / 6, abs=1e-5)
     penalty = records[3]["kl_coef"] * records[3]["kl"]
     assert records[3]["objective"] == pytest.approx(records[3]["reward_mean"] - penalty, abs=1e-5)
-    assert records[3]["ended"] == sum(s["ended"] == "eos" for s in stories[18:]) / 6
+    assert records[3]["ended"] == pytest.approx(sum(s["ended"] == "eos" for s in stories[18:]) / 6, abs=1e-6)
     assert 0 < records[3]["diversity_mean"] <= 1 and 1 <= records[3]["plots"] <= 6
     said = capsys.readouterr().out
     assert "mean reward" in said and f"before and after step {best}, the best" in said
@@ -290,5 +290,6 @@ def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
     record = metrics(tmp_path / "i")[0]
     stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]
     assert record["unscored"] == 0 and all(set(s["scores"].values()) <= {0, 1, 2, 3} for s in stories)
-    assert record["words_in"] == 1 + sum(len(s["reply"].split()) for s in stories)
+    looks = [json.loads(line) for line in (tmp_path / "i" / "looks.jsonl").read_text().splitlines()]
+    assert record["words_in"] == 1 + sum(len(s["reply"].split()) for s in stories + looks)
     assert "stands in for an LLM" in capsys.readouterr().out
