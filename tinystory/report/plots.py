@@ -270,10 +270,15 @@ def trail(
         where = [f"{a:.1f},{b:.1f}" for a, b in zip(*place(x, y), strict=True)]
         return f'<g style="--tint: var(--{tint})"><path class="line" d="M{"L".join(where)}"/></g>'
 
+    labels = []
     for name, curve in beside.items():
         parts.append(line(*zip(*curve, strict=True), "grey"))
         a, b = (float(each) for each in place(*curve[-1]))
-        parts.append(f'<text x="{a + 5:.1f}" y="{b + 4:.1f}">{html.escape(name)}</text>')
+        labels.append((b + 4, a + 5, name))
+    y_free = -math.inf  # labels are shifted so as not to overlap
+    for b, a, name in sorted(labels):
+        y_free = max(b, y_free + 13)
+        parts.append(f'<text x="{a:.1f}" y="{y_free:.1f}">{html.escape(name)}</text>')
     parts.append(line(x, y, "reward"))
     for at, tint, name, down in ((0, "grey", "first", 17), (-1, "reward", "last", -9)):
         a, b = (float(each) for each in place(x[at], y[at]))
