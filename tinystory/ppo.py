@@ -132,7 +132,7 @@ class SharpAdam(torch.optim.Adam):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
         scaled = (self.norm.weight, self.norm.bias)
-        self.sharpness.grad = torch.stack([(p.grad * p).sum() for p in scaled]).sum()
+        self.sharpness.grad = torch.stack([(p.grad * p).sum() for p in scaled if p.grad is not None]).sum()
         super().step()
         for p in scaled:
             p.mul_(self.sharpness.exp())

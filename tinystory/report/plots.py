@@ -272,7 +272,8 @@ def trail(
 
     labels = []
     for name, curve in beside.items():
-        parts.append(line(*zip(*curve, strict=True), "grey"))
+        at_x, at_y = zip(*curve, strict=True)
+        parts.append(line(at_x, at_y, "grey"))
         a, b = (float(each) for each in place(*curve[-1]))
         labels.append((b + 4, a + 5, name))
     y_free = -math.inf  # labels are shifted so as not to overlap
