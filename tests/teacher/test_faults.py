@@ -92,8 +92,9 @@ def init(tokenizer, tmp_path_factory) -> str:
     return str(folder)
 
 
-def arguments(init: str, out: Path, url: str) -> list[str]:
-    return ["--init", init, "--out", str(out), "--teacher-url", url, "--teacher-concurrency", "3", *SHORT]
+def arguments(init: str, out: Path, url: str = "") -> list[str]:
+    teacher = ["--teacher-url", url, "--teacher-concurrency", "3"] if url else []
+    return ["--init", init, "--out", str(out), *teacher, *SHORT]
 
 
 def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(init, tmp_path):
@@ -199,7 +200,7 @@ def graded_now_and_then(story: str, n: int) -> str:
 
 def replay(init: str, run: Path, out: Path, *more: str) -> None:
     flags = ["--max-unscored", "0.9", "--replay", str(run), *more]
-    interact.main([*arguments(init, out, "http://127.0.0.1:9"), *flags])
+    interact.main([*arguments(init, out), *flags])
 
 
 @pytest.mark.parametrize("flags", [[], ["--teacher-logprobs"]])
@@ -299,6 +300,6 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(ini
     ],
 )
 def test_mistakes_are_told_in_one_sentence(init, tmp_path, capsys, flags, words):
-    argv = [*arguments(init, tmp_path / "out", "http://127.0.0.1:9"), *flags]
+    argv = [*arguments(init, tmp_path / "out"), *flags]
     assert words in fails(interact.main, argv, capsys)
     assert not (tmp_path / "out").exists()
