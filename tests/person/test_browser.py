@@ -18,7 +18,7 @@ from fault_server import closed_port
 
 from tinystory.evaluate.preference import run_pairs, run_preferences
 from tinystory.runlog import SAMPLES, read_records, read_stories
-from tinystory.teacher.prompt import clean
+from tinystory.teacher.prompt import CRITERIA, clean
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install 'tinystory[test]'")
@@ -136,15 +136,15 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
     by_story: dict[str, list] = {}
     for grade in grades:
         by_story.setdefault(grade["story"], []).append(grade)
-    assert len(seen) >= 18 and len(grades) == len(seen) + 1
+    assert len(seen) >= 16 and len(grades) == len(seen) + 1
     assert sorted(map(len, by_story.values())) == [1] * (len(seen) - 1) + [2]  # only the slip came twice
     run = tmp_path / "runs" / "interact"
     stories = list(read_stories(run))
     assert len(stories) == 16 and [record["unscored"] for record in metrics(run)] in ([1, 0], [0, 1])
-    for story in stories:
-        assert (
-            story["scores"] == by_story[clean(story["story"])][-1]["scores"]
-        )  # what was said last is what was learned
+    for story in stories:  # what was said last is what was learned; of nothing nobody is asked
+        said = by_story.get(clean(story["story"]))
+        assert story["scores"] == (said[-1]["scores"] if said else dict.fromkeys(CRITERIA, 0))
+        assert said or not story["story"].strip()
     assert json.loads((run / "config.json").read_text())["options"]["teacher"]["model"] == "person"
 
 
