@@ -106,9 +106,9 @@ struct LayerNorm {
 };
 
 namespace cpu {
-const char* instructions();  // that the GEMMs are made of on this machine
-void attention_forward(const Attention&, int64_t begin, int64_t end);       // items: B * H
-void attention_backward(const Attention&, int64_t begin, int64_t end);      // items: B * H
+const char* instructions();                                             // that the GEMMs are made of on this machine
+void attention_forward(const Attention&, int64_t begin, int64_t end);   // items: B * H
+void attention_backward(const Attention&, int64_t begin, int64_t end);  // items: B * H
 void decode_attention(const DecodeAttention&, int64_t begin, int64_t end);  // items: B * H
 void sample(const Sample&, int64_t begin, int64_t end);                     // items: B
 int64_t logprob_workspace(const TokenLogprob&);                             // for chunks of no more rows and groups
