@@ -42,6 +42,7 @@ class Endpoint:
         self.slots = Slots(concurrency)
         self.probed: Probe | None = None
         self.failed = 0  # transient failures since its last answer
+        self.absences = 0  # times that it was left out since then
 
     @property
     def max_tokens(self) -> int:

@@ -81,7 +81,7 @@ class Judge:
                     timeout = endpoint.slots.timeout(terms.deadline_s / terms.attempts, timeouts)
                     answer = await asyncio.wait_for(request(endpoint), min(left, timeout))
                     endpoint.slots.answered(time.monotonic() - began)
-                    endpoint.failed = 0
+                    endpoint.failed = endpoint.absences = 0
                     return answer
                 except asyncio.TimeoutError:  # the builtin TimeoutError only from Python 3.11 on
                     failure = Failure("takes too long to answer", again=True)
@@ -131,11 +131,11 @@ class Judge:
         return True
 
     async def _look_after(self, endpoint: Endpoint) -> None:
-        """Until the server answers again, whatever it says of its models; then ask it with one request at a time."""
-        pause = PAUSE_S
+        """Until the server answers again, whatever it says of its models. Then it gets one request at a time, and is
+        left out for longer if the first one fails."""
         while True:
-            await asyncio.sleep(jittered(pause))
-            pause *= 2
+            await asyncio.sleep(jittered(PAUSE_S * 2**endpoint.absences))
+            endpoint.absences = min(endpoint.absences + 1, 9)
             try:
                 await asyncio.wait_for(endpoint.server.models(), PING_S)
             except asyncio.TimeoutError:
@@ -150,7 +150,7 @@ class Judge:
                 self.terms.news.append(f"the teacher at {endpoint.url} is back, but cannot be used: {error}")
                 return
             self.terms.news.append(f"the teacher at {endpoint.url} is back")
-            endpoint.failed = 0
+            endpoint.failed = FAILURES - 1
             endpoint.slots.reopen()
             self.queue.admit()
             return
