@@ -134,8 +134,10 @@ def shown(value: object) -> str:
 def scorer(config: Record) -> str:
     """Who scored the stories: the models' names, or the callable's; "" if it is not recorded."""
     options = config.get("options", {})
-    models = dict.fromkeys(each["model"] for each in options.get("teachers") or [options.get("teacher", {})] if each)
-    return ", ".join(models) or Path(options.get("scored_by") or "").name
+    asked, scored_by = options.get("teachers"), options.get("scored_by")
+    teachers = asked if isinstance(asked, list) and asked else [options.get("teacher")]
+    models = dict.fromkeys(str(each["model"]) for each in teachers if isinstance(each, dict) and each.get("model"))
+    return ", ".join(models) or (Path(scored_by).name if isinstance(scored_by, str) else "")
 
 
 def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str]:
