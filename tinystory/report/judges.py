@@ -19,7 +19,8 @@ def scored_by_note(scored_by: str, config: Record) -> str:
     calibration = config.get("options", {}).get("calibration")
     if not scored_by:
         return ""
-    found = f"It {calibration['verdict']}." if calibration else "It was not calibrated."
+    verdict = calibration.get("verdict") if isinstance(calibration, dict) else None
+    found = f"It {verdict}." if verdict else "It was not calibrated."
     return f"Scored by {escape(scored_by)}. {escape(found)}"
 
 
