@@ -25,9 +25,8 @@ from tinystory.errors import UserError, command
 from tinystory.evaluate.agreement import Judge, agreement
 from tinystory.paths import usage
 from tinystory.report.agreement import COLUMNS, length_line, rows, write_agreement
-from tinystory.report.judges import OPINIONS
 from tinystory.report.run import scorer, write_report
-from tinystory.runlog import METRICS, SAMPLES, STORIES, atomic_write, read_config, read_records
+from tinystory.runlog import METRICS, OPINIONS, SAMPLES, STORIES, atomic_write, read_config, read_records
 from tinystory.teacher.grader import open_grader
 
 BUILTIN = "rubric"

@@ -19,8 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.data.corpus import open_corpus
-from tinystory.errors import UserError, command
+from tinystory.errors import command
 from tinystory.paths import usage
+from tinystory.rubric.chat import require_port, until_stopped
 from tinystory.rubric.rubric import Rubric
 from tinystory.rubric.server import serve
 
@@ -34,8 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--die-with-parent", action="store_true", help="exit when standard input closes")
     options = parser.parse_args(argv)
-    if not 0 <= options.port <= 65535:
-        raise UserError(f"--port {options.port} is not a port: give a number from 0 to 65535")
+    require_port(options.port)
     if options.die_with_parent:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
@@ -49,12 +49,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 async def _serve(rubric: Rubric, port: int) -> None:
-    ended, loop = asyncio.Event(), asyncio.get_running_loop()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(name, ended.set)
     async with serve(rubric, port) as url:
         print(f"listening on {url}", flush=True)
-        await ended.wait()
+        await until_stopped()
 
 
 def _end_with_stdin() -> None:

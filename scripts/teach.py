@@ -12,14 +12,13 @@ about twice. Several people can open the page, each with a name.
 import argparse
 import asyncio
 import contextlib
-import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.errors import UserError, command
-from tinystory.evaluate.preference import PREFERENCES, run_pairs, run_preferences
+from tinystory.evaluate.preference import run_pairs, run_preferences
 from tinystory.paths import usage
 from tinystory.person.desk import Desk
 from tinystory.person.pairs import PairDesk
@@ -27,7 +26,8 @@ from tinystory.person.server import serve
 from tinystory.report import page, plots
 from tinystory.report.judges import preference_lines
 from tinystory.report.run import write_report
-from tinystory.runlog import METRICS, read_config, read_metrics
+from tinystory.rubric.chat import require_port, until_stopped
+from tinystory.runlog import METRICS, PREFERENCES, read_config, read_metrics
 from tinystory.teacher.prompt import Template, load_template
 
 
@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--compare", type=Path, metavar="RUN", help="compare a run's stories before and after instead")
     options = parser.parse_args(argv)
-    if not 0 <= options.port <= 65535:
-        raise UserError(f"--port {options.port} is not a port: give a number from 0 to 65535")
+    require_port(options.port)
     if not 0 <= options.twice <= 1:
         raise UserError(f"--twice must be from 0 to 1, not {options.twice:g}")
     desk: Desk | PairDesk
@@ -67,16 +66,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 async def _serve(desk: Desk | PairDesk, options: argparse.Namespace) -> None:
-    ended, loop = asyncio.Event(), asyncio.get_running_loop()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(name, ended.set)
     style = plots.palette() + plots.STYLE + page.STYLE
     async with serve(desk, options.port, style=style, curve=lambda url: curve(options.run, url)) as url:
         print(f"open {url} in a browser", flush=True)
         if not options.compare:
             print(f"and start: python train_interact.py --teacher-url {url}/v1 --stories-per-step 8 --look-stories 8 "
                   "--max-unscored 0.5", flush=True)  # fmt: skip
-        await ended.wait()
+        await until_stopped()
 
 
 def curve(run: Path, url: str) -> str:

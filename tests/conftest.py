@@ -6,6 +6,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import train_pretrain
@@ -107,6 +108,39 @@ def fails(main, argv, capsys) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([10**400, 2**63, 1e300, -1]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def damage(path: Path, data) -> None:
+    """Cut the file, flip a bit or insert bytes; or, of JSON and JSON Lines, take a key or give it any value. data: of
+    hypothesis, which draws what is done and where."""
+    content = path.read_bytes()
+    at = data.draw(st.integers(0, len(content) - 1) | st.integers(0, min(len(content), 400) - 1))
+    how = data.draw(st.sampled_from(["cut", "flip", "insert", "value", "key"]))
+    if how == "cut":
+        content = content[:at]
+    elif how == "flip":
+        content = content[:at] + bytes([content[at] ^ 1 << data.draw(st.integers(0, 7))]) + content[at + 1 :]
+    elif how == "insert" or path.suffix not in (".json", ".jsonl"):
+        content = content[:at] + data.draw(st.binary(max_size=20)) + content[at:]
+    else:
+        lines = content.splitlines() if path.suffix == ".jsonl" else [content]
+        number = data.draw(st.integers(0, len(lines) - 1))
+        record = inside = json.loads(lines[number])
+        key = data.draw(st.sampled_from(sorted(inside)))
+        while isinstance(inside[key], dict) and inside[key] and data.draw(st.booleans()):
+            inside = inside[key]
+            key = data.draw(st.sampled_from(sorted(inside)))
+        inside.pop(key) if how == "key" else inside.update({key: data.draw(JUNK)})
+        lines[number] = json.dumps(record).encode()
+        content = b"\n".join([*lines, b""])
+    path.write_bytes(content)
 
 
 def story_record(step: int, index: int = 0, **other) -> dict:

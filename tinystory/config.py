@@ -40,6 +40,10 @@ class Interval:
         return f"{low} and {'at most' if self.includes_high else 'below'} {self.high:.12g}"
 
 
+DTYPE_HELP = "auto, float32 or bfloat16 (matmuls only; weights and optimiser stay float32)"
+SEEDS = "[0, 4294967295]"
+
+
 @dataclass
 class PretrainConfig:
     """Pretrain a student on a corpus."""
@@ -51,13 +55,9 @@ class PretrainConfig:
     )
     out: str = option("runs/pretrain", "folder of the run")
     words: int = option(3_000_000, "total words to train on, counting repeats", "[1, 1e15]")
-    seed: int = option(0, "seed of initialisation, data order and dropout", "[0, 4294967295]")
+    seed: int = option(0, "seed of initialisation, data order and dropout", SEEDS)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    dtype: str = option(
-        "auto",
-        "auto, float32 or bfloat16 (matmuls only; weights and optimiser stay float32)",
-        ("auto", "float32", "bfloat16"),
-    )
+    dtype: str = option("auto", DTYPE_HELP, ("auto", "float32", "bfloat16"))
     resume: bool = option(False, "continue from the newest checkpoint in --out")
 
     n_layer: int = option(4, "transformer blocks", "[1, 1000]")
@@ -101,13 +101,9 @@ class InteractConfig:
         "", "starting checkpoint, or a folder that transformers wrote (default: newest under runs/pretrain)"
     )
     out: str = option("runs/interact", "folder of the run")
-    seed: int = option(0, "seed of the stories, the minibatch order and the teacher's sampling", "[0, 4294967295]")
+    seed: int = option(0, "seed of the stories, the minibatch order and the teacher's sampling", SEEDS)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    dtype: str = option(
-        "auto",
-        "auto, float32 or bfloat16 (matmuls only; weights and optimiser stay float32)",
-        ("auto", "float32", "bfloat16"),
-    )
+    dtype: str = option("auto", DTYPE_HELP, ("auto", "float32", "bfloat16"))
     resume: bool = option(False, "continue from the newest checkpoint in --out")
 
     teacher_url: list[str] = option(

@@ -118,7 +118,9 @@ def load_score(spec: str) -> ScoreStories:
 
 def _is_score(value: Any) -> bool:
     """Whether it is a number from 0 to 1 of any library's; text that reads as one is none."""
-    return not isinstance(value, str | bytes) and hasattr(value, "__float__") and 0 <= float(value) <= 1
+    with contextlib.suppress(TypeError, ValueError):  # of arrays and complex numbers
+        return not isinstance(value, str | bytes) and 0 <= float(value) <= 1
+    return False
 
 
 def _short(value: object) -> str:
@@ -133,7 +135,7 @@ def _told_where(spec: str, file: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # the user's code can raise anything; the cause stays attached
         place = error if isinstance(error, SyntaxError) else None
         where, line = (place.filename or file, place.lineno) if place else (file, None)
         for frame in [] if place else traceback.extract_tb(error.__traceback__):

@@ -29,20 +29,24 @@ Fields: TypeAlias = dict[str, tuple[type, ...]]
 
 CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
 LOOKS = "looks.jsonl"  # stories to held-out openings
+OPINIONS = "opinions.jsonl"  # what other judges say of the run's stories (scripts/agreement.py)
+PREFERENCES = "preferences.jsonl"  # choices between its stories before and after (teach.py and evaluate.py --compare)
 LOCK = ".lock"
 LONGEST = 1 << 26  # bytes of a JSON file, or of a line of records
 LARGEST = 1e100  # of a number in a record
 
 _NUMBER = (int, float, type(None))
-_STORY: Fields = {
-    "step": (int,), "index": (int,), "opening": (str,), "story": (str,), "reply": (str, type(None)),
-    "scores": (dict, type(None)), "reward": _NUMBER, "words": (int,), "ended": (str,),
+_TOLD: Fields = {"opening": (str,), "story": (str,), "scores": (dict, type(None))}
+_STORY: Fields = _TOLD | {
+    "step": (int,), "index": (int,), "reply": (str, type(None)), "reward": _NUMBER, "words": (int,), "ended": (str,),
 }  # fmt: skip
 FIELDS: dict[str, Fields] = {  # what each record has at least
     METRICS: {"step": (int,)},
     STORIES: _STORY,
     LOOKS: _STORY,
     SAMPLES: _STORY | {"when": (str,)},
+    OPINIONS: _TOLD | {"judge": (str,), "score": _NUMBER},
+    PREFERENCES: {"key": (str,), "choice": (str, type(None)), "by": (str,)},
 }
 
 
@@ -110,7 +114,7 @@ def held(folder: Path) -> Iterator[None]:
             )
         try:
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {timestamp()}\n")
             file.flush()
             yield
         finally:
@@ -157,16 +161,16 @@ class RunLog:
             return
         path = self.folder / CONFIG
         before = read_config(self.folder) if self.resume_step is not None else {}
-        now = _now()
+        at = timestamp()
         resumed = before.get("resumed", [])
         if before:
-            resumed.append({"step": self.resume_step, "at": now})
+            resumed.append({"step": self.resume_step, "at": at})
         record = {
             "options": options,
             "versions": versions(),
             "device": device_name(options.get("device") or "cpu"),
             "git_commit": git_commit(),
-            "started": before.get("started", now),
+            "started": before.get("started", at),
             "resumed": resumed,
         }
         text = json.dumps(record, indent=2, default=str)
@@ -211,7 +215,8 @@ class RunLog:
         self.close()
 
 
-def _now() -> str:
+def timestamp() -> str:
+    """The time in UTC, to the second, as in all records."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
@@ -333,8 +338,8 @@ def _misfit(record: Record, fields: Fields) -> str:
             return f"it has no {name!r}"
         if type(record[name]) not in kinds:
             return f"its {name!r} is {record[name]!r:.40}"
-    numbers = record if "story" not in fields else {"reward": record["reward"]}
-    for name, value in numbers.items() if fields else ():
+    numbers = [name for name, kinds in fields.items() if kinds == _NUMBER]
+    for name, value in record.items() if fields is FIELDS[METRICS] else ((name, record[name]) for name in numbers):
         if type(value) not in (*_NUMBER, bool) and not name.startswith("teacher_"):
             return f"its {name!r} is {value!r:.40}"
         if isinstance(value, int | float) and not -LARGEST < value < LARGEST:

@@ -9,9 +9,9 @@ from fault_server import FaultServer
 
 from scripts import agreement
 from tinystory.report.agreement import confusion, intervals
-from tinystory.report.judges import OPINIONS, read_opinions
+from tinystory.report.judges import read_opinions
 from tinystory.report.run import write_report
-from tinystory.runlog import SAMPLES, RunLog
+from tinystory.runlog import OPINIONS, SAMPLES, RunLog
 from tinystory.teacher.prompt import CRITERIA
 
 EVIL = "<script>alert(1)</script>"

@@ -10,13 +10,14 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SHORT, SMALL, assert_same_bits, fails, metrics, story_record
+from conftest import ROOT, SHORT, SMALL, assert_same_bits, damage, fails, metrics, story_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_interact as interact
 import train_pretrain as pretrain
 from tinystory.errors import UserError
+from tinystory.evaluate.preference import pair_of
 from tinystory.experiment.parts import last_record
 from tinystory.report.run import write_report
 from tinystory.runlog import RunLog, held, read_config, read_metrics, read_records
@@ -137,17 +138,16 @@ def test_a_folder_that_cannot_be_written_is_told_in_a_sentence(place, tmp_path, 
     assert "cannot write" in fails(pretrain.main, ["--resume", "--out", str(tmp_path / "p")], capsys)
 
 
+BETTER = "Tim said yes, and he ran home."
+PAIR = pair_of("Once", story_record(0)["story"], BETTER)
 RECORDS = {
     "metrics.jsonl": [dict(step=i, reward_mean=0.1 * i, score_mean=1.0, kl=None, teacher_cost=0.5) for i in (1, 2, 3)],
     "stories.jsonl": [story_record(i // 2, i, scores=dict(a=i % 4, b=1.5)) for i in range(6)],
     "looks.jsonl": [story_record(i, i) for i in range(3)],
-    "samples.jsonl": [story_record(i, 7, when=when) for i, when in enumerate(("before", "after"))],
+    "samples.jsonl": [story_record(0, 7, when="before"), story_record(1, 7, when="after", story=BETTER)],
+    "opinions.jsonl": [dict(judge="b", opening="Once", story=BETTER, scores=dict(a=2, b=1), score=None)],
+    "preferences.jsonl": [PAIR._asdict() | dict(choice="second", by="ada")],
 }
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([10**400, 2**63, 1e300, -1]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=5,
-)
 
 
 @pytest.fixture(scope="module")
@@ -167,26 +167,7 @@ def test_no_harm_to_a_record_is_a_traceback(a_run, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("harmed")
     shutil.copytree(a_run, folder, dirs_exist_ok=True)
     path = folder / data.draw(st.sampled_from([*RECORDS, "config.json"]))
-    content = path.read_bytes()
-    at = data.draw(st.integers(0, len(content) - 1))
-    how = data.draw(st.sampled_from(["cut", "flip", "insert", "value", "key"]))
-    if how == "cut":
-        path.write_bytes(content[:at])
-    elif how == "flip":
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << data.draw(st.integers(0, 7))]) + content[at + 1 :])
-    elif how == "insert":
-        path.write_bytes(content[:at] + data.draw(st.binary(max_size=20)) + content[at:])
-    else:
-        lines = [content] if path.name == "config.json" else content.splitlines()
-        number = data.draw(st.integers(0, len(lines) - 1))
-        record = inside = json.loads(lines[number])
-        key = data.draw(st.sampled_from(sorted(inside)))
-        while isinstance(inside[key], dict) and inside[key] and data.draw(st.booleans()):
-            inside = inside[key]
-            key = data.draw(st.sampled_from(sorted(inside)))
-        inside.pop(key) if how == "key" else inside.update({key: data.draw(JUNK)})
-        lines[number] = json.dumps(record).encode()
-        path.write_bytes(b"\n".join([*lines, b""]))
+    damage(path, data)
     last_record(folder / "metrics.jsonl")
     for use in (
         lambda: read_config(folder),

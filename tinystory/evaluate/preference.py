@@ -14,11 +14,10 @@ from typing import Any, NamedTuple, TypeAlias
 from tinystory.errors import UserError
 from tinystory.evaluate.intervals import wilson
 from tinystory.journal import Journal
-from tinystory.runlog import SAMPLES, read_records
+from tinystory.runlog import PREFERENCES, SAMPLES, read_records
 from tinystory.teacher.prompt import Criterion, Template
 
 FIRST, SECOND, SAME = "first", "second", "same"
-PREFERENCES = "preferences.jsonl"  # in a run's folder: choices between its stories before and after
 
 
 class Pair(NamedTuple):
@@ -83,7 +82,7 @@ def run_preferences(run: Path) -> dict[str, dict[str, Any]]:
         if record["key"] in keys:
             by.setdefault(record["by"], {})
             if record["choice"]:
-                choice = Choice(record["choice"], record.get("inconsistent", False))
+                choice = Choice(record["choice"], record.get("inconsistent") is True)
                 by[record["by"]][record["key"]] = choice
             else:
                 by[record["by"]].pop(record["key"], None)

@@ -9,7 +9,6 @@ does not wait.
 """
 
 import asyncio
-import datetime
 import hashlib
 import json
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 from tinystory.errors import UserError
 from tinystory.journal import Journal
-from tinystory.runlog import Record
+from tinystory.runlog import Record, timestamp
 from tinystory.teacher.prompt import TOP, Template, instructions
 
 GRACE_S = 2.0  # from the last grade of those that wait until they are handed in
@@ -206,7 +205,7 @@ class Desk:
         record = {
             "key": key, "opening": opening, "story": story, "scores": scores, "by": who,
             "seconds": round(seconds, 1) if isinstance(seconds, int | float) else None,
-            "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "at": timestamp(),
         }  # fmt: skip
         self._journal.append(record)
         self._note(record)

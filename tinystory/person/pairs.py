@@ -1,6 +1,5 @@
 """The desk at which a person says which of two stories is the better one, without being told which is which."""
 
-import datetime
 import hashlib
 import json
 from collections import defaultdict
@@ -11,7 +10,7 @@ from typing import Any
 from tinystory.evaluate.preference import SAME, Choice, Pair, win_rate
 from tinystory.journal import Journal
 from tinystory.person.desk import Mistake
-from tinystory.runlog import Record
+from tinystory.runlog import Record, timestamp
 
 
 class PairDesk:
@@ -75,7 +74,7 @@ class PairDesk:
                 record = {
                     "key": key, "opening": pair.opening, "first": pair.first, "second": pair.second,
                     "left": "second" if self.swapped(who, key) else "first", "choice": choice, "by": who,
-                    "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                    "at": timestamp(),
                 }  # fmt: skip
                 self._journal.append(record)
                 self._choices[who][key] = record

@@ -11,7 +11,7 @@ import numpy as np
 Curve = list[tuple[float, float]]  # (KL to the start in nats per story, mean reward)
 
 
-def tilt(rewards: Sequence[float], strengths: int = 40) -> Curve:
+def tilt(rewards: Sequence[float]) -> Curve:
     """The most that can be earned at each KL: by p(x) exp(r(x) / beta) for falling beta, the policy that maximises
     E[r] - beta KL (Korbak et al. 2022, arXiv 2206.00761). rewards: of the starting student's stories.
 
@@ -20,7 +20,7 @@ def tilt(rewards: Sequence[float], strengths: int = 40) -> Curve:
     r = np.asarray(rewards, float)
     curve = [(0.0, float(r.mean()))]
     spread = float(r.std())
-    for strength in np.linspace(0, 4, strengths + 1)[1:] if spread else ():
+    for strength in np.linspace(0, 4, 41)[1:] if spread else ():
         w = np.exp(strength * (r - r.max()) / spread)
         w /= w.sum()
         if 1 / (w @ w) < len(r) / 10:

@@ -9,9 +9,7 @@ from tinystory.evaluate.agreement import Judge, agreement
 from tinystory.evaluate.preference import run_preferences
 from tinystory.report import page
 from tinystory.report.plots import number
-from tinystory.runlog import SAMPLES, Record, read_records
-
-OPINIONS = "opinions.jsonl"  # in a run's folder: what other judges say of its stories (scripts/agreement.py)
+from tinystory.runlog import OPINIONS, SAMPLES, Record, read_records
 
 
 def scored_by_note(scored_by: str, config: Record) -> str:
@@ -29,7 +27,7 @@ def read_opinions(folder: Path) -> dict[str, Judge]:
     judges: dict[str, Judge] = {}
     for record in read_records(folder / OPINIONS):
         judge = judges.setdefault(record["judge"], Judge(record["judge"], {}, {}))
-        judge.add(record["opening"], record["story"], record["scores"], record.get("score"))
+        judge.add(record["opening"], record["story"], record["scores"], record["score"])
     return judges
 
 

@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import json
 import re
+import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -43,6 +44,20 @@ async def listening(application: web.Application, port: int = 0) -> AsyncIterato
         yield f"http://{HOST}:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
+
+
+def require_port(port: int) -> None:
+    """Raises UserError if there can be no such port."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port} is not a port: give a number from 0 to 65535")
+
+
+async def until_stopped() -> None:
+    """Returns at Ctrl-C or SIGTERM, for which a server ends as usual."""
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(name, ended.set)
+    await ended.wait()
 
 
 class Refused(Exception):
