@@ -31,6 +31,7 @@ class FaultServer:
         self.good = Counter()  # complete replies sent, per story
         self.in_flight = self.most_in_flight = 0
         self.delay = 0.0  # seconds before a good reply
+        self.together = 0  # good replies are held until so many requests have been in flight at once, for a minute
         self.port = 0  # any that is free
 
     def __enter__(self):
@@ -119,6 +120,10 @@ class FaultServer:
                 if request.transport is not None:
                     request.transport.abort()
                 return response
+        for _ in range(6000):
+            if self.most_in_flight >= self.together:
+                break
+            await asyncio.sleep(0.01)
         await asyncio.sleep(self.delay)
         self.good[story] += 1
         return web.Response(text=completion(what), content_type="application/json")
