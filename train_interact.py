@@ -28,6 +28,7 @@ from tinystory import babylm, distributed, memory, ppo
 from tinystory.babylm import WordBudget
 from tinystory.collapse import signs_of_collapse
 from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
+from tinystory.critic import Critic
 from tinystory.data.openings import Openings, load_openings
 from tinystory.device import Interrupted, Stop, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
@@ -84,8 +85,9 @@ def interact(config: InteractConfig) -> None:
     if config.preset == babylm.TRACK:
         babylm.check_interaction(facts, config.budget_words, config.budget_words_out)
         milestones = babylm.milestones_beyond(facts)
-    value_head = ValueHead(student.config.n_embd).to(device)
-    parameters = dict(student.named_parameters()) | {f"value_head.{k}": p for k, p in value_head.named_parameters()}
+    critic = (ValueHead if config.critic == "head" else Critic)(student.config.n_embd).to(device)
+    value_head = critic if isinstance(critic, ValueHead) else None
+    parameters = dict(student.named_parameters()) | {f"critic.{k}": p for k, p in critic.named_parameters()}
     optimizer = ppo.SharpAdam(
         student.ln_f, parameters.values(), config.learning_rate, config.sharpness_rate, config.adam_eps
     )
@@ -97,7 +99,7 @@ def interact(config: InteractConfig) -> None:
     if resume_from:
         checkpoint.restore(student, resume_from)
         state, counters = checkpoint.load_trainer(resume_from, tuple(counters))
-        checkpoint.restore_module(value_head, "value_head", state)
+        checkpoint.restore_module(critic, "critic", state)
         checkpoint.unpack_optimizer(optimizer, list(parameters), state)
     step, written, best, best_step = (counters[name] for name in ("step", "written", "best", "best_step"))
     kl = ppo.AdaptiveKL(counters["kl_coef"], config.kl_target, config.kl_horizon)
@@ -107,7 +109,7 @@ def interact(config: InteractConfig) -> None:
         folder = run / "checkpoints" / name
         if rank0:
             state = checkpoint.pack_optimizer(optimizer, list(parameters))
-            state |= {f"value_head.{name}": tensor for name, tensor in value_head.state_dict().items()}
+            state |= {f"critic.{name}": tensor for name, tensor in critic.state_dict().items()}
             words = dict(words_in=budget.words_in, words_out=budget.words_out)
             lifetime = {f"interaction_{k}": facts.get(f"interaction_{k}", 0) + v for k, v in words.items()}
             progress = dict(step=step, written=written, best=best, best_step=best_step)
@@ -205,7 +207,9 @@ def interact(config: InteractConfig) -> None:
                 # 2. Read the stories under the frozen reference while the teacher is still grading.
                 batch = ppo.collate(stories, tokenizer, device)
                 with autocast():
-                    ref_logprobs = ppo.reference_logprobs(reference, batch, config.temperature, config.micro_batch_size)
+                    ref_logprobs, ref_states = ppo.read_reference(
+                        reference, batch, config.temperature, config.micro_batch_size
+                    )
                 read = time.perf_counter()
 
                 # 3. Wait for the grades.
@@ -221,7 +225,7 @@ def interact(config: InteractConfig) -> None:
                 rewards = rewards_of(config, stories, grades)
                 scored = [i for i, reward in enumerate(rewards) if reward is not None]
                 kept = torch.tensor(scored, device=device)
-                batch, ref_logprobs = batch.rows(kept), ref_logprobs[kept]
+                batch, ref_logprobs, ref_states = batch.rows(kept), ref_logprobs[kept], ref_states[kept]
                 story_rewards = torch.tensor([rewards[i] for i in scored], device=device)
 
                 # 5. PPO. Randomness is a function of (seed, step), so a resumed run repeats an unbroken one.
@@ -229,7 +233,7 @@ def interact(config: InteractConfig) -> None:
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * ppo.decay(config, step)
                 stats = ppo.step(
-                    student, value_head, optimizer, kl, batch, ref_logprobs, story_rewards, config, autocast
+                    student, critic, optimizer, kl, batch, ref_logprobs, ref_states, story_rewards, config, autocast
                 )
                 updated = time.perf_counter()
 

@@ -191,10 +191,10 @@ def interact(
         batched = ppo.collate(written, words, device)
         wrote = now(device)
         with lower(device, dtype):
-            ref_logprobs = ppo.reference_logprobs(reference, batched, 1.0, options.micro_batch_size)
+            under_reference = ppo.read_reference(reference, batched, 1.0, options.micro_batch_size)
         read = now(device)
         autocast = functools.partial(lower, device, dtype)
-        ppo.step(student, head, optimizer, kl, batched, ref_logprobs, scores, options, autocast)
+        ppo.step(student, head, optimizer, kl, batched, *under_reference, scores, options, autocast)
         done = now(device)
         tokens = sum(len(story.tokens) for story in written)
         parts = dict(rollout_s=wrote - began, update_s=done - wrote, reference_s=read - wrote, tokens=tokens)

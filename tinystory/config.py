@@ -172,14 +172,16 @@ class InteractConfig:
     micro_batch_size: int = option(
         32, "stories per forward pass; gradients are accumulated over a minibatch", "[1, 1e9]"
     )
-    advantage: str = option(
-        "rloo", "gae (with the value head) or rloo (the reward minus the mean of the others')", ("gae", "rloo")
+    critic: str = option(
+        "ridge",
+        "what expects a reward: ridge (regression on the reference's states) or head (a value head on the student)",
+        ("ridge", "head"),
     )
     gamma: float = option(1.0, "discount factor", "[0, 1]")
-    lam: float = option(1.0, "GAE lambda", "[0, 1]")
+    lam: float = option(0.95, "GAE lambda", "[0, 1]")
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
     clip_value: float = option(0.2, "clipping range of the value", "(0, 1e9]")
-    value_coef: float = option(0.0, "weight of the value loss, for --advantage gae", "[0, 1000]")
+    value_coef: float = option(0.0, "weight of the value loss, for --critic head", "[0, 1000]")
     max_ratio: float = option(10.0, "mean policy ratio above which a minibatch is skipped, and counted", "[1, 1e9]")
     grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
     kl_coef: float = option(0.01, "initial coefficient of the KL penalty against the starting checkpoint", "[0, 1000]")
@@ -204,7 +206,7 @@ _PAPER_INTERACT = dict(
     dtype="float32", opening=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
     stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000,
     budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, look_every=0,
-    learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, advantage="gae", adam_eps=1e-8, epochs=4,
+    learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, critic="head", adam_eps=1e-8, epochs=4,
     minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1, max_ratio=10.0,
     grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
@@ -340,5 +342,5 @@ def _check_together(config: Any) -> None:
         raise UserError(f"{' and '.join(map(_flag, scored_by))} do not go together: one of them scores the stories")
     if config.opening and config.openings != InteractConfig.openings:
         raise UserError("--opening and --openings do not go together; --opening '' leaves the choice to --openings")
-    if config.advantage == "rloo" and config.stories_per_step < 2:
-        raise UserError("--advantage rloo compares a story with others of its step: give --stories-per-step 2 or more")
+    if config.critic == "ridge" and config.stories_per_step < 2:
+        raise UserError("--critic ridge learns from the other stories of a step: give --stories-per-step 2 or more")

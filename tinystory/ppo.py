@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tinystory import distributed, ops
 from tinystory.config import InteractConfig
+from tinystory.critic import Critic
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.student.generate import Story, encode_opening
 from tinystory.student.model import Student, ValueHead
@@ -103,10 +104,9 @@ def advantages_and_returns(
     return advantages * mask, (advantages + values) * mask
 
 
-def leave_one_out(returns: Tensor, mask: Tensor) -> Tensor:
-    """(B, N): at each token of a story its return, (B,), minus the mean of the others' (REINFORCE leave-one-out,
-    Ahmadian et al. 2024, arXiv 2402.14740)."""
-    return (returns - returns.mean())[:, None] * mask * (len(returns) / max(len(returns) - 1, 1))
+def discounted(rewards: Tensor, gamma: float) -> Tensor:
+    """(B, N): the discounted sum of the rewards from each token on."""
+    return advantages_and_returns(rewards, torch.zeros_like(rewards), torch.ones_like(rewards), gamma, 1.0)[0]
 
 
 def decay(config: InteractConfig, step: int) -> float:
@@ -139,20 +139,27 @@ class SharpAdam(torch.optim.Adam):
         self.sharpness.zero_()
 
 
+def response_states(student: Student, batch: Batch) -> Tensor:
+    """(tokens, C): forward pass over whole stories, the state from which each response token is predicted, in the order
+    of the mask. Columns that are padding in every row are not computed."""
+    T = int(batch.lengths.max())
+    return student.hidden(batch.inputs[:, :T])[batch.predicts[:, :T]]
+
+
 def response_stats(
     student: Student, value_head: ValueHead | None, batch: Batch, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Forward pass over whole stories: the log-probability and value (0 without a value head) of every response token,
-    (B, N) each, 0 off the mask.
-
-    The heads are applied at response positions only; columns that are padding in every row are not computed.
-    """
-    T = int(batch.lengths.max())
-    hidden = student.hidden(batch.inputs[:, :T])[batch.predicts[:, :T]]  # (tokens, C): each token's origin
-    logprob, _ = ops.token_logprob(hidden / temperature, student.wte.weight, batch.tokens[batch.mask])
-    value = torch.zeros_like(logprob) if value_head is None else value_head(hidden)
+    """The log-probability and value (0 without a value head) of every response token, (B, N) each, 0 off the mask."""
+    states = response_states(student, batch)
+    logprob = token_logprobs(student, states, batch, temperature)
+    value = torch.zeros_like(logprob) if value_head is None else value_head(states)
     zeros = torch.zeros(batch.mask.shape, device=batch.mask.device)
     return zeros.masked_scatter(batch.mask, logprob), zeros.masked_scatter(batch.mask, value)
+
+
+def token_logprobs(student: Student, states: Tensor, batch: Batch, temperature: float) -> Tensor:
+    """(tokens,) log-probabilities of the response tokens, given `response_states`."""
+    return ops.token_logprob(states / temperature, student.wte.weight, batch.tokens[batch.mask])[0]
 
 
 @dataclass
@@ -170,12 +177,20 @@ class AdaptiveKL:
 
 
 @torch.no_grad()
-def reference_logprobs(reference: Student, batch: Batch, temperature: float, micro_batch_size: int) -> Tensor:
-    """(B, N) log-probabilities of the stories' tokens under the frozen starting checkpoint."""
-    out = torch.zeros_like(batch.logprobs)
+def read_reference(
+    reference: Student, batch: Batch, temperature: float, micro_batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """The stories under the frozen starting checkpoint: (B, N) log-probabilities of their tokens, and (B, N, C) the
+    states from which it predicts them, 0 off the mask; float32 both."""
+    logprobs = torch.zeros_like(batch.logprobs)
+    states = logprobs.new_zeros(*logprobs.shape, reference.config.n_embd)
     for rows in distributed.shard_strided(by_length(batch.lengths, micro_batch_size)):
-        out[rows] = response_stats(reference, None, batch.rows(rows), temperature)[0]
-    return distributed.all_reduce_sum(out)
+        part = batch.rows(rows)
+        found = response_states(reference, part)
+        told = token_logprobs(reference, found, part, temperature)
+        logprobs[rows] = torch.zeros_like(part.logprobs).masked_scatter(part.mask, told)
+        states[rows] = torch.zeros_like(states[rows]).masked_scatter(part.mask[..., None], found.float())
+    return distributed.all_reduce_sum(logprobs), distributed.all_reduce_sum(states)
 
 
 def by_length(lengths: Tensor, size: int) -> list[Tensor]:
@@ -185,24 +200,29 @@ def by_length(lengths: Tensor, size: int) -> list[Tensor]:
 
 def step(
     student: Student,
-    value_head: ValueHead,
+    critic: Critic | ValueHead,
     optimizer: torch.optim.Optimizer,
     kl: AdaptiveKL,
     batch: Batch,
     ref_logprobs: Tensor,
+    ref_states: Tensor,
     story_rewards: Tensor,
     config: InteractConfig,
     autocast: Autocast = contextlib.nullcontext,
 ) -> dict[str, float]:
     """One PPO step on stories with rewards: token rewards, advantages, the update, and the next KL coefficient.
 
-    ref_logprobs: (B, N); story_rewards: (B,); autocast: the context of the forward passes, and of them alone: inside it
-    the backward pass would round the value head's float32 gradient. Returns the step's statistics.
+    ref_logprobs, ref_states: of `read_reference`; story_rewards: (B,); autocast: the context of the forward passes, and
+    of them alone: inside it the backward pass would round the value head's float32 gradient. Returns the step's
+    statistics.
     """
     rewards = token_rewards(story_rewards, batch.logprobs, ref_logprobs, batch.mask, kl.coef)
+    value_head = critic if isinstance(critic, ValueHead) else None
+    if isinstance(critic, Critic):
+        to_come = discounted(rewards, config.gamma) * batch.mask
+        values = critic.estimate(ref_states, ref_logprobs, to_come, batch.mask)
+        batch = dataclasses.replace(batch, values=values)
     advantages, returns = advantages_and_returns(rewards, batch.values, batch.mask, config.gamma, config.lam)
-    if config.advantage == "rloo":
-        advantages = leave_one_out(rewards.sum(1), batch.mask)
     whitened = whiten(advantages, batch.mask)
     mean_kl = float(((batch.logprobs - ref_logprobs) * batch.mask).sum(1).mean())
     objective = float(story_rewards.mean()) - kl.coef * mean_kl
@@ -214,7 +234,7 @@ def step(
 
 def update(
     student: Student,
-    value_head: ValueHead,
+    value_head: ValueHead | None,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     advantages: Tensor,
@@ -247,6 +267,7 @@ def update(
                 old, mask = batch.rows(rows), batch.mask[rows]
                 with autocast():
                     logprob, value = response_stats(student, value_head, old, config.temperature)
+                value = old.values if value_head is None else value
                 ratio = torch.exp(torch.where(mask, logprob - old.logprobs, 0.0))
                 clipped_ratio = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
                 clipped_values = old.values + (value - old.values).clamp(-config.clip_value, config.clip_value)

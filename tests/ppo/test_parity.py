@@ -61,7 +61,7 @@ def test_four_updates_are_trls(setting, monkeypatch):
             batch.logprobs, batch.values = ppo.response_stats(student, head, batch, 1.0)
             hidden = student.hidden(inputs)[:, opening.shape[1] - 1 :][mask]
             entropy = float(ops.token_logprob(hidden, student.wte.weight, batch.tokens[mask])[1].sum()) / len(mask)
-        ref_logprobs = ppo.reference_logprobs(reference, batch, 1.0, 5)
+        ref_logprobs, ref_states = ppo.read_reference(reference, batch, 1.0, 5)
         rewards = ppo.token_rewards(scores, batch.logprobs, ref_logprobs, mask, kl.coef)
         advantages, returns = ppo.advantages_and_returns(rewards, batch.values, mask, config.gamma, config.lam)
         ours = (batch.logprobs, ref_logprobs, batch.values, rewards, ppo.whiten(advantages, mask) * mask, returns)
@@ -70,7 +70,7 @@ def test_four_updates_are_trls(setting, monkeypatch):
 
         orders = iter(theirs["orders"])
         monkeypatch.setattr(torch, "randperm", lambda n, orders=orders: next(orders))
-        got = ppo.step(student, head, optimizer, kl, batch, ref_logprobs, scores, config)
+        got = ppo.step(student, head, optimizer, kl, batch, ref_logprobs, ref_states, scores, config)
         got |= dict(reward_mean=scores.mean(), reward_std=scores.std(), tokens_mean=mask.sum(1).float().mean())
         got |= dict(entropy=entropy, kl_coef_after=kl.coef)
         assert got["skipped"] == 0

@@ -251,7 +251,15 @@ def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
         patch.setattr(ppo, "token_rewards", rewards)
         scores = torch.tensor([1.0, 0.5])
         stats = ppo.step(
-            student, head, optimizer, kl, batch, ref_logprobs, scores, dataclasses.replace(CONFIG, epochs=1)
+            student,
+            head,
+            optimizer,
+            kl,
+            batch,
+            ref_logprobs,
+            ref_logprobs[..., None],
+            scores,
+            dataclasses.replace(CONFIG, epochs=1),
         )
     assert stats["kl"] == pytest.approx(8.0, abs=1e-4) and stats["kl_coef"] == 0.2
     want = torch.tensor([[-0.4, -0.4, -0.4, -0.4, 0.6], [-0.4, -0.4, 0.1, 0.0, 0.0]])
