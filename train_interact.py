@@ -12,14 +12,14 @@ the student is looked at from outside, by stories to openings that it never trai
 import contextlib
 import functools
 import json
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, is no error to trace
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+import tinystory  # noqa: F401  (before torch, whose import takes seconds: see there)
+
+# isort: split
 
 import torch
 from tqdm import tqdm
