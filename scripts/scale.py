@@ -42,7 +42,6 @@ from tinystory.paths import ROOT
 from tinystory.runlog import read_metrics
 
 STUDENT_KEYS = ("shape", "batch", "new", "rollout_s", "reference_s", "update_s")
-TEACHER_KEYS = ("one_per_s", "latency_s")
 HEAD = (
     "student  rates       GPUs  servers |    write     read     wait   update    grads     step | bottleneck       "
     "    hours      cost   one step ahead"
@@ -108,8 +107,9 @@ def forecast(a: argparse.Namespace) -> None:
     gpu = Gpu(a.peak_tflops * 1e12 * a.mfu, a.bandwidth * 1e9, a.layer_us * 1e-6)
     known = measured(read_lines(a.bench, STUDENT_KEYS), SHAPES, tokens) if a.bench else []
     if a.teacher_bench:
-        line = read_lines(a.teacher_bench, TEACHER_KEYS)[-1]
-        teacher = Teacher(line["one_per_s"], line["latency_s"], a.client_per_s, "measured")
+        line = read_lines(a.teacher_bench, ("one_per_s",))[-1]
+        latency = line["latency_s" if "latency_s" in line else "rubric_first_s"]
+        teacher = Teacher(line["one_per_s"], latency, a.client_per_s, "measured")
     elif a.stories_per_s:
         teacher = Teacher(a.stories_per_s, a.latency, a.client_per_s, "given")
     else:
