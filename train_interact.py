@@ -12,14 +12,14 @@ the student is looked at from outside, by stories to openings that it never trai
 import contextlib
 import functools
 import json
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, is no error to trace
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+import tinystory  # noqa: F401  (before torch, whose import takes seconds: see there)
+
+# isort: split
 
 import torch
 from tqdm import tqdm
@@ -132,9 +132,12 @@ def interact(config: InteractConfig) -> None:
         print(f"student {origin}, scored by {grader_facts.get('scored_by')}")
         first_words = openings.new_words(0, n)
         if step == 0 and (
-            exhausted := distributed.rank0_value(lambda: exhausted_budget(config, budget, scorer, first_words))
+            exhausted := distributed.rank0_value(lambda: exhausted_budget(config, budget, scorer, first_words, looks=2))
         ):
-            raise UserError(f"{exhausted} does not hold a single step: raise it, or lower --stories-per-step")
+            raise UserError(
+                f"{exhausted} does not hold a single step and the looks around it: raise it, or lower "
+                "--stories-per-step or --look-stories"
+            )
         resume_step = step if config.resume else None
         log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
         resolved = dict(device=str(device), dtype=str(dtype).removeprefix("torch."), init=config.init or str(origin))
@@ -305,12 +308,14 @@ def looks_at(config: InteractConfig, step: int) -> bool:
     return step in (0, config.steps) or (config.look_every > 0 and step % config.look_every == 0)
 
 
-def exhausted_budget(config: InteractConfig, budget: WordBudget, grader: Grader, new_words: int) -> str:
-    """Which budget does not hold another step and a look; empty if all do. new_words: of openings not used before."""
-    n = config.stories_per_step
-    if not budget.allows(new_words + n * grader.most_words, n * config.max_new_tokens):
+def exhausted_budget(config: InteractConfig, budget: WordBudget, grader: Grader, new_words: int, looks: int = 1) -> str:
+    """Which budget does not hold another step and so many looks; empty if all do. new_words: of openings not used
+    before. (The cost is limited once more, before each request.)"""
+    stories = config.stories_per_step + looks * config.look_stories
+    if not budget.allows(new_words + stories * grader.most_words, stories * config.max_new_tokens):
         return f"the word budget ({budget.limit_in:,} in, {budget.limit_out:,} out)"
-    return "" if grader.affords(n + config.look_stories) else f"--budget-cost {config.budget_cost:g}"
+    affordable = grader.affords(config.stories_per_step + config.look_stories)
+    return "" if affordable else f"--budget-cost {config.budget_cost:g}"
 
 
 def rewards_of(config: InteractConfig, stories: list[Story], grades: list[Grade]) -> list[float | None]:
@@ -351,20 +356,24 @@ def story_records(step: int, stories: list[Story], grades: list[Grade], rewards:
     ]  # fmt: skip
 
 
+SUMMARY: dict[str, Callable[[list[dict]], float]] = {  # of the stories of a look
+    "reward": lambda rs: sum(given := [r["reward"] for r in rs if r["reward"] is not None]) / max(len(given), 1),
+    "ended": lambda rs: sum(r["ended"] == "eos" for r in rs) / len(rs),
+    "distinct_4": lambda rs: distinct_ngrams([r["story"] for r in rs]) or 0.0,
+    "plots": lambda rs: len(plots([r["story"] for r in rs])),
+}
+
+
 def print_summary(run: Path, shown: list[dict], best_step: int) -> None:
     """The same held-out opening before and after, what a look measured, and the curve of the rewards."""
-    rewards = [record["reward_mean"] for record in read_metrics(run)]
+    rewards = [record.get("reward_mean") for record in read_metrics(run)]
     sides = {when: [record for record in shown if record["when"] == when] for when in ("before", "after")}
-    for when, records in sides.items():
-        print(f"\n{when}, scored {records[0]['scores']}:\n{records[0]['opening']} {records[0]['story']}")
-    print(f"\n{len(sides['before'])} stories to held-out openings, before and after step {best_step}, the best:")
-    for name, measure in (
-        ("reward", lambda rs: sum(given := [r["reward"] for r in rs if r["reward"] is not None]) / max(len(given), 1)),
-        ("ended", lambda rs: sum(r["ended"] == "eos" for r in rs) / len(rs)),
-        ("distinct_4", lambda rs: distinct_ngrams([r["story"] for r in rs]) or 0.0),
-        ("plots", lambda rs: len(plots([r["story"] for r in rs]))),
-    ):
-        print(f"  {name:12} {measure(sides['before']):.3g} -> {measure(sides['after']):.3g}")
+    if all(sides.values()):  # looks.jsonl can have lost one
+        for when, records in sides.items():
+            print(f"\n{when}, scored {records[0]['scores']}:\n{records[0]['opening']} {records[0]['story']}")
+        print(f"\n{len(sides['before'])} stories to held-out openings, before and after step {best_step}, the best:")
+        for name, measure in SUMMARY.items():
+            print(f"  {name:12} {measure(sides['before']):.3g} -> {measure(sides['after']):.3g}")
     print(f"mean reward per step {text_curve(rewards, 60)}")
     print(f"report: {write_report(run)}")
     print(f"next:   {usage('python scripts/sample.py')} {checkpoint.find(run)}")

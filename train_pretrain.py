@@ -7,13 +7,13 @@ python train_pretrain.py --preset paper                    GPT-2-small on BabyLM
 
 import functools
 import math
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, is no error to trace
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+import tinystory  # noqa: F401  (before torch, whose import takes seconds: see there)
+
+# isort: split
 
 import numpy as np
 import torch

@@ -22,13 +22,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tinystory  # noqa: F401  (before torch, whose import takes seconds: see there)
+
+# isort: split
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory import ops, ppo
 from tinystory.config import INTERACT_PRESETS, InteractConfig, PretrainConfig

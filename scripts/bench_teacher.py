@@ -1,13 +1,14 @@
 """Speed of the teacher's client, as one JSON line: medians over runs, on the built-in stories.
 
     python scripts/bench_teacher.py                                         our client beside the bare openai client
-    python scripts/bench_teacher.py --teacher-url http://127.0.0.1:8080/v1  this server's gain from prefix caching
+    python scripts/bench_teacher.py --teacher-url http://127.0.0.1:8080/v1  this server: rate, gain from prefix caching
     python scripts/bench_teacher.py --latency 0.2                           one slow server, three, three unlike ones
 
 Without a URL the teacher is a server started here that answers immediately, so only the overhead of the clients is
-measured. With a URL, stories are sent with the rubric first, as we do, and with the rubric last: a server that caches
-prompt prefixes does not have to process the rubric again. With a latency, servers are started here that take so long
-for a reply and work on AT_ONCE requests at a time, as a model's slots do; the others wait.
+measured. With a URL, stories are sent as many at a time as --concurrency allows; then one at a time, with the rubric
+first, as we do, and with the rubric last: a server that caches prompt prefixes does not have to process the rubric
+again. With a latency, servers are started here that take so long for a reply and work on AT_ONCE requests at a time, as
+a model's slots do; the others wait.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     if min(count, options.concurrency, options.runs) < 1:
         raise UserError("--stories, --concurrency and --runs must be at least 1")
     if options.teacher_url:
-        measured: dict[str, Any] = prefix(options.teacher_url, count, options.runs)
+        measured: dict[str, Any] = prefix(options.teacher_url, count, options.concurrency, options.runs)
     elif options.latency:
         measured = sharing(options.latency, count, options.runs)
     else:
@@ -117,12 +118,10 @@ def sharing(latency: float, count: int, runs: int) -> dict[str, float]:
     )
 
 
-def prefix(url: str, count: int, runs: int) -> dict[str, float | str | None]:
-    """Median seconds per story, one request at a time, with the rubric first and with it last, alternating; every story
-    is new to the server and the first of each order is not timed. Also the tokens per prompt, if the server counts
-    them."""
-    with Teacher(url) as teacher:
-        model = teacher.probe().model
+def prefix(url: str, count: int, concurrency: int, runs: int) -> dict[str, Any]:
+    """Stories per second with `concurrency` requests in flight; and median seconds per story, one request at a time,
+    with the rubric first and with it last, alternating; every story is new to the server and the first of each order is
+    not timed. Also the tokens per prompt, if the server counts them."""
 
     def swapped(prompt: dict) -> dict:
         rubric, story = (message["content"] for message in prompt["messages"])
@@ -143,13 +142,20 @@ def prefix(url: str, count: int, runs: int) -> dict[str, float | str | None]:
 
     laps: dict[str, list[float]] = {"first": [], "last": []}
     tokens: list[int] = []
-    for stories in rounds(2 * count + 2, runs):
-        prompts = questions(stories)
-        laps["first"] += asyncio.run(ask(prompts[::2]))
-        laps["last"] += asyncio.run(ask(list(map(swapped, prompts[1::2]))))
+    rates = []
+    with Teacher(url, concurrency=concurrency) as teacher:
+        model = teacher.probe().model
+        for stories in rounds(3 * count + 2, runs):
+            began = time.perf_counter()
+            teacher.grade(OPENING, stories[:count], 0)
+            rates.append(count / (time.perf_counter() - began))
+            prompts = questions(stories[count:])
+            laps["first"] += asyncio.run(ask(prompts[::2]))
+            laps["last"] += asyncio.run(ask(list(map(swapped, prompts[1::2]))))
     first, last = (statistics.median(times[count:]) for times in laps.values())
-    measured = dict(rubric_first_s=round(first, 3), rubric_last_s=round(last, 3), ratio=round(last / first, 2))
-    return dict(model=model, prompt_tokens=round(statistics.mean(tokens), 1) if tokens else None) | measured
+    found = dict(model=model, prompt_tokens=round(statistics.mean(tokens), 1) if tokens else None)
+    found |= dict(concurrency=concurrency, one_per_s=round(statistics.median(rates[1:]), 3))
+    return found | dict(rubric_first_s=round(first, 3), rubric_last_s=round(last, 3), ratio=round(last / first, 2))
 
 
 def rounds(count: int, runs: int) -> Iterator[list[str]]:

@@ -18,6 +18,10 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+import tinystory  # noqa: F401  (before torch, whose import takes seconds: see there)
+
+# isort: split
+
 import torch
 
 from tinystory.config import InteractConfig

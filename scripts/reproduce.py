@@ -31,6 +31,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import tinystory  # noqa: F401  (before torch, whose import takes seconds: see there)
+
+# isort: split
+
 import torch
 
 from tinystory.babylm import MILESTONES, milestone_name

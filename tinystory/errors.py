@@ -24,7 +24,7 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by the train files while they import torch
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by tinystory/__init__.py during the imports
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return main(*args, **kwargs)

@@ -192,7 +192,9 @@ def test_a_line_without_an_end_is_not_read_into_memory(tmp_path, monkeypatch):
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("command", ["train_pretrain.py", "train_interact.py"])
+@pytest.mark.parametrize(
+    "command", ["train_pretrain.py", "train_interact.py", "scripts/sample.py", "scripts/doctor.py"]
+)
 def test_ctrl_c_during_the_imports_prints_no_traceback(command):
     """The signal arrives as soon as the interpreter has begun to import torch."""
     process = subprocess.Popen(

@@ -240,10 +240,16 @@ def test_the_word_budget_holds_openings_that_are_still_to_come(place, tmp_path):
     assert len(metrics(tmp_path / "i")) < 3 and metrics(tmp_path / "i")[-1]["words_in"] <= 7
 
 
-def test_budget_stops_hard(place, tmp_path):
-    run_interact(place, tmp_path / "i", "--budget-words-out", "110")
-    records = metrics(tmp_path / "i")
-    assert 0 < len(records) < 4 and records[-1]["words_out"] <= 110
+@pytest.mark.parametrize(("budget", "steps"), [(224, 1), (256, 1), (319, 1), (320, 2)])
+def test_budget_stops_hard_looks_included(place, tmp_path, monkeypatch, budget, steps):
+    """With a word per token, a step is 6 times 16 words and a look 4 times 16; looks are at steps 0, 2 and the end."""
+    monkeypatch.setattr("tinystory.data.tokenizer.Tokenizer.decode", lambda self, ids: "w " * len(ids))
+    run_interact(place, tmp_path / "i", "--budget-words-out", str(budget))
+    files = [tmp_path / "i" / name for name in ("stories.jsonl", "looks.jsonl")]
+    read = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    counters = checkpoint.read_counters(checkpoint.newest(tmp_path / "i"))
+    assert len(metrics(tmp_path / "i")) == steps
+    assert sum(record["words"] for record in read) == counters["words_out"] <= budget
 
 
 def test_mistakes_are_told_in_one_sentence(place, tmp_path, capsys, monkeypatch):
