@@ -138,7 +138,7 @@ def kernels() -> str:
     if os.environ.get("TINYSTORY_KERNELS") == "reference":
         return "switched off by TINYSTORY_KERNELS=reference: plain PyTorch runs instead"
     try:
-        library = build.library_folder(build.NAME, build.cpu_sources(), "", "") / f"{build.NAME}.so"
+        library = build.library_folder(build.NAME, build.cpu_sources()) / f"{build.NAME}.so"
     except UserError as error:
         return f"not built: {error}"
     if not build.cpu_sources():

@@ -1,7 +1,8 @@
 // AMX: tiles of 16 x 16 sums of products of bf16 pairs. Its instructions are in this header and nowhere else. With
 // TINYSTORY_AMX_TWIN a scalar twin of them takes their place, so that every path is tested on machines without AMX.
 #pragma once
-#if defined(TINYSTORY_AMX_TWIN) || (defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__))
+// clang 14 spells the macro without its second underscore.
+#if defined(TINYSTORY_AMX_TWIN) || (defined(__linux__) && (defined(__AMX_BF16__) || defined(__AMXBF16__)))
 #define TINYSTORY_AMX
 #include <cstdint>
 #if defined(TINYSTORY_AMX_TWIN)

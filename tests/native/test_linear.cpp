@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 
+#include "cpu/amx.h"
 #include "harness.h"
 #include "kernels.h"
 
@@ -143,7 +144,7 @@ void test_layer_norm(int64_t rows, int64_t C) {
 
 int main() {
   std::vector<DType> types{DType::f32};
-#if defined(__AVX512BF16__) || defined(TINYSTORY_AMX_TWIN) || defined(__AMX_BF16__)
+#if defined(__AVX512BF16__) || defined(TINYSTORY_AMX)
   types.push_back(DType::bf16);
 #endif
   for (DType gemm_type : types)

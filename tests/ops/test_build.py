@@ -244,6 +244,14 @@ def test_a_folder_that_cannot_be_written_or_locked_is_one_sentence(tmp_path, mon
     with pytest.raises(UserError, match=words.format("Not a directory")), build.locked(tmp_path / "file/kernels"):
         pytest.fail("no folder is there")
 
+    def mkdir(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=words.format("Read-only file system")):
+        patch.setattr(Path, "mkdir", mkdir)  # permissions do not stop root
+        with build.locked(tmp_path / "kernels"):
+            pytest.fail("no folder is there")
+
     def flock(file, how):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

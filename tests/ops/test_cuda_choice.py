@@ -71,6 +71,7 @@ def test_entries_that_cannot_be_served_are_dropped_and_named_once(machine, capsy
 BAD = {
     "an old GPU": (dict(gpus=((7, 5),)), "compute capability 7.5, and the CUDA kernels need 8.0 .*--device cpu"),
     "nothing left of the list": (dict(wanted="7.0;7.5"), "not 7.0, 7.5: unset TORCH_CUDA_ARCH_LIST.*--device cpu"),
+    "a list without this GPU": (dict(wanted="8.0 8.6"), "9.0, and .* names 8.0, 8.6 only: add 9.0 .*--device cpu"),
     "no nvcc": (dict(nvcc=""), "no CUDA toolkit .*install version 13 and set CUDA_HOME.*--device cpu"),
     "an nvcc without headers": (dict(header=False), "no CUDA toolkit .*install version 13 and set CUDA_HOME"),
     "another major version": (dict(nvcc="12.8"), "has release 12.8: set CUDA_HOME to a toolkit of 13.*--device cpu"),
@@ -91,6 +92,23 @@ def test_the_cpu_runs_and_device_cuda_is_one_sentence(machine, capsys, case):
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(UserError, match=sentence):
         device.pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "entry, on, not_on",
+    [
+        ("8.0", [(8, 0), (8, 6)], [(9, 0), (12, 0)]),
+        ("8.6", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("8.0+PTX", [(8, 0), (8, 9), (9, 0), (12, 1)], []),
+        ("9.0+PTX", [(9, 0), (10, 0)], [(8, 9)]),
+        ("9.0a", [(9, 0)], [(10, 0)]),
+        ("9.0a+PTX", [(9, 0)], [(10, 0)]),
+        ("10.0f", [(10, 0), (10, 3)], [(9, 0), (11, 0)]),
+    ],
+)
+def test_what_is_compiled_for_an_entry_runs_on(entry, on, not_on):
+    """CUDA's programming guide: compatibility of cubins, of PTX, and of features that are a family's or a GPU's own."""
+    assert all(cuda.runs_on(entry, gpu) for gpu in on) and not any(cuda.runs_on(entry, gpu) for gpu in not_on)
 
 
 def test_an_old_gpu_beside_a_new_one(machine):

@@ -26,7 +26,7 @@ def test_it_says_what_there_is(capsys):
 def test_it_says_why_there_are_no_kernels(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / "cache"))
     assert "not built yet" in told(capsys)["kernels"] and not (tmp_path / "cache").exists()
-    library = doctor.build.library_folder("tinystory_cpu", doctor.build.cpu_sources(), "", "") / "tinystory_cpu.so"
+    library = doctor.build.library_folder("tinystory_cpu", doctor.build.cpu_sources()) / "tinystory_cpu.so"
     assert tmp_path in library.parents
     library.parent.mkdir(parents=True)
     library.write_text("no machine code")

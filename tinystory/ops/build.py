@@ -134,9 +134,10 @@ def macros(command: list[str]) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def library_folder(name: str, sources: list[Path], *more: str) -> Path:
+def library_folder(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> Path:
     versions = [__version__, torch.__version__, str(torch.version.git_version), sys.version]
-    parts = [*versions, *command(), macros(command()), *more, *map(str, sources)]
+    words = command()
+    parts = [*versions, *words, macros(words), gpus, toolkit, *map(str, sources)]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return cache_dir().absolute() / "kernels" / f"{name}-{digest[:16]}"
 

@@ -14,6 +14,7 @@ from tinystory.errors import UserError
 from tinystory.ops import build
 
 OLDEST = (8, 0)  # compute capability: mma of bfloat16, cp.async
+ENTRY = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")  # of TORCH_CUDA_ARCH_LIST
 INSTEAD = f"or use --device cpu, or {build.INSTEAD}"
 
 
@@ -38,11 +39,26 @@ def load() -> None:
 
 def check(capability: tuple[int, int]) -> None:
     """Raise UserError for a GPU that the kernels do not run on."""
+    number = "{}.{}".format(*capability)
+    this = f"this GPU has compute capability {number}"
     if capability < OLDEST:
-        raise UserError(
-            f"this GPU has compute capability {capability[0]}.{capability[1]}, and the CUDA kernels need 8.0 (Ampere) "
-            f"or more: use another GPU, {INSTEAD}"
-        )
+        raise UserError(f"{this}, and the CUDA kernels need 8.0 (Ampere) or more: use another GPU, {INSTEAD}")
+    kept, _ = architectures()
+    if kept and not any(runs_on(entry, capability) for entry in kept):
+        said = f"and TORCH_CUDA_ARCH_LIST names {', '.join(kept)} only"
+        raise UserError(f"{this}, {said}: add {number} to it or unset it, {INSTEAD}")
+
+
+def runs_on(entry: str, capability: tuple[int, int]) -> bool:
+    """Whether what is compiled for an entry of TORCH_CUDA_ARCH_LIST runs on such a GPU: machine code on GPUs of the
+    same major version whose minor one is no smaller, PTX on all newer ones too, 9.0a on 9.0 alone, 10.0f on 10.x."""
+    found = ENTRY.fullmatch(entry)
+    assert found, "architectures() keeps no other"
+    oldest = int(found[1]), int(found[2])
+    if found[3] == "a":
+        return oldest == capability
+    newer_majors = bool(found[4]) and not found[3]
+    return oldest <= capability and (newer_majors or oldest[0] == capability[0])
 
 
 def why_not() -> str:
@@ -88,6 +104,6 @@ def architectures() -> tuple[list[str], list[str]]:
         here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         wanted = [f"{major}.{minor}" for major, minor in sorted(here)]
     wanted = wanted or ["8.0", "9.0"]
-    numbers = {name: re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name) for name in wanted}
+    numbers = {name: ENTRY.fullmatch(name) for name in wanted}
     kept = [name for name, found in numbers.items() if found and (int(found[1]), int(found[2])) >= OLDEST]
     return kept, [name for name in wanted if name not in kept]
