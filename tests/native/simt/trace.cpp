@@ -123,7 +123,7 @@ void report(const std::string& kind, const char* offset_name, size_t offset, con
 
 void check_races(Shadow& s, const Stamp& now, Access access, const char* name, size_t offset) {
   const bool reads = access == Access::read || access == Access::late_read, atomic = access == Access::atomic;
-  const auto look_at = [&](const std::string& kind, const History& history) {
+  const auto look_at = [&](const char* kind, const History& history) {
     for (const Stamp& before : {history.last, history.other})
       if (distance(before, now)) return report(kind, name, offset, before, now);
   };
