@@ -167,7 +167,7 @@ std::string stuck() {
 }
 
 void run_block() {
-  std::memset(m.shared, 0xff, m.shared_bytes);
+  std::memset(m.shared, kPoison, m.shared_bytes);
   m.at_barrier = m.done = 0;
   for (unsigned i = 0; i < m.threads; ++i) {
     Fiber& f = m.fibers[i];
@@ -266,6 +266,7 @@ void launch(const void* kernel, unsigned blocks, unsigned threads, size_t shared
     blockIdx = {b, 0, 0};
     run_block();
   }
+  if (trace::on()) trace::end_launch();
 }
 
 void fail(const Site& site, const std::string& why) {
@@ -277,6 +278,7 @@ size_t shared_bytes() { return m.shared_bytes; }
 bool in_kernel() { return m.in_fiber; }
 unsigned running_thread() { return m.current; }
 bool on_stack(const void* p) { return p >= m.stacks && p < m.stacks + kMaxThreads * kStackBytes; }
+const std::vector<std::pair<const char*, size_t>>& buffers() { return m.buffers; }
 std::pair<const char*, size_t> find_buffer(const void* p) {
   for (const auto& [begin, size] : m.buffers)
     if (p >= begin && p < begin + size) return {begin, size};
@@ -403,7 +405,7 @@ void copy_async(void* to, const void* from, size_t bytes, bool valid, const Site
   f.site = site;
   note(to, bytes, trace::Access::copy_issued, site);
   if (valid) note(from, bytes, trace::Access::read, site);
-  std::memset(to, 0xff, bytes);
+  std::memset(to, kPoison, bytes);
   f.copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, valid, f.groups, site});
 }
 void copy_commit() { ++m.fibers[m.current].groups; }
@@ -424,7 +426,7 @@ Memory::Memory(size_t bytes) : bytes_(bytes) {
   mapped_ = pages + 2 * kPage;
   map_ = static_cast<char*>(map(mapped_, PROT_NONE));
   mprotect(map_ + kPage, pages, PROT_READ | PROT_WRITE);
-  std::memset(map_ + kPage, 0xff, pages);
+  std::memset(map_ + kPage, kPoison, pages);
   // 16-byte aligned, as torch's allocations are, so up to 15 bytes remain between the buffer and the protected page.
   data_ = map_ + kPage + (m.at_page_end ? pages - (bytes + 15) / 16 * 16 : 0);
   m.buffers.push_back({data_, bytes_});
@@ -436,7 +438,7 @@ Memory::~Memory() {
 void Memory::protect_from_writes() { mprotect(map_ + kPage, mapped_ - 2 * kPage, PROT_READ); }
 void Memory::check_edges() const {
   for (const char* p = map_ + kPage; p < map_ + mapped_ - kPage; ++p)
-    if ((p < data_ || p >= data_ + bytes_) && *p != char(0xff)) throw Error("a kernel wrote beside a global buffer");
+    if ((p < data_ || p >= data_ + bytes_) && *p != kPoison) throw Error("a kernel wrote beside a global buffer");
 }
 
 }  // namespace simt

@@ -125,7 +125,9 @@ void meet(const Site& site, Argument& argument, void (*run)(Argument* const (&la
 bool in_kernel();
 unsigned running_thread();
 size_t shared_bytes();
-bool on_stack(const void*);                               // of any thread of the block
-std::pair<const char*, size_t> find_buffer(const void*);  // begin and size of the global buffer, or null
+bool on_stack(const void*);                                    // of any thread of the block
+const std::vector<std::pair<const char*, size_t>>& buffers();  // in global memory: begin and size
+std::pair<const char*, size_t> find_buffer(const void*);       // or null
+constexpr char kPoison = char(0xff);  // memory before its first write; floats of these bytes are NaN
 
 }  // namespace simt

@@ -28,14 +28,33 @@ struct Place {
 struct Stamp {
   int32_t thread = -1;  // within its block; -1: nobody
   uint32_t block = 0, block_barriers = 0, warp_barriers = 0, place = 0;
-  bool atomic = false;
   int warp() const { return thread / kWarpSize; }
 };
 
-// Per byte. Two reads are enough: if any unordered read conflicts with a write, so does one of these (see remember).
-struct Shadow {
-  Stamp write, read, other_read;
+// How far apart two accesses are that nothing orders: 1 lanes of a warp, 2 warps, 3 blocks. 0: they are ordered.
+int distance(const Stamp& before, const Stamp& now) {
+  if (before.thread < 0) return 0;
+  if (before.block != now.block) return 3;
+  if (before.thread == now.thread || before.block_barriers != now.block_barriers) return 0;
+  if (before.warp() != now.warp()) return 2;
+  return before.warp_barriers == now.warp_barriers ? 1 : 0;
+}
+
+// The accesses of one kind to one byte: the latest, and the farthest that is unordered with it. Two are enough: blocks
+// run one after another, so an access that is unordered with any of them is unordered with one of these.
+struct History {
+  Stamp last, other;
+  void add(const Stamp& now) {
+    if (distance(last, now) > distance(other, now)) other = last;
+    else if (!distance(other, now)) other = {};
+    last = now;
+  }
+};
+
+struct Shadow {  // of a byte
+  History reads, writes, atomics;
   bool copy_in_flight = false;
+  bool written() const { return writes.last.thread >= 0 || atomics.last.thread >= 0; }
 };
 
 // One instruction of one warp: the addresses of the lanes that took part.
@@ -71,6 +90,7 @@ struct State {
 
   std::vector<Shadow> shared;
   std::map<const char*, std::vector<Shadow>> global;
+  std::map<const char*, std::vector<char>> at_launch;  // what the global buffers held
   std::array<std::unordered_map<uint32_t, Open>, kMaxWarps> open;
   uint32_t block_barriers = 0;
   std::array<uint32_t, kMaxWarps> warp_barriers{};
@@ -92,13 +112,6 @@ uint32_t place_of(const void* return_address, bool write) {
 }
 
 // --- races -----------------------------------------------------------------------------------------------------------
-bool unordered(const Stamp& before, const Stamp& now) {
-  if (before.thread < 0) return false;
-  if (before.block != now.block) return true;
-  if (before.thread == now.thread || before.block_barriers != now.block_barriers) return false;
-  return before.warp() != now.warp() || before.warp_barriers == now.warp_barriers;
-}
-
 void report(const std::string& kind, const char* offset_name, size_t offset, const Stamp& before, const Stamp& now) {
   Race& race = state.kernel->races[{kind, before.place, now.place}];
   if (race.count++) return;
@@ -108,34 +121,19 @@ void report(const std::string& kind, const char* offset_name, size_t offset, con
   race.text = text.str();
 }
 
-// Keeps the latest read, and with it an unordered read by another thread, of another warp if there is one. A later
-// write that is unordered with any read so far is then unordered with one of these two.
-void remember(Shadow& s, const Stamp& now) {
-  const auto same_warp = [&](const Stamp& x) { return x.block == now.block && x.warp() == now.warp(); };
-  if (!unordered(s.other_read, now)) s.other_read = {};
-  if (unordered(s.read, now) && (!same_warp(s.read) || s.other_read.thread < 0 || same_warp(s.other_read)))
-    s.other_read = s.read;
-  s.read = now;
-}
-
 void check_races(Shadow& s, const Stamp& now, Access access, const char* name, size_t offset) {
+  const bool reads = access == Access::read || access == Access::late_read, atomic = access == Access::atomic;
+  const auto look_at = [&](const char* kind, const History& history) {
+    for (const Stamp& before : {history.last, history.other})
+      if (distance(before, now)) return report(kind, name, offset, before, now);
+  };
   if (s.copy_in_flight && access != Access::copy_landed)
-    report("access during an asynchronous copy", name, offset, s.write, now);
-  if (access == Access::read || access == Access::late_read) {
-    if (unordered(s.write, now)) report("read after write", name, offset, s.write, now);
-    remember(s, now);
-    return;
-  }
-  if (unordered(s.write, now) && !(s.write.atomic && now.atomic))
-    report("write after write", name, offset, s.write, now);
-  for (const Stamp& read : {s.read, s.other_read})
-    if (unordered(read, now)) {
-      report("write after read", name, offset, read, now);
-      break;
-    }
-  s.write = now;
-  s.read = s.other_read = {};
-  s.copy_in_flight = access == Access::copy_issued;
+    report("access during an asynchronous copy", name, offset, s.writes.last, now);
+  look_at(reads ? "read after write" : atomic ? "atomic after write" : "write after write", s.writes);
+  if (!atomic) look_at(reads ? "read after atomic" : "write after atomic", s.atomics);
+  if (!reads) look_at(atomic ? "atomic after read" : "write after read", s.reads);
+  (reads ? s.reads : atomic ? s.atomics : s.writes).add(now);
+  if (!reads) s.copy_in_flight = access == Access::copy_issued;
 }
 
 // --- counts ----------------------------------------------------------------------------------------------------------
@@ -206,15 +204,23 @@ Location locate(const void* p) {
 
 void record(const void* p, size_t bytes, const Location& in, Access access, uint32_t place) {
   const unsigned thread = running_thread(), warp = thread / kWarpSize;
-  const Stamp now{int32_t(thread),           blockIdx.x, state.block_barriers,
-                  state.warp_barriers[warp], place,      access == Access::atomic};
+  const Stamp now{int32_t(thread), blockIdx.x, state.block_barriers, state.warp_barriers[warp], place};
   std::vector<Shadow>& shadow = in.shared ? state.shared : state.global[in.begin];
   if (shadow.size() < in.size) shadow.resize(in.size);
   const size_t first = size_t(static_cast<const char*>(p) - in.begin);
   for (size_t i = first; i < first + bytes; ++i)
     check_races(shadow[i], now, access, in.shared ? "shared memory" : "a global buffer", i);
   if (access != Access::copy_landed && access != Access::late_read)
-    count(static_cast<const char*>(p), unsigned(bytes), in.shared, now.atomic, place, thread);
+    count(static_cast<const char*>(p), unsigned(bytes), in.shared, access == Access::atomic, place, thread);
+}
+
+// A write that no hook reported, of a library's function for instance, would hide races.
+void check_seen(const std::string& name, const char* begin, const std::vector<char>& before,
+                std::vector<Shadow>& shadow) {
+  shadow.resize(before.size());
+  for (size_t i = 0; i < before.size(); ++i)
+    if (begin[i] != before[i] && !shadow[i].written())
+      throw Error("trace: byte " + std::to_string(i) + " of " + name + " changed, but no write was seen");
 }
 
 // --- names -----------------------------------------------------------------------------------------------------------
@@ -294,17 +300,23 @@ void begin_launch(const void* kernel) {
   if (!state.kernels.count(kernel)) state.order.push_back(kernel);
   state.kernel = &state.kernels[kernel];
   state.global.clear();  // launches follow one another
+  state.at_launch.clear();
+  for (const auto& [begin, size] : buffers()) state.at_launch[begin].assign(begin, begin + size);
 }
 void begin_block() {
   state.shared.assign(shared_bytes(), {});
   ++state.block_barriers;
 }
-void end_block() {
-  for (unsigned warp = 0; warp < kMaxWarps; ++warp) close(warp);
-}
 void block_barrier() {
-  end_block();
+  for (unsigned warp = 0; warp < kMaxWarps; ++warp) close(warp);
   ++state.block_barriers;
+}
+void end_block() {
+  block_barrier();
+  check_seen("shared memory", shared_memory(), std::vector<char>(shared_bytes(), kPoison), state.shared);
+}
+void end_launch() {
+  for (const auto& [begin, before] : state.at_launch) check_seen("a global buffer", begin, before, state.global[begin]);
 }
 void converge(unsigned warp) { close(warp); }
 void warp_barrier(unsigned warp) { ++state.warp_barriers[warp]; }

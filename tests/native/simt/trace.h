@@ -2,13 +2,14 @@
 //
 // Kernels are compiled with -fsanitize=thread, which puts a call to a __tsan_* function before every load and store;
 // tsan_hooks.cpp defines these functions, so no sanitizer runtime is linked. Primitives that move 16 bytes or copy
-// asynchronously report their own accesses (simt.cpp).
+// asynchronously report their own accesses (simt.cpp). A byte that changed though no write was seen is an error.
 //
 // Races are those of the PTX memory model: two accesses to the same byte by different threads, at least one of them a
 // write and not both atomic, that no barrier orders. sync_block orders all threads of a block and sync_warp all lanes
 // of a warp; shuffles, ballots, ldmatrix and mma synchronize execution but order no memory. Nothing orders two blocks
 // of a launch. The destination of a cp.async may not be touched by anyone before the wait, and after the wait only by
-// its thread until a barrier. A race is found in every schedule of the machine, whether or not it changed a result.
+// its thread until a barrier. A race is found in every schedule that makes the same accesses, whether or not it changed a
+// result.
 //
 // Counts are per source line: warp requests; passes over shared memory, beside their number without bank conflicts; and
 // 32-byte sectors of global memory, with the fraction of their bytes that was asked for. 32 lanes that access up to 4
@@ -51,6 +52,7 @@ bool on();
 void begin_launch(const void* kernel);
 void begin_block();
 void end_block();
+void end_launch();
 void block_barrier();          // all threads of the block have arrived
 void converge(unsigned warp);  // all lanes of the warp have arrived at a collective
 void warp_barrier(unsigned warp);
