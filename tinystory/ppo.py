@@ -89,24 +89,23 @@ def token_rewards(
     return rewards
 
 
+def discounted(x: Tensor, factor: float) -> Tensor:
+    """(B, N): at each token the sum of x from there on, each token counting `factor` times the one before. As a product
+    with a triangular matrix it is one kernel, not one per token."""
+    places = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)
+    away = places[:, None] - places
+    return x @ torch.where(away < 0, 0.0, factor ** away.clamp(min=0))
+
+
 def advantages_and_returns(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates (eq. 16 of the GAE paper) and returns = advantages + values, both (B, N) and 0
     off the mask. rewards: (B, N), per token."""
     values, rewards = values * mask, rewards * mask
-    advantages = torch.zeros_like(values)
-    advantage = torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        next_values = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(advantage)
-        advantage = rewards[:, t] + gamma * next_values - values[:, t] + gamma * lam * advantage
-        advantages[:, t] = advantage
+    next_values = nn.functional.pad(values[:, 1:], (0, 1))
+    advantages = discounted(rewards + gamma * next_values - values, gamma * lam)
     return advantages * mask, (advantages + values) * mask
-
-
-def discounted(rewards: Tensor, gamma: float) -> Tensor:
-    """(B, N): the discounted sum of the rewards from each token on."""
-    return advantages_and_returns(rewards, torch.zeros_like(rewards), torch.ones_like(rewards), gamma, 1.0)[0]
 
 
 def decay(config: InteractConfig, step: int) -> float:
@@ -250,16 +249,15 @@ def update(
     B = len(batch.tokens)
     minibatch = config.minibatch_size or B
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sums: dict[str, float] = dict.fromkeys(
-        ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm"), 0.0
-    )
-    ratio_error, updates, skipped = 0.0, 0, 0
+    losses = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
+    sums = dict.fromkeys((*losses, "grad_norm"), 0.0)
+    ratio_error, updates, skipped = torch.zeros((), device=batch.tokens.device), 0, 0
     for epoch in range(config.epochs):
         order = torch.arange(B) if minibatch >= B else torch.randperm(B)
         for chosen in order.split(minibatch):
             chosen = chosen.to(batch.tokens.device)
             count = batch.mask[chosen].sum()
-            stats = dict.fromkeys((*sums, "ratio"), 0.0)
+            told = torch.zeros(len(losses) + 1, dtype=torch.float64, device=chosen.device)  # a GPU runs ahead meanwhile
             optimizer.zero_grad(set_to_none=True)
             mine = distributed.shard_strided(chosen)
             for part in by_length(batch.lengths[mine], config.micro_batch_size):
@@ -278,17 +276,15 @@ def update(
                 loss.backward()
                 with torch.no_grad():
                     if epoch == 0 and updates == 0:  # no update yet: any ratio other than 1 is rounding
-                        ratio_error = max(ratio_error, float(((ratio - 1).abs() * mask).max()))
-                    clipped = -advantage * clipped_ratio > -advantage * ratio
-                    stats["policy_loss"] += float(policy_loss.sum() / count)
-                    stats["value_loss"] += float(0.5 * value_loss.sum() / count)
-                    stats["clip_fraction"] += float((clipped & mask).sum() / count)
-                    stats["approx_kl"] += float((((ratio - 1) - ratio.log()) * mask).sum() / count)
-                    stats["ratio"] += float((ratio * mask).sum() / count)
+                        ratio_error = torch.maximum(ratio_error, ((ratio - 1).abs() * mask).max())
+                    clipped = (-advantage * clipped_ratio > -advantage * ratio) & mask
+                    approx_kl = ((ratio - 1) - ratio.log()) * mask
+                    parts = (policy_loss, 0.5 * value_loss, clipped, approx_kl, ratio * mask)
+                    told += torch.stack([part.sum().double() for part in parts]) / count
             distributed.all_reduce_gradients(parameters)
-            summed = distributed.all_reduce_sum(torch.tensor([*stats.values()], dtype=torch.float64)).tolist()
-            stats = dict(zip(stats, summed, strict=True))
-            if not stats["ratio"] <= config.max_ratio:  # also true for NaN
+            *means, mean_ratio = distributed.all_reduce_sum(told).tolist()
+            stats = dict(zip(losses, means, strict=True))
+            if not mean_ratio <= config.max_ratio:  # also true for NaN
                 skipped += 1
                 continue
             limit = config.grad_clip or float("inf")
@@ -302,7 +298,7 @@ def update(
     several = len(targets) > 1  # one has no variance
     unexplained = (targets - batch.values[batch.mask]).var() / targets.var().clamp(min=1e-12) if several else math.nan
     return {name: value / max(updates, 1) for name, value in sums.items()} | {
-        "ratio_error": distributed.all_reduce_max(ratio_error),
+        "ratio_error": distributed.all_reduce_max(float(ratio_error)),
         "skipped": skipped,
         "explained_variance": float(1 - unexplained),
     }
