@@ -198,8 +198,9 @@ def test_a_line_without_an_end_is_not_read_into_memory(tmp_path, monkeypatch):
 def test_ctrl_c_during_the_imports_prints_no_traceback(command):
     """The signal arrives as soon as the interpreter has begun to import torch."""
     process = subprocess.Popen(
-        [sys.executable, "-v", ROOT / command, "--help"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-v", ROOT / command, "--help"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs start with it ignored
+    )  # fmt: skip
     said = []
     for line in process.stderr:
         said.append(line)
