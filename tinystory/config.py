@@ -178,7 +178,7 @@ class InteractConfig:
         ("ridge", "head"),
     )
     gamma: float = option(1.0, "discount factor", "[0, 1]")
-    lam: float = option(0.95, "GAE lambda", "[0, 1]")
+    lam: float = option(0.95, "GAE lambda; 1 if a step has only a few stories", "[0, 1]")
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
     clip_value: float = option(0.2, "clipping range of the value", "(0, 1e9]")
     value_coef: float = option(0.0, "weight of the value loss, for --critic head", "[0, 1000]")
