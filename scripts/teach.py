@@ -70,8 +70,8 @@ async def _serve(desk: Desk | PairDesk, options: argparse.Namespace) -> None:
     async with serve(desk, options.port, style=style, curve=lambda url: curve(options.run, url)) as url:
         print(f"open {url} in a browser", flush=True)
         if not options.compare:
-            print(f"and start: python train_interact.py --teacher-url {url}/v1 --stories-per-step 8 --look-stories 8 --lam 1 "
-                  "--max-unscored 0.5", flush=True)  # fmt: skip
+            print(f"and start: python train_interact.py --teacher-url {url}/v1 --stories-per-step 8 --look-stories 8 "
+                  "--lam 1 --max-unscored 0.5", flush=True)  # fmt: skip
         await until_stopped()
 
 
