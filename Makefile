@@ -74,12 +74,9 @@ kernel-report: .venv/ready
 	.venv/bin/cmake -S tests/native/simt -B build/simt && .venv/bin/cmake --build build/simt -j 2 --target simt_trace
 	build/simt/simt_trace report && { $(PY) tests/native/simt/sass_report.py || [ $$? = 77 ]; }
 
-# On a machine with a card: the GPU tests, the kernels' tests again under compute-sanitizer, and our speed beside the card's.
+# On a machine with a GPU: its tests, these under compute-sanitizer, and speeds: build/gpu-check.json and .md, nine minutes.
 gpu-check: .venv/ready
-	.venv/bin/pytest -m gpu
-	TINYSTORY_TEST_SHAPES=12 compute-sanitizer --error-exitcode 1 .venv/bin/pytest -m gpu -k "not device_sees and not interaction"
-	TINYSTORY_TEST_SHAPES=12 compute-sanitizer --tool racecheck --error-exitcode 1 .venv/bin/pytest -m gpu -k "same_bits"
-	for shape in small gpt2s; do $(PY) scripts/bench.py kernels --device cuda --shape $$shape --batch 32 --runs 50; done
+	$(PY) scripts/gpu_check.py
 
 clean:
 	rm -rf .venv build runs/demo

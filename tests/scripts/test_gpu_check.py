@@ -1,0 +1,70 @@
+"""What `make gpu-check` makes of commands that pass, fail, are missing or take too long."""
+
+import json
+import subprocess
+import sys
+
+import torch
+
+from scripts.gpu_check import CHECKS, launcher, run_all, table
+from tinystory.paths import ROOT
+
+FACTS = dict(card="Card", capability="9.0", memory_gib=80.0, torch="2.11", cuda="13.0")
+ROW = dict(ours_ms=1.0, torch_ms=1.5, ratio=1.5, tflop_s=300.0, limit_tflop_s=600.0)
+
+
+def says(*lines, rc=0, seconds=0):
+    program = f"import sys, time; print({chr(10).join(lines)!r}, flush=True); time.sleep({seconds}); sys.exit({rc})"
+    return [sys.executable, "-c", program], {}
+
+
+def test_each_command_is_run_and_told():
+    kernels = dict(bench="kernels", shape="small", batch=32, kernels=dict(attention=ROW))
+    rollout = dict(bench="rollout", shape="gpt2s", batch=360, tokens_per_s=50.0, rollout_s=2.0)
+    results = run_all(
+        {
+            "tests": says("== 12 passed in 3 s =="),
+            "memcheck": says("ERROR SUMMARY: 2 errors", rc=1),
+            "racecheck": (["no-such-program"], {}),
+            "kernels": says(json.dumps(kernels)),
+            "rollout": says("warming up", json.dumps(rollout | dict(gemm_limit_tokens_per_s=100.0))),
+        },
+        seconds=100.0,
+    )
+    assert [found["rc"] for found in results.values()] == [0, 1, None, 0, 0]
+    assert results["kernels"]["told"] == [kernels]
+    told = table(FACTS, results)
+    for line in (
+        "## Card (9.0, 80.0 GiB), torch 2.11",
+        "| tests | passed: 12 passed in 3 s |",
+        "| memcheck | failed (1): ERROR SUMMARY: 2 errors |",
+        "| racecheck | there is no no-such-program | 0.0 |",
+        "| attention | small | 1.0 | 1.5 | 1.5 | 300.0 of 600.0 tflop_s |",
+        "| rollout, batch 360 | gpt2s | 50.0 | 0.50 | 2.0 |",
+    ):
+        assert line in told
+
+
+def test_when_the_time_is_over_the_rest_is_not_run():
+    results = run_all({"slow": says("begun", seconds=600), "next": says("never")}, seconds=2.0)
+    assert results["slow"]["why"] == "stopped when the time was over" and results["slow"]["rc"] is None
+    assert "begun" in results["slow"]["output"]
+    assert results["next"]["why"] == "no time was left" and not results["next"]["output"]
+
+
+def test_its_commands_exist():
+    tests = (ROOT / "tests" / "ops" / "test_gpu.py").read_text()
+    for name, (rest, _) in CHECKS.items():
+        if rest[0] == "scripts/bench.py":
+            command = [*launcher(name), *rest, "--help"]
+            assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+        elif "-k" in rest:
+            chosen = [word for word in rest[-1].split() if word not in ("not", "and")]
+            assert all(word in tests for word in chosen), name
+
+
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available():
+        return
+    asked = subprocess.run([sys.executable, "scripts/gpu_check.py"], cwd=ROOT, capture_output=True, text=True)
+    assert asked.returncode != 0 and "there is no GPU" in asked.stderr and "Traceback" not in asked.stderr
