@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def launcher(name: str) -> list[str]:
     return ["compute-sanitizer", "--tool", name, "--error-exitcode", "1", sys.executable]
 
 
-def run_all(commands: dict[str, tuple[Sequence[str], dict[str, str]]], seconds: float) -> dict[str, dict[str, Any]]:
+def run_all(commands: Mapping[str, tuple[Sequence[str], dict[str, str]]], seconds: float) -> dict[str, dict[str, Any]]:
     """Run each command within the seconds that are left for all; output is shown as it comes. Per name: the command,
     rc (null: not run, or stopped for time), why if so, seconds, output, and `told`, its lines of JSON."""
     until, results = time.monotonic() + seconds, {}
