@@ -93,7 +93,7 @@ BUGS = [
     Bug("decode: a product misses half of the lanes", DECODE, "warp_sum<kLanes>", "warp_sum<kLanes / 2>", "decode"),
     Bug("sampling: all ties at the threshold count", SAMPLING, "(equal < free ? equal : free)", "equal", "sample"),
     Bug("entropy: not rescaled with the maximum", LOGPROB, "factor * fmaf(l,", "1 * fmaf(l,", "logprob"),
-    # Races. Of the first two it is known that all results stay right on this machine; of the others it was not tried.
+    # Races. Of the first two and decode's it is known that all results stay right on this machine; of the others not.
     Bug(
         "sampling: histogram without an atomic",
         SAMPLING,
