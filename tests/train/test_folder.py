@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from conftest import ROOT, SHORT, SMALL, assert_same_bits, damage, fails, metrics, story_record
+from fault_server import FaultServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,6 +139,32 @@ def test_a_folder_that_cannot_be_written_is_told_in_a_sentence(place, tmp_path, 
     assert "cannot write" in fails(pretrain.main, ["--resume", "--out", str(tmp_path / "p")], capsys)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bit", [1, 128])
+def test_a_bit_flipped_in_each_file_in_turn_is_a_sentence_or_no_matter(place, tmp_path, capsys, bit):
+    """A resumed run goes on, perhaps from the checkpoint before, or says in a sentence which file it cannot read."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    init = ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--out", str(whole)]
+    with FaultServer(lambda story, n: "3 2 1") as server:
+        interact.main([*init, "--teacher-url", server.url])
+        files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file() and path.stat().st_size]
+        assert {"config.json", "metrics.jsonl", "replies.jsonl", "looks.jsonl"} <= {path.name for path in files}
+        for name in files:
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(whole, run)
+            data = bytearray((run / name).read_bytes())
+            data[len(data) // 2] ^= bit
+            (run / name).write_bytes(data)
+            capsys.readouterr()
+            try:
+                interact.main(["--resume", "--steps", "5", "--out", str(run)])
+            except SystemExit as exit:
+                errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+                assert exit.code == 2 and len(errors) == 1 and name.name in errors[0], (name, errors)
+            else:
+                assert len(metrics(run)) == 5, name
+
+
 BETTER = "Tim said yes, and he ran home."
 PAIR = pair_of("Once", story_record(0)["story"], BETTER)
 RECORDS = {
@@ -174,6 +201,7 @@ def test_no_harm_to_a_record_is_a_traceback(a_run, tmp_path_factory, data):
         lambda: read_metrics(folder),
         lambda: [list(read_records(folder / name)) for name in RECORDS],
         lambda: write_report(folder),
+        lambda: interact.print_summary(folder, list(read_records(folder / "samples.jsonl")), 1),
         lambda: RunLog(folder, resume_step=1).config({"device": "cpu"}),
     ):
         with contextlib.suppress(UserError):
