@@ -105,18 +105,19 @@ def interact(config: InteractConfig) -> None:
     kl = ppo.AdaptiveKL(counters["kl_coef"], config.kl_target, config.kl_horizon)
     budget = WordBudget(config.budget_words, config.budget_words_out, counters["words_in"], counters["words_out"])
 
-    def save(name: str, replace: bool = False) -> Path:
+    def save(name: str, replace: bool = False) -> None:
+        if not rank0:  # it would drop what rank 0 is writing as left half-written
+            return
         folder = run / "checkpoints" / name
-        if rank0:
-            state = checkpoint.pack_optimizer(optimizer, list(parameters))
-            state |= {f"critic.{name}": tensor for name, tensor in critic.state_dict().items()}
-            words = dict(words_in=budget.words_in, words_out=budget.words_out)
-            lifetime = {f"interaction_{k}": facts.get(f"interaction_{k}", 0) + v for k, v in words.items()}
-            progress = dict(step=step, written=written, best=best, best_step=best_step)
-            now = facts | (lifetime if step else {})
-            counters = progress | dict(kl_coef=kl.coef, **words)
-            checkpoint.save(folder, student, tokenizer, facts=now, state=state, counters=counters, replace=replace)
-        return folder
+        state = checkpoint.pack_optimizer(optimizer, list(parameters))
+        state |= {f"critic.{name}": tensor for name, tensor in critic.state_dict().items()}
+        words = dict(words_in=budget.words_in, words_out=budget.words_out)
+        lifetime = {f"interaction_{k}": facts.get(f"interaction_{k}", 0) + v for k, v in words.items()}
+        progress = dict(step=step, written=written, best=best, best_step=best_step)
+        now = facts | (lifetime if step else {})
+        counters = progress | dict(kl_coef=kl.coef, **words)
+        checkpoint.save(folder, student, tokenizer, facts=now, state=state, counters=counters, replace=replace)
+        checkpoint.drop_older(folder)
 
     with contextlib.ExitStack() as stack:
         # Rank 0 alone has a grader. It is opened before the run's folder is: a mistake leaves nothing behind.
@@ -220,7 +221,7 @@ def interact(config: InteractConfig) -> None:
                     grades = distributed.rank0_value(lambda: scorer.collect(stop))
                     require_scores(grades, config.max_unscored)
                 except UserError:  # nothing has been learned in this step, so the state after the last one is saved
-                    checkpoint.drop_older(save(f"step_{step:07d}"))
+                    save(f"step_{step:07d}")
                     raise
                 graded = time.perf_counter()
 
@@ -269,10 +270,10 @@ def interact(config: InteractConfig) -> None:
                     if words_before < milestone <= budget.words_in:
                         save(name)
                 if failed:  # the teacher, at the look: what this step learned is saved
-                    checkpoint.drop_older(save(f"step_{step:07d}"))
+                    save(f"step_{step:07d}")
                     raise failed
                 if step % config.save_every == 0:
-                    checkpoint.drop_older(save(f"step_{step:07d}"))
+                    save(f"step_{step:07d}")
                     if rank0:
                         write_report(run)
                     signs = distributed.rank0_value(lambda: signs_of_collapse(read_metrics(run), config.kl_target))
@@ -284,7 +285,7 @@ def interact(config: InteractConfig) -> None:
             if not distributed.all_reduce_max(stop.requested) and not_looked_at():  # an end before the last step
                 look()
         bar.close()
-        checkpoint.drop_older(save(f"step_{step:07d}", replace=True))
+        save(f"step_{step:07d}", replace=True)
         if stop.requested:
             go_on = usage("python train_interact.py")
             print(f"stopped after step {step}, all saved; go on with: {go_on} --out {run} --resume")

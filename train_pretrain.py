@@ -200,14 +200,15 @@ def pretrain(config: PretrainConfig) -> None:
         f"{config.words:,} words to read, {config.words / data.train.word_count:.2f} times the corpus"
     )
 
-    def save(name: str) -> Path:
+    def save(name: str) -> None:
+        if not rank0:  # it would drop what rank 0 is writing as left half-written
+            return
         facts = dict(words=words, tokens=tokens, corpus=config.corpus, corpus_words=data.train.word_count)
         counters = dict(step=step, words=words, tokens=tokens, corpus=corpus.fingerprint())
         state = checkpoint.pack_optimizer(optimizer, names)
         folder = run / "checkpoints" / name
-        if not rank0:
-            return folder
-        return checkpoint.save(folder, student, tokenizer, facts=facts, state=state, counters=counters)
+        checkpoint.save(folder, student, tokenizer, facts=facts, state=state, counters=counters)
+        checkpoint.drop_older(folder)
 
     bar = tqdm(
         total=config.words, initial=words, unit="word", unit_scale=True, desc="reading", mininterval=0.5,
@@ -261,7 +262,7 @@ def pretrain(config: PretrainConfig) -> None:
                     save(babylm.milestone_name(milestone))
             stopping = bool(distributed.all_reduce_max(stop.requested))  # a signal to any process stops all of them
             if step % config.save_every == 0 or finished or stopping:
-                checkpoint.drop_older(save(f"step_{step:07d}"))
+                save(f"step_{step:07d}")
 
     if not rank0:
         return

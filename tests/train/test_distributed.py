@@ -23,8 +23,13 @@ from tinystory.student import checkpoint
 BOTH = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import train_interact, train_pretrain
+import os, train_interact, train_pretrain
 from tinystory.data import shards
+from tinystory.student import checkpoint
+if os.environ["RANK"] != "0":  # writes no checkpoint and drops none, which could be the one that rank 0 is writing
+    checkpoint.save = checkpoint.drop_older = None
+elif "SAVES_FOR_EVER" in os.environ:
+    checkpoint.save = lambda *args, **kwargs: __import__("time").sleep(3600)
 shards.cache_dir = lambda: __import__("pathlib").Path(sys.argv[1])
 split = sys.argv.index("--then")
 train_pretrain.main(sys.argv[2:split])
@@ -89,8 +94,9 @@ def under_torchrun(place, out) -> tuple[subprocess.Popen, list[int]]:
     launch = subprocess.Popen(
         [*torchrun, script, place / "cache", *argv],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     )  # fmt: skip
-    while not (out / "metrics.jsonl").exists() and launch.poll() is None:
+    while launch.poll() is None and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size):
         time.sleep(0.1)
     listed = subprocess.run(["pgrep", "-P", str(launch.pid)], capture_output=True, text=True).stdout.split()
     return launch, sorted(map(int, listed))
@@ -129,6 +135,27 @@ def test_torchrun_killed_leaves_no_worker_and_nothing_unsaved(place, tmp_path):
     assert not any(map(running, workers))
     newest = checkpoint.newest_whole(tmp_path / "p")
     assert newest and checkpoint.read_counters(newest)["step"] == metrics(tmp_path / "p")[-1]["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_under_torchrun_ends_the_step_and_saves_and_twice_ends_at_once(place, tmp_path, times, monkeypatch):
+    """As a terminal sends it: to torchrun, which passes it on to its workers, which have sessions of their own."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # seconds, then SIGKILL
+    if times == 2:
+        monkeypatch.setenv("SAVES_FOR_EVER", "1")  # so that the first does not suffice
+    launch, workers = under_torchrun(place, tmp_path / "p")
+    for _ in range(times):
+        os.killpg(launch.pid, signal.SIGINT)
+        time.sleep(1)
+    launch.communicate(timeout=120)
+    assert len(workers) == 2 and not any(map(running, workers))
+    newest = checkpoint.newest_whole(tmp_path / "p")
+    assert (newest is None) == (times == 2)
+    if newest:
+        assert checkpoint.read_counters(newest)["step"] == metrics(tmp_path / "p")[-1]["step"]
+    with held(tmp_path / "p"):  # the lock is free again
+        assert metrics(tmp_path / "p")
 
 
 def collectives(rank: int, folder: str) -> None:

@@ -15,6 +15,7 @@ import train_interact as interact
 import train_pretrain as pretrain
 from tinystory.data.openings import Openings
 from tinystory.data.shards import TokenFile
+from tinystory.device import Interrupted, Stop
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher.grader import CallableGrader
@@ -36,6 +37,20 @@ def interrupted_at(module, step: int):
         yield
     finally:
         module.RunLog.metrics = log
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])  # torchrun passes Ctrl-C twice on as these two
+def test_the_first_signal_asks_for_the_end_and_the_second_ends_at_once(second):
+    before = signal.getsignal(second)
+    with Stop().listening() as stop:
+        stop.check()
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(Interrupted):
+            stop.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(second)
+    assert signal.getsignal(second) is before
 
 
 def test_a_short_validation_reads_from_all_of_the_file():

@@ -250,7 +250,7 @@ def find(path: Path) -> Path:
 
 def drop_older(folder: Path) -> None:
     """Remove the `step_*` checkpoints before `folder` but one, in case that `folder` is damaged later, and what a
-    killed process left half-written."""
+    killed process left half-written. Only for the process that writes them. (All other names sort before `step_`.)"""
     older = sorted(path for path in folder.parent.glob("step_*") if path.name < folder.name)
     try:
         for path in older[:-1]:
