@@ -72,8 +72,14 @@ struct State {
   std::vector<Shadow> shared;
   std::map<const char*, std::vector<Shadow>> global;
   std::array<std::unordered_map<uint32_t, Open>, kMaxWarps> open;
-  uint32_t block_barriers = 0;
+  uint32_t block_barriers = 0;  // of all blocks of all launches so far
   std::array<uint32_t, kMaxWarps> warp_barriers{};
+
+  // Of other blocks of the launch: the accesses of block b before barrier known[b] come before all that this block now
+  // does; before seen[b], from its next barrier on.
+  using Known = std::map<uint32_t, uint32_t>;
+  Known known, seen;
+  std::map<const int*, Known> flags;  // what the block that posted it knew, itself included
 } state;
 
 uint32_t place_of(const Site& site) {
@@ -94,7 +100,10 @@ uint32_t place_of(const void* return_address, bool write) {
 // --- races -----------------------------------------------------------------------------------------------------------
 bool unordered(const Stamp& before, const Stamp& now) {
   if (before.thread < 0) return false;
-  if (before.block != now.block) return true;
+  if (before.block != now.block) {
+    const auto known = state.known.find(before.block);
+    return known == state.known.end() || before.block_barriers >= known->second;
+  }
   if (before.thread == now.thread || before.block_barriers != now.block_barriers) return false;
   return before.warp() != now.warp() || before.warp_barriers == now.warp_barriers;
 }
@@ -294,8 +303,11 @@ void begin_launch(const void* kernel) {
   if (!state.kernels.count(kernel)) state.order.push_back(kernel);
   state.kernel = &state.kernels[kernel];
   state.global.clear();  // launches follow one another
+  state.flags.clear();
 }
 void begin_block() {
+  state.known.clear();
+  state.seen.clear();
   state.shared.assign(shared_bytes(), {});
   ++state.block_barriers;
 }
@@ -305,6 +317,15 @@ void end_block() {
 void block_barrier() {
   end_block();
   ++state.block_barriers;
+  state.known = state.seen;
+}
+// What its own thread wrote since the barrier is not counted as ordered, which PTX would allow.
+void post(const int* flag) {
+  state.flags[flag] = state.known;
+  state.flags[flag][blockIdx.x] = state.block_barriers;
+}
+void saw(const int* flag) {
+  for (const auto& [block, barriers] : state.flags[flag]) state.seen[block] = std::max(state.seen[block], barriers);
 }
 void converge(unsigned warp) { close(warp); }
 void warp_barrier(unsigned warp) { ++state.warp_barriers[warp]; }
