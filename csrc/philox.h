@@ -1,5 +1,5 @@
-// Counter-based random numbers, one definition for CPU and CUDA: Philox4x32-10 of Salmon, Moraes, Dror and Shaw,
-// "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). tinystory/ops/reference.py has the same in PyTorch integers.
+// Counter-based random numbers, one definition for CPU and CUDA: Philox4x32 of Salmon, Moraes, Dror and Shaw, "Parallel
+// random numbers: as easy as 1, 2, 3" (SC 2011), which passes BigCrush from 7 rounds on and by default has 10. tinystory/ops/reference.py has the same in PyTorch integers.
 #pragma once
 #include <cstdint>
 
@@ -18,29 +18,45 @@ struct Words4 {
 // The purpose of the bits is the last word of the counter, so that no two uses share a stream.
 enum Purpose : uint32_t { kDropout = 0, kSample = 1 };
 
-TINYSTORY_HD Words4 philox(uint64_t seed, Words4 counter) {
-  uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
+// The keys of all rounds. Those of a whole kernel are computed once, on the host.
+template <int kRounds>
+struct PhiloxKeys {
+  uint32_t word[kRounds][2];
+};
+template <int kRounds>
+TINYSTORY_HD PhiloxKeys<kRounds> philox_keys(uint64_t seed) {
+  PhiloxKeys<kRounds> keys;
+  for (uint32_t round = 0; round < kRounds; ++round) {
+    keys.word[round][0] = uint32_t(seed) + round * 0x9E3779B9u;
+    keys.word[round][1] = uint32_t(seed >> 32) + round * 0xBB67AE85u;
+  }
+  return keys;
+}
+
+template <int kRounds>
+TINYSTORY_HD Words4 philox(const PhiloxKeys<kRounds>& keys, Words4 counter) {
+  for (int round = 0; round < kRounds; ++round) {
     const uint64_t a = uint64_t(0xD2511F53u) * counter.x, b = uint64_t(0xCD9E8D57u) * counter.z;
-    counter = {uint32_t(b >> 32) ^ counter.y ^ key0, uint32_t(b), uint32_t(a >> 32) ^ counter.w ^ key1, uint32_t(a)};
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+    counter = {uint32_t(b >> 32) ^ counter.y ^ keys.word[round][0], uint32_t(b),
+               uint32_t(a >> 32) ^ counter.w ^ keys.word[round][1], uint32_t(a)};
   }
   return counter;
 }
+TINYSTORY_HD Words4 philox(uint64_t seed, Words4 counter) { return philox(philox_keys<10>(seed), counter); }
 
 // --- dropout on attention weights ------------------------------------------------------------------------------------
-// Each weight (query i, key j) of head b * H + h has its own 16 random bits and is kept when they are >= the threshold.
-// A 16 x 16 tile of weights takes 32 calls, numbered by lane = 4 * g + t as the threads of a warp hold an mma tile. Of
-// a lane's four words, x holds row g at columns 2t (low half) and 2t + 1 (high half), y the same columns of row g + 8,
-// and z and w the same two rows at columns 2t + 8 and 2t + 9.
-TINYSTORY_HD Words4 dropout_words(uint64_t seed, uint32_t head, uint32_t tile_row, uint32_t tile_col, uint32_t lane) {
-  return philox(seed, {tile_row * 32 + lane, tile_col, head, kDropout});
+// Each weight (query i, key j) of head b * H + h has its own 8 random bits and is kept when they are >= the threshold.
+// A call serves the 16 weights of a 32 x 32 tile that have the same i % 8 and j % 8: byte j % 32 / 8 of word i % 32 / 8.
+// So a thread that holds its part of an mma tile needs whole calls, whether rows are queries or keys.
+using DropoutKeys = PhiloxKeys<7>;
+TINYSTORY_HD DropoutKeys dropout_keys(uint64_t seed) { return philox_keys<7>(seed); }
+TINYSTORY_HD Words4 dropout_words(const DropoutKeys& keys, uint32_t head, uint32_t i, uint32_t j) {
+  return philox(keys, {i / 32 * 64 + i % 8 * 8 + j % 8, j / 32, head, kDropout});
 }
 
-// p rounded to a multiple of 2^-16. The scale is 1 / (1 - rounded p), so that the expectation is exact.
-TINYSTORY_HD uint32_t dropout_threshold(double p) { return uint32_t(p * 65536.0 + 0.5); }
-TINYSTORY_HD double dropout_scale(uint32_t threshold) { return 65536.0 / double(65536u - threshold); }
+// p rounded to a multiple of 1/256 below 1. The scale is 1 / (1 - rounded p), so that the expectation is exact.
+TINYSTORY_HD uint32_t dropout_threshold(double p) { return p * 256.0 < 255.0 ? uint32_t(p * 256.0 + 0.5) : 255u; }
+TINYSTORY_HD double dropout_scale(uint32_t threshold) { return 256.0 / double(256u - threshold); }
 
 // --- sampling --------------------------------------------------------------------------------------------------------
 // 64 random bits for one token: a function of the seed, the row's id and the step alone.

@@ -16,21 +16,18 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634;
 
 // 1 where dropout keeps an element of the tile, 0 where it drops it.
-void dropout_tile(float (&keep)[16][16], const Attention& x, int64_t head, int64_t i, int64_t j) {
+void dropout_tile(float (&keep)[32][32], const Attention& x, int64_t head, int64_t i, int64_t j) {
   const uint32_t threshold = dropout_threshold(x.dropout);
-  uint32_t word[4][32];
-  for (uint32_t lane = 0; lane < 32; ++lane) {
-    const Words4 r = dropout_words(x.seed, uint32_t(head), uint32_t(i / 16), uint32_t(j / 16), lane);
-    word[0][lane] = r.x, word[1][lane] = r.y, word[2][lane] = r.z, word[3][lane] = r.w;
-  }
-  for (int r = 0; r < 16; ++r)
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t* w = &word[half * 2 + r / 8][r % 8 * 4];
-      for (int t = 0; t < 4; ++t) {
-        keep[r][half * 8 + 2 * t] = (w[t] & 0xffff) >= threshold;
-        keep[r][half * 8 + 2 * t + 1] = (w[t] >> 16) >= threshold;
-      }
+  const DropoutKeys keys = dropout_keys(x.seed);
+  uint32_t word[4][8][8];
+  for (uint32_t r = 0; r < 8; ++r)
+    for (uint32_t c = 0; c < 8; ++c) {
+      const Words4 w = dropout_words(keys, uint32_t(head), uint32_t(i) + r, uint32_t(j) + c);
+      word[0][r][c] = w.x, word[1][r][c] = w.y, word[2][r][c] = w.z, word[3][r][c] = w.w;
     }
+  for (int r = 0; r < 32; ++r)
+    for (int block = 0; block < 4; ++block)
+      for (int c = 0; c < 8; ++c) keep[r][8 * block + c] = (word[r / 8][r % 8][c] >> (8 * block) & 0xff) >= threshold;
 }
 
 template <class Policy>
@@ -40,7 +37,7 @@ struct Head {
   using Vec = VecOf<Acc>;
   static constexpr int L = lanes<Vec>;
   static constexpr int64_t kWidth = kPanel<Policy>;
-  // Query rows per strip: whole dropout tiles (16 rows), and micro-kernels (6 rows) or AMX's tiles (16 pairs of rows).
+  // Query rows per strip: pairs of rows, and micro-kernels (6 rows) or AMX's tiles (16 pairs of rows).
   static constexpr int64_t kStrip = Policy::kPack == 2 ? 64 : 48;
   static constexpr int64_t kKeys = Policy::kPack * kPadding<Policy>;  // a strip's keys are padded to them, in zeros
 
@@ -189,15 +186,16 @@ struct Head {
   }
 
   void drop(int64_t head, int64_t i0, int64_t rows) {
-    float keep[16][16];
-    for (int64_t r0 = 0; r0 < rows; r0 += 16)
-      for (int64_t j = 0; j < round_up(i0 + rows, kKeys); j += 16) {
-        if (j <= i0 + r0 + 15) dropout_tile(keep, x, head, i0 + r0, j);
-        for (int64_t r = r0; r < std::min(r0 + 16, rows); ++r)
-          for (int64_t c = 0; c < 16; c += L) {
-            Vec p = load<Vec>(S + r * padded + j + c);
-            for (int l = 0; l < L; ++l) p[l] *= drop_scale * Acc(keep[r - r0][c + l]);
-            store_elements<Policy>(S + r * padded, j + c, p);
+    float keep[32][32];
+    const int64_t end = round_up(i0 + rows, kKeys);
+    for (int64_t i = i0 / 32 * 32; i < i0 + rows; i += 32)
+      for (int64_t j0 = 0; j0 < end; j0 += 32) {
+        if (j0 <= i + 31) dropout_tile(keep, x, head, i, j0);
+        for (int64_t r = std::max(i, i0) - i0; r < std::min(i + 32 - i0, rows); ++r)
+          for (int64_t j = j0; j < std::min(j0 + 32, end); j += L) {
+            Vec p = load<Vec>(S + r * padded + j);
+            for (int l = 0; l < L; ++l) p[l] *= drop_scale * Acc(keep[i0 + r - i][j - j0 + l]);
+            store_elements<Policy>(S + r * padded, j, p);
           }
       }
   }
@@ -241,13 +239,14 @@ struct Head {
   void score_grads(int64_t head, int64_t i0, int64_t rows) {
     Vec index, sums[kStrip]{}, deltas[kStrip]{};
     for (int l = 0; l < L; ++l) index[l] = Acc(l);
-    float keep[16][16];
+    float keep[32][32];
+    const int64_t end = round_up(i0 + rows, kKeys);
     // First P and each row's delta = sum of P * dP. A weight that dropout zeroes is stored negated.
-    for (int64_t r0 = 0; r0 < rows; r0 += 16)
-      for (int64_t j0 = 0; j0 < round_up(i0 + rows, kKeys); j0 += 16) {
-        if (x.dropout > 0 && j0 <= i0 + r0 + 15) dropout_tile(keep, x, head, i0 + r0, j0);
-        for (int64_t r = r0; r < std::min(r0 + 16, rows); ++r)
-          for (int64_t j = j0; j < j0 + 16; j += L) {
+    for (int64_t i = i0 / 32 * 32; i < i0 + rows; i += 32)
+      for (int64_t j0 = 0; j0 < end; j0 += 32) {
+        if (x.dropout > 0 && j0 <= i + 31) dropout_tile(keep, x, head, i, j0);
+        for (int64_t r = std::max(i, i0) - i0; r < std::min(i + 32 - i0, rows); ++r)
+          for (int64_t j = j0; j < std::min(j0 + 32, end); j += L) {
             const int64_t valid = i0 + r + 1 - j;
             Vec p{};
             if (valid > 0) {
@@ -261,7 +260,7 @@ struct Head {
               store(dS + r * padded + j, dP);
               if (x.dropout > 0) {
                 Vec kept;
-                for (int l = 0; l < L; ++l) kept[l] = Acc(keep[r - r0][j - j0 + l]);
+                for (int l = 0; l < L; ++l) kept[l] = Acc(keep[i0 + r - i][j - j0 + l]);
                 dP *= kept * drop_scale;
                 p = select<Vec>(kept > Vec{}, p, -p);
                 deltas[r] = fma(max(p, Vec{}), dP, deltas[r]);
@@ -282,7 +281,7 @@ struct Head {
     }
     // Then dS, two rows at a time, so that pairs of bf16 can be written; a missing last row is all zeros.
     for (int64_t r = 0; r < rows; r += 2)
-      for (int64_t j = 0; j < round_up(i0 + rows, kKeys); j += L) {
+      for (int64_t j = 0; j < end; j += L) {
         Vec p[2]{}, d[2]{};
         for (int64_t e = 0; e < 2 && r + e < rows; ++e) {
           p[e] = load<Vec>(S + (r + e) * padded + j) * norm[r + e];

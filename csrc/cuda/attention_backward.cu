@@ -1,260 +1,300 @@
-// Causal attention, backward (FlashAttention-2), in two passes: dQ with one block per tile of queries, then dK and dV
-// with one block per tile of keys. Each pass recomputes P from the log-sum-exp. A single pass would save two of the
-// seven GEMMs, but its blocks would have to accumulate dQ with atomics, in an order that changes from run to run; here
-// every sum has one owner and one order, so gradients are deterministic.
+// Causal attention, backward (FlashAttention-2), in one pass of five GEMMs: a block owns a tile of keys, of whose dK and
+// dV it holds the sums, and takes the tiles of queries that see them, one after another. It recomputes P from the
+// log-sum-exp. dQ of a tile of queries is a sum over the blocks of a head; they add to it one after another, the block
+// of the diagonal first and that of the first keys last, so that the order, and the gradient's bits, never change.
+// Blocks start in that order too, and each takes its first tiles on the diagonal: the next to add has then been at work
+// for as long as this one, and seldom waits.
 //
 // With Z the dropout mask times its scale:
 //   delta = rowsum(O * dO),  dP = Z * (dO V^T),  dS = P * (dP - delta),
 //   dQ = scale dS K,  dK = scale dS^T Q,  dV = (Z * P)^T dO.
+// The dropout's scale is left out of the loop: it works on dP / scale and delta / scale, and the sums are scaled.
 #include "tiles.cuh"
 
 namespace tinystory::cuda {
 namespace {
 
-// A block owns kRows rows, 16 * kMmaM per warp; tiles of kColumns columns stream past in two stages.
+// A block owns kKeys keys, 16 * kMmaM per warp; tiles of kQueries queries stream past. There is one stage: the next
+// tile is copied while dQ is computed, which needs neither queries nor grads.
 template <class Element, int D>
 struct BackwardPolicy {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
   static constexpr int kMmaM = sizeof(Element) == 2 && D <= 64 ? 2 : 1;
-  static constexpr int kRows = kWarps * 16 * kMmaM;
-  static constexpr int kColumns = sizeof(Element) == 2 ? 32 : 16;
-  static constexpr int kRowBytes = kRows * D * int(sizeof(Element)), kStageBytes = kColumns * D * int(sizeof(Element));
-  static constexpr int kShared = 2 * kRowBytes + 4 * kStageBytes;
-  static constexpr int kStatBytes = kColumns * 4;  // one float per query of a tile, in the dK, dV pass
-  static_assert(kShared + 4 * kStatBytes <= kMaxSharedBytes);
+  static constexpr int kKeys = kWarps * 16 * kMmaM, kQueries = sizeof(Element) == 2 ? 32 : 16;
+  // A warp computes 16 rows of dQ and kColumns columns.
+  static constexpr int kRowGroups = kQueries / 16, kColumns = D * kRowGroups / kWarps;
+  static constexpr int kStats = 3 * kQueries;     // floats per tile of queries
+  static constexpr int kPartials = kQueries * D;  // floats of a tile's dQ
+  static constexpr int kKeyBytes = kKeys * D * int(sizeof(Element)), kQueryBytes = kQueries * D * int(sizeof(Element));
+  // In shared memory: keys, values, queries, grads (dO), dS, stats, the ticket.
+  static constexpr int kGradScores = 2 * (kKeyBytes + kQueryBytes);
+  static constexpr int kStatsAt = kGradScores + kKeys * kQueries * int(sizeof(Element));
+  static constexpr int kTicketAt = kStatsAt + kStats * 4, kShared = kTicketAt + 16;
+  static_assert(kShared <= kMaxSharedBytes);
 };
 
-// Writes delta of the block's queries.
+template <class Element>
+struct BackwardParams : AttentionParams<Element> {
+  int query_tiles, key_blocks;
+  // Per (head, tile of queries): log-sum-exp * log2(e) of each query; then for each pair of queries
+  // {-delta0, -delta1, -delta0, -delta1} / dropout scale, from which fragments of dP start.
+  float* stats;
+  float* partials;  // dQ so far, per (head, tile), as the warps' fragments
+  int* turns;       // per (head, tile): how many blocks have added to dQ
+  int* ticket;
+};
+
+// Writes stats, and no block has taken a ticket or had its turn yet. Each row of a tile takes as many threads as it has
+// 16-byte chunks; rows past the end get zeros, with which they contribute nothing.
 template <class Element, int D>
-__device__ __forceinline__ void compute_delta(const AttentionParams<Element>& p, int head, int q0) {
+__global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads)
+    backward_stats_kernel(BackwardParams<Element> p) {
   using Policy = BackwardPolicy<Element, D>;
-  constexpr int kLanes = Tile<Element, D>::kChunks, kStep = Policy::kThreads / kLanes;
-  const int c = int(threadIdx.x) % kLanes * kVecElements<Element>;
-  for (int row = int(threadIdx.x) / kLanes; row < Policy::kRows; row += kStep) {
-    const int64_t at = ((int64_t(head / p.H) * p.T + q0 + row) * p.H + head % p.H) * D + c;
-    float sum = 0;
-    if (q0 + row < p.T) {
-      float o[kVecElements<Element>], g[kVecElements<Element>];
-      unpack(o, load16(p.out + at), Element{});
-      unpack(g, load16(p.grad_out + at), Element{});
+  constexpr int kLanes = Tile<Element, D>::kChunks, kVec = kVecElements<Element>;
+  static_assert(Policy::kQueries * kLanes % Policy::kThreads == 0, "rows fill the blocks");
+  const int64_t index = (int64_t(blockIdx.x) * Policy::kThreads + threadIdx.x) / kLanes,
+                tile = index / Policy::kQueries;
+  const int c = int(threadIdx.x) % kLanes, r = int(index % Policy::kQueries), head = int(tile / p.query_tiles),
+            row = int(tile % p.query_tiles) * Policy::kQueries + r;
+  float sum = 0;
+  if (row < p.T) {
+    const int64_t at = p.template head_offset<D>(head, 1) + int64_t(row) * p.H * D + c * kVec;
+    float o[kVec], g[kVec];
+    unpack(o, load16(p.out + at), Element{});
+    unpack(g, load16(p.grad_out + at), Element{});
 #pragma unroll
-      for (int i = 0; i < kVecElements<Element>; ++i) sum = fmaf(o[i], g[i], sum);
-    }
-    sum = warp_sum<kLanes>(sum);
-    if (c == 0 && q0 + row < p.T) p.delta[int64_t(head) * p.T + q0 + row] = sum;
+    for (int i = 0; i < kVec; ++i) sum = fmaf(o[i], g[i], sum);
   }
+  sum = -warp_sum<kLanes>(sum) / p.dropout.scale;
+  if (c != 0) return;
+  float *lse2 = p.stats + tile * Policy::kStats, *deltas = lse2 + Policy::kQueries + r / 2 * 4 + r % 2;
+  lse2[r] = row < p.T ? p.lse[int64_t(head) * p.T + row] * kLog2e : 0;
+  deltas[0] = deltas[2] = sum;
+  if (r == 0) p.turns[tile] = 0;
+  if (index == 0) *p.ticket = 0;
 }
 
-template <class Element, int D>
-__global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2) dq_kernel(AttentionParams<Element> p) {
+template <class Element, int D, bool kDropout>
+__global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2)
+    attention_backward_kernel(BackwardParams<Element> p) {
   using Policy = BackwardPolicy<Element, D>;
-  constexpr int kMmaM = Policy::kMmaM, kMmaN = Policy::kColumns / 8;
-  const int query_tiles = int(gridDim.x) / p.heads;
-  const int q0 = (query_tiles - 1 - int(blockIdx.x) / p.heads) * Policy::kRows, head = int(blockIdx.x) % p.heads;
-  const int stride = 3 * p.H * D, out_stride = p.H * D;
-  const Element *q = p.qkv + p.template head_offset<D>(head, 3), *k = q + out_stride, *v = k + out_stride;
-  const Element* grad_out = p.grad_out + p.template head_offset<D>(head, 1);
-
-  const Tile<Element, D> queries{0}, grads{Policy::kRowBytes};
-  const auto keys = [&](int stage) {
-    return Tile<Element, D>{2 * Policy::kRowBytes + 2 * stage * Policy::kStageBytes};
-  };
-  const auto values = [&](int stage) { return Tile<Element, D>{keys(stage).offset + Policy::kStageBytes}; };
-  const auto load = [&](int tile) {
-    const int k0 = tile * Policy::kColumns;
-    load_rows<Policy::kColumns, Policy::kThreads>(keys(tile % 2), k + int64_t(k0) * stride, stride, p.T - k0);
-    load_rows<Policy::kColumns, Policy::kThreads>(values(tile % 2), v + int64_t(k0) * stride, stride, p.T - k0);
-  };
-  load_rows<Policy::kRows, Policy::kThreads>(queries, q + int64_t(q0) * stride, stride, p.T - q0);
-  load_rows<Policy::kRows, Policy::kThreads>(grads, grad_out + int64_t(q0) * out_stride, out_stride, p.T - q0);
-  load(0);
-  copy_commit();
-  compute_delta<Element, D>(p, head, q0);
+  constexpr int kMmaM = Policy::kMmaM, kMmaN = Policy::kQueries / 8, kQueries = Policy::kQueries;
+  constexpr unsigned kTiles = Policy::kKeys / kQueries;
+  int* const shared_ticket = reinterpret_cast<int*>(shared_memory() + Policy::kTicketAt);
+  if (threadIdx.x == 0) *shared_ticket = take_ticket(p.ticket);
   sync_block();
-
-  const int row0 = warp_id() * 16 * kMmaM, first = q0 + row0, g = lane_id() / 4, t = lane_id() % 4;
-  const LeftOperand<Element, D, kMmaM, false> Q{queries, row0, {}}, dO{grads, row0, {}};
-  float dQ[kMmaM][D / 8][4], lse2[kMmaM][2], delta[kMmaM][2];
-  clear(dQ);
-#pragma unroll
-  for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first + 16 * mi + 8 * half + g;  // past the end dO = 0, so any finite values do
-      lse2[mi][half] = row < p.T ? p.lse[int64_t(head) * p.T + row] * kLog2e : 0;
-      delta[mi][half] = row < p.T ? p.delta[int64_t(head) * p.T + row] : 0;
-    }
-
-  const int end = q0 + Policy::kRows < p.T ? q0 + Policy::kRows : p.T,
-            n_tiles = (end + Policy::kColumns - 1) / Policy::kColumns;
-  for (int tile = 0; tile < n_tiles; ++tile) {
-    const int k0 = tile * Policy::kColumns;
-    uint32_t keep_mask[kMmaM];
-    draw_keep_masks<false, kMmaN>(keep_mask, p.dropout, head, first, k0);
-    copy_wait<0>();
-    sync_block();
-    if (tile + 1 < n_tiles) load(tile + 1);
-    copy_commit();
-    if (k0 > first + 16 * kMmaM - 1) continue;
-
-    float S[kMmaM][kMmaN][4], dP[kMmaM][kMmaN][4];
-    clear(S);
-    gemm_ss(S, Q, keys(tile % 2));
-    clear(dP);
-    gemm_ss(dP, dO, values(tile % 2));
-    if (k0 + Policy::kColumns - 1 > first) {
-#pragma unroll
-      for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-        for (int ni = 0; ni < kMmaN; ++ni)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (k0 + 8 * ni + 2 * t + i % 2 > first + 16 * mi + g + i / 2 * 8) S[mi][ni][i] = -INFINITY;
-    }
-    if (p.dropout.threshold) apply_dropout(dP, keep_mask, p.dropout.scale);
-    auto& dS = S;  // in place
-#pragma unroll
-    for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-      for (int ni = 0; ni < kMmaN; ++ni)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float P = exp2_fast(fmaf(S[mi][ni][i], p.scale_log2, -lse2[mi][i / 2]));
-          dS[mi][ni][i] = P * (dP[mi][ni][i] - delta[mi][i / 2]);
-        }
-    gemm_rs(dQ, dS, keys(tile % 2));
-  }
-
-#pragma unroll
-  for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-    for (int ni = 0; ni < D / 8; ++ni)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) dQ[mi][ni][i] *= p.scale;
-  Element* to = p.grad_qkv + p.template head_offset<D>(head, 3) + int64_t(q0) * stride;
-  store_rows<Element, D, kMmaM>(dQ, queries, row0, to, stride, p.T - q0);
-}
-
-template <class Element, int D>
-__global__ void __launch_bounds__(BackwardPolicy<Element, D>::kThreads, 2) dkdv_kernel(AttentionParams<Element> p) {
-  using Policy = BackwardPolicy<Element, D>;
-  constexpr int kMmaM = Policy::kMmaM, kMmaN = Policy::kColumns / 8;
-  // The first keys are visible to the most queries, so they start first.
-  const int k0 = int(blockIdx.x) / p.heads * Policy::kRows, head = int(blockIdx.x) % p.heads;
+  const int ticket = shuffle(*shared_ticket, 0), head = ticket / p.key_blocks,
+            block = p.key_blocks - 1 - ticket % p.key_blocks, k0 = block * Policy::kKeys;
   const int stride = 3 * p.H * D, out_stride = p.H * D;
   const Element *q = p.qkv + p.template head_offset<D>(head, 3),
                 *grad_out = p.grad_out + p.template head_offset<D>(head, 1);
-  const int64_t first_stat = int64_t(head) * p.T;
 
-  const Tile<Element, D> keys{0}, values{Policy::kRowBytes};
-  const auto queries = [&](int stage) {
-    return Tile<Element, D>{2 * Policy::kRowBytes + 2 * stage * Policy::kStageBytes};
-  };
-  const auto grads = [&](int stage) { return Tile<Element, D>{queries(stage).offset + Policy::kStageBytes}; };
-  const auto stats = [&](int stage) {  // the tile's log-sum-exps, then its deltas
-    return reinterpret_cast<float*>(shared_memory() + Policy::kShared + 2 * stage * Policy::kStatBytes);
-  };
+  const Tile<Element, D> keys{0}, values{Policy::kKeyBytes}, queries{2 * Policy::kKeyBytes},
+      grads{2 * Policy::kKeyBytes + Policy::kQueryBytes};
+  const Tile<Element, kQueries> grad_scores{Policy::kGradScores};
+  const auto stats = reinterpret_cast<float*>(shared_memory() + Policy::kStatsAt);
+  const int first_tile = k0 / kQueries, tile0 = head * p.query_tiles + first_tile;
+  // What the next tile to load is copied from, by this thread.
+  const Element* next_queries = thread_part<Element, D>(q + int64_t(k0) * stride, stride);
+  const Element* next_grads = thread_part<Element, D>(grad_out + int64_t(k0) * out_stride, out_stride);
+  const float* next_stats = p.stats + int64_t(tile0) * Policy::kStats;
   const auto load = [&](int tile) {
-    const int q0 = tile * Policy::kColumns, i = recomputed(int(threadIdx.x));
-    load_rows<Policy::kColumns, Policy::kThreads>(queries(tile % 2), q + int64_t(q0) * stride, stride, p.T - q0);
-    load_rows<Policy::kColumns, Policy::kThreads>(grads(tile % 2), grad_out + int64_t(q0) * out_stride, out_stride,
-                                                  p.T - q0);
-    if (i < Policy::kColumns) {
-      copy_async4(stats(tile % 2) + i, p.lse + first_stat + q0 + i, q0 + i < p.T);
-      copy_async4(stats(tile % 2) + Policy::kColumns + i, p.delta + first_stat + q0 + i, q0 + i < p.T);
-    }
+    const int valid = p.T - tile * kQueries;
+    load_rows<kQueries, Policy::kThreads>(queries, next_queries, stride, valid);
+    load_rows<kQueries, Policy::kThreads>(grads, next_grads, out_stride, valid);
+    const unsigned i = 4 * recomputed(threadIdx.x);
+    if (i < Policy::kStats) copy_async16(stats + i, next_stats + i, true);
+    next_queries += kQueries * stride;
+    next_grads += kQueries * out_stride;
+    next_stats += Policy::kStats;
   };
-  const int first_tile = k0 / Policy::kColumns, n_tiles = (p.T + Policy::kColumns - 1) / Policy::kColumns;
-  load_rows<Policy::kRows, Policy::kThreads>(keys, q + out_stride + int64_t(k0) * stride, stride, p.T - k0);
-  load_rows<Policy::kRows, Policy::kThreads>(values, q + 2 * out_stride + int64_t(k0) * stride, stride, p.T - k0);
+  const Element* k = thread_part<Element, D>(q + out_stride + int64_t(k0) * stride, stride);
+  load_rows<Policy::kKeys, Policy::kThreads>(keys, k, stride, p.T - k0);
+  load_rows<Policy::kKeys, Policy::kThreads>(values, k + out_stride, stride, p.T - k0);
   load(first_tile);
   copy_commit();
 
-  const int row0 = warp_id() * 16 * kMmaM, first = k0 + row0;
+  const int warp = warp_id(), row0 = warp * 16 * kMmaM, first = k0 + row0;
+  const int dq_row = warp % Policy::kRowGroups * 16, dq_column = warp / Policy::kRowGroups * Policy::kColumns;
   const LeftOperand<Element, D, kMmaM, false> K{keys, row0, {}}, V{values, row0, {}};
   float dK[kMmaM][D / 8][4], dV[kMmaM][D / 8][4];
   clear(dK);
   clear(dV);
-  for (int tile = first_tile; tile < n_tiles; ++tile) {
-    const int q0 = tile * Policy::kColumns;
-    uint32_t keep_mask[kMmaM];
-    draw_keep_masks<true, kMmaN>(keep_mask, p.dropout, head, first, q0);
+  int* turn = p.turns + tile0;
+  float* partials = p.partials + int64_t(tile0) * Policy::kPartials;
+  for (int tile = first_tile; tile < p.query_tiles; ++tile, ++turn, partials += Policy::kPartials) {
+    const int q0 = tile * kQueries;
+    const int before = (tile - first_tile) / kTiles;  // how many blocks add to this tile's dQ before this one
+    KeepMask<true, kMmaM, kMmaN> keep;
+    if constexpr (kDropout) keep.draw(p.dropout, head, first, q0);
     copy_wait<0>();
-    sync_block();
-    if (tile + 1 < n_tiles) load(tile + 1);
-    copy_commit();
-    if (q0 + Policy::kColumns - 1 < first) continue;  // causality: none of this warp's keys is visible to these queries
+    sync_block();  // all threads see this tile, and all have finished the previous one
+    if (threadIdx.x == 0 && tile > first_tile && block > 0) post(turn - 1, (tile - 1 - first_tile) / kTiles + 1);
+    int seen = 0;
+    if (threadIdx.x == kWarpSize && before > 0) seen = peek(turn);
 
-    // S and dP are transposed here: rows are keys, columns are queries. A query past the end has q, dO and delta zero,
-    // so it contributes nothing.
+    // S and dP are transposed here: rows are keys, columns are queries.
     float S[kMmaM][kMmaN][4], dP[kMmaM][kMmaN][4];
-    clear(S);
-    gemm_ss(S, K, queries(tile % 2));
-    clear(dP);
-    gemm_ss(dP, V, grads(tile % 2));
-    if (q0 < first + 16 * kMmaM - 1) {
-      const int lane = recomputed(lane_id()), g = lane / 4, t = lane % 4;
+    Packed<Element, kMmaM, kMmaN> P, dS;
+    if (q0 + kQueries - 1 < first) {  // causality: none of this warp's keys is visible to these queries
+      clear(dP);
+      pack_fragments<Element>(dS, dP);
+      store_fragments(dS, grad_scores, row0);
+    } else {
+      float start[kMmaN][4] = {};
+      gemm_ss(S, K, queries, start);
 #pragma unroll
-      for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-        for (int ni = 0; ni < kMmaN; ++ni)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (q0 + 8 * ni + 2 * t + i % 2 < first + 16 * mi + g + i / 2 * 8) S[mi][ni][i] = -INFINITY;
-    }
-    if (p.dropout.threshold) apply_dropout(dP, keep_mask, p.dropout.scale);
-    auto &P = S, &dS = dP;  // in place
-    const int t = recomputed(lane_id()) % 4;
-#pragma unroll
-    for (int ni = 0; ni < kMmaN; ++ni)
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const int column = 8 * ni + 2 * t + odd;
-        const float lse2 = stats(tile % 2)[column] * kLog2e, delta = stats(tile % 2)[Policy::kColumns + column];
+      for (int ni = 0; ni < kMmaN; ++ni)
+        unpack(start[ni], load16_shared(stats + kQueries + 16 * ni + lane_id() % 4 * 4), 0.0f);
+      gemm_ss(dP, V, grads, start);
+      const unsigned lane = recomputed(unsigned(lane_id()));
+      const int g = int(lane / 4), t = int(lane % 4);
+      if (q0 < first + 16 * kMmaM - 1) {
 #pragma unroll
         for (int mi = 0; mi < kMmaM; ++mi)
 #pragma unroll
-          for (int i = odd; i < 4; i += 2) {
-            P[mi][ni][i] = exp2_fast(fmaf(S[mi][ni][i], p.scale_log2, -lse2));
-            dS[mi][ni][i] = P[mi][ni][i] * (dP[mi][ni][i] - delta);
+          for (int ni = 0; ni < kMmaN; ++ni)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              if (q0 + 8 * ni + 2 * t + i % 2 < first + 16 * mi + g + i / 2 * 8) S[mi][ni][i] = -INFINITY;
+      }
+#pragma unroll
+      for (int ni = 0; ni < kMmaN; ++ni) {
+        const float* lse2 = stats + 8 * ni + 2 * t;
+        const float dropped[2] = {stats[kQueries + 16 * ni + 4 * t], stats[kQueries + 16 * ni + 4 * t + 1]};
+#pragma unroll
+        for (int mi = 0; mi < kMmaM; ++mi)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (kDropout && !keep.kept(mi, ni, i)) dP[mi][ni][i] = dropped[i % 2];
+            S[mi][ni][i] = exp2_fast(fmaf(S[mi][ni][i], p.scale_log2, -lse2[i % 2]));
+            dP[mi][ni][i] *= S[mi][ni][i];
           }
       }
-    if (p.dropout.threshold) apply_dropout(P, keep_mask, p.dropout.scale);
-    gemm_rs(dV, P, grads(tile % 2));
-    gemm_rs(dK, dS, queries(tile % 2));
+      pack_fragments<Element>(P, S);
+      pack_fragments<Element>(dS, dP);
+      if constexpr (kDropout) {
+#pragma unroll
+        for (int mi = 0; mi < kMmaM; ++mi)
+#pragma unroll
+          for (int ni = 0; ni < kMmaN; ++ni) keep.apply(P[mi][ni], mi, ni);
+      }
+      store_fragments(dS, grad_scores, row0);
+      gemm_rs(dV, P, grads);
+      gemm_rs(dK, dS, queries);
+    }
+    if (threadIdx.x == kWarpSize && before > 0) wait_for(turn, before, seen);
+    sync_block();  // dS is complete, queries and grads have been read, and it is this block's turn
+
+    const unsigned thread = recomputed(threadIdx.x);
+    Vec16 earlier[Policy::kColumns / 8];
+    if (before > 0) {
+#pragma unroll
+      for (int ni = 0; ni < Policy::kColumns / 8; ++ni)
+        earlier[ni] = load16(partials + (ni * Policy::kThreads + thread) * 4);
+    }
+    if (tile + 1 < p.query_tiles) load(tile + 1);
+    copy_commit();
+    float dQ[Policy::kColumns / 8][4] = {};
+    gemm_transposed<Policy::kKeys>(dQ, grad_scores, dq_row, keys, dq_column);
+    if (before > 0) {
+#pragma unroll
+      for (int ni = 0; ni < Policy::kColumns / 8; ++ni)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dQ[ni][i] += bits_float(earlier[ni].word[i]);
+    }
+    if (block > 0) {
+#pragma unroll
+      for (int ni = 0; ni < Policy::kColumns / 8; ++ni)
+        store16(partials + (ni * Policy::kThreads + thread) * 4, pack(dQ[ni], 0.0f));
+    } else {
+      const float scale = p.scale * p.dropout.scale;
+      const unsigned lane = recomputed(unsigned(lane_id()));
+      const int g = int(lane / 4), t = int(lane % 4);
+      Element* to = p.grad_qkv + (q - p.qkv) + dq_column + 2 * t;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = q0 + dq_row + 8 * half + g;
+        if (row < p.T) {
+#pragma unroll
+          for (int ni = 0; ni < Policy::kColumns / 8; ++ni)
+            store2(to + int64_t(row) * stride + 8 * ni, dQ[ni][2 * half] * scale, dQ[ni][2 * half + 1] * scale);
+        }
+      }
+    }
   }
+  sync_block();
+  if (threadIdx.x == 0 && block > 0) post(turn - 1, (p.query_tiles - 1 - first_tile) / kTiles + 1);
 
 #pragma unroll
   for (int mi = 0; mi < kMmaM; ++mi)
 #pragma unroll
     for (int ni = 0; ni < D / 8; ++ni)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) dK[mi][ni][i] *= p.scale;
-  // The loop has no register to spare for this address, so it is computed again.
-  const int head_again = recomputed(int(blockIdx.x)) % p.heads;
-  Element* grad_keys = p.grad_qkv + p.template head_offset<D>(head_again, 3) + out_stride + int64_t(k0) * stride;
+      for (int i = 0; i < 4; ++i) {
+        dK[mi][ni][i] *= p.scale * p.dropout.scale;
+        dV[mi][ni][i] *= p.dropout.scale;
+      }
+  Element* grad_keys = p.grad_qkv + (q - p.qkv) + out_stride + int64_t(k0) * stride;
   store_rows<Element, D, kMmaM>(dK, keys, row0, grad_keys, stride, p.T - k0);
   store_rows<Element, D, kMmaM>(dV, values, row0, grad_keys + out_stride, stride, p.T - k0);
 }
 
+// The workspace's parts, in floats: partials and stats first, which need alignment.
+struct Workspace {
+  int64_t tiles, partials, stats;
+  template <class Policy>
+  Workspace(const Attention& x, Policy)
+      : tiles(x.B * x.H * ceil_div(x.T, Policy::kQueries)), partials(tiles * Policy::kPartials),
+        stats(tiles * Policy::kStats) {}
+  int64_t floats() const { return partials + stats + tiles + 1; }
+};
+
+struct WorkspaceFloats {
+  const Attention& x;
+  int64_t& floats;
+  template <class Element, int D>
+  void run() const {
+    floats = Workspace(x, BackwardPolicy<Element, D>{}).floats();
+  }
+};
+
 struct Backward {
   const Attention& x;
-  float* delta;
+  float* workspace;
   cudaStream_t stream;
   template <class Element, int D>
   void run() const {
     using Policy = BackwardPolicy<Element, D>;
-    const auto params = attention_params<Element>(x, delta);
-    const int64_t blocks = x.B * x.H * ceil_div(x.T, Policy::kRows);
-    launch(dq_kernel<Element, D>, blocks, Policy::kThreads, Policy::kShared, stream, params);
-    launch(dkdv_kernel<Element, D>, blocks, Policy::kThreads, Policy::kShared + 4 * Policy::kStatBytes, stream, params);
+    const Workspace parts(x, Policy{});
+    float* const stats = workspace + parts.partials;
+    int* const turns = reinterpret_cast<int*>(stats + parts.stats);
+    const BackwardParams<Element> p{attention_params<Element>(x),
+                                    ceil_div(x.T, Policy::kQueries),
+                                    ceil_div(x.T, Policy::kKeys),
+                                    stats,
+                                    workspace,
+                                    turns,
+                                    turns + parts.tiles};
+    constexpr int kRowsPerBlock = Policy::kThreads / Tile<Element, D>::kChunks;
+    launch(backward_stats_kernel<Element, D>, parts.tiles * (Policy::kQueries / kRowsPerBlock), Policy::kThreads, 0,
+           stream, p);
+    launch(p.dropout.threshold ? attention_backward_kernel<Element, D, true>
+                               : attention_backward_kernel<Element, D, false>,
+           x.B * x.H * p.key_blocks, Policy::kThreads, Policy::kShared, stream, p);
   }
 };
 
 }  // namespace
 
-void attention_backward(const Attention& x, float* delta, cudaStream_t stream) {
-  if (x.B * x.H * x.T > 0) dispatch_attention(x.dtype, x.D, "causal_attention", Backward{x, delta, stream});
+int64_t attention_backward_workspace(const Attention& x) {
+  int64_t floats = 0;
+  dispatch_attention(x.dtype, x.D, "causal_attention", WorkspaceFloats{x, floats});
+  return floats;
+}
+
+void attention_backward(const Attention& x, float* workspace, cudaStream_t stream) {
+  if (x.B * x.H * x.T > 0) dispatch_attention(x.dtype, x.D, "causal_attention", Backward{x, workspace, stream});
 }
 
 }  // namespace tinystory::cuda

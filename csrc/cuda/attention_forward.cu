@@ -2,12 +2,15 @@
 //
 // A block computes one tile of queries of one head, each warp 16 * kMmaM rows of it. Tiles of keys and values stream
 // through shared memory in two stages: the next tile is copied while the current one is used. Names follow the paper:
-// S = Q K^T, P = exp(S - m), O = P V, with m and l the running row maximum and row sum; when m grows, O and l are
-// rescaled by exp(m_old - m_new). Exponents are in units of log2, so that exp is the hardware's ex2.
+// S = Q K^T, P = exp(S - m), O = P V, with m and l the running row maximum and row sum. Exponents are in units of log2,
+// so that exp is the hardware's ex2. m need not be the maximum, only near it: not before a row exceeds it by kSlack are
+// O and l rescaled by exp(m_old - m_new), as in FlashAttention-4. P is then at most 2^kSlack, which no dtype minds.
 #include "tiles.cuh"
 
 namespace tinystory::cuda {
 namespace {
+
+constexpr float kSlack = 8;
 
 template <class Element, int D>
 struct ForwardPolicy {
@@ -22,32 +25,35 @@ struct ForwardPolicy {
   static_assert(kShared <= kMaxSharedBytes);
 };
 
-template <class Element, int D>
+template <class Element, int D, bool kDropout>
 __global__ void __launch_bounds__(ForwardPolicy<Element, D>::kThreads, 2)
     attention_forward_kernel(AttentionParams<Element> p) {
   using Policy = ForwardPolicy<Element, D>;
-  constexpr int kMmaM = Policy::kMmaM, kMmaN = Policy::kKeys / 8;
-  const int query_tiles = int(gridDim.x) / p.heads;
-  // The last tiles attend to the most keys, so they start first.
-  const int q0 = (query_tiles - 1 - int(blockIdx.x) / p.heads) * Policy::kQueries, head = int(blockIdx.x) % p.heads;
+  constexpr int kMmaM = Policy::kMmaM, kMmaN = Policy::kKeys / 8, kMaskN = kMmaN < 4 ? kMmaN : 4;
+  // A head's blocks follow one another, so that they share its keys and values in the L2 cache. Its last tile attends to
+  // the most keys, so it starts first.
+  const int query_tiles = int(gridDim.x) / p.heads, head = int(blockIdx.x) / query_tiles,
+            q0 = (query_tiles - 1 - int(blockIdx.x) % query_tiles) * Policy::kQueries;
   const int stride = 3 * p.H * D;
   const Element* q = p.qkv + p.template head_offset<D>(head, 3);
-  const Element *k = q + p.H * D, *v = k + p.H * D;
 
   const Tile<Element, D> queries{0};
   const auto keys = [&](int stage) { return Tile<Element, D>{Policy::kQueryBytes + 2 * stage * Policy::kStageBytes}; };
   const auto values = [&](int stage) { return Tile<Element, D>{keys(stage).offset + Policy::kStageBytes}; };
+  const Element* next_keys = thread_part<Element, D>(q + p.H * D, stride);  // of the next tile to load
   const auto load = [&](int tile) {
-    const int k0 = tile * Policy::kKeys;
-    load_rows<Policy::kKeys, Policy::kThreads>(keys(tile % 2), k + int64_t(k0) * stride, stride, p.T - k0);
-    load_rows<Policy::kKeys, Policy::kThreads>(values(tile % 2), v + int64_t(k0) * stride, stride, p.T - k0);
+    const int valid = p.T - tile * Policy::kKeys;
+    load_rows<Policy::kKeys, Policy::kThreads>(keys(tile % 2), next_keys, stride, valid);
+    load_rows<Policy::kKeys, Policy::kThreads>(values(tile % 2), next_keys + p.H * D, stride, valid);
+    next_keys += Policy::kKeys * stride;
   };
 
-  load_rows<Policy::kQueries, Policy::kThreads>(queries, q + int64_t(q0) * stride, stride, p.T - q0);
+  load_rows<Policy::kQueries, Policy::kThreads>(queries, thread_part<Element, D>(q + int64_t(q0) * stride, stride),
+                                                stride, p.T - q0);
   load(0);
   copy_commit();
 
-  const int row0 = warp_id() * 16 * kMmaM, g = lane_id() / 4, t = lane_id() % 4;
+  const int row0 = warp_id() * 16 * kMmaM, first = q0 + row0;
   LeftOperand<Element, D, kMmaM, Policy::kQueriesInRegisters> Q{queries, row0, {}};
   float O[kMmaM][D / 8][4], m[kMmaM][2], l[kMmaM][2];
   clear(O);
@@ -59,9 +65,12 @@ __global__ void __launch_bounds__(ForwardPolicy<Element, D>::kThreads, 2)
   const int end = q0 + Policy::kQueries < p.T ? q0 + Policy::kQueries : p.T,
             n_tiles = (end + Policy::kKeys - 1) / Policy::kKeys;
   for (int tile = 0; tile < n_tiles; ++tile) {
-    const int k0 = tile * Policy::kKeys, first = q0 + row0;
-    uint32_t keep_mask[kMmaM];
-    draw_keep_masks<false, kMmaN>(keep_mask, p.dropout, head, first, k0);
+    const int k0 = tile * Policy::kKeys;
+    KeepMask<false, kMmaM, kMaskN> keep[kMmaN / kMaskN];
+    if constexpr (kDropout) {
+#pragma unroll
+      for (int i = 0; i < kMmaN / kMaskN; ++i) keep[i].draw(p.dropout, head, first, k0 + 8 * kMaskN * i);
+    }
     copy_wait<0>();
     sync_block();  // all threads see this tile, and all have finished the previous one, whose stage is reused next
     if (tile == 0) Q.preload();
@@ -70,9 +79,10 @@ __global__ void __launch_bounds__(ForwardPolicy<Element, D>::kThreads, 2)
 
     if (k0 > first + 16 * kMmaM - 1) continue;  // causality: none of these keys is visible to this warp's queries
     float S[kMmaM][kMmaN][4];
-    clear(S);
-    gemm_ss(S, Q, keys(tile % 2));
+    const float zeros[kMmaN][4] = {};
+    gemm_ss(S, Q, keys(tile % 2), zeros);
     if (k0 + Policy::kKeys - 1 > first) {
+      const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
       for (int mi = 0; mi < kMmaM; ++mi)
 #pragma unroll
@@ -81,41 +91,53 @@ __global__ void __launch_bounds__(ForwardPolicy<Element, D>::kThreads, 2)
           for (int i = 0; i < 4; ++i)
             if (k0 + 8 * ni + 2 * t + i % 2 > first + 16 * mi + g + i / 2 * 8) S[mi][ni][i] = -INFINITY;
     }
+
+    // m and l are of this lane's columns where the row's four lanes may differ: l is summed over them at the end.
+    float highest[kMmaM][2];
+    bool exceeds = false;
 #pragma unroll
     for (int mi = 0; mi < kMmaM; ++mi)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float m_new = m[mi][half];
-#pragma unroll
-        for (int ni = 0; ni < kMmaN; ++ni) m_new = fmaxf(m_new, fmaxf(S[mi][ni][2 * half], S[mi][ni][2 * half + 1]));
-        m_new = warp_max<4>(m_new);
-        const float rescale = exp2_fast((m[mi][half] - m_new) * p.scale_log2), offset = m_new * p.scale_log2;
-        m[mi][half] = m_new;
-        float tile_sum = 0;
+        highest[mi][half] = S[mi][0][2 * half];
 #pragma unroll
         for (int ni = 0; ni < kMmaN; ++ni)
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            S[mi][ni][i] = exp2_fast(fmaf(S[mi][ni][i], p.scale_log2, -offset));
-            tile_sum += S[mi][ni][i];
-          }
-        l[mi][half] =
-            l[mi][half] * rescale + tile_sum;  // over this lane's columns; reduced over the row's four lanes at the end
-#pragma unroll
-        for (int ni = 0; ni < D / 8; ++ni)
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) O[mi][ni][i] *= rescale;
+          highest[mi][half] = fmaxf(highest[mi][half], fmaxf(S[mi][ni][2 * half], S[mi][ni][2 * half + 1]));
+        exceeds |= fmaf(highest[mi][half], p.scale_log2, -m[mi][half]) > kSlack;
       }
-    if (p.dropout.threshold) {
+    if (ballot(exceeds)) {
 #pragma unroll
       for (int mi = 0; mi < kMmaM; ++mi)
 #pragma unroll
-        for (int ni = 0; ni < kMmaN; ++ni)
+        for (int half = 0; half < 2; ++half) {
+          const float m_new = fmaxf(m[mi][half], warp_max<4>(highest[mi][half]) * p.scale_log2),
+                      rescale = exp2_fast(m[mi][half] - m_new);
+          m[mi][half] = m_new;
+          l[mi][half] *= rescale;
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (!(keep_mask[mi] >> (4 * ni + i) & 1)) S[mi][ni][i] = 0;
+          for (int ni = 0; ni < D / 8; ++ni)
+#pragma unroll
+            for (int i = 2 * half; i < 2 * half + 2; ++i) O[mi][ni][i] *= rescale;
+        }
     }
-    gemm_rs(O, S, values(tile % 2));
+#pragma unroll
+    for (int mi = 0; mi < kMmaM; ++mi)
+#pragma unroll
+      for (int ni = 0; ni < kMmaN; ++ni)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          S[mi][ni][i] = exp2_fast(fmaf(S[mi][ni][i], p.scale_log2, -m[mi][i / 2]));
+          l[mi][i / 2] += S[mi][ni][i];
+        }
+    Packed<Element, kMmaM, kMmaN> P;
+    pack_fragments<Element>(P, S);
+    if constexpr (kDropout) {
+#pragma unroll
+      for (int mi = 0; mi < kMmaM; ++mi)
+#pragma unroll
+        for (int ni = 0; ni < kMmaN; ++ni) keep[ni / kMaskN].apply(P[mi][ni], mi, ni % kMaskN);
+    }
+    gemm_rs(O, P, values(tile % 2));
   }
 
   float* lse = p.lse + int64_t(head) * p.T + q0;
@@ -123,13 +145,13 @@ __global__ void __launch_bounds__(ForwardPolicy<Element, D>::kThreads, 2)
   for (int mi = 0; mi < kMmaM; ++mi)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float row_sum = warp_sum<4>(l[mi][half]), scale = (p.dropout.threshold ? p.dropout.scale : 1.0f) / row_sum;
+      const float row_sum = warp_sum<4>(l[mi][half]), scale = p.dropout.scale / row_sum;
 #pragma unroll
       for (int ni = 0; ni < D / 8; ++ni)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) O[mi][ni][i] *= scale;
-      const int row = row0 + 16 * mi + 8 * half + g;
-      if (t == 0 && q0 + row < p.T) lse[row] = (m[mi][half] * p.scale_log2 + log2_fast(row_sum)) * kLn2;
+      const int row = row0 + 16 * mi + 8 * half + lane_id() / 4;
+      if (lane_id() % 4 == 0 && q0 + row < p.T) lse[row] = (m[mi][half] + log2_fast(row_sum)) * kLn2;
     }
   const int out_stride = p.H * D;
   Element* to = p.out + p.template head_offset<D>(head, 1) + int64_t(q0) * out_stride;
@@ -142,8 +164,10 @@ struct Forward {
   template <class Element, int D>
   void run() const {
     using Policy = ForwardPolicy<Element, D>;
-    launch(attention_forward_kernel<Element, D>, x.B * x.H * ceil_div(x.T, Policy::kQueries), Policy::kThreads,
-           Policy::kShared, stream, attention_params<Element>(x, nullptr));
+    const auto p = attention_params<Element>(x);
+    launch(
+        p.dropout.threshold ? attention_forward_kernel<Element, D, true> : attention_forward_kernel<Element, D, false>,
+        x.B * x.H * ceil_div(x.T, Policy::kQueries), Policy::kThreads, Policy::kShared, stream, p);
   }
 };
 

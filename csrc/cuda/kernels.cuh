@@ -12,8 +12,9 @@ using cudaStream_t = CUstream_st*;
 namespace tinystory::cuda {
 
 void attention_forward(const Attention&, cudaStream_t);
-// delta: workspace of B * H * T floats.
-void attention_backward(const Attention&, float* delta, cudaStream_t);
+// workspace: attention_backward_workspace(x) floats.
+int64_t attention_backward_workspace(const Attention&);
+void attention_backward(const Attention&, float* workspace, cudaStream_t);
 
 // workspace: decode_attention_workspace(x) floats, possibly 0.
 int64_t decode_attention_workspace(const DecodeAttention&);

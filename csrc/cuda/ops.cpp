@@ -40,8 +40,8 @@ Tensor causal_attention_backward(const Tensor& grad_out, const Tensor& qkv, cons
                                  double dropout_p, int64_t seed) {
   const DeviceScope on(qkv, "causal_attention_backward", "qkv");
   const AttentionBackward f(grad_out, qkv, out, lse, dropout_p, seed);
-  const Tensor delta = at::empty_like(lse);
-  cuda::attention_backward(f.x, delta.data_ptr<float>(), on.stream);
+  const Tensor workspace = at::empty({cuda::attention_backward_workspace(f.x)}, lse.options());
+  cuda::attention_backward(f.x, workspace.data_ptr<float>(), on.stream);
   return f.grad_qkv;
 }
 

@@ -13,7 +13,7 @@
 namespace tinystory::cuda {
 
 constexpr int kWarpSize = 32;
-constexpr int kMaxSharedBytes = 163 << 10;  // per block on sm_80, the smallest of the supported GPUs
+constexpr int kMaxSharedBytes = 99 << 10;  // per block on sm_86, sm_89 and sm_120; other GPUs have more
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 struct bf16 {
@@ -77,9 +77,17 @@ __device__ __forceinline__ float bits_float(uint32_t u) { return __uint_as_float
 
 // Returns x, opaquely: the compiler cannot hoist what is computed from it out of a loop. Recomputing an address in each
 // iteration is cheaper than holding it in a register that the loop is short of.
-__device__ __forceinline__ int recomputed(int x) {
+template <class Int>
+__device__ __forceinline__ Int recomputed(Int x) {
   asm volatile("" : "+r"(x));
   return x;
+}
+
+// 0xffff or 0 in the low half for the top bit of byte `byte` of `low`, and in the high half for that of `high`.
+__device__ __forceinline__ uint32_t spread_signs(uint32_t low, uint32_t high, int byte) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(0xcc88u + 0x1111u * uint32_t(byte)));
+  return r;
 }
 
 // Two 16-bit elements in one register, the first in the low half.
@@ -160,6 +168,27 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPendingGroups) : "memory");
 }
 
+// --- order between blocks --------------------------------------------------------------------------------------------
+// The number of earlier calls on this counter. Tickets rise in the order in which blocks start, so a block may wait for
+// one with a lower ticket: that one is running or has ended.
+__device__ __forceinline__ int take_ticket(int* counter) { return atomicAdd(counter, 1); }
+// Sets the flag for other blocks: a thread that sees its value in wait_for also sees what this thread wrote before, and
+// what the block wrote before its last sync_block.
+__device__ __forceinline__ void post(int* flag, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+// The flag's value some time ago, which orders nothing.
+__device__ __forceinline__ int peek(const int* flag) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag));
+  return value;
+}
+// Returns once the flag has the value; `seen` is what it had at a peek, so that the load's latency can be overlapped.
+__device__ __forceinline__ void wait_for(const int* flag, int value, int seen) {
+  while (seen != value) seen = peek(flag);
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+
 // --- tensor cores ----------------------------------------------------------------------------------------------------
 // Four 8 x 8 matrices of 16-bit elements; lane 8 i + j passes the address of row j of matrix i.
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
@@ -175,22 +204,25 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], const void
                : "memory");
 }
 
-// c (16 x 8) += a (16 x 16) b (16 x 8).
+// d = c + a b: a is 16 x 16, b 16 x 8; d may be c.
 template <class Element>
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                    const float (&c)[4]);
 template <>
-__device__ __forceinline__ void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                          const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 template <>
-__device__ __forceinline__ void mma<f16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma<f16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                         const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
 // --- launch ----------------------------------------------------------------------------------------------------------
@@ -221,7 +253,7 @@ inline int multiprocessors() {
 // --- derived ---------------------------------------------------------------------------------------------------------
 namespace tinystory::cuda {
 
-__device__ __forceinline__ int lane_id() { return int(threadIdx.x) % kWarpSize; }
+__device__ __forceinline__ int lane_id() { return int(threadIdx.x % kWarpSize); }
 // Broadcast from lane 0, so that the compiler knows it is uniform over the warp and keeps branches on it convergent.
 __device__ __forceinline__ int warp_id() { return shuffle(int(threadIdx.x) / kWarpSize, 0); }
 

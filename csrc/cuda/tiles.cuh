@@ -5,6 +5,8 @@
 // A operand of the next mma, so P and dS pass from one GEMM to the next in registers. kMmaM, kMmaN and kMmaK count the
 // 16-row, 8-column and 8-deep fragments of a warp's GEMM, indexed by mi, ni and ki.
 #pragma once
+#include <type_traits>
+
 #include "dispatch.cuh"
 
 namespace tinystory::cuda {
@@ -24,22 +26,40 @@ struct Tile {
   __device__ __forceinline__ char* chunk(int row, int c) const {
     return shared_memory() + offset + chunk_offset(row, c);
   }
-  // From the offset of chunk c to that of chunk c + `chunks` of the same row, for even `chunks` and c < 2.
+  // For ldmatrix: the offset of this lane's row of the 16 x 16 elements at `row` and chunk c, both even multiples of
+  // eight elements. The second of the four 8 x 8 matrices is the one below the first (down) or beside it (across).
+  __device__ __forceinline__ int down(int row, int c) const {
+    return offset + chunk_offset(row + lane_id() % 16, c + lane_id() / 16);
+  }
+  __device__ __forceinline__ int across(int row, int c) const {
+    return offset + chunk_offset(row + lane_id() / 16 * 8 + lane_id() % 8, c + lane_id() / 8 % 2);
+  }
+  // From an offset in chunk c to that in chunk c + `chunks` of the same row, where c and `chunks` have no bit in common.
   static __device__ __forceinline__ int advance(int chunk_offset, int chunks) {
     return (chunk_offset ^ chunks % kSwizzled * 16) + chunks / kSwizzled * kSwizzled * 16;
   }
 };
 
-// Starts copying kRows rows that are `stride` elements apart; rows at or beyond `valid` are filled with zeros.
+// Of `from`, rows that are `stride` elements apart: where the thread's part of load_rows begins.
+template <class Element, int D>
+__device__ __forceinline__ const Element* thread_part(const Element* from, int stride) {
+  constexpr unsigned kChunks = Tile<Element, D>::kChunks;
+  return from + int64_t(threadIdx.x / kChunks) * stride + threadIdx.x % kChunks * kVecElements<Element>;
+}
+
+// Starts copying kRows rows that are `stride` elements apart, of which `from` is this thread's part; rows at or beyond
+// `valid` are filled with zeros.
 template <int kRows, int kThreads, class Element, int D>
 __device__ __forceinline__ void load_rows(Tile<Element, D> to, const Element* from, int stride, int valid) {
   constexpr int kChunks = Tile<Element, D>::kChunks, kStep = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0 && kRows % kStep == 0, "every thread copies the same number of chunks");
-  const int thread = recomputed(int(threadIdx.x)), row = thread / kChunks, c = thread % kChunks;
-  from += int64_t(row) * stride + c * kVecElements<Element>;
+  const unsigned thread = recomputed(threadIdx.x);
+  const int row = int(thread / kChunks), c = int(thread % kChunks);
+  char* const first = to.chunk(row, c);
 #pragma unroll
   for (int r = 0; r < kRows; r += kStep) {
-    copy_async16(to.chunk(row + r, c), from, row + r < valid);
+    char* const chunk = kStep % 8 ? to.chunk(row + r, c) : first + r * Tile<Element, D>::kRowBytes;
+    copy_async16(chunk, from, row + r < valid);
     from += kStep * stride;  // incremented: precomputed offsets for all steps would fill the registers
   }
 }
@@ -52,31 +72,29 @@ struct LeftOperand {
   int row;
   uint32_t fragments[kInRegisters ? kMmaM : 1][kInRegisters ? D / 16 : 1][4];
 
-  // The offset in shared memory of this lane's chunk of ki = 0; `load` takes it and a fragment's indices.
-  __device__ __forceinline__ int lane_offset(int lane) const {
-    return tile.offset + Tile<Element, D>::chunk_offset(row + lane % 16, lane / 16);
-  }
-  static __device__ __forceinline__ void load(uint32_t (&a)[4], int lane_offset, int mi, int ki) {
-    ldmatrix(a,
-             shared_memory() + Tile<Element, D>::advance(lane_offset, 2 * ki) + 16 * mi * Tile<Element, D>::kRowBytes);
+  // lane: tile.down(row, 0).
+  static __device__ __forceinline__ void load(uint32_t (&a)[4], int lane, int mi, int ki) {
+    ldmatrix(a, shared_memory() + Tile<Element, D>::advance(lane, 2 * ki) + 16 * mi * Tile<Element, D>::kRowBytes);
   }
   __device__ __forceinline__ void preload() {
     if constexpr (kInRegisters) {
 #pragma unroll
       for (int mi = 0; mi < kMmaM; ++mi)
 #pragma unroll
-        for (int ki = 0; ki < D / 16; ++ki) load(fragments[mi][ki], lane_offset(lane_id()), mi, ki);
+        for (int ki = 0; ki < D / 16; ++ki) load(fragments[mi][ki], tile.down(row, 0), mi, ki);
     }
   }
 };
 
-// c (16 kMmaM x 8 kMmaN) += A B^T: A the left operand, B the first 8 kMmaN rows of `right`. Both in shared memory (SS).
+// c (16 kMmaM x 8 kMmaN) = start + A B^T: A the left operand, B the first 8 kMmaN rows of `right`, both in shared
+// memory (SS). All fragments of a column of fragments start alike.
 template <class Element, int D, int kMmaM, int kMmaN, bool kInRegisters>
 __device__ __forceinline__ void gemm_ss(float (&c)[kMmaM][kMmaN][4],
                                         const LeftOperand<Element, D, kMmaM, kInRegisters>& left,
-                                        Tile<Element, D> right) {
-  const int lane = recomputed(lane_id()), a_offset = left.lane_offset(lane),
-            b_offset = right.offset + Tile<Element, D>::chunk_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+                                        Tile<Element, D> right, const float (&start)[kMmaN][4]) {
+  const float (&sums)[kMmaM][kMmaN][4] = c;
+  // One register each in a caller's loop; those of the other chunks follow by an exclusive or.
+  const int a_lane = recomputed(left.tile.down(left.row, 0)), b_lane = recomputed(right.across(0, 0));
 #pragma unroll
   for (int ki = 0; ki < D / 16; ++ki) {
     uint32_t a[kMmaM][4];
@@ -86,18 +104,18 @@ __device__ __forceinline__ void gemm_ss(float (&c)[kMmaM][kMmaN][4],
 #pragma unroll
         for (int i = 0; i < 4; ++i) a[mi][i] = left.fragments[mi][ki][i];
       } else {
-        left.load(a[mi], a_offset, mi, ki);
+        left.load(a[mi], a_lane, mi, ki);
       }
     }
-    const char* rows = shared_memory() + Tile<Element, D>::advance(b_offset, 2 * ki);
+    const char* rows = shared_memory() + Tile<Element, D>::advance(b_lane, 2 * ki);
 #pragma unroll
     for (int ni = 0; ni < kMmaN; ni += 2) {
       uint32_t b[4];
       ldmatrix(b, rows + 8 * ni * Tile<Element, D>::kRowBytes);
 #pragma unroll
       for (int mi = 0; mi < kMmaM; ++mi) {
-        mma<Element>(c[mi][ni], a[mi], b[0], b[1]);
-        mma<Element>(c[mi][ni + 1], a[mi], b[2], b[3]);
+        mma<Element>(c[mi][ni], a[mi], b[0], b[1], ki ? sums[mi][ni] : start[ni]);
+        mma<Element>(c[mi][ni + 1], a[mi], b[2], b[3], ki ? sums[mi][ni + 1] : start[ni + 1]);
       }
     }
   }
@@ -106,8 +124,14 @@ __device__ __forceinline__ void gemm_ss(float (&c)[kMmaM][kMmaN][4],
 // The same in float32 with FMAs instead of tensor cores (TF32): accuracy matters more here than speed.
 template <int D, int kMmaM, int kMmaN>
 __device__ __forceinline__ void gemm_ss(float (&c)[kMmaM][kMmaN][4], const LeftOperand<float, D, kMmaM, false>& left,
-                                        Tile<float, D> right) {
+                                        Tile<float, D> right, const float (&start)[kMmaN][4]) {
   const int lane = recomputed(lane_id()), g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int mi = 0; mi < kMmaM; ++mi)
+#pragma unroll
+    for (int ni = 0; ni < kMmaN; ++ni)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[mi][ni][i] = start[ni][i];
 #pragma unroll 1
   for (int ki = 0; ki < D / 4; ++ki) {
     float a[kMmaM][2][4];
@@ -133,31 +157,45 @@ __device__ __forceinline__ void gemm_ss(float (&c)[kMmaM][kMmaN][4], const LeftO
   }
 }
 
+// Fragments as the left operand of the next GEMM: of a 16-bit type, the pair of row g and that of row g + 8.
+template <class Element, int kMmaM, int kMmaN>
+using Packed = std::conditional_t<sizeof(Element) == 2, uint32_t[kMmaM][kMmaN][2], float[kMmaM][kMmaN][4]>;
+
+template <class Element, int kMmaM, int kMmaN, int kParts>
+__device__ __forceinline__ void pack_fragments(auto (&to)[kMmaM][kMmaN][kParts], const float (&c)[kMmaM][kMmaN][4]) {
+#pragma unroll
+  for (int mi = 0; mi < kMmaM; ++mi)
+#pragma unroll
+    for (int ni = 0; ni < kMmaN; ++ni)
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        if constexpr (sizeof(Element) == 2) to[mi][ni][i] = pack2<Element>(c[mi][ni][2 * i], c[mi][ni][2 * i + 1]);
+        else to[mi][ni][i] = c[mi][ni][i];
+      }
+}
+
 // c (16 kMmaM x D) += A B: A (16 kMmaM x 8 kMmaK) in registers, B the first 8 kMmaK rows of `right` in shared memory
 // (RS).
 template <class Element, int D, int kMmaM, int kMmaK>
-__device__ __forceinline__ void gemm_rs(float (&c)[kMmaM][D / 8][4], const float (&A)[kMmaM][kMmaK][4],
+__device__ __forceinline__ void gemm_rs(float (&c)[kMmaM][D / 8][4], const uint32_t (&A)[kMmaM][kMmaK][2],
                                         Tile<Element, D> right) {
-  const int lane = recomputed(lane_id()), offset = right.offset + Tile<Element, D>::chunk_offset(lane % 16, lane / 16);
+  const int b_lane = recomputed(right.down(0, 0));
 #pragma unroll
   for (int ki = 0; ki < kMmaK; ki += 2) {
     uint32_t a[kMmaM][4];
 #pragma unroll
-    for (int mi = 0; mi < kMmaM; ++mi) {
-      a[mi][0] = pack2<Element>(A[mi][ki][0], A[mi][ki][1]);
-      a[mi][1] = pack2<Element>(A[mi][ki][2], A[mi][ki][3]);
-      a[mi][2] = pack2<Element>(A[mi][ki + 1][0], A[mi][ki + 1][1]);
-      a[mi][3] = pack2<Element>(A[mi][ki + 1][2], A[mi][ki + 1][3]);
-    }
+    for (int mi = 0; mi < kMmaM; ++mi)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[mi][i] = A[mi][ki + i / 2][i % 2];
 #pragma unroll
     for (int ni = 0; ni < D / 8; ni += 2) {
       uint32_t b[4];
-      const char* rows = shared_memory() + Tile<Element, D>::advance(offset, ni);
+      const char* rows = shared_memory() + Tile<Element, D>::advance(b_lane, ni);
       ldmatrix_transposed(b, rows + 8 * ki * Tile<Element, D>::kRowBytes);
 #pragma unroll
       for (int mi = 0; mi < kMmaM; ++mi) {
-        mma<Element>(c[mi][ni], a[mi], b[0], b[1]);
-        mma<Element>(c[mi][ni + 1], a[mi], b[2], b[3]);
+        mma<Element>(c[mi][ni], a[mi], b[0], b[1], c[mi][ni]);
+        mma<Element>(c[mi][ni + 1], a[mi], b[2], b[3], c[mi][ni + 1]);
       }
     }
   }
@@ -188,29 +226,85 @@ __device__ __forceinline__ void gemm_rs(float (&c)[kMmaM][D / 8][4], const float
   }
 }
 
+// c (16 x 8 kMmaN) += A^T B: A kDepth rows of `left`, its columns from `row` on; B as many rows of `right`, from
+// `column` on. Both in shared memory.
+template <int kDepth, class Element, int M, int D, int kMmaN>
+__device__ __forceinline__ void gemm_transposed(float (&c)[kMmaN][4], Tile<Element, M> left, int row,
+                                                Tile<Element, D> right, int column) {
+  const int a_lane = recomputed(left.across(0, row / 8)), b_lane = recomputed(right.down(0, column / 8));
+#pragma unroll
+  for (int ki = 0; ki < kDepth / 16; ++ki) {
+    uint32_t a[4];
+    ldmatrix_transposed(a, shared_memory() + a_lane + 16 * ki * Tile<Element, M>::kRowBytes);
+#pragma unroll
+    for (int ni = 0; ni < kMmaN; ni += 2) {
+      uint32_t b[4];
+      const char* rows = shared_memory() + Tile<Element, D>::advance(b_lane, ni);
+      ldmatrix_transposed(b, rows + 16 * ki * Tile<Element, D>::kRowBytes);
+      mma<Element>(c[ni], a, b[0], b[1], c[ni]);
+      mma<Element>(c[ni + 1], a, b[2], b[3], c[ni + 1]);
+    }
+  }
+}
+
+template <int kDepth, int M, int D, int kMmaN>
+__device__ __forceinline__ void gemm_transposed(float (&c)[kMmaN][4], Tile<float, M> left, int row,
+                                                Tile<float, D> right, int column) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  const auto element = [](auto tile, int r, int i) {
+    return reinterpret_cast<const float*>(tile.chunk(r, i / 4)) + i % 4;
+  };
+#pragma unroll 4
+  for (int ki = 0; ki < kDepth; ++ki) {
+    const float a[2] = {*element(left, ki, row + g), *element(left, ki, row + g + 8)};
+#pragma unroll
+    for (int ni = 0; ni < kMmaN; ++ni) {
+      const float* b = element(right, ki, column + 8 * ni + 2 * t);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[ni][i] = fmaf(a[i / 2], b[i % 2], c[ni][i]);
+    }
+  }
+}
+
+// Writes two adjacent elements; `to` is aligned to both.
+__device__ __forceinline__ void store2(float* to, float x, float y) {
+  to[0] = x;
+  to[1] = y;
+}
+template <class Element>
+__device__ __forceinline__ void store2(Element* to, float x, float y) {
+  *reinterpret_cast<uint32_t*>(to) = pack2<Element>(x, y);
+}
+
+// Writes a warp's fragments to a tile in shared memory, its first row to `row`.
+template <class Element, int D, int kMmaM, int kMmaN, int kParts>
+__device__ __forceinline__ void store_fragments(const auto (&c)[kMmaM][kMmaN][kParts], Tile<Element, D> to, int row) {
+  using T = Tile<Element, D>;
+  constexpr int kVec = kVecElements<Element>;
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  const int lane = to.offset + T::chunk_offset(row + g, 2 * t / kVec) + 2 * t % kVec * int(sizeof(Element));
+#pragma unroll
+  for (int mi = 0; mi < kMmaM; ++mi)
+#pragma unroll
+    for (int ni = 0; ni < kMmaN; ++ni)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        auto* pair = reinterpret_cast<std::remove_cvref_t<decltype(c[mi][ni][0])>*>(
+            shared_memory() + T::advance(lane, 8 * ni / kVec) + (16 * mi + 8 * half) * T::kRowBytes);
+#pragma unroll
+        for (int i = 0; i < kParts / 2; ++i) pair[i] = c[mi][ni][kParts / 2 * half + i];
+      }
+}
+
 // Writes a warp's 16 kMmaM rows to global memory, 16 bytes per lane, staged through the warp's own rows of a tile that
 // only this warp still reads.
 template <class Element, int D, int kMmaM>
 __device__ __forceinline__ void store_rows(const float (&c)[kMmaM][D / 8][4], Tile<Element, D> staging, int row,
                                            Element* to, int stride, int valid) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
+  Packed<Element, kMmaM, D / 8> packed;
+  pack_fragments<Element>(packed, c);
   sync_warp();
-#pragma unroll
-  for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-    for (int ni = 0; ni < D / 8; ++ni)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = row + 16 * mi + 8 * half + g;
-        if constexpr (sizeof(Element) == 2) {
-          reinterpret_cast<uint32_t*>(staging.chunk(r, ni))[t] =
-              pack2<Element>(c[mi][ni][2 * half], c[mi][ni][2 * half + 1]);
-        } else {
-          float* pair = reinterpret_cast<float*>(staging.chunk(r, 2 * ni + t / 2)) + t % 2 * 2;
-          pair[0] = c[mi][ni][2 * half];
-          pair[1] = c[mi][ni][2 * half + 1];
-        }
-      }
+  store_fragments(packed, staging, row);
   sync_warp();
   constexpr int kChunks = Tile<Element, D>::kChunks;
 #pragma unroll
@@ -233,69 +327,64 @@ __device__ __forceinline__ void clear(float (&c)[kMmaM][kMmaN][4]) {
 
 // --- dropout ---------------------------------------------------------------------------------------------------------
 struct Dropout {
-  uint64_t seed;
+  DropoutKeys keys;
   uint32_t threshold;  // 0: off
   float scale;
 };
 
-// Keep bits of this lane's eight elements of a 16 x 16 tile of P: four of the left fragment, then four of the right.
-// For fragments of P^T (rows are keys), kTransposed fetches the bits from the lanes that own them.
-template <bool kTransposed>
-__device__ __forceinline__ uint32_t keep_bits(const Dropout& d, int head, int tile_row, int tile_col) {
-  const uint32_t lane = uint32_t(lane_id());
-  const Words4 random = dropout_words(d.seed, uint32_t(head), uint32_t(tile_row), uint32_t(tile_col), lane);
-  const uint32_t word[4] = {random.x, random.y, random.z, random.w};
-  uint32_t bits = 0;
+// Which weights of 16 kMmaM x 8 kMmaN fragments, at most 32 x 32, dropout keeps. Rows are keys if kTransposed, else
+// queries; the first row and column are multiples of 16, and of 32 where there are as many.
+template <bool kTransposed, int kMmaM, int kMmaN>
+struct KeepMask {
+  static constexpr int kQueryBlocks = kTransposed ? kMmaN : 2 * kMmaM, kKeyBlocks = kTransposed ? 2 * kMmaM : kMmaN;
+  static_assert(kQueryBlocks <= 4 && kKeyBlocks <= 4);
+  // For each block of eight queries: byte j is of the weights of key block j, its top bit set if that of this lane's even
+  // column is kept, the next bit if that of the odd column is.
+  uint32_t words[kQueryBlocks];
+
+  __device__ __forceinline__ void draw(const Dropout& d, int head, int row, int column) {
+    const int g = lane_id() / 4, t = lane_id() % 4, query = kTransposed ? column : row,
+              key = kTransposed ? row : column;
+    const uint32_t complement = (256 - d.threshold) * 0x01010101u;
+    uint32_t mean[2][kQueryBlocks];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    bits |= uint32_t((word[i] & 0xffff) >= d.threshold) << (2 * i);
-    bits |= uint32_t((word[i] >> 16) >= d.threshold) << (2 * i + 1);
+    for (int odd = 0; odd < 2; ++odd) {
+      const Words4 all = dropout_words(d.keys, uint32_t(head), uint32_t(query + (kTransposed ? 2 * t + odd : g)),
+                                       uint32_t(key + (kTransposed ? g : 2 * t + odd)));
+      uint32_t word[4] = {all.x, all.y, all.z, all.w};
+      if (kQueryBlocks < 4 && query % 32) word[0] = word[2], word[1] = word[3];
+#pragma unroll
+      for (int i = 0; i < kQueryBlocks; ++i) {
+        if constexpr (kKeyBlocks < 4) word[i] >>= key % 32;
+        // The mean of each byte and 256 - threshold, which is >= 128 if the byte is >= threshold.
+        mean[odd][i] = (word[i] & complement) + ((word[i] ^ complement) >> 1 & 0x7f7f7f7fu);
+      }
+    }
+    // Opaque, or the compiler postpones a part of the rounds to where it has no registers.
+#pragma unroll
+    for (int i = 0; i < kQueryBlocks; ++i)
+      words[i] = recomputed((mean[0][i] & 0x80808080u) | (mean[1][i] >> 1 & 0x7f7f7f7fu));
   }
-  if constexpr (!kTransposed) return bits;
-  const uint32_t g = lane / 4, t = lane % 4;
-  const uint32_t even = shuffle(bits, int(8 * t + g / 2)) >> (g % 2);     // of query 2t (and 2t + 8)
-  const uint32_t odd = shuffle(bits, int(8 * t + 4 + g / 2)) >> (g % 2);  // of query 2t + 1 (and 2t + 9)
-  uint32_t result = 0;
-#pragma unroll
-  for (int right = 0; right < 2; ++right)
+  // Element i of fragment (mi, ni).
+  __device__ __forceinline__ bool kept(int mi, int ni, int i) const {
+    const int row = 2 * mi + i / 2;
+    return words[kTransposed ? ni : row] >> (8 * (kTransposed ? row : ni) + 7 - i % 2) & 1;
+  }
+  // Zeroes what is dropped of a fragment that the next GEMM multiplies.
+  __device__ __forceinline__ void apply(uint32_t (&c)[2], int mi, int ni) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int from = 2 * right + 4 * half, to = 4 * right + 2 * half;
-      result |= (even >> from & 1) << to | (odd >> from & 1) << (to + 1);
-    }
-  return result;
-}
-
-// Keep bits of kMmaM x kMmaN fragments whose first row is `row` and first column `col`; bits 4 ni to 4 ni + 3 of
-// keep_mask[mi] belong to fragment (mi, ni). Call it before the GEMM needs its registers.
-template <bool kTransposed, int kMmaN, int kMmaM>
-__device__ __forceinline__ void draw_keep_masks(uint32_t (&keep_mask)[kMmaM], const Dropout& d, int head, int row,
-                                                int col) {
-  static_assert(kMmaN <= 8, "32 bits hold 8 fragments");
-#pragma unroll
-  for (int mi = 0; mi < kMmaM; ++mi) {
-    keep_mask[mi] = ~0u;
-    if (!d.threshold) continue;
-    keep_mask[mi] = 0;
-#pragma unroll 1
-    for (int ni = 0; ni < kMmaN; ni += 2) {
-      const int r = row / 16 + mi, c = col / 16 + ni / 2;
-      keep_mask[mi] |= keep_bits<kTransposed>(d, head, kTransposed ? c : r, kTransposed ? r : c) << (4 * ni);
+      const int row = 2 * mi + half;
+      const uint32_t word = words[kTransposed ? ni : row];
+      c[half] &= spread_signs(word, word << 1, kTransposed ? row : ni);
     }
   }
-}
-
-// Multiplies fragments by the dropout mask times its scale.
-template <int kMmaM, int kMmaN>
-__device__ __forceinline__ void apply_dropout(float (&c)[kMmaM][kMmaN][4], const uint32_t (&keep_mask)[kMmaM],
-                                              float scale) {
+  __device__ __forceinline__ void apply(float (&c)[4], int mi, int ni) const {
 #pragma unroll
-  for (int mi = 0; mi < kMmaM; ++mi)
-#pragma unroll
-    for (int ni = 0; ni < kMmaN; ++ni)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[mi][ni][i] = keep_mask[mi] >> (4 * ni + i) & 1 ? c[mi][ni][i] * scale : 0;
-}
+    for (int i = 0; i < 4; ++i)
+      if (!kept(mi, ni, i)) c[i] = 0;
+  }
+};
 
 // --- parameters ------------------------------------------------------------------------------------------------------
 // The parameters of every attention kernel. A row of qkv holds q, k and v of all heads.
@@ -306,7 +395,6 @@ struct AttentionParams {
   float* lse;
   const Element* grad_out;
   Element* grad_qkv;
-  float* delta;  // (B, H, T): rowsum(O * dO)
   int T, H, heads;
   float scale, scale_log2;  // of the scores, without and with a factor log2(e)
   Dropout dropout;
@@ -319,7 +407,7 @@ struct AttentionParams {
 };
 
 template <class Element>
-AttentionParams<Element> attention_params(const Attention& x, float* delta) {
+AttentionParams<Element> attention_params(const Attention& x) {
   const double scale = 1 / std::sqrt(double(x.D));
   const uint32_t threshold = dropout_threshold(x.dropout);
   return {static_cast<const Element*>(x.qkv),
@@ -327,13 +415,12 @@ AttentionParams<Element> attention_params(const Attention& x, float* delta) {
           static_cast<float*>(x.lse),
           static_cast<const Element*>(x.grad_out),
           static_cast<Element*>(x.grad_qkv),
-          delta,
           int(x.T),
           int(x.H),
           int(x.B * x.H),
           float(scale),
           float(scale * 1.4426950408889634),
-          {x.seed, threshold, float(dropout_scale(threshold))}};
+          {dropout_keys(x.seed), threshold, float(dropout_scale(threshold))}};
 }
 
 inline int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }

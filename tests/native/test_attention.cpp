@@ -14,10 +14,9 @@ struct Case {
 };
 
 bool kept(const Case& c, uint64_t seed, int64_t head, int64_t i, int64_t j) {
-  const Words4 w = dropout_words(seed, head, i / 16, j / 16, i % 8 * 4 + j % 8 / 2);
+  const Words4 w = dropout_words(dropout_keys(seed), head, i, j);
   const uint32_t words[4] = {w.x, w.y, w.z, w.w};
-  const uint32_t word = words[i % 16 / 8 + j % 16 / 8 * 2];
-  return (j % 2 ? word >> 16 : word & 0xffff) >= dropout_threshold(c.dropout);
+  return (words[i % 32 / 8] >> (j % 32 / 8 * 8) & 0xff) >= dropout_threshold(c.dropout);
 }
 
 void test(const Case& c, int threads) {

@@ -12,6 +12,8 @@ int main() {
     const Words4 a = philox(0, {0, 0, 0, 0}), b = philox(~0ull, {~0u, ~0u, ~0u, ~0u});
     CHECK(a.x == 0x6627e8d5 && a.y == 0xe169c58d && a.z == 0xbc57ac4c && a.w == 0x9b00dbd8);
     CHECK(b.x == 0x408f276d && b.y == 0x41c83b0e && b.z == 0xa20bc7c6 && b.w == 0x6d5451fd);
+    const Words4 c = philox(philox_keys<7>(0), {0, 0, 0, 0});
+    CHECK(c.x == 0x5f6fb709 && c.y == 0x0d893f64 && c.z == 0x4f121f81 && c.w == 0x4f730a48);
   }
   for (uint32_t h = 0; h < 65536; ++h) {  // every half: value, way back, and the vector conversion
     const int exponent = h >> 10 & 31, mantissa = h & 1023;

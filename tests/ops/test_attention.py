@@ -75,17 +75,31 @@ def test_dropout_forward_and_backward_draw_the_definitions_mask(case, shape):
 
 
 def test_dropout_keeps_the_right_share_independently():
-    """Share kept over 2 * 3 * 128^2 weights: 6 standard deviations is a false alarm once in 5e8 runs."""
-    p, n = 0.25, 2 * 3 * 128 * 128
-    mask = reference.dropout_mask(2, 3, 128, p, seed=7)
-    kept = mask > 0
-    deviation = (p * (1 - p) / n) ** 0.5
-    assert abs(kept.double().mean() - (1 - p)) < 6 * deviation
-    assert set(mask.unique().tolist()) == {0.0, 1 / (1 - p)}
-    for other in (mask.roll(1, 3), mask.roll(1, 2), mask.roll(8, 2), mask.roll(8, 3), mask.roll(1, 1), mask.roll(1, 0)):
-        both = (kept & (other > 0)).double().mean()
-        assert abs(both - (1 - p) ** 2) < 6 * ((1 - p) ** 2 / n) ** 0.5
-    assert not torch.equal(mask, reference.dropout_mask(2, 3, 128, p, seed=8))
+    """Shares over 2 * 3 * 256^2 weights: 6 standard deviations is a false alarm once in 5e8 comparisons.
+
+    Pairs of weights are compared whose random bits come from the same call (8, 16, 24 apart), from calls that share
+    words of the counter, and from calls of other tiles, heads, examples and seeds; and weights are counted by their
+    place in the tile of 32 x 32 that 64 calls serve.
+    """
+    p, n = 0.1, 2 * 3 * 256 * 256
+    kept = reference.dropout_mask(2, 3, 256, p, seed=7)
+    true_p = 26 / 256  # p is rounded to a multiple of 1/256, and what is kept is divided by what is true
+    assert set(kept.unique().tolist()) == {0.0, 1 / (1 - true_p)}
+    kept = (kept > 0).double()
+    variance = true_p * (1 - true_p)
+    assert abs(kept.mean() - (1 - true_p)) < 6 * (variance / n) ** 0.5
+    dropped = 1 - kept
+    others = [dropped.roll((i, j), (2, 3)) for i in (0, 1, 8, 16, 24, 32) for j in (0, 1, 8, 16, 24, 32) if i or j]
+    others += [dropped.roll(1, 0), dropped.roll(1, 1), (reference.dropout_mask(2, 3, 256, p, seed=8) == 0).double()]
+    for other in others:  # the covariance of two independent weights deviates by their variance / sqrt(n)
+        assert abs((dropped * other).mean() - true_p**2) < 6 * variance / n**0.5
+    by_place = dropped.view(6, 8, 32, 8, 32).mean((0, 1, 3))
+    assert (by_place - true_p).abs().max() < 6 * (variance / (n / 1024)) ** 0.5
+
+
+def test_the_highest_dropout_keeps_one_weight_in_256():
+    mask = reference.dropout_mask(1, 1, 256, 0.9999, seed=3)
+    assert set(mask.unique().tolist()) == {0.0, 256.0}
 
 
 def test_dropout_leaves_the_mean_alone():

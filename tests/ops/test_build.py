@@ -1,4 +1,5 @@
 """The build's failure modes: the real compiler and ninja on a library of two short files, in a cache of each test's.
+A slow test compiles the kernels themselves.
 
 Nothing here is timed: steps are held by files, and LIMIT only ends a test that hangs."""
 
@@ -7,6 +8,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,15 +35,16 @@ RUN = "from tinystory.ops import build; from pathlib import Path; build.CSRC = P
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with csrc/, and cc, a compiler that notes its calls. The first to find a file hold-<step> for its step,
-    the source or link, renames it to `held`, waits until that is gone, compiles, and makes a file `released`."""
+    a source's name or link, renames it to `held`, waits until that is gone, compiles, and makes a file `released`."""
     (tmp_path / "csrc/cpu").mkdir(parents=True)
     (tmp_path / "csrc/module.cpp").write_text(MODULE)
     (tmp_path / "csrc/cpu/answer.cpp").write_text('#include "answer.h"\nint answer() { return ANSWER; }\n')
     (tmp_path / "csrc/cpu/answer.h").write_text("#define ANSWER 42\n")
     script = tmp_path / "cc"
     script.write_text(
-        f'#!/bin/sh\ncase "$*" in *-dM*) exec c++ "$@";; *module.cpp*) what=module;; *answer.cpp*) what=answer;; '
-        f"*) what=link;; esac\necho $what >> {tmp_path}/calls\n"
+        '#!/bin/sh\ncase "$*" in *-dM*) exec c++ "$@";; esac\nwhat=link\n'
+        'for word; do case $word in *.cpp) what=$(basename "$word" .cpp);; esac; done\n'
+        f"echo $what >> {tmp_path}/calls\n"
         f'mv {tmp_path}/hold-$what {tmp_path}/held 2>/dev/null || exec c++ "$@"\n'
         f"while [ -e {tmp_path}/held ]; do sleep 0.1; done\n"
         f'c++ "$@"; code=$?; touch {tmp_path}/released; exit $code\n'
@@ -121,12 +124,18 @@ def start_and_hold(place: Path, step: str) -> tuple[subprocess.Popen, Path, Path
     return process, place / "held", lock
 
 
-@pytest.mark.parametrize("step", ["module", "answer", "link"])
-def test_a_killed_build_does_not_hinder_the_next(place, step):
+def kill_at(place: Path, step: str) -> Path:
+    """Kill a build that has come to this step, and ninja: no chance to tidy up. Returns torch's lock."""
     process, held, lock = start_and_hold(place, step)
-    os.killpg(process.pid, signal.SIGKILL)  # the build and ninja: no chance to tidy up
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     held.unlink()
+    return lock
+
+
+@pytest.mark.parametrize("step", ["module", "answer", "link"])
+def test_a_killed_build_does_not_hinder_the_next(place, step):
+    lock = kill_at(place, step)
     assert lock.exists(), "it stays behind"
     out, err = run(place)
     assert out == "42" and "waiting" not in err and not lock.exists()
@@ -171,14 +180,36 @@ def test_an_unchanged_library_is_loaded_without_torchs_builder(place):
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "42\nFalse\n"
 
 
-def test_two_builds_at_once_build_once(place):
+def two_at_once(place: Path) -> str:
+    """Start a second build while the first links. Returns what both answer."""
     first, held, _ = start_and_hold(place, "link")
     second = start(place)
     assert "waiting for another process" in second.stderr.readline()
     held.unlink()
     said = [process.communicate(timeout=LIMIT) for process in (first, second)]
-    assert [out for out, _ in said] == ["42\n", "42\n"] and said[1][1] == ""
-    assert calls(place) == ["answer", "link", "module"]
+    assert said[0][0] == said[1][0] and said[1][1] == ""
+    return said[0][0].strip()
+
+
+def test_two_builds_at_once_build_once(place):
+    assert two_at_once(place) == "42" and calls(place) == ["answer", "link", "module"]
+
+
+@pytest.mark.slow
+def test_the_kernels_survive_five_kills_and_two_builds_at_once_and_compile_what_changed(place):
+    """The sources of csrc/, several minutes of compiling. Each build starts on what the last one, killed, has left."""
+    shutil.rmtree(place / "csrc")
+    shutil.copytree(build.CSRC, place / "csrc")
+    module = place / "csrc/module.cpp"
+    module.write_text(module.read_text().replace('m.def("instructions"', 'm.def("answer"'))
+    for step in ("module", "attention", "engine_weights", "token_logprob", "link"):
+        kill_at(place, step)
+    calls(place)
+    instructions = two_at_once(place)
+    assert re.search("AVX|NEON|vectors", instructions)
+    assert calls(place) == sorted([*(source.stem for source in build.cpu_sources()), "link"])
+    (place / "csrc/cpu/sampling.cpp").touch()
+    assert run(place)[0] == instructions and calls(place) == ["link", "sampling"]
 
 
 def test_every_input_is_in_the_key(place, monkeypatch):

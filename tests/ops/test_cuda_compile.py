@@ -73,10 +73,11 @@ def read_ptxas(log: str) -> list[Kernel]:
 
 def test_every_kernel_is_compiled_for_every_architecture(compiled):
     counts = {name: len(read_ptxas(log)) for name, (_, log) in compiled.items()}
-    # 3 dtypes x 3 head sizes, or 3 dtypes, times the kernels in the file, times the architectures.
+    # 3 dtypes x 3 head sizes, or 3 dtypes, times the kernels in the file (with and without dropout), times the
+    # architectures.
     assert counts == {
-        "attention_forward": 9 * 2,
-        "attention_backward": 9 * 2 * 2,
+        "attention_forward": 9 * 2 * 2,
+        "attention_backward": 9 * 3 * 2,
         "attention_decode": 9 * 2 * 2,
         "sampling": 3 * 2,
         "token_logprob": 3 * 2 * 2,
@@ -111,7 +112,7 @@ def test_machine_code_has_the_instructions_meant(compiled):
             has = set(instructions)
             where = f"{name} {arch} {kernel}"
             assert not {i for i in has if i.startswith(("LDL", "STL"))}, where
-            if name in ("attention_forward", "attention_backward"):
+            if name in ("attention_forward", "attention_backward") and "stats_kernel" not in kernel:
                 assert {"LDGSTS.E.BYPASS.128", "STG.E.128"} <= has, where
                 half = "f16E" in kernel  # bf16 or f16
                 assert half == any(i.startswith("HMMA.16816.F32") for i in has), where

@@ -93,11 +93,11 @@ def sample(
 # --- random bits ------------------------------------------------------------------------------------------------------
 
 
-def philox(seed: int, counter: list[Tensor]) -> list[Tensor]:
-    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, in int64 tensors, per 4-word counter."""
+def philox(seed: int, counter: list[Tensor], rounds: int = 10) -> list[Tensor]:
+    """Philox4x32 (Salmon et al., SC 2011): four 32-bit words, in int64 tensors, per 4-word counter."""
     x, y, z, w = counter
     key0, key1 = seed & WORD, seed >> 32 & WORD
-    for _ in range(10):
+    for _ in range(rounds):
         a, b = x * 0xD2511F53, z * 0xCD9E8D57  # int64 wraps, and has the same 64 bits as uint64
         x, y, z, w = (b >> 32 & WORD) ^ y ^ key0, b & WORD, (a >> 32 & WORD) ^ w ^ key1, a & WORD
         key0, key1 = key0 + 0x9E3779B9 & WORD, key1 + 0xBB67AE85 & WORD
@@ -107,16 +107,16 @@ def philox(seed: int, counter: list[Tensor]) -> list[Tensor]:
 def dropout_mask(
     batch: int, heads: int, length: int, p: float, seed: int, device: torch.device | None = None
 ) -> Tensor:
-    """A mask (batch, heads, length, length) of 0 and the scale 1 / (1 - p), with p rounded to a multiple of 2^-16."""
-    threshold = int(p * 65536 + 0.5)
+    """A mask (batch, heads, length, length), 0 or the scale 1 / (1 - p), p rounded to a multiple of 1/256 below 1."""
+    threshold = min(int(p * 256 + 0.5), 255)
     head = torch.arange(batch * heads, device=device)[:, None, None]
     i = torch.arange(length, device=device)[:, None]
     j = torch.arange(length, device=device)
-    lane = i % 8 * 4 + j % 8 // 2
-    words = torch.stack(philox(seed, [i // 16 * 32 + lane, (j // 16).expand_as(lane), head, torch.zeros_like(head)]))
-    which = (i % 16 // 8 + j % 16 // 8 * 2).expand(words.shape[1:])
-    bits = words.gather(0, which[None])[0] >> (j % 2 * 16) & 0xFFFF
-    keep = (bits >= threshold).double() * (65536 / (65536 - threshold))
+    counter = [i // 32 * 64 + i % 8 * 8 + j % 8, j // 32, head, torch.zeros_like(head)]
+    words = torch.stack(philox(seed, counter, rounds=7))
+    which = (i % 32 // 8).expand(words.shape[1:])
+    bits = words.gather(0, which[None])[0] >> (j % 32 // 8 * 8) & 0xFF
+    keep = (bits >= threshold).double() * (256 / (256 - threshold))
     return keep.view(batch, heads, length, length)
 
 

@@ -45,21 +45,24 @@ class Bug:
 
 FORWARD, BACKWARD, DECODE = "attention_forward.cu", "attention_backward.cu", "attention_decode.cu"
 TILES, ROWS, SAMPLING, LOGPROB = "tiles.cuh", "rows.cuh", "sampling.cu", "token_logprob.cu"
-UNSWIZZLED = "copy_async16(shared_memory() + to.offset + (row + r) * Tile<Element, D>::kRowBytes + c * 16"
-SECOND = "pack2<Element>(A[mi][ki][2], A[mi][ki][3]);\n      a[mi]"
+POST = "if (threadIdx.x == 0 && tile > first_tile && block > 0)"
+UNSWIZZLED = "first = shared_memory() + to.offset + row * Tile<Element, D>::kRowBytes + c * 16;"
 BUGS = [
     # Barriers and asynchronous copies.
     Bug("forward: no barrier after the wait for a tile", FORWARD, "    sync_block();", "    "),
     Bug("forward: does not wait for the copies", FORWARD, "copy_wait<0>();", "copy_wait<1>();"),
-    Bug("forward: next tile overwrites the one in use", FORWARD, "keys(tile % 2), k +", "keys(0), k +"),
+    Bug("forward: next tile overwrites the one in use", FORWARD, "keys(tile % 2), next", "keys(0), next"),
     Bug(
         "forward: idle warps skip the barrier",
         FORWARD,
         "    copy_wait<0>();\n",
         "    if (k0 > first + 16 * kMmaM - 1) continue;\n    copy_wait<0>();\n",
     ),
-    Bug("backward: delta is read before all is written", BACKWARD, "  sync_block();\n\n", "\n"),
-    Bug("backward: no barrier in the pass for keys", BACKWARD, "    sync_block();", "    ", count=2),
+    Bug("backward: no barrier after the wait for a tile", BACKWARD, "    sync_block();", "    "),
+    Bug("backward: dS is read before all is written", BACKWARD, "    sync_block();", "    ", count=2),
+    Bug("backward: does not wait for its turn", BACKWARD, "wait_for(turn, before, seen)", "(void)seen", "races"),
+    Bug("backward: a turn is passed on too early", BACKWARD, POST, f"post(turn, before + 1);\n    {POST}", "races"),
+    Bug("backward: turns are not passed on", BACKWARD, POST, f"if (false) {POST}"),
     Bug("output: no sync_warp before rows are read back", TILES, "  sync_warp();\n  constexpr", "  constexpr"),
     Bug("rows: the next sum overwrites this one", ROWS, "  sync_block();\n  return x;", "  return x;", "logprob"),
     Bug("sampling: no barrier after clearing buckets", SAMPLING, "= 0;\n      sync_block();", "= 0;", "sample"),
@@ -78,11 +81,11 @@ BUGS = [
     Bug("logits: a row is read past its end", ROWS, "v + i < V ? to_float", "true ? to_float", "logprob"),
     # Where things lie.
     Bug("tiles: rows four apart share banks", TILES, "row % 8 :", "row % 4 :"),
-    Bug("tiles: swizzled when read, not when written", TILES, "copy_async16(to.chunk(row + r, c)", UNSWIZZLED),
-    Bug("gemm: two registers of an operand swapped", TILES, f"a[mi][1] = {SECOND}[2]", f"a[mi][2] = {SECOND}[1]"),
+    Bug("tiles: swizzled when read, not when written", TILES, "first = to.chunk(row, c);", UNSWIZZLED),
+    Bug("gemm: two registers of an operand swapped", TILES, "A[mi][ki + i / 2][i % 2]", "A[mi][ki + i % 2][i / 2]"),
     Bug("gemm: values are not transposed", TILES, "ldmatrix_transposed(b,", "ldmatrix(b,"),
     Bug("dropout: tile indices exchanged for keys", BACKWARD, "head, first, q0)", "head, q0, first)"),
-    Bug("dropout: bits of neighbouring queries mixed up", TILES, "int(8 * t + 4 + g / 2)", "int(8 * t + g / 2)"),
+    Bug("dropout: bits of neighbouring queries mixed up", TILES, "(kTransposed ? 2 * t + odd", "(kTransposed ? 2 * t"),
     Bug("tiles: addresses are not multiples of 16", TILES, "* kVecElements<Element>;", "* kVecElements<Element> + 1;"),
     # Arithmetic that only some inputs show.
     Bug("softmax: output not rescaled with the maximum", FORWARD, "O[mi][ni][i] *= rescale", "O[mi][ni][i] *= 1"),
@@ -104,8 +107,8 @@ BUGS = [
     Bug(
         "output: rows staged before all lanes have read",
         TILES,
-        "  const int g = lane_id() / 4, t = lane_id() % 4;\n  sync_warp();",
-        "  const int g = lane_id() / 4, t = lane_id() % 4;",
+        "  sync_warp();\n  store_fragments",
+        "  store_fragments",
         "races",
     ),
     Bug(

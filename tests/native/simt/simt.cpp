@@ -20,7 +20,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace simt {
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10, kSharedLimit = 163 << 10;  // per block on sm_80
+constexpr size_t kStackBytes = 256 << 10, kSharedLimit = 99 << 10;  // per block on sm_86
 const size_t kPage = size_t(sysconf(_SC_PAGESIZE));
 constexpr unsigned kMaxThreads = 1024;
 
@@ -327,6 +327,28 @@ void atomic_add_shared(uint64_t* p, uint64_t x, const Site& site) {
   check_shared(p, 8, site);
   note(p, 8, trace::Access::atomic, site);
   *p += x;
+}
+
+int take_ticket(int* counter, const Site& site) {
+  check_global(counter, 4, true, site);
+  note(counter, 4, trace::Access::atomic, site);
+  return (*counter)++;
+}
+void post(int* flag, int value, const Site& site) {
+  check_global(flag, 4, true, site);
+  note(flag, 4, trace::Access::atomic, site);
+  if (trace::on()) trace::post(flag);
+  *flag = value;
+}
+int peek(const int* flag, const Site& site) {
+  check_global(flag, 4, false, site);
+  note(flag, 4, trace::Access::atomic, site);
+  return *flag;
+}
+void wait_for(const int* flag, int value, const Site& site) {
+  if (peek(flag, site) != value)
+    fail(site, "waits for ever for " + std::to_string(value) + ": the flag is " + std::to_string(*flag));
+  if (trace::on()) trace::saw(flag);
 }
 
 void sync_block(const Site& site) {

@@ -96,6 +96,11 @@ void load_global(void* to, const void* from, size_t bytes, const Site&);
 void store_global(void* to, const void* from, size_t bytes, const Site&);
 void load_shared(void* to, const void* from, size_t bytes, const Site&);
 void atomic_add_shared(uint64_t*, uint64_t, const Site&);
+// Blocks run one after another, so what a block waits for has happened, or never does: an error.
+int take_ticket(int* counter, const Site&);
+void post(int* flag, int value, const Site&);
+int peek(const int* flag, const Site&);
+void wait_for(const int* flag, int value, const Site&);
 void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed, const Site&);
 void copy_async(void* to, const void* from, size_t bytes, bool valid, const Site&);
 void copy_commit();

@@ -61,7 +61,10 @@ inline void atomic_add_shared(uint64_t* p, uint64_t x, SIMT_SITE) { simt::atomic
 // --- arithmetic ------------------------------------------------------------------------------------------------------
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
-inline int recomputed(int x) { return x; }
+template <class Int>
+Int recomputed(Int x) {
+  return x;
+}
 inline float add_rn(float a, float b) { return a + b; }  // built with -ffp-contract=off
 inline float mul_rn(float a, float b) { return a * b; }
 inline uint32_t float_bits(float x) {
@@ -73,6 +76,10 @@ inline float bits_float(uint32_t u) {
   float x;
   std::memcpy(&x, &u, 4);
   return x;
+}
+
+inline uint32_t spread_signs(uint32_t low, uint32_t high, int byte) {
+  return (low >> (8 * byte + 7) & 1) * 0xffffu | (high >> (8 * byte + 7) & 1) * 0xffff0000u;
 }
 
 inline float to_float(float x) { return x; }
@@ -137,21 +144,28 @@ void copy_wait() {
   simt::copy_wait(kPendingGroups);
 }
 
+// --- order between blocks --------------------------------------------------------------------------------------------
+inline int take_ticket(int* counter, SIMT_SITE) { return simt::take_ticket(counter, SIMT_HERE); }
+inline void post(int* flag, int value, SIMT_SITE) { simt::post(flag, value, SIMT_HERE); }
+inline int peek(const int* flag, SIMT_SITE) { return simt::peek(flag, SIMT_HERE); }
+inline void wait_for(const int* flag, int value, int, SIMT_SITE) { simt::wait_for(flag, value, SIMT_HERE); }
+
 // --- tensor cores ----------------------------------------------------------------------------------------------------
 inline void ldmatrix(uint32_t (&r)[4], const void* row, SIMT_SITE) { simt::ldmatrix(r, row, false, SIMT_HERE); }
 inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row, SIMT_SITE) {
   simt::ldmatrix(r, row, true, SIMT_HERE);
 }
 
-// c (16 x 8) += a (16 x 16) b (16 x 8), in the register layout of PTX's mma.m16n8k16.
+// d = c + a b: a is 16 x 16, b 16 x 8, in the register layout of PTX's mma.m16n8k16.
 template <class Element>
-void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_SITE) {
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4], SIMT_SITE) {
   struct Args {
-    float* c;
+    float* d;
     const uint32_t* a;
     uint32_t b[2];
+    const float* c;
     simt::Site site;
-  } args{c, a, {b0, b1}, SIMT_HERE};
+  } args{d, a, {b0, b1}, c, SIMT_HERE};
   simt::meet<Args>(args.site, args, [](Args* const(&lanes)[32]) SIMT_UNTRACED {
     if (simt::trace::on()) simt::trace::mma(lanes[0]->site);
     float A[16][16], B[16][8], C[16][8] = {};
@@ -170,7 +184,8 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_S
       for (int k = 0; k < 16; ++k)
         for (int j = 0; j < 8; ++j) C[i][j] += A[i][k] * B[k][j];
     for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 4; ++i) lanes[lane]->c[i] += C[lane / 4 + i / 2 * 8][2 * (lane % 4) + i % 2];
+      for (int i = 0; i < 4; ++i)
+        lanes[lane]->d[i] = lanes[lane]->c[i] + C[lane / 4 + i / 2 * 8][2 * (lane % 4) + i % 2];
   });
 }
 

@@ -16,10 +16,9 @@ struct Case {
 };
 
 bool kept(uint64_t seed, int64_t head, int64_t i, int64_t j, double p) {
-  const Words4 w =
-      dropout_words(seed, uint32_t(head), uint32_t(i / 16), uint32_t(j / 16), uint32_t(i % 8 * 4 + j % 8 / 2));
-  const uint32_t word = j / 8 % 2 ? (i / 8 % 2 ? w.w : w.z) : (i / 8 % 2 ? w.y : w.x);
-  return (j % 2 ? word >> 16 : word & 0xffff) >= dropout_threshold(p);
+  const Words4 w = dropout_words(dropout_keys(seed), uint32_t(head), uint32_t(i), uint32_t(j));
+  const uint32_t words[4] = {w.x, w.y, w.z, w.w};
+  return (words[i % 32 / 8] >> (j % 32 / 8 * 8) & 0xff) >= dropout_threshold(p);
 }
 
 struct Expected {
@@ -110,19 +109,20 @@ void test_training(const Case& c, int64_t D, uint64_t seed) {
   run(name, [&] {
     const simt::Buffer<Element> in(qkv), grad(grad_out);
     simt::Buffer<Element> out(c.B * c.T * c.H * D), grad_in(qkv.size());
-    simt::Buffer<float> lse(c.B * c.H * c.T), delta(c.B * c.H * c.T);
+    simt::Buffer<float> lse(c.B * c.H * c.T);
     const Attention x{Type<Element>::dtype, c.B,        c.T,         c.H,           D, c.dropout, seed, in.data(),
                       out.data(),           lse.data(), grad.data(), grad_in.data()};
+    simt::Buffer<float> workspace(cuda::attention_backward_workspace(x));
     cuda::attention_forward(x, nullptr);
     check_close(to_doubles(out.read()), want.out, want.out_bound, "out " + name);
     check_close(to_doubles(lse.read()), want.lse, want.lse_bound, "lse " + name);
-    cuda::attention_backward(x, delta.data(), nullptr);
+    cuda::attention_backward(x, workspace.data(), nullptr);
     const auto first = grad_in.read();
     check_close(to_doubles(first), want.grad, want.grad_bound, "grad " + name);
     check(simt::bank_conflicts() == 0, "bank conflicts, " + name);
 
     simt::set_seed(seed + 1000);  // the same bits in another order of threads and blocks
-    cuda::attention_backward(x, delta.data(), nullptr);
+    cuda::attention_backward(x, workspace.data(), nullptr);
     check(std::memcmp(grad_in.data(), first.data(), first.size() * sizeof(Element)) == 0, "grad again " + name);
   });
 }

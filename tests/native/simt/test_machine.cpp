@@ -61,8 +61,8 @@ void multiply(Params p) {
   if (p.mode == 0) ldmatrix(b, right + (lane() / 16 * 8 + lane() % 8) * 16 + lane() / 8 % 2 * 8);
   else ldmatrix_transposed(b, right + (lane() % 16) * 16 + lane() / 16 * 8);
   float c[2][4] = {};
-  mma<f16>(c[0], a, b[0], b[1]);
-  mma<f16>(c[1], a, b[2], b[3]);
+  mma<f16>(c[0], a, b[0], b[1], c[0]);
+  mma<f16>(c[1], a, b[2], b[3], c[1]);
   for (int n = 0; n < 2; ++n)
     for (int i = 0; i < 4; ++i) p.out[(lane() / 4 + i / 2 * 8) * 16 + 8 * n + 2 * (lane() % 4) + i % 2] = c[n][i];
 }

@@ -102,6 +102,18 @@ void wide(Params p) {
   if (p.mode == 1) cuda::store16(p.out + 4 * i, cuda::Vec16{});
   if (p.mode == 2) shared()[i] = 1, cuda::load16_shared(shared() + 4 * (i / 4));
 }
+// Blocks take turns to write the same place; a mode leaves one part of that out.
+void turns(Params p) {
+  int *const counter = reinterpret_cast<int*>(p.out + 512), *const flag = counter + 1;  // both begin as -1
+  auto* ticket = reinterpret_cast<int*>(shared());
+  if (threadIdx.x == 0) *ticket = cuda::take_ticket(counter) + 1;
+  cuda::sync_block();
+  if (*ticket > 0 && threadIdx.x == 0 && p.mode != 1) cuda::wait_for(flag, *ticket, cuda::peek(flag));
+  if (p.mode != 2) cuda::sync_block();
+  p.out[threadIdx.x] = float(*ticket);
+  if (p.mode != 3) cuda::sync_block();
+  if (threadIdx.x == 0) cuda::post(flag, *ticket + 1);
+}
 // Blocks are not ordered by anything; mode 1 keeps apart what they write.
 void blocks(Params p) { p.out[threadIdx.x + (p.mode ? 32 * blockIdx.x : 0)] = 1; }
 // Every block reads; one writes after its own barrier, which orders its reads but not those of the other blocks.
@@ -139,6 +151,7 @@ void test_races() {
     // Found whatever the order of warps and blocks.
     for (const int mode : {0, 1}) expect(own_is_last, mode, 32, "at byte 0 of shared memory");
     expect(read_by_blocks, 0, 96, "of a global buffer", 2);
+    expect(turns, 0, 64, "", 4);
   }
   // A shuffle or a ballot makes lanes meet but orders no memory; sync_warp orders one warp only.
   for (const int mode : {2, 3, 4}) expect(lanes, mode, 32, "shared memory");
@@ -154,6 +167,7 @@ void test_races() {
     traced(unseen, mode, 32);
     check(error.find(mode ? "global" : "shared") != std::string::npos, "an unseen write was not noticed: " + error);
   }
+  for (const int mode : {1, 2, 3}) expect(turns, mode, 64, "write after write", 4);
 }
 
 void test_counts() {
@@ -188,11 +202,12 @@ void attention(int64_t B, int64_t T, int64_t H, int64_t D, double dropout) {
   const simt::Buffer<Element> qkv(normal<Element>(random, B * T * 3 * H * D)),
       grad_out(normal<Element>(random, B * T * H * D));
   simt::Buffer<Element> out(B * T * H * D), grad_qkv(B * T * 3 * H * D);
-  simt::Buffer<float> lse(B * H * T), delta(B * H * T);
+  simt::Buffer<float> lse(B * H * T);
   const Attention x{Type<Element>::dtype, B, T, H, D, dropout, 5, qkv.data(), out.data(), lse.data(), grad_out.data(),
                     grad_qkv.data()};
+  simt::Buffer<float> workspace(cuda::attention_backward_workspace(x));
   cuda::attention_forward(x, nullptr);
-  cuda::attention_backward(x, delta.data(), nullptr);
+  cuda::attention_backward(x, workspace.data(), nullptr);
 }
 
 template <class Element>
@@ -254,6 +269,7 @@ void logprob(int64_t N, int64_t V) {
 // The runs that budgets.txt has budgets for, and those whose shapes are chosen for races alone.
 const std::vector<std::pair<std::string, std::function<void()>>> kBudgeted{
     {"attention", [] { attention<cuda::bf16>(1, 256, 2, 64, 0); }},
+    {"attention-dropout", [] { attention<cuda::bf16>(1, 256, 1, 64, 0.1); }},
     {"attention-f32", [] { attention<float>(1, 64, 2, 64, 0); }},
     {"decode", [] { decode<cuda::bf16>(4, 20, 4, 64, 45, 1); }},
     {"decode-split", [] { decode<cuda::bf16>(2, 20, 2, 64, 300, 4); }},

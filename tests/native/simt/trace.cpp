@@ -31,10 +31,18 @@ struct Stamp {
   int warp() const { return thread / kWarpSize; }
 };
 
+// Of other blocks of the launch: what block b did before its barrier known[b] comes before all that this block now does;
+// before seen[b], from its next barrier on.
+using Known = std::map<uint32_t, uint32_t>;
+Known known, seen;
+
 // How far apart two accesses are that nothing orders: 1 lanes of a warp, 2 warps, 3 blocks. 0: they are ordered.
 int distance(const Stamp& before, const Stamp& now) {
   if (before.thread < 0) return 0;
-  if (before.block != now.block) return 3;
+  if (before.block != now.block) {
+    const auto found = known.find(before.block);
+    return found != known.end() && before.block_barriers < found->second ? 0 : 3;
+  }
   if (before.thread == now.thread || before.block_barriers != now.block_barriers) return 0;
   if (before.warp() != now.warp()) return 2;
   return before.warp_barriers == now.warp_barriers ? 1 : 0;
@@ -92,8 +100,9 @@ struct State {
   std::map<const char*, std::vector<Shadow>> global;
   std::map<const char*, std::vector<char>> at_launch;  // what the global buffers held
   std::array<std::unordered_map<uint32_t, Open>, kMaxWarps> open;
-  uint32_t block_barriers = 0;
+  uint32_t block_barriers = 0;  // of all blocks of all launches so far
   std::array<uint32_t, kMaxWarps> warp_barriers{};
+  std::map<const int*, Known> flags;  // what the block that posted it knew, itself included
 } state;
 
 uint32_t place_of(const Site& site) {
@@ -302,14 +311,26 @@ void begin_launch(const void* kernel) {
   state.global.clear();  // launches follow one another
   state.at_launch.clear();
   for (const auto& [begin, size] : buffers()) state.at_launch[begin].assign(begin, begin + size);
+  state.flags.clear();
 }
 void begin_block() {
+  known.clear();
+  seen.clear();
   state.shared.assign(shared_bytes(), {});
   ++state.block_barriers;
 }
 void block_barrier() {
   for (unsigned warp = 0; warp < kMaxWarps; ++warp) close(warp);
   ++state.block_barriers;
+  known = seen;
+}
+// What its own thread wrote since the barrier is not counted as ordered, which PTX would allow.
+void post(const int* flag) {
+  state.flags[flag] = known;
+  state.flags[flag][blockIdx.x] = state.block_barriers;
+}
+void saw(const int* flag) {
+  for (const auto& [block, barriers] : state.flags[flag]) seen[block] = std::max(seen[block], barriers);
 }
 void end_block() {
   block_barrier();

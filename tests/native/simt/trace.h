@@ -6,10 +6,11 @@
 //
 // Races are those of the PTX memory model: two accesses to the same byte by different threads, at least one of them a
 // write and not both atomic, that no barrier orders. sync_block orders all threads of a block and sync_warp all lanes
-// of a warp; shuffles, ballots, ldmatrix and mma synchronize execution but order no memory. Nothing orders two blocks
-// of a launch. The destination of a cp.async may not be touched by anyone before the wait, and after the wait only by
-// its thread until a barrier. A race is found in every schedule that makes the same accesses, whether or not it changed a
-// result.
+// of a warp; shuffles, ballots, ldmatrix and mma synchronize execution but order no memory. Two blocks of a launch are
+// ordered only by a flag: what a block did before the last sync_block before a post comes before what the block that
+// sees the flag in wait_for does after its next sync_block. The destination of a cp.async may not be touched by anyone
+// before the wait, and after the wait only by its thread until a barrier. A race is found in every schedule that makes the
+// same accesses, whether or not it changed a result.
 //
 // Counts are per source line: warp requests; passes over shared memory, beside their number without bank conflicts; and
 // 32-byte sectors of global memory, with the fraction of their bytes that was asked for. 32 lanes that access up to 4
@@ -56,6 +57,8 @@ void end_launch();
 void block_barrier();          // all threads of the block have arrived
 void converge(unsigned warp);  // all lanes of the warp have arrived at a collective
 void warp_barrier(unsigned warp);
+void post(const int* flag);
+void saw(const int* flag);
 void access(const void* p, size_t bytes, Access, const Site&);
 void access(const void* p, size_t bytes, Access, const void* return_address);
 void mma(const Site&);
