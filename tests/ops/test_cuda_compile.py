@@ -84,9 +84,17 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled):
     }
 
 
+def registers_are_full(arch: str, kernel: str) -> bool:
+    return arch == "sm_90" and re.search("attention_backward_kernel.*Li128E", kernel) is not None
+
+
 def test_no_kernel_spills_or_uses_local_memory(compiled):
+    """But for one: at D 128 the registers of the backward kernel are full, and on sm_90 a thread keeps one value in local
+    memory (docs/kernels.md)."""
     kernels = [k for _, log in compiled.values() for k in read_ptxas(log)]
-    assert [k for k in kernels if k.stack or k.spilled] == []
+    full = [k for k in kernels if registers_are_full(k.arch, k.name)]
+    assert full and all(k.stack <= 8 and k.spilled <= 4 for k in full)
+    assert [k for k in kernels if (k.stack or k.spilled) and k not in full] == []
 
 
 def read_sass(built: Path) -> dict[tuple[str, str], list[str]]:
@@ -111,7 +119,7 @@ def test_machine_code_has_the_instructions_meant(compiled):
         for (arch, kernel), instructions in read_sass(built).items():
             has = set(instructions)
             where = f"{name} {arch} {kernel}"
-            assert not {i for i in has if i.startswith(("LDL", "STL"))}, where
+            assert registers_are_full(arch, kernel) or not {i for i in has if i.startswith(("LDL", "STL"))}, where
             if name in ("attention_forward", "attention_backward") and "stats_kernel" not in kernel:
                 assert {"LDGSTS.E.BYPASS.128", "STG.E.128"} <= has, where
                 half = "f16E" in kernel  # bf16 or f16
