@@ -89,7 +89,7 @@ def registers_are_full(arch: str, kernel: str) -> bool:
 
 
 def test_no_kernel_spills_or_uses_local_memory(compiled):
-    """But for one: at D 128 the registers of the backward kernel are full, and on sm_90 a thread keeps one value in local
+    """But for one: at D 128 the registers of the backward kernel are full, and on sm_90 a value is in local
     memory (docs/kernels.md)."""
     kernels = [k for _, log in compiled.values() for k in read_ptxas(log)]
     full = [k for k in kernels if registers_are_full(k.arch, k.name)]
