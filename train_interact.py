@@ -212,7 +212,7 @@ def interact(config: InteractConfig) -> None:
                 batch = ppo.collate(stories, tokenizer, device)
                 with autocast():
                     ref_logprobs, ref_states = ppo.read_reference(
-                        reference, batch, config.temperature, config.micro_batch_size
+                        reference, batch, config.temperature, config.micro_batch_size, states=value_head is None
                     )
                 read = time.perf_counter()
 

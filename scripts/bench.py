@@ -195,7 +195,7 @@ def interact(
         batched = ppo.collate(written, words, device)
         wrote = now(device)
         with lower(device, dtype):
-            under_reference = ppo.read_reference(reference, batched, 1.0, options.micro_batch_size)
+            under_reference = ppo.read_reference(reference, batched, 1.0, options.micro_batch_size, states=False)
         read = now(device)
         autocast = functools.partial(lower, device, dtype)
         ppo.step(student, head, optimizer, kl, batched, *under_reference, scores, options, autocast)

@@ -79,8 +79,8 @@ def launcher(name: str) -> list[str]:
 
 
 def run_all(commands: Mapping[str, tuple[Sequence[str], dict[str, str]]], seconds: float) -> dict[str, dict[str, Any]]:
-    """Run each command within the seconds that are left for all; output is shown as it comes. Per name: the command,
-    rc (null: not run, or stopped for time), why if so, seconds, output, and `told`, its lines of JSON."""
+    """Run each command within the seconds that are left for all, and show the end of its output. Per name: the
+    command, rc (null: not run, or stopped for time), why if so, seconds, output, and `told`, its lines of JSON."""
     until, results = time.monotonic() + seconds, {}
     for name, (argv, environment) in commands.items():
         print(f"\n== {name}: {' '.join(argv)}", flush=True)
@@ -104,9 +104,13 @@ def run_all(commands: Mapping[str, tuple[Sequence[str], dict[str, str]]], second
                 found["output"], _ = process.communicate()
                 found["why"] = "stopped when the time was over"
             found["seconds"] = round(time.monotonic() - began, 1)
-            found["told"] = [json.loads(line) for line in found["output"].splitlines() if line.startswith('{"')]
+            found["told"] = [json.loads(line) for line in found["output"].splitlines() if is_json(line)]
         print(found["output"][-2000:] or found["why"], flush=True)
     return results
+
+
+def is_json(line: str) -> bool:
+    return line.startswith('{"') and line.endswith("}")  # not what a command that was stopped left of one
 
 
 def table(facts: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:

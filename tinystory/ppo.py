@@ -177,19 +177,20 @@ class AdaptiveKL:
 
 @torch.no_grad()
 def read_reference(
-    reference: Student, batch: Batch, temperature: float, micro_batch_size: int
+    reference: Student, batch: Batch, temperature: float, micro_batch_size: int, *, states: bool
 ) -> tuple[Tensor, Tensor]:
-    """The stories under the frozen starting checkpoint: (B, N) log-probabilities of their tokens, and (B, N, C) the
-    states from which it predicts them, 0 off the mask; float32 both."""
+    """The stories under the frozen starting checkpoint: (B, N) log-probabilities of their tokens, and the states from
+    which it predicts them, (B, N, C) or, if they are not wanted, (B, N, 0); 0 off the mask, float32 both."""
     logprobs = torch.zeros_like(batch.logprobs)
-    states = logprobs.new_zeros(*logprobs.shape, reference.config.n_embd)
+    kept = logprobs.new_zeros(*logprobs.shape, reference.config.n_embd if states else 0)
     for rows in distributed.shard_strided(by_length(batch.lengths, micro_batch_size)):
         part = batch.rows(rows)
         found = response_states(reference, part)
         told = token_logprobs(reference, found, part, temperature)
         logprobs[rows] = torch.zeros_like(part.logprobs).masked_scatter(part.mask, told)
-        states[rows] = torch.zeros_like(states[rows]).masked_scatter(part.mask[..., None], found.float())
-    return distributed.all_reduce_sum(logprobs), distributed.all_reduce_sum(states)
+        if states:
+            kept[rows] = torch.zeros_like(kept[rows]).masked_scatter(part.mask[..., None], found.float())
+    return distributed.all_reduce_sum(logprobs), distributed.all_reduce_sum(kept) if states else kept
 
 
 def by_length(lengths: Tensor, size: int) -> list[Tensor]:

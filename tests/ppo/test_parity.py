@@ -61,7 +61,7 @@ def test_four_updates_are_trls(setting, monkeypatch):
             batch.logprobs, batch.values = ppo.response_stats(student, head, batch, 1.0)
             hidden = student.hidden(inputs)[:, opening.shape[1] - 1 :][mask]
             entropy = float(ops.token_logprob(hidden, student.wte.weight, batch.tokens[mask])[1].sum()) / len(mask)
-        ref_logprobs, ref_states = ppo.read_reference(reference, batch, 1.0, 5)
+        ref_logprobs, ref_states = ppo.read_reference(reference, batch, 1.0, 5, states=False)
         rewards = ppo.token_rewards(scores, batch.logprobs, ref_logprobs, mask, kl.coef)
         advantages, returns = ppo.advantages_and_returns(rewards, batch.values, mask, config.gamma, config.lam)
         ours = (batch.logprobs, ref_logprobs, batch.values, rewards, ppo.whiten(advantages, mask) * mask, returns)
