@@ -35,7 +35,7 @@ from tqdm import tqdm
 from tinystory import ops, ppo
 from tinystory.config import INTERACT_PRESETS, InteractConfig, PretrainConfig
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.device import peak_memory_mb, pick_device, pick_dtype
+from tinystory.device import cpu_has_bf16, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
 from tinystory.experiment import peers
 from tinystory.experiment.timing import gemm_limit, held_mb, lap_timer, now, profile
@@ -237,12 +237,14 @@ def beside_peers(
 ) -> dict[str, dict]:  # fmt: skip
     """Per bench what peers.take_turns returns, and tokens per second beside those of the GEMMs alone."""
     config, found = SHAPES[shape], {}
+    slow = "" if cpu_has_bf16() else "bfloat16"  # emulated: a step takes thirty times as long
     if not quiet:
         print("| | ours | the best peer | ratio | GEMMs alone |", "|---|---|---|---|---|", sep="\n")
     for bench, (seconds, peer, modes) in PEERS.items():
         python, repo = (sys.executable, nanogpt) if peer == "nanogpt" else (str(trl), None)
         if not (nanogpt if peer == "nanogpt" else trl):
             continue
+        modes = tuple(mode for mode in modes if not (slow and mode.endswith(slow)))
         batch = BATCH.get((bench, shape), 64)
         run = RUNS[bench](config, batch, new, dtype, device)
         sizes = dict(batch=batch, new=new, prompt=PROMPT, threads=torch.get_num_threads(), repo=repo)

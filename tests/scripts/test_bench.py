@@ -165,6 +165,7 @@ def nanogpt(tmp_path, monkeypatch, bench):
     (tmp_path / "model.py").write_text(NANOGPT)
     # Compiling is PyTorch's own work; with bfloat16 the stand-in is slow.
     monkeypatch.setitem(bench.PEERS, "pretrain", ("step_s", "nanogpt", ("eager-float32", "eager-bfloat16")))
+    monkeypatch.setattr(bench, "cpu_has_bf16", lambda: True)
     return tmp_path
 
 
