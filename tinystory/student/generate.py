@@ -171,7 +171,7 @@ class TokenStep:
         max_new_tokens: int, first_row: int, draws: dict,
     ):  # fmt: skip
         device, count = which.device, len(which)
-        self.student, self.value_head, self.first_row, self.draws = student.cast(dtype), value_head, first_row, draws
+        self.student, self.value_head, self.first_row, self.draws = student, value_head, first_row, draws
         self.unembedding = student.wte.weight.detach().to(dtype)  # tokens are looked up in the embedding as it is
         ends = torch.tensor([len(prompt) for prompt in prompts], device=device).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
