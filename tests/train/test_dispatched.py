@@ -1,7 +1,7 @@
 """How many operators the GPU's path dispatches, counted on a CPU; and that it computes what the CPU's path does.
 
 A layer costs the same whatever its size, so a small student of GPT-2-small's twelve layers has the real one's counts.
-`python tests/train/test_dispatched.py` prints the table of docs/kernels.md.
+docs/kernels.md has them in a table.
 """
 
 from collections import Counter
@@ -16,8 +16,10 @@ import train_pretrain as pretrain
 from tinystory import ops, ppo
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.ops import reference
-from tinystory.student.model import Student, StudentConfig
+from tinystory.student.generate import TokenStep
+from tinystory.student.model import Student, StudentConfig, ValueHead
 
+pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")  # of twins that replace a kernel
 LAYERS = 12
 BF16 = torch.bfloat16
 
@@ -51,19 +53,21 @@ def add_layer_norm_backward(grad_sum, grad_y, total, weight, mean, scale, dropou
     return grad_x, (grad_x * mask).to(branch_dtype), grad_weight, grad_bias
 
 
-def addmm_gelu(bias, a, b, use_gelu):
+def addmm_gelu(bias, a, b, *, use_gelu):
+    """On CUDA it is the tanh GELU; the CPU's own is not."""
     return F.gelu(bias.addmm(a, b), approximate="tanh")
 
 
 @pytest.fixture(scope="module")
 def twins():
-    """Plain twins of the operators that only CUDA has."""
+    """Plain twins of the operators that only CUDA has, or has otherwise."""
     if not ops.load():
         pytest.skip("the kernels are not compiled")
     library, aten = (torch.library.Library(name, "IMPL", "CPU") for name in ("tinystory", "aten"))
     library.impl("add_layer_norm", add_layer_norm)
     library.impl("add_layer_norm_backward", add_layer_norm_backward)
     aten.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype))
+    aten.impl("_addmm_activation", addmm_gelu)
     ops.choose.cache_clear()
     yield
     library._destroy(), aten._destroy()
@@ -72,9 +76,8 @@ def twins():
 
 @pytest.fixture
 def as_on_a_gpu(twins, monkeypatch):
-    """The CPU takes every decision that a GPU would. Its own fused GELU is not the tanh GELU of CUDA's."""
+    """The CPU takes every decision that a GPU would."""
     monkeypatch.setattr(ops, "on_gpu", lambda x: True)
-    monkeypatch.setattr(torch, "_addmm_activation", addmm_gelu)
 
 
 def small_student(layers: int = LAYERS) -> Student:
@@ -116,14 +119,26 @@ def interaction() -> Counter:
     return second_micro_batch(run)
 
 
+@torch.no_grad()
+def token_step() -> Counter:
+    student = small_student()
+    how = dict(max_new_tokens=4, eos=0, seed=0)
+    with torch.autocast("cpu", BF16), student.lowered(BF16):
+        step = TokenStep(student, ValueHead(64), 5, 9, BF16, how)
+        step.start([torch.arange(9)], torch.zeros(5, dtype=torch.int64), 0)
+        with Count() as count:
+            step.run()
+    return +count.calls
+
+
 MEASURED = {"pretraining": lambda: pretraining(0.0), "pretraining, dropout": lambda: pretraining(0.1)}
-MEASURED |= {"PPO": interaction}
+MEASURED |= {"PPO": interaction, "token step": token_step}
 # Dispatched operators, and casts among them. torch's versions differ by a few.
-BUDGETS = {"pretraining": (460, 2), "pretraining, dropout": (470, 2), "PPO": (560, 7)}
+BUDGETS = {"pretraining": (460, 2), "pretraining, dropout": (470, 2), "PPO": (560, 7), "token step": (105, 1)}
 
 
 @pytest.mark.parametrize("name", BUDGETS)
-def test_a_micro_batch_stays_within_its_budget(as_on_a_gpu, name):
+def test_a_step_stays_within_its_budget(as_on_a_gpu, name):
     calls, (most, casts) = MEASURED[name](), BUDGETS[name]
     assert calls.total() <= most and calls["aten._to_copy"] <= casts, calls
 

@@ -54,16 +54,29 @@ class KVCache:
     lengths (B,) int64: how many positions of `own` each row has filled.
     """
 
-    def __init__(self, config: StudentConfig, spans: Tensor, capacity: int, dtype: torch.dtype):
+    def __init__(self, config: StudentConfig, spans: Tensor, capacity: int, dtype: torch.dtype, prefix: int = 0):
+        """prefix: room for so many tokens of openings, by default for those of `spans`."""
         rows, heads = len(spans), (2, config.n_head, config.n_embd // config.n_head)
         self.spans = spans
-        self.prefix = torch.zeros(config.n_layer, int(spans.max()), *heads, device=spans.device, dtype=dtype)
+        prefix = prefix or int(spans.max())
+        self.prefix = torch.zeros(config.n_layer, prefix, *heads, device=spans.device, dtype=dtype)
         self.own = torch.zeros(config.n_layer, rows, capacity, *heads, device=spans.device, dtype=dtype)
         self.lengths = torch.zeros(rows, device=spans.device, dtype=torch.int64)
+        self.whole = self.own, self.lengths, self.spans
 
     def keep(self, rows: Tensor) -> None:
-        """Drop every row but these. rows: (R,) int64, indices into the present rows."""
-        self.own, self.lengths, self.spans = self.own[:, rows], self.lengths[rows], self.spans[rows]
+        """Drop every row but these, which move to the front of the same memory. rows: (R,) int64, indices into the
+        present rows, rising."""
+        n = len(rows)
+        self.own[:, :n], self.lengths[:n], self.spans[:n] = self.own[:, rows], self.lengths[rows], self.spans[rows]
+        self.own, self.lengths, self.spans = self.own[:, :n], self.lengths[:n], self.spans[:n]
+
+    def restart(self, spans: Tensor) -> None:
+        """Forget what was read, and begin with as many rows as spans, (B, 2) int64, in the same memory."""
+        own, lengths, kept = self.whole
+        self.own, self.lengths, self.spans = own[:, : len(spans)], lengths[: len(spans)], kept[: len(spans)]
+        self.spans.copy_(spans)
+        self.lengths.zero_()
 
 
 class Linear(nn.Linear):
@@ -235,9 +248,10 @@ class Student(nn.Module):
         tokens = pad_sequence(openings, batch_first=True)
         lengths = torch.tensor([len(opening) for opening in openings], device=tokens.device)
         real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        read = sum(map(len, openings))
 
         def attend(i: int, qkv: Tensor) -> Tensor:
-            cache.prefix[i] = qkv[:, :, 1:][real]
+            cache.prefix[i, :read] = qkv[:, :, 1:][real]
             return ops.causal_attention(qkv)
 
         x = self.trunk(self.wte(tokens) + self.wpe.weight[: tokens.shape[1]], attend)
