@@ -5,9 +5,11 @@ python scripts/bench.py rollout --shape small --batch 64    stories from one ope
 python scripts/bench.py ppo --shape gpt2s --batch 16        rollout, reference, four epochs; a constant reward
 python scripts/bench.py kernels                             each operator and PyTorch's own, interleaved
 python scripts/bench.py growth --runs 3 --plot growth.svg   time per token against batch, context, vocabulary, length
+python scripts/bench.py peers --nanogpt DIR --trl PYTHON    ours beside nanoGPT, transformers and TRL, and a table
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -15,7 +17,9 @@ import itertools
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +53,7 @@ SHAPES = {
     "gpt2s": StudentConfig(n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000),
 }
 PROMPT = 20  # tokens
+DTYPES = ("float32", "bfloat16")
 SDPA_BACKENDS = (
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -84,7 +89,7 @@ class Words(Tokenizer):
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=("kernels", "pretrain", "rollout", "ppo", "growth"))
+    parser.add_argument("bench", choices=("kernels", "pretrain", "rollout", "ppo", "growth", "peers"))
     parser.add_argument("--shape", choices=SHAPES, default="small", help="4 layers of 256, or GPT-2-small")
     parser.add_argument("--batch", type=int, help="sequences or stories (default: as in the published figures)")
     parser.add_argument("--new", type=int, default=90, help="tokens per story (default: 90)")
@@ -92,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
     parser.add_argument("--runs", type=int, default=5, help="timed runs, after a warm-up run (default: 5)")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="chart to write (growth only)")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT (peers only)")
+    parser.add_argument("--trl", type=Path, metavar="PYTHON", help="of an environment with trl 0.9.4 (peers only)")
     parser.add_argument("--json", action="store_true", help="print only the line of JSON")
     parser.add_argument("--profile", action="store_true", help="then run once more under the profiler")
     a = parser.parse_args(argv)
@@ -101,7 +108,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--batch, --new and --runs must be at least 1")
     if a.plot and (a.bench != "growth" or not a.plot.parent.is_dir()):
         raise UserError(f"--plot {a.plot} needs the bench growth and a folder that exists")
-    if a.bench in ("rollout", "ppo") and PROMPT + a.new > config.context:
+    if a.bench == "peers":
+        check_peers(a.nanogpt, a.trl, a.batch, device)
+    elif a.nanogpt or a.trl:
+        raise UserError("--nanogpt and --trl go with the bench peers")
+    if a.bench in ("rollout", "ppo", "peers") and PROMPT + a.new > config.context:
         raise UserError(f"--new {a.new} does not fit: {a.shape} has room for {config.context - PROMPT} tokens")
     dtype = pick_dtype(a.dtype, device)
     facts = dict(bench=a.bench, shape=a.shape, batch=batch, device=device_name(device), dtype=str(dtype)[6:])
@@ -110,7 +121,9 @@ def main(argv: list[str] | None = None) -> None:
         module = ops.load()
         facts["instructions"] = module.instructions() if module else "PyTorch's"
     load = os.getloadavg()[0]
-    if a.bench in ("rollout", "ppo"):
+    if a.bench == "peers":
+        del facts["batch"]
+    if a.bench in ("rollout", "ppo", "peers"):
         facts["new"] = a.new
     torch.manual_seed(0)
     if not a.json:
@@ -124,13 +137,15 @@ def main(argv: list[str] | None = None) -> None:
         measured = growth(config, batch, a.new, dtype, device, a.runs, quiet=a.json)
         if a.plot:
             atomic_write(a.plot, growth_chart(measured["base"], measured["growth"]))
+    elif a.bench == "peers":
+        measured = dict(peers=peers(a.shape, a.new, dtype, device, a.runs, a.nanogpt, a.trl, quiet=a.json))
+        if not a.json:
+            print(peers_table(measured["peers"]), file=sys.stderr)
     else:
-        run = dict(pretrain=pretrain, rollout=stories, ppo=interact)[a.bench](config, batch, a.new, dtype, device)
+        run = RUNS[a.bench](config, batch, a.new, dtype, device)
         measured = {name: round(value, 4) for name, value in medians(run, a.runs).items()}
         if a.bench in ("pretrain", "rollout"):
-            rows, backward = (batch, False) if a.bench == "rollout" else (batch * config.context, True)
-            limit = rows / gemm_seconds(config, rows, dtype, device, backward)
-            measured["gemm_limit_tokens_per_s"] = round(limit, 1)
+            measured["gemm_limit_tokens_per_s"] = gemm_limit(a.bench, config, batch, dtype, device)
     print(json.dumps(facts | measured | dict(peak_mb=peak_memory_mb(device), load=round(load, 2))), flush=True)
     if a.profile and run:
         profile(run, device)
@@ -205,6 +220,111 @@ def interact(
         return dict(total_s=done - began) | parts
 
     return run
+
+
+RUNS = dict(pretrain=pretrain, rollout=stories, ppo=interact)
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+PEERS = {  # bench: (key of its seconds, peer, its modes)
+    "pretrain": ("step_s", "nanogpt", tuple(f"{kind}-{dtype}" for kind in ("eager", "compile") for dtype in DTYPES)),
+    "rollout": ("rollout_s", "transformers", DTYPES),
+    "ppo": ("total_s", "trl", ("",)),
+}
+HOPELESS = 3.0  # a mode that takes so many times the fastest one's seconds is measured once
+
+
+class Peer:
+    """A process of scripts/peer.py, ready to run. Raises UserError, with what it said, if it ends."""
+
+    def __init__(self, python: str, *arguments: str):
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process)
+        self.process = subprocess.Popen(
+            [python, str(Path(__file__).with_name("peer.py")), *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True,
+        )  # fmt: skip
+        self.name = " ".join(arguments[:1])
+        self.warm_s = float(self.answer())
+
+    def answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.said.seek(0)
+            last = (self.said.read().strip().splitlines() or ["nothing"])[-1]
+            raise UserError(f"the peer {self.name} ended with status {self.process.returncode} and said: {last}")
+        return line
+
+    def run(self) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        return float(self.answer())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def check_peers(nanogpt: Path | None, trl: Path | None, batch: int | None, device: torch.device) -> None:
+    if device.type != "cpu" or batch is not None:
+        raise UserError("peers are timed on the CPU, with the batch sizes of the published figures: leave out --batch")
+    if not (nanogpt or trl):
+        raise UserError("peers needs --nanogpt DIR (a clone), --trl PYTHON (of an environment with trl 0.9.4), or both")
+    if nanogpt and not (nanogpt / "model.py").is_file():
+        raise UserError(f"--nanogpt {nanogpt} has no model.py: clone github.com/karpathy/nanoGPT")
+    if trl and not trl.is_file():
+        raise UserError(f"--trl {trl} is no file: name the Python of an environment with trl 0.9.4, transformers 4.53")
+
+
+def peers(
+    shape: str, new: int, dtype: torch.dtype, device: torch.device, runs: int, nanogpt: Path | None, trl: Path | None,
+    quiet: bool,
+) -> dict[str, dict]:  # fmt: skip
+    """Per bench: median seconds of ours and of each mode of the peer, which take turns, so that a machine's drift meets
+    both; and ratio, the median over the turns of the seconds of the best mode to ours (above 1: ours is faster)."""
+    config, found = SHAPES[shape], {}
+    for bench, (seconds, peer, modes) in PEERS.items():
+        python, more = (sys.executable, ["--repo", str(nanogpt)]) if peer == "nanogpt" else (str(trl), [])
+        if not (nanogpt if peer == "nanogpt" else trl):
+            continue
+        batch = BATCH.get((bench, shape), 64)
+        ours = RUNS[bench](config, batch, new, dtype, device)
+        more += ["--model", json.dumps(dataclasses.asdict(config)), "--batch", str(batch), "--new", str(new)]
+        more += ["--prompt", str(PROMPT), "--threads", str(torch.get_num_threads())]
+        with contextlib.ExitStack() as stack:
+            waiting: dict[str, Peer] = {}
+            for mode in tqdm(modes, desc=f"{bench}: {peer}, warm-up", unit="mode", disable=quiet):
+                waiting[mode] = Peer(python, peer, "--mode", mode, *more)
+                stack.callback(waiting[mode].close)
+            best_s = min(p.warm_s for p in waiting.values())
+            turns: dict[str, list[float]] = {mode: [] for mode, p in waiting.items() if p.warm_s < HOPELESS * best_s}
+            own = [ours()[seconds]][1:]  # a warm-up
+            for _ in tqdm(range(runs), desc=f"{bench}: in turns", unit="turn", disable=quiet):
+                own.append(ours()[seconds])
+                for mode, laps in turns.items():
+                    laps.append(waiting[mode].run())
+        theirs = {mode: statistics.median(turns.get(mode) or [p.warm_s]) for mode, p in waiting.items()}
+        best = min(turns, key=theirs.__getitem__)
+        ratio = statistics.median(other / our for other, our in zip(turns[best], own, strict=True))
+        found[bench] = dict(batch=batch, ours_s=round(statistics.median(own), 4), peer=peer, best=best)
+        found[bench] |= dict(peer_s={mode: round(s, 4) for mode, s in theirs.items()}, ratio=round(ratio, 2))
+        if bench != "ppo":
+            found[bench]["gemm_limit_tokens_per_s"] = gemm_limit(bench, config, batch, dtype, device)
+            tokens = batch * (config.context if bench == "pretrain" else new)
+            found[bench]["tokens_per_s"] = round(tokens / found[bench]["ours_s"], 1)
+    return found
+
+
+def peers_table(found: dict[str, dict]) -> str:
+    lines = ["| | ours | the best peer | ratio | GEMMs alone |", "|---|---|---|---|---|"]
+    for bench, row in found.items():
+        theirs = f"{row['peer']} {row['best']}".strip() + f", {row['peer_s'][row['best']]:.3g} s"
+        limit = f"{row['gemm_limit_tokens_per_s']:,.0f} tokens/s" if "gemm_limit_tokens_per_s" in row else ""
+        speed = f", {row['tokens_per_s']:,.0f} tokens/s" if limit else ""
+        lines.append(f"| {bench} | {row['ours_s']:.3g} s{speed} | {theirs} | {row['ratio']:.2f}x | {limit} |")
+    return "\n".join(lines)
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------
@@ -409,6 +529,12 @@ def lap_timer(device: torch.device) -> Callable[[Callable], float]:
         return began.elapsed_time(ended) / 1000
 
     return lap_on_stream
+
+
+def gemm_limit(bench: str, config: StudentConfig, batch: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Tokens per second of pretraining or of rollout if all but PyTorch's GEMMs took no time."""
+    rows, backward = (batch, False) if bench == "rollout" else (batch * config.context, True)
+    return round(rows / gemm_seconds(config, rows, dtype, device, backward), 1)
 
 
 def gemm_seconds(

@@ -22,12 +22,14 @@ constexpr int kMicroVectors = 2;
 
 // A Policy says how to multiply and add. A Pack is the unit along the reduced dimension: one element, or two bf16 for
 // the processor's dot-product instruction. kPack is the number of elements in a Pack; kReduce, the number of Packs per
-// partial sum: a sum of short sums rounds less than one long sum, and bf16 has rounded far more already.
+// partial sum: a sum of short sums rounds less than one long sum, and bf16 has rounded far more already. A panel of
+// kReduce rows takes up to half of the L1 cache.
+constexpr int64_t kReduceWide = W == 16 ? 128 : 256;  // of 4 and 8 bytes
 struct F32 {
   using Acc = float;
   using Pack = float;
   static constexpr int kPack = 1;
-  static constexpr int64_t kReduce = 128;
+  static constexpr int64_t kReduce = kReduceWide;
   static vf broadcast(const char* p) { return splat<vf>(load<float>(p)); }
   static vf dot(vf a, vf b, vf sum) { return fma(a, b, sum); }
 };
@@ -35,7 +37,7 @@ struct F64 {
   using Acc = double;
   using Pack = double;
   static constexpr int kPack = 1;
-  static constexpr int64_t kReduce = 128;
+  static constexpr int64_t kReduce = kReduceWide;
   static vd broadcast(const char* p) { return splat<vd>(load<double>(p)); }
   static vd dot(vd a, vd b, vd sum) { return fma(a, b, sum); }
 };
@@ -160,18 +162,28 @@ void gemm_panel(int64_t rows, int64_t vectors, int64_t n_k, Left<Policy> a, cons
   if (vectors == 1) run(std::integral_constant<int, 1>());
 }
 
-// The driver: c (rows, columns) = a b, or with `add` c += a b, reducing over n_k Packs. The columns are whole vectors.
+// The driver: c (rows, columns) = a b, or with `add` c += a b, reducing over n_k Packs. The columns are whole vectors. A
+// left operand that lies by columns, in more pages than the first-level TLB maps, is copied, a part at a time.
 template <class Policy>
 void gemm(int64_t rows, int64_t columns, int64_t n_k, Left<Policy> a, Right<Policy> b, typename Policy::Acc* c,
           int64_t cm, bool add = false) {
-  constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>, kWidth = kPanel<Policy>;
+  using Pack = typename Policy::Pack;
+  constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>, kWidth = kPanel<Policy>, kMapped = 64 * 4096;
+  constexpr bool kMayCopy = Policy::kPack == 1;
+  alignas(64) Pack copy[kMayCopy ? Policy::kReduce * kTileRows : 1];
   for (int64_t k = 0; k < n_k; k += Policy::kReduce, add = true)
-    for (int64_t first = 0; first < rows; first += kTileRows)
+    for (int64_t first = 0; first < rows; first += kTileRows) {
+      const int64_t n = std::min(kTileRows, rows - first), depth = std::min(Policy::kReduce, n_k - k);
+      Left<Policy> part = a.part(first, k);
+      if (kMayCopy && a.row_stride == 1 && depth * a.k_stride * int64_t(sizeof(Pack)) > kMapped) {
+        for (int64_t i = 0; i < depth; ++i) std::memcpy(copy + i * n, part.at + i * a.k_stride, n * sizeof(Pack));
+        part = {copy, 1, n};
+      }
       for (int64_t j = 0; j < columns; j += kWidth)
-        gemm_panel<Policy>(std::min(kTileRows, rows - first), std::min(kWidth, columns - j) / L,
-                           std::min(Policy::kReduce, n_k - k), a.part(first, k),
+        gemm_panel<Policy>(n, std::min(kWidth, columns - j) / L, depth, part,
                            b.at + j / kWidth * b.panel_stride + k * b.k_stride, b.k_stride, c + first * cm + j, cm, add,
                            [](int64_t, int64_t) {});
+    }
 }
 
 // The driver for sums that are not stored: calls finish(row, column, sum) for each vector of rows [first, last) and

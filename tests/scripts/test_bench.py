@@ -1,6 +1,7 @@
 """scripts/bench.py on a tiny shape: one line of JSON that adds up, through the product's own functions."""
 
 import json
+import statistics
 from xml.etree import ElementTree
 
 import pytest
@@ -20,7 +21,7 @@ def bench(monkeypatch):
 @pytest.fixture
 def run(bench, capsys):
     def run(*argv: str) -> dict:
-        bench.main([*argv, "--device", "cpu", "--json", "--runs", "1"])
+        bench.main(["--device", "cpu", "--json", "--runs", "1", *argv])
         out, err = capsys.readouterr()
         assert out.count("\n") == 1 and err == ""
         return json.loads(out)
@@ -132,3 +133,90 @@ def test_memory_held_is_that_of_the_call(bench):
     if held is None:
         pytest.skip("the system does not tell")
     assert 30 < held < 60
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+NANOGPT = """
+import time
+import torch
+
+class GPTConfig:
+    def __init__(self, **sizes):
+        self.sizes = sizes
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        sizes = config.sizes
+        assert (sizes["n_layer"], sizes["n_head"], sizes["n_embd"], sizes["bias"]) == (2, 2, 64, True)
+        self.embed, self.steps = torch.nn.Embedding(sizes["vocab_size"], 8), 0
+        print("number of parameters: few")  # as nanoGPT's does
+
+    def forward(self, x, y):
+        assert x.shape == y.shape == (16, 64)
+        time.sleep(2 if torch.is_autocast_enabled("cpu") else 0.01)
+        return None, self.embed(x).square().mean()
+"""
+
+
+@pytest.fixture
+def nanogpt(tmp_path, monkeypatch, bench):
+    (tmp_path / "model.py").write_text(NANOGPT)
+    # Compiling is PyTorch's own work; with bfloat16 the stand-in is slow.
+    monkeypatch.setitem(bench.PEERS, "pretrain", ("step_s", "nanogpt", ("eager-float32", "eager-bfloat16")))
+    return tmp_path
+
+
+def test_peers_take_turns_and_a_slow_mode_is_measured_once(nanogpt, run, bench, monkeypatch):
+    order, seconds, make = [], {"ours": [], "peer": []}, bench.RUNS["pretrain"]
+
+    def ours(*arguments):
+        step = make(*arguments)
+
+        def lap():
+            order.append("ours")
+            lap = step()
+            seconds["ours"].append(lap["step_s"])
+            return lap
+
+        return lap
+
+    class Watched(bench.Peer):
+        def run(self):
+            order.append("peer")
+            seconds["peer"].append(super().run())
+            return seconds["peer"][-1]
+
+    monkeypatch.setitem(bench.RUNS, "pretrain", ours)
+    monkeypatch.setattr(bench, "Peer", Watched)
+    found = run("peers", "--nanogpt", str(nanogpt), "--new", "9", "--runs", "3")["peers"]["pretrain"]
+    assert order == ["ours"] + ["ours", "peer"] * 3  # one to warm up
+    turns = [peer / our for peer, our in zip(seconds["peer"], seconds["ours"][1:], strict=True)]
+    assert found["ratio"] == pytest.approx(statistics.median(turns), abs=0.006)
+    assert found["best"] == "eager-float32"
+    assert found["peer_s"]["eager-bfloat16"] >= 2 > found["peer_s"]["eager-float32"]
+    assert found["tokens_per_s"] == pytest.approx(16 * 64 / found["ours_s"], rel=0.01)
+    assert bench.peers_table({"pretrain": found}).splitlines()[2].startswith("| pretrain |")
+
+
+def test_a_peer_that_fails_is_quoted(nanogpt, bench, capsys):
+    (nanogpt / "model.py").write_text("raise SystemExit('no such model')")
+    with pytest.raises(SystemExit):
+        bench.main(["peers", "--nanogpt", str(nanogpt), "--new", "9", "--json"])
+    assert "the peer nanogpt ended with status 1 and said: no such model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["peers"], "peers needs --nanogpt DIR"),
+        (["peers", "--nanogpt", "nowhere"], "nowhere has no model.py"),
+        (["peers", "--trl", "nowhere"], "nowhere is no file"),
+        (["peers", "--nanogpt", ".", "--batch", "2"], "leave out --batch"),
+        (["ppo", "--trl", "python"], "go with the bench peers"),
+    ],
+)
+def test_what_peers_needs_is_said(bench, capsys, arguments, said):
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert said in capsys.readouterr().err
