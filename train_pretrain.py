@@ -134,13 +134,14 @@ def train_step(
     rank, world = distributed.rank(), distributed.world_size()
     torch.manual_seed(config.seed * 1_000_003 + step + (rank << 40))
     loss = torch.zeros((), device=batch.device)
-    for i, part in enumerate(distributed.shard_strided(batch).split(config.micro_batch_size)):
-        with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            hidden = student.hidden(part[:, :-1], config.dropout, seed=step * config.batch_size + i * world + rank)
-            nats = ops.cross_entropy(hidden.flatten(0, 1), student.wte.weight, part[:, 1:].flatten())
-        part_loss = nats * (len(part) / len(batch))
-        part_loss.backward()
-        loss += part_loss.detach()
+    with student.lowered(dtype):
+        for i, part in enumerate(distributed.shard_strided(batch).split(config.micro_batch_size)):
+            with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                hidden = student.hidden(part[:, :-1], config.dropout, seed=step * config.batch_size + i * world + rank)
+                nats = ops.cross_entropy(hidden.flatten(0, 1), student.wte.weight, part[:, 1:].flatten())
+            part_loss = nats * (len(part) / len(batch))
+            part_loss.backward()
+            loss += part_loss.detach()
     distributed.all_reduce_gradients(student.parameters())
     distributed.all_reduce_sum(loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf)

@@ -55,6 +55,11 @@ inline void check_ids(const Tensor& t, int64_t n, const Tensor& other, const cha
 
 inline at::ScalarType wide(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
+inline void check_float(const Tensor& t, at::IntArrayRef shape, const char* op, const char* name) {
+  TORCH_CHECK(t.scalar_type() == at::kFloat && t.sizes() == shape && t.is_contiguous(), op, ": ", name,
+              " must be contiguous float32 of shape ", shape, ", not ", t.scalar_type(), " of shape ", t.sizes());
+}
+
 // --- causal_attention ------------------------------------------------------------------------------------------------
 inline Attention attention_args(const Tensor& qkv, double dropout_p, int64_t seed, const char* op) {
   TORCH_CHECK(qkv.dim() == 5 && qkv.size(2) == 3, op, ": qkv must have shape (B, T, 3, H, D), not ", qkv.sizes());

@@ -186,11 +186,6 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Ten
 // --- linear, layer_norm ----------------------------------------------------------------------------------------------
 constexpr int64_t kChunkRows = 2048;  // per chunk of a linear layer: the packed rows stay in the L3 cache
 
-void check_float(const Tensor& t, at::IntArrayRef shape, const char* op, const char* name) {
-  TORCH_CHECK(t.scalar_type() == at::kFloat && t.sizes() == shape && t.is_contiguous(), op, ": ", name,
-              " must be contiguous float32 of shape ", shape, ", not ", t.scalar_type(), " of shape ", t.sizes());
-}
-
 DType float_or_bf16(const Tensor& t, const char* op, const char* name) {
   const DType type = dtype_of(t, op, name);
   TORCH_CHECK(type == DType::f32 || type == DType::bf16, op, ": ", name, " must be float32 or bfloat16, not ",
@@ -352,6 +347,14 @@ TORCH_LIBRARY(tinystory, m) {
      linear_backward);
   op("layer_norm(Tensor x, Tensor weight, Tensor bias, ScalarType dtype) -> (Tensor y, Tensor mean, Tensor scale)",
      layer_norm);
+  // On CUDA only; on the CPU `linear` adds the residual.
+  m.def(
+      "add_layer_norm(Tensor x, Tensor branch, Tensor weight, Tensor bias, float dropout_p, SymInt seed,"
+      " ScalarType dtype) -> (Tensor sum, Tensor y, Tensor mean, Tensor scale)");
+  m.def(
+      "add_layer_norm_backward(Tensor? grad_sum, Tensor grad_y, Tensor sum, Tensor weight, Tensor mean, Tensor scale,"
+      " float dropout_p, SymInt seed, ScalarType branch_dtype)"
+      " -> (Tensor grad_x, Tensor grad_branch, Tensor grad_weight, Tensor grad_bias)");
   op("layer_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor mean, Tensor scale)"
      " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
      layer_norm_backward);

@@ -16,7 +16,7 @@ struct Words4 {
 };
 
 // The purpose of the bits is the last word of the counter, so that no two uses share a stream.
-enum Purpose : uint32_t { kDropout = 0, kSample = 1 };
+enum Purpose : uint32_t { kDropout = 0, kSample = 1, kBranch = 2 };
 
 // The keys of all rounds. Those of a whole kernel are computed once, on the host.
 template <int kRounds>
@@ -57,6 +57,13 @@ TINYSTORY_HD Words4 dropout_words(const DropoutKeys& keys, uint32_t head, uint32
 // p rounded to a multiple of 1/256 below 1. The scale is 1 / (1 - rounded p), so that the expectation is exact.
 TINYSTORY_HD uint32_t dropout_threshold(double p) { return p * 256.0 < 255.0 ? uint32_t(p * 256.0 + 0.5) : 255u; }
 TINYSTORY_HD double dropout_scale(uint32_t threshold) { return 256.0 / double(256u - threshold); }
+
+// --- dropout on a branch of the residual stream, on CUDA --------------------------------------------------------------
+// A call serves 16 columns of a row, those of four groups of 4 columns that lie 128 columns apart: byte i of word
+// group / 32 % 4 is for column i of a group, and the groups of a call have the same group / 128 and group % 32.
+TINYSTORY_HD Words4 branch_words(const DropoutKeys& keys, uint64_t row, uint32_t group) {
+  return philox(keys, {group / 128 * 32 + group % 32, uint32_t(row), uint32_t(row >> 32), kBranch});
+}
 
 // --- sampling --------------------------------------------------------------------------------------------------------
 // 64 random bits for one token: a function of the seed, the row's id and the step alone.

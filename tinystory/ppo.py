@@ -183,13 +183,14 @@ def read_reference(
     which it predicts them, (B, N, C) or, if they are not wanted, (B, N, 0); 0 off the mask, float32 both."""
     logprobs = torch.zeros_like(batch.logprobs)
     kept = logprobs.new_zeros(*logprobs.shape, reference.config.n_embd if states else 0)
-    for rows in distributed.shard_strided(by_length(batch.lengths, micro_batch_size)):
-        part = batch.rows(rows)
-        found = response_states(reference, part)
-        told = token_logprobs(reference, found, part, temperature)
-        logprobs[rows] = torch.zeros_like(part.logprobs).masked_scatter(part.mask, told)
-        if states:
-            kept[rows] = torch.zeros_like(kept[rows]).masked_scatter(part.mask[..., None], found.float())
+    with reference.lowered(ops.matmul_dtype(reference.wte.weight)):
+        for rows in distributed.shard_strided(by_length(batch.lengths, micro_batch_size)):
+            part = batch.rows(rows)
+            found = response_states(reference, part)
+            told = token_logprobs(reference, found, part, temperature)
+            logprobs[rows] = torch.zeros_like(part.logprobs).masked_scatter(part.mask, told)
+            if states:
+                kept[rows] = torch.zeros_like(kept[rows]).masked_scatter(part.mask[..., None], found.float())
     return distributed.all_reduce_sum(logprobs), distributed.all_reduce_sum(kept) if states else kept
 
 
@@ -253,6 +254,8 @@ def update(
     losses = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
     sums = dict.fromkeys((*losses, "grad_norm"), 0.0)
     ratio_error, updates, skipped = torch.zeros((), device=batch.tokens.device), 0, 0
+    with autocast():
+        dtype = ops.matmul_dtype(student.wte.weight)
     for epoch in range(config.epochs):
         order = torch.arange(B) if minibatch >= B else torch.randperm(B)
         for chosen in order.split(minibatch):
@@ -261,27 +264,28 @@ def update(
             told = torch.zeros(len(losses) + 1, dtype=torch.float64, device=chosen.device)  # a GPU runs ahead meanwhile
             optimizer.zero_grad(set_to_none=True)
             mine = distributed.shard_strided(chosen)
-            for part in by_length(batch.lengths[mine], config.micro_batch_size):
-                rows = mine[part]
-                old, mask = batch.rows(rows), batch.mask[rows]
-                with autocast():
-                    logprob, value = response_stats(student, value_head, old, config.temperature)
-                value = old.values if value_head is None else value
-                ratio = torch.exp(torch.where(mask, logprob - old.logprobs, 0.0))
-                clipped_ratio = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
-                clipped_values = old.values + (value - old.values).clamp(-config.clip_value, config.clip_value)
-                advantage, target = advantages[rows], returns[rows]
-                policy_loss = torch.maximum(-advantage * ratio, -advantage * clipped_ratio) * mask
-                value_loss = torch.maximum((value - target) ** 2, (clipped_values - target) ** 2) * mask
-                loss = (policy_loss.sum() + config.value_coef * 0.5 * value_loss.sum()) / count
-                loss.backward()
-                with torch.no_grad():
-                    if epoch == 0 and updates == 0:  # no update yet: any ratio other than 1 is rounding
-                        ratio_error = torch.maximum(ratio_error, ((ratio - 1).abs() * mask).max())
-                    clipped = (-advantage * clipped_ratio > -advantage * ratio) & mask
-                    approx_kl = ((ratio - 1) - ratio.log()) * mask
-                    parts = (policy_loss, 0.5 * value_loss, clipped, approx_kl, ratio * mask)
-                    told += torch.stack([part.sum().double() for part in parts]) / count
+            with student.lowered(dtype):
+                for part in by_length(batch.lengths[mine], config.micro_batch_size):
+                    rows = mine[part]
+                    old, mask = batch.rows(rows), batch.mask[rows]
+                    with autocast():
+                        logprob, value = response_stats(student, value_head, old, config.temperature)
+                    value = old.values if value_head is None else value
+                    ratio = torch.exp(torch.where(mask, logprob - old.logprobs, 0.0))
+                    clipped_ratio = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
+                    clipped_values = old.values + (value - old.values).clamp(-config.clip_value, config.clip_value)
+                    advantage, target = advantages[rows], returns[rows]
+                    policy_loss = torch.maximum(-advantage * ratio, -advantage * clipped_ratio) * mask
+                    value_loss = torch.maximum((value - target) ** 2, (clipped_values - target) ** 2) * mask
+                    loss = (policy_loss.sum() + config.value_coef * 0.5 * value_loss.sum()) / count
+                    loss.backward()
+                    with torch.no_grad():
+                        if epoch == 0 and updates == 0:  # no update yet: any ratio other than 1 is rounding
+                            ratio_error = torch.maximum(ratio_error, ((ratio - 1).abs() * mask).max())
+                        clipped = (-advantage * clipped_ratio > -advantage * ratio) & mask
+                        approx_kl = ((ratio - 1) - ratio.log()) * mask
+                        parts = (policy_loss, 0.5 * value_loss, clipped, approx_kl, ratio * mask)
+                        told += torch.stack([part.sum().double() for part in parts]) / count
             distributed.all_reduce_gradients(parameters)
             *means, mean_ratio = distributed.all_reduce_sum(told).tolist()
             stats = dict(zip(losses, means, strict=True))

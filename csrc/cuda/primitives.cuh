@@ -25,6 +25,9 @@ struct f16 {
 struct alignas(16) Vec16 {
   uint32_t word[4];
 };
+struct alignas(8) Vec8 {
+  uint32_t word[2];
+};
 
 }  // namespace tinystory::cuda
 
@@ -130,7 +133,7 @@ __device__ __forceinline__ float high_half(uint32_t pair) {
 }
 
 // --- memory ----------------------------------------------------------------------------------------------------------
-// 16 bytes, aligned to 16. As PTX, because the compiler splits an access whose alignment it cannot prove.
+// 16 bytes, aligned to 16, or 8, aligned to 8. As PTX, because the compiler splits an access whose alignment it cannot prove.
 __device__ __forceinline__ Vec16 load16(const void* p) {
   Vec16 v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -142,6 +145,14 @@ __device__ __forceinline__ void store16(void* p, Vec16 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
                "r"(v.word[3])
                : "memory");
+}
+__device__ __forceinline__ Vec8 load8(const void* p) {
+  Vec8 v;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.word[0]), "=r"(v.word[1]) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ void store8(void* p, Vec8 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]) : "memory");
 }
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 __device__ __forceinline__ Vec16 load16_shared(const void* p) {
@@ -302,6 +313,20 @@ template <class Element>
 __device__ __forceinline__ Vec16 pack(const float (&x)[8], Element) {
   return {
       {pack2<Element>(x[0], x[1]), pack2<Element>(x[2], x[3]), pack2<Element>(x[4], x[5]), pack2<Element>(x[6], x[7])}};
+}
+
+// Four elements in one access.
+__device__ __forceinline__ void load4(float (&x)[4], const float* p) { unpack(x, load16(p), float{}); }
+template <class Element>
+__device__ __forceinline__ void load4(float (&x)[4], const Element* p) {
+  const Vec8 v = load8(p);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) x[2 * i] = low_half<Element>(v.word[i]), x[2 * i + 1] = high_half<Element>(v.word[i]);
+}
+__device__ __forceinline__ void store4(float* p, const float (&x)[4]) { store16(p, pack(x, float{})); }
+template <class Element>
+__device__ __forceinline__ void store4(Element* p, const float (&x)[4]) {
+  store8(p, {{pack2<Element>(x[0], x[1]), pack2<Element>(x[2], x[3])}});
 }
 
 }  // namespace tinystory::cuda

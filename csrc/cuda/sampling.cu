@@ -3,14 +3,18 @@
 //
 // Each warp owns a segment of the row. The row is read once for the maximum logit and once for the sum of weights; then
 // one warp reads its segment again to find the token. Top-k and top-p find their threshold by a radix search over
-// order-preserving keys (three histograms of at most 2048 buckets), without sorting. All reads but the first hit cache.
+// order-preserving keys (three histograms of at most 2048 buckets), without sorting, and all warps read once more for
+// what is left of the sum. All reads but the first hit cache.
 #include "../weights.h"
 #include "rows.cuh"
 
 namespace tinystory::cuda {
 namespace {
 
-constexpr int kThreads = 1024, kWarps = kThreads / kWarpSize, kBuckets = 2048;
+constexpr int kMaxWarps = 32, kBuckets = 2048;
+// Without cuts few registers are needed, so that five rows fit an SM, with fewer warps each.
+template <bool kCuts>
+constexpr int kThreads = kCuts ? kMaxWarps * kWarpSize : 256;  // block_combine needs a power of two
 constexpr double kLn2Double = 0.6931471805599453;
 
 struct SampleParams {
@@ -50,11 +54,11 @@ struct Cut {
 };
 
 struct SharedState {
-  uint64_t histogram[kBuckets], sums[kWarps];
-  uint32_t equal[kWarps];
+  uint64_t histogram[kBuckets], sums[kMaxWarps];
+  uint32_t equal[kMaxWarps];
 };
 
-template <class Element>
+template <class Element, bool kCuts>
 struct RowSampler {
   static constexpr int kVec = LogitRow<Element>::kVec;
   LogitRow<const Element> row;
@@ -93,10 +97,10 @@ struct RowSampler {
     const uint64_t sum = warp_sum(mine[0] + mine[1]);
     if (lane == 0) shared.sums[warp] = sum;
     sync_block();
-    const uint64_t level = shared.sums[kWarps - 1 - lane], levels = warp_prefix_sum(level);
+    const uint64_t level = shared.sums[kMaxWarps - 1 - lane], levels = warp_prefix_sum(level);
     const int first = lowest_bit(ballot(levels >= need) | 1u << 31);
     need -= shuffle(levels - level, first);
-    const int high = (kWarps - first) * 64 - 1 - 2 * lane;
+    const int high = (kMaxWarps - first) * 64 - 1 - 2 * lane;
     const uint64_t upper = shared.histogram[high], both = upper + shared.histogram[high - 1];
     const uint64_t running = warp_prefix_sum(both);
     const int second = lowest_bit(ballot(running >= need) | 1u << 31);
@@ -118,7 +122,7 @@ struct RowSampler {
     for (int round = 0; round < 3; ++round) {
       const int shift = round == 0 ? 21 : round == 1 ? 10 : 0;
       const uint32_t digits = round == 2 ? 1023 : 2047;
-      for (int i = int(threadIdx.x); i < kBuckets; i += kThreads) shared.histogram[i] = 0;
+      for (int i = int(threadIdx.x); i < kBuckets; i += kThreads<kCuts>) shared.histogram[i] = 0;
       sync_block();
       const auto add = [&](uint32_t key, uint64_t x) {
         if ((key & mask) == prefix && x) atomic_add_shared(&shared.histogram[key >> shift & digits], x);
@@ -144,37 +148,46 @@ struct RowSampler {
     return block_sum(sum) + cut.ties * weight_of_key(cut.key);
   }
 
+  // Adds a token of the truncated vocabulary, or one whose key equals the threshold.
+  __device__ __forceinline__ void count(float x, const Cut& cut, uint64_t& above, uint32_t& equal) const {
+    const uint32_t key = order_key(float_bits(x));
+    if (!kCuts || key > cut.key) above += weigh(x, top, scale).fixed;
+    if (kCuts) equal += key == cut.key;
+  }
+
   // The first token whose cumulative weight within the truncated vocabulary exceeds `draw`. One lane of the block
-  // returns it, all others return -1.
-  __device__ __forceinline__ int find_token(const Cut& cut, uint64_t draw) const {
+  // returns it, all others return -1. above: the weight of this thread's tokens, which only a cut changes.
+  __device__ __forceinline__ int find_token(const Cut& cut, uint64_t draw, uint64_t above) const {
     const int warp = int(threadIdx.x) / kWarpSize, lane = lane_id();
-    const uint64_t cut_weight = cut.ties ? weight_of_key(cut.key) : 0;
-    uint64_t above = 0;
-    uint32_t equal = 0;
-    for_each([&](float x) {
-      const uint32_t key = order_key(float_bits(x));
-      if (key > cut.key) above += weigh(x, top, scale).fixed;
-      equal += key == cut.key;
-    });
+    const uint64_t cut_weight = kCuts ? weight_of_key(cut.key) : 0;
+    if (kCuts) {
+      uint32_t equal = above = 0;
+      for_each([&](float x) { count(x, cut, above, equal); });
+      equal = warp_sum(equal);
+      if (lane == 0) shared.equal[warp] = equal;
+    }
     above = warp_sum(above);
-    equal = warp_sum(equal);
-    if (lane == 0) shared.sums[warp] = above, shared.equal[warp] = equal;
+    if (lane == 0) shared.sums[warp] = above;
     sync_block();
 
     // Find the warp whose segment holds it, and how many ties precede that segment.
     uint64_t ties = cut.ties;
-    const auto select = [&](uint64_t above, uint32_t equal) {  // over the lanes in order
-      const uint32_t equals = warp_prefix_sum(equal), before = equals - equal;
+    const auto select = [&](uint64_t weight, uint32_t equal) {  // over the lanes in order
+      const uint32_t equals = kCuts ? warp_prefix_sum(equal) : 0, before = equals - equal;
       const uint64_t free = ties > before ? ties - before : 0;
-      const uint64_t weight = above + (equal < free ? equal : free) * cut_weight, weights = warp_prefix_sum(weight);
+      if (kCuts) weight += (equal < free ? equal : free) * cut_weight;
+      const uint64_t weights = warp_prefix_sum(weight);
       const uint32_t found = ballot(weights > draw);
       const int lane = found ? lowest_bit(found) : kWarpSize - 1;
       draw -= shuffle(found ? weights - weight : weights, lane);
-      const uint32_t passed = shuffle(found ? before : equals, lane);
-      ties = ties > passed ? ties - passed : 0;
+      if (kCuts) {
+        const uint32_t passed = shuffle(found ? before : equals, lane);
+        ties = ties > passed ? ties - passed : 0;
+      }
       return found ? lane : -1;
     };
-    if (select(shared.sums[lane], shared.equal[lane]) != warp) return -1;
+    // Lanes beyond the last warp hold anything: one before them is found.
+    if (select(shared.sums[lane], kCuts ? shared.equal[lane] : 0) != warp) return -1;
     for (int v0 = warp_begin; v0 < warp_end; v0 += kWarpSize * kVec) {
       const int v = v0 + lane * kVec;
       float x[kVec];
@@ -182,21 +195,18 @@ struct RowSampler {
       uint64_t above = 0;
       uint32_t equal = 0;
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        if (v + i >= row.V) continue;
-        const uint32_t key = order_key(float_bits(x[i]));
-        if (key > cut.key) above += weigh(x[i], top, scale).fixed;
-        equal += key == cut.key;
-      }
+      for (int i = 0; i < kVec; ++i)
+        if (v + i < row.V) count(x[i], cut, above, equal);
       const int owner = select(above, equal);
       if (owner < 0) continue;
       if (owner != lane) return -1;
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         if (v + i >= row.V) continue;
-        const uint32_t key = order_key(float_bits(x[i]));
-        uint64_t weight = key > cut.key ? weigh(x[i], top, scale).fixed : 0;
-        if (key == cut.key && ties) weight = cut_weight, --ties;
+        uint64_t weight = 0;
+        uint32_t tied = 0;
+        count(x[i], cut, weight, tied);
+        if (tied && ties) weight = cut_weight, --ties;
         if (draw < weight) return v + i;
         draw -= weight;
       }
@@ -205,17 +215,17 @@ struct RowSampler {
   }
 };
 
-template <class Element>
-__global__ void __launch_bounds__(kThreads) sample_kernel(SampleParams p) {
-  constexpr int kVec = kVecElements<Element>, kStride = kWarpSize * kVec;
-  const int b = int(blockIdx.x), per_warp = (p.V + kWarps * kStride - 1) / (kWarps * kStride) * kStride;
+template <class Element, bool kCuts>
+__global__ void __launch_bounds__(kThreads<kCuts>, kCuts ? 1 : 5) sample_kernel(SampleParams p) {
+  constexpr int kVec = kVecElements<Element>, kStride = kThreads<kCuts> * kVec;
+  const int b = int(blockIdx.x), per_warp = (p.V + kStride - 1) / kStride * kWarpSize * kVec;
   const int begin = int(threadIdx.x) / kWarpSize * per_warp, end = begin + per_warp;
-  RowSampler<Element> s{{static_cast<const Element*>(p.logits) + int64_t(b) * p.V, p.V},
-                        0,
-                        p.scale,
-                        *reinterpret_cast<SharedState*>(shared_memory()),
-                        begin,
-                        end < p.V ? end : p.V};
+  RowSampler<Element, kCuts> s{{static_cast<const Element*>(p.logits) + int64_t(b) * p.V, p.V},
+                               0,
+                               p.scale,
+                               *reinterpret_cast<SharedState*>(shared_memory()),
+                               begin,
+                               end < p.V ? end : p.V};
 
   float top = -INFINITY;
   s.for_each([&](float x) { top = fmaxf(top, x < INFINITY ? x : INFINITY); });  // NaN compares false
@@ -235,18 +245,19 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleParams p) {
     total += w.fixed;
     t_weights += w.t_weight;
   });
+  const uint64_t own = total;
   total = s.block_sum(total);
   t_weights = s.block_sum(t_weights);
   const double sum_exp = double(total) * 0x1p-40;
 
   Cut cut{0, 0};
   uint64_t kept = total;
-  if (p.top_k) {
+  if (kCuts && p.top_k) {
     cut.ties = uint64_t(p.top_k);
     cut.key = s.find_threshold(cut.ties, [](float, uint32_t) { return uint64_t(1); }, 0, 0);
     kept = s.kept_total(cut);
   }
-  if (p.top_p) {
+  if (kCuts && p.top_p) {
     uint64_t need = top_p_need(p.top_p, kept);
     const auto measure = [&](float x, uint32_t key) {
       return key > cut.key ? weigh(x, top, p.scale).fixed : uint64_t(0);
@@ -258,7 +269,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(SampleParams p) {
     kept = s.kept_total(cut);
   }
   const uint64_t draw = below(sample_bits(p.seed, uint64_t(p.rows[b]), uint32_t(p.steps[b])), kept);
-  const int token = s.find_token(cut, draw);
+  const int token = s.find_token(cut, draw, own);
   if (token < 0) return;
   const double log_total = log(sum_exp), logit = to_float(s.row.row[token]);
   p.tokens[b] = token;
@@ -283,8 +294,11 @@ void sample(const Sample& x, cudaStream_t stream) {
                        x.tokens,
                        x.logprobs,
                        x.entropy};
-  dispatch_dtype(x.dtype, "sample",
-                 [&](auto e) { launch(sample_kernel<decltype(e)>, x.B, kThreads, sizeof(SharedState), stream, p); });
+  dispatch_dtype(x.dtype, "sample", [&](auto e) {
+    using Element = decltype(e);
+    const auto kernel = by_k || by_p ? sample_kernel<Element, true> : sample_kernel<Element, false>;
+    launch(kernel, x.B, by_k || by_p ? kThreads<true> : kThreads<false>, sizeof(SharedState), stream, p);
+  });
 }
 
 }  // namespace tinystory::cuda

@@ -11,11 +11,13 @@ import re
 import shutil
 import site
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch.utils.cpp_extension import include_paths
 
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 SOURCES = sorted(CUDA.glob("*.cu"))
@@ -73,15 +75,29 @@ def read_ptxas(log: str) -> list[Kernel]:
 
 def test_every_kernel_is_compiled_for_every_architecture(compiled):
     counts = {name: len(read_ptxas(log)) for name, (_, log) in compiled.items()}
-    # 3 dtypes x 3 head sizes, or 3 dtypes, times the kernels in the file (with and without dropout), times the
+    # 3 dtypes x 3 head sizes, or 3 dtypes, times the kernels in the file (with and without dropout or cuts), times the
     # architectures.
     assert counts == {
         "attention_forward": 9 * 2 * 2,
         "attention_backward": 9 * 3 * 2,
         "attention_decode": 9 * 2 * 2,
-        "sampling": 3 * 2,
+        "sampling": 3 * 2 * 2,
         "token_logprob": 3 * 2 * 2,
+        "layer_norm": 5 * 2 * 2,  # pairs of dtypes
     }
+
+
+def test_the_binding_compiles_without_cuda_in_torch(tmp_path):
+    """csrc/cuda/ops.cpp, against this torch: `make cuda-build` links and loads it."""
+    macros = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"  # which a torch without CUDA lacks
+    macros.parent.mkdir(parents=True)
+    macros.touch()
+    folders = [tmp_path, *include_paths(), sysconfig.get_path("include")]
+    strict = ["-Xcompiler", "-fsyntax-only,-Wall,-Werror", "-DTORCH_EXTENSION_NAME=tinystory_cuda"]
+    command = [NVCC, "-std=c++20", *(f"-isystem={folder}" for folder in folders), *strict, "-c", CUDA / "ops.cpp"]
+    command = list(map(str, [*command, "-o", tmp_path / "ops.o"]))
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def registers_are_full(arch: str, kernel: str) -> bool:

@@ -1,6 +1,7 @@
 """Stories come out the same whatever they are batched with, and carry the numbers that PPO needs."""
 
-from itertools import pairwise
+import gc
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tinystory import ops, ppo
 from tinystory.errors import UserError
 from tinystory.student import generate as generation
 from tinystory.student.generate import TokenStep, encode_opening, generate, student_steps
-from tinystory.student.model import KVCache, ValueHead
+from tinystory.student.model import KVCache, Student, StudentConfig, ValueHead
 
 OPENING = "Once upon a time,"
 
@@ -128,18 +129,18 @@ DRAWS = dict(seed=3, temperature=0.9, top_k=200, top_p=0.99)
 
 
 def always(alive, rows, on_graph):
-    return alive < rows
+    return alive
 
 
 def at_half(alive, rows, on_graph):
-    return 2 * alive <= rows
+    return alive if 2 * alive <= rows else rows
 
 
 def never(alive, rows, on_graph):
-    return False
+    return rows
 
 
-def as_on_a_gpu(alive, rows, on_graph, rule=generation.worth_compacting):
+def as_on_a_gpu(alive, rows, on_graph, rule=generation.rows_to_keep):
     return rule(alive, rows, True)
 
 
@@ -186,8 +187,8 @@ def steps_by_definition(student, head, eos, dtype):
     [(always, torch.float32), (at_half, torch.float32), (never, torch.float32), (never, torch.float16)],
 )
 def test_rows_that_have_ended_change_nothing(ends_soon, head, tokenizer, monkeypatch, rule, dtype):
-    """However long they stay in the batch. Nor does it that float16's weights are cast once, not at each use."""
-    monkeypatch.setattr(generation, "worth_compacting", rule)
+    """However long they stay in the batch."""
+    monkeypatch.setattr(generation, "rows_to_keep", rule)
     outputs, ended = steps_of(ends_soon, head, tokenizer.eos, dtype)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         defined, ended_there = steps_by_definition(ends_soon, head, tokenizer.eos, dtype)
@@ -224,31 +225,91 @@ class Recorded(TokenStep):
 
     warm_up = TokenStep.run
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.on_graph = True
-
     def capture(self):
-        state = [self.drawn, self.cache.own, self.cache.lengths, *self.outputs]
+        state = [self.state, self.cache.own, self.cache.lengths, *self.outputs]
         before = [x.clone() for x in state]
-        self.graphs.append(Graph())
-        with self.graphs[-1]:
+        graph = Graph()
+        with graph:
             self.run()
         for x, old in zip(state, before, strict=True):  # a capture runs nothing
             x.copy_(old)
+        return graph
 
 
-@pytest.mark.parametrize("rule", [at_half, as_on_a_gpu])
-def test_a_step_can_be_recorded_once_a_size_and_replayed(ends_soon, head, tokenizer, monkeypatch, rule):
+@pytest.fixture
+def recorded(monkeypatch):
+    """Steps are recorded as on CUDA: the sizes at which they were."""
     if not ops.load():
         pytest.skip("the kernels are not compiled")
-    monkeypatch.setattr(generation, "worth_compacting", rule)
-    plain, plain_ended = steps_of(ends_soon, head, tokenizer.eos)
     sizes, capture = [], Recorded.capture
-    monkeypatch.setattr(Recorded, "capture", lambda self: (sizes.append(len(self.at)), capture(self)))
+    monkeypatch.setattr(Recorded, "capture", lambda self: (sizes.append(len(self.at)), capture(self))[1])
     monkeypatch.setattr(generation, "TokenStep", Recorded)
-    outputs, ended = steps_of(ends_soon, head, tokenizer.eos)
-    assert ended == plain_ended
-    assert all(torch.equal(a, b) for a, b in zip(outputs, plain, strict=True))
-    assert sizes[0] == COUNT and len(sizes) > 1 and all(2 * b <= a for a, b in pairwise(sizes))
-    assert len(sizes) == 2 if rule is as_on_a_gpu else len(sizes) > 2
+    monkeypatch.setattr(generation, "graphs_run", lambda device: True)
+    return sizes
+
+
+def assert_same_steps(steps, others):
+    (outputs, ended), (defined, ended_there) = steps, others
+    assert ended == ended_there and torch.equal(outputs[0], defined[0])
+    for column, same in zip(outputs[1:], defined[1:], strict=True):
+        torch.testing.assert_close(column, same, atol=1e-4, rtol=1e-4)
+
+
+def test_steps_are_recorded_once_a_size_for_all_rollouts_and_follow_the_weights(ends_soon, head, tokenizer, recorded):
+    for _ in range(3):
+        steps = steps_of(ends_soon, head, tokenizer.eos)
+        outputs = tuple(column.clone() for column in steps[0])
+        assert_same_steps((outputs, steps[1]), steps_by_definition(ends_soon, head, tokenizer.eos, torch.float32))
+        assert recorded == [COUNT, COUNT // 2]
+        with torch.no_grad():
+            for p in [*ends_soon.parameters(), *head.parameters()]:
+                p += 0.05 * torch.randn_like(p)
+
+
+def test_what_a_recorded_step_cannot_serve_is_recorded_anew(ends_soon, head, tokenizer, recorded):
+    steps_of(ends_soon, head, tokenizer.eos)
+    before = len(recorded)
+    ends_soon.wpe.weight = torch.nn.Parameter(ends_soon.wpe.weight.detach() * 1.5)  # at another address
+    assert_same_steps(
+        steps_of(ends_soon, head, tokenizer.eos), steps_by_definition(ends_soon, head, tokenizer.eos, torch.float32)
+    )
+    assert len(recorded) > before
+    step = generation.KEPT[ends_soon]
+    how = step.how
+    assert step.serves(head, COUNT - 1, 9, torch.float32, how)
+    for other in [
+        (None, COUNT, 9, torch.float32, how),
+        (head, COUNT + 1, 9, torch.float32, how),
+        (head, COUNT, 2000, torch.float32, how),
+        (head, COUNT, 9, torch.bfloat16, how),
+        (head, COUNT, 9, torch.float32, how | {"seed": 4}),
+    ]:
+        assert not step.serves(*other)
+
+
+def test_a_student_that_is_gone_keeps_no_step(tokenizer, recorded):
+    student = Student(StudentConfig(n_layer=1, n_head=2, n_embd=32, context=40, vocab_size=320))
+    steps_of(student, None, tokenizer.eos)
+    assert student in generation.KEPT
+    kept = weakref.ref(generation.KEPT[student])
+    del student
+    gc.collect()
+    assert kept() is None
+
+
+def test_columns_that_pad_the_vocabulary_are_never_drawn(head, tokenizer, recorded):
+    torch.manual_seed(0)
+    student = Student(StudentConfig(n_layer=1, n_head=2, n_embd=64, context=40, vocab_size=333), "unit")
+    assert_same_steps(
+        steps_of(student, head, tokenizer.eos), steps_by_definition(student, head, tokenizer.eos, torch.float32)
+    )
+    assert len(generation.KEPT[student].unembedding) == 384
+
+
+def test_the_host_looks_at_a_step_when_later_ones_are_launched(ends_soon, tokenizer, recorded, monkeypatch):
+    launched, looked = [], []
+    advance, tokens = Recorded.advance, generation.Drawn.tokens
+    monkeypatch.setattr(Recorded, "advance", lambda self: (launched.append(len(looked)), advance(self)))
+    monkeypatch.setattr(generation.Drawn, "tokens", lambda self: (looked.append(len(launched)), tokens(self))[1])
+    steps_of(ends_soon, None, -5)  # no story ends early
+    assert looked == [min(t + generation.AHEAD, NEW - 1) for t in range(NEW)]

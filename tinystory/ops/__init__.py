@@ -14,8 +14,10 @@ from torch import Tensor
 
 from tinystory.errors import UserError
 from tinystory.ops import autograd, build, cuda, reference, vendor
+from tinystory.ops.autograd import LoweredLinear
 
 __all__ = [
+    "add_layer_norm",
     "causal_attention",
     "cross_entropy",
     "decode_attention",
@@ -131,18 +133,30 @@ def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden if hidden.dtype == torch.float64 else hidden.to(matmul_dtype(hidden)), weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor | None = None, gelu: bool = False,
+    copies: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """residual + gelu(x weight^T + bias): x (..., K), weight (N, K), bias (N,), residual (..., N) -> (..., N).
 
     gelu (tanh GELU) and residual are optional. The matmul is computed in x's type, or in autocast's, which is also the
     result's type unless there is a residual, whose type it then has. weight, bias and their gradients keep their type:
     there is no cast per use. A row's result depends on that row alone. The kernel runs on a CPU for a float32 weight
-    whose sizes are multiples of 32; otherwise PyTorch's matmul runs (on a GPU cuBLAS).
+    whose sizes are multiples of 32; otherwise PyTorch's matmul runs (on a GPU cuBLAS). copies: weight and bias in the
+    type of the matmul, which is then 16-bit, and no residual: without them it casts weight and bias.
     """
     dtype = matmul_dtype(x)
+    if copies is not None:
+        x, (weight16, bias16) = x.to(dtype), copies
+        if torch.is_grad_enabled():
+            return LoweredLinear.apply(x, weight, bias, copies, gelu)
+        # On a GPU cuBLAS adds the bias and applies tanh GELU before it rounds.
+        rows, columns = x.flatten(0, -2), weight16.t()
+        y = torch._addmm_activation(bias16, rows, columns, use_gelu=True) if gelu else bias16.addmm(rows, columns)
+        return y.view(*x.shape[:-1], len(bias))
     if pytorch_runs("linear", x):
         return reference.linear(x, weight, bias, residual, gelu)
-    if fused("linear", x, weight) and (residual is None or residual.dtype == torch.float32):
+    if not on_gpu(x) and fused("linear", x, weight) and (residual is None or residual.dtype == torch.float32):
         residual = residual if residual is None else residual.contiguous()
         return torch.ops.tinystory.linear(x.contiguous(), weight, bias, residual, gelu, dtype)[0]
     return reference.linear(x, weight, bias, residual, gelu)
@@ -157,11 +171,43 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return reference.layer_norm(x, weight, bias)
 
 
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream after a branch, x + dropout(branch), and its layer norm in dtype: one kernel on a GPU.
+
+    x (..., C) float32, branch (..., C) float32 or 16-bit, dtype the branch's or float32, C a multiple of 32. The mask
+    of dropout is a function of (seed, row, column), 8 bits per element, and drawn again in the backward pass.
+    """
+    if fused("add_layer_norm", x, weight):
+        x, branch = x.contiguous(), branch.contiguous()
+        return torch.ops.tinystory.add_layer_norm(x, branch, weight, bias, dropout_p, seed, dtype)[:2]
+    return reference.add_layer_norm(x, branch, weight, bias, dropout_p, seed, dtype)
+
+
+def norm_adds(x: Tensor, weight: Tensor) -> bool:
+    """Whether the residual is added by the kernel of the layer norm after it, as on a GPU, rather than by that of the
+    linear layer before it."""
+    return on_gpu(x) and x.dtype == torch.float32 and fused("add_layer_norm", x, weight)
+
+
 def fused(name: str, x: Tensor, weight: Tensor) -> bool:
-    """Whether the CPU kernel `name` runs for this input and weight."""
-    fits = x.device.type == "cpu" and weight.dtype == torch.float32 and x.dtype in (torch.float32, torch.bfloat16)
+    """Whether the kernel `name` runs for this input and weight."""
+    types = (torch.float32, torch.bfloat16, *((torch.float16,) if on_gpu(x) else ()))
+    fits = x.device.type in ("cpu", "cuda") and weight.dtype == torch.float32 and x.dtype in types
     fits = fits and all(size % 32 == 0 for size in weight.shape)
-    return fits and matmul_dtype(x) in (torch.float32, torch.bfloat16) and compiled(name, "cpu")
+    return fits and matmul_dtype(x) in types and compiled(name, x.device.type)
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def pytorch_runs(name: str, x: Tensor) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any  # torch's ctx takes any attribute
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Gradients = tuple[Tensor | None, ...]  # one per argument of the operator
@@ -151,6 +152,62 @@ def layer_norm_backward(ctx: Any, grad_y: Tensor | None, *_: None) -> Gradients:
     return *ops.layer_norm_backward(grad_y, *ctx.saved_tensors), None
 
 
+# --- add_layer_norm, lowered_linear (CUDA) ----------------------------------------------------------------------------
+def add_layer_norm_fake(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, dropout_p: float, seed: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *layer_norm_fake(x, weight, bias, dtype)
+
+
+def add_layer_norm_backward_fake(
+    grad_sum: Tensor | None, grad_y: Tensor, total: Tensor, weight: Tensor, mean: Tensor, scale: Tensor,
+    dropout_p: float, seed: int, branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_branch = torch.empty_like(total, dtype=branch_dtype)
+    return torch.empty_like(total), grad_branch, torch.empty_like(weight), torch.empty_like(weight)
+
+
+def add_layer_norm_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _, branch, weight, _, ctx.dropout_p, ctx.seed, _ = inputs
+    total, _, mean, scale = output
+    ctx.branch_dtype = branch.dtype
+    ctx.save_for_backward(total, weight, mean, scale)
+    ctx.mark_non_differentiable(mean, scale)
+    ctx.set_materialize_grads(False)
+
+
+def add_layer_norm_backward(ctx: Any, grad_sum: Tensor | None, grad_y: Tensor | None, *_: None) -> Gradients:
+    if grad_sum is None and grad_y is None:
+        return (None,) * 7
+    grad_y = torch.zeros_like(ctx.saved_tensors[0]) if grad_y is None else grad_y
+    how = ctx.dropout_p, ctx.seed, ctx.branch_dtype
+    return *ops.add_layer_norm_backward(grad_sum, grad_y, *ctx.saved_tensors, *how), None, None, None
+
+
+class LoweredLinear(torch.autograd.Function):
+    """gelu(x weight^T + bias), computed with copies of weight and bias in x's type, which is 16-bit.
+
+    No cast is needed: the GEMM for the weight's gradient writes the float32 that it sums in.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, copies: tuple[Tensor, Tensor], gelu: bool) -> Tensor:
+        rows, (weight16, bias16) = x.flatten(0, -2), copies
+        inner = torch.addmm(bias16, rows, weight16.t())
+        ctx.save_for_backward(rows, weight16, inner if gelu else None)
+        y = F.gelu(inner, approximate="tanh") if gelu else inner
+        return y.view(*x.shape[:-1], len(bias))
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Gradients:
+        rows, weight16, inner = ctx.saved_tensors
+        g = grad_y.reshape(len(rows), -1)
+        g = g if inner is None else torch.ops.aten.gelu_backward(g, inner, approximate="tanh")
+        grad_x = (g @ weight16).view(*grad_y.shape[:-1], -1)
+        grad_weight = torch.ops.aten.mm.dtype(g.t(), rows, torch.float32)  # which only CUDA has
+        return grad_x, grad_weight, g.sum(0, dtype=torch.float32), None, None
+
+
 # --- registration -----------------------------------------------------------------------------------------------------
 # Per name: the fake kernel; then, if the operator has a gradient, setup and backward.
 OPERATORS: dict[str, tuple[Callable, ...]] = {
@@ -165,6 +222,8 @@ OPERATORS: dict[str, tuple[Callable, ...]] = {
     "linear_backward": (linear_backward_fake,),
     "layer_norm": (layer_norm_fake, layer_norm_setup, layer_norm_backward),
     "layer_norm_backward": (layer_norm_backward_fake,),
+    "add_layer_norm": (add_layer_norm_fake, add_layer_norm_setup, add_layer_norm_backward),
+    "add_layer_norm_backward": (add_layer_norm_backward_fake,),
 }
 
 

@@ -62,6 +62,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias)
 
 
+def add_layer_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, dropout_p: float, seed: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The sum x + dropout(branch), and its layer norm in dtype."""
+    total = x + branch.to(x.dtype) * branch_mask(branch, dropout_p, seed) if dropout_p > 0 else x + branch
+    return total, layer_norm(total, weight, bias).to(dtype)
+
+
 def sample(
     logits: Tensor, seed: int, rows: Tensor, steps: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,6 +126,18 @@ def dropout_mask(
     bits = words.gather(0, which[None])[0] >> (j % 32 // 8 * 8) & 0xFF
     keep = (bits >= threshold).double() * (256 / (256 - threshold))
     return keep.view(batch, heads, length, length)
+
+
+def branch_mask(branch: Tensor, p: float, seed: int) -> Tensor:
+    """A float32 mask of the branch's shape (..., C), 0 or the scale, p rounded as in `dropout_mask`."""
+    threshold, C = min(int(p * 256 + 0.5), 255), branch.shape[-1]
+    row = torch.arange(branch.numel() // C, device=branch.device)[:, None]
+    column = torch.arange(C, device=branch.device)
+    group, zero = column // 4, torch.zeros_like(row)
+    words = torch.stack(philox(seed, [group // 128 * 32 + group % 32, row, zero, zero + 2], rounds=7))
+    which = (group // 32 % 4).expand(words.shape[1:])
+    bits = words.gather(0, which[None])[0] >> (column % 4 * 8) & 0xFF
+    return ((bits >= threshold).float() * (256 / (256 - threshold))).view(branch.shape)
 
 
 def sample_bits(seed: int, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:

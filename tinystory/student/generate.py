@@ -5,9 +5,13 @@ depends on (seed, story index, position) and the logits alone, so a story does n
 """
 
 import functools
+import math
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -117,102 +121,198 @@ def engine_steps(
 
 def student_steps(
     student: Student, value_head: ValueHead | None, prompts: list[Tensor], which: Tensor, dtype: torch.dtype,
-    *, max_new_tokens: int, eos: int, first_row: int, **draws: Any,
+    *, first_row: int, **how: Any,
 ) -> Iterator[Step]:  # fmt: skip
-    """The same steps on any device, by PyTorch and our kernels; on CUDA as captured graphs."""
-    count = len(which)
-    step = TokenStep(student, value_head, prompts, which, dtype, max_new_tokens, first_row, draws)
-    outputs = tuple(column[:count] for column in step.outputs)
-    rows = torch.arange(count, device="cpu")  # the batch, as rows of the outputs
-    alive = torch.ones(count, dtype=torch.bool, device="cpu")  # which of them have not ended
-    for t in range(max_new_tokens):
-        if t:
-            step.advance()
-        drawn = step.drawn.cpu()  # the only wait for the device in a step
-        ops.require_drawn(drawn[alive], rows[alive] + first_row)
-        ended = alive & ((drawn == eos) | (t + 1 == max_new_tokens))
-        yield outputs, rows[ended].tolist()
-        if not ended.any():
-            continue
-        alive &= ~ended
-        if not alive.any():
-            return
-        if worth_compacting(int(alive.sum()), len(alive), step.on_graph):
-            step.keep(alive.nonzero()[:, 0])
-            rows, alive = rows[alive], alive[alive]
-        else:
-            step.ignore(ended)
+    """The same steps on any device, by PyTorch and our kernels; on CUDA as captured graphs, some steps of which have
+    been launched by the time that the host looks at the tokens of one."""
+    count, new, eos = len(which), how["max_new_tokens"], how["eos"]
+    with student.lowered(dtype):
+        step = token_step(student, value_head, count, sum(map(len, prompts)), dtype, how)
+        step.start(prompts, which, first_row)
+        outputs = tuple(column[:count] for column in step.outputs)
+        rows = torch.arange(count, device="cpu")  # the batch, as rows of the outputs
+        alive = torch.ones(count, dtype=torch.bool, device="cpu")  # which rows of the outputs have not ended
+        launched = deque([(rows, Drawn(step))])
+        ahead, t_launched = AHEAD if step.on_graph else 0, 0
+        for t in range(new):
+            while t_launched < min(t + ahead, new - 1):
+                step.advance()
+                launched.append((rows, Drawn(step)))
+                t_launched += 1
+            batch, drawn = launched.popleft()
+            tokens = drawn.tokens()
+            written = alive[batch]
+            ops.require_drawn(tokens[written], batch[written] + first_row)
+            ended = batch[written & ((tokens == eos) | (t + 1 == new))]
+            yield outputs, ended.tolist()
+            alive[ended] = False
+            left = int(alive.sum())
+            if not left:
+                return
+            size = rows_to_keep(left, len(rows), step.on_graph)
+            if size < len(rows):
+                # The first that have ended fill the batch up to its size.
+                kept = (~alive[rows]).to(torch.uint8).argsort(stable=True)[:size].sort().values
+                step.keep(kept)
+                rows = rows[kept]
 
 
-def worth_compacting(alive: int, rows: int, on_graph: bool) -> bool:
-    """Whether to take the rows that have ended out of a batch of `rows`.
+AHEAD = 4  # steps: a launched step takes a GPU longer than the host takes to look at one
 
-    Without a graph always: compacting costs one copy. A graph must be captured again, which takes milliseconds. So
-    there it waits until half of the rows have ended, which makes at most log2(rows) captures, and it never compacts a
-    batch of 64 rows or fewer: a step reads the weights once for all rows, so it takes about as long as for one row.
+
+def rows_to_keep(alive: int, rows: int, on_graph: bool) -> int:
+    """How many of a batch of `rows` to go on with, of which `alive` have not ended.
+
+    Without a graph those: compacting costs one copy. A graph must be captured for each size, which takes milliseconds.
+    So there it waits until half of the rows have ended, and goes on with half of the rows, whatever has ended: at most
+    log2(rows) graphs serve a whole run. It never compacts a batch of 64 rows or fewer: a step reads the weights once
+    for all rows, so it takes about as long as for one row.
     """
-    return rows > 64 and 2 * alive <= rows if on_graph else alive < rows
+    if not on_graph:
+        return alive
+    while rows > 64 and alive <= (rows + 1) // 2:
+        rows = (rows + 1) // 2
+    return rows
+
+
+class Drawn:
+    """The tokens that a step has drawn, on their way to the CPU."""
+
+    def __init__(self, step: "TokenStep"):
+        pinned = step.drawn.is_cuda
+        self.host = torch.empty(len(step.drawn), dtype=torch.int64, device="cpu", pin_memory=pinned)
+        self.host.copy_(step.drawn, non_blocking=pinned)
+        self.event = torch.cuda.Event() if pinned else None
+        if self.event:
+            self.event.record(torch.cuda.current_stream(step.drawn.device))
+
+    def tokens(self) -> Tensor:
+        """(R,) int64. Waits for the step, not for those after it."""
+        if self.event:
+            self.event.synchronize()
+        return self.host
+
+
+KEPT: WeakKeyDictionary[Student, "TokenStep"] = WeakKeyDictionary()  # of students on a GPU
+
+
+def token_step(
+    student: Student, value_head: ValueHead | None, count: int, prefix: int, dtype: torch.dtype, how: dict[str, Any]
+) -> "TokenStep":
+    """A TokenStep for so many stories and tokens of openings: on a GPU that of the last time, with the graphs that it
+    has captured, if it fits. Between rollouts it keeps its KV cache."""
+    step = KEPT.get(student)
+    if step is None or not step.serves(value_head, count, prefix, dtype, how):
+        KEPT.pop(student, None)
+        del step  # first, for its memory
+        step = TokenStep(student, value_head, count, prefix, dtype, how)
+        if step.on_graph:
+            KEPT[student] = step
+    return step
+
+
+def graphs_run(device: torch.device) -> bool:
+    """Whether token steps are captured as graphs: on CUDA, unless the reference, which waits, runs in plain PyTorch."""
+    return device.type == "cuda" and bool(ops.load())
 
 
 class TokenStep:
     """A token step of a batch of R rows: read each row's last token, draw the next, write it to the outputs.
 
-    All state that changes from step to step is in tensors that stay at the same address, and nothing waits for the
-    device. So on CUDA the step is captured as a graph; a replay costs the host one launch instead of one per kernel.
+    All state that changes from step to step is in tensors that stay at the same address, for a whole run, and nothing
+    waits for the device. So on CUDA the step is captured as a graph, once for each R; a replay costs the host one
+    launch instead of one per kernel.
 
-    drawn (R,) int64: the last token of each row; the first is drawn by the constructor. at (R,) int64: each row's index
-    in the outputs. cache: its lengths are also the step that each row is at. outputs: tokens int64 and logprobs,
-    values, entropies float32, (count + 1, max_new_tokens). Rows that have ended stay in the batch until `keep` and
+    drawn (R,) int64: the last token of each row; the first is drawn by `start`. at (R,) int64: each row's index in the
+    outputs. ids (R,) int64: what its draws depend on. cache: its lengths are also the step that each row is at.
+    outputs: tokens int64 and logprobs, values, entropies float32, (rows + 1, max_new_tokens). Rows that have ended
     write to the last row of the outputs, which is never read.
     """
 
     def __init__(
-        self, student: Student, value_head: ValueHead | None, prompts: list[Tensor], which: Tensor, dtype: torch.dtype,
-        max_new_tokens: int, first_row: int, draws: dict,
+        self, student: Student, value_head: ValueHead | None, rows: int, prefix: int, dtype: torch.dtype,
+        how: dict[str, Any],
     ):  # fmt: skip
-        device, count = which.device, len(which)
-        self.student, self.value_head, self.first_row, self.draws = student.cast(dtype), value_head, first_row, draws
-        self.unembedding = student.wte.weight.detach().to(dtype)  # tokens are looked up in the embedding as it is
-        ends = torch.tensor([len(prompt) for prompt in prompts], device=device).cumsum(0)
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        self.cache = KVCache(student.config, torch.stack([starts, ends], 1)[which], max_new_tokens, dtype)
-        self.at = torch.arange(count, device=device)
-        self.drawn = torch.zeros_like(self.at)
+        """rows: the most stories. prefix: the most tokens of openings. how: max_new_tokens, eos, and how `ops.sample`
+        draws."""
+        device = student.wte.weight.device
+        self.on_graph = graphs_run(device)
+        self.rows, self.prefix = rows, -(-prefix // 1024) * 1024 if self.on_graph else prefix
+        self.student = cast(Student, weakref.proxy(student))  # which this is kept for
+        self.value_head, self.dtype, self.how = value_head, dtype, how
+        self.draws = {name: value for name, value in how.items() if name not in ("max_new_tokens", "eos")}
+        # Tokens are looked up in the embedding as it is. Rows of logits that are no whole cache lines slow cuBLAS down.
+        (V, C), padding = student.wte.weight.shape, -student.wte.weight.shape[0] % 64 if self.on_graph else 0
+        self.unembedding = torch.zeros(V + padding, C, dtype=dtype, device=device)
+        self.never = torch.zeros(V + padding, dtype=dtype, device=device) if padding else None
+        if self.never is not None:
+            self.never[V:] = -math.inf
+        spans = torch.zeros(rows, 2, dtype=torch.int64, device=device)
+        self.cache = KVCache(student.config, spans, how["max_new_tokens"], dtype, self.prefix)
+        self.state = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        self.at, self.ids, self.drawn = self.state
         self.outputs = tuple(
-            torch.zeros(count + 1, max_new_tokens, dtype=kind, device=device)
+            torch.zeros(rows + 1, how["max_new_tokens"], dtype=kind, device=device)
             for kind in (torch.int64, torch.float32, torch.float32, torch.float32)
         )
-        self.on_graph = device.type == "cuda" and bool(ops.load())  # the reference in plain PyTorch waits
-        self.graphs: list[torch.cuda.CUDAGraph] = []  # the last one is in use; the earlier ones share its memory pool
-        self.steps = 0  # taken by the batch at its present size
+        # Per number of rows: None once the step has run, then its graph. All share the memory pool of the first.
+        self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self.addresses = self.read_addresses()
+
+    def read_addresses(self) -> list[int]:
+        """Where the parameters are that a graph reads."""
+        heads = [] if self.value_head is None else self.value_head.parameters()
+        return [p.data_ptr() for p in (*self.student.parameters(), *self.student.copies, *heads)]
+
+    def serves(
+        self, value_head: ValueHead | None, count: int, prefix: int, dtype: torch.dtype, how: dict[str, Any]
+    ) -> bool:
+        """Whether this can be started again for that."""
+        fits = count <= self.rows and prefix <= self.prefix
+        same = value_head is self.value_head and dtype == self.dtype and how == self.how
+        return fits and same and self.addresses == self.read_addresses()
+
+    def start(self, prompts: list[Tensor], which: Tensor, first_row: int) -> None:
+        """Begin a story for each entry of which, (count,) int64, an index into the prompts; draw its first token."""
+        ends = torch.tensor([len(prompt) for prompt in prompts], device=which.device).cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        self.cache.restart(torch.stack([starts, ends], 1)[which])
+        self.at, self.ids, self.drawn = self.state[:, : len(which)]
+        torch.arange(len(which), out=self.at)
+        torch.add(self.at, first_row, out=self.ids)
+        self.unembedding[: len(self.student.wte.weight)] = self.student.wte.weight.detach()
+        for column in self.outputs:
+            column.zero_()
         self.draw(self.student.prefill(prompts, self.cache)[which])
 
     def draw(self, hidden: Tensor) -> None:
         """Draw from the final hidden states (R, C)."""
         step = self.cache.lengths
-        logits = F.linear(hidden, self.unembedding)
-        drawn, logprobs, entropies = ops.sample(logits, rows=self.at + self.first_row, step=step, **self.draws)
+        logits = F.linear(hidden, self.unembedding, self.never)
+        drawn, logprobs, entropies = ops.sample(logits, rows=self.ids, step=step, **self.draws)
         values = self.value_head(hidden) if self.value_head is not None else torch.zeros_like(logprobs)
         for column, new in zip(self.outputs, (drawn, logprobs, values, entropies), strict=True):
             column[self.at, step] = new
         self.drawn.copy_(drawn)
+        self.at.masked_fill_(drawn == self.how["eos"], self.rows)
 
     def run(self) -> None:
         """Read the last tokens and draw the next."""
-        # A negative token could not be drawn. In a row that is alive that has raised an error by now.
+        # A negative token could not be drawn. In a row that is alive that raises an error when it is looked at.
         self.draw(self.student.step(self.drawn.clamp_min(0), self.cache))
 
     def advance(self) -> None:
-        """Run one step: on CUDA the first at each batch size eagerly, the others as a graph."""
+        """Run one step: on CUDA the first ever with so many rows eagerly, the others as a graph."""
+        rows = len(self.at)
         if not self.on_graph:
             self.run()
-        elif self.steps == 0:
+        elif rows not in self.graphs:
             self.warm_up()
+            self.graphs[rows] = None
         else:
-            if self.steps == 1:
-                self.capture()
-            self.graphs[-1].replay()
-        self.steps += 1
+            graph = self.graphs[rows] or self.capture()
+            self.graphs[rows] = graph
+            graph.replay()
 
     def warm_up(self) -> None:
         """Run the step on the stream of the capture, so that all set-up that a capture forbids is done before: cuBLAS's
@@ -223,24 +323,26 @@ class TokenStep:
             self.run()
         here.wait_stream(aside)
 
-    def capture(self) -> None:
-        """Record the step without running it. Other threads may use the device meanwhile."""
-        graph, pool = torch.cuda.CUDAGraph(), self.graphs[-1].pool() if self.graphs else None
-        stream = capture_stream(self.at.device)
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self.run()
-        self.graphs.append(graph)
+    def capture(self) -> torch.cuda.CUDAGraph:
+        """Record the step without running it. Other threads may use the device meanwhile.
 
-    def ignore(self, ended: Tensor) -> None:
-        """Write nothing more of these rows to the outputs. ended: (R,) bool, on the CPU."""
-        self.at.masked_fill_(ended.to(self.at.device), len(self.outputs[0]) - 1)
+        Not by torch.cuda.graph, which waits for the device and empties the allocator's cache each time."""
+        graph = torch.cuda.CUDAGraph()
+        pools = [other.pool() for other in self.graphs.values() if other]
+        with torch.cuda.stream(capture_stream(self.at.device)):
+            graph.capture_begin(pool=pools[0] if pools else None, capture_error_mode="thread_local")
+            try:
+                self.run()
+            finally:
+                graph.capture_end()
+        return graph
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these from the batch. rows: (n,) int64, on the CPU, indices into the present rows."""
+        """Drop all rows but these. rows: (n,) int64, on the CPU, indices into the present rows, rising."""
         rows = rows.to(self.at.device)
         self.cache.keep(rows)
-        self.at, self.drawn = self.at[rows], self.drawn[rows]
-        self.steps = 0
+        self.state[:, : len(rows)] = self.state[:, rows]
+        self.at, self.ids, self.drawn = self.state[:, : len(rows)]
 
 
 @functools.cache

@@ -8,9 +8,9 @@ csrc/cpu/engine.cpp is the same forward pass in C++, for decoding on a CPU. Chan
 the engine refuses parameters or a `Student.layout` that it does not know.
 """
 
-import copy
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -54,34 +54,57 @@ class KVCache:
     lengths (B,) int64: how many positions of `own` each row has filled.
     """
 
-    def __init__(self, config: StudentConfig, spans: Tensor, capacity: int, dtype: torch.dtype):
+    def __init__(self, config: StudentConfig, spans: Tensor, capacity: int, dtype: torch.dtype, prefix: int = 0):
+        """prefix: room for so many tokens of openings, by default for those of `spans`."""
         rows, heads = len(spans), (2, config.n_head, config.n_embd // config.n_head)
         self.spans = spans
-        self.prefix = torch.zeros(config.n_layer, int(spans.max()), *heads, device=spans.device, dtype=dtype)
+        prefix = prefix or int(spans.max())
+        self.prefix = torch.zeros(config.n_layer, prefix, *heads, device=spans.device, dtype=dtype)
         self.own = torch.zeros(config.n_layer, rows, capacity, *heads, device=spans.device, dtype=dtype)
         self.lengths = torch.zeros(rows, device=spans.device, dtype=torch.int64)
+        self.whole = self.own, self.lengths, self.spans
 
     def keep(self, rows: Tensor) -> None:
-        """Drop every row but these. rows: (R,) int64, indices into the present rows."""
-        self.own, self.lengths, self.spans = self.own[:, rows], self.lengths[rows], self.spans[rows]
+        """Drop every row but these, which move to the front of the same memory. rows: (R,) int64, indices into the
+        present rows, rising."""
+        n = len(rows)
+        self.own[:, :n], self.lengths[:n], self.spans[:n] = self.own[:, rows], self.lengths[rows], self.spans[rows]
+        self.own, self.lengths, self.spans = self.own[:, :n], self.lengths[:n], self.spans[:n]
+
+    def restart(self, spans: Tensor) -> None:
+        """Forget what was read, and begin with as many rows as spans, (B, 2) int64, in the same memory."""
+        own, lengths, kept = self.whole
+        self.own, self.lengths, self.spans = own[:, : len(spans)], lengths[: len(spans)], kept[: len(spans)]
+        self.spans.copy_(spans)
+        self.lengths.zero_()
 
 
 class Linear(nn.Linear):
-    """A linear layer fused with what follows it: tanh GELU, or the addition to the residual stream."""
+    """A linear layer fused with what follows it: tanh GELU, or the addition to the residual stream.
+
+    copies: weight and bias in the type of the matmul, while `Student.lowered` keeps them."""
 
     def __init__(self, n_in: int, n_out: int, gelu: bool = False):
         super().__init__(n_in, n_out)
         self.gelu = gelu
+        self.copies: tuple[Tensor, Tensor] | None = None
 
     def forward(self, y: Tensor) -> Tensor:
         """(..., n_in) -> (..., n_out)"""
-        return ops.linear(y, self.weight, self.bias, gelu=self.gelu)
+        return ops.linear(y, self.weight, self.bias, gelu=self.gelu, copies=self.copies)
 
-    def add_to(self, x: Tensor, y: Tensor, dropout: float) -> Tensor:
-        """x + dropout(self(y)): the residual stream x (..., n_out) after the branch that ends with this layer."""
+    def add_to(self, x: Tensor, y: Tensor, norm: nn.LayerNorm, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
+        """x + dropout(self(y)): the residual stream x (..., n_out) after the branch that ends with this layer; and
+        `norm` of it, for the next branch. On a GPU both are one kernel; on a CPU the sum is part of the matmul."""
+        if ops.norm_adds(x, norm.weight):
+            branch = self(y)
+            dtype = branch.dtype if isinstance(norm, LayerNorm) else x.dtype
+            return ops.add_layer_norm(x, branch, norm.weight, norm.bias, dtype=dtype, dropout_p=dropout, seed=seed)
         if dropout:
-            return x + F.dropout(self(y), dropout)
-        return ops.linear(y, self.weight, self.bias, residual=x, gelu=self.gelu)
+            x = x + F.dropout(self(y), dropout)
+        else:
+            x = ops.linear(y, self.weight, self.bias, residual=x, gelu=self.gelu)
+        return x, norm(x)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -92,8 +115,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """x = x + attn_proj(attend(qkv(ln_1(x)))), then x = x + mlp_proj(gelu(fc(ln_2(x)))); each `+` is fused into the
-    linear layer before it."""
+    """x = x + attn_proj(attend(qkv(ln_1(x)))), then x = x + mlp_proj(gelu(fc(ln_2(x)))). Each `+` is fused with a layer
+    beside it, so a layer norm is computed where its input is: a block is given ln_1(x), and returns the next norm."""
 
     def __init__(self, config: StudentConfig):
         super().__init__()
@@ -106,12 +129,15 @@ class Block(nn.Module):
         self.fc = Linear(C, 4 * C, gelu=True)
         self.mlp_proj = Linear(4 * C, C)
 
-    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor], dropout: float) -> Tensor:
-        """(..., C) -> (..., C). attend: packed queries, keys and values (..., 3, H, D) -> (..., H, D)."""
-        qkv = self.qkv(self.ln_1(x)).unflatten(-1, (3, self.n_head, -1))
-        x = self.attn_proj.add_to(x, attend(qkv).flatten(-2), dropout)  # x = x + attn_proj(attention)
-        x = self.mlp_proj.add_to(x, self.fc(self.ln_2(x)), dropout)  # x = x + mlp_proj(gelu(fc(ln_2(x))))
-        return x
+    def forward(
+        self, x: Tensor, y: Tensor, attend: Callable[[Tensor], Tensor], norm: nn.LayerNorm, dropout: float, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """x and y = ln_1(x) -> x after the block and norm(x), all (..., C). attend: packed queries, keys and values
+        (..., 3, H, D) -> (..., H, D)."""
+        qkv = self.qkv(y).unflatten(-1, (3, self.n_head, -1))
+        x, y = self.attn_proj.add_to(x, attend(qkv).flatten(-2), self.ln_2, dropout, 2 * seed)
+        x, y = self.mlp_proj.add_to(x, self.fc(y), norm, dropout, 2 * seed + 1)
+        return x, y
 
 
 class Student(nn.Module):
@@ -128,6 +154,7 @@ class Student(nn.Module):
         self.wpe = nn.Embedding(config.context, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        self.copies: list[Tensor] = []  # of `lowered`
         std = 0.02 if init == "gpt2" else 1 / math.sqrt(config.n_embd)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -159,39 +186,53 @@ class Student(nn.Module):
             tied_head=True,
         )
 
-    def trunk(self, x: Tensor, attend: Callable[[int, Tensor], Tensor], dropout: float = 0.0) -> Tensor:
+    def trunk(self, x: Tensor, attend: Callable[[int, Tensor], Tensor], dropout: float = 0.0, seed: int = 0) -> Tensor:
         """From embedded tokens (..., C) to final hidden states (..., C).
 
         attend(i, qkv): the attention of layer i, from packed queries, keys and values (..., 3, H, D) to (..., H, D).
-        dropout: applied to the embedding and the residual branches, with torch's generator.
+        dropout: applied to the embedding and the residual branches, with torch's generator; on a GPU that of the
+        branches comes from `seed`.
         """
         x = F.dropout(x, dropout)
-        for i, block in enumerate(self.blocks):
-            x = block(x, partial(attend, i), dropout)
-        return self.ln_f(x)
+        blocks = [module for module in self.blocks if isinstance(module, Block)]
+        norms = [*(block.ln_1 for block in blocks), self.ln_f]
+        y = norms[0](x)
+        for i, block in enumerate(blocks):
+            x, y = block(x, y, partial(attend, i), norms[i + 1], dropout, seed * len(blocks) + i)
+        return y
 
     def hidden(self, tokens: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
         """Final hidden states (B, T, C) of whole sequences: tokens (B, T) int64, T <= context.
 
         dropout: applied to the embedding, the attention weights and the residual branches. The mask of the attention
-        weights comes from `seed`, the others from torch's generator.
+        weights comes from `seed`, the others as in `trunk`.
         """
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             return ops.causal_attention(qkv, dropout, seed * len(self.blocks) + i)
 
-        return self.trunk(self.wte(tokens) + self.wpe.weight[: tokens.shape[1]], attend, dropout)
+        return self.trunk(self.wte(tokens) + self.wpe.weight[: tokens.shape[1]], attend, dropout, seed)
 
-    def cast(self, dtype: torch.dtype) -> "Student":
-        """For decoding, called under the autocast to dtype that decoding will use, if any: a student that computes the
-        same, but whose linear layers are cast now, not at each use. Parameters that need no cast are shared."""
-        student = copy.deepcopy(self, {id(p): p for p in self.parameters()})
-        for layer in student.modules():
-            if isinstance(layer, nn.Linear) and not ops.fused("linear", layer.weight, layer.weight):
-                layer.weight, layer.bias = (
-                    nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in (layer.weight, layer.bias)
-                )
-        return student
+    @contextlib.contextmanager
+    def lowered(self, dtype: torch.dtype) -> Iterator[None]:
+        """While this is entered no parameter may change, and on a GPU the linear layers read copies of their weights in
+        dtype, autocast's, which are made here: one kernel, where autocast casts each weight in every forward pass. The
+        copies stay where they are from one time to the next."""
+        if not ops.on_gpu(self.wte.weight) or dtype == self.wte.weight.dtype:
+            yield
+            return
+        layers = [module for module in self.modules() if isinstance(module, Linear)]
+        parameters = [p.detach() for layer in layers for p in (layer.weight, layer.bias)]
+        if not self.copies or self.copies[0].dtype != dtype or self.copies[0].device != parameters[0].device:
+            self.copies = [torch.empty_like(p, dtype=dtype) for p in parameters]
+        torch._foreach_copy_(self.copies, parameters)
+        try:
+            for layer, weight, bias in zip(layers, self.copies[::2], self.copies[1::2], strict=True):
+                layer.copies = weight, bias
+            yield
+        finally:
+            for layer in layers:
+                layer.copies = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V)."""
@@ -207,9 +248,10 @@ class Student(nn.Module):
         tokens = pad_sequence(openings, batch_first=True)
         lengths = torch.tensor([len(opening) for opening in openings], device=tokens.device)
         real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        read = sum(map(len, openings))
 
         def attend(i: int, qkv: Tensor) -> Tensor:
-            cache.prefix[i] = qkv[:, :, 1:][real]
+            cache.prefix[i, :read] = qkv[:, :, 1:][real]
             return ops.causal_attention(qkv)
 
         x = self.trunk(self.wte(tokens) + self.wpe.weight[: tokens.shape[1]], attend)

@@ -21,7 +21,7 @@ CSRC = HERE.parents[2] / "csrc"
 FLAGS = ["-std=c++20", "-march=native", "-ffp-contract=off", "-w", "-I", str(HERE)]
 KERNELS = {
     "attention": ["attention_forward.cu", "attention_backward.cu"],
-    "ops": ["attention_decode.cu", "sampling.cu", "token_logprob.cu"],
+    "ops": ["attention_decode.cu", "layer_norm.cu", "sampling.cu", "token_logprob.cu"],
 }
 KERNELS["races"] = KERNELS["attention"] + KERNELS["ops"]
 TESTS = {
@@ -45,6 +45,7 @@ class Bug:
 
 FORWARD, BACKWARD, DECODE = "attention_forward.cu", "attention_backward.cu", "attention_decode.cu"
 TILES, ROWS, SAMPLING, LOGPROB = "tiles.cuh", "rows.cuh", "sampling.cu", "token_logprob.cu"
+NORM, NORM_STORE = "layer_norm.cu", "store4(p.x.grad_x + at + 4 * g, x);"
 POST = "if (threadIdx.x == 0 && tile > first_tile && block > 0)"
 UNSWIZZLED = "first = shared_memory() + to.offset + row * Tile<Element, D>::kRowBytes + c * 16;"
 BUGS = [
@@ -66,6 +67,7 @@ BUGS = [
     Bug("output: no sync_warp before rows are read back", TILES, "  sync_warp();\n  constexpr", "  constexpr"),
     Bug("rows: the next sum overwrites this one", ROWS, "  sync_block();\n  return x;", "  return x;", "logprob"),
     Bug("sampling: no barrier after clearing buckets", SAMPLING, "= 0;\n      sync_block();", "= 0;", "sample"),
+    Bug("layer_norm: warps' sums read before all are there", NORM, "  sync_block();\n  for", "  for", "norm"),
     # Masks, tails and bounds.
     Bug("forward: a query does not see its own key", FORWARD, "i % 2 > first", "i % 2 >= first"),
     Bug("backward: a key is not seen by its own query", BACKWARD, "i % 2 < first", "i % 2 <= first"),
@@ -79,6 +81,7 @@ BUGS = [
     Bug("decode: a length is not checked", DECODE, "length < p.T,", "length <= p.T,", "assertions"),
     Bug("logits: the last of a row is not written", ROWS, "if (v + i < V) row", "if (v + i + 1 < V) row", "logprob"),
     Bug("logits: a row is read past its end", ROWS, "v + i < V ? to_float", "true ? to_float", "logprob"),
+    Bug("layer_norm: rows past the end are read", NORM, " && row < p.x.rows;", ";", "norm"),
     # Where things lie.
     Bug("tiles: rows four apart share banks", TILES, "row % 8 :", "row % 4 :"),
     Bug("tiles: swizzled when read, not when written", TILES, "first = to.chunk(row, c);", UNSWIZZLED),
@@ -87,6 +90,7 @@ BUGS = [
     Bug("dropout: tile indices exchanged for keys", BACKWARD, "head, first, q0)", "head, q0, first)"),
     Bug("dropout: bits of neighbouring queries mixed up", TILES, "(kTransposed ? 2 * t + odd", "(kTransposed ? 2 * t"),
     Bug("tiles: addresses are not multiples of 16", TILES, "* kVecElements<Element>;", "* kVecElements<Element> + 1;"),
+    Bug("layer_norm: Philox called once per row", NORM, "if (turn % 4 == 0) words", "if (turn == 0) words", "norm"),
     # Arithmetic that only some inputs show.
     Bug("softmax: output not rescaled with the maximum", FORWARD, "O[mi][ni][i] *= rescale", "O[mi][ni][i] *= 1"),
     Bug("softmax: the sum misses three of four lanes", FORWARD, "warp_sum<4>(l[mi][half])", "l[mi][half]"),
@@ -96,6 +100,14 @@ BUGS = [
     Bug("decode: a product misses half of the lanes", DECODE, "warp_sum<kLanes>", "warp_sum<kLanes / 2>", "decode"),
     Bug("sampling: all ties at the threshold count", SAMPLING, "(equal < free ? equal : free)", "equal", "sample"),
     Bug("entropy: not rescaled with the maximum", LOGPROB, "factor * fmaf(l,", "1 * fmaf(l,", "logprob"),
+    Bug("layer_norm: variance around 0", NORM, "d = kept[i * groups + g] - mean", "d = kept[i * groups + g]", "norm"),
+    Bug(
+        "layer_norm: the stream's gradient is dropped out",
+        NORM,
+        NORM_STORE,
+        f"dropout.apply(x, g); {NORM_STORE}",
+        "norm",
+    ),
     # Races. Of the first two and decode's it is known that all results stay right on this machine; of the others not.
     Bug(
         "sampling: histogram without an atomic",
@@ -118,6 +130,7 @@ BUGS = [
         "  ballot(true);\n  constexpr",
         "races",
     ),
+    Bug("layer_norm: a warp's sums in the next one's place", NORM, "own_row() * 2 * C, *", "own_row() * C, *", "races"),
     Bug(
         "decode: every split appends the key and value",
         DECODE,

@@ -127,6 +127,12 @@ inline Vec16 load16(const void* p, SIMT_SITE) {
   return v;
 }
 inline void store16(void* p, Vec16 v, SIMT_SITE) { simt::store_global(p, &v, 16, SIMT_HERE); }
+inline Vec8 load8(const void* p, SIMT_SITE) {
+  Vec8 v;
+  simt::load_global(&v, p, 8, SIMT_HERE);
+  return v;
+}
+inline void store8(void* p, Vec8 v, SIMT_SITE) { simt::store_global(p, &v, 8, SIMT_HERE); }
 inline Vec16 load16_shared(const void* p, SIMT_SITE) {
   Vec16 v;
   simt::load_shared(&v, p, 16, SIMT_HERE);

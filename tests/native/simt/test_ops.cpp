@@ -276,6 +276,117 @@ void test_logprob() {
     for (const double scale : {0.5, 8.0}) test_logprob<Element>(3, V, scale, V % 2 == 0, ++seed);
 }
 
+// --- layer_norm -----------------------------------------------------------------------------------------------------
+template <class Branch, class Out>
+void test_norm(int64_t rows, int64_t C, bool with_branch, double dropout, bool with_grad_sum, uint64_t seed) {
+  const std::string name = std::string("layer_norm ") + Type<Branch>::name + " to " + Type<Out>::name +
+                           " rows=" + std::to_string(rows) + " C=" + std::to_string(C) +
+                           (with_branch ? " branch" : "") + " dropout=" + std::to_string(dropout);
+  std::mt19937_64 random(seed);
+  const size_t n = rows * C;
+  auto x = normal<float>(random, n, 2);
+  for (int64_t c = 0; c < C; ++c) x[c] += 30;  // a mean far from 0
+  const auto branch = normal<Branch>(random, n);
+  const auto weight = normal<float>(random, C), bias = normal<float>(random, C);
+  const auto grad_y = normal<Out>(random, n);
+  const auto grad_sum = normal<float>(random, n);
+  const uint32_t threshold = dropout > 0 ? dropout_threshold(dropout) : 0;
+  const auto factor = [&](int64_t row, int64_t column) {
+    const auto group = uint32_t(column / 4);
+    const Words4 w = branch_words(dropout_keys(seed), uint64_t(row), group);
+    const uint32_t words[] = {w.x, w.y, w.z, w.w};
+    const uint32_t byte = words[group / 32 % 4] >> (8 * (column % 4)) & 0xff;
+    return !threshold ? 1.0 : byte >= threshold ? double(float(dropout_scale(threshold))) : 0.0;
+  };
+  const auto b = to_doubles(branch), dy = to_doubles(grad_y);
+  std::vector<double> sum(n), y(n), y_bound(n), dx(n), dx_bound(n), db(n), db_bound(n), dw(2 * C), dw_bound(2 * C);
+  for (int64_t r = 0; r < rows; ++r) {
+    double mean = 0, variance = 0, g_mean = 0, gn_mean = 0, size = 0;
+    for (int64_t c = 0; c < C; ++c) {
+      sum[r * C + c] = x[r * C + c];
+      // What is kept of the stream is rounded to float32, and its norm is that of what is kept.
+      if (with_branch) sum[r * C + c] = float(float(x[r * C + c]) + float(float(b[r * C + c]) * float(factor(r, c))));
+      mean += sum[r * C + c] / C;
+    }
+    for (int64_t c = 0; c < C; ++c) variance += (sum[r * C + c] - mean) * (sum[r * C + c] - mean) / C;
+    const double scale = 1 / std::sqrt(variance + 1e-5), far = std::fabs(mean) * scale;
+    const auto norm = [&](int64_t c) { return (sum[r * C + c] - mean) * scale; };
+    for (int64_t c = 0; c < C; ++c) {
+      const double g = dy[r * C + c] * weight[c];
+      g_mean += g / C, gn_mean += g * norm(c) / C;
+      size += std::fabs(g) * (1 + std::fabs(norm(c))) / C;
+      y[r * C + c] = norm(c) * weight[c] + bias[c];
+      y_bound[r * C + c] =
+          Type<Out>::unit * 1.05 * std::fabs(y[r * C + c]) +
+          3e-6 * (std::fabs(norm(c) * weight[c]) + std::fabs(weight[c]) * (1 + far) + std::fabs(bias[c]));
+      dw[c] += dy[r * C + c] * norm(c), dw[C + c] += dy[r * C + c];
+      dw_bound[c] += 3e-6 * std::fabs(dy[r * C + c]) * (1 + std::fabs(norm(c)) + far) + 1e-7;
+      dw_bound[C + c] += 1e-6 * std::fabs(dy[r * C + c]) + 1e-7;
+    }
+    for (int64_t c = 0; c < C; ++c) {
+      const int64_t i = r * C + c;
+      const double g = dy[i] * weight[c];
+      dx[i] = scale * (g - g_mean - norm(c) * gn_mean) + (with_grad_sum ? double(grad_sum[i]) : 0);
+      dx_bound[i] =
+          5e-6 * (scale * (std::fabs(g) + size * (1 + std::fabs(norm(c))) * (1 + far)) + std::fabs(grad_sum[i]));
+      db[i] = dx[i] * factor(r, c);
+      db_bound[i] = (Type<Branch>::unit * 1.05 * std::fabs(dx[i]) + dx_bound[i]) * 2 + 1e-6;
+    }
+  }
+  simt::set_seed(seed);
+  run(name, [&] {
+    const simt::Buffer<float> in(x), w(weight), shift(bias), dsum(grad_sum);
+    const simt::Buffer<Branch> added(branch);
+    const simt::Buffer<Out> grad(grad_y);
+    simt::Buffer<float> out_sum(n), mean(rows), scale(rows), out_dx(n), parts(2 * cuda::layer_norm_blocks(rows) * C);
+    simt::Buffer<Out> out(n);
+    simt::Buffer<Branch> out_db(n);
+    cuda::LayerNorm p{.branch_type = Type<Branch>::dtype,
+                      .y_type = Type<Out>::dtype,
+                      .rows = rows,
+                      .C = C,
+                      .dropout = dropout,
+                      .seed = seed,
+                      .x = in.data(),
+                      .branch = with_branch ? added.data() : nullptr,
+                      .weight = w.data(),
+                      .bias = shift.data(),
+                      .sum = with_branch ? out_sum.data() : nullptr,
+                      .mean = mean.data(),
+                      .scale = scale.data(),
+                      .y = out.data(),
+                      .grad_y = grad.data(),
+                      .grad_sum = with_grad_sum ? dsum.data() : nullptr,
+                      .grad_x = out_dx.data(),
+                      .grad_branch = with_branch ? out_db.data() : nullptr,
+                      .parts = parts.data()};
+    cuda::layer_norm(p, nullptr);
+    if (with_branch) check_close(to_doubles(out_sum.read()), sum, std::vector<double>(n, 1e-30), name + " sum");
+    check_close(to_doubles(out.read()), y, y_bound, name + " y");
+    if (with_branch) p.x = out_sum.data();
+    cuda::layer_norm_backward(p, nullptr);
+    check_close(to_doubles(out_dx.read()), dx, dx_bound, name + " grad_x");
+    if (with_branch) check_close(to_doubles(out_db.read()), db, db_bound, name + " grad_branch");
+    std::vector<double> sums(2 * C);
+    const auto found = parts.read();
+    const int64_t blocks = cuda::layer_norm_blocks(rows);
+    for (int64_t i = 0; i < 2 * blocks * C; ++i) sums[i / (blocks * C) * C + i % C] += found[i];
+    check_close(sums, dw, dw_bound, name + " grad_weight, grad_bias");
+  });
+}
+
+template <class Branch, class Out>
+void test_norm() {
+  std::mt19937_64 random(sizeof(Branch) + sizeof(Out));
+  uint64_t seed = 0;
+  for (int i = 0; i < 24; ++i) {  // the lengths of rows cross those that a warp, or a call of Philox, serves at once
+    const int64_t C = i == 0 ? 4 : i == 1 ? 128 : i == 2 ? 4400 : int64_t(random() % 180 + 1) * 4;
+    const int64_t rows = i == 2 ? 3 : int64_t(random() % 80 + 1);
+    const bool branch = i % 4 != 0;
+    test_norm<Branch, Out>(rows, C, branch, branch && i % 2 ? (i % 3 ? 0.1 : 0.5) : 0, i % 3 != 1, ++seed);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {  // names of ops to test, default all
@@ -284,6 +395,10 @@ int main(int argc, char** argv) {  // names of ops to test, default all
   };
   if (wanted("decode")) test_decode<float>(), test_decode<bf16>(), test_decode<f16>();
   if (wanted("logprob")) test_logprob<float>(), test_logprob<bf16>(), test_logprob<f16>();
+  if (wanted("norm")) {
+    test_norm<float, float>(), test_norm<bf16, bf16>(), test_norm<bf16, float>();
+    test_norm<f16, f16>(), test_norm<f16, float>();
+  }
   if (wanted("sample")) test_sample<float>(), test_sample<bf16>(), test_sample<f16>();
   if (wanted("assertions")) test_assertions();
   return report("simt_ops");

@@ -266,6 +266,41 @@ void logprob(int64_t N, int64_t V) {
   cuda::logit_grad(x, nullptr);
 }
 
+template <class Branch, class Out>
+void norm(int64_t rows, int64_t C, bool with_branch, double dropout) {
+  std::mt19937_64 random(1);
+  const size_t n = rows * C;
+  const simt::Buffer<float> x(normal<float>(random, n)), weight(normal<float>(random, C)), bias(weight.read());
+  const simt::Buffer<float> grad_sum(normal<float>(random, n));
+  const simt::Buffer<Branch> branch(normal<Branch>(random, n));
+  const simt::Buffer<Out> grad_y(normal<Out>(random, n));
+  simt::Buffer<float> sum(n), mean(rows), scale(rows), grad_x(n), parts(2 * cuda::layer_norm_blocks(rows) * C);
+  simt::Buffer<Branch> grad_branch(n);
+  simt::Buffer<Out> y(n);
+  cuda::LayerNorm p{.branch_type = Type<Branch>::dtype,
+                    .y_type = Type<Out>::dtype,
+                    .rows = rows,
+                    .C = C,
+                    .dropout = dropout,
+                    .seed = 3,
+                    .x = x.data(),
+                    .branch = with_branch ? branch.data() : nullptr,
+                    .weight = weight.data(),
+                    .bias = bias.data(),
+                    .sum = sum.data(),
+                    .mean = mean.data(),
+                    .scale = scale.data(),
+                    .y = y.data(),
+                    .grad_y = grad_y.data(),
+                    .grad_sum = with_branch ? grad_sum.data() : nullptr,
+                    .grad_x = grad_x.data(),
+                    .grad_branch = with_branch ? grad_branch.data() : nullptr,
+                    .parts = parts.data()};
+  cuda::layer_norm(p, nullptr);
+  if (with_branch) p.x = sum.data();
+  cuda::layer_norm_backward(p, nullptr);
+}
+
 // The runs that budgets.txt has budgets for, and those whose shapes are chosen for races alone.
 const std::vector<std::pair<std::string, std::function<void()>>> kBudgeted{
     {"attention", [] { attention<cuda::bf16>(1, 256, 2, 64, 0); }},
@@ -276,6 +311,7 @@ const std::vector<std::pair<std::string, std::function<void()>>> kBudgeted{
     {"sample", [] { sample<cuda::bf16>(2, 16000, 0, 1); }},
     {"sample-top-p", [] { sample<cuda::bf16>(2, 16000, 0, 0.9); }},
     {"logprob", [] { logprob<cuda::bf16>(2, 16000); }},
+    {"layer-norm", [] { norm<cuda::bf16, cuda::bf16>(40, 768, true, 0.1); }},
 };
 const std::vector<std::pair<std::string, std::function<void()>>> kForRaces{
     {"attention bf16 T=150 D=32 dropout", [] { attention<cuda::bf16>(1, 150, 2, 32, 0.1); }},
@@ -289,6 +325,8 @@ const std::vector<std::pair<std::string, std::function<void()>>> kForRaces{
     {"sample bf16 top-k", [] { sample<cuda::bf16>(1, 1000, 5, 1); }},
     {"logprob f32, odd V", [] { logprob<float>(2, 5001); }},
     {"logprob f16", [] { logprob<cuda::f16>(1, 2048); }},
+    {"layer_norm f32, odd rows", [] { norm<float, float>(37, 260, false, 0); }},
+    {"layer_norm f16 to f32", [] { norm<cuda::f16, float>(3, 4400, true, 0.1); }},
 };
 
 std::vector<simt::trace::Kernel> run_traced(const std::string& name, const std::function<void()>& f, uint64_t seed) {

@@ -1,0 +1,201 @@
+"""How many operators the GPU's path dispatches, counted on a CPU; and that it computes what the CPU's path does.
+
+A layer costs the same whatever its size, so a small student of GPT-2-small's twelve layers has the real one's counts.
+docs/kernels.md has them in a table.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_no_worse
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_pretrain as pretrain
+from tinystory import ops, ppo
+from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.ops import reference
+from tinystory.student.generate import TokenStep
+from tinystory.student.model import Student, StudentConfig, ValueHead
+
+pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")  # of twins that replace a kernel
+LAYERS = 12
+BF16 = torch.bfloat16
+
+
+class Count(TorchDispatchMode):
+    """Counts what is dispatched, views and queries of a tensor's device apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func.namespace != "prim":
+            self.calls[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def add_layer_norm(x, branch, weight, bias, dropout_p, seed, dtype):
+    """What the CUDA operator returns, by its definition."""
+    total, y = reference.add_layer_norm(x, branch, weight, bias, dropout_p, seed, dtype)
+    mean, variance = total.flatten(0, -2).mean(1), total.flatten(0, -2).var(1, correction=0)
+    return total, y, mean, (variance + 1e-5).rsqrt()
+
+
+def add_layer_norm_backward(grad_sum, grad_y, total, weight, mean, scale, dropout_p, seed, branch_dtype):
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad_y.float(), total, weight.shape, mean, scale, weight, torch.zeros_like(weight), [True] * 3
+    )
+    grad_x = grad_x if grad_sum is None else grad_x + grad_sum
+    mask = reference.branch_mask(total, dropout_p, seed) if dropout_p else 1.0
+    return grad_x, (grad_x * mask).to(branch_dtype), grad_weight, grad_bias
+
+
+def addmm_gelu(bias, a, b, *, use_gelu):
+    """On CUDA it is the tanh GELU; the CPU's own is not."""
+    return F.gelu(bias.addmm(a, b), approximate="tanh")
+
+
+@pytest.fixture(scope="module")
+def twins():
+    """Plain twins of the operators that only CUDA has, or has otherwise."""
+    if not ops.load():
+        pytest.skip("the kernels are not compiled")
+    library, aten = (torch.library.Library(name, "IMPL", "CPU") for name in ("tinystory", "aten"))
+    library.impl("add_layer_norm", add_layer_norm)
+    library.impl("add_layer_norm_backward", add_layer_norm_backward)
+    aten.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype))
+    aten.impl("_addmm_activation", addmm_gelu)
+    ops.choose.cache_clear()
+    yield
+    library._destroy(), aten._destroy()
+    ops.choose.cache_clear()
+
+
+@pytest.fixture
+def as_on_a_gpu(twins, monkeypatch):
+    """The CPU takes every decision that a GPU would."""
+    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
+
+
+def small_student(layers: int = LAYERS) -> Student:
+    torch.manual_seed(0)
+    return Student(StudentConfig(layers, 2, 64, 32, 96))
+
+
+def second_micro_batch(run) -> Counter:
+    """Calls in a step of two micro-batches beyond those in a step of one, so without what a step does once."""
+    run(2)
+    counts = []
+    for rows in (2, 4):
+        with Count() as count:
+            run(rows)
+        counts.append(count.calls)
+    counts[1].subtract(counts[0])
+    return +counts[1]
+
+
+def pretraining(dropout: float) -> Counter:
+    student, tokens = small_student(), torch.randint(96, (4, 17))
+    config = PretrainConfig(batch_size=4, micro_batch_size=2, dropout=dropout, grad_clip=0)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    return second_micro_batch(lambda rows: pretrain.train_step(student, optimizer, tokens[:rows], config, BF16, 0))
+
+
+def interaction() -> Counter:
+    student, T, N = small_student(), 16, 12
+    config = InteractConfig(micro_batch_size=2, minibatch_size=0, epochs=1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+
+    def run(rows: int) -> None:
+        stories = torch.randint(96, (rows, T + 1))
+        predicts = torch.arange(T).expand(rows, T) >= T - N
+        mask, zeros = torch.ones(rows, N, dtype=torch.bool), torch.zeros(rows, N)
+        batch = ppo.Batch(stories[:, :-1], predicts, stories[:, -N:], mask, zeros - 4.6, zeros)
+        ppo.update(student, None, optimizer, batch, zeros, zeros, config, lambda: torch.autocast("cpu", BF16))
+
+    return second_micro_batch(run)
+
+
+@torch.no_grad()
+def token_step() -> Counter:
+    student = small_student()
+    how = dict(max_new_tokens=4, eos=0, seed=0)
+    with torch.autocast("cpu", BF16), student.lowered(BF16):
+        step = TokenStep(student, ValueHead(64), 5, 9, BF16, how)
+        step.start([torch.arange(9)], torch.zeros(5, dtype=torch.int64), 0)
+        with Count() as count:
+            step.run()
+    return +count.calls
+
+
+MEASURED = {"pretraining": lambda: pretraining(0.0), "pretraining, dropout": lambda: pretraining(0.1)}
+MEASURED |= {"PPO": interaction, "token step": token_step}
+# Dispatched operators, and casts among them. torch's versions differ by a few.
+BUDGETS = {"pretraining": (460, 2), "pretraining, dropout": (470, 2), "PPO": (560, 7), "token step": (105, 1)}
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_step_stays_within_its_budget(as_on_a_gpu, name):
+    calls, (most, casts) = MEASURED[name](), BUDGETS[name]
+    assert calls.total() <= most and calls["aten._to_copy"] <= casts, calls
+
+
+# --- it computes the same ---------------------------------------------------------------------------------------------
+def trained(student: Student, tokens, dtype, dropout: float = 0.0) -> list[torch.Tensor]:
+    """The loss, and the gradient of every parameter."""
+    student.zero_grad()
+    with student.lowered(dtype):
+        with torch.autocast("cpu", dtype, enabled=dtype == BF16):
+            hidden = student.hidden(tokens[:, :-1], dropout, seed=5)
+            loss = ops.cross_entropy(hidden.flatten(0, 1), student.wte.weight, tokens[:, 1:].flatten())
+        loss.backward()
+    return [loss.detach(), *(p.grad for p in student.parameters())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_losses_and_gradients_are_those_of_the_cpu(as_on_a_gpu, monkeypatch, student, dtype):
+    tokens = torch.randint(student.config.vocab_size, (3, 33))
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "on_gpu", lambda x: False)
+        exact = trained(student.double(), tokens, torch.float32)
+        student.float()
+        theirs = trained(student, tokens, dtype)
+    for i, (a, b, c) in enumerate(zip(trained(student, tokens, dtype), theirs, exact, strict=True)):
+        assert_no_worse(a, b.to(a.dtype), c, f"result {i}")
+
+
+def test_copies_of_weights_change_no_bit_and_follow_the_weights(as_on_a_gpu, student):
+    tokens = torch.randint(student.config.vocab_size, (2, 9))
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", BF16):
+            with student.lowered(BF16):
+                copied, where = student.hidden(tokens), [copy.data_ptr() for copy in student.copies]
+            cast = student.hidden(tokens)
+            assert torch.equal(copied, cast)
+            student.blocks[0].qkv.weight += 0.1
+    assert where == [copy.data_ptr() for copy in student.copies]
+    assert all(block.qkv.copies is None for block in student.blocks)
+
+
+def test_dropout_of_branches_is_drawn_from_the_seed_and_has_the_gradient_of_its_mask(twins):
+    torch.manual_seed(0)
+    leaves = [torch.randn(5, 7, 160), torch.randn(5, 7, 160), torch.randn(160), torch.randn(160)]
+    grads = torch.randn(5, 7, 160), torch.randn(5, 7, 160)
+
+    def run(f, **seed):
+        inputs = [x.clone().requires_grad_() for x in leaves]
+        outputs = f(*inputs, 0.25, seed.get("seed", 3), torch.float32)[:2]
+        return [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
+
+    torch.library.opcheck(torch.ops.tinystory.add_layer_norm.default, (*leaves, 0.25, 3, torch.float32))
+    ours, defined = run(torch.ops.tinystory.add_layer_norm), run(reference.add_layer_norm)
+    for a, b in zip(ours, defined, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    mask = reference.branch_mask(torch.empty(200, 512), 0.25, 3)
+    assert mask.unique().tolist() == [0.0, torch.tensor(256 / 192).item()]
+    assert abs(mask.mean() - 1) < 0.01 and not torch.equal(mask, reference.branch_mask(mask, 0.25, 4))
+    neighbours = torch.stack([mask[:-1, :-1], mask[1:, :-1], mask[:-1, 1:], mask[:-1, :-1].roll(128, 1)]).flatten(1)
+    assert (neighbours.corrcoef() - torch.eye(4)).abs().max() < 0.02  # 100 000 pairs: 0.003 is one standard deviation
