@@ -294,7 +294,8 @@ def interact(config: InteractConfig) -> None:
                 look()
         bar.close()
         save(f"step_{step:07d}", replace=True)
-        if stop.requested:
+        stopped = distributed.all_reduce_max(stop.requested)  # a signal to any process stops all of them
+        if stopped and rank0:
             go_on = usage("python train_interact.py")
             print(f"stopped after step {step}, all saved; go on with: {go_on} --out {run} --resume")
         elif rank0:
