@@ -151,6 +151,8 @@ class Server:
             causes: list[BaseException] = [error]
             while causes[-1].__cause__ is not None:
                 causes.append(causes[-1].__cause__)
+            if isinstance(causes[-1], Failure):  # of _refuse: openai before 3.16 wraps it
+                raise causes[-1] from None
             unreachable = any(isinstance(cause, self._unreachable) for cause in causes)
             why = self.words(str(causes[-1]) or type(causes[-1]).__name__)
             message = f"cannot be reached ({why}): start it, or check the URL" if unreachable else f"broke off ({why})"
