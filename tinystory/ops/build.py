@@ -13,6 +13,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import re
 import shlex
@@ -85,6 +86,7 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
 
 def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleType:
     """What ninja makes of the sources, loaded."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of nvcc without a GPU
     from torch.utils import cpp_extension  # here, because it takes half a second to import
 
     compiler, *flags = command()
