@@ -40,7 +40,8 @@ class Interval:
         return f"{low} and {'at most' if self.includes_high else 'below'} {self.high:.12g}"
 
 
-DTYPE_HELP = "auto, float32 or bfloat16 (matmuls only; weights and optimiser stay float32)"
+DTYPE_HELP = "auto, float32, tf32 (on a GPU) or bfloat16 (matmuls only; weights and optimiser stay float32)"
+DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
 
 
@@ -57,7 +58,7 @@ class PretrainConfig:
     words: int = option(3_000_000, "total words to train on, counting repeats", "[1, 1e15]")
     seed: int = option(0, "seed of initialisation, data order and dropout", SEEDS)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    dtype: str = option("auto", DTYPE_HELP, ("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", DTYPE_HELP, DTYPES)
     resume: bool = option(False, "continue from the newest checkpoint in --out")
 
     n_layer: int = option(4, "transformer blocks", "[1, 1000]")
@@ -103,7 +104,7 @@ class InteractConfig:
     out: str = option("runs/interact", "folder of the run")
     seed: int = option(0, "seed of the stories, the minibatch order and the teacher's sampling", SEEDS)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    dtype: str = option("auto", DTYPE_HELP, ("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", DTYPE_HELP, DTYPES)
     resume: bool = option(False, "continue from the newest checkpoint in --out")
 
     teacher_url: list[str] = option(
