@@ -24,7 +24,7 @@ import tinystory  # noqa: F401  (before torch, whose import takes seconds: see t
 import torch
 from tqdm import tqdm
 
-from tinystory import babylm, distributed, memory, ppo
+from tinystory import babylm, distributed, memory, ops, ppo
 from tinystory.babylm import WordBudget
 from tinystory.collapse import signs_of_collapse
 from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
@@ -34,6 +34,7 @@ from tinystory.device import Interrupted, Stop, peak_memory_mb, pick_device, pic
 from tinystory.errors import UserError, command
 from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.stories import distinct_ngrams
+from tinystory.ops import fastest
 from tinystory.paths import usage
 from tinystory.report.plots import text_curve
 from tinystory.report.run import write_report
@@ -66,6 +67,8 @@ def interact(config: InteractConfig) -> None:
             raise UserError(f"{flag} must be at least {distributed.world_size()}, the number of processes")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
+    pytorch_ops = distributed.rank0_value(lambda: fastest.pick(config.pytorch_ops, dtype, device))
+    ops.run_by_pytorch(pytorch_ops)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     run = Path(config.out)
     resume_from = distributed.rank0_value(lambda: checkpoint.newest_whole(run)) if config.resume else None
@@ -141,7 +144,12 @@ def interact(config: InteractConfig) -> None:
             )
         resume_step = step if config.resume else None
         log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
-        resolved = dict(device=str(device), dtype=str(dtype).removeprefix("torch."), init=config.init or str(origin))
+        resolved = dict(
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            pytorch_ops=pytorch_ops,
+            init=config.init or str(origin),
+        )
         log.config(as_dict(config) | grader_facts | resolved)
         if not resume_from:
             save("start")
@@ -286,7 +294,8 @@ def interact(config: InteractConfig) -> None:
                 look()
         bar.close()
         save(f"step_{step:07d}", replace=True)
-        if stop.requested:
+        stopped = distributed.all_reduce_max(stop.requested)  # a signal to any process stops all of them
+        if stopped and rank0:
             go_on = usage("python train_interact.py")
             print(f"stopped after step {step}, all saved; go on with: {go_on} --out {run} --resume")
         elif rank0:

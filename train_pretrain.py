@@ -26,6 +26,7 @@ from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import TokenFile, prepare
 from tinystory.device import Stop, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
+from tinystory.ops import fastest
 from tinystory.paths import usage
 from tinystory.report.run import write_report
 from tinystory.runlog import RunLog, held
@@ -162,6 +163,8 @@ def pretrain(config: PretrainConfig) -> None:
         raise UserError(f"--batch-size must be at least {distributed.world_size()}, the number of processes")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
+    pytorch_ops = distributed.rank0_value(lambda: fastest.pick(config.pytorch_ops, dtype, device))
+    ops.run_by_pytorch(pytorch_ops)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     run = Path(config.out)
     memory.require_for_pretraining(config, device)
@@ -194,7 +197,8 @@ def pretrain(config: PretrainConfig) -> None:
     resume_step, rank0 = step if config.resume else None, distributed.is_rank0()
     log = distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0))
     distributed.broadcast_from_rank0(student.parameters())
-    log.config({**as_dict(config), "device": str(device), "dtype": str(dtype).removeprefix("torch.")})
+    resolved = dict(device=str(device), dtype=str(dtype).removeprefix("torch."), pytorch_ops=pytorch_ops)
+    log.config(as_dict(config) | resolved)
     size = sum(p.numel() for p in student.parameters())
     print(
         f"student with {size / 1e6:.1f} M parameters, {tokenizer.vocab_size} tokens, {device}, {str(dtype)[6:]}; "

@@ -9,20 +9,14 @@ python scripts/bench.py peers --nanogpt DIR --trl PYTHON    ours beside nanoGPT,
 """
 
 import argparse
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +35,11 @@ from tqdm import tqdm
 from tinystory import ops, ppo
 from tinystory.config import INTERACT_PRESETS, InteractConfig, PretrainConfig
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.device import peak_memory_mb, pick_device, pick_dtype
+from tinystory.device import cpu_has_bf16, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
+from tinystory.experiment import peers
+from tinystory.experiment.timing import gemm_limit, held_mb, lap_timer, now, profile
+from tinystory.ops import fastest
 from tinystory.report import plots
 from tinystory.runlog import atomic_write
 from tinystory.student.generate import generate
@@ -109,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     if a.plot and (a.bench != "growth" or not a.plot.parent.is_dir()):
         raise UserError(f"--plot {a.plot} needs the bench growth and a folder that exists")
     if a.bench == "peers":
-        check_peers(a.nanogpt, a.trl, a.batch, device)
+        peers.check(a.nanogpt, a.trl, a.batch, device)
     elif a.nanogpt or a.trl:
         raise UserError("--nanogpt and --trl go with the bench peers")
     if a.bench in ("rollout", "ppo", "peers") and PROMPT + a.new > config.context:
@@ -120,6 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu":
         module = ops.load()
         facts["instructions"] = module.instructions() if module else "PyTorch's"
+        if a.bench != "kernels":
+            facts["pytorch_ops"] = fastest.pick("auto", dtype, device)
+            ops.run_by_pytorch(facts["pytorch_ops"])
     load = os.getloadavg()[0]
     if a.bench == "peers":
         del facts["batch"]
@@ -138,9 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         if a.plot:
             atomic_write(a.plot, growth_chart(measured["base"], measured["growth"]))
     elif a.bench == "peers":
-        measured = dict(peers=peers(a.shape, a.new, dtype, device, a.runs, a.nanogpt, a.trl, quiet=a.json))
-        if not a.json:
-            print(peers_table(measured["peers"]), file=sys.stderr)
+        measured = dict(peers=beside_peers(a.shape, a.new, dtype, device, a.runs, a.nanogpt, a.trl, quiet=a.json))
     else:
         run = RUNS[a.bench](config, batch, a.new, dtype, device)
         measured = {name: round(value, 4) for name, value in medians(run, a.runs).items()}
@@ -231,100 +229,36 @@ PEERS = {  # bench: (key of its seconds, peer, its modes)
     "rollout": ("rollout_s", "transformers", DTYPES),
     "ppo": ("total_s", "trl", ("",)),
 }
-HOPELESS = 3.0  # a mode that takes so many times the fastest one's seconds is measured once
 
 
-class Peer:
-    """A process of scripts/peer.py, ready to run. Raises UserError, with what it said, if it ends."""
-
-    def __init__(self, python: str, *arguments: str):
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process)
-        self.process = subprocess.Popen(
-            [python, str(Path(__file__).with_name("peer.py")), *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True,
-        )  # fmt: skip
-        self.name = " ".join(arguments[:1])
-        self.warm_s = float(self.answer())
-
-    def answer(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.said.seek(0)
-            last = (self.said.read().strip().splitlines() or ["nothing"])[-1]
-            raise UserError(f"the peer {self.name} ended with status {self.process.returncode} and said: {last}")
-        return line
-
-    def run(self) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write("run\n")
-        self.process.stdin.flush()
-        return float(self.answer())
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-def check_peers(nanogpt: Path | None, trl: Path | None, batch: int | None, device: torch.device) -> None:
-    if device.type != "cpu" or batch is not None:
-        raise UserError("peers are timed on the CPU, with the batch sizes of the published figures: leave out --batch")
-    if not (nanogpt or trl):
-        raise UserError("peers needs --nanogpt DIR (a clone), --trl PYTHON (of an environment with trl 0.9.4), or both")
-    if nanogpt and not (nanogpt / "model.py").is_file():
-        raise UserError(f"--nanogpt {nanogpt} has no model.py: clone github.com/karpathy/nanoGPT")
-    if trl and not trl.is_file():
-        raise UserError(f"--trl {trl} is no file: name the Python of an environment with trl 0.9.4, transformers 4.53")
-
-
-def peers(
+def beside_peers(
     shape: str, new: int, dtype: torch.dtype, device: torch.device, runs: int, nanogpt: Path | None, trl: Path | None,
     quiet: bool,
 ) -> dict[str, dict]:  # fmt: skip
-    """Per bench: median seconds of ours and of each mode of the peer, which take turns, so that a machine's drift meets
-    both; and ratio, the median over the turns of the seconds of the best mode to ours (above 1: ours is faster)."""
+    """Per bench what peers.take_turns returns, and tokens per second beside those of the GEMMs alone."""
     config, found = SHAPES[shape], {}
+    slow = "" if cpu_has_bf16() else "bfloat16"  # emulated: a step takes thirty times as long
+    if not quiet:
+        print("| | ours | the best peer | ratio | GEMMs alone |", "|---|---|---|---|---|", sep="\n")
     for bench, (seconds, peer, modes) in PEERS.items():
-        python, more = (sys.executable, ["--repo", str(nanogpt)]) if peer == "nanogpt" else (str(trl), [])
+        python, repo = (sys.executable, nanogpt) if peer == "nanogpt" else (str(trl), None)
         if not (nanogpt if peer == "nanogpt" else trl):
             continue
+        modes = tuple(mode for mode in modes if not (slow and mode.endswith(slow)))
         batch = BATCH.get((bench, shape), 64)
-        ours = RUNS[bench](config, batch, new, dtype, device)
-        more += ["--model", json.dumps(dataclasses.asdict(config)), "--batch", str(batch), "--new", str(new)]
-        more += ["--prompt", str(PROMPT), "--threads", str(torch.get_num_threads())]
-        with contextlib.ExitStack() as stack:
-            waiting: dict[str, Peer] = {}
-            for mode in tqdm(modes, desc=f"{bench}: {peer}, warm-up", unit="mode", disable=quiet):
-                waiting[mode] = Peer(python, peer, "--mode", mode, *more)
-                stack.callback(waiting[mode].close)
-            best_s = min(p.warm_s for p in waiting.values())
-            turns: dict[str, list[float]] = {mode: [] for mode, p in waiting.items() if p.warm_s < HOPELESS * best_s}
-            own = [ours()[seconds]][1:]  # a warm-up
-            for _ in tqdm(range(runs), desc=f"{bench}: in turns", unit="turn", disable=quiet):
-                own.append(ours()[seconds])
-                for mode, laps in turns.items():
-                    laps.append(waiting[mode].run())
-        theirs = {mode: statistics.median(turns.get(mode) or [p.warm_s]) for mode, p in waiting.items()}
-        best = min(turns, key=theirs.__getitem__)
-        ratio = statistics.median(other / our for other, our in zip(turns[best], own, strict=True))
-        found[bench] = dict(batch=batch, ours_s=round(statistics.median(own), 4), peer=peer, best=best)
-        found[bench] |= dict(peer_s={mode: round(s, 4) for mode, s in theirs.items()}, ratio=round(ratio, 2))
+        run = RUNS[bench](config, batch, new, dtype, device)
+        sizes = dict(batch=batch, new=new, prompt=PROMPT, threads=torch.get_num_threads(), repo=repo)
+        words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+        words += ["--model", json.dumps(dataclasses.asdict(config))]
+        row = dict(batch=batch) | peers.take_turns(lambda: run()[seconds], python, peer, modes, words, runs, quiet)  # noqa: B023
         if bench != "ppo":
-            found[bench]["gemm_limit_tokens_per_s"] = gemm_limit(bench, config, batch, dtype, device)
             tokens = batch * (config.context if bench == "pretrain" else new)
-            found[bench]["tokens_per_s"] = round(tokens / found[bench]["ours_s"], 1)
+            row["tokens_per_s"] = round(tokens / row["ours_s"], 1)
+            row["gemm_limit_tokens_per_s"] = gemm_limit(bench, config, batch, dtype, device)
+        found[bench] = row
+        if not quiet:
+            print(peers.table_row(bench, row))
     return found
-
-
-def peers_table(found: dict[str, dict]) -> str:
-    lines = ["| | ours | the best peer | ratio | GEMMs alone |", "|---|---|---|---|---|"]
-    for bench, row in found.items():
-        theirs = f"{row['peer']} {row['best']}".strip() + f", {row['peer_s'][row['best']]:.3g} s"
-        limit = f"{row['gemm_limit_tokens_per_s']:,.0f} tokens/s" if "gemm_limit_tokens_per_s" in row else ""
-        speed = f", {row['tokens_per_s']:,.0f} tokens/s" if limit else ""
-        lines.append(f"| {bench} | {row['ours_s']:.3g} s{speed} | {theirs} | {row['ratio']:.2f}x | {limit} |")
-    return "\n".join(lines)
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------
@@ -499,100 +433,8 @@ def lower(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def lap_timer(device: torch.device) -> Callable[[Callable], float]:
-    """A function that runs another one and returns its seconds. On a GPU it uses events, after flushing the L2 cache,
-    which also lets the host run ahead of the device."""
-    if device.type != "cuda":
-
-        def lap(f: Callable) -> float:
-            began = time.perf_counter()
-            f()
-            return time.perf_counter() - began
-
-        return lap
-    flush = torch.empty(2**28, dtype=torch.uint8, device=device)  # larger than any L2 cache
-
-    def lap_on_stream(f: Callable) -> float:
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        began.record()
-        f()
-        ended.record()
-        ended.synchronize()
-        return began.elapsed_time(ended) / 1000
-
-    return lap_on_stream
-
-
-def gemm_limit(bench: str, config: StudentConfig, batch: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Tokens per second of pretraining or of rollout if all but PyTorch's GEMMs took no time."""
-    rows, backward = (batch, False) if bench == "rollout" else (batch * config.context, True)
-    return round(rows / gemm_seconds(config, rows, dtype, device, backward), 1)
-
-
-def gemm_seconds(
-    config: StudentConfig, rows: int, dtype: torch.dtype, device: torch.device, backward: bool, runs: int = 5
-) -> float:
-    """Seconds that PyTorch takes for the student's GEMMs alone over `rows` rows, with or without the backward pass."""
-    C, L, V = config.n_embd, config.n_layer, config.vocab_size
-    total = 0.0
-    for k, n, times in ((C, 3 * C, L), (C, C, L), (C, 4 * C, L), (4 * C, C, L), (C, V, 1)):
-        shapes = [(rows, k, n), (rows, n, k), (n, rows, k)] if backward else [(rows, k, n)]
-        for m, inner, out in shapes:
-            x, w = (torch.randn(s, dtype=dtype, device=device) for s in ((m, inner), (out, inner)))
-            laps = []
-            for _ in range(runs):
-                began = now(device)
-                F.linear(x, w)
-                laps.append(now(device) - began)
-            total += times * statistics.median(laps)
-    return total
-
-
-def held_mb(f: Callable, device: torch.device) -> float | None:
-    """Peak memory of one call beyond the memory in use before it, in MB. On a CPU freed memory is first returned to the
-    system, and the call runs in a new thread, so that memory which a thread keeps between calls is counted too."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        f()
-        return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
-    try:  # Linux: 5 resets the high-water mark to the resident memory
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status_kb("VmRSS")
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(f).result()
-        return round((status_kb("VmHWM") - before) / 1024, 1)
-    except OSError:
-        return None
-
-
-def status_kb(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def profile(run: Callable, device: torch.device) -> None:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        run()
-    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=40), file=sys.stderr)
 
 
 if __name__ == "__main__":

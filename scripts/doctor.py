@@ -29,7 +29,7 @@ from tinystory.device import cpu_has_bf16
 from tinystory.errors import UserError, command
 from tinystory.evaluate.calibration import FULL, calibrate, lines, of_grader, require, verdict
 from tinystory.evaluate.known import corpus_documents, known_stories
-from tinystory.ops import build, cuda
+from tinystory.ops import build, cuda, fastest
 from tinystory.paths import cache_dir, usage
 from tinystory.reward import load_score
 from tinystory.teacher.client import Teacher
@@ -149,7 +149,16 @@ def kernels() -> str:
         torch.ops.load_library(library)
     except OSError as error:
         return f"built, but they do not load ({error}): delete {library.parent}"
-    return f"built, and they load: {library}"
+    return f"built, and they load: {library}; {beside_pytorch(library.parent)}"
+
+
+def beside_pytorch(folder: Path) -> str:
+    """How the kernels compared with PyTorch when they were built."""
+    told = []
+    for dtype, times in fastest.measured(folder).items():
+        for name, ratio in times.items() if isinstance(times, dict) else ():
+            told.append(f"{name} in {dtype} {ratio}x" + ", so PyTorch runs it" * fastest.loses(ratio))
+    return "PyTorch's time over theirs: " + "; ".join(told) if told else "not timed beside PyTorch yet"
 
 
 def gpu() -> str:

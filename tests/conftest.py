@@ -1,6 +1,7 @@
 """Shared fixtures and helpers: a student small enough to train within a test, its corpus, and short retry pauses."""
 
 import json
+import os
 from pathlib import Path
 
 import hypothesis
@@ -15,6 +16,7 @@ from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher import judge
 
+os.environ.setdefault("TINYSTORY_KERNELS", "ours")  # not PyTorch's where it is faster
 hypothesis.settings.register_profile("patient", deadline=None)  # a slow machine is no failure
 hypothesis.settings.load_profile("patient")
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scripts import bench as bench_script
+from tinystory.experiment import peers
 from tinystory.student.model import StudentConfig
 
 
@@ -164,6 +165,7 @@ def nanogpt(tmp_path, monkeypatch, bench):
     (tmp_path / "model.py").write_text(NANOGPT)
     # Compiling is PyTorch's own work; with bfloat16 the stand-in is slow.
     monkeypatch.setitem(bench.PEERS, "pretrain", ("step_s", "nanogpt", ("eager-float32", "eager-bfloat16")))
+    monkeypatch.setattr(bench, "cpu_has_bf16", lambda: True)
     return tmp_path
 
 
@@ -181,14 +183,14 @@ def test_peers_take_turns_and_a_slow_mode_is_measured_once(nanogpt, run, bench, 
 
         return lap
 
-    class Watched(bench.Peer):
+    class Watched(peers.Peer):
         def run(self):
             order.append("peer")
             seconds["peer"].append(super().run())
             return seconds["peer"][-1]
 
     monkeypatch.setitem(bench.RUNS, "pretrain", ours)
-    monkeypatch.setattr(bench, "Peer", Watched)
+    monkeypatch.setattr(peers, "Peer", Watched)
     found = run("peers", "--nanogpt", str(nanogpt), "--new", "9", "--runs", "3")["peers"]["pretrain"]
     assert order == ["ours"] + ["ours", "peer"] * 3  # one to warm up
     turns = [peer / our for peer, our in zip(seconds["peer"], seconds["ours"][1:], strict=True)]
@@ -196,7 +198,9 @@ def test_peers_take_turns_and_a_slow_mode_is_measured_once(nanogpt, run, bench, 
     assert found["best"] == "eager-float32"
     assert found["peer_s"]["eager-bfloat16"] >= 2 > found["peer_s"]["eager-float32"]
     assert found["tokens_per_s"] == pytest.approx(16 * 64 / found["ours_s"], rel=0.01)
-    assert bench.peers_table({"pretrain": found}).splitlines()[2].startswith("| pretrain |")
+    assert peers.table_row("pretrain", found).endswith(
+        f"{found['ratio']:.2f}x | {found['gemm_limit_tokens_per_s']:,.0f} tokens/s |"
+    )
 
 
 def test_a_peer_that_fails_is_quoted(nanogpt, bench, capsys):

@@ -85,6 +85,34 @@ def test_two_processes_do_what_one_does(place, tmp_path):
     assert [s["story"] for s in one[:7]] == [s["story"] for s in two[:7]]  # those of the first step are identical
 
 
+@pytest.mark.slow
+def test_a_signal_to_any_process_stops_an_interaction_and_is_told_once(place, tmp_path):
+    pretrain.main(["--corpus", str(place / "corpus.txt"), *SMALL, "--words", "1000", "--out", str(tmp_path / "p")])
+    script = tmp_path / "signalled.py"
+    script.write_text(
+        BOTH.split("split =")[0]
+        + """
+from tinystory import ppo
+step = ppo.step
+def signalled(*arguments):
+    os.kill(os.getpid(), 15)
+    return step(*arguments)
+if os.environ["RANK"] == "1":
+    ppo.step = signalled
+train_interact.main(sys.argv[2:])
+"""
+    )
+    argv = [*SHORT, "--steps", "3", "--init", str(tmp_path / "p"), "--out", str(tmp_path / "i")]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, place / "cache",
+         *argv],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("stopped after step 1, all saved") == 1 and "mean reward per step" not in done.stdout
+    assert len(metrics(tmp_path / "i")) == 1
+
+
 def under_torchrun(place, out) -> tuple[subprocess.Popen, list[int]]:
     """A long pretraining on two processes that has logged a step: torchrun, and the workers in the order of ranks."""
     script = out.parent / "one.py"

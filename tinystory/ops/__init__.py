@@ -1,6 +1,7 @@
 """The project's own operators: compiled kernels (csrc/), compiled at first use, behind plain functions.
 
-TINYSTORY_KERNELS=reference runs the plain-PyTorch definitions of tinystory/ops/reference.py instead.
+TINYSTORY_KERNELS=reference runs the plain-PyTorch definitions of tinystory/ops/reference.py instead. On the CPU some
+operators may be PyTorch's where it is faster: see tinystory/ops/fastest.py.
 """
 
 import functools
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tinystory.errors import UserError
-from tinystory.ops import autograd, build, cuda, reference
+from tinystory.ops import autograd, build, cuda, reference, vendor
 from tinystory.ops.autograd import LoweredLinear
 
 __all__ = [
@@ -25,9 +26,18 @@ __all__ = [
     "load",
     "load_cuda",
     "require_drawn",
+    "run_by_pytorch",
     "sample",
     "token_logprob",
 ]
+
+by_pytorch: frozenset[str] = frozenset()  # the operators that PyTorch runs on the CPU although there is a kernel
+
+
+def run_by_pytorch(names: str) -> None:
+    """Let PyTorch run these operators on the CPU from now on; names as fastest.pick returns them."""
+    global by_pytorch
+    by_pytorch = frozenset(names.split(",")) - {"none"}
 
 
 def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
@@ -97,6 +107,8 @@ def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
     the backward pass. Both outputs have gradients by hidden and weight.
     """
     hidden, weight = autocast(hidden, weight)
+    if pytorch_runs("token_logprob", hidden):
+        return vendor.TokenLogprob.apply(hidden, weight, targets)
     if compiled("token_logprob", hidden.device.type):
         return torch.ops.tinystory.token_logprob(hidden, weight, targets)[:2]
     return reference.token_logprob(hidden, weight, targets)
@@ -110,6 +122,8 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if not compiled("cross_entropy", hidden.device.type):
         return reference.cross_entropy(hidden, weight, targets)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        if pytorch_runs("cross_entropy", hidden):
+            return vendor.CrossEntropy.apply(hidden, weight, targets)
         return torch.ops.tinystory.cross_entropy(hidden, weight, targets)[0]
     return -torch.ops.tinystory.token_logprob(hidden, weight, targets)[0].mean()
 
@@ -140,6 +154,8 @@ def linear(
         rows, columns = x.flatten(0, -2), weight16.t()
         y = torch._addmm_activation(bias16, rows, columns, use_gelu=True) if gelu else bias16.addmm(rows, columns)
         return y.view(*x.shape[:-1], len(bias))
+    if pytorch_runs("linear", x):
+        return reference.linear(x, weight, bias, residual, gelu)
     if not on_gpu(x) and fused("linear", x, weight) and (residual is None or residual.dtype == torch.float32):
         residual = residual if residual is None else residual.contiguous()
         return torch.ops.tinystory.linear(x.contiguous(), weight, bias, residual, gelu, dtype)[0]
@@ -194,6 +210,11 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def pytorch_runs(name: str, x: Tensor) -> bool:
+    """Whether PyTorch runs this operator although there is a kernel."""
+    return name in by_pytorch and x.device.type == "cpu" and x.dtype != torch.float64
+
+
 def matmul_dtype(x: Tensor) -> torch.dtype:
     """The type in which x is multiplied: autocast's, or its own."""
     device = x.device.type
@@ -227,8 +248,8 @@ def load() -> ModuleType | None:
     if wanted == "reference":
         print("tinystory: TINYSTORY_KERNELS=reference, so plain PyTorch runs in place of the kernels", file=sys.stderr)
         return None
-    if wanted:
-        raise UserError(f"TINYSTORY_KERNELS={wanted!r} is not known; unset it, or set it to 'reference'")
+    if wanted not in ("", "ours"):
+        raise UserError(f"TINYSTORY_KERNELS={wanted!r} is not known; unset it, or set it to 'reference' or 'ours'")
     module = build.load()
     autograd.register()
     return module
