@@ -40,16 +40,12 @@ class Interval:
         return f"{low} and {'at most' if self.includes_high else 'below'} {self.high:.12g}"
 
 
-<<<<<<< HEAD
-DTYPE_HELP = "auto, float32, tf32 (on a GPU) or bfloat16 (matmuls only; weights and optimiser stay float32)"
-DTYPES = ("auto", "float32", "tf32", "bfloat16")
-=======
 PYTORCH_OPS_HELP = (
     "what PyTorch runs on a CPU in place of our kernels: auto (what it is faster at, measured once), none, or some of "
     "cross_entropy,linear,token_logprob"
 )
-DTYPE_HELP = "auto, float32 or bfloat16 (matmuls only; weights and optimiser stay float32)"
->>>>>>> main
+DTYPE_HELP = "auto, float32, tf32 (on a GPU) or bfloat16 (matmuls only; weights and optimiser stay float32)"
+DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
 
 
@@ -66,12 +62,8 @@ class PretrainConfig:
     words: int = option(3_000_000, "total words to train on, counting repeats", "[1, 1e15]")
     seed: int = option(0, "seed of initialisation, data order and dropout", SEEDS)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-<<<<<<< HEAD
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
-=======
-    dtype: str = option("auto", DTYPE_HELP, ("auto", "float32", "bfloat16"))
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
->>>>>>> main
     resume: bool = option(False, "continue from the newest checkpoint in --out")
 
     n_layer: int = option(4, "transformer blocks", "[1, 1000]")
@@ -117,12 +109,8 @@ class InteractConfig:
     out: str = option("runs/interact", "folder of the run")
     seed: int = option(0, "seed of the stories, the minibatch order and the teacher's sampling", SEEDS)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-<<<<<<< HEAD
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
-=======
-    dtype: str = option("auto", DTYPE_HELP, ("auto", "float32", "bfloat16"))
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
->>>>>>> main
     resume: bool = option(False, "continue from the newest checkpoint in --out")
 
     teacher_url: list[str] = option(
