@@ -219,17 +219,24 @@ def pretrain(config: PretrainConfig) -> None:
         total=config.words, initial=words, unit="word", unit_scale=True, desc="reading", mininterval=0.5,
         disable=not rank0,
     )  # fmt: skip
+
+    def upload(number: int) -> tuple[torch.Tensor, int]:
+        tokens, count = windows.batch(number)
+        tokens = tokens.pin_memory() if device.type == "cuda" else tokens
+        return tokens.to(device, non_blocking=True), count
+
     stopping = False
+    coming = upload(step)
     with log, bar, Stop().listening() as stop:
         while words < config.words and not stopping:
             began = time.perf_counter()
-            batch, batch_words = windows.batch(step)
-            batch = batch.to(device, non_blocking=True)
+            batch, batch_words = coming
             rate = learning_rate(config, words)
             for group in optimizer.param_groups:
                 group["lr"] = rate * (config.muon_learning_rate / config.learning_rate if "muon" in group else 1.0)
 
             loss, grad_norm = train_step(student, optimizer, batch, config, dtype, step)
+            coming = upload(step + 1)  # while a GPU computes
             step, before, words, tokens = step + 1, words, words + batch_words, tokens + batch[:, 1:].numel()
             value = loss.item()  # waits for the device, so the next line measures the whole step
             seconds = time.perf_counter() - began

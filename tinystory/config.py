@@ -44,7 +44,8 @@ PYTORCH_OPS_HELP = (
     "what PyTorch runs on a CPU in place of our kernels: auto (what it is faster at, measured once), none, or some of "
     "cross_entropy,linear,token_logprob"
 )
-DTYPE_HELP = "auto, float32 or bfloat16 (matmuls only; weights and optimiser stay float32)"
+DTYPE_HELP = "auto, float32, tf32 (on a GPU) or bfloat16 (matmuls only; weights and optimiser stay float32)"
+DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
 
 
@@ -61,7 +62,7 @@ class PretrainConfig:
     words: int = option(3_000_000, "total words to train on, counting repeats", "[1, 1e15]")
     seed: int = option(0, "seed of initialisation, data order and dropout", SEEDS)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    dtype: str = option("auto", DTYPE_HELP, ("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", DTYPE_HELP, DTYPES)
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
     resume: bool = option(False, "continue from the newest checkpoint in --out")
 
@@ -108,7 +109,7 @@ class InteractConfig:
     out: str = option("runs/interact", "folder of the run")
     seed: int = option(0, "seed of the stories, the minibatch order and the teacher's sampling", SEEDS)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    dtype: str = option("auto", DTYPE_HELP, ("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", DTYPE_HELP, DTYPES)
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
     resume: bool = option(False, "continue from the newest checkpoint in --out")
 

@@ -50,7 +50,13 @@ def cpu_flag(name: str) -> bool:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """dtype of the matmuls. auto: bfloat16 where the hardware has it."""
+    """dtype of the matmuls. auto: bfloat16 where the hardware has it. tf32: float32, whose GEMMs a GPU rounds to 11
+    significant bits, in this whole process; UserError on a CPU."""
+    if name == "tf32":
+        if device.type != "cuda":
+            raise UserError("--dtype tf32 needs a GPU: on a CPU give --dtype float32 or bfloat16")
+        torch.backends.cuda.matmul.allow_tf32 = True
+        return torch.float32
     if name != "auto":
         return getattr(torch, name)
     has = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()

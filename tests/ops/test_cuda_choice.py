@@ -128,3 +128,16 @@ def test_private_functions_of_torch_may_be_missing(monkeypatch):
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
     assert not device.cpu_has_bf16()
+
+
+def test_tf32_is_a_choice_on_a_gpu_only():
+    for name in ("float32", "bfloat16"):
+        assert device.pick_dtype(name, torch.device("cuda")) == getattr(torch, name)
+        assert not torch.backends.cuda.matmul.allow_tf32
+    try:
+        assert device.pick_dtype("tf32", torch.device("cuda")) == torch.float32
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    with pytest.raises(UserError, match="needs a GPU"):
+        device.pick_dtype("tf32", torch.device("cpu"))

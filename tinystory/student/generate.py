@@ -4,6 +4,7 @@ On a CPU the C++ engine runs the token steps, where it can; otherwise `TokenStep
 depends on (seed, story index, position) and the logits alone, so a story does not depend on the rest of its batch.
 """
 
+import contextlib
 import functools
 import math
 import weakref
@@ -87,7 +88,8 @@ def generate(
     for t, (outputs, ended) in enumerate(steps):
         if not ended:
             continue
-        written = [column[ended, : t + 1].cpu() for column in outputs]
+        with beside_steps(device):
+            written = [column[ended, : t + 1].cpu() for column in outputs]
         for row, tokens, logprobs, values, entropies in zip(ended, *written, strict=True):
             text = tokenizer.decode(tokens.tolist()).strip()
             how = "eos" if tokens[-1] == tokenizer.eos else "length"
@@ -338,7 +340,7 @@ class TokenStep:
         return graph
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these. rows: (n,) int64, on the CPU, indices into the present rows, rising."""
+        """Drop all rows but these. rows: (n,) int64, on the CPU, indices into the present rows."""
         rows = rows.to(self.at.device)
         self.cache.keep(rows)
         self.state[:, : len(rows)] = self.state[:, rows]
@@ -349,6 +351,17 @@ class TokenStep:
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
     return torch.cuda.Stream(device)
+
+
+@functools.cache
+def reading_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def beside_steps(device: torch.device) -> contextlib.AbstractContextManager:
+    """In here a GPU does not wait for the steps that are launched: for reading rows that have ended, as the host knows,
+    so that no later step writes them."""
+    return torch.cuda.stream(reading_stream(device)) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def require_room(student: Student, prompt: list[int], max_new_tokens: int) -> None:

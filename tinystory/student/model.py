@@ -66,7 +66,7 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row but these, which move to the front of the same memory. rows: (R,) int64, indices into the
-        present rows, rising."""
+        present rows."""
         n = len(rows)
         self.own[:, :n], self.lengths[:n], self.spans[:n] = self.own[:, rows], self.lengths[rows], self.spans[rows]
         self.own, self.lengths, self.spans = self.own[:, :n], self.lengths[:n], self.spans[:n]

@@ -44,7 +44,8 @@ struct Site {
 // --- for tests -------------------------------------------------------------------------------------------------------
 void set_seed(uint64_t seed);  // of the schedule; its parity decides on which side buffers touch a protected page
 void set_multiprocessors(int count);
-int64_t bank_conflicts();  // extra passes of all ldmatrix so far, because rows of a matrix shared banks
+void trust_global_memory();  // from now on kernels may access any, since others allocate it
+int64_t bank_conflicts();    // extra passes of all ldmatrix so far, because rows of a matrix shared banks
 
 void launch(const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes,
             const std::function<void()>& thread);

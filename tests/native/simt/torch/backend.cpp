@@ -1,0 +1,15 @@
+// csrc/cuda/ops.cpp with the SIMT machine as its device and the CPU's tensors as those of CUDA: once loaded into torch, the
+// operators on the CPU are the CUDA ones. tests/ops/cuda_on_cpu.py builds and uses it.
+#include <ATen/ATen.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include "../simt.h"
+
+#define is_cuda is_cpu
+#define CUDA CPU
+#include "../../../../csrc/cuda/ops.cpp"
+
+namespace {
+[[maybe_unused]] const bool trusted = (simt::trust_global_memory(), true);
+}
