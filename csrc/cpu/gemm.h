@@ -24,7 +24,7 @@ constexpr int kMicroVectors = 2;
 // the processor's dot-product instruction. kPack is the number of elements in a Pack; kReduce, the number of Packs per
 // partial sum: a sum of short sums rounds less than one long sum, and bf16 has rounded far more already. A panel of
 // kReduce rows takes up to half of the L1 cache.
-constexpr int64_t kReduceWide = W == 16 ? 128 : 256;  // of 4 and 8 bytes
+constexpr int64_t kReduceWide = W == 16 ? 128 : 192;  // of 4 and 8 bytes
 struct F32 {
   using Acc = float;
   using Pack = float;
