@@ -208,6 +208,14 @@ def test_no_harm_to_a_record_is_a_traceback(a_run, tmp_path_factory, data):
             use()
 
 
+def test_a_sample_of_an_unknown_time_is_left_out_of_the_report(a_run, tmp_path):
+    shutil.copytree(a_run, tmp_path, dirs_exist_ok=True)
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(samples.read_text().replace('"after"', '"later"'))
+    write_report(tmp_path)
+    assert "What a second judge says" in (tmp_path / "report.html").read_text()
+
+
 def test_a_line_without_an_end_is_not_read_into_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("tinystory.runlog.LONGEST", 1 << 16)
     with open(tmp_path / "metrics.jsonl", "wb") as file:

@@ -69,7 +69,7 @@ def _row(judge: Judge, own: Judge, samples: list[Record]) -> list[str]:
     sums: dict[str, list[float]] = {"before": [], "after": []}
     criteria = len(next(iter(own.scores.values()), ())) or 3
     for record in samples:
-        if judge.knows(record["opening"], record["story"]):
+        if record["when"] in sums and judge.knows(record["opening"], record["story"]):
             sums[record["when"]].append(judge.total((record["opening"], record["story"]), criteria))
     if not any(sums.values()):
         return []
