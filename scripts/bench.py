@@ -154,18 +154,21 @@ def medians(run: Callable[[], dict[str, float]], runs: int) -> dict[str, float]:
     return {name: statistics.median(lap[name] for lap in laps) for name in laps[0]}
 
 
-def pretrain(config: StudentConfig, batch: int, new: int, dtype: torch.dtype, device: torch.device) -> Callable:
+def pretrain(
+    config: StudentConfig, batch: int, new: int, dtype: torch.dtype, device: torch.device,
+    optimizer: str = PretrainConfig.optimizer,
+) -> Callable:  # fmt: skip
     from train_pretrain import make_optimizer, train_step
 
-    options = PretrainConfig(batch_size=batch)
+    options = PretrainConfig(batch_size=batch, optimizer=optimizer)
     student = Student(config).to(device)
-    optimizer, _ = make_optimizer(student, options)
+    trained_by, _ = make_optimizer(student, options)
     tokens = torch.randint(0, config.vocab_size, (batch, config.context + 1), device=device)
     count = batch * config.context
 
     def run() -> dict[str, float]:
         began = now(device)
-        train_step(student, optimizer, tokens, options, dtype, step=0)
+        train_step(student, trained_by, tokens, options, dtype, step=0)
         seconds = now(device) - began
         return dict(tokens_per_s=count / seconds, step_s=seconds, tokens=count)
 
@@ -246,7 +249,8 @@ def beside_peers(
             continue
         modes = tuple(mode for mode in modes if not (slow and mode.endswith(slow)))
         batch = BATCH.get((bench, shape), 64)
-        run = RUNS[bench](config, batch, new, dtype, device)
+        same = dict(optimizer="adamw") if bench == "pretrain" else {}  # as nanoGPT's; Muon is ours alone
+        run = RUNS[bench](config, batch, new, dtype, device, **same)
         sizes = dict(batch=batch, new=new, prompt=PROMPT, threads=torch.get_num_threads(), repo=repo)
         words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
         words += ["--model", json.dumps(dataclasses.asdict(config))]

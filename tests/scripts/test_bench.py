@@ -172,8 +172,9 @@ def nanogpt(tmp_path, monkeypatch, bench):
 def test_peers_take_turns_and_a_slow_mode_is_measured_once(nanogpt, run, bench, monkeypatch):
     order, seconds, make = [], {"ours": [], "peer": []}, bench.RUNS["pretrain"]
 
-    def ours(*arguments):
-        step = make(*arguments)
+    def ours(*arguments, optimizer):
+        assert optimizer == "adamw"  # as nanoGPT's
+        step = make(*arguments, optimizer)
 
         def lap():
             order.append("ours")
