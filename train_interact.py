@@ -30,7 +30,7 @@ from tinystory.collapse import signs_of_collapse
 from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
 from tinystory.critic import Critic
 from tinystory.data.openings import Openings, load_openings
-from tinystory.device import Interrupted, Stop, peak_memory_mb, pick_device, pick_dtype
+from tinystory.device import Interrupted, Stop, dtype_name, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
 from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.stories import distinct_ngrams
@@ -146,7 +146,7 @@ def interact(config: InteractConfig) -> None:
         log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
         resolved = dict(
             device=str(device),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(config.dtype, dtype),
             pytorch_ops=pytorch_ops,
             init=config.init or str(origin),
         )

@@ -24,7 +24,7 @@ from tinystory.babylm import MILESTONES
 from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, as_dict, parse
 from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import TokenFile, prepare
-from tinystory.device import Stop, peak_memory_mb, pick_device, pick_dtype
+from tinystory.device import Stop, dtype_name, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
 from tinystory.ops import fastest
 from tinystory.paths import usage
@@ -197,7 +197,7 @@ def pretrain(config: PretrainConfig) -> None:
     resume_step, rank0 = step if config.resume else None, distributed.is_rank0()
     log = distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0))
     distributed.broadcast_from_rank0(student.parameters())
-    resolved = dict(device=str(device), dtype=str(dtype).removeprefix("torch."), pytorch_ops=pytorch_ops)
+    resolved = dict(device=str(device), dtype=dtype_name(config.dtype, dtype), pytorch_ops=pytorch_ops)
     log.config(as_dict(config) | resolved)
     size = sum(p.numel() for p in student.parameters())
     print(

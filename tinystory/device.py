@@ -63,6 +63,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has else torch.float32
 
 
+def dtype_name(asked: str, dtype: torch.dtype) -> str:
+    """--dtype for a run's record, so that a resumed run multiplies as before: what auto means here, else as asked."""
+    return str(dtype).removeprefix("torch.") if asked == "auto" else asked
+
+
 def peak_memory_mb(device: torch.device) -> int:
     """Peak memory in MiB: on a GPU that of torch's tensors, else the resident memory of this process."""
     if device.type == "cuda":

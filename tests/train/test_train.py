@@ -15,7 +15,7 @@ import train_interact as interact
 import train_pretrain as pretrain
 from tinystory.data.openings import Openings
 from tinystory.data.shards import TokenFile
-from tinystory.device import Interrupted, Stop
+from tinystory.device import Interrupted, Stop, dtype_name
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher.grader import CallableGrader
@@ -314,3 +314,16 @@ def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
     looks = [json.loads(line) for line in (tmp_path / "i" / "looks.jsonl").read_text().splitlines()]
     assert record["words_in"] == 1 + sum(len(s["reply"].split()) for s in stories + looks)
     assert "stands in for an LLM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "asked, dtype, recorded",
+    [
+        ("auto", torch.bfloat16, "bfloat16"),
+        ("auto", torch.float32, "float32"),
+        ("bfloat16", torch.bfloat16, "bfloat16"),
+        ("tf32", torch.float32, "tf32"),  # which float32 would lose on --resume
+    ],
+)
+def test_a_run_records_how_it_multiplies(asked, dtype, recorded):
+    assert dtype_name(asked, dtype) == recorded

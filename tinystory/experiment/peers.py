@@ -25,7 +25,7 @@ class Peer:
             [python, str(ROOT / "scripts/peer.py"), *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True,
         )  # fmt: skip
-        self.name = " ".join(arguments[:1])
+        self.name = arguments[0]
         self.warm_s = float(self.answer())
 
     def answer(self) -> str:
@@ -62,7 +62,8 @@ def take_turns(
             stack.callback(waiting[mode].close)
         best_s = min(p.warm_s for p in waiting.values())
         turns: dict[str, list[float]] = {mode: [] for mode, p in waiting.items() if p.warm_s < HOPELESS * best_s}
-        own = [ours()][1:]  # a warm-up
+        ours()  # a warm-up
+        own = []
         for _ in tqdm(range(runs), desc=f"{peer}: in turns with ours", unit="turn", disable=quiet):
             own.append(ours())
             for mode, laps in turns.items():
