@@ -113,7 +113,7 @@ def interaction() -> Counter:
         stories = torch.randint(96, (rows, T + 1))
         predicts = torch.arange(T).expand(rows, T) >= T - N
         mask, zeros = torch.ones(rows, N, dtype=torch.bool), torch.zeros(rows, N)
-        batch = ppo.Batch(stories[:, :-1], predicts, stories[:, -N:], mask, zeros - 4.6, zeros)
+        batch = ppo.Batch(stories[:, :-1], predicts, stories[:, -N:], mask, zeros - 4.6, zeros, zeros)
         ppo.update(student, None, optimizer, batch, zeros, zeros, config, lambda: torch.autocast("cpu", BF16))
 
     return second_micro_batch(run)
