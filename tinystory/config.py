@@ -148,7 +148,7 @@ class InteractConfig:
     openings: str = option("builtin", "what stories begin with: builtin, or a file with one opening per line")
     opening: str = option("", "one opening for every story, in place of --openings")
     stories_per_opening: int = option(1, "stories that share an opening within a step", "[1, 1e9]")
-    steps: int = option(12, "maximum number of PPO steps", "[1, 1e9]")
+    steps: int = option(16, "maximum number of PPO steps", "[1, 1e9]")
     stories_per_step: int = option(256, "stories per step", "[1, 1e9]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(0.7, "sampling temperature of the student", "[0.01, 100]")
