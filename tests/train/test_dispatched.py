@@ -107,19 +107,25 @@ def pretraining(dropout: float) -> Counter:
     return second_micro_batch(lambda rows: pretrain.train_step(student, optimizer, tokens[:rows], config, BF16, 0))
 
 
-def interaction() -> Counter:
-    student, T, N = small_student(), 16, 12
+def written(rows: int) -> ppo.Batch:
+    T, N = 16, 12
+    stories = torch.randint(96, (rows, T + 1))
+    predicts = torch.arange(T).expand(rows, T) >= T - N
+    mask, zeros = torch.ones(rows, N, dtype=torch.bool), torch.zeros(rows, N)
+    return ppo.Batch(stories[:, :-1], predicts, stories[:, -N:], mask, zeros - 4.6, zeros)
+
+
+def update(student: Student, value_head: ValueHead | None, rows: int) -> None:
     config = InteractConfig(micro_batch_size=2, minibatch_size=0, epochs=1)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    parameters = [p for module in (student, value_head) if module for p in module.parameters()]
+    optimizer, batch = torch.optim.SGD(parameters, lr=0.0), written(rows)
+    targets = batch.values, batch.values  # advantages and returns
+    ppo.update(student, value_head, optimizer, batch, *targets, config, lambda: torch.autocast("cpu", BF16))
 
-    def run(rows: int) -> None:
-        stories = torch.randint(96, (rows, T + 1))
-        predicts = torch.arange(T).expand(rows, T) >= T - N
-        mask, zeros = torch.ones(rows, N, dtype=torch.bool), torch.zeros(rows, N)
-        batch = ppo.Batch(stories[:, :-1], predicts, stories[:, -N:], mask, zeros - 4.6, zeros)
-        ppo.update(student, None, optimizer, batch, zeros, zeros, config, lambda: torch.autocast("cpu", BF16))
 
-    return second_micro_batch(run)
+def interaction() -> Counter:
+    student = small_student()
+    return second_micro_batch(lambda rows: update(student, None, rows))
 
 
 @torch.no_grad()
@@ -202,7 +208,18 @@ def test_a_pretraining_step_waits_for_nothing(as_on_a_gpu, optimizer):
     config = PretrainConfig(batch_size=4, micro_batch_size=2, dropout=0.1, optimizer=optimizer)
     trained_by, _ = pretrain.make_optimizer(student, config)
     for step in range(2):
-        assert waits(lambda: pretrain.train_step(student, trained_by, tokens, config, BF16, step)) == []  # noqa: B023
+        assert waits(lambda: pretrain.train_step(student, trained_by, tokens, config, BF16, step)) == []
+
+
+def test_a_ppo_micro_batch_waits_for_nothing(as_on_a_gpu):
+    student, value_head = small_student(2), ValueHead(64)
+    one, two = (waits(lambda: update(student, value_head, rows)) for rows in (2, 4))
+    assert one == two and len(one) < 12
+
+
+def test_reading_under_the_reference_waits_once(as_on_a_gpu):
+    student = small_student(2)
+    assert waits(lambda: ppo.read_reference(student, written(4), 1.0, 2, states=True)) == ["cpu", "numpy"] * 2
 
 
 # --- it computes the same ---------------------------------------------------------------------------------------------
