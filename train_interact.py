@@ -34,6 +34,7 @@ from tinystory.device import Interrupted, Stop, dtype_name, peak_memory_mb, pick
 from tinystory.errors import UserError, command
 from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.stories import distinct_ngrams
+from tinystory.experiment.timing import now
 from tinystory.ops import fastest
 from tinystory.paths import usage
 from tinystory.report.plots import text_curve
@@ -222,7 +223,7 @@ def interact(config: InteractConfig) -> None:
                     ref_logprobs, ref_states = ppo.read_reference(
                         reference, batch, config.temperature, config.micro_batch_size, states=value_head is None
                     )
-                read = time.perf_counter()
+                read = now(device)  # until here a GPU's time counts as reading, not as waiting for the teacher
 
                 # 3. Wait for the grades.
                 try:
@@ -236,8 +237,8 @@ def interact(config: InteractConfig) -> None:
                 # 4. Turn scores into rewards. A story without a score has no reward and gives no gradient.
                 rewards = rewards_of(config, stories, grades)
                 scored = [i for i, reward in enumerate(rewards) if reward is not None]
-                kept = torch.tensor(scored, device=device)
-                batch, ref_logprobs, ref_states = batch.rows(kept), ref_logprobs[kept], ref_states[kept]
+                batch, kept = batch.rows(torch.tensor(scored)), torch.tensor(scored, device=device)
+                ref_logprobs, ref_states = ref_logprobs[kept], ref_states[kept]
                 story_rewards = torch.tensor([rewards[i] for i in scored], device=device)
 
                 # 5. PPO. Randomness is a function of (seed, step), so a resumed run repeats an unbroken one.

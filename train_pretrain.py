@@ -8,6 +8,8 @@ python train_pretrain.py --preset paper                    GPT-2-small on BabyLM
 import functools
 import math
 import time
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from tinystory.babylm import MILESTONES
 from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, as_dict, parse
 from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import TokenFile, prepare
-from tinystory.device import Stop, dtype_name, peak_memory_mb, pick_device, pick_dtype
+from tinystory.device import Download, Stop, dtype_name, peak_memory_mb, pick_device, pick_dtype, upload
 from tinystory.errors import UserError, command
 from tinystory.ops import fastest
 from tinystory.paths import usage
@@ -78,20 +80,21 @@ def validate(
     every = range(0, len(file) - 1, context)
     count = min(sequences or len(every), len(every))
     starts = distributed.shard_strided([every[i * len(every) // count] for i in range(count)])
-    nats, tokens, size = 0.0, 0, 0
+    nats, tokens, size = torch.zeros((), dtype=torch.float64, device=device), 0, 0  # a GPU runs ahead meanwhile
     for i in range(0, len(starts), batch):
         rows = [np.asarray(file.tokens[s : s + context + 1], np.int64) for s in starts[i : i + batch]]
         for group in {len(r) for r in rows}:  # only the last sequence can be shorter
-            chunk = torch.from_numpy(np.stack([r for r in rows if len(r) == group])).to(device)
-            targets = chunk[:, 1:]
+            stacked = np.stack([r for r in rows if len(r) == group])
+            tokens += stacked[:, 1:].size
+            size += int(token_sizes[stacked[:, 1:]].sum())
+            chunk = upload(torch.from_numpy(stacked), device)
             logprob, _ = ops.token_logprob(
-                student.hidden(chunk[:, :-1]).flatten(0, 1), student.wte.weight, targets.flatten()
+                student.hidden(chunk[:, :-1]).flatten(0, 1), student.wte.weight, chunk[:, 1:].flatten()
             )
-            nats -= float(logprob.double().sum())
-            tokens += targets.numel()
-            size += int(token_sizes[targets.cpu().numpy()].sum())
-    nats, tokens, size = distributed.all_reduce_sum(torch.tensor([nats, tokens, size], dtype=torch.float64)).tolist()
-    return nats / tokens, nats / math.log(2) / size
+            nats -= logprob.double().sum()
+    found = torch.tensor([float(nats), tokens, size], dtype=torch.float64)
+    total, tokens, size = distributed.all_reduce_sum(found).tolist()
+    return total / tokens, total / math.log(2) / size
 
 
 def learning_rate(config: PretrainConfig, words: int) -> float:
@@ -148,6 +151,23 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
+
+
+@dataclass
+class Launched:
+    """A step that a GPU may still be computing. statistics: its loss and gradient norm, (2,) float32."""
+
+    step: int
+    words: int
+    tokens: int
+    rate: float
+    began: float
+    statistics: Download
+
+
+def steps_ahead(device: torch.device) -> int:
+    """How many steps are launched before the loss of one is waited for, so that a GPU always has work."""
+    return 1 if device.type == "cuda" else 0
 
 
 @command
@@ -220,13 +240,52 @@ def pretrain(config: PretrainConfig) -> None:
         disable=not rank0,
     )  # fmt: skip
 
-    def upload(number: int) -> tuple[torch.Tensor, int]:
+    def prepare_batch(number: int) -> tuple[torch.Tensor, int]:
         tokens, count = windows.batch(number)
-        tokens = tokens.pin_memory() if device.type == "cuda" else tokens
-        return tokens.to(device, non_blocking=True), count
+        return upload(tokens, device), count
+
+    launched: deque[Launched] = deque()
+    seen = 0.0  # when the last step was seen to be finished
+    val_loss = val_bits = None
+
+    def record(ahead: int) -> None:
+        """Write the metrics of the steps launched, but for the last `ahead`. Waits until they are computed."""
+        nonlocal seen, val_loss, val_bits
+        while len(launched) > ahead:
+            at = launched.popleft()
+            loss, grad_norm = at.statistics.wait().tolist()
+            began, seen = max(at.began, seen), time.perf_counter()
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {at.step}: lower --learning-rate or --resume from the last checkpoint"
+                )
+            speed = config.batch_size * config.context / (seen - began)
+            val_loss = val_bits = None
+            finished = at.words >= config.words
+            if at.step % config.eval_every == 0 or finished:
+                with autocast():
+                    count = None if finished else config.eval_sequences
+                    val_loss, val_bits = validate(
+                        student, data.val, tokenizer.token_sizes, count, config.micro_batch_size
+                    )
+            log.metrics(
+                step=at.step,
+                words=at.words,
+                tokens=at.tokens,
+                loss=loss,
+                val_loss=val_loss,
+                val_bits_per_byte=val_bits,
+                lr=at.rate,
+                grad_norm=grad_norm,
+                tokens_per_s=speed,
+                peak_memory_mb=peak_memory_mb(device),
+            )
+            bar.update(at.words - bar.n)
+            shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
+            bar.set_postfix(shown if val_loss is None else shown | {"val": f"{val_loss:.3f}"})
 
     stopping = False
-    coming = upload(step)
+    coming = prepare_batch(step)
     with log, bar, Stop().listening() as stop:
         while words < config.words and not stopping:
             began = time.perf_counter()
@@ -235,46 +294,20 @@ def pretrain(config: PretrainConfig) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate * (config.muon_learning_rate / config.learning_rate if "muon" in group else 1.0)
 
-            loss, grad_norm = train_step(student, optimizer, batch, config, dtype, step)
-            coming = upload(step + 1)  # while a GPU computes
+            statistics = Download(torch.stack(train_step(student, optimizer, batch, config, dtype, step)))
+            coming = prepare_batch(step + 1)  # while a GPU computes
             step, before, words, tokens = step + 1, words, words + batch_words, tokens + batch[:, 1:].numel()
-            value = loss.item()  # waits for the device, so the next line measures the whole step
-            seconds = time.perf_counter() - began
-            if not math.isfinite(value):
-                raise UserError(
-                    f"the loss is {value} at step {step}: lower --learning-rate or --resume from the last checkpoint"
-                )
-            val_loss = val_bits = None
+            launched.append(Launched(step, words, tokens, rate, began, statistics))
             finished = words >= config.words
-            if step % config.eval_every == 0 or finished:
-                with autocast():
-                    count = None if finished else config.eval_sequences
-                    val_loss, val_bits = validate(
-                        student, data.val, tokenizer.token_sizes, count, config.micro_batch_size
-                    )
-            speed = batch[:, 1:].numel() / seconds
-            log.metrics(
-                step=step,
-                words=words,
-                tokens=tokens,
-                loss=value,
-                val_loss=val_loss,
-                val_bits_per_byte=val_bits,
-                lr=rate,
-                grad_norm=float(grad_norm),
-                tokens_per_s=speed,
-                peak_memory_mb=peak_memory_mb(device),
-            )
-            bar.update(batch_words)
-            shown = {"loss": f"{value:.3f}", "tok/s": f"{speed:,.0f}"}
-            bar.set_postfix(shown if val_loss is None else shown | {"val": f"{val_loss:.3f}"})
+            record(0 if finished or step % config.eval_every == 0 else steps_ahead(device))
 
-            for milestone in MILESTONES:
-                if before < milestone <= words:
-                    save(babylm.milestone_name(milestone))
             stopping = bool(distributed.all_reduce_max(stop.requested))  # a signal to any process stops all of them
+            checkpoints = [babylm.milestone_name(milestone) for milestone in MILESTONES if before < milestone <= words]
             if step % config.save_every == 0 or finished or stopping:
-                save(f"step_{step:07d}")
+                checkpoints.append(f"step_{step:07d}")
+            for name in checkpoints:
+                record(0)  # first, for a resumed run keeps the metrics up to its checkpoint
+                save(name)
 
     if not rank0:
         return
@@ -290,7 +323,8 @@ def pretrain(config: PretrainConfig) -> None:
             temperature=InteractConfig.temperature, seed=config.seed,
         )  # fmt: skip
         print(f"\n{OPENING} {story.text}\n")
-    print(f"validation loss {val_loss:.3f} nats per token, {val_bits:.3f} bits per byte")
+    if val_loss is not None:  # None of a run that was finished before it was resumed
+        print(f"validation loss {val_loss:.3f} nats per token, {val_bits:.3f} bits per byte")
     print(f"report: {report}\nnext:   {usage('python train_interact.py')} --init {checkpoint.newest(run)}")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 import torch
+from torch import Tensor
 
 from tinystory import ops
 from tinystory.errors import UserError
@@ -66,6 +67,29 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def dtype_name(asked: str, dtype: torch.dtype) -> str:
     """--dtype for a run's record, so that a resumed run multiplies as before: what auto means here, else as asked."""
     return str(dtype).removeprefix("torch.") if asked == "auto" else asked
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """x, on the CPU, on the device. Waits for nothing that a GPU is still computing."""
+    pinned = device.type == "cuda"
+    return (x.pin_memory() if pinned else x).to(device, non_blocking=pinned)
+
+
+class Download:
+    """A copy of x on the CPU, under way: what is launched after it does not delay it."""
+
+    def __init__(self, x: Tensor):
+        pinned = x.is_cuda
+        self.host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=pinned)
+        self.host.copy_(x, non_blocking=pinned)
+        self.event = torch.cuda.Event() if pinned else None
+        if self.event:
+            self.event.record(torch.cuda.current_stream(x.device))
+
+    def wait(self) -> Tensor:
+        if self.event:
+            self.event.synchronize()
+        return self.host
 
 
 def peak_memory_mb(device: torch.device) -> int:

@@ -10,7 +10,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -19,6 +21,7 @@ from tinystory import distributed, ops
 from tinystory.config import InteractConfig
 from tinystory.critic import Critic
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.device import upload
 from tinystory.student.generate import Story, encode_opening
 from tinystory.student.model import Student, ValueHead
 
@@ -39,14 +42,42 @@ class Batch:
     values: Tensor
     entropies: Tensor
 
+    @cached_property
+    def host(self) -> tuple[np.ndarray, np.ndarray]:
+        """predicts and mask, for sizes that the host must know: read once, so that no micro-batch waits for a GPU."""
+        return self.predicts.cpu().numpy(), self.mask.cpu().numpy()
+
     @property
     def lengths(self) -> Tensor:
-        """(B,) int64: the inputs of each row, padding not counted."""
-        positions = torch.arange(1, self.predicts.shape[1] + 1, device=self.predicts.device)
-        return (self.predicts * positions).amax(1)
+        """(B,) int64, on the CPU: the inputs of each row, padding not counted."""
+        predicts, _ = self.host
+        return torch.from_numpy((predicts * np.arange(1, predicts.shape[1] + 1)).max(1))
+
+    @cached_property
+    def places(self) -> Tensor:
+        """(tokens,) int64: where the stories' tokens are in (B * N)."""
+        return true_places(self.host[1], self.mask.device)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """(B, N) -> (tokens,): the entries on the mask, in order."""
+        return x.flatten().index_select(0, self.places)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """(tokens, ...) float32 -> (B, N, ...), 0 off the mask."""
+        zeros = torch.zeros(self.mask.numel(), *x.shape[1:], device=x.device)
+        return zeros.index_copy(0, self.places, x).unflatten(0, self.mask.shape)
 
     def rows(self, rows: Tensor) -> "Batch":
-        return Batch(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+        """rows: int64, on the CPU."""
+        at = upload(rows, self.mask.device)
+        part = Batch(*(getattr(self, field.name)[at] for field in dataclasses.fields(self)))
+        part.host = self.host[0][np.asarray(rows)], self.host[1][np.asarray(rows)]
+        return part
+
+
+def true_places(mask: np.ndarray, device: torch.device) -> Tensor:
+    """(n,) int64, on the device: the indices of what is true of the flattened mask, whose number the host knows."""
+    return upload(torch.from_numpy(np.flatnonzero(mask)), device)
 
 
 def collate(stories: list[Story], tokenizer: Tokenizer, device: torch.device) -> Batch:
@@ -155,8 +186,8 @@ def signal_of_halves(first: Sequence[Tensor], second: Sequence[Tensor]) -> float
     """The part of a batch's gradient that is signal, 0..1, from the gradients of its two halves: |G|^2 / E|g|^2, where
     G is the expectation of g. What two halves agree on is the signal; a step scaled by its share is the best estimate
     of G along g (Wiener's), and the best rate falls as it does (McCandlish et al. 2018, arXiv 1812.06162, eq. 2.6)."""
-    agree = sum(float((a * b).sum()) for a, b in zip(first, second, strict=True))
-    squares = sum(float((a * a).sum() + (b * b).sum()) for a, b in zip(first, second, strict=True)) / 2
+    products = [torch.stack([(a * b).sum(), (a * a + b * b).sum() / 2]) for a, b in zip(first, second, strict=True)]
+    agree, squares = torch.stack(products).double().sum(0).tolist()
     if agree <= 0:
         return 0.0
     half = agree / squares
@@ -167,16 +198,19 @@ def signal_of_sharpness(advantages: Tensor, batch: Batch) -> float:
     """The part of the gradient along the sharpness s that is signal, 0..1: 1 - 1 / t^2, where t is its mean over the
     stories in standard errors. The derivative of a token's log-probability by s is logprob + entropy."""
     each = (advantages * (batch.logprobs + batch.entropies) * batch.mask).sum(1).double()
-    if len(each) < 2 or not each.any():
+    if len(each) < 2:
         return 0.0
-    return max(0.0, float(1 - each.var() / (len(each) * each.mean() ** 2)))
+    mean, error = torch.stack([each.mean(), each.std() / math.sqrt(len(each))]).tolist()
+    return max(0.0, 1 - (error / mean) ** 2) if mean else 0.0
 
 
 def response_states(student: Student, batch: Batch) -> Tensor:
     """(tokens, C): forward pass over whole stories, the state from which each response token is predicted, in the order
     of the mask. Columns that are padding in every row are not computed."""
-    T = int(batch.lengths.max())
-    return student.hidden(batch.inputs[:, :T])[batch.predicts[:, :T]]
+    predicts, _ = batch.host
+    T = int(np.flatnonzero(predicts.any(0))[-1]) + 1
+    hidden = student.hidden(batch.inputs[:, :T])
+    return hidden.flatten(0, 1).index_select(0, true_places(predicts[:, :T], hidden.device))
 
 
 def response_stats(
@@ -186,13 +220,12 @@ def response_stats(
     states = response_states(student, batch)
     logprob = token_logprobs(student, states, batch, temperature)
     value = torch.zeros_like(logprob) if value_head is None else value_head(states)
-    zeros = torch.zeros(batch.mask.shape, device=batch.mask.device)
-    return zeros.masked_scatter(batch.mask, logprob), zeros.masked_scatter(batch.mask, value)
+    return batch.padded(logprob), batch.padded(value)
 
 
 def token_logprobs(student: Student, states: Tensor, batch: Batch, temperature: float) -> Tensor:
     """(tokens,) log-probabilities of the response tokens, given `response_states`."""
-    return ops.token_logprob(states / temperature, student.wte.weight, batch.tokens[batch.mask])[0]
+    return ops.token_logprob(states / temperature, student.wte.weight, batch.packed(batch.tokens))[0]
 
 
 @dataclass
@@ -222,9 +255,10 @@ def read_reference(
             part = batch.rows(rows)
             found = response_states(reference, part)
             told = token_logprobs(reference, found, part, temperature)
-            logprobs[rows] = torch.zeros_like(part.logprobs).masked_scatter(part.mask, told)
+            at = upload(rows, logprobs.device)
+            logprobs[at] = part.padded(told)
             if states:
-                kept[rows] = torch.zeros_like(kept[rows]).masked_scatter(part.mask[..., None], found.float())
+                kept[at] = part.padded(found.float())
     return distributed.all_reduce_sum(logprobs), distributed.all_reduce_sum(kept) if states else kept
 
 
@@ -282,7 +316,7 @@ def update(
     The order of minibatches is drawn from torch's global generator. The gradient of a minibatch is accumulated over
     micro-batches and processes and divided by the number of its tokens, so both affect only memory and speed.
     """
-    B = len(batch.tokens)
+    B, device = len(batch.tokens), batch.tokens.device
     minibatch = config.minibatch_size or B
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
@@ -291,21 +325,21 @@ def update(
     for epoch in range(config.epochs):
         order = torch.arange(B) if minibatch >= B else torch.randperm(B)
         for chosen in order.split(minibatch):
-            chosen = chosen.to(batch.tokens.device)
+            count = batch.mask[upload(chosen, device)].sum()
             gains, told, gradients = (1.0, 1.0), [], []
             for half in (chosen[0::2], chosen[1::2]) if config.signal_gate else (chosen,):
                 optimizer.zero_grad(set_to_none=True)
-                count = batch.mask[chosen].sum()
                 mine = distributed.shard_strided(half)
                 told.append(backward(student, value_head, batch, mine, count, advantages, returns, config, autocast))
                 distributed.all_reduce_gradients(parameters)
                 gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
             if config.signal_gate:
-                gains = signal_of_halves(*gradients), signal_of_sharpness(advantages[chosen], batch.rows(chosen))
+                whole = advantages[upload(chosen, device)], batch.rows(chosen)
+                gains = signal_of_halves(*gradients), signal_of_sharpness(*whole)
                 for p, *halves in zip(parameters, *gradients, strict=True):
                     p.grad = halves[0] + halves[1]
             if epoch == 0 and updates == 0:  # no update yet: any ratio other than 1 is rounding
-                ratio_error = max(ratio_error, *(float(largest) for _, largest in told))
+                ratio_error = max(ratio_error, float(torch.stack([largest for _, largest in told]).max()))
             *means, mean_ratio = distributed.all_reduce_sum(torch.stack([means for means, _ in told]).sum(0)).tolist()
             if not mean_ratio <= config.max_ratio:  # also true for NaN
                 skipped += 1
@@ -318,9 +352,9 @@ def update(
             for name, value in zip(sums, (*means, norm, *gains), strict=True):
                 sums[name] += value
     optimizer.zero_grad(set_to_none=True)
-    targets = returns[batch.mask]
+    targets = batch.packed(returns)
     several = len(targets) > 1  # one has no variance
-    unexplained = (targets - batch.values[batch.mask]).var() / targets.var().clamp(min=1e-12) if several else math.nan
+    unexplained = (targets - batch.packed(batch.values)).var() / targets.var().clamp(min=1e-12) if several else math.nan
     return {name: value / max(updates, 1) for name, value in sums.items()} | {
         "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,
@@ -349,8 +383,8 @@ def backward(
         dtype = ops.matmul_dtype(student.wte.weight)
     with student.lowered(dtype):
         for part in by_length(batch.lengths[mine], config.micro_batch_size):
-            rows = mine[part]
-            old, mask = batch.rows(rows), batch.mask[rows]
+            old, rows = batch.rows(mine[part]), upload(mine[part], device)
+            mask = old.mask
             with autocast():
                 logprob, value = response_stats(student, value_head, old, config.temperature)
             value = old.values if value_head is None else value

@@ -308,8 +308,8 @@ def test_columns_that_pad_the_vocabulary_are_never_drawn(head, tokenizer, record
 
 def test_the_host_looks_at_a_step_when_later_ones_are_launched(ends_soon, tokenizer, recorded, monkeypatch):
     launched, looked = [], []
-    advance, tokens = Recorded.advance, generation.Drawn.tokens
+    advance, wait = Recorded.advance, generation.Download.wait
     monkeypatch.setattr(Recorded, "advance", lambda self: (launched.append(len(looked)), advance(self)))
-    monkeypatch.setattr(generation.Drawn, "tokens", lambda self: (looked.append(len(launched)), tokens(self))[1])
+    monkeypatch.setattr(generation.Download, "wait", lambda self: (looked.append(len(launched)), wait(self))[1])
     steps_of(ends_soon, None, -5)  # no story ends early
     assert looked == [min(t + generation.AHEAD, NEW - 1) for t in range(NEW)]

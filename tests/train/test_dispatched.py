@@ -1,4 +1,5 @@
-"""How many operators the GPU's path dispatches, counted on a CPU; and that it computes what the CPU's path does.
+"""How many operators the GPU's path dispatches, and where it waits for the GPU, counted on a CPU; and that it computes
+what the CPU's path does.
 
 A layer costs the same whatever its size, so a small student of GPT-2-small's twelve layers has the real one's counts.
 docs/kernels.md has them in a table.
@@ -10,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_no_worse
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train_pretrain as pretrain
 from tinystory import ops, ppo
@@ -104,19 +107,25 @@ def pretraining(dropout: float) -> Counter:
     return second_micro_batch(lambda rows: pretrain.train_step(student, optimizer, tokens[:rows], config, BF16, 0))
 
 
-def interaction() -> Counter:
-    student, T, N = small_student(), 16, 12
+def written(rows: int) -> ppo.Batch:
+    T, N = 16, 12
+    stories = torch.randint(96, (rows, T + 1))
+    predicts = torch.arange(T).expand(rows, T) >= T - N
+    mask, zeros = torch.ones(rows, N, dtype=torch.bool), torch.zeros(rows, N)
+    return ppo.Batch(stories[:, :-1], predicts, stories[:, -N:], mask, zeros - 4.6, zeros, zeros)
+
+
+def update(student: Student, value_head: ValueHead | None, rows: int) -> None:
     config = InteractConfig(micro_batch_size=2, minibatch_size=0, epochs=1)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    parameters = [p for module in (student, value_head) if module for p in module.parameters()]
+    optimizer, batch = torch.optim.SGD(parameters, lr=0.0), written(rows)
+    targets = batch.values, batch.values  # advantages and returns
+    ppo.update(student, value_head, optimizer, batch, *targets, config, lambda: torch.autocast("cpu", BF16))
 
-    def run(rows: int) -> None:
-        stories = torch.randint(96, (rows, T + 1))
-        predicts = torch.arange(T).expand(rows, T) >= T - N
-        mask, zeros = torch.ones(rows, N, dtype=torch.bool), torch.zeros(rows, N)
-        batch = ppo.Batch(stories[:, :-1], predicts, stories[:, -N:], mask, zeros - 4.6, zeros, zeros)
-        ppo.update(student, None, optimizer, batch, zeros, zeros, config, lambda: torch.autocast("cpu", BF16))
 
-    return second_micro_batch(run)
+def interaction() -> Counter:
+    student = small_student()
+    return second_micro_batch(lambda rows: update(student, None, rows))
 
 
 @torch.no_grad()
@@ -141,6 +150,76 @@ BUDGETS = {"pretraining": (460, 2), "pretraining, dropout": (470, 2), "PPO": (56
 def test_a_step_stays_within_its_budget(as_on_a_gpu, name):
     calls, (most, casts) = MEASURED[name](), BUDGETS[name]
     assert calls.total() <= most and calls["aten._to_copy"] <= casts, calls
+
+
+# --- where the host waits for a GPU -----------------------------------------------------------------------------------
+READ = "item tolist numpy cpu __bool__ __int__ __float__ __index__ _local_scalar_dense equal".split()
+SIZED = "nonzero masked_select masked_scatter_backward _unique2 unique_dim unique_consecutive".split()  # by values
+
+
+def waits_for(name: str, args: tuple) -> bool:
+    """Whether a call has to know values. Indexing with a mask does, to know the size of the result."""
+    indices = [x for x in tree_leaves(args[1:2]) if isinstance(x, torch.Tensor)] if "index" in name else []
+    return name in READ + SIZED or any(x.dtype == torch.bool for x in indices)
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.found.extend([name] * waits_for(name, args))
+        return func(*args, **(kwargs or {}))
+
+
+class Methods(TorchFunctionMode):
+    """Some of which reach no operator on a CPU: tolist, for one."""
+
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.found.extend([func.__name__] * (func.__name__ in READ))
+        return func(*args, **(kwargs or {}))
+
+
+def waits(run) -> list[str]:
+    found = []
+    with Methods(found), Operators(found):
+        run()
+    return found
+
+
+def test_what_waits_is_seen():
+    x, mask = torch.arange(4.0).requires_grad_(), torch.tensor([True, False, True, False])
+    assert waits(lambda: x.sum().item()) == ["item", "_local_scalar_dense"]
+    assert waits(lambda: x.tolist()) == ["tolist"]
+    assert waits(lambda: x[mask].sum().backward()) == ["index", "index_put"]
+    assert waits(lambda: torch.zeros(4).masked_scatter(mask, x).sum().backward()) == ["masked_scatter_backward"]
+    assert waits(lambda: x[torch.tensor([0, 2])].sum().backward()) == []
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_pretraining_step_waits_for_nothing(as_on_a_gpu, optimizer):
+    student, tokens = small_student(2), torch.randint(96, (4, 17))
+    config = PretrainConfig(batch_size=4, micro_batch_size=2, dropout=0.1, optimizer=optimizer)
+    trained_by, _ = pretrain.make_optimizer(student, config)
+    for step in range(2):
+        assert waits(lambda step=step: pretrain.train_step(student, trained_by, tokens, config, BF16, step)) == []
+
+
+def test_a_ppo_micro_batch_waits_for_nothing(as_on_a_gpu):
+    student, value_head = small_student(2), ValueHead(64)
+    one, two = (waits(lambda rows=rows: update(student, value_head, rows)) for rows in (4, 8))
+    assert one == two and len(one) < 16
+
+
+def test_reading_under_the_reference_waits_once(as_on_a_gpu):
+    student = small_student(2)
+    assert waits(lambda: ppo.read_reference(student, written(4), 1.0, 2, states=True)) == ["cpu", "numpy"] * 2
 
 
 # --- it computes the same ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -93,12 +94,47 @@ def test_pretraining_resumes_to_the_same_bits(place, tmp_path, dropout):
         pretrain.main([*argv, "--out", str(tmp_path / "parts")])
     assert len(metrics(tmp_path / "parts")) == 3
     pretrain.main(["--resume", "--out", str(tmp_path / "parts")])  # the options come from config.json
-    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+    pretrain.main(["--resume", "--out", str(tmp_path / "whole")])  # nothing is left to read
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """The same weights, and the same metrics but for times."""
+    assert_same_bits(a, b)
     timed = ("tokens_per_s", "peak_memory_mb")
-    plain = [
-        [{k: v for k, v in m.items() if k not in timed} for m in metrics(tmp_path / n)] for n in ("whole", "parts")
-    ]
+    plain = [[{k: v for k, v in m.items() if k not in timed} for m in metrics(run)] for run in (a, b)]
     assert plain[0] == plain[1]
+
+
+def test_a_step_launched_ahead_as_on_a_gpu_changes_nothing(place, tmp_path, monkeypatch):
+    argv = ["--corpus", str(place / "corpus.txt"), "--words", "2000", *SMALL]
+    pretrain.main([*argv, "--out", str(tmp_path / "whole")])
+    monkeypatch.setattr(pretrain, "steps_ahead", lambda device: 1)
+    events = []
+    train_step, wait = pretrain.train_step, pretrain.Download.wait
+    monkeypatch.setattr(pretrain, "train_step", lambda *args: (events.append("launched"), train_step(*args))[1])
+    monkeypatch.setattr(pretrain.Download, "wait", lambda self: (events.append("read"), wait(self))[1])
+    with interrupted_at(pretrain, step=3):
+        pretrain.main([*argv, "--out", str(tmp_path / "parts")])
+    assert events == ["launched", "launched", "read", "launched", "read", "launched", "read", "read"]
+    assert checkpoint.newest(tmp_path / "parts").name == "step_0000004" and len(metrics(tmp_path / "parts")) == 4
+    pretrain.main(["--resume", "--out", str(tmp_path / "parts")])
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(place, tmp_path, monkeypatch, capsys, ahead):
+    train_step = pretrain.train_step
+
+    def diverging(student, optimizer, batch, config, dtype, step):
+        loss, grad_norm = train_step(student, optimizer, batch, config, dtype, step)
+        return loss * (math.nan if step == 2 else 1), grad_norm
+
+    monkeypatch.setattr(pretrain, "train_step", diverging)
+    monkeypatch.setattr(pretrain, "steps_ahead", lambda device: ahead)
+    argv = ["--corpus", str(place / "corpus.txt"), "--words", "2000", "--save-every", "2", *SMALL]
+    assert "the loss is nan at step 3" in fails(pretrain.main, [*argv, "--out", str(tmp_path / "p")], capsys)
+    assert checkpoint.newest(tmp_path / "p").name == "step_0000002" and len(metrics(tmp_path / "p")) == 2
 
 
 def test_micro_batches_change_only_memory(place, tmp_path):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tinystory import ops
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.device import Download
 from tinystory.errors import UserError
 from tinystory.ops.engine import Engine
 from tinystory.student.model import KVCache, Student, ValueHead
@@ -134,15 +135,15 @@ def student_steps(
         outputs = tuple(column[:count] for column in step.outputs)
         rows = torch.arange(count, device="cpu")  # the batch, as rows of the outputs
         alive = torch.ones(count, dtype=torch.bool, device="cpu")  # which rows of the outputs have not ended
-        launched = deque([(rows, Drawn(step))])
+        launched = deque([(rows, Download(step.drawn))])
         ahead, t_launched = AHEAD if step.on_graph else 0, 0
         for t in range(new):
             while t_launched < min(t + ahead, new - 1):
                 step.advance()
-                launched.append((rows, Drawn(step)))
+                launched.append((rows, Download(step.drawn)))
                 t_launched += 1
             batch, drawn = launched.popleft()
-            tokens = drawn.tokens()
+            tokens = drawn.wait()
             written = alive[batch]
             ops.require_drawn(tokens[written], batch[written] + first_row)
             ended = batch[written & ((tokens == eos) | (t + 1 == new))]
@@ -175,24 +176,6 @@ def rows_to_keep(alive: int, rows: int, on_graph: bool) -> int:
     while rows > 64 and alive <= (rows + 1) // 2:
         rows = (rows + 1) // 2
     return rows
-
-
-class Drawn:
-    """The tokens that a step has drawn, on their way to the CPU."""
-
-    def __init__(self, step: "TokenStep"):
-        pinned = step.drawn.is_cuda
-        self.host = torch.empty(len(step.drawn), dtype=torch.int64, device="cpu", pin_memory=pinned)
-        self.host.copy_(step.drawn, non_blocking=pinned)
-        self.event = torch.cuda.Event() if pinned else None
-        if self.event:
-            self.event.record(torch.cuda.current_stream(step.drawn.device))
-
-    def tokens(self) -> Tensor:
-        """(R,) int64. Waits for the step, not for those after it."""
-        if self.event:
-            self.event.synchronize()
-        return self.host
 
 
 KEPT: WeakKeyDictionary[Student, "TokenStep"] = WeakKeyDictionary()  # of students on a GPU
