@@ -26,16 +26,19 @@ sanitize: .venv/ready
 	  .venv/bin/cmake -S . -B build/$$kind -DSANITIZE=$$kind && .venv/bin/cmake --build build/$$kind -j 2 && \
 	  .venv/bin/ctest --test-dir build/$$kind --output-on-failure || exit 1; done
 
-# The native tests of the CPU kernels, compiled by clang++ for two older x86-64 processors, and for ARM, which QEMU
-# emulates. Then the operators in torch, compiled by clang++, which gives them threads of our own instead of OpenMP.
+# The native tests of the CPU kernels, compiled by clang++ for two older x86-64 processors, and for ARM without and with
+# its bf16 instructions, which QEMU emulates. Then the operators in torch, compiled by clang++, which gives them threads
+# of our own instead of OpenMP.
 # Debian, Ubuntu: apt install clang g++-aarch64-linux-gnu qemu-user
 native = .venv/bin/cmake -S . -B build/$(1) -DSIMT=OFF $(2) && .venv/bin/cmake --build build/$(1) -j 2 && \
          .venv/bin/ctest --test-dir build/$(1) --output-on-failure
+aarch64 = -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+          -DCMAKE_EXE_LINKER_FLAGS=-static
 portable-check: .venv/ready
 	$(call native,x86-64-v3,-DCMAKE_CXX_COMPILER=clang++ -DARCH=-march=x86-64-v3)
 	$(call native,x86-64,-DCMAKE_CXX_COMPILER=clang++ -DARCH=-march=x86-64)
-	$(call native,aarch64,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DARCH= \
-	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64)
+	$(call native,aarch64,$(aarch64) -DARCH= -DCMAKE_CROSSCOMPILING_EMULATOR='qemu-aarch64;-cpu;cortex-a72')
+	$(call native,aarch64-bf16,$(aarch64) -DARCH=-march=armv8.6-a -DTWINS=OFF -DCMAKE_CROSSCOMPILING_EMULATOR='qemu-aarch64;-cpu;max')
 	CXX=clang++ TINYSTORY_CACHE=build/clang .venv/bin/pytest tests/ops
 
 # The tests at the oldest versions that pyproject.toml allows; PYTHON=python3.10 for the oldest Python. 6 GB.

@@ -126,6 +126,22 @@ def make_optimizer(student: Student, config: PretrainConfig) -> tuple[torch.opti
     return optimizer, [*blocks, *matrices, *vectors]
 
 
+def costly_muon(student: Student, optimizer: torch.optim.Optimizer, batch_size: int) -> str:
+    """What to tell who trains a wide student on few tokens per step: Muon's matmuls, as many for any batch, then take a
+    large part of it. "" where they do not. batch_size: sequences per step and process."""
+    if not isinstance(optimizer, MuonAdamW):
+        return ""
+    tokens = batch_size * student.config.context
+    read = student.wte.weight.numel() + sum(p.numel() for p in student.blocks.parameters() if p.dim() >= 2)
+    share = optimizer.flops() / (6 * read * tokens)  # forward and both gradients: three multiplications and additions
+    if share < 0.3:
+        return ""
+    return (
+        f"With {tokens:,} tokens per step, Muon's matmuls come to {share:.1f} times those of the student: a larger "
+        "--batch-size or --optimizer adamw takes less time per token."
+    )
+
+
 def train_step(
     student: Student, optimizer: torch.optim.Optimizer, batch: torch.Tensor, config: PretrainConfig,
     dtype: torch.dtype, step: int,
@@ -224,6 +240,8 @@ def pretrain(config: PretrainConfig) -> None:
         f"student with {size / 1e6:.1f} M parameters, {tokenizer.vocab_size} tokens, {device}, {str(dtype)[6:]}; "
         f"{config.words:,} words to read, {config.words / data.train.word_count:.2f} times the corpus"
     )
+    if costly := costly_muon(student, optimizer, config.batch_size // distributed.world_size()):
+        print(costly)
 
     def save(name: str) -> None:
         if not rank0:  # it would drop what rank 0 is writing as left half-written

@@ -2,7 +2,8 @@
 // TINYSTORY_AMX_TWIN a scalar twin of them takes their place, so that every path is tested on machines without AMX.
 #pragma once
 // clang 14 spells the macro without its second underscore.
-#if defined(TINYSTORY_AMX_TWIN) || (defined(__linux__) && (defined(__AMX_BF16__) || defined(__AMXBF16__)))
+#if defined(TINYSTORY_AMX_TWIN) || \
+    (defined(__linux__) && (defined(__AMX_BF16__) || defined(__AMXBF16__)) && !defined(TINYSTORY_ARM_BF16_TWIN))
 #define TINYSTORY_AMX
 #include <cstdint>
 #if defined(TINYSTORY_AMX_TWIN)

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "amx.h"
+#include "arm_bf16.h"
 #include "vec.h"
 
 namespace tinystory::cpu {
@@ -41,7 +42,7 @@ struct F64 {
   static vd broadcast(const char* p) { return splat<vd>(load<double>(p)); }
   static vd dot(vd a, vd b, vd sum) { return fma(a, b, sum); }
 };
-#if defined(__AVX512BF16__) || defined(TINYSTORY_AMX)
+#if defined(__AVX512BF16__) || defined(TINYSTORY_AMX) || defined(TINYSTORY_ARM_BF16)
 #define TINYSTORY_BF16
 struct BF16 {
   using Acc = float;
@@ -49,7 +50,9 @@ struct BF16 {
   static constexpr int kPack = 2;
   static constexpr int64_t kReduce = 384;
   static vf broadcast(const char* p) { return (vf)(vu{} + load<uint32_t>(p)); }
-#if defined(__AVX512BF16__)
+#if defined(TINYSTORY_ARM_BF16)
+  static vf dot(vf a, vf b, vf sum) { return arm::dot(a, b, sum); }
+#elif defined(__AVX512BF16__)
   static vf dot(vf a, vf b, vf sum) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 #else  // AMX without AVX-512: where tests run it
   static vf dot(vf a, vf b, vf sum) {
@@ -58,8 +61,8 @@ struct BF16 {
   }
 #endif
 };
-// The same on AMX's tiles where there are any: for a left operand whose k_stride is 1. Whether the tiles run depends on
-// the machine and n_k, not on the rows, whose results it changes.
+// The same by instructions that multiply small matrices, AMX's tiles or ARM's BFMMLA, where there are any: for a left
+// operand whose k_stride is 1. Whether they run depends on the machine and n_k, not on the rows, whose results it changes.
 struct BF16Tiles : BF16 {};
 #endif
 
@@ -129,11 +132,13 @@ void micro_column(int64_t rows, int64_t n_k, Left<Policy> a, const typename Poli
   if (rows > row) take(std::integral_constant<int, 1>());
 }
 
-// Whether AMX's tiles run a GEMM of this policy whose n_k is a multiple of kPadding.
+// Whether AMX's tiles or BFMMLA run a GEMM of this policy whose n_k is a multiple of kPadding.
 template <class Policy>
 bool on_tiles() {
 #if defined(TINYSTORY_AMX)
   return std::is_same_v<Policy, BF16Tiles> && amx::permitted();
+#elif defined(TINYSTORY_ARM_BF16)
+  return std::is_same_v<Policy, BF16Tiles>;
 #else
   return false;
 #endif
@@ -148,6 +153,10 @@ void gemm_panel(int64_t rows, int64_t vectors, int64_t n_k, Left<Policy> a, cons
   if constexpr (std::is_same_v<Policy, BF16Tiles>)
     if (on_tiles<Policy>() && n_k % amx::kPacks == 0 && vectors * L % amx::kPacks == 0)
       return amx::panel(rows, vectors * L, n_k, a.at, a.row_stride, b, bk, c, cm, add, done);
+#elif defined(TINYSTORY_ARM_BF16)
+  if constexpr (std::is_same_v<Policy, BF16Tiles>)
+    if (n_k % arm::kPacks == 0)
+      return arm::panel<Policy::kReduce>(rows, vectors * L, n_k, a.at, a.row_stride, b, bk, c, cm, add, done);
 #endif
   for (; vectors > kMicroVectors; vectors -= kMicroVectors, b += kMicroVectors * L, c += kMicroVectors * L)
     micro_column<Policy, kMicroVectors>(rows, n_k, a, b, bk, c, cm, add, [](int64_t, int64_t) {});
@@ -242,22 +251,6 @@ void pack_rows(typename Policy::Pack* to, const void* from, DType type, int64_t 
     }
   }
   std::memset(to, 0, (padded_rows - rows) * packs * sizeof *to);
-}
-
-// Interleaves the elements of a and b: those of their lower halves, or those of their upper halves.
-template <bool kUpper, class Vec, int... I>
-Vec zip(Vec a, Vec b, std::integer_sequence<int, I...>) {
-  constexpr int L = sizeof...(I), first = kUpper ? L / 2 : 0;
-#if __has_builtin(__builtin_shufflevector)
-  return __builtin_shufflevector(a, b, (first + I / 2 + I % 2 * L)...);
-#else  // GCC before 12
-  using Index = std::conditional_t<sizeof(Vec()[0]) == 8, vu64, vu>;
-  return __builtin_shuffle(a, b, Index{(first + I / 2 + I % 2 * L)...});
-#endif
-}
-template <bool kUpper, class Vec>
-Vec zip(Vec a, Vec b) {
-  return zip<kUpper>(a, b, std::make_integer_sequence<int, lanes<Vec>>());
 }
 
 // Packs rows as the right operand of a GEMM that reduces over rows: kPack rows side by side in each Pack, in panels of

@@ -168,6 +168,8 @@ const char* instructions() {
   return "AVX-512";
 #elif defined(__FMA__)
   return "AVX2";
+#elif defined(TINYSTORY_ARM_BF16)
+  return "NEON, BFMMLA for bfloat16";
 #elif defined(__aarch64__)
   return "NEON";
 #else

@@ -73,6 +73,21 @@ inline Vec splat(T x) {
   return x - Vec{};  // not Vec{} + x: -0 + 0 is +0, so the compiler would have to add
 }
 
+// Interleaves the elements of a and b: those of their lower halves, or those of their upper halves.
+template <bool kUpper, class Vec, int... I>
+Vec zip(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  constexpr int L = sizeof...(I), first = kUpper ? L / 2 : 0;
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, (first + I / 2 + I % 2 * L)...);
+#else  // GCC before 12
+  return __builtin_shuffle(a, b, decltype(a == b){(first + I / 2 + I % 2 * L)...});
+#endif
+}
+template <bool kUpper, class Vec>
+Vec zip(Vec a, Vec b) {
+  return zip<kUpper>(a, b, std::make_integer_sequence<int, lanes<Vec>>());
+}
+
 inline vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -149,6 +164,8 @@ inline vf from_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
 inline vh to_bf16(vf x) {
 #if defined(__AVX512BF16__)
   return (vh)_mm512_cvtneps_pbh((__m512)x);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return (vh)vcvt_bf16_f32((float32x4_t)x);
 #else
   const vu u = (vu)x, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   return __builtin_convertvector(select<vu>((vu)(x != x) != 0u, (u >> 16) | 0x40, rounded), vh);

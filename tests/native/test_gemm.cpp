@@ -1,5 +1,6 @@
-// The GEMM driver against plain loops that round as it does, bit for bit: every path of gemm.h, AMX's tiles (or their
-// scalar twin, where this is built with TINYSTORY_AMX_TWIN) among them. Guards lie around all that is written.
+// The GEMM driver against plain loops that round as it does, bit for bit: every path of gemm.h, among them AMX's tiles
+// and ARM's BFMMLA (or their scalar twins, where this is built with those). Guards lie around all that is written.
+#include "arm_bf16_twin.h"
 #include "cpu/gemm.h"
 #include "harness.h"
 
@@ -20,7 +21,7 @@ float half(uint32_t pair, int which) {
 template <class Policy>
 float partial(const typename Policy::Pack* a, int64_t ak, const typename Policy::Pack* b, int64_t bk, int64_t n,
               float c, bool add) {
-#if defined(TINYSTORY_BF16)
+#if defined(TINYSTORY_AMX)
   if constexpr (Policy::kPack == 2) {
     float sum = add ? c : 0;
     for (int64_t k = 0; k < n; k += 16) {  // TDPBF16PS, by Intel's description
@@ -33,6 +34,12 @@ float partial(const typename Policy::Pack* a, int64_t ak, const typename Policy:
   }
 #endif
   float sum = 0;
+#if defined(TINYSTORY_ARM_BF16)
+  if constexpr (Policy::kPack == 2) {
+    for (int64_t k = 0; k < n; ++k) sum = arm_bf16_twin::dot(sum, a[k * ak], b[k * bk]);
+    return add ? c + sum : sum;
+  }
+#endif
   for (int64_t k = 0; k < n; ++k) {
     const vf s = fma(splat<vf>(float(a[k * ak])), splat<vf>(float(b[k * bk])), splat<vf>(sum));
     sum = s[0];
@@ -106,6 +113,14 @@ int main() {
         if (amx::permitted()) test<BF16Tiles>({rows, columns, n_k}, false);
 #endif
       }
+#if defined(TINYSTORY_ARM_BF16) && !defined(TINYSTORY_AMX)
+  for (int64_t rows : {1, 2, 3, 5, 6, 7, 13, 97})
+    for (int64_t columns : {W, 16, 16 + W, 64, 80})
+      for (int64_t n_k : {4, 36, 388}) {
+        test<BF16Tiles>({rows, columns, n_k}, false);
+        if (n_k == 36) test<BF16>({rows, columns, n_k}, false);  // BFDOT: the same sums
+      }
+#endif
 #if defined(TINYSTORY_AMX)
   std::puts(amx::permitted() ? "AMX's tiles were tested" : "Linux does not permit AMX here: its tiles were not tested");
 #endif

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <array>
 
-#include "cpu/amx.h"
+#include "cpu/gemm.h"
 #include "harness.h"
 #include "kernels.h"
 
@@ -144,7 +144,7 @@ void test_layer_norm(int64_t rows, int64_t C) {
 
 int main() {
   std::vector<DType> types{DType::f32};
-#if defined(__AVX512BF16__) || defined(TINYSTORY_AMX)
+#if defined(TINYSTORY_BF16)
   types.push_back(DType::bf16);
 #endif
   for (DType gemm_type : types)

@@ -4,8 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import train_pretrain as pretrain
+from tinystory.config import PretrainConfig
 from tinystory.student import checkpoint
+from tinystory.student.model import Student, StudentConfig
 from tinystory.student.muon import MOMENTUM, MuonAdamW, orthogonalize
 
 
@@ -50,6 +54,30 @@ def test_queries_keys_and_values_are_three_matrices():
     parts = orthogonalize((qkv.grad * (1 - MOMENTUM**2)).view(3, 16, 16))
     optimizer_of(qkv, vector).step()
     torch.testing.assert_close(qkv.detach(), -0.01 * parts.view(48, 16), atol=1e-4, rtol=1e-3)
+
+
+def test_the_flops_of_a_step_are_those_it_computes():
+    qkv, fc, vector = (torch.nn.Parameter(torch.randn(shape)) for shape in ((48, 16), (64, 16), (16,)))
+    optimizer = MuonAdamW([qkv, fc], [dict(params=[vector], weight_decay=0.0)], lr=0.01)
+    for p in (qkv, fc, vector):
+        p.grad = torch.randn_like(p)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    square, tall = 5 * 3 * 2 * 16**3, 2 * 2 * 16 * 16 * 64 + 17 * 2 * 16**3
+    assert optimizer.flops() == counter.get_total_flops() == 3 * square + tall
+
+
+def test_pretraining_says_when_muon_takes_a_large_part_of_a_step():
+    student = Student(StudentConfig(n_layer=2, n_head=2, n_embd=64, context=32, vocab_size=128))
+
+    def said(optimizer, batch_size):
+        trained_by, _ = pretrain.make_optimizer(student, PretrainConfig(optimizer=optimizer))
+        return pretrain.costly_muon(student, trained_by, batch_size)
+
+    # Per layer four square matrices of 30 n^3 operations and two of 50 n^3; the student's are 6 per weight and token.
+    share = 2 * 220 * 64**3 / (6 * (2 * 12 * 64**2 + 128 * 64) * 4 * 32)
+    assert f"With 128 tokens per step, Muon's matmuls come to {share:.1f} times" in said("muon", 4)
+    assert said("muon", 64) == said("adamw", 4) == ""
 
 
 def test_its_state_is_saved_and_continued():

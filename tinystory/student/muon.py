@@ -37,12 +37,26 @@ class MuonAdamW(torch.optim.AdamW):
             updates.setdefault(p.shape, []).append((p, p.grad.lerp(state["momentum"], MOMENTUM)))  # Nesterov's
             p.grad = None  # AdamW leaves it alone
         for (rows, columns), pairs in updates.items():
-            parts = rows // columns if rows == 3 * columns else 1  # queries, keys and values are three matrices
-            stacked = torch.stack([update for _, update in pairs]).view(-1, rows // parts, columns)
-            scale = max(1.0, rows / parts / columns) ** 0.5
+            stacked = matrices(torch.stack([update for _, update in pairs]))
+            scale = max(1.0, stacked.shape[-2] / columns) ** 0.5
             for (p, _), update in zip(pairs, orthogonalize(stacked).view(-1, rows, columns), strict=True):
                 p.add_(update, alpha=-group["lr"] * scale)
         super().step()
+
+    def flops(self) -> int:
+        """Floating-point operations of the matmuls of a step, counted without computing them."""
+        from torch.utils.flop_counter import FlopCounterMode  # here, because it takes a tenth of a second to import
+
+        with FlopCounterMode(display=False) as counter:
+            for p in self.param_groups[0]["params"]:
+                orthogonalize(matrices(torch.empty(1, *p.shape, device="meta")))
+        return counter.get_total_flops()
+
+
+def matrices(x: Tensor) -> Tensor:
+    """(n, rows, columns) -> the matrices that are orthogonalised: queries, keys and values are three."""
+    rows, columns = x.shape[1:]
+    return x.view(-1, columns if rows == 3 * columns else rows, columns)
 
 
 def orthogonalize(x: Tensor) -> Tensor:
