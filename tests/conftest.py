@@ -17,7 +17,9 @@ from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher import judge
 
 os.environ.setdefault("TINYSTORY_KERNELS", "ours")  # not PyTorch's where it is faster
-hypothesis.settings.register_profile("patient", deadline=None)  # a slow machine is no failure
+# TINYSTORY_FUZZ=50 pytest -m hypothesis: fifty times as many examples. No deadline, since a slow machine is no failure.
+examples = 100 * int(os.environ.get("TINYSTORY_FUZZ", "1"))
+hypothesis.settings.register_profile("patient", deadline=None, max_examples=examples)
 hypothesis.settings.load_profile("patient")
 
 NAMES = ("Tom", "Mia", "Ben", "Lily", "Max", "Ana", "Sam", "Eva")

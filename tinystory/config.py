@@ -148,7 +148,7 @@ class InteractConfig:
     openings: str = option("builtin", "what stories begin with: builtin, or a file with one opening per line")
     opening: str = option("", "one opening for every story, in place of --openings")
     stories_per_opening: int = option(1, "stories that share an opening within a step", "[1, 1e9]")
-    steps: int = option(16, "maximum number of PPO steps", "[1, 1e9]")
+    steps: int = option(12, "maximum number of PPO steps", "[1, 1e9]")
     stories_per_step: int = option(256, "stories per step", "[1, 1e9]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(0.7, "sampling temperature of the student", "[0.01, 100]")
@@ -168,10 +168,13 @@ class InteractConfig:
     look_stories: int = option(40, "stories per look; the student that earns most in one is kept as `best`", "[1, 1e9]")
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
-    learning_rate: float = option(6e-5, "initial learning rate of Adam", "(0, 100]")
+    learning_rate: float = option(6e-4, "initial learning rate of Adam", "(0, 100]")
     lr_decay: bool = option(True, "let the rate fall linearly to 0 at --steps")
     sharpness_rate: float = option(
         0.06, "initial learning rate of the scale of all logits, which is learned apart; 0: not", "[0, 100]"
+    )
+    signal_gate: bool = option(
+        True, "multiply each rate by the part of its gradient that is signal: what two halves of the stories agree on"
     )
     adam_eps: float = option(1e-8, "Adam epsilon", "(0, 1]")
     epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]")
@@ -213,7 +216,7 @@ _PAPER_INTERACT = dict(
     dtype="float32", opening=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
     stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000,
     budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, look_every=0,
-    learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, critic="head", adam_eps=1e-8, epochs=4,
+    learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, signal_gate=False, critic="head", adam_eps=1e-8, epochs=4,
     minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1, max_ratio=10.0,
     grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
@@ -351,3 +354,5 @@ def _check_together(config: Any) -> None:
         raise UserError("--opening and --openings do not go together; --opening '' leaves the choice to --openings")
     if config.critic == "ridge" and config.stories_per_step < 2:
         raise UserError("--critic ridge learns from the other stories of a step: give --stories-per-step 2 or more")
+    if config.signal_gate and (config.minibatch_size or config.stories_per_step) < 2:
+        raise UserError("--signal-gate compares two halves of a minibatch: give it 2 stories, or --no-signal-gate")

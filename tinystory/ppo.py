@@ -8,7 +8,7 @@ Tensors are (B, N): one row per story, one column per response token; `mask` is 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,8 +31,8 @@ Autocast = Callable[[], contextlib.AbstractContextManager]
 @dataclass
 class Batch:
     """The stories of one step, right-padded. inputs: (B, T) int64, opening and story but for its last token; predicts:
-    (B, T) bool, True where the next token is the story's; tokens: (B, N) int64; mask: (B, N) bool; logprobs, values:
-    (B, N) float32, from when the token was sampled."""
+    (B, T) bool, True where the next token is the story's; tokens: (B, N) int64; mask: (B, N) bool; logprobs, values,
+    entropies: (B, N) float32, from when the token was sampled."""
 
     inputs: Tensor
     predicts: Tensor
@@ -40,6 +40,7 @@ class Batch:
     mask: Tensor
     logprobs: Tensor
     values: Tensor
+    entropies: Tensor
 
     @cached_property
     def host(self) -> tuple[np.ndarray, np.ndarray]:
@@ -95,6 +96,7 @@ def collate(stories: list[Story], tokenizer: Tokenizer, device: torch.device) ->
         mask=pad(masks, False),
         logprobs=pad([s.logprobs for s in stories], 0.0),
         values=pad([s.values for s in stories], 0.0),
+        entropies=pad([s.entropies for s in stories], 0.0),
     )
 
 
@@ -167,6 +169,40 @@ class SharpAdam(torch.optim.Adam):
         for p in scaled:
             p.mul_(self.sharpness.exp())
         self.sharpness.zero_()
+
+
+@contextlib.contextmanager
+def scaled_rates(optimizer: torch.optim.Optimizer, gains: Sequence[float]) -> Iterator[None]:
+    """The learning rate of each group of parameters multiplied by its gain, within the context."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group, gain in zip(optimizer.param_groups, gains, strict=False):
+        group["lr"] *= gain
+    yield
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def signal_of_halves(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """The part of a batch's gradient that is signal, 0..1, from the gradients of its two halves: |G|^2 / E|g|^2, where
+    G is the expectation of g. What two halves agree on is the signal; a step scaled by its share is the best estimate
+    of G along g (Wiener's), and the best rate falls as it does (McCandlish et al. 2018, arXiv 1812.06162, eq. 2.6)."""
+    zero, pairs = first[0].new_zeros((), dtype=torch.float64), list(zip(first, second, strict=True))
+    agreement = sum(((a * b).sum().double() for a, b in pairs), zero)
+    power = sum((((a * a).sum() + (b * b).sum()).double() for a, b in pairs), zero) / 2
+    agree, squares = torch.stack([agreement, power]).tolist()
+    if agree <= 0:
+        return 0.0
+    half = agree / squares
+    return 2 * half / (1 + half)
+
+
+def signal_of_sharpness(advantages: Tensor, batch: Batch) -> float:
+    """The part of the gradient along the sharpness s that is signal, 0..1: 1 - 1 / t^2, where t is its mean over the
+    stories in standard errors. The derivative of a token's log-probability by s is logprob + entropy."""
+    each = (advantages * (batch.logprobs + batch.entropies) * batch.mask).sum(1).double()
+    if len(each) < 2 or not each.any():
+        return 0.0
+    return max(0.0, float(1 - each.var() / (len(each) * each.mean() ** 2)))
 
 
 def response_states(student: Student, batch: Batch) -> Tensor:
@@ -281,61 +317,90 @@ def update(
     The order of minibatches is drawn from torch's global generator. The gradient of a minibatch is accumulated over
     micro-batches and processes and divided by the number of its tokens, so both affect only memory and speed.
     """
-    B, device = len(batch.tokens), batch.tokens.device
+    B = len(batch.tokens)
     minibatch = config.minibatch_size or B
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    losses = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
-    sums = dict.fromkeys((*losses, "grad_norm"), 0.0)
-    ratio_error, updates, skipped = torch.zeros((), device=batch.tokens.device), 0, 0
-    with autocast():
-        dtype = ops.matmul_dtype(student.wte.weight)
+    names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
+    sums = dict.fromkeys((*names, "grad_norm", "signal", "signal_sharpness"), 0.0)
+    ratio_error, updates, skipped = 0.0, 0, 0
     for epoch in range(config.epochs):
         order = torch.arange(B) if minibatch >= B else torch.randperm(B)
         for chosen in order.split(minibatch):
-            count = batch.mask[upload(chosen, device)].sum()
-            told = torch.zeros(len(losses) + 1, dtype=torch.float64, device=device)  # a GPU runs ahead meanwhile
-            optimizer.zero_grad(set_to_none=True)
-            mine = distributed.shard_strided(chosen)
-            with student.lowered(dtype):
-                for part in by_length(batch.lengths[mine], config.micro_batch_size):
-                    old, rows = batch.rows(mine[part]), upload(mine[part], device)
-                    mask = old.mask
-                    with autocast():
-                        logprob, value = response_stats(student, value_head, old, config.temperature)
-                    value = old.values if value_head is None else value
-                    ratio = torch.exp(torch.where(mask, logprob - old.logprobs, 0.0))
-                    clipped_ratio = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
-                    clipped_values = old.values + (value - old.values).clamp(-config.clip_value, config.clip_value)
-                    advantage, target = advantages[rows], returns[rows]
-                    policy_loss = torch.maximum(-advantage * ratio, -advantage * clipped_ratio) * mask
-                    value_loss = torch.maximum((value - target) ** 2, (clipped_values - target) ** 2) * mask
-                    loss = (policy_loss.sum() + config.value_coef * 0.5 * value_loss.sum()) / count
-                    loss.backward()
-                    with torch.no_grad():
-                        if epoch == 0 and updates == 0:  # no update yet: any ratio other than 1 is rounding
-                            ratio_error = torch.maximum(ratio_error, ((ratio - 1).abs() * mask).max())
-                        clipped = (-advantage * clipped_ratio > -advantage * ratio) & mask
-                        approx_kl = ((ratio - 1) - ratio.log()) * mask
-                        parts = (policy_loss, 0.5 * value_loss, clipped, approx_kl, ratio * mask)
-                        told += torch.stack([part.sum().double() for part in parts]) / count
-            distributed.all_reduce_gradients(parameters)
-            *means, mean_ratio = distributed.all_reduce_sum(told).tolist()
-            stats = dict(zip(losses, means, strict=True))
+            picked = upload(chosen, batch.tokens.device)
+            gains, told, gradients = (1.0, 1.0), [], []
+            for half in (chosen[0::2], chosen[1::2]) if config.signal_gate else (chosen,):
+                optimizer.zero_grad(set_to_none=True)
+                count = batch.mask[picked].sum()
+                mine = distributed.shard_strided(half)
+                told.append(backward(student, value_head, batch, mine, count, advantages, returns, config, autocast))
+                distributed.all_reduce_gradients(parameters)
+                gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+            if config.signal_gate:
+                gains = signal_of_halves(*gradients), signal_of_sharpness(advantages[picked], batch.rows(chosen))
+                for p, *halves in zip(parameters, *gradients, strict=True):
+                    p.grad = halves[0] + halves[1]
+            if epoch == 0 and updates == 0:  # no update yet: any ratio other than 1 is rounding
+                ratio_error = max(ratio_error, *(float(largest) for _, largest in told))
+            *means, mean_ratio = distributed.all_reduce_sum(torch.stack([means for means, _ in told]).sum(0)).tolist()
             if not mean_ratio <= config.max_ratio:  # also true for NaN
                 skipped += 1
                 continue
             limit = config.grad_clip or float("inf")
-            stats["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, limit))
-            optimizer.step()
+            norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+            with scaled_rates(optimizer, gains):
+                optimizer.step()
             updates += 1
-            for name in sums:
-                sums[name] += stats[name]
+            for name, value in zip(sums, (*means, norm, *gains), strict=True):
+                sums[name] += value
     optimizer.zero_grad(set_to_none=True)
     targets = batch.packed(returns)
     several = len(targets) > 1  # one has no variance
     unexplained = (targets - batch.packed(batch.values)).var() / targets.var().clamp(min=1e-12) if several else math.nan
     return {name: value / max(updates, 1) for name, value in sums.items()} | {
-        "ratio_error": distributed.all_reduce_max(float(ratio_error)),
+        "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,
         "explained_variance": float(1 - unexplained),
     }
+
+
+def backward(
+    student: Student,
+    value_head: ValueHead | None,
+    batch: Batch,
+    mine: Tensor,
+    count: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    config: InteractConfig,
+    autocast: Autocast,
+) -> tuple[Tensor, Tensor]:
+    """Add to the parameters' gradients those of the stories `mine`, indices of the batch, divided by `count` tokens.
+
+    mine: int64, on the CPU. Returns sums over their tokens, divided so as well, (5,) float64: policy and value loss,
+    clipped, approx_kl and ratio; and the largest |ratio - 1|. Both stay on the device, so that a GPU runs ahead."""
+    device = batch.tokens.device
+    told, largest = torch.zeros(5, dtype=torch.float64, device=device), torch.zeros((), device=device)
+    with autocast():
+        dtype = ops.matmul_dtype(student.wte.weight)
+    with student.lowered(dtype):
+        for part in by_length(batch.lengths[mine], config.micro_batch_size):
+            old, rows = batch.rows(mine[part]), upload(mine[part], device)
+            mask = old.mask
+            with autocast():
+                logprob, value = response_stats(student, value_head, old, config.temperature)
+            value = old.values if value_head is None else value
+            ratio = torch.exp(torch.where(mask, logprob - old.logprobs, 0.0))
+            clipped_ratio = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
+            clipped_values = old.values + (value - old.values).clamp(-config.clip_value, config.clip_value)
+            advantage, target = advantages[rows], returns[rows]
+            policy_loss = torch.maximum(-advantage * ratio, -advantage * clipped_ratio) * mask
+            value_loss = torch.maximum((value - target) ** 2, (clipped_values - target) ** 2) * mask
+            loss = (policy_loss.sum() + config.value_coef * 0.5 * value_loss.sum()) / count
+            loss.backward()
+            with torch.no_grad():
+                largest = torch.maximum(largest, ((ratio - 1).abs() * mask).max())
+                clipped = (-advantage * clipped_ratio > -advantage * ratio) & mask
+                approx_kl = ((ratio - 1) - ratio.log()) * mask
+                parts = (policy_loss, 0.5 * value_loss, clipped, approx_kl, ratio * mask)
+                told += torch.stack([part.sum().double() for part in parts]) / count
+    return told, largest

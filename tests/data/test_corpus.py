@@ -13,7 +13,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.data import corpus
@@ -67,7 +67,6 @@ def test_json_lines(tmp_path, gz):
     assert read(path) == ["One.\r\n\r\nStill one.", "Two\u2028two", f"Three {MARKER} three"]
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     documents=st.lists(
         st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), min_size=1, max_size=30)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.data import shards
@@ -56,7 +56,6 @@ def words_one_by_one(tokenizer: Tokenizer, text: str) -> list[int]:
     return counts
 
 
-@settings(max_examples=400, deadline=None)
 @given(documents=st.lists(TEXT, min_size=1, max_size=4))
 def test_words_are_counted_exactly(tokenizer, documents):
     tokens, words, lengths, byte_count = encode(tokenizer, documents)

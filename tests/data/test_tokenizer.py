@@ -5,7 +5,7 @@ import random
 import pytest
 import tokenizers
 from conftest import AWKWARD
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.data.builtin import grammar
@@ -32,7 +32,6 @@ def reference(tokenizer) -> tokenizers.Tokenizer:
     return reference
 
 
-@settings(max_examples=500, deadline=None)
 @given(text=TEXT)
 def test_same_ids_as_tokenizers_and_back_to_the_same_text(tokenizer, reference, text):
     ids = tokenizer.encode(text)
@@ -51,7 +50,6 @@ def test_every_unicode_character_splits_alike_in_both_libraries(tokenizer, refer
         assert tokenizer.decode(ours) == text
 
 
-@settings(max_examples=100, deadline=None)
 @given(documents=st.lists(st.text("aab' é", min_size=1, max_size=200), min_size=1, max_size=5), text=st.text("aab' é"))
 def test_same_ids_whatever_the_merges(documents, text):
     ours = Tokenizer.train(documents, 400)

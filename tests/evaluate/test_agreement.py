@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.errors import UserError
@@ -27,7 +27,6 @@ def drawn(seed, n=80):
     return np.random.default_rng(seed).integers(0, 4, (n, 3)).tolist()
 
 
-@settings(max_examples=60)
 @given(TABLES)
 def test_kappa_is_scikit_learns(pairs):
     metrics = pytest.importorskip("sklearn.metrics", reason="pip install 'tinystory[test]'")
@@ -37,7 +36,6 @@ def test_kappa_is_scikit_learns(pairs):
     assert weighted_kappa(a.astype(float), b.astype(float)) == pytest.approx(theirs, abs=1e-12, nan_ok=True)
 
 
-@settings(max_examples=60)
 @given(TABLES)
 def test_spearman_is_scipys(pairs):
     stats = pytest.importorskip("scipy.stats", reason="pip install 'tinystory[test]'")

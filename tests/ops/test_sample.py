@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory import ops
@@ -30,7 +30,6 @@ def logits_of(kind, b, v):
     return x
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(["normal", "equal", "ties", "masked", "peaked"]),
     st.one_of(st.integers(1, 80), st.integers(900, 5000)),

@@ -56,7 +56,7 @@ def test_four_updates_are_trls(setting, monkeypatch):
         tokens, opening = theirs["tokens"].long(), torch.tensor(FACTS["opening"]).expand(len(mask), -1)
         inputs = torch.cat([opening, tokens[:, :-1]], 1)
         predicts = torch.cat([torch.zeros(len(mask), opening.shape[1] - 1, dtype=torch.bool), mask], 1)
-        batch = ppo.Batch(inputs, predicts, tokens, mask, *[torch.zeros(mask.shape)] * 2)
+        batch = ppo.Batch(inputs, predicts, tokens, mask, *[torch.zeros(mask.shape)] * 3)
         with torch.no_grad():
             batch.logprobs, batch.values = ppo.response_stats(student, head, batch, 1.0)
             hidden = student.hidden(inputs)[:, opening.shape[1] - 1 :][mask]

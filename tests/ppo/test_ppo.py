@@ -6,14 +6,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tinystory import ppo
 from tinystory.babylm import WordBudget
 from tinystory.config import INTERACT_PRESETS, InteractConfig
-from tinystory.errors import UserError
-from tinystory.reward import differences, load_score, phrases, story_reward
 from tinystory.student.generate import Story, encode_opening
 from tinystory.student.model import ValueHead
 
@@ -28,7 +24,7 @@ def with_openings(openings, tokens, mask, logprobs, values) -> ppo.Batch:
         first, n = len(opening) - 1, int(mask[b].sum())
         inputs[b, : first + n] = torch.cat([opening, tokens[b, : n - 1]])
         predicts[b, first : first + n] = True
-    return ppo.Batch(inputs, predicts, tokens, mask, logprobs, values)
+    return ppo.Batch(inputs, predicts, tokens, mask, logprobs, values, torch.zeros(mask.shape))
 
 
 CONFIG = InteractConfig(**INTERACT_PRESETS["paper"])
@@ -61,6 +57,66 @@ def test_sharpness_scales_all_logits_along_the_gradient(student):
     after = student(tokens).detach()
     torch.testing.assert_close(after, before * math.exp(-0.1 * slope.sign()), rtol=1e-4, atol=1e-5)
     assert optimizer.sharpness == 0  # folded into the weights
+
+
+def test_two_halves_tell_signal_from_noise():
+    """The signal of a batch is |G|^2 / (|G|^2 + variance); a half has half of G and half of the variance."""
+    g = torch.Generator().manual_seed(3)
+    size = 200_000
+    for signal, noise in ((1.0, 1.0), (1.0, 3.0), (0.0, 1.0)):
+        halves = [
+            [signal / 2 + noise * math.sqrt(0.5) * torch.randn(size, generator=g) for _ in range(2)] for _ in range(2)
+        ]
+        assert ppo.signal_of_halves(*halves) == pytest.approx(signal**2 / (signal**2 + noise**2), abs=0.02)
+    one = [torch.ones(4)]
+    assert ppo.signal_of_halves(one, one) == 1 and ppo.signal_of_halves(one, [-one[0]]) == 0
+    assert ppo.signal_of_halves([torch.zeros(4)], [torch.zeros(4)]) == 0
+
+
+def test_signal_along_the_sharpness_is_that_of_each_storys_derivative(student):
+    """The derivative of a token's log-probability by the logarithm of a factor on the logits is logprob + entropy."""
+    tokens = torch.randint(5, 90, (6, 9))
+    mask = torch.ones(6, 8, dtype=torch.bool)
+    mask[2, 5:] = False
+
+    def told(factor):
+        each = (factor * student(tokens[:, :-1])).log_softmax(-1).double()
+        return each.gather(2, tokens[:, 1:, None])[..., 0], -(each.exp() * each).sum(-1)
+
+    with torch.no_grad():
+        h = 1e-3
+        slope = (told(math.exp(h))[0] - told(math.exp(-h))[0]) / (2 * h)
+        logprobs, entropies = (x.float() for x in told(1.0))
+    batch = ppo.Batch(tokens, mask, tokens, mask, logprobs, logprobs, entropies)
+    for shift in (0.5, 3.0):
+        advantages = torch.randn(6, 8) + shift * slope.float().sign()
+        each = (advantages * slope * mask).sum(1)
+        t = float(each.mean() / (each.std() / math.sqrt(6)))
+        assert ppo.signal_of_sharpness(advantages, batch) == pytest.approx(max(0, 1 - 1 / t**2), abs=1e-3)
+    assert ppo.signal_of_sharpness(advantages[:1], batch.rows(torch.tensor([0]))) == 0  # one story tells no spread
+
+
+def test_a_gated_step_is_the_step_times_its_signal(student):
+    config = dataclasses.replace(CONFIG, epochs=1, signal_gate=True, micro_batch_size=2)
+    batch = random_batch([4, 6, 5, 7], student.config.vocab_size).rows(torch.tensor([0, 1, 2, 0, 3, 1]))
+    with torch.no_grad():
+        batch.logprobs = ppo.response_stats(student, None, batch, 1.0)[0]
+    advantages = torch.ones(batch.tokens.shape) * batch.mask  # stories 0 and 1 are in both halves
+    moved = []
+    for gate in (True, False):
+        learner = copy.deepcopy(student)
+        optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+        how = dataclasses.replace(config, signal_gate=gate)
+        stats = ppo.update(learner, None, optimizer, batch, advantages, batch.values, how)
+        assert optimizer.param_groups[0]["lr"] == 0.1  # restored
+        moved.append([a - b for a, b in zip(learner.parameters(), student.parameters(), strict=True)])
+        if gate:
+            signal = stats["signal"]
+        else:
+            assert stats["signal"] == stats["signal_sharpness"] == 1
+    assert 0.02 < signal < 0.98
+    for gated, whole in zip(*moved, strict=True):
+        torch.testing.assert_close(gated, signal * whole, rtol=1e-3, atol=1e-6)
 
 
 def test_without_sharpness_it_is_adam_bit_for_bit(student):
@@ -320,116 +376,8 @@ def test_a_batch_holds_each_story_after_its_own_opening(tokenizer):
     assert batch.predicts.sum() == batch.mask.sum()
 
 
-PAPER = {name: INTERACT_PRESETS["paper"][name] for name in ("diversity", "length_weight", "length_words", "unfinished")}
-
-
-def test_reward_is_the_papers():
-    for difference, ended in ((0.0, False), (1.0, True)):  # neither matters
-        assert story_reward(7 / 9, difference, 45, ended, **PAPER) == pytest.approx((7 / 9 + 0.4 * 45 / 90) / 1.4)
-        assert story_reward(1.0, difference, 90, ended, **PAPER) == 1.0
-        assert story_reward(1.0, difference, 500, ended, **PAPER) == 1.0
-        assert story_reward(0.0, difference, 0, ended, **PAPER) == 0.0
-
-
-def test_sameness_and_a_cut_cost_a_part_of_the_reward():
-    how = dict(length_weight=0.0, length_words=90)
-    assert story_reward(0.8, 0.25, 50, True, diversity=1.0, unfinished=0.5, **how) == pytest.approx(0.8 * 0.25)
-    assert story_reward(0.8, 0.25, 50, True, diversity=0.5, unfinished=0.5, **how) == pytest.approx(0.8 * 0.625)
-    assert story_reward(0.8, 1.0, 50, False, diversity=1.0, unfinished=0.5, **how) == pytest.approx(0.4)
-    long = story_reward(0.8, 1.0, 90, True, diversity=1.0, unfinished=0.5, length_weight=0.4, length_words=90)
-    assert long == pytest.approx(1.2 / 1.4)
-
-
-unit = st.floats(0, 1)
-
-
-@given(unit, unit, unit, st.integers(0, 300), st.booleans(), unit, unit)
-def test_a_reward_is_from_0_to_1_and_rises_with_the_difference(score, low, high, words, ended, diversity, unfinished):
-    how = dict(diversity=diversity, unfinished=unfinished, length_weight=0.4, length_words=90)
-    low, high = sorted((low, high))
-    rewards = [story_reward(score, difference, words, ended, **how) for difference in (low, high)]
-    assert -1e-12 <= rewards[0] <= rewards[1] + 1e-12 <= 1 + 2e-12
-
-
-@given(st.lists(st.sampled_from("abcdefgh"), min_size=4, max_size=30), st.integers(1, 9))
-def test_stories_that_are_all_the_same_share_their_difference(words, n):
-    assert differences([" ".join(words)] * n) == pytest.approx([1 / n] * n)
-
-
-@given(st.lists(st.integers(4, 30), min_size=1, max_size=8), st.randoms(use_true_random=False))
-def test_stories_that_share_no_phrase_are_wholly_different(lengths, random):
-    stories = [" ".join(f"{chr(97 + i)}{random.randrange(5)}" for _ in range(n)) for i, n in enumerate(lengths)]
-    assert differences(stories) == pytest.approx([1.0] * len(stories))
-
-
-@given(st.lists(st.lists(st.sampled_from(["a", "b", "Tom", "Mia"]), max_size=12).map(" ".join), max_size=8))
-def test_a_difference_does_not_depend_on_order_or_on_names(stories):
-    found = differences(stories)
-    assert all(0 <= each <= 1 for each in found)
-    assert differences(stories[::-1]) == pytest.approx(found[::-1])
-    assert differences([story.replace("Tom", "Peanut") for story in stories]) == pytest.approx(found)
-
-
-def test_phrases_count_names_as_one_word_and_ignore_punctuation():
-    assert phrases('Tom had a "big" ball.') == {("@", "had", "a", "big"), ("had", "a", "big", "ball")}
-    assert phrases("Tom had a big ball") == phrases("Mia had a big, ball!") and phrases("too short here") == set()
-    assert phrases("a b c", 2) == {("a", "b"), ("b", "c")}
-    assert differences(["Tom saw a dog", "Mia saw a dog", "a cat sat down", "short"]) == [0.5, 0.5, 1.0, 0.0]
-
-
 def test_budget_stops_before_it_is_overrun():
     budget = WordBudget(limit_in=100, limit_out=1000, words_in=15)
     assert budget.allows(85, 1000) and not budget.allows(86, 0) and not budget.allows(0, 1001)
     budget.spend(80, 990)
     assert budget.allows(5, 10) and not budget.allows(6, 10) and not budget.allows(5, 11)
-
-
-def test_the_scores_of_a_callable_are_checked(tmp_path):
-    file = tmp_path / "r.py"
-    file.write_text(
-        "def ok(o, s): return [0.5 if x else None for x in s]\ndef short(o, s): return []\ndef wild(o, s): return [2]\n"
-    )
-    assert load_score(f"{file}:ok")("o", ["a", ""]) == [0.5, None]
-    for name, words in (("short", "gave 0 scores for 1"), ("wild", "gave 2;"), ("none", "no function 'none'")):
-        with pytest.raises(UserError, match=words):
-            load_score(f"{file}:{name}")("o", ["a"])
-    with pytest.raises(UserError, match="no file"):
-        load_score("nowhere.py:f")
-    (tmp_path / "r.txt").write_text("")
-    with pytest.raises(UserError, match="not a Python file"):
-        load_score(f"{tmp_path / 'r.txt'}:f")
-
-
-@pytest.mark.parametrize(
-    "body, words",
-    [
-        ("def f(o, s):\n    return [1 / 0 for x in s]\n", "r.py, line 2: ZeroDivisionError: division by zero"),
-        ("def f(o, s):\n    return json.loads('x')\nimport json\n", "r.py, line 2: JSONDecodeError"),
-        ("\ndef f(o, s)\n    return [1]\n", "r.py, line 2: SyntaxError"),
-        ("import nowhere_at_all\n", "r.py, line 1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
-        ("def f(o, s):\n    raise KeyError\n", "r.py, line 2: KeyError"),
-        ("def f(o, s):\n    yield 0.5\n    raise OSError('no\\nroom')\n", "r.py, line 3: OSError: no room"),
-        ("def f(o):\n    return [1]\n", "r.py: TypeError"),
-        ("def f(o, s):\n    return '0'\n", "gave '0'; it must give a list"),
-        ("def f(o, s):\n    return None\n", "gave None; it must give a list"),
-        ("def f(o, s):\n    return 0.5\n", "TypeError"),
-        ("def f(o, s):\n    return ['0.5']\n", "gave '0.5'; a score is a number from 0 to 1, or None"),
-        ("def f(o, s):\n    return [float('nan')]\n", "gave nan; a score is a number"),
-        ("def f(o, s):\n    return [{}]\n", "gave {}; a score is a number"),
-    ],
-)
-def test_a_reward_file_that_fails_is_one_sentence_with_its_line(tmp_path, body, words):
-    (tmp_path / "r.py").write_text(body)
-    with pytest.raises(UserError) as caught:
-        load_score(f"{tmp_path / 'r.py'}:f")("o", ["a"])
-    assert words in str(caught.value) and "--reward" in str(caught.value) and str(caught.value).isprintable()
-
-
-def test_scores_of_any_library_are_numbers(tmp_path):
-    (tmp_path / "r.py").write_text(
-        "import numpy, torch\n"
-        "def f(o, s): return numpy.array([0.25, 1.0], dtype='f')\n"
-        "def g(o, s): return [torch.tensor(0.5), True]\n"
-    )
-    assert list(load_score(f"{tmp_path / 'r.py'}:f")("o", ["a", "b"])) == [0.25, 1.0]
-    assert list(load_score(f"{tmp_path / 'r.py'}:g")("o", ["a", "b"])) == [0.5, 1]

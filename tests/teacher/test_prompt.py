@@ -5,7 +5,7 @@ import re
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.errors import UserError
@@ -31,7 +31,6 @@ pieces = st.sampled_from([BEFORE, BETWEEN, AFTER, fence(0, 0, ""), fence(0, 1, "
 texts = st.text() | st.lists(pieces | st.text(max_size=8), max_size=12).map("".join)
 
 
-@settings(deadline=None)
 @given(texts, texts, st.integers(0, 3), st.integers(-1, 3))
 def test_what_was_rendered_is_read_back(opening, story, seed, index):
     mark = fence(seed, index, f"{opening}\n{story}")
@@ -44,7 +43,6 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(json_values)
 def test_other_messages_are_not_a_story(value):
     assert read_back(value) is None
@@ -52,7 +50,6 @@ def test_other_messages_are_not_a_story(value):
     assert read_back([{"role": "user", "content": f"{BEFORE}{value}{AFTER}"}]) is None
 
 
-@settings(deadline=None)
 @given(texts)
 def test_clean_text_has_nothing_hidden(text):
     cleaned = clean(text)

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tinystory.teacher.grade import parse_scores
@@ -16,14 +16,12 @@ between = st.one_of(st.text(" \t\r\n", min_size=1, max_size=3), st.tuples(space,
 scores = st.lists(st.integers(0, 3), min_size=3, max_size=3)
 
 
-@settings(deadline=None)
 @given(scores, between, between, space, space, st.sampled_from(["", "."]))
 def test_three_numbers_are_read_in_the_order_asked(values, a, b, before, after, stop):
     reply = f"{before}{values[0]}{a}{values[1]}{b}{values[2]}{stop}{after}"
     assert parse_scores(reply, CRITERIA) == dict(zip(CRITERIA, values, strict=True))
 
 
-@settings(deadline=None)
 @given(scores, st.permutations(CRITERIA), st.sampled_from(["{}", "```json\n{}\n```", "```\n{}```", " {}\n"]))
 def test_json_and_labels_are_read_in_any_order(values, names, wrap):
     wanted = dict(zip(names, values, strict=True))
@@ -32,7 +30,6 @@ def test_json_and_labels_are_read_in_any_order(values, names, wrap):
     assert parse_scores(", ".join(f"{name}: {value}" for name, value in wanted.items()), CRITERIA) == wanted
 
 
-@settings(deadline=None)
 @given(st.text('0123459 \n,.:-+/{}[]"`e', max_size=24) | st.text(max_size=40))
 @example("1 2 3\n\n3 2 1")
 @example('{"readability": 1, "coherence": 2}')

@@ -12,7 +12,7 @@ import sys
 import pytest
 from conftest import ROOT, SHORT, SMALL, assert_same_bits, damage, fails, metrics, story_record
 from fault_server import FaultServer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import train_interact as interact
@@ -187,7 +187,6 @@ def a_run(tmp_path_factory):
     return folder
 
 
-@settings(max_examples=int(os.environ.get("TINYSTORY_FUZZ", "60")), deadline=None)
 @given(data=st.data())
 def test_no_harm_to_a_record_is_a_traceback(a_run, tmp_path_factory, data):
     """Bytes cut, flipped and inserted, values of other types, keys that are missing."""
