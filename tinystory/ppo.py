@@ -316,7 +316,7 @@ def update(
     The order of minibatches is drawn from torch's global generator. The gradient of a minibatch is accumulated over
     micro-batches and processes and divided by the number of its tokens, so both affect only memory and speed.
     """
-    B, device = len(batch.tokens), batch.tokens.device
+    B = len(batch.tokens)
     minibatch = config.minibatch_size or B
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
@@ -325,7 +325,8 @@ def update(
     for epoch in range(config.epochs):
         order = torch.arange(B) if minibatch >= B else torch.randperm(B)
         for chosen in order.split(minibatch):
-            count = batch.mask[upload(chosen, device)].sum()
+            picked = upload(chosen, batch.tokens.device)
+            count = batch.mask[picked].sum()
             gains, told, gradients = (1.0, 1.0), [], []
             for half in (chosen[0::2], chosen[1::2]) if config.signal_gate else (chosen,):
                 optimizer.zero_grad(set_to_none=True)
@@ -334,8 +335,7 @@ def update(
                 distributed.all_reduce_gradients(parameters)
                 gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
             if config.signal_gate:
-                whole = advantages[upload(chosen, device)], batch.rows(chosen)
-                gains = signal_of_halves(*gradients), signal_of_sharpness(*whole)
+                gains = signal_of_halves(*gradients), signal_of_sharpness(advantages[picked], batch.rows(chosen))
                 for p, *halves in zip(parameters, *gradients, strict=True):
                     p.grad = halves[0] + halves[1]
             if epoch == 0 and updates == 0:  # no update yet: any ratio other than 1 is rounding
@@ -375,8 +375,8 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Add to the parameters' gradients those of the stories `mine`, indices of the batch, divided by `count` tokens.
 
-    Returns sums over their tokens, divided so as well, (5,) float64: policy and value loss, clipped, approx_kl and
-    ratio; and the largest |ratio - 1|. Both stay on the device, so that a GPU runs ahead."""
+    mine: int64, on the CPU. Returns sums over their tokens, divided so as well, (5,) float64: policy and value loss,
+    clipped, approx_kl and ratio; and the largest |ratio - 1|. Both stay on the device, so that a GPU runs ahead."""
     device = batch.tokens.device
     told, largest = torch.zeros(5, dtype=torch.float64, device=device), torch.zeros((), device=device)
     with autocast():
