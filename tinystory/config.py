@@ -153,7 +153,7 @@ class InteractConfig:
     steps: int = option(16, "maximum number of PPO steps", "[1, 1e9]")
     stories_per_step: int = option(256, "stories per step", "[1, 1e9]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
-    temperature: float = option(0.7, "sampling temperature of the student", "[0.01, 100]")
+    temperature: float = option(1.0, "sampling temperature of the student", "[0.01, 100]")
     budget_words: int = option(
         1_000_000, "word budget, in: each opening once and every word of every reply", "[1, 1e15]"
     )
