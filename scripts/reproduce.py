@@ -84,7 +84,7 @@ OBJECTIVES = {
 }
 # The settings of docs/results.md, whatever the demo's are: those that learn most in minutes on a CPU (LOG.md), with one
 # epoch over more stories and a weak KL penalty.
-READ = dict(weights_init="gpt2", optimizer="adamw", batch_size=8, learning_rate=2e-3, eval_every=100)
+READ = dict(weights_init="gpt2", optimizer="adamw", learning_rate=2e-3)
 BRISK = dict(
     stories_per_step=64, epochs=1, temperature=1.0, learning_rate=1e-4, lr_decay=False, sharpness_rate=0.0,
     signal_gate=False, critic="head", value_coef=1.0, kl_coef=0.02, kl_target=12.0, kl_horizon=10_000.0, look_every=0,
@@ -97,7 +97,7 @@ SCALES = {
         "demo",
         dict(
             READ, corpus=["tinystories"], words=10 * MILLION, n_embd=256, vocab_size=8192, batch_size=16,
-            learning_rate=1.5e-3, warmup=0.05,
+            learning_rate=1.5e-3, warmup=0.05, eval_every=100,
         ),
         dict(BRISK, steps=60),
         (1, 2, 5, 10), 3, 2, 256,

@@ -59,7 +59,7 @@ class PretrainConfig:
         ["primer", "builtin"], "primer, builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)"
     )
     out: str = option("runs/pretrain", "folder of the run")
-    words: int = option(2_500_000, "total words to train on, counting repeats", "[1, 1e15]")
+    words: int = option(2_800_000, "total words to train on, counting repeats", "[1, 1e15]")
     seed: int = option(0, "seed of initialisation, data order and dropout", SEEDS)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
@@ -76,10 +76,10 @@ class PretrainConfig:
     weights_init: str = option("unit", "initial weights: unit (scaled with the width) or gpt2", ("unit", "gpt2"))
     dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", "[0, 1)")
 
-    batch_size: int = option(4, "sequences per step", "[1, 1e9]")
+    batch_size: int = option(8, "sequences per step", "[1, 1e9]")
     micro_batch_size: int = option(16, "sequences per forward pass; gradients are accumulated over a step", "[1, 1e9]")
     optimizer: str = option("muon", "muon (for the blocks' matrices, AdamW for the rest) or adamw", ("muon", "adamw"))
-    muon_learning_rate: float = option(0.015, "peak learning rate of Muon", "(0, 100]")
+    muon_learning_rate: float = option(0.02, "peak learning rate of Muon", "(0, 100]")
     learning_rate: float = option(
         2.4e-2, "peak learning rate of AdamW; where it trains the blocks' matrices too, a tenth of that", "(0, 100]"
     )
@@ -92,7 +92,7 @@ class PretrainConfig:
     grad_clip: float = option(1.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
     val_fraction: float = option(0.05, "fraction of the documents held out for validation", "(0, 1)")
-    eval_every: int = option(200, "steps between validations", "[1, 1e9]")
+    eval_every: int = option(100, "steps between validations", "[1, 1e9]")
     eval_sequences: int = option(64, "sequences per validation, evenly spread; the last one uses all", "[1, 1e9]")
     save_every: int = option(
         200, "steps between checkpoints for --resume; word milestones are saved as well", "[1, 1e9]"
