@@ -36,6 +36,11 @@ def test_any_curve_is_well_formed_and_inside_its_frame(y, smooth, title):
     check_inside(drawing)
 
 
+def test_a_curve_of_the_smallest_numbers_is_flat():
+    check_inside(chart("loss", [Line(range(2), [0.0, 5e-324])]))
+    check_inside(chart("loss", [Line(range(3), [-5e-324, 0.0, 1e-310])]))
+
+
 def check_inside(drawing):
     root = ElementTree.fromstring(standalone(drawing))
     for path in root.iter("{http://www.w3.org/2000/svg}path"):
