@@ -30,11 +30,10 @@ from tinystory.collapse import signs_of_collapse
 from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
 from tinystory.critic import Critic
 from tinystory.data.openings import Openings, load_openings
-from tinystory.device import Interrupted, Stop, dtype_name, peak_memory_mb, pick_device, pick_dtype
+from tinystory.device import Interrupted, Stop, dtype_name, now, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
 from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.stories import distinct_ngrams
-from tinystory.experiment.timing import now
 from tinystory.ops import fastest
 from tinystory.paths import usage
 from tinystory.report.plots import text_curve

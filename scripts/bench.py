@@ -35,10 +35,10 @@ from tqdm import tqdm
 from tinystory import ops, ppo
 from tinystory.config import INTERACT_PRESETS, InteractConfig, PretrainConfig
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.device import cpu_has_bf16, peak_memory_mb, pick_device, pick_dtype
+from tinystory.device import cpu_has_bf16, now, peak_memory_mb, pick_device, pick_dtype
 from tinystory.errors import UserError, command
 from tinystory.experiment import peers
-from tinystory.experiment.timing import gemm_limit, held_mb, lap_timer, now, profile
+from tinystory.experiment.timing import gemm_limit, held_mb, lap_timer, profile
 from tinystory.ops import fastest
 from tinystory.report import plots
 from tinystory.runlog import atomic_write

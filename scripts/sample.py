@@ -28,7 +28,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stories", type=int, default=5, help="number of stories (default: 5)")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="longest story (default: up to the context)")
     parser.add_argument(
-        "--temperature", type=float, default=InteractConfig.temperature, help="0 is greedy decoding (default: 1)"
+        "--temperature",
+        type=float,
+        default=InteractConfig.temperature,
+        help="0 is greedy decoding (default: %(default)g)",
     )
     parser.add_argument("--top-k", type=int, default=0, help="keep the k most probable tokens; 0: all (default: 0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling: probability to keep (default: 1)")

@@ -4,6 +4,7 @@ import contextlib
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -90,6 +91,13 @@ class Download:
         if self.event:
             self.event.synchronize()
         return self.host
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, when all that was launched on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def peak_memory_mb(device: torch.device) -> int:

@@ -322,18 +322,23 @@ def update(
     names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
     sums = dict.fromkeys((*names, "grad_norm", "signal", "signal_sharpness"), 0.0)
     ratio_error, updates, skipped = 0.0, 0, 0
+    with autocast():
+        dtype = ops.matmul_dtype(student.wte.weight)
     for epoch in range(config.epochs):
         order = torch.arange(B) if minibatch >= B else torch.randperm(B)
         for chosen in order.split(minibatch):
             picked = upload(chosen, batch.tokens.device)
             count = batch.mask[picked].sum()
             gains, told, gradients = (1.0, 1.0), [], []
-            for half in (chosen[0::2], chosen[1::2]) if config.signal_gate else (chosen,):
-                optimizer.zero_grad(set_to_none=True)
-                mine = distributed.shard_strided(half)
-                told.append(backward(student, value_head, batch, mine, count, advantages, returns, config, autocast))
-                distributed.all_reduce_gradients(parameters)
-                gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+            with student.lowered(dtype):
+                for half in (chosen[0::2], chosen[1::2]) if config.signal_gate else (chosen,):
+                    optimizer.zero_grad(set_to_none=True)
+                    mine = distributed.shard_strided(half)
+                    told.append(
+                        backward(student, value_head, batch, mine, count, advantages, returns, config, autocast)
+                    )
+                    distributed.all_reduce_gradients(parameters)
+                    gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
             if config.signal_gate:
                 gains = signal_of_halves(*gradients), signal_of_sharpness(advantages[picked], batch.rows(chosen))
                 for p, *halves in zip(parameters, *gradients, strict=True):
@@ -379,27 +384,24 @@ def backward(
     clipped, approx_kl and ratio; and the largest |ratio - 1|. Both stay on the device, so that a GPU runs ahead."""
     device = batch.tokens.device
     told, largest = torch.zeros(5, dtype=torch.float64, device=device), torch.zeros((), device=device)
-    with autocast():
-        dtype = ops.matmul_dtype(student.wte.weight)
-    with student.lowered(dtype):
-        for part in by_length(batch.lengths[mine], config.micro_batch_size):
-            old, rows = batch.rows(mine[part]), upload(mine[part], device)
-            mask = old.mask
-            with autocast():
-                logprob, value = response_stats(student, value_head, old, config.temperature)
-            value = old.values if value_head is None else value
-            ratio = torch.exp(torch.where(mask, logprob - old.logprobs, 0.0))
-            clipped_ratio = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
-            clipped_values = old.values + (value - old.values).clamp(-config.clip_value, config.clip_value)
-            advantage, target = advantages[rows], returns[rows]
-            policy_loss = torch.maximum(-advantage * ratio, -advantage * clipped_ratio) * mask
-            value_loss = torch.maximum((value - target) ** 2, (clipped_values - target) ** 2) * mask
-            loss = (policy_loss.sum() + config.value_coef * 0.5 * value_loss.sum()) / count
-            loss.backward()
-            with torch.no_grad():
-                largest = torch.maximum(largest, ((ratio - 1).abs() * mask).max())
-                clipped = (-advantage * clipped_ratio > -advantage * ratio) & mask
-                approx_kl = ((ratio - 1) - ratio.log()) * mask
-                parts = (policy_loss, 0.5 * value_loss, clipped, approx_kl, ratio * mask)
-                told += torch.stack([part.sum().double() for part in parts]) / count
+    for part in by_length(batch.lengths[mine], config.micro_batch_size):
+        old, rows = batch.rows(mine[part]), upload(mine[part], device)
+        mask = old.mask
+        with autocast():
+            logprob, value = response_stats(student, value_head, old, config.temperature)
+        value = old.values if value_head is None else value
+        ratio = torch.exp(torch.where(mask, logprob - old.logprobs, 0.0))
+        clipped_ratio = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
+        clipped_values = old.values + (value - old.values).clamp(-config.clip_value, config.clip_value)
+        advantage, target = advantages[rows], returns[rows]
+        policy_loss = torch.maximum(-advantage * ratio, -advantage * clipped_ratio) * mask
+        value_loss = torch.maximum((value - target) ** 2, (clipped_values - target) ** 2) * mask
+        loss = (policy_loss.sum() + config.value_coef * 0.5 * value_loss.sum()) / count
+        loss.backward()
+        with torch.no_grad():
+            largest = torch.maximum(largest, ((ratio - 1).abs() * mask).max())
+            clipped = (-advantage * clipped_ratio > -advantage * ratio) & mask
+            approx_kl = ((ratio - 1) - ratio.log()) * mask
+            parts = (policy_loss, 0.5 * value_loss, clipped, approx_kl, ratio * mask)
+            told += torch.stack([part.sum().double() for part in parts]) / count
     return told, largest

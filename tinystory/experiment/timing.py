@@ -11,13 +11,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from tinystory.device import now
 from tinystory.student.model import StudentConfig
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def lap_timer(device: torch.device) -> Callable[[Callable], float]:

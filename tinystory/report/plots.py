@@ -181,8 +181,8 @@ def chart(
         edges = np.concatenate([*(each for shape in shapes for each in shape["extent"]), *bars])
         y_low, y_high = edges.min(), edges.max()
         span = y_high - y_low
-        flat = span <= max(1e-6 * abs(y_high), 1e-300)  # constant up to rounding
-        pad = (abs(y_high) * 0.1 if abs(y_high) > 1e-300 else 1.0) if flat else span * 0.06
+        level = abs(y_high) if abs(y_high) > 1e-300 else 0.0
+        pad = span * 0.06 if span > max(1e-6 * level, 1e-300) else level * 0.1 or 1.0  # constant up to rounding
         y_range = (y_low - pad if y_low < 0 or y_low - pad > 0 else 0.0, y_high + pad)
     y_low, y_high = y_range
 
