@@ -13,7 +13,7 @@ import pytest
 from conftest import story_record
 
 from scripts import reproduce
-from tinystory.config import InteractConfig
+from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, parse
 from tinystory.errors import UserError
 from tinystory.experiment import parts as running
 from tinystory.experiment.parts import MILLION, Part, Progress, last_record, locked, run_parts
@@ -37,6 +37,10 @@ def test_every_scale_is_a_plan_of_options_that_the_commands_have(name, tmp_path)
     assert len({part.name for part in others}) == len(others)
     for part in others:
         assert InteractConfig(**part.options).init.endswith(f"chck_{part.start // MILLION}M")
+        given = parse(InteractConfig, INTERACT_PRESETS, part.command(tmp_path, scale.preset)[2:])
+        assert {name: getattr(given, name) for name in part.options} == part.options
+    given = parse(reproduce.PretrainConfig, PRETRAIN_PRESETS, pretrain.command(tmp_path, scale.preset)[2:])
+    assert {name: getattr(given, name) for name in pretrain.options} == pretrain.options
 
 
 def test_the_objective_is_the_papers_unless_told_otherwise(tmp_path, monkeypatch, capsys):

@@ -53,7 +53,11 @@ class Part:
         script = ROOT / ("train_pretrain.py" if self.reads else "train_interact.py")
         words = [sys.executable, str(script), "--preset", preset, "--out", str(out / self.name)]
         for name, value in self.options.items():
-            words += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
         return words
 
     def fraction_done(self, out: Path) -> float:
