@@ -19,6 +19,7 @@ import tinystory  # noqa: F401  (before torch, whose import takes seconds: see t
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from tinystory import babylm, distributed, memory, ops
@@ -26,6 +27,7 @@ from tinystory.babylm import MILESTONES
 from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, as_dict, parse
 from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import TokenFile, prepare
+from tinystory.data.windows import Windows, pack, pieces, places
 from tinystory.device import Download, Stop, dtype_name, peak_memory_mb, pick_device, pick_dtype, upload
 from tinystory.errors import UserError, command
 from tinystory.ops import fastest
@@ -40,58 +42,29 @@ from tinystory.student.muon import MuonAdamW
 OPENING = "Once upon a time,"
 
 
-class Windows:
-    """The token stream cut into sequences of `context` tokens, shuffled with the seed anew in each epoch."""
-
-    def __init__(self, file: TokenFile, context: int, batch_size: int, seed: int):
-        self.file, self.context, self.batch_size, self.seed = file, context, batch_size, seed
-        self.count = (len(file) - 1) // context
-        if self.count < 1:
-            raise UserError(
-                f"the corpus has {len(file)} tokens to train on, fewer than one sequence of --context {context}: "
-                "take a larger corpus or a shorter context"
-            )
-        self.epoch, self.order = -1, np.empty(0, np.int64)
-
-    def batch(self, number: int) -> tuple[torch.Tensor, int]:
-        """Batch `number`, the same at each call: tokens, (batch_size, context + 1) int64, and the number of words that
-        start in its inputs."""
-        starts = [self._start(number * self.batch_size + i) for i in range(self.batch_size)]
-        tokens = np.stack([self.file.tokens[s : s + self.context + 1] for s in starts]).astype(np.int64)
-        words = sum(int(self.file.words[s : s + self.context].sum(dtype=np.int64)) for s in starts)
-        return torch.from_numpy(tokens), words
-
-    def _start(self, index: int) -> int:
-        epoch, place = divmod(index, self.count)
-        if epoch != self.epoch:
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self.epoch, self.order = epoch, generator.permutation(self.count)
-        return int(self.order[place]) * self.context
-
-
 @torch.no_grad()
 def validate(
-    student: Student, file: TokenFile, token_sizes: np.ndarray, sequences: int | None, batch: int
+    student: Student, file: TokenFile, token_sizes: np.ndarray, sequences: int | None, batch: int, packing: str
 ) -> tuple[float, float]:
     """Nats per token and bits per byte on `sequences` of the file, evenly spread (None: all), sharded over processes.
 
-    token_sizes: (V,) int, bytes per token."""
+    token_sizes: (V,) int, bytes per token; packing: of `Windows`."""
     device, context = student.wte.weight.device, student.config.context
-    every = range(0, len(file) - 1, context)
+    cut = pieces(file, context, packing)
+    every = pack(cut, context, np.arange(len(cut)))
     count = min(sequences or len(every), len(every))
-    starts = distributed.shard_strided([every[i * len(every) // count] for i in range(count)])
+    chosen = distributed.shard_strided([every[i * len(every) // count] for i in range(count)])
     nats, tokens, size = torch.zeros((), dtype=torch.float64, device=device), 0, 0  # a GPU runs ahead meanwhile
-    for i in range(0, len(starts), batch):
-        rows = [np.asarray(file.tokens[s : s + context + 1], np.int64) for s in starts[i : i + batch]]
-        for group in {len(r) for r in rows}:  # only the last sequence can be shorter
-            stacked = np.stack([r for r in rows if len(r) == group])
-            tokens += stacked[:, 1:].size
-            size += int(token_sizes[stacked[:, 1:]].sum())
-            chunk = upload(torch.from_numpy(stacked), device)
-            logprob, _ = ops.token_logprob(
-                student.hidden(chunk[:, :-1]).flatten(0, 1), student.wte.weight, chunk[:, 1:].flatten()
-            )
-            nats -= logprob.double().sum()
+    for i in range(0, len(chosen), batch):
+        rows = [torch.from_numpy(file.tokens[places(cut[row])].astype(np.int64)) for row in chosen[i : i + batch]]
+        targets = torch.cat([row[1:] for row in rows])
+        tokens += len(targets)
+        size += int(token_sizes[targets].sum())
+        inputs = pad_sequence([row[:-1] for row in rows], batch_first=True)
+        real = pad_sequence([torch.ones(len(row) - 1, dtype=torch.bool) for row in rows], batch_first=True)
+        hidden = student.hidden(upload(inputs, device)).flatten(0, 1)
+        hidden = hidden.index_select(0, upload(real.flatten().nonzero().flatten(), device))
+        nats -= ops.token_logprob(hidden, student.wte.weight, upload(targets, device))[0].double().sum()
     found = torch.tensor([float(nats), tokens, size], dtype=torch.float64)
     total, tokens, size = distributed.all_reduce_sum(found).tolist()
     return total / tokens, total / math.log(2) / size
@@ -216,7 +189,7 @@ def pretrain(config: PretrainConfig) -> None:
     if config.preset == babylm.TRACK:
         babylm.check_reading(data.train.word_count, config.words, config.batch_size * config.context)
     tokenizer = data.tokenizer
-    windows = Windows(data.train, config.context, config.batch_size, config.seed)
+    windows = Windows(data.train, config.context, config.batch_size, config.seed, config.packing)
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)
     torch.manual_seed(config.seed)
     student = Student(shape, config.weights_init).to(device)
@@ -284,7 +257,7 @@ def pretrain(config: PretrainConfig) -> None:
                 with autocast():
                     count = None if finished else config.eval_sequences
                     val_loss, val_bits = validate(
-                        student, data.val, tokenizer.token_sizes, count, config.micro_batch_size
+                        student, data.val, tokenizer.token_sizes, count, config.micro_batch_size, config.packing
                     )
             log.metrics(
                 step=at.step,

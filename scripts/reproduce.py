@@ -84,7 +84,7 @@ OBJECTIVES = {
 }
 # The settings of docs/results.md, whatever the demo's are: those that learn most in minutes on a CPU (LOG.md), with one
 # epoch over more stories and a weak KL penalty.
-READ = dict(weights_init="gpt2", optimizer="adamw", learning_rate=2e-3)
+READ = dict(weights_init="gpt2", optimizer="adamw", learning_rate=2e-3, packing="stream")
 BRISK = dict(
     stories_per_step=64, epochs=1, temperature=1.0, learning_rate=1e-4, lr_decay=False, sharpness_rate=0.0,
     signal_gate=False, critic="head", value_coef=1.0, kl_coef=0.02, kl_target=12.0, kl_horizon=10_000.0, look_every=0,
@@ -191,7 +191,7 @@ class Judge:
             )
             for openings in (self.openings, OPENINGS)
         ]  # fmt: skip
-        _, bits = validate(student, self.val, tokenizer.token_sizes, VAL_SEQUENCES, 16)
+        _, bits = validate(student, self.val, tokenizer.token_sizes, VAL_SEQUENCES, 16, "stream")
         measures = {"stories": told[0], "other_openings": told[1], "bits_per_byte": bits}
         return measures | ({"blimp": evaluate_pairs(student, tokenizer, self.blimp)} if self.blimp else {})
 

@@ -76,6 +76,11 @@ class PretrainConfig:
     weights_init: str = option("unit", "initial weights: unit (scaled with the width) or gpt2", ("unit", "gpt2"))
     dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", "[0, 1)")
 
+    packing: str = option(
+        "whole",
+        "how documents become sequences: whole (cut only where too long) or stream (every --context tokens)",
+        ("whole", "stream"),
+    )
     batch_size: int = option(8, "sequences per step", "[1, 1e9]")
     micro_batch_size: int = option(16, "sequences per forward pass; gradients are accumulated over a step", "[1, 1e9]")
     optimizer: str = option("muon", "muon (for the blocks' matrices, AdamW for the rest) or adamw", ("muon", "adamw"))
@@ -209,9 +214,9 @@ class InteractConfig:
 # (gradient clipping in pretraining: transformers' Trainer; float32 in the interaction: TRL).
 _PAPER_PRETRAIN = dict(
     n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000, weights_init="gpt2", optimizer="adamw",
-    dropout=0.1, corpus=["babylm-100m"], words=990_000_000, val_fraction=0.1, batch_size=256, micro_batch_size=32,
-    learning_rate=5e-4, final_learning_rate=0.0, warmup=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0,
-    grad_clip=1.0, eval_every=250, save_every=250,
+    packing="stream", dropout=0.1, corpus=["babylm-100m"], words=990_000_000, val_fraction=0.1, batch_size=256,
+    micro_batch_size=32, learning_rate=5e-4, final_learning_rate=0.0, warmup=0.01, beta1=0.9, beta2=0.999, eps=1e-8,
+    weight_decay=0.0, grad_clip=1.0, eval_every=250, save_every=250,
 )  # fmt: skip
 PAPER_OPENING = "Let me tell you a long, magical tale. Once upon a time, in a faraway land,"
 _PAPER_INTERACT = dict(

@@ -1,0 +1,95 @@
+"""The sequences that a student reads: documents packed whole, or a stream of them cut every `context` tokens.
+
+In a stream half of all stories begin before their sequence does, and the student reads about people whom nobody has
+introduced. Packed, a document is cut only where it is longer than a sequence, as by Ding et al. 2024 (arXiv
+2404.10830), and a student of the same words tells better stories (docs/results.md).
+"""
+
+from bisect import bisect_left, insort
+
+import numpy as np
+import torch
+
+from tinystory.data.shards import TokenFile
+from tinystory.errors import UserError
+
+
+class Windows:
+    """Sequences of `context` tokens and the one after them, shuffled with the seed anew in each epoch."""
+
+    def __init__(self, file: TokenFile, context: int, batch_size: int, seed: int, packing: str):
+        """packing: "whole" or "stream". Raises UserError for a file of less than one sequence."""
+        self.file, self.context, self.batch_size, self.seed = file, context, batch_size, seed
+        if len(file) <= context:
+            raise UserError(
+                f"the corpus has {len(file)} tokens to train on, fewer than one sequence of --context {context}: "
+                "take a larger corpus or a shorter context"
+            )
+        self.pieces = pieces(file, context, packing)
+        if packing == "stream":  # the last piece is shorter
+            self.pieces = self.pieces[self.pieces[:, 1] - self.pieces[:, 0] == context]
+        self.epoch, self.order = 0, self._shuffled(0)
+        self.count = len(self.order)  # in every epoch, for it depends on the lengths alone
+
+    def batch(self, number: int) -> tuple[torch.Tensor, int]:
+        """Batch `number`, the same at each call: tokens, (batch_size, context + 1) int64, and the number of words that
+        start in its inputs."""
+        at = np.stack([self._places(number * self.batch_size + i) for i in range(self.batch_size)])
+        words = int(self.file.words[at[:, :-1]].sum(dtype=np.int64))
+        return torch.from_numpy(self.file.tokens[at].astype(np.int64)), words
+
+    def _places(self, index: int) -> np.ndarray:
+        """(context + 1,) int64: where the tokens of a sequence are in the file. Room that its pieces leave is filled
+        with the beginning of what follows the last of them."""
+        epoch, place = divmod(index, self.count)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, self._shuffled(epoch)
+        at = places(self.pieces[self.order[place]])
+        more = np.arange(at[-1] + 1, at[-1] + 1 + self.context + 1 - len(at))
+        return np.concatenate([at, more]) % len(self.file)
+
+    def _shuffled(self, epoch: int) -> list[list[int]]:
+        order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.pieces))
+        return pack(self.pieces, self.context, order)
+
+
+def pieces(file: TokenFile, context: int, packing: str) -> np.ndarray:
+    """(n, 3) int64: where each piece begins and ends in the file, and whether a document begins with it. Documents are
+    cut every `context` tokens; "stream" takes all of them, less the first token, for one."""
+    bounds = file.offsets if packing == "whole" else np.array([1, len(file)])
+    counts = -(-np.diff(bounds) // context)
+    document = np.repeat(np.arange(len(counts)), counts)
+    nth = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    begins = bounds[document] + nth * context
+    return np.stack([begins, np.minimum(begins + context, bounds[document + 1]), nth == 0], 1)
+
+
+def pack(pieces: np.ndarray, context: int, order: np.ndarray) -> list[list[int]]:
+    """Sequences of pieces that have room for `context` tokens, by best fit: the longest piece first, each into the
+    sequence with the least room that holds it. Among equals, and of sequences and within them, the order is `order`,
+    (n,) int64; but a piece from the middle of a document goes before beginnings."""
+    rank = np.argsort(order)
+    lengths = pieces[:, 1] - pieces[:, 0]
+    by_room: list[list[list[int]]] = [[] for _ in range(context + 1)]
+    rooms: list[int] = []  # sorted: those with a sequence
+    for piece in order[np.argsort(-lengths[order], kind="stable")].tolist():
+        length = int(lengths[piece])
+        at = bisect_left(rooms, length)
+        sequence, room = [], context
+        if at < len(rooms):
+            room = rooms[at]
+            sequence = by_room[room].pop()
+            if not by_room[room]:
+                del rooms[at]
+        sequence.append(piece)
+        if not by_room[room - length]:
+            insort(rooms, room - length)
+        by_room[room - length].append(sequence)
+    packed = [sorted(sequence, key=lambda p: (pieces[p, 2], rank[p])) for each in by_room for sequence in each]
+    return sorted(packed, key=lambda sequence: rank[sequence[0]])
+
+
+def places(sequence: np.ndarray) -> np.ndarray:
+    """(tokens + 1,) int64: where the pieces' tokens are in the file, and before them the one before the first. It is -1
+    before the first document: the last token, which is `</s>`, too."""
+    return np.concatenate([sequence[:1, 0] - 1, *(np.arange(begin, end) for begin, end, _ in sequence)])
