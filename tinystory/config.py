@@ -271,9 +271,12 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
         if preset not in (None, *presets):
             raise UserError(f"{folder / CONFIG} names a preset {preset!r} that there is not; give --preset")
         recorded = {f.name: recorded[f.name] for f in options if f.name in recorded} | {"out": str(folder)}
-        for name in {"teacher_url", "teacher_model"} & recorded.keys():  # one text in runs older than several servers
-            if isinstance(recorded[name], str):
-                recorded[name] = [recorded[name]] if recorded[name] else []
+        unknown = [_flag(f.name) for f in options if f.name not in recorded | typed]
+        if unknown:
+            raise UserError(
+                f"{folder / CONFIG} has no {unknown[0]}: the run was begun by another version, and what it did is not "
+                "known: give that flag, or start a new run in another --out"
+            )
         for name in recorded.keys() - typed.keys():
             try:
                 _check_option(config_class, name, recorded[name])

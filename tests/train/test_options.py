@@ -115,9 +115,18 @@ def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
     else:
         assert config.out == str(out) and config.resume
         taken = getattr(config, name)
-        if name in ("teacher_url", "teacher_model") and isinstance(record[name], str):  # one text in older runs
-            record[name] = [record[name]] if record[name] else []
         assert name in ("out", "resume") or taken == record[name] or record[name] is None or not (taken or record[name])
+
+
+@pytest.mark.parametrize("config_class", COMMANDS)
+def test_a_run_of_a_version_without_an_option_is_not_guessed_at(config_class, tmp_path):
+    record = as_dict(config_class())
+    del record["seed"]
+    run = {"options": record, "started": "2026-01-01T00:00:00+00:00", "device": "cpu", "resumed": []}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    with pytest.raises(UserError, match=r"config\.json has no --seed: the run was begun by another version"):
+        parse(config_class, COMMANDS[config_class], ["--resume", "--out", str(tmp_path)])
+    assert parse(config_class, COMMANDS[config_class], ["--resume", "--out", str(tmp_path), "--seed", "7"]).seed == 7
 
 
 def test_what_cannot_fit_memory_is_refused_before_it_is_allocated(place, tmp_path, capsys, monkeypatch):

@@ -311,7 +311,7 @@ def test_the_word_budget_holds_openings_that_are_still_to_come(place, tmp_path):
 
 @pytest.mark.parametrize(("budget", "steps"), [(224, 1), (256, 1), (319, 1), (320, 2)])
 def test_budget_stops_hard_looks_included(place, tmp_path, monkeypatch, budget, steps):
-    """With 16 words per story, a step is 6 times 16 words and a look 4 times 16; looks are at steps 0, 2 and the end."""
+    """A story is 16 words: a step 6 times 16, a look 4 times 16; looks are at steps 0, 2 and the end."""
     monkeypatch.setattr("tinystory.data.tokenizer.Tokenizer.decode", lambda self, ids: "w " * 16)
     run_interact(place, tmp_path / "i", "--budget-words-out", str(budget))
     files = [tmp_path / "i" / name for name in ("stories.jsonl", "looks.jsonl")]
