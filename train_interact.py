@@ -12,8 +12,10 @@ the student is looked at from outside, by stories to openings that it never trai
 import contextlib
 import functools
 import json
+import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -97,14 +99,14 @@ def interact(config: InteractConfig) -> None:
     parameters |= {"sharpness": optimizer.sharpness}
 
     # The state of the run: what a checkpoint restores.
-    counters: dict[str, Any] = dict(step=0, written=0, kl_coef=config.kl_coef, best=-1.0, best_step=0)
+    counters: dict[str, Any] = dict(step=0, written=0, kl_coef=config.kl_coef, best_step=0)
     counters |= dict(words_in=0, words_out=0)
     if resume_from:
         checkpoint.restore(student, resume_from)
         state, counters = checkpoint.load_trainer(resume_from, tuple(counters))
         checkpoint.restore_module(critic, "critic", state)
         checkpoint.unpack_optimizer(optimizer, list(parameters), state)
-    step, written, best, best_step = (counters[name] for name in ("step", "written", "best", "best_step"))
+    step, written, best_step = (counters[name] for name in ("step", "written", "best_step"))
     kl = ppo.AdaptiveKL(counters["kl_coef"], config.kl_target, config.kl_horizon)
     budget = WordBudget(config.budget_words, config.budget_words_out, counters["words_in"], counters["words_out"])
 
@@ -116,7 +118,7 @@ def interact(config: InteractConfig) -> None:
         state |= {f"critic.{name}": tensor for name, tensor in critic.state_dict().items()}
         words = dict(words_in=budget.words_in, words_out=budget.words_out)
         lifetime = {f"interaction_{k}": facts.get(f"interaction_{k}", 0) + v for k, v in words.items()}
-        progress = dict(step=step, written=written, best=best, best_step=best_step)
+        progress = dict(step=step, written=written, best_step=best_step)
         now = facts | (lifetime if step else {})
         counters = progress | dict(kl_coef=kl.coef, **words)
         checkpoint.save(folder, student, tokenizer, facts=now, state=state, counters=counters, replace=replace)
@@ -180,7 +182,7 @@ def interact(config: InteractConfig) -> None:
 
         def look() -> dict[str, float | None]:
             """Stories to openings that are never trained on: their means, and a new checkpoint `best` if they are."""
-            nonlocal best, best_step
+            nonlocal best_step
             held_out = openings.held_out
             stories = write(LOOK_INDEX, config.look_stories, lambda i: held_out[(i - LOOK_INDEX) % len(held_out)])
             grades = distributed.rank0_value(lambda: scorer.collect(stop))
@@ -190,8 +192,8 @@ def interact(config: InteractConfig) -> None:
             given = [reward for reward in rewards if reward is not None]
             reward = sum(given) / len(given) if given else None
             log.looks(story_records(step, stories, grades, rewards))
-            if reward is not None and reward > best:
-                best, best_step = reward, step
+            if distributed.rank0_value(lambda: is_best(read_records(run / LOOKS), step)):
+                best_step = step
                 save(checkpoint.BEST, replace=True)
             names = ("score_mean", "diversity_mean", "distinct_4", "plots", "ended", "length_mean")
             return {"held_out_reward": reward} | {f"held_out_{name}": means[name] for name in names}
@@ -372,6 +374,23 @@ SUMMARY: dict[str, Callable[[list[dict]], float]] = {  # of the stories of a loo
     "distinct_4": lambda rs: distinct_ngrams([r["story"] for r in rs]) or 0.0,
     "plots": lambda rs: len(plots([r["story"] for r in rs])),
 }
+
+
+def is_best(looks: Iterable[dict], step: int) -> bool:
+    """Whether the look at `step` earned as much as any look, within a standard error of the difference.
+
+    looks: records of looks.jsonl. A look's few stories tell no more than that, and the later student has learned from
+    more of them; so a new look need not be the highest, but may not be clearly lower either."""
+    earned: dict[int, dict[int, float]] = {}  # by step and index: one index is one opening
+    for look in looks:
+        if look["reward"] is not None:
+            earned.setdefault(look["step"], {})[look["index"]] = look["reward"]
+    if step not in earned:
+        return False
+    highest = max(earned.values(), key=lambda rewards: statistics.fmean(rewards.values()))
+    less = [highest[index] - reward for index, reward in earned[step].items() if index in highest]
+    error = statistics.stdev(less) / math.sqrt(len(less)) if len(less) > 1 else 0.0
+    return bool(less) and statistics.fmean(less) <= error
 
 
 def print_summary(run: Path, shown: list[dict], best_step: int) -> None:

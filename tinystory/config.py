@@ -172,7 +172,7 @@ class InteractConfig:
     look_every: int = option(
         4, "steps between looks at held-out openings; 0: only at the start and the end", "[0, 1e9]"
     )
-    look_stories: int = option(40, "stories per look; the student that earns most in one is kept as `best`", "[1, 1e9]")
+    look_stories: int = option(40, "stories per look; the latest student that none beats is kept as `best`", "[1, 1e9]")
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
     learning_rate: float = option(6e-4, "initial learning rate of Adam", "(0, 100]")

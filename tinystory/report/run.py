@@ -280,8 +280,8 @@ def before_and_after(folder: Path, scored_by: str) -> str:
     return section(
         "Openings that it was never trained on, before and after",
         "The opening, in colour, is given; the student continues it, both times with the same random numbers. After: "
-        "the student that earned most at such openings, which is kept as the checkpoint best. With a single opening, "
-        "it is the one trained on.",
+        "the latest student that earned as much as any at such openings, within a standard error, which is kept as the "
+        "checkpoint best. With a single opening, it is the one trained on.",
         "".join(f'<div class="pair">{pair}</div>' for pair in pairs),
     )
 
