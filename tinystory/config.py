@@ -98,7 +98,7 @@ class PretrainConfig:
 
     val_fraction: float = option(0.05, "fraction of the documents held out for validation", "(0, 1)")
     eval_every: int = option(100, "steps between validations", "[1, 1e9]")
-    eval_sequences: int = option(64, "sequences per validation, evenly spread; the last one uses all", "[1, 1e9]")
+    eval_sequences: int = option(32, "sequences per validation, evenly spread; the last one uses all", "[1, 1e9]")
     save_every: int = option(
         200, "steps between checkpoints for --resume; word milestones are saved as well", "[1, 1e9]"
     )
@@ -216,7 +216,7 @@ _PAPER_PRETRAIN = dict(
     n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000, weights_init="gpt2", optimizer="adamw",
     packing="stream", dropout=0.1, corpus=["babylm-100m"], words=990_000_000, val_fraction=0.1, batch_size=256,
     micro_batch_size=32, learning_rate=5e-4, final_learning_rate=0.0, warmup=0.01, beta1=0.9, beta2=0.999, eps=1e-8,
-    weight_decay=0.0, grad_clip=1.0, eval_every=250, save_every=250,
+    weight_decay=0.0, grad_clip=1.0, eval_every=250, eval_sequences=64, save_every=250,
 )  # fmt: skip
 PAPER_OPENING = "Let me tell you a long, magical tale. Once upon a time, in a faraway land,"
 _PAPER_INTERACT = dict(
