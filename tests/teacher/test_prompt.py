@@ -46,8 +46,18 @@ json_values = st.recursive(
 @given(json_values)
 def test_other_messages_are_not_a_story(value):
     assert read_back(value) is None
-    assert read_back([{"role": "user", "content": value}]) is None
-    assert read_back([{"role": "user", "content": f"{BEFORE}{value}{AFTER}"}]) is None
+    for content in (value, f"{BEFORE}{value}{AFTER}"):
+        told = read_back([{"role": "user", "content": content}])
+        # Chance may write what we would.
+        assert told is None or render(*told, fence=content[: -len(AFTER)].splitlines()[-1])[-1]["content"] == content
+
+
+@pytest.mark.parametrize(
+    "body", ["0T\n0", "0\nT0", "00", "0\n\ufeffT\n0", "0\nT\n0\n0", "\n0", "Th\nT\nTh", "01\n0\ufeff1\n01"]
+)
+def test_a_story_that_is_not_between_two_lines_is_none(body):
+    assert read_back([{"role": "user", "content": f"{BEFORE}Once{BETWEEN}0\nT\n0{AFTER}"}]) == ("Once", "T")
+    assert read_back([{"role": "user", "content": f"{BEFORE}Once{BETWEEN}{body}{AFTER}"}]) is None
 
 
 @given(texts)

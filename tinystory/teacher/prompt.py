@@ -181,7 +181,7 @@ def render(
 
 
 def read_back(messages: object) -> tuple[str, str] | None:
-    """The cleaned (opening, story) in messages that `render` wrote; None for any other messages.
+    """The cleaned (opening, story) in messages that `render` wrote; None for any that it would write otherwise.
 
     The fence is the last line, and it occurs exactly twice, so no text in a story can move it.
     """
@@ -193,9 +193,14 @@ def read_back(messages: object) -> tuple[str, str] | None:
     body = user[len(BEFORE) : -len(AFTER)]
     mark = body.rpartition("\n")[2]
     parts = body.split(mark) if mark else []
-    if len(parts) != 3 or not parts[0].endswith(BETWEEN) or len(parts[1]) < 2:
+    if len(parts) != 3:
         return None
-    return parts[0].removesuffix(BETWEEN), parts[1][1:-1]
+    opening, story = parts[0].removesuffix(BETWEEN), parts[1][1:-1]
+    try:
+        same = render(opening, story, fence=mark)[-1]["content"] == user
+    except ValueError:  # the mark is elsewhere, too, or once the texts are cleaned
+        return None
+    return (opening, story) if same else None
 
 
 def fence(seed: int, index: int, text: str) -> str:
