@@ -1,6 +1,6 @@
 """The sequences that a student reads: documents packed whole, or a stream of them cut every `context` tokens.
 
-In a stream half of all stories begin before their sequence does, and the student reads about people whom nobody has
+In a stream most sequences begin in the middle of a story, and the student reads about people whom nobody has
 introduced. Packed, a document is cut only where it is longer than a sequence, as by Ding et al. 2024 (arXiv
 2404.10830), and a student of the same words tells better stories (docs/results.md).
 """

@@ -181,7 +181,7 @@ def render(
 
 
 def read_back(messages: object) -> tuple[str, str] | None:
-    """The cleaned (opening, story) in messages that `render` wrote; None for any that it would write otherwise.
+    """The cleaned (opening, story) in messages that `render` wrote; None for any others, to the character.
 
     The fence is the last line, and it occurs exactly twice, so no text in a story can move it.
     """
