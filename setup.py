@@ -8,6 +8,7 @@ CSRC = ["tinystory.csrc", "tinystory.csrc.cpu", "tinystory.csrc.cuda"]
 setup(
     packages=[*find_packages(include=["tinystory*"]), *CSRC, "tinystory_scripts"],
     package_dir={"tinystory.csrc": "csrc", "tinystory_scripts": "scripts"},
-    package_data={name: ["*.cpp", "*.h", "*.cu", "*.cuh"] for name in CSRC} | {"tinystory.person": ["*.html"]},
+    package_data={name: ["*.cpp", "*.h", "*.cu", "*.cuh"] for name in CSRC}
+    | {"tinystory.person": ["*.html"], "tinystory.data.builtin": ["*.txt"]},
     py_modules=["train_pretrain", "train_interact"],
 )

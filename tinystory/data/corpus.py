@@ -104,7 +104,7 @@ def open_corpus(names: Sequence[str]) -> Corpus:
 
 def _grammar_source() -> str:
     """Hex digest of the code and the phrases behind the built-in stories."""
-    files = sorted(Path(grammar.__file__).parent.glob("*.py"))
+    files = sorted(file for file in Path(grammar.__file__).parent.iterdir() if file.suffix in (".py", ".txt"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 A plot is a chain of cause and effect in several paragraphs. A story first draws its facts (characters, places, things),
 then expands each paragraph, choosing among alternative wordings, so that facts, names and pronouns agree throughout.
-The markup of plots and phrases:
+The plots stand in the text files beside this one. The markup of plots and phrases:
 
     [a|b]                    one of the options, drawn uniformly
     <a>                      an optional detail: likely in a long story, rare in a short one
@@ -20,9 +20,10 @@ import hashlib
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from tinystory.data.builtin import home, magic, small, town, vocabulary, woods
+from tinystory.data.builtin import vocabulary
 
 T = TypeVar("T")
 _Part: TypeAlias = "str | _Slot | _Choice | _Detail"
@@ -191,8 +192,8 @@ _HELPERS = {world: _rows(rows) for world, rows in vocabulary.HELPERS.items()}
 _PARENTS = {world: _rows(rows) for world, rows in vocabulary.PARENTS.items()}
 _CHILDREN = [vocabulary.BOYS.split(), vocabulary.GIRLS.split()]  # by she = 0, 1
 _NAMES = {"child": _CHILDREN, "wild": [names + 2 * vocabulary.CREATURES.split() for names in _CHILDREN]}
-PLOTS = [_Plot(source) for room in (home, town, woods, magic, small)
-         for source in room.PLOTS.split("\n== ")[1:]]  # fmt: skip
+_TEXTS = [Path(__file__).with_name(f"{name}.txt").read_text("utf-8") for name in "home town woods magic small".split()]
+PLOTS = [_Plot(source) for text in _TEXTS for source in text.split("\n== ")[1:]]
 
 
 def _literals(parts: object) -> Iterator[str]:
