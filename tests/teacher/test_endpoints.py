@@ -1,5 +1,5 @@
 """Servers as they were met in 2026, each by a FaultServer that answers with its statuses and bodies: the table in
-docs/teachers.md names the test of each. A run asks every one of them, or says in one sentence why it cannot."""
+docs/teachers.md. A run asks every one of them, or says in one sentence why it cannot."""
 
 import json
 
