@@ -26,23 +26,26 @@ import tinystory  # noqa: F401  (before torch, whose import takes seconds: see t
 import torch
 from tqdm import tqdm
 
-from tinystory import babylm, distributed, memory, ops, ppo
-from tinystory.babylm import WordBudget
-from tinystory.collapse import signs_of_collapse
+from tinystory import ops
 from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
-from tinystory.critic import Critic
+from tinystory.data import babylm
+from tinystory.data.babylm import WordBudget
 from tinystory.data.openings import Openings, load_openings
-from tinystory.device import Interrupted, Stop, dtype_name, now, peak_memory_mb, pick_device, pick_dtype
-from tinystory.errors import UserError, command
 from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.stories import distinct_ngrams
 from tinystory.ops import fastest
-from tinystory.paths import usage
-from tinystory.report.plots import text_curve
+from tinystory.report.charts import text_curve
 from tinystory.report.run import write_report
-from tinystory.reward import differences, plots, story_reward
-from tinystory.runlog import LOOKS, SAMPLES, RunLog, atomic_write, held, read_metrics, read_records
-from tinystory.student import checkpoint
+from tinystory.rl import ppo
+from tinystory.rl.advantages import Critic
+from tinystory.rl.collapse import signs_of_collapse
+from tinystory.rl.reward import differences, plots, story_reward
+from tinystory.run import distributed
+from tinystory.run.device import Interrupted, Stop, dtype_name, now, peak_memory_mb, pick_device, pick_dtype
+from tinystory.run.errors import UserError, command
+from tinystory.run.folder import LOOKS, SAMPLES, RunLog, atomic_write, held, read_metrics, read_records
+from tinystory.run.paths import usage
+from tinystory.student import checkpoint, memory
 from tinystory.student.generate import Story, encode_opening, generate, require_room
 from tinystory.student.model import ValueHead
 from tinystory.teacher.grade import Grade, agreement, require_scores, score_means

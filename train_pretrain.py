@@ -22,19 +22,21 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from tinystory import babylm, distributed, memory, ops
-from tinystory.babylm import MILESTONES
+from tinystory import ops
 from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, as_dict, parse
+from tinystory.data import babylm
+from tinystory.data.babylm import MILESTONES
 from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import TokenFile, prepare
 from tinystory.data.windows import Windows, pack, pieces, places
-from tinystory.device import Download, Stop, dtype_name, peak_memory_mb, pick_device, pick_dtype, upload
-from tinystory.errors import UserError, command
 from tinystory.ops import fastest
-from tinystory.paths import usage
 from tinystory.report.run import write_report
-from tinystory.runlog import RunLog, held
-from tinystory.student import checkpoint
+from tinystory.run import distributed
+from tinystory.run.device import Download, Stop, dtype_name, peak_memory_mb, pick_device, pick_dtype, upload
+from tinystory.run.errors import UserError, command
+from tinystory.run.folder import RunLog, held
+from tinystory.run.paths import usage
+from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, generate
 from tinystory.student.model import Student, StudentConfig
 from tinystory.student.muon import MuonAdamW

@@ -21,12 +21,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.config import InteractConfig
-from tinystory.errors import UserError, command
 from tinystory.evaluate.agreement import Judge, agreement
-from tinystory.paths import usage
 from tinystory.report.agreement import COLUMNS, length_line, rows, write_agreement
 from tinystory.report.run import scorer, write_report
-from tinystory.runlog import METRICS, OPINIONS, SAMPLES, STORIES, atomic_write, read_config, read_records
+from tinystory.run.errors import UserError, command
+from tinystory.run.folder import METRICS, OPINIONS, SAMPLES, STORIES, atomic_write, read_config, read_records
+from tinystory.run.paths import usage
 from tinystory.teacher.grader import open_grader
 
 BUILTIN = "rubric"

@@ -32,18 +32,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from tinystory import ops, ppo
+from tinystory import ops
 from tinystory.config import INTERACT_PRESETS, InteractConfig, PretrainConfig
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.device import cpu_has_bf16, now, peak_memory_mb, pick_device, pick_dtype
-from tinystory.errors import UserError, command
-from tinystory.experiment import peers
-from tinystory.experiment.timing import gemm_limit, held_mb, lap_timer, profile
 from tinystory.ops import fastest
-from tinystory.report import plots
-from tinystory.runlog import atomic_write
+from tinystory.report import charts
+from tinystory.rl import ppo
+from tinystory.run.device import cpu_has_bf16, now, peak_memory_mb, pick_device, pick_dtype
+from tinystory.run.errors import UserError, command
+from tinystory.run.folder import atomic_write
 from tinystory.student.generate import generate
 from tinystory.student.model import Student, StudentConfig, ValueHead
+from tinystory.studies import peers
+from tinystory.studies.timing import gemm_limit, held_mb, lap_timer, profile
 
 SHAPES = {
     "small": StudentConfig(n_layer=4, n_head=4, n_embd=256, context=256, vocab_size=8192),
@@ -318,14 +319,14 @@ def growth_chart(base: dict[str, int], found: dict[str, dict]) -> str:
             own[part] = points["us_per_token"][points["x"].index(base[quantity])]
             times = [round(us / own[part], 2) for us in points["us_per_token"]]
             curves.append(times)
-            lines.append(plots.Line(points["x"], times, PARTS[part][2], part, smooth=False))
+            lines.append(charts.Line(points["x"], times, PARTS[part][2], part, smooth=False))
         top = max(2.0, *(1.05 * max(times) for times in curves))  # constant curves look flat
         title = f"Time per token against {quantity}, 1 at {base[quantity]:,}"
         # On a linear axis a linear cost is a straight line; the cost per token falls with the inverse of the batch.
         even = quantity != "batch"
-        panels.append(plots.chart(title, lines, y_range=(0, top), x_name=AXES[quantity][0], log_x=not even))
-    at_one = ", ".join(f"{part} {plots.number(us)}" for part, us in own.items())
-    return plots.standalone(plots.grid(f"Microseconds per token at 1: {at_one}", panels))
+        panels.append(charts.chart(title, lines, y_range=(0, top), x_name=AXES[quantity][0], log_x=not even))
+    at_one = ", ".join(f"{part} {charts.number(us)}" for part, us in own.items())
+    return charts.standalone(charts.grid(f"Microseconds per token at 1: {at_one}", panels))
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------

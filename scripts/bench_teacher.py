@@ -30,7 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.data.corpus import open_corpus
-from tinystory.errors import UserError, command
+from tinystory.run.errors import UserError, command
 from tinystory.teacher.api import Server
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import fence, render

@@ -25,13 +25,13 @@ import tinystory  # noqa: F401  (before torch, whose import takes seconds: see t
 import torch
 
 from tinystory.config import InteractConfig
-from tinystory.device import cpu_has_bf16
-from tinystory.errors import UserError, command
 from tinystory.evaluate.calibration import FULL, calibrate, lines, of_grader, require, verdict
-from tinystory.evaluate.known import corpus_documents, known_stories
+from tinystory.evaluate.corruptions import corpus_documents, known_stories
 from tinystory.ops import build, cuda, fastest
-from tinystory.paths import cache_dir, usage
-from tinystory.reward import load_score
+from tinystory.rl.reward import load_score
+from tinystory.run.device import cpu_has_bf16
+from tinystory.run.errors import UserError, command
+from tinystory.run.paths import cache_dir, usage
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grader import CallableGrader, Grader, TeacherGrader, load_extra
 from tinystory.teacher.prompt import Template, load_template

@@ -24,19 +24,19 @@ from tqdm import tqdm
 
 from tinystory.config import InteractConfig
 from tinystory.data.corpus import open_corpus
-from tinystory.device import pick_device
-from tinystory.errors import UserError, command
+from tinystory.evaluate.coreference import unseen_stories, who_is_who
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.preference import COMPARISON, Pair, compare, keep_choices, pair_of, run_pairs
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import OPENINGS, GradeStories, story_measures
-from tinystory.evaluate.who import unseen_stories, who_is_who
-from tinystory.paths import usage
 from tinystory.report.evaluation import comparison, write_page
 from tinystory.report.judges import with_ends
 from tinystory.report.run import write_report
-from tinystory.runlog import atomic_write
+from tinystory.run.device import pick_device
+from tinystory.run.errors import UserError, command
+from tinystory.run.folder import atomic_write
+from tinystory.run.paths import usage
 from tinystory.student import checkpoint
 from tinystory.student.generate import generate
 from tinystory.teacher.client import Teacher

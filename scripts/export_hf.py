@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from tinystory.errors import UserError, command
-from tinystory.paths import usage
+from tinystory.run.errors import UserError, command
+from tinystory.run.paths import usage
 from tinystory.student import checkpoint, hf
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.errors import UserError, command
-from tinystory.paths import ROOT
-from tinystory.runlog import atomic_write
+from tinystory.run.errors import UserError, command
+from tinystory.run.folder import atomic_write
+from tinystory.run.paths import ROOT
 
 MINUTES = 9.0
 TESTS = ("-m", "pytest", "-q", "-m", "gpu")

@@ -12,8 +12,8 @@ import argparse
 from tinystory.config import PretrainConfig, check
 from tinystory.data.corpus import NAMES, open_corpus
 from tinystory.data.shards import prepare
-from tinystory.errors import command
-from tinystory.paths import usage
+from tinystory.run.errors import command
+from tinystory.run.paths import usage
 
 
 @command

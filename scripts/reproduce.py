@@ -37,19 +37,19 @@ import tinystory  # noqa: F401  (before torch, whose import takes seconds: see t
 
 import torch
 
-from tinystory.babylm import MILESTONES, milestone_name
 from tinystory.config import INTERACT_PRESETS, PAPER_OPENING, PRETRAIN_PRESETS, InteractConfig, PretrainConfig
+from tinystory.data.babylm import MILESTONES, milestone_name
 from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import Openings, load_openings
 from tinystory.data.shards import prepare
-from tinystory.device import pick_device
-from tinystory.errors import UserError, command
 from tinystory.evaluate.pairs import evaluate_pairs
 from tinystory.evaluate.stories import story_measures
-from tinystory.experiment.parts import MILLION, Part, Progress, locked, run_parts
-from tinystory.report.experiment import EVALUATION, EXPERIMENT, write_experiment_report
-from tinystory.runlog import atomic_write, device_name, git_commit, plain, read_metrics, versions
+from tinystory.run.device import pick_device
+from tinystory.run.errors import UserError, command
+from tinystory.run.folder import atomic_write, device_name, git_commit, plain, read_metrics, versions
 from tinystory.student import checkpoint
+from tinystory.studies.page import EVALUATION, EXPERIMENT, write_experiment_report
+from tinystory.studies.parts import MILLION, Part, Progress, locked, run_parts
 from tinystory.teacher.grader import Grader, open_grader
 from train_pretrain import validate
 

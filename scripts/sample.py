@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings, load_openings
-from tinystory.device import pick_device
-from tinystory.errors import command
-from tinystory.paths import usage
+from tinystory.run.device import pick_device
+from tinystory.run.errors import command
+from tinystory.run.paths import usage
 from tinystory.student import checkpoint
 from tinystory.student.generate import encode_opening, generate
 

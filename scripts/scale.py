@@ -24,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.bench import SHAPES
 from scripts.bench_teacher import AT_ONCE, local_server
 from tinystory.config import INTERACT_PRESETS, InteractConfig
-from tinystory.errors import UserError, command
-from tinystory.experiment.scale import (
+from tinystory.run.errors import UserError, command
+from tinystory.run.folder import read_metrics
+from tinystory.run.paths import ROOT
+from tinystory.studies.scale import (
     STUDENTS,
     Cost,
     Gpu,
@@ -38,8 +40,6 @@ from tinystory.experiment.scale import (
     scaled,
     step,
 )
-from tinystory.paths import ROOT
-from tinystory.runlog import read_metrics
 
 STUDENT_KEYS = ("shape", "batch", "new", "rollout_s", "reference_s", "update_s")
 HEAD = (

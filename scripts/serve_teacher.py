@@ -19,11 +19,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.data.corpus import open_corpus
-from tinystory.errors import command
-from tinystory.paths import usage
-from tinystory.rubric.chat import require_port, until_stopped
 from tinystory.rubric.rubric import Rubric
 from tinystory.rubric.server import serve
+from tinystory.run.errors import command
+from tinystory.run.paths import usage
+from tinystory.teacher.server import require_port, until_stopped
 
 
 @command

@@ -17,18 +17,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.errors import UserError, command
 from tinystory.evaluate.preference import run_pairs, run_preferences
-from tinystory.paths import usage
-from tinystory.person.desk import Desk
-from tinystory.person.pairs import PairDesk
-from tinystory.person.server import serve
-from tinystory.report import page, plots
+from tinystory.human.desk import Desk
+from tinystory.human.pairs import PairDesk
+from tinystory.human.server import serve
+from tinystory.report import charts, page
 from tinystory.report.judges import preference_lines
 from tinystory.report.run import write_report
-from tinystory.rubric.chat import require_port, until_stopped
-from tinystory.runlog import METRICS, PREFERENCES, read_config, read_metrics
+from tinystory.run.errors import UserError, command
+from tinystory.run.folder import METRICS, PREFERENCES, read_config, read_metrics
+from tinystory.run.paths import usage
 from tinystory.teacher.prompt import Template, load_template
+from tinystory.teacher.server import require_port, until_stopped
 
 
 @command
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 async def _serve(desk: Desk | PairDesk, options: argparse.Namespace) -> None:
-    style = plots.palette() + plots.STYLE + page.STYLE
+    style = charts.palette() + charts.STYLE + page.STYLE
     async with serve(desk, options.port, style=style, curve=lambda url: curve(options.run, url)) as url:
         print(f"open {url} in a browser", flush=True)
         if not options.compare:
@@ -81,8 +81,8 @@ def curve(run: Path, url: str) -> str:
     if teacher.get("url") != f"{url}/v1":
         return ""
     metrics = [each for each in read_metrics(run) if each.get("reward_mean") is not None]
-    line = plots.Line([each["step"] for each in metrics], [each["reward_mean"] for each in metrics], "reward")
-    return plots.chart("Mean reward per step", [line], size=(300, 150))
+    line = charts.Line([each["step"] for each in metrics], [each["reward_mean"] for each in metrics], "reward")
+    return charts.chart("Mean reward per step", [line], size=(300, 150))
 
 
 if __name__ == "__main__":

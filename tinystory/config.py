@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from tinystory.errors import UserError
-from tinystory.runlog import CONFIG, recorded_options
+from tinystory.run.errors import UserError
+from tinystory.run.folder import CONFIG, recorded_options
 
 
 def option(default: Any, help: str, allowed: str | tuple[str, ...] = "") -> Any:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tinystory.data import corpus
 from tinystory.data.builtin import grammar
 from tinystory.data.corpus import MARKER, MAX_DOCUMENT, open_corpus
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 
 
 def write(path, data):
@@ -284,7 +284,7 @@ def from_hub(name, home, endpoint, **variables):
     code = """
         import json, sys
         from tinystory.data.corpus import open_corpus
-        from tinystory.errors import UserError
+        from tinystory.run.errors import UserError
         try:
             print(json.dumps(list(open_corpus(sys.argv[1:]).documents())))
         except UserError as error:

@@ -7,7 +7,7 @@ import pytest
 
 from tinystory.data.builtin import grammar
 from tinystory.data.openings import BUILTIN, LONGEST, Openings, builtin_openings, load_openings
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 
 TEXTS = [f"There was a fox number {i}." for i in range(40)]
 

@@ -17,7 +17,7 @@ from tinystory.data.builtin import grammar
 from tinystory.data.corpus import Corpus, open_corpus
 from tinystory.data.shards import encode, prepare
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 
 AWKWARD = [" ", "\n", "\x1c", "\x1f", "\x85", "\u00a0", "\u200b", "\u2028", "\u3000", "\ufeff", " a", "!\x1c!"]
 AWKWARD += ["a", "é", "猫", "🐈‍⬛", "</s>", "<pad>"]

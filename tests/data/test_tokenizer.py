@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tinystory.data.builtin import grammar
 from tinystory.data.tokenizer import MAX_TOKEN_BYTES, MIN_VOCAB, SPECIALS, Tokenizer
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 
 EXOTIC = ["Ça va déjà? ça va déjà!", "猫が 猫が 好きです", "🐈‍⬛🐈‍⬛ 👨‍👩‍👧", "a\u00a0b\u3000d", "1½ ٣٤ 12345"]
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from tinystory.data.shards import TokenFile
 from tinystory.data.windows import Windows, pack, pieces
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 
 EOS = 0
 PACKING = st.sampled_from(["whole", "stream"])

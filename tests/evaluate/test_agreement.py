@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinystory.errors import UserError
 from tinystory.evaluate.agreement import Judge, agreement, weighted_kappa
 from tinystory.evaluate.intervals import spearman
+from tinystory.run.errors import UserError
 
 NAMES = ("readability", "coherence", "creativity")
 TABLES = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=60)

@@ -10,11 +10,11 @@ from fault_server import FaultServer
 
 from scripts import doctor
 from tinystory.config import InteractConfig
-from tinystory.errors import UserError
 from tinystory.evaluate import calibration
 from tinystory.evaluate.calibration import CHEAP, CHEAP_KINDS, area_under_curve, calibrate, calibrated, require, verdict
-from tinystory.evaluate.known import KINDS, REAL, SENTENCES, WORDS, known_stories, split_sentences
-from tinystory.evaluate.who import unseen_stories
+from tinystory.evaluate.coreference import unseen_stories
+from tinystory.evaluate.corruptions import KINDS, REAL, SENTENCES, WORDS, known_stories, split_sentences
+from tinystory.run.errors import UserError
 from tinystory.teacher.grader import open_grader
 
 STORIES = known_stories(unseen_stories(300), CHEAP)

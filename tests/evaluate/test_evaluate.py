@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from scripts import evaluate
 from tinystory.data.corpus import open_corpus
-from tinystory.errors import UserError
 from tinystory.evaluate import scoring
 from tinystory.evaluate.intervals import bootstrap, spearman, weighted, wilson
 from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, read_items, scores
 from tinystory.evaluate.reading import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading, explained
 from tinystory.evaluate.scoring import bits_per_byte, part, sum_logprobs
 from tinystory.evaluate.stories import distinct_ngrams, longest_shared, self_bleu, story_measures, utility
-from tinystory.reward import plots
+from tinystory.rl.reward import plots
+from tinystory.run.errors import UserError
 from tinystory.student import checkpoint, hf
 
 PAIRS = [("Tom had a kite.", "Tom had a a kite."), ("Mia was happy.", "happy Mia was."), ("It is.", "It is."),

@@ -7,7 +7,6 @@ from conftest import fails
 from fault_server import FaultServer
 
 from scripts import evaluate
-from tinystory.errors import UserError
 from tinystory.evaluate.preference import (
     COMPARISON,
     FIRST,
@@ -23,7 +22,8 @@ from tinystory.evaluate.preference import (
     win_rate,
 )
 from tinystory.report.judges import preference_lines
-from tinystory.runlog import SAMPLES, RunLog
+from tinystory.run.errors import UserError
+from tinystory.run.folder import SAMPLES, RunLog
 from tinystory.teacher.prompt import instructions
 
 PAIRS = [pair_of("Once", f"a plain tale {i}.", f"a fine tale {i}.") for i in range(10)]

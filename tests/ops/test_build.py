@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tinystory.errors import UserError
 from tinystory.ops import build
+from tinystory.run.errors import UserError
 
 MODULE = """
 #include <Python.h>
@@ -317,8 +317,9 @@ def test_nothing_needs_what_only_linux_has(place):
     """A Python as on macOS: without sched_getaffinity, /proc and sys.platform == 'linux'. The short library is built
     and loaded."""
     code = (
-        "import torch; from pathlib import Path; from scripts import doctor; from tinystory import device, ops, runlog;"
-        "doctor.main([]); print(device.peak_memory_mb(torch.device('cpu')), runlog.device_name('cpu'));"
+        "import torch; from pathlib import Path; from scripts import doctor; from tinystory import ops;"
+        "from tinystory.run import device, folder;"
+        "doctor.main([]); print(device.peak_memory_mb(torch.device('cpu')), folder.device_name('cpu'));"
         f"ops.build.CSRC = Path({str(place / 'csrc')!r}); print(ops.build.load().answer())"
     )
     done = subprocess.run([sys.executable, "-c", WITHOUT + code], capture_output=True, text=True)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from tinystory import device, ops
-from tinystory.errors import UserError
+from tinystory import ops
 from tinystory.ops import build, cuda
+from tinystory.run import device
+from tinystory.run.errors import UserError
 
 
 @pytest.fixture

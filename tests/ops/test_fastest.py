@@ -7,8 +7,8 @@ import torch
 
 from tests.conftest import assert_no_worse
 from tinystory import ops
-from tinystory.errors import UserError
 from tinystory.ops import fastest, reference, vendor
+from tinystory.run.errors import UserError
 
 CPU = torch.device("cpu")
 

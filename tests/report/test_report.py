@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinystory.errors import UserError
 from tinystory.report.frontier import best_of_n, tilt
 from tinystory.report.run import PICKED, Picked, Top, histograms, write_report
-from tinystory.runlog import RunLog
+from tinystory.run.errors import UserError
+from tinystory.run.folder import RunLog
 from tinystory.teacher.prompt import CRITERIA
 
 EVIL = "</p></article><script>alert(1)</script><img src=x onerror=y>&lt;\x00\x1b[31m\u202e\ud800 {name} %s"

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.data.builtin import grammar
-from tinystory.errors import UserError
 from tinystory.rubric.ngram import BOUNDARY, ORDER, NgramModel, Phrases, babble
 from tinystory.rubric.rubric import Rubric
 from tinystory.rubric.surface import CLOSE, OPEN, sentences, slips, tokens
+from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import CRITERIA
 
 OPENING = "Let me tell you a long, magical tale. Once upon a time, in a faraway land,"

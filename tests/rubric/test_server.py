@@ -14,12 +14,12 @@ import openai
 import pytest
 
 from tinystory.data.builtin import grammar
-from tinystory.errors import UserError
-from tinystory.rubric.chat import LONGEST_BODY
 from tinystory.rubric.rubric import Rubric
 from tinystory.rubric.server import MODEL, serve
+from tinystory.run.errors import UserError
 from tinystory.teacher.grade import parse_scores
 from tinystory.teacher.prompt import CRITERIA, STORYTELLING, Criterion, fence, render
+from tinystory.teacher.server import LONGEST_BODY
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "serve_teacher.py"
 OPENING = "Once upon a time,"

@@ -11,7 +11,7 @@ from scripts import agreement
 from tinystory.report.agreement import confusion, intervals
 from tinystory.report.judges import read_opinions
 from tinystory.report.run import write_report
-from tinystory.runlog import OPINIONS, SAMPLES, RunLog
+from tinystory.run.folder import OPINIONS, SAMPLES, RunLog
 from tinystory.teacher.prompt import CRITERIA
 
 EVIL = "<script>alert(1)</script>"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from scripts import bench as bench_script
-from tinystory.experiment import peers
 from tinystory.student.model import StudentConfig
+from tinystory.studies import peers
 
 
 @pytest.fixture

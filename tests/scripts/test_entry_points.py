@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from tinystory import paths
+from tinystory.run import paths
 
 ENTRY_POINTS = dict(re.findall(r'^(tinystory-[\w-]+) = "([\w.]+):main"$', (ROOT / "pyproject.toml").read_text(), re.M))
 

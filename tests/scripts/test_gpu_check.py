@@ -7,7 +7,7 @@ import sys
 import torch
 
 from scripts.gpu_check import CHECKS, launcher, run_all, table
-from tinystory.paths import ROOT
+from tinystory.run.paths import ROOT
 
 FACTS = dict(card="Card", capability="9.0", memory_gib=80.0, torch="2.11", cuda="13.0")
 ROW = dict(ours_ms=1.0, torch_ms=1.5, ratio=1.5, tflop_s=300.0, limit_tflop_s=600.0)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 

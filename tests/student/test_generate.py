@@ -8,8 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tinystory import ops, ppo
-from tinystory.errors import UserError
+from tinystory import ops
+from tinystory.rl import ppo
+from tinystory.run.errors import UserError
 from tinystory.student import generate as generation
 from tinystory.student.generate import TokenStep, encode_opening, generate, student_steps
 from tinystory.student.model import KVCache, Student, StudentConfig, ValueHead

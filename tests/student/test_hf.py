@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import train_interact
 from scripts import export_hf
 from tinystory.data.tokenizer import BYTE_OF_CHAR, Tokenizer
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 from tinystory.student import checkpoint, hf
 from tinystory.student.model import Student, StudentConfig
 

@@ -6,7 +6,7 @@ import resource
 import pytest
 from fault_server import FaultServer
 
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 from tinystory.teacher.cache import Cache, Kept
 from tinystory.teacher.client import Teacher
 

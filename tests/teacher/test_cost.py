@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from fault_server import FaultServer, assert_one_clean_sentence, counted
 
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 from tinystory.teacher import client
 from tinystory.teacher.client import Teacher
 

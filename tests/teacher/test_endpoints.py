@@ -8,8 +8,8 @@ from aiohttp import web
 from fault_server import FaultServer, assert_one_clean_sentence, completion, error
 
 from tinystory.config import InteractConfig
-from tinystory.device import Stop
-from tinystory.errors import UserError
+from tinystory.run.device import Stop
+from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import require_scores
 from tinystory.teacher.grader import load_extra, open_grader

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 from fault_server import KEY, FaultServer, assert_one_clean_sentence, closed_port, error
 
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
 
 pytestmark = pytest.mark.usefixtures("short_pauses")

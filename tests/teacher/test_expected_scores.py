@@ -9,7 +9,7 @@ from fault_server import FaultServer, assert_one_clean_sentence, completion, err
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import expected_scores, parse_scores
 from tinystory.teacher.prompt import CRITERIA

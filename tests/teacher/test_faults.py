@@ -17,8 +17,8 @@ from conftest import ROOT, SHORT, assert_same_bits, fails, metrics, story_record
 from fault_server import KEY, FaultServer, counted, error, weighed
 
 import train_interact as interact
-from tinystory.errors import UserError
-from tinystory.runlog import read_stories
+from tinystory.run.errors import UserError
+from tinystory.run.folder import read_stories
 from tinystory.student import checkpoint
 from tinystory.teacher import judge
 from tinystory.teacher.client import Teacher

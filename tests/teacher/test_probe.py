@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 from fault_server import FaultServer, assert_one_clean_sentence, completion, error
 
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.probe import Probe
 from tinystory.teacher.prompt import CRITERIA, read_back

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 from tinystory.teacher.cache import cache_key
 from tinystory.teacher.prompt import (
     AFTER,

@@ -11,8 +11,8 @@ from fault_server import FaultServer, assert_one_clean_sentence, closed_port, co
 from test_faults import honest
 
 from tinystory.config import InteractConfig
-from tinystory.device import Stop
-from tinystory.errors import UserError
+from tinystory.run.device import Stop
+from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grade, agreement, panel_grade
 from tinystory.teacher.grader import open_grader

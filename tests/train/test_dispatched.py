@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_pretrain as pretrain
-from tinystory import ops, ppo
+from tinystory import ops
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.ops import reference
+from tinystory.rl import ppo
 from tinystory.student.generate import TokenStep
 from tinystory.student.model import Student, StudentConfig, ValueHead
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 import train_interact as interact
 import train_pretrain as pretrain
-from tinystory import distributed
-from tinystory.errors import UserError
-from tinystory.runlog import held
+from tinystory.run import distributed
+from tinystory.run.errors import UserError
+from tinystory.run.folder import held
 from tinystory.student import checkpoint
 
 BOTH = f"""
@@ -92,7 +92,7 @@ def test_a_signal_to_any_process_stops_an_interaction_and_is_told_once(place, tm
     script.write_text(
         BOTH.split("split =")[0]
         + """
-from tinystory import ppo
+from tinystory.rl import ppo
 step = ppo.step
 def signalled(*arguments):
     os.kill(os.getpid(), 15)

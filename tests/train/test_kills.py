@@ -14,7 +14,7 @@ from conftest import ROOT, SHORT, SMALL, assert_same_bits, metrics
 
 import train_interact as interact
 import train_pretrain as pretrain
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
 
 KILLS = int(os.environ.get("TINYSTORY_KILLS", "10"))  # per command

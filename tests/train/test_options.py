@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 import train_interact as interact
 import train_pretrain as pretrain
-from tinystory import memory
 from tinystory.config import (
     INTERACT_PRESETS,
     PRETRAIN_PRESETS,
@@ -21,8 +20,8 @@ from tinystory.config import (
     check,
     parse,
 )
-from tinystory.errors import UserError
-from tinystory.student import checkpoint
+from tinystory.run.errors import UserError
+from tinystory.student import checkpoint, memory
 
 COMMANDS = {PretrainConfig: PRETRAIN_PRESETS, InteractConfig: INTERACT_PRESETS}
 

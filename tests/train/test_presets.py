@@ -7,9 +7,9 @@ from conftest import SHORT, SMALL, fails, metrics
 
 import train_interact as interact
 import train_pretrain as pretrain
-from tinystory import babylm
 from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
-from tinystory.errors import UserError
+from tinystory.data import babylm
+from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
 
 # The settings of arXiv 2509.15714 and its code.

@@ -16,7 +16,7 @@ import train_interact as interact
 import train_pretrain as pretrain
 from tinystory.data.openings import Openings
 from tinystory.data.shards import TokenFile
-from tinystory.device import Interrupted, Stop, dtype_name
+from tinystory.run.device import Interrupted, Stop, dtype_name
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher.grader import CallableGrader

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tinystory.data.builtin import grammar, primer
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 
 BUILTIN = {"builtin": (grammar.stories, 1_000_000), "primer": (primer.tales, 500_000)}  # what tells it, and words
 BUILTIN_SEED = 0

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from tinystory.data.builtin import grammar
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 
 HELD_OUT = 10  # one opening in so many is never trained on
 BUILTIN = 200

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.errors import UserError
-from tinystory.paths import cache_dir
+from tinystory.run.errors import UserError
+from tinystory.run.paths import cache_dir
 
 DType: TypeAlias = "np.dtype[Any]"
 Encoded: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # of `encode`

@@ -18,7 +18,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4
 END_NAMES = ("</s>", "<|endoftext|>")  # ours; GPT-2's

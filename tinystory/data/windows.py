@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tinystory.data.shards import TokenFile
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 
 
 class Windows:

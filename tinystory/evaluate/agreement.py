@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinystory.errors import UserError
 from tinystory.evaluate.intervals import bootstrap, spearman
+from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import TOP
 
 Told: TypeAlias = tuple[str, str]  # opening and story

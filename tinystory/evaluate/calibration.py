@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tinystory.config import InteractConfig
-from tinystory.errors import UserError
+from tinystory.evaluate.coreference import unseen_stories
+from tinystory.evaluate.corruptions import KINDS, ORDER, READ, REAL, SENTENCES, WORDS, Known, known_stories
 from tinystory.evaluate.intervals import bootstrap, ranks, wilson
-from tinystory.evaluate.known import KINDS, ORDER, READ, REAL, SENTENCES, WORDS, Known, known_stories
-from tinystory.evaluate.who import unseen_stories
+from tinystory.run.errors import UserError
 from tinystory.teacher.client import PERSON
 from tinystory.teacher.grader import Grader, TeacherGrader
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.errors import UserError
 from tinystory.evaluate.intervals import bootstrap, spearman, weighted, wilson
 from tinystory.evaluate.scoring import part, sum_logprobs
+from tinystory.run.errors import UserError
 from tinystory.student.model import Student
 
 

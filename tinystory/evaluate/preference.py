@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from tinystory.errors import UserError
 from tinystory.evaluate.intervals import wilson
-from tinystory.journal import Journal
-from tinystory.runlog import PREFERENCES, SAMPLES, read_records
+from tinystory.run.errors import UserError
+from tinystory.run.folder import PREFERENCES, SAMPLES, read_records
+from tinystory.run.journal import Journal
 from tinystory.teacher.prompt import Criterion, Template
 
 FIRST, SECOND, SAME = "first", "second", "same"

@@ -12,7 +12,7 @@ import numpy as np
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import bootstrap, wilson
-from tinystory.reward import plot_numbers, plots
+from tinystory.rl.reward import plot_numbers, plots
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student
 

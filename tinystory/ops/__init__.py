@@ -12,9 +12,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tinystory.errors import UserError
 from tinystory.ops import autograd, build, cuda, reference, vendor
 from tinystory.ops.autograd import LoweredLinear
+from tinystory.run.errors import UserError
 
 __all__ = [
     "add_layer_norm",

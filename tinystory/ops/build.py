@@ -31,8 +31,8 @@ import pybind11
 import torch
 
 from tinystory import __version__
-from tinystory.errors import UserError
-from tinystory.paths import ROOT, cache_dir
+from tinystory.run.errors import UserError
+from tinystory.run.paths import ROOT, cache_dir
 
 CSRC = ROOT / "csrc" if (ROOT / "csrc").is_dir() else ROOT / "tinystory/csrc"  # a clone's, or a wheel's
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from tinystory.errors import UserError
 from tinystory.ops import build
+from tinystory.run.errors import UserError
 
 OLDEST = (8, 0)  # compute capability: mma of bfloat16, cp.async
 ENTRY = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")  # of TORCH_CUDA_ARCH_LIST

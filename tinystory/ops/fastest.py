@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from tinystory import ops
-from tinystory.errors import UserError
 from tinystory.ops import build
+from tinystory.run.errors import UserError
 
 NAMES = ("cross_entropy", "linear", "token_logprob")
 MARGIN = 1.1  # by how much PyTorch must be faster: on a noisy machine equals should not change places

@@ -5,9 +5,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tinystory.report import page, plots
+from tinystory.report import charts, page
 from tinystory.report.judges import with_ends
-from tinystory.runlog import atomic_write
+from tinystory.run.folder import atomic_write
 
 COLUMNS = ["", "Kappa, quadratic weights", "Spearman", "Mean difference", "Means", "Equal"]
 
@@ -51,7 +51,7 @@ def write_agreement(comparisons: Sequence[Mapping[str, Any]], path: Path) -> Non
         sections.append(page.section(f"{escape(first)} and {escape(second)}", note, body))
     text = page.PAGE.format(
         name="How far judges agree",
-        style=plots.palette() + plots.STYLE + page.STYLE,
+        style=charts.palette() + charts.STYLE + page.STYLE,
         subtitle="Kappa compares the scores themselves, Spearman’s correlation their order; 0 is chance, 1 perfect.",
         sections="\n".join(sections),
     )
@@ -70,9 +70,9 @@ def intervals(title: str, found: Mapping[str, Any]) -> str:
         return left + (value - low) / (1 - low) * (width - left - right)
 
     parts = [f'<text class="title" x="0" y="14">{escape(title)}</text>']
-    for tick in plots.ticks(low, 1.0):
+    for tick in charts.ticks(low, 1.0):
         parts.append(f'<path class="grid" d="M{at(tick):.1f},{top}V{height - 24}"/>')
-        parts.append(f'<text x="{at(tick):.1f}" y="{height - 8}" text-anchor="middle">{plots.number(tick)}</text>')
+        parts.append(f'<text x="{at(tick):.1f}" y="{height - 8}" text-anchor="middle">{charts.number(tick)}</text>')
     for i, (name, each) in enumerate(entries):
         up = top + slot * (i + 0.5)
         label = escape(name.replace("_", " "))
@@ -87,7 +87,7 @@ def intervals(title: str, found: Mapping[str, Any]) -> str:
                 f'<path class="error" d="M{a:.1f},{up + down:.1f}H{b:.1f}"/><circle class="error" style="fill: {fill}" '
                 f'r="3.5" cx="{at(each[key]):.1f}" cy="{up + down:.1f}"/></g>'
             )
-    return plots.svg(title, (width, height), parts)
+    return charts.svg(title, (width, height), parts)
 
 
 def confusion(title: str, table: Sequence[Sequence[int]], colour: str, second: str) -> str:
@@ -109,4 +109,4 @@ def confusion(title: str, table: Sequence[Sequence[int]], colour: str, second: s
                 f'text-anchor="middle">{count or ""}</text>'
             )
     parts.append(f'<text x="{size[0]}" y="{size[1] - 3}" text-anchor="end">{escape(second[:40])}</text>')
-    return plots.svg(title, size, parts)
+    return charts.svg(title, size, parts)

@@ -5,9 +5,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tinystory.report import page, plots
-from tinystory.report.plots import Line, chart, number
-from tinystory.runlog import Record, atomic_write
+from tinystory.report import charts, page
+from tinystory.report.charts import Line, chart, number
+from tinystory.run.folder import Record, atomic_write
 
 # The measures shown: (name, path to the value in a record, path to its interval, decimals).
 ROWS = (
@@ -61,7 +61,7 @@ def comparison(records: Sequence[Record]) -> list[list[str]]:
 def write_page(records: Sequence[Record], path: Path) -> None:
     """Write one self-contained page about the records, in the given order."""
     names = [record["name"] for record in records]
-    charts = [_chart(records, *row[:3]) for row in ROWS] if len(records) > 1 else []
+    drawings = [_chart(records, *row[:3]) for row in ROWS] if len(records) > 1 else []
     sections = [
         page.section(
             "Side by side",
@@ -69,13 +69,13 @@ def write_page(records: Sequence[Record], path: Path) -> None:
             page.table(["", *names], comparison(records)),
         ),
         page.section(
-            "Against the words read", "Words read and taken in, as recorded in each checkpoint.", page.grid(charts)
+            "Against the words read", "Words read and taken in, as recorded in each checkpoint.", page.grid(drawings)
         ),
         *(_phenomena(records, task) for task in PAIRS),
     ]
     text = page.PAGE.format(
         name="Evaluation",
-        style=plots.palette() + plots.STYLE + page.STYLE,
+        style=charts.palette() + charts.STYLE + page.STYLE,
         subtitle=escape(" · ".join(names)),
         sections="\n".join(filter(None, sections)),
     )

@@ -8,8 +8,8 @@ from typing import Any
 from tinystory.evaluate.agreement import Judge, agreement
 from tinystory.evaluate.preference import run_preferences
 from tinystory.report import page
-from tinystory.report.plots import number
-from tinystory.runlog import OPINIONS, SAMPLES, Record, read_records
+from tinystory.report.charts import number
+from tinystory.run.folder import OPINIONS, SAMPLES, Record, read_records
 
 
 def scored_by_note(scored_by: str, config: Record) -> str:

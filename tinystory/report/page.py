@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from tinystory.report.plots import CRITERION_COLOURS, number
-from tinystory.runlog import Record
+from tinystory.report.charts import CRITERION_COLOURS, number
+from tinystory.run.folder import Record
 
 TOP_SCORE = 3  # each criterion is scored from 0 to this
 LONGEST = 3000  # characters of a story that are shown

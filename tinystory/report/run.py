@@ -13,13 +13,13 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from tinystory.errors import UserError
-from tinystory.report import judges, page, plots
+from tinystory.report import charts, judges, page
+from tinystory.report.charts import Line, chart, number
 from tinystory.report.frontier import best_of_n, tilt
 from tinystory.report.page import TOP_SCORE, colour, details, grid, section, story_card, tile
-from tinystory.report.plots import Line, chart, number
-from tinystory.reward import plots as plot_sizes
-from tinystory.runlog import SAMPLES, Record, atomic_write, read_config, read_metrics, read_records, read_stories
+from tinystory.rl.reward import plots as plot_sizes
+from tinystory.run.errors import UserError
+from tinystory.run.folder import SAMPLES, Record, atomic_write, read_config, read_metrics, read_records, read_stories
 
 EDGE = 5  # the headline compares the mean of this many first steps with that of the last ones
 PAIRS, PICKED, UNSCORED = 12, 5, 3  # stories shown: before and after; best, worst and at random; unscored
@@ -83,7 +83,7 @@ def write_report(run_folder: Path) -> Path:
     sections.append(how_it_was_run(config))
     text = page.PAGE.format(
         name=escape(folder.resolve().name),
-        style=plots.palette() + plots.STYLE + page.STYLE,
+        style=charts.palette() + charts.STYLE + page.STYLE,
         subtitle=subtitle(metrics, config),
         sections="\n".join(filter(None, sections)),
     )
@@ -211,7 +211,7 @@ def histograms(counts: dict[int, dict[str, list[int]]]) -> str:
             [sum(counts[step][each][score] for step in part if each in counts[step]) for score in range(TOP_SCORE + 1)]
             for part in (steps[:tenth], steps[-tenth:])
         )
-        drawings.append(plots.histogram(title(each), early, late, colour(each)))
+        drawings.append(charts.histogram(title(each), early, late, colour(each)))
     return section(
         "Distribution of the scores",
         "Fraction of stories with each score, in the first tenth of the steps (grey) and in the last (colour).",
@@ -224,7 +224,7 @@ def sameness(metrics: list[Record], picked: "Picked") -> str:
     highest = TOP_SCORE * len(picked.criteria) or 1
     pairs = zip(column(metrics, "diversity_mean"), column(metrics, "score_mean"), strict=True)
     points = [(x, y) for x, y in pairs if x is not None and y is not None]
-    trail = plots.trail(
+    trail = charts.trail(
         "Score against difference, step by step", points, "difference from the other stories", (0, 1), (0, highest)
     )
     ends = [picked.first, picked.last] if picked.first is not picked.last else [picked.last]
@@ -249,7 +249,7 @@ def price(metrics: list[Record], picked: "Picked") -> str:
     kl, reward = zip(*points, *itertools.chain(*beside.values()), strict=True)
     ranges = (min(0.0, *kl), max(kl) * 1.05), (min(reward) - 0.02, max(reward) + 0.02)
     name = "KL to the initial student, nats per story"
-    trail = plots.trail("Reward against KL, step by step", points, name, *ranges, beside)
+    trail = charts.trail("Reward against KL, step by step", points, name, *ranges, beside)
     return section(
         "What it cost",
         "How far the student went from where it started, and what it earned there. In grey, what its first stories say "
@@ -325,11 +325,11 @@ def teacher_requests(metrics: list[Record]) -> str:
     cost = metrics[-1].get("teacher_cost")
     rows = [(name, number(total)) for name, total in sums.items()] + [("Cost", number(cost))] * bool(cost)
     latencies = [curve(metrics, f"teacher_latency_{key}", name=name, smooth=False) for key, name in LATENCIES.items()]
-    charts = [
+    drawings = [
         chart("Latency percentiles, seconds", latencies),
         chart("Retries after a failure", [curve(metrics, "teacher_retries")]),
     ]
-    return details("Requests to the teacher", page.facts(rows) + grid(charts))
+    return details("Requests to the teacher", page.facts(rows) + grid(drawings))
 
 
 class Picked:

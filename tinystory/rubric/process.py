@@ -5,11 +5,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
+from tinystory.run.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = next((f for f in ("scripts", "tinystory_scripts") if (ROOT / f / "serve_teacher.py").exists()), "scripts")
 SCRIPT = ROOT / FOLDER / "serve_teacher.py"  # of a clone, or of an installed wheel
 READY = "listening on "

@@ -46,12 +46,12 @@ from typing import Any
 
 import numpy as np
 
-from tinystory.errors import UserError
-from tinystory.rubric.company import Company
+from tinystory.rubric.association import Company
+from tinystory.rubric.characters import People
 from tinystory.rubric.lexicon import Lexicon
 from tinystory.rubric.ngram import ORDER, UNKNOWN, NgramModel, Phrases, babble, hashes
-from tinystory.rubric.people import People
 from tinystory.rubric.surface import CLOSE, formed, sentences, slips, tokens, words_of
+from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import CRITERIA
 
 MOST_TOKENS = 1_700_000  # read from the corpus: about 1.5 M words and their punctuation

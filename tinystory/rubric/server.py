@@ -9,9 +9,9 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from tinystory.rubric.chat import application, listening
 from tinystory.rubric.rubric import Rubric
 from tinystory.teacher.prompt import CRITERIA, read_back
+from tinystory.teacher.server import application, listening
 
 MODEL = "tinystory-rubric"
 DESCRIPTION = "A rubric measured on the text: a stand-in for an LLM, so that a run needs none. It only grades stories."

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.errors import UserError
-from tinystory.runlog import cannot_write, read_object
+from tinystory.run.errors import UserError
+from tinystory.run.folder import cannot_write, read_object
 from tinystory.student import hf
 from tinystory.student.model import Student, StudentConfig, wrong_shape
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from tinystory import ops
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.device import Download
-from tinystory.errors import UserError
 from tinystory.ops.engine import Engine
+from tinystory.run.device import Download
+from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, ValueHead
 
 

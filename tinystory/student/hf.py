@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tinystory.data.tokenizer import END_NAMES, Tokenizer
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 from tinystory.student.model import Student, StudentConfig, wrong_shape
 
 # Module names in a block: transformers' -> ours. Its Conv1D stores weights as (in, out), our Linear as (out, in).

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import clean
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 from tinystory.teacher import probe as probing
 from tinystory.teacher.api import Failure, Reply
 from tinystory.teacher.cache import Cache, Kept, cache_key

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 from tinystory.teacher import probe as probing
 from tinystory.teacher.api import Reply, Server
 from tinystory.teacher.ledger import Ledger

@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import CRITERIA, TOP, Template, clean
 
 LONGEST_REPLY = 1000  # characters; a longer reply is an essay, and refusing it costs nothing

@@ -15,10 +15,10 @@ from typing import Any
 from tqdm import tqdm
 
 from tinystory.config import InteractConfig
-from tinystory.device import Stop
-from tinystory.errors import UserError
-from tinystory.reward import ScoreStories, load_score
+from tinystory.rl.reward import ScoreStories, load_score
 from tinystory.rubric.process import builtin_teacher
+from tinystory.run.device import Stop
+from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grade, too_few_scores
 from tinystory.teacher.prompt import Template, load_template

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 from tinystory.teacher.api import Failure
 from tinystory.teacher.endpoint import Endpoint
 from tinystory.teacher.ledger import Ledger

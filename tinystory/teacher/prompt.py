@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinystory.errors import UserError
+from tinystory.run.errors import UserError
 
 TOP = 3  # each criterion is graded 0, 1, 2 or 3
 

@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from tinystory.errors import UserError
-from tinystory.runlog import LOOKS, STORIES, read_records
+from tinystory.run.errors import UserError
+from tinystory.run.folder import LOOKS, STORIES, read_records
 from tinystory.teacher import probe as probing
 from tinystory.teacher.cache import Kept, question_key, records
 from tinystory.teacher.grade import Grade, grade_if_empty, grade_of, panel_grade, parse_scores

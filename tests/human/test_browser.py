@@ -1,0 +1,218 @@
+"""A person teaches a student: in a real browser, by keys alone, through a whole run, while servers die.
+
+It needs playwright (a test extra) and a Chromium on the machine (Debian: apt install chromium).
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, metrics
+from fault_server import closed_port
+
+from tinystory.evaluate.preference import run_pairs, run_preferences
+from tinystory.run.folder import SAMPLES, read_records, read_stories
+from tinystory.teacher.prompt import CRITERIA, clean
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+sync_api = pytest.importorskip("playwright.sync_api", reason="pip install 'tinystory[test]'")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (Debian: apt install chromium)"),
+]
+EVIL = "<img src=x onerror=\"document.title='caught'\"><script>document.title='caught'</script>"
+PATIENCE_MS = 600_000  # of a busy machine
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser):
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    context.set_default_timeout(PATIENCE_MS)
+    errors = []
+    page = context.new_page()
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    yield page
+    context.close()
+    assert errors == []
+
+
+def start(folder: Path, port: str, *argv: str) -> subprocess.Popen:
+    """teach.py, listening."""
+    command = [sys.executable, str(ROOT / "scripts" / "teach.py"), "--port", port, *argv]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("open http://127.0.0.1:")
+    return process
+
+
+def read(page, trainer: subprocess.Popen) -> str:
+    """The story that the page shows, once it shows one; "" if the trainer has ended, and well."""
+    while True:
+        try:
+            page.wait_for_selector("#story:not([hidden])", timeout=5000)
+            return page.text_content("#tale")
+        except sync_api.TimeoutError:  # the machine is busy, or there is nothing to wait for
+            assert trainer.poll() in (None, 0), trainer.stdout and trainer.stdout.read()
+            if trainer.poll() == 0:
+                return ""
+
+
+def press(page, keys: str, before: str) -> None:
+    """Press keys, and wait until the page shows something else."""
+    for key in keys:
+        page.keyboard.press(key)
+    page.wait_for_function("before => document.getElementById('story').hidden || "
+                           "document.getElementById('tale').textContent !== before", arg=before)  # fmt: skip
+
+
+def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, place, tmp_path):
+    port = closed_port().rpartition(":")[2]
+    url, kept = f"http://127.0.0.1:{port}", tmp_path / "runs" / "teach" / "grades.jsonl"
+    server = start(tmp_path, port)
+    command = [
+        sys.executable, str(ROOT / "train_interact.py"), "--init", str(place / "p"), "--out", "runs/interact",
+        "--teacher-url", f"{url}/v1", "--stories-per-step", "8", "--steps", "2", "--look-every", "0",
+        "--look-stories", "2", "--max-new-tokens", "16", "--max-unscored", "0.5", "--opening", "Once",
+        "--device", "cpu",
+    ]  # fmt: skip
+    trainer = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        page.goto(url)
+        page.fill("#name", "ada")
+        page.keyboard.press("Enter")
+        seen = []
+        # 2 looks of 2 stories, and 2 steps of 8. The last look tells a story again that has not changed since the
+        # first: nobody is asked about it.
+        for number in range(20):
+            story = read(page, trainer)
+            if not story:
+                break
+            assert story not in seen
+            seen.append(story)
+            if number == 4:  # a slip of the finger, and the way back
+                press(page, "000", story)
+                page.keyboard.press("b")
+                page.wait_for_function("before => document.getElementById('tale').textContent === before", arg=story)
+                press(page, "321", story)
+            elif number == 7:
+                press(page, "s", story)
+            elif number == 9:  # the server dies in the middle of a step, with a story half graded
+                page.keyboard.press("2")
+                before = kept.read_bytes()
+                server.send_signal(signal.SIGKILL)
+                server.wait()
+                page.wait_for_function(
+                    "() => document.getElementById('message').textContent.includes('does not answer')"
+                )
+                assert kept.read_bytes() == before
+                server = start(tmp_path, port)
+                press(page, "21", story)  # before the trainer has noticed
+            elif number == 12:  # a closed page
+                page.goto("about:blank")
+                page.goto(url)
+                assert read(page, trainer) == story
+                press(page, "111", story)
+            else:
+                press(page, f"{number % 4}{number // 4 % 4}2", story)
+        assert trainer.wait(600) == 0, trainer.stdout.read()
+    finally:
+        for process in (trainer, server):
+            process.kill()
+            process.wait()
+    grades = [json.loads(line) for line in kept.read_text().splitlines()]
+    by_story: dict[str, list] = {}
+    for grade in grades:
+        by_story.setdefault(grade["story"], []).append(grade)
+    assert len(seen) >= 16 and len(grades) == len(seen) + 1
+    assert sorted(map(len, by_story.values())) == [1] * (len(seen) - 1) + [2]  # only the slip came twice
+    run = tmp_path / "runs" / "interact"
+    stories = list(read_stories(run))
+    assert len(stories) == 16 and [record["unscored"] for record in metrics(run)] in ([1, 0], [0, 1])
+    for story in stories:  # what was said last is what was learned; of nothing nobody is asked
+        said = by_story.get(clean(story["story"]))
+        assert story["scores"] == (said[-1]["scores"] if said else dict.fromkeys(CRITERIA, 0))
+        assert said or not story["story"].strip()
+    assert json.loads((run / "config.json").read_text())["options"]["teacher"]["model"] == "person"
+
+
+def test_a_blind_comparison_by_keys(page, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    rest = {"scores": None, "reply": None, "reward": None, "words": 3, "ended": "eos"}
+    told = [
+        {"when": when, "step": step, "index": i, "opening": "Once", "story": f"{when} {i} {EVIL}"} | rest
+        for i in range(6)
+        for when, step in (("before", 0), ("after", 3))
+    ]
+    (run / SAMPLES).write_text("".join(json.dumps(record) + "\n" for record in told))
+    port = closed_port().rpartition(":")[2]
+    server = start(tmp_path, port, "--compare", str(run))
+    try:
+        page.goto(f"http://127.0.0.1:{port}/?who=ada")
+        sides = []
+        for number in range(6):
+            page.wait_for_selector("#story:not([hidden])")
+            first = page.text_content("#first")
+            assert EVIL in first and page.title() != "caught"  # a story is text
+            assert "before" not in page.text_content("header") and "step" not in page.text_content("header")
+            sides.append("after" in first)
+            key = "0" if number == 3 else ("1" if "after" in first else "2")
+            page.keyboard.press(key)
+            page.wait_for_function(
+                "before => document.getElementById('story').hidden || "
+                "document.getElementById('first').textContent !== before",
+                arg=first,
+            )
+        assert "in 5 of 6 pairs" in page.text_content("#resting") and len(set(sides)) == 2
+    finally:
+        server.send_signal(signal.SIGINT)
+        said = server.communicate(timeout=60)[0]
+    assert server.returncode == 0 and "ada preferred the story after interaction in 5 of 6 pairs" in said
+    assert run_preferences(run)["ada"]["second"] == 5 and len(run_pairs(run)) == 6
+    assert {record["left"] for record in read_records(run / "preferences.jsonl")} == {"first", "second"}
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
+    """Nothing is cut off on a telephone. Set SCREENSHOTS to a folder to look at it."""
+    port = closed_port().rpartition(":")[2]
+    server = start(tmp_path, port)
+    asker = "import sys; from tinystory.teacher.client import Teacher\n"
+    asker += "with Teacher(sys.argv[1]) as t:\n t.grade('Once upon a time,', [sys.argv[2]], 0)"
+    story = "there was a little fox who wanted to catch the moon. " * 4 + "W" * 200
+    client = subprocess.Popen([sys.executable, "-c", asker, f"http://127.0.0.1:{port}/v1", story], cwd=ROOT)
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    context.set_default_timeout(PATIENCE_MS)
+    try:
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{port}/?who=ada")
+        read(page, client)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.keyboard.press("2")
+        assert page.locator("fieldset.now legend").inner_text().startswith("Coherence")
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, colour[4:-1].split(","))) > 384) == (scheme == "light")
+        if folder := os.environ.get("SCREENSHOTS"):
+            page.screenshot(path=f"{folder}/teach_{width}_{scheme}.png", full_page=True)
+        page.keyboard.press("p")
+        time.sleep(0.1)
+        assert "Paused" in page.text_content("#resting")
+    finally:
+        context.close()
+        for process in (client, server):
+            process.kill()
+            process.wait()

@@ -1,0 +1,236 @@
+"""The desk: every story is asked about once, every grade is kept, and none is handed in while there is a way back."""
+
+import asyncio
+import json
+
+import pytest
+
+from tinystory.human import desk as desks
+from tinystory.human.desk import Desk, Mistake
+from tinystory.run.errors import UserError
+from tinystory.teacher.prompt import Criterion, Template
+
+GOOD = {"readability": 3, "coherence": 2, "creativity": 1}
+POOR = {"readability": 0, "coherence": 0, "creativity": 1}
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def run(scene, tmp_path, **options):
+    """Run a scene at a desk with a clock that moves only when told."""
+
+    async def play():
+        clock = Clock()
+        desk = Desk(tmp_path / "grades.jsonl", Template(), clock=clock, **options)
+        try:
+            await scene(desk, clock)
+        finally:
+            desk.close()
+
+    asyncio.run(play())
+
+
+async def asked(desk, *stories):
+    """Trainers' requests for these stories, begun."""
+    tasks = [asyncio.ensure_future(desk.ask("Once", story)) for story in stories]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def later(desk, clock, seconds=desks.GRACE_S):
+    clock.now += seconds
+    desk.tick()
+    await asyncio.sleep(0)
+
+
+def grade(desk, who, scores=GOOD, **more):
+    """Grade what lies before this person; returns the story."""
+    shown = desk.state(who)["show"]
+    desk.do(who, "grade", {**shown, "scores": scores, "seconds": 3.14159, **more})
+    return shown["story"]
+
+
+def lines(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "grades.jsonl").read_text().splitlines()]
+
+
+def test_stories_come_in_order_and_are_handed_in_together(tmp_path):
+    async def scene(desk, clock):
+        tasks = await asked(desk, "a", "b")
+        state = desk.state("ada")
+        assert state["left"] == 2 and [each["name"] for each in state["criteria"]] == list(GOOD)
+        assert grade(desk, "ada") == "a"
+        assert lines(tmp_path)[0]["scores"] == GOOD and lines(tmp_path)[0]["seconds"] == 3.1  # kept at once
+        await later(desk, clock)
+        assert not tasks[0].done() and desk.state("ada")["left"] == 1
+        assert grade(desk, "ada", POOR) == "b"
+        assert desk.state("ada")["handing_in"] and desk.state("ada")["show"] is None
+        await later(desk, clock, desks.GRACE_S / 2)
+        assert not tasks[0].done()
+        await later(desk, clock)
+        assert [task.result() for task in tasks] == [GOOD, POOR]
+
+    run(scene, tmp_path)
+
+
+def test_what_was_graded_is_never_asked_again_not_even_after_a_kill(tmp_path):
+    async def before(desk, clock):
+        tasks = await asked(desk, "a", "b", "c")
+        grade(desk, "ada")
+        desk.do("ada", "skip", desk.state("ada")["show"])
+        for task in tasks:
+            task.cancel()
+
+    run(before, tmp_path)
+    with open(tmp_path / "grades.jsonl", "ab") as file:
+        file.write(b'{"key": "half a li')  # the process was killed while it wrote
+
+    async def after(desk, clock):
+        assert (await desk.ask("Once", "a"), await desk.ask("Once", "b")) == (GOOD, None)
+        (task,) = await asked(desk, "c")
+        assert grade(desk, "ada", POOR) == "c" and desk.state("ada")["done"] == 3
+        await later(desk, clock)
+        assert task.result() == POOR
+
+    run(after, tmp_path)
+    assert [record["story"] for record in lines(tmp_path)] == ["a", "b", "c"]
+
+
+def test_the_way_back_leads_to_the_story_before_until_all_are_handed_in(tmp_path):
+    async def scene(desk, clock):
+        tasks = await asked(desk, "a", "b", "c")
+        grade(desk, "ada"), grade(desk, "ada")
+        desk.do("ada", "back", {})
+        shown = desk.state("ada")["show"]
+        assert shown["story"] == "b" and shown["scores"] == GOOD and shown["again"] and not shown["late"]
+        desk.do("ada", "back", {})
+        assert grade(desk, "ada", POOR) == "a" and grade(desk, "ada") == "c"
+        await later(desk, clock)
+        assert [task.result() for task in tasks] == [POOR, GOOD, GOOD]
+        desk.do("ada", "back", {})
+        assert desk.state("ada")["show"]["story"] == "c" and desk.state("ada")["show"]["late"]
+        grade(desk, "ada", POOR)
+        assert await desk.ask("Once", "c") == POOR  # the last word counts for whoever asks next
+
+    run(scene, tmp_path)
+
+
+def test_a_story_that_was_taken_back_holds_the_others_until_the_page_is_closed(tmp_path):
+    async def scene(desk, clock):
+        (task,) = await asked(desk, "a")
+        grade(desk, "ada")
+        desk.do("ada", "back", {})
+        desk.state("ada")
+        await later(desk, clock)
+        assert not task.done()
+        await later(desk, clock, desks.AWAY_S + 1)
+        assert task.result() == GOOD
+
+    run(scene, tmp_path)
+
+
+def test_two_people_get_different_stories_and_some_a_second_time(tmp_path):
+    async def scene(desk, clock):
+        tasks = await asked(desk, "a", "b")
+        first, second = desk.state("ada")["show"], desk.state("ben")["show"]
+        assert {first["story"], second["story"]} == {"a", "b"}
+        assert grade(desk, "ada") == "a" and grade(desk, "ben", POOR) == "b"
+        assert grade(desk, "ada", POOR) == "b" and desk.state("ada")["show"] is None
+        assert desk.state("ben")["show"]["second"] and desk.state("ben")["show"]["scores"] is None  # not told the first
+        await later(desk, clock)
+        assert [task.result() for task in tasks] == [GOOD, POOR]  # the trainer waits for nobody's second opinion
+        grade(desk, "ben", POOR)
+        assert desk.state("ben")["show"] is None and desk.state("cleo")["show"] is None
+        assert await desk.ask("Once", "a") == GOOD  # and gets what it got before
+
+    run(scene, tmp_path, twice=1.0)
+
+
+def test_half_of_many_stories_go_to_a_second_person(tmp_path):
+    async def scene(desk, clock):
+        await asked(desk, *(f"story {i}" for i in range(100)))
+        for _ in range(100):
+            grade(desk, "ada")
+        assert 35 <= desk.state("ben")["seconds_left"] <= 65 and desk.state("ada")["seconds_left"] == 0
+
+    run(scene, tmp_path)
+
+
+def test_a_closed_page_frees_its_story(tmp_path):
+    async def scene(desk, clock):
+        await asked(desk, "a")
+        assert desk.state("ada")["show"] and desk.state("ben")["show"] is None
+        await later(desk, clock, desks.AWAY_S + 1)
+        assert desk.state("ben")["show"]["story"] == "a"
+
+    run(scene, tmp_path)
+
+
+def test_a_pause_frees_the_story_too(tmp_path):
+    async def scene(desk, clock):
+        await asked(desk, "a")
+        desk.state("ada")
+        desk.do("ada", "pause", {})
+        assert desk.state("ben")["show"]["story"] == "a"
+
+    run(scene, tmp_path)
+
+
+def test_a_trainer_that_hangs_up_and_comes_back_finds_its_story_where_it_was(tmp_path):
+    async def scene(desk, clock):
+        (task,) = await asked(desk, "a")
+        desk.state("ada")
+        task.cancel()
+        await asyncio.sleep(0)
+        await later(desk, clock, desks.FORGET_S / 2)
+        (task,) = await asked(desk, "a")
+        grade(desk, "ada")
+        await later(desk, clock)
+        assert task.result() == GOOD
+        (task,) = await asked(desk, "b")
+        shown = desk.state("ada")["show"]
+        task.cancel()
+        await asyncio.sleep(0)
+        await later(desk, clock, desks.FORGET_S + 1)
+        assert desk.state("ada")["show"] is None and desk.state("ada")["left"] == 0
+        desk.do("ada", "grade", {**shown, "scores": GOOD})  # by a page that has not noticed
+        assert await desk.ask("Once", "b") == GOOD
+        with pytest.raises(Mistake, match="not what was asked"):
+            desk.do("ada", "grade", {**shown, "story": "another", "scores": GOOD})
+
+    run(scene, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "scores", [None, {}, {**GOOD, "humour": 1}, {**GOOD, "coherence": 4}, {**GOOD, "coherence": True}, [3, 2, 1]]
+)
+def test_what_is_no_grade_is_not_kept(tmp_path, scores):
+    async def scene(desk, clock):
+        await asked(desk, "a")
+        with pytest.raises(Mistake):
+            grade(desk, "ada", scores)
+        with pytest.raises(Mistake):
+            desk.do("ada", "burn", {})
+        with pytest.raises(Mistake, match="nothing to go back to"):
+            desk.do("ada", "back", {})
+
+    run(scene, tmp_path)
+    assert lines(tmp_path) == []
+
+
+def test_other_criteria_make_another_question(tmp_path):
+    humour = Template((Criterion("humour", "Is it funny?", ("no", "a bit", "yes", "very")),))
+    desk = Desk(tmp_path / "grades.jsonl", humour)
+    other = Desk(tmp_path / "others.jsonl", Template())
+    assert desk.key("Once", "a") != other.key("Once", "a") == Desk(tmp_path / "x.jsonl", Template()).key("Once", "a")
+
+
+def test_a_file_of_something_else_is_the_users_error(tmp_path):
+    (tmp_path / "grades.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="choose another with --grades"):
+        Desk(tmp_path / "grades.jsonl", Template())

@@ -1,0 +1,186 @@
+"""The server: a trainer's client gets a person's grades, and strangers get nothing."""
+
+import asyncio
+import http.client
+import json
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from scripts import teach
+from tinystory.human import desk as desks
+from tinystory.human.desk import Desk
+from tinystory.human.server import page, serve
+from tinystory.run.errors import UserError
+from tinystory.run.folder import RunLog
+from tinystory.teacher import server as chat
+from tinystory.teacher.client import PERSON, Teacher
+from tinystory.teacher.prompt import Criterion, Template
+
+EVIL = "</script><script>alert(1)</script><b onmouseover=x>"
+
+
+@contextmanager
+def serving(desk):
+    """The server on a thread of its own; yields its URL."""
+    ready, addresses = threading.Event(), []
+    loop, ended = asyncio.new_event_loop(), asyncio.Event()
+
+    async def run():
+        async with serve(desk, style="p { color: red }", curve=lambda url: "<svg></svg>") as address:
+            addresses.append(address)
+            loop.call_soon(ready.set)
+            await ended.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
+    thread.start()
+    try:
+        assert ready.wait(20)
+        yield addresses[0]
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join(20)
+        loop.close()
+        desk.close()
+
+
+@pytest.fixture
+def url(tmp_path, monkeypatch):
+    monkeypatch.setattr(desks, "GRACE_S", 0.05)
+    monkeypatch.setattr(chat, "BREATH_S", 0.05)
+    with serving(Desk(tmp_path / "grades.jsonl", Template())) as address:
+        yield address
+
+
+def ask(url, method, path, body=None, **headers):
+    """(status, headers, text) of one request."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
+    try:
+        data = None if body is None else json.dumps(body).encode()
+        connection.request(method, path, data, {"Content-Type": "application/json", **headers})
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def shown(url, who="ada"):
+    """The story on a person's page, waited for."""
+    for _ in range(400):
+        found = json.loads(ask(url, "GET", f"/state?who={who}")[2])["show"]
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError("no story came")
+
+
+def test_a_trainers_client_waits_for_the_person(url, short_pauses):
+    with Teacher(url) as teacher:
+        found = teacher.probe()
+        assert found.model == PERSON and found.scored and not found.logprobs
+        assert json.loads(ask(url, "GET", "/state?who=ada")[2])["show"] is None  # the probe bothered nobody
+        marks = ("cat", "alert", "dog")
+        stories = ["a cat sat.", EVIL, "a dog ran."]
+        futures = [teacher.submit("Once upon a time,", story, i) for i, story in enumerate(stories)]
+        given = {}
+        for scores in ({"readability": 3, "coherence": 2, "creativity": 1}, None, dict.fromkeys(Template().names, 0)):
+            story = shown(url)
+            given[next(mark for mark in marks if mark in story["story"])] = scores
+            time.sleep(0.2)  # several spaces go over the line
+            asked = {**story, "who": "ada", "action": "grade" if scores else "skip", "scores": scores}
+            assert ask(url, "POST", "/do", asked)[0] == 200
+        for mark, future in zip(marks, futures, strict=True):
+            grade = future.result(20)
+            assert grade.scores == given[mark]
+            assert grade.scores is not None or "skipped" in grade.reply  # no score, and no guess
+
+
+def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
+    with Teacher(url, deadline_s=3.0) as teacher:  # 1 s per request, and as long for the next byte
+        teacher.probe()
+        future = teacher.submit("Once upon a time,", "a cat sat.", 0)
+        story = shown(url)
+        time.sleep(4)
+        asked = {**story, "who": "ada", "action": "grade", "scores": dict.fromkeys(Template().names, 2)}
+        assert ask(url, "POST", "/do", asked)[0] == 200
+        assert future.result(20).score == 2 / 3 and teacher.stats()["retries"] == 0
+
+
+def test_a_trainer_with_other_criteria_is_told_so(url, short_pauses):
+    humour = Template((Criterion("humour", "Is it funny?", ("no", "a bit", "yes", "very")),))
+    with Teacher(url, template=humour) as teacher, pytest.raises(UserError, match="same --teacher-prompt"):
+        teacher.probe()
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "127.0.0.1.evil.example:80"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/state?who=ada", "/v1/models"])
+def test_strangers_get_nothing(url, headers, status, path):
+    found, _, text = ask(url, "GET", path, **headers)
+    assert found == status and ("only to this machine" in text) == (status == 403)
+
+
+def test_the_page_runs_its_own_script_only(url):
+    status, headers, text = ask(url, "GET", "/")
+    policy = headers["Content-Security-Policy"]
+    assert status == 200 and "default-src 'none'" in policy and "script-src 'sha256-" in policy
+    assert text.count("<script") == 1 and "p { color: red }" in text and "src=" not in text and "http" not in text
+    assert text == page("p { color: red }")
+
+
+@pytest.mark.parametrize(
+    "body, status, words",
+    [
+        ({"who": "", "action": "back"}, 400, "A name has"),
+        ({"who": "x" * 41, "action": "back"}, 400, "A name has"),
+        ({"who": "a\nb", "action": "back"}, 400, "A name has"),
+        ({"who": "ada", "action": "back"}, 409, "nothing to go back to"),
+        ({"who": "ada", "action": "grade", "key": "none", "scores": {}}, 409, "give a score"),
+        ({"who": "ada", "action": "skip", "key": ["x"]}, 409, "not what was asked"),
+        ([], 400, "must be a JSON object"),
+    ],
+)
+def test_wrong_requests_of_a_page_are_said_and_break_nothing(url, body, status, words):
+    found, _, text = ask(url, "POST", "/do", body)
+    assert found == status and words in json.loads(text)["error"]["message"]
+    assert ask(url, "GET", "/state?who=ada")[0] == 200
+
+
+def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url, tmp_path):
+    assert url.startswith("http://127.0.0.1:")
+
+    async def again():
+        async with serve(Desk(tmp_path / "more.jsonl", Template()), int(url.rpartition(":")[2])):
+            pass
+
+    with pytest.raises(UserError, match="--port"):
+        asyncio.run(again())
+
+
+def test_the_curve_is_of_the_run_that_is_taught_from_here(tmp_path):
+    with RunLog(tmp_path / "run", resume_step=None) as log:
+        log.config({"teacher": {"url": "http://127.0.0.1:8500/v1"}, "device": "cpu"})
+        assert teach.curve(tmp_path / "run", "http://127.0.0.1:8500") == ""  # before the first step
+        for step in (1, 2, 3):
+            log.metrics(step=step, reward_mean=step / 10)
+    assert "Mean reward per step" in teach.curve(tmp_path / "run", "http://127.0.0.1:8500")
+    assert teach.curve(tmp_path / "run", "http://127.0.0.1:8501") == teach.curve(tmp_path, "http://x") == ""
+
+
+@pytest.mark.parametrize("argv", [["--port", "70000"], ["--twice", "2"], ["--compare", "nowhere"]])
+def test_a_wrong_option_is_one_sentence(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        teach.main(argv)
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []

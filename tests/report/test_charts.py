@@ -1,0 +1,144 @@
+"""The plots: well-formed, inside their frames, and true to the numbers."""
+
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinystory.report.charts import (
+    Line,
+    chart,
+    histogram,
+    number,
+    rolling,
+    standalone,
+    text_curve,
+    thin,
+    tick_names,
+    ticks,
+    trail,
+)
+
+values = st.floats(-1e9, 1e9, allow_nan=False)
+
+
+@given(st.lists(st.none() | values, max_size=600), st.booleans(), st.text())
+def test_any_curve_is_well_formed_and_inside_its_frame(y, smooth, title):
+    title = "".join(c for c in title if c.isprintable())
+    drawing = chart(title, [Line(range(len(y)), y, smooth=smooth, name="<&>")])
+    if all(value is None for value in y):
+        assert drawing == ""
+        return
+    check_inside(drawing)
+
+
+def test_a_curve_of_the_smallest_numbers_is_flat():
+    check_inside(chart("loss", [Line(range(2), [0.0, 5e-324])]))
+    check_inside(chart("loss", [Line(range(3), [-5e-324, 0.0, 1e-310])]))
+
+
+def check_inside(drawing):
+    root = ElementTree.fromstring(standalone(drawing))
+    for path in root.iter("{http://www.w3.org/2000/svg}path"):
+        for pair in path.get("d").strip("MZ").split("L") if "H" not in path.get("d") else ():
+            a, b = map(float, pair.split(","))
+            assert 43 <= a <= 341 and 29 <= b <= 211
+
+
+def test_one_wild_step_neither_flattens_the_curve_nor_leaves_the_frame():
+    wild = [step / 200 + 1e6 * (step == 150) for step in range(200)]
+    check_inside(drawing := chart("KL", [Line(range(200), wild)]))
+    line = re.search(r'class="raw" d="M([^"]+)"', drawing)[1]
+    heights = [float(pair.split(",")[1]) for pair in line.split("L")]
+    assert heights[0] - heights[140] > 40  # of the 146 there are; in SVG y grows downwards
+
+
+def test_a_histogram_is_well_formed():
+    root = ElementTree.fromstring(standalone(histogram("a < b", [0, 0, 0, 0], [1, 2, 3, 4], "coherence")))
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}rect"))) == 8
+
+
+@given(values, st.floats(1e-6, 1e9))
+def test_ticks_are_even_round_and_inside(low, span):
+    if low + span == low or span < 1e-6 * abs(low):
+        return
+    found = ticks(low, low + span)
+    assert 3 <= len(found) <= 13
+    slack = span * 1e-4
+    assert low - slack <= found[0] and found[-1] <= low + span + slack
+    steps = np.diff(found)
+    assert np.allclose(steps, steps[0], rtol=1e-2)
+
+
+def test_ticks_close_together_are_told_apart():
+    assert tick_names([0.19999, 0.199995, 0.2]) == ["0.199990", "0.199995", "0.200000"]
+    assert tick_names([9000, 9500, 10000]) == ["9,000", "9,500", "10,000"]
+    assert tick_names([1_234_560, 1_234_580]) == ["1,234,560", "1,234,580"]
+
+
+@given(st.lists(values, min_size=1, max_size=80), st.integers(5, 30))
+def test_rolling_is_the_mean_and_spread_of_the_window(y, window):
+    y = np.array(y)
+    mean, spread = rolling(y, window)
+    for i in range(len(y)):
+        reach = min(max(i, 2), window // 2)
+        part = y[max(i - reach, 0) : i + reach + 1]
+        scale = np.abs(y).max() + 1e-9
+        assert abs(mean[i] - part.mean()) < 1e-9 * scale and abs(spread[i] - part.std()) < 1e-6 * scale
+
+
+@given(st.lists(values, min_size=1, max_size=500), st.integers(1, 50))
+def test_thin_keeps_the_level(y, limit):
+    y = np.array(y)
+    small = thin(y, limit)
+    assert len(small) == min(len(y), limit)
+    assert y.min() - 1e-6 <= small.min() and small.max() <= y.max() + 1e-6
+    if len(y) <= limit:
+        assert (small == y).all()
+
+
+def test_text_curve():
+    assert text_curve([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert text_curve([1, None, math.nan, 2]) == "▁█"
+    assert text_curve([]) == "" and text_curve([None]) == ""
+    assert text_curve([5.0] * 3) == "▄▄▄"
+    long = text_curve(range(1000), 40)
+    assert len(long) == 40 and list(long) == sorted(long) and long[0] == "▁" and long[-1] == "█"
+
+
+def test_a_trail_goes_from_the_first_point_to_the_last():
+    drawing = trail("Score", [(0.9, 4.0), (0.5, 6.0)], "difference", (0, 1), (0, 8))
+    circles = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawing)
+    (x0, y0), (x1, y1) = ((float(x), float(y)) for x, y in circles)
+    across, down = 340 - 44 - 50, 210 - 30 - 34
+    assert x0 - x1 == pytest.approx(0.4 * across, abs=0.11) and y0 - y1 == pytest.approx(2 / 8 * down, abs=0.11)
+    assert trail("Score", [(0.9, 4.0)], "difference", (0, 1), (0, 8)) == ""
+    ElementTree.fromstring(standalone(trail("A < B", [(i / 500, i) for i in range(400)], "&", (0, 1), (0, 400))))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (-3, "-3"),
+        (0.61803, "0.618"),
+        (12.345, "12.3"),
+        (999.7, "1,000"),
+        (4321, "4,321"),
+        (99_949, "99,949"),
+        (123_456, "123k"),
+        (999_700, "1M"),
+        (12_345_678, "12.3M"),
+        (5e9, "5B"),
+        (5e13, "50,000B"),
+        (0.0004, "4e-4"),
+        (1.23e-12, "1.2e-12"),
+        (None, "\N{EN DASH}"),
+    ],
+)
+def test_numbers_for_people(value, text):
+    assert number(value) == text

@@ -1,0 +1,194 @@
+"""Write trl_ppo.safetensors: what TRL 0.9.4's own PPOTrainer computes, for tests/rl/test_parity.py to compare with.
+
+In a venv of its own, for TRL's PPOTrainer of that time is gone from later versions:
+
+    pip install torch transformers==4.53.0 trl==0.9.4 rich 'numpy<2.3'
+    python tests/rl/make_trl_fixtures.py
+
+A two-layer GPT-2, float32, writes and learns for four updates under each of three settings. Kept of each update: the
+stories and scores, every tensor on the way to the loss, every statistic, and all weights afterwards (under the second
+and third setting those after the last). Tensors are named SETTING/UPDATE/QUANTITY; weights have our names and our
+layout (nn.Linear's, the transpose of GPT-2's Conv1D).
+"""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from trl.core import masked_mean, masked_var
+
+SHAPE = dict(n_layer=2, n_head=1, n_embd=16, context=16, vocab_size=32)
+PAD, EOS = 1, 2
+OPENING = [7, 30, 11, 5]
+STORIES, LONGEST, UPDATES = 12, 10, 4
+
+# Our options, named as in InteractConfig. The learning rates exceed the paper's 1e-6, so that a difference shows.
+SETTINGS = {
+    "paper": dict(
+        learning_rate=1e-4, adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2,
+        clip_value=0.2, value_coef=0.1, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
+    ),
+    "minibatches": dict(
+        learning_rate=1e-4, adam_eps=1e-8, epochs=2, minibatch_size=4, gamma=0.97, lam=0.9, clip_ratio=0.2,
+        clip_value=0.2, value_coef=0.1, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
+    ),
+    "clipped": dict(
+        learning_rate=2e-3, adam_eps=1e-5, epochs=4, minibatch_size=0, gamma=1.0, lam=1.0, clip_ratio=0.05,
+        clip_value=0.05, value_coef=1.0, kl_coef=0.5, kl_target=0.05, kl_horizon=100.0,
+    ),
+}  # fmt: skip
+
+
+def our_weights(policy) -> dict[str, torch.Tensor]:
+    gpt2 = {name: p.detach().clone() for name, p in policy.pretrained_model.transformer.named_parameters()}
+    ours = {"wte.weight": gpt2["wte.weight"], "wpe.weight": gpt2["wpe.weight"]}
+    layers = {"ln_1": "ln_1", "attn.c_attn": "qkv", "attn.c_proj": "attn_proj", "ln_2": "ln_2", "mlp.c_fc": "fc",
+              "mlp.c_proj": "mlp_proj"}  # fmt: skip
+    for i in range(SHAPE["n_layer"]):
+        for theirs, name in layers.items():
+            weight = gpt2[f"h.{i}.{theirs}.weight"]
+            ours[f"blocks.{i}.{name}.weight"] = weight.T.contiguous() if weight.dim() == 2 else weight
+            ours[f"blocks.{i}.{name}.bias"] = gpt2[f"h.{i}.{theirs}.bias"]
+    ours |= {f"ln_f.{part}": gpt2[f"ln_f.{part}"] for part in ("weight", "bias")}
+    head = policy.v_head.summary
+    return ours | {"value_head.weight": head.weight.detach().clone(), "value_head.bias": head.bias.detach().clone()}
+
+
+def models_alike() -> tuple[AutoModelForCausalLMWithValueHead, AutoModelForCausalLMWithValueHead]:
+    """Policy and reference, far enough from zero that every path contributes."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=SHAPE["vocab_size"], n_positions=SHAPE["context"], n_embd=SHAPE["n_embd"],
+        n_layer=SHAPE["n_layer"], n_head=SHAPE["n_head"], initializer_range=0.2, bos_token_id=0, eos_token_id=EOS,
+        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    base = GPT2LMHeadModel(config)
+    for p in base.parameters():
+        if p.dim() == 1:
+            torch.nn.init.normal_(p, mean=float(p[0] == 1), std=0.1)
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(base)  # its value head has TRL's dropout of 0.1
+    return policy, copy.deepcopy(policy)
+
+
+class Recorded:
+    """A PPOTrainer whose steps leave their tensors in `seen`."""
+
+    def __init__(self, policy, reference, tokenizer, setting):
+        config = PPOConfig(
+            batch_size=STORIES, mini_batch_size=setting["minibatch_size"] or STORIES, ppo_epochs=setting["epochs"],
+            gamma=setting["gamma"], lam=setting["lam"], cliprange=setting["clip_ratio"],
+            cliprange_value=setting["clip_value"], vf_coef=setting["value_coef"], init_kl_coef=setting["kl_coef"],
+            target=setting["kl_target"], horizon=setting["kl_horizon"],
+        )  # fmt: skip
+        rate, eps = setting["learning_rate"], setting["adam_eps"]
+        optimizer = torch.optim.Adam(policy.parameters(), lr=rate, eps=eps)
+        self.trainer = trainer = PPOTrainer(config, policy, reference, tokenizer, optimizer=optimizer)
+        self.seen, self.each = {}, {}
+        rewards, advantages, loss, step = (
+            trainer.compute_rewards, trainer.compute_advantages, trainer.loss, trainer.optimizer.step,
+        )  # fmt: skip
+
+        def compute_rewards(scores, logprobs, ref_logprobs, masks):
+            out = rewards(scores, logprobs, ref_logprobs, masks)
+            self.mask = masks
+            self.seen |= dict(logprobs=logprobs, ref_logprobs=ref_logprobs, rewards=out[0])
+            return out
+
+        def compute_advantages(values, reward, mask):
+            out = advantages(values, reward, mask)
+            self.seen |= dict(values=out[0], advantages=out[1], returns=out[2])
+            return out
+
+        def recorded_loss(old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns):
+            out = loss(old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns)
+            ratio = (logprobs - old_logprobs).exp()
+            k3 = masked_mean(ratio - 1 - ratio.log(), mask)
+            for name, value in (("k3", k3), ("entropy_first", out[2]["policy/entropy"])):
+                self.each.setdefault(name, []).append(float(value))
+            return out
+
+        def optimizer_step(*args, **kwargs):
+            norm = torch.stack([p.grad.norm() for p in policy.parameters() if p.grad is not None]).norm()
+            self.each.setdefault("grad_norm", []).append(float(norm))
+            return step(*args, **kwargs)
+
+        trainer.compute_rewards, trainer.compute_advantages, trainer.loss = (
+            compute_rewards, compute_advantages, recorded_loss,
+        )  # fmt: skip
+        trainer.optimizer.step = optimizer_step
+
+    def step(self, stories, scores) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """One PPO step; (B, LONGEST) tensors, 0 off the mask, and TRL's statistics under our names."""
+        self.seen, self.each, orders = {}, {}, []
+        permutation = np.random.permutation
+        np.random.permutation = lambda n: orders.append(permutation(n)) or orders[-1]
+        queries = [torch.tensor(OPENING)] * STORIES
+        stats = self.trainer.step(queries, stories, list(scores))
+        np.random.permutation = permutation
+
+        first, mask = len(OPENING) - 1, self.mask.bool()
+        tensors = {name: (x * mask)[:, first:] for name, x in self.seen.items()} | {"mask": mask[:, first:]}
+        tensors = {
+            name: torch.nn.functional.pad(x, (0, LONGEST - x.shape[1])).contiguous() for name, x in tensors.items()
+        }
+        values, returns, on = tensors["values"], tensors["returns"], tensors["mask"]
+        statistics = dict(
+            kl=float(stats["objective/kl"]), kl_coef=float(stats["objective/kl_coef"]),
+            kl_coef_after=float(self.trainer.kl_ctl.value), policy_loss=float(stats["ppo/loss/policy"]),
+            value_loss=float(stats["ppo/loss/value"]), clip_fraction=float(stats["ppo/policy/clipfrac"]),
+            approx_kl=float(np.mean(self.each["k3"])), grad_norm=float(np.mean(self.each["grad_norm"])),
+            reward_mean=float(stats["ppo/mean_scores"]), reward_std=float(stats["ppo/std_scores"]),
+            explained_variance=float(1 - masked_var(returns - values, on) / masked_var(returns, on)),
+            tokens_mean=float(stats["tokens/responses_len_mean"]),
+        )  # fmt: skip
+        if self.trainer.config.mini_batch_size == STORIES:  # the first pass uses the old weights for all stories
+            statistics["entropy"] = self.each["entropy_first"][0] * float(on.sum()) / STORIES
+        return tensors | {"orders": torch.tensor(np.stack(orders))}, statistics
+
+
+def write_stories(trainer: PPOTrainer, update: int) -> list[torch.Tensor]:
+    """Sampled by TRL; three are cut short, so that lengths differ and some end with the end token."""
+    torch.manual_seed(update)
+    how = dict(max_new_tokens=LONGEST, min_length=-1, top_k=0, top_p=1.0, do_sample=True, pad_token_id=PAD)
+    with torch.no_grad():
+        stories = trainer.generate([torch.tensor(OPENING)] * STORIES, return_prompt=False, **how)
+    stories[0], stories[1] = stories[0][:1], torch.tensor([EOS])
+    stories[2] = torch.cat([stories[2][:5], torch.tensor([EOS])])
+    return stories
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SHAPE["vocab_size"])}, unk_token="t0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="t0", pad_token="t1", eos_token="t2")
+    tokenizer.padding_side = "right"  # TRL passes no position ids, so left-padded rows would have wrong positions
+    kept, statistics = {}, {}
+    for name, setting in SETTINGS.items():
+        policy, reference = models_alike()
+        kept |= {f"start/{key}": w for key, w in our_weights(policy).items()}
+        recorded = Recorded(policy, reference, tokenizer, setting)
+        for update in range(UPDATES):
+            stories = write_stories(recorded.trainer, update)
+            scores = torch.rand(STORIES, generator=torch.Generator().manual_seed(100 + update))
+            tensors, statistics[f"{name}/{update}"] = recorded.step(stories, scores)
+            tokens = torch.nn.utils.rnn.pad_sequence([*stories, torch.zeros(LONGEST).long()], True)[:-1]
+            tensors |= {"tokens": tokens.to(torch.int16), "scores": scores}
+            if name == "paper" or update == UPDATES - 1:  # to keep the file small
+                tensors |= {f"weights/{key}": w for key, w in our_weights(policy).items()}
+            kept |= {f"{name}/{update}/{key}": x.contiguous() for key, x in tensors.items()}
+    facts = dict(shape=SHAPE, opening=OPENING, settings=SETTINGS, updates=UPDATES, statistics=statistics)
+    file = Path(__file__).with_name("trl_ppo.safetensors")
+    save_file(kept, file, metadata={"facts": json.dumps(facts)})
+    print(f"{file}: {file.stat().st_size:,} bytes")
+    print(json.dumps(statistics, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Collapse is said, health is not."""
+
+import random
+
+import pytest
+
+from tinystory.rl.collapse import signs_of_collapse
+
+HEALTHY = dict(distinct_4=0.85, plots=40, length_mean=120.0, entropy=150.0, kl=1.5, reward_std=0.1)
+
+
+def run(steps: int = 30, **end) -> list[dict]:
+    """Records that move in a line from a healthy start to `end`, with noise."""
+    rng = random.Random(0)
+    return [
+        {
+            name: (start + (end.get(name, start) - start) * step / (steps - 1)) * rng.uniform(0.9, 1.1)
+            for name, start in HEALTHY.items()
+        }
+        for step in range(steps)
+    ]
+
+
+def test_a_healthy_run_is_left_alone():
+    assert signs_of_collapse(run(), 2.0) == ""
+    assert signs_of_collapse(run(distinct_4=0.7, plots=30, length_mean=140.0, entropy=100.0), 2.0) == ""
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (dict(distinct_4=0.35), "grow alike"),
+        (dict(plots=2), "few plots"),
+        (dict(length_mean=30.0), "shrink"),
+        (dict(entropy=20.0), "entropy"),
+        (dict(kl=12.0), "KL runs away"),
+        (dict(reward_std=0.001), "earn the same"),
+    ],
+)
+def test_each_sign_is_said_with_what_to_try(end, said):
+    signs = signs_of_collapse(run(**end), 2.0)
+    assert said in signs and "--kl-coef" in signs and signs.count(":") == 1
+
+
+def test_a_short_run_and_missing_values_say_nothing():
+    assert signs_of_collapse(run(6, distinct_4=0.1), 2.0) == ""
+    assert signs_of_collapse([{"distinct_4": None}] * 30, 2.0) == ""

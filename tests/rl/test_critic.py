@@ -1,0 +1,97 @@
+"""The critic against numpy's least squares, and what must not reach a story's own estimate."""
+
+import numpy as np
+import pytest
+import torch
+
+from tinystory.rl.advantages import PRIOR, Critic, features
+
+WIDTH = 6
+
+
+def stories(seed, count=20, longest=40, width=WIDTH):
+    """Random (states, logprobs, returns, mask): a story's states and its return tell of one thing, with noise."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, longest + 1, (count,), generator=g)
+    mask = torch.arange(longest) < lengths[:, None]
+    thing = torch.randn(count, 1, width, generator=g)
+    states = (thing + torch.randn(count, longest, width, generator=g)) * mask[..., None]
+    logprobs = -torch.rand(count, longest, generator=g) * mask
+    returns = (5 * thing[..., 0] + 1 + 0.1 * torch.randn(count, longest, generator=g)) * mask
+    return states, logprobs, returns, mask
+
+
+def test_features_are_what_is_known_before_each_token():
+    states, logprobs, _, _ = stories(0, count=2)
+    x = features(states, logprobs)
+    for b in range(2):
+        for t in (0, 1, 7):
+            before = float(logprobs[b, :t].sum()) / (t + 1)
+            at = (t + 1) / 100
+            want = [1, at, at**2, before, before * at, *states[b, t], *states[b, : t + 1].mean(0)]
+            torch.testing.assert_close(x[b, t], torch.tensor([float(value) for value in want]), rtol=1e-4, atol=1e-5)
+
+
+def test_estimates_are_the_ridge_regressions_of_the_other_half_and_all_before():
+    critic, earlier = Critic(WIDTH), []
+    for seed in range(3):
+        states, logprobs, returns, mask = stories(seed)
+        values = critic.estimate(states, logprobs, returns, mask)
+        x = features(states, logprobs).double().numpy()
+        for half in (0, 1):
+            other = mask.clone()
+            other[half::2] = False
+            known = np.concatenate([*(rows for rows, _ in earlier), x[other.numpy()]])
+            target = np.concatenate([*(told for _, told in earlier), returns[other].double().numpy()])
+            # As rows of further data: each weight but the first is seen to be 0, with the weight of the prior.
+            prior = np.diag(np.sqrt(PRIOR * known.var(0)))
+            weights = np.linalg.lstsq(np.concatenate([known, prior]), np.pad(target, (0, len(prior))), rcond=None)[0]
+            want = (x[half::2] @ weights) * mask[half::2].numpy()
+            np.testing.assert_allclose(values[half::2].numpy(), want, atol=1e-4)
+        earlier.append((x[mask.numpy()], returns[mask].double().numpy()))
+
+
+def test_no_story_has_a_part_in_its_own_estimate():
+    states, logprobs, returns, mask = stories(1)
+    plain = Critic(WIDTH).estimate(states, logprobs, returns, mask)
+    returns[4] += 100 * mask[4]
+    other = Critic(WIDTH).estimate(states, logprobs, returns, mask)
+    assert torch.equal(other[::2], plain[::2])
+    assert (other[1::2] != plain[1::2])[mask[1::2]].all()
+
+
+def test_what_comes_later_in_a_story_has_no_part_in_an_estimate():
+    states, logprobs, returns, mask = stories(2)
+    mask[0] = True
+    plain = Critic(WIDTH).estimate(states, logprobs, returns, mask)
+    states[0, 9:], logprobs[0, 9:] = 3.0, -2.0
+    later = Critic(WIDTH).estimate(states, logprobs, returns, mask)
+    assert torch.equal(later[0, :9], plain[0, :9]) and not torch.equal(later[0, 9:], plain[0, 9:])
+
+
+def test_padding_changes_no_estimate():
+    states, logprobs, returns, mask = stories(3)
+    narrow = Critic(WIDTH).estimate(states, logprobs, returns, mask)
+    pad = torch.nn.functional.pad
+    wide = Critic(WIDTH).estimate(
+        pad(states, (0, 0, 0, 5), value=7.0), pad(logprobs, (0, 5), value=-7.0), pad(returns, (0, 5), value=7.0),
+        pad(mask, (0, 5)),
+    )  # fmt: skip
+    torch.testing.assert_close(wide[:, :40], narrow, atol=1e-5, rtol=1e-5)
+    assert not wide[:, 40:].any() and not narrow[~mask].any()
+
+
+def test_it_learns_what_can_be_expected():
+    critic = Critic(WIDTH)
+    for seed in range(4):
+        states, logprobs, returns, mask = stories(seed, count=400)
+        values = critic.estimate(states, logprobs, returns, mask)
+    errors = [float((values - returns)[:, t][mask[:, t]].var() / returns[:, t][mask[:, t]].var()) for t in (0, 30)]
+    assert errors[0] < 0.8 and errors[1] < 0.3  # one state tells a part of it, the mean of thirty nearly all
+    constant = Critic(WIDTH).estimate(states, logprobs, torch.full_like(returns, 0.7) * mask, mask)
+    assert constant[mask].numpy() == pytest.approx(0.7, abs=1e-5)
+
+
+def test_two_stories_are_enough():
+    values = Critic(WIDTH).estimate(*(x[:2] for x in stories(4)))
+    assert torch.isfinite(values).all()

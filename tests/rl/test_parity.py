@@ -1,0 +1,95 @@
+"""Ours against TRL 0.9.4's PPOTrainer, quantity by quantity and, over four updates, weight by weight.
+
+What TRL computed is in trl_ppo.safetensors (make_trl_fixtures.py ran it). `pytest -s` prints the
+largest absolute difference of each quantity.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tinystory import ops
+from tinystory.config import INTERACT_PRESETS, InteractConfig
+from tinystory.rl import ppo
+from tinystory.student.model import Student, StudentConfig, ValueHead
+
+FILE = Path(__file__).with_name("trl_ppo.safetensors")
+with safe_open(FILE, "pt") as file:
+    FACTS = json.loads(file.metadata()["facts"])
+    KEPT = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open has no other way)
+ON_THE_WAY = ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
+
+
+def tensors(prefix: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): x for key, x in KEPT.items() if key.startswith(prefix)}
+
+
+def load(weights: dict[str, torch.Tensor]) -> tuple[Student, ValueHead]:
+    student, head = Student(StudentConfig(**FACTS["shape"])), ValueHead(FACTS["shape"]["n_embd"])
+    names = {"value_head.weight": "linear.weight", "value_head.bias": "linear.bias"}
+    head.load_state_dict({ours: weights[theirs] for theirs, ours in names.items()})
+    student.load_state_dict({key: w for key, w in weights.items() if key not in names})
+    return student, head
+
+
+@pytest.mark.parametrize("setting", FACTS["settings"])
+def test_four_updates_are_trls(setting, monkeypatch):
+    options = FACTS["settings"][setting]
+    options = INTERACT_PRESETS["paper"] | options
+    config = InteractConfig(**options, micro_batch_size=5)  # TRL has no micro-batches: they must not matter
+    student, head = load(tensors("start/"))
+    reference, _ = load(tensors("start/"))
+    parameters = [*student.parameters(), *head.parameters()]
+    optimizer = ppo.SharpAdam(student.ln_f, parameters, config.learning_rate, config.sharpness_rate, config.adam_eps)
+    kl = ppo.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+    C, off = student.config.n_embd, {}
+
+    def compare(name: str, got, want) -> None:
+        got, want = torch.as_tensor(got, dtype=torch.float32), torch.as_tensor(want, dtype=torch.float32)
+        off[name] = max(off.get(name, 0.0), float((got - want).abs().max()))
+
+    for update in range(FACTS["updates"]):
+        theirs, statistics = tensors(f"{setting}/{update}/"), FACTS["statistics"][f"{setting}/{update}"]
+        mask, scores = theirs["mask"], theirs["scores"]
+        tokens, opening = theirs["tokens"].long(), torch.tensor(FACTS["opening"]).expand(len(mask), -1)
+        inputs = torch.cat([opening, tokens[:, :-1]], 1)
+        predicts = torch.cat([torch.zeros(len(mask), opening.shape[1] - 1, dtype=torch.bool), mask], 1)
+        batch = ppo.Batch(inputs, predicts, tokens, mask, *[torch.zeros(mask.shape)] * 3)
+        with torch.no_grad():
+            batch.logprobs, batch.values = ppo.response_stats(student, head, batch, 1.0)
+            hidden = student.hidden(inputs)[:, opening.shape[1] - 1 :][mask]
+            entropy = float(ops.token_logprob(hidden, student.wte.weight, batch.tokens[mask])[1].sum()) / len(mask)
+        ref_logprobs, ref_states = ppo.read_reference(reference, batch, 1.0, 5, states=False)
+        rewards = ppo.token_rewards(scores, batch.logprobs, ref_logprobs, mask, kl.coef)
+        advantages, returns = ppo.advantages_and_returns(rewards, batch.values, mask, config.gamma, config.lam)
+        ours = (batch.logprobs, ref_logprobs, batch.values, rewards, ppo.whiten(advantages, mask) * mask, returns)
+        for name, got in zip(ON_THE_WAY, ours, strict=True):
+            compare(name, got, theirs[name])
+
+        orders = iter(theirs["orders"])
+        monkeypatch.setattr(torch, "randperm", lambda n, orders=orders: next(orders))
+        got = ppo.step(student, head, optimizer, kl, batch, ref_logprobs, ref_states, scores, config)
+        got |= dict(reward_mean=scores.mean(), reward_std=scores.std(), tokens_mean=mask.sum(1).float().mean())
+        got |= dict(entropy=entropy, kl_coef_after=kl.coef)
+        assert got["skipped"] == 0
+        for name, want in statistics.items():
+            compare(name, got[name], want)
+        weights = dict(student.named_parameters())
+        weights |= {f"value_head.{name.removeprefix('linear.')}": p for name, p in head.named_parameters()}
+        for name, want in tensors(f"{setting}/{update}/weights/").items():
+            got = weights[name].detach()
+            if name.endswith("qkv.bias"):
+                # The keys' bias adds the same to all attention logits of a row, which softmax ignores: its gradient is
+                # only rounding error, which Adam scales up to a full step, and no output depends on it.
+                compare("keys' biases", got[C : 2 * C], want[C : 2 * C])
+                got, want = (torch.cat([x[:C], x[2 * C :]]) for x in (got, want))
+            compare(f"weights after {update + 1}", got, want)
+
+    moved = max(float((w - KEPT[f"start/{n}"]).abs().max()) for n, w in tensors(f"{setting}/3/weights/").items())
+    print(f"\n{setting}: weights moved by up to {moved:.1e}; largest absolute differences:")
+    print("\n".join(f"  {name:24}{value:.1e}" for name, value in off.items()))
+    assert off.pop("keys' biases") < 16 * config.learning_rate
+    assert {name: value for name, value in off.items() if not value <= 1e-5} == {}

@@ -1,0 +1,383 @@
+"""PPO against plain loops written from the formulas, over one story and one token at a time."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from tinystory.config import INTERACT_PRESETS, InteractConfig
+from tinystory.data.babylm import WordBudget
+from tinystory.rl import ppo
+from tinystory.student.generate import Story, encode_opening
+from tinystory.student.model import ValueHead
+
+OPENING = torch.tensor([2, 9, 11, 30])
+
+
+def with_openings(openings, tokens, mask, logprobs, values) -> ppo.Batch:
+    """The batch of stories that continue these openings, one per row: (P_i,) each."""
+    B, P, N = len(tokens), max(map(len, openings)), tokens.shape[1]
+    inputs, predicts = torch.zeros(B, P + N - 1, dtype=torch.int64), torch.zeros(B, P + N - 1, dtype=torch.bool)
+    for b, opening in enumerate(openings):
+        first, n = len(opening) - 1, int(mask[b].sum())
+        inputs[b, : first + n] = torch.cat([opening, tokens[b, : n - 1]])
+        predicts[b, first : first + n] = True
+    return ppo.Batch(inputs, predicts, tokens, mask, logprobs, values, torch.zeros(mask.shape))
+
+
+CONFIG = InteractConfig(**INTERACT_PRESETS["paper"])
+
+
+def random_batch(lengths, vocab, seed=0, openings=None) -> ppo.Batch:
+    g = torch.Generator().manual_seed(seed)
+    B, N = len(lengths), max(lengths)
+    mask = torch.arange(N) < torch.tensor(lengths)[:, None]
+    normal = torch.randn(2, B, N, generator=g) * mask
+    tokens = torch.randint(5, vocab, (B, N), generator=g)
+    return with_openings(openings or [OPENING] * B, tokens, mask, -1 - normal[0].abs() * mask, normal[1])
+
+
+def test_sharpness_scales_all_logits_along_the_gradient(student):
+    """Its gradient is the derivative of the loss by the logarithm of a factor on the logits."""
+    tokens = torch.arange(2 * 12).view(2, 12) % 50
+
+    def loss(factor=1.0):
+        return torch.nn.functional.cross_entropy(factor * student(tokens).flatten(0, 1), tokens.flatten())
+
+    with torch.no_grad():
+        before, h = student(tokens), 1e-3
+        slope = (loss(math.exp(h)) - loss(math.exp(-h))) / (2 * h)
+    optimizer = ppo.SharpAdam(student.ln_f, student.parameters(), lr=0.0, rate=0.1, eps=1e-8)
+    loss().backward()
+    optimizer.step()
+    moment = optimizer.state[optimizer.sharpness]["exp_avg"] / 0.1  # Adam's first moment after one step
+    torch.testing.assert_close(moment, slope, rtol=1e-2, atol=0)
+    after = student(tokens).detach()
+    torch.testing.assert_close(after, before * math.exp(-0.1 * slope.sign()), rtol=1e-4, atol=1e-5)
+    assert optimizer.sharpness == 0  # folded into the weights
+
+
+def test_two_halves_tell_signal_from_noise():
+    """The signal of a batch is |G|^2 / (|G|^2 + variance); a half has half of G and half of the variance."""
+    g = torch.Generator().manual_seed(3)
+    size = 200_000
+    for signal, noise in ((1.0, 1.0), (1.0, 3.0), (0.0, 1.0)):
+        halves = [
+            [signal / 2 + noise * math.sqrt(0.5) * torch.randn(size, generator=g) for _ in range(2)] for _ in range(2)
+        ]
+        assert ppo.signal_of_halves(*halves) == pytest.approx(signal**2 / (signal**2 + noise**2), abs=0.02)
+    one = [torch.ones(4)]
+    assert ppo.signal_of_halves(one, one) == 1 and ppo.signal_of_halves(one, [-one[0]]) == 0
+    assert ppo.signal_of_halves([torch.zeros(4)], [torch.zeros(4)]) == 0
+
+
+def test_signal_along_the_sharpness_is_that_of_each_storys_derivative(student):
+    """The derivative of a token's log-probability by the logarithm of a factor on the logits is logprob + entropy."""
+    tokens = torch.randint(5, 90, (6, 9))
+    mask = torch.ones(6, 8, dtype=torch.bool)
+    mask[2, 5:] = False
+
+    def told(factor):
+        each = (factor * student(tokens[:, :-1])).log_softmax(-1).double()
+        return each.gather(2, tokens[:, 1:, None])[..., 0], -(each.exp() * each).sum(-1)
+
+    with torch.no_grad():
+        h = 1e-3
+        slope = (told(math.exp(h))[0] - told(math.exp(-h))[0]) / (2 * h)
+        logprobs, entropies = (x.float() for x in told(1.0))
+    batch = ppo.Batch(tokens, mask, tokens, mask, logprobs, logprobs, entropies)
+    for shift in (0.5, 3.0):
+        advantages = torch.randn(6, 8) + shift * slope.float().sign()
+        each = (advantages * slope * mask).sum(1)
+        t = float(each.mean() / (each.std() / math.sqrt(6)))
+        assert ppo.signal_of_sharpness(advantages, batch) == pytest.approx(max(0, 1 - 1 / t**2), abs=1e-3)
+    assert ppo.signal_of_sharpness(advantages[:1], batch.rows(torch.tensor([0]))) == 0  # one story tells no spread
+
+
+def test_a_gated_step_is_the_step_times_its_signal(student):
+    config = dataclasses.replace(CONFIG, epochs=1, signal_gate=True, micro_batch_size=2)
+    batch = random_batch([4, 6, 5, 7], student.config.vocab_size).rows(torch.tensor([0, 1, 2, 0, 3, 1]))
+    with torch.no_grad():
+        batch.logprobs = ppo.response_stats(student, None, batch, 1.0)[0]
+    advantages = torch.ones(batch.tokens.shape) * batch.mask  # stories 0 and 1 are in both halves
+    moved = []
+    for gate in (True, False):
+        learner = copy.deepcopy(student)
+        optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+        how = dataclasses.replace(config, signal_gate=gate)
+        stats = ppo.update(learner, None, optimizer, batch, advantages, batch.values, how)
+        assert optimizer.param_groups[0]["lr"] == 0.1  # restored
+        moved.append([a - b for a, b in zip(learner.parameters(), student.parameters(), strict=True)])
+        if gate:
+            signal = stats["signal"]
+        else:
+            assert stats["signal"] == stats["signal_sharpness"] == 1
+    assert 0.02 < signal < 0.98
+    for gated, whole in zip(*moved, strict=True):
+        torch.testing.assert_close(gated, signal * whole, rtol=1e-3, atol=1e-6)
+
+
+def test_without_sharpness_it_is_adam_bit_for_bit(student):
+    start = student
+    tokens = torch.arange(2 * 12).view(2, 12) % 50
+    trained = []
+    for make in (
+        lambda s: torch.optim.Adam(s.parameters(), lr=1e-3, eps=1e-6, fused=True),
+        lambda s: ppo.SharpAdam(s.ln_f, s.parameters(), lr=1e-3, rate=0.0, eps=1e-6),
+    ):
+        student = copy.deepcopy(start)
+        optimizer = make(student)
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(student(tokens).flatten(0, 1), tokens.flatten()).backward()
+            optimizer.step()
+        trained.append(student.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in trained), strict=True))
+
+
+def test_token_rewards_are_kl_at_each_token_and_the_storys_reward_at_the_last():
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.5, 7.0, 7.0]])
+    ref = torch.tensor([[-1.5, -2.0, -2.0], [-1.0, 9.0, 9.0]])
+    got = ppo.token_rewards(torch.tensor([0.5, 0.25]), logprobs, ref, mask, kl_coef=0.2)
+    torch.testing.assert_close(got, torch.tensor([[-0.1, 0.0, 0.2 + 0.5], [0.1 + 0.25, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("gamma,lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)])
+def test_advantages_are_the_discounted_sum_of_temporal_differences(gamma, lam):
+    lengths = [5, 1, 8]
+    batch = random_batch(lengths, 300)
+    rewards = torch.randn(3, 8, generator=torch.Generator().manual_seed(3)) * batch.mask
+    advantages, returns = ppo.advantages_and_returns(rewards, batch.values, batch.mask, gamma, lam)
+    for b, n in enumerate(lengths):
+        values = [*batch.values[b, :n].tolist(), 0.0]
+        delta = [float(rewards[b, t]) + gamma * values[t + 1] - values[t] for t in range(n)]
+        for t in range(n):
+            want = sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n))
+            assert float(advantages[b, t]) == pytest.approx(want, abs=1e-5)
+            assert float(returns[b, t]) == pytest.approx(want + values[t], abs=1e-5)
+        assert not advantages[b, n:].any() and not returns[b, n:].any()
+
+
+def test_padding_changes_no_advantage():
+    batch = random_batch([4, 6], 300)
+    wide = torch.nn.functional.pad(batch.values, (0, 5), value=3.0), torch.nn.functional.pad(batch.mask, (0, 5))
+    narrow = ppo.advantages_and_returns(batch.logprobs, batch.values, batch.mask, 1.0, 0.95)
+    padded = ppo.advantages_and_returns(torch.nn.functional.pad(batch.logprobs, (0, 5), value=9.0), *wide, 1.0, 0.95)
+    assert torch.equal(narrow[0], padded[0][:, :6]) and torch.equal(narrow[1], padded[1][:, :6])
+
+
+def test_whitening_sees_the_masked_entries_only():
+    mask = torch.rand(6, 9, generator=torch.Generator().manual_seed(0)) < 0.6
+    x = torch.randn(6, 9, generator=torch.Generator().manual_seed(1)) * 3 + 5
+    kept = ppo.whiten(x, mask)[mask]
+    want = (x[mask] - x[mask].mean()) / math.sqrt(float(x[mask].var()) + 1e-8)  # torch's var has Bessel's correction
+    torch.testing.assert_close(kept, want)
+    poisoned = torch.where(mask, x, torch.full_like(x, 1e6))
+    torch.testing.assert_close(ppo.whiten(poisoned, mask)[mask], want, rtol=1e-4, atol=1e-4)
+
+
+def test_adaptive_kl_follows_the_formula():
+    kl = ppo.AdaptiveKL(coef=0.2, target=6.0, horizon=10_000)
+    kl.update(6.6, stories=360)
+    assert kl.coef == pytest.approx(0.2 * (1 + 0.1 * 360 / 10_000))
+    kl.update(60.0, stories=360)  # the error is clipped at 0.2
+    assert kl.coef == pytest.approx(0.2 * (1 + 0.1 * 0.036) * (1 + 0.2 * 0.036))
+    kl.update(0.0, stories=360)
+    assert kl.coef == pytest.approx(0.2 * (1 + 0.1 * 0.036) * (1 + 0.2 * 0.036) * (1 - 0.2 * 0.036))
+
+
+@pytest.mark.parametrize("opening_lengths", [(4, 4, 4), (4, 9, 1)])
+def test_story_stats_are_those_of_each_story_alone(student, opening_lengths):
+    openings = [torch.arange(5, 5 + n) for n in opening_lengths]
+    batch = random_batch([7, 2, 12], student.config.vocab_size, openings=openings)
+    assert batch.lengths.tolist() == [p + n - 1 for p, n in zip(opening_lengths, (7, 2, 12), strict=True)]
+    head = ValueHead(64)
+    torch.nn.init.normal_(head.linear.weight)
+    with torch.no_grad():
+        logprob, value = ppo.response_stats(student, head, batch, temperature=0.7)
+        for b, n in enumerate((7, 2, 12)):
+            row, first = torch.cat([openings[b], batch.tokens[b, :n]]), len(openings[b]) - 1
+            logits = student(row[None])[0, first:-1].double() / 0.7
+            want = logits.log_softmax(-1).gather(1, batch.tokens[b, :n, None])[:, 0]
+            torch.testing.assert_close(logprob[b, :n].double(), want, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(value[b, :n], head(student.hidden(row[None])[0, first:-1]), atol=1e-4, rtol=1e-4)
+            assert not logprob[b, n:].any() and not value[b, n:].any()
+
+
+def plain_loss(student, head, batch, advantages, returns, c) -> torch.Tensor:
+    """TRL 0.9.4's PPO loss with equal weight per token, one story at a time."""
+    policy, value_loss, count = 0.0, 0.0, 0
+    for b in range(len(batch.tokens)):
+        n = int(batch.mask[b].sum())
+        row = torch.cat([OPENING, batch.tokens[b, :n]])
+        hidden = student.hidden(row[None])[0, len(OPENING) - 1 : -1]
+        new = student.logits(hidden).log_softmax(-1).gather(1, batch.tokens[b, :n, None])[:, 0]
+        ratio = (new - batch.logprobs[b, :n]).exp()
+        a, r, old, v = advantages[b, :n], returns[b, :n], batch.values[b, :n], head(hidden)
+        policy += torch.max(-a * ratio, -a * ratio.clamp(1 - c.clip_ratio, 1 + c.clip_ratio)).sum()
+        clipped = torch.max(torch.min(v, old + c.clip_value), old - c.clip_value)
+        value_loss += 0.5 * torch.max((v - r) ** 2, (clipped - r) ** 2).sum()
+        count += n
+    return (policy + c.value_coef * value_loss) / count
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
+def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size):
+    import copy
+
+    config = dataclasses.replace(CONFIG, epochs=1, micro_batch_size=micro_batch_size)
+    batch = random_batch([7, 2, 12, 5, 9], student.config.vocab_size)
+    head = ValueHead(64)
+    torch.nn.init.normal_(head.linear.weight, std=0.1)
+    with torch.no_grad():
+        now, _ = ppo.response_stats(student, head, batch, 1.0)
+    batch.logprobs = now + 0.3 * torch.randn(now.shape, generator=torch.Generator().manual_seed(5)) * batch.mask
+    advantages = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(6)) * batch.mask
+    returns = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(7)) * batch.mask
+
+    twin, twin_head = copy.deepcopy(student), copy.deepcopy(head)
+    plain = plain_loss(twin, twin_head, batch, advantages, returns, config)
+    plain.backward()
+    grads = [p.grad for p in (*twin.parameters(), *twin_head.parameters())]
+
+    seen = []
+    optimizer = torch.optim.SGD([*student.parameters(), *head.parameters()], lr=0.0)
+    step = optimizer.step
+    optimizer.step = lambda: (seen.extend(p.grad.clone() for p in (*student.parameters(), *head.parameters())), step())
+    stats = ppo.update(student, head, optimizer, batch, advantages, returns, config)
+    for got, want in zip(seen, grads, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-3)
+    assert stats["policy_loss"] + config.value_coef * stats["value_loss"] == pytest.approx(plain.item(), abs=1e-4)
+    assert stats["skipped"] == 0
+
+
+def test_a_minibatch_with_a_wild_ratio_is_skipped(student):
+    config = dataclasses.replace(CONFIG, epochs=2)
+    batch = random_batch([4, 6], student.config.vocab_size)
+    batch.logprobs = batch.logprobs - 40.0
+    before = [p.clone() for p in student.parameters()]
+    head = ValueHead(64)
+    optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=1e-2)
+    stats = ppo.update(student, head, optimizer, batch, batch.values, batch.values, config)
+    assert stats["skipped"] == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+
+
+def test_every_gradient_is_clipped(student):
+    config = dataclasses.replace(CONFIG, epochs=3, minibatch_size=1, grad_clip=1e-3, max_ratio=1e9)
+    batch = random_batch([4, 6], student.config.vocab_size)
+    head = ValueHead(student.config.n_embd)
+    parameters = [*student.parameters(), *head.parameters()]
+    optimizer, moved = torch.optim.SGD(parameters, lr=1.0), []
+    step = optimizer.step
+
+    def recorded():
+        before = [p.detach().clone() for p in parameters]
+        step()
+        norms = [(p.detach() - b).norm() for p, b in zip(parameters, before, strict=True)]
+        moved.append(float(torch.stack(norms).norm()))
+
+    optimizer.step = recorded
+    ppo.update(student, head, optimizer, batch, batch.values, batch.values, config)
+    assert moved == [pytest.approx(1e-3, rel=0.01)] * 6
+
+
+def test_the_value_head_starts_at_zero(student):
+    """So the first advantages are the returns, and value clipping has no effect at first."""
+    assert not ValueHead(64)(torch.randn(3, 5, 64)).any()
+
+
+def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
+    batch = random_batch([5, 3], student.config.vocab_size)
+    with torch.no_grad():
+        batch.logprobs, batch.values = ppo.response_stats(student, None, batch, 1.0)
+    ref_logprobs = batch.logprobs - 2.0 * batch.mask  # 10 and 6 nats
+    head, kl, seen = ValueHead(student.config.n_embd), ppo.AdaptiveKL(0.2, target=6.0, horizon=10.0), {}
+    optimizer = torch.optim.SGD([*student.parameters(), *head.parameters()], lr=0.0)
+
+    def rewards(*arguments):
+        seen["rewards"] = token_rewards(*arguments)
+        return seen["rewards"]
+
+    token_rewards = ppo.token_rewards
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "token_rewards", rewards)
+        scores = torch.tensor([1.0, 0.5])
+        stats = ppo.step(
+            student,
+            head,
+            optimizer,
+            kl,
+            batch,
+            ref_logprobs,
+            ref_logprobs[..., None],
+            scores,
+            dataclasses.replace(CONFIG, epochs=1),
+        )
+    assert stats["kl"] == pytest.approx(8.0, abs=1e-4) and stats["kl_coef"] == 0.2
+    want = torch.tensor([[-0.4, -0.4, -0.4, -0.4, 0.6], [-0.4, -0.4, 0.1, 0.0, 0.0]])
+    torch.testing.assert_close(seen["rewards"], want)
+    assert kl.coef == pytest.approx(0.2 * (1 + 0.2 * 2 / 10))
+
+
+def test_learning_moves_the_policy_towards_what_is_rewarded(student):
+    """One token is rewarded: its probability rises, and the value head learns to predict the return."""
+    config = dataclasses.replace(CONFIG, epochs=4)
+    batch = random_batch([10] * 8, student.config.vocab_size)
+    batch.tokens[:, ::2] = 42
+    head = ValueHead(64)
+    optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=1e-3)
+    with torch.no_grad():
+        batch.logprobs, batch.values = ppo.response_stats(student, head, batch, 1.0)
+    gain = torch.where(batch.tokens == 42, 1.0, -1.0)
+    returns = torch.ones_like(gain)
+    first = ppo.update(student, head, optimizer, batch, ppo.whiten(gain, batch.mask), returns, config)
+    assert first["ratio_error"] < 1e-5
+    with torch.no_grad():
+        after, value = ppo.response_stats(student, head, batch, 1.0)
+    assert float((after - batch.logprobs)[batch.tokens == 42].mean()) > 0
+    assert float((after - batch.logprobs)[batch.tokens != 42].mean()) < 0
+    assert float((value - returns).abs().mean()) < float((batch.values - returns).abs().mean())
+
+
+def test_under_autocast_each_epoch_uses_the_weights_of_the_one_before(student):
+    """Autocast caches casts of the weights: two epochs under one autocast must equal one epoch under each of two."""
+    batch = random_batch([12, 20], student.config.vocab_size)
+    start, ends = copy.deepcopy(student.state_dict()), []
+    for calls, epochs in ((1, 2), (2, 1)):
+        student.load_state_dict(start)
+        head = ValueHead(student.config.n_embd)
+        optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=1e-3)
+        config = dataclasses.replace(CONFIG, epochs=epochs, max_ratio=1e9)
+        for _ in range(calls):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                ppo.update(student, head, optimizer, batch, batch.values, batch.values, config)
+        ends.append(copy.deepcopy(student.state_dict()))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
+
+
+def test_a_batch_holds_each_story_after_its_own_opening(tokenizer):
+    openings, words = ["Once upon a time, Tom", "Mia had a kite."], ["had a ball.", "It was"]
+    told = []
+    for i, (opening, text) in enumerate(zip(openings, words, strict=True)):
+        tokens = torch.tensor(tokenizer.encode(" " + text))
+        numbers = torch.arange(len(tokens), dtype=torch.float32)
+        told.append(Story(i, opening, text, tokens, -numbers, numbers, numbers, "length"))
+    batch = ppo.collate(told, tokenizer, torch.device("cpu"))
+    for b, story in enumerate(told):
+        opening, n = encode_opening(tokenizer, story.opening), len(story.tokens)
+        assert batch.inputs[b, : batch.lengths[b]].tolist() == [*opening, *story.tokens[:-1].tolist()]
+        assert batch.predicts[b].nonzero()[:, 0].tolist() == [*range(len(opening) - 1, len(opening) - 1 + n)]
+        assert batch.tokens[b][batch.mask[b]].tolist() == story.tokens.tolist()
+        assert torch.equal(batch.values[b, :n], story.values) and torch.equal(batch.logprobs[b, :n], story.logprobs)
+    assert batch.predicts.sum() == batch.mask.sum()
+
+
+def test_budget_stops_before_it_is_overrun():
+    budget = WordBudget(limit_in=100, limit_out=1000, words_in=15)
+    assert budget.allows(85, 1000) and not budget.allows(86, 0) and not budget.allows(0, 1001)
+    budget.spend(80, 990)
+    assert budget.allows(5, 10) and not budget.allows(6, 10) and not budget.allows(5, 11)

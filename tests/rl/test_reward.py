@@ -1,0 +1,116 @@
+"""From a score to a reward: the paper's formula, the difference from other stories, and a callable as the teacher."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinystory.config import INTERACT_PRESETS
+from tinystory.rl.reward import differences, load_score, phrases, story_reward
+from tinystory.run.errors import UserError
+
+PAPER = {name: INTERACT_PRESETS["paper"][name] for name in ("diversity", "length_weight", "length_words", "unfinished")}
+
+
+def test_reward_is_the_papers():
+    for difference, ended in ((0.0, False), (1.0, True)):  # neither matters
+        assert story_reward(7 / 9, difference, 45, ended, **PAPER) == pytest.approx((7 / 9 + 0.4 * 45 / 90) / 1.4)
+        assert story_reward(1.0, difference, 90, ended, **PAPER) == 1.0
+        assert story_reward(1.0, difference, 500, ended, **PAPER) == 1.0
+        assert story_reward(0.0, difference, 0, ended, **PAPER) == 0.0
+
+
+def test_sameness_and_a_cut_cost_a_part_of_the_reward():
+    how = dict(length_weight=0.0, length_words=90)
+    assert story_reward(0.8, 0.25, 50, True, diversity=1.0, unfinished=0.5, **how) == pytest.approx(0.8 * 0.25)
+    assert story_reward(0.8, 0.25, 50, True, diversity=0.5, unfinished=0.5, **how) == pytest.approx(0.8 * 0.625)
+    assert story_reward(0.8, 1.0, 50, False, diversity=1.0, unfinished=0.5, **how) == pytest.approx(0.4)
+    long = story_reward(0.8, 1.0, 90, True, diversity=1.0, unfinished=0.5, length_weight=0.4, length_words=90)
+    assert long == pytest.approx(1.2 / 1.4)
+
+
+unit = st.floats(0, 1)
+
+
+@given(unit, unit, unit, st.integers(0, 300), st.booleans(), unit, unit)
+def test_a_reward_is_from_0_to_1_and_rises_with_the_difference(score, low, high, words, ended, diversity, unfinished):
+    how = dict(diversity=diversity, unfinished=unfinished, length_weight=0.4, length_words=90)
+    low, high = sorted((low, high))
+    rewards = [story_reward(score, difference, words, ended, **how) for difference in (low, high)]
+    assert -1e-12 <= rewards[0] <= rewards[1] + 1e-12 <= 1 + 2e-12
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=4, max_size=30), st.integers(1, 9))
+def test_stories_that_are_all_the_same_share_their_difference(words, n):
+    assert differences([" ".join(words)] * n) == pytest.approx([1 / n] * n)
+
+
+@given(st.lists(st.integers(4, 30), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_stories_that_share_no_phrase_are_wholly_different(lengths, random):
+    stories = [" ".join(f"{chr(97 + i)}{random.randrange(5)}" for _ in range(n)) for i, n in enumerate(lengths)]
+    assert differences(stories) == pytest.approx([1.0] * len(stories))
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "Tom", "Mia"]), max_size=12).map(" ".join), max_size=8))
+def test_a_difference_does_not_depend_on_order_or_on_names(stories):
+    found = differences(stories)
+    assert all(0 <= each <= 1 for each in found)
+    assert differences(stories[::-1]) == pytest.approx(found[::-1])
+    assert differences([story.replace("Tom", "Peanut") for story in stories]) == pytest.approx(found)
+
+
+def test_phrases_count_names_as_one_word_and_ignore_punctuation():
+    assert phrases('Tom had a "big" ball.') == {("@", "had", "a", "big"), ("had", "a", "big", "ball")}
+    assert phrases("Tom had a big ball") == phrases("Mia had a big, ball!") and phrases("too short here") == set()
+    assert phrases("a b c", 2) == {("a", "b"), ("b", "c")}
+    assert differences(["Tom saw a dog", "Mia saw a dog", "a cat sat down", "short"]) == [0.5, 0.5, 1.0, 0.0]
+
+
+def test_the_scores_of_a_callable_are_checked(tmp_path):
+    file = tmp_path / "r.py"
+    file.write_text(
+        "def ok(o, s): return [0.5 if x else None for x in s]\ndef short(o, s): return []\ndef wild(o, s): return [2]\n"
+    )
+    assert load_score(f"{file}:ok")("o", ["a", ""]) == [0.5, None]
+    for name, words in (("short", "gave 0 scores for 1"), ("wild", "gave 2;"), ("none", "no function 'none'")):
+        with pytest.raises(UserError, match=words):
+            load_score(f"{file}:{name}")("o", ["a"])
+    with pytest.raises(UserError, match="no file"):
+        load_score("nowhere.py:f")
+    (tmp_path / "r.txt").write_text("")
+    with pytest.raises(UserError, match="not a Python file"):
+        load_score(f"{tmp_path / 'r.txt'}:f")
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("def f(o, s):\n    return [1 / 0 for x in s]\n", "r.py, line 2: ZeroDivisionError: division by zero"),
+        ("def f(o, s):\n    return json.loads('x')\nimport json\n", "r.py, line 2: JSONDecodeError"),
+        ("\ndef f(o, s)\n    return [1]\n", "r.py, line 2: SyntaxError"),
+        ("import nowhere_at_all\n", "r.py, line 1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("def f(o, s):\n    raise KeyError\n", "r.py, line 2: KeyError"),
+        ("def f(o, s):\n    yield 0.5\n    raise OSError('no\\nroom')\n", "r.py, line 3: OSError: no room"),
+        ("def f(o):\n    return [1]\n", "r.py: TypeError"),
+        ("def f(o, s):\n    return '0'\n", "gave '0'; it must give a list"),
+        ("def f(o, s):\n    return None\n", "gave None; it must give a list"),
+        ("def f(o, s):\n    return 0.5\n", "TypeError"),
+        ("def f(o, s):\n    return ['0.5']\n", "gave '0.5'; a score is a number from 0 to 1, or None"),
+        ("def f(o, s):\n    return [float('nan')]\n", "gave nan; a score is a number"),
+        ("def f(o, s):\n    return [{}]\n", "gave {}; a score is a number"),
+    ],
+)
+def test_a_reward_file_that_fails_is_one_sentence_with_its_line(tmp_path, body, words):
+    (tmp_path / "r.py").write_text(body)
+    with pytest.raises(UserError) as caught:
+        load_score(f"{tmp_path / 'r.py'}:f")("o", ["a"])
+    assert words in str(caught.value) and "--reward" in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_scores_of_any_library_are_numbers(tmp_path):
+    (tmp_path / "r.py").write_text(
+        "import numpy, torch\n"
+        "def f(o, s): return numpy.array([0.25, 1.0], dtype='f')\n"
+        "def g(o, s): return [torch.tensor(0.5), True]\n"
+    )
+    assert list(load_score(f"{tmp_path / 'r.py'}:f")("o", ["a", "b"])) == [0.25, 1.0]
+    assert list(load_score(f"{tmp_path / 'r.py'}:g")("o", ["a", "b"])) == [0.5, 1]

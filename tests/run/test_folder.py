@@ -1,0 +1,219 @@
+"""The run's folder after a kill, on a full disk, with a second run and with unusual values."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import story_record
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinystory.run.errors import UserError
+from tinystory.run.folder import (
+    RunLog,
+    atomic_file,
+    atomic_write,
+    plain,
+    read_config,
+    read_metrics,
+    read_records,
+    read_stories,
+)
+
+
+def a_run(folder, steps):
+    with RunLog(folder, resume_step=None) as log:
+        log.config({"seed": 1, "device": "cpu"})
+        for step in range(1, steps + 1):
+            log.metrics(step=step, reward_mean=step / 7)
+            log.stories([story_record(step, i) for i in range(3)])
+
+
+def test_what_is_written_is_read(tmp_path):
+    a_run(tmp_path, 4)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert read_metrics(tmp_path)[0] == {"step": 1, "reward_mean": 0.1428571}
+    stories = list(read_stories(tmp_path))
+    assert len(stories) == 12 and stories[0]["story"] == "Tim said “no”.\nHe ran."
+    assert read_metrics(tmp_path / "nowhere") == [] and list(read_stories(tmp_path / "nowhere")) == []
+
+
+def test_config_records_what_is_needed_to_repeat_the_run(tmp_path):
+    with RunLog(tmp_path, resume_step=None) as log:
+        log.config({"out": tmp_path, "teacher_url": "https://me:secret@host/v1", "device": "cpu"})
+    config = read_config(tmp_path)
+    assert config["options"]["out"] == str(tmp_path)
+    assert {"python", "torch", "numpy", "tinystory"} <= set(config["versions"])
+    assert config["versions"]["torch"] == torch.__version__
+    assert "thread" in config["device"] and "git_commit" in config and config["started"] and config["resumed"] == []
+    assert "secret" not in (tmp_path / "config.json").read_text()
+    assert config["options"]["teacher_url"] == "https://host/v1"
+
+
+def test_a_new_run_never_writes_over_an_old_one(tmp_path):
+    a_run(tmp_path, 2)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"already holds a run: continue it with --resume or choose another --out"):
+        RunLog(tmp_path, resume_step=None)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_folder_with_other_files_in_it_is_accepted(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    a_run(tmp_path, 1)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_resume_cuts_back_to_the_checkpoint_and_goes_on_as_if_never_stopped(tmp_path):
+    a_run(tmp_path / "whole", 5)
+    a_run(tmp_path / "killed", 4)
+    started = read_config(tmp_path / "killed")["started"]
+    with RunLog(tmp_path / "killed", resume_step=2) as log:
+        log.config({"seed": 1, "device": "cpu"})
+        for step in range(3, 6):
+            log.metrics(step=step, reward_mean=step / 7)
+            log.stories([story_record(step, i) for i in range(3)])
+    for name in ("metrics.jsonl", "stories.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    config = read_config(tmp_path / "killed")
+    assert config["started"] == started and [each["step"] for each in config["resumed"]] == [2]
+
+
+def test_resume_cuts_looks_back_too(tmp_path):
+    """A look at step n is on disk before the checkpoint of step n, but for n = 0."""
+    for resume_step, kept in ((2, [0, 2]), (1, [0]), (0, [])):
+        folder = tmp_path / str(resume_step)
+        with RunLog(folder, resume_step=None) as log:
+            for step in (0, 2, 4):
+                log.looks([story_record(step)])
+        RunLog(folder, resume_step=resume_step).close()
+        assert [record["step"] for record in read_records(folder / "looks.jsonl")] == kept
+
+    """Cut the file after each byte: readers and a resumed run see exactly the complete records."""
+    a_run(tmp_path, 3)
+    path = tmp_path / "stories.jsonl"
+    whole = path.read_bytes()
+    ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(0, len(whole), 7):
+        path.write_bytes(whole[:cut])
+        # A record that lacks only its newline is complete.
+        expected = sum(end <= cut for end in ends)
+        assert len(list(read_stories(tmp_path))) == expected
+        RunLog(tmp_path, resume_step=3).close()
+        assert path.read_bytes() == whole[: ends[expected - 1] + 1 if expected else 0]
+
+
+def test_zeros_after_a_power_cut_are_a_torn_line(tmp_path):
+    a_run(tmp_path, 2)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b"\0" * 100)
+    assert len(read_metrics(tmp_path)) == 2
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    a_run(tmp_path, 2)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"{oops\n" + path.read_bytes())
+    with pytest.raises(UserError, match=r"line 1 of .*metrics\.jsonl"):
+        read_metrics(tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(UserError):
+        RunLog(tmp_path, resume_step=2)
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_values_of_any_number_type(tmp_path):
+    with RunLog(tmp_path, resume_step=None) as log:
+        log.metrics(
+            step=1,
+            a=torch.tensor(0.1),
+            b=np.float32(1 / 3),
+            c=np.int64(7),
+            d=math.nan,
+            e=-math.inf,
+            f=None,
+            g=True,
+            h=123456789,
+        )
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "a": 0.1, "b": 0.3333333, "c": 7, "d": None, "e": None, "f": None, "g": True, "h": 123456789}
+    ]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("\ud800\u2028</script>\0"),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.text(), json_values), st.text() | st.just("\ud800\u2028</script>\0"))
+def test_any_story_record_comes_back(tmp_path_factory, record, text):
+    record |= story_record(1, story=text, reply=text)
+    folder = tmp_path_factory.mktemp("run")
+    with RunLog(folder, resume_step=None) as log:
+        log.stories([record, record])
+    assert list(read_stories(folder)) == [plain(record)] * 2
+    assert len((folder / "stories.jsonl").read_bytes().splitlines()) == 2
+
+
+def test_a_full_disk_is_one_clear_sentence(tmp_path):
+    full = "/dev/full"  # every write to it fails as on a full disk
+    if not os.path.exists(full):
+        pytest.skip("no /dev/full here")
+    with RunLog(tmp_path, resume_step=None) as log:
+        (tmp_path / "metrics.jsonl").symlink_to(full)
+        with pytest.raises(UserError, match="No space left on device"):
+            log.metrics(step=1)
+
+
+def test_no_such_folder_and_a_file_in_the_way(tmp_path):
+    with pytest.raises(UserError, match="cannot write"):
+        atomic_write(tmp_path / "nowhere" / "x", "text")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        RunLog(tmp_path / "file", resume_step=None)
+
+
+def test_atomic_file_leaves_the_old_content_when_its_writer_fails(tmp_path):
+    path = tmp_path / "model.json"
+    atomic_write(path, "old")
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as file:
+        file.write(b"half of the ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["model.json"]
+    atomic_write(path, b"new")
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["model.json"]
+    os.umask(mask := os.umask(0))
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_reader_of_a_file_being_rewritten_sees_one_complete_version(tmp_path):
+    """A process rewrites a file in a loop and is killed in the middle: the file parses at any moment."""
+    program = """
+import sys
+from pathlib import Path
+from tinystory.run.folder import atomic_write
+n = 0
+while True:
+    n += 1
+    atomic_write(Path(sys.argv[1]), '{"n": %d, "pad": "%s"}' % (n, "x" * 2_000_000))
+    if n == 1:
+        print("going", flush=True)
+"""
+    path = tmp_path / "state.json"
+    writer = subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE)
+    try:
+        assert writer.stdout.readline() == b"going\n"
+        seen = {json.loads(path.read_bytes())["n"] for _ in range(200)}
+    finally:
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+    assert len(seen) > 1 and json.loads(path.read_bytes())["n"] >= max(seen)

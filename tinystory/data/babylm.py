@@ -1,0 +1,80 @@
+"""BabyLM's rules: the names of checkpoints, and the limits of the 2025 INTERACTION track (babylm.github.io, 2025 call).
+
+The student may see 100 M words, including the teacher's, each up to ten times, and write 100 M during training. The
+rules do not define a word; here words are separated by whitespace. Only the teacher's text may reach the student.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tinystory.run.errors import UserError
+
+# Cumulative words, counting repeats, at which the evaluation expects a checkpoint: `chck_1M` ... `chck_1000M`.
+MILESTONES = [m * 10**6 for m in (*range(1, 10), *range(10, 100, 10), *range(100, 1001, 100))]
+
+TRACK = "babylm-2025"
+WORDS_IN, WORDS_OUT, EPOCHS = 100_000_000, 100_000_000, 10
+
+
+def milestone_name(words: int) -> str:
+    return f"chck_{words // 10**6}M"
+
+
+def check_reading(corpus_words: int, words: int, last_step: int = 0) -> None:
+    """Raises UserError if the track does not allow training on `words` words, counting repeats, of a corpus of
+    `corpus_words`. last_step: upper bound on the words by which the last step may exceed `words`."""
+    if corpus_words > WORDS_IN:
+        raise UserError(
+            f"--preset {TRACK} allows a corpus of {WORDS_IN:,} words and this one trains on {corpus_words:,}: give a "
+            "smaller --corpus or a larger --val-fraction"
+        )
+    most = max(EPOCHS * corpus_words - last_step, 0)
+    if words > most:
+        raise UserError(
+            f"--preset {TRACK} allows {EPOCHS} epochs and this corpus trains on {corpus_words:,} words: give --words "
+            f"{most} or fewer"
+        )
+
+
+def check_interaction(facts: dict[str, Any], words_in: int, words_out: int) -> None:
+    """Raises UserError if the track does not allow a student with these `facts` (see `checkpoint.save`) to take in and
+    write so many words."""
+    if "corpus_words" not in facts:
+        raise UserError(
+            f"--preset {TRACK} must know how many words the student has read and this checkpoint does not say: start "
+            f"from one that train_pretrain.py --preset {TRACK} wrote"
+        )
+    check_reading(facts["corpus_words"], facts["words"])
+    left_in = WORDS_IN - facts["corpus_words"] - facts.get("interaction_words_in", 0)
+    left_out = WORDS_OUT - facts.get("interaction_words_out", 0)
+    for flag, wanted, left in (("budget-words", words_in, left_in), ("budget-words-out", words_out, left_out)):
+        if wanted > left:
+            raise UserError(
+                f"--preset {TRACK} leaves this student {max(left, 0):,} words after all that it has read and written: "
+                f"give --{flag} {max(left, 0)} or fewer"
+            )
+
+
+def milestones_beyond(facts: dict[str, Any]) -> dict[str, int]:
+    """The official milestones ahead of a student, and the words that it has still to take in until each."""
+    behind = facts["words"] + facts.get("interaction_words_in", 0)
+    return {milestone_name(words): words - behind for words in MILESTONES if words > behind}
+
+
+@dataclass
+class WordBudget:
+    """The interaction's words so far and their limits. In: the opening once, and each word of each reply (arXiv
+    2509.15714). Out: each word that the student writes."""
+
+    limit_in: int
+    limit_out: int
+    words_in: int = 0
+    words_out: int = 0
+
+    def allows(self, words_in: int, words_out: int) -> bool:
+        """True if so many more words in and out stay within both limits."""
+        return self.words_in + words_in <= self.limit_in and self.words_out + words_out <= self.limit_out
+
+    def spend(self, words_in: int, words_out: int) -> None:
+        self.words_in += words_in
+        self.words_out += words_out

@@ -1,0 +1,132 @@
+"""The server behind which a person is the teacher: a page for the person, OpenAI's chat completions for the trainer.
+
+It is for this machine only. Other pages in the person's browser are strangers: requests under another host's name or
+from another origin are refused. What a story holds is text: the page never makes markup of it.
+"""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from tinystory.human.desk import LONGEST_NAME, Desk, Mistake
+from tinystory.human.pairs import PairDesk
+from tinystory.teacher.client import FIRST_STORY, PERSON
+from tinystory.teacher.prompt import TOP, instructions, read_back
+from tinystory.teacher.server import HOST, Refused, application, in_openai_shape, listening, parsed
+
+DESCRIPTION = "A person who reads stories on a page and grades them. Nothing else is answered."
+CANNOT = "A person grades stories here, and this is no story, so nobody was asked."
+SKIPPED = "The person skipped this story."
+EXAMPLE = 1  # what each criterion of the client's first story gets, which is there to see whether replies can be read
+NAMES = (HOST, "localhost", "[::1]")  # under which this machine may be asked
+TICK_S = 0.25
+
+
+@contextlib.asynccontextmanager
+async def serve(
+    desk: Desk | PairDesk, port: int = 0, *, style: str = "", curve: Callable[[str], str] = lambda url: ""
+) -> AsyncIterator[str]:
+    """Serve the page on 127.0.0.1, and with a Desk also /v1, for as long as the block runs; yields the URL. style: CSS
+    of the page; curve: the SVG that it shows of the run taught from this URL.
+
+    Raises UserError if the port is not free."""
+    shown = page(style)
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src '{_hash_of_script(shown)}'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    address = [""]
+
+    async def show(request: web.Request) -> web.Response:
+        headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store"}
+        return web.Response(text=shown, content_type="text/html", headers=headers)
+
+    async def state(request: web.Request) -> web.Response:
+        found = desk.state(_name(request.query.get("who")))
+        return web.json_response(found | {"curve": curve(address[0])}, headers={"Cache-Control": "no-store"})
+
+    async def do(request: web.Request) -> web.Response:
+        asked = parsed(await request.read())
+        try:
+            desk.do(_name(asked.get("who")), str(asked.get("action")), asked)
+        except Mistake as mistake:
+            raise Refused(str(mistake), status=409) from None
+        return web.json_response({})
+
+    if isinstance(desk, Desk):
+        routes = application(PERSON, DESCRIPTION, desk.template.names, lambda *asked: _reply(desk, *asked))
+    else:
+        routes = web.Application(middlewares=[in_openai_shape])
+    routes.middlewares.append(_from_this_machine)
+    routes.router.add_get("/", show)
+    routes.router.add_get("/state", state)
+    routes.router.add_post("/do", do)
+
+    async def tick() -> None:
+        while True:
+            desk.tick()
+            await asyncio.sleep(TICK_S)
+
+    async with listening(routes, port) as address[0]:
+        ticking = asyncio.create_task(tick())
+        try:
+            yield address[0]
+        finally:
+            ticking.cancel()
+
+
+async def _reply(desk: Desk, messages: list[dict], keys: list[str] | None) -> str:
+    """The answer to one request of a trainer, from a person only if it asks about a story."""
+    found = read_back(messages)
+    if found is None:
+        return CANNOT
+    if messages[0]["content"] != instructions(desk.template.criteria, desk.template.preface):
+        message = f"The person here was told to grade {', '.join(desk.template.names)} in other words than these: give "
+        raise Refused(f"{message}the same --teacher-prompt to the trainer and to teach.py.", "messages")
+    scores = dict.fromkeys(desk.template.names, EXAMPLE) if found == FIRST_STORY else await desk.ask(*found)
+    if scores is None:
+        return SKIPPED
+    if keys is None:
+        return " ".join(str(scores[name]) for name in desk.template.names)
+    return json.dumps({name: scores[name] for name in keys})
+
+
+@web.middleware
+async def _from_this_machine(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse what a stranger's page sends: under a name of its own that leads here, or from its own origin."""
+    origin = request.headers.get("Origin")
+    asked_as = urlsplit(f"//{request.host}")
+    if _host(asked_as.netloc) not in NAMES or (origin is not None and urlsplit(origin).netloc != request.host):
+        raise Refused("This server answers only to this machine.", status=403)
+    return await handler(request)
+
+
+def _host(netloc: str) -> str:
+    return re.sub(r":[0-9]+$", "", netloc)
+
+
+def _name(who: object) -> str:
+    """The name of the person at the page."""
+    if not isinstance(who, str) or not who.strip() or len(who) > LONGEST_NAME or not who.isprintable():
+        raise Refused(f"A name has 1 to {LONGEST_NAME} printable characters.", "who")
+    return who.strip()
+
+
+def page(style: str) -> str:
+    text = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    return text.replace("/* style */", style, 1).replace("TOP_SCORE", str(TOP), 1)
+
+
+def _hash_of_script(text: str) -> str:
+    """The script's hash for a Content-Security-Policy: no other script runs on the page."""
+    script = text[text.index("<script>") + len("<script>") : text.index("</script>")]
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,0 +1,408 @@
+"""PPO on stories: per-token rewards, advantages, the clipped losses, the adaptive KL coefficient.
+
+Formulas follow TRL 0.9.4's PPOTrainer, which the paper used (arXiv 2509.15714), itself after Ziegler et al. 2019
+(arXiv 1909.08593); PPO is Schulman et al. 2017 (arXiv 1707.06347), GAE Schulman et al. 2015 (arXiv 1506.02438).
+Tensors are (B, N): one row per story, one column per response token; `mask` is True at tokens, False at padding.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from tinystory import ops
+from tinystory.config import InteractConfig
+from tinystory.data.tokenizer import Tokenizer
+from tinystory.rl.advantages import Critic
+from tinystory.run import distributed
+from tinystory.run.device import upload
+from tinystory.student.generate import Story, encode_opening
+from tinystory.student.model import Student, ValueHead
+
+Autocast = Callable[[], contextlib.AbstractContextManager]
+
+
+@dataclass
+class Batch:
+    """The stories of one step, right-padded. inputs: (B, T) int64, opening and story but for its last token; predicts:
+    (B, T) bool, True where the next token is the story's; tokens: (B, N) int64; mask: (B, N) bool; logprobs, values,
+    entropies: (B, N) float32, from when the token was sampled."""
+
+    inputs: Tensor
+    predicts: Tensor
+    tokens: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    values: Tensor
+    entropies: Tensor
+
+    @cached_property
+    def host(self) -> tuple[np.ndarray, np.ndarray]:
+        """predicts and mask, for sizes that the host must know: read once, so that no micro-batch waits for a GPU."""
+        return self.predicts.cpu().numpy(), self.mask.cpu().numpy()
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64, on the CPU: the inputs of each row, padding not counted."""
+        predicts, _ = self.host
+        return torch.from_numpy((predicts * np.arange(1, predicts.shape[1] + 1)).max(1))
+
+    @cached_property
+    def places(self) -> Tensor:
+        """(tokens,) int64: where the stories' tokens are in (B * N)."""
+        return true_places(self.host[1], self.mask.device)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """(B, N) -> (tokens,): the entries on the mask, in order."""
+        return x.flatten().index_select(0, self.places)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """(tokens, ...) float32 -> (B, N, ...), 0 off the mask."""
+        zeros = torch.zeros(self.mask.numel(), *x.shape[1:], device=x.device)
+        return zeros.index_copy(0, self.places, x).unflatten(0, self.mask.shape)
+
+    def rows(self, rows: Tensor) -> "Batch":
+        """rows: int64, on the CPU."""
+        at = upload(rows, self.mask.device)
+        part = Batch(*(getattr(self, field.name)[at] for field in dataclasses.fields(self)))
+        part.host = self.host[0][np.asarray(rows)], self.host[1][np.asarray(rows)]
+        return part
+
+
+def true_places(mask: np.ndarray, device: torch.device) -> Tensor:
+    """(n,) int64, on the device: the indices of what is true of the flattened mask, whose number the host knows."""
+    return upload(torch.from_numpy(np.flatnonzero(mask)), device)
+
+
+def collate(stories: list[Story], tokenizer: Tokenizer, device: torch.device) -> Batch:
+    """Stack stories into right-padded tensors."""
+
+    def pad(rows: list[Tensor], value: float) -> Tensor:
+        return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
+
+    openings = [torch.tensor(encode_opening(tokenizer, s.opening)) for s in stories]
+    before = [torch.zeros(len(opening) - 1, dtype=torch.bool) for opening in openings]
+    masks = [torch.ones(len(s.tokens), dtype=torch.bool) for s in stories]
+    return Batch(
+        inputs=pad([torch.cat([o, s.tokens[:-1]]) for o, s in zip(openings, stories, strict=True)], tokenizer.pad),
+        predicts=pad([torch.cat(pair) for pair in zip(before, masks, strict=True)], False),
+        tokens=pad([s.tokens for s in stories], tokenizer.pad),
+        mask=pad(masks, False),
+        logprobs=pad([s.logprobs for s in stories], 0.0),
+        values=pad([s.values for s in stories], 0.0),
+        entropies=pad([s.entropies for s in stories], 0.0),
+    )
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Shift and scale to mean 0 and variance 1 over the masked entries (Bessel's correction, epsilon 1e-8)."""
+    count = mask.sum()
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask) * count / (count - 1).clamp(min=1)
+    return (x - mean) * torch.rsqrt(variance + 1e-8)
+
+
+def token_rewards(
+    story_rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
+) -> Tensor:
+    """(B, N): -kl_coef * (logprob - ref_logprob) at each token, plus the story's reward, (B,), at its last token."""
+    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    rows = torch.arange(len(story_rewards), device=story_rewards.device)
+    rewards[rows, mask.sum(1) - 1] += story_rewards
+    return rewards
+
+
+def discounted(x: Tensor, factor: float) -> Tensor:
+    """(B, N): at each token the sum of x from there on, each token counting `factor` times the one before. As a product
+    with a triangular matrix it is one kernel, not one per token."""
+    places = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)
+    away = places[:, None] - places
+    return x @ torch.where(away < 0, 0.0, factor ** away.clamp(min=0))
+
+
+def advantages_and_returns(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates (eq. 16 of the GAE paper) and returns = advantages + values, both (B, N) and 0
+    off the mask. rewards: (B, N), per token."""
+    values, rewards = values * mask, rewards * mask
+    next_values = nn.functional.pad(values[:, 1:], (0, 1))
+    advantages = discounted(rewards + gamma * next_values - values, gamma * lam)
+    return advantages * mask, (advantages + values) * mask
+
+
+def decay(config: InteractConfig, step: int) -> float:
+    """The factor on the initial learning rates at step 0, 1, ...: 1, or with --lr-decay falling linearly towards 0 at
+    --steps."""
+    return 1 - step / config.steps if config.lr_decay else 1.0
+
+
+class SharpAdam(torch.optim.Adam):
+    """Adam with one more direction: s, the logarithm of a factor on all logits, with a learning rate of its own.
+
+    The correlation between a story's log-ratio along a direction and its reward bounds what a step along it can gain,
+    and of 70 directions that scale a part of the student this is the only one that 256 stories tell from noise
+    (LOG.md). The gain and bias of the final norm, into which s is folded after each step, can go there too, but at
+    Adam's rate they go as fast in 255 directions of noise.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, parameters: Iterable[nn.Parameter], lr: float, rate: float, eps: float):
+        self.norm, self.sharpness = norm, nn.Parameter(torch.zeros((), device=norm.weight.device))
+        groups = [dict(params=list(parameters), lr=lr), dict(params=[self.sharpness], lr=rate)]
+        super().__init__([group | {"initial_lr": group["lr"]} for group in groups], eps=eps, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
+        scaled = (self.norm.weight, self.norm.bias)
+        self.sharpness.grad = torch.stack([(p.grad * p).sum() for p in scaled if p.grad is not None]).sum()
+        super().step()
+        for p in scaled:
+            p.mul_(self.sharpness.exp())
+        self.sharpness.zero_()
+
+
+@contextlib.contextmanager
+def scaled_rates(optimizer: torch.optim.Optimizer, gains: Sequence[float]) -> Iterator[None]:
+    """The learning rate of each group of parameters multiplied by its gain, within the context."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group, gain in zip(optimizer.param_groups, gains, strict=False):
+        group["lr"] *= gain
+    yield
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def signal_of_halves(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """The part of a batch's gradient that is signal, 0..1, from the gradients of its two halves: |G|^2 / E|g|^2, where
+    G is the expectation of g. What two halves agree on is the signal; a step scaled by its share is the best estimate
+    of G along g (Wiener's), and the best rate falls as it does (McCandlish et al. 2018, arXiv 1812.06162, eq. 2.6)."""
+    products = [torch.stack([(a * b).sum(), (a * a + b * b).sum() / 2]) for a, b in zip(first, second, strict=True)]
+    agree, squares = torch.stack(products).double().sum(0).tolist()
+    if agree <= 0:
+        return 0.0
+    half = agree / squares
+    return 2 * half / (1 + half)
+
+
+def signal_of_sharpness(advantages: Tensor, batch: Batch) -> float:
+    """The part of the gradient along the sharpness s that is signal, 0..1: 1 - 1 / t^2, where t is its mean over the
+    stories in standard errors. The derivative of a token's log-probability by s is logprob + entropy."""
+    each = (advantages * (batch.logprobs + batch.entropies) * batch.mask).sum(1).double()
+    if len(each) < 2:
+        return 0.0
+    mean, error = torch.stack([each.mean(), each.std() / math.sqrt(len(each))]).tolist()
+    return max(0.0, 1 - (error / mean) ** 2) if mean else 0.0
+
+
+def response_states(student: Student, batch: Batch) -> Tensor:
+    """(tokens, C): forward pass over whole stories, the state from which each response token is predicted, in the order
+    of the mask. Columns that are padding in every row are not computed."""
+    predicts, _ = batch.host
+    T = int(np.flatnonzero(predicts.any(0))[-1]) + 1
+    hidden = student.hidden(batch.inputs[:, :T])
+    return hidden.flatten(0, 1).index_select(0, true_places(predicts[:, :T], hidden.device))
+
+
+def response_stats(
+    student: Student, value_head: ValueHead | None, batch: Batch, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The log-probability and value (0 without a value head) of every response token, (B, N) each, 0 off the mask."""
+    states = response_states(student, batch)
+    logprob = token_logprobs(student, states, batch, temperature)
+    value = torch.zeros_like(logprob) if value_head is None else value_head(states)
+    return batch.padded(logprob), batch.padded(value)
+
+
+def token_logprobs(student: Student, states: Tensor, batch: Batch, temperature: float) -> Tensor:
+    """(tokens,) log-probabilities of the response tokens, given `response_states`."""
+    return ops.token_logprob(states / temperature, student.wte.weight, batch.packed(batch.tokens))[0]
+
+
+@dataclass
+class AdaptiveKL:
+    """The coefficient of the KL penalty, adapted towards a KL of `target` nats per story (Ziegler et al. 2019, section
+    2.2)."""
+
+    coef: float
+    target: float
+    horizon: float
+
+    def update(self, kl: float, stories: int) -> None:
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * stories / self.horizon
+
+
+@torch.no_grad()
+def read_reference(
+    reference: Student, batch: Batch, temperature: float, micro_batch_size: int, *, states: bool
+) -> tuple[Tensor, Tensor]:
+    """The stories under the frozen starting checkpoint: (B, N) log-probabilities of their tokens, and the states from
+    which it predicts them, (B, N, C) or, if they are not wanted, (B, N, 0); 0 off the mask, float32 both."""
+    logprobs = torch.zeros_like(batch.logprobs)
+    kept = logprobs.new_zeros(*logprobs.shape, reference.config.n_embd if states else 0)
+    with reference.lowered(ops.matmul_dtype(reference.wte.weight)):
+        for rows in distributed.shard_strided(by_length(batch.lengths, micro_batch_size)):
+            part = batch.rows(rows)
+            found = response_states(reference, part)
+            told = token_logprobs(reference, found, part, temperature)
+            at = upload(rows, logprobs.device)
+            logprobs[at] = part.padded(told)
+            if states:
+                kept[at] = part.padded(found.float())
+    return distributed.all_reduce_sum(logprobs), distributed.all_reduce_sum(kept) if states else kept
+
+
+def by_length(lengths: Tensor, size: int) -> list[Tensor]:
+    """Indices of `lengths` in groups of at most `size`, similar ones together, so that little padding is computed."""
+    return [rows for rows in lengths.argsort(stable=True).split(size) if len(rows)]
+
+
+def step(
+    student: Student,
+    critic: Critic | ValueHead,
+    optimizer: torch.optim.Optimizer,
+    kl: AdaptiveKL,
+    batch: Batch,
+    ref_logprobs: Tensor,
+    ref_states: Tensor,
+    story_rewards: Tensor,
+    config: InteractConfig,
+    autocast: Autocast = contextlib.nullcontext,
+) -> dict[str, float]:
+    """One PPO step on stories with rewards: token rewards, advantages, the update, and the next KL coefficient.
+
+    ref_logprobs, ref_states: of `read_reference`; story_rewards: (B,); autocast: the context of the forward passes, and
+    of them alone: inside it the backward pass would round the value head's float32 gradient. Returns the step's
+    statistics.
+    """
+    rewards = token_rewards(story_rewards, batch.logprobs, ref_logprobs, batch.mask, kl.coef)
+    value_head = critic if isinstance(critic, ValueHead) else None
+    if isinstance(critic, Critic):
+        to_come = discounted(rewards, config.gamma) * batch.mask
+        values = critic.estimate(ref_states, ref_logprobs, to_come, batch.mask)
+        batch = dataclasses.replace(batch, values=values)
+    advantages, returns = advantages_and_returns(rewards, batch.values, batch.mask, config.gamma, config.lam)
+    whitened = whiten(advantages, batch.mask)
+    mean_kl = float(((batch.logprobs - ref_logprobs) * batch.mask).sum(1).mean())
+    objective = float(story_rewards.mean()) - kl.coef * mean_kl
+    stats = dict(kl=mean_kl, kl_coef=kl.coef, objective=objective)
+    stats |= update(student, value_head, optimizer, batch, whitened, returns, config, autocast)
+    kl.update(mean_kl, len(story_rewards))
+    return stats
+
+
+def update(
+    student: Student,
+    value_head: ValueHead | None,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    advantages: Tensor,
+    returns: Tensor,
+    config: InteractConfig,
+    autocast: Autocast = contextlib.nullcontext,
+) -> dict[str, float]:
+    """config.epochs passes of PPO over the batch. advantages: already whitened. Returns the step's statistics.
+
+    The order of minibatches is drawn from torch's global generator. The gradient of a minibatch is accumulated over
+    micro-batches and processes and divided by the number of its tokens, so both affect only memory and speed.
+    """
+    B = len(batch.tokens)
+    minibatch = config.minibatch_size or B
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
+    sums = dict.fromkeys((*names, "grad_norm", "signal", "signal_sharpness"), 0.0)
+    ratio_error, updates, skipped = 0.0, 0, 0
+    with autocast():
+        dtype = ops.matmul_dtype(student.wte.weight)
+    for epoch in range(config.epochs):
+        order = torch.arange(B) if minibatch >= B else torch.randperm(B)
+        for chosen in order.split(minibatch):
+            picked = upload(chosen, batch.tokens.device)
+            count = batch.mask[picked].sum()
+            gains, told, gradients = (1.0, 1.0), [], []
+            with student.lowered(dtype):
+                for half in (chosen[0::2], chosen[1::2]) if config.signal_gate else (chosen,):
+                    optimizer.zero_grad(set_to_none=True)
+                    mine = distributed.shard_strided(half)
+                    told.append(
+                        backward(student, value_head, batch, mine, count, advantages, returns, config, autocast)
+                    )
+                    distributed.all_reduce_gradients(parameters)
+                    gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+            if config.signal_gate:
+                gains = signal_of_halves(*gradients), signal_of_sharpness(advantages[picked], batch.rows(chosen))
+                for p, *halves in zip(parameters, *gradients, strict=True):
+                    p.grad = halves[0] + halves[1]
+            if epoch == 0 and updates == 0:  # no update yet: any ratio other than 1 is rounding
+                ratio_error = max(ratio_error, float(torch.stack([largest for _, largest in told]).max()))
+            *means, mean_ratio = distributed.all_reduce_sum(torch.stack([means for means, _ in told]).sum(0)).tolist()
+            if not mean_ratio <= config.max_ratio:  # also true for NaN
+                skipped += 1
+                continue
+            limit = config.grad_clip or float("inf")
+            norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+            with scaled_rates(optimizer, gains):
+                optimizer.step()
+            updates += 1
+            for name, value in zip(sums, (*means, norm, *gains), strict=True):
+                sums[name] += value
+    optimizer.zero_grad(set_to_none=True)
+    targets = batch.packed(returns)
+    several = len(targets) > 1  # one has no variance
+    unexplained = (targets - batch.packed(batch.values)).var() / targets.var().clamp(min=1e-12) if several else math.nan
+    return {name: value / max(updates, 1) for name, value in sums.items()} | {
+        "ratio_error": distributed.all_reduce_max(ratio_error),
+        "skipped": skipped,
+        "explained_variance": float(1 - unexplained),
+    }
+
+
+def backward(
+    student: Student,
+    value_head: ValueHead | None,
+    batch: Batch,
+    mine: Tensor,
+    count: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    config: InteractConfig,
+    autocast: Autocast,
+) -> tuple[Tensor, Tensor]:
+    """Add to the parameters' gradients those of the stories `mine`, indices of the batch, divided by `count` tokens.
+
+    mine: int64, on the CPU. Returns sums over their tokens, divided so as well, (5,) float64: policy and value loss,
+    clipped, approx_kl and ratio; and the largest |ratio - 1|. Both stay on the device, so that a GPU runs ahead."""
+    device = batch.tokens.device
+    told, largest = torch.zeros(5, dtype=torch.float64, device=device), torch.zeros((), device=device)
+    for part in by_length(batch.lengths[mine], config.micro_batch_size):
+        old, rows = batch.rows(mine[part]), upload(mine[part], device)
+        mask = old.mask
+        with autocast():
+            logprob, value = response_stats(student, value_head, old, config.temperature)
+        value = old.values if value_head is None else value
+        ratio = torch.exp(torch.where(mask, logprob - old.logprobs, 0.0))
+        clipped_ratio = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
+        clipped_values = old.values + (value - old.values).clamp(-config.clip_value, config.clip_value)
+        advantage, target = advantages[rows], returns[rows]
+        policy_loss = torch.maximum(-advantage * ratio, -advantage * clipped_ratio) * mask
+        value_loss = torch.maximum((value - target) ** 2, (clipped_values - target) ** 2) * mask
+        loss = (policy_loss.sum() + config.value_coef * 0.5 * value_loss.sum()) / count
+        loss.backward()
+        with torch.no_grad():
+            largest = torch.maximum(largest, ((ratio - 1).abs() * mask).max())
+            clipped = (-advantage * clipped_ratio > -advantage * ratio) & mask
+            approx_kl = ((ratio - 1) - ratio.log()) * mask
+            parts = (policy_loss, 0.5 * value_loss, clipped, approx_kl, ratio * mask)
+            told += torch.stack([part.sum().double() for part in parts]) / count
+    return told, largest

@@ -1,0 +1,148 @@
+"""From the teacher's score of a story to its reward, the number that PPO maximises.
+
+A story earns its score, multiplied by how different it is from the other stories of its step (as DARLING does, arXiv
+2509.02534), and the paper's length term; a story that is cut off keeps a part of that.
+
+Anything can be the teacher: any callable `f(opening, stories)` that returns one score per story, 0..1 or None. None is
+no score: the story gets no reward and no gradient, and it is counted.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinystory.run.errors import UserError
+
+ScoreStories = Callable[[str, Sequence[str]], Sequence[float | None]]
+
+
+def story_reward(
+    score: float, difference: float, words: int, ended: bool,
+    *, diversity: float, length_weight: float, length_words: int, unfinished: float,
+) -> float:  # fmt: skip
+    """(score * (1 - diversity + diversity * difference) + length_weight * words / length_words) / (1 + length_weight),
+    times `unfinished` for a story that was cut off: 0..1.
+
+    score, difference: 0..1. The length term, at most length_weight, keeps stories from shrinking (arXiv 2509.15714,
+    whose reward this is with diversity 0 and unfinished 1). words: whitespace-separated words that the student wrote.
+    """
+    quality = score * (1 - diversity + diversity * difference)
+    reward = (quality + length_weight * min(words / length_words, 1.0)) / (1 + length_weight)
+    return reward if ended else reward * unfinished
+
+
+def differences(stories: Sequence[str]) -> list[float]:
+    """How different each story is from the others, 0..1: the mean over its distinct phrases of 1 / (number of stories
+    that contain the phrase). 1 if it shares none; 0 for a story too short to contain one."""
+    own = [phrases(story) for story in stories]
+    shared = Counter(phrase for each in own for phrase in each)
+    return [sum(1 / shared[phrase] for phrase in each) / len(each) if each else 0.0 for each in own]
+
+
+def phrases(story: str, n: int = 4) -> set[tuple[str, ...]]:
+    """The distinct n-grams of a story's words, in lower case and without punctuation. Capitalised words, names among
+    them, count as one word: a story told again about someone else is not a different one."""
+    words = ["@" if word[:1].isupper() else word.lower().strip('.,;:!?"') for word in story.split()]
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+def plots(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
+    """How many of the texts tell each plot (`plot_numbers`), largest first."""
+    return sorted(Counter(plot_numbers(texts, threshold)).values(), reverse=True)
+
+
+def plot_numbers(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
+    """The plot of each text, numbered from 0 by first appearance. A story has the plot of the first founder that shares
+    more than `threshold` of its phrases of three words with it (Jaccard; capitalised words count as one word), or it
+    founds one."""
+    founders: list[set] = []
+    numbers = []
+    for own in (phrases(text, 3) for text in texts):
+        same = (i for i, other in enumerate(founders) if len(own & other) > threshold * len(own | other))
+        number = next(same, len(founders))
+        if number == len(founders):
+            founders.append(own)
+        numbers.append(number)
+    return numbers
+
+
+def random_scores(opening: str, stories: Sequence[str]) -> list[float]:
+    """The control that tells drift from learning, `--reward random`. Per story, the sum of three scores from 0 to 3
+    divided by 9, as from a teacher, but drawn from the story's hash. The other terms of the reward stay the same."""
+    digests = (hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=3).digest() for story in stories)
+    return [sum(byte % 4 for byte in digest) / 9 for digest in digests]
+
+
+def load_score(spec: str) -> ScoreStories:
+    """`random_scores` for "random", else the function named by FILE.py:FUNCTION, with its scores checked at each call.
+    Raises UserError if there is none, if its file or a call of it fails, and from a call whose scores are not one
+    number in 0..1 or None per story."""
+    if spec == "random":
+        return random_scores
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"--reward {spec}: there is no file {file!r}; write it as FILE.py:FUNCTION")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"--reward {spec}: {file!r} is not a Python file; write it as FILE.py:FUNCTION")
+    module = importlib.util.module_from_spec(module_spec)
+    with _told_where(spec, file):
+        module_spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"--reward {spec}: {file} has no function {name!r}")
+
+    def score(opening: str, stories: Sequence[str]) -> Sequence[float | None]:
+        with _told_where(spec, file):
+            given = function(opening, stories)
+            scores = given if given is None or isinstance(given, str) else list(given)
+        if not isinstance(scores, list):
+            raise UserError(f"--reward {spec} gave {_short(scores)}; it must give a list with one score per story")
+        if len(scores) != len(stories):
+            raise UserError(
+                f"--reward {spec} gave {len(scores)} scores for {len(stories)} stories; it must give one per story"
+            )
+        for value in scores:
+            if value is not None and not _is_score(value):
+                raise UserError(f"--reward {spec} gave {_short(value)}; a score is a number from 0 to 1, or None")
+        return scores
+
+    return score
+
+
+def _is_score(value: Any) -> bool:
+    """Whether it is a number from 0 to 1 of any library's; text that reads as one is none."""
+    with contextlib.suppress(TypeError, ValueError):  # of arrays and complex numbers
+        return not isinstance(value, str | bytes) and 0 <= float(value) <= 1
+    return False
+
+
+def _short(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+@contextlib.contextmanager
+def _told_where(spec: str, file: str) -> Iterator[None]:
+    """Whatever the user's code raises ends in one sentence with the last line of that file that was running."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the user's code can raise anything; the cause stays attached
+        place = error if isinstance(error, SyntaxError) else None
+        where, line = (place.filename or file, place.lineno) if place else (file, None)
+        for frame in [] if place else traceback.extract_tb(error.__traceback__):
+            if Path(frame.filename).resolve() == Path(file).resolve():
+                line = frame.lineno
+        at = f"{where}, line {line}" if line else where
+        why = place.msg if place else " ".join(str(error).split())
+        raise UserError(
+            f"--reward {spec} failed in {at}: {type(error).__name__}{': ' * bool(why)}{why[:200]}"
+        ) from error

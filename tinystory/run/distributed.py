@@ -1,0 +1,180 @@
+"""Data parallelism over the processes that torchrun starts: a handful of collectives, and no wrapper around the model.
+
+Every process holds the whole student and optimiser. Each computes its shard of a step's rows, gradients are summed, and
+all take the same optimiser step, so N processes compute what one does, up to the order of sums. Only rank 0 talks to
+the teacher, prints and writes. Without torchrun there is one process, and everything here is a no-op.
+"""
+
+import atexit
+import contextlib
+import datetime
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tinystory.run.device import Interrupted
+from tinystory.run.errors import PeerLost, UserError
+
+T = TypeVar("T")
+Rows = TypeVar("Rows", Tensor, list)
+BUCKET = 1 << 24  # elements per all-reduce: enough to saturate the network, few beside all gradients
+GRACE_S = 300.0  # to end a step and save, after torchrun was killed
+TIMEOUT = datetime.timedelta(hours=6)  # of a collective: the other ranks wait for rank 0, which waits for the teacher
+
+
+def start(device: str) -> None:
+    """Join the processes that torchrun started. With a GPU ("auto" or "cuda") each takes the one of its local rank.
+
+    Raises UserError if there is not one GPU per process."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        return
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > gpus or device not in ("auto", "cuda"):
+            raise UserError(
+                f"{here} processes need {here} GPUs, one each, and this machine has {gpus}: set --nproc-per-node to "
+                f"{gpus} and leave --device out, or give --device cpu"
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    atexit.register(dist.destroy_process_group)
+    threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
+    if not is_rank0():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+
+
+def follow(parent: int) -> None:
+    """End this process after `parent`, torchrun, which cannot end it once it has been killed: first as Ctrl-C does, so
+    that the step is ended and saved, and after GRACE_S at once."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_S)
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def peers() -> Iterator[None]:
+    """Around each collective: what gloo or NCCL raises when another process has ended becomes PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(
+            f"process {rank()} lost the others of this run: one of them ended, and said why above, or was killed "
+            f"({' '.join(str(error).split()):.120}); go on with --resume"
+        ) from error
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_rank0() -> bool:
+    return rank() == 0
+
+
+def shard_strided(rows: Rows) -> Rows:
+    """This process's rows of a list or tensor: every world_size()-th one, starting at its rank."""
+    return rows[rank() :: world_size()]
+
+
+def shard_contiguous(count: int) -> range:
+    """This process's contiguous part of range(count), in the order of the ranks."""
+    return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum over the processes, in place; returns x."""
+    if world_size() > 1:
+        with peers():
+            dist.all_reduce(x)
+    return x
+
+
+def all_reduce_max(x: float) -> float:
+    """Maximum over the processes."""
+    if world_size() > 1:
+        box = torch.tensor(x, dtype=torch.float64)
+        with peers():
+            dist.all_reduce(box, dist.ReduceOp.MAX)
+        return float(box)
+    return x
+
+
+def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
+    """Sum every parameter's gradient over the processes, in buckets; a missing gradient is zero."""
+    if world_size() == 1:
+        return
+    bucket: list[Tensor] = []
+    for p in [*parameters, None]:
+        if p is None or sum(g.numel() for g in bucket) >= BUCKET:
+            flat = all_reduce_sum(torch.cat([g.flatten() for g in bucket]))
+            for g, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                g.copy_(summed.view_as(g))
+            bucket = []
+        if p is not None:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            bucket.append(p.grad)
+
+
+def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
+    """Copy the tensors of rank 0 into those of every process."""
+    if world_size() > 1:
+        with peers():
+            for x in tensors:
+                dist.broadcast(x.detach(), 0)
+
+
+def rank0_value(make: Callable[[], T]) -> T:
+    """Run `make` on rank 0 only, and return its value (or raise its UserError or Interrupted) on every rank."""
+    if world_size() == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if is_rank0():
+        try:
+            box[0] = make()
+        except (UserError, Interrupted) as error:
+            box[1] = error
+    with peers():
+        dist.broadcast_object_list(box, 0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def rank0_first(make: Callable[[], T]) -> T:
+    """Run `make` on rank 0, then on the other ranks; what rank 0 raises is raised on every rank."""
+    made: list[T] = []
+    rank0_value(lambda: made.append(make()))
+    return made[0] if made else make()
+
+
+@contextlib.contextmanager
+def on_rank0(context: contextlib.AbstractContextManager) -> Iterator[None]:
+    """Enter the context on rank 0 only; what it raises there is raised on every rank."""
+    with contextlib.ExitStack() as stack:
+        rank0_value(lambda: stack.enter_context(context) and None)
+        yield
+
+
+def all_gather_list(items: list[T]) -> list[T]:
+    """The lists of all processes, concatenated in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return items
+    lists: list[Any] = [None] * world_size()
+    with peers():
+        dist.all_gather_object(lists, items)
+    return [item for each in lists for item in each]

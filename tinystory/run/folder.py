@@ -1,0 +1,421 @@
+"""A run's folder: config.json, metrics.jsonl (one object per step) and stories.jsonl (one object per story).
+
+Records are written as whole lines, unbuffered, so a killed run leaves at most an incomplete last line, which readers
+skip. A resumed run first truncates both files to the step of its checkpoint. One process at a time writes (`held`).
+
+What is read back may have been cut, edited or written by something else: each kind of file has one reader here, which
+checks names, types and sizes, so that whatever uses the records need not.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import math
+import os
+import platform
+import re
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+from tinystory.run.errors import UserError
+from tinystory.run.paths import ROOT
+
+Record: TypeAlias = dict[str, Any]  # one JSON object
+Fields: TypeAlias = dict[str, tuple[type, ...]]
+
+CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
+LOOKS = "looks.jsonl"  # stories to held-out openings
+OPINIONS = "opinions.jsonl"  # what other judges say of the run's stories (scripts/agreement.py)
+PREFERENCES = "preferences.jsonl"  # choices between its stories before and after (teach.py and evaluate.py --compare)
+LOCK = ".lock"
+LONGEST = 1 << 26  # bytes of a JSON file, or of a line of records
+LARGEST = 1e100  # of a number in a record
+
+_NUMBER = (int, float, type(None))
+_TOLD: Fields = {"opening": (str,), "story": (str,), "scores": (dict, type(None))}
+_STORY: Fields = _TOLD | {
+    "step": (int,), "index": (int,), "reply": (str, type(None)), "reward": _NUMBER, "words": (int,), "ended": (str,),
+}  # fmt: skip
+FIELDS: dict[str, Fields] = {  # what each record has at least
+    METRICS: {"step": (int,)},
+    STORIES: _STORY,
+    LOOKS: _STORY,
+    SAMPLES: _STORY | {"when": (str,)},
+    OPINIONS: _TOLD | {"judge": (str,), "score": _NUMBER},
+    PREFERENCES: {"key": (str,), "choice": (str, type(None)), "by": (str,)},
+}
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that replaces path, durably, when the block ends without an error; else path is left untouched.
+
+    Raises UserError if it cannot be written (disk full, read-only, no such folder).
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        # The rename is durable only once its folder is synced.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write content (str as UTF-8) to path atomically: a kill at any instant leaves the old content or the new."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder")
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, made if need be, for the block, by a lock of the operating system's: it ends with the
+    process, however that ends. Of a block that writes nothing, nothing is left. Raises UserError, naming the holder,
+    if another process holds it."""
+    folder, path = Path(folder), Path(folder) / LOCK
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            current = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        except BlockingIOError:
+            current = False
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        if not current:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise UserError(
+                f"{folder} is in use by {holder}: wait until that has ended, stop it, or choose another --out"
+            )
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {timestamp()}\n")
+            file.flush()
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
+                for each in made:
+                    each.rmdir()
+
+
+class RunLog:
+    """Opens a run's folder for writing.
+
+    resume_step: None for a new run, else the step of the checkpoint that the run continues from (0: from the start);
+    records of later steps are dropped. writes: False in all processes but one. Raises UserError if a new run would
+    overwrite an old one.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int | None, writes: bool = True):
+        self.folder = Path(folder)
+        self.resume_step = resume_step
+        self.writes = writes
+        self._files: dict[str, IO[bytes]] = {}
+        if not writes:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+        if resume_step is None:
+            if holds_run(self.folder):
+                raise UserError(f"{self.folder} already holds a run: continue it with --resume or choose another --out")
+        else:
+            for name in (METRICS, STORIES):
+                keep_until(self.folder / name, resume_step)
+            # The checkpoint of step 0 is saved before the student is looked at, all others after.
+            keep_until(self.folder / LOOKS, resume_step or -1)
+
+    def config(self, options: Mapping[str, Any]) -> None:
+        """Write config.json: the options, versions, device, git commit, and the times of the start and of each resume.
+
+        options["device"] ("cpu", "cuda:0", ...; "cpu" if absent) is the device whose name is recorded.
+        """
+        if not self.writes:
+            return
+        path = self.folder / CONFIG
+        before = read_config(self.folder) if self.resume_step is not None else {}
+        at = timestamp()
+        resumed = before.get("resumed", [])
+        if before:
+            resumed.append({"step": self.resume_step, "at": at})
+        record = {
+            "options": options,
+            "versions": versions(),
+            "device": device_name(options.get("device") or "cpu"),
+            "git_commit": git_commit(),
+            "started": before.get("started", at),
+            "resumed": resumed,
+        }
+        text = json.dumps(record, indent=2, default=str)
+        # A password in a URL (https://user:password@host) must not be recorded.
+        text = re.sub(r'(?<=://)[^/@\s"]+@', "", text)
+        atomic_write(path, text + "\n")
+
+    def metrics(self, *, step: int, **values: Any) -> None:
+        """Append the record of one step. Floats keep 7 significant digits; NaN and infinity become null."""
+        self._append(METRICS, [{"step": step} | values])
+
+    def stories(self, records: Sequence[Record]) -> None:
+        """Append one record per story: step, index, opening, story, reply, scores, reward, words, ended."""
+        self._append(STORIES, records)
+
+    def looks(self, records: Sequence[Record]) -> None:
+        """The same for stories to held-out openings, from which nothing is learned."""
+        self._append(LOOKS, records)
+
+    def _append(self, name: str, records: Sequence[Record]) -> None:
+        if not self.writes:
+            return
+        lines = "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in records).encode()
+        path = self.folder / name
+        try:
+            if name not in self._files:
+                self._files[name] = open(path, "ab", buffering=0)  # noqa: SIM115  (open for the whole run)
+            while lines:  # an unbuffered write may be partial, as on a nearly full disk
+                lines = lines[self._files[name].write(lines) :]
+        except OSError as error:
+            raise cannot_write(path, error) from error
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def timestamp() -> str:
+    """The time in UTC, to the second, as in all records."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def parse_object(text: bytes | str) -> Record:
+    """The JSON object that the text is. Raises ValueError for anything else, NaN and Infinity in it too."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"it holds {name}")
+
+    try:
+        value = json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    return value
+
+
+def read_object(path: Path) -> Record:
+    """The JSON object in a file. Raises UserError, without advice, for anything else."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise ValueError(f"it is over {LONGEST >> 20} MB")
+        return parse_object(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split()):.200}") from error
+
+
+def read_config(folder: Path) -> Record:
+    """The object in config.json; {} if there is no such file. Raises UserError if it is not what RunLog.config
+    writes."""
+    path = Path(folder) / CONFIG
+    if not path.exists():
+        return {}
+    advice = "restore it from a copy, or start a new run in another --out"
+    try:
+        config = read_object(path)
+    except UserError as error:
+        raise UserError(f"{error}; {advice}") from error
+    kinds: Fields = {"options": (dict,), "started": (str,), "device": (str,), "resumed": (list,)}
+    wrong = [name for name, kind in kinds.items() if not isinstance(config.get(name), kind)]
+    try:
+        datetime.datetime.fromisoformat(str(config.get("started")))
+    except ValueError:
+        wrong.append("started")
+    if wrong:
+        raise UserError(f"{path} is damaged: its {wrong[0]!r} is missing or of another kind; {advice}")
+    return config
+
+
+def recorded_options(folder: Path) -> Record:
+    """The options of a run that is to be resumed. Raises UserError if they are not known."""
+    config = read_config(folder)
+    if config:
+        return config["options"]
+    if holds_run(Path(folder)):
+        raise UserError(
+            f"{Path(folder) / CONFIG} is missing, and with it the options of the run: restore it from a copy, or start "
+            "a new run in another --out"
+        )
+    raise UserError(f"--resume: {folder} holds no run, and no checkpoint yet; start without --resume")
+
+
+def holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CONFIG, METRICS, STORIES, SAMPLES, "checkpoints"))
+
+
+def read_metrics(folder: Path) -> list[Record]:
+    """All records of metrics.jsonl, in order; [] if there is no such file."""
+    return list(read_records(Path(folder) / METRICS))
+
+
+def read_stories(folder: Path) -> Iterator[Record]:
+    """The records of stories.jsonl, one at a time: the file of a long run is too large to hold in memory."""
+    return read_records(Path(folder) / STORIES)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a JSON Lines file, each with the FIELDS of its kind; none if it is missing. An incomplete last
+    line is skipped.
+
+    Raises UserError if any other line is not such a record: then something else has written to the file.
+    """
+    if not path.exists():
+        return
+    fields = FIELDS.get(path.name, {})
+    try:
+        with open(path, "rb") as file:
+            number, broken = 0, ""
+            while line := file.readline(LONGEST + 1):
+                number += 1
+                if broken:
+                    raise UserError(broken)
+                try:
+                    if len(line) > LONGEST:
+                        raise ValueError(f"it is over {LONGEST >> 20} MB")
+                    record = parse_object(line)
+                except ValueError as error:
+                    broken = f"line {number} of {path} is not a JSON object ({error}): fix or delete that line"
+                    continue
+                wrong = _misfit(record, fields)
+                if wrong:
+                    raise UserError(
+                        f"line {number} of {path} is not a record of a run ({wrong}): fix or delete that line"
+                    )
+                yield record
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _misfit(record: Record, fields: Fields) -> str:
+    """What is wrong with a record; "" if nothing is."""
+    for name, kinds in fields.items():
+        if name not in record:
+            return f"it has no {name!r}"
+        if type(record[name]) not in kinds:
+            return f"its {name!r} is {record[name]!r:.40}"
+    numbers = [name for name, kinds in fields.items() if kinds == _NUMBER]
+    for name, value in record.items() if fields is FIELDS[METRICS] else ((name, record[name]) for name in numbers):
+        if type(value) not in (*_NUMBER, bool) and not name.startswith("teacher_"):
+            return f"its {name!r} is {value!r:.40}"
+        if isinstance(value, int | float) and not -LARGEST < value < LARGEST:
+            return f"its {name!r} is too large"
+    if any(not 0 <= record[name] < 1 << 53 for name, kinds in fields.items() if kinds == (int,)):
+        return "a count in it is negative or too large"
+    if "story" in fields and any(
+        type(score) not in (int, float) or not 0 <= score <= 3 for score in (record["scores"] or {}).values()
+    ):
+        return "a score in it is not a number from 0 to 3"
+    return ""
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Remove the records of later steps from a record file."""
+    if not path.exists():
+        return
+    with atomic_file(path) as file:
+        for record in read_records(path):
+            if record["step"] <= step:
+                file.write(json.dumps(record).encode() + b"\n")
+
+
+def plain(value: Any) -> Any:
+    """value with JSON types: tensor and NumPy scalars become numbers, floats are rounded, non-finite ones are None."""
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value
+
+
+def versions() -> dict[str, str | None]:
+    import torch  # imported here because reports do not need it
+
+    import tinystory
+
+    # torch.__version__ names the build (+cpu, +cu128), which the metadata of PyPI's wheels do not.
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("numpy", "tokenizers", "tinystory"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # a clone without installation
+            found[package] = getattr(tinystory, "__version__", None) if package == "tinystory" else None
+    return found
+
+
+def device_name(device: str) -> str:
+    """The device's own name: "NVIDIA H100 80GB HBM3", or the CPU model with the number of threads in use."""
+    import torch  # imported here so that --help is fast
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.get_device_name(device)
+    if kind != "cpu":
+        return str(torch.device(device))
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        model = names[0] if names else model
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def git_commit() -> str | None:
+    """The commit of the clone that this code runs from, plus "-dirty" if it has changes; None outside a clone."""
+    if not (ROOT / ".git").exists():
+        return None
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None if answer.returncode == 0 else None

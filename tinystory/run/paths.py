@@ -1,0 +1,23 @@
+"""The cache folder, which keeps compiled kernels and tokenized corpora between runs; what commands are called."""
+
+import os
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]  # a clone, or the site-packages of a wheel
+
+
+def cache_dir() -> Path:
+    """TINYSTORY_CACHE, else XDG_CACHE_HOME/tinystory, else ~/.cache/tinystory."""
+    own = os.environ.get("TINYSTORY_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinystory"
+
+
+def usage(text: str | None) -> str:
+    """`text` as the user can type its commands: where there is no clone, `python train_interact.py` becomes
+    `tinystory-interact` and `python scripts/sample.py` `tinystory-sample`, the entry points of pyproject.toml."""
+    if (ROOT / "pyproject.toml").is_file():
+        return text or ""
+    return re.sub(r"python (?:scripts/|train_)(\w+)\.py", lambda m: f"tinystory-{m[1]}".replace("_", "-"), text or "")

@@ -1,0 +1,68 @@
+"""Whether a run can fit memory at all, asked before anything is allocated.
+
+The estimates are lower bounds: weights, gradients, the optimiser's state, and the largest tensors that sizes of the
+command line multiply. A run that passes may still need more than there is; one that is refused could never have run.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.run import distributed
+from tinystory.run.errors import UserError
+from tinystory.student.model import StudentConfig
+
+FLOAT = 4  # bytes
+TRAINED = 3 * FLOAT  # per parameter: itself, its gradient and one moment at least
+ACTIVATIONS = 10  # 16-bit values that a layer keeps per token and unit of width for its backward pass, at least
+
+
+def parameters(shape: StudentConfig) -> int:
+    """The number of a student's parameters."""
+    C = shape.n_embd
+    return (shape.vocab_size + shape.context + 2) * C + shape.n_layer * (12 * C + 13) * C
+
+
+def total(device: torch.device) -> int:
+    """Bytes of the device's memory; of the CPU's, what the machine and its control group allow."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    said = limit.read_text().strip() if limit.is_file() else ""
+    return min(machine, int(said)) if said.isdigit() else machine
+
+
+def require(needed: int, device: torch.device, advice: str) -> None:
+    """Raises UserError if the device has less memory than `needed` bytes."""
+    has = total(device)
+    if needed > has:
+        raise UserError(
+            f"this run needs at least {needed / 2**30:,.1f} GB of memory and {device} has {has / 2**30:,.1f} GB: "
+            f"lower {advice}"
+        )
+
+
+def require_for_pretraining(config: PretrainConfig, device: torch.device) -> None:
+    """Raises UserError if such a run cannot fit."""
+    shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, config.vocab_size)
+    rows = min(config.micro_batch_size, config.batch_size)
+    batch = config.batch_size * 8 * (config.context + 1)
+    kept = rows * config.context * config.n_layer * config.n_embd * ACTIVATIONS * 2
+    require(
+        parameters(shape) * TRAINED + batch + kept, device,
+        "--batch-size, --micro-batch-size, --context, --vocab-size, --n-layer or --n-embd",
+    )  # fmt: skip
+
+
+def require_for_interaction(config: InteractConfig, shape: StudentConfig, device: torch.device) -> None:
+    """Raises UserError if such a run of a student of this shape cannot fit."""
+    stories = max(config.stories_per_step, config.look_stories) // distributed.world_size()
+    outputs = stories * config.max_new_tokens * (8 + 3 * FLOAT)
+    cache = stories * config.max_new_tokens * shape.n_layer * 2 * shape.n_embd * 2
+    require(
+        parameters(shape) * (TRAINED + FLOAT) + outputs + cache, device,
+        "--stories-per-step, --look-stories or --max-new-tokens",
+    )  # fmt: skip
