@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinystory.evaluate.agreement import Judge, agreement, weighted_kappa
+from tinystory.evaluate.agreement import Rater, agreement, weighted_kappa
 from tinystory.evaluate.intervals import spearman
 from tinystory.run.errors import UserError
 
@@ -15,9 +15,9 @@ NAMES = ("readability", "coherence", "creativity")
 TABLES = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=60)
 
 
-def judge(name, rows, words=lambda i: 20) -> Judge:
-    """A judge of stories 0, 1, 2 ... with these scores."""
-    found = Judge(name, {}, {})
+def judge(name, rows, words=lambda i: 20) -> Rater:
+    """A rater of stories 0, 1, 2 ... with these scores."""
+    found = Rater(name)
     for i, row in enumerate(rows):
         found.add("Once", f"{i} " + "word " * words(i), dict(zip(NAMES, row, strict=True)), None)
     return found
@@ -90,16 +90,16 @@ def test_a_judge_that_counts_words_is_seen():
 
 def test_only_stories_and_criteria_that_both_scored_count():
     first, second = judge("a", drawn(4, 10)), judge("b", drawn(4, 6))
-    second.scores[next(iter(second.scores))] = {"readability": 1, "humour": 2, "coherence": 0}
-    del first.scores[list(first.scores)[5]]
+    second.ratings[next(iter(second.ratings))] = {"readability": 1, "humour": 2, "coherence": 0}
+    del first.ratings[list(first.ratings)[5]]
     found = agreement(first, second)
     assert found["stories"] == 5 and list(found["criteria"]) == ["readability", "coherence"]
 
 
 def test_a_callable_is_compared_by_the_sum():
-    rows, whole = drawn(5), Judge("mine", {}, {})
+    rows, whole = drawn(5), Rater("mine")
     first = judge("a", rows)
-    for (opening, story), scores in first.scores.items():
+    for (opening, story), scores in first.ratings.items():
         whole.add(opening, story, None, sum(scores.values()) / 9)
     found = agreement(first, whole)
     assert found["criteria"] == {} and found["sum"]["kappa"] == pytest.approx(1)
@@ -114,4 +114,4 @@ def test_what_cannot_be_computed_is_none():
 
 def test_judges_without_a_common_story_are_the_users_error():
     with pytest.raises(UserError, match="no story in common"):
-        agreement(judge("a", drawn(0, 3)), Judge("b", {}, {("Once", "another"): 0.5}))
+        agreement(judge("a", drawn(0, 3)), Rater("b", {("Once", "another"): 0.5}))

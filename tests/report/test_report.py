@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.report.frontier import best_of_n, tilt
-from tinystory.report.run import PICKED, Picked, Top, histograms, write_report
+from tinystory.report.run import PER_COLUMN, Digest, histograms, offer, write_report
 from tinystory.run.errors import UserError
 from tinystory.run.folder import RunLog
 from tinystory.teacher.prompt import CRITERIA
@@ -143,36 +143,35 @@ def test_best_and_worst_are_the_best_and_worst():
     records = [story(step, 0, reward=random.random()) for step in range(500)]
     records += [story(step, 1, reward=None, scores=None) for step in range(10)]
     random.shuffle(records)
-    picked = Picked(records)
+    digest = Digest(records)
     ranked = sorted((each for each in records if each["reward"] is not None), key=lambda each: each["reward"])
-    assert picked.best == ranked[:-6:-1] and picked.worst == ranked[:5]
-    assert picked.scored == 500 and len(picked.unscored) == 3
+    assert digest.best == ranked[:-6:-1] and digest.worst == ranked[:5]
+    assert digest.scored == 500 and len(digest.unscored) == 3
 
 
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=40), st.randoms())
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), max_size=40), st.randoms())
 def test_picked_stories_differ_and_do_not_depend_on_the_order(told, order):
     """Few values and few texts, so that ties and repeats abound; a text always has the same value here."""
     records = [
         {"step": n, "index": 0, "opening": "", "story": str(text), "reward": text // 2}
         for n, (_, text) in enumerate(told)
     ]
-    top = Top(3)
+    top = []
     for record in records:
-        top.offer(record["reward"], record)
-    kept = top.records()
-    texts = [record["story"] for record in kept]
-    assert len(set(texts)) == len(texts) == min(3, len({text for _, text in told}))
+        offer(top, record["reward"], record)
+    texts = [record["story"] for *_, record in top]
+    assert len(set(texts)) == len(texts) == min(PER_COLUMN, len({text for _, text in told}))
     distinct = sorted({(text // 2, text) for _, text in told}, reverse=True)
-    assert [record["reward"] for record in kept] == [value for value, _ in distinct[:3]]
+    assert [value for value, *_ in top] == [value for value, _ in distinct[:PER_COLUMN]]
 
 
 def test_equals_favour_neither_the_early_nor_the_late():
     steps = []
     for run in range(200):
-        top = Top(PICKED)
+        top = []
         for step in range(100):
-            top.offer(1.0, story(step + 1000 * run, 0))
-        steps += [record["step"] % 1000 for record in top.records()]
+            offer(top, 1.0, story(step + 1000 * run, 0))
+        steps += [record["step"] % 1000 for *_, record in top]
     # 1000 draws from 0..99: the mean's standard error is 0.9.
     assert abs(np.mean(steps) - 49.5) < 6
 
@@ -195,9 +194,9 @@ def test_a_long_run_is_streamed():
             most = max(most, len(alive))
             yield record
 
-    Picked(stories())
+    Digest(stories())
     # The first step and the last one are kept whole; there are ten stories per step.
-    assert most <= 2 * PICKED + 2 * 10 + 10
+    assert most <= 2 * PER_COLUMN + 2 * 10 + 10
 
 
 def told(step, texts):
@@ -216,8 +215,8 @@ def test_the_page_shows_collapse(tmp_path):
     assert "Step 2: 2 plots in 8 stories, the largest of 7" in page.text
     widths = [value for name, value in page.attributes if name == "style" and "flex-grow: 7" in (value or "")]
     assert widths == ["flex-grow: 7"]
-    drawn = page.text.split("At random, of the last step")[1].split("Best of the run")[0]
-    assert drawn.count("named Peanut") >= PICKED - 1
+    drawn = page.text.split("Random, last step")[1].split("Best of the run")[0]
+    assert drawn.count("named Peanut") >= PER_COLUMN - 1
     first = path.read_bytes()
     assert write_report(tmp_path).read_bytes() == first
 
@@ -225,8 +224,8 @@ def test_the_page_shows_collapse(tmp_path):
 def test_stories_at_random_do_not_depend_on_their_reward():
     drawn = []
     for step in range(300):
-        drawn += [each["index"] for each in Picked([story(step, i, reward=i / 40) for i in range(40)]).drawn]
-    assert len(drawn) == 300 * PICKED
+        drawn += [each["index"] for each in Digest([story(step, i, reward=i / 40) for i in range(40)]).random]
+    assert len(drawn) == 300 * PER_COLUMN
     assert abs(np.mean(drawn) - 19.5) < 1.5  # the standard error of the mean is 0.3
 
 
@@ -316,7 +315,7 @@ def test_a_callable_in_the_teachers_place_gives_rewards_without_scores(tmp_path)
             log.metrics(step=step, reward_mean=step / 10, readability_mean=None, unscored=0)
             log.stories([story(step, 0, reward=step / 10, scores=None, reply="")])
     text = Page(write_report(tmp_path)).text
-    assert "Best and worst" in text and "What the teacher said" not in text and "without a score" not in text
+    assert "Best and worst" in text and "teacher’s scores" not in text and "without a score" not in text
 
 
 def test_pretraining(tmp_path):
@@ -336,7 +335,7 @@ def test_pretraining(tmp_path):
             )
     page = Page(write_report(tmp_path))
     check_self_contained(page)
-    assert "Validation loss8.00 → 0.08" in page.text and "Words read100k130k tokens" in page.text
+    assert "Validation loss8.00 → 0.08" in page.text and "Training words100k130k tokens" in page.text
     assert "Bits a byte" not in page.text and "val 0.08" in page.text
 
 

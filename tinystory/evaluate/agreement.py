@@ -1,12 +1,12 @@
-"""How far two judges of the same stories agree: on each criterion, and on the sum of them.
+"""How far two raters of the same stories agree: on each criterion, and on the sum of them.
 
-A judge that ranks stories as another does may still give one point less; one that gives the same mean may rank them
-otherwise. So there are three numbers: kappa for the scores themselves, Spearman's correlation for the order, and the
-mean difference; and a table of who gave what.
+A rater that ranks stories as another does may still give one point less, and one with the same mean may rank them
+otherwise. So there are three statistics, kappa for the scores themselves, Spearman's correlation for their order and
+the mean difference, and a confusion table.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,30 +15,35 @@ from tinystory.evaluate.intervals import bootstrap, spearman
 from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import TOP
 
-Told: TypeAlias = tuple[str, str]  # opening and story
+Key: TypeAlias = tuple[str, str]  # opening and story
 
 
 @dataclass(frozen=True)
-class Judge:
-    """What one judge said of each story. A judge may score criteria, 0..3 each, or the whole, 0..1 (as a callable)."""
+class Rater:
+    """The ratings of one judge: per story, scores of criteria, 0..3 each, or one score, 0..1 (as of a callable)."""
 
     name: str
-    scores: dict[Told, Mapping[str, float]]
-    wholes: dict[Told, float]
+    ratings: dict[Key, Mapping[str, float] | float] = field(default_factory=dict)
 
     def add(self, opening: str, story: str, scores: Mapping[str, float] | None, score: float | None) -> None:
-        """Note what it said of a story; nothing if it said nothing."""
-        if scores:
-            self.scores[opening, story] = scores
-        elif score is not None:
-            self.wholes[opening, story] = score
+        """Add the scores or else the score of a story; nothing if it has neither."""
+        rating = scores or score
+        if rating is not None:
+            self.ratings[opening, story] = rating
 
-    def knows(self, opening: str, story: str) -> bool:
-        return (opening, story) in self.scores or (opening, story) in self.wholes
+    def scores(self, key: Key) -> Mapping[str, float]:
+        """The scores of the criteria; {} if there are none."""
+        rating = self.ratings.get(key)
+        return rating if isinstance(rating, Mapping) else {}
 
-    def total(self, told: Told, criteria: int) -> float:
-        """The sum of the scores of a story; a score of the whole is taken to the scale of so many criteria."""
-        return sum(self.scores[told].values()) if told in self.scores else self.wholes[told] * TOP * criteria
+    def score_sum(self, key: Key, criteria: int) -> float:
+        """The sum of a story's scores; a single score is scaled to the sum of so many criteria."""
+        rating = self.ratings[key]
+        return sum(rating.values()) if isinstance(rating, Mapping) else rating * TOP * criteria
+
+    def criteria(self) -> int:
+        """The number of criteria; 0 if no story has scores of criteria."""
+        return max((len(self.scores(key)) for key in self.ratings), default=0)
 
 
 def weighted_kappa(a: np.ndarray, b: np.ndarray) -> float:
@@ -49,69 +54,59 @@ def weighted_kappa(a: np.ndarray, b: np.ndarray) -> float:
     return float(1 - np.square(a - b).mean() / by_chance) if by_chance else float("nan")
 
 
-def agreement(first: Judge, second: Judge) -> dict[str, Any]:
-    """The agreement of two judges on the stories that both scored: {"judges", "stories", "sum", one entry per shared
-    criterion in "criteria", "length"}.
+def agreement(first: Rater, second: Rater) -> dict[str, Any]:
+    """The agreement of two raters on the stories that both rated: {"judges", "stories", "highest", "sum", "criteria",
+    with an entry per shared criterion, "length"}.
 
-    Each of "sum" and the criteria holds kappa, spearman, difference (second less first) and their bootstrap intervals
-    over stories, NAME_ci; both means; and, for criteria, "table": rows are the first judge's scores 0..3, columns the
-    second's, rounded. "length" holds Spearman's correlation of the number of words with each judge's sum and with the
-    difference. None stands for what cannot be computed: a correlation with a constant.
+    "sum" and each criterion hold kappa, spearman, difference (second less first) and their bootstrap intervals over
+    stories, NAME_ci; both means; the fraction of equal scores; and, for criteria, "table": rows are the first rater's
+    scores 0..3, columns the second's, rounded. "length" holds Spearman's correlation of the number of words with each
+    rater's sum and with the difference. None stands for what cannot be computed: a correlation with a constant.
     """
-    told = [each for each in (*first.scores, *first.wholes) if second.knows(*each)]
-    if not told:
+    keys = [key for key in first.ratings if key in second.ratings]
+    if not keys:
         raise UserError(f"{first.name} and {second.name} have scored no story in common: let one judge the other's")
-    shared = [each for each in told if each in first.scores and each in second.scores]
-    names = [name for name in first.scores[shared[0]] if name in second.scores[shared[0]]] if shared else []
+    shared = [key for key in keys if first.scores(key) and second.scores(key)]
+    names = [name for name in first.scores(shared[0]) if name in second.scores(shared[0])] if shared else []
     criteria = {}
     for name in names:
-        a, b = (np.array([judge.scores[each][name] for each in shared], dtype=float) for judge in (first, second))
+        a, b = (np.array([rater.scores(key)[name] for key in shared], dtype=float) for rater in (first, second))
         criteria[name] = _pair(a, b) | {"table": _table(a, b)}
-    count = len(first.scores[shared[0]]) if shared else _criteria(first) or _criteria(second) or TOP
-    a, b = (np.array([judge.total(each, count) for each in told], dtype=float) for judge in (first, second))
-    words = np.array([len(story.split()) for _, story in told], dtype=float)
-    length = {
-        "first": _measured(lambda rows: spearman(words[rows], a[rows]), len(told)),
-        "second": _measured(lambda rows: spearman(words[rows], b[rows]), len(told)),
-        "difference": _measured(lambda rows: spearman(words[rows], (b - a)[rows]), len(told)),
-    }
-    return {
-        "judges": [first.name, second.name],
-        "stories": len(told),
-        "highest": TOP * count,
-        "sum": _pair(a, b),
-        "criteria": criteria,
-        "length": {name: value for name, (value, _) in length.items()}
-        | {f"{name}_ci": interval for name, (_, interval) in length.items()},
-    }
-
-
-def _criteria(judge: Judge) -> int:
-    return len(next(iter(judge.scores.values()), ()))
+    count = len(first.scores(shared[0])) if shared else first.criteria() or second.criteria() or TOP
+    a, b = (np.array([rater.score_sum(key, count) for key in keys], dtype=float) for rater in (first, second))
+    words = np.array([len(story.split()) for _, story in keys], dtype=float)
+    length = _statistics(
+        len(keys),
+        first=lambda rows: spearman(words[rows], a[rows]),
+        second=lambda rows: spearman(words[rows], b[rows]),
+        difference=lambda rows: spearman(words[rows], (b - a)[rows]),
+    )
+    facts = {"judges": [first.name, second.name], "stories": len(keys), "highest": TOP * count}
+    return facts | {"sum": _pair(a, b), "criteria": criteria, "length": length}
 
 
 def _pair(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    statistics: dict[str, Callable[[np.ndarray], float]] = {
-        "kappa": lambda rows: weighted_kappa(a[rows], b[rows]),
-        "spearman": lambda rows: spearman(a[rows], b[rows]),
-        "difference": lambda rows: float((b - a)[rows].mean()),
-    }
-    found: dict[str, Any] = {"means": [float(a.mean()), float(b.mean())], "equal": float((a == b).mean())}
-    for name, statistic in statistics.items():
-        found[name], found[f"{name}_ci"] = _measured(statistic, len(a))
-    return found
+    statistics = _statistics(
+        len(a),
+        kappa=lambda rows: weighted_kappa(a[rows], b[rows]),
+        spearman=lambda rows: spearman(a[rows], b[rows]),
+        difference=lambda rows: float((b - a)[rows].mean()),
+    )
+    return {"means": [float(a.mean()), float(b.mean())], "equal": float((a == b).mean())} | statistics
 
 
-def _measured(statistic: Callable[[np.ndarray], float], size: int) -> tuple[float | None, list[float] | None]:
-    """A statistic of all rows, and its interval; None for nan."""
-    value = statistic(np.arange(size))
-    if np.isnan(value):
-        return None, None
-    return float(value), list(bootstrap(statistic, size))
+def _statistics(size: int, **functions: Callable[[np.ndarray], float]) -> dict[str, Any]:
+    """Per name, the statistic of all rows and, as NAME_ci, its interval; None for nan."""
+    out: dict[str, Any] = {}
+    for name, function in functions.items():
+        value = function(np.arange(size))
+        out[name] = None if np.isnan(value) else float(value)
+        out[f"{name}_ci"] = None if np.isnan(value) else list(bootstrap(function, size))
+    return out
 
 
 def _table(a: np.ndarray, b: np.ndarray) -> list[list[int]]:
-    """Counts of stories by the first judge's score (row) and the second's (column)."""
+    """Counts of stories by the first rater's score (row) and the second's (column)."""
     table = np.zeros((TOP + 1, TOP + 1), dtype=int)
     np.add.at(table, (np.rint(a).astype(int), np.rint(b).astype(int)), 1)
     return table.tolist()

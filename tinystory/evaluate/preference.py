@@ -1,12 +1,13 @@
-"""Which of two stories is the better one: before and after interaction, or of two students, judged blindly.
+"""Blind comparison of two stories to one opening: before and after interaction, or by two students.
 
-A person sees the two in random order. A language model sees each pair in both orders, since many prefer whatever comes
-first (or last): a pair counts for a story only if it is preferred in both, and otherwise as a tie.
+A human sees the two in random order. A language model sees each pair in both orders, since many prefer whatever comes
+first (or last): a story wins only if it is preferred in both orders, and otherwise the pair is a tie.
 """
 
 import contextlib
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -21,7 +22,7 @@ FIRST, SECOND, SAME = "first", "second", "same"
 
 
 class Pair(NamedTuple):
-    """Two stories to one opening: `second` is the one that is hoped to be better."""
+    """Two stories to one opening; `second` is the one expected to be better."""
 
     key: str
     opening: str
@@ -49,12 +50,12 @@ def run_pairs(run: Path) -> list[Pair]:
 
 
 def _pairs(run: Path) -> list[Pair]:
-    told: dict[int, dict[str, dict]] = {}
+    samples: dict[int, dict[str, dict]] = defaultdict(dict)
     for record in read_records(Path(run) / SAMPLES):
-        told.setdefault(record["index"], {})[record["when"]] = record
+        samples[record["index"]][record["when"]] = record
     return [
         pair_of(sides["before"]["opening"], sides["before"]["story"], sides["after"]["story"])
-        for sides in told.values()
+        for sides in samples.values()
         if sides.keys() == {"before", "after"} and sides["before"]["story"] != sides["after"]["story"]
     ]
 
@@ -74,33 +75,30 @@ def win_rate(choices: Sequence[Choice]) -> dict[str, Any]:
 
 
 def run_preferences(run: Path) -> dict[str, dict[str, Any]]:
-    """The win rate of a run's stories after interaction, by who judged them: people, and models of
-    `evaluate.py --compare`. A person's last word on a pair counts."""
+    """Per judge, the win rate of a run's stories after interaction. Judges are humans, and models of
+    `evaluate.py --compare`; the last choice of each on a pair counts, unless it is null."""
     keys = {pair.key for pair in _pairs(run)}
-    by: dict[str, dict[str, Choice]] = {}
+    by: dict[str, dict[str, Choice | None]] = defaultdict(dict)
     for record in read_records(Path(run) / PREFERENCES):
         if record["key"] in keys:
-            by.setdefault(record["by"], {})
-            if record["choice"]:
-                choice = Choice(record["choice"], record.get("inconsistent") is True)
-                by[record["by"]][record["key"]] = choice
-            else:
-                by[record["by"]].pop(record["key"], None)
-    return {who: win_rate(list(choices.values())) for who, choices in by.items() if choices}
+            choice = Choice(record["choice"], record.get("inconsistent") is True) if record["choice"] else None
+            by[record["by"]][record["key"]] = choice
+    rates = {judge: win_rate([choice for choice in choices.values() if choice]) for judge, choices in by.items()}
+    return {judge: rate for judge, rate in rates.items() if rate["pairs"]}
 
 
 def keep_choices(run: Path, by: str, pairs: Sequence[Pair], choices: Sequence[Choice | None]) -> None:
-    """Append what a model says of a run's pairs; it counts in place of what the same model said before."""
+    """Append a model's choices between a run's pairs, in place of its earlier ones."""
     with contextlib.closing(Journal(Path(run) / PREFERENCES)) as journal:
         for pair, choice in zip(pairs, choices, strict=True):
-            said = {"choice": choice.better, "inconsistent": choice.inconsistent} if choice else {"choice": None}
-            journal.append({**pair._asdict(), **said, "by": by})
+            fields = {"choice": choice.better, "inconsistent": choice.inconsistent} if choice else {"choice": None}
+            journal.append({**pair._asdict(), **fields, "by": by})
 
 
 # ---- a language model -----------------------------------------------------------------------------------------------
 
-# A comparison is asked as a grade, so that the client's strict parsing, retries, cache and fence all serve it: the text
-# between the marks is two stories, and the one number says which is better, and how clearly.
+# A comparison takes the form of a grade, so that the client's strict parsing, retries, cache and fence all serve it:
+# the text to grade is two stories, and the score says which is better, and how clearly.
 COMPARISON = Template(
     (
         Criterion(
@@ -121,7 +119,7 @@ COMPARISON = Template(
 
 
 def both_orders(pair: Pair) -> tuple[tuple[str, str], tuple[str, str]]:
-    """(opening, text to grade) with the first story above, and with it below."""
+    """(opening, text to grade) with the first story above the second, and below it."""
     mark = "-" * 8
     while mark in pair.first + pair.second:  # no story can pretend to be two
         mark += "-" * 8
@@ -133,18 +131,17 @@ Grade: TypeAlias = Callable[[Sequence[tuple[str, str]]], Iterable[float | None]]
 
 
 def compare(pairs: Sequence[Pair], grade: Grade) -> dict[str, Any]:
-    """Ask about each pair in both orders. grade: for each text to grade, the preference 0..1 for what comes second in
-    it, or None. Returns the win rate; "unscored" pairs, which are left out; "second_place", the fraction of answers for
-    the story that came second (0.5 without a bias of position); and "choices", one or None per pair."""
-    asked = [text for pair in pairs for text in both_orders(pair)]
-    answers = list(grade(asked))
+    """The win rate of the second stories, from each pair in both orders; "unscored" pairs, which are left out;
+    "second_place", the fraction of grades for the story that came second (0.5 without position bias); and "choices",
+    one or None per pair. grade: per text to grade, the preference 0..1 for the story that comes second, or None."""
+    grades = list(grade([text for pair in pairs for text in both_orders(pair)]))
     choices: list[Choice | None] = []
-    for straight, turned in zip(answers[::2], answers[1::2], strict=True):
+    for straight, turned in zip(grades[::2], grades[1::2], strict=True):
         choices.append(None if straight is None or turned is None else _choice(straight > 0.5, turned < 0.5))
-    given = [answer for answer in answers if answer is not None]
+    scored = [preference for preference in grades if preference is not None]
     return win_rate([choice for choice in choices if choice]) | {
         "unscored": sum(choice is None for choice in choices),
-        "second_place": sum(answer > 0.5 for answer in given) / len(given) if given else None,
+        "second_place": sum(preference > 0.5 for preference in scored) / len(scored) if scored else None,
         "choices": choices,
     }
 

@@ -8,13 +8,17 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+Span: TypeAlias = tuple[float, float]  # low and high end of an axis; or a point, x and y
+Size: TypeAlias = tuple[int, int]  # width and height in pixels
+
 POINTS = 240  # points per curve; more cannot be distinguished at the size drawn
+SIZE = (340, 210)  # unless stated otherwise
+LEFT, RIGHT, TOP, BOTTOM = 44, 50, 30, 34  # margins around the plotting area
 
 # Colours by role: (on a light background, on a dark one).
 CRITERION_COLOURS = {
@@ -68,17 +72,29 @@ class Line:
 
     def points(self) -> tuple[np.ndarray, np.ndarray]:
         """The points that have both coordinates, as float64 (n,) and (n,)."""
-        pairs = [(a, b) for a, b in zip(self.x, self.y, strict=True) if a is not None and b is not None]
+        pairs = [(x, y) for x, y in zip(self.x, self.y, strict=True) if x is not None and y is not None]
         x, y = np.array(pairs, dtype=float).reshape(-1, 2).T
         return x, y
 
     def bars(self) -> np.ndarray:
         """The error bars as rows of x, low end, high end: float64 (n, 3)."""
-        if not self.errors:
-            return np.empty((0, 3))
-        rows = zip(self.x, self.y, self.errors, strict=True)
+        rows = zip(self.x, self.y, self.errors, strict=True) if self.errors else ()
         bars = [(x, y - e, y + e) for x, y, e in rows if x is not None and y is not None and e is not None]
         return np.array(bars).reshape(-1, 3)
+
+    def curves(self) -> dict[str, np.ndarray]:
+        """The arrays to draw: x, line and, if smoothed, raw, low and high; extent: y values that the axis must show."""
+        x, y = self.points()
+        if not self.smooth or len(y) < 8:
+            line = thin(y)
+            return dict(x=thin(x), line=line, extent=np.concatenate([line, self.bars()[:, 1:].ravel()]))
+        mean, std = rolling(y, max(5, len(y) // 16))
+        arrays = dict(x=x, raw=y, line=mean, low=mean - std, high=mean + std)
+        arrays = {name: thin(values) for name, values in arrays.items()}
+        # The axis shows the mean and the central 98 % of the raw values. Clipping keeps a single outlier from
+        # flattening the rest.
+        low, high = np.quantile(y, [0.01, 0.99])
+        return arrays | dict(extent=np.array([*np.clip(arrays["line"], 2 * low - high, 2 * high - low), low, high]))
 
 
 def rolling(y: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,207 +166,163 @@ def number(value: float | None) -> str:
     return f"{value:.3g}"
 
 
+class Axes:
+    """The frame of a chart: its grid and tick labels as SVG in `parts`, to which the caller adds curves. x() and
+    y() map data to pixels."""
+
+    def __init__(
+        self, title: str, size: Size, x: Span, y: Span, x_ticks: Sequence[float], x_name: str, right: int, log_x: bool
+    ):
+        self.title, self.size, self.log_x = title, size, log_x
+        self.x_range, self.y_range = x, y
+        self.end, self.bottom = size[0] - right, size[1] - BOTTOM
+        y_ticks = ticks(*y)
+        self.parts: list[str] = []
+        for tick, name in zip(y_ticks, tick_names(y_ticks), strict=True):
+            down = self.y(tick)
+            self.parts.append(f'<path class="grid" d="M{LEFT},{down:.1f}H{self.end}"/>')
+            self.parts.append(f'<text x="{LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{name}</text>')
+        for tick in x_ticks:
+            place = f'x="{self.x(tick):.1f}" y="{self.bottom + 16}"'
+            self.parts.append(f'<text {place} text-anchor="middle">{number(tick)}</text>')
+        self.parts.append(f'<text x="{self.end}" y="{size[1] - 3}" text-anchor="end">{html.escape(x_name)}</text>')
+
+    def x(self, values: ArrayLike) -> Any:
+        scale = np.log10 if self.log_x else np.asarray
+        low, high = (scale(end) for end in self.x_range)
+        return LEFT + (scale(values) - low) / (high - low) * (self.end - LEFT)
+
+    def y(self, values: ArrayLike) -> Any:
+        low, high = self.y_range
+        return TOP + (high - np.clip(values, low, high)) / (high - low) * (self.bottom - TOP)
+
+    def path(self, x: ArrayLike, y: ArrayLike) -> str:
+        return "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in zip(self.x(x), self.y(y), strict=True))
+
+    def label(self, labels: Sequence[tuple[float, float, str, str]]) -> None:
+        """Add labels (y, x, colour or "", text) in pixels, moved down where they would overlap."""
+        lowest = -math.inf
+        for y, x, colour, text in sorted(labels):
+            lowest = max(y + 4, lowest + 13)
+            tint = f'class="value" style="--tint: var(--{colour})" ' if colour else ""
+            self.parts.append(f'<text {tint}x="{x:.1f}" y="{lowest:.1f}">{html.escape(text)}</text>')
+
+    def svg(self) -> str:
+        return svg(self.title, self.size, self.parts)
+
+
 def chart(
     title: str,
     lines: Sequence[Line],
-    *,
-    y_range: tuple[float, float] | None = None,
+    y_range: Span | None = None,
     x_name: str = "step",
     log_x: bool = False,
-    size: tuple[int, int] = (340, 210),
+    size: Size = SIZE,
 ) -> str:
     """An SVG of the lines that have points; "" if none has. y_range: (low, high), by default fitted to the curves;
     log_x: logarithmic x axis, for positive x; size: width and height in pixels."""
-    drawn = [(line, *line.points()) for line in lines]
-    drawn = [(line, x, y) for line, x, y in drawn if len(x)]
-    if not drawn:
+    lines = [line for line in lines if len(line.points()[0])]
+    if not lines:
         return ""
-    width, height = size
-    left, right, top, bottom = 44, 50, 30, 34
-    if any(line.name for line, *_ in drawn):
-        right = max(86, 50 + 7 * max(len(line.name) for line, *_ in drawn))
-
-    shapes = [curves(line, x, y) for line, x, y in drawn]
-    x_low, x_high = min(x[0] for _, x, _ in drawn), max(x[-1] for _, x, _ in drawn)
+    x, curves = [line.points()[0] for line in lines], [line.curves() for line in lines]
+    x_low, x_high = min(values[0] for values in x), max(values[-1] for values in x)
     if x_high == x_low:
         x_low, x_high = (x_low / 2, x_high * 2) if log_x else (x_low - 0.5, x_high + 0.5)
     x_ticks = log_ticks(x_low, x_high) if log_x else [tick for tick in ticks(x_low, x_high) if tick == int(tick)]
-    along = np.log10 if log_x else np.asarray
-    if y_range is None:
-        bars = [line.bars()[:, 1:].ravel() for line, *_ in drawn]
-        edges = np.concatenate([*(each for shape in shapes for each in shape["extent"]), *bars])
-        y_low, y_high = edges.min(), edges.max()
-        span = y_high - y_low
-        level = abs(y_high) if abs(y_high) > 1e-300 else 0.0
-        pad = span * 0.06 if span > max(1e-6 * level, 1e-300) else level * 0.1 or 1.0  # constant up to rounding
-        y_range = (y_low - pad if y_low < 0 or y_low - pad > 0 else 0.0, y_high + pad)
-    y_low, y_high = y_range
+    y_range = y_range or padded_range(np.concatenate([arrays["extent"] for arrays in curves]))
+    name_length = max(len(line.name) for line in lines)
+    right = max(86, 50 + 7 * name_length) if name_length else RIGHT
+    axes = Axes(title, size, (x_low, x_high), y_range, x_ticks, x_name, right, log_x)
+    for line, arrays in zip(lines, curves, strict=True):
+        axes.parts += draw(axes, line, arrays)
+    ends = zip(lines, (float(arrays["line"][-1]) for arrays in curves), strict=True)
+    axes.label([(axes.y(y), axes.end + 7, line.colour, f"{line.name} {number(y)}".strip()) for line, y in ends])
+    return axes.svg()
 
-    def at_x(x: ArrayLike) -> np.ndarray:
-        return left + (along(x) - along(x_low)) / (along(x_high) - along(x_low)) * (width - left - right)
 
-    def at_y(y: ArrayLike) -> np.ndarray:
-        return top + (y_high - np.clip(y, y_low, y_high)) / (y_high - y_low) * (height - top - bottom)
+def draw(axes: Axes, line: Line, arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """A line as SVG: its band, raw values and error bars, the curve, and a dot per point where there are few."""
+    x, y, parts = arrays["x"], arrays["line"], [f'<g style="--tint: var(--{line.colour})">']
+    if "raw" in arrays:
+        upper, lower = axes.path(x, arrays["high"]), axes.path(x[::-1], arrays["low"][::-1])
+        parts.append(f'<path class="band" d="{upper}L{lower[1:]}Z"/>')
+        parts.append(f'<path class="raw" d="{axes.path(x, arrays["raw"])}"/>')
+    for at, low, high in line.bars():
+        a, b, c = axes.x(at), axes.y(low), axes.y(high)
+        shape = f"M{a:.1f},{b:.1f}V{c:.1f}M{a - 3:.1f},{b:.1f}h6M{a - 3:.1f},{c:.1f}h6"
+        parts.append(f'<path class="error" d="{shape}"/>')
+    parts.append(f'<path class="line" d="{axes.path(x, y)}"/>')
+    if len(x) <= 12:
+        dots = zip(axes.x(x), axes.y(y), strict=True)
+        parts += [f'<circle class="dot" r="3" cx="{a:.1f}" cy="{b:.1f}"/>' for a, b in dots]
+    return [*parts, "</g>"]
 
-    def path(x: np.ndarray, y: np.ndarray) -> str:
-        return "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in zip(at_x(x), at_y(y), strict=True))
 
-    parts = [f'<text class="title" x="0" y="14">{html.escape(title)}</text>']
-    marks = ticks(y_low, y_high)
-    for tick, name in zip(marks, tick_names(marks), strict=True):
-        up = float(at_y(tick))
-        parts.append(f'<path class="grid" d="M{left},{up:.1f}H{width - right}"/>')
-        parts.append(f'<text x="{left - 6}" y="{up + 4:.1f}" text-anchor="end">{name}</text>')
-    for tick in x_ticks:
-        across = float(at_x(tick))
-        parts.append(f'<text x="{across:.1f}" y="{height - bottom + 16}" text-anchor="middle">{number(tick)}</text>')
-    parts.append(f'<text x="{width - right}" y="{height - 3}" text-anchor="end">{html.escape(x_name)}</text>')
-
-    labels = []
-    for (line, x, _), shape in zip(drawn, shapes, strict=True):
-        parts.append(f'<g style="--tint: var(--{line.colour})">')
-        if "low" in shape:
-            there, back = path(shape["x"], shape["high"]), path(shape["x"][::-1], shape["low"][::-1])
-            parts.append(f'<path class="band" d="{there}L{back[1:]}Z"/>')
-            parts.append(f'<path class="raw" d="{path(shape["x"], shape["raw"])}"/>')
-        for at, end, other_end in line.bars():
-            a, b, c = float(at_x(at)), float(at_y(end)), float(at_y(other_end))
-            drawing = f"M{a:.1f},{b:.1f}V{c:.1f}M{a - 3:.1f},{b:.1f}h6M{a - 3:.1f},{c:.1f}h6"
-            parts.append(f'<path class="error" d="{drawing}"/>')
-        parts.append(f'<path class="line" d="{path(shape["x"], shape["line"])}"/>')
-        if len(x) <= 12:
-            dots = zip(at_x(shape["x"]), at_y(shape["line"]), strict=True)
-            parts.extend(f'<circle class="dot" r="3" cx="{a:.1f}" cy="{b:.1f}"/>' for a, b in dots)
-        parts.append("</g>")
-        last = float(shape["line"][-1])
-        labels.append((float(at_y(last)), line.colour, f"{line.name} {number(last)}".strip()))
-    y_free = -math.inf  # the labels at the ends of the curves are shifted so as not to overlap
-    for end, colour, text in sorted(labels):
-        y_free = max(end + 4, y_free + 13)
-        parts.append(
-            f'<text class="value" style="--tint: var(--{colour})" x="{width - right + 7}" y="{y_free:.1f}">'
-            f"{html.escape(text)}</text>"
-        )
-    return svg(title, size, parts)
+def padded_range(values: np.ndarray) -> Span:
+    """The range of the values with a margin, or from 0 if they begin just above it."""
+    low, high = float(values.min()), float(values.max())
+    level = abs(high) if abs(high) > 1e-300 else 0.0
+    constant = high - low <= max(1e-6 * level, 1e-300)  # up to rounding
+    margin = (level * 0.1 or 1.0) if constant else (high - low) * 0.06
+    return (low - margin if low < 0 or low > margin else 0.0, high + margin)
 
 
 def trail(
     title: str,
-    points: Sequence[tuple[float, float]],
+    points: Sequence[Span],
     x_name: str,
-    x_range: tuple[float, float],
-    y_range: tuple[float, float],
-    beside: Mapping[str, Sequence[tuple[float, float]]] = MappingProxyType({}),
+    x: Span,
+    y: Span,
+    beside: Mapping[str, Sequence[Span]] | None = None,
 ) -> str:
-    """An SVG of where a pair of measures went over a run, smoothed, from its first point (grey) to its last; "" for
-    fewer than two points. beside: named curves to hold it against, in grey."""
+    """An SVG of a pair of measures over a run, smoothed, from its first point (grey) to its last; "" for fewer than two
+    points. beside: named curves to compare with, in grey."""
     if len(points) < 2:
         return ""
-    size = 340, 210
-    width, height = size
-    left, right, top, bottom = 44, 50, 30, 34
     window = max(5, len(points) // 16) if len(points) >= 8 else 1
-    x, y = (thin(rolling(values, window)[0] if window > 1 else values) for values in np.array(points, dtype=float).T)
-    (x_low, x_high), (y_low, y_high) = x_range, y_range
-
-    def place(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-        across = left + (np.asarray(a) - x_low) / (x_high - x_low) * (width - left - right)
-        return across, top + (y_high - np.asarray(b)) / (y_high - y_low) * (height - top - bottom)
-
-    parts = [f'<text class="title" x="0" y="14">{html.escape(title)}</text>']
-    for tick in ticks(y_low, y_high):
-        up = float(place(x_low, tick)[1])
-        parts.append(f'<path class="grid" d="M{left},{up:.1f}H{width - right}"/>')
-        parts.append(f'<text x="{left - 6}" y="{up + 4:.1f}" text-anchor="end">{number(tick)}</text>')
-    for tick in ticks(x_low, x_high):
-        across = float(place(tick, y_low)[0])
-        parts.append(f'<text x="{across:.1f}" y="{height - bottom + 16}" text-anchor="middle">{number(tick)}</text>')
-    parts.append(f'<text x="{width - right}" y="{height - 3}" text-anchor="end">{html.escape(x_name)}</text>')
-
-    def line(x: ArrayLike, y: ArrayLike, tint: str) -> str:
-        where = [f"{a:.1f},{b:.1f}" for a, b in zip(*place(x, y), strict=True)]
-        return f'<g style="--tint: var(--{tint})"><path class="line" d="M{"L".join(where)}"/></g>'
-
+    a, b = (thin(rolling(values, window)[0] if window > 1 else values) for values in np.array(points, dtype=float).T)
+    axes = Axes(title, SIZE, x, y, ticks(*x), x_name, RIGHT, log_x=False)
     labels = []
-    for name, curve in beside.items():
-        at_x, at_y = zip(*curve, strict=True)
-        parts.append(line(at_x, at_y, "grey"))
-        a, b = (float(each) for each in place(*curve[-1]))
-        labels.append((b + 4, a + 5, name))
-    y_free = -math.inf  # labels are shifted so as not to overlap
-    for b, a, name in sorted(labels):
-        y_free = max(b, y_free + 13)
-        parts.append(f'<text x="{a:.1f}" y="{y_free:.1f}">{html.escape(name)}</text>')
-    parts.append(line(x, y, "reward"))
-    for at, tint, name, down in ((0, "grey", "first", 17), (-1, "reward", "last", -9)):
-        a, b = (float(each) for each in place(x[at], y[at]))
-        parts.append(
-            f'<g style="--tint: var(--{tint})"><circle class="dot" r="4" cx="{a:.1f}" cy="{b:.1f}"/></g>'
-            f'<text x="{a:.1f}" y="{b + down:.1f}" text-anchor="middle">{name}</text>'
+    for name, curve in (beside or {}).items():
+        path = axes.path(*zip(*curve, strict=True))
+        axes.parts.append(f'<path class="line" style="--tint: var(--grey)" d="{path}"/>')
+        labels.append((axes.y(curve[-1][1]), axes.x(curve[-1][0]) + 5, "", name))
+    axes.label(labels)
+    axes.parts.append(f'<path class="line" style="--tint: var(--reward)" d="{axes.path(a, b)}"/>')
+    for i, colour, name, offset in ((0, "grey", "first", 17), (-1, "reward", "last", -9)):
+        across, down = axes.x(a[i]), axes.y(b[i])
+        axes.parts.append(
+            f'<circle class="dot" style="--tint: var(--{colour})" r="4" cx="{across:.1f}" cy="{down:.1f}"/>'
+            f'<text x="{across:.1f}" y="{down + offset:.1f}" text-anchor="middle">{name}</text>'
         )
-    return svg(title, size, parts)
-
-
-def curves(line: Line, x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
-    """The arrays to draw for a line: x, line and, if smoothed, raw, low, high; extent: values that the axis shows."""
-    if not line.smooth or len(y) < 8:
-        shape = {"x": thin(x), "line": thin(y)}
-        return shape | {"extent": [shape["line"]]}
-    mean, spread = rolling(y, max(5, len(y) // 16))
-    shape = {"x": x, "raw": y, "line": mean, "low": mean - spread, "high": mean + spread}
-    shape = {name: thin(values) for name, values in shape.items()}
-    # The axis shows the mean and the central 98 % of the raw values. Clipping keeps a single outlier from flattening
-    # the rest.
-    low, high = np.quantile(y, [0.01, 0.99])
-    seen = np.clip(shape["line"], 2 * low - high, 2 * high - low)
-    return shape | {"extent": [seen, np.array([low, high])]}
+    return axes.svg()
 
 
 def histogram(title: str, first: Sequence[int], last: Sequence[int], colour: str) -> str:
-    """Fractions of the scores 0, 1, 2 ... early in a run (grey) and late (in colour), side by side. first, last: counts
-    per score."""
-    size = 340, 190
-    width, height = size
-    top, bottom = 44, 22
-    parts = [f'<text class="title" x="0" y="14">{html.escape(title)}</text>']
-    slot = width / len(first)
-    bar = slot * 0.36
+    """An SVG of the fractions of the scores 0, 1, 2 ... early in a run (grey) and late (in colour), side by side.
+    first, last: counts per score."""
+    size = width, height = 340, 190
+    top, bottom, slot = 44, 22, width / len(first)
+    bar, parts = slot * 0.36, []
     fractions = [[count / max(sum(counts), 1) for count in counts] for counts in (first, last)]
-    tallest = max(max(each) for each in fractions) or 1.0
-    for score in range(len(first)):
-        for which, tint in ((0, "grey"), (1, colour)):
-            fraction = fractions[which][score]
-            tall = fraction / tallest * (height - top - bottom)
-            x = slot * (score + 0.5) + (which - 1) * bar
-            y = height - bottom - tall
+    highest = max(max(row) for row in fractions) or 1.0
+    for score, pair in enumerate(zip(*fractions, strict=True)):
+        for i, (fraction, tint) in enumerate(zip(pair, ("grey", colour), strict=True)):
+            bar_height = fraction / highest * (height - top - bottom)
+            x, y = slot * (score + 0.5) + (i - 1) * bar, height - bottom - bar_height
             parts.append(
                 f'<rect class="bar" style="--tint: var(--{tint})" x="{x + 1:.1f}" y="{y:.1f}" '
-                f'width="{bar - 2:.1f}" height="{max(tall, 1):.1f}" rx="2"/>'
+                f'width="{bar - 2:.1f}" height="{max(bar_height, 1):.1f}" rx="2"/>'
                 f'<text x="{x + bar / 2:.1f}" y="{y - 4:.1f}" text-anchor="middle">{fraction:.0%}</text>'
             )
         parts.append(f'<text x="{slot * (score + 0.5):.1f}" y="{height - 5}" text-anchor="middle">{score}</text>')
     return svg(title, size, parts)
 
 
-def svg(title: str, size: tuple[int, int], parts: Sequence[str]) -> str:
-    return (
-        f'<svg class="chart" viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{html.escape(title)}">'
-        + "".join(parts)
-        + "</svg>"
-    )
-
-
-def grid(title: str, drawings: Sequence[str], columns: int = 2, gap: int = 24) -> str:
-    """Charts of the default size arranged in rows below a title, as one SVG."""
-    size = 340, 210
-    parts = [f'<text class="title" x="0" y="14">{html.escape(title)}</text>']
-    for i, drawing in enumerate(drawings):
-        x, y = i % columns * (size[0] + gap), 32 + i // columns * (size[1] + gap)
-        inside = drawing[drawing.index(">") + 1 : drawing.rindex("</svg>")]
-        parts.append(f'<g transform="translate({x},{y})">{inside}</g>')
-    rows = math.ceil(len(drawings) / columns)
-    whole = columns * (size[0] + gap) - gap, 32 + rows * (size[1] + gap) - gap
-    return svg(title, whole, parts)
+def svg(title: str, size: Size, parts: Sequence[str]) -> str:
+    name = html.escape(title)
+    box = f'<svg class="chart" viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{name}">'
+    return f'{box}<text class="title" x="0" y="14">{name}</text>{"".join(parts)}</svg>'
 
 
 def standalone(drawing: str) -> str:

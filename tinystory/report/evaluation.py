@@ -5,11 +5,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tinystory.report import charts, page
+from tinystory.report import page
 from tinystory.report.charts import Line, chart, number
-from tinystory.run.folder import Record, atomic_write
+from tinystory.run.folder import Record
 
-# The measures shown: (name, path to the value in a record, path to its interval, decimals).
+# Name, path to the value in a record, path to its interval, decimals.
 ROWS = (
     ("BLiMP, %", ("blimp", "accuracy"), ("blimp", "ci"), 1),
     ("supplement, %", ("supplement", "accuracy"), ("supplement", "ci"), 1),
@@ -34,12 +34,12 @@ ROWS = (
 PAIRS = {"blimp": "BLiMP", "supplement": "BLiMP’s supplement", "entity_tracking": "Entity tracking"}
 
 
-def value(record: Record, path: Sequence[str] | None) -> Any:
-    """The value at the end of a path; None if it was not measured."""
-    found: Any = record if path else None
-    for name in path or ():
-        found = found.get(name) if found else None
-    return found
+def at(record: Record, path: Sequence[str] | None) -> Any:
+    """The value at the end of a path of keys; None if it was not measured."""
+    value: Any = record if path else None
+    for key in path or ():
+        value = value.get(key) if value else None
+    return value
 
 
 def comparison(records: Sequence[Record]) -> list[list[str]]:
@@ -48,12 +48,10 @@ def comparison(records: Sequence[Record]) -> list[list[str]]:
     for name, path, interval, decimals in ROWS:
         cells = []
         for record in records:
-            found, ends = value(record, path), value(record, interval)
-            cell = number(None) if found is None else f"{found:.{decimals}f}"
-            cells.append(
-                f"{cell} [{ends[0]:.{decimals}f}, {ends[1]:.{decimals}f}]" if ends and found is not None else cell
-            )
-        if any(value(record, path) is not None for record in records):
+            value, ends = at(record, path), at(record, interval)
+            cell = number(None) if value is None else f"{value:.{decimals}f}"
+            cells.append(f"{cell} [{ends[0]:.{decimals}f}, {ends[1]:.{decimals}f}]" if ends else cell)
+        if any(at(record, path) is not None for record in records):
             rows.append([name, *cells])
     return rows
 
@@ -69,42 +67,40 @@ def write_page(records: Sequence[Record], path: Path) -> None:
             page.table(["", *names], comparison(records)),
         ),
         page.section(
-            "Against the words read", "Words read and taken in, as recorded in each checkpoint.", page.grid(drawings)
+            "Against training words",
+            "Words of pretraining and taken in during interaction, as recorded in each checkpoint.",
+            page.grid(drawings),
         ),
         *(_phenomena(records, task) for task in PAIRS),
     ]
-    text = page.PAGE.format(
-        name="Evaluation",
-        style=charts.palette() + charts.STYLE + page.STYLE,
-        subtitle=escape(" · ".join(names)),
-        sections="\n".join(filter(None, sections)),
-    )
-    atomic_write(path, text.encode("utf-8", "replace"))
+    page.write(path, "Evaluation", escape(" · ".join(names)), sections)
 
 
 def _chart(records: Sequence[Record], name: str, path: Sequence[str], interval: Sequence[str] | None) -> str:
-    points = [(record["words"], value(record, path), value(record, interval)) for record in records if record["words"]]
-    points = sorted((p for p in points if p[1] is not None), key=lambda p: p[0])
+    points = [(record["words"], at(record, path), at(record, interval)) for record in records if record["words"]]
+    points = sorted((point for point in points if point[1] is not None), key=lambda point: point[0])
     if len(points) < 2:
         return ""
-    x, y, ends = zip(*points, strict=True)
-    errors = [(each[1] - each[0]) / 2 if each else None for each in ends]
+    x, y, intervals = zip(*points, strict=True)
+    errors = [(ends[1] - ends[0]) / 2 if ends else None for ends in intervals]
     return chart(name, [Line(x, y, "reward", "", False, errors)], x_name="words", log_x=True)
 
 
 def _phenomena(records: Sequence[Record], task: str) -> str:
     """A collapsible section with the accuracy on each phenomenon and on each group of them."""
-    there = [record for record in records if record.get(task)]
-    if not there:
+    records = [record for record in records if record.get(task)]
+    if not records:
         return ""
-    parts = {"phenomena": "Phenomenon"} | {kind: kind.replace("_", " ") for kind in there[0][task]["groups"]}
+    columns = {"Phenomenon": [record[task]["phenomena"] for record in records]}
+    for kind in records[0][task]["groups"]:
+        columns[kind.replace("_", " ")] = [record[task]["groups"].get(kind, {}) for record in records]
     tables = []
-    for part, title in parts.items():
-        found = [
-            record[task][part] if part == "phenomena" else record[task]["groups"].get(part, {}) for record in there
+    for title, results in columns.items():
+        rows = [
+            [name, str(row["total"]), *(_cell(result.get(name)) for result in results)]
+            for name, row in results[0].items()
         ]
-        rows = [[name, str(row["total"]), *(_cell(each.get(name)) for each in found)] for name, row in found[0].items()]
-        tables.append(page.table([title, "items", *(record["name"] for record in there)], rows))
+        tables.append(page.table([title, "items", *(record["name"] for record in records)], rows))
     return page.details(PAIRS[task], "".join(reversed(tables)))
 
 

@@ -1,6 +1,6 @@
-"""What could be earned at a given KL from the starting student, estimated from its own stories' rewards.
+"""The reward that can be had at a given KL to the initial student, estimated from the rewards of its own stories.
 
-Two ways that need no training, and so a measure of what PPO makes of its nats.
+Neither way needs training, so both are a yardstick for PPO.
 """
 
 import math
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Curve = list[tuple[float, float]]  # (KL to the start in nats per story, mean reward)
+Curve = list[tuple[float, float]]  # (KL to the initial student in nats per story, mean reward)
 
 
 def tilt(rewards: Sequence[float]) -> Curve:
-    """The most that can be earned at each KL: by p(x) exp(r(x) / beta) for falling beta, the policy that maximises
-    E[r] - beta KL (Korbak et al. 2022, arXiv 2206.00761). rewards: of the starting student's stories.
+    """The highest mean reward at each KL: that of p(x) exp(r(x) / beta) for falling beta, the policy that maximises
+    E[r] - beta KL (Korbak et al. 2022, arXiv 2206.00761). rewards: of the initial student's stories.
 
-    Each story is weighted by exp(r / beta). It ends where the weights rest on fewer than a tenth of the stories (by
-    effective sample size), for beyond that the sample says nothing."""
+    Each story is weighted by exp(r / beta). The curve ends where the effective sample size falls below a tenth of the
+    stories, since the estimate is meaningless beyond that."""
     r = np.asarray(rewards, float)
     curve = [(0.0, float(r.mean()))]
     spread = float(r.std())
@@ -30,8 +30,8 @@ def tilt(rewards: Sequence[float]) -> Curve:
 
 
 def best_of_n(rewards: Sequence[float], most: int = 16) -> Curve:
-    """The best of n stories to an opening, n = 1, 2, 4 ...: its KL is at most log n - (n - 1) / n (Beirami et al. 2024,
-    arXiv 2401.01879), its reward the mean of the largest of n rewards drawn from `rewards`."""
+    """Best of n stories for n = 1, 2, 4 ... `most`: the upper bound log n - (n - 1) / n of the KL (Beirami et al. 2024,
+    arXiv 2401.01879), and the mean of the largest of n rewards drawn from `rewards`."""
     r = np.sort(np.asarray(rewards, float))
     below = np.arange(len(r) + 1) / len(r)
     powers = [2**k for k in range(int(math.log2(most)) + 1)]

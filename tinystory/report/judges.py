@@ -1,84 +1,84 @@
-"""What a report says of whoever scored: who it was, whether it can judge, and what others say of the same stories."""
+"""What a report shows of judges: who scored a run, what others give the same stories, and how far judges agree."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from tinystory.evaluate.agreement import Judge, agreement
+from tinystory.evaluate.agreement import Rater, agreement
 from tinystory.evaluate.preference import run_preferences
 from tinystory.report import page
 from tinystory.report.charts import number
 from tinystory.run.folder import OPINIONS, SAMPLES, Record, read_records
 
+COLUMNS = ["", "Kappa, quadratic weights", "Spearman", "Mean difference", "Means", "Equal"]
+
 
 def scored_by_note(scored_by: str, config: Record) -> str:
-    """Who gave the scores, and what the calibration before the run found; "" if neither is known. HTML."""
-    calibration = config.get("options", {}).get("calibration")
+    """The scorer's name and the verdict of the calibration before the run, as HTML; "" if there is no name."""
     if not scored_by:
         return ""
+    calibration = config.get("options", {}).get("calibration")
     verdict = calibration.get("verdict") if isinstance(calibration, dict) else None
-    found = f"It {verdict}." if verdict else "It was not calibrated."
-    return f"Scored by {escape(scored_by)}. {escape(found)}"
+    return escape(f"Scored by {scored_by}. It {verdict or 'was not calibrated'}.")
 
 
-def read_opinions(folder: Path) -> dict[str, Judge]:
-    """The judges whose opinions of a run's stories are kept there, by name; a later opinion replaces an earlier one."""
-    judges: dict[str, Judge] = {}
+def read_opinions(folder: Path) -> dict[str, Rater]:
+    """The other judges of a run's stories, by name; of two ratings of a story by the same judge, the later."""
+    raters: dict[str, Rater] = {}
     for record in read_records(folder / OPINIONS):
-        judge = judges.setdefault(record["judge"], Judge(record["judge"], {}, {}))
-        judge.add(record["opening"], record["story"], record["scores"], record["score"])
-    return judges
+        rater = raters.setdefault(record["judge"], Rater(record["judge"]))
+        rater.add(record["opening"], record["story"], record["scores"], record["score"])
+    return raters
 
 
-def also_said(opinions: Mapping[str, Judge], record: Record) -> str:
-    """What other judges said of one story, for its card; "" if none did. HTML."""
-    told = record["opening"], record["story"]
-    said = []
-    for name, judge in opinions.items():
-        if told in judge.scores:
-            said.append(f"{page.clip(name, 40)} says {' '.join(f'{each:g}' for each in judge.scores[told].values())}")
-        elif told in judge.wholes:
-            said.append(f"{page.clip(name, 40)} says {judge.wholes[told]:.2f} of 1")
-    return " · ".join(said)
+def other_scores(opinions: Mapping[str, Rater], record: Record) -> str:
+    """The other judges' scores of one story, for its card, as HTML; "" if there are none."""
+    notes = []
+    for name, rater in opinions.items():
+        key = record["opening"], record["story"]
+        if key in rater.ratings:
+            scores = " ".join(f"{score:g}" for score in rater.scores(key).values())
+            notes.append(f"{page.clip(name, 40)}: {scores or f'{rater.ratings[key]:.2f} of 1'}")
+    return " · ".join(notes)
 
 
 def judges_section(folder: Path, scored_by: str) -> str:
-    """What others say of the stories before and after, beside the run's own teacher; "" if nobody was asked."""
+    """Other judges' scores of the stories before and after, beside those of the run's own teacher; "" if there are
+    none."""
     opinions, preferences = read_opinions(folder), run_preferences(folder)
     if not opinions and not preferences:
         return ""
     samples = list(read_records(folder / SAMPLES))
-    own = Judge(scored_by or "the run’s teacher", {}, {})
+    teacher = Rater(scored_by or "the run’s teacher")
     for record in samples:
-        own.add(record["opening"], record["story"], record["scores"], None)
-    rows = [_row(judge, own, samples) for judge in (own, *opinions.values())]
+        teacher.add(record["opening"], record["story"], record["scores"], None)
+    rows = [_row(rater, teacher, samples) for rater in (teacher, *opinions.values())]
     header = ["Judge", "Stories", "Sum before", "Sum after", "Kappa with the teacher", "Spearman with the teacher"]
-    tables = page.table(header, [row for row in rows if row]) if opinions else ""
-    says = "".join(f"<p>{escape(line)}</p>" for line in preference_lines(preferences))
+    table = page.table(header, [row for row in rows if row]) if opinions else ""
     return page.section(
-        "What a second judge says",
-        "Of the same stories to held-out openings, before interaction and after it. A gain that only the teacher sees "
-        "is a gain at pleasing the teacher. Kappa has quadratic weights, is taken over the sums, and like Spearman’s "
-        "correlation is shown with a 95 % interval; 0 is chance.",
-        tables + says,
+        "Other judges",
+        "Scores of the same stories to held-out openings, before interaction and after it. A gain that only the "
+        "teacher sees is a gain at pleasing the teacher. Kappa has quadratic weights, is taken over the sums, and like "
+        "Spearman’s correlation has a 95 % interval; 0 is chance.",
+        table + "".join(f"<p>{escape(line)}</p>" for line in preference_lines(preferences)),
     )
 
 
-def _row(judge: Judge, own: Judge, samples: list[Record]) -> list[str]:
+def _row(rater: Rater, teacher: Rater, samples: list[Record]) -> list[str]:
     sums: dict[str, list[float]] = {"before": [], "after": []}
-    criteria = len(next(iter(own.scores.values()), ())) or 3
     for record in samples:
-        if record["when"] in sums and judge.knows(record["opening"], record["story"]):
-            sums[record["when"]].append(judge.total((record["opening"], record["story"]), criteria))
+        key = record["opening"], record["story"]
+        if record["when"] in sums and key in rater.ratings:
+            sums[record["when"]].append(rater.score_sum(key, teacher.criteria() or page.TOP_SCORE))
     if not any(sums.values()):
         return []
-    means = [f"{sum(each) / len(each):.2f}" if each else number(None) for each in sums.values()]
+    means = [f"{sum(values) / len(values):.2f}" if values else number(None) for values in sums.values()]
     both = ["", ""]
-    if judge is not own and own.scores:
-        found = agreement(own, judge)["sum"]
-        both = [with_ends(found[name], found[f"{name}_ci"]) for name in ("kappa", "spearman")]
-    return [judge.name, str(sum(map(len, sums.values()))), *means, *both]
+    if rater is not teacher and teacher.ratings:
+        statistics = agreement(teacher, rater)["sum"]
+        both = [_with_interval(statistics, name) for name in ("kappa", "spearman")]
+    return [rater.name, str(sum(map(len, sums.values()))), *means, *both]
 
 
 def with_ends(value: float | None, interval: Any) -> str:
@@ -86,14 +86,59 @@ def with_ends(value: float | None, interval: Any) -> str:
     return number(None) if value is None else f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
+def _with_interval(statistics: Mapping[str, Any], name: str) -> str:
+    return with_ends(statistics[name], statistics[f"{name}_ci"])
+
+
 def preference_lines(preferences: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One sentence per judge that compared stories before and after, without knowing which is which."""
     lines = []
-    for who, found in preferences.items():
-        order = f" ({found['inconsistent']} of them depended on the order)" if found["inconsistent"] else ""
+    for judge, rates in preferences.items():
+        order = f" ({rates['inconsistent']} of them depended on the order)" if rates["inconsistent"] else ""
         lines.append(
-            f"{who} preferred the story after interaction in {found['second']} of {found['pairs']} pairs, the one "
-            f"before in {found['first']}, and neither in {found['same']}{order}: win rate "
-            f"{with_ends(found['rate'], found['ci'])}"
+            f"{judge} preferred the story after interaction in {rates['second']} of {rates['pairs']} pairs, the one "
+            f"before in {rates['first']}, and neither in {rates['same']}{order}: win rate "
+            f"{with_ends(rates['rate'], rates['ci'])}"
         )
     return lines
+
+
+# ---- the page of scripts/agreement.py -------------------------------------------------------------------------------
+
+
+def agreement_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """One row per criterion and one for the sum, for the page and the terminal; the columns are COLUMNS."""
+    rows = []
+    for name, values in {**result["criteria"], f"sum, 0 to {result['highest']}": result["sum"]}.items():
+        statistics = [_with_interval(values, key) for key in ("kappa", "spearman", "difference")]
+        means = " and ".join(f"{mean:.2f}" for mean in values["means"])
+        rows.append([name.replace("_", " "), *statistics, means, f"{values['equal']:.0%}"])
+    return rows
+
+
+def length_line(result: Mapping[str, Any]) -> str:
+    """How the length of a story goes with the scores, in one sentence."""
+    first, second, difference = (_with_interval(result["length"], name) for name in ("first", "second", "difference"))
+    a, b = result["judges"]
+    return (
+        f"Spearman’s correlation of length and sum is {first} for {a} and {second} for {b}; of length and the second "
+        f"sum less the first, {difference}"
+    )
+
+
+def write_agreement(comparisons: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write one self-contained page about the results of `agreement`."""
+    sections = []
+    for result in comparisons:
+        counts = []
+        for name, values in result["criteria"].items():
+            header = [name.replace("_", " "), *map(str, range(len(values["table"])))]
+            counts.append(page.table(header, [[str(i), *map(str, row)] for i, row in enumerate(values["table"])]))
+        body = page.table(COLUMNS, agreement_rows(result)) + f"<p>{escape(length_line(result))}.</p>"
+        note = (
+            f"{result['stories']} stories that both scored. Difference: the second judge’s score less the first one’s. "
+            "In the tables of counts, rows are the first judge’s scores and columns the second’s."
+        )
+        sections.append(page.section(escape(" and ".join(result["judges"])), note, body + page.grid(counts)))
+    note = "Kappa compares the scores themselves, Spearman’s correlation their order; 0 is chance, 1 perfect."
+    page.write(path, "Agreement of judges", note, sections)

@@ -1,14 +1,25 @@
-"""Building blocks of report.html: HTML fragments, the template and its style. Text from models is escaped here."""
+"""Building blocks of the pages: HTML fragments, the template and its style. Text from models is escaped here."""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
+from tinystory.report import charts
 from tinystory.report.charts import CRITERION_COLOURS, number
-from tinystory.run.folder import Record
+from tinystory.run.folder import Record, atomic_write
 
 TOP_SCORE = 3  # each criterion is scored from 0 to this
 LONGEST = 3000  # characters of a story that are shown
+
+
+def write(path: Path, title: str, subtitle: str, sections: Sequence[str]) -> Path:
+    """The path, to which a self-contained page of the non-empty sections is written. All other arguments are HTML."""
+    style, body = charts.palette() + charts.STYLE + STYLE, "\n".join(filter(None, sections))
+    text = PAGE.format(name=title, style=style, subtitle=subtitle, sections=body)
+    atomic_write(path, text.encode("utf-8", "replace"))  # text of a model may hold lone surrogates
+    return path
 
 
 def section(title: str, note: str, body: str) -> str:
@@ -19,9 +30,13 @@ def details(title: str, body: str, opened: bool = False) -> str:
     return f"<details{' open' if opened else ''}><summary>{title}</summary>{body}</details>" if body else ""
 
 
+def block(style: str, body: str) -> str:
+    """A block of this CSS class; "" for an empty body."""
+    return f'<div class="{style}">{body}</div>' if body else ""
+
+
 def grid(drawings: Sequence[str]) -> str:
-    figures = "".join(f"<figure>{drawing}</figure>" for drawing in drawings if drawing)
-    return f'<div class="grid">{figures}</div>' if figures else ""
+    return block("grid", "".join(f"<figure>{drawing}</figure>" for drawing in drawings if drawing))
 
 
 def hero(tiles: Sequence[str], drawing: str) -> str:
@@ -39,16 +54,18 @@ def change(ends: Sequence[float | None], decimals: int = 2) -> str:
     return texts[0] if len(texts) == 1 else f'<span class="from">{texts[0]} →</span> {texts[-1]}'
 
 
-def time_bar(spent: Sequence[tuple[str, float]]) -> str:
+def time_bar(parts: Sequence[tuple[str, float]]) -> str:
     """One stacked bar of (name, seconds)."""
-    spent = [(name, seconds) for name, seconds in spent if seconds]
-    total = sum(seconds for _, seconds in spent)
+    parts = [(name, seconds) for name, seconds in parts if seconds]
+    total = sum(seconds for _, seconds in parts)
     if not total:
         return ""
-    bars = "".join(f'<i class="t{i}" style="flex-grow: {each / total:.4f}"></i>' for i, (_, each) in enumerate(spent))
+    bars = "".join(
+        f'<i class="t{i}" style="flex-grow: {seconds / total:.4f}"></i>' for i, (_, seconds) in enumerate(parts)
+    )
     names = "".join(
         f'<span><b class="t{i}"></b>{name} {duration(seconds)}, {seconds / total:.0%}</span>'
-        for i, (name, seconds) in enumerate(spent)
+        for i, (name, seconds) in enumerate(parts)
     )
     return f'<div class="time"><p>Time: {duration(total)}</p><div class="parts">{bars}</div><p>{names}</p></div>'
 
@@ -71,12 +88,16 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
-def facts(rows: Sequence[tuple[str, str]]) -> str:
-    return (
-        '<dl class="facts">'
-        + "".join(f"<div><dt>{escape(key)}</dt><dd>{clip(value)}</dd></div>" for key, value in rows)
-        + "</dl>"
-    )
+def facts(rows: Iterable[tuple[str, object]]) -> str:
+    """A list of names and values: text as it is, a dash for what is empty, anything else as JSON."""
+
+    def text(value: object) -> str:
+        if value is None or value == "" or value == []:
+            return number(None)
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    entries = "".join(f"<div><dt>{escape(name)}</dt><dd>{clip(text(value))}</dd></div>" for name, value in rows)
+    return f'<dl class="facts">{entries}</dl>'
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -90,27 +111,25 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def story_card(record: Record, title: str, scored_by: str = "", also: str = "") -> str:
-    """A story after its opening, with its scores, and by whom it was scored. record: opening and story; optionally
-    scores, reward, words, ended, reply. also: HTML of what other judges say."""
+    """A story after its opening, with its scores and its scorer. record: opening and story; optionally scores, reward,
+    words, ended, reply. also: HTML with other judges' scores."""
     opening, story = record["opening"], record["story"]
     gap = "" if not opening or opening[-1].isspace() or re.match(r"\s|[.,!?;:]|$", story) else " "
-    told = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"
+    text = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"
     scores, reward, words, reply = (record.get(key) for key in ("scores", "reward", "words", "reply"))
-    marks = "".join(dots(each, score) for each, score in scores.items()) if scores else ""
-    foot = ["no score" if reward is None else f"reward {reward:.3f}"]
-    if scored_by and reward is not None:
-        foot.append(f"scored by {clip(scored_by, 80)}")
-    if also:
-        foot.append(also)
-    if words is not None:
-        foot.append(f"{number(words)} words")
-    if record.get("ended") == "length":
-        foot.append("cut off at the length limit")
-    if reward is None and reply:
-        foot.append(f"the teacher’s reply: <q>{clip(reply, 300)}</q>")
+    marks = "".join(dots(criterion, score) for criterion, score in (scores or {}).items())
+    notes = [
+        "no score" if reward is None else f"reward {reward:.3f}",
+        f"scored by {clip(scored_by, 80)}" if scored_by and reward is not None else "",
+        also,
+        "" if words is None else f"{number(words)} words",
+        "cut off at the length limit" if record.get("ended") == "length" else "",
+        f"the teacher’s reply: <q>{clip(reply, 300)}</q>" if reward is None and reply else "",
+    ]
     return (
         f'<article><header><strong>{escape(title)}</strong><span class="scores">{marks}</span></header>'
-        f'<p class="story"><em>{clip(opening)}</em>{told}</p><footer>{" · ".join(foot)}</footer></article>'
+        f'<p class="story"><em>{clip(opening)}</em>{text}</p>'
+        f"<footer>{' · '.join(filter(None, notes))}</footer></article>"
     )
 
 
@@ -122,18 +141,18 @@ def colour(criterion: str) -> str:
 def dots(criterion: str, score: float) -> str:
     """A score as three dots, filled up to the score."""
     name = escape(criterion.replace("_", " "))
-    says = f"{name} {score:g} of {TOP_SCORE}"
-    drawn = "●" * round(score) + "○" * (TOP_SCORE - round(score))
+    label = f"{name} {score:g} of {TOP_SCORE}"
+    symbols = "●" * round(score) + "○" * (TOP_SCORE - round(score))
     return (
-        f'<span style="--tint: var(--{colour(criterion)})" title="{says}">{name} '
-        f'<b role="img" aria-label="{says}">{drawn}</b></span>'
+        f'<span style="--tint: var(--{colour(criterion)})" title="{label}">{name} '
+        f'<b role="img" aria-label="{label}">{symbols}</b></span>'
     )
 
 
 def clip(text: str, limit: int = LONGEST) -> str:
     """text escaped, cut to limit characters, with control characters other than line breaks made visible."""
-    shown = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text[:limit])
-    return escape(shown) + (" …" if len(text) > limit else "")
+    visible = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text[:limit])
+    return escape(visible) + (" …" if len(text) > limit else "")
 
 
 PAGE = """<!doctype html>

@@ -5,24 +5,23 @@ It is generated only from the records in the run's folder, so it can be written 
 
 import datetime
 import hashlib
-import heapq
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import TypeAlias
 
 from tinystory.report import charts, judges, page
 from tinystory.report.charts import Line, chart, number
 from tinystory.report.frontier import best_of_n, tilt
-from tinystory.report.page import TOP_SCORE, colour, details, grid, section, story_card, tile
+from tinystory.report.page import TOP_SCORE, block, colour, details, grid, section, story_card, tile
 from tinystory.rl.reward import plots as plot_sizes
 from tinystory.run.errors import UserError
-from tinystory.run.folder import SAMPLES, Record, atomic_write, read_config, read_metrics, read_records, read_stories
+from tinystory.run.folder import SAMPLES, Record, read_config, read_metrics, read_records, read_stories
 
-EDGE = 5  # the headline compares the mean of this many first steps with that of the last ones
-PAIRS, PICKED, UNSCORED = 12, 5, 3  # stories shown: before and after; best, worst and at random; unscored
+EDGE = 5  # the headline compares the means of the first and last so many steps
+PAIRS, PER_COLUMN, UNSCORED = 12, 5, 3  # stories shown: before and after; best, worst and random ones; unscored
 HERO = (560, 300)  # size of the chart at the top, in pixels
 PARTS = ("rollout", "reference", "teacher", "update")  # of a step, in chronological order
 
@@ -58,7 +57,7 @@ TEACHER_SUMS = {
     "tokens_out": "Reply tokens",
 }
 LATENCIES = {"p50": "50 %", "p90": "90 %", "p99": "99 %"}  # percentiles over the requests of a step
-READING_CURVES = {
+PRETRAINING_CURVES = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
     "tokens_per_s": "Tokens per second",
@@ -80,37 +79,22 @@ def write_report(run_folder: Path) -> Path:
         sections = interaction(folder, metrics, config)
     else:
         sections = pretraining(metrics)
-    sections.append(how_it_was_run(config))
-    text = page.PAGE.format(
-        name=escape(folder.resolve().name),
-        style=charts.palette() + charts.STYLE + page.STYLE,
-        subtitle=subtitle(metrics, config),
-        sections="\n".join(filter(None, sections)),
-    )
-    # A story or a reply may hold lone surrogates, which UTF-8 cannot encode.
-    atomic_write(folder / "report.html", text.encode("utf-8", "replace"))
-    return folder / "report.html"
+    if config:
+        rest = {key: value for key, value in config.items() if key != "options"}
+        lists = page.facts(flat(config["options"])) + page.facts(flat(rest))
+        sections.append(details("How it was run", lists, opened=True))
+    return page.write(folder / "report.html", escape(folder.resolve().name), subtitle(metrics, config), sections)
 
 
 def subtitle(metrics: list[Record], config: Record) -> str:
     parts = []
     if metrics:
-        parts.append("The student told stories" if "reward_mean" in metrics[-1] else "The student read")
-        steps = metrics[-1]["step"]
-        parts.append(f"{number(steps)} step{'s' if steps != 1 else ''}")
+        parts.append("Interaction" if "reward_mean" in metrics[-1] else "Pretraining")
+        parts.append(page.count(metrics[-1]["step"], "step"))
     if config:
         started = datetime.datetime.fromisoformat(config["started"])
         parts += [config["device"], f"{started.day} {started:%B %Y, %H:%M} UTC"]
     return " · ".join(escape(part) for part in parts)
-
-
-def how_it_was_run(config: Record) -> str:
-    """All options, then versions, device, commit and times."""
-    if not config:
-        return ""
-    rest = {key: value for key, value in config.items() if key != "options"}
-    lists = [page.facts([(key, shown(value)) for key, value in flat(each)]) for each in (config["options"], rest)]
-    return details("How it was run", "".join(lists), opened=True)
 
 
 def flat(values: Record, path: str = "") -> Iterable[tuple[str, object]]:
@@ -122,53 +106,59 @@ def flat(values: Record, path: str = "") -> Iterable[tuple[str, object]]:
             yield f"{path}{key}", value
 
 
-def shown(value: object) -> str:
-    if value is None or value == "" or value == []:
-        return number(None)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 # ---- an interaction run ---------------------------------------------------------------------------------------------
 
 
 def scorer(config: Record) -> str:
-    """Who scored the stories: the models' names, or the callable's; "" if it is not recorded."""
+    """The names of the models that scored the stories, or of the callable; "" if it is not recorded."""
     options = config.get("options", {})
-    asked, scored_by = options.get("teachers"), options.get("scored_by")
-    teachers = asked if isinstance(asked, list) and asked else [options.get("teacher")]
-    models = dict.fromkeys(str(each["model"]) for each in teachers if isinstance(each, dict) and each.get("model"))
+    panel, scored_by = options.get("teachers"), options.get("scored_by")
+    teachers = panel if isinstance(panel, list) and panel else [options.get("teacher")]
+    models = dict.fromkeys(str(probe["model"]) for probe in teachers if isinstance(probe, dict) and probe.get("model"))
     return ", ".join(models) or (Path(scored_by).name if isinstance(scored_by, str) else "")
 
 
 def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str]:
-    picked, scored_by = Picked(read_stories(folder)), scorer(config)
+    digest, scored_by = Digest(read_stories(folder)), scorer(config)
     scores = [
-        chart(title(each), [curve(metrics, f"{each}_mean", colour(each))], y_range=(0, TOP_SCORE))
-        for each in picked.criteria
+        chart(title(name), [curve(metrics, f"{name}_mean", colour(name))], y_range=(0, TOP_SCORE))
+        for name in digest.criteria
     ]
     return [
-        interaction_headline(metrics, picked.criteria),
-        sameness(metrics, picked),
+        interaction_headline(metrics, digest.criteria),
+        sameness(metrics, digest),
         section(
-            "What the teacher said",
+            "The teacher’s scores",
             f"{judges.scored_by_note(scored_by, config)} Mean score per step, from 0 to 3. The bold line is a rolling "
             "mean, the band one standard deviation over its window.",
             grid(scores),
         ),
-        histograms(picked.counts),
-        price(metrics, picked),
-        section("How the student changed", "", curves(metrics, STUDENT_CURVES)),
+        histograms(digest.counts),
+        reward_against_kl(metrics, digest),
+        section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
         judges.judges_section(folder, scored_by),
         before_and_after(folder, scored_by),
-        random_best_and_worst(picked, scored_by),
-        unscored(picked),
-        details("PPO diagnostics", curves(metrics, PPO_CURVES)),
+        random_best_and_worst(digest, scored_by),
+        section(
+            "Stories without a score",
+            "The teacher returned no valid score for these, so they were left out of the update. The first ones:",
+            block("cards", cards(digest.unscored)),
+        ),
+        details("PPO diagnostics", grid(curve_charts(metrics, PPO_CURVES))),
         teacher_requests(metrics),
     ]
 
 
 def title(criterion: str) -> str:
     return criterion.replace("_", " ").capitalize()
+
+
+def step_name(record: Record) -> str:
+    return f"Step {number(record['step'])}"
+
+
+def cards(records: Iterable[Record], scored_by: str = "") -> str:
+    return "".join(story_card(record, step_name(record), scored_by) for record in records)
 
 
 def interaction_headline(metrics: list[Record], criteria: Sequence[str]) -> str:
@@ -178,25 +168,26 @@ def interaction_headline(metrics: list[Record], criteria: Sequence[str]) -> str:
         values = column(metrics, key)
         return [mean(values[:edge]), mean(values[-edge:])] if len(values) > 1 else [mean(values)]
 
-    last = metrics[-1]
-    left_out = sum(value or 0 for value in column(metrics, "unscored"))
-    spans = {0: "the only step", 1: "first step → last"}.get(len(metrics) // 2, f"first {edge} steps → last {edge}")
-    tiles = [tile("Mean reward", page.change(ends("reward_mean")), spans, "reward")]
-    for each in criteria:
-        if ends(f"{each}_mean")[0] is not None:
-            scores = page.change(ends(f"{each}_mean"))
-            tiles.append(tile(escape(title(each)), scores, f"out of {TOP_SCORE}", colour(each)))
-    if ends("plots")[0] is not None:
-        tiles.append(tile("Plots", page.change(ends("plots"), 0), "in the stories of a step"))
-    if ends("ended")[0] is not None:
-        tiles.append(tile("Told to the end", page.change(ends("ended")), "fraction of the stories"))
+    steps = {0: "the only step", 1: "first step → last"}.get(len(metrics) // 2, f"first {edge} steps → last {edge}")
+    means = [
+        ("reward_mean", "Mean reward", steps, "reward", 2),
+        *((f"{name}_mean", escape(title(name)), f"out of {TOP_SCORE}", colour(name), 2) for name in criteria),
+        ("plots", "Plots", "in the stories of a step", "ink", 0),
+        ("ended", "Finished stories", "fraction", "ink", 2),
+    ]
+    tiles = [
+        tile(name, page.change(ends(key), decimals), note, tint)
+        for key, name, note, tint, decimals in means
+        if key == "reward_mean" or ends(key)[0] is not None
+    ]
+    last, unscored = metrics[-1], sum(value or 0 for value in column(metrics, "unscored"))
     tiles += [
         tile("Words taken in", number(last.get("words_in")), f"{number(last.get('words_out'))} written"),
-        tile("Unscored", number(left_out), "stories, left out of the update"),
+        tile("Unscored", number(unscored), "stories, left out of the update"),
     ]
     drawing = chart("Mean reward per step", [curve(metrics, "reward_mean", "reward")], size=HERO)
-    spent = [(part, sum(each or 0 for each in column(metrics, f"{part}_s"))) for part in PARTS]
-    return page.hero(tiles, drawing + page.time_bar(spent))
+    seconds = [(part, sum(value or 0 for value in column(metrics, f"{part}_s"))) for part in PARTS]
+    return page.hero(tiles, drawing + page.time_bar(seconds))
 
 
 def histograms(counts: dict[int, dict[str, list[int]]]) -> str:
@@ -205,13 +196,15 @@ def histograms(counts: dict[int, dict[str, list[int]]]) -> str:
     if len(steps) < 2:
         return ""
     tenth = max(1, len(steps) // 10)
-    drawings = []
-    for each in counts[steps[0]]:
-        early, late = (
-            [sum(counts[step][each][score] for step in part if each in counts[step]) for score in range(TOP_SCORE + 1)]
-            for part in (steps[:tenth], steps[-tenth:])
-        )
-        drawings.append(charts.histogram(title(each), early, late, colour(each)))
+
+    def total(name: str, part: list[int]) -> list[int]:
+        rows = [counts[step][name] for step in part if name in counts[step]]
+        return [sum(row[score] for row in rows) for score in range(TOP_SCORE + 1)]
+
+    drawings = [
+        charts.histogram(title(name), total(name, steps[:tenth]), total(name, steps[-tenth:]), colour(name))
+        for name in counts[steps[0]]
+    ]
     return section(
         "Distribution of the scores",
         "Fraction of stories with each score, in the first tenth of the steps (grey) and in the last (colour).",
@@ -219,16 +212,16 @@ def histograms(counts: dict[int, dict[str, list[int]]]) -> str:
     )
 
 
-def sameness(metrics: list[Record], picked: "Picked") -> str:
-    """Whether a higher score was bought by telling the same story again."""
-    highest = TOP_SCORE * len(picked.criteria) or 1
-    pairs = zip(column(metrics, "diversity_mean"), column(metrics, "score_mean"), strict=True)
-    points = [(x, y) for x, y in pairs if x is not None and y is not None]
+def sameness(metrics: list[Record], digest: "Digest") -> str:
+    """Score against diversity: whether a higher score was bought by telling the same story again."""
+    highest = TOP_SCORE * len(digest.criteria) or 1
+    points = pairs(metrics, "diversity_mean", "score_mean")
     trail = charts.trail(
         "Score against difference, step by step", points, "difference from the other stories", (0, 1), (0, highest)
     )
-    ends = [picked.first, picked.last] if picked.first is not picked.last else [picked.last]
-    bars = "".join(page.group_bar(plot_sizes([r["story"] for r in told]), step_name(told[0])) for told in ends if told)
+    ends = [digest.first, digest.last] if digest.first is not digest.last else [digest.last]
+    sizes = [(plot_sizes([r["story"] for r in records]), step_name(records[0])) for records in ends if records]
+    bars = "".join(page.group_bar(*each) for each in sizes)
     return section(
         "Better stories, or one story again?",
         "A score can be bought by telling one good story over and over: then the trail climbs to the left, the plots "
@@ -238,24 +231,22 @@ def sameness(metrics: list[Record], picked: "Picked") -> str:
     )
 
 
-def price(metrics: list[Record], picked: "Picked") -> str:
-    """Reward against KL, beside what the starting student could earn without any training."""
-    rewards = [record["reward"] for record in picked.first if record["reward"] is not None]
-    pairs = zip(column(metrics, "kl"), column(metrics, "reward_mean"), strict=True)
-    points = [(x, y) for x, y in pairs if x is not None and y is not None]
-    if not rewards or metrics[0]["step"] != picked.first[0]["step"] or len(points) < 2:
+def reward_against_kl(metrics: list[Record], digest: "Digest") -> str:
+    """Reward against KL, beside what sampling from the initial student could reach without any training."""
+    rewards = [record["reward"] for record in digest.first if record["reward"] is not None]
+    points = pairs(metrics, "kl", "reward_mean")
+    if not rewards or metrics[0]["step"] != digest.first[0]["step"] or len(points) < 2:
         return ""
     beside = {"best possible": tilt(rewards), "best of n": best_of_n(rewards)}
     kl, reward = zip(*points, *itertools.chain(*beside.values()), strict=True)
     ranges = (min(0.0, *kl), max(kl) * 1.05), (min(reward) - 0.02, max(reward) + 0.02)
     name = "KL to the initial student, nats per story"
-    trail = charts.trail("Reward against KL, step by step", points, name, *ranges, beside)
     return section(
-        "What it cost",
-        "How far the student went from where it started, and what it earned there. In grey, what its first stories say "
-        "could be had without training: by telling each story in proportion to p exp(reward / beta), which nothing "
-        "beats at its KL, and by telling the best of 1, 2, 4, 8 and 16.",
-        grid([trail]),
+        "Reward against KL",
+        "The distance from the initial student, and the mean reward there. In grey, estimates from the stories of the "
+        "first step of what needs no training: sampling stories in proportion to p exp(reward / beta), the optimum at "
+        "each KL, and keeping the best of 1, 2, 4, 8 and 16 stories.",
+        grid([charts.trail("Reward against KL, step by step", points, name, *ranges, beside)]),
     )
 
 
@@ -264,57 +255,33 @@ def before_and_after(folder: Path, scored_by: str) -> str:
     samples: dict[int, dict[str, Record]] = defaultdict(dict)
     for record in read_records(folder / SAMPLES):
         samples[record["index"]][record["when"]] = record
-    pairs = [
-        "".join(
-            story_card(
-                told[when],
-                f"{when.capitalize()}, step {number(told[when]['step'])}",
-                scored_by,
-                judges.also_said(opinions, told[when]),
-            )
-            for when in ("before", "after")
-            if when in told
-        )
-        for _, told in sorted(samples.items())[:PAIRS]
-    ]
+    body = ""
+    for _, sides in sorted(samples.items())[:PAIRS]:
+        records = [sides[when] for when in ("before", "after") if when in sides]
+        titles = [f"{record['when'].capitalize()}, step {number(record['step'])}" for record in records]
+        others = [judges.other_scores(opinions, record) for record in records]
+        pair = map(story_card, records, titles, itertools.repeat(scored_by), others)
+        body += block("pair", "".join(pair))
     return section(
-        "Openings that it was never trained on, before and after",
+        "Held-out openings, before and after",
         "The opening, in colour, is given; the student continues it, both times with the same random numbers. After: "
-        "the latest student that earned as much as any at such openings, within a standard error, which is kept as the "
-        "checkpoint best. With a single opening, it is the one trained on.",
-        "".join(f'<div class="pair">{pair}</div>' for pair in pairs),
+        "the checkpoint best, which is the latest student whose reward at these openings is within a standard error of "
+        "the highest. With a single opening, it is the one trained on.",
+        body,
     )
 
 
-def random_best_and_worst(picked: "Picked", scored_by: str) -> str:
-    columns = [
-        f"<div><h3>{name}</h3>{''.join(story_card(each, step_name(each), scored_by) for each in records)}</div>"
-        for name, records in (
-            ("At random, of the last step", picked.drawn),
-            ("Best of the run", picked.best),
-            ("Worst of the run", picked.worst),
-        )
-        if records
-    ]
+def random_best_and_worst(digest: "Digest", scored_by: str) -> str:
+    columns = {"Random, last step": digest.random, "Best of the run": digest.best, "Worst of the run": digest.worst}
+    body = "".join(
+        f"<div><h3>{name}</h3>{cards(records, scored_by)}</div>" for name, records in columns.items() if records
+    )
     return section(
-        "What it tells now, and the best and worst it told",
+        "Samples of the last step, and the best and worst stories",
         "The first column is what to expect of the student. Best and worst are by reward, among all "
-        f"{number(picked.scored)} scored stories, the same story once; ties are broken at random.",
-        f'<div class="three">{"".join(columns)}</div>' if columns else "",
+        f"{number(digest.scored)} scored stories, the same story once; ties are broken at random.",
+        block("three", body),
     )
-
-
-def unscored(picked: "Picked") -> str:
-    cards = "".join(story_card(each, step_name(each)) for each in picked.unscored)
-    return section(
-        "Stories without a score",
-        "The teacher returned no valid score for these, so they were left out of the update. The first ones:",
-        f'<div class="cards">{cards}</div>' if cards else "",
-    )
-
-
-def step_name(record: Record) -> str:
-    return f"Step {number(record['step'])}"
 
 
 def teacher_requests(metrics: list[Record]) -> str:
@@ -332,12 +299,15 @@ def teacher_requests(metrics: list[Record]) -> str:
     return details("Requests to the teacher", page.facts(rows) + grid(drawings))
 
 
-class Picked:
-    """What the page shows from stories.jsonl, collected in one pass without holding the other stories in memory.
+Top: TypeAlias = list[tuple[float, bytes, Record]]  # values, hashes for ties, and records, the highest first
+
+
+class Digest:
+    """What the page shows of stories.jsonl, collected in one pass without holding the other stories in memory.
 
     criteria: as graded, () if no story has scores; counts[step][criterion][score]: numbers of stories; best, worst:
     distinct stories by reward; unscored: the first ones; first, last: the stories of the first step and of the last,
-    the same list if there is only one; drawn: some of the last step, at random, but the same ones each time.
+    the same list if there is only one; random: some of the last step, the same ones at each call.
     """
 
     def __init__(self, stories: Iterable[Record]):
@@ -347,7 +317,8 @@ class Picked:
         self.unscored: list[Record] = []
         self.first: list[Record] = []
         self.last: list[Record] = self.first
-        best, worst = Top(PICKED), Top(PICKED)
+        best: Top = []
+        worst: Top = []
         for record in stories:
             if self.last and self.last[0]["step"] != record["step"]:
                 self.last = []
@@ -357,15 +328,15 @@ class Picked:
                     self.unscored.append(record)
                 continue
             self.scored += 1
-            best.offer(record["reward"], record)
-            worst.offer(-record["reward"], record)
+            offer(best, record["reward"], record)
+            offer(worst, -record["reward"], record)
             if record["scores"]:  # with --reward a callable replaces the teacher and gives no scores
                 self.criteria = tuple(record["scores"])
                 counts = self.counts.setdefault(record["step"], {})
-                for each, score in record["scores"].items():  # another --teacher-prompt may have come with a resume
-                    counts.setdefault(each, [0] * (TOP_SCORE + 1))[round(score)] += 1
-        self.best, self.worst = best.records(), worst.records()
-        self.drawn = sorted(self.last, key=shuffled)[:PICKED]
+                for name, score in record["scores"].items():  # another --teacher-prompt may have come with a resume
+                    counts.setdefault(name, [0] * (TOP_SCORE + 1))[round(score)] += 1
+        self.best, self.worst = ([record for *_, record in top] for top in (best, worst))
+        self.random = sorted(self.last, key=shuffled)[:PER_COLUMN]
 
 
 def shuffled(record: Record) -> bytes:
@@ -373,28 +344,15 @@ def shuffled(record: Record) -> bytes:
     return hashlib.blake2b(f"{record['step']} {record['index']}".encode(), digest_size=8).digest()
 
 
-class Top:
-    """The records with the highest values, no two with the same story.
-
-    Ties are broken at random, so that neither early nor late stories are favoured.
-    """
-
-    def __init__(self, size: int):
-        self.size = size
-        self.heap: list[tuple[float, bytes, int, Record]] = []
-        self.order = itertools.count()
-
-    def offer(self, value: float, record: Record) -> None:
-        if len(self.heap) == self.size and value < self.heap[0][0]:
-            return
-        if any(record["story"] == kept["story"] and record["opening"] == kept["opening"] for *_, kept in self.heap):
-            return
-        heapq.heappush(self.heap, (value, shuffled(record), next(self.order), record))
-        if len(self.heap) > self.size:
-            heapq.heappop(self.heap)
-
-    def records(self) -> list[Record]:
-        return [record for *_, record in sorted(self.heap, key=lambda entry: entry[:3], reverse=True)]
+def offer(top: Top, value: float, record: Record) -> None:
+    """Insert a record if its value is among the highest and its story is new. Ties are broken at random, so that
+    neither early nor late stories are favoured."""
+    if len(top) == PER_COLUMN and value < top[-1][0]:
+        return
+    if all((record["story"], record["opening"]) != (other["story"], other["opening"]) for *_, other in top):
+        top.append((value, shuffled(record), record))
+        top.sort(key=lambda entry: entry[:2], reverse=True)
+        del top[PER_COLUMN:]
 
 
 # ---- a pretraining run ----------------------------------------------------------------------------------------------
@@ -405,22 +363,19 @@ def pretraining(metrics: list[Record]) -> list[str]:
         curve(metrics, "loss", x="words", name="train"),
         curve(metrics, "val_loss", "reward", x="words", name="val", smooth=False),
     ]
-    val, bits, speed = (
-        [value for value in column(metrics, key) if value is not None]
-        for key in ("val_loss", "val_bits_per_byte", "tokens_per_s")
+    tiles = []
+    for key, name in (("val_loss", "Validation loss"), ("val_bits_per_byte", "Bits per byte")):
+        if values := [value for value in column(metrics, key) if value is not None]:
+            note = "nats per token" if key == "val_loss" else "on validation"
+            tiles.append(tile(name, page.change([values[0], values[-1]]), f"{note}, first → last", "reward"))
+    tiles.append(
+        tile("Training words", number(metrics[-1].get("words")), f"{number(metrics[-1].get('tokens'))} tokens")
     )
-    drop, bits_drop = (page.change([values[0], values[-1]]) if values else "" for values in (val, bits))
-    tiles = [
-        tile("Validation loss", drop, "nats per token, first → last", "reward") if val else "",
-        tile("Bits per byte", bits_drop, "on validation, first → last", "reward") if bits else "",
-        tile("Words read", number(metrics[-1].get("words")), f"{number(metrics[-1].get('tokens'))} tokens"),
-        tile("Tokens per second", number(sorted(speed)[len(speed) // 2]), "median step") if speed else "",
-    ]
-    drawing = chart("Loss, nats per token", losses, x_name="words read", size=HERO)
-    return [
-        page.hero(tiles, drawing),
-        section("Training", "", curves(metrics, READING_CURVES, "words", "words read")),
-    ]
+    if speeds := sorted(value for value in column(metrics, "tokens_per_s") if value is not None):
+        tiles.append(tile("Tokens per second", number(speeds[len(speeds) // 2]), "median step"))
+    drawing = chart("Loss, nats per token", losses, x_name="training words", size=HERO)
+    drawings = curve_charts(metrics, PRETRAINING_CURVES, "words", "training words")
+    return [page.hero(tiles, drawing), section("Training", "", grid(drawings))]
 
 
 # ---- columns of the metrics -----------------------------------------------------------------------------------------
@@ -430,10 +385,9 @@ def column(metrics: list[Record], key: str) -> list[float | None]:
     return [record.get(key) for record in metrics]
 
 
-def curve(
-    metrics: list[Record], key: str, colour: str = "plain", *, x: str = "step", name: str = "", smooth: bool = True
-) -> Line:
-    return Line(column(metrics, x), column(metrics, key), colour, name, smooth)
+def pairs(metrics: list[Record], x: str, y: str) -> list[tuple[float, float]]:
+    """The values of two keys at the steps that have both."""
+    return [*zip(*curve(metrics, y, x=x).points(), strict=True)]
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -441,13 +395,15 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(present) / len(present) if present else None
 
 
-def curves(metrics: list[Record], titles: dict[str, str], x: str = "step", x_name: str = "step") -> str:
-    return grid(curve_charts(metrics, titles, x, x_name))
+def curve(
+    metrics: list[Record], key: str, colour: str = "plain", *, x: str = "step", name: str = "", smooth: bool = True
+) -> Line:
+    return Line(column(metrics, x), column(metrics, key), colour, name, smooth)
 
 
 def curve_charts(metrics: list[Record], titles: dict[str, str], x: str = "step", x_name: str = "step") -> list[str]:
-    drawings = []
-    for key, title in titles.items():
-        line = curve(metrics, key, x=x, smooth=key not in ("lr", "kl_coef"))  # these are set, not measured
-        drawings.append(chart(title, [line], x_name=x_name))
-    return drawings
+    return [
+        # lr and kl_coef are set, not measured.
+        chart(title, [curve(metrics, key, x=x, smooth=key not in ("lr", "kl_coef"))], x_name=x_name)
+        for key, title in titles.items()
+    ]
