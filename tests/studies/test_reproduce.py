@@ -10,16 +10,17 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import story_record
+from conftest import fails, story_record
 
-from scripts import reproduce
+from scripts import reproduce as command
 from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, parse
 from tinystory.report.charts import Line, chart, log_ticks
 from tinystory.rl.reward import random_scores
 from tinystory.run.errors import UserError
 from tinystory.studies import parts as running
-from tinystory.studies.page import in_words, reading_that_scores, write_experiment_report
-from tinystory.studies.parts import MILLION, Part, Progress, last_record, locked, run_parts
+from tinystory.studies import reproduce
+from tinystory.studies.page import equivalent_words, write_experiment_report
+from tinystory.studies.parts import MILLION, Part, last_record, locked, run_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,15 +51,20 @@ def test_the_objective_is_the_papers_unless_told_otherwise(tmp_path, monkeypatch
         planned.append(reproduce.plan(scale, out, teacher, "cpu"))
         return out
 
-    monkeypatch.setattr(reproduce, "reproduce", no_more)
+    monkeypatch.setattr(command, "reproduce", no_more)
     for flags in ([], ["--objective", "demo"]):
-        reproduce.main(["--scale", "small", "--out", str(tmp_path), *flags])
+        command.main(["--scale", "small", "--out", str(tmp_path), *flags])
     paper, demo = (InteractConfig(**parts[1].options) for parts in planned)
     want = {name: reproduce.INTERACT_PRESETS["paper"][name] for name in reproduce.OBJECTIVES["paper"]}
     assert {name: getattr(paper, name) for name in want} == want
     assert {name: getattr(demo, name) for name in want} == {name: getattr(InteractConfig, name) for name in want}
     said = capsys.readouterr().out
     assert "objective paper: opening 'Let me tell you" in said and "objective demo: opening ''" in said
+
+
+def test_a_start_without_a_checkpoint_is_refused_before_anything_is_written(tmp_path, capsys):
+    assert "no checkpoint at 7 M" in fails(command.main, ["--milestones", "7", "--out", str(tmp_path / "out")], capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_student_compared_is_the_last_not_the_best(tmp_path):
@@ -126,11 +132,8 @@ def some_parts(**options):
 
 
 def run(parts, out, jobs=2):
-    progress = Progress()
-    for part in parts:
-        progress.expect(part.name, part.work, part.fraction_done(out))
     with locked(out) as lock:
-        run_parts(parts, out, "demo", jobs, lock, progress)
+        run_parts(parts, out, "demo", jobs, lock)
 
 
 def calls(out):
@@ -209,14 +212,11 @@ def test_the_last_record_of_a_torn_file_is_the_last_whole_one(tmp_path):
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
-def test_reading_that_scores_as_much():
+def test_pretraining_that_scores_as_much():
     words, scores = [1e6, 2e6, 4e6, 8e6], [1.0, 2.0, 1.8, 4.0]
-    assert reading_that_scores(1.5, words, scores) == pytest.approx(math.sqrt(2) * 1e6)
-    assert reading_that_scores(2.0, words, scores) == pytest.approx(2e6)  # the first time that the curve gets there
-    assert 4e6 < reading_that_scores(2.1, words, scores) < 8e6
-    assert in_words(reading_that_scores(0.9, words, scores), words) == "at most 1 M"
-    assert in_words(reading_that_scores(4.1, words, scores), words) == "more than 8 M"
-    assert in_words(reading_that_scores(3.0, words, scores), words) == "5.84 M"
+    equivalents = {1.5: f"{math.sqrt(2):.3g} M", 2.0: "2 M", 3.0: "5.84 M", 0.9: "at most 1 M", 4.1: "more than 8 M"}
+    for score, text in equivalents.items():  # of 2.0 the first time that the curve gets there
+        assert equivalent_words(score, words, scores) == text
 
 
 def record(arm, start, seed, words, score):
@@ -255,9 +255,7 @@ def rows_of(page: str) -> list[list[str]]:
 def test_the_report_compares_the_arms(experiment):
     page = write_experiment_report(experiment).read_text()
     rows = rows_of(page)
-    low = in_words(math.exp(math.log(1e6) + 0.4 * math.log(2)), [1e6])
-    high = in_words(math.exp(math.log(1e6) + 0.6 * math.log(2)), [1e6])
-    like = in_words(math.sqrt(2) * 1e6, [1e6])
+    low, like, high = (f"{2**t:.3g} M" for t in (0.4, 0.5, 0.6))
     assert ["1 M", "1.00", "1.50 ± 0.10", "0.75", "1.25", "9,000", like, f"{low} to {high}"] in rows
     beyond = next(row for row in rows if row[0] == "4 M")
     assert beyond[2:] == ["3.50 ± 0.00", "–", "–", "9,000", "more than 4 M", "more than 4 M"]
@@ -270,7 +268,7 @@ def test_the_report_escapes_what_models_wrote(experiment):
     assert "<script" not in page and "second at" not in page and "at 10" not in page
 
 
-class CountingJudge:
+class CountingEvaluator:
     def __init__(self, **settings):
         self.settings, self.measured = settings, []
 
@@ -284,11 +282,9 @@ def test_a_checkpoint_is_evaluated_once_for_the_same_settings(tmp_path):
     found = [reproduce.Subject("before", 0, 0, m * MILLION, Path(f"chck_{m}M")) for m in (1, 2)]
 
     def measured(**settings):
-        judge, progress = CountingJudge(**settings), Progress()
-        for subject in found:
-            progress.expect(f"evaluation/{subject.name}", 1.0)
-        reproduce.evaluate(found, tmp_path, judge, progress)
-        return judge.measured
+        evaluator = CountingEvaluator(**settings)
+        reproduce.evaluate(found, tmp_path, evaluator)
+        return evaluator.measured
 
     assert measured(stories=8) == ["chck_1M", "chck_2M"]
     assert measured(stories=8) == []
@@ -315,15 +311,15 @@ def test_the_whole_experiment(tmp_path, monkeypatch):
     small = dict(words=MILLION, n_layer=1, n_head=1, n_embd=32, vocab_size=320, batch_size=32, learning_rate=1e-2)
     scale = reproduce.Scale("demo", small, dict(steps=2, stories_per_step=8, max_new_tokens=40), (1,), 2, 1, 16)
     monkeypatch.setitem(reproduce.SCALES, "tiny", scale)
-    reproduce.main(["--out", str(tmp_path), "--device", "cpu"])
+    command.main(["--out", str(tmp_path), "--device", "cpu"])
     parts = {"pretrain", "interact/1M-0", "interact/1M-1", "random/1M-0", "reading/1M-0"}
     assert {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("config.json")} == parts
     rows = rows_of((tmp_path / "report.html").read_text())
     assert [row[0] for row in rows if row[0].startswith("1 M ")] == [
-        "1 M read", "1 M + interaction", "1 M + random reward", "1 M + more reading"
+        "1 M pretrained", "1 M + interaction", "1 M + random reward", "1 M + more pretraining"
     ]  # fmt: skip
 
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    reproduce.main(["--out", str(tmp_path), "--device", "cpu"])
+    command.main(["--out", str(tmp_path), "--device", "cpu"])
     changed = {path.name for path, time in written.items() if path.stat().st_mtime_ns != time}
     assert changed == {"experiment.json"}

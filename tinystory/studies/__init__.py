@@ -1,1 +1,1 @@
-"""The paper's experiment (scripts/reproduce.py): its runs, and the reward of its random control."""
+"""What is run over many runs, by scripts/: reproduce, scale, bench and bench_teacher. No other room imports it."""

@@ -1,35 +1,34 @@
-"""report.html for an experiment of scripts/reproduce.py: interaction compared with reading and with its controls."""
+"""report.html of an experiment of scripts/reproduce.py: interaction beside pretraining and its controls."""
 
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from tinystory.report import charts, page
 from tinystory.report.charts import Line, chart, number
+from tinystory.report.evaluation import at
 from tinystory.run.folder import LOOKS, Record, atomic_write, read_records
 
 EXPERIMENT, EVALUATION = "experiment.json", "evaluation"
 # Arm of the experiment: (name, colour).
 ARMS = {
-    "before": ("read", "plain"),
+    "before": ("pretrained", "plain"),
     "interact": ("+ interaction", "reward"),
     "random": ("+ random reward", "coherence"),
-    "reading": ("+ more reading", "readability"),
+    "reading": ("+ more pretraining", "readability"),
 }
-# The measures shown: name and path into a record's measures.
+# Measures: name, and path into a record's measures.
 SCORE = ("stories", "score_mean")
 OTHER_SCORE = ("other_openings", "score_mean")
-SEEN = {  # rewarded
+REWARDED = {
     "Score": SCORE,
     "readability": ("stories", "readability_mean"),
     "coherence": ("stories", "coherence_mean"),
     "creativity": ("stories", "creativity_mean"),
 }
-UNSEEN = {  # not rewarded
+UNREWARDED = {
     "Score, other openings": OTHER_SCORE,
     "distinct_4": ("stories", "distinct_4"),
     "self-BLEU": ("stories", "self_bleu"),
@@ -45,55 +44,47 @@ HERO = (640, 380)
 
 
 def write_experiment_report(out: Path) -> Path:
-    """Write OUT/report.html and its first figure, OUT/figure.svg. Returns the path of the page.
+    """The path of OUT/report.html, which is written with its first figure, OUT/figure.svg.
 
     Input: OUT/experiment.json, the OUT/evaluation/*.json that have the same settings, and the runs in OUT."""
-    described = json.loads((out / EXPERIMENT).read_bytes())
+    facts = json.loads((out / EXPERIMENT).read_bytes())
     records = [json.loads(path.read_bytes()) for path in (out / EVALUATION).glob("*.json")]
-    records = [record for record in records if record["settings"] == described["evaluation"]]
+    records = [record for record in records if record["settings"] == facts["evaluation"]]
     records.sort(key=lambda record: (list(ARMS).index(record["arm"]), record["words"], record["seed"]))
-    figure = chart(
-        "Teacher’s score, 0 to 9", lines(records, SCORE), x_name="words read and taken in", log_x=True, size=HERO
-    )
+    x_name = "words of pretraining and taken in"
+    figure = chart("Teacher’s score, 0 to 9", lines(records, SCORE), x_name=x_name, log_x=True, size=HERO)
     atomic_write(out / "figure.svg", charts.standalone(figure))
+    drawings = [
+        chart(name, lines(records, path), x_name="words", log_x=True, size=(420, 230))
+        for name, path in UNREWARDED.items()
+    ]
     sections = [
         page.hero(headline(records), figure),
         equivalents(records),
         measures_table(records),
-        beyond_the_score(records),
+        page.section("What was not rewarded", "", page.grid(drawings)),
         stories(out, records),
-        page.details("How it was run", page.facts([(k, shown(v)) for k, v in described.items()]), opened=True),
+        page.details("How it was run", page.facts(facts.items()), opened=True),
     ]
-    text = page.PAGE.format(
-        name="Does interaction buy what reading buys?",
-        style=charts.palette() + charts.STYLE + page.STYLE,
-        subtitle=escape(f"scale {described['scale']} · teacher {described['teacher']} · {described['device']}"),
-        sections="\n".join(filter(None, sections)),
-    )
-    atomic_write(out / "report.html", text.encode("utf-8", "replace"))
-    return out / "report.html"
+    subtitle = escape(f"scale {facts['scale']} · teacher {facts['teacher']} · {facts['device']}")
+    return page.write(out / "report.html", "Does interaction replace pretraining?", subtitle, sections)
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
-def value(record: Record, path: Sequence[str]) -> float | None:
-    """The measure at the end of a path; None if it was not taken."""
-    found: Any = record["measures"]
-    for name in path:
-        found = found.get(name) if found else None
-    return found
+def values(records: Sequence[Record], path: Sequence[str]) -> list[float]:
+    """The measure at the end of a path, of the records that have it."""
+    return [value for record in records if (value := at(record["measures"], path)) is not None]
 
 
-def spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation of the values present; None for a mean of none or a deviation of fewer than two."""
-    there = [each for each in values if each is not None]
-    mean = statistics.fmean(there) if there else None
-    return mean, statistics.stdev(there) if len(there) > 1 else None
+def mean_and_std(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """None for the mean of nothing and the standard deviation of fewer than two."""
+    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
 
 
 def of_arm(records: Sequence[Record], arm: str) -> dict[int, list[Record]]:
-    """The records of an arm, all seeds, grouped by the words read at the start (for "before": by words read)."""
+    """The records of an arm, all seeds, by the pretraining words at its start (for "before": of the student itself)."""
     groups: dict[int, list[Record]] = {}
     for record in records:
         if record["arm"] == arm:
@@ -101,107 +92,90 @@ def of_arm(records: Sequence[Record], arm: str) -> dict[int, list[Record]]:
     return groups
 
 
-def reading_that_scores(score: float, words: Sequence[int], scores: Sequence[float]) -> float:
-    """The fewest words of reading that reach the score, on the curve of `scores` at ascending `words`, interpolated
-    linearly in log(words). 0 if the first point reaches it, inf if none does."""
+def equivalent_words(score: float, words: Sequence[int], scores: Sequence[float]) -> str:
+    """The fewest words of pretraining that reach the score, in millions, on the curve of `scores` at ascending `words`,
+    interpolated linearly in log(words); outside the curve, only a bound."""
     if score <= scores[0]:
-        return 0.0
+        return f"at most {millions(words[0])}"
     for i in range(1, len(words)):
         if scores[i] >= score:
             t = (score - scores[i - 1]) / (scores[i] - scores[i - 1])
-            return math.exp(math.log(words[i - 1]) + t * math.log(words[i] / words[i - 1]))
-    return math.inf
-
-
-def in_words(reading: float, words: Sequence[int]) -> str:
-    """The result of reading_that_scores as text; outside the curve, only a bound."""
-    if reading == 0:
-        return f"at most {millions(words[0])}"
-    return f"more than {millions(words[-1])}" if math.isinf(reading) else millions(reading)
+            return millions(words[i - 1] * (words[i] / words[i - 1]) ** t)
+    return f"more than {millions(words[-1])}"
 
 
 def millions(words: float) -> str:
     return f"{words / 1e6:.3g} M"
 
 
-def plus_minus(values: Sequence[float | None]) -> str:
+def plus_minus(values: Sequence[float]) -> str:
     """Mean ± standard deviation with the same number of decimals; a dash without values."""
-    mean, deviation = spread(values)
+    mean, std = mean_and_std(values)
     if mean is None:
         return number(None)
     decimals = 2 if abs(mean) < 10 else 1
-    return f"{mean:.{decimals}f}" + ("" if deviation is None else f" ± {deviation:.{decimals}f}")
+    return f"{mean:.{decimals}f}" + ("" if std is None else f" ± {std:.{decimals}f}")
 
 
-def shown(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-# ---- the page -------------------------------------------------------------------------------------------------------
+# ---- sections -------------------------------------------------------------------------------------------------------
 
 
 def lines(records: Sequence[Record], path: Sequence[str]) -> list[Line]:
-    """One curve per arm over words read and taken in: mean over seeds, with the standard deviation as error bars."""
-    drawn = []
+    """One curve per arm over words of pretraining and taken in: mean over seeds, with the standard deviation as error
+    bars."""
+    curves = []
     for arm, (name, colour) in ARMS.items():
-        groups = list(of_arm(records, arm).values())
-        points = [spread([value(record, path) for record in group]) for group in groups]
+        groups = of_arm(records, arm).values()
+        points = [mean_and_std(values(group, path)) for group in groups]
         x = [statistics.fmean(record["words"] for record in group) for group in groups]
-        drawn.append(Line(x, [m for m, _ in points], colour, name, False, [d for _, d in points]))
-    return drawn
+        curves.append(Line(x, [mean for mean, _ in points], colour, name, False, [std for _, std in points]))
+    return curves
 
 
 def headline(records: Sequence[Record]) -> list[str]:
     """One tile per start: the score before and after interaction."""
     before, tiles = of_arm(records, "before"), []
     for start, group in of_arm(records, "interact").items():
-        ends = [value(before[start][0], SCORE), spread([value(record, SCORE) for record in group])[0]]
+        ends = [mean_and_std(values(side, SCORE))[0] for side in (before[start], group)]
         tiles.append(page.tile(f"From {millions(start)} words", page.change(ends), "teacher’s score of 9", "reward"))
     return tiles
 
 
 def equivalents(records: Sequence[Record]) -> str:
-    """How much reading reaches the score of each interaction."""
-    before, arms = of_arm(records, "before"), {arm: of_arm(records, arm) for arm in ARMS}
-    words = list(before)
-    curve = [group[0]["measures"]["stories"]["score_mean"] for group in before.values()]
+    """How much pretraining reaches the score of each interaction."""
+    arms = {arm: of_arm(records, arm) for arm in ARMS}
+    words = list(arms["before"])
+    curve = [values(group, SCORE)[0] for group in arms["before"].values()]
     rows = []
     for start, group in arms["interact"].items():
-        scores = [value(record, SCORE) for record in group]
-        mean, deviation = spread(scores)
+        mean, std = mean_and_std(values(group, SCORE))
         if mean is None:
             continue
-        nearby = [mean, *(mean + sign * (deviation or 0.0) for sign in (-1, 1))]
-        like, *around = (in_words(reading_that_scores(score, words, curve), words) for score in nearby)
-        others = [plus_minus([value(r, SCORE) for r in arms[arm].get(start, [])]) for arm in ("random", "reading")]
-        taken = statistics.fmean(record["words"] for record in group) - start
-        rows.append([
-            millions(start), plus_minus([value(before[start][0], SCORE)]), plus_minus(scores), *others, number(taken),
-            like, " to ".join(dict.fromkeys(around)),
-        ])  # fmt: skip
-    header = ["Words read", "Score", "after interaction", "after random reward", "after more reading",
-              "Words taken in", "Equivalent reading", "± one deviation"]  # fmt: skip
+        scores = [plus_minus(values(arms[arm].get(start, []), SCORE)) for arm in ARMS]
+        words_in = statistics.fmean(record["words"] for record in group) - start
+        equivalent, low, high = (equivalent_words(mean + d, words, curve) for d in (0.0, -(std or 0.0), std or 0.0))
+        around = " to ".join(dict.fromkeys((low, high)))
+        rows.append([millions(start), *scores, number(words_in), equivalent, around])
+    header = "Pretraining words|Score|after interaction|after random reward|after more pretraining|Words taken in"
     return page.section(
-        "What interaction buys",
-        "Mean and standard deviation over the seeds. “Equivalent reading” is where the curve of reading alone "
+        "What interaction is worth",
+        "Mean and standard deviation over the seeds. “Equivalent pretraining” is where the curve of pretraining alone "
         "first reaches that score, interpolated linearly in the logarithm of words; nothing is extrapolated beyond the "
-        "words read here.",
-        page.table(header, rows),
+        "words measured here.",
+        page.table([*header.split("|"), "Equivalent pretraining", "± one deviation"], rows),
     )
 
 
 def measures_table(records: Sequence[Record]) -> str:
-    columns = {name: path for name, path in (SEEN | UNSEEN).items() if any(value(r, path) is not None for r in records)}
+    columns = {name: path for name, path in (REWARDED | UNREWARDED).items() if values(records, path)}
     rows = []
-    starts = of_arm(records, "interact")
-    for start in starts:
+    for start in of_arm(records, "interact"):
         for arm, (name, _) in ARMS.items():
-            group = of_arm(records, arm).get(start, [])
-            if group:
-                measured = [plus_minus([value(record, path) for record in group]) for path in columns.values()]
-                rows.append([f"{millions(start)} {name}", *measured])
+            if group := of_arm(records, arm).get(start):
+                cells = [plus_minus(values(group, path)) for path in columns.values()]
+                rows.append([f"{millions(start)} {name}", *cells])
     return page.section(
-        "What the teacher saw and what it did not",
+        "What was rewarded and what was not",
         "Only the score and its three criteria were rewarded; with --objective demo also being different from the "
         "other stories, and an end. distinct_4: distinct word 4-grams over all 4-grams; "
         "self-BLEU: similarity of the stories to each other; copied: the longest phrase of the corpus in a story; "
@@ -210,25 +184,14 @@ def measures_table(records: Sequence[Record]) -> str:
     )
 
 
-def beyond_the_score(records: Sequence[Record]) -> str:
-    drawings = [
-        chart(name, lines(records, path), x_name="words", log_x=True, size=(420, 230)) for name, path in UNSEEN.items()
-    ]
-    return page.section("What was not rewarded", "", page.grid(drawings))
-
-
 def stories(out: Path, records: Sequence[Record]) -> str:
-    """The first story that each start's student told when it was looked at before, and at the end, with the same
-    random numbers."""
+    """The first held-out story before and after the interactions of seed 0, with the same random numbers."""
     pairs = []
     for start in of_arm(records, "interact"):
-        told = list(read_records(out / "interact" / f"{start // 10**6}M-0" / LOOKS))
-        first = {record["step"]: record for record in reversed(told)}  # of each look
+        held_out = list(read_records(out / "interact" / f"{start // 10**6}M-0" / LOOKS))
+        first = {record["step"]: record for record in reversed(held_out)}
         sides = (("before", first[min(first)]), ("after", first[max(first)]))
-        pairs.append(
-            "".join(page.story_card(r, f"{millions(start)} words read, {when} interaction") for when, r in sides)
-        )
-    return page.section(
-        "The same random numbers, before and after", "The first story of seed 0.",
-        "".join(f'<div class="pair">{pair}</div>' for pair in pairs),
-    )  # fmt: skip
+        cards = [page.story_card(record, f"{millions(start)} words, {when} interaction") for when, record in sides]
+        pairs.append(page.block("pair", "".join(cards)))
+    note = "The first story of seed 0."
+    return page.section("The same random numbers, before and after", note, "".join(pairs))
