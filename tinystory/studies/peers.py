@@ -1,48 +1,58 @@
-"""What others run instead, timed in turns with ours (`scripts/bench.py peers`): each a process of scripts/peer.py."""
+"""Other programs timed in turns with ours (`scripts/bench.py peers`), each a process of scripts/peer.py."""
 
+import dataclasses
+import json
 import statistics
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError
 from tinystory.run.paths import ROOT
+from tinystory.studies.timing import PROMPT, WORK, Setup, gemm_limit
 
 HOPELESS = 3.0  # a mode that takes so many times the fastest one's seconds is measured once
+DTYPES = ("float32", "bfloat16")
+PEERS = {  # work: the peer and its modes
+    "pretrain": ("nanogpt", tuple(f"{kind}-{dtype}" for kind in ("eager", "compile") for dtype in DTYPES)),
+    "rollout": ("transformers", DTYPES),
+    "ppo": ("trl", ("",)),
+}
 
 
 class Peer:
-    """A process of scripts/peer.py, ready to run. Raises UserError, with what it said, if it ends."""
+    """A process of scripts/peer.py, ready to run. Raises UserError, with its last line of stderr, if it ends."""
 
     def __init__(self, python: str, *arguments: str):
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process)
-        self.process = subprocess.Popen(
-            [python, str(ROOT / "scripts/peer.py"), *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True,
-        )  # fmt: skip
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process)
+        argv, pipe = [python, str(ROOT / "scripts/peer.py"), *arguments], subprocess.PIPE
+        self.process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=self.stderr, text=True)
         self.name = arguments[0]
-        self.warm_s = float(self.answer())
+        self.warm_s = self.seconds()
 
-    def answer(self) -> str:
+    def seconds(self) -> float:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
-            self.said.seek(0)
-            last = (self.said.read().strip().splitlines() or ["nothing"])[-1]
+            self.stderr.seek(0)
+            last = (self.stderr.read().strip().splitlines() or ["nothing"])[-1]
             raise UserError(f"the peer {self.name} ended with status {self.process.returncode} and said: {last}")
-        return line
+        return float(line)
 
     def run(self) -> float:
         assert self.process.stdin is not None
         self.process.stdin.write("run\n")
         self.process.stdin.flush()
-        return float(self.answer())
+        return self.seconds()
 
     def close(self) -> None:
         self.process.kill()
@@ -50,32 +60,38 @@ class Peer:
 
 
 def take_turns(
-    ours: Callable[[], float], python: str, peer: str, modes: tuple[str, ...], arguments: list[str], runs: int,
+    ours: Callable[[], float],
+    python: str,
+    peer: str,
+    modes: Sequence[str],
+    arguments: list[str],
+    runs: int,
     quiet: bool,
-) -> dict:  # fmt: skip
+) -> dict[str, Any]:
     """Median seconds of ours and of each mode of the peer, which take turns, so that a machine's drift meets both; and
     ratio, the median over the turns of the seconds of the best mode to ours (above 1: ours is faster)."""
     with ExitStack() as stack:
-        waiting: dict[str, Peer] = {}
+        peers: dict[str, Peer] = {}
         for mode in tqdm(modes, desc=f"{peer}: warm-up", unit="mode", disable=quiet):
-            waiting[mode] = Peer(python, peer, "--mode", mode, *arguments)
-            stack.callback(waiting[mode].close)
-        best_s = min(p.warm_s for p in waiting.values())
-        turns: dict[str, list[float]] = {mode: [] for mode, p in waiting.items() if p.warm_s < HOPELESS * best_s}
+            peers[mode] = Peer(python, peer, "--mode", mode, *arguments)
+            stack.callback(peers[mode].close)
+        best_s = min(process.warm_s for process in peers.values())
+        laps: dict[str, list[float]] = {mode: [] for mode, p in peers.items() if p.warm_s < HOPELESS * best_s}
         ours()  # a warm-up
         own = []
         for _ in tqdm(range(runs), desc=f"{peer}: in turns with ours", unit="turn", disable=quiet):
             own.append(ours())
-            for mode, laps in turns.items():
-                laps.append(waiting[mode].run())
-    theirs = {mode: statistics.median(turns.get(mode) or [p.warm_s]) for mode, p in waiting.items()}
-    best = min(turns, key=theirs.__getitem__)
-    ratio = statistics.median(other / our for other, our in zip(turns[best], own, strict=True))
-    found: dict = dict(ours_s=round(statistics.median(own), 4), peer=peer, best=best, ratio=round(ratio, 2))
-    return found | dict(peer_s={mode: round(s, 4) for mode, s in theirs.items()})
+            for mode, seconds in laps.items():
+                seconds.append(peers[mode].run())
+    medians = {mode: statistics.median(laps.get(mode) or [process.warm_s]) for mode, process in peers.items()}
+    best = min(laps, key=medians.__getitem__)
+    ratio = statistics.median(other / our for other, our in zip(laps[best], own, strict=True))
+    row: dict[str, Any] = dict(ours_s=round(statistics.median(own), 4), peer=peer, best=best, ratio=round(ratio, 2))
+    return row | dict(peer_s={mode: round(seconds, 4) for mode, seconds in medians.items()})
 
 
-def check(nanogpt: Path | None, trl: Path | None, batch: int | None, device: torch.device) -> None:
+def require(nanogpt: Path | None, trl: Path | None, batch: int | None, device: torch.device) -> None:
+    """Raises UserError for options with which peers cannot be timed."""
     if device.type != "cpu" or batch is not None:
         raise UserError("peers are timed on the CPU, with the batch sizes of the published figures: leave out --batch")
     if not (nanogpt or trl):
@@ -86,8 +102,39 @@ def check(nanogpt: Path | None, trl: Path | None, batch: int | None, device: tor
         raise UserError(f"--trl {trl} is no file: name the Python of an environment with trl 0.9.4, transformers 4.53")
 
 
-def table_row(bench: str, row: dict) -> str:
+def compare(
+    setup: Setup, shape: str, runs: int, nanogpt: Path | None, trl: Path | None, quiet: bool
+) -> dict[str, dict[str, Any]]:
+    """Per work that has a peer here the result of take_turns, and tokens per second beside those of the GEMMs alone.
+    Printed as a table too, unless quiet."""
+    results = {}
+    if not quiet:
+        print("| | ours | the best peer | ratio | GEMMs alone |", "|---|---|---|---|---|", sep="\n")
+    for work, (peer, modes) in PEERS.items():
+        python = str(trl or "") if peer != "nanogpt" else sys.executable if nanogpt else ""
+        if not python:
+            continue
+        if not cpu_has_bf16():  # emulated: a step takes thirty times as long
+            modes = tuple(mode for mode in modes if not mode.endswith("bfloat16"))
+        make_run, key, batches = WORK[work]
+        setup = dataclasses.replace(setup, batch=batches[shape])
+        run = make_run(setup, optimizer="adamw") if work == "pretrain" else make_run(setup)  # Muon is ours alone
+        sizes = dict(batch=setup.batch, new=setup.new, prompt=PROMPT, threads=torch.get_num_threads(), repo=nanogpt)
+        arguments = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+        arguments += ["--model", json.dumps(dataclasses.asdict(setup.config))]
+        row: dict[str, Any] = dict(batch=setup.batch)
+        row |= take_turns(lambda: run()[key], python, peer, modes, arguments, runs, quiet)  # noqa: B023
+        if work != "ppo":
+            tokens = setup.batch * (setup.config.context if work == "pretrain" else setup.new)
+            row |= dict(tokens_per_s=round(tokens / row["ours_s"], 1), gemm_limit_tokens_per_s=gemm_limit(work, setup))
+        results[work] = row
+        if not quiet:
+            print(table_row(work, row))
+    return results
+
+
+def table_row(work: str, row: dict[str, Any]) -> str:
     theirs = f"{row['peer']} {row['best']}".strip() + f", {row['peer_s'][row['best']]:.3g} s"
     limit = f"{row['gemm_limit_tokens_per_s']:,.0f} tokens/s" if "gemm_limit_tokens_per_s" in row else ""
     speed = f", {row['tokens_per_s']:,.0f} tokens/s" if limit else ""
-    return f"| {bench} | {row['ours_s']:.3g} s{speed} | {theirs} | {row['ratio']:.2f}x | {limit} |"
+    return f"| {work} | {row['ours_s']:.3g} s{speed} | {theirs} | {row['ratio']:.2f}x | {limit} |"

@@ -1,100 +1,203 @@
-"""Seconds and bytes of a call on the CPU or a GPU, and the limit that PyTorch's GEMMs set, for scripts/bench.py."""
+"""Timed work on students with random weights: a pretraining step, a rollout, a PPO iteration; how their cost grows, and
+the limit that PyTorch's GEMMs set."""
 
-import ctypes
+import dataclasses
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
+from tinystory.config import INTERACT_PRESETS, InteractConfig, PretrainConfig
+from tinystory.data.tokenizer import Tokenizer
+from tinystory.rl import ppo
 from tinystory.run.device import now
-from tinystory.student.model import StudentConfig
+from tinystory.student.generate import Story, generate
+from tinystory.student.model import Student, StudentConfig, ValueHead
+from train_pretrain import make_optimizer, train_step
+
+SHAPES = {
+    "small": StudentConfig(n_layer=4, n_head=4, n_embd=256, context=256, vocab_size=8192),
+    "gpt2s": StudentConfig(n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000),
+}
+PROMPT = 20  # tokens
+Run: TypeAlias = Callable[[], dict[str, float]]  # works once; returns seconds, and `tokens`
 
 
-def lap_timer(device: torch.device) -> Callable[[Callable], float]:
-    """A function that runs another one and returns its seconds. On a GPU it uses events, after flushing the L2 cache,
-    which also lets the host run ahead of the device."""
-    if device.type != "cuda":
+@dataclass(frozen=True)
+class Setup:
+    """batch: sequences or stories; new: tokens per story; dtype: of the GEMMs."""
 
-        def lap(f: Callable) -> float:
-            began = time.perf_counter()
-            f()
-            return time.perf_counter() - began
+    config: StudentConfig
+    batch: int
+    new: int
+    dtype: torch.dtype
+    device: torch.device
 
-        return lap
-    flush = torch.empty(2**28, dtype=torch.uint8, device=device)  # larger than any L2 cache
-
-    def lap_on_stream(f: Callable) -> float:
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        began.record()
-        f()
-        ended.record()
-        ended.synchronize()
-        return began.elapsed_time(ended) / 1000
-
-    return lap_on_stream
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
-def gemm_limit(bench: str, config: StudentConfig, batch: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Tokens per second of pretraining or of rollout if all but PyTorch's GEMMs took no time."""
-    rows, backward = (batch, False) if bench == "rollout" else (batch * config.context, True)
-    return round(rows / gemm_seconds(config, rows, dtype, device, backward), 1)
+class RandomTokenizer(Tokenizer):
+    """A stand-in for a tokenizer: every opening is the same PROMPT - 1 random tokens, and words are token ids."""
+
+    eos, pad = 2, 1
+
+    def __init__(self, vocab_size: int):
+        self.opening = torch.randint(5, vocab_size, (PROMPT - 1,)).tolist()
+
+    def encode(self, text: str) -> list[int]:
+        return self.opening
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return " ".join(map(str, ids))
 
 
-def gemm_seconds(
-    config: StudentConfig, rows: int, dtype: torch.dtype, device: torch.device, backward: bool, runs: int = 5
-) -> float:
-    """Seconds that PyTorch takes for the student's GEMMs alone over `rows` rows, with or without the backward pass."""
+def pretrain_step(setup: Setup, optimizer: str = PretrainConfig.optimizer) -> Run:
+    """Forward, backward and optimizer, as in train_pretrain.py."""
+    config, device = setup.config, setup.device
+    options = PretrainConfig(batch_size=setup.batch, optimizer=optimizer)
+    student = Student(config).to(device)
+    optim, _ = make_optimizer(student, options)
+    batch = torch.randint(0, config.vocab_size, (setup.batch, config.context + 1), device=device)
+    tokens = setup.batch * config.context
+
+    def run() -> dict[str, float]:
+        start = now(device)
+        train_step(student, optim, batch, options, setup.dtype, step=0)
+        seconds = now(device) - start
+        return dict(tokens_per_s=tokens / seconds, step_s=seconds, tokens=tokens)
+
+    return run
+
+
+def write(setup: Setup, student: Student, head: ValueHead, tokenizer: Tokenizer) -> list[Story]:
+    openings = [""] * setup.batch
+    with setup.autocast():
+        return generate(student, head, tokenizer, openings, first_index=0, max_new_tokens=setup.new, seed=0)
+
+
+def rollout(setup: Setup) -> Run:
+    """Stories from one opening, without the teacher."""
+    config, device = setup.config, setup.device
+    student, head = Student(config).to(device), ValueHead(config.n_embd).to(device)
+    tokenizer = RandomTokenizer(config.vocab_size)
+
+    def run() -> dict[str, float]:
+        start = now(device)
+        stories = write(setup, student, head, tokenizer)
+        seconds = now(device) - start
+        tokens = sum(len(story.tokens) for story in stories)  # random weights: one draw in V ends its story
+        return dict(tokens_per_s=tokens / seconds, rollout_s=seconds, tokens=tokens)
+
+    return run
+
+
+def ppo_iteration(setup: Setup, epochs: int = 4) -> Run:
+    """Rollout, reference pass and PPO epochs, with a constant reward."""
+    config, device, sizes = setup.config, setup.device, dict(stories_per_step=setup.batch, max_new_tokens=setup.new)
+    options = InteractConfig(**INTERACT_PRESETS["paper"] | sizes | dict(epochs=epochs))
+    student, head = Student(config).to(device), ValueHead(config.n_embd).to(device)
+    tokenizer = RandomTokenizer(config.vocab_size)
+    reference = Student(config).to(device).requires_grad_(False)
+    reference.load_state_dict(student.state_dict())
+    weights = [*student.parameters(), *head.parameters()]
+    rates = options.learning_rate, options.sharpness_rate, options.adam_eps
+    optimizer = ppo.SharpAdam(student.ln_f, weights, *rates)
+    rewards = torch.full((setup.batch,), 0.5, device=device)
+    kl = ppo.AdaptiveKL(options.kl_coef, options.kl_target, options.kl_horizon)
+
+    def run() -> dict[str, float]:
+        start = now(device)
+        stories = write(setup, student, head, tokenizer)
+        batch = ppo.collate(stories, tokenizer, device)
+        generated = now(device)
+        with setup.autocast():
+            under_reference = ppo.read_reference(reference, batch, 1.0, options.micro_batch_size, states=False)
+        read = now(device)
+        ppo.step(student, head, optimizer, kl, batch, *under_reference, rewards, options, setup.autocast)
+        end = now(device)
+        seconds = dict(total_s=end - start, rollout_s=generated - start)
+        seconds |= dict(update_s=end - generated, reference_s=read - generated)
+        return seconds | dict(tokens=sum(len(story.tokens) for story in stories))
+
+    return run
+
+
+# Name: what makes its run, the key of its seconds, the default batch size of each shape.
+WORK: dict[str, tuple[Callable[..., Run], str, dict[str, int]]] = {
+    "pretrain": (pretrain_step, "step_s", {"small": 16, "gpt2s": 4}),
+    "rollout": (rollout, "rollout_s", {"small": 64, "gpt2s": 64}),
+    "ppo": (ppo_iteration, "total_s", {"small": 64, "gpt2s": 16}),
+}
+
+
+def medians(run: Run, runs: int) -> dict[str, float]:
+    """The medians over runs after a warm-up."""
+    laps = [run() for _ in range(runs + 1)][1:]
+    return {name: statistics.median(lap[name] for lap in laps) for name in laps[0]}
+
+
+VARIED = {  # quantity: the parts whose cost depends on it
+    "batch": ("pretrain", "rollout", "update"),
+    "context": ("pretrain",),
+    "vocabulary": ("pretrain", "rollout", "update"),
+    "length": ("rollout", "update"),
+}
+
+
+def growth(setup: Setup, runs: int, quiet: bool) -> dict[str, Any]:
+    """Microseconds per token of each part (update: reference pass and one PPO epoch) as one quantity at a time goes
+    from 1/8 to 8 times its value in the shape, doubling.
+
+    A longer context has fewer sequences, so that the tokens per step are fixed; a longer story has the context that it
+    needs."""
+    base = dict(batch=setup.batch, context=setup.config.context, vocabulary=setup.config.vocab_size, length=setup.new)
+    times: dict[str, dict[str, dict[int, float]]] = {}
+    points = [(quantity, power) for quantity in VARIED for power in range(-3, 4)]
+    for quantity, power in tqdm(points, desc="growth", unit="point", disable=quiet):
+        sizes = base | {quantity: int(base[quantity] * 2.0**power)}
+        if quantity == "context":
+            sizes["batch"] = int(setup.batch / 2.0**power)
+        for part in VARIED[quantity] if min(sizes.values()) >= 1 else ():
+            context = sizes["context"] if part == "pretrain" else max(base["context"], PROMPT + sizes["length"])
+            config = dataclasses.replace(setup.config, context=context, vocab_size=sizes["vocabulary"])
+            varied = dataclasses.replace(setup, config=config, batch=sizes["batch"], new=sizes["length"])
+            run = ppo_iteration(varied, epochs=1) if part == "update" else WORK[part][0](varied)
+            lap = medians(run, runs)
+            us = 1e6 * lap["update_s" if part == "update" else WORK[part][1]] / lap["tokens"]
+            times.setdefault(quantity, {}).setdefault(part, {})[sizes[quantity]] = round(us, 3)
+    return dict(base=base, us_per_token=times)
+
+
+def gemm_limit(work: str, setup: Setup, runs: int = 5) -> float:
+    """Tokens per second of pretraining or of a rollout if all but the GEMMs, as PyTorch does them, took no time."""
+    config, device, backward = setup.config, setup.device, work == "pretrain"
+    rows = setup.batch * config.context if backward else setup.batch
     C, L, V = config.n_embd, config.n_layer, config.vocab_size
     total = 0.0
     for k, n, times in ((C, 3 * C, L), (C, C, L), (C, 4 * C, L), (4 * C, C, L), (C, V, 1)):
-        shapes = [(rows, k, n), (rows, n, k), (n, rows, k)] if backward else [(rows, k, n)]
-        for m, inner, out in shapes:
-            x, w = (torch.randn(s, dtype=dtype, device=device) for s in ((m, inner), (out, inner)))
+        for m, inner, out in [(rows, k, n), (rows, n, k), (n, rows, k)] if backward else [(rows, k, n)]:
+            x, w = (torch.randn(shape, dtype=setup.dtype, device=device) for shape in ((m, inner), (out, inner)))
             laps = []
             for _ in range(runs):
-                began = now(device)
+                start = now(device)
                 F.linear(x, w)
-                laps.append(now(device) - began)
+                laps.append(now(device) - start)
             total += times * statistics.median(laps)
-    return total
+    return round(rows / total, 1)
 
 
-def held_mb(f: Callable, device: torch.device) -> float | None:
-    """Peak memory of one call beyond the memory in use before it, in MB. On a CPU freed memory is first returned to the
-    system, and the call runs in a new thread, so that memory which a thread keeps between calls is counted too."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        f()
-        return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
-    try:  # Linux: 5 resets the high-water mark to the resident memory
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status_kb("VmRSS")
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(f).result()
-        return round((status_kb("VmHWM") - before) / 1024, 1)
-    except OSError:
-        return None
-
-
-def status_kb(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def profile(run: Callable, device: torch.device) -> None:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+def profile(run: Run, device: torch.device) -> None:
+    """Print the operators of one run that take longest."""
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(
+        activities=[kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU]
+    ) as profiler:
         run()
-    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    key = f"self_{device.type}_time_total"
     print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=40), file=sys.stderr)

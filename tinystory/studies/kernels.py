@@ -1,0 +1,178 @@
+"""Our operators beside PyTorch's own: seconds and memory, and on a GPU the rate beside its limit."""
+
+import contextlib
+import ctypes
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tinystory import ops
+from tinystory.studies.timing import PROMPT, Setup
+
+SDPA_BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+ROWS = 64  # stories that are decoded at a time
+UNITS = {"flops": ("tflop_s", 1e12), "bytes": ("gb_s", 1e9)}
+# Ours, PyTorch's, and the number of floating-point operations, or of bytes that must be read.
+Operator: TypeAlias = tuple[Callable[[], Any], Callable[[], Any], str, float]
+
+
+def sdpa(qkv: Tensor, backend: str = "") -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    with sdpa_kernel(getattr(SDPBackend, backend)) if backend else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def backward(f: Callable[..., Tensor], *arguments: Any) -> Callable[[], None]:
+    return lambda: f(*arguments).sum().backward()
+
+
+def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
+    """The operators by name, and the leaves that they leave gradients in: attention's qkv, hidden states, weight."""
+    B, T, H, C, V = setup.batch, setup.config.context, setup.config.n_head, setup.config.n_embd, setup.config.vocab_size
+    D, N, device = C // H, B * T, setup.device
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(setup.dtype).requires_grad_()
+
+    qkv, hidden, weight = random(B, T, 3, H, D), random(N, C), random(V, C)
+    targets, rows = torch.randint(V, (N,), device=device), torch.arange(ROWS, device=device)
+    logits = random(ROWS, V).detach()
+    new, prefix, cache = (random(*n, H, D).detach() for n in ((ROWS, 3), (PROMPT, 2), (ROWS, T - PROMPT, 2)))
+    whole = torch.cat([prefix.expand(ROWS, *prefix.shape), cache], 1)
+    lengths = torch.randint((T - PROMPT) // 2, T - PROMPT, (ROWS,), device=device)
+    spans = torch.tensor([[0, PROMPT]] * ROWS, device=device)
+    valid = (torch.arange(T, device=device) <= PROMPT + lengths[:, None])[:, None, None]
+
+    def log_softmax() -> Tensor:
+        log_p = F.linear(hidden, weight).float().log_softmax(-1)
+        return log_p.gather(1, targets[:, None]).sum() - 0.01 * (log_p.exp() * log_p).sum()
+
+    def logprob_and_entropy() -> Tensor:
+        logprob, entropy = ops.token_logprob(hidden, weight, targets)
+        return logprob.sum() + 0.01 * entropy.sum()
+
+    def multinomial() -> tuple[Tensor, Tensor]:
+        log_p = logits.float().log_softmax(-1)
+        p = log_p.exp()
+        tokens = p.multinomial(1)
+        return log_p.gather(1, tokens), -(p * log_p).sum(-1)
+
+    def masked_sdpa() -> Tensor:
+        whole[rows, PROMPT + lengths] = new[:, 1:]
+        k, v = whole.transpose(1, 3).unbind(2)
+        return F.scaled_dot_product_attention(new[:, 0, :, None], k, v, attn_mask=valid)
+
+    def sample() -> Any:
+        return ops.sample(logits, seed=0, rows=rows, step=0)
+
+    def decode() -> Tensor:
+        return ops.decode_attention(new, prefix, spans, cache, lengths)
+
+    logprob = backward(lambda: ops.token_logprob(hidden, weight, targets)[0])
+    cross_entropy = backward(ops.cross_entropy, hidden, weight, targets)
+    linear_loss = backward(lambda: F.cross_entropy(F.linear(hidden, weight), targets))
+    loss_flops, attention_flops = 6.0 * N * C * V, 7.0 * B * H * T * T * D  # causal: half of two GEMMs, then of five
+    cached = (PROMPT + int(lengths.sum())) * 2 * C * setup.dtype.itemsize
+    return {
+        "attention": (backward(ops.causal_attention, qkv), backward(sdpa, qkv), "flops", attention_flops),
+        "token_logprob": (logprob, linear_loss, "flops", loss_flops),
+        "token_logprob_entropy": (backward(logprob_and_entropy), backward(log_softmax), "flops", loss_flops),
+        "cross_entropy": (cross_entropy, linear_loss, "flops", loss_flops),
+        "sample": (sample, multinomial, "bytes", ROWS * V * setup.dtype.itemsize),
+        "decode_attention": (decode, masked_sdpa, "bytes", cached),
+    }, [qkv, hidden, weight]
+
+
+def compare(setup: Setup, runs: int) -> dict[str, dict[str, Any]]:
+    """Per operator: median milliseconds of ours and PyTorch's, alternating; their ratio (above 1: ours is faster); peak
+    memory beyond the inputs in MB (null if the system does not report it). On a GPU also every backend of SDPA, the
+    best of which counts as PyTorch's, and our achieved TFLOP/s or GB/s beside the rate of a GEMM and of a copy."""
+    table, leaves = operators(setup)
+    device = setup.device
+    flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+
+    def medians(*functions: Callable) -> list[float]:
+        times: list[list[float]] = [[] for _ in functions]
+        for _ in range(runs + 1):
+            for f, laps in zip(functions, times, strict=True):
+                for tensor in leaves:
+                    tensor.grad = None
+                laps.append(seconds(f, flush))
+        return [statistics.median(laps[1:]) for laps in times]
+
+    limits: dict[str, float] = {}
+    if flush is not None:
+        a, big = torch.randn(8192, 8192, device=device).to(setup.dtype), torch.empty_like(flush)
+        gemm, copy = medians(lambda: a @ a, lambda: big.clone())
+        limits = dict(flops=2 * 8192**3 / gemm, bytes=2 * 2**28 / copy)
+        del a, big
+    results: dict[str, dict[str, float | None]] = {}
+    for name, (ours, theirs, unit, amount) in table.items():
+        ours_s, theirs_s = medians(ours, theirs)
+        row: dict[str, float | None] = dict(ours_ms=round(1000 * ours_s, 3))
+        if name == "attention" and flush is not None:
+            backends = {}
+            for backend in SDPA_BACKENDS:
+                try:
+                    (backends[backend],) = medians(backward(sdpa, leaves[0], backend))
+                except RuntimeError as error:  # unsupported for this dtype or GPU, or out of memory
+                    print(f"SDPA's {backend}: {str(error).splitlines()[0]}", file=sys.stderr)
+            theirs_s = min(backends.values())
+            row |= {f"{backend.lower()}_ms": round(1000 * lap, 3) for backend, lap in backends.items()}
+        row |= dict(torch_ms=round(1000 * theirs_s, 3), ratio=round(theirs_s / ours_s, 2))
+        if limits:
+            key, scale = UNITS[unit]
+            row |= {key: round(amount / ours_s / scale, 1), f"limit_{key}": round(limits[unit] / scale, 1)}
+        row |= dict(ours_mb=peak_mb(ours, device), torch_mb=peak_mb(theirs, device))
+        results[name] = row
+    return results
+
+
+def seconds(f: Callable, flush: Tensor | None) -> float:
+    """Seconds of a call. On a GPU they are measured by events, after `flush`, larger than the L2 cache, is overwritten,
+    which also lets the host run ahead of the device."""
+    if flush is None:
+        began = time.perf_counter()
+        f()
+        return time.perf_counter() - began
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    flush.zero_()
+    start.record()
+    f()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def peak_mb(f: Callable, device: torch.device) -> float | None:
+    """Peak memory of one call beyond the memory in use before it, in MB. On a CPU freed memory is first returned to the
+    system, and the call runs in a new thread, so that memory which a thread keeps between calls is counted too."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        f()
+        return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    try:  # Linux: 5 resets the high-water mark to the resident memory
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status_kb("VmRSS")
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(f).result()
+        return round((status_kb("VmHWM") - before) / 1024, 1)
+    except OSError:
+        return None
+
+
+def status_kb(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
