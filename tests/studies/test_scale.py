@@ -25,6 +25,7 @@ from tinystory.studies.scale import (
     scaled,
     step,
 )
+from tinystory.studies.timing import SHAPES
 
 H100 = Gpu(flops=4e14, bandwidth=2e12, layer_s=2e-5)
 SECONDS = st.floats(0.001, 10.0)
@@ -33,17 +34,17 @@ SECONDS = st.floats(0.001, 10.0)
 def simulated(parts: Student, work: Work, servers: int, at_once: int, latency: float, ahead: bool) -> float:
     """Seconds per step of a loop on one GPU, step by step: each story takes the first slot that is free."""
     free = [0.0] * (servers * at_once)
-    seconds = dict(write=parts.write(work.stories), read=parts.read(work.stories))
+    seconds = dict(rollout=parts.rollout(work.stories), reference=parts.reference(work.stories))
     now, graded, ends = 0.0, [], []
 
     def write() -> None:
         nonlocal now
-        now += seconds["write"]
+        now += seconds["rollout"]
         for _ in range(work.stories):
             done = max(now, heapq.heappop(free)) + latency
             heapq.heappush(free, done)
         graded.append(max(free))
-        now += seconds["read"]
+        now += seconds["reference"]
 
     if ahead:
         write()
@@ -87,7 +88,7 @@ def test_more_of_anything_is_no_slower_and_a_larger_student_is(name, gpus, serve
     assert max(took(gpus=2 * gpus).seconds, took(servers=2 * servers).seconds) <= here.seconds * (1 + 1e-9)
     assert took(link=1e9).exchange >= here.exchange and (gpus > 1) == (here.exchange > 0)
     larger = [*STUDENTS][min([*STUDENTS].index(name) + 1, len(STUDENTS) - 1)]
-    assert took(larger).write >= here.write and took(larger).update >= here.update
+    assert took(larger).rollout >= here.rollout and took(larger).update >= here.update
 
 
 def test_limits_name_what_bounds_them():
@@ -97,7 +98,7 @@ def test_limits_name_what_bounds_them():
     def bound(teacher: Teacher, servers: int = 1) -> str:
         return step(student, teacher, work, 1, servers, link=5e10).bottleneck
 
-    assert bound(Teacher(1e9, 1e-6, 1e9, "")) == "updating"
+    assert bound(Teacher(1e9, 1e-6, 1e9, "")) == "update"
     assert bound(Teacher(1.0, 1.0, 1e9, "")) == "teacher's rate"
     assert bound(Teacher(1.0, 1.0, 1e9, ""), servers=360) == "teacher's latency"
     assert bound(Teacher(1e9, 1e-6, 10.0, "")) == "client"
@@ -119,25 +120,28 @@ def test_a_known_student_costs_what_its_flops_and_bytes_do():
     n = parameters(STUDENTS["124M"])
     assert n == pytest.approx(124e6, rel=0.01) and parameters(STUDENTS["1.5B"]) == pytest.approx(1.56e9, rel=0.01)
     student = estimated(STUDENTS["124M"], Gpu(4e14, 2e12, 0.0), 90)
-    assert student.write.fixed == pytest.approx(90 * 2 * n / 2e12)
-    assert student.update.each == pytest.approx(6 * n * 110 / 4e14)
+    assert student.rollout.fixed == pytest.approx(90 * 2 * n / 2e12)
+    assert student.update.per_story == pytest.approx(6 * n * 110 / 4e14)
 
 
-def test_measured_costs_come_back_from_the_lines_of_a_benchmark():
-    shapes = {"tiny": StudentConfig(n_layer=1, n_head=1, n_embd=16, context=64, vocab_size=300)}
+def test_measured_costs_come_back_from_the_lines_of_a_benchmark(monkeypatch):
+    tiny = StudentConfig(n_layer=1, n_head=1, n_embd=16, context=64, vocab_size=300)
+    monkeypatch.setitem(SHAPES, "tiny", tiny)
 
     def line(batch):  # writing 2 + 0.5 each, reading 1 + 0.1, a gradient step 3 + 0.2; four of them
         read = 1 + 0.1 * batch
         update = read + 4 * (3 + 0.2 * batch)
         return dict(shape="tiny", batch=batch, new=10, rollout_s=2 + 0.5 * batch, reference_s=read, update_s=update)
 
-    (student,) = measured([line(64), line(16)], shapes, tokens=20)
-    for cost, expected in zip((student.write, student.read, student.update), ((4, 1), (2, 0.2), (6, 0.4)), strict=True):
+    (student,) = measured([line(64), line(16)], tokens=20)
+    for cost, expected in zip(
+        (student.rollout, student.reference, student.update), ((4, 1), (2, 0.2), (6, 0.4)), strict=True
+    ):
         assert cost == pytest.approx(expected)
-    (alone,) = measured([line(16)], shapes, tokens=10)
-    assert alone.write == pytest.approx((0, 10 / 16)) and scaled([alone], shapes["tiny"]) == alone
+    (alone,) = measured([line(16)], tokens=10)
+    assert alone.rollout == pytest.approx((0, 10 / 16)) and scaled([alone], tiny) == alone
     twice = scaled([alone, student], STUDENTS["1M"])
-    assert twice.write.each / alone.write.each == pytest.approx(twice.parameters / alone.parameters)
+    assert twice.rollout.per_story / alone.rollout.per_story == pytest.approx(twice.parameters / alone.parameters)
     assert twice.source.startswith("scaled")
 
 
@@ -148,7 +152,7 @@ def test_the_table_says_what_is_measured_and_what_is_assumed(tmp_path, capsys):
     assert said.count("cheapest") == said.count("fastest") == 2
     line = dict(shape="gpt2s", batch=16, new=90, rollout_s=0.9, reference_s=0.3, update_s=4.3, tokens=1440)
     (tmp_path / "ppo").write_text(json.dumps(line) + "\n")
-    (tmp_path / "teacher").write_text(json.dumps(dict(one_per_s=8.0, latency_s=1.0)))
+    (tmp_path / "teacher").write_text(json.dumps(dict(one_per_s=8.0, rubric_first_s=1.0)))
     measured = ["--bench", str(tmp_path / "ppo"), "--teacher-bench", str(tmp_path / "teacher")]
     command.main(["--students", "124M", "--gpus", "1", "--servers", "1", "3", "--story-price", "0.001", *measured])
     said = capsys.readouterr().out
@@ -164,7 +168,6 @@ def test_the_table_says_what_is_measured_and_what_is_assumed(tmp_path, capsys):
         ("--mfu nan", "--mfu"),
         ("--gpu-price -1", "--gpu-price"),
         ("--gpus 0", "--gpus"),
-        ("--latency 1", "--stories-per-s"),
         ("--bench no/such/file", "cannot read"),
         ("--bench pyproject.toml", "no line of"),
     ],

@@ -1,17 +1,30 @@
-"""What bounds interaction at scale: the arithmetic of scripts/scale.py, and nothing that is measured.
+"""What bounds interaction at scale: a model of a step's seconds, its forecast, and a check against real runs.
 
-A step is what train_interact.py does: write stories, read them under the frozen reference while the teacher grades,
-wait for the last grade, update. Every part is a sum of a fixed cost and a cost per story, on the slowest GPU; the
-parts' costs come from a benchmark (`measured`, `scaled`) or from a GPU's rates (`estimated`).
+A step is what train_interact.py does: generate stories, compute their log-probabilities under the reference while the
+teacher grades, wait for the last grade, update. Every part has a fixed cost and a cost per story, on the slowest GPU;
+the costs come from a benchmark (`measured`, `scaled`) or from a GPU's rates (`estimated`).
 """
 
+import argparse
+import contextlib
+import json
 import math
+import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from tinystory.config import INTERACT_PRESETS, InteractConfig
+from tinystory.run.errors import UserError
+from tinystory.run.folder import read_metrics
+from tinystory.run.paths import ROOT
 from tinystory.student.memory import parameters
 from tinystory.student.model import StudentConfig
+from tinystory.studies.dummy_server import SLOTS, dummy_server
+from tinystory.studies.timing import PROMPT, SHAPES
 
 STUDENTS = {  # the demo's, one between, and the family of GPT-2
     "1M": StudentConfig(n_layer=4, n_head=4, n_embd=128, context=256, vocab_size=2048),
@@ -21,39 +34,36 @@ STUDENTS = {  # the demo's, one between, and the family of GPT-2
     "774M": StudentConfig(n_layer=36, n_head=20, n_embd=1280, context=1024, vocab_size=50_257),
     "1.5B": StudentConfig(n_layer=48, n_head=25, n_embd=1600, context=1024, vocab_size=50_257),
 }
-PROMPT = 20  # tokens of an opening
 HALF, FULL, ADAM = 2, 4, 28  # bytes per parameter: bfloat16, float32, and what Adam reads and writes
 GRADING, REPLY = 150, 6  # tokens of a request that are in no prefix cache, and of a reply
 
 
 class Cost(NamedTuple):
-    """Seconds of a pass over stories on one GPU: `fixed`, and `each` per story; nothing for no story."""
+    """Seconds of a pass over stories on one GPU; none for no story."""
 
     fixed: float
-    each: float
+    per_story: float
 
     def __call__(self, stories: float) -> float:
-        return self.fixed + self.each * stories if stories else 0.0
+        return self.fixed + self.per_story * stories if stories else 0.0
 
     def times(self, factor: float) -> "Cost":
-        return Cost(self.fixed * factor, self.each * factor)
+        return Cost(self.fixed * factor, self.per_story * factor)
 
 
-@dataclass(frozen=True)
-class Student:
-    """write: all stories of a step; read: under the reference; update: one gradient step."""
+class Student(NamedTuple):
+    """rollout: all stories of a step; reference: their log-probabilities; update: one gradient step."""
 
     parameters: int
-    write: Cost
-    read: Cost
+    rollout: Cost
+    reference: Cost
     update: Cost
     source: str
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """per_s: stories per second of one server that is kept busy. latency: seconds of a reply. client_per_s: stories
-    per second that our client, which is one process, can ask for."""
+class Teacher(NamedTuple):
+    """per_s: stories per second of one busy server. latency: seconds of a reply. client_per_s: stories per second that
+    our client, which is one process, can request."""
 
     per_s: float
     latency: float
@@ -62,34 +72,28 @@ class Teacher:
 
     def seconds(self, stories: int, servers: int) -> tuple[float, str]:
         """From the last story's end to the last grade, when all end at once (later than if some end early); and what
-        bounds it. Of Little's law, a server works on per_s * latency stories at a time, so stories go in waves."""
-        at_once = max(1, round(self.per_s * self.latency))
-        waves = math.ceil(stories / (at_once * servers))
-        client = stories / self.client_per_s
-        graded = max(self.latency, waves * at_once / self.per_s)
+        bounds it. By Little's law, a server works on per_s * latency stories at a time, so stories go in waves."""
+        slots = max(1, round(self.per_s * self.latency))
+        waves = math.ceil(stories / (slots * servers))
+        client, graded = stories / self.client_per_s, max(self.latency, waves * slots / self.per_s)
         if client > graded:
             return client, "client"
         return graded, "teacher's latency" if waves == 1 else "teacher's rate"
 
-    def sustained(self, stories: int, servers: int) -> float:
-        """Seconds for so many stories when there is always a next one."""
-        return max(stories / (self.per_s * servers), stories / self.client_per_s)
 
-
-@dataclass(frozen=True)
-class Work:
-    """A step: stories, PPO epochs over them, and stories per gradient step."""
+class Work(NamedTuple):
+    """A step: stories, PPO epochs over them, and stories per gradient step (0 means all)."""
 
     stories: int
     epochs: int
-    minibatch: int  # 0 means all
+    minibatch: int
 
 
 class Step(NamedTuple):
-    """Seconds of each part of a step, and of the whole step of a loop that asks one step ahead."""
+    """Seconds of each part of a step, and of the whole step of a loop that requests grades one step ahead."""
 
-    write: float
-    read: float
+    rollout: float
+    reference: float
     wait: float
     update: float
     exchange: float  # the sum of gradients over the GPUs
@@ -98,7 +102,7 @@ class Step(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        return self.write + self.read + self.wait + self.update + self.exchange
+        return sum(self[:5])
 
     @property
     def gain(self) -> float:
@@ -107,26 +111,26 @@ class Step(NamedTuple):
 
 def step(student: Student, teacher: Teacher, work: Work, gpus: int, servers: int, link: float) -> Step:
     """link: bytes per second at which a GPU sends gradients. Stories and minibatches are split over the GPUs, the
-    slowest of which counts; the teacher grades while the reference reads."""
-    mine = math.ceil(work.stories / gpus)
-    write, read = student.write(mine), student.read(mine)
+    slowest of which counts; the teacher grades during the reference pass."""
+    stories = math.ceil(work.stories / gpus)
+    rollout, reference = student.rollout(stories), student.reference(stories)
     minibatch = min(work.minibatch or work.stories, work.stories)
     whole, rest = divmod(work.stories, minibatch)
-    update = whole * student.update(math.ceil(minibatch / gpus)) + student.update(math.ceil(rest / gpus))
+    epoch = whole * student.update(math.ceil(minibatch / gpus)) + student.update(math.ceil(rest / gpus))
     updates = work.epochs * math.ceil(work.stories / minibatch)
     exchange = updates * 2 * (gpus - 1) / gpus * FULL * student.parameters / link  # a ring
-    graded, why = teacher.seconds(work.stories, servers)
-    parts = dict(write=write, read=read, wait=max(0.0, graded - read), update=work.epochs * update, exchange=exchange)
-    names = dict(write="writing", read="reading", wait=why, update="updating", exchange="gradients")
-    busy = sum(parts.values()) - parts["wait"]
-    # Ahead: between the end of a story and the need for its grade lie a step, a reading and the waits of two steps.
-    ahead = busy + max(0.0, graded - read - busy) / 2
-    ahead = max(ahead, teacher.sustained(work.stories, servers))
-    return Step(**parts, bottleneck=names[max(parts, key=parts.__getitem__)], ahead=ahead)
+    graded, bound = teacher.seconds(work.stories, servers)
+    seconds = (rollout, reference, max(0.0, graded - reference), work.epochs * epoch, exchange)
+    bounds = ("rollout", "reference", bound, "update", "gradients")
+    busy = sum(seconds) - seconds[2]
+    # Ahead: between the end of a story and the need for its grade lie a step, a reference pass and the waits of two
+    # steps; and the teacher and the client always have a next story.
+    ahead = busy + max(0.0, graded - reference - busy) / 2
+    ahead = max(ahead, work.stories / (teacher.per_s * servers), work.stories / teacher.client_per_s)
+    return Step(*seconds, bottleneck=bounds[seconds.index(max(seconds))], ahead=ahead)
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """Assumed rates: FLOP/s and bytes/s that are reached, and seconds per layer of a pass that no rate explains."""
 
     flops: float
@@ -140,12 +144,10 @@ def estimated(shape: StudentConfig, gpu: Gpu, tokens: int) -> Student:
     n, layer = parameters(shape), gpu.layer_s * shape.n_layer
     cached = 2 * HALF * shape.n_layer * shape.n_embd * (PROMPT + tokens / 2)  # bytes per story
     forward = 2 * n * (PROMPT + tokens) / gpu.flops
+    per_story = tokens * (2 * n / gpu.flops + cached / gpu.bandwidth)
+    rollout = Cost(tokens * (layer + HALF * n / gpu.bandwidth), per_story)
     return Student(
-        n,
-        write=Cost(tokens * (layer + HALF * n / gpu.bandwidth), tokens * (2 * n / gpu.flops + cached / gpu.bandwidth)),
-        read=Cost(layer, forward),
-        update=Cost(3 * layer + ADAM * n / gpu.bandwidth, 3 * forward),
-        source="estimate",
+        n, rollout, Cost(layer, forward), Cost(3 * layer + ADAM * n / gpu.bandwidth, 3 * forward), "estimate"
     )
 
 
@@ -156,32 +158,28 @@ def estimated_teacher(parameters: int, gpu: Gpu, client_per_s: float) -> Teacher
     return Teacher(1 / per_story, latency, client_per_s, "estimate")
 
 
-def measured(lines: Sequence[dict[str, Any]], shapes: dict[str, StudentConfig], tokens: int) -> list[Student]:
+def measured(lines: Sequence[dict[str, Any]], tokens: int) -> list[Student]:
     """One student per shape in the lines of `bench.py ppo`, writing stories of `tokens` tokens. Two batches give fixed
     costs and costs per story, one the latter alone."""
-    of_shape: dict[str, list[dict[str, Any]]] = {}
+    by_shape: dict[str, list[dict[str, Any]]] = {}
     for line in sorted(lines, key=lambda line: line["batch"]):
-        of_shape.setdefault(line["shape"], []).append(line)
+        by_shape.setdefault(line["shape"], []).append(line)
 
     def fit(laps: list[dict[str, Any]], seconds: Callable[[dict[str, Any]], float]) -> Cost:
         (few, least), (many, most) = ((lap["batch"], seconds(lap) * tokens / lap["new"]) for lap in (laps[0], laps[-1]))
-        each = least / few
+        per_story = least / few
         if many > few:
-            each = min(max((most - least) / (many - few), 0.0), each)  # two noisy figures give no negative cost
-        return Cost(least - each * few, each)
+            per_story = min(max((most - least) / (many - few), 0.0), per_story)  # noise gives no negative cost
+        return Cost(least - per_story * few, per_story)
 
-    return [
-        Student(
-            parameters(shapes[shape]),
-            write=fit(laps, lambda lap: lap["rollout_s"]),
-            read=fit(laps, lambda lap: lap["reference_s"]),
-            update=fit(
-                laps, lambda lap: (lap["update_s"] - lap["reference_s"]) / 4
-            ),  # its update: reading, four epochs
-            source="measured",
-        )
-        for shape, laps in of_shape.items()
-    ]
+    students = []
+    for shape, laps in by_shape.items():
+        rollout, reference = (fit(laps, lambda lap, key=key: lap[key]) for key in ("rollout_s", "reference_s"))
+        update = fit(
+            laps, lambda lap: (lap["update_s"] - lap["reference_s"]) / 4
+        )  # of a reference pass and four epochs
+        students.append(Student(parameters(SHAPES[shape]), rollout, reference, update, "measured"))
+    return students
 
 
 def scaled(students: Sequence[Student], shape: StudentConfig) -> Student:
@@ -189,5 +187,108 @@ def scaled(students: Sequence[Student], shape: StudentConfig) -> Student:
     n = parameters(shape)
     nearest = min(students, key=lambda student: abs(math.log(student.parameters / n)))
     x = n / nearest.parameters
-    write, read, update = (cost.times(x) for cost in (nearest.write, nearest.read, nearest.update))
-    return Student(n, write, read, update, source="measured" if x == 1 else f"scaled x{x:.3g}")
+    return Student(n, *(cost.times(x) for cost in nearest[1:4]), "measured" if x == 1 else f"scaled x{x:.3g}")
+
+
+# ---- the forecast ---------------------------------------------------------------------------------------------------
+
+HEAD = (
+    "student  rates       GPUs  servers |  rollout     ref.     wait   update    grads     step | bottleneck       "
+    "    hours      cost   one step ahead"
+)
+
+
+def forecast(a: argparse.Namespace) -> None:
+    """Print a table of the options of scripts/scale.py."""
+    config = InteractConfig(**INTERACT_PRESETS[a.preset])
+    tokens, work = config.max_new_tokens, Work(config.stories_per_step, config.epochs, config.minibatch_size)
+    gpu = Gpu(a.peak_tflops * 1e12 * a.mfu, a.bandwidth * 1e9, a.layer_us * 1e-6)
+    keys = ("shape", "batch", "new", "rollout_s", "reference_s", "update_s")
+    students = measured(read_lines(a.bench, keys), tokens) if a.bench else []
+    if a.teacher_bench:
+        line = read_lines(a.teacher_bench, ("one_per_s", "rubric_first_s"))[-1]
+        teacher = Teacher(line["one_per_s"], line["rubric_first_s"], a.client_per_s, "measured")
+    else:
+        teacher = estimated_teacher(int(a.teacher_parameters), gpu, a.client_per_s)
+    print(
+        f"{a.preset}: {config.steps} steps of {work.stories} stories of {tokens} tokens, {work.epochs} epochs\n"
+        f"teacher ({teacher.source}): {teacher.per_s:.3g} stories/s per server, {teacher.latency:.3g} s per reply; "
+        f"client: {teacher.client_per_s:g} stories/s"
+    )
+    if not students or teacher.source == "estimate":
+        print(
+            f"an estimate is no measurement: {a.peak_tflops:g} TFLOP/s at an assumed MFU of {a.mfu:g}, {a.bandwidth:g} "
+            f"GB/s, {a.layer_us:g} us per layer"
+        )
+    print(HEAD)
+    grades = config.steps * work.stories * a.story_price
+    for name in a.students:
+        student = scaled(students, STUDENTS[name]) if students else estimated(STUDENTS[name], gpu, tokens)
+        steps = {(g, s): step(student, teacher, work, g, s, a.link * 1e9) for g in a.gpus for s in a.servers}
+        hours = {key: config.steps * row.seconds / 3600 for key, row in steps.items()}
+        cost = {(g, s): hours[g, s] * (g * a.gpu_price + s * a.server_price) + grades for g, s in steps}
+        cheapest, fastest = min(cost, key=cost.__getitem__), min(hours, key=hours.__getitem__)
+        for key, row in steps.items():
+            pays = "pays" if row.gain * a.stale > 1 else ""
+            best = "  cheapest" * (key == cheapest) + "  fastest" * (key == fastest)
+            parts = "".join(f"{seconds:9.3f}" for seconds in (*row[:5], row.seconds))
+            text = f"{name:>7}  {student.source:<12}{key[0]:>4}{key[1]:>9} |{parts} | {row.bottleneck:<18}"
+            print(f"{text}{hours[key]:8.2f}{cost[key]:10.2f}{row.gain:7.2f}x {pays:<5}{best}".rstrip())
+
+
+def read_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The JSON objects of the file, one per line, that have all these keys; raises UserError if there is none."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}): give a file of lines of JSON") from error
+    if rows := [line for line in lines if all(key in line for key in keys)]:
+        return rows
+    raise UserError(f"no line of {path} has {', '.join(keys)}: {path} must hold what the benchmark printed")
+
+
+# ---- the check ------------------------------------------------------------------------------------------------------
+
+STEPS, STORIES, TOKENS = 7, 48, 60  # of each run; few stories end before 60 tokens
+CHECKS = ((1, 0.1), (1, 1.0), (1, 4.0), (3, 1.0), (3, 4.0), (6, 1.0))  # servers, grading seconds: the student's are 1
+PARTS = ("rollout_s", "reference_s", "update_s", "teacher_s")
+
+
+def check(init: Path) -> None:
+    """Print predicted and measured seconds per step, with teachers of several speeds. The student's own seconds are
+    from the runs before and after each, with a teacher that answers at once."""
+    before = train(init, latency=0.0, servers=1)
+    for servers, fraction in CHECKS:
+        waves = math.ceil(STORIES / (SLOTS * servers))
+        latency = fraction * sum(before[name] for name in PARTS[:3]) / waves
+        slow = train(init, latency, servers)
+        after = train(init, latency=0.0, servers=1)
+        rollout, reference, update, wait = ((before[name] + after[name]) / 2 for name in PARTS)
+        teacher = Teacher(SLOTS / latency, latency, STORIES / (reference + wait), "given")
+        student = Student(0, Cost(rollout, 0.0), Cost(reference, 0.0), Cost(update, 0.0), "measured")
+        predicted, seconds = step(student, teacher, Work(STORIES, 1, 0), 1, servers, link=1.0), sum(slow.values())
+        print(
+            f"{servers} x {SLOTS} at once, {latency:.3f} s per reply: predicted {predicted.seconds:.3f} s, waiting "
+            f"{predicted.wait:.3f} ({predicted.bottleneck}); measured {seconds:.3f}, waiting {slow['teacher_s']:.3f}; "
+            f"ratio {predicted.seconds / seconds:.3f}",
+            flush=True,
+        )
+        before = after
+
+
+def train(init: Path, latency: float, servers: int) -> dict[str, float]:
+    """Median seconds of each part of a step of train_interact.py, the first step apart, with such servers."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        urls = [stack.enter_context(dummy_server(latency)) for _ in range(servers)]
+        options = dict(
+            steps=STEPS, stories_per_step=STORIES, max_new_tokens=TOKENS, epochs=1, teacher_concurrency=SLOTS
+        )
+        options |= dict(look_every=0, look_stories=1)
+        flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        argv = [sys.executable, str(ROOT / "train_interact.py"), "--init", str(init), "--out", f"{folder}/run", *flags]
+        result = subprocess.run([*argv, "--no-calibrate", "--teacher-url", *urls], capture_output=True, text=True)
+        if result.returncode:
+            last = result.stderr.strip().splitlines()[-1]
+            raise UserError(f"the run with teachers at {latency:g} s failed: {last}")
+        steps = read_metrics(Path(folder) / "run")[1:]
+    return {name: statistics.median(record[name] for record in steps) for name in PARTS}
