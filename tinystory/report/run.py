@@ -133,7 +133,7 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
             "mean, the band one standard deviation over its window.",
             grid(scores),
         ),
-        histograms(digest.counts),
+        histograms(digest),
         reward_against_kl(metrics, digest),
         section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
         judges.judges_section(folder, scored_by),
@@ -190,25 +190,19 @@ def interaction_headline(metrics: list[Record], criteria: Sequence[str]) -> str:
     return page.hero(tiles, drawing + page.time_bar(seconds))
 
 
-def histograms(counts: dict[int, dict[str, list[int]]]) -> str:
-    """The distribution of scores in the first tenth of the steps and in the last tenth."""
-    steps = sorted(counts)
-    if len(steps) < 2:
-        return ""
-    tenth = max(1, len(steps) // 10)
-
-    def total(name: str, part: list[int]) -> list[int]:
-        rows = [counts[step][name] for step in part if name in counts[step]]
-        return [sum(row[score] for row in rows) for score in range(TOP_SCORE + 1)]
+def histograms(digest: "Digest") -> str:
+    def counts(records: list[Record], name: str) -> list[int]:
+        scores = [round(record["scores"][name]) for record in records if name in (record["scores"] or {})]
+        return [scores.count(score) for score in range(TOP_SCORE + 1)]
 
     drawings = [
-        charts.histogram(title(name), total(name, steps[:tenth]), total(name, steps[-tenth:]), colour(name))
-        for name in counts[steps[0]]
+        charts.histogram(title(name), counts(digest.first, name), counts(digest.last, name), colour(name))
+        for name in digest.criteria
     ]
     return section(
         "Distribution of the scores",
-        "Fraction of stories with each score, in the first tenth of the steps (grey) and in the last (colour).",
-        grid(drawings),
+        "Fraction of stories with each score, in the first step (grey) and in the last (colour).",
+        grid(drawings) if digest.first is not digest.last else "",
     )
 
 
@@ -305,13 +299,12 @@ Top: TypeAlias = list[tuple[float, bytes, Record]]  # values, hashes for ties, a
 class Digest:
     """What the page shows of stories.jsonl, collected in one pass without holding the other stories in memory.
 
-    criteria: as graded, () if no story has scores; counts[step][criterion][score]: numbers of stories; best, worst:
-    distinct stories by reward; unscored: the first ones; first, last: the stories of the first step and of the last,
-    the same list if there is only one; random: some of the last step, the same ones at each call.
+    criteria: as graded, () if no story has scores; best, worst: distinct stories by reward; unscored: the first ones;
+    first, last: the stories of the first step and of the last, the same list if there is only one; random: some of the
+    last step, the same ones at each call.
     """
 
     def __init__(self, stories: Iterable[Record]):
-        self.counts: dict[int, dict[str, list[int]]] = {}
         self.criteria: tuple[str, ...] = ()
         self.scored = 0
         self.unscored: list[Record] = []
@@ -331,10 +324,7 @@ class Digest:
             offer(best, record["reward"], record)
             offer(worst, -record["reward"], record)
             if record["scores"]:  # with --reward a callable replaces the teacher and gives no scores
-                self.criteria = tuple(record["scores"])
-                counts = self.counts.setdefault(record["step"], {})
-                for name, score in record["scores"].items():  # another --teacher-prompt may have come with a resume
-                    counts.setdefault(name, [0] * (TOP_SCORE + 1))[round(score)] += 1
+                self.criteria = tuple(record["scores"])  # the last ones: a resume may bring another --teacher-prompt
         self.best, self.worst = ([record for *_, record in top] for top in (best, worst))
         self.random = sorted(self.last, key=shuffled)[:PER_COLUMN]
 

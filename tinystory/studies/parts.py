@@ -72,13 +72,6 @@ class Part:
             fraction = last.get("step", 0) / self.options["steps"]
         return 1.0 if finished else min(0.99, max(0.0, fraction))
 
-    @property
-    def work(self) -> float:
-        """Words in forward and backward passes, as an estimate of the time."""
-        if self.pretrains:
-            return self.options["words"] - self.start
-        return self.options["steps"] * self.options["stories_per_step"] * 90 * (1 + self.options["epochs"])
-
 
 def last_record(path: Path) -> Record:
     """The last complete record of a JSON Lines file, without reading the rest; {} if there is none."""
@@ -151,13 +144,9 @@ def run_parts(parts: Sequence[Part], out: Path, preset: str, jobs: int, lock: in
     done = {part.name: part.fraction_done(out) for part in parts}
     waiting = [part for part in parts if done[part.name] < 1]
     running: list[tuple[Part, subprocess.Popen[bytes]]] = []
-
-    def work_done() -> float:
-        return sum(done[part.name] * part.work for part in parts)
-
+    arms = ", ".join(dict.fromkeys(part.arm for part in parts))
     layout = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left"
-    total, arms = sum(part.work for part in parts), ", ".join(dict.fromkeys(part.arm for part in parts))
-    bar = tqdm(total=total, initial=work_done(), desc=arms, bar_format=layout, smoothing=0, mininterval=1)
+    bar = tqdm(total=len(parts), initial=sum(done.values()), desc=arms, bar_format=layout, smoothing=0, mininterval=1)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -167,7 +156,7 @@ def run_parts(parts: Sequence[Part], out: Path, preset: str, jobs: int, lock: in
             for part, process in list(running):
                 ended = process.poll() is not None
                 done[part.name] = part.fraction_done(out)
-                bar.update(work_done() - bar.n)
+                bar.update(sum(done.values()) - bar.n)
                 if ended and done[part.name] < 1:
                     raise UserError(
                         f"{part.name} ended with exit code {process.returncode} before it was done; "

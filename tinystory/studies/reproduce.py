@@ -84,8 +84,7 @@ def plan(scale: Scale, out: Path, teacher: dict[str, Any], device: str) -> list[
     """Pretraining, then the interactions and their random control, with all options that are not defaults."""
     pretrain = {"words": PretrainConfig.words, "device": device, **PRETRAIN_PRESETS[scale.preset], **scale.pretrain}
     parts = [Part("pretrain", 0, 0, pretrain)]
-    defaults = {name: getattr(InteractConfig, name) for name in ("steps", "stories_per_step", "epochs")}
-    interact = {**defaults, "device": device, **INTERACT_PRESETS[scale.preset], **scale.interact}
+    interact = {"steps": InteractConfig.steps, "device": device, **INTERACT_PRESETS[scale.preset], **scale.interact}
     for arm, seeds, grader in (
         ("interact", scale.seeds, teacher),
         ("random", scale.random_seeds, {"reward": "random"}),

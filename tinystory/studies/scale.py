@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,7 +175,7 @@ def measured(lines: Sequence[dict[str, Any]], tokens: int) -> list[Student]:
 
     students = []
     for shape, laps in by_shape.items():
-        rollout, reference = (fit(laps, lambda lap, key=key: lap[key]) for key in ("rollout_s", "reference_s"))
+        rollout, reference = fit(laps, itemgetter("rollout_s")), fit(laps, itemgetter("reference_s"))
         update = fit(
             laps, lambda lap: (lap["update_s"] - lap["reference_s"]) / 4
         )  # of a reference pass and four epochs
@@ -187,7 +188,8 @@ def scaled(students: Sequence[Student], shape: StudentConfig) -> Student:
     n = parameters(shape)
     nearest = min(students, key=lambda student: abs(math.log(student.parameters / n)))
     x = n / nearest.parameters
-    return Student(n, *(cost.times(x) for cost in nearest[1:4]), "measured" if x == 1 else f"scaled x{x:.3g}")
+    rollout, reference, update = (cost.times(x) for cost in (nearest.rollout, nearest.reference, nearest.update))
+    return Student(n, rollout, reference, update, "measured" if x == 1 else f"scaled x{x:.3g}")
 
 
 # ---- the forecast ---------------------------------------------------------------------------------------------------
