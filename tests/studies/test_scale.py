@@ -152,7 +152,7 @@ def test_the_table_says_what_is_measured_and_what_is_assumed(tmp_path, capsys):
     assert said.count("cheapest") == said.count("fastest") == 2
     line = dict(shape="gpt2s", batch=16, new=90, rollout_s=0.9, reference_s=0.3, update_s=4.3, tokens=1440)
     (tmp_path / "ppo").write_text(json.dumps(line) + "\n")
-    (tmp_path / "teacher").write_text(json.dumps(dict(one_per_s=8.0, rubric_first_s=1.0)))
+    (tmp_path / "teacher").write_text(json.dumps(dict(one_per_s=8.0, latency_s=1.0)))
     measured = ["--bench", str(tmp_path / "ppo"), "--teacher-bench", str(tmp_path / "teacher")]
     command.main(["--students", "124M", "--gpus", "1", "--servers", "1", "3", "--story-price", "0.001", *measured])
     said = capsys.readouterr().out

@@ -208,8 +208,8 @@ def forecast(a: argparse.Namespace) -> None:
     keys = ("shape", "batch", "new", "rollout_s", "reference_s", "update_s")
     students = measured(read_lines(a.bench, keys), tokens) if a.bench else []
     if a.teacher_bench:
-        line = read_lines(a.teacher_bench, ("one_per_s", "rubric_first_s"))[-1]
-        teacher = Teacher(line["one_per_s"], line["rubric_first_s"], a.client_per_s, "measured")
+        line = read_lines(a.teacher_bench, ("one_per_s", "latency_s"))[-1]
+        teacher = Teacher(line["one_per_s"], line["latency_s"], a.client_per_s, "measured")
     else:
         teacher = estimated_teacher(int(a.teacher_parameters), gpu, a.client_per_s)
     print(
