@@ -4,7 +4,6 @@ python scripts/bench.py pretrain --shape small              a training step: for
 python scripts/bench.py rollout --shape small --batch 64    stories from one opening, without the teacher
 python scripts/bench.py ppo --shape gpt2s --batch 16        rollout, reference, four epochs; a constant reward
 python scripts/bench.py kernels                             each operator and PyTorch's own, interleaved
-python scripts/bench.py growth --runs 3                     time per token against batch, context, vocabulary, length
 python scripts/bench.py peers --nanogpt DIR --trl PYTHON    ours beside nanoGPT, transformers and TRL, and a table
 """
 
@@ -31,7 +30,7 @@ from tinystory.studies.timing import PROMPT, SHAPES, WORK, Setup
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("bench", choices=("kernels", *WORK, "growth", "peers"))
+    add("bench", choices=("kernels", *WORK, "peers"))
     add("--shape", choices=SHAPES, default="small", help="4 layers of 256, or GPT-2-small")
     add("--batch", type=int, help="sequences or stories (default: as in the published figures)")
     add("--new", type=int, default=90, help="tokens per story (default: 90)")
@@ -71,8 +70,6 @@ def main(argv: list[str] | None = None) -> None:
 
     if a.bench == "kernels":
         facts["kernels"] = kernels.compare(setup, a.runs)
-    elif a.bench == "growth":
-        facts |= timing.growth(setup, a.runs, quiet=a.json)
     elif a.bench == "peers":
         facts["peers"] = peers.compare(setup, a.shape, a.runs, a.nanogpt, a.trl, quiet=a.json)
     else:

@@ -8,13 +8,16 @@ Without a URL the teacher is a local server that answers immediately, so only th
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.data.corpus import open_corpus
 from tinystory.run.errors import UserError, command
-from tinystory.studies.dummy_server import dummy_server
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import fence, render
 
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.teacher_url:
         result = server_speed(options.teacher_url, count, options.concurrency, options.runs)
     else:
-        with dummy_server() as url:
+        with instant_server() as url:
             result = client_overhead(url, count, options.concurrency, options.runs)
     print(json.dumps(facts | result), flush=True)
 
@@ -98,6 +100,41 @@ def take_turns(clients: dict[str, Callable[[list[str]], Any]], count: int, runs:
             client(stories)
             laps[name].append((time.perf_counter() - start, time.process_time() - cpu_start))
     return {name: [statistics.median(lap) for lap in zip(*times[1:], strict=True)] for name, times in laps.items()}
+
+
+@contextlib.contextmanager
+def instant_server() -> Iterator[str]:
+    """The URL of a server in its own process that replies "2 1 3" to every request at once."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(sender,), daemon=True)
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{receiver.recv()}/v1"
+    finally:
+        process.kill()
+        process.join()
+
+
+def serve(sender: Connection) -> None:
+    from aiohttp import web
+
+    choice = dict(index=0, message={"role": "assistant", "content": "2 1 3"}, finish_reason="stop")
+    usage = dict(prompt_tokens=500, completion_tokens=6, total_tokens=506)
+    completion = dict(id="1", object="chat.completion", created=0, model="m", choices=[choice], usage=usage)
+    models = dict(object="list", data=[dict(id="m", object="model", created=0, owned_by="tinystory")])
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        await request.read()
+        return web.json_response(models if request.method == "GET" else completion)
+
+    async def run() -> None:
+        runner = web.ServerRunner(web.Server(answer, access_log=None))
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        sender.send(runner.addresses[0][1])
+        await asyncio.Event().wait()
+
+    asyncio.run(run())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     python scripts/scale.py                                                   an H100's peak rates, and what is assumed
     python scripts/scale.py --bench ppo.jsonl --teacher-bench teacher.json    rates measured here
-    python scripts/scale.py --check runs/pretrain                             predicted / measured, with slow teachers
 
 ppo.jsonl holds lines of `bench.py ppo --json`, of one batch or, better, of two; teacher.json is the line of
 `bench_teacher.py --teacher-url URL`. "Ahead" is a loop that does not exist here: the next stories are written while the
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.config import INTERACT_PRESETS
 from tinystory.run.errors import UserError, command
-from tinystory.studies.scale import STUDENTS, check, forecast
+from tinystory.studies.scale import STUDENTS, forecast
 
 NUMBERS = {  # flag: default, whether it may be 0, help
     "--client-per-s": (600.0, False, "stories per second that our client can request: bench_teacher.py's ours_per_s"),
@@ -46,7 +45,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--teacher-bench", type=Path, metavar="FILE", help="a line of bench_teacher.py, in place of an estimate")
     for flag, (default, _, text) in NUMBERS.items():
         add(flag, type=float, default=default, metavar="X", help=f"{text} (default: {default:g})")
-    add("--check", type=Path, metavar="CHECKPOINT", help="train a few steps from it with slow teachers, and compare")
     options = parser.parse_args(argv)
     for flag, (_, may_be_0, _) in NUMBERS.items():
         value = getattr(options, flag[2:].replace("-", "_"))
@@ -54,10 +52,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{flag} must be {'at least 0' if may_be_0 else 'above 0'}")
     if min(*options.gpus, *options.servers) < 1:
         raise UserError("--gpus and --servers must be at least 1")
-    if options.check:
-        check(options.check)
-    else:
-        forecast(options)
+    forecast(options)
 
 
 if __name__ == "__main__":

@@ -76,22 +76,6 @@ def test_kernels_are_all_beside_pytorchs(run):
         assert figures["ours_ms"] > 0 and figures["torch_ms"] > 0 and figures["ratio"] > 0
 
 
-def test_growth_is_measured_in_every_quantity(run):
-    r = run("growth", "--batch", "2", "--new", "4")
-    assert r["base"] == dict(batch=2, context=64, vocabulary=300, length=4)
-    varied = {
-        "batch": ([1, 2, 4, 8, 16], {"pretrain", "rollout", "update"}),
-        "context": ([8, 16, 32, 64, 128], {"pretrain"}),  # a longer one leaves no whole sequence of a step's 128 tokens
-        "vocabulary": ([37, 75, 150, 300, 600, 1200, 2400], {"pretrain", "rollout", "update"}),
-        "length": ([1, 2, 4, 8, 16, 32], {"rollout", "update"}),
-    }
-    assert set(r["us_per_token"]) == set(varied)
-    for quantity, (values, parts) in varied.items():
-        assert set(r["us_per_token"][quantity]) == parts
-        for times in r["us_per_token"][quantity].values():
-            assert list(map(int, times)) == values and min(times.values()) > 0
-
-
 def test_what_cannot_be_is_one_sentence(bench, capsys):
     for argv, message in (
         (["rollout", "--new", "60"], "--new 60 does not fit: small has room for 44 tokens"),

@@ -1,4 +1,4 @@
-"""What bounds interaction at scale: a model of a step's seconds, its forecast, and a check against real runs.
+"""What bounds interaction at scale: a model of a step's seconds, and the table that it forecasts.
 
 A step is what train_interact.py does: generate stories, compute their log-probabilities under the reference while the
 teacher grades, wait for the last grade, update. Every part has a fixed cost and a cost per story, on the slowest GPU;
@@ -6,13 +6,8 @@ the costs come from a benchmark (`measured`, `scaled`) or from a GPU's rates (`e
 """
 
 import argparse
-import contextlib
 import json
 import math
-import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -20,11 +15,8 @@ from typing import Any, NamedTuple
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig
 from tinystory.run.errors import UserError
-from tinystory.run.folder import read_metrics
-from tinystory.run.paths import ROOT
 from tinystory.student.memory import parameters
 from tinystory.student.model import StudentConfig
-from tinystory.studies.dummy_server import SLOTS, dummy_server
 from tinystory.studies.timing import PROMPT, SHAPES
 
 STUDENTS = {  # the demo's, one between, and the family of GPT-2
@@ -247,50 +239,3 @@ def read_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     if rows := [line for line in lines if all(key in line for key in keys)]:
         return rows
     raise UserError(f"no line of {path} has {', '.join(keys)}: {path} must hold what the benchmark printed")
-
-
-# ---- the check ------------------------------------------------------------------------------------------------------
-
-STEPS, STORIES, TOKENS = 7, 48, 60  # of each run; few stories end before 60 tokens
-CHECKS = ((1, 0.1), (1, 1.0), (1, 4.0), (3, 1.0), (3, 4.0), (6, 1.0))  # servers, grading seconds: the student's are 1
-PARTS = ("rollout_s", "reference_s", "update_s", "teacher_s")
-
-
-def check(init: Path) -> None:
-    """Print predicted and measured seconds per step, with teachers of several speeds. The student's own seconds are
-    from the runs before and after each, with a teacher that answers at once."""
-    before = train(init, latency=0.0, servers=1)
-    for servers, fraction in CHECKS:
-        waves = math.ceil(STORIES / (SLOTS * servers))
-        latency = fraction * sum(before[name] for name in PARTS[:3]) / waves
-        slow = train(init, latency, servers)
-        after = train(init, latency=0.0, servers=1)
-        rollout, reference, update, wait = ((before[name] + after[name]) / 2 for name in PARTS)
-        teacher = Teacher(SLOTS / latency, latency, STORIES / (reference + wait), "given")
-        student = Student(0, Cost(rollout, 0.0), Cost(reference, 0.0), Cost(update, 0.0), "measured")
-        predicted, seconds = step(student, teacher, Work(STORIES, 1, 0), 1, servers, link=1.0), sum(slow.values())
-        print(
-            f"{servers} x {SLOTS} at once, {latency:.3f} s per reply: predicted {predicted.seconds:.3f} s, waiting "
-            f"{predicted.wait:.3f} ({predicted.bottleneck}); measured {seconds:.3f}, waiting {slow['teacher_s']:.3f}; "
-            f"ratio {predicted.seconds / seconds:.3f}",
-            flush=True,
-        )
-        before = after
-
-
-def train(init: Path, latency: float, servers: int) -> dict[str, float]:
-    """Median seconds of each part of a step of train_interact.py, the first step apart, with such servers."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        urls = [stack.enter_context(dummy_server(latency)) for _ in range(servers)]
-        options = dict(
-            steps=STEPS, stories_per_step=STORIES, max_new_tokens=TOKENS, epochs=1, teacher_concurrency=SLOTS
-        )
-        options |= dict(look_every=0, look_stories=1)
-        flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        argv = [sys.executable, str(ROOT / "train_interact.py"), "--init", str(init), "--out", f"{folder}/run", *flags]
-        result = subprocess.run([*argv, "--no-calibrate", "--teacher-url", *urls], capture_output=True, text=True)
-        if result.returncode:
-            last = result.stderr.strip().splitlines()[-1]
-            raise UserError(f"the run with teachers at {latency:g} s failed: {last}")
-        steps = read_metrics(Path(folder) / "run")[1:]
-    return {name: statistics.median(record[name] for record in steps) for name in PARTS}

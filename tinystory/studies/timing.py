@@ -1,16 +1,14 @@
-"""Timed work on students with random weights: a pretraining step, a rollout, a PPO iteration; how their cost grows, and
-the limit that PyTorch's GEMMs set."""
+"""Timed work on students with random weights: a pretraining step, a rollout, a PPO iteration; and the limit that
+PyTorch's GEMMs set."""
 
-import dataclasses
 import statistics
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, PretrainConfig
 from tinystory.data.tokenizer import Tokenizer
@@ -97,10 +95,10 @@ def rollout(setup: Setup) -> Run:
     return run
 
 
-def ppo_iteration(setup: Setup, epochs: int = 4) -> Run:
-    """Rollout, reference pass and PPO epochs, with a constant reward."""
+def ppo_iteration(setup: Setup) -> Run:
+    """Rollout, reference pass and four PPO epochs, with a constant reward."""
     config, device, sizes = setup.config, setup.device, dict(stories_per_step=setup.batch, max_new_tokens=setup.new)
-    options = InteractConfig(**INTERACT_PRESETS["paper"] | sizes | dict(epochs=epochs))
+    options = InteractConfig(**INTERACT_PRESETS["paper"] | sizes | dict(epochs=4))
     student, head = Student(config).to(device), ValueHead(config.n_embd).to(device)
     tokenizer = RandomTokenizer(config.vocab_size)
     reference = Student(config).to(device).requires_grad_(False)
@@ -140,38 +138,6 @@ def medians(run: Run, runs: int) -> dict[str, float]:
     """The medians over runs after a warm-up."""
     laps = [run() for _ in range(runs + 1)][1:]
     return {name: statistics.median(lap[name] for lap in laps) for name in laps[0]}
-
-
-VARIED = {  # quantity: the parts whose cost depends on it
-    "batch": ("pretrain", "rollout", "update"),
-    "context": ("pretrain",),
-    "vocabulary": ("pretrain", "rollout", "update"),
-    "length": ("rollout", "update"),
-}
-
-
-def growth(setup: Setup, runs: int, quiet: bool) -> dict[str, Any]:
-    """Microseconds per token of each part (update: reference pass and one PPO epoch) as one quantity at a time goes
-    from 1/8 to 8 times its value in the shape, doubling.
-
-    A longer context has fewer sequences, so that the tokens per step are fixed; a longer story has the context that it
-    needs."""
-    base = dict(batch=setup.batch, context=setup.config.context, vocabulary=setup.config.vocab_size, length=setup.new)
-    times: dict[str, dict[str, dict[int, float]]] = {}
-    points = [(quantity, power) for quantity in VARIED for power in range(-3, 4)]
-    for quantity, power in tqdm(points, desc="growth", unit="point", disable=quiet):
-        sizes = base | {quantity: int(base[quantity] * 2.0**power)}
-        if quantity == "context":
-            sizes["batch"] = int(setup.batch / 2.0**power)
-        for part in VARIED[quantity] if min(sizes.values()) >= 1 else ():
-            context = sizes["context"] if part == "pretrain" else max(base["context"], PROMPT + sizes["length"])
-            config = dataclasses.replace(setup.config, context=context, vocab_size=sizes["vocabulary"])
-            varied = dataclasses.replace(setup, config=config, batch=sizes["batch"], new=sizes["length"])
-            run = ppo_iteration(varied, epochs=1) if part == "update" else WORK[part][0](varied)
-            lap = medians(run, runs)
-            us = 1e6 * lap["update_s" if part == "update" else WORK[part][1]] / lap["tokens"]
-            times.setdefault(quantity, {}).setdefault(part, {})[sizes[quantity]] = round(us, 3)
-    return dict(base=base, us_per_token=times)
 
 
 def gemm_limit(work: str, setup: Setup, runs: int = 5) -> float:
