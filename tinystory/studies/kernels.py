@@ -141,9 +141,9 @@ def seconds(f: Callable, flush: Tensor | None) -> float:
     """Seconds of a call. On a GPU they are measured by events, after `flush`, larger than the L2 cache, is overwritten,
     which also lets the host run ahead of the device."""
     if flush is None:
-        began = time.perf_counter()
+        before = time.perf_counter()
         f()
-        return time.perf_counter() - began
+        return time.perf_counter() - before
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     flush.zero_()
     start.record()

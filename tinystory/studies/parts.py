@@ -141,12 +141,14 @@ def run_parts(parts: Sequence[Part], out: Path, preset: str, jobs: int, lock: in
     checkpoint."""
     for part in parts:
         require_same_settings(part, out)
-    done = {part.name: part.fraction_done(out) for part in parts}
-    waiting = [part for part in parts if done[part.name] < 1]
+    fractions = {part.name: part.fraction_done(out) for part in parts}
+    waiting = [part for part in parts if fractions[part.name] < 1]
     running: list[tuple[Part, subprocess.Popen[bytes]]] = []
     arms = ", ".join(dict.fromkeys(part.arm for part in parts))
     layout = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left"
-    bar = tqdm(total=len(parts), initial=sum(done.values()), desc=arms, bar_format=layout, smoothing=0, mininterval=1)
+    bar = tqdm(
+        total=len(parts), initial=sum(fractions.values()), desc=arms, bar_format=layout, smoothing=0, mininterval=1
+    )
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -155,9 +157,9 @@ def run_parts(parts: Sequence[Part], out: Path, preset: str, jobs: int, lock: in
             time.sleep(0.3)
             for part, process in list(running):
                 ended = process.poll() is not None
-                done[part.name] = part.fraction_done(out)
-                bar.update(sum(done.values()) - bar.n)
-                if ended and done[part.name] < 1:
+                fractions[part.name] = part.fraction_done(out)
+                bar.update(sum(fractions.values()) - bar.n)
+                if ended and fractions[part.name] < 1:
                     raise UserError(
                         f"{part.name} ended with exit code {process.returncode} before it was done; "
                         f"{log_path(part, out)} says why; the same command continues from there"

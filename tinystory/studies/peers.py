@@ -44,8 +44,8 @@ class Peer:
         if not line:
             self.process.wait()
             self.stderr.seek(0)
-            last = (self.stderr.read().strip().splitlines() or ["nothing"])[-1]
-            raise UserError(f"the peer {self.name} ended with status {self.process.returncode} and said: {last}")
+            last = (self.stderr.read().strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"the peer {self.name} ended with status {self.process.returncode}: {last}")
         return float(line)
 
     def run(self) -> float:

@@ -31,10 +31,10 @@ from train_pretrain import validate
 
 SEED = 1_000_003  # seed of the stories for evaluation, which no interaction uses
 VAL_SEQUENCES = 256  # held-out sequences for bits per byte
-OPENINGS = [  # which no interaction uses
-    *("One day,", "There was once a little girl who", "Tom and his dog", "It was a cold night, and"),
-    *("Once there was a bear.", "Mum said,", "In the garden,", "The old king"),
-]
+OPENINGS = (  # which no interaction uses
+    "One day,|There was once a little girl who|Tom and his dog|It was a cold night, and|Once there was a bear.|"
+    "Mum said,|In the garden,|The old king"
+).split("|")
 
 
 @dataclass(frozen=True)

@@ -113,14 +113,14 @@ def ppo_iteration(setup: Setup) -> Run:
         start = now(device)
         stories = write(setup, student, head, tokenizer)
         batch = ppo.collate(stories, tokenizer, device)
-        generated = now(device)
+        after_rollout = now(device)
         with setup.autocast():
             under_reference = ppo.read_reference(reference, batch, 1.0, options.micro_batch_size, states=False)
-        read = now(device)
+        after_reference = now(device)
         ppo.step(student, head, optimizer, kl, batch, *under_reference, rewards, options, setup.autocast)
         end = now(device)
-        seconds = dict(total_s=end - start, rollout_s=generated - start)
-        seconds |= dict(update_s=end - generated, reference_s=read - generated)
+        seconds = dict(total_s=end - start, rollout_s=after_rollout - start)
+        seconds |= dict(update_s=end - after_rollout, reference_s=after_reference - after_rollout)
         return seconds | dict(tokens=sum(len(story.tokens) for story in stories))
 
     return run
