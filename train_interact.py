@@ -47,6 +47,7 @@ from tinystory.student.generate import Story, encode_opening, generate, require_
 from tinystory.student.model import ValueHead
 from tinystory.teacher.grade import Grade, agreement, require_scores, score_means
 from tinystory.teacher.grader import Grader, open_grader
+from tinystory.text import printable
 
 PRETRAIN_RUN = Path("runs/pretrain")
 # Words taken in during interaction at which a checkpoint is kept.
@@ -399,7 +400,8 @@ def print_summary(run: Path, shown: list[dict], best_step: int) -> None:
     sides = {when: [record for record in shown if record["when"] == when] for when in ("before", "after")}
     if all(sides.values()):  # looks.jsonl can have lost one
         for when, records in sides.items():
-            print(f"\n{when}, scored {records[0]['scores']}:\n{records[0]['opening']} {records[0]['story']}")
+            text = printable(f"{records[0]['opening']} {records[0]['story']}")
+            print(f"\n{when}, scored {records[0]['scores']}:\n{text}")
         print(f"\n{len(sides['before'])} stories to held-out openings, before and after step {best_step}, the best:")
         for name, measure in SUMMARY.items():
             print(f"  {name:12} {measure(sides['before']):.3g} -> {measure(sides['after']):.3g}")

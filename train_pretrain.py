@@ -38,6 +38,7 @@ from tinystory.student import checkpoint
 from tinystory.student.generate import encode_opening, generate
 from tinystory.student.model import Student, StudentConfig
 from tinystory.student.muon import MuonAdamW
+from tinystory.text import printable
 
 OPENING = "Once upon a time,"
 
@@ -313,7 +314,7 @@ def pretrain(config: PretrainConfig) -> None:
             student, None, tokenizer, [OPENING], first_index=0, max_new_tokens=min(90, config.context // 2, room),
             temperature=InteractConfig.temperature, seed=config.seed,
         )  # fmt: skip
-        print(f"\n{OPENING} {story.text}\n")
+        print(f"\n{OPENING} {printable(story.text)}\n")
     if val_loss is not None:  # None of a run that was finished before it was resumed
         print(f"validation loss {val_loss:.3f} nats per token, {val_bits:.3f} bits per byte")
     print(f"report: {report}\nnext:   {usage('python train_interact.py')} --init {checkpoint.newest(run)}")

@@ -18,6 +18,7 @@ from tinystory.errors import command
 from tinystory.paths import usage
 from tinystory.student import checkpoint
 from tinystory.student.generate import encode_opening, generate
+from tinystory.text import printable
 
 
 @command
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     for story in stories:
         print(f"--- story {story.index + 1}, {story.words} words" + ("" if story.ended == "eos" else ", cut off"))
-        for paragraph in f"{story.opening} {story.text}".split("\n"):
+        for paragraph in printable(f"{story.opening} {story.text}").split("\n"):
             print(textwrap.fill(paragraph, 100))
         print()
 
