@@ -167,7 +167,7 @@ def open_grader(
     teacher's replies are kept. Raises UserError if the grader cannot be had."""
     extra = load_extra(config.teacher_extra)
     if config.reward:
-        yield CallableGrader(load_score(config.reward), config.reward)
+        yield CallableGrader(load_score(config.reward, config.teacher_timeout), config.reward)
         return
     panel = "" if config.teacher_panel == "none" else config.teacher_panel
     template = load_template(config.teacher_prompt) if config.teacher_prompt else Template()
