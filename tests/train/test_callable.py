@@ -1,5 +1,7 @@
 """A run whose teacher is the user's own function, and what a terminal shows of it: neither is trusted."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import SHORT, assert_same_bits, fails, metrics, story_record
@@ -63,7 +65,8 @@ def test_a_terminal_gets_no_escape_sequences_of_a_story(place, tmp_path, capsys,
     story = Story(0, "Once", ESCAPES, nothing.long(), nothing, nothing, nothing, "eos")
     if command == "pretrain":
         monkeypatch.setattr(pretrain, "generate", lambda *_, **__: [story])
-        pretrain.main(["--resume", "--out", str(place / "p")])
+        monkeypatch.setattr("tinystory.data.shards.cache_dir", lambda: place / "cache")
+        pretrain.main(["--resume", "--out", str(shutil.copytree(place / "p", tmp_path / "p"))])
     elif command == "sample":
         monkeypatch.setattr(sample, "generate", lambda *_, **__: [story])
         sample.main([str(place / "p"), "--device", "cpu"])
