@@ -45,6 +45,7 @@ from tinystory.run.device import Interrupted, Stop, dtype_name, now, peak_memory
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import LOOKS, SAMPLES, RunLog, atomic_write, held, read_metrics, read_records
 from tinystory.run.paths import usage
+from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import Story, encode_opening, generate, require_room
 from tinystory.student.model import ValueHead
@@ -402,7 +403,8 @@ def print_summary(run: Path, shown: list[dict], best_step: int) -> None:
     sides = {when: [record for record in shown if record["when"] == when] for when in ("before", "after")}
     if all(sides.values()):  # looks.jsonl can have lost one
         for when, records in sides.items():
-            print(f"\n{when}, scored {records[0]['scores']}:\n{records[0]['opening']} {records[0]['story']}")
+            text = printable(f"{records[0]['opening']} {records[0]['story']}")
+            print(f"\n{when}, scored {records[0]['scores']}:\n{text}")
         print(f"\n{len(sides['before'])} stories to held-out openings, before and after step {best_step}, the best:")
         for name, measure in SUMMARY.items():
             print(f"  {name:12} {measure(sides['before']):.3g} -> {measure(sides['after']):.3g}")

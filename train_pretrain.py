@@ -36,6 +36,7 @@ from tinystory.run.device import Download, Stop, dtype_name, peak_memory_mb, pic
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import RunLog, held
 from tinystory.run.paths import usage
+from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, generate
 from tinystory.student.model import Student, StudentConfig
@@ -315,7 +316,7 @@ def pretrain(config: PretrainConfig) -> None:
             student, None, tokenizer, [OPENING], first_index=0, max_new_tokens=min(90, config.context // 2, room),
             temperature=InteractConfig.temperature, seed=config.seed,
         )  # fmt: skip
-        print(f"\n{OPENING} {story.text}\n")
+        print(f"\n{OPENING} {printable(story.text)}\n")
     if val_loss is not None:  # None of a run that was finished before it was resumed
         print(f"validation loss {val_loss:.3f} nats per token, {val_bits:.3f} bits per byte")
     print(f"report: {report}\nnext:   {usage('python train_interact.py')} --init {checkpoint.newest(run)}")

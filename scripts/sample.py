@@ -16,6 +16,7 @@ from tinystory.data.openings import Openings, load_openings
 from tinystory.run.device import pick_device
 from tinystory.run.errors import command
 from tinystory.run.paths import usage
+from tinystory.run.text import printable
 from tinystory.student import checkpoint
 from tinystory.student.generate import encode_opening, generate
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     for story in stories:
         print(f"--- story {story.index + 1}, {story.words} words" + ("" if story.ended == "eos" else ", cut off"))
-        for paragraph in f"{story.opening} {story.text}".split("\n"):
+        for paragraph in printable(f"{story.opening} {story.text}").split("\n"):
             print(textwrap.fill(paragraph, 100))
         print()
 

@@ -27,6 +27,7 @@ from tinystory.report.run import write_report
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import METRICS, PREFERENCES, read_config, read_metrics
 from tinystory.run.paths import usage
+from tinystory.run.text import printable
 from tinystory.teacher.prompt import Template, load_template
 from tinystory.teacher.server import require_port, until_stopped
 
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         asyncio.run(_serve(desk, options))
     if options.compare:
         for line in preference_lines(run_preferences(options.compare)):
-            print(line)
+            print(printable(line))
         if (options.compare / METRICS).exists():
             print(f"report: {write_report(options.compare)}")
 

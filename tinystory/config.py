@@ -135,7 +135,9 @@ class InteractConfig:
     teacher_concurrency: int = option(16, "maximum number of requests in flight per server", "[1, 10000]")
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher", "[0, 2]")
     teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]")
-    teacher_timeout: float = option(300.0, "seconds that grading one story may take, retries included", "(0, 86400]")
+    teacher_timeout: float = option(
+        300.0, "seconds that grading one story, retries included, or one call of --reward may take", "(0, 86400]"
+    )
     teacher_prompt: str = option("", "JSON file with other criteria, levels and weights (see docs/teachers.md)")
     teacher_logprobs: bool = option(
         False, "use expected scores under the teacher's token probabilities, not the sampled digits"
@@ -360,6 +362,13 @@ def _check_together(config: Any) -> None:
     scored_by = [name for name in ("reward", "replay", "teacher_url") if getattr(config, name)]
     if len(scored_by) > 1:
         raise UserError(f"{' and '.join(map(_flag, scored_by))} do not go together: one of them scores the stories")
+    if config.reward:
+        usual = [vars(InteractConfig()), INTERACT_PRESETS[config.preset]]
+        of_teacher = [name for name in vars(config) if name.startswith(("teacher_", "price_", "budget_cost"))]
+        of_teacher.remove("teacher_timeout")
+        for name in of_teacher:
+            if getattr(config, name) not in [options.get(name) for options in usual]:
+                raise UserError(f"{_flag(name)} is for a teacher, and --reward takes its place: leave one of them out")
     if config.opening and config.openings != InteractConfig.openings:
         raise UserError("--opening and --openings do not go together; --opening '' leaves the choice to --openings")
     if config.critic == "ridge" and config.stories_per_step < 2:

@@ -1,6 +1,9 @@
 """From a score to a reward: the paper's formula, the difference from other stories, and a callable as the teacher."""
 
+import signal
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,6 +100,15 @@ def test_the_scores_of_a_callable_are_checked(tmp_path):
         ("def f(o, s):\n    return ['0.5']\n", "gave '0.5'; a score is a number from 0 to 1, or None"),
         ("def f(o, s):\n    return [float('nan')]\n", "gave nan; a score is a number"),
         ("def f(o, s):\n    return [{}]\n", "gave {}; a score is a number"),
+        ("def f(o, s):\n    return [10**400]\n", "gave 1000"),
+        (
+            "class A:\n    def __repr__(self):\n        raise OSError('no')\ndef f(o, s):\n    return [A()]\n",
+            "line 3: OSError",
+        ),
+        ("class A(OSError):\n    def __str__(self):\n        1 / 0\ndef f(o, s):\n    raise A\n", "line 5: A: <"),
+        ("def f(o, s):\n    raise OSError('\\x1b[31mred')\n", "line 2: OSError: [31mred"),
+        ("import sys\nsys.exit(0)\n", "line 2: SystemExit: 0"),
+        ("def f(o, s):\n    exit()\n", "line 2: SystemExit"),
     ],
 )
 def test_a_reward_file_that_fails_is_one_sentence_with_its_line(tmp_path, body, words):
@@ -114,3 +126,33 @@ def test_scores_of_any_library_are_numbers(tmp_path):
     )
     assert list(load_score(f"{tmp_path / 'r.py'}:f")("o", ["a", "b"])) == [0.25, 1.0]
     assert list(load_score(f"{tmp_path / 'r.py'}:g")("o", ["a", "b"])) == [0.5, 1]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "def f(o, s):\n    time.sleep(60)\nimport time\n",
+        "def f(o, s):\n    while True: pass\n",
+        "import time\ntime.sleep(60)\n",
+        "def f(o, s):\n    while True:\n        try: time.sleep(60)\n        except Exception: pass\nimport time\n",
+        "def f(o, s):\n    try: time.sleep(60)\n    finally: time.sleep(60)\nimport time\n",
+    ],
+)
+def test_a_reward_that_hangs_is_one_sentence(tmp_path, body):
+    (tmp_path / "r.py").write_text(body)
+    with pytest.raises(UserError, match=r"r\.py.*: it took more than 0\.05 s \(--teacher-timeout\)$"):
+        load_score(f"{tmp_path / 'r.py'}:f", 0.05)("o", ["a"])
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_what_a_reward_does_to_torchs_settings_is_undone(tmp_path):
+    (tmp_path / "r.py").write_text(
+        "import torch\ntorch.set_default_dtype(torch.float64)\n"
+        "def f(o, s):\n    torch.set_default_dtype(torch.float16)\n    torch.set_default_device('meta')\n"
+        "    torch.set_grad_enabled(False)\n    torch.set_num_threads(1 + torch.get_num_threads())\n    return [0.5]\n"
+    )
+    settings = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.get_num_threads()
+    score = load_score(f"{tmp_path / 'r.py'}:f")
+    assert torch.get_default_dtype() == settings[0] and score("o", ["a"]) == [0.5]
+    now = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.get_num_threads()
+    assert now == settings

@@ -3,7 +3,7 @@
 import pytest
 from fault_server import FaultServer
 
-from tinystory.config import InteractConfig
+from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
 from tinystory.run.device import Interrupted, Stop
 from tinystory.run.errors import UserError
 from tinystory.teacher.grader import open_grader
@@ -60,3 +60,15 @@ def test_the_builtin_teacher_needs_a_corpus():
     opened = open_grader(InteractConfig(init="somewhere"), corpus=None)
     with pytest.raises(UserError, match="somewhere does not say what the student has read"), opened:
         pass
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--teacher-model x", "--teacher-temperature 1", "--price-in 1", '--teacher-extra {"a":1}', "--teacher-logprobs"],
+)
+def test_an_option_of_a_teacher_is_refused_where_a_reward_takes_its_place(flags):
+    with pytest.raises(UserError, match=f"{flags.split()[0]} is for a teacher"):
+        parse(InteractConfig, INTERACT_PRESETS, ["--reward", "random", *flags.split()])
+    for preset in INTERACT_PRESETS:  # which set options of a teacher too
+        flags = ["--preset", preset, "--reward", "random", "--teacher-timeout", "9"]
+        assert parse(InteractConfig, INTERACT_PRESETS, flags).teacher_timeout == 9

@@ -10,10 +10,12 @@ no score: the story gets no reward and no gradient, and it is counted.
 import contextlib
 import hashlib
 import importlib.util
+import signal
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tinystory.run.errors import UserError
@@ -78,10 +80,10 @@ def random_scores(opening: str, stories: Sequence[str]) -> list[float]:
     return [sum(byte % 4 for byte in digest) / 9 for digest in digests]
 
 
-def load_score(spec: str) -> ScoreStories:
+def load_score(spec: str, timeout_s: float = 300.0) -> ScoreStories:
     """`random_scores` for "random", else the function named by FILE.py:FUNCTION, with its scores checked at each call.
-    Raises UserError if there is none, if its file or a call of it fails, and from a call whose scores are not one
-    number in 0..1 or None per story."""
+    Raises UserError if there is none, if its file or a call of it fails or takes longer than `timeout_s`, and from a
+    call whose scores are not one number in 0..1 or None per story. To be called on the main thread."""
     if spec == "random":
         return random_scores
     file, _, name = spec.rpartition(":")
@@ -92,34 +94,34 @@ def load_score(spec: str) -> ScoreStories:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--reward {spec}: {file!r} is not a Python file; write it as FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(module_spec)
-    with _told_where(spec, file):
+    with _user_code(spec, file, timeout_s):
         module_spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"--reward {spec}: {file} has no function {name!r}")
 
     def score(opening: str, stories: Sequence[str]) -> Sequence[float | None]:
-        with _told_where(spec, file):
+        with _user_code(spec, file, timeout_s):  # also the scores' own methods
             given = function(opening, stories)
-            scores = given if given is None or isinstance(given, str) else list(given)
-        if not isinstance(scores, list):
-            raise UserError(f"--reward {spec} gave {_short(scores)}; it must give a list with one score per story")
-        if len(scores) != len(stories):
-            raise UserError(
-                f"--reward {spec} gave {len(scores)} scores for {len(stories)} stories; it must give one per story"
-            )
-        for value in scores:
-            if value is not None and not _is_score(value):
-                raise UserError(f"--reward {spec} gave {_short(value)}; a score is a number from 0 to 1, or None")
-        return scores
+            if given is None or isinstance(given, str):
+                raise UserError(f"--reward {spec} gave {_short(given)}; it must give a list with one score per story")
+            scores = list(given)
+            if len(scores) != len(stories):
+                raise UserError(
+                    f"--reward {spec} gave {len(scores)} scores for {len(stories)} stories; it must give one per story"
+                )
+            for value in scores:
+                if value is not None and not _is_score(value):
+                    raise UserError(f"--reward {spec} gave {_short(value)}; a score is a number from 0 to 1, or None")
+            return [None if value is None else float(value) for value in scores]
 
     return score
 
 
-def _is_score(value: Any) -> bool:
+def _is_score(value: object) -> bool:
     """Whether it is a number from 0 to 1 of any library's; text that reads as one is none."""
-    with contextlib.suppress(TypeError, ValueError):  # of arrays and complex numbers
-        return not isinstance(value, str | bytes) and 0 <= float(value) <= 1
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # of arrays, complex numbers and 10**400
+        return not isinstance(value, str | bytes) and 0 <= float(value) <= 1  # type: ignore[arg-type]
     return False
 
 
@@ -128,21 +130,56 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+class _TooSlow(BaseException):
+    """Ends the user's code, whose `except Exception` does not stop it."""
+
+
 @contextlib.contextmanager
-def _told_where(spec: str, file: str) -> Iterator[None]:
-    """Whatever the user's code raises ends in one sentence with the last line of that file that was running."""
+def _user_code(spec: str, file: str, timeout_s: float) -> Iterator[None]:
+    """Whatever the user's code raises, an exit included, ends in one sentence with the last line of that file that was
+    running. It gets `timeout_s` seconds, and what it does to torch's settings is undone."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise _TooSlow(f"it took more than {timeout_s:g} s (--teacher-timeout)")
+
+    handler = signal.signal(signal.SIGALRM, end)
     try:
-        yield
-    except UserError:
+        signal.setitimer(signal.ITIMER_REAL, timeout_s, 1.0)  # and each second, should the code go on
+        with _torch_settings_restored():
+            yield
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # the user's code can raise anything; the cause stays attached
+    except BaseException as error:  # the user's code can raise anything; the cause stays attached
+        signal.setitimer(signal.ITIMER_REAL, 0)
         place = error if isinstance(error, SyntaxError) else None
         where, line = (place.filename or file, place.lineno) if place else (file, None)
         for frame in [] if place else traceback.extract_tb(error.__traceback__):
             if Path(frame.filename).resolve() == Path(file).resolve():
                 line = frame.lineno
         at = f"{where}, line {line}" if line else where
-        why = place.msg if place else " ".join(str(error).split())
-        raise UserError(
-            f"--reward {spec} failed in {at}: {type(error).__name__}{': ' * bool(why)}{why[:200]}"
-        ) from error
+        # Its own str() can fail too.
+        why = place.msg if place else " ".join(str(traceback.TracebackException.from_exception(error)).split())
+        what = "" if isinstance(error, _TooSlow) else type(error).__name__ + ": " * bool(why)
+        raise UserError(f"--reward {spec} failed in {at}: {what}{why[:200]}") from error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+@contextlib.contextmanager
+def _torch_settings_restored() -> Iterator[None]:
+    import torch  # here, because reports do not need it
+
+    settings: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+        (torch.get_default_dtype, torch.set_default_dtype),
+        (torch.get_default_device, lambda _: torch.set_default_device(None)),
+        (torch.is_grad_enabled, torch.set_grad_enabled),
+        (torch.get_num_threads, torch.set_num_threads),
+    )
+    before = [get() for get, _ in settings]
+    try:
+        yield
+    finally:
+        for (get, restore), value in zip(settings, before, strict=True):
+            if get() != value:
+                restore(value)

@@ -7,12 +7,17 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from tinystory.run.text import printable
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class UserError(Exception):
     """A problem that the user can fix; the message is one clear sentence that says what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))  # it may quote a server, a file or the user's code
 
 
 class PeerLost(UserError):
