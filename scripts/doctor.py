@@ -29,7 +29,7 @@ from tinystory.device import cpu_has_bf16
 from tinystory.errors import UserError, command
 from tinystory.evaluate.calibration import FULL, calibrate, lines, of_grader, require, verdict
 from tinystory.evaluate.known import corpus_documents, known_stories
-from tinystory.ops import build, cuda, fastest
+from tinystory.ops import backend, build, cuda, fastest
 from tinystory.paths import cache_dir, usage
 from tinystory.reward import load_score
 from tinystory.teacher.client import Teacher
@@ -135,9 +135,9 @@ def compiler() -> str:
 
 def kernels() -> str:
     """Whether the compiled operators are there, and if not, why."""
-    if os.environ.get("TINYSTORY_KERNELS") == "reference":
-        return "switched off by TINYSTORY_KERNELS=reference: plain PyTorch runs instead"
     try:
+        if (chosen := backend.from_environment()).kernels == "reference":
+            return str(chosen)
         library = build.library_folder(build.NAME, build.cpu_sources()) / f"{build.NAME}.so"
     except UserError as error:
         return f"not built: {error}"

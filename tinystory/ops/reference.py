@@ -50,24 +50,19 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return -token_logprob(hidden, weight, targets)[0].mean()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """residual + gelu(x weight^T + bias), where residual and gelu are optional."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
+    """gelu(x weight^T + bias), where gelu is optional."""
     y = F.linear(x, weight, bias)
-    y = F.gelu(y, approximate="tanh") if gelu else y
-    return y if residual is None else residual + y
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the last dimension (1e-5 under the root), then weight and bias."""
-    return F.layer_norm(x, weight.shape, weight, bias)
+    return F.gelu(y, approximate="tanh") if gelu else y
 
 
 def add_layer_norm(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, dropout_p: float, seed: int, dtype: torch.dtype
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, dropout_p: float, seed: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The sum x + dropout(branch), and its layer norm in dtype."""
-    total = x + branch.to(x.dtype) * branch_mask(branch, dropout_p, seed) if dropout_p > 0 else x + branch
-    return total, layer_norm(total, weight, bias).to(dtype)
+    """The sum x + dropout(branch), x without a branch, and its layer norm in dtype."""
+    if branch is not None:
+        x = x + (branch.to(x.dtype) * branch_mask(branch, dropout_p, seed) if dropout_p > 0 else branch)
+    return x, F.layer_norm(x, weight.shape, weight, bias).to(dtype)
 
 
 def sample(
