@@ -233,11 +233,10 @@ def test_what_does_not_fit_is_an_error():
     with pytest.raises(RuntimeError, match="call start first"):
         engine.step()
     valid = dict(prompt_of=[0, 0], max_new_tokens=5, eos=EOS, seed=0)
-    for wrong in (
-        dict(prompt=[]), dict(prompt=[320]), dict(prompt=[-1]), dict(prompt=[1] * 60), dict(prompt_of=[]),
-        dict(prompt_of=[0, 1]), dict(prompt_of=[-1]),
-        dict(max_new_tokens=0), dict(temperature=0.0), dict(top_p=0.0), dict(top_k=-1),
-    ):  # fmt: skip
+    wrong_options = [dict(prompt=[]), dict(prompt=[320]), dict(prompt=[-1]), dict(prompt=[1] * 60)]
+    wrong_options += [dict(prompt_of=[]), dict(prompt_of=[0, 1]), dict(prompt_of=[-1])]
+    wrong_options += [dict(max_new_tokens=0), dict(temperature=0.0), dict(top_p=0.0), dict(top_k=-1)]
+    for wrong in wrong_options:
         with pytest.raises(RuntimeError, match=r"Engine\.start"):
             prompts = [torch.tensor(wrong.pop("prompt", [5]), dtype=torch.int64)]
             options = valid | wrong

@@ -29,17 +29,17 @@ def run(f, leaves, grad, dtype):
     return [y.detach()] + [t.grad for t in leaves if t.grad is not None]
 
 
-def error(found, true):
+def error(outputs, true):
     """Root mean square: the largest error alone would be luck."""
-    return [float((a.double() - b).pow(2).mean().sqrt()) for a, b in zip(found, true, strict=True)]
+    return [float((a.double() - b).pow(2).mean().sqrt()) for a, b in zip(outputs, true, strict=True)]
 
 
 def close(ours, plain, leaves, grad, dtype):
     true = run(plain, leaves, grad, torch.float64)
     ours, theirs = error(run(ours, leaves, grad, dtype), true), error(run(plain, leaves, grad, dtype), true)
     sizes = [float(t.pow(2).mean().sqrt()) for t in true]
-    for mine, their, size in zip(ours, theirs, sizes, strict=True):
-        assert mine <= 2 * their + 1e-7 * size, (ours, theirs)
+    for own, their, size in zip(ours, theirs, sizes, strict=True):
+        assert own <= 2 * their + 1e-7 * size, (ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

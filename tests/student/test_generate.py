@@ -118,7 +118,7 @@ def test_greedy_at_temperature_zero(student, tokenizer):
         row = torch.cat([row, torch.tensor([token])])
 
 
-def test_a_context_too_short_is_told(student, tokenizer):
+def test_a_context_too_short_is_an_error(student, tokenizer):
     with pytest.raises(UserError, match="--max-new-tokens"):
         write(student, tokenizer, max_new_tokens=64)
 

@@ -64,9 +64,8 @@ def token_logprob_fake(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple
 
 
 def token_logprob_backward_fake(
-    grad_logprob: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_logprob: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, *_: Tensor
+) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
@@ -172,9 +171,9 @@ def add_layer_norm_fake(
 
 
 def add_layer_norm_backward_fake(
-    grad_sum: Tensor | None, grad_y: Tensor, total: Tensor, weight: Tensor, mean: Tensor, scale: Tensor,
-    dropout_p: float, seed: int, branch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_sum: Tensor | None, grad_y: Tensor, total: Tensor, weight: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    branch_dtype: torch.dtype | None = others[-1]
     grad_branch = total.new_empty(0 if branch_dtype is None else total.shape, dtype=branch_dtype)
     return torch.empty_like(total), grad_branch, torch.empty_like(weight), torch.empty_like(weight)
 

@@ -106,10 +106,10 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable[[], Tensor], Callable[
     return {name: (run(f), run(f, name)) for name, f in forward.items()}
 
 
-def compare(name: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], runs: int = 3) -> float:
-    """PyTorch's seconds over ours: the median over runs in turn, after one to warm up. It is 0 if the results
+def compare(name: str, kernel: Callable[[], Tensor], pytorch: Callable[[], Tensor], runs: int = 3) -> float:
+    """PyTorch's seconds over the kernel's: the median over runs in turn, after one to warm up. It is 0 if the results
     disagree, so that PyTorch runs the operator, and stderr says so."""
-    a, b = ours(), theirs()
+    a, b = kernel(), pytorch()
     if not torch.allclose(a, b, rtol=0.02):
         message = f"our kernel of {name} computes {a.tolist()} where PyTorch has {b.tolist()}, so PyTorch runs it"
         print(f"{message}; please report this processor", end=" ... ", file=sys.stderr, flush=True)
@@ -117,7 +117,7 @@ def compare(name: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor],
     ratios = []
     for _ in range(runs):
         times = []
-        for f in (ours, theirs):
+        for f in (kernel, pytorch):
             start = time.perf_counter()
             f()
             times.append(time.perf_counter() - start)

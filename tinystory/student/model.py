@@ -118,7 +118,8 @@ class Block(nn.Module):
         block; both (..., C). Returns the two after this block. attend: packed queries, keys and values
         (..., 3, H, D) -> (..., H, D)."""
         x, y = ops.add_layer_norm(x, branch, self.ln_1.weight, self.ln_1.bias, dropout, seed)  # x += branch; ln_1(x)
-        branch = self.attn_proj(attend(self.qkv(y).unflatten(-1, (3, self.n_head, -1))).flatten(-2))
+        qkv = self.qkv(y).unflatten(-1, (3, self.n_head, -1))
+        branch = self.attn_proj(attend(qkv).flatten(-2))
         x, y = ops.add_layer_norm(x, branch, self.ln_2.weight, self.ln_2.bias, dropout, seed + 1)
         return x, self.mlp_proj(self.fc(y))
 
