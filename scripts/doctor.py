@@ -27,7 +27,7 @@ import torch
 from tinystory.config import InteractConfig
 from tinystory.evaluate.calibration import FULL, calibrate, lines, of_grader, require, verdict
 from tinystory.evaluate.corruptions import corpus_documents, known_stories
-from tinystory.ops import build, cuda, fastest
+from tinystory.ops import backend, build, cuda, fastest
 from tinystory.rl.reward import load_score
 from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError, command
@@ -135,9 +135,9 @@ def compiler() -> str:
 
 def kernels() -> str:
     """Whether the compiled operators are there, and if not, why."""
-    if os.environ.get("TINYSTORY_KERNELS") == "reference":
-        return "switched off by TINYSTORY_KERNELS=reference: plain PyTorch runs instead"
     try:
+        if (chosen := backend.from_environment()).kernels == "reference":
+            return str(chosen)
         library = build.library_folder(build.NAME, build.cpu_sources()) / f"{build.NAME}.so"
     except UserError as error:
         return f"not built: {error}"

@@ -5,7 +5,8 @@ import torch
 from torch.utils import cpp_extension
 
 from tinystory import ops
-from tinystory.ops import build, cuda
+from tinystory.ops import backend, build, cuda
+from tinystory.ops.backend import Backend
 from tinystory.run import device
 from tinystory.run.errors import UserError
 
@@ -20,7 +21,7 @@ def machine(tmp_path, monkeypatch):
     built = []
 
     def has(*, gpus=((9, 0),), wanted="", nvcc="13.1", header=True, fails="", torch_cuda="13.0"):
-        for cached in (cuda.load, ops.choose):
+        for cached in (cuda.load, backend.has_kernel):
             cached.cache_clear()
         (home / "bin/nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {nvcc}, V{nvcc}.1'\n")
         (home / "bin/nvcc").chmod(0o755)
@@ -47,7 +48,7 @@ def machine(tmp_path, monkeypatch):
 
     assert ops.load(), "the CPU's kernels, before the build is replaced"
     yield has
-    for cached in (cuda.load, ops.choose):
+    for cached in (cuda.load, backend.has_kernel):
         cached.cache_clear()
 
 
@@ -86,9 +87,8 @@ BAD = {
 def test_the_cpu_runs_and_device_cuda_is_one_sentence(machine, capsys, case):
     settings, sentence = BAD[case]
     machine(**settings)
-    assert device.pick_device("cpu").type == "cpu" and ops.choose("sample", "cpu")
-    said = capsys.readouterr()
-    assert said.err == said.out == ""
+    assert device.pick_device("cpu").type == "cpu" and backend.has_kernel("sample", "cpu")
+    assert capsys.readouterr() == ("", "")
     assert device.pick_device("auto").type == "cpu"
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(UserError, match=sentence):
@@ -119,10 +119,10 @@ def test_an_old_gpu_beside_a_new_one(machine):
     assert device.pick_device("cuda:1").type == "cuda" and built == ["9.0"]
 
 
-def test_reference_needs_no_toolkit(machine, monkeypatch):
+def test_reference_needs_no_toolkit(machine):
     machine(gpus=((7, 5),), nvcc="")
-    monkeypatch.setattr(ops, "load", lambda: None)
-    assert device.pick_device("auto").type == "cuda"
+    with backend.using(Backend("reference")):
+        assert device.pick_device("auto").type == "cuda"
 
 
 def test_private_functions_of_torch_may_be_missing(monkeypatch):

@@ -66,8 +66,8 @@ def test_superseded_ones_go_and_milestones_stay(tmp_path, student, tokenizer):
         last = save(tmp_path / "checkpoints" / name, student, tokenizer, step=step)
     (tmp_path / "checkpoints" / ".step_0000011").mkdir()  # half written by a killed process
     checkpoint.drop_older(last)
-    kept = ["chck_1M", "step_0000007", "step_0000009"]  # the last two: one of them may be damaged later
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == kept
+    names = ["chck_1M", "step_0000007", "step_0000009"]  # the last two: one of them may be damaged later
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == names
 
 
 def test_optimizer_round_trip(student):
@@ -100,13 +100,13 @@ def test_best_is_replaced_shown_and_never_resumed_from(tmp_path, student, tokeni
     for step, name in enumerate(("start", "step_0000001", "best")):
         with torch.no_grad():
             student.wte.weight[0, 0] = step
-        how = dict(facts={}, state={}, counters={"step": step})
-        checkpoint.save(tmp_path / "checkpoints" / name, student, tokenizer, **how)
+        state = dict(facts={}, state={}, counters={"step": step})
+        checkpoint.save(tmp_path / "checkpoints" / name, student, tokenizer, **state)
     assert checkpoint.find(tmp_path).name == "best" and checkpoint.newest(tmp_path).name == "step_0000001"
     with torch.no_grad():
         student.wte.weight[0, 0] = 9
-    assert corner(checkpoint.save(checkpoint.find(tmp_path), student, tokenizer, **how)) == 2
-    assert corner(checkpoint.save(checkpoint.find(tmp_path), student, tokenizer, **how, replace=True)) == 9
+    assert corner(checkpoint.save(checkpoint.find(tmp_path), student, tokenizer, **state)) == 2
+    assert corner(checkpoint.save(checkpoint.find(tmp_path), student, tokenizer, **state, replace=True)) == 9
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"start", "step_0000001", "best"}
     assert checkpoint.find(tmp_path / "checkpoints" / "start").name == "start"
 
@@ -171,15 +171,15 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(tmp_path, stu
     for harm in (lambda path: flip(path, path.stat().st_size // 2), Path.unlink):
         harm(folder / name)
         assert checkpoint.newest_whole(tmp_path).name == "step_0000003"
-        said = capsys.readouterr().err
-        assert str(folder) in said and name in said and said.count("\n") == 1
+        err = capsys.readouterr().err
+        assert str(folder) in err and name in err and err.count("\n") == 1
         if name not in ("trainer.json", "manifest.json"):  # found before anything is read from them
             with pytest.raises(UserError, match=re.escape(str(folder)) + ".*" + name):
                 checkpoint.load(folder)
     again = save(tmp_path / "checkpoints" / "step_0000007", student, tokenizer, step=7)  # the resumed run comes by
     assert checkpoint.newest_whole(tmp_path) == again
-    for each in (again, tmp_path / "checkpoints" / "step_0000003"):
-        flip(each / name, 0)
+    for checkpoint_folder in (again, tmp_path / "checkpoints" / "step_0000003"):
+        flip(checkpoint_folder / name, 0)
     with pytest.raises(UserError, match="every checkpoint"):
         checkpoint.newest_whole(tmp_path)
 

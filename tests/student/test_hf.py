@@ -41,8 +41,8 @@ def gpt2_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     for layer in range(config["n_layer"]):
         at = f"h.{layer}"
         q, k, v = (
-            each.view(T, H, -1).transpose(0, 1)
-            for each in conv(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn").split(C, -1)
+            part.view(T, H, -1).transpose(0, 1)
+            for part in conv(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn").split(C, -1)
         )
         weights = (q @ k.transpose(1, 2) / (C // H) ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
         x = x + conv((weights.softmax(-1) @ v).transpose(0, 1).reshape(T, C), f"{at}.attn.c_proj")
@@ -92,8 +92,8 @@ def test_transformers_reads_it_with_no_code_of_ours(exported, student, tokenizer
 
 
 def test_the_tokenizer_gives_no_token_types(exported):
-    told = json.loads((exported / "tokenizer_config.json").read_text())
-    assert told["model_input_names"] == ["input_ids", "attention_mask"]  # others would change GPT-2's logits
+    settings = json.loads((exported / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # others would change GPT-2's logits
 
 
 def test_there_and_back(exported, student, tokenizer):
@@ -277,9 +277,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif self.path.startswith("/api/models/me/tale/branch/"):
             self.answer(200, {})
         elif self.path.startswith("/api/models/me/tale/preupload/"):
-            asked = json.loads(body)["files"]
+            files = json.loads(body)["files"]
             self.answer(
-                200, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
+                200, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
             )
         elif self.path.startswith("/api/models/me/tale/commit/"):
             for line in map(json.loads, body.splitlines()):

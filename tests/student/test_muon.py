@@ -70,14 +70,14 @@ def test_the_flops_of_a_step_are_those_it_computes():
 def test_pretraining_says_when_muon_takes_a_large_part_of_a_step():
     student = Student(StudentConfig(n_layer=2, n_head=2, n_embd=64, context=32, vocab_size=128))
 
-    def said(optimizer, batch_size):
+    def warning(optimizer, batch_size):
         trained_by, _ = pretrain.make_optimizer(student, PretrainConfig(optimizer=optimizer))
         return pretrain.costly_muon(student, trained_by, batch_size)
 
     # Per layer four square matrices of 30 n^3 operations and two of 50 n^3; the student's are 6 per weight and token.
     share = 2 * 220 * 64**3 / (6 * (2 * 12 * 64**2 + 128 * 64) * 4 * 32)
-    assert f"With 128 tokens per step, Muon's matmuls come to {share:.1f} times" in said("muon", 4)
-    assert said("muon", 64) == said("adamw", 4) == ""
+    assert f"With 128 tokens per step, Muon's matmuls come to {share:.1f} times" in warning("muon", 4)
+    assert warning("muon", 64) == warning("adamw", 4) == ""
 
 
 def test_its_state_is_saved_and_continued():
@@ -87,8 +87,8 @@ def test_its_state_is_saved_and_continued():
     grads = [[torch.randn(32, 16), torch.randn(16)] for _ in range(4)]
 
     def steps(optimizer, parameters, grads):
-        for each in grads:
-            for p, grad in zip(parameters, each, strict=True):
+        for step_grads in grads:
+            for p, grad in zip(parameters, step_grads, strict=True):
                 p.grad = grad.clone()
             optimizer.step()
 
