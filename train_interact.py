@@ -40,8 +40,8 @@ from tinystory.ops import fastest
 from tinystory.paths import usage
 from tinystory.report.plots import text_curve
 from tinystory.report.run import write_report
-from tinystory.reward import differences, plots, story_reward
-from tinystory.runlog import LOOKS, SAMPLES, RunLog, atomic_write, held, read_metrics, read_records
+from tinystory.reward import cluster_sizes, differences, story_reward
+from tinystory.runlog import EVALUATIONS, SAMPLES, RunLog, atomic_write, held, read_metrics, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, encode_opening, generate, require_room
 from tinystory.student.model import ValueHead
@@ -51,7 +51,7 @@ from tinystory.teacher.grader import Grader, open_grader
 PRETRAIN_RUN = Path("runs/pretrain")
 # Words taken in during interaction at which a checkpoint is kept.
 INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)} | {"chck_1M": 1_000_000}
-LOOK_INDEX = 10**9  # stories of a look are numbered from here: the same draws each time, and none of training's
+EVALUATION_INDEX = 10**9  # stories of a look are numbered from here: the same draws each time, and none of training's
 
 
 @command
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def interact(config: InteractConfig) -> None:
     rank0, n = distributed.is_rank0(), config.stories_per_step
-    for flag, count in (("--stories-per-step", n), ("--look-stories", config.look_stories)):
+    for flag, count in (("--stories-per-step", n), ("--eval-stories", config.eval_stories)):
         if count < distributed.world_size():
             raise UserError(f"{flag} must be at least {distributed.world_size()}, the number of processes")
     device = pick_device(config.device)
@@ -131,7 +131,7 @@ def interact(config: InteractConfig) -> None:
         scorer = cast(Grader, grader)  # for what rank 0 alone runs
         grader_facts = grader.facts if grader else {}
         looks_ahead = sum(looks_at(config, at) for at in range(step + bool(step), config.steps + 1))
-        stories_ahead = (config.steps - step) * n + looks_ahead * config.look_stories
+        stories_ahead = (config.steps - step) * n + looks_ahead * config.eval_stories
         if grader and (forecast := grader.forecast(stories_ahead, openings[0])):
             print(f"forecast: {forecast}")
         grader_facts |= distributed.rank0_value(lambda: calibrated(config, scorer))
@@ -142,7 +142,7 @@ def interact(config: InteractConfig) -> None:
         ):
             raise UserError(
                 f"{exhausted} does not hold a single step and the looks around it: raise it, or lower "
-                "--stories-per-step or --look-stories"
+                "--stories-per-step or --eval-stories"
             )
         resume_step = step if config.resume else None
         log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
@@ -184,22 +184,26 @@ def interact(config: InteractConfig) -> None:
             """Stories to openings that are never trained on: their means, and a new checkpoint `best` if they are."""
             nonlocal best_step
             held_out = openings.held_out
-            stories = write(LOOK_INDEX, config.look_stories, lambda i: held_out[(i - LOOK_INDEX) % len(held_out)])
+            stories = write(
+                EVALUATION_INDEX, config.eval_stories, lambda i: held_out[(i - EVALUATION_INDEX) % len(held_out)]
+            )
             grades = distributed.rank0_value(lambda: scorer.collect(stop))
             budget.spend(sum(grade.reply_words for grade in grades), sum(story.words for story in stories))
             rewards = rewards_of(config, stories, grades)
             means = score_means(grades) | story_means(stories)
             given = [reward for reward in rewards if reward is not None]
             reward = sum(given) / len(given) if given else None
-            log.looks(story_records(step, stories, grades, rewards))
-            if distributed.rank0_value(lambda: is_best(read_records(run / LOOKS), step)):
+            log.evaluations(story_records(step, stories, grades, rewards))
+            if distributed.rank0_value(lambda: is_best(read_records(run / EVALUATIONS), step)):
                 best_step = step
                 save(checkpoint.BEST, replace=True)
-            names = ("score_mean", "diversity_mean", "distinct_4", "plots", "ended", "length_mean")
+            names = ("score_mean", "diversity_mean", "distinct_4", "story_clusters", "ended", "length_mean")
             return {"held_out_reward": reward} | {f"held_out_{name}": means[name] for name in names}
 
         def not_looked_at() -> bool:
-            return distributed.rank0_value(lambda: all(record["step"] != step for record in read_records(run / LOOKS)))
+            return distributed.rank0_value(
+                lambda: all(record["step"] != step for record in read_records(run / EVALUATIONS))
+            )
 
         warned = False
         with contextlib.suppress(Interrupted):
@@ -301,7 +305,7 @@ def interact(config: InteractConfig) -> None:
             go_on = usage("python train_interact.py")
             print(f"stopped after step {step}, all saved; go on with: {go_on} --out {run} --resume")
         elif rank0:
-            looks = list(read_records(run / LOOKS))
+            looks = list(read_records(run / EVALUATIONS))
             sides = (("before", 0), ("after", best_step))
             shown = [{"when": when} | look for when, at in sides for look in looks if look["step"] == at]
             atomic_write(run / SAMPLES, "".join(json.dumps(record) + "\n" for record in shown))
@@ -317,16 +321,16 @@ def starting_checkpoint(init: str) -> Path:
 
 def looks_at(config: InteractConfig, step: int) -> bool:
     """Whether the student is looked at after this many steps, if the run gets so far."""
-    return step in (0, config.steps) or (config.look_every > 0 and step % config.look_every == 0)
+    return step in (0, config.steps) or (config.eval_every > 0 and step % config.eval_every == 0)
 
 
 def exhausted_budget(config: InteractConfig, budget: WordBudget, grader: Grader, new_words: int, looks: int = 1) -> str:
     """Which budget does not hold another step and so many looks; empty if all do. new_words: of openings not used
     before. (The cost is limited once more, before each request.)"""
-    stories = config.stories_per_step + looks * config.look_stories
+    stories = config.stories_per_step + looks * config.eval_stories
     if not budget.allows(new_words + stories * grader.most_words, stories * config.max_new_tokens):
         return f"the word budget ({budget.limit_in:,} in, {budget.limit_out:,} out)"
-    affordable = grader.affords(config.stories_per_step + config.look_stories)
+    affordable = grader.affords(config.stories_per_step + config.eval_stories)
     return "" if affordable else f"--budget-cost {config.budget_cost:g}"
 
 
@@ -353,12 +357,12 @@ def story_means(stories: list[Story]) -> dict[str, float | None]:
         "ended": sum(story.ended == "eos" for story in stories) / n,
         "diversity_mean": sum(differences(texts)) / n,
         "distinct_4": distinct_ngrams(texts),
-        "plots": len(plots(texts)),
+        "story_clusters": len(cluster_sizes(texts)),
     }
 
 
 def story_records(step: int, stories: list[Story], grades: list[Grade], rewards: list[float | None]) -> list[dict]:
-    """The lines of stories.jsonl and looks.jsonl."""
+    """The lines of stories.jsonl and evaluations.jsonl."""
     return [
         dict(
             step=step, index=story.index, opening=story.opening, story=story.text, reply=grade.reply_or_error,
@@ -372,15 +376,15 @@ SUMMARY: dict[str, Callable[[list[dict]], float]] = {  # of the stories of a loo
     "reward": lambda rs: sum(given := [r["reward"] for r in rs if r["reward"] is not None]) / max(len(given), 1),
     "ended": lambda rs: sum(r["ended"] == "eos" for r in rs) / len(rs),
     "distinct_4": lambda rs: distinct_ngrams([r["story"] for r in rs]) or 0.0,
-    "plots": lambda rs: len(plots([r["story"] for r in rs])),
+    "story_clusters": lambda rs: len(cluster_sizes([r["story"] for r in rs])),
 }
 
 
 def is_best(looks: Iterable[dict], step: int) -> bool:
     """Whether the look at `step` earned as much as any look, within a standard error of the difference.
 
-    looks: records of looks.jsonl. A look's few stories tell no more than that, and the later student has learned from
-    more of them; so a new look need not be the highest, but may not be clearly lower either."""
+    looks: records of evaluations.jsonl. A look's few stories tell no more than that, and the later student has learned
+    from more of them; so a new look need not be the highest, but may not be clearly lower either."""
     earned: dict[int, dict[int, float]] = {}  # by step and index: one index is one opening
     for look in looks:
         if look["reward"] is not None:
@@ -397,7 +401,7 @@ def print_summary(run: Path, shown: list[dict], best_step: int) -> None:
     """The same held-out opening before and after, what a look measured, and the curve of the rewards."""
     rewards = [record.get("reward_mean") for record in read_metrics(run)]
     sides = {when: [record for record in shown if record["when"] == when] for when in ("before", "after")}
-    if all(sides.values()):  # looks.jsonl can have lost one
+    if all(sides.values()):  # evaluations.jsonl can have lost one
         for when, records in sides.items():
             print(f"\n{when}, scored {records[0]['scores']}:\n{records[0]['opening']} {records[0]['story']}")
         print(f"\n{len(sides['before'])} stories to held-out openings, before and after step {best_step}, the best:")

@@ -24,7 +24,7 @@ def signs_of_collapse(metrics: Sequence[dict], kl_target: float) -> str:
     signs = []
     for name, what, at_least in (
         ("distinct_4", "the stories grow alike (distinct_4 {:.2f} to {:.2f})", 0.6),
-        ("plots", "few plots are left ({:.0f} to {:.0f})", 0.4),
+        ("story_clusters", "few clusters of stories are left ({:.0f} to {:.0f})", 0.4),
         ("length_mean", "they shrink ({:.0f} to {:.0f} words)", 0.5),
         ("entropy", "their entropy collapses ({:.0f} to {:.0f} nats)", 0.35),
     ):

@@ -169,10 +169,10 @@ class InteractConfig:
         0.5, "part of the score, 0..1, that is multiplied by the story's difference from others", "[0, 1]"
     )
     unfinished: float = option(0.5, "part of its reward, 0..1, that a story keeps which does not end", "[0, 1]")
-    look_every: int = option(
+    eval_every: int = option(
         4, "steps between looks at held-out openings; 0: only at the start and the end", "[0, 1e9]"
     )
-    look_stories: int = option(40, "stories per look; the latest student that none beats is kept as `best`", "[1, 1e9]")
+    eval_stories: int = option(40, "stories per look; the latest student that none beats is kept as `best`", "[1, 1e9]")
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
     learning_rate: float = option(6e-4, "initial learning rate of Adam", "(0, 100]")
@@ -222,7 +222,7 @@ PAPER_OPENING = "Let me tell you a long, magical tale. Once upon a time, in a fa
 _PAPER_INTERACT = dict(
     dtype="float32", opening=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
     stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000,
-    budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, look_every=0,
+    budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, eval_every=0,
     learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, signal_gate=False, critic="head", adam_eps=1e-8, epochs=4,
     minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1, max_ratio=10.0,
     grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,

@@ -51,24 +51,22 @@ def phrases(story: str, n: int = 4) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
-def plots(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
-    """How many of the texts tell each plot (`plot_numbers`), largest first."""
-    return sorted(Counter(plot_numbers(texts, threshold)).values(), reverse=True)
+def cluster_sizes(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
+    """Sizes of the clusters of near-duplicate stories (`cluster_ids`), largest first."""
+    return sorted(Counter(cluster_ids(texts, threshold)).values(), reverse=True)
 
 
-def plot_numbers(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
-    """The plot of each text, numbered from 0 by first appearance. A story has the plot of the first founder that shares
-    more than `threshold` of its phrases of three words with it (Jaccard; capitalised words count as one word), or it
-    founds one."""
+def cluster_ids(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
+    """The cluster of each text, numbered from 0 by first appearance. A text joins the first cluster whose founder
+    shares more than `threshold` of their word 3-grams (Jaccard; capitalised words count as one word), or founds one."""
     founders: list[set] = []
-    numbers = []
-    for own in (phrases(text, 3) for text in texts):
-        same = (i for i, other in enumerate(founders) if len(own & other) > threshold * len(own | other))
-        number = next(same, len(founders))
-        if number == len(founders):
-            founders.append(own)
-        numbers.append(number)
-    return numbers
+    ids = []
+    for grams in (phrases(text, 3) for text in texts):
+        similar = (i for i, other in enumerate(founders) if len(grams & other) > threshold * len(grams | other))
+        ids.append(next(similar, len(founders)))
+        if ids[-1] == len(founders):
+            founders.append(grams)
+    return ids
 
 
 def random_scores(opening: str, stories: Sequence[str]) -> list[float]:

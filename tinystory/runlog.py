@@ -28,7 +28,7 @@ Record: TypeAlias = dict[str, Any]  # one JSON object
 Fields: TypeAlias = dict[str, tuple[type, ...]]
 
 CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
-LOOKS = "looks.jsonl"  # stories to held-out openings
+EVALUATIONS = "evaluations.jsonl"  # stories to held-out openings
 OPINIONS = "opinions.jsonl"  # what other judges say of the run's stories (scripts/agreement.py)
 PREFERENCES = "preferences.jsonl"  # choices between its stories before and after (teach.py and evaluate.py --compare)
 LOCK = ".lock"
@@ -43,7 +43,7 @@ _STORY: Fields = _TOLD | {
 FIELDS: dict[str, Fields] = {  # what each record has at least
     METRICS: {"step": (int,)},
     STORIES: _STORY,
-    LOOKS: _STORY,
+    EVALUATIONS: _STORY,
     SAMPLES: _STORY | {"when": (str,)},
     OPINIONS: _TOLD | {"judge": (str,), "score": _NUMBER},
     PREFERENCES: {"key": (str,), "choice": (str, type(None)), "by": (str,)},
@@ -150,7 +150,7 @@ class RunLog:
             for name in (METRICS, STORIES):
                 keep_until(self.folder / name, resume_step)
             # The checkpoint of step 0 is saved before the student is looked at, all others after.
-            keep_until(self.folder / LOOKS, resume_step or -1)
+            keep_until(self.folder / EVALUATIONS, resume_step or -1)
 
     def config(self, options: Mapping[str, Any]) -> None:
         """Write config.json: the options, versions, device, git commit, and the times of the start and of each resume.
@@ -186,9 +186,9 @@ class RunLog:
         """Append one record per story: step, index, opening, story, reply, scores, reward, words, ended."""
         self._append(STORIES, records)
 
-    def looks(self, records: Sequence[Record]) -> None:
+    def evaluations(self, records: Sequence[Record]) -> None:
         """The same for stories to held-out openings, from which nothing is learned."""
-        self._append(LOOKS, records)
+        self._append(EVALUATIONS, records)
 
     def _append(self, name: str, records: Sequence[Record]) -> None:
         if not self.writes:

@@ -244,7 +244,7 @@ def experiment(tmp_path):
             story_record(step, story=f"{which} at {step} <i>")
             for step in (0, 10, 40) for which in ("first", "second")
         ]  # fmt: skip
-        (folder / "looks.jsonl").write_text("".join(json.dumps(each) + "\n" for each in told))
+        (folder / "evaluations.jsonl").write_text("".join(json.dumps(each) + "\n" for each in told))
     return tmp_path
 
 

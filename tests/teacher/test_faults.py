@@ -147,7 +147,7 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(i
         server.seen.clear()
         interact.main(arguments(init, whole, server.url))
     assert_same_bits(whole, stopped)
-    for name in ("stories.jsonl", "looks.jsonl", "samples.jsonl"):
+    for name in ("stories.jsonl", "evaluations.jsonl", "samples.jsonl"):
         assert (whole / name).read_text() == (stopped / name).read_text()
 
 

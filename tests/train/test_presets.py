@@ -24,7 +24,7 @@ PAPER_INTERACT = dict(
     length_words=90, budget_words=10**6, budget_words_out=10**8, steps=920, epochs=4, minibatch_size=0,
     learning_rate=1e-6, adam_eps=1e-8, grad_clip=0.0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2,
     value_coef=0.1, max_ratio=10.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
-    diversity=0.0, unfinished=1.0, stories_per_opening=1, look_every=0,
+    diversity=0.0, unfinished=1.0, stories_per_opening=1, eval_every=0,
 )  # fmt: skip
 
 

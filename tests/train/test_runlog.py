@@ -90,9 +90,9 @@ def test_resume_cuts_looks_back_too(tmp_path):
         folder = tmp_path / str(resume_step)
         with RunLog(folder, resume_step=None) as log:
             for step in (0, 2, 4):
-                log.looks([story_record(step)])
+                log.evaluations([story_record(step)])
         RunLog(folder, resume_step=resume_step).close()
-        assert [record["step"] for record in read_records(folder / "looks.jsonl")] == kept
+        assert [record["step"] for record in read_records(folder / "evaluations.jsonl")] == kept
 
     """Cut the file after each byte: readers and a resumed run see exactly the complete records."""
     a_run(tmp_path, 3)

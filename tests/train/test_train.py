@@ -173,8 +173,8 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     records = metrics(tmp_path / "i")
     contract = (
         "step reward_mean score_mean readability_mean coherence_mean creativity_mean kl kl_coef entropy length_mean"
-        " distinct_4 diversity_mean plots ended objective words_in words_out unscored rollout_s teacher_s update_s"
-        " peak_memory_mb"
+        " distinct_4 diversity_mean story_clusters ended objective words_in words_out unscored rollout_s teacher_s"
+        " update_s peak_memory_mb"
     )
     assert all(set(contract.split()) <= record.keys() for record in records) and len(records) == 4
     assert records[0]["ratio_error"] < 1e-4 and abs(records[0]["kl"]) < 1e-3
@@ -184,10 +184,10 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     assert all(s["words"] == len(s["story"].split()) and s["ended"] in ("eos", "length") for s in stories)
     assert records[0]["reward_mean"] == pytest.approx(sum(s["reward"] for s in stories[:6]) / 6, abs=1e-5)
     samples = [json.loads(line) for line in (tmp_path / "i" / "samples.jsonl").read_text().splitlines()]
-    looks = [json.loads(line) for line in (tmp_path / "i" / "looks.jsonl").read_text().splitlines()]
+    looks = [json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()]
     assert [look["step"] for look in looks] == [0] * 4 + [2] * 4 + [4] * 4
     assert records[-1]["words_out"] == sum(s["words"] for s in stories + looks)
-    assert [look["index"] for look in looks] == [interact.LOOK_INDEX + i for i in range(4)] * 3
+    assert [look["index"] for look in looks] == [interact.EVALUATION_INDEX + i for i in range(4)] * 3
     rewards = {at: sum(look["reward"] for look in looks if look["step"] == at) / 4 for at in (0, 2, 4)}
     best = max(at for at in rewards if interact.is_best([look for look in looks if look["step"] <= at], at))
     assert samples == [
@@ -203,7 +203,7 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     penalty = records[3]["kl_coef"] * records[3]["kl"]
     assert records[3]["objective"] == pytest.approx(records[3]["reward_mean"] - penalty, abs=1e-5)
     assert records[3]["ended"] == pytest.approx(sum(s["ended"] == "eos" for s in stories[18:]) / 6, abs=1e-6)
-    assert 0 < records[3]["diversity_mean"] <= 1 and 1 <= records[3]["plots"] <= 6
+    assert 0 < records[3]["diversity_mean"] <= 1 and 1 <= records[3]["story_clusters"] <= 6
     said = capsys.readouterr().out
     assert "mean reward" in said and f"before and after step {best}, the best" in said
 
@@ -233,7 +233,7 @@ def test_interaction_resumes_to_the_same_bits(place, tmp_path):
     assert checkpoint.newest(tmp_path / "parts").name == "step_0000003"
     interact.main(["--resume", "--out", str(tmp_path / "parts")])
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
-    for name in ("stories.jsonl", "looks.jsonl", "samples.jsonl"):
+    for name in ("stories.jsonl", "evaluations.jsonl", "samples.jsonl"):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
 
 
@@ -246,7 +246,7 @@ def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, tmp_path):
     interact.main(["--resume", "--out", str(tmp_path / "killed")])
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
     assert len(metrics(tmp_path / "killed")) == 4
-    for name in ("looks.jsonl", "checkpoints/best/trainer.json", "checkpoints/best/model.safetensors"):
+    for name in ("evaluations.jsonl", "checkpoints/best/trainer.json", "checkpoints/best/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
@@ -260,7 +260,7 @@ def test_an_interrupted_look_is_made_up_for(place, tmp_path, monkeypatch):
         stop.check()
 
     def second_step(self, stop):
-        if min(self.pending) >= interact.LOOK_INDEX and (tmp_path / "parts" / "looks.jsonl").exists():
+        if min(self.pending) >= interact.EVALUATION_INDEX and (tmp_path / "parts" / "evaluations.jsonl").exists():
             return interrupted(self, stop)
         return collect(self, stop)
 
@@ -271,7 +271,7 @@ def test_an_interrupted_look_is_made_up_for(place, tmp_path, monkeypatch):
     assert not (tmp_path / "parts" / "samples.jsonl").exists()
     interact.main(["--resume", "--out", str(tmp_path / "parts")])
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
-    for name in ("looks.jsonl", "samples.jsonl", "checkpoints/best/model.safetensors"):
+    for name in ("evaluations.jsonl", "samples.jsonl", "checkpoints/best/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
@@ -285,7 +285,7 @@ def test_every_opening_is_paid_for_once_and_a_tenth_is_never_trained_on(place, t
     stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]
     assert [story["opening"] for story in stories] == [openings[i] for i in range(36)]
     assert {story["opening"] for story in stories} == set(openings.train)
-    looks = [json.loads(line) for line in (tmp_path / "i" / "looks.jsonl").read_text().splitlines()]
+    looks = [json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()]
     assert {look["opening"] for look in looks} == set(openings.held_out) and len(openings.held_out) == 1
     for record in metrics(tmp_path / "i"):  # a callable's scores are no words
         used = {story["opening"] for story in stories[: 6 * record["step"]]}
@@ -297,9 +297,9 @@ def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monk
     run_interact(place, tmp_path / "on")
     said = capsys.readouterr()
     assert (said.out + said.err).count("the stories collapse: all the same") == 1 and len(metrics(tmp_path / "on")) == 4
-    run_interact(place, tmp_path / "off", "--stop-on-collapse", "--look-every", "0")
+    run_interact(place, tmp_path / "off", "--stop-on-collapse", "--eval-every", "0")
     assert len(metrics(tmp_path / "off")) == 2
-    looks = [json.loads(line) for line in (tmp_path / "off" / "looks.jsonl").read_text().splitlines()]
+    looks = [json.loads(line) for line in (tmp_path / "off" / "evaluations.jsonl").read_text().splitlines()]
     assert {look["step"] for look in looks} == {0, 2}  # the last student is looked at, wherever the run ends
     assert checkpoint.newest(tmp_path / "off").name == "step_0000002"
 
@@ -332,7 +332,7 @@ def test_budget_stops_hard_looks_included(place, tmp_path, monkeypatch, budget, 
     """A story is 16 words: a step 6 times 16, a look 4 times 16; looks are at steps 0, 2 and the end."""
     monkeypatch.setattr("tinystory.data.tokenizer.Tokenizer.decode", lambda self, ids: "w " * 16)
     run_interact(place, tmp_path / "i", "--budget-words-out", str(budget))
-    files = [tmp_path / "i" / name for name in ("stories.jsonl", "looks.jsonl")]
+    files = [tmp_path / "i" / name for name in ("stories.jsonl", "evaluations.jsonl")]
     read = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     counters = checkpoint.read_counters(checkpoint.newest(tmp_path / "i"))
     assert len(metrics(tmp_path / "i")) == steps
@@ -383,7 +383,7 @@ def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
     record = metrics(tmp_path / "i")[0]
     stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]
     assert record["unscored"] == 0 and all(set(s["scores"].values()) <= {0, 1, 2, 3} for s in stories)
-    looks = [json.loads(line) for line in (tmp_path / "i" / "looks.jsonl").read_text().splitlines()]
+    looks = [json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()]
     assert record["words_in"] == 1 + sum(len(s["reply"].split()) for s in stories + looks)
     assert "stands in for an LLM" in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tinystory.report import page, plots
 from tinystory.report.plots import Line, chart, number
-from tinystory.runlog import LOOKS, Record, atomic_write, read_records
+from tinystory.runlog import EVALUATIONS, Record, atomic_write, read_records
 
 EXPERIMENT, EVALUATION = "experiment.json", "evaluation"
 # Arm of the experiment: (name, colour).
@@ -33,7 +33,7 @@ UNSEEN = {  # not rewarded
     "Score, other openings": OTHER_SCORE,
     "distinct_4": ("stories", "distinct_4"),
     "self-BLEU": ("stories", "self_bleu"),
-    "Plots of 10": ("stories", "plots_10"),
+    "Clusters of 10": ("stories", "story_clusters_10"),
     "Utility of 10": ("stories", "utility_10"),
     "Nats per word": ("stories", "entropy_per_word"),
     "Copied": ("stories", "copied_share"),
@@ -222,7 +222,7 @@ def stories(out: Path, records: Sequence[Record]) -> str:
     random numbers."""
     pairs = []
     for start in of_arm(records, "interact"):
-        told = list(read_records(out / "interact" / f"{start // 10**6}M-0" / LOOKS))
+        told = list(read_records(out / "interact" / f"{start // 10**6}M-0" / EVALUATIONS))
         first = {record["step"]: record for record in reversed(told)}  # of each look
         sides = (("before", first[min(first)]), ("after", first[max(first)]))
         pairs.append(
