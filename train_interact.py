@@ -83,7 +83,7 @@ def interact(config: InteractConfig) -> None:
     reference.requires_grad_(False)
     student, tokenizer, facts = checkpoint.load(origin, device)
     memory.require_for_interaction(config, student.config, device)
-    texts = [config.opening] if config.opening else load_openings(config.openings)
+    texts = load_openings(config.openings)
     openings = Openings(texts, config.seed, config.stories_per_opening)
     require_room(student, max((encode_opening(tokenizer, text) for text in texts), key=len), config.max_new_tokens)
     milestones = INTERACTION_CHECKPOINTS

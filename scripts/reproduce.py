@@ -79,8 +79,8 @@ class Scale:
 
 # What a story earns, and to which opening. All name the same options, so that none goes on with a run of another.
 OBJECTIVES = {
-    "paper": dict(opening=PAPER_OPENING, max_new_tokens=90, diversity=0.0, unfinished=1.0),
-    "demo": {name: getattr(InteractConfig, name) for name in ("opening", "max_new_tokens", "diversity", "unfinished")},
+    "paper": dict(openings=PAPER_OPENING, max_new_tokens=90, diversity=0.0, unfinished=1.0),
+    "demo": {name: getattr(InteractConfig, name) for name in ("openings", "max_new_tokens", "diversity", "unfinished")},
 }
 # The settings of docs/results.md, whatever the demo's are: those that learn most in minutes on a CPU (LOG.md), with one
 # epoch over more stories and a weak KL penalty.
@@ -167,8 +167,8 @@ class Judge:
 
     def __init__(self, grader: Grader, reading: PretrainConfig, writing: InteractConfig, stories: int, blimp: str):
         self.grader, self.stories, self.blimp = grader, stories, blimp
-        texts = [writing.opening] if writing.opening else load_openings(writing.openings)
-        self.openings, self.length = Openings(texts, writing.seed).train, writing.max_new_tokens
+        self.openings = Openings(load_openings(writing.openings), writing.seed).train
+        self.length = writing.max_new_tokens
         self.temperature = writing.temperature
         self.device = pick_device(reading.device)
         self.corpus = open_corpus(reading.corpus)

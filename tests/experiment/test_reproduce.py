@@ -58,7 +58,7 @@ def test_the_objective_is_the_papers_unless_told_otherwise(tmp_path, monkeypatch
     assert {name: getattr(paper, name) for name in want} == want
     assert {name: getattr(demo, name) for name in want} == {name: getattr(InteractConfig, name) for name in want}
     said = capsys.readouterr().out
-    assert "objective paper: opening 'Let me tell you" in said and "objective demo: opening ''" in said
+    assert "objective paper: openings 'Let me tell you" in said and "objective demo: openings 'builtin'" in said
 
 
 def test_the_student_compared_is_the_last_not_the_best(tmp_path):

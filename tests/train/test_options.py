@@ -45,7 +45,7 @@ def test_no_number_may_be_any_of_these(value):
         for f in options(config_class):
             if isinstance(f.metadata["allowed"], Interval) and (f.type is int or value != 2.5):
                 config = dataclasses.replace(config_class(), **{f.name: value})
-                with pytest.raises(UserError, match=rf"--{f.name.replace('_', '-')} must be "):
+                with pytest.raises(UserError, match=rf"{f.name.replace('_', '[-_]')} must be "):
                     check(config)
 
 
@@ -63,12 +63,12 @@ def capture(command, capsys) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-timeout 0|--beta1 2|--beta2 1|--n-embd 20
+REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-timeout 0|--n-embd 20
 --n-embd 130|--n-head 3|--n-embd 2048 --n-head 4|--val-fraction 0|--val-fraction 1|--vocab-size 1e9|--vocab-size 260
---teacher-max-tokens 0|--teacher-max-tokens -5|--kl-coef -5|--clip-ratio -1|--gamma 5|--eps 0|--warmup 1|--dropout 1
+--teacher-max-tokens 0|--teacher-max-tokens -5|--kl-coef -5|--clip-ratio -1|--gamma 5|--warmup 1|--dropout 1
 --critic value|--optimizer sgd|--weights-init zero|--dtype float16|--max-unscored 1|--diversity 1.1|--context 1
 --reward random --teacher-url http://127.0.0.1:9|--replay x --teacher-url http://127.0.0.1:9|--reward random --replay x
---opening Once --openings o.txt|--preset paper --openings o.txt|--stories-per-step 1|--budget-cost 1"""
+--stories-per-step 1|--budget-cost 1"""
 
 
 @pytest.mark.parametrize("argv", REFUSED.replace("\n", "|").split("|"))
@@ -110,7 +110,7 @@ def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
     try:
         config = parse(config_class, COMMANDS[config_class], ["--resume", "--out", str(out)])
     except UserError as error:
-        assert str(out) in str(error) or name in ("openings", "opening", "reward", "n_head", "n_embd", "budget_cost")
+        assert str(out) in str(error) or name in ("reward", "n_head", "n_embd", "budget_cost")
         assert name.replace("_", "-") in str(error) or "is damaged" in str(error)  # which is what Infinity does to JSON
     else:
         assert config.out == str(out) and config.resume
@@ -124,9 +124,9 @@ def test_a_run_of_a_version_without_an_option_is_not_guessed_at(config_class, tm
     del record["seed"]
     run = {"options": record, "started": "2026-01-01T00:00:00+00:00", "device": "cpu", "resumed": []}
     (tmp_path / "config.json").write_text(json.dumps(run))
-    with pytest.raises(UserError, match=r"config\.json has no --seed: the run was begun by another version"):
-        parse(config_class, COMMANDS[config_class], ["--resume", "--out", str(tmp_path)])
-    assert parse(config_class, COMMANDS[config_class], ["--resume", "--out", str(tmp_path), "--seed", "7"]).seed == 7
+    for more in ([], ["--seed", "7"]):
+        with pytest.raises(UserError, match=r"config\.json has no --seed: the run was begun by another version"):
+            parse(config_class, COMMANDS[config_class], ["--resume", "--out", str(tmp_path), *more])
 
 
 def test_what_cannot_fit_memory_is_refused_before_it_is_allocated(place, tmp_path, capsys, monkeypatch):
@@ -147,7 +147,7 @@ def test_the_estimate_counts_parameters_exactly(student):
 
 def test_a_budget_that_holds_no_step_is_refused_at_once(place, tmp_path, capsys):
     init = ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--reward", "random", "--out", str(tmp_path / "i")]
-    for words in ("50", "223"):  # 224 are a step of 6 stories and two looks of 4, of 16 words each
+    for words in ("50", "223"):  # 224 are a step of 6 stories and two evaluations of 4, of 16 words each
         line = fails(interact.main, [*init, "--budget-words-out", words], capsys)
         assert "does not hold a single step" in line and not (tmp_path / "i").exists()
 

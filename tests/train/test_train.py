@@ -279,7 +279,7 @@ def test_every_opening_is_paid_for_once_and_a_tenth_is_never_trained_on(place, t
     texts = [f"{'One day ' * (i % 3)}{name} had a {THINGS[i]}" for i, name in enumerate(NAMES)]
     texts += [f"It was {thing}" for thing in THINGS]
     (tmp_path / "openings.txt").write_text("\n".join(texts))
-    more = ["--opening", "", "--openings", str(tmp_path / "openings.txt"), "--stories-per-opening", "2"]
+    more = ["--openings", str(tmp_path / "openings.txt"), "--stories-per-opening", "2"]
     run_interact(place, tmp_path / "i", *more, "--steps", "6", "--stories-per-step", "6")
     openings = Openings(texts, seed=0, per_opening=2)
     stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]
@@ -322,7 +322,7 @@ def test_no_score_is_no_gradient_and_is_counted(place, tmp_path, capsys):
 
 def test_the_word_budget_holds_openings_that_are_still_to_come(place, tmp_path):
     (tmp_path / "openings.txt").write_text("Tom had\nMia had a big\nIt was\n")
-    more = ["--opening", "", "--openings", str(tmp_path / "openings.txt"), "--stories-per-opening", "6"]
+    more = ["--openings", str(tmp_path / "openings.txt"), "--stories-per-opening", "6"]
     run_interact(place, tmp_path / "i", *more, "--budget-words", "7")
     assert len(metrics(tmp_path / "i")) < 3 and metrics(tmp_path / "i")[-1]["words_in"] <= 7
 
