@@ -46,12 +46,12 @@ from tinystory.device import pick_device
 from tinystory.errors import UserError, command
 from tinystory.evaluate.pairs import evaluate_pairs
 from tinystory.evaluate.stories import story_measures
+from tinystory.evaluate.validation import validate
 from tinystory.experiment.parts import MILLION, Part, Progress, locked, run_parts
 from tinystory.report.experiment import EVALUATION, EXPERIMENT, write_experiment_report
 from tinystory.runlog import atomic_write, device_name, git_commit, plain, read_metrics, versions
 from tinystory.student import checkpoint
 from tinystory.teacher.grader import Grader, open_grader
-from train_pretrain import validate
 
 SEED = 1_000_003  # seed of the stories for evaluation, which no interaction uses
 VAL_SEQUENCES = 256  # held-out sequences for bits per byte

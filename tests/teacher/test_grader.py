@@ -4,8 +4,8 @@ import pytest
 from fault_server import FaultServer
 
 from tinystory.config import InteractConfig
-from tinystory.device import Interrupted, Stop
-from tinystory.errors import UserError
+from tinystory.device import Stop
+from tinystory.errors import Interrupted, UserError
 from tinystory.teacher.grader import open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import train_interact as interact
 import train_pretrain as pretrain
 from tinystory.errors import UserError
+from tinystory.evaluate.held_out import write_samples
 from tinystory.evaluate.preference import pair_of
 from tinystory.experiment.parts import last_record
 from tinystory.report.run import write_report
@@ -200,7 +201,7 @@ def test_no_harm_to_a_record_is_a_traceback(a_run, tmp_path_factory, data):
         lambda: read_metrics(folder),
         lambda: [list(read_records(folder / name)) for name in RECORDS],
         lambda: write_report(folder),
-        lambda: interact.print_summary(folder, list(read_records(folder / "samples.jsonl")), 1),
+        lambda: write_samples(folder, 1),
         lambda: RunLog(folder, resume_step=1).config({"device": "cpu"}),
     ):
         with contextlib.suppress(UserError):

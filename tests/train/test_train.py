@@ -14,9 +14,13 @@ from conftest import NAMES, SHORT, SMALL, THINGS, assert_same_bits, fails, metri
 
 import train_interact as interact
 import train_pretrain as pretrain
+from tinystory.config import PretrainConfig
 from tinystory.data.openings import Openings
 from tinystory.data.shards import TokenFile
-from tinystory.device import Interrupted, Stop, dtype_name
+from tinystory.device import Stop, resolve
+from tinystory.errors import Interrupted
+from tinystory.evaluate import held_out
+from tinystory.evaluate.validation import validate
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher.grader import CallableGrader
@@ -63,7 +67,7 @@ def test_a_short_validation_reads_from_all_of_the_file():
 
     def nats(tokens, sequences=None):
         file = TokenFile(tokens=tokens, words=empty, offsets=empty, word_count=0, byte_count=0)
-        return pretrain.validate(student, file, sizes, sequences, batch=3, packing="stream")[0]
+        return validate(student, file, sizes, sequences, batch=3, packing="stream")[0]
 
     each = [nats(tokens[start : start + 9]) for start in (0, 8, 16, 24)]
     assert nats(tokens, 2) == pytest.approx((each[0] + each[2]) / 2)
@@ -78,7 +82,7 @@ def test_validation_of_whole_documents_counts_each_token_once():
     tokens, offsets = torch.randint(1, 64, (sum(lengths),)).numpy(), np.array([0, *np.cumsum(lengths)])
     tokens[offsets[1:] - 1] = 0
     file = TokenFile(tokens=tokens, words=np.empty(0), offsets=offsets, word_count=0, byte_count=0)
-    nats, bits = pretrain.validate(student, file, np.full(64, 4), None, batch=3, packing="whole")
+    nats, bits = validate(student, file, np.full(64, 4), None, batch=3, packing="whole")
     assert bits == pytest.approx(nats / math.log(2) / 4)
     # The longest is cut after eight tokens; its rest goes before the two that fit beside it.
     total = 0.0
@@ -184,14 +188,14 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     assert all(s["words"] == len(s["story"].split()) and s["ended"] in ("eos", "length") for s in stories)
     assert records[0]["reward_mean"] == pytest.approx(sum(s["reward"] for s in stories[:6]) / 6, abs=1e-5)
     samples = [json.loads(line) for line in (tmp_path / "i" / "samples.jsonl").read_text().splitlines()]
-    looks = [json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()]
-    assert [look["step"] for look in looks] == [0] * 4 + [2] * 4 + [4] * 4
-    assert records[-1]["words_out"] == sum(s["words"] for s in stories + looks)
-    assert [look["index"] for look in looks] == [interact.EVALUATION_INDEX + i for i in range(4)] * 3
-    rewards = {at: sum(look["reward"] for look in looks if look["step"] == at) / 4 for at in (0, 2, 4)}
-    best = max(at for at in rewards if interact.is_best([look for look in looks if look["step"] <= at], at))
+    evaluations = [json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in evaluations] == [0] * 4 + [2] * 4 + [4] * 4
+    assert records[-1]["words_out"] == sum(s["words"] for s in stories + evaluations)
+    assert [record["index"] for record in evaluations] == [held_out.FIRST_INDEX + i for i in range(4)] * 3
+    rewards = {at: sum(r["reward"] for r in evaluations if r["step"] == at) / 4 for at in (0, 2, 4)}
+    best = max(at for at in rewards if held_out.is_best([r for r in evaluations if r["step"] <= at], at))
     assert samples == [
-        {"when": when, **look} for when, at in (("before", 0), ("after", best)) for look in looks if look["step"] == at
+        {"when": when, **r} for when, at in (("before", 0), ("after", best)) for r in evaluations if r["step"] == at
     ]
     shown = checkpoint.find(tmp_path / "i")
     assert shown.name == "best" and checkpoint.newest(tmp_path / "i").name == "step_0000004"
@@ -209,21 +213,21 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
 
 
 def test_the_best_student_is_the_latest_that_none_clearly_beats():
-    def look(step, *rewards):
+    def evaluation(step, *rewards):
         return [{"step": step, "index": i, "reward": reward} for i, reward in enumerate(rewards)]
 
-    first = look(0, 0.1, 0.4, 0.2, 0.3)
-    assert interact.is_best(first, 0)
-    higher, lower = look(4, 0.5, 0.5, 0.5, 0.5), look(4, 0.0, 0.3, 0.1, 0.2)
-    assert interact.is_best(first + higher, 4) and not interact.is_best(first + lower, 4)
+    first = evaluation(0, 0.1, 0.4, 0.2, 0.3)
+    assert held_out.is_best(first, 0)
+    higher, lower = evaluation(4, 0.5, 0.5, 0.5, 0.5), evaluation(4, 0.0, 0.3, 0.1, 0.2)
+    assert held_out.is_best(first + higher, 4) and not held_out.is_best(first + lower, 4)
     # 0.14 less on average, with a standard error of 0.16; then 0.15 with one of 0.12.
-    assert interact.is_best(first + higher + look(8, 0.5, 0.5, 0.55, -0.1), 8)
-    assert not interact.is_best(first + higher + look(8, 0.4, 0.5, 0.5, 0.0), 8)
-    # The highest look counts, not the last: small steps down add up.
-    down = [*first, *higher, *look(8, 0.45, 0.5, 0.5, 0.45), *look(12, 0.4, 0.45, 0.45, 0.4)]
-    assert not interact.is_best(down, 8) and not interact.is_best(down, 12)
-    unscored = look(8, None, 0.5, None, 0.5)
-    assert interact.is_best(first + higher + unscored, 8) and not interact.is_best(first + look(8, None, None), 8)
+    assert held_out.is_best(first + higher + evaluation(8, 0.5, 0.5, 0.55, -0.1), 8)
+    assert not held_out.is_best(first + higher + evaluation(8, 0.4, 0.5, 0.5, 0.0), 8)
+    # The highest evaluation counts, not the last: small steps down add up.
+    down = [*first, *higher, *evaluation(8, 0.45, 0.5, 0.5, 0.45), *evaluation(12, 0.4, 0.45, 0.45, 0.4)]
+    assert not held_out.is_best(down, 8) and not held_out.is_best(down, 12)
+    unscored = evaluation(8, None, 0.5, None, 0.5)
+    assert held_out.is_best(first + higher + unscored, 8) and not held_out.is_best(first + evaluation(8, None, None), 8)
 
 
 def test_interaction_resumes_to_the_same_bits(place, tmp_path):
@@ -250,8 +254,8 @@ def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, tmp_path):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
-def test_an_interrupted_look_is_made_up_for(place, tmp_path, monkeypatch):
-    """Ctrl-C arrives in the look of step 2: the step is logged and saved, and a resumed run looks before it goes on."""
+def test_an_interrupted_evaluation_is_made_up_for(place, tmp_path, monkeypatch):
+    """Ctrl-C arrives in the evaluation of step 2: the step is logged and saved, and a resumed run evaluates first."""
     run_interact(place, tmp_path / "whole")
     collect = CallableGrader.collect
 
@@ -260,7 +264,7 @@ def test_an_interrupted_look_is_made_up_for(place, tmp_path, monkeypatch):
         stop.check()
 
     def second_step(self, stop):
-        if min(self.pending) >= interact.EVALUATION_INDEX and (tmp_path / "parts" / "evaluations.jsonl").exists():
+        if min(self.pending) >= held_out.FIRST_INDEX and (tmp_path / "parts" / "evaluations.jsonl").exists():
             return interrupted(self, stop)
         return collect(self, stop)
 
@@ -285,8 +289,8 @@ def test_every_opening_is_paid_for_once_and_a_tenth_is_never_trained_on(place, t
     stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]
     assert [story["opening"] for story in stories] == [openings[i] for i in range(36)]
     assert {story["opening"] for story in stories} == set(openings.train)
-    looks = [json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()]
-    assert {look["opening"] for look in looks} == set(openings.held_out) and len(openings.held_out) == 1
+    evaluations = [json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()]
+    assert {record["opening"] for record in evaluations} == set(openings.held_out) and len(openings.held_out) == 1
     for record in metrics(tmp_path / "i"):  # a callable's scores are no words
         used = {story["opening"] for story in stories[: 6 * record["step"]]}
         assert record["words_in"] == sum(len(opening.split()) for opening in used)
@@ -299,8 +303,8 @@ def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monk
     assert (said.out + said.err).count("the stories collapse: all the same") == 1 and len(metrics(tmp_path / "on")) == 4
     run_interact(place, tmp_path / "off", "--stop-on-collapse", "--eval-every", "0")
     assert len(metrics(tmp_path / "off")) == 2
-    looks = [json.loads(line) for line in (tmp_path / "off" / "evaluations.jsonl").read_text().splitlines()]
-    assert {look["step"] for look in looks} == {0, 2}  # the last student is looked at, wherever the run ends
+    evaluations = [json.loads(line) for line in (tmp_path / "off" / "evaluations.jsonl").read_text().splitlines()]
+    assert {record["step"] for record in evaluations} == {0, 2}  # the last student is evaluated, wherever the run ends
     assert checkpoint.newest(tmp_path / "off").name == "step_0000002"
 
 
@@ -328,8 +332,8 @@ def test_the_word_budget_holds_openings_that_are_still_to_come(place, tmp_path):
 
 
 @pytest.mark.parametrize(("budget", "steps"), [(224, 1), (256, 1), (319, 1), (320, 2)])
-def test_budget_stops_hard_looks_included(place, tmp_path, monkeypatch, budget, steps):
-    """A story is 16 words: a step 6 times 16, a look 4 times 16; looks are at steps 0, 2 and the end."""
+def test_budget_stops_hard_evaluations_included(place, tmp_path, monkeypatch, budget, steps):
+    """A story is 16 words: a step 6 times 16, an evaluation 4 times 16, at steps 0, 2 and the end."""
     monkeypatch.setattr("tinystory.data.tokenizer.Tokenizer.decode", lambda self, ids: "w " * 16)
     run_interact(place, tmp_path / "i", "--budget-words-out", str(budget))
     files = [tmp_path / "i" / name for name in ("stories.jsonl", "evaluations.jsonl")]
@@ -383,8 +387,8 @@ def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
     record = metrics(tmp_path / "i")[0]
     stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]
     assert record["unscored"] == 0 and all(set(s["scores"].values()) <= {0, 1, 2, 3} for s in stories)
-    looks = [json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()]
-    assert record["words_in"] == 1 + sum(len(s["reply"].split()) for s in stories + looks)
+    evaluations = [json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()]
+    assert record["words_in"] == 1 + sum(len(s["reply"].split()) for s in stories + evaluations)
     assert "stands in for an LLM" in capsys.readouterr().out
 
 
@@ -397,5 +401,6 @@ def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
         ("tf32", torch.float32, "tf32"),  # which float32 would lose on --resume
     ],
 )
-def test_a_run_records_how_it_multiplies(asked, dtype, recorded):
-    assert dtype_name(asked, dtype) == recorded
+def test_a_run_records_how_it_multiplies(asked, dtype, recorded, monkeypatch):
+    monkeypatch.setattr("tinystory.device.pick_dtype", lambda name, device: dtype)
+    assert resolve(PretrainConfig(device="cpu", dtype=asked)).recorded["dtype"] == recorded

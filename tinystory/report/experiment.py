@@ -218,12 +218,12 @@ def beyond_the_score(records: Sequence[Record]) -> str:
 
 
 def stories(out: Path, records: Sequence[Record]) -> str:
-    """The first story that each start's student told when it was looked at before, and at the end, with the same
+    """The first story that each start's student told when it was evaluated before, and at the end, with the same
     random numbers."""
     pairs = []
     for start in of_arm(records, "interact"):
         told = list(read_records(out / "interact" / f"{start // 10**6}M-0" / EVALUATIONS))
-        first = {record["step"]: record for record in reversed(told)}  # of each look
+        first = {record["step"]: record for record in reversed(told)}  # of each evaluation
         sides = (("before", first[min(first)]), ("after", first[max(first)]))
         pairs.append(
             "".join(page.story_card(r, f"{millions(start)} words read, {when} interaction") for when, r in sides)
