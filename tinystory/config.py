@@ -70,17 +70,13 @@ class PretrainConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
-    save_every: int = option(
-        200, "steps between checkpoints for --resume; word milestones are saved as well", "[1, 1e9]"
-    )
+    save_every: int = option(200, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
 
     n_layer: int = option(4, "transformer blocks", "[1, 1000]", group="model")
     n_head: int = option(4, "attention heads", "[1, 1000]")
     n_embd: int = option(128, "width of the residual stream", "[16, 100000]")
     context: int = option(256, "context length, in tokens", "[2, 1e6]")
-    vocab_size: int = option(
-        2048, "size of the vocabulary, trained on the corpus; five tokens are special", "[261, 1e6]"
-    )
+    vocab_size: int = option(2048, "vocabulary size, trained on the corpus; five tokens are special", "[261, 1e6]")
     weights_init: str = option("unit", "initial weights: unit (scaled with the width) or gpt2", ("unit", "gpt2"))
     dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", "[0, 1)")
 
@@ -102,7 +98,7 @@ class PretrainConfig:
     optimizer: str = option("muon", "muon (for the blocks' matrices, AdamW for the rest) or adamw", ("muon", "adamw"))
     muon_learning_rate: float = option(0.02, "peak learning rate of Muon", "(0, 100]")
     learning_rate: float = option(
-        2.4e-2, "peak learning rate of AdamW; where it trains the blocks' matrices too, a tenth of that", "(0, 100]"
+        2.4e-2, "peak learning rate of AdamW; with --optimizer adamw, a tenth of that", "(0, 100]"
     )
     final_learning_rate: float = option(0.0, "learning rate at the last word", "[0, 100]")
     warmup: float = option(0.2, "fraction of the words over which the learning rate rises linearly", "[0, 1)")
@@ -123,9 +119,7 @@ class InteractConfig:
     preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
 
     init: str = option(
-        "",
-        "starting checkpoint, or a folder that transformers wrote (default: newest under runs/pretrain)",
-        group="run",
+        "", "starting checkpoint, ours or transformers' (default: newest under runs/pretrain)", group="run"
     )
     out: str = option("runs/interact", "folder of the run")
     resume: bool = option(False, "continue from the newest checkpoint in --out")
@@ -134,9 +128,7 @@ class InteractConfig:
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
     steps: int = option(16, "maximum number of PPO steps", "[1, 1e9]")
-    save_every: int = option(
-        20, "steps between checkpoints for --resume; word milestones are saved as well", "[1, 1e9]"
-    )
+    save_every: int = option(20, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
     teacher_url: list[str] = option(
@@ -147,20 +139,14 @@ class InteractConfig:
     teacher_model: list[str] = option(
         [], "model name, or one for each --teacher-url (default: the first that a server lists)"
     )
-    teacher_panel: str = option(
-        "none",
-        "mean or median: different models grade every story, and their scores are combined so",
-        ("none", "mean", "median"),
-    )
+    teacher_panel: str = option("none", "mean or median of different models' scores", ("none", "mean", "median"))
     teacher_extra: str = option("", "JSON object whose fields are merged into each request to the teacher")
     teacher_concurrency: int = option(16, "maximum number of requests in flight per server", "[1, 10000]")
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher", "[0, 2]")
     teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]")
     teacher_timeout: float = option(300.0, "seconds that grading one story may take, retries included", "(0, 86400]")
     teacher_prompt: str = option("", "JSON file with other criteria, levels and weights (see docs/teachers.md)")
-    teacher_logprobs: bool = option(
-        False, "use expected scores under the teacher's token probabilities, not the sampled digits"
-    )
+    teacher_logprobs: bool = option(False, "use expected scores under the teacher's token probabilities")
     price_in: float = option(0.0, "price per million prompt tokens, in any currency", "[0, 1e9]")
     price_out: float = option(0.0, "price per million reply tokens", "[0, 1e9]")
     budget_cost: float = option(0.0, "maximum cost of the teacher at these prices; 0 means no limit", "[0, 1e12]")
@@ -169,7 +155,7 @@ class InteractConfig:
     reward: str = option("", "FILE.py:FUNCTION in place of a teacher: f(opening, stories) -> [0..1 or None]; or random")
     calibrate: bool = option(True, "before the run, see whether --teacher-url tells stories from shuffled words")
     require_judgement: float = option(
-        0.0, "least probability with which the teacher must put a story above shuffled words; 0.5 is chance", "[0, 1)"
+        0.0, "least probability of scoring a story above shuffled words; chance is 0.5", "[0, 1)"
     )
     max_unscored: float = option(0.1, "maximum fraction of a step's stories without a score", "[0, 1)")
 
@@ -183,24 +169,20 @@ class InteractConfig:
     stories_per_step: int = option(256, "stories per step", "[1, 1e9]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(1.0, "sampling temperature of the student", "[0.01, 100]")
-    budget_words: int = option(
-        1_000_000, "word budget, in: each opening once and every word of every reply", "[1, 1e15]"
-    )
+    budget_words: int = option(1_000_000, "word budget, in: each opening once, each word of each reply", "[1, 1e15]")
     budget_words_out: int = option(100_000_000, "word budget, out: every word that the student writes", "[1, 1e15]")
     length_weight: float = option(0.4, "weight of the length term relative to the teacher's score", "[0, 100]")
     length_words: int = option(90, "words at which the length term reaches its maximum", "[1, 1e9]")
     diversity: float = option(
-        0.5, "part of the score, 0..1, that is multiplied by the story's difference from others", "[0, 1]"
+        0.5, "share of the score that is multiplied by the difference from other stories", "[0, 1]"
     )
     unfinished: float = option(0.5, "part of its reward, 0..1, that a story keeps which does not end", "[0, 1]")
 
     learning_rate: float = option(6e-4, "initial learning rate of Adam", "(0, 100]", group="optimiser")
     lr_decay: bool = option(True, "let the rate fall linearly to 0 at --steps")
-    sharpness_rate: float = option(
-        0.06, "initial learning rate of a global logit scale, trained beside the weights; 0 disables it", "[0, 100]"
-    )
+    sharpness_rate: float = option(0.06, "initial learning rate of a global logit scale; 0 disables it", "[0, 100]")
     signal_gate: bool = option(
-        True, "multiply each rate by the part of its gradient that is signal: what two halves of the stories agree on"
+        True, "scale each rate by the signal in its gradient: what two halves of the stories share"
     )
     minibatch_size: int = option(0, "stories per gradient step; 0 means all", "[0, 1e9]")
     micro_batch_size: int = option(
@@ -211,9 +193,7 @@ class InteractConfig:
 
     epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]", group="PPO")
     critic: str = option(
-        "ridge",
-        "value baseline: ridge (regression on the reference's states) or head (a value head on the student)",
-        ("ridge", "head"),
+        "ridge", "value baseline: ridge (on the reference's states) or head (on the student)", ("ridge", "head")
     )
     gamma: float = option(1.0, "discount factor", "[0, 1]")
     lam: float = option(0.95, "GAE lambda; 1 if a step has only a few stories", "[0, 1]")
@@ -226,14 +206,9 @@ class InteractConfig:
     kl_horizon: float = option(2_000.0, "horizon of the adaptive controller, in stories", "(0, 1e12]")
 
     eval_every: int = option(
-        4,
-        "steps between evaluations on held-out openings; 0: only at the start and the end",
-        "[0, 1e9]",
-        group="evaluation",
+        4, "steps between held-out evaluations; 0: start and end only", "[0, 1e9]", group="evaluation"
     )
-    eval_stories: int = option(
-        40, "stories per evaluation; the latest student that none beats is kept as `best`", "[1, 1e9]"
-    )
+    eval_stories: int = option(40, "stories per evaluation; the latest student that none beats is `best`", "[1, 1e9]")
 
 
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of their libraries
@@ -296,17 +271,10 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
     preset, recorded = typed.pop("preset"), {}
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
         folder = Path(str(typed.get("out", vars(config_class)["out"])))
-        recorded = _recorded(config_class, folder, typed)
-        for name, value in (("preset", preset), ("init", typed.get("init"))):
-            if value not in (None, recorded.get(name)):
-                raise UserError(
-                    f"--{name} {value} does not go with --resume: {folder} was begun with {recorded.get(name)!r}; "
-                    "leave it out, or start a new run in another --out"
-                )
-        preset = recorded.get("preset")
-        if preset not in presets:
+        recorded = _recorded(config_class, folder, typed | {"preset": preset})
+        preset = recorded.pop("preset")
+        if preset not in [*presets]:
             raise UserError(f"{folder / CONFIG} names a preset {preset!r} that there is not: restore it from a copy")
-        recorded = {f.name: recorded[f.name] for f in _options(config_class)} | {"out": str(folder)}
     config = config_class(**{**presets[preset or "demo"], **recorded, **typed})
     config.preset = preset or "demo"
     check(config)
@@ -314,11 +282,14 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
 
 
 def _recorded(config_class: type, folder: Path, typed: dict[str, Any]) -> dict[str, Any]:
-    """The options in config.json of the run in the folder. Raises UserError if they are not those of such a run, or if
-    one that `typed` does not replace is out of range."""
-    recorded = recorded_options(folder)
+    """The preset and options in config.json of the run in the folder. Raises UserError if they are not those of such a
+    run, if one that `typed` does not replace is out of range, or if `typed` has another preset or start."""
+    recorded = recorded_options(folder) | {"out": str(folder)}
     for f in _options(config_class):
         if f.name not in recorded:
+            for command, mark in (("train_pretrain.py", "n_layer"), ("train_interact.py", "stories_per_step")):
+                if mark in recorded and not hasattr(config_class, mark):
+                    raise UserError(f"{folder} is a run of {command}: resume it with that, or give another --out")
             raise UserError(
                 f"{folder / CONFIG} has no {_flag(f)}: the run was begun by another version; go on with that version, "
                 "or start a new run in another --out"
@@ -327,8 +298,15 @@ def _recorded(config_class: type, folder: Path, typed: dict[str, Any]) -> dict[s
             try:
                 _check_option(config_class, f, recorded[f.name])
             except UserError as error:
-                raise UserError(f"{folder / CONFIG}: {error}; correct it there, or give the flag") from None
-    return recorded
+                advice = "correct it there, or give the flag" if f.metadata["help"] else "correct it there"
+                raise UserError(f"{folder / CONFIG}: {error}; {advice}") from None
+    for name in ("preset", "init"):  # of which a resumed run would apply nothing
+        if typed.get(name) not in (None, recorded.get(name)):
+            raise UserError(
+                f"--{name} {typed[name]} does not go with --resume: {folder} was begun with {recorded.get(name)!r}; "
+                "leave it out, or start a new run in another --out"
+            )
+    return {name: recorded.get(name) for name in ("preset", *(f.name for f in _options(config_class)))}
 
 
 def check(config: Any) -> None:
@@ -409,5 +387,12 @@ def _check_together(config: Any) -> None:
         raise UserError(f"{' and '.join(given)} do not go together: one of them scores the stories")
     if config.critic == "ridge" and config.stories_per_step < 2:
         raise UserError("--critic ridge learns from the other stories of a step: give --stories-per-step 2 or more")
+    if config.critic == "ridge" and config.value_coef:
+        raise UserError("--value-coef is the weight of a value head's loss: give --critic head, or --value-coef 0")
+    if config.critic == "head" and (config.signal_gate or not config.value_coef):
+        raise UserError(
+            "--critic head learns from the value loss, which --signal-gate would take for signal: give --value-coef, "
+            "say 0.1, and --no-signal-gate"
+        )
     if config.signal_gate and (config.minibatch_size or config.stories_per_step) < 2:
         raise UserError("--signal-gate compares two halves of a minibatch: give it 2 stories, or --no-signal-gate")
