@@ -43,6 +43,7 @@ from tinystory.run.errors import UserError, command
 from tinystory.run.folder import atomic_write
 from tinystory.student.generate import generate
 from tinystory.student.model import Student, StudentConfig, ValueHead
+from tinystory.student.optim import make_optimizer
 from tinystory.studies import peers
 from tinystory.studies.timing import gemm_limit, held_mb, lap_timer, profile
 
@@ -159,7 +160,7 @@ def pretrain(
     config: StudentConfig, batch: int, new: int, dtype: torch.dtype, device: torch.device,
     optimizer: str = PretrainConfig.optimizer,
 ) -> Callable:  # fmt: skip
-    from train_pretrain import make_optimizer, train_step
+    from train_pretrain import train_step
 
     options = PretrainConfig(batch_size=batch, optimizer=optimizer)
     student = Student(config).to(device)
@@ -198,12 +199,7 @@ def interact(
     student, head, words = Student(config).to(device), ValueHead(config.n_embd).to(device), Words(config.vocab_size)
     reference = Student(config).to(device).requires_grad_(False)
     reference.load_state_dict(student.state_dict())
-    optimizer = ppo.SharpAdam(
-        student.ln_f, [*student.parameters(), *head.parameters()], options.learning_rate, options.sharpness_rate,
-        options.adam_eps,
-    )  # fmt: skip
-    scores = torch.full((batch,), 0.5, device=device)
-    kl = ppo.AdaptiveKL(options.kl_coef, options.kl_target, options.kl_horizon)
+    optimizer, _ = ppo.make_optimizer(student, head, options)
 
     def run() -> dict[str, float]:
         began = now(device)
@@ -215,7 +211,7 @@ def interact(
             under_reference = ppo.read_reference(reference, batched, 1.0, options.micro_batch_size, states=False)
         read = now(device)
         autocast = functools.partial(lower, device, dtype)
-        ppo.step(student, head, optimizer, kl, batched, *under_reference, scores, options, autocast)
+        ppo.step(student, head, optimizer, batched, *under_reference, [0.5] * batch, options.kl_coef, options, autocast)
         done = now(device)
         tokens = sum(len(story.tokens) for story in written)
         parts = dict(rollout_s=wrote - began, update_s=done - wrote, reference_s=read - wrote, tokens=tokens)

@@ -184,7 +184,7 @@ def train(init: Path, latency: float, servers: int) -> dict[str, float]:
         urls = [stack.enter_context(local_server(latency)) for _ in range(servers)]
         how: dict[str, object] = dict(steps=STEPS, stories_per_step=STORIES, max_new_tokens=TOKENS)
         how |= dict(
-            look_every=0, look_stories=1, epochs=1, teacher_concurrency=AT_ONCE, init=init, out=Path(folder) / "run"
+            eval_every=0, eval_stories=1, epochs=1, teacher_concurrency=AT_ONCE, init=init, out=Path(folder) / "run"
         )
         flags = [word for name, value in how.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         command = [sys.executable, str(ROOT / "train_interact.py"), *flags, "--no-calibrate", "--teacher-url", *urls]

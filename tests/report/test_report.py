@@ -205,15 +205,15 @@ def told(step, texts):
 
 
 def test_the_page_shows_collapse(tmp_path):
-    """The last step tells one plot; its stories are drawn at random, repeats and all, and the same ones each time."""
+    """The last step tells one story; its stories are drawn at random, repeats and all, and the same ones each time."""
     rng = random.Random(0)
     different = [" ".join(f"w{rng.randrange(999)}" for _ in range(20)) for _ in range(8)]
     same = ["a girl named Peanut had a scarf and then it was gone for ever", *different[:1]]
     interaction_run(tmp_path, 2, told(1, different) + told(2, same[:1] * 7 + same[1:]))
     path = write_report(tmp_path)
     page = Page(path)
-    assert "Step 1: 8 plots in 8 stories, the largest of 1" in page.text
-    assert "Step 2: 2 plots in 8 stories, the largest of 7" in page.text
+    assert "Step 1: 8 clusters in 8 stories, the largest of 1" in page.text
+    assert "Step 2: 2 clusters in 8 stories, the largest of 7" in page.text
     widths = [value for name, value in page.attributes if name == "style" and "flex-grow: 7" in (value or "")]
     assert widths == ["flex-grow: 7"]
     drawn = page.text.split("At random, of the last step")[1].split("Best of the run")[0]

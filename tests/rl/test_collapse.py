@@ -6,7 +6,7 @@ import pytest
 
 from tinystory.rl.collapse import signs_of_collapse
 
-HEALTHY = dict(distinct_4=0.85, plots=40, length_mean=120.0, entropy=150.0, kl=1.5, reward_std=0.1)
+HEALTHY = dict(distinct_4=0.85, story_clusters=40, length_mean=120.0, entropy=150.0, kl=1.5, reward_std=0.1)
 
 
 def run(steps: int = 30, **end) -> list[dict]:
@@ -23,14 +23,14 @@ def run(steps: int = 30, **end) -> list[dict]:
 
 def test_a_healthy_run_is_left_alone():
     assert signs_of_collapse(run(), 2.0) == ""
-    assert signs_of_collapse(run(distinct_4=0.7, plots=30, length_mean=140.0, entropy=100.0), 2.0) == ""
+    assert signs_of_collapse(run(distinct_4=0.7, story_clusters=30, length_mean=140.0, entropy=100.0), 2.0) == ""
 
 
 @pytest.mark.parametrize(
     ("end", "said"),
     [
         (dict(distinct_4=0.35), "grow alike"),
-        (dict(plots=2), "few plots"),
+        (dict(story_clusters=2), "few clusters"),
         (dict(length_mean=30.0), "shrink"),
         (dict(entropy=20.0), "entropy"),
         (dict(kl=12.0), "KL runs away"),

@@ -7,27 +7,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinystory.config import INTERACT_PRESETS
+from tinystory.config import INTERACT_PRESETS, InteractConfig
 from tinystory.rl.reward import differences, load_score, phrases, story_reward
 from tinystory.run.errors import UserError
 
-PAPER = {name: INTERACT_PRESETS["paper"][name] for name in ("diversity", "length_weight", "length_words", "unfinished")}
+PAPER = InteractConfig(**INTERACT_PRESETS["paper"])
 
 
 def test_reward_is_the_papers():
     for difference, ended in ((0.0, False), (1.0, True)):  # neither matters
-        assert story_reward(7 / 9, difference, 45, ended, **PAPER) == pytest.approx((7 / 9 + 0.4 * 45 / 90) / 1.4)
-        assert story_reward(1.0, difference, 90, ended, **PAPER) == 1.0
-        assert story_reward(1.0, difference, 500, ended, **PAPER) == 1.0
-        assert story_reward(0.0, difference, 0, ended, **PAPER) == 0.0
+        assert story_reward(PAPER, 7 / 9, difference, 45, ended) == pytest.approx((7 / 9 + 0.4 * 45 / 90) / 1.4)
+        assert story_reward(PAPER, 1.0, difference, 90, ended) == 1.0
+        assert story_reward(PAPER, 1.0, difference, 500, ended) == 1.0
+        assert story_reward(PAPER, 0.0, difference, 0, ended) == 0.0
 
 
 def test_sameness_and_a_cut_cost_a_part_of_the_reward():
-    how = dict(length_weight=0.0, length_words=90)
-    assert story_reward(0.8, 0.25, 50, True, diversity=1.0, unfinished=0.5, **how) == pytest.approx(0.8 * 0.25)
-    assert story_reward(0.8, 0.25, 50, True, diversity=0.5, unfinished=0.5, **how) == pytest.approx(0.8 * 0.625)
-    assert story_reward(0.8, 1.0, 50, False, diversity=1.0, unfinished=0.5, **how) == pytest.approx(0.4)
-    long = story_reward(0.8, 1.0, 90, True, diversity=1.0, unfinished=0.5, length_weight=0.4, length_words=90)
+    whole, half = (InteractConfig(length_weight=0.0, diversity=diversity, unfinished=0.5) for diversity in (1.0, 0.5))
+    assert story_reward(whole, 0.8, 0.25, 50, True) == pytest.approx(0.8 * 0.25)
+    assert story_reward(half, 0.8, 0.25, 50, True) == pytest.approx(0.8 * 0.625)
+    assert story_reward(whole, 0.8, 1.0, 50, False) == pytest.approx(0.4)
+    long = story_reward(InteractConfig(length_weight=0.4, length_words=90), 0.8, 1.0, 90, True)
     assert long == pytest.approx(1.2 / 1.4)
 
 
@@ -36,9 +36,9 @@ unit = st.floats(0, 1)
 
 @given(unit, unit, unit, st.integers(0, 300), st.booleans(), unit, unit)
 def test_a_reward_is_from_0_to_1_and_rises_with_the_difference(score, low, high, words, ended, diversity, unfinished):
-    how = dict(diversity=diversity, unfinished=unfinished, length_weight=0.4, length_words=90)
+    config = InteractConfig(diversity=diversity, unfinished=unfinished, length_weight=0.4, length_words=90)
     low, high = sorted((low, high))
-    rewards = [story_reward(score, difference, words, ended, **how) for difference in (low, high)]
+    rewards = [story_reward(config, score, difference, words, ended) for difference in (low, high)]
     assert -1e-12 <= rewards[0] <= rewards[1] + 1e-12 <= 1 + 2e-12
 
 

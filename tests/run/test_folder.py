@@ -84,15 +84,15 @@ def test_resume_cuts_back_to_the_checkpoint_and_goes_on_as_if_never_stopped(tmp_
     assert config["started"] == started and [each["step"] for each in config["resumed"]] == [2]
 
 
-def test_resume_cuts_looks_back_too(tmp_path):
-    """A look at step n is on disk before the checkpoint of step n, but for n = 0."""
+def test_resume_cuts_evaluations_back_too(tmp_path):
+    """The evaluation of step n is on disk before the checkpoint of step n, but for n = 0."""
     for resume_step, kept in ((2, [0, 2]), (1, [0]), (0, [])):
         folder = tmp_path / str(resume_step)
         with RunLog(folder, resume_step=None) as log:
             for step in (0, 2, 4):
-                log.looks([story_record(step)])
+                log.evaluations([story_record(step)])
         RunLog(folder, resume_step=resume_step).close()
-        assert [record["step"] for record in read_records(folder / "looks.jsonl")] == kept
+        assert [record["step"] for record in read_records(folder / "evaluations.jsonl")] == kept
 
     """Cut the file after each byte: readers and a resumed run see exactly the complete records."""
     a_run(tmp_path, 3)

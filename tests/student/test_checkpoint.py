@@ -17,6 +17,7 @@ from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
+from train_pretrain import RunState
 
 
 def save(folder, student, tokenizer, step=3, state=None):
@@ -35,7 +36,7 @@ def seal(folder):
 def test_comes_back_as_it_went(tmp_path, student, tokenizer):
     folder = save(tmp_path / "chck_1M", student, tokenizer)
     loaded, loaded_tokenizer, facts = checkpoint.load(folder)
-    state, counters = checkpoint.load_trainer(folder)
+    state, counters = checkpoint.load_trainer(folder, dict)
     assert loaded.config == student.config and facts == {"words": 7} and counters == {"step": 3}
     assert all(
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), student.state_dict().values(), strict=True)
@@ -249,8 +250,8 @@ def test_no_harm_to_a_checkpoint_is_a_traceback(whole, tmp_path_factory, data):
         lambda: checkpoint.newest_whole(run),
         lambda: checkpoint.load(checkpoint.find(run)),
         lambda: checkpoint.restore(student, folder),
-        lambda: checkpoint.unpack_optimizer(optimizer, names, checkpoint.load_trainer(folder)[0]),
-        lambda: checkpoint.load_trainer(folder, ("step", "words", "tokens", "corpus")),
+        lambda: checkpoint.unpack_optimizer(optimizer, names, checkpoint.load_trainer(folder, dict)[0]),
+        lambda: checkpoint.load_trainer(folder, RunState),
     ):
         with contextlib.suppress(UserError):
             use()

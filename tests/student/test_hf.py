@@ -226,7 +226,7 @@ def test_interaction_starts_from_it(foreign, tmp_path):
     (tmp_path / "words.py").write_text("def score(opening, stories):\n    return [0.5] * len(stories)\n")
     out = tmp_path / "run"
     options = dict(init=foreign, out=out, reward=f"{tmp_path / 'words.py'}:score", steps=1, stories_per_step=4)
-    options |= dict(max_new_tokens=8, opening="the", device="cpu")
+    options |= dict(max_new_tokens=8, openings="the", device="cpu")
     train_interact.main([word for name, v in options.items() for word in (f"--{name.replace('_', '-')}", str(v))])
     student, tokenizer, facts = checkpoint.load(checkpoint.newest(out))
     assert tokenizer.eos == student.config.vocab_size - 1 and facts["interaction_words_out"] > 0

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import train_pretrain as pretrain
 from tinystory.config import PretrainConfig
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.student.muon import MOMENTUM, MuonAdamW, orthogonalize
+from tinystory.student.optim import costly_muon, make_optimizer
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 64, 16), (2, 16, 64)])
@@ -71,8 +71,8 @@ def test_pretraining_says_when_muon_takes_a_large_part_of_a_step():
     student = Student(StudentConfig(n_layer=2, n_head=2, n_embd=64, context=32, vocab_size=128))
 
     def warning(optimizer, batch_size):
-        trained_by, _ = pretrain.make_optimizer(student, PretrainConfig(optimizer=optimizer))
-        return pretrain.costly_muon(student, trained_by, batch_size)
+        trained_by, _ = make_optimizer(student, PretrainConfig(optimizer=optimizer))
+        return costly_muon(student, trained_by, batch_size)
 
     # Per layer four square matrices of 30 n^3 operations and two of 50 n^3; the student's are 6 per weight and token.
     share = 2 * 220 * 64**3 / (6 * (2 * 12 * 64**2 + 128 * 64) * 4 * 32)

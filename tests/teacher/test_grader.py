@@ -4,8 +4,8 @@ import pytest
 from fault_server import FaultServer
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
-from tinystory.run.device import Interrupted, Stop
-from tinystory.run.errors import UserError
+from tinystory.run.device import Stop
+from tinystory.run.errors import Interrupted, UserError
 from tinystory.teacher.grader import open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -15,7 +15,7 @@ def test_a_teacher_grades_the_stories_of_a_step_and_those_of_an_evaluation(tmp_p
     script = lambda story, n: "3 3 3" if "dog" in story else "0 0 3"  # noqa: E731
     replies = tmp_path / "replies.jsonl"
     with FaultServer(script) as server:
-        config = InteractConfig(teacher_url=[server.url], opening="Once", teacher_max_tokens=10)
+        config = InteractConfig(teacher_url=[server.url], openings="Once", teacher_max_tokens=10)
         with open_grader(config, corpus=None, replies=replies) as grader:
             assert grader.facts["scored_by"] == f"first at {server.url}" and grader.facts["teacher"]["scored"]
             assert grader.most_words == 30 and grader.affords(10**6)

@@ -22,6 +22,7 @@ from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.rl import ppo
 from tinystory.student.generate import Sampling, TokenStep
 from tinystory.student.model import Student, StudentConfig, ValueHead
+from tinystory.student.optim import make_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")  # of twins that replace a kernel
 LAYERS = 12
@@ -186,7 +187,7 @@ def test_what_waits_is_seen():
 def test_a_pretraining_step_waits_for_nothing(as_on_a_gpu, optimizer):
     student, tokens = small_student(2), torch.randint(96, (4, 17))
     config = PretrainConfig(batch_size=4, micro_batch_size=2, dropout=0.1, optimizer=optimizer)
-    trained_by, _ = pretrain.make_optimizer(student, config)
+    trained_by, _ = make_optimizer(student, config)
     for step in range(2):
         run = partial(pretrain.train_step, student, trained_by, tokens, config, BF16, step)
         assert waits(run) == []

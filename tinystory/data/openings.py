@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -42,16 +43,19 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def load_openings(name: str) -> list[str]:
-    """`builtin`, or a file of one opening per line: plain text, or JSON with an "opening" field (then the name ends in
-    .jsonl). Raises UserError for a file without openings, or a line that is none."""
+    """`builtin`; a file of one opening per line, plain text, or JSON with an "opening" field (then the name ends in
+    .jsonl); or else the opening itself. Raises UserError for a file without openings, or a line that is none."""
     if name == "builtin":
         return builtin_openings()
     path = Path(name)
+    looks_like_a_file = path.suffix in (".txt", ".jsonl") or ("/" in name and len(name.split()) == 1)
+    if name.strip() and not looks_like_a_file and not os.path.exists(name):
+        return [name]
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"--openings {name} cannot be read ({error}): give builtin, or a text file of one per line"
+            f"--openings {name} cannot be read ({error}): give builtin, a text file of one per line, or an opening"
         ) from None
     openings = []
     for number, line in enumerate(lines, 1):

@@ -17,7 +17,7 @@ from tinystory.report import charts, judges, page
 from tinystory.report.charts import Line, chart, number
 from tinystory.report.frontier import best_of_n, tilt
 from tinystory.report.page import TOP_SCORE, colour, details, grid, section, story_card, tile
-from tinystory.rl.reward import plots as plot_sizes
+from tinystory.rl.reward import cluster_sizes
 from tinystory.run.errors import UserError
 from tinystory.run.folder import SAMPLES, Record, atomic_write, read_config, read_metrics, read_records, read_stories
 
@@ -27,7 +27,7 @@ HERO = (560, 300)  # size of the chart at the top, in pixels
 PARTS = ("rollout", "reference", "teacher", "update")  # of a step, in chronological order
 
 SAMENESS_CURVES = {
-    "plots": "Plots in a step’s stories",
+    "story_clusters": "Clusters of similar stories in a step",
     "diversity_mean": "Difference from the other stories, 0 to 1",
     "distinct_4": "Distinct 4-grams in a step’s stories",
     "ended": "Fraction of stories that end",
@@ -186,8 +186,8 @@ def interaction_headline(metrics: list[Record], criteria: Sequence[str]) -> str:
         if ends(f"{each}_mean")[0] is not None:
             scores = page.change(ends(f"{each}_mean"))
             tiles.append(tile(escape(title(each)), scores, f"out of {TOP_SCORE}", colour(each)))
-    if ends("plots")[0] is not None:
-        tiles.append(tile("Plots", page.change(ends("plots"), 0), "in the stories of a step"))
+    if ends("story_clusters")[0] is not None:
+        tiles.append(tile("Story clusters", page.change(ends("story_clusters"), 0), "in the stories of a step"))
     if ends("ended")[0] is not None:
         tiles.append(tile("Told to the end", page.change(ends("ended")), "fraction of the stories"))
     tiles += [
@@ -228,12 +228,14 @@ def sameness(metrics: list[Record], picked: "Picked") -> str:
         "Score against difference, step by step", points, "difference from the other stories", (0, 1), (0, highest)
     )
     ends = [picked.first, picked.last] if picked.first is not picked.last else [picked.last]
-    bars = "".join(page.group_bar(plot_sizes([r["story"] for r in told]), step_name(told[0])) for told in ends if told)
+    sizes = [(cluster_sizes([r["story"] for r in records]), step_name(records[0])) for records in ends if records]
+    bars = "".join(page.cluster_bar(*each) for each in sizes)
     return section(
         "Better stories, or one story again?",
-        "A score can be bought by telling one good story over and over: then the trail climbs to the left, the plots "
-        "become few and their blocks wide. Each block of a bar is a plot, as wide as it has stories; two stories tell "
-        "the same plot if they share more than 12 % of their phrases of three words, names aside.",
+        "A score can be bought by telling one good story over and over: then the trail climbs to the left, the "
+        "clusters become few and their blocks wide. Each block of a bar is a cluster of similar stories, as wide as it "
+        "has stories; two stories are similar if they share more than 12 % of their phrases of three words, names "
+        "aside.",
         bars + grid([trail, *curve_charts(metrics, SAMENESS_CURVES)]),
     )
 

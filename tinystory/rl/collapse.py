@@ -1,4 +1,4 @@
-"""Signs that interaction is ruining the storyteller: said once, aloud, with what to try."""
+"""Warnings about a run, each with what to try: the stories collapse, or the scores carry no signal."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -22,15 +22,15 @@ def signs_of_collapse(metrics: Sequence[dict], kl_target: float) -> str:
         return None if None in ends[0] + ends[1] else (fmean(ends[0]), fmean(ends[1]))
 
     signs = []
-    for name, what, at_least in (
+    for metric, message, threshold in (
         ("distinct_4", "the stories grow alike (distinct_4 {:.2f} to {:.2f})", 0.6),
-        ("plots", "few plots are left ({:.0f} to {:.0f})", 0.4),
+        ("story_clusters", "few clusters of stories are left ({:.0f} to {:.0f})", 0.4),
         ("length_mean", "they shrink ({:.0f} to {:.0f} words)", 0.5),
         ("entropy", "their entropy collapses ({:.0f} to {:.0f} nats)", 0.35),
     ):
-        ends = first_and_last(name)
-        if ends and ends[1] < at_least * ends[0]:
-            signs.append(what.format(*ends))
+        ends = first_and_last(metric)
+        if ends and ends[1] < threshold * ends[0]:
+            signs.append(message.format(*ends))
     kl, spread = first_and_last("kl"), first_and_last("reward_std")
     if kl and kl[1] > 3 * kl_target:
         signs.append(f"the KL runs away ({kl[1]:.1f} nats per story, target {kl_target:g})")

@@ -16,34 +16,46 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
+
+if TYPE_CHECKING:  # reports need no torch
+    from tinystory.student.generate import Story
 
 ScoreStories = Callable[[str, Sequence[str]], Sequence[float | None]]
 
 
-def story_reward(
-    score: float, difference: float, words: int, ended: bool,
-    *, diversity: float, length_weight: float, length_words: int, unfinished: float,
-) -> float:  # fmt: skip
+def story_rewards(
+    config: InteractConfig, stories: Sequence["Story"], scores: Sequence[float | None]
+) -> list[float | None]:
+    """The reward of each story of a step, None without a score. All of them count when it is compared with others."""
+    return [
+        None if score is None else story_reward(config, score, difference, story.words, story.ended == "eos")
+        for story, score, difference in zip(stories, scores, differences([s.text for s in stories]), strict=True)
+    ]
+
+
+def story_reward(config: InteractConfig, score: float, difference: float, words: int, ended: bool) -> float:
     """(score * (1 - diversity + diversity * difference) + length_weight * words / length_words) / (1 + length_weight),
     times `unfinished` for a story that was cut off: 0..1.
 
     score, difference: 0..1. The length term, at most length_weight, keeps stories from shrinking (arXiv 2509.15714,
     whose reward this is with diversity 0 and unfinished 1). words: whitespace-separated words that the student wrote.
     """
-    quality = score * (1 - diversity + diversity * difference)
-    reward = (quality + length_weight * min(words / length_words, 1.0)) / (1 + length_weight)
-    return reward if ended else reward * unfinished
+    quality = score * (1 - config.diversity + config.diversity * difference)
+    length = min(words / config.length_words, 1.0)
+    reward = (quality + config.length_weight * length) / (1 + config.length_weight)
+    return reward if ended else reward * config.unfinished
 
 
 def differences(stories: Sequence[str]) -> list[float]:
     """How different each story is from the others, 0..1: the mean over its distinct phrases of 1 / (number of stories
     that contain the phrase). 1 if it shares none; 0 for a story too short to contain one."""
-    own = [phrases(story) for story in stories]
-    shared = Counter(phrase for each in own for phrase in each)
-    return [sum(1 / shared[phrase] for phrase in each) / len(each) if each else 0.0 for each in own]
+    grams = [phrases(story) for story in stories]
+    counts = Counter(gram for distinct in grams for gram in distinct)
+    return [sum(1 / counts[gram] for gram in distinct) / len(distinct) if distinct else 0.0 for distinct in grams]
 
 
 def phrases(story: str, n: int = 4) -> set[tuple[str, ...]]:
@@ -53,24 +65,22 @@ def phrases(story: str, n: int = 4) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
-def plots(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
-    """How many of the texts tell each plot (`plot_numbers`), largest first."""
-    return sorted(Counter(plot_numbers(texts, threshold)).values(), reverse=True)
+def cluster_sizes(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
+    """Sizes of the clusters of near-duplicate stories (`cluster_ids`), largest first."""
+    return sorted(Counter(cluster_ids(texts, threshold)).values(), reverse=True)
 
 
-def plot_numbers(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
-    """The plot of each text, numbered from 0 by first appearance. A story has the plot of the first founder that shares
-    more than `threshold` of its phrases of three words with it (Jaccard; capitalised words count as one word), or it
-    founds one."""
+def cluster_ids(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
+    """The cluster of each text, numbered from 0 by first appearance. A text joins the first cluster whose founder
+    shares more than `threshold` of their word 3-grams (Jaccard; capitalised words count as one word), or founds one."""
     founders: list[set] = []
-    numbers = []
-    for own in (phrases(text, 3) for text in texts):
-        same = (i for i, other in enumerate(founders) if len(own & other) > threshold * len(own | other))
-        number = next(same, len(founders))
-        if number == len(founders):
-            founders.append(own)
-        numbers.append(number)
-    return numbers
+    ids = []
+    for grams in (phrases(text, 3) for text in texts):
+        similar = (i for i, other in enumerate(founders) if len(grams & other) > threshold * len(grams | other))
+        ids.append(next(similar, len(founders)))
+        if ids[-1] == len(founders):
+            founders.append(grams)
+    return ids
 
 
 def random_scores(opening: str, stories: Sequence[str]) -> list[float]:

@@ -6,13 +6,40 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
 from torch import Tensor
 
 from tinystory import ops
-from tinystory.run.errors import UserError
+from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.ops import fastest
+from tinystory.run import distributed
+from tinystory.run.errors import Interrupted, UserError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where a run computes and in which dtype its matmuls are. recorded: the same for config.json, with what auto
+    meant, so that a resumed run computes as before."""
+
+    device: torch.device
+    dtype: torch.dtype
+    recorded: dict[str, str]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+def resolve(config: PretrainConfig | InteractConfig) -> Compute:
+    """What --device, --dtype and --pytorch-ops mean here. Raises UserError for what cannot be used."""
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    pytorch_ops = distributed.rank0_value(lambda: fastest.pick(config.pytorch_ops, dtype, device))
+    ops.run_by_pytorch(pytorch_ops)
+    name = str(dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    return Compute(device, dtype, dict(device=str(device), dtype=name, pytorch_ops=pytorch_ops))
 
 
 def pick_device(name: str) -> torch.device:
@@ -65,11 +92,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has else torch.float32
 
 
-def dtype_name(asked: str, dtype: torch.dtype) -> str:
-    """--dtype for a run's record, so that a resumed run multiplies as before: what auto means here, else as asked."""
-    return str(dtype).removeprefix("torch.") if asked == "auto" else asked
-
-
 def upload(x: Tensor, device: torch.device) -> Tensor:
     """x, on the CPU, on the device. Waits for nothing that a GPU is still computing."""
     pinned = device.type == "cuda"
@@ -106,10 +128,6 @@ def peak_memory_mb(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) >> 20
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return rss >> (20 if sys.platform == "darwin" else 10)  # in bytes there, in KiB elsewhere
-
-
-class Interrupted(Exception):
-    """The user asked the run to end; what is finished is to be saved."""
 
 
 class Stop:

@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tinystory.run.device import Interrupted
-from tinystory.run.errors import PeerLost, UserError
+from tinystory.run.errors import Interrupted, PeerLost, UserError
 
 T = TypeVar("T")
 Rows = TypeVar("Rows", Tensor, list)
@@ -84,6 +83,12 @@ def world_size() -> int:
 
 def is_rank0() -> bool:
     return rank() == 0
+
+
+def require_one_each(flag: str, count: int) -> None:
+    """Raises UserError unless every process gets at least one row."""
+    if count < world_size():
+        raise UserError(f"{flag} must be at least {world_size()}, the number of processes")
 
 
 def shard_strided(rows: Rows) -> Rows:

@@ -24,6 +24,10 @@ class PeerLost(UserError):
     """Another process of a torchrun run has ended; any that is left says so."""
 
 
+class Interrupted(Exception):
+    """The user asked the run to end; what is finished is to be saved."""
+
+
 def command(main: Callable[P, T]) -> Callable[P, T]:
     """Decorates a command's main(): a UserError becomes one line on stderr and exit code 2, without a traceback."""
 

@@ -17,19 +17,26 @@ import platform
 import re
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from tinystory.run.errors import UserError
 from tinystory.run.paths import ROOT
+
+if TYPE_CHECKING:  # reports need no torch
+    from tqdm import tqdm
+
+    from tinystory.run.device import Download
 
 Record: TypeAlias = dict[str, Any]  # one JSON object
 Fields: TypeAlias = dict[str, tuple[type, ...]]
 
 CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
-LOOKS = "looks.jsonl"  # stories to held-out openings
+EVALUATIONS = "evaluations.jsonl"  # stories to held-out openings
 OPINIONS = "opinions.jsonl"  # what other judges say of the run's stories (scripts/agreement.py)
 PREFERENCES = "preferences.jsonl"  # choices between its stories before and after (teach.py and evaluate.py --compare)
 LOCK = ".lock"
@@ -44,7 +51,7 @@ _STORY: Fields = _TOLD | {
 FIELDS: dict[str, Fields] = {  # what each record has at least
     METRICS: {"step": (int,)},
     STORIES: _STORY,
-    LOOKS: _STORY,
+    EVALUATIONS: _STORY,
     SAMPLES: _STORY | {"when": (str,)},
     OPINIONS: _TOLD | {"judge": (str,), "score": _NUMBER},
     PREFERENCES: {"key": (str,), "choice": (str, type(None)), "by": (str,)},
@@ -150,8 +157,8 @@ class RunLog:
         else:
             for name in (METRICS, STORIES):
                 keep_until(self.folder / name, resume_step)
-            # The checkpoint of step 0 is saved before the student is looked at, all others after.
-            keep_until(self.folder / LOOKS, resume_step or -1)
+            # The checkpoint of step 0 is saved before the evaluation, all others after.
+            keep_until(self.folder / EVALUATIONS, resume_step or -1)
 
     def config(self, options: Mapping[str, Any]) -> None:
         """Write config.json: the options, versions, device, git commit, and the times of the start and of each resume.
@@ -187,9 +194,9 @@ class RunLog:
         """Append one record per story: step, index, opening, story, reply, scores, reward, words, ended."""
         self._append(STORIES, records)
 
-    def looks(self, records: Sequence[Record]) -> None:
+    def evaluations(self, records: Sequence[Record]) -> None:
         """The same for stories to held-out openings, from which nothing is learned."""
-        self._append(LOOKS, records)
+        self._append(EVALUATIONS, records)
 
     def _append(self, name: str, records: Sequence[Record]) -> None:
         if not self.writes:
@@ -214,6 +221,43 @@ class RunLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class StepLog:
+    """Writes the metrics of steps that a GPU may still be computing, in order. step_tokens: tokens per step."""
+
+    def __init__(self, log: RunLog, bar: "tqdm", step_tokens: int):
+        self.log, self.bar, self.step_tokens = log, bar, step_tokens
+        self.launched: deque[tuple[float, Download, dict[str, Any]]] = deque()
+        self.last_end = 0.0  # when the last step was seen to be finished
+        self.metrics: dict[str, Any] = {}  # of the last step written
+
+    def launch(self, began: float, statistics: "Download", **metrics: Any) -> None:
+        """statistics: the step's loss and gradient norm, (2,) float32."""
+        self.launched.append((began, statistics, metrics))
+
+    def write(self, ahead: int, validate: Callable[[], dict[str, float]] | None = None) -> None:
+        """Waits for all launched steps but the last `ahead` and writes their metrics, validating after the last one.
+        Raises UserError for a loss that is not finite."""
+        while len(self.launched) > ahead:
+            began, statistics, metrics = self.launched.popleft()
+            loss, grad_norm = statistics.wait().tolist()
+            began, self.last_end = max(began, self.last_end), time.perf_counter()
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {metrics['step']}: lower --learning-rate or --resume from the last "
+                    "checkpoint"
+                )
+            speed = self.step_tokens / (self.last_end - began)
+            metrics |= dict(loss=loss, grad_norm=grad_norm, tokens_per_s=speed, val_loss=None, val_bits_per_byte=None)
+            postfix = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
+            if validate and not self.launched:
+                metrics |= validate()
+                postfix |= {"val": f"{metrics['val_loss']:.3f}"}
+            self.log.metrics(**metrics)
+            self.bar.update(metrics["words"] - self.bar.n)
+            self.bar.set_postfix(postfix)
+            self.metrics = metrics
 
 
 def timestamp() -> str:

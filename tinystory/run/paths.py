@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # a clone, or the site-packages of a wheel
@@ -15,9 +16,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinystory"
 
 
-def usage(text: str | None) -> str:
+def usage(text: str | None, *arguments: object) -> str:
     """`text` as the user can type its commands: where there is no clone, `python train_interact.py` becomes
-    `tinystory-interact` and `python scripts/sample.py` `tinystory-sample`, the entry points of pyproject.toml."""
+    `tinystory-interact` and `python scripts/sample.py` `tinystory-sample`, the entry points of pyproject.toml.
+    arguments: appended, quoted for the shell."""
+    text = " ".join([text or "", *(shlex.quote(str(argument)) for argument in arguments)])
     if (ROOT / "pyproject.toml").is_file():
-        return text or ""
-    return re.sub(r"python (?:scripts/|train_)(\w+)\.py", lambda m: f"tinystory-{m[1]}".replace("_", "-"), text or "")
+        return text
+    return re.sub(r"python (?:scripts/|train_)(\w+)\.py", lambda m: f"tinystory-{m[1]}".replace("_", "-"), text)

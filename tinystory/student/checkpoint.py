@@ -11,9 +11,10 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,19 +22,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.run import distributed
 from tinystory.run.errors import UserError
 from tinystory.run.folder import cannot_write, read_object
 from tinystory.student import hf
 from tinystory.student.model import Student, StudentConfig, wrong_shape
 
+T = TypeVar("T")
 BEST = "best"
 FILES = ("model.safetensors", "model.json", "tokenizer.json", "trainer.safetensors", "trainer.json")
 MANIFEST = "manifest.json"  # size and SHA-256 of each
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
 # What trainers count, and of which type each count is.
 COUNTERS: dict[str, Any] = dict(
-    step=int, words=int, tokens=int, corpus=str, written=int, kl_coef=float, best=float, best_step=int, words_in=int,
-    words_out=int,
+    step=int, words=int, tokens=int, corpus=str, written=int, kl_coef=float, best_step=int, words_in=int, words_out=int,
 )  # fmt: skip
 
 
@@ -169,15 +171,13 @@ def restore(student: Student, folder: Path) -> None:
     require_finite(student, folder)
 
 
-def load_trainer(folder: Path, names: tuple[str, ...] = ("step",)) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The `state` and `counters` given to `save`. names: the counters to find. Raises UserError if they are missing or
-    malformed."""
-    counters = read_counters(folder)
-    for name in names:
-        if name not in counters:
-            raise UserError(f"{folder / 'trainer.json'} has no {name!r}: it is no checkpoint of such a run")
+def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, Tensor], T]:
+    """The `state` given to `save`, and the `counters` as the dataclass that they were. Raises UserError if they are
+    missing, malformed, or another's."""
     try:
-        return load_file(folder / "trainer.safetensors"), counters
+        return load_file(folder / "trainer.safetensors"), run_state(**read_counters(folder))
+    except TypeError:
+        raise UserError(f"{folder / 'trainer.json'} is no checkpoint of such a run") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} has no trainer state to resume from: {_first_line(error)}") from error
 
@@ -234,6 +234,14 @@ def newest_whole(run: Path) -> Path | None:
     if found:
         raise UserError(f"--resume: every checkpoint in {run} is damaged: restore one from a copy, or start a new run")
     return None
+
+
+def to_resume(run: Path) -> Path | None:
+    """`newest_whole` of rank 0, on every rank."""
+    folder = distributed.rank0_value(lambda: newest_whole(run))
+    if folder is None:
+        print(f"{run} was stopped before its first checkpoint: it starts again")
+    return folder
 
 
 def find(path: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tinystory.report import charts, page
 from tinystory.report.charts import Line, chart, number
-from tinystory.run.folder import LOOKS, Record, atomic_write, read_records
+from tinystory.run.folder import EVALUATIONS, Record, atomic_write, read_records
 
 EXPERIMENT, EVALUATION = "experiment.json", "evaluation"
 # Arm of the experiment: (name, colour).
@@ -33,7 +33,7 @@ UNSEEN = {  # not rewarded
     "Score, other openings": OTHER_SCORE,
     "distinct_4": ("stories", "distinct_4"),
     "self-BLEU": ("stories", "self_bleu"),
-    "Plots of 10": ("stories", "plots_10"),
+    "Clusters of 10": ("stories", "story_clusters_10"),
     "Utility of 10": ("stories", "utility_10"),
     "Nats per word": ("stories", "entropy_per_word"),
     "Copied": ("stories", "copied_share"),
@@ -218,12 +218,12 @@ def beyond_the_score(records: Sequence[Record]) -> str:
 
 
 def stories(out: Path, records: Sequence[Record]) -> str:
-    """The first story that each start's student told when it was looked at before, and at the end, with the same
+    """The first story that each start's student told when it was evaluated before, and at the end, with the same
     random numbers."""
     pairs = []
     for start in of_arm(records, "interact"):
-        told = list(read_records(out / "interact" / f"{start // 10**6}M-0" / LOOKS))
-        first = {record["step"]: record for record in reversed(told)}  # of each look
+        told = list(read_records(out / "interact" / f"{start // 10**6}M-0" / EVALUATIONS))
+        first = {record["step"]: record for record in reversed(told)}  # of each evaluation
         sides = (("before", first[min(first)]), ("after", first[max(first)]))
         pairs.append(
             "".join(page.story_card(r, f"{millions(start)} words read, {when} interaction") for when, r in sides)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS
 from tinystory.data.babylm import milestone_name
 from tinystory.report.page import duration
 from tinystory.run.errors import UserError
@@ -52,8 +53,11 @@ class Part:
     def command(self, out: Path, preset: str) -> list[str]:
         script = ROOT / ("train_pretrain.py" if self.reads else "train_interact.py")
         words = [sys.executable, str(script), "--preset", preset, "--out", str(out / self.name)]
+        defaults = (PRETRAIN_PRESETS if self.reads else INTERACT_PRESETS)[preset]
         for name, value in self.options.items():
             flag = name.replace("_", "-")
+            if name in defaults and value == defaults[name]:  # some of which are no flags
+                continue
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:

@@ -1,0 +1,64 @@
+"""Pretraining's optimizer: which parameters go to Muon and which to AdamW, and the learning rate over the run."""
+
+from typing import Any
+
+import torch
+
+from tinystory.config import PretrainConfig
+from tinystory.student.model import Student
+from tinystory.student.muon import MuonAdamW
+
+
+def make_optimizer(student: Student, config: PretrainConfig) -> tuple[torch.optim.Optimizer, list[str]]:
+    """The optimizer and its parameters' names, in order: matrices, which have weight decay, then vectors. With
+    --optimizer muon the blocks' matrices come first, and AdamW keeps the embeddings and the vectors."""
+    parameters = dict(student.named_parameters())
+    blocks = {name: p for name, p in parameters.items() if p.dim() >= 2 and name.startswith("blocks.")}
+    blocks = blocks if config.optimizer == "muon" else {}
+    matrices = {name: p for name, p in parameters.items() if p.dim() >= 2 and name not in blocks}
+    vectors = {name: p for name, p in parameters.items() if p.dim() < 2}
+    groups = [
+        dict(params=list(matrices.values()), weight_decay=config.weight_decay),
+        dict(params=list(vectors.values()), weight_decay=0.0),
+    ]
+    options: dict[str, Any] = dict(
+        lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
+    optimizer = MuonAdamW(blocks.values(), groups, **options) if blocks else torch.optim.AdamW(groups, **options)
+    return optimizer, [*blocks, *matrices, *vectors]
+
+
+def learning_rate(config: PretrainConfig, words: int) -> float:
+    """AdamW's rate after so many words: linear warm-up, then linear decay."""
+    progress = min(words / config.words, 1.0)
+    if progress < config.warmup:
+        # No words have been read before the first step: it takes the rate at 1 % of the warm-up rather than 0.
+        return config.learning_rate * max(progress / config.warmup, 0.01)
+    left = (1 - progress) / (1 - config.warmup)
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * left
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, words: int) -> float:
+    """AdamW's rate after so many words, now that of its groups; Muon's rises and falls in proportion."""
+    rate = learning_rate(config, words)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * (config.muon_learning_rate / config.learning_rate if "muon" in group else 1.0)
+    return rate
+
+
+def costly_muon(student: Student, optimizer: torch.optim.Optimizer, batch_size: int) -> str:
+    """Advice for a wide student on few tokens per step, where Muon's matmuls, as many for any batch, take a large part
+    of it; "" otherwise. batch_size: sequences per step and process."""
+    if not isinstance(optimizer, MuonAdamW):
+        return ""
+    tokens = batch_size * student.config.context
+    weights = student.wte.weight.numel() + sum(p.numel() for p in student.blocks.parameters() if p.dim() >= 2)
+    ratio = optimizer.flops() / (
+        6 * weights * tokens
+    )  # forward and both gradients: three multiplications and additions
+    if ratio < 0.3:
+        return ""
+    return (
+        f"With {tokens:,} tokens per step, Muon's matmuls come to {ratio:.1f} times those of the student: a larger "
+        "--batch-size, or --optimizer adamw at a tenth of the --learning-rate, takes less time per token."
+    )
