@@ -107,6 +107,7 @@ void add_floats(Table& t, const std::string& type) {
   t["selp." + type] = each([](U a, U b, bool c) { return c ? a : b; });
   t["neg." + type] = each([](U a) { return U(a ^ sign); });
   t["abs." + type] = each([](U a) { return U(a & ~sign); });
+  t["copysign." + type] = each([](U a, U b) { return U((a & sign) | (b & ~sign)); });
   for (const char* rounding : {".", ".rn."}) {
     t["add" + (rounding + type)] = each([](F a, F b) { return a + b; });
     t["sub" + (rounding + type)] = each([](F a, F b) { return a - b; });
