@@ -1,7 +1,7 @@
 # Thin on purpose: each recipe is a line or two that can be copied into a shell.
 PY := .venv/bin/python
 
-.PHONY: demo test sanitize portable-check lowest-check wheel-check bench cuda-build kernel-report gpu-check clean
+.PHONY: demo test sanitize portable-check lowest-check wheel-check bench cuda-build ptx-check kernel-report gpu-check clean
 
 # From nothing to a student that tells better stories: about ten minutes on two cores.
 demo: .venv/ready
@@ -71,6 +71,12 @@ cuda-build:
 	python3 -m venv build/cuda
 	build/cuda/bin/pip install --quiet torch==2.11.0 --editable '.[test]'
 	TINYSTORY_CACHE=build/cuda/cache build/cuda/bin/pytest tests/ops/test_cuda_binding.py tests/ops/test_cuda_compile.py
+
+# Every CUDA kernel as nvcc compiles it, its PTX interpreted; then bugs planted in the inline PTX. Skipped without nvcc.
+ptx-check: .venv/ready
+	.venv/bin/cmake -S tests/native/ptx -B build/ptx && .venv/bin/cmake --build build/ptx -j 2
+	.venv/bin/ctest --test-dir build/ptx --output-on-failure && \
+	{ $(PY) tests/native/ptx/planted_bugs.py build/ptx || [ $$? = 77 ]; }
 
 # What the CUDA kernels do to memory, per source line, and their machine code if nvcc is there, beside their budgets.
 kernel-report: .venv/ready
