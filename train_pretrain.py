@@ -6,6 +6,7 @@ python train_pretrain.py --preset paper                    GPT-2-small on BabyLM
 """
 
 import math
+import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +20,12 @@ from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, a
 from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import prepare
 from tinystory.data.windows import Windows
-from tinystory.device import Download, Stop, peak_memory_mb, resolve, upload
+from tinystory.device import Download, StepLog, Stop, peak_memory_mb, resolve, upload
 from tinystory.errors import UserError, command
 from tinystory.evaluate.validation import validate
 from tinystory.paths import usage
 from tinystory.report.run import write_report
-from tinystory.runlog import RunLog, StepLog, held
+from tinystory.runlog import RunLog, held
 from tinystory.student import checkpoint
 from tinystory.student.generate import encode_opening, generate
 from tinystory.student.model import Student, StudentConfig
@@ -56,13 +57,14 @@ def train_step(
     norm of the gradient.
 
     Randomness is a function of (seed, step), so a resumed run repeats an unbroken one."""
-    rank, world = distributed.rank(), distributed.world_size()
+    rank = distributed.rank()
     torch.manual_seed(config.seed * 1_000_003 + step + (rank << 40))
+    attention_seeds = random.Random(f"{config.seed} {step} {rank}")  # no draw of torch's, which would wait for a GPU
     loss = torch.zeros((), device=batch.device)
     with student.lowered(dtype):
-        for i, part in enumerate(distributed.shard_strided(batch).split(config.micro_batch_size)):
+        for part in distributed.shard_strided(batch).split(config.micro_batch_size):
             with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                hidden = student.hidden(part[:, :-1], config.dropout, seed=step * config.batch_size + i * world + rank)
+                hidden = student.hidden(part[:, :-1], config.dropout, seed=attention_seeds.getrandbits(48))
                 nats = ops.cross_entropy(hidden.flatten(0, 1), student.wte.weight, part[:, 1:].flatten())
             part_loss = nats * (len(part) / len(batch))
             part_loss.backward()

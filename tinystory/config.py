@@ -128,7 +128,7 @@ class InteractConfig:
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
     steps: int = option(16, "maximum number of PPO steps", "[1, 1e9]")
-    save_every: int = option(20, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
+    save_every: int = option(4, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
     teacher_url: list[str] = option(
@@ -224,9 +224,9 @@ _PAPER_INTERACT = dict(
     dtype="float32", openings=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
     stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000,
     budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, eval_every=0,
-    learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, signal_gate=False, critic="head", adam_eps=1e-8, epochs=4,
-    minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1, max_ratio=10.0,
-    grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
+    save_every=20, learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, signal_gate=False, critic="head",
+    adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1,
+    max_ratio=10.0, grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
 PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
