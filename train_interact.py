@@ -24,7 +24,7 @@ from tinystory.evaluate.held_out import Evaluator, due, story_means, story_recor
 from tinystory.report.charts import text_curve
 from tinystory.report.run import write_report
 from tinystory.rl import ppo
-from tinystory.rl.collapse import signs_of_collapse
+from tinystory.rl.collapse import warnings
 from tinystory.rl.policy import RunState, load_policy
 from tinystory.rl.reward import story_rewards
 from tinystory.rl.rollout import rollout
@@ -66,6 +66,8 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     policy = load_policy(config, origin, compute)
     memory.require_for_interaction(config, reference.config, compute.device)
     openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
+    if openings.train == openings.held_out:
+        print("there is one opening, so none is held out: evaluations use the one that is trained on")
     longest = max((encode_opening(tokenizer, text) for text in openings.train + openings.held_out), key=len)
     require_room(reference, longest, config.max_new_tokens)
     milestones = INTERACTION_CHECKPOINTS
@@ -100,7 +102,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     if not resume_from:
         save("start")
     distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
-    stop, warned = stack.enter_context(Stop().listening()), False
+    stop, warned = stack.enter_context(Stop().listening()), set[str]()
     evaluator = Evaluator(config, policy, openings, grader, log, stop)
     bar = tqdm(total=config.steps, initial=state.step, unit="step", desc="interacting", disable=not rank0)
     with contextlib.suppress(Interrupted), bar:
@@ -163,15 +165,14 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 save()
             if failure:
                 raise failure
-            if state.step % config.save_every == 0:
-                if rank0:
-                    write_report(run)
-                signs = distributed.rank0_value(lambda: signs_of_collapse(read_metrics(run), config.kl_target))
-                if signs and not warned:
-                    bar.write(f"the stories collapse: {signs}")
-                    warned = True
-                if signs and config.stop_on_collapse:
-                    break
+            if rank0 and state.step % (5 * config.save_every) == 0:
+                write_report(run)
+            signs = distributed.rank0_value(lambda: warnings(read_metrics(run), config.kl_target))
+            for kind in signs.keys() - warned:
+                bar.write(signs[kind])
+            warned |= signs.keys()
+            if "collapse" in signs and config.stop_on_collapse:
+                break
         if not distributed.all_reduce_max(stop.requested) and not evaluator.done(state.step):  # an early end
             evaluator.evaluate(state)
     save(replace=True)

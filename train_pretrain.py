@@ -6,6 +6,7 @@ python train_pretrain.py --preset paper                    GPT-2-small on BabyLM
 """
 
 import math
+import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,9 +24,9 @@ from tinystory.data.windows import Windows
 from tinystory.evaluate.validation import validate
 from tinystory.report.run import write_report
 from tinystory.run import distributed
-from tinystory.run.device import Download, Stop, peak_memory_mb, resolve, upload
+from tinystory.run.device import Download, StepLog, Stop, peak_memory_mb, resolve, upload
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import RunLog, StepLog, held
+from tinystory.run.folder import RunLog, held
 from tinystory.run.paths import usage
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
@@ -59,13 +60,14 @@ def train_step(
     norm of the gradient.
 
     Randomness is a function of (seed, step), so a resumed run repeats an unbroken one."""
-    rank, world = distributed.rank(), distributed.world_size()
+    rank = distributed.rank()
     torch.manual_seed(config.seed * 1_000_003 + step + (rank << 40))
+    attention_seeds = random.Random(f"{config.seed} {step} {rank}")  # no draw of torch's, which would wait for a GPU
     loss = torch.zeros((), device=batch.device)
     with student.lowered(dtype):
-        for i, part in enumerate(distributed.shard_strided(batch).split(config.micro_batch_size)):
+        for part in distributed.shard_strided(batch).split(config.micro_batch_size):
             with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                hidden = student.hidden(part[:, :-1], config.dropout, seed=step * config.batch_size + i * world + rank)
+                hidden = student.hidden(part[:, :-1], config.dropout, seed=attention_seeds.getrandbits(48))
                 nats = ops.cross_entropy(hidden.flatten(0, 1), student.wte.weight, part[:, 1:].flatten())
             part_loss = nats * (len(part) / len(batch))
             part_loss.backward()

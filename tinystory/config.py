@@ -17,19 +17,14 @@ from tinystory.run.folder import CONFIG, recorded_options
 def option(
     default: Any, help: str, allowed: str | tuple[str, ...] = "", *, group: str = "", flags: tuple[str, ...] = ()
 ) -> Any:
-    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: shown by --help. allowed: the range of a
-    number, as an interval like "[0, 1)", or the names that a text can be. group: heading in --help, given for the first
-    option of each group. flags: further names."""
+    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: shown by --help; "": it is no flag, only
+    presets set it. allowed: the range of a number, as an interval like "[0, 1)", or the names that a text can be.
+    group: heading in --help, given for the first option of each group. flags: further names."""
     interval = Interval(allowed) if isinstance(allowed, str) and allowed else allowed
     metadata = {"help": help, "allowed": interval, "group": group, "flags": flags}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-def constant(default: float, allowed: str) -> Any:
-    """A field that presets set and config.json records, but that is no flag."""
-    return field(default=default, metadata={"help": "", "allowed": Interval(allowed), "group": ""})
 
 
 class Interval:
@@ -100,11 +95,10 @@ class PretrainConfig:
     learning_rate: float = option(
         2.4e-2, "peak learning rate of AdamW; with --optimizer adamw, a tenth of that", "(0, 100]"
     )
-    final_learning_rate: float = option(0.0, "learning rate at the last word", "[0, 100]")
     warmup: float = option(0.2, "fraction of the words over which the learning rate rises linearly", "[0, 1)")
-    beta1: float = constant(0.9, "[0, 1)")  # of AdamW
-    beta2: float = constant(0.99, "[0, 1)")
-    eps: float = constant(1e-8, "(0, 1]")
+    beta1: float = option(0.9, "", "[0, 1)")  # of AdamW
+    beta2: float = option(0.99, "", "[0, 1)")
+    eps: float = option(1e-8, "", "(0, 1]")
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", "[0, 100]")
     grad_clip: float = option(1.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
@@ -128,7 +122,7 @@ class InteractConfig:
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
     steps: int = option(16, "maximum number of PPO steps", "[1, 1e9]")
-    save_every: int = option(20, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
+    save_every: int = option(4, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
     teacher_url: list[str] = option(
@@ -190,7 +184,7 @@ class InteractConfig:
     micro_batch_size: int = option(
         32, "stories per forward pass; gradients are accumulated over a minibatch", "[1, 1e9]"
     )
-    adam_eps: float = constant(1e-8, "(0, 1]")
+    adam_eps: float = option(1e-8, "", "(0, 1]")
     grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
     epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]", group="PPO")
@@ -200,9 +194,9 @@ class InteractConfig:
     gamma: float = option(1.0, "discount factor", "[0, 1]")
     lam: float = option(0.95, "GAE lambda; 1 if a step has only a few stories", "[0, 1]")
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
-    clip_value: float = constant(0.2, "(0, 1e9]")  # clipping range of the value
+    clip_value: float = option(0.2, "", "(0, 1e9]")  # clipping range of the value
     value_coef: float = option(0.0, "weight of the value loss, for --critic head", "[0, 1000]")
-    max_ratio: float = constant(10.0, "[1, 1e9]")  # mean policy ratio above which a minibatch is skipped, and counted
+    max_ratio: float = option(10.0, "", "[1, 1e9]")  # mean policy ratio above which a minibatch is skipped, and counted
     kl_coef: float = option(0.01, "initial coefficient of the KL penalty against the starting checkpoint", "[0, 1000]")
     kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)", "(0, 1e6]")
     kl_horizon: float = option(2_000.0, "horizon of the adaptive controller, in stories", "(0, 1e12]")
@@ -218,7 +212,7 @@ class InteractConfig:
 _PAPER_PRETRAIN = dict(
     n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000, weights_init="gpt2", optimizer="adamw",
     packing="stream", dropout=0.1, corpus=["babylm-100m"], words=990_000_000, val_fraction=0.1, batch_size=256,
-    micro_batch_size=32, learning_rate=5e-4, final_learning_rate=0.0, warmup=0.01, beta1=0.9, beta2=0.999, eps=1e-8,
+    micro_batch_size=32, learning_rate=5e-4, warmup=0.01, beta1=0.9, beta2=0.999, eps=1e-8,
     weight_decay=0.0, grad_clip=1.0, eval_every=250, eval_sequences=64, save_every=250,
 )  # fmt: skip
 PAPER_OPENING = "Let me tell you a long, magical tale. Once upon a time, in a faraway land,"
@@ -226,9 +220,9 @@ _PAPER_INTERACT = dict(
     dtype="float32", openings=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
     stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000,
     budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, eval_every=0,
-    learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, signal_gate=False, critic="head", adam_eps=1e-8, epochs=4,
-    minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1, max_ratio=10.0,
-    grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
+    save_every=20, learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, signal_gate=False, critic="head",
+    adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1,
+    max_ratio=10.0, grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
 PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
@@ -253,7 +247,7 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
     for f in _options(config_class):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        if not f.metadata["help"]:  # a constant
+        if not f.metadata["help"]:
             continue
         kind, allowed = types[f.name], f.metadata["allowed"]
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
@@ -270,7 +264,7 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
             settings |= dict(type=readers.get(kind, kind), metavar={int: "N", float: "X", str: "TEXT"}[kind])
         group.add_argument(_flag(f), *f.metadata["flags"], dest=f.name, **settings)
     typed = vars(parser.parse_args(argv))
-    preset, recorded = typed.pop("preset"), {}
+    preset, recorded, folder = typed.pop("preset"), {}, Path()
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
         folder = Path(str(typed.get("out", vars(config_class)["out"])))
         recorded = _recorded(config_class, folder, typed | {"preset": preset})
@@ -279,36 +273,33 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
             raise UserError(f"{folder / CONFIG} names a preset {preset!r} that there is not: restore it from a copy")
     config = config_class(**{**presets[preset or "demo"], **recorded, **typed})
     config.preset = preset or "demo"
-    check(config)
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}; correct it there, or by a flag") if recorded else error from None
     return config
 
 
 def _recorded(config_class: type, folder: Path, typed: dict[str, Any]) -> dict[str, Any]:
     """The preset and options in config.json of the run in the folder. Raises UserError if they are not those of such a
-    run, if one that `typed` does not replace is out of range, or if `typed` has another preset or start."""
+    run, or if `typed` has another preset or start, of which a resumed run would apply nothing."""
     recorded = recorded_options(folder) | {"out": str(folder)}
-    for f in _options(config_class):
-        if f.name not in recorded:
-            for command, mark in (("train_pretrain.py", "n_layer"), ("train_interact.py", "stories_per_step")):
-                if mark in recorded and not hasattr(config_class, mark):
-                    raise UserError(f"{folder} is a run of {command}: resume it with that, or give another --out")
-            raise UserError(
-                f"{folder / CONFIG} has no {_flag(f)}: the run was begun by another version; go on with that version, "
-                "or start a new run in another --out"
-            )
-        if f.name not in typed:
-            try:
-                _check_option(config_class, f, recorded[f.name])
-            except UserError as error:
-                advice = "correct it there, or give the flag" if f.metadata["help"] else "correct it there"
-                raise UserError(f"{folder / CONFIG}: {error}; {advice}") from None
-    for name in ("preset", "init"):  # of which a resumed run would apply nothing
+    names = ["preset", *(f.name for f in _options(config_class))]
+    if missing := [name for name in names if name not in recorded]:
+        for command, mark in (("train_pretrain.py", "n_layer"), ("train_interact.py", "stories_per_step")):
+            if mark in recorded and not hasattr(config_class, mark):
+                raise UserError(f"{folder} is a run of {command}: resume it with that, or give another --out")
+        raise UserError(
+            f"{folder / CONFIG} has no {missing[0]}: the run was begun by another version; go on with that version, or "
+            "start a new run in another --out"
+        )
+    for name in ("preset", "init"):
         if typed.get(name) not in (None, recorded.get(name)):
             raise UserError(
                 f"--{name} {typed[name]} does not go with --resume: {folder} was begun with {recorded.get(name)!r}; "
                 "leave it out, or start a new run in another --out"
             )
-    return {name: recorded.get(name) for name in ("preset", *(f.name for f in _options(config_class)))}
+    return {name: recorded[name] for name in names}
 
 
 def check(config: Any) -> None:

@@ -33,6 +33,12 @@ def test_a_tenth_is_held_out_and_never_trained_on():
     assert not set(openings.held_out) & {openings[i] for i in range(500)}
 
 
+@pytest.mark.parametrize("count", [*range(2, 10)])
+def test_of_a_few_openings_one_is_held_out(count):
+    openings = Openings(TEXTS[:count], seed=0)
+    assert openings.held_out == [TEXTS[count - 1]] and openings.train == TEXTS[: count - 1]
+
+
 def test_groups_share_an_opening():
     openings = Openings(TEXTS, seed=0, per_opening=4)
     told = [openings[i] for i in range(40)]
@@ -48,7 +54,7 @@ def test_the_words_of_each_opening_are_counted_once(per_opening):
     assert sum(counted[:10]) == sum(len(text.split()) for text in used)
 
 
-def test_one_opening_is_trained_on_and_looked_at():
+def test_one_opening_is_trained_on_and_evaluated():
     one = Openings(["Once"], seed=0)
     assert one.train == one.held_out == ["Once"] and one[0] == one[123456] == "Once"
 
@@ -68,10 +74,16 @@ def test_a_file_has_one_per_line(tmp_path):
     assert load_openings(str(tmp_path / "a.jsonl")) == ["One\nday"]
 
 
+def test_what_is_no_file_is_the_opening_itself():
+    for text in ("Once", "Once upon a time, in a faraway land,", "He/she said:", "word " * 2000):
+        assert load_openings(text) == [text]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("no.txt", None, "cannot be read"),
+        ("no", None, "cannot be read"),
         ("empty.txt", b"\n \n", "holds no opening"),
         ("bytes.txt", b"\xff\xfe\x00", "cannot be read"),
         ("a.jsonl", b'{"opening": "x"}\n{"text": "y"}\n', "line 2"),

@@ -44,6 +44,7 @@ def interaction_run(folder, steps=20, stories=()):
             log.metrics(
                 step=step,
                 reward_mean=step / 100,
+                score_std=0.0 if step > 5 else 1.0,
                 readability_mean=1 + step / 100,
                 coherence_mean=1.5,
                 creativity_mean=2.0,
@@ -114,6 +115,7 @@ def test_headline_is_the_mean_of_five_steps_at_each_end(tmp_path):
     text = Page(write_report(tmp_path)).text
     assert "Mean reward0.03 → 0.18first 5 steps → last 5" in text
     assert "Readability1.03 → 1.18" in text
+    assert "in 15 of 20 steps all stories had the same score" in text
     assert "Words taken in2,0001,000 written" in text and "Unscored40" in text
     assert "rollout 20 s, 25%teacher 40 s, 50%update 20 s, 25%" in text
 

@@ -84,6 +84,18 @@ def test_resume_cuts_back_to_the_checkpoint_and_goes_on_as_if_never_stopped(tmp_
     assert config["started"] == started and [each["step"] for each in config["resumed"]] == [2]
 
 
+def test_another_number_of_threads_is_warned_of_on_resume(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    with RunLog(tmp_path, resume_step=None) as log:
+        log.config({"device": "cpu"})
+    RunLog(tmp_path, resume_step=0).config({"device": "cpu"})
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    RunLog(tmp_path, resume_step=0).config({"device": "cpu"})
+    said = capsys.readouterr().out
+    assert said.startswith("warning: 2 threads, where the run had 1:") and said.count("\n") == 1
+
+
 def test_resume_cuts_evaluations_back_too(tmp_path):
     """The evaluation of step n is on disk before the checkpoint of step n, but for n = 0."""
     for resume_step, kept in ((2, [0, 2]), (1, [0]), (0, [])):

@@ -13,7 +13,7 @@ from tinystory import ops
 from tinystory.rl import ppo
 from tinystory.run.errors import UserError
 from tinystory.student import generate as generation
-from tinystory.student.generate import Sampling, TokenStep, encode_opening, generate, student_steps
+from tinystory.student.generate import Sampling, TokenStep, encode_opening, generate, require_room, student_steps
 from tinystory.student.model import KVCache, Student, StudentConfig, ValueHead
 
 OPENING = "Once upon a time,"
@@ -58,6 +58,12 @@ def test_threads_change_nothing(eager_to_end, tokenizer):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("prompt, advice", [(60, "lower --max-new-tokens to 4, or"), (64, "64: shorten the opening")])
+def test_an_opening_that_leaves_no_room_is_to_be_shortened(student, prompt, advice):
+    with pytest.raises(UserError, match=advice):
+        require_room(student, [0] * prompt, 8)
 
 
 def test_another_seed_or_index_is_another_story(student, tokenizer):

@@ -126,7 +126,7 @@ def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
     try:
         config = parse(config_class, COMMANDS[config_class], recorded(out, record))
     except UserError as error:
-        assert str(out) in str(error) or name in ("reward", "n_head", "n_embd", "budget_cost", "value_coef")
+        assert str(out) in str(error)
         assert name in str(error).replace("-", "_") or "is damaged" in str(error)  # which is what Infinity does to JSON
     else:
         assert config.out == str(out) and config.resume
@@ -170,7 +170,7 @@ def test_a_run_of_a_version_without_an_option_is_not_guessed_at(config_class, tm
     record = as_dict(config_class())
     del record["seed"]
     for more in ([], ["--seed", "7"]):
-        with pytest.raises(UserError, match=r"config\.json has no --seed: the run was begun by another version"):
+        with pytest.raises(UserError, match=r"config\.json has no seed: the run was begun by another version"):
             parse(config_class, COMMANDS[config_class], [*recorded(tmp_path, record), *more])
 
 

@@ -16,7 +16,7 @@ from tinystory.student import checkpoint
 PAPER_PRETRAIN = dict(
     n_layer=12, n_head=12, n_embd=768, context=512, dropout=0.1, vocab_size=16_000, corpus=["babylm-100m"],
     val_fraction=0.1, words=11 * 90_000_000, beta1=0.9, beta2=0.999, weight_decay=0.0, learning_rate=5e-4,
-    warmup=0.01, final_learning_rate=0.0, batch_size=256,
+    warmup=0.01, batch_size=256,
 )  # fmt: skip
 PAPER_INTERACT = dict(
     openings="Let me tell you a long, magical tale. Once upon a time, in a faraway land,", stories_per_step=360,

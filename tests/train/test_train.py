@@ -14,7 +14,7 @@ from conftest import NAMES, SHORT, SMALL, THINGS, assert_same_bits, fails, metri
 
 import train_interact as interact
 import train_pretrain as pretrain
-from tinystory.config import PretrainConfig
+from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.openings import Openings
 from tinystory.data.shards import TokenFile
 from tinystory.evaluate import held_out
@@ -44,18 +44,33 @@ def interrupted_at(module, step: int):
         module.RunLog.metrics = log
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])  # torchrun passes Ctrl-C twice on as these two
-def test_the_first_signal_asks_for_the_end_and_the_second_ends_at_once(second):
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+@pytest.mark.parametrize(
+    "first, second", [(INT, INT), (INT, TERM), (HUP, INT)]
+)  # torchrun passes Ctrl-C on as INT, TERM
+def test_the_first_signal_asks_for_the_end_and_the_second_ends_at_once(first, second):
     before = signal.getsignal(second)
     with Stop().listening() as stop:
         stop.check()
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(first)
         assert stop.requested
         with pytest.raises(Interrupted):
             stop.check()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(second)
     assert signal.getsignal(second) is before
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing():
+    before = signal.signal(HUP, signal.SIG_IGN)
+    try:
+        with Stop().listening() as stop:
+            signal.raise_signal(HUP)
+            assert not stop.requested
+    finally:
+        signal.signal(HUP, before)
 
 
 def test_a_short_validation_reads_from_all_of_the_file():
@@ -106,6 +121,22 @@ def test_pretraining_learns_and_records(place):
     assert "<svg" in (run / "report.html").read_text() or "data:image" in (run / "report.html").read_text()
     student, tokenizer, facts = checkpoint.load(checkpoint.newest(run))
     assert facts["words"] == records[-1]["words"] and student.config.vocab_size == tokenizer.vocab_size == 320
+
+
+def test_dropout_of_attention_depends_on_the_seed_the_step_and_the_micro_batch(monkeypatch):
+    student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=32, context=8, vocab_size=64))
+    optimizer, hidden, seeds = torch.optim.SGD(student.parameters(), lr=0.0), student.hidden, []
+
+    def recorded(tokens, dropout, seed):
+        seeds.append(seed)
+        return hidden(tokens, dropout, seed)
+
+    monkeypatch.setattr(student, "hidden", recorded)
+    batch = torch.randint(64, (4, 9))
+    for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        config = PretrainConfig(seed=seed, dropout=0.1, micro_batch_size=2)
+        pretrain.train_step(student, optimizer, batch, config, torch.float32, step)
+    assert len(set(seeds)) == 6 and seeds[:2] == seeds[6:]
 
 
 @pytest.mark.parametrize("dropout", ["0.0", "0.1"])
@@ -254,6 +285,12 @@ def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, tmp_path):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
+def test_a_kill_costs_a_few_of_the_demos_steps(place, tmp_path):
+    """What is saved by default, once every few steps, is there before the end."""
+    run_interact(place, tmp_path / "i", "--steps", "5", "--save-every", str(InteractConfig.save_every))
+    assert (tmp_path / "i" / "checkpoints" / "step_0000004").exists()
+
+
 def test_an_interrupted_evaluation_is_made_up_for(place, tmp_path, monkeypatch):
     """Ctrl-C arrives in the evaluation of step 2: the step is logged and saved, and a resumed run evaluates first."""
     run_interact(place, tmp_path / "whole")
@@ -297,15 +334,25 @@ def test_every_opening_is_paid_for_once_and_a_tenth_is_never_trained_on(place, t
 
 
 def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(interact, "signs_of_collapse", lambda records, kl_target: "all the same" * (len(records) >= 2))
+    signs = "tinystory.rl.collapse.signs_of_collapse"
+    monkeypatch.setattr(signs, lambda records, kl_target: "all the same" * (len(records) >= 3))
     run_interact(place, tmp_path / "on")
     said = capsys.readouterr()
-    assert (said.out + said.err).count("the stories collapse: all the same") == 1 and len(metrics(tmp_path / "on")) == 4
-    run_interact(place, tmp_path / "off", "--stop-on-collapse", "--eval-every", "0")
-    assert len(metrics(tmp_path / "off")) == 2
+    assert (said.out + said.err).count("all the same") == 1 and len(metrics(tmp_path / "on")) == 4
+    run_interact(place, tmp_path / "off", "--stop-on-collapse", "--eval-every", "0", "--save-every", "20")
+    assert len(metrics(tmp_path / "off")) == 3
     evaluations = [json.loads(line) for line in (tmp_path / "off" / "evaluations.jsonl").read_text().splitlines()]
-    assert {record["step"] for record in evaluations} == {0, 2}  # the last student is evaluated, wherever the run ends
-    assert checkpoint.newest(tmp_path / "off").name == "step_0000002"
+    assert {record["step"] for record in evaluations} == {0, 3}  # the last student is evaluated, wherever the run ends
+    assert checkpoint.newest(tmp_path / "off").name == "step_0000003"
+
+
+def test_a_teacher_that_tells_nothing_apart_is_warned_of_once(place, tmp_path, capsys):
+    """A score of 0.5 for every story; the rewards still differ, by length."""
+    (tmp_path / "r.py").write_text("def flat(opening, stories):\n    return [0.5] * len(stories)\n")
+    run_interact(place, tmp_path / "i", "--reward", f"{tmp_path / 'r.py'}:flat", "--steps", "7", "--eval-every", "0")
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("all stories of the last 5 steps had the same score (0.5 in the last)") == 1
+    assert all(record["score_std"] == 0 for record in metrics(tmp_path / "i"))
 
 
 def test_no_score_is_no_gradient_and_is_counted(place, tmp_path, capsys):
@@ -325,7 +372,7 @@ def test_no_score_is_no_gradient_and_is_counted(place, tmp_path, capsys):
 
 
 def test_the_word_budget_holds_openings_that_are_still_to_come(place, tmp_path):
-    (tmp_path / "openings.txt").write_text("Tom had\nMia had a big\nIt was\n")
+    (tmp_path / "openings.txt").write_text("Tom had\nMia had a big\nIt was\nHeld out\n")
     more = ["--openings", str(tmp_path / "openings.txt"), "--stories-per-opening", "6"]
     run_interact(place, tmp_path / "i", *more, "--budget-words", "7")
     assert len(metrics(tmp_path / "i")) < 3 and metrics(tmp_path / "i")[-1]["words_in"] <= 7

@@ -10,17 +10,17 @@ from pathlib import Path
 from tinystory.data.builtin import grammar
 from tinystory.run.errors import UserError
 
-HELD_OUT = 10  # one opening in so many is never trained on
+HELD_OUT = 10  # one opening in so many, and at least one, is never trained on
 BUILTIN = 200
 SHORTEST, LONGEST = 12, 30  # words of a built-in opening
 
 
 class Openings:
-    """The openings of a run: `train` for PPO, `held_out` for looking at the student from outside. One alone is both."""
+    """The openings of a run: `train` for PPO, `held_out` for evaluation. One alone is both."""
 
     def __init__(self, texts: list[str], seed: int, per_opening: int = 1):
         self.seed, self.per_opening = seed, per_opening
-        self.held_out = texts[HELD_OUT - 1 :: HELD_OUT] or texts
+        self.held_out = texts[HELD_OUT - 1 :: HELD_OUT] or texts[-1:]
         self.train = [text for text in texts if text not in self.held_out] or texts
 
     def __getitem__(self, index: int) -> str:

@@ -132,7 +132,7 @@ def write_samples(folder: Path, best_step: int) -> str:
     for when, record in (("before", before[0]), ("after", after[0])):
         text = printable(f"{record['opening']} {record['story']}")
         lines.append(f"\n{when}, scored {record['scores']}:\n{text}")
-    lines.append(f"\n{len(before)} stories to held-out openings, before and after step {best_step}, the best:")
+    lines.append(f"\n{len(before)} evaluation stories, before and after step {best_step}, the best:")
     values: list[dict[str, Any]] = [{"reward": reward_mean(side)} | story_means(side) for side in (before, after)]
     for name in ("reward", "ended", "distinct_4", "story_clusters"):
         lines.append(f"  {name:14} {values[0][name] or 0:.3g} -> {values[1][name] or 0:.3g}")

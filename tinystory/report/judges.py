@@ -58,7 +58,7 @@ def judges_section(folder: Path, scored_by: str) -> str:
     says = "".join(f"<p>{escape(line)}</p>" for line in preference_lines(preferences))
     return page.section(
         "What a second judge says",
-        "Of the same stories to held-out openings, before interaction and after it. A gain that only the teacher sees "
+        "Of the same evaluation stories, before interaction and after it. A gain that only the teacher sees "
         "is a gain at pleasing the teacher. Kappa has quadratic weights, is taken over the sums, and like Spearman’s "
         "correlation is shown with a 95 % interval; 0 is chance.",
         tables + says,

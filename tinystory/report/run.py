@@ -31,7 +31,7 @@ SAMENESS_CURVES = {
     "diversity_mean": "Difference from the other stories, 0 to 1",
     "distinct_4": "Distinct 4-grams in a step’s stories",
     "ended": "Fraction of stories that end",
-    "held_out_reward": "Reward at held-out openings",
+    "held_out_reward": "Reward of evaluations",
 }
 STUDENT_CURVES = {
     "objective": "Objective: reward less the KL penalty",
@@ -44,7 +44,7 @@ STUDENT_CURVES = {
 PPO_CURVES = {
     "policy_loss": "Policy loss",
     "value_loss": "Value loss",
-    "explained_variance": "Variance explained by the value head",
+    "explained_variance": "Variance of the returns explained by the values",
     "clip_fraction": "Fraction of ratios clipped",
     "approx_kl": "KL of an update, nats per token",
     "grad_norm": "Gradient norm",
@@ -152,7 +152,7 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
         section(
             "What the teacher said",
             f"{judges.scored_by_note(scored_by, config)} Mean score per step, from 0 to 3. The bold line is a rolling "
-            "mean, the band one standard deviation over its window.",
+            f"mean, the band one standard deviation over its window.{without_signal(metrics)}",
             grid(scores),
         ),
         histograms(picked.counts),
@@ -165,6 +165,11 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
         details("PPO diagnostics", curves(metrics, PPO_CURVES)),
         teacher_requests(metrics),
     ]
+
+
+def without_signal(metrics: list[Record]) -> str:
+    flat = sum(std == 0 for std in column(metrics, "score_std"))
+    return f" But in {flat} of {len(metrics)} steps all stories had the same score." if flat else ""
 
 
 def title(criterion: str) -> str:
@@ -280,10 +285,10 @@ def before_and_after(folder: Path, scored_by: str) -> str:
         for _, told in sorted(samples.items())[:PAIRS]
     ]
     return section(
-        "Openings that it was never trained on, before and after",
-        "The opening, in colour, is given; the student continues it, both times with the same random numbers. After: "
-        "the latest student that earned as much as any at such openings, within a standard error, which is kept as the "
-        "checkpoint best. With a single opening, it is the one trained on.",
+        "Evaluation, before and after",
+        "The opening, in colour, is given; the student continues it, both times with the same random numbers. It was "
+        "never trained on, unless there is only one. After: the latest student that earned as much as any in "
+        "evaluations, within a standard error, which is kept as the checkpoint best.",
         "".join(f'<div class="pair">{pair}</div>' for pair in pairs),
     )
 

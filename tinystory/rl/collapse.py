@@ -7,6 +7,12 @@ from typing import Any
 WINDOW = 5  # steps that are averaged
 
 
+def warnings(metrics: Sequence[dict], kl_target: float) -> dict[str, str]:
+    """The warnings that the records of metrics.jsonl give reason for, by kind: "collapse" and "signal"."""
+    signs = {"collapse": signs_of_collapse(metrics, kl_target), "signal": scores_without_signal(metrics)}
+    return {kind: warning for kind, warning in signs.items() if warning}
+
+
 def signs_of_collapse(metrics: Sequence[dict], kl_target: float) -> str:
     """What the last WINDOW records of metrics.jsonl show against the first, in one sentence; empty if nothing is wrong.
 
@@ -23,7 +29,7 @@ def signs_of_collapse(metrics: Sequence[dict], kl_target: float) -> str:
 
     signs = []
     for metric, message, threshold in (
-        ("distinct_4", "the stories grow alike (distinct_4 {:.2f} to {:.2f})", 0.6),
+        ("distinct_4", "they grow alike (distinct_4 {:.2f} to {:.2f})", 0.6),
         ("story_clusters", "few clusters of stories are left ({:.0f} to {:.0f})", 0.4),
         ("length_mean", "they shrink ({:.0f} to {:.0f} words)", 0.5),
         ("entropy", "their entropy collapses ({:.0f} to {:.0f} nats)", 0.35),
@@ -39,4 +45,16 @@ def signs_of_collapse(metrics: Sequence[dict], kl_target: float) -> str:
     if not signs:
         return ""
     advice = "try more --stories-per-step, a higher --kl-coef or --diversity, or a lower --learning-rate"
-    return f"{', '.join(signs)}: {advice}"
+    return f"the stories collapse; {', '.join(signs)}: {advice}"
+
+
+def scores_without_signal(metrics: Sequence[dict]) -> str:
+    """A sentence if in each of the last WINDOW steps all stories had the same score; else empty."""
+    last = metrics[-WINDOW:]
+    if len(last) < WINDOW or any(record.get("score_std") != 0 for record in last):
+        return ""
+    return (
+        f"all stories of the last {WINDOW} steps had the same score ({last[-1]['score_mean']:g} in the last), so the "
+        "teacher teaches nothing: try another --teacher-model, criteria with more to tell apart (--teacher-prompt), or "
+        "--teacher-logprobs"
+    )

@@ -1,22 +1,27 @@
 """Which device, which precision, and how a run is asked to end."""
 
 import contextlib
+import math
 import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from tinystory import ops
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.ops import fastest
 from tinystory.run import distributed
 from tinystory.run.errors import Interrupted, UserError
+from tinystory.run.folder import RunLog
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,43 @@ class Download:
         return self.host
 
 
+class StepLog:
+    """Writes the metrics of steps that a GPU may still be computing, in order. step_tokens: tokens per step."""
+
+    def __init__(self, log: RunLog, bar: tqdm, step_tokens: int):
+        self.log, self.bar, self.step_tokens = log, bar, step_tokens
+        self.launched: deque[tuple[float, Download, dict[str, Any]]] = deque()
+        self.last_end = 0.0  # when the last step was seen to be finished
+        self.metrics: dict[str, Any] = {}  # of the last step written
+
+    def launch(self, began: float, statistics: Download, **metrics: Any) -> None:
+        """statistics: the step's loss and gradient norm, (2,) float32."""
+        self.launched.append((began, statistics, metrics))
+
+    def write(self, ahead: int, validate: Callable[[], dict[str, float]] | None = None) -> None:
+        """Waits for all launched steps but the last `ahead` and writes their metrics, validating after the last one.
+        Raises UserError for a loss that is not finite."""
+        while len(self.launched) > ahead:
+            began, statistics, metrics = self.launched.popleft()
+            loss, grad_norm = statistics.wait().tolist()
+            began, self.last_end = max(began, self.last_end), time.perf_counter()
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {metrics['step']}: lower --learning-rate or --resume from the last "
+                    "checkpoint"
+                )
+            speed = self.step_tokens / (self.last_end - began)
+            metrics |= dict(loss=loss, grad_norm=grad_norm, tokens_per_s=speed, val_loss=None, val_bits_per_byte=None)
+            postfix = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
+            if validate and not self.launched:
+                metrics |= validate()
+                postfix |= {"val": f"{metrics['val_loss']:.3f}"}
+            self.log.metrics(**metrics)
+            self.bar.update(metrics["words"] - self.bar.n)
+            self.bar.set_postfix(postfix)
+            self.metrics = metrics
+
+
 def now(device: torch.device) -> float:
     """Seconds of a clock, when all that was launched on the device is done."""
     if device.type == "cuda":
@@ -131,7 +173,8 @@ def peak_memory_mb(device: torch.device) -> int:
 
 
 class Stop:
-    """Ctrl-C or SIGTERM once: `requested` turns true and the loop ends after the step. Twice: at once."""
+    """Ctrl-C, SIGTERM or SIGHUP (the terminal is gone; nohup ignores it) once: `requested` turns true and the loop ends
+    after the step. Twice: at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -148,7 +191,10 @@ class Stop:
                 raise KeyboardInterrupt
             self.requested = True
 
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signals.append(signal.SIGHUP)
+        before = {s: signal.signal(s, ask) for s in signals}
         try:
             yield self
         finally:

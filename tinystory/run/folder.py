@@ -17,20 +17,13 @@ import platform
 import re
 import socket
 import subprocess
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from tinystory.run.errors import UserError
 from tinystory.run.paths import ROOT
-
-if TYPE_CHECKING:  # reports need no torch
-    from tqdm import tqdm
-
-    from tinystory.run.device import Download
 
 Record: TypeAlias = dict[str, Any]  # one JSON object
 Fields: TypeAlias = dict[str, tuple[type, ...]]
@@ -167,16 +160,24 @@ class RunLog:
         """
         if not self.writes:
             return
+        import torch  # imported here because reports do not need it
+
         path = self.folder / CONFIG
         before = read_config(self.folder) if self.resume_step is not None else {}
-        at = timestamp()
+        at, threads, device = timestamp(), torch.get_num_threads(), options.get("device") or "cpu"
+        if device == "cpu" and before.get("threads", threads) != threads:
+            print(
+                f"warning: {threads} threads, where the run had {before['threads']}: its bits will not be those of a "
+                f"run never stopped; OMP_NUM_THREADS={before['threads']} would keep them"
+            )
         resumed = before.get("resumed", [])
         if before:
             resumed.append({"step": self.resume_step, "at": at})
         record = {
             "options": options,
             "versions": versions(),
-            "device": device_name(options.get("device") or "cpu"),
+            "device": device_name(device),
+            "threads": threads,
             "git_commit": git_commit(),
             "started": before.get("started", at),
             "resumed": resumed,
@@ -221,43 +222,6 @@ class RunLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-class StepLog:
-    """Writes the metrics of steps that a GPU may still be computing, in order. step_tokens: tokens per step."""
-
-    def __init__(self, log: RunLog, bar: "tqdm", step_tokens: int):
-        self.log, self.bar, self.step_tokens = log, bar, step_tokens
-        self.launched: deque[tuple[float, Download, dict[str, Any]]] = deque()
-        self.last_end = 0.0  # when the last step was seen to be finished
-        self.metrics: dict[str, Any] = {}  # of the last step written
-
-    def launch(self, began: float, statistics: "Download", **metrics: Any) -> None:
-        """statistics: the step's loss and gradient norm, (2,) float32."""
-        self.launched.append((began, statistics, metrics))
-
-    def write(self, ahead: int, validate: Callable[[], dict[str, float]] | None = None) -> None:
-        """Waits for all launched steps but the last `ahead` and writes their metrics, validating after the last one.
-        Raises UserError for a loss that is not finite."""
-        while len(self.launched) > ahead:
-            began, statistics, metrics = self.launched.popleft()
-            loss, grad_norm = statistics.wait().tolist()
-            began, self.last_end = max(began, self.last_end), time.perf_counter()
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {metrics['step']}: lower --learning-rate or --resume from the last "
-                    "checkpoint"
-                )
-            speed = self.step_tokens / (self.last_end - began)
-            metrics |= dict(loss=loss, grad_norm=grad_norm, tokens_per_s=speed, val_loss=None, val_bits_per_byte=None)
-            postfix = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
-            if validate and not self.launched:
-                metrics |= validate()
-                postfix |= {"val": f"{metrics['val_loss']:.3f}"}
-            self.log.metrics(**metrics)
-            self.bar.update(metrics["words"] - self.bar.n)
-            self.bar.set_postfix(postfix)
-            self.metrics = metrics
 
 
 def timestamp() -> str:

@@ -349,9 +349,10 @@ def require_room(student: Student, prompt: list[int], max_new_tokens: int) -> No
     """Raises UserError when opening and story do not fit the context."""
     room = student.config.context - len(prompt)
     if max_new_tokens > room:
+        advice = f"lower --max-new-tokens to {room}, or shorten the opening" if room > 0 else "shorten the opening"
         raise UserError(
             f"the opening ({len(prompt)} tokens) and the story (--max-new-tokens {max_new_tokens}) do not fit the "
-            f"student's context of {student.config.context}: lower --max-new-tokens to {max(room, 0)}, or shorten it"
+            f"student's context of {student.config.context}: {advice}"
         )
 
 

@@ -29,13 +29,12 @@ def make_optimizer(student: Student, config: PretrainConfig) -> tuple[torch.opti
 
 
 def learning_rate(config: PretrainConfig, words: int) -> float:
-    """AdamW's rate after so many words: linear warm-up, then linear decay."""
+    """AdamW's rate after so many words: linear warm-up, then linear decay to 0."""
     progress = min(words / config.words, 1.0)
     if progress < config.warmup:
         # No words have been read before the first step: it takes the rate at 1 % of the warm-up rather than 0.
         return config.learning_rate * max(progress / config.warmup, 0.01)
-    left = (1 - progress) / (1 - config.warmup)
-    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * left
+    return config.learning_rate * ((1 - progress) / (1 - config.warmup))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, words: int) -> float:
