@@ -143,8 +143,8 @@ def kernels() -> str:
         return f"not built: {error}"
     if not build.cpu_sources():
         return f"not built: there are no sources in {build.CSRC}; install tinystory again"
-    if not os.path.exists(library):
-        return "not built yet for this compiler, this processor and this torch: the first run does so"
+    if not build.intact(library):
+        return "not built yet for this compiler, this processor and this torch, or damaged: the next run builds them"
     try:
         torch.ops.load_library(library)
     except OSError as error:

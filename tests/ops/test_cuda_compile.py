@@ -34,7 +34,10 @@ def find_tool(name: str) -> str | None:
 
 NVCC = find_tool("nvcc")
 CUOBJDUMP = find_tool("cuobjdump")
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: the CUDA kernels are not compiled here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="no nvcc: the CUDA kernels are not compiled here"),
+]
 
 
 @dataclass(frozen=True)

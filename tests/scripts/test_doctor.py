@@ -30,6 +30,8 @@ def test_it_says_why_there_are_no_kernels(capsys, monkeypatch, tmp_path):
     assert tmp_path in library.parents
     library.parent.mkdir(parents=True)
     library.write_text("no machine code")
+    assert "damaged" in told(capsys)["kernels"]
+    library.with_name("built").write_text(doctor.build.sha256(library))
     assert f"delete {library.parent}" in told(capsys)["kernels"]
     monkeypatch.setenv("TINYSTORY_KERNELS", "reference")
     assert "reference: plain PyTorch runs" in told(capsys)["kernels"]

@@ -1,12 +1,14 @@
 """What `make gpu-check` makes of commands that pass, fail, are missing or take too long."""
 
 import json
-import subprocess
 import sys
 
+import pytest
 import torch
+from conftest import fails
 
-from scripts.gpu_check import CHECKS, launcher, run_all, table
+from scripts import bench, gpu_check
+from scripts.gpu_check import CHECKS, run_all, table
 from tinystory.run.paths import ROOT
 
 FACTS = dict(card="Card", capability="9.0", memory_gib=80.0, torch="2.11", cuda="13.0")
@@ -56,15 +58,14 @@ def test_its_commands_exist():
     tests = (ROOT / "tests" / "ops" / "test_gpu.py").read_text()
     for name, (rest, _) in CHECKS.items():
         if rest[0] == "scripts/bench.py":
-            command = [*launcher(name), *rest, "--help"]
-            assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+            with pytest.raises(SystemExit) as exit:
+                bench.main([*rest[1:], "--help"])
+            assert exit.value.code == 0
         elif "-k" in rest:
             chosen = [word for word in rest[-1].split() if word not in ("not", "and")]
             assert all(word in tests for word in chosen), name
 
 
-def test_without_a_gpu_it_says_so():
-    if torch.cuda.is_available():
-        return
-    asked = subprocess.run([sys.executable, "scripts/gpu_check.py"], cwd=ROOT, capture_output=True, text=True)
-    assert asked.returncode != 0 and "there is no GPU" in asked.stderr and "Traceback" not in asked.stderr
+def test_without_a_gpu_it_says_so(capsys):
+    if not torch.cuda.is_available():
+        assert "there is no GPU" in fails(gpu_check.main, [], capsys)
