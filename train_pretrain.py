@@ -95,8 +95,10 @@ def make_optimizer(student: Student, config: PretrainConfig) -> tuple[torch.opti
     options: dict[str, Any] = dict(
         lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
-    optimizer = MuonAdamW(blocks.values(), groups, **options) if blocks else torch.optim.AdamW(groups, **options)
-    return optimizer, [*blocks, *matrices, *vectors]
+    names = [*blocks, *matrices, *vectors]
+    if blocks:
+        return MuonAdamW(blocks.values(), groups, student.config.n_head, **options), names
+    return torch.optim.AdamW(groups, **options), names
 
 
 def costly_muon(student: Student, optimizer: torch.optim.Optimizer, batch_size: int) -> str:
