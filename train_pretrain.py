@@ -97,7 +97,8 @@ def make_optimizer(student: Student, config: PretrainConfig) -> tuple[torch.opti
     )
     names = [*blocks, *matrices, *vectors]
     if blocks:
-        return MuonAdamW(blocks.values(), groups, student.config.n_head, **options), names
+        options |= dict(heads=student.config.n_head, dtype=pick_dtype(config.dtype, student.wte.weight.device))
+        return MuonAdamW(blocks.values(), groups, **options), names
     return torch.optim.AdamW(groups, **options), names
 
 

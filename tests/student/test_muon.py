@@ -13,11 +13,7 @@ from tinystory.student import checkpoint, muon
 from tinystory.student.model import Student, StudentConfig
 from tinystory.student.muon import MOMENTUM, MuonAdamW, orthogonalize
 
-
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    """Muon's matmuls are in float32, whatever the processor."""
-    monkeypatch.setattr(muon, "pick_dtype", lambda name, device: torch.float32)
+SMALL = StudentConfig(n_layer=2, n_head=2, n_embd=64, context=32, vocab_size=128)
 
 
 @pytest.mark.parametrize("size", [1e-8, 1, 1e6])
@@ -35,22 +31,20 @@ def test_orthogonalized_matrices_keep_their_directions_and_lose_their_sizes(shap
 
 
 @pytest.mark.parametrize("smallest", [0.01, 0.0001])
-def test_weak_directions_do_not_grow_by_rounding_to_bfloat16(monkeypatch, smallest):
+def test_weak_directions_do_not_grow_by_rounding_to_bfloat16(smallest):
     torch.manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(2, 64, 128), full_matrices=False)
     x = u @ torch.diag(torch.logspace(0, math.log10(smallest), 64)) @ v
     exact = orthogonalize(x)
-    monkeypatch.setattr(muon, "pick_dtype", lambda name, device: torch.bfloat16)
-    ours = orthogonalize(x)
-    assert ours.dtype == torch.bfloat16 and (ours - exact).norm() < 0.3 * exact.norm()
+    assert (orthogonalize(x.bfloat16()) - exact).norm() < 0.3 * exact.norm()
 
 
 def test_a_matrix_without_a_gradient_stays():
     assert torch.equal(orthogonalize(torch.zeros(2, 8, 16)), torch.zeros(2, 8, 16))
 
 
-def optimizer_of(matrices, vector, **options):
-    return MuonAdamW(matrices, [dict(params=[vector], weight_decay=0.0)], heads=2, lr=0.01, **options)
+def optimizer_of(matrices, vector, dtype=torch.float32):
+    return MuonAdamW(matrices, [dict(params=[vector], weight_decay=0.0)], heads=2, dtype=dtype, lr=0.01)
 
 
 def test_a_step_is_muons_for_matrices_and_adamws_for_the_rest():
@@ -84,6 +78,18 @@ def test_each_head_has_its_own_queries_keys_values_and_projection():
     torch.testing.assert_close(projection.detach(), -0.01 * torch.cat(halves, dim=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_its_matmuls_are_in_the_dtype_of_the_run(dtype):
+    optimizer, _ = pretrain.make_optimizer(Student(SMALL), PretrainConfig(dtype=str(dtype)[6:]))
+    assert optimizer.dtype == dtype
+    matrix = torch.nn.Parameter(torch.zeros(16, 32))
+    matrix.grad = torch.randn(16, 32)
+    update = matrix.grad.lerp(matrix.grad * (1 - MOMENTUM), MOMENTUM)
+    direction = orthogonalize(update[None].to(dtype))[0]
+    optimizer_of([matrix], torch.nn.Parameter(torch.zeros(4)), dtype).step()
+    assert torch.equal(matrix.detach(), torch.zeros(16, 32).add_(direction, alpha=-0.01))
+
+
 def test_large_matrices_take_the_same_step_one_by_one(monkeypatch):
     torch.manual_seed(4)
     start, grads = torch.randn(2, 3, 16, 32).unbind()
@@ -112,7 +118,7 @@ def test_the_flops_of_a_step_are_those_it_computes():
 
 
 def test_pretraining_says_when_muon_takes_a_large_part_of_a_step():
-    student = Student(StudentConfig(n_layer=2, n_head=2, n_embd=64, context=32, vocab_size=128))
+    student = Student(SMALL)
 
     def said(optimizer, batch_size):
         trained_by, _ = pretrain.make_optimizer(student, PretrainConfig(optimizer=optimizer))

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinystory.device import pick_dtype
-
 MOMENTUM = 0.95
 # Composed, these odd quintics take singular values of 0.01 to 1 to within 0.27 of 1. Each is the minimax approximation
 # of 1 on the interval that the one before it maps to (Polar Express, Amsel et al. 2025, arXiv 2505.16932).
@@ -24,11 +22,15 @@ LARGE = 2**20  # elements of a matrix that fills a CPU's L2 cache with what is c
 class MuonAdamW(torch.optim.AdamW):
     """AdamW, but that matrices of the first group take Muon's steps, with their own rate and no weight decay.
 
-    heads: attention heads, each of which has its own matrices of queries, keys, values and of the projection."""
+    heads: attention heads, each of which has its own matrices of queries, keys, values and of the projection.
+    dtype: of Muon's matmuls."""
 
-    def __init__(self, matrices: Iterable[nn.Parameter], others: list[dict[str, Any]], heads: int, **options: Any):
+    def __init__(
+        self, matrices: Iterable[nn.Parameter], others: list[dict[str, Any]], *, heads: int, dtype: torch.dtype,
+        **options: Any,
+    ):  # fmt: skip
         super().__init__([dict(params=list(matrices), weight_decay=0.0, muon=True), *others], **options)
-        self.heads = heads
+        self.heads, self.dtype = heads, dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
@@ -45,7 +47,8 @@ class MuonAdamW(torch.optim.AdamW):
             update = p.grad.lerp_(state["momentum"], MOMENTUM)  # Nesterov's
             # All matrices of a shape are one batch, but on a CPU each large one is its own, which stays in the caches.
             batch = i if p.device.type == "cpu" and p.numel() > LARGE else -1
-            updates.setdefault((p.shape, batch), []).append((matrices(p, self.heads), matrices(update, self.heads)))
+            lowered = matrices(update, self.heads).to(self.dtype)
+            updates.setdefault((p.shape, batch), []).append((matrices(p, self.heads), lowered))
             p.grad = None  # AdamW leaves it alone
         for ((rows, columns), _), pairs in updates.items():
             scale = max(1.0, rows / columns) ** 0.5 if len(pairs[0][0]) == 1 else 1.0
@@ -74,13 +77,11 @@ def matrices(x: Tensor, heads: int) -> Tensor:
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """(n, rows, columns) -> about U V^T of each matrix's singular value decomposition U S V^T, by Newton-Schulz, in
-    bfloat16 where the hardware has it.
+    """(n, rows, columns) -> about U V^T of each matrix's singular value decomposition U S V^T, by Newton-Schulz.
 
     An iteration is x <- p x with p = a + b g + c g^2 of the Gram matrix g = x x^T, which becomes p g p. It is enough to
     follow g and the product of all p, which are smaller than x. A fourth iteration would need g anew from x: rounded to
     bfloat16, small eigenvalues of g can be negative, and each iteration multiplies them."""
-    x = x.to(pick_dtype("auto", x.device))
     tall = x.shape[-2] > x.shape[-1]
     gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)  # matmul would copy x.mT
     # Its norm is at least its largest eigenvalue, and much nearer to it than the squared norm of x, its trace.
