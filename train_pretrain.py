@@ -106,7 +106,7 @@ def pretrain(config: PretrainConfig) -> None:
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)
     torch.manual_seed(config.seed)
     student = Student(shape, config.weights_init).to(device)
-    optimizer, names = make_optimizer(student, config)
+    optimizer, names = make_optimizer(student, config, compute.dtype)
     state = RunState(corpus.fingerprint())
     if resume_from:
         checkpoint.restore(student, resume_from)

@@ -98,6 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="chart to write (growth only)")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT (peers only)")
     parser.add_argument("--trl", type=Path, metavar="PYTHON", help="of an environment with trl 0.9.4 (peers only)")
+    parser.add_argument(
+        "--optimizer", choices=("muon", "adamw"), help="of pretraining (default: muon; of peers adamw, as nanoGPT's)"
+    )
     parser.add_argument("--json", action="store_true", help="print only the line of JSON")
     parser.add_argument("--profile", action="store_true", help="then run once more under the profiler")
     a = parser.parse_args(argv)
@@ -127,6 +130,9 @@ def main(argv: list[str] | None = None) -> None:
         del facts["batch"]
     if a.bench in ("rollout", "ppo", "peers"):
         facts["new"] = a.new
+    options = {}
+    if a.bench in ("pretrain", "peers"):
+        options["optimizer"] = a.optimizer or ("adamw" if a.bench == "peers" else PretrainConfig.optimizer)
     torch.manual_seed(0)
     if not a.json:
         print(f"{a.bench} on {facts['device']}: {a.runs + 1} runs ...", file=sys.stderr)
@@ -140,13 +146,15 @@ def main(argv: list[str] | None = None) -> None:
         if a.plot:
             atomic_write(a.plot, growth_chart(measured["base"], measured["growth"]))
     elif a.bench == "peers":
-        measured = dict(peers=beside_peers(a.shape, a.new, dtype, device, a.runs, a.nanogpt, a.trl, quiet=a.json))
+        chosen = dict(nanogpt=a.nanogpt, trl=a.trl, quiet=a.json, **options)
+        measured = dict(peers=beside_peers(a.shape, a.new, dtype, device, a.runs, **chosen))
     else:
-        run = RUNS[a.bench](config, batch, a.new, dtype, device)
+        run = RUNS[a.bench](config, batch, a.new, dtype, device, **options)
         measured = {name: round(value, 4) for name, value in medians(run, a.runs).items()}
         if a.bench in ("pretrain", "rollout"):
             measured["gemm_limit_tokens_per_s"] = gemm_limit(a.bench, config, batch, dtype, device)
-    print(json.dumps(facts | measured | dict(peak_mb=peak_memory_mb(device), load=round(load, 2))), flush=True)
+    measured |= dict(peak_mb=peak_memory_mb(device), load=round(load, 2))
+    print(json.dumps(facts | options | measured), flush=True)
     if a.profile and run:
         profile(run, device)
 
@@ -164,7 +172,7 @@ def pretrain(
 
     options = PretrainConfig(batch_size=batch, optimizer=optimizer)
     student = Student(config).to(device)
-    trained_by, _ = make_optimizer(student, options)
+    trained_by, _ = make_optimizer(student, options, dtype)
     tokens = torch.randint(0, config.vocab_size, (batch, config.context + 1), device=device)
     count = batch * config.context
 
@@ -233,7 +241,7 @@ PEERS = {  # bench: (key of its seconds, peer, its modes)
 
 def beside_peers(
     shape: str, new: int, dtype: torch.dtype, device: torch.device, runs: int, nanogpt: Path | None, trl: Path | None,
-    quiet: bool,
+    quiet: bool, optimizer: str,
 ) -> dict[str, dict]:  # fmt: skip
     """Per bench what peers.take_turns returns, and tokens per second beside those of the GEMMs alone."""
     config, found = SHAPES[shape], {}
@@ -246,8 +254,8 @@ def beside_peers(
             continue
         modes = tuple(mode for mode in modes if not (slow and mode.endswith(slow)))
         batch = BATCH.get((bench, shape), 64)
-        same = dict(optimizer="adamw") if bench == "pretrain" else {}  # as nanoGPT's; Muon is ours alone
-        run = RUNS[bench](config, batch, new, dtype, device, **same)
+        options = dict(optimizer=optimizer) if bench == "pretrain" else {}
+        run = RUNS[bench](config, batch, new, dtype, device, **options)
         sizes = dict(batch=batch, new=new, prompt=PROMPT, threads=torch.get_num_threads(), repo=repo)
         words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
         words += ["--model", json.dumps(dataclasses.asdict(config))]

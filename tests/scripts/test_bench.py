@@ -169,12 +169,13 @@ def nanogpt(tmp_path, monkeypatch, bench):
     return tmp_path
 
 
-def test_peers_take_turns_and_a_slow_mode_is_measured_once(nanogpt, run, bench, monkeypatch):
+@pytest.mark.parametrize("optimizer", [[], ["--optimizer", "muon"]], ids=["adamw", "muon"])
+def test_peers_take_turns_and_a_slow_mode_is_measured_once(nanogpt, run, bench, monkeypatch, optimizer):
     order, seconds, make = [], {"ours": [], "peer": []}, bench.RUNS["pretrain"]
 
-    def ours(*arguments, optimizer):
-        assert optimizer == "adamw"  # as nanoGPT's
-        step = make(*arguments, optimizer)
+    def ours(*arguments, **options):
+        assert options == dict(optimizer=(optimizer or ["adamw"])[-1])  # nanoGPT's, or ours
+        step = make(*arguments, **options)
 
         def lap():
             order.append("ours")
@@ -192,7 +193,7 @@ def test_peers_take_turns_and_a_slow_mode_is_measured_once(nanogpt, run, bench, 
 
     monkeypatch.setitem(bench.RUNS, "pretrain", ours)
     monkeypatch.setattr(peers, "Peer", Watched)
-    found = run("peers", "--nanogpt", str(nanogpt), "--new", "9", "--runs", "3")["peers"]["pretrain"]
+    found = run("peers", "--nanogpt", str(nanogpt), "--new", "9", "--runs", "3", *optimizer)["peers"]["pretrain"]
     assert order == ["ours"] + ["ours", "peer"] * 3  # one to warm up
     turns = [peer / our for peer, our in zip(seconds["peer"], seconds["ours"][1:], strict=True)]
     assert found["ratio"] == pytest.approx(statistics.median(turns), abs=0.006)

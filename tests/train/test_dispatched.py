@@ -187,7 +187,7 @@ def test_what_waits_is_seen():
 def test_a_pretraining_step_waits_for_nothing(as_on_a_gpu, optimizer):
     student, tokens = small_student(2), torch.randint(96, (4, 17))
     config = PretrainConfig(batch_size=4, micro_batch_size=2, dropout=0.1, optimizer=optimizer)
-    trained_by, _ = make_optimizer(student, config)
+    trained_by, _ = make_optimizer(student, config, BF16)
     for step in range(2):
         run = partial(pretrain.train_step, student, trained_by, tokens, config, BF16, step)
         assert waits(run) == []

@@ -9,9 +9,12 @@ from tinystory.student.model import Student
 from tinystory.student.muon import MuonAdamW
 
 
-def make_optimizer(student: Student, config: PretrainConfig) -> tuple[torch.optim.Optimizer, list[str]]:
+def make_optimizer(
+    student: Student, config: PretrainConfig, dtype: torch.dtype
+) -> tuple[torch.optim.Optimizer, list[str]]:
     """The optimizer and its parameters' names, in order: matrices, which have weight decay, then vectors. With
-    --optimizer muon the blocks' matrices come first, and AdamW keeps the embeddings and the vectors."""
+    --optimizer muon the blocks' matrices come first, and AdamW keeps the embeddings and the vectors. dtype: of Muon's
+    matmuls."""
     parameters = dict(student.named_parameters())
     blocks = {name: p for name, p in parameters.items() if p.dim() >= 2 and name.startswith("blocks.")}
     blocks = blocks if config.optimizer == "muon" else {}
@@ -24,8 +27,10 @@ def make_optimizer(student: Student, config: PretrainConfig) -> tuple[torch.opti
     options: dict[str, Any] = dict(
         lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
-    optimizer = MuonAdamW(blocks.values(), groups, **options) if blocks else torch.optim.AdamW(groups, **options)
-    return optimizer, [*blocks, *matrices, *vectors]
+    names = [*blocks, *matrices, *vectors]
+    if not blocks:
+        return torch.optim.AdamW(groups, **options), names
+    return MuonAdamW(blocks.values(), groups, heads=student.config.n_head, dtype=dtype, **options), names
 
 
 def learning_rate(config: PretrainConfig, words: int) -> float:
@@ -52,9 +57,8 @@ def costly_muon(student: Student, optimizer: torch.optim.Optimizer, batch_size: 
         return ""
     tokens = batch_size * student.config.context
     weights = student.wte.weight.numel() + sum(p.numel() for p in student.blocks.parameters() if p.dim() >= 2)
-    ratio = optimizer.flops() / (
-        6 * weights * tokens
-    )  # forward and both gradients: three multiplications and additions
+    # Forward and both gradients: three multiplications and additions per weight and token.
+    ratio = optimizer.flops() / (6 * weights * tokens)
     if ratio < 0.3:
         return ""
     return (
