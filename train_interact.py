@@ -21,6 +21,7 @@ from tinystory.data import babylm
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.held_out import Evaluator, due, story_means, story_records, write_samples
+from tinystory.ops.compute import resolve
 from tinystory.report.charts import text_curve
 from tinystory.report.run import write_report
 from tinystory.rl import ppo
@@ -29,7 +30,7 @@ from tinystory.rl.policy import RunState, load_policy
 from tinystory.rl.reward import story_rewards
 from tinystory.rl.rollout import rollout
 from tinystory.run import distributed
-from tinystory.run.device import Stop, now, peak_memory_mb, resolve
+from tinystory.run.device import Stop, now, peak_memory_mb
 from tinystory.run.errors import Interrupted, UserError, command
 from tinystory.run.folder import RunLog, held, read_metrics
 from tinystory.run.paths import usage
@@ -56,7 +57,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     n, rank0, run = config.stories_per_step, distributed.is_rank0(), Path(config.out)
     distributed.require_one_each("--stories-per-step", n)
     distributed.require_one_each("--eval-stories", config.eval_stories)
-    compute = resolve(config)
+    compute = resolve(config.device, config.dtype, config.pytorch_ops)
     resume_from = checkpoint.to_resume(run) if config.resume else None
 
     # Two copies of the starting checkpoint: the policy, which learns, and the frozen reference of the KL penalty.

@@ -22,9 +22,10 @@ from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import prepare
 from tinystory.data.windows import Windows
 from tinystory.evaluate.validation import validate
+from tinystory.ops.compute import resolve
 from tinystory.report.run import write_report
 from tinystory.run import distributed
-from tinystory.run.device import Download, StepLog, Stop, peak_memory_mb, resolve, upload
+from tinystory.run.device import Download, StepLog, Stop, peak_memory_mb, upload
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import RunLog, held
 from tinystory.run.paths import usage
@@ -32,7 +33,7 @@ from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, generate
 from tinystory.student.model import Student, StudentConfig
-from tinystory.student.optim import costly_muon, make_optimizer, set_learning_rate
+from tinystory.student.optim import make_optimizer, set_learning_rate
 
 OPENING = "Once upon a time,"
 
@@ -90,7 +91,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def pretrain(config: PretrainConfig) -> None:
     distributed.require_one_each("--batch-size", config.batch_size)
-    run, rank0, compute = Path(config.out), distributed.is_rank0(), resolve(config)
+    run, rank0, compute = (
+        Path(config.out),
+        distributed.is_rank0(),
+        resolve(config.device, config.dtype, config.pytorch_ops),
+    )
     device = compute.device
     memory.require_for_pretraining(config, device)
     resume_from = checkpoint.to_resume(run) if config.resume else None
@@ -125,8 +130,6 @@ def pretrain(config: PretrainConfig) -> None:
         f"{compute.recorded['dtype']}; {config.words:,} words to train on, "
         f"{config.words / data.train.word_count:.2f} times the corpus"
     )
-    if advice := costly_muon(student, optimizer, config.batch_size // distributed.world_size()):
-        print(advice)
 
     def load_batch(number: int) -> tuple[torch.Tensor, int]:
         tokens, words = windows.batch(number)

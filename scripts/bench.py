@@ -36,9 +36,10 @@ from tinystory import ops
 from tinystory.config import INTERACT_PRESETS, InteractConfig, PretrainConfig
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.ops import fastest
+from tinystory.ops.compute import pick_device
 from tinystory.report import charts
 from tinystory.rl import ppo
-from tinystory.run.device import cpu_has_bf16, now, peak_memory_mb, pick_device, pick_dtype
+from tinystory.run.device import cpu_has_bf16, now, peak_memory_mb, pick_dtype
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import atomic_write
 from tinystory.student.generate import generate

@@ -30,10 +30,10 @@ from tinystory.evaluate.preference import COMPARISON, Pair, compare, keep_choice
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import OPENINGS, GradeStories, story_measures
+from tinystory.ops.compute import pick_device
 from tinystory.report.evaluation import comparison, write_page
 from tinystory.report.judges import with_ends
 from tinystory.report.run import write_report
-from tinystory.run.device import pick_device
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import atomic_write
 from tinystory.run.paths import usage

@@ -45,7 +45,7 @@ from tinystory.data.shards import prepare
 from tinystory.evaluate.pairs import evaluate_pairs
 from tinystory.evaluate.stories import story_measures
 from tinystory.evaluate.validation import validate
-from tinystory.run.device import pick_device
+from tinystory.ops.compute import pick_device
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import atomic_write, device_name, git_commit, plain, read_metrics, versions
 from tinystory.student import checkpoint

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings, load_openings
-from tinystory.run.device import pick_device
+from tinystory.ops.compute import pick_device
 from tinystory.run.errors import command
 from tinystory.run.paths import usage
 from tinystory.run.text import printable

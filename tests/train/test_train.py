@@ -19,7 +19,8 @@ from tinystory.data.openings import Openings
 from tinystory.data.shards import TokenFile
 from tinystory.evaluate import held_out
 from tinystory.evaluate.validation import validate
-from tinystory.run.device import Stop, resolve
+from tinystory.ops.compute import resolve
+from tinystory.run.device import Stop
 from tinystory.run.errors import Interrupted
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
@@ -449,5 +450,5 @@ def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
     ],
 )
 def test_a_run_records_how_it_multiplies(asked, dtype, recorded, monkeypatch):
-    monkeypatch.setattr("tinystory.run.device.pick_dtype", lambda name, device: dtype)
-    assert resolve(PretrainConfig(device="cpu", dtype=asked)).recorded["dtype"] == recorded
+    monkeypatch.setattr("tinystory.ops.compute.pick_dtype", lambda name, device: dtype)
+    assert resolve("cpu", asked, "none").recorded["dtype"] == recorded

@@ -7,10 +7,10 @@ from typing import Any
 
 from tinystory.config import InteractConfig
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.ops.compute import Compute
 from tinystory.rl import ppo
 from tinystory.rl.advantages import Critic
 from tinystory.run import distributed
-from tinystory.run.device import Compute
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story
 from tinystory.student.model import Student, ValueHead

@@ -8,7 +8,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -16,61 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinystory import ops
-from tinystory.config import InteractConfig, PretrainConfig
-from tinystory.ops import fastest
-from tinystory.run import distributed
 from tinystory.run.errors import Interrupted, UserError
 from tinystory.run.folder import RunLog
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where a run computes and in which dtype its matmuls are. recorded: the same for config.json, with what auto
-    meant, so that a resumed run computes as before."""
-
-    device: torch.device
-    dtype: torch.dtype
-    recorded: dict[str, str]
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-
-def resolve(config: PretrainConfig | InteractConfig) -> Compute:
-    """What --device, --dtype and --pytorch-ops mean here. Raises UserError for what cannot be used."""
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    pytorch_ops = distributed.rank0_value(lambda: fastest.pick(config.pytorch_ops, dtype, device))
-    ops.run_by_pytorch(pytorch_ops)
-    name = str(dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
-    return Compute(device, dtype, dict(device=str(device), dtype=name, pytorch_ops=pytorch_ops))
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of --device. auto is a GPU if torch sees one and the kernels can be compiled for it, else the CPU,
-    which one line then explains. Raises UserError for a device that cannot be used."""
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        try:
-            return pick_device("cuda")
-        except UserError as error:
-            why = str(error).splitlines()[0]
-            print(f"tinystory: --device auto is the CPU here, not the GPU: {why}", file=sys.stderr)
-            return torch.device("cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("no kernels for it")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
-        ) from error
-    if device.type == "cuda":
-        ops.load_cuda(device)
-    return device
 
 
 def cpu_has_bf16() -> bool:

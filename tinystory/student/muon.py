@@ -57,15 +57,6 @@ class MuonAdamW(torch.optim.AdamW):
                 p.add_(direction, alpha=-group["lr"] * scale)
         super().step()
 
-    def flops(self) -> int:
-        """Floating-point operations of the matmuls of a step, counted without computing them."""
-        from torch.utils.flop_counter import FlopCounterMode  # here, because it takes a tenth of a second to import
-
-        with FlopCounterMode(display=False) as counter:
-            for p in self.param_groups[0]["params"]:
-                orthogonalize(matrices(torch.empty(p.shape, device="meta"), self.heads))
-        return counter.get_total_flops()
-
 
 def matrices(x: Tensor, heads: int) -> Tensor:
     """(rows, columns) -> the matrices that are orthogonalised, (n, ...), as a view: of queries, keys and values each

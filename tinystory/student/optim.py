@@ -48,20 +48,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, 
     for group in optimizer.param_groups:
         group["lr"] = rate * (config.muon_learning_rate / config.learning_rate if "muon" in group else 1.0)
     return rate
-
-
-def costly_muon(student: Student, optimizer: torch.optim.Optimizer, batch_size: int) -> str:
-    """Advice for a wide student on few tokens per step, where Muon's matmuls, as many for any batch, take a large part
-    of it; "" otherwise. batch_size: sequences per step and process."""
-    if not isinstance(optimizer, MuonAdamW):
-        return ""
-    tokens = batch_size * student.config.context
-    weights = student.wte.weight.numel() + sum(p.numel() for p in student.blocks.parameters() if p.dim() >= 2)
-    # Forward and both gradients: three multiplications and additions per weight and token.
-    ratio = optimizer.flops() / (6 * weights * tokens)
-    if ratio < 0.3:
-        return ""
-    return (
-        f"With {tokens:,} tokens per step, Muon's matmuls come to {ratio:.1f} times those of the student: a larger "
-        "--batch-size, or --optimizer adamw at a tenth of the --learning-rate, takes less time per token."
-    )
