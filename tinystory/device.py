@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tinystory import ops
-from tinystory.errors import UserError
+from tinystory.errors import Output, UserError
 
 
 def pick_device(name: str) -> torch.device:
@@ -113,10 +113,11 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Ctrl-C or SIGTERM once: `requested` turns true and the loop ends after the step. Twice: at once."""
+    """Ctrl-C, SIGTERM or SIGHUP once: `requested` turns true and the loop ends after the step. Ctrl-C or SIGTERM after
+    that: at once. (After Ctrl-C the reader of a pipe has gone too, which errors.Output says by SIGHUP.)"""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = Output.reader_gone
 
     def check(self) -> None:
         """Raise Interrupted if an end was asked for: for waits that may be long and can be given up."""
@@ -126,11 +127,14 @@ class Stop:
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
         def ask(signum: int, frame: FrameType | None) -> None:
-            if self.requested:
+            if self.requested and signum != signal.SIGHUP:
                 raise KeyboardInterrupt
             self.requested = True
 
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+            signals.pop()
+        before = {s: signal.signal(s, ask) for s in signals}
         try:
             yield self
         finally:

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -224,24 +223,3 @@ def test_a_line_without_an_end_is_not_read_into_memory(tmp_path, monkeypatch):
         file.truncate(1 << 40)
     with pytest.raises(UserError, match="is over"):
         read_config(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "command", ["train_pretrain.py", "train_interact.py", "scripts/sample.py", "scripts/doctor.py"]
-)
-def test_ctrl_c_during_the_imports_prints_no_traceback(command):
-    """The signal arrives as soon as the interpreter has begun to import torch."""
-    process = subprocess.Popen(
-        [sys.executable, "-v", ROOT / command, "--help"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs start with it ignored
-    )  # fmt: skip
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if line.startswith("import 'torch."):
-            process.send_signal(signal.SIGINT)
-            break
-    said.append(process.stderr.read())
-    process.stderr.close()
-    assert process.wait(60) == -signal.SIGINT
-    assert "Traceback" not in "".join(said) and "KeyboardInterrupt" not in "".join(said)

@@ -17,6 +17,7 @@ import train_pretrain as pretrain
 from tinystory.data.openings import Openings
 from tinystory.data.shards import TokenFile
 from tinystory.device import Interrupted, Stop, dtype_name
+from tinystory.errors import Output
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher.grader import CallableGrader
@@ -52,6 +53,23 @@ def test_the_first_signal_asks_for_the_end_and_the_second_ends_at_once(second):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(second)
     assert signal.getsignal(second) is before
+
+
+def test_a_terminal_that_closes_asks_for_the_end_and_is_no_second_ctrl_c(monkeypatch):
+    with Stop().listening() as stop:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.requested
+    with Stop().listening() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    with Stop().listening() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.requested
+    signal.signal(signal.SIGHUP, before)
+    monkeypatch.setattr(Output, "reader_gone", True)  # before the first step
+    assert Stop().requested
 
 
 def test_a_short_validation_reads_from_all_of_the_file():
