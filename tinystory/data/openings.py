@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tinystory.data.builtin import grammar
 from tinystory.errors import UserError
+from tinystory.runlog import read_text
 
 HELD_OUT = 10  # one opening in so many is never trained on
 BUILTIN = 200
@@ -48,11 +49,9 @@ def load_openings(name: str) -> list[str]:
         return builtin_openings()
     path = Path(name)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--openings {name} cannot be read ({error}): give builtin, or a text file of one per line"
-        ) from None
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except UserError as error:
+        raise UserError(f"--openings {error}; give builtin, or a text file of one per line") from None
     openings = []
     for number, line in enumerate(lines, 1):
         if line and path.suffix == ".jsonl":

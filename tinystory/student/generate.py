@@ -67,10 +67,10 @@ def generate(
     """Continue each opening, by stories with indices first_index, first_index + 1, ..., returned in that order.
 
     An opening that several stories share is read once. Each story is handed to `on_story` as soon as it ends.
-    temperature 0 is greedy decoding. The matmuls and the KV cache have autocast's type. Raises UserError when an
-    opening and its story do not fit the context.
+    A temperature below 1e-6 is greedy decoding. The matmuls and the KV cache have autocast's type. Raises UserError
+    when an opening and its story do not fit the context.
     """
-    if temperature == 0:
+    if temperature < 1e-6:
         temperature, top_k = 1.0, 1
     device = student.wte.weight.device
     count, distinct = len(openings), {text: i for i, text in enumerate(dict.fromkeys(openings))}
