@@ -5,7 +5,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -38,6 +38,21 @@ class Interval:
     def __str__(self) -> str:
         low = f"{'at least' if self.includes_low else 'above'} {self.low:.12g}"
         return f"{low} and {'at most' if self.includes_high else 'below'} {self.high:.12g}"
+
+
+def add_number(parser: argparse.ArgumentParser, flag: str, default: float, allowed: str, help: str) -> None:
+    """Add a number, whole if its default is, to a command line. One that is not in the interval is a UserError."""
+    interval, kind = Interval(allowed), type(default)
+
+    def number(text: str) -> Any:
+        value = _READERS[kind](text)
+        if value not in interval:
+            raise UserError(f"{flag} must be {interval}, not {value}")
+        return value
+
+    number.__name__ = _KINDS[kind].removeprefix("a ")  # argparse names it in its error message
+    help = f"{help} (default: {default:g}; {interval})"
+    parser.add_argument(flag, type=number, default=default, metavar=_METAVARS[kind], help=help)
 
 
 PYTORCH_OPS_HELP = (
@@ -240,28 +255,31 @@ INTERACT_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def add_options(parser: argparse.ArgumentParser, config_class: type, names: Sequence[str]) -> None:
+    """Add fields of a config class to a command line, as flags. One that is not given is not in the namespace, so a
+    preset overrides defaults but not flags."""
+    types = get_type_hints(config_class)
+    for f in (f for f in dataclasses.fields(config_class) if f.name in names):
+        kind, allowed = types[f.name], f.metadata["allowed"]
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        bounds = f"; {allowed}" if isinstance(allowed, Interval) else ""
+        help = f"{f.metadata['help']} (default: {default!r}{bounds})".replace("%", "%%")
+        options: dict[str, Any] = dict(default=argparse.SUPPRESS, help=help)
+        if kind is bool:
+            parser.add_argument(_flag(f.name), action=argparse.BooleanOptionalAction, **options)
+        elif get_origin(kind) is list:
+            parser.add_argument(_flag(f.name), nargs="+", type=get_args(kind)[0], metavar="NAME", **options)
+        else:
+            parser.add_argument(_flag(f.name), type=_READERS[kind], metavar=_METAVARS[kind], **options)
+
+
 def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> Any:
     """Parse a command line into a `config_class`, whose attribute `preset` is the preset's name. Raises UserError for
     an option out of range; with --resume, options that are not given come from the run's config.json."""
     parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
     parser.add_argument("--preset", choices=presets, help="named set of the options below (default: demo)")
-    types = get_type_hints(config_class)
     options = [f for f in dataclasses.fields(config_class) if f.init]  # all but `preset`
-    for f in options:
-        kind, allowed = types[f.name], f.metadata["allowed"]
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        bounds = f"; {allowed}" if isinstance(allowed, Interval) else ""
-        # SUPPRESS keeps flags that were not given out of the namespace, so a preset overrides defaults but not flags.
-        help = f"{f.metadata['help']} (default: {default!r}{bounds})".replace("%", "%%")
-        how: dict[str, Any] = dict(default=argparse.SUPPRESS, help=help)
-        if kind is bool:
-            parser.add_argument(_flag(f.name), action=argparse.BooleanOptionalAction, **how)
-        elif get_origin(kind) is list:
-            parser.add_argument(_flag(f.name), nargs="+", type=get_args(kind)[0], metavar="NAME", **how)
-        else:
-            readers: dict[type, Callable[[str], Any]] = {int: _whole, float: float}
-            metavar = {int: "N", float: "X", str: "TEXT"}[kind]
-            parser.add_argument(_flag(f.name), type=readers.get(kind, kind), metavar=metavar, **how)
+    add_options(parser, config_class, [f.name for f in options])
     typed = vars(parser.parse_args(argv))
     preset, recorded = typed.pop("preset"), {}
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
@@ -319,6 +337,8 @@ def _whole(text: str) -> int:
 
 
 _whole.__name__ = "whole number"  # argparse names the type in its error message
+_READERS: dict[type, Callable[[str], Any]] = {int: _whole, float: float, str: str}
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
