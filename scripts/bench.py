@@ -22,10 +22,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tinystory  # noqa: F401  (before torch, whose import takes seconds: see there)
-
-# isort: split
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -18,13 +18,9 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-import tinystory  # noqa: F401  (before torch, whose import takes seconds: see there)
-
-# isort: split
-
 import torch
 
-from tinystory.config import InteractConfig
+from tinystory.config import InteractConfig, add_number
 from tinystory.evaluate.calibration import FULL, calibrate, lines, of_grader, require, verdict
 from tinystory.evaluate.corruptions import corpus_documents, known_stories
 from tinystory.ops import backend, build, cuda, fastest
@@ -48,9 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher-url", metavar="URL", help="also ask the OpenAI-compatible teacher at this address")
     parser.add_argument("--teacher-model", metavar="NAME", help="model to ask for (default: the first that it lists)")
-    parser.add_argument("--teacher-max-tokens", type=int, default=16, metavar="N", help="longest reply (default: 16)")
+    add_number(parser, "--teacher-max-tokens", 16, "[1, 100000]", "longest reply")
     parser.add_argument("--teacher-prompt", metavar="FILE", help="JSON file of what to grade (default: stories)")
-    parser.add_argument("--teacher-concurrency", type=int, default=InteractConfig.teacher_concurrency, metavar="N")
+    add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
     parser.add_argument("--reward", default="", metavar="FILE.py:FUNCTION", help="callable to calibrate; or random")
     parser.add_argument(
         "--calibrate",
@@ -60,11 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="whence most of them (default: builtin)"
     )
-    parser.add_argument("--require-judgement", type=float, default=0.0, metavar="X", help="fail if it judges worse")
+    add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if it judges worse")
     parser.add_argument("--teacher-extra", default="", metavar="JSON", help="fields to merge into each request")
     options = parser.parse_args(argv)
-    if options.teacher_max_tokens < 1:
-        raise UserError(f"--teacher-max-tokens must be at least 1, not {options.teacher_max_tokens}")
 
     for name, found in machine():
         print(f"{name:10} {found}")
@@ -191,7 +185,10 @@ def certificates() -> str:
 
 def cache() -> str:
     """The cache's folder, whether it can be written, and the room on its disk."""
-    folder = cache_dir()
+    try:
+        folder = cache_dir()
+    except UserError as error:
+        return str(error)
     there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
     if not there.is_dir() or not os.access(there, os.W_OK):
         return f"{folder} cannot be written: set TINYSTORY_CACHE to a folder that can"

@@ -31,10 +31,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tinystory  # noqa: F401  (before torch, whose import takes seconds: see there)
-
-# isort: split
-
 import torch
 
 from tinystory.config import INTERACT_PRESETS, PAPER_OPENING, PRETRAIN_PRESETS, InteractConfig, PretrainConfig

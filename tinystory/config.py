@@ -5,7 +5,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -42,6 +42,21 @@ class Interval:
     def __str__(self) -> str:
         low = f"{'at least' if self.includes_low else 'above'} {self.low:.12g}"
         return f"{low} and {'at most' if self.includes_high else 'below'} {self.high:.12g}"
+
+
+def add_number(parser: argparse.ArgumentParser, flag: str, default: float, allowed: str, help: str) -> None:
+    """Add a number, whole if its default is, to a command line. One that is not in the interval is a UserError."""
+    interval, kind = Interval(allowed), type(default)
+
+    def number(text: str) -> Any:
+        value = _READERS[kind](text)
+        if value not in interval:
+            raise UserError(f"{flag} must be {interval}, not {value}")
+        return value
+
+    number.__name__ = _KINDS[kind].removeprefix("a ")  # argparse names it in its error message
+    help = f"{help} (default: {default:g}; {interval})"
+    parser.add_argument(flag, type=number, default=default, metavar=_METAVARS[kind], help=help)
 
 
 PYTORCH_OPS_HELP = (
@@ -237,22 +252,19 @@ INTERACT_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> Any:
-    """Parse a command line into a `config_class`, whose attribute `preset` is the preset's name. Raises UserError for
-    an option out of range; with --resume, options that are not given come from the run's config.json."""
-    parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
-    parser.add_argument("--preset", choices=presets, help="named set of the options below (default: demo)")
+def add_options(parser: argparse.ArgumentParser, config_class: type, names: Sequence[str] = ()) -> None:
+    """Add the fields of a config class, or those named, to a command line, as flags in their groups. One that is not
+    given is not in the namespace, so a preset overrides defaults but not flags."""
     types = get_type_hints(config_class)
     group: argparse._ActionsContainer = parser
     for f in _options(config_class):
-        if f.metadata["group"]:
+        if f.metadata["group"] and not names:
             group = parser.add_argument_group(f.metadata["group"])
-        if not f.metadata["help"]:
+        if not f.metadata["help"] or (names and f.name not in names):
             continue
         kind, allowed = types[f.name], f.metadata["allowed"]
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         bounds = f"; {allowed}" if isinstance(allowed, Interval) else ""
-        # SUPPRESS keeps flags that were not given out of the namespace, so a preset overrides defaults but not flags.
         help = f"{f.metadata['help']} (default: {default!r}{bounds})".replace("%", "%%")
         settings: dict[str, Any] = dict(default=argparse.SUPPRESS, help=help)
         if kind is bool:
@@ -260,9 +272,16 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
         elif get_origin(kind) is list:
             settings |= dict(nargs="+", type=get_args(kind)[0], metavar="NAME")
         else:
-            readers: dict[type, Callable[[str], Any]] = {int: _whole, float: float}
-            settings |= dict(type=readers.get(kind, kind), metavar={int: "N", float: "X", str: "TEXT"}[kind])
+            settings |= dict(type=_READERS[kind], metavar=_METAVARS[kind])
         group.add_argument(_flag(f), *f.metadata["flags"], dest=f.name, **settings)
+
+
+def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> Any:
+    """Parse a command line into a `config_class`, whose attribute `preset` is the preset's name. Raises UserError for
+    an option out of range; with --resume, options that are not given come from the run's config.json."""
+    parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
+    parser.add_argument("--preset", choices=presets, help="named set of the options below (default: demo)")
+    add_options(parser, config_class)
     typed = vars(parser.parse_args(argv))
     preset, recorded, folder = typed.pop("preset"), {}, Path()
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
@@ -337,6 +356,8 @@ def _whole(text: str) -> int:
 
 
 _whole.__name__ = "whole number"  # argparse names the type in its error message
+_READERS: dict[type, Callable[[str], Any]] = {int: _whole, float: float, str: str}
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -384,7 +405,8 @@ def _check_together(config: Any) -> None:
         teacher_options.remove("teacher_timeout")
         for name in teacher_options:
             if getattr(config, name) not in [options.get(name) for options in defaults]:
-                raise UserError(f"{_flag(name)} is for a teacher, and --reward takes its place: leave one of them out")
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} is for a teacher, and --reward takes its place: leave one of them out")
     if config.critic == "ridge" and config.stories_per_step < 2:
         raise UserError("--critic ridge learns from the other stories of a step: give --stories-per-step 2 or more")
     if config.critic == "ridge" and config.value_coef:

@@ -1,13 +1,16 @@
 """What stories begin with: the same for a seed and an index, each used before one is used again, a tenth held out."""
 
 import json
+import os
 import random
 
 import pytest
 
 from tinystory.data.builtin import grammar
 from tinystory.data.openings import BUILTIN, LONGEST, Openings, builtin_openings, load_openings
+from tinystory.run import folder as runlog
 from tinystory.run.errors import UserError
+from tinystory.teacher.prompt import load_template
 
 TEXTS = [f"There was a fox number {i}." for i in range(40)]
 
@@ -85,15 +88,26 @@ def test_what_is_no_file_is_the_opening_itself():
         ("no.txt", None, "cannot be read"),
         ("no", None, "cannot be read"),
         ("empty.txt", b"\n \n", "holds no opening"),
-        ("bytes.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("bytes.txt", b"\xff\xfe", "cannot be read"),
+        ("wide.txt", "Once".encode("utf-16-le"), "NUL characters"),
+        ("long.txt", b"Once " * 300, "over 0 MB"),
         ("a.jsonl", b'{"opening": "x"}\n{"text": "y"}\n', "line 2"),
         ("b.jsonl", b"[1]\n", "line 1"),
         ("c.jsonl", b'{"opening": 3}\n', "line 1"),
         ("d.jsonl", b"[" * 100_000, "line 1"),
     ],
 )
-def test_what_is_no_list_of_openings_is_said(tmp_path, name, content, said):
+def test_what_is_no_list_of_openings_is_said(tmp_path, monkeypatch, name, content, said):
+    monkeypatch.setattr(runlog, "LONGEST", 1000 if name == "long.txt" else runlog.LONGEST)
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
         load_openings(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("load", [load_openings, load_template])
+def test_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path, load):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match=f"{path} cannot be read: it is not a regular file"):
+            load(str(path))

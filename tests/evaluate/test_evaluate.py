@@ -349,7 +349,7 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, 
 
 @pytest.mark.parametrize("arguments, complaint", [
     ([], "nothing to evaluate"),
-    (["--stories", "4", "--openings", "missing.txt"], "cannot read --openings"),
+    (["--stories", "4", "--openings", "missing.txt"], "cannot be read"),
     (["--blimp", "missing"], "neither a checkpoint nor a run"),
     (["--blimp", "missing", "--out", "a.html"], "--out is the .json"),
 ])  # fmt: skip

@@ -323,7 +323,7 @@ def test_a_folder_that_cannot_be_written_or_locked_is_one_sentence(tmp_path, mon
 
 
 def test_windows_is_one_sentence_that_names_wsl():
-    code = "import sys; sys.platform = 'win32'; sys.modules.update(fcntl=None, resource=None); import tinystory.ops"
+    code = "import sys; sys.platform = 'win32'; sys.modules.update(fcntl=None, resource=None); import tinystory.config"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "WSL" in done.stderr and done.stderr.count("\n") == 1
 

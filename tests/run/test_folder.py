@@ -1,5 +1,6 @@
 """The run's folder after a kill, on a full disk, with a second run and with unusual values."""
 
+import errno
 import json
 import math
 import os
@@ -18,6 +19,8 @@ from tinystory.run.folder import (
     RunLog,
     atomic_file,
     atomic_write,
+    cannot_write,
+    held,
     plain,
     read_config,
     read_metrics,
@@ -191,6 +194,15 @@ def test_no_such_folder_and_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         RunLog(tmp_path / "file", resume_step=None)
+
+
+def test_what_cannot_be_written_is_said_with_its_cause(tmp_path):
+    for code, words in ((errno.EMFILE, "ulimit -n"), (errno.ENAMETOOLONG, "shorter"), (errno.EACCES, "another folder")):
+        said = str(cannot_write(tmp_path, OSError(code, os.strerror(code))))
+        assert os.strerror(code) in said and words in said and "free some space" not in said
+    assert "free some space" in str(cannot_write(tmp_path, OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(UserError, match="File name too long; choose a shorter name"), held(tmp_path / ("a" * 300)):
+        pass
 
 
 def test_atomic_file_leaves_the_old_content_when_its_writer_fails(tmp_path):

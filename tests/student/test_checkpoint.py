@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
-from tinystory.student import checkpoint
+from tinystory.run.folder import write_manifest
+from tinystory.student import checkpoint, hf
 from tinystory.student.model import Student, StudentConfig
 from train_pretrain import RunState
 
@@ -28,9 +29,8 @@ def save(folder, student, tokenizer, step=3, state=None):
 
 def seal(folder):
     """Make the manifest agree with the files, as whoever changes a checkpoint on purpose would."""
-    files = {name: folder / name for name in checkpoint.FILES}
-    sealed = {n: {"size": path.stat().st_size, "sha256": checkpoint.file_hash(path)} for n, path in files.items()}
-    (folder / "manifest.json").write_text(json.dumps(sealed))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
 
 
 def test_comes_back_as_it_went(tmp_path, student, tokenizer):
@@ -136,17 +136,6 @@ def test_a_wrong_checkpoint_is_told_in_a_sentence(tmp_path, student, tokenizer, 
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
-@pytest.mark.parametrize("size", [300, 320])
-def test_another_vocabulary_is_refused(tmp_path, student, tokenizer, size):
-    """Also one of the same size: its stories would be gibberish, and nothing else would tell."""
-    other = type(tokenizer).train(["a different text, " * 50, *tiny_stories(50)[::2]], size)
-    folder = save(tmp_path / "c", student, tokenizer)
-    other.save(folder / "tokenizer.json")
-    seal(folder)
-    with pytest.raises(UserError, match="another vocabulary"):
-        checkpoint.load(folder)
-
-
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, student, tokenizer, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -189,7 +178,7 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(tmp_path, stu
     "claim",
     [dict(n_head=0), dict(n_head=-2), dict(n_layer=10**9), dict(n_layer=3), dict(n_embd=10**7, n_head=10**6),
      dict(n_head=3), dict(n_embd=2.0), dict(context=None), dict(vocab_size=2**60), dict(n_layer=True), dict(extra=1),
-     dict(facts=[]), dict(facts={"words": "many"}), dict(facts={"corpus": [1]}), dict(n_head=4)],
+     dict(n_head=4)],
 )  # fmt: skip
 def test_what_a_hostile_model_json_claims_is_refused_before_it_is_allocated(tmp_path, student, tokenizer, claim):
     folder = save(tmp_path / "c", student, tokenizer)
@@ -205,12 +194,14 @@ def test_what_a_hostile_model_json_claims_is_refused_before_it_is_allocated(tmp_
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused(tmp_path, student, tokenizer, value):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
+def test_weights_with_which_nothing_can_be_computed_are_refused(tmp_path, student, tokenizer, value):
     with torch.no_grad():
         student.blocks[1].fc.weight[3, 5] = value
-    with pytest.raises(UserError, match=r"NaN or infinite weights, in blocks\.1\.fc\.weight"):
-        checkpoint.load(save(tmp_path / "c", student, tokenizer))
+    hf.write(tmp_path / "foreign", student, tokenizer)
+    for folder in (save(tmp_path / "c", student, tokenizer), tmp_path / "foreign"):
+        with pytest.raises(UserError, match=r"NaN, infinite or absurdly large weights, in blocks\.1\.fc\.weight"):
+            checkpoint.load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -234,24 +225,18 @@ def whole(tmp_path_factory):
 
 @given(data=st.data())
 def test_no_harm_to_a_checkpoint_is_a_traceback(whole, tmp_path_factory, data):
-    """Bytes cut, flipped and replaced, values of other types, keys that are missing: with a manifest that agrees."""
+    """Bytes cut, flipped and replaced, values of other types, keys that are missing."""
     run = tmp_path_factory.mktemp("harmed")
     shutil.copytree(whole, run, dirs_exist_ok=True)
-    folder = run / "checkpoints" / "a"
-    path = folder / data.draw(st.sampled_from([*checkpoint.FILES, "manifest.json"]))
-    damage(path, data)
-    if path.name != "manifest.json" and data.draw(st.booleans()):
-        seal(folder)
+    damage(run / "checkpoints" / "a" / data.draw(st.sampled_from([*checkpoint.FILES, "manifest.json"])), data)
     student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=16, context=8, vocab_size=320))
     optimizer = torch.optim.Adam(student.parameters())
     names = [name for name, _ in student.named_parameters()]
-    for use in (
-        lambda: checkpoint.newest(run),
-        lambda: checkpoint.newest_whole(run),
-        lambda: checkpoint.load(checkpoint.find(run)),
-        lambda: checkpoint.restore(student, folder),
-        lambda: checkpoint.unpack_optimizer(optimizer, names, checkpoint.load_trainer(folder, dict)[0]),
-        lambda: checkpoint.load_trainer(folder, RunState),
-    ):
-        with contextlib.suppress(UserError):
-            use()
+    checkpoint.newest(run)
+    with contextlib.suppress(UserError):
+        folder = checkpoint.newest_whole(run)
+        checkpoint.load(checkpoint.find(run))
+        checkpoint.restore(student, folder)
+        state, _ = checkpoint.load_trainer(folder, dict)
+        checkpoint.unpack_optimizer(optimizer, names, state)
+        checkpoint.load_trainer(folder, RunState)

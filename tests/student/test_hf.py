@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import train_interact
 from scripts import export_hf
 from tinystory.data.tokenizer import BYTE_OF_CHAR, Tokenizer
 from tinystory.run.errors import UserError
-from tinystory.student import checkpoint, hf
+from tinystory.student import checkpoint, hf, memory
 from tinystory.student.model import Student, StudentConfig
 
 TEXTS = [*tiny_stories(3), *AWKWARD, "".join(AWKWARD), "<s>a</s>b<pad>", "Ça va déjà? 猫が 🐈‍⬛ ٣٤", ""]
@@ -209,7 +210,7 @@ REFUSED = {
     "scale_attn_by_inverse_layer_idx is True": config(scale_attn_by_inverse_layer_idx=True),
     "end token is 260 and that of config.json is 5": config(eos_token_id=5),
     "nor vocab.json with merges.txt": lambda folder: (folder / "merges.txt").unlink(),
-    "cannot read .*vocab.json": lambda folder: (folder / "vocab.json").write_text("[" * 100_000),
+    "vocab.json is damaged: it is nested too deep": lambda folder: (folder / "vocab.json").write_text("[" * 100_000),
     "has 262 tokens and the model 261": lambda folder: edit(folder / "vocab.json", extra=261),
     "cannot be used here": lambda folder: edit(folder / "vocab.json", the=[]),
 }
@@ -220,6 +221,20 @@ def test_what_is_refused(foreign, complaint):
     REFUSED[complaint](foreign)
     with pytest.raises(UserError, match=complaint):
         checkpoint.load(foreign)
+
+
+@pytest.mark.parametrize("memory_gb", [1, 10**6])
+def test_a_claim_of_more_layers_than_memory_holds_is_refused_before_anything_is_allocated(
+    foreign, monkeypatch, memory_gb
+):
+    monkeypatch.setattr(memory, "total", lambda device: memory_gb << 30)
+    edit(foreign / "config.json", n_layer=100_000)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="GB of memory" if memory_gb == 1 else "has no tensor h.2"):
+        checkpoint.load(foreign)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 << 20  # the file of the sizes may take 64 MB
 
 
 def test_interaction_starts_from_it(foreign, tmp_path):

@@ -94,7 +94,9 @@ def arguments(place, command, out):
 
 def all_whole(out) -> bool:
     try:
-        return all(checkpoint.require_whole(folder) is None for _, folder in checkpoint.checkpoints(out))
+        for _, folder in checkpoint.checkpoints(out):
+            checkpoint.require_whole(folder, checkpoint.FILES)
+        return True
     except UserError:
         return False
 

@@ -21,7 +21,7 @@ from tinystory.evaluate import held_out
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import resolve
 from tinystory.run.device import Stop
-from tinystory.run.errors import Interrupted
+from tinystory.run.errors import Interrupted, Output
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher.grader import CallableGrader
@@ -64,14 +64,21 @@ def test_the_first_signal_asks_for_the_end_and_the_second_ends_at_once(first, se
     assert signal.getsignal(second) is before
 
 
-def test_under_nohup_a_closed_terminal_ends_nothing():
-    before = signal.signal(HUP, signal.SIG_IGN)
-    try:
-        with Stop().listening() as stop:
-            signal.raise_signal(HUP)
-            assert not stop.requested
-    finally:
-        signal.signal(HUP, before)
+def test_a_terminal_that_closes_asks_for_the_end_and_is_no_second_ctrl_c(monkeypatch):
+    with Stop().listening() as stop:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.requested
+    with Stop().listening() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    with Stop().listening() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.requested
+    signal.signal(signal.SIGHUP, before)
+    monkeypatch.setattr(Output, "reader_gone", True)  # before the first step
+    assert Stop().requested
 
 
 def test_a_short_validation_reads_from_all_of_the_file():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tinystory.data.builtin import grammar
 from tinystory.run.errors import UserError
+from tinystory.run.folder import read_text
 
 HELD_OUT = 10  # one opening in so many, and at least one, is never trained on
 BUILTIN = 200
@@ -52,11 +53,9 @@ def load_openings(name: str) -> list[str]:
     if name.strip() and not looks_like_a_file and not os.path.exists(name):
         return [name]
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--openings {name} cannot be read ({error}): give builtin, a text file of one per line, or an opening"
-        ) from None
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except UserError as error:
+        raise UserError(f"--openings {error}; give builtin, a text file of one per line, or an opening") from None
     openings = []
     for number, line in enumerate(lines, 1):
         if line and path.suffix == ".jsonl":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinystory.run.errors import Interrupted, UserError
+from tinystory.run.errors import Interrupted, Output, UserError
 from tinystory.run.folder import RunLog
 
 
@@ -120,10 +120,11 @@ def peak_memory_mb(device: torch.device) -> int:
 
 class Stop:
     """Ctrl-C, SIGTERM or SIGHUP (the terminal is gone; nohup ignores it) once: `requested` turns true and the loop ends
-    after the step. Twice: at once."""
+    after the step. Ctrl-C or SIGTERM after that: at once. (After Ctrl-C the reader of a pipe has gone too, which
+    errors.Output says by SIGHUP.)"""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = Output.reader_gone
 
     def check(self) -> None:
         """Raise Interrupted if an end was asked for: for waits that may be long and can be given up."""
@@ -133,7 +134,7 @@ class Stop:
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
         def ask(signum: int, frame: FrameType | None) -> None:
-            if self.requested:
+            if self.requested and signum != signal.SIGHUP:
                 raise KeyboardInterrupt
             self.requested = True
 

@@ -5,15 +5,20 @@ import re
 import shlex
 from pathlib import Path
 
+from tinystory.run.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[2]  # a clone, or the site-packages of a wheel
 
 
 def cache_dir() -> Path:
-    """TINYSTORY_CACHE, else XDG_CACHE_HOME/tinystory, else ~/.cache/tinystory."""
+    """TINYSTORY_CACHE, else XDG_CACHE_HOME/tinystory, else ~/.cache/tinystory. Raises UserError if there is no home."""
     own = os.environ.get("TINYSTORY_CACHE")
     if own:
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinystory"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinystory"
+    except RuntimeError:
+        raise UserError("there is no home folder to cache in: set HOME, or TINYSTORY_CACHE to a folder") from None
 
 
 def usage(text: str | None, *arguments: object) -> str:

@@ -79,10 +79,10 @@ def generate(
     """A story for each opening, in order, with the indices first_index, first_index + 1, ...
 
     An opening that several stories share is read once. Each story is handed to `on_story` as soon as it ends.
-    temperature 0 is greedy decoding. The matmuls and the KV cache have autocast's type. Raises UserError when an
-    opening and its story do not fit the context.
+    A temperature below 1e-6 is greedy decoding. The matmuls and the KV cache have autocast's type. Raises UserError
+    when an opening and its story do not fit the context.
     """
-    if temperature == 0:
+    if temperature < 1e-6:
         temperature, top_k = 1.0, 1
     sampling = Sampling(max_new_tokens, tokenizer.eos, seed, temperature, top_k, top_p)
     device = student.wte.weight.device

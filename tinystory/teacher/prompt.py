@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinystory.run.errors import UserError
+from tinystory.run.folder import read_text
 from tinystory.run.text import printable
 
 TOP = 3  # each criterion is graded 0, 1, 2 or 3
@@ -96,9 +97,9 @@ def load_template(path: str | os.PathLike) -> Template:
     `preface` and `weight` may be left out. Raises UserError if the file does not hold such an object.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--teacher-prompt {path} cannot be read: {error.strerror}") from None
+        found = json.loads(read_text(Path(path)))
+    except UserError as error:
+        raise UserError(f"--teacher-prompt {error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--teacher-prompt {path} is not JSON: {str(error)[:100]}") from None
     wrong = _mistake(found)
