@@ -1,7 +1,8 @@
 # Thin on purpose: each recipe is a line or two that can be copied into a shell.
 PY := .venv/bin/python
 
-.PHONY: demo test sanitize portable-check lowest-check wheel-check bench cuda-build kernel-report gpu-check clean
+.PHONY: demo test planted-bugs fuzz browser-check slow-tests sanitize portable-check lowest-check wheel-check \
+        bench cuda-build ptx-check kernel-report gpu-check clean
 
 # From nothing to a student that tells better stories: about ten minutes on two cores.
 demo: .venv/ready
@@ -17,8 +18,23 @@ test: .venv/ready
 	find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu*' | xargs .venv/bin/clang-format --dry-run --Werror
 	.venv/bin/cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release
 	.venv/bin/cmake --build build/native -j 2
-	.venv/bin/ctest --test-dir build/native --output-on-failure
+	.venv/bin/ctest --test-dir build/native --output-on-failure -j 2
 	.venv/bin/pytest
+
+# What takes longer; the hosted workflow runs it. One bug at a time in the CUDA kernels, which their tests must catch:
+planted-bugs: .venv/ready
+	$(PY) tests/native/simt/planted_bugs.py
+
+# Property tests, with fifty times as many examples as in `make test`.
+fuzz: .venv/ready
+	TINYSTORY_FUZZ=50 .venv/bin/pytest -m hypothesis
+
+# The page on which a person grades, in a real browser. Debian: apt install chromium
+browser-check: .venv/ready
+	.venv/bin/pytest -m slow tests/human/test_browser.py
+
+slow-tests: .venv/ready
+	.venv/bin/pytest -m slow --ignore tests/human/test_browser.py
 
 # The native tests of the CPU kernels under AddressSanitizer and UBSan, then under ThreadSanitizer.
 sanitize: .venv/ready
@@ -70,7 +86,13 @@ bench: .venv/ready
 cuda-build:
 	python3 -m venv build/cuda
 	build/cuda/bin/pip install --quiet torch==2.11.0 --editable '.[test]'
-	TINYSTORY_CACHE=build/cuda/cache build/cuda/bin/pytest tests/ops/test_cuda_binding.py tests/ops/test_cuda_compile.py
+	TINYSTORY_CACHE=build/cuda/cache build/cuda/bin/pytest -m '' tests/ops/test_cuda_binding.py tests/ops/test_cuda_compile.py
+
+# Every CUDA kernel as nvcc compiles it, its PTX interpreted; then bugs planted in the inline PTX. Skipped without nvcc.
+ptx-check: .venv/ready
+	.venv/bin/cmake -S tests/native/ptx -B build/ptx && .venv/bin/cmake --build build/ptx -j 2
+	.venv/bin/ctest --test-dir build/ptx --output-on-failure && \
+	{ $(PY) tests/native/ptx/planted_bugs.py build/ptx || [ $$? = 77 ]; }
 
 # What the CUDA kernels do to memory, per source line, and their machine code if nvcc is there, beside their budgets.
 kernel-report: .venv/ready

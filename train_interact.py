@@ -5,310 +5,181 @@
     python train_interact.py --reward my_reward.py:score             any callable is a teacher
 
 One step: write stories (each goes to the teacher the moment it ends), read them under the frozen starting checkpoint
-while the teacher grades, turn scores into rewards, update the student by PPO, and write everything down. Now and then
-the student is looked at from outside, by stories to openings that it never trains on, and the best one is kept.
+while the teacher grades, turn scores into rewards, and update the policy by PPO. Every --eval-every steps the policy is
+evaluated on held-out openings, and the best student is kept.
 """
 
 import contextlib
-import functools
-import json
-import math
-import statistics
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast
-
-import tinystory  # noqa: F401  (before torch, whose import takes seconds: see there)
-
-# isort: split
 
 import torch
 from tqdm import tqdm
 
-from tinystory import ops
 from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
 from tinystory.data import babylm
-from tinystory.data.babylm import WordBudget
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import calibrated
-from tinystory.evaluate.stories import distinct_ngrams
-from tinystory.ops import fastest
+from tinystory.evaluate.held_out import Evaluator, due, story_means, story_records, write_samples
+from tinystory.ops.compute import resolve
 from tinystory.report.charts import text_curve
 from tinystory.report.run import write_report
 from tinystory.rl import ppo
-from tinystory.rl.advantages import Critic
-from tinystory.rl.collapse import signs_of_collapse
-from tinystory.rl.reward import differences, plots, story_reward
+from tinystory.rl.collapse import warnings
+from tinystory.rl.policy import RunState, load_policy
+from tinystory.rl.reward import story_rewards
+from tinystory.rl.rollout import rollout
 from tinystory.run import distributed
-from tinystory.run.device import Interrupted, Stop, dtype_name, now, peak_memory_mb, pick_device, pick_dtype
-from tinystory.run.errors import UserError, command
-from tinystory.run.folder import LOOKS, SAMPLES, RunLog, atomic_write, held, read_metrics, read_records
+from tinystory.run.device import Stop, now, peak_memory_mb
+from tinystory.run.errors import Interrupted, UserError, command
+from tinystory.run.folder import RunLog, held, read_metrics
 from tinystory.run.paths import usage
 from tinystory.student import checkpoint, memory
-from tinystory.student.generate import Story, encode_opening, generate, require_room
-from tinystory.student.model import ValueHead
-from tinystory.teacher.grade import Grade, agreement, require_scores, score_means
-from tinystory.teacher.grader import Grader, open_grader
+from tinystory.student.generate import encode_opening, require_room
+from tinystory.teacher.grade import agreement, require_scores, score_means
+from tinystory.teacher.grader import CallableGrader, Grader, open_grader
 
 PRETRAIN_RUN = Path("runs/pretrain")
 # Words taken in during interaction at which a checkpoint is kept.
 INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)} | {"chck_1M": 1_000_000}
-LOOK_INDEX = 10**9  # stories of a look are numbered from here: the same draws each time, and none of training's
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
     distributed.start(config.device)
-    with distributed.on_rank0(held(Path(config.out))):
-        interact(config)
+    with distributed.on_rank0(held(Path(config.out))), contextlib.ExitStack() as stack:
+        interact(config, stack)
 
 
-def interact(config: InteractConfig) -> None:
-    rank0, n = distributed.is_rank0(), config.stories_per_step
-    for flag, count in (("--stories-per-step", n), ("--look-stories", config.look_stories)):
-        if count < distributed.world_size():
-            raise UserError(f"{flag} must be at least {distributed.world_size()}, the number of processes")
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    pytorch_ops = distributed.rank0_value(lambda: fastest.pick(config.pytorch_ops, dtype, device))
-    ops.run_by_pytorch(pytorch_ops)
-    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    run = Path(config.out)
-    resume_from = distributed.rank0_value(lambda: checkpoint.newest_whole(run)) if config.resume else None
-    if config.resume and resume_from is None:
-        print(f"{run} was stopped before its first checkpoint: it starts again")
+def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
+    """stack: closes what is opened here."""
+    n, rank0, run = config.stories_per_step, distributed.is_rank0(), Path(config.out)
+    distributed.require_one_each("--stories-per-step", n)
+    distributed.require_one_each("--eval-stories", config.eval_stories)
+    compute = resolve(config.device, config.dtype, config.pytorch_ops)
+    resume_from = checkpoint.to_resume(run) if config.resume else None
 
-    # Two copies of the starting checkpoint: the student, which learns, and the frozen reference of the KL penalty.
+    # Two copies of the starting checkpoint: the policy, which learns, and the frozen reference of the KL penalty.
     origin = run / "checkpoints" / "start" if resume_from else starting_checkpoint(config.init)
-    reference, _, _ = checkpoint.load(origin, device)
+    reference, tokenizer, facts = checkpoint.load(origin, compute.device)
     reference.requires_grad_(False)
-    student, tokenizer, facts = checkpoint.load(origin, device)
-    memory.require_for_interaction(config, student.config, device)
-    texts = [config.opening] if config.opening else load_openings(config.openings)
-    openings = Openings(texts, config.seed, config.stories_per_opening)
-    require_room(student, max((encode_opening(tokenizer, text) for text in texts), key=len), config.max_new_tokens)
+    policy = load_policy(config, origin, compute)
+    memory.require_for_interaction(config, reference.config, compute.device)
+    openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
+    if openings.train == openings.held_out:
+        print("there is one opening, so none is held out: evaluations use the one that is trained on")
+    longest = max((encode_opening(tokenizer, text) for text in openings.train + openings.held_out), key=len)
+    require_room(reference, longest, config.max_new_tokens)
     milestones = INTERACTION_CHECKPOINTS
     if config.preset == babylm.TRACK:
         babylm.check_interaction(facts, config.budget_words, config.budget_words_out)
         milestones = babylm.milestones_beyond(facts)
-    critic = (ValueHead if config.critic == "head" else Critic)(student.config.n_embd).to(device)
-    value_head = critic if isinstance(critic, ValueHead) else None
-    parameters = dict(student.named_parameters()) | {f"critic.{k}": p for k, p in critic.named_parameters()}
-    optimizer = ppo.SharpAdam(
-        student.ln_f, parameters.values(), config.learning_rate, config.sharpness_rate, config.adam_eps
-    )
-    parameters |= {"sharpness": optimizer.sharpness}
+    state = policy.restore(resume_from) if resume_from else RunState(config.kl_coef)
 
-    # The state of the run: what a checkpoint restores.
-    counters: dict[str, Any] = dict(step=0, written=0, kl_coef=config.kl_coef, best_step=0)
-    counters |= dict(words_in=0, words_out=0)
-    if resume_from:
-        checkpoint.restore(student, resume_from)
-        state, counters = checkpoint.load_trainer(resume_from, tuple(counters))
-        checkpoint.restore_module(critic, "critic", state)
-        checkpoint.unpack_optimizer(optimizer, list(parameters), state)
-    step, written, best_step = (counters[name] for name in ("step", "written", "best_step"))
-    kl = ppo.AdaptiveKL(counters["kl_coef"], config.kl_target, config.kl_horizon)
-    budget = WordBudget(config.budget_words, config.budget_words_out, counters["words_in"], counters["words_out"])
-
-    def save(name: str, replace: bool = False) -> None:
-        if not rank0:  # it would drop what rank 0 is writing as left half-written
-            return
-        folder = run / "checkpoints" / name
-        state = checkpoint.pack_optimizer(optimizer, list(parameters))
-        state |= {f"critic.{name}": tensor for name, tensor in critic.state_dict().items()}
-        words = dict(words_in=budget.words_in, words_out=budget.words_out)
-        lifetime = {f"interaction_{k}": facts.get(f"interaction_{k}", 0) + v for k, v in words.items()}
-        progress = dict(step=step, written=written, best_step=best_step)
-        now = facts | (lifetime if step else {})
-        counters = progress | dict(kl_coef=kl.coef, **words)
-        checkpoint.save(folder, student, tokenizer, facts=now, state=state, counters=counters, replace=replace)
-        checkpoint.drop_older(folder)
-
-    with contextlib.ExitStack() as stack:
-        # Rank 0 alone has a grader. It is opened before the run's folder is: a mistake leaves nothing behind.
-        opened = open_grader(config, corpus=facts.get("corpus"), replies=run / "replies.jsonl")
-        grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else None)
-        scorer = cast(Grader, grader)  # for what rank 0 alone runs
-        grader_facts = grader.facts if grader else {}
-        looks_ahead = sum(looks_at(config, at) for at in range(step + bool(step), config.steps + 1))
-        stories_ahead = (config.steps - step) * n + looks_ahead * config.look_stories
-        if grader and (forecast := grader.forecast(stories_ahead, openings[0])):
-            print(f"forecast: {forecast}")
-        grader_facts |= distributed.rank0_value(lambda: calibrated(config, scorer))
-        print(f"student {origin}, scored by {grader_facts.get('scored_by')}")
-        first_words = openings.new_words(0, n)
-        if step == 0 and (
-            exhausted := distributed.rank0_value(lambda: exhausted_budget(config, budget, scorer, first_words, looks=2))
-        ):
-            raise UserError(
-                f"{exhausted} does not hold a single step and the looks around it: raise it, or lower "
-                "--stories-per-step or --look-stories"
-            )
-        resume_step = step if config.resume else None
-        log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
-        resolved = dict(
-            device=str(device),
-            dtype=dtype_name(config.dtype, dtype),
-            pytorch_ops=pytorch_ops,
-            init=config.init or str(origin),
+    # Only rank 0 asks its grader. It is opened before the run's folder is: a mistake leaves nothing behind.
+    opened = open_grader(config, corpus=facts.get("corpus"), replies=run / "replies.jsonl")
+    idle = CallableGrader(lambda opening, stories: [], "rank 0")
+    grader: Grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else idle)
+    evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
+    if forecast := grader.forecast((config.steps - state.step) * n + evaluations * config.eval_stories, openings[0]):
+        print(f"forecast: {forecast}")
+    grader_facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
+    print(f"student {origin}, scored by {grader_facts['scored_by']}")
+    if state.step == 0 and (
+        budget := distributed.rank0_value(lambda: exhausted_budget(config, state, grader, openings, 2))
+    ):
+        raise UserError(
+            f"{budget} does not hold a single step and the evaluations around it: raise it, or lower "
+            "--stories-per-step or --eval-stories"
         )
-        log.config(as_dict(config) | grader_facts | resolved)
-        if not resume_from:
-            save("start")
-        distributed.broadcast_from_rank0(parameters.values())
-        stop = stack.enter_context(Stop().listening())
-        bar = stack.enter_context(
-            tqdm(total=config.steps, initial=step, unit="step", desc="interacting", disable=not rank0)
-        )
+    resume_step = state.step if config.resume else None
+    log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
+    log.config(as_dict(config) | grader_facts | compute.recorded | {"init": config.init or str(origin)})
 
-        def send(story: Story) -> None:
-            if grader:
-                grader.send(story.index, story.opening, story.text)
+    def save(name: str = "", replace: bool = False) -> None:
+        policy.save(run / "checkpoints" / (name or f"step_{state.step:07d}"), state, replace=replace)
 
-        def write(first: int, count: int, opening_of: Callable[[int], str]) -> list[Story]:
-            """Stories first to first + count - 1, on every rank; each writes a shard. Grading begins with the first one
-            that ends on rank 0."""
-            shard = distributed.shard_contiguous(count)
-            with autocast():
-                mine = generate(
-                    student, value_head, tokenizer, [opening_of(first + i) for i in shard],
-                    first_index=first + shard.start, seed=config.seed, max_new_tokens=config.max_new_tokens,
-                    temperature=config.temperature, on_story=send,
-                )  # fmt: skip
-            stories = distributed.all_gather_list(mine)
-            for story in stories[len(shard) :]:
-                send(story)
-            return stories
-
-        def look() -> dict[str, float | None]:
-            """Stories to openings that are never trained on: their means, and a new checkpoint `best` if they are."""
-            nonlocal best_step
-            held_out = openings.held_out
-            stories = write(LOOK_INDEX, config.look_stories, lambda i: held_out[(i - LOOK_INDEX) % len(held_out)])
-            grades = distributed.rank0_value(lambda: scorer.collect(stop))
-            budget.spend(sum(grade.reply_words for grade in grades), sum(story.words for story in stories))
-            rewards = rewards_of(config, stories, grades)
-            means = score_means(grades) | story_means(stories)
-            given = [reward for reward in rewards if reward is not None]
-            reward = sum(given) / len(given) if given else None
-            log.looks(story_records(step, stories, grades, rewards))
-            if distributed.rank0_value(lambda: is_best(read_records(run / LOOKS), step)):
-                best_step = step
-                save(checkpoint.BEST, replace=True)
-            names = ("score_mean", "diversity_mean", "distinct_4", "plots", "ended", "length_mean")
-            return {"held_out_reward": reward} | {f"held_out_{name}": means[name] for name in names}
-
-        def not_looked_at() -> bool:
-            return distributed.rank0_value(lambda: all(record["step"] != step for record in read_records(run / LOOKS)))
-
-        warned = False
-        with contextlib.suppress(Interrupted):
-            if looks_at(config, step) and not_looked_at():
-                look()
-            while step < config.steps and not distributed.all_reduce_max(stop.requested):
-                new_words = openings.new_words(written, n)
-                ask = functools.partial(exhausted_budget, config, budget, scorer, new_words)
-                exhausted = distributed.rank0_value(ask)
-                if exhausted:
-                    bar.write(f"{exhausted} does not hold another step")
-                    break
-
-                # 1. Write.
-                began = time.perf_counter()
-                stories = write(written, n, openings.__getitem__)
-                wrote = time.perf_counter()
-
-                # 2. Read the stories under the frozen reference while the teacher is still grading.
-                batch = ppo.collate(stories, tokenizer, device)
-                with autocast():
-                    ref_logprobs, ref_states = ppo.read_reference(
-                        reference, batch, config.temperature, config.micro_batch_size, states=value_head is None
-                    )
-                read = now(device)  # until here a GPU's time counts as reading, not as waiting for the teacher
-
-                # 3. Wait for the grades.
-                try:
-                    grades = distributed.rank0_value(lambda: scorer.collect(stop))
-                    require_scores(grades, config.max_unscored)
-                except UserError:  # nothing has been learned in this step, so the state after the last one is saved
-                    save(f"step_{step:07d}")
-                    raise
-                graded = time.perf_counter()
-
-                # 4. Turn scores into rewards. A story without a score has no reward and gives no gradient.
-                rewards = rewards_of(config, stories, grades)
-                scored = [i for i, reward in enumerate(rewards) if reward is not None]
-                batch, kept = batch.rows(torch.tensor(scored)), torch.tensor(scored, device=device)
-                ref_logprobs, ref_states = ref_logprobs[kept], ref_states[kept]
-                story_rewards = torch.tensor([rewards[i] for i in scored], device=device)
-
-                # 5. PPO. Randomness is a function of (seed, step), so a resumed run repeats an unbroken one.
-                torch.manual_seed(config.seed * 1_000_003 + step)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * ppo.decay(config, step)
-                stats = ppo.step(
-                    student, critic, optimizer, kl, batch, ref_logprobs, ref_states, story_rewards, config, autocast
+    if not resume_from:
+        save("start")
+    distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
+    stop, warned = stack.enter_context(Stop().listening()), set[str]()
+    evaluator = Evaluator(config, policy, openings, grader, log, stop)
+    bar = tqdm(total=config.steps, initial=state.step, unit="step", desc="interacting", disable=not rank0)
+    with contextlib.suppress(Interrupted), bar:
+        if due(config, state.step) and not evaluator.done(state.step):
+            evaluator.evaluate(state)
+        # A signal to any process stops all of them.
+        while state.step < config.steps and not distributed.all_reduce_max(stop.requested):
+            if budget := distributed.rank0_value(lambda: exhausted_budget(config, state, grader, openings)):
+                bar.write(f"{budget} does not hold another step")
+                break
+            began = time.perf_counter()
+            prompts = [openings[state.written + i] for i in range(n)]
+            stories = rollout(config, policy, prompts, state.written, grader.send)
+            rollout_end = time.perf_counter()
+            batch = ppo.collate(stories, tokenizer, compute.device)
+            with compute.autocast():
+                reference_stats = ppo.read_reference(
+                    reference, batch, config.temperature, config.micro_batch_size, states=policy.value_head is None
                 )
-                updated = time.perf_counter()
+            reference_end = now(compute.device)  # so that a GPU's time does not count as the teacher's
+            try:
+                grades = distributed.rank0_value(lambda: grader.collect(stop))
+                require_scores(grades, config.max_unscored)
+            except UserError:  # nothing has been learned in this step, so the state after the last one is saved
+                save()
+                raise
+            teacher_end = time.perf_counter()
+            rewards = story_rewards(config, stories, [grade.score for grade in grades])
+            torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
+            ppo.set_learning_rate(policy.optimizer, config, state.step)
+            stats = ppo.step(
+                policy.student, policy.critic, policy.optimizer, batch, *reference_stats, rewards, state.kl_coef,
+                config, compute.autocast,
+            )  # fmt: skip
+            update_end = time.perf_counter()
 
-                # 6. Look at the student from outside, and write everything down.
-                words_before = budget.words_in
-                words_read = new_words + sum(grade.reply_words for grade in grades)
-                budget.spend(words_read, sum(story.words for story in stories))
-                step, written = step + 1, written + n
-                looked, failed = {}, None
-                try:
-                    looked = look() if looks_at(config, step) else {}
-                except Interrupted:  # the step is logged all the same; a resumed run looks first
-                    pass
-                except UserError as error:
-                    failed = error
-                log.stories(story_records(step, stories, grades, rewards))
-                log.metrics(
-                    step=step, reward_mean=story_rewards.mean(), reward_std=story_rewards.std(),
-                    **score_means(grades), **agreement(grades), **story_means(stories),
-                    **looked, words_in=budget.words_in,
-                    words_out=budget.words_out, unscored=n - len(scored),
-                    rollout_s=wrote - began, reference_s=read - wrote, teacher_s=graded - read,
-                    update_s=updated - graded, **stats, peak_memory_mb=peak_memory_mb(device),
-                    **(grader.stats() if grader else {}),
-                )  # fmt: skip
-                bar.update()
-                words = sum(s.words for s in stories) / n
-                bar.set_postfix(reward=f"{story_rewards.mean():.3f}", words=f"{words:.0f}", kl=f"{stats['kl']:.1f}")
-                for name, milestone in milestones.items():
-                    if words_before < milestone <= budget.words_in:
-                        save(name)
-                if failed:  # the teacher, at the look: what this step learned is saved
-                    save(f"step_{step:07d}")
-                    raise failed
-                if step % config.save_every == 0:
-                    save(f"step_{step:07d}")
-                    if rank0:
-                        write_report(run)
-                    signs = distributed.rank0_value(lambda: signs_of_collapse(read_metrics(run), config.kl_target))
-                    if signs and not warned:
-                        bar.write(f"the stories collapse: {signs}")
-                        warned = True
-                    if signs and config.stop_on_collapse:
-                        break
-            if not distributed.all_reduce_max(stop.requested) and not_looked_at():  # an end before the last step
-                look()
-        bar.close()
-        save(f"step_{step:07d}", replace=True)
-        stopped = distributed.all_reduce_max(stop.requested)  # a signal to any process stops all of them
-        if stopped and rank0:
-            go_on = usage("python train_interact.py")
-            print(f"stopped after step {step}, all saved; go on with: {go_on} --out {run} --resume")
-        elif rank0:
-            looks = list(read_records(run / LOOKS))
-            sides = (("before", 0), ("after", best_step))
-            shown = [{"when": when} | look for when, at in sides for look in looks if look["step"] == at]
-            atomic_write(run / SAMPLES, "".join(json.dumps(record) + "\n" for record in shown))
-            print_summary(run, shown, best_step)
+            words_before = state.words_in
+            words_in = openings.new_words(state.written, n) + sum(grade.reply_words for grade in grades)
+            state.spend(stories, words_in)
+            state.step, state.written = state.step + 1, state.written + n
+            state.kl_coef = ppo.next_kl_coef(state.kl_coef, stats["kl"], n - int(stats["unscored"]), config)
+            evaluation, failure = evaluator.evaluate_if_due(state)
+            records = story_records(state.step, stories, grades, rewards)
+            log.stories(records)
+            log.metrics(
+                step=state.step, **stats, **score_means(grades), **agreement(grades), **story_means(records),
+                **evaluation, words_in=state.words_in, words_out=state.words_out,
+                entropy=sum(float(story.entropies.sum()) for story in stories) / n,
+                tokens_mean=sum(len(story.tokens) for story in stories) / n,
+                rollout_s=rollout_end - began, reference_s=reference_end - rollout_end,
+                teacher_s=teacher_end - reference_end, update_s=update_end - teacher_end,
+                peak_memory_mb=peak_memory_mb(compute.device), **grader.stats(),
+            )  # fmt: skip
+            bar.update()
+            bar.set_postfix(reward=f"{stats['reward_mean']:.3f}", kl=f"{stats['kl']:.1f}")
+            for name, words in milestones.items():
+                if words_before < words <= state.words_in:
+                    save(name)
+            if failure or state.step % config.save_every == 0:
+                save()
+            if failure:
+                raise failure
+            if rank0 and state.step % (5 * config.save_every) == 0:
+                write_report(run)
+            signs = distributed.rank0_value(lambda: warnings(read_metrics(run), config.kl_target))
+            for kind in signs.keys() - warned:
+                bar.write(signs[kind])
+            warned |= signs.keys()
+            if "collapse" in signs and config.stop_on_collapse:
+                break
+        if not distributed.all_reduce_max(stop.requested) and not evaluator.done(state.step):  # an early end
+            evaluator.evaluate(state)
+    save(replace=True)
+    stopped = distributed.all_reduce_max(stop.requested)
+    if rank0:
+        report(run, state, stopped=bool(stopped))
 
 
 def starting_checkpoint(init: str) -> Path:
@@ -318,97 +189,29 @@ def starting_checkpoint(init: str) -> Path:
     return checkpoint.find(Path(init) if init else PRETRAIN_RUN)
 
 
-def looks_at(config: InteractConfig, step: int) -> bool:
-    """Whether the student is looked at after this many steps, if the run gets so far."""
-    return step in (0, config.steps) or (config.look_every > 0 and step % config.look_every == 0)
+def exhausted_budget(
+    config: InteractConfig, state: RunState, grader: Grader, openings: Openings, evaluations: int = 1
+) -> str:
+    """Which budget does not hold another step and so many evaluations; "" if all do. (The cost is limited once more,
+    before each request.)"""
+    n = config.stories_per_step
+    stories = n + evaluations * config.eval_stories
+    words_in = state.words_in + openings.new_words(state.written, n) + stories * grader.most_words
+    words_out = state.words_out + stories * config.max_new_tokens
+    if words_in > config.budget_words or words_out > config.budget_words_out:
+        return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"
+    return "" if grader.affords(n + config.eval_stories) else f"--budget-cost {config.budget_cost:g}"
 
 
-def exhausted_budget(config: InteractConfig, budget: WordBudget, grader: Grader, new_words: int, looks: int = 1) -> str:
-    """Which budget does not hold another step and so many looks; empty if all do. new_words: of openings not used
-    before. (The cost is limited once more, before each request.)"""
-    stories = config.stories_per_step + looks * config.look_stories
-    if not budget.allows(new_words + stories * grader.most_words, stories * config.max_new_tokens):
-        return f"the word budget ({budget.limit_in:,} in, {budget.limit_out:,} out)"
-    affordable = grader.affords(config.stories_per_step + config.look_stories)
-    return "" if affordable else f"--budget-cost {config.budget_cost:g}"
-
-
-def rewards_of(config: InteractConfig, stories: list[Story], grades: list[Grade]) -> list[float | None]:
-    """What each story earns, None without a score. All of a step's stories count when it is compared with others."""
-    how: dict[str, Any] = dict(
-        diversity=config.diversity, length_weight=config.length_weight, length_words=config.length_words,
-        unfinished=config.unfinished,
-    )  # fmt: skip
-    return [
-        None if grade.score is None else story_reward(grade.score, difference, story.words, story.ended == "eos", **how)
-        for story, grade, difference in zip(stories, grades, differences([s.text for s in stories]), strict=True)
-    ]
-
-
-def story_means(stories: list[Story]) -> dict[str, float | None]:
-    """Means per story: entropy (nats, summed over its tokens), words, tokens, difference from the others; the fraction
-    that ended; and distinct_4 and the number of plots over all stories."""
-    n, texts = len(stories), [story.text for story in stories]
-    return {
-        "entropy": sum(float(story.entropies.sum()) for story in stories) / n,
-        "length_mean": sum(story.words for story in stories) / n,
-        "tokens_mean": sum(len(story.tokens) for story in stories) / n,
-        "ended": sum(story.ended == "eos" for story in stories) / n,
-        "diversity_mean": sum(differences(texts)) / n,
-        "distinct_4": distinct_ngrams(texts),
-        "plots": len(plots(texts)),
-    }
-
-
-def story_records(step: int, stories: list[Story], grades: list[Grade], rewards: list[float | None]) -> list[dict]:
-    """The lines of stories.jsonl and looks.jsonl."""
-    return [
-        dict(
-            step=step, index=story.index, opening=story.opening, story=story.text, reply=grade.reply_or_error,
-            scores=grade.scores, reward=reward, words=story.words, ended=story.ended,
-        )
-        for story, grade, reward in zip(stories, grades, rewards, strict=True)
-    ]  # fmt: skip
-
-
-SUMMARY: dict[str, Callable[[list[dict]], float]] = {  # of the stories of a look
-    "reward": lambda rs: sum(given := [r["reward"] for r in rs if r["reward"] is not None]) / max(len(given), 1),
-    "ended": lambda rs: sum(r["ended"] == "eos" for r in rs) / len(rs),
-    "distinct_4": lambda rs: distinct_ngrams([r["story"] for r in rs]) or 0.0,
-    "plots": lambda rs: len(plots([r["story"] for r in rs])),
-}
-
-
-def is_best(looks: Iterable[dict], step: int) -> bool:
-    """Whether the look at `step` earned as much as any look, within a standard error of the difference.
-
-    looks: records of looks.jsonl. A look's few stories tell no more than that, and the later student has learned from
-    more of them; so a new look need not be the highest, but may not be clearly lower either."""
-    earned: dict[int, dict[int, float]] = {}  # by step and index: one index is one opening
-    for look in looks:
-        if look["reward"] is not None:
-            earned.setdefault(look["step"], {})[look["index"]] = look["reward"]
-    if step not in earned:
-        return False
-    highest = max(earned.values(), key=lambda rewards: statistics.fmean(rewards.values()))
-    less = [highest[index] - reward for index, reward in earned[step].items() if index in highest]
-    error = statistics.stdev(less) / math.sqrt(len(less)) if len(less) > 1 else 0.0
-    return bool(less) and statistics.fmean(less) <= error
-
-
-def print_summary(run: Path, shown: list[dict], best_step: int) -> None:
-    """The same held-out opening before and after, what a look measured, and the curve of the rewards."""
-    rewards = [record.get("reward_mean") for record in read_metrics(run)]
-    sides = {when: [record for record in shown if record["when"] == when] for when in ("before", "after")}
-    if all(sides.values()):  # looks.jsonl can have lost one
-        for when, records in sides.items():
-            print(f"\n{when}, scored {records[0]['scores']}:\n{records[0]['opening']} {records[0]['story']}")
-        print(f"\n{len(sides['before'])} stories to held-out openings, before and after step {best_step}, the best:")
-        for name, measure in SUMMARY.items():
-            print(f"  {name:12} {measure(sides['before']):.3g} -> {measure(sides['after']):.3g}")
-    print(f"mean reward per step {text_curve(rewards, 60)}")
-    print(f"report: {write_report(run)}")
-    print(f"next:   {usage('python scripts/sample.py')} {checkpoint.find(run)}")
+def report(run: Path, state: RunState, *, stopped: bool) -> None:
+    """Print how to go on with a run that was asked to stop, or what another one learned."""
+    if stopped:
+        resume = usage("python train_interact.py", "--out", run, "--resume")
+        print(f"stopped after step {state.step}, all saved; go on with: {resume}")
+        return
+    print(write_samples(run, state.best_step))
+    print(f"mean reward per step {text_curve([record.get('reward_mean') for record in read_metrics(run)], 60)}")
+    print(f"report: {write_report(run)}\nnext:   {usage('python scripts/sample.py', checkpoint.find(run))}")
 
 
 if __name__ == "__main__":

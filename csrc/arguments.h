@@ -6,6 +6,8 @@
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
+#include <optional>
+#include <tuple>
 
 #include "kernels.h"
 
@@ -206,5 +208,96 @@ inline void check_logprob(const Tensor& hidden, const Tensor& weight, const Tens
               " but hidden is ", hidden.scalar_type());
   check_ids(targets, hidden.size(0), hidden, op, "targets");
 }
+
+// --- add_layer_norm --------------------------------------------------------------------------------------------------
+using OptionalTensor = std::optional<Tensor>;
+
+// check_float, on x's device
+inline void check_part(const Tensor& t, const Tensor& x, at::IntArrayRef shape, const char* op, const char* name) {
+  check_float(t, shape, op, name);
+  check_contiguous(t, op, name);
+  TORCH_CHECK(t.device() == x.device(), op, ": ", name, " is on ", t.device(), " but x is on ", x.device());
+}
+
+inline DType norm_type(const Tensor& t, const char* op, const char* name) {
+  const DType type = dtype_of(t, op, name);
+  TORCH_CHECK(type != DType::f64, op, ": ", name, " must be float32, bfloat16 or float16, not Double");
+  return type;
+}
+
+inline LayerNorm norm_args(const Tensor& x, const Tensor& weight, double dropout_p, int64_t seed, const char* op) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 32 == 0 && x.size(-1) > 0, op, ": x's last dimension must be a multiple of ",
+              "32, not ", x.sizes());
+  const int64_t C = x.size(-1);
+  check_part(x, x, x.sizes(), op, "x");
+  check_part(weight, x, {C}, op, "weight");
+  TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), not ", dropout_p);
+  return {.branch_type = {},
+          .y_type = {},
+          .rows = x.numel() / C,
+          .C = C,
+          .dropout = dropout_p,
+          .seed = uint64_t(seed),
+          .x = x.const_data_ptr<float>(),
+          .branch = nullptr,
+          .weight = weight.const_data_ptr<float>()};
+}
+
+struct NormForward {
+  LayerNorm n;
+  Tensor sum, y, mean, scale;  // sum: empty without a branch
+
+  NormForward(const Tensor& x, const OptionalTensor& branch, const Tensor& weight, const Tensor& bias, double dropout_p,
+              int64_t seed, at::ScalarType dtype)
+      : n(norm_args(x, weight, dropout_p, seed, "add_layer_norm")),
+        sum(branch ? at::empty_like(x) : at::empty({0}, x.options())),
+        y(at::empty(x.sizes(), x.options().dtype(dtype))), mean(at::empty({n.rows}, x.options())),
+        scale(at::empty_like(mean)) {
+    constexpr auto op = "add_layer_norm";
+    check_part(bias, x, {n.C}, op, "bias");
+    n.branch_type = n.y_type = norm_type(y, op, "y");
+    if (branch) {
+      check_contiguous(*branch, op, "branch");
+      TORCH_CHECK(branch->sizes() == x.sizes() && branch->device() == x.device(), op, ": branch must be like x, (",
+                  x.sizes(), ") on ", x.device(), ", not (", branch->sizes(), ") on ", branch->device());
+      n.branch_type = norm_type(*branch, op, "branch"), n.branch = branch->const_data_ptr();
+      n.sum = sum.data_ptr<float>();
+    }
+    n.bias = bias.const_data_ptr<float>(), n.y = y.data_ptr();
+    n.mean = mean.data_ptr<float>(), n.scale = scale.data_ptr<float>();
+  }
+  std::tuple<Tensor, Tensor, Tensor, Tensor> results() const { return {sum, y, mean, scale}; }
+};
+
+struct NormBackward {
+  LayerNorm n;
+  Tensor grad_sum, grad_y, grad_x, grad_branch, parts;  // grad_branch: empty without a branch
+
+  NormBackward(const OptionalTensor& grad_sum_, const Tensor& grad_y_, const Tensor& x, const Tensor& weight,
+               const Tensor& mean, const Tensor& scale, double dropout_p, int64_t seed,
+               std::optional<at::ScalarType> branch_dtype)
+      : n(norm_args(x, weight, dropout_p, seed, "add_layer_norm_backward")), grad_y(grad_y_.contiguous()),
+        grad_x(at::empty_like(x)), grad_branch(branch_dtype ? at::empty(x.sizes(), x.options().dtype(*branch_dtype))
+                                                            : at::empty({0}, x.options())) {
+    constexpr auto op = "add_layer_norm_backward";
+    check_part(mean, x, {n.rows}, op, "mean");
+    check_part(scale, x, {n.rows}, op, "scale");
+    TORCH_CHECK(grad_y.sizes() == x.sizes(), op, ": grad_y must have shape (", x.sizes(), "), not (", grad_y.sizes(),
+                ")");
+    check_contiguous(grad_y, op, "grad_y");
+    n.y_type = n.branch_type = norm_type(grad_y, op, "grad_y"), n.grad_y = grad_y.const_data_ptr();
+    if (grad_sum_) {
+      grad_sum = grad_sum_->contiguous();
+      check_part(grad_sum, x, x.sizes(), op, "grad_sum");
+      n.grad_sum = grad_sum.const_data_ptr<float>();
+    }
+    if (branch_dtype) n.branch_type = norm_type(grad_branch, op, "branch"), n.grad_branch = grad_branch.data_ptr();
+    n.mean = mean.data_ptr<float>(), n.scale = scale.data_ptr<float>(), n.grad_x = grad_x.data_ptr<float>();
+  }
+  void allocate_parts(at::IntArrayRef shape) {
+    parts = at::empty(shape, grad_x.options());
+    n.parts = parts.data_ptr<float>();
+  }
+};
 
 }  // namespace tinystory

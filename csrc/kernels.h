@@ -75,9 +75,9 @@ struct TokenLogprob {
 constexpr int64_t kLogprobGroup = 256;  // columns per group; the last may have fewer
 constexpr int64_t kLogprobRows = 96;    // rows per item of logprob_grad_hidden
 
-// y = gelu(x weight^T + bias) + residual, where gelu and residual are optional; sums in f32. The caller divides the M
-// rows into chunks. Forward: pack_weight once, then pack_x and forward per chunk. Backward: pack_weight once, then
-// pack_grad, grad_x and grad_weight per chunk. K and N are multiples of 32.
+// y = gelu(x weight^T + bias), where gelu is optional; sums in f32. The caller divides the M rows into chunks. Forward:
+// pack_weight once, then pack_x and forward per chunk. Backward: pack_weight once, then pack_grad, grad_x and
+// grad_weight per chunk. K and N are multiples of 32.
 struct Linear {
   DType x_type, y_type;  // f32 or bf16: of x and grad_x; of y and grad_y
   DType gemm_type;       // f32 or bf16: of the matmuls, and of slope
@@ -85,7 +85,6 @@ struct Linear {
   int64_t M, K, N;
   const void* x;                    // (M, K)
   const float *weight, *bias;       // (N, K), (N,)
-  const float* residual;            // (M, N) or null
   void *y, *slope;                  // (M, N); slope: GELU's derivative, kept for backward
   const void* grad_y;               // (M, N); null: forward
   void* grad_x;                     // (M, K)
@@ -95,14 +94,26 @@ struct Linear {
 };
 constexpr int64_t kLinearRows = 64;
 
+// sum = x + dropout(branch), y = (sum - mean) scale weight + bias, scale = 1 / sqrt(variance + 1e-5), per row; without a
+// branch, of x itself. C is a multiple of 32 (of 4 on CUDA). All tensors contiguous.
 struct LayerNorm {
-  DType y_type;                    // of y and grad_y
-  int64_t rows, C;                 // C is a multiple of 32
-  const float *x, *weight, *bias;  // (rows, C), (C,), (C,)
-  float *mean, *scale;             // (rows,)
-  void* y;
-  const void* grad_y;
-  float *grad_x, *parts;  // (blocks of kLinearRows rows, 2, C): their sum is grad_weight, grad_bias
+  DType branch_type, y_type;  // f32 or 16-bit; on CUDA y_type is the branch's, or f32
+  int64_t rows, C;
+  double dropout;
+  uint64_t seed;
+  const float* x;              // (rows, C); backward: the sum
+  const void* branch;          // (rows, C) or null
+  const float *weight, *bias;  // (C,)
+  float* sum;                  // (rows, C), with a branch
+  float *mean, *scale;         // (rows,)
+  void* y;                     // (rows, C)
+  // Backward only.
+  const void* grad_y;     // (rows, C), y_type
+  const float* grad_sum;  // (rows, C) or null
+  float* grad_x;          // (rows, C)
+  void* grad_branch;      // (rows, C) or null
+  float* parts;           // (blocks of kLinearRows rows, 2, C), on CUDA (2, layer_norm_blocks(rows), C): their sums are
+                          // grad_weight and grad_bias
 };
 
 namespace cpu {

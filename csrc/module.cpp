@@ -19,8 +19,7 @@ class Engine {
  public:
   using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-  Engine(std::map<std::string, Tensor> parameters, int64_t n_layer, int64_t n_head, std::string norm,
-         std::string activation, std::string positions, bool bias, bool tied_head, at::ScalarType dtype)
+  Engine(std::map<std::string, Tensor> parameters, int64_t n_layer, int64_t n_head, at::ScalarType dtype)
       : parameters_(std::move(parameters)) {
     TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16, "Engine: dtype must be float32 or bfloat16, not ",
                       dtype);
@@ -32,8 +31,7 @@ class Engine {
                         t.is_contiguous() ? "" : ", not contiguous");
       named[name] = {t.const_data_ptr<float>(), t.sizes().vec()};
     }
-    cpu::StudentWeights weights =
-        cpu::find_weights({n_layer, n_head, norm, activation, positions, bias, tied_head}, named);
+    cpu::StudentWeights weights = cpu::find_weights(n_layer, n_head, named);
     vocabulary_ = weights.V, context_ = weights.context;
     const auto run = [](const char* phase, int64_t items, const std::function<void(int64_t, int64_t)>& f) {
       RECORD_USER_SCOPE(phase);
@@ -43,10 +41,10 @@ class Engine {
                                {at::get_num_threads(), run});
   }
 
-  Outputs start(const std::vector<Tensor>& prompts, const Tensor& which, int64_t max_new, int64_t eos, int64_t seed,
+  Outputs start(const std::vector<Tensor>& prompts, const Tensor& prompt_of, int64_t max_new, int64_t eos, int64_t seed,
                 int64_t first_row, double temperature, int64_t top_k, double top_p) {
     constexpr auto op = "Engine.start";
-    const int64_t count = which.numel();
+    const int64_t count = prompt_of.numel();
     std::vector<std::vector<int64_t>> openings;
     for (const Tensor& prompt : prompts) {
       openings.push_back(ids(prompt, vocabulary_, "prompt"));
@@ -54,13 +52,13 @@ class Engine {
                   ": a prompt of ", prompt.numel(), " tokens, ", count, " stories of ", max_new,
                   " tokens: each must be at least 1, and prompt and story must fit the context of ", context_);
     }
-    const std::vector<int64_t> continues = ids(which, openings.size(), "which");
+    const std::vector<int64_t> continues = ids(prompt_of, openings.size(), "prompt_of");
     check_sampling(temperature, top_k, top_p, op);
     tokens_ = at::zeros({count, max_new}, at::kLong);
     logprobs_ = at::zeros({count, max_new}, at::kFloat);
     values_ = at::zeros_like(logprobs_), entropies_ = at::zeros_like(logprobs_);
     engine_->start({.prompts = openings,
-                    .which = continues,
+                    .prompt_of = continues,
                     .max_new = max_new,
                     .eos = eos,
                     .seed = uint64_t(seed),
@@ -110,11 +108,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("engine_has_bf16", tinystory::cpu::engine_has_bf16);
   m.def("instructions", tinystory::cpu::instructions);
   py::class_<Engine>(m, "Engine")
-      .def(py::init<std::map<std::string, at::Tensor>, int64_t, int64_t, std::string, std::string, std::string, bool,
-                    bool, at::ScalarType>(),
-           py::arg("parameters"), py::kw_only(), py::arg("n_layer"), py::arg("n_head"), py::arg("norm"),
-           py::arg("activation"), py::arg("positions"), py::arg("bias"), py::arg("tied_head"), py::arg("dtype"),
-           NoGil())
+      .def(py::init<std::map<std::string, at::Tensor>, int64_t, int64_t, at::ScalarType>(), NoGil())
       .def("start", &Engine::start, NoGil())
       .def("step", &Engine::step, NoGil());
 }

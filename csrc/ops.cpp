@@ -8,7 +8,6 @@
 #if defined(__linux__)
 #include <malloc.h>
 #endif
-#include <optional>
 #include <tuple>
 
 #include "arguments.h"
@@ -183,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Ten
   return {p.logprob.mean(at::kDouble).neg_().to(p.logprob.scalar_type()), grad_hidden, grad_weight};
 }
 
-// --- linear, layer_norm ----------------------------------------------------------------------------------------------
+// --- linear, add_layer_norm -------------------------------------------------------------------------------------------
 constexpr int64_t kChunkRows = 2048;  // per chunk of a linear layer: the packed rows stay in the L3 cache
 
 DType float_or_bf16(const Tensor& t, const char* op, const char* name) {
@@ -232,18 +231,17 @@ void linear_chunks(Linear& l, int64_t weight_items, const F& run) {
   }
 }
 
-std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                  const std::optional<Tensor>& residual, bool gelu, at::ScalarType dtype) {
+std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const Tensor& bias, bool gelu,
+                                  at::ScalarType dtype, at::ScalarType out_dtype) {
   constexpr auto op = "linear";
   Linear l = linear_args(x, weight, gelu, dtype, op);
   check_float(bias, {l.N}, op, "bias");
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = l.N;
-  if (residual) check_float(*residual, shape, op, "residual");
-  Tensor y = at::empty(shape, x.options().dtype(residual ? at::kFloat : dtype));
+  Tensor y = at::empty(shape, x.options().dtype(out_dtype));
   Tensor slope = at::empty(gelu ? shape : std::vector<int64_t>{0}, x.options().dtype(dtype));
-  l.y_type = dtype_of(y, op, "y");
-  l.bias = bias.const_data_ptr<float>(), l.residual = residual ? residual->const_data_ptr<float>() : nullptr;
+  l.y_type = float_or_bf16(y, op, "y");
+  l.bias = bias.const_data_ptr<float>();
   l.y = y.data_ptr(), l.slope = slope.data_ptr();
   linear_chunks(l, blocks(l.N, 64), [&](const auto& step) {
     step(cpu::linear_pack_x, l.rows);
@@ -272,47 +270,24 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_y, const T
   return {grad_x, grad_weight, bias_parts.sum(0)};
 }
 
-LayerNorm norm_args(const Tensor& x, const Tensor& weight, const char* op) {
-  check_float(x, x.sizes(), op, "x");
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 32 == 0, op, ": x's last dimension must be a multiple of 32, not ",
-              x.sizes());
-  check_float(weight, {x.size(-1)}, op, "weight");
-  const int64_t C = x.size(-1);
-  return {.y_type = {},
-          .rows = x.numel() / std::max<int64_t>(C, 1),
-          .C = C,
-          .x = x.const_data_ptr<float>(),
-          .weight = weight.const_data_ptr<float>()};
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const OptionalTensor& branch,
+                                                          const Tensor& weight, const Tensor& bias, double dropout_p,
+                                                          int64_t seed, at::ScalarType dtype) {
+  const NormForward f(x, branch, weight, bias, dropout_p, seed, dtype);
+  parallel(f.n.rows, [&](int64_t begin, int64_t end) { cpu::layer_norm(f.n, begin, end); });
+  return f.results();
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                              at::ScalarType dtype) {
-  LayerNorm n = norm_args(x, weight, "layer_norm");
-  check_float(bias, weight.sizes(), "layer_norm", "bias");
-  Tensor y = at::empty(x.sizes(), x.options().dtype(dtype));
-  Tensor mean = at::empty({n.rows}, x.options()), scale = at::empty_like(mean);
-  n.y_type = gemm_type(dtype, "layer_norm");
-  n.bias = bias.const_data_ptr<float>(), n.y = y.data_ptr();
-  n.mean = mean.data_ptr<float>(), n.scale = scale.data_ptr<float>();
-  parallel(n.rows, [&](int64_t begin, int64_t end) { cpu::layer_norm(n, begin, end); });
-  return {y, mean, scale};
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
-                                                       const Tensor& mean, const Tensor& scale) {
-  constexpr auto op = "layer_norm_backward";
-  LayerNorm n = norm_args(x, weight, op);
-  check_float(mean, {n.rows}, op, "mean");
-  check_float(scale, {n.rows}, op, "scale");
-  const Tensor g = grad_y.contiguous();
-  TORCH_CHECK(g.sizes() == x.sizes(), op, ": grad_y must have shape ", x.sizes(), ", not ", g.sizes());
-  Tensor grad_x = at::empty_like(x), parts = at::empty({blocks(n.rows, kLinearRows), 2, n.C}, x.options());
-  n.y_type = float_or_bf16(g, op, "grad_y");
-  n.mean = mean.data_ptr<float>(), n.scale = scale.data_ptr<float>();
-  n.grad_y = g.const_data_ptr(), n.grad_x = grad_x.data_ptr<float>(), n.parts = parts.data_ptr<float>();
-  parallel(parts.size(0), [&](int64_t begin, int64_t end) { cpu::layer_norm_backward(n, begin, end); });
-  const Tensor sums = parts.sum(0);
-  return {grad_x, sums[0].clone(), sums[1].clone()};
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const OptionalTensor& grad_sum, const Tensor& grad_y,
+                                                                   const Tensor& sum, const Tensor& weight,
+                                                                   const Tensor& mean, const Tensor& scale,
+                                                                   double dropout_p, int64_t seed,
+                                                                   std::optional<at::ScalarType> branch_dtype) {
+  NormBackward f(grad_sum, grad_y, sum, weight, mean, scale, dropout_p, seed, branch_dtype);
+  f.allocate_parts({blocks(f.n.rows, kLinearRows), 2, f.n.C});
+  parallel(f.parts.size(0), [&](int64_t begin, int64_t end) { cpu::layer_norm_backward(f.n, begin, end); });
+  const Tensor sums = f.parts.sum(0);
+  return {f.grad_x, f.grad_branch, sums[0].clone(), sums[1].clone()};
 }
 
 }  // namespace
@@ -339,25 +314,19 @@ TORCH_LIBRARY(tinystory, m) {
   op("cross_entropy(Tensor hidden, Tensor weight, Tensor targets)"
      " -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)",
      cross_entropy);
-  op("linear(Tensor x, Tensor weight, Tensor bias, Tensor? residual, bool gelu, ScalarType dtype)"
+  op("linear(Tensor x, Tensor weight, Tensor bias, bool gelu, ScalarType dtype, ScalarType out_dtype)"
      " -> (Tensor y, Tensor slope)",
      linear);
   op("linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor slope, bool gelu, ScalarType dtype)"
      " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
      linear_backward);
-  op("layer_norm(Tensor x, Tensor weight, Tensor bias, ScalarType dtype) -> (Tensor y, Tensor mean, Tensor scale)",
-     layer_norm);
-  // On CUDA only; on the CPU `linear` adds the residual.
-  m.def(
-      "add_layer_norm(Tensor x, Tensor branch, Tensor weight, Tensor bias, float dropout_p, SymInt seed,"
-      " ScalarType dtype) -> (Tensor sum, Tensor y, Tensor mean, Tensor scale)");
-  m.def(
-      "add_layer_norm_backward(Tensor? grad_sum, Tensor grad_y, Tensor sum, Tensor weight, Tensor mean, Tensor scale,"
-      " float dropout_p, SymInt seed, ScalarType branch_dtype)"
-      " -> (Tensor grad_x, Tensor grad_branch, Tensor grad_weight, Tensor grad_bias)");
-  op("layer_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor mean, Tensor scale)"
-     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
-     layer_norm_backward);
+  op("add_layer_norm(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float dropout_p, SymInt seed,"
+     " ScalarType dtype) -> (Tensor sum, Tensor y, Tensor mean, Tensor scale)",
+     add_layer_norm);
+  op("add_layer_norm_backward(Tensor? grad_sum, Tensor grad_y, Tensor sum, Tensor weight, Tensor mean, Tensor scale,"
+     " float dropout_p, SymInt seed, ScalarType? branch_dtype)"
+     " -> (Tensor grad_x, Tensor grad_branch, Tensor grad_weight, Tensor grad_bias)",
+     add_layer_norm_backward);
 }
 
 }  // namespace tinystory

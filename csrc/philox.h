@@ -58,7 +58,7 @@ TINYSTORY_HD Words4 dropout_words(const DropoutKeys& keys, uint32_t head, uint32
 TINYSTORY_HD uint32_t dropout_threshold(double p) { return p * 256.0 < 255.0 ? uint32_t(p * 256.0 + 0.5) : 255u; }
 TINYSTORY_HD double dropout_scale(uint32_t threshold) { return 256.0 / double(256u - threshold); }
 
-// --- dropout on a branch of the residual stream, on CUDA --------------------------------------------------------------
+// --- dropout on a branch of the residual stream ------------------------------------------------------------------------
 // A call serves 16 columns of a row, those of four groups of 4 columns that lie 128 columns apart: byte i of word
 // group / 32 % 4 is for column i of a group, and the groups of a call have the same group / 128 and group % 32.
 TINYSTORY_HD Words4 branch_words(const DropoutKeys& keys, uint64_t row, uint32_t group) {

@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from tinystory import ops
-from tinystory.ops import fastest
-from tinystory.run.device import peak_memory_mb, pick_device, pick_dtype
+from tinystory.config import PretrainConfig
+from tinystory.ops.compute import resolve
+from tinystory.run.device import peak_memory_mb
 from tinystory.run.errors import UserError, command
 from tinystory.studies import kernels, peers, timing
 from tinystory.studies.timing import PROMPT, SHAPES, WORK, Setup
@@ -39,10 +40,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--runs", type=int, default=5, help="timed runs, after a warm-up run (default: 5)")
     add("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT (peers only)")
     add("--trl", type=Path, metavar="PYTHON", help="of an environment with trl 0.9.4 (peers only)")
+    add("--optimizer", choices=("muon", "adamw"), help="of pretraining (default: muon; peers: adamw, as nanoGPT's)")
     add("--json", action="store_true", help="print only the line of JSON")
     add("--profile", action="store_true", help="then run once more under the profiler")
     a = parser.parse_args(argv)
-    config, device = SHAPES[a.shape], pick_device(a.device)
+    compute = resolve(a.device, a.dtype, "none" if a.bench == "kernels" else "auto")
+    config, device = SHAPES[a.shape], compute.device
     batch = WORK.get(a.bench, WORK["pretrain"])[2][a.shape] if a.batch is None else a.batch
     if min(batch, a.new, a.runs) < 1:
         raise UserError("--batch, --new and --runs must be at least 1")
@@ -53,17 +56,18 @@ def main(argv: list[str] | None = None) -> None:
     writes = a.bench in ("rollout", "ppo", "peers")
     if writes and PROMPT + a.new > config.context:
         raise UserError(f"--new {a.new} does not fit: {a.shape} has room for {config.context - PROMPT} tokens")
-    setup = Setup(config, batch, a.new, pick_dtype(a.dtype, device), device)
+    setup = Setup(config, batch, a.new, compute)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    facts: dict[str, Any] = dict(bench=a.bench, shape=a.shape, device=name, dtype=str(setup.dtype)[6:], runs=a.runs)
+    facts: dict[str, Any] = dict(bench=a.bench, shape=a.shape, device=name, dtype=str(compute.dtype)[6:], runs=a.runs)
     facts |= dict(threads=torch.get_num_threads(), load=round(os.getloadavg()[0], 2))
     facts |= ({} if a.bench == "peers" else dict(batch=batch)) | (dict(new=a.new) if writes else {})
     if device.type == "cpu":
         module = ops.load()
         facts["instructions"] = module.instructions() if module else "PyTorch's"
-        if a.bench != "kernels":
-            facts["pytorch_ops"] = fastest.pick("auto", setup.dtype, device)
-            ops.run_by_pytorch(facts["pytorch_ops"])
+        facts["pytorch_ops"] = compute.recorded["pytorch_ops"]
+    options = {}
+    if a.bench in ("pretrain", "peers"):
+        options["optimizer"] = a.optimizer or ("adamw" if a.bench == "peers" else PretrainConfig.optimizer)
     torch.manual_seed(0)
     if not a.json:
         print(f"{a.bench} on {name}: {a.runs + 1} runs ...", file=sys.stderr)
@@ -71,13 +75,13 @@ def main(argv: list[str] | None = None) -> None:
     if a.bench == "kernels":
         facts["kernels"] = kernels.compare(setup, a.runs)
     elif a.bench == "peers":
-        facts["peers"] = peers.compare(setup, a.shape, a.runs, a.nanogpt, a.trl, quiet=a.json)
+        facts["peers"] = peers.compare(setup, a.shape, a.runs, a.nanogpt, a.trl, **options, quiet=a.json)
     else:
-        run = WORK[a.bench][0](setup)
+        run = WORK[a.bench][0](setup, **options)
         facts |= {key: round(median, 4) for key, median in timing.medians(run, a.runs).items()}
         if a.bench != "ppo":
             facts["gemm_limit_tokens_per_s"] = timing.gemm_limit(a.bench, setup)
-    print(json.dumps(facts | dict(peak_mb=peak_memory_mb(device))), flush=True)
+    print(json.dumps(facts | options | dict(peak_mb=peak_memory_mb(device))), flush=True)
     if a.profile and a.bench in WORK:
         timing.profile(run, device)
 

@@ -18,16 +18,12 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-import tinystory  # noqa: F401  (before torch, whose import takes seconds: see there)
-
-# isort: split
-
 import torch
 
-from tinystory.config import InteractConfig
+from tinystory.config import InteractConfig, add_number
 from tinystory.evaluate.calibration import FULL, calibrate, lines, of_grader, require, verdict
 from tinystory.evaluate.corruptions import corpus_documents, known_stories
-from tinystory.ops import build, cuda, fastest
+from tinystory.ops import backend, build, cuda, fastest
 from tinystory.rl.reward import load_score
 from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError, command
@@ -48,9 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher-url", metavar="URL", help="also ask the OpenAI-compatible teacher at this address")
     parser.add_argument("--teacher-model", metavar="NAME", help="model to ask for (default: the first that it lists)")
-    parser.add_argument("--teacher-max-tokens", type=int, default=16, metavar="N", help="longest reply (default: 16)")
+    add_number(parser, "--teacher-max-tokens", 16, "[1, 100000]", "longest reply")
     parser.add_argument("--teacher-prompt", metavar="FILE", help="JSON file of what to grade (default: stories)")
-    parser.add_argument("--teacher-concurrency", type=int, default=InteractConfig.teacher_concurrency, metavar="N")
+    add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
     parser.add_argument("--reward", default="", metavar="FILE.py:FUNCTION", help="callable to calibrate; or random")
     parser.add_argument(
         "--calibrate",
@@ -60,11 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="whence most of them (default: builtin)"
     )
-    parser.add_argument("--require-judgement", type=float, default=0.0, metavar="X", help="fail if it judges worse")
+    add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if it judges worse")
     parser.add_argument("--teacher-extra", default="", metavar="JSON", help="fields to merge into each request")
     options = parser.parse_args(argv)
-    if options.teacher_max_tokens < 1:
-        raise UserError(f"--teacher-max-tokens must be at least 1, not {options.teacher_max_tokens}")
 
     for name, found in machine():
         print(f"{name:10} {found}")
@@ -135,16 +129,16 @@ def compiler() -> str:
 
 def kernels() -> str:
     """Whether the compiled operators are there, and if not, why."""
-    if os.environ.get("TINYSTORY_KERNELS") == "reference":
-        return "switched off by TINYSTORY_KERNELS=reference: plain PyTorch runs instead"
     try:
+        if (chosen := backend.from_environment()).kernels == "reference":
+            return str(chosen)
         library = build.library_folder(build.NAME, build.cpu_sources()) / f"{build.NAME}.so"
     except UserError as error:
         return f"not built: {error}"
     if not build.cpu_sources():
         return f"not built: there are no sources in {build.CSRC}; install tinystory again"
-    if not os.path.exists(library):
-        return "not built yet for this compiler, this processor and this torch: the first run does so"
+    if not build.intact(library):
+        return "not built yet for this compiler, this processor and this torch, or damaged: the next run builds them"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -191,7 +185,10 @@ def certificates() -> str:
 
 def cache() -> str:
     """The cache's folder, whether it can be written, and the room on its disk."""
-    folder = cache_dir()
+    try:
+        folder = cache_dir()
+    except UserError as error:
+        return str(error)
     there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
     if not there.is_dir() or not os.access(there, os.W_OK):
         return f"{folder} cannot be written: set TINYSTORY_CACHE to a folder that can"

@@ -22,22 +22,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from tinystory.config import InteractConfig
+from tinystory.config import SEEDS, InteractConfig, add_number
 from tinystory.data.corpus import open_corpus
+from tinystory.data.openings import load_openings
 from tinystory.evaluate.coreference import unseen_stories, who_is_who
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.preference import COMPARISON, Pair, compare, keep_choices, pair_of, run_pairs
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import OPENINGS, GradeStories, story_measures
+from tinystory.ops.compute import pick_device
 from tinystory.report.evaluation import comparison, write_page
 from tinystory.report.judges import with_ends
 from tinystory.report.run import write_report
-from tinystory.run.device import pick_device
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import atomic_write
 from tinystory.run.paths import usage
-from tinystory.student import checkpoint
+from tinystory.student import checkpoint, memory
 from tinystory.student.generate import generate
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grader import TeacherGrader, open_grader
@@ -50,6 +51,7 @@ TASKS = {
     "reading": (evaluate_reading, "reading_data.csv"),
 }
 COMPARED = 40  # pairs, if --stories does not say
+FEWER = "--stories or --max-new-tokens"
 
 
 @command
@@ -67,23 +69,15 @@ def main(argv: list[str] | None = None) -> None:
         metavar="NAME|FILE",
         help="text for bits per byte, for the measure of copying, and for the built-in teacher",
     )
-    parser.add_argument(
-        "--who", type=int, default=0, metavar="N", help="unseen built-in stories in which to look for who is who"
-    )
-    parser.add_argument("--stories", type=int, default=0, help="stories to write and measure (default: 0, none)")
-    parser.add_argument(
-        "--openings", type=Path, metavar="FILE", help="their openings, one per line (default: eight built-in ones)"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=InteractConfig.max_new_tokens, help="longest story, in tokens"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=InteractConfig.temperature, help="at which they are sampled"
-    )
+    add_number(parser, "--who", 0, "[0, 100000]", "unseen built-in stories in which to look for who is who")
+    add_number(parser, "--stories", 0, "[0, 1e9]", "stories to write and measure")
+    parser.add_argument("--openings", metavar="FILE", help="their openings, one per line (default: eight built-in)")
+    add_number(parser, "--max-new-tokens", InteractConfig.max_new_tokens, "[1, 1e6]", "longest story, in tokens")
+    add_number(parser, "--temperature", InteractConfig.temperature, "[0, 100]", "at which they are sampled")
     parser.add_argument("--teacher-url", nargs="+", default=[], help="teacher that scores them (default: built in)")
     parser.add_argument("--teacher-model", nargs="+", default=[], help="model name (default: the first listed)")
-    parser.add_argument("--teacher-concurrency", type=int, default=InteractConfig.teacher_concurrency)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the stories and of the teacher")
+    add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
+    add_number(parser, "--seed", 0, SEEDS, "seed of the stories and of the teacher")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="report.json to write, and report.html beside it")
     options = parser.parse_args(argv)
@@ -98,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.out and options.out.suffix == ".html":
         raise UserError("--out is the .json file to write; the page is written beside it")
     corpus = open_corpus(options.corpus) if options.corpus else None
-    openings = read_openings(options.openings) if options.openings else OPENINGS
+    openings = load_openings(options.openings) if options.openings else OPENINGS
     device = pick_device(options.device)
 
     records = []
@@ -117,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
             if corpus:
                 record["corpus"] = bits_per_byte(student, tokenizer, corpus)
             if options.stories:
+                memory.require_for_stories(options.stories, options.max_new_tokens, student.config, device, FEWER)
                 record["stories"] = story_measures(
                     student, tokenizer, openings=openings, n_stories=options.stories, corpus=corpus, grade=grade,
                     max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed,
@@ -177,11 +172,12 @@ def compare_stories(options: argparse.Namespace) -> None:
 
 def student_pairs(first: Path, second: Path, options: argparse.Namespace) -> list[Pair]:
     """Stories of two students to the same openings, with the same random numbers."""
-    openings = read_openings(options.openings) if options.openings else OPENINGS
-    device, told = pick_device(options.device), []
-    begins = [openings[i % len(openings)] for i in range(options.stories or COMPARED)]
+    openings = load_openings(options.openings) if options.openings else OPENINGS
+    device, told, count = pick_device(options.device), [], options.stories or COMPARED
     for path in (first, second):
         student, tokenizer, _ = checkpoint.load(checkpoint.find(path), device)
+        memory.require_for_stories(count, options.max_new_tokens, student.config, device, FEWER)
+        begins = [openings[i % len(openings)] for i in range(count)]
         how = dict(first_index=0, max_new_tokens=options.max_new_tokens, seed=options.seed)
         told.append(generate(student, None, tokenizer, begins, **how))
     pairs = [pair_of(a.opening, a.text, b.text) for a, b in zip(*told, strict=True) if a.text != b.text]
@@ -194,16 +190,6 @@ def name_of(folder: Path) -> str:
     """RUN/chck_1M for RUN/checkpoints/chck_1M, else the folder's own name."""
     folder = folder.resolve()
     return f"{folder.parents[1].name}/{folder.name}" if folder.parent.name == "checkpoints" else folder.name
-
-
-def read_openings(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --openings {path}: {error}") from error
-    if not any(lines):
-        raise UserError(f"--openings {path} is empty: write one opening per line")
-    return [line for line in lines if line]
 
 
 def open_teacher(options: argparse.Namespace, stack: contextlib.ExitStack) -> GradeStories:

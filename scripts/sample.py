@@ -11,12 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.config import InteractConfig
+from tinystory.config import SEEDS, InteractConfig, add_number
 from tinystory.data.openings import Openings, load_openings
-from tinystory.run.device import pick_device
+from tinystory.ops.compute import pick_device
 from tinystory.run.errors import command
 from tinystory.run.paths import usage
-from tinystory.student import checkpoint
+from tinystory.run.text import printable
+from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, generate
 
 
@@ -25,22 +26,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path, help="folder of a checkpoint or a run (its best or newest)")
     parser.add_argument("--opening", help="text that every story begins with (default: built-in ones, held out)")
-    parser.add_argument("--stories", type=int, default=5, help="number of stories (default: 5)")
-    parser.add_argument("--max-new-tokens", type=int, default=0, help="longest story (default: up to the context)")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=InteractConfig.temperature,
-        help="0 is greedy decoding (default: %(default)g)",
-    )
-    parser.add_argument("--top-k", type=int, default=0, help="keep the k most probable tokens; 0: all (default: 0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling: probability to keep (default: 1)")
-    parser.add_argument("--seed", type=int, default=0)
+    add_number(parser, "--stories", 5, "[1, 1e9]", "number of stories")
+    add_number(parser, "--max-new-tokens", 0, "[0, 1e6]", "longest story; 0: up to the context")
+    add_number(parser, "--temperature", InteractConfig.temperature, "[0, 100]", "0 is greedy decoding")
+    add_number(parser, "--top-k", 0, "[0, 1e9]", "keep the k most probable tokens; 0: all")
+    add_number(parser, "--top-p", 1.0, "(0, 1]", "nucleus sampling: probability to keep")
+    add_number(parser, "--seed", 0, SEEDS, "seed of the stories")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
 
     folder = checkpoint.find(options.checkpoint or default_run())
-    student, tokenizer, _ = checkpoint.load(folder, pick_device(options.device))
+    device = pick_device(options.device)
+    student, tokenizer, _ = checkpoint.load(folder, device)
+    tokens = options.max_new_tokens or 1
+    memory.require_for_stories(options.stories, tokens, student.config, device, "--stories or --max-new-tokens")
     held_out = Openings(load_openings("builtin"), seed=0).held_out
     openings = [options.opening or held_out[i % len(held_out)] for i in range(options.stories)]
     room = student.config.context - max(len(encode_opening(tokenizer, opening)) for opening in openings)
@@ -58,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     for story in stories:
         print(f"--- story {story.index + 1}, {story.words} words" + ("" if story.ended == "eos" else ", cut off"))
-        for paragraph in f"{story.opening} {story.text}".split("\n"):
+        for paragraph in printable(f"{story.opening} {story.text}").split("\n"):
             print(textwrap.fill(paragraph, 100))
         print()
 

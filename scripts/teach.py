@@ -1,7 +1,7 @@
 """Be the teacher: a page on which you read the student's stories and grade them, and an endpoint for the trainer.
 
     python scripts/teach.py                          then open the page that it names, and in another terminal
-    python train_interact.py --teacher-url http://127.0.0.1:8500/v1 --stories-per-step 8 --look-stories 8 --lam 1
+    python train_interact.py --teacher-url http://127.0.0.1:8500/v1 --stories-per-step 8 --eval-stories 8 --lam 1
 
     python scripts/teach.py --compare runs/interact  which of two stories is better, without knowing which is which
 
@@ -27,6 +27,7 @@ from tinystory.report.run import write_report
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import METRICS, PREFERENCES, read_config, read_metrics
 from tinystory.run.paths import usage
+from tinystory.run.text import printable
 from tinystory.teacher.prompt import Template, load_template
 from tinystory.teacher.server import require_port, until_stopped
 
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         asyncio.run(_serve(desk, options))
     if options.compare:
         for line in preference_lines(run_preferences(options.compare)):
-            print(line)
+            print(printable(line))
         if (options.compare / METRICS).exists():
             print(f"report: {write_report(options.compare)}")
 
@@ -70,7 +71,7 @@ async def _serve(desk: Desk | PairDesk, options: argparse.Namespace) -> None:
     async with serve(desk, options.port, style=style, curve=lambda url: curve(options.run, url)) as url:
         print(f"open {url} in a browser", flush=True)
         if not options.compare:
-            print(f"and start: python train_interact.py --teacher-url {url}/v1 --stories-per-step 8 --look-stories 8 "
+            print(f"and start: python train_interact.py --teacher-url {url}/v1 --stories-per-step 8 --eval-stories 8 "
                   "--lam 1 --max-unscored 0.5", flush=True)  # fmt: skip
         await until_stopped()
 

@@ -100,7 +100,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--n-layer 2 --n-head 2 --n-embd 64 --context 64 --vocab-size 320 --batch-size 4 --eval-every 5"
 SMALL = [*SMALL.split(), "--device", "cpu"]
 SHORT = "--stories-per-step 6 --max-new-tokens 16 --steps 4 --save-every 2 --device cpu --opening Once"
-SHORT += " --look-every 2 --look-stories 4 --no-calibrate"
+SHORT += " --eval-every 2 --eval-stories 4 --no-calibrate"
 SHORT = SHORT.split(" ")
 
 
@@ -148,7 +148,7 @@ def damage(path: Path, data) -> None:
 
 
 def story_record(step: int, index: int = 0, **other) -> dict:
-    """A line of stories.jsonl, looks.jsonl or, with `when`, samples.jsonl."""
+    """A line of stories.jsonl, evaluations.jsonl or, with `when`, samples.jsonl."""
     record = dict(step=step, index=index, opening="Once", story="Tim said “no”.\nHe ran.", reply="1 1 1", scores=None)
     return record | dict(reward=0.5, words=5, ended="eos") | other
 

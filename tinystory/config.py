@@ -5,7 +5,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -14,10 +14,14 @@ from tinystory.run.errors import UserError
 from tinystory.run.folder import CONFIG, recorded_options
 
 
-def option(default: Any, help: str, allowed: str | tuple[str, ...] = "") -> Any:
-    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: shown by --help. allowed: the range of a
-    number, as an interval like "[0, 1)", or the names that a text can be."""
-    metadata = {"help": help, "allowed": Interval(allowed) if isinstance(allowed, str) and allowed else allowed}
+def option(
+    default: Any, help: str, allowed: str | tuple[str, ...] = "", *, group: str = "", flags: tuple[str, ...] = ()
+) -> Any:
+    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: shown by --help; "": it is no flag, only
+    presets set it. allowed: the range of a number, as an interval like "[0, 1)", or the names that a text can be.
+    group: heading in --help, given for the first option of each group. flags: further names."""
+    interval = Interval(allowed) if isinstance(allowed, str) and allowed else allowed
+    metadata = {"help": help, "allowed": interval, "group": group, "flags": flags}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -40,6 +44,21 @@ class Interval:
         return f"{low} and {'at most' if self.includes_high else 'below'} {self.high:.12g}"
 
 
+def add_number(parser: argparse.ArgumentParser, flag: str, default: float, allowed: str, help: str) -> None:
+    """Add a number, whole if its default is, to a command line. One that is not in the interval is a UserError."""
+    interval, kind = Interval(allowed), type(default)
+
+    def number(text: str) -> Any:
+        value = _READERS[kind](text)
+        if value not in interval:
+            raise UserError(f"{flag} must be {interval}, not {value}")
+        return value
+
+    number.__name__ = _KINDS[kind].removeprefix("a ")  # argparse names it in its error message
+    help = f"{help} (default: {default:g}; {interval})"
+    parser.add_argument(flag, type=number, default=default, metavar=_METAVARS[kind], help=help)
+
+
 PYTORCH_OPS_HELP = (
     "what PyTorch runs on a CPU in place of our kernels: auto (what it is faster at, measured once), none, or some of "
     "cross_entropy,linear,token_logprob"
@@ -55,53 +74,51 @@ class PretrainConfig:
 
     preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
 
-    corpus: list[str] = option(
-        ["primer", "builtin"], "primer, builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)"
-    )
-    out: str = option("runs/pretrain", "folder of the run")
-    words: int = option(2_800_000, "total words to train on, counting repeats", "[1, 1e15]")
+    out: str = option("runs/pretrain", "folder of the run", group="run")
+    resume: bool = option(False, "continue from the newest checkpoint in --out")
     seed: int = option(0, "seed of initialisation, data order and dropout", SEEDS)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
-    resume: bool = option(False, "continue from the newest checkpoint in --out")
+    save_every: int = option(200, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
 
-    n_layer: int = option(4, "transformer blocks", "[1, 1000]")
+    n_layer: int = option(4, "transformer blocks", "[1, 1000]", group="model")
     n_head: int = option(4, "attention heads", "[1, 1000]")
     n_embd: int = option(128, "width of the residual stream", "[16, 100000]")
     context: int = option(256, "context length, in tokens", "[2, 1e6]")
-    vocab_size: int = option(
-        2048, "size of the vocabulary, trained on the corpus; five tokens are special", "[261, 1e6]"
-    )
+    vocab_size: int = option(2048, "vocabulary size, trained on the corpus; five tokens are special", "[261, 1e6]")
     weights_init: str = option("unit", "initial weights: unit (scaled with the width) or gpt2", ("unit", "gpt2"))
     dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", "[0, 1)")
 
+    corpus: list[str] = option(
+        ["primer", "builtin"],
+        "primer, builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)",
+        group="data",
+    )
+    words: int = option(2_800_000, "total words to train on, counting repeats", "[1, 1e15]")
+    val_fraction: float = option(0.05, "fraction of the documents held out for validation", "(0, 1)")
     packing: str = option(
         "whole",
         "how documents become sequences: whole (cut only where too long) or stream (every --context tokens)",
         ("whole", "stream"),
     )
-    batch_size: int = option(8, "sequences per step", "[1, 1e9]")
+
+    batch_size: int = option(8, "sequences per step", "[1, 1e9]", group="optimiser")
     micro_batch_size: int = option(16, "sequences per forward pass; gradients are accumulated over a step", "[1, 1e9]")
     optimizer: str = option("muon", "muon (for the blocks' matrices, AdamW for the rest) or adamw", ("muon", "adamw"))
     muon_learning_rate: float = option(0.02, "peak learning rate of Muon", "(0, 100]")
     learning_rate: float = option(
-        2.4e-2, "peak learning rate of AdamW; where it trains the blocks' matrices too, a tenth of that", "(0, 100]"
+        2.4e-2, "peak learning rate of AdamW; with --optimizer adamw, a tenth of that", "(0, 100]"
     )
-    final_learning_rate: float = option(0.0, "learning rate at the last word", "[0, 100]")
     warmup: float = option(0.2, "fraction of the words over which the learning rate rises linearly", "[0, 1)")
-    beta1: float = option(0.9, "AdamW beta1", "[0, 1)")
-    beta2: float = option(0.99, "AdamW beta2", "[0, 1)")
-    eps: float = option(1e-8, "AdamW epsilon", "(0, 1]")
+    beta1: float = option(0.9, "", "[0, 1)")  # of AdamW
+    beta2: float = option(0.99, "", "[0, 1)")
+    eps: float = option(1e-8, "", "(0, 1]")
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", "[0, 100]")
     grad_clip: float = option(1.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
-    val_fraction: float = option(0.05, "fraction of the documents held out for validation", "(0, 1)")
-    eval_every: int = option(100, "steps between validations", "[1, 1e9]")
+    eval_every: int = option(100, "steps between validations", "[1, 1e9]", group="evaluation")
     eval_sequences: int = option(32, "sequences per validation, evenly spread; the last one uses all", "[1, 1e9]")
-    save_every: int = option(
-        200, "steps between checkpoints for --resume; word milestones are saved as well", "[1, 1e9]"
-    )
 
 
 @dataclass
@@ -111,35 +128,36 @@ class InteractConfig:
     preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
 
     init: str = option(
-        "", "starting checkpoint, or a folder that transformers wrote (default: newest under runs/pretrain)"
+        "", "starting checkpoint, ours or transformers' (default: newest under runs/pretrain)", group="run"
     )
     out: str = option("runs/interact", "folder of the run")
+    resume: bool = option(False, "continue from the newest checkpoint in --out")
     seed: int = option(0, "seed of the stories, the minibatch order and the teacher's sampling", SEEDS)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
-    resume: bool = option(False, "continue from the newest checkpoint in --out")
+    steps: int = option(16, "maximum number of PPO steps", "[1, 1e9]")
+    save_every: int = option(4, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
+    stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
     teacher_url: list[str] = option(
-        [], "any OpenAI-compatible endpoint, e.g. http://127.0.0.1:11434/v1, or several (default: the built-in teacher)"
+        [],
+        "any OpenAI-compatible endpoint, e.g. http://127.0.0.1:11434/v1, or several (default: the built-in teacher)",
+        group="teacher",
     )
     teacher_model: list[str] = option(
         [], "model name, or one for each --teacher-url (default: the first that a server lists)"
     )
-    teacher_panel: str = option(
-        "none",
-        "mean or median: different models grade every story, and their scores are combined so",
-        ("none", "mean", "median"),
-    )
+    teacher_panel: str = option("none", "mean or median of different models' scores", ("none", "mean", "median"))
     teacher_extra: str = option("", "JSON object whose fields are merged into each request to the teacher")
     teacher_concurrency: int = option(16, "maximum number of requests in flight per server", "[1, 10000]")
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher", "[0, 2]")
     teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]")
-    teacher_timeout: float = option(300.0, "seconds that grading one story may take, retries included", "(0, 86400]")
-    teacher_prompt: str = option("", "JSON file with other criteria, levels and weights (see docs/teachers.md)")
-    teacher_logprobs: bool = option(
-        False, "use expected scores under the teacher's token probabilities, not the sampled digits"
+    teacher_timeout: float = option(
+        300.0, "seconds that grading one story, retries included, or one call of --reward may take", "(0, 86400]"
     )
+    teacher_prompt: str = option("", "JSON file with other criteria, levels and weights (see docs/teachers.md)")
+    teacher_logprobs: bool = option(False, "use expected scores under the teacher's token probabilities")
     price_in: float = option(0.0, "price per million prompt tokens, in any currency", "[0, 1e9]")
     price_out: float = option(0.0, "price per million reply tokens", "[0, 1e9]")
     budget_cost: float = option(0.0, "maximum cost of the teacher at these prices; 0 means no limit", "[0, 1e12]")
@@ -148,66 +166,60 @@ class InteractConfig:
     reward: str = option("", "FILE.py:FUNCTION in place of a teacher: f(opening, stories) -> [0..1 or None]; or random")
     calibrate: bool = option(True, "before the run, see whether --teacher-url tells stories from shuffled words")
     require_judgement: float = option(
-        0.0, "least probability with which the teacher must put a story above shuffled words; 0.5 is chance", "[0, 1)"
+        0.0, "least probability of scoring a story above shuffled words; chance is 0.5", "[0, 1)"
     )
     max_unscored: float = option(0.1, "maximum fraction of a step's stories without a score", "[0, 1)")
 
-    openings: str = option("builtin", "what stories begin with: builtin, or a file with one opening per line")
-    opening: str = option("", "one opening for every story, in place of --openings")
+    openings: str = option(
+        "builtin",
+        "what stories begin with: builtin, a file with one opening per line, or the text of a single one",
+        group="story",
+        flags=("--opening",),
+    )
     stories_per_opening: int = option(1, "stories that share an opening within a step", "[1, 1e9]")
-    steps: int = option(16, "maximum number of PPO steps", "[1, 1e9]")
     stories_per_step: int = option(256, "stories per step", "[1, 1e9]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(1.0, "sampling temperature of the student", "[0.01, 100]")
-    budget_words: int = option(
-        1_000_000, "word budget, in: each opening once and every word of every reply", "[1, 1e15]"
-    )
+    budget_words: int = option(1_000_000, "word budget, in: each opening once, each word of each reply", "[1, 1e15]")
     budget_words_out: int = option(100_000_000, "word budget, out: every word that the student writes", "[1, 1e15]")
     length_weight: float = option(0.4, "weight of the length term relative to the teacher's score", "[0, 100]")
     length_words: int = option(90, "words at which the length term reaches its maximum", "[1, 1e9]")
     diversity: float = option(
-        0.5, "part of the score, 0..1, that is multiplied by the story's difference from others", "[0, 1]"
+        0.5, "share of the score that is multiplied by the difference from other stories", "[0, 1]"
     )
     unfinished: float = option(0.5, "part of its reward, 0..1, that a story keeps which does not end", "[0, 1]")
-    look_every: int = option(
-        4, "steps between looks at held-out openings; 0: only at the start and the end", "[0, 1e9]"
-    )
-    look_stories: int = option(40, "stories per look; the latest student that none beats is kept as `best`", "[1, 1e9]")
-    stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
-    learning_rate: float = option(6e-4, "initial learning rate of Adam", "(0, 100]")
+    learning_rate: float = option(6e-4, "initial learning rate of Adam", "(0, 100]", group="optimiser")
     lr_decay: bool = option(True, "let the rate fall linearly to 0 at --steps")
-    sharpness_rate: float = option(
-        0.06, "initial learning rate of the scale of all logits, which is learned apart; 0: not", "[0, 100]"
-    )
+    sharpness_rate: float = option(0.06, "initial learning rate of a global logit scale; 0 disables it", "[0, 100]")
     signal_gate: bool = option(
-        True, "multiply each rate by the part of its gradient that is signal: what two halves of the stories agree on"
+        True, "scale each rate by the signal in its gradient: what two halves of the stories share"
     )
-    adam_eps: float = option(1e-8, "Adam epsilon", "(0, 1]")
-    epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]")
     minibatch_size: int = option(0, "stories per gradient step; 0 means all", "[0, 1e9]")
     micro_batch_size: int = option(
         32, "stories per forward pass; gradients are accumulated over a minibatch", "[1, 1e9]"
     )
+    adam_eps: float = option(1e-8, "", "(0, 1]")
+    grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
+
+    epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]", group="PPO")
     critic: str = option(
-        "ridge",
-        "what expects a reward: ridge (regression on the reference's states) or head (a value head on the student)",
-        ("ridge", "head"),
+        "ridge", "value baseline: ridge (on the reference's states) or head (on the student)", ("ridge", "head")
     )
     gamma: float = option(1.0, "discount factor", "[0, 1]")
     lam: float = option(0.95, "GAE lambda; 1 if a step has only a few stories", "[0, 1]")
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
-    clip_value: float = option(0.2, "clipping range of the value", "(0, 1e9]")
+    clip_value: float = option(0.2, "", "(0, 1e9]")  # clipping range of the value
     value_coef: float = option(0.0, "weight of the value loss, for --critic head", "[0, 1000]")
-    max_ratio: float = option(10.0, "mean policy ratio above which a minibatch is skipped, and counted", "[1, 1e9]")
-    grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
+    max_ratio: float = option(10.0, "", "[1, 1e9]")  # mean policy ratio above which a minibatch is skipped, and counted
     kl_coef: float = option(0.01, "initial coefficient of the KL penalty against the starting checkpoint", "[0, 1000]")
     kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)", "(0, 1e6]")
     kl_horizon: float = option(2_000.0, "horizon of the adaptive controller, in stories", "(0, 1e12]")
 
-    save_every: int = option(
-        20, "steps between checkpoints for --resume; word milestones are saved as well", "[1, 1e9]"
+    eval_every: int = option(
+        4, "steps between held-out evaluations; 0: start and end only", "[0, 1e9]", group="evaluation"
     )
+    eval_stories: int = option(40, "stories per evaluation; the latest student that none beats is `best`", "[1, 1e9]")
 
 
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of their libraries
@@ -215,17 +227,17 @@ class InteractConfig:
 _PAPER_PRETRAIN = dict(
     n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000, weights_init="gpt2", optimizer="adamw",
     packing="stream", dropout=0.1, corpus=["babylm-100m"], words=990_000_000, val_fraction=0.1, batch_size=256,
-    micro_batch_size=32, learning_rate=5e-4, final_learning_rate=0.0, warmup=0.01, beta1=0.9, beta2=0.999, eps=1e-8,
+    micro_batch_size=32, learning_rate=5e-4, warmup=0.01, beta1=0.9, beta2=0.999, eps=1e-8,
     weight_decay=0.0, grad_clip=1.0, eval_every=250, eval_sequences=64, save_every=250,
 )  # fmt: skip
 PAPER_OPENING = "Let me tell you a long, magical tale. Once upon a time, in a faraway land,"
 _PAPER_INTERACT = dict(
-    dtype="float32", opening=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
+    dtype="float32", openings=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
     stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000,
-    budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, look_every=0,
-    learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, signal_gate=False, critic="head", adam_eps=1e-8, epochs=4,
-    minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1, max_ratio=10.0,
-    grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
+    budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, eval_every=0,
+    save_every=20, learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, signal_gate=False, critic="head",
+    adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1,
+    max_ratio=10.0, grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
 PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
@@ -240,59 +252,79 @@ INTERACT_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def add_options(parser: argparse.ArgumentParser, config_class: type, names: Sequence[str] = ()) -> None:
+    """Add the fields of a config class, or those named, to a command line, as flags in their groups. One that is not
+    given is not in the namespace, so a preset overrides defaults but not flags."""
+    types = get_type_hints(config_class)
+    group: argparse._ActionsContainer = parser
+    for f in _options(config_class):
+        if f.metadata["group"] and not names:
+            group = parser.add_argument_group(f.metadata["group"])
+        if not f.metadata["help"] or (names and f.name not in names):
+            continue
+        kind, allowed = types[f.name], f.metadata["allowed"]
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        bounds = f"; {allowed}" if isinstance(allowed, Interval) else ""
+        help = f"{f.metadata['help']} (default: {default!r}{bounds})".replace("%", "%%")
+        settings: dict[str, Any] = dict(default=argparse.SUPPRESS, help=help)
+        if kind is bool:
+            settings |= dict(action=argparse.BooleanOptionalAction)
+        elif get_origin(kind) is list:
+            settings |= dict(nargs="+", type=get_args(kind)[0], metavar="NAME")
+        else:
+            settings |= dict(type=_READERS[kind], metavar=_METAVARS[kind])
+        group.add_argument(_flag(f), *f.metadata["flags"], dest=f.name, **settings)
+
+
 def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> Any:
     """Parse a command line into a `config_class`, whose attribute `preset` is the preset's name. Raises UserError for
     an option out of range; with --resume, options that are not given come from the run's config.json."""
     parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
     parser.add_argument("--preset", choices=presets, help="named set of the options below (default: demo)")
-    types = get_type_hints(config_class)
-    options = [f for f in dataclasses.fields(config_class) if f.init]  # all but `preset`
-    for f in options:
-        kind, allowed = types[f.name], f.metadata["allowed"]
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        bounds = f"; {allowed}" if isinstance(allowed, Interval) else ""
-        # SUPPRESS keeps flags that were not given out of the namespace, so a preset overrides defaults but not flags.
-        help = f"{f.metadata['help']} (default: {default!r}{bounds})".replace("%", "%%")
-        how: dict[str, Any] = dict(default=argparse.SUPPRESS, help=help)
-        if kind is bool:
-            parser.add_argument(_flag(f.name), action=argparse.BooleanOptionalAction, **how)
-        elif get_origin(kind) is list:
-            parser.add_argument(_flag(f.name), nargs="+", type=get_args(kind)[0], metavar="NAME", **how)
-        else:
-            readers: dict[type, Callable[[str], Any]] = {int: _whole, float: float}
-            metavar = {int: "N", float: "X", str: "TEXT"}[kind]
-            parser.add_argument(_flag(f.name), type=readers.get(kind, kind), metavar=metavar, **how)
+    add_options(parser, config_class)
     typed = vars(parser.parse_args(argv))
-    preset, recorded = typed.pop("preset"), {}
+    preset, recorded, folder = typed.pop("preset"), {}, Path()
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
         folder = Path(str(typed.get("out", vars(config_class)["out"])))
-        recorded = recorded_options(folder)
-        preset = preset or recorded.get("preset")
-        if preset not in (None, *presets):
-            raise UserError(f"{folder / CONFIG} names a preset {preset!r} that there is not; give --preset")
-        recorded = {f.name: recorded[f.name] for f in options if f.name in recorded} | {"out": str(folder)}
-        unknown = [_flag(f.name) for f in options if f.name not in recorded | typed]
-        if unknown:
-            raise UserError(
-                f"{folder / CONFIG} has no {unknown[0]}: the run was begun by another version, and what it did is not "
-                "known: give that flag, or start a new run in another --out"
-            )
-        for name in recorded.keys() - typed.keys():
-            try:
-                _check_option(config_class, name, recorded[name])
-            except UserError as error:
-                raise UserError(f"{folder / CONFIG}: {error}; correct it there, or give the flag") from None
+        recorded = _recorded(config_class, folder, typed | {"preset": preset})
+        preset = recorded.pop("preset")
+        if preset not in [*presets]:
+            raise UserError(f"{folder / CONFIG} names a preset {preset!r} that there is not: restore it from a copy")
     config = config_class(**{**presets[preset or "demo"], **recorded, **typed})
     config.preset = preset or "demo"
-    check(config)
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}; correct it there, or by a flag") if recorded else error from None
     return config
+
+
+def _recorded(config_class: type, folder: Path, typed: dict[str, Any]) -> dict[str, Any]:
+    """The preset and options in config.json of the run in the folder. Raises UserError if they are not those of such a
+    run, or if `typed` has another preset or start, of which a resumed run would apply nothing."""
+    recorded = recorded_options(folder) | {"out": str(folder)}
+    names = ["preset", *(f.name for f in _options(config_class))]
+    if missing := [name for name in names if name not in recorded]:
+        for command, mark in (("train_pretrain.py", "n_layer"), ("train_interact.py", "stories_per_step")):
+            if mark in recorded and not hasattr(config_class, mark):
+                raise UserError(f"{folder} is a run of {command}: resume it with that, or give another --out")
+        raise UserError(
+            f"{folder / CONFIG} has no {missing[0]}: the run was begun by another version; go on with that version, or "
+            "start a new run in another --out"
+        )
+    for name in ("preset", "init"):
+        if typed.get(name) not in (None, recorded.get(name)):
+            raise UserError(
+                f"--{name} {typed[name]} does not go with --resume: {folder} was begun with {recorded.get(name)!r}; "
+                "leave it out, or start a new run in another --out"
+            )
+    return {name: recorded[name] for name in names}
 
 
 def check(config: Any) -> None:
     """Raises UserError unless each option is in its range and all go together."""
-    for f in dataclasses.fields(config):
-        if f.init:
-            _check_option(type(config), f.name, getattr(config, f.name))
+    for f in _options(type(config)):
+        _check_option(type(config), f, getattr(config, f.name))
     _check_together(config)
 
 
@@ -301,8 +333,13 @@ def as_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _options(config_class: type) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(config_class) if f.init]  # all but `preset`
+
+
+def _flag(f: dataclasses.Field) -> str:
+    """What the user writes: the flag, or the name in config.json of a constant."""
+    return "--" + f.name.replace("_", "-") if f.metadata["help"] else f.name
 
 
 def _whole(text: str) -> int:
@@ -319,25 +356,27 @@ def _whole(text: str) -> int:
 
 
 _whole.__name__ = "whole number"  # argparse names the type in its error message
+_READERS: dict[type, Callable[[str], Any]] = {int: _whole, float: float, str: str}
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def _check_option(config_class: type, name: str, value: Any) -> None:
+def _check_option(config_class: type, f: dataclasses.Field, value: Any) -> None:
     """Raises UserError unless the value, of the command line or of a config.json, has its option's type and range."""
-    kind, (f,) = get_type_hints(config_class)[name], (f for f in dataclasses.fields(config_class) if f.name == name)
-    allowed, several = f.metadata["allowed"], get_origin(kind) is list
-    scalar = get_args(kind)[0] if several else kind
-    if several and not isinstance(value, list):
-        raise UserError(f"{_flag(name)} must be a list, not {value!r:.80}")
-    for each in value if several else [value]:
-        if not (type(each) is scalar or (scalar is float and type(each) is int)):
-            raise UserError(f"{_flag(name)} must be {_KINDS[scalar]}, not {each!r:.80}")
-        if isinstance(allowed, Interval) and each not in allowed:
-            raise UserError(f"{_flag(name)} must be {allowed}, not {each}")
-        if isinstance(allowed, tuple) and each not in allowed:
-            raise UserError(f"{_flag(name)} must be {', '.join(allowed[:-1])} or {allowed[-1]}, not {each!r:.80}")
-        if scalar is str and ("\0" in each or each != each.encode(errors="replace").decode()):
-            raise UserError(f"{_flag(name)} must be Unicode text without NUL characters, not {each!r:.80}")
+    kind, allowed, name = get_type_hints(config_class)[f.name], f.metadata["allowed"], _flag(f)
+    is_list = get_origin(kind) is list
+    scalar = get_args(kind)[0] if is_list else kind
+    if is_list and not isinstance(value, list):
+        raise UserError(f"{name} must be a list, not {value!r:.80}")
+    for item in value if is_list else [value]:
+        if not (type(item) is scalar or (scalar is float and type(item) is int)):
+            raise UserError(f"{name} must be {_KINDS[scalar]}, not {item!r:.80}")
+        if isinstance(allowed, Interval) and item not in allowed:
+            raise UserError(f"{name} must be {allowed}, not {item}")
+        if isinstance(allowed, tuple) and item not in allowed:
+            raise UserError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, not {item!r:.80}")
+        if scalar is str and ("\0" in item or item != item.encode(errors="replace").decode()):
+            raise UserError(f"{name} must be Unicode text without NUL characters, not {item!r:.80}")
 
 
 def _check_together(config: Any) -> None:
@@ -357,12 +396,25 @@ def _check_together(config: Any) -> None:
         )
     if config.budget_cost and not config.price_in + config.price_out:
         raise UserError("--budget-cost needs the prices: give --price-in and --price-out, per million tokens")
-    scored_by = [name for name in ("reward", "replay", "teacher_url") if getattr(config, name)]
-    if len(scored_by) > 1:
-        raise UserError(f"{' and '.join(map(_flag, scored_by))} do not go together: one of them scores the stories")
-    if config.opening and config.openings != InteractConfig.openings:
-        raise UserError("--opening and --openings do not go together; --opening '' leaves the choice to --openings")
+    graders = {"--reward": config.reward, "--replay": config.replay, "--teacher-url": config.teacher_url}
+    if len(given := [flag for flag, value in graders.items() if value]) > 1:
+        raise UserError(f"{' and '.join(given)} do not go together: one of them scores the stories")
+    if config.reward:
+        defaults = [vars(InteractConfig()), INTERACT_PRESETS[config.preset]]
+        teacher_options = [name for name in vars(config) if name.startswith(("teacher_", "price_", "budget_cost"))]
+        teacher_options.remove("teacher_timeout")
+        for name in teacher_options:
+            if getattr(config, name) not in [options.get(name) for options in defaults]:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} is for a teacher, and --reward takes its place: leave one of them out")
     if config.critic == "ridge" and config.stories_per_step < 2:
         raise UserError("--critic ridge learns from the other stories of a step: give --stories-per-step 2 or more")
+    if config.critic == "ridge" and config.value_coef:
+        raise UserError("--value-coef is the weight of a value head's loss: give --critic head, or --value-coef 0")
+    if config.critic == "head" and (config.signal_gate or not config.value_coef):
+        raise UserError(
+            "--critic head learns from the value loss, which --signal-gate would take for signal: give --value-coef, "
+            "say 0.1, and --no-signal-gate"
+        )
     if config.signal_gate and (config.minibatch_size or config.stories_per_step) < 2:
         raise UserError("--signal-gate compares two halves of a minibatch: give it 2 stories, or --no-signal-gate")

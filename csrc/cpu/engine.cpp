@@ -118,7 +118,7 @@ class EngineOf final : public Engine {
   void start(const Stories& stories) override {
     stories_ = stories;
     time_ = 0;
-    const int64_t count = stories.which.size(), prompts = stories.prompts.size(), layers = blocks_.size();
+    const int64_t count = stories.prompt_of.size(), prompts = stories.prompts.size(), layers = blocks_.size();
     slots_.resize(count);
     for (int64_t i = 0; i < count; ++i) slots_[i] = i;
     drawn_.clear(), prompts_.clear(), prompt_of_.clear(), position_.clear();
@@ -177,9 +177,9 @@ class EngineOf final : public Engine {
 
  private:
   // The prompt that the story in row i continues.
-  const Prompt& prompt(int64_t i) const { return prompts_[stories_.which[slots_[i]]]; }
+  const Prompt& prompt(int64_t i) const { return prompts_[stories_.prompt_of[slots_[i]]]; }
   // The row of the state from which row i draws: at step 0 the stories of a prompt share one.
-  int64_t state_row(int64_t i) const { return time_ ? i : stories_.which[slots_[i]]; }
+  int64_t state_row(int64_t i) const { return time_ ? i : stories_.prompt_of[slots_[i]]; }
 
   static int64_t across(const Linear& l) { return round_up(l.out, kColumns) / kColumns; }
   static int64_t packs(int64_t elements) { return elements / Policy::kPack; }
@@ -275,10 +275,10 @@ class EngineOf final : public Engine {
   // [position / kPack][D]. A position that is not yet written may share its Packs with others: it is zero there. ---
   int64_t head_packs(int64_t room) const { return packs(room * D); }
   Pack* keys(int64_t layer, int64_t slot, int64_t head) const {
-    return keys_.data + ((layer * stories_.which.size() + slot) * H + head) * head_packs(room_);
+    return keys_.data + ((layer * stories_.prompt_of.size() + slot) * H + head) * head_packs(room_);
   }
   Pack* values(int64_t layer, int64_t slot, int64_t head) const {
-    return values_cache_.data + ((layer * stories_.which.size() + slot) * H + head) * head_packs(room_);
+    return values_cache_.data + ((layer * stories_.prompt_of.size() + slot) * H + head) * head_packs(room_);
   }
 
   void append(int64_t layer, int64_t row, int64_t head, bool prompt) {

@@ -1,6 +1,6 @@
 // The student's forward pass in C++, for decoding on a CPU: many stories at once, token by token, each with
 // what PPO needs of it. `Student.trunk` in tinystory/student/model.py is the same forward pass in Python: a change to
-// one needs the same change to the other. find_weights refuses parameters and layouts that the engine does not know.
+// one needs the same change to the other. find_weights refuses parameters that the engine does not know.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -17,13 +17,6 @@ namespace tinystory::cpu {
 struct Threads {
   int64_t count;
   void (*run)(const char* phase, int64_t items, const std::function<void(int64_t begin, int64_t end)>& f);
-};
-
-// What the names and shapes of the parameters do not say: `Layout` in tinystory/ops/engine.py.
-struct Layout {
-  int64_t n_layer, n_head;
-  std::string norm, activation, positions;
-  bool bias, tied_head;
 };
 
 // A parameter as PyTorch holds it, f32 and contiguous: a Linear's weight is (out, in).
@@ -47,14 +40,14 @@ struct StudentWeights {
 };
 
 // Looks each parameter up by its name in `Student.named_parameters()`; a value head's begin with "value_head.".
-// Throws std::invalid_argument for an unknown layout and for a parameter that is missing, unexpected or misshapen.
-StudentWeights find_weights(const Layout&, const std::map<std::string, Parameter>&);
+// Throws std::invalid_argument for a parameter that is missing, unexpected or misshapen.
+StudentWeights find_weights(int64_t n_layer, int64_t n_head, const std::map<std::string, Parameter>&);
 
-// count is which.size(). Row `slot` of the (count, max_new) outputs is the story that draws its tokens as row id
+// count is prompt_of.size(). Row `slot` of the (count, max_new) outputs is the story that draws its tokens as row id
 // first_row + slot.
 struct Stories {
   std::vector<std::vector<int64_t>> prompts;  // the distinct openings, each of at least one token
-  std::vector<int64_t> which;                 // of each story, the prompt that it continues
+  std::vector<int64_t> prompt_of;             // (count,): the prompt that each story continues
   int64_t max_new, eos;
   uint64_t seed;
   int64_t first_row;

@@ -1,4 +1,4 @@
-// From a student's parameters by name, and the description of its layout, to what engine.cpp computes with.
+// From a student's parameters by name to what engine.cpp computes with.
 #include <set>
 #include <sstream>
 #include <stdexcept>
@@ -24,22 +24,9 @@ std::string text(const std::vector<int64_t>& shape) {
   return s + ")";
 }
 
-void check_layout(const Layout& layout) {
-  const auto check = [](const char* field, const std::string& is, const std::string& known) {
-    if (is != known) refuse("the layout has ", field, " ", is, ", and the engine knows only ", known);
-  };
-  const auto yes_no = [](bool x) { return x ? "True" : "False"; };
-  check("norm", layout.norm, "pre-layer-norm");
-  check("activation", layout.activation, "gelu-tanh");
-  check("positions", layout.positions, "learned");
-  check("bias", yes_no(layout.bias), "True");
-  check("tied_head", yes_no(layout.tied_head), "True");
-}
-
 }  // namespace
 
-StudentWeights find_weights(const Layout& layout, const std::map<std::string, Parameter>& parameters) {
-  check_layout(layout);
+StudentWeights find_weights(int64_t n_layer, int64_t n_head, const std::map<std::string, Parameter>& parameters) {
   std::set<std::string> used;
   const auto find = [&](const std::string& name) -> const Parameter& {
     const auto found = parameters.find(name);
@@ -65,10 +52,10 @@ StudentWeights find_weights(const Layout& layout, const std::map<std::string, Pa
     return StudentWeights::Affine{take(name + ".weight", {out, in}), take(name + ".bias", {out})};
   };
 
-  const int64_t D = layout.n_head > 0 && C % layout.n_head == 0 ? C / layout.n_head : 0;
+  const int64_t D = n_head > 0 && C % n_head == 0 ? C / n_head : 0;
   if (D < 16 || D > 256 || D % 16)
-    refuse("n_embd / n_head = ", C, " / ", layout.n_head, " must be a multiple of 16 up to 256");
-  StudentWeights w{.heads = layout.n_head,
+    refuse("n_embd / n_head = ", C, " / ", n_head, " must be a multiple of 16 up to 256");
+  StudentWeights w{.heads = n_head,
                    .C = C,
                    .V = V,
                    .context = context,
@@ -77,7 +64,7 @@ StudentWeights find_weights(const Layout& layout, const std::map<std::string, Pa
                    .blocks = {},
                    .ln_f = norm("ln_f"),
                    .value = {}};
-  for (int64_t i = 0; i < layout.n_layer; ++i) {
+  for (int64_t i = 0; i < n_layer; ++i) {
     const std::string block = "blocks." + std::to_string(i) + ".";
     w.blocks.push_back({.ln_1 = norm(block + "ln_1"),
                         .qkv = linear(block + "qkv", C, 3 * C),

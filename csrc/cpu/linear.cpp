@@ -1,5 +1,5 @@
-// Linear layers, forward and backward, fused with what surrounds them in a transformer: bias, tanh GELU and its
-// derivative, the residual stream. And layer norm.
+// Linear layers, forward and backward, fused with bias, tanh GELU and its derivative. And layer norm, fused with the sum
+// of the residual stream and a branch.
 //
 // All three GEMMs use gemm.h: the right operand is first packed in panels (the weight takes 1 to 2 % of a GEMM's time,
 // so it is not kept between calls), and each panel is multiplied with blocks of rows that stay in the L2 cache. A row's
@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../philox.h"
 #include "gemm.h"
 
 namespace tinystory::cpu {
@@ -84,7 +85,6 @@ struct Layer {
         store_as(at(l.slope, l.gemm_type, to), l.gemm_type, slope);
         y = value;
       }
-      if (l.residual) y += load<vf>(l.residual + to);
       store_as(at(l.y, l.y_type, to), l.y_type, y);
     });
   }
@@ -203,15 +203,57 @@ void linear_grad_weight(const Linear& l, int64_t begin, int64_t end) {
 }
 
 // --- layer norm ------------------------------------------------------------------------------------------------------
+namespace {
+
+// The factors that dropout multiplies a row of the branch with, 0 or the scale; null without dropout.
+class BranchMask {
+ public:
+  explicit BranchMask(const LayerNorm& n)
+      : C_(n.C), threshold_(n.dropout > 0 ? dropout_threshold(n.dropout) : 0), keys_(dropout_keys(n.seed)) {
+    if (threshold_) factors_.resize(C_);
+  }
+  const float* row(int64_t row) {
+    if (!threshold_) return nullptr;
+    const float scale = float(dropout_scale(threshold_));
+    Words4 w{};
+    for (int64_t lane = 0; lane < 32; ++lane)  // a call of Philox serves groups that lie 32 groups apart
+      for (int64_t group = lane, call = 0; 4 * group < C_; group += 32, ++call) {
+        if (call % 4 == 0) w = branch_words(keys_, uint64_t(row), uint32_t(group));
+        const uint32_t word = call % 4 == 0 ? w.x : call % 4 == 1 ? w.y : call % 4 == 2 ? w.z : w.w;
+        for (int64_t i = 0; i < 4; ++i) factors_[4 * group + i] = (word >> 8 * i & 0xff) >= threshold_ ? scale : 0.0f;
+      }
+    return factors_.data();
+  }
+
+ private:
+  int64_t C_;
+  uint32_t threshold_;
+  DropoutKeys keys_;
+  std::vector<float> factors_;
+};
+
+}  // namespace
+
 void layer_norm(const LayerNorm& n, int64_t begin, int64_t end) {
+  BranchMask mask(n);
   for (int64_t i = begin; i < end; ++i) {
-    std::tie(n.mean[i], n.scale[i]) = layer_norm_row(n.x + i * n.C, n.C, n.weight, n.bias, [&](int64_t c, vf y) {
-      store_as(at(n.y, n.y_type, i * n.C + c), n.y_type, y);
-    });
+    const float* x = n.x + i * n.C;
+    if (n.branch) {
+      const float* factors = mask.row(i);
+      float* sum = n.sum + i * n.C;
+      for (int64_t c = 0; c < n.C; c += W) {
+        const vf branch = load_as<vf>(at(n.branch, n.branch_type, i * n.C + c), n.branch_type);
+        store(sum + c, load<vf>(x + c) + (factors ? branch * load<vf>(factors + c) : branch));
+      }
+      x = sum;
+    }
+    std::tie(n.mean[i], n.scale[i]) = layer_norm_row(
+        x, n.C, n.weight, n.bias, [&](int64_t c, vf y) { store_as(at(n.y, n.y_type, i * n.C + c), n.y_type, y); });
   }
 }
 
 void layer_norm_backward(const LayerNorm& n, int64_t begin, int64_t end) {
+  BranchMask mask(n);
   for (int64_t block = begin; block < end; ++block) {
     float *weight_part = n.parts + 2 * block * n.C, *bias_part = weight_part + n.C;
     std::memset(weight_part, 0, 2 * n.C * sizeof(float));
@@ -227,9 +269,15 @@ void layer_norm_backward(const LayerNorm& n, int64_t begin, int64_t end) {
         products = fma(gw, h, products);
       }
       const float mean_g = sum(sums) / n.C, mean_gh = sum(products) / n.C;
+      const float* factors = n.grad_branch ? mask.row(i) : nullptr;
       for (int64_t c = 0; c < n.C; c += W) {
+        const int64_t to = i * n.C + c;
         const vf h = (load<vf>(x + c) - mean) * scale;
-        store(n.grad_x + i * n.C + c, (grad(c) * load<vf>(n.weight + c) - mean_g - h * mean_gh) * scale);
+        vf g = (grad(c) * load<vf>(n.weight + c) - mean_g - h * mean_gh) * scale;
+        if (n.grad_sum) g += load<vf>(n.grad_sum + to);
+        store(n.grad_x + to, g);
+        if (!n.grad_branch) continue;
+        store_as(at(n.grad_branch, n.branch_type, to), n.branch_type, factors ? g * load<vf>(factors + c) : g);
       }
     }
   }

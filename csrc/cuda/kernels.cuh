@@ -37,26 +37,6 @@ struct LogitChunk {
 void logit_stats(const LogitChunk&, cudaStream_t);  // writes logprob, entropy, lse
 void logit_grad(const LogitChunk&, cudaStream_t);   // reads entropy, lse
 
-// sum = x + dropout(branch), y = (sum - mean) scale weight + bias, scale = 1 / sqrt(variance + 1e-5), per row; without a
-// branch, of x itself. C is a multiple of 4.
-struct LayerNorm {
-  DType branch_type, y_type;  // y_type: the branch's, or f32
-  int64_t rows, C;
-  double dropout;
-  uint64_t seed;
-  const float* x;              // (rows, C); backward: the sum
-  const void* branch;          // (rows, C) or null
-  const float *weight, *bias;  // (C,)
-  float* sum;                  // (rows, C), with a branch
-  float *mean, *scale;         // (rows,)
-  void* y;                     // (rows, C)
-  // Backward only.
-  const void* grad_y;     // (rows, C), y_type
-  const float* grad_sum;  // (rows, C) or null
-  float* grad_x;          // (rows, C)
-  void* grad_branch;      // (rows, C) or null
-  float* parts;           // (2, layer_norm_blocks(rows), C): their sums are grad_weight and grad_bias
-};
 void layer_norm(const LayerNorm&, cudaStream_t);
 int64_t layer_norm_blocks(int64_t rows);
 void layer_norm_backward(const LayerNorm&, cudaStream_t);

@@ -10,7 +10,6 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <tuple>
 
 #include "../arguments.h"
@@ -147,102 +146,26 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Ten
   return {p.logprob.mean().neg_(), p.grad_hidden, p.grad_weight};
 }
 
-// --- layer_norm ------------------------------------------------------------------------------------------------------
-using OptionalTensor = std::optional<Tensor>;
-
-cuda::LayerNorm norm_args(const Tensor& x, const Tensor& weight, double dropout_p, int64_t seed, const char* op) {
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 32 == 0 && x.size(-1) > 0, op, ": x's last dimension must be a multiple of ",
-              "32, not ", x.sizes());
-  const int64_t C = x.size(-1);
-  check_float(x, x.sizes(), op, "x");
-  check_contiguous(x, op, "x");
-  check_float(weight, {C}, op, "weight");
-  check_contiguous(weight, op, "weight");
-  TORCH_CHECK(weight.device() == x.device(), op, ": weight is on ", weight.device(), " but x is on ", x.device());
-  TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), not ", dropout_p);
-  return {.rows = x.numel() / C,
-          .C = C,
-          .dropout = dropout_p,
-          .seed = uint64_t(seed),
-          .x = x.const_data_ptr<float>(),
-          .weight = weight.const_data_ptr<float>()};
-}
-
-// sum (empty without a branch), y, mean, scale.
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(const Tensor& x, const OptionalTensor& branch,
-                                                        const Tensor& weight, const Tensor& bias, double dropout_p,
-                                                        int64_t seed, at::ScalarType dtype, const char* op) {
-  const DeviceScope on(x, op, "x");
-  cuda::LayerNorm n = norm_args(x, weight, dropout_p, seed, op);
-  check_float(bias, {n.C}, op, "bias");
-  check_contiguous(bias, op, "bias");
-  TORCH_CHECK(bias.device() == x.device(), op, ": bias is on ", bias.device(), " but x is on ", x.device());
-  Tensor y = at::empty(x.sizes(), x.options().dtype(dtype)), mean = at::empty({n.rows}, x.options());
-  Tensor scale = at::empty_like(mean), sum = branch ? at::empty_like(x) : at::empty({0}, x.options());
-  n.branch_type = n.y_type = dtype_of(y, op, "y");
-  if (branch) {
-    check_contiguous(*branch, op, "branch");
-    TORCH_CHECK(branch->sizes() == x.sizes() && branch->device() == x.device(), op, ": branch must be like x, (",
-                x.sizes(), ") on ", x.device(), ", not (", branch->sizes(), ") on ", branch->device());
-    n.branch_type = dtype_of(*branch, op, "branch"), n.branch = branch->const_data_ptr();
-    n.sum = sum.data_ptr<float>();
-  }
-  n.bias = bias.const_data_ptr<float>(), n.y = y.data_ptr();
-  n.mean = mean.data_ptr<float>(), n.scale = scale.data_ptr<float>();
-  cuda::layer_norm(n, on.stream);
-  return {sum, y, mean, scale};
-}
-
-// grad_x, grad_branch (undefined without a branch_dtype), grad_weight, grad_bias. x is what was normed.
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const OptionalTensor& grad_sum, const Tensor& grad_y,
-                                                         const Tensor& x, const Tensor& weight, const Tensor& mean,
-                                                         const Tensor& scale, double dropout_p, int64_t seed,
-                                                         std::optional<at::ScalarType> branch_dtype, const char* op) {
-  const DeviceScope on(x, op, "x");
-  cuda::LayerNorm n = norm_args(x, weight, dropout_p, seed, op);
-  check_float(mean, {n.rows}, op, "mean");
-  check_float(scale, {n.rows}, op, "scale");
-  const Tensor g = grad_y.contiguous(), past = grad_sum ? grad_sum->contiguous() : Tensor();
-  TORCH_CHECK(g.sizes() == x.sizes(), op, ": grad_y must have shape (", x.sizes(), "), not (", g.sizes(), ")");
-  check_contiguous(g, op, "grad_y");
-  if (grad_sum) check_float(past, x.sizes(), op, "grad_sum"), check_contiguous(past, op, "grad_sum");
-  Tensor grad_x = at::empty_like(x), parts = at::empty({2, cuda::layer_norm_blocks(n.rows), n.C}, x.options());
-  Tensor grad_branch = branch_dtype ? at::empty(x.sizes(), x.options().dtype(*branch_dtype)) : Tensor();
-  n.y_type = n.branch_type = dtype_of(g, op, "grad_y");
-  if (branch_dtype) n.branch_type = dtype_of(grad_branch, op, "branch"), n.grad_branch = grad_branch.data_ptr();
-  n.mean = mean.data_ptr<float>(), n.scale = scale.data_ptr<float>(), n.grad_y = g.const_data_ptr();
-  n.grad_sum = grad_sum ? past.const_data_ptr<float>() : nullptr;
-  n.grad_x = grad_x.data_ptr<float>(), n.parts = parts.data_ptr<float>();
-  cuda::layer_norm_backward(n, on.stream);
-  return {grad_x, grad_branch, parts[0].sum(0), parts[1].sum(0)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                              at::ScalarType dtype) {
-  const auto [sum, y, mean, scale] = norm_forward(x, {}, weight, bias, 0, 0, dtype, "layer_norm");
-  return {y, mean, scale};
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
-                                                       const Tensor& mean, const Tensor& scale) {
-  const auto [grad_x, none, grad_weight, grad_bias] =
-      norm_backward({}, grad_y, x, weight, mean, scale, 0, 0, {}, "layer_norm_backward");
-  return {grad_x, grad_weight, grad_bias};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& branch, const Tensor& weight,
-                                                          const Tensor& bias, double dropout_p, int64_t seed,
-                                                          at::ScalarType dtype) {
-  return norm_forward(x, branch, weight, bias, dropout_p, seed, dtype, "add_layer_norm");
+// --- add_layer_norm --------------------------------------------------------------------------------------------------
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const OptionalTensor& branch,
+                                                          const Tensor& weight, const Tensor& bias, double dropout_p,
+                                                          int64_t seed, at::ScalarType dtype) {
+  const DeviceScope on(x, "add_layer_norm", "x");
+  const NormForward f(x, branch, weight, bias, dropout_p, seed, dtype);
+  cuda::layer_norm(f.n, on.stream);
+  return f.results();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const OptionalTensor& grad_sum, const Tensor& grad_y,
                                                                    const Tensor& sum, const Tensor& weight,
                                                                    const Tensor& mean, const Tensor& scale,
                                                                    double dropout_p, int64_t seed,
-                                                                   at::ScalarType branch_dtype) {
-  return norm_backward(grad_sum, grad_y, sum, weight, mean, scale, dropout_p, seed, branch_dtype,
-                       "add_layer_norm_backward");
+                                                                   std::optional<at::ScalarType> branch_dtype) {
+  const DeviceScope on(sum, "add_layer_norm_backward", "sum");
+  NormBackward f(grad_sum, grad_y, sum, weight, mean, scale, dropout_p, seed, branch_dtype);
+  f.allocate_parts({2, cuda::layer_norm_blocks(f.n.rows), f.n.C});
+  cuda::layer_norm_backward(f.n, on.stream);
+  return {f.grad_x, f.grad_branch, f.parts[0].sum(0), f.parts[1].sum(0)};
 }
 
 }  // namespace
@@ -255,8 +178,6 @@ TORCH_LIBRARY_IMPL(tinystory, CUDA, m) {
   m.impl("token_logprob", token_logprob);
   m.impl("token_logprob_backward", token_logprob_backward);
   m.impl("cross_entropy", cross_entropy);
-  m.impl("layer_norm", layer_norm);
-  m.impl("layer_norm_backward", layer_norm_backward);
   m.impl("add_layer_norm", add_layer_norm);
   m.impl("add_layer_norm_backward", add_layer_norm_backward);
 }

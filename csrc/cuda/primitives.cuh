@@ -133,28 +133,34 @@ __device__ __forceinline__ float high_half(uint32_t pair) {
 }
 
 // --- memory ----------------------------------------------------------------------------------------------------------
-// 16 bytes, aligned to 16, or 8, aligned to 8. As PTX, because the compiler splits an access whose alignment it cannot prove.
+__device__ __forceinline__ size_t global_address(const void* p) { return __cvta_generic_to_global(p); }
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+// 16 bytes, aligned to 16, or 8, aligned to 8. As PTX, because the compiler splits an access whose alignment it cannot
+// prove. Reads clobber memory too, or the compiler might move them past its own stores.
 __device__ __forceinline__ Vec16 load16(const void* p) {
   Vec16 v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-               : "l"(p));
+               : "l"(global_address(p))
+               : "memory");
   return v;
 }
 __device__ __forceinline__ void store16(void* p, Vec16 v) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
-               "r"(v.word[3])
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global_address(p)), "r"(v.word[0]), "r"(v.word[1]),
+               "r"(v.word[2]), "r"(v.word[3])
                : "memory");
 }
 __device__ __forceinline__ Vec8 load8(const void* p) {
   Vec8 v;
-  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.word[0]), "=r"(v.word[1]) : "l"(p));
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.word[0]), "=r"(v.word[1])
+               : "l"(global_address(p))
+               : "memory");
   return v;
 }
 __device__ __forceinline__ void store8(void* p, Vec8 v) {
-  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]) : "memory");
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(global_address(p)), "r"(v.word[0]), "r"(v.word[1]) : "memory");
 }
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 __device__ __forceinline__ Vec16 load16_shared(const void* p) {
   Vec16 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -166,11 +172,8 @@ __device__ __forceinline__ Vec16 load16_shared(const void* p) {
 // cp.async: global to shared memory without passing through registers; writes zeros if not valid. The result is visible
 // to the issuing thread after copy_wait, and to the other threads after a barrier that follows it.
 __device__ __forceinline__ void copy_async16(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void copy_async4(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(global_address(from)),
+               "r"(valid ? 16 : 0)
                : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -186,12 +189,12 @@ __device__ __forceinline__ int take_ticket(int* counter) { return atomicAdd(coun
 // Sets the flag for other blocks: a thread that sees its value in wait_for also sees what this thread wrote before, and
 // what the block wrote before its last sync_block.
 __device__ __forceinline__ void post(int* flag, int value) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(global_address(flag)), "r"(value) : "memory");
 }
 // The flag's value some time ago, which orders nothing.
 __device__ __forceinline__ int peek(const int* flag) {
   int value;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag));
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(global_address(flag)) : "memory");
   return value;
 }
 // Returns once the flag has the value; `seen` is what it had at a peek, so that the load's latency can be overlapped.
@@ -215,14 +218,16 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], const void
                : "memory");
 }
 
-// d = c + a b: a is 16 x 16, b 16 x 8; d may be c.
+// d = c + a b: a is 16 x 16, b 16 x 8; d may be c. Volatile, or the compiler might sink one whose result is used in a
+// branch into that branch, which not all lanes take.
 template <class Element>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                     const float (&c)[4]);
 template <>
 __device__ __forceinline__ void mma<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                           const float (&c)[4]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
@@ -230,7 +235,8 @@ __device__ __forceinline__ void mma<bf16>(float (&d)[4], const uint32_t (&a)[4],
 template <>
 __device__ __forceinline__ void mma<f16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                          const float (&c)[4]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));

@@ -1,13 +1,16 @@
 """What stories begin with: the same for a seed and an index, each used before one is used again, a tenth held out."""
 
 import json
+import os
 import random
 
 import pytest
 
 from tinystory.data.builtin import grammar
 from tinystory.data.openings import BUILTIN, LONGEST, Openings, builtin_openings, load_openings
+from tinystory.run import folder as runlog
 from tinystory.run.errors import UserError
+from tinystory.teacher.prompt import load_template
 
 TEXTS = [f"There was a fox number {i}." for i in range(40)]
 
@@ -33,6 +36,12 @@ def test_a_tenth_is_held_out_and_never_trained_on():
     assert not set(openings.held_out) & {openings[i] for i in range(500)}
 
 
+@pytest.mark.parametrize("count", [*range(2, 10)])
+def test_of_a_few_openings_one_is_held_out(count):
+    openings = Openings(TEXTS[:count], seed=0)
+    assert openings.held_out == [TEXTS[count - 1]] and openings.train == TEXTS[: count - 1]
+
+
 def test_groups_share_an_opening():
     openings = Openings(TEXTS, seed=0, per_opening=4)
     told = [openings[i] for i in range(40)]
@@ -48,7 +57,7 @@ def test_the_words_of_each_opening_are_counted_once(per_opening):
     assert sum(counted[:10]) == sum(len(text.split()) for text in used)
 
 
-def test_one_opening_is_trained_on_and_looked_at():
+def test_one_opening_is_trained_on_and_evaluated():
     one = Openings(["Once"], seed=0)
     assert one.train == one.held_out == ["Once"] and one[0] == one[123456] == "Once"
 
@@ -68,20 +77,37 @@ def test_a_file_has_one_per_line(tmp_path):
     assert load_openings(str(tmp_path / "a.jsonl")) == ["One\nday"]
 
 
+def test_what_is_no_file_is_the_opening_itself():
+    for text in ("Once", "Once upon a time, in a faraway land,", "He/she said:", "word " * 2000):
+        assert load_openings(text) == [text]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("no.txt", None, "cannot be read"),
+        ("no", None, "cannot be read"),
         ("empty.txt", b"\n \n", "holds no opening"),
-        ("bytes.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("bytes.txt", b"\xff\xfe", "cannot be read"),
+        ("wide.txt", "Once".encode("utf-16-le"), "NUL characters"),
+        ("long.txt", b"Once " * 300, "over 0 MB"),
         ("a.jsonl", b'{"opening": "x"}\n{"text": "y"}\n', "line 2"),
         ("b.jsonl", b"[1]\n", "line 1"),
         ("c.jsonl", b'{"opening": 3}\n', "line 1"),
         ("d.jsonl", b"[" * 100_000, "line 1"),
     ],
 )
-def test_what_is_no_list_of_openings_is_said(tmp_path, name, content, said):
+def test_what_is_no_list_of_openings_is_said(tmp_path, monkeypatch, name, content, said):
+    monkeypatch.setattr(runlog, "LONGEST", 1000 if name == "long.txt" else runlog.LONGEST)
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
         load_openings(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("load", [load_openings, load_template])
+def test_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path, load):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match=f"{path} cannot be read: it is not a regular file"):
+            load(str(path))

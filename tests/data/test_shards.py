@@ -266,12 +266,15 @@ def test_two_processes_that_build_at_once_agree(tmp_path, tale):
     assert [str(path) for path in (tmp_path / "cache").iterdir()] == [said[0][0].strip()]
 
 
-@pytest.mark.parametrize("damage", ["train.tokens", "val.words", "train.offsets", "meta.json", "tokenizer.json"])
-def test_damage_is_noticed(tmp_path, damage):
-    path = prepare(corpus_of(STORIES), vocab_size=600, cache=tmp_path).path / damage
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(UserError, match=r"delete that folder|not a tokenizer.json"):
+@pytest.mark.parametrize("name", [*shards.FILES, "manifest.json"])
+def test_a_flipped_bit_is_noticed_and_no_student_is_trained_on_it(tmp_path, name):
+    path = prepare(corpus_of(STORIES), vocab_size=600, cache=tmp_path).path / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"delete {path.parent} and run this again") as caught:
         prepare(corpus_of(STORIES), vocab_size=600, cache=tmp_path)
+    assert name in str(caught.value)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):

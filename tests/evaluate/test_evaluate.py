@@ -20,7 +20,7 @@ from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, read_it
 from tinystory.evaluate.reading import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading, explained
 from tinystory.evaluate.scoring import bits_per_byte, part, sum_logprobs
 from tinystory.evaluate.stories import distinct_ngrams, longest_shared, self_bleu, story_measures, utility
-from tinystory.rl.reward import plots
+from tinystory.rl.reward import cluster_sizes
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint, hf
 
@@ -301,9 +301,9 @@ def test_story_measures(student, tokenizer, tmp_path):
     assert story_measures(student, tokenizer, **how | {"seed": 4})["entropy_per_word"] != plain["entropy_per_word"]
     silent = story_measures(student, tokenizer, **how, grade=lambda opening, stories: [None] * len(stories))
     assert silent["score_mean"] is None and silent["unscored"] == 9
-    assert plain["plots_10"] is None and found["utility_10"] is None  # too few stories to an opening
+    assert plain["story_clusters_10"] is None and found["utility_10"] is None  # too few stories to an opening
     ten = story_measures(student, tokenizer, **how | {"n_stories": 19}, grade=grade)  # ten to the first, nine
-    assert 1 <= ten["plots_10"] <= 10 and 0 < ten["utility_10"] <= 2
+    assert 1 <= ten["story_clusters_10"] <= 10 and 0 < ten["utility_10"] <= 2
 
 
 def test_intervals():
@@ -349,7 +349,7 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, 
 
 @pytest.mark.parametrize("arguments, complaint", [
     ([], "nothing to evaluate"),
-    (["--stories", "4", "--openings", "missing.txt"], "cannot read --openings"),
+    (["--stories", "4", "--openings", "missing.txt"], "cannot be read"),
     (["--blimp", "missing"], "neither a checkpoint nor a run"),
     (["--blimp", "missing", "--out", "a.html"], "--out is the .json"),
 ])  # fmt: skip
@@ -366,17 +366,17 @@ def test_distinct_ngrams_tell_collapse():
     assert distinct_ngrams(["a b", ""]) is None
 
 
-def test_plots_count_stories_told_again():
+def test_clusters_count_stories_told_again():
     scarf = "Tom lost his red scarf in the wood and a kind owl brought it back before the sun went down."
     cake = "A baker made one huge cake but nobody came so all the mice of that town had some instead."
     again = scarf.replace("Tom", "Mia").replace("red", "blue")
-    assert plots([scarf, cake, again, scarf]) == [3, 1]
-    assert plots([scarf] * 5) == [5] and plots([]) == [] and plots([cake, scarf]) == [1, 1]
-    assert plots([scarf, again], threshold=0.9) == [1, 1]
-    assert plots(["", "", "too short"]) == [1, 1, 1]  # no phrases, so nothing in common
+    assert cluster_sizes([scarf, cake, again, scarf]) == [3, 1]
+    assert cluster_sizes([scarf] * 5) == [5] and cluster_sizes([]) == [] and cluster_sizes([cake, scarf]) == [1, 1]
+    assert cluster_sizes([scarf, again], threshold=0.9) == [1, 1]
+    assert cluster_sizes(["", "", "too short"]) == [1, 1, 1]  # no phrases, so nothing in common
 
 
-def test_utility_is_what_a_patient_reader_gets_of_new_plots():
+def test_utility_is_what_a_patient_reader_gets_of_new_stories():
     """A reader who goes on with chance 0.8 sees story i with chance 0.8 ** i."""
     scarf = "Tom lost his red scarf in the wood and a kind owl brought it back before the sun went down."
     cake = "A baker made one huge cake but nobody came so all the mice of that town had some instead."
@@ -386,6 +386,6 @@ def test_utility_is_what_a_patient_reader_gets_of_new_plots():
 
 
 @given(st.lists(st.lists(st.sampled_from("abc"), max_size=9).map(" ".join), max_size=12))
-def test_plots_are_sizes_of_groups_of_all_stories(texts):
-    sizes = plots(texts)
+def test_cluster_sizes_are_sizes_of_groups_of_all_stories(texts):
+    sizes = cluster_sizes(texts)
     assert sum(sizes) == len(texts) and sizes == sorted(sizes, reverse=True) and 0 not in sizes

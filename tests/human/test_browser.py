@@ -84,8 +84,8 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
     server = start(tmp_path, port)
     command = [
         sys.executable, str(ROOT / "train_interact.py"), "--init", str(place / "p"), "--out", "runs/interact",
-        "--teacher-url", f"{url}/v1", "--stories-per-step", "8", "--steps", "2", "--look-every", "0",
-        "--look-stories", "2", "--max-new-tokens", "16", "--max-unscored", "0.5", "--opening", "Once",
+        "--teacher-url", f"{url}/v1", "--stories-per-step", "8", "--steps", "2", "--eval-every", "0",
+        "--eval-stories", "2", "--max-new-tokens", "16", "--max-unscored", "0.5", "--opening", "Once",
         "--device", "cpu",
     ]  # fmt: skip
     trainer = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 
 import pytest
 
@@ -218,6 +219,21 @@ def test_what_is_no_grade_is_not_kept(tmp_path, scores):
             desk.do("ada", "burn", {})
         with pytest.raises(Mistake, match="nothing to go back to"):
             desk.do("ada", "back", {})
+
+    run(scene, tmp_path)
+    assert lines(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"seconds": s} for s in (math.nan, math.inf, -1, 10**400, "3", True)] + [{"opening": ["Once"]}, {"story": 3}],
+)
+def test_what_the_next_start_would_refuse_is_not_kept(tmp_path, more):
+    async def scene(desk, clock):
+        await asked(desk, "a")
+        shown = {**desk.state("ada")["show"], "scores": GOOD, **more}
+        with pytest.raises(Mistake):
+            desk.do("ada", "grade", shown | {"key": desk.key(str(shown["opening"]), str(shown["story"]))})
 
     run(scene, tmp_path)
     assert lines(tmp_path) == []

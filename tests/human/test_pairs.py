@@ -57,7 +57,13 @@ def test_people_see_the_pairs_in_different_orders_and_on_different_sides(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "asked", [{"key": "none", "side": "left"}, {"side": "left"}, {"key": PAIRS[0].key, "side": "up"}]
+    "asked",
+    [
+        {"key": "none", "side": "left"},
+        {"key": ["x"], "side": "left"},
+        {"side": "left"},
+        {"key": PAIRS[0].key, "side": "up"},
+    ],
 )
 def test_what_is_no_choice_is_not_kept(tmp_path, asked):
     desk = PairDesk(tmp_path / "preferences.jsonl", PAIRS)

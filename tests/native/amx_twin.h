@@ -14,6 +14,7 @@ struct Twin {
   uint8_t config[64]{};  // as LDTILECFG reads it
   bool configured = false;
   uint32_t tile[8][16][16];
+  int64_t loads = 0, dots = 0;
 
   static void require(bool holds, const char* what) {
     if (!holds) std::fprintf(stderr, "AMX's twin: %s\n", what), std::abort();
@@ -40,6 +41,7 @@ struct Twin {
 
   void zero(int t) { std::memset(tile[t], 0, rows(t) * sizeof tile[t][0]); }
   void load(int t, const void* from, int64_t stride) {
+    ++loads;
     for (int r = 0; r < rows(t); ++r) std::memcpy(tile[t][r], static_cast<const char*>(from) + r * stride, bytes_of(t));
   }
   void store(int t, void* to, int64_t stride) const {
@@ -47,6 +49,7 @@ struct Twin {
   }
   // Products of the pairs' first halves and of their second halves are summed apart, then added to each other.
   void dot(int sums, int left, int right) {
+    ++dots;
     const int depth = bytes_of(left) / 4;
     require(rows(sums) == rows(left) && rows(right) == depth && bytes_of(sums) == bytes_of(right),
             "the tiles' shapes do not fit");

@@ -15,7 +15,7 @@ constexpr int64_t kEos = 2;
 struct Model {
   std::map<std::string, std::vector<float>> storage;
   std::map<std::string, cpu::Parameter> parameters;
-  cpu::Layout layout;
+  int64_t n_layer, n_head;
   cpu::StudentWeights w;
   unsigned seed = 1;
 
@@ -41,8 +41,7 @@ struct Model {
     random(name + ".bias", {out}, 0.1f);
   }
 
-  Model(int64_t layers, int64_t heads, int64_t C, int64_t V, int64_t context)
-      : layout{layers, heads, "pre-layer-norm", "gelu-tanh", "learned", true, true} {
+  Model(int64_t layers, int64_t heads, int64_t C, int64_t V, int64_t context) : n_layer(layers), n_head(heads) {
     random("wte.weight", {V, C}, 0.2f);
     random("wpe.weight", {context, C}, 0.2f);
     for (int64_t i = 0; i < layers; ++i) {
@@ -53,7 +52,7 @@ struct Model {
     norm("ln_f", C), linear("value_head.linear", C, 1);
     // Stories end early.
     for (int64_t c = 0; c < C; ++c) storage["ln_f.bias"][c] += storage["wte.weight"][kEos * C + c];
-    w = cpu::find_weights(layout, parameters);
+    w = cpu::find_weights(n_layer, n_head, parameters);
   }
 };
 
@@ -139,7 +138,7 @@ Written write(const Model& m, DType type, cpu::Threads threads, const std::vecto
               std::vector<float>(n, -7), std::vector<int64_t>(count)};
   const auto engine = cpu::make_engine(type, m.w, threads);
   engine->start({.prompts = prompts,
-                 .which = which,
+                 .prompt_of = which,
                  .max_new = max_new,
                  .eos = kEos,
                  .seed = 11,
@@ -210,7 +209,7 @@ void test_refusal(const char* words, const Change& change) {
   Model m(2, 1, 32, 40, 8);
   change(m);
   try {
-    cpu::find_weights(m.layout, m.parameters);
+    cpu::find_weights(m.n_layer, m.n_head, m.parameters);
     CHECK(false, "not refused: %s", words);
   } catch (const std::invalid_argument& error) {
     CHECK(std::strstr(error.what(), words), "%s", error.what());
@@ -224,16 +223,11 @@ void test_refusals() {
                [](Model& m) { m.parameters.erase("value_head.linear.bias"); });
   test_refusal("parameter lm_head.weight of shape (40, 32) is unexpected",
                [](Model& m) { m.parameters["lm_head.weight"] = m.parameters["wte.weight"]; });
-  test_refusal("parameter blocks.1.attn_proj.bias of shape (32) is unexpected", [](Model& m) { m.layout.n_layer = 1; });
+  test_refusal("parameter blocks.1.attn_proj.bias of shape (32) is unexpected", [](Model& m) { m.n_layer = 1; });
   test_refusal("parameter blocks.0.fc.weight must have shape (128, 32), not (96, 32)",
                [](Model& m) { m.parameters["blocks.0.fc.weight"].shape = {96, 32}; });
   test_refusal("parameter wte.weight must be a matrix", [](Model& m) { m.parameters["wte.weight"].shape.pop_back(); });
-  test_refusal("n_embd / n_head = 32 / 4 must be a multiple of 16", [](Model& m) { m.layout.n_head = 4; });
-  test_refusal("activation relu", [](Model& m) { m.layout.activation = "relu"; });
-  test_refusal("norm post", [](Model& m) { m.layout.norm = "post"; });
-  test_refusal("positions rotary", [](Model& m) { m.layout.positions = "rotary"; });
-  test_refusal("bias False", [](Model& m) { m.layout.bias = false; });
-  test_refusal("tied_head False", [](Model& m) { m.layout.tied_head = false; });
+  test_refusal("n_embd / n_head = 32 / 4 must be a multiple of 16", [](Model& m) { m.n_head = 4; });
 }
 
 int main() {

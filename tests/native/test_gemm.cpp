@@ -103,7 +103,23 @@ void test(const Size& s, bool transposed) {
   }
 }
 
+#if defined(TINYSTORY_AMX_TWIN)
+// A block of 32 x 32 sums takes four loads for four dots; the 16 rows that remain of kTileRows, three for two.
+void test_tile_loads() {
+  constexpr int64_t kRows = 2 * kTileRows, kPacks = BF16Tiles::kReduce;
+  const auto a = random_packs<BF16Tiles>(kRows * kPacks, 1), b = random_packs<BF16Tiles>(kPacks * kColumns, 2);
+  std::vector<float> c(kRows * kColumns);
+  auto& twin = amx_twin::Twin::own();
+  twin.loads = twin.dots = 0;
+  gemm<BF16Tiles>(kRows, kColumns, kPacks, {a.data(), kPacks, 1}, {b.data(), kColumns, 0}, c.data(), kColumns);
+  CHECK(6 * twin.loads <= 7 * twin.dots, "%g loads per dot", double(twin.loads) / twin.dots);
+}
+#endif
+
 int main() {
+#if defined(TINYSTORY_AMX_TWIN)
+  test_tile_loads();
+#endif
   for (int64_t rows : {1, 2, 5, 6, 7, 15, 16, 17, 31, 32, 33, 48, 97, 130})
     for (int64_t columns : {16, 32, 48, 64, 80, 128})
       for (int64_t n_k : {16, 48, 128, 400}) {

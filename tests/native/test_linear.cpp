@@ -1,11 +1,13 @@
-// Linear layers and layer norm, forward and backward, against plain double-precision loops; the same bits on any number
-// of threads. Buffers have the size that they need and no more, for sanitizers to see beyond their ends.
+// Linear layers and layer norm (with the sum before it), forward and backward, against plain double-precision loops; the
+// same bits on any number of threads. Buffers have the size that they need and no more, for sanitizers to see beyond
+// their ends.
 #include <algorithm>
 #include <array>
 
 #include "cpu/gemm.h"
 #include "harness.h"
 #include "kernels.h"
+#include "philox.h"
 
 using namespace tinystory;
 
@@ -24,7 +26,7 @@ void test_linear(DType gemm_type, bool gelu_too, int64_t M, int64_t K, int64_t N
   // Only the matmuls and `slope` are bf16: the kernels round the f32 inputs themselves.
   const bool bf16 = gemm_type == DType::bf16;
   const std::vector<float> x = normal(M * K, 1), weight = normal(N * K, 2, 1 / std::sqrt(float(K)));
-  const std::vector<float> bias = normal(N, 3), residual = normal(M * N, 4), grad_y = normal(M * N, 5);
+  const std::vector<float> bias = normal(N, 3), grad_y = normal(M * N, 5);
   const int64_t blocks = (M + kLinearRows - 1) / kLinearRows;
   const auto run = [&](int threads) {
     Results r{std::vector<float>(M * N), std::vector<float>(bf16 ? M * N / 2 : M * N), std::vector<float>(M * K),
@@ -40,7 +42,6 @@ void test_linear(DType gemm_type, bool gelu_too, int64_t M, int64_t K, int64_t N
                .x = x.data(),
                .weight = weight.data(),
                .bias = bias.data(),
-               .residual = residual.data(),
                .y = r.y.data(),
                .slope = r.slope.data(),
                .grad_y = grad,
@@ -80,7 +81,7 @@ void test_linear(DType gemm_type, bool gelu_too, int64_t M, int64_t K, int64_t N
       double sum = bias[j], slope = 1;
       for (int64_t k = 0; k < K; ++k) sum += double(x[i * K + k]) * weight[j * K + k];
       if (gelu_too) sum = gelu(sum, slope);
-      CHECK(std::fabs(r.y[i * N + j] - (sum + residual[i * N + j])) < tolerance, "y %g", r.y[i * N + j]);
+      CHECK(std::fabs(r.y[i * N + j] - sum) < tolerance, "y %g", r.y[i * N + j]);
       const double g = grad_y[i * N + j] * slope;
       grad_bias[j] += g;
       for (int64_t k = 0; k < K; ++k) {
@@ -98,32 +99,53 @@ void test_linear(DType gemm_type, bool gelu_too, int64_t M, int64_t K, int64_t N
   }
 }
 
-void test_layer_norm(int64_t rows, int64_t C) {
+// dropout < 0: no branch
+void test_layer_norm(int64_t rows, int64_t C, double dropout) {
+  const bool with_branch = dropout >= 0;
   const std::vector<float> x = normal(rows * C, 1, 3), weight = normal(C, 2), bias = normal(C, 3);
-  const std::vector<float> grad_y = normal(rows * C, 4);
+  const std::vector<float> grad_y = normal(rows * C, 4), branch = normal(rows * C, 5), grad_sum = normal(rows * C, 6);
   const int64_t blocks = (rows + kLinearRows - 1) / kLinearRows;
   std::vector<float> mean(rows), scale(rows), y(rows * C), grad_x(rows * C), parts(blocks * 2 * C);
-  const LayerNorm n{.y_type = DType::f32,
-                    .rows = rows,
-                    .C = C,
-                    .x = x.data(),
-                    .weight = weight.data(),
-                    .bias = bias.data(),
-                    .mean = mean.data(),
-                    .scale = scale.data(),
-                    .y = y.data(),
-                    .grad_y = grad_y.data(),
-                    .grad_x = grad_x.data(),
-                    .parts = parts.data()};
+  std::vector<float> sum = x, grad_branch(rows * C), factor(rows * C, 1);
+  LayerNorm n{.branch_type = DType::f32,
+              .y_type = DType::f32,
+              .rows = rows,
+              .C = C,
+              .dropout = dropout,
+              .seed = 9,
+              .x = x.data(),
+              .branch = with_branch ? branch.data() : nullptr,
+              .weight = weight.data(),
+              .bias = bias.data(),
+              .sum = sum.data(),
+              .mean = mean.data(),
+              .scale = scale.data(),
+              .y = y.data(),
+              .grad_y = grad_y.data(),
+              .grad_sum = with_branch ? grad_sum.data() : nullptr,
+              .grad_x = grad_x.data(),
+              .grad_branch = with_branch ? grad_branch.data() : nullptr,
+              .parts = parts.data()};
+  if (dropout > 0)
+    for (int64_t i = 0; i < rows * C; ++i) {
+      const int64_t group = i % C / 4;
+      const Words4 w = branch_words(dropout_keys(n.seed), uint64_t(i / C), uint32_t(group));
+      const uint32_t words[] = {w.x, w.y, w.z, w.w}, threshold = dropout_threshold(dropout);
+      const uint32_t byte = words[group / 32 % 4] >> (8 * (i % 4)) & 0xff;
+      factor[i] = byte >= threshold ? float(dropout_scale(threshold)) : 0;
+    }
   parallel(rows, 3, [&](int64_t begin, int64_t end) { cpu::layer_norm(n, begin, end); });
+  for (int64_t i = 0; i < rows * C; ++i)
+    CHECK(sum[i] == (with_branch ? x[i] + branch[i] * factor[i] : x[i]), "sum %g", sum[i]);
+  n.x = sum.data();
   parallel(blocks, 3, [&](int64_t begin, int64_t end) { cpu::layer_norm_backward(n, begin, end); });
   std::vector<double> sums(2 * C);
   for (int64_t i = 0; i < rows; ++i) {
     double m = 0, square = 0, mean_g = 0, mean_gh = 0;
-    for (int64_t c = 0; c < C; ++c) m += double(x[i * C + c]) / C;
-    for (int64_t c = 0; c < C; ++c) square += (x[i * C + c] - m) * (x[i * C + c] - m) / C;
+    for (int64_t c = 0; c < C; ++c) m += double(sum[i * C + c]) / C;
+    for (int64_t c = 0; c < C; ++c) square += (sum[i * C + c] - m) * (sum[i * C + c] - m) / C;
     const double s = 1 / std::sqrt(square + 1e-5);
-    const auto h = [&](int64_t c) { return (x[i * C + c] - m) * s; };
+    const auto h = [&](int64_t c) { return (sum[i * C + c] - m) * s; };
     for (int64_t c = 0; c < C; ++c) {
       const double g = double(grad_y[i * C + c]) * weight[c];
       mean_g += g / C, mean_gh += g * h(c) / C;
@@ -131,14 +153,16 @@ void test_layer_norm(int64_t rows, int64_t C) {
     }
     for (int64_t c = 0; c < C; ++c) {
       CHECK(std::fabs(y[i * C + c] - (h(c) * weight[c] + bias[c])) < 1e-5);
-      const double want = (double(grad_y[i * C + c]) * weight[c] - mean_g - h(c) * mean_gh) * s;
+      double want = (double(grad_y[i * C + c]) * weight[c] - mean_g - h(c) * mean_gh) * s;
+      if (with_branch) want += grad_sum[i * C + c];
       CHECK(std::fabs(grad_x[i * C + c] - want) < 1e-5);
+      if (with_branch) CHECK(std::fabs(grad_branch[i * C + c] - want * factor[i * C + c]) < 2e-5);
     }
   }
   for (int64_t c = 0; c < 2 * C; ++c) {
-    double sum = 0;
-    for (int64_t b = 0; b < blocks; ++b) sum += parts[b * 2 * C + c];
-    CHECK(std::fabs(sum - sums[c]) < 1e-4);
+    double total = 0;
+    for (int64_t b = 0; b < blocks; ++b) total += parts[b * 2 * C + c];
+    CHECK(std::fabs(total - sums[c]) < 1e-4);
   }
 }
 
@@ -156,5 +180,6 @@ int main() {
                                     {200, 32, 64, 64}})
         test_linear(gemm_type, gelu_too, M, K, N, chunk);
   for (int64_t rows : {1, 63, 64, 130})
-    for (int64_t C : {32, 96}) test_layer_norm(rows, C);
+    for (int64_t C : {32, 96, 672})
+      for (double dropout : {-1.0, 0.0, 0.3}) test_layer_norm(rows, C, dropout);
 }

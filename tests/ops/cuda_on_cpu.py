@@ -10,8 +10,9 @@ import torch
 from conftest import assert_no_worse
 
 from tinystory import ops
-from tinystory.ops import reference
-from tinystory.student.generate import student_steps
+from tinystory.ops import backend, reference
+from tinystory.ops.backend import Backend
+from tinystory.student.generate import Sampling, student_steps
 from tinystory.student.model import Student, StudentConfig, ValueHead
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -29,10 +30,9 @@ def trained(student: Student, tokens: torch.Tensor, dtype: torch.dtype) -> list[
 
 
 @torch.no_grad()
-def stories(student: Student, head: ValueHead, **draws: float) -> list[torch.Tensor]:
-    prompts, which = [torch.tensor([5, 6, 7]), torch.tensor([8])], torch.arange(6) % 2
-    how = dict(max_new_tokens=8, eos=3, seed=1, temperature=1.0) | draws
-    return [[*outputs] for outputs, _ in student_steps(student, head, prompts, which, F32, first_row=0, **how)][-1]
+def stories(student: Student, head: ValueHead, sampling: Sampling) -> list[torch.Tensor]:
+    prompts, prompt_of = [torch.tensor([5, 6, 7]), torch.tensor([8])], torch.arange(6) % 2
+    return [[*outputs] for outputs, _ in student_steps(student, head, prompts, prompt_of, sampling, 0)][-1]
 
 
 def main(library: str) -> None:
@@ -40,27 +40,25 @@ def main(library: str) -> None:
     student, head = Student(StudentConfig(2, 2, 64, 40, 96), "unit"), ValueHead(64)
     torch.nn.init.normal_(head.linear.weight)
     tokens = torch.randint(96, (2, 17))
-    draws = ({}, {"top_k": 5}, {"top_p": 0.8})
+    samplings = [Sampling(8, eos=3, seed=1, **options) for options in ({}, {"top_k": 5}, {"top_p": 0.8})]
     assert ops.load(), "the kernels are not compiled"
     exact = trained(student.double(), tokens, F32)
     student.float()
     trained_here = {F32: trained(student, tokens, F32)}
-    told_here = [stories(student, head, **how) for how in draws]
-    compiled, ops.compiled = ops.compiled, lambda name, device: False  # plain PyTorch rounds as often as CUDA's path
-    trained_here[BF16] = trained(student, tokens, BF16)
-    ops.compiled = compiled
+    stories_here = [stories(student, head, sampling) for sampling in samplings]
+    with backend.using(Backend("reference")):  # plain PyTorch rounds as often as CUDA's path
+        trained_here[BF16] = trained(student, tokens, BF16)
 
     torch.ops.load_library(library)
     aten = torch.library.Library("aten", "IMPL", "CPU")
     aten.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype))  # which torch has on CUDA alone
-    ops.choose.cache_clear()
     ops.on_gpu = lambda x: True
     for dtype, here in trained_here.items():
         for i, (a, b, c) in enumerate(zip(trained(student, tokens, dtype), here, exact, strict=True)):
             assert_no_worse(a, b, c, f"{dtype}, result {i}")
-    for how, here in zip(draws, told_here, strict=True):
-        tokens_there, *others = stories(student, head, **how)
-        assert torch.equal(tokens_there, here[0]), how
+    for sampling, here in zip(samplings, stories_here, strict=True):
+        tokens_there, *others = stories(student, head, sampling)
+        assert torch.equal(tokens_there, here[0]), sampling
         for a, b in zip(others, here[1:], strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     for branch_type, dtype in ((F32, F32), (BF16, F32), (BF16, BF16), (F16, F16)):

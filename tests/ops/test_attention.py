@@ -82,13 +82,13 @@ def test_dropout_keeps_the_right_share_independently():
     place in the tile of 32 x 32 that 64 calls serve.
     """
     p, n = 0.1, 2 * 3 * 256 * 256
-    kept = reference.dropout_mask(2, 3, 256, p, seed=7)
+    mask = reference.dropout_mask(2, 3, 256, p, seed=7)
     true_p = 26 / 256  # p is rounded to a multiple of 1/256, and what is kept is divided by what is true
-    assert set(kept.unique().tolist()) == {0.0, 1 / (1 - true_p)}
-    kept = (kept > 0).double()
+    assert set(mask.unique().tolist()) == {0.0, 1 / (1 - true_p)}
+    mask = (mask > 0).double()
     variance = true_p * (1 - true_p)
-    assert abs(kept.mean() - (1 - true_p)) < 6 * (variance / n) ** 0.5
-    dropped = 1 - kept
+    assert abs(mask.mean() - (1 - true_p)) < 6 * (variance / n) ** 0.5
+    dropped = 1 - mask
     others = [dropped.roll((i, j), (2, 3)) for i in (0, 1, 8, 16, 24, 32) for j in (0, 1, 8, 16, 24, 32) if i or j]
     others += [dropped.roll(1, 0), dropped.roll(1, 1), (reference.dropout_mask(2, 3, 256, p, seed=8) == 0).double()]
     for other in others:  # the covariance of two independent weights deviates by their variance / sqrt(n)

@@ -5,8 +5,9 @@ import torch
 from torch.utils import cpp_extension
 
 from tinystory import ops
-from tinystory.ops import build, cuda
-from tinystory.run import device
+from tinystory.ops import backend, build, compute, cuda
+from tinystory.ops.backend import Backend
+from tinystory.run.device import cpu_has_bf16, pick_dtype
 from tinystory.run.errors import UserError
 
 
@@ -20,7 +21,7 @@ def machine(tmp_path, monkeypatch):
     built = []
 
     def has(*, gpus=((9, 0),), wanted="", nvcc="13.1", header=True, fails="", torch_cuda="13.0"):
-        for cached in (cuda.load, ops.choose):
+        for cached in (cuda.load, backend.has_kernel):
             cached.cache_clear()
         (home / "bin/nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {nvcc}, V{nvcc}.1'\n")
         (home / "bin/nvcc").chmod(0o755)
@@ -47,15 +48,15 @@ def machine(tmp_path, monkeypatch):
 
     assert ops.load(), "the CPU's kernels, before the build is replaced"
     yield has
-    for cached in (cuda.load, ops.choose):
+    for cached in (cuda.load, backend.has_kernel):
         cached.cache_clear()
 
 
 def test_the_gpus_here_or_those_asked_for_are_compiled_for(machine):
     built = machine(gpus=((9, 0), (8, 6), (9, 0)))
-    assert device.pick_device("auto").type == "cuda" and built == ["8.6;9.0"]
+    assert compute.pick_device("auto").type == "cuda" and built == ["8.6;9.0"]
     built = machine(wanted="8.0;9.0+PTX")
-    device.pick_device("cuda")
+    compute.pick_device("cuda")
     assert built == ["8.0;9.0+PTX"]
     machine(gpus=())
     assert cuda.architectures() == (["8.0", "9.0"], [])  # no GPU: what `make cuda-build` compiles for
@@ -63,8 +64,8 @@ def test_the_gpus_here_or_those_asked_for_are_compiled_for(machine):
 
 def test_entries_that_cannot_be_served_are_dropped_and_named_once(machine, capsys):
     built = machine(wanted="7.5 8.0 8.6 9.0+PTX Turing 10.0a")
-    device.pick_device("cuda")
-    device.pick_device("cuda")
+    compute.pick_device("cuda")
+    compute.pick_device("cuda")
     assert built == ["8.0;8.6;9.0+PTX;10.0a"]
     assert capsys.readouterr().err == "tinystory: no CUDA kernels for 7.5, Turing: only for numbers from 8.0 on\n"
 
@@ -86,13 +87,12 @@ BAD = {
 def test_the_cpu_runs_and_device_cuda_is_one_sentence(machine, capsys, case):
     settings, sentence = BAD[case]
     machine(**settings)
-    assert device.pick_device("cpu").type == "cpu" and ops.choose("sample", "cpu")
-    said = capsys.readouterr()
-    assert said.err == said.out == ""
-    assert device.pick_device("auto").type == "cpu"
+    assert compute.pick_device("cpu").type == "cpu" and backend.has_kernel("sample", "cpu")
+    assert capsys.readouterr() == ("", "")
+    assert compute.pick_device("auto").type == "cpu"
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(UserError, match=sentence):
-        device.pick_device("cuda")
+        compute.pick_device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -115,30 +115,30 @@ def test_what_is_compiled_for_an_entry_runs_on(entry, on, not_on):
 def test_an_old_gpu_beside_a_new_one(machine):
     built = machine(gpus=((7, 5), (9, 0)))
     with pytest.raises(UserError, match=r"compute capability 7\.5"):
-        device.pick_device("cuda:0")
-    assert device.pick_device("cuda:1").type == "cuda" and built == ["9.0"]
+        compute.pick_device("cuda:0")
+    assert compute.pick_device("cuda:1").type == "cuda" and built == ["9.0"]
 
 
-def test_reference_needs_no_toolkit(machine, monkeypatch):
+def test_reference_needs_no_toolkit(machine):
     machine(gpus=((7, 5),), nvcc="")
-    monkeypatch.setattr(ops, "load", lambda: None)
-    assert device.pick_device("auto").type == "cuda"
+    with backend.using(Backend("reference")):
+        assert compute.pick_device("auto").type == "cuda"
 
 
 def test_private_functions_of_torch_may_be_missing(monkeypatch):
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
-    assert not device.cpu_has_bf16()
+    assert not cpu_has_bf16()
 
 
 def test_tf32_is_a_choice_on_a_gpu_only():
     for name in ("float32", "bfloat16"):
-        assert device.pick_dtype(name, torch.device("cuda")) == getattr(torch, name)
+        assert pick_dtype(name, torch.device("cuda")) == getattr(torch, name)
         assert not torch.backends.cuda.matmul.allow_tf32
     try:
-        assert device.pick_dtype("tf32", torch.device("cuda")) == torch.float32
+        assert pick_dtype("tf32", torch.device("cuda")) == torch.float32
         assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
     with pytest.raises(UserError, match="needs a GPU"):
-        device.pick_dtype("tf32", torch.device("cpu"))
+        pick_dtype("tf32", torch.device("cpu"))

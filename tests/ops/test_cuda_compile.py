@@ -29,12 +29,15 @@ def find_tool(name: str) -> str | None:
     places = [Path(os.environ["CUDA_HOME"], "bin")] if "CUDA_HOME" in os.environ else []
     for packages in map(Path, site.getsitepackages()):
         places += [*packages.glob("nvidia/*/bin"), packages / "triton/backends/nvidia/bin"]
-    return shutil.which(name) or next((found for place in places if (found := shutil.which(name, path=place))), None)
+    return shutil.which(name) or next((path for place in places if (path := shutil.which(name, path=place))), None)
 
 
 NVCC = find_tool("nvcc")
 CUOBJDUMP = find_tool("cuobjdump")
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: the CUDA kernels are not compiled here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="no nvcc: the CUDA kernels are not compiled here"),
+]
 
 
 @dataclass(frozen=True)

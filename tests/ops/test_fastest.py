@@ -7,15 +7,17 @@ import torch
 
 from tests.conftest import assert_no_worse
 from tinystory import ops
-from tinystory.ops import fastest, reference, vendor
+from tinystory.ops import backend, chunked, fastest, reference
+from tinystory.ops.backend import Backend
 from tinystory.run.errors import UserError
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def nothing_by_pytorch(monkeypatch):
-    monkeypatch.setattr(ops, "by_pytorch", frozenset())
+def kernels_for_all():
+    with backend.using(Backend("ours")):
+        yield
 
 
 @pytest.fixture
@@ -33,18 +35,18 @@ def problem(rows: int, width: int, vocab: int, dtype: torch.dtype):
 
 def results(f, hidden, weight, targets, grads):
     hidden.grad = weight.grad = None
-    found = f(hidden, weight, targets)
-    found = found if isinstance(found, tuple) else (found,)
-    torch.autograd.backward(found, grads[: len(found)])
-    return [x.detach() for x in (*found, hidden.grad, weight.grad)]
+    outputs = f(hidden, weight, targets)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(outputs, grads[: len(outputs)])
+    return [x.detach() for x in (*outputs, hidden.grad, weight.grad)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["token_logprob", "cross_entropy"])
 @pytest.mark.parametrize("shape", [(1, 32, 5), (37, 64, 300), (70, 32, 1000)])
 def test_pytorchs_logprobs_are_the_definitions(monkeypatch, name, dtype, shape):
-    monkeypatch.setattr(vendor, "CHUNK", 9000)  # 9 to 1 800 rows at a time
-    monkeypatch.setattr(ops, "by_pytorch", frozenset([name]))
+    monkeypatch.setattr(chunked, "CHUNK", 9000)  # 9 to 1 800 rows at a time
+    ops.run_by_pytorch(name)
     hidden, weight, targets = problem(*shape, dtype)
     grads = (torch.randn(shape[0]), torch.randn(shape[0])) if name == "token_logprob" else (torch.tensor(2.5),)
     ours = results(getattr(ops, name), hidden, weight, targets, grads)
@@ -65,36 +67,54 @@ def test_an_operator_by_pytorch_is_not_the_kernel(monkeypatch):
     assert calls == []
     ops.run_by_pytorch("linear,token_logprob")
     ops.linear(x, weight, bias)
-    assert calls == ["pytorch"] and ops.by_pytorch == {"linear", "token_logprob"}
+    assert calls == ["pytorch"] and str(backend.current()) == "compiled kernels, PyTorch for linear, token_logprob"
     ops.run_by_pytorch("none")
     ops.linear(x, weight, bias)
-    assert calls == ["pytorch"] and ops.by_pytorch == frozenset()
+    assert calls == ["pytorch"] and str(backend.current()) == "compiled kernels"
+
+
+def test_the_environment_chooses_the_back_end(monkeypatch):
+    for value, kernels in (("", "auto"), ("ours", "ours"), ("reference", "reference")):
+        monkeypatch.setenv("TINYSTORY_KERNELS", value)
+        assert backend.from_environment() == Backend(kernels)
+    monkeypatch.setenv("TINYSTORY_KERNELS", "theirs")
+    with pytest.raises(UserError, match="TINYSTORY_KERNELS='theirs' is not known; unset it, or set it to 'reference'"):
+        backend.from_environment()
+
+
+def test_the_reference_runs_no_kernel():
+    hidden = torch.randn(3, 32)
+    with backend.using(Backend("reference", frozenset(fastest.NAMES))):
+        assert ops.load() is None
+        for name in ("causal_attention", "linear", "token_logprob"):
+            assert backend.implementation(name, hidden) == "reference"
+    assert backend.implementation("token_logprob", hidden) == "kernel" and ops.load()
 
 
 def test_float64_stays_the_kernels(monkeypatch):
     hidden, weight, targets = (x.double() if x.is_floating_point() else x for x in problem(3, 32, 9, torch.float32))
     ops.run_by_pytorch("token_logprob")
-    monkeypatch.setattr(vendor, "TokenLogprob", None)
+    monkeypatch.setattr(chunked, "TokenLogprob", None)
     assert ops.token_logprob(hidden, weight, targets)[0].dtype == torch.float64
 
 
 def test_the_faster_are_chosen_once_per_build_and_dtype(folder, monkeypatch, capsys):
-    asked = []
+    names = []
 
     def compare(name, ours, theirs):
-        asked.append(name)
+        names.append(name)
         return {"linear": 0.5, "cross_entropy": 0.95, "token_logprob": 1.6}[name]
 
     monkeypatch.setattr(fastest, "compare", compare)
     for _ in range(2):
         assert fastest.faster(folder, torch.float32) == ["linear"]  # 0.95 is within the margin
-        assert sorted(asked) == sorted(fastest.NAMES)
+        assert sorted(names) == sorted(fastest.NAMES)
     assert capsys.readouterr().err.count("timing the kernels beside PyTorch in float32") == 1
-    assert fastest.faster(folder, torch.bfloat16) == ["linear"] and len(asked) == 6
+    assert fastest.faster(folder, torch.bfloat16) == ["linear"] and len(names) == 6
     (folder / "built").write_text("again")  # another build
-    assert fastest.faster(folder, torch.float32) == ["linear"] and len(asked) == 9
+    assert fastest.faster(folder, torch.float32) == ["linear"] and len(names) == 9
     (folder / fastest.FILE).write_text("[1")  # as a kill may leave it
-    assert fastest.faster(folder, torch.float32) == ["linear"] and len(asked) == 12
+    assert fastest.faster(folder, torch.float32) == ["linear"] and len(names) == 12
     assert set(json.loads((folder / fastest.FILE).read_text())) == {"built", "float32"}
 
 
@@ -115,20 +135,22 @@ def test_the_measured_pairs_agree_and_are_kernel_and_pytorch(monkeypatch):
         for name, (ours, theirs) in fastest.pairs(dtype).items():
             with monkeypatch.context() as patch:
                 patch.setattr(reference, "linear", None)
-                patch.setattr(vendor, "TokenLogprob", None)
-                patch.setattr(vendor, "CrossEntropy", None)
+                patch.setattr(chunked, "TokenLogprob", None)
+                patch.setattr(chunked, "CrossEntropy", None)
                 a = ours()
                 with pytest.raises((TypeError, AttributeError)):
                     theirs()
             torch.testing.assert_close(a, theirs(), rtol=0.02, atol=0.0, msg=name)
-    assert ops.by_pytorch == frozenset()
+    assert backend.current() == Backend("ours")
 
 
 def test_pick(monkeypatch):
     monkeypatch.setattr(fastest, "faster", lambda folder, dtype: ["linear"])
-    assert fastest.pick("auto", torch.float32, CPU) == "none"  # TINYSTORY_KERNELS=ours, in tests
-    monkeypatch.delenv("TINYSTORY_KERNELS")
-    assert fastest.pick("auto", torch.float32, CPU) == "linear"
+    assert fastest.pick("auto", torch.float32, CPU) == "none"
+    with backend.using(Backend("auto")):
+        assert fastest.pick("auto", torch.float32, CPU) == "linear"
+    with backend.using(Backend("reference")):
+        assert fastest.pick("linear", torch.float32, CPU) == "none"
     assert fastest.pick("none", torch.float32, CPU) == "none"
     assert fastest.pick("cross_entropy,linear", torch.float32, CPU) == "cross_entropy,linear"  # as a run recorded it
     assert fastest.pick("auto", torch.float32, torch.device("cuda")) == "none"

@@ -1,4 +1,6 @@
-"""ops.linear and ops.layer_norm: as exact as PyTorch, gradients too; a row's bits depend on that row alone."""
+"""ops.linear and ops.add_layer_norm: as exact as PyTorch, gradients too; a row's bits depend on that row alone."""
+
+import functools
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ SHAPES = [(1, 32, 32), (7, 96, 32), (49, 64, 160), (130, 256, 96), (2051, 32, 64
 def inputs(rows, k, n, seed=0):
     torch.manual_seed(seed)
     x, weight, bias = torch.randn(rows, k), torch.randn(n, k) / k**0.5, torch.randn(n)
-    return [t.requires_grad_() for t in (x, weight, bias, torch.randn(rows, n))], torch.randn(rows, n)
+    return [t.requires_grad_() for t in (x, weight, bias)], torch.randn(rows, n)
 
 
 def run(f, leaves, grad, dtype):
@@ -27,42 +29,57 @@ def run(f, leaves, grad, dtype):
     return [y.detach()] + [t.grad for t in leaves if t.grad is not None]
 
 
-def error(found, true):
+def error(outputs, true):
     """Root mean square: the largest error alone would be luck."""
-    return [float((a.double() - b).pow(2).mean().sqrt()) for a, b in zip(found, true, strict=True)]
+    return [float((a.double() - b).pow(2).mean().sqrt()) for a, b in zip(outputs, true, strict=True)]
 
 
 def close(ours, plain, leaves, grad, dtype):
     true = run(plain, leaves, grad, torch.float64)
     ours, theirs = error(run(ours, leaves, grad, dtype), true), error(run(plain, leaves, grad, dtype), true)
     sizes = [float(t.pow(2).mean().sqrt()) for t in true]
-    for mine, their, size in zip(ours, theirs, sizes, strict=True):
-        assert mine <= 2 * their + 1e-7 * size, (ours, theirs)
+    for own, their, size in zip(ours, theirs, sizes, strict=True):
+        assert own <= 2 * their + 1e-7 * size, (ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gelu", (False, True))
-@pytest.mark.parametrize("residual", (False, True))
+@pytest.mark.parametrize("wide", (False, True))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_linear_is_as_close_to_the_truth_as_pytorch(shape, residual, gelu, dtype):
+def test_linear_is_as_close_to_the_truth_as_pytorch(shape, wide, gelu, dtype):
     leaves, grad = inputs(*shape)
-
-    def ours(x, w, b, r):
-        return ops.linear(x, w, b, gelu=gelu, residual=r if residual else None)
-
-    close(ours, lambda x, w, b, r: reference.linear(x, w, b, r if residual else None, gelu), leaves, grad, dtype)
+    ours = functools.partial(ops.linear, gelu=gelu, wide=wide)
+    close(ours, functools.partial(reference.linear, gelu=gelu), leaves, grad, dtype)
+    assert run(ours, leaves, grad, dtype)[0].dtype == (torch.float32 if wide else dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", (0.0, 0.25))
+@pytest.mark.parametrize("branch_type", (None, *DTYPES))
 @pytest.mark.parametrize("rows, size", [(1, 32), (65, 96), (300, 256)])
-def test_layer_norm_is_as_close_to_the_truth_as_pytorch(rows, size, dtype):
+def test_the_sum_and_its_norm_are_as_close_to_the_truth_as_pytorchs(rows, size, branch_type, dropout, dtype):
     torch.manual_seed(0)
-    leaves, grad = [torch.randn(rows, size) * 3 + 1, torch.randn(size), torch.randn(size)], torch.randn(rows, size)
+    leaves = [torch.randn(rows, size) * 3 + 1, torch.randn(size), torch.randn(size)]
+    leaves += [] if branch_type is None else [torch.randn(rows, size).to(branch_type)]
 
-    def plain(x, w, b):  # rounded to the type of the matmul that reads it
-        return reference.layer_norm(x, w, b).to(torch.promote_types(x.dtype, dtype) if x.dtype.itemsize > 4 else dtype)
+    def stacked(f, x, w, b, branch=None):
+        return torch.stack([out.to(x.dtype) for out in f(x, branch, w, b, dropout, 3)])
 
-    close(ops.layer_norm, plain, leaves, grad, dtype)
+    def defined(x, *arguments):
+        return reference.add_layer_norm(x, *arguments, ops.matmul_dtype(x))
+
+    ours, plain = functools.partial(stacked, ops.add_layer_norm), functools.partial(stacked, defined)
+    close(ours, plain, leaves, torch.randn(2, rows, size), dtype)
+
+
+def test_dropout_of_branches_is_drawn_from_the_seed():
+    mask = reference.branch_mask(torch.empty(200, 512), 0.25, 3)
+    x, one = torch.zeros(200, 512), torch.ones(200, 512)
+    assert torch.equal(ops.add_layer_norm(x, one, one[0], one[0], 0.25, 3)[0], mask)
+    assert mask.unique().tolist() == [0.0, torch.tensor(256 / 192).item()]
+    assert abs(mask.mean() - 1) < 0.01 and not torch.equal(mask, reference.branch_mask(mask, 0.25, 4))
+    neighbours = torch.stack([mask[:-1, :-1], mask[1:, :-1], mask[:-1, 1:], mask[:-1, :-1].roll(128, 1)]).flatten(1)
+    assert (neighbours.corrcoef() - torch.eye(4)).abs().max() < 0.02  # 100 000 pairs: 0.003 is one standard deviation
 
 
 def test_bf16_input_without_a_cast():
@@ -77,16 +94,14 @@ def test_bf16_input_without_a_cast():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_neither_the_batch_nor_the_threads_change_a_row(dtype):
-    (x, w, b, r), grad = inputs(300, 96, 160)
-    threads = torch.get_num_threads()
+    (x, w, b), grad = inputs(300, 96, 160)
+    threads, gelu = torch.get_num_threads(), functools.partial(ops.linear, gelu=True)
     try:
         torch.set_num_threads(1)
-        whole = run(lambda x, w, b, r: ops.linear(x, w, b, gelu=True, residual=r), [x, w, b, r], grad, dtype)
+        whole = run(gelu, [x, w, b], grad, dtype)
         torch.set_num_threads(3)
-        again = run(lambda x, w, b, r: ops.linear(x, w, b, gelu=True, residual=r), [x, w, b, r], grad, dtype)
-        part = run(
-            lambda x, w, b, r: ops.linear(x, w, b, gelu=True, residual=r), [x[7:20], w, b, r[7:20]], grad[7:20], dtype
-        )
+        again = run(gelu, [x, w, b], grad, dtype)
+        part = run(gelu, [x[7:20], w, b], grad[7:20], dtype)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(p, q) for p, q in zip(whole, again, strict=True))
@@ -97,23 +112,29 @@ def test_neither_the_batch_nor_the_threads_change_a_row(dtype):
 def test_what_the_kernel_does_not_fit_runs_in_pytorch():
     torch.manual_seed(0)
     x, w, b = torch.randn(5, 20), torch.randn(7, 20), torch.randn(7)
-    assert torch.equal(ops.linear(x, w, b, gelu=True), reference.linear(x, w, b, None, True))
+    assert torch.equal(ops.linear(x, w, b, gelu=True), reference.linear(x, w, b, True))
     assert ops.linear(x.double(), w.double(), b.double()).dtype == torch.float64
+    total, y = ops.add_layer_norm(x, x, w[0], w[1])
+    assert torch.equal(total, x + x) and torch.equal(y, F.layer_norm(x + x, (20,), w[0], w[1]))
 
 
 def test_reference_gradients():
     torch.manual_seed(0)
-    x, w, b, r = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (5, 4), (5,), (3, 5)))
-    assert torch.autograd.gradcheck(lambda *t: reference.linear(*t, gelu=True), (x, w, b, r))
-    assert torch.autograd.gradcheck(reference.layer_norm, (x, w[0], w[1]))
+    x, w, b, r = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (5, 4), (5,), (3, 4)))
+    assert torch.autograd.gradcheck(lambda *t: reference.linear(*t, gelu=True), (x, w, b))
+    for branch in (None, r):
+        run = functools.partial(reference.add_layer_norm, dropout_p=0.25, seed=3, dtype=torch.float64)
+        assert torch.autograd.gradcheck(run, (x, branch, w[0], w[1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
-    (x, w, b, r), _ = inputs(9, 32, 64)
-    for residual, gelu in ((None, True), (r, False)):
-        torch.library.opcheck(torch.ops.tinystory.linear, (x, w, b, residual, gelu, dtype))
-    torch.library.opcheck(torch.ops.tinystory.layer_norm, (r, b, b, dtype))
+    (x, w, b), y = inputs(9, 32, 64)
+    for gelu, out_dtype in ((True, dtype), (False, torch.float32)):
+        torch.library.opcheck(torch.ops.tinystory.linear, (x, w, b, gelu, dtype, out_dtype))
+    for branch in (None, y.to(dtype).requires_grad_()):
+        stream = torch.randn(9, 64, requires_grad=True)
+        torch.library.opcheck(torch.ops.tinystory.add_layer_norm, (stream, branch, b, b, 0.25, 3, dtype))
 
 
 def test_the_student_compiles_whole():
@@ -125,15 +146,18 @@ def test_the_student_compiles_whole():
 
 
 def test_errors_say_what_does_not_fit():
-    (x, w, b, r), _ = inputs(9, 32, 64)
+    (x, w, b), r = inputs(9, 32, 64)
     run = torch.ops.tinystory.linear
     with pytest.raises(RuntimeError, match="multiples of 32"):
-        run(x[:, :31].contiguous(), w[:, :31].contiguous(), b, None, False, torch.float32)
+        run(x[:, :31].contiguous(), w[:, :31].contiguous(), b, False, torch.float32, torch.float32)
     with pytest.raises(RuntimeError, match="do not fit"):
-        run(r, w, b, None, False, torch.float32)
-    with pytest.raises(RuntimeError, match="residual must be contiguous float32 of shape"):
-        run(x, w, b, x, False, torch.float32)
+        run(r, w, b, False, torch.float32, torch.float32)
     with pytest.raises(RuntimeError, match="linear: dtype must be float32 or bfloat16, not Half"):
-        run(x, w, b, None, False, torch.float16)
-    with pytest.raises(RuntimeError, match="layer_norm: dtype must be"):
-        torch.ops.tinystory.layer_norm(r, b, b, torch.float16)
+        run(x, w, b, False, torch.float16, torch.float32)
+    norm = torch.ops.tinystory.add_layer_norm
+    with pytest.raises(RuntimeError, match="add_layer_norm: y must be float32, bfloat16 or float16, not Double"):
+        norm(r, None, b, b, 0.0, 0, torch.float64)
+    with pytest.raises(RuntimeError, match="branch must be like x"):
+        norm(r, x, b, b, 0.0, 0, torch.float32)
+    with pytest.raises(RuntimeError, match=r"dropout_p must be in \[0, 1\), not 1"):
+        norm(r, r, b, b, 1.0, 0, torch.float32)

@@ -44,6 +44,7 @@ def interaction_run(folder, steps=20, stories=()):
             log.metrics(
                 step=step,
                 reward_mean=step / 100,
+                score_std=0.0 if step > 5 else 1.0,
                 readability_mean=1 + step / 100,
                 coherence_mean=1.5,
                 creativity_mean=2.0,
@@ -114,6 +115,7 @@ def test_headline_is_the_mean_of_five_steps_at_each_end(tmp_path):
     text = Page(write_report(tmp_path)).text
     assert "Mean reward0.03 → 0.18first 5 steps → last 5" in text
     assert "Readability1.03 → 1.18" in text
+    assert "in 15 of 20 steps all stories had the same score" in text
     assert "Words taken in2,0001,000 written" in text and "Unscored40" in text
     assert "rollout 20 s, 25%teacher 40 s, 50%update 20 s, 25%" in text
 
@@ -204,15 +206,15 @@ def told(step, texts):
 
 
 def test_the_page_shows_collapse(tmp_path):
-    """The last step tells one plot; its stories are drawn at random, repeats and all, and the same ones each time."""
+    """The last step tells one story; its stories are drawn at random, repeats and all, and the same ones each time."""
     rng = random.Random(0)
     different = [" ".join(f"w{rng.randrange(999)}" for _ in range(20)) for _ in range(8)]
     same = ["a girl named Peanut had a scarf and then it was gone for ever", *different[:1]]
     interaction_run(tmp_path, 2, told(1, different) + told(2, same[:1] * 7 + same[1:]))
     path = write_report(tmp_path)
     page = Page(path)
-    assert "Step 1: 8 plots in 8 stories, the largest of 1" in page.text
-    assert "Step 2: 2 plots in 8 stories, the largest of 7" in page.text
+    assert "Step 1: 8 clusters in 8 stories, the largest of 1" in page.text
+    assert "Step 2: 2 clusters in 8 stories, the largest of 7" in page.text
     widths = [value for name, value in page.attributes if name == "style" and "flex-grow: 7" in (value or "")]
     assert widths == ["flex-grow: 7"]
     drawn = page.text.split("Random, last step")[1].split("Best of the run")[0]

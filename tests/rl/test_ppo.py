@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig
-from tinystory.data.babylm import WordBudget
 from tinystory.rl import ppo
 from tinystory.student.generate import Story, encode_opening
 from tinystory.student.model import ValueHead
@@ -180,13 +179,9 @@ def test_whitening_sees_the_masked_entries_only():
 
 
 def test_adaptive_kl_follows_the_formula():
-    kl = ppo.AdaptiveKL(coef=0.2, target=6.0, horizon=10_000)
-    kl.update(6.6, stories=360)
-    assert kl.coef == pytest.approx(0.2 * (1 + 0.1 * 360 / 10_000))
-    kl.update(60.0, stories=360)  # the error is clipped at 0.2
-    assert kl.coef == pytest.approx(0.2 * (1 + 0.1 * 0.036) * (1 + 0.2 * 0.036))
-    kl.update(0.0, stories=360)
-    assert kl.coef == pytest.approx(0.2 * (1 + 0.1 * 0.036) * (1 + 0.2 * 0.036) * (1 - 0.2 * 0.036))
+    config = dataclasses.replace(CONFIG, kl_target=6.0, kl_horizon=10_000)
+    for kl, error in ((6.6, 0.1), (60.0, 0.2), (0.0, -0.2)):  # the error is clipped at 0.2
+        assert ppo.next_kl_coef(0.3, kl, 360, config) == pytest.approx(0.3 * (1 + error * 0.036))
 
 
 @pytest.mark.parametrize("opening_lengths", [(4, 4, 4), (4, 9, 1)])
@@ -295,7 +290,7 @@ def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
     with torch.no_grad():
         batch.logprobs, batch.values = ppo.response_stats(student, None, batch, 1.0)
     ref_logprobs = batch.logprobs - 2.0 * batch.mask  # 10 and 6 nats
-    head, kl, seen = ValueHead(student.config.n_embd), ppo.AdaptiveKL(0.2, target=6.0, horizon=10.0), {}
+    head, seen = ValueHead(student.config.n_embd), {}
     optimizer = torch.optim.SGD([*student.parameters(), *head.parameters()], lr=0.0)
 
     def rewards(*arguments):
@@ -305,22 +300,26 @@ def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
     token_rewards = ppo.token_rewards
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "token_rewards", rewards)
-        scores = torch.tensor([1.0, 0.5])
-        stats = ppo.step(
-            student,
-            head,
-            optimizer,
-            kl,
-            batch,
-            ref_logprobs,
-            ref_logprobs[..., None],
-            scores,
-            dataclasses.replace(CONFIG, epochs=1),
-        )
+        ref, config = (ref_logprobs, ref_logprobs[..., None]), dataclasses.replace(CONFIG, epochs=1)
+        stats = ppo.step(student, head, optimizer, batch, *ref, [1.0, 0.5], 0.2, config)
     assert stats["kl"] == pytest.approx(8.0, abs=1e-4) and stats["kl_coef"] == 0.2
     want = torch.tensor([[-0.4, -0.4, -0.4, -0.4, 0.6], [-0.4, -0.4, 0.1, 0.0, 0.0]])
     torch.testing.assert_close(seen["rewards"], want)
-    assert kl.coef == pytest.approx(0.2 * (1 + 0.2 * 2 / 10))
+
+
+def test_a_story_without_a_reward_has_no_part_in_a_step(student):
+    batch = random_batch([5, 3, 4], student.config.vocab_size)
+    with torch.no_grad():
+        batch.logprobs, _ = ppo.response_stats(student, None, batch, 1.0)
+    ref, ends, stats = (batch.logprobs - 0.1 * batch.mask, batch.logprobs[..., None]), [], []
+    for rows, rewards in (([0, 1, 2], [1.0, None, 0.5]), ([0, 2], [1.0, 0.5])):
+        learner, head, at = copy.deepcopy(student), ValueHead(student.config.n_embd), torch.tensor(rows)
+        optimizer, _ = ppo.make_optimizer(learner, head, CONFIG)
+        refs = [x[at] for x in ref]
+        stats.append(ppo.step(learner, head, optimizer, batch.rows(at), *refs, rewards, 0.2, CONFIG))
+        ends.append(learner.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert stats[0] == stats[1] | {"unscored": 1}
 
 
 def test_learning_moves_the_policy_towards_what_is_rewarded(student):
@@ -374,10 +373,3 @@ def test_a_batch_holds_each_story_after_its_own_opening(tokenizer):
         assert batch.tokens[b][batch.mask[b]].tolist() == story.tokens.tolist()
         assert torch.equal(batch.values[b, :n], story.values) and torch.equal(batch.logprobs[b, :n], story.logprobs)
     assert batch.predicts.sum() == batch.mask.sum()
-
-
-def test_budget_stops_before_it_is_overrun():
-    budget = WordBudget(limit_in=100, limit_out=1000, words_in=15)
-    assert budget.allows(85, 1000) and not budget.allows(86, 0) and not budget.allows(0, 1001)
-    budget.spend(80, 990)
-    assert budget.allows(5, 10) and not budget.allows(6, 10) and not budget.allows(5, 11)

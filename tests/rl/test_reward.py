@@ -1,30 +1,33 @@
 """From a score to a reward: the paper's formula, the difference from other stories, and a callable as the teacher."""
 
+import signal
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinystory.config import INTERACT_PRESETS
+from tinystory.config import INTERACT_PRESETS, InteractConfig
 from tinystory.rl.reward import differences, load_score, phrases, story_reward
 from tinystory.run.errors import UserError
 
-PAPER = {name: INTERACT_PRESETS["paper"][name] for name in ("diversity", "length_weight", "length_words", "unfinished")}
+PAPER = InteractConfig(**INTERACT_PRESETS["paper"])
 
 
 def test_reward_is_the_papers():
     for difference, ended in ((0.0, False), (1.0, True)):  # neither matters
-        assert story_reward(7 / 9, difference, 45, ended, **PAPER) == pytest.approx((7 / 9 + 0.4 * 45 / 90) / 1.4)
-        assert story_reward(1.0, difference, 90, ended, **PAPER) == 1.0
-        assert story_reward(1.0, difference, 500, ended, **PAPER) == 1.0
-        assert story_reward(0.0, difference, 0, ended, **PAPER) == 0.0
+        assert story_reward(PAPER, 7 / 9, difference, 45, ended) == pytest.approx((7 / 9 + 0.4 * 45 / 90) / 1.4)
+        assert story_reward(PAPER, 1.0, difference, 90, ended) == 1.0
+        assert story_reward(PAPER, 1.0, difference, 500, ended) == 1.0
+        assert story_reward(PAPER, 0.0, difference, 0, ended) == 0.0
 
 
 def test_sameness_and_a_cut_cost_a_part_of_the_reward():
-    how = dict(length_weight=0.0, length_words=90)
-    assert story_reward(0.8, 0.25, 50, True, diversity=1.0, unfinished=0.5, **how) == pytest.approx(0.8 * 0.25)
-    assert story_reward(0.8, 0.25, 50, True, diversity=0.5, unfinished=0.5, **how) == pytest.approx(0.8 * 0.625)
-    assert story_reward(0.8, 1.0, 50, False, diversity=1.0, unfinished=0.5, **how) == pytest.approx(0.4)
-    long = story_reward(0.8, 1.0, 90, True, diversity=1.0, unfinished=0.5, length_weight=0.4, length_words=90)
+    whole, half = (InteractConfig(length_weight=0.0, diversity=diversity, unfinished=0.5) for diversity in (1.0, 0.5))
+    assert story_reward(whole, 0.8, 0.25, 50, True) == pytest.approx(0.8 * 0.25)
+    assert story_reward(half, 0.8, 0.25, 50, True) == pytest.approx(0.8 * 0.625)
+    assert story_reward(whole, 0.8, 1.0, 50, False) == pytest.approx(0.4)
+    long = story_reward(InteractConfig(length_weight=0.4, length_words=90), 0.8, 1.0, 90, True)
     assert long == pytest.approx(1.2 / 1.4)
 
 
@@ -33,9 +36,9 @@ unit = st.floats(0, 1)
 
 @given(unit, unit, unit, st.integers(0, 300), st.booleans(), unit, unit)
 def test_a_reward_is_from_0_to_1_and_rises_with_the_difference(score, low, high, words, ended, diversity, unfinished):
-    how = dict(diversity=diversity, unfinished=unfinished, length_weight=0.4, length_words=90)
+    config = InteractConfig(diversity=diversity, unfinished=unfinished, length_weight=0.4, length_words=90)
     low, high = sorted((low, high))
-    rewards = [story_reward(score, difference, words, ended, **how) for difference in (low, high)]
+    rewards = [story_reward(config, score, difference, words, ended) for difference in (low, high)]
     assert -1e-12 <= rewards[0] <= rewards[1] + 1e-12 <= 1 + 2e-12
 
 
@@ -97,6 +100,15 @@ def test_the_scores_of_a_callable_are_checked(tmp_path):
         ("def f(o, s):\n    return ['0.5']\n", "gave '0.5'; a score is a number from 0 to 1, or None"),
         ("def f(o, s):\n    return [float('nan')]\n", "gave nan; a score is a number"),
         ("def f(o, s):\n    return [{}]\n", "gave {}; a score is a number"),
+        ("def f(o, s):\n    return [10**400]\n", "gave 1000"),
+        (
+            "class A:\n    def __repr__(self):\n        raise OSError('no')\ndef f(o, s):\n    return [A()]\n",
+            "line 3: OSError",
+        ),
+        ("class A(OSError):\n    def __str__(self):\n        1 / 0\ndef f(o, s):\n    raise A\n", "line 5: A: <"),
+        ("def f(o, s):\n    raise OSError('\\x1b[31mred')\n", "line 2: OSError: [31mred"),
+        ("import sys\nsys.exit(0)\n", "line 2: SystemExit: 0"),
+        ("def f(o, s):\n    exit()\n", "line 2: SystemExit"),
     ],
 )
 def test_a_reward_file_that_fails_is_one_sentence_with_its_line(tmp_path, body, words):
@@ -114,3 +126,33 @@ def test_scores_of_any_library_are_numbers(tmp_path):
     )
     assert list(load_score(f"{tmp_path / 'r.py'}:f")("o", ["a", "b"])) == [0.25, 1.0]
     assert list(load_score(f"{tmp_path / 'r.py'}:g")("o", ["a", "b"])) == [0.5, 1]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "def f(o, s):\n    time.sleep(60)\nimport time\n",
+        "def f(o, s):\n    while True: pass\n",
+        "import time\ntime.sleep(60)\n",
+        "def f(o, s):\n    while True:\n        try: time.sleep(60)\n        except Exception: pass\nimport time\n",
+        "def f(o, s):\n    try: time.sleep(60)\n    finally: time.sleep(60)\nimport time\n",
+    ],
+)
+def test_a_reward_that_hangs_is_one_sentence(tmp_path, body):
+    (tmp_path / "r.py").write_text(body)
+    with pytest.raises(UserError, match=r"r\.py.*: it took more than 0\.05 s \(--teacher-timeout\)$"):
+        load_score(f"{tmp_path / 'r.py'}:f", 0.05)("o", ["a"])
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_what_a_reward_does_to_torchs_settings_is_undone(tmp_path):
+    (tmp_path / "r.py").write_text(
+        "import torch\ntorch.set_default_dtype(torch.float64)\n"
+        "def f(o, s):\n    torch.set_default_dtype(torch.float16)\n    torch.set_default_device('meta')\n"
+        "    torch.set_grad_enabled(False)\n    torch.set_num_threads(1 + torch.get_num_threads())\n    return [0.5]\n"
+    )
+    settings = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.get_num_threads()
+    score = load_score(f"{tmp_path / 'r.py'}:f")
+    assert torch.get_default_dtype() == settings[0] and score("o", ["a"]) == [0.5]
+    now = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.get_num_threads()
+    assert now == settings

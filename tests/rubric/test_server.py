@@ -5,6 +5,7 @@ import http.client
 import json
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -249,6 +250,42 @@ def test_a_port_in_use_is_the_users_error(rubric):
 
     with pytest.raises(UserError, match="choose another"):
         asyncio.run(twice())
+
+
+# Strangers
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+GARBAGE = {
+    "bytes": b"\x00\xff\xfe\r\n\r\n",
+    "tls": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200)),
+    "no version": b"GET\r\n\r\n",
+    "length": HEAD + b"Content-Length: -5\r\n\r\n",
+    "chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\nabc\r\n",
+    "encoding": HEAD + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd",
+    "long header": b"GET / HTTP/1.1\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
+    "address": b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+def test_garbage_is_refused_without_a_traceback(url, caplog, what):
+    with socket.create_connection(url.split("/")[2].split(":"), timeout=10) as connection:
+        connection.sendall(GARBAGE[what])
+        assert b" 400 Bad Request" in connection.recv(100)
+        while connection.recv(1000):  # until it is closed
+            pass
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST", HEAD, HEAD + b"Content-Length: 9\r\n\r\n{"])
+def test_a_client_that_goes_away_in_the_middle_leaves_no_traceback(url, caplog, begun):
+    for linger in (struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)):  # a reset, and an orderly end
+        with socket.create_connection(url.split("/")[2].split(":"), timeout=10) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            connection.sendall(begun)
+            assert _raw(url, "GET", "/health")[0] == 200  # until the server has read it
+    assert _raw(url, "GET", "/health")[0] == 200 and not caplog.records
 
 
 # The command

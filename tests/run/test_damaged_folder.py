@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 
 import train_interact as interact
 import train_pretrain as pretrain
+from tinystory.evaluate.held_out import write_samples
 from tinystory.evaluate.preference import pair_of
 from tinystory.report.run import write_report
 from tinystory.run.errors import UserError
@@ -83,7 +83,7 @@ def test_a_run_without_a_checkpoint_starts_again_by_itself(place, tmp_path, comm
     command.main(["--resume", "--out", str(tmp_path / "killed")])
     assert "starts again" in capsys.readouterr().out
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
-    for name in ("stories.jsonl", "looks.jsonl") if command is interact else ():
+    for name in ("stories.jsonl", "evaluations.jsonl") if command is interact else ():
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
     assert len(metrics(tmp_path / "whole")) == len(metrics(tmp_path / "killed"))
 
@@ -148,7 +148,7 @@ def test_a_bit_flipped_in_each_file_in_turn_is_a_sentence_or_no_matter(place, tm
     with FaultServer(lambda story, n: "3 2 1") as server:
         interact.main([*init, "--teacher-url", server.url])
         files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file() and path.stat().st_size]
-        assert {"config.json", "metrics.jsonl", "replies.jsonl", "looks.jsonl"} <= {path.name for path in files}
+        assert {"config.json", "metrics.jsonl", "replies.jsonl", "evaluations.jsonl"} <= {path.name for path in files}
         for name in files:
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(whole, run)
@@ -170,7 +170,7 @@ PAIR = pair_of("Once", story_record(0)["story"], BETTER)
 RECORDS = {
     "metrics.jsonl": [dict(step=i, reward_mean=0.1 * i, score_mean=1.0, kl=None, teacher_cost=0.5) for i in (1, 2, 3)],
     "stories.jsonl": [story_record(i // 2, i, scores=dict(a=i % 4, b=1.5)) for i in range(6)],
-    "looks.jsonl": [story_record(i, i) for i in range(3)],
+    "evaluations.jsonl": [story_record(i, i) for i in range(3)],
     "samples.jsonl": [story_record(0, 7, when="before"), story_record(1, 7, when="after", story=BETTER)],
     "opinions.jsonl": [dict(judge="b", opening="Once", story=BETTER, scores=dict(a=2, b=1), score=None)],
     "preferences.jsonl": [PAIR._asdict() | dict(choice="second", by="ada")],
@@ -200,7 +200,7 @@ def test_no_harm_to_a_record_is_a_traceback(a_run, tmp_path_factory, data):
         lambda: read_metrics(folder),
         lambda: [list(read_records(folder / name)) for name in RECORDS],
         lambda: write_report(folder),
-        lambda: interact.print_summary(folder, list(read_records(folder / "samples.jsonl")), 1),
+        lambda: write_samples(folder, 1),
         lambda: RunLog(folder, resume_step=1).config({"device": "cpu"}),
     ):
         with contextlib.suppress(UserError):
@@ -224,24 +224,3 @@ def test_a_line_without_an_end_is_not_read_into_memory(tmp_path, monkeypatch):
         file.truncate(1 << 40)
     with pytest.raises(UserError, match="is over"):
         read_config(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "command", ["train_pretrain.py", "train_interact.py", "scripts/sample.py", "scripts/doctor.py"]
-)
-def test_ctrl_c_during_the_imports_prints_no_traceback(command):
-    """The signal arrives as soon as the interpreter has begun to import torch."""
-    process = subprocess.Popen(
-        [sys.executable, "-v", ROOT / command, "--help"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs start with it ignored
-    )  # fmt: skip
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if line.startswith("import 'torch."):
-            process.send_signal(signal.SIGINT)
-            break
-    said.append(process.stderr.read())
-    process.stderr.close()
-    assert process.wait(60) == -signal.SIGINT
-    assert "Traceback" not in "".join(said) and "KeyboardInterrupt" not in "".join(said)

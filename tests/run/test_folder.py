@@ -1,5 +1,6 @@
 """The run's folder after a kill, on a full disk, with a second run and with unusual values."""
 
+import errno
 import json
 import math
 import os
@@ -18,6 +19,8 @@ from tinystory.run.folder import (
     RunLog,
     atomic_file,
     atomic_write,
+    cannot_write,
+    held,
     plain,
     read_config,
     read_metrics,
@@ -84,15 +87,27 @@ def test_resume_cuts_back_to_the_checkpoint_and_goes_on_as_if_never_stopped(tmp_
     assert config["started"] == started and [each["step"] for each in config["resumed"]] == [2]
 
 
-def test_resume_cuts_looks_back_too(tmp_path):
-    """A look at step n is on disk before the checkpoint of step n, but for n = 0."""
+def test_another_number_of_threads_is_warned_of_on_resume(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    with RunLog(tmp_path, resume_step=None) as log:
+        log.config({"device": "cpu"})
+    RunLog(tmp_path, resume_step=0).config({"device": "cpu"})
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    RunLog(tmp_path, resume_step=0).config({"device": "cpu"})
+    said = capsys.readouterr().out
+    assert said.startswith("warning: 2 threads, where the run had 1:") and said.count("\n") == 1
+
+
+def test_resume_cuts_evaluations_back_too(tmp_path):
+    """The evaluation of step n is on disk before the checkpoint of step n, but for n = 0."""
     for resume_step, kept in ((2, [0, 2]), (1, [0]), (0, [])):
         folder = tmp_path / str(resume_step)
         with RunLog(folder, resume_step=None) as log:
             for step in (0, 2, 4):
-                log.looks([story_record(step)])
+                log.evaluations([story_record(step)])
         RunLog(folder, resume_step=resume_step).close()
-        assert [record["step"] for record in read_records(folder / "looks.jsonl")] == kept
+        assert [record["step"] for record in read_records(folder / "evaluations.jsonl")] == kept
 
     """Cut the file after each byte: readers and a resumed run see exactly the complete records."""
     a_run(tmp_path, 3)
@@ -179,6 +194,15 @@ def test_no_such_folder_and_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         RunLog(tmp_path / "file", resume_step=None)
+
+
+def test_what_cannot_be_written_is_said_with_its_cause(tmp_path):
+    for code, words in ((errno.EMFILE, "ulimit -n"), (errno.ENAMETOOLONG, "shorter"), (errno.EACCES, "another folder")):
+        said = str(cannot_write(tmp_path, OSError(code, os.strerror(code))))
+        assert os.strerror(code) in said and words in said and "free some space" not in said
+    assert "free some space" in str(cannot_write(tmp_path, OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(UserError, match="File name too long; choose a shorter name"), held(tmp_path / ("a" * 300)):
+        pass
 
 
 def test_atomic_file_leaves_the_old_content_when_its_writer_fails(tmp_path):

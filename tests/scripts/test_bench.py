@@ -137,12 +137,13 @@ def nanogpt(tmp_path, monkeypatch, bench):
     return tmp_path
 
 
-def test_peers_take_turns_and_a_slow_mode_is_measured_once(nanogpt, run, monkeypatch):
+@pytest.mark.parametrize("optimizer", [[], ["--optimizer", "muon"]], ids=["adamw", "muon"])
+def test_peers_take_turns_and_a_slow_mode_is_measured_once(nanogpt, run, monkeypatch, optimizer):
     order, seconds, (make, *rest) = [], {"ours": [], "peer": []}, timing.WORK["pretrain"]
 
-    def ours(setup, optimizer):
-        assert optimizer == "adamw"  # as nanoGPT's
-        step = make(setup, optimizer)
+    def ours(setup, **options):
+        assert options == dict(optimizer=(optimizer or ["adamw"])[-1])  # nanoGPT's, or ours
+        step = make(setup, **options)
 
         def lap():
             order.append("ours")
@@ -160,7 +161,7 @@ def test_peers_take_turns_and_a_slow_mode_is_measured_once(nanogpt, run, monkeyp
 
     monkeypatch.setitem(timing.WORK, "pretrain", (ours, *rest))
     monkeypatch.setattr(peers, "Peer", Watched)
-    found = run("peers", "--nanogpt", str(nanogpt), "--new", "9", "--runs", "3")["peers"]["pretrain"]
+    found = run("peers", "--nanogpt", str(nanogpt), "--new", "9", "--runs", "3", *optimizer)["peers"]["pretrain"]
     assert order == ["ours"] + ["ours", "peer"] * 3  # one to warm up
     turns = [peer / our for peer, our in zip(seconds["peer"], seconds["ours"][1:], strict=True)]
     assert found["ratio"] == pytest.approx(statistics.median(turns), abs=0.006)

@@ -30,9 +30,11 @@ def test_it_says_why_there_are_no_kernels(capsys, monkeypatch, tmp_path):
     assert tmp_path in library.parents
     library.parent.mkdir(parents=True)
     library.write_text("no machine code")
+    assert "damaged" in told(capsys)["kernels"]
+    library.with_name("built").write_text(doctor.build.sha256(library))
     assert f"delete {library.parent}" in told(capsys)["kernels"]
     monkeypatch.setenv("TINYSTORY_KERNELS", "reference")
-    assert "switched off" in told(capsys)["kernels"]
+    assert "reference: plain PyTorch runs" in told(capsys)["kernels"]
     monkeypatch.delenv("TINYSTORY_KERNELS")
     monkeypatch.setenv("CXX", "no-such-compiler")
     lines = told(capsys)

@@ -16,6 +16,7 @@ def test_it_exists_and_its_help_says_what_to_type(name, monkeypatch, capsys):
     module = importlib.import_module(ENTRY_POINTS[name].replace("tinystory_scripts.", "scripts."))
     script = f"python {module.__name__.replace('.', '/')}.py"
     assert paths.usage(f"{script} --out x") == f"{script} --out x"
+    assert paths.usage(script, "--out", "my runs/a") == f"{script} --out 'my runs/a'"
     monkeypatch.setattr(paths, "ROOT", ROOT / "tests")  # a folder without pyproject.toml, as site-packages is
     assert paths.usage(f"{script} --out x") == f"{name} --out x"
     with pytest.raises(SystemExit):

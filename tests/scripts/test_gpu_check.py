@@ -1,13 +1,13 @@
 """What `make gpu-check` makes of commands that pass, fail, are missing or take too long."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import fails
 
-from scripts import bench
+from scripts import bench, gpu_check
 from scripts.gpu_check import commands, run_all, table
 from tinystory.run.paths import ROOT
 
@@ -66,8 +66,6 @@ def test_its_commands_exist():
             assert all(word in tests for word in chosen), name
 
 
-def test_without_a_gpu_it_says_so():
-    if torch.cuda.is_available():
-        return
-    asked = subprocess.run([sys.executable, "scripts/gpu_check.py"], cwd=ROOT, capture_output=True, text=True)
-    assert asked.returncode != 0 and "there is no GPU" in asked.stderr and "Traceback" not in asked.stderr
+def test_without_a_gpu_it_says_so(capsys):
+    if not torch.cuda.is_available():
+        assert "there is no GPU" in fails(gpu_check.main, [], capsys)

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
-from tinystory.student import checkpoint
+from tinystory.run.folder import write_manifest
+from tinystory.student import checkpoint, hf
 from tinystory.student.model import Student, StudentConfig
+from train_pretrain import RunState
 
 
 def save(folder, student, tokenizer, step=3, state=None):
@@ -27,15 +29,14 @@ def save(folder, student, tokenizer, step=3, state=None):
 
 def seal(folder):
     """Make the manifest agree with the files, as whoever changes a checkpoint on purpose would."""
-    files = {name: folder / name for name in checkpoint.FILES}
-    sealed = {n: {"size": path.stat().st_size, "sha256": checkpoint.file_hash(path)} for n, path in files.items()}
-    (folder / "manifest.json").write_text(json.dumps(sealed))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
 
 
 def test_comes_back_as_it_went(tmp_path, student, tokenizer):
     folder = save(tmp_path / "chck_1M", student, tokenizer)
     loaded, loaded_tokenizer, facts = checkpoint.load(folder)
-    state, counters = checkpoint.load_trainer(folder)
+    state, counters = checkpoint.load_trainer(folder, dict)
     assert loaded.config == student.config and facts == {"words": 7} and counters == {"step": 3}
     assert all(
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), student.state_dict().values(), strict=True)
@@ -66,8 +67,8 @@ def test_superseded_ones_go_and_milestones_stay(tmp_path, student, tokenizer):
         last = save(tmp_path / "checkpoints" / name, student, tokenizer, step=step)
     (tmp_path / "checkpoints" / ".step_0000011").mkdir()  # half written by a killed process
     checkpoint.drop_older(last)
-    kept = ["chck_1M", "step_0000007", "step_0000009"]  # the last two: one of them may be damaged later
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == kept
+    names = ["chck_1M", "step_0000007", "step_0000009"]  # the last two: one of them may be damaged later
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == names
 
 
 def test_optimizer_round_trip(student):
@@ -100,13 +101,13 @@ def test_best_is_replaced_shown_and_never_resumed_from(tmp_path, student, tokeni
     for step, name in enumerate(("start", "step_0000001", "best")):
         with torch.no_grad():
             student.wte.weight[0, 0] = step
-        how = dict(facts={}, state={}, counters={"step": step})
-        checkpoint.save(tmp_path / "checkpoints" / name, student, tokenizer, **how)
+        state = dict(facts={}, state={}, counters={"step": step})
+        checkpoint.save(tmp_path / "checkpoints" / name, student, tokenizer, **state)
     assert checkpoint.find(tmp_path).name == "best" and checkpoint.newest(tmp_path).name == "step_0000001"
     with torch.no_grad():
         student.wte.weight[0, 0] = 9
-    assert corner(checkpoint.save(checkpoint.find(tmp_path), student, tokenizer, **how)) == 2
-    assert corner(checkpoint.save(checkpoint.find(tmp_path), student, tokenizer, **how, replace=True)) == 9
+    assert corner(checkpoint.save(checkpoint.find(tmp_path), student, tokenizer, **state)) == 2
+    assert corner(checkpoint.save(checkpoint.find(tmp_path), student, tokenizer, **state, replace=True)) == 9
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"start", "step_0000001", "best"}
     assert checkpoint.find(tmp_path / "checkpoints" / "start").name == "start"
 
@@ -135,17 +136,6 @@ def test_a_wrong_checkpoint_is_told_in_a_sentence(tmp_path, student, tokenizer, 
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
-@pytest.mark.parametrize("size", [300, 320])
-def test_another_vocabulary_is_refused(tmp_path, student, tokenizer, size):
-    """Also one of the same size: its stories would be gibberish, and nothing else would tell."""
-    other = type(tokenizer).train(["a different text, " * 50, *tiny_stories(50)[::2]], size)
-    folder = save(tmp_path / "c", student, tokenizer)
-    other.save(folder / "tokenizer.json")
-    seal(folder)
-    with pytest.raises(UserError, match="another vocabulary"):
-        checkpoint.load(folder)
-
-
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, student, tokenizer, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -171,15 +161,15 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(tmp_path, stu
     for harm in (lambda path: flip(path, path.stat().st_size // 2), Path.unlink):
         harm(folder / name)
         assert checkpoint.newest_whole(tmp_path).name == "step_0000003"
-        said = capsys.readouterr().err
-        assert str(folder) in said and name in said and said.count("\n") == 1
+        err = capsys.readouterr().err
+        assert str(folder) in err and name in err and err.count("\n") == 1
         if name not in ("trainer.json", "manifest.json"):  # found before anything is read from them
             with pytest.raises(UserError, match=re.escape(str(folder)) + ".*" + name):
                 checkpoint.load(folder)
     again = save(tmp_path / "checkpoints" / "step_0000007", student, tokenizer, step=7)  # the resumed run comes by
     assert checkpoint.newest_whole(tmp_path) == again
-    for each in (again, tmp_path / "checkpoints" / "step_0000003"):
-        flip(each / name, 0)
+    for checkpoint_folder in (again, tmp_path / "checkpoints" / "step_0000003"):
+        flip(checkpoint_folder / name, 0)
     with pytest.raises(UserError, match="every checkpoint"):
         checkpoint.newest_whole(tmp_path)
 
@@ -188,7 +178,7 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(tmp_path, stu
     "claim",
     [dict(n_head=0), dict(n_head=-2), dict(n_layer=10**9), dict(n_layer=3), dict(n_embd=10**7, n_head=10**6),
      dict(n_head=3), dict(n_embd=2.0), dict(context=None), dict(vocab_size=2**60), dict(n_layer=True), dict(extra=1),
-     dict(facts=[]), dict(facts={"words": "many"}), dict(facts={"corpus": [1]}), dict(n_head=4)],
+     dict(n_head=4)],
 )  # fmt: skip
 def test_what_a_hostile_model_json_claims_is_refused_before_it_is_allocated(tmp_path, student, tokenizer, claim):
     folder = save(tmp_path / "c", student, tokenizer)
@@ -204,12 +194,14 @@ def test_what_a_hostile_model_json_claims_is_refused_before_it_is_allocated(tmp_
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused(tmp_path, student, tokenizer, value):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
+def test_weights_with_which_nothing_can_be_computed_are_refused(tmp_path, student, tokenizer, value):
     with torch.no_grad():
         student.blocks[1].fc.weight[3, 5] = value
-    with pytest.raises(UserError, match=r"NaN or infinite weights, in blocks\.1\.fc\.weight"):
-        checkpoint.load(save(tmp_path / "c", student, tokenizer))
+    hf.write(tmp_path / "foreign", student, tokenizer)
+    for folder in (save(tmp_path / "c", student, tokenizer), tmp_path / "foreign"):
+        with pytest.raises(UserError, match=r"NaN, infinite or absurdly large weights, in blocks\.1\.fc\.weight"):
+            checkpoint.load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -233,24 +225,18 @@ def whole(tmp_path_factory):
 
 @given(data=st.data())
 def test_no_harm_to_a_checkpoint_is_a_traceback(whole, tmp_path_factory, data):
-    """Bytes cut, flipped and replaced, values of other types, keys that are missing: with a manifest that agrees."""
+    """Bytes cut, flipped and replaced, values of other types, keys that are missing."""
     run = tmp_path_factory.mktemp("harmed")
     shutil.copytree(whole, run, dirs_exist_ok=True)
-    folder = run / "checkpoints" / "a"
-    path = folder / data.draw(st.sampled_from([*checkpoint.FILES, "manifest.json"]))
-    damage(path, data)
-    if path.name != "manifest.json" and data.draw(st.booleans()):
-        seal(folder)
+    damage(run / "checkpoints" / "a" / data.draw(st.sampled_from([*checkpoint.FILES, "manifest.json"])), data)
     student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=16, context=8, vocab_size=320))
     optimizer = torch.optim.Adam(student.parameters())
     names = [name for name, _ in student.named_parameters()]
-    for use in (
-        lambda: checkpoint.newest(run),
-        lambda: checkpoint.newest_whole(run),
-        lambda: checkpoint.load(checkpoint.find(run)),
-        lambda: checkpoint.restore(student, folder),
-        lambda: checkpoint.unpack_optimizer(optimizer, names, checkpoint.load_trainer(folder)[0]),
-        lambda: checkpoint.load_trainer(folder, ("step", "words", "tokens", "corpus")),
-    ):
-        with contextlib.suppress(UserError):
-            use()
+    checkpoint.newest(run)
+    with contextlib.suppress(UserError):
+        folder = checkpoint.newest_whole(run)
+        checkpoint.load(checkpoint.find(run))
+        checkpoint.restore(student, folder)
+        state, _ = checkpoint.load_trainer(folder, dict)
+        checkpoint.unpack_optimizer(optimizer, names, state)
+        checkpoint.load_trainer(folder, RunState)

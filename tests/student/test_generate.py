@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tinystory import ops
 from tinystory.rl import ppo
 from tinystory.run.errors import UserError
 from tinystory.student import generate as generation
-from tinystory.student.generate import TokenStep, encode_opening, generate, student_steps
+from tinystory.student.generate import Sampling, TokenStep, encode_opening, generate, require_room, student_steps
 from tinystory.student.model import KVCache, Student, StudentConfig, ValueHead
 
 OPENING = "Once upon a time,"
@@ -57,6 +58,12 @@ def test_threads_change_nothing(eager_to_end, tokenizer):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("prompt, advice", [(60, "lower --max-new-tokens to 4, or"), (64, "64: shorten the opening")])
+def test_an_opening_that_leaves_no_room_is_to_be_shortened(student, prompt, advice):
+    with pytest.raises(UserError, match=advice):
+        require_room(student, [0] * prompt, 8)
 
 
 def test_another_seed_or_index_is_another_story(student, tokenizer):
@@ -118,14 +125,14 @@ def test_greedy_at_temperature_zero(student, tokenizer):
         row = torch.cat([row, torch.tensor([token])])
 
 
-def test_a_context_too_short_is_told(student, tokenizer):
+def test_a_context_too_short_is_an_error(student, tokenizer):
     with pytest.raises(UserError, match="--max-new-tokens"):
         write(student, tokenizer, max_new_tokens=64)
 
 
 # --- the token step that CUDA captures --------------------------------------------------------------------------------
 PROMPTS, COUNT, NEW = ((5, 6, 7), (8,), (9, 6, 5, 7, 8, 5)), 100, 30
-HOW = dict(max_new_tokens=NEW, first_row=11)
+FIRST_ROW = 11
 DRAWS = dict(seed=3, temperature=0.9, top_k=200, top_p=0.99)
 
 
@@ -141,7 +148,7 @@ def never(alive, rows, on_graph):
     return rows
 
 
-def as_on_a_gpu(alive, rows, on_graph, rule=generation.rows_to_keep):
+def as_on_a_gpu(alive, rows, on_graph, rule=generation.next_batch_size):
     return rule(alive, rows, True)
 
 
@@ -161,20 +168,20 @@ def head():
 
 def steps_of(student, head, eos, dtype=torch.float32):
     """The outputs after all steps, and the rows that ended with each."""
-    prompts, which = [torch.tensor(prompt) for prompt in PROMPTS], torch.arange(COUNT) % len(PROMPTS)
-    with torch.no_grad(), torch.autocast(which.device.type, dtype, enabled=dtype != torch.float32):
-        steps = [*student_steps(student, head, prompts, which, dtype, eos=eos, **HOW, **DRAWS)]
+    prompts, prompt_of = [torch.tensor(prompt) for prompt in PROMPTS], torch.arange(COUNT) % len(PROMPTS)
+    with torch.no_grad(), torch.autocast(prompt_of.device.type, dtype, enabled=dtype != torch.float32):
+        steps = [*student_steps(student, head, prompts, prompt_of, Sampling(NEW, eos, **DRAWS), FIRST_ROW)]
     return steps[-1][0], [ended for _, ended in steps] + [[]] * (NEW - len(steps))
 
 
 @torch.no_grad()
 def steps_by_definition(student, head, eos, dtype):
     """Every row goes on to the last step, and what follows its end is wiped out."""
-    rows, which = torch.arange(COUNT), torch.arange(COUNT) % len(PROMPTS)
-    cache = KVCache(student.config, torch.tensor([[0, 3], [3, 4], [4, 10]])[which], NEW, dtype)
-    columns, hidden = [], student.prefill([torch.tensor(prompt) for prompt in PROMPTS], cache)[which]
+    rows, prompt_of = torch.arange(COUNT), torch.arange(COUNT) % len(PROMPTS)
+    cache = KVCache(student.config, torch.tensor([[0, 3], [3, 4], [4, 10]])[prompt_of], NEW, dtype)
+    columns, hidden = [], student.prefill([torch.tensor(prompt) for prompt in PROMPTS], cache)[prompt_of]
     for t in range(NEW):
-        drawn, logprobs, entropies = ops.sample(student.logits(hidden), rows=rows + HOW["first_row"], step=t, **DRAWS)
+        drawn, logprobs, entropies = ops.sample(student.logits(hidden), rows=rows + FIRST_ROW, step=t, **DRAWS)
         columns.append((drawn, logprobs, head(hidden), entropies))
         hidden = student.step(drawn, cache)
     outputs = [torch.stack(column, 1) for column in zip(*columns, strict=True)]
@@ -189,7 +196,7 @@ def steps_by_definition(student, head, eos, dtype):
 )
 def test_rows_that_have_ended_change_nothing(ends_soon, head, tokenizer, monkeypatch, rule, dtype):
     """However long they stay in the batch."""
-    monkeypatch.setattr(generation, "rows_to_keep", rule)
+    monkeypatch.setattr(generation, "next_batch_size", rule)
     outputs, ended = steps_of(ends_soon, head, tokenizer.eos, dtype)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         defined, ended_there = steps_by_definition(ends_soon, head, tokenizer.eos, dtype)
@@ -275,27 +282,27 @@ def test_what_a_recorded_step_cannot_serve_is_recorded_anew(ends_soon, head, tok
         steps_of(ends_soon, head, tokenizer.eos), steps_by_definition(ends_soon, head, tokenizer.eos, torch.float32)
     )
     assert len(recorded) > before
-    step = generation.KEPT[ends_soon]
-    how = step.how
-    assert step.serves(head, COUNT - 1, 9, torch.float32, how)
+    step = generation.TOKEN_STEPS[ends_soon]
+    assert step.fits(head, COUNT - 1, 9, step.sampling)
     for other in [
-        (None, COUNT, 9, torch.float32, how),
-        (head, COUNT + 1, 9, torch.float32, how),
-        (head, COUNT, 2000, torch.float32, how),
-        (head, COUNT, 9, torch.bfloat16, how),
-        (head, COUNT, 9, torch.float32, how | {"seed": 4}),
+        (None, COUNT, 9, step.sampling),
+        (head, COUNT + 1, 9, step.sampling),
+        (head, COUNT, 2000, step.sampling),
+        (head, COUNT, 9, replace(step.sampling, seed=4)),
     ]:
-        assert not step.serves(*other)
+        assert not step.fits(*other)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not step.fits(head, COUNT, 9, step.sampling)
 
 
 def test_a_student_that_is_gone_keeps_no_step(tokenizer, recorded):
     student = Student(StudentConfig(n_layer=1, n_head=2, n_embd=32, context=40, vocab_size=320))
     steps_of(student, None, tokenizer.eos)
-    assert student in generation.KEPT
-    kept = weakref.ref(generation.KEPT[student])
+    step = weakref.ref(generation.TOKEN_STEPS[student])
+    assert step() is not None
     del student
     gc.collect()
-    assert kept() is None
+    assert step() is None
 
 
 def test_columns_that_pad_the_vocabulary_are_never_drawn(head, tokenizer, recorded):
@@ -304,13 +311,15 @@ def test_columns_that_pad_the_vocabulary_are_never_drawn(head, tokenizer, record
     assert_same_steps(
         steps_of(student, head, tokenizer.eos), steps_by_definition(student, head, tokenizer.eos, torch.float32)
     )
-    assert len(generation.KEPT[student].unembedding) == 384
+    assert len(generation.TOKEN_STEPS[student].unembedding) == 384
 
 
-def test_the_host_looks_at_a_step_when_later_ones_are_launched(ends_soon, tokenizer, recorded, monkeypatch):
-    launched, looked = [], []
+def test_the_host_reads_a_step_when_later_ones_are_launched(ends_soon, tokenizer, recorded, monkeypatch):
+    launched, launched_at_read = [], []
     advance, wait = Recorded.advance, generation.Download.wait
-    monkeypatch.setattr(Recorded, "advance", lambda self: (launched.append(len(looked)), advance(self)))
-    monkeypatch.setattr(generation.Download, "wait", lambda self: (looked.append(len(launched)), wait(self))[1])
+    monkeypatch.setattr(Recorded, "advance", lambda self: (launched.append(self), advance(self)))
+    monkeypatch.setattr(
+        generation.Download, "wait", lambda self: (launched_at_read.append(len(launched)), wait(self))[1]
+    )
     steps_of(ends_soon, None, -5)  # no story ends early
-    assert looked == [min(t + generation.AHEAD, NEW - 1) for t in range(NEW)]
+    assert launched_at_read == [min(t + generation.STEPS_AHEAD, NEW - 1) for t in range(NEW)]

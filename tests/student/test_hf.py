@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import train_interact
 from scripts import export_hf
 from tinystory.data.tokenizer import BYTE_OF_CHAR, Tokenizer
 from tinystory.run.errors import UserError
-from tinystory.student import checkpoint, hf
+from tinystory.student import checkpoint, hf, memory
 from tinystory.student.model import Student, StudentConfig
 
 TEXTS = [*tiny_stories(3), *AWKWARD, "".join(AWKWARD), "<s>a</s>b<pad>", "Ça va déjà? 猫が 🐈‍⬛ ٣٤", ""]
@@ -41,8 +42,8 @@ def gpt2_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     for layer in range(config["n_layer"]):
         at = f"h.{layer}"
         q, k, v = (
-            each.view(T, H, -1).transpose(0, 1)
-            for each in conv(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn").split(C, -1)
+            part.view(T, H, -1).transpose(0, 1)
+            for part in conv(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn").split(C, -1)
         )
         weights = (q @ k.transpose(1, 2) / (C // H) ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
         x = x + conv((weights.softmax(-1) @ v).transpose(0, 1).reshape(T, C), f"{at}.attn.c_proj")
@@ -92,8 +93,8 @@ def test_transformers_reads_it_with_no_code_of_ours(exported, student, tokenizer
 
 
 def test_the_tokenizer_gives_no_token_types(exported):
-    told = json.loads((exported / "tokenizer_config.json").read_text())
-    assert told["model_input_names"] == ["input_ids", "attention_mask"]  # others would change GPT-2's logits
+    settings = json.loads((exported / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # others would change GPT-2's logits
 
 
 def test_there_and_back(exported, student, tokenizer):
@@ -209,7 +210,7 @@ REFUSED = {
     "scale_attn_by_inverse_layer_idx is True": config(scale_attn_by_inverse_layer_idx=True),
     "end token is 260 and that of config.json is 5": config(eos_token_id=5),
     "nor vocab.json with merges.txt": lambda folder: (folder / "merges.txt").unlink(),
-    "cannot read .*vocab.json": lambda folder: (folder / "vocab.json").write_text("[" * 100_000),
+    "vocab.json is damaged: it is nested too deep": lambda folder: (folder / "vocab.json").write_text("[" * 100_000),
     "has 262 tokens and the model 261": lambda folder: edit(folder / "vocab.json", extra=261),
     "cannot be used here": lambda folder: edit(folder / "vocab.json", the=[]),
 }
@@ -222,11 +223,25 @@ def test_what_is_refused(foreign, complaint):
         checkpoint.load(foreign)
 
 
+@pytest.mark.parametrize("memory_gb", [1, 10**6])
+def test_a_claim_of_more_layers_than_memory_holds_is_refused_before_anything_is_allocated(
+    foreign, monkeypatch, memory_gb
+):
+    monkeypatch.setattr(memory, "total", lambda device: memory_gb << 30)
+    edit(foreign / "config.json", n_layer=100_000)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="GB of memory" if memory_gb == 1 else "has no tensor h.2"):
+        checkpoint.load(foreign)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 << 20  # the file of the sizes may take 64 MB
+
+
 def test_interaction_starts_from_it(foreign, tmp_path):
     (tmp_path / "words.py").write_text("def score(opening, stories):\n    return [0.5] * len(stories)\n")
     out = tmp_path / "run"
     options = dict(init=foreign, out=out, reward=f"{tmp_path / 'words.py'}:score", steps=1, stories_per_step=4)
-    options |= dict(max_new_tokens=8, opening="the", device="cpu")
+    options |= dict(max_new_tokens=8, openings="the", device="cpu")
     train_interact.main([word for name, v in options.items() for word in (f"--{name.replace('_', '-')}", str(v))])
     student, tokenizer, facts = checkpoint.load(checkpoint.newest(out))
     assert tokenizer.eos == student.config.vocab_size - 1 and facts["interaction_words_out"] > 0
@@ -277,9 +292,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif self.path.startswith("/api/models/me/tale/branch/"):
             self.answer(200, {})
         elif self.path.startswith("/api/models/me/tale/preupload/"):
-            asked = json.loads(body)["files"]
+            files = json.loads(body)["files"]
             self.answer(
-                200, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
+                200, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
             )
         elif self.path.startswith("/api/models/me/tale/commit/"):
             for line in map(json.loads, body.splitlines()):

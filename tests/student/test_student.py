@@ -23,11 +23,11 @@ def test_reading_and_writing_agree(student):
     for t in range(6, 14):
         read = student.step(tokens[rows, t - behind], cache)
         torch.testing.assert_close(read, whole[rows, t - behind], atol=1e-4, rtol=1e-4)
-    kept, behind = torch.tensor([2, 0]), torch.tensor([2, 0])
-    cache.keep(kept)
+    remaining, behind = torch.tensor([2, 0]), torch.tensor([2, 0])
+    cache.keep(remaining)
     for t in range(14, 20):
-        read = student.step(tokens[kept, t - behind], cache)
-        torch.testing.assert_close(read, whole[kept, t - behind], atol=1e-4, rtol=1e-4)
+        read = student.step(tokens[remaining, t - behind], cache)
+        torch.testing.assert_close(read, whole[remaining, t - behind], atol=1e-4, rtol=1e-4)
 
 
 def test_the_trunk_is_gpt2s_block_by_the_paper(student):

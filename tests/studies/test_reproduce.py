@@ -59,7 +59,7 @@ def test_the_objective_is_the_papers_unless_told_otherwise(tmp_path, monkeypatch
     assert {name: getattr(paper, name) for name in want} == want
     assert {name: getattr(demo, name) for name in want} == {name: getattr(InteractConfig, name) for name in want}
     said = capsys.readouterr().out
-    assert "objective paper: opening 'Let me tell you" in said and "objective demo: opening ''" in said
+    assert "objective paper: openings 'Let me tell you" in said and "objective demo: openings 'builtin'" in said
 
 
 def test_a_start_without_a_checkpoint_is_refused_before_anything_is_written(tmp_path, capsys):
@@ -244,7 +244,7 @@ def experiment(tmp_path):
             story_record(step, story=f"{which} at {step} <i>")
             for step in (0, 10, 40) for which in ("first", "second")
         ]  # fmt: skip
-        (folder / "looks.jsonl").write_text("".join(json.dumps(each) + "\n" for each in told))
+        (folder / "evaluations.jsonl").write_text("".join(json.dumps(each) + "\n" for each in told))
     return tmp_path
 
 

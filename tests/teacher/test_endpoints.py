@@ -262,6 +262,12 @@ def test_extra_fields_and_headers_are_merged_into_each_request(tmp_path):
         ('{"a": NaN}', "must be a JSON object"),
         ('{"max_tokens": 99}', "cannot set max_tokens"),
         ('{"extra_headers": {"Authorization": "Bearer x"}}', "OPENAI_API_KEY"),
+        ('{"extra_headers": {"X-Api-Password": "x"}}', "such as X-Api-Password"),
+        ('{"extra_headers": {"X-Team": "sk-planted-0123456789"}}', "such as X-Team"),
+        ('{"api_key": "x"}', "such as api_key"),
+        ('{"extra_query": {"access_token": "x"}}', "such as access_token"),
+        ('{"extra_query": {"version": "1"}}', "cannot set extra_query"),
+        ('{"extra_body": {"a": [{"client_secret": "x"}]}}', "such as client_secret"),
         ('{"extra_headers": {"a": "b\\nc: d"}}', "one line of text"),
         ('{"extra_headers": 3}', "one line of text"),
     ],
@@ -270,6 +276,14 @@ def test_extra_fields_that_cannot_be_used_are_one_sentence(text, words):
     with pytest.raises(UserError) as caught:
         load_extra(text)
     assert_one_clean_sentence(caught, "--teacher-extra", words)
+
+
+def test_fields_that_only_sound_like_secrets_are_extra_fields():
+    text = '{"prompt_cache_key": "a", "stop_token_ids": [1], "max_output_tokens": 9, "metadata": {"author": "me"}}'
+    assert load_extra(text) == json.loads(text)
+    opened = open_grader(InteractConfig(reward="random", teacher_extra='{"api_key": "x"}'), corpus=None)
+    with pytest.raises(UserError, match="api_key"), opened:  # nothing is asked, but it would be recorded
+        pass
 
 
 # Models that think.

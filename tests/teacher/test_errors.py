@@ -10,8 +10,10 @@ import pytest
 from aiohttp import web
 from fault_server import KEY, FaultServer, assert_one_clean_sentence, closed_port, error
 
+from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.grader import open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -49,6 +51,16 @@ def test_nothing_there():
     with Teacher(url) as teacher, pytest.raises(UserError) as caught:
         teacher.probe()
     assert_one_clean_sentence(caught, f"{url}/v1", "cannot be reached", "start it")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how openai hands aiohttp the proxy's password
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_is_away_is_named(scheme, monkeypatch):
+    proxy = closed_port()
+    monkeypatch.setenv(f"{scheme.upper()}_PROXY", proxy.replace("//", f"//me:{KEY}@"))
+    with Teacher(f"{scheme}://teacher.example/v1") as teacher, pytest.raises(UserError) as caught:
+        teacher.probe()
+    assert_one_clean_sentence(caught, "teacher.example", f"start the proxy {proxy[7:]}", "NO_PROXY")
 
 
 def test_a_server_that_goes_away_stops_the_run():
@@ -116,3 +128,30 @@ def test_a_key_that_a_reply_echoes_is_not_kept(monkeypatch, tmp_path):
     with FaultServer(lambda story, n: f"your key is {KEY}") as server, Teacher(server.url, cache=kept) as teacher:
         (grade,) = teacher.grade("Once", ["A dog ran."], 0)
     assert grade.reply == "your key is [key]" and KEY not in kept.read_text()
+
+
+@pytest.mark.parametrize("key", ["0", "1", "3", "none"])
+def test_a_dummy_key_is_no_secret_and_no_reply_loses_a_digit(key, monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    kept = tmp_path / "replies.jsonl"
+    with FaultServer(lambda story, n: "3 1 0") as server:
+        for again in (False, True):  # from the server, then from the file
+            with Teacher(server.url, cache=kept) as teacher:
+                (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+            assert list(grade.scores.values()) == [3, 1, 0] and grade.reply == "3 1 0", again
+        assert len(server.requests) == 2  # the probe's story and this one
+
+
+def test_what_a_server_calls_its_models_is_shown_without_escape_sequences(capsys):
+    with FaultServer(models=["\x1b]0;owned\x07good\x1b[31m\u202e", "\x1b"]) as server:
+        config = InteractConfig(teacher_url=[server.url])
+        with open_grader(config, corpus=None) as grader:
+            assert grader.facts["scored_by"] == f"]0;ownedgood[31m at {server.url}"
+            assert {request["model"] for request in server.requests} == {"]0;ownedgood[31m"}
+        with (
+            pytest.raises(UserError) as caught,
+            open_grader(InteractConfig(teacher_url=["http://\x1b[31m"]), corpus=None),
+        ):
+            pass
+    assert_one_clean_sentence(caught)
+    assert capsys.readouterr().out.replace("\n", "").isprintable()

@@ -94,13 +94,13 @@ def init(tokenizer, tmp_path_factory) -> str:
 
 def arguments(init: str, out: Path, url: str = "") -> list[str]:
     teacher = ["--teacher-url", url, "--teacher-concurrency", "3"] if url else []
-    # Six stories can have no signal, and a student that stays where it is tells a look's stories again: from the cache.
+    # Six stories can have no signal, and a student that stays where it is tells the same stories again: from the cache.
     return ["--init", init, "--out", str(out), "--no-signal-gate", *teacher, *SHORT]
 
 
 def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(init, tmp_path):
     """It is stopped by Ctrl-C in the second of four steps of six stories, then by kill -9 in the third. The student is
-    looked at, by four stories, before the first step and after the second."""
+    evaluated, by four stories, before the first step and after the second."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     answered = alive = 0
 
@@ -147,7 +147,7 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(i
         server.seen.clear()
         interact.main(arguments(init, whole, server.url))
     assert_same_bits(whole, stopped)
-    for name in ("stories.jsonl", "looks.jsonl", "samples.jsonl"):
+    for name in ("stories.jsonl", "evaluations.jsonl", "samples.jsonl"):
         assert (whole / name).read_text() == (stopped / name).read_text()
 
 
@@ -169,8 +169,8 @@ def test_a_run_whose_teacher_gave_no_scores_goes_on_once_it_is_mended(init, tmp_
     assert "I loved it!" in (out / "replies.jsonl").read_text()
 
 
-def test_a_teacher_that_refuses_during_a_look_costs_no_step(init, tmp_path, capsys):
-    """Its quota ends with the second step, before the look that follows. The run then ends as one that was never
+def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(init, tmp_path, capsys):
+    """Its quota ends with the second step, before the evaluation that follows. The run then ends as one that was never
     stopped: with the same weights, and with no reply paid for twice."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     with FaultServer(lambda story, n: honest(story)) as server:

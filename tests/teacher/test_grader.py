@@ -3,9 +3,9 @@
 import pytest
 from fault_server import FaultServer
 
-from tinystory.config import InteractConfig
-from tinystory.run.device import Interrupted, Stop
-from tinystory.run.errors import UserError
+from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
+from tinystory.run.device import Stop
+from tinystory.run.errors import Interrupted, UserError
 from tinystory.teacher.grader import open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -15,7 +15,7 @@ def test_a_teacher_grades_the_stories_of_a_step_and_those_of_an_evaluation(tmp_p
     script = lambda story, n: "3 3 3" if "dog" in story else "0 0 3"  # noqa: E731
     replies = tmp_path / "replies.jsonl"
     with FaultServer(script) as server:
-        config = InteractConfig(teacher_url=[server.url], opening="Once", teacher_max_tokens=10)
+        config = InteractConfig(teacher_url=[server.url], openings="Once", teacher_max_tokens=10)
         with open_grader(config, corpus=None, replies=replies) as grader:
             assert grader.facts["scored_by"] == f"first at {server.url}" and grader.facts["teacher"]["scored"]
             assert grader.most_words == 30 and grader.affords(10**6)
@@ -60,3 +60,15 @@ def test_the_builtin_teacher_needs_a_corpus():
     opened = open_grader(InteractConfig(init="somewhere"), corpus=None)
     with pytest.raises(UserError, match="somewhere does not say what the student has read"), opened:
         pass
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--teacher-model x", "--teacher-temperature 1", "--price-in 1", '--teacher-extra {"a":1}', "--teacher-logprobs"],
+)
+def test_an_option_of_a_teacher_is_refused_where_a_reward_takes_its_place(flags):
+    with pytest.raises(UserError, match=f"{flags.split()[0]} is for a teacher"):
+        parse(InteractConfig, INTERACT_PRESETS, ["--reward", "random", *flags.split()])
+    for preset in INTERACT_PRESETS:  # which set options of a teacher too
+        flags = ["--preset", preset, "--reward", "random", "--teacher-timeout", "9"]
+        assert parse(InteractConfig, INTERACT_PRESETS, flags).teacher_timeout == 9

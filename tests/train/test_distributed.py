@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import train_interact as interact
 import train_pretrain as pretrain
 from tinystory.run import distributed
-from tinystory.run.errors import UserError
+from tinystory.run.errors import TORCHRUN, PeerLost, UserError
 from tinystory.run.folder import held
 from tinystory.student import checkpoint
 
@@ -226,6 +226,22 @@ def test_collectives_of_two_processes(tmp_path):
     assert [process.exitcode for process in processes] == [0, 0]
 
 
+LOST = """[pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:40041
+[../third_party/gloo/gloo/transport/tcp/pair.cc:589] Read error [10.0.0.2]:25266: Connection reset by peer
+[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete
+NCCL error in: NCCLUtils.hpp:268, remote process exited or there was a network error, NCCL version 2.21.5
+writev [127.0.0.1]:5000: Broken pipe"""
+
+
+def test_only_a_lost_connection_is_said_to_be_one():
+    for message in LOST.splitlines():
+        with pytest.raises(PeerLost, match="lost the others"), distributed.peers():
+            raise RuntimeError(message)
+    for message in ("Invalid scalar type", "op.preamble.length <= op.nbytes. 40 vs 20", "CUDA out of memory."):
+        with pytest.raises(RuntimeError, match=message), distributed.peers():
+            raise RuntimeError(f"{message}\n{'#' * 400} frame #3: c10d::WorkNCCL::checkTimeout")
+
+
 def test_with_one_process_everything_is_a_no_op():
     x = torch.arange(5.0)
     assert distributed.shard_strided([1, 2, 3]) == [1, 2, 3] and distributed.shard_contiguous(7) == range(7)
@@ -238,8 +254,8 @@ def test_with_one_process_everything_is_a_no_op():
 def test_processes_need_a_gpu_each(monkeypatch, processes, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_WORLD_SIZE", str(processes)), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, str(processes) if name == "LOCAL_WORLD_SIZE" else "0")
     with pytest.raises(UserError, match="this machine has 2: set --nproc-per-node to 2"):
         distributed.start(device)
 

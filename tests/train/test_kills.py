@@ -94,7 +94,9 @@ def arguments(place, command, out):
 
 def all_whole(out) -> bool:
     try:
-        return all(checkpoint.require_whole(folder) is None for _, folder in checkpoint.checkpoints(out))
+        for _, folder in checkpoint.checkpoints(out):
+            checkpoint.require_whole(folder, checkpoint.FILES)
+        return True
     except UserError:
         return False
 
@@ -118,7 +120,7 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(place, tmp_path, run
         if code == 0:
             assert_same_bits(whole, out)
             assert len(metrics(out)) == len(metrics(whole))
-            for name in ("stories.jsonl", "looks.jsonl", "samples.jsonl") if command is interact else ():
+            for name in ("stories.jsonl", "evaluations.jsonl", "samples.jsonl") if command is interact else ():
                 assert (whole / name).read_bytes() == (out / name).read_bytes()
             assert not list((out / "checkpoints").glob(".*")), "half-written checkpoints are cleared away"
             ends += 1

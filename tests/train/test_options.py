@@ -44,7 +44,7 @@ def test_no_number_may_be_any_of_these(value):
         for f in options(config_class):
             if isinstance(f.metadata["allowed"], Interval) and (f.type is int or value != 2.5):
                 config = dataclasses.replace(config_class(), **{f.name: value})
-                with pytest.raises(UserError, match=rf"--{f.name.replace('_', '-')} must be "):
+                with pytest.raises(UserError, match=rf"{f.name.replace('_', '[-_]')} must be "):
                     check(config)
 
 
@@ -62,12 +62,13 @@ def capture(command, capsys) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-timeout 0|--beta1 2|--beta2 1|--n-embd 20
+REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-timeout 0|--n-embd 20
 --n-embd 130|--n-head 3|--n-embd 2048 --n-head 4|--val-fraction 0|--val-fraction 1|--vocab-size 1e9|--vocab-size 260
---teacher-max-tokens 0|--teacher-max-tokens -5|--kl-coef -5|--clip-ratio -1|--gamma 5|--eps 0|--warmup 1|--dropout 1
+--teacher-max-tokens 0|--teacher-max-tokens -5|--kl-coef -5|--clip-ratio -1|--gamma 5|--warmup 1|--dropout 1
 --critic value|--optimizer sgd|--weights-init zero|--dtype float16|--max-unscored 1|--diversity 1.1|--context 1
 --reward random --teacher-url http://127.0.0.1:9|--replay x --teacher-url http://127.0.0.1:9|--reward random --replay x
---opening Once --openings o.txt|--preset paper --openings o.txt|--stories-per-step 1|--budget-cost 1"""
+--stories-per-step 1|--budget-cost 1|--critic head|--critic head --value-coef 0.1|--no-signal-gate --critic head
+--value-coef 0.1|--preset paper --critic ridge|--preset paper --value-coef 0|--preset paper --signal-gate --lam 1"""
 
 
 @pytest.mark.parametrize("argv", REFUSED.replace("\n", "|").split("|"))
@@ -91,9 +92,27 @@ def test_whole_numbers_are_exact():
     ]
 
 
+def test_a_refused_critic_names_what_to_give():
+    for argv, flags in (
+        (["--critic", "head"], ("--value-coef", "--no-signal-gate")),
+        (["--value-coef", "1"], ("head",)),
+    ):
+        with pytest.raises(UserError) as error:
+            parse(InteractConfig, INTERACT_PRESETS, argv)
+        assert all(flag in str(error.value) for flag in flags)
+    parse(InteractConfig, INTERACT_PRESETS, ["--critic", "head", "--value-coef", "0.1", "--no-signal-gate"])
+
+
 JUNK = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text() | st.none()) | st.just({})
 )
+
+
+def recorded(folder, options) -> list[str]:
+    """Flags that resume a run with these options, of which only config.json is there."""
+    run = {"options": options, "started": "2026-01-01T00:00:00+00:00", "device": "cpu", "resumed": []}
+    (folder / "config.json").write_text(json.dumps(run))
+    return ["--resume", "--out", str(folder)]
 
 
 @given(st.data())
@@ -104,13 +123,11 @@ def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
     record = as_dict(config_class())
     name = data.draw(st.sampled_from(sorted(record)))
     record[name] = data.draw(JUNK | st.sampled_from(["\0", "\ud800", 2**70, -1]))
-    run = {"options": record, "started": "2026-01-01T00:00:00+00:00", "device": "cpu", "resumed": []}
-    (out / "config.json").write_text(json.dumps(run))
     try:
-        config = parse(config_class, COMMANDS[config_class], ["--resume", "--out", str(out)])
+        config = parse(config_class, COMMANDS[config_class], recorded(out, record))
     except UserError as error:
-        assert str(out) in str(error) or name in ("openings", "opening", "reward", "n_head", "n_embd", "budget_cost")
-        assert name.replace("_", "-") in str(error) or "is damaged" in str(error)  # which is what Infinity does to JSON
+        assert str(out) in str(error)
+        assert name in str(error).replace("-", "_") or "is damaged" in str(error)  # which is what Infinity does to JSON
     else:
         assert config.out == str(out) and config.resume
         taken = getattr(config, name)
@@ -118,14 +135,43 @@ def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
 
 
 @pytest.mark.parametrize("config_class", COMMANDS)
+@pytest.mark.parametrize("preset", ["paper", "babylm-2025"])
+def test_another_preset_is_not_recorded_for_a_resumed_run_that_has_nothing_of_it(config_class, preset, tmp_path):
+    resume = recorded(tmp_path, as_dict(config_class()))
+    with pytest.raises(UserError, match=rf"--preset {preset} does not go with --resume: .* begun with 'demo'"):
+        parse(config_class, COMMANDS[config_class], [*resume, "--preset", preset])
+    assert parse(config_class, COMMANDS[config_class], [*resume, "--preset", "demo"]).preset == "demo"
+
+
+def test_another_start_is_not_recorded_for_a_resumed_run_that_has_nothing_of_it(tmp_path):
+    resume = recorded(tmp_path, as_dict(InteractConfig(init="runs/a")))
+    with pytest.raises(UserError, match=r"--init runs/b does not go with --resume: .* begun with 'runs/a'"):
+        parse(InteractConfig, INTERACT_PRESETS, [*resume, "--init", "runs/b"])
+    assert parse(InteractConfig, INTERACT_PRESETS, [*resume, "--init", "runs/a"]).init == "runs/a"
+
+
+@pytest.mark.parametrize("config_class, other", [(PretrainConfig, InteractConfig), (InteractConfig, PretrainConfig)])
+def test_the_folder_of_the_other_command_is_told_as_such(config_class, other, tmp_path):
+    command = "train_interact.py" if other is InteractConfig else "train_pretrain.py"
+    with pytest.raises(UserError, match=rf"is a run of {command}: resume it with that"):
+        parse(config_class, COMMANDS[config_class], recorded(tmp_path, as_dict(other())))
+
+
+def test_a_run_begun_before_evaluations_had_their_name_is_refused(tmp_path):
+    options = as_dict(InteractConfig())
+    facts = dict(look_every=options.pop("eval_every"), look_stories=options.pop("eval_stories"))
+    for more in ([], ["--eval-every", "4", "--eval-stories", "40"]):
+        with pytest.raises(UserError, match="begun by another version"):
+            parse(InteractConfig, INTERACT_PRESETS, [*recorded(tmp_path, options | facts), *more])
+
+
+@pytest.mark.parametrize("config_class", COMMANDS)
 def test_a_run_of_a_version_without_an_option_is_not_guessed_at(config_class, tmp_path):
     record = as_dict(config_class())
     del record["seed"]
-    run = {"options": record, "started": "2026-01-01T00:00:00+00:00", "device": "cpu", "resumed": []}
-    (tmp_path / "config.json").write_text(json.dumps(run))
-    with pytest.raises(UserError, match=r"config\.json has no --seed: the run was begun by another version"):
-        parse(config_class, COMMANDS[config_class], ["--resume", "--out", str(tmp_path)])
-    assert parse(config_class, COMMANDS[config_class], ["--resume", "--out", str(tmp_path), "--seed", "7"]).seed == 7
+    for more in ([], ["--seed", "7"]):
+        with pytest.raises(UserError, match=r"config\.json has no seed: the run was begun by another version"):
+            parse(config_class, COMMANDS[config_class], [*recorded(tmp_path, record), *more])
 
 
 def test_what_cannot_fit_memory_is_refused_before_it_is_allocated(place, tmp_path, capsys, monkeypatch):
@@ -135,7 +181,7 @@ def test_what_cannot_fit_memory_is_refused_before_it_is_allocated(place, tmp_pat
         line = fails(pretrain.main, [*corpus, *flag.split()], capsys)
         assert "GB of memory" in line and "lower --batch-size" in line
     init = ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--reward", "random", "--out", str(tmp_path / "i")]
-    for flag in ("--stories-per-step", "--look-stories"):
+    for flag in ("--stories-per-step", "--eval-stories"):
         assert "GB of memory" in fails(interact.main, [*init, flag, "1e9"], capsys)
     assert not list(tmp_path.iterdir())
 
@@ -146,14 +192,12 @@ def test_the_estimate_counts_parameters_exactly(student):
 
 def test_a_budget_that_holds_no_step_is_refused_at_once(place, tmp_path, capsys):
     init = ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--reward", "random", "--out", str(tmp_path / "i")]
-    for words in ("50", "223"):  # 224 are a step of 6 stories and two looks of 4, of 16 words each
+    for words in ("50", "223"):  # 224 are a step of 6 stories and two evaluations of 4, of 16 words each
         line = fails(interact.main, [*init, "--budget-words-out", words], capsys)
         assert "does not hold a single step" in line and not (tmp_path / "i").exists()
 
 
-@pytest.mark.parametrize(
-    "text", ["a" * 100_000, "\0" * 100_000, "one two three " * 9 + " " * 100_000 + "four " * 9, "ab1 " * 30_000]
-)
+@pytest.mark.parametrize("text", ["a" * 100_000, "one two three " * 9 + " " * 100_000 + "four " * 9, "ab1 " * 30_000])
 def test_a_corpus_of_one_endless_line_is_read(tmp_path, text, monkeypatch):
     """Also one letter, or one gap: the time to learn a vocabulary grows with the square of the longest word."""
     monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / "cache"))

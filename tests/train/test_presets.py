@@ -16,15 +16,15 @@ from tinystory.student import checkpoint
 PAPER_PRETRAIN = dict(
     n_layer=12, n_head=12, n_embd=768, context=512, dropout=0.1, vocab_size=16_000, corpus=["babylm-100m"],
     val_fraction=0.1, words=11 * 90_000_000, beta1=0.9, beta2=0.999, weight_decay=0.0, learning_rate=5e-4,
-    warmup=0.01, final_learning_rate=0.0, batch_size=256,
+    warmup=0.01, batch_size=256,
 )  # fmt: skip
 PAPER_INTERACT = dict(
-    opening="Let me tell you a long, magical tale. Once upon a time, in a faraway land,", stories_per_step=360,
+    openings="Let me tell you a long, magical tale. Once upon a time, in a faraway land,", stories_per_step=360,
     max_new_tokens=90, temperature=1.0, teacher_temperature=0.2, teacher_max_tokens=6, length_weight=0.4,
     length_words=90, budget_words=10**6, budget_words_out=10**8, steps=920, epochs=4, minibatch_size=0,
     learning_rate=1e-6, adam_eps=1e-8, grad_clip=0.0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2,
     value_coef=0.1, max_ratio=10.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
-    diversity=0.0, unfinished=1.0, stories_per_opening=1, look_every=0,
+    diversity=0.0, unfinished=1.0, stories_per_opening=1, eval_every=0,
 )  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def test_the_papers_preset_has_the_papers_figures():
     for preset in ("paper", "babylm-2025"):
         writing = parse(InteractConfig, INTERACT_PRESETS, ["--preset", preset])
         assert {name: getattr(writing, name) for name in PAPER_INTERACT} == PAPER_INTERACT
-    three_words_a_reply = 360 * 3 * 920 + len(writing.opening.split())
+    three_words_a_reply = 360 * 3 * 920 + len(writing.openings.split())
     assert three_words_a_reply <= writing.budget_words < three_words_a_reply + 10 * 360 * 3
 
 

@@ -14,9 +14,14 @@ from conftest import NAMES, SHORT, SMALL, THINGS, assert_same_bits, fails, metri
 
 import train_interact as interact
 import train_pretrain as pretrain
+from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.openings import Openings
 from tinystory.data.shards import TokenFile
-from tinystory.run.device import Interrupted, Stop, dtype_name
+from tinystory.evaluate import held_out
+from tinystory.evaluate.validation import validate
+from tinystory.ops.compute import resolve
+from tinystory.run.device import Stop
+from tinystory.run.errors import Interrupted, Output
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher.grader import CallableGrader
@@ -40,18 +45,40 @@ def interrupted_at(module, step: int):
         module.RunLog.metrics = log
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])  # torchrun passes Ctrl-C twice on as these two
-def test_the_first_signal_asks_for_the_end_and_the_second_ends_at_once(second):
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+@pytest.mark.parametrize(
+    "first, second", [(INT, INT), (INT, TERM), (HUP, INT)]
+)  # torchrun passes Ctrl-C on as INT, TERM
+def test_the_first_signal_asks_for_the_end_and_the_second_ends_at_once(first, second):
     before = signal.getsignal(second)
     with Stop().listening() as stop:
         stop.check()
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(first)
         assert stop.requested
         with pytest.raises(Interrupted):
             stop.check()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(second)
     assert signal.getsignal(second) is before
+
+
+def test_a_terminal_that_closes_asks_for_the_end_and_is_no_second_ctrl_c(monkeypatch):
+    with Stop().listening() as stop:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.requested
+    with Stop().listening() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    with Stop().listening() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.requested
+    signal.signal(signal.SIGHUP, before)
+    monkeypatch.setattr(Output, "reader_gone", True)  # before the first step
+    assert Stop().requested
 
 
 def test_a_short_validation_reads_from_all_of_the_file():
@@ -63,7 +90,7 @@ def test_a_short_validation_reads_from_all_of_the_file():
 
     def nats(tokens, sequences=None):
         file = TokenFile(tokens=tokens, words=empty, offsets=empty, word_count=0, byte_count=0)
-        return pretrain.validate(student, file, sizes, sequences, batch=3, packing="stream")[0]
+        return validate(student, file, sizes, sequences, batch=3, packing="stream")[0]
 
     each = [nats(tokens[start : start + 9]) for start in (0, 8, 16, 24)]
     assert nats(tokens, 2) == pytest.approx((each[0] + each[2]) / 2)
@@ -78,7 +105,7 @@ def test_validation_of_whole_documents_counts_each_token_once():
     tokens, offsets = torch.randint(1, 64, (sum(lengths),)).numpy(), np.array([0, *np.cumsum(lengths)])
     tokens[offsets[1:] - 1] = 0
     file = TokenFile(tokens=tokens, words=np.empty(0), offsets=offsets, word_count=0, byte_count=0)
-    nats, bits = pretrain.validate(student, file, np.full(64, 4), None, batch=3, packing="whole")
+    nats, bits = validate(student, file, np.full(64, 4), None, batch=3, packing="whole")
     assert bits == pytest.approx(nats / math.log(2) / 4)
     # The longest is cut after eight tokens; its rest goes before the two that fit beside it.
     total = 0.0
@@ -102,6 +129,22 @@ def test_pretraining_learns_and_records(place):
     assert "<svg" in (run / "report.html").read_text() or "data:image" in (run / "report.html").read_text()
     student, tokenizer, facts = checkpoint.load(checkpoint.newest(run))
     assert facts["words"] == records[-1]["words"] and student.config.vocab_size == tokenizer.vocab_size == 320
+
+
+def test_dropout_of_attention_depends_on_the_seed_the_step_and_the_micro_batch(monkeypatch):
+    student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=32, context=8, vocab_size=64))
+    optimizer, hidden, seeds = torch.optim.SGD(student.parameters(), lr=0.0), student.hidden, []
+
+    def recorded(tokens, dropout, seed):
+        seeds.append(seed)
+        return hidden(tokens, dropout, seed)
+
+    monkeypatch.setattr(student, "hidden", recorded)
+    batch = torch.randint(64, (4, 9))
+    for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        config = PretrainConfig(seed=seed, dropout=0.1, micro_batch_size=2)
+        pretrain.train_step(student, optimizer, batch, config, torch.float32, step)
+    assert len(set(seeds)) == 6 and seeds[:2] == seeds[6:]
 
 
 @pytest.mark.parametrize("dropout", ["0.0", "0.1"])
@@ -173,8 +216,8 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     records = metrics(tmp_path / "i")
     contract = (
         "step reward_mean score_mean readability_mean coherence_mean creativity_mean kl kl_coef entropy length_mean"
-        " distinct_4 diversity_mean plots ended objective words_in words_out unscored rollout_s teacher_s update_s"
-        " peak_memory_mb"
+        " distinct_4 diversity_mean story_clusters ended objective words_in words_out unscored rollout_s teacher_s"
+        " update_s peak_memory_mb"
     )
     assert all(set(contract.split()) <= record.keys() for record in records) and len(records) == 4
     assert records[0]["ratio_error"] < 1e-4 and abs(records[0]["kl"]) < 1e-3
@@ -184,14 +227,14 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     assert all(s["words"] == len(s["story"].split()) and s["ended"] in ("eos", "length") for s in stories)
     assert records[0]["reward_mean"] == pytest.approx(sum(s["reward"] for s in stories[:6]) / 6, abs=1e-5)
     samples = [json.loads(line) for line in (tmp_path / "i" / "samples.jsonl").read_text().splitlines()]
-    looks = [json.loads(line) for line in (tmp_path / "i" / "looks.jsonl").read_text().splitlines()]
-    assert [look["step"] for look in looks] == [0] * 4 + [2] * 4 + [4] * 4
-    assert records[-1]["words_out"] == sum(s["words"] for s in stories + looks)
-    assert [look["index"] for look in looks] == [interact.LOOK_INDEX + i for i in range(4)] * 3
-    rewards = {at: sum(look["reward"] for look in looks if look["step"] == at) / 4 for at in (0, 2, 4)}
-    best = max(at for at in rewards if interact.is_best([look for look in looks if look["step"] <= at], at))
+    evaluations = [json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in evaluations] == [0] * 4 + [2] * 4 + [4] * 4
+    assert records[-1]["words_out"] == sum(s["words"] for s in stories + evaluations)
+    assert [record["index"] for record in evaluations] == [held_out.FIRST_INDEX + i for i in range(4)] * 3
+    rewards = {at: sum(r["reward"] for r in evaluations if r["step"] == at) / 4 for at in (0, 2, 4)}
+    best = max(at for at in rewards if held_out.is_best([r for r in evaluations if r["step"] <= at], at))
     assert samples == [
-        {"when": when, **look} for when, at in (("before", 0), ("after", best)) for look in looks if look["step"] == at
+        {"when": when, **r} for when, at in (("before", 0), ("after", best)) for r in evaluations if r["step"] == at
     ]
     shown = checkpoint.find(tmp_path / "i")
     assert shown.name == "best" and checkpoint.newest(tmp_path / "i").name == "step_0000004"
@@ -203,27 +246,27 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     penalty = records[3]["kl_coef"] * records[3]["kl"]
     assert records[3]["objective"] == pytest.approx(records[3]["reward_mean"] - penalty, abs=1e-5)
     assert records[3]["ended"] == pytest.approx(sum(s["ended"] == "eos" for s in stories[18:]) / 6, abs=1e-6)
-    assert 0 < records[3]["diversity_mean"] <= 1 and 1 <= records[3]["plots"] <= 6
+    assert 0 < records[3]["diversity_mean"] <= 1 and 1 <= records[3]["story_clusters"] <= 6
     said = capsys.readouterr().out
     assert "mean reward" in said and f"before and after step {best}, the best" in said
 
 
 def test_the_best_student_is_the_latest_that_none_clearly_beats():
-    def look(step, *rewards):
+    def evaluation(step, *rewards):
         return [{"step": step, "index": i, "reward": reward} for i, reward in enumerate(rewards)]
 
-    first = look(0, 0.1, 0.4, 0.2, 0.3)
-    assert interact.is_best(first, 0)
-    higher, lower = look(4, 0.5, 0.5, 0.5, 0.5), look(4, 0.0, 0.3, 0.1, 0.2)
-    assert interact.is_best(first + higher, 4) and not interact.is_best(first + lower, 4)
+    first = evaluation(0, 0.1, 0.4, 0.2, 0.3)
+    assert held_out.is_best(first, 0)
+    higher, lower = evaluation(4, 0.5, 0.5, 0.5, 0.5), evaluation(4, 0.0, 0.3, 0.1, 0.2)
+    assert held_out.is_best(first + higher, 4) and not held_out.is_best(first + lower, 4)
     # 0.14 less on average, with a standard error of 0.16; then 0.15 with one of 0.12.
-    assert interact.is_best(first + higher + look(8, 0.5, 0.5, 0.55, -0.1), 8)
-    assert not interact.is_best(first + higher + look(8, 0.4, 0.5, 0.5, 0.0), 8)
-    # The highest look counts, not the last: small steps down add up.
-    down = [*first, *higher, *look(8, 0.45, 0.5, 0.5, 0.45), *look(12, 0.4, 0.45, 0.45, 0.4)]
-    assert not interact.is_best(down, 8) and not interact.is_best(down, 12)
-    unscored = look(8, None, 0.5, None, 0.5)
-    assert interact.is_best(first + higher + unscored, 8) and not interact.is_best(first + look(8, None, None), 8)
+    assert held_out.is_best(first + higher + evaluation(8, 0.5, 0.5, 0.55, -0.1), 8)
+    assert not held_out.is_best(first + higher + evaluation(8, 0.4, 0.5, 0.5, 0.0), 8)
+    # The highest evaluation counts, not the last: small steps down add up.
+    down = [*first, *higher, *evaluation(8, 0.45, 0.5, 0.5, 0.45), *evaluation(12, 0.4, 0.45, 0.45, 0.4)]
+    assert not held_out.is_best(down, 8) and not held_out.is_best(down, 12)
+    unscored = evaluation(8, None, 0.5, None, 0.5)
+    assert held_out.is_best(first + higher + unscored, 8) and not held_out.is_best(first + evaluation(8, None, None), 8)
 
 
 def test_interaction_resumes_to_the_same_bits(place, tmp_path):
@@ -233,7 +276,7 @@ def test_interaction_resumes_to_the_same_bits(place, tmp_path):
     assert checkpoint.newest(tmp_path / "parts").name == "step_0000003"
     interact.main(["--resume", "--out", str(tmp_path / "parts")])
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
-    for name in ("stories.jsonl", "looks.jsonl", "samples.jsonl"):
+    for name in ("stories.jsonl", "evaluations.jsonl", "samples.jsonl"):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
 
 
@@ -246,12 +289,18 @@ def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, tmp_path):
     interact.main(["--resume", "--out", str(tmp_path / "killed")])
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
     assert len(metrics(tmp_path / "killed")) == 4
-    for name in ("looks.jsonl", "checkpoints/best/trainer.json", "checkpoints/best/model.safetensors"):
+    for name in ("evaluations.jsonl", "checkpoints/best/trainer.json", "checkpoints/best/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
-def test_an_interrupted_look_is_made_up_for(place, tmp_path, monkeypatch):
-    """Ctrl-C arrives in the look of step 2: the step is logged and saved, and a resumed run looks before it goes on."""
+def test_a_kill_costs_a_few_of_the_demos_steps(place, tmp_path):
+    """What is saved by default, once every few steps, is there before the end."""
+    run_interact(place, tmp_path / "i", "--steps", "5", "--save-every", str(InteractConfig.save_every))
+    assert (tmp_path / "i" / "checkpoints" / "step_0000004").exists()
+
+
+def test_an_interrupted_evaluation_is_made_up_for(place, tmp_path, monkeypatch):
+    """Ctrl-C arrives in the evaluation of step 2: the step is logged and saved, and a resumed run evaluates first."""
     run_interact(place, tmp_path / "whole")
     collect = CallableGrader.collect
 
@@ -260,7 +309,7 @@ def test_an_interrupted_look_is_made_up_for(place, tmp_path, monkeypatch):
         stop.check()
 
     def second_step(self, stop):
-        if min(self.pending) >= interact.LOOK_INDEX and (tmp_path / "parts" / "looks.jsonl").exists():
+        if min(self.pending) >= held_out.FIRST_INDEX and (tmp_path / "parts" / "evaluations.jsonl").exists():
             return interrupted(self, stop)
         return collect(self, stop)
 
@@ -271,7 +320,7 @@ def test_an_interrupted_look_is_made_up_for(place, tmp_path, monkeypatch):
     assert not (tmp_path / "parts" / "samples.jsonl").exists()
     interact.main(["--resume", "--out", str(tmp_path / "parts")])
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
-    for name in ("looks.jsonl", "samples.jsonl", "checkpoints/best/model.safetensors"):
+    for name in ("evaluations.jsonl", "samples.jsonl", "checkpoints/best/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
@@ -279,29 +328,39 @@ def test_every_opening_is_paid_for_once_and_a_tenth_is_never_trained_on(place, t
     texts = [f"{'One day ' * (i % 3)}{name} had a {THINGS[i]}" for i, name in enumerate(NAMES)]
     texts += [f"It was {thing}" for thing in THINGS]
     (tmp_path / "openings.txt").write_text("\n".join(texts))
-    more = ["--opening", "", "--openings", str(tmp_path / "openings.txt"), "--stories-per-opening", "2"]
+    more = ["--openings", str(tmp_path / "openings.txt"), "--stories-per-opening", "2"]
     run_interact(place, tmp_path / "i", *more, "--steps", "6", "--stories-per-step", "6")
     openings = Openings(texts, seed=0, per_opening=2)
     stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]
     assert [story["opening"] for story in stories] == [openings[i] for i in range(36)]
     assert {story["opening"] for story in stories} == set(openings.train)
-    looks = [json.loads(line) for line in (tmp_path / "i" / "looks.jsonl").read_text().splitlines()]
-    assert {look["opening"] for look in looks} == set(openings.held_out) and len(openings.held_out) == 1
+    evaluations = [json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()]
+    assert {record["opening"] for record in evaluations} == set(openings.held_out) and len(openings.held_out) == 1
     for record in metrics(tmp_path / "i"):  # a callable's scores are no words
         used = {story["opening"] for story in stories[: 6 * record["step"]]}
         assert record["words_in"] == sum(len(opening.split()) for opening in used)
 
 
 def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(interact, "signs_of_collapse", lambda records, kl_target: "all the same" * (len(records) >= 2))
+    signs = "tinystory.rl.collapse.signs_of_collapse"
+    monkeypatch.setattr(signs, lambda records, kl_target: "all the same" * (len(records) >= 3))
     run_interact(place, tmp_path / "on")
     said = capsys.readouterr()
-    assert (said.out + said.err).count("the stories collapse: all the same") == 1 and len(metrics(tmp_path / "on")) == 4
-    run_interact(place, tmp_path / "off", "--stop-on-collapse", "--look-every", "0")
-    assert len(metrics(tmp_path / "off")) == 2
-    looks = [json.loads(line) for line in (tmp_path / "off" / "looks.jsonl").read_text().splitlines()]
-    assert {look["step"] for look in looks} == {0, 2}  # the last student is looked at, wherever the run ends
-    assert checkpoint.newest(tmp_path / "off").name == "step_0000002"
+    assert (said.out + said.err).count("all the same") == 1 and len(metrics(tmp_path / "on")) == 4
+    run_interact(place, tmp_path / "off", "--stop-on-collapse", "--eval-every", "0", "--save-every", "20")
+    assert len(metrics(tmp_path / "off")) == 3
+    evaluations = [json.loads(line) for line in (tmp_path / "off" / "evaluations.jsonl").read_text().splitlines()]
+    assert {record["step"] for record in evaluations} == {0, 3}  # the last student is evaluated, wherever the run ends
+    assert checkpoint.newest(tmp_path / "off").name == "step_0000003"
+
+
+def test_a_teacher_that_tells_nothing_apart_is_warned_of_once(place, tmp_path, capsys):
+    """A score of 0.5 for every story; the rewards still differ, by length."""
+    (tmp_path / "r.py").write_text("def flat(opening, stories):\n    return [0.5] * len(stories)\n")
+    run_interact(place, tmp_path / "i", "--reward", f"{tmp_path / 'r.py'}:flat", "--steps", "7", "--eval-every", "0")
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("all stories of the last 5 steps had the same score (0.5 in the last)") == 1
+    assert all(record["score_std"] == 0 for record in metrics(tmp_path / "i"))
 
 
 def test_no_score_is_no_gradient_and_is_counted(place, tmp_path, capsys):
@@ -321,18 +380,18 @@ def test_no_score_is_no_gradient_and_is_counted(place, tmp_path, capsys):
 
 
 def test_the_word_budget_holds_openings_that_are_still_to_come(place, tmp_path):
-    (tmp_path / "openings.txt").write_text("Tom had\nMia had a big\nIt was\n")
-    more = ["--opening", "", "--openings", str(tmp_path / "openings.txt"), "--stories-per-opening", "6"]
+    (tmp_path / "openings.txt").write_text("Tom had\nMia had a big\nIt was\nHeld out\n")
+    more = ["--openings", str(tmp_path / "openings.txt"), "--stories-per-opening", "6"]
     run_interact(place, tmp_path / "i", *more, "--budget-words", "7")
     assert len(metrics(tmp_path / "i")) < 3 and metrics(tmp_path / "i")[-1]["words_in"] <= 7
 
 
 @pytest.mark.parametrize(("budget", "steps"), [(224, 1), (256, 1), (319, 1), (320, 2)])
-def test_budget_stops_hard_looks_included(place, tmp_path, monkeypatch, budget, steps):
-    """A story is 16 words: a step 6 times 16, a look 4 times 16; looks are at steps 0, 2 and the end."""
+def test_budget_stops_hard_evaluations_included(place, tmp_path, monkeypatch, budget, steps):
+    """A story is 16 words: a step 6 times 16, an evaluation 4 times 16, at steps 0, 2 and the end."""
     monkeypatch.setattr("tinystory.data.tokenizer.Tokenizer.decode", lambda self, ids: "w " * 16)
     run_interact(place, tmp_path / "i", "--budget-words-out", str(budget))
-    files = [tmp_path / "i" / name for name in ("stories.jsonl", "looks.jsonl")]
+    files = [tmp_path / "i" / name for name in ("stories.jsonl", "evaluations.jsonl")]
     read = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     counters = checkpoint.read_counters(checkpoint.newest(tmp_path / "i"))
     assert len(metrics(tmp_path / "i")) == steps
@@ -383,8 +442,8 @@ def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
     record = metrics(tmp_path / "i")[0]
     stories = [json.loads(line) for line in (tmp_path / "i" / "stories.jsonl").read_text().splitlines()]
     assert record["unscored"] == 0 and all(set(s["scores"].values()) <= {0, 1, 2, 3} for s in stories)
-    looks = [json.loads(line) for line in (tmp_path / "i" / "looks.jsonl").read_text().splitlines()]
-    assert record["words_in"] == 1 + sum(len(s["reply"].split()) for s in stories + looks)
+    evaluations = [json.loads(line) for line in (tmp_path / "i" / "evaluations.jsonl").read_text().splitlines()]
+    assert record["words_in"] == 1 + sum(len(s["reply"].split()) for s in stories + evaluations)
     assert "stands in for an LLM" in capsys.readouterr().out
 
 
@@ -397,5 +456,6 @@ def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
         ("tf32", torch.float32, "tf32"),  # which float32 would lose on --resume
     ],
 )
-def test_a_run_records_how_it_multiplies(asked, dtype, recorded):
-    assert dtype_name(asked, dtype) == recorded
+def test_a_run_records_how_it_multiplies(asked, dtype, recorded, monkeypatch):
+    monkeypatch.setattr("tinystory.ops.compute.pick_dtype", lambda name, device: dtype)
+    assert resolve("cpu", asked, "none").recorded["dtype"] == recorded

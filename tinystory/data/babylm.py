@@ -4,7 +4,6 @@ The student may see 100 M words, including the teacher's, each up to ten times, 
 rules do not define a word; here words are separated by whitespace. Only the teacher's text may reach the student.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from tinystory.run.errors import UserError
@@ -59,22 +58,3 @@ def milestones_beyond(facts: dict[str, Any]) -> dict[str, int]:
     """The official milestones ahead of a student, and the words that it has still to take in until each."""
     behind = facts["words"] + facts.get("interaction_words_in", 0)
     return {milestone_name(words): words - behind for words in MILESTONES if words > behind}
-
-
-@dataclass
-class WordBudget:
-    """The interaction's words so far and their limits. In: the opening once, and each word of each reply (arXiv
-    2509.15714). Out: each word that the student writes."""
-
-    limit_in: int
-    limit_out: int
-    words_in: int = 0
-    words_out: int = 0
-
-    def allows(self, words_in: int, words_out: int) -> bool:
-        """True if so many more words in and out stay within both limits."""
-        return self.words_in + words_in <= self.limit_in and self.words_out + words_out <= self.limit_out
-
-    def spend(self, words_in: int, words_out: int) -> None:
-        self.words_in += words_in
-        self.words_out += words_out

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tinystory.data.builtin import grammar, primer
 from tinystory.run.errors import UserError
+from tinystory.run.folder import file_hash
 
 BUILTIN = {"builtin": (grammar.stories, 1_000_000), "primer": (primer.tales, 500_000)}  # what tells it, and words
 BUILTIN_SEED = 0
@@ -48,9 +49,10 @@ MAX_RECORD = 1 << 26  # characters per line of .jsonl
 class Corpus:
     """Documents in a fixed order. Built by `open_corpus`."""
 
-    def __init__(self, names: Sequence[str], parts: Sequence[tuple[str, Callable[[], Iterator[str]]]]):
+    def __init__(self, names: Sequence[str], parts: Sequence[tuple[str | Path, Callable[[], Iterator[str]]]]):
         self.names = tuple(names)
-        self._parts = parts  # (identity, which enters the fingerprint; function that opens the stream of documents)
+        self._parts = parts  # (file or identity, for the fingerprint; function that opens the stream of documents)
+        self._fingerprint = ""
 
     def documents(self) -> Iterator[str]:
         """A new stream of the non-empty documents, stripped, each at most MAX_DOCUMENT characters long.
@@ -73,10 +75,12 @@ class Corpus:
                 yield document
 
     def fingerprint(self) -> str:
-        """Hex digest of everything that the documents depend on: each file's path, size and modification time, or the
-        source of the grammar."""
-        key = [MAX_DOCUMENT, *(identity for identity, _ in self._parts)]
-        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        """Hex digest of everything that the documents depend on: each file's content and kind, or the source of the
+        grammar. Hashing takes a second for some 400 MB."""
+        if not self._fingerprint:
+            parts = [(_kind(x), file_hash(x)) if isinstance(x, Path) else x for x, _ in self._parts]
+            self._fingerprint = hashlib.sha256(json.dumps([MAX_DOCUMENT, *parts]).encode()).hexdigest()
+        return self._fingerprint
 
 
 def open_corpus(names: Sequence[str]) -> Corpus:
@@ -87,7 +91,7 @@ def open_corpus(names: Sequence[str]) -> Corpus:
     of a .jsonl file is an object whose "text" or "story" is a document. Corpora on the Hub are downloaded here. Raises
     UserError for anything that cannot be opened.
     """
-    parts: list[tuple[str, Callable[[], Iterator[str]]]] = []
+    parts: list[tuple[str | Path, Callable[[], Iterator[str]]]] = []
     for name in names:
         if name in BUILTIN:
             tell, words = BUILTIN[name]
@@ -108,8 +112,7 @@ def _grammar_source() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _file(path: Path) -> tuple[str, Callable[[], Iterator[str]]]:
-    kind = (path.with_suffix("") if _gzipped(path) else path).suffix.lower()
+def _file(path: Path) -> tuple[Path, Callable[[], Iterator[str]]]:
     try:
         status = path.stat()
     except OSError:
@@ -118,12 +121,11 @@ def _file(path: Path) -> tuple[str, Callable[[], Iterator[str]]]:
         ) from None
     if not path.is_file():
         raise UserError(f"{path} is not a file: name its files one by one")
-    if kind not in (".txt", ".jsonl"):
+    if _kind(path) not in (".txt", ".jsonl"):
         raise UserError(f"{path} is neither .txt nor .jsonl (optionally .gz): rename or convert it")
     if status.st_size == 0:
         raise UserError(f"{path} is empty: choose another corpus")
-    identity = f"{kind} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    split = _records if kind == ".jsonl" else _passages
+    split = _records if _kind(path) == ".jsonl" else _passages
 
     def read() -> Iterator[str]:
         found = False
@@ -134,7 +136,12 @@ def _file(path: Path) -> tuple[str, Callable[[], Iterator[str]]]:
         if not found:
             raise UserError(f"{path} holds no documents, only white space: choose another corpus")
 
-    return identity, read
+    return path, read
+
+
+def _kind(path: Path) -> str:
+    """.txt or .jsonl, of a file that can be used."""
+    return (path.with_suffix("") if _gzipped(path) else path).suffix.lower()
 
 
 def _gzipped(path: Path) -> bool:
@@ -159,6 +166,11 @@ def _text(path: Path) -> Iterator[str]:
                         f"{path} is not UTF-8: byte {at} (counted from 0), in line {line}, is "
                         f"0x{error.object[error.start]:02x}; convert it, for instance with iconv"
                     ) from None
+                if b"\0" in data:
+                    raise UserError(
+                        f"{path} holds NUL characters, the first at byte {done + data.index(0)} (counted from 0): it "
+                        "is not UTF-8 text; convert it, for instance with iconv -f UTF-16 -t UTF-8"
+                    )
                 if text:
                     yield text.removeprefix("\ufeff") if first else text
                     first = False

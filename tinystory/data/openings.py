@@ -2,24 +2,26 @@
 
 import functools
 import json
+import os
 import random
 import re
 from pathlib import Path
 
 from tinystory.data.builtin import grammar
 from tinystory.run.errors import UserError
+from tinystory.run.folder import read_text
 
-HELD_OUT = 10  # one opening in so many is never trained on
+HELD_OUT = 10  # one opening in so many, and at least one, is never trained on
 BUILTIN = 200
 SHORTEST, LONGEST = 12, 30  # words of a built-in opening
 
 
 class Openings:
-    """The openings of a run: `train` for PPO, `held_out` for looking at the student from outside. One alone is both."""
+    """The openings of a run: `train` for PPO, `held_out` for evaluation. One alone is both."""
 
     def __init__(self, texts: list[str], seed: int, per_opening: int = 1):
         self.seed, self.per_opening = seed, per_opening
-        self.held_out = texts[HELD_OUT - 1 :: HELD_OUT] or texts
+        self.held_out = texts[HELD_OUT - 1 :: HELD_OUT] or texts[-1:]
         self.train = [text for text in texts if text not in self.held_out] or texts
 
     def __getitem__(self, index: int) -> str:
@@ -42,17 +44,18 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def load_openings(name: str) -> list[str]:
-    """`builtin`, or a file of one opening per line: plain text, or JSON with an "opening" field (then the name ends in
-    .jsonl). Raises UserError for a file without openings, or a line that is none."""
+    """`builtin`; a file of one opening per line, plain text, or JSON with an "opening" field (then the name ends in
+    .jsonl); or else the opening itself. Raises UserError for a file without openings, or a line that is none."""
     if name == "builtin":
         return builtin_openings()
     path = Path(name)
+    looks_like_a_file = path.suffix in (".txt", ".jsonl") or ("/" in name and len(name.split()) == 1)
+    if name.strip() and not looks_like_a_file and not os.path.exists(name):
+        return [name]
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--openings {name} cannot be read ({error}): give builtin, or a text file of one per line"
-        ) from None
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except UserError as error:
+        raise UserError(f"--openings {error}; give builtin, a text file of one per line, or an opening") from None
     openings = []
     for number, line in enumerate(lines, 1):
         if line and path.suffix == ".jsonl":

@@ -1,6 +1,7 @@
 """A tokenized corpus with exact word counts: memory-mapped arrays, built once and kept in the cache.
 
-A folder of shards holds meta.json, tokenizer.json and three raw little-endian arrays for each of train and val:
+A folder of shards holds meta.json, tokenizer.json, manifest.json with the hashes of all other files, which are checked
+whenever it is opened, and three raw little-endian arrays for each of train and val:
 
     NAME.tokens   uint16 (uint32 if the vocabulary is over 65 536)  the tokens of every document, each ending in `</s>`
     NAME.words    uint8   per token, the number of words that begin in it
@@ -26,12 +27,15 @@ from tqdm import tqdm
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
+from tinystory.run.folder import require_whole, write_manifest
 from tinystory.run.paths import cache_dir
 
 DType: TypeAlias = "np.dtype[Any]"
 Encoded: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # of `encode`
 
-FORMAT = 2  # increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
+FORMAT = 3  # increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
+PARTS = ("tokens", "words", "offsets")
+FILES = ("meta.json", "tokenizer.json", *(f"{name}.{part}" for name in ("train", "val") for part in PARTS))
 BATCH = 1 << 19  # characters that one thread encodes at a time
 MAX_THREADS = 16  # more would wait for the thread that reads, and each needs about 20 MB
 
@@ -86,7 +90,7 @@ def prepare(
 
     The folder is built under a temporary name and renamed when complete, so a killed build leaves nothing half-written;
     if two processes build it at once, the slower one uses the result of the other. Raises UserError for a bad
-    `val_fraction`, and if the cache cannot be written or is damaged.
+    `val_fraction`, and if the cache cannot be written or is damaged, which hashing it tells: a second for some 400 MB.
     """
     if not 0 <= val_fraction < 1:
         raise UserError(f"a validation fraction of {val_fraction} makes no sense: it must be at least 0 and below 1")
@@ -154,10 +158,8 @@ def _build(
         "train": writers[0].close(),
         "val": writers[1].close(),
     }
-    with open(folder / "meta.json", "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    write_manifest(folder)
 
 
 def _uniform(seed: int, index: int) -> float:
@@ -255,7 +257,7 @@ class _Writer:
 
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer):
         self.dtype = _token_dtype(tokenizer)
-        self.files = [open(folder / f"{name}.{part}", "wb") for part in ("tokens", "words", "offsets")]  # noqa: SIM115
+        self.files = [open(folder / f"{name}.{part}", "wb") for part in PARTS]  # noqa: SIM115
         self.files[2].write(np.zeros(1, dtype="<i8").tobytes())
         self.documents = self.tokens = self.words = self.bytes = 0
 
@@ -273,8 +275,6 @@ class _Writer:
 
     def close(self) -> dict[str, int]:
         for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
             file.close()
         return {"documents": self.documents, "tokens": self.tokens, "words": self.words, "bytes": self.bytes}
 
@@ -284,27 +284,25 @@ def _token_dtype(tokenizer: Tokenizer) -> DType:
 
 
 def _open(path: Path) -> Dataset:
-    tokenizer = Tokenizer.load(path / "tokenizer.json")
+    """Raises UserError unless every file is what was written: a student would be trained on anything else silently."""
     try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        splits = []
-        for name in ("train", "val"):
-            counts = meta[name]
-            shapes = {
-                "tokens": (_token_dtype(tokenizer), counts["tokens"]),
-                "words": (np.dtype(np.uint8), counts["tokens"]),
-                "offsets": (np.dtype("<i8"), counts["documents"] + 1),
-            }
-            arrays = {part: _map(path / f"{name}.{part}", *shape) for part, shape in shapes.items()}
-            splits.append(TokenFile(**arrays, word_count=counts["words"], byte_count=counts["bytes"]))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"the tokens in {path} are damaged ({error}): delete that folder and run again") from None
-    train, val = splits
+        require_whole(path, FILES)
+    except UserError as error:
+        raise UserError(f"{error}; delete {path} and run this again") from None
+    tokenizer = Tokenizer.load(path / "tokenizer.json")
+    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    dtypes = dict(zip(PARTS, (_token_dtype(tokenizer), np.dtype(np.uint8), np.dtype("<i8")), strict=True))
+    train, val = (
+        TokenFile(
+            **{part: _map(path / f"{name}.{part}", dtype) for part, dtype in dtypes.items()},
+            word_count=meta[name]["words"],
+            byte_count=meta[name]["bytes"],
+        )
+        for name in ("train", "val")
+    )
     return Dataset(tokenizer, train, val, path)
 
 
-def _map(path: Path, dtype: DType, length: int) -> np.ndarray:
-    """A whole file as a read-only array (length,). Raises ValueError if its size does not match."""
-    if path.stat().st_size != length * dtype.itemsize:
-        raise ValueError(f"{path.name} has the wrong size")
-    return np.memmap(path, dtype=dtype, mode="r", shape=length) if length else np.empty(0, dtype)
+def _map(path: Path, dtype: DType) -> np.ndarray:
+    """A whole file as a read-only array."""
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)

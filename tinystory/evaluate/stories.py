@@ -12,7 +12,7 @@ import numpy as np
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import bootstrap, wilson
-from tinystory.rl.reward import plot_numbers, plots
+from tinystory.rl.reward import cluster_ids, cluster_sizes
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student
 
@@ -55,11 +55,11 @@ def story_measures(
 
     Returns, over all stories: length_mean (words) with length_ci; ended_eos_share with ended_eos_ci (Wilson);
     entropy_per_word (nats: entropies of the sampling distributions, summed over tokens, per word); distinct_1 to
-    distinct_4 (distinct word n-grams over all of them); self_bleu (None for a single story); plots_10, of the first ten
-    stories to an opening, averaged over openings with as many (NoveltyBench's distinct). With `grade`: score_mean, the
-    sum of the criteria's scores, with score_ci; NAME_mean of each criterion; unscored; utility_10 (see `utility`). With
-    `corpus`: copied_share, the words of the longest phrase shared with it over the story's words, and copied_longest,
-    the longest such phrase in words. The other intervals are bootstrapped over stories.
+    distinct_4 (distinct word n-grams over all of them); self_bleu (None for a single story); story_clusters_10, of the
+    first ten stories to an opening, averaged over openings with as many (NoveltyBench's distinct). With `grade`:
+    score_mean, the sum of the criteria's scores, with score_ci; NAME_mean of each criterion; unscored; utility_10 (see
+    `utility`). With `corpus`: copied_share, the words of the longest phrase shared with it over the story's words, and
+    copied_longest, the longest such phrase in words. The other intervals are bootstrapped over stories.
     """
     continued = [
         opening
@@ -84,7 +84,7 @@ def story_measures(
         "self_bleu": self_bleu(texts),
     }
     told = [[story.text for story in stories if story.opening == opening] for opening in openings]
-    measures["plots_10"] = mean_of(len(plots(each[:10])) for each in told if len(each) >= 10)
+    measures["story_clusters_10"] = mean_of(len(cluster_sizes(each[:10])) for each in told if len(each) >= 10)
     if grade:
         measures |= _scores(openings, stories, grade)
     if corpus:
@@ -123,10 +123,10 @@ def mean_of(values: Iterable[float]) -> float | None:
 
 def utility(texts: Sequence[str], scores: Sequence[float], patience: float = 0.8) -> float:
     """What these answers to one opening are worth to a reader who asks for another with chance `patience`, and for whom
-    a plot that was told before is worth nothing (NoveltyBench, arXiv 2504.05228, eq. 2): in units of a score.
+    a story like one told before is worth nothing (NoveltyBench, arXiv 2504.05228, eq. 2): in units of a score.
 
-    There, a classifier says whether two answers are the same; here, they are if they tell one plot."""
-    numbers = plot_numbers(texts)
+    There, a classifier says whether two answers are the same; here, they are if they are in one cluster."""
+    numbers = cluster_ids(texts)
     weights = patience ** np.arange(len(texts))
     new = np.array([number not in numbers[:i] for i, number in enumerate(numbers)], dtype=float)
     return float((weights * new * np.asarray(scores, dtype=float)).sum() / weights.sum())

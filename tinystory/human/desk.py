@@ -26,6 +26,7 @@ from tinystory.teacher.prompt import TOP, Template, instructions
 GRACE_S = 2.0  # from the last grade of those that wait until they are handed in
 AWAY_S = 10.0  # a page that has not asked for so long is closed, and its story is free for others
 FORGET_S = 60.0  # a story for which no trainer has asked for so long is taken off the desk
+LONGEST_S = 1e9  # seconds that a page can have been open
 LONGEST_NAME = 40  # characters of a person's name
 
 
@@ -198,14 +199,14 @@ class Desk:
 
     def _grade(self, who: str, asked: Mapping[str, Any], scores: dict[str, int] | None) -> None:
         # The page says what it shows: after a restart a grade may come before the trainer has asked again.
-        opening, story, seconds = asked.get("opening"), asked.get("story"), asked.get("seconds")
-        key = self.key(str(opening), str(story))
-        if key != asked.get("key"):
+        key, opening, story, seconds = (asked.get(name) for name in ("key", "opening", "story", "seconds"))
+        if not (isinstance(opening, str) and isinstance(story, str)) or key != self.key(opening, story):
             raise Mistake("this is not what was asked about: load the page again")
+        if seconds is not None and not (type(seconds) in (int, float) and 0 <= seconds < LONGEST_S):
+            raise Mistake(f"a person takes from 0 to {LONGEST_S:.0e} seconds")
         record = {
             "key": key, "opening": opening, "story": story, "scores": scores, "by": who,
-            "seconds": round(seconds, 1) if isinstance(seconds, int | float) else None,
-            "at": timestamp(),
+            "seconds": seconds if seconds is None else round(seconds, 1), "at": timestamp(),
         }  # fmt: skip
         self._journal.append(record)
         self._note(record)

@@ -63,7 +63,7 @@ class PairDesk:
         """Choose, skip, go back or pause, as the page says. Raises Mistake if that cannot be done."""
         match action:
             case "choose" | "skip":
-                key, side = asked.get("key"), asked.get("side")
+                key, side = str(asked.get("key")), asked.get("side")
                 if key not in self.pairs or (action == "choose" and side not in ("left", "right", SAME)):
                     raise Mistake("there is no such pair or side")
                 choice = None

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -103,15 +102,10 @@ async def _reply(desk: Desk, messages: list[dict], keys: list[str] | None) -> st
 @web.middleware
 async def _from_this_machine(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Refuse what a stranger's page sends: under a name of its own that leads here, or from its own origin."""
-    origin = request.headers.get("Origin")
-    asked_as = urlsplit(f"//{request.host}")
-    if _host(asked_as.netloc) not in NAMES or (origin is not None and urlsplit(origin).netloc != request.host):
+    own = f"http://{request.host}"
+    if re.sub(r":[0-9]+$", "", request.host) not in NAMES or request.headers.get("Origin", own) != own:
         raise Refused("This server answers only to this machine.", status=403)
     return await handler(request)
-
-
-def _host(netloc: str) -> str:
-    return re.sub(r":[0-9]+$", "", netloc)
 
 
 def _name(who: object) -> str:

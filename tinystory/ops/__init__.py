@@ -1,43 +1,29 @@
-"""The project's own operators: compiled kernels (csrc/), compiled at first use, behind plain functions.
+"""The project's operators: plain functions over compiled kernels (csrc/), which are built at first use.
 
-TINYSTORY_KERNELS=reference runs the plain-PyTorch definitions of tinystory/ops/reference.py instead. On the CPU some
-operators may be PyTorch's where it is faster: see tinystory/ops/fastest.py.
+backend.py says which implementation runs each of them; reference.py defines each in plain PyTorch.
 """
-
-import functools
-import os
-import sys
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from tinystory.ops import autograd, build, cuda, reference, vendor
-from tinystory.ops.autograd import LoweredLinear
-from tinystory.run.errors import UserError
+from tinystory.ops import chunked, reference
+from tinystory.ops.autograd import lowered_linear
+from tinystory.ops.backend import implementation, load, load_cuda, run_by_pytorch
 
 __all__ = [
     "add_layer_norm",
     "causal_attention",
     "cross_entropy",
     "decode_attention",
-    "layer_norm",
     "linear",
     "load",
     "load_cuda",
+    "lowered_linear",
     "require_drawn",
     "run_by_pytorch",
     "sample",
     "token_logprob",
 ]
-
-by_pytorch: frozenset[str] = frozenset()  # the operators that PyTorch runs on the CPU although there is a kernel
-
-
-def run_by_pytorch(names: str) -> None:
-    """Let PyTorch run these operators on the CPU from now on; names as fastest.pick returns them."""
-    global by_pytorch
-    by_pytorch = frozenset(names.split(",")) - {"none"}
 
 
 def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
@@ -47,7 +33,7 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tens
     multiple of 16 up to 256). Dropout on the attention weights is a function of (seed, b * H + h, query, key); the
     backward pass draws the same mask again. No (T, T) tensor is stored.
     """
-    if compiled("causal_attention", qkv.device.type):
+    if implementation("causal_attention", qkv) == "kernel":
         return torch.ops.tinystory.causal_attention(qkv, dropout_p, seed)[0]
     return reference.causal_attention(qkv, dropout_p, seed)
 
@@ -55,13 +41,13 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tens
 def decode_attention(qkv: Tensor, prefix: Tensor, spans: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
     """Decode-step attention: one new token per row; its key and value are appended to the KV cache. -> (B, H, D)
 
-    qkv (B, 3, H, D): the new tokens' queries, keys and values. prefix (P, 2, H, D): keys and values of what the rows
-    begin with, each prefix once; row b's is prefix[spans[b, 0] : spans[b, 1]], spans (B, 2) int64, and may be empty.
-    cache (B, T_max, 2, H, D): each row's own keys and values, of which lengths[b] < T_max positions are filled, lengths
-    (B,) int64; the new ones are written to the next. Row b's query attends to its prefix, the filled positions and
-    itself. All tensors are contiguous and have one dtype, as for causal_attention. No gradient.
+    qkv (B, 3, H, D): the new tokens' queries, keys and values. prefix (P, 2, H, D): keys and values of the prompts,
+    each prompt once; row b's is prefix[spans[b, 0] : spans[b, 1]], spans (B, 2) int64, and may be empty. cache
+    (B, T_max, 2, H, D): each row's own keys and values, of which lengths[b] < T_max positions are filled, lengths (B,)
+    int64; the new ones are written to the next. Row b's query attends to its prefix, the filled positions and itself.
+    All tensors are contiguous and have one dtype, as for causal_attention. No gradient.
     """
-    run = torch.ops.tinystory if compiled("decode_attention", qkv.device.type) else reference
+    run = torch.ops.tinystory if implementation("decode_attention", qkv) == "kernel" else reference
     return run.decode_attention(qkv.detach(), prefix.detach(), spans, cache, lengths)
 
 
@@ -87,176 +73,90 @@ def sample(
     """
     logits = logits.detach()
     steps = step if isinstance(step, Tensor) else rows.new_full(rows.shape, step)
-    run = torch.ops.tinystory.sample if compiled("sample", logits.device.type) else reference.sample
-    return run(logits, seed, rows, steps, temperature, top_k, top_p)
+    run = torch.ops.tinystory if implementation("sample", logits) == "kernel" else reference
+    return run.sample(logits, seed, rows, steps, temperature, top_k, top_p)
 
 
 def require_drawn(tokens: Tensor, rows: Tensor) -> None:
     """Raise RuntimeError for the first row that `sample` could not draw from. Waits for the device of tokens (B,)."""
     for i, token in enumerate(tokens.tolist()):
         if token < 0:
-            what = "holds NaN or +inf" if token == -1 else "is -inf throughout"
-            raise RuntimeError(f"sample: logits row {i} (id {int(rows[i])}) {what}")
+            problem = "holds NaN or +inf" if token == -1 else "is -inf throughout"
+            raise RuntimeError(f"sample: logits row {i} (id {int(rows[i])}) {problem}")
 
 
 def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy, in nats, under softmax(hidden @ weight.T).
 
     hidden (N, C), weight (V, C), targets (N,) int64 -> logprob (N,), entropy (N,) in float32 (float64 for float64).
-    The matmul is computed in hidden's type, or in autocast's. The (N, V) logits exist one chunk at a time, and again in
-    the backward pass. Both outputs have gradients by hidden and weight.
+    The matmul is computed in hidden's type, or in autocast's; weight and its gradient keep theirs. The (N, V) logits
+    exist one chunk at a time, and again in the backward pass. Both outputs have gradients by hidden and weight.
     """
-    hidden, weight = autocast(hidden, weight)
-    if pytorch_runs("token_logprob", hidden):
-        return vendor.TokenLogprob.apply(hidden, weight, targets)
-    if compiled("token_logprob", hidden.device.type):
+    hidden = hidden.to(matmul_dtype(hidden))
+    runs = implementation("token_logprob", hidden)
+    if runs == "kernel":
         return torch.ops.tinystory.token_logprob(hidden, weight, targets)[:2]
-    return reference.token_logprob(hidden, weight, targets)
+    return (chunked if runs == "pytorch" else reference).token_logprob(hidden, weight, targets)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean of -logprob as in token_logprob, for pretraining.
 
     If gradients are required the forward pass computes them too, so that the logits are computed once, not twice."""
-    hidden, weight = autocast(hidden, weight)
-    if not compiled("cross_entropy", hidden.device.type):
-        return reference.cross_entropy(hidden, weight, targets)
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        if pytorch_runs("cross_entropy", hidden):
-            return vendor.CrossEntropy.apply(hidden, weight, targets)
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        return -token_logprob(hidden, weight, targets)[0].mean()
+    hidden = hidden.to(matmul_dtype(hidden))
+    runs = implementation("cross_entropy", hidden)
+    if runs == "kernel":
         return torch.ops.tinystory.cross_entropy(hidden, weight, targets)[0]
-    return -torch.ops.tinystory.token_logprob(hidden, weight, targets)[0].mean()
+    return (chunked if runs == "pytorch" else reference).cross_entropy(hidden, weight, targets)
 
 
-def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Under torch.autocast the matmul is computed in its type; weight and its gradient keep theirs."""
-    return hidden if hidden.dtype == torch.float64 else hidden.to(matmul_dtype(hidden)), weight
+def linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False, wide: bool = False) -> Tensor:
+    """gelu(x weight^T + bias), where gelu (tanh GELU) is optional: x (..., K), weight (N, K), bias (N,) -> (..., N).
 
-
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor | None = None, gelu: bool = False,
-    copies: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
-    """residual + gelu(x weight^T + bias): x (..., K), weight (N, K), bias (N,), residual (..., N) -> (..., N).
-
-    gelu (tanh GELU) and residual are optional. The matmul is computed in x's type, or in autocast's, which is also the
-    result's type unless there is a residual, whose type it then has. weight, bias and their gradients keep their type:
-    there is no cast per use. A row's result depends on that row alone. The kernel runs on a CPU for a float32 weight
-    whose sizes are multiples of 32; otherwise PyTorch's matmul runs (on a GPU cuBLAS). copies: weight and bias in the
-    type of the matmul, which is then 16-bit, and no residual: without them it casts weight and bias.
+    The matmul is computed in x's type, or in autocast's, which is also the result's; with `wide` the kernel returns the
+    float32 sums as they are. weight, bias and their gradients keep their type: there is no cast per use. A row's result
+    depends on that row alone. The kernel runs on a CPU for a float32 weight whose sizes are multiples of 32; otherwise
+    PyTorch's matmul runs (on a GPU cuBLAS).
     """
-    dtype = matmul_dtype(x)
-    if copies is not None:
-        x, (weight16, bias16) = x.to(dtype), copies
-        if torch.is_grad_enabled():
-            return LoweredLinear.apply(x, weight, bias, copies, gelu)
-        # On a GPU cuBLAS adds the bias and applies tanh GELU before it rounds.
-        rows, columns = x.flatten(0, -2), weight16.t()
-        y = torch._addmm_activation(bias16, rows, columns, use_gelu=True) if gelu else bias16.addmm(rows, columns)
-        return y.view(*x.shape[:-1], len(bias))
-    if pytorch_runs("linear", x):
-        return reference.linear(x, weight, bias, residual, gelu)
-    if not on_gpu(x) and fused("linear", x, weight) and (residual is None or residual.dtype == torch.float32):
-        residual = residual if residual is None else residual.contiguous()
-        return torch.ops.tinystory.linear(x.contiguous(), weight, bias, residual, gelu, dtype)[0]
-    return reference.linear(x, weight, bias, residual, gelu)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Layer norm over the last dimension, eps 1e-5, as the input of a matmul: x (..., C) float32 -> (..., C) in
-    autocast's type (float32 without autocast). Where the kernel does not run, as for `linear`, PyTorch's does, in
-    float32."""
-    if fused("layer_norm", x, weight) and x.dtype == torch.float32:
-        return torch.ops.tinystory.layer_norm(x.contiguous(), weight, bias, matmul_dtype(x))[0]
-    return reference.layer_norm(x, weight, bias)
+    if not on_gpu(x) and fits(x, weight) and implementation("linear", x) == "kernel":
+        dtype = matmul_dtype(x)
+        out_dtype = torch.float32 if wide else dtype
+        return torch.ops.tinystory.linear(x.contiguous(), weight, bias, gelu, dtype, out_dtype)[0]
+    return reference.linear(x, weight, bias, gelu)
 
 
 def add_layer_norm(
-    x: Tensor,
-    branch: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    dtype: torch.dtype,
-    dropout_p: float = 0.0,
-    seed: int = 0,
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, dropout_p: float = 0.0, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The residual stream after a branch, x + dropout(branch), and its layer norm in dtype: one kernel on a GPU.
+    """x + dropout(branch), and its layer norm (eps 1e-5) in the type of the matmul that follows: one kernel.
 
-    x (..., C) float32, branch (..., C) float32 or 16-bit, dtype the branch's or float32, C a multiple of 32. The mask
-    of dropout is a function of (seed, row, column), 8 bits per element, and drawn again in the backward pass.
+    x (..., C) float32: the residual stream. branch (..., C) float32 or 16-bit: the output of a sublayer, or None, and
+    then the sum is x. The norm has autocast's type, or x's. C is a multiple of 32, or PyTorch runs it. The mask of
+    dropout is a function of (seed, row, column), 8 bits per element, and drawn again in the backward pass.
     """
-    if fused("add_layer_norm", x, weight):
-        x, branch = x.contiguous(), branch.contiguous()
-        return torch.ops.tinystory.add_layer_norm(x, branch, weight, bias, dropout_p, seed, dtype)[:2]
+    dtype = matmul_dtype(x)
+    if x.dtype == torch.float32 and fits(x, weight) and implementation("add_layer_norm", x) == "kernel":
+        rows = branch if branch is None else branch.contiguous()
+        total, y = torch.ops.tinystory.add_layer_norm(x.contiguous(), rows, weight, bias, dropout_p, seed, dtype)[:2]
+        return x if branch is None else total, y
     return reference.add_layer_norm(x, branch, weight, bias, dropout_p, seed, dtype)
 
 
-def norm_adds(x: Tensor, weight: Tensor) -> bool:
-    """Whether the residual is added by the kernel of the layer norm after it, as on a GPU, rather than by that of the
-    linear layer before it."""
-    return on_gpu(x) and x.dtype == torch.float32 and fused("add_layer_norm", x, weight)
-
-
-def fused(name: str, x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel `name` runs for this input and weight."""
-    types = (torch.float32, torch.bfloat16, *((torch.float16,) if on_gpu(x) else ()))
-    fits = x.device.type in ("cpu", "cuda") and weight.dtype == torch.float32 and x.dtype in types
-    fits = fits and all(size % 32 == 0 for size in weight.shape)
-    return fits and matmul_dtype(x) in types and compiled(name, x.device.type)
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels of linear layers and layer norms can run for this input and weight."""
+    dtypes = (torch.float32, torch.bfloat16, *((torch.float16,) if on_gpu(x) else ()))
+    sizes = all(size % 32 == 0 for size in weight.shape)
+    return sizes and weight.dtype == torch.float32 and x.dtype in dtypes and matmul_dtype(x) in dtypes
 
 
 def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def pytorch_runs(name: str, x: Tensor) -> bool:
-    """Whether PyTorch runs this operator although there is a kernel."""
-    return name in by_pytorch and x.device.type == "cpu" and x.dtype != torch.float64
-
-
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """The type in which x is multiplied: autocast's, or its own."""
+    """The type in which x is multiplied: autocast's, or its own, as for float64."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-@torch.compiler.assume_constant_result
-def compiled(name: str, device: str) -> bool:
-    """Whether the compiled kernel runs this; else plain PyTorch does, said once on stderr."""
-    return choose(name, device)
-
-
-@functools.cache
-def choose(name: str, device: str) -> bool:
-    if not load():
-        return False
-    if device == "cuda":
-        cuda.load()
-    key = torch._C._dispatch_key_for_device(device)
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"tinystory::{name}", key):
-        return True
-    print(f"tinystory: no {device} kernel of {name} here, so plain PyTorch runs it", file=sys.stderr)
-    return False
-
-
-@functools.cache
-def load() -> ModuleType | None:
-    """Build and load the kernels, once per process: their Python module (csrc/module.cpp). None if
-    TINYSTORY_KERNELS=reference asks for plain PyTorch."""
-    wanted = os.environ.get("TINYSTORY_KERNELS", "")
-    if wanted == "reference":
-        print("tinystory: TINYSTORY_KERNELS=reference, so plain PyTorch runs in place of the kernels", file=sys.stderr)
-        return None
-    if wanted not in ("", "ours"):
-        raise UserError(f"TINYSTORY_KERNELS={wanted!r} is not known; unset it, or set it to 'reference' or 'ours'")
-    module = build.load()
-    autograd.register()
-    return module
-
-
-def load_cuda(device: torch.device) -> None:
-    """Build and load the CUDA kernels for this GPU, unless TINYSTORY_KERNELS=reference. UserError if it cannot be."""
-    if load():
-        cuda.check(torch.cuda.get_device_capability(device))
-        cuda.load()
+    lower = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if lower else x.dtype

@@ -64,9 +64,8 @@ def token_logprob_fake(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple
 
 
 def token_logprob_backward_fake(
-    grad_logprob: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_logprob: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, *_: Tensor
+) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
@@ -99,13 +98,12 @@ def cross_entropy_backward(ctx: Any, grad: Tensor | None, *_: None) -> Gradients
     return grad_hidden * grad, grad_weight * grad, None
 
 
-# --- linear, layer_norm -----------------------------------------------------------------------------------------------
+# --- linear -----------------------------------------------------------------------------------------------------------
 def linear_fake(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, gelu: bool, dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], weight.shape[0])
-    y = x.new_empty(shape, dtype=dtype if residual is None else torch.float32)
-    return y, x.new_empty(shape if gelu else (0,), dtype=dtype)
+    return x.new_empty(shape, dtype=out_dtype), x.new_empty(shape if gelu else (0,), dtype=dtype)
 
 
 def linear_backward_fake(
@@ -115,8 +113,7 @@ def linear_backward_fake(
 
 
 def linear_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, weight, _, residual, ctx.gelu, ctx.dtype = inputs
-    ctx.residual = residual is not None
+    x, weight, _, ctx.gelu, ctx.dtype, _ = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -125,74 +122,30 @@ def linear_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def linear_backward(ctx: Any, grad_y: Tensor | None, _: None) -> Gradients:
     if grad_y is None:
         return (None,) * 6
-    grads = ops.linear_backward(grad_y, *ctx.saved_tensors, ctx.gelu, ctx.dtype)
-    return *grads, grad_y if ctx.residual else None, None, None
+    return *ops.linear_backward(grad_y, *ctx.saved_tensors, ctx.gelu, ctx.dtype), None, None, None
 
 
-def layer_norm_fake(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1]
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(rows), x.new_empty(rows)
-
-
-def layer_norm_backward_fake(
-    grad_y: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-
-
-def layer_norm_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:2], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def layer_norm_backward(ctx: Any, grad_y: Tensor | None, *_: None) -> Gradients:
-    if grad_y is None:
-        return (None,) * 4
-    return *ops.layer_norm_backward(grad_y, *ctx.saved_tensors), None
-
-
-# --- add_layer_norm, lowered_linear (CUDA) ----------------------------------------------------------------------------
-def add_layer_norm_fake(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, dropout_p: float, seed: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), *layer_norm_fake(x, weight, bias, dtype)
-
-
-def add_layer_norm_backward_fake(
-    grad_sum: Tensor | None, grad_y: Tensor, total: Tensor, weight: Tensor, mean: Tensor, scale: Tensor,
-    dropout_p: float, seed: int, branch_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_branch = torch.empty_like(total, dtype=branch_dtype)
-    return torch.empty_like(total), grad_branch, torch.empty_like(weight), torch.empty_like(weight)
-
-
-def add_layer_norm_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    _, branch, weight, _, ctx.dropout_p, ctx.seed, _ = inputs
-    total, _, mean, scale = output
-    ctx.branch_dtype = branch.dtype
-    ctx.save_for_backward(total, weight, mean, scale)
-    ctx.mark_non_differentiable(mean, scale)
-    ctx.set_materialize_grads(False)
-
-
-def add_layer_norm_backward(ctx: Any, grad_sum: Tensor | None, grad_y: Tensor | None, *_: None) -> Gradients:
-    if grad_sum is None and grad_y is None:
-        return (None,) * 7
-    grad_y = torch.zeros_like(ctx.saved_tensors[0]) if grad_y is None else grad_y
-    how = ctx.dropout_p, ctx.seed, ctx.branch_dtype
-    return *ops.add_layer_norm_backward(grad_sum, grad_y, *ctx.saved_tensors, *how), None, None, None
+def lowered_linear(x: Tensor, weight: Tensor, bias: Tensor, copies: tuple[Tensor, Tensor], gelu: bool) -> Tensor:
+    """gelu(x weight^T + bias) by cuBLAS, computed with copies of weight and bias in autocast's type, which is 16-bit:
+    PyTorch would cast weight and bias at each use. The gradients are those of weight and bias."""
+    x = x.to(copies[0].dtype)
+    if torch.is_grad_enabled():
+        return LoweredLinear.apply(x, weight, bias, *copies, gelu)
+    # On a GPU cuBLAS adds the bias and applies tanh GELU before it rounds.
+    weight, bias = copies
+    rows = x.flatten(0, -2)
+    y = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True) if gelu else bias.addmm(rows, weight.t())
+    return y.view(*x.shape[:-1], len(bias))
 
 
 class LoweredLinear(torch.autograd.Function):
-    """gelu(x weight^T + bias), computed with copies of weight and bias in x's type, which is 16-bit.
-
-    No cast is needed: the GEMM for the weight's gradient writes the float32 that it sums in.
-    """
+    """`lowered_linear` with gradients. They need no cast: the GEMM for the weight's writes the float32 sums."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, copies: tuple[Tensor, Tensor], gelu: bool) -> Tensor:
-        rows, (weight16, bias16) = x.flatten(0, -2), copies
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, weight16: Tensor, bias16: Tensor, gelu: bool
+    ) -> Tensor:
+        rows = x.flatten(0, -2)
         inner = torch.addmm(bias16, rows, weight16.t())
         ctx.save_for_backward(rows, weight16, inner if gelu else None)
         y = F.gelu(inner, approximate="tanh") if gelu else inner
@@ -205,7 +158,43 @@ class LoweredLinear(torch.autograd.Function):
         g = g if inner is None else torch.ops.aten.gelu_backward(g, inner, approximate="tanh")
         grad_x = (g @ weight16).view(*grad_y.shape[:-1], -1)
         grad_weight = torch.ops.aten.mm.dtype(g.t(), rows, torch.float32)  # which only CUDA has
-        return grad_x, grad_weight, g.sum(0, dtype=torch.float32), None, None
+        return grad_x, grad_weight, g.sum(0, dtype=torch.float32), None, None, None
+
+
+# --- add_layer_norm ---------------------------------------------------------------------------------------------------
+def add_layer_norm_fake(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, dropout_p: float, seed: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1]
+    total = x.new_empty(0 if branch is None else x.shape)
+    return total, x.new_empty(x.shape, dtype=dtype), x.new_empty(rows), x.new_empty(rows)
+
+
+def add_layer_norm_backward_fake(
+    grad_sum: Tensor | None, grad_y: Tensor, total: Tensor, weight: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    branch_dtype: torch.dtype | None = others[-1]
+    grad_branch = total.new_empty(0 if branch_dtype is None else total.shape, dtype=branch_dtype)
+    return torch.empty_like(total), grad_branch, torch.empty_like(weight), torch.empty_like(weight)
+
+
+def add_layer_norm_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, branch, weight, _, ctx.dropout_p, ctx.seed, _ = inputs
+    total, _, mean, scale = output
+    ctx.branch_dtype = None if branch is None else branch.dtype
+    ctx.save_for_backward(x if branch is None else total, weight, mean, scale)
+    ctx.mark_non_differentiable(mean, scale, *([total] if branch is None else []))
+    ctx.set_materialize_grads(False)
+
+
+def add_layer_norm_backward(ctx: Any, grad_sum: Tensor | None, grad_y: Tensor | None, *_: None) -> Gradients:
+    if grad_sum is None and grad_y is None:
+        return (None,) * 7
+    grad_y = torch.zeros_like(ctx.saved_tensors[0]) if grad_y is None else grad_y
+    grad_x, grad_branch, *grads = ops.add_layer_norm_backward(
+        grad_sum, grad_y, *ctx.saved_tensors, ctx.dropout_p, ctx.seed, ctx.branch_dtype
+    )
+    return grad_x, None if ctx.branch_dtype is None else grad_branch, *grads, None, None, None
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -220,8 +209,6 @@ OPERATORS: dict[str, tuple[Callable, ...]] = {
     "cross_entropy": (cross_entropy_fake, cross_entropy_setup, cross_entropy_backward),
     "linear": (linear_fake, linear_setup, linear_backward),
     "linear_backward": (linear_backward_fake,),
-    "layer_norm": (layer_norm_fake, layer_norm_setup, layer_norm_backward),
-    "layer_norm_backward": (layer_norm_backward_fake,),
     "add_layer_norm": (add_layer_norm_fake, add_layer_norm_setup, add_layer_norm_backward),
     "add_layer_norm_backward": (add_layer_norm_backward_fake,),
 }

@@ -3,9 +3,10 @@
 There are two libraries: the CPU's, which defines every operator of `torch.ops.tinystory`, and the GPU's (cuda.py),
 which is built only when a GPU is first used: so no GPU or CUDA toolkit can keep a CPU run from working.
 
-Each has a folder `cache_dir()/kernels/<name>-<key>`. The key covers all that the machine code depends on except what
-the sources say, which ninja follows, so that it compiles only what changed. A lock of the operating system guards the
-folder: it ends with its process, so a killed build never blocks the next, as torch's own lock file would.
+Each has a folder `cache_dir()/kernels/<name>-<key>`. The key is a hash of all that the machine code depends on, the
+sources among it, so no file's time or size is looked at. The library's own hash is kept beside it. A lock of the
+operating system guards the folder: it ends with its process, so a killed build never blocks the next, as torch's own
+lock file would.
 """
 
 import contextlib
@@ -54,27 +55,26 @@ def cpu_sources() -> list[Path]:
 
 
 def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> ModuleType:
-    """Load a library, compiled first if a source has changed: with `gpus`, as in TORCH_CUDA_ARCH_LIST, one for CUDA."""
+    """Load a library, compiled first if need be: with `gpus`, as in TORCH_CUDA_ARCH_LIST, one for CUDA."""
     folder = library_folder(name, sources, gpus, toolkit)
+    library = folder / f"{name}.so"
     with locked(folder):
-        built = folder / "built"  # its time is when the last build that succeeded began
-        since = built.stat().st_mtime if built.exists() else 0
-        files = [file for place in {CSRC, *(s.parent for s in sources)} for file in place.glob("*.*")]
-        changed = sorted(file.name for file in files if file.stat().st_mtime > since)
         try:
-            if not changed:
-                return imported(name, folder)
+            if intact(library):
+                return imported(name, library)
+            why = "again, since they are damaged" if (folder / "built").exists() else f"({len(sources)} files, once)"
             what = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
-            why = f"after a change in {', '.join(changed)}" if since else f"({len(sources)} files, once)"
             print(f"tinystory: compiling the {what} {why} ...", end=" ", file=sys.stderr, flush=True)
-            (folder / "begun").touch()
+            shutil.rmtree(folder)  # compilers of a killed build may still run, and now write into a folder that is gone
+            folder.mkdir()
             started, outcome = time.monotonic(), "failed"
             try:
                 module = compiled(name, sources, folder, gpus)
                 outcome = f"{time.monotonic() - started:.0f} s"
             finally:
                 print(outcome, file=sys.stderr)
-            (folder / "begun").replace(built)
+            if library_folder(name, sources, gpus, toolkit) == folder:  # no source has changed meanwhile
+                (folder / "built").write_text(sha256(library))
             return module
         except ImportError as error:
             raise UserError(f"cannot load the kernels ({error}); delete {folder} and start again") from None
@@ -82,6 +82,16 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
             failed = re.findall(r"^FAILED: .*\n.*\n((?:(?!\[\d+/|ninja: ).*\n)*)", str(error), re.MULTILINE)
             said = "".join(failed).strip() or str(error)
             raise UserError(f"the kernels do not compile; the compiler says:\n{said[:4000]}\n({INSTEAD})") from None
+
+
+def intact(library: Path) -> bool:
+    """Whether a library is as it was built: one that was cut would end Python with SIGBUS."""
+    built = library.with_name("built")
+    return library.exists() and built.exists() and built.read_bytes() == sha256(library).encode()
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleType:
@@ -108,8 +118,8 @@ def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleT
         )
 
 
-def imported(name: str, folder: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.so")
+def imported(name: str, library: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, library)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -139,16 +149,17 @@ def macros(command: list[str]) -> str:
 def library_folder(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> Path:
     versions = [__version__, torch.__version__, str(torch.version.git_version), sys.version]
     words = command()
-    parts = [*versions, *words, macros(words), gpus, toolkit, *map(str, sources)]
+    folders = {CSRC, *(source.parent for source in sources)}
+    files = sorted(file for folder in folders for file in folder.glob("[!.]*.[ch]*"))  # no editor's hidden copies
+    contents = [f"{file.relative_to(CSRC)} {sha256(file)}" for file in files]
+    parts = [*versions, *words, macros(words), gpus, toolkit, *contents]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return cache_dir().absolute() / "kernels" / f"{name}-{digest[:16]}"
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process. Where a killed build left torch's lock behind, the folder is made anew: the
-    compilers of that build may still run, and now they write into one that is gone. Raises UserError where the folder
-    cannot be written or locked."""
+    """Hold the folder for this process. Raises UserError where it cannot be written or locked."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder.with_suffix(".lock"), "w")  # noqa: SIM115
@@ -157,9 +168,6 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             print("tinystory: waiting for another process that compiles the kernels", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
-        if (folder / "lock").exists():
-            shutil.rmtree(folder)
-            folder.mkdir()
     except OSError as error:
         why = f"{folder} cannot be written or locked ({error.strerror})"
         raise UserError(f"{why}: set TINYSTORY_CACHE to a folder on a local disk that can, or {INSTEAD}") from None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WORD = 0xFFFFFFFF  # a mask of 32 bits
+LOW32 = 0xFFFFFFFF
 
 
 def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
@@ -26,16 +26,16 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tens
 
 
 def decode_attention(qkv: Tensor, prefix: Tensor, spans: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
-    """Append the new tokens' keys and values, qkv (B, 3, H, D), to the cache (B, T, 2, H, D), of which row b has filled
-    lengths[b]. Its query attends to its span of the prefix (P, 2, H, D), to those and to itself -> (B, H, D)."""
+    """Attention (B, H, D) of one new token per row, qkv (B, 3, H, D), to its span of the prefix (P, 2, H, D), to the
+    lengths[b] filled positions of its cache (B, T, 2, H, D) and to itself; its key and value are appended there."""
     cache[torch.arange(len(cache), device=cache.device), lengths] = qkv[:, 1:]
-    q, seen = qkv[:, 0], torch.cat([prefix.expand(len(cache), *prefix.shape), cache], 1)
-    place = torch.arange(seen.size(1), device=q.device)
-    outside = (place < spans[:, :1]) | (place >= spans[:, 1:])
-    beyond = torch.where(place < len(prefix), outside, place > len(prefix) + lengths[:, None])
-    k, v = seen.masked_fill(beyond[:, :, None, None, None], 0).unbind(2)
+    q, kv = qkv[:, 0], torch.cat([prefix.expand(len(cache), *prefix.shape), cache], 1)
+    position = torch.arange(kv.size(1), device=q.device)
+    outside = (position < spans[:, :1]) | (position >= spans[:, 1:])
+    masked = torch.where(position < len(prefix), outside, position > len(prefix) + lengths[:, None])
+    k, v = kv.masked_fill(masked[:, :, None, None, None], 0).unbind(2)
     scores = torch.einsum("bhd,bthd->bht", q, k) / math.sqrt(q.size(-1))
-    return torch.einsum("bht,bthd->bhd", scores.masked_fill(beyond[:, None], -math.inf).softmax(-1), v)
+    return torch.einsum("bht,bthd->bhd", scores.masked_fill(masked[:, None], -math.inf).softmax(-1), v)
 
 
 def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,24 +50,19 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return -token_logprob(hidden, weight, targets)[0].mean()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """residual + gelu(x weight^T + bias), where residual and gelu are optional."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
+    """gelu(x weight^T + bias), where gelu is optional."""
     y = F.linear(x, weight, bias)
-    y = F.gelu(y, approximate="tanh") if gelu else y
-    return y if residual is None else residual + y
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the last dimension (1e-5 under the root), then weight and bias."""
-    return F.layer_norm(x, weight.shape, weight, bias)
+    return F.gelu(y, approximate="tanh") if gelu else y
 
 
 def add_layer_norm(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, dropout_p: float, seed: int, dtype: torch.dtype
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, dropout_p: float, seed: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The sum x + dropout(branch), and its layer norm in dtype."""
-    total = x + branch.to(x.dtype) * branch_mask(branch, dropout_p, seed) if dropout_p > 0 else x + branch
-    return total, layer_norm(total, weight, bias).to(dtype)
+    """The sum x + dropout(branch), x without a branch, and its layer norm in dtype."""
+    if branch is not None:
+        x = x + (branch.to(x.dtype) * branch_mask(branch, dropout_p, seed) if dropout_p > 0 else branch)
+    return x, F.layer_norm(x, weight.shape, weight, bias).to(dtype)
 
 
 def sample(
@@ -104,11 +99,11 @@ def sample(
 def philox(seed: int, counter: list[Tensor], rounds: int = 10) -> list[Tensor]:
     """Philox4x32 (Salmon et al., SC 2011): four 32-bit words, in int64 tensors, per 4-word counter."""
     x, y, z, w = counter
-    key0, key1 = seed & WORD, seed >> 32 & WORD
+    key0, key1 = seed & LOW32, seed >> 32 & LOW32
     for _ in range(rounds):
         a, b = x * 0xD2511F53, z * 0xCD9E8D57  # int64 wraps, and has the same 64 bits as uint64
-        x, y, z, w = (b >> 32 & WORD) ^ y ^ key0, b & WORD, (a >> 32 & WORD) ^ w ^ key1, a & WORD
-        key0, key1 = key0 + 0x9E3779B9 & WORD, key1 + 0xBB67AE85 & WORD
+        x, y, z, w = (b >> 32 & LOW32) ^ y ^ key0, b & LOW32, (a >> 32 & LOW32) ^ w ^ key1, a & LOW32
+        key0, key1 = key0 + 0x9E3779B9 & LOW32, key1 + 0xBB67AE85 & LOW32
     return [x, y, z, w]
 
 
@@ -122,8 +117,8 @@ def dropout_mask(
     j = torch.arange(length, device=device)
     counter = [i // 32 * 64 + i % 8 * 8 + j % 8, j // 32, head, torch.zeros_like(head)]
     words = torch.stack(philox(seed, counter, rounds=7))
-    which = (i % 32 // 8).expand(words.shape[1:])
-    bits = words.gather(0, which[None])[0] >> (j % 32 // 8 * 8) & 0xFF
+    word = (i % 32 // 8).expand(words.shape[1:])
+    bits = words.gather(0, word[None])[0] >> (j % 32 // 8 * 8) & 0xFF
     keep = (bits >= threshold).double() * (256 / (256 - threshold))
     return keep.view(batch, heads, length, length)
 
@@ -135,14 +130,14 @@ def branch_mask(branch: Tensor, p: float, seed: int) -> Tensor:
     column = torch.arange(C, device=branch.device)
     group, zero = column // 4, torch.zeros_like(row)
     words = torch.stack(philox(seed, [group // 128 * 32 + group % 32, row, zero, zero + 2], rounds=7))
-    which = (group // 32 % 4).expand(words.shape[1:])
-    bits = words.gather(0, which[None])[0] >> (column % 4 * 8) & 0xFF
+    word = (group // 32 % 4).expand(words.shape[1:])
+    bits = words.gather(0, word[None])[0] >> (column % 4 * 8) & 0xFF
     return ((bits >= threshold).float() * (256 / (256 - threshold))).view(branch.shape)
 
 
 def sample_bits(seed: int, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """64 random bits for each (row id, step): high and low 32-bit words."""
-    low, high, _, _ = philox(seed, [rows & WORD, rows >> 32 & WORD, steps & WORD, torch.ones_like(steps)])
+    low, high, _, _ = philox(seed, [rows & LOW32, rows >> 32 & LOW32, steps & LOW32, torch.ones_like(steps)])
     return high, low
 
 
@@ -151,7 +146,7 @@ EXP2 = (1.0, 0.69314718246, 0.24022647738, 0.05550332367, 0.00961843692, 0.00133
 
 
 def sampling_weights(logits: Tensor, temperature: float) -> Tensor:
-    """floor(2^40 * 2^t), t = (logit - highest) * log2(e) / temperature, each step rounded to float32 by itself."""
+    """floor(2^40 * 2^t), t = (logit - highest) * log2(e) / temperature, each operation rounded to float32 by itself."""
     logits = logits.float()
     scale = torch.tensor(1.4426950408889634 / temperature, dtype=torch.float32, device=logits.device)
     t = ((logits - logits.amax(1, keepdim=True)) * scale).clamp_min(-60)
@@ -166,7 +161,7 @@ def sampling_weights(logits: Tensor, temperature: float) -> Tensor:
 def below(bits: tuple[Tensor, Tensor], total: Tensor) -> Tensor:
     """floor(bits * total / 2^64) for 64 bits given as high and low words, total < 2^62."""
     high, low = bits
-    total_high, total_low = total >> 32, total & WORD
-    middle = (low * total_low >> 32 & WORD) + (low * total_high & WORD) + (high * total_low & WORD)
-    carry = (low * total_high >> 32) + (high * total_low >> 32 & WORD) + (middle >> 32)
+    total_high, total_low = total >> 32, total & LOW32
+    middle = (low * total_low >> 32 & LOW32) + (low * total_high & LOW32) + (high * total_low & LOW32)
+    carry = (low * total_high >> 32) + (high * total_low >> 32 & LOW32) + (middle >> 32)
     return high * total_high + carry

@@ -27,7 +27,7 @@ ROWS = (
     ("nats per word", ("stories", "entropy_per_word"), None, 2),
     ("distinct_4", ("stories", "distinct_4"), None, 3),
     ("self-BLEU", ("stories", "self_bleu"), None, 3),
-    ("plots of 10", ("stories", "plots_10"), None, 1),
+    ("clusters of 10", ("stories", "story_clusters_10"), None, 1),
     ("utility of 10", ("stories", "utility_10"), None, 2),
     ("copied fraction", ("stories", "copied_share"), None, 3),
 )

@@ -58,8 +58,8 @@ def judges_section(folder: Path, scored_by: str) -> str:
     table = page.table(header, [row for row in rows if row]) if opinions else ""
     return page.section(
         "Other judges",
-        "Scores of the same stories to held-out openings, before interaction and after it. A gain that only the "
-        "teacher sees is a gain at pleasing the teacher. Kappa has quadratic weights, is taken over the sums, and like "
+        "Scores of the same evaluation stories, before interaction and after it. A gain that only the teacher sees is "
+        "a gain at pleasing the teacher. Kappa has quadratic weights, is taken over the sums, and like "
         "Spearman’s correlation has a 95 % interval; 0 is chance.",
         table + "".join(f"<p>{escape(line)}</p>" for line in preference_lines(preferences)),
     )

@@ -70,11 +70,12 @@ def time_bar(parts: Sequence[tuple[str, float]]) -> str:
     return f'<div class="time"><p>Time: {duration(total)}</p><div class="parts">{bars}</div><p>{names}</p></div>'
 
 
-def group_bar(sizes: Sequence[int], when: str) -> str:
-    """Stories by plot, as one bar of blocks. sizes: stories per plot, the largest first."""
-    says = f"{when}: {count(len(sizes), 'plot')} in {count(sum(sizes), 'story', 'stories')}, the largest of {sizes[0]}"
+def cluster_bar(sizes: Sequence[int], when: str) -> str:
+    """Clusters of similar stories as one bar of blocks. sizes: stories per cluster, the largest first."""
+    clusters, stories = count(len(sizes), "cluster"), count(sum(sizes), "story", "stories")
     blocks = "".join(f'<i style="flex-grow: {size}"></i>' for size in sizes)
-    return f'<figure class="plots"><figcaption>{says}</figcaption><div class="parts">{blocks}</div></figure>'
+    caption = f"{when}: {clusters} in {stories}, the largest of {sizes[0]}"
+    return f'<figure class="clusters"><figcaption>{caption}</figcaption><div class="parts">{blocks}</div></figure>'
 
 
 def count(n: int, one: str, many: str = "") -> str:
@@ -204,11 +205,11 @@ figure { margin: 0; }
 .t1 { opacity: .7; }
 .t2 { opacity: .45; }
 .t3 { opacity: .25; }
-.plots { margin-bottom: 1.2rem; }
-.plots + .grid { margin-top: 2.4rem; }
+.clusters { margin-bottom: 1.2rem; }
+.clusters + .grid { margin-top: 2.4rem; }
 figcaption { font-size: .85rem; color: var(--muted); margin-bottom: .3rem; }
-.plots .parts { gap: 1px; height: 1.4rem; }
-.plots .parts i { flex-basis: 0; min-width: 1px; background: var(--reward); }
+.clusters .parts { gap: 1px; height: 1.4rem; }
+.clusters .parts i { flex-basis: 0; min-width: 1px; background: var(--reward); }
 .three { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 0 2.4rem; }
 .pair, .cards { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 3rem; }
 .pair + .pair, article + article { border-top: 1px solid var(--rule); }

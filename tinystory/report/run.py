@@ -16,7 +16,7 @@ from tinystory.report import charts, judges, page
 from tinystory.report.charts import Line, chart, number
 from tinystory.report.frontier import best_of_n, tilt
 from tinystory.report.page import TOP_SCORE, block, colour, details, grid, section, story_card, tile
-from tinystory.rl.reward import plots as plot_sizes
+from tinystory.rl.reward import cluster_sizes
 from tinystory.run.errors import UserError
 from tinystory.run.folder import SAMPLES, Record, read_config, read_metrics, read_records, read_stories
 
@@ -26,11 +26,11 @@ HERO = (560, 300)  # size of the chart at the top, in pixels
 PARTS = ("rollout", "reference", "teacher", "update")  # of a step, in chronological order
 
 SAMENESS_CURVES = {
-    "plots": "Plots in a step’s stories",
+    "story_clusters": "Clusters of similar stories in a step",
     "diversity_mean": "Difference from the other stories, 0 to 1",
     "distinct_4": "Distinct 4-grams in a step’s stories",
     "ended": "Fraction of stories that end",
-    "held_out_reward": "Reward at held-out openings",
+    "held_out_reward": "Reward of evaluations",
 }
 STUDENT_CURVES = {
     "objective": "Objective: reward less the KL penalty",
@@ -43,7 +43,7 @@ STUDENT_CURVES = {
 PPO_CURVES = {
     "policy_loss": "Policy loss",
     "value_loss": "Value loss",
-    "explained_variance": "Variance explained by the value head",
+    "explained_variance": "Variance of the returns explained by the values",
     "clip_fraction": "Fraction of ratios clipped",
     "approx_kl": "KL of an update, nats per token",
     "grad_norm": "Gradient norm",
@@ -130,7 +130,7 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
         section(
             "The teacher’s scores",
             f"{judges.scored_by_note(scored_by, config)} Mean score per step, from 0 to 3. The bold line is a rolling "
-            "mean, the band one standard deviation over its window.",
+            f"mean, the band one standard deviation over its window.{without_signal(metrics)}",
             grid(scores),
         ),
         histograms(digest),
@@ -147,6 +147,11 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
         details("PPO diagnostics", grid(curve_charts(metrics, PPO_CURVES))),
         teacher_requests(metrics),
     ]
+
+
+def without_signal(metrics: list[Record]) -> str:
+    flat = sum(std == 0 for std in column(metrics, "score_std"))
+    return f" But in {flat} of {len(metrics)} steps all stories had the same score." if flat else ""
 
 
 def title(criterion: str) -> str:
@@ -172,7 +177,7 @@ def interaction_headline(metrics: list[Record], criteria: Sequence[str]) -> str:
     means = [
         ("reward_mean", "Mean reward", steps, "reward", 2),
         *((f"{name}_mean", escape(title(name)), f"out of {TOP_SCORE}", colour(name), 2) for name in criteria),
-        ("plots", "Plots", "in the stories of a step", "ink", 0),
+        ("story_clusters", "Story clusters", "in the stories of a step", "ink", 0),
         ("ended", "Finished stories", "fraction", "ink", 2),
     ]
     tiles = [
@@ -214,13 +219,14 @@ def sameness(metrics: list[Record], digest: "Digest") -> str:
         "Score against difference, step by step", points, "difference from the other stories", (0, 1), (0, highest)
     )
     ends = [digest.first, digest.last] if digest.first is not digest.last else [digest.last]
-    sizes = [(plot_sizes([r["story"] for r in records]), step_name(records[0])) for records in ends if records]
-    bars = "".join(page.group_bar(*each) for each in sizes)
+    sizes = [(cluster_sizes([r["story"] for r in records]), step_name(records[0])) for records in ends if records]
+    bars = "".join(page.cluster_bar(*each) for each in sizes)
     return section(
         "Better stories, or one story again?",
-        "A score can be bought by telling one good story over and over: then the trail climbs to the left, the plots "
-        "become few and their blocks wide. Each block of a bar is a plot, as wide as it has stories; two stories tell "
-        "the same plot if they share more than 12 % of their phrases of three words, names aside.",
+        "A score can be bought by telling one good story over and over: then the trail climbs to the left, the "
+        "clusters become few and their blocks wide. Each block of a bar is a cluster of similar stories, as wide as it "
+        "has stories; two stories are similar if they share more than 12 % of their phrases of three words, names "
+        "aside.",
         bars + grid([trail, *curve_charts(metrics, SAMENESS_CURVES)]),
     )
 
@@ -257,10 +263,10 @@ def before_and_after(folder: Path, scored_by: str) -> str:
         pair = map(story_card, records, titles, itertools.repeat(scored_by), others)
         body += block("pair", "".join(pair))
     return section(
-        "Held-out openings, before and after",
-        "The opening, in colour, is given; the student continues it, both times with the same random numbers. After: "
-        "the checkpoint best, which is the latest student whose reward at these openings is within a standard error of "
-        "the highest. With a single opening, it is the one trained on.",
+        "Evaluation, before and after",
+        "The opening, in colour, is given; the student continues it, both times with the same random numbers. It was "
+        "never trained on, unless there is only one. After: the checkpoint best, which is the latest student whose "
+        "reward in evaluations is within a standard error of the highest.",
         body,
     )
 

@@ -1,10 +1,16 @@
-"""Signs that interaction is ruining the storyteller: said once, aloud, with what to try."""
+"""Warnings about a run, each with what to try: the stories collapse, or the scores carry no signal."""
 
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 WINDOW = 5  # steps that are averaged
+
+
+def warnings(metrics: Sequence[dict], kl_target: float) -> dict[str, str]:
+    """The warnings that the records of metrics.jsonl give reason for, by kind: "collapse" and "signal"."""
+    signs = {"collapse": signs_of_collapse(metrics, kl_target), "signal": scores_without_signal(metrics)}
+    return {kind: warning for kind, warning in signs.items() if warning}
 
 
 def signs_of_collapse(metrics: Sequence[dict], kl_target: float) -> str:
@@ -22,15 +28,15 @@ def signs_of_collapse(metrics: Sequence[dict], kl_target: float) -> str:
         return None if None in ends[0] + ends[1] else (fmean(ends[0]), fmean(ends[1]))
 
     signs = []
-    for name, what, at_least in (
-        ("distinct_4", "the stories grow alike (distinct_4 {:.2f} to {:.2f})", 0.6),
-        ("plots", "few plots are left ({:.0f} to {:.0f})", 0.4),
+    for metric, message, threshold in (
+        ("distinct_4", "they grow alike (distinct_4 {:.2f} to {:.2f})", 0.6),
+        ("story_clusters", "few clusters of stories are left ({:.0f} to {:.0f})", 0.4),
         ("length_mean", "they shrink ({:.0f} to {:.0f} words)", 0.5),
         ("entropy", "their entropy collapses ({:.0f} to {:.0f} nats)", 0.35),
     ):
-        ends = first_and_last(name)
-        if ends and ends[1] < at_least * ends[0]:
-            signs.append(what.format(*ends))
+        ends = first_and_last(metric)
+        if ends and ends[1] < threshold * ends[0]:
+            signs.append(message.format(*ends))
     kl, spread = first_and_last("kl"), first_and_last("reward_std")
     if kl and kl[1] > 3 * kl_target:
         signs.append(f"the KL runs away ({kl[1]:.1f} nats per story, target {kl_target:g})")
@@ -39,4 +45,16 @@ def signs_of_collapse(metrics: Sequence[dict], kl_target: float) -> str:
     if not signs:
         return ""
     advice = "try more --stories-per-step, a higher --kl-coef or --diversity, or a lower --learning-rate"
-    return f"{', '.join(signs)}: {advice}"
+    return f"the stories collapse; {', '.join(signs)}: {advice}"
+
+
+def scores_without_signal(metrics: Sequence[dict]) -> str:
+    """A sentence if in each of the last WINDOW steps all stories had the same score; else empty."""
+    last = metrics[-WINDOW:]
+    if len(last) < WINDOW or any(record.get("score_std") != 0 for record in last):
+        return ""
+    return (
+        f"all stories of the last {WINDOW} steps had the same score ({last[-1]['score_mean']:g} in the last), so the "
+        "teacher teaches nothing: try another --teacher-model, criteria with more to tell apart (--teacher-prompt), or "
+        "--teacher-logprobs"
+    )

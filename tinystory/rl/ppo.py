@@ -77,7 +77,8 @@ class Batch:
 
 
 def true_places(mask: np.ndarray, device: torch.device) -> Tensor:
-    """(n,) int64, on the device: the indices of what is true of the flattened mask, whose number the host knows."""
+    """(n,) int64, on the device: flat indices of a mask's True entries, computed on the host so that no GPU is waited
+    for."""
     return upload(torch.from_numpy(np.flatnonzero(mask)), device)
 
 
@@ -142,12 +143,6 @@ def advantages_and_returns(
     return advantages * mask, (advantages + values) * mask
 
 
-def decay(config: InteractConfig, step: int) -> float:
-    """The factor on the initial learning rates at step 0, 1, ...: 1, or with --lr-decay falling linearly towards 0 at
-    --steps."""
-    return 1 - step / config.steps if config.lr_decay else 1.0
-
-
 class SharpAdam(torch.optim.Adam):
     """Adam with one more direction: s, the logarithm of a factor on all logits, with a learning rate of its own.
 
@@ -170,6 +165,19 @@ class SharpAdam(torch.optim.Adam):
         for p in scaled:
             p.mul_(self.sharpness.exp())
         self.sharpness.zero_()
+
+
+def make_optimizer(student: Student, critic: Critic | ValueHead, config: InteractConfig) -> tuple[SharpAdam, list[str]]:
+    """The optimizer of student and critic, and its parameters' names, in order."""
+    parameters = dict(student.named_parameters()) | {f"critic.{name}": p for name, p in critic.named_parameters()}
+    rates = config.learning_rate, config.sharpness_rate
+    return SharpAdam(student.ln_f, parameters.values(), *rates, config.adam_eps), [*parameters, "sharpness"]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: InteractConfig, step: int) -> None:
+    """Constant, or with --lr-decay falling linearly from the initial rates at step 0 to 0 at --steps."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * (1 - step / config.steps if config.lr_decay else 1.0)
 
 
 @contextlib.contextmanager
@@ -198,10 +206,10 @@ def signal_of_halves(first: Sequence[Tensor], second: Sequence[Tensor]) -> float
 def signal_of_sharpness(advantages: Tensor, batch: Batch) -> float:
     """The part of the gradient along the sharpness s that is signal, 0..1: 1 - 1 / t^2, where t is its mean over the
     stories in standard errors. The derivative of a token's log-probability by s is logprob + entropy."""
-    each = (advantages * (batch.logprobs + batch.entropies) * batch.mask).sum(1).double()
-    if len(each) < 2:
+    derivatives = (advantages * (batch.logprobs + batch.entropies) * batch.mask).sum(1).double()
+    if len(derivatives) < 2:
         return 0.0
-    mean, error = torch.stack([each.mean(), each.std() / math.sqrt(len(each))]).tolist()
+    mean, error = torch.stack([derivatives.mean(), derivatives.std() / math.sqrt(len(derivatives))]).tolist()
     return max(0.0, 1 - (error / mean) ** 2) if mean else 0.0
 
 
@@ -229,18 +237,10 @@ def token_logprobs(student: Student, states: Tensor, batch: Batch, temperature: 
     return ops.token_logprob(states / temperature, student.wte.weight, batch.packed(batch.tokens))[0]
 
 
-@dataclass
-class AdaptiveKL:
-    """The coefficient of the KL penalty, adapted towards a KL of `target` nats per story (Ziegler et al. 2019, section
-    2.2)."""
-
-    coef: float
-    target: float
-    horizon: float
-
-    def update(self, kl: float, stories: int) -> None:
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.coef *= 1 + error * stories / self.horizon
+def next_kl_coef(coef: float, kl: float, stories: int, config: InteractConfig) -> float:
+    """The coefficient of the KL penalty for the next step (adaptive controller: Ziegler et al. 2019, section 2.2)."""
+    error = min(max(kl / config.kl_target - 1, -0.2), 0.2)
+    return coef * (1 + error * stories / config.kl_horizon)
 
 
 @torch.no_grad()
@@ -250,17 +250,16 @@ def read_reference(
     """The stories under the frozen starting checkpoint: (B, N) log-probabilities of their tokens, and the states from
     which it predicts them, (B, N, C) or, if they are not wanted, (B, N, 0); 0 off the mask, float32 both."""
     logprobs = torch.zeros_like(batch.logprobs)
-    kept = logprobs.new_zeros(*logprobs.shape, reference.config.n_embd if states else 0)
+    all_states = logprobs.new_zeros(*logprobs.shape, reference.config.n_embd if states else 0)
     with reference.lowered(ops.matmul_dtype(reference.wte.weight)):
         for rows in distributed.shard_strided(by_length(batch.lengths, micro_batch_size)):
             part = batch.rows(rows)
-            found = response_states(reference, part)
-            told = token_logprobs(reference, found, part, temperature)
+            part_states = response_states(reference, part)
             at = upload(rows, logprobs.device)
-            logprobs[at] = part.padded(told)
+            logprobs[at] = part.padded(token_logprobs(reference, part_states, part, temperature))
             if states:
-                kept[at] = part.padded(found.float())
-    return distributed.all_reduce_sum(logprobs), distributed.all_reduce_sum(kept) if states else kept
+                all_states[at] = part.padded(part_states.float())
+    return distributed.all_reduce_sum(logprobs), distributed.all_reduce_sum(all_states) if states else all_states
 
 
 def by_length(lengths: Tensor, size: int) -> list[Tensor]:
@@ -272,34 +271,36 @@ def step(
     student: Student,
     critic: Critic | ValueHead,
     optimizer: torch.optim.Optimizer,
-    kl: AdaptiveKL,
     batch: Batch,
     ref_logprobs: Tensor,
     ref_states: Tensor,
-    story_rewards: Tensor,
+    story_rewards: Sequence[float | None],
+    kl_coef: float,
     config: InteractConfig,
     autocast: Autocast = contextlib.nullcontext,
 ) -> dict[str, float]:
-    """One PPO step on stories with rewards: token rewards, advantages, the update, and the next KL coefficient.
+    """One PPO step: token rewards, advantages, the update. Returns the step's statistics.
 
-    ref_logprobs, ref_states: of `read_reference`; story_rewards: (B,); autocast: the context of the forward passes, and
-    of them alone: inside it the backward pass would round the value head's float32 gradient. Returns the step's
-    statistics.
+    ref_logprobs, ref_states: of `read_reference`; story_rewards: per row, and a row without one gives no gradient;
+    autocast: the context of the forward passes, and of them alone: inside it the backward pass would round the value
+    head's float32 gradient.
     """
-    rewards = token_rewards(story_rewards, batch.logprobs, ref_logprobs, batch.mask, kl.coef)
+    scored = torch.tensor([row for row, reward in enumerate(story_rewards) if reward is not None])
+    at = scored.to(ref_logprobs.device)
+    batch, ref_logprobs, ref_states = batch.rows(scored), ref_logprobs[at], ref_states[at]
+    rewards = torch.tensor([reward for reward in story_rewards if reward is not None], device=at.device)
+    per_token = token_rewards(rewards, batch.logprobs, ref_logprobs, batch.mask, kl_coef)
     value_head = critic if isinstance(critic, ValueHead) else None
     if isinstance(critic, Critic):
-        to_come = discounted(rewards, config.gamma) * batch.mask
-        values = critic.estimate(ref_states, ref_logprobs, to_come, batch.mask)
-        batch = dataclasses.replace(batch, values=values)
-    advantages, returns = advantages_and_returns(rewards, batch.values, batch.mask, config.gamma, config.lam)
+        targets = discounted(per_token, config.gamma) * batch.mask
+        batch = dataclasses.replace(batch, values=critic.estimate(ref_states, ref_logprobs, targets, batch.mask))
+    advantages, returns = advantages_and_returns(per_token, batch.values, batch.mask, config.gamma, config.lam)
     whitened = whiten(advantages, batch.mask)
     mean_kl = float(((batch.logprobs - ref_logprobs) * batch.mask).sum(1).mean())
-    objective = float(story_rewards.mean()) - kl.coef * mean_kl
-    stats = dict(kl=mean_kl, kl_coef=kl.coef, objective=objective)
-    stats |= update(student, value_head, optimizer, batch, whitened, returns, config, autocast)
-    kl.update(mean_kl, len(story_rewards))
-    return stats
+    reward_mean = float(rewards.mean())
+    stats = dict(reward_mean=reward_mean, reward_std=float(rewards.std()), unscored=len(story_rewards) - len(rewards))
+    stats |= dict(kl=mean_kl, kl_coef=kl_coef, objective=reward_mean - kl_coef * mean_kl)
+    return stats | update(student, value_head, optimizer, batch, whitened, returns, config, autocast)
 
 
 def update(
@@ -328,25 +329,26 @@ def update(
     for epoch in range(config.epochs):
         order = torch.arange(B) if minibatch >= B else torch.randperm(B)
         for chosen in order.split(minibatch):
-            picked = upload(chosen, batch.tokens.device)
-            count = batch.mask[picked].sum()
-            gains, told, gradients = (1.0, 1.0), [], []
+            rows = upload(chosen, batch.tokens.device)
+            count = batch.mask[rows].sum()
+            gains, sums_and_errors, gradients = (1.0, 1.0), [], []
             with student.lowered(dtype):
                 for half in (chosen[0::2], chosen[1::2]) if config.signal_gate else (chosen,):
                     optimizer.zero_grad(set_to_none=True)
-                    mine = distributed.shard_strided(half)
-                    told.append(
-                        backward(student, value_head, batch, mine, count, advantages, returns, config, autocast)
+                    shard = distributed.shard_strided(half)
+                    sums_and_errors.append(
+                        backward(student, value_head, batch, shard, count, advantages, returns, config, autocast)
                     )
                     distributed.all_reduce_gradients(parameters)
                     gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
             if config.signal_gate:
-                gains = signal_of_halves(*gradients), signal_of_sharpness(advantages[picked], batch.rows(chosen))
+                gains = signal_of_halves(*gradients), signal_of_sharpness(advantages[rows], batch.rows(chosen))
                 for p, *halves in zip(parameters, *gradients, strict=True):
                     p.grad = halves[0] + halves[1]
             if epoch == 0 and updates == 0:  # no update yet: any ratio other than 1 is rounding
-                ratio_error = max(ratio_error, float(torch.stack([largest for _, largest in told]).max()))
-            *means, mean_ratio = distributed.all_reduce_sum(torch.stack([means for means, _ in told]).sum(0)).tolist()
+                ratio_error = float(torch.stack([error for _, error in sums_and_errors]).max())
+            total = distributed.all_reduce_sum(torch.stack([part for part, _ in sums_and_errors]).sum(0))
+            *means, mean_ratio = total.tolist()
             if not mean_ratio <= config.max_ratio:  # also true for NaN
                 skipped += 1
                 continue
@@ -358,13 +360,13 @@ def update(
             for name, value in zip(sums, (*means, norm, *gains), strict=True):
                 sums[name] += value
     optimizer.zero_grad(set_to_none=True)
-    targets = batch.packed(returns)
-    several = len(targets) > 1  # one has no variance
-    unexplained = (targets - batch.packed(batch.values)).var() / targets.var().clamp(min=1e-12) if several else math.nan
+    targets, unexplained = batch.packed(returns), math.nan
+    if len(targets) > 1:  # one has no variance
+        unexplained = float((targets - batch.packed(batch.values)).var() / targets.var().clamp(min=1e-12))
     return {name: value / max(updates, 1) for name, value in sums.items()} | {
         "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,
-        "explained_variance": float(1 - unexplained),
+        "explained_variance": 1 - unexplained,
     }
 
 
@@ -372,21 +374,22 @@ def backward(
     student: Student,
     value_head: ValueHead | None,
     batch: Batch,
-    mine: Tensor,
+    shard: Tensor,
     count: Tensor,
     advantages: Tensor,
     returns: Tensor,
     config: InteractConfig,
     autocast: Autocast,
 ) -> tuple[Tensor, Tensor]:
-    """Add to the parameters' gradients those of the stories `mine`, indices of the batch, divided by `count` tokens.
+    """Add to the parameters' gradients those of the stories in `shard`, divided by `count` tokens.
 
-    mine: int64, on the CPU. Returns sums over their tokens, divided so as well, (5,) float64: policy and value loss,
-    clipped, approx_kl and ratio; and the largest |ratio - 1|. Both stay on the device, so that a GPU runs ahead."""
+    shard: rows of the batch, int64, on the CPU. Returns sums over their tokens, also divided, (5,) float64: policy and
+    value loss, clipped, approx_kl and ratio; and the largest |ratio - 1|. Both stay on the device, so that a GPU runs
+    ahead."""
     device = batch.tokens.device
-    told, largest = torch.zeros(5, dtype=torch.float64, device=device), torch.zeros((), device=device)
-    for part in by_length(batch.lengths[mine], config.micro_batch_size):
-        old, rows = batch.rows(mine[part]), upload(mine[part], device)
+    sums, max_ratio_error = torch.zeros(5, dtype=torch.float64, device=device), torch.zeros((), device=device)
+    for part in by_length(batch.lengths[shard], config.micro_batch_size):
+        old, rows = batch.rows(shard[part]), upload(shard[part], device)
         mask = old.mask
         with autocast():
             logprob, value = response_stats(student, value_head, old, config.temperature)
@@ -400,9 +403,9 @@ def backward(
         loss = (policy_loss.sum() + config.value_coef * 0.5 * value_loss.sum()) / count
         loss.backward()
         with torch.no_grad():
-            largest = torch.maximum(largest, ((ratio - 1).abs() * mask).max())
+            max_ratio_error = torch.maximum(max_ratio_error, ((ratio - 1).abs() * mask).max())
             clipped = (-advantage * clipped_ratio > -advantage * ratio) & mask
             approx_kl = ((ratio - 1) - ratio.log()) * mask
             parts = (policy_loss, 0.5 * value_loss, clipped, approx_kl, ratio * mask)
-            told += torch.stack([part.sum().double() for part in parts]) / count
-    return told, largest
+            sums += torch.stack([part.sum().double() for part in parts]) / count
+    return sums, max_ratio_error

@@ -10,38 +10,52 @@ no score: the story gets no reward and no gradient, and it is counted.
 import contextlib
 import hashlib
 import importlib.util
+import signal
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
+from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
+
+if TYPE_CHECKING:  # reports need no torch
+    from tinystory.student.generate import Story
 
 ScoreStories = Callable[[str, Sequence[str]], Sequence[float | None]]
 
 
-def story_reward(
-    score: float, difference: float, words: int, ended: bool,
-    *, diversity: float, length_weight: float, length_words: int, unfinished: float,
-) -> float:  # fmt: skip
+def story_rewards(
+    config: InteractConfig, stories: Sequence["Story"], scores: Sequence[float | None]
+) -> list[float | None]:
+    """The reward of each story of a step, None without a score. All of them count when it is compared with others."""
+    return [
+        None if score is None else story_reward(config, score, difference, story.words, story.ended == "eos")
+        for story, score, difference in zip(stories, scores, differences([s.text for s in stories]), strict=True)
+    ]
+
+
+def story_reward(config: InteractConfig, score: float, difference: float, words: int, ended: bool) -> float:
     """(score * (1 - diversity + diversity * difference) + length_weight * words / length_words) / (1 + length_weight),
     times `unfinished` for a story that was cut off: 0..1.
 
     score, difference: 0..1. The length term, at most length_weight, keeps stories from shrinking (arXiv 2509.15714,
     whose reward this is with diversity 0 and unfinished 1). words: whitespace-separated words that the student wrote.
     """
-    quality = score * (1 - diversity + diversity * difference)
-    reward = (quality + length_weight * min(words / length_words, 1.0)) / (1 + length_weight)
-    return reward if ended else reward * unfinished
+    quality = score * (1 - config.diversity + config.diversity * difference)
+    length = min(words / config.length_words, 1.0)
+    reward = (quality + config.length_weight * length) / (1 + config.length_weight)
+    return reward if ended else reward * config.unfinished
 
 
 def differences(stories: Sequence[str]) -> list[float]:
     """How different each story is from the others, 0..1: the mean over its distinct phrases of 1 / (number of stories
     that contain the phrase). 1 if it shares none; 0 for a story too short to contain one."""
-    own = [phrases(story) for story in stories]
-    shared = Counter(phrase for each in own for phrase in each)
-    return [sum(1 / shared[phrase] for phrase in each) / len(each) if each else 0.0 for each in own]
+    grams = [phrases(story) for story in stories]
+    counts = Counter(gram for distinct in grams for gram in distinct)
+    return [sum(1 / counts[gram] for gram in distinct) / len(distinct) if distinct else 0.0 for distinct in grams]
 
 
 def phrases(story: str, n: int = 4) -> set[tuple[str, ...]]:
@@ -51,24 +65,22 @@ def phrases(story: str, n: int = 4) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
-def plots(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
-    """How many of the texts tell each plot (`plot_numbers`), largest first."""
-    return sorted(Counter(plot_numbers(texts, threshold)).values(), reverse=True)
+def cluster_sizes(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
+    """Sizes of the clusters of near-duplicate stories (`cluster_ids`), largest first."""
+    return sorted(Counter(cluster_ids(texts, threshold)).values(), reverse=True)
 
 
-def plot_numbers(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
-    """The plot of each text, numbered from 0 by first appearance. A story has the plot of the first founder that shares
-    more than `threshold` of its phrases of three words with it (Jaccard; capitalised words count as one word), or it
-    founds one."""
+def cluster_ids(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
+    """The cluster of each text, numbered from 0 by first appearance. A text joins the first cluster whose founder
+    shares more than `threshold` of their word 3-grams (Jaccard; capitalised words count as one word), or founds one."""
     founders: list[set] = []
-    numbers = []
-    for own in (phrases(text, 3) for text in texts):
-        same = (i for i, other in enumerate(founders) if len(own & other) > threshold * len(own | other))
-        number = next(same, len(founders))
-        if number == len(founders):
-            founders.append(own)
-        numbers.append(number)
-    return numbers
+    ids = []
+    for grams in (phrases(text, 3) for text in texts):
+        similar = (i for i, other in enumerate(founders) if len(grams & other) > threshold * len(grams | other))
+        ids.append(next(similar, len(founders)))
+        if ids[-1] == len(founders):
+            founders.append(grams)
+    return ids
 
 
 def random_scores(opening: str, stories: Sequence[str]) -> list[float]:
@@ -78,10 +90,10 @@ def random_scores(opening: str, stories: Sequence[str]) -> list[float]:
     return [sum(byte % 4 for byte in digest) / 9 for digest in digests]
 
 
-def load_score(spec: str) -> ScoreStories:
+def load_score(spec: str, timeout_s: float = 300.0) -> ScoreStories:
     """`random_scores` for "random", else the function named by FILE.py:FUNCTION, with its scores checked at each call.
-    Raises UserError if there is none, if its file or a call of it fails, and from a call whose scores are not one
-    number in 0..1 or None per story."""
+    Raises UserError if there is none, if its file or a call of it fails or takes longer than `timeout_s`, and from a
+    call whose scores are not one number in 0..1 or None per story. To be called on the main thread."""
     if spec == "random":
         return random_scores
     file, _, name = spec.rpartition(":")
@@ -92,34 +104,34 @@ def load_score(spec: str) -> ScoreStories:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--reward {spec}: {file!r} is not a Python file; write it as FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(module_spec)
-    with _told_where(spec, file):
+    with _user_code(spec, file, timeout_s):
         module_spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"--reward {spec}: {file} has no function {name!r}")
 
     def score(opening: str, stories: Sequence[str]) -> Sequence[float | None]:
-        with _told_where(spec, file):
+        with _user_code(spec, file, timeout_s):  # also the scores' own methods
             given = function(opening, stories)
-            scores = given if given is None or isinstance(given, str) else list(given)
-        if not isinstance(scores, list):
-            raise UserError(f"--reward {spec} gave {_short(scores)}; it must give a list with one score per story")
-        if len(scores) != len(stories):
-            raise UserError(
-                f"--reward {spec} gave {len(scores)} scores for {len(stories)} stories; it must give one per story"
-            )
-        for value in scores:
-            if value is not None and not _is_score(value):
-                raise UserError(f"--reward {spec} gave {_short(value)}; a score is a number from 0 to 1, or None")
-        return scores
+            if given is None or isinstance(given, str):
+                raise UserError(f"--reward {spec} gave {_short(given)}; it must give a list with one score per story")
+            scores = list(given)
+            if len(scores) != len(stories):
+                raise UserError(
+                    f"--reward {spec} gave {len(scores)} scores for {len(stories)} stories; it must give one per story"
+                )
+            for value in scores:
+                if value is not None and not _is_score(value):
+                    raise UserError(f"--reward {spec} gave {_short(value)}; a score is a number from 0 to 1, or None")
+            return [None if value is None else float(value) for value in scores]
 
     return score
 
 
-def _is_score(value: Any) -> bool:
+def _is_score(value: object) -> bool:
     """Whether it is a number from 0 to 1 of any library's; text that reads as one is none."""
-    with contextlib.suppress(TypeError, ValueError):  # of arrays and complex numbers
-        return not isinstance(value, str | bytes) and 0 <= float(value) <= 1
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # of arrays, complex numbers and 10**400
+        return not isinstance(value, str | bytes) and 0 <= float(value) <= 1  # type: ignore[arg-type]
     return False
 
 
@@ -128,21 +140,56 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+class _TooSlow(BaseException):
+    """Ends the user's code, whose `except Exception` does not stop it."""
+
+
 @contextlib.contextmanager
-def _told_where(spec: str, file: str) -> Iterator[None]:
-    """Whatever the user's code raises ends in one sentence with the last line of that file that was running."""
+def _user_code(spec: str, file: str, timeout_s: float) -> Iterator[None]:
+    """Whatever the user's code raises, an exit included, ends in one sentence with the last line of that file that was
+    running. It gets `timeout_s` seconds, and what it does to torch's settings is undone."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise _TooSlow(f"it took more than {timeout_s:g} s (--teacher-timeout)")
+
+    handler = signal.signal(signal.SIGALRM, end)
     try:
-        yield
-    except UserError:
+        signal.setitimer(signal.ITIMER_REAL, timeout_s, 1.0)  # and each second, should the code go on
+        with _torch_settings_restored():
+            yield
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # the user's code can raise anything; the cause stays attached
+    except BaseException as error:  # the user's code can raise anything; the cause stays attached
+        signal.setitimer(signal.ITIMER_REAL, 0)
         place = error if isinstance(error, SyntaxError) else None
         where, line = (place.filename or file, place.lineno) if place else (file, None)
         for frame in [] if place else traceback.extract_tb(error.__traceback__):
             if Path(frame.filename).resolve() == Path(file).resolve():
                 line = frame.lineno
         at = f"{where}, line {line}" if line else where
-        why = place.msg if place else " ".join(str(error).split())
-        raise UserError(
-            f"--reward {spec} failed in {at}: {type(error).__name__}{': ' * bool(why)}{why[:200]}"
-        ) from error
+        # Its own str() can fail too.
+        why = place.msg if place else " ".join(str(traceback.TracebackException.from_exception(error)).split())
+        what = "" if isinstance(error, _TooSlow) else type(error).__name__ + ": " * bool(why)
+        raise UserError(f"--reward {spec} failed in {at}: {what}{why[:200]}") from error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+@contextlib.contextmanager
+def _torch_settings_restored() -> Iterator[None]:
+    import torch  # here, because reports do not need it
+
+    settings: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+        (torch.get_default_dtype, torch.set_default_dtype),
+        (torch.get_default_device, lambda _: torch.set_default_device(None)),
+        (torch.is_grad_enabled, torch.set_grad_enabled),
+        (torch.get_num_threads, torch.set_num_threads),
+    )
+    before = [get() for get, _ in settings]
+    try:
+        yield
+    finally:
+        for (get, restore), value in zip(settings, before, strict=True):
+            if get() != value:
+                restore(value)

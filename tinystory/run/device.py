@@ -1,44 +1,22 @@
 """Which device, which precision, and how a run is asked to end."""
 
 import contextlib
+import math
 import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from tinystory import ops
-from tinystory.run.errors import UserError
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of --device. auto is a GPU if torch sees one and the kernels can be compiled for it, else the CPU,
-    which one line then explains. Raises UserError for a device that cannot be used."""
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        try:
-            return pick_device("cuda")
-        except UserError as error:
-            why = str(error).splitlines()[0]
-            print(f"tinystory: --device auto is the CPU here, not the GPU: {why}", file=sys.stderr)
-            return torch.device("cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("no kernels for it")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
-        ) from error
-    if device.type == "cuda":
-        ops.load_cuda(device)
-    return device
+from tinystory.run.errors import Interrupted, Output, UserError
+from tinystory.run.folder import RunLog
 
 
 def cpu_has_bf16() -> bool:
@@ -65,11 +43,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has else torch.float32
 
 
-def dtype_name(asked: str, dtype: torch.dtype) -> str:
-    """--dtype for a run's record, so that a resumed run multiplies as before: what auto means here, else as asked."""
-    return str(dtype).removeprefix("torch.") if asked == "auto" else asked
-
-
 def upload(x: Tensor, device: torch.device) -> Tensor:
     """x, on the CPU, on the device. Waits for nothing that a GPU is still computing."""
     pinned = device.type == "cuda"
@@ -93,6 +66,43 @@ class Download:
         return self.host
 
 
+class StepLog:
+    """Writes the metrics of steps that a GPU may still be computing, in order. step_tokens: tokens per step."""
+
+    def __init__(self, log: RunLog, bar: tqdm, step_tokens: int):
+        self.log, self.bar, self.step_tokens = log, bar, step_tokens
+        self.launched: deque[tuple[float, Download, dict[str, Any]]] = deque()
+        self.last_end = 0.0  # when the last step was seen to be finished
+        self.metrics: dict[str, Any] = {}  # of the last step written
+
+    def launch(self, began: float, statistics: Download, **metrics: Any) -> None:
+        """statistics: the step's loss and gradient norm, (2,) float32."""
+        self.launched.append((began, statistics, metrics))
+
+    def write(self, ahead: int, validate: Callable[[], dict[str, float]] | None = None) -> None:
+        """Waits for all launched steps but the last `ahead` and writes their metrics, validating after the last one.
+        Raises UserError for a loss that is not finite."""
+        while len(self.launched) > ahead:
+            began, statistics, metrics = self.launched.popleft()
+            loss, grad_norm = statistics.wait().tolist()
+            began, self.last_end = max(began, self.last_end), time.perf_counter()
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {metrics['step']}: lower --learning-rate or --resume from the last "
+                    "checkpoint"
+                )
+            speed = self.step_tokens / (self.last_end - began)
+            metrics |= dict(loss=loss, grad_norm=grad_norm, tokens_per_s=speed, val_loss=None, val_bits_per_byte=None)
+            postfix = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
+            if validate and not self.launched:
+                metrics |= validate()
+                postfix |= {"val": f"{metrics['val_loss']:.3f}"}
+            self.log.metrics(**metrics)
+            self.bar.update(metrics["words"] - self.bar.n)
+            self.bar.set_postfix(postfix)
+            self.metrics = metrics
+
+
 def now(device: torch.device) -> float:
     """Seconds of a clock, when all that was launched on the device is done."""
     if device.type == "cuda":
@@ -108,15 +118,13 @@ def peak_memory_mb(device: torch.device) -> int:
     return rss >> (20 if sys.platform == "darwin" else 10)  # in bytes there, in KiB elsewhere
 
 
-class Interrupted(Exception):
-    """The user asked the run to end; what is finished is to be saved."""
-
-
 class Stop:
-    """Ctrl-C or SIGTERM once: `requested` turns true and the loop ends after the step. Twice: at once."""
+    """Ctrl-C, SIGTERM or SIGHUP (the terminal is gone; nohup ignores it) once: `requested` turns true and the loop ends
+    after the step. Ctrl-C or SIGTERM after that: at once. (After Ctrl-C the reader of a pipe has gone too, which
+    errors.Output says by SIGHUP.)"""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = Output.reader_gone
 
     def check(self) -> None:
         """Raise Interrupted if an end was asked for: for waits that may be long and can be given up."""
@@ -126,11 +134,14 @@ class Stop:
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
         def ask(signum: int, frame: FrameType | None) -> None:
-            if self.requested:
+            if self.requested and signum != signal.SIGHUP:
                 raise KeyboardInterrupt
             self.requested = True
 
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signals.append(signal.SIGHUP)
+        before = {s: signal.signal(s, ask) for s in signals}
         try:
             yield self
         finally:

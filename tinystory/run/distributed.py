@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import datetime
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,22 +21,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tinystory.run.device import Interrupted
-from tinystory.run.errors import PeerLost, UserError
+from tinystory.run.errors import TORCHRUN, Interrupted, PeerLost, UserError
 
 T = TypeVar("T")
 Rows = TypeVar("Rows", Tensor, list)
 BUCKET = 1 << 24  # elements per all-reduce: enough to saturate the network, few beside all gradients
 GRACE_S = 300.0  # to end a step and save, after torchrun was killed
+# Messages of gloo, NCCL and torch's store.
+CONNECTION_LOST = re.compile("connect|broken pipe|socket|timed out|timeout|remote process|network|recv", re.I)
 TIMEOUT = datetime.timedelta(hours=6)  # of a collective: the other ranks wait for rank 0, which waits for the teacher
 
 
 def start(device: str) -> None:
     """Join the processes that torchrun started. With a GPU ("auto" or "cuda") each takes the one of its local rank.
 
-    Raises UserError if there is not one GPU per process."""
+    Raises UserError if there is not one GPU per process, or if torchrun's variables are only in part there."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
+    if missing := [name for name in TORCHRUN if name not in os.environ]:
+        raise UserError(
+            f"TORCHELASTIC_RUN_ID is set, as by torchrun, but not {', '.join(missing)}: start this with torchrun, or "
+            "unset that variable"
+        )
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -68,6 +75,8 @@ def peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if not CONNECTION_LOST.search(str(error)[:400]):  # a C++ backtrace may follow
+            raise
         raise PeerLost(
             f"process {rank()} lost the others of this run: one of them ended, and said why above, or was killed "
             f"({' '.join(str(error).split()):.120}); go on with --resume"
@@ -84,6 +93,12 @@ def world_size() -> int:
 
 def is_rank0() -> bool:
     return rank() == 0
+
+
+def require_one_each(flag: str, count: int) -> None:
+    """Raises UserError unless every process gets at least one row."""
+    if count < world_size():
+        raise UserError(f"{flag} must be at least {world_size()}, the number of processes")
 
 
 def shard_strided(rows: Rows) -> Rows:

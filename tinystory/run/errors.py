@@ -1,39 +1,137 @@
-"""The error for everything that the user can fix. Commands print it as one sentence and exit with code 2."""
+"""The error for everything that the user can fix, and `command`, which every command's main() goes through.
 
+Commands print an error as one sentence and exit with code 2. Where nobody reads what is printed any more (`| head -1`),
+a training run is saved and ended, as when a terminal closes, and every other command goes on to its end, quietly.
+"""
+
+import contextlib
+import errno
 import functools
+import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
+
+if sys.platform == "win32":  # no fcntl, no resource, and no compiler that takes our flags
+    sys.exit("error: tinystory runs on Linux and macOS; on Windows, install and run it inside WSL (wsl --install)")
+
+from tinystory.run.text import printable
 
 P = ParamSpec("P")
 T = TypeVar("T")
+READER_GONE = 128 + signal.SIGPIPE  # exit code, as a shell gives it
+TORCHRUN = (  # what torchrun sets
+    "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+# Messages of Python, torch and the C++ library.
+NO_MEMORY = re.compile(
+    "allocate memory|out of memory|bad_alloc|map segment|start new thread|Resource temporarily unavailable", re.I
+)
+ADVICE = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or lower --teacher-concurrency",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOSPC: "free some space or choose another folder",
+}
 
 
 class UserError(Exception):
     """A problem that the user can fix; the message is one clear sentence that says what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))  # it may quote a server, a file or the user's code
 
 
 class PeerLost(UserError):
     """Another process of a torchrun run has ended; any that is left says so."""
 
 
+class Interrupted(Exception):
+    """The user asked the run to end; what is finished is to be saved."""
+
+
+def advice(error: Exception) -> str:
+    """What to do about a file that cannot be written."""
+    return ADVICE.get(getattr(error, "errno", None) or errno.ENOSPC, "choose another folder")
+
+
+def shortage(error: Exception) -> str:
+    """One sentence for an error that says that the machine has no more memory, threads, files or disk space, or that a
+    name is too long; "" for any other."""
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, MemoryError) or NO_MEMORY.search(text):
+        return (
+            f"there is not enough memory, or not enough threads ({text or 'MemoryError'}): close other programs, raise "
+            "the limit (ulimit -v, ulimit -u), or choose smaller sizes"
+        )
+    return f"{text}; {ADVICE[error.errno]}" if isinstance(error, OSError) and error.errno in ADVICE else ""
+
+
+class Output(io.FileIO):
+    """stdout or stderr. When its reader has gone, what is still printed is dropped, and a run that listens to SIGHUP,
+    as of a terminal that closes, is sent one."""
+
+    reader_gone = False  # of either
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            failure = error
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), self.fileno())  # so that no later write fails
+        if failure.errno not in (errno.EPIPE, errno.EIO):  # EIO: of a terminal that has closed, with a SIGHUP
+            raise failure
+        if failure.errno == errno.EPIPE and not Output.reader_gone:
+            Output.reader_gone = True
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+                os.kill(os.getpid(), signal.SIGHUP)
+        return len(data)
+
+
+def open_outputs() -> None:
+    """Make stdout and stderr an `Output` each, which escapes what its encoding lacks. A stream that was closed before
+    the start becomes /dev/null: else the next file to be opened gets its descriptor, and what is printed with it."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream: TextIO | None = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  (until the process ends)
+        elif name != "stdin" and stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            stream.flush()
+            buffer = io.BufferedWriter(Output(stream.fileno(), "wb", closefd=False))
+            by_line = stream.line_buffering or stream.write_through
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=by_line))
+
+
 def command(main: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a command's main(): a UserError becomes one line on stderr and exit code 2, without a traceback."""
+    """Decorates a command's main(): an error that the user can fix becomes one line on stderr and exit code 2, without
+    a traceback."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by tinystory/__init__.py during the imports
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        open_outputs()
         try:
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+            sys.stdout.flush()
         except UserError as error:
-            # Under torchrun, one process is enough.
-            if os.environ.get("RANK", "0") == "0" or isinstance(error, PeerLost):
+            started = all(name in os.environ for name in TORCHRUN)  # then one process is enough
+            if not started or os.environ["RANK"] == "0" or isinstance(error, PeerLost):
                 print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except (MemoryError, OSError, RuntimeError, ImportError) as error:
+            if not (sentence := shortage(error)):
+                raise
+            print(f"error: {sentence}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)
+        finally:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()  # an error of it at the interpreter's end would be printed
+        if Output.reader_gone:
+            sys.exit(READER_GONE)
+        return result
 
     return run

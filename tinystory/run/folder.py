@@ -10,6 +10,7 @@ checks names, types and sizes, so that whatever uses the records need not.
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -17,21 +18,22 @@ import platform
 import re
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from tinystory.run.errors import UserError
+from tinystory.run.errors import UserError, advice
 from tinystory.run.paths import ROOT
 
 Record: TypeAlias = dict[str, Any]  # one JSON object
 Fields: TypeAlias = dict[str, tuple[type, ...]]
 
 CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
-LOOKS = "looks.jsonl"  # stories to held-out openings
+EVALUATIONS = "evaluations.jsonl"  # stories to held-out openings
 OPINIONS = "opinions.jsonl"  # what other judges say of the run's stories (scripts/agreement.py)
 PREFERENCES = "preferences.jsonl"  # choices between its stories before and after (teach.py and evaluate.py --compare)
+MANIFEST = "manifest.json"
 LOCK = ".lock"
 LONGEST = 1 << 26  # bytes of a JSON file, or of a line of records
 LARGEST = 1e100  # of a number in a record
@@ -44,7 +46,7 @@ _STORY: Fields = _TOLD | {
 FIELDS: dict[str, Fields] = {  # what each record has at least
     METRICS: {"step": (int,)},
     STORIES: _STORY,
-    LOOKS: _STORY,
+    EVALUATIONS: _STORY,
     SAMPLES: _STORY | {"when": (str,)},
     OPINIONS: _TOLD | {"judge": (str,), "score": _NUMBER},
     PREFERENCES: {"key": (str,), "choice": (str, type(None)), "by": (str,)},
@@ -65,16 +67,20 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        # The rename is durable only once its folder is synced.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(path.parent)  # until then the rename is not durable
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's or folder's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
@@ -84,7 +90,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder")
+    return UserError(f"cannot write {path}: {error.strerror or error}; {advice(error)}")
 
 
 @contextlib.contextmanager
@@ -93,8 +99,8 @@ def held(folder: Path) -> Iterator[None]:
     process, however that ends. Of a block that writes nothing, nothing is left. Raises UserError, naming the holder,
     if another process holds it."""
     folder, path = Path(folder), Path(folder) / LOCK
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
+        new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115  (closed below)
     except OSError as error:
@@ -121,8 +127,8 @@ def held(folder: Path) -> Iterator[None]:
         finally:
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # a folder that is not empty stays
-                for each in made:
-                    each.rmdir()
+                for parent in new_folders:
+                    parent.rmdir()
 
 
 class RunLog:
@@ -150,8 +156,8 @@ class RunLog:
         else:
             for name in (METRICS, STORIES):
                 keep_until(self.folder / name, resume_step)
-            # The checkpoint of step 0 is saved before the student is looked at, all others after.
-            keep_until(self.folder / LOOKS, resume_step or -1)
+            # The checkpoint of step 0 is saved before the evaluation, all others after.
+            keep_until(self.folder / EVALUATIONS, resume_step or -1)
 
     def config(self, options: Mapping[str, Any]) -> None:
         """Write config.json: the options, versions, device, git commit, and the times of the start and of each resume.
@@ -160,16 +166,24 @@ class RunLog:
         """
         if not self.writes:
             return
+        import torch  # imported here because reports do not need it
+
         path = self.folder / CONFIG
         before = read_config(self.folder) if self.resume_step is not None else {}
-        at = timestamp()
+        at, threads, device = timestamp(), torch.get_num_threads(), options.get("device") or "cpu"
+        if device == "cpu" and before.get("threads", threads) != threads:
+            print(
+                f"warning: {threads} threads, where the run had {before['threads']}: its bits will not be those of a "
+                f"run never stopped; OMP_NUM_THREADS={before['threads']} would keep them"
+            )
         resumed = before.get("resumed", [])
         if before:
             resumed.append({"step": self.resume_step, "at": at})
         record = {
             "options": options,
             "versions": versions(),
-            "device": device_name(options.get("device") or "cpu"),
+            "device": device_name(device),
+            "threads": threads,
             "git_commit": git_commit(),
             "started": before.get("started", at),
             "resumed": resumed,
@@ -187,9 +201,9 @@ class RunLog:
         """Append one record per story: step, index, opening, story, reply, scores, reward, words, ended."""
         self._append(STORIES, records)
 
-    def looks(self, records: Sequence[Record]) -> None:
+    def evaluations(self, records: Sequence[Record]) -> None:
         """The same for stories to held-out openings, from which nothing is learned."""
-        self._append(LOOKS, records)
+        self._append(EVALUATIONS, records)
 
     def _append(self, name: str, records: Sequence[Record]) -> None:
         if not self.writes:
@@ -236,18 +250,62 @@ def parse_object(text: bytes | str) -> Record:
     return value
 
 
-def read_object(path: Path) -> Record:
-    """The JSON object in a file. Raises UserError, without advice, for anything else."""
+def read_text(path: Path) -> str:
+    """The text of a regular file. Raises UserError, without advice, for anything else: a file of over LONGEST bytes,
+    with NUL characters, or not in UTF-8."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
         with open(path, "rb") as file:
-            text = file.read(LONGEST + 1)
-        if len(text) > LONGEST:
+            content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
             raise ValueError(f"it is over {LONGEST >> 20} MB")
-        return parse_object(text)
+        if b"\0" in content:
+            raise ValueError("it holds NUL characters")
+        return content.decode()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def read_object(path: Path) -> Record:
+    """The JSON object in a file. Raises UserError, without advice, for anything else."""
+    try:
+        return parse_object(read_text(path))
+    except ValueError as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split()):.200}") from error
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises UserError, without advice, if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while data := file.read(1 << 20):
+                digest.update(data)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the size and the SHA-256 of each file in a folder to its MANIFEST, and sync them all."""
+    manifest = {p.name: {"size": p.stat().st_size, "sha256": file_hash(p)} for p in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in folder.iterdir():
+        sync(path)
+
+
+def require_whole(folder: Path, names: Iterable[str]) -> None:
+    """Raises UserError, naming the file, unless each of these files in a folder is what its MANIFEST says."""
+    manifest = read_object(folder / MANIFEST)
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
+        if manifest.get(name) != {"size": path.stat().st_size, "sha256": file_hash(path)}:
+            raise UserError(f"{path} is not what {MANIFEST} beside it says was saved: one of them is damaged")
 
 
 def read_config(folder: Path) -> Record:

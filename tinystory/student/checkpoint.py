@@ -6,14 +6,13 @@ that is used again, is what an interaction is shown by.
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,30 +20,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.run.errors import UserError
-from tinystory.run.folder import cannot_write, read_object
+from tinystory.run import distributed
+from tinystory.run.errors import UserError, advice
+from tinystory.run.folder import cannot_write, read_object, require_whole, sync, write_manifest
 from tinystory.student import hf
 from tinystory.student.model import Student, StudentConfig, wrong_shape
 
+T = TypeVar("T")
 BEST = "best"
 FILES = ("model.safetensors", "model.json", "tokenizer.json", "trainer.safetensors", "trainer.json")
-MANIFEST = "manifest.json"  # size and SHA-256 of each
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
-# What trainers count, and of which type each count is.
-COUNTERS: dict[str, Any] = dict(
-    step=int, words=int, tokens=int, corpus=str, written=int, kl_coef=float, best=float, best_step=int, words_in=int,
-    words_out=int,
-)  # fmt: skip
+LARGEST_WEIGHT = 65504.0  # the largest number of float16; below it no forward pass overflows float32
 
 
 def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[str, Any],
          state: dict[str, Tensor], counters: dict[str, Any], replace: bool = False) -> Path:  # fmt: skip
     """Write one checkpoint and return its folder. One that exists whole is left as it is, or replaced. facts: the
     training history (words, corpus), stored in model.json; state and counters: what the trainer needs for a bit-exact
-    resume, of COUNTERS. Raises UserError if it cannot be written."""
+    resume. Raises UserError if it cannot be written."""
     if folder.exists() and not replace:  # the same step of the same run, before a resume
         with contextlib.suppress(UserError):
-            require_whole(folder)
+            require_whole(folder, FILES)
             return folder
     partial, replaced = folder.with_name("." + folder.name), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
@@ -53,47 +49,20 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[st
         partial.mkdir(parents=True)
         save_file(_on_cpu(student.state_dict()), partial / "model.safetensors")
         save_file(_on_cpu(state), partial / "trainer.safetensors")
-        record = {**asdict(student.config), "tokenizer": tokenizer.fingerprint(), "facts": facts}
+        record = asdict(student.config) | {"facts": facts}
         (partial / "model.json").write_text(json.dumps(record, indent=2) + "\n")
         (partial / "trainer.json").write_text(json.dumps(counters, indent=2) + "\n")
         tokenizer.save(partial / "tokenizer.json")
-        files = {name: partial / name for name in FILES}
-        manifest = {n: {"size": path.stat().st_size, "sha256": file_hash(path)} for n, path in files.items()}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        for path in partial.iterdir():
-            _sync(path)
+        write_manifest(partial)
         if folder.exists():  # a kill between the two renames leaves the run without `best`, not with half of one
             folder.rename(replaced)
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"cannot write checkpoint {folder}: {error}; free some space or choose another --out"
-        ) from error
+        raise UserError(f"cannot write checkpoint {folder}: {error}; {advice(error)}") from error
     return folder
-
-
-def require_whole(folder: Path) -> None:
-    """Raises UserError, naming the file, unless each file of a checkpoint is what was saved."""
-    manifest = read_object(folder / MANIFEST)
-    for name in FILES:
-        try:
-            size, digest = (folder / name).stat().st_size, file_hash(folder / name)
-        except OSError as error:
-            raise UserError(f"{folder / name} cannot be read: {error.strerror or error}") from error
-        if manifest.get(name) != {"size": size, "sha256": digest}:
-            raise UserError(f"{folder / name} is not what {MANIFEST} beside it says was saved: one of them is damaged")
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tokenizer, dict[str, Any]]:
@@ -105,11 +74,10 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tok
         return student.to(device), tokenizer, {}
     if not (folder / "model.json").is_file():
         raise UserError(f"{folder} is not a checkpoint of ours: it has no model.json")
-    require_whole(folder)
+    require_whole(folder, FILES)
     record = read_object(folder / "model.json")
-    facts, vocabulary = record.pop("facts", {}), record.pop("tokenizer", None)
-    wrong = wrong_shape(record) or wrong_facts(facts)
-    if wrong:
+    facts, _ = record.pop("facts", {}), record.pop("tokenizer", None)  # its hash, in checkpoints of earlier versions
+    if wrong := wrong_shape(record):
         raise UserError(f"{folder / 'model.json'} describes a student that there cannot be: {wrong}")
     config = StudentConfig(**record)
     require_shapes(folder / "model.safetensors", config)
@@ -117,24 +85,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tok
         student = Student(config)
     student = student.to_empty(device="cpu")
     restore(student, folder)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    if tokenizer.vocab_size != config.vocab_size or tokenizer.fingerprint() != vocabulary:
-        raise UserError(
-            f"{folder}/tokenizer.json is another vocabulary than the one that the weights were trained with: restore "
-            "the file that was saved with them"
-        )
-    return student.to(device), tokenizer, facts
-
-
-def wrong_facts(facts: Any) -> str:
-    """What is wrong with the training history in a model.json; "" if nothing is."""
-    if not isinstance(facts, dict):
-        return "its facts are no object"
-    for name, value in facts.items():
-        names = name == "corpus" and isinstance(value, list) and all(isinstance(each, str) for each in value)
-        if not names and not (type(value) is int and 0 <= value < 1 << 63):
-            return f"its {name!r} is {value!r:.80}"
-    return ""
+    return student.to(device), Tokenizer.load(folder / "tokenizer.json"), facts
 
 
 def require_shapes(path: Path, config: StudentConfig) -> None:
@@ -152,9 +103,10 @@ def require_shapes(path: Path, config: StudentConfig) -> None:
 
 
 def require_finite(student: Student, folder: Path) -> None:
+    """Raises UserError for weights that are NaN, infinite, or so large that a forward pass could overflow."""
     for name, parameter in student.named_parameters():
-        if not parameter.isfinite().all():
-            raise UserError(f"{folder} holds NaN or infinite weights, in {name}: give an earlier checkpoint")
+        if not parameter.abs().max() <= LARGEST_WEIGHT:
+            raise UserError(f"{folder} holds NaN, infinite or absurdly large weights, in {name}: give another one")
 
 
 def restore(student: Student, folder: Path) -> None:
@@ -162,34 +114,24 @@ def restore(student: Student, folder: Path) -> None:
     weight is not finite."""
     try:
         student.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} is not a checkpoint of ours: {_first_line(error)}") from error
     except RuntimeError as error:  # from load_state_dict, which lists every mismatch
         raise UserError(f"the weights in {folder} have another shape: {_first_line(error)}") from error
     require_finite(student, folder)
 
 
-def load_trainer(folder: Path, names: tuple[str, ...] = ("step",)) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The `state` and `counters` given to `save`. names: the counters to find. Raises UserError if they are missing or
-    malformed."""
-    counters = read_counters(folder)
-    for name in names:
-        if name not in counters:
-            raise UserError(f"{folder / 'trainer.json'} has no {name!r}: it is no checkpoint of such a run")
+def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, Tensor], T]:
+    """The `state` given to `save`, and the `counters` as the dataclass that they were. Raises UserError if they are
+    another's."""
     try:
-        return load_file(folder / "trainer.safetensors"), counters
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} has no trainer state to resume from: {_first_line(error)}") from error
+        return load_file(folder / "trainer.safetensors"), run_state(**read_counters(folder))
+    except TypeError:
+        raise UserError(f"{folder / 'trainer.json'} is no checkpoint of such a run") from None
 
 
 def read_counters(folder: Path) -> dict[str, Any]:
-    """The `counters` given to `save`: at least `step`. Raises UserError if they are missing or malformed."""
+    """The `counters` given to `save`: at least `step`. Raises UserError if they cannot be read."""
     counters = read_object(folder / "trainer.json")
-    for name, value in counters.items():
-        kind = COUNTERS.get(name)
-        if type(value) is not kind or (kind is not str and not (0 if kind is int else -1e30) <= value < 1 << 63):
-            raise UserError(f"{folder / 'trainer.json'} is damaged: its {name!r} is {value!r:.80}")
-    if "step" not in counters:
+    if type(counters.get("step")) is not int:
         raise UserError(f"{folder / 'trainer.json'} is damaged: it has no 'step'")
     return counters
 
@@ -227,13 +169,21 @@ def newest_whole(run: Path) -> Path | None:
     found = checkpoints(run)
     for _, folder in found:
         try:
-            require_whole(folder)
+            require_whole(folder, FILES)
             return folder
         except UserError as error:
             print(f"tinystory: {error}; looking for the checkpoint before it", file=sys.stderr)
     if found:
         raise UserError(f"--resume: every checkpoint in {run} is damaged: restore one from a copy, or start a new run")
     return None
+
+
+def to_resume(run: Path) -> Path | None:
+    """`newest_whole` of rank 0, on every rank."""
+    folder = distributed.rank0_value(lambda: newest_whole(run))
+    if folder is None:
+        print(f"{run} was stopped before its first checkpoint: it starts again")
+    return folder
 
 
 def find(path: Path) -> Path:
@@ -273,18 +223,12 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[s
 def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], state: dict[str, Tensor]) -> None:
     """The inverse of `pack_optimizer`; other tensors in `state` are ignored. Raises UserError if one does not fit."""
     kept: dict[int, dict[str, Tensor]] = {}
-    each = (
-        (p, ("step", "momentum") if "muon" in group else ADAM)
-        for group in optimizer.param_groups
-        for p in group["params"]
-    )
-    for i, (name, (parameter, keys)) in enumerate(zip(names, each, strict=True)):
+    groups = (group for group in optimizer.param_groups for _ in group["params"])
+    for i, (name, group) in enumerate(zip(names, groups, strict=True)):
         found = {key: state[f"{key}.{name}"] for key in {*ADAM, "momentum"} if f"{key}.{name}" in state}
         if not found:  # before the first step
             continue
-        if found.keys() != set(keys) or any(
-            tensor.shape != (() if key == "step" else parameter.shape) for key, tensor in found.items()
-        ):
+        if found.keys() != set(("step", "momentum") if "muon" in group else ADAM):
             raise UserError(f"the trainer state to resume from is another optimiser's: that of {name} does not fit")
         kept[i] = found
     optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
@@ -292,14 +236,6 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], state: 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first_line(error: Exception) -> str:

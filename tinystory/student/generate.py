@@ -1,4 +1,4 @@
-"""`generate`: the student continues many openings, sampled token by token with a KV cache.
+"""`generate`: the student continues many prompts, sampled token by token with a KV cache.
 
 On a CPU the C++ engine runs the token steps, where it can; otherwise `TokenStep` does, on a GPU as a CUDA graph. A draw
 depends on (seed, story index, position) and the logits alone, so a story does not depend on the rest of its batch.
@@ -10,8 +10,8 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import asdict, dataclass
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,7 +28,7 @@ from tinystory.student.model import KVCache, Student, ValueHead
 
 @dataclass
 class Story:
-    """What the student wrote after the opening, on the CPU.
+    """A continuation of an opening, on the CPU.
 
     tokens (n,) int64: with the end token, if the story drew one. logprobs, entropies (n,) float32, in nats: of
     softmax(logits / temperature) at each token, before top-k and top-p truncate it. values (n,) float32: the value
@@ -49,6 +49,18 @@ class Story:
         return len(self.text.split())
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """eos: the end token. temperature, top_k, top_p: as in `ops.sample`."""
+
+    max_new_tokens: int
+    eos: int
+    seed: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
 @torch.no_grad()
 def generate(
     student: Student,
@@ -64,112 +76,106 @@ def generate(
     top_p: float = 1.0,
     on_story: Callable[[Story], None] | None = None,
 ) -> list[Story]:
-    """Continue each opening, by stories with indices first_index, first_index + 1, ..., returned in that order.
+    """A story for each opening, in order, with the indices first_index, first_index + 1, ...
 
     An opening that several stories share is read once. Each story is handed to `on_story` as soon as it ends.
-    temperature 0 is greedy decoding. The matmuls and the KV cache have autocast's type. Raises UserError when an
-    opening and its story do not fit the context.
+    A temperature below 1e-6 is greedy decoding. The matmuls and the KV cache have autocast's type. Raises UserError
+    when an opening and its story do not fit the context.
     """
-    if temperature == 0:
+    if temperature < 1e-6:
         temperature, top_k = 1.0, 1
+    sampling = Sampling(max_new_tokens, tokenizer.eos, seed, temperature, top_k, top_p)
     device = student.wte.weight.device
-    count, distinct = len(openings), {text: i for i, text in enumerate(dict.fromkeys(openings))}
+    distinct = {text: i for i, text in enumerate(dict.fromkeys(openings))}
     prompts = [encode_opening(tokenizer, text) for text in distinct]
     require_room(student, max(prompts, key=len), max_new_tokens)
-    lower = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if lower else student.wte.weight.dtype
-    token_steps = engine_steps if Engine.runs(device, dtype) else student_steps
-    steps = token_steps(
-        student, value_head, [torch.tensor(prompt, device=device) for prompt in prompts],
-        torch.tensor([distinct[text] for text in openings], device=device), dtype,
-        max_new_tokens=max_new_tokens, eos=tokenizer.eos,
-        seed=seed, first_row=first_index, temperature=temperature, top_k=top_k, top_p=top_p,
-    )  # fmt: skip
+    prompt_tokens = [torch.tensor(prompt, device=device) for prompt in prompts]
+    prompt_of = torch.tensor([distinct[text] for text in openings], device=device)
+    token_steps = engine_steps if Engine.runs(device, ops.matmul_dtype(student.wte.weight)) else student_steps
+    steps = token_steps(student, value_head, prompt_tokens, prompt_of, sampling, first_index)
     stories: dict[int, Story] = {}
     for t, (outputs, ended) in enumerate(steps):
         if not ended:
             continue
-        with beside_steps(device):
-            written = [column[ended, : t + 1].cpu() for column in outputs]
-        for row, tokens, logprobs, values, entropies in zip(ended, *written, strict=True):
+        with reading(device):
+            columns = [column[ended, : t + 1].cpu() for column in outputs]
+        for row, tokens, logprobs, values, entropies in zip(ended, *columns, strict=True):
             text = tokenizer.decode(tokens.tolist()).strip()
-            how = "eos" if tokens[-1] == tokenizer.eos else "length"
-            stories[row] = Story(first_index + row, openings[row], text, tokens, logprobs, values, entropies, how)
+            reason = "eos" if tokens[-1] == tokenizer.eos else "length"
+            stories[row] = Story(first_index + row, openings[row], text, tokens, logprobs, values, entropies, reason)
             if on_story:
                 on_story(stories[row])
-    return [stories[row] for row in range(count)]
+    return [stories[row] for row in range(len(openings))]
 
 
-# prompts: the distinct openings, (P_i,) int64; which: (count,) int64, the opening that each story continues.
-# One token step: tokens int64 and logprobs, values, entropies float32, all (count, max_new_tokens) and filled up to
-# this step; and the rows that end with it.
+# The outputs up to this token step, tokens int64 and logprobs, values, entropies float32, all (count, max_new_tokens);
+# and the stories that end with it.
 Step = tuple[tuple[Tensor, ...], list[int]]
 
 
 def engine_steps(
-    student: Student, value_head: ValueHead | None, prompts: list[Tensor], which: Tensor, dtype: torch.dtype, **how: Any
+    student: Student, head: ValueHead | None, prompts: list[Tensor], prompt_of: Tensor, sampling: Sampling, offset: int
 ) -> Iterator[Step]:
-    """Token steps until every story has ended, by the C++ engine."""
+    """Token steps until every story has ended, by the C++ engine, in autocast's type. prompts: the distinct ones,
+    (P_i,) int64. prompt_of: each story's, (count,) int64. Story i draws as row id offset + i."""
     parameters = dict(student.named_parameters())
-    if value_head is not None:
-        parameters |= value_head.named_parameters(prefix="value_head")
-    engine = Engine(parameters, student.layout, dtype)
-    outputs = engine.start(prompts, which, **how)
-    left = len(which)
-    while left:
+    if head is not None:
+        parameters |= head.named_parameters(prefix="value_head")
+    config, dtype = student.config, ops.matmul_dtype(student.wte.weight)
+    engine = Engine(parameters, config.n_layer, config.n_head, dtype)
+    outputs = engine.start(prompts, prompt_of, first_row=offset, **asdict(sampling))
+    alive = len(prompt_of)
+    while alive:
         ended = engine.step()
-        left -= len(ended)
+        alive -= len(ended)
         yield outputs, ended
 
 
 def student_steps(
-    student: Student, value_head: ValueHead | None, prompts: list[Tensor], which: Tensor, dtype: torch.dtype,
-    *, first_row: int, **how: Any,
-) -> Iterator[Step]:  # fmt: skip
-    """The same steps on any device, by PyTorch and our kernels; on CUDA as captured graphs, some steps of which have
-    been launched by the time that the host looks at the tokens of one."""
-    count, new, eos = len(which), how["max_new_tokens"], how["eos"]
-    with student.lowered(dtype):
-        step = token_step(student, value_head, count, sum(map(len, prompts)), dtype, how)
-        step.start(prompts, which, first_row)
+    student: Student, head: ValueHead | None, prompts: list[Tensor], prompt_of: Tensor, sampling: Sampling, offset: int
+) -> Iterator[Step]:
+    """The same steps on any device, by PyTorch and our kernels; on CUDA as captured graphs, STEPS_AHEAD of which have
+    been launched by the time that the host reads the tokens of one."""
+    count, last = len(prompt_of), sampling.max_new_tokens - 1
+    with student.lowered(ops.matmul_dtype(student.wte.weight)):
+        step = token_step(student, head, count, sum(map(len, prompts)), sampling)
+        step.start(prompts, prompt_of, offset)
         outputs = tuple(column[:count] for column in step.outputs)
-        rows = torch.arange(count, device="cpu")  # the batch, as rows of the outputs
-        alive = torch.ones(count, dtype=torch.bool, device="cpu")  # which rows of the outputs have not ended
-        launched = deque([(rows, Download(step.drawn))])
-        ahead, t_launched = AHEAD if step.on_graph else 0, 0
-        for t in range(new):
-            while t_launched < min(t + ahead, new - 1):
+        batch = torch.arange(count, device="cpu")  # rows of the outputs
+        alive = torch.ones(count, dtype=torch.bool, device="cpu")  # of the outputs' rows, those that have not ended
+        launched = deque([(batch, Download(step.drawn))])
+        ahead, t_launched = STEPS_AHEAD if step.on_graph else 0, 0
+        for t in range(last + 1):
+            while t_launched < min(t + ahead, last):
                 step.advance()
-                launched.append((rows, Download(step.drawn)))
+                launched.append((batch, Download(step.drawn)))
                 t_launched += 1
-            batch, drawn = launched.popleft()
-            tokens = drawn.wait()
-            written = alive[batch]
-            ops.require_drawn(tokens[written], batch[written] + first_row)
-            ended = batch[written & ((tokens == eos) | (t + 1 == new))]
+            rows, download = launched.popleft()
+            tokens, alive_here = download.wait(), alive[rows]
+            ops.require_drawn(tokens[alive_here], rows[alive_here] + offset)
+            ended = rows[alive_here & ((tokens == sampling.eos) | (t == last))]
             yield outputs, ended.tolist()
             alive[ended] = False
-            left = int(alive.sum())
-            if not left:
+            if not alive.any():
                 return
-            size = rows_to_keep(left, len(rows), step.on_graph)
-            if size < len(rows):
-                # The first that have ended fill the batch up to its size.
-                kept = (~alive[rows]).to(torch.uint8).argsort(stable=True)[:size].sort().values
-                step.keep(kept)
-                rows = rows[kept]
+            size = next_batch_size(int(alive.sum()), len(batch), step.on_graph)
+            if size < len(batch):
+                # Rows that have ended fill the batch up to its size, the first of them.
+                remaining = (~alive[batch]).to(torch.uint8).argsort(stable=True)[:size].sort().values
+                step.keep(remaining)
+                batch = batch[remaining]
 
 
-AHEAD = 4  # steps: a launched step takes a GPU longer than the host takes to look at one
+STEPS_AHEAD = 4  # a launched step takes a GPU longer than the host takes to read one
 
 
-def rows_to_keep(alive: int, rows: int, on_graph: bool) -> int:
-    """How many of a batch of `rows` to go on with, of which `alive` have not ended.
+def next_batch_size(alive: int, rows: int, on_graph: bool) -> int:
+    """Batch size for the next step, given how many of the rows are still generating.
 
-    Without a graph those: compacting costs one copy. A graph must be captured for each size, which takes milliseconds.
-    So there it waits until half of the rows have ended, and goes on with half of the rows, whatever has ended: at most
-    log2(rows) graphs serve a whole run. It never compacts a batch of 64 rows or fewer: a step reads the weights once
-    for all rows, so it takes about as long as for one row.
+    Without a graph that number: compacting costs one copy. A graph must be captured for each size, which takes
+    milliseconds. So there the batch is halved when half of its rows have ended: at most log2(rows) graphs serve a whole
+    run. A batch of 64 rows or fewer is never compacted: a step reads the weights once for all rows, so it takes about
+    as long as for one row.
     """
     if not on_graph:
         return alive
@@ -178,26 +184,26 @@ def rows_to_keep(alive: int, rows: int, on_graph: bool) -> int:
     return rows
 
 
-KEPT: WeakKeyDictionary[Student, "TokenStep"] = WeakKeyDictionary()  # of students on a GPU
+TOKEN_STEPS: WeakKeyDictionary[Student, "TokenStep"] = WeakKeyDictionary()  # on a GPU, between rollouts
 
 
 def token_step(
-    student: Student, value_head: ValueHead | None, count: int, prefix: int, dtype: torch.dtype, how: dict[str, Any]
+    student: Student, head: ValueHead | None, count: int, prompt_tokens: int, sampling: Sampling
 ) -> "TokenStep":
-    """A TokenStep for so many stories and tokens of openings: on a GPU that of the last time, with the graphs that it
-    has captured, if it fits. Between rollouts it keeps its KV cache."""
-    step = KEPT.get(student)
-    if step is None or not step.serves(value_head, count, prefix, dtype, how):
-        KEPT.pop(student, None)
+    """A TokenStep for so many stories and tokens of prompts: on a GPU the last rollout's, with the graphs that it has
+    captured, if it fits. Between rollouts it keeps its KV cache."""
+    step = TOKEN_STEPS.get(student)
+    if step is None or not step.fits(head, count, prompt_tokens, sampling):
+        TOKEN_STEPS.pop(student, None)
         del step  # first, for its memory
-        step = TokenStep(student, value_head, count, prefix, dtype, how)
+        step = TokenStep(student, head, count, prompt_tokens, sampling)
         if step.on_graph:
-            KEPT[student] = step
+            TOKEN_STEPS[student] = step
     return step
 
 
 def graphs_run(device: torch.device) -> bool:
-    """Whether token steps are captured as graphs: on CUDA, unless the reference, which waits, runs in plain PyTorch."""
+    """Whether token steps are captured as graphs: on CUDA, unless the reference runs, which waits for the device."""
     return device.type == "cuda" and bool(ops.load())
 
 
@@ -209,81 +215,77 @@ class TokenStep:
     launch instead of one per kernel.
 
     drawn (R,) int64: the last token of each row; the first is drawn by `start`. at (R,) int64: each row's index in the
-    outputs. ids (R,) int64: what its draws depend on. cache: its lengths are also the step that each row is at.
+    outputs. ids (R,) int64: the row ids of its draws. cache: its lengths are also the step that each row is at.
     outputs: tokens int64 and logprobs, values, entropies float32, (rows + 1, max_new_tokens). Rows that have ended
     write to the last row of the outputs, which is never read.
     """
 
-    def __init__(
-        self, student: Student, value_head: ValueHead | None, rows: int, prefix: int, dtype: torch.dtype,
-        how: dict[str, Any],
-    ):  # fmt: skip
-        """rows: the most stories. prefix: the most tokens of openings. how: max_new_tokens, eos, and how `ops.sample`
-        draws."""
-        device = student.wte.weight.device
+    def __init__(self, student: Student, head: ValueHead | None, rows: int, prompt_tokens: int, sampling: Sampling):
+        """rows: the most stories. prompt_tokens: the most tokens of prompts."""
+        device, dtype = student.wte.weight.device, ops.matmul_dtype(student.wte.weight)
         self.on_graph = graphs_run(device)
-        self.rows, self.prefix = rows, -(-prefix // 1024) * 1024 if self.on_graph else prefix
-        self.student = cast(Student, weakref.proxy(student))  # which this is kept for
-        self.value_head, self.dtype, self.how = value_head, dtype, how
-        self.draws = {name: value for name, value in how.items() if name not in ("max_new_tokens", "eos")}
+        self.rows, self.prefix = rows, -(-prompt_tokens // 1024) * 1024 if self.on_graph else prompt_tokens
+        self.student = cast(Student, weakref.proxy(student))  # whose entry in TOKEN_STEPS this is
+        self.head, self.dtype, self.sampling = head, dtype, sampling
         # Tokens are looked up in the embedding as it is. Rows of logits that are no whole cache lines slow cuBLAS down.
         (V, C), padding = student.wte.weight.shape, -student.wte.weight.shape[0] % 64 if self.on_graph else 0
         self.unembedding = torch.zeros(V + padding, C, dtype=dtype, device=device)
-        self.never = torch.zeros(V + padding, dtype=dtype, device=device) if padding else None
-        if self.never is not None:
-            self.never[V:] = -math.inf
+        self.padding_bias = torch.zeros(V + padding, dtype=dtype, device=device) if padding else None
+        if self.padding_bias is not None:
+            self.padding_bias[V:] = -math.inf
         spans = torch.zeros(rows, 2, dtype=torch.int64, device=device)
-        self.cache = KVCache(student.config, spans, how["max_new_tokens"], dtype, self.prefix)
+        self.cache = KVCache(student.config, spans, sampling.max_new_tokens, dtype, self.prefix)
         self.state = torch.zeros(3, rows, dtype=torch.int64, device=device)
         self.at, self.ids, self.drawn = self.state
         self.outputs = tuple(
-            torch.zeros(rows + 1, how["max_new_tokens"], dtype=kind, device=device)
-            for kind in (torch.int64, torch.float32, torch.float32, torch.float32)
+            torch.zeros(rows + 1, sampling.max_new_tokens, dtype=output_dtype, device=device)
+            for output_dtype in (torch.int64, torch.float32, torch.float32, torch.float32)
         )
         # Per number of rows: None once the step has run, then its graph. All share the memory pool of the first.
         self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
-        self.addresses = self.read_addresses()
+        self.addresses = self.parameter_addresses()
 
-    def read_addresses(self) -> list[int]:
-        """Where the parameters are that a graph reads."""
-        heads = [] if self.value_head is None else self.value_head.parameters()
+    def parameter_addresses(self) -> list[int]:
+        """The addresses of the parameters that a graph reads."""
+        heads = [] if self.head is None else self.head.parameters()
         return [p.data_ptr() for p in (*self.student.parameters(), *self.student.copies, *heads)]
 
-    def serves(
-        self, value_head: ValueHead | None, count: int, prefix: int, dtype: torch.dtype, how: dict[str, Any]
-    ) -> bool:
-        """Whether this can be started again for that."""
-        fits = count <= self.rows and prefix <= self.prefix
-        same = value_head is self.value_head and dtype == self.dtype and how == self.how
-        return fits and same and self.addresses == self.read_addresses()
+    def fits(self, head: ValueHead | None, count: int, prompt_tokens: int, sampling: Sampling) -> bool:
+        """Whether this can be started again for that, in autocast's type."""
+        room = count <= self.rows and prompt_tokens <= self.prefix
+        same_dtype = self.dtype == ops.matmul_dtype(self.student.wte.weight)
+        same = head is self.head and sampling == self.sampling and self.addresses == self.parameter_addresses()
+        return room and same_dtype and same
 
-    def start(self, prompts: list[Tensor], which: Tensor, first_row: int) -> None:
-        """Begin a story for each entry of which, (count,) int64, an index into the prompts; draw its first token."""
-        ends = torch.tensor([len(prompt) for prompt in prompts], device=which.device).cumsum(0)
+    def start(self, prompts: list[Tensor], prompt_of: Tensor, offset: int) -> None:
+        """Begin a story for each entry of prompt_of, (count,) int64, and draw its first token."""
+        ends = torch.tensor([len(prompt) for prompt in prompts], device=prompt_of.device).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        self.cache.restart(torch.stack([starts, ends], 1)[which])
-        self.at, self.ids, self.drawn = self.state[:, : len(which)]
-        torch.arange(len(which), out=self.at)
-        torch.add(self.at, first_row, out=self.ids)
+        self.cache.restart(torch.stack([starts, ends], 1)[prompt_of])
+        self.at, self.ids, self.drawn = self.state[:, : len(prompt_of)]
+        torch.arange(len(prompt_of), out=self.at)
+        torch.add(self.at, offset, out=self.ids)
         self.unembedding[: len(self.student.wte.weight)] = self.student.wte.weight.detach()
         for column in self.outputs:
             column.zero_()
-        self.draw(self.student.prefill(prompts, self.cache)[which])
+        self.draw(self.student.prefill(prompts, self.cache)[prompt_of])
 
     def draw(self, hidden: Tensor) -> None:
         """Draw from the final hidden states (R, C)."""
-        step = self.cache.lengths
-        logits = F.linear(hidden, self.unembedding, self.never)
-        drawn, logprobs, entropies = ops.sample(logits, rows=self.ids, step=step, **self.draws)
-        values = self.value_head(hidden) if self.value_head is not None else torch.zeros_like(logprobs)
+        step, s = self.cache.lengths, self.sampling
+        logits = F.linear(hidden, self.unembedding, self.padding_bias)
+        drawn, logprobs, entropies = ops.sample(
+            logits, seed=s.seed, rows=self.ids, step=step, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p
+        )
+        values = self.head(hidden) if self.head is not None else torch.zeros_like(logprobs)
         for column, new in zip(self.outputs, (drawn, logprobs, values, entropies), strict=True):
             column[self.at, step] = new
         self.drawn.copy_(drawn)
-        self.at.masked_fill_(drawn == self.how["eos"], self.rows)
+        self.at.masked_fill_(drawn == s.eos, self.rows)
 
     def run(self) -> None:
         """Read the last tokens and draw the next."""
-        # A negative token could not be drawn. In a row that is alive that raises an error when it is looked at.
+        # A negative token could not be drawn. In a row that is alive it raises an error when the host reads it.
         self.draw(self.student.step(self.drawn.clamp_min(0), self.cache))
 
     def advance(self) -> None:
@@ -301,12 +303,13 @@ class TokenStep:
 
     def warm_up(self) -> None:
         """Run the step on the stream of the capture, so that all set-up that a capture forbids is done before: cuBLAS's
-        and that of kernels that are loaded at their first use."""
-        here, aside = torch.cuda.current_stream(self.at.device), capture_stream(self.at.device)
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
+        and the loading of kernels at their first use."""
+        device = self.at.device
+        main, side = torch.cuda.current_stream(device), side_stream(device, "capture")
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
             self.run()
-        here.wait_stream(aside)
+        main.wait_stream(side)
 
     def capture(self) -> torch.cuda.CUDAGraph:
         """Record the step without running it. Other threads may use the device meanwhile.
@@ -314,7 +317,7 @@ class TokenStep:
         Not by torch.cuda.graph, which waits for the device and empties the allocator's cache each time."""
         graph = torch.cuda.CUDAGraph()
         pools = [other.pool() for other in self.graphs.values() if other]
-        with torch.cuda.stream(capture_stream(self.at.device)):
+        with torch.cuda.stream(side_stream(self.at.device, "capture")):
             graph.capture_begin(pool=pools[0] if pools else None, capture_error_mode="thread_local")
             try:
                 self.run()
@@ -331,32 +334,28 @@ class TokenStep:
 
 
 @functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+def side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
+    """One stream per purpose, "capture" or "reading": cuBLAS keeps a workspace for every stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
-@functools.cache
-def reading_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def beside_steps(device: torch.device) -> contextlib.AbstractContextManager:
-    """In here a GPU does not wait for the steps that are launched: for reading rows that have ended, as the host knows,
-    so that no later step writes them."""
-    return torch.cuda.stream(reading_stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+def reading(device: torch.device) -> contextlib.AbstractContextManager:
+    """Context for reading rows that have ended, to which no later step writes: on a GPU a stream of its own, which does
+    not wait for the steps that are launched."""
+    return torch.cuda.stream(side_stream(device, "reading")) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def require_room(student: Student, prompt: list[int], max_new_tokens: int) -> None:
     """Raises UserError when opening and story do not fit the context."""
     room = student.config.context - len(prompt)
     if max_new_tokens > room:
+        advice = f"lower --max-new-tokens to {room}, or shorten the opening" if room > 0 else "shorten the opening"
         raise UserError(
             f"the opening ({len(prompt)} tokens) and the story (--max-new-tokens {max_new_tokens}) do not fit the "
-            f"student's context of {student.config.context}: lower --max-new-tokens to {max(room, 0)}, or shorten it"
+            f"student's context of {student.config.context}: {advice}"
         )
 
 
 def encode_opening(tokenizer: Tokenizer, opening: str) -> list[int]:
-    """The opening as the corpus shows the student a document's beginning: after the end token of the previous one."""
+    """The tokens of a prompt: an end token, as before every document of the corpus, and the opening."""
     return [tokenizer.eos, *tokenizer.encode(opening)]

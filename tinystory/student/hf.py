@@ -7,6 +7,7 @@ anything is allocated, and a model that is not exactly GPT-2's layout is refused
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tinystory.data.tokenizer import END_NAMES, Tokenizer
-from tinystory.run.errors import UserError
+from tinystory.run.errors import UserError, advice
+from tinystory.run.folder import read_object, read_text
+from tinystory.student import memory
 from tinystory.student.model import Student, StudentConfig, wrong_shape
 
 # Module names in a block: transformers' -> ours. Its Conv1D stores weights as (in, out), our Linear as (out, in).
@@ -37,13 +40,12 @@ FIXED = {
     "tie_word_embeddings": (True, True),
 }
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names for the same function
-LONGEST_JSON = 100_000_000  # characters; GPT-2's tokenizer.json has 1.4 M
 FINE_TUNING = 512  # tokens per sequence in BabyLM's fine-tuning
 
 
 def is_folder(path: Path) -> bool:
     """Whether this is a folder in transformers' format."""
-    return (path / "config.json").is_file() and not (path / "model.json").exists() and "model_type" in _json(
+    return (path / "config.json").is_file() and not (path / "model.json").exists() and "model_type" in read_object(
         path / "config.json"
     )  # fmt: skip
 
@@ -91,7 +93,7 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
     except FileExistsError as error:
         raise UserError(f"{folder} already exists: name a new folder, or remove that one") from error
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {error}; free some space or choose another folder") from error
+        raise UserError(f"cannot write {folder}: {error}; {advice(error)}") from error
 
 
 def _roles(tokenizer: Tokenizer) -> dict[str, int]:
@@ -106,20 +108,19 @@ def _to_transformers(student: Student) -> dict[str, Tensor]:
     }
 
 
-def layout(shape: StudentConfig) -> list[tuple[str, str, bool, tuple[int, ...]]]:
+def layout(shape: StudentConfig) -> Iterator[tuple[str, str, bool, tuple[int, ...]]]:
     """Every parameter: its name in transformers, our name, whether it is transposed, and its shape in transformers."""
     C = shape.n_embd
     widths = {"qkv": (C, 3 * C), "attn_proj": (C, C), "fc": (C, 4 * C), "mlp_proj": (4 * C, C)}
-    rows: list[tuple[str, str, bool, tuple[int, ...]]] = [
-        ("wte.weight", "wte.weight", False, (shape.vocab_size, C)),
-        ("wpe.weight", "wpe.weight", False, (shape.context, C)),
-    ]
+    yield "wte.weight", "wte.weight", False, (shape.vocab_size, C)
+    yield "wpe.weight", "wpe.weight", False, (shape.context, C)
     for layer in range(shape.n_layer):
         for theirs, ours in MODULES.items():
             size: tuple[int, ...] = widths.get(ours, (C,))
-            rows.append((f"h.{layer}.{theirs}.weight", f"blocks.{layer}.{ours}.weight", ours in widths, size))
-            rows.append((f"h.{layer}.{theirs}.bias", f"blocks.{layer}.{ours}.bias", False, size[-1:]))
-    return [*rows, ("ln_f.weight", "ln_f.weight", False, (C,)), ("ln_f.bias", "ln_f.bias", False, (C,))]
+            yield f"h.{layer}.{theirs}.weight", f"blocks.{layer}.{ours}.weight", ours in widths, size
+            yield f"h.{layer}.{theirs}.bias", f"blocks.{layer}.{ours}.bias", False, size[-1:]
+    yield "ln_f.weight", "ln_f.weight", False, (C,)
+    yield "ln_f.bias", "ln_f.bias", False, (C,)
 
 
 def read(folder: Path) -> tuple[Student, Tokenizer]:
@@ -127,7 +128,7 @@ def read(folder: Path) -> tuple[Student, Tokenizer]:
 
     Raises UserError unless it has GPT-2's layout, byte-level BPE with GPT-2's split, and weights in safetensors.
     """
-    config = _json(folder / "config.json")
+    config = read_object(folder / "config.json")
     shape = _shape(folder, config)
     file = folder / "model.safetensors"
     if not file.is_file():
@@ -136,6 +137,7 @@ def read(folder: Path) -> tuple[Student, Tokenizer]:
             "save_pretrained(FOLDER, max_shard_size='100GB'), which writes one; a .bin file is a pickle, which can run "
             "code when it is loaded, and is not opened"
         )
+    memory.require(memory.parameters(shape) * memory.FLOAT, torch.device("cpu"), f"the sizes in {folder}/config.json")
     try:
         state = _from_transformers(file, shape)
     except (OSError, SafetensorError) as error:
@@ -193,7 +195,7 @@ def _from_transformers(path: Path, shape: StudentConfig) -> dict[str, Tensor]:
 def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
     """From tokenizer.json, else from vocab.json and merges.txt; config.json says which token is the end token."""
     file = folder / "tokenizer.json"
-    spec = _json(file) if file.is_file() else _from_vocab_and_merges(folder)
+    spec = read_object(file) if file.is_file() else _from_vocab_and_merges(folder)
     as_read = json.dumps(spec)
     try:
         if (spec.get("post_processor") or {"type": "ByteLevel"})["type"] != "ByteLevel":
@@ -228,10 +230,10 @@ def _special(name: str, id: int) -> dict[str, Any]:
 
 def _from_vocab_and_merges(folder: Path) -> dict[str, Any]:
     """GPT-2's two files as one tokenizer.json. Tokens of several characters that no merge makes count as special."""
-    vocab = _json(folder / "vocab.json")
+    vocab = read_object(folder / "vocab.json")
     try:
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(folder / "merges.txt").splitlines()
+    except UserError as error:
         raise UserError(f"{folder} has no tokenizer.json, nor vocab.json with merges.txt: {error}") from error
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     made = {"".join(pair) for pair in merges}
@@ -246,16 +248,3 @@ def _from_vocab_and_merges(folder: Path) -> dict[str, Any]:
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": merges,
         },
     }  # fmt: skip
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError for anything else."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(LONGEST_JSON + 1)
-        content = json.loads(text) if len(text) <= LONGEST_JSON else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object of a reasonable size")
-    return content

@@ -59,10 +59,15 @@ def require_for_pretraining(config: PretrainConfig, device: torch.device) -> Non
 
 def require_for_interaction(config: InteractConfig, shape: StudentConfig, device: torch.device) -> None:
     """Raises UserError if such a run of a student of this shape cannot fit."""
-    stories = max(config.stories_per_step, config.look_stories) // distributed.world_size()
-    outputs = stories * config.max_new_tokens * (8 + 3 * FLOAT)
-    cache = stories * config.max_new_tokens * shape.n_layer * 2 * shape.n_embd * 2
-    require(
-        parameters(shape) * (TRAINED + FLOAT) + outputs + cache, device,
-        "--stories-per-step, --look-stories or --max-new-tokens",
-    )  # fmt: skip
+    stories = max(config.stories_per_step, config.eval_stories) // distributed.world_size()
+    advice = "--stories-per-step, --eval-stories or --max-new-tokens"
+    require_for_stories(stories, config.max_new_tokens, shape, device, advice, parameters(shape) * TRAINED)
+
+
+def require_for_stories(
+    stories: int, max_new_tokens: int, shape: StudentConfig, device: torch.device, advice: str, more: int = 0
+) -> None:
+    """Raises UserError if so many stories cannot be written at once. more: bytes that are needed besides."""
+    outputs = stories * max_new_tokens * (8 + 3 * FLOAT)
+    cache = stories * max_new_tokens * shape.n_layer * 2 * shape.n_embd * 2
+    require(parameters(shape) * FLOAT + outputs + cache + more, device, advice)

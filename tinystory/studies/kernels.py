@@ -38,10 +38,10 @@ def backward(f: Callable[..., Tensor], *arguments: Any) -> Callable[[], None]:
 def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
     """The operators by name, and the leaves that they leave gradients in: attention's qkv, hidden states, weight."""
     B, T, H, C, V = setup.batch, setup.config.context, setup.config.n_head, setup.config.n_embd, setup.config.vocab_size
-    D, N, device = C // H, B * T, setup.device
+    D, N, device = C // H, B * T, setup.compute.device
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(setup.dtype).requires_grad_()
+        return torch.randn(shape, device=device).to(setup.compute.dtype).requires_grad_()
 
     qkv, hidden, weight = random(B, T, 3, H, D), random(N, C), random(V, C)
     targets, rows = torch.randint(V, (N,), device=device), torch.arange(ROWS, device=device)
@@ -81,13 +81,13 @@ def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
     cross_entropy = backward(ops.cross_entropy, hidden, weight, targets)
     linear_loss = backward(lambda: F.cross_entropy(F.linear(hidden, weight), targets))
     loss_flops, attention_flops = 6.0 * N * C * V, 7.0 * B * H * T * T * D  # causal: half of two GEMMs, then of five
-    cached = (PROMPT + int(lengths.sum())) * 2 * C * setup.dtype.itemsize
+    cached = (PROMPT + int(lengths.sum())) * 2 * C * setup.compute.dtype.itemsize
     return {
         "attention": (backward(ops.causal_attention, qkv), backward(sdpa, qkv), "flops", attention_flops),
         "token_logprob": (logprob, linear_loss, "flops", loss_flops),
         "token_logprob_entropy": (backward(logprob_and_entropy), backward(log_softmax), "flops", loss_flops),
         "cross_entropy": (cross_entropy, linear_loss, "flops", loss_flops),
-        "sample": (sample, multinomial, "bytes", ROWS * V * setup.dtype.itemsize),
+        "sample": (sample, multinomial, "bytes", ROWS * V * setup.compute.dtype.itemsize),
         "decode_attention": (decode, masked_sdpa, "bytes", cached),
     }, [qkv, hidden, weight]
 
@@ -97,7 +97,7 @@ def compare(setup: Setup, runs: int) -> dict[str, dict[str, Any]]:
     memory beyond the inputs in MB (null if the system does not report it). On a GPU also every backend of SDPA, the
     best of which counts as PyTorch's, and our achieved TFLOP/s or GB/s beside the rate of a GEMM and of a copy."""
     table, leaves = operators(setup)
-    device = setup.device
+    device = setup.compute.device
     flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device.type == "cuda" else None
 
     def medians(*functions: Callable) -> list[float]:
@@ -111,7 +111,7 @@ def compare(setup: Setup, runs: int) -> dict[str, dict[str, Any]]:
 
     limits: dict[str, float] = {}
     if flush is not None:
-        a, big = torch.randn(8192, 8192, device=device).to(setup.dtype), torch.empty_like(flush)
+        a, big = torch.randn(8192, 8192, device=device).to(setup.compute.dtype), torch.empty_like(flush)
         gemm, copy = medians(lambda: a @ a, lambda: big.clone())
         limits = dict(flops=2 * 8192**3 / gemm, bytes=2 * 2**28 / copy)
         del a, big

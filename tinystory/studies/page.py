@@ -9,7 +9,7 @@ from pathlib import Path
 from tinystory.report import charts, page
 from tinystory.report.charts import Line, chart, number
 from tinystory.report.evaluation import at
-from tinystory.run.folder import LOOKS, Record, atomic_write, read_records
+from tinystory.run.folder import EVALUATIONS, Record, atomic_write, read_records
 
 EXPERIMENT, EVALUATION = "experiment.json", "evaluation"
 # Arm of the experiment: (name, colour).
@@ -32,7 +32,7 @@ UNREWARDED = {
     "Score, other openings": OTHER_SCORE,
     "distinct_4": ("stories", "distinct_4"),
     "self-BLEU": ("stories", "self_bleu"),
-    "Plots of 10": ("stories", "plots_10"),
+    "Clusters of 10": ("stories", "story_clusters_10"),
     "Utility of 10": ("stories", "utility_10"),
     "Nats per word": ("stories", "entropy_per_word"),
     "Copied": ("stories", "copied_share"),
@@ -185,11 +185,11 @@ def measures_table(records: Sequence[Record]) -> str:
 
 
 def stories(out: Path, records: Sequence[Record]) -> str:
-    """The first held-out story before and after the interactions of seed 0, with the same random numbers."""
+    """The first evaluation story before and after the interactions of seed 0, with the same random numbers."""
     pairs = []
     for start in of_arm(records, "interact"):
-        held_out = list(read_records(out / "interact" / f"{start // 10**6}M-0" / LOOKS))
-        first = {record["step"]: record for record in reversed(held_out)}
+        evaluations = list(read_records(out / "interact" / f"{start // 10**6}M-0" / EVALUATIONS))
+        first = {record["step"]: record for record in reversed(evaluations)}
         sides = (("before", first[min(first)]), ("after", first[max(first)]))
         cards = [page.story_card(record, f"{millions(start)} words, {when} interaction") for when, record in sides]
         pairs.append(page.block("pair", "".join(cards)))

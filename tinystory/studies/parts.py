@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS
 from tinystory.data.babylm import milestone_name
 from tinystory.run.errors import UserError
 from tinystory.run.folder import CONFIG, METRICS, SAMPLES, Record, atomic_write, parse_object, read_config
@@ -51,8 +52,11 @@ class Part:
     def command(self, out: Path, preset: str) -> list[str]:
         script = ROOT / ("train_pretrain.py" if self.pretrains else "train_interact.py")
         argv = [sys.executable, str(script), "--preset", preset, "--out", str(out / self.name)]
+        defaults = (PRETRAIN_PRESETS if self.pretrains else INTERACT_PRESETS)[preset]
         for name, value in self.options.items():
             flag = name.replace("_", "-")
+            if name in defaults and value == defaults[name]:  # some of which are no flags
+                continue
             if isinstance(value, bool):
                 argv.append(f"--{flag}" if value else f"--no-{flag}")
             else:

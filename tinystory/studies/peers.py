@@ -103,7 +103,7 @@ def require(nanogpt: Path | None, trl: Path | None, batch: int | None, device: t
 
 
 def compare(
-    setup: Setup, shape: str, runs: int, nanogpt: Path | None, trl: Path | None, quiet: bool
+    setup: Setup, shape: str, runs: int, nanogpt: Path | None, trl: Path | None, optimizer: str, quiet: bool
 ) -> dict[str, dict[str, Any]]:
     """Per work that has a peer here the result of take_turns, and tokens per second beside those of the GEMMs alone.
     Printed as a table too, unless quiet."""
@@ -118,7 +118,7 @@ def compare(
             modes = tuple(mode for mode in modes if not mode.endswith("bfloat16"))
         make_run, key, batches = WORK[work]
         setup = dataclasses.replace(setup, batch=batches[shape])
-        run = make_run(setup, optimizer="adamw") if work == "pretrain" else make_run(setup)  # Muon is ours alone
+        run = make_run(setup, optimizer=optimizer) if work == "pretrain" else make_run(setup)
         sizes = dict(batch=setup.batch, new=setup.new, prompt=PROMPT, threads=torch.get_num_threads(), repo=nanogpt)
         arguments = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
         arguments += ["--model", json.dumps(dataclasses.asdict(setup.config))]

@@ -20,14 +20,14 @@ from tinystory.data.openings import Openings, load_openings
 from tinystory.data.shards import prepare
 from tinystory.evaluate.pairs import evaluate_pairs
 from tinystory.evaluate.stories import story_measures
-from tinystory.run.device import pick_device
+from tinystory.evaluate.validation import validate
+from tinystory.ops.compute import pick_device
 from tinystory.run.errors import UserError
 from tinystory.run.folder import atomic_write, device_name, git_commit, plain, read_metrics, versions
 from tinystory.student import checkpoint
 from tinystory.studies.page import EVALUATION, EXPERIMENT, write_experiment_report
 from tinystory.studies.parts import MILLION, Part, locked, run_parts
 from tinystory.teacher.grader import Grader, open_grader
-from train_pretrain import validate
 
 SEED = 1_000_003  # seed of the stories for evaluation, which no interaction uses
 VAL_SEQUENCES = 256  # held-out sequences for bits per byte
@@ -53,15 +53,15 @@ class Scale:
 
 # The reward and the openings. All set the same options, so that no objective resumes a run of another.
 OBJECTIVES = {
-    "paper": dict(opening=PAPER_OPENING, max_new_tokens=90, diversity=0.0, unfinished=1.0),
-    "demo": {name: getattr(InteractConfig, name) for name in ("opening", "max_new_tokens", "diversity", "unfinished")},
+    "paper": dict(openings=PAPER_OPENING, max_new_tokens=90, diversity=0.0, unfinished=1.0),
+    "demo": {name: getattr(InteractConfig, name) for name in ("openings", "max_new_tokens", "diversity", "unfinished")},
 }
 # The settings of docs/results.md, whatever the demo's are: those that learn most in minutes on a CPU (LOG.md), with one
 # epoch over more stories and a weak KL penalty.
 PRETRAIN = dict(weights_init="gpt2", optimizer="adamw", learning_rate=2e-3, packing="stream")
 INTERACT = dict(
     stories_per_step=64, epochs=1, temperature=1.0, learning_rate=1e-4, lr_decay=False, sharpness_rate=0.0,
-    signal_gate=False, critic="head", value_coef=1.0, kl_coef=0.02, kl_target=12.0, kl_horizon=10_000.0, look_every=0,
+    signal_gate=False, critic="head", value_coef=1.0, kl_coef=0.02, kl_target=12.0, kl_horizon=10_000.0, eval_every=0,
 )  # fmt: skip
 SCALES = {
     "tiny": Scale(
@@ -146,8 +146,7 @@ class CheckpointEvaluator:
 
     def __init__(self, grader: Grader, pretrain: PretrainConfig, interact: InteractConfig, stories: int, blimp: str):
         self.grader, self.blimp = grader, blimp
-        texts = [interact.opening] if interact.opening else load_openings(interact.openings)
-        openings = Openings(texts, interact.seed).train
+        openings = Openings(load_openings(interact.openings), interact.seed).train
         self.device, self.corpus = pick_device(pretrain.device), open_corpus(pretrain.corpus)
         self.val = prepare(
             self.corpus, vocab_size=pretrain.vocab_size, val_fraction=pretrain.val_fraction, seed=pretrain.seed

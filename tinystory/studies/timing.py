@@ -12,11 +12,13 @@ import torch.nn.functional as F
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, PretrainConfig
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.ops.compute import Compute
 from tinystory.rl import ppo
 from tinystory.run.device import now
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student, StudentConfig, ValueHead
-from train_pretrain import make_optimizer, train_step
+from tinystory.student.optim import make_optimizer
+from train_pretrain import train_step
 
 SHAPES = {
     "small": StudentConfig(n_layer=4, n_head=4, n_embd=256, context=256, vocab_size=8192),
@@ -28,16 +30,12 @@ Run: TypeAlias = Callable[[], dict[str, float]]  # works once; returns seconds, 
 
 @dataclass(frozen=True)
 class Setup:
-    """batch: sequences or stories; new: tokens per story; dtype: of the GEMMs."""
+    """batch: sequences or stories; new: tokens per story."""
 
     config: StudentConfig
     batch: int
     new: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+    compute: Compute
 
 
 class RandomTokenizer(Tokenizer):
@@ -57,16 +55,16 @@ class RandomTokenizer(Tokenizer):
 
 def pretrain_step(setup: Setup, optimizer: str = PretrainConfig.optimizer) -> Run:
     """Forward, backward and optimizer, as in train_pretrain.py."""
-    config, device = setup.config, setup.device
+    config, device = setup.config, setup.compute.device
     options = PretrainConfig(batch_size=setup.batch, optimizer=optimizer)
     student = Student(config).to(device)
-    optim, _ = make_optimizer(student, options)
+    optim, _ = make_optimizer(student, options, setup.compute.dtype)
     batch = torch.randint(0, config.vocab_size, (setup.batch, config.context + 1), device=device)
     tokens = setup.batch * config.context
 
     def run() -> dict[str, float]:
         start = now(device)
-        train_step(student, optim, batch, options, setup.dtype, step=0)
+        train_step(student, optim, batch, options, setup.compute.dtype, step=0)
         seconds = now(device) - start
         return dict(tokens_per_s=tokens / seconds, step_s=seconds, tokens=tokens)
 
@@ -75,13 +73,13 @@ def pretrain_step(setup: Setup, optimizer: str = PretrainConfig.optimizer) -> Ru
 
 def write(setup: Setup, student: Student, head: ValueHead, tokenizer: Tokenizer) -> list[Story]:
     openings = [""] * setup.batch
-    with setup.autocast():
+    with setup.compute.autocast():
         return generate(student, head, tokenizer, openings, first_index=0, max_new_tokens=setup.new, seed=0)
 
 
 def rollout(setup: Setup) -> Run:
     """Stories from one opening, without the teacher."""
-    config, device = setup.config, setup.device
+    config, device = setup.config, setup.compute.device
     student, head = Student(config).to(device), ValueHead(config.n_embd).to(device)
     tokenizer = RandomTokenizer(config.vocab_size)
 
@@ -97,27 +95,28 @@ def rollout(setup: Setup) -> Run:
 
 def ppo_iteration(setup: Setup) -> Run:
     """Rollout, reference pass and four PPO epochs, with a constant reward."""
-    config, device, sizes = setup.config, setup.device, dict(stories_per_step=setup.batch, max_new_tokens=setup.new)
+    config, device, sizes = (
+        setup.config,
+        setup.compute.device,
+        dict(stories_per_step=setup.batch, max_new_tokens=setup.new),
+    )
     options = InteractConfig(**INTERACT_PRESETS["paper"] | sizes | dict(epochs=4))
     student, head = Student(config).to(device), ValueHead(config.n_embd).to(device)
     tokenizer = RandomTokenizer(config.vocab_size)
     reference = Student(config).to(device).requires_grad_(False)
     reference.load_state_dict(student.state_dict())
-    weights = [*student.parameters(), *head.parameters()]
-    rates = options.learning_rate, options.sharpness_rate, options.adam_eps
-    optimizer = ppo.SharpAdam(student.ln_f, weights, *rates)
-    rewards = torch.full((setup.batch,), 0.5, device=device)
-    kl = ppo.AdaptiveKL(options.kl_coef, options.kl_target, options.kl_horizon)
+    optimizer, _ = ppo.make_optimizer(student, head, options)
+    rewards, autocast = [0.5] * setup.batch, setup.compute.autocast
 
     def run() -> dict[str, float]:
         start = now(device)
         stories = write(setup, student, head, tokenizer)
         batch = ppo.collate(stories, tokenizer, device)
         after_rollout = now(device)
-        with setup.autocast():
+        with autocast():
             under_reference = ppo.read_reference(reference, batch, 1.0, options.micro_batch_size, states=False)
         after_reference = now(device)
-        ppo.step(student, head, optimizer, kl, batch, *under_reference, rewards, options, setup.autocast)
+        ppo.step(student, head, optimizer, batch, *under_reference, rewards, options.kl_coef, options, autocast)
         end = now(device)
         seconds = dict(total_s=end - start, rollout_s=after_rollout - start)
         seconds |= dict(update_s=end - after_rollout, reference_s=after_reference - after_rollout)
@@ -142,13 +141,15 @@ def medians(run: Run, runs: int) -> dict[str, float]:
 
 def gemm_limit(work: str, setup: Setup, runs: int = 5) -> float:
     """Tokens per second of pretraining or of a rollout if all but the GEMMs, as PyTorch does them, took no time."""
-    config, device, backward = setup.config, setup.device, work == "pretrain"
+    config, device, backward = setup.config, setup.compute.device, work == "pretrain"
     rows = setup.batch * config.context if backward else setup.batch
     C, L, V = config.n_embd, config.n_layer, config.vocab_size
     total = 0.0
     for k, n, times in ((C, 3 * C, L), (C, C, L), (C, 4 * C, L), (4 * C, C, L), (C, V, 1)):
         for m, inner, out in [(rows, k, n), (rows, n, k), (n, rows, k)] if backward else [(rows, k, n)]:
-            x, w = (torch.randn(shape, dtype=setup.dtype, device=device) for shape in ((m, inner), (out, inner)))
+            x, w = (
+                torch.randn(shape, dtype=setup.compute.dtype, device=device) for shape in ((m, inner), (out, inner))
+            )
             laps = []
             for _ in range(runs):
                 start = now(device)

@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from tinystory.run.errors import UserError
-from tinystory.teacher.prompt import clean
+from tinystory.run.text import printable
 
 if TYPE_CHECKING:
     import httpx2
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LONGEST_ANSWER = 64 * 1024  # bytes; a reply is three numbers
 LONGEST_LIST = 8 * 1024 * 1024  # bytes; some hosts list hundreds of models, with prices
 KEEP_ALIVE_S = 2.0  # shorter than any server's (5 for uvicorn and so vLLM), which must not close while we send
+SHORTEST_SECRET = 8  # characters of a key; a shorter one ("1", "none") is a dummy for a local server, and no secret
 LONGEST_MESSAGE = 300  # characters of the server's message that an error quotes
 
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
@@ -102,6 +103,7 @@ class Server:
                     trust_env=not LOOPBACK.match(url),
                 ),
             )
+            self._host = httpx2.URL(url).raw_host.decode()
         except httpx2.InvalidURL as error:
             raise UserError(f"the teacher's URL cannot be used: {error}") from None
 
@@ -112,7 +114,7 @@ class Server:
         """The names of the models that the server lists, in its order."""
         match await self._answer(self._client.models.with_streaming_response.list(), LONGEST_LIST):
             case {"data": [*entries]} if all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries):
-                return [entry["id"] for entry in entries]
+                return [name for entry in entries if (name := self.words(entry["id"]))]
         raise Failure("answers, but not as an OpenAI-compatible API: check the URL", status=200)
 
     async def chat(self, **request: Any) -> Reply:
@@ -153,10 +155,16 @@ class Server:
                 causes.append(causes[-1].__cause__)
             if isinstance(causes[-1], Failure):  # of _refuse: openai before 3.16 wraps it
                 raise causes[-1] from None
-            unreachable = any(isinstance(cause, self._unreachable) for cause in causes)
-            why = self.words(str(causes[-1]) or type(causes[-1]).__name__)
-            message = f"cannot be reached ({why}): start it, or check the URL" if unreachable else f"broke off ({why})"
-            raise Failure(message, again=True, unreachable=unreachable) from None
+            unreachable = next((cause for cause in causes if isinstance(cause, self._unreachable)), None)
+            message = f"broke off ({self.words(str(causes[-1]) or type(causes[-1]).__name__)})"
+            if unreachable:
+                advice, peer = "start it, or check the URL", f"{unreachable.host}:{unreachable.port}"
+                if unreachable.host != self._host:
+                    advice = (
+                        f"start the proxy {peer} (HTTP_PROXY, HTTPS_PROXY or ALL_PROXY), or set NO_PROXY={self._host}"
+                    )
+                message = f"cannot be reached ({self.words(str(causes[-1]))}): {advice}"
+            raise Failure(message, again=True, unreachable=unreachable is not None) from None
         return _json(body)
 
     async def _refuse(self, response: "httpx2.Response") -> None:
@@ -194,11 +202,12 @@ class Server:
         raise Failure(f"refuses the request ({said})", status=status)
 
     def _redacted(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
+        """Text that can be kept, in which a score is still the score that was given: no dummy is replaced."""
+        return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_SECRET else text
 
     def words(self, text: str) -> str:
         """Text from the server as one short line, cleaned and without the key."""
-        line = " ".join(clean(self._redacted(text)).split())
+        line = " ".join(printable(self._redacted(text)).split())
         return line if len(line) <= LONGEST_MESSAGE else line[: LONGEST_MESSAGE - 3] + "..."
 
 

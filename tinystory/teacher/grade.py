@@ -131,13 +131,15 @@ def require_scores(grades: list[Grade], max_unscored: float) -> None:
 
 
 def score_means(grades: list[Grade]) -> dict[str, float | None]:
-    """score_mean: the sum of the criteria's scores, 0..9, as the paper plots it (or a callable's score, 0..1); and the
-    mean of each criterion. The paper's three criteria are always there, None if others are graded."""
+    """score_mean: the sum of the criteria's scores, 0..9, as the paper plots it (or a callable's score, 0..1), with its
+    standard deviation score_std, None of one story; and the mean of each criterion. The paper's three criteria are
+    always there, None if others are graded."""
     scored = [g for g in grades if g.score is not None]
     names = dict.fromkeys([*CRITERIA, *(name for g in scored for name in g.scores or ())])
     values = {f"{name}_mean": [g.scores[name] for g in scored if g.scores and name in g.scores] for name in names}
     values["score_mean"] = [sum(g.scores.values()) if g.scores else g.score for g in grades if g.score is not None]
-    return {name: sum(each) / len(each) if each else None for name, each in values.items()}
+    means = {name: sum(each) / len(each) if each else None for name, each in values.items()}
+    return means | {"score_std": statistics.stdev(values["score_mean"]) if len(values["score_mean"]) > 1 else None}
 
 
 _SPACE = r"[ \t\r\n]"

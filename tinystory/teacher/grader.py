@@ -165,8 +165,9 @@ def open_grader(
 
     corpus: what the student has read, and so the built-in teacher by default; None if unknown. replies: file in which a
     teacher's replies are kept. Raises UserError if the grader cannot be had."""
+    extra = load_extra(config.teacher_extra)
     if config.reward:
-        yield CallableGrader(load_score(config.reward), config.reward)
+        yield CallableGrader(load_score(config.reward, config.teacher_timeout), config.reward)
         return
     panel = "" if config.teacher_panel == "none" else config.teacher_panel
     template = load_template(config.teacher_prompt) if config.teacher_prompt else Template()
@@ -196,7 +197,7 @@ def open_grader(
                     urls,
                     config.teacher_model,
                     panel=panel,
-                    extra=load_extra(config.teacher_extra),
+                    extra=extra,
                     concurrency=config.teacher_concurrency,
                     seed=config.seed,
                     temperature=config.teacher_temperature,
@@ -221,32 +222,40 @@ def open_grader(
 
 # Fields of a request that options of their own, or the client, set.
 OWN_FIELDS = {"model", "messages", "stream", "n", "temperature", "seed", "max_tokens", "max_completion_tokens"}
-OWN_FIELDS |= {"logprobs", "top_logprobs"}
+OWN_FIELDS |= {"logprobs", "top_logprobs", "extra_body", "extra_query"}
+# Credentials, by name (not prompt_cache_key, stop_token_ids, skip_special_tokens or tokenizer) and by how they begin.
+SECRET_NAME = re.compile(
+    r"auth(?!or$)|bearer|cookie|credential|pass(p|w|$)|secret|signature|(?<!cache_)key|token(?!s|_|i)", re.IGNORECASE
+)
+SECRET_VALUE = re.compile(r"(bearer|basic) |(sk|gsk|hf|ghp|xai|nvapi)[-_]|AIza|eyJ", re.IGNORECASE)
 
 
 def load_extra(text: str) -> dict[str, Any]:
-    """The fields that --teacher-extra merges into each request; "extra_headers" in it are headers, without secrets."""
+    """The fields that --teacher-extra merges into each request; "extra_headers" in it are headers. Raises UserError for
+    anything else, and for what looks like a secret at any depth, since options are recorded."""
 
     def no_number(text: str) -> None:
         raise ValueError(text)
 
+    def without_secrets(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for name, value in pairs:
+            if SECRET_NAME.search(name) or (isinstance(value, str) and SECRET_VALUE.match(value)):
+                raise UserError(
+                    f"--teacher-extra is recorded, so it must hold no secret such as {name}: use OPENAI_API_KEY"
+                )
+        return dict(pairs)
+
     try:
-        found = json.loads(text or "{}", parse_constant=no_number)
+        found = json.loads(text or "{}", parse_constant=no_number, object_pairs_hook=without_secrets)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise UserError(
-            f'--teacher-extra must be a JSON object such as \'{{"service_tier": "flex"}}\', not {text[:60]!r}'
-        )
+        raise UserError('--teacher-extra must be a JSON object such as \'{"service_tier": "flex"}\'')
     if taken := sorted(OWN_FIELDS & found.keys()):
         raise UserError(f"--teacher-extra cannot set {taken[0]}: it has an option of its own, or the client needs it")
     headers = found.get("extra_headers", {})
     if not isinstance(headers, dict) or not all(_is_header(*each) for each in headers.items()):
         raise UserError("--teacher-extra: extra_headers must be an object whose values are one line of text each")
-    if secret := [name for name in headers if re.search("auth|key|token|cookie|secret", name, re.IGNORECASE)]:
-        raise UserError(
-            f"--teacher-extra is recorded, so it must hold no secret such as {secret[0]}: use OPENAI_API_KEY"
-        )
     return found
 
 

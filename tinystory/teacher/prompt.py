@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinystory.run.errors import UserError
+from tinystory.run.folder import read_text
+from tinystory.run.text import printable
 
 TOP = 3  # each criterion is graded 0, 1, 2 or 3
 
@@ -95,9 +97,9 @@ def load_template(path: str | os.PathLike) -> Template:
     `preface` and `weight` may be left out. Raises UserError if the file does not hold such an object.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--teacher-prompt {path} cannot be read: {error.strerror}") from None
+        found = json.loads(read_text(Path(path)))
+    except UserError as error:
+        raise UserError(f"--teacher-prompt {error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--teacher-prompt {path} is not JSON: {str(error)[:100]}") from None
     wrong = _mistake(found)
@@ -227,25 +229,7 @@ _CONTROL_TOKEN = re.compile(
     r"|[\]\uff3d](?=[!\uff01]?[a-z\uff41-\uff5a]?[~\uff5e])"
 )
 
-# Characters that are invisible to a person but not to a model: Unicode's Default_Ignorable_Code_Point beyond the
-# categories in `_visible`, variation selectors (which can encode hidden text), fillers and the blank Braille cell.
-_IGNORABLE = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
-)
-
 
 def clean(text: str) -> str:
-    """`text` without control, invisible or unencodable characters and without control tokens of chat templates.
-
-    Newlines stay. Other whitespace among the control characters, and the separators of lines and paragraphs, become a
-    space, so words stay apart. The function is idempotent.
-    """
-    if not text.isascii() or not text.isprintable():
-        text = _IGNORABLE.sub("", "".join(map(_visible, text)))
-    return _CONTROL_TOKEN.sub(r"\g<0> ", text)
-
-
-def _visible(char: str) -> str:
-    if char == "\n" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"):
-        return char
-    return " " if char.isspace() else ""
+    """`text` as `printable` makes it, without control tokens of chat templates. The function is idempotent."""
+    return _CONTROL_TOKEN.sub(r"\g<0> ", printable(text))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinystory.run.errors import UserError
-from tinystory.run.folder import LOOKS, STORIES, read_records
+from tinystory.run.folder import EVALUATIONS, STORIES, read_records
 from tinystory.teacher import probe as probing
 from tinystory.teacher.cache import Kept, question_key, records
 from tinystory.teacher.grade import Grade, grade_if_empty, grade_of, panel_grade, parse_scores
@@ -55,7 +55,7 @@ class Replay:
         if any(found.held_to == "json" for found in self._probed):
             self.max_tokens = max(self.max_tokens, probing.json_tokens(template.names))
         # The stories that were given up: another story with the same words may have got a reply later.
-        logs = [self.run / name for name in (STORIES, LOOKS)]
+        logs = [self.run / name for name in (STORIES, EVALUATIONS)]
         stories = (record for log in logs if log.exists() for record in read_records(log))
         self._given_up = {(record["index"], record["story"]) for record in stories if record["scores"] is None}
 

@@ -6,6 +6,8 @@ Tokens are words, numbers and single other characters, each with the space befor
 import asyncio
 import itertools
 import json
+import logging
+import math
 import re
 import signal
 import time
@@ -14,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
-from aiohttp import web
+from aiohttp import http, web
 from aiohttp.typedefs import Handler
 
 from tinystory.run.errors import UserError
@@ -26,6 +28,16 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 TOKEN = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
 
 Reply: TypeAlias = Callable[[list[dict], list[str] | None], Awaitable[str]]
+FAULTS_OF_CLIENTS = (http.HttpProcessingError, web.RequestPayloadError, ConnectionError)  # garbage, or a hang-up
+
+
+def _our_fault(record: logging.LogRecord) -> bool:
+    """Whether what aiohttp logs is a fault of ours. It logs those of clients as errors too, each with a traceback."""
+    return not (record.exc_info and isinstance(record.exc_info[1], FAULTS_OF_CLIENTS))
+
+
+logger = logging.getLogger(__name__)
+logger.addFilter(_our_fault)
 
 
 @asynccontextmanager
@@ -34,7 +46,7 @@ async def listening(application: web.Application, port: int = 0) -> AsyncIterato
 
     Raises UserError if the port is not free.
     """
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
+    runner = web.AppRunner(application, access_log=None, logger=logger, shutdown_timeout=1.0)
     await runner.setup()
     try:
         try:
@@ -153,6 +165,8 @@ async def in_openai_shape(request: web.Request, handler: Handler) -> web.StreamR
         headers["Allow"] = ", ".join(sorted(error.allowed_methods))
         message = f"Not allowed to {request.method} on {request.path} (HINT: use {headers['Allow']})"
         refused = Refused(message, code="method_not_supported", status=405)
+    except web.RequestPayloadError:
+        refused = Refused("The body of the request cannot be read.")
     except web.HTTPRequestEntityTooLarge:
         message = f"The body of the request is longer than {LONGEST_BODY} bytes."
         refused = Refused(message, code="request_too_large", status=413)
@@ -169,12 +183,19 @@ async def _name_request(request: web.Request, response: web.StreamResponse) -> N
 
 def parsed(body: bytes) -> dict:
     try:
-        asked = json.loads(body)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
+        asked = json.loads(body, parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON (as NaN is not), or nested too deeply
         raise Refused(f"The body of the request is not valid JSON: {str(error)[:100]}.") from None
     if not isinstance(asked, dict):
         raise Refused("The body of the request must be a JSON object.")
     return asked
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number")
+    return number
 
 
 def _check_model(name: str, model: str) -> None:

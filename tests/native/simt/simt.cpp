@@ -245,6 +245,7 @@ void set_seed(uint64_t seed) {
 void set_multiprocessors(int count) { m.multiprocessors = count; }
 void trust_global_memory() { m.trusting = true; }
 int multiprocessors() { return m.multiprocessors; }
+uint32_t random() { return m.random(); }
 int64_t bank_conflicts() { return m.conflicts; }
 
 void launch(const void* kernel, unsigned blocks, unsigned threads, size_t shared_bytes,

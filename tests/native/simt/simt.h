@@ -12,6 +12,8 @@
 //   * Accesses outside shared memory or outside every global buffer are errors, and so are misaligned accesses. Wide
 //     accesses are checked exactly, all others by the protected pages around each buffer.
 // Each of these ends the launch with an Error that names the line of the kernel that called the primitive.
+// Its blind spots: inline PTX, since it compiles twins of primitives.cuh, and blocks that run at the same time, so that a
+// block's wait for another, its release and its fence are never met. Both are what ../ptx runs.
 // trace.h adds what a schedule cannot show: data races that happened not to change a result, and memory traffic.
 #pragma once
 #include <cstddef>
@@ -91,6 +93,7 @@ constexpr int kWarpSize = 32;
 [[noreturn]] void fail(const Site&, const std::string& why);
 char* shared_memory();
 int multiprocessors();
+uint32_t random();  // of the schedule
 
 // Accesses of `bytes` bytes, aligned to as many. Each is checked, and traced as one access of its lane.
 void load_global(void* to, const void* from, size_t bytes, const Site&);

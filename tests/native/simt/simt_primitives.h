@@ -141,9 +141,6 @@ inline Vec16 load16_shared(const void* p, SIMT_SITE) {
 inline void copy_async16(void* to, const void* from, bool valid, SIMT_SITE) {
   simt::copy_async(to, from, 16, valid, SIMT_HERE);
 }
-inline void copy_async4(void* to, const void* from, bool valid, SIMT_SITE) {
-  simt::copy_async(to, from, 4, valid, SIMT_HERE);
-}
 inline void copy_commit() { simt::copy_commit(); }
 template <int kPendingGroups>
 void copy_wait() {

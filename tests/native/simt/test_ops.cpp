@@ -341,25 +341,25 @@ void test_norm(int64_t rows, int64_t C, bool with_branch, double dropout, bool w
     simt::Buffer<float> out_sum(n), mean(rows), scale(rows), out_dx(n), parts(2 * cuda::layer_norm_blocks(rows) * C);
     simt::Buffer<Out> out(n);
     simt::Buffer<Branch> out_db(n);
-    cuda::LayerNorm p{.branch_type = Type<Branch>::dtype,
-                      .y_type = Type<Out>::dtype,
-                      .rows = rows,
-                      .C = C,
-                      .dropout = dropout,
-                      .seed = seed,
-                      .x = in.data(),
-                      .branch = with_branch ? added.data() : nullptr,
-                      .weight = w.data(),
-                      .bias = shift.data(),
-                      .sum = with_branch ? out_sum.data() : nullptr,
-                      .mean = mean.data(),
-                      .scale = scale.data(),
-                      .y = out.data(),
-                      .grad_y = grad.data(),
-                      .grad_sum = with_grad_sum ? dsum.data() : nullptr,
-                      .grad_x = out_dx.data(),
-                      .grad_branch = with_branch ? out_db.data() : nullptr,
-                      .parts = parts.data()};
+    LayerNorm p{.branch_type = Type<Branch>::dtype,
+                .y_type = Type<Out>::dtype,
+                .rows = rows,
+                .C = C,
+                .dropout = dropout,
+                .seed = seed,
+                .x = in.data(),
+                .branch = with_branch ? added.data() : nullptr,
+                .weight = w.data(),
+                .bias = shift.data(),
+                .sum = with_branch ? out_sum.data() : nullptr,
+                .mean = mean.data(),
+                .scale = scale.data(),
+                .y = out.data(),
+                .grad_y = grad.data(),
+                .grad_sum = with_grad_sum ? dsum.data() : nullptr,
+                .grad_x = out_dx.data(),
+                .grad_branch = with_branch ? out_db.data() : nullptr,
+                .parts = parts.data()};
     cuda::layer_norm(p, nullptr);
     if (with_branch) check_close(to_doubles(out_sum.read()), sum, std::vector<double>(n, 1e-30), name + " sum");
     check_close(to_doubles(out.read()), y, y_bound, name + " y");

@@ -277,25 +277,25 @@ void norm(int64_t rows, int64_t C, bool with_branch, double dropout) {
   simt::Buffer<float> sum(n), mean(rows), scale(rows), grad_x(n), parts(2 * cuda::layer_norm_blocks(rows) * C);
   simt::Buffer<Branch> grad_branch(n);
   simt::Buffer<Out> y(n);
-  cuda::LayerNorm p{.branch_type = Type<Branch>::dtype,
-                    .y_type = Type<Out>::dtype,
-                    .rows = rows,
-                    .C = C,
-                    .dropout = dropout,
-                    .seed = 3,
-                    .x = x.data(),
-                    .branch = with_branch ? branch.data() : nullptr,
-                    .weight = weight.data(),
-                    .bias = bias.data(),
-                    .sum = sum.data(),
-                    .mean = mean.data(),
-                    .scale = scale.data(),
-                    .y = y.data(),
-                    .grad_y = grad_y.data(),
-                    .grad_sum = with_branch ? grad_sum.data() : nullptr,
-                    .grad_x = grad_x.data(),
-                    .grad_branch = with_branch ? grad_branch.data() : nullptr,
-                    .parts = parts.data()};
+  LayerNorm p{.branch_type = Type<Branch>::dtype,
+              .y_type = Type<Out>::dtype,
+              .rows = rows,
+              .C = C,
+              .dropout = dropout,
+              .seed = 3,
+              .x = x.data(),
+              .branch = with_branch ? branch.data() : nullptr,
+              .weight = weight.data(),
+              .bias = bias.data(),
+              .sum = sum.data(),
+              .mean = mean.data(),
+              .scale = scale.data(),
+              .y = y.data(),
+              .grad_y = grad_y.data(),
+              .grad_sum = with_branch ? grad_sum.data() : nullptr,
+              .grad_x = grad_x.data(),
+              .grad_branch = with_branch ? grad_branch.data() : nullptr,
+              .parts = parts.data()};
   cuda::layer_norm(p, nullptr);
   if (with_branch) p.x = sum.data();
   cuda::layer_norm_backward(p, nullptr);

@@ -24,46 +24,8 @@ struct Place {
   const void* address = nullptr;
 };
 
-// Who touched a byte, and after how many barriers.
-struct Stamp {
-  int32_t thread = -1;  // within its block; -1: nobody
-  uint32_t block = 0, block_barriers = 0, warp_barriers = 0, place = 0;
-  int warp() const { return thread / kWarpSize; }
-};
-
-// Of other blocks of the launch: what block b did before its barrier known[b] comes before all that this block now does;
-// before seen[b], from its next barrier on.
-using Known = std::map<uint32_t, uint32_t>;
-Known known, seen;
-
-// How far apart two accesses are that nothing orders: 1 lanes of a warp, 2 warps, 3 blocks. 0: they are ordered.
-int distance(const Stamp& before, const Stamp& now) {
-  if (before.thread < 0) return 0;
-  if (before.block != now.block) {
-    const auto found = known.find(before.block);
-    return found != known.end() && before.block_barriers < found->second ? 0 : 3;
-  }
-  if (before.thread == now.thread || before.block_barriers != now.block_barriers) return 0;
-  if (before.warp() != now.warp()) return 2;
-  return before.warp_barriers == now.warp_barriers ? 1 : 0;
-}
-
-// The accesses of one kind to one byte: the latest, and the farthest that is unordered with it. Two are enough: blocks
-// run one after another, so an access that is unordered with any of them is unordered with one of these.
-struct History {
-  Stamp last, other;
-  void add(const Stamp& now) {
-    if (distance(last, now) > distance(other, now)) other = last;
-    else if (!distance(other, now)) other = {};
-    last = now;
-  }
-};
-
-struct Shadow {  // of a byte
-  History reads, writes, atomics;
-  bool copy_in_flight = false;
-  bool written() const { return writes.last.thread >= 0 || atomics.last.thread >= 0; }
-};
+Known known,
+    seen;  // of the running block: what comes before all that it now does; before what follows its next barrier
 
 // One instruction of one warp: the addresses of the lanes that took part.
 struct Request {
@@ -128,21 +90,6 @@ void report(const std::string& kind, const char* offset_name, size_t offset, con
   text << kind << " at byte " << offset << " of " << offset_name << ": thread " << now.thread << " of block "
        << now.block << " and thread " << before.thread << " of block " << before.block;
   race.text = text.str();
-}
-
-void check_races(Shadow& s, const Stamp& now, Access access, const char* name, size_t offset) {
-  const bool reads = access == Access::read || access == Access::late_read, atomic = access == Access::atomic;
-  const auto look_at = [&](const char* kind, const History& history) {
-    for (const Stamp& before : {history.last, history.other})
-      if (distance(before, now)) return report(kind, name, offset, before, now);
-  };
-  if (s.copy_in_flight && access != Access::copy_landed)
-    report("access during an asynchronous copy", name, offset, s.writes.last, now);
-  look_at(reads ? "read after write" : atomic ? "atomic after write" : "write after write", s.writes);
-  if (!atomic) look_at(reads ? "read after atomic" : "write after atomic", s.atomics);
-  if (!reads) look_at(atomic ? "atomic after read" : "write after read", s.reads);
-  (reads ? s.reads : atomic ? s.atomics : s.writes).add(now);
-  if (!reads) s.copy_in_flight = access == Access::copy_issued;
 }
 
 // --- counts ----------------------------------------------------------------------------------------------------------
@@ -218,7 +165,9 @@ void record(const void* p, size_t bytes, const Location& in, Access access, uint
   if (shadow.size() < in.size) shadow.resize(in.size);
   const size_t first = size_t(static_cast<const char*>(p) - in.begin);
   for (size_t i = first; i < first + bytes; ++i)
-    check_races(shadow[i], now, access, in.shared ? "shared memory" : "a global buffer", i);
+    shadow[i].touch(now, access, known, [&](const char* kind, const Stamp& before) {
+      report(kind, in.shared ? "shared memory" : "a global buffer", i, before, now);
+    });
   if (access != Access::copy_landed && access != Access::late_read)
     count(static_cast<const char*>(p), unsigned(bytes), in.shared, access == Access::atomic, place, thread);
 }

@@ -23,6 +23,7 @@
 #include <string>
 #include <vector>
 
+#include "races.h"
 #include "simt.h"
 
 namespace simt::trace {
@@ -46,9 +47,6 @@ void start();
 std::vector<Kernel> stop();
 
 // --- for the machine -------------------------------------------------------------------------------------------------
-// A cp.async reads and writes at some time between its issue and its wait: recorded at both, counted at the first.
-enum class Access { read, write, atomic, copy_issued, copy_landed, late_read };
-
 bool on();
 void begin_launch(const void* kernel);
 void begin_block();

@@ -1,5 +1,5 @@
-"""Operators by PyTorch's matmul, which is the vendor's (MKL, oneDNN, Accelerate), where `fastest` chooses it: in chunks
-of rows, so that the (N, V) logits of ops.token_logprob and ops.cross_entropy never exist at once.
+"""ops.token_logprob and ops.cross_entropy by PyTorch's matmul (MKL, oneDNN, Accelerate), where that is faster than our
+kernels: in chunks of rows, so that the (N, V) logits never exist at once.
 """
 
 from typing import Any
@@ -10,9 +10,22 @@ from torch import Tensor
 CHUNK = 1 << 24  # logits that exist at a time
 
 
-class TokenLogprob(torch.autograd.Function):
-    """`ops.token_logprob`: hidden (N, C) float32 or bfloat16, weight (V, C), targets (N,) int64 -> two (N,) float32."""
+def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logprob and entropy, both (N,) float32: hidden (N, C) float32 or bfloat16, weight (V, C), targets (N,) int64."""
+    return TokenLogprob.apply(hidden, weight, targets)
 
+
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -logprob, whose gradients are computed in the forward pass."""
+    return CrossEntropy.apply(hidden, weight, targets)
+
+
+def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    size = max(1, CHUNK // len(weight))
+    return [slice(i, i + size) for i in range(0, len(hidden), size)]
+
+
+class TokenLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         cast = weight.to(hidden.dtype)
@@ -42,8 +55,6 @@ class TokenLogprob(torch.autograd.Function):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """`ops.cross_entropy` of the same, a scalar, with its gradients in the forward pass."""
-
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         cast, loss = weight.to(hidden.dtype), hidden.new_zeros((), dtype=torch.float32)
@@ -63,8 +74,3 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grads[0], grad_weight * grads[0], None
-
-
-def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, CHUNK // len(weight))
-    return [slice(i, i + size) for i in range(0, len(hidden), size)]

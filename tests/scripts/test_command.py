@@ -1,0 +1,189 @@
+"""What all commands share, `errors.command`: errors in one sentence, and output that cannot be printed."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, fails
+
+from scripts import doctor, evaluate, prepare_data, sample
+from tinystory.run import distributed, errors, paths
+from tinystory.run.errors import PeerLost, UserError, command
+from tinystory.student import checkpoint, memory
+
+COMMAND = """
+import os, signal, sys
+from tinystory.run.errors import UserError, command
+
+stop = []
+if "saves" in sys.argv:
+    signal.signal(signal.SIGHUP, lambda *_: stop.append(1))
+
+@command
+def main():
+    if "opens" in sys.argv:
+        with open(sys.argv[1], "w"):
+            os.write(1, b"out"), os.write(2, b"err")
+    for _ in range(100_000 if "prints" in sys.argv else 1):
+        print("Ça va? 猫", flush="prints" in sys.argv)
+        print("line", file=sys.stderr)
+        if stop:
+            open(sys.argv[1], "w").write("saved" * len(stop))
+            return
+    if "fails" in sys.argv:
+        raise UserError("naïve")
+
+main()
+"""
+
+
+def run(shell: str, path, *what: str, **options) -> subprocess.CompletedProcess:
+    """COMMAND as "$@" of a shell's line."""
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {shell}", "bash", sys.executable, "-c", COMMAND, str(path), *what],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "", **options.pop("variables", {})},
+        text=True, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shell", ['"$@" 2>&1 | head -1', '"$@" | head -1', '"$@" 2> >(head -1 >&2) | head -1'])
+@pytest.mark.parametrize("saves", [["saves"], []])
+def test_a_command_whose_reader_has_gone_saves_and_ends_quietly(tmp_path, shell, saves):
+    done = run(shell, tmp_path / "file", "prints", *saves)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert "Error" not in done.stdout + done.stderr and "Exception" not in done.stdout + done.stderr
+    assert (tmp_path / "file").exists() == bool(saves) and (not saves or (tmp_path / "file").read_text() == "saved")
+
+
+def test_a_reader_that_has_gone_at_the_end_hides_no_error(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run('"$@"', tmp_path, "fails", stdout=writer)
+    os.close(writer)
+    assert done.returncode == 2 and done.stderr.splitlines() == ["line", "error: naïve"]
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_error_and_no_file_takes_its_place(tmp_path, closed):
+    done = run(f'"$@" {closed}', tmp_path / "file", "opens", "fails")
+    assert done.returncode == 2 and "Error" not in done.stderr and not (tmp_path / "file").read_text()
+    assert done.stdout.splitlines() == ([] if ">&- " in f"{closed} ".replace("2>", "") else ["outÇa va? 猫"])
+    assert ("error: naïve" in done.stderr) == ("2>&-" not in closed)
+
+
+def test_what_the_encoding_lacks_is_escaped(tmp_path):
+    done = run('"$@"', tmp_path, "fails", variables={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2 and done.stdout == "\\xc7a va? \\u732b\n"
+    assert done.stderr.splitlines() == ["line", "error: na\\xefve"]
+
+
+def raises(error: BaseException):
+    @command
+    def main(argv: object) -> None:
+        raise error
+
+    return main
+
+
+OUT_OF = [
+    (MemoryError(), "not enough memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), "8 bytes"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "smaller sizes"),
+    (RuntimeError("can't start new thread"), "ulimit -u"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), "ulimit -v"),
+    (OSError(errno.EMFILE, "Too many open files", "x"), "Too many open files: 'x'; raise the limit of open files"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "'aaa'; choose a shorter name"),
+]
+
+
+@pytest.mark.parametrize("error, words", OUT_OF)
+def test_what_the_machine_has_no_more_of_is_one_sentence(error, words, capsys):
+    assert words in fails(raises(error), [], capsys)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), FileNotFoundError(errno.ENOENT, "No such file")])
+def test_a_mistake_of_ours_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        raises(error)([])
+
+
+def test_ctrl_c_ends_without_a_traceback():
+    with pytest.raises(SystemExit) as caught:
+        raises(KeyboardInterrupt())([])
+    assert caught.value.code == 130
+
+
+def test_one_process_of_torchrun_says_what_is_wrong_and_a_rank_that_was_left_in_the_environment_too(
+    monkeypatch, capsys
+):
+    monkeypatch.setenv("RANK", "1")
+    assert fails(raises(UserError("x")), [], capsys) == "error: x"
+    for name in set(errors.TORCHRUN) - {"RANK"}:
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(SystemExit):
+        raises(UserError("x"))([])
+    assert not capsys.readouterr().err
+    assert fails(raises(PeerLost("x")), [], capsys) == "error: x"
+
+
+def test_a_variable_of_torchrun_alone_is_said(monkeypatch):
+    for name in errors.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with pytest.raises(UserError, match=r"but not RANK, WORLD_SIZE, .*: start this with torchrun, or unset"):
+        distributed.start("cpu")
+
+
+def test_without_a_home_the_cache_is_asked_for(monkeypatch):
+    for name in ("HOME", "TINYSTORY_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # raises KeyError, as for a uid without an entry
+    with pytest.raises(UserError, match=r"no home folder .* set HOME, or TINYSTORY_CACHE"):
+        paths.cache_dir()
+
+
+WRONG = """--stories 0|--stories -1|--temperature nan|--temperature -1|--temperature 1e9|--top-p 5
+--top-p 0|--top-p nan|--top-k -3|--top-k 1e30
+--seed 1180591620717411303424|--seed -1|--max-new-tokens -5"""
+
+
+@pytest.mark.parametrize("argv", WRONG.replace("\n", "|").split("|"))
+def test_a_number_out_of_range_is_refused_by_every_command_that_has_the_option(argv, tmp_path, capsys):
+    flag, value = argv.split()
+    mains = [sample.main] if flag.startswith("--top") or argv == "--stories 0" else [sample.main, evaluate.main]
+    for main in mains:  # for evaluate 0 stories are none
+        assert fails(main, [str(tmp_path), f"{flag}={value}"], capsys).startswith(f"error: {flag} must be ")
+
+
+def test_what_is_no_number_is_refused(tmp_path, capsys):
+    for value in ("2.5", "x", "1e400", ""):
+        with pytest.raises(SystemExit, match="2"):
+            sample.main([str(tmp_path), f"--stories={value}"])
+        assert f"argument --stories: invalid whole number value: '{value}'" in capsys.readouterr().err
+
+
+def test_numbers_of_the_other_scripts_have_ranges_too(capsys):
+    for main, argv in ((evaluate.main, "--who=-1"), (evaluate.main, "--teacher-concurrency=0"),
+                       (doctor.main, "--teacher-max-tokens=0"), (doctor.main, "--require-judgement=nan"),
+                       (prepare_data.main, "--seed=-1"), (prepare_data.main, "--vocab-size=3")):  # fmt: skip
+        assert fails(main, [argv], capsys).startswith(f"error: {argv.split('=')[0]} must be ")
+
+
+def test_more_stories_than_memory_holds_are_refused_before_they_are_begun(place, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "total", lambda device: 64 << 30)
+    run = str(checkpoint.newest(place / "p"))
+    teacher = ["--teacher-url", "http://127.0.0.1:9"]
+    for main, argv in ((sample.main, [run]), (evaluate.main, ["--compare", run, run, *teacher])):
+        line = fails(main, [*argv, "--stories", "1e9", "--device", "cpu"], capsys)
+        assert "GB of memory" in line and "lower --stories or --max-new-tokens" in line
+
+
+@pytest.mark.parametrize("temperature", ["0", "1e-9", "100"])
+def test_the_ends_of_a_range_are_of_use(place, temperature, capsys):
+    more = f"--stories 2 --max-new-tokens 4 --temperature {temperature} --top-k 1000000000 --top-p 1e-9 --device cpu"
+    sample.main([str(checkpoint.newest(place / "p")), *more.split()])
+    assert capsys.readouterr().out.count("--- story") == 2

@@ -1,0 +1,81 @@
+"""A run whose teacher is the user's own function, and what a terminal shows of it: neither is trusted."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import SHORT, assert_same_bits, fails, metrics, story_record
+
+import train_interact as interact
+import train_pretrain as pretrain
+from scripts import sample
+from tinystory.student import checkpoint
+from tinystory.student.generate import Story
+
+ESCAPES = "\x1b]0;owned\x07the \x1b[31mred\u202e \x9b2Jdog\nran."
+
+
+def flags(place, out, body="pass"):
+    """The flags of a run of two steps whose reward counts words, and does `body` in the second one."""
+    reward = out.parent / f"{out.name}.py"
+    reward.write_text(
+        "import signal, sys, torch\ncalls = []\ndef f(opening, stories):\n    calls.append(stories)\n"
+        f"    if len(calls) == 3:  # after the first look and the first step\n        {body}\n"
+        "    return [min(1.0, len(s.split()) / 12) for s in stories]\n"
+    )
+    init = ["--init", str(checkpoint.newest(place / "p"))]
+    return [*init, *SHORT, "--steps", "2", "--reward", f"{reward}:f", "--teacher-timeout", "99", "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(place, tmp_path_factory):
+    """A run whose reward does nothing else."""
+    out = tmp_path_factory.mktemp("callable") / "whole"
+    interact.main(flags(place, out))
+    return out
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("sys.exit(0)", "line 6: SystemExit: 0"),
+        ("signal.raise_signal(signal.SIGALRM)", "line 6: it took more than 99 s (--teacher-timeout)"),
+        ("return [10**400] * len(stories)", "gave 1000"),
+        ("raise ValueError('\\x1b[31m')", "line 6: ValueError: [31m"),
+    ],
+)
+def test_a_reward_that_ends_badly_is_one_sentence_and_no_step_is_lost(place, whole, tmp_path, capsys, body, words):
+    line = fails(interact.main, flags(place, tmp_path / "i", body), capsys)
+    assert words in line and line.isprintable() and len(metrics(tmp_path / "i")) == 1
+    assert checkpoint.newest(tmp_path / "i").name == "step_0000001"
+    flags(place, tmp_path / "i")  # mended
+    interact.main(["--resume", "--out", str(tmp_path / "i")])
+    assert_same_bits(whole, tmp_path / "i")
+
+
+def test_a_reward_cannot_change_how_the_student_learns(place, whole, tmp_path):
+    body = "torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False); torch.manual_seed(1)"
+    interact.main(flags(place, tmp_path / "i", f"{body}; torch.set_num_threads(1 + torch.get_num_threads())"))
+    assert_same_bits(whole, tmp_path / "i")
+
+
+@pytest.mark.parametrize("command", ["pretrain", "interact", "sample"])
+def test_a_terminal_gets_no_escape_sequences_of_a_story(place, tmp_path, capsys, monkeypatch, command):
+    nothing = torch.zeros(0)
+    story = Story(0, "Once", ESCAPES, nothing.long(), nothing, nothing, nothing, "eos")
+    if command == "pretrain":
+        monkeypatch.setattr(pretrain, "generate", lambda *_, **__: [story])
+        monkeypatch.setattr("tinystory.data.shards.cache_dir", lambda: place / "cache")
+        pretrain.main(["--resume", "--out", str(shutil.copytree(place / "p", tmp_path / "p"))])
+    elif command == "sample":
+        monkeypatch.setattr(sample, "generate", lambda *_, **__: [story])
+        sample.main([str(place / "p"), "--device", "cpu"])
+    else:
+        shown = [
+            story_record(step, opening="\x1bOnce", story=ESCAPES, when=when)
+            for step, when in enumerate(("before", "after"))
+        ]
+        monkeypatch.setattr(interact, "write_report", lambda run: run / "report.html")
+        interact.print_summary(place / "p", shown, 1)
+    out = capsys.readouterr().out
+    assert "dog" in out and out.replace("\n", "").isprintable()

@@ -1,0 +1,42 @@
+"""Validation loss, of a student in pretraining or of a checkpoint."""
+
+import math
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from tinystory import ops
+from tinystory.data.shards import TokenFile
+from tinystory.data.windows import pack, pieces, places
+from tinystory.run import distributed
+from tinystory.run.device import upload
+from tinystory.student.model import Student
+
+
+@torch.no_grad()
+def validate(
+    student: Student, file: TokenFile, token_sizes: np.ndarray, sequences: int | None, batch: int, packing: str
+) -> tuple[float, float]:
+    """Nats per token and bits per byte on `sequences` of the file, evenly spread (None: all), sharded over processes.
+
+    token_sizes: (V,) int, bytes per token; packing: of `Windows`."""
+    device, context = student.wte.weight.device, student.config.context
+    cuts = pieces(file, context, packing)
+    packed = pack(cuts, context, np.arange(len(cuts)))
+    count = min(sequences or len(packed), len(packed))
+    shard = distributed.shard_strided([packed[i * len(packed) // count] for i in range(count)])
+    nats, tokens, size = torch.zeros((), dtype=torch.float64, device=device), 0, 0  # a GPU runs ahead meanwhile
+    for i in range(0, len(shard), batch):
+        rows = [torch.from_numpy(file.tokens[places(cuts[row])].astype(np.int64)) for row in shard[i : i + batch]]
+        targets = torch.cat([row[1:] for row in rows])
+        tokens += len(targets)
+        size += int(token_sizes[targets].sum())
+        inputs = pad_sequence([row[:-1] for row in rows], batch_first=True)
+        mask = pad_sequence([torch.ones(len(row) - 1, dtype=torch.bool) for row in rows], batch_first=True)
+        hidden = student.hidden(upload(inputs, device)).flatten(0, 1)
+        hidden = hidden.index_select(0, upload(mask.flatten().nonzero().flatten(), device))
+        nats -= ops.token_logprob(hidden, student.wte.weight, upload(targets, device))[0].double().sum()
+    sums = torch.tensor([float(nats), tokens, size], dtype=torch.float64)
+    total, tokens, size = distributed.all_reduce_sum(sums).tolist()
+    return total / tokens, total / math.log(2) / size

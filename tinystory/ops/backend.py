@@ -1,0 +1,118 @@
+"""The back-end: which implementation runs each operator, and the loading of the compiled ones.
+
+A kernel is compiled C++ or CUDA (csrc/). On a CPU PyTorch's matmul may run an operator in its place, where it is faster
+(fastest.py). The reference is the operator's definition in plain PyTorch (reference.py).
+"""
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from tinystory.ops import autograd, build, cuda
+from tinystory.run.errors import UserError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """kernels: "auto", "ours" (`--pytorch-ops auto` then means none) or "reference". pytorch_ops: the operators that
+    PyTorch runs on a CPU in place of a kernel."""
+
+    kernels: str = "auto"
+    pytorch_ops: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        if self.kernels == "reference":
+            return "TINYSTORY_KERNELS=reference: plain PyTorch runs in place of the kernels"
+        return "compiled kernels" + f", PyTorch for {', '.join(sorted(self.pytorch_ops))}" * bool(self.pytorch_ops)
+
+
+def from_environment() -> Backend:
+    """The back-end that TINYSTORY_KERNELS chooses. Raises UserError for an unknown value."""
+    kernels = os.environ.get("TINYSTORY_KERNELS") or "auto"
+    if kernels not in ("auto", "ours", "reference"):
+        raise UserError(f"TINYSTORY_KERNELS={kernels!r} is not known; unset it, or set it to 'reference' or 'ours'")
+    return Backend(kernels)
+
+
+_current: Backend | None = None
+
+
+def current() -> Backend:
+    """This process's back-end."""
+    global _current
+    if _current is None:
+        _current = from_environment()
+        if _current.kernels == "reference":
+            print(f"tinystory: {_current}", file=sys.stderr)
+    return _current
+
+
+def run_by_pytorch(names: str) -> None:
+    """Let PyTorch run these operators on a CPU from now on; names as fastest.pick returns them."""
+    global _current
+    _current = replace(current(), pytorch_ops=frozenset(names.split(",")) - {"none"})
+
+
+@contextlib.contextmanager
+def using(backend: Backend) -> Iterator[None]:
+    """Another back-end for the length of a block."""
+    global _current
+    before, _current = current(), backend
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def implementation(op: str, x: Tensor) -> str:
+    """What runs an operator on x: "kernel", "pytorch" or "reference"."""
+    return _implementation(op, x.device.type, x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _implementation(op: str, device: str, dtype: torch.dtype) -> str:
+    backend = current()
+    if backend.kernels == "reference" or not has_kernel(op, device):
+        return "reference"
+    return "pytorch" if op in backend.pytorch_ops and device == "cpu" and dtype != torch.float64 else "kernel"
+
+
+@functools.cache
+def has_kernel(op: str, device: str) -> bool:
+    """Whether there is a kernel of the operator for this kind of device, built first if need be. If not, stderr says
+    so, once."""
+    load()
+    if device == "cuda":
+        cuda.load()
+    key = torch._C._dispatch_key_for_device(device)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"tinystory::{op}", key):
+        return True
+    print(f"tinystory: no {device} kernel of {op} here, so plain PyTorch runs it", file=sys.stderr)
+    return False
+
+
+def load() -> ModuleType | None:
+    """The Python module of the CPU kernels (csrc/module.cpp), built first if need be; None if the back-end is the
+    reference."""
+    return None if current().kernels == "reference" else _load()
+
+
+@functools.cache
+def _load() -> ModuleType:
+    module = build.load()
+    autograd.register()
+    return module
+
+
+def load_cuda(device: torch.device) -> None:
+    """Build and load the CUDA kernels for this GPU, unless the back-end is the reference. UserError if it cannot be."""
+    if load():
+        cuda.check(torch.cuda.get_device_capability(device))
+        cuda.load()

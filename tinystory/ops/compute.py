@@ -1,0 +1,60 @@
+"""Where a run computes: the device, the dtype of its matmuls and the back-end, from the options that name them."""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from tinystory.ops import backend, fastest
+from tinystory.run import distributed
+from tinystory.run.device import pick_dtype
+from tinystory.run.errors import UserError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where a run computes and in which dtype its matmuls are. recorded: the same for config.json, with what auto
+    meant, so that a resumed run computes as before."""
+
+    device: torch.device
+    dtype: torch.dtype
+    recorded: dict[str, str]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+def resolve(device_name: str, dtype_name: str, pytorch_ops: str) -> Compute:
+    """What --device, --dtype and --pytorch-ops mean here. Raises UserError for what cannot be used."""
+    device = pick_device(device_name)
+    dtype = pick_dtype(dtype_name, device)
+    pytorch_ops = distributed.rank0_value(lambda: fastest.pick(pytorch_ops, dtype, device))
+    backend.run_by_pytorch(pytorch_ops)
+    name = str(dtype).removeprefix("torch.") if dtype_name == "auto" else dtype_name
+    return Compute(device, dtype, dict(device=str(device), dtype=name, pytorch_ops=pytorch_ops))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of --device. auto is a GPU if torch sees one and the kernels can be compiled for it, else the CPU,
+    which one line then explains. Raises UserError for a device that cannot be used."""
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        try:
+            return pick_device("cuda")
+        except UserError as error:
+            why = str(error).splitlines()[0]
+            print(f"tinystory: --device auto is the CPU here, not the GPU: {why}", file=sys.stderr)
+            return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("no kernels for it")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
+        ) from error
+    if device.type == "cuda":
+        backend.load_cuda(device)
+    return device

@@ -1,0 +1,79 @@
+"""The policy that learns, and the state of its run: what a checkpoint of an interaction holds."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tinystory.config import InteractConfig
+from tinystory.data.tokenizer import Tokenizer
+from tinystory.ops.compute import Compute
+from tinystory.rl import ppo
+from tinystory.rl.advantages import Critic
+from tinystory.run import distributed
+from tinystory.student import checkpoint
+from tinystory.student.generate import Story
+from tinystory.student.model import Student, ValueHead
+
+
+@dataclass
+class RunState:
+    """written: stories so far; words_in, words_out: spent of the word budget. In: each opening once, and each word of
+    each reply (arXiv 2509.15714); out: each word that the student writes."""
+
+    kl_coef: float
+    step: int = 0
+    written: int = 0
+    words_in: int = 0
+    words_out: int = 0
+    best_step: int = 0
+
+    def spend(self, stories: Sequence[Story], words_in: int) -> None:
+        self.words_in += words_in
+        self.words_out += sum(story.words for story in stories)
+
+
+@dataclass
+class Policy:
+    """facts: the student's history, for model.json; names: of the optimizer's parameters, in order."""
+
+    compute: Compute
+    student: Student
+    tokenizer: Tokenizer
+    facts: dict[str, Any]
+    critic: Critic | ValueHead
+    optimizer: ppo.SharpAdam
+    names: list[str]
+
+    @property
+    def value_head(self) -> ValueHead | None:
+        return self.critic if isinstance(self.critic, ValueHead) else None
+
+    def save(self, folder: Path, state: RunState, *, replace: bool = False) -> None:
+        """Write a checkpoint, and drop what is older."""
+        if not distributed.is_rank0():  # it would drop what rank 0 is writing as left half-written
+            return
+        words = dict(interaction_words_in=state.words_in, interaction_words_out=state.words_out)
+        lifetime = {name: self.facts.get(name, 0) + count for name, count in words.items()} if state.step else {}
+        tensors = checkpoint.pack_optimizer(self.optimizer, self.names)
+        tensors |= {f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()}
+        checkpoint.save(
+            folder, self.student, self.tokenizer, facts=self.facts | lifetime, state=tensors, counters=asdict(state),
+            replace=replace,
+        )  # fmt: skip
+        checkpoint.drop_older(folder)
+
+    def restore(self, folder: Path) -> RunState:
+        """Go on from a checkpoint."""
+        checkpoint.restore(self.student, folder)
+        tensors, state = checkpoint.load_trainer(folder, RunState)
+        checkpoint.restore_module(self.critic, "critic", tensors)
+        checkpoint.unpack_optimizer(self.optimizer, self.names, tensors)
+        return state
+
+
+def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Policy:
+    """The student of a checkpoint, with a new critic and a new optimizer."""
+    student, tokenizer, facts = checkpoint.load(folder, compute.device)
+    critic = (ValueHead if config.critic == "head" else Critic)(student.config.n_embd).to(compute.device)
+    return Policy(compute, student, tokenizer, facts, critic, *ppo.make_optimizer(student, critic, config))

@@ -1,0 +1,50 @@
+"""Pretraining's optimizer: which parameters go to Muon and which to AdamW, and the learning rate over the run."""
+
+from typing import Any
+
+import torch
+
+from tinystory.config import PretrainConfig
+from tinystory.student.model import Student
+from tinystory.student.muon import MuonAdamW
+
+
+def make_optimizer(
+    student: Student, config: PretrainConfig, dtype: torch.dtype
+) -> tuple[torch.optim.Optimizer, list[str]]:
+    """The optimizer and its parameters' names, in order: matrices, which have weight decay, then vectors. With
+    --optimizer muon the blocks' matrices come first, and AdamW keeps the embeddings and the vectors. dtype: of Muon's
+    matmuls."""
+    parameters = dict(student.named_parameters())
+    blocks = {name: p for name, p in parameters.items() if p.dim() >= 2 and name.startswith("blocks.")}
+    blocks = blocks if config.optimizer == "muon" else {}
+    matrices = {name: p for name, p in parameters.items() if p.dim() >= 2 and name not in blocks}
+    vectors = {name: p for name, p in parameters.items() if p.dim() < 2}
+    groups = [
+        dict(params=list(matrices.values()), weight_decay=config.weight_decay),
+        dict(params=list(vectors.values()), weight_decay=0.0),
+    ]
+    options: dict[str, Any] = dict(
+        lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
+    names = [*blocks, *matrices, *vectors]
+    if not blocks:
+        return torch.optim.AdamW(groups, **options), names
+    return MuonAdamW(blocks.values(), groups, heads=student.config.n_head, dtype=dtype, **options), names
+
+
+def learning_rate(config: PretrainConfig, words: int) -> float:
+    """AdamW's rate after so many words: linear warm-up, then linear decay to 0."""
+    progress = min(words / config.words, 1.0)
+    if progress < config.warmup:
+        # No words have been read before the first step: it takes the rate at 1 % of the warm-up rather than 0.
+        return config.learning_rate * max(progress / config.warmup, 0.01)
+    return config.learning_rate * ((1 - progress) / (1 - config.warmup))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, words: int) -> float:
+    """AdamW's rate after so many words, now that of its groups; Muon's rises and falls in proportion."""
+    rate = learning_rate(config, words)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * (config.muon_learning_rate / config.learning_rate if "muon" in group else 1.0)
+    return rate
