@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.config import InteractConfig
+from tinystory.config import InteractConfig, add_number
 from tinystory.evaluate.agreement import Key, Rater, agreement
 from tinystory.report.judges import COLUMNS, agreement_rows, length_line, write_agreement
 from tinystory.report.run import scorer, write_report
@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("judges", nargs="+", metavar="JUDGE", help="run, file of graded stories, URL, rubric, or FILE.py:FUNCTION")
-    add("--stories", type=int, default=0, metavar="N", help="compare the first N only (default: all)")
+    add_number(parser, "--stories", 0, "[0, 1e9]", "compare only so many, the first; 0: all")
     add("--teacher-model", nargs="+", default=[], metavar="NAME", help="model of the endpoints")
-    add("--teacher-concurrency", type=int, default=InteractConfig.teacher_concurrency, metavar="N")
+    add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
     add("--teacher-prompt", default="", metavar="FILE", help="JSON file of the criteria for endpoints")
     add("--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="text for the built-in teacher")
     add("--out", type=Path, metavar="FILE.html", help="page to write (default: agreement.html in the run)")

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from tinystory import ops
-from tinystory.config import PretrainConfig
+from tinystory.config import PretrainConfig, add_number
 from tinystory.ops.compute import resolve
 from tinystory.run.device import peak_memory_mb
 from tinystory.run.errors import UserError, command
@@ -33,11 +33,11 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("bench", choices=("kernels", *WORK, "peers"))
     add("--shape", choices=SHAPES, default="small", help="4 layers of 256, or GPT-2-small")
-    add("--batch", type=int, help="sequences or stories (default: as in the published figures)")
-    add("--new", type=int, default=90, help="tokens per story (default: 90)")
+    add_number(parser, "--batch", 0, "[0, 1e6]", "sequences or stories; 0: as in the published figures")
+    add_number(parser, "--new", 90, "[1, 1e6]", "tokens per story")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="dtype of the GEMMs")
     add("--device", default="auto", help="auto, cpu, cuda ... (default: auto)")
-    add("--runs", type=int, default=5, help="timed runs, after a warm-up run (default: 5)")
+    add_number(parser, "--runs", 5, "[1, 1e6]", "timed runs, after a warm-up run")
     add("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT (peers only)")
     add("--trl", type=Path, metavar="PYTHON", help="of an environment with trl 0.9.4 (peers only)")
     add("--optimizer", choices=("muon", "adamw"), help="of pretraining (default: muon; peers: adamw, as nanoGPT's)")
@@ -46,9 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     a = parser.parse_args(argv)
     compute = resolve(a.device, a.dtype, "none" if a.bench == "kernels" else "auto")
     config, device = SHAPES[a.shape], compute.device
-    batch = WORK.get(a.bench, WORK["pretrain"])[2][a.shape] if a.batch is None else a.batch
-    if min(batch, a.new, a.runs) < 1:
-        raise UserError("--batch, --new and --runs must be at least 1")
+    batch = a.batch or WORK.get(a.bench, WORK["pretrain"])[2][a.shape]
     if a.bench == "peers":
         peers.require(a.nanogpt, a.trl, a.batch, device)
     elif a.nanogpt or a.trl:

@@ -23,8 +23,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tinystory.config import add_number
 from tinystory.data.corpus import open_corpus
-from tinystory.run.errors import UserError, command
+from tinystory.run.errors import command
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import fence, render
 
@@ -34,15 +35,12 @@ OPENING, WORDS = "Once upon a time,", 80  # words per story
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--teacher-url", metavar="URL", help="measure the server at this URL, not our client")
-    add("--stories", type=int, metavar="N", help="stories per run (default: 2000, or 16 with a URL)")
-    add("--concurrency", type=int, default=64, metavar="N", help="requests in flight (default: 64)")
-    add("--runs", type=int, default=3, metavar="N", help="timed runs, after a warm-up run (default: 3)")
+    parser.add_argument("--teacher-url", metavar="URL", help="measure the server at this URL, not our client")
+    add_number(parser, "--stories", 0, "[0, 1e6]", "stories per run; 0: 2000, or 16 with a URL")
+    add_number(parser, "--concurrency", 64, "[1, 10000]", "requests in flight")
+    add_number(parser, "--runs", 3, "[1, 1e6]", "timed runs, after a warm-up run")
     options = parser.parse_args(argv)
     count = options.stories or (16 if options.teacher_url else 2000)
-    if min(count, options.concurrency, options.runs) < 1:
-        raise UserError("--stories, --concurrency and --runs must be at least 1")
     facts = dict(stories=count, runs=options.runs, concurrency=options.concurrency)
     if options.teacher_url:
         result = server_speed(options.teacher_url, count, options.concurrency, options.runs)

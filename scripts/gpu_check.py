@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tinystory.config import add_number
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import atomic_write
 from tinystory.run.paths import ROOT
@@ -56,7 +57,7 @@ def commands() -> dict[str, list[str]]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/gpu-check"), help="OUT.json and OUT.md are written")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: 9)")
+    add_number(parser, "--minutes", 9.0, "(0, 1e6]", "for all of it")
     options = parser.parse_args(argv)
     import torch
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from tinystory.config import InteractConfig
+from tinystory.config import InteractConfig, add_number
 from tinystory.run.errors import command
 from tinystory.studies.reproduce import OBJECTIVES, SCALES, reproduce
 
@@ -42,15 +42,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--corpus", nargs="+", metavar="NAME", help="corpora for pretraining (default: set by --scale)")
     add("--teacher-url", nargs="+", default=[], help="OpenAI-compatible endpoint (default: built in)")
     add("--teacher-model", nargs="+", default=[], help="model name (default: the first listed)")
-    add("--teacher-concurrency", type=int, default=InteractConfig.teacher_concurrency)
+    add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
     add("--milestones", nargs="+", type=int, metavar="M", help="starts of interaction, million words")
-    add("--seeds", type=int, help="interactions per milestone")
-    add("--random-seeds", type=int, help="random-reward runs per milestone")
-    add("--steps", type=int, help="PPO steps per interaction")
+    add_number(parser, "--seeds", 0, "[0, 1000]", "interactions per milestone; 0: as --scale has it")
+    add_number(parser, "--random-seeds", -1, "[-1, 1000]", "random-reward runs per milestone; -1: as --scale has it")
+    add_number(parser, "--steps", 0, "[0, 1e6]", "PPO steps per interaction; 0: as --scale has it")
     add("--objective", choices=OBJECTIVES, default="paper", help="reward and openings (default: paper)")
     add("--blimp", default="", help="folder of BLiMP's .jsonl files, evaluated too")
     add("--device", default="auto")
-    add("--jobs", type=int, default=0, help="parallel parts (default: one per core, or one on a GPU)")
+    add_number(parser, "--jobs", 0, "[0, 1000]", "parallel parts; 0: one per core, or one on a GPU")
     options = parser.parse_args(argv)
 
     scale, objective = SCALES[options.scale], OBJECTIVES[options.objective]
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         interact=objective | scale.interact | ({"steps": options.steps} if options.steps else {}),
         starts=tuple(options.milestones or scale.starts),
         seeds=options.seeds or scale.seeds,
-        random_seeds=scale.random_seeds if options.random_seeds is None else options.random_seeds,
+        random_seeds=scale.random_seeds if options.random_seeds < 0 else options.random_seeds,
     )
     teacher = {name: value for name in ("teacher_url", "teacher_model") if (value := getattr(options, name))}
     teacher |= {"teacher_concurrency": options.teacher_concurrency} if options.teacher_url else {}

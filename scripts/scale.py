@@ -14,23 +14,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.config import INTERACT_PRESETS
+from tinystory.config import INTERACT_PRESETS, add_number
 from tinystory.run.errors import UserError, command
 from tinystory.studies.scale import STUDENTS, forecast
 
-NUMBERS = {  # flag: default, whether it may be 0, help
-    "--client-per-s": (600.0, False, "stories per second that our client can request: bench_teacher.py's ours_per_s"),
-    "--teacher-parameters": (8e9, False, "parameters of the estimated teacher"),
-    "--peak-tflops": (989.0, False, "peak of the GPU: an H100's in bfloat16"),
-    "--mfu": (0.4, False, "fraction of the peak that is assumed to be reached"),
-    "--bandwidth": (2000.0, False, "memory bandwidth that is assumed to be reached, in GB/s"),
-    "--layer-us": (20.0, True, "microseconds that a pass through a layer takes at least"),
-    "--link": (50.0, False, "GB/s at which each GPU sends gradients"),
-    "--gpu-price": (2.5, True, "price of a GPU-hour, in any currency"),
-    "--server-price": (2.5, True, "price of an hour of a teacher server"),
-    "--story-price": (0.0, True, "price of a grade, for a hosted teacher"),
-    "--stale": (0.9, False, "assumed worth of a step on stories of the last policy, where fresh ones are 1"),
-}
+NUMBERS = (
+    (
+        "--client-per-s",
+        600.0,
+        "(0, 1e9]",
+        "stories per second of our client: bench_teacher.py's ours_per_s",
+    ),
+    ("--teacher-parameters", 8e9, "[1, 1e15]", "parameters of the estimated teacher"),
+    ("--peak-tflops", 989.0, "(0, 1e9]", "peak of the GPU: an H100's in bfloat16"),
+    ("--mfu", 0.4, "(0, 1]", "fraction of the peak that is assumed to be reached"),
+    ("--bandwidth", 2000.0, "(0, 1e9]", "memory bandwidth that is assumed to be reached, in GB/s"),
+    ("--layer-us", 20.0, "[0, 1e9]", "microseconds that a pass through a layer takes at least"),
+    ("--link", 50.0, "(0, 1e9]", "GB/s at which each GPU sends gradients"),
+    ("--gpu-price", 2.5, "[0, 1e9]", "price of a GPU-hour, in any currency"),
+    ("--server-price", 2.5, "[0, 1e9]", "price of an hour of a teacher server"),
+    ("--story-price", 0.0, "[0, 1e9]", "price of a grade, for a hosted teacher"),
+    ("--stale", 0.9, "(0, 1]", "assumed worth of a step on stories of the last policy, where fresh ones are 1"),
+)
 
 
 @command
@@ -43,13 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--servers", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="numbers of teacher servers")
     add("--bench", type=Path, metavar="FILE", help="lines of bench.py ppo --json, in place of an estimate")
     add("--teacher-bench", type=Path, metavar="FILE", help="a line of bench_teacher.py, in place of an estimate")
-    for flag, (default, _, text) in NUMBERS.items():
-        add(flag, type=float, default=default, metavar="X", help=f"{text} (default: {default:g})")
+    for number in NUMBERS:
+        add_number(parser, *number)
     options = parser.parse_args(argv)
-    for flag, (_, may_be_0, _) in NUMBERS.items():
-        value = getattr(options, flag[2:].replace("-", "_"))
-        if not (value > 0 or (may_be_0 and value == 0)):
-            raise UserError(f"{flag} must be {'at least 0' if may_be_0 else 'above 0'}")
     if min(*options.gpus, *options.servers) < 1:
         raise UserError("--gpus and --servers must be at least 1")
     forecast(options)

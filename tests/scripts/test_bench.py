@@ -79,8 +79,8 @@ def test_kernels_are_all_beside_pytorchs(run):
 def test_what_cannot_be_is_one_sentence(bench, capsys):
     for argv, message in (
         (["rollout", "--new", "60"], "--new 60 does not fit: small has room for 44 tokens"),
-        (["rollout", "--batch", "-3"], "must be at least 1"),
-        (["ppo", "--runs", "0"], "must be at least 1"),
+        (["rollout", "--batch", "-3"], "--batch must be"),
+        (["ppo", "--runs", "0"], "--runs must be"),
     ):
         with pytest.raises(SystemExit) as exit:
             bench.main(argv)

@@ -90,9 +90,9 @@ def take_turns(
     return row | dict(peer_s={mode: round(seconds, 4) for mode, seconds in medians.items()})
 
 
-def require(nanogpt: Path | None, trl: Path | None, batch: int | None, device: torch.device) -> None:
+def require(nanogpt: Path | None, trl: Path | None, batch: int, device: torch.device) -> None:
     """Raises UserError for options with which peers cannot be timed."""
-    if device.type != "cpu" or batch is not None:
+    if device.type != "cpu" or batch:
         raise UserError("peers are timed on the CPU, with the batch sizes of the published figures: leave out --batch")
     if not (nanogpt or trl):
         raise UserError("peers needs --nanogpt DIR (a clone), --trl PYTHON (of an environment with trl 0.9.4), or both")
