@@ -40,6 +40,7 @@ from tinystory.rl import ppo
 from tinystory.rl.advantages import Critic
 from tinystory.rl.collapse import signs_of_collapse
 from tinystory.rl.reward import differences, plots, story_reward
+from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
 from tinystory.run.device import Interrupted, Stop, dtype_name, now, peak_memory_mb, pick_device, pick_dtype
 from tinystory.run.errors import UserError, command
@@ -130,7 +131,7 @@ def interact(config: InteractConfig) -> None:
 
     with contextlib.ExitStack() as stack:
         # Rank 0 alone has a grader. It is opened before the run's folder is: a mistake leaves nothing behind.
-        opened = open_grader(config, corpus=facts.get("corpus"), replies=run / "replies.jsonl")
+        opened = open_grader(config, builtin_teacher, corpus=facts.get("corpus"), replies=run / "replies.jsonl")
         grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else None)
         scorer = cast(Grader, grader)  # for what rank 0 alone runs
         grader_facts = grader.facts if grader else {}
