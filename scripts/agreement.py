@@ -24,6 +24,7 @@ from tinystory.config import InteractConfig
 from tinystory.evaluate.agreement import Judge, agreement
 from tinystory.report.agreement import COLUMNS, length_line, rows, write_agreement
 from tinystory.report.run import scorer, write_report
+from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import METRICS, OPINIONS, SAMPLES, STORIES, atomic_write, read_config, read_records
 from tinystory.run.paths import usage
@@ -115,7 +116,7 @@ def ask(name: str, told: Sequence[tuple[str, str]], options: argparse.Namespace,
         config.reward = name
     replies = (run if run.is_dir() else run.parent) / "second_replies.jsonl" if config.teacher_url else None
     with contextlib.ExitStack() as stack:
-        grader = stack.enter_context(open_grader(config, corpus=options.corpus, replies=replies))
+        grader = stack.enter_context(open_grader(config, builtin_teacher, corpus=options.corpus, replies=replies))
         title = BUILTIN if name == BUILTIN else grader.facts.get("teacher", {}).get("model") or Path(name).name
         judge = Judge(title, {}, {})
         for (opening, story), grade in zip(told, grader.grade_each(told), strict=True):

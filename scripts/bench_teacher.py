@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.data.corpus import open_corpus
 from tinystory.run.errors import UserError, command
-from tinystory.teacher.api import Server
+from tinystory.teacher.api import ChatClient
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.prompt import fence, render
 
@@ -77,7 +77,7 @@ def overhead(url: str, count: int, concurrency: int, runs: int) -> dict[str, flo
             tempfile.TemporaryDirectory() as folder,
             Teacher(url, concurrency=concurrency, cache=Path(folder) / "replies.jsonl") as teacher,
         ):
-            assert all(grade.scores for grade in teacher.grade(OPENING, stories, 0))
+            assert all(grade.scores for grade in teacher.grade(OPENING, stories))
 
     clients = {
         "ours": ours,
@@ -109,7 +109,7 @@ def sharing(latency: float, count: int, runs: int) -> dict[str, float]:
                 with Teacher(urls, concurrency=AT_ONCE) as teacher:
                     teacher.probe()
                     began = time.perf_counter()
-                    assert all(grade.scores for grade in teacher.grade(OPENING, stories, 0))
+                    assert all(grade.scores for grade in teacher.grade(OPENING, stories))
                     laps[name].append(time.perf_counter() - began)
     rate = {name: count / statistics.median(seconds[1:]) for name, seconds in laps.items()}
     found = dict(latency_s=latency, at_once=AT_ONCE) | {f"{name}_per_s": round(each, 1) for name, each in rate.items()}
@@ -128,7 +128,7 @@ def prefix(url: str, count: int, concurrency: int, runs: int) -> dict[str, Any]:
         return prompt | {"messages": [{"role": "system", "content": story}, {"role": "user", "content": rubric}]}
 
     async def ask(prompts: list[dict]) -> list[float]:
-        server = Server(url, os.environ.get("OPENAI_API_KEY"), 300.0)
+        server = ChatClient(url, os.environ.get("OPENAI_API_KEY"), 300.0)
 
         async def timed(asked: dict) -> float:
             began = time.perf_counter()
@@ -147,7 +147,7 @@ def prefix(url: str, count: int, concurrency: int, runs: int) -> dict[str, Any]:
         model = teacher.probe().model
         for stories in rounds(3 * count + 2, runs):
             began = time.perf_counter()
-            teacher.grade(OPENING, stories[:count], 0)
+            teacher.grade(OPENING, stories[:count])
             rates.append(count / (time.perf_counter() - began))
             prompts = questions(stories[count:])
             laps["first"] += asyncio.run(ask(prompts[::2]))

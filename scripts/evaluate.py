@@ -35,13 +35,14 @@ from tinystory.ops.compute import pick_device
 from tinystory.report.evaluation import comparison, write_page
 from tinystory.report.judges import with_ends
 from tinystory.report.run import write_report
+from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import atomic_write
 from tinystory.run.paths import usage
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import generate
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grader import TeacherGrader, open_grader
+from tinystory.teacher.grader import open_grader
 
 TASKS = {
     "blimp": (evaluate_pairs, "BLiMP: a .jsonl file, or a folder of them"),
@@ -150,8 +151,7 @@ def compare_stories(options: argparse.Namespace) -> None:
         template=COMPARISON,
         cache=run / "comparison_replies.jsonl" if run else None,
     ) as teacher:
-        grader = TeacherGrader(teacher)
-        found = compare(pairs, lambda told: [grade.score for grade in grader.grade_each(told)])
+        found = compare(pairs, lambda told: [grade.score for grade in teacher.grade_each(told)])
         by = str(teacher.model)
     names = ("before", "after") if run else tuple(name_of(checkpoint.find(path)) for path in options.compare)
     if not found["pairs"]:
@@ -200,7 +200,7 @@ def open_teacher(options: argparse.Namespace, stack: contextlib.ExitStack) -> Gr
         teacher_concurrency=options.teacher_concurrency,
         seed=options.seed,
     )
-    grader = stack.enter_context(open_grader(config, corpus=options.corpus or ["builtin"]))
+    grader = stack.enter_context(open_grader(config, builtin_teacher, corpus=options.corpus or ["builtin"]))
     return lambda opening, stories: [grade.scores for grade in grader.grade(opening, stories)]
 
 

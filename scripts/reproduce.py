@@ -42,6 +42,7 @@ from tinystory.evaluate.pairs import evaluate_pairs
 from tinystory.evaluate.stories import story_measures
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import pick_device
+from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import atomic_write, device_name, git_commit, plain, read_metrics, versions
 from tinystory.student import checkpoint
@@ -240,8 +241,8 @@ def reproduce(
     run_parts(parts[1:], *how)
     further = plan_reading(parts, out)
     run_parts(further, *how)
-    grading = dataclasses.replace(writing, seed=SEED)
-    with open_grader(grading, corpus=reading.corpus, replies=out / EVALUATION / "replies.jsonl") as grader:
+    grading, replies = dataclasses.replace(writing, seed=SEED), out / EVALUATION / "replies.jsonl"
+    with open_grader(grading, builtin_teacher, corpus=reading.corpus, replies=replies) as grader:
         judge = Judge(grader, reading, writing, scale.stories, blimp)
         evaluate(subjects(parts + further, out), out, judge, progress)
         described = dict(
