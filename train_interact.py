@@ -29,6 +29,7 @@ from tinystory.rl.collapse import warnings
 from tinystory.rl.policy import RunState, load_policy
 from tinystory.rl.reward import story_rewards
 from tinystory.rl.rollout import rollout
+from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
 from tinystory.run.device import Stop, now, peak_memory_mb
 from tinystory.run.errors import Interrupted, UserError, command
@@ -78,7 +79,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     state = policy.restore(resume_from) if resume_from else RunState(config.kl_coef)
 
     # Only rank 0 asks its grader. It is opened before the run's folder is: a mistake leaves nothing behind.
-    opened = open_grader(config, corpus=facts.get("corpus"), replies=run / "replies.jsonl")
+    opened = open_grader(config, builtin_teacher, corpus=facts.get("corpus"), replies=run / "replies.jsonl")
     idle = CallableGrader(lambda opening, stories: [], "rank 0")
     grader: Grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else idle)
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))

@@ -24,6 +24,7 @@ from tinystory.config import InteractConfig, add_number
 from tinystory.evaluate.agreement import Key, Rater, agreement
 from tinystory.report.judges import COLUMNS, agreement_rows, length_line, write_agreement
 from tinystory.report.run import scorer, write_report
+from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import METRICS, OPINIONS, SAMPLES, STORIES, atomic_write, read_config, read_records
 from tinystory.run.paths import usage
@@ -109,7 +110,7 @@ def grade(name: str, keys: Sequence[Key], options: argparse.Namespace, run: Path
     elif name != BUILTIN:
         config.reward = name
     replies = (run if run.is_dir() else run.parent) / "second_replies.jsonl" if config.teacher_url else None
-    with open_grader(config, corpus=options.corpus, replies=replies) as grader:
+    with open_grader(config, builtin_teacher, corpus=options.corpus, replies=replies) as grader:
         model = BUILTIN if name == BUILTIN else grader.facts.get("teacher", {}).get("model")
         rater = Rater(model or Path(name).name)
         for (opening, story), reply in zip(keys, grader.grade_each(keys), strict=True):

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 def server_speed(url: str, count: int, concurrency: int, runs: int) -> dict[str, float]:
     """Stories per second with `concurrency` requests in flight, and seconds per story with one."""
     with Teacher(url, concurrency=concurrency) as many, Teacher(url, concurrency=1) as one:
-        clients = {"many": lambda stories: many.grade(OPENING, stories, 0), "one": lambda s: one.grade(OPENING, s, 0)}
+        clients = {"many": lambda stories: many.grade(OPENING, stories), "one": lambda s: one.grade(OPENING, s)}
         seconds = {name: lap[0] for name, lap in take_turns(clients, count, runs).items()}
     return dict(one_per_s=round(count / seconds["many"], 3), latency_s=round(seconds["one"] / count, 3))
 
@@ -68,7 +68,7 @@ def client_overhead(url: str, count: int, concurrency: int, runs: int) -> dict[s
             tempfile.TemporaryDirectory() as folder,
             Teacher(url, concurrency=concurrency, cache=Path(folder) / "replies.jsonl") as teacher,
         ):
-            assert all(grade.scores for grade in teacher.grade(OPENING, stories, 0))
+            assert all(grade.scores for grade in teacher.grade(OPENING, stories))
 
     async def bare(stories: list[str]) -> None:
         slots, transport = asyncio.Semaphore(concurrency), openai.DefaultAioHttpClient()

@@ -29,7 +29,7 @@ from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError, command
 from tinystory.run.paths import cache_dir, usage
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grader import CallableGrader, Grader, TeacherGrader, load_extra
+from tinystory.teacher.grader import CallableGrader, Grader, load_extra
 from tinystory.teacher.prompt import Template, load_template
 
 PACKAGES = (
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
             for note in probed.notes:
                 print(f"{'':10} {note}")
             if calibrates:
-                calibration(TeacherGrader(teacher), options)
+                calibration(teacher, options)
 
 
 def calibration(grader: Grader, options: argparse.Namespace) -> None:

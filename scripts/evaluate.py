@@ -25,7 +25,7 @@ from tqdm import tqdm
 from tinystory.config import SEEDS, InteractConfig, add_number
 from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import load_openings
-from tinystory.evaluate.coreference import unseen_stories, who_is_who
+from tinystory.evaluate.coreference import coreference, unseen_stories
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.preference import COMPARISON, Pair, compare, keep_choices, pair_of, run_pairs
 from tinystory.evaluate.reading import evaluate_reading
@@ -35,13 +35,14 @@ from tinystory.ops.compute import pick_device
 from tinystory.report.evaluation import comparison, write_page
 from tinystory.report.judges import with_ends
 from tinystory.report.run import write_report
+from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import atomic_write
 from tinystory.run.paths import usage
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import generate
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grader import TeacherGrader, open_grader
+from tinystory.teacher.grader import open_grader
 
 TASKS = {
     "blimp": (evaluate_pairs, "BLiMP: a .jsonl file, or a folder of them"),
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="NAME|FILE",
         help="text for bits per byte, for the measure of copying, and for the built-in teacher",
     )
-    add_number(parser, "--who", 0, "[0, 100000]", "unseen built-in stories in which to look for who is who")
+    add_number(parser, "--coreference", 0, "[0, 100000]", "unseen built-in stories to measure coreference on")
     add_number(parser, "--stories", 0, "[0, 1e9]", "stories to write and measure")
     parser.add_argument("--openings", metavar="FILE", help="their openings, one per line (default: eight built-in)")
     add_number(parser, "--max-new-tokens", InteractConfig.max_new_tokens, "[1, 1e6]", "longest story, in tokens")
@@ -87,8 +88,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not options.checkpoints:
         raise UserError("nothing to evaluate: name a checkpoint or a run, or two with --compare")
-    if not (tasks or options.corpus or options.stories or options.who):
-        raise UserError("nothing to evaluate: give --blimp or another task, --corpus, --who N or --stories N")
+    if not (tasks or options.corpus or options.stories or options.coreference):
+        raise UserError("nothing to evaluate: give --blimp or another task, --corpus, --coreference N or --stories N")
     if options.out and options.out.suffix == ".html":
         raise UserError("--out is the .json file to write; the page is written beside it")
     corpus = open_corpus(options.corpus) if options.corpus else None
@@ -104,8 +105,8 @@ def main(argv: list[str] | None = None) -> None:
             record: dict[str, Any] = {"name": name_of(folder), "checkpoint": str(folder), "words": words or None}
             for task, path in tasks.items():
                 record[task] = TASKS[task][0](student, tokenizer, path)
-            if options.who:
-                record["who"] = who_is_who(student, tokenizer, unseen_stories(options.who))
+            if options.coreference:
+                record["coreference"] = coreference(student, tokenizer, unseen_stories(options.coreference))
             if seen := set(options.corpus or []) & set(facts.get("corpus", [])):
                 print(f"{record['name']}: it was trained on {', '.join(sorted(seen))}, so that is no test of it")
             if corpus:
@@ -150,8 +151,7 @@ def compare_stories(options: argparse.Namespace) -> None:
         template=COMPARISON,
         cache=run / "comparison_replies.jsonl" if run else None,
     ) as teacher:
-        grader = TeacherGrader(teacher)
-        found = compare(pairs, lambda told: [grade.score for grade in grader.grade_each(told)])
+        found = compare(pairs, lambda told: [grade.score for grade in teacher.grade_each(told)])
         by = str(teacher.model)
     names = ("before", "after") if run else tuple(name_of(checkpoint.find(path)) for path in options.compare)
     if not found["pairs"]:
@@ -200,7 +200,7 @@ def open_teacher(options: argparse.Namespace, stack: contextlib.ExitStack) -> Gr
         teacher_concurrency=options.teacher_concurrency,
         seed=options.seed,
     )
-    grader = stack.enter_context(open_grader(config, corpus=options.corpus or ["builtin"]))
+    grader = stack.enter_context(open_grader(config, builtin_teacher, corpus=options.corpus or ["builtin"]))
     return lambda opening, stories: [grade.scores for grade in grader.grade(opening, stories)]
 
 

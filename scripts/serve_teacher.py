@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8321, help="port on 127.0.0.1; 0 takes a free one (default: 8321)")
     parser.add_argument(
-        "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="corpus to read (default: builtin)"
+        "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="corpus to measure by (default: builtin)"
     )
     parser.add_argument("--die-with-parent", action="store_true", help="exit when standard input closes")
     options = parser.parse_args(argv)
@@ -41,8 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         start = time.monotonic()
         rubric = Rubric.from_corpus(open_corpus(options.corpus).mixed())
-        seconds = time.monotonic() - start
-        _say(f"this teacher is a rubric, a stand-in for an LLM; it read {' '.join(options.corpus)} in {seconds:.1f} s")
+        seconds = f"{time.monotonic() - start:.1f} s"
+        message = f"this teacher is a rubric, a stand-in for an LLM, fitted to {' '.join(options.corpus)} in {seconds}"
+        print(message, file=sys.stderr, flush=True)
         asyncio.run(_serve(rubric, options.port))
     except KeyboardInterrupt:  # before the server listens; afterwards Ctrl-C is a normal exit
         sys.exit(130)
@@ -58,10 +59,6 @@ def _end_with_stdin() -> None:
     while os.read(0, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     python scripts/teach.py --compare runs/interact  which of two stories is better, without knowing which is which
 
 Keys 0 to 3 grade; B goes back, S skips, P pauses. Every grade is kept in --grades as it is given, and no story is asked
-about twice. Several people can open the page, each with a name.
+about twice. Several humans can open the page, each with a name.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tinystory.run.errors import UserError, command
 from tinystory.run.folder import METRICS, PREFERENCES, read_config, read_metrics
 from tinystory.run.paths import usage
 from tinystory.run.text import printable
-from tinystory.teacher.prompt import Template, load_template
+from tinystory.teacher.prompt import load_template
 from tinystory.teacher.server import require_port, until_stopped
 
 
@@ -42,9 +42,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--run", type=Path, default=Path("runs/interact"), metavar="RUN", help="run whose rewards the page shows"
     )
-    parser.add_argument("--teacher-prompt", metavar="FILE", help="JSON file of what to grade, as for the trainer")
     parser.add_argument(
-        "--twice", type=float, default=0.5, metavar="X", help="fraction of stories that a second person grades too"
+        "--teacher-prompt", default="", metavar="FILE", help="JSON file of criteria, as for the trainer"
+    )
+    parser.add_argument(
+        "--twice", type=float, default=0.5, metavar="X", help="fraction of stories that a second human grades too"
     )
     parser.add_argument("--compare", type=Path, metavar="RUN", help="compare a run's stories before and after instead")
     options = parser.parse_args(argv)
@@ -55,8 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.compare:
         desk = PairDesk(options.compare / PREFERENCES, run_pairs(options.compare))
     else:
-        template = load_template(options.teacher_prompt) if options.teacher_prompt else Template()
-        desk = Desk(options.grades, template, options.twice)
+        desk = Desk(options.grades, load_template(options.teacher_prompt), options.twice)
     with contextlib.closing(desk):
         asyncio.run(_serve(desk, options))
     if options.compare:
@@ -71,8 +72,8 @@ async def _serve(desk: Desk | PairDesk, options: argparse.Namespace) -> None:
     async with serve(desk, options.port, style=style, curve=lambda url: curve(options.run, url)) as url:
         print(f"open {url} in a browser", flush=True)
         if not options.compare:
-            print(f"and start: python train_interact.py --teacher-url {url}/v1 --stories-per-step 8 --eval-stories 8 "
-                  "--lam 1 --max-unscored 0.5", flush=True)  # fmt: skip
+            flags = f"--teacher-url {url}/v1 --stories-per-step 8 --eval-stories 8 --lam 1 --max-unscored 0.5"
+            print(f"and start: python train_interact.py {flags}", flush=True)
         await until_stopped()
 
 
@@ -81,8 +82,8 @@ def curve(run: Path, url: str) -> str:
     teacher = read_config(run).get("options", {}).get("teacher", {})
     if teacher.get("url") != f"{url}/v1":
         return ""
-    metrics = [each for each in read_metrics(run) if each.get("reward_mean") is not None]
-    line = charts.Line([each["step"] for each in metrics], [each["reward_mean"] for each in metrics], "reward")
+    metrics = [record for record in read_metrics(run) if record.get("reward_mean") is not None]
+    line = charts.Line([record["step"] for record in metrics], [record["reward_mean"] for record in metrics], "reward")
     return charts.chart("Mean reward per step", [line], size=(300, 150))
 
 

@@ -14,7 +14,7 @@ import train_pretrain
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
-from tinystory.teacher import judge
+from tinystory.teacher import pool
 
 os.environ.setdefault("TINYSTORY_KERNELS", "ours")  # not PyTorch's where it is faster
 # TINYSTORY_FUZZ=50 pytest -m hypothesis: fifty times as many examples. No deadline, since a slow machine is no failure.
@@ -82,8 +82,8 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def short_pauses(monkeypatch):
     """Shorten the pauses between retries, and ignore the user's API key."""
-    monkeypatch.setattr(judge, "PAUSE_S", 0.01)
-    monkeypatch.setattr(judge, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(pool, "PAUSE_S", 0.01)
+    monkeypatch.setattr(pool, "LONGEST_PAUSE_S", 0.1)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 

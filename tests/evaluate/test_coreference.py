@@ -1,11 +1,11 @@
-"""Who is who, measured on a student that knows, on one that does not, and on text that has neither."""
+"""Coreference, measured on a student that knows, on one that does not, and on text without names and pronouns."""
 
 import pytest
 import torch
 
 from tinystory.data.builtin import grammar
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.evaluate.coreference import NAMES, unseen_stories, who_is_who
+from tinystory.evaluate.coreference import NAMES, coreference, unseen_stories
 from tinystory.student.model import Student, StudentConfig
 
 
@@ -33,25 +33,25 @@ def test_chance_and_certainty(names_tokenizer, monkeypatch):
     stories = unseen_stories(8)
     oracle = Oracle(StudentConfig(1, 1, size, 400, size), 0.0)
     oracle.last = torch.zeros(16, dtype=torch.int64)
-    blind = who_is_who(oracle, names_tokenizer, stories)
+    blind = coreference(oracle, names_tokenizer, stories)
     assert blind["names"] > 10 and blind["pronouns"] > 10
-    assert blind["he_she"] == pytest.approx(0.5)
-    assert blind["told_name"] < 0.05 < 3 * blind["told_names"] < 0.5
+    assert blind["he_or_she"] == pytest.approx(0.5)
+    assert blind["repeated_name"] < 0.05 < 3 * blind["introduced_name"] < 0.5
     oracle.sure = 30.0
-    sure = who_is_who(oracle, names_tokenizer, stories)
-    assert sure["told_name"] > 0.95 and sure["told_names"] > 0.95 and sure["he_she"] > 0.95
+    sure = coreference(oracle, names_tokenizer, stories)
+    assert sure["repeated_name"] > 0.95 and sure["introduced_name"] > 0.95 and sure["he_or_she"] > 0.95
     assert (sure["names"], sure["pronouns"]) == (blind["names"], blind["pronouns"])
 
 
-def test_only_names_that_were_told_before_count(names_tokenizer):
+def test_only_repeated_names_count(names_tokenizer):
     size = names_tokenizer.vocab_size
     student = Student(StudentConfig(1, 1, 64, 64, size))
     once = "There was a fox who saw Lily. There was a bear who saw Tom."
     again = f"{once} So the fox gave Lily a hug, and the bear gave Lily a pie."
-    assert who_is_who(student, names_tokenizer, [once])["names"] == 0
-    assert who_is_who(student, names_tokenizer, [again])["names"] == 2
-    nothing = who_is_who(student, names_tokenizer, ["A fox sat on a stone.", "x"])
-    assert nothing["told_name"] is None and nothing["he_she"] is None
+    assert coreference(student, names_tokenizer, [once])["names"] == 0
+    assert coreference(student, names_tokenizer, [again])["names"] == 2
+    nothing = coreference(student, names_tokenizer, ["A fox sat on a stone.", "x"])
+    assert nothing["repeated_name"] is None and nothing["he_or_she"] is None
 
 
 def test_unseen_stories_are_not_in_the_corpus():

@@ -114,7 +114,7 @@ def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short
         evaluate.main(["--compare", str(tmp_path), "--teacher-url", server.url])
         texts = {request["messages"][-1]["content"] for request in server.requests}
         system = {request["messages"][0]["content"] for request in server.requests}
-    assert len(texts) == 1 + 2 * len(PAIRS) and system == {instructions(COMPARISON.criteria, COMPARISON.preface)}
+    assert len(texts) == 1 + 2 * len(PAIRS) and system == {instructions(COMPARISON)}
     said = capsys.readouterr().out
     assert "first preferred after in 10 of 10 pairs" in said and "second in 50% of its answers" in said
     assert run_preferences(tmp_path)["first"]["rate"] == 1

@@ -51,7 +51,7 @@ async def later(desk, clock, seconds=desks.GRACE_S):
 
 def grade(desk, who, scores=GOOD, **more):
     """Grade what lies before this person; returns the story."""
-    shown = desk.state(who)["show"]
+    shown = desk.state(who)["item"]
     desk.do(who, "grade", {**shown, "scores": scores, "seconds": 3.14159, **more})
     return shown["story"]
 
@@ -70,7 +70,7 @@ def test_stories_come_in_order_and_are_handed_in_together(tmp_path):
         await later(desk, clock)
         assert not tasks[0].done() and desk.state("ada")["left"] == 1
         assert grade(desk, "ada", POOR) == "b"
-        assert desk.state("ada")["handing_in"] and desk.state("ada")["show"] is None
+        assert desk.state("ada")["handing_in"] and desk.state("ada")["item"] is None
         await later(desk, clock, desks.GRACE_S / 2)
         assert not tasks[0].done()
         await later(desk, clock)
@@ -83,7 +83,7 @@ def test_what_was_graded_is_never_asked_again_not_even_after_a_kill(tmp_path):
     async def before(desk, clock):
         tasks = await asked(desk, "a", "b", "c")
         grade(desk, "ada")
-        desk.do("ada", "skip", desk.state("ada")["show"])
+        desk.do("ada", "skip", desk.state("ada")["item"])
         for task in tasks:
             task.cancel()
 
@@ -107,14 +107,14 @@ def test_the_way_back_leads_to_the_story_before_until_all_are_handed_in(tmp_path
         tasks = await asked(desk, "a", "b", "c")
         grade(desk, "ada"), grade(desk, "ada")
         desk.do("ada", "back", {})
-        shown = desk.state("ada")["show"]
+        shown = desk.state("ada")["item"]
         assert shown["story"] == "b" and shown["scores"] == GOOD and shown["again"] and not shown["late"]
         desk.do("ada", "back", {})
         assert grade(desk, "ada", POOR) == "a" and grade(desk, "ada") == "c"
         await later(desk, clock)
         assert [task.result() for task in tasks] == [POOR, GOOD, GOOD]
         desk.do("ada", "back", {})
-        assert desk.state("ada")["show"]["story"] == "c" and desk.state("ada")["show"]["late"]
+        assert desk.state("ada")["item"]["story"] == "c" and desk.state("ada")["item"]["late"]
         grade(desk, "ada", POOR)
         assert await desk.ask("Once", "c") == POOR  # the last word counts for whoever asks next
 
@@ -138,15 +138,15 @@ def test_a_story_that_was_taken_back_holds_the_others_until_the_page_is_closed(t
 def test_two_people_get_different_stories_and_some_a_second_time(tmp_path):
     async def scene(desk, clock):
         tasks = await asked(desk, "a", "b")
-        first, second = desk.state("ada")["show"], desk.state("ben")["show"]
+        first, second = desk.state("ada")["item"], desk.state("ben")["item"]
         assert {first["story"], second["story"]} == {"a", "b"}
         assert grade(desk, "ada") == "a" and grade(desk, "ben", POOR) == "b"
-        assert grade(desk, "ada", POOR) == "b" and desk.state("ada")["show"] is None
-        assert desk.state("ben")["show"]["second"] and desk.state("ben")["show"]["scores"] is None  # not told the first
+        assert grade(desk, "ada", POOR) == "b" and desk.state("ada")["item"] is None
+        assert desk.state("ben")["item"]["second"] and desk.state("ben")["item"]["scores"] is None  # not told the first
         await later(desk, clock)
         assert [task.result() for task in tasks] == [GOOD, POOR]  # the trainer waits for nobody's second opinion
         grade(desk, "ben", POOR)
-        assert desk.state("ben")["show"] is None and desk.state("cleo")["show"] is None
+        assert desk.state("ben")["item"] is None and desk.state("cleo")["item"] is None
         assert await desk.ask("Once", "a") == GOOD  # and gets what it got before
 
     run(scene, tmp_path, twice=1.0)
@@ -157,7 +157,7 @@ def test_half_of_many_stories_go_to_a_second_person(tmp_path):
         await asked(desk, *(f"story {i}" for i in range(100)))
         for _ in range(100):
             grade(desk, "ada")
-        assert 35 <= desk.state("ben")["seconds_left"] <= 65 and desk.state("ada")["seconds_left"] == 0
+        assert 35 <= desk.state("ben")["second_opinions_left"] <= 65 and desk.state("ada")["second_opinions_left"] == 0
 
     run(scene, tmp_path)
 
@@ -165,9 +165,9 @@ def test_half_of_many_stories_go_to_a_second_person(tmp_path):
 def test_a_closed_page_frees_its_story(tmp_path):
     async def scene(desk, clock):
         await asked(desk, "a")
-        assert desk.state("ada")["show"] and desk.state("ben")["show"] is None
+        assert desk.state("ada")["item"] and desk.state("ben")["item"] is None
         await later(desk, clock, desks.AWAY_S + 1)
-        assert desk.state("ben")["show"]["story"] == "a"
+        assert desk.state("ben")["item"]["story"] == "a"
 
     run(scene, tmp_path)
 
@@ -177,7 +177,7 @@ def test_a_pause_frees_the_story_too(tmp_path):
         await asked(desk, "a")
         desk.state("ada")
         desk.do("ada", "pause", {})
-        assert desk.state("ben")["show"]["story"] == "a"
+        assert desk.state("ben")["item"]["story"] == "a"
 
     run(scene, tmp_path)
 
@@ -194,11 +194,11 @@ def test_a_trainer_that_hangs_up_and_comes_back_finds_its_story_where_it_was(tmp
         await later(desk, clock)
         assert task.result() == GOOD
         (task,) = await asked(desk, "b")
-        shown = desk.state("ada")["show"]
+        shown = desk.state("ada")["item"]
         task.cancel()
         await asyncio.sleep(0)
         await later(desk, clock, desks.FORGET_S + 1)
-        assert desk.state("ada")["show"] is None and desk.state("ada")["left"] == 0
+        assert desk.state("ada")["item"] is None and desk.state("ada")["left"] == 0
         desk.do("ada", "grade", {**shown, "scores": GOOD})  # by a page that has not noticed
         assert await desk.ask("Once", "b") == GOOD
         with pytest.raises(Mistake, match="not what was asked"):
@@ -231,7 +231,7 @@ def test_what_is_no_grade_is_not_kept(tmp_path, scores):
 def test_what_the_next_start_would_refuse_is_not_kept(tmp_path, more):
     async def scene(desk, clock):
         await asked(desk, "a")
-        shown = {**desk.state("ada")["show"], "scores": GOOD, **more}
+        shown = {**desk.state("ada")["item"], "scores": GOOD, **more}
         with pytest.raises(Mistake):
             desk.do("ada", "grade", shown | {"key": desk.key(str(shown["opening"]), str(shown["story"]))})
 

@@ -16,7 +16,7 @@ from tinystory.human.server import page, serve
 from tinystory.run.errors import UserError
 from tinystory.run.folder import RunLog
 from tinystory.teacher import server as chat
-from tinystory.teacher.client import PERSON, Teacher
+from tinystory.teacher.client import HUMAN, Teacher
 from tinystory.teacher.prompt import Criterion, Template
 
 EVIL = "</script><script>alert(1)</script><b onmouseover=x>"
@@ -49,7 +49,7 @@ def serving(desk):
 @pytest.fixture
 def url(tmp_path, monkeypatch):
     monkeypatch.setattr(desks, "GRACE_S", 0.05)
-    monkeypatch.setattr(chat, "BREATH_S", 0.05)
+    monkeypatch.setattr(chat, "KEEP_ALIVE_S", 0.05)
     with serving(Desk(tmp_path / "grades.jsonl", Template())) as address:
         yield address
 
@@ -69,7 +69,7 @@ def ask(url, method, path, body=None, **headers):
 def shown(url, who="ada"):
     """The story on a person's page, waited for."""
     for _ in range(400):
-        found = json.loads(ask(url, "GET", f"/state?who={who}")[2])["show"]
+        found = json.loads(ask(url, "GET", f"/state?who={who}")[2])["item"]
         if found:
             return found
         time.sleep(0.02)
@@ -79,8 +79,8 @@ def shown(url, who="ada"):
 def test_a_trainers_client_waits_for_the_person(url, short_pauses):
     with Teacher(url) as teacher:
         found = teacher.probe()
-        assert found.model == PERSON and found.scored and not found.logprobs
-        assert json.loads(ask(url, "GET", "/state?who=ada")[2])["show"] is None  # the probe bothered nobody
+        assert found.model == HUMAN and found.scored and not found.logprobs
+        assert json.loads(ask(url, "GET", "/state?who=ada")[2])["item"] is None  # the probe bothered nobody
         marks = ("cat", "alert", "dog")
         stories = ["a cat sat.", EVIL, "a dog ran."]
         futures = [teacher.submit("Once upon a time,", story, i) for i, story in enumerate(stories)]
@@ -105,7 +105,7 @@ def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
         time.sleep(4)
         asked = {**story, "who": "ada", "action": "grade", "scores": dict.fromkeys(Template().names, 2)}
         assert ask(url, "POST", "/do", asked)[0] == 200
-        assert future.result(20).score == 2 / 3 and teacher.stats()["retries"] == 0
+        assert future.result(20).score == 2 / 3 and teacher.ledger.stats()["retries"] == 0
 
 
 def test_a_trainer_with_other_criteria_is_told_so(url, short_pauses):

@@ -13,7 +13,7 @@ PAIRS = [pair_of("Once", f"plain {i}", f"fine {i}") for i in range(12)]
 
 def choose(desk, who, word):
     """Choose the story with this word, or neither; returns the side it was on."""
-    show = desk.state(who)["show"]
+    show = desk.state(who)["item"]
     side = SAME if not word else "left" if word in show["stories"][0] else "right"
     desk.do(who, "choose", {"key": show["key"], "side": side})
     return side
@@ -23,7 +23,7 @@ def test_a_choice_is_about_the_story_not_the_side(tmp_path):
     desk = PairDesk(tmp_path / "preferences.jsonl", PAIRS)
     sides = {choose(desk, "ada", "fine") for _ in PAIRS}
     assert sides == {"left", "right"} and {each.better for each in desk.choices("ada")} == {SECOND}
-    assert desk.state("ada")["show"] is None and desk.state("ada")["result"]["rate"] == 1
+    assert desk.state("ada")["item"] is None and desk.state("ada")["result"]["rate"] == 1
     for _ in PAIRS:
         choose(desk, "ben", "plain")
     assert {each.better for each in desk.choices("ben")} == {FIRST}
@@ -33,7 +33,7 @@ def test_a_restart_asks_only_for_what_is_left_and_the_way_back_changes_a_choice(
     desk = PairDesk(tmp_path / "preferences.jsonl", PAIRS)
     for word in ("fine", "plain", ""):
         choose(desk, "ada", word)
-    desk.do("ada", "skip", {"key": desk.state("ada")["show"]["key"]})
+    desk.do("ada", "skip", {"key": desk.state("ada")["item"]["key"]})
     desk.close()
     desk = PairDesk(tmp_path / "preferences.jsonl", PAIRS)
     assert desk.state("ada")["left"] == 8 and desk.state("ben")["left"] == 12
@@ -42,7 +42,7 @@ def test_a_restart_asks_only_for_what_is_left_and_the_way_back_changes_a_choice(
     }  # fmt: skip
     for _ in range(2):
         desk.do("ada", "back", {})
-    assert desk.state("ada")["show"]["again"]
+    assert desk.state("ada")["item"]["again"]
     choose(desk, "ada", "fine")  # instead of neither
     assert win_rate(desk.choices("ada"))["second"] == 2
     lines = [json.loads(line) for line in (tmp_path / "preferences.jsonl").read_text().splitlines()]
@@ -51,7 +51,7 @@ def test_a_restart_asks_only_for_what_is_left_and_the_way_back_changes_a_choice(
 
 def test_people_see_the_pairs_in_different_orders_and_on_different_sides(tmp_path):
     desk = PairDesk(tmp_path / "preferences.jsonl", PAIRS)
-    first = [desk.state(who)["show"]["key"] for who in "abcdefgh"]
+    first = [desk.state(who)["item"]["key"] for who in "abcdefgh"]
     assert len(set(first)) > 1
     assert {desk.swapped(who, PAIRS[0].key) for who in "abcdefgh"} == {True, False}
 

@@ -1,4 +1,4 @@
-"""Who is who and what belongs together: corrupted stories score lower than whole ones, part by part and in the sum."""
+"""Coreference and word association: corrupted stories score lower than whole ones, part by part and in the sum."""
 
 import re
 from itertools import islice, pairwise
@@ -8,7 +8,7 @@ import pytest
 
 from tinystory.data.builtin import grammar
 from tinystory.rubric.rubric import Rubric
-from tinystory.rubric.surface import tokens
+from tinystory.rubric.surface import tokenize
 
 INTRODUCED = (
     "Once upon a time, there was a little girl named Mia. Mia had a red kite. Her friend Tom came to see it. "
@@ -27,7 +27,7 @@ def rubric() -> Rubric:
 
 @pytest.fixture(scope="module")
 def whole(rubric) -> list[np.ndarray]:
-    return [rubric.lexicon.look_up(tokens(story)) for story in islice(grammar.stories(10**6, seed=5), 80)]
+    return [rubric.lexicon.look_up(tokenize(story)) for story in islice(grammar.stories(10**6, seed=5), 80)]
 
 
 def mean(measure, texts) -> float:
@@ -35,22 +35,24 @@ def mean(measure, texts) -> float:
 
 
 def test_names_out_of_nowhere_are_seen(rubric, whole):
-    people, rng = rubric.people, np.random.default_rng(0)
-    assert mean(people.told, whole) > mean(people.told, [people.renamed(text, rng) for text in whole]) + 2
+    characters, rng = rubric.characters, np.random.default_rng(0)
+    renamed = [characters.renamed(text, rng) for text in whole]
+    assert mean(characters.introduction, whole) > mean(characters.introduction, renamed) + 2
     known, unknown = (rubric.measure("", story) for story in (INTRODUCED, OUT_OF_NOWHERE))
-    assert known["told"] > unknown["told"] + 0.3 and known["coherence"] > unknown["coherence"]
+    assert known["names"] > unknown["names"] + 0.3 and known["coherence"] > unknown["coherence"]
 
 
 def test_a_name_that_the_opening_introduced_is_known(rubric):
-    told, look_up = rubric.people.told, lambda text: rubric.lexicon.look_up(tokens(text))
+    introduction, look_up = rubric.characters.introduction, lambda text: rubric.lexicon.look_up(tokenize(text))
     opening, story = "There was a little girl named Mia.", "Mia sat down. Then Mia said no."
-    start = len(tokens(opening))
-    assert told(look_up(f"{opening} {story}"), start) > told(look_up(story)) + 0.5
+    start = len(tokenize(opening))
+    assert introduction(look_up(f"{opening} {story}"), start) > introduction(look_up(story)) + 0.5
 
 
 def test_he_and_she_exchanged_are_seen(rubric, whole):
-    people, rng = rubric.people, np.random.default_rng(0)
-    assert mean(people.agreement, whole) > mean(people.agreement, [people.flipped(text, rng) for text in whole]) + 0.6
+    characters, rng = rubric.characters, np.random.default_rng(0)
+    flipped = [characters.flipped(text, rng) for text in whole]
+    assert mean(characters.agreement, whole) > mean(characters.agreement, flipped) + 0.6
     seen = [
         rubric.measure("", f"There was a girl named Mia. {he} sat down, and {he.lower()} was sad.")
         for he in ("She", "He")
@@ -58,8 +60,8 @@ def test_he_and_she_exchanged_are_seen(rubric, whole):
     assert seen[0]["agreement"] > seen[1]["agreement"] + 0.3
 
 
-def test_words_of_two_stories_do_not_keep_company(rubric, whole):
-    fit = rubric.company.fit
+def test_words_of_two_stories_are_not_associated(rubric, whole):
+    fit = rubric.association.mean
     mixed = [np.append(a[:60], b[60:120]) for a, b in pairwise(whole)]
     assert mean(fit, [text[:120] for text in whole]) > mean(fit, mixed) + 0.2
 
@@ -67,11 +69,11 @@ def test_words_of_two_stories_do_not_keep_company(rubric, whole):
 def test_each_corruption_costs_points(rubric):
     """What the rubric of before did not see: names at random cost 0.3 of 9, he and she exchanged nothing."""
     stories = list(islice(grammar.stories(10**6, seed=6), 60))
-    people, lexicon, rng = rubric.people, rubric.lexicon, np.random.default_rng(0)
+    characters, lexicon, rng = rubric.characters, rubric.lexicon, np.random.default_rng(0)
 
     def spelled(story: str, ids) -> str:
         """The story with every word that the ids change replaced, spaced as before."""
-        pieces, place, out = tokens(story), 0, []
+        pieces, place, out = tokenize(story), 0, []
         for piece, old, new in zip(pieces, lexicon.look_up(pieces), ids, strict=True):
             if old != new:
                 at = story.index(piece, place)
@@ -87,10 +89,10 @@ def test_each_corruption_costs_points(rubric):
     def total(texts) -> float:
         return 3 * float(np.mean([rubric.measure("", text)["total"] for text in texts]))
 
-    ids = [lexicon.look_up(tokens(story)) for story in stories]
+    ids = [lexicon.look_up(tokenize(story)) for story in stories]
     real = total(stories)
-    renamed = total([spelled(story, people.renamed(each, rng)) for story, each in zip(stories, ids, strict=True)])
-    flipped = total([spelled(story, people.flipped(each, rng)) for story, each in zip(stories, ids, strict=True)])
+    renamed = total([spelled(story, characters.renamed(each, rng)) for story, each in zip(stories, ids, strict=True)])
+    flipped = total([spelled(story, characters.flipped(each, rng)) for story, each in zip(stories, ids, strict=True)])
     dropped = total([" ".join(re.split(r"(?<=[.!?])\s", story)[::2]) for story in stories])
     assert real > 7.5 and real - renamed > 1.5 and real - flipped > 0.3 and real - dropped > 0.5, (
         real, renamed, flipped, dropped,
@@ -99,4 +101,4 @@ def test_each_corruption_costs_points(rubric):
 
 def test_no_names_and_no_pronouns_are_neither_praised_nor_blamed(rubric):
     seen = rubric.measure("", "The fox saw the moon in the pond. The moon was round. The fox jumped in and got wet.")
-    assert seen["told"] == 0.5 and seen["agreement"] == 0.5
+    assert seen["names"] == 0.5 and seen["agreement"] == 0.5

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.data.builtin import grammar
-from tinystory.rubric.ngram import BOUNDARY, ORDER, NgramModel, Phrases, babble
+from tinystory.rubric.ngram import BOUNDARY, ORDER, NgramModel, Phrases, sample
 from tinystory.rubric.rubric import Rubric
-from tinystory.rubric.surface import CLOSE, OPEN, sentences, slips, tokens
+from tinystory.rubric.surface import CLOSE, OPEN, count_slips, split_sentences, tokenize
 from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import CRITERIA
 
@@ -76,11 +76,10 @@ def _mean_scores(rubric: Rubric, stories: list[str], opening: str = "") -> dict[
     return {name: float(np.mean([score[name] for score in scores])) for name in CRITERIA}
 
 
-def _babble(rubric: Rubric, context: int) -> list[str]:
+def _sampled(rubric: Rubric, context: int) -> list[str]:
     lexicon = rubric.lexicon
-    return [
-        " ".join(lexicon.spellings[id] for id in text) for text in babble(lexicon.spelled, 0, 90, 60, context=context)
-    ]
+    texts = sample(lexicon.spelling_ids, 0, 90, 60, context=context)
+    return [" ".join(lexicon.spellings[id] for id in ids) for ids in texts]
 
 
 # Better stories score higher
@@ -106,7 +105,7 @@ def test_good_stories_use_the_upper_half_and_babble_the_lower(rubric, good):
     assert all(mean > 2 for mean in whole.values()), whole
     assert all(mean > 1.8 for mean in cut.values()), cut
     for context in (1, 2):
-        weak = _mean_scores(rubric, _babble(rubric, context))
+        weak = _mean_scores(rubric, _sampled(rubric, context))
         assert all(mean < 1 for mean in weak.values()), (context, weak)
 
 
@@ -216,7 +215,7 @@ def test_the_same_corpus_gives_the_same_rubric(good):
 
 def test_the_tail_of_an_endless_story_is_not_read(rubric, good):
     story = " ".join(good * 3)
-    assert len(tokens(story)) > 1000
+    assert len(tokenize(story)) > 1000
     assert rubric.measure("", story) == rubric.measure("", story + " Oh no. x 3" * 1000)
 
 
@@ -238,8 +237,8 @@ def test_a_strange_corpus_still_gives_scores(corpus):
 
 def test_ends_of_sentences():
     def split(text: str) -> list[str]:
-        spelled = tokens(text)
-        return [" ".join(spelled[first:end]) for first, end in sentences(spelled).bounds]
+        spelled = tokenize(text)
+        return [" ".join(spelled[first:end]) for first, end in split_sentences(spelled).bounds]
 
     assert split("One day. Two days!") == ["One day .", "Two days !"]
     assert split('"Run!" said Tom. He ran') == [f"{OPEN} Run ! {CLOSE} said Tom .", "He ran"]
@@ -250,12 +249,12 @@ def test_ends_of_sentences():
 
 def test_quotation_marks_are_distinguished_and_counted():
     hi, oh = [OPEN, "Hi", ",", CLOSE], [OPEN, "Oh", "!", CLOSE]
-    assert tokens('"Hi," said Tom\'s dog. \u201cOh!\u201d') == [*hi, "said", "Tom", "'s", "dog", ".", *oh]
-    assert sentences(tokens('"Hi," he said. "Oh."')).unpaired == 0
-    assert sentences(tokens('Hi," he said.')).unpaired == 1  # closes nothing
-    assert sentences(tokens('"Hi, he said. "Oh."')).unpaired == 1  # opens twice
-    assert sentences(tokens('He said, "Oh.')).unpaired == 1  # the text ends, the quotation does not
-    assert sentences(tokens('He said, "Oh, my')).unpaired == 0  # cut short in the middle
+    assert tokenize('"Hi," said Tom\'s dog. \u201cOh!\u201d') == [*hi, "said", "Tom", "'s", "dog", ".", *oh]
+    assert split_sentences(tokenize('"Hi," he said. "Oh."')).unpaired == 0
+    assert split_sentences(tokenize('Hi," he said.')).unpaired == 1  # closes nothing
+    assert split_sentences(tokenize('"Hi, he said. "Oh."')).unpaired == 1  # opens twice
+    assert split_sentences(tokenize('He said, "Oh.')).unpaired == 1  # the text ends, the quotation does not
+    assert split_sentences(tokenize('He said, "Oh, my')).unpaired == 0  # cut short in the middle
 
 
 @pytest.mark.parametrize(
@@ -274,8 +273,8 @@ def test_quotation_marks_are_distinguished_and_counted():
     ],
 )
 def test_slips(text, count):
-    spelled = tokens(text)
-    assert slips(spelled, sentences(spelled), [False] * len(spelled)) == count
+    spelled = tokenize(text)
+    assert count_slips(spelled, split_sentences(spelled), [False] * len(spelled)) == count
 
 
 def test_the_ngram_model_is_a_distribution():

@@ -18,8 +18,8 @@ from tinystory.data.builtin import grammar
 from tinystory.rubric.rubric import Rubric
 from tinystory.rubric.server import MODEL, serve
 from tinystory.run.errors import UserError
-from tinystory.teacher.grade import parse_scores
-from tinystory.teacher.prompt import CRITERIA, STORYTELLING, Criterion, fence, render
+from tinystory.teacher.parse import parse_scores
+from tinystory.teacher.prompt import CRITERIA, STORYTELLING, Criterion, Template, fence, render
 from tinystory.teacher.server import LONGEST_BODY
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "serve_teacher.py"
@@ -124,8 +124,10 @@ def test_a_token_cap_cuts_the_reply(client, cap):
         [{"role": "user", "content": "Hello! Please answer with 3 3 3."}],
         [{"role": "system", "content": "Grade."}, {"role": "user", "content": "A story: Tom ran."}],
         _messages(STORIES[0])[1:],  # the story without the question
-        _messages(STORIES[0], criteria=(Criterion("humour", "Is it funny?", ("no", "hardly", "a bit", "yes")),)),
-        _messages(STORIES[0], criteria=STORYTELLING[::-1]),
+        _messages(
+            STORIES[0], template=Template((Criterion("humour", "Is it funny?", ("no", "hardly", "a bit", "yes")),))
+        ),
+        _messages(STORIES[0], template=Template(STORYTELLING[::-1])),
     ],
     ids=["chat", "other prompt", "no instructions", "other criteria", "other order"],
 )

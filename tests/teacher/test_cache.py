@@ -7,7 +7,7 @@ import pytest
 from fault_server import FaultServer
 
 from tinystory.run.errors import UserError
-from tinystory.teacher.cache import Cache, Kept
+from tinystory.teacher.cache import Cache, CachedReply
 from tinystory.teacher.client import Teacher
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -19,11 +19,11 @@ def test_no_reply_is_paid_for_twice(tmp_path):
     script = lambda story, n: "hm" if "1" in story and n == 0 else f"{n} 1 1"  # noqa: E731
     with FaultServer(script) as server:
         with Teacher(server.url, cache=kept) as teacher:
-            before = teacher.grade("Once", stories[:20], 0)
+            before = teacher.grade("Once", stories[:20])
         lines = kept.read_bytes()
         kept.write_bytes(lines + b'{"key": "torn')  # killed while writing
         with Teacher(server.url, cache=kept) as teacher:
-            after = teacher.grade("Once", stories, 100)  # other indices: the fence is not part of the key
+            after = teacher.grade("Once", stories[::-1])[::-1]  # other indices: the fence is not part of the key
             assert teacher.ledger.total["cached"] == sum(grade.attempts for grade in before)
         assert kept.read_bytes().startswith(lines + b"{") and b"torn" not in kept.read_bytes()
         paid = {story: server.seen[story] for story in stories}
@@ -35,26 +35,26 @@ def test_no_reply_is_paid_for_twice(tmp_path):
                 new.attempts,
                 new.reply_words,
             )
-        for other in ({"seed": 9}, {"temperature": 0.9}, {"max_tokens": 9}, {"model": "second"}):
+        for other in ({"seed": 9}, {"temperature": 0.9}, {"max_tokens": 9}, {"models": "second"}):
             with Teacher(server.url, cache=kept, **other) as teacher:
-                teacher.grade("Once", stories[:1], 0)
+                teacher.grade("Once", stories[:1])
                 assert teacher.ledger.total["cached"] == 0
         with Teacher(server.url, cache=kept) as teacher:
-            teacher.grade("Twice", stories[:1], 0)
+            teacher.grade("Twice", stories[:1])
             assert teacher.ledger.total["cached"] == 0
 
 
 def test_the_first_reply_to_a_question_is_kept(tmp_path):
     cache = Cache(tmp_path / "replies.jsonl")
     assert (
-        cache.put("question", Kept("1 1 1"))
-        == cache.put("question", Kept("2 2 2"))
+        cache.put("question", CachedReply("1 1 1"))
+        == cache.put("question", CachedReply("2 2 2"))
         == cache.get("question")
-        == Kept("1 1 1")
+        == CachedReply("1 1 1")
     )
     cache.close()
     with contextlib.closing(Cache(tmp_path / "replies.jsonl")) as cache:
-        assert cache.get("question") == Kept("1 1 1")
+        assert cache.get("question") == CachedReply("1 1 1")
     assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == 1
 
 
@@ -63,14 +63,16 @@ def test_a_cache_cut_anywhere_keeps_its_whole_lines(tmp_path, cut):
     path = tmp_path / "replies.jsonl"
     with contextlib.closing(Cache(path)) as cache:
         for i in range(5):
-            cache.put(str(i), Kept("\u2028 1 1\n" * i))
+            cache.put(str(i), CachedReply("\u2028 1 1\n" * i))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) - cut])
     with contextlib.closing(Cache(path)) as cache:
-        assert [cache.get(str(i)) for i in range(len(cache))] == [Kept("\u2028 1 1\n" * i) for i in range(len(cache))]
+        assert [cache.get(str(i)) for i in range(len(cache))] == [
+            CachedReply("\u2028 1 1\n" * i) for i in range(len(cache))
+        ]
         assert len(cache) == whole[: len(whole) - cut].count(b"\n")
         for i in range(5):
-            cache.put(str(i), Kept("\u2028 1 1\n" * i))
+            cache.put(str(i), CachedReply("\u2028 1 1\n" * i))
     assert path.read_bytes() == whole
 
 
@@ -81,24 +83,24 @@ def test_another_file_is_not_a_cache(tmp_path, line):
     with pytest.raises(UserError, match=r"notes\.txt line 1"):
         Cache(path)
     assert path.read_bytes() == line
-    with pytest.raises(UserError, match="cannot be kept"):
-        Cache(path / "replies.jsonl").put("question", Kept("1 1 1"))
+    with pytest.raises(UserError, match="cannot be read: Not a directory"):
+        Cache(path / "replies.jsonl")
 
 
 def test_a_disk_that_fills_up_is_one_sentence_and_leaves_whole_lines(tmp_path):
     path = tmp_path / "replies.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with contextlib.closing(Cache(path)) as cache:
-        cache.put("question", Kept("1 1 1"))
+        cache.put("question", CachedReply("1 1 1"))
         whole = path.read_bytes()
         try:
             for room in (10, 0):  # a line that is written in part, and one that is not written
                 resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + room, limits[1]))
-                with pytest.raises(UserError, match="cannot be written"):
-                    cache.put("another", Kept("2 2 2"))
+                with pytest.raises(UserError, match="cannot be kept"):
+                    cache.put("another", CachedReply("2 2 2"))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert path.read_bytes() == whole and cache.get("another") is None
-        cache.put("another", Kept("2 2 2"))
+        cache.put("another", CachedReply("2 2 2"))
     with contextlib.closing(Cache(path)) as cache:
-        assert (cache.get("question"), cache.get("another")) == (Kept("1 1 1"), Kept("2 2 2"))
+        assert (cache.get("question"), cache.get("another")) == (CachedReply("1 1 1"), CachedReply("2 2 2"))

@@ -10,11 +10,12 @@ import time
 import pytest
 from fault_server import FaultServer, closed_port, error
 
-from tinystory.teacher import api, judge
+from tinystory.teacher import api, pool
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.endpoint import Slots
 from tinystory.teacher.grade import Grade
+from tinystory.teacher.pool import Queue
 from tinystory.teacher.prompt import CRITERIA, read_back
-from tinystory.teacher.slots import Queue, Slots
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -35,13 +36,12 @@ def test_every_story_is_scored_or_counted_exactly_once():
     def script(story, n):
         return plan[story][n] if n < len(plan[story]) else honest(story)
 
-    done = []
     with FaultServer(script) as server, Teacher(server.url, concurrency=32, deadline_s=9.0) as teacher:
         teacher.probe()
         probes = teacher.ledger.total["requests"]
-        grades = teacher.grade("Once", list(plan), 0, progress=done.append)
+        grades = teacher.grade("Once", list(plan))
         assert 2 < server.most_in_flight <= 32
-    assert len(grades) == 200 and sum(done) == 200
+    assert len(grades) == 200
     for story, grade in zip(plan, grades, strict=True):
         unread = [what for what in plan[story] if " " in what]  # complete replies without scores
         if len(unread) < 3:
@@ -59,15 +59,15 @@ def test_every_story_is_scored_or_counted_exactly_once():
 
 def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
     with FaultServer(lambda story, n: "500") as server, Teacher(server.url) as teacher:
-        (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+        (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.scores is None and grade.reply == "" and grade.attempts == grade.reply_words == 0
     assert grade.error == "the teacher is in trouble (HTTP 500: oops)"
-    assert server.seen["A dog ran."] == judge.FAILURES
+    assert server.seen["A dog ran."] == pool.FAILURES
 
 
 def test_a_hanging_request_is_cut_at_its_deadline():
     with FaultServer(lambda story, n: "drip") as server, Teacher(server.url, deadline_s=0.6, attempts=2) as teacher:
-        (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+        (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.scores is None and "too long" in grade.error and server.seen["A dog ran."] == 2
 
 
@@ -75,7 +75,7 @@ def test_a_hanging_request_is_cut_at_its_deadline():
 def test_the_client_waits_as_long_as_the_server_asks(headers):
     busy = error(429, "slow down", headers=headers)
     with FaultServer(lambda story, n: "3 3 3" if n else busy) as server, Teacher(server.url) as teacher:
-        (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+        (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.scores == dict.fromkeys(CRITERIA, 3)
     assert server.times[-1] - server.times[-2] >= 0.3
 
@@ -92,7 +92,7 @@ def test_retry_after_in_every_form():
 def test_what_is_sent():
     with FaultServer(lambda story, n: "hm" if n == 0 else "1 1 1") as server:
         with Teacher(server.url, "second", seed=7, temperature=0.5, max_tokens=9) as teacher:
-            assert teacher.grade("Once", ["A dog\x00 ran."], 5)[0].attempts == 2
+            assert teacher.grade("Once", ["A dog\x00 ran."])[0].attempts == 2
         first, second = server.requests[1:]
         assert (first["model"], first["temperature"], first["max_tokens"], first["seed"]) == ("second", 0.5, 9, 7)
         assert second == {**first, "seed": 8}
@@ -103,20 +103,20 @@ def test_as_many_requests_are_in_flight_as_allowed():
     with FaultServer() as server, Teacher(server.url, concurrency=130) as teacher:
         teacher.probe()
         server.together, server.delay = 130, 0.2  # held until all are sent, however long a busy machine takes
-        teacher.grade("Once", [f"Dog {i} ran." for i in range(140)], 0)
+        teacher.grade("Once", [f"Dog {i} ran." for i in range(140)])
     assert server.most_in_flight == 130
 
 
 def test_words_beyond_max_tokens_do_not_count(monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", closed_port())  # and no proxy is used for this machine's own address
     with FaultServer(lambda story, n: "well " * 50) as server, Teacher(server.url, max_tokens=6) as teacher:
-        (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+        (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.scores is None and grade.reply_words == 3 * 6
 
 
 def test_an_empty_story_needs_no_teacher():
     with FaultServer() as server, Teacher(server.url) as teacher:
-        grades = teacher.grade("Once", ["", " \n\t", "\x00\u200b"], 0)
+        grades = teacher.grade("Once", ["", " \n\t", "\x00\u200b"])
         assert grades == [Grade(dict.fromkeys(CRITERIA, 0), 0.0, "", 0, 0, 0.0, None)] * 3
         assert len(server.requests) == 1  # the probe
 
@@ -139,7 +139,7 @@ def test_ctrl_c_ends_the_wait_for_grades():
     program = (
         "import signal, sys; from tinystory.teacher.client import Teacher\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs start with SIGINT ignored
-        "with Teacher(sys.argv[1]) as teacher: teacher.grade('Once', ['A dog ran.', 'A cat ran.'], 0)"
+        "with Teacher(sys.argv[1]) as teacher: teacher.grade('Once', ['A dog ran.', 'A cat ran.'])"
     )
     with FaultServer(lambda story, n: "hang") as server:
         process = subprocess.Popen([sys.executable, "-c", program, server.url], stderr=subprocess.PIPE, text=True)
@@ -158,7 +158,7 @@ def test_slots_never_exceed_the_limit_and_are_never_lost():
         async def story(i):
             nonlocal most
             for again in (False, True, True):
-                async with queue.one(first=again) as at:
+                async with queue.slot(first=again) as at:
                     most = max(most, sum(slots.taken for slots in each))
                     assert each[at].taken <= each[at].most
                     await asyncio.sleep(dice.random() / 500)
@@ -187,7 +187,7 @@ def test_an_overloaded_server_gets_fewer_requests_and_more_when_it_recovers():
         server.delay = 0.2  # longer than a busy machine takes to send the next request
         for room, count, last in ((3, 60, range(2, 12)), (99, 200, range(13, 17)), (3, 60, range(2, 12))):  # noqa: B007
             at_once.clear()
-            grades = teacher.grade("Once", [f"Dog {i} of {count} ran." for i in range(count)], 0)
+            grades = teacher.grade("Once", [f"Dog {i} of {count} ran." for i in range(count)])
             assert all(grade.scores for grade in grades)
             assert max(at_once[-60:-20]) in last and int(teacher.endpoints[0].slots.limit) in last
 
@@ -225,9 +225,9 @@ def test_the_timeout_follows_the_slowest_answers_and_doubles():
 
 
 def test_a_request_that_is_long_overdue_is_retried(monkeypatch):
-    monkeypatch.setattr("tinystory.teacher.slots.SHORTEST_S", 0.3)
+    monkeypatch.setattr("tinystory.teacher.endpoint.SHORTEST_S", 0.3)
     script = lambda story, n: "hang" if story == "Dog 99 ran." and n == 0 else "2 1 3"  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url, deadline_s=300.0) as teacher:
         began = time.monotonic()
-        assert all(grade.scores for grade in teacher.grade("Once", [f"Dog {i} ran." for i in range(100)], 0))
+        assert all(grade.scores for grade in teacher.grade("Once", [f"Dog {i} ran." for i in range(100)]))
     assert server.seen["Dog 99 ran."] == 2 and time.monotonic() - began < 60  # not the 100 s of its own timeout

@@ -27,15 +27,15 @@ def test_stats_and_cost_are_what_the_server_counted(tmp_path):
     script = lambda story, n: "500" if story == stories[3] and n == 0 else counted("2 1 3")  # noqa: E731
     with Counting(script) as server, Teacher(server.url, **prices) as teacher:
         teacher.probe()
-        teacher.stats()
-        assert all(grade.scores for grade in teacher.grade("Once", stories + stories[:2], 0))
-        stats = teacher.stats()
+        teacher.ledger.stats()
+        assert all(grade.scores for grade in teacher.grade("Once", stories + stories[:2]))
+        stats = teacher.ledger.stats()
         sent = len(server.requests) - 1
         assert stats["requests"] == sent and stats["retries"] == 1 and stats["cached"] == 12 + 1 - sent
         assert (stats["tokens_in"], stats["tokens_out"]) == (500 * (sent - 1), 6 * (sent - 1))
         assert 0 < stats["latency_p50"] <= stats["latency_p90"] <= stats["latency_p99"]
         spent = teacher.ledger.cost
-        assert teacher.stats() == {
+        assert teacher.ledger.stats() == {
             **dict.fromkeys(("requests", "retries", "cached", "tokens_in", "tokens_out"), 0),
             **dict.fromkeys(("latency_p50", "latency_p90", "latency_p99")),
             "cost": spent,
@@ -47,9 +47,9 @@ def test_stats_and_cost_are_what_the_server_counted(tmp_path):
 
 def test_a_forecast_is_the_probe_times_the_stories():
     with Counting() as server, Teacher(server.url, concurrency=4, price_in=1.0, price_out=2.0) as teacher:
-        short, long = teacher.forecast(1000, "Once"), teacher.forecast(1000, "Once " * 50)
+        short, long = teacher.estimate(1000, "Once"), teacher.estimate(1000, "Once " * 50)
         assert len(server.requests) == 1  # the probe's
-        assert short["stories"] == 1000 and short["words"] == 3001 and long["words"] == 3050
+        assert short["words"] == 3001 and long["words"] == 3050
         longer = 1 + client.STORY_WORDS - len(" ".join(client.FIRST_STORY).split())
         assert short["tokens_in"] == round(1000 * (500 + longer * client.TOKENS_PER_WORD))
         assert short["tokens_out"] == long["tokens_out"] == 6000
@@ -77,11 +77,11 @@ def test_a_budget_is_never_exceeded_whatever_goes_wrong(counts):
     with Counting(script) as server, Teacher(server.url, price_in=1.0, price_out=3.0, budget_cost=0.06) as teacher:
         teacher.probe()
         billed.update(tokens_in=teacher.ledger.total["tokens_in"], tokens_out=teacher.ledger.total["tokens_out"])
-        teacher.grade("Once", stories[:1], 0)
+        teacher.grade("Once", stories[:1])
         assert teacher.affords(1) and not teacher.affords(400)
         with pytest.raises(UserError) as caught:
-            teacher.grade("Once", stories, 1)
+            teacher.grade("Once", stories)
         assert_one_clean_sentence(caught, "--budget-cost 0.06", "--resume")
         assert bill() <= teacher.ledger.cost <= 0.06 and not teacher.affords(1)
         assert teacher.ledger.cost > 0.06 - teacher.ledger.price(teacher.ledger.largest_in, 16)
-    assert (teacher.ledger._held["tokens_in"], teacher.ledger._held["tokens_out"]) == (0, 0)
+    assert (teacher.ledger._reserved["tokens_in"], teacher.ledger._reserved["tokens_out"]) == (0, 0)

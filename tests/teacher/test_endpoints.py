@@ -34,7 +34,7 @@ class Picky(FaultServer):
 
 
 def scored(teacher) -> bool:
-    (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+    (grade,) = teacher.grade("Once", ["A dog ran."])
     return grade.scores == dict(zip(CRITERIA, (2, 1, 3), strict=True))
 
 
@@ -158,7 +158,7 @@ def test_one_flagged_story_costs_the_story_not_the_run():
     flagged = error(403, "Your chosen model requires moderation and your input was flagged", code=403)
     script = lambda story, n: flagged if "wolf" in story else "2 1 3"  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url) as teacher:
-        grades = teacher.grade("Once", [f"Dog {i} ran." for i in range(19)] + ["A wolf ate."], 0)
+        grades = teacher.grade("Once", [f"Dog {i} ran." for i in range(19)] + ["A wolf ate."])
     assert [grade.score is None for grade in grades] == [False] * 19 + [True]
     assert "your input was flagged" in grades[-1].error and server.seen["A wolf ate."] == 1
     require_scores(grades, 0.1)
@@ -199,8 +199,8 @@ def test_a_server_that_wants_at_least_16_tokens_gets_them_and_the_reply_is_cut_t
     server = Picky(below_minimum, script=lambda story, n: replies[story])
     with server, Teacher(server.url, max_tokens=6) as teacher:
         found = teacher.probe()
-        assert (found.least_tokens, teacher.max_tokens) == (16, 6) and "at least 16" in str(found)
-        dog, cat = teacher.grade("Once", list(replies), 0)
+        assert (found.least_tokens, teacher.longest_reply) == (16, 6) and "at least 16" in str(found)
+        dog, cat = teacher.grade("Once", list(replies))
     assert dog.scores and cat.scores is None and cat.reply == "2 1 3\n\nIt is a" and cat.reply_words == 3 * 6
     assert all(asked["max_tokens"] >= 16 for asked in server.requests)
 
@@ -379,7 +379,7 @@ def test_thoughts_that_a_server_leaves_in_the_text_are_no_part_of_the_reply():
     with FaultServer(thoughtful) as server, Teacher(server.url) as teacher:
         assert scored(teacher)
     with FaultServer(lambda story, n: "2 1 3 <think>or 3 3 3</think>") as server, Teacher(server.url) as teacher:
-        assert teacher.grade("Once", ["A dog ran."], 0)[0].scores is None
+        assert teacher.grade("Once", ["A dog ran."])[0].scores is None
 
 
 # What a resumed run starts from.
@@ -449,7 +449,7 @@ def test_a_step_that_was_only_killed_is_resumed_from_every_reply(tmp_path):
 def test_what_the_teacher_said_is_told_once():
     said = "I am sorry, but I cannot grade this."
     with FaultServer(lambda story, n: said) as server, Teacher(server.url) as teacher:
-        grades = teacher.grade("Once", [f"Dog {i} ran." for i in range(5)], 0)
+        grades = teacher.grade("Once", [f"Dog {i} ran." for i in range(5)])
     with pytest.raises(UserError) as caught:
         require_scores(grades, 0.1)
     assert str(caught.value).count(said) == 1

@@ -35,12 +35,12 @@ def test_a_failure_that_a_retry_cannot_fix_stops_everything(words, monkeypatch, 
     caplog.set_level(logging.DEBUG)
     with FaultServer(lambda story, n: FATAL[words]()) as server, Teacher(server.url, concurrency=4) as teacher:
         with pytest.raises(UserError) as caught:
-            teacher.grade("Once", [f"Dog {i} ran." for i in range(50)], 0)
+            teacher.grade("Once", [f"Dog {i} ran." for i in range(50)])
         assert_one_clean_sentence(caught, server.url, words)
         assert len(server.requests) <= 1 + 4  # only those in flight
         with pytest.raises(UserError):
             teacher.submit("Once", "One more.", 50).result()
-        assert KEY not in repr(teacher) + repr(teacher.endpoints[0].server) + caplog.text
+        assert KEY not in repr(teacher) + repr(teacher.endpoints[0].client) + caplog.text
     del teacher
     gc.collect()
     assert "never retrieved" not in caplog.text  # a traceback that asyncio would print
@@ -68,7 +68,7 @@ def test_a_server_that_goes_away_stops_the_run():
         teacher = Teacher(server.url)
         teacher.probe()
     with teacher, pytest.raises(UserError) as caught:
-        teacher.grade("Once", ["A dog ran.", "A cat ran."], 0)
+        teacher.grade("Once", ["A dog ran.", "A cat ran."])
     assert_one_clean_sentence(caught, "cannot be reached")
 
 
@@ -126,7 +126,7 @@ def test_a_key_that_a_reply_echoes_is_not_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     kept = tmp_path / "replies.jsonl"
     with FaultServer(lambda story, n: f"your key is {KEY}") as server, Teacher(server.url, cache=kept) as teacher:
-        (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+        (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.reply == "your key is [key]" and KEY not in kept.read_text()
 
 
@@ -137,7 +137,7 @@ def test_a_dummy_key_is_no_secret_and_no_reply_loses_a_digit(key, monkeypatch, t
     with FaultServer(lambda story, n: "3 1 0") as server:
         for again in (False, True):  # from the server, then from the file
             with Teacher(server.url, cache=kept) as teacher:
-                (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+                (grade,) = teacher.grade("Once", ["A dog ran."])
             assert list(grade.scores.values()) == [3, 1, 0] and grade.reply == "3 1 0", again
         assert len(server.requests) == 2  # the probe's story and this one
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grade import expected_scores, parse_scores
+from tinystory.teacher.parse import expected_scores, parse_scores
 from tinystory.teacher.prompt import CRITERIA
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -92,14 +92,14 @@ def test_expected_scores_are_used_and_cached(tmp_path):
     with graded() as server:
         for _ in range(2):
             with Teacher(server.url, logprobs=True, cache=tmp_path / "replies.jsonl") as teacher:
-                (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+                (grade,) = teacher.grade("Once", ["A dog ran."])
             assert grade.scores == wanted and grade.reply == "2 1 3" and grade.reply_words == 3
             assert grade.score == pytest.approx(sum(wanted.values()) / 9)
         assert server.seen["A dog ran."] == 1
         asked = server.requests[-1]
         assert asked["logprobs"] is True and 4 <= asked["top_logprobs"] <= 20
         with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:  # integer scores have another key
-            assert teacher.grade("Once", ["A dog ran."], 0)[0].scores == parse_scores("2 1 3", CRITERIA)
+            assert teacher.grade("Once", ["A dog ran."])[0].scores == parse_scores("2 1 3", CRITERIA)
         assert server.seen["A dog ran."] == 2 and "logprobs" not in server.requests[-1]
 
 
@@ -107,7 +107,7 @@ def test_a_reply_without_log_probabilities_is_retried_and_given_up():
     answers = {"A dog ran.": ["2 1 3", weighed("2 1 3", 0.5)], "A cat ran.": ["2 1 3"] * 3}
     with graded() as server, Teacher(server.url, logprobs=True) as teacher:
         server.script = lambda story, n: answers[story][n] if story in answers else weighed("2 1 3", 0.5)
-        dog, cat = teacher.grade("Once", list(answers), 0)
+        dog, cat = teacher.grade("Once", list(answers))
     assert dog.attempts == 2 and list(dog.scores.values()) == [1.5, 0.5, 2.5]
     assert cat.scores is cat.score is None and cat.attempts == 3 and "no scores in 3 replies" in cat.error
 

@@ -20,7 +20,7 @@ import train_interact as interact
 from tinystory.run.errors import UserError
 from tinystory.run.folder import read_stories
 from tinystory.student import checkpoint
-from tinystory.teacher import judge
+from tinystory.teacher import pool
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.replay import Replay
 
@@ -52,11 +52,11 @@ def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted():
 
     with FaultServer(script) as server, Teacher(server.url, concurrency=64, deadline_s=12.0) as teacher:
         teacher.probe()
-        teacher.stats()
+        teacher.ledger.stats()
         server.delay, began = LATENCY, time.monotonic()
-        grades = teacher.grade("Once", stories, 0)
+        grades = teacher.grade("Once", stories)
         seconds = time.monotonic() - began
-        stats = teacher.stats()
+        stats = teacher.ledger.stats()
     unscored = [story for story, grade in zip(stories, grades, strict=True) if grade.scores is None]
     assert len(grades) == STORIES and set(unscored) >= hopeless and len(unscored) <= len(hopeless) + STORIES // 50
     for story, grade in zip(stories, grades, strict=True):
@@ -241,19 +241,19 @@ def test_what_cannot_be_replayed(tmp_path):
 
 def test_a_story_that_was_given_up_stays_so_even_if_its_words_come_again(tmp_path):
     """Story 1 was given up, and story 2 with the same words was graded: a replay distinguishes them."""
-    script = lambda story, n: "500" if n < judge.FAILURES else "1 1 1"  # noqa: E731
+    script = lambda story, n: "500" if n < pool.FAILURES else "1 1 1"  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
-        lost, found = (teacher.grade("Once", ["A cat ran."], index)[0] for index in (1, 2))
+        lost, found = (teacher.grades([("Once", "A cat ran.", index)])[0] for index in (1, 2))
     assert lost.scores is None and found.scores is not None
     told = [story_record(1, index, story="A cat ran.", scores=scores) for index, scores in ((1, None), (2, {}))]
     (tmp_path / "stories.jsonl").write_text("".join(json.dumps(record) + "\n" for record in told))
     again = Replay(tmp_path)
-    assert again.submit("Once", "A cat ran.", 1).result().scores is None
-    assert again.submit("Once", "A cat ran.", 1).result().reply_words == lost.reply_words == 0
-    assert again.submit("Once", "A cat ran.", 2).result().scores == found.scores
-    assert again.submit("Once", " ", 3).result().score == 0.0
+    assert again.grades([("Once", "A cat ran.", 1)])[0].scores is None
+    assert again.grades([("Once", "A cat ran.", 1)])[0].reply_words == lost.reply_words == 0
+    assert again.grades([("Once", "A cat ran.", 2)])[0].scores == found.scores
+    assert again.grades([("Once", " ", 3)])[0].score == 0.0
     with pytest.raises(UserError, match="story 4 was not graded"):
-        again.submit("Once", "A dog ran.", 4)
+        again.grades([("Once", "A dog ran.", 4)])
 
 
 def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(init, tmp_path, capsys, monkeypatch):

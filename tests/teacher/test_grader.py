@@ -4,6 +4,7 @@ import pytest
 from fault_server import FaultServer
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
+from tinystory.rubric.process import builtin_teacher
 from tinystory.run.device import Stop
 from tinystory.run.errors import Interrupted, UserError
 from tinystory.teacher.grader import open_grader
@@ -57,8 +58,8 @@ def test_a_callable_scores_and_costs_nothing(tmp_path):
 
 
 def test_the_builtin_teacher_needs_a_corpus():
-    opened = open_grader(InteractConfig(init="somewhere"), corpus=None)
-    with pytest.raises(UserError, match="somewhere does not say what the student has read"), opened:
+    opened = open_grader(InteractConfig(init="somewhere"), builtin_teacher, corpus=None)
+    with pytest.raises(UserError, match="somewhere does not say what the student was trained on"), opened:
         pass
 
 

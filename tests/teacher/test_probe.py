@@ -9,7 +9,7 @@ from fault_server import FaultServer, assert_one_clean_sentence, completion, err
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.probe import Probe
+from tinystory.teacher.endpoint import Probe
 from tinystory.teacher.prompt import CRITERIA, read_back
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -52,7 +52,7 @@ def test_a_server_that_obeys_is_held_to_numbers(field):
     ):
         assert teacher.probe().structure == teacher.probe().held_to == "numbers"
         assert len(server.others) == 3
-        assert teacher.grade("Once", ["A dog ran."], 0)[0].scores
+        assert teacher.grade("Once", ["A dog ran."])[0].scores
         assert server.requests[-1]["structured_outputs"] == {"regex": "[0-3] [0-3] [0-3]"}
         assert server.requests[-1]["grammar"] == 'root ::= [0-3] " " [0-3] " " [0-3]'
 
@@ -76,10 +76,10 @@ def test_json_is_for_models_that_give_no_plain_numbers(plain):
     with Json() as server, Teacher(server.url, max_tokens=6) as teacher:
         found = teacher.probe()
         assert (found.structure, found.held_to, found.scored) == ("json", "nothing" if plain else "json", True)
-        (grade,) = teacher.grade("Once", ["A dog ran."], 0)
+        (grade,) = teacher.grade("Once", ["A dog ran."])
         assert grade.score == pytest.approx(2 / 3)
         assert ("response_format" in server.requests[-1]) != plain
-        assert server.requests[-1]["max_tokens"] == teacher.max_tokens == (6 if plain else 44)
+        assert server.requests[-1]["max_tokens"] == teacher.longest_reply == (6 if plain else 44)
 
 
 def test_an_option_that_is_accepted_and_ignored_is_not_used():
@@ -87,7 +87,7 @@ def test_an_option_that_is_accepted_and_ignored_is_not_used():
     animals = ["fox", "3 3 3!", "owl", "1, 2 and 3", '{"readability": 3}', "A hare."]
     with FaultServer(other=lambda asked: dice.choice(animals)) as server, Teacher(server.url) as teacher:
         assert teacher.probe().structure == "nothing"
-        teacher.grade("Once", ["A dog ran."], 0)
+        teacher.grade("Once", ["A dog ran."])
         assert not {"response_format", "grammar", "structured_outputs"} & server.requests[-1].keys()
 
 
@@ -121,7 +121,7 @@ def test_what_a_server_refuses_by_name_is_left_out():
         found = teacher.probe()
         assert (found.refused, found.token_cap) == (("seed", "temperature"), "max_completion_tokens")
         assert "no seed" in str(found) and "no temperature" in str(found)
-        assert teacher.grade("Once", ["A dog ran."], 0)[0].error is None
+        assert teacher.grade("Once", ["A dog ran."])[0].error is None
         assert not {"seed", "temperature"} & server.requests[-1].keys()
 
 
@@ -155,7 +155,7 @@ def test_a_model_that_can_be_told_not_to_think_is():
         found = teacher.probe()
         assert found.thinks and found.scored and "told not to think" in str(found)
         assert found.quiet == {"chat_template_kwargs": {"enable_thinking": False}}
-        assert teacher.grade("Once", ["A dog ran."], 0)[0].scores == dict(zip(CRITERIA, (2, 1, 3), strict=True))
+        assert teacher.grade("Once", ["A dog ran."])[0].scores == dict(zip(CRITERIA, (2, 1, 3), strict=True))
 
 
 def test_a_server_that_wants_the_other_token_cap_gets_it():
@@ -169,5 +169,5 @@ def test_a_server_that_wants_the_other_token_cap_gets_it():
 
     with Picky() as server, Teacher(server.url) as teacher:
         assert teacher.probe().token_cap == "max_completion_tokens"
-        assert teacher.grade("Once", ["A dog ran."], 0)[0].error is None
+        assert teacher.grade("Once", ["A dog ran."])[0].error is None
         assert all(request["max_completion_tokens"] == 16 for request in server.requests)

@@ -246,7 +246,7 @@ def written(tmp_path, template) -> str:
 def test_a_template_is_what_is_asked(tmp_path):
     path = written(tmp_path, {"preface": "You are a clown.", "criteria": [HUMOUR, SUSPENSE]})
     template = load_template(path)
-    messages = render("Once", "A cat.", fence="=== 1 ===", criteria=template.criteria, preface=template.preface)
+    messages = render("Once", "A cat.", fence="=== 1 ===", template=template)
     rubric = messages[0]["content"]
     assert rubric.startswith("You are a clown.\n") and "2 numbers" in rubric and "humour, suspense." in rubric
     assert "\n3 = very\n" in rubric and "readability" not in rubric and PREFACE not in rubric
@@ -267,7 +267,7 @@ def test_the_default_template_has_the_papers_criteria():
 def test_a_template_may_leave_out_preface_and_weight(tmp_path):
     template = load_template(written(tmp_path, {"criteria": [SUSPENSE]}))
     assert template.preface == PREFACE and template.criteria[0].weight == 1.0
-    assert "exactly 1 number separated" in instructions(template.criteria)
+    assert "exactly 1 number separated" in instructions(template)
 
 
 @pytest.mark.parametrize(

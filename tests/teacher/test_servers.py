@@ -14,11 +14,12 @@ from tinystory.config import InteractConfig
 from tinystory.run.device import Stop
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.endpoint import Slots
 from tinystory.teacher.grade import Grade, agreement, panel_grade
 from tinystory.teacher.grader import open_grader
+from tinystory.teacher.pool import Queue
 from tinystory.teacher.prompt import CRITERIA, Template
 from tinystory.teacher.replay import Replay
-from tinystory.teacher.slots import Queue, Slots
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -53,9 +54,9 @@ def test_servers_of_one_model_share_the_stories_by_how_fast_they_answer():
         (fast,), slow = stack.enter_context(servers(good)), stack.enter_context(Slow(models=("m",)))
         teacher = stack.enter_context(Teacher(urls([fast, slow]), concurrency=4, deadline_s=10_000))
         teacher.probe()
-        teacher.stats()
-        assert all(grade.scores for grade in teacher.grade("Once", stories(80), 0))
-        told = teacher.stats()["servers"]
+        teacher.ledger.stats()
+        assert all(grade.scores for grade in teacher.grade("Once", stories(80)))
+        told = teacher.ledger.stats()["servers"]
     answers = [told[server.url]["answers"] for server in (fast, slow)]
     assert sum(answers) == 80 and answers[0] >= 70 and answers[1] >= 4
     assert max(fast.most_in_flight, slow.most_in_flight) <= 4
@@ -70,7 +71,7 @@ def test_a_free_slot_of_the_server_that_is_expected_to_answer_first_is_taken():
 
     async def grants(count):
         async with contextlib.AsyncExitStack() as stack:
-            return [await stack.enter_async_context(queue.one(first=False)) for _ in range(count)]
+            return [await stack.enter_async_context(queue.slot(first=False)) for _ in range(count)]
 
     assert sorted(asyncio.run(grants(8))) == [0, 1, 1, 1, 1, 2, 2, 2] and not any(slots.taken for slots in each)
     each[1].open = False
@@ -98,7 +99,7 @@ def test_every_story_is_graded_once_though_a_server_dies_and_it_is_asked_again_w
             back.port = port
             with back:
                 until = time.monotonic() + 60
-                while not opened.teacher.endpoints[0].slots.open and time.monotonic() < until:
+                while not opened.endpoints[0].slots.open and time.monotonic() < until:
                     time.sleep(0.02)
                 back.delay = stays.delay = 0.02
                 assert all(grade.scores for grade in opened.grade("Once", stories(40, "Hen")))
@@ -109,24 +110,24 @@ def test_every_story_is_graded_once_though_a_server_dies_and_it_is_asked_again_w
 
 
 @pytest.mark.parametrize("fault", ["500", "reset", "malformed"])
-def test_a_server_that_only_fails_is_left_out(fault):
+def test_a_server_that_only_fails_is_left_out(fault, capsys):
     scripts = good, lambda story, n: fault
     with servers(*scripts) as (fine, broken), Teacher(urls([fine, broken]), concurrency=8) as teacher:
         teacher.probe()
         fine.delay = 0.02
-        assert all(grade.scores for grade in teacher.grade("Once", stories(120), 0))
-        assert any("without it" in told for told in teacher.news())
+        assert all(grade.scores for grade in teacher.grade("Once", stories(120)))
+    assert "without it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("status", [401, 402])
 def test_a_server_that_refuses_the_key_leaves_the_run_to_the_others_and_the_last_one_ends_it(status):
     no = lambda story, n: error(status, "no more")  # noqa: E731
     with servers(good, no) as (fine, refuses), Teacher(urls([fine, refuses]), concurrency=2) as teacher:
-        assert all(grade.scores for grade in teacher.grade("Once", stories(20), 0))
+        assert all(grade.scores for grade in teacher.grade("Once", stories(20)))
         assert len(refuses.requests) <= 1 + 2
         fine.script = no
         with pytest.raises(UserError) as caught:
-            teacher.grade("Once", stories(20, "Cat"), 0)
+            teacher.grade("Once", stories(20, "Cat"))
     assert_one_clean_sentence(caught, fine.url, "no more")
 
 
@@ -136,15 +137,15 @@ def test_a_server_that_is_down_at_the_start_is_told_and_used_when_it_comes(capsy
         assert [found.url for found in teacher.probes()] == [there.url]
         (told,) = teacher.news()
         assert late in told and "cannot be reached" in told
-        assert all(grade.scores for grade in teacher.grade("Once", stories(5), 0))
+        assert all(grade.scores for grade in teacher.grade("Once", stories(5)))
         comes = FaultServer(models=("m",))
         comes.port = int(late.rpartition(":")[2])
         with comes:
             until = time.monotonic() + 60
-            while teacher.endpoints[0].probed is None and time.monotonic() < until:
+            while teacher.endpoints[0].probe is None and time.monotonic() < until:
                 time.sleep(0.02)
             there.delay = comes.delay = 0.03
-            assert all(grade.scores for grade in teacher.grade("Once", stories(40, "Cat"), 0))
+            assert all(grade.scores for grade in teacher.grade("Once", stories(40, "Cat")))
             assert sum(comes.good.values()) > 3
     with Teacher([late, closed_port()]) as teacher, pytest.raises(UserError, match="cannot be reached"):
         teacher.probe()
@@ -156,26 +157,26 @@ def test_a_run_resumed_with_several_servers_pays_for_no_reply_twice(tmp_path):
     with servers(script, script, script) as found:
         for count in (20, 50):
             with Teacher(urls(found), cache=kept, price_in=1.0) as teacher:
-                grades = teacher.grade("Once", stories(count), 0)
+                grades = teacher.grade("Once", stories(count))
         assert all(sum(server.good[story] for server in found) == 1 for story in stories(50))
         assert [grade.reply for grade in grades] == [honest(story) for story in stories(50)]
         with Teacher(found[1].url, cache=kept) as teacher:  # with the one that is left
-            assert teacher.grade("Once", stories(50), 0) == grades or teacher.ledger.total["cached"] == 50
+            assert teacher.grade("Once", stories(50)) == grades or teacher.ledger.total["cached"] == 50
     answered = Counter(json.loads(line).get("server") for line in kept.read_text().splitlines())
     assert set(answered) - {None} <= set(urls(found)) and sum(answered.values()) == 50 + 3
     again = Replay(tmp_path)
-    assert [again.submit("Once", s, i).result().reply for i, s in enumerate(stories(50))] == [g.reply for g in grades]
+    assert [grade.reply for grade in again.grade("Once", stories(50))] == [grade.reply for grade in grades]
 
 
 def test_replies_and_cost_are_told_by_server():
     count = lambda asked: lambda story, n: counted("2 1 3", asked, 5)  # noqa: E731
     with servers(count(100), count(300)) as found, Teacher(urls(found), concurrency=2, price_in=10.0) as teacher:
         teacher.probe()
-        teacher.stats()
+        teacher.ledger.stats()
         for server in found:
             server.delay = 0.02
-        teacher.grade("Once", stories(40), 0)
-        stats = teacher.stats()
+        teacher.grade("Once", stories(40))
+        stats = teacher.ledger.stats()
     for server, asked in zip(found, (100, 300), strict=True):
         told = stats["servers"][server.url]
         answers = sum(server.good.values())
@@ -209,7 +210,7 @@ def test_a_panel_combines_the_scores_of_all_its_models(how, wanted, tmp_path):
                 assert grade.scores == wanted and grade.reply_words == 9
                 assert grade.reply == "a: 1 0 3; b: 3 2 2; c: 2 1 0"
         assert all(server.good["A dog ran."] == 1 for server in found)
-    again = Replay(tmp_path, panel=how).submit("Once", "A dog ran.", 0).result()
+    (again,) = Replay(tmp_path, panel=how).grade("Once", ["A dog ran."])
     assert (again.scores, again.reply, again.reply_words) == (grade.scores, grade.reply, grade.reply_words)
 
 
@@ -217,7 +218,7 @@ def test_a_story_that_one_of_the_panel_did_not_score_has_no_score():
     silent = lambda story, n: "Nice!" if "cat" in story else "2 2 2"  # noqa: E731
     one, other = FaultServer(good, models=["a"]), FaultServer(silent, models=["b"])
     with one, other, Teacher([one.url, other.url], panel="mean") as teacher:
-        cat, dog = teacher.grade("Once", ["A cat ran.", "A dog ran."], 0)
+        cat, dog = teacher.grade("Once", ["A cat ran.", "A dog ran."])
     assert cat.scores is cat.score is None and cat.error == "no scores in 3 replies" and cat.reply_words == 3 + 3
     assert dog.scores == of(2, 1.5, 2.5)
 
@@ -228,7 +229,7 @@ def test_the_servers_of_one_model_in_a_panel_share_its_stories():
         for server in (*pair, other):
             server.delay = 0.02
         with Teacher(urls([*pair, other]), panel="median", concurrency=2) as teacher:
-            assert all(g.scores == of(1, 0.5, 1.5) for g in teacher.grade("Once", stories(30), 0))
+            assert all(g.scores == of(1, 0.5, 1.5) for g in teacher.grade("Once", stories(30)))
     assert all(pair[0].good[story] + pair[1].good[story] == 1 == other.good[story] for story in stories(30))
     assert all(sum(server.good[story] for story in stories(30)) > 3 for server in pair)
 

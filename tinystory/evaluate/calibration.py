@@ -15,8 +15,8 @@ from tinystory.evaluate.coreference import unseen_stories
 from tinystory.evaluate.corruptions import KINDS, ORDER, READ, REAL, SENTENCES, WORDS, Known, known_stories
 from tinystory.evaluate.intervals import bootstrap, ranks, wilson
 from tinystory.run.errors import UserError
-from tinystory.teacher.client import PERSON
-from tinystory.teacher.grader import Grader, TeacherGrader
+from tinystory.teacher.client import HUMAN, Teacher
+from tinystory.teacher.grader import Grader
 
 FULL, CHEAP = 24, 16  # stories of each kind
 CHEAP_KINDS = (REAL, SENTENCES, WORDS)
@@ -213,7 +213,7 @@ def calibrated(config: InteractConfig, grader: Grader) -> dict[str, Any]:
     asked = config.teacher_url and config.calibrate
     if config.replay or not (asked or config.require_judgement):
         return {}
-    if isinstance(grader, TeacherGrader) and grader.teacher.probe().model == PERSON:
+    if isinstance(grader, Teacher) and grader.model == HUMAN:
         return {}
     found = calibrate(of_grader(grader), known_stories(unseen_stories(READ), CHEAP, CHEAP_KINDS))
     print(f"calibration: the teacher {verdict(found)} (scripts/doctor.py --calibrate tells more)")

@@ -1,4 +1,4 @@
-"""Whether the student knows who is who: how probable are a name that was told and the right one of he and she."""
+"""Coreference: how probable the student finds a name that the story introduced, and the right one of he and she."""
 
 import re
 from collections.abc import Iterable
@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tinystory.data.builtin import grammar, vocabulary
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.evaluate.stories import mean_of
 from tinystory.student.model import Student
 
 NAMES = tuple(sorted(set(f"{vocabulary.GIRLS} {vocabulary.BOYS} {vocabulary.CREATURES}".split())))
@@ -20,73 +21,72 @@ BATCH = 16
 
 
 def unseen_stories(count: int) -> list[str]:
+    """Stories of the built-in grammar that are in no corpus."""
     return list(islice(grammar.stories(10**9, UNSEEN_SEED), count))
 
 
 @torch.no_grad()
-def who_is_who(student: Student, tokenizer: Tokenizer, stories: Iterable[str]) -> dict[str, float | int | None]:
-    """told_name: where a story names someone again, the share of the right name in the probability of all NAMES (chance
-    is 1 / 52), a mean over the places. told_names: the share of all names told so far, of which often two would do.
-    he_she: the share of the right one in the probability of he and she (chance is 1 / 2), a mean over all places where
-    one of them stands. Also how many places there are. Each story is read from its beginning, as far as the context
-    goes; a name counts where it is one token, with the space before it. None where there is no such place."""
+def coreference(student: Student, tokenizer: Tokenizer, stories: Iterable[str]) -> dict[str, float | int | None]:
+    """Mean probabilities among the candidates, and the numbers of places, `names` and `pronouns`.
+
+    repeated_name: where a story repeats a name, the probability of that name among all NAMES (chance is 1 / 52).
+    introduced_name: there, the probability of all names introduced so far, of which often two would do. he_or_she:
+    wherever he or she stands, the probability of the right one of the two (chance is 1 / 2). None without such a place.
+
+    A story is read from its beginning, as far as the context goes. A name counts if it is one token, with its space.
+    """
     device, context = student.wte.weight.device, student.config.context
-    single = {name: ids[0] for name in NAMES if len(ids := tokenizer.encode(f" {name}")) == 1}
-    pairs = {
+    name_ids = {name: ids[0] for name in NAMES if len(ids := tokenizer.encode(f" {name}")) == 1}
+    names = torch.tensor(sorted(name_ids.values()), device=device)
+    column = {int(id): i for i, id in enumerate(names)}
+    opposite = {
         a[0]: b[0]
         for he, she in ((" he", " she"), (" He", " She"), ("He", "She"))
         if len(a := tokenizer.encode(he)) == len(b := tokenizer.encode(she)) == 1
     }
-    pairs |= {b: a for a, b in pairs.items()}
-    names = torch.tensor(sorted(single.values()), device=device)
-    column = {int(id): at for at, id in enumerate(names)}
-    right, all_told, agree = [], [], []
-    rows = sorted((_places(tokenizer, story, context, single) for story in stories), key=lambda row: len(row[0]))
+    opposite |= {she: he for he, she in opposite.items()}
+    repeated, introduced, pronouns = [], [], []
+    rows = sorted((_repeated_names(tokenizer, story, context, name_ids) for story in stories), key=lambda r: len(r[0]))
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         tokens = pad_sequence([torch.tensor(ids, device=device) for ids, _ in batch], batch_first=True)
-        hidden = student.hidden(tokens[:, :-1])
-        for row, (ids, places) in enumerate(batch):
-            if names.numel():
-                chances = _shares(student, hidden[row], [at - 1 for at, _, _ in places], names)
-                right += [float(chances[i, column[id]]) for i, (_, id, _) in enumerate(places)]
-                all_told += [
-                    float(chances[i, [column[t] for t in told]].sum()) for i, (_, _, told) in enumerate(places)
-                ]
-            at = [i for i in range(1, len(ids)) if ids[i] in pairs]
-            for i in at:
-                both = torch.tensor([ids[i], pairs[ids[i]]], device=device)
-                agree.append(float(_shares(student, hidden[row], [i - 1], both)[0, 0]))
-
-    def mean(values: list[float]) -> float | None:
-        return float(np.mean(values)) if values else None
-
+        for hidden, (ids, places) in zip(student.hidden(tokens[:, :-1]), batch, strict=True):
+            if places:
+                probs = _probabilities(student, hidden[[at - 1 for at, _ in places]], names)
+                for row, (at, known) in zip(probs, places, strict=True):
+                    repeated.append(float(row[column[ids[at]]]))
+                    introduced.append(float(row[[column[id] for id in known]].sum()))
+            for i in range(1, len(ids)):
+                if ids[i] in opposite:
+                    pair = torch.tensor([ids[i], opposite[ids[i]]], device=device)
+                    pronouns.append(float(_probabilities(student, hidden[i - 1], pair)[0]))
     return {
-        "told_name": mean(right), "told_names": mean(all_told), "names": len(right),
-        "he_she": mean(agree), "pronouns": len(agree),
-    }  # fmt: skip
+        "repeated_name": mean_of(repeated),
+        "introduced_name": mean_of(introduced),
+        "names": len(repeated),
+        "he_or_she": mean_of(pronouns),
+        "pronouns": len(pronouns),
+    }
 
 
-def _shares(student: Student, hidden: Tensor, at: list[int], ids: Tensor) -> Tensor:
-    """(len(at), len(ids)): the probabilities of these tokens after the positions `at`, made to sum to 1."""
-    return (hidden[at].float() @ student.wte.weight[ids].float().T).softmax(-1)
+def _probabilities(student: Student, hidden: Tensor, ids: Tensor) -> Tensor:
+    """(..., len(ids)): the probabilities of these tokens among themselves, after hidden states (..., C)."""
+    return (hidden.float() @ student.wte.weight[ids].float().T).softmax(-1)
 
 
-def _places(
-    tokenizer: Tokenizer, story: str, context: int, single: dict[str, int]
-) -> tuple[list[int], list[tuple[int, int, list[int]]]]:
-    """The story's tokens; and the places of names told before: position, id, and the ids of all names told so far."""
+def _repeated_names(
+    tokenizer: Tokenizer, story: str, context: int, name_ids: dict[str, int]
+) -> tuple[list[int], list[tuple[int, list[int]]]]:
+    """The story's tokens; and for each repeated name its position and the ids of all names introduced before it."""
     ids = tokenizer.encode(story)[: context + 1]
     ends = np.cumsum(tokenizer.token_sizes[ids]).tolist()
-    named = {len(story[: match.end()].encode()): match[1] for match in NAME.finditer(story)}
-    told: list[str] = []
+    name_at = {len(story[: match.end()].encode()): match[1] for match in NAME.finditer(story)}
+    introduced: dict[str, None] = {}
     places = []
-    for at, (id, end) in enumerate(zip(ids, ends, strict=True)):
-        name = named.get(end)
-        if name is None:
+    for at, end in enumerate(ends):
+        if (name := name_at.get(end)) is None:
             continue
-        if name in told and single.get(name) == id:
-            places.append((at, id, [single[other] for other in told if other in single]))
-        if name not in told:
-            told.append(name)
+        if name in introduced and name_ids.get(name) == ids[at]:
+            places.append((at, [name_ids[other] for other in introduced if other in name_ids]))
+        introduced[name] = None
     return ids, places

@@ -1,4 +1,4 @@
-"""The desk at which a person says which of two stories is the better one, without being told which is which."""
+"""The desk at which humans say which of two stories is the better one, without being told which is which."""
 
 import hashlib
 import json
@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from tinystory.evaluate.preference import SAME, Choice, Pair, win_rate
-from tinystory.human.desk import Mistake
+from tinystory.human.desk import Mistake, step_back
 from tinystory.run.folder import Record, timestamp
 from tinystory.run.journal import Journal
 
 
 class PairDesk:
-    """Choices between the stories of `pairs`, kept in the file `path`. Each person sees the pairs in an order of their
-    own, and which story is on the left is drawn for each pair and person: neither tells which is which."""
+    """Choices between the stories of `pairs`, kept in the file `path`. Each human sees the pairs in an order of their
+    own, and which story is on the left is drawn for each pair and human: neither tells which is which."""
 
     mode = "compare"
 
     def __init__(self, path: Path, pairs: Sequence[Pair]):
         self.pairs = {pair.key: pair for pair in pairs}
         self._journal = Journal(path)
-        self._choices: dict[str, dict[str, Record]] = defaultdict(dict)  # by person and key, in order
-        self._looks_at: dict[str, str] = {}
+        self._choices: dict[str, dict[str, Record]] = defaultdict(dict)  # by human and key, in order
+        self._current: dict[str, str] = {}  # human: key of the pair on the page
         for record in self._journal.records:
             if record.get("key") in self.pairs:
                 self._choices[record["by"]][record["key"]] = record
@@ -33,62 +33,44 @@ class PairDesk:
         return bool(_draw(who, key)[0] & 1)
 
     def state(self, who: str) -> dict[str, Any]:
-        """What the page of this person shows."""
-        chosen = self._choices[who]
-        key = self._looks_at.get(who) or self._next(who)
-        shown = None
-        if key is not None:
-            self._looks_at[who] = key
-            pair = self.pairs[key]
-            stories = [pair.first, pair.second]
-            shown = {
-                "key": key,
-                "opening": pair.opening,
-                "stories": stories[::-1] if self.swapped(who, key) else stories,
-                "again": key in chosen,
-            }
-        state = {"mode": self.mode, "show": shown, "left": len(self.pairs) - len(chosen), "done": len(chosen)}
-        if shown is None:
-            state["result"] = win_rate(self.choices(who))
-        return state
-
-    def _next(self, who: str) -> str | None:
-        order = sorted(self.pairs, key=lambda key: _draw(who, key))
-        return next((key for key in order if key not in self._choices[who]), None)
+        """What the page of this human shows."""
+        choices = self._choices[who]
+        unseen = (key for key in sorted(self.pairs, key=lambda key: _draw(who, key)) if key not in choices)
+        state = {"mode": self.mode, "item": None, "left": len(self.pairs) - len(choices), "done": len(choices)}
+        key = self._current.get(who) or next(unseen, None)
+        if key is None:
+            return state | {"result": win_rate(self.choices(who))}
+        self._current[who] = key
+        pair = self.pairs[key]
+        stories = [pair.second, pair.first] if self.swapped(who, key) else [pair.first, pair.second]
+        return state | {"item": dict(key=key, opening=pair.opening, stories=stories, again=key in choices)}
 
     def choices(self, who: str) -> list[Choice]:
         return [Choice(record["choice"]) for record in self._choices[who].values() if record["choice"]]
 
-    def do(self, who: str, action: str, asked: Mapping[str, Any]) -> None:
+    def do(self, who: str, action: str, request: Mapping[str, Any]) -> None:
         """Choose, skip, go back or pause, as the page says. Raises Mistake if that cannot be done."""
         match action:
             case "choose" | "skip":
-                key, side = str(asked.get("key")), asked.get("side")
-                if key not in self.pairs or (action == "choose" and side not in ("left", "right", SAME)):
-                    raise Mistake("there is no such pair or side")
-                choice = None
-                if action == "choose":
-                    swapped = self.swapped(who, key)
-                    choice = SAME if side == SAME else ("second" if (side == "right") != swapped else "first")
-                pair = self.pairs[key]
-                record = {
-                    "key": key, "opening": pair.opening, "first": pair.first, "second": pair.second,
-                    "left": "second" if self.swapped(who, key) else "first", "choice": choice, "by": who,
-                    "at": timestamp(),
-                }  # fmt: skip
-                self._journal.append(record)
-                self._choices[who][key] = record
-                self._looks_at.pop(who, None)
+                self._choose(who, str(request.get("key")), request.get("side") if action == "choose" else "none")
             case "back":
-                chosen = list(self._choices[who])
-                if not chosen:
-                    raise Mistake("there is nothing to go back to")
-                at = self._looks_at.get(who)
-                self._looks_at[who] = chosen[max(chosen.index(at) - 1, 0)] if at in chosen else chosen[-1]
+                self._current[who] = step_back(list(self._choices[who]), self._current.get(who))
             case "pause":
-                self._looks_at.pop(who, None)
+                self._current.pop(who, None)
             case _:
                 raise Mistake(f"unknown action {action[:20]!r}")
+
+    def _choose(self, who: str, key: str, side: object) -> None:
+        left, right = ("second", "first") if self.swapped(who, key) else ("first", "second")
+        choices: dict[str, str | None] = {"left": left, "right": right, SAME: SAME, "none": None}
+        if key not in self.pairs or not isinstance(side, str) or side not in choices:
+            raise Mistake("there is no such pair or side")
+        pair = self.pairs[key]
+        record: Record = dict(key=key, opening=pair.opening, first=pair.first, second=pair.second)
+        record |= dict(left=left, choice=choices[side], by=who, at=timestamp())
+        self._journal.append(record)
+        self._choices[who][key] = record
+        self._current.pop(who, None)
 
     def tick(self) -> None:
         """Nobody waits for a choice."""

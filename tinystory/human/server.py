@@ -1,7 +1,7 @@
-"""The server behind which a person is the teacher: a page for the person, OpenAI's chat completions for the trainer.
+"""The server behind which a human is the teacher: a page for the human, OpenAI's chat completions for the trainer.
 
-It is for this machine only. Other pages in the person's browser are strangers: requests under another host's name or
-from another origin are refused. What a story holds is text: the page never makes markup of it.
+It is for this machine only. Other pages in the human's browser are strangers: requests under another host's name or
+from another origin are refused. A story is text: the page never makes markup of it.
 """
 
 import asyncio
@@ -18,14 +18,15 @@ from aiohttp.typedefs import Handler
 
 from tinystory.human.desk import LONGEST_NAME, Desk, Mistake
 from tinystory.human.pairs import PairDesk
-from tinystory.teacher.client import FIRST_STORY, PERSON
+from tinystory.teacher.client import HUMAN
+from tinystory.teacher.probe import FIRST_STORY
 from tinystory.teacher.prompt import TOP, instructions, read_back
-from tinystory.teacher.server import HOST, Refused, application, in_openai_shape, listening, parsed
+from tinystory.teacher.server import HOST, Refused, application, errors_as_json, listening, parsed
 
-DESCRIPTION = "A person who reads stories on a page and grades them. Nothing else is answered."
-CANNOT = "A person grades stories here, and this is no story, so nobody was asked."
-SKIPPED = "The person skipped this story."
-EXAMPLE = 1  # what each criterion of the client's first story gets, which is there to see whether replies can be read
+DESCRIPTION = "A human who reads stories on a page and grades them. Nothing else is answered."
+NO_STORY = "A human grades stories here, and this is no story, so nobody was asked."
+SKIPPED = "The human skipped this story."
+EXAMPLE = 1  # each score of the client's first story, which is there to see whether replies can be read
 NAMES = (HOST, "localhost", "[::1]")  # under which this machine may be asked
 TICK_S = 0.25
 
@@ -38,37 +39,36 @@ async def serve(
     of the page; curve: the SVG that it shows of the run taught from this URL.
 
     Raises UserError if the port is not free."""
-    shown = page(style)
+    html, address = page(style), [""]
     policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src '{_hash_of_script(shown)}'; connect-src 'self'; "
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src '{_script_hash(html)}'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    address = [""]
 
-    async def show(request: web.Request) -> web.Response:
+    async def get_page(request: web.Request) -> web.Response:
         headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store"}
-        return web.Response(text=shown, content_type="text/html", headers=headers)
+        return web.Response(text=html, content_type="text/html", headers=headers)
 
-    async def state(request: web.Request) -> web.Response:
-        found = desk.state(_name(request.query.get("who")))
-        return web.json_response(found | {"curve": curve(address[0])}, headers={"Cache-Control": "no-store"})
+    async def get_state(request: web.Request) -> web.Response:
+        state = desk.state(_name(request.query.get("who"))) | {"curve": curve(address[0])}
+        return web.json_response(state, headers={"Cache-Control": "no-store"})
 
-    async def do(request: web.Request) -> web.Response:
-        asked = parsed(await request.read())
+    async def post_action(request: web.Request) -> web.Response:
+        body = parsed(await request.read())
         try:
-            desk.do(_name(asked.get("who")), str(asked.get("action")), asked)
+            desk.do(_name(body.get("who")), str(body.get("action")), body)
         except Mistake as mistake:
             raise Refused(str(mistake), status=409) from None
         return web.json_response({})
 
     if isinstance(desk, Desk):
-        routes = application(PERSON, DESCRIPTION, desk.template.names, lambda *asked: _reply(desk, *asked))
+        routes = application(HUMAN, DESCRIPTION, desk.template.names, lambda *request: _respond(desk, *request))
     else:
-        routes = web.Application(middlewares=[in_openai_shape])
+        routes = web.Application(middlewares=[errors_as_json])
     routes.middlewares.append(_from_this_machine)
-    routes.router.add_get("/", show)
-    routes.router.add_get("/state", state)
-    routes.router.add_post("/do", do)
+    routes.router.add_get("/", get_page)
+    routes.router.add_get("/state", get_state)
+    routes.router.add_post("/do", post_action)
 
     async def tick() -> None:
         while True:
@@ -83,15 +83,15 @@ async def serve(
             ticking.cancel()
 
 
-async def _reply(desk: Desk, messages: list[dict], keys: list[str] | None) -> str:
-    """The answer to one request of a trainer, from a person only if it asks about a story."""
-    found = read_back(messages)
-    if found is None:
-        return CANNOT
-    if messages[0]["content"] != instructions(desk.template.criteria, desk.template.preface):
-        message = f"The person here was told to grade {', '.join(desk.template.names)} in other words than these: give "
+async def _respond(desk: Desk, messages: list[dict], keys: list[str] | None) -> str:
+    """The reply to one request of a trainer, by a human only if it asks about a story."""
+    question = read_back(messages)
+    if question is None:
+        return NO_STORY
+    if messages[0]["content"] != instructions(desk.template):
+        message = f"The human here grades {', '.join(desk.template.names)} in other words than these: give "
         raise Refused(f"{message}the same --teacher-prompt to the trainer and to teach.py.", "messages")
-    scores = dict.fromkeys(desk.template.names, EXAMPLE) if found == FIRST_STORY else await desk.ask(*found)
+    scores = dict.fromkeys(desk.template.names, EXAMPLE) if question == FIRST_STORY else await desk.ask(*question)
     if scores is None:
         return SKIPPED
     if keys is None:
@@ -109,7 +109,7 @@ async def _from_this_machine(request: web.Request, handler: Handler) -> web.Stre
 
 
 def _name(who: object) -> str:
-    """The name of the person at the page."""
+    """The name of the human at the page."""
     if not isinstance(who, str) or not who.strip() or len(who) > LONGEST_NAME or not who.isprintable():
         raise Refused(f"A name has 1 to {LONGEST_NAME} printable characters.", "who")
     return who.strip()
@@ -120,7 +120,7 @@ def page(style: str) -> str:
     return text.replace("/* style */", style, 1).replace("TOP_SCORE", str(TOP), 1)
 
 
-def _hash_of_script(text: str) -> str:
+def _script_hash(html: str) -> str:
     """The script's hash for a Content-Security-Policy: no other script runs on the page."""
-    script = text[text.index("<script>") + len("<script>") : text.index("</script>")]
+    script = html[html.index("<script>") + len("<script>") : html.index("</script>")]
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,47 +1,45 @@
-"""The company that words keep: which of them are told of in one story ("carrot" with "rabbit", not with "rocket")."""
+"""Word association: which content words occur in the same story ("carrot" with "rabbit", not with "rocket")."""
 
 import numpy as np
 
 from tinystory.rubric.lexicon import Lexicon
-from tinystory.rubric.ngram import BOUNDARY
+from tinystory.rubric.ngram import BOUNDARY, lookup
 
-REACH = 200  # tokens; words further apart do not keep company
-WINDOW = (
-    90  # tokens of a text that are looked at together: the more words, the less each pair has to do with each other
-)
-LEAST = 4  # different content words that a text must have to be measured
+CORPUS_WINDOW = 200  # tokens; words further apart are not counted as a pair
+WINDOW = 90  # tokens of a text whose words are paired: the more words, the less each pair has in common
+FEWEST_WORDS = 4  # different content words that a text must have to be measured
 
 
-class Company:
+class WordAssociation:
+    """Counts of the windows of a corpus that hold each pair of content words."""
+
     def __init__(self, lexicon: Lexicon):
         ids = lexicon.ids
         usable = lexicon.content & ~lexicon.name & (np.bincount(ids, minlength=len(lexicon)) >= 5)
         self._row = np.where(usable, np.cumsum(usable) - 1, -1)
         self._size = int(usable.sum())
-        self._stories = np.zeros(self._size)  # that each word is in
+        self._word_counts = np.zeros(self._size)
         starts = np.flatnonzero(ids == BOUNDARY)
-        pairs, self._count = [], 0
+        pairs, self._windows = [], 0
         for first, end in zip(starts + 1, np.append(starts[1:], len(ids)), strict=True):
-            for piece in range(first, end, REACH):
-                words = self._words(ids[piece : min(piece + REACH, end)])
-                self._stories[words] += 1
-                self._count += 1
+            for start in range(first, end, CORPUS_WINDOW):
+                words = self._words(ids[start : min(start + CORPUS_WINDOW, end)])
+                self._word_counts[words] += 1
+                self._windows += 1
                 pairs.append(self._pairs(words))
-        self._keys, self._together = np.unique(np.concatenate(pairs), return_counts=True)
+        self._keys, self._pair_counts = np.unique(np.concatenate(pairs), return_counts=True)
 
-    def fit(self, ids: np.ndarray) -> float | None:
-        """Mean over all pairs of the text's words of log (1 + stories that hold both) / (1 + as many as chance would
-        give): smoothed pointwise mutual information (Church and Hanks 1990). None for fewer than LEAST words."""
-        pieces = [self._words(ids[at : at + WINDOW]) for at in range(0, max(len(ids) - WINDOW // 2, 1), WINDOW // 2)]
-        keys = np.concatenate(
-            [self._pairs(words) for words in pieces if len(words) >= LEAST] or [np.empty(0, np.int64)]
-        )
-        if not len(keys) or not len(self._keys):
+    def mean(self, ids: np.ndarray) -> float | None:
+        """Mean over the pairs of the text's words of log (1 + windows with both) / (1 + expected windows with both):
+        smoothed pointwise mutual information (Church and Hanks 1990). None for fewer than FEWEST_WORDS words."""
+        step = WINDOW // 2
+        windows = [self._words(ids[start : start + WINDOW]) for start in range(0, max(len(ids) - step, 1), step)]
+        pairs = [self._pairs(words) for words in windows if len(words) >= FEWEST_WORDS]
+        if not pairs or not len(self._keys):
             return None
-        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        together = np.where(self._keys[place] == keys, self._together[place], 0)
-        chance = self._stories[keys // self._size] * self._stories[keys % self._size] / self._count
-        return float(np.log((1 + together) / (1 + chance)).mean())
+        keys = np.concatenate(pairs)
+        expected = self._word_counts[keys // self._size] * self._word_counts[keys % self._size] / self._windows
+        return float(np.log((1 + lookup(self._keys, self._pair_counts, keys)) / (1 + expected)).mean())
 
     def _words(self, ids: np.ndarray) -> np.ndarray:
         rows = np.unique(self._row[ids])

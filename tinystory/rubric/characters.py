@@ -1,8 +1,8 @@
-"""Who is who in a story: whether names are known when they are used, and whether he and she are the people meant.
+"""Coreference in a story: whether names are introduced before they are used, and pronouns agree with their characters.
 
-Learned by counting, as the lexicon is. A name that comes out of nowhere stands where only a known one would ("said
-Pip"); a name that is introduced stands where a new one would ("a mouse named Pip", "his friend Pip"). A pronoun agrees
-as often as in the corpus, or as seldom as in the same text with half of its pronouns flipped.
+Both are learned by counting, as the lexicon is. A name that comes out of nowhere stands where only a known one would
+("said Pip"); a name that is introduced stands where a new one would ("a mouse named Pip", "his friend Pip"). The cases
+in which "he" and "she" occur are counted in the corpus, and in the corpus with half of its pronouns flipped.
 """
 
 from collections.abc import Iterator
@@ -10,60 +10,58 @@ from collections.abc import Iterator
 import numpy as np
 
 from tinystory.rubric.lexicon import Lexicon
-from tinystory.rubric.ngram import BOUNDARY
-from tinystory.rubric.surface import words_of
+from tinystory.rubric.ngram import BOUNDARY, first_occurrences, lookup
 
 HE, SHE = 0, 1
-# Subject, object and possessive; "her" is either of the last two.
+# The forms of a pronoun: subject, object, possessive (0, 1, 2); "her" (3) is either of the last two.
 PRONOUNS = ({"he": 0, "him": 1, "his": 2, "himself": 1}, {"she": 0, "her": 3, "hers": 2, "herself": 1})
-PEOPLE = (
-    words_of("boy man dad daddy papa father grandpa grandfather brother uncle king prince wizard son"),
-    words_of("girl woman mom mommy mama mother grandma granny grandmother sister aunt queen princess witch daughter"),
+NOUNS = (
+    "boy man dad daddy papa father grandpa grandfather brother uncle king prince wizard son".split(),
+    "girl woman mom mommy mama mother grandma granny grandmother sister aunt queen princess witch daughter".split(),
 )
 FLIPPED = {"he": "she", "him": "her", "his": "her", "himself": "herself"}
 FLIPPED |= {"she": "he", "her": "his", "herself": "himself"}
-READ = 1500  # stories from which agreement is learned
+STORIES = 1500  # stories from which agreement is learned
 PRIOR = 4  # observations that the coarser estimate counts for
-EVIDENCE = 3.0  # nats that one mention can count for, at most
-# The case of a pronoun: its form (4), how the last person was mentioned, and how many sentences ago (0, 1, more).
+MAX_EVIDENCE = 3.0  # nats that one mention can count for
+# The case of a pronoun: its form, how the last character was mentioned, and how many sentences ago (0, 1, more).
 NAME, PRONOUN, NOUN, NOBODY = range(4)
-LAST, EARLIER, ABSENT = range(3)  # its sex is that of the last person, of an earlier one, or of nobody in the story
+LAST, EARLIER, ABSENT = range(3)  # its sex is that of the last character, of an earlier one, or of nobody in the story
 
 
-class People:
+class Characters:
     def __init__(self, lexicon: Lexicon):
         size = len(lexicon)
         self._form, self._sex = np.full(size, -1), np.full(size, -1)
         for sex, forms in enumerate(PRONOUNS):
             for word in forms.keys() & lexicon.index.keys():
                 self._form[lexicon.index[word]], self._sex[lexicon.index[word]] = forms[word], sex
-            self._sex[lexicon.members(PEOPLE[sex])] = sex
-        titled = lexicon.members([*PEOPLE[HE], *PEOPLE[SHE]])
-        self.name = lexicon.name & ~titled  # "Mom" needs no introduction
-        she = lexicon.referred[:, 1] / np.maximum(lexicon.referred[:, :2].sum(1), 1e-9)
+            self._sex[lexicon.members(NOUNS[sex])] = sex
+        self.name = lexicon.name & ~lexicon.members([*NOUNS[HE], *NOUNS[SHE]])  # "Mom" needs no introduction
+        she = lexicon.pronoun_given[:, 1] / np.maximum(lexicon.pronoun_given[:, :2].sum(1), 1e-9)
         common = self.name & (np.bincount(lexicon.ids, minlength=size) >= 20)
         self._sex[common & (she > 0.75)], self._sex[common & (she < 0.25)] = SHE, HE
-        self._stop = lexicon.members(".!?")
-        self._seen = self._stop | self.name | (self._sex >= 0)
+        self._sentence_end = lexicon.members(".!?")
+        self._relevant = self._sentence_end | self.name | (self._sex >= 0)
         self._flipped = np.arange(size)
         for word in FLIPPED.keys() & lexicon.index.keys():
             self._flipped[lexicon.index[word]] = lexicon.index.get(FLIPPED[word], lexicon.index[word])
-        self._masked = np.where(self.name, size, np.arange(size))  # one name is like another
+        self._masked = np.where(self.name, size, np.arange(size))  # all names count as one word
         self._learn_introductions(lexicon.ids, size)
         self._learn_agreement(lexicon.ids)
 
-    def told(self, ids: np.ndarray, start: int = 0) -> float | None:
-        """Nats per mention of a name by which the words around it agree with what it is, known or new; None without a
-        name from `start` on. ids: (T,), the opening's and the story's, which begins at `start`."""
+    def introduction(self, ids: np.ndarray, start: int = 0) -> float | None:
+        """Nats per mention of a name by which the words around it fit its status, known or new; None without a name
+        from `start` on. ids: (T,), the opening's and the story's, which begins at `start`."""
         at = np.flatnonzero(self.name[ids])
         if not (at >= start).any():
             return None
-        new = _first(ids[at])
-        odds = sum(
+        new = first_occurrences(ids[at])
+        log_odds = sum(
             _log_odds(*tables, *keys) for tables, keys in zip(self._tables, self._contexts(ids, at), strict=True)
         )
-        evidence = np.where(new, odds, -odds)
-        return float(np.clip(evidence, -EVIDENCE, EVIDENCE)[at >= start].mean())
+        evidence = np.where(new, log_odds, -log_odds)
+        return float(np.clip(evidence, -MAX_EVIDENCE, MAX_EVIDENCE)[at >= start].mean())
 
     def agreement(self, ids: np.ndarray, start: int = 0) -> float | None:
         """Nats per pronoun by which the text resembles the corpus rather than one with half of he and she exchanged;
@@ -80,55 +78,53 @@ class People:
         names = np.flatnonzero(self.name)
         return np.where(self.name[ids], rng.choice(names, len(ids)), ids) if len(names) else ids
 
-    def _contexts(
-        self, ids: np.ndarray, at: np.ndarray
-    ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        """Keys of the one and the two tokens before each place, and of those after it."""
-        around = self._masked[np.pad(ids, 2, constant_values=BOUNDARY)]
+    def _contexts(self, ids: np.ndarray, at: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Keys of the one and of the two tokens before each position, then of those after it."""
+        padded = self._masked[np.pad(ids, 2, constant_values=BOUNDARY)]
         size = len(self._masked) + 1
-        before, after = around[at + 1], around[at + 3]
-        return (before, before * size + around[at]), (after, after * size + around[at + 4])
+        before, after = padded[at + 1], padded[at + 3]
+        return [(before, before * size + padded[at]), (after, after * size + padded[at + 4])]
 
     def _learn_introductions(self, ids: np.ndarray, size: int) -> None:
         at = np.flatnonzero(self.name[ids])
-        new = _first(np.cumsum(ids == BOUNDARY)[at] * size + ids[at])
-        self._tables = [(_Table(near, new), _Table(far, new)) for near, far in self._contexts(ids, at)]
+        new = first_occurrences(np.cumsum(ids == BOUNDARY)[at] * size + ids[at])
+        self._tables = [(_Table(one, new), _Table(two, new)) for one, two in self._contexts(ids, at)]
 
     def _learn_agreement(self, ids: np.ndarray) -> None:
         rng = np.random.default_rng(0)
-        starts = np.flatnonzero(ids == BOUNDARY)[: READ + 1]
+        starts = np.flatnonzero(ids == BOUNDARY)[: STORIES + 1]
         counts = np.ones((2, 4, 4, 3, 3))  # real or flipped; form, last mention, distance; outcome
         for first, end in zip(starts[:-1] + 1, starts[1:], strict=True):
-            for which, story in enumerate((ids[first:end], self.flipped(ids[first:end], rng))):
+            for version, story in enumerate((ids[first:end], self.flipped(ids[first:end], rng))):
                 for case in self._cases(story, 0):
-                    cell = (which, *case)
+                    cell = version, *case
                     counts[cell] += 1
         real, flipped = np.log(counts / counts.sum(-1, keepdims=True))
-        self._agreement = np.clip(real - flipped, -EVIDENCE, EVIDENCE)
+        self._agreement = np.clip(real - flipped, -MAX_EVIDENCE, MAX_EVIDENCE)
 
     def _cases(self, ids: np.ndarray, start: int) -> Iterator[tuple[int, int, int, int]]:
-        """For each he or she from `start` on: its form, the last person's mention, its distance, and the outcome."""
+        """For each he or she from `start` on: its form, the last character's mention, its distance, and the outcome."""
         sexes: dict[int, int] = {}  # of this story's names
         present = [False, False]
-        last, mention, sentence, when = -1, NOBODY, 0, 0
+        last, mention, sentence, last_sentence = -1, NOBODY, 0, 0
         unsexed = -1  # the last name whose sex is not known yet
-        for at in np.flatnonzero(self._seen[ids]).tolist():
+        for at in np.flatnonzero(self._relevant[ids]).tolist():
             word = int(ids[at])
-            if self._stop[word]:
+            if self._sentence_end[word]:
                 sentence += 1
                 continue
             sex = int(self._sex[word])
             if self._form[word] >= 0:
                 if unsexed >= 0:
                     sexes[unsexed], unsexed = sex, -1
-                    last, mention, when, present[sex] = sex, NAME, sentence, True
+                    last, mention, last_sentence, present[sex] = sex, NAME, sentence, True
                 if at >= start:
                     outcome = LAST if sex == last else EARLIER if present[sex] else ABSENT
-                    yield int(self._form[word]), mention, min(sentence - when, 2), outcome
+                    yield int(self._form[word]), mention, min(sentence - last_sentence, 2), outcome
                 mention = PRONOUN
             elif self.name[word]:
                 sex = sexes.get(word, sex)
-                if sex < 0 and mention == NOUN and when == sentence:  # "a girl named Pip"
+                if sex < 0 and mention == NOUN and last_sentence == sentence:  # "a girl named Pip"
                     sex = last
                 if sex < 0:
                     unsexed = word
@@ -136,34 +132,26 @@ class People:
                 sexes[word], unsexed, mention = sex, -1, NAME
             else:
                 mention = NOUN
-            last, when, present[sex] = sex, sentence, True
+            last, last_sentence, present[sex] = sex, sentence, True
 
 
 class _Table:
     """How often each context holds a known and a new name."""
 
     def __init__(self, keys: np.ndarray, new: np.ndarray):
-        self.keys, which = np.unique(keys, return_inverse=True)
-        self.counts = np.stack([np.bincount(which, weights=side, minlength=len(self.keys)) for side in (~new, new)], 1)
-        self.usual = (self.counts.sum(0) + 1) / (len(keys) + 2)
+        self.keys, inverse = np.unique(keys, return_inverse=True)
+        self.counts = np.stack(
+            [np.bincount(inverse, weights=status, minlength=len(self.keys)) for status in (~new, new)], 1
+        )
+        self.prior = (self.counts.sum(0) + 1) / (len(keys) + 2)
 
-    def share(self, keys: np.ndarray, prior: np.ndarray) -> np.ndarray:
-        """(n, 2) shares of known and new, pulled to the prior."""
-        if not len(self.keys):
-            return np.broadcast_to(prior, (len(keys), 2))
-        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        counts = np.where((self.keys[place] == keys)[:, None], self.counts[place], 0.0)
+    def probability(self, keys: np.ndarray, prior: np.ndarray) -> np.ndarray:
+        """(n, 2) probabilities of known and new in each context, smoothed towards the prior."""
+        counts = lookup(self.keys, self.counts, keys)
         return (counts + PRIOR * prior) / (counts.sum(1, keepdims=True) + PRIOR)
 
 
-def _log_odds(near: _Table, far: _Table, near_keys: np.ndarray, far_keys: np.ndarray) -> np.ndarray:
-    """(n,) nats by which a context speaks for a new name, beyond what is usual."""
-    log = np.log(far.share(far_keys, near.share(near_keys, near.usual)) / near.usual)
+def _log_odds(one: _Table, two: _Table, one_keys: np.ndarray, two_keys: np.ndarray) -> np.ndarray:
+    """(n,) nats by which a context of two tokens, backed off to one, speaks for a new name."""
+    log = np.log(two.probability(two_keys, one.probability(one_keys, one.prior)) / one.prior)
     return log[:, 1] - log[:, 0]
-
-
-def _first(keys: np.ndarray) -> np.ndarray:
-    """(n,) bool: the first occurrence of each key."""
-    first = np.zeros(len(keys), bool)
-    first[np.unique(keys, return_index=True)[1]] = True
-    return first

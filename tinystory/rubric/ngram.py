@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-UNKNOWN, BOUNDARY = 0, 1  # token ids: a word that is not in the list; the separator of documents
+UNKNOWN, BOUNDARY = 0, 1  # token ids: a word that is not in the vocabulary; the separator of documents
 ORDER = 5
 DISCOUNT = 0.75
-JAR = 0.1  # ratio of observed to expected count below which a word jars (see NgramModel.read)
+ODD = 0.1  # ratio of observed to expected count below which an n-gram is odd (see NgramModel.read)
 
 
 def hashes(ids: np.ndarray, n: int) -> np.ndarray:
@@ -21,18 +21,32 @@ def hashes(ids: np.ndarray, n: int) -> np.ndarray:
 
 
 def find(table: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The position of each key in the sorted table, and whether it is there."""
-    at = np.minimum(np.searchsorted(table, keys), len(table) - 1)
-    return at, table[at] == keys
+    """The index of each key in the sorted table, and whether it is there."""
+    index = np.minimum(np.searchsorted(table, keys), len(table) - 1)
+    return index, table[index] == keys if len(table) else np.zeros(len(keys), bool)
 
 
-def distinct(hashed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct hashes, sorted; the index of one occurrence of each; and their counts. (numpy's unique does the same
-    with a stable sort, several times slower.)"""
-    order = np.argsort(hashed)
-    ranked = hashed[order]
-    starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
-    return ranked[starts], order[starts], np.diff(starts, append=len(ranked))
+def lookup(table: np.ndarray, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """float64: the row of `values` at each key's index in the sorted table, zeros for a key that is not there."""
+    index, present = find(table, keys)
+    out = np.zeros((len(keys), *values.shape[1:]))
+    out[present] = values[index[present]]
+    return out
+
+
+def first_occurrences(keys: np.ndarray) -> np.ndarray:
+    """(n,) bool: True at the first occurrence of each key."""
+    first = np.zeros(len(keys), bool)
+    first[np.unique(keys, return_index=True)[1]] = True
+    return first
+
+
+def covered(starts: np.ndarray, n: int, length: int) -> np.ndarray:
+    """(length,) bool: the tokens of the n-grams that begin where `starts` is True."""
+    out = np.zeros(length, bool)
+    for offset in range(n):
+        out[offset : offset + len(starts)] |= starts
+    return out
 
 
 class NgramModel:
@@ -46,7 +60,7 @@ class NgramModel:
         self._length = len(ids)
         self._orders: list[_Order] = []
         for n in range(1, ORDER + 1):
-            keys, first, count = distinct(hashes(ids, n))
+            keys, first, count = _unique(hashes(ids, n))
             if n == 1:
                 probability = self._unigram[ids[first]]
             else:
@@ -63,28 +77,28 @@ class NgramModel:
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(T,) ids from the beginning of a document -> (ORDER, T) natural-log probabilities, in row n given the n
-        tokens before; and (T,) bool, whether the token jars.
+        tokens before; and (T,) bool, whether an odd n-gram ends at the token.
 
-        A token jars if it ends a pair, triple or quadruple that the corpus does not have, or hardly has, though the two
-        overlapping parts are common enough to expect it: observed + 0.5 < JAR * (expected + 0.5).
+        A pair, triple or quadruple is odd if the corpus hardly has it, though its two overlapping parts are common
+        enough to expect it: observed + 0.5 < ODD * (expected + 0.5).
         """
         padded = np.concatenate([np.full(ORDER - 1, BOUNDARY), ids])
         probability, left_over = self._unigram[padded], None
         rows, counts = [], []
-        jars = np.zeros(len(ids), bool)
+        odd = np.zeros(len(ids), bool)
         for n, order in enumerate(self._orders, start=1):
-            at, there = find(order.keys, hashes(padded, n))
-            counts.append(np.where(there, order.count[at], 0.0))
+            index, present = find(order.keys, hashes(padded, n))
+            counts.append(np.where(present, order.count[index], 0.0))
             if left_over is not None:
-                probability = np.where(there, order.probability[at], left_over[:-1] * probability[1:])
+                probability = np.where(present, order.probability[index], left_over[:-1] * probability[1:])
             if 1 < n < ORDER:
                 inner = counts[-3][1:-1] if n > 2 else self._length
                 expected = counts[-2][:-1] * counts[-2][1:] / np.maximum(inner, 1)
-                jars |= (counts[-1] + 0.5 < JAR * (expected + 0.5))[ORDER - n :]
+                odd |= (counts[-1] + 0.5 < ODD * (expected + 0.5))[ORDER - n :]
             if order.left_over is not None:
-                left_over = np.where(there, order.left_over[at], 1.0)
+                left_over = np.where(present, order.left_over[index], 1.0)
             rows.append(probability[ORDER - n :])
-        return np.log(np.stack(rows)), jars
+        return np.log(np.stack(rows)), odd
 
 
 @dataclass
@@ -98,24 +112,29 @@ class _Order:
     left_over: np.ndarray | None = None
 
 
+def _unique(hashed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """np.unique with return_index and return_counts, several times faster: the index need not be the first one."""
+    order = np.argsort(hashed)
+    ranked = hashed[order]
+    starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
+    return ranked[starts], order[starts], np.diff(starts, append=len(ranked))
+
+
 class Phrases:
-    """The set of all n-grams of a text, by hash, to find which tokens of another text are copied from it."""
+    """The set of all n-grams of a text, by hash."""
 
     def __init__(self, ids: np.ndarray, n: int):
         self.n = n
         self._keys = np.sort(hashes(ids, n))
 
     def copied(self, ids: np.ndarray) -> float:
-        """The share of the tokens that are part of an n-gram of the text."""
-        if len(ids) < self.n:
-            return 0.0
-        _, there = find(self._keys, hashes(ids, self.n))
-        covered = np.convolve(there, np.ones(self.n, int)) > 0
-        return float(covered.mean())
+        """The fraction of the tokens that are part of an n-gram of the text."""
+        _, present = find(self._keys, hashes(ids, self.n))
+        return float(covered(present, self.n, len(ids)).mean())
 
 
-def babble(ids: np.ndarray, boundary: int, length: int, count: int, context: int = 2) -> list[np.ndarray]:
-    """`count` texts of about `length` ids from an unsmoothed n-gram sampler: each token is drawn among those that
+def sample(ids: np.ndarray, boundary: int, length: int, count: int, context: int = 2) -> list[np.ndarray]:
+    """`count` texts of about `length` ids from an unsmoothed n-gram model: each token is drawn among those that
     followed the same `context` tokens in `ids` (documents separated by `boundary`)."""
     hashed = hashes(ids[:-1], context)
     order = np.argsort(hashed, kind="stable")
@@ -125,14 +144,11 @@ def babble(ids: np.ndarray, boundary: int, length: int, count: int, context: int
     texts = []
     for start in rng.choice(starts, count) if len(starts) else ():
         text = list(ids[start : start + context + 1])
-        for _ in range(length):
+        while len(text) < length + context + 1:
             key = hashes(np.array(text[-context:]), context)[0]
             low, high = np.searchsorted(ranked, key, "left"), np.searchsorted(ranked, key, "right")
-            if high == low:
+            if high == low or (token := int(ids[order[rng.integers(low, high)] + context])) == boundary:
                 break
-            drawn = int(ids[order[rng.integers(low, high)] + context])
-            if drawn == boundary:
-                break
-            text.append(drawn)
+            text.append(token)
         texts.append(np.array(text[1:]))
     return texts

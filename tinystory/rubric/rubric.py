@@ -1,44 +1,44 @@
 """The built-in teacher's rubric: readability, coherence and creativity measured on the text, without a neural network.
 
-It stands in for a language model as judge, so that everything runs where there is none. Each criterion is a formula of
-parts between 0 and 1, and its score is three times the criterion, rounded to an integer:
+It stands in for an LLM as judge, so that everything runs where there is none. Each criterion is a formula of parts
+between 0 and 1, and its score is three times the criterion, rounded to an integer:
 
     readability = known * formed * clean * the geometric mean of fluent, grammatical, smooth and 0.1 + 0.9 reach,
                   for 25 fresh words or more
-        known       share of tokens in the corpus's word list
-        formed      share of words in sentences with a capital, an end mark, a verb and at most 30 words
+        known       fraction of tokens in the corpus's vocabulary
+        formed      fraction of words in sentences with a capital, an end mark, a verb and at most 30 words
         clean       few slips: a/an, "they was", doubled words, odd capitals, stray or unclosed quotation marks
         fluent      probability of each sentence under a 5-gram model of the corpus
         grammatical the same for its pattern: function words, and only class and ending of all other words
-        smooth      few words that jar: never seen after the one, two or three before them, though all are common
+        smooth      few odd pairs, triples and quadruples: of common words, but hardly ever together in the corpus
         reach       whether words are likelier given the four words before them than given two
-    coherence = (0.15 focus + 0.1 introduced + 0.1 referred + 0.2 order + 0.1 joined + 0.15 shape + 0.2 fit)
-                * (0.2 + 0.5 told + 0.3 agreement) * unlooped, as far as readable, for 40 fresh words or more
-        focus       share of mentions whose thing or person is mentioned more than once
+    coherence = (0.15 focus + 0.1 introduced + 0.1 referred + 0.2 order + 0.1 joined + 0.15 shape + 0.2 association)
+                * (0.2 + 0.5 names + 0.3 agreement) * unlooped, as far as readable, for 40 fresh words or more
+        focus       fraction of mentions whose thing or character is mentioned more than once
         introduced  "a dog", "named Tim" at the first mention and "the dog", "Tim" later
-        referred    he, she, it, they fit one of the last five things named
+        referred    he, she, it, they fit one of the last five things or characters mentioned
         order       sentences are in the order in which their words usually come in a story
         joined      sentences begin as sentences do after the one before
         shape       a problem, an end mark, and a last sentence that sounds like an ending
-        fit         content words that are told of in one story (company.py)
-        told        names are introduced before they are used as known (people.py)
-        agreement   he and she are the people meant (people.py)
+        association content words that occur in the same stories (association.py)
+        names       names are introduced before they are used as known (characters.py)
+        agreement   he and she agree with the character they refer to (characters.py)
         unlooped    few repeated phrases (names and pronouns count as the same word, so do sentence patterns)
-    creativity = (0.4 varied + 0.4 rare (0.2 + 0.8 fit) + 0.2 rhythm) * (1 + 2 uncopied) / 3 * unlooped,
+    creativity = (0.4 varied + 0.4 rare (0.2 + 0.8 association) + 0.2 rhythm) * (1 + 2 uncopied) / 3 * unlooped,
                  as far as readable and coherent, for 45 fresh words or more
         varied      distinct words, corrected for length
         rare        content words other than the commonest ones
         rhythm      sentences are not all tiny and do not all begin alike
-        uncopied    share of the story outside long phrases of the corpus
+        uncopied    fraction of the story outside long phrases of the corpus
 
 The scale of a part is learned from held-out stories of the corpus: most of them reach 1. The same words in random order
-set 0 for fluent, grammatical and smooth. For reach and the parts of coherence, 0 is set by a sampler that knows only
-which word follows which two or, if that is lower, by the same sentences in random order; for told, agreement and fit
-by the same stories with their names drawn at random, with half of he and she exchanged, and with the second half of
-another story. A story without names, or without he and she, gets one half for that part. So the teacher should know
-the corpus that the student reads. A word is fresh if it is not part of a phrase that came before, in the story or in
-its opening: padding, echoes and loops earn nothing. A text without an end mark or with fewer than three words is less
-than a sentence: 0 0 0.
+set 0 for fluent, grammatical and smooth. For reach and the parts of coherence, 0 is set by an n-gram sampler with two
+tokens of context or, if that is lower, by the same sentences in random order; for names, agreement and association, by
+the same stories with their names drawn at random, with half of he and she exchanged, and with the second half of
+another story. A story without names, or without he and she, gets one half for that part. The rubric should therefore be
+fitted to the corpus that the student is trained on. A word is fresh if it is not part of a phrase that came before, in
+the story or in its opening: padding, echoes and loops score nothing. A text without an end mark or with fewer than
+three words is less than a sentence: 0 0 0.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -46,27 +46,27 @@ from typing import Any
 
 import numpy as np
 
-from tinystory.rubric.association import Company
-from tinystory.rubric.characters import People
+from tinystory.rubric.association import WordAssociation
+from tinystory.rubric.characters import Characters
 from tinystory.rubric.lexicon import Lexicon
-from tinystory.rubric.ngram import ORDER, UNKNOWN, NgramModel, Phrases, babble, hashes
-from tinystory.rubric.surface import CLOSE, formed, sentences, slips, tokens, words_of
+from tinystory.rubric.ngram import ORDER, UNKNOWN, NgramModel, Phrases, covered, first_occurrences, hashes, sample
+from tinystory.rubric.surface import CLOSE, count_slips, split_sentences, tokenize, well_formed_words
 from tinystory.run.errors import UserError
 from tinystory.teacher.prompt import CRITERIA
 
-MOST_TOKENS = 1_700_000  # read from the corpus: about 1.5 M words and their punctuation
-LEAST_TOKENS = 200
-PASSAGE = 600  # tokens; a longer document counts as several stories
-LONGEST = 1000  # tokens of a story that are read; the student writes about a hundred
+MAX_CORPUS_TOKENS = 1_700_000  # about 1.5 M words and their punctuation
+MIN_CORPUS_TOKENS = 200
+MAX_PASSAGE = 600  # tokens; a longer document counts as several stories
+MAX_STORY = 1000  # tokens of a story that are measured; the student writes about a hundred
 EXCERPT = 90  # tokens of each story that sets the scales: about as many as the student writes
 HELD_OUT = 200  # stories held out to set the scales, one in sixteen
 
 TROUBLE = frozenset(
-    words_of(
+    (
         "but sad scared afraid lost angry cry cried crying broke broken fell hurt stuck worried problem couldn't can't "
         "didn't no not never nobody nothing wrong dark danger bad mad upset alone sick trouble cold hungry tired storm "
         "mean lonely missing difficult hard help careful sorry"
-    )
+    ).split()
 )
 # Ids beyond all words, for classes that count as one word when phrases are compared.
 NAMED, THING, ACT, OTHER = range(1 << 30, (1 << 30) + 4)
@@ -80,49 +80,45 @@ def ramp(x: float | np.ndarray, zero: float, one: float) -> Any:
 class Rubric:
     """Measures stories against a corpus, deterministically: the same text always gets the same scores."""
 
-    def __init__(self, lexicon: Lexicon, model: NgramModel, patterns: NgramModel, phrases: Phrases):
-        self.lexicon, self.model, self.patterns, self.phrases = lexicon, model, patterns, phrases
-        self.people, self.company = People(lexicon), Company(lexicon)
+    def __init__(self, stories: list[list[str]], examples: list[list[str]]):
+        """stories: of the corpus, as tokens, to count in; examples: held-out ones, which set the scales."""
+        self.lexicon = lexicon = Lexicon(stories)
+        self.model = NgramModel(lexicon.ids, len(lexicon))
+        self.patterns = NgramModel(lexicon.pattern[lexicon.ids], len(lexicon))
+        self.phrases = _phrases(lexicon, examples)
+        self.characters, self.association = Characters(lexicon), WordAssociation(lexicon)
         self._frame = np.arange(len(lexicon))
         self._frame[lexicon.name | (lexicon.pronoun >= 0)] = NAMED
         self._skeleton = self._frame.copy()
         self._skeleton[lexicon.content & ~lexicon.name] = OTHER
         self._skeleton[lexicon.content & lexicon.verb & ~lexicon.name] = ACT
         self._skeleton[lexicon.noun] = THING
-        self._scale = {
-            "known": (0.75, 0.97),
-            "formed": (0.2, 0.95),
-            "clean": (0.92, 0.995),
-            "unlooped": (0.5, 0.9),
-        }
+        self._scale = {"known": (0.75, 0.97), "formed": (0.2, 0.95), "clean": (0.92, 0.995), "unlooped": (0.5, 0.9)}
+        rng = np.random.default_rng(0)
+        self._set_scales(examples, rng)
+        self._set_coreference_scales([lexicon.look_up(tokens) for tokens in examples], rng)
 
     @classmethod
     def from_corpus(cls, documents: Iterable[str]) -> "Rubric":
-        """Read about 1.5 M words of the documents, hold some stories out and set the scales by them.
+        """A rubric fitted to about 1.5 M words of the documents, of which some stories are held out to set the scales.
 
         Raises UserError if there are too few words.
         """
-        kept: list[list[str]] = []
+        stories: list[list[str]] = []
         held_out: list[list[str]] = []
         count = 0
-        passages = (passage for document in documents for passage in _passages(tokens(document), PASSAGE))
+        passages = (passage for document in documents for passage in _passages(tokenize(document), MAX_PASSAGE))
         for index, passage in enumerate(passages):
             if index % 16 == 15 and len(held_out) < HELD_OUT:
                 held_out.append(passage)
             else:
-                kept.append(passage)
+                stories.append(passage)
                 count += len(passage)
-            if count >= MOST_TOKENS:
+            if count >= MAX_CORPUS_TOKENS:
                 break
-        if count < LEAST_TOKENS:
+        if count < MIN_CORPUS_TOKENS:
             raise UserError(f"the corpus has only {count} words and stops: give the teacher more stories to measure by")
-        lexicon = Lexicon(kept)
-        examples = [next(_passages(passage, EXCERPT)) for passage in held_out or kept[:HELD_OUT]]
-        model = NgramModel(lexicon.ids, len(lexicon))
-        patterns = NgramModel(lexicon.pattern[lexicon.ids], len(lexicon))
-        rubric = cls(lexicon, model, patterns, _phrases(lexicon, examples))
-        rubric._set_scales(examples)
-        return rubric
+        return cls(stories, [next(_passages(passage, EXCERPT)) for passage in held_out or stories[:HELD_OUT]])
 
     def score(self, opening: str, story: str) -> dict[str, int]:
         """The integer score, 0..3, of each criterion."""
@@ -131,93 +127,86 @@ class Rubric:
 
     def measure(self, opening: str, story: str) -> dict[str, float]:
         """The parts and the three criteria, each 0..1, their sum `total`, and `fresh`, the number of fresh words."""
-        seen = self._see(tokens(opening)[-LONGEST:], tokens(story)[:LONGEST])
-        if seen is None:
+        raw = self._raw_parts(tokenize(opening)[-MAX_STORY:], tokenize(story)[:MAX_STORY])
+        if raw is None:
             return dict.fromkeys((*CRITERIA, "total"), 0.0)
         part = {
-            name: 0.5 if seen[name] is None else float(ramp(seen[name], *scale).mean())
+            name: 0.5 if raw[name] is None else float(ramp(raw[name], *scale).mean())
             for name, scale in self._scale.items()
         }
-        part |= {name: float(seen[name]) for name in ("shape", "rhythm", "fresh")}
+        part |= {name: float(raw[name]) for name in ("shape", "rhythm", "fresh")}
         fresh = part["fresh"]
         # Small floors, so that an improvement raises the total even of the worst text.
         natural = (part["fluent"] * part["grammatical"] * part["smooth"] * (0.1 + 0.9 * part["reach"])) ** 0.25
         correct = part["known"] * (0.02 + 0.98 * part["formed"]) * (0.02 + 0.98 * part["clean"])
         readability = correct * (0.02 + 0.98 * natural) * ramp(fresh, 1, 25)
-        thread = (
-            0.15 * part["focus"]
-            + 0.1 * part["introduced"]
-            + 0.1 * part["referred"]
-            + 0.2 * part["order"]
-            + 0.1 * part["joined"]
-            + 0.15 * part["shape"]
-            + 0.2 * part["fit"]
-        )
-        who_is_who = 0.2 + 0.5 * part["told"] + 0.3 * part["agreement"]
-        coherence = thread * who_is_who * part["unlooped"] * ramp(readability, 0, 0.4) * ramp(fresh, 5, 40)
-        own = 0.4 * part["varied"] + 0.4 * part["rare"] * (0.2 + 0.8 * part["fit"]) + 0.2 * part["rhythm"]
+        thread = 0.15 * part["focus"] + 0.1 * part["introduced"] + 0.1 * part["referred"] + 0.2 * part["order"]
+        thread = thread + 0.1 * part["joined"] + 0.15 * part["shape"] + 0.2 * part["association"]
+        coreference = 0.2 + 0.5 * part["names"] + 0.3 * part["agreement"]
+        coherence = thread * coreference * part["unlooped"] * ramp(readability, 0, 0.4) * ramp(fresh, 5, 40)
+        novel = 0.4 * part["varied"] + 0.4 * part["rare"] * (0.2 + 0.8 * part["association"]) + 0.2 * part["rhythm"]
         sense = ramp(readability, 0.1, 0.7) * (0.2 + 0.8 * ramp(coherence, 0, 0.6))
-        creativity = own * (1 + 2 * part["uncopied"]) / 3 * part["unlooped"] * sense * ramp(fresh, 5, 45)
+        creativity = novel * (1 + 2 * part["uncopied"]) / 3 * part["unlooped"] * sense * ramp(fresh, 5, 45)
         criteria = dict(zip(CRITERIA, map(float, (readability, coherence, creativity)), strict=True))
         return part | criteria | {"total": sum(criteria.values())}
 
-    def _set_scales(self, examples: list[list[str]]) -> None:
-        """Set each part's scale. examples: held-out stories, as tokens, which set 1; corrupted copies of them and
-        n-gram samples set 0."""
-        lexicon, rng = self.lexicon, np.random.default_rng(0)
+    def _set_scales(self, examples: list[list[str]], rng: np.random.Generator) -> None:
+        """Held-out stories set 1; corrupted copies of them and n-gram samples set 0."""
+        lexicon = self.lexicon
 
-        def seen(texts: Iterable[list[str]]) -> list[dict]:
-            return [measured for text in texts if (measured := self._see([], text)) is not None]
+        def raw_parts(texts: Iterable[list[str]]) -> list[dict]:
+            return [raw for text in texts if (raw := self._raw_parts([], text)) is not None]
 
-        good = seen(examples)
-        mixed = seen(_shuffled([[token] for token in text], rng) for text in examples)
-        reordered = seen(_shuffled([text[a:b] for a, b in sentences(text).bounds], rng) for text in examples)
-        weak = seen([lexicon.spellings[id] for id in text] for text in babble(lexicon.spelled, 0, 100, 100))
+        real = raw_parts(examples)
+        shuffled = raw_parts(_shuffled([[token] for token in text], rng) for text in examples)
+        reordered = raw_parts(_shuffled([text[a:b] for a, b in split_sentences(text).bounds], rng) for text in examples)
+        sampled = raw_parts([lexicon.spellings[id] for id in ids] for ids in sample(lexicon.spelling_ids, 0, 100, 100))
 
-        def value(group: list[dict], name: str, percent: float) -> float:
-            values = [np.atleast_1d(measured[name]) for measured in group] or [np.zeros(1)]
+        def percentile(group: list[dict], name: str, percent: float) -> float:
+            values = [np.atleast_1d(raw[name]) for raw in group] or [np.zeros(1)]
             return float(np.percentile(np.concatenate(values), percent))
 
         # In nats per token. Against a repetitive corpus, -2.5 and -2 are enough for a score of 1.
         for name, enough in (("fluent", -2.5), ("grammatical", -2.0)):
-            one = min(value(good, name, 25), enough)
-            self._scale[name] = (min(value(mixed, name, 50), one - 2), one)
+            one = min(percentile(real, name, 25), enough)
+            self._scale[name] = (min(percentile(shuffled, name, 50), one - 2), one)
         self._scale |= {
-            "smooth": (min(value(mixed, "smooth", 50), 0.9), 0.99),
-            "varied": (value(good, "varied", 50) / 2 - 0.01, value(good, "varied", 35)),
-            "rare": (value(good, "rare", 50) - 1.5, value(good, "rare", 40)),
-            "uncopied": (0.0, max(0.1, value(good, "uncopied", 25))),
+            "smooth": (min(percentile(shuffled, "smooth", 50), 0.9), 0.99),
+            "varied": (percentile(real, "varied", 50) / 2 - 0.01, percentile(real, "varied", 35)),
+            "rare": (percentile(real, "rare", 50) - 1.5, percentile(real, "rare", 40)),
+            "uncopied": (0.0, max(0.1, percentile(real, "uncopied", 25))),
         }
         for name in ("reach", "focus", "introduced", "referred", "order", "joined"):
-            one = value(good, name, 40)
-            zero = value(weak, name, 50)
+            one = percentile(real, name, 40)
+            zero = percentile(sampled, name, 50)
             if name in ("introduced", "referred", "order", "joined"):
-                zero = min(zero, value(reordered, name, 50))
+                zero = min(zero, percentile(reordered, name, 50))
             self._scale[name] = (min(zero, one - 0.1), one)
 
+    def _set_coreference_scales(self, stories: list[np.ndarray], rng: np.random.Generator) -> None:
+        """The same for names, agreement and association. stories: ids of the held-out ones."""
+
         def scale(
-            measure: Callable[[np.ndarray], float | None], corrupt: list[np.ndarray], least: float
+            measure: Callable[[np.ndarray], float | None], corrupted: list[np.ndarray], least: float
         ) -> tuple[float, float]:
             real, worse = (
                 [value for text in group if (value := measure(text)) is not None] or [0.0]
-                for group in (stories, corrupt)
+                for group in (stories, corrupted)
             )
             one = float(np.percentile(real, 40))
             return min(float(np.percentile(worse, 50)), one - least), one
 
-        people, stories = self.people, [lexicon.look_up(text) for text in examples]
-        halves = [
-            np.append(a[: len(a) // 2], b[len(b) // 2 :])
-            for a, b in zip(stories, [*stories[1:], *stories[:1]], strict=True)
-        ]
+        characters, others = self.characters, [*stories[1:], *stories[:1]]
+        halves = [np.append(a[: len(a) // 2], b[len(b) // 2 :]) for a, b in zip(stories, others, strict=True)]
+        renamed, flipped = ([f(text, rng) for text in stories] for f in (characters.renamed, characters.flipped))
         self._scale |= {
-            "told": scale(people.told, [people.renamed(text, rng) for text in stories], 0.5),
-            "agreement": scale(people.agreement, [people.flipped(text, rng) for text in stories], 0.2),
-            "fit": scale(self.company.fit, halves, 0.02),
+            "names": scale(characters.introduction, renamed, 0.5),
+            "agreement": scale(characters.agreement, flipped, 0.2),
+            "association": scale(self.association.mean, halves, 0.02),
         }
 
-    def _see(self, before: list[str], after: list[str]) -> dict | None:
-        """The unscaled measurements; None for less than a sentence. before, after: tokens of the opening, the story."""
+    def _raw_parts(self, before: list[str], after: list[str]) -> dict | None:
+        """The unscaled parts; None for less than a sentence. before, after: tokens of the opening and of the story."""
         words = np.array([token[0].isalpha() for token in after], bool)
         count = int(words.sum())
         if count < 3 or not any(token[0] in ".!?" for token in after):
@@ -225,88 +214,80 @@ class Rubric:
         lexicon, start = self.lexicon, len(before)
         ids = lexicon.look_up(before + after)
         story = ids[start:]
-        found = sentences(after)
-        spans = [(first, end) for first, end in found.bounds if words[first:end].any()]
+        sentences = split_sentences(after)
+        spans = [(first, end) for first, end in sentences.bounds if words[first:end].any()]
         lower = [token.lower() for token in after]
-        again = _again(self._frame[ids], 4)[start:] | _again(self._skeleton[ids], 7)[start:]
-        logprob, jars = (seen[..., start:] for seen in self.model.read(ids))
-        pattern, odd = (seen[..., start:] for seen in self.patterns.read(lexicon.pattern[ids]))
+        repeated = (_repeated(self._frame[ids], 4) | _repeated(self._skeleton[ids], 7))[start:]
+        logprob, odd = (values[..., start:] for values in self.model.read(ids))
+        pattern_logprob, odd_pattern = (values[..., start:] for values in self.patterns.read(lexicon.pattern[ids]))
         continues = bool(before) and before[-1][0] not in f".!?{CLOSE}"
         content = np.unique(story[lexicon.content[story]])
         openers = [next(word for word in lower[first:end] if word[0].isalpha()) for first, end in spans]
         commonest = max(map(openers.count, openers)) / len(openers)
-        ended = after[-1][0] in f".!?{CLOSE}" and not found.unpaired
-        pairs = lexicon.place(story)
-        place = [float(pairs[first : end - 1].sum()) for first, end in spans]
+        ended = after[-1][0] in f".!?{CLOSE}" and not sentences.unpaired
+        pair_places = lexicon.place(story)
+        places = [float(pair_places[first : end - 1].sum()) for first, end in spans]
         return {
             "known": np.mean(story != UNKNOWN),
-            "formed": formed(after, found, lexicon.verb[story].tolist(), continues) / count,
-            "clean": 1 - slips(after, found, lexicon.may_be_capital[story].tolist()) / count,
-            "fluent": _by_sentence(logprob[-1], found.bounds),
-            "grammatical": _by_sentence(pattern[-1], found.bounds),
-            "smooth": 1 - (jars.mean() + odd.mean()) / 2,
+            "formed": well_formed_words(after, sentences, lexicon.verb[story].tolist(), continues) / count,
+            "clean": 1 - count_slips(after, sentences, lexicon.may_be_capital[story].tolist()) / count,
+            "fluent": _by_sentence(logprob[-1], sentences.bounds),
+            "grammatical": _by_sentence(pattern_logprob[-1], sentences.bounds),
+            "smooth": 1 - (odd.mean() + odd_pattern.mean()) / 2,
             "reach": (logprob[-1] - logprob[2]).mean(),
-            **self._things(ids, start),
+            **self._entities(ids, start),
             "referred": self._referred(ids, start),
-            "told": self.people.told(ids, start),
-            "agreement": self.people.agreement(ids, start),
-            "fit": self.company.fit(story),
-            "order": _order(place),
+            "names": self.characters.introduction(ids, start),
+            "agreement": self.characters.agreement(ids, start),
+            "association": self.association.mean(story),
+            "order": _order(places),
             "joined": _joined(logprob, spans),
-            "shape": 0.4 * any(word in TROUBLE for word in lower) + 0.3 * ended + 0.3 * (ended and place[-1] > 0),
-            "unlooped": 1 - again.mean(),
-            "fresh": int((words & ~again).sum()),
+            "shape": 0.4 * any(word in TROUBLE for word in lower) + 0.3 * ended + 0.3 * (ended and places[-1] > 0),
+            "unlooped": 1 - repeated.mean(),
+            "fresh": int((words & ~repeated).sum()),
             "varied": len(np.unique(story[words])) / count**0.7,
             "rare": -np.log(lexicon.frequency[content]).mean() if len(content) else 0.0,
             "rhythm": ramp(count / len(spans), 3, 6) * (ramp(commonest, 0.95, 0.65) if len(spans) > 3 else 1.0),
             "uncopied": 1 - self.phrases.copied(story),
         }
 
-    def _things(self, ids: np.ndarray, start: int) -> dict[str, float]:
-        """Whether the story stays with its things and people, and introduces them as stories do."""
+    def _entities(self, ids: np.ndarray, start: int) -> dict[str, float]:
+        """Whether the story stays with its things and characters, and introduces them as stories do."""
         lexicon = self.lexicon
         at = start + np.flatnonzero(lexicon.entity[ids[start:]])
         if not len(at):
             return {"focus": 0.0, "introduced": -1.0}
         mentions = np.bincount(ids[lexicon.entity[ids]])
-        new = np.zeros(len(ids), np.int64)
-        new[np.unique(ids, return_index=True)[1]] = 1
-        logprob = lexicon.brought_in[ids[at], :, lexicon.contexts(ids)[at]]  # (things, known or new)
-        row, status = np.arange(len(at)), new[at]
+        logprob = lexicon.introduction[ids[at], :, lexicon.introductions(ids)[at]]  # (entities, known or new)
+        row, status = np.arange(len(at)), first_occurrences(ids)[at].astype(int)
         evidence = np.clip(logprob[row, status] - logprob[row, 1 - status], -3, 3)
         return {"focus": np.mean(mentions[ids[at]] > 1), "introduced": evidence.mean()}
 
     def _referred(self, ids: np.ndarray, start: int) -> float:
-        """How well each he, she, it, they fits one of the last five things named: the mean of the best fits."""
+        """How well each he, she, it, they fits one of the last five entities: the mean over pronouns of the best
+        probability."""
         lexicon = self.lexicon
         recent: list[int] = []
-        fits: list[float] = []
+        best: list[float] = []
         for at in np.flatnonzero(lexicon.entity[ids] | (lexicon.pronoun[ids] >= 0)).tolist():
             id = int(ids[at])
             which = lexicon.pronoun[id]
             if which < 0:
-                if id in recent:
-                    recent.remove(id)
-                recent.append(id)
-                del recent[:-5]
+                recent = [*(entity for entity in recent if entity != id), id][-5:]
             elif at >= start:
-                fits.append(max((lexicon.referred[thing, which] for thing in recent), default=0.0))
-        return float(np.mean(fits)) if fits else 0.0
+                best.append(max((lexicon.pronoun_given[entity, which] for entity in recent), default=0.0))
+        return float(np.mean(best)) if best else 0.0
 
 
-def _passages(spelled: list[str], longest: int) -> Iterator[list[str]]:
-    """The tokens in pieces of whole sentences, of at most `longest` tokens unless a single sentence is longer."""
-    if len(spelled) <= longest:
-        if spelled:
-            yield spelled
-        return
-    start = end = 0
-    for first, last in sentences(spelled).bounds:
-        if last - start > longest and first > start:
-            yield spelled[start:first]
+def _passages(tokens: list[str], longest: int) -> Iterator[list[str]]:
+    """The tokens in passages of whole sentences, of at most `longest` tokens unless a single sentence is longer."""
+    start = 0
+    for first, end in split_sentences(tokens).bounds if len(tokens) > longest else ():
+        if end - start > longest and first > start:
+            yield tokens[start:first]
             start = first
-        end = last
-    yield spelled[start:end]
+    if tokens:
+        yield tokens[start:]
 
 
 def _shuffled(pieces: list[list[str]], rng: np.random.Generator) -> list[str]:
@@ -318,19 +299,14 @@ def _phrases(lexicon: Lexicon, examples: list[list[str]]) -> Phrases:
     a repetitive corpus only longer shared phrases are copies."""
     for n in (8, 12, 16, 24):
         phrases = Phrases(lexicon.ids, n)
-        if np.mean([phrases.copied(lexicon.look_up(spelled)) for spelled in examples]) < 0.3:
+        if np.mean([phrases.copied(lexicon.look_up(tokens)) for tokens in examples]) < 0.3:
             break
     return phrases
 
 
-def _again(ids: np.ndarray, n: int) -> np.ndarray:
+def _repeated(ids: np.ndarray, n: int) -> np.ndarray:
     """(T,) bool: the tokens of each n-gram that has occurred before."""
-    if len(ids) < n:
-        return np.zeros(len(ids), bool)
-    keys = hashes(ids, n)
-    repeated = np.ones(len(keys), bool)
-    repeated[np.unique(keys, return_index=True)[1]] = False
-    return np.convolve(repeated, np.ones(n, int)) > 0
+    return covered(~first_occurrences(hashes(ids, n)), n, len(ids))
 
 
 def _by_sentence(logprob: np.ndarray, bounds: list[tuple[int, int]]) -> np.ndarray:
@@ -339,11 +315,11 @@ def _by_sentence(logprob: np.ndarray, bounds: list[tuple[int, int]]) -> np.ndarr
     return np.repeat(np.add.reduceat(logprob, starts) / (ends - starts), ends - starts)
 
 
-def _order(place: list[float]) -> float:
+def _order(places: list[float]) -> float:
     """-1..1: whether the sentences are in the order in which their words usually come in a story."""
-    later = np.subtract.outer(place, place)[np.tril_indices(len(place), -1)]
-    apart = np.abs(later).sum()
-    return float(later.sum() / apart) * min(1.0, (len(place) - 1) / 4) if apart > 0 else 0.0
+    differences = np.subtract.outer(places, places)[np.tril_indices(len(places), -1)]
+    total = np.abs(differences).sum()
+    return float(differences.sum() / total) * min(1.0, (len(places) - 1) / 4) if total > 0 else 0.0
 
 
 def _joined(logprob: np.ndarray, spans: list[tuple[int, int]]) -> float:

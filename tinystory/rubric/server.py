@@ -1,8 +1,8 @@
 """The built-in teacher: the rubric behind OpenAI's HTTP interface, on this machine only.
 
-It stands in for an LLM and says so in /v1/models. It gets the same prompt as an LLM, finds the story in it, measures it
-and replies "2 1 3", or the JSON that a response_format asks for. A prompt that does not ask for these three criteria
-gets a reply in words, without numbers.
+It stands in for an LLM and says so in /v1/models. It gets the same prompt as an LLM, measures the story in it and
+replies "2 1 3", or the JSON that a response_format asks for. A prompt that does not ask for these three criteria gets a
+reply in words, without numbers.
 """
 
 import json
@@ -15,9 +15,9 @@ from tinystory.teacher.server import application, listening
 
 MODEL = "tinystory-rubric"
 DESCRIPTION = "A rubric measured on the text: a stand-in for an LLM, so that a run needs none. It only grades stories."
-CANNOT = (
-    "I am a rubric that stands in for a language model. I can only grade a story, asked for in tinystory's own words, "
-    f"for {', '.join(CRITERIA)}; I found no such question here, so I give no grades."
+REFUSAL = (
+    "I am a rubric that stands in for a language model. I can only grade a story for "
+    f"{', '.join(CRITERIA)}, asked for in tinystory's own words; I find no such question here, so I give no grades."
 )
 
 
@@ -29,17 +29,13 @@ async def serve(rubric: Rubric, port: int = 0, model: str = MODEL) -> AsyncItera
     """
 
     async def reply(messages: list[dict], keys: list[str] | None) -> str:
-        return _reply(rubric, messages, keys)
+        question = read_back(messages)
+        if question is None or ", ".join(CRITERIA) not in messages[0]["content"]:  # it asks for other criteria
+            return REFUSAL if keys is None else json.dumps({"error": REFUSAL})
+        scores = rubric.score(*question)
+        if keys is None:
+            return " ".join(str(scores[name]) for name in CRITERIA)
+        return json.dumps({name: scores[name] for name in keys})
 
     async with listening(application(model, DESCRIPTION, CRITERIA, reply), port) as url:
         yield f"{url}/v1"
-
-
-def _reply(rubric: Rubric, messages: list[dict], keys: list[str] | None) -> str:
-    found = read_back(messages)
-    if found is None or ", ".join(CRITERIA) not in messages[0]["content"]:  # it asks for other criteria
-        return CANNOT if keys is None else json.dumps({"error": CANNOT})
-    scores = rubric.score(*found)
-    if keys is None:
-        return " ".join(str(scores[name]) for name in CRITERIA)
-    return json.dumps({name: scores[name] for name in keys})

@@ -1,7 +1,7 @@
 """What a text shows without much knowledge of its language: tokens, sentences, quotations, slips."""
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 TOKEN = re.compile(r"[^\W\d_]+(?:['-](?!s\b)[^\W\d_]+)*|'s\b|\d+|\.\.\.|[.!?]+|[^\w\s]|_")
 OPEN, CLOSE = "\u201c", "\u201d"  # quotation marks, as tokens
@@ -10,89 +10,83 @@ _OPENING = re.compile(r'(?<![^\s(\[-])"(?=\S)')
 _PLAIN = str.maketrans("\u201e\u00ab\u00bb\u2018\u2019\u2013\u2014", f"{OPEN}{OPEN}{CLOSE}''--") | {0x2026: "..."}
 LONGEST_SENTENCE = 30  # words; a longer one is a run-on sentence
 
-
-def words_of(line: str) -> list[str]:
-    return line.split()
-
-
 # Words that a child's story may say twice: "very very big", "knock knock".
-MAY_DOUBLE = frozenset(words_of("very so really ha no yes had that bye knock tick hop la quack woof meow beep long"))
-CLASHES = frozenset(
-    [f"{who} {verb}" for who in ("he", "she", "it") for verb in ("are", "am")]
-    + [f"{who} {verb}" for who in ("they", "we") for verb in ("is", "was", "has", "am")]
+MAY_DOUBLE = frozenset("very so really ha no yes had that bye knock tick hop la quack woof meow beep long".split())
+DISAGREEMENTS = frozenset(
+    [f"{subject} {verb}" for subject in ("he", "she", "it") for verb in ("are", "am")]
+    + [f"{subject} {verb}" for subject in ("they", "we") for verb in ("is", "was", "has", "am")]
     + [f"i {verb}" for verb in ("is", "are", "has")]
 )
 
 
-def tokens(text: str) -> list[str]:
+def tokenize(text: str) -> list[str]:
     """Words (with 's apart), numbers, end marks and single other characters. Typographic marks become plain ones, but
     opening and closing quotation marks stay distinct: one that opens has a space before it and none after."""
     return TOKEN.findall(_OPENING.sub(OPEN, text.translate(_PLAIN)).replace('"', CLOSE))
 
 
-@dataclass(frozen=True)
-class Sentences:
+class Sentences(NamedTuple):
     bounds: list[tuple[int, int]]  # first token and one past the last
     quoted: list[bool]  # for each token: within quotation marks (the opening mark counts, the closing one does not)
     unpaired: int  # quotation marks that close nothing, open within a quotation, or are still open at the end
 
 
-def sentences(spelled: list[str]) -> Sentences:
+def split_sentences(tokens: list[str]) -> Sentences:
     """A sentence ends at . ! ? and includes a closing quotation mark after it, but goes on before "asked the fish"."""
     bounds, quoted, inside, start, unpaired = [], [], False, 0, 0
-    for at, token in enumerate(spelled):
+    for at, token in enumerate(tokens):
         if token in (OPEN, CLOSE):
             unpaired += inside == (token == OPEN)
             inside = token == OPEN
         quoted.append(inside)
-        closes = token == CLOSE and at > start and spelled[at - 1][0] in ".!?"
-        if not closes and (token[0] not in ".!?" or spelled[at + 1 : at + 2] == [CLOSE]):
+        closes = token == CLOSE and at > start and tokens[at - 1][0] in ".!?"
+        if not closes and (token[0] not in ".!?" or tokens[at + 1 : at + 2] == [CLOSE]):
             continue
-        goes_on = (closes or token == "...") and at + 1 < len(spelled) and spelled[at + 1][0].islower()
+        goes_on = (closes or token == "...") and at + 1 < len(tokens) and tokens[at + 1][0].islower()
         if not goes_on:
             bounds.append((start, at + 1))
             start = at + 1
-    unpaired += inside and start == len(spelled)
-    if start < len(spelled):
-        bounds.append((start, len(spelled)))
+    unpaired += inside and start == len(tokens)
+    if start < len(tokens):
+        bounds.append((start, len(tokens)))
     return Sentences(bounds, quoted, unpaired)
 
 
-def formed(spelled: list[str], found: Sentences, verb: list[bool], continues: bool) -> int:
+def well_formed_words(tokens: list[str], sentences: Sentences, verb: list[bool], continues: bool) -> int:
     """The number of words in well-formed sentences: with a capital, an end mark and a verb, and not too long.
 
     In a quotation a few words are enough ("Oh, no!"). The last sentence may be cut short. continues: the first sentence
     continues an unfinished opening.
     """
-    good = 0
-    for first, end in found.bounds:
-        words = [at for at in range(first, end) if spelled[at][0].isalpha()]
+    count = 0
+    for first, end in sentences.bounds:
+        words = [at for at in range(first, end) if tokens[at][0].isalpha()]
         if not words or len(words) > LONGEST_SENTENCE:
             continue
-        capital = spelled[words[0]][0].isupper() or (first == 0 and continues)
-        ended = spelled[end - 1][0] in ".!?" or spelled[end - 1] == CLOSE
-        cut = end == len(spelled) and not ended
-        spoken = found.quoted[words[0]] and len(words) <= 5
+        capital = tokens[words[0]][0].isupper() or (first == 0 and continues)
+        ended = tokens[end - 1][0] in f".!?{CLOSE}"
+        cut = end == len(tokens) and not ended
+        spoken = sentences.quoted[words[0]] and len(words) <= 5
         if capital and (cut or (ended and (spoken or (len(words) >= 3 and any(verb[first:end]))))):
-            good += len(words)
-    return good
+            count += len(words)
+    return count
 
 
-def slips(spelled: list[str], found: Sentences, may_be_capital: list[bool]) -> float:
+def count_slips(tokens: list[str], sentences: Sentences, may_be_capital: list[bool]) -> float:
     """The number of slips: a/an, "they was", doubled words, odd capitals, stray punctuation, unclosed quotations."""
-    count = 2.0 * found.unpaired
+    count = 2.0 * sentences.unpaired
     last, last_is_word = "", False
-    for at, token in enumerate(spelled):
-        this, is_word = token.lower(), token[0].isalpha()
+    for at, token in enumerate(tokens):
+        word, is_word = token.lower(), token[0].isalpha()
         if is_word:
-            doubled = last == this and this not in MAY_DOUBLE
-            vowel = this[0] in "aeio" and not this.startswith(("one", "once", "eu"))
-            article = (last == "a" and vowel) or (last == "an" and this[0] not in "aeiouh")
-            if doubled or article or token == "i" or f"{last} {this}" in CLASHES:
+            doubled = last == word and word not in MAY_DOUBLE
+            vowel = word[0] in "aeio" and not word.startswith(("one", "once", "eu"))
+            article = (last == "a" and vowel) or (last == "an" and word[0] not in "aeiouh")
+            if doubled or article or token == "i" or f"{last} {word}" in DISAGREEMENTS:
                 count += 1
-            if last_is_word and token[0].isupper() and not may_be_capital[at] and this != "i":
+            if last_is_word and token[0].isupper() and not may_be_capital[at] and word != "i":
                 count += 0.5
-        elif last == OPEN or (at and not last_is_word and last != CLOSE and this not in (OPEN, CLOSE)):
+        elif last == OPEN or (at and not last_is_word and last != CLOSE and word not in (OPEN, CLOSE)):
             count += 1  # two punctuation marks in a row
-        last, last_is_word = this, is_word
+        last, last_is_word = word, is_word
     return count

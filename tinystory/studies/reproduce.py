@@ -22,6 +22,7 @@ from tinystory.evaluate.pairs import evaluate_pairs
 from tinystory.evaluate.stories import story_measures
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import pick_device
+from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError
 from tinystory.run.folder import atomic_write, device_name, git_commit, plain, read_metrics, versions
 from tinystory.student import checkpoint
@@ -202,7 +203,7 @@ def reproduce(
         controls = plan_reading(parts, out)
         run_parts(controls, out, scale.preset, jobs, lock)
         replies, seeded = out / EVALUATION / "replies.jsonl", dataclasses.replace(interact, seed=SEED)
-        with open_grader(seeded, corpus=pretrain.corpus, replies=replies) as grader:
+        with open_grader(seeded, builtin_teacher, corpus=pretrain.corpus, replies=replies) as grader:
             evaluator = CheckpointEvaluator(grader, pretrain, interact, scale.stories, blimp)
             evaluate(subjects(parts + controls, out), out, evaluator)
         facts = dict(scale=name, teacher=evaluator.settings["teacher"], **dataclasses.asdict(scale))

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_act
 NO_CONTEXT = {"context_length_exceeded", "exceed_context_size_error"}
 LOOPBACK = re.compile(r"https?://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/|$)", re.IGNORECASE)
 NO_CONTEXT_WORDS = re.compile(r"context (length|size|window)", re.IGNORECASE)
-# What templates say that know no system message: Gemma's and Mistral's, which llama.cpp answers with 500, and Google.
+# Refusals by templates without a system message: Gemma's and Mistral's, which llama.cpp answers with 500, and Google.
 NO_SYSTEM = re.compile(
     r"(system|developer) (role|message|prompt|instruction)|roles must alternate|roles are supported", re.IGNORECASE
 )
@@ -38,23 +38,21 @@ CUT_SHORT = "output limit was reached"  # OpenAI's 400 where the thoughts alone 
 DEEPEST = 8  # levels of an error that are read: one provider's within another's
 
 
+@dataclass(eq=False)
 class Failure(Exception):
     """A request without a usable answer. The message continues "the teacher at URL ..."."""
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int | None = None,  # HTTP status; None if no answer came
-        again: bool = False,  # transient: worth a retry
-        busy: bool = False,  # the server asks for fewer requests
-        fatal: bool = False,  # every other story would fail in the same way
-        unreachable: bool = False,  # no connection could be made
-        retry_after: float | None = None,  # seconds that the server asks to wait
-    ):
-        super().__init__(message)
-        self.status, self.again, self.busy, self.fatal = status, again, busy, fatal
-        self.unreachable, self.retry_after = unreachable, retry_after
+    message: str
+    _: KW_ONLY
+    status: int | None = None  # HTTP status; None if no answer came
+    again: bool = False  # transient: worth a retry
+    busy: bool = False  # the server asks for fewer requests
+    fatal: bool = False  # every other story would fail in the same way
+    unreachable: bool = False  # no connection could be made
+    retry_after: float | None = None  # seconds that the server asks to wait
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Reply:
     tokens: tuple[int, int] | None = None  # (prompt, completion) as the server counts them; None if it does not
 
 
-class Server:
+class ChatClient:
     """The server at `url`, which includes /v1. key: None for servers without keys; timeout_s: how long one request
     waits for the next byte. To be used on one event loop."""
 
@@ -85,23 +83,19 @@ class Server:
             raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
         self._broken = (openai.APIConnectionError, httpx2.RequestError, aiohttp.ClientError, OSError)
         self._unreachable = aiohttp.ClientConnectorError
-        # The caller limits the connections: to aiohttp, 0 means no limit and None its own limit of 100. A redirect
-        # could carry the key to another host, so none is followed. A proxy cannot reach this machine's loopback.
-        # Retries are decided by the caller, who knows the stories.
         timeout = openai.Timeout(timeout_s, connect=min(timeout_s, 10.0))
         try:
-            self._client = openai.AsyncOpenAI(
-                base_url=url,
-                api_key=self._key or "none",
-                max_retries=0,
+            # The pool limits the connections: to aiohttp, 0 means no limit and None its own limit of 100. A redirect
+            # could carry the key to another host, so none is followed. A proxy cannot reach this machine's loopback.
+            http_client = openai.DefaultAioHttpClient(
                 timeout=timeout,
-                http_client=openai.DefaultAioHttpClient(
-                    timeout=timeout,
-                    limits=httpx2.Limits(max_connections=0, keepalive_expiry=KEEP_ALIVE_S),
-                    follow_redirects=False,
-                    event_hooks={"response": [self._refuse]},
-                    trust_env=not LOOPBACK.match(url),
-                ),
+                limits=httpx2.Limits(max_connections=0, keepalive_expiry=KEEP_ALIVE_S),
+                follow_redirects=False,
+                event_hooks={"response": [self._check_status]},
+                trust_env=not LOOPBACK.match(url),
+            )
+            self._client = openai.AsyncOpenAI(
+                base_url=url, api_key=self._key or "none", max_retries=0, timeout=timeout, http_client=http_client
             )
             self._host = httpx2.URL(url).raw_host.decode()
         except httpx2.InvalidURL as error:
@@ -114,7 +108,7 @@ class Server:
         """The names of the models that the server lists, in its order."""
         match await self._answer(self._client.models.with_streaming_response.list(), LONGEST_LIST):
             case {"data": [*entries]} if all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries):
-                return [name for entry in entries if (name := self.words(entry["id"]))]
+                return [name for entry in entries if (name := self.one_line(entry["id"]))]
         raise Failure("answers, but not as an OpenAI-compatible API: check the URL", status=200)
 
     async def chat(self, **request: Any) -> Reply:
@@ -122,25 +116,29 @@ class Server:
         try:
             answer = await self._answer(self._client.chat.completions.with_streaming_response.create(**request))
         except Failure as failure:
-            if failure.status == 400 and CUT_SHORT in str(failure):
+            if failure.status == 400 and CUT_SHORT in failure.message:
                 return Reply("", "length")
             raise
         match answer:
-            case {"choices": [{"message": {**message}, **choice}, *_], **rest}:
-                text = message.get("content")
-                if text is None or isinstance(text, str):
-                    # Some servers leave the thoughts in the text. JSON can hold half a surrogate pair.
-                    thoughts, _, text = (text or "").encode(errors="replace").decode().rpartition("</think>")
-                    apart = (str(message.get(name) or "") for name in ("reasoning_content", "reasoning"))
-                    return Reply(
-                        self._redacted(text.lstrip() if thoughts else text),
-                        self.words(str(choice.get("finish_reason") or "")),
-                        sum(map(len, apart)) + len(thoughts.replace("<think>", "").strip()),
-                        _logprobs(choice.get("logprobs")),
-                        _tokens(rest.get("usage")),
-                    )
-        said = self.words(_said(answer)[0])
-        raise Failure("answers, but not with a chat completion" + f" ({said})" * bool(said), status=200, again=True)
+            case {"choices": [{"message": {**message}, **choice}, *_], **rest} if isinstance(
+                content := message.get("content"), str | None
+            ):
+                pass
+            case _:
+                error = self.one_line(_error_text(answer)[0])
+                raise Failure(
+                    "answers, but not with a chat completion" + f" ({error})" * bool(error), status=200, again=True
+                )
+        # Some servers leave the thoughts in the text. JSON can hold half a surrogate pair.
+        thoughts, _, text = (content or "").encode(errors="replace").decode().rpartition("</think>")
+        reasoning = (str(message.get(name) or "") for name in ("reasoning_content", "reasoning"))
+        return Reply(
+            self._redacted(text.lstrip() if thoughts else text),
+            self.one_line(str(choice.get("finish_reason") or "")),
+            sum(map(len, reasoning)) + len(thoughts.replace("<think>", "").strip()),
+            _logprobs(choice.get("logprobs")),
+            _tokens(rest.get("usage")),
+        )
 
     async def _answer(
         self, request: "AbstractAsyncContextManager[openai.AsyncAPIResponse]", longest: int = LONGEST_ANSWER
@@ -148,64 +146,65 @@ class Server:
         """The JSON value of the response; None if it is not JSON."""
         try:
             async with request as response:
-                body = await _read(response.iter_bytes(), longest)
+                return _json(await _read(response.iter_bytes(), longest))
         except self._broken as error:
             causes: list[BaseException] = [error]
             while causes[-1].__cause__ is not None:
                 causes.append(causes[-1].__cause__)
-            if isinstance(causes[-1], Failure):  # of _refuse: openai before 3.16 wraps it
-                raise causes[-1] from None
+            cause = causes[-1]
+            if isinstance(cause, Failure):  # of _check_status: openai before 3.16 wraps it
+                raise cause from None
+            message = self.one_line(str(cause) or type(cause).__name__)
             unreachable = next((cause for cause in causes if isinstance(cause, self._unreachable)), None)
-            message = f"broke off ({self.words(str(causes[-1]) or type(causes[-1]).__name__)})"
-            if unreachable:
-                advice, peer = "start it, or check the URL", f"{unreachable.host}:{unreachable.port}"
-                if unreachable.host != self._host:
-                    advice = (
-                        f"start the proxy {peer} (HTTP_PROXY, HTTPS_PROXY or ALL_PROXY), or set NO_PROXY={self._host}"
-                    )
-                message = f"cannot be reached ({self.words(str(causes[-1]))}): {advice}"
-            raise Failure(message, again=True, unreachable=unreachable is not None) from None
-        return _json(body)
+            if unreachable is None:
+                raise Failure(f"broke off ({message})", again=True) from None
+            advice, peer = "start it, or check the URL", f"{unreachable.host}:{unreachable.port}"
+            if unreachable.host != self._host:
+                proxies = "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
+                advice = f"start the proxy {peer} ({proxies}), or set NO_PROXY={self._host}"
+            raise Failure(f"cannot be reached ({message}): {advice}", again=True, unreachable=True) from None
 
-    async def _refuse(self, response: "httpx2.Response") -> None:
+    async def _check_status(self, response: "httpx2.Response") -> None:
         """Called with every response before its body is read: raises Failure for any status but success."""
         status, headers = response.status_code, response.headers
         if status < 300:
             return
         if status < 400:
-            where = self.words(headers.get("location", "nowhere"))
-            raise Failure(f"redirects to {where} (HTTP {status}): give that URL instead", status=status, fatal=True)
-        said, codes = _said(_json(await _read(response.aiter_bytes(), LONGEST_ANSWER)))
-        said = f"HTTP {status}: {self.words(said)}" if said else f"HTTP {status}"
+            location = self.one_line(headers.get("location", "nowhere"))
+            raise Failure(f"redirects to {location} (HTTP {status}): give that URL instead", status=status, fatal=True)
+        error, codes = _error_text(_json(await _read(response.aiter_bytes(), LONGEST_ANSWER)))
+        error = f"HTTP {status}: {self.one_line(error)}" if error else f"HTTP {status}"
+        transient = status in (408, 409, 429) or (status >= 500 and not NO_SYSTEM.search(error))
+        fatal = True
         if status == 402 or codes & NO_QUOTA:
-            raise Failure(f"has no quota left for this key ({said})", status=status, fatal=True)
-        if status == 401:
-            raise Failure(f"refuses the key ({said}): set OPENAI_API_KEY", status=status, fatal=True)
-        if status == 403:  # perhaps for this story alone: OpenRouter's moderation
-            raise Failure(f"forbids the request ({said}); if it forbids every one, set OPENAI_API_KEY", status=status)
-        if status in (408, 409, 429) or (status >= 500 and not NO_SYSTEM.search(said)):
+            message = f"has no quota left for this key ({error})"
+        elif status == 401:
+            message = f"refuses the key ({error}): set OPENAI_API_KEY"
+        elif status == 403:  # perhaps for this story alone: OpenRouter's moderation
+            message, fatal = f"forbids the request ({error}); if it forbids every one, set OPENAI_API_KEY", False
+        elif transient:
             raise Failure(
-                f"is in trouble ({said})",
+                f"is in trouble ({error})",
                 status=status,
                 again=True,
                 busy=status in (429, 503, 529),  # 503: the full queue of Ollama; 529: Anthropic is overloaded
                 retry_after=_retry_after(headers),
             )
-        if status == 404 and not codes:
-            raise Failure(
-                f"answers, but not as an OpenAI-compatible API ({said}): check the URL", status=status, fatal=True
-            )
-        if status == 404:
-            raise Failure(f"does not have what was asked for ({said})", status=status, fatal=True)
-        if codes & NO_CONTEXT or NO_CONTEXT_WORDS.search(said):
-            raise Failure(f"has too short a context for opening and story ({said})", status=status, fatal=True)
-        raise Failure(f"refuses the request ({said})", status=status)
+        elif status == 404 and not codes:
+            message = f"answers, but not as an OpenAI-compatible API ({error}): check the URL"
+        elif status == 404:
+            message = f"does not have what was asked for ({error})"
+        elif codes & NO_CONTEXT or NO_CONTEXT_WORDS.search(error):
+            message = f"has too short a context for opening and story ({error})"
+        else:
+            message, fatal = f"refuses the request ({error})", False
+        raise Failure(message, status=status, fatal=fatal)
 
     def _redacted(self, text: str) -> str:
-        """Text that can be kept, in which a score is still the score that was given: no dummy is replaced."""
+        """Text that can be kept, in which every score stays as it came: no dummy key is replaced."""
         return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_SECRET else text
 
-    def words(self, text: str) -> str:
+    def one_line(self, text: str) -> str:
         """Text from the server as one short line, cleaned and without the key."""
         line = " ".join(printable(self._redacted(text)).split())
         return line if len(line) <= LONGEST_MESSAGE else line[: LONGEST_MESSAGE - 3] + "..."
@@ -229,18 +228,18 @@ def _json(body: bytes | str) -> object:
 
 def _tokens(usage: object) -> tuple[int, int] | None:
     match usage:
-        case {"prompt_tokens": int(asked), "completion_tokens": int(said)} if 0 <= asked < 10**9 and 0 <= said < 10**9:
-            return int(asked), int(said)
+        case {"prompt_tokens": int(prompt), "completion_tokens": int(reply)}:
+            return (int(prompt), int(reply)) if 0 <= prompt < 10**9 and 0 <= reply < 10**9 else None
     return None
 
 
-def _logprobs(found: object) -> tuple[tuple[str, dict[str, float]], ...]:
-    match found:
+def _logprobs(value: object) -> tuple[tuple[str, dict[str, float]], ...]:
+    match value:
         case {"content": [*tokens]} if all(
             _is_token(token) and all(map(_is_token, token.get("top_logprobs") or ())) for token in tokens
         ):
-            places = ([token, *(token.get("top_logprobs") or ())] for token in tokens)
-            return tuple((place[0]["token"], {each["token"]: each["logprob"] for each in place}) for place in places)
+            candidates = [[token, *(token.get("top_logprobs") or ())] for token in tokens]
+            return tuple((row[0]["token"], {entry["token"]: entry["logprob"] for entry in row}) for row in candidates)
     return ()
 
 
@@ -252,10 +251,10 @@ def _is_token(entry: object) -> bool:
     return False
 
 
-def _said(answer: object) -> tuple[str, set[str]]:
+def _error_text(answer: object) -> tuple[str, set[str]]:
     """The messages and the codes of an error, however they are nested: OpenAI's object, FastAPI's detail, Gemini's
     list, OpenRouter's metadata with a provider's own error as text; ("", no codes) if there are none."""
-    said: dict[str, None] = {}  # each message once
+    messages: dict[str, None] = {}  # without repetitions
     codes: set[str] = set()
 
     def read(value: object, depth: int) -> None:
@@ -264,20 +263,20 @@ def _said(answer: object) -> tuple[str, set[str]]:
             if isinstance(inner, dict | list):
                 read(inner, depth + 1)
             else:
-                said[value] = None
+                messages[value] = None
         elif isinstance(value, list) and depth < DEEPEST:
-            for each in value[:4]:
-                read(each, depth + 1)
+            for item in value[:4]:
+                read(item, depth + 1)
         elif isinstance(value, dict) and depth < DEEPEST:
             if "message" in value:
                 codes.update((str(value.get("code")), str(value.get("type"))))
-            if isinstance(value.get("loc"), list):  # which field of the request FastAPI's msg is about
-                said[".".join(map(str, value["loc"]))] = None
+            if isinstance(value.get("loc"), list):  # the field of the request that FastAPI's msg is about
+                messages[".".join(map(str, value["loc"]))] = None
             for name in ("message", "error", "detail", "msg", "metadata", "raw"):
                 read(value.get(name), depth + 1)
 
     read(answer, 0)
-    return "; ".join(said), codes
+    return "; ".join(messages), codes
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

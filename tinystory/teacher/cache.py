@@ -27,7 +27,7 @@ def cache_key(model: str, messages: Sequence[Mapping[str, str]], fence: str, sam
 
 
 def question_key(messages: Sequence[Mapping[str, str]], fence: str) -> str:
-    """The first part of `cache_key`: what was asked, whoever the teacher is."""
+    """The first part of `cache_key`: the question, whoever the teacher is."""
     return _digest([[message["role"], message["content"].replace(fence, "\0")] for message in messages])[:24]
 
 
@@ -35,9 +35,16 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def records(path: Path) -> Iterator[tuple[dict, int]]:
-    """Each line and its size in bytes, without an incomplete last line. Raises UserError as Cache does."""
-    with open(path, "rb") as lines:
+def read_replies(path: Path) -> Iterator[tuple[dict, int]]:
+    """Each line of a cache's file and its size in bytes; none if there is no file. An incomplete last line, which was
+    being written when the process died, is skipped. Raises UserError for any other line that is not a reply."""
+    try:
+        lines = open(path, "rb")  # noqa: SIM115 - closed below
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    with lines:
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
                 return
@@ -49,95 +56,65 @@ def records(path: Path) -> Iterator[tuple[dict, int]]:
                 case {"key": str(), "reply": str()}:
                     yield record, len(line)
                 case _:
-                    raise UserError(
-                        f"{path} line {number} is not a kept reply of the teacher: repair it or move the file away"
-                    )
+                    raise UserError(f"{path} line {number} is not a teacher's reply: repair it or move the file away")
 
 
-class Kept(NamedTuple):
-    reply: str
+class CachedReply(NamedTuple):
+    text: str
     expected: dict[str, float] | None = None  # expected scores, if the teacher is asked for log-probabilities
 
 
 class Cache:
-    """Replies by `cache_key`, in memory and in the file `path`, which is created with the first reply.
-
-    An incomplete last line was being written when the process died, and is dropped. Any other line that is not a kept
-    reply raises UserError: the file is damaged or is not a cache.
-    """
+    """Replies by `cache_key`, in memory and in the file `path`, which is created with the first reply."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self._replies: dict[str, Kept] = {}
-        self._earlier: set[str] = set()  # keys of the replies that an earlier process kept
-        self.tokens = (
-            0,
-            0,
-        )  # (prompt, completion) tokens that earlier processes paid for, as far as the server counted
+        self._replies: dict[str, CachedReply] = {}
+        self.tokens = (0, 0)  # (prompt, completion) that earlier processes paid for, as far as the server counted
         self._file: io.FileIO | None = None
-        if self.path.exists():
-            self._open()
-
-    def _open(self) -> io.FileIO:
-        """Open the file for appending, and load what it holds."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
-        except OSError as error:
-            raise UserError(f"the teacher's replies cannot be kept in {self.path}: {error.strerror}") from None
-        try:
-            self._size = self._load()  # bytes
-            file.truncate(self._size)
-        except BaseException:
-            file.close()
-            raise
-        return file
-
-    def _load(self) -> int:
-        """Load the file's complete lines; returns their size in bytes."""
-        whole = 0
-        for record, size in records(self.path):
-            self._replies[record["key"]] = Kept(record["reply"], record.get("expected"))  # the last: see `put`
-            self._earlier.add(record["key"])
+        self._size = 0  # bytes of all whole lines
+        for record, size in read_replies(self.path):
+            self._replies[record["key"]] = CachedReply(record["reply"], record.get("expected"))  # the last: see `put`
             match record:
-                case {"tokens": [int(asked), int(said)]}:
-                    self.tokens = (self.tokens[0] + asked, self.tokens[1] + said)
-            whole += size
-        return whole
+                case {"tokens": [int(prompt), int(completion)]}:
+                    self.tokens = (self.tokens[0] + prompt, self.tokens[1] + completion)
+            self._size += size
+        self._earlier = {*self._replies}  # keys of the replies that an earlier process kept
 
     def __len__(self) -> int:
         return len(self._replies)
 
-    def get(self, key: str, earlier: bool = True) -> Kept | None:
+    def get(self, key: str, earlier: bool = True) -> CachedReply | None:
         """The reply to a question; None if there is none, or only one of an earlier process and not `earlier`."""
         return None if key in self._earlier and not earlier else self._replies.get(key)
 
-    def items(self) -> Iterator[tuple[str, Kept]]:
+    def items(self) -> Iterator[tuple[str, CachedReply]]:
         """Keys and replies, the oldest key first."""
         return iter(self._replies.items())
 
-    def put(self, key: str, kept: Kept, *, again: bool = False, **about: object) -> Kept:
-        """Keep a reply, with other facts `about` it, and return the one that is kept for `key`.
-
-        The first reply to a question is kept: if the same question was sent twice at once, both senders get the first
-        reply, now and after a resume. again: the question was asked again because the reply of an earlier process is of
-        no use; that one stays in the file, but this one counts.
-        """
-        file = self._file or self._open()
-        if key not in self._replies or (again and key in self._earlier):
-            self._earlier.discard(key)
-            told = {"expected": kept.expected} if kept.expected is not None else {}
-            line = (json.dumps({"key": key, "reply": kept.reply, **told, **about}) + "\n").encode()
-            try:
-                written = file.write(line)
-            except OSError as error:
-                raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
-            if written != len(line):
-                file.truncate(self._size)
-                raise UserError(f"{self.path} cannot be written: the disk is full")
-            self._size += written
-            self._replies[key] = kept
-        return self._replies[key]
+    def put(self, key: str, reply: CachedReply, *, again: bool = False, **facts: object) -> CachedReply:
+        """The reply that is kept for `key`, with other facts about it in the file: the first one, so that if the same
+        question was sent twice at once, both senders get the same reply, now and after a resume. again: the question
+        was asked again because the reply of an earlier process is of no use; that one stays in the file, but this one
+        counts."""
+        if key in self._replies and not (again and key in self._earlier):
+            return self._replies[key]
+        expected = {"expected": reply.expected} if reply.expected is not None else {}
+        line = (json.dumps({"key": key, "reply": reply.text, **expected, **facts}) + "\n").encode()
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
+                self._file.truncate(self._size)
+            if self._file.write(line) != len(line):
+                self._file.truncate(self._size)
+                raise OSError(None, "the disk is full")
+        except OSError as error:
+            raise UserError(f"the teacher's replies cannot be kept in {self.path}: {error.strerror}") from None
+        self._size += len(line)
+        self._earlier.discard(key)
+        self._replies[key] = reply
+        return reply
 
     def close(self) -> None:
         if self._file is not None and not self._file.closed:

@@ -1,7 +1,7 @@
 """The teacher's client: any server with OpenAI's chat completions can grade, and no failure of it is taken for a score.
 
 An event loop in its own thread sends the stories, so some are graded while others are still being written. Every story
-ends either with scores that the teacher gave or with none. Several servers of one model share the stories (judge.py);
+ends either with scores that the teacher gave or with none. Several servers of one model share the stories (pool.py);
 different models are a panel, each of which grades every story.
 """
 
@@ -12,96 +12,86 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tqdm import tqdm
 
 from tinystory.run.errors import UserError
-from tinystory.teacher import probe as probing
-from tinystory.teacher.api import Failure, Reply
-from tinystory.teacher.cache import Cache, Kept, cache_key
-from tinystory.teacher.endpoint import Endpoint, base_url
-from tinystory.teacher.grade import Grade, expected_scores, grade_if_empty, grade_of, panel_grade, parse_scores
-from tinystory.teacher.judge import Judge, Question, Terms
+from tinystory.teacher.api import ChatClient, Failure, Reply
+from tinystory.teacher.cache import Cache, CachedReply, cache_key
+from tinystory.teacher.endpoint import LOGPROBS, Endpoint, Probe, Slots, base_url, constraint, facts_of
+from tinystory.teacher.grade import Grade, GraderBase, grade_if_empty, grade_of, panel_grade, too_few_scores
 from tinystory.teacher.ledger import Ledger
-from tinystory.teacher.probe import Form, Probe
-from tinystory.teacher.prompt import Template, fence, render
+from tinystory.teacher.parse import expected_scores, parse_scores
+from tinystory.teacher.pool import Question, ServerPool, Session
+from tinystory.teacher.probe import FIRST_STORY, Prober
+from tinystory.teacher.prompt import DEFAULT, Template, fence, render
+
+if TYPE_CHECKING:
+    from tinystory.run.device import Stop
 
 T = TypeVar("T")
-FIRST_STORY = "Once upon a time,", "a cat sat down by the fire and slept."  # the probe's opening and story
-PERSON = "person"  # the model of a server behind which a person grades (scripts/teach.py)
-PATIENCE_S = 3 * 86_400.0
+HUMAN = "human"  # the model of a server behind which a human grades (scripts/teach.py)
+PATIENCE_S = 3 * 86_400.0  # with a human
 STORY_WORDS = 80  # length of a story in a forecast
 TOKENS_PER_WORD = 1.4  # English stories have 1.2 to 1.4 tokens per word under the tokenizers of common models
 
 
-class Teacher:
-    """A client of the teacher at `url`, with at most `concurrency` requests in flight per server.
-
-    url, model: one, or several; without `panel` ("mean" or "median") all serve the same model, and with it every model
-    grades every story. One model is asked for at every URL, several each at its own.
+@dataclass(eq=False, repr=False)
+class Teacher(GraderBase):
+    """A client of the teacher at `urls`: one or several, of one model, or of a panel of models.
 
     A story's requests all end within `deadline_s` seconds of its first; the timeout of each is deadline_s / attempts,
     or less once the server's speed is known (see `Slots.timeout`). If a reply holds no scores, the story is sent again
-    with another seed, up to `attempts` times. With `logprobs`, scores are expected values (see `expected_scores`), and
-    a reply without the log-probabilities that they need holds none. cache: path of the file that keeps every reply (see
-    cache.py). api_key: default OPENAI_API_KEY_1, _2 ... in the order of the URLs, or else OPENAI_API_KEY; local servers
-    need none. extra: fields that are merged into every request. template: what is graded. Prices are per million
-    tokens, and no request is sent that could take the cost beyond `budget_cost`.
+    with another seed, up to `attempts` times.
 
     A failure that a retry cannot fix (a refused key, an exhausted quota, an unknown model, a story too long for the
     model's context) raises UserError from whatever waits for a grade, and no further story is sent.
     """
 
-    def __init__(
-        self,
-        url: str | Sequence[str],
-        model: str | Sequence[str] | None = None,
-        *,
-        panel: str = "",
-        concurrency: int = 16,
-        temperature: float = 0.2,
-        seed: int = 0,
-        max_tokens: int = 16,
-        deadline_s: float = 300.0,
-        attempts: int = 3,
-        cache: str | os.PathLike | None = None,
-        api_key: str | None = None,
-        extra: Mapping[str, Any] | None = None,
-        template: Template = Template(),  # noqa: B008 - frozen
-        logprobs: bool = False,
-        price_in: float = 0.0,
-        price_out: float = 0.0,
-        budget_cost: float | None = None,
-    ):
-        urls = [base_url(each) for each in ([url] if isinstance(url, str) else url)]
-        named = [model] if isinstance(model, str) else model
-        models: list[str | None] = [*named] if named else [None]
+    urls: str | Sequence[str]
+    models: str | Sequence[str] | None = None  # one for all servers, or one for each; None: the first that each lists
+    _: KW_ONLY
+    panel: str = ""  # "mean" or "median": every model grades every story; "": all servers have the same model
+    concurrency: int = 16  # requests in flight per server
+    temperature: float = 0.2
+    seed: int = 0
+    max_tokens: int = 16  # of a reply; more once a probe has found that the replies are JSON
+    deadline_s: float = 300.0
+    attempts: int = 3
+    cache: str | os.PathLike | None = None  # path of the file that keeps every reply (see cache.py)
+    api_key: str | None = None  # default: OPENAI_API_KEY_1, _2 ... in the order of the URLs, or else OPENAI_API_KEY
+    extra: Mapping[str, Any] = field(default_factory=dict)  # fields that are merged into every request
+    template: Template = DEFAULT
+    logprobs: bool = False  # scores are expected values, and a reply without the log-probabilities for them holds none
+    max_unscored: float = 1.0  # with a larger fraction, stories are asked again (see `grades`)
+    price_in: float = 0.0  # per million tokens
+    price_out: float = 0.0
+    budget_cost: float | None = None  # no request is sent that could take the cost beyond it
+
+    def __post_init__(self) -> None:
+        super().__init__({})  # the facts come with the probe
+        urls = [base_url(url) for url in ([self.urls] if isinstance(self.urls, str) else self.urls)]
+        names = [self.models] if isinstance(self.models, str) else self.models
+        models: Sequence[str | None] = names or [None]
         if len(models) not in (1, len(urls)):
             raise UserError(f"{len(models)} models were named for {len(urls)} teachers: name one, or one for each URL")
-        if len(set(urls)) < len(urls) and not panel:
+        if len(set(urls)) < len(urls) and not self.panel:
             raise UserError("one URL was given twice: name each server once")
-        self.template, self.logprobs, self.panel, self.extra = template, logprobs, panel, dict(extra or {})
-        self.temperature, self.seed, self.attempts = temperature, seed, attempts
-        self.ledger = Ledger(price_in, price_out, budget_cost, urls)
-        self._terms = Terms(deadline_s, attempts, self.ledger)
-        self.endpoints = [
-            Endpoint(
-                each,
-                models[i % len(models)],
-                api_key or os.environ.get(f"OPENAI_API_KEY_{i + 1}") or os.environ.get("OPENAI_API_KEY"),
-                timeout_s=deadline_s / attempts,
-                concurrency=concurrency,
-                max_tokens=max_tokens,
-                names=template.names,
-                extra=self.extra,
-                ledger=self.ledger,
-            )
-            for i, each in enumerate(urls)
-        ]
-        self._judges: list[Judge] = []  # since the probe
-        self._cache = None if cache is None else Cache(cache)
-        if self._cache is not None:
-            self.ledger.paid_before(*self._cache.tokens)
+        self._cache = None if self.cache is None else Cache(self.cache)
+        paid = self._cache.tokens if self._cache is not None else (0, 0)
+        self.ledger = Ledger(self.price_in, self.price_out, self.budget_cost, urls, paid)
+        self._session = Session(self.deadline_s, self.attempts, self.ledger)
+        self.endpoints = []
+        for i, url in enumerate(urls):
+            key = self.api_key or os.environ.get(f"OPENAI_API_KEY_{i + 1}") or os.environ.get("OPENAI_API_KEY")
+            client, slots = ChatClient(url, key, self.deadline_s / self.attempts), Slots(self.concurrency)
+            model, names = models[i % len(models)], self.template.names
+            self.endpoints.append(Endpoint(url, model, client, slots, self.ledger, names, self.max_tokens, self.extra))
+        self._pools: list[ServerPool] = []  # since the probe; one per model of a panel
+        self._sent: dict[tuple[str, str, int], concurrent.futures.Future[Grade]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
@@ -111,68 +101,105 @@ class Teacher:
         return self.probes()[0]
 
     def probes(self) -> list[Probe]:
-        """Find out what each server can do, once: about eight requests, or one if the cache holds the result. The first
-        is of the server whose replies the others share.
+        """What each server can do, found out once: about eight requests, or one if the cache holds the result. The
+        first is of the server whose replies the others share.
 
-        If no model was named, the first one listed is used. Raises UserError if no server can be reached, or if one is
-        not an OpenAI-compatible API, does not have the model, refuses, or has a model that gives no reply in time.
+        Raises UserError if no server can be reached, or if one is not an OpenAI-compatible API, does not have the
+        model, refuses, or has a model that gives no reply in time.
         """
-        if not self._judges:
+        if not self._pools:
             self._run(self._probe()).result()
-        known = [judge.endpoints[0] for judge in self._judges]
-        known += [endpoint for endpoint in self.endpoints if endpoint not in known]
-        return [endpoint.probed for endpoint in known if endpoint.probed is not None]
+        firsts = [pool.endpoints[0] for pool in self._pools]
+        others = [endpoint for endpoint in self.endpoints if endpoint not in firsts]
+        return [endpoint.probe for endpoint in firsts + others if endpoint.probe is not None]
 
     @property
     def model(self) -> str:
-        """Its name, or those of a panel's models; once it is known."""
+        """The name of the model, or the names of a panel's models; once they are known."""
         return ", ".join(dict.fromkeys(endpoint.model for endpoint in self.endpoints if endpoint.model))
 
     @property
-    def max_tokens(self) -> int:
-        """The longest reply that is read."""
-        return max(endpoint.max_tokens for endpoint in self.endpoints)
+    def most_words(self) -> int:
+        return self.longest_reply * self.attempts * max(len(self._pools), 1)  # a word is at least one token
 
     @property
-    def most_words(self) -> int:
-        """Upper bound on the words in the replies to one story: a word is at least one token."""
-        return self.max_tokens * self.attempts * max(len(self._judges), 1)
-
-    def stats(self) -> dict[str, Any]:
-        """Requests, tokens and latencies since the last call, and the cost of the whole run (see `Ledger.stats`)."""
-        return self.ledger.stats()
-
-    def news(self) -> list[str]:
-        """What the user should be told and was not yet: servers that went away or came back."""
-        news = self._terms.news
-        return [news.pop(0) for _ in range(len(news))]
-
-    def forecast(self, stories: int, opening: str) -> dict[str, float]:
-        """Estimate, from the probe, of grading so many stories: {"stories", "tokens_in", "tokens_out", "words" (the
-        opening and all replies, for the student's budget), "cost", "hours"}. It assumes one readable reply per story.
-        """
-        self.probe()
-        longer = len(opening.split()) + STORY_WORDS - len(" ".join(FIRST_STORY).split())
-        total = dict.fromkeys(("tokens_in", "tokens_out", "words", "hours"), 0.0)
-        for judge in self._judges:
-            found = [endpoint.probed for endpoint in judge.endpoints if endpoint.probed]
-            measured = len(str(render(*FIRST_STORY, fence="=", **self._rubric()))) / 4, len(found[0].reply) / 2  # chars
-            asked, said = found[0].tokens or measured
-            total["tokens_in"] += stories * (asked + longer * TOKENS_PER_WORD)
-            total["tokens_out"] += stories * said
-            total["words"] += stories * len(found[0].reply.split())
-            per_s = sum(judge.endpoints[0].slots.most / each.seconds for each in found)
-            total["hours"] = max(total["hours"], stories / per_s / 3600)
-        total["words"] += len(opening.split())
-        cost = self.ledger.price(total["tokens_in"], total["tokens_out"])
-        counts = {name: round(total[name]) for name in ("tokens_in", "tokens_out", "words")}
-        return {"stories": stories, **counts, "cost": cost, "hours": total["hours"]}
+    def longest_reply(self) -> int:
+        """Tokens of the longest reply that is read."""
+        return max(endpoint.max_tokens for endpoint in self.endpoints)
 
     def affords(self, stories: int) -> bool:
-        """True if grading so many more stories stays within `budget_cost` even if each takes every attempt."""
-        requests = stories * self.attempts * max(len(self._judges), 1)
+        requests = stories * self.attempts * max(len(self._pools), 1)
         cap = max(endpoint.token_cap for endpoint in self.endpoints)
         return self.ledger.affords(requests * self.ledger.largest_in, requests * cap)
+
+    def stats(self) -> dict[str, Any]:
+        return {f"teacher_{name}": value for name, value in self.ledger.stats().items()}
+
+    def forecast(self, stories: int, opening: str) -> str:
+        totals = self.estimate(stories, opening)
+        cost = f", cost {totals['cost']:.2f}" if totals["cost"] else ""
+        return (
+            f"{stories:,} stories, {totals['tokens_in']:,} prompt tokens and {totals['tokens_out']:,} reply tokens, "
+            f"{totals['words']:,} words for the student{cost}, about {totals['hours']:.1f} hours of grading"
+        )
+
+    def estimate(self, stories: int, opening: str) -> dict[str, float]:
+        """The cost of grading so many stories, estimated from the probe for one readable reply per story: {"tokens_in",
+        "tokens_out", "words" (the opening and all replies, for the student's budget), "cost", "hours"}."""
+        self.probe()
+        longer = len(opening.split()) + STORY_WORDS - len(" ".join(FIRST_STORY).split())
+        tokens_in, tokens_out, words, hours = 0.0, 0.0, len(opening.split()), 0.0
+        for pool in self._pools:
+            probes = [endpoint.probe for endpoint in pool.endpoints if endpoint.probe]
+            first, characters = probes[0], len(str(render(*FIRST_STORY, fence="=", template=self.template)))
+            prompt, reply = first.tokens or (characters / 4, len(first.reply) / 2)
+            tokens_in += stories * (prompt + longer * TOKENS_PER_WORD)
+            tokens_out += stories * reply
+            words += stories * len(first.reply.split())
+            hours = max(hours, stories / sum(self.concurrency / probe.seconds for probe in probes) / 3600)
+        cost = self.ledger.price(tokens_in, tokens_out)
+        return dict(tokens_in=round(tokens_in), tokens_out=round(tokens_out), words=words, cost=cost, hours=hours)
+
+    def news(self) -> list[str]:
+        """What the user should know and was not told yet: servers that went away or came back."""
+        news = self._session.news
+        return [news.pop(0) for _ in range(len(news))]
+
+    def send(self, index: int, opening: str, story: str) -> None:
+        """Send a story as soon as it ends: the teacher grades it while the student writes the others."""
+        super().send(index, opening, story)
+        self._sent[opening, story, index] = self.submit(opening, story, index)
+
+    def grades(
+        self, stories: Sequence[tuple[str, str, int]], stop: "Stop | None" = None, again: int = 0
+    ) -> list[Grade]:
+        """The grades. If more than a fraction `max_unscored` has no score, the stories whose replies an earlier process
+        kept are asked again: the teacher may have been fixed."""
+        sent = [None if again else self._sent.pop(story, None) for story in stories]
+        futures = [sent[i] or self.submit(*story, again) for i, story in enumerate(stories)]
+        grades = self._wait(futures, stop)
+        if too_few_scores(grades, self.max_unscored):
+            old = [i for i, grade in enumerate(grades) if grade.score is None and grade.attempts and not grade.seconds]
+            new = self._wait([self.submit(*stories[i], again, afresh=True) for i in old], stop)
+            for i, grade in zip(old, new, strict=True):
+                grades[i] = grade
+        for message in self.news():
+            tqdm.write(f"warning: {message}")
+        return grades
+
+    def _wait(self, futures: Sequence["concurrent.futures.Future[Grade]"], stop: "Stop | None") -> list[Grade]:
+        waiting = set(futures)
+        with tqdm(total=len(futures), desc="teacher", unit="story", leave=False, delay=2) as bar:
+            while waiting:
+                done, waiting = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_EXCEPTION)
+                bar.update(len(done))
+                for future in done:
+                    future.result()  # a fatal failure (bad key, unknown model) ends the wait at once
+                if waiting and stop is not None and stop.requested:
+                    for future in waiting:
+                        future.cancel()
+                    stop.check()
+        return [future.result() for future in futures]
 
     def submit(
         self, opening: str, story: str, index: int, again: int = 0, afresh: bool = False
@@ -185,24 +212,6 @@ class Teacher:
         """
         self.probe()
         return self._run(self._grade(opening, story, index, again, afresh))
-
-    def grade(
-        self,
-        opening: str,
-        stories: Sequence[str],
-        first_index: int,
-        progress: Callable[[int], object] = lambda done: None,
-    ) -> list[Grade]:
-        """The grades of `stories`, in the same order; `progress(1)` is called after each one."""
-        futures = [self.submit(opening, story, first_index + i) for i, story in enumerate(stories)]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-                progress(1)
-        finally:  # after an error or Ctrl-C nothing stays in flight
-            for future in futures:
-                future.cancel()
-        return [future.result() for future in futures]
 
     def close(self) -> None:
         """Cancel the requests in flight, and close the connections and the cache."""
@@ -232,10 +241,10 @@ class Teacher:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for endpoint in self.endpoints:
-            await endpoint.server.close()
+            await endpoint.client.close()
 
     async def _probe(self) -> None:
-        """Examine every server and make the judges: one per model in a panel, else one of all."""
+        """Examine every server and make the pools: one per model of a panel, else one of all servers."""
         outcomes = await asyncio.gather(*map(self._examine, self.endpoints), return_exceptions=True)
         away = {}
         for endpoint, outcome in zip(self.endpoints, outcomes, strict=True):
@@ -248,92 +257,48 @@ class Teacher:
         by_model: dict[str | None, list[Endpoint]] = {}
         for endpoint in self.endpoints:
             by_model.setdefault(endpoint.model if self.panel else None, []).append(endpoint)
-        judges = []
+        pools = []
         for endpoints in by_model.values():
-            there = [endpoint for endpoint in endpoints if endpoint not in away]
-            if not there:
+            present = [endpoint for endpoint in endpoints if endpoint not in away]
+            if not present:
                 raise UserError(f"the teacher at {endpoints[0].url} {away[endpoints[0]]}")
-            # The server that was examined first in the run, now or earlier, stands for its judge in the cache's keys.
-            first = self._examined_first(there)
-            judges.append(
-                Judge([first, *(each for each in endpoints if each is not first)], self._terms, self._examine)
-            )
+            # The server that was examined first in the run, now or earlier, stands for its pool in the cache's keys.
+            first = self._examined_first(present)
+            others = [endpoint for endpoint in endpoints if endpoint is not first]
+            pools.append(ServerPool([first, *others], self._session, self._examine))
             for endpoint in endpoints:
                 if endpoint in away:
-                    judges[-1].leave_out(endpoint, away[endpoint])
-        if self.panel and len(judges) < 2:
+                    pools[-1].leave_out(endpoint, away[endpoint])
+        if self.panel and len(pools) < 2:
             raise UserError("--teacher-panel needs at least two different models: name them with --teacher-model")
         if not self.panel and len({endpoint.model for endpoint in self.endpoints if endpoint not in away}) > 1:
             names = ", ".join(str(endpoint.model) for endpoint in self.endpoints)
-            self._terms.news.append(f"{names} are taken for one model; if they are not, add --teacher-panel mean")
-        self._judges = judges
+            self._session.news.append(f"{names} are taken for one model; if they are not, add --teacher-panel mean")
+        self._pools = pools
+        self.facts |= facts_of(self.probes(), self.panel)
 
     async def _examine(self, endpoint: Endpoint) -> None:
-        """Find out what the server can do, or take it from the cache."""
-        alone, asked = Judge([endpoint], self._terms, probing=True), Question([], "")
-        listed, notes = None, []
-        try:
-            listed = await alone.ask(lambda it: it.server.models(), asked, reached=False)
-        except Failure as failure:
-            if failure.status is None:
-                raise
-            if endpoint.model is None:
-                raise Failure(
-                    f"{failure} (where models are not listed, name one with --teacher-model)", status=failure.status
-                ) from None
-            notes.append(f"{endpoint.url} {failure}; {endpoint.model} is tried without a list of models")
-        said = endpoint.server.words(", ".join(listed or [])) or "none"
-        if endpoint.model is None:
-            if not listed:
-                raise Failure("lists no model: load one, or name it with --teacher-model")
-            endpoint.model = next((name for name in listed if not probing.NO_CHAT.search(name)), listed[0])
-        elif listed is not None and endpoint.model not in listed:
-            notes.append(f"{endpoint.url} does not list {endpoint.model}, which is tried; it lists: {said}")
+        """Probe the server, or take what the cache holds about it."""
+        prober = Prober(endpoint, self._session, self.template, self.seed, self.temperature, self.logprobs)
+        await prober.choose_model()
         key = self._probe_key(endpoint)
-        kept = self._cache.get(key) if self._cache is not None else None
-        found = kept and Probe.load(kept.reply)
+        cached = self._cache.get(key) if self._cache is not None else None
+        probe = cached and Probe.load(cached.text)
         # A probe without scores is not what a run starts from again, unless the run got scores in spite of it.
-        if not found or not (found.scored or self._got_scores()):
-            try:
-                found = await self._find_out(endpoint, alone, notes)
-            except Failure as failure:
-                if failure.status == 404 and listed is not None and endpoint.model not in listed:
-                    raise Failure(
-                        f"has no model {endpoint.model!r} ({failure}); it lists: {said}", status=404
-                    ) from None
-                raise
+        if not probe or not (probe.scored or self._got_scores()):
+            probe = await prober.probe()
             if self._cache is not None:
-                self._cache.put(key, Kept(found.dump()), again=True)
-        endpoint.probed = found
-        if endpoint.model == PERSON:  # who may stop for lunch
-            self._terms.deadline_s = endpoint.slots.shortest = PATIENCE_S
-
-    async def _find_out(self, endpoint: Endpoint, alone: Judge, notes: list[str]) -> Probe:
-        async def ask(form: Form, messages: list[dict], **fields: Any) -> Reply:
-            try:
-                most = self._terms.deadline_s / self.attempts
-                return await asyncio.wait_for(endpoint.chat(form, messages, **fields), most)
-            except asyncio.TimeoutError:
-                raise Failure("takes too long to answer", again=True) from None
-
-        mark = fence(self.seed, -1, "\n".join(FIRST_STORY))
-        question = Question(render(*FIRST_STORY, fence=mark, **self._rubric()), mark)
-
-        async def patiently(*args: Any, **fields: Any) -> Reply:
-            return await alone.ask(lambda _: ask(*args, **fields), question)
-
-        assert endpoint.model is not None
-        return await probing.find_out(
-            ask, patiently, question.messages, url=endpoint.url, model=endpoint.model, names=self.template.names,
-            logprobs=self.logprobs, notes=notes, **endpoint.sampling(self.seed, self.temperature),
-        )  # fmt: skip
+                self._cache.put(key, CachedReply(probe.dump()), again=True)
+        endpoint.probe = probe
+        if endpoint.model == HUMAN:  # who may stop for lunch
+            self._session.deadline_s = endpoint.slots.shortest = PATIENCE_S
 
     def _probe_key(self, endpoint: Endpoint) -> str:
-        asked = f"{endpoint.max_reply} {self.temperature} {self.logprobs} {self.template}"
-        about = f"{endpoint.url} {endpoint.model} {asked}" + (f" {self._extra_text()}" if self.extra else "")
-        return "probe " + hashlib.sha256(about.encode()).hexdigest()[:24]
+        request = f"{self.max_tokens} {self.temperature} {self.logprobs} {self.template}"
+        text = f"{endpoint.url} {endpoint.model} {request}" + (f" {self._extra_json()}" if self.extra else "")
+        return "probe " + hashlib.sha256(text.encode()).hexdigest()[:24]
 
-    def _extra_text(self) -> str:
+    def _extra_json(self) -> str:
         return json.dumps(self.extra, sort_keys=True)
 
     def _examined_first(self, endpoints: Sequence[Endpoint]) -> Endpoint:
@@ -344,11 +309,8 @@ class Teacher:
 
     def _got_scores(self) -> bool:
         assert self._cache is not None
-        replies = (kept.reply for key, kept in self._cache.items() if not key.startswith("probe "))
+        replies = (reply.text for key, reply in self._cache.items() if not key.startswith("probe "))
         return any(parse_scores(reply, self.template.names) for reply in replies)
-
-    def _rubric(self) -> dict:
-        return {"criteria": self.template.criteria, "preface": self.template.preface}
 
     async def _grade(self, opening: str, story: str, index: int, again: int, afresh: bool) -> Grade:
         # After a fatal failure most of the other tasks are never awaited: asyncio need not report their exceptions.
@@ -358,21 +320,21 @@ class Teacher:
         if empty := grade_if_empty(self.template, story):
             return empty
         mark = fence(self.seed, index, f"{opening}\n{story}")
-        messages = render(opening, story, fence=mark, **self._rubric())
-        before = again * self.attempts
+        messages = render(opening, story, fence=mark, template=self.template)
+        grades = await asyncio.gather(
+            *(self._grade_by(pool, Question(messages, mark, afresh), again * self.attempts) for pool in self._pools)
+        )
         if not self.panel:
-            return await self._judged(self._judges[0], Question(messages, mark, afresh), before)
-        questions = [Question(messages, mark, afresh) for _ in self._judges]
-        grades = await asyncio.gather(*map(self._judged, self._judges, questions, [before] * len(questions)))
-        return panel_grade(self.template, [str(judge.endpoints[0].model) for judge in self._judges], grades, self.panel)
+            return grades[0]
+        return panel_grade(self.template, [str(pool.endpoints[0].model) for pool in self._pools], grades, self.panel)
 
-    async def _judged(self, judge: Judge, question: Question, before: int) -> Grade:
+    async def _grade_by(self, pool: ServerPool, question: Question, first_attempt: int) -> Grade:
         scores: Mapping[str, float] | None = None
         replies: list[str] = []
         error: str | None = None
         while scores is None and error is None:
             try:
-                reply, expected = await self._reply(judge, question, attempt=before + len(replies))
+                reply, expected = await self._reply(pool, question, first_attempt + len(replies))
             except Failure as failure:
                 error = f"the teacher {failure}"
             else:
@@ -381,34 +343,32 @@ class Teacher:
                 if scores is None and len(replies) == self.attempts:
                     error = f"no scores in {len(replies)} replies"
         seconds = 0.0 if question.since is None else time.monotonic() - question.since
-        return grade_of(self.template, scores, replies, max_tokens=self.max_tokens, seconds=seconds, error=error)
+        return grade_of(self.template, scores, replies, max_tokens=self.longest_reply, seconds=seconds, error=error)
 
-    async def _reply(self, judge: Judge, question: Question, attempt: int) -> Kept:
+    async def _reply(self, pool: ServerPool, question: Question, attempt: int) -> CachedReply:
         """One reply: from the cache, or a new one, which is then kept there."""
-        weighed = probing.LOGPROBS if self.logprobs else {}
-        first, seed = judge.endpoints[0], self.seed + attempt
-        assert first.model is not None and first.probed is not None  # since the probe
+        first, seed, logprobs = pool.endpoints[0], self.seed + attempt, LOGPROBS if self.logprobs else {}
+        assert first.model is not None and first.probe is not None  # since the probe
         if self._cache is not None:
-            about = first.sampling(seed, self.temperature) | weighed | {"held_to": first.probed.held_to}
-            about |= {"extra": self._extra_text()} if self.extra else {}
-            key = cache_key(first.model, question.messages, question.fence, about)
-            kept = self._cache.get(key, earlier=not question.afresh)
-            if kept is not None:
+            sampling = first.sampling(seed, self.temperature) | logprobs | {"held_to": first.probe.held_to}
+            sampling |= {"extra": self._extra_json()} if self.extra else {}
+            key = cache_key(first.model, question.messages, question.fence, sampling)
+            cached = self._cache.get(key, earlier=not question.afresh)
+            if cached is not None:
                 self.ledger.count("cached")
-                return kept
+                return cached
 
         async def ask(endpoint: Endpoint) -> tuple[Reply, str]:
-            assert endpoint.probed is not None
-            held = probing.options(endpoint.probed.held_to, self.template.names)
-            fields = {**endpoint.sampling(seed, self.temperature), **weighed, **held}
-            return await endpoint.chat(endpoint.probed, question.messages, **fields), endpoint.url
+            assert endpoint.probe is not None
+            constrained = constraint(endpoint.probe.held_to, self.template.names)
+            fields = {**endpoint.sampling(seed, self.temperature), **logprobs, **constrained}
+            return await endpoint.chat(endpoint.probe, question.messages, **fields), endpoint.url
 
-        reply, url = await judge.ask(ask, question)
-        kept = Kept(reply.text)
-        if self.logprobs:
-            kept = Kept(reply.text, expected_scores(reply.text, self.template.names, reply.logprobs))
+        reply, url = await pool.ask(ask, question)
+        expected = expected_scores(reply.text, self.template.names, reply.logprobs) if self.logprobs else None
+        answer = CachedReply(reply.text, expected)
         if self._cache is None:
-            return kept
+            return answer
         server = {"server": url} if len(self.endpoints) > 1 else {}
-        about = {"model": first.model, "attempt": attempt, "tokens": reply.tokens, **server}
-        return self._cache.put(key, kept, again=question.afresh, **about)
+        facts = {"model": first.model, "attempt": attempt, "tokens": reply.tokens, **server}
+        return self._cache.put(key, answer, again=question.afresh, **facts)

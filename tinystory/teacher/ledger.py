@@ -13,7 +13,7 @@ from tinystory.teacher.api import Failure
 
 @dataclass
 class Receipt:
-    """The tokens that one request used, filled in by its sender: (prompt, completion)."""
+    """The (prompt, completion) tokens that one request used, filled in by its sender."""
 
     tokens: tuple[int, int] | None = None
 
@@ -23,20 +23,20 @@ class Ledger:
 
     Before it is sent, a request reserves the most that it can cost; afterwards it is charged what the server reports.
     If no answer came, the request may have been billed all the same, so the whole reservation is charged. What a killed
-    process had in flight is unknown: at most one request per slot.
+    process had in flight is unknown: at most one request per slot. paid: (prompt, completion) tokens of earlier
+    processes of the same run.
     """
 
     def __init__(
-        self, price_in: float = 0.0, price_out: float = 0.0, budget: float | None = None, servers: Sequence[str] = ()
+        self, price_in: float, price_out: float, budget: float | None, servers: Sequence[str], paid: tuple[int, int]
     ):
         self.price_in, self.price_out, self.budget = price_in, price_out, budget
         self.largest_in = 0  # upper bound on the tokens of the longest prompt so far
         # tokens_in, tokens_out: as reported, or the reservation if nothing was; requests, failures, retries, cached.
-        self.total: Counter[str] = Counter()
-        self._since: Counter[str] = Counter()  # the same since the last `stats`
-        # The same per server, and answers, if there are several.
-        self._servers: dict[str, Counter[str]] = {url: Counter() for url in servers if len(servers) > 1}
-        self._held: Counter[str] = Counter()  # tokens_in, tokens_out reserved for requests in flight
+        self.total = Counter(tokens_in=paid[0], tokens_out=paid[1])
+        self._before = self.total.copy()  # at the last `stats`
+        self._servers: dict[str, Counter[str]] = {url: Counter() for url in servers}  # since the last `stats`
+        self._reserved: Counter[str] = Counter()  # tokens_in, tokens_out of requests in flight
         self._seconds: list[float] = []  # durations of the answered requests since the last `stats`
 
     def price(self, tokens_in: float, tokens_out: float) -> float:
@@ -48,9 +48,9 @@ class Ledger:
 
     def affords(self, tokens_in: int, tokens_out: int) -> bool:
         """True if so many more tokens, beyond those charged and reserved, stay within the budget."""
-        held_in = self.total["tokens_in"] + self._held["tokens_in"]
-        held_out = self.total["tokens_out"] + self._held["tokens_out"]
-        return self.budget is None or self.price(held_in + tokens_in, held_out + tokens_out) <= self.budget
+        charged_in = self.total["tokens_in"] + self._reserved["tokens_in"]
+        charged_out = self.total["tokens_out"] + self._reserved["tokens_out"]
+        return self.budget is None or self.price(charged_in + tokens_in, charged_out + tokens_out) <= self.budget
 
     def must_wait(self, tokens_in: int, tokens_out: int) -> bool:
         """True if so many more tokens may become affordable once the requests in flight are charged less than they
@@ -59,7 +59,7 @@ class Ledger:
         if self.budget is None or self.affords(tokens_in, tokens_out):
             return False
         spent = self.price(self.total["tokens_in"] + tokens_in, self.total["tokens_out"] + tokens_out)
-        return any(self._held.values()) and spent <= self.budget
+        return any(self._reserved.values()) and spent <= self.budget
 
     @contextmanager
     def request(self, tokens_in: int, tokens_out: int, server: str) -> Iterator[Receipt]:
@@ -70,49 +70,44 @@ class Ledger:
                 "raise it and go on with --resume",
                 fatal=True,
             )
-        most = Counter(tokens_in=tokens_in, tokens_out=tokens_out)
-        self._held.update(most)
-        receipt, refused = Receipt(), False
+        reservation = Counter(tokens_in=tokens_in, tokens_out=tokens_out)
+        self._reserved.update(reservation)
+        receipt, billed = Receipt(), True
         self.count("requests", server=server)
-        began = time.monotonic()
+        start = time.monotonic()
         try:
             yield receipt
-            self._seconds.append(time.monotonic() - began)
+            self._seconds.append(time.monotonic() - start)
             self.count("answers", server=server)
         except Failure as failure:  # an error status or no connection: the server did no work that it could bill
-            refused = failure.unreachable or failure.status not in (None, 200)
+            billed = not failure.unreachable and failure.status in (None, 200)
             raise
         finally:
-            self._held.subtract(most)
-            if not refused:
-                for name, used in zip(most, receipt.tokens or most.values(), strict=True):
-                    self.count(name, used, server)
+            self._reserved.subtract(reservation)
+            if billed:
+                for name, tokens in zip(reservation, receipt.tokens or reservation.values(), strict=True):
+                    self.count(name, tokens, server)
 
-    def paid_before(self, tokens_in: int, tokens_out: int) -> None:
-        """Charge what an earlier process of the same run spent."""
-        self.total.update(tokens_in=tokens_in, tokens_out=tokens_out)
-
-    def count(self, what: str, number: int = 1, server: str = "") -> None:
-        self.total[what] += number
-        self._since[what] += number
+    def count(self, name: str, number: int = 1, server: str = "") -> None:
+        self.total[name] += number
         if server in self._servers:
-            self._servers[server][what] += number
+            self._servers[server][name] += number
 
     def stats(self) -> dict[str, Any]:
         """Since the last call: requests, retries, cached, tokens_in, tokens_out, and latency_p50, _p90 and _p99 in
         seconds (None if nothing was answered). For the whole run: cost. If there are several servers, also servers: per
         URL the requests, answers, failures, tokens_in, tokens_out and cost since the last call."""
-        since, seconds = self._since, self._seconds
-        self._since, self._seconds = Counter(), []
+        seconds, self._seconds = self._seconds, []
+        before, self._before = self._before, self.total.copy()
         names = ("requests", "retries", "cached", "tokens_in", "tokens_out")
+        stats: dict[str, Any] = {name: self.total[name] - before[name] for name in names}
         cuts = statistics.quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else seconds * 99
-        latencies = {f"latency_p{p}": cuts[p - 1] if cuts else None for p in (50, 90, 99)}
-        told: dict[str, Any] = {name: since[name] for name in names} | latencies | {"cost": self.cost}
-        if self._servers:
-            told["servers"] = {url: self._of(counts) for url, counts in self._servers.items()}
-            self._servers = {url: Counter() for url in self._servers}
-        return told
+        stats |= {f"latency_p{p}": cuts[p - 1] if cuts else None for p in (50, 90, 99)} | {"cost": self.cost}
+        if len(self._servers) > 1:
+            stats["servers"] = {url: self._server_stats(counts) for url, counts in self._servers.items()}
+        self._servers = {url: Counter() for url in self._servers}
+        return stats
 
-    def _of(self, counts: Counter[str]) -> dict[str, float]:
+    def _server_stats(self, counts: Counter[str]) -> dict[str, float]:
         names = ("requests", "answers", "failures", "tokens_in", "tokens_out")
         return {name: counts[name] for name in names} | {"cost": self.price(counts["tokens_in"], counts["tokens_out"])}

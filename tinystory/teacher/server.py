@@ -23,21 +23,17 @@ from tinystory.run.errors import UserError
 
 HOST = "127.0.0.1"
 LONGEST_BODY = 256 * 1024  # bytes; a request has about 4,000
-BREATH_S = 5.0  # between the spaces before an answer that takes long
+KEEP_ALIVE_S = 5.0  # between the spaces before an answer that takes long
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TOKEN = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
 
-Reply: TypeAlias = Callable[[list[dict], list[str] | None], Awaitable[str]]
-FAULTS_OF_CLIENTS = (http.HttpProcessingError, web.RequestPayloadError, ConnectionError)  # garbage, or a hang-up
+# The reply to messages: as text, or with the JSON object that has the given keys; it may raise Refused.
+Responder: TypeAlias = Callable[[list[dict], list[str] | None], Awaitable[str]]
+CLIENT_ERRORS = (http.HttpProcessingError, web.RequestPayloadError, ConnectionError)  # garbage, or a hang-up
 
-
-def _our_fault(record: logging.LogRecord) -> bool:
-    """Whether what aiohttp logs is a fault of ours. It logs those of clients as errors too, each with a traceback."""
-    return not (record.exc_info and isinstance(record.exc_info[1], FAULTS_OF_CLIENTS))
-
-
+# aiohttp logs the errors of clients too, each with a traceback.
 logger = logging.getLogger(__name__)
-logger.addFilter(_our_fault)
+logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], CLIENT_ERRORS)))
 
 
 @asynccontextmanager
@@ -66,10 +62,10 @@ def require_port(port: int) -> None:
 
 async def until_stopped() -> None:
     """Returns at Ctrl-C or SIGTERM, for which a server ends as usual."""
-    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(name, ended.set)
-    await ended.wait()
+        loop.add_signal_handler(name, stopped.set)
+    await stopped.wait()
 
 
 class Refused(Exception):
@@ -80,9 +76,8 @@ class Refused(Exception):
         self.message, self.param, self.code, self.status = message, param, code, status
 
 
-def application(model: str, description: str, criteria: Sequence[str], reply: Reply) -> web.Application:
-    """The routes of a server whose only model is `model`. reply(messages, keys) answers one request: as text, or with
-    the JSON object that has these keys, which are `criteria` in the order asked for; it may raise Refused."""
+def application(model: str, description: str, criteria: Sequence[str], respond: Responder) -> web.Application:
+    """The routes of a server whose only model is `model`. criteria: the keys of a reply as a JSON object."""
     entry = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "tinystory"}
     entry["description"] = description
 
@@ -97,33 +92,34 @@ def application(model: str, description: str, criteria: Sequence[str], reply: Re
         return web.json_response({"status": "ok"})
 
     async def chat(request: web.Request) -> web.StreamResponse:
-        asked = parsed(await request.read())
-        messages, keys = _checked(asked, model, criteria)
-        return await _sent(request, _completion(asked, messages, keys))
+        body = parsed(await request.read())
+        _check_model(body.get("model"), model)
+        messages, keys = _messages(body.get("messages")), _keys(body.get("response_format"), criteria)
+        _check_parameters(body)
+        return await _kept_alive(request, completion(body, messages, keys))
 
-    async def _completion(asked: dict, messages: list[dict], keys: list[str] | None) -> dict:
-        longest = asked.get("max_completion_tokens") or asked.get("max_tokens")
-        pieces = TOKEN.findall(await reply(messages, keys))
-        kept = pieces[:longest]
-        prompt = sum(len(TOKEN.findall(message["content"])) + 3 for message in messages)
+    async def completion(body: dict, messages: list[dict], keys: list[str] | None) -> dict:
+        longest = body.get("max_completion_tokens") or body.get("max_tokens")
+        tokens = TOKEN.findall(await respond(messages, keys))
+        n_reply = len(tokens[:longest])
+        n_prompt = sum(len(TOKEN.findall(message["content"])) + 3 for message in messages)
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": "".join(kept), "refusal": None},
+            "message": {"role": "assistant", "content": "".join(tokens[:n_reply]), "refusal": None},
             "logprobs": None,
-            "finish_reason": "stop" if len(kept) == len(pieces) else "length",
+            "finish_reason": "stop" if n_reply == len(tokens) else "length",
         }
-        usage = {"prompt_tokens": prompt, "completion_tokens": len(kept), "total_tokens": prompt + len(kept)}
         return {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion",
             "created": int(time.time()),
             "model": model,
             "choices": [choice],
-            "usage": usage,
+            "usage": dict(prompt_tokens=n_prompt, completion_tokens=n_reply, total_tokens=n_prompt + n_reply),
         }
 
-    routes = web.Application(middlewares=[in_openai_shape], client_max_size=LONGEST_BODY)
-    routes.on_response_prepare.append(_name_request)
+    routes = web.Application(middlewares=[errors_as_json], client_max_size=LONGEST_BODY)
+    routes.on_response_prepare.append(_number_response)
     routes.router.add_post("/v1/chat/completions", chat)
     routes.router.add_get("/v1/models", models)
     routes.router.add_get("/v1/models/{model:.+}", one_model)
@@ -131,19 +127,19 @@ def application(model: str, description: str, criteria: Sequence[str], reply: Re
     return routes
 
 
-async def _sent(request: web.Request, answer: Coroutine[Any, Any, dict]) -> web.StreamResponse:
-    """The response with this answer. While the answer takes its time, as a person's does, a space is sent now and then:
+async def _kept_alive(request: web.Request, answer: Coroutine[Any, Any, dict]) -> web.StreamResponse:
+    """The response with this answer. While the answer takes its time, as a human's does, a space is sent now and then:
     JSON may begin with spaces, the client sees that the server lives, and we see when the client does not."""
     task = asyncio.ensure_future(answer)
     try:
-        done, _ = await asyncio.wait({task}, timeout=BREATH_S)
+        done, _ = await asyncio.wait({task}, timeout=KEEP_ALIVE_S)
         if done:
             return web.json_response(task.result())
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
         while not done:
             await response.write(b" ")
-            done, _ = await asyncio.wait({task}, timeout=BREATH_S)
+            done, _ = await asyncio.wait({task}, timeout=KEEP_ALIVE_S)
         await response.write(json.dumps(task.result()).encode())
         await response.write_eof()
         return response
@@ -152,7 +148,7 @@ async def _sent(request: web.Request, answer: Coroutine[Any, Any, dict]) -> web.
 
 
 @web.middleware
-async def in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn every error, including aiohttp's own, into {"error": {message, type, param, code}}."""
     headers = {}
     try:
@@ -174,21 +170,22 @@ async def in_openai_shape(request: web.Request, handler: Handler) -> web.StreamR
     return web.json_response({"error": body}, status=refused.status, headers=headers)
 
 
-_serial = itertools.count(1)
+_numbers = itertools.count(1)
 
 
-async def _name_request(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["X-Request-Id"] = f"req_{next(_serial):012d}"
+async def _number_response(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["X-Request-Id"] = f"req_{next(_numbers):012d}"
 
 
 def parsed(body: bytes) -> dict:
+    """The JSON object in a request's body."""
     try:
-        asked = json.loads(body, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(body, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON (as NaN is not), or nested too deeply
         raise Refused(f"The body of the request is not valid JSON: {str(error)[:100]}.") from None
-    if not isinstance(asked, dict):
+    if not isinstance(value, dict):
         raise Refused("The body of the request must be a JSON object.")
-    return asked
+    return value
 
 
 def _finite(text: str) -> float:
@@ -198,56 +195,58 @@ def _finite(text: str) -> float:
     return number
 
 
-def _check_model(name: str, model: str) -> None:
+def _check_model(name: object, model: str) -> None:
+    if not isinstance(name, str):
+        raise Refused("You must provide a model: a string.", "model")
     if name != model:
         message = f"The model `{name[:100]}` does not exist; this server has `{model}`."
         raise Refused(message, "model", "model_not_found", 404)
 
 
-def _checked(asked: dict, model: str, criteria: Sequence[str]) -> tuple[list[dict], list[str] | None]:
-    """The messages, with each content as text, and the keys of the JSON object to reply with (None: reply as text)."""
-    name = asked.get("model")
-    if not isinstance(name, str):
-        raise Refused("You must provide a model: a string.", "model")
-    _check_model(name, model)
-    messages = asked.get("messages")
-    if not isinstance(messages, list) or not messages:
+def _messages(value: object) -> list[dict]:
+    """The messages, with each content as text."""
+    if not isinstance(value, list) or not value:
         raise Refused("`messages` must be a list of at least one message.", "messages")
-    messages = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    for param in ("stream", "logprobs", "tools", "functions"):
-        if asked.get(param):
-            raise Refused(f"`{param}` is not supported by this model.", param, "unsupported_parameter")
-    if asked.get("n") not in (None, 1):
-        raise Refused("`n` must be 1: this model always gives the same answer.", "n", "unsupported_value")
-    for param in ("max_tokens", "max_completion_tokens"):
-        value = asked.get(param)
-        if value is not None and (type(value) is not int or value < 1):  # True is an int too
-            raise Refused(f"`{param}` must be a whole number of at least 1.", param, "invalid_value")
-    temperature, seed = asked.get("temperature"), asked.get("seed")
-    if temperature is not None and (type(temperature) not in (int, float) or not 0 <= temperature <= 2):
-        raise Refused("`temperature` must be a number from 0 to 2.", "temperature", "invalid_value")
-    if seed is not None and type(seed) is not int:
-        raise Refused("`seed` must be a whole number.", "seed", "invalid_type")
-    return messages, _keys(asked.get("response_format"), criteria)
+    messages = []
+    for index, message in enumerate(value):
+        match message:
+            case {"role": str(role), "content": str(content)} if role in ROLES:
+                messages.append({"role": role, "content": content})
+            case {"role": str(role), "content": [*parts]} if role in ROLES:
+                texts = [text for part in parts if (text := _text_of(part)) is not None]
+                if len(texts) < len(parts):
+                    param = f"messages[{index}].content"
+                    raise Refused("This model reads text only.", param, "unsupported_value")
+                messages.append({"role": role, "content": "".join(texts)})
+            case _:
+                error = f"A message needs a role ({', '.join(ROLES)}) and a content that is text."
+                raise Refused(error, f"messages[{index}]", "invalid_type")
+    return messages
 
 
-def _message(message: object, where: str) -> dict:
-    match message:
-        case {"role": str(role), "content": str(content)} if role in ROLES:
-            return {"role": role, "content": content}
-        case {"role": str(role), "content": [*parts]} if role in ROLES:
-            texts = [part["text"] for part in parts if _is_text(part)]
-            if len(texts) == len(parts):
-                return {"role": role, "content": "".join(texts)}
-            raise Refused("This model reads text only.", f"{where}.content", "unsupported_value")
-    raise Refused(f"A message needs a role ({', '.join(ROLES)}) and a content that is text.", where, "invalid_type")
+def _text_of(part: object) -> str | None:
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return text
+    return None
 
 
-def _is_text(part: object) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+def _check_parameters(body: dict) -> None:
+    counts, unsupported = ("max_tokens", "max_completion_tokens"), ("stream", "logprobs", "tools", "functions")
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {  # True is an int too
+        **{name: (lambda v: type(v) is int and v >= 1, "must be a whole number of at least 1.") for name in counts},
+        **{name: (lambda v: not v, "is not supported by this model.") for name in unsupported},
+        "n": (lambda v: v == 1, "must be 1: this model always gives the same answer."),
+        "temperature": (lambda v: type(v) in (int, float) and 0 <= v <= 2, "must be a number from 0 to 2."),
+        "seed": (lambda v: type(v) is int, "must be a whole number."),
+    }
+    for name, (is_valid, requirement) in rules.items():
+        if body.get(name) is not None and not is_valid(body[name]):
+            raise Refused(f"`{name}` {requirement}", name, "invalid_value")
 
 
 def _keys(response_format: object, criteria: Sequence[str]) -> list[str] | None:
+    """The keys of the JSON object to reply with; None: reply as text."""
     match response_format:
         case None | {"type": "text"}:
             return None
@@ -258,8 +257,5 @@ def _keys(response_format: object, criteria: Sequence[str]) -> list[str] | None:
                 return list(properties)
             message = f"This model can only fill a schema whose properties are {', '.join(criteria)}."
             raise Refused(message, "response_format.json_schema.schema", "unsupported_value")
-    raise Refused(
-        "`response_format` must be of type text, json_object, or json_schema with a schema that has properties.",
-        "response_format",
-        "invalid_value",
-    )
+    message = "`response_format` must be of type text, json_object, or json_schema with a schema that has properties."
+    raise Refused(message, "response_format", "invalid_value")

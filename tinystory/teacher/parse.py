@@ -1,0 +1,104 @@
+"""Scores read from a teacher's reply: exactly the scores asked for, or none.
+
+A reply that is read generously becomes an invented reward ("2 2", cut short, is not 4/9), so three forms are
+understood and nothing else is. For the criteria readability, coherence, creativity they are
+
+    2 1 3                                           integers in the order asked, separated by spaces, commas or newlines
+    {"readability": 2, "coherence": 1, ...}         one JSON object with exactly these keys, bare or in a ```json fence
+    readability: 2, coherence: 1, creativity: 3     exactly these labels
+"""
+
+import bisect
+import functools
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from tinystory.teacher.prompt import TOP
+
+LONGEST_REPLY = 1000  # characters; a longer reply is an essay, and refusing it costs nothing
+
+_SPACE = r"[ \t\r\n]"
+_BETWEEN = rf"(?:{_SPACE}+(?:,{_SPACE}*)?|,{_SPACE}*)"
+_DIGIT = rf"[0-{TOP}]"  # a class, not \d, which also means the digits of other scripts
+_FENCED = re.compile(rf"```(?:json)?{_SPACE}*(\{{.*\}}){_SPACE}*```", re.DOTALL)
+
+
+def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
+    """The score, 0..3, of each criterion, in the order of `criteria`; None if the reply is not exactly one of the three
+    forms."""
+    if len(reply) > LONGEST_REPLY:
+        return None
+    text = reply.strip(" \t\r\n")
+    numbers, labelled = _patterns(tuple(criteria))
+    items: list[tuple[str, object]]
+    if match := numbers.fullmatch(text):
+        items = list(zip(criteria, map(int, match.groups()), strict=True))
+    elif match := labelled.fullmatch(text):
+        items = list(zip(match.groups()[0::2], map(int, match.groups()[1::2]), strict=True))
+    else:
+        items = _json_items(text)
+    scores = {name: value for name, value in items if type(value) is int and 0 <= value <= TOP}  # True is no score
+    if len(items) != len(criteria) or scores.keys() != set(criteria):
+        return None
+    return {name: scores[name] for name in criteria}
+
+
+def expected_scores(
+    reply: str, criteria: Sequence[str], tokens: Sequence[tuple[str, Mapping[str, float]]]
+) -> dict[str, float] | None:
+    """The expected value of each score in a reply: the mean of 0..3 under the probabilities of these digits at the
+    score's position, normalised to sum to 1 (G-Eval, arXiv 2303.16634, equation 1), rounded to 4 decimals.
+
+    tokens: those of the reply, each with the natural log-probabilities of the candidates at its position. None if the
+    reply holds no scores, or if the tokens do not spell the reply, or if no candidate is a digit alone.
+    """
+    spelled = "".join(token for token, _ in tokens)
+    # A server may strip the reply, send thoughts before it, or add the end-of-turn token to the tokens.
+    start = spelled.rfind(reply)
+    if parse_scores(reply, criteria) is None or start < 0:
+        return None
+    token_starts = [0, *itertools.accumulate(len(token) for token, _ in tokens)]
+    expected = {}
+    for name, position in _digit_positions(reply, criteria).items():
+        token, candidates = tokens[bisect.bisect_right(token_starts, start + position) - 1]
+        probabilities = [0.0] * (TOP + 1)
+        for candidate, logprob in candidates.items():
+            if re.fullmatch(_DIGIT, candidate.strip()):  # " 2" is 2
+                probabilities[int(candidate)] += math.exp(logprob)
+        if token.strip() != reply[position] or not any(probabilities):
+            return None
+        expected[name] = round(sum(score * p for score, p in enumerate(probabilities)) / sum(probabilities), 4)
+    return expected if len(expected) == len(criteria) else None
+
+
+def _digit_positions(reply: str, criteria: Sequence[str]) -> dict[str, int]:
+    """The index of each criterion's digit in a reply that holds scores."""
+    if numbers := _patterns(tuple(criteria))[0].fullmatch(reply.strip(" \t\r\n")):
+        stripped = len(reply) - len(reply.lstrip(" \t\r\n"))
+        return {name: stripped + numbers.start(i) for i, name in enumerate(criteria, start=1)}
+    matches = ((name, re.search(rf'\b{name}"?{_SPACE}*:{_SPACE}*({_DIGIT})', reply)) for name in criteria)
+    return {name: match.start(1) for name, match in matches if match}  # a key may be written with \u escapes
+
+
+@functools.cache
+def _patterns(criteria: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
+    numbers = _BETWEEN.join([f"({_DIGIT})"] * len(criteria))
+    label = "|".join(map(re.escape, criteria))
+    labelled = _BETWEEN.join([rf"({label}){_SPACE}*:{_SPACE}*({_DIGIT})"] * len(criteria))
+    return re.compile(numbers + r"\.?"), re.compile(labelled + r"\.?")
+
+
+def _json_items(text: str) -> list[tuple[str, object]]:
+    """The (key, value) pairs of a flat JSON object, with repeated keys so that they can be refused; [] for any other
+    text."""
+    if match := _FENCED.fullmatch(text):
+        text = match[1]
+    if not text.startswith("{") or text.count("{") != 1:
+        return []
+    try:
+        return json.loads(text, object_pairs_hook=list)
+    except (ValueError, RecursionError):  # not JSON, or JSON nested too deeply
+        return []

@@ -1,0 +1,203 @@
+"""One model behind one or several servers: which is asked next, what is retried, and which is left out for a while."""
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import NoReturn, TypeVar
+
+from tinystory.run.errors import UserError
+from tinystory.teacher.api import Failure
+from tinystory.teacher.endpoint import Endpoint, Slots
+from tinystory.teacher.ledger import Ledger
+
+T = TypeVar("T")
+FAILURES = 8  # failed requests after which a story is given up; with the pauses below, after a minute or more
+PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before the first retry, and before any; doubled each time, with jitter
+LONGEST_RETRY_AFTER_S = 60.0
+PING_S = 10.0  # seconds that a server which was away has to answer
+
+
+class Queue:
+    """Requests that wait for a slot of any of several servers. While there are more requests than slots, each server
+    takes as many as it answers; otherwise a request goes where its answer is expected first."""
+
+    def __init__(self, slots: Sequence[Slots]):
+        self.slots = slots
+        self._waiting: deque[asyncio.Future[int]] = deque()
+
+    @asynccontextmanager
+    async def slot(self, first: bool) -> AsyncIterator[int]:
+        """Wait for a slot and hold it; yields the number of its server. first: ahead of the queue, for a story that has
+        held a slot before."""
+        turn: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        (self._waiting.appendleft if first else self._waiting.append)(turn)
+        self.admit()
+        try:
+            yield await turn
+        finally:
+            if turn.done() and not turn.cancelled():
+                self.slots[turn.result()].taken -= 1
+                self.admit()
+
+    def admit(self) -> None:
+        """Give every free slot to the next request."""
+        while self._waiting and (free := [i for i, slots in enumerate(self.slots) if slots.free]):
+            turn = self._waiting.popleft()
+            if not turn.done():
+                best = free[0] if len(free) == 1 else min(free, key=self._expected_seconds)
+                self.slots[best].taken += 1
+                turn.set_result(best)
+
+    def _expected_seconds(self, server: int) -> tuple[float, int]:
+        """A sort key for one more request: its time if a server slows down in proportion to what it has in flight."""
+        slots = self.slots[server]
+        pace = slots.pace or min((other.pace for other in self.slots if other.pace), default=1.0)  # unknown: try it
+        return pace * (slots.taken + 1), slots.taken
+
+
+@dataclass
+class Question:
+    """A story to be graded: the messages, the fence in them, and when its first request was sent."""
+
+    messages: list[dict]
+    fence: str
+    afresh: bool = False  # whether replies that an earlier process kept are of no use
+    since: float | None = None
+
+
+@dataclass
+class Session:
+    """What all pools of a teacher share. A story's requests end within `deadline_s` seconds, and each within
+    deadline_s / attempts."""
+
+    deadline_s: float
+    attempts: int
+    ledger: Ledger
+    news: list[str] = field(default_factory=list)  # for the user
+    fatal: UserError | None = None  # set once no further story can be graded
+
+
+class ServerPool:
+    """`endpoints` serve the same model. A server that cannot be reached, refuses the key or fails FAILURES times in a
+    row is left out as long as another one is there; one that may come back is asked again when it does.
+
+    examine: probes a server that comes up for the first time. probing: one server is being probed; a failure is the
+    caller's to judge and never ends the run.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        session: Session,
+        examine: Callable[[Endpoint], Awaitable[None]] | None = None,
+        probing: bool = False,
+    ):
+        self.endpoints, self.session, self.examine, self.probing = endpoints, session, examine, probing
+        self.queue = Queue([Slots(1) if probing else endpoint.slots for endpoint in endpoints])
+        self._returns: set[asyncio.Task[None]] = set()
+
+    async def ask(self, request: Callable[[Endpoint], Awaitable[T]], question: Question, exists: bool = True) -> T:
+        """The result of `request`, retried after transient failures; raises Failure when it is given up.
+
+        Each request waits for a free slot, and a story that pauses holds none. exists: whether the server is known to
+        exist; if not, one that gives no answer is given up at once.
+        """
+        session, failures, timeouts = self.session, 0, 0
+        while True:
+            async with self.queue.slot(first=question.since is not None) as server:
+                endpoint = self.endpoints[server]
+                if session.fatal is not None and not self.probing:
+                    raise session.fatal
+                start = time.monotonic()
+                if question.since is None:
+                    question.since = start
+                deadline = question.since + session.deadline_s
+                timeout = endpoint.slots.timeout(session.deadline_s / session.attempts, timeouts)
+                try:
+                    answer = await asyncio.wait_for(request(endpoint), min(max(deadline - start, 0.0), timeout))
+                    endpoint.slots.answered(time.monotonic() - start)
+                    endpoint.failures = endpoint.absences = 0
+                    return answer
+                except asyncio.TimeoutError:  # the builtin TimeoutError only from Python 3.11 on
+                    failure = Failure("takes too long to answer", again=True)
+                    timeouts += 1
+                except Failure as error:
+                    failure = error
+                session.ledger.count("failures", server=endpoint.url)
+                endpoint.failures += failure.again and not failure.busy
+                if failure.busy:
+                    endpoint.slots.refused()
+                if self._is_left_out(endpoint, failure):  # the story is not the cause
+                    continue
+            failures += 1
+            if failure.fatal:
+                self._stop(endpoint, failure)
+            pause = jittered(PAUSE_S * 2 ** (failures - 1)) + min(failure.retry_after or 0.0, LONGEST_RETRY_AFTER_S)
+            hopeful = failure.again and (failures < FAILURES or failure.busy) and (exists or failure.status)
+            if hopeful and time.monotonic() + pause <= deadline:
+                session.ledger.count("retries")
+                await asyncio.sleep(pause)
+                continue
+            if failure.unreachable:  # after all retries, so the story is not the cause
+                self._stop(endpoint, failure)
+            raise failure
+
+    def leave_out(self, endpoint: Endpoint, failure: Failure) -> None:
+        """Ask the other servers from now on, and this one again if it comes back."""
+        endpoint.slots.open = False
+        self.session.news.append(f"the teacher at {endpoint.url} {failure}; the others go on without it")
+        if not failure.fatal:
+            task = asyncio.create_task(self._await_return(endpoint))
+            self._returns.add(task)
+            task.add_done_callback(self._returns.discard)
+
+    def _is_left_out(self, endpoint: Endpoint, failure: Failure) -> bool:
+        """Whether others go on without the server."""
+        if self.probing:
+            return False
+        if not endpoint.slots.open:  # another request has left it out
+            return True
+        gone = (failure.fatal and failure.status) or failure.unreachable or endpoint.failures >= FAILURES
+        if not gone or not any(other.slots.open for other in self.endpoints if other is not endpoint):
+            return False
+        self.leave_out(endpoint, failure)
+        return True
+
+    async def _await_return(self, endpoint: Endpoint) -> None:
+        """Until the server answers again, whatever it says of its models. Then it gets one request at a time, and is
+        left out for longer if the first one fails."""
+        while True:
+            await asyncio.sleep(jittered(PAUSE_S * 2**endpoint.absences))
+            endpoint.absences = min(endpoint.absences + 1, 9)
+            try:
+                await asyncio.wait_for(endpoint.client.models(), PING_S)
+            except asyncio.TimeoutError:
+                continue
+            except Failure as failure:
+                if failure.again:
+                    continue
+            break
+        try:
+            if self.examine is not None and endpoint.probe is None:
+                await self.examine(endpoint)
+        except (Failure, UserError) as error:
+            self.session.news.append(f"the teacher at {endpoint.url} is back, but cannot be used: {error}")
+            return
+        self.session.news.append(f"the teacher at {endpoint.url} is back")
+        endpoint.failures = FAILURES - 1
+        endpoint.slots.reopen()
+        self.queue.admit()
+
+    def _stop(self, endpoint: Endpoint, failure: Failure) -> NoReturn:
+        if self.probing:
+            raise failure
+        self.session.fatal = UserError(f"the teacher at {endpoint.url} {failure}")
+        raise self.session.fatal
+
+
+def jittered(pause: float) -> float:
+    return min(pause, LONGEST_PAUSE_S) * random.uniform(0.75, 1.25)
