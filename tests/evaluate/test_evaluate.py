@@ -16,7 +16,7 @@ from scripts import evaluate
 from tinystory.data.corpus import open_corpus
 from tinystory.evaluate import scoring
 from tinystory.evaluate.intervals import bootstrap, spearman, weighted, wilson
-from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, read_items, scores
+from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, option_logprobs, read_items
 from tinystory.evaluate.reading import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading, explained
 from tinystory.evaluate.scoring import bits_per_byte, part, sum_logprobs
 from tinystory.evaluate.stories import distinct_ngrams, longest_shared, self_bleu, story_measures, utility
@@ -52,9 +52,9 @@ def logprob(student, tokens, first):
 
 def test_a_text_is_scored_from_its_second_token_on(student, tokenizer):
     for good, bad in PAIRS:
-        (found,) = scores(student, tokenizer, [Item("", (good, bad), "x")], "x")
+        ((_, logprobs),) = option_logprobs(student, tokenizer, [Item("", (good, bad), "x")], "x")
         whole = [logprob(student, tokenizer.encode(text), 1) for text in (good, bad)]
-        assert float(found[0] - found[1]) == pytest.approx(whole[0] - whole[1], abs=1e-3)
+        assert float(logprobs[0] - logprobs[1]) == pytest.approx(whole[0] - whole[1], abs=1e-3)
 
 
 def test_a_token_across_the_border_belongs_to_the_option(student, tokenizer):
