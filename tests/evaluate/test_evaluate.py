@@ -306,6 +306,14 @@ def test_story_measures(student, tokenizer, tmp_path):
     assert 1 <= ten["story_clusters_10"] <= 10 and 0 < ten["utility_10"] <= 2
 
 
+def test_the_stories_to_an_opening_given_twice_are_graded_once(student, tokenizer):
+    measures = story_measures(
+        student, tokenizer, openings=["Tom", "Tom"], n_stories=4, max_new_tokens=4, temperature=1.0, seed=3,
+        grade=lambda opening, stories: [None] + [{"humour": 1}] * (len(stories) - 1),
+    )  # fmt: skip
+    assert measures["unscored"] == 1 and measures["score_mean"] == 1
+
+
 def test_intervals():
     assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)  # Newcombe 1998's formula by hand
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # his table I, method 3

@@ -61,8 +61,8 @@ def story_measures(
     `utility`). With `corpus`: copied_share, the words of the longest phrase shared with it over the story's words, and
     copied_longest, the longest such phrase in words. The other intervals are bootstrapped over stories.
     """
-    each, more = divmod(n_stories, len(openings))
-    prompts = [opening for i, opening in enumerate(openings) for _ in range(each + (i < more))]
+    per_opening, rest = divmod(n_stories, len(openings))
+    prompts = [opening for i, opening in enumerate(openings) for _ in range(per_opening + (i < rest))]
     sampling: dict[str, Any] = dict(first_index=0, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     stories = generate(student, None, tokenizer, prompts, **sampling)
     texts = [story.text for story in stories]
