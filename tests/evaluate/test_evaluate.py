@@ -16,7 +16,7 @@ from scripts import evaluate
 from tinystory.data.corpus import open_corpus
 from tinystory.evaluate import scoring
 from tinystory.evaluate.intervals import bootstrap, spearman, weighted, wilson
-from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, read_items, scores
+from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, option_logprobs, read_items
 from tinystory.evaluate.reading import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading, explained
 from tinystory.evaluate.scoring import bits_per_byte, part, sum_logprobs
 from tinystory.evaluate.stories import distinct_ngrams, longest_shared, self_bleu, story_measures, utility
@@ -52,9 +52,9 @@ def logprob(student, tokens, first):
 
 def test_a_text_is_scored_from_its_second_token_on(student, tokenizer):
     for good, bad in PAIRS:
-        (found,) = scores(student, tokenizer, [Item("", (good, bad), "x")], "x")
+        ((_, logprobs),) = option_logprobs(student, tokenizer, [Item("", (good, bad), "x")], "x")
         whole = [logprob(student, tokenizer.encode(text), 1) for text in (good, bad)]
-        assert float(found[0] - found[1]) == pytest.approx(whole[0] - whole[1], abs=1e-3)
+        assert float(logprobs[0] - logprobs[1]) == pytest.approx(whole[0] - whole[1], abs=1e-3)
 
 
 def test_a_token_across_the_border_belongs_to_the_option(student, tokenizer):
@@ -304,6 +304,14 @@ def test_story_measures(student, tokenizer, tmp_path):
     assert plain["story_clusters_10"] is None and found["utility_10"] is None  # too few stories to an opening
     ten = story_measures(student, tokenizer, **how | {"n_stories": 19}, grade=grade)  # ten to the first, nine
     assert 1 <= ten["story_clusters_10"] <= 10 and 0 < ten["utility_10"] <= 2
+
+
+def test_the_stories_to_an_opening_given_twice_are_graded_once(student, tokenizer):
+    measures = story_measures(
+        student, tokenizer, openings=["Tom", "Tom"], n_stories=4, max_new_tokens=4, temperature=1.0, seed=3,
+        grade=lambda opening, stories: [None] + [{"humour": 1}] * (len(stories) - 1),
+    )  # fmt: skip
+    assert measures["unscored"] == 1 and measures["score_mean"] == 1
 
 
 def test_intervals():

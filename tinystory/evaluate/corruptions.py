@@ -1,4 +1,4 @@
-"""Stories whose order is known before any teacher sees them, for calibration: some written for it, some from a corpus.
+"""Known stories, whose order is beyond dispute before any teacher sees them: real ones and corruptions of them.
 
 A real story is better than the same sentences in another order, those are better than the same words in any order, and
 a story is better than one word repeated, than a text in a language that was not asked for, and than an essay that asks
@@ -18,17 +18,10 @@ REAL, SENTENCES, WORDS = "real", "sentences shuffled", "words shuffled"
 REPEATED, FOREIGN, PLEA = "one word repeated", "another language", "asks for full marks"
 KINDS = (REAL, SENTENCES, WORDS, REPEATED, FOREIGN, PLEA)
 # Pairs whose order is beyond dispute, the better one first.
-ORDER = (
-    (REAL, SENTENCES),
-    (REAL, WORDS),
-    (REAL, REPEATED),
-    (REAL, FOREIGN),
-    (REAL, PLEA),
-    (SENTENCES, WORDS),
-)
+ORDER = ((REAL, SENTENCES), (REAL, WORDS), (REAL, REPEATED), (REAL, FOREIGN), (REAL, PLEA), (SENTENCES, WORDS))
 LENGTHS = (50, 70, 90, 110, 130)  # words to which stories are cut, at the end of a sentence
 FEWEST_SENTENCES = 5  # with fewer, another order may be no worse
-READ = 1500  # documents of a corpus among which stories are drawn
+DOCUMENTS = 1500  # documents of a corpus among which stories are drawn
 
 _ENGLISH = """
 One evening a small boat came home without its sail. Old Peter looked at it and scratched his beard. "The wind has
@@ -124,89 +117,86 @@ everything that you were asked about.
 """
 
 
-TEXTS = {FOREIGN: _FOREIGN, PLEA: _PLEAS}
-
-
-class Known(NamedTuple):
-    """A text whose place is known. The writer was given `opening`; the teacher is to grade `story`."""
+class KnownStory(NamedTuple):
+    """A story of known quality. The writer was given `opening`; the teacher is to grade `story`."""
 
     kind: str
     opening: str
     story: str
 
 
-def known_stories(documents: Iterable[str], count: int, kinds: Sequence[str] = KINDS, seed: int = 0) -> list[Known]:
-    """`count` texts of each kind; those of one index have one opening. Half of the stories are ours while they last,
-    the others are drawn from the first documents of a corpus, or if too few of those have several sentences, from the
-    built-in grammar."""
+def known_stories(
+    documents: Iterable[str], count: int, kinds: Sequence[str] = KINDS, seed: int = 0
+) -> list[KnownStory]:
+    """`count` stories of each kind; those of one index have one opening. Half of them are ours while they last, the
+    others are drawn from the first documents of a corpus, or from the built-in grammar if too few of those have
+    several sentences."""
     rng = random.Random(seed)
-    wanted = [LENGTHS[i % len(LENGTHS)] for i in range(count)]
-    ours = _texts(_ENGLISH)[: count // 2]
-    read = [text for text in itertools.islice(documents, READ) if _usable(text)]
-    if len(read) < count - len(ours):
-        read = [text for text in unseen_stories(READ) if _usable(text)]
-    mixed = [*ours, *rng.sample(read, count - len(ours))]
-    found = []
-    for i, text in enumerate(mixed):
-        opening, *rest = split_sentences(cut(text, wanted[i]))
-        story = " ".join(rest)
-        for kind in kinds:
-            found.append(Known(kind, opening, _told(kind, story, i, rng)))
-    return found
-
-
-def cut(text: str, words: int) -> str:
-    """The first sentences of a text that have at least so many words together, and no fewer than FEWEST_SENTENCES."""
-    sentences = split_sentences(text)
-    for end in range(FEWEST_SENTENCES, len(sentences)):
-        if sum(len(sentence.split()) for sentence in sentences[:end]) >= words:
-            return " ".join(sentences[:end])
-    return " ".join(sentences)
+    ours = _paragraphs(_ENGLISH)[: count // 2]
+    usable = [text for text in itertools.islice(documents, DOCUMENTS) if _usable(text)]
+    if len(usable) < count - len(ours):
+        usable = [text for text in unseen_stories(DOCUMENTS) if _usable(text)]
+    stories = []
+    for i, text in enumerate([*ours, *rng.sample(usable, count - len(ours))]):
+        opening, *rest = _first_sentences(text, LENGTHS[i % len(LENGTHS)])
+        stories += [KnownStory(kind, opening, _corrupted(kind, rest, i, rng)) for kind in kinds]
+    return stories
 
 
 def split_sentences(text: str) -> list[str]:
     return re.split(r"(?:(?<=[.!?])|(?<=[.!?][\"”']))\s+(?=[\"“'A-Z])", " ".join(text.split()))
 
 
-def _told(kind: str, story: str, index: int, rng: random.Random) -> str:
-    words = story.split()
+def _first_sentences(text: str, words: int) -> list[str]:
+    """The first sentences that have at least so many words together, and no fewer than FEWEST_SENTENCES."""
+    sentences = split_sentences(text)
+    end = FEWEST_SENTENCES
+    while end < len(sentences) and len(" ".join(sentences[:end]).split()) < words:
+        end += 1
+    return sentences[:end]
+
+
+def _corrupted(kind: str, sentences: list[str], index: int, rng: random.Random) -> str:
+    words = " ".join(sentences).split()
     if kind == SENTENCES:
-        return " ".join(_reordered(split_sentences(story), rng))
+        return " ".join(_reordered(sentences, rng))
     if kind == WORDS:
         return " ".join(_reordered(words, rng))
     if kind == REPEATED:
         return " ".join([rng.choice(words)] * len(words))
-    if kind in TEXTS:
-        return _nth(TEXTS[kind], index)
-    return story
+    if kind == FOREIGN:
+        return _nth(_FOREIGN, index)
+    if kind == PLEA:
+        return _nth(_PLEAS, index)
+    return " ".join(sentences)
 
 
 def _reordered(parts: list[str], rng: random.Random) -> list[str]:
-    """The parts in random order, not the one that they have. (Of one part there is no other.)"""
-    mixed = list(parts)
-    while len(set(parts)) > 1 and mixed == parts:
-        rng.shuffle(mixed)
-    return mixed
+    """The parts in another order, at random, if there is one."""
+    out = list(parts)
+    while len(set(parts)) > 1 and out == parts:
+        rng.shuffle(out)
+    return out
 
 
 def _usable(text: str) -> bool:
     return len(split_sentences(text)) > FEWEST_SENTENCES and len(text.split()) >= min(LENGTHS)
 
 
-def _texts(block: str) -> list[str]:
+def _paragraphs(block: str) -> list[str]:
     return [" ".join(text.split()) for text in block.strip().split("\n\n")]
 
 
 def _nth(block: str, index: int) -> str:
-    """The text of this index; when they are used up, they come again with another sentence first."""
-    texts = _texts(block)
-    sentences = split_sentences(texts[index % len(texts)])
-    turned = index // len(texts) % len(sentences)
-    return " ".join(sentences[turned:] + sentences[:turned])
+    """The paragraph of this index; once all are used, they are repeated with another sentence first."""
+    paragraphs = _paragraphs(block)
+    sentences = split_sentences(paragraphs[index % len(paragraphs)])
+    shift = index // len(paragraphs) % len(sentences)
+    return " ".join(sentences[shift:] + sentences[:shift])
 
 
 def corpus_documents(names: Sequence[str]) -> Iterator[str]:
-    """The documents among which calibration draws: of a named corpus, interleaved; of the built-in grammar, stories
-    that no student and no teacher has read."""
+    """The documents from which calibration draws: of a named corpus, interleaved; of the built-in grammar, stories that
+    are in no corpus."""
     files = [name for name in names if name not in BUILTIN]
-    return open_corpus(files).mixed() if files else iter(unseen_stories(READ))
+    return open_corpus(files).mixed() if files else iter(unseen_stories(DOCUMENTS))

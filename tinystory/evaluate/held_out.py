@@ -1,9 +1,10 @@
-"""Evaluation during interaction: stories to held-out openings, what they earn, and which checkpoint is the best."""
+"""Evaluation during interaction: rewards of stories to held-out openings, and which checkpoint is the best."""
 
 import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -24,11 +25,11 @@ from tinystory.student.generate import Story
 from tinystory.teacher.grade import Grade, score_means
 from tinystory.teacher.grader import Grader
 
-FIRST_INDEX = 10**9  # of an evaluation's stories: the same draws each time, and none of training's
+FIRST_INDEX = 10**9  # of an evaluation's stories: the same random numbers each time, and none of training's
 
 
 def due(config: InteractConfig, step: int) -> bool:
-    """Whether the policy is evaluated after this many steps, if the run gets so far."""
+    """Whether the policy is evaluated after this many steps."""
     return step in (0, config.steps) or (config.eval_every > 0 and step % config.eval_every == 0)
 
 
@@ -49,9 +50,10 @@ class Evaluator:
         return distributed.rank0_value(lambda: any(record["step"] == step for record in read_records(records)))
 
     def evaluate(self, state: RunState) -> dict[str, Any]:
-        """The metrics of an evaluation, whose words are spent. Raises Interrupted if the run is asked to stop."""
-        held_out, folder = self.openings.held_out, self.log.folder
-        prompts = [held_out[i % len(held_out)] for i in range(self.config.eval_stories)]
+        """The metrics of an evaluation, whose words count against the budget. Raises Interrupted if the run is asked
+        to stop."""
+        folder = self.log.folder
+        prompts = list(islice(cycle(self.openings.held_out), self.config.eval_stories))
         stories = rollout(self.config, self.policy, prompts, FIRST_INDEX, self.grader.send)
         grades = distributed.rank0_value(lambda: self.grader.collect(self.stop))
         state.spend(stories, sum(grade.reply_words for grade in grades))
@@ -61,11 +63,12 @@ class Evaluator:
         if distributed.rank0_value(lambda: is_best(read_records(folder / EVALUATIONS), state.step)):
             state.best_step = state.step
             self.policy.save(folder / "checkpoints" / checkpoint.BEST, state, replace=True)
-        means = {"reward": reward_mean(records), "score_mean": score_means(grades)["score_mean"]}
-        return {f"held_out_{name}": value for name, value in (means | story_means(records)).items()}
+        score_sum = score_means(grades)["score_mean"]
+        metrics = {"reward": reward_mean(records), "score_mean": score_sum} | story_means(records)
+        return {f"held_out_{name}": value for name, value in metrics.items()}
 
     def evaluate_if_due(self, state: RunState) -> tuple[dict[str, Any], UserError | Interrupted | None]:
-        """The metrics, and a failure of the teacher or Interrupted, to be raised once the step is logged and saved."""
+        """The metrics, and a failure of the teacher or Interrupted, to raise once the step is logged and saved."""
         try:
             return self.evaluate(state) if due(self.config, state.step) else {}, None
         except (UserError, Interrupted) as error:
@@ -77,16 +80,23 @@ def story_records(
 ) -> list[Record]:
     """The lines of stories.jsonl and evaluations.jsonl."""
     return [
-        dict(
-            step=step, index=story.index, opening=story.opening, story=story.text, reply=grade.reply_or_error,
-            scores=grade.scores, reward=reward, words=story.words, ended=story.ended,
-        )
+        {
+            "step": step,
+            "index": story.index,
+            "opening": story.opening,
+            "story": story.text,
+            "reply": grade.reply_or_error,
+            "scores": grade.scores,
+            "reward": reward,
+            "words": story.words,
+            "ended": story.ended,
+        }
         for story, grade, reward in zip(stories, grades, rewards, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def story_means(records: Sequence[Record]) -> dict[str, float | None]:
-    """Mean words, endings and difference from the other stories; distinct_4 and clusters over all of them."""
+    """Mean length in words, fraction that end, mean diversity; distinct_4 and story clusters over all stories."""
     texts = [record["story"] for record in records]
     return {
         "length_mean": fmean(record["words"] for record in records),
@@ -98,15 +108,15 @@ def story_means(records: Sequence[Record]) -> dict[str, float | None]:
 
 
 def reward_mean(records: Sequence[Record]) -> float | None:
-    """Over the stories that have a reward; None if none has."""
+    """The mean over the stories that have a reward; None if none has."""
     return mean_of(record["reward"] for record in records if record["reward"] is not None)
 
 
 def is_best(records: Iterable[Record], step: int) -> bool:
-    """Whether the evaluation at `step` earned as much as any, within a standard error of the difference.
+    """Whether the mean reward of the evaluation at `step` is the highest so far, or within a standard error of it.
 
-    records: of evaluations.jsonl. An evaluation's few stories tell no more than that, and the later student has learned
-    from more of them; so a new one need not be the highest, but may not be clearly lower either."""
+    records: of evaluations.jsonl. With few stories, a smaller difference is noise, and then the later student is
+    preferred, as it has learned from more of them."""
     rewards: dict[int, dict[int, float]] = {}  # by step and index: one index is one opening
     for record in records:
         if record["reward"] is not None:
@@ -120,8 +130,8 @@ def is_best(records: Iterable[Record], step: int) -> bool:
 
 
 def write_samples(folder: Path, best_step: int) -> str:
-    """Write samples.jsonl, the evaluations before training and of `best`. Returns a summary for the terminal: a story
-    before and after, and what the two evaluations measured."""
+    """A summary for the terminal: a story before and after training, and the metrics of both evaluations. Writes
+    samples.jsonl, the stories of the evaluations before training and of `best`."""
     records = list(read_records(folder / EVALUATIONS))
     before, after = ([record for record in records if record["step"] == step] for step in (0, best_step))
     samples = [{"when": "before"} | record for record in before] + [{"when": "after"} | record for record in after]
@@ -133,7 +143,7 @@ def write_samples(folder: Path, best_step: int) -> str:
         text = printable(f"{record['opening']} {record['story']}")
         lines.append(f"\n{when}, scored {record['scores']}:\n{text}")
     lines.append(f"\n{len(before)} evaluation stories, before and after step {best_step}, the best:")
-    values: list[dict[str, Any]] = [{"reward": reward_mean(side)} | story_means(side) for side in (before, after)]
+    first, best = ({"reward": reward_mean(group)} | story_means(group) for group in (before, after))
     for name in ("reward", "ended", "distinct_4", "story_clusters"):
-        lines.append(f"  {name:14} {values[0][name] or 0:.3g} -> {values[1][name] or 0:.3g}")
+        lines.append(f"  {name:14} {first[name] or 0:.3g} -> {best[name] or 0:.3g}")
     return "\n".join(lines)

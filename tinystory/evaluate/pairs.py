@@ -1,4 +1,4 @@
-"""Which of several texts does the student find most probable? BLiMP, its supplement, entity tracking and the wug test.
+"""Accuracy of choosing the most probable of several texts: BLiMP, its supplement, entity tracking and the wug test.
 
 The definitions are those of BabyLM's pipeline (babylm/evaluation-pipeline-2025, evaluation_pipeline/sentence_zero_shot:
 read_files.py, dataset.py, compute_results.py, run.py), so that accuracies agree on every pair: token log-probabilities
@@ -10,8 +10,9 @@ taken over phenomena, not over pairs.
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from tinystory.student.model import Student
 
 @dataclass(frozen=True)
 class Item:
-    """Options to choose from, the correct one first, each read after `prefix`.
+    """Options to choose from, the correct one first, each of which continues `prefix`.
 
     uid: the phenomenon; split: phenomena are first averaged within a split; groups: further categories {kind: name} to
-    report it under; ratio: the fraction of people who chose the first option (wug test only)."""
+    report it under; ratio: the fraction of humans who chose the first option (wug test only)."""
 
     prefix: str
     options: tuple[str, ...]
@@ -53,34 +54,32 @@ def read_items(path: str | Path) -> list[Item]:
     return items
 
 
-def _read(file: Path) -> Iterator[Item]:
+def _read(file: Path) -> list[Item]:
     name = file.name.removesuffix(".gz").removesuffix(".jsonl")
-    where = str(file)
+    items, where = [], str(file)
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 where = f"{file}, line {number},"
                 if line.strip():
-                    yield _item(json.loads(line), name)
+                    items.append(_item(json.loads(line), name))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, zlib.error) as error:
         raise UserError(
             f"{where} is not an item of BLiMP, entity tracking or the wug test ({error!r}): give BabyLM's own files"
         ) from error
+    return items
 
 
 def _item(record: dict[str, Any], file: str) -> Item:
     if "sentence_good" in record:
+        groups = {}
+        if "field" in record:  # the supplement's files name no field, and most of them no phenomenon
+            field = record["field"].replace("syntax_semantics", "syntax/semantics")
+            groups = {"field": field, "linguistics_term": record["linguistics_term"]}
         options = (record["sentence_good"], record["sentence_bad"])
-        if "field" not in record:  # the supplement's files name no field, and most of them no phenomenon
-            item = Item("", options, record.get("UID", file))
-        else:
-            groups = {
-                "field": record["field"].replace("syntax_semantics", "syntax/semantics"),
-                "linguistics_term": record["linguistics_term"],
-            }
-            item = Item("", options, record["UID"], groups=groups)
+        item = Item("", options, record.get("UID", file), groups=groups)
     elif "options" in record:
         item = Item(record["input_prefix"], tuple(record["options"]), f"{file}_{record['numops']}_ops", split=file)
     else:
@@ -90,14 +89,15 @@ def _item(record: dict[str, Any], file: str) -> Item:
     return item
 
 
-def scores(student: Student, tokenizer: Tokenizer, items: Sequence[Item], desc: str) -> list[torch.Tensor | None]:
-    """Per item, the log-probabilities of its options after their common prefix, in nats: (options,) float64.
-
-    None for an item that does not fit the student's context. desc: label of the progress bar."""
+def option_logprobs(
+    student: Student, tokenizer: Tokenizer, items: Sequence[Item], desc: str
+) -> list[tuple[Item, torch.Tensor]]:
+    """Each item that fits the student's context, with the log-probabilities of its options after their common prefix,
+    in nats: (options,) float64. desc: label of the progress bar."""
     groups = [[part(tokenizer, item.prefix, option) for option in item.options] for item in items]
     fits = [max(len(ids) for ids, _ in group) <= student.config.context for group in groups]
-    sums = iter(sum_logprobs(student, [group for group, fit in zip(groups, fits, strict=True) if fit], desc))
-    return [next(sums) if fit else None for fit in fits]
+    sums = sum_logprobs(student, list(compress(groups, fits)), desc)
+    return list(zip(compress(items, fits), sums, strict=True))
 
 
 def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> dict[str, Any]:
@@ -111,41 +111,48 @@ def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> 
     items = read_items(path)
     if any(item.ratio is not None for item in items):
         raise UserError(f"{path} holds the wug test, which has no right answers: give it as --wug")
-    found = scores(student, tokenizer, items, Path(path).name)
     # argmax takes the first of equal values, as in the pipeline
-    judged = [(item, int(each.argmax()) == 0) for item, each in zip(items, found, strict=True) if each is not None]
-    if not judged:
+    results = [
+        (item, int(logprobs.argmax()) == 0)
+        for item, logprobs in option_logprobs(student, tokenizer, items, Path(path).name)
+    ]
+    if not results:
         raise UserError(f"no item of {path} fits the student's context of {student.config.context} tokens")
-    phenomena = _count((item.uid, correct) for item, correct in judged)
+    phenomena = _rows((item.uid, correct) for item, correct in results)
     kinds = dict.fromkeys(kind for item in items for kind in item.groups)
-    groups = {kind: _count((i.groups[kind], c) for i, c in judged if kind in i.groups) for kind in kinds}
-
     splits: dict[str, set[str]] = {}
-    for item, _ in judged:
+    for item, _ in results:
         splits.setdefault(item.split, set()).add(item.uid)
     counts = [
         (phenomena[uid]["correct"], phenomena[uid]["total"], 1 / (len(splits) * len(uids)))
-        for uids in splits.values() for uid in uids
-    ]  # fmt: skip
+        for uids in splits.values()
+        for uid in uids
+    ]
     return {
         "accuracy": 100 * sum(weight * correct / total for correct, total, weight in counts),
         "ci": _percent(weighted(counts)),
-        "items": len(judged),
-        "too_long": len(items) - len(judged),
+        "items": len(results),
+        "too_long": len(items) - len(results),
         "phenomena": phenomena,
-        "groups": groups,
+        "groups": {
+            kind: _rows((item.groups[kind], correct) for item, correct in results if kind in item.groups)
+            for kind in kinds
+        },
     }
 
 
-def _count(judged: Iterable[tuple[str, bool]]) -> dict[str, dict[str, Any]]:
-    counts: dict[str, list[int]] = {}
-    for name, correct in judged:
-        count = counts.setdefault(name, [0, 0])
-        count[0] += correct
-        count[1] += 1
+def _rows(results: Iterable[tuple[str, bool]]) -> dict[str, dict[str, Any]]:
+    by_name: dict[str, list[bool]] = {}
+    for name, correct in results:
+        by_name.setdefault(name, []).append(correct)
     return {
-        name: {"accuracy": 100 * c / n, "ci": _percent(wilson(c, n)), "correct": c, "total": n}
-        for name, (c, n) in counts.items()
+        name: {
+            "accuracy": 100 * sum(answers) / len(answers),
+            "ci": _percent(wilson(sum(answers), len(answers))),
+            "correct": sum(answers),
+            "total": len(answers),
+        }
+        for name, answers in by_name.items()
     }
 
 
@@ -155,26 +162,21 @@ def _percent(interval: tuple[float, float]) -> tuple[float, float]:
 
 def evaluate_wug(student: Student, tokenizer: Tokenizer, path: str | Path) -> dict[str, Any]:
     """The wug test: Spearman's rank correlation between the student's preference for the first form (the softmax of the
-    two log-probabilities) and the fraction of people who chose it.
+    two log-probabilities) and the fraction of humans who chose it.
 
     Returns correlation (-1..1), ci (bootstrap), items and too_long. Raises UserError for files of another task."""
     items = read_items(path)
     if any(item.ratio is None for item in items):
         raise UserError(f"{path} has items without a ratio: --wug takes the wug test's files")
-    found = scores(student, tokenizer, items, Path(path).name)
-    kept = [(each, item.ratio) for each, item in zip(found, items, strict=True) if each is not None]
-    if len(kept) < 3:
-        raise UserError(f"{path} has {len(kept)} items that fit the student's context: a correlation needs three")
+    results = option_logprobs(student, tokenizer, items, Path(path).name)
+    if len(results) < 3:
+        raise UserError(f"{path} has {len(results)} items that fit the student's context: a correlation needs three")
     # In float32, as in the pipeline, where preferences near 0 and 1 become ties.
-    model = torch.stack([each.float().softmax(0)[0] for each, _ in kept]).numpy()
-    human = np.array([ratio for _, ratio in kept])
-
-    def statistic(rows: np.ndarray) -> float:
-        return spearman(model[rows], human[rows])
-
+    model = torch.stack([logprobs.float().softmax(0)[0] for _, logprobs in results]).numpy()
+    human = np.array([item.ratio for item, _ in results])
     return {
         "correlation": spearman(model, human),
-        "ci": bootstrap(statistic, len(kept)),
-        "items": len(kept),
-        "too_long": len(items) - len(kept),
+        "ci": bootstrap(lambda rows: spearman(model[rows], human[rows]), len(results)),
+        "items": len(results),
+        "too_long": len(items) - len(results),
     }

@@ -1,4 +1,4 @@
-"""How much of the variance in human reading times does the student's surprisal explain? BabyLM's reading task.
+"""BabyLM's reading task: how much of the variance in human reading times the student's surprisal explains.
 
 Data and regressions follow de Varda, Marelli & Amenta 2023 (Behavior Research Methods) as implemented in BabyLM's
 pipeline (babylm/evaluation-pipeline-2025, evaluation_pipeline/reading: evaluation_functions.py, run.py), including its
@@ -33,27 +33,25 @@ def evaluate_reading(student: Student, tokenizer: Tokenizer, path: str | Path) -
     number of words. Raises UserError for a file that is not BabyLM's or does not fit the student's context.
     """
     rows = _read(Path(path))
-    texts = [(row["item"] or "None", row["word"]) for row in rows]
-    before = [(row["prev_item"], row["prev_word"]) if row["prev_item"] else None for row in rows]
-    asked = list(dict.fromkeys([*texts, *filter(None, before)]))
-    groups = [pieces(tokenizer, *each) for each in asked]
+    current = [(row["item"] or "None", row["word"]) for row in rows]
+    previous = [(row["prev_item"], row["prev_word"]) if row["prev_item"] else None for row in rows]
+    texts = list(dict.fromkeys([*current, *filter(None, previous)]))
+    groups = [word_parts(tokenizer, *text) for text in texts]
     longest = max(len(ids) for group in groups for ids, _ in group)
     if longest > student.config.context:
         raise UserError(
-            f"{path} has a text of {longest} tokens, and the student reads {student.config.context}: "
+            f"{path} has a text of {longest} tokens, and the student's context is {student.config.context}: "
             f"evaluate one that was trained with --context {longest} or more"
         )
-    flat = sum_logprobs(student, [[p] for group in groups for p in group], "reading times")
-    sums = iter(float(each) for each in flat)
-    surprisal = {each: -sum(itertools.islice(sums, len(group))) for each, group in zip(asked, groups, strict=True)}
+    sums = iter(sum_logprobs(student, [[part] for group in groups for part in group], "reading times"))
+    surprisal = {text: -sum(float(next(sums)) for _ in group) for text, group in zip(texts, groups, strict=True)}
 
     def column(name: str) -> np.ndarray:
         return np.array([float(row[name] or "nan") for row in rows])
 
     data = {name: column(name) for name in (*EYES, SELF_PACED, *BASELINE, "prev_length")}
-    data["pred"] = np.array([surprisal[text] for text in texts])
-    data["prev_pred"] = np.array([surprisal[text] if text else np.nan for text in before])
-
+    data["pred"] = np.array([surprisal[text] for text in current])
+    data["prev_pred"] = np.array([surprisal[text] if text else np.nan for text in previous])
     return {
         "eye_tracking": float(np.mean([explained(data, name, BASELINE) for name in EYES])),
         "self_paced": explained(data, SELF_PACED, SPILLOVER),
@@ -65,8 +63,8 @@ def _read(path: Path) -> list[dict[str, str]]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-            needed = ("item", "word", "prev_item", "prev_word", *EYES, SELF_PACED, *BASELINE, "prev_length")
-            if not rows or any(row[name] is None for row in rows for name in needed):
+            columns = ("item", "word", "prev_item", "prev_word", *EYES, SELF_PACED, *BASELINE, "prev_length")
+            if not rows or any(row[name] is None for row in rows for name in columns):
                 raise ValueError("no rows, or one that is cut short")
             return rows
     except OSError as error:
@@ -75,7 +73,7 @@ def _read(path: Path) -> list[dict[str, str]]:
         raise UserError(f"{path} is not BabyLM's reading_data.csv ({error!r}): give that file") from error
 
 
-def pieces(tokenizer: Tokenizer, sentence: str, word: str) -> list[Part]:
+def word_parts(tokenizer: Tokenizer, sentence: str, word: str) -> list[Part]:
     """The parts whose log-probabilities sum to that of `word` after `sentence`: one per token of the word."""
     parts: list[Part] = []
     for id in tokenizer.encode(word):
@@ -93,13 +91,14 @@ def explained(data: dict[str, np.ndarray], outcome: str, baseline: Sequence[str]
 
     Ordinary least squares on the baseline and its pairwise interactions. data: columns (n,); rows with a nan are left
     out."""
-    columns = [data[name] for name in (outcome, *baseline, "pred")]
-    there = ~np.isnan(columns).any(0)
-    y, *x, surprisal = (column[there] for column in columns)
-    x = [(each - each.mean()) / each.std() for each in x]  # spans the same space and is better conditioned
+    columns = np.array([data[name] for name in (outcome, *baseline, "pred")])
+    y, *x, surprisal = columns[:, ~np.isnan(columns).any(0)]
+    x = [(column - column.mean()) / column.std() for column in x]  # spans the same space and is better conditioned
     interactions = [a * b for a, b in itertools.combinations(x, 2)]
     design = np.stack([np.ones_like(y), *x, *interactions, surprisal], axis=1)
     total = ((y - y.mean()) ** 2).sum()
-    residual = [((y - part @ np.linalg.lstsq(part, y, rcond=None)[0]) ** 2).sum() for part in (design[:, :-1], design)]
-    base, model = (1 - each / total for each in residual)
+    residual = [
+        ((y - terms @ np.linalg.lstsq(terms, y, rcond=None)[0]) ** 2).sum() for terms in (design[:, :-1], design)
+    ]
+    base, model = (1 - rest / total for rest in residual)
     return float(100 * (model - base) / (1 - base))

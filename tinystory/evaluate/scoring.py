@@ -1,8 +1,8 @@
 """Log-probabilities of many texts: all that the evaluations here need from a student.
 
-Texts that are compared are read as a tree, their common prefix once. Trees are batched with others of similar size, and
-logits are computed only where a log-probability is wanted. A text is read without a token before it, as BabyLM's
-pipeline reads it: its first token is context only.
+Texts that are compared form a tree, with their common prefix once. Trees are batched with others of similar size, and
+logits are computed only where a log-probability is needed. No token precedes a text, as in BabyLM's pipeline: its first
+token is context only.
 """
 
 import math
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from tinystory import ops
@@ -24,7 +25,7 @@ from tinystory.evaluate.intervals import bootstrap
 from tinystory.student.model import Student
 
 BATCH = 4096  # tokens, including padding
-MOST_TOKENS = 500_000  # of a corpus, for its bits per byte
+MAX_TOKENS = 500_000  # of a corpus, for its bits per byte
 
 Part = tuple[tuple[int, ...], int]  # token ids, and the index (>= 1) of the first whose log-probability counts
 
@@ -41,8 +42,8 @@ def part(tokenizer: Tokenizer, prefix: str, rest: str) -> Part:
 def sum_logprobs(student: Student, groups: Sequence[Sequence[Part]], desc: str) -> list[Tensor]:
     """Per group a tensor (parts,) float64: the sum over i >= first of log p(token i | tokens before i), in nats.
 
-    The common prefix of a group's parts is read once and not summed, since it cannot decide between them. No part may
-    be longer than the student's context."""
+    The common prefix of a group's parts is computed once and not summed, since it cannot decide between them. No part
+    may be longer than the student's context."""
     device = student.wte.weight.device
     trees = [_tree(group) for group in groups]
     order = sorted(range(len(trees)), key=lambda i: len(trees[i].tokens))
@@ -54,8 +55,8 @@ def sum_logprobs(student: Student, groups: Sequence[Sequence[Part]], desc: str) 
             rows, order = order[begin:], order[:begin]
             batch = [trees[row] for row in rows]
             tokens, positions, branch = (
-                torch.tensor([[*each, *[0] * (width - len(each))] for each in column], device=device)
-                for column in zip(*((t.tokens, t.positions, t.branch) for t in batch), strict=True)
+                pad_sequence([torch.tensor(values, dtype=torch.int64, device=device) for values in column], True)
+                for column in zip(*((tree.tokens, tree.positions, tree.branch) for tree in batch), strict=True)
             )
             totals = torch.zeros(len(batch), 1 + max(len(groups[row]) for row in rows), dtype=torch.float64)
             targets = [(row, before, at) for row, tree in enumerate(batch) for before, at in tree.scored]
@@ -83,9 +84,8 @@ class _Tree(NamedTuple):
 
 def _tree(group: Sequence[Part]) -> _Tree:
     texts = [ids for ids, _ in group]
-    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False)))
-    if len(group) == 1:
-        common = 0
+    columns = zip(*texts, strict=False) if len(group) > 1 else ()
+    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     tree = _Tree([*texts[0][:common]], [*range(common)], [0] * common, [])
     for branch, (ids, first) in enumerate(group, 1):
         shift = len(tree.tokens) - common
@@ -113,27 +113,23 @@ def _hidden(student: Student, tokens: Tensor, positions: Tensor, branch: Tensor)
 
 
 def bits_per_byte(student: Student, tokenizer: Tokenizer, corpus: Corpus) -> dict:
-    """bits_per_byte, its confidence interval and the number of tokens read, over the first MOST_TOKENS of a corpus.
+    """bits_per_byte over the first MAX_TOKENS of a corpus, its ci (bootstrap over pieces) and the number of tokens.
 
     The documents, an end token after each, are cut into pieces of the context's length; each token is predicted from
     the tokens before it in its piece. The metric is the bits of all tokens except each piece's first (end tokens
-    included), divided by the bytes of text that they encode. ci: bootstrap over pieces.
+    included), divided by the bytes of text that they encode.
     """
     documents, size = [], 0
     for document in corpus.documents():
         documents.append(document)
         size += len(document)
-        if size > 5 * MOST_TOKENS:  # enough: the average token has fewer than five characters
+        if size > 5 * MAX_TOKENS:  # enough: the average token has fewer than five characters
             break
-    stream = encode(tokenizer, documents)[0][:MOST_TOKENS].astype(np.int64)
+    stream = encode(tokenizer, documents)[0][:MAX_TOKENS].astype(np.int64)
     context = student.config.context
     pieces = [stream[start : start + context] for start in range(0, len(stream) - 1, context - 1)]
     logprobs = sum_logprobs(student, [[(tuple(piece.tolist()), 1)] for piece in pieces], "bits per byte")
     bits = -torch.cat(logprobs).numpy() / math.log(2)
     sizes = np.array([tokenizer.token_sizes[piece[1:]].sum() for piece in pieces])
-
-    def ratio(rows: np.ndarray) -> float:
-        return float(bits[rows].sum() / sizes[rows].sum())
-
-    whole = ratio(np.arange(len(pieces)))
-    return {"bits_per_byte": whole, "ci": bootstrap(ratio, len(pieces)), "tokens": len(stream)}
+    ci = bootstrap(lambda rows: float(bits[rows].sum() / sizes[rows].sum()), len(pieces))
+    return {"bits_per_byte": float(bits.sum() / sizes.sum()), "ci": ci, "tokens": len(stream)}

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -13,7 +13,7 @@ from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import bootstrap, wilson
 from tinystory.rl.reward import cluster_ids, cluster_sizes
-from tinystory.student.generate import Story, generate
+from tinystory.student.generate import generate
 from tinystory.student.model import Student
 
 GradeStories = Callable[[str, Sequence[str]], Sequence[Mapping[str, float] | None]]
@@ -61,32 +61,29 @@ def story_measures(
     `utility`). With `corpus`: copied_share, the words of the longest phrase shared with it over the story's words, and
     copied_longest, the longest such phrase in words. The other intervals are bootstrapped over stories.
     """
-    continued = [
-        opening
-        for i, opening in enumerate(openings)
-        for _ in range(n_stories // len(openings) + (i < n_stories % len(openings)))
-    ]
-    stories = generate(
-        student, None, tokenizer, continued, first_index=0, max_new_tokens=max_new_tokens, temperature=temperature,
-        seed=seed,
-    )  # fmt: skip
+    per_opening, rest = divmod(n_stories, len(openings))
+    prompts = [opening for i, opening in enumerate(openings) for _ in range(per_opening + (i < rest))]
+    sampling: dict[str, Any] = dict(first_index=0, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    stories = generate(student, None, tokenizer, prompts, **sampling)
     texts = [story.text for story in stories]
+    by_opening: dict[str, list[str]] = {}
+    for story in stories:
+        by_opening.setdefault(story.opening, []).append(story.text)
     lengths = np.array([story.words for story in stories])
     ended = sum(story.ended == "eos" for story in stories)
     measures: dict[str, Any] = {
         "stories": len(stories),
         "length_mean": float(lengths.mean()),
-        "length_ci": bootstrap(lambda rows: float(lengths[rows].mean()), len(lengths)),
+        "length_ci": _mean_ci(lengths),
         "ended_eos_share": ended / len(stories),
         "ended_eos_ci": wilson(ended, len(stories)),
         "entropy_per_word": sum(float(s.entropies.sum()) for s in stories) / max(int(lengths.sum()), 1),
         **{f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2, 3, 4)},
         "self_bleu": self_bleu(texts),
+        "story_clusters_10": mean_of(len(cluster_sizes(group[:10])) for group in by_opening.values() if group[9:]),
     }
-    told = [[story.text for story in stories if story.opening == opening] for opening in openings]
-    measures["story_clusters_10"] = mean_of(len(cluster_sizes(each[:10])) for each in told if len(each) >= 10)
     if grade:
-        measures |= _scores(openings, stories, grade)
+        measures |= _scores(by_opening, grade)
     if corpus:
         shared = longest_shared(texts, corpus)
         measures["copied_share"] = fmean(n / max(words, 1) for n, words in zip(shared, lengths.tolist(), strict=True))
@@ -94,41 +91,46 @@ def story_measures(
     return measures
 
 
-def _scores(openings: Sequence[str], stories: Sequence[Story], grade: GradeStories) -> dict[str, Any]:
-    scored: list[Mapping[str, float]] = []
-    useful = []
-    for opening in openings:
-        texts = [story.text for story in stories if story.opening == opening]
-        grades = grade(opening, texts) if texts else []
-        scored += [scores for scores in grades if scores is not None]
+def _scores(by_opening: Mapping[str, Sequence[str]], grade: GradeStories) -> dict[str, Any]:
+    grades: list[Mapping[str, float] | None] = []
+    utilities = []
+    for opening, texts in by_opening.items():
+        group = grade(opening, texts)
+        grades += group
         if len(texts) >= 10:
-            useful.append(utility(texts[:10], [sum(scores.values()) if scores else 0.0 for scores in grades[:10]]))
+            utilities.append(utility(texts[:10], [sum(scores.values()) if scores else 0.0 for scores in group[:10]]))
+    scored = [scores for scores in grades if scores is not None]
     if not scored:
-        return {"score_mean": None, "score_ci": None, "unscored": len(stories)}
-    sums = np.array([sum(scores.values()) for scores in scored], dtype=float)
+        return {"score_mean": None, "score_ci": None, "unscored": len(grades)}
+    score_sums = np.array([sum(scores.values()) for scores in scored], dtype=float)
     return {
-        "score_mean": float(sums.mean()),
-        "score_ci": bootstrap(lambda rows: float(sums[rows].mean()), len(sums)),
+        "score_mean": float(score_sums.mean()),
+        "score_ci": _mean_ci(score_sums),
         **{f"{name}_mean": fmean(scores[name] for scores in scored) for name in scored[0]},
-        "unscored": len(stories) - len(scored),
-        "utility_10": mean_of(useful),
+        "unscored": len(grades) - len(scored),
+        "utility_10": mean_of(utilities),
     }
 
 
+def _mean_ci(values: np.ndarray) -> tuple[float, float]:
+    return bootstrap(lambda rows: float(values[rows].mean()), len(values))
+
+
 def mean_of(values: Iterable[float]) -> float | None:
-    """None of no values."""
+    """The mean; None of no values."""
     values = list(values)
     return fmean(values) if values else None
 
 
 def utility(texts: Sequence[str], scores: Sequence[float], patience: float = 0.8) -> float:
-    """What these answers to one opening are worth to a reader who asks for another with chance `patience`, and for whom
-    a story like one told before is worth nothing (NoveltyBench, arXiv 2504.05228, eq. 2): in units of a score.
+    """The utility of answers to one prompt (NoveltyBench, arXiv 2504.05228, eq. 2), in units of a score: the mean score
+    that a reader gets who asks for another answer with probability `patience`, and for whom an answer of an earlier
+    cluster is worth nothing.
 
     There, a classifier says whether two answers are the same; here, they are if they are in one cluster."""
-    numbers = cluster_ids(texts)
+    clusters = cluster_ids(texts)
     weights = patience ** np.arange(len(texts))
-    new = np.array([number not in numbers[:i] for i, number in enumerate(numbers)], dtype=float)
+    new = np.array([cluster not in clusters[:i] for i, cluster in enumerate(clusters)], dtype=float)
     return float((weights * new * np.asarray(scores, dtype=float)).sum() / weights.sum())
 
 
@@ -145,20 +147,15 @@ def self_bleu(texts: Sequence[str], most: int = 4) -> float | None:
     logs = np.zeros(len(words))
     for n in range(1, most + 1):
         counts = [Counter(tuple(w[i : i + n]) for i in range(len(w) - n + 1)) for w in words]
-        first: dict[tuple, tuple[int, int]] = {}  # per n-gram: its highest count in one text, and which text
-        second: dict[tuple, int] = {}  # per n-gram: its highest count in any other text
-        for index, each in enumerate(counts):
-            for gram, count in each.items():
-                highest, _ = first.get(gram, (0, -1))
-                if count > highest:
-                    first[gram], second[gram] = (count, index), highest
-                else:
-                    second[gram] = max(second[gram], count)
-        for index, each in enumerate(counts):
-            matched = sum(
-                min(count, first[gram][0] if first[gram][1] != index else second[gram]) for gram, count in each.items()
-            )
-            logs[index] += math.log(max(matched, 0.1) / each.total()) / most
+        by_gram = defaultdict(list)
+        for counter in counts:
+            for gram, count in counter.items():
+                by_gram[gram].append(count)
+        highest = {gram: sorted([0, *values])[-2:] for gram, values in by_gram.items()}
+        for i, counter in enumerate(counts):
+            # Clipped at the highest count in another text: the second highest if this text has the highest.
+            matched = sum(min(count, highest[gram][count < highest[gram][1]]) for gram, count in counter.items())
+            logs[i] += math.log(max(matched, 0.1) / counter.total()) / most
     lengths = np.array([len(w) for w in words])
     for index, length in enumerate(lengths):
         others = np.delete(lengths, index)
@@ -183,10 +180,10 @@ def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
         # filtered by 22 bits of their hashes: false positives do no harm, and sorting the whole corpus takes seconds.
         sieve = np.zeros(2**22, dtype=bool)
         sieve[ours_hash >> np.uint64(42)] = True
-        kept = sieve[theirs_hash >> np.uint64(42)]
-        theirs_at, theirs_hash = theirs_at[kept], theirs_hash[kept]
-        met = np.isin(ours_hash, theirs_hash)
-        ours_at, ours_hash = ours_at[met], ours_hash[met]
+        candidates = sieve[theirs_hash >> np.uint64(42)]
+        theirs_at, theirs_hash = theirs_at[candidates], theirs_hash[candidates]
+        shared = np.isin(ours_hash, theirs_hash)
+        ours_at, ours_hash = ours_at[shared], ours_hash[shared]
         longest[owner[ours_at]] = length
         ours_at, ours_hash = _longer(ours, ours_at, ours_hash, length, keys)
         theirs_at, theirs_hash = _longer(stream, theirs_at, theirs_hash, length, keys)
@@ -198,11 +195,11 @@ def _longer(
     words: np.ndarray, at: np.ndarray, hashed: np.ndarray, length: int, keys: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The phrases of `length` words at these positions, extended by one word where the text goes on."""
-    kept = at + length < len(words)
-    at, hashed = at[kept], hashed[kept]
+    inside = at + length < len(words)
+    at, hashed = at[inside], hashed[inside]
     next_word = words[at + length]
-    kept = next_word > 0
-    return at[kept], hashed[kept] * np.uint64(6364136223846793005) + keys[next_word[kept]]
+    at, hashed, next_word = (values[next_word > 0] for values in (at, hashed, next_word))
+    return at, hashed * np.uint64(6364136223846793005) + keys[next_word]
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Validation loss, of a student in pretraining or of a checkpoint."""
+"""Validation loss of a student."""
 
 import math
 
@@ -26,7 +26,8 @@ def validate(
     packed = pack(cuts, context, np.arange(len(cuts)))
     count = min(sequences or len(packed), len(packed))
     shard = distributed.shard_strided([packed[i * len(packed) // count] for i in range(count)])
-    nats, tokens, size = torch.zeros((), dtype=torch.float64, device=device), 0, 0  # a GPU runs ahead meanwhile
+    tokens = size = 0
+    nats = torch.zeros((), dtype=torch.float64, device=device)  # read once, at the end: no synchronisation per batch
     for i in range(0, len(shard), batch):
         rows = [torch.from_numpy(file.tokens[places(cuts[row])].astype(np.int64)) for row in shard[i : i + batch]]
         targets = torch.cat([row[1:] for row in rows])

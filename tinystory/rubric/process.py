@@ -1,4 +1,4 @@
-"""Starts the built-in teacher as a server process of its own, on 127.0.0.1, for as long as a run lasts."""
+"""The built-in teacher as a server process of its own, on 127.0.0.1, for as long as a run lasts."""
 
 import contextlib
 import os
@@ -16,12 +16,12 @@ READY = "listening on "
 
 @contextlib.contextmanager
 def builtin_teacher(corpus: Sequence[str]) -> Iterator[str]:
-    """Yield the URL of a rubric that has read `corpus`; the process ends with the block, or with ours."""
+    """Yield the URL of a rubric fitted to `corpus`; the process ends with the block, or with ours."""
     command = [sys.executable, str(SCRIPT), "--port", "0", "--die-with-parent", "--corpus", *corpus]
-    hidden = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
+    environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
     # A session of its own: Ctrl-C is for the trainer, which still needs its scores to end the step.
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=hidden, start_new_session=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
     assert process.stdin is not None and process.stdout is not None
     try:
