@@ -68,13 +68,13 @@ def _ask(client, story: str, **options):
     return client.chat.completions.create(model=MODEL, messages=_messages(story), **options)
 
 
-def _raw(url: str, method: str, path: str, body: bytes | None = None) -> tuple[int, dict, http.client.HTTPMessage]:
+def _raw(url: str, method: str, path: str, body: bytes | None = None) -> tuple[int, dict]:
     connection = http.client.HTTPConnection(url.removeprefix("http://").removesuffix("/v1"), timeout=10)
     connection.request(method, path, body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     answer = json.loads(response.read())
     connection.close()
-    return response.status, answer, response.headers
+    return response.status, answer
 
 
 # Grades
@@ -164,7 +164,7 @@ def test_it_lists_itself_as_a_stand_in(client, url):
     assert model.id == MODEL and model.object == "model"
     assert "stand-in for an LLM" in model.description
     assert client.models.retrieve(MODEL) == model
-    assert _raw(url, "GET", "/health")[:2] == (200, {"status": "ok"})
+    assert _raw(url, "GET", "/health") == (200, {"status": "ok"})
 
 
 def test_an_unknown_model_is_not_found(client):
@@ -208,7 +208,7 @@ def test_an_unknown_model_is_not_found(client):
 )
 def test_a_wrong_request_is_refused_in_openais_shape(url, change, param):
     body = {"model": MODEL, "messages": _messages("Tom ran.")} | change
-    status, answer, _ = _raw(url, "POST", "/v1/chat/completions", json.dumps(body).encode())
+    status, answer = _raw(url, "POST", "/v1/chat/completions", json.dumps(body).encode())
     assert status == 400
     assert answer.keys() == {"error"} and answer["error"].keys() == {"message", "type", "param", "code"}
     assert answer["error"]["type"] == "invalid_request_error" and answer["error"]["param"] == param
@@ -230,14 +230,9 @@ def test_a_wrong_request_is_refused_in_openais_shape(url, change, param):
     ],
 )
 def test_wrong_calls_are_refused_in_openais_shape(url, method, path, body, status):
-    got, answer, headers = _raw(url, method, path, body)
+    got, answer = _raw(url, method, path, body)
     assert got == status
     assert answer["error"].keys() == {"message", "type", "param", "code"} and answer["error"]["message"]
-    assert headers["X-Request-Id"].startswith("req_")
-
-
-def test_every_answer_has_its_own_request_id(url):
-    assert len({_raw(url, "GET", "/v1/models")[2]["X-Request-Id"] for _ in range(5)}) == 5
 
 
 def test_a_lone_surrogate_breaks_nothing(url):

@@ -1,6 +1,9 @@
 """open_grader: one way from the options to whoever scores."""
 
+import contextlib
+
 import pytest
+from conftest import ROOT
 from fault_server import FaultServer
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
@@ -55,6 +58,24 @@ def test_a_callable_scores_and_costs_nothing(tmp_path):
         assert [grade.score for grade in grades] == [None, 0.6, 0.7] and grades[1].scores is None
         assert grader.collect(Stop()) == []
         assert (grader.facts, grader.most_words, grader.forecast(9, "Once")) == ({"scored_by": config.reward}, 0, "")
+
+
+def test_nothing_in_the_teachers_room_imports_the_rubric():
+    sources = (ROOT / "tinystory" / "teacher").glob("*.py")
+    assert [path.name for path in sources if "tinystory.rubric" in path.read_text()] == []
+
+
+def test_the_callers_builtin_teacher_measures_by_the_students_corpus_without_the_primer():
+    corpora = []
+
+    @contextlib.contextmanager
+    def start(corpus):
+        corpora.append(corpus)
+        yield server.url
+
+    with FaultServer() as server, open_grader(InteractConfig(), start, corpus=["primer", "mine.txt"]) as grader:
+        assert grader.grade("Once", ["A dog ran."])[0].scores
+    assert corpora == [["mine.txt"]]
 
 
 def test_the_builtin_teacher_needs_a_corpus():

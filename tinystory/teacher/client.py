@@ -22,7 +22,7 @@ from tinystory.run.errors import UserError
 from tinystory.teacher.api import ChatClient, Failure, Reply
 from tinystory.teacher.cache import Cache, CachedReply, cache_key
 from tinystory.teacher.endpoint import LOGPROBS, Endpoint, Probe, Slots, base_url, constraint, facts_of
-from tinystory.teacher.grade import Grade, GraderBase, grade_if_empty, grade_of, panel_grade, too_few_scores
+from tinystory.teacher.grade import Grade, GraderBase, Stories, grade_if_empty, grade_of, panel_grade, too_few_scores
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.parse import expected_scores, parse_scores
 from tinystory.teacher.pool import Question, ServerPool, Session
@@ -88,8 +88,9 @@ class Teacher(GraderBase):
         for i, url in enumerate(urls):
             key = self.api_key or os.environ.get(f"OPENAI_API_KEY_{i + 1}") or os.environ.get("OPENAI_API_KEY")
             client, slots = ChatClient(url, key, self.deadline_s / self.attempts), Slots(self.concurrency)
-            model, names = models[i % len(models)], self.template.names
-            self.endpoints.append(Endpoint(url, model, client, slots, self.ledger, names, self.max_tokens, self.extra))
+            model, criteria = models[i % len(models)], self.template.names
+            endpoint = Endpoint(url, model, client, slots, self.ledger, criteria, self.max_tokens, self.extra)
+            self.endpoints.append(endpoint)
         self._pools: list[ServerPool] = []  # since the probe; one per model of a panel
         self._sent: dict[tuple[str, str, int], concurrent.futures.Future[Grade]] = {}
         self._loop = asyncio.new_event_loop()
@@ -170,9 +171,7 @@ class Teacher(GraderBase):
         super().send(index, opening, story)
         self._sent[opening, story, index] = self.submit(opening, story, index)
 
-    def grades(
-        self, stories: Sequence[tuple[str, str, int]], stop: "Stop | None" = None, again: int = 0
-    ) -> list[Grade]:
+    def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
         """The grades. If more than a fraction `max_unscored` has no score, the stories whose replies an earlier process
         kept are asked again: the teacher may have been fixed."""
         sent = [None if again else self._sent.pop(story, None) for story in stories]

@@ -4,7 +4,7 @@ import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.parse import LONGEST_REPLY
@@ -12,6 +12,8 @@ from tinystory.teacher.prompt import CRITERIA, Template, clean
 
 if TYPE_CHECKING:  # it imports torch, which asking a teacher does not need
     from tinystory.run.device import Stop
+
+Stories: TypeAlias = Sequence[tuple[str, str, int]]  # opening, story and index of each
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,7 @@ class GraderBase:
         """The grades of (opening, story) pairs, in their order. again: 1 for a second answer to the same questions."""
         return self.grades([(*pair, index) for index, pair in enumerate(pairs)], again=again)
 
-    def grades(
-        self, stories: Sequence[tuple[str, str, int]], stop: "Stop | None" = None, again: int = 0
-    ) -> list[Grade]:
-        """The grades of (opening, story, index) triples."""
+    def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
         raise NotImplementedError
 
 

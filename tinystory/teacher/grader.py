@@ -12,7 +12,7 @@ from tinystory.config import InteractConfig
 from tinystory.rl.reward import ScoreStories, load_score
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grade import Grade, GraderBase
+from tinystory.teacher.grade import Grade, GraderBase, Stories
 from tinystory.teacher.prompt import load_template
 from tinystory.teacher.replay import Replay
 
@@ -27,9 +27,7 @@ class CallableGrader(GraderBase):
         super().__init__({"scored_by": name})
         self.function = function
 
-    def grades(
-        self, stories: Sequence[tuple[str, str, int]], stop: "Stop | None" = None, again: int = 0
-    ) -> list[Grade]:
+    def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
         """The grades, by one call of the function for each opening."""
         scores: dict[int, float | None] = {}
         for opening in dict.fromkeys(opening for opening, _, _ in stories):

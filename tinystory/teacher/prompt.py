@@ -127,10 +127,10 @@ def _mistake(value: object) -> str | None:
     for number, criterion in enumerate(criteria, start=1):
         if not isinstance(criterion, dict) or criterion.keys() - {"weight"} != {"name", "question", "levels"}:
             return f'criterion {number} must have "name", "question", "levels", perhaps "weight", and nothing else'
-        levels, weight = criterion["levels"], criterion.get("weight", 1)
-        if not isinstance(criterion["name"], str) or not re.fullmatch("[a-z][a-z0-9_]{0,31}", criterion["name"]):
+        name, question, levels, weight = (criterion.get(key, 1) for key in ("name", "question", "levels", "weight"))
+        if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]{0,31}", name):
             return f"criterion {number}: its name must be one word of small letters, digits and _"
-        if not _is_text(criterion["question"]):
+        if not _is_text(question):
             return f"criterion {number}: its question must be plain text: no control characters or tokens"
         if not isinstance(levels, list) or len(levels) != TOP + 1 or not all(map(_is_text, levels)):
             return f"criterion {number}: its levels must be {TOP + 1} texts, what 0, 1, 2 and {TOP} mean"

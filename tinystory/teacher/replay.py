@@ -4,7 +4,7 @@ A run that starts from the same checkpoint with the same options writes the same
 asks the same questions, gets the same replies and ends with the same weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from tinystory.run.errors import UserError
 from tinystory.run.folder import EVALUATIONS, STORIES, read_records
 from tinystory.teacher.cache import CachedReply, question_key, read_replies
 from tinystory.teacher.endpoint import Probe, facts_of, json_tokens
-from tinystory.teacher.grade import Grade, GraderBase, grade_if_empty, grade_of, panel_grade
+from tinystory.teacher.grade import Grade, GraderBase, Stories, grade_if_empty, grade_of, panel_grade
 from tinystory.teacher.parse import parse_scores
 from tinystory.teacher.prompt import DEFAULT, Template, fence, render
 
@@ -70,9 +70,7 @@ class Replay(GraderBase):
     def most_words(self) -> int:
         return self.max_tokens * self.attempts * len(self._models)
 
-    def grades(
-        self, stories: Sequence[tuple[str, str, int]], stop: "Stop | None" = None, again: int = 0
-    ) -> list[Grade]:
+    def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
         """The recorded grades. Raises UserError for a story that was not graded in the run."""
         return [grade_if_empty(self.template, story[1]) or self._grade(*story) for story in stories]
 

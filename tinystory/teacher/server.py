@@ -4,7 +4,6 @@ Tokens are words, numbers and single other characters, each with the space befor
 """
 
 import asyncio
-import itertools
 import json
 import logging
 import math
@@ -119,7 +118,6 @@ def application(model: str, description: str, criteria: Sequence[str], respond: 
         }
 
     routes = web.Application(middlewares=[errors_as_json], client_max_size=LONGEST_BODY)
-    routes.on_response_prepare.append(_number_response)
     routes.router.add_post("/v1/chat/completions", chat)
     routes.router.add_get("/v1/models", models)
     routes.router.add_get("/v1/models/{model:.+}", one_model)
@@ -170,13 +168,6 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     return web.json_response({"error": body}, status=refused.status, headers=headers)
 
 
-_numbers = itertools.count(1)
-
-
-async def _number_response(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["X-Request-Id"] = f"req_{next(_numbers):012d}"
-
-
 def parsed(body: bytes) -> dict:
     """The JSON object in a request's body."""
     try:
@@ -207,21 +198,19 @@ def _messages(value: object) -> list[dict]:
     """The messages, with each content as text."""
     if not isinstance(value, list) or not value:
         raise Refused("`messages` must be a list of at least one message.", "messages")
-    messages = []
-    for index, message in enumerate(value):
-        match message:
-            case {"role": str(role), "content": str(content)} if role in ROLES:
-                messages.append({"role": role, "content": content})
-            case {"role": str(role), "content": [*parts]} if role in ROLES:
-                texts = [text for part in parts if (text := _text_of(part)) is not None]
-                if len(texts) < len(parts):
-                    param = f"messages[{index}].content"
-                    raise Refused("This model reads text only.", param, "unsupported_value")
-                messages.append({"role": role, "content": "".join(texts)})
-            case _:
-                error = f"A message needs a role ({', '.join(ROLES)}) and a content that is text."
-                raise Refused(error, f"messages[{index}]", "invalid_type")
-    return messages
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
+
+
+def _message(message: object, param: str) -> dict:
+    match message:
+        case {"role": str(role), "content": str(content)} if role in ROLES:
+            return {"role": role, "content": content}
+        case {"role": str(role), "content": [*parts]} if role in ROLES:
+            texts = [text for part in parts if (text := _text_of(part)) is not None]
+            if len(texts) == len(parts):
+                return {"role": role, "content": "".join(texts)}
+            raise Refused("This model reads text only.", f"{param}.content", "unsupported_value")
+    raise Refused(f"A message needs a role ({', '.join(ROLES)}) and a content that is text.", param, "invalid_type")
 
 
 def _text_of(part: object) -> str | None:
