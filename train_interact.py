@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
-    """stack: closes what is opened here."""
+    """The whole run. stack: closes the teacher and the records when it ends."""
     n, rank0, run = config.stories_per_step, distributed.is_rank0(), Path(config.out)
     distributed.require_one_each("--stories-per-step", n)
     distributed.require_one_each("--eval-stories", config.eval_stories)
@@ -148,9 +148,10 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             state.kl_coef = ppo.next_kl_coef(state.kl_coef, stats["kl"], n - int(stats["unscored"]), config)
             evaluation, failure = evaluator.evaluate_if_due(state)
             records = story_records(state.step, stories, grades, rewards)
+            means = story_means(records)
             log.stories(records)
             log.metrics(
-                step=state.step, **stats, **score_means(grades), **agreement(grades), **story_means(records),
+                step=state.step, **stats, **score_means(grades), **agreement(grades), **means,
                 **evaluation, words_in=state.words_in, words_out=state.words_out,
                 entropy=sum(float(story.entropies.sum()) for story in stories) / n,
                 tokens_mean=sum(len(story.tokens) for story in stories) / n,
@@ -159,7 +160,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 peak_memory_mb=peak_memory_mb(compute.device), **grader.stats(),
             )  # fmt: skip
             bar.update()
-            bar.set_postfix(reward=f"{stats['reward_mean']:.3f}", kl=f"{stats['kl']:.1f}")
+            bar.set_postfix({"reward": stats["reward_mean"], "words": means["length_mean"], "kl": stats["kl"]})
             for name, words in milestones.items():
                 if words_before < words <= state.words_in:
                     save(name)

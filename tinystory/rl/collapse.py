@@ -54,7 +54,7 @@ def scores_without_signal(metrics: Sequence[dict]) -> str:
     if len(last) < WINDOW or any(record.get("score_std") != 0 for record in last):
         return ""
     return (
-        f"all stories of the last {WINDOW} steps had the same score ({last[-1]['score_mean']:g} in the last), so the "
-        "teacher teaches nothing: try another --teacher-model, criteria with more to tell apart (--teacher-prompt), or "
-        "--teacher-logprobs"
+        f"all stories of the last {WINDOW} steps had the same score ({last[-1]['score_mean']:g} in the last), so "
+        "nothing is learned from the teacher: try another --teacher-model, criteria with more to tell apart "
+        "(--teacher-prompt), --teacher-logprobs, or a student that was pretrained longer"
     )
