@@ -1,5 +1,6 @@
 """A run whose teacher is the user's own function, and what a terminal shows of it: neither is trusted."""
 
+import json
 import shutil
 
 import pytest
@@ -9,6 +10,8 @@ from conftest import SHORT, assert_same_bits, fails, metrics, story_record
 import train_interact as interact
 import train_pretrain as pretrain
 from scripts import sample
+from tinystory.evaluate.held_out import write_samples
+from tinystory.run.folder import EVALUATIONS
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story
 
@@ -20,7 +23,7 @@ def flags(place, out, body="pass"):
     reward = out.parent / f"{out.name}.py"
     reward.write_text(
         "import signal, sys, torch\ncalls = []\ndef f(opening, stories):\n    calls.append(stories)\n"
-        f"    if len(calls) == 3:  # after the first look and the first step\n        {body}\n"
+        f"    if len(calls) == 3:  # after the first evaluation and the first step\n        {body}\n"
         "    return [min(1.0, len(s.split()) / 12) for s in stories]\n"
     )
     init = ["--init", str(checkpoint.newest(place / "p"))]
@@ -71,11 +74,8 @@ def test_a_terminal_gets_no_escape_sequences_of_a_story(place, tmp_path, capsys,
         monkeypatch.setattr(sample, "generate", lambda *_, **__: [story])
         sample.main([str(place / "p"), "--device", "cpu"])
     else:
-        shown = [
-            story_record(step, opening="\x1bOnce", story=ESCAPES, when=when)
-            for step, when in enumerate(("before", "after"))
-        ]
-        monkeypatch.setattr(interact, "write_report", lambda run: run / "report.html")
-        interact.print_summary(place / "p", shown, 1)
+        records = [story_record(step, opening="\x1bOnce", story=ESCAPES) for step in (0, 1)]
+        (tmp_path / EVALUATIONS).write_text("".join(json.dumps(record) + "\n" for record in records))
+        print(write_samples(tmp_path, 1))
     out = capsys.readouterr().out
     assert "dog" in out and out.replace("\n", "").isprintable()
