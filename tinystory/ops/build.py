@@ -55,7 +55,7 @@ def cpu_sources() -> list[Path]:
 
 
 def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> ModuleType:
-    """Load a library, compiled first if need be: with `gpus`, as in TORCH_CUDA_ARCH_LIST, one for CUDA."""
+    """Load a library, compiled first if need be: with `gpus`, "8.0;9.0", one for CUDA."""
     folder = library_folder(name, sources, gpus, toolkit)
     library = folder / f"{name}.so"
     with locked(folder):
