@@ -32,6 +32,7 @@ from tinystory import ops
 from tinystory.config import INTERACT_PRESETS, InteractConfig, PretrainConfig
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.ops import fastest
+from tinystory.ops.backend import run_by_pytorch
 from tinystory.ops.compute import pick_device
 from tinystory.report import charts
 from tinystory.rl import ppo
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         facts["instructions"] = module.instructions() if module else "PyTorch's"
         if a.bench != "kernels":
             facts["pytorch_ops"] = fastest.pick("auto", dtype, device)
-            ops.run_by_pytorch(facts["pytorch_ops"])
+            run_by_pytorch(facts["pytorch_ops"])
     load = os.getloadavg()[0]
     if a.bench == "peers":
         del facts["batch"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tinystory.ops import backend, fastest
+from tinystory.ops import backend, cuda, fastest
 from tinystory.run import distributed
 from tinystory.run.device import pick_dtype
 from tinystory.run.errors import UserError
@@ -55,6 +55,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
         ) from error
-    if device.type == "cuda":
-        backend.load_cuda(device)
+    if device.type == "cuda" and backend.load():
+        cuda.check(torch.cuda.get_device_capability(device))
+        cuda.load()
     return device

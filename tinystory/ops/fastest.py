@@ -29,7 +29,7 @@ FILE = "fastest.json"
 
 
 def pick(wanted: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The operators that --pytorch-ops means here, with commas between, or "none": for ops.run_by_pytorch and for a
+    """The operators that --pytorch-ops means here, with commas between, or "none": for backend.run_by_pytorch and for a
     run's record. auto means those that PyTorch runs faster. Raises UserError for an unknown operator."""
     names: list[str] = []
     if device.type == "cpu" and (module := ops.load()) and wanted != "none":
