@@ -26,9 +26,8 @@ from tinystory.report.charts import text_curve
 from tinystory.report.run import write_report
 from tinystory.rl import ppo
 from tinystory.rl.collapse import warnings
-from tinystory.rl.policy import RunState, load_policy
+from tinystory.rl.policy import RunState, load_policy, rollout
 from tinystory.rl.reward import story_rewards
-from tinystory.rl.rollout import rollout
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
 from tinystory.run.device import Stop, now, peak_memory_mb

@@ -11,9 +11,8 @@ from typing import Any
 from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings
 from tinystory.evaluate.stories import distinct_ngrams, mean_of
-from tinystory.rl.policy import Policy, RunState
+from tinystory.rl.policy import Policy, RunState, rollout
 from tinystory.rl.reward import cluster_sizes, differences, story_rewards
-from tinystory.rl.rollout import rollout
 from tinystory.run import distributed
 from tinystory.run.device import Stop
 from tinystory.run.errors import Interrupted, UserError

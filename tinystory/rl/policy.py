@@ -1,6 +1,6 @@
-"""The policy that learns, and the state of its run: what a checkpoint of an interaction holds."""
+"""The policy that learns, the state of its run, which a checkpoint of an interaction holds, and its rollout."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tinystory.rl import ppo
 from tinystory.rl.advantages import Critic
 from tinystory.run import distributed
 from tinystory.student import checkpoint
-from tinystory.student.generate import Story
+from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student, ValueHead
 
 
@@ -77,3 +77,30 @@ def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Polic
     student, tokenizer, facts = checkpoint.load(folder, compute.device)
     critic = (ValueHead if config.critic == "head" else Critic)(student.config.n_embd).to(compute.device)
     return Policy(compute, student, tokenizer, facts, critic, *ppo.make_optimizer(student, critic, config))
+
+
+def rollout(
+    config: InteractConfig,
+    policy: Policy,
+    openings: Sequence[str],
+    first_index: int,
+    send: Callable[[int, str, str], None],
+) -> list[Story]:
+    """Stories first_index, first_index + 1, ... to these openings, on every rank. On rank 0 each is sent (its index,
+    opening and text), those of its own shard as soon as they end."""
+
+    def on_story(story: Story) -> None:
+        if distributed.is_rank0():
+            send(story.index, story.opening, story.text)
+
+    shard = distributed.shard_contiguous(len(openings))
+    with policy.compute.autocast():
+        local = generate(
+            policy.student, policy.value_head, policy.tokenizer, openings[shard.start : shard.stop],
+            first_index=first_index + shard.start, seed=config.seed, max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature, on_story=on_story,
+        )  # fmt: skip
+    stories = distributed.all_gather_list(local)
+    for story in stories[len(local) :]:
+        on_story(story)
+    return stories

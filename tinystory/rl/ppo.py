@@ -8,7 +8,7 @@ Tensors are (B, N): one row per story, one column per response token; `mask` is 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -84,33 +84,27 @@ def true_places(mask: np.ndarray, device: torch.device) -> Tensor:
 
 def collate(stories: list[Story], tokenizer: Tokenizer, device: torch.device) -> Batch:
     """Stack stories into right-padded tensors."""
-
-    def pad(rows: list[Tensor], value: float) -> Tensor:
-        return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
-
-    openings = [torch.tensor(encode_opening(tokenizer, s.opening)) for s in stories]
-    before = [torch.zeros(len(opening) - 1, dtype=torch.bool) for opening in openings]
-    masks = [torch.ones(len(s.tokens), dtype=torch.bool) for s in stories]
-    return Batch(
-        inputs=pad([torch.cat([o, s.tokens[:-1]]) for o, s in zip(openings, stories, strict=True)], tokenizer.pad),
-        predicts=pad([torch.cat(pair) for pair in zip(before, masks, strict=True)], False),
-        tokens=pad([s.tokens for s in stories], tokenizer.pad),
-        mask=pad(masks, False),
-        logprobs=pad([s.logprobs for s in stories], 0.0),
-        values=pad([s.values for s in stories], 0.0),
-        entropies=pad([s.entropies for s in stories], 0.0),
+    fields = []
+    for story in stories:
+        opening = torch.tensor(encode_opening(tokenizer, story.opening))
+        mask = torch.ones(len(story.tokens), dtype=torch.bool)
+        predicts = torch.cat([mask.new_zeros(len(opening) - 1), mask])
+        inputs = torch.cat([opening, story.tokens[:-1]])
+        fields.append((inputs, predicts, story.tokens, mask, story.logprobs, story.values, story.entropies))
+    padding = (tokenizer.pad, False, tokenizer.pad, False, 0.0, 0.0, 0.0)
+    padded = (
+        pad_sequence(list(rows), batch_first=True, padding_value=value).to(device)
+        for rows, value in zip(zip(*fields, strict=True), padding, strict=True)
     )
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    return (x * mask).sum() / mask.sum()
+    return Batch(*padded)
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Shift and scale to mean 0 and variance 1 over the masked entries (Bessel's correction, epsilon 1e-8)."""
     count = mask.sum()
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask) * count / (count - 1).clamp(min=1)
+    mean = (x * mask).sum() / count
+    variance = ((x - mean) ** 2 * mask).sum() / count
+    variance = variance * count / (count - 1).clamp(min=1)
     return (x - mean) * torch.rsqrt(variance + 1e-8)
 
 
@@ -178,17 +172,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: InteractConfig, 
     """Constant, or with --lr-decay falling linearly from the initial rates at step 0 to 0 at --steps."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * (1 - step / config.steps if config.lr_decay else 1.0)
-
-
-@contextlib.contextmanager
-def scaled_rates(optimizer: torch.optim.Optimizer, gains: Sequence[float]) -> Iterator[None]:
-    """The learning rate of each group of parameters multiplied by its gain, within the context."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group, gain in zip(optimizer.param_groups, gains, strict=False):
-        group["lr"] *= gain
-    yield
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 def signal_of_halves(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
@@ -320,7 +303,8 @@ def update(
     """
     B = len(batch.tokens)
     minibatch = config.minibatch_size or B
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = optimizer.param_groups
+    parameters, rates = [p for group in groups for p in group["params"]], [group["lr"] for group in groups]
     names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
     sums = dict.fromkeys((*names, "grad_norm", "signal", "signal_sharpness"), 0.0)
     ratio_error, updates, skipped = 0.0, 0, 0
@@ -352,13 +336,15 @@ def update(
             if not mean_ratio <= config.max_ratio:  # also true for NaN
                 skipped += 1
                 continue
-            limit = config.grad_clip or float("inf")
-            norm = float(nn.utils.clip_grad_norm_(parameters, limit))
-            with scaled_rates(optimizer, gains):
-                optimizer.step()
+            norm = float(nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
+            for group, rate, gain in zip(groups, rates, gains, strict=False):  # only SharpAdam has two groups
+                group["lr"] = rate * gain
+            optimizer.step()
             updates += 1
             for name, value in zip(sums, (*means, norm, *gains), strict=True):
                 sums[name] += value
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     targets, unexplained = batch.packed(returns), math.nan
     if len(targets) > 1:  # one has no variance
