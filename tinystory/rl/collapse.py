@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 WINDOW = 5  # steps that are averaged
 
@@ -22,7 +23,7 @@ def signs_of_collapse(metrics: Sequence[dict], kl_target: float) -> str:
     parts, signs = (metrics[:WINDOW], metrics[-WINDOW:]), []
 
     def first_and_last(name: str) -> list[float]:
-        values = [[record.get(name) for record in part] for part in parts]
+        values: list[list[Any]] = [[record.get(name) for record in part] for part in parts]
         return [] if None in values[0] + values[1] else [fmean(part) for part in values]
 
     for metric, message, threshold in (

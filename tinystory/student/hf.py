@@ -146,7 +146,7 @@ def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
 
     if config.get("model_type") != "gpt2":
         raise refuse(f"its model_type is {config.get('model_type')!r}, not 'gpt2'")
-    sizes = {name: config.get(name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    sizes: dict[str, Any] = {name: config.get(name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     sizes["context"] = config.get("n_positions")
     if wrong := wrong_shape(sizes):
         raise refuse(wrong.replace("its context", "its n_positions"))
