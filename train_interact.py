@@ -116,7 +116,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 break
             began = time.perf_counter()
             prompts = [openings[state.written + i] for i in range(n)]
-            stories = rollout(config, policy, prompts, state.written, grader.send)
+            stories = rollout(policy, prompts, state.written, grader.send)
             rollout_end = time.perf_counter()
             batch = ppo.collate(stories, tokenizer, compute.device)
             with compute.autocast():
@@ -134,10 +134,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             rewards = story_rewards(config, stories, [grade.score for grade in grades])
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
             ppo.set_learning_rate(policy.optimizer, config, state.step)
-            stats = ppo.step(
-                policy.student, policy.critic, policy.optimizer, batch, *reference_stats, rewards, state.kl_coef,
-                config, compute.autocast,
-            )  # fmt: skip
+            stats = ppo.step(policy, batch, reference_stats, rewards, state.kl_coef)
             update_end = time.perf_counter()
 
             words_before = state.words_in

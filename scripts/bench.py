@@ -216,8 +216,8 @@ def interact(
         with lower(device, dtype):
             under_reference = ppo.read_reference(reference, batched, 1.0, options.micro_batch_size, states=False)
         read = now(device)
-        autocast = functools.partial(lower, device, dtype)
-        ppo.step(student, head, optimizer, batched, *under_reference, [0.5] * batch, options.kl_coef, options, autocast)
+        learner = ppo.Learner(student, head, optimizer, options, functools.partial(lower, device, dtype))
+        ppo.step(learner, batched, under_reference, [0.5] * batch, options.kl_coef)
         done = now(device)
         tokens = sum(len(story.tokens) for story in written)
         parts = dict(rollout_s=wrote - began, update_s=done - wrote, reference_s=read - wrote, tokens=tokens)

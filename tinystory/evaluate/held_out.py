@@ -51,7 +51,7 @@ class Evaluator:
         """The metrics of an evaluation, whose words are spent. Raises Interrupted if the run is asked to stop."""
         held_out, folder = self.openings.held_out, self.log.folder
         prompts = [held_out[i % len(held_out)] for i in range(self.config.eval_stories)]
-        stories = rollout(self.config, self.policy, prompts, FIRST_INDEX, self.grader.send)
+        stories = rollout(self.policy, prompts, FIRST_INDEX, self.grader.send)
         grades = distributed.rank0_value(lambda: self.grader.collect(self.stop))
         state.spend(stories, sum(grade.reply_words for grade in grades))
         rewards = story_rewards(self.config, stories, [grade.score for grade in grades])
