@@ -1,11 +1,24 @@
 """Decoding on a CPU: the C++ engine that runs all layers of a token step (csrc/cpu/engine.cpp)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tinystory.ops import backend
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """eos: the end token. temperature, top_k, top_p: as in `ops.sample`."""
+
+    max_new_tokens: int
+    eos: int
+    seed: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 class Engine:
@@ -36,17 +49,7 @@ class Engine:
         return dtype == torch.float32 or module.engine_has_bf16()
 
     def start(
-        self,
-        prompts: Sequence[Tensor],
-        prompt_of: Tensor,
-        *,
-        max_new_tokens: int,
-        eos: int,
-        seed: int,
-        first_row: int = 0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        self, prompts: Sequence[Tensor], prompt_of: Tensor, sampling: Sampling, first_row: int = 0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Start a story for each entry of prompt_of, (count,) int64. Story i continues prompts[prompt_of[i]] and draws
         as `ops.sample` does for row id first_row + i. Each prompt, (P_i,) int64, is read once.
@@ -54,9 +57,9 @@ class Engine:
         Returns tokens int64 and logprobs, values and entropies float32, each (count, max_new_tokens) and filled by the
         following steps: logprobs and entropies in nats, as `ops.sample` defines them. Raises RuntimeError if an
         argument is out of range."""
-        return self._engine.start(
-            list(prompts), prompt_of, max_new_tokens, eos, seed, first_row, temperature, top_k, top_p
-        )
+        s = sampling
+        sizes = s.max_new_tokens, s.eos, s.seed, first_row
+        return self._engine.start(list(prompts), prompt_of, *sizes, s.temperature, s.top_k, s.top_p)
 
     def step(self) -> list[int]:
         """The stories that end with the next token, which every story that has not ended draws: they drew `eos`, or it
