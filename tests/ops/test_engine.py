@@ -240,11 +240,8 @@ def test_what_does_not_fit_is_an_error():
         with pytest.raises(RuntimeError, match=r"Engine\.start"):
             prompts = [torch.tensor(wrong.pop("prompt", [5]), dtype=torch.int64)]
             options = valid | wrong
-            prompt_of, first_row = (
-                torch.tensor(options.pop("prompt_of"), dtype=torch.int64),
-                options.pop("first_row", 0),
-            )
-            engine.start(prompts, prompt_of, Sampling(**options), first_row)
+            prompt_of = torch.tensor(options.pop("prompt_of"), dtype=torch.int64)
+            engine.start(prompts, prompt_of, Sampling(**options))
 
 
 def test_other_threads_run_while_a_step_does():

@@ -43,8 +43,8 @@ def pick_device(name: str) -> torch.device:
         try:
             return pick_device("cuda")
         except UserError as error:
-            why = str(error).splitlines()[0]
-            print(f"tinystory: --device auto is the CPU here, not the GPU: {why}", file=sys.stderr)
+            reason = str(error).splitlines()[0]
+            print(f"tinystory: --device auto is the CPU here, not the GPU: {reason}", file=sys.stderr)
             return torch.device("cpu")
     try:
         device = torch.device(name)
@@ -52,9 +52,8 @@ def pick_device(name: str) -> torch.device:
             raise RuntimeError("no kernels for it")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
     if device.type == "cuda" and backend.load():
         cuda.check(torch.cuda.get_device_capability(device))
         cuda.load()

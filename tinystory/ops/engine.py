@@ -26,13 +26,9 @@ class Engine:
 
     parameters: float32, contiguous, by name: `dict(student.named_parameters())` and, for values, those of the value
     head as "value_head.linear.weight" and "value_head.linear.bias". They must not change while the engine is used.
-    dtype: of the matmuls and of the KV cache, float32 or bfloat16; sums, norms, softmax and logits are float32.
-
-    A story is a function of the parameters, the dtype, the prompt, the seed and its row id, bit for bit: neither the
-    rest of the batch nor the number of threads changes it.
-
-    Raises ValueError if a parameter is missing, unexpected or of the wrong shape or type, or if this machine has no
-    matmul of that dtype.
+    dtype: of the matmuls and of the KV cache, float32 or bfloat16; sums, norms, softmax and logits are float32. Neither
+    the rest of the batch nor the number of threads changes a bit of a story. Raises ValueError if a parameter is
+    missing, unexpected or of the wrong shape or type, or if this machine has no matmul of that dtype.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], n_layer: int, n_head: int, dtype: torch.dtype = torch.float32):
@@ -52,11 +48,9 @@ class Engine:
         self, prompts: Sequence[Tensor], prompt_of: Tensor, sampling: Sampling, first_row: int = 0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Start a story for each entry of prompt_of, (count,) int64. Story i continues prompts[prompt_of[i]] and draws
-        as `ops.sample` does for row id first_row + i. Each prompt, (P_i,) int64, is read once.
-
-        Returns tokens int64 and logprobs, values and entropies float32, each (count, max_new_tokens) and filled by the
-        following steps: logprobs and entropies in nats, as `ops.sample` defines them. Raises RuntimeError if an
-        argument is out of range."""
+        as `ops.sample` does for row id first_row + i. Each prompt, (P_i,) int64, is read once. Returns
+        tokens int64 and logprobs, values and entropies float32, each (count, max_new_tokens) and filled by the
+        following steps. Raises RuntimeError if an argument is out of range."""
         s = sampling
         sizes = s.max_new_tokens, s.eos, s.seed, first_row
         return self._engine.start(list(prompts), prompt_of, *sizes, s.temperature, s.top_k, s.top_p)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
@@ -154,15 +154,15 @@ def _user_code(spec: str, file: str, timeout_s: float) -> Iterator[None]:
         raise
     except BaseException as error:  # the user's code can raise anything; the cause stays attached
         signal.setitimer(signal.ITIMER_REAL, 0)
-        places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-        if isinstance(error, SyntaxError):
-            places, why = [(error.filename or file, error.lineno)], error.msg
-        else:  # whose own str() can fail too
-            why = " ".join(str(traceback.TracebackException.from_exception(error)).split())
-        lines = [line for path, line in places if Path(path).resolve() == Path(file).resolve()]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == Path(file).resolve()]
         at = f"{file}, line {lines[-1]}" if lines else file
-        what = "" if isinstance(error, _TooSlow) else type(error).__name__ + ": " * bool(why)
-        raise UserError(f"--reward {spec} failed in {at}: {what}{why[:200]}") from error
+        if isinstance(error, SyntaxError):
+            at, message = f"{error.filename or file}, line {error.lineno}", error.msg
+        else:  # whose own str() can fail too
+            message = " ".join(str(traceback.TracebackException.from_exception(error)).split())
+        kind = "" if isinstance(error, _TooSlow) else type(error).__name__ + ": " * bool(message)
+        raise UserError(f"--reward {spec} failed in {at}: {kind}{message[:200]}") from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
@@ -172,16 +172,12 @@ def _user_code(spec: str, file: str, timeout_s: float) -> Iterator[None]:
 def _torch_settings_restored() -> Iterator[None]:
     import torch  # here, because reports do not need it
 
-    settings: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
-        (torch.get_default_dtype, torch.set_default_dtype),
-        (torch.get_default_device, lambda _: torch.set_default_device(None)),
-        (torch.is_grad_enabled, torch.set_grad_enabled),
-        (torch.get_num_threads, torch.set_num_threads),
-    )
-    before = [get() for get, _ in settings]
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     try:
-        yield
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # which restores the mode
+            yield
     finally:
-        for (get, restore), value in zip(settings, before, strict=True):
-            if get() != value:
-                restore(value)
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)

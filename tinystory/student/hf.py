@@ -141,8 +141,8 @@ def read(folder: Path) -> tuple[Student, Tokenizer]:
 
 
 def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
-    def refuse(what: str) -> UserError:
-        return UserError(f"{folder}/config.json describes a model that is not supported here: {what}")
+    def refuse(problem: str) -> UserError:
+        return UserError(f"{folder}/config.json describes a model that is not supported here: {problem}")
 
     if config.get("model_type") != "gpt2":
         raise refuse(f"its model_type is {config.get('model_type')!r}, not 'gpt2'")
