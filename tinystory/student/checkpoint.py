@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -68,38 +68,21 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[st
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tokenizer, dict[str, Any]]:
     """Student, tokenizer and facts of a checkpoint, or of a folder that transformers wrote ({} for the facts). Raises
     UserError if it is incomplete or malformed, before anything is allocated that its weights do not fill."""
+    facts: dict[str, Any] = {}
     if hf.is_folder(folder):
         student, tokenizer = hf.read(folder)
-        require_finite(student, folder)
-        return student.to(device), tokenizer, {}
-    if not (folder / "model.json").is_file():
+    elif not (folder / "model.json").is_file():
         raise UserError(f"{folder} is not a checkpoint of ours: it has no model.json")
-    require_whole(folder, FILES)
-    record = read_object(folder / "model.json")
-    facts = record.pop("facts", {})
-    if wrong := wrong_shape(record):
-        raise UserError(f"{folder / 'model.json'} describes a student that there cannot be: {wrong}")
-    config = StudentConfig(**record)
-    require_shapes(folder / "model.safetensors", config)
-    with torch.device("meta"):
-        student = Student(config)
-    student = student.to_empty(device="cpu")
-    restore(student, folder)
-    return student.to(device), Tokenizer.load(folder / "tokenizer.json"), facts
-
-
-def require_shapes(path: Path, config: StudentConfig) -> None:
-    """Raises UserError unless the tensors of a file are those of such a student, from their names and shapes alone."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
-    # The number first: the list of what a model.json claims could be longer than memory.
-    if len(shapes) != 12 * config.n_layer + 4 or shapes != {
-        name: shape[::-1] if transposed else shape for _, name, transposed, shape in hf.layout(config)
-    }:
-        raise UserError(f"{path} does not hold the tensors of the student that model.json beside it describes")
+    else:
+        require_whole(folder, FILES)
+        record = read_object(folder / "model.json")
+        facts = record.pop("facts", {})
+        if wrong := wrong_shape(record):
+            raise UserError(f"{folder / 'model.json'} describes a student that there cannot be: {wrong}")
+        student = hf.read_student(folder / "model.safetensors", StudentConfig(**record), ours=True)
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    require_finite(student, folder)
+    return student.to(device), tokenizer, facts
 
 
 def require_finite(student: Student, folder: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from tinystory.data.tokenizer import END_NAMES, Tokenizer
 from tinystory.run.errors import UserError, advice
@@ -129,15 +128,7 @@ def read(folder: Path) -> tuple[Student, Tokenizer]:
             "code when it is loaded, and is not opened"
         )
     memory.require(memory.parameters(shape) * memory.FLOAT, torch.device("cpu"), f"the sizes in {folder}/config.json")
-    try:
-        state = _from_transformers(file, shape)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    tokenizer = _tokenizer(folder, config, shape.vocab_size)
-    with torch.device("meta"):
-        student = Student(shape)
-    student.load_state_dict(state, assign=True)
-    return student.requires_grad_(), tokenizer
+    return read_student(file, shape), _tokenizer(folder, config, shape.vocab_size)
 
 
 def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
@@ -160,24 +151,33 @@ def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
     return StudentConfig(**sizes)
 
 
-def _from_transformers(path: Path, shape: StudentConfig) -> dict[str, Tensor]:
-    """The weights under our names; the prefix `transformer.` of theirs is optional."""
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        prefix = "transformer." if "transformer.wte.weight" in names else ""
-        state = {}
-        for theirs, ours, transposed, expected in layout(shape):
-            name = prefix + theirs
-            if name not in names:
-                raise UserError(f"{path} has no tensor {name}: it is not the model of its config.json")
-            if (size := tuple(file.get_slice(name).get_shape())) != expected:
-                raise UserError(f"{path}: {name} is {size}, and its config.json says {expected}")
-            tensor = file.get_tensor(name).float()
-            state[ours] = (tensor.T if transposed else tensor).contiguous()
-        head = file.get_tensor("lm_head.weight").float() if "lm_head.weight" in names else state["wte.weight"]
+def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Student:
+    """The student, in float32 on the CPU, of a file of weights, ours or transformers', whose prefix `transformer.` is
+    optional. Raises UserError if a tensor is missing or has another shape than the configuration beside it says."""
+    state = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            prefix = "transformer." if "transformer.wte.weight" in names else ""
+            for theirs, own, transposed, expected in layout(shape):
+                name = own if ours else prefix + theirs
+                if ours and transposed:
+                    transposed, expected = False, expected[::-1]
+                if name not in names:
+                    raise UserError(f"{path} has no tensor {name}: it is not the model of the .json file beside it")
+                if (size := tuple(file.get_slice(name).get_shape())) != expected:
+                    raise UserError(f"{path}: {name} is {size}, and the .json file beside it says {expected}")
+                tensor = file.get_tensor(name).float()
+                state[own] = (tensor.T if transposed else tensor).clone(memory_format=torch.contiguous_format)
+            head = file.get_tensor("lm_head.weight").float() if "lm_head.weight" in names else state["wte.weight"]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not torch.equal(head, state["wte.weight"]):
         raise UserError(f"{path} has a separate output layer (lm_head.weight): only a tied one is supported")
-    return state
+    with torch.device("meta"):
+        student = Student(shape)
+    student.load_state_dict(state, assign=True)
+    return student.requires_grad_()
 
 
 def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
