@@ -95,11 +95,9 @@ def require_finite(student: Student, folder: Path) -> None:
 def restore(student: Student, folder: Path) -> None:
     """Load the weights of a checkpoint into a student of the same shape. Raises UserError if the shapes differ or a
     weight is not finite."""
-    try:
-        student.load_state_dict(load_file(folder / "model.safetensors"))
-    except RuntimeError as error:  # from load_state_dict, which lists every mismatch
-        raise UserError(f"the weights in {folder} have another shape: {_first_line(error)}") from error
-    require_finite(student, folder)
+    weights = hf.read_student(folder / "model.safetensors", student.config, ours=True)
+    require_finite(weights, folder)
+    student.load_state_dict(weights.state_dict())
 
 
 def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, Tensor], T]:
@@ -125,7 +123,8 @@ def restore_module(module: torch.nn.Module, name: str, state: dict[str, Tensor])
     try:
         module.load_state_dict({key: state[f"{name}.{key}"] for key in module.state_dict()})
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"the trainer state to resume from does not fit: {_first_line(error)}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the trainer state to resume from does not fit: {reason}") from error
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -214,7 +213,3 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], state: 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
