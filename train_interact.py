@@ -26,9 +26,8 @@ from tinystory.report.charts import text_curve
 from tinystory.report.run import write_report
 from tinystory.rl import ppo
 from tinystory.rl.collapse import warnings
-from tinystory.rl.policy import RunState, load_policy
+from tinystory.rl.policy import RunState, load_policy, rollout
 from tinystory.rl.reward import story_rewards
-from tinystory.rl.rollout import rollout
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
 from tinystory.run.device import Stop, now, peak_memory_mb
@@ -117,7 +116,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 break
             began = time.perf_counter()
             prompts = [openings[state.written + i] for i in range(n)]
-            stories = rollout(config, policy, prompts, state.written, grader.send)
+            stories = rollout(policy, prompts, state.written, grader.send)
             rollout_end = time.perf_counter()
             batch = ppo.collate(stories, tokenizer, compute.device)
             with compute.autocast():
@@ -135,10 +134,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             rewards = story_rewards(config, stories, [grade.score for grade in grades])
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
             ppo.set_learning_rate(policy.optimizer, config, state.step)
-            stats = ppo.step(
-                policy.student, policy.critic, policy.optimizer, batch, *reference_stats, rewards, state.kl_coef,
-                config, compute.autocast,
-            )  # fmt: skip
+            stats = ppo.step(policy, batch, reference_stats, rewards, state.kl_coef)
             update_end = time.perf_counter()
 
             words_before = state.words_in

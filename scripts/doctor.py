@@ -168,9 +168,7 @@ def cuda_compiler() -> str:
     """Whether the CUDA kernels can be compiled, and if not, why."""
     if why := cuda.why_not():
         return f"not used: {why}"
-    kept, dropped = cuda.architectures()
-    without = f", without {', '.join(dropped)}" if dropped else ""
-    return f"{cuda.toolkit()}, for compute capability {', '.join(kept)}{without}"
+    return f"{cuda.toolkit()}, for compute capability {', '.join(cuda.architectures())}"
 
 
 def certificates() -> str:

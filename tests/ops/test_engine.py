@@ -149,7 +149,7 @@ def test_an_engine_starts_again_and_agrees_with_itself():
     runs = []
     for count, prompt in ((3, [5, 6]), (24, [9, 8, 7]), (3, [5, 6])):
         prompt_of = torch.zeros(count, dtype=torch.int64)
-        tokens, *_ = engine.start([torch.tensor(prompt)], prompt_of, max_new_tokens=12, eos=-1, seed=1)
+        tokens, *_ = engine.start([torch.tensor(prompt)], prompt_of, Sampling(12, eos=-1, seed=1))
         for _ in range(12):
             ended = engine.step()
         assert ended == list(range(count)) and engine.step() == []
@@ -240,14 +240,15 @@ def test_what_does_not_fit_is_an_error():
         with pytest.raises(RuntimeError, match=r"Engine\.start"):
             prompts = [torch.tensor(wrong.pop("prompt", [5]), dtype=torch.int64)]
             options = valid | wrong
-            engine.start(prompts, torch.tensor(options.pop("prompt_of"), dtype=torch.int64), **options)
+            prompt_of = torch.tensor(options.pop("prompt_of"), dtype=torch.int64)
+            engine.start(prompts, prompt_of, Sampling(**options))
 
 
 def test_other_threads_run_while_a_step_does():
     """The teacher's client talks while stories are being written."""
     student, _ = make(n_layer=8, n_head=4, n_embd=256, vocab_size=4000)
     engine = engine_of(student)
-    engine.start([torch.tensor([5])], torch.zeros(200, dtype=torch.int64), max_new_tokens=40, eos=-1, seed=0)
+    engine.start([torch.tensor([5])], torch.zeros(200, dtype=torch.int64), Sampling(40, eos=-1, seed=0))
     ticks, stop = [0], threading.Event()
 
     def tick():

@@ -46,7 +46,7 @@ def results(f, hidden, weight, targets, grads):
 @pytest.mark.parametrize("shape", [(1, 32, 5), (37, 64, 300), (70, 32, 1000)])
 def test_pytorchs_logprobs_are_the_definitions(monkeypatch, name, dtype, shape):
     monkeypatch.setattr(chunked, "CHUNK", 9000)  # 9 to 1 800 rows at a time
-    ops.run_by_pytorch(name)
+    backend.run_by_pytorch(name)
     hidden, weight, targets = problem(*shape, dtype)
     grads = (torch.randn(shape[0]), torch.randn(shape[0])) if name == "token_logprob" else (torch.tensor(2.5),)
     ours = results(getattr(ops, name), hidden, weight, targets, grads)
@@ -65,10 +65,10 @@ def test_an_operator_by_pytorch_is_not_the_kernel(monkeypatch):
     monkeypatch.setattr(reference, "linear", lambda *arguments: calls.append("pytorch") or arguments[0])
     ops.linear(x, weight, bias)
     assert calls == []
-    ops.run_by_pytorch("linear,token_logprob")
+    backend.run_by_pytorch("linear,token_logprob")
     ops.linear(x, weight, bias)
     assert calls == ["pytorch"] and str(backend.current()) == "compiled kernels, PyTorch for linear, token_logprob"
-    ops.run_by_pytorch("none")
+    backend.run_by_pytorch("none")
     ops.linear(x, weight, bias)
     assert calls == ["pytorch"] and str(backend.current()) == "compiled kernels"
 
@@ -93,8 +93,8 @@ def test_the_reference_runs_no_kernel():
 
 def test_float64_stays_the_kernels(monkeypatch):
     hidden, weight, targets = (x.double() if x.is_floating_point() else x for x in problem(3, 32, 9, torch.float32))
-    ops.run_by_pytorch("token_logprob")
-    monkeypatch.setattr(chunked, "TokenLogprob", None)
+    backend.run_by_pytorch("token_logprob")
+    monkeypatch.setattr(chunked, "token_logprob", None)
     assert ops.token_logprob(hidden, weight, targets)[0].dtype == torch.float64
 
 
@@ -135,8 +135,8 @@ def test_the_measured_pairs_agree_and_are_kernel_and_pytorch(monkeypatch):
         for name, (ours, theirs) in fastest.pairs(dtype).items():
             with monkeypatch.context() as patch:
                 patch.setattr(reference, "linear", None)
-                patch.setattr(chunked, "TokenLogprob", None)
-                patch.setattr(chunked, "CrossEntropy", None)
+                patch.setattr(chunked, "token_logprob", None)
+                patch.setattr(chunked, "cross_entropy", None)
                 a = ours()
                 with pytest.raises((TypeError, AttributeError)):
                     theirs()

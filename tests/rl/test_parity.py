@@ -69,7 +69,8 @@ def test_four_updates_are_trls(setting, monkeypatch):
 
         orders = iter(theirs["orders"])
         monkeypatch.setattr(torch, "randperm", lambda n, orders=orders: next(orders))
-        got = ppo.step(student, head, optimizer, batch, ref_logprobs, ref_states, scores.tolist(), kl_coef, config)
+        learner = ppo.Learner(student, head, optimizer, config)
+        got = ppo.step(learner, batch, (ref_logprobs, ref_states), scores.tolist(), kl_coef)
         kl_coef = ppo.next_kl_coef(kl_coef, got["kl"], len(scores), config)
         got |= dict(tokens_mean=mask.sum(1).float().mean(), entropy=entropy, kl_coef_after=kl_coef)
         assert got["skipped"] == 0

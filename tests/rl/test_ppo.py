@@ -106,7 +106,7 @@ def test_a_gated_step_is_the_step_times_its_signal(student):
         learner = copy.deepcopy(student)
         optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
         how = dataclasses.replace(config, signal_gate=gate)
-        stats = ppo.update(learner, None, optimizer, batch, advantages, batch.values, how)
+        stats = ppo.update(ppo.Learner(learner, None, optimizer, how), batch, advantages, batch.values)
         assert optimizer.param_groups[0]["lr"] == 0.1  # restored
         moved.append([a - b for a, b in zip(learner.parameters(), student.parameters(), strict=True)])
         if gate:
@@ -242,7 +242,7 @@ def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size
     optimizer = torch.optim.SGD([*student.parameters(), *head.parameters()], lr=0.0)
     step = optimizer.step
     optimizer.step = lambda: (seen.extend(p.grad.clone() for p in (*student.parameters(), *head.parameters())), step())
-    stats = ppo.update(student, head, optimizer, batch, advantages, returns, config)
+    stats = ppo.update(ppo.Learner(student, head, optimizer, config), batch, advantages, returns)
     for got, want in zip(seen, grads, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-3)
     assert stats["policy_loss"] + config.value_coef * stats["value_loss"] == pytest.approx(plain.item(), abs=1e-4)
@@ -256,7 +256,7 @@ def test_a_minibatch_with_a_wild_ratio_is_skipped(student):
     before = [p.clone() for p in student.parameters()]
     head = ValueHead(64)
     optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=1e-2)
-    stats = ppo.update(student, head, optimizer, batch, batch.values, batch.values, config)
+    stats = ppo.update(ppo.Learner(student, head, optimizer, config), batch, batch.values, batch.values)
     assert stats["skipped"] == 2
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
 
@@ -276,7 +276,7 @@ def test_every_gradient_is_clipped(student):
         moved.append(float(torch.stack(norms).norm()))
 
     optimizer.step = recorded
-    ppo.update(student, head, optimizer, batch, batch.values, batch.values, config)
+    ppo.update(ppo.Learner(student, head, optimizer, config), batch, batch.values, batch.values)
     assert moved == [pytest.approx(1e-3, rel=0.01)] * 6
 
 
@@ -301,7 +301,7 @@ def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "token_rewards", rewards)
         ref, config = (ref_logprobs, ref_logprobs[..., None]), dataclasses.replace(CONFIG, epochs=1)
-        stats = ppo.step(student, head, optimizer, batch, *ref, [1.0, 0.5], 0.2, config)
+        stats = ppo.step(ppo.Learner(student, head, optimizer, config), batch, ref, [1.0, 0.5], 0.2)
     assert stats["kl"] == pytest.approx(8.0, abs=1e-4) and stats["kl_coef"] == 0.2
     want = torch.tensor([[-0.4, -0.4, -0.4, -0.4, 0.6], [-0.4, -0.4, 0.1, 0.0, 0.0]])
     torch.testing.assert_close(seen["rewards"], want)
@@ -313,11 +313,10 @@ def test_a_story_without_a_reward_has_no_part_in_a_step(student):
         batch.logprobs, _ = ppo.response_stats(student, None, batch, 1.0)
     ref, ends, stats = (batch.logprobs - 0.1 * batch.mask, batch.logprobs[..., None]), [], []
     for rows, rewards in (([0, 1, 2], [1.0, None, 0.5]), ([0, 2], [1.0, 0.5])):
-        learner, head, at = copy.deepcopy(student), ValueHead(student.config.n_embd), torch.tensor(rows)
-        optimizer, _ = ppo.make_optimizer(learner, head, CONFIG)
-        refs = [x[at] for x in ref]
-        stats.append(ppo.step(learner, head, optimizer, batch.rows(at), *refs, rewards, 0.2, CONFIG))
-        ends.append(learner.state_dict())
+        copied, head, at = copy.deepcopy(student), ValueHead(student.config.n_embd), torch.tensor(rows)
+        learner = ppo.Learner(copied, head, ppo.make_optimizer(copied, head, CONFIG)[0], CONFIG)
+        stats.append(ppo.step(learner, batch.rows(at), [x[at] for x in ref], rewards, 0.2))
+        ends.append(copied.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert stats[0] == stats[1] | {"unscored": 1}
 
@@ -333,7 +332,7 @@ def test_learning_moves_the_policy_towards_what_is_rewarded(student):
         batch.logprobs, batch.values = ppo.response_stats(student, head, batch, 1.0)
     gain = torch.where(batch.tokens == 42, 1.0, -1.0)
     returns = torch.ones_like(gain)
-    first = ppo.update(student, head, optimizer, batch, ppo.whiten(gain, batch.mask), returns, config)
+    first = ppo.update(ppo.Learner(student, head, optimizer, config), batch, ppo.whiten(gain, batch.mask), returns)
     assert first["ratio_error"] < 1e-5
     with torch.no_grad():
         after, value = ppo.response_stats(student, head, batch, 1.0)
@@ -353,7 +352,7 @@ def test_under_autocast_each_epoch_uses_the_weights_of_the_one_before(student):
         config = dataclasses.replace(CONFIG, epochs=epochs, max_ratio=1e9)
         for _ in range(calls):
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                ppo.update(student, head, optimizer, batch, batch.values, batch.values, config)
+                ppo.update(ppo.Learner(student, head, optimizer, config), batch, batch.values, batch.values)
         ends.append(copy.deepcopy(student.state_dict()))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
 

@@ -77,10 +77,10 @@ def test_the_scores_of_a_callable_are_checked(tmp_path):
     for name, words in (("short", "gave 0 scores for 1"), ("wild", "gave 2;"), ("none", "no function 'none'")):
         with pytest.raises(UserError, match=words):
             load_score(f"{file}:{name}")("o", ["a"])
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="no Python file"):
         load_score("nowhere.py:f")
     (tmp_path / "r.txt").write_text("")
-    with pytest.raises(UserError, match="not a Python file"):
+    with pytest.raises(UserError, match="no Python file"):
         load_score(f"{tmp_path / 'r.txt'}:f")
 
 

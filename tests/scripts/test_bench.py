@@ -43,7 +43,7 @@ def test_ppo_is_a_whole_iteration(run, monkeypatch, dtype):
 
     def update(*args):
         stats = updates(*args)
-        epochs.append(args[6].epochs)
+        epochs.append(args[0].config.epochs)
         assert stats["skipped"] == 0
         return stats
 

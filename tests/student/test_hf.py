@@ -135,11 +135,20 @@ def foreign(tmp_path) -> Path:
     }
     del config["pad_token_id"]
     (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        (folder / name).unlink()
-    (folder / "vocab.json").write_text(json.dumps({name: id for id, name in enumerate(names)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
+    special = {"id": end, "content": names[-1], "special": True}
+    special |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    spec = json.loads(ours.json) | {"added_tokens": [special]}
+    spec["model"] |= {"vocab": {name: id for id, name in enumerate(names)}, "merges": merges}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
     return folder
+
+
+def edit_tokenizer(folder: Path, *, end: str = "<|endoftext|>", **vocab) -> int:
+    """Rename the end token and add to the vocabulary. Returns the vocabulary's size."""
+    spec = json.loads((folder / "tokenizer.json").read_text().replace("<|endoftext|>", end))
+    spec["model"]["vocab"] |= vocab
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    return len(spec["model"]["vocab"])
 
 
 def test_a_model_as_gpt2_is_saved(foreign, tmp_path):
@@ -159,22 +168,19 @@ def test_a_model_as_gpt2_is_saved(foreign, tmp_path):
 
 
 def test_the_end_token_is_what_the_config_says(foreign):
-    vocab = json.loads((foreign / "vocab.json").read_text())
-    (foreign / "vocab.json").write_text(
-        json.dumps({n.replace("<|endoftext|>", "<|im_end|>"): id for n, id in vocab.items()})
-    )
-    assert hf.read(foreign)[1].eos == len(vocab) - 1
+    size = edit_tokenizer(foreign, end="<|im_end|>")
+    assert hf.read(foreign)[1].eos == size - 1
 
 
 def test_rows_beyond_the_vocabulary_are_tokens_without_text(foreign):
-    vocab = json.loads((foreign / "vocab.json").read_text())
+    size = edit_tokenizer(foreign)
     weights = load_file(foreign / "model.safetensors")
     wte = torch.cat([weights["wte.weight"], torch.zeros(3, 32).half()])
     save_file(weights | {"wte.weight": wte, "lm_head.weight": wte.clone()}, foreign / "model.safetensors")
     edit(foreign / "config.json", vocab_size=len(wte))
     student, tokenizer = hf.read(foreign)
-    assert tokenizer.vocab_size == student.config.vocab_size == len(vocab) + 3
-    assert tokenizer.decode([len(vocab), len(vocab) + 2]) == ""
+    assert tokenizer.vocab_size == student.config.vocab_size == size + 3
+    assert tokenizer.decode([size, size + 2]) == ""
 
 
 def _no_safetensors(folder):
@@ -209,10 +215,10 @@ REFUSED = {
     "n_inner is 100": config(n_inner=100),
     "scale_attn_by_inverse_layer_idx is True": config(scale_attn_by_inverse_layer_idx=True),
     "end token is 260 and that of config.json is 5": config(eos_token_id=5),
-    "nor vocab.json with merges.txt": lambda folder: (folder / "merges.txt").unlink(),
-    "vocab.json is damaged: it is nested too deep": lambda folder: (folder / "vocab.json").write_text("[" * 100_000),
-    "has 262 tokens and the model 261": lambda folder: edit(folder / "vocab.json", extra=261),
-    "cannot be used here": lambda folder: edit(folder / "vocab.json", the=[]),
+    "has no tokenizer.json": lambda folder: (folder / "tokenizer.json").unlink(),
+    "is damaged: it is nested too deep": lambda folder: (folder / "tokenizer.json").write_text("[" * 100_000),
+    "has 262 tokens and the model 261": lambda folder: edit_tokenizer(folder, extra=261),
+    "cannot be used here": lambda folder: edit_tokenizer(folder, the=[]),
 }
 
 

@@ -102,7 +102,8 @@ def update(student: Student, value_head: ValueHead | None, rows: int, signal_gat
     parameters = [p for module in (student, value_head) if module for p in module.parameters()]
     optimizer, batch = torch.optim.SGD(parameters, lr=0.0), written(rows)
     targets = batch.values, batch.values  # advantages and returns
-    ppo.update(student, value_head, optimizer, batch, *targets, config, lambda: torch.autocast("cpu", BF16))
+    learner = ppo.Learner(student, value_head, optimizer, config, lambda: torch.autocast("cpu", BF16))
+    ppo.update(learner, batch, *targets)
 
 
 def interaction() -> Counter:

@@ -12,9 +12,8 @@ from typing import Any
 from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings
 from tinystory.evaluate.stories import distinct_ngrams, mean_of
-from tinystory.rl.policy import Policy, RunState
+from tinystory.rl.policy import Policy, RunState, rollout
 from tinystory.rl.reward import cluster_sizes, differences, story_rewards
-from tinystory.rl.rollout import rollout
 from tinystory.run import distributed
 from tinystory.run.device import Stop
 from tinystory.run.errors import Interrupted, UserError
@@ -54,7 +53,7 @@ class Evaluator:
         to stop."""
         folder = self.log.folder
         prompts = list(islice(cycle(self.openings.held_out), self.config.eval_stories))
-        stories = rollout(self.config, self.policy, prompts, FIRST_INDEX, self.grader.send)
+        stories = rollout(self.policy, prompts, FIRST_INDEX, self.grader.send)
         grades = distributed.rank0_value(lambda: self.grader.collect(self.stop))
         state.spend(stories, sum(grade.reply_words for grade in grades))
         rewards = story_rewards(self.config, stories, [grade.score for grade in grades])

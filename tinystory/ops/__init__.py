@@ -7,23 +7,9 @@ import torch
 from torch import Tensor
 
 from tinystory.ops import chunked, reference
-from tinystory.ops.autograd import lowered_linear
-from tinystory.ops.backend import implementation, load, load_cuda, run_by_pytorch
-
-__all__ = [
-    "add_layer_norm",
-    "causal_attention",
-    "cross_entropy",
-    "decode_attention",
-    "linear",
-    "load",
-    "load_cuda",
-    "lowered_linear",
-    "require_drawn",
-    "run_by_pytorch",
-    "sample",
-    "token_logprob",
-]
+from tinystory.ops.autograd import lowered_linear as lowered_linear
+from tinystory.ops.backend import implementation
+from tinystory.ops.backend import load as load
 
 
 def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tensor:

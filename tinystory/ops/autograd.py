@@ -25,12 +25,6 @@ def attention_fake(qkv: Tensor, dropout_p: float, seed: int) -> tuple[Tensor, Te
     return qkv.new_empty(b, t, h, d), qkv.new_empty(b, h, t, dtype=wide(qkv.dtype))
 
 
-def attention_backward_fake(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, dropout_p: float, seed: int
-) -> Tensor:
-    return torch.empty_like(qkv)
-
-
 def attention_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     qkv, ctx.dropout_p, ctx.seed = inputs
     ctx.save_for_backward(qkv, *output)
@@ -45,28 +39,16 @@ def attention_backward(ctx: Any, grad_out: Tensor | None, _: None) -> Gradients:
     return ops.causal_attention_backward(grad_out, qkv, out, lse, ctx.dropout_p, ctx.seed), None, None
 
 
-# --- decode_attention, sample -----------------------------------------------------------------------------------------
-def decode_fake(qkv: Tensor, prefix: Tensor, spans: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
-    return qkv.new_empty(qkv[:, 0].shape)
-
-
-def sample_fake(
-    logits: Tensor, seed: int, rows: Tensor, steps: Tensor, temperature: float, top_k: int, top_p: float
-) -> tuple[Tensor, ...]:
-    kinds = (torch.int64, torch.float32, torch.float32)
-    return tuple(logits.new_empty(logits.shape[:1], dtype=dtype) for dtype in kinds)
+# --- sample ---------------------------------------------------------------------------------------------------------
+def sample_fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    dtypes = (torch.int64, torch.float32, torch.float32)
+    return tuple(logits.new_empty(len(logits), dtype=dtype) for dtype in dtypes)
 
 
 # --- token_logprob ----------------------------------------------------------------------------------------------------
-def token_logprob_fake(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    kinds = (wide(hidden.dtype), wide(hidden.dtype), torch.float64)
-    return tuple(hidden.new_empty(hidden.shape[:1], dtype=dtype) for dtype in kinds)
-
-
-def token_logprob_backward_fake(
-    grad_logprob: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, *_: Tensor
-) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+def token_logprob_fake(hidden: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    dtypes = (wide(hidden.dtype), wide(hidden.dtype), torch.float64)
+    return tuple(hidden.new_empty(len(hidden), dtype=dtype) for dtype in dtypes)
 
 
 def token_logprob_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -104,12 +86,6 @@ def linear_fake(
 ) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], weight.shape[0])
     return x.new_empty(shape, dtype=out_dtype), x.new_empty(shape if gelu else (0,), dtype=dtype)
-
-
-def linear_backward_fake(
-    grad_y: Tensor, x: Tensor, weight: Tensor, slope: Tensor, gelu: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
 def linear_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -201,14 +177,16 @@ def add_layer_norm_backward(ctx: Any, grad_sum: Tensor | None, grad_y: Tensor | 
 # Per name: the fake kernel; then, if the operator has a gradient, setup and backward.
 OPERATORS: dict[str, tuple[Callable, ...]] = {
     "causal_attention": (attention_fake, attention_setup, attention_backward),
-    "causal_attention_backward": (attention_backward_fake,),
-    "decode_attention": (decode_fake,),
+    "causal_attention_backward": (lambda grad_out, qkv, *_: torch.empty_like(qkv),),
+    "decode_attention": (lambda qkv, *_: qkv.new_empty(qkv[:, 0].shape),),
     "sample": (sample_fake,),
     "token_logprob": (token_logprob_fake, token_logprob_setup, token_logprob_backward),
-    "token_logprob_backward": (token_logprob_backward_fake,),
+    "token_logprob_backward": (lambda *inputs: tuple(x.new_empty(x.shape) for x in inputs[2:4]),),  # hidden, weight
     "cross_entropy": (cross_entropy_fake, cross_entropy_setup, cross_entropy_backward),
     "linear": (linear_fake, linear_setup, linear_backward),
-    "linear_backward": (linear_backward_fake,),
+    "linear_backward": (
+        lambda grad_y, x, weight, *_: (torch.empty_like(x), torch.empty_like(weight), weight.new_empty(len(weight))),
+    ),
     "add_layer_norm": (add_layer_norm_fake, add_layer_norm_setup, add_layer_norm_backward),
     "add_layer_norm_backward": (add_layer_norm_backward_fake,),
 }

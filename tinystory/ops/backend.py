@@ -109,10 +109,3 @@ def _load() -> ModuleType:
     module = build.load()
     autograd.register()
     return module
-
-
-def load_cuda(device: torch.device) -> None:
-    """Build and load the CUDA kernels for this GPU, unless the back-end is the reference. UserError if it cannot be."""
-    if load():
-        cuda.check(torch.cuda.get_device_capability(device))
-        cuda.load()

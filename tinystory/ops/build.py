@@ -3,10 +3,8 @@
 There are two libraries: the CPU's, which defines every operator of `torch.ops.tinystory`, and the GPU's (cuda.py),
 which is built only when a GPU is first used: so no GPU or CUDA toolkit can keep a CPU run from working.
 
-Each has a folder `cache_dir()/kernels/<name>-<key>`. The key is a hash of all that the machine code depends on, the
-sources among it, so no file's time or size is looked at. The library's own hash is kept beside it. A lock of the
-operating system guards the folder: it ends with its process, so a killed build never blocks the next, as torch's own
-lock file would.
+Each has a folder `cache_dir()/kernels/<name>-<key>`; the key is a hash of all that the machine code depends on, the
+sources included. A lock of the operating system guards it: unlike torch's lock file it ends with its process.
 """
 
 import contextlib
@@ -45,7 +43,6 @@ NAME = "tinystory_cpu"
 @functools.cache
 def load() -> ModuleType:
     """The Python module of the CPU kernels, built first if need be; importing it registers the operators with torch.
-
     Raises UserError if there is no C++ compiler, or with the compiler's message if it fails."""
     return build(NAME, cpu_sources())
 
@@ -55,16 +52,16 @@ def cpu_sources() -> list[Path]:
 
 
 def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> ModuleType:
-    """Load a library, compiled first if need be: with `gpus`, as in TORCH_CUDA_ARCH_LIST, one for CUDA."""
+    """Load a library, compiled first if need be: with `gpus`, "8.0;9.0", one for CUDA."""
     folder = library_folder(name, sources, gpus, toolkit)
     library = folder / f"{name}.so"
     with locked(folder):
         try:
             if intact(library):
                 return imported(name, library)
-            why = "again, since they are damaged" if (folder / "built").exists() else f"({len(sources)} files, once)"
-            what = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
-            print(f"tinystory: compiling the {what} {why} ...", end=" ", file=sys.stderr, flush=True)
+            reason = "again, since they are damaged" if (folder / "built").exists() else f"({len(sources)} files, once)"
+            target = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
+            print(f"tinystory: compiling the {target} {reason} ...", end=" ", file=sys.stderr, flush=True)
             shutil.rmtree(folder)  # compilers of a killed build may still run, and now write into a folder that is gone
             folder.mkdir()
             started, outcome = time.monotonic(), "failed"
@@ -80,8 +77,8 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
             raise UserError(f"cannot load the kernels ({error}); delete {folder} and start again") from None
         except (RuntimeError, OSError) as error:
             failed = re.findall(r"^FAILED: .*\n.*\n((?:(?!\[\d+/|ninja: ).*\n)*)", str(error), re.MULTILINE)
-            said = "".join(failed).strip() or str(error)
-            raise UserError(f"the kernels do not compile; the compiler says:\n{said[:4000]}\n({INSTEAD})") from None
+            message = ("".join(failed).strip() or str(error))[:4000]
+            raise UserError(f"the kernels do not compile; the compiler says:\n{message}\n({INSTEAD})") from None
 
 
 def intact(library: Path) -> bool:
@@ -142,17 +139,17 @@ def command() -> list[str]:
 
 def macros(command: list[str]) -> str:
     """What the compiler predefines, its version and the processor's instructions among it; '' if a flag is unknown."""
-    done = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
-    return done.stdout if done.returncode == 0 else ""
+    process = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
+    return process.stdout if process.returncode == 0 else ""
 
 
 def library_folder(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> Path:
-    versions = [__version__, torch.__version__, str(torch.version.git_version), sys.version]
-    words = command()
+    """The folder of a library, named after all that its machine code depends on."""
+    versions, compiler = [__version__, torch.__version__, str(torch.version.git_version), sys.version], command()
     folders = {CSRC, *(source.parent for source in sources)}
     files = sorted(file for folder in folders for file in folder.glob("[!.]*.[ch]*"))  # no editor's hidden copies
     contents = [f"{file.relative_to(CSRC)} {sha256(file)}" for file in files]
-    parts = [*versions, *words, macros(words), gpus, toolkit, *contents]
+    parts = [*versions, *compiler, macros(compiler), gpus, toolkit, *contents]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return cache_dir().absolute() / "kernels" / f"{name}-{digest[:16]}"
 
@@ -169,7 +166,7 @@ def locked(folder: Path) -> Iterator[None]:
             print("tinystory: waiting for another process that compiles the kernels", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
-        why = f"{folder} cannot be written or locked ({error.strerror})"
-        raise UserError(f"{why}: set TINYSTORY_CACHE to a folder on a local disk that can, or {INSTEAD}") from None
+        problem = f"{folder} cannot be written or locked ({error.strerror})"
+        raise UserError(f"{problem}: set TINYSTORY_CACHE to a folder on a local disk that can, or {INSTEAD}") from None
     with file:
         yield

@@ -10,22 +10,14 @@ from torch import Tensor
 CHUNK = 1 << 24  # logits that exist at a time
 
 
-def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logprob and entropy, both (N,) float32: hidden (N, C) float32 or bfloat16, weight (V, C), targets (N,) int64."""
-    return TokenLogprob.apply(hidden, weight, targets)
-
-
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -logprob, whose gradients are computed in the forward pass."""
-    return CrossEntropy.apply(hidden, weight, targets)
-
-
 def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     size = max(1, CHUNK // len(weight))
     return [slice(i, i + size) for i in range(0, len(hidden), size)]
 
 
 class TokenLogprob(torch.autograd.Function):
+    """Logprob and entropy, both (N,) float32: hidden (N, C) float32 or bfloat16, weight (V, C), targets (N,) int64."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         cast = weight.to(hidden.dtype)
@@ -55,6 +47,8 @@ class TokenLogprob(torch.autograd.Function):
 
 
 class CrossEntropy(torch.autograd.Function):
+    """Mean of -logprob, whose gradients are computed in the forward pass."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         cast, loss = weight.to(hidden.dtype), hidden.new_zeros((), dtype=torch.float32)
@@ -74,3 +68,6 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grads[0], grad_weight * grads[0], None
+
+
+token_logprob, cross_entropy = TokenLogprob.apply, CrossEntropy.apply

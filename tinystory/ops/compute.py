@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tinystory.ops import backend, fastest
+from tinystory.ops import backend, cuda, fastest
 from tinystory.run import distributed
 from tinystory.run.device import pick_dtype
 from tinystory.run.errors import UserError
@@ -43,8 +43,8 @@ def pick_device(name: str) -> torch.device:
         try:
             return pick_device("cuda")
         except UserError as error:
-            why = str(error).splitlines()[0]
-            print(f"tinystory: --device auto is the CPU here, not the GPU: {why}", file=sys.stderr)
+            reason = str(error).splitlines()[0]
+            print(f"tinystory: --device auto is the CPU here, not the GPU: {reason}", file=sys.stderr)
             return torch.device("cpu")
     try:
         device = torch.device(name)
@@ -52,9 +52,9 @@ def pick_device(name: str) -> torch.device:
             raise RuntimeError("no kernels for it")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
-        ) from error
-    if device.type == "cuda":
-        backend.load_cuda(device)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
+    if device.type == "cuda" and backend.load():
+        cuda.check(torch.cuda.get_device_capability(device))
+        cuda.load()
     return device

@@ -5,6 +5,7 @@ times beside the build. A run records the choice, like its dtype, and keeps it w
 same. PyTorch's matmul does not promise what our kernels do: that a row's result depends on that row alone.
 """
 
+import contextlib
 import functools
 import json
 import statistics
@@ -28,17 +29,17 @@ ROWS, WIDTH, VOCAB = 1024, 384, 4096  # timed sizes: between the demo's student 
 FILE = "fastest.json"
 
 
-def pick(wanted: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The operators that --pytorch-ops means here, with commas between, or "none": for ops.run_by_pytorch and for a
+def pick(choice: str, dtype: torch.dtype, device: torch.device) -> str:
+    """The operators that --pytorch-ops means here, with commas between, or "none": for backend.run_by_pytorch and for a
     run's record. auto means those that PyTorch runs faster. Raises UserError for an unknown operator."""
     names: list[str] = []
-    if device.type == "cpu" and (module := ops.load()) and wanted != "none":
-        if wanted != "auto":
-            names = wanted.split(",")
+    if device.type == "cpu" and (module := ops.load()) and choice != "none":
+        if choice != "auto":
+            names = choice.split(",")
         elif backend.current().kernels == "auto":
             names = faster(Path(str(module.__file__)).parent, dtype)
     if unknown := set(names) - set(NAMES):
-        raise UserError(f"--pytorch-ops {wanted}: {unknown.pop()!r} is not one of {', '.join(NAMES)}, auto or none")
+        raise UserError(f"--pytorch-ops {choice}: {unknown.pop()!r} is not one of {', '.join(NAMES)}, auto or none")
     return ",".join(names) or "none"
 
 
@@ -65,11 +66,10 @@ def loses(ratio: float) -> bool:
 
 def measured(folder: Path) -> dict[str, Any]:
     """The file of `faster`: {"built": its time, dtype: {operator: PyTorch's seconds over ours}}; {} if not readable."""
-    try:
-        times = json.loads((folder / FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return times if isinstance(times, dict) else {}
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(times := json.loads((folder / FILE).read_text()), dict):
+            return times
+    return {}
 
 
 def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:

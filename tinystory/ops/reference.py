@@ -111,28 +111,28 @@ def dropout_mask(
     batch: int, heads: int, length: int, p: float, seed: int, device: torch.device | None = None
 ) -> Tensor:
     """A mask (batch, heads, length, length), 0 or the scale 1 / (1 - p), p rounded to a multiple of 1/256 below 1."""
-    threshold = min(int(p * 256 + 0.5), 255)
     head = torch.arange(batch * heads, device=device)[:, None, None]
     i = torch.arange(length, device=device)[:, None]
     j = torch.arange(length, device=device)
     counter = [i // 32 * 64 + i % 8 * 8 + j % 8, j // 32, head, torch.zeros_like(head)]
-    words = torch.stack(philox(seed, counter, rounds=7))
-    word = (i % 32 // 8).expand(words.shape[1:])
-    bits = words.gather(0, word[None])[0] >> (j % 32 // 8 * 8) & 0xFF
-    keep = (bits >= threshold).double() * (256 / (256 - threshold))
-    return keep.view(batch, heads, length, length)
+    return scales(philox(seed, counter, 7), i % 32 // 8, j % 32 // 8, p).view(batch, heads, length, length)
 
 
 def branch_mask(branch: Tensor, p: float, seed: int) -> Tensor:
     """A float32 mask of the branch's shape (..., C), 0 or the scale, p rounded as in `dropout_mask`."""
-    threshold, C = min(int(p * 256 + 0.5), 255), branch.shape[-1]
+    C = branch.shape[-1]
     row = torch.arange(branch.numel() // C, device=branch.device)[:, None]
     column = torch.arange(C, device=branch.device)
     group, zero = column // 4, torch.zeros_like(row)
-    words = torch.stack(philox(seed, [group // 128 * 32 + group % 32, row, zero, zero + 2], rounds=7))
-    word = (group // 32 % 4).expand(words.shape[1:])
-    bits = words.gather(0, word[None])[0] >> (column % 4 * 8) & 0xFF
-    return ((bits >= threshold).float() * (256 / (256 - threshold))).view(branch.shape)
+    counter = [group // 128 * 32 + group % 32, row, zero, zero + 2]
+    return scales(philox(seed, counter, 7), group // 32 % 4, column % 4, p).float().view(branch.shape)
+
+
+def scales(words: list[Tensor], word: Tensor, byte: Tensor, p: float) -> Tensor:
+    """Per element, whose random bits are this byte of this word: 0, or the scale."""
+    threshold, bits = min(int(p * 256 + 0.5), 255), torch.stack(words)
+    bits = bits.gather(0, word.expand(bits.shape[1:])[None])[0] >> (byte * 8) & 0xFF
+    return (bits >= threshold).double() * (256 / (256 - threshold))
 
 
 def sample_bits(seed: int, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:

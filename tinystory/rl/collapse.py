@@ -20,14 +20,12 @@ def signs_of_collapse(metrics: Sequence[dict], kl_target: float) -> str:
     """
     if len(metrics) < 2 * WINDOW:
         return ""
+    parts, signs = (metrics[:WINDOW], metrics[-WINDOW:]), []
 
-    def first_and_last(name: str) -> tuple[float, float] | None:
-        ends: list[list[Any]] = [
-            [record.get(name) for record in part] for part in (metrics[:WINDOW], metrics[-WINDOW:])
-        ]
-        return None if None in ends[0] + ends[1] else (fmean(ends[0]), fmean(ends[1]))
+    def first_and_last(name: str) -> list[float]:
+        values: list[list[Any]] = [[record.get(name) for record in part] for part in parts]
+        return [] if None in values[0] + values[1] else [fmean(part) for part in values]
 
-    signs = []
     for metric, message, threshold in (
         ("distinct_4", "they grow alike (distinct_4 {:.2f} to {:.2f})", 0.6),
         ("story_clusters", "few clusters of stories are left ({:.0f} to {:.0f})", 0.4),

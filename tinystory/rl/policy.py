@@ -1,6 +1,6 @@
-"""The policy that learns, and the state of its run: what a checkpoint of an interaction holds."""
+"""The policy that learns, the state of its run, which a checkpoint of an interaction holds, and its rollout."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from tinystory.rl import ppo
 from tinystory.rl.advantages import Critic
 from tinystory.run import distributed
 from tinystory.student import checkpoint
-from tinystory.student.generate import Story
-from tinystory.student.model import Student, ValueHead
+from tinystory.student.generate import Story, generate
+from tinystory.student.model import ValueHead
 
 
 @dataclass
@@ -33,21 +33,13 @@ class RunState:
         self.words_out += sum(story.words for story in stories)
 
 
-@dataclass
-class Policy:
+@dataclass(kw_only=True)
+class Policy(ppo.Learner):
     """facts: the student's history, for model.json; names: of the optimizer's parameters, in order."""
 
-    compute: Compute
-    student: Student
     tokenizer: Tokenizer
     facts: dict[str, Any]
-    critic: Critic | ValueHead
-    optimizer: ppo.SharpAdam
     names: list[str]
-
-    @property
-    def value_head(self) -> ValueHead | None:
-        return self.critic if isinstance(self.critic, ValueHead) else None
 
     def save(self, folder: Path, state: RunState, *, replace: bool = False) -> None:
         """Write a checkpoint, and drop what is older."""
@@ -76,4 +68,29 @@ def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Polic
     """The student of a checkpoint, with a new critic and a new optimizer."""
     student, tokenizer, facts = checkpoint.load(folder, compute.device)
     critic = (ValueHead if config.critic == "head" else Critic)(student.config.n_embd).to(compute.device)
-    return Policy(compute, student, tokenizer, facts, critic, *ppo.make_optimizer(student, critic, config))
+    optimizer, names = ppo.make_optimizer(student, critic, config)
+    autocast = compute.autocast
+    return Policy(student, critic, optimizer, config, autocast, tokenizer=tokenizer, facts=facts, names=names)
+
+
+def rollout(
+    policy: Policy, openings: Sequence[str], first_index: int, send: Callable[[int, str, str], None]
+) -> list[Story]:
+    """Stories first_index, first_index + 1, ... to these openings, on every rank. On rank 0 each is sent (its index,
+    opening and text), those of its own shard as soon as they end."""
+
+    def on_story(story: Story) -> None:
+        if distributed.is_rank0():
+            send(story.index, story.opening, story.text)
+
+    shard = distributed.shard_contiguous(len(openings))
+    with policy.autocast():
+        local = generate(
+            policy.student, policy.value_head, policy.tokenizer, openings[shard.start : shard.stop],
+            first_index=first_index + shard.start, seed=policy.config.seed, max_new_tokens=policy.config.max_new_tokens,
+            temperature=policy.config.temperature, on_story=on_story,
+        )  # fmt: skip
+    stories = distributed.all_gather_list(local)
+    for story in stories[len(local) :]:
+        on_story(story)
+    return stories

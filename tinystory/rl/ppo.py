@@ -8,7 +8,7 @@ Tensors are (B, N): one row per story, one column per response token; `mask` is 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,7 +26,21 @@ from tinystory.run.device import upload
 from tinystory.student.generate import Story, encode_opening
 from tinystory.student.model import Student, ValueHead
 
-Autocast = Callable[[], contextlib.AbstractContextManager]
+
+@dataclass
+class Learner:
+    """What PPO trains, and how. autocast: the context of the forward passes, and of them alone: inside it the backward
+    pass would round the value head's float32 gradient."""
+
+    student: Student
+    critic: Critic | ValueHead
+    optimizer: torch.optim.Optimizer
+    config: InteractConfig
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    @property
+    def value_head(self) -> ValueHead | None:
+        return self.critic if isinstance(self.critic, ValueHead) else None
 
 
 @dataclass
@@ -84,33 +98,27 @@ def true_places(mask: np.ndarray, device: torch.device) -> Tensor:
 
 def collate(stories: list[Story], tokenizer: Tokenizer, device: torch.device) -> Batch:
     """Stack stories into right-padded tensors."""
-
-    def pad(rows: list[Tensor], value: float) -> Tensor:
-        return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
-
-    openings = [torch.tensor(encode_opening(tokenizer, s.opening)) for s in stories]
-    before = [torch.zeros(len(opening) - 1, dtype=torch.bool) for opening in openings]
-    masks = [torch.ones(len(s.tokens), dtype=torch.bool) for s in stories]
-    return Batch(
-        inputs=pad([torch.cat([o, s.tokens[:-1]]) for o, s in zip(openings, stories, strict=True)], tokenizer.pad),
-        predicts=pad([torch.cat(pair) for pair in zip(before, masks, strict=True)], False),
-        tokens=pad([s.tokens for s in stories], tokenizer.pad),
-        mask=pad(masks, False),
-        logprobs=pad([s.logprobs for s in stories], 0.0),
-        values=pad([s.values for s in stories], 0.0),
-        entropies=pad([s.entropies for s in stories], 0.0),
+    fields = []
+    for story in stories:
+        opening = torch.tensor(encode_opening(tokenizer, story.opening))
+        mask = torch.ones(len(story.tokens), dtype=torch.bool)
+        predicts = torch.cat([mask.new_zeros(len(opening) - 1), mask])
+        inputs = torch.cat([opening, story.tokens[:-1]])
+        fields.append((inputs, predicts, story.tokens, mask, story.logprobs, story.values, story.entropies))
+    padding = (tokenizer.pad, False, tokenizer.pad, False, 0.0, 0.0, 0.0)
+    padded = (
+        pad_sequence(list(rows), batch_first=True, padding_value=value).to(device)
+        for rows, value in zip(zip(*fields, strict=True), padding, strict=True)
     )
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    return (x * mask).sum() / mask.sum()
+    return Batch(*padded)
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Shift and scale to mean 0 and variance 1 over the masked entries (Bessel's correction, epsilon 1e-8)."""
     count = mask.sum()
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask) * count / (count - 1).clamp(min=1)
+    mean = (x * mask).sum() / count
+    variance = ((x - mean) ** 2 * mask).sum() / count
+    variance = variance * count / (count - 1).clamp(min=1)
     return (x - mean) * torch.rsqrt(variance + 1e-8)
 
 
@@ -178,17 +186,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: InteractConfig, 
     """Constant, or with --lr-decay falling linearly from the initial rates at step 0 to 0 at --steps."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * (1 - step / config.steps if config.lr_decay else 1.0)
-
-
-@contextlib.contextmanager
-def scaled_rates(optimizer: torch.optim.Optimizer, gains: Sequence[float]) -> Iterator[None]:
-    """The learning rate of each group of parameters multiplied by its gain, within the context."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group, gain in zip(optimizer.param_groups, gains, strict=False):
-        group["lr"] *= gain
-    yield
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 def signal_of_halves(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
@@ -268,29 +265,20 @@ def by_length(lengths: Tensor, size: int) -> list[Tensor]:
 
 
 def step(
-    student: Student,
-    critic: Critic | ValueHead,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
     batch: Batch,
-    ref_logprobs: Tensor,
-    ref_states: Tensor,
+    reference: tuple[Tensor, Tensor],
     story_rewards: Sequence[float | None],
     kl_coef: float,
-    config: InteractConfig,
-    autocast: Autocast = contextlib.nullcontext,
 ) -> dict[str, float]:
-    """One PPO step: token rewards, advantages, the update. Returns the step's statistics.
-
-    ref_logprobs, ref_states: of `read_reference`; story_rewards: per row, and a row without one gives no gradient;
-    autocast: the context of the forward passes, and of them alone: inside it the backward pass would round the value
-    head's float32 gradient.
-    """
+    """One PPO step: token rewards, advantages, the update. Returns the step's statistics. reference: the log-probs and
+    states of `read_reference`. story_rewards: per row; a row without one gives no gradient."""
+    config, critic = learner.config, learner.critic
     scored = torch.tensor([row for row, reward in enumerate(story_rewards) if reward is not None])
-    at = scored.to(ref_logprobs.device)
-    batch, ref_logprobs, ref_states = batch.rows(scored), ref_logprobs[at], ref_states[at]
+    at = scored.to(batch.mask.device)
+    batch, ref_logprobs, ref_states = batch.rows(scored), *(x[at] for x in reference)
     rewards = torch.tensor([reward for reward in story_rewards if reward is not None], device=at.device)
     per_token = token_rewards(rewards, batch.logprobs, ref_logprobs, batch.mask, kl_coef)
-    value_head = critic if isinstance(critic, ValueHead) else None
     if isinstance(critic, Critic):
         targets = discounted(per_token, config.gamma) * batch.mask
         batch = dataclasses.replace(batch, values=critic.estimate(ref_states, ref_logprobs, targets, batch.mask))
@@ -300,31 +288,23 @@ def step(
     reward_mean = float(rewards.mean())
     stats = dict(reward_mean=reward_mean, reward_std=float(rewards.std()), unscored=len(story_rewards) - len(rewards))
     stats |= dict(kl=mean_kl, kl_coef=kl_coef, objective=reward_mean - kl_coef * mean_kl)
-    return stats | update(student, value_head, optimizer, batch, whitened, returns, config, autocast)
+    return stats | update(learner, batch, whitened, returns)
 
 
-def update(
-    student: Student,
-    value_head: ValueHead | None,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    advantages: Tensor,
-    returns: Tensor,
-    config: InteractConfig,
-    autocast: Autocast = contextlib.nullcontext,
-) -> dict[str, float]:
+def update(learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor) -> dict[str, float]:
     """config.epochs passes of PPO over the batch. advantages: already whitened. Returns the step's statistics.
 
     The order of minibatches is drawn from torch's global generator. The gradient of a minibatch is accumulated over
     micro-batches and processes and divided by the number of its tokens, so both affect only memory and speed.
     """
-    B = len(batch.tokens)
+    student, optimizer, config, B = learner.student, learner.optimizer, learner.config, len(batch.tokens)
     minibatch = config.minibatch_size or B
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = optimizer.param_groups
+    parameters, rates = [p for group in groups for p in group["params"]], [group["lr"] for group in groups]
     names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
     sums = dict.fromkeys((*names, "grad_norm", "signal", "signal_sharpness"), 0.0)
     ratio_error, updates, skipped = 0.0, 0, 0
-    with autocast():
+    with learner.autocast():
         dtype = ops.matmul_dtype(student.wte.weight)
     for epoch in range(config.epochs):
         order = torch.arange(B) if minibatch >= B else torch.randperm(B)
@@ -336,9 +316,7 @@ def update(
                 for half in (chosen[0::2], chosen[1::2]) if config.signal_gate else (chosen,):
                     optimizer.zero_grad(set_to_none=True)
                     shard = distributed.shard_strided(half)
-                    sums_and_errors.append(
-                        backward(student, value_head, batch, shard, count, advantages, returns, config, autocast)
-                    )
+                    sums_and_errors.append(backward(learner, batch, shard, count, advantages, returns))
                     distributed.all_reduce_gradients(parameters)
                     gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
             if config.signal_gate:
@@ -352,13 +330,15 @@ def update(
             if not mean_ratio <= config.max_ratio:  # also true for NaN
                 skipped += 1
                 continue
-            limit = config.grad_clip or float("inf")
-            norm = float(nn.utils.clip_grad_norm_(parameters, limit))
-            with scaled_rates(optimizer, gains):
-                optimizer.step()
+            norm = float(nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
+            for group, rate, gain in zip(groups, rates, gains, strict=False):  # only SharpAdam has two groups
+                group["lr"] = rate * gain
+            optimizer.step()
             updates += 1
             for name, value in zip(sums, (*means, norm, *gains), strict=True):
                 sums[name] += value
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     targets, unexplained = batch.packed(returns), math.nan
     if len(targets) > 1:  # one has no variance
@@ -371,28 +351,20 @@ def update(
 
 
 def backward(
-    student: Student,
-    value_head: ValueHead | None,
-    batch: Batch,
-    shard: Tensor,
-    count: Tensor,
-    advantages: Tensor,
-    returns: Tensor,
-    config: InteractConfig,
-    autocast: Autocast,
+    learner: Learner, batch: Batch, shard: Tensor, count: Tensor, advantages: Tensor, returns: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Add to the parameters' gradients those of the stories in `shard`, divided by `count` tokens.
 
     shard: rows of the batch, int64, on the CPU. Returns sums over their tokens, also divided, (5,) float64: policy and
     value loss, clipped, approx_kl and ratio; and the largest |ratio - 1|. Both stay on the device, so that a GPU runs
     ahead."""
-    device = batch.tokens.device
+    config, value_head, device = learner.config, learner.value_head, batch.tokens.device
     sums, max_ratio_error = torch.zeros(5, dtype=torch.float64, device=device), torch.zeros((), device=device)
     for part in by_length(batch.lengths[shard], config.micro_batch_size):
         old, rows = batch.rows(shard[part]), upload(shard[part], device)
         mask = old.mask
-        with autocast():
-            logprob, value = response_stats(student, value_head, old, config.temperature)
+        with learner.autocast():
+            logprob, value = response_stats(learner.student, value_head, old, config.temperature)
         value = old.values if value_head is None else value
         ratio = torch.exp(torch.where(mask, logprob - old.logprobs, 0.0))
         clipped_ratio = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)

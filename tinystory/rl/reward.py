@@ -9,14 +9,14 @@ no score: the story gets no reward and no gradient, and it is counted.
 
 import contextlib
 import hashlib
-import importlib.util
+import runpy
 import signal
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
@@ -97,29 +97,22 @@ def load_score(spec: str, timeout_s: float = 300.0) -> ScoreStories:
     if spec == "random":
         return random_scores
     file, _, name = spec.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"--reward {spec}: there is no file {file!r}; write it as FILE.py:FUNCTION")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    if module_spec is None or module_spec.loader is None:
-        raise UserError(f"--reward {spec}: {file!r} is not a Python file; write it as FILE.py:FUNCTION")
-    module = importlib.util.module_from_spec(module_spec)
+    if not (Path(file).is_file() and file.endswith(".py")):
+        raise UserError(f"--reward {spec}: there is no Python file {file!r}; write it as FILE.py:FUNCTION")
     with _user_code(spec, file, timeout_s):
-        module_spec.loader.exec_module(module)
-    function = getattr(module, name, None)
+        function = runpy.run_path(file, run_name=Path(file).stem).get(name)
     if not callable(function):
         raise UserError(f"--reward {spec}: {file} has no function {name!r}")
 
     def score(opening: str, stories: Sequence[str]) -> Sequence[float | None]:
         with _user_code(spec, file, timeout_s):  # also the scores' own methods
-            given = function(opening, stories)
-            if given is None or isinstance(given, str):
-                raise UserError(f"--reward {spec} gave {_short(given)}; it must give a list with one score per story")
-            scores = list(given)
+            scores = function(opening, stories)
+            if scores is None or isinstance(scores, str):
+                raise UserError(f"--reward {spec} gave {_short(scores)}; it must give a list with one score per story")
+            scores = list(scores)
             if len(scores) != len(stories):
-                raise UserError(
-                    f"--reward {spec} gave {len(scores)} scores for {len(stories)} stories; it must give one per story"
-                )
+                problem = f"gave {len(scores)} scores for {len(stories)} stories"
+                raise UserError(f"--reward {spec} {problem}; it must give one per story")
             for value in scores:
                 if value is not None and not _is_score(value):
                     raise UserError(f"--reward {spec} gave {_short(value)}; a score is a number from 0 to 1, or None")
@@ -161,16 +154,15 @@ def _user_code(spec: str, file: str, timeout_s: float) -> Iterator[None]:
         raise
     except BaseException as error:  # the user's code can raise anything; the cause stays attached
         signal.setitimer(signal.ITIMER_REAL, 0)
-        place = error if isinstance(error, SyntaxError) else None
-        where, line = (place.filename or file, place.lineno) if place else (file, None)
-        for frame in [] if place else traceback.extract_tb(error.__traceback__):
-            if Path(frame.filename).resolve() == Path(file).resolve():
-                line = frame.lineno
-        at = f"{where}, line {line}" if line else where
-        # Its own str() can fail too.
-        why = place.msg if place else " ".join(str(traceback.TracebackException.from_exception(error)).split())
-        what = "" if isinstance(error, _TooSlow) else type(error).__name__ + ": " * bool(why)
-        raise UserError(f"--reward {spec} failed in {at}: {what}{why[:200]}") from error
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == Path(file).resolve()]
+        at = f"{file}, line {lines[-1]}" if lines else file
+        if isinstance(error, SyntaxError):
+            at, message = f"{error.filename or file}, line {error.lineno}", error.msg
+        else:  # whose own str() can fail too
+            message = " ".join(str(traceback.TracebackException.from_exception(error)).split())
+        kind = "" if isinstance(error, _TooSlow) else type(error).__name__ + ": " * bool(message)
+        raise UserError(f"--reward {spec} failed in {at}: {kind}{message[:200]}") from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
@@ -180,16 +172,12 @@ def _user_code(spec: str, file: str, timeout_s: float) -> Iterator[None]:
 def _torch_settings_restored() -> Iterator[None]:
     import torch  # here, because reports do not need it
 
-    settings: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
-        (torch.get_default_dtype, torch.set_default_dtype),
-        (torch.get_default_device, lambda _: torch.set_default_device(None)),
-        (torch.is_grad_enabled, torch.set_grad_enabled),
-        (torch.get_num_threads, torch.set_num_threads),
-    )
-    before = [get() for get, _ in settings]
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     try:
-        yield
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # which restores the mode
+            yield
     finally:
-        for (get, restore), value in zip(settings, before, strict=True):
-            if get() != value:
-                restore(value)
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -68,38 +68,21 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[st
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tokenizer, dict[str, Any]]:
     """Student, tokenizer and facts of a checkpoint, or of a folder that transformers wrote ({} for the facts). Raises
     UserError if it is incomplete or malformed, before anything is allocated that its weights do not fill."""
+    facts: dict[str, Any] = {}
     if hf.is_folder(folder):
         student, tokenizer = hf.read(folder)
-        require_finite(student, folder)
-        return student.to(device), tokenizer, {}
-    if not (folder / "model.json").is_file():
+    elif not (folder / "model.json").is_file():
         raise UserError(f"{folder} is not a checkpoint of ours: it has no model.json")
-    require_whole(folder, FILES)
-    record = read_object(folder / "model.json")
-    facts, _ = record.pop("facts", {}), record.pop("tokenizer", None)  # its hash, in checkpoints of earlier versions
-    if wrong := wrong_shape(record):
-        raise UserError(f"{folder / 'model.json'} describes a student that there cannot be: {wrong}")
-    config = StudentConfig(**record)
-    require_shapes(folder / "model.safetensors", config)
-    with torch.device("meta"):
-        student = Student(config)
-    student = student.to_empty(device="cpu")
-    restore(student, folder)
-    return student.to(device), Tokenizer.load(folder / "tokenizer.json"), facts
-
-
-def require_shapes(path: Path, config: StudentConfig) -> None:
-    """Raises UserError unless the tensors of a file are those of such a student, from their names and shapes alone."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
-    if len(found) == 12 * config.n_layer + 4:  # else the list below could be longer than memory
-        expected = {ours: shape[::-1] if swapped else shape for _, ours, swapped, shape in hf.layout(config)}
-        if found == expected:
-            return
-    raise UserError(f"{path} does not hold the tensors of the student that model.json beside it describes")
+    else:
+        require_whole(folder, FILES)
+        record = read_object(folder / "model.json")
+        facts = record.pop("facts", {})
+        if wrong := wrong_shape(record):
+            raise UserError(f"{folder / 'model.json'} describes a student that there cannot be: {wrong}")
+        student = hf.read_student(folder / "model.safetensors", StudentConfig(**record), ours=True)
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    require_finite(student, folder)
+    return student.to(device), tokenizer, facts
 
 
 def require_finite(student: Student, folder: Path) -> None:
@@ -112,11 +95,9 @@ def require_finite(student: Student, folder: Path) -> None:
 def restore(student: Student, folder: Path) -> None:
     """Load the weights of a checkpoint into a student of the same shape. Raises UserError if the shapes differ or a
     weight is not finite."""
-    try:
-        student.load_state_dict(load_file(folder / "model.safetensors"))
-    except RuntimeError as error:  # from load_state_dict, which lists every mismatch
-        raise UserError(f"the weights in {folder} have another shape: {_first_line(error)}") from error
-    require_finite(student, folder)
+    weights = hf.read_student(folder / "model.safetensors", student.config, ours=True)
+    require_finite(weights, folder)
+    student.load_state_dict(weights.state_dict())
 
 
 def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, Tensor], T]:
@@ -142,20 +123,21 @@ def restore_module(module: torch.nn.Module, name: str, state: dict[str, Tensor])
     try:
         module.load_state_dict({key: state[f"{name}.{key}"] for key in module.state_dict()})
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"the trainer state to resume from does not fit: {_first_line(error)}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the trainer state to resume from does not fit: {reason}") from error
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """The checkpoints in a run's folder with their steps, newest first; one whose step cannot be read counts as the
     newest. Not `best`: it is saved before its step is logged."""
-    found = []
+    steps = []
     for folder in run.glob("checkpoints/[!.]*"):
         if folder.is_dir() and folder.name != BEST:
             try:
-                found.append((read_counters(folder)["step"], folder))
+                steps.append((read_counters(folder)["step"], folder))
             except UserError:
-                found.append((1 << 63, folder))
-    return sorted(found, reverse=True)
+                steps.append((1 << 63, folder))
+    return sorted(steps, reverse=True)
 
 
 def newest(run: Path) -> Path | None:
@@ -166,14 +148,14 @@ def newest(run: Path) -> Path | None:
 def newest_whole(run: Path) -> Path | None:
     """The newest checkpoint to resume from; None if the run never reached one. One that is damaged is named on stderr
     and passed over. Raises UserError if all are."""
-    found = checkpoints(run)
-    for _, folder in found:
+    folders = [folder for _, folder in checkpoints(run)]
+    for folder in folders:
         try:
             require_whole(folder, FILES)
             return folder
         except UserError as error:
             print(f"tinystory: {error}; looking for the checkpoint before it", file=sys.stderr)
-    if found:
+    if folders:
         raise UserError(f"--resume: every checkpoint in {run} is damaged: restore one from a copy, or start a new run")
     return None
 
@@ -189,13 +171,12 @@ def to_resume(run: Path) -> Path | None:
 def find(path: Path) -> Path:
     """`path` itself if it is a checkpoint or a folder that transformers wrote, else the best checkpoint of the run in
     it, or the newest if none was chosen as the best. Raises UserError if there is none."""
-    best = path / "checkpoints" / BEST
     if (path / "model.json").exists() or hf.is_folder(path):
         return path
-    found = best if (best / "trainer.json").exists() else newest(path)
-    if found is None:
-        raise UserError(f"{path} is neither a checkpoint nor a run that has one: give the folder of either")
-    return found
+    best = path / "checkpoints" / BEST
+    if folder := best if (best / "trainer.json").exists() else newest(path):
+        return folder
+    raise UserError(f"{path} is neither a checkpoint nor a run that has one: give the folder of either")
 
 
 def drop_older(folder: Path) -> None:
@@ -213,30 +194,22 @@ def drop_older(folder: Path) -> None:
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
     """The state of AdamW or MuonAdamW as named tensors. names: of its parameters, in order."""
-    return {
-        f"{key}.{names[i]}": value
-        for i, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
-    }
+    entries = optimizer.state_dict()["state"].items()
+    return {f"{key}.{names[i]}": value for i, entry in entries for key, value in entry.items()}
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], state: dict[str, Tensor]) -> None:
     """The inverse of `pack_optimizer`; other tensors in `state` are ignored. Raises UserError if one does not fit."""
-    kept: dict[int, dict[str, Tensor]] = {}
+    entries: dict[int, dict[str, Tensor]] = {}
     groups = (group for group in optimizer.param_groups for _ in group["params"])
     for i, (name, group) in enumerate(zip(names, groups, strict=True)):
-        found = {key: state[f"{key}.{name}"] for key in {*ADAM, "momentum"} if f"{key}.{name}" in state}
-        if not found:  # before the first step
-            continue
-        if found.keys() != set(("step", "momentum") if "muon" in group else ADAM):
+        entry = {key: state[f"{key}.{name}"] for key in {*ADAM, "momentum"} if f"{key}.{name}" in state}
+        if entry and entry.keys() != set(("step", "momentum") if "muon" in group else ADAM):
             raise UserError(f"the trainer state to resume from is another optimiser's: that of {name} does not fit")
-        kept[i] = found
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
+        if entry:  # there is none before the first step
+            entries[i] = entry
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -10,7 +10,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tinystory import ops
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.ops.engine import Engine
+from tinystory.ops.engine import Engine, Sampling
 from tinystory.run.device import Download
 from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, ValueHead
@@ -47,18 +47,6 @@ class Story:
     @property
     def words(self) -> int:
         return len(self.text.split())
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """eos: the end token. temperature, top_k, top_p: as in `ops.sample`."""
-
-    max_new_tokens: int
-    eos: int
-    seed: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
 
 
 @torch.no_grad()
@@ -121,9 +109,8 @@ def engine_steps(
     parameters = dict(student.named_parameters())
     if head is not None:
         parameters |= head.named_parameters(prefix="value_head")
-    config, dtype = student.config, ops.matmul_dtype(student.wte.weight)
-    engine = Engine(parameters, config.n_layer, config.n_head, dtype)
-    outputs = engine.start(prompts, prompt_of, first_row=offset, **asdict(sampling))
+    engine = Engine(parameters, student.config.n_layer, student.config.n_head, ops.matmul_dtype(student.wte.weight))
+    outputs = engine.start(prompts, prompt_of, sampling, offset)
     alive = len(prompt_of)
     while alive:
         ended = engine.step()
@@ -253,9 +240,8 @@ class TokenStep:
     def fits(self, head: ValueHead | None, count: int, prompt_tokens: int, sampling: Sampling) -> bool:
         """Whether this can be started again for that, in autocast's type."""
         room = count <= self.rows and prompt_tokens <= self.prefix
-        same_dtype = self.dtype == ops.matmul_dtype(self.student.wte.weight)
         same = head is self.head and sampling == self.sampling and self.addresses == self.parameter_addresses()
-        return room and same_dtype and same
+        return room and same and self.dtype == ops.matmul_dtype(self.student.wte.weight)
 
     def start(self, prompts: list[Tensor], prompt_of: Tensor, offset: int) -> None:
         """Begin a story for each entry of prompt_of, (count,) int64, and draw its first token."""
@@ -277,7 +263,7 @@ class TokenStep:
         drawn, logprobs, entropies = ops.sample(
             logits, seed=s.seed, rows=self.ids, step=step, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p
         )
-        values = self.head(hidden) if self.head is not None else torch.zeros_like(logprobs)
+        values = torch.zeros_like(logprobs) if self.head is None else self.head(hidden)
         for column, new in zip(self.outputs, (drawn, logprobs, values, entropies), strict=True):
             column[self.at, step] = new
         self.drawn.copy_(drawn)
@@ -297,8 +283,7 @@ class TokenStep:
             self.warm_up()
             self.graphs[rows] = None
         else:
-            graph = self.graphs[rows] or self.capture()
-            self.graphs[rows] = graph
+            graph = self.graphs[rows] = self.graphs[rows] or self.capture()
             graph.replay()
 
     def warm_up(self) -> None:
@@ -349,7 +334,7 @@ def require_room(student: Student, prompt: list[int], max_new_tokens: int) -> No
     """Raises UserError when opening and story do not fit the context."""
     room = student.config.context - len(prompt)
     if max_new_tokens > room:
-        advice = f"lower --max-new-tokens to {room}, or shorten the opening" if room > 0 else "shorten the opening"
+        advice = f"lower --max-new-tokens to {room}, or " * (room > 0) + "shorten the opening"
         raise UserError(
             f"the opening ({len(prompt)} tokens) and the story (--max-new-tokens {max_new_tokens}) do not fit the "
             f"student's context of {student.config.context}: {advice}"

@@ -8,13 +8,13 @@ anything is allocated, and a model that is not exactly GPT-2's layout is refused
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from tinystory.data.tokenizer import END_NAMES, Tokenizer
 from tinystory.run.errors import UserError, advice
@@ -45,48 +45,50 @@ FINE_TUNING = 512  # tokens per sequence in BabyLM's fine-tuning
 
 def is_folder(path: Path) -> bool:
     """Whether this is a folder in transformers' format."""
-    return (path / "config.json").is_file() and not (path / "model.json").exists() and "model_type" in read_object(
-        path / "config.json"
-    )  # fmt: skip
+    config = path / "config.json"
+    return config.is_file() and not (path / "model.json").exists() and "model_type" in read_object(config)
 
 
 def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
     """Write a new folder that transformers can load. Raises UserError if it exists or cannot be written."""
-    shape = student.config
+    sizes = asdict(student.config)
+    context = sizes.pop("context")
     names = {id: name for name, id in tokenizer.specials.items()}
-    ends = {f"{role}_token_id": id for role, id in _roles(tokenizer).items()}
+    roles = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
+    ids = {f"{role}_token_id": id for role, id in roles.items()}
+    tokens = {f"{role}_token": names[id] for role, id in roles.items()}
     config = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": shape.vocab_size,
-        "n_positions": shape.context,
-        "n_embd": shape.n_embd,
-        "n_layer": shape.n_layer,
-        "n_head": shape.n_head,
+        **sizes,
+        "n_positions": context,
         "activation_function": TANH_GELU[0],
         **{name: value for name, (value, _) in FIXED.items()},
         "torch_dtype": "float32",
-        **ends,
     }
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": shape.context,
+        "model_max_length": context,
         # Without token_type_ids, the default of this class: GPT-2 would add the embedding of token 0 everywhere.
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # "</s>" in a document is ordinary text
         "padding_side": "right",
     }
-    roles = {f"{role}_token": names[id] for role, id in _roles(tokenizer).items()}
     files = {
-        "config.json": config,
-        "generation_config.json": ends,
-        "tokenizer_config.json": tokenizer_config | roles,
-        "special_tokens_map.json": roles,
+        "config.json": config | ids,
+        "generation_config.json": ids,
+        "tokenizer_config.json": tokenizer_config | tokens,
+        "special_tokens_map.json": tokens,
+    }
+    ours = student.state_dict()
+    weights = {
+        f"transformer.{theirs}": (ours[name].T if transposed else ours[name]).detach().cpu().contiguous()
+        for theirs, name, transposed, _ in layout(student.config)
     }
     try:
         folder.mkdir(parents=True)
-        save_file(_to_transformers(student), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -94,18 +96,6 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
         raise UserError(f"{folder} already exists: name a new folder, or remove that one") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}; {advice(error)}") from error
-
-
-def _roles(tokenizer: Tokenizer) -> dict[str, int]:
-    return {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
-
-
-def _to_transformers(student: Student) -> dict[str, Tensor]:
-    ours = student.state_dict()
-    return {
-        f"transformer.{theirs}": (ours[own].T if transposed else ours[own]).detach().cpu().contiguous()
-        for theirs, own, transposed, _ in layout(student.config)
-    }
 
 
 def layout(shape: StudentConfig) -> Iterator[tuple[str, str, bool, tuple[int, ...]]]:
@@ -138,27 +128,17 @@ def read(folder: Path) -> tuple[Student, Tokenizer]:
             "code when it is loaded, and is not opened"
         )
     memory.require(memory.parameters(shape) * memory.FLOAT, torch.device("cpu"), f"the sizes in {folder}/config.json")
-    try:
-        state = _from_transformers(file, shape)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    tokenizer = _tokenizer(folder, config, shape.vocab_size)
-    with torch.device("meta"):
-        student = Student(shape)
-    student.load_state_dict(state, assign=True)
-    return student.requires_grad_(), tokenizer
+    return read_student(file, shape), _tokenizer(folder, config, shape.vocab_size)
 
 
 def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
-    def refuse(what: str) -> UserError:
-        return UserError(f"{folder}/config.json describes a model that is not supported here: {what}")
+    def refuse(problem: str) -> UserError:
+        return UserError(f"{folder}/config.json describes a model that is not supported here: {problem}")
 
     if config.get("model_type") != "gpt2":
         raise refuse(f"its model_type is {config.get('model_type')!r}, not 'gpt2'")
-    sizes: dict[str, Any] = {}
-    for name, theirs in (("n_layer", "n_layer"), ("n_head", "n_head"), ("n_embd", "n_embd"),
-                         ("context", "n_positions"), ("vocab_size", "vocab_size")):  # fmt: skip
-        sizes[name] = config.get(theirs)
+    sizes: dict[str, Any] = {name: config.get(name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    sizes["context"] = config.get("n_positions")
     if wrong := wrong_shape(sizes):
         raise refuse(wrong.replace("its context", "its n_positions"))
     for name, (ours, default) in FIXED.items():
@@ -171,31 +151,41 @@ def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
     return StudentConfig(**sizes)
 
 
-def _from_transformers(path: Path, shape: StudentConfig) -> dict[str, Tensor]:
-    """The weights under our names; their prefix `transformer.` is optional."""
-    with safe_open(path, framework="pt") as file:
-        there = set(file.keys())
-        prefix = "transformer." if "transformer.wte.weight" in there else ""
-        state = {}
-        for name, own, transposed, expected in layout(shape):
-            if prefix + name not in there:
-                raise UserError(f"{path} has no tensor {prefix + name}: it is not the model of its config.json")
-            found = tuple(file.get_slice(prefix + name).get_shape())
-            if found != expected:
-                raise UserError(f"{path}: {prefix + name} is {found}, and its config.json says {expected}")
-            tensor = file.get_tensor(prefix + name).float()
-            state[own] = (tensor.T if transposed else tensor).contiguous()
-        if "lm_head.weight" in there and not torch.equal(
-            file.get_tensor("lm_head.weight").float(), state["wte.weight"]
-        ):
-            raise UserError(f"{path} has a separate output layer (lm_head.weight): only a tied one is supported")
-    return state
+def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Student:
+    """The student, in float32 on the CPU, of a file of weights, ours or transformers', whose prefix `transformer.` is
+    optional. Raises UserError if a tensor is missing or has another shape than the configuration beside it says."""
+    state = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            prefix = "transformer." if "transformer.wte.weight" in names else ""
+            for theirs, own, transposed, expected in layout(shape):
+                name = own if ours else prefix + theirs
+                if ours and transposed:
+                    transposed, expected = False, expected[::-1]
+                if name not in names:
+                    raise UserError(f"{path} has no tensor {name}: it is not the model of the .json file beside it")
+                if (size := tuple(file.get_slice(name).get_shape())) != expected:
+                    raise UserError(f"{path}: {name} is {size}, and the .json file beside it says {expected}")
+                tensor = file.get_tensor(name).float()
+                state[own] = (tensor.T if transposed else tensor).clone(memory_format=torch.contiguous_format)
+            head = file.get_tensor("lm_head.weight").float() if "lm_head.weight" in names else state["wte.weight"]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if not torch.equal(head, state["wte.weight"]):
+        raise UserError(f"{path} has a separate output layer (lm_head.weight): only a tied one is supported")
+    with torch.device("meta"):
+        student = Student(shape)
+    student.load_state_dict(state, assign=True)
+    return student.requires_grad_()
 
 
 def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """From tokenizer.json, else from vocab.json and merges.txt; config.json says which token is the end token."""
+    """From tokenizer.json; config.json says which token is the end token."""
     file = folder / "tokenizer.json"
-    spec = read_object(file) if file.is_file() else _from_vocab_and_merges(folder)
+    if not file.is_file():
+        raise UserError(f"{folder} has no tokenizer.json: save AutoTokenizer.from_pretrained(FOLDER) into it")
+    spec = read_object(file)
     as_read = json.dumps(spec)
     try:
         if (spec.get("post_processor") or {"type": "ByteLevel"})["type"] != "ByteLevel":
@@ -205,7 +195,8 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
         if len(ids) > vocab_size:
             raise ValueError(f"it has {len(ids)} tokens and the model {vocab_size}")
         for id in range(len(ids), vocab_size):  # embedding rows beyond the vocabulary, as padding
-            added.append(_special(f"<unused{id}>", id))
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            added.append({"id": id, "content": f"<unused{id}>", **flags, "special": True})
         end = config.get("eos_token_id")
         for token in added:
             if token["id"] == end and token["content"] not in END_NAMES:
@@ -213,38 +204,11 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
                     raise ValueError(f"its end token is {token['content']!r}, and {END_NAMES[0]!r} is another")
                 vocab.pop(token["content"], None)
                 token["content"], vocab[END_NAMES[0]] = END_NAMES[0], end
-        changed = json.dumps(spec) != as_read or not file.is_file()
+        changed = json.dumps(spec) != as_read
         # If unchanged, keep the text as it is, so that a tokenizer that we wrote keeps its fingerprint.
-        tokenizer = Tokenizer(json.dumps(spec, ensure_ascii=False) if changed else file.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer(json.dumps(spec, ensure_ascii=False) if changed else read_text(file))
         if end is not None and tokenizer.eos != end:
             raise ValueError(f"its end token is {tokenizer.eos} and that of config.json is {end!r}")
         return tokenizer
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the tokenizer in {folder} cannot be used here: {error}") from error
-
-
-def _special(name: str, id: int) -> dict[str, Any]:
-    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": id, "content": name, **off, "special": True}
-
-
-def _from_vocab_and_merges(folder: Path) -> dict[str, Any]:
-    """GPT-2's two files as one tokenizer.json. Tokens of several characters that no merge makes count as special."""
-    vocab = read_object(folder / "vocab.json")
-    try:
-        lines = read_text(folder / "merges.txt").splitlines()
-    except UserError as error:
-        raise UserError(f"{folder} has no tokenizer.json, nor vocab.json with merges.txt: {error}") from error
-    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    made = {"".join(pair) for pair in merges}
-    special = [_special(name, id) for name, id in vocab.items() if len(name) > 1 and name not in made]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
-    return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": sorted(special, key=lambda token: str(token["id"])),
-        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": merges,
-        },
-    }  # fmt: skip

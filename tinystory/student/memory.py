@@ -30,18 +30,17 @@ def total(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    said = limit.read_text().strip() if limit.is_file() else ""
-    return min(machine, int(said)) if said.isdigit() else machine
+    file = Path("/sys/fs/cgroup/memory.max")
+    limit = file.read_text().strip() if file.is_file() else ""
+    return min(machine, int(limit)) if limit.isdigit() else machine
 
 
 def require(needed: int, device: torch.device, advice: str) -> None:
     """Raises UserError if the device has less memory than `needed` bytes."""
-    has = total(device)
-    if needed > has:
+    needed_gb, gb = needed / 2**30, total(device) / 2**30
+    if needed_gb > gb:
         raise UserError(
-            f"this run needs at least {needed / 2**30:,.1f} GB of memory and {device} has {has / 2**30:,.1f} GB: "
-            f"lower {advice}"
+            f"this run needs at least {needed_gb:,.1f} GB of memory and {device} has {gb:,.1f}: lower {advice}"
         )
 
 
@@ -50,11 +49,9 @@ def require_for_pretraining(config: PretrainConfig, device: torch.device) -> Non
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, config.vocab_size)
     rows = min(config.micro_batch_size, config.batch_size)
     batch = config.batch_size * 8 * (config.context + 1)
-    kept = rows * config.context * config.n_layer * config.n_embd * ACTIVATIONS * 2
-    require(
-        parameters(shape) * TRAINED + batch + kept, device,
-        "--batch-size, --micro-batch-size, --context, --vocab-size, --n-layer or --n-embd",
-    )  # fmt: skip
+    activations = rows * config.context * config.n_layer * config.n_embd * ACTIVATIONS * 2
+    advice = "--batch-size, --micro-batch-size, --context, --vocab-size, --n-layer or --n-embd"
+    require(parameters(shape) * TRAINED + batch + activations, device, advice)
 
 
 def require_for_interaction(config: InteractConfig, shape: StudentConfig, device: torch.device) -> None:

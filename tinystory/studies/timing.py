@@ -95,28 +95,26 @@ def rollout(setup: Setup) -> Run:
 
 def ppo_iteration(setup: Setup) -> Run:
     """Rollout, reference pass and four PPO epochs, with a constant reward."""
-    config, device, sizes = (
-        setup.config,
-        setup.compute.device,
-        dict(stories_per_step=setup.batch, max_new_tokens=setup.new),
-    )
+    config, device = setup.config, setup.compute.device
+    sizes = dict(stories_per_step=setup.batch, max_new_tokens=setup.new)
     options = InteractConfig(**INTERACT_PRESETS["paper"] | sizes | dict(epochs=4))
     student, head = Student(config).to(device), ValueHead(config.n_embd).to(device)
     tokenizer = RandomTokenizer(config.vocab_size)
     reference = Student(config).to(device).requires_grad_(False)
     reference.load_state_dict(student.state_dict())
     optimizer, _ = ppo.make_optimizer(student, head, options)
-    rewards, autocast = [0.5] * setup.batch, setup.compute.autocast
+    learner = ppo.Learner(student, head, optimizer, options, setup.compute.autocast)
+    rewards = [0.5] * setup.batch
 
     def run() -> dict[str, float]:
         start = now(device)
         stories = write(setup, student, head, tokenizer)
         batch = ppo.collate(stories, tokenizer, device)
         after_rollout = now(device)
-        with autocast():
+        with learner.autocast():
             under_reference = ppo.read_reference(reference, batch, 1.0, options.micro_batch_size, states=False)
         after_reference = now(device)
-        ppo.step(student, head, optimizer, batch, *under_reference, rewards, options.kl_coef, options, autocast)
+        ppo.step(learner, batch, under_reference, rewards, options.kl_coef)
         end = now(device)
         seconds = dict(total_s=end - start, rollout_s=after_rollout - start)
         seconds |= dict(update_s=end - after_rollout, reference_s=after_reference - after_rollout)
