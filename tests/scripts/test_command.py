@@ -97,6 +97,7 @@ OUT_OF = [
     (OSError(errno.ENOMEM, "Cannot allocate memory"), "ulimit -v"),
     (OSError(errno.EMFILE, "Too many open files", "x"), "Too many open files: 'x'; raise the limit of open files"),
     (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "'aaa'; choose a shorter name"),
+    (MemoryError("\x1b[2Jno room"), "([2Jno room)"),
 ]
 
 

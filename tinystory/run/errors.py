@@ -123,7 +123,7 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
         except (MemoryError, OSError, RuntimeError, ImportError) as error:
             if not (sentence := shortage(error)):
                 raise
-            print(f"error: {sentence}", file=sys.stderr)
+            print(f"error: {printable(sentence)}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)
