@@ -5,19 +5,19 @@ import threading
 import pytest
 import torch
 
-from tinystory.ops.engine import Engine
-from tinystory.student.generate import Sampling, engine_steps, student_steps
+from tinystory import ops
+from tinystory.student.generate import Sampling, engine_runs, engine_steps, student_steps
 from tinystory.student.model import Student, StudentConfig, ValueHead
 
 CPU = torch.device("cpu")
 EOS = 2
-NO_BF16 = pytest.mark.skipif(not Engine.runs(CPU, torch.bfloat16), reason="no bfloat16 matmul on this processor")
+NO_BF16 = pytest.mark.skipif(not engine_runs(CPU, torch.bfloat16), reason="no bfloat16 matmul on this processor")
 TYPES = [torch.float32, pytest.param(torch.bfloat16, marks=NO_BF16)]
 
 
 @pytest.fixture(autouse=True)
 def compiled():
-    if not Engine.runs(CPU, torch.float32):
+    if not engine_runs(CPU, torch.float32):
         pytest.skip("the kernels are not compiled")
 
 
@@ -36,7 +36,17 @@ def make(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=320, end=0.0):
 def engine_of(student, head=None):
     """An engine for the student; values are 0 without a head."""
     values = {} if head is None else dict(head.named_parameters(prefix="value_head"))
-    return Engine(dict(student.named_parameters()) | values, student.config.n_layer, student.config.n_head)
+    return new_engine(dict(student.named_parameters()) | values, student.config.n_layer, student.config.n_head)
+
+
+def new_engine(parameters, n_layer, n_head):
+    parameters = {name: p.detach() for name, p in parameters.items()}
+    return ops.load().Engine(parameters, n_layer, n_head, torch.float32)
+
+
+def start(engine, prompts, prompt_of, s):
+    sizes = s.max_new_tokens, s.eos, s.seed, 0
+    return engine.start(prompts, prompt_of, *sizes, s.temperature, s.top_k, s.top_p)
 
 
 def write(steps, student, head, dtype=torch.float32, prompt=(5, 6, 7, 8, 9), count=24, first_row=0, **options):
@@ -149,7 +159,7 @@ def test_an_engine_starts_again_and_agrees_with_itself():
     runs = []
     for count, prompt in ((3, [5, 6]), (24, [9, 8, 7]), (3, [5, 6])):
         prompt_of = torch.zeros(count, dtype=torch.int64)
-        tokens, *_ = engine.start([torch.tensor(prompt)], prompt_of, Sampling(12, eos=-1, seed=1))
+        tokens, *_ = start(engine, [torch.tensor(prompt)], prompt_of, Sampling(12, eos=-1, seed=1))
         for _ in range(12):
             ended = engine.step()
         assert ended == list(range(count)) and engine.step() == []
@@ -190,7 +200,7 @@ def test_other_parameters_are_refused(change, words):
     parameters = dict(student.named_parameters())
     change(parameters)
     with pytest.raises(ValueError, match=words):
-        Engine(parameters, n_layer=2, n_head=2)
+        new_engine(parameters, n_layer=2, n_head=2)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +214,7 @@ def test_other_parameters_are_refused(change, words):
 def test_other_layers_and_heads_are_refused(n_layer, n_head, words):
     student, _ = make()
     with pytest.raises(ValueError, match=words):
-        Engine(dict(student.named_parameters()), n_layer, n_head)
+        new_engine(dict(student.named_parameters()), n_layer, n_head)
 
 
 def another_norm(student):
@@ -241,14 +251,14 @@ def test_what_does_not_fit_is_an_error():
             prompts = [torch.tensor(wrong.pop("prompt", [5]), dtype=torch.int64)]
             options = valid | wrong
             prompt_of = torch.tensor(options.pop("prompt_of"), dtype=torch.int64)
-            engine.start(prompts, prompt_of, Sampling(**options))
+            start(engine, prompts, prompt_of, Sampling(**options))
 
 
 def test_other_threads_run_while_a_step_does():
     """The teacher's client talks while stories are being written."""
     student, _ = make(n_layer=8, n_head=4, n_embd=256, vocab_size=4000)
     engine = engine_of(student)
-    engine.start([torch.tensor([5])], torch.zeros(200, dtype=torch.int64), Sampling(40, eos=-1, seed=0))
+    start(engine, [torch.tensor([5])], torch.zeros(200, dtype=torch.int64), Sampling(40, eos=-1, seed=0))
     ticks, stop = [0], threading.Event()
 
     def tick():
@@ -268,5 +278,5 @@ def test_other_threads_run_while_a_step_does():
 
 
 def test_the_engine_says_what_it_cannot_run():
-    assert not Engine.runs(torch.device("cuda"), torch.float32)
-    assert not Engine.runs(CPU, torch.float16)
+    assert not engine_runs(torch.device("cuda"), torch.float32)
+    assert not engine_runs(CPU, torch.float16)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from tinystory import ops
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.ops.engine import Engine, Sampling
 from tinystory.run.device import Download
 from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, ValueHead
@@ -47,6 +46,18 @@ class Story:
     @property
     def words(self) -> int:
         return len(self.text.split())
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """eos: the end token. temperature, top_k, top_p: as in `ops.sample`."""
+
+    max_new_tokens: int
+    eos: int
+    seed: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 @torch.no_grad()
@@ -79,7 +90,7 @@ def generate(
     require_room(student, max(prompts, key=len), max_new_tokens)
     prompt_tokens = [torch.tensor(prompt, device=device) for prompt in prompts]
     prompt_of = torch.tensor([distinct[text] for text in openings], device=device)
-    token_steps = engine_steps if Engine.runs(device, ops.matmul_dtype(student.wte.weight)) else student_steps
+    token_steps = engine_steps if engine_runs(device, ops.matmul_dtype(student.wte.weight)) else student_steps
     steps = token_steps(student, value_head, prompt_tokens, prompt_of, sampling, first_index)
     stories: dict[int, Story] = {}
     for t, (outputs, ended) in enumerate(steps):
@@ -101,16 +112,27 @@ def generate(
 Step = tuple[tuple[Tensor, ...], list[int]]
 
 
+def engine_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the C++ engine runs on this device with matmuls of this dtype, on this machine."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not (module := ops.load()):
+        return False
+    return dtype == torch.float32 or module.engine_has_bf16()
+
+
 def engine_steps(
     student: Student, head: ValueHead | None, prompts: list[Tensor], prompt_of: Tensor, sampling: Sampling, offset: int
 ) -> Iterator[Step]:
-    """Token steps until every story has ended, by the C++ engine, in autocast's type. prompts: the distinct ones,
-    (P_i,) int64. prompt_of: each story's, (count,) int64. Story i draws as row id offset + i."""
-    parameters = dict(student.named_parameters())
-    if head is not None:
-        parameters |= head.named_parameters(prefix="value_head")
-    engine = Engine(parameters, student.config.n_layer, student.config.n_head, ops.matmul_dtype(student.wte.weight))
-    outputs = engine.start(prompts, prompt_of, sampling, offset)
+    """Token steps until every story has ended, by the C++ engine (csrc/module.cpp), in autocast's type; sums, norms,
+    softmax and logits are float32. Neither the rest of the batch nor the number of threads changes a bit of a story.
+    The parameters must not change meanwhile. prompts: the distinct ones, (P_i,) int64. prompt_of: each story's,
+    (count,) int64. Story i draws as row id offset + i."""
+    heads = [] if head is None else head.named_parameters(prefix="value_head")
+    parameters = {name: p.detach() for name, p in (*student.named_parameters(), *heads)}
+    config, s, module = student.config, sampling, ops.load()
+    assert module is not None, "engine_runs says whether there is an engine"
+    engine = module.Engine(parameters, config.n_layer, config.n_head, ops.matmul_dtype(student.wte.weight))
+    sizes = s.max_new_tokens, s.eos, s.seed, offset
+    outputs = engine.start(prompts, prompt_of, *sizes, s.temperature, s.top_k, s.top_p)
     alive = len(prompt_of)
     while alive:
         ended = engine.step()
