@@ -81,17 +81,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def calibration(grader: Grader, options: argparse.Namespace) -> None:
-    """Print what a grader makes of stories of known order. Raises UserError if it judges worse than is required."""
+    """Print how a grader scores stories of known order. Raises UserError if its judgement is below what is required."""
     known = known_stories(corpus_documents(options.corpus), FULL)
-    found = calibrate(of_grader(grader), known)
-    for line in lines(found):
+    result = calibrate(of_grader(grader), known)
+    for line in lines(result):
         print(f"{'':10} {line}")
-    print(f"{'judgement':10} the teacher {verdict(found)}")
-    require(found, options.require_judgement)
+    print(f"{'judgement':10} the teacher {verdict(result)}")
+    require(result, options.require_judgement)
 
 
 def machine() -> Iterator[tuple[str, str]]:
-    """(what, how it stands), in the order in which one needs them."""
+    """(component, its state), in the order in which one needs them."""
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "torch", torch.__version__
     yield "packages", ", ".join(f"{name} {version(name)}" for name in PACKAGES)
@@ -106,7 +106,7 @@ def machine() -> Iterator[tuple[str, str]]:
 
 
 def processors() -> int:
-    """Those that this process may use; macOS cannot say, so there all of them."""
+    """The number of processors that this process may use; on macOS, which cannot say, all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -119,12 +119,12 @@ def version(package: str) -> str:
 
 def compiler() -> str:
     try:
-        found, *flags = build.command()
+        path, *flags = build.command()
     except UserError as error:
         return f"none: {error}"
-    said = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+    banner = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     threads = "OpenMP" if "-fopenmp" in flags else "threads of our own"
-    return f"{found}: {said.splitlines()[0] if said else 'it does not say its version'}; {threads}"
+    return f"{path}: {banner.splitlines()[0] if banner else 'it does not say its version'}; {threads}"
 
 
 def kernels() -> str:
@@ -148,11 +148,11 @@ def kernels() -> str:
 
 def beside_pytorch(folder: Path) -> str:
     """How the kernels compared with PyTorch when they were built."""
-    told = []
+    results = []
     for dtype, times in fastest.measured(folder).items():
         for name, ratio in times.items() if isinstance(times, dict) else ():
-            told.append(f"{name} in {dtype} {ratio}x" + ", so PyTorch runs it" * fastest.loses(ratio))
-    return "PyTorch's time over theirs: " + "; ".join(told) if told else "not timed beside PyTorch yet"
+            results.append(f"{name} in {dtype} {ratio}x" + ", so PyTorch runs it" * fastest.loses(ratio))
+    return "PyTorch's time over theirs: " + "; ".join(results) if results else "not timed beside PyTorch yet"
 
 
 def gpu() -> str:
@@ -174,9 +174,9 @@ def cuda_compiler() -> str:
 def certificates() -> str:
     """What https (a hosted teacher, a corpus) trusts: the system's certificates."""
     paths = ssl.get_default_verify_paths()
-    found = len(ssl.create_default_context().get_ca_certs()) or bool(paths.capath and os.listdir(paths.capath))
+    count = len(ssl.create_default_context().get_ca_certs()) or bool(paths.capath and os.listdir(paths.capath))
     where = paths.cafile or paths.capath or "the system's keychain"
-    if not found:
+    if not count:
         return f"no certificates in {where}: install ca-certificates, or set SSL_CERT_FILE"
     return f"certificates of {where}"
 

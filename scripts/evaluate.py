@@ -151,36 +151,36 @@ def compare_stories(options: argparse.Namespace) -> None:
         template=COMPARISON,
         cache=run / "comparison_replies.jsonl" if run else None,
     ) as teacher:
-        found = compare(pairs, lambda told: [grade.score for grade in teacher.grade_each(told)])
+        result = compare(pairs, lambda stories: [grade.score for grade in teacher.grade_each(stories)])
         by = str(teacher.model)
     names = ("before", "after") if run else tuple(name_of(checkpoint.find(path)) for path in options.compare)
-    if not found["pairs"]:
+    if not result["pairs"]:
         raise UserError(f"{by} compared none of {len(pairs)} pairs: see scripts/doctor.py --teacher-url URL")
     print(
-        f"{by} preferred {names[1]} in {found['second']} of {found['pairs']} pairs, {names[0]} in {found['first']}; in "
-        f"{found['same']} the answer depended on the order, a tie. Win rate of {names[1]}: "
-        f"{with_ends(found['rate'], found['ci'])}"
+        f"{by} preferred {names[1]} in {result['second']} of {result['pairs']} pairs, {names[0]} in {result['first']}; "
+        f"in {result['same']} the answer depended on the order, a tie. Win rate of {names[1]}: "
+        f"{with_ends(result['rate'], result['ci'])}"
     )
     print(
-        f"it preferred whatever came second in {found['second_place']:.0%} of its answers (50 % without a bias)"
-        + (f"; {found['unscored']} pairs without an answer" if found["unscored"] else "")
+        f"it preferred whatever came second in {result['second_place']:.0%} of its answers (50 % without a bias)"
+        + (f"; {result['unscored']} pairs without an answer" if result["unscored"] else "")
     )
     if run:
-        keep_choices(run, by, pairs, found["choices"])
+        keep_choices(run, by, pairs, result["choices"])
         print(f"report: {write_report(run)}")
 
 
 def student_pairs(first: Path, second: Path, options: argparse.Namespace) -> list[Pair]:
     """Stories of two students to the same openings, with the same random numbers."""
     openings = load_openings(options.openings) if options.openings else OPENINGS
-    device, told, count = pick_device(options.device), [], options.stories or COMPARED
+    device, count, stories = pick_device(options.device), options.stories or COMPARED, []
     for path in (first, second):
         student, tokenizer, _ = checkpoint.load(checkpoint.find(path), device)
         memory.require_for_stories(count, options.max_new_tokens, student.config, device, FEWER)
-        begins = [openings[i % len(openings)] for i in range(count)]
-        how = dict(first_index=0, max_new_tokens=options.max_new_tokens, seed=options.seed)
-        told.append(generate(student, None, tokenizer, begins, **how))
-    pairs = [pair_of(a.opening, a.text, b.text) for a, b in zip(*told, strict=True) if a.text != b.text]
+        prompts = [openings[i % len(openings)] for i in range(count)]
+        sampling = dict(max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed)
+        stories.append(generate(student, None, tokenizer, prompts, first_index=0, **sampling))
+    pairs = [pair_of(a.opening, a.text, b.text) for a, b in zip(*stories, strict=True) if a.text != b.text]
     if not pairs:
         raise UserError(f"{first} and {second} tell the same stories: there is nothing to compare")
     return pairs

@@ -39,14 +39,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     api = open_hub() if options.push else None
 
-    shown = checkpoint.find(options.checkpoint)
+    best = checkpoint.find(options.checkpoint)
     if options.all_checkpoints:
-        found = milestones(options.checkpoint)
-        folders = {path.name: options.folder / path.name for path in found}
-        sources = dict(zip(folders, found, strict=True)) | {MAIN: shown}
-        folders[MAIN] = options.folder / MAIN
+        sources = {path.name: path for path in milestones(options.checkpoint)} | {MAIN: best}
+        folders = {name: options.folder / name for name in sources}
     else:
-        folders, sources = {MAIN: options.folder}, {MAIN: shown}
+        folders, sources = {MAIN: options.folder}, {MAIN: best}
     for branch, folder in tqdm(folders.items(), desc="writing", unit=" folders", disable=None):
         student, tokenizer, _ = checkpoint.load(sources[branch])
         hf.write(folder, student, tokenizer)
@@ -63,11 +61,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def milestones(run: Path) -> list[Path]:
     """The chck_* folders of a run in order of words. Raises UserError if there are none."""
-    found = [path.parent for path in run.glob("checkpoints/chck_*/model.json")]
-    if not found:
+    folders = [path.parent for path in run.glob("checkpoints/chck_*/model.json")]
+    if not folders:
         raise UserError(f"{run} has no checkpoints/chck_*: --all-checkpoints takes the folder of a run that has some")
     unit = {"K": 10**3, "M": 10**6}
-    return sorted(found, key=lambda path: [int(n) * unit[u] for n, u in re.findall(r"(\d+)([KM])", path.name)])
+    return sorted(folders, key=lambda path: [int(n) * unit[u] for n, u in re.findall(r"(\d+)([KM])", path.name)])
 
 
 def open_hub() -> "HfApi":
