@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from tinystory import ops
-from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, as_dict, parse
+from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
 from tinystory.data import babylm
 from tinystory.data.babylm import MILESTONES
 from tinystory.data.corpus import open_corpus
@@ -123,7 +123,7 @@ def pretrain(config: PretrainConfig) -> None:
     resume_step = state.step if config.resume else None
     log = distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0))
     distributed.broadcast_from_rank0(student.parameters())
-    log.config(as_dict(config) | compute.recorded)
+    log.config(asdict(config) | compute.recorded)
     size = sum(p.numel() for p in student.parameters())
     print(
         f"student with {size / 1e6:.1f} M parameters, {tokenizer.vocab_size} tokens, {device}, "
