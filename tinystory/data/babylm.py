@@ -40,8 +40,8 @@ def check_interaction(facts: dict[str, Any], words_in: int, words_out: int) -> N
     write so many words."""
     if "corpus_words" not in facts:
         raise UserError(
-            f"--preset {TRACK} needs the number of words that the student was trained on, which this checkpoint does not "
-            f"say: start from one that train_pretrain.py --preset {TRACK} wrote"
+            f"--preset {TRACK} needs the number of words that the student was trained on, which this checkpoint "
+            f"does not say: start from one that train_pretrain.py --preset {TRACK} wrote"
         )
     check_reading(facts["corpus_words"], facts["words"])
     left_in = WORDS_IN - facts["corpus_words"] - facts.get("interaction_words_in", 0)

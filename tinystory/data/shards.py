@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -29,7 +29,6 @@ from tinystory.run.errors import UserError
 from tinystory.run.folder import require_whole, write_manifest
 from tinystory.run.paths import cache_dir
 
-DType: TypeAlias = "np.dtype[Any]"
 Encoded: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # of `encode`
 
 FORMAT = 3  # increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
@@ -261,8 +260,8 @@ class _Writer:
         return {"documents": self.documents, "tokens": self.tokens, "words": self.words, "bytes": self.bytes}
 
 
-def _token_dtype(tokenizer: Tokenizer) -> DType:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+def _token_dtype(tokenizer: Tokenizer) -> str:
+    return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
 
 def _open(path: Path) -> Dataset:
@@ -276,9 +275,9 @@ def _open(path: Path) -> Dataset:
 
     def split(name: str) -> TokenFile:
         arrays: dict[str, np.ndarray] = {}
-        for part, dtype in zip(PARTS, (_token_dtype(tokenizer), np.dtype(np.uint8), np.dtype("<i8")), strict=True):
+        for part, dtype in zip(PARTS, (_token_dtype(tokenizer), "u1", "<i8"), strict=True):
             file = path / f"{name}.{part}"  # an empty file cannot be mapped
-            arrays[part] = np.memmap(file, dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
+            arrays[part] = np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
         return TokenFile(**arrays, word_count=meta[name]["words"], byte_count=meta[name]["bytes"])
 
     return Dataset(tokenizer, split("train"), split("val"), path)

@@ -132,8 +132,8 @@ def held(folder: Path) -> Iterator[None]:
                     parent.rmdir()
 
 
-class RunLog:
-    """Writes the records of a run.
+class RunLog(contextlib.ExitStack):
+    """Writes the records of a run. As a context manager it closes its files.
 
     resume_step: None for a new run, else the step of the checkpoint that the run continues from (0: from the start);
     records of later steps are dropped. writes: False in all processes but one. Raises UserError if a new run would
@@ -141,6 +141,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, *, resume_step: int | None, writes: bool = True):
+        super().__init__()
         self.folder, self.resume_step, self.writes = Path(folder), resume_step, writes
         self._files: dict[str, IO[bytes]] = {}
         if not writes:
@@ -202,22 +203,11 @@ class RunLog:
         path = self.folder / name
         try:
             if name not in self._files:
-                self._files[name] = open(path, "ab", buffering=0)  # noqa: SIM115  (open for the whole run)
+                self._files[name] = self.enter_context(open(path, "ab", buffering=0))
             while lines:  # an unbuffered write may be partial, as on a nearly full disk
                 lines = lines[self._files[name].write(lines) :]
         except OSError as error:
             raise cannot_write(path, error) from error
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def timestamp() -> str:
