@@ -105,7 +105,7 @@ def pretrain(config: PretrainConfig) -> None:
         lambda: prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
     )
     if config.preset == babylm.TRACK:
-        babylm.check_reading(data.train.word_count, config.words, config.batch_size * config.context)
+        babylm.check_pretraining(data.train.word_count, config.words, config.batch_size * config.context)
     tokenizer = data.tokenizer
     windows = Windows(data.train, config.context, config.batch_size, config.seed, config.packing)
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)

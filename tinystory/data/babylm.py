@@ -19,7 +19,7 @@ def milestone_name(words: int) -> str:
     return f"chck_{words // 10**6}M"
 
 
-def check_reading(corpus_words: int, words: int, last_step: int = 0) -> None:
+def check_pretraining(corpus_words: int, words: int, last_step: int = 0) -> None:
     """Raises UserError unless the track allows training on `words` words, counting repeats, of a corpus of
     `corpus_words`. last_step: upper bound on the words by which the last step may exceed `words`."""
     if corpus_words > WORDS_IN:
@@ -43,7 +43,7 @@ def check_interaction(facts: dict[str, Any], words_in: int, words_out: int) -> N
             f"--preset {TRACK} needs the number of words that the student was trained on, which this checkpoint "
             f"does not say: start from one that train_pretrain.py --preset {TRACK} wrote"
         )
-    check_reading(facts["corpus_words"], facts["words"])
+    check_pretraining(facts["corpus_words"], facts["words"])
     left_in = WORDS_IN - facts["corpus_words"] - facts.get("interaction_words_in", 0)
     left_out = WORDS_OUT - facts.get("interaction_words_out", 0)
     for flag, budget, left in (("budget-words", words_in, left_in), ("budget-words-out", words_out, left_out)):

@@ -203,7 +203,7 @@ class RunLog(contextlib.ExitStack):
         path = self.folder / name
         try:
             if name not in self._files:
-                self._files[name] = self.enter_context(open(path, "ab", buffering=0))
+                self._files[name] = self.enter_context(open(path, "ab", buffering=0))  # noqa: SIM115
             while lines:  # an unbuffered write may be partial, as on a nearly full disk
                 lines = lines[self._files[name].write(lines) :]
         except OSError as error:
