@@ -136,17 +136,13 @@ class InteractConfig:
     teacher_url: list[str] = option(
         [], "OpenAI-compatible endpoints, as http://127.0.0.1:11434/v1 (default: the built-in teacher)", group="teacher"
     )
-    teacher_model: list[str] = option(
-        [], "model name, or one per --teacher-url (default: the first that a server lists)"
-    )
+    teacher_model: list[str] = option([], "model name, or one per --teacher-url (default: the server's first one)")
     teacher_panel: str = option("none", "mean or median of different models' scores", ("none", "mean", "median"))
     teacher_extra: str = option("", "JSON object whose fields are merged into each request to the teacher")
     teacher_concurrency: int = option(16, "maximum number of requests in flight per server", "[1, 10000]")
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher", "[0, 2]")
     teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]")
-    teacher_timeout: float = option(
-        300.0, "maximum seconds per story, retries included, or per call of --reward", "(0, 86400]"
-    )
+    teacher_timeout: float = option(300.0, "seconds per story with its retries, or per call of --reward", "(0, 86400]")
     teacher_prompt: str = option("", "JSON file with other criteria, levels and weights (see docs/teachers.md)")
     teacher_logprobs: bool = option(False, "use expected scores under the teacher's token probabilities")
     price_in: float = option(0.0, "price per million prompt tokens, in any currency", "[0, 1e9]")

@@ -167,7 +167,7 @@ def test_what_is_no_number_is_refused(tmp_path, capsys):
 
 
 def test_numbers_of_the_other_scripts_have_ranges_too(capsys):
-    for main, argv in ((evaluate.main, "--who=-1"), (evaluate.main, "--teacher-concurrency=0"),
+    for main, argv in ((evaluate.main, "--coreference=-1"), (evaluate.main, "--teacher-concurrency=0"),
                        (doctor.main, "--teacher-max-tokens=0"), (doctor.main, "--require-judgement=nan"),
                        (prepare_data.main, "--seed=-1"), (prepare_data.main, "--vocab-size=3")):  # fmt: skip
         assert fails(main, [argv], capsys).startswith(f"error: {argv.split('=')[0]} must be ")
