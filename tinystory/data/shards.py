@@ -105,11 +105,9 @@ def prepare(
                 if not path.exists():
                     os.rename(whole, path)
         except OSError as error:
-            if path.exists():  # another process finished first, with the same content
-                return _open(path)
-            raise UserError(
-                f"cannot write tokens under {root}: {error.strerror}; set TINYSTORY_CACHE to another folder"
-            ) from None
+            if not path.exists():  # else another process finished first, with the same content
+                message = f"cannot write tokens under {root}: {error.strerror}; set TINYSTORY_CACHE to another folder"
+                raise UserError(message) from None
     return _open(path)
 
 

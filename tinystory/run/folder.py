@@ -301,11 +301,17 @@ def read_config(folder: Path) -> Record:
         for name, kind in {"options": dict, "started": str, "device": str, "resumed": list}.items():
             if not isinstance(config.get(name), kind):
                 raise UserError(f"{path} is damaged: its {name!r} is missing or of another type")
-        datetime.datetime.fromisoformat(config["started"])
-    except (UserError, ValueError) as error:
-        message = error if isinstance(error, UserError) else f"{path} is damaged: its 'started' is no time"
-        raise UserError(f"{message}; restore it from a copy, or start a new run in another --out") from error
+        if not _is_time(config["started"]):
+            raise UserError(f"{path} is damaged: its 'started' is not a time")
+    except UserError as error:
+        raise UserError(f"{error}; restore it from a copy, or start a new run in another --out") from error
     return config
+
+
+def _is_time(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(datetime.datetime.fromisoformat(text))
+    return False
 
 
 def recorded_options(folder: Path) -> Record:
@@ -365,14 +371,14 @@ def _misfit(record: Record, fields: Fields) -> str:
             return f"it has no {name!r}"
         if type(record[name]) not in kinds:
             return f"its {name!r} is {record[name]!r:.40}"
+        if kinds == (int,) and not 0 <= record[name] < 1 << 53:
+            return f"its {name!r} is negative or too large"
     numbers = [name for name, kinds in fields.items() if kinds == _NUMBER]
     for name, value in record.items() if fields is FIELDS[METRICS] else ((name, record[name]) for name in numbers):
         if type(value) not in (*_NUMBER, bool) and not name.startswith("teacher_"):
             return f"its {name!r} is {value!r:.40}"
         if isinstance(value, int | float) and not -LARGEST < value < LARGEST:
             return f"its {name!r} is too large"
-    if any(not 0 <= record[name] < 1 << 53 for name, kinds in fields.items() if kinds == (int,)):
-        return "a count in it is negative or too large"
     if "story" in fields and any(
         type(score) not in (int, float) or not 0 <= score <= 3 for score in (record["scores"] or {}).values()
     ):
