@@ -11,12 +11,13 @@ evaluated on held-out openings, and the best student is kept.
 
 import contextlib
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from tinystory.config import INTERACT_PRESETS, InteractConfig, as_dict, parse
+from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
 from tinystory.data import babylm
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import calibrated
@@ -95,7 +96,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
         )
     resume_step = state.step if config.resume else None
     log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
-    log.config(as_dict(config) | grader_facts | compute.recorded | {"init": config.init or str(origin)})
+    log.config(asdict(config) | grader_facts | compute.recorded | {"init": config.init or str(origin)})
 
     def save(name: str = "", replace: bool = False) -> None:
         policy.save(run / "checkpoints" / (name or f"step_{state.step:07d}"), state, replace=replace)

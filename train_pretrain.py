@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from tinystory import ops
-from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, as_dict, parse
+from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
 from tinystory.data import babylm
 from tinystory.data.babylm import MILESTONES
 from tinystory.data.corpus import open_corpus
@@ -105,7 +105,7 @@ def pretrain(config: PretrainConfig) -> None:
         lambda: prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
     )
     if config.preset == babylm.TRACK:
-        babylm.check_reading(data.train.word_count, config.words, config.batch_size * config.context)
+        babylm.check_pretraining(data.train.word_count, config.words, config.batch_size * config.context)
     tokenizer = data.tokenizer
     windows = Windows(data.train, config.context, config.batch_size, config.seed, config.packing)
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)
@@ -123,7 +123,7 @@ def pretrain(config: PretrainConfig) -> None:
     resume_step = state.step if config.resume else None
     log = distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0))
     distributed.broadcast_from_rank0(student.parameters())
-    log.config(as_dict(config) | compute.recorded)
+    log.config(asdict(config) | compute.recorded)
     size = sum(p.numel() for p in student.parameters())
     print(
         f"student with {size / 1e6:.1f} M parameters, {tokenizer.vocab_size} tokens, {device}, "

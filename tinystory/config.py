@@ -1,6 +1,6 @@
-"""Every option of both train commands, defined once: dataclass = command line, preset = data, config.json = record.
+"""Every option of both train commands, defined once: the dataclasses are the command line, and config.json's record.
 
-`python train_pretrain.py --preset paper --n-layer 6` means: the defaults, then the preset, then flags; the last wins.
+Flags override the preset, which overrides the defaults: `python train_pretrain.py --preset paper --n-layer 6`.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from tinystory.run.folder import CONFIG, recorded_options
 def option(
     default: Any, help: str, allowed: str | tuple[str, ...] = "", *, group: str = "", flags: tuple[str, ...] = ()
 ) -> Any:
-    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: shown by --help; "": it is no flag, only
-    presets set it. allowed: the range of a number, as an interval like "[0, 1)", or the names that a text can be.
-    group: heading in --help, given for the first option of each group. flags: further names."""
+    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: shown by --help; "": not a flag, only
+    presets set it. allowed: the range of a number, as an interval like "[0, 1)", or the choices of a text.
+    group: heading in --help, on the first option of each group. flags: further names."""
     interval = Interval(allowed) if isinstance(allowed, str) and allowed else allowed
     metadata = {"help": help, "allowed": interval, "group": group, "flags": flags}
     if isinstance(default, list):
@@ -45,7 +45,8 @@ class Interval:
 
 
 def add_number(parser: argparse.ArgumentParser, flag: str, default: float, allowed: str, help: str) -> None:
-    """Add a number, whole if its default is, to a command line. One that is not in the interval is a UserError."""
+    """Add the option of a number, an integer if its default is, to a command line. Parsing raises UserError for a
+    number outside the interval."""
     interval, kind = Interval(allowed), type(default)
 
     def number(text: str) -> Any:
@@ -97,19 +98,13 @@ class PretrainConfig:
     )
     words: int = option(2_800_000, "total words to train on, counting repeats", "[1, 1e15]")
     val_fraction: float = option(0.05, "fraction of the documents held out for validation", "(0, 1)")
-    packing: str = option(
-        "whole",
-        "how documents become sequences: whole (cut only where too long) or stream (every --context tokens)",
-        ("whole", "stream"),
-    )
+    packing: str = option("whole", "documents as sequences: whole, where they fit, or one stream", ("whole", "stream"))
 
     batch_size: int = option(8, "sequences per step", "[1, 1e9]", group="optimiser")
     micro_batch_size: int = option(16, "sequences per forward pass; gradients are accumulated over a step", "[1, 1e9]")
     optimizer: str = option("muon", "muon (for the blocks' matrices, AdamW for the rest) or adamw", ("muon", "adamw"))
     muon_learning_rate: float = option(0.02, "peak learning rate of Muon", "(0, 100]")
-    learning_rate: float = option(
-        2.4e-2, "peak learning rate of AdamW; with --optimizer adamw, a tenth of that", "(0, 100]"
-    )
+    learning_rate: float = option(2.4e-2, "peak learning rate of AdamW; a tenth of it without Muon", "(0, 100]")
     warmup: float = option(0.2, "fraction of the words over which the learning rate rises linearly", "[0, 1)")
     beta1: float = option(0.9, "", "[0, 1)")  # of AdamW
     beta2: float = option(0.99, "", "[0, 1)")
@@ -127,9 +122,7 @@ class InteractConfig:
 
     preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
 
-    init: str = option(
-        "", "starting checkpoint, ours or transformers' (default: newest under runs/pretrain)", group="run"
-    )
+    init: str = option("", "starting checkpoint, or transformers' (default: newest under runs/pretrain)", group="run")
     out: str = option("runs/interact", "folder of the run")
     resume: bool = option(False, "continue from the newest checkpoint in --out")
     seed: int = option(0, "seed of the stories, the minibatch order and the teacher's sampling", SEEDS)
@@ -141,21 +134,15 @@ class InteractConfig:
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
     teacher_url: list[str] = option(
-        [],
-        "any OpenAI-compatible endpoint, e.g. http://127.0.0.1:11434/v1, or several (default: the built-in teacher)",
-        group="teacher",
+        [], "OpenAI-compatible endpoints, as http://127.0.0.1:11434/v1 (default: the built-in teacher)", group="teacher"
     )
-    teacher_model: list[str] = option(
-        [], "model name, or one for each --teacher-url (default: the first that a server lists)"
-    )
+    teacher_model: list[str] = option([], "model name, or one per --teacher-url (default: the server's first one)")
     teacher_panel: str = option("none", "mean or median of different models' scores", ("none", "mean", "median"))
     teacher_extra: str = option("", "JSON object whose fields are merged into each request to the teacher")
     teacher_concurrency: int = option(16, "maximum number of requests in flight per server", "[1, 10000]")
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher", "[0, 2]")
     teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]")
-    teacher_timeout: float = option(
-        300.0, "seconds that grading one story, retries included, or one call of --reward may take", "(0, 86400]"
-    )
+    teacher_timeout: float = option(300.0, "seconds per story with its retries, or per call of --reward", "(0, 86400]")
     teacher_prompt: str = option("", "JSON file with other criteria, levels and weights (see docs/teachers.md)")
     teacher_logprobs: bool = option(False, "use expected scores under the teacher's token probabilities")
     price_in: float = option(0.0, "price per million prompt tokens, in any currency", "[0, 1e9]")
@@ -164,17 +151,12 @@ class InteractConfig:
     replay: str = option("", "folder of a run whose teacher's replies are replayed, without a server")
     teacher_corpus: list[str] = option([], "corpus of the built-in teacher (default: the student's own)")
     reward: str = option("", "FILE.py:FUNCTION in place of a teacher: f(opening, stories) -> [0..1 or None]; or random")
-    calibrate: bool = option(True, "before the run, see whether --teacher-url tells stories from shuffled words")
-    require_judgement: float = option(
-        0.0, "least probability of scoring a story above shuffled words; chance is 0.5", "[0, 1)"
-    )
+    calibrate: bool = option(True, "before the run, measure whether --teacher-url scores stories above shuffled words")
+    require_judgement: float = option(0.0, "minimum P(story scores above shuffled words); chance is 0.5", "[0, 1)")
     max_unscored: float = option(0.1, "maximum fraction of a step's stories without a score", "[0, 1)")
 
     openings: str = option(
-        "builtin",
-        "what stories begin with: builtin, a file with one opening per line, or the text of a single one",
-        group="story",
-        flags=("--opening",),
+        "builtin", "builtin, a file of one opening per line, or the text of one", group="story", flags=("--opening",)
     )
     stories_per_opening: int = option(1, "stories that share an opening within a step", "[1, 1e9]")
     stories_per_step: int = option(256, "stories per step", "[1, 1e9]")
@@ -184,28 +166,20 @@ class InteractConfig:
     budget_words_out: int = option(100_000_000, "word budget, out: every word that the student writes", "[1, 1e15]")
     length_weight: float = option(0.4, "weight of the length term relative to the teacher's score", "[0, 100]")
     length_words: int = option(90, "words at which the length term reaches its maximum", "[1, 1e9]")
-    diversity: float = option(
-        0.5, "share of the score that is multiplied by the difference from other stories", "[0, 1]"
-    )
-    unfinished: float = option(0.5, "part of its reward, 0..1, that a story keeps which does not end", "[0, 1]")
+    diversity: float = option(0.5, "share of the score multiplied by the difference from other stories", "[0, 1]")
+    unfinished: float = option(0.5, "fraction of its reward that a story without an end keeps", "[0, 1]")
 
     learning_rate: float = option(6e-4, "initial learning rate of Adam", "(0, 100]", group="optimiser")
-    lr_decay: bool = option(True, "let the rate fall linearly to 0 at --steps")
+    lr_decay: bool = option(True, "let the learning rates fall linearly to 0 at --steps")
     sharpness_rate: float = option(0.06, "initial learning rate of a global logit scale; 0 disables it", "[0, 100]")
-    signal_gate: bool = option(
-        True, "scale each rate by the signal in its gradient: what two halves of the stories share"
-    )
+    signal_gate: bool = option(True, "scale each learning rate by the fraction of its gradient that is signal")
     minibatch_size: int = option(0, "stories per gradient step; 0 means all", "[0, 1e9]")
-    micro_batch_size: int = option(
-        32, "stories per forward pass; gradients are accumulated over a minibatch", "[1, 1e9]"
-    )
+    micro_batch_size: int = option(32, "stories per forward pass; gradients accumulate over a minibatch", "[1, 1e9]")
     adam_eps: float = option(1e-8, "", "(0, 1]")
     grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
     epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]", group="PPO")
-    critic: str = option(
-        "ridge", "value baseline: ridge (on the reference's states) or head (on the student)", ("ridge", "head")
-    )
+    critic: str = option("ridge", "value baseline: ridge regression, or head (on the student)", ("ridge", "head"))
     gamma: float = option(1.0, "discount factor", "[0, 1]")
     lam: float = option(0.95, "GAE lambda; 1 if a step has only a few stories", "[0, 1]")
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
@@ -216,10 +190,8 @@ class InteractConfig:
     kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)", "(0, 1e6]")
     kl_horizon: float = option(2_000.0, "horizon of the adaptive controller, in stories", "(0, 1e12]")
 
-    eval_every: int = option(
-        4, "steps between held-out evaluations; 0: start and end only", "[0, 1e9]", group="evaluation"
-    )
-    eval_stories: int = option(40, "stories per evaluation; the latest student that none beats is `best`", "[1, 1e9]")
+    eval_every: int = option(4, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation")
+    eval_stories: int = option(40, "stories per evaluation; `best` is the last student that none beats", "[1, 1e9]")
 
 
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of their libraries
@@ -253,8 +225,8 @@ INTERACT_PRESETS: dict[str, dict[str, Any]] = {
 
 
 def add_options(parser: argparse.ArgumentParser, config_class: type, names: Sequence[str] = ()) -> None:
-    """Add the fields of a config class, or those named, to a command line, as flags in their groups. One that is not
-    given is not in the namespace, so a preset overrides defaults but not flags."""
+    """Add the fields of a config class, or those named, to a command line, as flags in their groups. A flag that the
+    user leaves out is not in the namespace, so a preset overrides defaults but not flags."""
     types = get_type_hints(config_class)
     group: argparse._ActionsContainer = parser
     for f in _options(config_class):
@@ -288,8 +260,8 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
         folder = Path(str(typed.get("out", vars(config_class)["out"])))
         recorded = _recorded(config_class, folder, typed | {"preset": preset})
         preset = recorded.pop("preset")
-        if preset not in [*presets]:
-            raise UserError(f"{folder / CONFIG} names a preset {preset!r} that there is not: restore it from a copy")
+        if preset not in [*presets]:  # a list, because the value may be anything
+            raise UserError(f"{folder / CONFIG} names an unknown preset {preset!r}: restore it from a copy")
     config = config_class(**{**presets[preset or "demo"], **recorded, **typed})
     config.preset = preset or "demo"
     try:
@@ -300,8 +272,8 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
 
 
 def _recorded(config_class: type, folder: Path, typed: dict[str, Any]) -> dict[str, Any]:
-    """The preset and options in config.json of the run in the folder. Raises UserError if they are not those of such a
-    run, or if `typed` has another preset or start, of which a resumed run would apply nothing."""
+    """The preset and options in config.json of the run in the folder. Raises UserError if it is a run of another
+    command or version, or if `typed` has another preset or start, which a resumed run would ignore."""
     recorded = recorded_options(folder) | {"out": str(folder)}
     names = ["preset", *(f.name for f in _options(config_class))]
     if missing := [name for name in names if name not in recorded]:
@@ -323,14 +295,10 @@ def _recorded(config_class: type, folder: Path, typed: dict[str, Any]) -> dict[s
 
 def check(config: Any) -> None:
     """Raises UserError unless each option is in its range and all go together."""
+    types = get_type_hints(type(config))
     for f in _options(type(config)):
-        _check_option(type(config), f, getattr(config, f.name))
+        _check_option(f, types[f.name], getattr(config, f.name))
     _check_together(config)
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """All options as run, the preset's name first, for config.json."""
-    return dataclasses.asdict(config)
 
 
 def _options(config_class: type) -> list[dataclasses.Field]:
@@ -361,10 +329,9 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def _check_option(config_class: type, f: dataclasses.Field, value: Any) -> None:
+def _check_option(f: dataclasses.Field, kind: Any, value: Any) -> None:
     """Raises UserError unless the value, of the command line or of a config.json, has its option's type and range."""
-    kind, allowed, name = get_type_hints(config_class)[f.name], f.metadata["allowed"], _flag(f)
-    is_list = get_origin(kind) is list
+    allowed, name, is_list = f.metadata["allowed"], _flag(f), get_origin(kind) is list
     scalar = get_args(kind)[0] if is_list else kind
     if is_list and not isinstance(value, list):
         raise UserError(f"{name} must be a list, not {value!r:.80}")
@@ -380,7 +347,7 @@ def _check_option(config_class: type, f: dataclasses.Field, value: Any) -> None:
 
 
 def _check_together(config: Any) -> None:
-    """Raises UserError for options that do not go together. What an option can be alone stands beside its help."""
+    """Raises UserError for options that do not go together. The range of a single option stands beside its help."""
     if isinstance(config, PretrainConfig):
         size, rest = divmod(config.n_embd, config.n_head)
         if rest or size % 16 or size > 256:
@@ -397,16 +364,14 @@ def _check_together(config: Any) -> None:
     if config.budget_cost and not config.price_in + config.price_out:
         raise UserError("--budget-cost needs the prices: give --price-in and --price-out, per million tokens")
     graders = {"--reward": config.reward, "--replay": config.replay, "--teacher-url": config.teacher_url}
-    if len(given := [flag for flag, value in graders.items() if value]) > 1:
-        raise UserError(f"{' and '.join(given)} do not go together: one of them scores the stories")
+    if len(chosen := [flag for flag, value in graders.items() if value]) > 1:
+        raise UserError(f"{' and '.join(chosen)} do not go together: one of them scores the stories")
     if config.reward:
         defaults = [vars(InteractConfig()), INTERACT_PRESETS[config.preset]]
-        teacher_options = [name for name in vars(config) if name.startswith(("teacher_", "price_", "budget_cost"))]
-        teacher_options.remove("teacher_timeout")
-        for name in teacher_options:
-            if getattr(config, name) not in [options.get(name) for options in defaults]:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} is for a teacher, and --reward takes its place: leave one of them out")
+        for f in _options(InteractConfig):
+            is_teachers = f.name.startswith(("teacher_", "price_", "budget_cost")) and f.name != "teacher_timeout"
+            if is_teachers and getattr(config, f.name) not in [options.get(f.name) for options in defaults]:
+                raise UserError(f"{_flag(f)} is for a teacher, and --reward takes its place: leave one of them out")
     if config.critic == "ridge" and config.stories_per_step < 2:
         raise UserError("--critic ridge learns from the other stories of a step: give --stories-per-step 2 or more")
     if config.critic == "ridge" and config.value_coef:

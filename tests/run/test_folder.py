@@ -109,6 +109,8 @@ def test_resume_cuts_evaluations_back_too(tmp_path):
         RunLog(folder, resume_step=resume_step).close()
         assert [record["step"] for record in read_records(folder / "evaluations.jsonl")] == kept
 
+
+def test_a_record_cut_short_anywhere_is_skipped_and_dropped_on_resume(tmp_path):
     """Cut the file after each byte: readers and a resumed run see exactly the complete records."""
     a_run(tmp_path, 3)
     path = tmp_path / "stories.jsonl"

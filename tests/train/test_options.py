@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import asdict
 
 import pytest
 from conftest import SHORT, SMALL, fails, metrics
@@ -16,7 +17,6 @@ from tinystory.config import (
     InteractConfig,
     Interval,
     PretrainConfig,
-    as_dict,
     check,
     parse,
 )
@@ -120,7 +120,7 @@ def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
     """Any value for any option: a config that may be run, or a sentence that names the file and the option."""
     out = tmp_path_factory.mktemp("run")
     config_class = data.draw(st.sampled_from([*COMMANDS]))
-    record = as_dict(config_class())
+    record = asdict(config_class())
     name = data.draw(st.sampled_from(sorted(record)))
     record[name] = data.draw(JUNK | st.sampled_from(["\0", "\ud800", 2**70, -1]))
     try:
@@ -137,14 +137,14 @@ def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
 @pytest.mark.parametrize("config_class", COMMANDS)
 @pytest.mark.parametrize("preset", ["paper", "babylm-2025"])
 def test_another_preset_is_not_recorded_for_a_resumed_run_that_has_nothing_of_it(config_class, preset, tmp_path):
-    resume = recorded(tmp_path, as_dict(config_class()))
+    resume = recorded(tmp_path, asdict(config_class()))
     with pytest.raises(UserError, match=rf"--preset {preset} does not go with --resume: .* begun with 'demo'"):
         parse(config_class, COMMANDS[config_class], [*resume, "--preset", preset])
     assert parse(config_class, COMMANDS[config_class], [*resume, "--preset", "demo"]).preset == "demo"
 
 
 def test_another_start_is_not_recorded_for_a_resumed_run_that_has_nothing_of_it(tmp_path):
-    resume = recorded(tmp_path, as_dict(InteractConfig(init="runs/a")))
+    resume = recorded(tmp_path, asdict(InteractConfig(init="runs/a")))
     with pytest.raises(UserError, match=r"--init runs/b does not go with --resume: .* begun with 'runs/a'"):
         parse(InteractConfig, INTERACT_PRESETS, [*resume, "--init", "runs/b"])
     assert parse(InteractConfig, INTERACT_PRESETS, [*resume, "--init", "runs/a"]).init == "runs/a"
@@ -154,11 +154,11 @@ def test_another_start_is_not_recorded_for_a_resumed_run_that_has_nothing_of_it(
 def test_the_folder_of_the_other_command_is_told_as_such(config_class, other, tmp_path):
     command = "train_interact.py" if other is InteractConfig else "train_pretrain.py"
     with pytest.raises(UserError, match=rf"is a run of {command}: resume it with that"):
-        parse(config_class, COMMANDS[config_class], recorded(tmp_path, as_dict(other())))
+        parse(config_class, COMMANDS[config_class], recorded(tmp_path, asdict(other())))
 
 
 def test_a_run_begun_before_evaluations_had_their_name_is_refused(tmp_path):
-    options = as_dict(InteractConfig())
+    options = asdict(InteractConfig())
     facts = dict(look_every=options.pop("eval_every"), look_stories=options.pop("eval_stories"))
     for more in ([], ["--eval-every", "4", "--eval-stories", "40"]):
         with pytest.raises(UserError, match="begun by another version"):
@@ -167,7 +167,7 @@ def test_a_run_begun_before_evaluations_had_their_name_is_refused(tmp_path):
 
 @pytest.mark.parametrize("config_class", COMMANDS)
 def test_a_run_of_a_version_without_an_option_is_not_guessed_at(config_class, tmp_path):
-    record = as_dict(config_class())
+    record = asdict(config_class())
     del record["seed"]
     for more in ([], ["--seed", "7"]):
         with pytest.raises(UserError, match=r"config\.json has no seed: the run was begun by another version"):

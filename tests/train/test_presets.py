@@ -80,11 +80,11 @@ def test_a_track_counts_the_corpus_once_and_all_interaction():
     with pytest.raises(UserError, match="--budget-words-out 1000000 or fewer"):
         babylm.check_interaction(before, 1_000_000, 1_000_001)
     with pytest.raises(UserError, match="a corpus of 100,000,000 words"):
-        babylm.check_reading(100_000_001, 1)
+        babylm.check_pretraining(100_000_001, 1)
     with pytest.raises(UserError, match="--words 900000000 or fewer"):
         babylm.check_interaction(facts | dict(words=900_000_001), 1, 1)
     with pytest.raises(UserError, match="--words 999 or fewer"):  # the last step, of up to a word per token, must fit
-        babylm.check_reading(100, 1000, last_step=1)
+        babylm.check_pretraining(100, 1000, last_step=1)
     with pytest.raises(UserError, match="does not say"):
         babylm.check_interaction(dict(words=1), 1, 1)
 

@@ -19,42 +19,42 @@ def milestone_name(words: int) -> str:
     return f"chck_{words // 10**6}M"
 
 
-def check_reading(corpus_words: int, words: int, last_step: int = 0) -> None:
-    """Raises UserError if the track does not allow training on `words` words, counting repeats, of a corpus of
+def check_pretraining(corpus_words: int, words: int, last_step: int = 0) -> None:
+    """Raises UserError unless the track allows training on `words` words, counting repeats, of a corpus of
     `corpus_words`. last_step: upper bound on the words by which the last step may exceed `words`."""
     if corpus_words > WORDS_IN:
         raise UserError(
             f"--preset {TRACK} allows a corpus of {WORDS_IN:,} words and this one trains on {corpus_words:,}: give a "
             "smaller --corpus or a larger --val-fraction"
         )
-    most = max(EPOCHS * corpus_words - last_step, 0)
-    if words > most:
+    limit = max(EPOCHS * corpus_words - last_step, 0)
+    if words > limit:
         raise UserError(
             f"--preset {TRACK} allows {EPOCHS} epochs and this corpus trains on {corpus_words:,} words: give --words "
-            f"{most} or fewer"
+            f"{limit} or fewer"
         )
 
 
 def check_interaction(facts: dict[str, Any], words_in: int, words_out: int) -> None:
-    """Raises UserError if the track does not allow a student with these `facts` (see `checkpoint.save`) to take in and
+    """Raises UserError unless the track allows a student with these `facts` (see `checkpoint.save`) to take in and
     write so many words."""
     if "corpus_words" not in facts:
         raise UserError(
-            f"--preset {TRACK} must know how many words the student has read and this checkpoint does not say: start "
-            f"from one that train_pretrain.py --preset {TRACK} wrote"
+            f"--preset {TRACK} needs the number of words that the student was trained on, which this checkpoint "
+            f"does not say: start from one that train_pretrain.py --preset {TRACK} wrote"
         )
-    check_reading(facts["corpus_words"], facts["words"])
+    check_pretraining(facts["corpus_words"], facts["words"])
     left_in = WORDS_IN - facts["corpus_words"] - facts.get("interaction_words_in", 0)
     left_out = WORDS_OUT - facts.get("interaction_words_out", 0)
-    for flag, wanted, left in (("budget-words", words_in, left_in), ("budget-words-out", words_out, left_out)):
-        if wanted > left:
+    for flag, budget, left in (("budget-words", words_in, left_in), ("budget-words-out", words_out, left_out)):
+        if budget > left:
             raise UserError(
-                f"--preset {TRACK} leaves this student {max(left, 0):,} words after all that it has read and written: "
-                f"give --{flag} {max(left, 0)} or fewer"
+                f"--preset {TRACK} leaves this student {max(left, 0):,} words after its training so far: give --{flag} "
+                f"{max(left, 0)} or fewer"
             )
 
 
 def milestones_beyond(facts: dict[str, Any]) -> dict[str, int]:
-    """The official milestones ahead of a student, and the words that it has still to take in until each."""
-    behind = facts["words"] + facts.get("interaction_words_in", 0)
-    return {milestone_name(words): words - behind for words in MILESTONES if words > behind}
+    """The official milestones ahead of a student, and how many more words it takes in until each."""
+    past = facts["words"] + facts.get("interaction_words_in", 0)
+    return {milestone_name(words): words - past for words in MILESTONES if words > past}

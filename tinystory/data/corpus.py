@@ -1,6 +1,6 @@
 """Corpora as streams of documents: the built-in stories, corpora on the Hugging Face Hub, and local files.
 
-Everything is streamed: at most a few megabytes of text are in memory, whatever the size of the file.
+At most a few megabytes of text are in memory, whatever the size of a file.
 """
 
 import codecs
@@ -11,6 +11,7 @@ import heapq
 import io
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,16 +21,14 @@ from tinystory.data.builtin import grammar, primer
 from tinystory.run.errors import UserError
 from tinystory.run.folder import file_hash
 
-BUILTIN = {"builtin": (grammar.stories, 1_000_000), "primer": (primer.tales, 500_000)}  # what tells it, and words
+BUILTIN = {"builtin": (grammar.stories, 1_000_000), "primer": (primer.tales, 500_000)}  # generator, and number of words
 BUILTIN_SEED = 0
 
 # Corpora on the Hub: the dataset's repository and its files, in order.
 # TinyStories: Eldan & Li 2023, arXiv 2305.07759; the file that its models were trained on.
 # BabyLM: the organisers' text for the strict-small and strict tracks, as published since 2026.
-_BABYLM = tuple(
-    f"{part}.train.txt"
-    for part in ("bnc_spoken", "childes", "gutenberg", "open_subtitles", "simple_wiki", "switchboard")
-)
+_PARTS = "bnc_spoken childes gutenberg open_subtitles simple_wiki switchboard"
+_BABYLM = tuple(f"{part}.train.txt" for part in _PARTS.split())
 HUB = {
     "tinystories": ("roneneldan/TinyStories", ("TinyStories-train.txt",)),
     "babylm-10m": ("BabyLM-community/BabyLM-2026-Strict-Small", _BABYLM),
@@ -42,7 +41,7 @@ BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 CHUNK = 1 << 20  # bytes read at a time
 MAX_DOCUMENT = 1 << 18  # characters; longer documents are split at a line end, so that none has to fit in memory
 MAX_RUN = 1 << 9  # characters; longer runs of letters, of other signs or of white space are split, not all at once
-UNBROKEN = re.compile(r"\w*|\s*|[^\w\s]*")  # each piece that the tokenizer's split makes is within such a run
+UNBROKEN = re.compile(r"\w*|\s*|[^\w\s]*")  # every piece of the tokenizer's split lies within such a run
 MAX_RECORD = 1 << 26  # characters per line of .jsonl
 
 
@@ -63,7 +62,7 @@ class Corpus:
 
     def mixed(self) -> Iterator[str]:
         """The same documents interleaved: the next one comes from the file that has yielded the fewest words so far, so
-        that a reader who stops early has seen every file."""
+        that every beginning of the stream holds text of every file."""
         heap = [(0, index, read()) for index, (_, read) in enumerate(self._parts)]
         while heap:
             words, index, documents = heap[0]
@@ -75,8 +74,7 @@ class Corpus:
                 yield document
 
     def fingerprint(self) -> str:
-        """Hex digest of everything that the documents depend on: each file's content and kind, or the source of the
-        grammar. Hashing takes a second for some 400 MB."""
+        """Hex digest of each file's content and format, or of the grammar's source. It takes a second for 400 MB."""
         if not self._fingerprint:
             parts = [(_kind(x), file_hash(x)) if isinstance(x, Path) else x for x, _ in self._parts]
             self._fingerprint = hashlib.sha256(json.dumps([MAX_DOCUMENT, *parts]).encode()).hexdigest()
@@ -94,9 +92,9 @@ def open_corpus(names: Sequence[str]) -> Corpus:
     parts: list[tuple[str | Path, Callable[[], Iterator[str]]]] = []
     for name in names:
         if name in BUILTIN:
-            tell, words = BUILTIN[name]
+            generate, words = BUILTIN[name]
             identity = f"{name} {words} {BUILTIN_SEED} {_grammar_source()}"
-            parts.append((identity, functools.partial(tell, words, BUILTIN_SEED)))
+            parts.append((identity, functools.partial(generate, words, BUILTIN_SEED)))
         elif name in HUB:
             parts.extend(_file(path) for path in _download(*HUB[name]))
         else:
@@ -113,34 +111,30 @@ def _grammar_source() -> str:
 
 
 def _file(path: Path) -> tuple[Path, Callable[[], Iterator[str]]]:
-    try:
-        status = path.stat()
-    except OSError:
-        raise UserError(
-            f"there is no corpus and no file called {str(path)!r}: the corpora are {', '.join(NAMES)}"
-        ) from None
+    """The file, and a function that opens its stream of documents. Raises UserError if the file cannot be a corpus."""
+    if not os.path.exists(path):
+        raise UserError(f"there is no corpus and no file called {str(path)!r}: the corpora are {', '.join(NAMES)}")
     if not path.is_file():
         raise UserError(f"{path} is not a file: name its files one by one")
     if _kind(path) not in (".txt", ".jsonl"):
         raise UserError(f"{path} is neither .txt nor .jsonl (optionally .gz): rename or convert it")
-    if status.st_size == 0:
+    if path.stat().st_size == 0:
         raise UserError(f"{path} is empty: choose another corpus")
     split = _records if _kind(path) == ".jsonl" else _passages
 
     def read() -> Iterator[str]:
-        found = False
-        for document in split(path):
-            for piece in _bounded(document):
-                found = True
-                yield piece
-        if not found:
+        documents = (piece for document in split(path) for piece in _bounded(document))
+        first = next(documents, None)
+        if first is None:
             raise UserError(f"{path} holds no documents, only white space: choose another corpus")
+        yield first
+        yield from documents
 
     return path, read
 
 
 def _kind(path: Path) -> str:
-    """.txt or .jsonl, of a file that can be used."""
+    """The file's suffix before .gz: ".txt" or ".jsonl" if it can be a corpus."""
     return (path.with_suffix("") if _gzipped(path) else path).suffix.lower()
 
 
@@ -150,16 +144,15 @@ def _gzipped(path: Path) -> bool:
 
 def _text(path: Path) -> Iterator[str]:
     """Chunks of a UTF-8 file, gunzipped if its name ends in .gz, without the BOM and with \\n for every line end."""
-    utf8 = codecs.getincrementaldecoder("utf-8")()
-    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-    done, lines, first = 0, 1, True  # bytes decoded so far, the line that they end in, whether nothing was yielded yet
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
+    done, lines, first = 0, 1, True  # bytes decoded so far, the line that they end in, before the first chunk
     try:
         with (gzip.open if _gzipped(path) else open)(path, "rb") as file:
             while True:
                 data = file.read(CHUNK)
                 try:
                     text = decoder.decode(data, final=not data)
-                except UnicodeDecodeError as error:  # its object: an incomplete character, then this chunk
+                except UnicodeDecodeError as error:  # error.object: an incomplete character, then this chunk
                     at = done - (len(error.object) - len(data)) + error.start
                     line = lines + error.object.count(b"\n", 0, error.start)
                     raise UserError(
@@ -186,11 +179,10 @@ def _text(path: Path) -> Iterator[str]:
 
 def _passages(path: Path) -> Iterator[str]:
     """The documents of a plain-text file, long ones in pieces."""
-    separator = _separator(path)
-    rest = ""
+    separator, rest = _separator(path), ""
     for text in _text(path):
-        *whole, rest = separator.split(rest + text)
-        yield from whole
+        *documents, rest = separator.split(rest + text)
+        yield from documents
         while len(rest) > MAX_DOCUMENT:
             piece, rest = _cut(rest)
             yield piece
@@ -219,9 +211,8 @@ def _records(path: Path) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"line {number} of {path} is not a JSON object with Unicode text: {error}") from None
         except (KeyError, TypeError, AttributeError):
-            raise UserError(
-                f'line {number} of {path} is not a JSON object with a string called "text" or "story"'
-            ) from None
+            message = f'line {number} of {path} is not a JSON object with a string called "text" or "story"'
+            raise UserError(message) from None
         yield document
 
 
@@ -229,8 +220,8 @@ def _lines(path: Path) -> Iterator[str]:
     """Lines that end in \\n only: inside JSON, U+2028 and other Unicode line ends are text."""
     rest = ""
     for number, text in enumerate(_text(path), 1):
-        *whole, rest = (rest + text).split("\n")
-        yield from whole
+        *lines, rest = (rest + text).split("\n")
+        yield from lines
         if len(rest) > MAX_RECORD:
             raise UserError(
                 f"{path} has a line of over {MAX_RECORD >> 20} million characters in its first "
@@ -240,8 +231,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _bounded(document: str) -> Iterator[str]:
-    """The stripped document in pieces of at most MAX_DOCUMENT characters, without endless words; none if it is
-    blank."""
+    """The stripped document in pieces of at most MAX_DOCUMENT characters, without endless words; none of a blank."""
     while len(document) > MAX_DOCUMENT:
         piece, document = _cut(document)
         yield from _broken(piece)
@@ -249,8 +239,8 @@ def _bounded(document: str) -> Iterator[str]:
 
 
 def _broken(text: str) -> Iterator[str]:
-    """The text, stripped, cut wherever a run goes on for MAX_RUN characters or more and always before 2 * MAX_RUN: the
-    time to learn BPE grows with the square of its longest word, and an endless line of one letter is one word."""
+    """The text, stripped, with runs of MAX_RUN characters or more cut before 2 * MAX_RUN: the time to train BPE grows
+    with the square of the longest word, and an endless line of one letter is one word."""
     start = 0
     for end in range(MAX_RUN, len(text), MAX_RUN):
         if UNBROKEN.fullmatch(text, end - MAX_RUN, end):
@@ -263,10 +253,8 @@ def _broken(text: str) -> Iterator[str]:
 
 def _cut(text: str) -> tuple[str, str]:
     """Split after at most MAX_DOCUMENT characters: at the last line end, else at the last space, else exactly there."""
-    at = text.rfind("\n", 1, MAX_DOCUMENT)
-    if at < 0:
-        at = text.rfind(" ", 1, MAX_DOCUMENT)
-    at = MAX_DOCUMENT if at < 0 else at + 1
+    ends = (text.rfind(character, 1, MAX_DOCUMENT) + 1 for character in "\n ")
+    at = next(filter(None, ends), MAX_DOCUMENT)
     return text[:at], text[at:]
 
 
@@ -285,21 +273,19 @@ def _download(repository: str, files: Sequence[str]) -> list[Path]:
     for file in files:
         try:
             paths.append(Path(huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")))
+            continue
         except errors.LocalEntryNotFoundError:
-            raise UserError(
+            message = (
                 f"cannot reach the Hugging Face Hub and {repository}/{file} is not in its cache: "
                 "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-            ) from None
+            )
         except errors.GatedRepoError:
-            raise UserError(
-                f"{repository} is gated: accept its terms on the Hugging Face Hub, then hf auth login"
-            ) from None
+            message = f"{repository} is gated: accept its terms on the Hugging Face Hub, then hf auth login"
         except (errors.RepositoryNotFoundError, errors.EntryNotFoundError):
-            raise UserError(f"the server has no {repository}/{file}: check HF_ENDPOINT") from None
+            message = f"the server has no {repository}/{file}: check HF_ENDPOINT"
         except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # of the HTTP library below it
             status = getattr(getattr(error, "response", None), "status_code", None)
             why = f"the server answered {status}" if status else getattr(error, "strerror", "") or "connection lost"
-            raise UserError(
-                f"cannot download {repository}/{file}: {why}; check the network and HF_ENDPOINT, then run this again"
-            ) from None
+            message = f"cannot download {repository}/{file}: {why}; check the network and HF_ENDPOINT, then try again"
+        raise UserError(message)
     return paths

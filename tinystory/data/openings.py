@@ -1,4 +1,4 @@
-"""The openings that stories continue: one for all, the built-in list, or a file of the user's."""
+"""The openings that stories continue: a single one, the built-in list, or a file."""
 
 import functools
 import json
@@ -11,13 +11,13 @@ from tinystory.data.builtin import grammar
 from tinystory.run.errors import UserError
 from tinystory.run.folder import read_text
 
-HELD_OUT = 10  # one opening in so many, and at least one, is never trained on
+HELD_OUT = 10  # every tenth opening, and at least one, is never trained on
 BUILTIN = 200
 SHORTEST, LONGEST = 12, 30  # words of a built-in opening
 
 
 class Openings:
-    """The openings of a run: `train` for PPO, `held_out` for evaluation. One alone is both."""
+    """The openings of a run: `train` for PPO, `held_out` for evaluation. A single one is both."""
 
     def __init__(self, texts: list[str], seed: int, per_opening: int = 1):
         self.seed, self.per_opening = seed, per_opening
@@ -31,7 +31,7 @@ class Openings:
         return self.train[_order(len(self.train), self.seed, epoch)[place]]
 
     def new_words(self, first_index: int, count: int) -> int:
-        """Words of the openings that these stories are the first to use: the student takes each in once."""
+        """Number of words in the openings that these stories are the first to use: each opening counts once."""
         first, end = (-(-index // self.per_opening) for index in (first_index, first_index + count))
         return sum(len(self[i * self.per_opening].split()) for i in range(first, min(end, len(self.train))))
 
@@ -44,13 +44,13 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def load_openings(name: str) -> list[str]:
-    """`builtin`; a file of one opening per line, plain text, or JSON with an "opening" field (then the name ends in
-    .jsonl); or else the opening itself. Raises UserError for a file without openings, or a line that is none."""
+    """The distinct openings of `builtin`, of a file with one per line (.jsonl: JSON objects with an "opening"), or else
+    `name` itself. Raises UserError for a file without openings, or with a line that is none."""
     if name == "builtin":
         return builtin_openings()
     path = Path(name)
-    looks_like_a_file = path.suffix in (".txt", ".jsonl") or ("/" in name and len(name.split()) == 1)
-    if name.strip() and not looks_like_a_file and not os.path.exists(name):
+    is_path = path.suffix in (".txt", ".jsonl") or ("/" in name and len(name.split()) == 1) or os.path.exists(name)
+    if name.strip() and not is_path:
         return [name]
     try:
         lines = [line.strip() for line in read_text(path).splitlines()]
@@ -72,8 +72,8 @@ def load_openings(name: str) -> list[str]:
 
 @functools.cache
 def builtin_openings() -> list[str]:
-    """The first sentences of stories that the grammar tells, until the hero has been named: who, often where, and what
-    is the matter. Another seed than the corpus's, so what follows them there is not what the student has read."""
+    """The first sentences of the grammar's stories, up to the hero's name: who, often where, and the problem. They are
+    drawn with another seed than the corpus, so the student was not trained on their continuations."""
     rng = random.Random("openings")
     openings: dict[str, None] = {}
     while len(openings) < BUILTIN:

@@ -1,4 +1,4 @@
-"""A tokenized corpus with exact word counts: memory-mapped arrays, built once and kept in the cache.
+"""A tokenized corpus with exact word counts: memory-mapped arrays, built once and cached.
 
 A folder of shards holds meta.json, tokenizer.json, manifest.json with the hashes of all other files, which are checked
 whenever it is opened, and three raw little-endian arrays for each of train and val:
@@ -14,12 +14,11 @@ import os
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -30,7 +29,6 @@ from tinystory.run.errors import UserError
 from tinystory.run.folder import require_whole, write_manifest
 from tinystory.run.paths import cache_dir
 
-DType: TypeAlias = "np.dtype[Any]"
 Encoded: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # of `encode`
 
 FORMAT = 3  # increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
@@ -90,7 +88,7 @@ def prepare(
 
     The folder is built under a temporary name and renamed when complete, so a killed build leaves nothing half-written;
     if two processes build it at once, the slower one uses the result of the other. Raises UserError for a bad
-    `val_fraction`, and if the cache cannot be written or is damaged, which hashing it tells: a second for some 400 MB.
+    `val_fraction`, and if the cache cannot be written or is damaged; hashing it takes a second for some 400 MB.
     """
     if not 0 <= val_fraction < 1:
         raise UserError(f"a validation fraction of {val_fraction} makes no sense: it must be at least 0 and below 1")
@@ -107,18 +105,16 @@ def prepare(
                 if not path.exists():
                     os.rename(whole, path)
         except OSError as error:
-            if path.exists():  # another process finished first, with the same content
-                return _open(path)
-            raise UserError(
-                f"cannot write tokens under {root}: {error.strerror}; set TINYSTORY_CACHE to another folder"
-            ) from None
+            if not path.exists():  # else another process finished first, with the same content
+                message = f"cannot write tokens under {root}: {error.strerror}; set TINYSTORY_CACHE to another folder"
+                raise UserError(message) from None
     return _open(path)
 
 
 def _build(
     folder: Path, corpus: Corpus, vocab_size: int, val_fraction: float, seed: int, tokenizer: Tokenizer | None
 ) -> None:
-    """Write a folder of shards. Reads the corpus twice: first to train the tokenizer and to measure, then to encode."""
+    """Write a folder of shards, in two passes over the corpus: train the tokenizer and measure, then encode."""
     count, characters, smallest = 0, 0, 1.0
 
     def training_documents() -> Iterator[str]:
@@ -145,19 +141,13 @@ def _build(
         ThreadPoolExecutor(threads) as pool,
         tqdm(total=characters, desc="encoding", unit=" characters", unit_scale=True, disable=None) as progress,
     ):
-        for is_val, batch, encoded in _map_ahead(pool, partial(encode, tokenizer), batches, 2 * threads):
-            writers[is_val].append(*encoded)
+        for is_val, batch, encoded in _encode_ahead(pool, tokenizer, batches, 2 * threads):
+            writers[is_val].append(*encoded.result())
             progress.update(sum(map(len, batch)))
-    meta = {
-        "format": FORMAT,
-        "corpus": corpus.names,
-        "fingerprint": corpus.fingerprint(),
-        "documents": count,
-        "val_fraction": val_fraction,
-        "seed": seed,
-        "train": writers[0].close(),
-        "val": writers[1].close(),
-    }
+    meta = dict(
+        format=FORMAT, corpus=corpus.names, fingerprint=corpus.fingerprint(), documents=count,
+        val_fraction=val_fraction, seed=seed, train=writers[0].close(), val=writers[1].close(),
+    )  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     write_manifest(folder)
 
@@ -202,21 +192,16 @@ def _batches(documents: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, list
     yield from ((is_val, batch) for is_val, batch in zip((False, True), batches, strict=True) if batch)
 
 
-def _map_ahead(
-    pool: ThreadPoolExecutor,
-    function: Callable[[list[str]], Encoded],
-    batches: Iterable[tuple[bool, list[str]]],
-    ahead: int,
-) -> Iterator[tuple[bool, list[str], Encoded]]:
-    """(is_val, batch, function(batch)) in order, with at most `ahead` batches in progress."""
-    waiting: deque[tuple[bool, list[str], Future[Encoded]]] = deque()
+def _encode_ahead(
+    pool: ThreadPoolExecutor, tokenizer: Tokenizer, batches: Iterable[tuple[bool, list[str]]], ahead: int
+) -> Iterator[tuple[bool, list[str], "Future[Encoded]"]]:
+    """(is_val, batch, its future `encode`) in order, with at most `ahead` batches in progress."""
+    queue: deque[tuple[bool, list[str], Future[Encoded]]] = deque()
     for is_val, batch in batches:
-        waiting.append((is_val, batch, pool.submit(function, batch)))
-        if len(waiting) >= ahead:
-            is_val, batch, future = waiting.popleft()
-            yield is_val, batch, future.result()
-    for is_val, batch, future in waiting:
-        yield is_val, batch, future.result()
+        queue.append((is_val, batch, pool.submit(encode, tokenizer, batch)))
+        if len(queue) >= ahead:
+            yield queue.popleft()
+    yield from queue
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> Encoded:
@@ -232,17 +217,14 @@ def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> Encoded:
     tokens = np.concatenate([part for array in arrays for part in (array, eos)])
 
     text = "\n".join([*documents, ""])  # one white-space byte after each document, in the place of its </s>
-    if text.isascii():
-        space = IS_SPACE[np.frombuffer(text.encode("ascii"), dtype=np.uint8)]
-        width = None
-    else:
-        codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        space = IS_SPACE[codes]
-        width = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+    ascii = text.isascii()
+    codes = np.frombuffer(text.encode("ascii" if ascii else "utf-32-le"), dtype=np.uint8 if ascii else "<u4")
+    space = IS_SPACE[codes]
     begins = ~space
     begins[1:] &= space[:-1]
-    first = np.flatnonzero(begins)  # where each word begins, in characters; for ASCII these are bytes
-    if width is not None:
+    first = np.flatnonzero(begins)  # the first character of each word; for ASCII also its byte
+    if not ascii:
+        width = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
         first = (np.cumsum(width) - width)[first]
 
     sizes = tokenizer.token_sizes.copy()
@@ -262,11 +244,8 @@ class _Writer:
         self.documents = self.tokens = self.words = self.bytes = 0
 
     def append(self, tokens: np.ndarray, words: np.ndarray, lengths: np.ndarray, byte_count: int) -> None:
-        for file, array in zip(
-            self.files,
-            (tokens.astype(self.dtype), words, (self.tokens + np.cumsum(lengths)).astype("<i8")),
-            strict=True,
-        ):
+        offsets = (self.tokens + np.cumsum(lengths)).astype("<i8")
+        for file, array in zip(self.files, (tokens.astype(self.dtype), words, offsets), strict=True):
             file.write(array.data)
         self.documents += len(lengths)
         self.tokens += len(tokens)
@@ -279,30 +258,24 @@ class _Writer:
         return {"documents": self.documents, "tokens": self.tokens, "words": self.words, "bytes": self.bytes}
 
 
-def _token_dtype(tokenizer: Tokenizer) -> DType:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+def _token_dtype(tokenizer: Tokenizer) -> str:
+    return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
 
 def _open(path: Path) -> Dataset:
-    """Raises UserError unless every file is what was written: a student would be trained on anything else silently."""
+    """The dataset in a folder of shards. Raises UserError if a file is damaged, rather than train on it silently."""
     try:
         require_whole(path, FILES)
     except UserError as error:
         raise UserError(f"{error}; delete {path} and run this again") from None
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-    dtypes = dict(zip(PARTS, (_token_dtype(tokenizer), np.dtype(np.uint8), np.dtype("<i8")), strict=True))
-    train, val = (
-        TokenFile(
-            **{part: _map(path / f"{name}.{part}", dtype) for part, dtype in dtypes.items()},
-            word_count=meta[name]["words"],
-            byte_count=meta[name]["bytes"],
-        )
-        for name in ("train", "val")
-    )
-    return Dataset(tokenizer, train, val, path)
 
+    def split(name: str) -> TokenFile:
+        arrays: dict[str, np.ndarray] = {}
+        for part, dtype in zip(PARTS, (_token_dtype(tokenizer), "u1", "<i8"), strict=True):
+            file = path / f"{name}.{part}"  # an empty file cannot be mapped
+            arrays[part] = np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
+        return TokenFile(**arrays, word_count=meta[name]["words"], byte_count=meta[name]["bytes"])
 
-def _map(path: Path, dtype: DType) -> np.ndarray:
-    """A whole file as a read-only array."""
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+    return Dataset(tokenizer, split("train"), split("val"), path)

@@ -49,11 +49,11 @@ class Tokenizer:
     """
 
     def __init__(self, json_text: str):
-        """From the text of a tokenizer.json for byte-level BPE with GPT-2's split, such as `train` makes. Raises
-        ValueError, KeyError or TypeError for any other."""
+        """json_text: a tokenizer.json for byte-level BPE with GPT-2's split, as `train` makes. Raises ValueError,
+        KeyError or TypeError for any other."""
         self.json = json_text
-        self.token_bytes, specials = _token_bytes(json.loads(json_text))
-        self.specials = specials
+        self.token_bytes, self.specials = _token_bytes(json.loads(json_text))
+        specials = self.specials
         eos = next((specials[name] for name in END_NAMES if name in specials), None)
         if eos is None:
             raise ValueError(f"it has no end token {' or '.join(END_NAMES)}")
@@ -66,11 +66,9 @@ class Tokenizer:
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn up to `vocab_size` tokens from a stream; memory grows with the number of distinct words only.
-
-        A corpus with too few repeated pairs yields fewer tokens, with one line on stderr. Raises UserError if
-        `vocab_size` is below MIN_VOCAB.
-        """
+        """A tokenizer of up to `vocab_size` tokens, trained on a stream; memory grows with the distinct words only. A
+        corpus with too few repeated pairs yields fewer tokens, with one line on stderr. Raises UserError if
+        `vocab_size` is below MIN_VOCAB."""
         if vocab_size < MIN_VOCAB:
             raise UserError(
                 f"a vocabulary of {vocab_size} is too small: {len(SPECIALS)} special tokens and 256 bytes "
@@ -91,21 +89,12 @@ class Tokenizer:
         bpe.train_from_iterator(documents, trainer)
         tokenizer = cls(bpe.to_str())
         if tokenizer.vocab_size < vocab_size:
-            print(
-                f"tokenizer: the corpus is too small for {vocab_size} tokens; it yields {tokenizer.vocab_size}",
-                file=sys.stderr,
-            )
+            message = f"tokenizer: the corpus is too small for {vocab_size} tokens; it yields {tokenizer.vocab_size}"
+            print(message, file=sys.stderr)
         return tokenizer
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json atomically."""
-        path = Path(path)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(self.json)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        Path(path).write_text(self.json, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
@@ -137,8 +126,8 @@ class Tokenizer:
 
 
 def _token_bytes(spec: dict[str, Any]) -> tuple[list[bytes], dict[str, int]]:
-    """The bytes of each id and the ids of the special tokens, from a parsed tokenizer.json. Raises ValueError with the
-    first thing in it that `Tokenizer` does not support."""
+    """The bytes of each id and the ids of the special tokens, from a parsed tokenizer.json. Raises ValueError with
+    the first unsupported setting."""
     model, split = spec["model"], spec["pre_tokenizer"]
     if model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback") or model.get("ignore_merges"):
         raise ValueError("its model is not plain BPE")

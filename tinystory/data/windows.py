@@ -1,8 +1,8 @@
-"""The sequences that a student reads: documents packed whole, or a stream of them cut every `context` tokens.
+"""Training sequences: documents packed whole, or a stream of them cut every `context` tokens.
 
-In a stream most sequences begin in the middle of a story, and the student reads about people whom nobody has
-introduced. Packed, a document is cut only where it is longer than a sequence, as by Ding et al. 2024 (arXiv
-2404.10830), and a student of the same words tells better stories (docs/results.md).
+In a stream most sequences begin in the middle of a story, with characters that were introduced before it. With packing,
+only documents longer than a sequence are cut (Ding et al. 2024, arXiv 2404.10830), and a student trained on as many
+words tells better stories (docs/results.md).
 """
 
 from bisect import bisect_left, insort
@@ -15,10 +15,10 @@ from tinystory.run.errors import UserError
 
 
 class Windows:
-    """Sequences of `context` tokens and the one after them, shuffled with the seed anew in each epoch."""
+    """Sequences of `context` + 1 tokens, inputs and shifted targets, shuffled anew in each epoch."""
 
     def __init__(self, file: TokenFile, context: int, batch_size: int, seed: int, packing: str):
-        """packing: "whole" or "stream". Raises UserError for a file of less than one sequence."""
+        """packing: "whole" or "stream". Raises UserError for a file shorter than one sequence."""
         self.file, self.context, self.batch_size, self.seed = file, context, batch_size, seed
         if len(file) <= context:
             raise UserError(
@@ -29,7 +29,7 @@ class Windows:
         if packing == "stream":  # the last piece is shorter
             self.pieces = self.pieces[self.pieces[:, 1] - self.pieces[:, 0] == context]
         self.epoch, self.order = 0, self._shuffled(0)
-        self.count = len(self.order)  # in every epoch, for it depends on the lengths alone
+        self.count = len(self.order)  # the same in every epoch: it depends on the lengths alone
 
     def batch(self, number: int) -> tuple[torch.Tensor, int]:
         """Batch `number`, the same at each call: tokens, (batch_size, context + 1) int64, and the number of words that
@@ -39,8 +39,8 @@ class Windows:
         return torch.from_numpy(self.file.tokens[at].astype(np.int64)), words
 
     def _places(self, index: int) -> np.ndarray:
-        """(context + 1,) int64: where the tokens of a sequence are in the file. Room that its pieces leave is filled
-        with the beginning of what follows the last of them."""
+        """(context + 1,) int64: positions of a sequence's tokens in the file. Room that its pieces leave is filled with
+        the tokens that follow the last piece in the file."""
         epoch, place = divmod(index, self.count)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, self._shuffled(epoch)
@@ -54,8 +54,8 @@ class Windows:
 
 
 def pieces(file: TokenFile, context: int, packing: str) -> np.ndarray:
-    """(n, 3) int64: where each piece begins and ends in the file, and whether a document begins with it. Documents are
-    cut every `context` tokens; "stream" takes all of them, less the first token, for one."""
+    """(n, 3) int64: begin and end of each piece in the file, and whether a document begins with it. Documents are cut
+    every `context` tokens; "stream" cuts the file as one document, without its first token."""
     bounds = file.offsets if packing == "whole" else np.array([1, len(file)])
     counts = -(-np.diff(bounds) // context)
     document = np.repeat(np.arange(len(counts)), counts)
@@ -65,9 +65,9 @@ def pieces(file: TokenFile, context: int, packing: str) -> np.ndarray:
 
 
 def pack(pieces: np.ndarray, context: int, order: np.ndarray) -> list[list[int]]:
-    """Sequences of pieces that have room for `context` tokens, by best fit: the longest piece first, each into the
-    sequence with the least room that holds it. Among equals, and of sequences and within them, the order is `order`,
-    (n,) int64; but a piece from the middle of a document goes before beginnings."""
+    """Sequences of up to `context` tokens, as lists of pieces, by best-fit decreasing: the longest piece first, each
+    into the sequence with the least sufficient room. `order`, (n,) int64, breaks ties and is the order of the sequences
+    and of the pieces within them, except that pieces from the middle of a document go first."""
     rank = np.argsort(order)
     lengths = pieces[:, 1] - pieces[:, 0]
     by_room: list[list[list[int]]] = [[] for _ in range(context + 1)]
@@ -85,11 +85,11 @@ def pack(pieces: np.ndarray, context: int, order: np.ndarray) -> list[list[int]]
         if not by_room[room - length]:
             insort(rooms, room - length)
         by_room[room - length].append(sequence)
-    packed = [sorted(sequence, key=lambda p: (pieces[p, 2], rank[p])) for each in by_room for sequence in each]
+    packed = [sorted(sequence, key=lambda p: (pieces[p, 2], rank[p])) for group in by_room for sequence in group]
     return sorted(packed, key=lambda sequence: rank[sequence[0]])
 
 
 def places(sequence: np.ndarray) -> np.ndarray:
-    """(tokens + 1,) int64: where the pieces' tokens are in the file, and before them the one before the first. It is -1
-    before the first document: the last token, which is `</s>`, too."""
+    """(tokens + 1,) int64: positions of the pieces' tokens in the file, preceded by that of the token before them (-1,
+    the last token of the file and also `</s>`, before the first document)."""
     return np.concatenate([sequence[:1, 0] - 1, *(np.arange(begin, end) for begin, end, _ in sequence)])

@@ -1,4 +1,4 @@
-"""Which device, which precision, and how a run is asked to end."""
+"""Precision, copies between host and device, timing and memory of a device, and signals that end a run."""
 
 import contextlib
 import math
@@ -21,17 +21,13 @@ from tinystory.run.folder import RunLog
 
 def cpu_has_bf16() -> bool:
     """True where bf16 matmuls run in hardware; elsewhere they would be emulated, slower than float32."""
-    return any(cpu_flag(name) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-
-
-def cpu_flag(name: str) -> bool:
-    """A private function of torch.cpu; False in versions of torch that do not have it."""
-    return getattr(torch.cpu, name, bool)()
+    flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, and not in every version of torch
+    return any(getattr(torch.cpu, flag, bool)() for flag in flags)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """dtype of the matmuls. auto: bfloat16 where the hardware has it. tf32: float32, whose GEMMs a GPU rounds to 11
-    significant bits, in this whole process; UserError on a CPU."""
+    """dtype of the matmuls. auto: bfloat16 where the hardware has it. tf32: float32, with GEMMs that round their inputs
+    to 11 significant bits, in this whole process; UserError on a CPU."""
     if name == "tf32":
         if device.type != "cuda":
             raise UserError("--dtype tf32 needs a GPU: on a CPU give --dtype float32 or bfloat16")
@@ -39,18 +35,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.float32
     if name != "auto":
         return getattr(torch, name)
-    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
-    return torch.bfloat16 if has else torch.float32
+    supported = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+    return torch.bfloat16 if supported else torch.float32
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """x, on the CPU, on the device. Waits for nothing that a GPU is still computing."""
+    """A copy on the device of x, which is on the CPU. Does not wait for the GPU."""
     pinned = device.type == "cuda"
     return (x.pin_memory() if pinned else x).to(device, non_blocking=pinned)
 
 
 class Download:
-    """A copy of x on the CPU, under way: what is launched after it does not delay it."""
+    """An asynchronous copy of x to the CPU; kernels launched after it do not delay it."""
 
     def __init__(self, x: Tensor):
         pinned = x.is_cuda
@@ -67,12 +63,13 @@ class Download:
 
 
 class StepLog:
-    """Writes the metrics of steps that a GPU may still be computing, in order. step_tokens: tokens per step."""
+    """Writes the metrics of pretraining steps, in order, while a GPU may still be computing later ones. step_tokens:
+    tokens per step."""
 
     def __init__(self, log: RunLog, bar: tqdm, step_tokens: int):
         self.log, self.bar, self.step_tokens = log, bar, step_tokens
         self.launched: deque[tuple[float, Download, dict[str, Any]]] = deque()
-        self.last_end = 0.0  # when the last step was seen to be finished
+        self.last_end = 0.0  # time at which the last written step had ended
         self.metrics: dict[str, Any] = {}  # of the last step written
 
     def launch(self, began: float, statistics: Download, **metrics: Any) -> None:
@@ -80,8 +77,8 @@ class StepLog:
         self.launched.append((began, statistics, metrics))
 
     def write(self, ahead: int, validate: Callable[[], dict[str, float]] | None = None) -> None:
-        """Waits for all launched steps but the last `ahead` and writes their metrics, validating after the last one.
-        Raises UserError for a loss that is not finite."""
+        """Wait for all launched steps but the last `ahead`, and write their metrics, with a validation after the very
+        last one. Raises UserError for a loss that is not finite."""
         while len(self.launched) > ahead:
             began, statistics, metrics = self.launched.popleft()
             loss, grad_norm = statistics.wait().tolist()
@@ -104,14 +101,14 @@ class StepLog:
 
 
 def now(device: torch.device) -> float:
-    """Seconds of a clock, when all that was launched on the device is done."""
+    """Seconds of a clock, once the device has finished all launched work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def peak_memory_mb(device: torch.device) -> int:
-    """Peak memory in MiB: on a GPU that of torch's tensors, else the resident memory of this process."""
+    """Peak memory in MiB: on a GPU of torch's tensors, otherwise of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -119,21 +116,21 @@ def peak_memory_mb(device: torch.device) -> int:
 
 
 class Stop:
-    """Ctrl-C, SIGTERM or SIGHUP (the terminal is gone; nohup ignores it) once: `requested` turns true and the loop ends
-    after the step. Ctrl-C or SIGTERM after that: at once. (After Ctrl-C the reader of a pipe has gone too, which
-    errors.Output says by SIGHUP.)"""
+    """`requested` turns true at the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal; nohup ignores it), and the loop
+    ends after the step. A later Ctrl-C or SIGTERM ends it at once; a later SIGHUP does not, because Ctrl-C also ends
+    the reader of a pipe, for which errors.Output sends one."""
 
     def __init__(self) -> None:
         self.requested = Output.reader_gone
 
     def check(self) -> None:
-        """Raise Interrupted if an end was asked for: for waits that may be long and can be given up."""
+        """Raises Interrupted if an end was requested. For long waits that can be given up."""
         if self.requested:
             raise Interrupted
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
-        def ask(signum: int, frame: FrameType | None) -> None:
+        def handle(signum: int, frame: FrameType | None) -> None:
             if self.requested and signum != signal.SIGHUP:
                 raise KeyboardInterrupt
             self.requested = True
@@ -141,7 +138,7 @@ class Stop:
         signals = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             signals.append(signal.SIGHUP)
-        before = {s: signal.signal(s, ask) for s in signals}
+        before = {s: signal.signal(s, handle) for s in signals}
         try:
             yield self
         finally:

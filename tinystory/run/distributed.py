@@ -1,7 +1,7 @@
 """Data parallelism over the processes that torchrun starts: a handful of collectives, and no wrapper around the model.
 
 Every process holds the whole student and optimiser. Each computes its shard of a step's rows, gradients are summed, and
-all take the same optimiser step, so N processes compute what one does, up to the order of sums. Only rank 0 talks to
+all take the same optimiser step, so the result is that of one process, up to the order of sums. Only rank 0 talks to
 the teacher, prints and writes. Without torchrun there is one process, and everything here is a no-op.
 """
 
@@ -26,7 +26,7 @@ from tinystory.run.errors import TORCHRUN, Interrupted, PeerLost, UserError
 T = TypeVar("T")
 Rows = TypeVar("Rows", Tensor, list)
 BUCKET = 1 << 24  # elements per all-reduce: enough to saturate the network, few beside all gradients
-GRACE_S = 300.0  # to end a step and save, after torchrun was killed
+GRACE_S = 300.0  # for ending a step and saving, after torchrun was killed
 # Messages of gloo, NCCL and torch's store.
 CONNECTION_LOST = re.compile("connect|broken pipe|socket|timed out|timeout|remote process|network|recv", re.I)
 TIMEOUT = datetime.timedelta(hours=6)  # of a collective: the other ranks wait for rank 0, which waits for the teacher
@@ -34,8 +34,7 @@ TIMEOUT = datetime.timedelta(hours=6)  # of a collective: the other ranks wait f
 
 def start(device: str) -> None:
     """Join the processes that torchrun started. With a GPU ("auto" or "cuda") each takes the one of its local rank.
-
-    Raises UserError if there is not one GPU per process, or if torchrun's variables are only in part there."""
+    Raises UserError if there is not one GPU per process, or if some of torchrun's variables are missing."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
     if missing := [name for name in TORCHRUN if name not in os.environ]:
@@ -45,11 +44,11 @@ def start(device: str) -> None:
         )
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
-        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if here > gpus or device not in ("auto", "cuda"):
+        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if processes > gpus or device not in ("auto", "cuda"):
             raise UserError(
-                f"{here} processes need {here} GPUs, one each, and this machine has {gpus}: set --nproc-per-node to "
-                f"{gpus} and leave --device out, or give --device cpu"
+                f"{processes} processes need {processes} GPUs, one each, and this machine has {gpus}: set "
+                f"--nproc-per-node to {gpus} and leave --device out, or give --device cpu"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
@@ -60,8 +59,8 @@ def start(device: str) -> None:
 
 
 def follow(parent: int) -> None:
-    """End this process after `parent`, torchrun, which cannot end it once it has been killed: first as Ctrl-C does, so
-    that the step is ended and saved, and after GRACE_S at once."""
+    """End this process when its parent, torchrun, has been killed: first as Ctrl-C does, so that the run is saved after
+    the step, and after GRACE_S at once."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -71,7 +70,7 @@ def follow(parent: int) -> None:
 
 @contextlib.contextmanager
 def peers() -> Iterator[None]:
-    """Around each collective: what gloo or NCCL raises when another process has ended becomes PeerLost."""
+    """Around each collective: the error of gloo or NCCL when another process has ended becomes PeerLost."""
     try:
         yield
     except RuntimeError as error:
@@ -136,9 +135,9 @@ def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
     bucket: list[Tensor] = []
     for p in [*parameters, None]:
         if p is None or sum(g.numel() for g in bucket) >= BUCKET:
-            flat = all_reduce_sum(torch.cat([g.flatten() for g in bucket]))
-            for g, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                g.copy_(summed.view_as(g))
+            sums = all_reduce_sum(torch.cat([g.flatten() for g in bucket]))
+            for g, total in zip(bucket, sums.split([g.numel() for g in bucket]), strict=True):
+                g.copy_(total.view_as(g))
             bucket = []
         if p is not None:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -171,15 +170,15 @@ def rank0_value(make: Callable[[], T]) -> T:
 
 
 def rank0_first(make: Callable[[], T]) -> T:
-    """Run `make` on rank 0, then on the other ranks; what rank 0 raises is raised on every rank."""
-    made: list[T] = []
-    rank0_value(lambda: made.append(make()))
-    return made[0] if made else make()
+    """Run `make` on rank 0, then on the other ranks; an error of rank 0 is raised on every rank."""
+    values: list[T] = []
+    rank0_value(lambda: values.append(make()))
+    return values[0] if values else make()
 
 
 @contextlib.contextmanager
 def on_rank0(context: contextlib.AbstractContextManager) -> Iterator[None]:
-    """Enter the context on rank 0 only; what it raises there is raised on every rank."""
+    """Enter the context on rank 0 only; an error there is raised on every rank."""
     with contextlib.ExitStack() as stack:
         rank0_value(lambda: stack.enter_context(context) and None)
         yield
@@ -192,4 +191,4 @@ def all_gather_list(items: list[T]) -> list[T]:
     lists: list[Any] = [None] * world_size()
     with peers():
         dist.all_gather_object(lists, items)
-    return [item for each in lists for item in each]
+    return [item for part in lists for item in part]

@@ -1,7 +1,7 @@
-"""The error for everything that the user can fix, and `command`, which every command's main() goes through.
+"""The error for everything that the user can fix, and `command`, the decorator of every command's main().
 
-Commands print an error as one sentence and exit with code 2. Where nobody reads what is printed any more (`| head -1`),
-a training run is saved and ended, as when a terminal closes, and every other command goes on to its end, quietly.
+Commands print an error as one sentence and exit with code 2. When the reader of their output has gone (`| head -1`), a
+training run is saved and ended, as when a terminal closes; every other command goes on to its end, quietly.
 """
 
 import contextlib
@@ -23,9 +23,8 @@ from tinystory.run.text import printable
 P = ParamSpec("P")
 T = TypeVar("T")
 READER_GONE = 128 + signal.SIGPIPE  # exit code, as a shell gives it
-TORCHRUN = (  # what torchrun sets
-    "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-)  # fmt: skip
+# The environment variables that torchrun sets.
+TORCHRUN = "TORCHELASTIC_RUN_ID RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
 # Messages of Python, torch and the C++ library.
 NO_MEMORY = re.compile(
     "allocate memory|out of memory|bad_alloc|map segment|start new thread|Resource temporarily unavailable", re.I
@@ -45,21 +44,21 @@ class UserError(Exception):
 
 
 class PeerLost(UserError):
-    """Another process of a torchrun run has ended; any that is left says so."""
+    """Another process of a torchrun run has ended; every rank may print this error."""
 
 
 class Interrupted(Exception):
-    """The user asked the run to end; what is finished is to be saved."""
+    """The user asked the run to end; the finished steps are to be saved."""
 
 
 def advice(error: Exception) -> str:
-    """What to do about a file that cannot be written."""
+    """Advice for a file that cannot be written."""
     return ADVICE.get(getattr(error, "errno", None) or errno.ENOSPC, "choose another folder")
 
 
 def shortage(error: Exception) -> str:
-    """One sentence for an error that says that the machine has no more memory, threads, files or disk space, or that a
-    name is too long; "" for any other."""
+    """One sentence for an error of exhausted memory, threads, files or disk space, or of a name that is too long, else
+    an empty string."""
     text = " ".join(str(error).split())[:200]
     if isinstance(error, MemoryError) or NO_MEMORY.search(text):
         return (
@@ -70,10 +69,10 @@ def shortage(error: Exception) -> str:
 
 
 class Output(io.FileIO):
-    """stdout or stderr. When its reader has gone, what is still printed is dropped, and a run that listens to SIGHUP,
-    as of a terminal that closes, is sent one."""
+    """stdout or stderr. When its reader has gone, further output is dropped, and a run that handles SIGHUP, the signal
+    of a closed terminal, is sent one."""
 
-    reader_gone = False  # of either
+    reader_gone = False  # of stdout or stderr
 
     def write(self, data: Any) -> int:
         try:
@@ -92,8 +91,8 @@ class Output(io.FileIO):
 
 
 def open_outputs() -> None:
-    """Make stdout and stderr an `Output` each, which escapes what its encoding lacks. A stream that was closed before
-    the start becomes /dev/null: else the next file to be opened gets its descriptor, and what is printed with it."""
+    """Make stdout and stderr an `Output` each, which escapes characters that its encoding lacks. A stream that was
+    closed before the start becomes /dev/null: else the next file to be opened gets its descriptor, and its output."""
     for name in ("stdin", "stdout", "stderr"):
         stream: TextIO | None = getattr(sys, name)
         if stream is None:
@@ -116,8 +115,8 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             result = main(*args, **kwargs)
             sys.stdout.flush()
         except UserError as error:
-            started = all(name in os.environ for name in TORCHRUN)  # then one process is enough
-            if not started or os.environ["RANK"] == "0" or isinstance(error, PeerLost):
+            torchrun = all(name in os.environ for name in TORCHRUN)  # then rank 0 speaks for all
+            if not torchrun or os.environ["RANK"] == "0" or isinstance(error, PeerLost):
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except (MemoryError, OSError, RuntimeError, ImportError) as error:

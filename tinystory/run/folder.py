@@ -1,10 +1,10 @@
 """A run's folder: config.json, metrics.jsonl (one object per step) and stories.jsonl (one object per story).
 
 Records are written as whole lines, unbuffered, so a killed run leaves at most an incomplete last line, which readers
-skip. A resumed run first truncates both files to the step of its checkpoint. One process at a time writes (`held`).
+skip. A resumed run first truncates these files to the step of its checkpoint. One process at a time writes (`held`).
 
-What is read back may have been cut, edited or written by something else: each kind of file has one reader here, which
-checks names, types and sizes, so that whatever uses the records need not.
+A folder may have been cut, edited or written by something else: each kind of file has one reader here, which checks
+names, types and sizes, so that the users of its records need not.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+from tinystory import __version__
 from tinystory.run.errors import UserError, advice
 from tinystory.run.paths import ROOT
 
@@ -31,7 +32,7 @@ Fields: TypeAlias = dict[str, tuple[type, ...]]
 
 CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"  # stories to held-out openings
-OPINIONS = "opinions.jsonl"  # what other judges say of the run's stories (scripts/agreement.py)
+OPINIONS = "opinions.jsonl"  # scores of the run's stories by other judges (scripts/agreement.py)
 PREFERENCES = "preferences.jsonl"  # choices between its stories before and after (teach.py and evaluate.py --compare)
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -39,16 +40,16 @@ LONGEST = 1 << 26  # bytes of a JSON file, or of a line of records
 LARGEST = 1e100  # of a number in a record
 
 _NUMBER = (int, float, type(None))
-_TOLD: Fields = {"opening": (str,), "story": (str,), "scores": (dict, type(None))}
-_STORY: Fields = _TOLD | {
+_GRADED: Fields = {"opening": (str,), "story": (str,), "scores": (dict, type(None))}
+_STORY: Fields = _GRADED | {
     "step": (int,), "index": (int,), "reply": (str, type(None)), "reward": _NUMBER, "words": (int,), "ended": (str,),
 }  # fmt: skip
-FIELDS: dict[str, Fields] = {  # what each record has at least
+FIELDS: dict[str, Fields] = {  # that each record has at least
     METRICS: {"step": (int,)},
     STORIES: _STORY,
     EVALUATIONS: _STORY,
     SAMPLES: _STORY | {"when": (str,)},
-    OPINIONS: _TOLD | {"judge": (str,), "score": _NUMBER},
+    OPINIONS: _GRADED | {"judge": (str,), "score": _NUMBER},
     PREFERENCES: {"key": (str,), "choice": (str, type(None)), "by": (str,)},
 }
 
@@ -95,9 +96,9 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, made if need be, for the block, by a lock of the operating system's: it ends with the
-    process, however that ends. Of a block that writes nothing, nothing is left. Raises UserError, naming the holder,
-    if another process holds it."""
+    """Hold a run's folder, created if need be, for the block. The operating system's lock is released however the
+    process ends. Directories created here are removed again if nothing was written to them. Raises UserError, naming
+    the holder, if another process holds the folder."""
     folder, path = Path(folder), Path(folder) / LOCK
     try:
         new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -131,8 +132,8 @@ def held(folder: Path) -> Iterator[None]:
                     parent.rmdir()
 
 
-class RunLog:
-    """Opens a run's folder for writing.
+class RunLog(contextlib.ExitStack):
+    """Writes the records of a run. As a context manager it closes its files.
 
     resume_step: None for a new run, else the step of the checkpoint that the run continues from (0: from the start);
     records of later steps are dropped. writes: False in all processes but one. Raises UserError if a new run would
@@ -140,9 +141,8 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, *, resume_step: int | None, writes: bool = True):
-        self.folder = Path(folder)
-        self.resume_step = resume_step
-        self.writes = writes
+        super().__init__()
+        self.folder, self.resume_step, self.writes = Path(folder), resume_step, writes
         self._files: dict[str, IO[bytes]] = {}
         if not writes:
             return
@@ -168,7 +168,6 @@ class RunLog:
             return
         import torch  # imported here because reports do not need it
 
-        path = self.folder / CONFIG
         before = read_config(self.folder) if self.resume_step is not None else {}
         at, threads, device = timestamp(), torch.get_num_threads(), options.get("device") or "cpu"
         if device == "cpu" and before.get("threads", threads) != threads:
@@ -179,19 +178,11 @@ class RunLog:
         resumed = before.get("resumed", [])
         if before:
             resumed.append({"step": self.resume_step, "at": at})
-        record = {
-            "options": options,
-            "versions": versions(),
-            "device": device_name(device),
-            "threads": threads,
-            "git_commit": git_commit(),
-            "started": before.get("started", at),
-            "resumed": resumed,
-        }
-        text = json.dumps(record, indent=2, default=str)
+        machine = dict(versions=versions(), device=device_name(device), threads=threads, git_commit=git_commit())
+        record = dict(options=options, **machine, started=before.get("started", at), resumed=resumed)
         # A password in a URL (https://user:password@host) must not be recorded.
-        text = re.sub(r'(?<=://)[^/@\s"]+@', "", text)
-        atomic_write(path, text + "\n")
+        text = re.sub(r'(?<=://)[^/@\s"]+@', "", json.dumps(record, indent=2, default=str))
+        atomic_write(self.folder / CONFIG, text + "\n")
 
     def metrics(self, *, step: int, **values: Any) -> None:
         """Append the record of one step. Floats keep 7 significant digits; NaN and infinity become null."""
@@ -202,7 +193,7 @@ class RunLog:
         self._append(STORIES, records)
 
     def evaluations(self, records: Sequence[Record]) -> None:
-        """The same for stories to held-out openings, from which nothing is learned."""
+        """The same for an evaluation's stories, which nothing is learned from."""
         self._append(EVALUATIONS, records)
 
     def _append(self, name: str, records: Sequence[Record]) -> None:
@@ -212,22 +203,11 @@ class RunLog:
         path = self.folder / name
         try:
             if name not in self._files:
-                self._files[name] = open(path, "ab", buffering=0)  # noqa: SIM115  (open for the whole run)
+                self._files[name] = self.enter_context(open(path, "ab", buffering=0))  # noqa: SIM115
             while lines:  # an unbuffered write may be partial, as on a nearly full disk
                 lines = lines[self._files[name].write(lines) :]
         except OSError as error:
             raise cannot_write(path, error) from error
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def timestamp() -> str:
@@ -236,7 +216,7 @@ def timestamp() -> str:
 
 
 def parse_object(text: bytes | str) -> Record:
-    """The JSON object that the text is. Raises ValueError for anything else, NaN and Infinity in it too."""
+    """The JSON object in a text. Raises ValueError for anything else, and for NaN or Infinity in it."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"it holds {name}")
@@ -250,23 +230,28 @@ def parse_object(text: bytes | str) -> Record:
     return value
 
 
+@contextlib.contextmanager
+def open_bytes(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file to read in the block, in which OSError and ValueError become a UserError without advice."""
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
 def read_text(path: Path) -> str:
     """The text of a regular file. Raises UserError, without advice, for anything else: a file of over LONGEST bytes,
     with NUL characters, or not in UTF-8."""
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a regular file")
-        with open(path, "rb") as file:
-            content = file.read(LONGEST + 1)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} cannot be read: it is not a regular file")
+    with open_bytes(path) as file:
+        content = file.read(LONGEST + 1)
         if len(content) > LONGEST:
             raise ValueError(f"it is over {LONGEST >> 20} MB")
         if b"\0" in content:
             raise ValueError("it holds NUL characters")
         return content.decode()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def read_object(path: Path) -> Record:
@@ -280,12 +265,9 @@ def read_object(path: Path) -> Record:
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal. Raises UserError, without advice, if it cannot be read."""
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while data := file.read(1 << 20):
-                digest.update(data)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    with open_bytes(path) as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
     return digest.hexdigest()
 
 
@@ -298,7 +280,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def require_whole(folder: Path, names: Iterable[str]) -> None:
-    """Raises UserError, naming the file, unless each of these files in a folder is what its MANIFEST says."""
+    """Raises UserError, naming the file, unless these files of a folder are as its MANIFEST describes them."""
     manifest = read_object(folder / MANIFEST)
     for name in names:
         path = folder / name
@@ -309,31 +291,32 @@ def require_whole(folder: Path, names: Iterable[str]) -> None:
 
 
 def read_config(folder: Path) -> Record:
-    """The object in config.json; {} if there is no such file. Raises UserError if it is not what RunLog.config
-    writes."""
+    """The object in config.json; {} if there is no such file. Raises UserError unless it is as RunLog.config writes
+    it."""
     path = Path(folder) / CONFIG
     if not path.exists():
         return {}
-    advice = "restore it from a copy, or start a new run in another --out"
     try:
         config = read_object(path)
+        for name, kind in {"options": dict, "started": str, "device": str, "resumed": list}.items():
+            if not isinstance(config.get(name), kind):
+                raise UserError(f"{path} is damaged: its {name!r} is missing or of another type")
+        if not _is_time(config["started"]):
+            raise UserError(f"{path} is damaged: its 'started' is not a time")
     except UserError as error:
-        raise UserError(f"{error}; {advice}") from error
-    kinds: Fields = {"options": (dict,), "started": (str,), "device": (str,), "resumed": (list,)}
-    wrong = [name for name, kind in kinds.items() if not isinstance(config.get(name), kind)]
-    try:
-        datetime.datetime.fromisoformat(str(config.get("started")))
-    except ValueError:
-        wrong.append("started")
-    if wrong:
-        raise UserError(f"{path} is damaged: its {wrong[0]!r} is missing or of another kind; {advice}")
+        raise UserError(f"{error}; restore it from a copy, or start a new run in another --out") from error
     return config
 
 
+def _is_time(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(datetime.datetime.fromisoformat(text))
+    return False
+
+
 def recorded_options(folder: Path) -> Record:
-    """The options of a run that is to be resumed. Raises UserError if they are not known."""
-    config = read_config(folder)
-    if config:
+    """The options of a run to be resumed. Raises UserError if they are not known."""
+    if config := read_config(folder):
         return config["options"]
     if holds_run(Path(folder)):
         raise UserError(
@@ -359,52 +342,43 @@ def read_stories(folder: Path) -> Iterator[Record]:
 
 def read_records(path: Path) -> Iterator[Record]:
     """The records of a JSON Lines file, each with the FIELDS of its kind; none if it is missing. An incomplete last
-    line is skipped.
-
-    Raises UserError if any other line is not such a record: then something else has written to the file.
+    line is skipped. Raises UserError if any other line is not such a record: something else has written to the file.
     """
     if not path.exists():
         return
-    fields = FIELDS.get(path.name, {})
-    try:
-        with open(path, "rb") as file:
-            number, broken = 0, ""
-            while line := file.readline(LONGEST + 1):
-                number += 1
-                if broken:
-                    raise UserError(broken)
-                try:
-                    if len(line) > LONGEST:
-                        raise ValueError(f"it is over {LONGEST >> 20} MB")
-                    record = parse_object(line)
-                except ValueError as error:
-                    broken = f"line {number} of {path} is not a JSON object ({error}): fix or delete that line"
-                    continue
-                wrong = _misfit(record, fields)
-                if wrong:
-                    raise UserError(
-                        f"line {number} of {path} is not a record of a run ({wrong}): fix or delete that line"
-                    )
-                yield record
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    number, problem = 0, ""
+    with open_bytes(path) as file:
+        while line := file.readline(LONGEST + 1):
+            number += 1
+            if problem:  # in a line that is not the last one
+                raise UserError(problem)
+            try:
+                if len(line) > LONGEST:
+                    raise ValueError(f"it is over {LONGEST >> 20} MB")
+                record = parse_object(line)
+            except ValueError as error:
+                problem = f"line {number} of {path} is not a JSON object ({error}): fix or delete that line"
+                continue
+            if misfit := _misfit(record, FIELDS.get(path.name, {})):
+                raise UserError(f"line {number} of {path} is not a record of a run ({misfit}): fix or delete that line")
+            yield record
 
 
 def _misfit(record: Record, fields: Fields) -> str:
-    """What is wrong with a record; "" if nothing is."""
+    """Which of its fields makes a record invalid, and why; "" if all are valid."""
     for name, kinds in fields.items():
         if name not in record:
             return f"it has no {name!r}"
         if type(record[name]) not in kinds:
             return f"its {name!r} is {record[name]!r:.40}"
+        if kinds == (int,) and not 0 <= record[name] < 1 << 53:
+            return f"its {name!r} is negative or too large"
     numbers = [name for name, kinds in fields.items() if kinds == _NUMBER]
     for name, value in record.items() if fields is FIELDS[METRICS] else ((name, record[name]) for name in numbers):
         if type(value) not in (*_NUMBER, bool) and not name.startswith("teacher_"):
             return f"its {name!r} is {value!r:.40}"
         if isinstance(value, int | float) and not -LARGEST < value < LARGEST:
             return f"its {name!r} is too large"
-    if any(not 0 <= record[name] < 1 << 53 for name, kinds in fields.items() if kinds == (int,)):
-        return "a count in it is negative or too large"
     if "story" in fields and any(
         type(score) not in (int, float) or not 0 <= score <= 3 for score in (record["scores"] or {}).values()
     ):
@@ -425,9 +399,9 @@ def keep_until(path: Path, step: int) -> None:
 def plain(value: Any) -> Any:
     """value with JSON types: tensor and NumPy scalars become numbers, floats are rounded, non-finite ones are None."""
     if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float):
@@ -435,19 +409,12 @@ def plain(value: Any) -> Any:
     return value
 
 
-def versions() -> dict[str, str | None]:
+def versions() -> dict[str, str]:
     import torch  # imported here because reports do not need it
 
-    import tinystory
-
     # torch.__version__ names the build (+cpu, +cu128), which the metadata of PyPI's wheels do not.
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("numpy", "tokenizers", "tinystory"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # a clone without installation
-            found[package] = getattr(tinystory, "__version__", None) if package == "tinystory" else None
-    return found
+    libraries = {name: metadata.version(name) for name in ("numpy", "tokenizers")}
+    return {"python": platform.python_version(), "torch": torch.__version__} | libraries | {"tinystory": __version__}
 
 
 def device_name(device: str) -> str:
@@ -459,10 +426,10 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name(device)
     if kind != "cpu":
         return str(torch.device(device))
-    model = platform.processor() or platform.machine()
+    names: list[str] = []
     with contextlib.suppress(OSError):
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        model = names[0] if names else model
+    model = names[0] if names else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
 
@@ -473,7 +440,6 @@ def git_commit() -> str | None:
         return None
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        answer = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.check_output(describe, cwd=ROOT, stderr=subprocess.DEVNULL, text=True, timeout=20).strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None

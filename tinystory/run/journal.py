@@ -1,4 +1,4 @@
-"""An append-only file of JSON objects, one a line, that survives a kill at any instant."""
+"""An append-only file of JSON objects, one per line, that survives a kill at any instant."""
 
 import json
 import os
@@ -9,10 +9,8 @@ from tinystory.run.folder import Record, cannot_write, read_records
 
 class Journal:
     """The records of `path`, which is created with its folder. Each line reaches the disk before `append` returns. An
-    incomplete last line was being written when a process died, and is dropped.
-
-    Raises UserError if the file cannot be written, or holds something else.
-    """
+    incomplete last line was being written when a process died, and is dropped. Raises UserError if the file cannot be
+    written, or holds something else."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -21,9 +19,7 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  (open for as long as the process lives)
             self._file.seek(0)
-            held = self._file.read()
-            if held and not held.endswith(b"\n"):
-                self._file.truncate(held.rfind(b"\n") + 1)
+            self._file.truncate(self._file.read().rfind(b"\n") + 1)
         except OSError as error:
             raise cannot_write(self.path, error) from error
 

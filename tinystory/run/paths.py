@@ -1,4 +1,4 @@
-"""The cache folder, which keeps compiled kernels and tokenized corpora between runs; what commands are called."""
+"""The cache folder, for compiled kernels and tokenized corpora; the names of commands."""
 
 import os
 import re
@@ -12,9 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]  # a clone, or the site-packages of a
 
 def cache_dir() -> Path:
     """TINYSTORY_CACHE, else XDG_CACHE_HOME/tinystory, else ~/.cache/tinystory. Raises UserError if there is no home."""
-    own = os.environ.get("TINYSTORY_CACHE")
-    if own:
-        return Path(own)
+    if folder := os.environ.get("TINYSTORY_CACHE"):
+        return Path(folder)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinystory"
     except RuntimeError:

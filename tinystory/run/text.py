@@ -1,9 +1,9 @@
-"""What others wrote (a student, a server, the user's code) as text that a terminal and a model see as a person does."""
+"""Foreign text (a student's, a server's, a file's) without characters that a human reader does not see."""
 
 import re
 import unicodedata
 
-# Characters that are invisible to a person but not to a model: Unicode's Default_Ignorable_Code_Point beyond the
+# Characters that are invisible to a human but not to a model: Unicode's Default_Ignorable_Code_Point beyond the
 # categories in `_visible`, variation selectors (which can encode hidden text), fillers and the blank Braille cell.
 _IGNORABLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
@@ -11,11 +11,8 @@ _IGNORABLE = re.compile(
 
 
 def printable(text: str) -> str:
-    """`text` without control, invisible or unencodable characters, escape sequences among them.
-
-    Newlines stay. Other whitespace among the control characters, and the separators of lines and paragraphs, become a
-    space, so words stay apart. The function is idempotent.
-    """
+    """`text` without control, invisible or unencodable characters, escape sequences among them. Newlines stay; other
+    white space among these characters becomes a space, so words stay apart. Idempotent."""
     if text.isascii() and text.isprintable():
         return text
     return _IGNORABLE.sub("", "".join(map(_visible, text)))

@@ -70,8 +70,8 @@ class _Detail:
 
 
 class _Telling:
-    """The state of one story: facts, random numbers, probability of details. Uses only random.random(), the one method
-    whose sequence Python guarantees across versions."""
+    """The state of one story: facts, random numbers, probability of details. It uses only random.random(), the one
+    method whose sequence Python guarantees across versions."""
 
     def __init__(self, rng: random.Random, detail: float):
         self.random, self.detail = rng.random, detail

@@ -1,8 +1,8 @@
-"""The primer: very plain tales of two or three people and their things, which teach a small student who is who.
+"""The primer: very plain tales of two or three characters and their things, which teach a small student coreference.
 
-A name that has been told, and its he or she, are a fortieth of the tokens of a story: for a student of a million
-parameters they drown in everything else that there is to learn. Here they are nearly all that there is to learn, as in
-the first books that children read. Mixed with stories (`--corpus primer builtin`), what is learned here holds there.
+Repeated names, and the pronouns that refer to them, are a fortieth of a story's tokens: too few for a student of a
+million parameters, among everything else that there is to learn. Here they are nearly all that there is to learn, as in
+first readers for children. Mixed with stories (`--corpus primer builtin`), the coreference learned here transfers.
 """
 
 import random
@@ -21,7 +21,7 @@ PLACES = (
 ).split("/")
 T = TypeVar("T")
 
-# {a} and {b} are two of the people; {he}, {him}, {his}, {kind} and {thing} are a's.
+# {a} and {b} are two of the characters; {he}, {him}, {his}, {kind} and {thing} are a's.
 INTRODUCTIONS = (
     "{a} was a {kind}. {He} had a {color} {thing}.",
     "There was a {kind} named {a}. {He} had a {color} {thing}.",
@@ -46,8 +46,8 @@ EVENTS = (
 
 
 def tales(words: int, seed: int) -> Iterator[str]:
-    """Tales of 30 to 170 words, until at least `words` whitespace-separated words have been told. Only random.random()
-    is used, whose sequence Python guarantees: the same seed gives the same bytes."""
+    """Tales of 30 to 170 words, until they have at least `words` whitespace-separated words. Only random.random() is
+    used, whose sequence Python guarantees: the same seed gives the same bytes."""
     rng = random.Random(seed)
     while words > 0:
         tale = _tale(rng)
@@ -62,20 +62,20 @@ def _tale(rng: random.Random) -> str:
     def details() -> dict[str, str]:
         return {"color": pick(COLORS), "food": pick(FOODS), "place": pick(PLACES)}
 
-    people: list[dict[str, str]] = []
+    characters: list[dict[str, str]] = []
     for _ in range(pick((2, 2, 3))):
         she, child = pick((False, True)), pick((False, True))
         pronouns = ("she", "her", "her") if she else ("he", "him", "his")
         facts = dict(zip(("he", "him", "his"), pronouns, strict=True))
-        told = {value for person in people for value in person.values()}
+        used = {value for character in characters for value in character.values()}
         names = (GIRLS if she else BOYS) + ([] if child else CREATURES)
-        facts["a"] = pick([name for name in names if name not in told])
-        facts["thing"] = pick([thing for thing in THINGS if thing not in told])
+        facts["a"] = pick([name for name in names if name not in used])
+        facts["thing"] = pick([thing for thing in THINGS if thing not in used])
         facts["kind"] = ("girl" if she else "boy") if child else pick(KINDS)
-        people.append(facts | {key.title(): facts[key].title() for key in ("he", "his")})
-    sentences = [pick(INTRODUCTIONS).format(**person, **details()) for person in people]
+        characters.append(facts | {key.title(): facts[key].title() for key in ("he", "his")})
+    sentences = [pick(INTRODUCTIONS).format(**character, **details()) for character in characters]
     for _ in range(4 + int(rng.random() * 6)):
-        one = pick(people)
-        other = pick([person for person in people if person is not one])
+        one = pick(characters)
+        other = pick([character for character in characters if character is not one])
         sentences.append(pick(EVENTS).format(**one, b=other["a"], **details()))
     return grammar.ARTICLE.sub(r"\1n ", " ".join(sentences))
