@@ -9,7 +9,7 @@
 namespace ptx {
 namespace {
 
-constexpr uint64_t kLongest = 1ull << 28;  // instructions of all warps: more of them are a spin that never ends
+constexpr uint64_t kLongest = 1ull << 30;  // instructions of all warps: more of them are a spin that never ends
 constexpr unsigned kTurn = 200;            // instructions of a warp before it is another's turn, at most
 
 unsigned one_of(std::initializer_list<unsigned> choices) { return choices.begin()[simt::random() % choices.size()]; }
