@@ -25,10 +25,11 @@ from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import resolve
 from tinystory.report.run import write_report
 from tinystory.run import distributed
-from tinystory.run.device import Download, StepLog, Stop, peak_memory_mb, upload
+from tinystory.run.device import Download, Stop, peak_memory_mb, upload
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import RunLog, held
 from tinystory.run.paths import usage
+from tinystory.run.step_log import StepLog
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, generate

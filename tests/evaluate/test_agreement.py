@@ -17,10 +17,10 @@ TABLES = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, m
 
 def judge(name, rows, words=lambda i: 20) -> Rater:
     """A rater of stories 0, 1, 2 ... with these scores."""
-    found = Rater(name)
+    rater = Rater(name)
     for i, row in enumerate(rows):
-        found.add("Once", f"{i} " + "word " * words(i), dict(zip(NAMES, row, strict=True)), None)
-    return found
+        rater.add("Once", f"{i} " + "word " * words(i), dict(zip(NAMES, row, strict=True)), None)
+    return rater
 
 
 def drawn(seed, n=80):

@@ -51,9 +51,9 @@ async def later(desk, clock, seconds=desks.GRACE_S):
 
 def grade(desk, who, scores=GOOD, **more):
     """Grade what lies before this person; returns the story."""
-    shown = desk.state(who)["item"]
-    desk.do(who, "grade", {**shown, "scores": scores, "seconds": 3.14159, **more})
-    return shown["story"]
+    item = desk.state(who)["item"]
+    desk.do(who, "grade", {**item, "scores": scores, "seconds": 3.14159, **more})
+    return item["story"]
 
 
 def lines(tmp_path):
@@ -107,8 +107,8 @@ def test_the_way_back_leads_to_the_story_before_until_all_are_handed_in(tmp_path
         tasks = await asked(desk, "a", "b", "c")
         grade(desk, "ada"), grade(desk, "ada")
         desk.do("ada", "back", {})
-        shown = desk.state("ada")["item"]
-        assert shown["story"] == "b" and shown["scores"] == GOOD and shown["again"] and not shown["late"]
+        item = desk.state("ada")["item"]
+        assert item["story"] == "b" and item["scores"] == GOOD and item["again"] and not item["late"]
         desk.do("ada", "back", {})
         assert grade(desk, "ada", POOR) == "a" and grade(desk, "ada") == "c"
         await later(desk, clock)
@@ -194,15 +194,15 @@ def test_a_trainer_that_hangs_up_and_comes_back_finds_its_story_where_it_was(tmp
         await later(desk, clock)
         assert task.result() == GOOD
         (task,) = await asked(desk, "b")
-        shown = desk.state("ada")["item"]
+        item = desk.state("ada")["item"]
         task.cancel()
         await asyncio.sleep(0)
         await later(desk, clock, desks.FORGET_S + 1)
         assert desk.state("ada")["item"] is None and desk.state("ada")["left"] == 0
-        desk.do("ada", "grade", {**shown, "scores": GOOD})  # by a page that has not noticed
+        desk.do("ada", "grade", {**item, "scores": GOOD})  # by a page that has not noticed
         assert await desk.ask("Once", "b") == GOOD
         with pytest.raises(Mistake, match="not what was asked"):
-            desk.do("ada", "grade", {**shown, "story": "another", "scores": GOOD})
+            desk.do("ada", "grade", {**item, "story": "another", "scores": GOOD})
 
     run(scene, tmp_path)
 
@@ -231,9 +231,9 @@ def test_what_is_no_grade_is_not_kept(tmp_path, scores):
 def test_what_the_next_start_would_refuse_is_not_kept(tmp_path, more):
     async def scene(desk, clock):
         await asked(desk, "a")
-        shown = {**desk.state("ada")["item"], "scores": GOOD, **more}
+        item = {**desk.state("ada")["item"], "scores": GOOD, **more}
         with pytest.raises(Mistake):
-            desk.do("ada", "grade", shown | {"key": desk.key(str(shown["opening"]), str(shown["story"]))})
+            desk.do("ada", "grade", item | {"key": desk.key(str(item["opening"]), str(item["story"]))})
 
     run(scene, tmp_path)
     assert lines(tmp_path) == []

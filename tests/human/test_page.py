@@ -69,9 +69,9 @@ def ask(url, method, path, body=None, **headers):
 def shown(url, who="ada"):
     """The story on a person's page, waited for."""
     for _ in range(400):
-        found = json.loads(ask(url, "GET", f"/state?who={who}")[2])["item"]
-        if found:
-            return found
+        item = json.loads(ask(url, "GET", f"/state?who={who}")[2])["item"]
+        if item:
+            return item
         time.sleep(0.02)
     raise AssertionError("no story came")
 

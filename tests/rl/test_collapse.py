@@ -34,7 +34,7 @@ def test_a_healthy_run_is_left_alone():
         (dict(length_mean=30.0), "shrink"),
         (dict(entropy=20.0), "entropy"),
         (dict(kl=12.0), "KL runs away"),
-        (dict(reward_std=0.001), "earn the same"),
+        (dict(reward_std=0.001), "have the same reward"),
     ],
 )
 def test_each_sign_is_said_with_what_to_try(end, said):

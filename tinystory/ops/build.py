@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 import ninja
 import pybind11
@@ -101,7 +100,7 @@ def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleT
     # other machines share: it does not know which processor -march=native meant.
     settings = {"CXX": compiler, "TORCH_DONT_CHECK_COMPILER_ABI": "1", "TORCH_NO_COMPILER_WRAPPER": "1"}
     settings |= {"TORCH_CUDA_ARCH_LIST": gpus, "PATH": f"{ninja.BIN_DIR}:{os.environ.get('PATH', os.defpath)}"}
-    with mock.patch.dict(os.environ, settings):  # and not afterwards
+    with environment(settings):
         return cpp_extension.load(
             name,
             list(map(str, sources)),
@@ -113,6 +112,18 @@ def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleT
             build_directory=str(folder),
             with_cuda=bool(gpus),
         )
+
+
+@contextlib.contextmanager
+def environment(settings: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for the length of a block."""
+    before = dict(os.environ)
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def imported(name: str, library: Path) -> ModuleType:

@@ -39,7 +39,7 @@ def signs_of_collapse(metrics: Sequence[dict], kl_target: float) -> str:
     if kl and kl[1] > 3 * kl_target:
         signs.append(f"the KL runs away ({kl[1]:.1f} nats per story, target {kl_target:g})")
     if spread and spread[1] < 0.1 * spread[0]:
-        signs.append("all stories earn the same")
+        signs.append("all stories have the same reward")
     if not signs:
         return ""
     advice = "try more --stories-per-step, a higher --kl-coef or --diversity, or a lower --learning-rate"

@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -36,7 +37,7 @@ class Grade:
         return self.reply or self.error or ""
 
 
-class GraderBase:
+class GraderBase(ABC):
     """A grader that takes in no words and costs nothing. facts: what config.json records about it."""
 
     def __init__(self, facts: dict[str, Any]):
@@ -79,8 +80,9 @@ class GraderBase:
         """The grades of (opening, story) pairs, in their order. again: 1 for a second answer to the same questions."""
         return self.grades([(*pair, index) for index, pair in enumerate(pairs)], again=again)
 
+    @abstractmethod
     def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
-        raise NotImplementedError
+        """The grades of stories, each with its opening and index, in their order. stop, again: as above."""
 
 
 def grade_of(

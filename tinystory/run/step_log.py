@@ -1,0 +1,51 @@
+"""The metrics of pretraining steps, which a GPU may still be computing when they are launched."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from tinystory.run.device import Download
+from tinystory.run.errors import UserError
+from tinystory.run.folder import RunLog
+
+
+class StepLog:
+    """Writes the metrics of pretraining steps, in order, while a GPU may still be computing later ones. step_tokens:
+    tokens per step."""
+
+    def __init__(self, log: RunLog, bar: tqdm, step_tokens: int):
+        self.log, self.bar, self.step_tokens = log, bar, step_tokens
+        self.launched: deque[tuple[float, Download, dict[str, Any]]] = deque()
+        self.last_end = 0.0  # time at which the last written step had ended
+        self.metrics: dict[str, Any] = {}  # of the last step written
+
+    def launch(self, began: float, statistics: Download, **metrics: Any) -> None:
+        """statistics: the step's loss and gradient norm, (2,) float32."""
+        self.launched.append((began, statistics, metrics))
+
+    def write(self, ahead: int, validate: Callable[[], dict[str, float]] | None = None) -> None:
+        """Wait for all launched steps but the last `ahead`, and write their metrics, with a validation after the very
+        last one. Raises UserError for a loss that is not finite."""
+        while len(self.launched) > ahead:
+            began, statistics, metrics = self.launched.popleft()
+            loss, grad_norm = statistics.wait().tolist()
+            began, self.last_end = max(began, self.last_end), time.perf_counter()
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {metrics['step']}: lower --learning-rate or --resume from the last "
+                    "checkpoint"
+                )
+            speed = self.step_tokens / (self.last_end - began)
+            metrics |= dict(loss=loss, grad_norm=grad_norm, tokens_per_s=speed, val_loss=None, val_bits_per_byte=None)
+            postfix = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
+            if validate and not self.launched:
+                metrics |= validate()
+                postfix |= {"val": f"{metrics['val_loss']:.3f}"}
+            self.log.metrics(**metrics)
+            self.bar.update(metrics["words"] - self.bar.n)
+            self.bar.set_postfix(postfix)
+            self.metrics = metrics
