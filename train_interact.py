@@ -12,6 +12,7 @@ evaluated on held-out openings, and the best student is kept.
 import contextlib
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,9 +25,9 @@ from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.held_out import Evaluator, due, story_means, story_records, write_samples
 from tinystory.ops.compute import resolve
 from tinystory.report.charts import text_curve
-from tinystory.report.run import write_report
+from tinystory.report.run import LiveReport
 from tinystory.rl import ppo
-from tinystory.rl.collapse import warnings
+from tinystory.rl.collapse import Watch, score_relations
 from tinystory.rl.policy import RunState, load_policy, rollout
 from tinystory.rl.reward import story_rewards
 from tinystory.rubric.process import builtin_teacher
@@ -97,6 +98,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     resume_step = state.step if config.resume else None
     log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
     log.config(asdict(config) | grader_facts | compute.recorded | {"init": config.init or str(origin)})
+    live, watch = stack.enter_context(LiveReport(run, rank0)), Watch(read_metrics(run), config.kl_target)
 
     def save(name: str = "", replace: bool = False) -> None:
         policy.save(run / "checkpoints" / (name or f"step_{state.step:07d}"), state, replace=replace)
@@ -104,7 +106,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     if not resume_from:
         save("start")
     distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
-    stop, warned = stack.enter_context(Stop().listening()), set[str]()
+    stop = stack.enter_context(Stop().listening())
     evaluator = Evaluator(config, policy, openings, grader, log, stop)
     bar = tqdm(total=config.steps, initial=state.step, unit="step", desc="interacting", disable=not rank0)
     with contextlib.suppress(Interrupted), bar:
@@ -147,8 +149,9 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             records = story_records(state.step, stories, grades, rewards)
             means = story_means(records)
             log.stories(records)
-            log.metrics(
+            record = log.metrics(
                 step=state.step, **stats, **score_means(grades), **agreement(grades), **means,
+                **score_relations([grade.score for grade in grades], stories),
                 **evaluation, words_in=state.words_in, words_out=state.words_out,
                 entropy=sum(float(story.entropies.sum()) for story in stories) / n,
                 tokens_mean=sum(len(story.tokens) for story in stories) / n,
@@ -165,13 +168,11 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 save()
             if failure:
                 raise failure
-            if rank0 and state.step % (5 * config.save_every) == 0:
-                write_report(run)
-            signs = distributed.rank0_value(lambda: warnings(read_metrics(run), config.kl_target))
-            for kind in signs.keys() - warned:
-                bar.write(signs[kind])
-            warned |= signs.keys()
-            if "collapse" in signs and config.stop_on_collapse:
+            live.update()
+            warnings = distributed.rank0_value(partial(watch.add, record))
+            for warning in warnings.values() if rank0 else ():
+                bar.write(warning)
+            if config.stop_on_collapse and warnings.keys() & {"collapse", "kl"}:
                 break
         if not distributed.all_reduce_max(stop.requested) and not evaluator.done(state.step):  # an early end
             evaluator.evaluate(state)
@@ -210,7 +211,7 @@ def report(run: Path, state: RunState, *, stopped: bool) -> None:
         return
     print(write_samples(run, state.best_step))
     print(f"mean reward per step {text_curve([record.get('reward_mean') for record in read_metrics(run)], 60)}")
-    print(f"report: {write_report(run)}\nnext:   {usage('python scripts/sample.py', checkpoint.find(run))}")
+    print(f"report: {run / 'report.html'}\nnext:   {usage('python scripts/sample.py', checkpoint.find(run))}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Flags override the preset, which overrides the defaults: `python train_pretrain.
 
 import argparse
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from tinystory.run.errors import UserError
 from tinystory.run.folder import CONFIG, recorded_options
+from tinystory.run.track import TRACKERS
 
 
 def option(
@@ -82,6 +84,7 @@ class PretrainConfig:
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
     save_every: int = option(200, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
+    track: str = option("none", "also send the records to tensorboard, wandb (offline) or trackio", TRACKERS)
 
     n_layer: int = option(4, "transformer blocks", "[1, 1000]", group="model")
     n_head: int = option(4, "attention heads", "[1, 1000]")
@@ -131,6 +134,7 @@ class InteractConfig:
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
     steps: int = option(16, "maximum number of PPO steps", "[1, 1e9]")
     save_every: int = option(4, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
+    track: str = option("none", "also send the records to tensorboard, wandb (offline) or trackio", TRACKERS)
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
     teacher_url: list[str] = option(
@@ -348,6 +352,8 @@ def _check_option(f: dataclasses.Field, kind: Any, value: Any) -> None:
 
 def _check_together(config: Any) -> None:
     """Raises UserError for options that do not go together. The range of a single option stands beside its help."""
+    if config.track != "none" and importlib.util.find_spec(config.track) is None:
+        raise UserError(f"--track {config.track} needs its package: pip install {config.track}")
     if isinstance(config, PretrainConfig):
         size, rest = divmod(config.n_embd, config.n_head)
         if rest or size % 16 or size > 256:

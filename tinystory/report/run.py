@@ -1,11 +1,15 @@
 """report.html: one self-contained page about one run, without network access, scripts or other files.
 
-It is generated only from the records in the run's folder, so it can be written again at any time.
+It is generated only from the records in the run's folder, so it can be written again at any time. While its run goes
+on, it is, and reloads itself.
 """
 
+import contextlib
 import datetime
 import hashlib
 import itertools
+import math
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -16,6 +20,7 @@ from tinystory.report import charts, judges, page
 from tinystory.report.charts import Line, chart, number
 from tinystory.report.frontier import best_of_n, tilt
 from tinystory.report.page import TOP_SCORE, block, colour, details, grid, section, story_card, tile
+from tinystory.rl.collapse import Watch
 from tinystory.rl.reward import cluster_sizes
 from tinystory.run.errors import UserError
 from tinystory.run.folder import SAMPLES, Record, read_config, read_metrics, read_records, read_stories
@@ -23,6 +28,9 @@ from tinystory.run.folder import SAMPLES, Record, read_config, read_metrics, rea
 EDGE = 5  # the headline compares the means of the first and last so many steps
 PAIRS, PER_COLUMN, UNSCORED = 12, 5, 3  # stories shown: before and after; best, worst and random ones; unscored
 HERO = (560, 300)  # size of the chart at the top, in pixels
+RELOAD_S = 10  # of the page of a run that goes on
+REPORT_COST = 20  # a report is not written again before so many times the seconds that the last one took
+RECENT = 5  # steps whose pace the time left is estimated from
 PARTS = ("rollout", "reference", "teacher", "update")  # of a step, in chronological order
 
 SAMENESS_CURVES = {
@@ -64,8 +72,26 @@ PRETRAINING_CURVES = {
 }
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write report.html into the folder of a run, finished or not, and return its path.
+class LiveReport(contextlib.AbstractContextManager):
+    """Keeps the report of a run up to date. At the end of the block, however it comes, the page is written once more
+    and no longer reloads itself. writes: False in all processes but one."""
+
+    def __init__(self, run: Path, writes: bool = True):
+        self.run, self.writes, self._due = run, writes, 0.0
+
+    def update(self) -> None:
+        """Write the page if it is due; to be called after every step."""
+        if self.writes and (start := time.monotonic()) >= self._due:
+            write_report(self.run, live=True)
+            self._due = start + max(RELOAD_S, REPORT_COST * (time.monotonic() - start))
+
+    def __exit__(self, *error: object) -> None:
+        if self.writes:
+            write_report(self.run)
+
+
+def write_report(run_folder: Path, live: bool = False) -> Path:
+    """Write report.html into the folder of a run, finished or not, and return its path. live: the page reloads itself.
 
     Raises UserError if the folder holds no run.
     """
@@ -83,10 +109,34 @@ def write_report(run_folder: Path) -> Path:
         rest = {key: value for key, value in config.items() if key != "options"}
         lists = page.facts(flat(config["options"])) + page.facts(flat(rest))
         sections.append(details("How it was run", lists, opened=True))
-    return page.write(folder / "report.html", escape(folder.resolve().name), subtitle(metrics, config), sections)
+    watched = Watch(metrics, number_option(config, "kl_target") or math.inf).warnings.values()
+    alarms = [f"<li><b>From step {number(step)}:</b> {escape(sentence)}</li>" for step, sentence in watched]
+    sections.insert(0, f'<ul class="alarms">{"".join(alarms)}</ul>' if alarms else "")
+    heading = subtitle(metrics, config, live)
+    return page.write(folder / "report.html", escape(folder.resolve().name), heading, sections, RELOAD_S * live)
 
 
-def subtitle(metrics: list[Record], config: Record) -> str:
+def number_option(config: Record, name: str) -> float | None:
+    value = config.get("options", {}).get(name)
+    return value if type(value) in (int, float) else None
+
+
+def time_left(metrics: list[Record], config: Record) -> float | None:
+    """Estimated seconds until the run's last step, at the pace of its RECENT steps; None if it cannot be told."""
+    recent = metrics[-RECENT:]
+    if not recent:
+        return None
+    if "reward_mean" in recent[-1]:
+        total, done = number_option(config, "steps"), recent[-1]["step"]
+        pace = mean([sum(record.get(f"{part}_s") or 0 for part in PARTS) for record in recent])
+    else:
+        total, done = number_option(config, "words"), recent[-1].get("words")
+        speed = mean(column(recent, "tokens_per_s"))
+        pace = recent[-1]["tokens"] / done / speed if done and speed and recent[-1].get("tokens") else None
+    return (total - done) * pace if total is not None and done is not None and pace is not None else None
+
+
+def subtitle(metrics: list[Record], config: Record, live: bool) -> str:
     parts = []
     if metrics:
         parts.append("Interaction" if "reward_mean" in metrics[-1] else "Pretraining")
@@ -94,6 +144,9 @@ def subtitle(metrics: list[Record], config: Record) -> str:
     if config:
         started = datetime.datetime.fromisoformat(config["started"])
         parts += [config["device"], f"{started.day} {started:%B %Y, %H:%M} UTC"]
+    if live:
+        left = time_left(metrics, config)
+        parts.append("running" if left is None else f"running, about {page.duration(left)} left")
     return " · ".join(escape(part) for part in parts)
 
 
@@ -130,7 +183,7 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
         section(
             "The teacher’s scores",
             f"{judges.scored_by_note(scored_by, config)} Mean score per step, from 0 to 3. The bold line is a rolling "
-            f"mean, the band one standard deviation over its window.{without_signal(metrics)}",
+            "mean, the band one standard deviation over its window.",
             grid(scores),
         ),
         histograms(digest),
@@ -147,11 +200,6 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
         details("PPO diagnostics", grid(curve_charts(metrics, PPO_CURVES))),
         teacher_requests(metrics),
     ]
-
-
-def without_signal(metrics: list[Record]) -> str:
-    flat = sum(std == 0 for std in column(metrics, "score_std"))
-    return f" But in {flat} of {len(metrics)} steps all stories had the same score." if flat else ""
 
 
 def title(criterion: str) -> str:

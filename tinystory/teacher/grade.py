@@ -3,6 +3,7 @@
 import itertools
 import statistics
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -164,10 +165,15 @@ def require_scores(grades: list[Grade], max_unscored: float) -> None:
 def score_means(grades: list[Grade]) -> dict[str, float | None]:
     """score_mean: the sum of the criteria's scores, 0..9, as the paper plots it (or a callable's score, 0..1), with its
     standard deviation score_std, None of one story; and the mean of each criterion. The paper's three criteria are
-    always there, None if others are graded."""
+    always there, None if others are graded. score_mode: the fraction of the scored stories that have the commonest
+    score."""
     scored = [grade for grade in grades if grade.score is not None]
     names = dict.fromkeys([*CRITERIA, *(name for grade in scored for name in grade.scores or ())])
     values = {f"{name}_mean": [g.scores[name] for g in scored if g.scores and name in g.scores] for name in names}
     values["score_mean"] = [sum(g.scores.values()) if g.scores else g.score for g in grades if g.score is not None]
     means = {name: sum(column) / len(column) if column else None for name, column in values.items()}
-    return means | {"score_std": statistics.stdev(values["score_mean"]) if len(values["score_mean"]) > 1 else None}
+    sums = values["score_mean"]
+    return means | {
+        "score_std": statistics.stdev(sums) if len(sums) > 1 else None,
+        "score_mode": max(Counter(sums).values()) / len(sums) if len(sums) > 1 else None,
+    }
