@@ -25,7 +25,7 @@ from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.held_out import Evaluator, due, story_means, story_records, write_samples
 from tinystory.ops.compute import resolve
 from tinystory.report.charts import text_curve
-from tinystory.report.run import LiveReport
+from tinystory.report.run import live_report
 from tinystory.rl import ppo
 from tinystory.rl.collapse import Watch, score_relations
 from tinystory.rl.policy import RunState, load_policy, rollout
@@ -38,8 +38,11 @@ from tinystory.run.folder import RunLog, held, read_metrics
 from tinystory.run.paths import usage
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, require_room
+from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import agreement, require_scores, score_means
 from tinystory.teacher.grader import CallableGrader, Grader, open_grader
+from tinystory.teacher.rank import Ranked
+from tinystory.teacher.replay import Replay
 
 PRETRAIN_RUN = Path("runs/pretrain")
 # Words taken in during interaction at which a checkpoint is kept.
@@ -83,8 +86,11 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     opened = open_grader(config, builtin_teacher, corpus=facts.get("corpus"), replies=run / "replies.jsonl")
     idle = CallableGrader(lambda opening, stories: [], "rank 0")
     grader: Grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else idle)
+    ranked = config.teacher_mode == "rank"
+    ranker = Ranked(grader, config.stories_per_opening) if isinstance(grader, Teacher | Replay) and ranked else grader
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
-    if forecast := grader.forecast((config.steps - state.step) * n + evaluations * config.eval_stories, openings[0]):
+    expected = (config.steps - state.step) * n + evaluations * config.eval_stories
+    if forecast := grader.forecast(expected, openings[0], config.stories_per_opening if ranked else 1):
         print(f"forecast: {forecast}")
     grader_facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
     print(f"student {origin}, scored by {grader_facts['scored_by']}")
@@ -98,7 +104,8 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     resume_step = state.step if config.resume else None
     log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
     log.config(asdict(config) | grader_facts | compute.recorded | {"init": config.init or str(origin)})
-    live, watch = stack.enter_context(LiveReport(run, rank0)), Watch(read_metrics(run), config.kl_target)
+    update_report = stack.enter_context(live_report(run, rank0))
+    watch = Watch(read_metrics(run), config.kl_target)
 
     def save(name: str = "", replace: bool = False) -> None:
         policy.save(run / "checkpoints" / (name or f"step_{state.step:07d}"), state, replace=replace)
@@ -119,7 +126,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 break
             began = time.perf_counter()
             prompts = [openings[state.written + i] for i in range(n)]
-            stories = rollout(policy, prompts, state.written, grader.send)
+            stories = rollout(policy, prompts, state.written, ranker.send)
             rollout_end = time.perf_counter()
             batch = ppo.collate(stories, tokenizer, compute.device)
             with compute.autocast():
@@ -128,7 +135,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 )
             reference_end = now(compute.device)  # so that a GPU's time does not count as the teacher's
             try:
-                grades = distributed.rank0_value(lambda: grader.collect(stop))
+                grades = distributed.rank0_value(lambda: ranker.collect(stop))
                 require_scores(grades, config.max_unscored)
             except UserError:  # nothing has been learned in this step, so the state after the last one is saved
                 save()
@@ -157,7 +164,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 tokens_mean=sum(len(story.tokens) for story in stories) / n,
                 rollout_s=rollout_end - began, reference_s=reference_end - rollout_end,
                 teacher_s=teacher_end - reference_end, update_s=update_end - teacher_end,
-                peak_memory_mb=peak_memory_mb(compute.device), **grader.stats(),
+                peak_memory_mb=peak_memory_mb(compute.device), **ranker.stats(),
             )  # fmt: skip
             bar.update()
             bar.set_postfix({"reward": stats["reward_mean"], "words": means["length_mean"], "kl": stats["kl"]})
@@ -168,7 +175,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 save()
             if failure:
                 raise failure
-            live.update()
+            update_report()
             warnings = distributed.rank0_value(partial(watch.add, record))
             for warning in warnings.values() if rank0 else ():
                 bar.write(warning)

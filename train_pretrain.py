@@ -23,7 +23,7 @@ from tinystory.data.shards import prepare
 from tinystory.data.windows import Windows
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import resolve
-from tinystory.report.run import LiveReport
+from tinystory.report.run import live_report
 from tinystory.rl.collapse import Watch
 from tinystory.run import distributed
 from tinystory.run.device import Download, Stop, peak_memory_mb, upload
@@ -160,7 +160,7 @@ def pretrain(config: PretrainConfig) -> None:
     )  # fmt: skip
     steps = StepLog(log, bar, config.batch_size * config.context, Watch(read_metrics(run)).add)
     next_batch = load_batch(state.step)
-    with log, LiveReport(run, rank0) as live, bar, Stop().listening() as stop:
+    with log, live_report(run, rank0) as update_report, bar, Stop().listening() as stop:
         # A signal to any process stops all of them.
         while state.words < config.words and not distributed.all_reduce_max(stop.requested):
             began, (batch, words) = time.perf_counter(), next_batch
@@ -183,7 +183,7 @@ def pretrain(config: PretrainConfig) -> None:
             for name in milestones:
                 steps.write(0)  # first, for a resumed run keeps the metrics up to its checkpoint
                 save(name)
-            live.update()
+            update_report()
         steps.write(0)
         save(f"step_{state.step:07d}")
 

@@ -141,6 +141,7 @@ class InteractConfig:
         [], "OpenAI-compatible endpoints, as http://127.0.0.1:11434/v1 (default: the built-in teacher)", group="teacher"
     )
     teacher_model: list[str] = option([], "model name, or one per --teacher-url (default: the server's first one)")
+    teacher_mode: str = option("score", "score each story, or rank those of an opening", ("score", "rank"))
     teacher_panel: str = option("none", "mean or median of different models' scores", ("none", "mean", "median"))
     teacher_extra: str = option("", "JSON object whose fields are merged into each request to the teacher")
     teacher_concurrency: int = option(16, "maximum number of requests in flight per server", "[1, 10000]")
@@ -366,6 +367,14 @@ def _check_together(config: Any) -> None:
         raise UserError(
             f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's probabilities must not "
             "reach the student"
+        )
+    if config.teacher_mode == "rank" and not (config.teacher_url or config.replay):
+        raise UserError("--teacher-mode rank needs a teacher that can compare stories: give --teacher-url")
+    group, tokens = config.stories_per_opening, config.teacher_max_tokens
+    if config.teacher_mode == "rank" and (not 2 <= group <= tokens / 2 or config.stories_per_step % group):
+        raise UserError(
+            "--teacher-mode rank compares the stories of an opening: give --stories-per-opening 2 to 8, or more with "
+            "twice as many --teacher-max-tokens, and a multiple of it as --stories-per-step"
         )
     if config.budget_cost and not config.price_in + config.price_out:
         raise UserError("--budget-cost needs the prices: give --price-in and --price-out, per million tokens")

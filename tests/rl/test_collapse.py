@@ -47,12 +47,12 @@ def test_a_healthy_run_is_left_alone():
         ("collapse", "shrink", "--kl-coef", dict(length_mean=30.0)),
         ("collapse", "entropy", "--kl-coef", dict(entropy=20.0)),
         ("collapse", "have the same reward", "--kl-coef", dict(reward_std=0.001)),
-        ("kl", "KL runs away", "--kl-horizon", dict(kl=12.0)),
-        ("loss", "value_loss", "--learning-rate", dict(value_loss=90.0)),
-        ("loss", "grad_norm", "--grad-clip", dict(grad_norm=300.0)),
-        ("loss", "minibatches are skipped", "--epochs", dict(skipped=1)),
-        ("signal", "90% or more of the stories", "--teacher-prompt", dict(score_mode=1.1)),
-        ("signal", "nothing to do with", "--calibrate", dict(score_length=0.0, score_logprob=0.0)),
+        ("kl", "the KL runs away", "--kl-horizon", dict(kl=12.0)),
+        ("loss", "the value loss explodes", "--learning-rate", dict(value_loss=90.0)),
+        ("loss", "the gradient explodes", "--grad-clip", dict(grad_norm=300.0)),
+        ("loss", "every step skips minibatches", "--learning-rate", dict(skipped=1)),
+        ("signal", "95% or more of the stories", "--teacher-prompt", dict(score_mode=1.1)),
+        ("signal", "as unrelated to the stories as random ones", "--calibrate", dict(score_length=0.0, score_logprob=0.0)),
     ],
 )
 def test_each_sign_is_said_with_what_to_try(kind, sentence, advice, end):
@@ -84,7 +84,7 @@ def test_a_loss_of_pretraining_that_rises_is_said():
     falling = [dict(step=step, loss=7 - step / 5) for step in range(20)]
     assert kinds(falling) == set() and kinds([*falling, *[dict(step=20, loss=4.0)] * 9]) == set()
     warnings = Watch([*falling, *[dict(step=20, loss=6.0)] * 9]).warnings
-    assert warnings.keys() == {"loss"} and "--warmup" in warnings["loss"][1]
+    assert warnings.keys() == {"loss"} and "the loss explodes (3.6 to 5.4" in warnings["loss"][1]
 
 
 def stories(count: int) -> list[Story]:

@@ -190,8 +190,7 @@ h3 { margin: 0; font-size: .8rem; font-weight: 600; color: var(--muted); }
 section, details { margin-top: 4rem; }
 details + details { margin-top: 1.5rem; }
 .note { margin: .3rem 0 1.4rem; color: var(--muted); max-width: 44rem; text-wrap: pretty; }
-.alarms { margin: 1.4rem 0 0; padding: 0; list-style: none; max-width: 44rem; }
-.alarms li { margin-top: .6rem; padding-left: .9rem; border-left: 3px solid var(--coherence); }
+.warning { margin: 1.2rem 0 0; padding-left: .9rem; border-left: 3px solid var(--coherence); max-width: 44rem; }
 .hero { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 3rem; margin-top: 2.2rem; }
 .tiles { align-content: start; display: grid; grid-template-columns: repeat(2, 1fr); gap: 1.8rem 1rem; }
 .tile p { margin: 0; font-size: 1.7rem; line-height: 1.3; font-weight: 600; color: var(--tint); white-space: nowrap; }

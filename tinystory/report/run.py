@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import TypeAlias
@@ -29,7 +29,6 @@ EDGE = 5  # the headline compares the means of the first and last so many steps
 PAIRS, PER_COLUMN, UNSCORED = 12, 5, 3  # stories shown: before and after; best, worst and random ones; unscored
 HERO = (560, 300)  # size of the chart at the top, in pixels
 RELOAD_S = 10  # of the page of a run that goes on
-REPORT_COST = 20  # a report is not written again before so many times the seconds that the last one took
 RECENT = 5  # steps whose pace the time left is estimated from
 PARTS = ("rollout", "reference", "teacher", "update")  # of a step, in chronological order
 
@@ -72,22 +71,23 @@ PRETRAINING_CURVES = {
 }
 
 
-class LiveReport(contextlib.AbstractContextManager):
-    """Keeps the report of a run up to date. At the end of the block, however it comes, the page is written once more
-    and no longer reloads itself. writes: False in all processes but one."""
+@contextlib.contextmanager
+def live_report(run: Path, writes: bool) -> Iterator[Callable[[], None]]:
+    """Yields what keeps the report of a run up to date if called after every step. At the end of the block, however it
+    comes, the page is written once more and no longer reloads itself. writes: False in all processes but one."""
+    due = 0.0
 
-    def __init__(self, run: Path, writes: bool = True):
-        self.run, self.writes, self._due = run, writes, 0.0
+    def update() -> None:
+        nonlocal due
+        if writes and (start := time.monotonic()) >= due:
+            write_report(run, live=True)
+            due = start + max(RELOAD_S, 20 * (time.monotonic() - start))  # at most a twentieth of the run's time
 
-    def update(self) -> None:
-        """Write the page if it is due; to be called after every step."""
-        if self.writes and (start := time.monotonic()) >= self._due:
-            write_report(self.run, live=True)
-            self._due = start + max(RELOAD_S, REPORT_COST * (time.monotonic() - start))
-
-    def __exit__(self, *error: object) -> None:
-        if self.writes:
-            write_report(self.run)
+    try:
+        yield update
+    finally:
+        if writes:
+            write_report(run)
 
 
 def write_report(run_folder: Path, live: bool = False) -> Path:
@@ -109,10 +109,9 @@ def write_report(run_folder: Path, live: bool = False) -> Path:
         rest = {key: value for key, value in config.items() if key != "options"}
         lists = page.facts(flat(config["options"])) + page.facts(flat(rest))
         sections.append(details("How it was run", lists, opened=True))
-    watched = Watch(metrics, number_option(config, "kl_target") or math.inf).warnings.values()
-    alarms = [f"<li><b>From step {number(step)}:</b> {escape(sentence)}</li>" for step, sentence in watched]
-    sections.insert(0, f'<ul class="alarms">{"".join(alarms)}</ul>' if alarms else "")
-    heading = subtitle(metrics, config, live)
+    for step, sentence in Watch(metrics, number_option(config, "kl_target") or math.inf).warnings.values():
+        sections.insert(0, f'<p class="warning"><b>From step {number(step)}:</b> {escape(sentence)}</p>')
+    heading = subtitle(metrics, config) + f" · {remaining(metrics, config)}" * live
     return page.write(folder / "report.html", escape(folder.resolve().name), heading, sections, RELOAD_S * live)
 
 
@@ -121,22 +120,22 @@ def number_option(config: Record, name: str) -> float | None:
     return value if type(value) in (int, float) else None
 
 
-def time_left(metrics: list[Record], config: Record) -> float | None:
-    """Estimated seconds until the run's last step, at the pace of its RECENT steps; None if it cannot be told."""
-    recent = metrics[-RECENT:]
-    if not recent:
-        return None
-    if "reward_mean" in recent[-1]:
-        total, done = number_option(config, "steps"), recent[-1]["step"]
-        pace = mean([sum(record.get(f"{part}_s") or 0 for part in PARTS) for record in recent])
+def remaining(metrics: list[Record], config: Record) -> str:
+    """ "running", with an estimate of the time left at the pace of the RECENT steps if there are any."""
+    recent, last = metrics[-RECENT:], metrics[-1] if metrics else {}
+    steps, words = number_option(config, "steps"), number_option(config, "words")
+    done, speed = last.get("words"), mean(column(recent, "tokens_per_s"))
+    if steps and "reward_mean" in last:
+        pace = mean([sum(record.get(f"{part}_s") or 0 for part in PARTS) for record in recent]) or 0.0
+        left = (steps - last["step"]) * pace
+    elif words and done and speed:
+        left = (words - done) / done * (last.get("tokens") or 0) / speed
     else:
-        total, done = number_option(config, "words"), recent[-1].get("words")
-        speed = mean(column(recent, "tokens_per_s"))
-        pace = recent[-1]["tokens"] / done / speed if done and speed and recent[-1].get("tokens") else None
-    return (total - done) * pace if total is not None and done is not None and pace is not None else None
+        return "running"
+    return f"running, about {page.duration(left)} left"
 
 
-def subtitle(metrics: list[Record], config: Record, live: bool) -> str:
+def subtitle(metrics: list[Record], config: Record) -> str:
     parts = []
     if metrics:
         parts.append("Interaction" if "reward_mean" in metrics[-1] else "Pretraining")
@@ -144,9 +143,6 @@ def subtitle(metrics: list[Record], config: Record, live: bool) -> str:
     if config:
         started = datetime.datetime.fromisoformat(config["started"])
         parts += [config["device"], f"{started.day} {started:%B %Y, %H:%M} UTC"]
-    if live:
-        left = time_left(metrics, config)
-        parts.append("running" if left is None else f"running, about {page.duration(left)} left")
     return " · ".join(escape(part) for part in parts)
 
 

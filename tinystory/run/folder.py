@@ -199,19 +199,10 @@ class RunLog(contextlib.ExitStack):
         # A password in a URL (https://user:password@host) must not be recorded.
         text = re.sub(r'(?<=://)[^/@\s"]+@', "", json.dumps(record, indent=2, default=str))
         atomic_write(self.folder / CONFIG, text + "\n")
-        if (name := options.get("track", "none")) != "none":
-            self._track(name, json.loads(text), before.get("options", {}).get("track") == name)
-
-    def _track(self, name: str, config: Record, opened: bool) -> None:
-        """Open the run's tracker, the same run there at each resume. opened: it was open before; else it gets the steps
-        so far."""
-        slug = re.sub(r"[^\w-]", "-", self.folder.resolve().name)
-        digest = hashlib.sha256(f"{slug} {config['started']}".encode()).hexdigest()
-        run_id = f"{slug}-{digest[:8]}"
-        self._tracker = Tracker(name, self.folder, run_id, config["options"], self._last_step if opened else -1)
-        self.callback(self._tracker.close)
-        for record in [] if opened else read_metrics(self.folder):
-            self._tracker.metrics(record)
+        if (tracker := options.get("track", "none")) != "none":  # the same run there at each resume
+            run_id = re.sub(r"\W+", "-", f"{self.folder.resolve().name}-{record['started']}")
+            self._tracker = Tracker(tracker, self.folder, run_id, json.loads(text)["options"], self._last_step)
+            self.callback(self._tracker.close)
 
     def metrics(self, *, step: int, **values: Any) -> Record:
         """Append the record of one step, and return it as it is recorded: floats keep 7 significant digits, and NaN and

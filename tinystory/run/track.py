@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,78 +14,78 @@ from tinystory.run.text import printable
 
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 COLUMNS = ("index", "opening", "story", "scores", "reward")  # of a table of stories
-Record: TypeAlias = Mapping[str, Any]
-Sink: TypeAlias = tuple[Callable[[int, dict], Any], Callable[[int, list], Any], Callable[[], Any]]  # log, table, close
 
 
 class Tracker:
     """Sends records to the tracker `name`, as the run `run_id` there. If it fails, one line says so, and the run goes
     on without it. last_step: the steps up to it are there already, sent by an earlier process."""
 
-    def __init__(self, name: str, folder: Path, run_id: str, options: Record, last_step: int):
+    def __init__(self, name: str, folder: Path, run_id: str, options: Mapping[str, Any], last_step: int):
         self.name, self.last_step = name, last_step
-        self._sink: Sink | None = None
-        opened = (tensorboard, folder) if name == "tensorboard" else (wandb, name, folder, run_id, options)
-        self._sink = self._try(*opened)
+        self._sink: TensorBoard | Wandb | None = None
+        self._sink = self._try(TensorBoard if name == "tensorboard" else Wandb, name, folder, run_id, options)
 
-    def metrics(self, record: Record) -> None:
+    def metrics(self, record: Mapping[str, Any]) -> None:
         """One curve for each number of a record of metrics.jsonl."""
         numbers = {key: value for key, value in record.items() if key != "step" and type(value) in (int, float)}
         if self._sink and record["step"] > self.last_step:
-            self._try(self._sink[0], record["step"], numbers)
+            self._try(self._sink.log, record["step"], numbers)
 
-    def stories(self, records: Sequence[Record]) -> None:
+    def stories(self, records: Sequence[Mapping[str, Any]]) -> None:
         """The stories of an evaluation as a table of text."""
+        rows = [[_cell(record[name]) for name in COLUMNS] for record in records]
         if self._sink and records[0]["step"] > self.last_step:
-            rows = [[cell(record[name]) for name in COLUMNS] for record in records]
-            self._try(self._sink[1], records[0]["step"], rows)
+            self._try(self._sink.table, records[0]["step"], rows)
 
     def close(self) -> None:
         if self._sink:
-            self._try(self._sink[2])
+            self._try(self._sink.close)
 
     def _try(self, send: Callable, *arguments: Any) -> Any:
         try:
             return send(*arguments)
-        except Exception as error:  # Whatever it is: what trackers, their storage and the network raise has no common
-            # class, and a run of hours must not end because a picture of it cannot be drawn.
+        except Exception as error:  # Any: what trackers, their storage and their network raise has no common class, and
+            # a run of hours must not end because a picture of it cannot be drawn.
             self._sink = None
             message = printable(" ".join(str(error).split()))[:200] or type(error).__name__
             tqdm.write(f"warning: {self.name} failed ({message}): the run goes on, and records everything, without it")
 
 
-def cell(value: object) -> str:
+def _cell(value: object) -> str:
     """Text on one line."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return " ".join(printable(text).split())
+    return " ".join(printable(value if isinstance(value, str) else json.dumps(value)).split())
 
 
-def tensorboard(folder: Path) -> Sink:
+class TensorBoard:
     """Event files in the run's folder: `tensorboard --logdir runs`."""
-    writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder / "tensorboard")
 
-    def log(step: int, numbers: dict) -> None:
+    def __init__(self, name: str, folder: Path, *_: object):
+        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder / name)
+        self.close = self.writer.close
+
+    def log(self, step: int, numbers: dict) -> None:
         for key, value in numbers.items():  # in float64, as metrics.jsonl has them
-            writer.add_scalar(key, value, step, new_style=True, double_precision=True)
-        writer.flush()
+            self.writer.add_scalar(key, value, step, new_style=True, double_precision=True)
+        self.writer.flush()
 
-    def table(step: int, rows: list) -> None:
-        rows = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-        lines = (" | ".join(text.replace("|", "\\|") for text in row) for row in rows)
-        writer.add_text("stories", "\n".join(f"| {line} |" for line in lines), step)
-
-    return log, table, writer.close
+    def table(self, step: int, rows: list) -> None:
+        lines = [COLUMNS, ["---"] * len(COLUMNS), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+        self.writer.add_text("stories", "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
 
 
-def wandb(name: str, folder: Path, run_id: str, options: Record) -> Sink:
+class Wandb:
     """wandb, or trackio, which has its interface."""
-    module = importlib.import_module(name)
-    own: dict[str, Any] = dict(name=run_id, embed=False, auto_log_cpu=False, auto_log_gpu=False)
-    if name == "wandb":
-        own = dict(name=folder.name, id=run_id, dir=folder, mode=os.environ.get("WANDB_MODE", "offline"))
-    module.init(project="tinystory", resume="allow", config=dict(options), **own)
 
-    def table(step: int, rows: list) -> None:
-        module.log({"stories": module.Table(columns=list(COLUMNS), data=rows)}, step=step)
+    def __init__(self, name: str, folder: Path, run_id: str, options: Mapping[str, Any]):
+        self.module = importlib.import_module(name)
+        own: dict[str, Any] = dict(name=run_id, embed=False, auto_log_cpu=False, auto_log_gpu=False)
+        if name == "wandb":
+            own = dict(name=folder.name, id=run_id, dir=folder, mode=os.environ.get("WANDB_MODE", "offline"))
+        self.module.init(project="tinystory", resume="allow", config=dict(options), **own)
+        self.close = self.module.finish
 
-    return lambda step, numbers: module.log(numbers, step=step), table, module.finish
+    def log(self, step: int, numbers: dict) -> None:
+        self.module.log(numbers, step=step)
+
+    def table(self, step: int, rows: list) -> None:
+        self.log(step, {"stories": self.module.Table(columns=list(COLUMNS), data=rows)})

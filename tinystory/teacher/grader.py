@@ -30,7 +30,7 @@ class CallableGrader(GraderBase):
     def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
         """The grades, by one call of the function for each opening."""
         scores: dict[int, float | None] = {}
-        for opening in dict.fromkeys(opening for opening, _, _ in stories):
+        for opening in dict.fromkeys(opening for opening, *_ in stories):
             rows = [i for i, story in enumerate(stories) if story[0] == opening]
             scores |= zip(rows, self.function(opening, [stories[i][1] for i in rows]), strict=True)
         unscored = Grade(None, None, error=f"{self.facts['scored_by']} gave None")
