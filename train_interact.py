@@ -38,11 +38,10 @@ from tinystory.run.folder import RunLog, held, read_metrics
 from tinystory.run.paths import usage
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, require_room
-from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import agreement, require_scores, score_means
 from tinystory.teacher.grader import CallableGrader, Grader, open_grader
+from tinystory.teacher.prompt import load_template
 from tinystory.teacher.rank import Ranked
-from tinystory.teacher.replay import Replay
 
 PRETRAIN_RUN = Path("runs/pretrain")
 # Words taken in during interaction at which a checkpoint is kept.
@@ -87,7 +86,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     idle = CallableGrader(lambda opening, stories: [], "rank 0")
     grader: Grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else idle)
     ranked = config.teacher_mode == "rank"
-    ranker = Ranked(grader, config.stories_per_opening) if isinstance(grader, Teacher | Replay) and ranked else grader
+    ranker = Ranked(grader, load_template(config.teacher_prompt), config.stories_per_opening) if ranked else grader
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
     expected = (config.steps - state.step) * n + evaluations * config.eval_stories
     if forecast := grader.forecast(expected, openings[0], config.stories_per_opening if ranked else 1):

@@ -52,7 +52,12 @@ def test_a_healthy_run_is_left_alone():
         ("loss", "the gradient explodes", "--grad-clip", dict(grad_norm=300.0)),
         ("loss", "every step skips minibatches", "--learning-rate", dict(skipped=1)),
         ("signal", "95% or more of the stories", "--teacher-prompt", dict(score_mode=1.1)),
-        ("signal", "as unrelated to the stories as random ones", "--calibrate", dict(score_length=0.0, score_logprob=0.0)),
+        (
+            "signal",
+            "as unrelated to the stories",
+            "--calibrate",
+            dict(score_length=0.0, score_logprob=0.0),
+        ),
     ],
 )
 def test_each_sign_is_said_with_what_to_try(kind, sentence, advice, end):

@@ -33,9 +33,10 @@ def interrupted_at(module, step: int):
     log = module.RunLog.metrics
 
     def metrics(self, *, step: int, **values):
-        log(self, step=step, **values)
+        record = log(self, step=step, **values)
         if step == interrupted_at.step:
             signal.raise_signal(signal.SIGINT)
+        return record
 
     interrupted_at.step = step
     module.RunLog.metrics = metrics

@@ -2,7 +2,6 @@
 environment variables (WANDB_MODE, TRACKIO_SPACE_ID) say otherwise."""
 
 import importlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ class Tracker:
 
     def stories(self, records: Sequence[Mapping[str, Any]]) -> None:
         """The stories of an evaluation as a table of text."""
-        rows = [[_cell(record[name]) for name in COLUMNS] for record in records]
+        rows = [[" ".join(printable(str(record[name])).split()) for name in COLUMNS] for record in records]
         if self._sink and records[0]["step"] > self.last_step:
             self._try(self._sink.table, records[0]["step"], rows)
 
@@ -49,11 +48,6 @@ class Tracker:
             self._sink = None
             message = printable(" ".join(str(error).split()))[:200] or type(error).__name__
             tqdm.write(f"warning: {self.name} failed ({message}): the run goes on, and records everything, without it")
-
-
-def _cell(value: object) -> str:
-    """Text on one line."""
-    return " ".join(printable(value if isinstance(value, str) else json.dumps(value)).split())
 
 
 class TensorBoard:

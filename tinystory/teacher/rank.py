@@ -3,8 +3,7 @@
 A group of n stories takes n requests, in each of which another story comes first and the others follow in turn. So each
 story stands once in each place, and a judge's preference for places, which adds the same to all of them, cancels. A
 request has the form of a grade (prompt.py): its text is all the stories, its criteria are story_1, story_2 ..., so the
-client's strict parsing, retries, cache, fence, panel and replay serve it. A group of which one reply cannot be read has
-no scores.
+client's strict parsing, retries, cache, panel and replay serve it.
 """
 
 from collections.abc import Sequence
@@ -17,17 +16,16 @@ from tinystory.teacher.prompt import Criterion, Template, Text, clean
 
 if TYPE_CHECKING:
     from tinystory.run.device import Stop
-    from tinystory.teacher.client import Teacher
-    from tinystory.teacher.replay import Replay
+
+LEVELS = ("among the worst of them", "below their middle", "above their middle", "among the best of them")
 
 
 def ranking(template: Template, count: int) -> Template:
     """The question how `count` stories compare with each other by the criteria of `template`."""
     names = [f"story_{i}" for i in range(1, count + 1)]
-    levels = ("among the worst of them", "below their middle", "above their middle", "among the best of them")
     listed = " ".join(f"{c.name.capitalize()} (weight {c.weight:g}): {c.question}" for c in template.criteria)
     return Template(
-        tuple(Criterion(name, f"How does {name} compare with the others?", levels) for name in names),
+        tuple(Criterion(name, f"How does {name} compare with the others?", LEVELS) for name in names),
         f"You compare {count} short stories by beginners. All go on from the same opening, and each may stop before "
         "its end; do not count that against it, nor its place, nor its length. The text to grade holds all of them, "
         f"each below a line of dashes with its name. Compare them by these criteria. {listed}",
@@ -52,39 +50,39 @@ def ranks(table: Sequence[Sequence[float]]) -> list[float]:
 
 
 class Ranked(GraderBase):
-    """Ranks the stories of a step by `grader`, `size` consecutive ones at a time, which share an opening."""
+    """Ranks `size` consecutive stories, which share an opening, by `grader`. A group of which one reply cannot be read
+    has no scores."""
 
-    def __init__(self, grader: "Teacher | Replay", size: int):
+    def __init__(self, grader: GraderBase, template: Template, size: int):
         super().__init__(grader.facts)
-        self.grader, self.size, self.template = grader, size, ranking(grader.template, size)
+        self.grader, self.size, self.template = grader, size, ranking(template, size)
         self._tables: list[list[list[float]]] = []
 
     def prepare(self, text: Text) -> None:
         """Send a group as soon as its last story ends."""
-        group = range(text.number - text.number % self.size, text.number - text.number % self.size + self.size)
-        if all(i in self.pending for i in group):
-            for request in self._requests([Text(*self.pending[i], i) for i in group]):
+        first = text.number - text.number % self.size
+        if all(i in self.pending for i in range(first, first + self.size)):
+            for request in self._requests([Text(*self.pending[i], i) for i in range(first, first + self.size)]):
                 self.grader.prepare(request)
 
     def _requests(self, group: Stories) -> list[Text]:
-        """The i-th begins with the i-th story, and has its index."""
-        stories = [text.story for text in group]
+        """The i-th begins with the i-th story, and has its number."""
+        turns = [[text.story for text in (*group[i:], *group[:i])] for i in range(len(group))]
         return [
-            Text(text.opening, joined(stories[i:] + stories[:i]), text.number, self.template)
-            for i, text in enumerate(group)
+            text._replace(story=joined(turn), template=self.template) for text, turn in zip(group, turns, strict=True)
         ]
 
     def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
         groups = [stories[i : i + self.size] for i in range(0, len(stories), self.size)]
         replies = self.grader.grades([text for group in groups for text in self._requests(group)], stop, again)
         grades, self._tables = [], []
-        for group in (replies[i : i + self.size] for i in range(0, len(replies), self.size)):
-            table = [[*reply.scores.values()] for reply in group if reply.scores is not None]
+        for i in range(0, len(replies), self.size):
+            group = [replace(reply, score=None, scores=None, panel=()) for reply in replies[i : i + self.size]]
+            table = [[*reply.scores.values()] for reply in replies[i : i + self.size] if reply.scores is not None]
             if len(table) == self.size:
                 self._tables.append(table)
-                grades += [replace(g, scores=None, score=s, panel=()) for g, s in zip(group, ranks(table), strict=True)]
-            else:
-                grades += [Grade(None, None, g.reply, g.attempts, g.reply_words, g.seconds, g.error) for g in group]
+                group = [replace(grade, score=score) for grade, score in zip(group, ranks(table), strict=True)]
+            grades += group
         return grades
 
     def stats(self) -> dict[str, Any]:
