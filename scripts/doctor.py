@@ -29,7 +29,7 @@ from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError, command
 from tinystory.run.paths import cache_dir, usage
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grader import CallableGrader, Grader, load_extra
+from tinystory.teacher.grader import CallableGrader, Grader
 from tinystory.teacher.prompt import Template, load_template
 
 PACKAGES = (
@@ -57,7 +57,6 @@ def main(argv: list[str] | None = None) -> None:
         "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="whence most of them (default: builtin)"
     )
     add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if it judges worse")
-    parser.add_argument("--teacher-extra", default="", metavar="JSON", help="fields to merge into each request")
     options = parser.parse_args(argv)
 
     for name, found in machine():
@@ -70,7 +69,6 @@ def main(argv: list[str] | None = None) -> None:
     elif options.teacher_url is not None:
         template = load_template(options.teacher_prompt) if options.teacher_prompt else Template()
         limits = dict(max_tokens=options.teacher_max_tokens, template=template, concurrency=options.teacher_concurrency)
-        limits |= dict(extra=load_extra(options.teacher_extra))
         with Teacher(options.teacher_url, options.teacher_model, **limits) as teacher:
             probed = teacher.probe()
             print(f"{'teacher':10} {probed}")

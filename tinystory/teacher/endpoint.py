@@ -144,7 +144,6 @@ class Endpoint:
     ledger: Ledger
     names: Sequence[str]  # of the criteria
     max_reply: int  # tokens of a reply in numbers
-    extra: Mapping[str, Any]  # fields that are merged into every request, and win
     probe: Probe | None = None  # None until the server has been probed
     failures: int = 0  # transient ones since its last answer
     absences: int = 0  # times that it was left out since then
@@ -166,10 +165,6 @@ class Endpoint:
     async def chat(self, form: Form, messages: list[dict], *, max_tokens: int, **fields: Any) -> Reply:
         """One chat completion. A reply that had to be allowed more tokens is cut to about `max_tokens`."""
         request = form.request(messages, max_tokens, **fields)
-        if self.extra:
-            body = {**request.pop("extra_body", {}), **self.extra}
-            headers = body.pop("extra_headers", None)
-            request |= {"extra_body": body} | ({"extra_headers": headers} if headers else {})
         # An upper bound on the prompt's tokens: a token is at least one byte, and the chat template adds a few. If the
         # server counted the tokens of the probe's story, only the part that differs from it is uncertain.
         sizes = [len(message["content"].encode()) for message in messages]
@@ -178,7 +173,7 @@ class Endpoint:
         cap = request[form.token_cap]
         while self.ledger.must_wait(longest, cap):  # only near the end of a budget
             await asyncio.sleep(0.01)
-        with self.ledger.request(longest, cap, self.url) as receipt:
+        with self.ledger.request(longest, cap) as receipt:
             reply = await self.client.chat(model=self.model, **request)
             receipt.tokens = reply.tokens
         return reply if cap == max_tokens else replace(reply, text="".join(PIECE.findall(reply.text)[:max_tokens]))
@@ -222,8 +217,8 @@ def base_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
 
-def facts_of(probes: Sequence[Probe], panel: str) -> dict[str, Any]:
+def facts_of(probes: Sequence[Probe]) -> dict[str, Any]:
     """What config.json records about the teachers on these servers."""
     names = ", ".join(f"{probe.model} at {probe.url}" for probe in probes)
-    facts: dict[str, Any] = {"scored_by": f"{panel} of {names}" if panel else names, "teacher": asdict(probes[0])}
+    facts: dict[str, Any] = {"scored_by": names, "teacher": asdict(probes[0])}
     return facts | ({"teachers": [asdict(probe) for probe in probes]} if len(probes) > 1 else {})
