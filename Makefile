@@ -99,7 +99,7 @@ kernel-report: .venv/ready
 	.venv/bin/cmake -S tests/native/simt -B build/simt && .venv/bin/cmake --build build/simt -j 2 --target simt_trace
 	build/simt/simt_trace report && { $(PY) tests/native/simt/sass_report.py || [ $$? = 77 ]; }
 
-# On a machine with a GPU: its tests, these under compute-sanitizer, and speeds: build/gpu-check.json and .md, nine minutes.
+# On a machine with a GPU: its tests, these under compute-sanitizer, and speeds: build/gpu-check.json, nine minutes.
 gpu-check: .venv/ready
 	$(PY) scripts/gpu_check.py
 

@@ -1,10 +1,10 @@
 """Tests and benchmarks of the CUDA kernels on this machine's GPU, in under nine minutes: `make gpu-check`.
 
-    python scripts/gpu_check.py --out build/gpu-check
+    python scripts/gpu_check.py --out build/gpu-check.json
 
 The GPU tests, the same under compute-sanitizer, and speeds: kernels beside PyTorch's (every backend of its attention),
-pretraining beside its matmuls alone, rollout and PPO. OUT.json has every command with its output, OUT.md a table under
-the GPU's name. A command that fails does not stop the next; one for which no time is left is listed as not run.
+pretraining beside its matmuls alone, rollout and PPO. OUT has every command with its output and lines of JSON. A
+command that fails does not stop the next; one for which no time is left is listed as not run.
 Exits with 1 unless every test and sanitizer passed.
 """
 
@@ -56,7 +56,7 @@ def commands() -> dict[str, list[str]]:
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("build/gpu-check"), help="OUT.json and OUT.md are written")
+    parser.add_argument("--out", type=Path, default=Path("build/gpu-check.json"), help="file to write")
     add_number(parser, "--minutes", 9.0, "(0, 1e6]", "for all of it")
     options = parser.parse_args(argv)
     import torch
@@ -68,9 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     facts |= dict(torch=torch.__version__, cuda=torch.version.cuda)
     results = run_all(commands(), options.minutes * 60)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(options.out.with_suffix(".json"), json.dumps(dict(facts, results=results), indent=1) + "\n")
-    atomic_write(options.out.with_suffix(".md"), table(facts, results))
-    print(f"\n{table(facts, results)}\n{options.out.with_suffix('.json')}, {options.out.with_suffix('.md')}")
+    atomic_write(options.out, json.dumps(dict(facts, results=results), indent=1) + "\n")
+    print("", *(f"{name}: {outcome(result)}" for name, result in results.items()), options.out, sep="\n")
     if any(results[name]["rc"] != 0 for name in ("tests", *SANITIZERS)):
         raise SystemExit(1)
 
@@ -109,32 +108,9 @@ def run_all(commands: Mapping[str, Sequence[str]], seconds: float) -> dict[str, 
     return results
 
 
-def table(facts: Mapping[str, Any], results: Mapping[str, dict[str, Any]]) -> str:
-    """Markdown: how each command ended, then the speeds."""
-    checks, kernels, speeds = [], [], []
-    for name, result in results.items():
-        ended = {0: "passed", None: result["why"]}.get(result["rc"], f"failed ({result['rc']})")
-        summary = [line for line in result["output"].splitlines() if " passed" in line or "ERROR SUMMARY" in line]
-        checks.append((name, ended + (f": {summary[-1].strip('= ')}" if summary else ""), result["seconds"]))
-        for row in result["rows"]:
-            for kernel, values in row.get("kernels", {}).items():
-                rates = [f"{values[u]} of {values['limit_' + u]} {u}" for u in ("tflop_s", "gb_s") if u in values]
-                times = values["ours_ms"], values["torch_ms"], values["ratio"]
-                kernels.append((kernel, row["shape"], *times, *(rates or [""])))
-            if "kernels" not in row:
-                rate, limit = row.get("tokens_per_s", ""), row.get("gemm_limit_tokens_per_s")
-                seconds = next(row[key] for key in ("total_s", "step_s", "rollout_s") if key in row)
-                fraction = f"{rate / limit:.2f}" if limit else ""
-                speeds.append((f"{row['bench']}, batch {row['batch']}", row["shape"], rate, fraction, seconds))
-    lines = [f"## {facts['card']} ({facts['capability']}, {facts['memory_gib']} GiB), torch {facts['torch']}"]
-    for header, rows in (
-        (("check", "outcome", "seconds"), checks),
-        (("kernel", "shape", "ours, ms", "PyTorch's best, ms", "ratio", "reached of its limit"), kernels),
-        (("what", "shape", "tokens/s", "of the matmuls alone", "seconds"), speeds),
-    ):
-        cells: list[tuple] = [header, ("---",) * len(header), *rows]
-        lines += ["", *(f"| {' | '.join(map(str, row))} |" for row in cells)]
-    return "\n".join(lines) + "\n"
+def outcome(result: Mapping[str, Any]) -> str:
+    ended = {0: "passed", None: result["why"]}.get(result["rc"], f"failed ({result['rc']})")
+    return f"{ended}, {result['seconds']} s"
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from tinystory.human.server import serve
 from tinystory.report import charts, page
 from tinystory.report.judges import preference_lines
 from tinystory.report.run import write_report
-from tinystory.run.errors import UserError, command
+from tinystory.run.errors import command
 from tinystory.run.folder import METRICS, PREFERENCES, read_config, read_metrics
 from tinystory.run.paths import usage
 from tinystory.run.text import printable
@@ -45,19 +45,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--teacher-prompt", default="", metavar="FILE", help="JSON file of criteria, as for the trainer"
     )
-    parser.add_argument(
-        "--twice", type=float, default=0.5, metavar="X", help="fraction of stories that a second human grades too"
-    )
     parser.add_argument("--compare", type=Path, metavar="RUN", help="compare a run's stories before and after instead")
     options = parser.parse_args(argv)
     require_port(options.port)
-    if not 0 <= options.twice <= 1:
-        raise UserError(f"--twice must be from 0 to 1, not {options.twice:g}")
     desk: Desk | PairDesk
     if options.compare:
         desk = PairDesk(options.compare / PREFERENCES, run_pairs(options.compare))
     else:
-        desk = Desk(options.grades, load_template(options.teacher_prompt), options.twice)
+        desk = Desk(options.grades, load_template(options.teacher_prompt))
     with contextlib.closing(desk):
         asyncio.run(_serve(desk, options))
     if options.compare:

@@ -188,7 +188,7 @@ def test_the_curve_is_of_the_run_that_is_taught_from_here(tmp_path):
     assert teach.curve(tmp_path / "run", "http://127.0.0.1:8501") == teach.curve(tmp_path, "http://x") == ""
 
 
-@pytest.mark.parametrize("argv", [["--port", "70000"], ["--twice", "2"], ["--compare", "nowhere"]])
+@pytest.mark.parametrize("argv", [["--port", "70000"], ["--compare", "nowhere"]])
 def test_a_wrong_option_is_one_sentence(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:

@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.report.frontier import best_of_n, tilt
-from tinystory.report.run import PER_COLUMN, Digest, histograms, offer, write_report
+from tinystory.report.run import PER_COLUMN, Digest, offer, write_report
 from tinystory.run.errors import UserError
 from tinystory.run.folder import RunLog
-from tinystory.teacher.prompt import CRITERIA
 
 EVIL = "</p></article><script>alert(1)</script><img src=x onerror=y>&lt;\x00\x1b[31m\u202e\ud800 {name} %s"
 VOID = {"meta", "path", "rect", "circle"}
@@ -286,17 +285,6 @@ def test_the_page_holds_the_run_against_what_needs_no_training(tmp_path):
     assert "Reward against KL" in text and "best possible" in text
     interaction_run(tmp_path / "later", stories=told[10:])  # the first step's stories are not there
     assert "Reward against KL" not in write_report(tmp_path / "later").read_text("utf-8")
-
-
-def test_histograms_compare_the_first_step_with_the_last():
-    scores = {1: 0, 2: 1, 3: 3}
-    stories = [
-        story(step, i, scores=dict.fromkeys(CRITERIA, score)) for step, score in scores.items() for i in range(4)
-    ]
-    # In the first step every score is 0, in the last every score is 3; the middle is not shown.
-    shares = re.findall(r"(\d+)%</text>", histograms(Digest(stories)))
-    assert shares == ["100", "0", "0", "0", "0", "0", "0", "100"] * 3
-    assert not histograms(Digest(stories[:4]))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 7, 9, 400])

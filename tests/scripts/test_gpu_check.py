@@ -8,10 +8,9 @@ import torch
 from conftest import fails
 
 from scripts import bench, gpu_check
-from scripts.gpu_check import commands, run_all, table
+from scripts.gpu_check import commands, outcome, run_all
 from tinystory.run.paths import ROOT
 
-FACTS = dict(card="Card", capability="9.0", memory_gib=80.0, torch="2.11", cuda="13.0")
 ROW = dict(ours_ms=1.0, torch_ms=1.5, ratio=1.5, tflop_s=300.0, limit_tflop_s=600.0)
 
 
@@ -35,16 +34,8 @@ def test_each_command_is_run_and_told():
     )
     assert [found["rc"] for found in results.values()] == [0, 1, None, 0, 0]
     assert results["kernels"]["rows"] == [kernels]
-    markdown = table(FACTS, results)
-    for line in (
-        "## Card (9.0, 80.0 GiB), torch 2.11",
-        "| tests | passed: 12 passed in 3 s |",
-        "| memcheck | failed (1): ERROR SUMMARY: 2 errors |",
-        "| racecheck | there is no no-such-program | 0.0 |",
-        "| attention | small | 1.0 | 1.5 | 1.5 | 300.0 of 600.0 tflop_s |",
-        "| rollout, batch 360 | gpt2s | 50.0 | 0.50 | 2.0 |",
-    ):
-        assert line in markdown
+    outcomes = [outcome(result).split(",")[0] for result in results.values()]
+    assert outcomes == ["passed", "failed (1)", "there is no no-such-program", "passed", "passed"]
 
 
 def test_when_the_time_is_over_the_rest_is_not_run():

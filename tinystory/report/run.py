@@ -133,7 +133,6 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
             f"mean, the band one standard deviation over its window.{without_signal(metrics)}",
             grid(scores),
         ),
-        histograms(digest),
         reward_against_kl(metrics, digest),
         section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
         judges.judges_section(folder, scored_by),
@@ -193,22 +192,6 @@ def interaction_headline(metrics: list[Record], criteria: Sequence[str]) -> str:
     drawing = chart("Mean reward per step", [curve(metrics, "reward_mean", "reward")], size=HERO)
     seconds = [(part, sum(value or 0 for value in column(metrics, f"{part}_s"))) for part in PARTS]
     return page.hero(tiles, drawing + page.time_bar(seconds))
-
-
-def histograms(digest: "Digest") -> str:
-    def counts(records: list[Record], name: str) -> list[int]:
-        scores = [round(record["scores"][name]) for record in records if name in (record["scores"] or {})]
-        return [scores.count(score) for score in range(TOP_SCORE + 1)]
-
-    drawings = [
-        charts.histogram(title(name), counts(digest.first, name), counts(digest.last, name), colour(name))
-        for name in digest.criteria
-    ]
-    return section(
-        "Distribution of the scores",
-        "Fraction of stories with each score, in the first step (grey) and in the last (colour).",
-        grid(drawings) if digest.first is not digest.last else "",
-    )
 
 
 def sameness(metrics: list[Record], digest: "Digest") -> str:
