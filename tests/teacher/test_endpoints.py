@@ -233,7 +233,7 @@ def test_a_model_without_a_system_message_gets_the_rubric_first_in_the_users(sta
     with Merged(refuse) as server, Teacher(server.url) as teacher:
         assert scored(teacher) and not teacher.probe().system and "no system message" in str(teacher.probe())
         (message,) = server.requests[-1]["messages"]
-        assert "A dog ran." in message["content"] and len(server.all) == 1 + 4  # refused once, and not retried
+        assert "A dog ran." in message["content"] and len(server.all) == 1 + 2  # refused once, and not retried
 
 
 # Models that think.

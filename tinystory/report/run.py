@@ -110,12 +110,12 @@ def flat(values: Record, path: str = "") -> Iterable[tuple[str, object]]:
 
 
 def scorer(config: Record) -> str:
-    """The names of the models that scored the stories, or of the callable; "" if it is not recorded."""
+    """The name of the model that scored the stories, or of the callable; "" if it is not recorded."""
     options = config.get("options", {})
-    panel, scored_by = options.get("teachers"), options.get("scored_by")
-    teachers = panel if isinstance(panel, list) and panel else [options.get("teacher")]
-    models = dict.fromkeys(str(probe["model"]) for probe in teachers if isinstance(probe, dict) and probe.get("model"))
-    return ", ".join(models) or (Path(scored_by).name if isinstance(scored_by, str) else "")
+    teacher, scored_by = options.get("teacher"), options.get("scored_by")
+    if isinstance(teacher, dict) and teacher.get("model"):
+        return str(teacher["model"])
+    return Path(scored_by).name if isinstance(scored_by, str) else ""
 
 
 def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str]:
@@ -275,11 +275,8 @@ def teacher_requests(metrics: list[Record]) -> str:
     cost = metrics[-1].get("teacher_cost")
     rows = [(name, number(total)) for name, total in sums.items()] + [("Cost", number(cost))] * bool(cost)
     latencies = [curve(metrics, f"teacher_latency_{key}", name=name, smooth=False) for key, name in LATENCIES.items()]
-    drawings = [
-        chart("Latency percentiles, seconds", latencies),
-        chart("Retries after a failure", [curve(metrics, "teacher_retries")]),
-    ]
-    return details("Requests to the teacher", page.facts(rows) + grid(drawings))
+    drawing = chart("Latency percentiles, seconds", latencies)
+    return details("Requests to the teacher", page.facts(rows) + grid([drawing]))
 
 
 Top: TypeAlias = list[tuple[float, bytes, Record]]  # values, hashes for ties, and records, the highest first

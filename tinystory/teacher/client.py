@@ -97,7 +97,7 @@ class Teacher(GraderBase):
         return self.probes()[0]
 
     def probes(self) -> list[Probe]:
-        """What each server can do, found out once: about eight requests, or one if the cache holds the result. The
+        """What each server can do, found out once: about four requests, or one if the cache holds the result. The
         first is of the server whose replies the others share.
 
         Raises UserError if no server can be reached, or if one is not an OpenAI-compatible API, does not have the

@@ -54,8 +54,6 @@ class Probe(Form):
     thinks: bool  # whether the model reasons before it replies, unless told not to
     structure: str  # the strictest constraint on a reply that works: "numbers", "json" or "nothing"
     held_to: str  # the constraint used: "json", which has more words, only if the model gives no numbers without it
-    seed: bool  # whether the same seed gave the same sentence
-    logprobs: bool  # whether log-probabilities came
     tokens: tuple[int, int] | None  # (prompt, completion) of the probe's story; None if the server does not count
     seconds: float  # of the fastest answer: the first may have waited until the model was loaded
     notes: tuple[str, ...]  # what the user should know
@@ -65,8 +63,6 @@ class Probe(Form):
             "scored a story" if self.scored else f"gave no scores but {self.reply[:60]!r}",
             self.token_cap + f" at least {self.least_tokens}" * bool(self.least_tokens),
             "obeys no structure" if self.structure == "nothing" else f"obeys {self.structure}",
-            "seed repeats" if self.seed else "seed does not repeat",
-            "logprobs" if self.logprobs else "no logprobs",
             *(f"no {name}" for name in self.refused),
             *["no system message"] * (not self.system),
             *["thinks"] * self.thinks,
