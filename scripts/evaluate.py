@@ -86,10 +86,11 @@ def main(argv: list[str] | None = None) -> None:
     if options.compare:
         compare_stories(options)
         return
-    if not options.checkpoints:
-        raise UserError("nothing to evaluate: name a checkpoint or a run, or two with --compare")
-    if not (tasks or options.corpus or options.stories or options.coreference):
-        raise UserError("nothing to evaluate: give --blimp or another task, --corpus, --coreference N or --stories N")
+    if not options.checkpoints or not (tasks or options.corpus or options.stories or options.coreference):
+        raise UserError(
+            "nothing to evaluate: name a checkpoint or a run (two with --compare), and give --blimp or another task, "
+            "--corpus, --coreference N or --stories N"
+        )
     corpus = open_corpus(options.corpus) if options.corpus else None
     openings = load_openings(options.openings) if options.openings else OPENINGS
     device = pick_device(options.device)

@@ -3,7 +3,6 @@
 It is generated only from the records in the run's folder, so it can be written again at any time.
 """
 
-import datetime
 import hashlib
 import itertools
 from collections import defaultdict
@@ -92,8 +91,7 @@ def subtitle(metrics: list[Record], config: Record) -> str:
         parts.append("Interaction" if "reward_mean" in metrics[-1] else "Pretraining")
         parts.append(page.count(metrics[-1]["step"], "step"))
     if config:
-        started = datetime.datetime.fromisoformat(config["started"])
-        parts += [config["device"], f"{started.day} {started:%B %Y, %H:%M} UTC"]
+        parts += [config["device"], f"{config['started'][:16].replace('T', ' ')} UTC"]
     return " · ".join(escape(part) for part in parts)
 
 
