@@ -12,7 +12,6 @@ import argparse
 import os
 import platform
 import shutil
-import ssl
 import subprocess
 from collections.abc import Iterator
 from importlib import metadata
@@ -99,7 +98,6 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "kernels", kernels()
     yield "gpu", gpu()
     yield "nvcc", cuda_compiler()
-    yield "https", certificates()
     yield "cache", cache()
 
 
@@ -167,16 +165,6 @@ def cuda_compiler() -> str:
     if why := cuda.why_not():
         return f"not used: {why}"
     return f"{cuda.toolkit()}, for compute capability {', '.join(cuda.architectures())}"
-
-
-def certificates() -> str:
-    """What https (a hosted teacher, a corpus) trusts: the system's certificates."""
-    paths = ssl.get_default_verify_paths()
-    count = len(ssl.create_default_context().get_ca_certs()) or bool(paths.capath and os.listdir(paths.capath))
-    where = paths.cafile or paths.capath or "the system's keychain"
-    if not count:
-        return f"no certificates in {where}: install ca-certificates, or set SSL_CERT_FILE"
-    return f"certificates of {where}"
 
 
 def cache() -> str:

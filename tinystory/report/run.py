@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TypeAlias
 
 from tinystory.report import charts, judges, page
 from tinystory.report.charts import Line, chart, number
@@ -20,7 +19,7 @@ from tinystory.run.errors import UserError
 from tinystory.run.folder import SAMPLES, Record, read_config, read_metrics, read_records, read_stories
 
 EDGE = 5  # the headline compares the means of the first and last so many steps
-PAIRS, PER_COLUMN, UNSCORED = 12, 5, 3  # stories shown: before and after; best, worst and random ones; unscored
+PAIRS, RANDOM, UNSCORED = 12, 6, 3  # stories shown: before and after; random ones; unscored
 HERO = (560, 300)  # size of the chart at the top, in pixels
 PARTS = ("rollout", "reference", "teacher", "update")  # of a step, in chronological order
 
@@ -135,7 +134,11 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
         section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
         judges.judges_section(folder, scored_by),
         before_and_after(folder, scored_by),
-        random_best_and_worst(digest, scored_by),
+        section(
+            "Samples of the last step",
+            "Drawn at random, whatever their reward: what to expect of the student.",
+            block("cards", cards(digest.random, scored_by)),
+        ),
         section(
             "Stories without a score",
             "The teacher returned no valid score for these, so they were left out of the update. The first ones:",
@@ -252,19 +255,6 @@ def before_and_after(folder: Path, scored_by: str) -> str:
     )
 
 
-def random_best_and_worst(digest: "Digest", scored_by: str) -> str:
-    columns = {"Random, last step": digest.random, "Best of the run": digest.best, "Worst of the run": digest.worst}
-    body = "".join(
-        f"<div><h3>{name}</h3>{cards(records, scored_by)}</div>" for name, records in columns.items() if records
-    )
-    return section(
-        "Samples of the last step, and the best and worst stories",
-        "The first column is what to expect of the student. Best and worst are by reward, among all "
-        f"{number(digest.scored)} scored stories, the same story once; ties are broken at random.",
-        block("three", body),
-    )
-
-
 def teacher_requests(metrics: list[Record]) -> str:
     """Counts and latencies of the requests to the teacher; "" if there were none."""
     if not any(column(metrics, "teacher_requests")):
@@ -277,25 +267,18 @@ def teacher_requests(metrics: list[Record]) -> str:
     return details("Requests to the teacher", page.facts(rows) + grid([drawing]))
 
 
-Top: TypeAlias = list[tuple[float, bytes, Record]]  # values, hashes for ties, and records, the highest first
-
-
 class Digest:
     """What the page shows of stories.jsonl, collected in one pass without holding the other stories in memory.
 
-    criteria: as graded, () if no story has scores; best, worst: distinct stories by reward; unscored: the first ones;
-    first, last: the stories of the first step and of the last, the same list if there is only one; random: some of the
-    last step, the same ones at each call.
+    criteria: as graded, () if no story has scores; unscored: the first ones; first, last: the stories of the first step
+    and of the last, the same list if there is only one; random: some of the last step, the same ones at each call.
     """
 
     def __init__(self, stories: Iterable[Record]):
         self.criteria: tuple[str, ...] = ()
-        self.scored = 0
         self.unscored: list[Record] = []
         self.first: list[Record] = []
         self.last: list[Record] = self.first
-        best: Top = []
-        worst: Top = []
         for record in stories:
             if self.last and self.last[0]["step"] != record["step"]:
                 self.last = []
@@ -304,29 +287,14 @@ class Digest:
                 if len(self.unscored) < UNSCORED:
                     self.unscored.append(record)
                 continue
-            self.scored += 1
-            offer(best, record["reward"], record)
-            offer(worst, -record["reward"], record)
             if record["scores"]:  # with --reward a callable replaces the teacher and gives no scores
                 self.criteria = tuple(record["scores"])  # the last ones: a resume may bring another --teacher-prompt
-        self.best, self.worst = ([record for *_, record in top] for top in (best, worst))
-        self.random = sorted(self.last, key=shuffled)[:PER_COLUMN]
+        self.random = sorted(self.last, key=shuffled)[:RANDOM]
 
 
 def shuffled(record: Record) -> bytes:
     """A key that puts stories in random order: a hash of step and index."""
     return hashlib.blake2b(f"{record['step']} {record['index']}".encode(), digest_size=8).digest()
-
-
-def offer(top: Top, value: float, record: Record) -> None:
-    """Insert a record if its value is among the highest and its story is new. Ties are broken at random, so that
-    neither early nor late stories are favoured."""
-    if len(top) == PER_COLUMN and value < top[-1][0]:
-        return
-    if all((record["story"], record["opening"]) != (other["story"], other["opening"]) for *_, other in top):
-        top.append((value, shuffled(record), record))
-        top.sort(key=lambda entry: entry[:2], reverse=True)
-        del top[PER_COLUMN:]
 
 
 # ---- a pretraining run ----------------------------------------------------------------------------------------------
