@@ -47,7 +47,7 @@ def test_an_endpoint_is_asked_about_a_runs_stories_and_its_report_shows_it(run, 
     (judge,) = read_opinions(run).values()
     assert judge.name == "gpt" and len(judge.ratings) == 12
     page = (run / "report.html").read_text()
-    assert "Other judges" in page and "gpt: " in page and EVIL not in page
+    assert "Other judges" in page and "gpt" in page and EVIL not in page
     assert "Scored by llama. It counts &lt;script&gt;" in page
     found = json.loads((run / "agreement.json").read_text())
     assert found[0]["criteria"]["creativity"]["kappa"] is None and found[0]["stories"] == 12
@@ -76,7 +76,7 @@ def test_the_builtin_teacher_and_a_callable_are_judges_too(run, capsys, tmp_path
     agreement.main([str(run), "rubric", f"{tmp_path}/mine.py:score", "--stories", "8", "--corpus", str(corpus)])
     said = capsys.readouterr().out
     assert "llama and rubric, 8 stories" in said and "mine.py:score" in said
-    assert "mine.py:score: " in (run / "report.html").read_text()
+    assert "mine.py:score" in (run / "report.html").read_text()
 
 
 def test_what_is_no_judge_is_one_sentence(run, tmp_path, capsys):

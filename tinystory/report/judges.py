@@ -32,17 +32,6 @@ def read_opinions(folder: Path) -> dict[str, Rater]:
     return raters
 
 
-def other_scores(opinions: Mapping[str, Rater], record: Record) -> str:
-    """The other judges' scores of one story, for its card, as HTML; "" if there are none."""
-    notes = []
-    for name, rater in opinions.items():
-        key = record["opening"], record["story"]
-        if key in rater.ratings:
-            scores = " ".join(f"{score:g}" for score in rater.scores(key).values())
-            notes.append(f"{page.clip(name, 40)}: {scores or f'{rater.ratings[key]:.2f} of 1'}")
-    return " · ".join(notes)
-
-
 def judges_section(folder: Path, scored_by: str) -> str:
     """Other judges' scores of the stories before and after, beside those of the run's own teacher; "" if there are
     none."""

@@ -235,7 +235,6 @@ def reward_against_kl(metrics: list[Record], digest: "Digest") -> str:
 
 
 def before_and_after(folder: Path, scored_by: str) -> str:
-    opinions = judges.read_opinions(folder)
     samples: dict[int, dict[str, Record]] = defaultdict(dict)
     for record in read_records(folder / SAMPLES):
         samples[record["index"]][record["when"]] = record
@@ -243,9 +242,7 @@ def before_and_after(folder: Path, scored_by: str) -> str:
     for _, sides in sorted(samples.items())[:PAIRS]:
         records = [sides[when] for when in ("before", "after") if when in sides]
         titles = [f"{record['when'].capitalize()}, step {number(record['step'])}" for record in records]
-        others = [judges.other_scores(opinions, record) for record in records]
-        pair = map(story_card, records, titles, itertools.repeat(scored_by), others)
-        body += block("pair", "".join(pair))
+        body += block("pair", "".join(map(story_card, records, titles, itertools.repeat(scored_by))))
     return section(
         "Evaluation, before and after",
         "The opening, in colour, is given; the student continues it, both times with the same random numbers. It was "
