@@ -47,7 +47,7 @@ svg.chart .grid { stroke: var(--rule); stroke-width: 1; }
 svg.chart .band { fill: var(--tint); opacity: .13; }
 svg.chart .raw { fill: none; stroke: var(--tint); stroke-width: 1; opacity: .35; }
 svg.chart .line { fill: none; stroke: var(--tint); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-svg.chart .dot, svg.chart .bar { fill: var(--tint); }
+svg.chart .dot { fill: var(--tint); }
 svg.chart .error { fill: none; stroke: var(--tint); stroke-width: 1.5; }
 """
 
