@@ -3,7 +3,7 @@
     python scripts/agreement.py runs/interact rubric                       a run's teacher and the built-in one
     python scripts/agreement.py runs/interact http://127.0.0.1:8080/v1     ... and any endpoint, or scripts/teach.py
     python scripts/agreement.py runs/interact runs/teach/grades.jsonl my_reward.py:score
-    python scripts/agreement.py runs/teach/grades.jsonl                    the people who graded there, with each other
+    python scripts/agreement.py grades.jsonl                               several graders of the same stories ("by")
 
 The first judge determines the stories: those before and after of a run (all so far if it has not ended), or the lines
 of a file, each with an opening, a story and scores. Grades by the other judges are read from a file or requested now.
