@@ -13,7 +13,6 @@ from tinystory.run.errors import UserError
 from tinystory.teacher.api import Failure
 from tinystory.teacher.endpoint import Endpoint, Slots
 from tinystory.teacher.ledger import Ledger
-from tinystory.teacher.prompt import DEFAULT, Template
 
 T = TypeVar("T")
 FAILURES = 8  # failed requests after which a story is given up; with the pauses below, after a minute or more
@@ -66,7 +65,6 @@ class Question:
 
     messages: list[dict]
     fence: str
-    template: Template = DEFAULT
     afresh: bool = False  # whether replies that an earlier process kept are of no use
     since: float | None = None
 
@@ -129,7 +127,7 @@ class ServerPool:
                     timeouts += 1
                 except Failure as error:
                     failure = error
-                session.ledger.count("failures", server=endpoint.url)
+                session.ledger.count("failures")
                 endpoint.failures += failure.again and not failure.busy
                 if failure.busy:
                     endpoint.slots.refused()

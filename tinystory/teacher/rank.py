@@ -3,7 +3,7 @@
 A group of n stories takes n requests, in each of which another story comes first and the others follow in turn. So each
 story stands once in each place, and a judge's preference for places, which adds the same to all of them, cancels. A
 request has the form of a grade (prompt.py): its text is all the stories, its criteria are story_1, story_2 ..., so the
-client's strict parsing, retries, cache, panel and replay serve it.
+client's strict parsing, retries, cache and replay serve it.
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ class Ranked(GraderBase):
         replies = self.grader.grades([text for group in groups for text in self._requests(group)], stop, again)
         grades, self._tables = [], []
         for i in range(0, len(replies), self.size):
-            group = [replace(reply, score=None, scores=None, panel=()) for reply in replies[i : i + self.size]]
+            group = [replace(reply, score=None, scores=None) for reply in replies[i : i + self.size]]
             table = [[*reply.scores.values()] for reply in replies[i : i + self.size] if reply.scores is not None]
             if len(table) == self.size:
                 self._tables.append(table)
