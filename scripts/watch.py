@@ -21,7 +21,7 @@ from tinystory.run.paths import usage
 from tinystory.run.text import printable
 
 CURVES = {
-    "reward_mean": "reward", "held_out_reward": "held-out reward", "score_mean": "score", "kl": "KL, nats per story",
+    "reward_mean": "reward", "held_out_reward": "held-out reward", "score_mean": "score", "kl": "KL, nats",
     "story_clusters": "story clusters", "length_mean": "words per story", "loss": "loss, nats per token",
     "val_loss": "validation loss", "tokens_per_s": "tokens per second",
 }  # fmt: skip
@@ -57,7 +57,8 @@ def page(run: Path, width: int, running: bool) -> list[str]:
     for key, name in CURVES.items():
         if values := [value for value in column(metrics, key) if value is not None]:
             heading = f"{name} {number(values[0])} → {number(values[-1])}"
-            charts.append([heading, *text_curve(values, CURVE_WIDTH, CURVE_HEIGHT).split("\n")])
+            stretched = [value for value in values for _ in range(max(1, CURVE_WIDTH // len(values)))]
+            charts.append([heading, *text_curve(stretched, CURVE_WIDTH, CURVE_HEIGHT).split("\n")])
     across = max(1, width // (CURVE_WIDTH + 2))
     for row in (charts[i : i + across] for i in range(0, len(charts), across)):
         lines += ["", *("  ".join(line.ljust(CURVE_WIDTH) for line in part) for part in zip(*row, strict=True))]

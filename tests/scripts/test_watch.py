@@ -26,7 +26,7 @@ def test_a_run_that_is_over_is_printed_once(run, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     text = "\n".join(lines)
     assert lines[0] == f"{run}: step 12, over" and all(len(line) <= 80 for line in lines[1:])
-    assert "reward 0.1 → 1.2" in text and "KL, nats per story 1 → 12" in text and "score " not in text
+    assert "reward 0.1 → 1.2" in text and "KL, nats 1 → 12" in text and "score " not in text
     assert "▁" in text and "█" in text and "Warning at step 6: the KL runs away" in " ".join(text.split())
     assert [line for line in lines if line.startswith("Step 12")] == [
         f"Step 12, reward {i}.000: Once story {i} [31mred blue" for i in (6, 7, 8)

@@ -119,15 +119,14 @@ def number_option(config: Record, name: str) -> float | None:
 
 
 def remaining(metrics: list[Record], config: Record) -> str:
-    """ "running", with an estimate of the time left at the pace of the RECENT steps if there are any."""
+    """The state of a run that goes on, with the time left, where the pace of its RECENT steps tells it."""
     recent, last = metrics[-RECENT:], metrics[-1] if metrics else {}
-    steps, words = number_option(config, "steps"), number_option(config, "words")
-    done, speed = last.get("words"), mean(column(recent, "tokens_per_s"))
-    if steps and "reward_mean" in last:
-        pace = mean([sum(record.get(f"{part}_s") or 0 for part in PARTS) for record in recent]) or 0.0
-        left = (steps - last["step"]) * pace
-    elif words and done and speed:
-        left = (words - done) / done * (last.get("tokens") or 0) / speed
+    words, speed = last.get("words"), mean(column(recent, "tokens_per_s"))
+    if "reward_mean" in last and (steps := number_option(config, "steps")):
+        seconds = sum(record.get(f"{part}_s") or 0 for part in PARTS for record in recent)
+        left = (steps - last["step"]) * seconds / len(recent)
+    elif words and speed and (total := number_option(config, "words")):
+        left = (total / words - 1) * (last.get("tokens") or 0) / speed
     else:
         return "running"
     return f"running, about {page.duration(left)} left"

@@ -136,13 +136,11 @@ def held(folder: Path) -> Iterator[None]:
 
 def is_held(folder: Path) -> bool:
     """Whether a process holds a run's folder."""
-    try:
-        with open(folder / LOCK) as file:
+    with contextlib.suppress(FileNotFoundError), open(folder / LOCK) as file:
+        try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
+        except BlockingIOError:
+            return True
     return False
 
 
@@ -159,7 +157,7 @@ class RunLog(contextlib.ExitStack):
         self.folder, self.resume_step, self.writes = Path(folder), resume_step, writes
         self._files: dict[str, IO[bytes]] = {}
         self._tracker: Tracker | None = None
-        self._last_step = -1  # that an earlier process recorded
+        self._last_step = -1  # that an earlier process recorded, and sent to the tracker
         if not writes:
             return
         try:
@@ -202,7 +200,7 @@ class RunLog(contextlib.ExitStack):
         atomic_write(self.folder / CONFIG, text + "\n")
         if (tracker := options.get("track", "none")) != "none":  # the same run there at each resume
             run_id = re.sub(r"\W+", "-", f"{self.folder.resolve().name}-{record['started']}")
-            self._tracker = Tracker(tracker, self.folder, run_id, json.loads(text)["options"], self._last_step)
+            self._tracker = Tracker(tracker, self.folder, run_id, json.loads(text)["options"])
             self.callback(self._tracker.close)
 
     def metrics(self, *, step: int, **values: Any) -> Record:
@@ -210,7 +208,7 @@ class RunLog(contextlib.ExitStack):
         infinity become null."""
         record = plain({"step": step} | values)
         self._append(METRICS, [record])
-        if self._tracker is not None:
+        if self._tracker is not None and step > self._last_step:
             self._tracker.metrics(record)
         return record
 
@@ -221,7 +219,7 @@ class RunLog(contextlib.ExitStack):
     def evaluations(self, records: Sequence[Record]) -> None:
         """The same for an evaluation's stories, which nothing is learned from."""
         self._append(EVALUATIONS, records)
-        if self._tracker is not None:
+        if self._tracker is not None and records[0]["step"] > self._last_step:
             self._tracker.stories(records)
 
     def _append(self, name: str, records: Sequence[Record]) -> None:

@@ -17,23 +17,23 @@ COLUMNS = ("index", "opening", "story", "scores", "reward")  # of a table of sto
 
 class Tracker:
     """Sends records to the tracker `name`, as the run `run_id` there. If it fails, one line says so, and the run goes
-    on without it. last_step: the steps up to it are there already, sent by an earlier process."""
+    on without it."""
 
-    def __init__(self, name: str, folder: Path, run_id: str, options: Mapping[str, Any], last_step: int):
-        self.name, self.last_step = name, last_step
+    def __init__(self, name: str, folder: Path, run_id: str, options: Mapping[str, Any]):
+        self.name = name
         self._sink: TensorBoard | Wandb | None = None
         self._sink = self._try(TensorBoard if name == "tensorboard" else Wandb, name, folder, run_id, options)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """One curve for each number of a record of metrics.jsonl."""
         numbers = {key: value for key, value in record.items() if key != "step" and type(value) in (int, float)}
-        if self._sink and record["step"] > self.last_step:
+        if self._sink:
             self._try(self._sink.log, record["step"], numbers)
 
     def stories(self, records: Sequence[Mapping[str, Any]]) -> None:
         """The stories of an evaluation as a table of text."""
         rows = [[" ".join(printable(str(record[name])).split()) for name in COLUMNS] for record in records]
-        if self._sink and records[0]["step"] > self.last_step:
+        if self._sink:
             self._try(self._sink.table, records[0]["step"], rows)
 
     def close(self) -> None:

@@ -17,15 +17,14 @@ from tinystory.teacher.prompt import Criterion, Template, Text, clean
 if TYPE_CHECKING:
     from tinystory.run.device import Stop
 
-LEVELS = ("among the worst of them", "below their middle", "above their middle", "among the best of them")
-
 
 def ranking(template: Template, count: int) -> Template:
     """The question how `count` stories compare with each other by the criteria of `template`."""
     names = [f"story_{i}" for i in range(1, count + 1)]
+    levels = ("among the worst of them", "below their middle", "above their middle", "among the best of them")
     listed = " ".join(f"{c.name.capitalize()} (weight {c.weight:g}): {c.question}" for c in template.criteria)
     return Template(
-        tuple(Criterion(name, f"How does {name} compare with the others?", LEVELS) for name in names),
+        tuple(Criterion(name, f"How does {name} compare with the others?", levels) for name in names),
         f"You compare {count} short stories by beginners. All go on from the same opening, and each may stop before "
         "its end; do not count that against it, nor its place, nor its length. The text to grade holds all of them, "
         f"each below a line of dashes with its name. Compare them by these criteria. {listed}",
