@@ -74,7 +74,7 @@ def test_a_consistent_judge_ranks_and_a_planted_bias_comes_out_neutral():
 
 
 def test_a_group_with_a_malformed_ranking_has_no_scores_and_is_counted():
-    script = lambda joint, n: "1 2" if "Mud" in texts(joint)[:1] else longest_first(joint)  # noqa: E731
+    script = lambda joint, n: "1 2" if "Mud." in texts(joint)[:1] else longest_first(joint)  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url) as teacher:
         grades, stats = graded(teacher, STORIES + STORIES[:2] * 2)
         assert [grade.score for grade in grades[:4]] == [None] * 4 and None not in [g.score for g in grades[4:]]
@@ -86,7 +86,7 @@ def test_a_group_with_a_malformed_ranking_has_no_scores_and_is_counted():
 
 def test_rankings_are_cached_and_replayed(tmp_path):
     kept = tmp_path / "replies.jsonl"
-    script = lambda joint, n: "hm" if n == 0 and "Mud" in texts(joint)[:1] else longest_first(joint)  # noqa: E731
+    script = lambda joint, n: "hm" if n == 0 and "Mud." in texts(joint)[:1] else longest_first(joint)  # noqa: E731
     with FaultServer(script) as server:
         with Teacher(server.url, cache=kept) as teacher:
             before, _ = graded(teacher)
@@ -99,7 +99,7 @@ def test_rankings_are_cached_and_replayed(tmp_path):
 
 
 def test_a_group_that_was_given_up_is_given_up_in_a_replay(tmp_path):
-    script = lambda joint, n: "500" if "Mud" in texts(joint)[:1] else longest_first(joint)  # noqa: E731
+    script = lambda joint, n: "500" if "Mud." in texts(joint)[:1] else longest_first(joint)  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
         before, _ = graded(teacher)
     lines = [story_record(1, i, story=story, reward=None) for i, story in enumerate(STORIES)]
