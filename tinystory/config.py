@@ -368,13 +368,12 @@ def _check_together(config: Any) -> Iterator[str]:
             f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's probabilities must not "
             "reach the student"
         )
-    if config.teacher_mode == "rank" and not (config.teacher_url or config.replay):
-        yield "--teacher-mode rank needs a teacher that can compare stories: give --teacher-url"
-    group, tokens = config.stories_per_opening, config.teacher_max_tokens
-    if config.teacher_mode == "rank" and (not 2 <= group <= tokens / 2 or config.stories_per_step % group):
+    group, teacher = config.stories_per_opening, config.teacher_url or config.replay
+    comparable = 2 <= group <= config.teacher_max_tokens / 2 and config.stories_per_step % group == 0
+    if config.teacher_mode == "rank" and not (teacher and comparable):
         yield (
-            "--teacher-mode rank compares the stories of an opening: give --stories-per-opening 2 to 8, or more with "
-            "twice as many --teacher-max-tokens, and a multiple of it as --stories-per-step"
+            "--teacher-mode rank compares the stories of an opening: give a --teacher-url, --stories-per-opening 2 to "
+            "half of --teacher-max-tokens, and a multiple of it as --stories-per-step"
         )
     if config.budget_cost and not config.price_in + config.price_out:
         yield "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"

@@ -115,11 +115,16 @@ def test_a_tracker_that_is_not_installed_is_one_sentence(place, tmp_path, capsys
     assert "pip install wandb" in fails(train_interact.main, argv, capsys) and not (tmp_path / "i").exists()
 
 
-def test_a_tracker_asked_for_on_resume_gets_the_steps_before(place, tmp_path, monkeypatch):
+def test_a_tracker_asked_for_on_resume_gets_the_steps_from_there_on(place, tmp_path, monkeypatch):
     sent = []
-    sink = (lambda step, numbers: sent.append(step)), (lambda step, rows: None), (lambda: None)
-    monkeypatch.setattr(track, "tensorboard", lambda run: sink)
+
+    class Sink:
+        def __init__(self, *_):
+            self.log = self.table = lambda step, _: sent.append(step)
+            self.close = lambda: sent.append("closed")
+
+    monkeypatch.setattr(track, "TensorBoard", Sink)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     interact(place, tmp_path / "i", "--steps", "2")
     interact(place, tmp_path / "i", "--resume", "--steps", "4", "--track", "tensorboard")
-    assert sent == [1, 2, 3, 4]
+    assert sent == [3, 4, 4, "closed"]  # and the evaluation of step 4

@@ -204,8 +204,7 @@ class RunLog(contextlib.ExitStack):
             self.callback(self._tracker.close)
 
     def metrics(self, *, step: int, **values: Any) -> Record:
-        """Append the record of one step, and return it as it is recorded: floats keep 7 significant digits, and NaN and
-        infinity become null."""
+        """Append the record of one step, and return it: floats keep 7 digits, and NaN and infinity become null."""
         record = plain({"step": step} | values)
         self._append(METRICS, [record])
         if self._tracker is not None and step > self._last_step:

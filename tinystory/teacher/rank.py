@@ -1,9 +1,8 @@
 """A relative judge: the stories to one opening are judged together, and their ranks are their scores (as ART's RULER).
 
-A group of n stories takes n requests, in each of which another story comes first and the others follow in turn. So each
-story stands once in each place, and a judge's preference for places, which adds the same to all of them, cancels. A
-request has the form of a grade (prompt.py): its text is all the stories, its criteria are story_1, story_2 ..., so the
-client's strict parsing, retries, cache and replay serve it.
+A group of n stories takes n requests, in each of which another comes first and the others follow in turn. Each stands
+once in each place, so a judge's preference for places adds the same to all of them. A request has the form of a grade:
+its text is all the stories, its criteria are story_1, story_2 ..., so the client's parsing, retries and cache serve it.
 """
 
 from collections.abc import Sequence
