@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         student, tokenizer, facts = checkpoint.load(sources[branch])
         hf.write(folder, student, tokenizer)
         revision = branch if options.push and branch != MAIN else ""
-        card = model_card(options.push or str(folder), sources[branch], student, facts, revision)
+        card = model_card(options.push or folder.name, sources[branch], student, facts, revision)
         atomic_write(folder / "README.md", card)
     if student.config.context < hf.FINE_TUNING:
         print(

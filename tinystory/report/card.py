@@ -3,6 +3,7 @@
 import json
 import textwrap
 from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path
 
 from tinystory.data.corpus import BUILTIN, HUB, LICENCES
@@ -42,7 +43,8 @@ def model_card(name: str, source: Path, student: Student, facts: Record, revisio
     """The text of the card, with the Hub's metadata. name: the repository, with the revision, or the folder to load the
     student from; source: its checkpoint; facts: what was loaded with it ({} for a folder that transformers wrote, whose
     history is not known)."""
-    shape, corpora = student.config, list(facts.get("corpus", []))
+    shape = student.config
+    corpora = [Path(key).name for key in facts.get("corpus", [])]  # no folders of whoever trained it
     size = sum(parameter.numel() for parameter in student.parameters())
     paragraphs = [
         f"# {name}",
@@ -63,7 +65,8 @@ def model_card(name: str, source: Path, student: Student, facts: Record, revisio
     ]
     known = bool(corpora) and set(corpora) <= set(LICENCES)
     metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [tinystory]"]
-    metadata += [f"datasets: {json.dumps([HUB[key][0] for key in corpora if key in HUB])}"]
+    if datasets := [HUB[key][0] for key in corpora if key in HUB]:
+        metadata.append(f"datasets: {json.dumps(datasets)}")
     metadata += ["language: en"] * known + ["license: mit"] * (known and set(corpora) <= set(BUILTIN))
     return "\n".join(["---", *metadata, "---", "", *(f"{text}\n" for text in paragraphs)])
 
@@ -93,10 +96,12 @@ def _run(source: Path, facts: Record) -> Iterable[str]:
     if last and 0 in evaluations:
         before, after = (_means(evaluations[at]) for at in (0, last))
         yield "## What it scores"
-        yield f"Means over {len(evaluations[last])} stories to openings that it was never trained on:"
-        rows = [f"| {text} | {number(before[key])} | {number(after[key])} |" for key, text in MEASURES.items()]
+        yield f"Means over {len(evaluations[last])} stories, to held-out openings unless there was only one:"
+        cells = {text: (before[key], after[key]) for key, text in MEASURES.items() if after[key] is not None}
+        rows = [f"| {text} | {number(a)} | {number(b)} |" for text, (a, b) in cells.items()]
         yield "\n".join([f"| | before interaction | after step {last} |", "|---|---|---|", *rows])
-        yield from (printable(line) + "." for line in preference_lines(run_preferences(run)))
+        for line in preference_lines(run_preferences(run)):
+            yield escape(printable(line)).replace("[", "\\[") + "."
         example = f"{evaluations[last][0]['opening']} {evaluations[last][0]['story']}"
         yield "The first of these stories, not the best:"
         yield textwrap.indent(textwrap.fill(printable(example), 100), "    ")
