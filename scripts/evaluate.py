@@ -104,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     tasks = {task: getattr(options, task) for task in TASKS if getattr(options, task)}
     counts = [int(word) for word in options.stories if word.isdecimal()]
+    options.openings = load_openings(options.openings) if options.openings else OPENINGS
     files = [Path(word) for word in options.stories if not word.isdecimal()]
     if options.compare:
         compare_stories(options, counts[-1] if counts else COMPARED)
@@ -205,7 +206,7 @@ def student_stories(folder: Path, options: argparse.Namespace, count: int) -> li
     student, tokenizer, _ = checkpoint.load(folder, device)
     memory.require_for_stories(count, options.max_new_tokens, student.config, device, FEWER)
     return write_stories(
-        student, tokenizer, openings=load_openings(options.openings) if options.openings else OPENINGS, n_stories=count,
+        student, tokenizer, openings=options.openings, n_stories=count,
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed,
     )  # fmt: skip
 

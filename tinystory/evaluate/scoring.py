@@ -139,8 +139,8 @@ def story_likelihood(student: Student, tokenizer: Tokenizer, stories: Sequence[t
     """bits_per_byte of the stories of (opening, story) pairs, each after its opening and as far as the context goes,
     with its ci (bootstrap over stories); {} if all are empty."""
     context = student.config.context
-    parts = [part(tokenizer, opening, " " + story.strip()) for opening, story in stories]
-    parts = [(tokens[:context], first) for tokens, first in parts if first < min(len(tokens), context)]
+    parts = [part(tokenizer, opening, " " + story.strip()) for opening, story in stories if story.strip()]
+    parts = [(tokens[:context], first) for tokens, first in parts if first < context]
     if not parts:
         return {}
     bits = -torch.cat(sum_logprobs(student, [[each] for each in parts], "likelihood")).numpy() / math.log(2)
