@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from tinystory.config import SEEDS, InteractConfig, add_number
-from tinystory.data.corpus import open_corpus
+from tinystory.data.corpus import Corpus, open_corpus
 from tinystory.data.openings import load_openings
 from tinystory.evaluate.coreference import coreference, unseen_stories
 from tinystory.evaluate.novelty import SameStory
@@ -39,7 +39,7 @@ from tinystory.evaluate.preference import (
     story_pairs,
 )  # fmt: skip
 from tinystory.evaluate.reading import evaluate_reading
-from tinystory.evaluate.scoring import bits_per_byte, story_likelihood
+from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import OPENINGS, GradeStories, story_measures, write_stories
 from tinystory.evaluate.told import Told, read_stories
 from tinystory.ops.compute import pick_device
@@ -88,10 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--stories", nargs="+", default=[], metavar="N|FILE", help="write N stories with each checkpoint; files to read"
     )
-    parser.add_argument("--likelihood", type=Path, metavar="CHECKPOINT", help="student to measure their likelihood by")
-    parser.add_argument(
-        "--same-story", nargs="+", metavar="MODEL", help="NoveltyBench's classifier; the model of its tokenizer"
-    )
+    parser.add_argument("--likelihood", type=Path, metavar="CHECKPOINT", help="a student whose bits per byte they take")
+    parser.add_argument("--same-story", nargs="+", metavar="MODEL", help="NoveltyBench's classifier, and its tokenizer")
     parser.add_argument("--openings", metavar="FILE", help="their openings, one per line (default: eight built-in)")
     add_number(parser, "--max-new-tokens", InteractConfig.max_new_tokens, "[1, 1e6]", "longest story, in tokens")
     add_number(parser, "--temperature", InteractConfig.temperature, "[0, 100]", "at which they are sampled")
@@ -123,8 +121,10 @@ def main(argv: list[str] | None = None) -> None:
 
     def measures(stories: Sequence[Told]) -> dict[str, Any]:
         result = story_measures(stories, grade=grade, corpus=corpus, same=same)
-        pairs = [(story.opening, story.text) for story in stories]
-        return result | ({"likelihood": story_likelihood(*reader, pairs)} if reader else {})
+        if reader:
+            texts = [f"{story.opening} {story.text}" for story in stories]
+            result["likelihood"] = bits_per_byte(*reader, Corpus([], [("", lambda: iter(texts))]))
+        return result
 
     records = []
     with contextlib.ExitStack() as stack:
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
             if corpus:
                 record["corpus"] = bits_per_byte(student, tokenizer, corpus)
             if any(counts):
-                record["stories"] = measures(student_stories(folder, options, counts[-1]))
+                record["stories"] = measures(told_by(folder, options, counts[-1]))
             records.append(record)
         for path, stories in zip(files, told, strict=True):
             records.append({"name": path.name, "words": None, "stories": measures(stories)})
@@ -168,25 +168,27 @@ def compare_stories(options: argparse.Namespace, count: int) -> None:
     if len(options.compare) > 2 or options.checkpoints:
         raise UserError("--compare takes one run, or two checkpoints or files, and nothing else is evaluated with it")
     run = options.compare[0] if len(options.compare) == 1 else None
-    pairs = run_pairs(run) if run else story_pairs(*(storyteller(path, options, count) for path in options.compare))
+    pairs = run_pairs(run) if run else story_pairs(*(told_by(path, options, count) for path in options.compare))
     with contextlib.ExitStack() as stack:
         if options.teacher_url:
-            cache = run / "comparison_replies.jsonl" if run else None
-            judge = Teacher(
-                options.teacher_url, options.teacher_model or None, concurrency=options.teacher_concurrency,
-                seed=options.seed, template=COMPARISON, cache=cache,
-            )  # fmt: skip
-            teacher = stack.enter_context(judge)
+            teacher = stack.enter_context(
+                Teacher(
+                    options.teacher_url,
+                    options.teacher_model or None,
+                    concurrency=options.teacher_concurrency,
+                    seed=options.seed,
+                    template=COMPARISON,
+                    cache=run / "comparison_replies.jsonl" if run else None,
+                )
+            )
             result = compare(pairs, lambda texts: [grade.score for grade in teacher.grade_each(texts)])
             by = str(teacher.model)
         else:
-            scores = open_teacher(options, stack)
+            by, scores = "the built-in teacher", open_teacher(options, stack)
             result = compare_scores(pairs, lambda texts: [sum(s.values()) if s else None for s in scores(texts)])
-            by = "the built-in teacher"
     if not result["pairs"]:
         raise UserError(f"{by} compared none of {len(pairs)} pairs: see scripts/doctor.py --teacher-url URL")
-    names = BEFORE_AFTER if run else [name_of(path) for path in options.compare]
-    print(*preference_lines({by: result}, names), sep="\n")
+    print(*preference_lines({by: result}, BEFORE_AFTER if run else [name_of(path) for path in options.compare]))
     if result["second_place"] is not None:
         print(f"it preferred what came second in {result['second_place']:.0%} of its answers (50 % without a bias)")
     if result["unscored"]:
@@ -196,19 +198,14 @@ def compare_stories(options: argparse.Namespace, count: int) -> None:
         print(f"report: {write_report(run)}")
 
 
-def storyteller(path: Path, options: argparse.Namespace, count: int) -> list[Told]:
+def told_by(path: Path, options: argparse.Namespace, count: int) -> list[Told]:
     """The stories of a file, or `count` by a student; of two students to the same openings, by the same draws."""
-    return read_stories(path) if path.suffix == ".jsonl" else student_stories(checkpoint.find(path), options, count)
-
-
-def student_stories(folder: Path, options: argparse.Namespace, count: int) -> list[Told]:
-    device = pick_device(options.device)
-    student, tokenizer, _ = checkpoint.load(folder, device)
-    memory.require_for_stories(count, options.max_new_tokens, student.config, device, FEWER)
-    return write_stories(
-        student, tokenizer, openings=options.openings, n_stories=count,
-        max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed,
-    )  # fmt: skip
+    if path.suffix == ".jsonl":
+        return read_stories(path)
+    student, tokenizer, _ = checkpoint.load(checkpoint.find(path), pick_device(options.device))
+    memory.require_for_stories(count, options.max_new_tokens, student.config, student.wte.weight.device, FEWER)
+    sampling = {name: getattr(options, name) for name in ("openings", "max_new_tokens", "temperature", "seed")}
+    return write_stories(student, tokenizer, n_stories=count, **sampling)
 
 
 def name_of(folder: Path) -> str:

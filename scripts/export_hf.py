@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     best = checkpoint.find(options.checkpoint)
     if options.gguf:
         student, tokenizer, _ = checkpoint.load(best)
-        gguf.write(options.gguf, student, tokenizer, name=options.gguf.stem)
+        gguf.write(options.gguf, student, tokenizer)
         print(f"written: {options.gguf}")
     if not options.folder:
         return

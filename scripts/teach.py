@@ -50,21 +50,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--twice", type=float, default=0.5, metavar="X", help="fraction of stories that a second human grades too"
     )
-    parser.add_argument(
-        "--compare", nargs="+", type=Path, metavar="RUN|A B",
-        help="compare a run's stories before and after instead, or those of two .jsonl files of openings and stories",
-    )  # fmt: skip
+    text = "compare a run's stories before and after instead, or those of two .jsonl files of openings and stories"
+    parser.add_argument("--compare", nargs="+", type=Path, metavar="RUN|A B", help=text)
     options = parser.parse_args(argv)
     require_port(options.port)
     if not 0 <= options.twice <= 1:
         raise UserError(f"--twice must be from 0 to 1, not {options.twice:g}")
+    if len(options.compare or ()) > 2:
+        raise UserError("--compare takes one run, or two files of stories")
     desk: Desk | PairDesk
     if options.compare:
         run, *others = options.compare
-        if len(others) > 1:
-            raise UserError("--compare takes one run, or two files of stories")
-        pairs = story_pairs(read_stories(run), read_stories(others[0])) if others else run_pairs(run)
         choices = (options.grades.parent if others else run) / PREFERENCES
+        pairs = story_pairs(read_stories(run), read_stories(*others)) if others else run_pairs(run)
         desk = PairDesk(choices, pairs)
     else:
         desk = Desk(options.grades, load_template(options.teacher_prompt), options.twice)

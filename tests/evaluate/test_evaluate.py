@@ -20,7 +20,7 @@ from tinystory.evaluate.intervals import bootstrap, spearman, weighted, wilson
 from tinystory.evaluate.novelty import SameStory
 from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, option_logprobs, read_items
 from tinystory.evaluate.reading import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading, explained
-from tinystory.evaluate.scoring import bits_per_byte, part, story_likelihood, sum_logprobs
+from tinystory.evaluate.scoring import bits_per_byte, part, sum_logprobs
 from tinystory.evaluate.stories import (
     distinct_ngrams,
     longest_shared,
@@ -343,9 +343,8 @@ def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measur
         student, tokenizer, openings=["Tom", "Mia had"], n_stories=20, max_new_tokens=12, temperature=1.0, seed=0
     )
     write_told(path, [{"opening": s.opening, "story": s.text, "ended": s.ended} for s in told])
-    assert story_measures(read_stories(path)) == pytest.approx(
-        {name: value for name, value in story_measures(told).items() if name != "entropy_per_word"}
-    )
+    assert story_measures(told).pop("entropy_per_word") > 0
+    assert story_measures(read_stories(path)) == story_measures([story._replace(entropy=None) for story in told])
 
 
 @pytest.mark.parametrize("line", ['{"opening": "Once"}', '{"opening": "Once", "story": 3}', '{"story": "x"}\n'])
@@ -355,21 +354,6 @@ def test_a_file_without_stories_is_one_sentence(tmp_path, line):
         read_stories(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match="holds no stories"):
         read_stories(tmp_path / "nothing.jsonl")
-
-
-def test_the_likelihood_of_stories_is_that_of_their_tokens_after_the_opening(student, tokenizer):
-    stories = [("Once upon a time,", text) for text in ("Tom had a ball.", "Mia was happy. " * 30, "")]
-    found = story_likelihood(student, tokenizer, stories)
-    bits = size = 0.0
-    for opening, story in stories[:2]:
-        tokens = tokenizer.encode(f"{opening} {story}".strip())[: student.config.context]
-        first = len(tokenizer.encode(opening))
-        logprobs = student(torch.tensor([tokens]))[0].detach().log_softmax(-1)
-        bits -= sum(float(logprobs[i - 1, tokens[i]]) for i in range(first, len(tokens))) / math.log(2)
-        size += sum(len(tokenizer.token_bytes[token]) for token in tokens[first:])
-    assert found["bits_per_byte"] == pytest.approx(bits / size, rel=1e-4)
-    assert found["ci"][0] <= found["bits_per_byte"] <= found["ci"][1]
-    assert story_likelihood(student, tokenizer, stories[2:]) == {}
 
 
 def test_noveltybenchs_classifier_reads_pairs_as_its_authors_code_does(student, tokenizer, tmp_path):
@@ -459,6 +443,11 @@ def test_the_command_puts_anybodys_stories_beside_a_students(student, tokenizer,
         ("ours", 10), ("gpt.jsonl", 10), ("people.jsonl", 10)
     ]  # fmt: skip
     assert all(r["stories"]["score_mean"] == 2 and r["stories"]["likelihood"]["bits_per_byte"] > 0 for r in records)
+    text = tmp_path / "people.txt"
+    text.write_text("\n\n".join(f"Tom people ran {i}." for i in range(10)))
+    assert records[2]["stories"]["likelihood"] == bits_per_byte(student, tokenizer, open_corpus([str(text)])) | {
+        "ci": records[2]["stories"]["likelihood"]["ci"]
+    }
     assert records[1]["stories"]["story_clusters_10"] == 10 and "people.jsonl" in capsys.readouterr().out
     evaluate.main(["--stories", str(files[0]), "--out", str(tmp_path / "report.json")])
     (record,) = json.loads((tmp_path / "report.json").read_text())["checkpoints"]

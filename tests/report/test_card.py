@@ -42,9 +42,7 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
     newest = checkpoint.newest(run)
     metadata, text = card(newest, tmp_path / "tale")
     last, facts = metrics(run)[-1], json.loads((newest / "model.json").read_text())["facts"]
-    assert (
-        f"{facts['words']:,} words" in text and f"In 2 steps of PPO (preset demo) it wrote {last['words_out']}" in text
-    )
+    assert f"{facts['words']:,} words" in text and f"In 2 steps of PPO it wrote {last['words_out']}" in text
     assert "`[x](http://evil)` graded" in text and "it tells stories from noise" in text
     assert f"a judge preferred the story after interaction in {len(pairs)} of {len(pairs)}" in text
     evaluation = [record for record in read_records(run / EVALUATIONS) if record["step"] == 2]
@@ -62,7 +60,7 @@ def test_a_pretrained_students_card_holds_its_own(place, tmp_path, monkeypatch):
     assert f"take {bits:.3f} bits per byte" in text and "interacted" not in text and metadata["tags"] == ["tinystory"]
     monkeypatch.setattr("tinystory.student.hf.is_folder", lambda path: True)
     text = card(tmp_path / "tale", tmp_path / "again")[1]
-    assert "What it was trained on is not recorded." in text and "Not recorded." in text
+    assert "of `not recorded`" in text and "Not recorded." in text
 
 
 @pytest.mark.parametrize(

@@ -51,27 +51,26 @@ def run_pairs(run: Path) -> list[Pair]:
 
 
 def _pairs(run: Path) -> list[Pair]:
-    samples: dict[int, dict[str, dict]] = defaultdict(dict)
+    stories: dict[str, list[Told]] = defaultdict(list)
     for record in read_records(Path(run) / SAMPLES):
-        samples[record["index"]][record["when"]] = record
-    return [
-        pair_of(sides["before"]["opening"], sides["before"]["story"], sides["after"]["story"])
-        for sides in samples.values()
-        if sides.keys() == {"before", "after"} and sides["before"]["story"] != sides["after"]["story"]
-    ]
+        stories[record["when"]].append(Told(record["opening"], record["story"]))
+    return _couples(stories["before"], stories["after"])
+
+
+def _couples(first: Sequence[Told], second: Sequence[Told]) -> list[Pair]:
+    waiting: dict[str, list[Told]] = defaultdict(list)
+    for story in reversed(second):
+        waiting[story.opening].append(story)
+    couples = [(story, waiting[story.opening].pop()) for story in first if waiting[story.opening]]
+    return [pair_of(a.opening, a.text, b.text) for a, b in couples if a.text != b.text]
 
 
 def story_pairs(first: Sequence[Told], second: Sequence[Told]) -> list[Pair]:
     """The n-th story to each opening in one list and the n-th to it in the other, where they differ. Raises UserError
     if there are none."""
-    waiting: dict[str, list[Told]] = defaultdict(list)
-    for story in reversed(second):
-        waiting[story.opening].append(story)
-    couples = [(story, waiting[story.opening].pop()) for story in first if waiting[story.opening]]
-    pairs = [pair_of(a.opening, a.text, b.text) for a, b in couples if a.text != b.text]
-    if not pairs:
-        raise UserError("there is nothing to compare: the two tell the same stories, or none to the same opening")
-    return pairs
+    if pairs := _couples(first, second):
+        return pairs
+    raise UserError("there is nothing to compare: the two tell the same stories, or none to the same opening")
 
 
 def win_rate(choices: Sequence[Choice]) -> dict[str, Any]:

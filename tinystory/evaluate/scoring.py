@@ -133,17 +133,3 @@ def bits_per_byte(student: Student, tokenizer: Tokenizer, corpus: Corpus) -> dic
     sizes = np.array([tokenizer.token_sizes[piece[1:]].sum() for piece in pieces])
     ci = bootstrap(lambda rows: float(bits[rows].sum() / sizes[rows].sum()), len(pieces))
     return {"bits_per_byte": float(bits.sum() / sizes.sum()), "ci": ci, "tokens": len(stream)}
-
-
-def story_likelihood(student: Student, tokenizer: Tokenizer, stories: Sequence[tuple[str, str]]) -> dict:
-    """bits_per_byte of the stories of (opening, story) pairs, each after its opening and as far as the context goes,
-    with its ci (bootstrap over stories); {} if all are empty."""
-    context = student.config.context
-    parts = [part(tokenizer, opening, " " + story.strip()) for opening, story in stories if story.strip()]
-    parts = [(tokens[:context], first) for tokens, first in parts if first < context]
-    if not parts:
-        return {}
-    bits = -torch.cat(sum_logprobs(student, [[each] for each in parts], "likelihood")).numpy() / math.log(2)
-    sizes = np.array([tokenizer.token_sizes[list(tokens[first:])].sum() for tokens, first in parts])
-    ci = bootstrap(lambda rows: float(bits[rows].sum() / sizes[rows].sum()), len(parts))
-    return {"bits_per_byte": float(bits.sum() / sizes.sum()), "ci": ci}

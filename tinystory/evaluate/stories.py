@@ -93,29 +93,21 @@ def story_measures(
         measures["entropy_per_word"] = sum(story.entropy or 0.0 for story in stories) / max(int(lengths.sum()), 1)
     if grade:
         grades = grade([(story.opening, story.text) for story in stories])
-        measures |= _scores(grades)
-        if measures["score_mean"] is not None:
-            sums = [sum(scores.values()) if scores else 0.0 for scores in grades]
-            utilities = [utility([texts[i] for i in rows], [sums[i] for i in rows]) for rows in tens]
-            measures["utility_10"] = mean_of(utilities)
+        scored = [scores for scores in grades if scores is not None]
+        sums = np.array([sum(scores.values()) for scores in scored], dtype=float)
+        measures |= {"score_mean": None, "score_ci": None, "unscored": len(grades) - len(scored)}
+        if scored:
+            measures |= {"score_mean": float(sums.mean()), "score_ci": _mean_ci(sums)}
+            measures |= {f"{name}_mean": fmean(scores[name] for scores in scored) for name in scored[0]}
+            values = [sum(scores.values()) if scores else 0.0 for scores in grades]
+            measures["utility_10"] = mean_of(
+                utility([texts[i] for i in rows], [values[i] for i in rows]) for rows in tens
+            )
     if corpus:
         shared = longest_shared(texts, corpus)
         measures["copied_share"] = fmean(n / max(words, 1) for n, words in zip(shared, lengths.tolist(), strict=True))
         measures["copied_longest"] = max(shared)
     return measures
-
-
-def _scores(grades: Sequence[Mapping[str, float] | None]) -> dict[str, Any]:
-    scored = [scores for scores in grades if scores is not None]
-    if not scored:
-        return {"score_mean": None, "score_ci": None, "unscored": len(grades)}
-    score_sums = np.array([sum(scores.values()) for scores in scored], dtype=float)
-    return {
-        "score_mean": float(score_sums.mean()),
-        "score_ci": _mean_ci(score_sums),
-        **{f"{name}_mean": fmean(scores[name] for scores in scored) for name in scored[0]},
-        "unscored": len(grades) - len(scored),
-    }
 
 
 def _mean_ci(values: np.ndarray) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """GGUF, the format of llama.cpp, Ollama and LM Studio: GPT-2's architecture in float32, with its tokenizer.
 
-llama.cpp begins a prompt with the token that the file calls `bos`. Ours is the end token, which stands before every
-document in training, so a prompt there is read as `encode_opening` encodes it here.
+llama.cpp begins a prompt with the token that the file calls `bos`. Here it is the end token, which stands before every
+document in training, so a prompt there is read as `encode_opening` encodes it.
 """
 
 import json
@@ -14,23 +14,13 @@ from tinystory.student.hf import FIXED
 from tinystory.student.model import Student
 
 # Parts of our parameters' names -> llama.cpp's for its architecture "gpt2". Both store weights as (out, in).
-NAMES = {
-    "wte": "token_embd",
-    "wpe": "position_embd",
-    "blocks": "blk",
-    "ln_1": "attn_norm",
-    "qkv": "attn_qkv",
-    "attn_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "fc": "ffn_up",
-    "mlp_proj": "ffn_down",
-    "ln_f": "output_norm",
-}
+NAMES = {"wte": "token_embd", "wpe": "position_embd", "blocks": "blk", "ln_1": "attn_norm", "qkv": "attn_qkv"}
+NAMES |= {"attn_proj": "attn_output", "ln_2": "ffn_norm", "fc": "ffn_up", "mlp_proj": "ffn_down", "ln_f": "output_norm"}
 
 
-def write(path: Path, student: Student, tokenizer: Tokenizer, name: str) -> None:
-    """Write the student and its tokenizer as a GGUF file, atomically. name: what programs show for it. Raises UserError
-    without the package `gguf`, or if the file cannot be written."""
+def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
+    """Write the student and its tokenizer as a GGUF file, atomically. Raises UserError without the package `gguf`, or
+    if the file cannot be written."""
     try:
         from gguf import GGUFWriter, LlamaFileType, TokenType
     except ImportError as error:
@@ -41,7 +31,7 @@ def write(path: Path, student: Student, tokenizer: Tokenizer, name: str) -> None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         writer = GGUFWriter(partial, "gpt2")
-        writer.add_name(name)
+        writer.add_name(path.stem)
         writer.add_file_type(LlamaFileType.ALL_F32)
         writer.add_block_count(shape.n_layer)
         writer.add_head_count(shape.n_head)
@@ -52,8 +42,7 @@ def write(path: Path, student: Student, tokenizer: Tokenizer, name: str) -> None
         writer.add_tokenizer_model("gpt2")  # byte-level BPE
         writer.add_tokenizer_pre("gpt-2")  # GPT-2's split
         writer.add_token_list(sorted(vocab, key=vocab.__getitem__))
-        kinds = [TokenType.NORMAL if text else TokenType.CONTROL for text in tokenizer.token_bytes]
-        writer.add_token_types(kinds)
+        writer.add_token_types([TokenType.NORMAL if text else TokenType.CONTROL for text in tokenizer.token_bytes])
         writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]])
         writer.add_bos_token_id(tokenizer.eos)
         writer.add_eos_token_id(tokenizer.eos)
