@@ -55,7 +55,8 @@ def test_the_formats_own_reader_finds_every_weight_and_the_tokenizer(file, stude
 
 def test_llama_cpp_tells_the_same_story(file, student, tokenizer):
     llama_cpp = pytest.importorskip("llama_cpp", reason="pip install 'tinystory[teacher-local]'")
-    llama = llama_cpp.Llama(str(file), n_ctx=128, n_threads=1, logits_all=True, verbose=False)
+    cache = dict(type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32)  # float16 by default
+    llama = llama_cpp.Llama(str(file), n_ctx=128, n_threads=1, logits_all=True, verbose=False, **cache)
     for text in [*AWKWARD, "".join(AWKWARD), "Ça va déjà? 猫が 🐈‍⬛ ٣٤"]:
         if text and "\0" not in text:  # which ends a string of C
             assert llama.tokenize(text.encode(), add_bos=True, special=False) == encode_opening(tokenizer, text)
