@@ -9,7 +9,7 @@
 
 CHECKPOINT is a checkpoint, a run (its best or newest checkpoint), or a folder that transformers wrote; A and B are two
 of these, or .jsonl files of stories, whose lines have an `opening` and a `story`. The data files are BabyLM's own,
-gzipped or not, and the measures are defined as in its pipeline, to the pair. An .html page is written beside --out.
+gzipped or not, and the measures are defined as in its pipeline, to the pair.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import OPENINGS, GradeStories, story_measures, write_stories
 from tinystory.evaluate.told import Told, read_stories
 from tinystory.ops.compute import pick_device
-from tinystory.report.evaluation import comparison, write_page
+from tinystory.report.evaluation import comparison
 from tinystory.report.judges import BEFORE_AFTER, preference_lines
 from tinystory.report.run import write_report
 from tinystory.rubric.process import builtin_teacher
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
     add_number(parser, "--seed", 0, SEEDS, "seed of the stories and of the teacher")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="report.json to write, and report.html beside it")
+    parser.add_argument("--out", type=Path, help="report.json to write")
     options = parser.parse_args(argv)
     tasks = {task: getattr(options, task) for task in TASKS if getattr(options, task)}
     counts = [int(word) for word in options.stories if word.isdecimal()]
@@ -107,12 +107,11 @@ def main(argv: list[str] | None = None) -> None:
     if options.compare:
         compare_stories(options, counts[-1] if counts else COMPARED)
         return
-    if not options.checkpoints and not files:
-        raise UserError("nothing to evaluate: name a checkpoint or a run, --stories FILE, or two with --compare")
-    if options.checkpoints and not (tasks or options.corpus or any(counts) or options.coreference):
-        raise UserError("nothing to evaluate: give --blimp or another task, --corpus, --coreference N or --stories N")
-    if options.out and options.out.suffix == ".html":
-        raise UserError("--out is the .json file to write; the page is written beside it")
+    if not files and not (options.checkpoints and (tasks or options.corpus or any(counts) or options.coreference)):
+        raise UserError(
+            "nothing to evaluate: name a checkpoint or a run (two with --compare), and give --blimp or another task, "
+            "--corpus, --coreference N or --stories N; or files of stories, --stories FILE"
+        )
     corpus = open_corpus(options.corpus) if options.corpus else None
     device = pick_device(options.device)
     told = [read_stories(path)[: counts[-1] if counts else None] for path in files]
@@ -158,8 +157,6 @@ def main(argv: list[str] | None = None) -> None:
         text = json.dumps({"tasks": tasks, "corpus": options.corpus, "checkpoints": records}, indent=1) + "\n"
         options.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(options.out, text)
-        write_page(records, options.out.with_suffix(".html"))
-        print(f"report: {options.out.with_suffix('.html')}")
 
 
 def compare_stories(options: argparse.Namespace, count: int) -> None:
