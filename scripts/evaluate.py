@@ -30,14 +30,7 @@ from tinystory.data.openings import load_openings
 from tinystory.evaluate.coreference import coreference, unseen_stories
 from tinystory.evaluate.novelty import SameStory
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
-from tinystory.evaluate.preference import (
-    COMPARISON,
-    compare,
-    compare_scores,
-    keep_choices,
-    run_pairs,
-    story_pairs,
-)  # fmt: skip
+from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, keep_choices, run_pairs, story_pairs
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import OPENINGS, GradeStories, story_measures, write_stories
@@ -85,12 +78,12 @@ def main(argv: list[str] | None = None) -> None:
         help="text for bits per byte, for the measure of copying, and for the built-in teacher",
     )
     add_number(parser, "--coreference", 0, "[0, 100000]", "unseen built-in stories to measure coreference on")
-    parser.add_argument(
-        "--stories", nargs="+", default=[], metavar="N|FILE", help="write N stories with each checkpoint; files to read"
-    )
+    add_number(parser, "--stories", 0, "[0, 1e9]", "stories to write and measure, and files of some", files=".jsonl")
     parser.add_argument("--likelihood", type=Path, metavar="CHECKPOINT", help="a student whose bits per byte they take")
     parser.add_argument("--same-story", nargs="+", metavar="MODEL", help="NoveltyBench's classifier, and its tokenizer")
-    parser.add_argument("--openings", metavar="FILE", help="their openings, one per line (default: eight built-in)")
+    parser.add_argument(
+        "--openings", metavar="FILE", help="their openings, one per line (default: the first file's, or eight built-in)"
+    )
     add_number(parser, "--max-new-tokens", InteractConfig.max_new_tokens, "[1, 1e6]", "longest story, in tokens")
     add_number(parser, "--temperature", InteractConfig.temperature, "[0, 100]", "at which they are sampled")
     parser.add_argument("--teacher-url", nargs="+", default=[], help="teacher that scores them (default: built in)")
@@ -101,20 +94,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="report.json to write")
     options = parser.parse_args(argv)
     tasks = {task: getattr(options, task) for task in TASKS if getattr(options, task)}
-    counts = [int(word) for word in options.stories if word.isdecimal()]
-    options.openings = load_openings(options.openings) if options.openings else OPENINGS
-    files = [Path(word) for word in options.stories if not word.isdecimal()]
+    count = max([0, *(value for value in options.stories if isinstance(value, int))])
+    files = [value for value in options.stories if isinstance(value, Path)]
+    told_first = [path for path in [*files, *(options.compare or [])] if path.suffix == ".jsonl"][:1]
+    openings = [story.opening for path in told_first for story in read_stories(path)] or OPENINGS
+    options.openings = load_openings(options.openings) if options.openings else [*dict.fromkeys(openings)]
     if options.compare:
-        compare_stories(options, counts[-1] if counts else COMPARED)
+        compare_stories(options, count or COMPARED)
         return
-    if not files and not (options.checkpoints and (tasks or options.corpus or any(counts) or options.coreference)):
+    if not files and not (options.checkpoints and (tasks or options.corpus or count or options.coreference)):
         raise UserError(
             "nothing to evaluate: name a checkpoint or a run (two with --compare), and give --blimp or another task, "
             "--corpus, --coreference N or --stories N; or files of stories, --stories FILE"
         )
     corpus = open_corpus(options.corpus) if options.corpus else None
     device = pick_device(options.device)
-    told = [read_stories(path)[: counts[-1] if counts else None] for path in files]
+    told = [read_stories(path)[: count or None] for path in files]
     same = SameStory(*options.same_story[:2]) if options.same_story else None
     reader = checkpoint.load(checkpoint.find(options.likelihood), device)[:2] if options.likelihood else None
 
@@ -127,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
 
     records = []
     with contextlib.ExitStack() as stack:
-        grade = open_teacher(options, stack) if any(counts) or files else None
+        grade = open_teacher(options, stack) if count or files else None
         for folder in tqdm([checkpoint.find(path) for path in options.checkpoints], desc="checkpoints", disable=None):
             student, tokenizer, facts = checkpoint.load(folder, device)
             words = facts.get("words", 0) + facts.get("interaction_words_in", 0)
@@ -140,8 +135,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{record['name']}: it was trained on {', '.join(sorted(seen))}, so that is no test of it")
             if corpus:
                 record["corpus"] = bits_per_byte(student, tokenizer, corpus)
-            if any(counts):
-                record["stories"] = measures(told_by(folder, options, counts[-1]))
+            if count:
+                record["stories"] = measures(told_by(folder, options, count))
             records.append(record)
         for path, stories in zip(files, told, strict=True):
             records.append({"name": path.name, "words": None, "stories": measures(stories)})
@@ -168,16 +163,10 @@ def compare_stories(options: argparse.Namespace, count: int) -> None:
     pairs = run_pairs(run) if run else story_pairs(*(told_by(path, options, count) for path in options.compare))
     with contextlib.ExitStack() as stack:
         if options.teacher_url:
-            teacher = stack.enter_context(
-                Teacher(
-                    options.teacher_url,
-                    options.teacher_model or None,
-                    concurrency=options.teacher_concurrency,
-                    seed=options.seed,
-                    template=COMPARISON,
-                    cache=run / "comparison_replies.jsonl" if run else None,
-                )
-            )
+            settings = dict(concurrency=options.teacher_concurrency, seed=options.seed, template=COMPARISON)
+            cache = run / "comparison_replies.jsonl" if run else None
+            teacher = Teacher(options.teacher_url, options.teacher_model or None, cache=cache, **settings)
+            stack.enter_context(teacher)
             result = compare(pairs, lambda texts: [grade.score for grade in teacher.grade_each(texts)])
             by = str(teacher.model)
         else:

@@ -431,18 +431,20 @@ def test_the_command_puts_anybodys_stories_beside_a_students(student, tokenizer,
     monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda stories: [{"humour": 2}] * len(stories))
     ours = checkpoint.save(tmp_path / "ours", student, tokenizer, facts={}, state={}, counters={"step": 1})
     files = [
-        write_told(tmp_path / f"{name}.jsonl", [{"opening": "Tom", "story": f"{name} ran {i}."} for i in range(12)])
+        write_told(
+            tmp_path / f"{name}.jsonl", [{"opening": "Tom", "story": f"{name} ran {i} far miles."} for i in range(12)]
+        )
         for name in ("gpt", "people")
     ]
     arguments = ["--likelihood", str(ours), "--device", "cpu", "--out", str(tmp_path / "report.json")]
-    evaluate.main([str(ours), "--stories", "10", *map(str, files), "--max-new-tokens", "8", *arguments])
+    evaluate.main([str(ours), "--stories", "10", *map(str, files), "--max-new-tokens", "40", *arguments])
     records = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
     assert [(r["name"], r["stories"]["stories"]) for r in records] == [
         ("ours", 10), ("gpt.jsonl", 10), ("people.jsonl", 10)
     ]  # fmt: skip
     assert all(r["stories"]["score_mean"] == 2 and r["stories"]["likelihood"]["bits_per_byte"] > 0 for r in records)
     text = tmp_path / "people.txt"
-    text.write_text("\n\n".join(f"Tom people ran {i}." for i in range(10)))
+    text.write_text("\n\n".join("Tom " + (f"people ran {i}. " * 9).strip() for i in range(10)))
     assert records[2]["stories"]["likelihood"] == bits_per_byte(student, tokenizer, open_corpus([str(text)])) | {
         "ci": records[2]["stories"]["likelihood"]["ci"]
     }

@@ -28,6 +28,7 @@ from tinystory.evaluate.told import read_stories
 from tinystory.report.judges import preference_lines
 from tinystory.run.errors import UserError
 from tinystory.run.folder import SAMPLES, RunLog
+from tinystory.student import checkpoint
 from tinystory.teacher.prompt import instructions
 
 PAIRS = [pair_of("Once", f"a plain tale {i}.", f"a fine tale {i}.") for i in range(10)]
@@ -146,6 +147,15 @@ def test_stories_of_two_files_are_paired_by_their_openings(tmp_path, capsys, sho
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
     with pytest.raises(UserError, match="nothing to compare"):
         story_pairs(read_stories(Path(paths[0])), read_stories(Path(paths[0])))
+
+
+def test_a_student_beside_a_file_writes_to_the_files_openings(student, tokenizer, tmp_path, capsys, monkeypatch):
+    ours = checkpoint.save(tmp_path / "ours", student, tokenizer, facts={}, state={}, counters={"step": 1})
+    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda pairs: [{"humour": s == "plain"} for _, s in pairs])
+    (tmp_path / "a.jsonl").write_text('{"opening": "Tom", "story": "plain"}\n{"opening": "Mia", "story": "plain"}\n')
+    more = ["--max-new-tokens", "4", "--device", "cpu"]
+    evaluate.main(["--compare", str(tmp_path / "a.jsonl"), str(ours), "--stories", "2", *more])
+    assert "preferred ours in 0 of 2 pairs, a.jsonl in 2" in capsys.readouterr().out
 
 
 def test_a_judge_that_scores_prefers_the_higher_score_and_has_no_second_place(tmp_path, capsys, monkeypatch):

@@ -35,10 +35,8 @@ HUB = {
     "babylm-100m": ("BabyLM-community/BabyLM-2026-Strict", _BABYLM),
 }
 NAMES = (*BUILTIN, *HUB)
-LICENCES = dict.fromkeys(BUILTIN, "MIT, as tinystory") | {"tinystories": "CDLA-Sharing-1.0"}
-LICENCES |= {
-    name: f"those of its parts; see https://huggingface.co/datasets/{HUB[name][0]}" for name in HUB if "babylm" in name
-}
+LICENCES = {name: f"see https://huggingface.co/datasets/{repository}" for name, (repository, _) in HUB.items()}
+LICENCES |= dict.fromkeys(BUILTIN, "MIT, as tinystory") | {"tinystories": "CDLA-Sharing-1.0"}
 
 MARKER = "<|endoftext|>"
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")

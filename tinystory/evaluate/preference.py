@@ -155,25 +155,24 @@ def compare(pairs: Sequence[Pair], grade: Grade) -> dict[str, Any]:
     grades = list(grade([text for pair in pairs for text in both_orders(pair)]))
     scored = [preference for preference in grades if preference is not None]
     second_place = sum(preference > 0.5 for preference in scored) / len(scored) if scored else None
-    return _result(grades, lambda straight, turned: _choice(straight > 0.5, turned < 0.5), second_place)
+    result = _result(grades, lambda straight, turned: _choice(straight > 0.5, turned < 0.5))
+    return result | {"second_place": second_place}
 
 
 def compare_scores(pairs: Sequence[Pair], grade: Grade) -> dict[str, Any]:
     """The same by a judge that scores each story by itself, so that none comes second: the higher score wins, and equal
     ones are a tie. grade: per (opening, story) its score, or None."""
     scores = list(grade([(pair.opening, story) for pair in pairs for story in (pair.first, pair.second)]))
-    return _result(scores, lambda a, b: Choice(SAME if a == b else SECOND if a < b else FIRST), None)
+    result = _result(scores, lambda a, b: Choice(SAME if a == b else SECOND if a < b else FIRST))
+    return result | {"second_place": None}
 
 
-def _result(
-    values: Sequence[float | None], choose: Callable[[float, float], Choice], second_place: float | None
-) -> dict[str, Any]:
+def _result(values: Sequence[float | None], choose: Callable[[float, float], Choice]) -> dict[str, Any]:
     """values: two per pair."""
     couples = zip(values[::2], values[1::2], strict=True)
     choices = [None if a is None or b is None else choose(a, b) for a, b in couples]
-    unscored = sum(choice is None for choice in choices)
     rates = win_rate([choice for choice in choices if choice])
-    return rates | {"unscored": unscored, "second_place": second_place, "choices": choices}
+    return rates | {"unscored": choices.count(None), "choices": choices}
 
 
 def _choice(straight: bool, turned: bool) -> Choice:

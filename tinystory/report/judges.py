@@ -80,10 +80,7 @@ def _with_interval(statistics: Mapping[str, Any], name: str) -> str:
     return with_ends(statistics[name], statistics[f"{name}_ci"])
 
 
-def preference_lines(
-    preferences: Mapping[str, Mapping[str, Any]],
-    names: Sequence[str] = BEFORE_AFTER,
-) -> list[str]:
+def preference_lines(preferences: Mapping[str, Mapping[str, Any]], names: Sequence[str] = BEFORE_AFTER) -> list[str]:
     """One sentence per judge that compared stories without knowing which is whose. names: of the two storytellers."""
     lines = []
     for judge, rates in preferences.items():
