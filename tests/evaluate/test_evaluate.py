@@ -430,12 +430,10 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, 
 def test_the_command_puts_anybodys_stories_beside_a_students(student, tokenizer, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda stories: [{"humour": 2}] * len(stories))
     ours = checkpoint.save(tmp_path / "ours", student, tokenizer, facts={}, state={}, counters={"step": 1})
-    files = [
-        write_told(
-            tmp_path / f"{name}.jsonl", [{"opening": "Tom", "story": f"{name} ran {i} far miles."} for i in range(12)]
-        )
-        for name in ("gpt", "people")
-    ]
+    told = {
+        name: [{"opening": "Tom", "story": f"{name} ran {i}. " * 9} for i in range(12)] for name in ("gpt", "people")
+    }
+    files = [write_told(tmp_path / f"{name}.jsonl", stories) for name, stories in told.items()]
     arguments = ["--likelihood", str(ours), "--device", "cpu", "--out", str(tmp_path / "report.json")]
     evaluate.main([str(ours), "--stories", "10", *map(str, files), "--max-new-tokens", "40", *arguments])
     records = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
