@@ -63,7 +63,7 @@ def _run(source: Path, facts: Record) -> Iterable[str]:
         yield f"Held-out documents take {bits[-1]:.3f} bits per byte."
     if not metrics or "reward_mean" not in metrics[-1]:
         return
-    verdict = (config.get("options", {}).get("calibration") or {}).get("verdict", "was not calibrated before the run")
+    verdict = (config.get("options", {}).get("calibration") or {}).get("verdict", "was not tried before the run")
     yield (
         f"## How it interacted, and who graded\n\nIn {step} steps of PPO it wrote "
         f"{number(facts['interaction_words_out'])} words, took in {number(facts['interaction_words_in'])} of openings "
