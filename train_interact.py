@@ -83,7 +83,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
 
     # Only rank 0 asks its grader. It is opened before the run's folder is: a mistake leaves nothing behind.
     opened = open_grader(config, builtin_teacher, corpus=facts.get("corpus"), replies=run / "replies.jsonl")
-    idle = CallableGrader(lambda opening, stories: [], "rank 0")
+    idle = CallableGrader(lambda openings, stories: [], "rank 0")
     grader: Grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else idle)
     ranked = config.teacher_mode == "rank"
     ranker = Ranked(grader, load_template(config.teacher_prompt), config.stories_per_opening) if ranked else grader
