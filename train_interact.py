@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
+from tinystory.config import INTERACT_PRESETS, InteractConfig, parse, published_options
 from tinystory.data import babylm
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import calibrated
@@ -67,6 +67,8 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     reference.requires_grad_(False)
     policy = load_policy(config, origin, compute)
     memory.require_for_interaction(config, reference.config, compute.device)
+    for warning in published_options(config) if rank0 else ():
+        print(f"warning: {warning}")
     openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
     if openings.train == openings.held_out:
         print("there is one opening, so none is held out: evaluations use the one that is trained on")
@@ -117,10 +119,12 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 break
             began = time.perf_counter()
             prompts = [openings[state.written + i] for i in range(n)]
-            stories = rollout(policy, prompts, state.written, grader.send)
+            dropout = config.rollout_dropout if state.step else 0.0
+            stories = rollout(policy, prompts, state.written, grader.send, dropout)
             rollout_end = time.perf_counter()
             batch = ppo.collate(stories, tokenizer, compute.device)
             with compute.autocast():
+                batch = ppo.reread(policy, batch) if dropout else batch
                 reference_stats = ppo.read_reference(
                     reference, batch, config.temperature, config.micro_batch_size, states=policy.value_head is None
                 )
@@ -132,17 +136,21 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 save()
                 raise
             teacher_end = time.perf_counter()
-            rewards = story_rewards(config, stories, [grade.score for grade in grades])
+            scores = [grade.score for grade in grades]
+            if config.unreadable_score >= 0:
+                scores = [config.unreadable_score if score is None else score for score in scores]
+            rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
             ppo.set_learning_rate(policy.optimizer, config, state.step)
             stats = ppo.step(policy, batch, reference_stats, rewards, state.kl_coef)
             update_end = time.perf_counter()
 
             words_before = state.words_in
-            words_in = openings.new_words(state.written, n) + sum(grade.reply_words for grade in grades)
+            words_in = opening_words(config, openings, state) + sum(grade.reply_words for grade in grades)
             state.spend(stories, words_in)
             state.step, state.written = state.step + 1, state.written + n
             state.kl_coef = ppo.next_kl_coef(state.kl_coef, stats["kl"], n - int(stats["unscored"]), config)
+            stats["unscored"] = sum(grade.score is None for grade in grades)  # also those with an invented score
             evaluation, failure = evaluator.evaluate_if_due(state)
             records = story_records(state.step, stories, grades, rewards)
             means = story_means(records)
@@ -195,11 +203,18 @@ def exhausted_budget(
     before each request.)"""
     n = config.stories_per_step
     stories = n + evaluations * config.eval_stories
-    words_in = state.words_in + openings.new_words(state.written, n) + stories * grader.most_words
+    words_in = state.words_in + opening_words(config, openings, state) + stories * grader.most_words
     words_out = state.words_out + stories * config.max_new_tokens
     if words_in > config.budget_words or words_out > config.budget_words_out:
         return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"
     return "" if grader.affords(n + config.eval_stories) else f"--budget-cost {config.budget_cost:g}"
+
+
+def opening_words(config: InteractConfig, openings: Openings, state: RunState) -> int:
+    """The words of the next step's openings that count against the budget."""
+    if config.charge_opening and state.step == 0:
+        return sum(len(openings[i].split()) for i in range(config.stories_per_step))
+    return openings.new_words(state.written, config.stories_per_step)
 
 
 def report(run: Path, state: RunState, *, stopped: bool) -> None:

@@ -48,8 +48,10 @@ MAX_RECORD = 1 << 26  # characters per line of .jsonl
 class Corpus:
     """Documents in a fixed order. Built by `open_corpus`."""
 
-    def __init__(self, names: Sequence[str], parts: Sequence[tuple[str | Path, Callable[[], Iterator[str]]]]):
-        self.names = tuple(names)
+    def __init__(
+        self, names: Sequence[str], parts: Sequence[tuple[str | Path, Callable[[], Iterator[str]]]], kind: str
+    ):
+        self.names, self.kind = tuple(names), kind
         self._parts = parts  # (file or identity, for the fingerprint; function that opens the stream of documents)
         self._fingerprint = ""
 
@@ -77,17 +79,19 @@ class Corpus:
         """Hex digest of each file's content and format, or of the grammar's source. It takes a second for 400 MB."""
         if not self._fingerprint:
             parts = [(_kind(x), file_hash(x)) if isinstance(x, Path) else x for x, _ in self._parts]
-            self._fingerprint = hashlib.sha256(json.dumps([MAX_DOCUMENT, *parts]).encode()).hexdigest()
+            key = [MAX_DOCUMENT, *parts, *[self.kind] * (self.kind != "passage")]
+            self._fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         return self._fingerprint
 
 
-def open_corpus(names: Sequence[str]) -> Corpus:
+def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
     """The concatenation of the named corpora and files.
 
     A name is one of NAMES or the path of a .txt or .jsonl file, optionally gzipped (.gz). Documents in a .txt file are
-    separated by `<|endoftext|>`; if there is none, by blank lines; without those, the file is one document. Each line
-    of a .jsonl file is an object whose "text" or "story" is a document. Corpora on the Hub are downloaded here. Raises
-    UserError for anything that cannot be opened.
+    separated by `<|endoftext|>`; if there is none, by blank lines; without those, the file is one document. If `kind`
+    is "row", each of its lines is one, as in the dataset that the paper's authors trained on. Each line of a .jsonl
+    file is an object whose "text" or "story" is a document. Corpora on the Hub are downloaded here. Raises UserError
+    for anything that cannot be opened.
     """
     parts: list[tuple[str | Path, Callable[[], Iterator[str]]]] = []
     for name in names:
@@ -96,12 +100,12 @@ def open_corpus(names: Sequence[str]) -> Corpus:
             identity = f"{name} {words} {BUILTIN_SEED} {_grammar_source()}"
             parts.append((identity, functools.partial(generate, words, BUILTIN_SEED)))
         elif name in HUB:
-            parts.extend(_file(path) for path in _download(*HUB[name]))
+            parts.extend(_file(path, kind) for path in _download(*HUB[name]))
         else:
-            parts.append(_file(Path(name)))
+            parts.append(_file(Path(name), kind))
     if not parts:
         raise UserError(f"no corpus was named: give a file, or one of {', '.join(NAMES)}")
-    return Corpus(names, parts)
+    return Corpus(names, parts, kind)
 
 
 def _grammar_source() -> str:
@@ -110,7 +114,7 @@ def _grammar_source() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _file(path: Path) -> tuple[Path, Callable[[], Iterator[str]]]:
+def _file(path: Path, kind: str) -> tuple[Path, Callable[[], Iterator[str]]]:
     """The file, and a function that opens its stream of documents. Raises UserError if the file cannot be a corpus."""
     if not os.path.exists(path):
         raise UserError(f"there is no corpus and no file called {str(path)!r}: the corpora are {', '.join(NAMES)}")
@@ -120,7 +124,7 @@ def _file(path: Path) -> tuple[Path, Callable[[], Iterator[str]]]:
         raise UserError(f"{path} is neither .txt nor .jsonl (optionally .gz): rename or convert it")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty: choose another corpus")
-    split = _records if _kind(path) == ".jsonl" else _passages
+    split = _records if _kind(path) == ".jsonl" else _rows if kind == "row" else _passages
 
     def read() -> Iterator[str]:
         documents = (piece for document in split(path) for piece in _bounded(document))
@@ -187,6 +191,12 @@ def _passages(path: Path) -> Iterator[str]:
             piece, rest = _cut(rest)
             yield piece
     yield rest
+
+
+def _rows(path: Path) -> Iterator[str]:
+    """The lines of a plain-text file."""
+    for passage in _passages(path):
+        yield from passage.split("\n")
 
 
 def _separator(path: Path) -> re.Pattern[str]:

@@ -259,6 +259,17 @@ def read_reference(
     return distributed.all_reduce_sum(logprobs), distributed.all_reduce_sum(all_states) if states else all_states
 
 
+def reread(learner: Learner, batch: Batch) -> Batch:
+    """The batch with the policy's own log-probabilities and values, for stories that were sampled with dropout."""
+    config, head = learner.config, learner.value_head
+    logprobs, states = read_reference(
+        learner.student, batch, config.temperature, config.micro_batch_size, states=head is not None
+    )
+    with torch.no_grad():
+        values = batch.values if head is None else head(states) * batch.mask
+    return dataclasses.replace(batch, logprobs=logprobs, values=values)
+
+
 def by_length(lengths: Tensor, size: int) -> list[Tensor]:
     """Indices of `lengths` in groups of at most `size`, similar ones together, so that little padding is computed."""
     return [rows for rows in lengths.argsort(stable=True).split(size) if len(rows)]

@@ -148,7 +148,7 @@ class CheckpointEvaluator:
     def __init__(self, grader: Grader, pretrain: PretrainConfig, interact: InteractConfig, stories: int, blimp: str):
         self.grader, self.blimp = grader, blimp
         openings = Openings(load_openings(interact.openings), interact.seed).train
-        self.device, self.corpus = pick_device(pretrain.device), open_corpus(pretrain.corpus)
+        self.device, self.corpus = pick_device(pretrain.device), open_corpus(pretrain.corpus, pretrain.documents)
         self.val = prepare(
             self.corpus, vocab_size=pretrain.vocab_size, val_fraction=pretrain.val_fraction, seed=pretrain.seed
         ).val

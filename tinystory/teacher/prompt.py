@@ -72,10 +72,13 @@ PREFACE = (
 
 @dataclass(frozen=True)
 class Template:
-    """The criteria that a teacher grades, and the preface that introduces them."""
+    """The criteria that a teacher grades, and the preface that introduces them; or, in place of our messages, a user's
+    own, `system` ("" for none) and `user`, in which {opening} and {story} stand for the two."""
 
     criteria: tuple[Criterion, ...] = STORYTELLING
     preface: str = PREFACE
+    system: str = ""
+    user: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,7 +100,9 @@ def load_template(path: str | os.PathLike) -> Template:
          "criteria": [{"name": "humour", "question": "Is it funny?", "levels": ["no", "a bit", "yes", "very"],
                        "weight": 1}, ...]}
 
-    `preface` and `weight` may be left out. Raises UserError if the file does not hold such an object.
+    `preface` and `weight` may be left out. Or the messages themselves, sent as they are: {"system": "...", "user":
+    "... {opening} ... {story} ...", "criteria": ["humour", ...]}, of which only `user` is needed. Raises UserError if
+    the file does not hold such an object.
     """
     if not path:
         return DEFAULT
@@ -109,6 +114,9 @@ def load_template(path: str | os.PathLike) -> Template:
         raise UserError(f"--teacher-prompt {path} is not JSON: {str(error)[:100]}") from None
     if mistake := _mistake(value):
         raise UserError(f"--teacher-prompt {path}: {mistake}")
+    if "user" in value:
+        criteria = tuple(Criterion(name, "", ("", "", "", "")) for name in value.get("criteria", CRITERIA))
+        return Template(criteria, "", value.get("system", ""), value["user"])
     criteria = tuple(
         Criterion(c["name"], c["question"], tuple(c["levels"]), float(c.get("weight", 1))) for c in value["criteria"]
     )
@@ -118,17 +126,29 @@ def load_template(path: str | os.PathLike) -> Template:
 def _mistake(value: object) -> str | None:
     """Why a JSON value is not a template; None if it is one."""
     match value:
+        case {"user": user, **rest} if not rest.keys() - {"system", "criteria"}:
+            messages, names = (user, rest.get("system", "")), rest.get("criteria", CRITERIA)
+            if not all(isinstance(text, str) and text == text.encode(errors="replace").decode() for text in messages):
+                return '"user" and "system" must be Unicode text'
+            if "{story}" not in user:
+                return '"user" must hold {story}, and may hold {opening}'
+            if not isinstance(names, list | tuple) or not names or not all(map(_is_name, names)):
+                return 'beside "user", "criteria" must be a list of names, each one word of small letters, digits and _'
+            return "two criteria have the same name" if len({*names}) != len(names) else None
         case {"criteria": [_, *_] as criteria, **rest} if not rest.keys() - {"preface"}:
             pass
         case _:
-            return 'it must be an object with "criteria", a list of at least one, and perhaps a "preface"'
+            return (
+                'it must be an object with "criteria", a list of at least one, and perhaps a "preface"; or with "user" '
+                'and perhaps "system" and "criteria"'
+            )
     if not _is_text(rest.get("preface", PREFACE)):
         return '"preface" must be plain text: no control characters or tokens'
     for number, criterion in enumerate(criteria, start=1):
         if not isinstance(criterion, dict) or criterion.keys() - {"weight"} != {"name", "question", "levels"}:
             return f'criterion {number} must have "name", "question", "levels", perhaps "weight", and nothing else'
         name, question, levels, weight = (criterion.get(key, 1) for key in ("name", "question", "levels", "weight"))
-        if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]{0,31}", name):
+        if not _is_name(name):
             return f"criterion {number}: its name must be one word of small letters, digits and _"
         if not _is_text(question):
             return f"criterion {number}: its question must be plain text: no control characters or tokens"
@@ -139,6 +159,10 @@ def _mistake(value: object) -> str | None:
     if len({criterion["name"] for criterion in criteria}) != len(criteria):
         return "two criteria have the same name"
     return None
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[a-z][a-z0-9_]{0,31}", value) is not None
 
 
 def _is_text(value: object) -> bool:
@@ -173,10 +197,16 @@ def instructions(template: Template = DEFAULT) -> str:
 
 
 def render(opening: str, story: str, *, fence: str, template: Template = DEFAULT) -> list[dict]:
-    """The chat messages that ask for one story's scores. Both texts are cleaned; `fence` comes from `fence()`.
+    """The chat messages that ask for one story's scores. Both texts are cleaned; `fence` comes from `fence()`. A user's
+    own messages have no fence; they are filled in once, so braces in a story are text.
 
     Raises ValueError if the fence is not one line or occurs in the opening or the story.
     """
+    if template.user:
+        texts = {"{opening}": clean(opening), "{story}": clean(story)}
+        user = re.sub(r"\{opening\}|\{story\}", lambda place: texts[place[0]], template.user)
+        messages = {"system": template.system, "user": user}
+        return [{"role": role, "content": content} for role, content in messages.items() if content]
     user = f"{BEFORE}{clean(opening)}{BETWEEN}{fence}\n{clean(story)}\n{fence}{AFTER}"
     if not fence or "\n" in fence or user.count(fence) != 2:
         raise ValueError("the fence must be one line that occurs in neither the opening nor the story")
