@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tinystory.data.builtin import grammar, primer
+from tinystory.run import hub
 from tinystory.run.errors import UserError
 from tinystory.run.folder import file_hash
 
@@ -100,7 +101,7 @@ def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
             identity = f"{name} {words} {BUILTIN_SEED} {_grammar_source()}"
             parts.append((identity, functools.partial(generate, words, BUILTIN_SEED)))
         elif name in HUB:
-            parts.extend(_file(path, kind) for path in _download(*HUB[name]))
+            parts.extend(_file(path, kind) for path in hub.download(*HUB[name]))
         else:
             parts.append(_file(Path(name), kind))
     if not parts:
@@ -266,36 +267,3 @@ def _cut(text: str) -> tuple[str, str]:
     ends = (text.rfind(character, 1, MAX_DOCUMENT) + 1 for character in "\n ")
     at = next(filter(None, ends), MAX_DOCUMENT)
     return text[:at], text[at:]
-
-
-def _download(repository: str, files: Sequence[str]) -> list[Path]:
-    """Local paths of a dataset's files, downloaded unless they are in huggingface_hub's cache.
-
-    The library's own variables configure cache, server and offline mode: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT,
-    HF_HUB_OFFLINE, HF_TOKEN.
-    """
-    try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError:
-        raise UserError(f"{repository} is on the Hugging Face Hub: pip install huggingface_hub first") from None
-    paths = []
-    for file in files:
-        try:
-            paths.append(Path(huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")))
-            continue
-        except errors.LocalEntryNotFoundError:
-            message = (
-                f"cannot reach the Hugging Face Hub and {repository}/{file} is not in its cache: "
-                "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-            )
-        except errors.GatedRepoError:
-            message = f"{repository} is gated: accept its terms on the Hugging Face Hub, then hf auth login"
-        except (errors.RepositoryNotFoundError, errors.EntryNotFoundError):
-            message = f"the server has no {repository}/{file}: check HF_ENDPOINT"
-        except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # of the HTTP library below it
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            why = f"the server answered {status}" if status else getattr(error, "strerror", "") or "connection lost"
-            message = f"cannot download {repository}/{file}: {why}; check the network and HF_ENDPOINT, then try again"
-        raise UserError(message)
-    return paths
