@@ -136,9 +136,8 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 save()
                 raise
             teacher_end = time.perf_counter()
-            scores = [grade.score for grade in grades]
-            if config.unreadable_score >= 0:
-                scores = [config.unreadable_score if score is None else score for score in scores]
+            invented = None if config.unreadable_score == "none" else float(config.unreadable_score)
+            scores = [invented if grade.score is None else grade.score for grade in grades]
             rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
             ppo.set_learning_rate(policy.optimizer, config, state.step)

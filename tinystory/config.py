@@ -197,7 +197,7 @@ class InteractConfig:
     eval_stories: int = option(40, "stories per evaluation; `best` is the last student that none beats", "[1, 1e9]")
 
     rollout_dropout: float = option(0.0, "dropout in rollouts after the first step", "[0, 1)", group="as published")
-    unreadable_score: float = option(-1.0, "score, 0 to 1, of a story without a readable one; -1: none", "[-1, 1]")
+    unreadable_score: str = option("none", "score of a story without a readable reply: none, or 0.5", ("none", "0.5"))
     charge_opening: bool = option(False, "charge the opening once for each story of the first step")
 
 
@@ -236,7 +236,7 @@ INTERACT_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "paper": _PAPER_INTERACT,
     "paper-published": dict(  # 920 steps take in 999 360 words; the rest is room for the longest replies
-        _PAPER_INTERACT, rollout_dropout=0.1, unreadable_score=0.5, charge_opening=True, budget_words=1_010_000
+        _PAPER_INTERACT, rollout_dropout=0.1, unreadable_score="0.5", charge_opening=True, budget_words=1_010_000
     ),
     "babylm-2025": _PAPER_INTERACT,
 }
@@ -385,8 +385,6 @@ def _check_together(config: Any) -> None:
             f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's probabilities must not "
             "reach the student"
         )
-    if -1 < config.unreadable_score < 0:
-        raise UserError("--unreadable-score must be from 0 to 1, or -1 for no score")
     if config.budget_cost and not config.price_in + config.price_out:
         raise UserError("--budget-cost needs the prices: give --price-in and --price-out, per million tokens")
     graders = {"--reward": config.reward, "--replay": config.replay, "--teacher-url": config.teacher_url}

@@ -78,6 +78,16 @@ SCALES = {
         (1, 2, 5, 10), 3, 2, 256,
     ),
     "paper": Scale("paper", {}, {}, (20, 50, 90, 200, 500, 900), 1, 1, 512),
+    # All of its steps and parts, with a student, a corpus and stories that a CPU takes in its stride.
+    "rehearsal": Scale(
+        "paper",
+        dict(
+            corpus=["builtin"], words=2 * MILLION, n_layer=1, n_head=2, n_embd=32, context=128, vocab_size=512,
+            batch_size=16, micro_batch_size=16, learning_rate=4e-3, eval_every=500,
+        ),
+        dict(stories_per_step=12, micro_batch_size=12, eval_stories=4, budget_words=34_000),
+        (1, 2), 1, 1, 64,
+    ),
 }  # fmt: skip
 
 
