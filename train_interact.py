@@ -75,8 +75,8 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     longest = max((encode_opening(tokenizer, text) for text in openings.train + openings.held_out), key=len)
     require_room(reference, longest, config.max_new_tokens)
     milestones = INTERACTION_CHECKPOINTS
-    if config.preset == babylm.TRACK:
-        babylm.check_interaction(facts, config.budget_words, config.budget_words_out)
+    if config.preset in babylm.TRACKS:
+        babylm.check_interaction(config.preset, facts, config.budget_words)
         milestones = babylm.milestones_beyond(facts)
     state = policy.restore(resume_from) if resume_from else RunState(config.kl_coef)
 

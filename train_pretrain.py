@@ -107,8 +107,9 @@ def pretrain(config: PretrainConfig) -> None:
     data = distributed.rank0_first(
         lambda: prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
     )
-    if config.preset == babylm.TRACK:
-        babylm.check_pretraining(data.train.word_count, config.words, config.batch_size * config.context)
+    if config.preset in babylm.TRACKS:
+        last_step = config.batch_size * config.context
+        babylm.check_pretraining(config.preset, data.train.word_count, config.words, last_step)
     tokenizer = data.tokenizer
     windows = Windows(data.train, config.context, config.batch_size, config.seed, config.packing)
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)

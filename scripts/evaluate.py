@@ -13,6 +13,7 @@ beside --out.
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
 from pathlib import Path
@@ -25,12 +26,13 @@ from tqdm import tqdm
 from tinystory.config import SEEDS, InteractConfig, add_number
 from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import load_openings
+from tinystory.evaluate import submission
 from tinystory.evaluate.coreference import coreference, unseen_stories
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.preference import COMPARISON, Pair, compare, keep_choices, pair_of, run_pairs
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.scoring import bits_per_byte
-from tinystory.evaluate.stories import OPENINGS, GradeStories, story_measures
+from tinystory.evaluate.stories import OPENINGS, GradeStories, mean_of, story_measures
 from tinystory.ops.compute import pick_device
 from tinystory.report.evaluation import comparison, write_page
 from tinystory.report.judges import with_ends
@@ -47,8 +49,11 @@ from tinystory.teacher.grader import open_grader
 TASKS = {
     "blimp": (evaluate_pairs, "BLiMP: a .jsonl file, or a folder of them"),
     "supplement": (evaluate_pairs, "BLiMP's supplement"),
+    "ewok": (evaluate_pairs, "EWoK"),
     "entity_tracking": (evaluate_pairs, "entity tracking"),
     "wug": (evaluate_wug, "wug test of adjective nominalisation"),
+    "wug_past": (functools.partial(evaluate_wug, name="wug_past"), "wug test of past tenses"),
+    "comps": (evaluate_pairs, "COMPS"),
     "reading": (evaluate_reading, "reading_data.csv"),
 }
 COMPARED = 40  # pairs, if --stories does not say
@@ -64,6 +69,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     for task, (_, text) in TASKS.items():
         parser.add_argument(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
+    parser.add_argument("--babylm", type=Path, metavar="FOLDER", help="all of these in BabyLM's full_eval or fast_eval")
+    parser.add_argument("--aoa", metavar="FILE", help="cdi_childes.json: words' surprisals, for ages of acquisition")
+    parser.add_argument("--predictions", type=Path, metavar="RESULTS/MODEL", help="where to write BabyLM's predictions")
     parser.add_argument(
         "--corpus",
         nargs="+",
@@ -82,21 +90,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="report.json to write, and report.html beside it")
     options = parser.parse_args(argv)
-    tasks = {task: getattr(options, task) for task in TASKS if getattr(options, task)}
+    tasks = submission.find_tasks(options.babylm) if options.babylm else {}
+    tasks |= {task: getattr(options, task) for task in TASKS if getattr(options, task)}
     if options.compare:
         compare_stories(options)
         return
     if not options.checkpoints:
         raise UserError("nothing to evaluate: name a checkpoint or a run, or two with --compare")
-    if not (tasks or options.corpus or options.stories or options.coreference):
+    if not (tasks or options.aoa or options.corpus or options.stories or options.coreference):
         raise UserError("nothing to evaluate: give --blimp or another task, --corpus, --coreference N or --stories N")
+    if options.predictions and not (options.babylm or options.aoa):
+        raise UserError("--predictions needs the data that BabyLM asks for: give --babylm FOLDER or --aoa FILE")
     if options.out and options.out.suffix == ".html":
         raise UserError("--out is the .json file to write; the page is written beside it")
     corpus = open_corpus(options.corpus) if options.corpus else None
     openings = load_openings(options.openings) if options.openings else OPENINGS
     device = pick_device(options.device)
 
-    records = []
+    records, surprisals = [], []
     with contextlib.ExitStack() as stack:
         grade = open_teacher(options, stack) if options.stories else None
         for folder in tqdm([checkpoint.find(path) for path in options.checkpoints], desc="checkpoints", disable=None):
@@ -105,6 +116,14 @@ def main(argv: list[str] | None = None) -> None:
             record: dict[str, Any] = {"name": name_of(folder), "checkpoint": str(folder), "words": words or None}
             for task, path in tasks.items():
                 record[task] = TASKS[task][0](student, tokenizer, path)
+                if options.predictions and options.babylm:
+                    submission.save_predictions(options.predictions, folder, task, path, record[task])
+                record[task].pop("predictions")
+            if options.aoa:
+                rows = submission.word_surprisals(student, tokenizer, options.aoa)
+                surprisals += [{"step": folder.name, "word_count": words} | row for row in rows]
+                known = [row["surprisal"] for row in rows if row["surprisal"] == row["surprisal"]]
+                record["aoa"] = {"surprisal": mean_of(known), "items": len(known)}
             if options.coreference:
                 record["coreference"] = coreference(student, tokenizer, unseen_stories(options.coreference))
             if seen := set(options.corpus or []) & set(facts.get("corpus", [])):
@@ -118,6 +137,8 @@ def main(argv: list[str] | None = None) -> None:
                     max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed,
                 )  # fmt: skip
             records.append(record)
+    if options.predictions and options.aoa:
+        submission.save_surprisals(options.predictions, surprisals)
     rows = comparison(records)
     width = max(len(row[0]) for row in rows)
     print(" " * width, *(f"{record['name']:>24}" for record in records))

@@ -229,8 +229,11 @@ PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "paper": _PAPER_PRETRAIN,
     "paper-published": dict(_PAPER_PRETRAIN, documents="row"),
-    # The limit is ten epochs (see babylm.py); training on 95 % of the corpus, not the paper's 90 %, stays within it.
-    "babylm-2025": dict(_PAPER_PRETRAIN, words=900_000_000, val_fraction=0.05),
+    # Ten epochs at most (see babylm.py), of so much of the corpus that the teacher's words have room.
+    "babylm-2026-strict": dict(_PAPER_PRETRAIN, words=900_000_000, val_fraction=0.05),
+    "babylm-2026-strict-small": dict(
+        _PAPER_PRETRAIN, corpus=["babylm-10m"], words=85_000_000, val_fraction=0.12, batch_size=64
+    ),
 }
 INTERACT_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
@@ -238,7 +241,8 @@ INTERACT_PRESETS: dict[str, dict[str, Any]] = {
     "paper-published": dict(  # 920 steps take in 999 360 words; the rest is room for the longest replies
         _PAPER_INTERACT, rollout_dropout=0.1, unreadable_score="0.5", charge_opening=True, budget_words=1_010_000
     ),
-    "babylm-2025": _PAPER_INTERACT,
+    "babylm-2026-strict": _PAPER_INTERACT,
+    "babylm-2026-strict-small": _PAPER_INTERACT,
 }
 
 

@@ -11,7 +11,8 @@ from tinystory.teacher.grade import Grade, agreement
 from tinystory.teacher.ledger import Ledger
 
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = "--help --nproc-per-node --shutdown-timeout --parallel --ctx-size --max-model-len --gpu-memory-utilization --port --model --model_alias"
+OTHERS = "--help --nproc-per-node --shutdown-timeout --parallel --ctx-size --max-model-len --port --model --model_alias"
+OTHERS += " --gpu-memory-utilization"
 
 
 def test_docs_name_every_key_of_metrics_jsonl(place, tmp_path):

@@ -13,8 +13,12 @@ from tinystory.run.folder import Record
 ROWS = (
     ("BLiMP, %", ("blimp", "accuracy"), ("blimp", "ci"), 1),
     ("supplement, %", ("supplement", "accuracy"), ("supplement", "ci"), 1),
+    ("EWoK, %", ("ewok", "accuracy"), ("ewok", "ci"), 1),
+    ("COMPS, %", ("comps", "accuracy"), ("comps", "ci"), 1),
     ("entity tracking, %", ("entity_tracking", "accuracy"), ("entity_tracking", "ci"), 1),
     ("wug, Spearman's rho", ("wug", "correlation"), ("wug", "ci"), 2),
+    ("wug past, Spearman's rho", ("wug_past", "correlation"), ("wug_past", "ci"), 2),
+    ("words of childhood, nats", ("aoa", "surprisal"), None, 2),
     ("eye tracking, % explained", ("reading", "eye_tracking"), None, 2),
     ("self-paced reading, % explained", ("reading", "self_paced"), None, 2),
     ("bits per byte", ("corpus", "bits_per_byte"), ("corpus", "ci"), 3),
@@ -32,6 +36,7 @@ ROWS = (
     ("copied fraction", ("stories", "copied_share"), None, 3),
 )
 PAIRS = {"blimp": "BLiMP", "supplement": "BLiMP’s supplement", "entity_tracking": "Entity tracking"}
+PAIRS |= {"ewok": "EWoK", "comps": "COMPS"}
 
 
 def at(record: Record, path: Sequence[str] | None) -> Any:

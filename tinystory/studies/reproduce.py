@@ -176,6 +176,7 @@ class CheckpointEvaluator:
         }
         _, bits = validate(student, self.val, tokenizer.token_sizes, VAL_SEQUENCES, 16, "stream")
         blimp = {"blimp": evaluate_pairs(student, tokenizer, self.blimp)} if self.blimp else {}
+        blimp.get("blimp", {}).pop("predictions", None)
         return measures | {"bits_per_byte": bits} | blimp
 
     def grade(self, opening: str, stories: Sequence[str]) -> list[Mapping[str, float] | None]:
