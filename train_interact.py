@@ -145,7 +145,8 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             update_end = time.perf_counter()
 
             words_before = state.words_in
-            words_in = opening_words(config, openings, state) + sum(grade.reply_words for grade in grades)
+            words_in = openings.new_words(state.written, n, config.charge_opening and state.step == 0)
+            words_in += sum(grade.reply_words for grade in grades)
             state.spend(stories, words_in)
             state.step, state.written = state.step + 1, state.written + n
             state.kl_coef = ppo.next_kl_coef(state.kl_coef, stats["kl"], n - int(stats["unscored"]), config)
@@ -202,18 +203,12 @@ def exhausted_budget(
     before each request.)"""
     n = config.stories_per_step
     stories = n + evaluations * config.eval_stories
-    words_in = state.words_in + opening_words(config, openings, state) + stories * grader.most_words
+    words_in = openings.new_words(state.written, n, config.charge_opening and state.step == 0)
+    words_in += state.words_in + stories * grader.most_words
     words_out = state.words_out + stories * config.max_new_tokens
     if words_in > config.budget_words or words_out > config.budget_words_out:
         return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"
     return "" if grader.affords(n + config.eval_stories) else f"--budget-cost {config.budget_cost:g}"
-
-
-def opening_words(config: InteractConfig, openings: Openings, state: RunState) -> int:
-    """The words of the next step's openings that count against the budget."""
-    if config.charge_opening and state.step == 0:
-        return sum(len(openings[i].split()) for i in range(config.stories_per_step))
-    return openings.new_words(state.written, config.stories_per_step)
 
 
 def report(run: Path, state: RunState, *, stopped: bool) -> None:

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from tinystory.student.generate import generate
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grader import open_grader
 
-TASKS = {
+TASKS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
     "blimp": (evaluate_pairs, "BLiMP: a .jsonl file, or a folder of them"),
     "supplement": (evaluate_pairs, "BLiMP's supplement"),
     "ewok": (evaluate_pairs, "EWoK"),
@@ -120,9 +121,9 @@ def main(argv: list[str] | None = None) -> None:
                     submission.save_predictions(options.predictions, folder, task, path, record[task])
                 record[task].pop("predictions")
             if options.aoa:
-                rows = submission.word_surprisals(student, tokenizer, options.aoa)
-                surprisals += [{"step": folder.name, "word_count": words} | row for row in rows]
-                known = [row["surprisal"] for row in rows if row["surprisal"] == row["surprisal"]]
+                by_word = submission.word_surprisals(student, tokenizer, options.aoa)
+                surprisals += [{"step": folder.name, "word_count": words} | row for row in by_word]
+                known = [row["surprisal"] for row in by_word if row["surprisal"] == row["surprisal"]]
                 record["aoa"] = {"surprisal": mean_of(known), "items": len(known)}
             if options.coreference:
                 record["coreference"] = coreference(student, tokenizer, unseen_stories(options.coreference))

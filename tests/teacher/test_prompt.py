@@ -306,7 +306,7 @@ FREE = 'Story Prompt:\n`{opening}`\n\nStudent Story:\n"`{opening} {story}`"\n\n{
 
 def test_a_users_own_messages_are_sent_to_the_byte_and_no_story_fills_in_anything(tmp_path):
     file = tmp_path / "theirs.json"
-    file.write_text(json.dumps({"user": FREE, "criteria": ["readability", "narrative"]}))
+    file.write_text(json.dumps({"user": FREE}))
     template = load_template(file)
     story = "Tom {opening} and {story} {} {0} \\1 \\g % $1 said: {{story}}"
     (message,) = render("Once {story}", story, fence="=== 1 ===", template=template)
@@ -315,7 +315,7 @@ def test_a_users_own_messages_are_sent_to_the_byte_and_no_story_fills_in_anythin
         "content": f'Story Prompt:\n`Once {{story}}`\n\nStudent Story:\n"`Once {{story}} {story}`"\n\n'
         "{other} {{}} {0} \\1 </s>\t=",
     }
-    assert template.names == ("readability", "narrative") and template.score(dict(readability=3, narrative=0)) == 0.5
+    assert template.names == CRITERIA and template.score(dict.fromkeys(CRITERIA, 3)) == 1
     file.write_text(json.dumps({"user": "{story}", "system": "Grade {story}."}))
     template = load_template(file)
     assert template.names == CRITERIA and read_back(render("Once", "a", fence="=", template=template)) is None
@@ -328,8 +328,7 @@ def test_a_users_own_messages_are_sent_to_the_byte_and_no_story_fills_in_anythin
         ({"user": "{opening}"}, "must hold {story}"),
         ({"user": 1}, "must be Unicode text"),
         ({"user": "{story} \ud800"}, "must be Unicode text"),
-        ({"user": "{story}", "criteria": []}, "a list of names"),
-        ({"user": "{story}", "criteria": ["a", "a"]}, "the same name"),
+        ({"user": "{story}", "criteria": []}, "an object with"),
         ({"user": "{story}", "preface": "Hm."}, "an object with"),
     ],
 )

@@ -74,29 +74,27 @@ def _read(file: Path) -> list[Item]:
 
 
 def _item(record: dict[str, Any], file: str) -> Item:
+    more: dict[str, Any] = {}
     if "sentence_good" in record:
-        groups = {}
+        uid, options = record.get("UID", file), [("", record["sentence_good"]), ("", record["sentence_bad"])]
         if "field" in record:  # the supplement's files name no field, and most of them no phenomenon
             field = record["field"].replace("syntax_semantics", "syntax/semantics")
-            groups = {"field": field, "linguistics_term": record["linguistics_term"]}
-        options = (("", record["sentence_good"]), ("", record["sentence_bad"]))
-        item = Item(options, record.get("UID", file), groups=groups)
+            more = {"groups": {"field": field, "linguistics_term": record["linguistics_term"]}}
     elif "options" in record:
-        options = tuple((record["input_prefix"], text) for text in record["options"])
-        item = Item(options, f"{file}_{record['numops']}_ops", split=file)
+        uid, options = f"{file}_{record['numops']}_ops", [(record["input_prefix"], text) for text in record["options"]]
+        more = {"split": file}
     elif "Target1" in record:
-        item = Item(
-            tuple((record["Context1"], f" {record[name]}") for name in ("Target1", "Target2")), record["Domain"]
-        )
+        uid, options = record["Domain"], [(record["Context1"], f" {record[name]}") for name in ("Target1", "Target2")]
     elif "property_phrase" in record:
         prefixes = record["prefix_acceptable"], record["prefix_unacceptable"]
-        options = tuple((f"{prefix} ", record["property_phrase"]) for prefix in prefixes)
-        item = Item(options, file.removeprefix("comps_").replace("-", "_"), whole=True)
+        uid, options = file.removeprefix("comps_"), [(f"{prefix} ", record["property_phrase"]) for prefix in prefixes]
+        uid, more = uid.replace("-", "_"), {"whole": True}
     else:
-        item = Item(tuple(("", text) for text in record["sentences"].split("\t")), file, ratio=float(record["ratio"]))
-    if len(item.options) < 2 or not all(isinstance(text, str) for text in (item.uid, *itertools.chain(*item.options))):
+        uid, options = file, [("", text) for text in record["sentences"].split("\t")]
+        more = {"ratio": float(record["ratio"])}
+    if len(options) < 2 or not all(isinstance(text, str) for text in (uid, *itertools.chain(*options))):
         raise ValueError("an item needs two texts or more")
-    return item
+    return Item(tuple(options), uid, **more)
 
 
 def option_logprobs(

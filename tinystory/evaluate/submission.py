@@ -37,18 +37,15 @@ def save_predictions(model: Path, folder: Path, task: str, path: str, record: di
             "evaluate a student that was trained with a longer --context"
         )
     revision = folder.name if (data / "blimp_fast").is_dir() else "main"
-    dataset = "" if task == "reading" else Path(path).name
-    _write(
-        model / revision / "zero_shot" / "causal" / TASKS[task] / dataset / "predictions.json", record["predictions"]
-    )
+    place = Path(TASKS[task], "" if task == "reading" else Path(path).name)
+    _write(model / revision / "zero_shot/causal" / place / "predictions.json", record["predictions"])
 
 
 def save_surprisals(model: Path, results: Sequence[dict[str, Any]]) -> None:
     """Write the surprisals of all checkpoints."""
     steps = len({row["step"] for row in results})
     facts = dict(model_name=model.name, use_bos_only=False, total_steps=steps, completed_steps=steps)
-    value = {"metadata": facts, "results": results}
-    _write(model / "main" / "zero_shot" / "causal" / "AoA_word" / "surprisal.json", value)
+    _write(model / "main/zero_shot/causal/AoA_word/surprisal.json", {"metadata": facts, "results": results})
 
 
 def _write(path: Path, value: Any) -> None:

@@ -185,39 +185,38 @@ def dropout_steps(
     student: Student, head: ValueHead | None, prompts: list[Tensor], prompt_of: Tensor, sampling: Sampling, offset: int
 ) -> Iterator[Step]:
     """The same steps with dropout on the embedding, the attention weights and the branches, in plain PyTorch, for
-    --rollout-dropout. Each story and token has its own masks, which depend on the batch. The values are 0."""
-    s, p, count, random_bits = sampling, sampling.dropout, len(prompt_of), random.Random(f"{sampling.seed} {offset}")
-    torch.manual_seed(random_bits.getrandbits(48))
-    tokens = pad_sequence([prompts[i] for i in prompt_of.tolist()], batch_first=True)
-    lengths = torch.tensor([len(prompts[i]) for i in prompt_of.tolist()], device=tokens.device)
-    rows, T = torch.arange(count, device=tokens.device), tokens.shape[1]
+    --rollout-dropout. Each story and token has its own masks, which depend on the batch. Nothing is truncated, and the
+    values are 0."""
+    s, p, bits = sampling, sampling.dropout, random.Random(f"{sampling.seed} {offset}")
+    torch.manual_seed(bits.getrandbits(48))
+    openings = [prompts[i] for i in prompt_of.tolist()]
+    tokens = pad_sequence(openings, batch_first=True)
+    rows, lengths = torch.arange(len(tokens), device=tokens.device), tokens.new_tensor([*map(len, openings)])
+    size, T = (len(rows), s.max_new_tokens), tokens.shape[1]
     dtype = ops.matmul_dtype(student.wte.weight)
-    cache = KVCache(student.config, tokens.new_zeros(count, 2), T + s.max_new_tokens, dtype)
-    new = functools.partial(torch.zeros, count, s.max_new_tokens, device=tokens.device)
-    outputs = (new(dtype=torch.int64), new(), new(), new())
-    alive, seed = torch.ones(count, dtype=torch.bool), random_bits.getrandbits(40)
+    cache = KVCache(student.config, tokens.new_zeros(size[0], 2), T + size[1], dtype)
+    outputs = (tokens.new_zeros(size), *torch.zeros(3, *size, device=tokens.device))
+    alive, seed = torch.ones(len(rows), dtype=torch.bool), bits.getrandbits(40)
 
-    def read_prompts(i: int, qkv: Tensor) -> Tensor:
+    def attend(i: int, qkv: Tensor) -> Tensor:
+        if qkv.dim() == 4:  # of one token
+            return reference.decode_attention(qkv, cache.prefix[i], cache.spans, cache.own[i], lengths, p)
         cache.own[i, :, :T] = qkv[:, :, 1:]
         return ops.causal_attention(qkv, p, seed + i)
 
-    def read_token(i: int, qkv: Tensor) -> Tensor:
-        return reference.decode_attention(qkv, cache.prefix[i], cache.spans, cache.own[i], lengths, p)
-
-    hidden = student.trunk(student.wte(tokens) + student.wpe.weight[:T], read_prompts, p, seed)[rows, lengths - 1]
+    hidden = student.trunk(student.wte(tokens) + student.wpe.weight[:T], attend, p, seed)[rows, lengths - 1]
     for t in range(s.max_new_tokens):
-        logits = student.logits(hidden)
         drawn, logprobs, entropies = ops.sample(
-            logits, seed=s.seed, rows=rows + offset, step=t, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p
+            student.logits(hidden), seed=s.seed, rows=rows + offset, step=t, temperature=s.temperature
         )
         outputs[0][:, t], outputs[1][:, t], outputs[3][:, t] = drawn, logprobs, entropies
-        ended = alive & ((drawn == s.eos).cpu() | (t == s.max_new_tokens - 1))
+        ended = alive & ((drawn == s.eos).cpu() | (t + 1 == s.max_new_tokens))
         yield outputs, ended.nonzero()[:, 0].tolist()
         alive &= ~ended
         if not alive.any():
             return
-        seed = random_bits.getrandbits(40)
-        hidden = student.trunk(student.wte(drawn) + student.wpe(lengths), read_token, p, seed)
+        seed = bits.getrandbits(40)
+        hidden = student.trunk(student.wte(drawn) + student.wpe(lengths), attend, p, seed)
         lengths += 1
 
 

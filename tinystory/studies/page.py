@@ -55,7 +55,11 @@ def write_experiment_report(out: Path) -> Path:
     records = [record for record in records if record["settings"] == facts["evaluation"]]
     records.sort(key=lambda record: (list(ARMS).index(record["arm"]), record["words"], record["seed"]))
     x_name = "words of pretraining and taken in"
-    curves = lines(records, SCORE) + (published() if facts["scale"] in ("paper", "rehearsal") else [])
+    curves = lines(records, SCORE)
+    if facts["scale"] in ("paper", "rehearsal"):
+        x, (before, after) = [words * 1e6 for words in PUBLISHED], zip(*PUBLISHED.values(), strict=True)
+        curves.append(Line(x, before, "muted", "published", False))
+        curves.append(Line(x, after, "creativity", "published, + interaction", False))
     figure = chart("Teacher’s score, 0 to 9", curves, x_name=x_name, log_x=True, size=HERO)
     atomic_write(out / "figure.svg", charts.standalone(figure))
     drawings = [
@@ -134,15 +138,6 @@ def lines(records: Sequence[Record], path: Sequence[str]) -> list[Line]:
         x = [statistics.fmean(record["words"] for record in group) for group in groups]
         curves.append(Line(x, [mean for mean, _ in points], colour, name, False, [std for _, std in points]))
     return curves
-
-
-def published() -> list[Line]:
-    """The paper's own curves."""
-    words, (before, after) = [millions * 1e6 for millions in PUBLISHED], zip(*PUBLISHED.values(), strict=True)
-    return [
-        Line(words, before, "muted", "published", False),
-        Line(words, after, "creativity", "published, + interaction", False),
-    ]
 
 
 def headline(records: Sequence[Record]) -> list[str]:

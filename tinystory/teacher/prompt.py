@@ -100,9 +100,9 @@ def load_template(path: str | os.PathLike) -> Template:
          "criteria": [{"name": "humour", "question": "Is it funny?", "levels": ["no", "a bit", "yes", "very"],
                        "weight": 1}, ...]}
 
-    `preface` and `weight` may be left out. Or the messages themselves, sent as they are: {"system": "...", "user":
-    "... {opening} ... {story} ...", "criteria": ["humour", ...]}, of which only `user` is needed. Raises UserError if
-    the file does not hold such an object.
+    `preface` and `weight` may be left out. Or the messages that ask for the usual criteria, sent as they are:
+    {"system": "...", "user": "... {opening} ... {story} ..."}, where `system` may be left out. Raises UserError if the
+    file does not hold such an object.
     """
     if not path:
         return DEFAULT
@@ -115,8 +115,7 @@ def load_template(path: str | os.PathLike) -> Template:
     if mistake := _mistake(value):
         raise UserError(f"--teacher-prompt {path}: {mistake}")
     if "user" in value:
-        criteria = tuple(Criterion(name, "", ("", "", "", "")) for name in value.get("criteria", CRITERIA))
-        return Template(criteria, "", value.get("system", ""), value["user"])
+        return Template(system=value.get("system", ""), user=value["user"])
     criteria = tuple(
         Criterion(c["name"], c["question"], tuple(c["levels"]), float(c.get("weight", 1))) for c in value["criteria"]
     )
@@ -126,21 +125,17 @@ def load_template(path: str | os.PathLike) -> Template:
 def _mistake(value: object) -> str | None:
     """Why a JSON value is not a template; None if it is one."""
     match value:
-        case {"user": user, **rest} if not rest.keys() - {"system", "criteria"}:
-            messages, names = (user, rest.get("system", "")), rest.get("criteria", CRITERIA)
-            if not all(isinstance(text, str) and text == text.encode(errors="replace").decode() for text in messages):
+        case {"user": user, **rest} if not rest.keys() - {"system"}:
+            texts = (user, rest.get("system", ""))
+            if not all(isinstance(text, str) and text == text.encode(errors="replace").decode() for text in texts):
                 return '"user" and "system" must be Unicode text'
-            if "{story}" not in user:
-                return '"user" must hold {story}, and may hold {opening}'
-            if not isinstance(names, list | tuple) or not names or not all(map(_is_name, names)):
-                return 'beside "user", "criteria" must be a list of names, each one word of small letters, digits and _'
-            return "two criteria have the same name" if len({*names}) != len(names) else None
+            return None if "{story}" in user else '"user" must hold {story}, and may hold {opening}'
         case {"criteria": [_, *_] as criteria, **rest} if not rest.keys() - {"preface"}:
             pass
         case _:
             return (
                 'it must be an object with "criteria", a list of at least one, and perhaps a "preface"; or with "user" '
-                'and perhaps "system" and "criteria"'
+                'and perhaps "system"'
             )
     if not _is_text(rest.get("preface", PREFACE)):
         return '"preface" must be plain text: no control characters or tokens'
@@ -148,7 +143,7 @@ def _mistake(value: object) -> str | None:
         if not isinstance(criterion, dict) or criterion.keys() - {"weight"} != {"name", "question", "levels"}:
             return f'criterion {number} must have "name", "question", "levels", perhaps "weight", and nothing else'
         name, question, levels, weight = (criterion.get(key, 1) for key in ("name", "question", "levels", "weight"))
-        if not _is_name(name):
+        if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]{0,31}", name):
             return f"criterion {number}: its name must be one word of small letters, digits and _"
         if not _is_text(question):
             return f"criterion {number}: its question must be plain text: no control characters or tokens"
@@ -159,10 +154,6 @@ def _mistake(value: object) -> str | None:
     if len({criterion["name"] for criterion in criteria}) != len(criteria):
         return "two criteria have the same name"
     return None
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and re.fullmatch("[a-z][a-z0-9_]{0,31}", value) is not None
 
 
 def _is_text(value: object) -> bool:
