@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import shutil
-import ssl
 import subprocess
 from collections.abc import Iterator
 from dataclasses import fields
@@ -34,7 +33,7 @@ from tinystory.run.paths import cache_dir, usage
 from tinystory.student import memory
 from tinystory.student.model import StudentConfig
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grader import CallableGrader, Grader, load_extra
+from tinystory.teacher.grader import CallableGrader, Grader
 from tinystory.teacher.prompt import Template, load_template
 
 PACKAGES = (
@@ -67,7 +66,6 @@ def main(argv: list[str] | None = None) -> None:
         "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="whence most of them (default: builtin)"
     )
     add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if it judges worse")
-    parser.add_argument("--teacher-extra", default="", metavar="JSON", help="fields to merge into each request")
     parser.add_argument("--plan", choices=INTERACT_PRESETS, help="add up the memory of an interaction beside a teacher")
     add_number(parser, "--gpu-gb", 24.0, "[1, 10000]", "memory of the GPU that both share, in GiB")
     add_number(parser, "--teacher-billions", 8.0, "[0.1, 1000]", "the teacher's parameters")
@@ -86,7 +84,6 @@ def main(argv: list[str] | None = None) -> None:
     elif options.teacher_url is not None:
         template = load_template(options.teacher_prompt) if options.teacher_prompt else Template()
         limits = dict(max_tokens=options.teacher_max_tokens, template=template, concurrency=options.teacher_concurrency)
-        limits |= dict(extra=load_extra(options.teacher_extra))
         with Teacher(options.teacher_url, options.teacher_model, **limits) as teacher:
             probed = teacher.probe()
             print(f"{'teacher':10} {probed}")
@@ -142,7 +139,6 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "kernels", kernels()
     yield "gpu", gpu()
     yield "nvcc", cuda_compiler()
-    yield "https", certificates()
     yield "cache", cache()
 
 
@@ -210,16 +206,6 @@ def cuda_compiler() -> str:
     if why := cuda.why_not():
         return f"not used: {why}"
     return f"{cuda.toolkit()}, for compute capability {', '.join(cuda.architectures())}"
-
-
-def certificates() -> str:
-    """What https (a hosted teacher, a corpus) trusts: the system's certificates."""
-    paths = ssl.get_default_verify_paths()
-    count = len(ssl.create_default_context().get_ca_certs()) or bool(paths.capath and os.listdir(paths.capath))
-    where = paths.cafile or paths.capath or "the system's keychain"
-    if not count:
-        return f"no certificates in {where}: install ca-certificates, or set SSL_CERT_FILE"
-    return f"certificates of {where}"
 
 
 def cache() -> str:
