@@ -43,9 +43,8 @@ PACKAGES = (
 WANTED_DISK = 2 << 30  # bytes: shards of a large corpus, checkpoints, kernels
 CUDA = 600 << 20  # bytes of a GPU that a process takes before its first tensor
 # Of vLLM: GiB for activations and graphs; bytes of KV cache per token and billion parameters (Llama 3.1 8B: 32 layers,
-# 8 key and value heads of 128, 16 bits); tokens of the longest question, as in the authors' server, and of a usual one.
-VLLM_GB, KV_BYTES, LONGEST, QUESTION = 1.5, 16_384, 1024, 512
-MODEL, VLLM_URL = "meta-llama/Llama-3.1-8B-Instruct", "http://127.0.0.1:8000/v1"
+# 8 key and value heads of 128, 16 bits); tokens of the longest question, as in the authors' server.
+MODEL, VLLM_GB, KV_BYTES, LONGEST = "meta-llama/Llama-3.1-8B-Instruct", 1.5, 16_384, 1024
 
 
 @command
@@ -107,10 +106,7 @@ def plan(preset: str, gpu_gb: float, billions: float) -> None:
         cached = (share * gpu_gb - weights - VLLM_GB) / per_token
         if cached >= LONGEST:
             print(f"{share * gpu_gb:8.2f} GiB  teacher: {weights:.2f} of weights, a KV cache of {cached:,.0f} tokens")
-            requests = min(int(cached / QUESTION), 256)
             print(f"vllm serve {MODEL} --gpu-memory-utilization {share:.2f} --max-model-len {LONGEST}{flag}")
-            url = f"--teacher-url {VLLM_URL} --teacher-concurrency {requests}"
-            print(usage(f"python train_interact.py --preset {preset} {url}"))
             return
     raise UserError(
         f"a teacher of {billions:g} B parameters does not fit beside the student in {gpu_gb:g} GiB, even with 8 bits "

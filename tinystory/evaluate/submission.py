@@ -12,7 +12,7 @@ from tinystory.run.errors import UserError
 from tinystory.run.folder import atomic_write, read_text
 from tinystory.student.model import Student
 
-# Our tasks, and BabyLM's; the names of its folders of data begin with ours (wug's with its own).
+# Our tasks and BabyLM's. The names of its folders of data begin with ours, or with its own.
 TASKS = {name: name for name in ("blimp", "ewok", "entity_tracking", "wug_past", "comps", "reading")}
 TASKS |= {"supplement": "blimp", "wug": "wug_adj"}
 
@@ -20,7 +20,7 @@ TASKS |= {"supplement": "blimp", "wug": "wug_adj"}
 def find_tasks(folder: Path) -> dict[str, str]:
     """The data of each task in BabyLM's full_eval or fast_eval. Raises UserError if there is none."""
     names = sorted(path.name for path in folder.glob("*/") if path.is_dir())
-    begins = {task: "wug_adj" if task == "wug" else task for task in TASKS}
+    begins = {task: task for task in TASKS} | {"wug": "wug_adj"}
     tasks = {task: folder / name for task in TASKS for name in names[::-1] if name.startswith(begins[task])}
     if not tasks:
         raise UserError(f"{folder} is not BabyLM's full_eval or fast_eval: it holds none of {', '.join(TASKS)}")

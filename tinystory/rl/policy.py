@@ -74,11 +74,7 @@ def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Polic
 
 
 def rollout(
-    policy: Policy,
-    openings: Sequence[str],
-    first_index: int,
-    send: Callable[[int, str, str], None],
-    dropout: float = 0.0,
+    policy: Policy, openings: Sequence[str], first_index: int, send: Callable[[int, str, str], None], dropout: float = 0
 ) -> list[Story]:
     """Stories first_index, first_index + 1, ... to these openings, on every rank. On rank 0 each is sent (its index,
     opening and text), those of its own shard as soon as they end."""

@@ -134,8 +134,7 @@ def _mistake(value: object) -> str | None:
             pass
         case _:
             return (
-                'it must be an object with "criteria", a list of at least one, and perhaps a "preface"; or with "user" '
-                'and perhaps "system"'
+                'it must be an object with "criteria", at least one, and perhaps "preface"; or "user", perhaps "system"'
             )
     if not _is_text(rest.get("preface", PREFACE)):
         return '"preface" must be plain text: no control characters or tokens'
