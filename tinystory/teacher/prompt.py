@@ -133,9 +133,7 @@ def _mistake(value: object) -> str | None:
         case {"criteria": [_, *_] as criteria, **rest} if not rest.keys() - {"preface"}:
             pass
         case _:
-            return (
-                'it must be an object with "criteria", at least one, and perhaps "preface"; or "user", perhaps "system"'
-            )
+            return 'it must be an object with "criteria", at least one, perhaps "preface"; or "user", perhaps "system"'
     if not _is_text(rest.get("preface", PREFACE)):
         return '"preface" must be plain text: no control characters or tokens'
     for number, criterion in enumerate(criteria, start=1):
