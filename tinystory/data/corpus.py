@@ -36,6 +36,8 @@ HUB = {
     "babylm-100m": ("BabyLM-community/BabyLM-2026-Strict", _BABYLM),
 }
 NAMES = (*BUILTIN, *HUB)
+LICENCES = {name: f"see https://huggingface.co/datasets/{repository}" for name, (repository, _) in HUB.items()}
+LICENCES |= dict.fromkeys(BUILTIN, "MIT, as tinystory") | {"tinystories": "CDLA-Sharing-1.0"}
 
 MARKER = "<|endoftext|>"
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
@@ -50,7 +52,10 @@ class Corpus:
     """Documents in a fixed order. Built by `open_corpus`."""
 
     def __init__(
-        self, names: Sequence[str], parts: Sequence[tuple[str | Path, Callable[[], Iterator[str]]]], kind: str
+        self,
+        names: Sequence[str],
+        parts: Sequence[tuple[str | Path, Callable[[], Iterator[str]]]],
+        kind: str = "passage",
     ):
         self.names, self.kind = tuple(names), kind
         self._parts = parts  # (file or identity, for the fingerprint; function that opens the stream of documents)
