@@ -182,10 +182,11 @@ def make_optimizer(student: Student, critic: Critic | ValueHead, config: Interac
     return SharpAdam(student.ln_f, parameters.values(), *rates, config.adam_eps), [*parameters, "sharpness"]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: InteractConfig, step: int) -> None:
-    """Constant, or with --lr-decay falling linearly from the initial rates at step 0 to 0 at --steps."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * (1 - step / config.steps if config.lr_decay else 1.0)
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: InteractConfig, steps: float) -> None:
+    """Constant, or with --lr-decay falling linearly from the initial rates after no step to 0 after --steps; a part of
+    a step is the part of its updates that are done."""
+    for group in optimizer.param_groups if config.lr_decay else ():
+        group["lr"] = group["initial_lr"] * (1 - steps / config.steps)
 
 
 def signal_of_halves(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
@@ -270,9 +271,11 @@ def step(
     reference: tuple[Tensor, Tensor],
     story_rewards: Sequence[float | None],
     kl_coef: float,
+    steps: int = 0,
 ) -> dict[str, float]:
     """One PPO step: token rewards, advantages, the update. Returns the step's statistics. reference: the log-probs and
-    states of `read_reference`. story_rewards: per row; a row without one gives no gradient."""
+    states of `read_reference`. story_rewards: per row; a row without one gives no gradient. steps: done before this
+    one."""
     config, critic = learner.config, learner.critic
     scored = torch.tensor([row for row, reward in enumerate(story_rewards) if reward is not None])
     at = scored.to(batch.mask.device)
@@ -288,10 +291,10 @@ def step(
     reward_mean = float(rewards.mean())
     stats = dict(reward_mean=reward_mean, reward_std=float(rewards.std()), unscored=len(story_rewards) - len(rewards))
     stats |= dict(kl=mean_kl, kl_coef=kl_coef, objective=reward_mean - kl_coef * mean_kl)
-    return stats | update(learner, batch, whitened, returns)
+    return stats | update(learner, batch, whitened, returns, steps)
 
 
-def update(learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor) -> dict[str, float]:
+def update(learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor, steps: int = 0) -> dict[str, float]:
     """config.epochs passes of PPO over the batch. advantages: already whitened. Returns the step's statistics.
 
     The order of minibatches is drawn from torch's global generator. The gradient of a minibatch is accumulated over
@@ -300,7 +303,7 @@ def update(learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor) 
     student, optimizer, config, B = learner.student, learner.optimizer, learner.config, len(batch.tokens)
     minibatch = config.minibatch_size or B
     groups = optimizer.param_groups
-    parameters, rates = [p for group in groups for p in group["params"]], [group["lr"] for group in groups]
+    parameters = [p for group in groups for p in group["params"]]
     names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
     sums = dict.fromkeys((*names, "grad_norm", "signal", "signal_sharpness"), 0.0)
     ratio_error, updates, skipped = 0.0, 0, 0
@@ -308,7 +311,10 @@ def update(learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor) 
         dtype = ops.matmul_dtype(student.wte.weight)
     for epoch in range(config.epochs):
         order = torch.arange(B) if minibatch >= B else torch.randperm(B)
-        for chosen in order.split(minibatch):
+        minibatches = order.split(minibatch)
+        for i, chosen in enumerate(minibatches):
+            set_learning_rate(optimizer, config, steps + (epoch + i / len(minibatches)) / config.epochs)
+            rates = [group["lr"] for group in groups]
             rows = upload(chosen, batch.tokens.device)
             count = batch.mask[rows].sum()
             gains, sums_and_errors, gradients = (1.0, 1.0), [], []
@@ -334,11 +340,11 @@ def update(learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor) 
             for group, rate, gain in zip(groups, rates, gains, strict=False):  # only SharpAdam has two groups
                 group["lr"] = rate * gain
             optimizer.step()
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
             updates += 1
             for name, value in zip(sums, (*means, norm, *gains), strict=True):
                 sums[name] += value
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     targets, unexplained = batch.packed(returns), math.nan
     if len(targets) > 1:  # one has no variance
