@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     records: list[dict[str, Any]] = []
     for seed in options.seeds:
         start = options.out / f"pretrain-{seed}"
-        if checkpoint.newest(start) is None:
+        if not (start / "report.html").exists():  # the last file that a pretraining writes
             run("train_pretrain.py", start, seed)
         rows = [Row(f"temperature {t}", start, t) for t in (1.0, 0.8, 0.7, 0.6)]
         rows += [Row(f"best of {n}", start, n=n, graded=True) for n in (2, 4, 8)]
