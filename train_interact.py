@@ -60,7 +60,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     """The whole run. stack: closes the teacher and the records when it ends."""
     n, rank0, run = config.stories_per_step, distributed.is_rank0(), Path(config.out)
     distributed.require_one_each("--stories-per-step", n)
-    distributed.require_one_each("--eval-stories", config.eval_stories)
+    distributed.require_one_each("--eval-stories", config.stories_per_evaluation)
     compute = resolve(config.device, config.dtype, config.pytorch_ops)
     resume_from = checkpoint.to_resume(run) if config.resume else None
 
@@ -90,8 +90,8 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     ranked = config.teacher_mode == "rank"
     ranker = Ranked(grader, load_template(config.teacher_prompt), config.stories_per_opening) if ranked else grader
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
-    expected = (config.steps - state.step) * n + evaluations * config.eval_stories
-    if forecast := grader.forecast(expected, openings[0], config.stories_per_opening if ranked else 1):
+    to_grade = (config.steps - state.step) * n + evaluations * config.stories_per_evaluation
+    if forecast := grader.forecast(to_grade, openings[0], config.stories_per_opening if ranked else 1):
         print(f"forecast: {forecast}")
     grader_facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
     print(f"student {origin}, scored by {grader_facts['scored_by']}")
@@ -116,7 +116,12 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
     stop = stack.enter_context(Stop().listening())
     evaluator = Evaluator(config, policy, openings, grader, log, stop)
-    bar = tqdm(total=config.steps, initial=state.step, unit="step", desc="interacting", disable=not rank0)
+    bar = tqdm(total=config.steps * n, initial=state.written, unit="story", disable=not rank0)
+
+    def send(index: int, opening: str, story: str) -> None:
+        ranker.send(index, opening, story)
+        bar.update()
+
     with contextlib.suppress(Interrupted), bar:
         if due(config, state.step) and not evaluator.done(state.step):
             evaluator.evaluate(state)
@@ -126,10 +131,12 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 bar.write(f"{budget} does not hold another step")
                 break
             began = time.perf_counter()
+            bar.set_description("writing")
             prompts = [openings[state.written + i] for i in range(n)]
             dropout = config.rollout_dropout if state.step else 0.0
-            stories = rollout(policy, prompts, state.written, ranker.send, dropout)
+            stories = rollout(policy, prompts, state.written, send, dropout)
             rollout_end = time.perf_counter()
+            bar.set_description("grading")
             batch = ppo.collate(stories, tokenizer, compute.device)
             with compute.autocast():
                 batch = ppo.reread(policy, batch) if dropout else batch
@@ -144,12 +151,12 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 save()
                 raise
             teacher_end = time.perf_counter()
+            bar.set_description("learning")
             invented = None if config.unreadable_score == "none" else float(config.unreadable_score)
             scores = [invented if grade.score is None else grade.score for grade in grades]
             rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
-            ppo.set_learning_rate(policy.optimizer, config, state.step)
-            stats = ppo.step(policy, batch, reference_stats, rewards, state.kl_coef)
+            stats = ppo.step(policy, batch, reference_stats, rewards, state.kl_coef, state.step)
             update_end = time.perf_counter()
 
             words_before = state.words_in
@@ -173,7 +180,6 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 teacher_s=teacher_end - reference_end, update_s=update_end - teacher_end,
                 peak_memory_mb=peak_memory_mb(compute.device), **ranker.stats(),
             )  # fmt: skip
-            bar.update()
             bar.set_postfix({"reward": stats["reward_mean"], "words": means["length_mean"], "kl": stats["kl"]})
             for name, words in milestones.items():
                 if words_before < words <= state.words_in:
@@ -209,13 +215,13 @@ def exhausted_budget(
     """Which budget does not hold another step and so many evaluations; "" if all do. (The cost is limited once more,
     before each request.)"""
     n = config.stories_per_step
-    stories = n + evaluations * config.eval_stories
+    stories = n + evaluations * config.stories_per_evaluation
     words_in = openings.new_words(state.written, n, config.charge_opening and state.step == 0)
     words_in += state.words_in + stories * grader.most_words
     words_out = state.words_out + stories * config.max_new_tokens
     if words_in > config.budget_words or words_out > config.budget_words_out:
         return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"
-    return "" if grader.affords(n + config.eval_stories) else f"--budget-cost {config.budget_cost:g}"
+    return "" if grader.affords(n + config.stories_per_evaluation) else f"--budget-cost {config.budget_cost:g}"
 
 
 def report(run: Path, state: RunState, *, stopped: bool) -> None:

@@ -140,8 +140,8 @@ class InteractConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
-    steps: int = option(16, "maximum number of PPO steps", "[1, 1e9]")
-    save_every: int = option(4, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
+    steps: int = option(4, "maximum number of PPO steps", "[1, 1e9]")
+    save_every: int = option(1, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
     track: str = option("none", "also send the records to tensorboard, wandb (offline) or trackio", TRACKERS)
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
@@ -170,7 +170,7 @@ class InteractConfig:
         "builtin", "builtin, a file of one opening per line, or the text of one", group="story", flags=("--opening",)
     )
     stories_per_opening: int = option(1, "stories that share an opening within a step", "[1, 1e9]")
-    stories_per_step: int = option(256, "stories per step", "[1, 1e9]")
+    stories_per_step: int = option(1024, "stories per step", "[1, 1e9]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(1.0, "sampling temperature of the student", "[0.01, 100]")
     budget_words: int = option(1_000_000, "word budget, in: each opening once, each word of each reply", "[1, 1e15]")
@@ -180,11 +180,10 @@ class InteractConfig:
     diversity: float = option(0.5, "share of the score multiplied by the difference from other stories", "[0, 1]")
     unfinished: float = option(0.5, "fraction of its reward that a story without an end keeps", "[0, 1]")
 
-    learning_rate: float = option(6e-4, "initial learning rate of Adam", "(0, 100]", group="optimiser")
-    lr_decay: bool = option(True, "let the learning rates fall linearly to 0 at --steps")
-    sharpness_rate: float = option(0.06, "initial learning rate of a global logit scale; 0 disables it", "[0, 100]")
-    signal_gate: bool = option(True, "scale each learning rate by the fraction of its gradient that is signal")
-    minibatch_size: int = option(0, "stories per gradient step; 0 means all", "[0, 1e9]")
+    learning_rate: float = option(3e-4, "initial learning rate of Adam", "(0, 100]", group="optimiser")
+    lr_decay: bool = option(True, "let the learning rates fall linearly to 0 over all updates of --steps")
+    sharpness_rate: float = option(0.02, "initial learning rate of a global logit scale; 0 disables it", "[0, 100]")
+    minibatch_size: int = option(128, "stories per gradient step; 0 means all", "[0, 1e9]")
     micro_batch_size: int = option(32, "stories per forward pass; gradients accumulate over a minibatch", "[1, 1e9]")
     adam_eps: float = option(1e-8, "", "(0, 1]")
     grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
@@ -201,8 +200,13 @@ class InteractConfig:
     kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)", "(0, 1e6]")
     kl_horizon: float = option(2_000.0, "horizon of the adaptive controller, in stories", "(0, 1e12]")
 
-    eval_every: int = option(4, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation")
+    eval_every: int = option(1, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation")
     eval_stories: int = option(40, "stories per evaluation; `best` is the last student that none beats", "[1, 1e9]")
+    eval_best_of: int = option(1, "stories per opening of which the best is measured too", "[1, 1000]")
+
+    @property
+    def stories_per_evaluation(self) -> int:
+        return self.eval_stories * self.eval_best_of
 
     rollout_dropout: float = option(0.0, "dropout in rollouts after the first step", "[0, 1)", group="as published")
     unreadable_score: str = option("none", "score of a story without a readable reply: none, or 0.5", ("none", "0.5"))
@@ -222,7 +226,7 @@ _PAPER_INTERACT = dict(
     dtype="float32", openings=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
     stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000,
     budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, eval_every=0,
-    save_every=20, learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, signal_gate=False, critic="head",
+    save_every=20, learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, critic="head",
     adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1,
     max_ratio=10.0, grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
@@ -423,10 +427,5 @@ def _check_together(config: Any) -> Iterator[str]:
         yield "--critic ridge learns from the other stories of a step: give --stories-per-step 2 or more"
     if config.critic == "ridge" and config.value_coef:
         yield "--value-coef is the weight of a value head's loss: give --critic head, or --value-coef 0"
-    if config.critic == "head" and (config.signal_gate or not config.value_coef):
-        yield (
-            "--critic head learns from the value loss, which --signal-gate would take for signal: give --value-coef, "
-            "say 0.1, and --no-signal-gate"
-        )
-    if config.signal_gate and (config.minibatch_size or config.stories_per_step) < 2:
-        yield "--signal-gate compares two halves of a minibatch: give it 2 stories, or --no-signal-gate"
+    if config.critic == "head" and not config.value_coef:
+        yield "--critic head learns from the value loss alone: give --value-coef, say 0.1"

@@ -67,8 +67,8 @@ REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-ti
 --teacher-max-tokens 0|--teacher-max-tokens -5|--kl-coef -5|--clip-ratio -1|--gamma 5|--warmup 1|--dropout 1
 --critic value|--optimizer sgd|--weights-init zero|--dtype float16|--max-unscored 1|--diversity 1.1|--context 1
 --reward random --teacher-url http://127.0.0.1:9|--replay x --teacher-url http://127.0.0.1:9|--reward random --replay x
---stories-per-step 1|--budget-cost 1|--critic head|--critic head --value-coef 0.1|--no-signal-gate --critic head
---value-coef 0.1|--preset paper --critic ridge|--preset paper --value-coef 0|--preset paper --signal-gate --lam 1
+--stories-per-step 1|--budget-cost 1|--critic head|--value-coef 0.1
+--preset paper --critic ridge|--preset paper --value-coef 0
 --teacher-mode rank --stories-per-opening 4|--teacher-url http://127.0.0.1:9 --teacher-mode rank
 --teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-opening 16
 --teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-step 10 --stories-per-opening 4
@@ -98,13 +98,13 @@ def test_whole_numbers_are_exact():
 
 def test_a_refused_critic_names_what_to_give():
     for argv, flags in (
-        (["--critic", "head"], ("--value-coef", "--no-signal-gate")),
+        (["--critic", "head"], ("--value-coef",)),
         (["--value-coef", "1"], ("head",)),
     ):
         with pytest.raises(UserError) as error:
             parse(InteractConfig, INTERACT_PRESETS, argv)
         assert all(flag in str(error.value) for flag in flags)
-    parse(InteractConfig, INTERACT_PRESETS, ["--critic", "head", "--value-coef", "0.1", "--no-signal-gate"])
+    parse(InteractConfig, INTERACT_PRESETS, ["--critic", "head", "--value-coef", "0.1"])
 
 
 JUNK = (

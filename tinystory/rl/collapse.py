@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # reports need no torch
     from tinystory.student.generate import Story
 
-WINDOW = 5  # steps that are averaged
+WINDOW, STORIES = 5, 1024  # steps that are averaged: so many, or fewer that hold so many stories
 # Kind, metric, and by which factor its mean falls from that of the first steps, or rises from its lowest one, before it
 # is a sign. The factors are coarse on purpose: far outside what a step's noise does to a mean of WINDOW steps.
 SIGNS = (
@@ -49,6 +49,8 @@ class Watch:
     def add(self, record: dict) -> dict[str, str]:
         """The warnings that this step gives reason for and no earlier one did, by kind."""
         self._last.append(record)
+        while sum(map(_stories, self._last)) - _stories(self._last[0]) >= STORIES:
+            self._last.popleft()
         signs: dict[str, list[str]] = {kind: [] for kind in ADVICE}
         for kind, metric, text, factor in SIGNS:
             if (mean := self._mean(metric)) is not None:
@@ -68,22 +70,31 @@ class Watch:
         return news
 
     def _mean(self, metric: str) -> float | None:
-        """Over the last WINDOW steps; None if one of them lacks it."""
+        """Over the last steps; None if they are too few, or one of them lacks it."""
         values = [value for record in self._last if (value := record.get(metric)) is not None]
-        return fmean(values) if len(values) == WINDOW else None
+        return fmean(values) if self._enough and len(values) == len(self._last) else None
+
+    @property
+    def _enough(self) -> bool:
+        return len(self._last) == WINDOW or sum(map(_stories, self._last)) >= STORIES
 
     def _without_signal(self) -> str:
-        """What makes the scores of the last WINDOW steps useless; "" if nothing does."""
+        """What makes the scores of the last steps useless; "" if nothing does."""
         modes = [record.get("score_mode") or 0.0 for record in self._last]
-        if len(modes) == WINDOW and min(modes) >= SAME:
+        steps = f"{len(self._last)} steps" if len(self._last) > 1 else "step"
+        if self._enough and min(modes) >= SAME:
             stories = "all" if min(modes) == 1 else f"{min(modes):.0%} or more of the"
             level = self._last[-1].get("score_mean") or 0
-            return f"{stories} stories of the last {WINDOW} steps had the same score ({level:g} in the last)"
+            return f"{stories} stories of the last {steps} had the same score ({level:g} in the last)"
         scored = sum(record.get("scored") or 0 for record in self._last)
         related = [abs(r) for name in ("score_length", "score_logprob") if (r := self._mean(name)) is not None]
         if not related or scored < FEW or max(related) > 2 / math.sqrt(scored):  # two standard errors
             return ""
-        return f"the scores of the last {WINDOW} steps are as unrelated to the stories as random ones"
+        return f"the scores of the last {steps} are as unrelated to the stories as random ones"
+
+
+def _stories(record: dict) -> int:
+    return (record.get("scored") or 0) + (record.get("unscored") or 0)
 
 
 def score_relations(scores: Sequence[float | None], stories: Sequence["Story"]) -> dict[str, float | None]:

@@ -182,32 +182,11 @@ def make_optimizer(student: Student, critic: Critic | ValueHead, config: Interac
     return SharpAdam(student.ln_f, parameters.values(), *rates, config.adam_eps), [*parameters, "sharpness"]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: InteractConfig, step: int) -> None:
-    """Constant, or with --lr-decay falling linearly from the initial rates at step 0 to 0 at --steps."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * (1 - step / config.steps if config.lr_decay else 1.0)
-
-
-def signal_of_halves(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """The part of a batch's gradient that is signal, 0..1, from the gradients of its two halves: |G|^2 / E|g|^2, where
-    G is the expectation of g. What two halves agree on is the signal; a step scaled by its share is the best estimate
-    of G along g (Wiener's), and the best rate falls as it does (McCandlish et al. 2018, arXiv 1812.06162, eq. 2.6)."""
-    products = [torch.stack([(a * b).sum(), (a * a + b * b).sum() / 2]) for a, b in zip(first, second, strict=True)]
-    agree, squares = torch.stack(products).double().sum(0).tolist()
-    if agree <= 0:
-        return 0.0
-    half = agree / squares
-    return 2 * half / (1 + half)
-
-
-def signal_of_sharpness(advantages: Tensor, batch: Batch) -> float:
-    """The part of the gradient along the sharpness s that is signal, 0..1: 1 - 1 / t^2, where t is its mean over the
-    stories in standard errors. The derivative of a token's log-probability by s is logprob + entropy."""
-    derivatives = (advantages * (batch.logprobs + batch.entropies) * batch.mask).sum(1).double()
-    if len(derivatives) < 2:
-        return 0.0
-    mean, error = torch.stack([derivatives.mean(), derivatives.std() / math.sqrt(len(derivatives))]).tolist()
-    return max(0.0, 1 - (error / mean) ** 2) if mean else 0.0
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: InteractConfig, steps: float) -> None:
+    """Constant, or with --lr-decay falling linearly from the initial rates after no step to 0 after --steps; a part of
+    a step is the part of its updates that are done."""
+    for group in optimizer.param_groups if config.lr_decay else ():
+        group["lr"] = group["initial_lr"] * (1 - steps / config.steps)
 
 
 def response_states(student: Student, batch: Batch) -> Tensor:
@@ -279,9 +258,11 @@ def step(
     reference: tuple[Tensor, Tensor],
     story_rewards: Sequence[float | None],
     kl_coef: float,
+    steps: int = 0,
 ) -> dict[str, float]:
     """One PPO step: token rewards, advantages, the update. Returns the step's statistics. reference: the log-probs and
-    states of `read_reference`. story_rewards: per row; a row without one gives no gradient."""
+    states of `read_reference`. story_rewards: per row; a row without one gives no gradient. steps: done before this
+    one."""
     config, critic = learner.config, learner.critic
     scored = torch.tensor([row for row, reward in enumerate(story_rewards) if reward is not None])
     at = scored.to(batch.mask.device)
@@ -297,10 +278,10 @@ def step(
     reward_mean = float(rewards.mean())
     stats = dict(reward_mean=reward_mean, reward_std=float(rewards.std()), unscored=len(story_rewards) - len(rewards))
     stats |= dict(kl=mean_kl, kl_coef=kl_coef, objective=reward_mean - kl_coef * mean_kl)
-    return stats | update(learner, batch, whitened, returns)
+    return stats | update(learner, batch, whitened, returns, steps)
 
 
-def update(learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor) -> dict[str, float]:
+def update(learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor, steps: int = 0) -> dict[str, float]:
     """config.epochs passes of PPO over the batch. advantages: already whitened. Returns the step's statistics.
 
     The order of minibatches is drawn from torch's global generator. The gradient of a minibatch is accumulated over
@@ -308,46 +289,33 @@ def update(learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor) 
     """
     student, optimizer, config, B = learner.student, learner.optimizer, learner.config, len(batch.tokens)
     minibatch = config.minibatch_size or B
-    groups = optimizer.param_groups
-    parameters, rates = [p for group in groups for p in group["params"]], [group["lr"] for group in groups]
-    names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
-    sums = dict.fromkeys((*names, "grad_norm", "signal", "signal_sharpness"), 0.0)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm"), 0.0)
     ratio_error, updates, skipped = 0.0, 0, 0
     with learner.autocast():
         dtype = ops.matmul_dtype(student.wte.weight)
     for epoch in range(config.epochs):
         order = torch.arange(B) if minibatch >= B else torch.randperm(B)
-        for chosen in order.split(minibatch):
-            rows = upload(chosen, batch.tokens.device)
-            count = batch.mask[rows].sum()
-            gains, sums_and_errors, gradients = (1.0, 1.0), [], []
+        minibatches = order.split(minibatch)
+        for i, chosen in enumerate(minibatches):
+            set_learning_rate(optimizer, config, steps + (epoch + i / len(minibatches)) / config.epochs)
+            optimizer.zero_grad(set_to_none=True)
+            count = batch.mask[upload(chosen, batch.tokens.device)].sum()
             with student.lowered(dtype):
-                for half in (chosen[0::2], chosen[1::2]) if config.signal_gate else (chosen,):
-                    optimizer.zero_grad(set_to_none=True)
-                    shard = distributed.shard_strided(half)
-                    sums_and_errors.append(backward(learner, batch, shard, count, advantages, returns))
-                    distributed.all_reduce_gradients(parameters)
-                    gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-            if config.signal_gate:
-                gains = signal_of_halves(*gradients), signal_of_sharpness(advantages[rows], batch.rows(chosen))
-                for p, *halves in zip(parameters, *gradients, strict=True):
-                    p.grad = halves[0] + halves[1]
-            if epoch == 0 and updates == 0:  # no update yet: any ratio other than 1 is rounding
-                ratio_error = float(torch.stack([error for _, error in sums_and_errors]).max())
-            total = distributed.all_reduce_sum(torch.stack([part for part, _ in sums_and_errors]).sum(0))
-            *means, mean_ratio = total.tolist()
+                shard = distributed.shard_strided(chosen)
+                total, error = backward(learner, batch, shard, count, advantages, returns)
+                distributed.all_reduce_gradients(parameters)
+            if epoch == i == 0:  # no update yet: any ratio other than 1 is rounding
+                ratio_error = float(error)
+            *means, mean_ratio = distributed.all_reduce_sum(total).tolist()
             if not mean_ratio <= config.max_ratio:  # also true for NaN
                 skipped += 1
                 continue
             norm = float(nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
-            for group, rate, gain in zip(groups, rates, gains, strict=False):  # only SharpAdam has two groups
-                group["lr"] = rate * gain
             optimizer.step()
             updates += 1
-            for name, value in zip(sums, (*means, norm, *gains), strict=True):
+            for name, value in zip(sums, (*means, norm), strict=True):
                 sums[name] += value
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     targets, unexplained = batch.packed(returns), math.nan
     if len(targets) > 1:  # one has no variance

@@ -61,7 +61,7 @@ def interaction(config: InteractConfig, shape: StudentConfig) -> dict[str, int]:
     certain; the activations are those of stories of full length, and on a CPU their memory and the cache's are the
     same."""
     size = FLOAT if config.dtype == "float32" else 2
-    stories = max(config.stories_per_step, config.eval_stories) // distributed.world_size()
+    stories = max(config.stories_per_step, config.stories_per_evaluation) // distributed.world_size()
     rows = min(config.micro_batch_size, stories)
     tokens = rows * (OPENING + config.max_new_tokens)
     return {
@@ -80,7 +80,7 @@ def story_memory(stories: int, max_new_tokens: int, shape: StudentConfig, size: 
 def require_for_interaction(config: InteractConfig, shape: StudentConfig, device: torch.device) -> None:
     """Raises UserError if such a run of a student of this shape cannot fit."""
     *certain, _ = interaction(config, shape).values()
-    require(sum(certain), device, "--stories-per-step, --eval-stories or --max-new-tokens")
+    require(sum(certain), device, "--stories-per-step, --eval-stories, --eval-best-of or --max-new-tokens")
 
 
 def require_for_stories(
