@@ -28,6 +28,7 @@ from tinystory.report.run import write_report
 from tinystory.rl import ppo
 from tinystory.rl.collapse import warnings
 from tinystory.rl.policy import RunState, load_policy, rollout
+from tinystory.rl.reading import Reading
 from tinystory.rl.reward import story_rewards
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
@@ -72,6 +73,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
         print("there is one opening, so none is held out: evaluations use the one that is trained on")
     longest = max((encode_opening(tokenizer, text) for text in openings.train + openings.held_out), key=len)
     require_room(reference, longest, config.max_new_tokens)
+    reading = Reading(config, facts, tokenizer, reference.config.context)
     milestones = INTERACTION_CHECKPOINTS
     if config.preset == babylm.TRACK:
         babylm.check_interaction(facts, config.budget_words, config.budget_words_out)
@@ -88,7 +90,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     grader_facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
     print(f"student {origin}, scored by {grader_facts['scored_by']}")
     if state.step == 0 and (
-        budget := distributed.rank0_value(lambda: exhausted_budget(config, state, grader, openings, 2))
+        budget := distributed.rank0_value(lambda: exhausted_budget(config, state, grader, openings, reading, 2))
     ):
         raise UserError(
             f"{budget} does not hold a single step and the evaluations around it: raise it, or lower "
@@ -112,7 +114,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             evaluator.evaluate(state)
         # A signal to any process stops all of them.
         while state.step < config.steps and not distributed.all_reduce_max(stop.requested):
-            if budget := distributed.rank0_value(lambda: exhausted_budget(config, state, grader, openings)):
+            if budget := distributed.rank0_value(lambda: exhausted_budget(config, state, grader, openings, reading)):
                 bar.write(f"{budget} does not hold another step")
                 break
             began = time.perf_counter()
@@ -122,7 +124,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             batch = ppo.collate(stories, tokenizer, compute.device)
             with compute.autocast():
                 reference_stats = ppo.read_reference(
-                    reference, batch, config.temperature, config.micro_batch_size, states=policy.value_head is None
+                    reference, batch, config.temperature, config.micro_batch_size, states=config.learner == "ridge"
                 )
             reference_end = now(compute.device)  # so that a GPU's time does not count as the teacher's
             try:
@@ -135,12 +137,12 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             rewards = story_rewards(config, stories, [grade.score for grade in grades])
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
             ppo.set_learning_rate(policy.optimizer, config, state.step)
-            stats = ppo.step(policy, batch, reference_stats, rewards, state.kl_coef)
+            stats = ppo.step(policy, batch, reference_stats, rewards, state.kl_coef, reading.batches(state.step))
             update_end = time.perf_counter()
 
             words_before = state.words_in
             words_in = openings.new_words(state.written, n) + sum(grade.reply_words for grade in grades)
-            state.spend(stories, words_in)
+            state.spend(stories, words_in + int(stats["words_read"]))
             state.step, state.written = state.step + 1, state.written + n
             state.kl_coef = ppo.next_kl_coef(state.kl_coef, stats["kl"], n - int(stats["unscored"]), config)
             evaluation, failure = evaluator.evaluate_if_due(state)
@@ -189,13 +191,14 @@ def starting_checkpoint(init: str) -> Path:
 
 
 def exhausted_budget(
-    config: InteractConfig, state: RunState, grader: Grader, openings: Openings, evaluations: int = 1
+    config: InteractConfig, state: RunState, grader: Grader, openings: Openings, reading: Reading, evaluations: int = 1
 ) -> str:
     """Which budget does not hold another step and so many evaluations; "" if all do. (The cost is limited once more,
     before each request.)"""
     n = config.stories_per_step
     stories = n + evaluations * config.eval_stories
     words_in = state.words_in + openings.new_words(state.written, n) + stories * grader.most_words
+    words_in += sum(words for _, words in reading.batches(state.step))
     words_out = state.words_out + stories * config.max_new_tokens
     if words_in > config.budget_words or words_out > config.budget_words_out:
         return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"

@@ -67,6 +67,11 @@ PYTORCH_OPS_HELP = (
 DTYPE_HELP = "auto, float32, tf32 (on a GPU) or bfloat16 (matmuls only; weights and optimiser stay float32)"
 DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
+ADVANTAGES = ("ridge", "gae", "rloo", "grpo", "dr_grpo")
+# The learners (`InteractConfig.learner`) that read an option which others ignore.
+READ_BY = dict(
+    gamma=ADVANTAGES[:2], lam=ADVANTAGES[:2], value_coef=("gae",), clip_ratio=ADVANTAGES, advantage=ADVANTAGES,
+)  # fmt: skip
 
 
 @dataclass
@@ -179,19 +184,34 @@ class InteractConfig:
     grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
     epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]", group="PPO")
-    critic: str = option("ridge", "value baseline: ridge regression, or head (on the student)", ("ridge", "head"))
+    learn: str = option(
+        "ppo", "ppo, or sft-best: cross-entropy on each step's best quarter (RAFT)", ("ppo", "sft-best")
+    )
+    advantage: str = option(
+        "ridge",
+        "GAE on values of a ridge regression or of a head (gae); or rloo, grpo, dr_grpo, per opening",
+        ADVANTAGES,
+    )
     gamma: float = option(1.0, "discount factor", "[0, 1]")
     lam: float = option(0.95, "GAE lambda; 1 if a step has only a few stories", "[0, 1]")
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
     clip_value: float = option(0.2, "", "(0, 1e9]")  # clipping range of the value
-    value_coef: float = option(0.0, "weight of the value loss, for --critic head", "[0, 1000]")
+    value_coef: float = option(0.1, "weight of the value loss, for --advantage gae", "[0, 1000]")
     max_ratio: float = option(10.0, "", "[1, 1e9]")  # mean policy ratio above which a minibatch is skipped, and counted
+    kl_in: str = option("reward", "the KL penalty: log-ratio in the reward, or k3 in the loss", ("reward", "loss"))
     kl_coef: float = option(0.01, "initial coefficient of the KL penalty against the starting checkpoint", "[0, 1000]")
     kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)", "(0, 1e6]")
     kl_horizon: float = option(2_000.0, "horizon of the adaptive controller, in stories", "(0, 1e12]")
+    reading_weight: float = option(0.0, "weight of next-word prediction on the student's own corpus", "[0, 1000]")
+    reading_batch: int = option(32, "sequences of it per update; their words count as words in", "[1, 1e9]")
 
     eval_every: int = option(4, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation")
     eval_stories: int = option(40, "stories per evaluation; `best` is the last student that none beats", "[1, 1e9]")
+
+    @property
+    def learner(self) -> str:
+        """What makes the gradient: one of ADVANTAGES, or sft-best, which has no advantages."""
+        return self.advantage if self.learn == "ppo" else self.learn
 
 
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of their libraries
@@ -207,7 +227,7 @@ _PAPER_INTERACT = dict(
     dtype="float32", openings=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
     stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000,
     budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, eval_every=0,
-    save_every=20, learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, signal_gate=False, critic="head",
+    save_every=20, learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, signal_gate=False, advantage="gae",
     adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1,
     max_ratio=10.0, grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
@@ -366,20 +386,28 @@ def _check_together(config: Any) -> None:
     graders = {"--reward": config.reward, "--replay": config.replay, "--teacher-url": config.teacher_url}
     if len(chosen := [flag for flag, value in graders.items() if value]) > 1:
         raise UserError(f"{' and '.join(chosen)} do not go together: one of them scores the stories")
-    if config.reward:
-        defaults = [vars(InteractConfig()), INTERACT_PRESETS[config.preset]]
-        for f in _options(InteractConfig):
-            is_teachers = f.name.startswith(("teacher_", "price_", "budget_cost")) and f.name != "teacher_timeout"
-            if is_teachers and getattr(config, f.name) not in [options.get(f.name) for options in defaults]:
-                raise UserError(f"{_flag(f)} is for a teacher, and --reward takes its place: leave one of them out")
-    if config.critic == "ridge" and config.stories_per_step < 2:
-        raise UserError("--critic ridge learns from the other stories of a step: give --stories-per-step 2 or more")
-    if config.critic == "ridge" and config.value_coef:
-        raise UserError("--value-coef is the weight of a value head's loss: give --critic head, or --value-coef 0")
-    if config.critic == "head" and (config.signal_gate or not config.value_coef):
+    defaults, learner = [vars(InteractConfig()), INTERACT_PRESETS[config.preset]], config.learner
+    for f in _options(InteractConfig):
+        is_teachers = f.name.startswith(("teacher_", "price_", "budget_cost")) and f.name != "teacher_timeout"
+        if getattr(config, f.name) in [options.get(f.name) for options in defaults]:
+            continue
+        if config.reward and is_teachers:
+            raise UserError(f"{_flag(f)} is for a teacher, and --reward takes its place: leave one of them out")
+        if learner not in READ_BY.get(f.name, learner):
+            readers = " or ".join(READ_BY[f.name])
+            raise UserError(f"{_flag(f)} is read by --learn ppo with --advantage {readers} only: leave it out")
+    if learner == "ridge" and config.stories_per_step < 2:
+        raise UserError("--advantage ridge learns from the other stories of a step: give --stories-per-step 2 or more")
+    if learner == "gae" and (config.signal_gate or not config.value_coef):
         raise UserError(
-            "--critic head learns from the value loss, which --signal-gate would take for signal: give --value-coef, "
-            "say 0.1, and --no-signal-gate"
+            "--advantage gae learns from the value loss, which --signal-gate would take for signal: give "
+            "--no-signal-gate, and a --value-coef above 0"
+        )
+    group = config.stories_per_opening
+    if learner in ADVANTAGES[2:] and (group < 2 or config.stories_per_step % group):
+        raise UserError(
+            f"--advantage {learner} compares the stories of an opening: give --stories-per-opening 2 or more, and "
+            "--stories-per-step a multiple of it"
         )
     if config.signal_gate and (config.minibatch_size or config.stories_per_step) < 2:
         raise UserError("--signal-gate compares two halves of a minibatch: give it 2 stories, or --no-signal-gate")
