@@ -58,7 +58,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     """The whole run. stack: closes the teacher and the records when it ends."""
     n, rank0, run = config.stories_per_step, distributed.is_rank0(), Path(config.out)
     distributed.require_one_each("--stories-per-step", n)
-    distributed.require_one_each("--eval-stories", config.eval_stories)
+    distributed.require_one_each("--eval-stories", config.stories_per_evaluation)
     compute = resolve(config.device, config.dtype, config.pytorch_ops)
     resume_from = checkpoint.to_resume(run) if config.resume else None
 
@@ -85,7 +85,8 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     idle = CallableGrader(lambda opening, stories: [], "rank 0")
     grader: Grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else idle)
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
-    if forecast := grader.forecast((config.steps - state.step) * n + evaluations * config.eval_stories, openings[0]):
+    to_grade = (config.steps - state.step) * n + evaluations * config.stories_per_evaluation
+    if forecast := grader.forecast(to_grade, openings[0]):
         print(f"forecast: {forecast}")
     grader_facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
     print(f"student {origin}, scored by {grader_facts['scored_by']}")
@@ -108,7 +109,12 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
     stop, warned = stack.enter_context(Stop().listening()), set[str]()
     evaluator = Evaluator(config, policy, openings, grader, log, stop)
-    bar = tqdm(total=config.steps, initial=state.step, unit="step", desc="interacting", disable=not rank0)
+    bar = tqdm(total=config.steps * n, initial=state.written, unit="story", desc="interacting", disable=not rank0)
+
+    def send(index: int, opening: str, story: str) -> None:
+        grader.send(index, opening, story)
+        bar.update()
+
     with contextlib.suppress(Interrupted), bar:
         if due(config, state.step) and not evaluator.done(state.step):
             evaluator.evaluate(state)
@@ -119,7 +125,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 break
             began = time.perf_counter()
             prompts = [openings[state.written + i] for i in range(n)]
-            stories = rollout(policy, prompts, state.written, grader.send)
+            stories = rollout(policy, prompts, state.written, send)
             rollout_end = time.perf_counter()
             batch = ppo.collate(stories, tokenizer, compute.device)
             with compute.autocast():
@@ -136,8 +142,8 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             teacher_end = time.perf_counter()
             rewards = story_rewards(config, stories, [grade.score for grade in grades])
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
-            ppo.set_learning_rate(policy.optimizer, config, state.step)
-            stats = ppo.step(policy, batch, reference_stats, rewards, state.kl_coef, reading.batches(state.step))
+            to_read = reading.batches(state.step)
+            stats = ppo.step(policy, batch, reference_stats, rewards, state.kl_coef, state.step, to_read)
             update_end = time.perf_counter()
 
             words_before = state.words_in
@@ -158,7 +164,6 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 teacher_s=teacher_end - reference_end, update_s=update_end - teacher_end,
                 peak_memory_mb=peak_memory_mb(compute.device), **grader.stats(),
             )  # fmt: skip
-            bar.update()
             bar.set_postfix({"reward": stats["reward_mean"], "words": means["length_mean"], "kl": stats["kl"]})
             for name, words in milestones.items():
                 if words_before < words <= state.words_in:
@@ -169,7 +174,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 raise failure
             if rank0 and state.step % (5 * config.save_every) == 0:
                 write_report(run)
-            signs = distributed.rank0_value(lambda: warnings(read_metrics(run), config.kl_target))
+            signs = distributed.rank0_value(lambda: warnings(read_metrics(run), config.kl_target, n))
             for kind in signs.keys() - warned:
                 bar.write(signs[kind])
             warned |= signs.keys()
@@ -196,13 +201,13 @@ def exhausted_budget(
     """Which budget does not hold another step and so many evaluations; "" if all do. (The cost is limited once more,
     before each request.)"""
     n = config.stories_per_step
-    stories = n + evaluations * config.eval_stories
+    stories = n + evaluations * config.stories_per_evaluation
     words_in = state.words_in + openings.new_words(state.written, n) + stories * grader.most_words
     words_in += sum(words for _, words in reading.batches(state.step))
     words_out = state.words_out + stories * config.max_new_tokens
     if words_in > config.budget_words or words_out > config.budget_words_out:
         return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"
-    return "" if grader.affords(n + config.eval_stories) else f"--budget-cost {config.budget_cost:g}"
+    return "" if grader.affords(n + config.stories_per_evaluation) else f"--budget-cost {config.budget_cost:g}"
 
 
 def report(run: Path, state: RunState, *, stopped: bool) -> None:

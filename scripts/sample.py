@@ -2,23 +2,28 @@
 
 python scripts/sample.py                                   best of runs/interact, else newest of runs/pretrain
 python scripts/sample.py runs/pretrain/checkpoints/chck_1M --opening "One day, a small dragon" --stories 3
+python scripts/sample.py --best-of 4                       each the best of four, by the student's own likelihood
+python scripts/sample.py --best-of 4 --teacher-url URL     ... by a teacher's score, in the reward of interaction
 """
 
 import argparse
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.config import SEEDS, InteractConfig, add_number
+from tinystory.config import SEEDS, InteractConfig, add_number, check
 from tinystory.data.openings import Openings, load_openings
 from tinystory.ops.compute import pick_device
+from tinystory.rl.reward import best_of_n, story_rewards
 from tinystory.run.errors import command
 from tinystory.run.paths import usage
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, generate
+from tinystory.teacher.grader import open_grader
 
 
 @command
@@ -32,16 +37,23 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--top-k", 0, "[0, 1e9]", "keep the k most probable tokens; 0: all")
     add_number(parser, "--top-p", 1.0, "(0, 1]", "nucleus sampling: probability to keep")
     add_number(parser, "--seed", 0, SEEDS, "seed of the stories")
+    add_number(parser, "--best-of", 1, "[1, 1000]", "print the best of so many stories to each opening")
+    for name in ("--teacher-url", "--teacher-model", "--reward"):
+        parser.add_argument(name, default="", help="who chooses it, as in train_interact.py (default: its likelihood)")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
+    urls, models = ([text] if text else [] for text in (options.teacher_url, options.teacher_model))
+    config = InteractConfig(teacher_url=urls, teacher_model=models, reward=options.reward, seed=options.seed)
+    check(config)
 
     folder = checkpoint.find(options.checkpoint or default_run())
     device = pick_device(options.device)
     student, tokenizer, _ = checkpoint.load(folder, device)
     tokens = options.max_new_tokens or 1
-    memory.require_for_stories(options.stories, tokens, student.config, device, "--stories or --max-new-tokens")
+    count, advice = options.stories * options.best_of, "--stories, --best-of or --max-new-tokens"
+    memory.require_for_stories(count, tokens, student.config, device, advice)
     held_out = Openings(load_openings("builtin"), seed=0).held_out
-    openings = [options.opening or held_out[i % len(held_out)] for i in range(options.stories)]
+    openings = [options.opening or held_out[i % len(held_out)] for i in range(options.stories)] * options.best_of
     room = student.config.context - max(len(encode_opening(tokenizer, opening)) for opening in openings)
     stories = generate(
         student,
@@ -55,8 +67,13 @@ def main(argv: list[str] | None = None) -> None:
         top_k=options.top_k,
         top_p=options.top_p,
     )
-    for story in stories:
-        print(f"--- story {story.index + 1}, {story.words} words" + ("" if story.ended == "eos" else ", cut off"))
+    values: list[Any] = [story.likelihood for story in stories]
+    if urls or options.reward:
+        with open_grader(config, corpus=None) as grader:
+            grades = grader.grade_each([(story.opening, story.text) for story in stories])
+        values = list(story_rewards(config, stories, [grade.score for grade in grades]))
+    for number, story in enumerate((stories[i] for i in best_of_n(values, options.stories)), 1):
+        print(f"--- story {number}, {story.words} words" + ("" if story.ended == "eos" else ", cut off"))
         for paragraph in printable(f"{story.opening} {story.text}").split("\n"):
             print(textwrap.fill(paragraph, 100))
         print()

@@ -207,6 +207,11 @@ class InteractConfig:
 
     eval_every: int = option(4, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation")
     eval_stories: int = option(40, "stories per evaluation; `best` is the last student that none beats", "[1, 1e9]")
+    eval_best_of: int = option(1, "stories per opening of which the best is measured too", "[1, 1000]")
+
+    @property
+    def stories_per_evaluation(self) -> int:
+        return self.eval_stories * self.eval_best_of
 
     @property
     def learner(self) -> str:

@@ -47,7 +47,15 @@ def test_scores_that_are_all_the_same_for_some_steps_are_said_with_what_to_try()
     assert "--teacher-prompt" in scores_without_signal([told] * 3 + [flat] * WINDOW)
     for records in ([flat] * (WINDOW - 1), [flat] * 9 + [told], [told] * 9, [dict(score_std=None)] * 9, [{}] * 9):
         assert scores_without_signal(records) == ""
-    assert warnings([flat] * WINDOW, 2.0).keys() == {"signal"} and warnings(run(kl=12.0), 2.0).keys() == {"collapse"}
+    assert warnings([flat] * WINDOW, 2.0, 64).keys() == {"signal"}
+    assert warnings(run(kl=12.0), 2.0, 64).keys() == {"collapse"}
+
+
+def test_few_large_steps_are_enough_for_a_warning():
+    collapsed = run(4, distinct_4=0.2)
+    assert warnings(collapsed, 2.0, 1024).keys() == {"collapse"} and warnings(collapsed, 2.0, 256) == {}
+    flat = [dict(score_mean=9.0, score_std=0.0)]
+    assert "of the last step had" in warnings(flat, 2.0, 1024)["signal"] and warnings(flat, 2.0, 512) == {}
 
 
 def test_a_short_run_and_missing_values_say_nothing():

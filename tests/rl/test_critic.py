@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinystory.rl.advantages import PRIOR, Critic, features
+from tinystory.rl.advantages import DECAY, PRIOR, Critic, features
 
 WIDTH = 6
 
@@ -32,7 +32,7 @@ def test_features_are_what_is_known_before_each_token():
             torch.testing.assert_close(x[b, t], torch.tensor([float(value) for value in want]), rtol=1e-4, atol=1e-5)
 
 
-def test_estimates_are_the_ridge_regressions_of_the_other_half_and_all_before():
+def test_estimates_are_the_ridge_regressions_of_the_other_half_and_all_before_by_their_age():
     critic, earlier = Critic(WIDTH), []
     for seed in range(3):
         states, logprobs, returns, mask = stories(seed)
@@ -41,14 +41,32 @@ def test_estimates_are_the_ridge_regressions_of_the_other_half_and_all_before():
         for half in (0, 1):
             other = mask.clone()
             other[half::2] = False
-            known = np.concatenate([*(rows for rows, _ in earlier), x[other.numpy()]])
-            target = np.concatenate([*(told for _, told in earlier), returns[other].double().numpy()])
+            batches = [*earlier, (x[other.numpy()], returns[other].double().numpy())]
+            known, target, weight = (
+                np.concatenate(parts)
+                for parts in zip(
+                    *((a, b, np.full(len(a), DECAY ** (seed - i))) for i, (a, b) in enumerate(batches)), strict=True
+                )
+            )
+            variance = np.average(known**2, axis=0, weights=weight) - np.average(known, axis=0, weights=weight) ** 2
             # As rows of further data: each weight but the first is seen to be 0, with the weight of the prior.
-            prior = np.diag(np.sqrt(PRIOR * known.var(0)))
-            weights = np.linalg.lstsq(np.concatenate([known, prior]), np.pad(target, (0, len(prior))), rcond=None)[0]
+            prior, root = np.diag(np.sqrt(PRIOR * variance.clip(0))), np.sqrt(weight)
+            rows = np.concatenate([known * root[:, None], prior])
+            weights = np.linalg.lstsq(rows, np.pad(target * root, (0, len(prior))), rcond=None)[0]
             want = (x[half::2] @ weights) * mask[half::2].numpy()
             np.testing.assert_allclose(values[half::2].numpy(), want, atol=1e-4)
         earlier.append((x[mask.numpy()], returns[mask].double().numpy()))
+
+
+def test_what_was_true_long_ago_is_forgotten():
+    critic, (states, logprobs, returns, mask) = Critic(WIDTH), stories(5)
+    for sign in [1] * 10 + [-1] * 30:
+        values = critic.estimate(states, logprobs, sign * returns, mask)
+    fresh = Critic(WIDTH)
+    for _ in range(30):
+        want = fresh.estimate(states, logprobs, -returns, mask)
+    errors = [float(((v + returns) ** 2)[mask].mean()) for v in (values, want)]
+    assert errors[0] < 1.1 * errors[1]
 
 
 def test_no_story_has_a_part_in_its_own_estimate():

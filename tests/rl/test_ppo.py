@@ -341,6 +341,17 @@ def test_learning_moves_the_policy_towards_what_is_rewarded(student):
     assert float((value - returns).abs().mean()) < float((batch.values - returns).abs().mean())
 
 
+def test_the_learning_rate_falls_linearly_over_all_updates_of_a_run(student, monkeypatch):
+    config = dataclasses.replace(CONFIG, steps=2, epochs=2, minibatch_size=4, learning_rate=0.8, lr_decay=True)
+    batch, head, rates = random_batch([3] * 7, student.config.vocab_size), ValueHead(student.config.n_embd), []
+    optimizer, _ = ppo.make_optimizer(student, head, config)
+    monkeypatch.setattr(optimizer, "step", lambda: rates.append(optimizer.param_groups[0]["lr"]))
+    for steps in range(2):
+        config = dataclasses.replace(config, max_ratio=1e9)
+        ppo.update(ppo.Learner(student, head, optimizer, config), batch, batch.values, batch.values, steps)
+    assert rates == pytest.approx([0.8 - 0.1 * update for update in range(8)])
+
+
 def test_under_autocast_each_epoch_uses_the_weights_of_the_one_before(student):
     """Autocast caches casts of the weights: two epochs under one autocast must equal one epoch under each of two."""
     batch = random_batch([12, 20], student.config.vocab_size)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig
-from tinystory.rl.reward import differences, load_score, phrases, story_reward
+from tinystory.rl.reward import best_of_n, differences, load_score, phrases, story_reward
 from tinystory.run.errors import UserError
 
 PAPER = InteractConfig(**INTERACT_PRESETS["paper"])
@@ -156,3 +156,9 @@ def test_what_a_reward_does_to_torchs_settings_is_undone(tmp_path):
     assert torch.get_default_dtype() == settings[0] and score("o", ["a"]) == [0.5]
     now = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.get_num_threads()
     assert now == settings
+
+
+def test_the_best_of_n_is_the_largest_of_each_group_and_no_score_loses():
+    assert best_of_n([0.1, 0.9, None, 0.5, 0.2, None], 3) == [3, 1, 2]
+    assert best_of_n([0.4, None, 0.4, 0.0], 2) == [0, 3] and best_of_n([None, 3], 2) == [0, 1]
+    assert best_of_n([(True, -9.0), (False, -1.0), (True, -2.0)], 1) == [2]

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 # The prior, in tokens: with data of as many the regression goes half of the way. About 40 stories, the best of the
 # values tried on stories held out.
 PRIOR = 5000
+# What a step weighs beside the one after it: the policy, and so its returns, moves on.
+DECAY = 0.9
 
 
 def rloo(returns: Tensor, groups: Tensor) -> Tensor:
@@ -49,10 +51,10 @@ def best_quarter(returns: Tensor) -> Tensor:
 
 
 class Critic(nn.Module):
-    """Accumulates the sufficient statistics of a regression of returns on features, over all steps of a run."""
+    """Accumulates the sufficient statistics of a regression of returns on features, over the steps of a run."""
 
-    gram: Tensor  # (D, D) float64: the sum of products of the features of a token
-    moment: Tensor  # (D,) float64: the sum of features times return
+    gram: Tensor  # (D, D) float64: the sum of products of the features of a token, each step's times DECAY per step
+    moment: Tensor  # (D,) float64: the same sum of features times return
 
     def __init__(self, width: int):
         super().__init__()
@@ -76,9 +78,8 @@ class Critic(nn.Module):
         for half, (gram, moment) in enumerate(reversed(sums)):
             weights = _ridge(self.gram + gram, self.moment + moment)
             values[half::2] = (x[half::2].double() @ weights).to(values.dtype)
-        for gram, moment in sums:
-            self.gram += gram
-            self.moment += moment
+        for total, parts in zip((self.gram, self.moment), zip(*sums, strict=True), strict=True):
+            total.add_(sum(parts)).mul_(DECAY)
         return values * mask
 
 

@@ -4,23 +4,26 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-WINDOW = 5  # steps that are averaged
+WINDOW = 5  # steps that are averaged, but no more than hold so many stories:
+STORIES = 1024
 
 
-def warnings(metrics: Sequence[dict], kl_target: float) -> dict[str, str]:
+def warnings(metrics: Sequence[dict], kl_target: float, stories_per_step: int) -> dict[str, str]:
     """The warnings that the records of metrics.jsonl give reason for, by kind: "collapse" and "signal"."""
-    signs = {"collapse": signs_of_collapse(metrics, kl_target), "signal": scores_without_signal(metrics)}
-    return {kind: warning for kind, warning in signs.items() if warning}
+    window = min(WINDOW, max(STORIES // stories_per_step, 1))
+    collapse, flat = signs_of_collapse(metrics, kl_target, window), scores_without_signal(metrics, window)
+    return {kind: warning for kind, warning in (("collapse", collapse), ("signal", flat)) if warning}
 
 
-def signs_of_collapse(metrics: Sequence[dict], kl_target: float) -> str:
-    """What the last WINDOW records of metrics.jsonl show against the first, in one sentence; empty if nothing is wrong.
+def signs_of_collapse(metrics: Sequence[dict], kl_target: float, window: int = WINDOW) -> str:
+    """What the last `window` records of metrics.jsonl show against the first, in one sentence; empty if nothing is
+    wrong.
 
     The thresholds are coarse on purpose: each is far outside what a step's noise does to a mean of WINDOW steps.
     """
-    if len(metrics) < 2 * WINDOW:
+    if len(metrics) < 2 * window:
         return ""
-    parts, signs = (metrics[:WINDOW], metrics[-WINDOW:]), []
+    parts, signs = (metrics[:window], metrics[-window:]), []
 
     def first_and_last(name: str) -> list[float]:
         values: list[list[Any]] = [[record.get(name) for record in part] for part in parts]
@@ -46,13 +49,14 @@ def signs_of_collapse(metrics: Sequence[dict], kl_target: float) -> str:
     return f"the stories collapse; {', '.join(signs)}: {advice}"
 
 
-def scores_without_signal(metrics: Sequence[dict]) -> str:
-    """A sentence if in each of the last WINDOW steps all stories had the same score; else empty."""
-    last = metrics[-WINDOW:]
-    if len(last) < WINDOW or any(record.get("score_std") != 0 for record in last):
+def scores_without_signal(metrics: Sequence[dict], window: int = WINDOW) -> str:
+    """A sentence if in each of the last `window` steps all stories had the same score; else empty."""
+    last = metrics[-window:]
+    if len(last) < window or any(record.get("score_std") != 0 for record in last):
         return ""
+    steps = f"{window} steps" if window > 1 else "step"
     return (
-        f"all stories of the last {WINDOW} steps had the same score ({last[-1]['score_mean']:g} in the last), so "
+        f"all stories of the last {steps} had the same score ({last[-1]['score_mean']:g} in the last), so "
         "nothing is learned from the teacher: try another --teacher-model, criteria with more to tell apart "
         "(--teacher-prompt), --teacher-logprobs, or a student that was pretrained longer"
     )

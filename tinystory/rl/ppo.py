@@ -190,10 +190,11 @@ def make_optimizer(student: Student, critic: nn.Module, config: InteractConfig) 
     return SharpAdam(student.ln_f, parameters.values(), *rates, config.adam_eps), [*parameters, "sharpness"]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: InteractConfig, step: int) -> None:
-    """Constant, or with --lr-decay falling linearly from the initial rates at step 0 to 0 at --steps."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * (1 - step / config.steps if config.lr_decay else 1.0)
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: InteractConfig, steps: float) -> None:
+    """Constant, or with --lr-decay falling linearly from the initial rates after no step to 0 after --steps; a part of
+    a step is the part of its updates that are done."""
+    for group in optimizer.param_groups if config.lr_decay else ():
+        group["lr"] = group["initial_lr"] * (1 - steps / config.steps)
 
 
 def signal_of_halves(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
@@ -278,10 +279,12 @@ def step(
     reference: tuple[Tensor, Tensor],
     story_rewards: Sequence[float | None],
     kl_coef: float,
+    steps: int = 0,
     reading: Texts = (),
 ) -> dict[str, float]:
     """One PPO step: token rewards, advantages, the update. Returns the step's statistics. reference: the log-probs and
-    states of `read_reference`. story_rewards: per row; a row without one gives no gradient. reading: of `update`."""
+    states of `read_reference`. story_rewards: per row; a row without one gives no gradient. steps: done before this
+    one; reading: of `update`."""
     config, critic = learner.config, learner.critic
     scored = torch.tensor([row for row, reward in enumerate(story_rewards) if reward is not None])
     at = scored.to(batch.mask.device)
@@ -306,12 +309,13 @@ def step(
     else:
         batch = batch.rows(best_quarter(per_token.sum(1)).cpu())
         advantages, returns = batch.mask.float(), batch.values
-    return stats | update(learner, batch, advantages, returns, in_loss, reading)
+    return stats | update(learner, batch, advantages, returns, steps, in_loss, reading)
 
 
 def update(
-    learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor, kl_coef: float = 0.0, reading: Texts = ()
-) -> dict[str, float]:
+    learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor, steps: int = 0, kl_coef: float = 0.0,
+    reading: Texts = (),
+) -> dict[str, float]:  # fmt: skip
     """config.epochs passes of PPO over the batch. advantages: already whitened. Returns the step's statistics. kl_coef:
     of the penalty in the loss. reading: one per minibatch, to whose gradient that of next-word prediction is added.
 
@@ -321,7 +325,7 @@ def update(
     student, optimizer, config, B = learner.student, learner.optimizer, learner.config, len(batch.tokens)
     minibatch = config.minibatch_size or B
     groups = optimizer.param_groups
-    parameters, rates = [p for group in groups for p in group["params"]], [group["lr"] for group in groups]
+    parameters = [p for group in groups for p in group["params"]]
     names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
     sums = dict.fromkeys((*names, "grad_norm", "signal", "signal_sharpness", "reading_loss"), 0.0)
     ratio_error, updates, skipped, words_read = 0.0, 0, 0, 0
@@ -329,7 +333,10 @@ def update(
         dtype = ops.matmul_dtype(student.wte.weight)
     for epoch in range(config.epochs):
         order = torch.arange(B) if minibatch >= B else torch.randperm(B)
-        for chosen in order.split(minibatch):
+        minibatches = order.split(minibatch)
+        for i, chosen in enumerate(minibatches):
+            set_learning_rate(optimizer, config, steps + (epoch + i / len(minibatches)) / config.epochs)
+            rates = [group["lr"] for group in groups]
             rows = upload(chosen, batch.tokens.device)
             count = batch.mask[rows].sum()
             gains, sums_and_errors, gradients = (1.0, 1.0), [], []
@@ -365,11 +372,11 @@ def update(
             for group, rate, gain in zip(groups, rates, gains, strict=False):  # only SharpAdam has two groups
                 group["lr"] = rate * gain
             optimizer.step()
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
             updates += 1
             for name, value in zip(sums, (*means, norm, *gains, reading_loss), strict=True):
                 sums[name] += value
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     targets, unexplained = batch.packed(returns), math.nan
     if len(targets) > 1 and config.learner in ("ridge", "gae"):  # one has no variance

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
@@ -48,6 +48,12 @@ def story_reward(config: InteractConfig, score: float, difference: float, words:
     length = min(words / config.length_words, 1.0)
     reward = (quality + config.length_weight * length) / (1 + config.length_weight)
     return reward if ended else reward * config.unfinished
+
+
+def best_of_n(values: Sequence[Any], count: int) -> list[int]:
+    """The index of the largest of values[i::count], for each i below count; None, no score, is less than any."""
+    groups = (range(i, len(values), count) for i in range(count))
+    return [max(group, key=lambda i: (values[i] is not None, values[i])) for group in groups]
 
 
 def differences(stories: Sequence[str]) -> list[float]:

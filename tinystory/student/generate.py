@@ -47,6 +47,11 @@ class Story:
     def words(self) -> int:
         return len(self.text.split())
 
+    @property
+    def likelihood(self) -> tuple[bool, float]:
+        """Whether it has an end, and the mean of its log-probabilities: the larger, the more the student means it."""
+        return self.ended == "eos", float(self.logprobs.mean())
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -56,8 +56,8 @@ def require_for_pretraining(config: PretrainConfig, device: torch.device) -> Non
 
 def require_for_interaction(config: InteractConfig, shape: StudentConfig, device: torch.device) -> None:
     """Raises UserError if such a run of a student of this shape cannot fit."""
-    stories = max(config.stories_per_step, config.eval_stories) // distributed.world_size()
-    advice = "--stories-per-step, --eval-stories or --max-new-tokens"
+    stories = max(config.stories_per_step, config.stories_per_evaluation) // distributed.world_size()
+    advice = "--stories-per-step, --eval-stories, --eval-best-of or --max-new-tokens"
     require_for_stories(stories, config.max_new_tokens, shape, device, advice, parameters(shape) * TRAINED)
 
 
