@@ -76,7 +76,8 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     reading = Reading(config, facts, tokenizer, reference.config.context)
     milestones = INTERACTION_CHECKPOINTS
     if config.preset == babylm.TRACK:
-        babylm.check_interaction(facts, config.budget_words, config.budget_words_out)
+        reads = config.budget_words if config.reading_weight else 0
+        babylm.check_interaction(facts, config.budget_words, config.budget_words_out, reads)
         milestones = babylm.milestones_beyond(facts)
     state = policy.restore(resume_from) if resume_from else RunState(config.kl_coef)
 

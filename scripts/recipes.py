@@ -143,9 +143,8 @@ def measure(row: Row, start: Path, grader: Grader, count: int) -> dict[str, floa
     if row.n == row.temperature == 1:
         unseen = Corpus(["unseen"], [("unseen", lambda: iter(unseen_stories(COREFERENCE)))])
         reading = coreference(student, tokenizer, unseen.documents()) | bits_per_byte(student, tokenizer, unseen)
-    return measures | {
-        name: reading.get(name) for name in ("repeated_name", "introduced_name", "he_or_she", "bits_per_byte")
-    }
+    names = ("repeated_name", "introduced_name", "he_or_she", "bits_per_byte")
+    return measures | {name: reading.get(name) for name in names}
 
 
 def mean(values: Sequence[float | None]) -> float:

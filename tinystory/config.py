@@ -69,9 +69,8 @@ DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
 ADVANTAGES = ("ridge", "gae", "rloo", "grpo", "dr_grpo")
 # The learners (`InteractConfig.learner`) that read an option which others ignore.
-READ_BY = dict(
-    gamma=ADVANTAGES[:2], lam=ADVANTAGES[:2], value_coef=("gae",), clip_ratio=ADVANTAGES, advantage=ADVANTAGES,
-)  # fmt: skip
+READ_BY = {"gamma": ADVANTAGES[:2], "lam": ADVANTAGES[:2], "value_coef": ("gae",)}
+READ_BY |= {"clip_ratio": ADVANTAGES, "advantage": ADVANTAGES}
 
 
 @dataclass
@@ -187,11 +186,7 @@ class InteractConfig:
     learn: str = option(
         "ppo", "ppo, or sft-best: cross-entropy on each step's best quarter (RAFT)", ("ppo", "sft-best")
     )
-    advantage: str = option(
-        "ridge",
-        "GAE on values of a ridge regression or of a head (gae); or rloo, grpo, dr_grpo, per opening",
-        ADVANTAGES,
-    )
+    advantage: str = option("ridge", "GAE, with values by ridge or a head (gae); or rloo, grpo, dr_grpo", ADVANTAGES)
     gamma: float = option(1.0, "discount factor", "[0, 1]")
     lam: float = option(0.95, "GAE lambda; 1 if a step has only a few stories", "[0, 1]")
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
@@ -398,7 +393,7 @@ def _check_together(config: Any) -> None:
             continue
         if config.reward and is_teachers:
             raise UserError(f"{_flag(f)} is for a teacher, and --reward takes its place: leave one of them out")
-        if learner not in READ_BY.get(f.name, learner):
+        if learner not in READ_BY.get(f.name, (learner,)):
             readers = " or ".join(READ_BY[f.name])
             raise UserError(f"{_flag(f)} is read by --learn ppo with --advantage {readers} only: leave it out")
     if learner == "ridge" and config.stories_per_step < 2:

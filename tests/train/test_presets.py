@@ -83,6 +83,8 @@ def test_a_track_counts_the_corpus_once_and_all_interaction():
         babylm.check_pretraining(100_000_001, 1)
     with pytest.raises(UserError, match="--words 900000000 or fewer"):
         babylm.check_interaction(facts | dict(words=900_000_001), 1, 1)
+    with pytest.raises(UserError, match="--words 899999990 or fewer"):  # what it reads on is a part of ten epochs too
+        babylm.check_interaction(facts, 10, 1, reads=10)
     with pytest.raises(UserError, match="--words 999 or fewer"):  # the last step, of up to a word per token, must fit
         babylm.check_pretraining(100, 1000, last_step=1)
     with pytest.raises(UserError, match="does not say"):

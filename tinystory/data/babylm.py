@@ -35,15 +35,15 @@ def check_pretraining(corpus_words: int, words: int, last_step: int = 0) -> None
         )
 
 
-def check_interaction(facts: dict[str, Any], words_in: int, words_out: int) -> None:
+def check_interaction(facts: dict[str, Any], words_in: int, words_out: int, reads: int = 0) -> None:
     """Raises UserError unless the track allows a student with these `facts` (see `checkpoint.save`) to take in and
-    write so many words."""
+    write so many words. reads: how many of them may be its corpus again."""
     if "corpus_words" not in facts:
         raise UserError(
             f"--preset {TRACK} needs the number of words that the student was trained on, which this checkpoint "
             f"does not say: start from one that train_pretrain.py --preset {TRACK} wrote"
         )
-    check_pretraining(facts["corpus_words"], facts["words"])
+    check_pretraining(facts["corpus_words"], facts["words"], reads)
     left_in = WORDS_IN - facts["corpus_words"] - facts.get("interaction_words_in", 0)
     left_out = WORDS_OUT - facts.get("interaction_words_out", 0)
     for flag, budget, left in (("budget-words", words_in, left_in), ("budget-words-out", words_out, left_out)):

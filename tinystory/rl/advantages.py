@@ -19,13 +19,13 @@ DECAY = 0.9
 
 def rloo(returns: Tensor, groups: Tensor) -> Tensor:
     """(B,): each story's return minus the mean of the others' of its group; 0 for one alone. RLOO (Ahmadian et al.
-    2024, arXiv 2402.14740, eq. 8). returns: (B,), reward and KL penalty; groups: (B,) int64, equal within a group."""
+    2024, arXiv 2402.14740, "RLOO"). returns: (B,), reward and KL penalty; groups: (B,) int64, equal within a group."""
     count, total = _group_sums(torch.ones_like(returns), groups), _group_sums(returns, groups)
     return torch.where(count > 1, returns - (total - returns) / (count - 1).clamp(min=1), 0.0)
 
 
 def dr_grpo(returns: Tensor, groups: Tensor) -> Tensor:
-    """(B,): each story's return minus the mean of its group. Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, eq. 2)."""
+    """(B,): each story's return minus the mean of its group. Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, figure 1)."""
     return returns - _group_sums(returns, groups) / _group_sums(torch.ones_like(returns), groups)
 
 

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -28,9 +27,6 @@ from tinystory.run.device import upload
 from tinystory.student.generate import Story, encode_opening
 from tinystory.student.loss import next_token_loss
 from tinystory.student.model import Student, ValueHead
-
-# Batches of a corpus: their sequences, (S, T + 1) int64 on the CPU, and the number of words in them.
-Texts: TypeAlias = Sequence[tuple[Tensor, int]]
 
 
 @dataclass
@@ -280,7 +276,7 @@ def step(
     story_rewards: Sequence[float | None],
     kl_coef: float,
     steps: int = 0,
-    reading: Texts = (),
+    reading: Sequence[tuple[Tensor, int]] = (),
 ) -> dict[str, float]:
     """One PPO step: token rewards, advantages, the update. Returns the step's statistics. reference: the log-probs and
     states of `read_reference`. story_rewards: per row; a row without one gives no gradient. steps: done before this
@@ -314,10 +310,10 @@ def step(
 
 def update(
     learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor, steps: int = 0, kl_coef: float = 0.0,
-    reading: Texts = (),
+    reading: Sequence[tuple[Tensor, int]] = (),
 ) -> dict[str, float]:  # fmt: skip
     """config.epochs passes of PPO over the batch. advantages: already whitened. Returns the step's statistics. kl_coef:
-    of the penalty in the loss. reading: one per minibatch, to whose gradient that of next-word prediction is added.
+    of the penalty in the loss. reading: of `Reading.batches`, one per minibatch, to whose gradient its own is added.
 
     The order of minibatches is drawn from torch's global generator. The gradient of a minibatch is accumulated over
     micro-batches and processes and divided by the number of its tokens, so both affect only memory and speed.
@@ -338,14 +334,13 @@ def update(
             set_learning_rate(optimizer, config, steps + (epoch + i / len(minibatches)) / config.epochs)
             rates = [group["lr"] for group in groups]
             rows = upload(chosen, batch.tokens.device)
-            count = batch.mask[rows].sum()
+            size = batch.mask[rows].sum(), len(rows)
             gains, sums_and_errors, gradients = (1.0, 1.0), [], []
             with student.lowered(dtype):
                 for half in (chosen[0::2], chosen[1::2]) if config.signal_gate else (chosen,):
                     optimizer.zero_grad(set_to_none=True)
                     shard = distributed.shard_strided(half)
-                    part = backward(learner, batch, shard, (count, len(chosen)), advantages, returns, kl_coef)
-                    sums_and_errors.append(part)
+                    sums_and_errors.append(backward(learner, batch, shard, size, advantages, returns, kl_coef))
                     distributed.all_reduce_gradients(parameters)
                     gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
             if config.signal_gate:
