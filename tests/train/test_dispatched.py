@@ -98,7 +98,7 @@ def written(rows: int) -> ppo.Batch:
 
 
 def update(student: Student, value_head: ValueHead | None, rows: int, signal_gate: bool = False) -> None:
-    config = InteractConfig(micro_batch_size=2, minibatch_size=0, epochs=1, signal_gate=signal_gate)
+    config = InteractConfig(micro_batch_size=2, minibatch_size=0, lr_decay=False, signal_gate=signal_gate)
     parameters = [p for module in (student, value_head) if module for p in module.parameters()]
     optimizer, batch = torch.optim.SGD(parameters, lr=0.0), written(rows)
     targets = batch.values, batch.values  # advantages and returns
