@@ -110,7 +110,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
     stop, warned = stack.enter_context(Stop().listening()), set[str]()
     evaluator = Evaluator(config, policy, openings, grader, log, stop)
-    bar = tqdm(total=config.steps * n, initial=state.written, unit="story", desc="interacting", disable=not rank0)
+    bar = tqdm(total=config.steps * n, initial=state.written, unit="story", disable=not rank0)
 
     def send(index: int, opening: str, story: str) -> None:
         grader.send(index, opening, story)
@@ -125,9 +125,11 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 bar.write(f"{budget} does not hold another step")
                 break
             began = time.perf_counter()
+            bar.set_description("writing")
             prompts = [openings[state.written + i] for i in range(n)]
             stories = rollout(policy, prompts, state.written, send)
             rollout_end = time.perf_counter()
+            bar.set_description("grading")
             batch = ppo.collate(stories, tokenizer, compute.device)
             with compute.autocast():
                 reference_stats = ppo.read_reference(
@@ -141,6 +143,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 save()
                 raise
             teacher_end = time.perf_counter()
+            bar.set_description("learning")
             rewards = story_rewards(config, stories, [grade.score for grade in grades])
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
             to_read = reading.batches(state.step)
