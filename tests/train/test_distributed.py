@@ -51,7 +51,7 @@ def assert_alike(a, b) -> None:
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(place, tmp_path):
-    """Both complete loops: rows and stories that do not divide evenly, minibatches, a story unscored, and reading on."""
+    """Both complete loops: uneven rows and stories, minibatches, an unscored story, reading on."""
     reading = ["--corpus", str(place / "corpus.txt"), *SMALL, "--dtype", "float32", "--words", "1500"]
     reading += ["--batch-size", "5", "--micro-batch-size", "2", "--learning-rate", "1e-3"]
     writing = [*SHORT, "--reward", f"{place / 'reward.py'}:some", "--max-unscored", "0.5", "--minibatch-size", "3"]
