@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--options", nargs="+", default=[""], metavar="TEXT", help="for train_interact.py, a text a run"
     )
-    add_number(parser, "--stories", 512, "[64, 1e6]", "stories to openings of training, and as many to held-out ones")
+    add_number(parser, "--stories", 256, "[64, 1e6]", "stories of a row to held-out openings; thrice as many to others")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
@@ -115,16 +115,16 @@ def measure(row: Row, start: Path, grader: Grader, count: int) -> dict[str, floa
     steps = [] if row.folder == start else read_metrics(row.folder)
     parts = ("rollout_s", "reference_s", "teacher_s", "update_s")
     measures: dict[str, float | None] = {"seconds": float(sum(step[part] for step in steps for part in parts))}
-    training = [OPENINGS[FIRST_INDEX + i] for i in range(count)]
+    training = [OPENINGS[FIRST_INDEX + i] for i in range(3 * count)]
     for where, openings in (("", training), ("held_out_", list(islice(cycle(OPENINGS.held_out), count)))):
         sampling: dict[str, Any] = dict(max_new_tokens=CONFIG.max_new_tokens, temperature=row.temperature)
         with compute.autocast():
             stories = generate(student, None, tokenizer, openings * row.n, first_index=FIRST_INDEX, seed=0, **sampling)
-            batch = ppo.collate(stories[:count], tokenizer, compute.device)
+            batch = ppo.collate(stories[: len(openings)], tokenizer, compute.device)
             ref_logprobs, _ = ppo.read_reference(reference, batch, 1.0, CONFIG.micro_batch_size, states=False)
         scores = [grade.score for grade in grader.grade_each([(story.opening, story.text) for story in stories])]
         rewards = story_rewards(CONFIG, stories, scores)
-        chosen = best_of_n(rewards if row.graded else [story.likelihood for story in stories], count)
+        chosen = best_of_n(rewards if row.graded else [story.likelihood for story in stories], len(openings))
         stories, scores = [stories[i] for i in chosen], [scores[i] for i in chosen]
         texts = [story.text for story in stories]
         kl = float(((batch.logprobs - ref_logprobs) * batch.mask).sum(1).mean())

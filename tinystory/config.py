@@ -5,7 +5,7 @@ Flags override the preset, which overrides the defaults: `python train_pretrain.
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -133,16 +133,14 @@ class InteractConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
-    steps: int = option(16, "maximum number of PPO steps", "[1, 1e9]")
-    save_every: int = option(4, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
+    steps: int = option(4, "maximum number of PPO steps", "[1, 1e9]")
+    save_every: int = option(1, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
     teacher_url: list[str] = option(
         [], "OpenAI-compatible endpoints, as http://127.0.0.1:11434/v1 (default: the built-in teacher)", group="teacher"
     )
     teacher_model: list[str] = option([], "model name, or one per --teacher-url (default: the server's first one)")
-    teacher_panel: str = option("none", "mean or median of different models' scores", ("none", "mean", "median"))
-    teacher_extra: str = option("", "JSON object whose fields are merged into each request to the teacher")
     teacher_concurrency: int = option(16, "maximum number of requests in flight per server", "[1, 10000]")
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher", "[0, 2]")
     teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]")
@@ -163,7 +161,7 @@ class InteractConfig:
         "builtin", "builtin, a file of one opening per line, or the text of one", group="story", flags=("--opening",)
     )
     stories_per_opening: int = option(1, "stories that share an opening within a step", "[1, 1e9]")
-    stories_per_step: int = option(256, "stories per step", "[1, 1e9]")
+    stories_per_step: int = option(1024, "stories per step", "[1, 1e9]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(1.0, "sampling temperature of the student", "[0.01, 100]")
     budget_words: int = option(1_000_000, "word budget, in: each opening once, each word of each reply", "[1, 1e15]")
@@ -173,19 +171,16 @@ class InteractConfig:
     diversity: float = option(0.5, "share of the score multiplied by the difference from other stories", "[0, 1]")
     unfinished: float = option(0.5, "fraction of its reward that a story without an end keeps", "[0, 1]")
 
-    learning_rate: float = option(6e-4, "initial learning rate of Adam", "(0, 100]", group="optimiser")
-    lr_decay: bool = option(True, "let the learning rates fall linearly to 0 at --steps")
-    sharpness_rate: float = option(0.06, "initial learning rate of a global logit scale; 0 disables it", "[0, 100]")
-    signal_gate: bool = option(True, "scale each learning rate by the fraction of its gradient that is signal")
-    minibatch_size: int = option(0, "stories per gradient step; 0 means all", "[0, 1e9]")
+    learning_rate: float = option(3e-4, "initial learning rate of Adam", "(0, 100]", group="optimiser")
+    lr_decay: bool = option(True, "let the learning rates fall linearly to 0 over all updates of --steps")
+    sharpness_rate: float = option(0.02, "initial learning rate of a global logit scale; 0 disables it", "[0, 100]")
+    minibatch_size: int = option(128, "stories per gradient step; 0 means all", "[0, 1e9]")
     micro_batch_size: int = option(32, "stories per forward pass; gradients accumulate over a minibatch", "[1, 1e9]")
     adam_eps: float = option(1e-8, "", "(0, 1]")
     grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
     epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]", group="PPO")
-    learn: str = option(
-        "ppo", "ppo, or sft-best: cross-entropy on each step's best quarter (RAFT)", ("ppo", "sft-best")
-    )
+    learn: str = option("ppo", "ppo, or sft-best: cross-entropy on a step's best quarter (RAFT)", ("ppo", "sft-best"))
     advantage: str = option("ridge", "GAE, with values by ridge or a head (gae); or rloo, grpo, dr_grpo", ADVANTAGES)
     gamma: float = option(1.0, "discount factor", "[0, 1]")
     lam: float = option(0.95, "GAE lambda; 1 if a step has only a few stories", "[0, 1]")
@@ -200,7 +195,7 @@ class InteractConfig:
     reading_weight: float = option(0.0, "weight of next-word prediction on the student's own corpus", "[0, 1000]")
     reading_batch: int = option(32, "sequences of it per update; their words count as words in", "[1, 1e9]")
 
-    eval_every: int = option(4, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation")
+    eval_every: int = option(1, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation")
     eval_stories: int = option(40, "stories per evaluation; `best` is the last student that none beats", "[1, 1e9]")
     eval_best_of: int = option(1, "stories per opening of which the best is measured too", "[1, 1000]")
 
@@ -227,7 +222,7 @@ _PAPER_INTERACT = dict(
     dtype="float32", openings=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
     stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000,
     budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, eval_every=0,
-    save_every=20, learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, signal_gate=False, advantage="gae",
+    save_every=20, learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, advantage="gae",
     adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1,
     max_ratio=10.0, grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
@@ -317,8 +312,10 @@ def check(config: Any) -> None:
     """Raises UserError unless each option is in its range and all go together."""
     types = get_type_hints(type(config))
     for f in _options(type(config)):
-        _check_option(f, types[f.name], getattr(config, f.name))
-    _check_together(config)
+        for mistake in _check_option(f, types[f.name], getattr(config, f.name)):
+            raise UserError(f"{_flag(f)} must be {mistake}")
+    for mistake in _check_together(config):
+        raise UserError(mistake)
 
 
 def _options(config_class: type) -> list[dataclasses.Field]:
@@ -349,65 +346,60 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def _check_option(f: dataclasses.Field, kind: Any, value: Any) -> None:
-    """Raises UserError unless the value, of the command line or of a config.json, has its option's type and range."""
-    allowed, name, is_list = f.metadata["allowed"], _flag(f), get_origin(kind) is list
+def _check_option(f: dataclasses.Field, kind: Any, value: Any) -> Iterator[str]:
+    """What an option must be and its value, of the command line or of a config.json, is not."""
+    allowed, is_list = f.metadata["allowed"], get_origin(kind) is list
     scalar = get_args(kind)[0] if is_list else kind
     if is_list and not isinstance(value, list):
-        raise UserError(f"{name} must be a list, not {value!r:.80}")
+        yield f"a list, not {value!r:.80}"
     for item in value if is_list else [value]:
         if not (type(item) is scalar or (scalar is float and type(item) is int)):
-            raise UserError(f"{name} must be {_KINDS[scalar]}, not {item!r:.80}")
+            yield f"{_KINDS[scalar]}, not {item!r:.80}"
         if isinstance(allowed, Interval) and item not in allowed:
-            raise UserError(f"{name} must be {allowed}, not {item}")
+            yield f"{allowed}, not {item}"
         if isinstance(allowed, tuple) and item not in allowed:
-            raise UserError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, not {item!r:.80}")
+            yield f"{', '.join(allowed[:-1])} or {allowed[-1]}, not {item!r:.80}"
         if scalar is str and ("\0" in item or item != item.encode(errors="replace").decode()):
-            raise UserError(f"{name} must be Unicode text without NUL characters, not {item!r:.80}")
+            yield f"Unicode text without NUL characters, not {item!r:.80}"
 
 
-def _check_together(config: Any) -> None:
-    """Raises UserError for options that do not go together. The range of a single option stands beside its help."""
+def _check_together(config: Any) -> Iterator[str]:
+    """A sentence for each group of options that do not go together. The range of one option stands beside its help."""
     if isinstance(config, PretrainConfig):
         size, rest = divmod(config.n_embd, config.n_head)
         if rest or size % 16 or size > 256:
-            raise UserError(
+            yield (
                 f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head} times 16, and at most 256 "
                 f"times it: the size of a head is a multiple of 16 up to 256"
             )
         return
     if config.teacher_logprobs and config.preset != "demo":
-        raise UserError(
+        yield (
             f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's probabilities must not "
             "reach the student"
         )
     if config.budget_cost and not config.price_in + config.price_out:
-        raise UserError("--budget-cost needs the prices: give --price-in and --price-out, per million tokens")
+        yield "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"
     graders = {"--reward": config.reward, "--replay": config.replay, "--teacher-url": config.teacher_url}
     if len(chosen := [flag for flag, value in graders.items() if value]) > 1:
-        raise UserError(f"{' and '.join(chosen)} do not go together: one of them scores the stories")
+        yield f"{' and '.join(chosen)} do not go together: one of them scores the stories"
     defaults, learner = [vars(InteractConfig()), INTERACT_PRESETS[config.preset]], config.learner
     for f in _options(InteractConfig):
         is_teachers = f.name.startswith(("teacher_", "price_", "budget_cost")) and f.name != "teacher_timeout"
         if getattr(config, f.name) in [options.get(f.name) for options in defaults]:
             continue
         if config.reward and is_teachers:
-            raise UserError(f"{_flag(f)} is for a teacher, and --reward takes its place: leave one of them out")
+            yield f"{_flag(f)} is for a teacher, and --reward takes its place: leave one of them out"
         if learner not in READ_BY.get(f.name, (learner,)):
             readers = " or ".join(READ_BY[f.name])
-            raise UserError(f"{_flag(f)} is read by --learn ppo with --advantage {readers} only: leave it out")
+            yield f"{_flag(f)} is read by --learn ppo with --advantage {readers} only: leave it out"
     if learner == "ridge" and config.stories_per_step < 2:
-        raise UserError("--advantage ridge learns from the other stories of a step: give --stories-per-step 2 or more")
-    if learner == "gae" and (config.signal_gate or not config.value_coef):
-        raise UserError(
-            "--advantage gae learns from the value loss, which --signal-gate would take for signal: give "
-            "--no-signal-gate, and a --value-coef above 0"
-        )
+        yield "--advantage ridge learns from the other stories of a step: give --stories-per-step 2 or more"
+    if learner == "gae" and not config.value_coef:
+        yield "--advantage gae learns from the value loss alone: give --value-coef, say 0.1"
     group = config.stories_per_opening
     if learner in ADVANTAGES[2:] and (group < 2 or config.stories_per_step % group):
-        raise UserError(
+        yield (
             f"--advantage {learner} compares the stories of an opening: give --stories-per-opening 2 or more, and "
             "--stories-per-step a multiple of it"
         )
-    if config.signal_gate and (config.minibatch_size or config.stories_per_step) < 2:
-        raise UserError("--signal-gate compares two halves of a minibatch: give it 2 stories, or --no-signal-gate")

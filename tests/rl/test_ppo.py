@@ -58,66 +58,6 @@ def test_sharpness_scales_all_logits_along_the_gradient(student):
     assert optimizer.sharpness == 0  # folded into the weights
 
 
-def test_two_halves_tell_signal_from_noise():
-    """The signal of a batch is |G|^2 / (|G|^2 + variance); a half has half of G and half of the variance."""
-    g = torch.Generator().manual_seed(3)
-    size = 200_000
-    for signal, noise in ((1.0, 1.0), (1.0, 3.0), (0.0, 1.0)):
-        halves = [
-            [signal / 2 + noise * math.sqrt(0.5) * torch.randn(size, generator=g) for _ in range(2)] for _ in range(2)
-        ]
-        assert ppo.signal_of_halves(*halves) == pytest.approx(signal**2 / (signal**2 + noise**2), abs=0.02)
-    one = [torch.ones(4)]
-    assert ppo.signal_of_halves(one, one) == 1 and ppo.signal_of_halves(one, [-one[0]]) == 0
-    assert ppo.signal_of_halves([torch.zeros(4)], [torch.zeros(4)]) == 0
-
-
-def test_signal_along_the_sharpness_is_that_of_each_storys_derivative(student):
-    """The derivative of a token's log-probability by the logarithm of a factor on the logits is logprob + entropy."""
-    tokens = torch.randint(5, 90, (6, 9))
-    mask = torch.ones(6, 8, dtype=torch.bool)
-    mask[2, 5:] = False
-
-    def told(factor):
-        each = (factor * student(tokens[:, :-1])).log_softmax(-1).double()
-        return each.gather(2, tokens[:, 1:, None])[..., 0], -(each.exp() * each).sum(-1)
-
-    with torch.no_grad():
-        h = 1e-3
-        slope = (told(math.exp(h))[0] - told(math.exp(-h))[0]) / (2 * h)
-        logprobs, entropies = (x.float() for x in told(1.0))
-    batch = ppo.Batch(tokens, mask, tokens, mask, logprobs, logprobs, entropies)
-    for shift in (0.5, 3.0):
-        advantages = torch.randn(6, 8) + shift * slope.float().sign()
-        each = (advantages * slope * mask).sum(1)
-        t = float(each.mean() / (each.std() / math.sqrt(6)))
-        assert ppo.signal_of_sharpness(advantages, batch) == pytest.approx(max(0, 1 - 1 / t**2), abs=1e-3)
-    assert ppo.signal_of_sharpness(advantages[:1], batch.rows(torch.tensor([0]))) == 0  # one story tells no spread
-
-
-def test_a_gated_step_is_the_step_times_its_signal(student):
-    config = dataclasses.replace(CONFIG, epochs=1, signal_gate=True, micro_batch_size=2)
-    batch = random_batch([4, 6, 5, 7], student.config.vocab_size).rows(torch.tensor([0, 1, 2, 0, 3, 1]))
-    with torch.no_grad():
-        batch.logprobs = ppo.response_stats(student, None, batch, 1.0)[0]
-    advantages = torch.ones(batch.tokens.shape) * batch.mask  # stories 0 and 1 are in both halves
-    moved = []
-    for gate in (True, False):
-        learner = copy.deepcopy(student)
-        optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
-        how = dataclasses.replace(config, signal_gate=gate)
-        stats = ppo.update(ppo.Learner(learner, None, optimizer, how), batch, advantages, batch.values)
-        assert optimizer.param_groups[0]["lr"] == 0.1  # restored
-        moved.append([a - b for a, b in zip(learner.parameters(), student.parameters(), strict=True)])
-        if gate:
-            signal = stats["signal"]
-        else:
-            assert stats["signal"] == stats["signal_sharpness"] == 1
-    assert 0.02 < signal < 0.98
-    for gated, whole in zip(*moved, strict=True):
-        torch.testing.assert_close(gated, signal * whole, rtol=1e-3, atol=1e-6)
-
-
 def test_without_sharpness_it_is_adam_bit_for_bit(student):
     start = student
     tokens = torch.arange(2 * 12).view(2, 12) % 50

@@ -94,8 +94,7 @@ def init(tokenizer, tmp_path_factory) -> str:
 
 def arguments(init: str, out: Path, url: str = "") -> list[str]:
     teacher = ["--teacher-url", url, "--teacher-concurrency", "3"] if url else []
-    # Six stories can have no signal, and a student that stays where it is tells the same stories again: from the cache.
-    return ["--init", init, "--out", str(out), "--no-signal-gate", *teacher, *SHORT]
+    return ["--init", init, "--out", str(out), *teacher, *SHORT]
 
 
 def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(init, tmp_path):

@@ -193,28 +193,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: InteractConfig, 
         group["lr"] = group["initial_lr"] * (1 - steps / config.steps)
 
 
-def signal_of_halves(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """The part of a batch's gradient that is signal, 0..1, from the gradients of its two halves: |G|^2 / E|g|^2, where
-    G is the expectation of g. What two halves agree on is the signal; a step scaled by its share is the best estimate
-    of G along g (Wiener's), and the best rate falls as it does (McCandlish et al. 2018, arXiv 1812.06162, eq. 2.6)."""
-    products = [torch.stack([(a * b).sum(), (a * a + b * b).sum() / 2]) for a, b in zip(first, second, strict=True)]
-    agree, squares = torch.stack(products).double().sum(0).tolist()
-    if agree <= 0:
-        return 0.0
-    half = agree / squares
-    return 2 * half / (1 + half)
-
-
-def signal_of_sharpness(advantages: Tensor, batch: Batch) -> float:
-    """The part of the gradient along the sharpness s that is signal, 0..1: 1 - 1 / t^2, where t is its mean over the
-    stories in standard errors. The derivative of a token's log-probability by s is logprob + entropy."""
-    derivatives = (advantages * (batch.logprobs + batch.entropies) * batch.mask).sum(1).double()
-    if len(derivatives) < 2:
-        return 0.0
-    mean, error = torch.stack([derivatives.mean(), derivatives.std() / math.sqrt(len(derivatives))]).tolist()
-    return max(0.0, 1 - (error / mean) ** 2) if mean else 0.0
-
-
 def response_states(student: Student, batch: Batch) -> Tensor:
     """(tokens, C): forward pass over whole stories, the state from which each response token is predicted, in the order
     of the mask. Columns that are padding in every row are not computed."""
@@ -320,11 +298,9 @@ def update(
     """
     student, optimizer, config, B = learner.student, learner.optimizer, learner.config, len(batch.tokens)
     minibatch = config.minibatch_size or B
-    groups = optimizer.param_groups
-    parameters = [p for group in groups for p in group["params"]]
-    names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
-    sums = dict.fromkeys((*names, "grad_norm", "signal", "signal_sharpness", "reading_loss"), 0.0)
-    ratio_error, updates, skipped, words_read = 0.0, 0, 0, 0
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm", "reading_loss")
+    sums, ratio_error, updates, skipped, words_read = dict.fromkeys(names, 0.0), 0.0, 0, 0, 0
     with learner.autocast():
         dtype = ops.matmul_dtype(student.wte.weight)
     for epoch in range(config.epochs):
@@ -332,45 +308,29 @@ def update(
         minibatches = order.split(minibatch)
         for i, chosen in enumerate(minibatches):
             set_learning_rate(optimizer, config, steps + (epoch + i / len(minibatches)) / config.epochs)
-            rates = [group["lr"] for group in groups]
+            optimizer.zero_grad(set_to_none=True)
             rows = upload(chosen, batch.tokens.device)
             size = batch.mask[rows].sum(), len(rows)
-            gains, sums_and_errors, gradients = (1.0, 1.0), [], []
             with student.lowered(dtype):
-                for half in (chosen[0::2], chosen[1::2]) if config.signal_gate else (chosen,):
-                    optimizer.zero_grad(set_to_none=True)
-                    shard = distributed.shard_strided(half)
-                    sums_and_errors.append(backward(learner, batch, shard, size, advantages, returns, kl_coef))
-                    distributed.all_reduce_gradients(parameters)
-                    gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-            if config.signal_gate:
-                gains = signal_of_halves(*gradients), signal_of_sharpness(advantages[rows], batch.rows(chosen))
-                for p, *halves in zip(parameters, *gradients, strict=True):
-                    p.grad = halves[0] + halves[1]
-            if epoch == 0 and updates == 0:  # no update yet: any ratio other than 1 is rounding
-                ratio_error = float(torch.stack([error for _, error in sums_and_errors]).max())
-            total = distributed.all_reduce_sum(torch.stack([part for part, _ in sums_and_errors]).sum(0))
-            *means, mean_ratio = total.tolist()
+                shard = distributed.shard_strided(chosen)
+                total, error = backward(learner, batch, shard, size, advantages, returns, kl_coef)
+            if epoch == i == 0:  # no update yet: any ratio other than 1 is rounding
+                ratio_error = float(error)
+            *means, mean_ratio = distributed.all_reduce_sum(total).tolist()
             if not mean_ratio <= config.max_ratio:  # also true for NaN
                 skipped += 1
                 continue
             reading_loss = math.nan
             if reading:
                 tokens, words = reading[updates + skipped]
-                if not distributed.is_rank0():  # the stories' gradients are summed already
-                    optimizer.zero_grad(set_to_none=True)
                 tokens, weight = upload(tokens, rows.device), config.reading_weight
                 reading_loss = float(next_token_loss(student, tokens, config.micro_batch_size, dtype, weight=weight))
-                distributed.all_reduce_gradients(parameters)
                 words_read += words
+            distributed.all_reduce_gradients(parameters)
             norm = float(nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
-            for group, rate, gain in zip(groups, rates, gains, strict=False):  # only SharpAdam has two groups
-                group["lr"] = rate * gain
             optimizer.step()
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
             updates += 1
-            for name, value in zip(sums, (*means, norm, *gains, reading_loss), strict=True):
+            for name, value in zip(sums, (*means, norm, reading_loss), strict=True):
                 sums[name] += value
     optimizer.zero_grad(set_to_none=True)
     targets, unexplained = batch.packed(returns), math.nan
