@@ -1,7 +1,7 @@
 """Be the teacher: a page on which you read the student's stories and grade them, and an endpoint for the trainer.
 
     python scripts/teach.py                          then open the page that it names, and in another terminal
-    python train_interact.py --teacher-url http://127.0.0.1:8500/v1 --stories-per-step 8 --eval-stories 8 --lam 1
+    python train_interact.py --teacher-url ...       the command that it prints
 
     python scripts/teach.py --compare runs/interact  which of two stories is better, without knowing which is which
 
@@ -63,8 +63,8 @@ async def _serve(desk: Desk | PairDesk, options: argparse.Namespace) -> None:
     async with serve(desk, options.port, style=charts.palette() + page.STYLE) as url:
         print(f"open {url} in a browser", flush=True)
         if not options.compare:
-            flags = f"--teacher-url {url}/v1 --stories-per-step 8 --eval-stories 8 --lam 1 --max-unscored 0.5"
-            print(f"and start: python train_interact.py {flags}", flush=True)
+            flags = "--steps 16 --stories-per-step 8 --eval-every 4 --eval-stories 8 --lam 1 --max-unscored 0.5"
+            print(f"and start: python train_interact.py --teacher-url {url}/v1 {flags}", flush=True)
         await until_stopped()
 
 
