@@ -7,6 +7,7 @@ python scripts/sample.py --best-of 4 --teacher-url URL     ... by a teacher's sc
 """
 
 import argparse
+import json
 import sys
 import textwrap
 from pathlib import Path
@@ -19,6 +20,7 @@ from tinystory.data.openings import Openings, load_openings
 from tinystory.ops.compute import pick_device
 from tinystory.rl.reward import best_of_n, story_rewards
 from tinystory.run.errors import command
+from tinystory.run.folder import atomic_write
 from tinystory.run.paths import usage
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
@@ -30,7 +32,7 @@ from tinystory.teacher.grader import open_grader
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path, help="folder of a checkpoint or a run (its best or newest)")
-    parser.add_argument("--opening", help="text that every story begins with (default: built-in ones, held out)")
+    parser.add_argument("--opening", help="beginning of every story, or a file of some (default: built-in, held out)")
     add_number(parser, "--stories", 5, "[1, 1e9]", "number of stories")
     add_number(parser, "--max-new-tokens", 0, "[0, 1e6]", "longest story; 0: up to the context")
     add_number(parser, "--temperature", InteractConfig.temperature, "[0, 100]", "0 is greedy decoding")
@@ -41,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("--teacher-url", "--teacher-model", "--reward"):
         parser.add_argument(name, default="", help="who chooses it, as in train_interact.py (default: its likelihood)")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write the stories there, for evaluate.py")
     options = parser.parse_args(argv)
     urls, models = ([text] if text else [] for text in (options.teacher_url, options.teacher_model))
     config = InteractConfig(teacher_url=urls, teacher_model=models, reward=options.reward, seed=options.seed)
@@ -52,8 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     tokens = options.max_new_tokens or 1
     count, advice = options.stories * options.best_of, "--stories, --best-of or --max-new-tokens"
     memory.require_for_stories(count, tokens, student.config, device, advice)
-    held_out = Openings(load_openings("builtin"), seed=0).held_out
-    openings = [options.opening or held_out[i % len(held_out)] for i in range(options.stories)] * options.best_of
+    texts = load_openings(options.opening) if options.opening else Openings(load_openings("builtin"), seed=0).held_out
+    openings = [texts[i % len(texts)] for i in range(options.stories)] * options.best_of
     room = student.config.context - max(len(encode_opening(tokenizer, opening)) for opening in openings)
     stories = generate(
         student,
@@ -68,11 +71,16 @@ def main(argv: list[str] | None = None) -> None:
         top_p=options.top_p,
     )
     values: list[Any] = [story.likelihood for story in stories]
-    if urls or options.reward:
+    if options.best_of > 1 and (urls or options.reward):
         with open_grader(config, corpus=None) as grader:
             grades = grader.grade_each([(story.opening, story.text) for story in stories])
         values = list(story_rewards(config, stories, [grade.score for grade in grades]))
-    for number, story in enumerate((stories[i] for i in best_of_n(values, options.stories)), 1):
+    stories = [stories[i] for i in best_of_n(values, options.stories)]
+    if options.out:
+        lines = [{"opening": story.opening, "story": story.text, "ended": story.ended} for story in stories]
+        atomic_write(options.out, "".join(json.dumps(line) + "\n" for line in lines))
+        return
+    for number, story in enumerate(stories, 1):
         print(f"--- story {number}, {story.words} words" + ("" if story.ended == "eos" else ", cut off"))
         for paragraph in printable(f"{story.opening} {story.text}").split("\n"):
             print(textwrap.fill(paragraph, 100))

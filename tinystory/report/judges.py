@@ -1,6 +1,6 @@
 """What a report shows of judges: who scored a run, what others give the same stories, and how far judges agree."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from tinystory.report import page
 from tinystory.report.charts import number
 from tinystory.run.folder import OPINIONS, SAMPLES, Record, read_records
 
+BEFORE_AFTER = ("the one before", "the story after interaction")
 COLUMNS = ["", "Kappa, quadratic weights", "Spearman", "Mean difference", "Means", "Equal"]
 
 
@@ -79,15 +80,14 @@ def _with_interval(statistics: Mapping[str, Any], name: str) -> str:
     return with_ends(statistics[name], statistics[f"{name}_ci"])
 
 
-def preference_lines(preferences: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One sentence per judge that compared stories before and after, without knowing which is which."""
+def preference_lines(preferences: Mapping[str, Mapping[str, Any]], names: Sequence[str] = BEFORE_AFTER) -> list[str]:
+    """One sentence per judge that compared stories without knowing which is whose. names: of the two storytellers."""
     lines = []
     for judge, rates in preferences.items():
         order = f" ({rates['inconsistent']} of them depended on the order)" if rates["inconsistent"] else ""
         lines.append(
-            f"{judge} preferred the story after interaction in {rates['second']} of {rates['pairs']} pairs, the one "
-            f"before in {rates['first']}, and neither in {rates['same']}{order}: win rate "
-            f"{with_ends(rates['rate'], rates['ci'])}"
+            f"{judge} preferred {names[1]} in {rates['second']} of {rates['pairs']} pairs, {names[0]} in "
+            f"{rates['first']}, and neither in {rates['same']}{order}: win rate {with_ends(rates['rate'], rates['ci'])}"
         )
     return lines
 
