@@ -143,7 +143,8 @@ def pretrain(config: PretrainConfig) -> None:
         if not rank0:  # it would drop what rank 0 is writing as left half-written
             return
         facts = dict(words=state.words, tokens=state.tokens, corpus=config.corpus, corpus_words=data.train.word_count)
-        facts |= dict(corpus_seed=config.seed, val_fraction=config.val_fraction)  # which documents were held out
+        # Which documents were held out, for --reading-weight.
+        facts |= dict(corpus_seed=config.seed, val_fraction=config.val_fraction, documents=config.documents)
         tensors = checkpoint.pack_optimizer(optimizer, names)
         folder = run / "checkpoints" / name
         checkpoint.save(folder, student, tokenizer, facts=facts, state=tensors, counters=asdict(state))

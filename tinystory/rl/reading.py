@@ -23,14 +23,15 @@ class Reading:
         self.updates = 0
         if not config.reading_weight:
             return
-        if missing := {"corpus", "corpus_seed", "val_fraction"} - facts.keys():
+        if missing := {"corpus", "documents", "corpus_seed", "val_fraction"} - facts.keys():
             raise UserError(
                 f"--reading-weight reads what the student was trained on, and its checkpoint names no {min(missing)}: "
                 "pretrain one with train_pretrain.py of this version, or leave it out"
             )
         distributed.require_one_each("--reading-batch", config.reading_batch)
         split = dict(vocab_size=tokenizer.vocab_size, val_fraction=facts["val_fraction"], seed=facts["corpus_seed"])
-        data = distributed.rank0_first(lambda: prepare(open_corpus(facts["corpus"]), **split, tokenizer=tokenizer))
+        corpus = open_corpus(facts["corpus"], facts["documents"])
+        data = distributed.rank0_first(lambda: prepare(corpus, **split, tokenizer=tokenizer))
         self.windows = Windows(data.train, context, config.reading_batch, config.seed, "whole")
         self.updates = config.epochs * -(-config.stories_per_step // (config.minibatch_size or config.stories_per_step))
 
