@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Ten
   TORCH_CHECK(p.x.N > 0, "cross_entropy: hidden has no rows");
   p.x.grad_everywhere = -1.0 / p.x.N;
   p.allocate_results();
-  p.run(32 << 20, true, true);
+  p.run(64 << 20, true, true);
   const auto [grad_hidden, grad_weight] = p.grads();
   return {p.logprob.mean(at::kDouble).neg_().to(p.logprob.scalar_type()), grad_hidden, grad_weight};
 }

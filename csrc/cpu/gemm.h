@@ -190,38 +190,13 @@ void gemm_panel(int64_t rows, int64_t vectors, int64_t n_k, Left<Policy> a, cons
 // The rows of a left operand that are multiplied with one panel after another. On AMX, whose panels come from beyond the
 // L2 cache, they are as many as fill half of it, and whole pairs of tiles.
 template <class Policy>
-constexpr int64_t kMostRows = kForAmx<Policy> ? 512 : kTileRows;
+constexpr int64_t kMostRows = kForAmx<Policy> ? 256 : kTileRows;
 template <class Policy>
 int64_t block_rows(int64_t rows, int64_t n_k) {
   if (!kForAmx<Policy> || !on_tiles<Policy>()) return kTileRows;
   const int64_t most = std::clamp<int64_t>((1 << 18) / n_k / 32 * 32, 32, kMostRows<Policy>);
   const int64_t pairs = (rows + 31) / 32, blocks = std::max<int64_t>(1, (rows + most - 1) / most);
   return (pairs + blocks - 1) / blocks * 32;
-}
-
-// The driver: c (rows, columns) = a b, or with `add` c += a b, reducing over n_k Packs. The columns are whole vectors. A
-// left operand that lies by columns, in more pages than the first-level TLB maps, is copied, a part at a time.
-template <class Policy>
-void gemm(int64_t rows, int64_t columns, int64_t n_k, Left<Policy> a, Right<Policy> b, typename Policy::Acc* c,
-          int64_t cm, bool add = false) {
-  using Pack = typename Policy::Pack;
-  constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>, kWidth = kPanel<Policy>, kMapped = 64 * 4096;
-  constexpr bool kMayCopy = Policy::kPack == 1;
-  alignas(64) Pack copy[kMayCopy ? Policy::kReduce * kTileRows : 1];
-  const int64_t together = block_rows<Policy>(rows, n_k);
-  for (int64_t k = 0; k < n_k; k += Policy::kReduce, add = true)
-    for (int64_t first = 0; first < rows; first += together) {
-      const int64_t n = std::min(together, rows - first), depth = std::min(Policy::kReduce, n_k - k);
-      Left<Policy> part = a.part(first, k);
-      if (kMayCopy && a.row_stride == 1 && depth * a.k_stride * int64_t(sizeof(Pack)) > kMapped) {
-        for (int64_t i = 0; i < depth; ++i) std::memcpy(copy + i * n, part.at + i * a.k_stride, n * sizeof(Pack));
-        part = {copy, 1, n};
-      }
-      for (int64_t j = 0; j < columns; j += kWidth)
-        gemm_panel<Policy>(n, std::min(kWidth, columns - j) / L, depth, part,
-                           b.at + j / kWidth * b.panel_stride + k * b.k_stride, b.k_stride, c + first * cm + j, cm, add,
-                           [](int64_t, int64_t) {});
-    }
 }
 
 // The driver for sums that are not stored: calls finish(row, column, sum) for each vector of rows [first, last) and
@@ -247,6 +222,39 @@ void gemm_tile(int64_t first, int64_t last, int64_t column, int64_t end, int64_t
                                  finish(first + r, j + v, load<Vec>(sums + r * kWidth + v));
                            });
       }
+}
+
+// The driver: c (rows, columns) = a b, or with `add` c += a b, reducing over n_k Packs. The columns are whole vectors. A
+// left operand that lies by columns, in more pages than the first-level TLB maps, is copied, a part at a time.
+template <class Policy>
+void gemm(int64_t rows, int64_t columns, int64_t n_k, Left<Policy> a, Right<Policy> b, typename Policy::Acc* c,
+          int64_t cm, bool add = false) {
+  using Pack = typename Policy::Pack;
+  constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>, kWidth = kPanel<Policy>, kMapped = 64 * 4096;
+  constexpr bool kMayCopy = Policy::kPack == 1;
+  alignas(64) Pack copy[kMayCopy ? Policy::kReduce * kTileRows : 1];
+  const int64_t together = block_rows<Policy>(rows, n_k);
+  if (kForAmx<Policy> && on_tiles<Policy>() && n_k > Policy::kReduce) {  // tiles of sums are read and written often
+    gemm_tile<Policy>(0, rows, 0, columns, n_k, a, b, [&](int64_t row, int64_t j, auto sum) {
+      auto* to = c + row * cm + j;
+      __builtin_prefetch(to + 32 * cm, 1, 2);
+      store(to, add ? load<decltype(sum)>(to) + sum : sum);
+    });
+    return;
+  }
+  for (int64_t k = 0; k < n_k; k += Policy::kReduce, add = true)
+    for (int64_t first = 0; first < rows; first += together) {
+      const int64_t n = std::min(together, rows - first), depth = std::min(Policy::kReduce, n_k - k);
+      Left<Policy> part = a.part(first, k);
+      if (kMayCopy && a.row_stride == 1 && depth * a.k_stride * int64_t(sizeof(Pack)) > kMapped) {
+        for (int64_t i = 0; i < depth; ++i) std::memcpy(copy + i * n, part.at + i * a.k_stride, n * sizeof(Pack));
+        part = {copy, 1, n};
+      }
+      for (int64_t j = 0; j < columns; j += kWidth)
+        gemm_panel<Policy>(n, std::min(kWidth, columns - j) / L, depth, part,
+                           b.at + j / kWidth * b.panel_stride + k * b.k_stride, b.k_stride, c + first * cm + j, cm, add,
+                           [](int64_t, int64_t) {});
+    }
 }
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }

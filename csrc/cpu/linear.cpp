@@ -44,7 +44,8 @@ struct Layer {
 
   const void* x_at(int64_t row) const { return at(l.x, l.x_type, (l.first + row) * l.K); }
   // The left operand of the forward pass is x itself, or rows.
-  bool x_stored() const { return !tiled && l.x_type == kStored; }
+  bool x_tiled() const { return tiled && l.N > 512; }  // else too few columns share the copy
+  bool x_stored() const { return !x_tiled() && l.x_type == kStored; }
   // The gradient before the bias is grad_y itself, or grad_rows.
   bool grad_stored() const { return !tiled && !l.gelu && l.y_type == kStored; }
   const Pack* grads() const {
@@ -67,9 +68,9 @@ struct Layer {
     if (x_stored()) return;
     Pack* row = reinterpret_cast<Pack*>(scratch(in * sizeof(Pack)));
     for (int64_t i = begin; i < end; ++i) {
-      if (!tiled) row = rows + i * in;
+      if (!x_tiled()) row = rows + i * in;
       pack_rows<Policy>(row, x_at(i), l.x_type, l.K, 1, 1, l.K, l.K);
-      if (tiled)
+      if (x_tiled())
         for (int64_t k = 0; k < in; k += 16) std::memcpy(rows + x_rows.at(i, k), row + k, 16 * sizeof(Pack));
     }
   }
@@ -92,8 +93,10 @@ struct Layer {
 
   void forward(int64_t begin, int64_t end) {
     const auto* x = x_stored() ? static_cast<const Pack*>(x_at(0)) : rows;
-    matmul(begin, end, x_rows(x), in, l.N, [&](int64_t row, int64_t j, vf y) {
-      const int64_t to = (l.first + row) * l.N + j;
+    matmul(begin, end, x_tiled() ? x_rows(x) : Left<Policy>{x, in, 1}, in, l.N, [&](int64_t row, int64_t j, vf y) {
+      const int64_t to = (l.first + row) * l.N + j, later = to + kAhead * l.N;
+      __builtin_prefetch(at(l.y, l.y_type, later), 1, 2);
+      if (l.gelu) __builtin_prefetch(at(l.slope, l.gemm_type, later), 1, 2);
       y += load<vf>(l.bias + j);
       if (l.gelu) {
         const auto [value, slope] = gelu_and_slope(y);
@@ -154,7 +157,9 @@ struct Layer {
 
   void grad_x(int64_t begin, int64_t end) {
     matmul(begin, end, y_rows(grads()), out, l.K, [&](int64_t row, int64_t j, vf g) {
-      store_as(at(l.grad_x, l.x_type, (l.first + row) * l.K + j), l.x_type, g);
+      const int64_t to = (l.first + row) * l.K + j;
+      __builtin_prefetch(at(l.grad_x, l.x_type, to + kAhead * l.K), 1, 2);
+      store_as(at(l.grad_x, l.x_type, to), l.x_type, g);
     });
   }
 
@@ -167,22 +172,14 @@ struct Layer {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / across * together, c = item % across * kColumns;
       const Left<Policy> left = kTransposed ? columns(grad_columns).part(n, 0) : Left<Policy>{grads() + n, 1, l.N};
-      const int64_t rows = std::min(together, l.N - n), end = std::min(l.K, c + kColumns);
-      const Right<Policy> right{x_pairs, kWidth, pairs * kWidth};
-      if (tiled) {
-        gemm_tile<Policy>(0, rows, c, end, pairs, left, right, [&](int64_t row, int64_t j, vf g) {
-          float* to = l.grad_weight + (n + row) * l.K + j;
-          store(to, l.first ? load<vf>(to) + g : g);
-        });
-      } else {
-        gemm<Policy>(rows, end - c, pairs, left, {x_pairs + c * pairs, kWidth, pairs * kWidth},
-                     l.grad_weight + n * l.K + c, l.K, l.first > 0);
-      }
+      gemm<Policy>(std::min(together, l.N - n), std::min(kColumns, l.K - c), pairs, left,
+                   {x_pairs + c * pairs, kWidth, pairs * kWidth}, l.grad_weight + n * l.K + c, l.K, l.first > 0);
     }
   }
 
  private:
   static constexpr int64_t kWeightRows = 32;
+  static constexpr int64_t kAhead = 32;  // rows that results are prefetched ahead: they lie too far apart otherwise
 };
 
 template <class F>
