@@ -107,7 +107,7 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable[[], Tensor], Callable[
 
 
 def compare(name: str, kernel: Callable[[], Tensor], pytorch: Callable[[], Tensor], runs: int = 5) -> float:
-    """PyTorch's seconds over the kernel's: the least of each over runs in turn, after one to warm up, for other programs
+    """PyTorch's seconds over the kernel's: the least of each over runs in turn, after one to warm up; other programs
     only add to them. It is 0 if the results disagree, so that PyTorch runs the operator, and stderr says so."""
     a, b = kernel(), pytorch()
     if not torch.allclose(a, b, rtol=0.02):
