@@ -3,7 +3,7 @@
     python scripts/agreement.py runs/interact rubric                       a run's teacher and the built-in one
     python scripts/agreement.py runs/interact http://127.0.0.1:8080/v1     ... and any endpoint, or scripts/teach.py
     python scripts/agreement.py runs/interact runs/teach/grades.jsonl my_reward.py:score
-    python scripts/agreement.py runs/teach/grades.jsonl                    the people who graded there, with each other
+    python scripts/agreement.py grades.jsonl                               several graders of the same stories ("by")
 
 The first judge determines the stories: those before and after of a run (all so far if it has not ended), or the lines
 of a file, each with an opening, a story and scores. Grades by the other judges are read from a file or requested now.
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.config import InteractConfig, add_number
 from tinystory.evaluate.agreement import Key, Rater, agreement
-from tinystory.report.judges import COLUMNS, agreement_rows, length_line, write_agreement
+from tinystory.report.judges import COLUMNS, agreement_rows, length_line
 from tinystory.report.run import scorer, write_report
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
     add("--teacher-prompt", default="", metavar="FILE", help="JSON file of the criteria for endpoints")
     add("--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="text for the built-in teacher")
-    add("--out", type=Path, metavar="FILE.html", help="page to write (default: agreement.html in the run)")
+    add("--out", type=Path, metavar="FILE.json", help="file to write (default: agreement.json in the run)")
     options = parser.parse_args(argv)
 
     run = Path(options.judges[0])
@@ -61,12 +61,10 @@ def main(argv: list[str] | None = None) -> None:
     results = [agreement(a, b) for a, b in itertools.combinations(raters, 2)]
     for result in results:
         print_result(result)
-    out = options.out or (run / "agreement.html" if run.is_dir() else None)
+    out = options.out or (run / "agreement.json" if run.is_dir() else None)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_agreement(results, out)
-        atomic_write(out.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
-        print(f"page: {out}")
+        atomic_write(out, json.dumps(results, indent=1) + "\n")
     if (run / METRICS).exists():
         print(f"report: {write_report(run)}")
 

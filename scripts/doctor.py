@@ -4,23 +4,25 @@
     python scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1    ... and the teacher there: what it obeys
     python scripts/doctor.py --teacher-url URL --calibrate              ... and whether it can judge stories
     python scripts/doctor.py --reward my_reward.py:score --calibrate    the same for a callable
+    python scripts/doctor.py --plan paper --gpu-gb 24                   how student and teacher share one GPU
 
 It builds nothing and changes nothing. Asking a teacher takes about eight short requests, calibrating it 160 more.
 """
 
 import argparse
+import math
 import os
 import platform
 import shutil
-import ssl
 import subprocess
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from tinystory.config import InteractConfig, add_number
+from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig, add_number
 from tinystory.evaluate.calibration import FULL, calibrate, lines, of_grader, require, verdict
 from tinystory.evaluate.corruptions import corpus_documents, known_stories
 from tinystory.ops import backend, build, cuda, fastest
@@ -28,8 +30,10 @@ from tinystory.rl.reward import load_score
 from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError, command
 from tinystory.run.paths import cache_dir, usage
+from tinystory.student import memory
+from tinystory.student.model import StudentConfig
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grader import CallableGrader, Grader, load_extra
+from tinystory.teacher.grader import CallableGrader, Grader
 from tinystory.teacher.prompt import Template, load_template
 
 PACKAGES = (
@@ -37,6 +41,10 @@ PACKAGES = (
     "tqdm", "huggingface_hub", "transformers",  # the last two are optional
 )  # fmt: skip
 WANTED_DISK = 2 << 30  # bytes: shards of a large corpus, checkpoints, kernels
+CUDA = 600 << 20  # bytes of a GPU that a process takes before its first tensor
+# Of vLLM: GiB for activations and graphs; bytes of KV cache per token and billion parameters (Llama 3.1 8B: 32 layers,
+# 8 key and value heads of 128, 16 bits); tokens of the longest question, as in the authors' server.
+MODEL, VLLM_GB, KV_BYTES, LONGEST = "meta-llama/Llama-3.1-8B-Instruct", 1.5, 16_384, 1024
 
 
 @command
@@ -57,9 +65,14 @@ def main(argv: list[str] | None = None) -> None:
         "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="whence most of them (default: builtin)"
     )
     add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if it judges worse")
-    parser.add_argument("--teacher-extra", default="", metavar="JSON", help="fields to merge into each request")
+    parser.add_argument("--plan", choices=INTERACT_PRESETS, help="add up the memory of an interaction beside a teacher")
+    add_number(parser, "--gpu-gb", 24.0, "[1, 10000]", "memory of the GPU that both share, in GiB")
+    add_number(parser, "--teacher-billions", 8.0, "[0.1, 1000]", "the teacher's parameters")
     options = parser.parse_args(argv)
 
+    if options.plan:
+        plan(options.plan, options.gpu_gb, options.teacher_billions)
+        return
     for name, found in machine():
         print(f"{name:10} {found}")
     calibrates = options.calibrate or options.require_judgement > 0
@@ -70,7 +83,6 @@ def main(argv: list[str] | None = None) -> None:
     elif options.teacher_url is not None:
         template = load_template(options.teacher_prompt) if options.teacher_prompt else Template()
         limits = dict(max_tokens=options.teacher_max_tokens, template=template, concurrency=options.teacher_concurrency)
-        limits |= dict(extra=load_extra(options.teacher_extra))
         with Teacher(options.teacher_url, options.teacher_model, **limits) as teacher:
             probed = teacher.probe()
             print(f"{'teacher':10} {probed}")
@@ -78,6 +90,28 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{'':10} {note}")
             if calibrates:
                 calibration(teacher, options)
+
+
+def plan(preset: str, gpu_gb: float, billions: float) -> None:
+    """Print what a preset's interaction takes of a GPU, and the vLLM server that fits into the rest. Raises UserError
+    if none does."""
+    pretrain = PretrainConfig(**PRETRAIN_PRESETS[preset])
+    shape = StudentConfig(**{field.name: getattr(pretrain, field.name) for field in fields(StudentConfig)})
+    parts = memory.interaction(InteractConfig(**INTERACT_PRESETS[preset]), shape) | {"CUDA and libraries": CUDA}
+    for name, size in (parts | {"together": sum(parts.values())}).items():
+        print(f"{size / 2**30:8.2f} GiB  {name}")
+    share = math.floor((1 - sum(parts.values()) / 2**30 / gpu_gb) * 100) / 100
+    for bytes_each, flag in ((2, ""), (1, " --quantization fp8")):
+        weights, per_token = billions * 1e9 * bytes_each / 2**30, billions * KV_BYTES / 2**30
+        cached = (share * gpu_gb - weights - VLLM_GB) / per_token
+        if cached >= LONGEST:
+            print(f"{share * gpu_gb:8.2f} GiB  teacher: {weights:.2f} of weights, a KV cache of {cached:,.0f} tokens")
+            print(f"vllm serve {MODEL} --gpu-memory-utilization {share:.2f} --max-model-len {LONGEST}{flag}")
+            return
+    raise UserError(
+        f"a teacher of {billions:g} B parameters does not fit beside the student in {gpu_gb:g} GiB, even with 8 bits "
+        "each: take a smaller one with --teacher-billions, or a larger GPU"
+    )
 
 
 def calibration(grader: Grader, options: argparse.Namespace) -> None:
@@ -101,7 +135,6 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "kernels", kernels()
     yield "gpu", gpu()
     yield "nvcc", cuda_compiler()
-    yield "https", certificates()
     yield "cache", cache()
 
 
@@ -169,16 +202,6 @@ def cuda_compiler() -> str:
     if why := cuda.why_not():
         return f"not used: {why}"
     return f"{cuda.toolkit()}, for compute capability {', '.join(cuda.architectures())}"
-
-
-def certificates() -> str:
-    """What https (a hosted teacher, a corpus) trusts: the system's certificates."""
-    paths = ssl.get_default_verify_paths()
-    count = len(ssl.create_default_context().get_ca_certs()) or bool(paths.capath and os.listdir(paths.capath))
-    where = paths.cafile or paths.capath or "the system's keychain"
-    if not count:
-        return f"no certificates in {where}: install ca-certificates, or set SSL_CERT_FILE"
-    return f"certificates of {where}"
 
 
 def cache() -> str:

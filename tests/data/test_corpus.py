@@ -90,6 +90,16 @@ def test_documents_do_not_depend_on_where_a_chunk_ends(tmp_path_factory, documen
         assert read(path) == documents
 
 
+def test_rows_are_the_lines_of_a_text_file_that_hold_something(tmp_path):
+    file, records = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    file.write_text("one two\n three\n\n<|endoftext|>\nfour\r\n \nfive")
+    records.write_text('{"text": "six\\nseven"}\n')
+    corpus = open_corpus([str(file), str(records)], "row")
+    assert list(corpus.documents()) == ["one two", "three", "four", "five", "six\nseven"]
+    assert list(open_corpus([str(file)]).documents()) == ["one two\n three", "four\n \nfive"]
+    assert corpus.fingerprint() != open_corpus([str(file), str(records)]).fingerprint()
+
+
 def test_several_names_are_read_one_after_the_other(tmp_path):
     one = write(tmp_path / "one.txt", "One.\n\nTwo.")
     two = write(tmp_path / "two.jsonl.gz", '{"text": "Three."}')
@@ -177,7 +187,7 @@ def test_the_builtin_fingerprint_covers_the_grammar_and_every_file_of_plots_and_
 
 WRONG = {
     "a.txt": [
-        (b"", "is empty"),
+        (b"", "holds no documents"),
         (b" \n\n\t\n", "holds no documents"),
         ((MARKER * 3).encode(), "holds no documents"),
         (b"One.\nTw\xe9o", r"not UTF-8: byte 7 \(counted from 0\), in line 2, is 0xe9"),

@@ -4,11 +4,12 @@ import csv
 import gzip
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_stories
+from conftest import fails, tiny_stories
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,10 +17,19 @@ from scripts import evaluate
 from tinystory.data.corpus import open_corpus
 from tinystory.evaluate import scoring
 from tinystory.evaluate.intervals import bootstrap, spearman, weighted, wilson
+from tinystory.evaluate.novelty import SameStory
 from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, option_logprobs, read_items
 from tinystory.evaluate.reading import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading, explained
 from tinystory.evaluate.scoring import bits_per_byte, part, sum_logprobs
-from tinystory.evaluate.stories import distinct_ngrams, longest_shared, self_bleu, story_measures, utility
+from tinystory.evaluate.stories import (
+    distinct_ngrams,
+    longest_shared,
+    self_bleu,
+    story_measures,
+    utility,
+    write_stories,
+)
+from tinystory.evaluate.told import Told, read_stories
 from tinystory.rl.reward import cluster_sizes
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint, hf
@@ -52,7 +62,7 @@ def logprob(student, tokens, first):
 
 def test_a_text_is_scored_from_its_second_token_on(student, tokenizer):
     for good, bad in PAIRS:
-        ((_, logprobs),) = option_logprobs(student, tokenizer, [Item("", (good, bad), "x")], "x")
+        ((_, logprobs),) = option_logprobs(student, tokenizer, [Item((("", good), ("", bad)), "x")], "x")
         whole = [logprob(student, tokenizer.encode(text), 1) for text in (good, bad)]
         assert float(logprobs[0] - logprobs[1]) == pytest.approx(whole[0] - whole[1], abs=1e-3)
 
@@ -280,38 +290,102 @@ def test_the_longest_phrase_shared_with_the_corpus(tmp_path):
 
 def test_story_measures(student, tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("\n\n".join(tiny_stories(20)))
-    asked = []
+    corpus = open_corpus([str(tmp_path / "a.txt")])
 
-    def grade(opening, stories):
-        asked.append((opening, len(stories)))
-        return [{"readability": 1, "coherence": i % 2, "creativity": 0} if i else None for i in range(len(stories))]
+    def grade(stories):
+        counts = Counter()
+        scores = []
+        for opening, _ in stories:
+            i = counts[opening]
+            counts[opening] += 1
+            scores.append({"readability": 1, "coherence": i % 2, "creativity": 0} if i else None)
+        return scores
 
-    how = dict(openings=["Tom", "Mia had"], n_stories=9, max_new_tokens=12, temperature=1.0, seed=3)
-    found = story_measures(student, tokenizer, **how, grade=grade, corpus=open_corpus([str(tmp_path / "a.txt")]))
-    assert asked == [("Tom", 5), ("Mia had", 4)]
+    sampling = dict(openings=["Tom", "Mia had"], n_stories=9, max_new_tokens=12, temperature=1.0, seed=3)
+    stories = write_stories(student, tokenizer, **sampling)
+    assert [story.opening for story in stories] == ["Tom"] * 5 + ["Mia had"] * 4
+    found = story_measures(stories, grade=grade, corpus=corpus)
     assert found["stories"] == 9 and found["unscored"] == 2
     # Four and three scored: 1, 0, 1, 0 and 1, 0, 1 for coherence.
     assert found["score_mean"] == pytest.approx(1 + 4 / 7) and found["coherence_mean"] == pytest.approx(4 / 7)
     assert found["score_ci"][0] <= found["score_mean"] <= found["score_ci"][1]
     assert 0 <= found["copied_share"] <= 1 and 0 <= found["ended_eos_share"] <= 1
-    plain = story_measures(student, tokenizer, **how)
+    plain = story_measures(stories)
     assert (
         all(plain[name] == found[name] for name in plain) and "score_mean" not in plain and "copied_share" not in plain
     )
-    assert story_measures(student, tokenizer, **how | {"seed": 4})["entropy_per_word"] != plain["entropy_per_word"]
-    silent = story_measures(student, tokenizer, **how, grade=lambda opening, stories: [None] * len(stories))
+    other = story_measures(write_stories(student, tokenizer, **sampling | {"seed": 4}))
+    assert other["entropy_per_word"] != plain["entropy_per_word"]
+    silent = story_measures(stories, grade=lambda pairs: [None] * len(pairs))
     assert silent["score_mean"] is None and silent["unscored"] == 9
     assert plain["story_clusters_10"] is None and found["utility_10"] is None  # too few stories to an opening
-    ten = story_measures(student, tokenizer, **how | {"n_stories": 19}, grade=grade)  # ten to the first, nine
-    assert 1 <= ten["story_clusters_10"] <= 10 and 0 < ten["utility_10"] <= 2
+    nineteen = write_stories(student, tokenizer, **sampling | {"n_stories": 19})  # ten to the first, nine
+    ten = story_measures(nineteen, grade=grade, same=lambda a, b: True)
+    assert 1 <= ten["story_clusters_10"] <= 10 and 0 < ten["utility_10"] <= 2 and ten["distinct_of_10"] == 1
 
 
-def test_the_stories_to_an_opening_given_twice_are_graded_once(student, tokenizer):
-    measures = story_measures(
-        student, tokenizer, openings=["Tom", "Tom"], n_stories=4, max_new_tokens=4, temperature=1.0, seed=3,
-        grade=lambda opening, stories: [None] + [{"humour": 1}] * (len(stories) - 1),
+# ---- stories by anybody ---------------------------------------------------------------------------------------------
+
+
+def write_told(path, stories):
+    path.write_text("".join(json.dumps(story) + "\n" for story in stories))
+    return path
+
+
+def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measured(student, tokenizer, tmp_path):
+    path = write_told(tmp_path / "a.jsonl", [{"opening": "Once", "story": "Once a big dog ran.", "model": "gpt"}] * 2)
+    assert read_stories(path) == [Told("Once", "a big dog ran.")] * 2
+    found = story_measures(read_stories(path))
+    assert found["self_bleu"] == pytest.approx(1) and found["length_mean"] == 4
+    assert "entropy_per_word" not in found and "ended_eos_share" not in found
+    # A student's own stories, by way of a file, have the same measures but the entropy.
+    told = write_stories(
+        student, tokenizer, openings=["Tom", "Mia had"], n_stories=20, max_new_tokens=12, temperature=1.0, seed=0
+    )
+    write_told(path, [{"opening": s.opening, "story": s.text, "ended": s.ended} for s in told])
+    assert story_measures(told).pop("entropy_per_word") > 0
+    assert story_measures(read_stories(path)) == story_measures([story._replace(entropy=None) for story in told])
+
+
+@pytest.mark.parametrize("line", ['{"opening": "Once"}', '{"opening": "Once", "story": 3}', '{"story": "x"}\n'])
+def test_a_file_without_stories_is_one_sentence(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="line 1 lacks an opening and a story"):
+        read_stories(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="holds no stories"):
+        read_stories(tmp_path / "nothing.jsonl")
+
+
+def test_noveltybenchs_classifier_reads_pairs_as_its_authors_code_does(student, tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    hf.write(tmp_path / "student", student, tokenizer)
+    vocabulary = transformers.AutoTokenizer.from_pretrained(tmp_path / "student", cls_token="<s>", sep_token="</s>")
+    vocabulary.save_pretrained(tmp_path / "classifier")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=300, initializer_range=1.0,
     )  # fmt: skip
-    assert measures["unscored"] == 1 and measures["score_mean"] == 1
+    model = transformers.BertForSequenceClassification(config).eval()
+    texts = [" ".join(tiny_stories(i % 9 + 1)[i % 9 : i % 9 + 1 + i % 3]) for i in range(6)]
+
+    def probability(a, b):
+        a, b = (tokenizer.encode(text)[:128] for text in (a, b))
+        ids = torch.tensor([[0, *a, 2, *b, 2]])
+        types = torch.tensor([[0] * (len(a) + 2) + [1] * (len(b) + 1)])
+        return float(model(input_ids=ids, token_type_ids=types).logits.softmax(-1)[0, 1].detach())
+
+    pairs = [(a, b) for a in texts for b in texts]
+    with torch.no_grad():  # so that about half of the pairs are the same
+        middle = float(np.median([probability(*pair) for pair in pairs]))
+        model.classifier.bias[1] += math.log(0.102 / 0.898) - math.log(middle / (1 - middle))
+    model.save_pretrained(tmp_path / "classifier")
+    same = SameStory(str(tmp_path / "classifier"), str(tmp_path / "classifier"))
+    answers = [same(*pair) for pair in pairs]
+    assert answers == [probability(*pair) > 0.102 for pair in pairs] and 8 < sum(answers) < 28
+    assert same("a dog", "the dog") and not same("a dog", "one cat")  # short ones, by half of their words
+    with pytest.raises(UserError, match="cannot load"):
+        SameStory(str(tmp_path / "nowhere"))
 
 
 def test_intervals():
@@ -330,7 +404,7 @@ def test_intervals():
 
 
 def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda opening, stories: [{"humour": 2}] * len(stories))
+    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda stories: [{"humour": 2}] * len(stories))
     run = tmp_path / "run" / "checkpoints"
     for step, name in enumerate(("chck_1M", "chck_2M"), 1):
         facts = {"words": step * 1_000_000}
@@ -349,23 +423,131 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, 
         ("run/chck_1M", 10**6), ("run/chck_2M", 2 * 10**6), ("<b>theirs", None)
     ]  # fmt: skip
     assert records[0]["blimp"] == records[2]["blimp"] and records[0]["stories"] == records[2]["stories"]
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "&lt;b&gt;theirs" in page and "<b>theirs" not in page and page.count("<svg") >= 5
     said = capsys.readouterr().out
     assert "BLiMP, %" in said and "run/chck_2M" in said and "bits per byte" in said
+
+
+def test_the_command_puts_anybodys_stories_beside_a_students(student, tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda stories: [{"humour": 2}] * len(stories))
+    ours = checkpoint.save(tmp_path / "ours", student, tokenizer, facts={}, state={}, counters={"step": 1})
+    told = {
+        name: [{"opening": "Tom", "story": f"{name} ran {i}. " * 9} for i in range(12)] for name in ("gpt", "people")
+    }
+    files = [write_told(tmp_path / f"{name}.jsonl", stories) for name, stories in told.items()]
+    arguments = ["--likelihood", str(ours), "--device", "cpu", "--out", str(tmp_path / "report.json")]
+    evaluate.main([str(ours), "--stories", "10", *map(str, files), "--max-new-tokens", "40", *arguments])
+    records = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
+    assert [(r["name"], r["stories"]["stories"]) for r in records] == [
+        ("ours", 10), ("gpt.jsonl", 10), ("people.jsonl", 10)
+    ]  # fmt: skip
+    assert all(r["stories"]["score_mean"] == 2 and r["stories"]["likelihood"]["bits_per_byte"] > 0 for r in records)
+    text = tmp_path / "people.txt"
+    text.write_text("\n\n".join("Tom " + (f"people ran {i}. " * 9).strip() for i in range(10)))
+    assert records[2]["stories"]["likelihood"] == bits_per_byte(student, tokenizer, open_corpus([str(text)])) | {
+        "ci": records[2]["stories"]["likelihood"]["ci"]
+    }
+    assert records[1]["stories"]["story_clusters_10"] == 10 and "people.jsonl" in capsys.readouterr().out
+    evaluate.main(["--stories", str(files[0]), "--out", str(tmp_path / "report.json")])
+    (record,) = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
+    assert record["stories"]["stories"] == 12
 
 
 @pytest.mark.parametrize("arguments, complaint", [
     ([], "nothing to evaluate"),
     (["--stories", "4", "--openings", "missing.txt"], "cannot be read"),
     (["--blimp", "missing"], "neither a checkpoint nor a run"),
-    (["--blimp", "missing", "--out", "a.html"], "--out is the .json"),
 ])  # fmt: skip
 def test_what_the_command_says_of_a_wrong_call(tmp_path, capsys, monkeypatch, arguments, complaint):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(["nothing", "--device", "cpu", *arguments])
     assert complaint in capsys.readouterr().err
+
+
+EWOK = [{"Domain": "space", "Context1": "Tom is in the wood.", "Context2": "Mia is in the wood.", "Target1": "Tom ran.",
+         "Target2": "Mia ran.", "ContextType": "direct", "ContextDiff": "a", "TargetDiff": "b"}] * 2  # fmt: skip
+COMPS = [{"prefix_acceptable": "A kite", "prefix_unacceptable": "The drum", "property_phrase": "can fly."}]
+PAST = [{"sentences": "Today I gling. I glinged.\tToday I gling. I glang.\tI glung.", "ratio": i / 3} for i in range(3)]
+AOA = {"ball": [{"context": " Tom had the"}, {"context": ""}, {"context": "a " * 100}], "a": [{"context": "Once"}]}
+
+
+def babylm_data(folder, fast):
+    """Small files in the formats and under the names of BabyLM's full_eval or fast_eval."""
+    kind = "fast" if fast else "filtered"
+    files = {f"blimp_{kind}/one.jsonl": BLIMP, f"supplement_{kind}/turn.jsonl": [{k: BLIMP[0][k] for k in
+             ("sentence_good", "sentence_bad")}], f"ewok_{kind}/space.jsonl": EWOK,
+             f"entity_tracking{'_fast' * fast}/regular.jsonl": ENTITIES, "wug_past_tense/wug_past_tense.jsonl": PAST,
+             "wug_adj_nominalization/wug_adj_nominalization.jsonl": WUG}  # fmt: skip
+    files |= {} if fast else {"comps/comps_base.jsonl": COMPS, "comps/comps_wugs_dist-in-between.jsonl": COMPS}
+    for name, records in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, records)
+    (folder / "reading").mkdir()
+    write_csv(folder / "reading" / "reading_data.csv", reading_rows())
+    (folder / "cdi_childes.json").write_text(json.dumps(AOA))
+    return folder
+
+
+def test_predictions_are_the_files_that_babylm_collates(student, tokenizer, tmp_path):
+    """Names, keys and ids are read off its pipeline; that the choices are its own is tested above."""
+    for step, name in enumerate(("chck_1M", "chck_100M"), 1):
+        facts = {"words": step * 1_000_000}
+        checkpoint.save(tmp_path / name, student, tokenizer, facts=facts, state={}, counters={"step": step})
+    fast, full = babylm_data(tmp_path / "fast_eval", True), babylm_data(tmp_path / "full_eval", False)
+    common = ["--predictions", str(tmp_path / "results" / "toy"), "--device", "cpu"]
+    checkpoints = [str(tmp_path / name) for name in ("chck_1M", "chck_100M")]
+    evaluate.main([*checkpoints, "--babylm", str(fast), "--aoa", str(fast / "cdi_childes.json"), *common])
+    evaluate.main([checkpoints[1], "--babylm", str(full), *common])
+    tasks = "entity_tracking/entity_tracking{} blimp/blimp{} blimp/supplement{} ewok/ewok{} reading"
+    tasks += " wug_adj/wug_adj_nominalization wug_past/wug_past_tense"
+    expected = {f"{name}/{task.format('_fast')}" for name in ("chck_1M", "chck_100M") for task in tasks.split()}
+    expected |= {
+        "main/" + task.format("_filtered" * ("entity" not in task)) for task in [*tasks.split(), "comps/comps"]
+    }
+    root = tmp_path / "results" / "toy"
+    files = {str(path.parent.relative_to(root)).replace("/zero_shot/causal", ""): path for path in root.rglob("*.json")}
+    surprisal = json.loads(files.pop("main/AoA_word").read_text())["results"]
+    assert files.keys() == expected
+    read = {name: json.loads(path.read_text()) for name, path in files.items()}
+    assert [row["id"] for row in read["main/blimp/blimp_filtered"]["two"]["predictions"]] == ["two_0", "two_1", "two_2"]
+    assert read["main/blimp/blimp_filtered"]["two"]["predictions"][0]["pred"] == "It is."
+    assert read["chck_1M/ewok/ewok_fast"]["space"]["predictions"][0]["pred"] in (" Tom ran.", " Mia ran.")
+    assert read["main/comps/comps"].keys() == {"base", "wugs_dist_in_between"}
+    assert read["main/comps/comps"]["base"]["predictions"][0]["pred"] in ("A kite can fly.", "The drum can fly.")
+    assert read["main/entity_tracking/entity_tracking"].keys() == {"regular_1_ops"}
+    past = read["main/wug_past/wug_past_tense"]["wug_past"]["predictions"]
+    assert (
+        len(past) == 3
+        and past[0].keys() == {"id", "pred", "prob"}
+        and read["main/wug_adj/wug_adj_nominalization"]["wug_adj"]
+    )
+    reading = read["main/reading"]["reading"]["predictions"]
+    assert [row["id"] for row in reading] == [*range(len(reading_rows()))] and reading[0].keys() == {
+        "id",
+        "pred",
+        "prev_pred",
+    }
+    assert [(r["step"], r["target_word"], r["context_id"]) for r in surprisal[:3]] == [
+        ("chck_1M", "ball", i) for i in range(3)
+    ]
+    text = "Tom had the ball"
+    expected = -logprob(student, tokenizer.encode(text), len(tokenizer.encode("Tom had the")))
+    assert surprisal[0]["surprisal"] == pytest.approx(expected, abs=1e-3) and math.isnan(surprisal[2]["surprisal"])
+    assert len(surprisal) == 6 and surprisal[3]["word_count"] == 2_000_000
+
+
+def test_what_is_wrong_with_a_submission_is_said(student, tokenizer, tmp_path, capsys):
+    checkpoint.save(tmp_path / "chck_1M", student, tokenizer, facts={}, state={}, counters={"step": 1})
+    data = babylm_data(tmp_path / "fast_eval", True)
+    write(data / "entity_tracking_fast" / "regular.jsonl", [ENTITIES[0] | {"input_prefix": "Tom " * 100}, *ENTITIES])
+    common = [str(tmp_path / "chck_1M"), "--device", "cpu", "--predictions", str(tmp_path / "results" / "toy")]
+    assert "1 items of" in fails(evaluate.main, [*common, "--babylm", str(data)], capsys)
+    assert "is not BabyLM's full_eval" in fails(evaluate.main, [*common, "--babylm", str(tmp_path / "no")], capsys)
+    assert "give --babylm FOLDER" in fails(evaluate.main, [*common, "--blimp", str(data / "blimp_fast")], capsys)
+    write(tmp_path / "aoa.json", [{"ball": [1]}])
+    assert "is not BabyLM's cdi_childes.json" in fails(
+        evaluate.main, [*common, "--aoa", str(tmp_path / "aoa.json")], capsys
+    )
 
 
 def test_distinct_ngrams_tell_collapse():

@@ -14,7 +14,6 @@ from tinystory.human import desk as desks
 from tinystory.human.desk import Desk
 from tinystory.human.server import page, serve
 from tinystory.run.errors import UserError
-from tinystory.run.folder import RunLog
 from tinystory.teacher import server as chat
 from tinystory.teacher.client import HUMAN, Teacher
 from tinystory.teacher.prompt import Criterion, Template
@@ -29,7 +28,7 @@ def serving(desk):
     loop, ended = asyncio.new_event_loop(), asyncio.Event()
 
     async def run():
-        async with serve(desk, style="p { color: red }", curve=lambda url: "<svg></svg>") as address:
+        async with serve(desk, style="p { color: red }") as address:
             addresses.append(address)
             loop.call_soon(ready.set)
             await ended.wait()
@@ -79,7 +78,7 @@ def shown(url, who="ada"):
 def test_a_trainers_client_waits_for_the_person(url, short_pauses):
     with Teacher(url) as teacher:
         found = teacher.probe()
-        assert found.model == HUMAN and found.scored and not found.logprobs
+        assert found.model == HUMAN and found.scored
         assert json.loads(ask(url, "GET", "/state?who=ada")[2])["item"] is None  # the probe bothered nobody
         marks = ("cat", "alert", "dog")
         stories = ["a cat sat.", EVIL, "a dog ran."]
@@ -178,17 +177,25 @@ def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url,
         asyncio.run(again())
 
 
-def test_the_curve_is_of_the_run_that_is_taught_from_here(tmp_path):
-    with RunLog(tmp_path / "run", resume_step=None) as log:
-        log.config({"teacher": {"url": "http://127.0.0.1:8500/v1"}, "device": "cpu"})
-        assert teach.curve(tmp_path / "run", "http://127.0.0.1:8500") == ""  # before the first step
-        for step in (1, 2, 3):
-            log.metrics(step=step, reward_mean=step / 10)
-    assert "Mean reward per step" in teach.curve(tmp_path / "run", "http://127.0.0.1:8500")
-    assert teach.curve(tmp_path / "run", "http://127.0.0.1:8501") == teach.curve(tmp_path, "http://x") == ""
+def test_choices_between_two_files_of_stories_are_kept_beside_the_grades_and_summed_up(tmp_path, capsys, monkeypatch):
+    for name, word in (("a.jsonl", "plain"), ("b.jsonl", "fine")):
+        lines = [json.dumps({"opening": f"Day {i},", "story": f"a {word} tale."}) for i in range(4)]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+
+    async def choose(desk, options):
+        for _ in range(3):
+            item = desk.state("ada")["item"]
+            side = "left" if "fine" in item["stories"][0] else "right"
+            desk.do("ada", "choose", {"key": item["key"], "side": side})
+
+    monkeypatch.setattr(teach, "_serve", choose)
+    files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    teach.main(["--compare", *files, "--grades", str(tmp_path / "kept" / "grades.jsonl")])
+    assert "ada preferred b.jsonl in 3 of 3 pairs, a.jsonl in 0" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["preferences.jsonl"]
 
 
-@pytest.mark.parametrize("argv", [["--port", "70000"], ["--twice", "2"], ["--compare", "nowhere"]])
+@pytest.mark.parametrize("argv", [["--port", "70000"], ["--compare", "nowhere"], ["--compare", "a", "b", "c"]])
 def test_a_wrong_option_is_one_sentence(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:

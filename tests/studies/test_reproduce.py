@@ -87,8 +87,8 @@ def test_the_random_control_differs_in_the_reward_alone(tmp_path):
 
 def test_the_random_reward_is_a_teachers_scores_that_know_nothing():
     stories = [f"story {i}" for i in range(2000)]
-    scores = random_scores("Once", stories)
-    assert scores == random_scores("Never", stories)
+    scores = random_scores(["Once"] * 2000, stories)
+    assert scores == random_scores(["Never"] * 2000, stories)
     assert {round(score * 9, 6) for score in scores} == set(range(10))
     assert sum(scores) / len(scores) == pytest.approx(0.5, abs=0.02)
 
@@ -260,6 +260,14 @@ def test_the_report_compares_the_arms(experiment):
     beyond = next(row for row in rows if row[0] == "4 M")
     assert beyond[2:] == ["3.50 ± 0.00", "–", "–", "9,000", "more than 4 M", "more than 4 M"]
     assert next(row for row in rows if row[0] == "1 M + interaction")[1:3] == ["1.50 ± 0.10", "0.89 ± 0.01"]
+
+
+def test_the_published_curves_are_drawn_beside_the_papers_experiment_and_its_rehearsal(experiment):
+    for scale, drawn in (("tiny", False), ("paper", True), ("rehearsal", True)):
+        facts = json.loads((experiment / "experiment.json").read_text()) | {"scale": scale}
+        (experiment / "experiment.json").write_text(json.dumps(facts))
+        page = write_experiment_report(experiment).read_text()
+        assert ("published, + interaction" in page) == drawn
 
 
 def test_the_report_escapes_what_models_wrote(experiment):

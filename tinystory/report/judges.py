@@ -11,6 +11,7 @@ from tinystory.report import page
 from tinystory.report.charts import number
 from tinystory.run.folder import OPINIONS, SAMPLES, Record, read_records
 
+BEFORE_AFTER = ("the one before", "the story after interaction")
 COLUMNS = ["", "Kappa, quadratic weights", "Spearman", "Mean difference", "Means", "Equal"]
 
 
@@ -30,17 +31,6 @@ def read_opinions(folder: Path) -> dict[str, Rater]:
         rater = raters.setdefault(record["judge"], Rater(record["judge"]))
         rater.add(record["opening"], record["story"], record["scores"], record["score"])
     return raters
-
-
-def other_scores(opinions: Mapping[str, Rater], record: Record) -> str:
-    """The other judges' scores of one story, for its card, as HTML; "" if there are none."""
-    notes = []
-    for name, rater in opinions.items():
-        key = record["opening"], record["story"]
-        if key in rater.ratings:
-            scores = " ".join(f"{score:g}" for score in rater.scores(key).values())
-            notes.append(f"{page.clip(name, 40)}: {scores or f'{rater.ratings[key]:.2f} of 1'}")
-    return " · ".join(notes)
 
 
 def judges_section(folder: Path, scored_by: str) -> str:
@@ -90,24 +80,23 @@ def _with_interval(statistics: Mapping[str, Any], name: str) -> str:
     return with_ends(statistics[name], statistics[f"{name}_ci"])
 
 
-def preference_lines(preferences: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One sentence per judge that compared stories before and after, without knowing which is which."""
+def preference_lines(preferences: Mapping[str, Mapping[str, Any]], names: Sequence[str] = BEFORE_AFTER) -> list[str]:
+    """One sentence per judge that compared stories without knowing which is whose. names: of the two storytellers."""
     lines = []
     for judge, rates in preferences.items():
         order = f" ({rates['inconsistent']} of them depended on the order)" if rates["inconsistent"] else ""
         lines.append(
-            f"{judge} preferred the story after interaction in {rates['second']} of {rates['pairs']} pairs, the one "
-            f"before in {rates['first']}, and neither in {rates['same']}{order}: win rate "
-            f"{with_ends(rates['rate'], rates['ci'])}"
+            f"{judge} preferred {names[1]} in {rates['second']} of {rates['pairs']} pairs, {names[0]} in "
+            f"{rates['first']}, and neither in {rates['same']}{order}: win rate {with_ends(rates['rate'], rates['ci'])}"
         )
     return lines
 
 
-# ---- the page of scripts/agreement.py -------------------------------------------------------------------------------
+# ---- the tables of scripts/agreement.py -----------------------------------------------------------------------------
 
 
 def agreement_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """One row per criterion and one for the sum, for the page and the terminal; the columns are COLUMNS."""
+    """One row per criterion and one for the sum; the columns are COLUMNS."""
     rows = []
     for name, values in {**result["criteria"], f"sum, 0 to {result['highest']}": result["sum"]}.items():
         statistics = [_with_interval(values, key) for key in ("kappa", "spearman", "difference")]
@@ -124,21 +113,3 @@ def length_line(result: Mapping[str, Any]) -> str:
         f"Spearman’s correlation of length and sum is {first} for {a} and {second} for {b}; of length and the second "
         f"sum less the first, {difference}"
     )
-
-
-def write_agreement(comparisons: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write one self-contained page about the results of `agreement`."""
-    sections = []
-    for result in comparisons:
-        counts = []
-        for name, values in result["criteria"].items():
-            header = [name.replace("_", " "), *map(str, range(len(values["table"])))]
-            counts.append(page.table(header, [[str(i), *map(str, row)] for i, row in enumerate(values["table"])]))
-        body = page.table(COLUMNS, agreement_rows(result)) + f"<p>{escape(length_line(result))}.</p>"
-        note = (
-            f"{result['stories']} stories that both scored. Difference: the second judge’s score less the first one’s. "
-            "In the tables of counts, rows are the first judge’s scores and columns the second’s."
-        )
-        sections.append(page.section(escape(" and ".join(result["judges"])), note, body + page.grid(counts)))
-    note = "Kappa compares the scores themselves, Spearman’s correlation their order; 0 is chance, 1 perfect."
-    page.write(path, "Agreement of judges", note, sections)

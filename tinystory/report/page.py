@@ -111,9 +111,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>' if rows else ""
 
 
-def story_card(record: Record, title: str, scored_by: str = "", also: str = "") -> str:
+def story_card(record: Record, title: str, scored_by: str = "") -> str:
     """A story after its opening, with its scores and its scorer. record: opening and story; optionally scores, reward,
-    words, ended, reply. also: HTML with other judges' scores."""
+    words, ended, reply."""
     opening, story = record["opening"], record["story"]
     gap = "" if not opening or opening[-1].isspace() or re.match(r"\s|[.,!?;:]|$", story) else " "
     text = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"
@@ -122,7 +122,6 @@ def story_card(record: Record, title: str, scored_by: str = "", also: str = "") 
     notes = [
         "no score" if reward is None else f"reward {reward:.3f}",
         f"scored by {clip(scored_by, 80)}" if scored_by and reward is not None else "",
-        also,
         "" if words is None else f"{number(words)} words",
         "cut off at the length limit" if record.get("ended") == "length" else "",
         f"the teacher’s reply: <q>{clip(reply, 300)}</q>" if reward is None and reply else "",
@@ -210,11 +209,10 @@ figure { margin: 0; }
 figcaption { font-size: .85rem; color: var(--muted); margin-bottom: .3rem; }
 .clusters .parts { gap: 1px; height: 1.4rem; }
 .clusters .parts i { flex-basis: 0; min-width: 1px; background: var(--reward); }
-.three { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 0 2.4rem; }
 .pair, .cards { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 3rem; }
 .pair + .pair, article + article { border-top: 1px solid var(--rule); }
 .pair > article, .cards > article { border-top: 0; }
-.pair h3, .three h3 { font-size: 1rem; color: var(--ink); }
+.pair h3 { font-size: 1rem; color: var(--ink); }
 article { padding: 1.2rem 0; min-width: 0; }
 article header, article footer { font-size: .8rem; color: var(--muted); }
 article header { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; align-items: baseline; }
@@ -240,8 +238,8 @@ th:first-child { text-align: left; }
 tr { border-bottom: 1px solid var(--rule); }
 dt { flex: 0 0 10rem; color: var(--muted); overflow-wrap: anywhere; }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
-@media (max-width: 50rem) { .hero, .pair, .cards, .three { grid-template-columns: minmax(0, 1fr); }
-  .pair > article + article { padding-top: 0; } .pair > div + div, .three > div + div { margin-top: 2.5rem; }
+@media (max-width: 50rem) { .hero, .pair, .cards { grid-template-columns: minmax(0, 1fr); }
+  .pair > article + article { padding-top: 0; }
   .hero svg.chart text { font-size: 15px; } }
 @media print { details:not([open]) { display: none; } }
 """
