@@ -8,11 +8,11 @@ same. PyTorch's matmul does not promise what our kernels do: that a row's result
 import contextlib
 import functools
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -114,10 +114,6 @@ def compare(name: str, kernel: Callable[[], Tensor], pytorch: Callable[[], Tenso
         message = f"our kernel of {name} computes {a.tolist()} where PyTorch has {b.tolist()}, so PyTorch runs it"
         print(f"{message}; please report this processor", end=" ... ", file=sys.stderr, flush=True)
         return 0.0
-    best = [math.inf, math.inf]
-    for _ in range(runs):
-        for i, f in enumerate((kernel, pytorch)):
-            start = time.perf_counter()
-            f()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return round(best[1] / best[0], 2)
+    laps = [(timeit(kernel, number=1), timeit(pytorch, number=1)) for _ in range(runs)]
+    ours, theirs = (min(seconds) for seconds in zip(*laps, strict=True))
+    return round(theirs / ours, 2)
