@@ -156,6 +156,7 @@ class InteractConfig:
     teacher_mode: str = option("score", "score each story, or rank those of an opening", ("score", "rank"))
     teacher_concurrency: int = option(16, "maximum number of requests in flight per server", "[1, 10000]")
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher", "[0, 2]")
+    teacher_extra: str = option("", "JSON object whose fields are merged into each request, e.g. a service_tier")
     teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]")
     teacher_timeout: float = option(300.0, "seconds per story with its retries, or per call of --reward", "(0, 86400]")
     teacher_prompt: str = option("", "JSON file with other criteria, levels and weights (see docs/teachers.md)")

@@ -7,11 +7,12 @@ ends either with scores that the teacher gave or with none. Several servers of o
 import asyncio
 import concurrent.futures
 import hashlib
+import json
 import os
 import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
@@ -60,6 +61,7 @@ class Teacher(GraderBase):
     attempts: int = 3
     cache: str | os.PathLike | None = None  # path of the file that keeps every reply (see cache.py)
     api_key: str | None = None  # default: OPENAI_API_KEY_1, _2 ... in the order of the URLs, or else OPENAI_API_KEY
+    extra: Mapping[str, Any] = field(default_factory=dict)  # fields that are merged into every request
     template: Template = DEFAULT
     logprobs: bool = False  # scores are expected values, and a reply without the log-probabilities for them holds none
     max_unscored: float = 1.0  # with a larger fraction, stories are asked again (see `grades`)
@@ -85,7 +87,7 @@ class Teacher(GraderBase):
             key = self.api_key or os.environ.get(f"OPENAI_API_KEY_{i + 1}") or os.environ.get("OPENAI_API_KEY")
             client, slots = ChatClient(url, key, self.deadline_s / self.attempts), Slots(self.concurrency)
             model = models[i % len(models)]
-            endpoint = Endpoint(url, model, client, slots, self.ledger, self.template, self.max_tokens)
+            endpoint = Endpoint(url, model, client, slots, self.ledger, self.template, self.max_tokens, self.extra)
             self.endpoints.append(endpoint)
         self._pool: ServerPool | None = None  # since the probe
         self._sent: dict[Text, concurrent.futures.Future[Grade]] = {}
@@ -274,9 +276,13 @@ class Teacher(GraderBase):
             self._session.deadline_s = endpoint.slots.shortest = PATIENCE_S
 
     def _probe_key(self, endpoint: Endpoint) -> str:
-        request = f"{self.max_tokens} {self.temperature} {self.logprobs} {self.template}"
+        request = f"{self.max_tokens} {self.temperature} {self.logprobs} {self.template}{self._extra_json}"
         text = f"{endpoint.url} {endpoint.model} {request}"
         return "probe " + hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    @property
+    def _extra_json(self) -> str:
+        return json.dumps(self.extra, sort_keys=True) if self.extra else ""
 
     def _examined_first(self, endpoints: Sequence[Endpoint]) -> Endpoint:
         if self._cache is None:
@@ -323,6 +329,7 @@ class Teacher(GraderBase):
         assert first.model is not None and first.probe is not None
         if self._cache is not None:
             sampling = first.sampling(seed, self.temperature, names) | logprobs | {"held_to": first.probe.held_to}
+            sampling |= {"extra": self._extra_json} if self.extra else {}
             key = cache_key(first.model, question.messages, question.fence, sampling)
             cached = self._cache.get(key, earlier=not question.afresh)
             if cached is not None:

@@ -140,6 +140,7 @@ class Endpoint:
     ledger: Ledger
     template: Template  # of most questions
     max_reply: int  # tokens of a reply in numbers
+    extra: Mapping[str, Any]  # fields that are merged into every request, and win
     probe: Probe | None = None  # None until the server has been probed
     failures: int = 0  # transient ones since its last answer
     absences: int = 0  # times that it was left out since then
@@ -163,6 +164,10 @@ class Endpoint:
     async def chat(self, form: Form, messages: list[dict], *, max_tokens: int, **fields: Any) -> Reply:
         """One chat completion. A reply that had to be allowed more tokens is cut to about `max_tokens`."""
         request = form.request(messages, max_tokens, **fields)
+        if self.extra:
+            body = {**request.pop("extra_body", {}), **self.extra}
+            headers = body.pop("extra_headers", None)
+            request |= {"extra_body": body} | ({"extra_headers": headers} if headers else {})
         # An upper bound on the prompt's tokens: a token is at least one byte, and the chat template adds a few. If the
         # server counted the tokens of the probe's story, only the part that differs from it is uncertain.
         sizes = [len(message["content"].encode()) for message in messages]

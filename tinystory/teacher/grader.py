@@ -10,6 +10,7 @@ from tinystory.config import InteractConfig
 from tinystory.rl.reward import ScoreStories, load_score
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.extra import load_extra
 from tinystory.teacher.grade import Grade, GraderBase, Stories
 from tinystory.teacher.prompt import load_template
 from tinystory.teacher.replay import Replay
@@ -47,6 +48,7 @@ def open_grader(
     builtin_teacher: starts a teacher that knows a corpus, and yields its URL, for options that name no other grader.
     corpus: the student's, and so that teacher's by default; None if unknown. replies: file in which a teacher's replies
     are kept. Raises UserError if the grader cannot be had."""
+    extra = load_extra(config.teacher_extra)
     if config.reward:
         yield CallableGrader(load_score(config.reward, config.teacher_timeout), config.reward)
         return
@@ -71,6 +73,7 @@ def open_grader(
                 concurrency=config.teacher_concurrency,
                 seed=config.seed,
                 temperature=config.teacher_temperature,
+                extra=extra,
                 deadline_s=config.teacher_timeout,
                 max_unscored=config.max_unscored,
                 cache=replies,

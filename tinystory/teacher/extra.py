@@ -1,0 +1,47 @@
+"""--teacher-extra: fields of a user's own in each request, such as a service tier, provider routing or headers."""
+
+import json
+import re
+from typing import Any
+
+from tinystory.run.errors import UserError
+
+# Fields of a request that options of their own, or the client, set.
+OWN_FIELDS = {"model", "messages", "stream", "n", "temperature", "seed", "max_tokens", "max_completion_tokens"}
+OWN_FIELDS |= {"logprobs", "top_logprobs", "extra_body", "extra_query"}
+# Credentials, by name (not prompt_cache_key, stop_token_ids, skip_special_tokens or tokenizer) and by how they begin.
+SECRET_NAME = re.compile(
+    r"auth(?!or$)|bearer|cookie|credential|pass(p|w|$)|secret|signature|(?<!cache_)key|token(?!s|_|i)", re.IGNORECASE
+)
+SECRET_VALUE = re.compile(r"(bearer|basic) |(sk|gsk|hf|ghp|xai|nvapi)[-_]|AIza|eyJ", re.IGNORECASE)
+
+
+def load_extra(text: str) -> dict[str, Any]:
+    """The fields of the JSON object; "extra_headers" in it are headers. Raises UserError for anything else, and for
+    what looks like a secret at any depth, since options are recorded."""
+
+    def without_secrets(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for name, value in pairs:
+            if SECRET_NAME.search(name) or (isinstance(value, str) and SECRET_VALUE.match(value)):
+                raise UserError(
+                    f"--teacher-extra is recorded, so it must hold no secret such as {name}: use OPENAI_API_KEY"
+                )
+        return dict(pairs)
+
+    try:
+        fields = json.loads(text or "{}", parse_constant=float, object_pairs_hook=without_secrets)
+        json.dumps(fields, allow_nan=False)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise UserError('--teacher-extra must be a JSON object such as \'{"service_tier": "flex"}\'')
+    if taken := sorted(OWN_FIELDS & fields.keys()):
+        raise UserError(f"--teacher-extra cannot set {taken[0]}: it has an option of its own, or the client needs it")
+    headers = fields.get("extra_headers", {})
+    if not isinstance(headers, dict) or not all(_is_header(*item) for item in headers.items()):
+        raise UserError("--teacher-extra: extra_headers must be an object whose values are one line of text each")
+    return fields
+
+
+def _is_header(name: str, value: object) -> bool:
+    return bool(re.fullmatch(r"[A-Za-z0-9-]+", name)) and isinstance(value, str) and bool(re.fullmatch("[ -~]*", value))
