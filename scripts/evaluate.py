@@ -28,6 +28,7 @@ from tinystory.data.openings import load_openings
 from tinystory.evaluate.coreference import coreference, unseen_stories
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.preference import COMPARISON, Pair, compare, keep_choices, pair_of, run_pairs
+from tinystory.evaluate.reader import Reader
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import OPENINGS, GradeStories, story_measures
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_number(parser, "--coreference", 0, "[0, 100000]", "unseen built-in stories to measure coreference on")
     add_number(parser, "--stories", 0, "[0, 1e9]", "stories to write and measure")
+    parser.add_argument("--reader", metavar="NAME", help="measure their sense too: smollm2, or a causal language model")
     parser.add_argument("--openings", metavar="FILE", help="their openings, one per line (default: eight built-in)")
     add_number(parser, "--max-new-tokens", InteractConfig.max_new_tokens, "[1, 1e6]", "longest story, in tokens")
     add_number(parser, "--temperature", InteractConfig.temperature, "[0, 100]", "at which they are sampled")
@@ -99,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     records = []
     with contextlib.ExitStack() as stack:
         grade = open_teacher(options, stack) if options.stories else None
+        read = Reader(options.reader, options.device).measures if options.reader else None
         for folder in tqdm([checkpoint.find(path) for path in options.checkpoints], desc="checkpoints", disable=None):
             student, tokenizer, facts = checkpoint.load(folder, device)
             words = facts.get("words", 0) + facts.get("interaction_words_in", 0)
@@ -116,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
                 record["stories"] = story_measures(
                     student, tokenizer, openings=openings, n_stories=options.stories, corpus=corpus, grade=grade,
                     max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed,
+                    read=read,
                 )  # fmt: skip
             records.append(record)
     rows = comparison(records)

@@ -192,6 +192,7 @@ class InteractConfig:
 
     eval_every: int = option(4, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation")
     eval_stories: int = option(40, "stories per evaluation; `best` is the last student that none beats", "[1, 1e9]")
+    reader: str = option("none", "second judge, at the end: none, smollm2, or a causal model of the Hub or a folder")
 
 
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of their libraries

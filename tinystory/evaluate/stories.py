@@ -11,7 +11,7 @@ import numpy as np
 
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.evaluate.intervals import bootstrap, wilson
+from tinystory.evaluate.intervals import mean_ci, wilson
 from tinystory.rl.reward import cluster_ids, cluster_sizes
 from tinystory.student.generate import generate
 from tinystory.student.model import Student
@@ -48,6 +48,7 @@ def story_measures(
     seed: int,
     grade: GradeStories | None = None,
     corpus: Corpus | None = None,
+    read: Callable[[Sequence[tuple[str, str]]], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Measures of `n_stories` sampled stories, spread evenly over the openings; the same seed gives the same draws.
 
@@ -59,7 +60,8 @@ def story_measures(
     first ten stories to an opening, averaged over openings with as many (NoveltyBench's distinct). With `grade`:
     score_mean, the sum of the criteria's scores, with score_ci; NAME_mean of each criterion; unscored; utility_10 (see
     `utility`). With `corpus`: copied_share, the words of the longest phrase shared with it over the story's words, and
-    copied_longest, the longest such phrase in words. The other intervals are bootstrapped over stories.
+    copied_longest, the longest such phrase in words. With `read`: its measures of the (opening, story) pairs. The other
+    intervals are bootstrapped over stories.
     """
     per_opening, rest = divmod(n_stories, len(openings))
     prompts = [opening for i, opening in enumerate(openings) for _ in range(per_opening + (i < rest))]
@@ -74,7 +76,7 @@ def story_measures(
     measures: dict[str, Any] = {
         "stories": len(stories),
         "length_mean": float(lengths.mean()),
-        "length_ci": _mean_ci(lengths),
+        "length_ci": mean_ci(lengths),
         "ended_eos_share": ended / len(stories),
         "ended_eos_ci": wilson(ended, len(stories)),
         "entropy_per_word": sum(float(s.entropies.sum()) for s in stories) / max(int(lengths.sum()), 1),
@@ -84,6 +86,8 @@ def story_measures(
     }
     if grade:
         measures |= _scores(by_opening, grade)
+    if read:
+        measures |= read([(story.opening, story.text) for story in stories])
     if corpus:
         shared = longest_shared(texts, corpus)
         measures["copied_share"] = fmean(n / max(words, 1) for n, words in zip(shared, lengths.tolist(), strict=True))
@@ -105,15 +109,11 @@ def _scores(by_opening: Mapping[str, Sequence[str]], grade: GradeStories) -> dic
     score_sums = np.array([sum(scores.values()) for scores in scored], dtype=float)
     return {
         "score_mean": float(score_sums.mean()),
-        "score_ci": _mean_ci(score_sums),
+        "score_ci": mean_ci(score_sums),
         **{f"{name}_mean": fmean(scores[name] for scores in scored) for name in scored[0]},
         "unscored": len(grades) - len(scored),
         "utility_10": mean_of(utilities),
     }
-
-
-def _mean_ci(values: np.ndarray) -> tuple[float, float]:
-    return bootstrap(lambda rows: float(values[rows].mean()), len(values))
 
 
 def mean_of(values: Iterable[float]) -> float | None:

@@ -111,9 +111,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>' if rows else ""
 
 
-def story_card(record: Record, title: str, scored_by: str = "", also: str = "") -> str:
+def story_card(record: Record, title: str, scored_by: str = "") -> str:
     """A story after its opening, with its scores and its scorer. record: opening and story; optionally scores, reward,
-    words, ended, reply. also: HTML with other judges' scores."""
+    words, ended, reply."""
     opening, story = record["opening"], record["story"]
     gap = "" if not opening or opening[-1].isspace() or re.match(r"\s|[.,!?;:]|$", story) else " "
     text = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"
@@ -122,7 +122,6 @@ def story_card(record: Record, title: str, scored_by: str = "", also: str = "") 
     notes = [
         "no score" if reward is None else f"reward {reward:.3f}",
         f"scored by {clip(scored_by, 80)}" if scored_by and reward is not None else "",
-        also,
         "" if words is None else f"{number(words)} words",
         "cut off at the length limit" if record.get("ended") == "length" else "",
         f"the teacher’s reply: <q>{clip(reply, 300)}</q>" if reward is None and reply else "",

@@ -136,7 +136,7 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
         histograms(digest),
         reward_against_kl(metrics, digest),
         section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
-        judges.judges_section(folder, scored_by),
+        judges.judges_section(folder),
         before_and_after(folder, scored_by),
         random_best_and_worst(digest, scored_by),
         section(
@@ -251,7 +251,6 @@ def reward_against_kl(metrics: list[Record], digest: "Digest") -> str:
 
 
 def before_and_after(folder: Path, scored_by: str) -> str:
-    opinions = judges.read_opinions(folder)
     samples: dict[int, dict[str, Record]] = defaultdict(dict)
     for record in read_records(folder / SAMPLES):
         samples[record["index"]][record["when"]] = record
@@ -259,8 +258,7 @@ def before_and_after(folder: Path, scored_by: str) -> str:
     for _, sides in sorted(samples.items())[:PAIRS]:
         records = [sides[when] for when in ("before", "after") if when in sides]
         titles = [f"{record['when'].capitalize()}, step {number(record['step'])}" for record in records]
-        others = [judges.other_scores(opinions, record) for record in records]
-        pair = map(story_card, records, titles, itertools.repeat(scored_by), others)
+        pair = map(story_card, records, titles, itertools.repeat(scored_by))
         body += block("pair", "".join(pair))
     return section(
         "Evaluation, before and after",
