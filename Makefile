@@ -2,7 +2,8 @@
 PY := .venv/bin/python
 
 .PHONY: demo test planted-bugs fuzz browser-check slow-tests sanitize portable-check lowest-check wheel-check \
-        bench cuda-build ptx-check kernel-report gpu-check clean
+        bench cuda-build ptx-check kernel-report clean gpu-check gpu-tests gpu-memcheck gpu-racecheck \
+        gpu-synccheck gpu-speeds
 
 # From nothing to a student that tells better stories: about ten minutes on two cores.
 demo: .venv/ready
@@ -99,9 +100,29 @@ kernel-report: .venv/ready
 	.venv/bin/cmake -S tests/native/simt -B build/simt && .venv/bin/cmake --build build/simt -j 2 --target simt_trace
 	build/simt/simt_trace report && { $(PY) tests/native/simt/sass_report.py || [ $$? = 77 ]; }
 
-# On a machine with a GPU: its tests, these under compute-sanitizer, and speeds: build/gpu-check.json and .md, nine minutes.
+# On a machine with a GPU, in about nine minutes: its tests, these under compute-sanitizer, and speeds, one JSON object a
+# line in build/gpu-check.jsonl. What fails does not stop the rest.
+GPU_TESTS := $(PY) -m pytest -q -m gpu
 gpu-check: .venv/ready
-	$(PY) scripts/gpu_check.py
+	$(PY) -c "import torch, sys; torch.cuda.is_available() or sys.exit('torch can use no GPU: see scripts/doctor.py')"
+	$(MAKE) --keep-going gpu-tests gpu-memcheck gpu-racecheck gpu-synccheck gpu-speeds
+
+gpu-tests:
+	$(GPU_TESTS)
+
+# A sanitizer makes a kernel tens of times slower.
+gpu-memcheck: CHOSEN := not device_sees and not interaction
+gpu-racecheck gpu-synccheck: CHOSEN := same_bits
+gpu-memcheck gpu-racecheck gpu-synccheck: gpu-%:
+	TINYSTORY_TEST_SHAPES=12 timeout 150 compute-sanitizer --tool $* --error-exitcode 1 $(GPU_TESTS) -k "$(CHOSEN)"
+
+gpu-speeds:
+	mkdir -p build
+	for shape in small gpt2s; do \
+	  for work in "kernels --batch 32 --runs 20" "rollout --batch 360" "ppo --batch 64" "pretrain --batch 32"; do \
+	    $(PY) scripts/bench.py $$work --shape $$shape --device cuda; \
+	  done; \
+	done | tee build/gpu-check.jsonl
 
 clean:
 	rm -rf .venv build runs/demo

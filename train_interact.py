@@ -40,7 +40,7 @@ from tinystory.run.folder import Record, RunLog, held, read_metrics
 from tinystory.run.paths import usage
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, require_room
-from tinystory.teacher.grade import agreement, require_scores, score_means
+from tinystory.teacher.grade import require_scores, score_means
 from tinystory.teacher.grader import CallableGrader, Grader, open_grader
 
 PRETRAIN_RUN = Path("runs/pretrain")
@@ -152,7 +152,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             means = story_means(records)
             log.stories(records)
             log.metrics(
-                step=state.step, **stats, **score_means(grades), **agreement(grades), **means,
+                step=state.step, **stats, **score_means(grades), **means,
                 **evaluation, words_in=state.words_in, words_out=state.words_out,
                 entropy=sum(float(story.entropies.sum()) for story in stories) / n,
                 tokens_mean=sum(len(story.tokens) for story in stories) / n,

@@ -4,7 +4,7 @@ python scripts/bench.py pretrain --shape small              a training step: for
 python scripts/bench.py rollout --shape small --batch 64    stories from one opening, without the teacher
 python scripts/bench.py ppo --shape gpt2s --batch 16        rollout, reference, four epochs; a constant reward
 python scripts/bench.py kernels                             each operator and PyTorch's own, interleaved
-python scripts/bench.py peers --nanogpt DIR --trl PYTHON    ours beside nanoGPT, transformers and TRL, and a table
+python scripts/bench.py peers --nanogpt DIR --trl PYTHON    ours beside nanoGPT, transformers and TRL
 """
 
 import argparse
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     if a.bench == "kernels":
         facts["kernels"] = kernels.compare(setup, a.runs)
     elif a.bench == "peers":
-        facts["peers"] = peers.compare(setup, a.shape, a.runs, a.nanogpt, a.trl, **options, quiet=a.json)
+        facts["peers"] = peers.compare(setup, a.shape, a.runs, a.nanogpt, a.trl, **options)
     else:
         run = WORK[a.bench][0](setup, **options)
         facts |= {key: round(median, 4) for key, median in timing.medians(run, a.runs).items()}

@@ -14,7 +14,6 @@ import argparse
 import os
 import platform
 import shutil
-import ssl
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,7 @@ from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError, command
 from tinystory.run.paths import cache_dir, usage
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grader import CallableGrader, load_extra
+from tinystory.teacher.grader import CallableGrader
 from tinystory.teacher.prompt import Template, load_template
 
 PACKAGES = (
@@ -73,7 +72,6 @@ def main(argv: list[str] | None = None) -> None:
         help="corpora whose real stories are shown too",
     )
     add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if it judges worse")
-    parser.add_argument("--teacher-extra", default="", metavar="JSON", help="fields to merge into each request")
     options = parser.parse_args(argv)
 
     for name, found in machine():
@@ -82,7 +80,6 @@ def main(argv: list[str] | None = None) -> None:
     if options.teacher_url is not None:
         template = load_template(options.teacher_prompt) if options.teacher_prompt else Template()
         limits = dict(max_tokens=options.teacher_max_tokens, template=template, concurrency=options.teacher_concurrency)
-        limits |= dict(extra=load_extra(options.teacher_extra))
         with Teacher(options.teacher_url, options.teacher_model, **limits) as teacher:
             probed = teacher.probe()
             print(f"{'teacher':10} {probed}")
@@ -146,7 +143,6 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "kernels", kernels()
     yield "gpu", gpu()
     yield "nvcc", cuda_compiler()
-    yield "https", certificates()
     yield "cache", cache()
 
 
@@ -214,16 +210,6 @@ def cuda_compiler() -> str:
     if why := cuda.why_not():
         return f"not used: {why}"
     return f"{cuda.toolkit()}, for compute capability {', '.join(cuda.architectures())}"
-
-
-def certificates() -> str:
-    """What https (a hosted teacher, a corpus) trusts: the system's certificates."""
-    paths = ssl.get_default_verify_paths()
-    count = len(ssl.create_default_context().get_ca_certs()) or bool(paths.capath and os.listdir(paths.capath))
-    where = paths.cafile or paths.capath or "the system's keychain"
-    if not count:
-        return f"no certificates in {where}: install ca-certificates, or set SSL_CERT_FILE"
-    return f"certificates of {where}"
 
 
 def cache() -> str:

@@ -33,7 +33,7 @@ from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import OPENINGS, GradeStories, story_measures
 from tinystory.ops.compute import pick_device
-from tinystory.report.evaluation import comparison, write_page
+from tinystory.report.evaluation import comparison
 from tinystory.report.judges import with_ends
 from tinystory.report.run import write_report
 from tinystory.rubric.process import builtin_teacher
@@ -82,18 +82,17 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
     add_number(parser, "--seed", 0, SEEDS, "seed of the stories and of the teacher")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="report.json to write, and report.html beside it")
+    parser.add_argument("--out", type=Path, help="report.json to write")
     options = parser.parse_args(argv)
     tasks = {task: getattr(options, task) for task in TASKS if getattr(options, task)}
     if options.compare:
         compare_stories(options)
         return
-    if not options.checkpoints:
-        raise UserError("nothing to evaluate: name a checkpoint or a run, or two with --compare")
-    if not (tasks or options.corpus or options.stories or options.coreference):
-        raise UserError("nothing to evaluate: give --blimp or another task, --corpus, --coreference N or --stories N")
-    if options.out and options.out.suffix == ".html":
-        raise UserError("--out is the .json file to write; the page is written beside it")
+    if not options.checkpoints or not (tasks or options.corpus or options.stories or options.coreference):
+        raise UserError(
+            "nothing to evaluate: name a checkpoint or a run (two with --compare), and give --blimp or another task, "
+            "--corpus, --coreference N or --stories N"
+        )
     corpus = open_corpus(options.corpus) if options.corpus else None
     openings = load_openings(options.openings) if options.openings else OPENINGS
     device = pick_device(options.device)
@@ -134,8 +133,6 @@ def main(argv: list[str] | None = None) -> None:
         text = json.dumps({"tasks": tasks, "corpus": options.corpus, "checkpoints": records}, indent=1) + "\n"
         options.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(options.out, text)
-        write_page(records, options.out.with_suffix(".html"))
-        print(f"report: {options.out.with_suffix('.html')}")
 
 
 def compare_stories(options: argparse.Namespace) -> None:

@@ -18,24 +18,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tinystory.config import add_number
 from tinystory.data.corpus import open_corpus
 from tinystory.rubric.rubric import Rubric
 from tinystory.rubric.server import serve
 from tinystory.run.errors import command
 from tinystory.run.paths import usage
-from tinystory.teacher.server import require_port, until_stopped
+from tinystory.teacher.server import PORTS, until_stopped
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=8321, help="port on 127.0.0.1; 0 takes a free one (default: 8321)")
+    add_number(parser, "--port", 8321, PORTS, "port on 127.0.0.1; 0 takes a free one")
     parser.add_argument(
         "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="corpus to measure by (default: builtin)"
     )
     parser.add_argument("--die-with-parent", action="store_true", help="exit when standard input closes")
     options = parser.parse_args(argv)
-    require_port(options.port)
     if options.die_with_parent:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tinystory.config import add_number
 from tinystory.evaluate.preference import run_pairs, run_preferences
 from tinystory.human.desk import Desk
 from tinystory.human.pairs import PairDesk
@@ -24,40 +25,31 @@ from tinystory.human.server import serve
 from tinystory.report import charts, page
 from tinystory.report.judges import preference_lines
 from tinystory.report.run import write_report
-from tinystory.run.errors import UserError, command
-from tinystory.run.folder import METRICS, PREFERENCES, read_config, read_metrics
+from tinystory.run.errors import command
+from tinystory.run.folder import METRICS, PREFERENCES
 from tinystory.run.paths import usage
 from tinystory.run.text import printable
 from tinystory.teacher.prompt import load_template
-from tinystory.teacher.server import require_port, until_stopped
+from tinystory.teacher.server import PORTS, until_stopped
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=8500, help="port on 127.0.0.1; 0 takes a free one (default: 8500)")
+    add_number(parser, "--port", 8500, PORTS, "port on 127.0.0.1; 0 takes a free one")
     parser.add_argument(
         "--grades", type=Path, default=Path("runs/teach/grades.jsonl"), metavar="FILE", help="where grades are kept"
     )
     parser.add_argument(
-        "--run", type=Path, default=Path("runs/interact"), metavar="RUN", help="run whose rewards the page shows"
-    )
-    parser.add_argument(
         "--teacher-prompt", default="", metavar="FILE", help="JSON file of criteria, as for the trainer"
-    )
-    parser.add_argument(
-        "--twice", type=float, default=0.5, metavar="X", help="fraction of stories that a second human grades too"
     )
     parser.add_argument("--compare", type=Path, metavar="RUN", help="compare a run's stories before and after instead")
     options = parser.parse_args(argv)
-    require_port(options.port)
-    if not 0 <= options.twice <= 1:
-        raise UserError(f"--twice must be from 0 to 1, not {options.twice:g}")
     desk: Desk | PairDesk
     if options.compare:
         desk = PairDesk(options.compare / PREFERENCES, run_pairs(options.compare))
     else:
-        desk = Desk(options.grades, load_template(options.teacher_prompt), options.twice)
+        desk = Desk(options.grades, load_template(options.teacher_prompt))
     with contextlib.closing(desk):
         asyncio.run(_serve(desk, options))
     if options.compare:
@@ -68,23 +60,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 async def _serve(desk: Desk | PairDesk, options: argparse.Namespace) -> None:
-    style = charts.palette() + charts.STYLE + page.STYLE
-    async with serve(desk, options.port, style=style, curve=lambda url: curve(options.run, url)) as url:
+    async with serve(desk, options.port, style=charts.palette() + page.STYLE) as url:
         print(f"open {url} in a browser", flush=True)
         if not options.compare:
             flags = f"--teacher-url {url}/v1 --stories-per-step 8 --eval-stories 8 --lam 1 --max-unscored 0.5"
             print(f"and start: python train_interact.py {flags}", flush=True)
         await until_stopped()
-
-
-def curve(run: Path, url: str) -> str:
-    """The mean reward per step so far, as SVG; "" if the run's teacher is not this one."""
-    teacher = read_config(run).get("options", {}).get("teacher", {})
-    if teacher.get("url") != f"{url}/v1":
-        return ""
-    metrics = [record for record in read_metrics(run) if record.get("reward_mean") is not None]
-    line = charts.Line([record["step"] for record in metrics], [record["reward_mean"] for record in metrics], "reward")
-    return charts.chart("Mean reward per step", [line], size=(300, 150))
 
 
 if __name__ == "__main__":

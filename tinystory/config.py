@@ -5,7 +5,7 @@ Flags override the preset, which overrides the defaults: `python train_pretrain.
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -137,8 +137,6 @@ class InteractConfig:
         [], "OpenAI-compatible endpoints, as http://127.0.0.1:11434/v1 (default: the built-in teacher)", group="teacher"
     )
     teacher_model: list[str] = option([], "model name, or one per --teacher-url (default: the server's first one)")
-    teacher_panel: str = option("none", "mean or median of different models' scores", ("none", "mean", "median"))
-    teacher_extra: str = option("", "JSON object whose fields are merged into each request to the teacher")
     teacher_concurrency: int = option(16, "maximum number of requests in flight per server", "[1, 10000]")
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher", "[0, 2]")
     teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]")
@@ -298,8 +296,10 @@ def check(config: Any) -> None:
     """Raises UserError unless each option is in its range and all go together."""
     types = get_type_hints(type(config))
     for f in _options(type(config)):
-        _check_option(f, types[f.name], getattr(config, f.name))
-    _check_together(config)
+        for mistake in _check_option(f, types[f.name], getattr(config, f.name)):
+            raise UserError(f"{_flag(f)} must be {mistake}")
+    for mistake in _check_together(config):
+        raise UserError(mistake)
 
 
 def _options(config_class: type) -> list[dataclasses.Field]:
@@ -330,57 +330,57 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def _check_option(f: dataclasses.Field, kind: Any, value: Any) -> None:
-    """Raises UserError unless the value, of the command line or of a config.json, has its option's type and range."""
-    allowed, name, is_list = f.metadata["allowed"], _flag(f), get_origin(kind) is list
+def _check_option(f: dataclasses.Field, kind: Any, value: Any) -> Iterator[str]:
+    """What an option must be and its value, of the command line or of a config.json, is not."""
+    allowed, is_list = f.metadata["allowed"], get_origin(kind) is list
     scalar = get_args(kind)[0] if is_list else kind
     if is_list and not isinstance(value, list):
-        raise UserError(f"{name} must be a list, not {value!r:.80}")
+        yield f"a list, not {value!r:.80}"
     for item in value if is_list else [value]:
         if not (type(item) is scalar or (scalar is float and type(item) is int)):
-            raise UserError(f"{name} must be {_KINDS[scalar]}, not {item!r:.80}")
+            yield f"{_KINDS[scalar]}, not {item!r:.80}"
         if isinstance(allowed, Interval) and item not in allowed:
-            raise UserError(f"{name} must be {allowed}, not {item}")
+            yield f"{allowed}, not {item}"
         if isinstance(allowed, tuple) and item not in allowed:
-            raise UserError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, not {item!r:.80}")
+            yield f"{', '.join(allowed[:-1])} or {allowed[-1]}, not {item!r:.80}"
         if scalar is str and ("\0" in item or item != item.encode(errors="replace").decode()):
-            raise UserError(f"{name} must be Unicode text without NUL characters, not {item!r:.80}")
+            yield f"Unicode text without NUL characters, not {item!r:.80}"
 
 
-def _check_together(config: Any) -> None:
-    """Raises UserError for options that do not go together. The range of a single option stands beside its help."""
+def _check_together(config: Any) -> Iterator[str]:
+    """A sentence for each group of options that do not go together. The range of one option stands beside its help."""
     if isinstance(config, PretrainConfig):
         size, rest = divmod(config.n_embd, config.n_head)
         if rest or size % 16 or size > 256:
-            raise UserError(
+            yield (
                 f"--n-embd {config.n_embd} must be a multiple of --n-head {config.n_head} times 16, and at most 256 "
                 f"times it: the size of a head is a multiple of 16 up to 256"
             )
         return
     if config.teacher_logprobs and config.preset != "demo":
-        raise UserError(
+        yield (
             f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's probabilities must not "
             "reach the student"
         )
     if config.budget_cost and not config.price_in + config.price_out:
-        raise UserError("--budget-cost needs the prices: give --price-in and --price-out, per million tokens")
+        yield "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"
     graders = {"--reward": config.reward, "--replay": config.replay, "--teacher-url": config.teacher_url}
     if len(chosen := [flag for flag, value in graders.items() if value]) > 1:
-        raise UserError(f"{' and '.join(chosen)} do not go together: one of them scores the stories")
+        yield f"{' and '.join(chosen)} do not go together: one of them scores the stories"
     if config.reward:
         defaults = [vars(InteractConfig()), INTERACT_PRESETS[config.preset]]
         for f in _options(InteractConfig):
             is_teachers = f.name.startswith(("teacher_", "price_", "budget_cost")) and f.name != "teacher_timeout"
             if is_teachers and getattr(config, f.name) not in [options.get(f.name) for options in defaults]:
-                raise UserError(f"{_flag(f)} is for a teacher, and --reward takes its place: leave one of them out")
+                yield f"{_flag(f)} is for a teacher, and --reward takes its place: leave one of them out"
     if config.critic == "ridge" and config.stories_per_step < 2:
-        raise UserError("--critic ridge learns from the other stories of a step: give --stories-per-step 2 or more")
+        yield "--critic ridge learns from the other stories of a step: give --stories-per-step 2 or more"
     if config.critic == "ridge" and config.value_coef:
-        raise UserError("--value-coef is the weight of a value head's loss: give --critic head, or --value-coef 0")
+        yield "--value-coef is the weight of a value head's loss: give --critic head, or --value-coef 0"
     if config.critic == "head" and (config.signal_gate or not config.value_coef):
-        raise UserError(
+        yield (
             "--critic head learns from the value loss, which --signal-gate would take for signal: give --value-coef, "
             "say 0.1, and --no-signal-gate"
         )
     if config.signal_gate and (config.minibatch_size or config.stories_per_step) < 2:
-        raise UserError("--signal-gate compares two halves of a minibatch: give it 2 stories, or --no-signal-gate")
+        yield "--signal-gate compares two halves of a minibatch: give it 2 stories, or --no-signal-gate"

@@ -1,6 +1,5 @@
 """What stories begin with: the same for a seed and an index, each used before one is used again, a tenth held out."""
 
-import json
 import os
 import random
 
@@ -73,8 +72,6 @@ def test_builtin_openings_name_their_hero_and_are_no_story_of_the_corpus():
 def test_a_file_has_one_per_line(tmp_path):
     (tmp_path / "a.txt").write_text("One day, a fox\n\n  Far away,  \nOne day, a fox\n")
     assert load_openings(str(tmp_path / "a.txt")) == ["One day, a fox", "Far away,"]
-    (tmp_path / "a.jsonl").write_text(json.dumps({"opening": "One\nday"}) + "\n")
-    assert load_openings(str(tmp_path / "a.jsonl")) == ["One\nday"]
 
 
 def test_what_is_no_file_is_the_opening_itself():
@@ -91,10 +88,6 @@ def test_what_is_no_file_is_the_opening_itself():
         ("bytes.txt", b"\xff\xfe", "cannot be read"),
         ("wide.txt", "Once".encode("utf-16-le"), "NUL characters"),
         ("long.txt", b"Once " * 300, "over 0 MB"),
-        ("a.jsonl", b'{"opening": "x"}\n{"text": "y"}\n', "line 2"),
-        ("b.jsonl", b"[1]\n", "line 1"),
-        ("c.jsonl", b'{"opening": 3}\n', "line 1"),
-        ("d.jsonl", b"[" * 100_000, "line 1"),
     ],
 )
 def test_what_is_no_list_of_openings_is_said(tmp_path, monkeypatch, name, content, said):

@@ -198,12 +198,6 @@ def test_the_tokenizer_has_not_seen_the_validation_documents(tmp_path):
         assert trained == (letter in data.tokenizer.decode(data.train.tokens))
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1.0, 7, float("nan")])
-def test_a_fraction_that_is_none(tmp_path, fraction):
-    with pytest.raises(UserError, match="makes no sense"):
-        prepare(corpus_of(STORIES), vocab_size=600, val_fraction=fraction, cache=tmp_path)
-
-
 # Accidents.
 
 

@@ -14,7 +14,6 @@ from tinystory.human import desk as desks
 from tinystory.human.desk import Desk
 from tinystory.human.server import page, serve
 from tinystory.run.errors import UserError
-from tinystory.run.folder import RunLog
 from tinystory.teacher import server as chat
 from tinystory.teacher.client import HUMAN, Teacher
 from tinystory.teacher.prompt import Criterion, Template
@@ -29,7 +28,7 @@ def serving(desk):
     loop, ended = asyncio.new_event_loop(), asyncio.Event()
 
     async def run():
-        async with serve(desk, style="p { color: red }", curve=lambda url: "<svg></svg>") as address:
+        async with serve(desk, style="p { color: red }") as address:
             addresses.append(address)
             loop.call_soon(ready.set)
             await ended.wait()
@@ -79,7 +78,7 @@ def shown(url, who="ada"):
 def test_a_trainers_client_waits_for_the_person(url, short_pauses):
     with Teacher(url) as teacher:
         found = teacher.probe()
-        assert found.model == HUMAN and found.scored and not found.logprobs
+        assert found.model == HUMAN and found.scored
         assert json.loads(ask(url, "GET", "/state?who=ada")[2])["item"] is None  # the probe bothered nobody
         marks = ("cat", "alert", "dog")
         stories = ["a cat sat.", EVIL, "a dog ran."]
@@ -178,17 +177,7 @@ def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url,
         asyncio.run(again())
 
 
-def test_the_curve_is_of_the_run_that_is_taught_from_here(tmp_path):
-    with RunLog(tmp_path / "run", resume_step=None) as log:
-        log.config({"teacher": {"url": "http://127.0.0.1:8500/v1"}, "device": "cpu"})
-        assert teach.curve(tmp_path / "run", "http://127.0.0.1:8500") == ""  # before the first step
-        for step in (1, 2, 3):
-            log.metrics(step=step, reward_mean=step / 10)
-    assert "Mean reward per step" in teach.curve(tmp_path / "run", "http://127.0.0.1:8500")
-    assert teach.curve(tmp_path / "run", "http://127.0.0.1:8501") == teach.curve(tmp_path, "http://x") == ""
-
-
-@pytest.mark.parametrize("argv", [["--port", "70000"], ["--twice", "2"], ["--compare", "nowhere"]])
+@pytest.mark.parametrize("argv", [["--port", "70000"], ["--compare", "nowhere"]])
 def test_a_wrong_option_is_one_sentence(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:

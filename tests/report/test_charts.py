@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tinystory.report.charts import (
     Line,
     chart,
-    histogram,
     number,
     rolling,
     standalone,
@@ -55,11 +54,6 @@ def test_one_wild_step_neither_flattens_the_curve_nor_leaves_the_frame():
     line = re.search(r'class="raw" d="M([^"]+)"', drawing)[1]
     heights = [float(pair.split(",")[1]) for pair in line.split("L")]
     assert heights[0] - heights[140] > 40  # of the 146 there are; in SVG y grows downwards
-
-
-def test_a_histogram_is_well_formed():
-    root = ElementTree.fromstring(standalone(histogram("a < b", [0, 0, 0, 0], [1, 2, 3, 4], "coherence")))
-    assert len(list(root.iter("{http://www.w3.org/2000/svg}rect"))) == 8
 
 
 @given(values, st.floats(1e-6, 1e9))

@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.report.frontier import best_of_n, tilt
-from tinystory.report.run import PER_COLUMN, Digest, histograms, offer, write_report
+from tinystory.report.run import RANDOM, UNSCORED, Digest, write_report
 from tinystory.run.errors import UserError
 from tinystory.run.folder import RunLog
-from tinystory.teacher.prompt import CRITERIA
 
 EVIL = "</p></article><script>alert(1)</script><img src=x onerror=y>&lt;\x00\x1b[31m\u202e\ud800 {name} %s"
 VOID = {"meta", "path", "rect", "circle"}
@@ -130,52 +129,14 @@ def test_what_models_and_servers_write_stays_text(tmp_path):
     page = Page(path)
     check_self_contained(page)
     shown = "</p></article><script>alert(1)</script><img src=x onerror=y>&lt;"
-    # best and worst, both stories drawn at random, unscored and its reply, two samples, and the option
-    assert page.text.count(shown) == 2 * 2 + (2 + 1) + 1 + 2 * 2 + 1
+    # both stories drawn at random, unscored and its reply, two samples, and the option
+    assert page.text.count(shown) == (2 + 1) + 1 + 2 * 2 + 1
     assert "default-src 'none'" in path.read_text() and "\x1b" not in path.read_text()
 
 
 def test_an_endless_story_does_not_make_an_endless_page(tmp_path):
     interaction_run(tmp_path, 2, [story(1, index, story=f"{index} " + "la" * 10**6) for index in range(3)])
     assert write_report(tmp_path).stat().st_size < 200_000
-
-
-def test_best_and_worst_are_the_best_and_worst():
-    random.seed(0)
-    records = [story(step, 0, reward=random.random()) for step in range(500)]
-    records += [story(step, 1, reward=None, scores=None) for step in range(10)]
-    random.shuffle(records)
-    digest = Digest(records)
-    ranked = sorted((each for each in records if each["reward"] is not None), key=lambda each: each["reward"])
-    assert digest.best == ranked[:-6:-1] and digest.worst == ranked[:5]
-    assert digest.scored == 500 and len(digest.unscored) == 3
-
-
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), max_size=40), st.randoms())
-def test_picked_stories_differ_and_do_not_depend_on_the_order(told, order):
-    """Few values and few texts, so that ties and repeats abound; a text always has the same value here."""
-    records = [
-        {"step": n, "index": 0, "opening": "", "story": str(text), "reward": text // 2}
-        for n, (_, text) in enumerate(told)
-    ]
-    top = []
-    for record in records:
-        offer(top, record["reward"], record)
-    texts = [record["story"] for *_, record in top]
-    assert len(set(texts)) == len(texts) == min(PER_COLUMN, len({text for _, text in told}))
-    distinct = sorted({(text // 2, text) for _, text in told}, reverse=True)
-    assert [value for value, *_ in top] == [value for value, _ in distinct[:PER_COLUMN]]
-
-
-def test_equals_favour_neither_the_early_nor_the_late():
-    steps = []
-    for run in range(200):
-        top = []
-        for step in range(100):
-            offer(top, 1.0, story(step + 1000 * run, 0))
-        steps += [record["step"] % 1000 for *_, record in top]
-    # 1000 draws from 0..99: the mean's standard error is 0.9.
-    assert abs(np.mean(steps) - 49.5) < 6
 
 
 def test_a_long_run_is_streamed():
@@ -198,7 +159,7 @@ def test_a_long_run_is_streamed():
 
     Digest(stories())
     # The first step and the last one are kept whole; there are ten stories per step.
-    assert most <= 2 * PER_COLUMN + 2 * 10 + 10
+    assert most <= UNSCORED + 2 * 10 + 10
 
 
 def told(step, texts):
@@ -217,8 +178,8 @@ def test_the_page_shows_collapse(tmp_path):
     assert "Step 2: 2 clusters in 8 stories, the largest of 7" in page.text
     widths = [value for name, value in page.attributes if name == "style" and "flex-grow: 7" in (value or "")]
     assert widths == ["flex-grow: 7"]
-    drawn = page.text.split("Random, last step")[1].split("Best of the run")[0]
-    assert drawn.count("named Peanut") >= PER_COLUMN - 1
+    drawn = page.text.split("Samples of the last step")[1]
+    assert drawn.count("named Peanut") >= RANDOM - 1
     first = path.read_bytes()
     assert write_report(tmp_path).read_bytes() == first
 
@@ -227,7 +188,7 @@ def test_stories_at_random_do_not_depend_on_their_reward():
     drawn = []
     for step in range(300):
         drawn += [each["index"] for each in Digest([story(step, i, reward=i / 40) for i in range(40)]).random]
-    assert len(drawn) == 300 * PER_COLUMN
+    assert len(drawn) == 300 * RANDOM
     assert abs(np.mean(drawn) - 19.5) < 1.5  # the standard error of the mean is 0.3
 
 
@@ -288,17 +249,6 @@ def test_the_page_holds_the_run_against_what_needs_no_training(tmp_path):
     assert "Reward against KL" not in write_report(tmp_path / "later").read_text("utf-8")
 
 
-def test_histograms_compare_the_first_step_with_the_last():
-    scores = {1: 0, 2: 1, 3: 3}
-    stories = [
-        story(step, i, scores=dict.fromkeys(CRITERIA, score)) for step, score in scores.items() for i in range(4)
-    ]
-    # In the first step every score is 0, in the last every score is 3; the middle is not shown.
-    shares = re.findall(r"(\d+)%</text>", histograms(Digest(stories)))
-    assert shares == ["100", "0", "0", "0", "0", "0", "0", "100"] * 3
-    assert not histograms(Digest(stories[:4]))
-
-
 @pytest.mark.parametrize("steps", [0, 1, 2, 7, 9, 400])
 @pytest.mark.parametrize("with_stories", [False, True])
 def test_a_run_of_any_length_gives_a_page(tmp_path, steps, with_stories):
@@ -307,7 +257,7 @@ def test_a_run_of_any_length_gives_a_page(tmp_path, steps, with_stories):
     path = write_report(tmp_path)
     check_self_contained(page := Page(path))
     assert not re.search(r"\bnan\b", path.read_text(), re.IGNORECASE) and "None" not in page.text
-    assert ("Best and worst" in page.text) == (with_stories and steps > 0)
+    assert ("Drawn at random" in page.text) == (with_stories and steps > 0)
     before = path.read_bytes()
     assert write_report(tmp_path).read_bytes() == before
 
@@ -318,7 +268,7 @@ def test_a_callable_in_the_teachers_place_gives_rewards_without_scores(tmp_path)
             log.metrics(step=step, reward_mean=step / 10, readability_mean=None, unscored=0)
             log.stories([story(step, 0, reward=step / 10, scores=None, reply="")])
     text = Page(write_report(tmp_path)).text
-    assert "Best and worst" in text and "teacher’s scores" not in text and "without a score" not in text
+    assert "Drawn at random" in text and "teacher’s scores" not in text and "without a score" not in text
 
 
 def test_pretraining(tmp_path):

@@ -322,7 +322,7 @@ def test_the_command_says_when_it_is_ready_and_ends_cleanly(corpus, end):
     ("options", "words"),
     [
         (["--port", "taken"], "choose another"),
-        (["--port", "99999"], "0 to 65535"),
+        (["--port", "99999"], "at most 65535"),
         (["--corpus", "nosuch.txt"], "nosuch.txt"),
     ],
 )

@@ -168,9 +168,6 @@ def test_peers_take_turns_and_a_slow_mode_is_measured_once(nanogpt, run, monkeyp
     assert found["best"] == "eager-float32"
     assert found["peer_s"]["eager-bfloat16"] >= 2 > found["peer_s"]["eager-float32"]
     assert found["tokens_per_s"] == pytest.approx(16 * 64 / found["ours_s"], rel=0.01)
-    assert peers.table_row("pretrain", found).endswith(
-        f"{found['ratio']:.2f}x | {found['gemm_limit_tokens_per_s']:,.0f} tokens/s |"
-    )
 
 
 def test_a_peer_that_fails_is_quoted(nanogpt, bench, capsys):

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, fails
 
 from scripts import doctor, evaluate, prepare_data, sample
-from tinystory.run import distributed, errors, paths
+from tinystory.run import errors, paths
 from tinystory.run.errors import PeerLost, UserError, command
 from tinystory.student import checkpoint, memory
 
@@ -129,14 +129,6 @@ def test_one_process_of_torchrun_says_what_is_wrong_and_a_rank_that_was_left_in_
         raises(UserError("x"))([])
     assert not capsys.readouterr().err
     assert fails(raises(PeerLost("x")), [], capsys) == "error: x"
-
-
-def test_a_variable_of_torchrun_alone_is_said(monkeypatch):
-    for name in errors.TORCHRUN:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    with pytest.raises(UserError, match=r"but not RANK, WORLD_SIZE, .*: start this with torchrun, or unset"):
-        distributed.start("cpu")
 
 
 def test_without_a_home_the_cache_is_asked_for(monkeypatch):

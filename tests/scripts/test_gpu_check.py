@@ -1,71 +1,40 @@
-"""What `make gpu-check` makes of commands that pass, fail, are missing or take too long."""
+"""What `make gpu-check` would run on a GPU."""
 
-import json
-import sys
+import re
+import subprocess
 
 import pytest
 import torch
-from conftest import fails
+from conftest import ROOT
 
-from scripts import bench, gpu_check
-from scripts.gpu_check import commands, run_all, table
-from tinystory.run.paths import ROOT
-
-FACTS = dict(card="Card", capability="9.0", memory_gib=80.0, torch="2.11", cuda="13.0")
-ROW = dict(ours_ms=1.0, torch_ms=1.5, ratio=1.5, tflop_s=300.0, limit_tflop_s=600.0)
+from scripts import bench
 
 
-def says(*lines, rc=0, seconds=0):
-    program = f"import sys, time; print({chr(10).join(lines)!r}, flush=True); time.sleep({seconds}); sys.exit({rc})"
-    return [sys.executable, "-c", program]
+def commands() -> str:
+    """The recipes, as make would run them."""
+    targets = ["gpu-tests", "gpu-memcheck", "gpu-racecheck", "gpu-synccheck", "gpu-speeds"]
+    return subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-def test_each_command_is_run_and_told():
-    kernels = dict(bench="kernels", shape="small", batch=32, kernels=dict(attention=ROW))
-    rollout = dict(bench="rollout", shape="gpt2s", batch=360, tokens_per_s=50.0, rollout_s=2.0)
-    results = run_all(
-        {
-            "tests": says("== 12 passed in 3 s =="),
-            "memcheck": says("ERROR SUMMARY: 2 errors", rc=1),
-            "racecheck": ["no-such-program"],
-            "kernels": says(json.dumps(kernels)),
-            "rollout": says("warming up", json.dumps(rollout | dict(gemm_limit_tokens_per_s=100.0))),
-        },
-        seconds=100.0,
-    )
-    assert [found["rc"] for found in results.values()] == [0, 1, None, 0, 0]
-    assert results["kernels"]["rows"] == [kernels]
-    markdown = table(FACTS, results)
-    for line in (
-        "## Card (9.0, 80.0 GiB), torch 2.11",
-        "| tests | passed: 12 passed in 3 s |",
-        "| memcheck | failed (1): ERROR SUMMARY: 2 errors |",
-        "| racecheck | there is no no-such-program | 0.0 |",
-        "| attention | small | 1.0 | 1.5 | 1.5 | 300.0 of 600.0 tflop_s |",
-        "| rollout, batch 360 | gpt2s | 50.0 | 0.50 | 2.0 |",
-    ):
-        assert line in markdown
-
-
-def test_when_the_time_is_over_the_rest_is_not_run():
-    results = run_all({"slow": says("begun", seconds=600), "next": says("never")}, seconds=2.0)
-    assert results["slow"]["why"] == "stopped when the time was over" and results["slow"]["rc"] is None
-    assert "begun" in results["slow"]["output"]
-    assert results["next"]["why"] == "no time was left" and not results["next"]["output"]
-
-
-def test_its_commands_exist():
+def test_its_tests_exist():
     tests = (ROOT / "tests" / "ops" / "test_gpu.py").read_text()
-    for name, argv in commands().items():
-        if "scripts/bench.py" in argv:
-            with pytest.raises(SystemExit) as exit:
-                bench.main([*argv[2:], "--help"])
-            assert exit.value.code == 0
-        elif "-k" in argv:
-            chosen = [word for word in argv[-1].split() if word not in ("not", "and")]
-            assert all(word in tests for word in chosen), name
+    chosen = re.findall(r'--tool (\w+) .* -k "(.*)"', commands())
+    assert [tool for tool, _ in chosen] == ["memcheck", "racecheck", "synccheck"]
+    for _, expression in chosen:
+        assert all(word in tests for word in expression.split() if word not in ("not", "and"))
 
 
-def test_without_a_gpu_it_says_so(capsys):
+def test_its_benchmarks_exist():
+    works = re.findall(r'"((?:kernels|rollout|ppo|pretrain) [^"]*)"', commands())
+    assert len(works) == 4
+    for work in works:
+        with pytest.raises(SystemExit) as exit:
+            bench.main([*work.split(), "--shape", "small", "--device", "cuda", "--help"])
+        assert exit.value.code == 0
+
+
+def test_without_a_gpu_it_says_so():
     if not torch.cuda.is_available():
-        assert "there is no GPU" in fails(gpu_check.main, [], capsys)
+        (check,) = re.findall(r"\$\(PY\) (-c \".*\")", (ROOT / "Makefile").read_text())
+        run = subprocess.run(f"python {check}", shell=True, capture_output=True, text=True)
+        assert run.returncode == 1 and run.stderr == "torch can use no GPU: see scripts/doctor.py\n"

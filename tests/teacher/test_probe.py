@@ -21,9 +21,9 @@ def test_the_probe_says_what_it_found():
         assert found is teacher.probe()  # once
         assert (found.url, found.model, found.token_cap, found.refused) == (server.url, "first", "max_tokens", ())
         assert (found.reply, found.scored, found.thinks, found.tokens) == ("2 1 3", True, False, None)
-        assert (found.structure, found.held_to, found.seed, found.logprobs) == ("nothing", "nothing", True, False)
+        assert found.structure == found.held_to == "nothing"
         assert Probe.load(found.dump()) == found and Probe.load('{"url": ""}') is Probe.load("no") is None
-        assert len(server.requests) == 1 and len(server.others) == 4  # two structures, one seed twice
+        assert len(server.requests) == 1 and len(server.others) == 2  # two structures
         line = str(found)
         assert line.isprintable() and f"first at {server.url}: scored a story" in line and "obeys no structure" in line
 
@@ -33,7 +33,7 @@ def test_a_server_is_probed_once_per_run(tmp_path):
         for _ in range(2):
             with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
                 found = teacher.probe()
-        assert found.scored and len(server.requests) == 1 and len(server.others) == 4
+        assert found.scored and len(server.requests) == 1 and len(server.others) == 2
         with Teacher(server.url, "second", cache=tmp_path / "replies.jsonl") as teacher:
             assert teacher.probe().model == "second"
         assert len(server.requests) == 2
@@ -51,7 +51,7 @@ def test_a_server_that_obeys_is_held_to_numbers(field):
         Teacher(server.url) as teacher,
     ):
         assert teacher.probe().structure == teacher.probe().held_to == "numbers"
-        assert len(server.others) == 3
+        assert len(server.others) == 1
         assert teacher.grade("Once", ["A dog ran."])[0].scores
         assert server.requests[-1]["structured_outputs"] == {"regex": "[0-3] [0-3] [0-3]"}
         assert server.requests[-1]["grammar"] == 'root ::= [0-3] " " [0-3] " " [0-3]'
@@ -89,23 +89,6 @@ def test_an_option_that_is_accepted_and_ignored_is_not_used():
         assert teacher.probe().structure == "nothing"
         teacher.grade("Once", ["A dog ran."])
         assert not {"response_format", "grammar", "structured_outputs"} & server.requests[-1].keys()
-
-
-@pytest.mark.parametrize("refuse", [True, False])
-def test_seed_and_logprobs(refuse):
-    count = iter(range(100))
-
-    def other(asked):
-        if asked.get("logprobs") and refuse:
-            return error(400, "logprobs are not supported by this model")
-        choice = {"message": {"content": f"A fox {next(count)}."}}
-        if asked.get("logprobs"):
-            choice["logprobs"] = {"content": [{"token": "A", "logprob": -0.1}]}
-        return web.json_response({"choices": [choice]})
-
-    with FaultServer(other=other) as server, Teacher(server.url) as teacher:
-        assert (teacher.probe().seed, teacher.probe().logprobs) == (False, not refuse)
-        assert len(server.requests) + len(server.others) <= 6
 
 
 def test_what_a_server_refuses_by_name_is_left_out():

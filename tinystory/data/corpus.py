@@ -118,15 +118,13 @@ def _file(path: Path) -> tuple[Path, Callable[[], Iterator[str]]]:
         raise UserError(f"{path} is not a file: name its files one by one")
     if _kind(path) not in (".txt", ".jsonl"):
         raise UserError(f"{path} is neither .txt nor .jsonl (optionally .gz): rename or convert it")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty: choose another corpus")
     split = _records if _kind(path) == ".jsonl" else _passages
 
     def read() -> Iterator[str]:
         documents = (piece for document in split(path) for piece in _bounded(document))
         first = next(documents, None)
         if first is None:
-            raise UserError(f"{path} holds no documents, only white space: choose another corpus")
+            raise UserError(f"{path} holds no documents: choose another corpus")
         yield first
         yield from documents
 

@@ -1,7 +1,6 @@
 """The openings that stories continue: a single one, the built-in list, or a file."""
 
 import functools
-import json
 import os
 import random
 import re
@@ -44,30 +43,21 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def load_openings(name: str) -> list[str]:
-    """The distinct openings of `builtin`, of a file with one per line (.jsonl: JSON objects with an "opening"), or else
-    `name` itself. Raises UserError for a file without openings, or with a line that is none."""
+    """The distinct openings of `builtin`, of a file with one per line, or else `name` itself. Raises UserError for a
+    file without openings."""
     if name == "builtin":
         return builtin_openings()
     path = Path(name)
-    is_path = path.suffix in (".txt", ".jsonl") or ("/" in name and len(name.split()) == 1) or os.path.exists(name)
+    is_path = path.suffix == ".txt" or ("/" in name and len(name.split()) == 1) or os.path.exists(name)
     if name.strip() and not is_path:
         return [name]
     try:
         lines = [line.strip() for line in read_text(path).splitlines()]
     except UserError as error:
         raise UserError(f"--openings {error}; give builtin, a text file of one per line, or an opening") from None
-    openings = []
-    for number, line in enumerate(lines, 1):
-        if line and path.suffix == ".jsonl":
-            try:
-                line = json.loads(line)["opening"].strip()
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                raise UserError(f'--openings {name}: line {number} is no JSON record with an "opening" text') from None
-        if line:
-            openings.append(line)
-    if not openings:
+    if not any(lines):
         raise UserError(f"--openings {name} holds no opening: write one per line")
-    return list(dict.fromkeys(openings))
+    return list(dict.fromkeys(filter(None, lines)))
 
 
 @functools.cache

@@ -87,11 +87,9 @@ def prepare(
     split, unless one is given (then `vocab_size` is ignored).
 
     The folder is built under a temporary name and renamed when complete, so a killed build leaves nothing half-written;
-    if two processes build it at once, the slower one uses the result of the other. Raises UserError for a bad
-    `val_fraction`, and if the cache cannot be written or is damaged; hashing it takes a second for some 400 MB.
+    if two processes build it at once, the slower one uses the result of the other. Raises UserError if the cache cannot
+    be written or is damaged; hashing it takes a second for some 400 MB.
     """
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"a validation fraction of {val_fraction} makes no sense: it must be at least 0 and below 1")
     root = Path(cache) if cache is not None else cache_dir() / "shards"
     key = [FORMAT, corpus.fingerprint(), tokenizer.fingerprint() if tokenizer else vocab_size, val_fraction, seed]
     path = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]

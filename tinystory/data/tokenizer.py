@@ -22,7 +22,6 @@ from tinystory.run.errors import UserError
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4
 END_NAMES = ("</s>", "<|endoftext|>")  # ours; GPT-2's
-MIN_VOCAB = len(SPECIALS) + 256
 MAX_TOKEN_BYTES = 128  # so that the count of words that begin in one token fits in a byte (see shards.py)
 
 # GPT-2's split (Radford et al. 2019), in the form that tiktoken publishes for its encoding "gpt2": possessive, so that
@@ -67,13 +66,7 @@ class Tokenizer:
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
         """A tokenizer of up to `vocab_size` tokens, trained on a stream; memory grows with the distinct words only. A
-        corpus with too few repeated pairs yields fewer tokens, with one line on stderr. Raises UserError if
-        `vocab_size` is below MIN_VOCAB."""
-        if vocab_size < MIN_VOCAB:
-            raise UserError(
-                f"a vocabulary of {vocab_size} is too small: {len(SPECIALS)} special tokens and 256 bytes "
-                f"need at least {MIN_VOCAB}"
-            )
+        corpus with too few repeated pairs yields fewer tokens, with one line on stderr."""
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()

@@ -4,8 +4,7 @@ A story comes from a trainer, which waits for its grade; the page shows it; the 
 The grades of all stories that wait are handed in together, a moment after the last of them, so that there is a way back
 until then. A story that was graded before is never asked about again: the trainer gets the grade that is kept.
 
-Several humans can sit at one desk. Each story goes to one of them; some go to a second one later, for whom the trainer
-does not wait.
+Several humans can sit at one desk. Each story goes to one of them.
 """
 
 import asyncio
@@ -51,12 +50,12 @@ class _Story:
 
 
 class Desk:
-    """Grades by `template`, kept in the file `path`. twice: the fraction of stories that a second human grades too."""
+    """Grades by `template`, kept in the file `path`."""
 
     mode = "grade"
 
-    def __init__(self, path: Path, template: Template, twice: float = 0.5, clock: Callable[[], float] = time.monotonic):
-        self.template, self.twice, self._clock = template, twice, clock
+    def __init__(self, path: Path, template: Template, clock: Callable[[], float] = time.monotonic):
+        self.template, self._clock = template, clock
         self._journal = Journal(path)
         self._waiting: dict[str, _Story] = {}  # by key, in the order in which they came
         self._grades: dict[str, dict[str, Record]] = defaultdict(dict)  # by key and human, the first human first
@@ -129,7 +128,6 @@ class Desk:
             "mode": self.mode,
             "item": None if key is None else self._item(who, key),
             "left": len(self._ungraded()),
-            "second_opinions_left": sum(self._wants_second(key, who) for key in self._grades),
             "done": len(self._history[who]),
             "handing_in": self._all_graded(),
             "criteria": [
@@ -149,20 +147,12 @@ class Desk:
             "scores": own and own["scores"],
             "again": own is not None,
             "late": waiting is None and own is not None,  # the trainer has its grade already
-            "second": any(other != who for other in by),
         }
 
     def _next(self, who: str) -> str | None:
-        """A story that a trainer waits for, else one for a second opinion; never one on somebody else's page."""
+        """A story that a trainer waits for, and that is not on somebody else's page."""
         taken = {key for other, key in self._current.items() if other != who}
-        candidates = [key for key in self._waiting if key not in self._grades]
-        candidates += [key for key in self._grades if self._wants_second(key, who)]
-        return next((key for key in candidates if key not in taken), None)
-
-    def _wants_second(self, key: str, who: str) -> bool:
-        by = self._grades[key]
-        scored = any(record["scores"] for record in by.values())
-        return scored and len(by) == 1 and who not in by and int(key[:8], 16) < self.twice * 2**32
+        return next((key for key in self._waiting if key not in self._grades and key not in taken), None)
 
     def do(self, who: str, action: str, request: Mapping[str, Any]) -> None:
         """Grade, skip, go back or pause, as the page says. Raises Mistake if that cannot be done."""

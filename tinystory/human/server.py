@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from aiohttp import web
@@ -32,14 +32,12 @@ TICK_S = 0.25
 
 
 @contextlib.asynccontextmanager
-async def serve(
-    desk: Desk | PairDesk, port: int = 0, *, style: str = "", curve: Callable[[str], str] = lambda url: ""
-) -> AsyncIterator[str]:
+async def serve(desk: Desk | PairDesk, port: int = 0, *, style: str = "") -> AsyncIterator[str]:
     """Serve the page on 127.0.0.1, and with a Desk also /v1, for as long as the block runs; yields the URL. style: CSS
-    of the page; curve: the SVG that it shows of the run taught from this URL.
+    of the page.
 
     Raises UserError if the port is not free."""
-    html, address = page(style), [""]
+    html = page(style)
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src '{_script_hash(html)}'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -50,7 +48,7 @@ async def serve(
         return web.Response(text=html, content_type="text/html", headers=headers)
 
     async def get_state(request: web.Request) -> web.Response:
-        state = desk.state(_name(request.query.get("who"))) | {"curve": curve(address[0])}
+        state = desk.state(_name(request.query.get("who")))
         return web.json_response(state, headers={"Cache-Control": "no-store"})
 
     async def post_action(request: web.Request) -> web.Response:
@@ -75,10 +73,10 @@ async def serve(
             desk.tick()
             await asyncio.sleep(TICK_S)
 
-    async with listening(routes, port) as address[0]:
+    async with listening(routes, port) as address:
         ticking = asyncio.create_task(tick())
         try:
-            yield address[0]
+            yield address
         finally:
             ticking.cancel()
 

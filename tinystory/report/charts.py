@@ -47,7 +47,7 @@ svg.chart .grid { stroke: var(--rule); stroke-width: 1; }
 svg.chart .band { fill: var(--tint); opacity: .13; }
 svg.chart .raw { fill: none; stroke: var(--tint); stroke-width: 1; opacity: .35; }
 svg.chart .line { fill: none; stroke: var(--tint); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-svg.chart .dot, svg.chart .bar { fill: var(--tint); }
+svg.chart .dot { fill: var(--tint); }
 svg.chart .error { fill: none; stroke: var(--tint); stroke-width: 1.5; }
 """
 
@@ -296,27 +296,6 @@ def trail(
             f'<text x="{across:.1f}" y="{down + offset:.1f}" text-anchor="middle">{name}</text>'
         )
     return axes.svg()
-
-
-def histogram(title: str, first: Sequence[int], last: Sequence[int], colour: str) -> str:
-    """An SVG of the fractions of the scores 0, 1, 2 ... early in a run (grey) and late (in colour), side by side.
-    first, last: counts per score."""
-    size = width, height = 340, 190
-    top, bottom, slot = 44, 22, width / len(first)
-    bar, parts = slot * 0.36, []
-    fractions = [[count / max(sum(counts), 1) for count in counts] for counts in (first, last)]
-    highest = max(max(row) for row in fractions) or 1.0
-    for score, pair in enumerate(zip(*fractions, strict=True)):
-        for i, (fraction, tint) in enumerate(zip(pair, ("grey", colour), strict=True)):
-            bar_height = fraction / highest * (height - top - bottom)
-            x, y = slot * (score + 0.5) + (i - 1) * bar, height - bottom - bar_height
-            parts.append(
-                f'<rect class="bar" style="--tint: var(--{tint})" x="{x + 1:.1f}" y="{y:.1f}" '
-                f'width="{bar - 2:.1f}" height="{max(bar_height, 1):.1f}" rx="2"/>'
-                f'<text x="{x + bar / 2:.1f}" y="{y - 4:.1f}" text-anchor="middle">{fraction:.0%}</text>'
-            )
-        parts.append(f'<text x="{slot * (score + 0.5):.1f}" y="{height - 5}" text-anchor="middle">{score}</text>')
-    return svg(title, size, parts)
 
 
 def svg(title: str, size: Size, parts: Sequence[str]) -> str:

@@ -1,12 +1,9 @@
-"""The evaluations of one or several checkpoints side by side, as report.html and as a table for the terminal."""
+"""The evaluations of one or several checkpoints side by side, as a table for the terminal."""
 
 from collections.abc import Sequence
-from html import escape
-from pathlib import Path
 from typing import Any
 
-from tinystory.report import page
-from tinystory.report.charts import Line, chart, number
+from tinystory.report.charts import number
 from tinystory.run.folder import Record
 
 # Name, path to the value in a record, path to its interval, decimals.
@@ -34,7 +31,6 @@ ROWS = (
     ("utility of 10", ("stories", "utility_10"), None, 2),
     ("copied fraction", ("stories", "copied_share"), None, 3),
 )
-PAIRS = {"blimp": "BLiMP", "supplement": "BLiMP’s supplement", "entity_tracking": "Entity tracking"}
 
 
 def at(record: Record, path: Sequence[str] | None) -> Any:
@@ -57,55 +53,3 @@ def comparison(records: Sequence[Record]) -> list[list[str]]:
         if any(at(record, path) is not None for record in records):
             rows.append([name, *cells])
     return rows
-
-
-def write_page(records: Sequence[Record], path: Path) -> None:
-    """Write one self-contained page about the records, in the given order."""
-    names = [record["name"] for record in records]
-    drawings = [_chart(records, *row[:3]) for row in ROWS] if len(records) > 1 else []
-    sections = [
-        page.section(
-            "Side by side",
-            "With 95 % intervals over the texts or stories; they do not cover the variance between training runs.",
-            page.table(["", *names], comparison(records)),
-        ),
-        page.section(
-            "Against training words",
-            "Words of pretraining and taken in during interaction, as recorded in each checkpoint.",
-            page.grid(drawings),
-        ),
-        *(_phenomena(records, task) for task in PAIRS),
-    ]
-    page.write(path, "Evaluation", escape(" · ".join(names)), sections)
-
-
-def _chart(records: Sequence[Record], name: str, path: Sequence[str], interval: Sequence[str] | None) -> str:
-    points = [(record["words"], at(record, path), at(record, interval)) for record in records if record["words"]]
-    points = sorted((point for point in points if point[1] is not None), key=lambda point: point[0])
-    if len(points) < 2:
-        return ""
-    x, y, intervals = zip(*points, strict=True)
-    errors = [(ends[1] - ends[0]) / 2 if ends else None for ends in intervals]
-    return chart(name, [Line(x, y, "reward", "", False, errors)], x_name="words", log_x=True)
-
-
-def _phenomena(records: Sequence[Record], task: str) -> str:
-    """A collapsible section with the accuracy on each phenomenon and on each group of them."""
-    records = [record for record in records if record.get(task)]
-    if not records:
-        return ""
-    columns = {"Phenomenon": [record[task]["phenomena"] for record in records]}
-    for kind in records[0][task]["groups"]:
-        columns[kind.replace("_", " ")] = [record[task]["groups"].get(kind, {}) for record in records]
-    tables = []
-    for title, results in columns.items():
-        rows = [
-            [name, str(row["total"]), *(_cell(result.get(name)) for result in results)]
-            for name, row in results[0].items()
-        ]
-        tables.append(page.table([title, "items", *(record["name"] for record in records)], rows))
-    return page.details(PAIRS[task], "".join(reversed(tables)))
-
-
-def _cell(row: Record | None) -> str:
-    return f"{row['accuracy']:.1f} [{row['ci'][0]:.0f}, {row['ci'][1]:.0f}]" if row else number(None)

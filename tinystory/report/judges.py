@@ -57,7 +57,8 @@ def correlation_line(records: Sequence[Record]) -> str:
     values = []
     for group in (BEFORE, AFTER):
         a, b = (column(records, group, measure) for measure in ("score", "sense"))
-        values.append(spearman(a[~np.isnan(a + b)], b[~np.isnan(a + b)]))
+        both = ~np.isnan(a + b)
+        values.append(spearman(a[both], b[both]) if both.any() else float("nan"))
     return "Spearman’s correlation of the two judges is {:.2f} before and {:.2f} after.".format(*values)
 
 

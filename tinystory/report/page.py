@@ -209,11 +209,10 @@ figure { margin: 0; }
 figcaption { font-size: .85rem; color: var(--muted); margin-bottom: .3rem; }
 .clusters .parts { gap: 1px; height: 1.4rem; }
 .clusters .parts i { flex-basis: 0; min-width: 1px; background: var(--reward); }
-.three { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 0 2.4rem; }
 .pair, .cards { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 3rem; }
 .pair + .pair, article + article { border-top: 1px solid var(--rule); }
 .pair > article, .cards > article { border-top: 0; }
-.pair h3, .three h3 { font-size: 1rem; color: var(--ink); }
+.pair h3 { font-size: 1rem; color: var(--ink); }
 article { padding: 1.2rem 0; min-width: 0; }
 article header, article footer { font-size: .8rem; color: var(--muted); }
 article header { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; align-items: baseline; }
@@ -239,8 +238,8 @@ th:first-child { text-align: left; }
 tr { border-bottom: 1px solid var(--rule); }
 dt { flex: 0 0 10rem; color: var(--muted); overflow-wrap: anywhere; }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
-@media (max-width: 50rem) { .hero, .pair, .cards, .three { grid-template-columns: minmax(0, 1fr); }
-  .pair > article + article { padding-top: 0; } .pair > div + div, .three > div + div { margin-top: 2.5rem; }
+@media (max-width: 50rem) { .hero, .pair, .cards { grid-template-columns: minmax(0, 1fr); }
+  .pair > article + article { padding-top: 0; }
   .hero svg.chart text { font-size: 15px; } }
 @media print { details:not([open]) { display: none; } }
 """

@@ -3,14 +3,12 @@
 It is generated only from the records in the run's folder, so it can be written again at any time.
 """
 
-import datetime
 import hashlib
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TypeAlias
 
 from tinystory.report import charts, judges, page
 from tinystory.report.charts import Line, chart, number
@@ -21,7 +19,7 @@ from tinystory.run.errors import UserError
 from tinystory.run.folder import SAMPLES, Record, read_config, read_metrics, read_records, read_stories
 
 EDGE = 5  # the headline compares the means of the first and last so many steps
-PAIRS, PER_COLUMN, UNSCORED = 12, 5, 3  # stories shown: before and after; best, worst and random ones; unscored
+PAIRS, RANDOM, UNSCORED = 12, 6, 3  # stories shown: before and after; random ones; unscored
 HERO = (560, 300)  # size of the chart at the top, in pixels
 PARTS = ("rollout", "reference", "teacher", "update")  # of a step, in chronological order
 
@@ -92,8 +90,7 @@ def subtitle(metrics: list[Record], config: Record) -> str:
         parts.append("Interaction" if "reward_mean" in metrics[-1] else "Pretraining")
         parts.append(page.count(metrics[-1]["step"], "step"))
     if config:
-        started = datetime.datetime.fromisoformat(config["started"])
-        parts += [config["device"], f"{started.day} {started:%B %Y, %H:%M} UTC"]
+        parts += [config["device"], f"{config['started'][:16].replace('T', ' ')} UTC"]
     return " · ".join(escape(part) for part in parts)
 
 
@@ -110,12 +107,12 @@ def flat(values: Record, path: str = "") -> Iterable[tuple[str, object]]:
 
 
 def scorer(config: Record) -> str:
-    """The names of the models that scored the stories, or of the callable; "" if it is not recorded."""
+    """The name of the model that scored the stories, or of the callable; "" if it is not recorded."""
     options = config.get("options", {})
-    panel, scored_by = options.get("teachers"), options.get("scored_by")
-    teachers = panel if isinstance(panel, list) and panel else [options.get("teacher")]
-    models = dict.fromkeys(str(probe["model"]) for probe in teachers if isinstance(probe, dict) and probe.get("model"))
-    return ", ".join(models) or (Path(scored_by).name if isinstance(scored_by, str) else "")
+    teacher, scored_by = options.get("teacher"), options.get("scored_by")
+    if isinstance(teacher, dict) and teacher.get("model"):
+        return str(teacher["model"])
+    return Path(scored_by).name if isinstance(scored_by, str) else ""
 
 
 def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str]:
@@ -133,12 +130,15 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
             f"mean, the band one standard deviation over its window.{without_signal(metrics)}",
             grid(scores),
         ),
-        histograms(digest),
         reward_against_kl(metrics, digest),
         section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
         judges.judges_section(folder),
         before_and_after(folder, scored_by),
-        random_best_and_worst(digest, scored_by),
+        section(
+            "Samples of the last step",
+            "Drawn at random, whatever their reward: what to expect of the student.",
+            block("cards", cards(digest.random, scored_by)),
+        ),
         section(
             "Stories without a score",
             "The teacher returned no valid score for these, so they were left out of the update. The first ones:",
@@ -195,22 +195,6 @@ def interaction_headline(metrics: list[Record], criteria: Sequence[str]) -> str:
     return page.hero(tiles, drawing + page.time_bar(seconds))
 
 
-def histograms(digest: "Digest") -> str:
-    def counts(records: list[Record], name: str) -> list[int]:
-        scores = [round(record["scores"][name]) for record in records if name in (record["scores"] or {})]
-        return [scores.count(score) for score in range(TOP_SCORE + 1)]
-
-    drawings = [
-        charts.histogram(title(name), counts(digest.first, name), counts(digest.last, name), colour(name))
-        for name in digest.criteria
-    ]
-    return section(
-        "Distribution of the scores",
-        "Fraction of stories with each score, in the first step (grey) and in the last (colour).",
-        grid(drawings) if digest.first is not digest.last else "",
-    )
-
-
 def sameness(metrics: list[Record], digest: "Digest") -> str:
     """Score against diversity: whether a higher score was bought by telling the same story again."""
     highest = TOP_SCORE * len(digest.criteria) or 1
@@ -258,27 +242,13 @@ def before_and_after(folder: Path, scored_by: str) -> str:
     for _, sides in sorted(samples.items())[:PAIRS]:
         records = [sides[when] for when in ("before", "after") if when in sides]
         titles = [f"{record['when'].capitalize()}, step {number(record['step'])}" for record in records]
-        pair = map(story_card, records, titles, itertools.repeat(scored_by))
-        body += block("pair", "".join(pair))
+        body += block("pair", "".join(map(story_card, records, titles, itertools.repeat(scored_by))))
     return section(
         "Evaluation, before and after",
         "The opening, in colour, is given; the student continues it, both times with the same random numbers. It was "
         "never trained on, unless there is only one. After: the checkpoint best, which is the latest student whose "
         "reward in evaluations is within a standard error of the highest.",
         body,
-    )
-
-
-def random_best_and_worst(digest: "Digest", scored_by: str) -> str:
-    columns = {"Random, last step": digest.random, "Best of the run": digest.best, "Worst of the run": digest.worst}
-    body = "".join(
-        f"<div><h3>{name}</h3>{cards(records, scored_by)}</div>" for name, records in columns.items() if records
-    )
-    return section(
-        "Samples of the last step, and the best and worst stories",
-        "The first column is what to expect of the student. Best and worst are by reward, among all "
-        f"{number(digest.scored)} scored stories, the same story once; ties are broken at random.",
-        block("three", body),
     )
 
 
@@ -290,32 +260,22 @@ def teacher_requests(metrics: list[Record]) -> str:
     cost = metrics[-1].get("teacher_cost")
     rows = [(name, number(total)) for name, total in sums.items()] + [("Cost", number(cost))] * bool(cost)
     latencies = [curve(metrics, f"teacher_latency_{key}", name=name, smooth=False) for key, name in LATENCIES.items()]
-    drawings = [
-        chart("Latency percentiles, seconds", latencies),
-        chart("Retries after a failure", [curve(metrics, "teacher_retries")]),
-    ]
-    return details("Requests to the teacher", page.facts(rows) + grid(drawings))
-
-
-Top: TypeAlias = list[tuple[float, bytes, Record]]  # values, hashes for ties, and records, the highest first
+    drawing = chart("Latency percentiles, seconds", latencies)
+    return details("Requests to the teacher", page.facts(rows) + grid([drawing]))
 
 
 class Digest:
     """What the page shows of stories.jsonl, collected in one pass without holding the other stories in memory.
 
-    criteria: as graded, () if no story has scores; best, worst: distinct stories by reward; unscored: the first ones;
-    first, last: the stories of the first step and of the last, the same list if there is only one; random: some of the
-    last step, the same ones at each call.
+    criteria: as graded, () if no story has scores; unscored: the first ones; first, last: the stories of the first step
+    and of the last, the same list if there is only one; random: some of the last step, the same ones at each call.
     """
 
     def __init__(self, stories: Iterable[Record]):
         self.criteria: tuple[str, ...] = ()
-        self.scored = 0
         self.unscored: list[Record] = []
         self.first: list[Record] = []
         self.last: list[Record] = self.first
-        best: Top = []
-        worst: Top = []
         for record in stories:
             if self.last and self.last[0]["step"] != record["step"]:
                 self.last = []
@@ -324,29 +284,14 @@ class Digest:
                 if len(self.unscored) < UNSCORED:
                     self.unscored.append(record)
                 continue
-            self.scored += 1
-            offer(best, record["reward"], record)
-            offer(worst, -record["reward"], record)
             if record["scores"]:  # with --reward a callable replaces the teacher and gives no scores
                 self.criteria = tuple(record["scores"])  # the last ones: a resume may bring another --teacher-prompt
-        self.best, self.worst = ([record for *_, record in top] for top in (best, worst))
-        self.random = sorted(self.last, key=shuffled)[:PER_COLUMN]
+        self.random = sorted(self.last, key=shuffled)[:RANDOM]
 
 
 def shuffled(record: Record) -> bytes:
     """A key that puts stories in random order: a hash of step and index."""
     return hashlib.blake2b(f"{record['step']} {record['index']}".encode(), digest_size=8).digest()
-
-
-def offer(top: Top, value: float, record: Record) -> None:
-    """Insert a record if its value is among the highest and its story is new. Ties are broken at random, so that
-    neither early nor late stories are favoured."""
-    if len(top) == PER_COLUMN and value < top[-1][0]:
-        return
-    if all((record["story"], record["opening"]) != (other["story"], other["opening"]) for *_, other in top):
-        top.append((value, shuffled(record), record))
-        top.sort(key=lambda entry: entry[:2], reverse=True)
-        del top[PER_COLUMN:]
 
 
 # ---- a pretraining run ----------------------------------------------------------------------------------------------

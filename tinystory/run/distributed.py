@@ -34,14 +34,9 @@ TIMEOUT = datetime.timedelta(hours=6)  # of a collective: the other ranks wait f
 
 def start(device: str) -> None:
     """Join the processes that torchrun started. With a GPU ("auto" or "cuda") each takes the one of its local rank.
-    Raises UserError if there is not one GPU per process, or if some of torchrun's variables are missing."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+    Raises UserError if there is not one GPU per process."""
+    if dist.is_initialized() or not all(name in os.environ for name in TORCHRUN):
         return
-    if missing := [name for name in TORCHRUN if name not in os.environ]:
-        raise UserError(
-            f"TORCHELASTIC_RUN_ID is set, as by torchrun, but not {', '.join(missing)}: start this with torchrun, or "
-            "unset that variable"
-        )
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()

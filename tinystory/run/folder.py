@@ -50,6 +50,7 @@ FIELDS: dict[str, Fields] = {  # that each record has at least
     EVALUATIONS: _STORY,
     SAMPLES: _STORY | {"when": (str,)},
     JUDGED: {"group": (str,), "index": (int,), "score": _NUMBER, "sense": _NUMBER},
+    CONFIG: {"options": (dict,), "started": (str,), "device": (str,), "resumed": (list,)},
     PREFERENCES: {"key": (str,), "choice": (str, type(None)), "by": (str,)},
 }
 
@@ -232,8 +233,11 @@ def parse_object(text: bytes | str) -> Record:
 
 @contextlib.contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to read in the block, in which OSError and ValueError become a UserError without advice."""
+    """A binary file to read in the block, in which OSError and ValueError become a UserError without advice. A pipe or
+    a device is not opened: it might be waited for."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is not a regular file")
         with open(path, "rb") as file:
             yield file
     except (OSError, ValueError) as error:
@@ -243,8 +247,6 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
 def read_text(path: Path) -> str:
     """The text of a regular file. Raises UserError, without advice, for anything else: a file of over LONGEST bytes,
     with NUL characters, or not in UTF-8."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} cannot be read: it is not a regular file")
     with open_bytes(path) as file:
         content = file.read(LONGEST + 1)
         if len(content) > LONGEST:
@@ -284,10 +286,9 @@ def require_whole(folder: Path, names: Iterable[str]) -> None:
     manifest = read_object(folder / MANIFEST)
     for name in names:
         path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing")
-        if manifest.get(name) != {"size": path.stat().st_size, "sha256": file_hash(path)}:
-            raise UserError(f"{path} is not what {MANIFEST} beside it says was saved: one of them is damaged")
+        if not path.is_file() or manifest.get(name) != {"size": path.stat().st_size, "sha256": file_hash(path)}:
+            problem = f"is not what {MANIFEST} beside it says was saved: one of them is damaged"
+            raise UserError(f"{path} {problem if path.exists() else 'is missing'}")
 
 
 def read_config(folder: Path) -> Record:
@@ -298,20 +299,11 @@ def read_config(folder: Path) -> Record:
         return {}
     try:
         config = read_object(path)
-        for name, kind in {"options": dict, "started": str, "device": str, "resumed": list}.items():
-            if not isinstance(config.get(name), kind):
-                raise UserError(f"{path} is damaged: its {name!r} is missing or of another type")
-        if not _is_time(config["started"]):
-            raise UserError(f"{path} is damaged: its 'started' is not a time")
+        if misfit := _misfit(config, FIELDS[CONFIG]):
+            raise UserError(f"{path} is damaged: {misfit}")
     except UserError as error:
         raise UserError(f"{error}; restore it from a copy, or start a new run in another --out") from error
     return config
-
-
-def _is_time(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return bool(datetime.datetime.fromisoformat(text))
-    return False
 
 
 def recorded_options(folder: Path) -> Record:

@@ -71,8 +71,6 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tok
     facts: dict[str, Any] = {}
     if hf.is_folder(folder):
         student, tokenizer = hf.read(folder)
-    elif not (folder / "model.json").is_file():
-        raise UserError(f"{folder} is not a checkpoint of ours: it has no model.json")
     else:
         require_whole(folder, FILES)
         record = read_object(folder / "model.json")
@@ -101,12 +99,8 @@ def restore(student: Student, folder: Path) -> None:
 
 
 def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, Tensor], T]:
-    """The `state` given to `save`, and the `counters` as the dataclass that they were. Raises UserError if they are
-    another's."""
-    try:
-        return load_file(folder / "trainer.safetensors"), run_state(**read_counters(folder))
-    except TypeError:
-        raise UserError(f"{folder / 'trainer.json'} is no checkpoint of such a run") from None
+    """The `state` given to `save`, and the `counters` as the dataclass that they were."""
+    return load_file(folder / "trainer.safetensors"), run_state(**read_counters(folder))
 
 
 def read_counters(folder: Path) -> dict[str, Any]:

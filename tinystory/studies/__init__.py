@@ -1,1 +1,1 @@
-"""What is run over many runs, by scripts/: reproduce, scale, bench and bench_teacher. No other room imports it."""
+"""What is run over many runs, by scripts/: reproduce and bench. No other room imports it."""

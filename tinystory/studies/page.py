@@ -54,15 +54,10 @@ def write_experiment_report(out: Path) -> Path:
     x_name = "words of pretraining and taken in"
     figure = chart("Teacher’s score, 0 to 9", lines(records, SCORE), x_name=x_name, log_x=True, size=HERO)
     atomic_write(out / "figure.svg", charts.standalone(figure))
-    drawings = [
-        chart(name, lines(records, path), x_name="words", log_x=True, size=(420, 230))
-        for name, path in UNREWARDED.items()
-    ]
     sections = [
         page.hero(headline(records), figure),
         equivalents(records),
         measures_table(records),
-        page.section("What was not rewarded", "", page.grid(drawings)),
         stories(out, records),
         page.details("How it was run", page.facts(facts.items()), opened=True),
     ]

@@ -66,20 +66,19 @@ def take_turns(
     modes: Sequence[str],
     arguments: list[str],
     runs: int,
-    quiet: bool,
 ) -> dict[str, Any]:
     """Median seconds of ours and of each mode of the peer, which take turns, so that a machine's drift meets both; and
     ratio, the median over the turns of the seconds of the best mode to ours (above 1: ours is faster)."""
     with ExitStack() as stack:
         peers: dict[str, Peer] = {}
-        for mode in tqdm(modes, desc=f"{peer}: warm-up", unit="mode", disable=quiet):
+        for mode in tqdm(modes, desc=f"{peer}: warm-up", unit="mode", disable=None):
             peers[mode] = Peer(python, peer, "--mode", mode, *arguments)
             stack.callback(peers[mode].close)
         best_s = min(process.warm_s for process in peers.values())
         laps: dict[str, list[float]] = {mode: [] for mode, p in peers.items() if p.warm_s < HOPELESS * best_s}
         ours()  # a warm-up
         own = []
-        for _ in tqdm(range(runs), desc=f"{peer}: in turns with ours", unit="turn", disable=quiet):
+        for _ in tqdm(range(runs), desc=f"{peer}: in turns with ours", unit="turn", disable=None):
             own.append(ours())
             for mode, seconds in laps.items():
                 seconds.append(peers[mode].run())
@@ -103,13 +102,11 @@ def require(nanogpt: Path | None, trl: Path | None, batch: int, device: torch.de
 
 
 def compare(
-    setup: Setup, shape: str, runs: int, nanogpt: Path | None, trl: Path | None, optimizer: str, quiet: bool
+    setup: Setup, shape: str, runs: int, nanogpt: Path | None, trl: Path | None, optimizer: str
 ) -> dict[str, dict[str, Any]]:
-    """Per work that has a peer here the result of take_turns, and tokens per second beside those of the GEMMs alone.
-    Printed as a table too, unless quiet."""
+    """Per work that has a peer here the result of take_turns, and tokens per second beside those of the GEMMs
+    alone."""
     results = {}
-    if not quiet:
-        print("| | ours | the best peer | ratio | GEMMs alone |", "|---|---|---|---|---|", sep="\n")
     for work, (peer, modes) in PEERS.items():
         python = str(trl or "") if peer != "nanogpt" else sys.executable if nanogpt else ""
         if not python:
@@ -123,18 +120,9 @@ def compare(
         arguments = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
         arguments += ["--model", json.dumps(dataclasses.asdict(setup.config))]
         row: dict[str, Any] = dict(batch=setup.batch)
-        row |= take_turns(lambda: run()[key], python, peer, modes, arguments, runs, quiet)  # noqa: B023
+        row |= take_turns(lambda: run()[key], python, peer, modes, arguments, runs)  # noqa: B023
         if work != "ppo":
             tokens = setup.batch * (setup.config.context if work == "pretrain" else setup.new)
             row |= dict(tokens_per_s=round(tokens / row["ours_s"], 1), gemm_limit_tokens_per_s=gemm_limit(work, setup))
         results[work] = row
-        if not quiet:
-            print(table_row(work, row))
     return results
-
-
-def table_row(work: str, row: dict[str, Any]) -> str:
-    theirs = f"{row['peer']} {row['best']}".strip() + f", {row['peer_s'][row['best']]:.3g} s"
-    limit = f"{row['gemm_limit_tokens_per_s']:,.0f} tokens/s" if "gemm_limit_tokens_per_s" in row else ""
-    speed = f", {row['tokens_per_s']:,.0f} tokens/s" if limit else ""
-    return f"| {work} | {row['ours_s']:.3g} s{speed} | {theirs} | {row['ratio']:.2f}x | {limit} |"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tinystory.run.errors import UserError
+from tinystory.run.folder import cannot_write, open_bytes
 
 
 def cache_key(model: str, messages: Sequence[Mapping[str, str]], fence: str, sampling: Mapping[str, object]) -> str:
@@ -38,13 +39,9 @@ def _digest(value: object) -> str:
 def read_replies(path: Path) -> Iterator[tuple[dict, int]]:
     """Each line of a cache's file and its size in bytes; none if there is no file. An incomplete last line, which was
     being written when the process died, is skipped. Raises UserError for any other line that is not a reply."""
-    try:
-        lines = open(path, "rb")  # noqa: SIM115 - closed below
-    except FileNotFoundError:
+    if not path.exists():
         return
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    with lines:
+    with open_bytes(path) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
                 return
@@ -110,7 +107,7 @@ class Cache:
                 self._file.truncate(self._size)
                 raise OSError(None, "the disk is full")
         except OSError as error:
-            raise UserError(f"the teacher's replies cannot be kept in {self.path}: {error.strerror}") from None
+            raise cannot_write(self.path, error) from None
         self._size += len(line)
         self._earlier.discard(key)
         self._replies[key] = reply

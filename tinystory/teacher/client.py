@@ -1,19 +1,17 @@
 """The teacher's client: any server with OpenAI's chat completions can grade, and no failure of it is taken for a score.
 
 An event loop in its own thread sends the stories, so some are graded while others are still being written. Every story
-ends either with scores that the teacher gave or with none. Several servers of one model share the stories (pool.py);
-different models are a panel, each of which grades every story.
+ends either with scores that the teacher gave or with none. Several servers of one model share the stories (pool.py).
 """
 
 import asyncio
 import concurrent.futures
 import hashlib
-import json
 import os
 import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
@@ -22,7 +20,7 @@ from tinystory.run.errors import UserError
 from tinystory.teacher.api import ChatClient, Failure, Reply
 from tinystory.teacher.cache import Cache, CachedReply, cache_key
 from tinystory.teacher.endpoint import LOGPROBS, Endpoint, Probe, Slots, base_url, constraint, facts_of
-from tinystory.teacher.grade import Grade, GraderBase, Stories, grade_if_empty, grade_of, panel_grade, too_few_scores
+from tinystory.teacher.grade import Grade, GraderBase, Stories, grade_if_empty, grade_of, too_few_scores
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.parse import expected_scores, parse_scores
 from tinystory.teacher.pool import Question, ServerPool, Session
@@ -41,7 +39,7 @@ TOKENS_PER_WORD = 1.4  # English stories have 1.2 to 1.4 tokens per word under t
 
 @dataclass(eq=False, repr=False)
 class Teacher(GraderBase):
-    """A client of the teacher at `urls`: one or several, of one model, or of a panel of models.
+    """A client of the teacher at `urls`: one server or several, of one model.
 
     A story's requests all end within `deadline_s` seconds of its first; the timeout of each is deadline_s / attempts,
     or less once the server's speed is known (see `Slots.timeout`). If a reply holds no scores, the story is sent again
@@ -54,7 +52,6 @@ class Teacher(GraderBase):
     urls: str | Sequence[str]
     models: str | Sequence[str] | None = None  # one for all servers, or one for each; None: the first that each lists
     _: KW_ONLY
-    panel: str = ""  # "mean" or "median": every model grades every story; "": all servers have the same model
     concurrency: int = 16  # requests in flight per server
     temperature: float = 0.2
     seed: int = 0
@@ -63,7 +60,6 @@ class Teacher(GraderBase):
     attempts: int = 3
     cache: str | os.PathLike | None = None  # path of the file that keeps every reply (see cache.py)
     api_key: str | None = None  # default: OPENAI_API_KEY_1, _2 ... in the order of the URLs, or else OPENAI_API_KEY
-    extra: Mapping[str, Any] = field(default_factory=dict)  # fields that are merged into every request
     template: Template = DEFAULT
     logprobs: bool = False  # scores are expected values, and a reply without the log-probabilities for them holds none
     max_unscored: float = 1.0  # with a larger fraction, stories are asked again (see `grades`)
@@ -78,20 +74,19 @@ class Teacher(GraderBase):
         models: Sequence[str | None] = names or [None]
         if len(models) not in (1, len(urls)):
             raise UserError(f"{len(models)} models were named for {len(urls)} teachers: name one, or one for each URL")
-        if len(set(urls)) < len(urls) and not self.panel:
+        if len(set(urls)) < len(urls):
             raise UserError("one URL was given twice: name each server once")
         self._cache = None if self.cache is None else Cache(self.cache)
         paid = self._cache.tokens if self._cache is not None else (0, 0)
-        self.ledger = Ledger(self.price_in, self.price_out, self.budget_cost, urls, paid)
+        self.ledger = Ledger(self.price_in, self.price_out, self.budget_cost, paid)
         self._session = Session(self.deadline_s, self.attempts, self.ledger)
         self.endpoints = []
         for i, url in enumerate(urls):
             key = self.api_key or os.environ.get(f"OPENAI_API_KEY_{i + 1}") or os.environ.get("OPENAI_API_KEY")
             client, slots = ChatClient(url, key, self.deadline_s / self.attempts), Slots(self.concurrency)
             model, criteria = models[i % len(models)], self.template.names
-            endpoint = Endpoint(url, model, client, slots, self.ledger, criteria, self.max_tokens, self.extra)
-            self.endpoints.append(endpoint)
-        self._pools: list[ServerPool] = []  # since the probe; one per model of a panel
+            self.endpoints.append(Endpoint(url, model, client, slots, self.ledger, criteria, self.max_tokens))
+        self._pool: ServerPool | None = None  # since the probe
         self._sent: dict[tuple[str, str, int], concurrent.futures.Future[Grade]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
@@ -102,26 +97,25 @@ class Teacher(GraderBase):
         return self.probes()[0]
 
     def probes(self) -> list[Probe]:
-        """What each server can do, found out once: about eight requests, or one if the cache holds the result. The
+        """What each server can do, found out once: about four requests, or one if the cache holds the result. The
         first is of the server whose replies the others share.
 
         Raises UserError if no server can be reached, or if one is not an OpenAI-compatible API, does not have the
         model, refuses, or has a model that gives no reply in time.
         """
-        if not self._pools:
-            self._run(self._probe()).result()
-        firsts = [pool.endpoints[0] for pool in self._pools]
-        others = [endpoint for endpoint in self.endpoints if endpoint not in firsts]
-        return [endpoint.probe for endpoint in firsts + others if endpoint.probe is not None]
+        if self._pool is None:
+            self._pool = self._run(self._probe()).result()
+            self.facts |= facts_of(self.probes())
+        return [endpoint.probe for endpoint in self._pool.endpoints if endpoint.probe is not None]
 
     @property
     def model(self) -> str:
-        """The name of the model, or the names of a panel's models; once they are known."""
+        """The name of the model, once it is known; the names if servers call it differently."""
         return ", ".join(dict.fromkeys(endpoint.model for endpoint in self.endpoints if endpoint.model))
 
     @property
     def most_words(self) -> int:
-        return self.longest_reply * self.attempts * max(len(self._pools), 1)  # a word is at least one token
+        return self.longest_reply * self.attempts  # a word is at least one token
 
     @property
     def longest_reply(self) -> int:
@@ -129,7 +123,7 @@ class Teacher(GraderBase):
         return max(endpoint.max_tokens for endpoint in self.endpoints)
 
     def affords(self, stories: int) -> bool:
-        requests = stories * self.attempts * max(len(self._pools), 1)
+        requests = stories * self.attempts
         cap = max(endpoint.token_cap for endpoint in self.endpoints)
         return self.ledger.affords(requests * self.ledger.largest_in, requests * cap)
 
@@ -147,19 +141,18 @@ class Teacher(GraderBase):
     def estimate(self, stories: int, opening: str) -> dict[str, float]:
         """The cost of grading so many stories, estimated from the probe for one readable reply per story: {"tokens_in",
         "tokens_out", "words" (the opening and all replies, for the student's budget), "cost", "hours"}."""
-        self.probe()
+        probes = self.probes()
+        first, characters = probes[0], len(str(render(*FIRST_STORY, fence="=", template=self.template)))
+        prompt, reply = first.tokens or (characters / 4, len(first.reply) / 2)
         longer = len(opening.split()) + STORY_WORDS - len(" ".join(FIRST_STORY).split())
-        tokens_in, tokens_out, words, hours = 0.0, 0.0, len(opening.split()), 0.0
-        for pool in self._pools:
-            probes = [endpoint.probe for endpoint in pool.endpoints if endpoint.probe]
-            first, characters = probes[0], len(str(render(*FIRST_STORY, fence="=", template=self.template)))
-            prompt, reply = first.tokens or (characters / 4, len(first.reply) / 2)
-            tokens_in += stories * (prompt + longer * TOKENS_PER_WORD)
-            tokens_out += stories * reply
-            words += stories * len(first.reply.split())
-            hours = max(hours, stories / sum(self.concurrency / probe.seconds for probe in probes) / 3600)
-        cost = self.ledger.price(tokens_in, tokens_out)
-        return dict(tokens_in=round(tokens_in), tokens_out=round(tokens_out), words=words, cost=cost, hours=hours)
+        tokens_in, tokens_out = stories * (prompt + longer * TOKENS_PER_WORD), stories * reply
+        return dict(
+            tokens_in=round(tokens_in),
+            tokens_out=round(tokens_out),
+            words=len(opening.split()) + stories * len(first.reply.split()),
+            cost=self.ledger.price(tokens_in, tokens_out),
+            hours=stories / sum(self.concurrency / probe.seconds for probe in probes) / 3600,
+        )
 
     def news(self) -> list[str]:
         """What the user should know and was not told yet: servers that went away or came back."""
@@ -242,8 +235,8 @@ class Teacher(GraderBase):
         for endpoint in self.endpoints:
             await endpoint.client.close()
 
-    async def _probe(self) -> None:
-        """Examine every server and make the pools: one per model of a panel, else one of all servers."""
+    async def _probe(self) -> ServerPool:
+        """The pool of all servers, each examined."""
         outcomes = await asyncio.gather(*map(self._examine, self.endpoints), return_exceptions=True)
         away = {}
         for endpoint, outcome in zip(self.endpoints, outcomes, strict=True):
@@ -253,28 +246,19 @@ class Teacher(GraderBase):
                 raise UserError(f"the teacher at {endpoint.url} {outcome}") from None
             elif outcome is not None:
                 raise outcome
-        by_model: dict[str | None, list[Endpoint]] = {}
-        for endpoint in self.endpoints:
-            by_model.setdefault(endpoint.model if self.panel else None, []).append(endpoint)
-        pools = []
-        for endpoints in by_model.values():
-            present = [endpoint for endpoint in endpoints if endpoint not in away]
-            if not present:
-                raise UserError(f"the teacher at {endpoints[0].url} {away[endpoints[0]]}")
-            # The server that was examined first in the run, now or earlier, stands for its pool in the cache's keys.
-            first = self._examined_first(present)
-            others = [endpoint for endpoint in endpoints if endpoint is not first]
-            pools.append(ServerPool([first, *others], self._session, self._examine))
-            for endpoint in endpoints:
-                if endpoint in away:
-                    pools[-1].leave_out(endpoint, away[endpoint])
-        if self.panel and len(pools) < 2:
-            raise UserError("--teacher-panel needs at least two different models: name them with --teacher-model")
-        if not self.panel and len({endpoint.model for endpoint in self.endpoints if endpoint not in away}) > 1:
+        present = [endpoint for endpoint in self.endpoints if endpoint not in away]
+        if not present:
+            raise UserError(f"the teacher at {self.endpoints[0].url} {away[self.endpoints[0]]}")
+        if len({endpoint.model for endpoint in present}) > 1:
             names = ", ".join(str(endpoint.model) for endpoint in self.endpoints)
-            self._session.news.append(f"{names} are taken for one model; if they are not, add --teacher-panel mean")
-        self._pools = pools
-        self.facts |= facts_of(self.probes(), self.panel)
+            self._session.news.append(f"{names} are taken for one model")
+        # The server that was examined first in the run, now or earlier, stands for all in the cache's keys.
+        first = self._examined_first(present)
+        others = [endpoint for endpoint in self.endpoints if endpoint is not first]
+        pool = ServerPool([first, *others], self._session, self._examine)
+        for endpoint, failure in away.items():
+            pool.leave_out(endpoint, failure)
+        return pool
 
     async def _examine(self, endpoint: Endpoint) -> None:
         """Probe the server, or take what the cache holds about it."""
@@ -294,11 +278,8 @@ class Teacher(GraderBase):
 
     def _probe_key(self, endpoint: Endpoint) -> str:
         request = f"{self.max_tokens} {self.temperature} {self.logprobs} {self.template}"
-        text = f"{endpoint.url} {endpoint.model} {request}" + (f" {self._extra_json()}" if self.extra else "")
+        text = f"{endpoint.url} {endpoint.model} {request}"
         return "probe " + hashlib.sha256(text.encode()).hexdigest()[:24]
-
-    def _extra_json(self) -> str:
-        return json.dumps(self.extra, sort_keys=True)
 
     def _examined_first(self, endpoints: Sequence[Endpoint]) -> Endpoint:
         if self._cache is None:
@@ -320,20 +301,13 @@ class Teacher(GraderBase):
             return empty
         mark = fence(self.seed, index, f"{opening}\n{story}")
         messages = render(opening, story, fence=mark, template=self.template)
-        grades = await asyncio.gather(
-            *(self._grade_by(pool, Question(messages, mark, afresh), again * self.attempts) for pool in self._pools)
-        )
-        if not self.panel:
-            return grades[0]
-        return panel_grade(self.template, [str(pool.endpoints[0].model) for pool in self._pools], grades, self.panel)
-
-    async def _grade_by(self, pool: ServerPool, question: Question, first_attempt: int) -> Grade:
+        question, first_attempt = Question(messages, mark, afresh), again * self.attempts
         scores: Mapping[str, float] | None = None
         replies: list[str] = []
         error: str | None = None
         while scores is None and error is None:
             try:
-                reply, expected = await self._reply(pool, question, first_attempt + len(replies))
+                reply, expected = await self._reply(question, first_attempt + len(replies))
             except Failure as failure:
                 error = f"the teacher {failure}"
             else:
@@ -344,13 +318,13 @@ class Teacher(GraderBase):
         seconds = 0.0 if question.since is None else time.monotonic() - question.since
         return grade_of(self.template, scores, replies, max_tokens=self.longest_reply, seconds=seconds, error=error)
 
-    async def _reply(self, pool: ServerPool, question: Question, attempt: int) -> CachedReply:
+    async def _reply(self, question: Question, attempt: int) -> CachedReply:
         """One reply: from the cache, or a new one, which is then kept there."""
-        first, seed, logprobs = pool.endpoints[0], self.seed + attempt, LOGPROBS if self.logprobs else {}
-        assert first.model is not None and first.probe is not None  # since the probe
+        assert self._pool is not None  # since the probe
+        first, seed, logprobs = self._pool.endpoints[0], self.seed + attempt, LOGPROBS if self.logprobs else {}
+        assert first.model is not None and first.probe is not None
         if self._cache is not None:
             sampling = first.sampling(seed, self.temperature) | logprobs | {"held_to": first.probe.held_to}
-            sampling |= {"extra": self._extra_json()} if self.extra else {}
             key = cache_key(first.model, question.messages, question.fence, sampling)
             cached = self._cache.get(key, earlier=not question.afresh)
             if cached is not None:
@@ -363,7 +337,7 @@ class Teacher(GraderBase):
             fields = {**endpoint.sampling(seed, self.temperature), **logprobs, **constrained}
             return await endpoint.chat(endpoint.probe, question.messages, **fields), endpoint.url
 
-        reply, url = await pool.ask(ask, question)
+        reply, url = await self._pool.ask(ask, question)
         expected = expected_scores(reply.text, self.template.names, reply.logprobs) if self.logprobs else None
         answer = CachedReply(reply.text, expected)
         if self._cache is None:

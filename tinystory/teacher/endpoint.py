@@ -54,8 +54,6 @@ class Probe(Form):
     thinks: bool  # whether the model reasons before it replies, unless told not to
     structure: str  # the strictest constraint on a reply that works: "numbers", "json" or "nothing"
     held_to: str  # the constraint used: "json", which has more words, only if the model gives no numbers without it
-    seed: bool  # whether the same seed gave the same sentence
-    logprobs: bool  # whether log-probabilities came
     tokens: tuple[int, int] | None  # (prompt, completion) of the probe's story; None if the server does not count
     seconds: float  # of the fastest answer: the first may have waited until the model was loaded
     notes: tuple[str, ...]  # what the user should know
@@ -65,8 +63,6 @@ class Probe(Form):
             "scored a story" if self.scored else f"gave no scores but {self.reply[:60]!r}",
             self.token_cap + f" at least {self.least_tokens}" * bool(self.least_tokens),
             "obeys no structure" if self.structure == "nothing" else f"obeys {self.structure}",
-            "seed repeats" if self.seed else "seed does not repeat",
-            "logprobs" if self.logprobs else "no logprobs",
             *(f"no {name}" for name in self.refused),
             *["no system message"] * (not self.system),
             *["thinks"] * self.thinks,
@@ -144,7 +140,6 @@ class Endpoint:
     ledger: Ledger
     names: Sequence[str]  # of the criteria
     max_reply: int  # tokens of a reply in numbers
-    extra: Mapping[str, Any]  # fields that are merged into every request, and win
     probe: Probe | None = None  # None until the server has been probed
     failures: int = 0  # transient ones since its last answer
     absences: int = 0  # times that it was left out since then
@@ -166,10 +161,6 @@ class Endpoint:
     async def chat(self, form: Form, messages: list[dict], *, max_tokens: int, **fields: Any) -> Reply:
         """One chat completion. A reply that had to be allowed more tokens is cut to about `max_tokens`."""
         request = form.request(messages, max_tokens, **fields)
-        if self.extra:
-            body = {**request.pop("extra_body", {}), **self.extra}
-            headers = body.pop("extra_headers", None)
-            request |= {"extra_body": body} | ({"extra_headers": headers} if headers else {})
         # An upper bound on the prompt's tokens: a token is at least one byte, and the chat template adds a few. If the
         # server counted the tokens of the probe's story, only the part that differs from it is uncertain.
         sizes = [len(message["content"].encode()) for message in messages]
@@ -178,7 +169,7 @@ class Endpoint:
         cap = request[form.token_cap]
         while self.ledger.must_wait(longest, cap):  # only near the end of a budget
             await asyncio.sleep(0.01)
-        with self.ledger.request(longest, cap, self.url) as receipt:
+        with self.ledger.request(longest, cap) as receipt:
             reply = await self.client.chat(model=self.model, **request)
             receipt.tokens = reply.tokens
         return reply if cap == max_tokens else replace(reply, text="".join(PIECE.findall(reply.text)[:max_tokens]))
@@ -222,8 +213,8 @@ def base_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
 
-def facts_of(probes: Sequence[Probe], panel: str) -> dict[str, Any]:
+def facts_of(probes: Sequence[Probe]) -> dict[str, Any]:
     """What config.json records about the teachers on these servers."""
     names = ", ".join(f"{probe.model} at {probe.url}" for probe in probes)
-    facts: dict[str, Any] = {"scored_by": f"{panel} of {names}" if panel else names, "teacher": asdict(probes[0])}
+    facts: dict[str, Any] = {"scored_by": names, "teacher": asdict(probes[0])}
     return facts | ({"teachers": [asdict(probe) for probe in probes]} if len(probes) > 1 else {})

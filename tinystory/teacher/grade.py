@@ -1,6 +1,5 @@
 """The grade of a story, the interface of whatever gives grades, and statistics over a step's grades."""
 
-import itertools
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,6 @@ class Grade:
     reply_words: int = 0  # whitespace-separated words of all replies, at most max_tokens each: the student's input
     seconds: float = 0.0  # from the first request to the last reply; 0 if no request was made
     error: str | None = None  # why there is no score
-    panel: tuple[Mapping[str, float], ...] = ()  # the scores by each teacher of a panel, if all gave some
 
     @property
     def reply_or_error(self) -> str:
@@ -105,44 +103,6 @@ def grade_of(
 def grade_if_empty(template: Template, story: str) -> Grade | None:
     """All 0, by the rubric, for a story without text, which is not sent to the teacher; None for any other story."""
     return None if clean(story).strip() else Grade(dict.fromkeys(template.names, 0), 0.0)
-
-
-def panel_grade(template: Template, models: Sequence[str], grades: Sequence[Grade], combination: str) -> Grade:
-    """The grade of a panel, one of whose teachers gave each of `grades`: per criterion the mean or the median of their
-    scores. Teachers differ in how strict they are, so a story that one of them did not score has no score."""
-    order = sorted(range(len(models)), key=models.__getitem__)  # not by URL, which a replay does not know
-    models, grades = [models[i] for i in order], [grades[i] for i in order]
-    reply = "; ".join(f"{model}: {grade.reply_or_error}" for model, grade in zip(models, grades, strict=True))
-    joint: dict[str, Any] = dict(
-        reply=reply[:LONGEST_REPLY],
-        attempts=sum(grade.attempts for grade in grades),
-        reply_words=sum(grade.reply_words for grade in grades),
-        seconds=max(grade.seconds for grade in grades),
-    )
-    panel = tuple(grade.scores for grade in grades if grade.scores is not None)
-    if len(panel) < len(grades):
-        return Grade(None, None, error="; ".join(grade.error for grade in grades if grade.error), **joint)
-    combine = statistics.median if combination == "median" else statistics.fmean
-    scores = {name: round(float(combine([by[name] for by in panel])), 4) for name in template.names}
-    return Grade(scores, template.score(scores), panel=panel, **joint)
-
-
-def agreement(grades: Sequence[Grade]) -> dict[str, float | None]:
-    """How far the teachers of a panel agree, over all pairs of them: panel_agreement, the fraction of equal scores, and
-    panel_correlation, the mean Pearson correlation of the sums of a story's scores, None if it is not defined. {}
-    without a panel."""
-    panels = [grade.panel for grade in grades if grade.panel]
-    if not panels:
-        return {}
-    pairs = list(itertools.combinations(range(len(panels[0])), 2))
-    equal = [panel[a][name] == panel[b][name] for panel in panels for a, b in pairs for name in panel[a]]
-    sums = [[sum(scores.values()) for scores in by_teacher] for by_teacher in zip(*panels, strict=True)]
-    varied = all(len(set(values)) > 1 for values in sums)
-    correlations = [statistics.correlation(sums[a], sums[b]) for a, b in pairs] if varied else []
-    return {
-        "panel_agreement": sum(equal) / len(equal),
-        "panel_correlation": sum(correlations) / len(correlations) if correlations else None,
-    }
 
 
 def too_few_scores(grades: Sequence[Grade], max_unscored: float) -> bool:

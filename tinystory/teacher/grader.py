@@ -1,8 +1,6 @@
 """From the options to whoever scores the stories: a teacher over HTTP, a recorded run's replies, or any callable."""
 
 import contextlib
-import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -53,7 +51,6 @@ def open_grader(
     builtin_teacher: starts a teacher that knows a corpus, and yields its URL, for options that name no other grader.
     corpus: the student's, and so that teacher's by default; None if unknown. replies: file in which a teacher's replies
     are kept. Raises UserError if the grader cannot be had."""
-    extra = load_extra(config.teacher_extra)
     if config.reward:
         yield CallableGrader(load_score(config.reward, config.teacher_timeout), config.reward)
         return
@@ -61,7 +58,6 @@ def open_grader(
         template=load_template(config.teacher_prompt),
         max_tokens=config.teacher_max_tokens,
         logprobs=config.teacher_logprobs,
-        panel="" if config.teacher_panel == "none" else config.teacher_panel,
     )
     grader: Teacher | Replay
     with contextlib.ExitStack() as stack:
@@ -76,7 +72,6 @@ def open_grader(
             grader = Teacher(
                 urls,
                 config.teacher_model,
-                extra=extra,
                 concurrency=config.teacher_concurrency,
                 seed=config.seed,
                 temperature=config.teacher_temperature,
@@ -104,46 +99,3 @@ def _measured_by(config: InteractConfig, corpus: Sequence[str]) -> Sequence[str]
     if not names:
         raise UserError(f"{config.init} does not say what the student was trained on: give --teacher-corpus NAME|FILE")
     return names
-
-
-# Fields of a request that options of their own, or the client, set.
-OWN_FIELDS = {"model", "messages", "stream", "n", "temperature", "seed", "max_tokens", "max_completion_tokens"}
-OWN_FIELDS |= {"logprobs", "top_logprobs", "extra_body", "extra_query"}
-# Credentials, by name (not prompt_cache_key, stop_token_ids, skip_special_tokens or tokenizer) and by how they begin.
-SECRET_NAME = re.compile(
-    r"auth(?!or$)|bearer|cookie|credential|pass(p|w|$)|secret|signature|(?<!cache_)key|token(?!s|_|i)", re.IGNORECASE
-)
-SECRET_VALUE = re.compile(r"(bearer|basic) |(sk|gsk|hf|ghp|xai|nvapi)[-_]|AIza|eyJ", re.IGNORECASE)
-
-
-def load_extra(text: str) -> dict[str, Any]:
-    """The fields that --teacher-extra merges into each request; "extra_headers" in it are headers. Raises UserError for
-    anything else, and for what looks like a secret at any depth, since options are recorded."""
-
-    def refuse_constant(text: str) -> None:
-        raise ValueError(text)
-
-    def without_secrets(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for name, value in pairs:
-            if SECRET_NAME.search(name) or (isinstance(value, str) and SECRET_VALUE.match(value)):
-                raise UserError(
-                    f"--teacher-extra is recorded, so it must hold no secret such as {name}: use OPENAI_API_KEY"
-                )
-        return dict(pairs)
-
-    try:
-        fields = json.loads(text or "{}", parse_constant=refuse_constant, object_pairs_hook=without_secrets)
-    except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):
-        raise UserError('--teacher-extra must be a JSON object such as \'{"service_tier": "flex"}\'')
-    if taken := sorted(OWN_FIELDS & fields.keys()):
-        raise UserError(f"--teacher-extra cannot set {taken[0]}: it has an option of its own, or the client needs it")
-    headers = fields.get("extra_headers", {})
-    if not isinstance(headers, dict) or not all(_is_header(*item) for item in headers.items()):
-        raise UserError("--teacher-extra: extra_headers must be an object whose values are one line of text each")
-    return fields
-
-
-def _is_header(name: str, value: object) -> bool:
-    return bool(re.fullmatch(r"[A-Za-z0-9-]+", name)) and isinstance(value, str) and bool(re.fullmatch("[ -~]*", value))

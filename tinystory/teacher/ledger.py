@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,15 +27,12 @@ class Ledger:
     processes of the same run.
     """
 
-    def __init__(
-        self, price_in: float, price_out: float, budget: float | None, servers: Sequence[str], paid: tuple[int, int]
-    ):
+    def __init__(self, price_in: float, price_out: float, budget: float | None, paid: tuple[int, int]):
         self.price_in, self.price_out, self.budget = price_in, price_out, budget
         self.largest_in = 0  # upper bound on the tokens of the longest prompt so far
         # tokens_in, tokens_out: as reported, or the reservation if nothing was; requests, failures, retries, cached.
         self.total = Counter(tokens_in=paid[0], tokens_out=paid[1])
         self._before = self.total.copy()  # at the last `stats`
-        self._servers: dict[str, Counter[str]] = {url: Counter() for url in servers}  # since the last `stats`
         self._reserved: Counter[str] = Counter()  # tokens_in, tokens_out of requests in flight
         self._seconds: list[float] = []  # durations of the answered requests since the last `stats`
 
@@ -62,8 +59,8 @@ class Ledger:
         return any(self._reserved.values()) and spent <= self.budget
 
     @contextmanager
-    def request(self, tokens_in: int, tokens_out: int, server: str) -> Iterator[Receipt]:
-        """Wraps a request to `server` of at most so many tokens. Raises Failure if that could exceed the budget."""
+    def request(self, tokens_in: int, tokens_out: int) -> Iterator[Receipt]:
+        """Wraps a request of at most so many tokens. Raises Failure if that could exceed the budget."""
         if not self.affords(tokens_in, tokens_out):
             raise Failure(
                 f"cannot be asked again within --budget-cost {self.budget:g} ({self.cost:.4f} is spent): "
@@ -73,12 +70,11 @@ class Ledger:
         reservation = Counter(tokens_in=tokens_in, tokens_out=tokens_out)
         self._reserved.update(reservation)
         receipt, billed = Receipt(), True
-        self.count("requests", server=server)
+        self.count("requests")
         start = time.monotonic()
         try:
             yield receipt
             self._seconds.append(time.monotonic() - start)
-            self.count("answers", server=server)
         except Failure as failure:  # an error status or no connection: the server did no work that it could bill
             billed = not failure.unreachable and failure.status in (None, 200)
             raise
@@ -86,28 +82,17 @@ class Ledger:
             self._reserved.subtract(reservation)
             if billed:
                 for name, tokens in zip(reservation, receipt.tokens or reservation.values(), strict=True):
-                    self.count(name, tokens, server)
+                    self.count(name, tokens)
 
-    def count(self, name: str, number: int = 1, server: str = "") -> None:
+    def count(self, name: str, number: int = 1) -> None:
         self.total[name] += number
-        if server in self._servers:
-            self._servers[server][name] += number
 
     def stats(self) -> dict[str, Any]:
         """Since the last call: requests, retries, cached, tokens_in, tokens_out, and latency_p50, _p90 and _p99 in
-        seconds (None if nothing was answered). For the whole run: cost. If there are several servers, also servers: per
-        URL the requests, answers, failures, tokens_in, tokens_out and cost since the last call."""
+        seconds (None if nothing was answered). For the whole run: cost."""
         seconds, self._seconds = self._seconds, []
         before, self._before = self._before, self.total.copy()
         names = ("requests", "retries", "cached", "tokens_in", "tokens_out")
         stats: dict[str, Any] = {name: self.total[name] - before[name] for name in names}
         cuts = statistics.quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else seconds * 99
-        stats |= {f"latency_p{p}": cuts[p - 1] if cuts else None for p in (50, 90, 99)} | {"cost": self.cost}
-        if len(self._servers) > 1:
-            stats["servers"] = {url: self._server_stats(counts) for url, counts in self._servers.items()}
-        self._servers = {url: Counter() for url in self._servers}
-        return stats
-
-    def _server_stats(self, counts: Counter[str]) -> dict[str, float]:
-        names = ("requests", "answers", "failures", "tokens_in", "tokens_out")
-        return {name: counts[name] for name in names} | {"cost": self.price(counts["tokens_in"], counts["tokens_out"])}
+        return stats | {f"latency_p{p}": cuts[p - 1] if cuts else None for p in (50, 90, 99)} | {"cost": self.cost}

@@ -127,7 +127,7 @@ class ServerPool:
                     timeouts += 1
                 except Failure as error:
                     failure = error
-                session.ledger.count("failures", server=endpoint.url)
+                session.ledger.count("failures")
                 endpoint.failures += failure.again and not failure.busy
                 if failure.busy:
                     endpoint.slots.refused()

@@ -14,9 +14,8 @@ from tinystory.teacher.pool import Question, ServerPool, Session
 from tinystory.teacher.prompt import Template, fence, render
 
 FIRST_STORY = "Once upon a time,", "a cat sat down by the fire and slept."  # opening and story
-# Asked for animals or a sentence, a model answers with scores only if the server constrains it to them.
+# Asked for animals, a model answers with scores only if the server constrains it to them.
 OFF_TOPIC = [{"role": "user", "content": "Name three animals that live in a forest. Write their names and no number."}]
-ANYTHING = [{"role": "user", "content": "Write one short sentence about any animal that you like."}]
 NO_CHAT = re.compile(r"embed|rerank|moderation|whisper|\btts\b|dall-e|minilm|\bbge-", re.IGNORECASE)  # names of models
 # How a model is told to reason less, one after the other: in the chat template (vLLM, SGLang, llama.cpp), by the effort
 # (Ollama and later versions of the others; gpt-oss and Gemini know no "none", GPT-5 no less than "minimal").
@@ -97,7 +96,7 @@ class Prober:
             )
 
     async def probe(self) -> Probe:
-        """The capabilities of the endpoint's model, from about eight requests."""
+        """The capabilities of the endpoint's model, from a few requests."""
         url, model = self.endpoint.url, str(self.endpoint.model)
         reply = await self._first_reply()
         thinks, scored = _thought(reply), self._scored(reply)
@@ -113,12 +112,11 @@ class Prober:
             scored = self._scored(reply)
         if self.logprobs:
             await self._require_logprobs(held_to)
-        seed, logprobs = await self._seed_and_logprobs()
         if not scored:
             self.notes.append(f"{model} was shown a story and gave no scores but {reply.text[:80]!r}")
         return Probe(
             **vars(self.form), url=url, model=model, reply=reply.text[:LONGEST_REPLY], scored=scored, thinks=thinks,
-            structure=structure, held_to=held_to, seed=seed, logprobs=logprobs, tokens=reply.tokens,
+            structure=structure, held_to=held_to, tokens=reply.tokens,
             seconds=min(self.seconds), notes=tuple(self.notes),
         )  # fmt: skip
 
@@ -188,16 +186,6 @@ class Prober:
             if reply is not None and self._scored(reply):
                 return structure
         return "nothing"
-
-    async def _seed_and_logprobs(self) -> tuple[bool, bool]:
-        """Whether a seed reproduces a sentence drawn at temperature 1, and whether log-probabilities come: at most
-        three requests."""
-        sampling = dict(max_tokens=16, temperature=1.0, seed=7)
-        first = await self._try(ANYTHING, **LOGPROBS, **sampling) or await self._try(ANYTHING, **sampling)
-        second = await self._try(ANYTHING, **sampling) if first else None
-        if first is None or second is None:
-            return False, False
-        return bool(first.text.strip()) and first.text == second.text, bool(first.logprobs)
 
     async def _require_logprobs(self, held_to: str) -> None:
         """Raises Failure unless a reply that holds scores comes with what expected scores need."""

@@ -12,7 +12,7 @@ from tinystory.run.errors import UserError
 from tinystory.run.folder import EVALUATIONS, STORIES, read_records
 from tinystory.teacher.cache import CachedReply, question_key, read_replies
 from tinystory.teacher.endpoint import Probe, facts_of, json_tokens
-from tinystory.teacher.grade import Grade, GraderBase, Stories, grade_if_empty, grade_of, panel_grade
+from tinystory.teacher.grade import Grade, GraderBase, Stories, grade_if_empty, grade_of
 from tinystory.teacher.parse import parse_scores
 from tinystory.teacher.prompt import DEFAULT, Template, fence, render
 
@@ -34,11 +34,10 @@ class Replay(GraderBase):
         max_tokens: int = 16,
         attempts: int = 3,
         logprobs: bool = False,
-        panel: str = "",
     ):
         self.run, self.template, self.max_tokens, self.attempts = Path(run), template, max_tokens, attempts
-        self.logprobs, self.panel = logprobs, panel
-        self._replies: dict[tuple[str, str], dict[int, CachedReply]] = {}  # by model (of a panel), question and attempt
+        self.logprobs = logprobs
+        self._replies: dict[str, dict[int, CachedReply]] = {}  # by question and attempt
         probes: dict[str, Probe] = {}  # the last of each server, in the order of the first
         if not (self.run / REPLIES).is_file():
             raise UserError(f"--replay {run}: there is no {REPLIES} in it; give the folder of a run with a teacher")
@@ -48,13 +47,12 @@ class Replay(GraderBase):
                     probes[probe.url] = probe
             elif isinstance(record.get("attempt"), int):
                 question = record["key"][: len(question_key([], ""))]
-                replies = self._replies.setdefault((str(record.get("model")) if panel else "", question), {})
-                replies[record["attempt"]] = CachedReply(record["reply"], record.get("expected"))  # the last counts
+                reply = CachedReply(record["reply"], record.get("expected"))
+                self._replies.setdefault(question, {})[record["attempt"]] = reply  # the last counts
         if not probes:
             raise UserError(f"--replay {run}: {REPLIES} does not say who gave the replies; run it again to replay it")
         self._probes = [*probes.values()]
-        super().__init__(facts_of(self._probes, panel))
-        self._models = [*dict.fromkeys(probe.model for probe in self._probes)] if panel else [""]
+        super().__init__(facts_of(self._probes))
         if any(probe.held_to == "json" for probe in self._probes):
             self.max_tokens = max(self.max_tokens, json_tokens(template.names))
         # The stories that were given up: another story with the same words may have got a reply later.
@@ -68,20 +66,16 @@ class Replay(GraderBase):
 
     @property
     def most_words(self) -> int:
-        return self.max_tokens * self.attempts * len(self._models)
+        return self.max_tokens * self.attempts
 
     def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
         """The recorded grades. Raises UserError for a story that was not graded in the run."""
         return [grade_if_empty(self.template, story[1]) or self._grade(*story) for story in stories]
 
     def _grade(self, opening: str, story: str, index: int) -> Grade:
-        grades = [self._grade_by(model, opening, story, index) for model in self._models]
-        return panel_grade(self.template, self._models, grades, self.panel) if self.panel else grades[0]
-
-    def _grade_by(self, model: str, opening: str, story: str, index: int) -> Grade:
         mark = fence(0, index, f"{opening}\n{story}")  # the question's key leaves the fence out
         messages = render(opening, story, fence=mark, template=self.template)
-        recorded = self._replies.get((model, question_key(messages, mark)), {})
+        recorded = self._replies.get(question_key(messages, mark), {})
         scores: Mapping[str, float] | None = None
         replies: list[str] = []
         while scores is None and len(replies) < self.attempts and len(replies) in recorded:

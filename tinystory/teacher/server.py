@@ -21,6 +21,7 @@ from aiohttp.typedefs import Handler
 from tinystory.run.errors import UserError
 
 HOST = "127.0.0.1"
+PORTS = "[0, 65535]"  # of an option
 LONGEST_BODY = 256 * 1024  # bytes; a request has about 4,000
 KEEP_ALIVE_S = 5.0  # between the spaces before an answer that takes long
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -51,12 +52,6 @@ async def listening(application: web.Application, port: int = 0) -> AsyncIterato
         yield f"http://{HOST}:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
-
-
-def require_port(port: int) -> None:
-    """Raises UserError if there can be no such port."""
-    if not 0 <= port <= 65535:
-        raise UserError(f"--port {port} is not a port: give a number from 0 to 65535")
 
 
 async def until_stopped() -> None:

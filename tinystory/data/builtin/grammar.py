@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -32,7 +32,6 @@ _PRONOUNS = ({"he": "she", "him": "her", "his": "her", "himself": "herself"},
              {"he": "he", "him": "him", "his": "his", "himself": "himself"})  # fmt: skip
 _WITH_CHILDREN = ("child", "robot", "snowman", "toy", "ghost", "puppy")  # classes of heroes whose friend is a child
 ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou])")
-_WORD = re.compile(r"(?<!')[a-z]+(?:'[a-z]+)*")
 
 
 class _Slot:
@@ -194,32 +193,6 @@ _CHILDREN = [vocabulary.BOYS.split(), vocabulary.GIRLS.split()]  # by she = 0, 1
 _NAMES = {"child": _CHILDREN, "wild": [names + 2 * vocabulary.CREATURES.split() for names in _CHILDREN]}
 _TEXTS = [Path(__file__).with_name(f"{name}.txt").read_text("utf-8") for name in "home town woods magic small".split()]
 PLOTS = [_Plot(source) for text in _TEXTS for source in text.split("\n== ")[1:]]
-
-
-def _literals(parts: object) -> Iterator[str]:
-    """Every piece of literal text in a nested structure of parts."""
-    if isinstance(parts, str):
-        yield parts
-    elif isinstance(parts, _Choice):
-        yield from _literals(parts.options)
-    elif isinstance(parts, _Detail):
-        yield from _literals(parts.parts)
-    elif isinstance(parts, Iterable):  # a list of parts, a table, a plot's facts; no _Slot
-        for part in parts:
-            yield from _literals(part)
-
-
-def _vocabulary() -> frozenset[str]:
-    tables: list[object] = [_RULES.values(), *_HEROES.values(), *_HELPERS.values(), *_PARENTS.values()]
-    tables += [[rows for _, rows in plot.facts] + plot.paragraphs for plot in PLOTS]
-    literals = [f"{hand}s" for rows in _HEROES.values() for row in rows for hand in _literals(row[3])]
-    wild = {name for group in _NAMES["wild"] for name in group}
-    literals += [*_literals(tables), *(word for pronouns in _PRONOUNS for word in pronouns.values())]
-    literals += [*wild, *(f"{name}'s" for name in wild)]
-    return frozenset(_WORD.findall(" ".join(literals).lower()))
-
-
-VOCABULARY: frozenset[str] = _vocabulary()
 
 
 def stories(words: int, seed: int) -> Iterator[str]:
