@@ -197,14 +197,14 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     rows += [
         ["mean of the corruptions", *(cell(result["corruptions"], result["corruptions_ci"]) for result in columns)],
         ["score and length", *(cell(result["length"], result["length_ci"], "+") for result in columns)],
-        ["same score when asked twice", *(_percent(result["steady"]) for result in columns)],
+        ["asked twice", *(_steadiness(result["steady"]) for result in columns)],
         ["without a score", *(f"{result['unscored']} of {result['stories']}" for result in columns)],
     ]
     return rows
 
 
-def _percent(steady: Mapping[str, Any] | None) -> str:
-    return f"{steady['same']:.0%}" if steady else "no score"
+def _steadiness(steady: Mapping[str, Any] | None) -> str:
+    return f"{steady['same']:.0%} the same, {steady['apart']:.2f} apart" if steady else "no score"
 
 
 def _interval(ci: Sequence[float]) -> str:
