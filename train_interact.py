@@ -83,7 +83,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
 
     # Only rank 0 asks its grader. It is opened before the run's folder is: a mistake leaves nothing behind.
     opened = open_grader(config, builtin_teacher, corpus=facts.get("corpus"), replies=run / "replies.jsonl")
-    idle = CallableGrader(lambda opening, stories: [], "rank 0")
+    idle = CallableGrader(lambda openings, stories: [], "rank 0")
     grader: Grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else idle)
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
     if forecast := grader.forecast((config.steps - state.step) * n + evaluations * config.eval_stories, openings[0]):

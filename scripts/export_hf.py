@@ -1,8 +1,11 @@
-"""Write a checkpoint as a folder that transformers loads, or upload a run's milestones to the Hub.
+"""Write a checkpoint for transformers, or for llama.cpp, Ollama and LM Studio, or upload a run's milestones to the Hub.
 
     python scripts/export_hf.py runs/pretrain exported                   its best or newest checkpoint -> exported/
+    python scripts/export_hf.py runs/pretrain --gguf student.gguf        ... and -> student.gguf
     python scripts/export_hf.py runs/pretrain exported --all-checkpoints exported/chck_1M, exported/chck_2M, ...
     python scripts/export_hf.py runs/pretrain exported --all-checkpoints --push NAME/REPO
+
+Each folder has a model card, README.md, written from the records of the run.
 
 BabyLM's pipeline ignores --revision_name for a local folder: give it one folder per milestone, or push, which uploads
 each milestone as a branch of that name and the best or newest checkpoint as `main`. Pushing needs
@@ -19,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
+from tinystory.report.card import model_card
 from tinystory.run.errors import UserError, command
+from tinystory.run.folder import atomic_write
 from tinystory.run.paths import usage
-from tinystory.student import checkpoint, hf
+from tinystory.student import checkpoint, gguf, hf
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -33,21 +38,33 @@ MAIN = "main"  # branch of the best or newest checkpoint: the Hub's default revi
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run (its best or newest one)")
-    parser.add_argument("folder", type=Path, help="new folder to write")
+    parser.add_argument("folder", type=Path, nargs="?", help="new folder to write")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="file of GGUF to write")
     parser.add_argument("--all-checkpoints", action="store_true", help="write all chck_* of the run, one folder each")
     parser.add_argument("--push", metavar="REPO", default="", help="then upload to this repository on the Hub")
     options = parser.parse_args(argv)
+    if not (options.folder or options.gguf) or ((options.push or options.all_checkpoints) and not options.folder):
+        raise UserError("there is nothing to write: give a new folder, or --gguf FILE alone")
     api = open_hub() if options.push else None
 
     best = checkpoint.find(options.checkpoint)
+    if options.gguf:
+        student, tokenizer, _ = checkpoint.load(best)
+        gguf.write(options.gguf, student, tokenizer)
+        print(f"written: {options.gguf}")
+    if not options.folder:
+        return
     if options.all_checkpoints:
         sources = {path.name: path for path in milestones(options.checkpoint)} | {MAIN: best}
         folders = {name: options.folder / name for name in sources}
     else:
         folders, sources = {MAIN: options.folder}, {MAIN: best}
     for branch, folder in tqdm(folders.items(), desc="writing", unit=" folders", disable=None):
-        student, tokenizer, _ = checkpoint.load(sources[branch])
+        student, tokenizer, facts = checkpoint.load(sources[branch])
         hf.write(folder, student, tokenizer)
+        revision = branch if options.push and branch != MAIN else ""
+        card = model_card(options.push or folder.name, sources[branch], student, facts, revision)
+        atomic_write(folder / "README.md", card)
     if student.config.context < hf.FINE_TUNING:
         print(
             f"warning: this student reads {student.config.context} tokens at most; BabyLM's fine-tuning uses "

@@ -5,6 +5,7 @@ python scripts/sample.py runs/pretrain/checkpoints/chck_1M --opening "One day, a
 """
 
 import argparse
+import json
 import sys
 import textwrap
 from pathlib import Path
@@ -15,6 +16,7 @@ from tinystory.config import SEEDS, InteractConfig, add_number
 from tinystory.data.openings import Openings, load_openings
 from tinystory.ops.compute import pick_device
 from tinystory.run.errors import command
+from tinystory.run.folder import atomic_write
 from tinystory.run.paths import usage
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
@@ -25,7 +27,7 @@ from tinystory.student.generate import encode_opening, generate
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path, help="folder of a checkpoint or a run (its best or newest)")
-    parser.add_argument("--opening", help="text that every story begins with (default: built-in ones, held out)")
+    parser.add_argument("--opening", help="beginning of every story, or a file of some (default: built-in, held out)")
     add_number(parser, "--stories", 5, "[1, 1e9]", "number of stories")
     add_number(parser, "--max-new-tokens", 0, "[0, 1e6]", "longest story; 0: up to the context")
     add_number(parser, "--temperature", InteractConfig.temperature, "[0, 100]", "0 is greedy decoding")
@@ -33,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--top-p", 1.0, "(0, 1]", "nucleus sampling: probability to keep")
     add_number(parser, "--seed", 0, SEEDS, "seed of the stories")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write the stories there, for evaluate.py")
     options = parser.parse_args(argv)
 
     folder = checkpoint.find(options.checkpoint or default_run())
@@ -40,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     student, tokenizer, _ = checkpoint.load(folder, device)
     tokens = options.max_new_tokens or 1
     memory.require_for_stories(options.stories, tokens, student.config, device, "--stories or --max-new-tokens")
-    held_out = Openings(load_openings("builtin"), seed=0).held_out
-    openings = [options.opening or held_out[i % len(held_out)] for i in range(options.stories)]
+    texts = load_openings(options.opening) if options.opening else Openings(load_openings("builtin"), seed=0).held_out
+    openings = [texts[i % len(texts)] for i in range(options.stories)]
     room = student.config.context - max(len(encode_opening(tokenizer, opening)) for opening in openings)
     stories = generate(
         student,
@@ -55,6 +58,10 @@ def main(argv: list[str] | None = None) -> None:
         top_k=options.top_k,
         top_p=options.top_p,
     )
+    if options.out:
+        lines = [{"opening": story.opening, "story": story.text, "ended": story.ended} for story in stories]
+        atomic_write(options.out, "".join(json.dumps(line) + "\n" for line in lines))
+        return
     for story in stories:
         print(f"--- story {story.index + 1}, {story.words} words" + ("" if story.ended == "eos" else ", cut off"))
         for paragraph in printable(f"{story.opening} {story.text}").split("\n"):

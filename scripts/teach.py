@@ -4,6 +4,7 @@
     python train_interact.py --teacher-url http://127.0.0.1:8500/v1 --stories-per-step 8 --eval-stories 8 --lam 1
 
     python scripts/teach.py --compare runs/interact  which of two stories is better, without knowing which is which
+    python scripts/teach.py --compare A.jsonl B.jsonl
 
 Keys 0 to 3 grade; B goes back, S skips, P pauses. Every grade is kept in --grades as it is given, and no story is asked
 about twice. Several humans can open the page, each with a name.
@@ -18,14 +19,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.config import add_number
-from tinystory.evaluate.preference import run_pairs, run_preferences
+from tinystory.evaluate.preference import preferences, run_pairs, story_pairs
+from tinystory.evaluate.told import read_stories
 from tinystory.human.desk import Desk
 from tinystory.human.pairs import PairDesk
 from tinystory.human.server import serve
 from tinystory.report import charts, page
-from tinystory.report.judges import preference_lines
+from tinystory.report.judges import BEFORE_AFTER, preference_lines
 from tinystory.report.run import write_report
-from tinystory.run.errors import command
+from tinystory.run.errors import UserError, command
 from tinystory.run.folder import METRICS, PREFERENCES
 from tinystory.run.paths import usage
 from tinystory.run.text import printable
@@ -43,20 +45,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--teacher-prompt", default="", metavar="FILE", help="JSON file of criteria, as for the trainer"
     )
-    parser.add_argument("--compare", type=Path, metavar="RUN", help="compare a run's stories before and after instead")
+    text = "compare a run's stories before and after instead, or those of two .jsonl files of openings and stories"
+    parser.add_argument("--compare", nargs="+", type=Path, metavar="RUN|A B", help=text)
     options = parser.parse_args(argv)
+    if len(options.compare or ()) > 2:
+        raise UserError("--compare takes one run, or two files of stories")
     desk: Desk | PairDesk
     if options.compare:
-        desk = PairDesk(options.compare / PREFERENCES, run_pairs(options.compare))
+        run, *others = options.compare
+        choices = (options.grades.parent if others else run) / PREFERENCES
+        pairs = story_pairs(read_stories(run), read_stories(*others)) if others else run_pairs(run)
+        desk = PairDesk(choices, pairs)
     else:
         desk = Desk(options.grades, load_template(options.teacher_prompt))
     with contextlib.closing(desk):
         asyncio.run(_serve(desk, options))
     if options.compare:
-        for line in preference_lines(run_preferences(options.compare)):
+        names = [path.name for path in options.compare] if others else BEFORE_AFTER
+        for line in preference_lines(preferences(choices, pairs), names):
             print(printable(line))
-        if (options.compare / METRICS).exists():
-            print(f"report: {write_report(options.compare)}")
+        if not others and (run / METRICS).exists():
+            print(f"report: {write_report(run)}")
 
 
 async def _serve(desk: Desk | PairDesk, options: argparse.Namespace) -> None:

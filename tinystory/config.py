@@ -44,12 +44,16 @@ class Interval:
         return f"{low} and {'at most' if self.includes_high else 'below'} {self.high:.12g}"
 
 
-def add_number(parser: argparse.ArgumentParser, flag: str, default: float, allowed: str, help: str) -> None:
+def add_number(
+    parser: argparse.ArgumentParser, flag: str, default: float, allowed: str, help: str, files: str = ""
+) -> None:
     """Add the option of a number, an integer if its default is, to a command line. Parsing raises UserError for a
-    number outside the interval."""
+    number outside the interval. files: a suffix; then the option is a list, of files that end so and of numbers."""
     interval, kind = Interval(allowed), type(default)
 
     def number(text: str) -> Any:
+        if files and text.endswith(files):
+            return Path(text)
         value = _READERS[kind](text)
         if value not in interval:
             raise UserError(f"{flag} must be {interval}, not {value}")
@@ -57,7 +61,10 @@ def add_number(parser: argparse.ArgumentParser, flag: str, default: float, allow
 
     number.__name__ = _KINDS[kind].removeprefix("a ")  # argparse names it in its error message
     help = f"{help} (default: {default:g}; {interval})"
-    parser.add_argument(flag, type=number, default=default, metavar=_METAVARS[kind], help=help)
+    settings: dict[str, Any] = dict(default=default, metavar=_METAVARS[kind])
+    if files:
+        settings = dict(default=[default], metavar=f"N|FILE{files}", nargs="+")
+    parser.add_argument(flag, type=number, help=help, **settings)
 
 
 PYTORCH_OPS_HELP = (

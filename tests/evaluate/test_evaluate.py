@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,10 +17,19 @@ from scripts import evaluate
 from tinystory.data.corpus import open_corpus
 from tinystory.evaluate import scoring
 from tinystory.evaluate.intervals import bootstrap, spearman, weighted, wilson
+from tinystory.evaluate.novelty import SameStory
 from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, option_logprobs, read_items
 from tinystory.evaluate.reading import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading, explained
 from tinystory.evaluate.scoring import bits_per_byte, part, sum_logprobs
-from tinystory.evaluate.stories import distinct_ngrams, longest_shared, self_bleu, story_measures, utility
+from tinystory.evaluate.stories import (
+    distinct_ngrams,
+    longest_shared,
+    self_bleu,
+    story_measures,
+    utility,
+    write_stories,
+)
+from tinystory.evaluate.told import Told, read_stories
 from tinystory.rl.reward import cluster_sizes
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint, hf
@@ -280,38 +290,102 @@ def test_the_longest_phrase_shared_with_the_corpus(tmp_path):
 
 def test_story_measures(student, tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("\n\n".join(tiny_stories(20)))
-    asked = []
+    corpus = open_corpus([str(tmp_path / "a.txt")])
 
-    def grade(opening, stories):
-        asked.append((opening, len(stories)))
-        return [{"readability": 1, "coherence": i % 2, "creativity": 0} if i else None for i in range(len(stories))]
+    def grade(stories):
+        counts = Counter()
+        scores = []
+        for opening, _ in stories:
+            i = counts[opening]
+            counts[opening] += 1
+            scores.append({"readability": 1, "coherence": i % 2, "creativity": 0} if i else None)
+        return scores
 
-    how = dict(openings=["Tom", "Mia had"], n_stories=9, max_new_tokens=12, temperature=1.0, seed=3)
-    found = story_measures(student, tokenizer, **how, grade=grade, corpus=open_corpus([str(tmp_path / "a.txt")]))
-    assert asked == [("Tom", 5), ("Mia had", 4)]
+    sampling = dict(openings=["Tom", "Mia had"], n_stories=9, max_new_tokens=12, temperature=1.0, seed=3)
+    stories = write_stories(student, tokenizer, **sampling)
+    assert [story.opening for story in stories] == ["Tom"] * 5 + ["Mia had"] * 4
+    found = story_measures(stories, grade=grade, corpus=corpus)
     assert found["stories"] == 9 and found["unscored"] == 2
     # Four and three scored: 1, 0, 1, 0 and 1, 0, 1 for coherence.
     assert found["score_mean"] == pytest.approx(1 + 4 / 7) and found["coherence_mean"] == pytest.approx(4 / 7)
     assert found["score_ci"][0] <= found["score_mean"] <= found["score_ci"][1]
     assert 0 <= found["copied_share"] <= 1 and 0 <= found["ended_eos_share"] <= 1
-    plain = story_measures(student, tokenizer, **how)
+    plain = story_measures(stories)
     assert (
         all(plain[name] == found[name] for name in plain) and "score_mean" not in plain and "copied_share" not in plain
     )
-    assert story_measures(student, tokenizer, **how | {"seed": 4})["entropy_per_word"] != plain["entropy_per_word"]
-    silent = story_measures(student, tokenizer, **how, grade=lambda opening, stories: [None] * len(stories))
+    other = story_measures(write_stories(student, tokenizer, **sampling | {"seed": 4}))
+    assert other["entropy_per_word"] != plain["entropy_per_word"]
+    silent = story_measures(stories, grade=lambda pairs: [None] * len(pairs))
     assert silent["score_mean"] is None and silent["unscored"] == 9
     assert plain["story_clusters_10"] is None and found["utility_10"] is None  # too few stories to an opening
-    ten = story_measures(student, tokenizer, **how | {"n_stories": 19}, grade=grade)  # ten to the first, nine
-    assert 1 <= ten["story_clusters_10"] <= 10 and 0 < ten["utility_10"] <= 2
+    nineteen = write_stories(student, tokenizer, **sampling | {"n_stories": 19})  # ten to the first, nine
+    ten = story_measures(nineteen, grade=grade, same=lambda a, b: True)
+    assert 1 <= ten["story_clusters_10"] <= 10 and 0 < ten["utility_10"] <= 2 and ten["distinct_of_10"] == 1
 
 
-def test_the_stories_to_an_opening_given_twice_are_graded_once(student, tokenizer):
-    measures = story_measures(
-        student, tokenizer, openings=["Tom", "Tom"], n_stories=4, max_new_tokens=4, temperature=1.0, seed=3,
-        grade=lambda opening, stories: [None] + [{"humour": 1}] * (len(stories) - 1),
+# ---- stories by anybody ---------------------------------------------------------------------------------------------
+
+
+def write_told(path, stories):
+    path.write_text("".join(json.dumps(story) + "\n" for story in stories))
+    return path
+
+
+def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measured(student, tokenizer, tmp_path):
+    path = write_told(tmp_path / "a.jsonl", [{"opening": "Once", "story": "Once a big dog ran.", "model": "gpt"}] * 2)
+    assert read_stories(path) == [Told("Once", "a big dog ran.")] * 2
+    found = story_measures(read_stories(path))
+    assert found["self_bleu"] == pytest.approx(1) and found["length_mean"] == 4
+    assert "entropy_per_word" not in found and "ended_eos_share" not in found
+    # A student's own stories, by way of a file, have the same measures but the entropy.
+    told = write_stories(
+        student, tokenizer, openings=["Tom", "Mia had"], n_stories=20, max_new_tokens=12, temperature=1.0, seed=0
+    )
+    write_told(path, [{"opening": s.opening, "story": s.text, "ended": s.ended} for s in told])
+    assert story_measures(told).pop("entropy_per_word") > 0
+    assert story_measures(read_stories(path)) == story_measures([story._replace(entropy=None) for story in told])
+
+
+@pytest.mark.parametrize("line", ['{"opening": "Once"}', '{"opening": "Once", "story": 3}', '{"story": "x"}\n'])
+def test_a_file_without_stories_is_one_sentence(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="line 1 lacks an opening and a story"):
+        read_stories(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="holds no stories"):
+        read_stories(tmp_path / "nothing.jsonl")
+
+
+def test_noveltybenchs_classifier_reads_pairs_as_its_authors_code_does(student, tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    hf.write(tmp_path / "student", student, tokenizer)
+    vocabulary = transformers.AutoTokenizer.from_pretrained(tmp_path / "student", cls_token="<s>", sep_token="</s>")
+    vocabulary.save_pretrained(tmp_path / "classifier")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=300, initializer_range=1.0,
     )  # fmt: skip
-    assert measures["unscored"] == 1 and measures["score_mean"] == 1
+    model = transformers.BertForSequenceClassification(config).eval()
+    texts = [" ".join(tiny_stories(i % 9 + 1)[i % 9 : i % 9 + 1 + i % 3]) for i in range(6)]
+
+    def probability(a, b):
+        a, b = (tokenizer.encode(text)[:128] for text in (a, b))
+        ids = torch.tensor([[0, *a, 2, *b, 2]])
+        types = torch.tensor([[0] * (len(a) + 2) + [1] * (len(b) + 1)])
+        return float(model(input_ids=ids, token_type_ids=types).logits.softmax(-1)[0, 1].detach())
+
+    pairs = [(a, b) for a in texts for b in texts]
+    with torch.no_grad():  # so that about half of the pairs are the same
+        middle = float(np.median([probability(*pair) for pair in pairs]))
+        model.classifier.bias[1] += math.log(0.102 / 0.898) - math.log(middle / (1 - middle))
+    model.save_pretrained(tmp_path / "classifier")
+    same = SameStory(str(tmp_path / "classifier"), str(tmp_path / "classifier"))
+    answers = [same(*pair) for pair in pairs]
+    assert answers == [probability(*pair) > 0.102 for pair in pairs] and 8 < sum(answers) < 28
+    assert same("a dog", "the dog") and not same("a dog", "one cat")  # short ones, by half of their words
+    with pytest.raises(UserError, match="cannot load"):
+        SameStory(str(tmp_path / "nowhere"))
 
 
 def test_intervals():
@@ -330,7 +404,7 @@ def test_intervals():
 
 
 def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda opening, stories: [{"humour": 2}] * len(stories))
+    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda stories: [{"humour": 2}] * len(stories))
     run = tmp_path / "run" / "checkpoints"
     for step, name in enumerate(("chck_1M", "chck_2M"), 1):
         facts = {"words": step * 1_000_000}
@@ -351,6 +425,31 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, 
     assert records[0]["blimp"] == records[2]["blimp"] and records[0]["stories"] == records[2]["stories"]
     said = capsys.readouterr().out
     assert "BLiMP, %" in said and "run/chck_2M" in said and "bits per byte" in said
+
+
+def test_the_command_puts_anybodys_stories_beside_a_students(student, tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda stories: [{"humour": 2}] * len(stories))
+    ours = checkpoint.save(tmp_path / "ours", student, tokenizer, facts={}, state={}, counters={"step": 1})
+    told = {
+        name: [{"opening": "Tom", "story": f"{name} ran {i}. " * 9} for i in range(12)] for name in ("gpt", "people")
+    }
+    files = [write_told(tmp_path / f"{name}.jsonl", stories) for name, stories in told.items()]
+    arguments = ["--likelihood", str(ours), "--device", "cpu", "--out", str(tmp_path / "report.json")]
+    evaluate.main([str(ours), "--stories", "10", *map(str, files), "--max-new-tokens", "40", *arguments])
+    records = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
+    assert [(r["name"], r["stories"]["stories"]) for r in records] == [
+        ("ours", 10), ("gpt.jsonl", 10), ("people.jsonl", 10)
+    ]  # fmt: skip
+    assert all(r["stories"]["score_mean"] == 2 and r["stories"]["likelihood"]["bits_per_byte"] > 0 for r in records)
+    text = tmp_path / "people.txt"
+    text.write_text("\n\n".join("Tom " + (f"people ran {i}. " * 9).strip() for i in range(10)))
+    assert records[2]["stories"]["likelihood"] == bits_per_byte(student, tokenizer, open_corpus([str(text)])) | {
+        "ci": records[2]["stories"]["likelihood"]["ci"]
+    }
+    assert records[1]["stories"]["story_clusters_10"] == 10 and "people.jsonl" in capsys.readouterr().out
+    evaluate.main(["--stories", str(files[0]), "--out", str(tmp_path / "report.json")])
+    (record,) = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
+    assert record["stories"]["stories"] == 12
 
 
 @pytest.mark.parametrize("arguments, complaint", [

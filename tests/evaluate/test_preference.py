@@ -1,6 +1,7 @@
 """Blind comparison: each pair in both orders, ties counted one half, and the report's sentence."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import fails
@@ -15,15 +16,19 @@ from tinystory.evaluate.preference import (
     Choice,
     both_orders,
     compare,
+    compare_scores,
     keep_choices,
     pair_of,
     run_pairs,
     run_preferences,
+    story_pairs,
     win_rate,
 )
+from tinystory.evaluate.told import read_stories
 from tinystory.report.judges import preference_lines
 from tinystory.run.errors import UserError
 from tinystory.run.folder import SAMPLES, RunLog
+from tinystory.student import checkpoint
 from tinystory.teacher.prompt import instructions
 
 PAIRS = [pair_of("Once", f"a plain tale {i}.", f"a fine tale {i}.") for i in range(10)]
@@ -116,13 +121,58 @@ def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short
         system = {request["messages"][0]["content"] for request in server.requests}
     assert len(texts) == 1 + 2 * len(PAIRS) and system == {instructions(COMPARISON)}
     said = capsys.readouterr().out
-    assert "first preferred after in 10 of 10 pairs" in said and "second in 50% of its answers" in said
+    assert "first preferred the story after interaction in 10 of 10 pairs" in said
+    assert "second in 50% of its answers" in said
     assert run_preferences(tmp_path)["first"]["rate"] == 1
     assert "first preferred the story after interaction in 10 of 10" in (tmp_path / "report.html").read_text()
 
 
+def files(folder, pairs=PAIRS):
+    """Two files of stories, the second in another order and with stories to an opening of its own."""
+    told = ([{"opening": p.opening, "story": p.first} for p in pairs], [{"opening": "Never", "story": "a plain tale."}])
+    told[1].extend({"opening": p.opening, "story": p.second} for p in pairs)
+    for name, stories in zip("ab", told, strict=True):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(story) + "\n" for story in stories))
+    return str(folder / "a.jsonl"), str(folder / "b.jsonl")
+
+
+def test_stories_of_two_files_are_paired_by_their_openings(tmp_path, capsys, short_pauses):
+    paths = files(tmp_path)
+    assert story_pairs(*(read_stories(Path(path)) for path in paths)) == PAIRS
+    with FaultServer(lambda text, n: "3" if "fine" in text.rpartition("\n")[2] else "0") as server:
+        server.first = lambda: "1"
+        evaluate.main(["--compare", *paths, "--teacher-url", server.url])
+    out = capsys.readouterr().out
+    assert "first preferred b.jsonl in 10 of 10 pairs, a.jsonl in 0, and neither in 0: win rate 1.00 [0." in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(UserError, match="nothing to compare"):
+        story_pairs(read_stories(Path(paths[0])), read_stories(Path(paths[0])))
+
+
+def test_a_student_beside_a_file_writes_to_the_files_openings(student, tokenizer, tmp_path, capsys, monkeypatch):
+    ours = checkpoint.save(tmp_path / "ours", student, tokenizer, facts={}, state={}, counters={"step": 1})
+    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda pairs: [{"humour": s == "plain"} for _, s in pairs])
+    (tmp_path / "a.jsonl").write_text('{"opening": "Tom", "story": "plain"}\n{"opening": "Mia", "story": "plain"}\n')
+    more = ["--max-new-tokens", "4", "--device", "cpu"]
+    evaluate.main(["--compare", str(tmp_path / "a.jsonl"), str(ours), "--stories", "2", *more])
+    assert "preferred ours in 0 of 2 pairs, a.jsonl in 2" in capsys.readouterr().out
+
+
+def test_a_judge_that_scores_prefers_the_higher_score_and_has_no_second_place(tmp_path, capsys, monkeypatch):
+    scores = {"a": 1.0, "b": 2.0, "c": 2.0, "d": None}
+    pairs = [pair_of("Once", *pair) for pair in ("ab", "ba", "bc", "ad")]
+    found = compare_scores(pairs, lambda texts: [scores[story] for _, story in texts])
+    assert [choice and choice.better for choice in found["choices"]] == [SECOND, FIRST, SAME, None]
+    assert (found["rate"], found["unscored"], found["second_place"]) == (0.5, 1, None)
+    monkeypatch.setattr(
+        evaluate, "open_teacher", lambda *_: lambda pairs: [{"humour": "fine" in story} for _, story in pairs]
+    )
+    evaluate.main(["--compare", *files(tmp_path)])
+    out = capsys.readouterr().out
+    assert "the built-in teacher preferred b.jsonl in 10 of 10" in out and "came second" not in out
+
+
 def test_wrong_comparisons_are_one_sentence(tmp_path, capsys):
-    assert "needs --teacher-url" in fails(evaluate.main, ["--compare", str(tmp_path)], capsys)
     url = ["--teacher-url", "http://127.0.0.1:9/v1"]
     assert "one run, or two" in fails(evaluate.main, ["--compare", "a", "b", "c", *url], capsys)
     assert "finished interaction" in fails(evaluate.main, ["--compare", str(tmp_path), *url], capsys)

@@ -177,7 +177,25 @@ def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url,
         asyncio.run(again())
 
 
-@pytest.mark.parametrize("argv", [["--port", "70000"], ["--compare", "nowhere"]])
+def test_choices_between_two_files_of_stories_are_kept_beside_the_grades_and_summed_up(tmp_path, capsys, monkeypatch):
+    for name, word in (("a.jsonl", "plain"), ("b.jsonl", "fine")):
+        lines = [json.dumps({"opening": f"Day {i},", "story": f"a {word} tale."}) for i in range(4)]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+
+    async def choose(desk, options):
+        for _ in range(3):
+            item = desk.state("ada")["item"]
+            side = "left" if "fine" in item["stories"][0] else "right"
+            desk.do("ada", "choose", {"key": item["key"], "side": side})
+
+    monkeypatch.setattr(teach, "_serve", choose)
+    files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    teach.main(["--compare", *files, "--grades", str(tmp_path / "kept" / "grades.jsonl")])
+    assert "ada preferred b.jsonl in 3 of 3 pairs, a.jsonl in 0" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["preferences.jsonl"]
+
+
+@pytest.mark.parametrize("argv", [["--port", "70000"], ["--compare", "nowhere"], ["--compare", "a", "b", "c"]])
 def test_a_wrong_option_is_one_sentence(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:

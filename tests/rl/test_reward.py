@@ -73,15 +73,30 @@ def test_the_scores_of_a_callable_are_checked(tmp_path):
     file.write_text(
         "def ok(o, s): return [0.5 if x else None for x in s]\ndef short(o, s): return []\ndef wild(o, s): return [2]\n"
     )
-    assert load_score(f"{file}:ok")("o", ["a", ""]) == [0.5, None]
+    assert load_score(f"{file}:ok")(["o", "o"], ["a", ""]) == [0.5, None]
     for name, words in (("short", "gave 0 scores for 1"), ("wild", "gave 2;"), ("none", "no function 'none'")):
         with pytest.raises(UserError, match=words):
-            load_score(f"{file}:{name}")("o", ["a"])
+            load_score(f"{file}:{name}")(["o"], ["a"])
     with pytest.raises(UserError, match="no Python file"):
         load_score("nowhere.py:f")
     (tmp_path / "r.txt").write_text("")
     with pytest.raises(UserError, match="no Python file"):
         load_score(f"{tmp_path / 'r.txt'}:f")
+
+
+def test_a_callable_of_openings_gets_the_whole_step_and_any_other_one_opening_at_a_time(tmp_path):
+    file = tmp_path / "r.py"
+    file.write_text(
+        "import torch\n"
+        "def each(opening, stories): return [len(opening + s) / 100 for s in stories]\n"
+        "@torch.inference_mode()\n"
+        "def step(openings, stories): return [len(o + s) / 100 for o, s in zip(openings, stories)]\n"
+        "def count(openings, stories): return [len(stories) / 10] * len(stories)\n"
+    )
+    openings, stories = ["a", "bb", "a", "ccc"], ["x", "xx", "xxx", ""]
+    expected = [0.02, 0.04, 0.04, 0.03]
+    assert [load_score(f"{file}:{name}")(openings, stories) for name in ("each", "step")] == [expected] * 2
+    assert load_score(f"{file}:count")(openings, stories) == [0.4] * 4
 
 
 @pytest.mark.parametrize(
@@ -114,7 +129,7 @@ def test_the_scores_of_a_callable_are_checked(tmp_path):
 def test_a_reward_file_that_fails_is_one_sentence_with_its_line(tmp_path, body, words):
     (tmp_path / "r.py").write_text(body)
     with pytest.raises(UserError) as caught:
-        load_score(f"{tmp_path / 'r.py'}:f")("o", ["a"])
+        load_score(f"{tmp_path / 'r.py'}:f")(["o"], ["a"])
     assert words in str(caught.value) and "--reward" in str(caught.value) and str(caught.value).isprintable()
 
 
@@ -124,8 +139,8 @@ def test_scores_of_any_library_are_numbers(tmp_path):
         "def f(o, s): return numpy.array([0.25, 1.0], dtype='f')\n"
         "def g(o, s): return [torch.tensor(0.5), True]\n"
     )
-    assert list(load_score(f"{tmp_path / 'r.py'}:f")("o", ["a", "b"])) == [0.25, 1.0]
-    assert list(load_score(f"{tmp_path / 'r.py'}:g")("o", ["a", "b"])) == [0.5, 1]
+    assert list(load_score(f"{tmp_path / 'r.py'}:f")(["o", "o"], ["a", "b"])) == [0.25, 1.0]
+    assert list(load_score(f"{tmp_path / 'r.py'}:g")(["o", "o"], ["a", "b"])) == [0.5, 1]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +156,7 @@ def test_scores_of_any_library_are_numbers(tmp_path):
 def test_a_reward_that_hangs_is_one_sentence(tmp_path, body):
     (tmp_path / "r.py").write_text(body)
     with pytest.raises(UserError, match=r"r\.py.*: it took more than 0\.05 s \(--teacher-timeout\)$"):
-        load_score(f"{tmp_path / 'r.py'}:f", 0.05)("o", ["a"])
+        load_score(f"{tmp_path / 'r.py'}:f", 0.05)(["o"], ["a"])
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
@@ -153,6 +168,6 @@ def test_what_a_reward_does_to_torchs_settings_is_undone(tmp_path):
     )
     settings = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.get_num_threads()
     score = load_score(f"{tmp_path / 'r.py'}:f")
-    assert torch.get_default_dtype() == settings[0] and score("o", ["a"]) == [0.5]
+    assert torch.get_default_dtype() == settings[0] and score(["o"], ["a"]) == [0.5]
     now = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.get_num_threads()
     assert now == settings

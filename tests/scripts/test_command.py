@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, fails
 
 from scripts import doctor, evaluate, prepare_data, sample
+from tinystory.evaluate.told import read_stories
 from tinystory.run import errors, paths
 from tinystory.run.errors import PeerLost, UserError, command
 from tinystory.student import checkpoint, memory
@@ -180,3 +181,12 @@ def test_the_ends_of_a_range_are_of_use(place, temperature, capsys):
     more = f"--stories 2 --max-new-tokens 4 --temperature {temperature} --top-k 1000000000 --top-p 1e-9 --device cpu"
     sample.main([str(checkpoint.newest(place / "p")), *more.split()])
     assert capsys.readouterr().out.count("--- story") == 2
+
+
+def test_a_samples_file_is_read_by_evaluate(place, tmp_path, capsys):
+    run, out = str(checkpoint.newest(place / "p")), tmp_path / "ours.jsonl"
+    (tmp_path / "openings.txt").write_text("Tom had\nMia saw\n")
+    more = ["--stories", "3", "--max-new-tokens", "4", "--device", "cpu", "--out", str(out)]
+    sample.main([run, "--opening", str(tmp_path / "openings.txt"), *more])
+    assert [story.opening for story in read_stories(out)] == ["Tom had", "Mia saw", "Tom had"]
+    assert capsys.readouterr().out == ""

@@ -295,6 +295,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         branch = self.path.rsplit("/", 1)[-1]
         if self.path == "/api/repos/create":
             self.answer(200, {"url": f"http://{self.headers['Host']}/me/tale", "name": "me/tale"})
+        elif self.path == "/api/validate-yaml":  # of the model card
+            valid = json.loads(body)["content"].startswith("---\nlibrary_name: transformers\n")
+            self.answer(200, {"errors": [] if valid else [{"message": "no metadata"}], "warnings": []})
         elif self.path.startswith("/api/models/me/tale/branch/"):
             self.answer(200, {})
         elif self.path.startswith("/api/models/me/tale/preupload/"):
@@ -361,6 +364,8 @@ def test_milestones_become_branches_of_the_hub(run, tmp_path, capsys, monkeypatc
     assert f"pushed: {address}/me/tale" in capsys.readouterr().out
     written = {(path.parent.name, path.name): path.read_bytes() for path in (tmp_path / "two").glob("*/*")}
     assert Hub.files == written and {branch for branch, _ in written} == {"chck_2M", "chck_10M", "main"}
+    assert b'"me/tale", revision="chck_2M")' in written["chck_2M", "README.md"]
+    assert b'"me/tale")' in written["main", "README.md"]
 
 
 def test_what_the_command_says_of_a_wrong_call(run, tmp_path, capsys, monkeypatch):

@@ -87,8 +87,8 @@ def test_the_random_control_differs_in_the_reward_alone(tmp_path):
 
 def test_the_random_reward_is_a_teachers_scores_that_know_nothing():
     stories = [f"story {i}" for i in range(2000)]
-    scores = random_scores("Once", stories)
-    assert scores == random_scores("Never", stories)
+    scores = random_scores(["Once"] * 2000, stories)
+    assert scores == random_scores(["Never"] * 2000, stories)
     assert {round(score * 9, 6) for score in scores} == set(range(10))
     assert sum(scores) / len(scores) == pytest.approx(0.5, abs=0.02)
 

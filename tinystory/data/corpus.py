@@ -35,6 +35,8 @@ HUB = {
     "babylm-100m": ("BabyLM-community/BabyLM-2026-Strict", _BABYLM),
 }
 NAMES = (*BUILTIN, *HUB)
+LICENCES = {name: f"see https://huggingface.co/datasets/{repository}" for name, (repository, _) in HUB.items()}
+LICENCES |= dict.fromkeys(BUILTIN, "MIT, as tinystory") | {"tinystories": "CDLA-Sharing-1.0"}
 
 MARKER = "<|endoftext|>"
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")

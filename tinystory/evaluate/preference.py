@@ -1,4 +1,4 @@
-"""Blind comparison of two stories to one opening: before and after interaction, or by two students.
+"""Blind comparison of two stories to one opening: before and after interaction, or by any two storytellers.
 
 A human sees the two in random order. A language model sees each pair in both orders, since many prefer whatever comes
 first (or last): a story wins only if it is preferred in both orders, and otherwise the pair is a tie.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from tinystory.evaluate.intervals import wilson
+from tinystory.evaluate.told import Told
 from tinystory.run.errors import UserError
 from tinystory.run.folder import PREFERENCES, SAMPLES, read_records
 from tinystory.run.journal import Journal
@@ -50,14 +51,26 @@ def run_pairs(run: Path) -> list[Pair]:
 
 
 def _pairs(run: Path) -> list[Pair]:
-    samples: dict[int, dict[str, dict]] = defaultdict(dict)
+    stories: dict[str, list[Told]] = defaultdict(list)
     for record in read_records(Path(run) / SAMPLES):
-        samples[record["index"]][record["when"]] = record
-    return [
-        pair_of(sides["before"]["opening"], sides["before"]["story"], sides["after"]["story"])
-        for sides in samples.values()
-        if sides.keys() == {"before", "after"} and sides["before"]["story"] != sides["after"]["story"]
-    ]
+        stories[record["when"]].append(Told(record["opening"], record["story"]))
+    return _couples(stories["before"], stories["after"])
+
+
+def _couples(first: Sequence[Told], second: Sequence[Told]) -> list[Pair]:
+    waiting: dict[str, list[Told]] = defaultdict(list)
+    for story in reversed(second):
+        waiting[story.opening].append(story)
+    couples = [(story, waiting[story.opening].pop()) for story in first if waiting[story.opening]]
+    return [pair_of(a.opening, a.text, b.text) for a, b in couples if a.text != b.text]
+
+
+def story_pairs(first: Sequence[Told], second: Sequence[Told]) -> list[Pair]:
+    """The n-th story to each opening in one list and the n-th to it in the other, where they differ. Raises UserError
+    if there are none."""
+    if pairs := _couples(first, second):
+        return pairs
+    raise UserError("there is nothing to compare: the two tell the same stories, or none to the same opening")
 
 
 def win_rate(choices: Sequence[Choice]) -> dict[str, Any]:
@@ -75,11 +88,16 @@ def win_rate(choices: Sequence[Choice]) -> dict[str, Any]:
 
 
 def run_preferences(run: Path) -> dict[str, dict[str, Any]]:
-    """Per judge, the win rate of a run's stories after interaction. Judges are humans, and models of
+    """Per judge, the win rate of a run's stories after interaction."""
+    return preferences(Path(run) / PREFERENCES, _pairs(run))
+
+
+def preferences(path: Path, pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
+    """Per judge in a file of choices, the win rate of the second stories of `pairs`. Judges are humans, and models of
     `evaluate.py --compare`; the last choice of each on a pair counts, unless it is null."""
-    keys = {pair.key for pair in _pairs(run)}
+    keys = {pair.key for pair in pairs}
     by: dict[str, dict[str, Choice | None]] = defaultdict(dict)
-    for record in read_records(Path(run) / PREFERENCES):
+    for record in read_records(path):
         if record["key"] in keys:
             choice = Choice(record["choice"], record.get("inconsistent") is True) if record["choice"] else None
             by[record["by"]][record["key"]] = choice
@@ -135,15 +153,26 @@ def compare(pairs: Sequence[Pair], grade: Grade) -> dict[str, Any]:
     "second_place", the fraction of grades for the story that came second (0.5 without position bias); and "choices",
     one or None per pair. grade: per text to grade, the preference 0..1 for the story that comes second, or None."""
     grades = list(grade([text for pair in pairs for text in both_orders(pair)]))
-    choices: list[Choice | None] = []
-    for straight, turned in zip(grades[::2], grades[1::2], strict=True):
-        choices.append(None if straight is None or turned is None else _choice(straight > 0.5, turned < 0.5))
     scored = [preference for preference in grades if preference is not None]
-    return win_rate([choice for choice in choices if choice]) | {
-        "unscored": sum(choice is None for choice in choices),
-        "second_place": sum(preference > 0.5 for preference in scored) / len(scored) if scored else None,
-        "choices": choices,
-    }
+    second_place = sum(preference > 0.5 for preference in scored) / len(scored) if scored else None
+    result = _result(grades, lambda straight, turned: _choice(straight > 0.5, turned < 0.5))
+    return result | {"second_place": second_place}
+
+
+def compare_scores(pairs: Sequence[Pair], grade: Grade) -> dict[str, Any]:
+    """The same by a judge that scores each story by itself, so that none comes second: the higher score wins, and equal
+    ones are a tie. grade: per (opening, story) its score, or None."""
+    scores = list(grade([(pair.opening, story) for pair in pairs for story in (pair.first, pair.second)]))
+    result = _result(scores, lambda a, b: Choice(SAME if a == b else SECOND if a < b else FIRST))
+    return result | {"second_place": None}
+
+
+def _result(values: Sequence[float | None], choose: Callable[[float, float], Choice]) -> dict[str, Any]:
+    """values: two per pair."""
+    couples = zip(values[::2], values[1::2], strict=True)
+    choices = [None if a is None or b is None else choose(a, b) for a, b in couples]
+    rates = win_rate([choice for choice in choices if choice])
+    return rates | {"unscored": choices.count(None), "choices": choices}
 
 
 def _choice(straight: bool, turned: bool) -> Choice:

@@ -12,11 +12,12 @@ import numpy as np
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import mean_ci, wilson
-from tinystory.rl.reward import cluster_ids, cluster_sizes
+from tinystory.evaluate.told import Told
+from tinystory.rl.reward import cluster_ids, partition
 from tinystory.student.generate import generate
 from tinystory.student.model import Student
 
-GradeStories = Callable[[str, Sequence[str]], Sequence[Mapping[str, float] | None]]
+GradeStories = Callable[[Sequence[tuple[str, str]]], Sequence[Mapping[str, float] | None]]
 
 OPENINGS = (
     "Once upon a time, in a faraway land,",
@@ -37,83 +38,76 @@ def distinct_ngrams(texts: list[str], n: int = 4) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
-def story_measures(
-    student: Student,
-    tokenizer: Tokenizer,
-    *,
-    openings: Sequence[str],
-    n_stories: int,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    grade: GradeStories | None = None,
-    corpus: Corpus | None = None,
-    read: Callable[[Sequence[tuple[str, str]]], Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """Measures of `n_stories` sampled stories, spread evenly over the openings; the same seed gives the same draws.
-
-    grade(opening, stories) returns each story's scores per criterion, 0..3 each, or None for no score.
-
-    Returns, over all stories: length_mean (words) with length_ci; ended_eos_share with ended_eos_ci (Wilson);
-    entropy_per_word (nats: entropies of the sampling distributions, summed over tokens, per word); distinct_1 to
-    distinct_4 (distinct word n-grams over all of them); self_bleu (None for a single story); story_clusters_10, of the
-    first ten stories to an opening, averaged over openings with as many (NoveltyBench's distinct). With `grade`:
-    score_mean, the sum of the criteria's scores, with score_ci; NAME_mean of each criterion; unscored; utility_10 (see
-    `utility`). With `corpus`: copied_share, the words of the longest phrase shared with it over the story's words, and
-    copied_longest, the longest such phrase in words. With `read`: its measures of the (opening, story) pairs. The other
-    intervals are bootstrapped over stories.
-    """
+def write_stories(
+    student: Student, tokenizer: Tokenizer, *, openings: Sequence[str], n_stories: int, **sampling: Any
+) -> list[Told]:
+    """`n_stories` sampled stories, spread evenly over the openings; the same seed gives the same draws. sampling:
+    max_new_tokens, temperature and seed, as for `generate`."""
     per_opening, rest = divmod(n_stories, len(openings))
     prompts = [opening for i, opening in enumerate(openings) for _ in range(per_opening + (i < rest))]
-    sampling: dict[str, Any] = dict(first_index=0, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    stories = generate(student, None, tokenizer, prompts, **sampling)
+    stories = generate(student, None, tokenizer, prompts, first_index=0, **sampling)
+    return [Told(story.opening, story.text, story.ended, float(story.entropies.sum())) for story in stories]
+
+
+def story_measures(
+    stories: Sequence[Told],
+    *,
+    grade: GradeStories | None = None,
+    corpus: Corpus | None = None,
+    same: Callable[[str, str], bool] | None = None,
+) -> dict[str, Any]:
+    """Measures of stories by a student, another model or humans.
+
+    grade(pairs) returns the scores of each (opening, story) per criterion, 0..3 each, or None for no score. same:
+    whether two stories to one opening are the same, as for `partition`.
+
+    Returns, over all stories: length_mean (words) with length_ci; distinct_1 to distinct_4 (distinct word n-grams over
+    all of them); self_bleu (None for a single story); story_clusters_10, of the first ten stories to an opening,
+    averaged over openings with as many (NoveltyBench's distinct, with shared phrases in place of its classifier), and
+    distinct_of_10, the same by `same`. Where known of all: ended_eos_share with ended_eos_ci (Wilson); entropy_per_word
+    (nats: entropies of the sampling distributions, summed over tokens, per word). With `grade`: score_mean, the sum of
+    the criteria's scores, with score_ci; NAME_mean of each criterion; unscored; utility_10 (see `utility`). With
+    `corpus`: copied_share, the words of the longest phrase shared with it over the story's words, and copied_longest,
+    the longest such phrase in words. The other intervals are bootstrapped over stories.
+    """
     texts = [story.text for story in stories]
-    by_opening: dict[str, list[str]] = {}
-    for story in stories:
-        by_opening.setdefault(story.opening, []).append(story.text)
-    lengths = np.array([story.words for story in stories])
-    ended = sum(story.ended == "eos" for story in stories)
+    by_opening: dict[str, list[int]] = {}
+    for i, story in enumerate(stories):
+        by_opening.setdefault(story.opening, []).append(i)
+    tens = [rows[:10] for rows in by_opening.values() if rows[9:]]
+    lengths = np.array([len(text.split()) for text in texts])
     measures: dict[str, Any] = {
         "stories": len(stories),
         "length_mean": float(lengths.mean()),
         "length_ci": mean_ci(lengths),
-        "ended_eos_share": ended / len(stories),
-        "ended_eos_ci": wilson(ended, len(stories)),
-        "entropy_per_word": sum(float(s.entropies.sum()) for s in stories) / max(int(lengths.sum()), 1),
         **{f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2, 3, 4)},
         "self_bleu": self_bleu(texts),
-        "story_clusters_10": mean_of(len(cluster_sizes(group[:10])) for group in by_opening.values() if group[9:]),
     }
+    measures["story_clusters_10"] = mean_of(len({*cluster_ids([texts[i] for i in rows])}) for rows in tens)
+    if same:
+        measures["distinct_of_10"] = mean_of(len({*partition([texts[i] for i in rows], same)}) for rows in tens)
+    if all(story.ended for story in stories):
+        ended = sum(story.ended == "eos" for story in stories)
+        measures |= {"ended_eos_share": ended / len(stories), "ended_eos_ci": wilson(ended, len(stories))}
+    if all(story.entropy is not None for story in stories):
+        measures["entropy_per_word"] = sum(story.entropy or 0.0 for story in stories) / max(int(lengths.sum()), 1)
     if grade:
-        measures |= _scores(by_opening, grade)
-    if read:
-        measures |= read([(story.opening, story.text) for story in stories])
+        grades = grade([(story.opening, story.text) for story in stories])
+        scored = [scores for scores in grades if scores is not None]
+        sums = np.array([sum(scores.values()) for scores in scored], dtype=float)
+        measures |= {"score_mean": None, "score_ci": None, "unscored": len(grades) - len(scored)}
+        if scored:
+            measures |= {"score_mean": float(sums.mean()), "score_ci": mean_ci(sums)}
+            measures |= {f"{name}_mean": fmean(scores[name] for scores in scored) for name in scored[0]}
+            values = [sum(scores.values()) if scores else 0.0 for scores in grades]
+            measures["utility_10"] = mean_of(
+                utility([texts[i] for i in rows], [values[i] for i in rows]) for rows in tens
+            )
     if corpus:
         shared = longest_shared(texts, corpus)
         measures["copied_share"] = fmean(n / max(words, 1) for n, words in zip(shared, lengths.tolist(), strict=True))
         measures["copied_longest"] = max(shared)
     return measures
-
-
-def _scores(by_opening: Mapping[str, Sequence[str]], grade: GradeStories) -> dict[str, Any]:
-    grades: list[Mapping[str, float] | None] = []
-    utilities = []
-    for opening, texts in by_opening.items():
-        group = grade(opening, texts)
-        grades += group
-        if len(texts) >= 10:
-            utilities.append(utility(texts[:10], [sum(scores.values()) if scores else 0.0 for scores in group[:10]]))
-    scored = [scores for scores in grades if scores is not None]
-    if not scored:
-        return {"score_mean": None, "score_ci": None, "unscored": len(grades)}
-    score_sums = np.array([sum(scores.values()) for scores in scored], dtype=float)
-    return {
-        "score_mean": float(score_sums.mean()),
-        "score_ci": mean_ci(score_sums),
-        **{f"{name}_mean": fmean(scores[name] for scores in scored) for name in scored[0]},
-        "unscored": len(grades) - len(scored),
-        "utility_10": mean_of(utilities),
-    }
 
 
 def mean_of(values: Iterable[float]) -> float | None:

@@ -14,6 +14,8 @@ from tinystory.report import page
 from tinystory.report.charts import number
 from tinystory.run.folder import JUDGED, Record, read_records
 
+BEFORE_AFTER = ("the one before", "the story after interaction")
+
 
 def scored_by_note(scored_by: str, config: Record) -> str:
     """The scorer's name and the verdict of the calibration before the run, as HTML; "" if there is no name."""
@@ -67,14 +69,13 @@ def with_ends(value: float | None, interval: Any) -> str:
     return number(None) if value is None else f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
-def preference_lines(preferences: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One sentence per judge that compared stories before and after, without knowing which is which."""
+def preference_lines(preferences: Mapping[str, Mapping[str, Any]], names: Sequence[str] = BEFORE_AFTER) -> list[str]:
+    """One sentence per judge that compared stories without knowing which is whose. names: of the two storytellers."""
     lines = []
     for judge, rates in preferences.items():
         order = f" ({rates['inconsistent']} of them depended on the order)" if rates["inconsistent"] else ""
         lines.append(
-            f"{judge} preferred the story after interaction in {rates['second']} of {rates['pairs']} pairs, the one "
-            f"before in {rates['first']}, and neither in {rates['same']}{order}: win rate "
-            f"{with_ends(rates['rate'], rates['ci'])}"
+            f"{judge} preferred {names[1]} in {rates['second']} of {rates['pairs']} pairs, {names[0]} in "
+            f"{rates['first']}, and neither in {rates['same']}{order}: win rate {with_ends(rates['rate'], rates['ci'])}"
         )
     return lines

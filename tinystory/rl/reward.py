@@ -3,20 +3,22 @@
 A story earns its score, multiplied by how different it is from the other stories of its step (as DARLING does, arXiv
 2509.02534), and the paper's length term; a story that is cut off keeps a part of that.
 
-Anything can be the teacher: any callable `f(opening, stories)` that returns one score per story, 0..1 or None. None is
-no score: the story gets no reward and no gradient, and it is counted.
+Anything can be the teacher: any callable `f(opening, stories)` that returns one score per story, 0..1 or None, or
+`f(openings, stories)`, which is given all stories of a step at once, each with its opening. None is no score: the story
+gets no reward and no gradient, and it is counted.
 """
 
 import contextlib
 import hashlib
+import inspect
 import runpy
 import signal
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
@@ -24,7 +26,8 @@ from tinystory.run.errors import UserError
 if TYPE_CHECKING:  # reports need no torch
     from tinystory.student.generate import Story
 
-ScoreStories = Callable[[str, Sequence[str]], Sequence[float | None]]
+T = TypeVar("T")
+ScoreStories = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]  # openings and stories of a step
 
 
 def story_rewards(
@@ -71,19 +74,24 @@ def cluster_sizes(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
 
 
 def cluster_ids(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
-    """The cluster of each text, numbered from 0 by first appearance. A text joins the first cluster whose founder
-    shares more than `threshold` of their word 3-grams (Jaccard; capitalised words count as one word), or founds one."""
-    founders: list[set] = []
+    """The `partition` of texts in which two are the same if they share more than `threshold` of their word 3-grams
+    (Jaccard; capitalised words count as one word)."""
+    return partition([phrases(text, 3) for text in texts], lambda a, b: len(a & b) > threshold * len(a | b))
+
+
+def partition(items: Iterable[T], same: Callable[[T, T], bool]) -> list[int]:
+    """The cluster of each item, numbered from 0 by first appearance. An item joins the first cluster whose founder is
+    the same, or founds one."""
+    founders: list[T] = []
     ids = []
-    for grams in (phrases(text, 3) for text in texts):
-        similar = (i for i, other in enumerate(founders) if len(grams & other) > threshold * len(grams | other))
-        ids.append(next(similar, len(founders)))
+    for item in items:
+        ids.append(next((i for i, founder in enumerate(founders) if same(founder, item)), len(founders)))
         if ids[-1] == len(founders):
-            founders.append(grams)
+            founders.append(item)
     return ids
 
 
-def random_scores(opening: str, stories: Sequence[str]) -> list[float]:
+def random_scores(openings: Sequence[str], stories: Sequence[str]) -> list[float]:
     """The control that tells drift from learning, `--reward random`. Per story, the sum of three scores from 0 to 3
     divided by 9, as from a teacher, but drawn from the story's hash. The other terms of the reward stay the same."""
     digests = (hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=3).digest() for story in stories)
@@ -104,7 +112,14 @@ def load_score(spec: str, timeout_s: float = 300.0) -> ScoreStories:
     if not callable(function):
         raise UserError(f"--reward {spec}: {file} has no function {name!r}")
 
-    def score(opening: str, stories: Sequence[str]) -> Sequence[float | None]:
+    def by_opening(openings: Sequence[str], stories: Sequence[str]) -> Sequence[float | None]:
+        scores: dict[int, float | None] = {}
+        for opening in dict.fromkeys(openings):
+            rows = [i for i, other in enumerate(openings) if other == opening]
+            scores |= zip(rows, call(opening, [stories[i] for i in rows]), strict=True)
+        return [scores[i] for i in range(len(stories))]
+
+    def call(opening: str | Sequence[str], stories: Sequence[str]) -> Sequence[float | None]:
         with _user_code(spec, file, timeout_s):  # also the scores' own methods
             scores = function(opening, stories)
             if scores is None or isinstance(scores, str):
@@ -118,7 +133,10 @@ def load_score(spec: str, timeout_s: float = 300.0) -> ScoreStories:
                     raise UserError(f"--reward {spec} gave {_short(value)}; a score is a number from 0 to 1, or None")
             return [None if value is None else float(value) for value in scores]
 
-    return score
+    with contextlib.suppress(TypeError, ValueError):  # a callable without a signature
+        if next(iter(inspect.signature(function).parameters), "") == "openings":
+            return call
+    return by_opening
 
 
 def _is_score(value: object) -> bool:

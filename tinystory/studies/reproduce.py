@@ -19,7 +19,7 @@ from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import Openings, load_openings
 from tinystory.data.shards import prepare
 from tinystory.evaluate.pairs import evaluate_pairs
-from tinystory.evaluate.stories import story_measures
+from tinystory.evaluate.stories import story_measures, write_stories
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import pick_device
 from tinystory.rubric.process import builtin_teacher
@@ -158,18 +158,20 @@ class CheckpointEvaluator:
 
     def measure(self, folder: Path) -> dict[str, Any]:
         student, tokenizer, _ = checkpoint.load(folder, self.device)
-        options: dict[str, Any] = {"n_stories": self.settings["stories"], "max_new_tokens": self.settings["length"]}
-        options |= dict(temperature=self.settings["temperature"], seed=SEED, grade=self.grade, corpus=self.corpus)
+        sampling: dict[str, Any] = {"n_stories": self.settings["stories"], "max_new_tokens": self.settings["length"]}
+        sampling |= dict(temperature=self.settings["temperature"], seed=SEED)
         measures: dict[str, Any] = {
-            "stories": story_measures(student, tokenizer, openings=self.settings["openings"], **options),
-            "other_openings": story_measures(student, tokenizer, openings=OPENINGS, **options),
+            name: story_measures(
+                write_stories(student, tokenizer, openings=openings, **sampling), grade=self.grade, corpus=self.corpus
+            )
+            for name, openings in {"stories": self.settings["openings"], "other_openings": OPENINGS}.items()
         }
         _, bits = validate(student, self.val, tokenizer.token_sizes, VAL_SEQUENCES, 16, "stream")
         blimp = {"blimp": evaluate_pairs(student, tokenizer, self.blimp)} if self.blimp else {}
         return measures | {"bits_per_byte": bits} | blimp
 
-    def grade(self, opening: str, stories: Sequence[str]) -> list[Mapping[str, float] | None]:
-        return [grade.scores for grade in self.grader.grade(opening, stories)]
+    def grade(self, stories: Sequence[tuple[str, str]]) -> list[Mapping[str, float] | None]:
+        return [grade.scores for grade in self.grader.grade_each(stories)]
 
 
 def evaluate(subjects: Sequence[Subject], out: Path, evaluator: CheckpointEvaluator) -> None:

@@ -26,13 +26,9 @@ class CallableGrader(GraderBase):
         self.function = function
 
     def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
-        """The grades, by one call of the function for each opening."""
-        scores: dict[int, float | None] = {}
-        for opening in dict.fromkeys(opening for opening, _, _ in stories):
-            rows = [i for i, story in enumerate(stories) if story[0] == opening]
-            scores |= zip(rows, self.function(opening, [stories[i][1] for i in rows]), strict=True)
+        scores = self.function([opening for opening, _, _ in stories], [story for _, story, _ in stories])
         unscored = Grade(None, None, error=f"{self.facts['scored_by']} gave None")
-        return [unscored if (score := scores[i]) is None else Grade(None, score) for i in range(len(stories))]
+        return [unscored if score is None else Grade(None, score) for score in scores]
 
 
 Grader: TypeAlias = Teacher | Replay | CallableGrader

@@ -1,0 +1,85 @@
+"""The model card says what the run's records say, and nothing in them can add to its Markdown."""
+
+import json
+
+import pytest
+from conftest import SHORT, metrics
+
+import train_interact
+from scripts import export_hf
+from tinystory.data.corpus import HUB
+from tinystory.evaluate.preference import SECOND, Choice, keep_choices, run_pairs
+from tinystory.run.folder import EVALUATIONS, read_records
+from tinystory.run.text import printable
+from tinystory.student import checkpoint
+
+
+def card(source, folder) -> tuple[dict, str]:
+    """Metadata and text of the card that the command writes for a checkpoint or a run."""
+    yaml = pytest.importorskip("yaml", reason="pip install huggingface_hub")
+    export_hf.main([str(source), str(folder)])
+    _, metadata, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(metadata), text
+
+
+@pytest.fixture(scope="module")
+def run(place, tmp_path_factory):
+    out = tmp_path_factory.mktemp("card") / "i"
+    argv = ["--init", str(place / "p"), "--out", str(out), "--reward", f"{place / 'reward.py'}:score", "--steps", "2"]
+    train_interact.main([*SHORT, *argv])
+    return out
+
+
+def test_an_interactions_card_holds_its_figures(run, tmp_path):
+    pairs = run_pairs(run)
+    keep_choices(run, "a judge", pairs, [Choice(SECOND)] * len(pairs))
+    config = json.loads((run / "config.json").read_text())
+    config["options"] |= {
+        "teacher": {"model": "[`x`](http://evil)"},
+        "calibration": {"verdict": "tells stories from noise"},
+    }
+    (run / "config.json").write_text(json.dumps(config))
+    newest = checkpoint.newest(run)
+    metadata, text = card(newest, tmp_path / "tale")
+    last, facts = metrics(run)[-1], json.loads((newest / "model.json").read_text())["facts"]
+    assert f"{facts['words']:,} words" in text and f"In 2 steps of PPO it wrote {last['words_out']}" in text
+    assert "`[x](http://evil)` graded" in text and "it tells stories from noise" in text
+    assert f"a judge preferred the story after interaction in {len(pairs)} of {len(pairs)}" in text
+    evaluation = [record for record in read_records(run / EVALUATIONS) if record["step"] == 2]
+    rewards = [sum(r["reward"] for r in evaluation if r["step"] == 2) / 4, last["held_out_reward"]]
+    assert rewards[0] == pytest.approx(rewards[1], rel=1e-5)
+    assert f"| {rewards[1]:.3g} |" in text and printable(evaluation[0]["story"].split()[0]) in text
+    # Whoever trained it on a file of theirs says under which licence.
+    assert "license" not in metadata and "language" not in metadata and "- `corpus.txt`: files of the user" in text
+
+
+def test_a_pretrained_students_card_holds_its_own(place, tmp_path, monkeypatch):
+    path = checkpoint.newest(place / "p")
+    metadata, text = card(path, tmp_path / "tale")
+    bits = metrics(place / "p")[-1]["val_bits_per_byte"]
+    assert f"take {bits:.3f} bits per byte" in text and "interacted" not in text and metadata["tags"] == ["tinystory"]
+    monkeypatch.setattr("tinystory.student.hf.is_folder", lambda path: True)
+    text = card(tmp_path / "tale", tmp_path / "again")[1]
+    assert "of `not recorded`" in text and "Not recorded." in text
+
+
+@pytest.mark.parametrize(
+    "corpora, licence", [(["primer", "builtin"], "mit"), (["tinystories"], None), (["babylm-10m", "own.txt"], None)]
+)
+def test_metadata_names_what_is_known_of_the_corpus(corpora, licence, student, tokenizer, tmp_path):
+    facts = {"words": 2_800_000, "corpus": corpora}
+    path = checkpoint.save(tmp_path / "c", student, tokenizer, facts=facts, state={}, counters={"step": 1})
+    metadata, text = card(path, tmp_path / "tale")
+    assert metadata.get("license") == licence and ("language" in metadata) == ("own.txt" not in corpora)
+    assert metadata.get("datasets", []) == [HUB[name][0] for name in corpora if name in HUB]
+    assert "2.8M words" in text and all(f"- `{name}`: " in text for name in corpora)
+
+
+def test_the_cards_code_tells_a_story(student, tokenizer, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    path = checkpoint.save(tmp_path / "c", student, tokenizer, facts={}, state={}, counters={"step": 1})
+    text = card(path, tmp_path / "tale")[1]
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    assert "Once upon a time," in capsys.readouterr().out

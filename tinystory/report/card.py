@@ -1,0 +1,93 @@
+"""The model card of an exported student: README.md beside its weights, from the records of its run and nothing else."""
+
+import json
+import textwrap
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+from tinystory.data.corpus import BUILTIN, HUB, LICENCES
+from tinystory.evaluate.held_out import reward_mean, story_means
+from tinystory.evaluate.preference import run_preferences
+from tinystory.evaluate.stories import mean_of
+from tinystory.report.charts import number
+from tinystory.report.judges import preference_lines
+from tinystory.report.run import scorer
+from tinystory.run.folder import EVALUATIONS, Record, read_config, read_metrics, read_records
+from tinystory.run.text import printable
+from tinystory.student import checkpoint
+from tinystory.student.model import Student
+
+USE = """```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained({at}), AutoModelForCausalLM.from_pretrained({at})
+ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer("Once upon a time,").input_ids]])  # as each document began
+print(tokenizer.decode(model.generate(ids, do_sample=True, max_length=model.config.n_positions)[0]))
+```"""
+LIMITS = """It is a small model of stories: it follows no instructions, knows no facts, and nothing filters its stories.
+What its corpus says of people, it may say too. A score that it was trained on says how well it learned, not how good
+its stories are, and scores by different graders cannot be compared."""
+
+
+def model_card(name: str, source: Path, student: Student, facts: Record, revision: str = "") -> str:
+    """The text of the card, with the Hub's metadata. name: the repository, with the revision, or the folder to load the
+    student from; source: its checkpoint; facts: what was loaded with it ({} for a folder that transformers wrote)."""
+    sizes = ", ".join(f"{key} {value}" for key, value in vars(student.config).items())
+    size = sum(parameter.numel() for parameter in student.parameters())
+    corpora = [Path(key).name for key in facts.get("corpus", [])]  # no folders of whoever trained it
+    licences = [f"- {_code(key)}: {LICENCES.get(key, 'files of the user who trained it')}" for key in corpora]
+    paragraphs = [
+        f"# {name}",
+        f"A storyteller of {number(size)} parameters, trained from scratch with tinystory. GPT-2's layout, {sizes}.",
+        USE.format(at=json.dumps(name) + (f", revision={json.dumps(revision)}" if revision else "")),
+        f"## What it read\n\n{number(facts.get('words'))} words, counting repeats, of {_code(', '.join(corpora))}.",
+        *(_run(source, facts) if facts else ()),
+        f"## Limits\n\n{LIMITS}",
+        "\n".join(["## Licence of the corpus\n", *(licences or ["Not recorded."])]),
+    ]
+    metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [tinystory]"]
+    if datasets := [HUB[key][0] for key in corpora if key in HUB]:
+        metadata.append(f"datasets: {json.dumps(datasets)}")
+    if corpora and set(corpora) <= set(LICENCES):
+        metadata += ["language: en"] + ["license: mit"] * (set(corpora) <= set(BUILTIN))
+    return "\n".join(["---", *metadata, "---", "", *(f"{text}\n" for text in paragraphs)])
+
+
+def _run(source: Path, facts: Record) -> Iterable[str]:
+    """The paragraphs about the run in which a checkpoint of ours lies."""
+    run, step = source.resolve().parents[1], checkpoint.read_counters(source)["step"]
+    config, metrics = read_config(run), [row for row in read_metrics(run) if row["step"] <= step]
+    if bits := [row["val_bits_per_byte"] for row in metrics if row.get("val_bits_per_byte")]:
+        yield f"Held-out documents take {bits[-1]:.3f} bits per byte."
+    if not metrics or "reward_mean" not in metrics[-1]:
+        return
+    verdict = (config.get("options", {}).get("calibration") or {}).get("verdict", "was not tried before the run")
+    yield (
+        f"## How it interacted, and who graded\n\nIn {step} steps of PPO it wrote "
+        f"{number(facts['interaction_words_out'])} words, took in {number(facts['interaction_words_in'])} of openings "
+        f"and replies, and moved {number(metrics[-1]['kl'])} nats per story from the student before. "
+        f"{_code(scorer(config))} graded. On stories of known order, it {verdict}."
+    )
+    evaluations: dict[int, list[Record]] = {}
+    for record in read_records(run / EVALUATIONS):
+        if record["step"] <= step:
+            evaluations.setdefault(record["step"], []).append(record)
+    if len(evaluations) < 2:
+        return
+    means = []
+    for records in (evaluations[min(evaluations)], evaluations[max(evaluations)]):
+        score = mean_of(sum(record["scores"].values()) for record in records if record["scores"])
+        means.append({"score_mean": score, "reward_mean": reward_mean(records), **story_means(records)})
+    yield f"## What it scores\n\n{len(records)} stories, to held-out openings unless there was only one:"
+    rows = [f"| {key} | {number(before)} | {number(means[1][key])} |" for key, before in means[0].items()]
+    yield "\n".join([f"| | before interaction | after step {max(evaluations)} |", "|---|---|---|", *rows])
+    yield from (escape(line).replace("[", "\\[") + "." for line in preference_lines(run_preferences(run)))
+    example = textwrap.fill(printable(f"{records[0]['opening']} {records[0]['story']}"), 100)
+    yield f"The first of these stories, not the best:\n\n{textwrap.indent(example, '    ')}"
+
+
+def _code(text: str) -> str:
+    """Names as Markdown that no name can break out of."""
+    return f"`{printable(text).replace('`', '') or 'not recorded'}`"

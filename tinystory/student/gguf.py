@@ -1,0 +1,61 @@
+"""GGUF, the format of llama.cpp, Ollama and LM Studio: GPT-2's architecture in float32, with its tokenizer.
+
+llama.cpp begins a prompt with the token that the file calls `bos`. Here it is the end token, which stands before every
+document in training, so a prompt there is read as `encode_opening` encodes it.
+"""
+
+import json
+from pathlib import Path
+
+from tinystory.data.tokenizer import Tokenizer
+from tinystory.run.errors import UserError
+from tinystory.run.folder import cannot_write
+from tinystory.student.hf import FIXED
+from tinystory.student.model import Student
+
+# Parts of our parameters' names -> llama.cpp's for its architecture "gpt2". Both store weights as (out, in).
+NAMES = {"wte": "token_embd", "wpe": "position_embd", "blocks": "blk", "ln_1": "attn_norm", "qkv": "attn_qkv"}
+NAMES |= {"attn_proj": "attn_output", "ln_2": "ffn_norm", "fc": "ffn_up", "mlp_proj": "ffn_down", "ln_f": "output_norm"}
+
+
+def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
+    """Write the student and its tokenizer as a GGUF file, atomically. Raises UserError without the package `gguf`, or
+    if the file cannot be written."""
+    try:
+        from gguf import GGUFWriter, LlamaFileType, TokenType
+    except ImportError as error:
+        raise UserError("--gguf needs the package that writes the format: pip install gguf") from error
+    shape, spec = student.config, json.loads(tokenizer.json)
+    vocab = spec["model"]["vocab"] | tokenizer.specials
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = GGUFWriter(partial, "gpt2")
+        writer.add_name(path.stem)
+        writer.add_file_type(LlamaFileType.ALL_F32)
+        writer.add_block_count(shape.n_layer)
+        writer.add_head_count(shape.n_head)
+        writer.add_embedding_length(shape.n_embd)
+        writer.add_feed_forward_length(4 * shape.n_embd)
+        writer.add_context_length(shape.context)
+        writer.add_layer_norm_eps(FIXED["layer_norm_epsilon"][0])
+        writer.add_tokenizer_model("gpt2")  # byte-level BPE
+        writer.add_tokenizer_pre("gpt-2")  # GPT-2's split
+        writer.add_token_list(sorted(vocab, key=vocab.__getitem__))
+        writer.add_token_types([TokenType.NORMAL if text else TokenType.CONTROL for text in tokenizer.token_bytes])
+        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]])
+        writer.add_bos_token_id(tokenizer.eos)
+        writer.add_eos_token_id(tokenizer.eos)
+        writer.add_pad_token_id(tokenizer.pad)
+        writer.add_add_bos_token(True)
+        for ours, weight in student.state_dict().items():
+            writer.add_tensor(".".join(NAMES.get(part, part) for part in ours.split(".")), weight.cpu().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        partial.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
