@@ -1,15 +1,17 @@
 """A second judge: what is judged, and which of a run's gain the report says it sees."""
 
 import json
+import re
 
 import numpy as np
 import pytest
-from conftest import SHORT, fails
+from conftest import ROOT, SHORT, fails
 
 import train_interact
 from scripts import judge
 from tinystory.evaluate.second_judge import AFTER, BEFORE, BEST_OF_N, COLDER, GROUPS, REAL, conclusion, gain, summary
 from tinystory.report.judges import judged_rows
+from tinystory.rl.reward import load_score
 from tinystory.run.folder import EVALUATIONS, JUDGED, read_records
 
 
@@ -23,6 +25,11 @@ class Reader:
         return np.array(
             [-np.mean([len(word) for word in text.split()]) if text.split() else np.nan for _, text in stories]
         )
+
+
+class Rubric:
+    def score(self, opening, story):
+        return dict.fromkeys("abc", 3 if story else 0)
 
 
 @pytest.fixture
@@ -105,3 +112,13 @@ def test_stories_that_one_judge_did_not_score_are_left_out():
     table = summary(records, "score")
     assert table[AFTER] == {"mean": None, "ci": None, "gap": None} and len(judged_rows(records)) == 1 + len(GROUPS)
     assert json.dumps(judged_rows(records))
+
+
+def test_the_reward_of_two_judges_in_the_docs_is_one(monkeypatch, tmp_path):
+    text = (ROOT / "docs/teachers.md").read_text()
+    (tmp_path / "my_judges.py").write_text(re.search(r"```python\n(# my_judges.py.*?)```", text, re.S)[1])
+    monkeypatch.setattr("tinystory.evaluate.reader.Reader", lambda: Reader("short-words"))
+    monkeypatch.setattr("tinystory.rubric.rubric.Rubric.from_corpus", lambda documents: Rubric())
+    score = load_score(f"{tmp_path / 'my_judges.py'}:score")
+    good, nothing = score(["Once", "Once"], ["a b c d e.", ""])
+    assert nothing == 0 < good <= 1

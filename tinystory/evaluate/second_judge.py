@@ -62,7 +62,7 @@ def judge_run(
     real = real_stories(corpus_documents(facts.get("corpus", ["builtin"])), len(openings), seed=config.seed)
     groups[REAL] = [(opening, " ".join(sentences)) for opening, *sentences in real]
     n = len(openings)
-    graded = [*drawn, *(pair for group in groups.values() for pair in group)]
+    graded = list(dict.fromkeys([*drawn, *(pair for group in groups.values() for pair in group)]))
     scores = dict(zip(graded, map(_score, grade(graded)), strict=True))
     chosen = [max(range(i, len(drawn), n), key=lambda at: scores[drawn[at]] or 0) for i in range(n)]
     groups[BEST_OF_N] = [drawn[at] for at in chosen]
