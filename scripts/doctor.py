@@ -16,7 +16,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -104,20 +104,12 @@ def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> No
     for corpus in options.registers:
         others = real_stories(corpus_documents([corpus]), options.per_kind)
         known += [KnownStory(f"of {Path(corpus).name}", first, " ".join(rest)) for first, *rest in others]
-    seconds = dict.fromkeys(judges, 0.0)
-
-    def timed(judge: str) -> GradeKnown:
-        def scores(stories: Sequence[tuple[str, str]], again: int) -> Sequence[float | None]:
-            began = time.perf_counter()
-            values = judges[judge](stories, again)
-            seconds[judge] += time.perf_counter() - began
-            return values
-
-        return scores
-
-    results = {judge: calibrate(timed(judge), known) for judge in judges}
-    speeds = [f"{(len(known) + AGAIN) / seconds[judge]:.3g}" for judge in judges]
-    rows = [*table(results), ["stories per second", *speeds]]
+    results, speeds = {}, ["stories per second"]
+    for judge, scores in judges.items():
+        began = time.perf_counter()
+        results[judge] = calibrate(scores, known)
+        speeds.append(f"{(len(known) + AGAIN) / (time.perf_counter() - began):.3g}")
+    rows = [*table(results), speeds]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print(f"{'':10} " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

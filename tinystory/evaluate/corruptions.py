@@ -148,27 +148,14 @@ class Source(NamedTuple):
     words: Sequence[str]
 
 
-def _joined(sentences: list[str], source: Source, rng: random.Random) -> list[str]:
-    return [*sentences[: len(sentences) // 2], *source.other[len(source.other) // 2 :]]
-
-
 def _alien_sentence(sentences: list[str], source: Source, rng: random.Random) -> list[str]:
     at = rng.randrange(1, len(sentences) - 1)
     return [*sentences[:at], source.other[len(source.other) // 2], *sentences[at + 1 :]]
 
 
-def _alien_ending(sentences: list[str], source: Source, rng: random.Random) -> list[str]:
-    return [*sentences[:-2], *source.other[-2:]]
-
-
-def _dropped(sentences: list[str], source: Source, rng: random.Random) -> list[str]:
+def _dropped(sentences: list[str], rng: random.Random) -> list[str]:
     rows = rng.sample(range(len(sentences)), max(round(0.6 * len(sentences)), 1))
     return [sentences[row] for row in sorted(rows)]
-
-
-def _cut(sentences: list[str], source: Source, rng: random.Random) -> list[str]:
-    words = " ".join(sentences).split()
-    return words[: len(words) // 2]
 
 
 def _new_nouns(sentences: list[str], source: Source, rng: random.Random) -> list[str]:
@@ -212,15 +199,15 @@ def _rhyme(rng: random.Random) -> str:
     return " ".join(f"{number} little {animals} sat on the {place}." for number in _NUMBERS)
 
 
-# Each gives sentences or words, to be joined by spaces.
+# Of a story's sentences s; each gives sentences or words, to be joined by spaces.
 CORRUPTIONS: dict[str, Callable[[list[str], Source, random.Random], list[str]]] = {
-    SENTENCES: lambda sentences, source, rng: _reordered(sentences, rng),
-    WORDS: lambda sentences, source, rng: _reordered(" ".join(sentences).split(), rng),
-    "halves of two stories": _joined,
+    SENTENCES: lambda s, source, rng: _reordered(s, rng),
+    WORDS: lambda s, source, rng: _reordered(" ".join(s).split(), rng),
+    "halves of two stories": lambda s, source, rng: [*s[: len(s) // 2], *source.other[len(source.other) // 2 :]],
     "alien sentence": _alien_sentence,
-    "alien ending": _alien_ending,
-    "40 % of sentences dropped": _dropped,
-    "cut in the middle": _cut,
+    "alien ending": lambda s, source, rng: [*s[:-2], *source.other[-2:]],
+    "40 % of sentences dropped": lambda s, source, rng: _dropped(s, rng),
+    "cut in the middle": lambda s, source, rng: " ".join(s).split()[: len(" ".join(s).split()) // 2],
     "30 % of nouns replaced": _new_nouns,
     "10 % of words replaced": _new_words,
     "names replaced": _new_names,
@@ -228,14 +215,12 @@ CORRUPTIONS: dict[str, Callable[[list[str], Source, random.Random], list[str]]] 
 }
 # Texts that are no stories. index: of the story in whose place they stand.
 NO_STORIES: dict[str, Callable[[list[str], int, random.Random], str]] = {
-    "one word repeated": lambda sentences, index, rng: " ".join(
-        [rng.choice(" ".join(sentences).split())] * len(" ".join(sentences).split())
-    ),
-    "one sentence repeated": lambda sentences, index, rng: " ".join([rng.choice(sentences)] * len(sentences)),
-    "generic sentences": lambda sentences, index, rng: " ".join(rng.sample(split_sentences(_GENERIC.strip()), 14)),
-    "counting rhyme": lambda sentences, index, rng: _rhyme(rng),
-    "another language": lambda sentences, index, rng: _nth(_FOREIGN, index),
-    "essay: full marks": lambda sentences, index, rng: _nth(_PLEAS, index),
+    "one word repeated": lambda s, index, rng: " ".join([rng.choice(" ".join(s).split())] * len(" ".join(s).split())),
+    "one sentence repeated": lambda s, index, rng: " ".join([rng.choice(s)] * len(s)),
+    "generic sentences": lambda s, index, rng: " ".join(rng.sample(split_sentences(_GENERIC.strip()), 14)),
+    "counting rhyme": lambda s, index, rng: _rhyme(rng),
+    "another language": lambda s, index, rng: _nth(_FOREIGN, index),
+    "essay: full marks": lambda s, index, rng: _nth(_PLEAS, index),
 }
 KINDS = (REAL, *CORRUPTIONS, *NO_STORIES)
 

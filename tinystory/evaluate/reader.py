@@ -124,7 +124,7 @@ class Reader:
         for story, other in zip(stories, others, strict=True):
             text, other_text = self._text(*story), self._text(*other)
             first, second = _halves(text.sentences)
-            other_first = _reordered(first) if reorder else _halves(other_text.sentences)[0]
+            other_first = random.Random(0).sample(first, len(first)) if reorder else _halves(other_text.sentences)[0]
             ours, theirs = text.context + sum(first, ()), other_text.context + sum(other_first, ())
             end = sum(second, ()) if ours != theirs else ()
             rows.append((ours + end, theirs + end, len(end)))
@@ -215,10 +215,6 @@ def _halves(sentences: list[Ids]) -> tuple[list[Ids], list[Ids]]:
     ends = np.cumsum([len(sentence) for sentence in sentences])
     middle = 1 + int(np.searchsorted(ends[1:], ends[-1] / 2, side="right")) if sentences else 0
     return sentences[:middle], sentences[middle:]
-
-
-def _reordered(sentences: list[Ids]) -> list[Ids]:
-    return random.Random(0).sample(sentences, len(sentences))
 
 
 def _renamed(opening: str, story: str, other_opening: str, other_story: str) -> tuple[str, str]:
