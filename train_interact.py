@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
+from tinystory.config import INTERACT_PRESETS, InteractConfig, parse, published_options
 from tinystory.data import babylm
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import calibrated
@@ -70,14 +70,16 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     reference.requires_grad_(False)
     policy = load_policy(config, origin, compute)
     memory.require_for_interaction(config, reference.config, compute.device)
+    for warning in published_options(config) if rank0 else ():
+        print(f"warning: {warning}")
     openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
     if openings.train == openings.held_out:
         print("there is one opening, so none is held out: evaluations use the one that is trained on")
     longest = max((encode_opening(tokenizer, text) for text in openings.train + openings.held_out), key=len)
     require_room(reference, longest, config.max_new_tokens)
     milestones = INTERACTION_CHECKPOINTS
-    if config.preset == babylm.TRACK:
-        babylm.check_interaction(facts, config.budget_words, config.budget_words_out)
+    if config.preset in babylm.TRACKS:
+        babylm.check_interaction(config.preset, facts, config.budget_words)
         milestones = babylm.milestones_beyond(facts)
     state = policy.restore(resume_from) if resume_from else RunState(config.kl_coef)
 
@@ -121,10 +123,12 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 break
             began = time.perf_counter()
             prompts = [openings[state.written + i] for i in range(n)]
-            stories = rollout(policy, prompts, state.written, grader.send)
+            dropout = config.rollout_dropout if state.step else 0.0
+            stories = rollout(policy, prompts, state.written, grader.send, dropout)
             rollout_end = time.perf_counter()
             batch = ppo.collate(stories, tokenizer, compute.device)
             with compute.autocast():
+                batch = ppo.reread(policy, batch) if dropout else batch
                 reference_stats = ppo.read_reference(
                     reference, batch, config.temperature, config.micro_batch_size, states=policy.value_head is None
                 )
@@ -136,17 +140,21 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 save()
                 raise
             teacher_end = time.perf_counter()
-            rewards = story_rewards(config, stories, [grade.score for grade in grades])
+            invented = None if config.unreadable_score == "none" else float(config.unreadable_score)
+            scores = [invented if grade.score is None else grade.score for grade in grades]
+            rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
             ppo.set_learning_rate(policy.optimizer, config, state.step)
             stats = ppo.step(policy, batch, reference_stats, rewards, state.kl_coef)
             update_end = time.perf_counter()
 
             words_before = state.words_in
-            words_in = openings.new_words(state.written, n) + sum(grade.reply_words for grade in grades)
+            words_in = openings.new_words(state.written, n, config.charge_opening and state.step == 0)
+            words_in += sum(grade.reply_words for grade in grades)
             state.spend(stories, words_in)
             state.step, state.written = state.step + 1, state.written + n
             state.kl_coef = ppo.next_kl_coef(state.kl_coef, stats["kl"], n - int(stats["unscored"]), config)
+            stats["unscored"] = sum(grade.score is None for grade in grades)  # also those with an invented score
             evaluation, failure = evaluator.evaluate_if_due(state)
             records = story_records(state.step, stories, grades, rewards)
             means = story_means(records)
@@ -200,7 +208,8 @@ def exhausted_budget(
     before each request.)"""
     n = config.stories_per_step
     stories = n + evaluations * config.eval_stories
-    words_in = state.words_in + openings.new_words(state.written, n) + stories * grader.most_words
+    words_in = openings.new_words(state.written, n, config.charge_opening and state.step == 0)
+    words_in += state.words_in + stories * grader.most_words
     words_out = state.words_out + stories * config.max_new_tokens
     if words_in > config.budget_words or words_out > config.budget_words_out:
         return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"

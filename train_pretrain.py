@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from tinystory import ops
-from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
+from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse, published_options
 from tinystory.data import babylm
 from tinystory.data.babylm import MILESTONES
 from tinystory.data.corpus import open_corpus
@@ -99,14 +99,17 @@ def pretrain(config: PretrainConfig) -> None:
     )
     device = compute.device
     memory.require_for_pretraining(config, device)
+    for warning in published_options(config) if rank0 else ():
+        print(f"warning: {warning}")
     resume_from = checkpoint.to_resume(run) if config.resume else None
 
-    corpus = open_corpus(config.corpus)
+    corpus = open_corpus(config.corpus, config.documents)
     data = distributed.rank0_first(
         lambda: prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
     )
-    if config.preset == babylm.TRACK:
-        babylm.check_pretraining(data.train.word_count, config.words, config.batch_size * config.context)
+    if config.preset in babylm.TRACKS:
+        last_step = config.batch_size * config.context
+        babylm.check_pretraining(config.preset, data.train.word_count, config.words, last_step)
     tokenizer = data.tokenizer
     windows = Windows(data.train, config.context, config.batch_size, config.seed, config.packing)
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)

@@ -5,25 +5,28 @@
     python scripts/doctor.py --teacher-url URL --calibrate              ... and whether it can judge stories
     python scripts/doctor.py --reward my_reward.py:score --calibrate    the same for a callable
     python scripts/doctor.py --calibrate --reader smollm2               the built-in teacher and a reader, side by side
+    python scripts/doctor.py --plan paper --gpu-gb 24                   how student and teacher share one GPU
 
 It builds nothing and changes nothing. Asking a teacher takes about eight short requests, calibrating it 440 more. A
 human is a teacher too: run scripts/teach.py, and give its URL.
 """
 
 import argparse
+import math
 import os
 import platform
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from tinystory.config import InteractConfig, add_number
+from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig, add_number
 from tinystory.data.corpus import BUILTIN, open_corpus
 from tinystory.evaluate.calibration import AGAIN, FULL, GradeKnown, calibrate, of_grader, require, table, verdict
 from tinystory.evaluate.corruptions import DOCUMENTS, KnownStory, corpus_documents, known_stories, real_stories
@@ -34,6 +37,8 @@ from tinystory.rubric.rubric import Rubric
 from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError, command
 from tinystory.run.paths import cache_dir, usage
+from tinystory.student import memory
+from tinystory.student.model import StudentConfig
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grader import CallableGrader
 from tinystory.teacher.prompt import Template, load_template
@@ -43,6 +48,10 @@ PACKAGES = (
     "tqdm", "huggingface_hub", "transformers",  # the last two are optional
 )  # fmt: skip
 WANTED_DISK = 2 << 30  # bytes: shards of a large corpus, checkpoints, kernels
+CUDA = 600 << 20  # bytes of a GPU that a process takes before its first tensor
+# Of vLLM: GiB for activations and graphs; bytes of KV cache per token and billion parameters (Llama 3.1 8B: 32 layers,
+# 8 key and value heads of 128, 16 bits); tokens of the longest question, as in the authors' server.
+MODEL, VLLM_GB, KV_BYTES, LONGEST = "meta-llama/Llama-3.1-8B-Instruct", 1.5, 16_384, 1024
 
 
 @command
@@ -72,8 +81,14 @@ def main(argv: list[str] | None = None) -> None:
         help="corpora whose real stories are shown too",
     )
     add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if it judges worse")
+    parser.add_argument("--plan", choices=INTERACT_PRESETS, help="add up the memory of an interaction beside a teacher")
+    add_number(parser, "--gpu-gb", 24.0, "[1, 10000]", "memory of the GPU that both share, in GiB")
+    add_number(parser, "--teacher-billions", 8.0, "[0.1, 1000]", "the teacher's parameters")
     options = parser.parse_args(argv)
 
+    if options.plan:
+        plan(options.plan, options.gpu_gb, options.teacher_billions)
+        return
     for name, found in machine():
         print(f"{name:10} {found}")
     calibrates = options.calibrate or options.require_judgement > 0
@@ -122,6 +137,28 @@ def builtin_scores(names: list[str]) -> GradeKnown:
     files = [name for name in names if name not in BUILTIN]
     rubric = Rubric.from_corpus(islice(open_corpus(files or ["builtin"]).mixed(), DOCUMENTS if files else 0, None))
     return lambda stories, again: [sum(rubric.score(*story).values()) / 9 for story in stories]
+
+
+def plan(preset: str, gpu_gb: float, billions: float) -> None:
+    """Print what a preset's interaction takes of a GPU, and the vLLM server that fits into the rest. Raises UserError
+    if none does."""
+    pretrain = PretrainConfig(**PRETRAIN_PRESETS[preset])
+    shape = StudentConfig(**{field.name: getattr(pretrain, field.name) for field in fields(StudentConfig)})
+    parts = memory.interaction(InteractConfig(**INTERACT_PRESETS[preset]), shape) | {"CUDA and libraries": CUDA}
+    for name, size in (parts | {"together": sum(parts.values())}).items():
+        print(f"{size / 2**30:8.2f} GiB  {name}")
+    share = math.floor((1 - sum(parts.values()) / 2**30 / gpu_gb) * 100) / 100
+    for bytes_each, flag in ((2, ""), (1, " --quantization fp8")):
+        weights, per_token = billions * 1e9 * bytes_each / 2**30, billions * KV_BYTES / 2**30
+        cached = (share * gpu_gb - weights - VLLM_GB) / per_token
+        if cached >= LONGEST:
+            print(f"{share * gpu_gb:8.2f} GiB  teacher: {weights:.2f} of weights, a KV cache of {cached:,.0f} tokens")
+            print(f"vllm serve {MODEL} --gpu-memory-utilization {share:.2f} --max-model-len {LONGEST}{flag}")
+            return
+    raise UserError(
+        f"a teacher of {billions:g} B parameters does not fit beside the student in {gpu_gb:g} GiB, even with 8 bits "
+        "each: take a smaller one with --teacher-billions, or a larger GPU"
+    )
 
 
 def machine() -> Iterator[tuple[str, str]]:

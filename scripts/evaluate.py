@@ -14,9 +14,10 @@ gzipped or not, and the measures are defined as in its pipeline, to the pair.
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from tinystory.config import SEEDS, InteractConfig, add_number
 from tinystory.data.corpus import Corpus, open_corpus
 from tinystory.data.openings import load_openings
+from tinystory.evaluate import submission
 from tinystory.evaluate.coreference import coreference, unseen_stories
 from tinystory.evaluate.novelty import SameStory
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
@@ -34,7 +36,7 @@ from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, k
 from tinystory.evaluate.reader import Reader
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.scoring import bits_per_byte
-from tinystory.evaluate.stories import OPENINGS, GradeStories, story_measures, write_stories
+from tinystory.evaluate.stories import OPENINGS, GradeStories, mean_of, story_measures, write_stories
 from tinystory.evaluate.told import Told, read_stories
 from tinystory.ops.compute import pick_device
 from tinystory.report.evaluation import comparison
@@ -48,11 +50,14 @@ from tinystory.student import checkpoint, memory
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grader import open_grader
 
-TASKS = {
+TASKS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
     "blimp": (evaluate_pairs, "BLiMP: a .jsonl file, or a folder of them"),
     "supplement": (evaluate_pairs, "BLiMP's supplement"),
+    "ewok": (evaluate_pairs, "EWoK"),
     "entity_tracking": (evaluate_pairs, "entity tracking"),
     "wug": (evaluate_wug, "wug test of adjective nominalisation"),
+    "wug_past": (functools.partial(evaluate_wug, name="wug_past"), "wug test of past tenses"),
+    "comps": (evaluate_pairs, "COMPS"),
     "reading": (evaluate_reading, "reading_data.csv"),
 }
 COMPARED = 40  # pairs, if --stories does not say
@@ -72,6 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     for task, (_, text) in TASKS.items():
         parser.add_argument(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
+    parser.add_argument("--babylm", type=Path, metavar="FOLDER", help="all of these in BabyLM's full_eval or fast_eval")
+    parser.add_argument("--aoa", metavar="FILE", help="cdi_childes.json: words' surprisals, for ages of acquisition")
+    parser.add_argument("--predictions", type=Path, metavar="RESULTS/MODEL", help="where to write BabyLM's predictions")
     parser.add_argument(
         "--corpus",
         nargs="+",
@@ -95,7 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="report.json to write")
     options = parser.parse_args(argv)
-    tasks = {task: getattr(options, task) for task in TASKS if getattr(options, task)}
+    tasks = submission.find_tasks(options.babylm) if options.babylm else {}
+    tasks |= {task: getattr(options, task) for task in TASKS if getattr(options, task)}
     count = max([0, *(value for value in options.stories if isinstance(value, int))])
     files = [value for value in options.stories if isinstance(value, Path)]
     told_first = [path for path in [*files, *(options.compare or [])] if path.suffix == ".jsonl"][:1]
@@ -104,11 +113,14 @@ def main(argv: list[str] | None = None) -> None:
     if options.compare:
         compare_stories(options, count or COMPARED)
         return
-    if not files and not (options.checkpoints and (tasks or options.corpus or count or options.coreference)):
+    wanted = tasks or options.aoa or options.corpus or count or options.coreference
+    if not files and not (options.checkpoints and wanted):
         raise UserError(
             "nothing to evaluate: name a checkpoint or a run (two with --compare), and give --blimp or another task, "
             "--corpus, --coreference N or --stories N; or files of stories, --stories FILE"
         )
+    if options.predictions and not (options.babylm or options.aoa):
+        raise UserError("--predictions needs the data that BabyLM asks for: give --babylm FOLDER or --aoa FILE")
     corpus = open_corpus(options.corpus) if options.corpus else None
     device = pick_device(options.device)
     told = [read_stories(path)[: count or None] for path in files]
@@ -125,15 +137,23 @@ def main(argv: list[str] | None = None) -> None:
             result["likelihood"] = bits_per_byte(*student_reader, Corpus([], [("", lambda: iter(texts))]))
         return result
 
-    records = []
+    records, surprisals = [], []
     with contextlib.ExitStack() as stack:
         grade = open_teacher(options, stack) if count or files else None
         for folder in tqdm([checkpoint.find(path) for path in options.checkpoints], desc="checkpoints", disable=None):
             student, tokenizer, facts = checkpoint.load(folder, device)
             words = facts.get("words", 0) + facts.get("interaction_words_in", 0)
             record: dict[str, Any] = {"name": name_of(folder), "checkpoint": str(folder), "words": words or None}
-            for task, path in tasks.items():
-                record[task] = TASKS[task][0](student, tokenizer, path)
+            for task, data in tasks.items():
+                record[task] = TASKS[task][0](student, tokenizer, data)
+                if options.predictions and options.babylm:
+                    submission.save_predictions(options.predictions, folder, task, data, record[task])
+                record[task].pop("predictions")
+            if options.aoa:
+                by_word = submission.word_surprisals(student, tokenizer, options.aoa)
+                surprisals += [{"step": folder.name, "word_count": words} | row for row in by_word]
+                known = [row["surprisal"] for row in by_word if row["surprisal"] == row["surprisal"]]
+                record["aoa"] = {"surprisal": mean_of(known), "items": len(known)}
             if options.coreference:
                 record["coreference"] = coreference(student, tokenizer, unseen_stories(options.coreference))
             if seen := set(options.corpus or []) & set(facts.get("corpus", [])):
@@ -145,13 +165,15 @@ def main(argv: list[str] | None = None) -> None:
             records.append(record)
         for path, stories in zip(files, told, strict=True):
             records.append({"name": path.name, "words": None, "stories": measures(stories)})
+    if options.predictions and options.aoa:
+        submission.save_surprisals(options.predictions, surprisals)
     rows = comparison(records)
     width = max(len(row[0]) for row in rows)
     print(" " * width, *(f"{record['name']:>24}" for record in records))
     for first, *cells in rows:
         print(f"{first:<{width}}", *(f"{cell:>24}" for cell in cells))
     for record in records:
-        if left_out := {task: record[task]["too_long"] for task in tasks if record[task].get("too_long")}:
+        if left_out := {task: record[task]["too_long"] for task in tasks if record.get(task, {}).get("too_long")}:
             print(f"{record['name']}: items longer than its context, left out: {left_out}")
     if options.out:
         text = json.dumps({"tasks": tasks, "corpus": options.corpus, "checkpoints": records}, indent=1) + "\n"

@@ -2,6 +2,7 @@
 
     python scripts/reproduce.py --scale tiny             takes minutes: shows the output, proves nothing
     python scripts/reproduce.py --scale small --corpus stories.txt --out runs/small
+    python scripts/reproduce.py --scale rehearsal        every step and part of `paper`, with a toy student
     python scripts/reproduce.py --scale paper --teacher-url http://127.0.0.1:8000/v1
 
 One student is pretrained, with a checkpoint at every milestone of words. From some of these it continues in three ways:

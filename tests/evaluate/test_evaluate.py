@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_stories
+from conftest import fails, tiny_stories
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,7 +62,7 @@ def logprob(student, tokens, first):
 
 def test_a_text_is_scored_from_its_second_token_on(student, tokenizer):
     for good, bad in PAIRS:
-        ((_, logprobs),) = option_logprobs(student, tokenizer, [Item("", (good, bad), "x")], "x")
+        ((_, logprobs),) = option_logprobs(student, tokenizer, [Item((("", good), ("", bad)), "x")], "x")
         whole = [logprob(student, tokenizer.encode(text), 1) for text in (good, bad)]
         assert float(logprobs[0] - logprobs[1]) == pytest.approx(whole[0] - whole[1], abs=1e-3)
 
@@ -462,6 +462,92 @@ def test_what_the_command_says_of_a_wrong_call(tmp_path, capsys, monkeypatch, ar
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(["nothing", "--device", "cpu", *arguments])
     assert complaint in capsys.readouterr().err
+
+
+EWOK = [{"Domain": "space", "Context1": "Tom is in the wood.", "Context2": "Mia is in the wood.", "Target1": "Tom ran.",
+         "Target2": "Mia ran.", "ContextType": "direct", "ContextDiff": "a", "TargetDiff": "b"}] * 2  # fmt: skip
+COMPS = [{"prefix_acceptable": "A kite", "prefix_unacceptable": "The drum", "property_phrase": "can fly."}]
+PAST = [{"sentences": "Today I gling. I glinged.\tToday I gling. I glang.\tI glung.", "ratio": i / 3} for i in range(3)]
+AOA = {"ball": [{"context": " Tom had the"}, {"context": ""}, {"context": "a " * 100}], "a": [{"context": "Once"}]}
+
+
+def babylm_data(folder, fast):
+    """Small files in the formats and under the names of BabyLM's full_eval or fast_eval."""
+    kind = "fast" if fast else "filtered"
+    files = {f"blimp_{kind}/one.jsonl": BLIMP, f"supplement_{kind}/turn.jsonl": [{k: BLIMP[0][k] for k in
+             ("sentence_good", "sentence_bad")}], f"ewok_{kind}/space.jsonl": EWOK,
+             f"entity_tracking{'_fast' * fast}/regular.jsonl": ENTITIES, "wug_past_tense/wug_past_tense.jsonl": PAST,
+             "wug_adj_nominalization/wug_adj_nominalization.jsonl": WUG}  # fmt: skip
+    files |= {} if fast else {"comps/comps_base.jsonl": COMPS, "comps/comps_wugs_dist-in-between.jsonl": COMPS}
+    for name, records in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, records)
+    (folder / "reading").mkdir()
+    write_csv(folder / "reading" / "reading_data.csv", reading_rows())
+    (folder / "cdi_childes.json").write_text(json.dumps(AOA))
+    return folder
+
+
+def test_predictions_are_the_files_that_babylm_collates(student, tokenizer, tmp_path):
+    """Names, keys and ids are read off its pipeline; that the choices are its own is tested above."""
+    for step, name in enumerate(("chck_1M", "chck_100M"), 1):
+        facts = {"words": step * 1_000_000}
+        checkpoint.save(tmp_path / name, student, tokenizer, facts=facts, state={}, counters={"step": step})
+    fast, full = babylm_data(tmp_path / "fast_eval", True), babylm_data(tmp_path / "full_eval", False)
+    common = ["--predictions", str(tmp_path / "results" / "toy"), "--device", "cpu"]
+    checkpoints = [str(tmp_path / name) for name in ("chck_1M", "chck_100M")]
+    evaluate.main([*checkpoints, "--babylm", str(fast), "--aoa", str(fast / "cdi_childes.json"), *common])
+    evaluate.main([checkpoints[1], "--babylm", str(full), *common])
+    tasks = "entity_tracking/entity_tracking{} blimp/blimp{} blimp/supplement{} ewok/ewok{} reading"
+    tasks += " wug_adj/wug_adj_nominalization wug_past/wug_past_tense"
+    expected = {f"{name}/{task.format('_fast')}" for name in ("chck_1M", "chck_100M") for task in tasks.split()}
+    expected |= {
+        "main/" + task.format("_filtered" * ("entity" not in task)) for task in [*tasks.split(), "comps/comps"]
+    }
+    root = tmp_path / "results" / "toy"
+    files = {str(path.parent.relative_to(root)).replace("/zero_shot/causal", ""): path for path in root.rglob("*.json")}
+    surprisal = json.loads(files.pop("main/AoA_word").read_text())["results"]
+    assert files.keys() == expected
+    read = {name: json.loads(path.read_text()) for name, path in files.items()}
+    assert [row["id"] for row in read["main/blimp/blimp_filtered"]["two"]["predictions"]] == ["two_0", "two_1", "two_2"]
+    assert read["main/blimp/blimp_filtered"]["two"]["predictions"][0]["pred"] == "It is."
+    assert read["chck_1M/ewok/ewok_fast"]["space"]["predictions"][0]["pred"] in (" Tom ran.", " Mia ran.")
+    assert read["main/comps/comps"].keys() == {"base", "wugs_dist_in_between"}
+    assert read["main/comps/comps"]["base"]["predictions"][0]["pred"] in ("A kite can fly.", "The drum can fly.")
+    assert read["main/entity_tracking/entity_tracking"].keys() == {"regular_1_ops"}
+    past = read["main/wug_past/wug_past_tense"]["wug_past"]["predictions"]
+    assert (
+        len(past) == 3
+        and past[0].keys() == {"id", "pred", "prob"}
+        and read["main/wug_adj/wug_adj_nominalization"]["wug_adj"]
+    )
+    reading = read["main/reading"]["reading"]["predictions"]
+    assert [row["id"] for row in reading] == [*range(len(reading_rows()))] and reading[0].keys() == {
+        "id",
+        "pred",
+        "prev_pred",
+    }
+    assert [(r["step"], r["target_word"], r["context_id"]) for r in surprisal[:3]] == [
+        ("chck_1M", "ball", i) for i in range(3)
+    ]
+    text = "Tom had the ball"
+    expected = -logprob(student, tokenizer.encode(text), len(tokenizer.encode("Tom had the")))
+    assert surprisal[0]["surprisal"] == pytest.approx(expected, abs=1e-3) and math.isnan(surprisal[2]["surprisal"])
+    assert len(surprisal) == 6 and surprisal[3]["word_count"] == 2_000_000
+
+
+def test_what_is_wrong_with_a_submission_is_said(student, tokenizer, tmp_path, capsys):
+    checkpoint.save(tmp_path / "chck_1M", student, tokenizer, facts={}, state={}, counters={"step": 1})
+    data = babylm_data(tmp_path / "fast_eval", True)
+    write(data / "entity_tracking_fast" / "regular.jsonl", [ENTITIES[0] | {"input_prefix": "Tom " * 100}, *ENTITIES])
+    common = [str(tmp_path / "chck_1M"), "--device", "cpu", "--predictions", str(tmp_path / "results" / "toy")]
+    assert "1 items of" in fails(evaluate.main, [*common, "--babylm", str(data)], capsys)
+    assert "is not BabyLM's full_eval" in fails(evaluate.main, [*common, "--babylm", str(tmp_path / "no")], capsys)
+    assert "give --babylm FOLDER" in fails(evaluate.main, [*common, "--blimp", str(data / "blimp_fast")], capsys)
+    write(tmp_path / "aoa.json", [{"ball": [1]}])
+    assert "is not BabyLM's cdi_childes.json" in fails(
+        evaluate.main, [*common, "--aoa", str(tmp_path / "aoa.json")], capsys
+    )
 
 
 def test_distinct_ngrams_tell_collapse():

@@ -1,8 +1,10 @@
 """What the doctor says of this machine and of a teacher, and how it says that something is wrong."""
 
+import re
 from pathlib import Path
 
 import pytest
+from conftest import fails
 from fault_server import KEY, FaultServer, closed_port, error
 
 from scripts import doctor
@@ -47,6 +49,19 @@ def test_it_shows_what_a_teacher_obeys(capsys):
     with FaultServer(other=lambda asked: "0 1 2" if "grammar" in asked else "A fox.") as server:
         line = told(capsys, "--teacher-url", server.url, "--teacher-model", "second")["teacher"]
     assert line.startswith(f"second at {server.url}: scored a story, max_tokens, obeys numbers")
+
+
+def test_a_plan_adds_up_and_gives_the_teacher_what_is_left(capsys):
+    for gb, flag in ((24, ""), (80, ""), (16, " --quantization fp8")):
+        doctor.main(["--plan", "paper", "--gpu-gb", str(gb)])
+        lines = capsys.readouterr().out.splitlines()
+        *parts, together, teacher = (float(line.split()[0]) for line in lines[:-1])
+        assert together == pytest.approx(sum(parts), abs=0.03) and 0.99 * gb - 0.02 < together + teacher <= gb
+        match = re.fullmatch(r"vllm serve \S+ --gpu-memory-utilization (0\.\d\d) --max-model-len 1024(.*)", lines[-1])
+        assert match[2] == flag and float(match[1]) * gb == pytest.approx(teacher, abs=0.01)
+    assert "a teacher of 8 B parameters does not fit" in fails(
+        doctor.main, ["--plan", "paper", "--gpu-gb", "8"], capsys
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 files stands in for it; where it is (4.51.3 is what BabyLM's pipeline pins), it reads them itself."""
 
 import base64
+import hashlib
 import http.server
 import json
+import os
 import re
+import subprocess
 import sys
+import textwrap
 import threading
 import tracemalloc
 from pathlib import Path
@@ -141,6 +145,84 @@ def foreign(tmp_path) -> Path:
     spec["model"] |= {"vocab": {name: id for id, name in enumerate(names)}, "merges": merges}
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     return folder
+
+
+@pytest.fixture
+def theirs(tmp_path, student, tokenizer) -> Path:
+    """As the paper's authors saved their students: by TRL, so with a value head, and with a tokenizer that was not told
+    of <mask>, whose pad token is the end token (read off such a folder, made with their libraries)."""
+    folder = tmp_path / "theirs"
+    hf.write(folder, student, tokenizer)
+    head = {"v_head.summary.weight": torch.ones(1, student.config.n_embd), "v_head.summary.bias": torch.zeros(1)}
+    save_file(load_file(folder / "model.safetensors") | head, folder / "model.safetensors")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"] = [token | {"normalized": True} for token in spec["added_tokens"][:4]]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    edit(folder / "config.json", architectures=["GPT2LMHeadModel"], n_ctx=64, use_cache=True, attn_pdrop=0.1)
+    edit(folder / "special_tokens_map.json", pad_token="</s>")
+    return folder
+
+
+def test_the_authors_students_are_read_without_their_value_head(theirs, student, tokenizer, capsys):
+    back, vocabulary, _ = checkpoint.load(theirs)
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), student.parameters(), strict=True))
+    assert vocabulary.specials == tokenizer.specials and len(vocabulary.specials) == 5
+    assert all(vocabulary.encode(text) == tokenizer.encode(text) for text in TEXTS)
+    assert "its value head is left out" in capsys.readouterr().err
+
+
+class Branches(http.server.BaseHTTPRequestHandler):
+    """A stand-in of the Hub with one model, which has one branch."""
+
+    folder: Path
+
+    def do_GET(self):
+        file = self.path.removeprefix("/us/blm/resolve/chck_20M/")
+        known = ("config.json", "model.safetensors", "tokenizer.json")
+        body = (self.folder / file).read_bytes() if file in known else b""
+        self.send_response(200 if body else 404)
+        if not body:
+            self.send_header("X-Error-Code", "EntryNotFound" if "chck_20M" in self.path else "RevisionNotFound")
+        self.send_header("X-Repo-Commit", "1" * 40)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_student_on_the_hub_is_read_at_its_branch(theirs, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    Branches.folder = theirs
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Branches)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = """
+        import sys
+        from pathlib import Path
+        from tinystory.run.errors import UserError
+        from tinystory.student import checkpoint
+        for name in sys.argv[1:]:
+            try:
+                folder = checkpoint.find(Path(name))
+                print(folder.name, checkpoint.load(folder)[0].config.n_embd)
+            except UserError as error:
+                print(error)
+    """
+    names = ["hub:us/blm@chck_20M", "hub:us/blm@chck_30M", "hub:a/b/c"]
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    environment = os.environ | home | {"NO_PROXY": "127.0.0.1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    argv = [sys.executable, "-c", textwrap.dedent(code), *names]
+    lines = subprocess.run(argv, env=environment, capture_output=True, text=True).stdout.splitlines()
+    assert lines[0] == "1" * 40 + " 64"
+    assert "has no us/blm/config.json at chck_30M" in lines[1]
+    assert "is no repository's name" in lines[2]
+    server.shutdown()
+    server.server_close()
 
 
 def edit_tokenizer(folder: Path, *, end: str = "<|endoftext|>", **vocab) -> int:

@@ -262,6 +262,14 @@ def test_the_report_compares_the_arms(experiment):
     assert next(row for row in rows if row[0] == "1 M + interaction")[1:3] == ["1.50 ± 0.10", "0.89 ± 0.01"]
 
 
+def test_the_published_curves_are_drawn_beside_the_papers_experiment_and_its_rehearsal(experiment):
+    for scale, drawn in (("tiny", False), ("paper", True), ("rehearsal", True)):
+        facts = json.loads((experiment / "experiment.json").read_text()) | {"scale": scale}
+        (experiment / "experiment.json").write_text(json.dumps(facts))
+        page = write_experiment_report(experiment).read_text()
+        assert ("published, + interaction" in page) == drawn
+
+
 def test_the_report_escapes_what_models_wrote(experiment):
     page = write_experiment_report(experiment).read_text()
     assert "first at 0 &lt;i&gt;" in page and "first at 40 &lt;i&gt;" in page and "&lt;b&gt;" in page

@@ -15,7 +15,7 @@ from tinystory.teacher.client import Teacher
 from tinystory.teacher.endpoint import Slots
 from tinystory.teacher.grade import Grade
 from tinystory.teacher.pool import Queue
-from tinystory.teacher.prompt import CRITERIA, read_back
+from tinystory.teacher.prompt import CRITERIA, Template, read_back
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -231,3 +231,16 @@ def test_a_request_that_is_long_overdue_is_retried(monkeypatch):
         began = time.monotonic()
         assert all(grade.scores for grade in teacher.grade("Once", [f"Dog {i} ran." for i in range(100)]))
     assert server.seen["Dog 99 ran."] == 2 and time.monotonic() - began < 60  # not the 100 s of its own timeout
+
+
+def test_a_users_own_messages_reach_the_teacher_as_they_are_and_its_scores_count():
+    template = Template(user="Opening {opening}|Story {story}|Readability, Narrative, Creativity =")
+
+    def other(request):
+        return "3 1 2" if "Tom {story}" in str(request) else "0 0 1"
+
+    with FaultServer(other=other) as server, Teacher(server.url, template=template) as teacher:
+        (grade,) = teacher.grade("Once", ["Tom {story}"])
+    assert grade.scores == dict(zip(CRITERIA, (3, 1, 2), strict=True)) and grade.score == pytest.approx(6 / 9)
+    content = "Opening Once|Story Tom {story}|Readability, Narrative, Creativity ="
+    assert server.others[-1]["messages"] == [{"role": "user", "content": content}]

@@ -11,6 +11,7 @@ from tinystory.teacher.ledger import Ledger
 
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = "--help --nproc-per-node --shutdown-timeout --parallel --ctx-size --max-model-len --port --model --model_alias"
+OTHERS += " --gpu-memory-utilization --take_final --padding_side"
 
 
 def test_docs_name_every_key_of_metrics_jsonl(place, tmp_path):

@@ -135,7 +135,7 @@ def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
 
 
 @pytest.mark.parametrize("config_class", COMMANDS)
-@pytest.mark.parametrize("preset", ["paper", "babylm-2025"])
+@pytest.mark.parametrize("preset", ["paper", "babylm-2026-strict"])
 def test_another_preset_is_not_recorded_for_a_resumed_run_that_has_nothing_of_it(config_class, preset, tmp_path):
     resume = recorded(tmp_path, asdict(config_class()))
     with pytest.raises(UserError, match=rf"--preset {preset} does not go with --resume: .* begun with 'demo'"):

@@ -1,4 +1,4 @@
-"""Presets: the paper's figures, and the limits of BabyLM's 2025 INTERACTION track."""
+"""Presets: the paper's figures, and the limits of BabyLM's tracks of 2026."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_the_papers_preset_has_the_papers_figures():
     reading = parse(PretrainConfig, PRETRAIN_PRESETS, ["--preset", "paper"])
     assert {name: getattr(reading, name) for name in PAPER_PRETRAIN} == PAPER_PRETRAIN
     assert reading.batch_size * reading.context == 131_072
-    for preset in ("paper", "babylm-2025"):
+    for preset in ("paper", *babylm.TRACKS):
         writing = parse(InteractConfig, INTERACT_PRESETS, ["--preset", preset])
         assert {name: getattr(writing, name) for name in PAPER_INTERACT} == PAPER_INTERACT
     three_words_a_reply = 360 * 3 * 920 + len(writing.openings.split())
@@ -44,7 +44,7 @@ def test_a_presets_fields_can_be_overridden(tmp_path):
     assert (config.preset, config.lam, config.steps, config.kl_coef) == ("paper", 1.0, 3, 0.2)
 
 
-@pytest.mark.parametrize("preset", ["paper", "babylm-2025"])
+@pytest.mark.parametrize("preset", ["paper", *babylm.TRACKS])
 def test_the_presets_run(place, tmp_path, preset):
     reading = ["--preset", preset, "--corpus", str(place / "corpus.txt"), *SMALL, "--words", "2000"]
     pretrain.main([*reading, "--micro-batch-size", "4", "--out", str(tmp_path / "p")])
@@ -59,39 +59,49 @@ def test_the_presets_run(place, tmp_path, preset):
 
 
 def test_the_tracks_limits_are_told_in_one_sentence(place, tmp_path, capsys):
-    track = ["--preset", "babylm-2025"]
+    track = ["--preset", "babylm-2026-strict"]
     corpus = ["--corpus", str(place / "corpus.txt"), *SMALL, "--out", str(tmp_path / "p")]
     assert "allows 10 epochs" in fails(pretrain.main, [*track, *corpus], capsys)
     assert not (tmp_path / "p").exists()
     start = ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--out", str(tmp_path / "i")]
-    for flag in ("--budget-words", "--budget-words-out"):
-        line = fails(interact.main, [*track, *start, flag, "101M"], capsys)
-        assert f"give {flag} " in line and "or fewer" in line
+    line = fails(interact.main, [*track, *start, "--budget-words", "101M"], capsys)
+    assert "give --budget-words " in line and "or fewer" in line
     assert not (tmp_path / "i").exists()
 
 
-def test_a_track_counts_the_corpus_once_and_all_interaction():
-    facts = dict(words=900_000_000, corpus_words=90_000_000)
-    babylm.check_interaction(facts, 10_000_000, 100_000_000)
-    with pytest.raises(UserError, match="--budget-words 10000000 or fewer"):
-        babylm.check_interaction(facts, 10_000_001, 1)
-    before = facts | dict(interaction_words_in=9_000_000, interaction_words_out=99_000_000)
-    babylm.check_interaction(before, 1_000_000, 1_000_000)
-    with pytest.raises(UserError, match="--budget-words-out 1000000 or fewer"):
-        babylm.check_interaction(before, 1_000_000, 1_000_001)
-    with pytest.raises(UserError, match="a corpus of 100,000,000 words"):
-        babylm.check_pretraining(100_000_001, 1)
-    with pytest.raises(UserError, match="--words 900000000 or fewer"):
-        babylm.check_interaction(facts | dict(words=900_000_001), 1, 1)
+@pytest.mark.parametrize("track, unit", [("babylm-2026-strict", 10**6), ("babylm-2026-strict-small", 10**5)])
+def test_a_track_counts_the_corpus_once_and_all_interaction(track, unit):
+    facts = dict(words=900 * unit, corpus_words=90 * unit)
+    babylm.check_interaction(track, facts, 10 * unit)
+    with pytest.raises(UserError, match=f"--budget-words {10 * unit} or fewer"):
+        babylm.check_interaction(track, facts, 10 * unit + 1)
+    before = facts | dict(interaction_words_in=9 * unit)
+    babylm.check_interaction(track, before, unit)
+    with pytest.raises(UserError, match=f"--budget-words {unit} or fewer"):
+        babylm.check_interaction(track, before, unit + 1)
+    with pytest.raises(UserError, match=f"a corpus of {100 * unit:,} words"):
+        babylm.check_pretraining(track, 100 * unit + 1, 1)
+    with pytest.raises(UserError, match=f"--words {900 * unit} or fewer"):
+        babylm.check_interaction(track, facts | dict(words=900 * unit + 1), 1)
     with pytest.raises(UserError, match="--words 999 or fewer"):  # the last step, of up to a word per token, must fit
-        babylm.check_pretraining(100, 1000, last_step=1)
+        babylm.check_pretraining(track, 100, 1000, last_step=1)
     with pytest.raises(UserError, match="does not say"):
-        babylm.check_interaction(dict(words=1), 1, 1)
+        babylm.check_interaction(track, dict(words=1), 1)
+
+
+@pytest.mark.parametrize("track", babylm.TRACKS)
+def test_a_tracks_preset_leaves_the_teacher_its_words(track):
+    reading = parse(PretrainConfig, PRETRAIN_PRESETS, ["--preset", track])
+    writing = parse(InteractConfig, INTERACT_PRESETS, ["--preset", track])
+    corpus = round((1 - reading.val_fraction) * babylm.TRACKS[track])
+    babylm.check_pretraining(track, corpus, reading.words, reading.batch_size * reading.context)
+    babylm.check_interaction(track, dict(words=reading.words, corpus_words=corpus), writing.budget_words)
+    assert reading.corpus == ["babylm-10m" if track.endswith("small") else "babylm-100m"]
 
 
 def test_checkpoints_have_the_official_names():
     names = [babylm.milestone_name(words) for words in babylm.MILESTONES]
-    assert len(names) == 28
+    assert len(names) == 28 and names.index("chck_100M") == 18  # of Strict-Small's ten epochs: 19
     assert (
         names[:3] + names[8:11] + names[-2:]
         == "chck_1M chck_2M chck_3M chck_9M chck_10M chck_20M chck_900M chck_1000M".split()

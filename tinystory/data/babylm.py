@@ -1,6 +1,7 @@
-"""BabyLM's rules: the names of checkpoints, and the limits of the 2025 INTERACTION track (babylm.github.io, 2025 call).
+"""BabyLM's rules of 2026: the names of checkpoints, and the limits of its text tracks (babylm.github.io at 12e16f8, 20
+July 2026; docs/evaluation.md has them as a table).
 
-The student may see 100 M words, including the teacher's, each up to ten times, and write 100 M during training. The
+The student may see 100 M words (Strict) or 10 M (Strict-Small), including the teacher's, each up to ten times. The
 rules do not define a word; here words are separated by whitespace. Only the teacher's text may reach the student.
 """
 
@@ -11,47 +12,45 @@ from tinystory.run.errors import UserError
 # Cumulative words, counting repeats, at which the evaluation expects a checkpoint: `chck_1M` ... `chck_1000M`.
 MILESTONES = [m * 10**6 for m in (*range(1, 10), *range(10, 100, 10), *range(100, 1001, 100))]
 
-TRACK = "babylm-2025"
-WORDS_IN, WORDS_OUT, EPOCHS = 100_000_000, 100_000_000, 10
+TRACKS = {"babylm-2026-strict": 100_000_000, "babylm-2026-strict-small": 10_000_000}  # words, by preset
+EPOCHS = 10
 
 
 def milestone_name(words: int) -> str:
     return f"chck_{words // 10**6}M"
 
 
-def check_pretraining(corpus_words: int, words: int, last_step: int = 0) -> None:
+def check_pretraining(track: str, corpus_words: int, words: int, last_step: int = 0) -> None:
     """Raises UserError unless the track allows training on `words` words, counting repeats, of a corpus of
     `corpus_words`. last_step: upper bound on the words by which the last step may exceed `words`."""
-    if corpus_words > WORDS_IN:
+    if corpus_words > TRACKS[track]:
         raise UserError(
-            f"--preset {TRACK} allows a corpus of {WORDS_IN:,} words and this one trains on {corpus_words:,}: give a "
-            "smaller --corpus or a larger --val-fraction"
+            f"--preset {track} allows a corpus of {TRACKS[track]:,} words and this one trains on {corpus_words:,}: "
+            "give a smaller --corpus or a larger --val-fraction"
         )
     limit = max(EPOCHS * corpus_words - last_step, 0)
     if words > limit:
         raise UserError(
-            f"--preset {TRACK} allows {EPOCHS} epochs and this corpus trains on {corpus_words:,} words: give --words "
+            f"--preset {track} allows {EPOCHS} epochs and this corpus trains on {corpus_words:,} words: give --words "
             f"{limit} or fewer"
         )
 
 
-def check_interaction(facts: dict[str, Any], words_in: int, words_out: int) -> None:
-    """Raises UserError unless the track allows a student with these `facts` (see `checkpoint.save`) to take in and
-    write so many words."""
+def check_interaction(track: str, facts: dict[str, Any], words_in: int) -> None:
+    """Raises UserError unless the track allows a student with these `facts` (see `checkpoint.save`) to take in so many
+    words. What it writes is not limited in 2026."""
     if "corpus_words" not in facts:
         raise UserError(
-            f"--preset {TRACK} needs the number of words that the student was trained on, which this checkpoint "
-            f"does not say: start from one that train_pretrain.py --preset {TRACK} wrote"
+            f"--preset {track} needs the number of words that the student was trained on, which this checkpoint "
+            f"does not say: start from one that train_pretrain.py --preset {track} wrote"
         )
-    check_pretraining(facts["corpus_words"], facts["words"])
-    left_in = WORDS_IN - facts["corpus_words"] - facts.get("interaction_words_in", 0)
-    left_out = WORDS_OUT - facts.get("interaction_words_out", 0)
-    for flag, budget, left in (("budget-words", words_in, left_in), ("budget-words-out", words_out, left_out)):
-        if budget > left:
-            raise UserError(
-                f"--preset {TRACK} leaves this student {max(left, 0):,} words after its training so far: give --{flag} "
-                f"{max(left, 0)} or fewer"
-            )
+    check_pretraining(track, facts["corpus_words"], facts["words"])
+    left = max(TRACKS[track] - facts["corpus_words"] - facts.get("interaction_words_in", 0), 0)
+    if words_in > left:
+        raise UserError(
+            f"--preset {track} leaves this student {left:,} words after its training so far: give --budget-words "
+            f"{left} or fewer"
+        )
 
 
 def milestones_beyond(facts: dict[str, Any]) -> dict[str, int]:

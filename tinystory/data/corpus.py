@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tinystory.data.builtin import grammar, primer
+from tinystory.run import hub
 from tinystory.run.errors import UserError
 from tinystory.run.folder import file_hash
 
@@ -50,8 +51,13 @@ MAX_RECORD = 1 << 26  # characters per line of .jsonl
 class Corpus:
     """Documents in a fixed order. Built by `open_corpus`."""
 
-    def __init__(self, names: Sequence[str], parts: Sequence[tuple[str | Path, Callable[[], Iterator[str]]]]):
-        self.names = tuple(names)
+    def __init__(
+        self,
+        names: Sequence[str],
+        parts: Sequence[tuple[str | Path, Callable[[], Iterator[str]]]],
+        kind: str = "passage",
+    ):
+        self.names, self.kind = tuple(names), kind
         self._parts = parts  # (file or identity, for the fingerprint; function that opens the stream of documents)
         self._fingerprint = ""
 
@@ -79,17 +85,19 @@ class Corpus:
         """Hex digest of each file's content and format, or of the grammar's source. It takes a second for 400 MB."""
         if not self._fingerprint:
             parts = [(_kind(x), file_hash(x)) if isinstance(x, Path) else x for x, _ in self._parts]
-            self._fingerprint = hashlib.sha256(json.dumps([MAX_DOCUMENT, *parts]).encode()).hexdigest()
+            key = [MAX_DOCUMENT, *parts, *[self.kind] * (self.kind != "passage")]
+            self._fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         return self._fingerprint
 
 
-def open_corpus(names: Sequence[str]) -> Corpus:
+def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
     """The concatenation of the named corpora and files.
 
     A name is one of NAMES or the path of a .txt or .jsonl file, optionally gzipped (.gz). Documents in a .txt file are
-    separated by `<|endoftext|>`; if there is none, by blank lines; without those, the file is one document. Each line
-    of a .jsonl file is an object whose "text" or "story" is a document. Corpora on the Hub are downloaded here. Raises
-    UserError for anything that cannot be opened.
+    separated by `<|endoftext|>`; if there is none, by blank lines; without those, the file is one document. If `kind`
+    is "row", each of its lines is one, as in the dataset that the paper's authors trained on. Each line of a .jsonl
+    file is an object whose "text" or "story" is a document. Corpora on the Hub are downloaded here. Raises UserError
+    for anything that cannot be opened.
     """
     parts: list[tuple[str | Path, Callable[[], Iterator[str]]]] = []
     for name in names:
@@ -98,12 +106,12 @@ def open_corpus(names: Sequence[str]) -> Corpus:
             identity = f"{name} {words} {BUILTIN_SEED} {_grammar_source()}"
             parts.append((identity, functools.partial(generate, words, BUILTIN_SEED)))
         elif name in HUB:
-            parts.extend(_file(path) for path in _download(*HUB[name]))
+            parts.extend(_file(path, kind) for path in hub.download(*HUB[name]))
         else:
-            parts.append(_file(Path(name)))
+            parts.append(_file(Path(name), kind))
     if not parts:
         raise UserError(f"no corpus was named: give a file, or one of {', '.join(NAMES)}")
-    return Corpus(names, parts)
+    return Corpus(names, parts, kind)
 
 
 def _grammar_source() -> str:
@@ -112,7 +120,7 @@ def _grammar_source() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _file(path: Path) -> tuple[Path, Callable[[], Iterator[str]]]:
+def _file(path: Path, kind: str) -> tuple[Path, Callable[[], Iterator[str]]]:
     """The file, and a function that opens its stream of documents. Raises UserError if the file cannot be a corpus."""
     if not os.path.exists(path):
         raise UserError(f"there is no corpus and no file called {str(path)!r}: the corpora are {', '.join(NAMES)}")
@@ -120,7 +128,7 @@ def _file(path: Path) -> tuple[Path, Callable[[], Iterator[str]]]:
         raise UserError(f"{path} is not a file: name its files one by one")
     if _kind(path) not in (".txt", ".jsonl"):
         raise UserError(f"{path} is neither .txt nor .jsonl (optionally .gz): rename or convert it")
-    split = _records if _kind(path) == ".jsonl" else _passages
+    split = _records if _kind(path) == ".jsonl" else _rows if kind == "row" else _passages
 
     def read() -> Iterator[str]:
         documents = (piece for document in split(path) for piece in _bounded(document))
@@ -187,6 +195,12 @@ def _passages(path: Path) -> Iterator[str]:
             piece, rest = _cut(rest)
             yield piece
     yield rest
+
+
+def _rows(path: Path) -> Iterator[str]:
+    """The lines of a plain-text file."""
+    for passage in _passages(path):
+        yield from passage.split("\n")
 
 
 def _separator(path: Path) -> re.Pattern[str]:
@@ -256,36 +270,3 @@ def _cut(text: str) -> tuple[str, str]:
     ends = (text.rfind(character, 1, MAX_DOCUMENT) + 1 for character in "\n ")
     at = next(filter(None, ends), MAX_DOCUMENT)
     return text[:at], text[at:]
-
-
-def _download(repository: str, files: Sequence[str]) -> list[Path]:
-    """Local paths of a dataset's files, downloaded unless they are in huggingface_hub's cache.
-
-    The library's own variables configure cache, server and offline mode: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT,
-    HF_HUB_OFFLINE, HF_TOKEN.
-    """
-    try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError:
-        raise UserError(f"{repository} is on the Hugging Face Hub: pip install huggingface_hub first") from None
-    paths = []
-    for file in files:
-        try:
-            paths.append(Path(huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")))
-            continue
-        except errors.LocalEntryNotFoundError:
-            message = (
-                f"cannot reach the Hugging Face Hub and {repository}/{file} is not in its cache: "
-                "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-            )
-        except errors.GatedRepoError:
-            message = f"{repository} is gated: accept its terms on the Hugging Face Hub, then hf auth login"
-        except (errors.RepositoryNotFoundError, errors.EntryNotFoundError):
-            message = f"the server has no {repository}/{file}: check HF_ENDPOINT"
-        except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # of the HTTP library below it
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            why = f"the server answered {status}" if status else getattr(error, "strerror", "") or "connection lost"
-            message = f"cannot download {repository}/{file}: {why}; check the network and HF_ENDPOINT, then try again"
-        raise UserError(message)
-    return paths

@@ -29,8 +29,11 @@ class Openings:
         epoch, place = divmod(index // self.per_opening, len(self.train))
         return self.train[_order(len(self.train), self.seed, epoch)[place]]
 
-    def new_words(self, first_index: int, count: int) -> int:
-        """Number of words in the openings that these stories are the first to use: each opening counts once."""
+    def new_words(self, first_index: int, count: int, repeated: bool = False) -> int:
+        """Number of words in the openings that these stories are the first to use: each opening counts once, or, if
+        `repeated`, once for each story."""
+        if repeated:
+            return sum(len(self[index].split()) for index in range(first_index, first_index + count))
         first, end = (-(-index // self.per_opening) for index in (first_index, first_index + count))
         return sum(len(self[i * self.per_opening].split()) for i in range(first, min(end, len(self.train))))
 

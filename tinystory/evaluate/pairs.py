@@ -1,13 +1,15 @@
-"""Accuracy of choosing the most probable of several texts: BLiMP, its supplement, entity tracking and the wug test.
+"""Accuracy of choosing the most probable of several texts: BLiMP, its supplement, EWoK, entity tracking, COMPS and the
+wug tests.
 
-The definitions are those of BabyLM's pipeline (babylm/evaluation-pipeline-2025, evaluation_pipeline/sentence_zero_shot:
-read_files.py, dataset.py, compute_results.py, run.py), so that accuracies agree on every pair: token log-probabilities
-are summed, not divided by length; no token precedes the text, so its first token is never scored; in entity tracking
-only the part after the prefix counts; a tie goes to the first option, which is always the correct one; the average is
-taken over phenomena, not over pairs.
+The definitions are those of BabyLM's pipeline (babylm/evaluation-pipeline-2025, babylm-org/babylm-eval of 2026,
+evaluation_pipeline/sentence_zero_shot: read_files.py, dataset.py, compute_results.py, run.py), so that accuracies agree
+on every pair: token log-probabilities are summed, not divided by length; no token precedes the text, so its first token
+is never scored; after a prefix (EWoK's context, COMPS's concept, entity tracking's boxes) only the rest counts; a tie
+goes to the first option, which is always the correct one; the average is taken over phenomena, not over pairs.
 """
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterable, Sequence
@@ -28,17 +30,18 @@ from tinystory.student.model import Student
 
 @dataclass(frozen=True)
 class Item:
-    """Options to choose from, the correct one first, each of which continues `prefix`.
+    """Options to choose from, the correct one first, each a prefix and the text after it, which counts.
 
     uid: the phenomenon; split: phenomena are first averaged within a split; groups: further categories {kind: name} to
-    report it under; ratio: the fraction of humans who chose the first option (wug test only)."""
+    report it under; ratio: the fraction of humans who chose the first option (wug tests only); whole: the predictions
+    name an option with its prefix."""
 
-    prefix: str
-    options: tuple[str, ...]
+    options: tuple[tuple[str, str], ...]
     uid: str
     split: str = ""
     groups: dict[str, str] = field(default_factory=dict)
     ratio: float | None = None
+    whole: bool = False
 
 
 def read_items(path: str | Path) -> list[Item]:
@@ -66,27 +69,32 @@ def _read(file: Path) -> list[Item]:
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, zlib.error) as error:
-        raise UserError(
-            f"{where} is not an item of BLiMP, entity tracking or the wug test ({error!r}): give BabyLM's own files"
-        ) from error
+        raise UserError(f"{where} is not an item of BabyLM's sentence tasks ({error!r}): give its own files") from error
     return items
 
 
 def _item(record: dict[str, Any], file: str) -> Item:
+    more: dict[str, Any] = {}
     if "sentence_good" in record:
-        groups = {}
+        uid, options = record.get("UID", file), [("", record["sentence_good"]), ("", record["sentence_bad"])]
         if "field" in record:  # the supplement's files name no field, and most of them no phenomenon
             field = record["field"].replace("syntax_semantics", "syntax/semantics")
-            groups = {"field": field, "linguistics_term": record["linguistics_term"]}
-        options = (record["sentence_good"], record["sentence_bad"])
-        item = Item("", options, record.get("UID", file), groups=groups)
+            more = {"groups": {"field": field, "linguistics_term": record["linguistics_term"]}}
     elif "options" in record:
-        item = Item(record["input_prefix"], tuple(record["options"]), f"{file}_{record['numops']}_ops", split=file)
+        uid, options = f"{file}_{record['numops']}_ops", [(record["input_prefix"], text) for text in record["options"]]
+        more = {"split": file}
+    elif "Target1" in record:
+        uid, options = record["Domain"], [(record["Context1"], f" {record[name]}") for name in ("Target1", "Target2")]
+    elif "property_phrase" in record:
+        prefixes = record["prefix_acceptable"], record["prefix_unacceptable"]
+        uid, options = file.removeprefix("comps_"), [(f"{prefix} ", record["property_phrase"]) for prefix in prefixes]
+        uid, more = uid.replace("-", "_"), {"whole": True}
     else:
-        item = Item("", tuple(record["sentences"].split("\t")), file, ratio=float(record["ratio"]))
-    if len(item.options) < 2 or not all(isinstance(text, str) for text in (item.prefix, item.uid, *item.options)):
+        uid, options = file, [("", text) for text in record["sentences"].split("\t")]
+        more = {"ratio": float(record["ratio"])}
+    if len(options) < 2 or not all(isinstance(text, str) for text in (uid, *itertools.chain(*options))):
         raise ValueError("an item needs two texts or more")
-    return item
+    return Item(tuple(options), uid, **more)
 
 
 def option_logprobs(
@@ -94,14 +102,27 @@ def option_logprobs(
 ) -> list[tuple[Item, torch.Tensor]]:
     """Each item that fits the student's context, with the log-probabilities of its options after their common prefix,
     in nats: (options,) float64. desc: label of the progress bar."""
-    groups = [[part(tokenizer, item.prefix, option) for option in item.options] for item in items]
+    groups = [[part(tokenizer, *option) for option in item.options] for item in items]
     fits = [max(len(ids) for ids, _ in group) <= student.config.context for group in groups]
     sums = sum_logprobs(student, list(compress(groups, fits)), desc)
     return list(zip(compress(items, fits), sums, strict=True))
 
 
+def predictions(results: Iterable[tuple[Item, torch.Tensor]], uid: str = "") -> dict[str, Any]:
+    """The chosen options as BabyLM's pipeline saves them, {uid: {"predictions": [{"id", "pred"}, ...]}}; in the wug
+    tests under `uid`, with the first option's "prob", in float32 as there."""
+    table: dict[str, Any] = {}
+    for item, logprobs in results:
+        name = uid or item.uid
+        rows = table.setdefault(name, {"predictions": []})["predictions"]
+        prefix, text = item.options[int(logprobs.argmax())]
+        prob = {} if item.ratio is None else {"prob": float(logprobs.float().softmax(0)[0])}
+        rows.append({"id": f"{name}_{len(rows)}", "pred": prefix * item.whole + text} | prob)
+    return table
+
+
 def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> dict[str, Any]:
-    """Accuracy on BLiMP, its supplement or entity tracking.
+    """Accuracy on BLiMP, its supplement, EWoK, COMPS or entity tracking.
 
     Returns a dict: accuracy and ci (95 % interval), in per cent, averaged over phenomena as in the pipeline; items, the
     number scored; too_long, the number left out because they do not fit the student's context; phenomena {uid: row} and
@@ -111,11 +132,9 @@ def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> 
     items = read_items(path)
     if any(item.ratio is not None for item in items):
         raise UserError(f"{path} holds the wug test, which has no right answers: give it as --wug")
+    scored = option_logprobs(student, tokenizer, items, Path(path).name)
     # argmax takes the first of equal values, as in the pipeline
-    results = [
-        (item, int(logprobs.argmax()) == 0)
-        for item, logprobs in option_logprobs(student, tokenizer, items, Path(path).name)
-    ]
+    results = [(item, int(logprobs.argmax()) == 0) for item, logprobs in scored]
     if not results:
         raise UserError(f"no item of {path} fits the student's context of {student.config.context} tokens")
     phenomena = _rows((item.uid, correct) for item, correct in results)
@@ -138,6 +157,7 @@ def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> 
             kind: _rows((item.groups[kind], correct) for item, correct in results if kind in item.groups)
             for kind in kinds
         },
+        "predictions": predictions(scored),
     }
 
 
@@ -160,9 +180,9 @@ def _percent(interval: tuple[float, float]) -> tuple[float, float]:
     return 100 * interval[0], 100 * interval[1]
 
 
-def evaluate_wug(student: Student, tokenizer: Tokenizer, path: str | Path) -> dict[str, Any]:
-    """The wug test: Spearman's rank correlation between the student's preference for the first form (the softmax of the
-    two log-probabilities) and the fraction of humans who chose it.
+def evaluate_wug(student: Student, tokenizer: Tokenizer, path: str | Path, name: str = "wug_adj") -> dict[str, Any]:
+    """A wug test, `name` in the predictions: Spearman's rank correlation between the student's preference for the first
+    form (the softmax of the log-probabilities) and the fraction of humans who chose it.
 
     Returns correlation (-1..1), ci (bootstrap), items and too_long. Raises UserError for files of another task."""
     items = read_items(path)
@@ -179,4 +199,5 @@ def evaluate_wug(student: Student, tokenizer: Tokenizer, path: str | Path) -> di
         "ci": bootstrap(lambda rows: spearman(model[rows], human[rows]), len(results)),
         "items": len(results),
         "too_long": len(items) - len(results),
+        "predictions": predictions(results, name),
     }

@@ -30,7 +30,8 @@ def evaluate_reading(student: Student, tokenizer: Tokenizer, path: str | Path) -
 
     Each is the percentage of the variance left unexplained by word length, frequency and position that surprisal
     explains. There is no interval, because resampling words overstates a gain that cannot be negative. items: the
-    number of words. Raises UserError for a file that is not BabyLM's or does not fit the student's context.
+    number of words; predictions: their surprisals, as the pipeline saves them. Raises UserError for a file that is not
+    BabyLM's or does not fit the student's context.
     """
     rows = _read(Path(path))
     current = [(row["item"] or "None", row["word"]) for row in rows]
@@ -52,10 +53,13 @@ def evaluate_reading(student: Student, tokenizer: Tokenizer, path: str | Path) -
     data = {name: column(name) for name in (*EYES, SELF_PACED, *BASELINE, "prev_length")}
     data["pred"] = np.array([surprisal[text] for text in current])
     data["prev_pred"] = np.array([surprisal[text] if text else np.nan for text in previous])
+    pairs = zip(data["pred"].tolist(), data["prev_pred"].tolist(), strict=True)
+    predictions = [{"id": i, "pred": now, "prev_pred": before} for i, (now, before) in enumerate(pairs)]
     return {
         "eye_tracking": float(np.mean([explained(data, name, BASELINE) for name in EYES])),
         "self_paced": explained(data, SELF_PACED, SPILLOVER),
         "items": len(rows),
+        "predictions": {"reading": {"predictions": predictions}},
     }
 
 

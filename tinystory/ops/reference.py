@@ -25,9 +25,12 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tens
     return (P @ v).transpose(1, 2).contiguous()
 
 
-def decode_attention(qkv: Tensor, prefix: Tensor, spans: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+def decode_attention(
+    qkv: Tensor, prefix: Tensor, spans: Tensor, cache: Tensor, lengths: Tensor, dropout_p: float = 0.0
+) -> Tensor:
     """Attention (B, H, D) of one new token per row, qkv (B, 3, H, D), to its span of the prefix (P, 2, H, D), to the
-    lengths[b] filled positions of its cache (B, T, 2, H, D) and to itself; its key and value are appended there."""
+    lengths[b] filled positions of its cache (B, T, 2, H, D) and to itself; its key and value are appended there.
+    dropout_p: on the attention weights, with torch's generator; no kernel has it."""
     cache[torch.arange(len(cache), device=cache.device), lengths] = qkv[:, 1:]
     q, kv = qkv[:, 0], torch.cat([prefix.expand(len(cache), *prefix.shape), cache], 1)
     position = torch.arange(kv.size(1), device=q.device)
@@ -35,7 +38,8 @@ def decode_attention(qkv: Tensor, prefix: Tensor, spans: Tensor, cache: Tensor, 
     masked = torch.where(position < len(prefix), outside, position > len(prefix) + lengths[:, None])
     k, v = kv.masked_fill(masked[:, :, None, None, None], 0).unbind(2)
     scores = torch.einsum("bhd,bthd->bht", q, k) / math.sqrt(q.size(-1))
-    return torch.einsum("bht,bthd->bhd", scores.masked_fill(masked[:, None], -math.inf).softmax(-1), v)
+    P = F.dropout(scores.masked_fill(masked[:, None], -math.inf).softmax(-1), dropout_p)
+    return torch.einsum("bht,bthd->bhd", P, v)
 
 
 def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,12 @@ from tinystory.run.folder import Record
 ROWS = (
     ("BLiMP, %", ("blimp", "accuracy"), ("blimp", "ci"), 1),
     ("supplement, %", ("supplement", "accuracy"), ("supplement", "ci"), 1),
+    ("EWoK, %", ("ewok", "accuracy"), ("ewok", "ci"), 1),
+    ("COMPS, %", ("comps", "accuracy"), ("comps", "ci"), 1),
     ("entity tracking, %", ("entity_tracking", "accuracy"), ("entity_tracking", "ci"), 1),
     ("wug, Spearman's rho", ("wug", "correlation"), ("wug", "ci"), 2),
+    ("wug past, Spearman's rho", ("wug_past", "correlation"), ("wug_past", "ci"), 2),
+    ("words of childhood, nats", ("aoa", "surprisal"), None, 2),
     ("eye tracking, % explained", ("reading", "eye_tracking"), None, 2),
     ("self-paced reading, % explained", ("reading", "self_paced"), None, 2),
     ("bits per byte", ("corpus", "bits_per_byte"), ("corpus", "ci"), 3),

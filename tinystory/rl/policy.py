@@ -74,7 +74,7 @@ def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Polic
 
 
 def rollout(
-    policy: Policy, openings: Sequence[str], first_index: int, send: Callable[[int, str, str], None]
+    policy: Policy, openings: Sequence[str], first_index: int, send: Callable[[int, str, str], None], dropout: float = 0
 ) -> list[Story]:
     """Stories first_index, first_index + 1, ... to these openings, on every rank. On rank 0 each is sent (its index,
     opening and text), those of its own shard as soon as they end."""
@@ -88,7 +88,7 @@ def rollout(
         local = generate(
             policy.student, policy.value_head, policy.tokenizer, openings[shard.start : shard.stop],
             first_index=first_index + shard.start, seed=policy.config.seed, max_new_tokens=policy.config.max_new_tokens,
-            temperature=policy.config.temperature, on_story=on_story,
+            temperature=policy.config.temperature, dropout=dropout, on_story=on_story,
         )  # fmt: skip
     stories = distributed.all_gather_list(local)
     for story in stories[len(local) :]:

@@ -259,6 +259,15 @@ def read_reference(
     return distributed.all_reduce_sum(logprobs), distributed.all_reduce_sum(all_states) if states else all_states
 
 
+@torch.no_grad()
+def reread(learner: Learner, batch: Batch) -> Batch:
+    """The batch with the policy's own log-probabilities and values, for stories that were sampled with dropout."""
+    config, head = learner.config, learner.value_head
+    temperature, rows = config.temperature, config.micro_batch_size
+    logprobs, states = read_reference(learner.student, batch, temperature, rows, states=head is not None)
+    return dataclasses.replace(batch, logprobs=logprobs, values=head(states) * batch.mask if head else batch.values)
+
+
 def by_length(lengths: Tensor, size: int) -> list[Tensor]:
     """Indices of `lengths` in groups of at most `size`, similar ones together, so that little padding is computed."""
     return [rows for rows in lengths.argsort(stable=True).split(size) if len(rows)]

@@ -164,7 +164,10 @@ def to_resume(run: Path) -> Path | None:
 
 def find(path: Path) -> Path:
     """`path` itself if it is a checkpoint or a folder that transformers wrote, else the best checkpoint of the run in
-    it, or the newest if none was chosen as the best. Raises UserError if there is none."""
+    it, or the newest if none was chosen as the best; hub:NAME@REVISION is downloaded. Raises UserError if there is
+    none."""
+    if str(path).startswith("hub:"):
+        return hf.download(str(path))
     if (path / "model.json").exists() or hf.is_folder(path):
         return path
     best = path / "checkpoints" / BEST

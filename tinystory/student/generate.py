@@ -7,6 +7,7 @@ depends on (seed, story index, position) and the logits alone, so a story does n
 import contextlib
 import functools
 import math
+import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +18,11 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tinystory import ops
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.ops import reference
 from tinystory.run.device import Download
 from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, ValueHead
@@ -50,7 +53,7 @@ class Story:
 
 @dataclass(frozen=True)
 class Sampling:
-    """eos: the end token. temperature, top_k, top_p: as in `ops.sample`."""
+    """eos: the end token. temperature, top_k, top_p: as in `ops.sample`. dropout: as in `dropout_steps`."""
 
     max_new_tokens: int
     eos: int
@@ -58,6 +61,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    dropout: float = 0.0
 
 
 @torch.no_grad()
@@ -73,17 +77,18 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    dropout: float = 0.0,
     on_story: Callable[[Story], None] | None = None,
 ) -> list[Story]:
     """A story for each opening, in order, with the indices first_index, first_index + 1, ...
 
     An opening that several stories share is read once. Each story is handed to `on_story` as soon as it ends.
-    A temperature below 1e-6 is greedy decoding. The matmuls and the KV cache have autocast's type. Raises UserError
-    when an opening and its story do not fit the context.
+    A temperature below 1e-6 is greedy decoding; dropout: see `dropout_steps`. The matmuls and the KV cache have
+    autocast's type. Raises UserError when an opening and its story do not fit the context.
     """
     if temperature < 1e-6:
         temperature, top_k = 1.0, 1
-    sampling = Sampling(max_new_tokens, tokenizer.eos, seed, temperature, top_k, top_p)
+    sampling = Sampling(max_new_tokens, tokenizer.eos, seed, temperature, top_k, top_p, dropout)
     device = student.wte.weight.device
     distinct = {text: i for i, text in enumerate(dict.fromkeys(openings))}
     prompts = [encode_opening(tokenizer, text) for text in distinct]
@@ -91,6 +96,7 @@ def generate(
     prompt_tokens = [torch.tensor(prompt, device=device) for prompt in prompts]
     prompt_of = torch.tensor([distinct[text] for text in openings], device=device)
     token_steps = engine_steps if engine_runs(device, ops.matmul_dtype(student.wte.weight)) else student_steps
+    token_steps = dropout_steps if dropout else token_steps
     steps = token_steps(student, value_head, prompt_tokens, prompt_of, sampling, first_index)
     stories: dict[int, Story] = {}
     for t, (outputs, ended) in enumerate(steps):
@@ -173,6 +179,45 @@ def student_steps(
                 remaining = (~alive[batch]).to(torch.uint8).argsort(stable=True)[:size].sort().values
                 step.keep(remaining)
                 batch = batch[remaining]
+
+
+def dropout_steps(
+    student: Student, head: ValueHead | None, prompts: list[Tensor], prompt_of: Tensor, sampling: Sampling, offset: int
+) -> Iterator[Step]:
+    """The same steps with dropout on the embedding, the attention weights and the branches, in plain PyTorch, for
+    --rollout-dropout. Each story and token has its own masks, which depend on the batch. Nothing is truncated, and the
+    values are 0."""
+    s, p, bits = sampling, sampling.dropout, random.Random(f"{sampling.seed} {offset}")
+    torch.manual_seed(bits.getrandbits(48))
+    openings = [prompts[i] for i in prompt_of.tolist()]
+    tokens = pad_sequence(openings, batch_first=True)
+    rows, lengths = torch.arange(len(tokens), device=tokens.device), tokens.new_tensor([*map(len, openings)])
+    size, T = (len(rows), s.max_new_tokens), tokens.shape[1]
+    dtype = ops.matmul_dtype(student.wte.weight)
+    cache = KVCache(student.config, tokens.new_zeros(size[0], 2), T + size[1], dtype)
+    outputs = (tokens.new_zeros(size), *torch.zeros(3, *size, device=tokens.device))
+    alive, seed = torch.ones(len(rows), dtype=torch.bool), bits.getrandbits(40)
+
+    def attend(i: int, qkv: Tensor) -> Tensor:
+        if qkv.dim() == 4:  # of one token
+            return reference.decode_attention(qkv, cache.prefix[i], cache.spans, cache.own[i], lengths, p)
+        cache.own[i, :, :T] = qkv[:, :, 1:]
+        return ops.causal_attention(qkv, p, seed + i)
+
+    hidden = student.trunk(student.wte(tokens) + student.wpe.weight[:T], attend, p, seed)[rows, lengths - 1]
+    for t in range(s.max_new_tokens):
+        drawn, logprobs, entropies = ops.sample(
+            student.logits(hidden), seed=s.seed, rows=rows + offset, step=t, temperature=s.temperature
+        )
+        outputs[0][:, t], outputs[1][:, t], outputs[3][:, t] = drawn, logprobs, entropies
+        ended = alive & ((drawn == s.eos).cpu() | (t + 1 == s.max_new_tokens))
+        yield outputs, ended.nonzero()[:, 0].tolist()
+        alive &= ~ended
+        if not alive.any():
+            return
+        seed = bits.getrandbits(40)
+        hidden = student.trunk(student.wte(drawn) + student.wpe(lengths), attend, p, seed)
+        lengths += 1
 
 
 STEPS_AHEAD = 4  # a launched step takes a GPU longer than the host takes to read one

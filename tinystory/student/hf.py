@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tinystory.data.tokenizer import END_NAMES, Tokenizer
+from tinystory.data.tokenizer import END_NAMES, SPECIALS, Tokenizer
+from tinystory.run import hub
 from tinystory.run.errors import UserError, advice
 from tinystory.run.folder import read_object, read_text
 from tinystory.student import memory
@@ -47,6 +48,13 @@ def is_folder(path: Path) -> bool:
     """Whether this is a folder in transformers' format."""
     config = path / "config.json"
     return config.is_file() and not (path / "model.json").exists() and "model_type" in read_object(config)
+
+
+def download(address: str) -> Path:
+    """The folder of hub:NAME@REVISION on the Hugging Face Hub; main without @REVISION (a branch, tag or commit)."""
+    name, _, revision = address.removeprefix("hub:").partition("@")
+    files = ("config.json", "model.safetensors", "tokenizer.json")
+    return hub.download(name, files, repo_type="model", revision=revision or None)[0].parent
 
 
 def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
@@ -169,6 +177,8 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
                     raise UserError(f"{path}: {name} is {size}, and the .json file beside it says {expected}")
                 tensor = file.get_tensor(name).float()
                 state[own] = (tensor.T if transposed else tensor).clone(memory_format=torch.contiguous_format)
+            if any(name.startswith("v_head.") for name in names):  # of TRL; it belongs to the run that trained it
+                print(f"{path}: its value head is left out; a run begins with a new one", file=sys.stderr)
             head = file.get_tensor("lm_head.weight").float() if "lm_head.weight" in names else state["wte.weight"]
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
@@ -194,9 +204,12 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokeniz
         ids = set(vocab.values()) | {token["id"] for token in added}
         if len(ids) > vocab_size:
             raise ValueError(f"it has {len(ids)} tokens and the model {vocab_size}")
-        for id in range(len(ids), vocab_size):  # embedding rows beyond the vocabulary, as padding
-            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            added.append({"id": id, "content": f"<unused{id}>", **flags, "special": True})
+        # Special tokens that GPT2TokenizerFast was not told of, and embedding rows beyond the vocabulary, as padding.
+        known = {token["content"] for token in added}
+        specials = {name: vocab[name] for name in SPECIALS if name in vocab and name not in known}
+        specials |= {f"<unused{id}>": id for id in range(len(ids), vocab_size)}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added += [{"id": id, "content": name, **flags, "special": True} for name, id in specials.items()]
         end = config.get("eos_token_id")
         for token in added:
             if token["id"] == end and token["content"] not in END_NAMES:

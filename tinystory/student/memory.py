@@ -1,7 +1,7 @@
-"""Whether a run can fit memory at all, asked before anything is allocated.
+"""Whether a run can fit memory at all, asked before anything is allocated, and what an interaction will take.
 
-The estimates are lower bounds: weights, gradients, the optimiser's state, and the largest tensors that sizes of the
-command line multiply. A run that passes may still need more than there is; one that is refused could never have run.
+A refusal counts only what is certain: weights, gradients, the optimiser's state, and the largest tensors that sizes of
+the command line multiply. A run that passes may still need more than there is.
 """
 
 import os
@@ -17,6 +17,8 @@ from tinystory.student.model import StudentConfig
 FLOAT = 4  # bytes
 TRAINED = 3 * FLOAT  # per parameter: itself, its gradient and one moment at least
 ACTIVATIONS = 10  # 16-bit values that a layer keeps per token and unit of width for its backward pass, at least
+KEPT = 16  # values that it keeps: residual stream and norm twice, qkv, attention, and the MLP's hidden layer twice
+OPENING = 24  # tokens, in a plan
 
 
 def parameters(shape: StudentConfig) -> int:
@@ -54,17 +56,35 @@ def require_for_pretraining(config: PretrainConfig, device: torch.device) -> Non
     require(parameters(shape) * TRAINED + batch + activations, device, advice)
 
 
+def interaction(config: InteractConfig, shape: StudentConfig) -> dict[str, int]:
+    """Bytes that each part of an interaction takes on one of the processes. Student, reference and KV cache are
+    certain; the activations are those of stories of full length, and on a CPU their memory and the cache's are the
+    same."""
+    size = FLOAT if config.dtype == "float32" else 2
+    stories = max(config.stories_per_step, config.eval_stories) // distributed.world_size()
+    rows = min(config.micro_batch_size, stories)
+    tokens = rows * (OPENING + config.max_new_tokens)
+    return {
+        "student, gradients and Adam's moments": parameters(shape) * 4 * FLOAT,
+        "frozen reference": parameters(shape) * FLOAT,
+        f"KV cache of {stories} stories": story_memory(stories, config.max_new_tokens, shape, size),
+        f"activations of {rows} stories": tokens * shape.n_layer * shape.n_embd * KEPT * size,
+    }
+
+
+def story_memory(stories: int, max_new_tokens: int, shape: StudentConfig, size: int = 2) -> int:
+    """Bytes of KV cache and outputs while so many stories are written. size: of an entry of the cache."""
+    return stories * max_new_tokens * (shape.n_layer * 2 * shape.n_embd * size + 8 + 3 * FLOAT)
+
+
 def require_for_interaction(config: InteractConfig, shape: StudentConfig, device: torch.device) -> None:
     """Raises UserError if such a run of a student of this shape cannot fit."""
-    stories = max(config.stories_per_step, config.eval_stories) // distributed.world_size()
-    advice = "--stories-per-step, --eval-stories or --max-new-tokens"
-    require_for_stories(stories, config.max_new_tokens, shape, device, advice, parameters(shape) * TRAINED)
+    *certain, _ = interaction(config, shape).values()
+    require(sum(certain), device, "--stories-per-step, --eval-stories or --max-new-tokens")
 
 
 def require_for_stories(
-    stories: int, max_new_tokens: int, shape: StudentConfig, device: torch.device, advice: str, more: int = 0
+    stories: int, max_new_tokens: int, shape: StudentConfig, device: torch.device, advice: str
 ) -> None:
-    """Raises UserError if so many stories cannot be written at once. more: bytes that are needed besides."""
-    outputs = stories * max_new_tokens * (8 + 3 * FLOAT)
-    cache = stories * max_new_tokens * shape.n_layer * 2 * shape.n_embd * 2
-    require(parameters(shape) * FLOAT + outputs + cache + more, device, advice)
+    """Raises UserError if so many stories cannot be written at once."""
+    require(parameters(shape) * FLOAT + story_memory(stories, max_new_tokens, shape), device, advice)

@@ -41,6 +41,9 @@ UNREWARDED = {
     "BLiMP": ("blimp", "accuracy"),
 }
 HERO = (640, 380)
+# arXiv 2509.15714: millions of pretraining words, and the score before and after interaction (docs/paper.md).
+PUBLISHED = {20: (0.032, 0.196), 50: (0.258, 1.356), 90: (0.698, 2.28), 200: (1.448, 2.7), 500: (2.248, 3.125)}
+PUBLISHED[900] = (2.641, 3.368)
 
 
 def write_experiment_report(out: Path) -> Path:
@@ -52,7 +55,12 @@ def write_experiment_report(out: Path) -> Path:
     records = [record for record in records if record["settings"] == facts["evaluation"]]
     records.sort(key=lambda record: (list(ARMS).index(record["arm"]), record["words"], record["seed"]))
     x_name = "words of pretraining and taken in"
-    figure = chart("Teacher’s score, 0 to 9", lines(records, SCORE), x_name=x_name, log_x=True, size=HERO)
+    curves = lines(records, SCORE)
+    if facts["scale"] in ("paper", "rehearsal"):
+        x, (before, after) = [words * 1e6 for words in PUBLISHED], zip(*PUBLISHED.values(), strict=True)
+        curves.append(Line(x, before, "muted", "published", False))
+        curves.append(Line(x, after, "creativity", "published, + interaction", False))
+    figure = chart("Teacher’s score, 0 to 9", curves, x_name=x_name, log_x=True, size=HERO)
     atomic_write(out / "figure.svg", charts.standalone(figure))
     sections = [
         page.hero(headline(records), figure),

@@ -78,6 +78,16 @@ SCALES = {
         (1, 2, 5, 10), 3, 2, 256,
     ),
     "paper": Scale("paper", {}, {}, (20, 50, 90, 200, 500, 900), 1, 1, 512),
+    # All of its steps and parts, with a student, a corpus and stories that a CPU takes in its stride.
+    "rehearsal": Scale(
+        "paper",
+        dict(
+            corpus=["builtin"], words=2 * MILLION, n_layer=1, n_head=2, n_embd=32, context=128, vocab_size=512,
+            batch_size=16, micro_batch_size=16, learning_rate=4e-3, eval_every=500,
+        ),
+        dict(stories_per_step=12, micro_batch_size=12, eval_stories=4, budget_words=34_000),
+        (1, 2), 1, 1, 64,
+    ),
 }  # fmt: skip
 
 
@@ -148,7 +158,7 @@ class CheckpointEvaluator:
     def __init__(self, grader: Grader, pretrain: PretrainConfig, interact: InteractConfig, stories: int, blimp: str):
         self.grader, self.blimp = grader, blimp
         openings = Openings(load_openings(interact.openings), interact.seed).train
-        self.device, self.corpus = pick_device(pretrain.device), open_corpus(pretrain.corpus)
+        self.device, self.corpus = pick_device(pretrain.device), open_corpus(pretrain.corpus, pretrain.documents)
         self.val = prepare(
             self.corpus, vocab_size=pretrain.vocab_size, val_fraction=pretrain.val_fraction, seed=pretrain.seed
         ).val
@@ -168,6 +178,7 @@ class CheckpointEvaluator:
         }
         _, bits = validate(student, self.val, tokenizer.token_sizes, VAL_SEQUENCES, 16, "stream")
         blimp = {"blimp": evaluate_pairs(student, tokenizer, self.blimp)} if self.blimp else {}
+        blimp.get("blimp", {}).pop("predictions", None)
         return measures | {"bits_per_byte": bits} | blimp
 
     def grade(self, stories: Sequence[tuple[str, str]]) -> list[Mapping[str, float] | None]:

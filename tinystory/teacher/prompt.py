@@ -72,10 +72,13 @@ PREFACE = (
 
 @dataclass(frozen=True)
 class Template:
-    """The criteria that a teacher grades, and the preface that introduces them."""
+    """The criteria that a teacher grades, and the preface that introduces them; or, in place of our messages, a user's
+    own, `system` ("" for none) and `user`, in which {opening} and {story} stand for the two."""
 
     criteria: tuple[Criterion, ...] = STORYTELLING
     preface: str = PREFACE
+    system: str = ""
+    user: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,7 +100,9 @@ def load_template(path: str | os.PathLike) -> Template:
          "criteria": [{"name": "humour", "question": "Is it funny?", "levels": ["no", "a bit", "yes", "very"],
                        "weight": 1}, ...]}
 
-    `preface` and `weight` may be left out. Raises UserError if the file does not hold such an object.
+    `preface` and `weight` may be left out. Or the messages that ask for the usual criteria, sent as they are:
+    {"system": "...", "user": "... {opening} ... {story} ..."}, where `system` may be left out. Raises UserError if the
+    file does not hold such an object.
     """
     if not path:
         return DEFAULT
@@ -109,6 +114,8 @@ def load_template(path: str | os.PathLike) -> Template:
         raise UserError(f"--teacher-prompt {path} is not JSON: {str(error)[:100]}") from None
     if mistake := _mistake(value):
         raise UserError(f"--teacher-prompt {path}: {mistake}")
+    if "user" in value:
+        return Template(system=value.get("system", ""), user=value["user"])
     criteria = tuple(
         Criterion(c["name"], c["question"], tuple(c["levels"]), float(c.get("weight", 1))) for c in value["criteria"]
     )
@@ -118,10 +125,15 @@ def load_template(path: str | os.PathLike) -> Template:
 def _mistake(value: object) -> str | None:
     """Why a JSON value is not a template; None if it is one."""
     match value:
+        case {"user": user, **rest} if not rest.keys() - {"system"}:
+            texts = (user, rest.get("system", ""))
+            if not all(isinstance(text, str) and text == text.encode(errors="replace").decode() for text in texts):
+                return '"user" and "system" must be Unicode text'
+            return None if "{story}" in user else '"user" must hold {story}, and may hold {opening}'
         case {"criteria": [_, *_] as criteria, **rest} if not rest.keys() - {"preface"}:
             pass
         case _:
-            return 'it must be an object with "criteria", a list of at least one, and perhaps a "preface"'
+            return 'it must be an object with "criteria", at least one, perhaps "preface"; or "user", perhaps "system"'
     if not _is_text(rest.get("preface", PREFACE)):
         return '"preface" must be plain text: no control characters or tokens'
     for number, criterion in enumerate(criteria, start=1):
@@ -173,10 +185,16 @@ def instructions(template: Template = DEFAULT) -> str:
 
 
 def render(opening: str, story: str, *, fence: str, template: Template = DEFAULT) -> list[dict]:
-    """The chat messages that ask for one story's scores. Both texts are cleaned; `fence` comes from `fence()`.
+    """The chat messages that ask for one story's scores. Both texts are cleaned; `fence` comes from `fence()`. A user's
+    own messages have no fence; they are filled in once, so braces in a story are text.
 
     Raises ValueError if the fence is not one line or occurs in the opening or the story.
     """
+    if template.user:
+        texts = {"{opening}": clean(opening), "{story}": clean(story)}
+        user = re.sub(r"\{opening\}|\{story\}", lambda place: texts[place[0]], template.user)
+        messages = {"system": template.system, "user": user}
+        return [{"role": role, "content": content} for role, content in messages.items() if content]
     user = f"{BEFORE}{clean(opening)}{BETWEEN}{fence}\n{clean(story)}\n{fence}{AFTER}"
     if not fence or "\n" in fence or user.count(fence) != 2:
         raise ValueError("the fence must be one line that occurs in neither the opening nor the story")
