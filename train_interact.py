@@ -11,6 +11,7 @@ evaluated on held-out openings, and the best student is kept.
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from tinystory.data import babylm
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.held_out import Evaluator, due, story_means, story_records, write_samples
+from tinystory.evaluate.reader import Reader
+from tinystory.evaluate.second_judge import conclusion, judge_run
 from tinystory.ops.compute import resolve
 from tinystory.report.charts import text_curve
 from tinystory.report.run import live_report
@@ -35,7 +38,7 @@ from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
 from tinystory.run.device import Stop, now, peak_memory_mb
 from tinystory.run.errors import Interrupted, UserError, command
-from tinystory.run.folder import RunLog, held, read_metrics
+from tinystory.run.folder import Record, RunLog, held, read_metrics
 from tinystory.run.paths import usage
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, require_room
@@ -97,6 +100,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     if forecast := grader.forecast(to_grade, openings[0], config.stories_per_opening if ranked else 1):
         print(f"forecast: {forecast}")
     grader_facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
+    reader = Reader(config.reader, config.device) if rank0 and config.reader != "none" else None
     print(f"student {origin}, scored by {grader_facts['scored_by']}")
     if state.step == 0 and (
         budget := distributed.rank0_value(lambda: exhausted_budget(config, state, grader, openings, reading, 2))
@@ -203,7 +207,8 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     save(replace=True)
     stopped = distributed.all_reduce_max(stop.requested)
     if rank0:
-        report(run, state, stopped=bool(stopped))
+        judge = None if reader is None else lambda: judge_run(run, config, compute, reader, grader.grade_each)
+        report(run, state, stopped=bool(stopped), judge=judge)
 
 
 def starting_checkpoint(init: str) -> Path:
@@ -228,7 +233,7 @@ def exhausted_budget(
     return "" if grader.affords(n + config.stories_per_evaluation) else f"--budget-cost {config.budget_cost:g}"
 
 
-def report(run: Path, state: RunState, *, stopped: bool) -> None:
+def report(run: Path, state: RunState, *, stopped: bool, judge: Callable[[], list[Record]] | None) -> None:
     """Print how to go on with a run that was asked to stop, or what another one learned."""
     if stopped:
         resume = usage("python train_interact.py", "--out", run, "--resume")
@@ -236,6 +241,8 @@ def report(run: Path, state: RunState, *, stopped: bool) -> None:
         return
     print(write_samples(run, state.best_step))
     print(f"mean reward per step {text_curve([record.get('reward_mean') for record in read_metrics(run)], 60)}")
+    if judge:
+        print(conclusion(judge()))
     print(f"report: {run / 'report.html'}\nnext:   {usage('python scripts/sample.py', checkpoint.find(run))}")
 
 

@@ -4,9 +4,11 @@
     python scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1    ... and the teacher there: what it obeys
     python scripts/doctor.py --teacher-url URL --calibrate              ... and whether it can judge stories
     python scripts/doctor.py --reward my_reward.py:score --calibrate    the same for a callable
+    python scripts/doctor.py --calibrate --reader smollm2               the built-in teacher and a reader, side by side
     python scripts/doctor.py --plan paper --gpu-gb 24                   how student and teacher share one GPU
 
-It builds nothing and changes nothing. Asking a teacher takes about eight short requests, calibrating it 160 more.
+It builds nothing and changes nothing. Asking a teacher takes about eight short requests, calibrating it 440 more. A
+human is a teacher too: run scripts/teach.py, and give its URL.
 """
 
 import argparse
@@ -15,25 +17,30 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import fields
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig, add_number
-from tinystory.evaluate.calibration import FULL, calibrate, lines, of_grader, require, verdict
-from tinystory.evaluate.corruptions import corpus_documents, known_stories
+from tinystory.data.corpus import BUILTIN, open_corpus
+from tinystory.evaluate.calibration import AGAIN, FULL, GradeKnown, calibrate, of_grader, require, table, verdict
+from tinystory.evaluate.corruptions import DOCUMENTS, KnownStory, corpus_documents, known_stories, real_stories
+from tinystory.evaluate.reader import Reader
 from tinystory.ops import backend, build, cuda, fastest
 from tinystory.rl.reward import load_score
+from tinystory.rubric.rubric import Rubric
 from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError, command
 from tinystory.run.paths import cache_dir, usage
 from tinystory.student import memory
 from tinystory.student.model import StudentConfig
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.grader import CallableGrader, Grader
+from tinystory.teacher.grader import CallableGrader
 from tinystory.teacher.prompt import Template, load_template
 
 PACKAGES = (
@@ -59,10 +66,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="show the teacher stories of known order, say what it makes of them",
+        help="show the teacher, else the built-in one, stories of known order, say what it makes of them",
     )
+    parser.add_argument("--reader", metavar="NAME", help="calibrate a reader too: smollm2, or a causal language model")
+    add_number(parser, "--per-kind", FULL, "[2, 1e6]", "stories of each kind")
     parser.add_argument(
         "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="whence most of them (default: builtin)"
+    )
+    parser.add_argument(
+        "--registers",
+        nargs="+",
+        default=[],
+        metavar="NAME|FILE",
+        help="corpora whose real stories are shown too",
     )
     add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if it judges worse")
     parser.add_argument("--plan", choices=INTERACT_PRESETS, help="add up the memory of an interaction beside a teacher")
@@ -76,11 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, found in machine():
         print(f"{name:10} {found}")
     calibrates = options.calibrate or options.require_judgement > 0
-    if calibrates and options.teacher_url is None and not options.reward:
-        raise UserError("--calibrate needs a teacher: give --teacher-url URL or --reward FILE.py:FUNCTION")
-    if options.reward and calibrates:
-        calibration(CallableGrader(load_score(options.reward), options.reward), options)
-    elif options.teacher_url is not None:
+    if options.teacher_url is not None:
         template = load_template(options.teacher_prompt) if options.teacher_prompt else Template()
         limits = dict(max_tokens=options.teacher_max_tokens, template=template, concurrency=options.teacher_concurrency)
         with Teacher(options.teacher_url, options.teacher_model, **limits) as teacher:
@@ -89,7 +101,42 @@ def main(argv: list[str] | None = None) -> None:
             for note in probed.notes:
                 print(f"{'':10} {note}")
             if calibrates:
-                calibration(teacher, options)
+                calibration("teacher", of_grader(teacher), options)
+    elif options.reward and calibrates:
+        calibration(options.reward, of_grader(CallableGrader(load_score(options.reward), options.reward)), options)
+    elif calibrates:
+        calibration("built-in teacher", builtin_scores(options.corpus), options)
+
+
+def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> None:
+    """Print how a teacher, and --reader, score stories of known order. Raises UserError if the teacher's judgement is
+    below what is required."""
+    judges: dict[str, GradeKnown] = {name: grade}
+    if options.reader:
+        reader = Reader(options.reader)
+        judges[options.reader] = lambda stories, again: reader.sense(stories).tolist()
+    known = known_stories(corpus_documents(options.corpus), options.per_kind)
+    for corpus in options.registers:
+        others = real_stories(corpus_documents([corpus]), options.per_kind)
+        known += [KnownStory(f"of {Path(corpus).name}", first, " ".join(rest)) for first, *rest in others]
+    results, speeds = {}, ["stories per second"]
+    for judge, scores in judges.items():
+        began = time.perf_counter()
+        results[judge] = calibrate(scores, known)
+        speeds.append(f"{(len(known) + AGAIN) / (time.perf_counter() - began):.3g}")
+    rows = [*table(results), speeds]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(f"{'':10} " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"{'judgement':10} the teacher {verdict(results[name])}")
+    require(results[name], options.require_judgement)
+
+
+def builtin_scores(names: list[str]) -> GradeKnown:
+    """The built-in teacher, fitted to a corpus without the documents among which known stories are drawn."""
+    files = [name for name in names if name not in BUILTIN]
+    rubric = Rubric.from_corpus(islice(open_corpus(files or ["builtin"]).mixed(), DOCUMENTS if files else 0, None))
+    return lambda stories, again: [sum(rubric.score(*story).values()) / 9 for story in stories]
 
 
 def plan(preset: str, gpu_gb: float, billions: float) -> None:
@@ -112,16 +159,6 @@ def plan(preset: str, gpu_gb: float, billions: float) -> None:
         f"a teacher of {billions:g} B parameters does not fit beside the student in {gpu_gb:g} GiB, even with 8 bits "
         "each: take a smaller one with --teacher-billions, or a larger GPU"
     )
-
-
-def calibration(grader: Grader, options: argparse.Namespace) -> None:
-    """Print how a grader scores stories of known order. Raises UserError if its judgement is below what is required."""
-    known = known_stories(corpus_documents(options.corpus), FULL)
-    result = calibrate(of_grader(grader), known)
-    for line in lines(result):
-        print(f"{'':10} {line}")
-    print(f"{'judgement':10} the teacher {verdict(result)}")
-    require(result, options.require_judgement)
 
 
 def machine() -> Iterator[tuple[str, str]]:

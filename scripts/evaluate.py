@@ -33,6 +33,7 @@ from tinystory.evaluate.coreference import coreference, unseen_stories
 from tinystory.evaluate.novelty import SameStory
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, keep_choices, run_pairs, story_pairs
+from tinystory.evaluate.reader import Reader
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import OPENINGS, GradeStories, mean_of, story_measures, write_stories
@@ -88,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--coreference", 0, "[0, 100000]", "unseen built-in stories to measure coreference on")
     add_number(parser, "--stories", 0, "[0, 1e9]", "stories to write and measure, and files of some", files=".jsonl")
     parser.add_argument("--likelihood", type=Path, metavar="CHECKPOINT", help="a student whose bits per byte they take")
+    parser.add_argument("--reader", metavar="NAME", help="read them for sense: smollm2, or a causal language model")
     parser.add_argument("--same-story", nargs="+", metavar="MODEL", help="NoveltyBench's classifier, and its tokenizer")
     parser.add_argument(
         "--openings", metavar="FILE", help="their openings, one per line (default: the first file's, or eight built-in)"
@@ -123,13 +125,16 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(options.device)
     told = [read_stories(path)[: count or None] for path in files]
     same = SameStory(*options.same_story[:2]) if options.same_story else None
-    reader = checkpoint.load(checkpoint.find(options.likelihood), device)[:2] if options.likelihood else None
+    student_reader = checkpoint.load(checkpoint.find(options.likelihood), device)[:2] if options.likelihood else None
+    reader = Reader(options.reader, options.device) if options.reader else None
 
     def measures(stories: Sequence[Told]) -> dict[str, Any]:
         result = story_measures(stories, grade=grade, corpus=corpus, same=same)
         if reader:
+            result |= reader.measures([(story.opening, story.text) for story in stories])
+        if student_reader:
             texts = [f"{story.opening} {story.text}" for story in stories]
-            result["likelihood"] = bits_per_byte(*reader, Corpus([], [("", lambda: iter(texts))]))
+            result["likelihood"] = bits_per_byte(*student_reader, Corpus([], [("", lambda: iter(texts))]))
         return result
 
     records, surprisals = [], []

@@ -212,6 +212,11 @@ class InteractConfig:
     eval_every: int = option(1, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation")
     eval_stories: int = option(40, "stories per evaluation; `best` is the last student that none beats", "[1, 1e9]")
     eval_best_of: int = option(1, "stories per opening of which the best is measured too", "[1, 1000]")
+    reader: str = option("none", "second judge, at the end: none, smollm2, or a causal model of the Hub or a folder")
+
+    rollout_dropout: float = option(0.0, "dropout in rollouts after the first step", "[0, 1)", group="as published")
+    unreadable_score: str = option("none", "score of a story without a readable reply: none, or 0.5", ("none", "0.5"))
+    charge_opening: bool = option(False, "charge the opening once for each story of the first step")
 
     @property
     def stories_per_evaluation(self) -> int:
@@ -221,10 +226,6 @@ class InteractConfig:
     def learner(self) -> str:
         """What makes the gradient: one of ADVANTAGES, or sft-best, which has no advantages."""
         return self.advantage if self.learn == "ppo" else self.learn
-
-    rollout_dropout: float = option(0.0, "dropout in rollouts after the first step", "[0, 1)", group="as published")
-    unreadable_score: str = option("none", "score of a story without a readable reply: none, or 0.5", ("none", "0.5"))
-    charge_opening: bool = option(False, "charge the opening once for each story of the first step")
 
 
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of their libraries

@@ -13,7 +13,7 @@ from tinystory.config import InteractConfig
 from tinystory.evaluate import calibration
 from tinystory.evaluate.calibration import CHEAP, CHEAP_KINDS, area_under_curve, calibrate, calibrated, require, verdict
 from tinystory.evaluate.coreference import unseen_stories
-from tinystory.evaluate.corruptions import KINDS, REAL, SENTENCES, WORDS, known_stories, split_sentences
+from tinystory.evaluate.corruptions import CORRUPTIONS, KINDS, REAL, SENTENCES, WORDS, known_stories, split_sentences
 from tinystory.run.errors import UserError
 from tinystory.teacher.grader import open_grader
 
@@ -39,26 +39,71 @@ def length(told, again):
 # Stories of known order
 
 
+def by_opening():
+    """Per opening the story of each kind."""
+    table = {}
+    for kind, opening, story in STORIES:
+        table.setdefault(opening, {})[kind] = story
+    return list(table.values())
+
+
 def test_each_kind_is_what_it_says():
-    assert Counter(each.kind for each in STORIES) == dict.fromkeys(KINDS, CHEAP)
-    rows = {kind: [each for each in STORIES if each.kind == kind] for kind in KINDS}
-    for i, real in enumerate(rows[REAL]):
-        assert all(rows[kind][i].opening == real.opening for kind in KINDS)
+    counts = Counter(each.kind for each in STORIES)
+    assert set(counts) == set(KINDS) and max(counts.values()) == CHEAP and min(counts.values()) > CHEAP / 2
+    for texts in by_opening():
+        real = texts[REAL]
+        sentences = split_sentences(real)
         for kind in (SENTENCES, WORDS):
-            mixed = rows[kind][i].story
-            assert sorted(mixed.split()) == sorted(real.story.split()) and mixed != real.story
-        assert sorted(split_sentences(rows[SENTENCES][i].story)) == sorted(split_sentences(real.story))
-        repeated = rows["one word repeated"][i].story.split()
-        assert len(set(repeated)) == 1 and len(repeated) == len(real.story.split())
-    lengths = [len(each.story.split()) for each in rows[REAL]]
-    assert min(lengths) < 60 and max(lengths) > 90  # without a spread no bias by length could be seen
+            assert sorted(texts[kind].split()) == sorted(real.split())
+        assert sorted(split_sentences(texts[SENTENCES])) == sorted(sentences)
+        repeated = texts["one word repeated"].split()
+        assert len(set(repeated)) == 1 and len(repeated) == len(real.split())
+        assert set(split_sentences(texts["one sentence repeated"])) <= set(sentences)
+        assert real.startswith(texts["cut in the middle"]) and len(texts["cut in the middle"]) < 0.7 * len(real)
+        assert all(texts[kind] != real for kind in CORRUPTIONS if kind in texts)
+    lengths = [len(each.story.split()) for each in STORIES if each.kind == REAL]
+    assert min(lengths) < 75 and max(lengths) > 120  # without a spread no bias by length could be seen
+
+
+def test_of_another_story_there_is_a_half_an_ending_or_a_sentence():
+    for texts in by_opening():
+        sentences = split_sentences(texts[REAL])
+        first, ending = " ".join(sentences[: len(sentences) // 2]), " ".join(sentences[-2:])
+        assert texts["halves of two stories"].startswith(first) and ending not in texts["halves of two stories"]
+        assert texts["alien ending"].startswith(first) and ending not in texts["alien ending"]
+        ours = [sentence for sentence in split_sentences(texts["alien sentence"]) if sentence in sentences]
+        assert len(ours) == len(sentences) - 1
+        rest = split_sentences(texts["40 % of sentences dropped"])
+        assert [sentence for sentence in sentences if sentence in rest] == rest
+        assert len(rest) == round(0.6 * len(sentences))
+
+
+def test_some_words_are_replaced_and_all_others_stay():
+    low, high = {"30 % of nouns replaced": 0.005, "10 % of words replaced": 0.03}, 0.35
+    for texts in by_opening():
+        real = texts[REAL].split()
+        for kind in ("30 % of nouns replaced", "10 % of words replaced", "names replaced", "he and she flipped"):
+            pairs = list(zip(real, texts.get(kind, "").split(), strict=False))
+            changed = [(a, b) for a, b in pairs if a != b]
+            assert len(changed) <= high * len(real), kind
+            if kind == "names replaced":
+                assert all(a.lstrip("\"'")[0].isupper() and b.lstrip("\"'")[0].isupper() for a, b in changed)
+            if kind == "he and she flipped":
+                assert all(a.lower()[:2] in ("he", "sh", "hi", '"h', '"s') for a, _ in changed)
+    means = {kind: np.mean([len(texts.get(kind, "x")) for texts in by_opening()]) for kind in low}
+    assert all(mean > 100 for mean in means.values())
+
+
+def test_a_corruption_does_not_depend_on_the_kinds_beside_it():
+    some = known_stories(unseen_stories(300), CHEAP, (REAL, "alien ending"))
+    assert some == [each for each in STORIES if each.kind in (REAL, "alien ending")]
 
 
 def test_half_of_the_stories_are_of_the_corpus_and_a_poor_corpus_is_no_error():
     reals = [each for each in STORIES if each.kind == REAL]
     theirs = " ".join(unseen_stories(300))
     assert sum(each.story[:60] in theirs for each in reals) == CHEAP - CHEAP // 2
-    assert len(known_stories(["too short"], 4)) == 4 * len(KINDS)
+    assert len(known_stories(["too short"], 4, (REAL, WORDS))) == 8
 
 
 def test_the_same_seed_gives_the_same_texts():
@@ -84,7 +129,8 @@ def test_the_area_counts_ties_as_one_half():
 
 def test_a_teacher_that_knows_gets_every_pair_right():
     found = calibrate(knowing, STORIES)
-    assert all(each["auc"] == 1 for each in found["order"]) and found["judgement"] == 1
+    assert all(found["kinds"][kind]["auc"] == 1 for kind in KINDS[1:]) and found["judgement"] == 1
+    assert found["corruptions"] == 1 and found["corruptions_ci"] == [1, 1]
     assert found["kinds"][REAL]["mean"] == 1 and found["range"] == [0, 1] and found["unscored"] == 0
     assert found["steady"]["same"] == 1 and found["length"] is None  # one score per kind: length changes nothing
     assert verdict(found).startswith("puts a story above shuffled words with probability 1.00 [0.8")
@@ -134,15 +180,38 @@ def test_the_doctor_calibrates_an_endpoint(capsys, monkeypatch):
         doctor.main(["--teacher-url", server.url, "--calibrate"])
         asked = len(server.requests)
     said = capsys.readouterr().out
-    assert "judgement  the teacher counts words" in said and "real > another language" in said
-    assert asked == 1 + 12 * len(KINDS) + calibration.AGAIN  # the probe's story, each text once, some twice
+    assert "judgement  the teacher counts words" in said and "another language" in said
+    known = known_stories(unseen_stories(1500), 12)
+    assert asked == 1 + len({each[1:] for each in known}) + calibration.AGAIN  # the probe's, each text, some twice
 
 
 def test_the_doctor_calibrates_a_callable_and_refuses_it(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "machine", lambda: [])
     line = fails(doctor.main, ["--reward", "random", "--calibrate", "--require-judgement", "0.9"], capsys)
     assert "--require-judgement 0.9: the teacher" in line and "choose another" in line
-    assert "--calibrate needs a teacher" in fails(doctor.main, ["--calibrate"], capsys)
+
+
+def test_the_doctor_calibrates_the_builtin_teacher_and_a_reader_side_by_side(capsys, monkeypatch, tmp_path):
+    class Reader:
+        def __init__(self, name):
+            assert name == "mine"
+
+        def sense(self, stories):
+            return np.array([float("nan") if story == "" else -len(set(story.split())) for _, story in stories])
+
+    monkeypatch.setattr(doctor, "machine", lambda: [])
+    monkeypatch.setattr(doctor, "Reader", Reader)
+    (tmp_path / "c.txt").write_text("\n\n".join(unseen_stories(1900)))
+    (tmp_path / "other.txt").write_text("\n\n".join(unseen_stories(60)[50:]))
+    corpora = ["--corpus", str(tmp_path / "c.txt"), "--registers", str(tmp_path / "other.txt")]
+    doctor.main(["--calibrate", "--reader", "mine", "--per-kind", "4", *corpora])
+    lines = capsys.readouterr().out.splitlines()
+    header = next(line for line in lines if "mine" in line)
+    assert "built-in teacher" in header and any("of other.txt" in line for line in lines)
+    words = next(line for line in lines if "words shuffled" in line)
+    assert words.count("[") == 2  # two judges, each with an interval
+    assert any("mean of the corruptions" in line and line.count("[") == 2 for line in lines)
+    assert lines[-1].startswith("judgement  the teacher puts a story above shuffled words")
 
 
 def test_a_run_says_what_its_teacher_is_before_it_begins(short_pauses, tmp_path, capsys):

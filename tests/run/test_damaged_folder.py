@@ -172,7 +172,11 @@ RECORDS = {
     "stories.jsonl": [story_record(i // 2, i, scores=dict(a=i % 4, b=1.5)) for i in range(6)],
     "evaluations.jsonl": [story_record(i, i) for i in range(3)],
     "samples.jsonl": [story_record(0, 7, when="before"), story_record(1, 7, when="after", story=BETTER)],
-    "opinions.jsonl": [dict(judge="b", opening="Once", story=BETTER, scores=dict(a=2, b=1), score=None)],
+    "judged.jsonl": [
+        dict(group=group, index=i, opening="Once", story=BETTER, score=i, sense=-1.0 + shift + i / 10)
+        for shift, group in enumerate(("before", "after", "real stories"))
+        for i in range(2)
+    ],
     "preferences.jsonl": [PAIR._asdict() | dict(choice="second", by="ada")],
 }
 

@@ -1,6 +1,6 @@
-"""Calibration: whether a teacher can judge, by its scores of known stories, before time and money go into learning.
+"""Calibration: whether a judge can judge, by what it says of known stories, before time and money go into learning.
 
-The judgement is the probability that it scores a story above shuffled words (the area under the ROC curve; a tie counts
+The judgement is the probability that it puts a story above shuffled words (the area under the ROC curve; a tie counts
 one half). 0.5 is chance, and a teacher near it teaches noise.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from tinystory.config import InteractConfig
 from tinystory.evaluate.coreference import unseen_stories
-from tinystory.evaluate.corruptions import DOCUMENTS, KINDS, ORDER, REAL, SENTENCES, WORDS, KnownStory, known_stories
+from tinystory.evaluate.corruptions import CORRUPTIONS, DOCUMENTS, REAL, SENTENCES, WORDS, KnownStory, known_stories
 from tinystory.evaluate.intervals import bootstrap, ranks, wilson
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import HUMAN, Teacher
@@ -29,42 +29,66 @@ GradeKnown: TypeAlias = Callable[[Sequence[tuple[str, str]], int], Sequence[floa
 
 
 def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
-    """How a teacher scores `known` (see known_stories), and AGAIN of them a second time.
+    """How a judge scores `known` (see known_stories), and AGAIN of them a second time.
 
-    Returns {"stories", "unscored", "judgement" and "judgement_ci", "kinds": {kind: {"mean", "low", "high"}}, "order":
-    [{"better", "worse", "auc", "ci"}], "range": [lowest, highest], "length": Spearman's correlation of score and number
-    of words within a kind, with "length_ci", "steady": {"same", "apart", "correlation"}}. Scores are fractions of the
-    highest possible one, 0..1. None stands for what could not be measured.
+    Returns {"stories", "unscored", "judgement" and "judgement_ci", "kinds": {kind: {"mean", "low", "high", "auc",
+    "ci"}}, where auc is the probability that a real story scores above one of the kind, "corruptions" and
+    "corruptions_ci": its mean over CORRUPTIONS, "range": [lowest, highest], "length": Spearman's correlation of score
+    and number of words within a kind, with "length_ci", "steady": {"same", "apart", "correlation"}}. A teacher's scores
+    are fractions of the highest possible one, 0..1. None stands for what could not be measured.
 
-    Intervals of areas are Wilson's for as many trials as the smaller kind has stories, which is on the safe side; that
-    of the length is bootstrapped over the stories.
+    Intervals of areas are Wilson's for as many trials as the smaller kind has stories, which is on the safe side; those
+    of their mean and of the length are bootstrapped over the stories.
     """
     scores = _floats(grade([(story.opening, story.story) for story in known], 0))
     kinds = np.array([story.kind for story in known])
-    by_kind = {kind: scores[(kinds == kind) & ~np.isnan(scores)] for kind in KINDS if kind in kinds}
-    order = [
-        {"better": better, "worse": worse} | _area(by_kind[better], by_kind[worse])
-        for better, worse in ORDER
-        if better in by_kind and worse in by_kind
-    ]
-    judgement = next((row for row in order if (row["better"], row["worse"]) == (REAL, WORDS)), {})
+    rows = {kind: np.flatnonzero((kinds == kind) & ~np.isnan(scores)) for kind in dict.fromkeys(kinds.tolist())}
+    areas = {kind: _area(scores[rows[REAL]], scores[chosen]) for kind, chosen in rows.items() if kind != REAL}
+    judgement = areas.get(WORDS, {})
     scored = scores[~np.isnan(scores)]
     return {
         "stories": len(known),
         "unscored": len(known) - len(scored),
         "judgement": judgement.get("auc"),
         "judgement_ci": judgement.get("ci"),
-        "kinds": {
-            kind: {"mean": float(values.mean()), "low": float(values.min()), "high": float(values.max())}
-            if len(values)
-            else {"mean": None, "low": None, "high": None}
-            for kind, values in by_kind.items()
-        },
-        "order": order,
+        "kinds": {kind: _spread(scores[chosen]) | areas.get(kind, {}) for kind, chosen in rows.items()},
+        **_mean_area(scores, rows, [story.opening for story in known]),
         "range": [float(scored.min()), float(scored.max())] if len(scored) else None,
         **_length(scores, kinds, np.array([len(story.story.split()) for story in known])),
         "steady": _steady(grade, scores, known),
     }
+
+
+def _spread(values: np.ndarray) -> dict[str, float | None]:
+    if not len(values):
+        return {"mean": None, "low": None, "high": None}
+    return {"mean": float(values.mean()), "low": float(values.min()), "high": float(values.max())}
+
+
+def _mean_area(scores: np.ndarray, rows: Mapping[str, np.ndarray], openings: Sequence[str]) -> dict[str, Any]:
+    """The mean over CORRUPTIONS of the area; for its interval, a story is drawn together with all that was made of
+    it."""
+    group = np.unique(np.array(openings), return_inverse=True)[1]
+    real = rows[REAL]
+    wins = {
+        kind: (scores[real][:, None] > scores[worse]) + (scores[real][:, None] == scores[worse]) / 2
+        for kind, worse in rows.items()
+        if kind in CORRUPTIONS and len(worse) and len(real)
+    }
+    if len(wins) < len(CORRUPTIONS):
+        return {"corruptions": None, "corruptions_ci": None}
+
+    def mean(sample: np.ndarray) -> float:
+        count = np.bincount(group[sample], minlength=len(group)).astype(float)
+        areas = []
+        for kind, above in wins.items():
+            a, b = count[group[real]], count[group[rows[kind]]]
+            areas.append(a @ above @ b / max(a.sum() * b.sum(), 1))
+        return float(np.mean(areas))
+
+    firsts = np.unique(group, return_index=True)[1]
+    interval = bootstrap(lambda sample: mean(firsts[sample]), len(firsts))
+    return {"corruptions": mean(firsts), "corruptions_ci": list(interval)}
 
 
 def _floats(values: Iterable[float | None]) -> np.ndarray:
@@ -157,25 +181,30 @@ def verdict(result: Mapping[str, Any]) -> str:
     )
 
 
-def lines(result: Mapping[str, Any]) -> list[str]:
-    """The calibration as lines for a terminal."""
-    out = ["known stories, score as a fraction of the highest:"]
-    for kind, values in result["kinds"].items():
-        spread = "no score" if values["mean"] is None else "{mean:.2f}, from {low:.2f} to {high:.2f}".format(**values)
-        out.append(f"  {kind:<20} {spread}")
-    out.append("how often the better one has the higher score (0.5 is chance), with a 95 % interval:")
-    for row in result["order"]:
-        area = "no score" if row["auc"] is None else f"{row['auc']:.2f} {_interval(row['ci'])}"
-        out.append(f"  {row['better'] + ' > ' + row['worse']:<40} {area}")
-    if result["length"] is not None:
-        out.append(f"score and length, within a kind: {result['length']:+.2f} {_interval(result['length_ci'])}")
-    if steady := result["steady"]:
-        out.append(
-            f"asked twice: the same score {steady['same']:.0%} of the time, {steady['apart']:.2f} apart on average"
-        )
-    if result["unscored"]:
-        out.append(f"without a score: {result['unscored']} of {result['stories']}")
-    return out
+def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Calibrations of several judges on the same stories side by side, as rows of cells: the names, then per kind the
+    mean score and how often a real story has the higher one (0.5 is chance), with a 95 % interval."""
+    columns = list(results.values())
+
+    def cell(value: float | None, ci: Sequence[float] | None = None, sign: str = "") -> str:
+        return "no score" if value is None else f"{value:{sign}.2f}" + (f" {_interval(ci)}" if ci else "")
+
+    rows = [["", *results]]
+    for kind in columns[0]["kinds"]:
+        values = [result["kinds"][kind] for result in columns]
+        areas = [f": {cell(value['auc'], value['ci'])}" if "auc" in value else "" for value in values]
+        rows.append([kind, *(cell(value["mean"]) + area for value, area in zip(values, areas, strict=True))])
+    rows += [
+        ["mean of the corruptions", *(cell(result["corruptions"], result["corruptions_ci"]) for result in columns)],
+        ["score and length", *(cell(result["length"], result["length_ci"], "+") for result in columns)],
+        ["asked twice", *(_steadiness(result["steady"]) for result in columns)],
+        ["without a score", *(f"{result['unscored']} of {result['stories']}" for result in columns)],
+    ]
+    return rows
+
+
+def _steadiness(steady: Mapping[str, Any] | None) -> str:
+    return f"{steady['same']:.0%} the same, {steady['apart']:.2f} apart" if steady else "no score"
 
 
 def _interval(ci: Sequence[float]) -> str:

@@ -42,6 +42,11 @@ def bootstrap(statistic: Callable[[np.ndarray], float], size: int, resamples: in
     return float(low), float(high)
 
 
+def mean_ci(values: np.ndarray) -> tuple[float, float]:
+    """The bootstrap interval of the mean of (n,)."""
+    return bootstrap(lambda rows: float(values[rows].mean()), len(values))
+
+
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's rank correlation of (n,) and (n,); ties get their mean rank. nan if all values are equal."""
     a, b = (rank - rank.mean() for rank in (ranks(x), ranks(y)))

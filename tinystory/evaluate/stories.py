@@ -11,7 +11,7 @@ import numpy as np
 
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.evaluate.intervals import bootstrap, wilson
+from tinystory.evaluate.intervals import mean_ci, wilson
 from tinystory.evaluate.told import Told
 from tinystory.rl.reward import cluster_ids, partition
 from tinystory.student.generate import generate
@@ -79,7 +79,7 @@ def story_measures(
     measures: dict[str, Any] = {
         "stories": len(stories),
         "length_mean": float(lengths.mean()),
-        "length_ci": _mean_ci(lengths),
+        "length_ci": mean_ci(lengths),
         **{f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2, 3, 4)},
         "self_bleu": self_bleu(texts),
     }
@@ -97,7 +97,7 @@ def story_measures(
         sums = np.array([sum(scores.values()) for scores in scored], dtype=float)
         measures |= {"score_mean": None, "score_ci": None, "unscored": len(grades) - len(scored)}
         if scored:
-            measures |= {"score_mean": float(sums.mean()), "score_ci": _mean_ci(sums)}
+            measures |= {"score_mean": float(sums.mean()), "score_ci": mean_ci(sums)}
             measures |= {f"{name}_mean": fmean(scores[name] for scores in scored) for name in scored[0]}
             values = [sum(scores.values()) if scores else 0.0 for scores in grades]
             measures["utility_10"] = mean_of(
@@ -108,10 +108,6 @@ def story_measures(
         measures["copied_share"] = fmean(n / max(words, 1) for n, words in zip(shared, lengths.tolist(), strict=True))
         measures["copied_longest"] = max(shared)
     return measures
-
-
-def _mean_ci(values: np.ndarray) -> tuple[float, float]:
-    return bootstrap(lambda rows: float(values[rows].mean()), len(values))
 
 
 def mean_of(values: Iterable[float]) -> float | None:

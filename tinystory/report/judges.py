@@ -1,18 +1,20 @@
-"""What a report shows of judges: who scored a run, what others give the same stories, and how far judges agree."""
+"""What a report shows of judges: who scored a run, and what a judge sees that was not its teacher."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from tinystory.evaluate.agreement import Rater, agreement
+import numpy as np
+
+from tinystory.evaluate.intervals import spearman
 from tinystory.evaluate.preference import run_preferences
+from tinystory.evaluate.second_judge import AFTER, BEFORE, GROUPS, column, conclusion, summary
 from tinystory.report import page
 from tinystory.report.charts import number
-from tinystory.run.folder import OPINIONS, SAMPLES, Record, read_records
+from tinystory.run.folder import JUDGED, Record, read_records
 
 BEFORE_AFTER = ("the one before", "the story after interaction")
-COLUMNS = ["", "Kappa, quadratic weights", "Spearman", "Mean difference", "Means", "Equal"]
 
 
 def scored_by_note(scored_by: str, config: Record) -> str:
@@ -24,60 +26,47 @@ def scored_by_note(scored_by: str, config: Record) -> str:
     return escape(f"Scored by {scored_by}. It {verdict or 'was not calibrated'}.")
 
 
-def read_opinions(folder: Path) -> dict[str, Rater]:
-    """The other judges of a run's stories, by name; of two ratings of a story by the same judge, the later."""
-    raters: dict[str, Rater] = {}
-    for record in read_records(folder / OPINIONS):
-        rater = raters.setdefault(record["judge"], Rater(record["judge"]))
-        rater.add(record["opening"], record["story"], record["scores"], record["score"])
-    return raters
-
-
-def judges_section(folder: Path, scored_by: str) -> str:
-    """Other judges' scores of the stories before and after, beside those of the run's own teacher; "" if there are
-    none."""
-    opinions, preferences = read_opinions(folder), run_preferences(folder)
-    if not opinions and not preferences:
-        return ""
-    samples = list(read_records(folder / SAMPLES))
-    teacher = Rater(scored_by or "the run’s teacher")
-    for record in samples:
-        teacher.add(record["opening"], record["story"], record["scores"], None)
-    rows = [_row(rater, teacher, samples) for rater in (teacher, *opinions.values())]
-    header = ["Judge", "Stories", "Sum before", "Sum after", "Kappa with the teacher", "Spearman with the teacher"]
-    table = page.table(header, [row for row in rows if row]) if opinions else ""
+def judges_section(folder: Path) -> str:
+    """The same stories by the teacher and by a judge that was not; "" if there is none."""
+    records, preferences = list(read_records(folder / JUDGED)), run_preferences(folder)
+    header, *rows = judged_rows(records) if records else [[]]
+    lines = ([conclusion(records), correlation_line(records)] if records else []) + preference_lines(preferences)
     return page.section(
-        "Other judges",
-        "Scores of the same evaluation stories, before interaction and after it. A gain that only the teacher sees is "
-        "a gain at pleasing the teacher. Kappa has quadratic weights, is taken over the sums, and like "
-        "Spearman’s correlation has a 95 % interval; 0 is chance.",
-        table + "".join(f"<p>{escape(line)}</p>" for line in preference_lines(preferences)),
+        "A judge that was not the teacher",
+        "Stories to the same openings, never trained on, and real ones, by the teacher and by a language model that "
+        "reads them (sense, in nats per token: tinystory/evaluate/reader.py), with 95 % intervals. A gain that only "
+        "the teacher sees is a gain at pleasing the teacher; one that a lower temperature gives too needs no training.",
+        (page.table(header, rows) if records else "") + "".join(f"<p>{escape(line)}</p>" for line in lines),
     )
 
 
-def _row(rater: Rater, teacher: Rater, samples: list[Record]) -> list[str]:
-    sums: dict[str, list[float]] = {"before": [], "after": []}
-    for record in samples:
-        key = record["opening"], record["story"]
-        if record["when"] in sums and key in rater.ratings:
-            sums[record["when"]].append(rater.score_sum(key, teacher.criteria() or page.TOP_SCORE))
-    if not any(sums.values()):
-        return []
-    means = [f"{sum(values) / len(values):.2f}" if values else number(None) for values in sums.values()]
-    both = ["", ""]
-    if rater is not teacher and teacher.ratings:
-        statistics = agreement(teacher, rater)["sum"]
-        both = [_with_interval(statistics, name) for name in ("kappa", "spearman")]
-    return [rater.name, str(sum(map(len, sums.values()))), *means, *both]
+def judged_rows(records: Sequence[Record]) -> list[list[str]]:
+    """A header and a row per group of stories: their number, and by both judges the mean and the fraction of the way
+    from before to real stories."""
+    tables = {measure: summary(records, measure) for measure in ("score", "sense")}
+    rows = [["Stories", "Number", "Teacher’s score", "of the way", "Sense, nats per token", "of the way"]]
+    for name in GROUPS:
+        cells = []
+        for table in tables.values():
+            row = table[name]
+            cells += [with_ends(row["mean"], row["ci"]), number(None) if row["gap"] is None else f"{row['gap']:.0%}"]
+        rows.append([name, str(sum(record["group"] == name for record in records)), *cells])
+    return rows
+
+
+def correlation_line(records: Sequence[Record]) -> str:
+    """How far the two judges rank the same stories alike, in one sentence."""
+    values = []
+    for group in (BEFORE, AFTER):
+        a, b = (column(records, group, measure) for measure in ("score", "sense"))
+        both = ~np.isnan(a + b)
+        values.append(spearman(a[both], b[both]) if both.any() else float("nan"))
+    return "Spearman’s correlation of the two judges is {:.2f} before and {:.2f} after.".format(*values)
 
 
 def with_ends(value: float | None, interval: Any) -> str:
     """0.52 [0.40, 0.63]; a dash for None."""
     return number(None) if value is None else f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
-
-
-def _with_interval(statistics: Mapping[str, Any], name: str) -> str:
-    return with_ends(statistics[name], statistics[f"{name}_ci"])
 
 
 def preference_lines(preferences: Mapping[str, Mapping[str, Any]], names: Sequence[str] = BEFORE_AFTER) -> list[str]:
@@ -90,26 +79,3 @@ def preference_lines(preferences: Mapping[str, Mapping[str, Any]], names: Sequen
             f"{rates['first']}, and neither in {rates['same']}{order}: win rate {with_ends(rates['rate'], rates['ci'])}"
         )
     return lines
-
-
-# ---- the tables of scripts/agreement.py -----------------------------------------------------------------------------
-
-
-def agreement_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """One row per criterion and one for the sum; the columns are COLUMNS."""
-    rows = []
-    for name, values in {**result["criteria"], f"sum, 0 to {result['highest']}": result["sum"]}.items():
-        statistics = [_with_interval(values, key) for key in ("kappa", "spearman", "difference")]
-        means = " and ".join(f"{mean:.2f}" for mean in values["means"])
-        rows.append([name.replace("_", " "), *statistics, means, f"{values['equal']:.0%}"])
-    return rows
-
-
-def length_line(result: Mapping[str, Any]) -> str:
-    """How the length of a story goes with the scores, in one sentence."""
-    first, second, difference = (_with_interval(result["length"], name) for name in ("first", "second", "difference"))
-    a, b = result["judges"]
-    return (
-        f"Spearman’s correlation of length and sum is {first} for {a} and {second} for {b}; of length and the second "
-        f"sum less the first, {difference}"
-    )

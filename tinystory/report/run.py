@@ -180,7 +180,7 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
         ),
         reward_against_kl(metrics, digest),
         section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
-        judges.judges_section(folder, scored_by),
+        judges.judges_section(folder),
         before_and_after(folder, scored_by),
         section(
             "Samples of the last step",

@@ -33,7 +33,7 @@ Fields: TypeAlias = dict[str, tuple[type, ...]]
 
 CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"  # stories to held-out openings
-OPINIONS = "opinions.jsonl"  # scores of the run's stories by other judges (scripts/agreement.py)
+JUDGED = "judged.jsonl"  # its stories and controls by the teacher and a reader (--reader, scripts/judge.py)
 PREFERENCES = "preferences.jsonl"  # choices between its stories before and after (teach.py and evaluate.py --compare)
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -41,17 +41,17 @@ LONGEST = 1 << 26  # bytes of a JSON file, or of a line of records
 LARGEST = 1e100  # of a number in a record
 
 _NUMBER = (int, float, type(None))
-_GRADED: Fields = {"opening": (str,), "story": (str,), "scores": (dict, type(None))}
-_STORY: Fields = _GRADED | {
-    "step": (int,), "index": (int,), "reply": (str, type(None)), "reward": _NUMBER, "words": (int,), "ended": (str,),
+_STORY: Fields = {
+    "opening": (str,), "story": (str,), "scores": (dict, type(None)), "step": (int,), "index": (int,),
+    "reply": (str, type(None)), "reward": _NUMBER, "words": (int,), "ended": (str,),
 }  # fmt: skip
 FIELDS: dict[str, Fields] = {  # that each record has at least
     METRICS: {"step": (int,)},
     STORIES: _STORY,
     EVALUATIONS: _STORY,
     SAMPLES: _STORY | {"when": (str,)},
+    JUDGED: {"group": (str,), "index": (int,), "score": _NUMBER, "sense": _NUMBER},
     CONFIG: {"options": (dict,), "started": (str,), "device": (str,), "resumed": (list,)},
-    OPINIONS: _GRADED | {"judge": (str,), "score": _NUMBER},
     PREFERENCES: {"key": (str,), "choice": (str, type(None)), "by": (str,)},
 }
 

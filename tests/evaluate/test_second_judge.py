@@ -1,0 +1,124 @@
+"""A second judge: what is judged, and which of a run's gain the report says it sees."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHORT, fails
+
+import train_interact
+from scripts import judge
+from tinystory.evaluate.second_judge import AFTER, BEFORE, BEST_OF_N, COLDER, GROUPS, REAL, conclusion, gain, summary
+from tinystory.report.judges import judged_rows
+from tinystory.rl.reward import load_score
+from tinystory.run.folder import EVALUATIONS, JUDGED, read_records
+
+
+class Reader:
+    """Finds most sense in short words; has nothing to say of stories without any."""
+
+    def __init__(self, name, device="auto"):
+        assert name == "short-words"
+
+    def sense(self, stories):
+        return np.array(
+            [-np.mean([len(word) for word in text.split()]) if text.split() else np.nan for _, text in stories]
+        )
+
+
+class Rubric:
+    def score(self, opening, story):
+        return dict.fromkeys("abc", 3 if story else 0)
+
+
+@pytest.fixture
+def run(place, tmp_path, monkeypatch):
+    """A finished run with a callable as its teacher, which no second judge has seen."""
+    out = tmp_path / "run"
+    reward = f"{place / 'reward.py'}:score"
+    train_interact.main([*SHORT, "--init", str(place / "p"), "--out", str(out), "--reward", reward])
+    monkeypatch.setattr(judge, "Reader", Reader)
+    monkeypatch.setattr(train_interact, "Reader", Reader)
+    return out
+
+
+def test_a_finished_run_is_judged_with_its_controls(run, capsys):
+    judge.main([str(run), str(run), "--reader", "short-words"])
+    said = capsys.readouterr().out
+    assert "2 runs together" in said and "not the teacher" in said and said.count("real stories") >= 3
+    records = list(read_records(run / JUDGED))
+    evaluations = [record for record in read_records(run / EVALUATIONS) if record["step"] == 0]
+    by_group = {name: [record for record in records if record["group"] == name] for name in GROUPS}
+    assert all(len(group) == len(evaluations) == 4 for group in by_group.values())
+    assert [record["story"] for record in by_group[BEFORE]] == [record["story"] for record in evaluations]
+    openings = [record["opening"] for record in evaluations]
+    for name in (AFTER, *COLDER, BEST_OF_N):
+        assert [record["opening"] for record in by_group[name]] == openings
+    means = {name: np.mean([record["score"] for record in group]) for name, group in by_group.items()}
+    assert means[BEST_OF_N] > means[BEFORE]  # by this teacher's own choice
+    page = (run / "report.html").read_text()
+    assert "A judge that was not the teacher" in page and "temperature 0.5" in page
+
+
+def test_interaction_judges_at_its_end_if_asked(run, capsys):
+    assert not (run / JUDGED).exists()
+    train_interact.main(["--out", str(run), "--resume", "--reader", "short-words"])
+    assert "not the teacher" in capsys.readouterr().out and (run / JUDGED).exists()
+
+
+def test_a_run_that_was_not_evaluated_is_refused(run, capsys):
+    (run / EVALUATIONS).write_text("")
+    assert "give a finished interaction" in fails(judge.main, [str(run), "--reader", "short-words"], capsys)
+
+
+def judged(**senses):
+    """Records of stories whose sense is this mean and some noise, the same for all groups."""
+    noise = np.random.default_rng(0).normal(0, 0.1, 40)
+    noise -= noise.mean()
+    groups = {BEFORE: -1.2, AFTER: -0.8, COLDER[0]: -1.1, COLDER[1]: -1.1, BEST_OF_N: -1.1, REAL: -0.7} | senses
+    return [
+        {"group": name, "index": i, "score": 5 + value, "sense": mean + value * (1 if name == AFTER else -1)}
+        for name, mean in groups.items()
+        for i, value in enumerate(noise)
+    ]
+
+
+@pytest.mark.parametrize(
+    "senses, words",
+    [
+        ({}, "that is more than the +0.1"),
+        ({COLDER[1]: -0.79}, "that is no different from the +0.41 for “before, temperature 0.5”"),
+        ({COLDER[0]: -0.5}, "that is less than the +0.70 for “before, temperature 0.7”"),
+        ({AFTER: -1.2}, "sees no gain in sense from interaction"),
+        ({AFTER: -1.5}, "sees no gain in sense from interaction"),
+    ],
+)
+def test_the_sentence_says_which_gain_the_reader_sees(senses, words):
+    records = judged(**senses)
+    assert words in conclusion(records)
+    if not senses:
+        assert "80% of the way to real stories" in conclusion(records)
+
+
+def test_stories_that_one_judge_did_not_score_are_left_out():
+    records = judged()
+    for record in records[::7]:
+        record["sense"] = None
+    value, (low, high) = gain(records, AFTER, BEFORE, "sense")
+    assert low < value < high and value == pytest.approx(0.4, abs=0.05)
+    for record in records:
+        record["score"] = None
+    table = summary(records, "score")
+    assert table[AFTER] == {"mean": None, "ci": None, "gap": None} and len(judged_rows(records)) == 1 + len(GROUPS)
+    assert json.dumps(judged_rows(records))
+
+
+def test_the_reward_of_two_judges_in_the_docs_is_one(monkeypatch, tmp_path):
+    text = (ROOT / "docs/teachers.md").read_text()
+    (tmp_path / "my_judges.py").write_text(re.search(r"```python\n(# my_judges.py.*?)```", text, re.S)[1])
+    monkeypatch.setattr("tinystory.evaluate.reader.Reader", lambda: Reader("short-words"))
+    monkeypatch.setattr("tinystory.rubric.rubric.Rubric.from_corpus", lambda documents: Rubric())
+    score = load_score(f"{tmp_path / 'my_judges.py'}:score")
+    good, nothing = score(["Once", "Once"], ["a b c d e.", ""])
+    assert nothing == 0 < good <= 1

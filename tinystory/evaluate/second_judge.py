@@ -1,0 +1,135 @@
+"""A run's gain as a second judge sees it, which was not its teacher, beside controls that need no learning."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinystory.config import InteractConfig
+from tinystory.evaluate.corruptions import corpus_documents, real_stories
+from tinystory.evaluate.held_out import FIRST_INDEX
+from tinystory.evaluate.intervals import mean_ci
+from tinystory.evaluate.reader import Reader
+from tinystory.ops.compute import Compute
+from tinystory.run.errors import UserError
+from tinystory.run.folder import EVALUATIONS, JUDGED, SAMPLES, Record, atomic_write, plain, read_records
+from tinystory.student import checkpoint
+from tinystory.student.generate import generate
+from tinystory.teacher.grade import Grade
+
+TEMPERATURES = (0.7, 0.5)
+BEST_OF = 4
+BEFORE, AFTER, BEST, REAL = "before", "after", "best checkpoint", "real stories"
+BEST_OF_N = f"before, best of {BEST_OF} by the teacher"
+COLDER = tuple(f"before, temperature {temperature}" for temperature in TEMPERATURES)
+GROUPS = (BEFORE, AFTER, BEST, *COLDER, BEST_OF_N, REAL)
+
+Pair = tuple[str, str]  # opening and story
+
+
+def judge_run(
+    run: Path, config: InteractConfig, compute: Compute, reader: Reader, grade: Callable[[Sequence[Pair]], list[Grade]]
+) -> list[Record]:
+    """The records of judged.jsonl, which is written: GROUPS of stories to the openings of the run's evaluations, each
+    story with the teacher's score (the sum of its criteria, or a callable's score) and the reader's sense.
+
+    The stories before, after the last step and of `best` are those evaluations; the others are written by the student
+    that the run began with. Real stories are of its corpus. grade: by the run's teacher. Raises UserError for a run
+    that was not evaluated at its start and end."""
+    by_step: dict[int, list[Pair]] = {}
+    for record in sorted(read_records(run / EVALUATIONS), key=lambda record: (record["step"], record["index"])):
+        by_step.setdefault(record["step"], []).append((record["opening"], record["story"]))
+    best = next((record["step"] for record in read_records(run / SAMPLES) if record["when"] == "after"), None)
+    if len(by_step) < 2 or 0 not in by_step or best not in by_step:
+        raise UserError(f"{run} was not evaluated before its first step and at its end: give a finished interaction")
+    groups = {BEFORE: by_step[0], AFTER: by_step[max(by_step)], BEST: by_step[best]}
+    student, tokenizer, facts = checkpoint.load(run / "checkpoints" / "start", compute.device)
+    openings = [opening for opening, _ in by_step[0]]
+
+    def write(temperature: float, copies: int = 1) -> list[Pair]:
+        with torch.no_grad(), compute.autocast():
+            stories = generate(
+                student, None, tokenizer, openings * copies, first_index=FIRST_INDEX, seed=config.seed,
+                max_new_tokens=config.max_new_tokens, temperature=temperature,
+            )  # fmt: skip
+        return [(story.opening, story.text) for story in stories]
+
+    groups |= {name: write(temperature) for name, temperature in zip(COLDER, TEMPERATURES, strict=True)}
+    drawn = write(config.temperature, BEST_OF)
+    real = real_stories(corpus_documents(facts.get("corpus", ["builtin"])), len(openings), seed=config.seed)
+    groups[REAL] = [(opening, " ".join(sentences)) for opening, *sentences in real]
+    n = len(openings)
+    graded = list(dict.fromkeys([*drawn, *(pair for group in groups.values() for pair in group)]))
+    scores = dict(zip(graded, map(_score, grade(graded)), strict=True))
+    chosen = [max(range(i, len(drawn), n), key=lambda at: scores[drawn[at]] or 0) for i in range(n)]
+    groups[BEST_OF_N] = [drawn[at] for at in chosen]
+    pairs = [(name, i, pair) for name in GROUPS for i, pair in enumerate(groups[name])]
+    senses = reader.sense([pair for _, _, pair in pairs]).tolist()
+    records = [
+        {"group": name, "index": i, "opening": pair[0], "story": pair[1], "score": scores[pair], "sense": plain(sense)}
+        for (name, i, pair), sense in zip(pairs, senses, strict=True)
+    ]
+    atomic_write(run / JUDGED, "".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+def _score(grade: Grade) -> float | None:
+    return sum(grade.scores.values()) if grade.scores else grade.score
+
+
+def summary(records: Sequence[Record], measure: str) -> dict[str, dict[str, Any]]:
+    """Per group {"mean", "ci", "gap"} of "score" or "sense": its mean, with a bootstrap interval over the stories, and
+    the fraction of the way from BEFORE to REAL; None for what was not measured."""
+    values = {name: column(records, name, measure) for name in GROUPS}
+    low, high = mean(values[BEFORE]), mean(values[REAL])
+    out = {}
+    for name, group in values.items():
+        present = group[~np.isnan(group)]
+        ci = mean_ci(present) if len(present) else None
+        gap = (mean(group) - low) / (high - low) if high > low else float("nan")
+        out[name] = {"mean": plain(mean(group)), "ci": ci, "gap": plain(gap)}
+    return out
+
+
+def column(records: Sequence[Record], group: str, measure: str) -> np.ndarray:
+    """float64 (n,), nan for None, in the order of the openings."""
+    return np.array([record[measure] for record in records if record["group"] == group], dtype=float)
+
+
+def mean(values: np.ndarray) -> float:
+    return float(np.nanmean(values)) if (~np.isnan(values)).any() else float("nan")
+
+
+def gain(records: Sequence[Record], group: str, over: str, measure: str) -> tuple[float, tuple[float, float]]:
+    """The mean difference between two groups' stories to the same openings, and its bootstrap interval."""
+    ours, theirs = (
+        {record["index"]: record[measure] for record in records if record["group"] == name} for name in (group, over)
+    )
+    pairs = [(ours[i], theirs[i]) for i in ours if i in theirs and None not in (ours[i], theirs[i])]
+    if not pairs:
+        return float("nan"), (float("nan"), float("nan"))
+    difference = np.subtract(*np.array(pairs).T)
+    return float(difference.mean()), mean_ci(difference)
+
+
+def conclusion(records: Sequence[Record]) -> str:
+    """One sentence: which of the run's gain the reader sees."""
+    value, ci = gain(records, AFTER, BEFORE, "sense")
+    text = f"{value:+.2f} [{ci[0]:.2f}, {ci[1]:.2f}] nats per token"
+    if not ci[0] > 0:
+        return f"The reader, which was not the teacher, sees no gain in sense from interaction: {text}."
+    fraction = summary(records, "sense")[AFTER]["gap"]
+    way = "" if fraction is None else f", {fraction:.0%} of the way to real stories"
+    control = max(
+        (*COLDER, BEST_OF_N), key=lambda name: np.nan_to_num(mean(column(records, name, "sense")), nan=-np.inf)
+    )
+    beyond, beyond_ci = gain(records, AFTER, control, "sense")
+    theirs = f"{gain(records, control, BEFORE, 'sense')[0]:+.2f} for “{control}”, which needs no training"
+    verdict = "more than" if beyond_ci[0] > 0 else "less than" if beyond_ci[1] < 0 else "no different from"
+    return (
+        f"The reader, which was not the teacher, sees a gain in sense of {text}{way}; that is {verdict} the {theirs} "
+        f"(difference {beyond:+.2f} [{beyond_ci[0]:.2f}, {beyond_ci[1]:.2f}])."
+    )
