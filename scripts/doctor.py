@@ -40,6 +40,7 @@ from tinystory.run.paths import cache_dir, usage
 from tinystory.student import memory
 from tinystory.student.model import StudentConfig
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.extra import load_extra
 from tinystory.teacher.grader import CallableGrader
 from tinystory.teacher.prompt import Template, load_template
 
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--teacher-url", metavar="URL", help="also ask the OpenAI-compatible teacher at this address")
     parser.add_argument("--teacher-model", metavar="NAME", help="model to ask for (default: the first that it lists)")
     add_number(parser, "--teacher-max-tokens", 16, "[1, 100000]", "longest reply")
+    parser.add_argument("--teacher-extra", default="", metavar="JSON", help="fields to merge into each request")
     parser.add_argument("--teacher-prompt", metavar="FILE", help="JSON file of what to grade (default: stories)")
     add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
     parser.add_argument("--reward", default="", metavar="FILE.py:FUNCTION", help="callable to calibrate; or random")
@@ -95,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.teacher_url is not None:
         template = load_template(options.teacher_prompt) if options.teacher_prompt else Template()
         limits = dict(max_tokens=options.teacher_max_tokens, template=template, concurrency=options.teacher_concurrency)
+        limits |= dict(extra=load_extra(options.teacher_extra))
         with Teacher(options.teacher_url, options.teacher_model, **limits) as teacher:
             probed = teacher.probe()
             print(f"{'teacher':10} {probed}")

@@ -35,9 +35,9 @@ from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, keep_choices, run_pairs, story_pairs
 from tinystory.evaluate.reader import Reader
 from tinystory.evaluate.reading import evaluate_reading
+from tinystory.evaluate.samples import Sample, read_stories
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import OPENINGS, GradeStories, mean_of, story_measures, write_stories
-from tinystory.evaluate.told import Told, read_stories
 from tinystory.ops.compute import pick_device
 from tinystory.report.evaluation import comparison
 from tinystory.report.judges import BEFORE_AFTER, preference_lines
@@ -123,12 +123,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--predictions needs the data that BabyLM asks for: give --babylm FOLDER or --aoa FILE")
     corpus = open_corpus(options.corpus) if options.corpus else None
     device = pick_device(options.device)
-    told = [read_stories(path)[: count or None] for path in files]
+    file_stories = [read_stories(path)[: count or None] for path in files]
     same = SameStory(*options.same_story[:2]) if options.same_story else None
     student_reader = checkpoint.load(checkpoint.find(options.likelihood), device)[:2] if options.likelihood else None
     reader = Reader(options.reader, options.device) if options.reader else None
 
-    def measures(stories: Sequence[Told]) -> dict[str, Any]:
+    def measures(stories: Sequence[Sample]) -> dict[str, Any]:
         result = story_measures(stories, grade=grade, corpus=corpus, same=same)
         if reader:
             result |= reader.measures([(story.opening, story.text) for story in stories])
@@ -161,9 +161,9 @@ def main(argv: list[str] | None = None) -> None:
             if corpus:
                 record["corpus"] = bits_per_byte(student, tokenizer, corpus)
             if count:
-                record["stories"] = measures(told_by(folder, options, count))
+                record["stories"] = measures(samples_of(folder, options, count))
             records.append(record)
-        for path, stories in zip(files, told, strict=True):
+        for path, stories in zip(files, file_stories, strict=True):
             records.append({"name": path.name, "words": None, "stories": measures(stories)})
     if options.predictions and options.aoa:
         submission.save_surprisals(options.predictions, surprisals)
@@ -187,7 +187,7 @@ def compare_stories(options: argparse.Namespace, count: int) -> None:
     if len(options.compare) > 2 or options.checkpoints:
         raise UserError("--compare takes one run, or two checkpoints or files, and nothing else is evaluated with it")
     run = options.compare[0] if len(options.compare) == 1 else None
-    pairs = run_pairs(run) if run else story_pairs(*(told_by(path, options, count) for path in options.compare))
+    pairs = run_pairs(run) if run else story_pairs(*(samples_of(path, options, count) for path in options.compare))
     with contextlib.ExitStack() as stack:
         if options.teacher_url:
             settings = dict(concurrency=options.teacher_concurrency, seed=options.seed, template=COMPARISON)
@@ -211,7 +211,7 @@ def compare_stories(options: argparse.Namespace, count: int) -> None:
         print(f"report: {write_report(run)}")
 
 
-def told_by(path: Path, options: argparse.Namespace, count: int) -> list[Told]:
+def samples_of(path: Path, options: argparse.Namespace, count: int) -> list[Sample]:
     """The stories of a file, or `count` by a student; of two students to the same openings, by the same draws."""
     if path.suffix == ".jsonl":
         return read_stories(path)

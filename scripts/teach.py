@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.config import add_number
 from tinystory.evaluate.preference import preferences, run_pairs, story_pairs
-from tinystory.evaluate.told import read_stories
+from tinystory.evaluate.samples import read_stories
 from tinystory.human.desk import Desk
 from tinystory.human.pairs import PairDesk
 from tinystory.human.server import serve

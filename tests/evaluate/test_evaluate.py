@@ -20,6 +20,7 @@ from tinystory.evaluate.intervals import bootstrap, spearman, weighted, wilson
 from tinystory.evaluate.novelty import SameStory
 from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, option_logprobs, read_items
 from tinystory.evaluate.reading import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading, explained
+from tinystory.evaluate.samples import Sample, read_stories
 from tinystory.evaluate.scoring import bits_per_byte, part, sum_logprobs
 from tinystory.evaluate.stories import (
     distinct_ngrams,
@@ -29,7 +30,6 @@ from tinystory.evaluate.stories import (
     utility,
     write_stories,
 )
-from tinystory.evaluate.told import Told, read_stories
 from tinystory.rl.reward import cluster_sizes
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint, hf
@@ -327,14 +327,16 @@ def test_story_measures(student, tokenizer, tmp_path):
 # ---- stories by anybody ---------------------------------------------------------------------------------------------
 
 
-def write_told(path, stories):
+def write_samples_file(path, stories):
     path.write_text("".join(json.dumps(story) + "\n" for story in stories))
     return path
 
 
 def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measured(student, tokenizer, tmp_path):
-    path = write_told(tmp_path / "a.jsonl", [{"opening": "Once", "story": "Once a big dog ran.", "model": "gpt"}] * 2)
-    assert read_stories(path) == [Told("Once", "a big dog ran.")] * 2
+    path = write_samples_file(
+        tmp_path / "a.jsonl", [{"opening": "Once", "story": "Once a big dog ran.", "model": "gpt"}] * 2
+    )
+    assert read_stories(path) == [Sample("Once", "a big dog ran.")] * 2
     found = story_measures(read_stories(path))
     assert found["self_bleu"] == pytest.approx(1) and found["length_mean"] == 4
     assert "entropy_per_word" not in found and "ended_eos_share" not in found
@@ -342,7 +344,7 @@ def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measur
     told = write_stories(
         student, tokenizer, openings=["Tom", "Mia had"], n_stories=20, max_new_tokens=12, temperature=1.0, seed=0
     )
-    write_told(path, [{"opening": s.opening, "story": s.text, "ended": s.ended} for s in told])
+    write_samples_file(path, [{"opening": s.opening, "story": s.text, "ended": s.ended} for s in told])
     assert story_measures(told).pop("entropy_per_word") > 0
     assert story_measures(read_stories(path)) == story_measures([story._replace(entropy=None) for story in told])
 
@@ -433,7 +435,7 @@ def test_the_command_puts_anybodys_stories_beside_a_students(student, tokenizer,
     told = {
         name: [{"opening": "Tom", "story": f"{name} ran {i}. " * 9} for i in range(12)] for name in ("gpt", "people")
     }
-    files = [write_told(tmp_path / f"{name}.jsonl", stories) for name, stories in told.items()]
+    files = [write_samples_file(tmp_path / f"{name}.jsonl", stories) for name, stories in told.items()]
     arguments = ["--likelihood", str(ours), "--device", "cpu", "--out", str(tmp_path / "report.json")]
     evaluate.main([str(ours), "--stories", "10", *map(str, files), "--max-new-tokens", "40", *arguments])
     records = json.loads((tmp_path / "report.json").read_text())["checkpoints"]

@@ -24,7 +24,7 @@ from tinystory.evaluate.preference import (
     story_pairs,
     win_rate,
 )
-from tinystory.evaluate.told import read_stories
+from tinystory.evaluate.samples import read_stories
 from tinystory.report.judges import preference_lines
 from tinystory.run.errors import UserError
 from tinystory.run.folder import SAMPLES, RunLog
@@ -36,7 +36,7 @@ PAIRS = [pair_of("Once", f"a plain tale {i}.", f"a fine tale {i}.") for i in ran
 
 def likes(word):
     """A judge that prefers the story with this word, wherever it stands; 0..1 for the lower of the two."""
-    return lambda told: [1.0 if word in text.rpartition("\n")[2] else 0.0 for _, text in told]
+    return lambda samples: [1.0 if word in text.rpartition("\n")[2] else 0.0 for _, text in samples]
 
 
 def test_who_prefers_the_same_story_in_both_orders_wins_it():
@@ -47,12 +47,14 @@ def test_who_prefers_the_same_story_in_both_orders_wins_it():
 
 
 def test_who_prefers_a_place_decides_nothing():
-    found = compare(PAIRS, lambda told: [2 / 3] * len(told))
+    found = compare(PAIRS, lambda samples: [2 / 3] * len(samples))
     assert found["rate"] == 0.5 and found["same"] == found["inconsistent"] == 10 and found["second_place"] == 1
 
 
 def test_a_pair_without_an_answer_is_left_out():
-    found = compare(PAIRS, lambda told: [None if i == 3 else answer for i, answer in enumerate(likes("fine")(told))])
+    found = compare(
+        PAIRS, lambda samples: [None if i == 3 else answer for i, answer in enumerate(likes("fine")(samples))]
+    )
     assert found["pairs"] == 9 and found["unscored"] == 1 and found["choices"][1] is None
 
 
@@ -129,9 +131,12 @@ def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short
 
 def files(folder, pairs=PAIRS):
     """Two files of stories, the second in another order and with stories to an opening of its own."""
-    told = ([{"opening": p.opening, "story": p.first} for p in pairs], [{"opening": "Never", "story": "a plain tale."}])
-    told[1].extend({"opening": p.opening, "story": p.second} for p in pairs)
-    for name, stories in zip("ab", told, strict=True):
+    samples = (
+        [{"opening": p.opening, "story": p.first} for p in pairs],
+        [{"opening": "Never", "story": "a plain tale."}],
+    )
+    samples[1].extend({"opening": p.opening, "story": p.second} for p in pairs)
+    for name, stories in zip("ab", samples, strict=True):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(story) + "\n" for story in stories))
     return str(folder / "a.jsonl"), str(folder / "b.jsonl")
 

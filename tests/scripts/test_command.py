@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, fails
 
 from scripts import doctor, evaluate, prepare_data, sample
-from tinystory.evaluate.told import read_stories
+from tinystory.evaluate.samples import read_stories
 from tinystory.run import errors, paths
 from tinystory.run.errors import PeerLost, UserError, command
 from tinystory.student import checkpoint, memory

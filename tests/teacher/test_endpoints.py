@@ -11,6 +11,7 @@ from tinystory.config import InteractConfig
 from tinystory.run.device import Stop
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.extra import load_extra
 from tinystory.teacher.grade import require_scores
 from tinystory.teacher.grader import open_grader
 from tinystory.teacher.probe import THINKING_TOKENS
@@ -234,6 +235,56 @@ def test_a_model_without_a_system_message_gets_the_rubric_first_in_the_users(sta
         assert scored(teacher) and not teacher.probe().system and "no system message" in str(teacher.probe())
         (message,) = server.requests[-1]["messages"]
         assert "A dog ran." in message["content"] and len(server.all) == 1 + 2  # refused once, and not retried
+
+
+def test_extra_fields_and_headers_are_merged_into_each_request(tmp_path):
+    headers = []
+
+    class Heard(FaultServer):
+        async def _chat(self, request):
+            headers.append(request.headers.get("anthropic-version"))
+            return await super()._chat(request)
+
+    extra = load_extra('{"provider": {"order": ["a"]}, "grammar": "mine", "extra_headers": {"anthropic-version": "1"}}')
+    with Heard() as server:
+        for more in (extra, {}):
+            with Teacher(server.url, extra=more, cache=tmp_path / "replies.jsonl") as teacher:
+                assert scored(teacher)
+        with_extra, without = server.requests[1], server.requests[3]
+    assert with_extra == {**without, "provider": {"order": ["a"]}, "grammar": "mine"}  # and other questions are others
+    assert headers[: len(headers) // 2] == ["1"] * (len(headers) // 2) and headers[-1] is None
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("service_tier=flex", "must be a JSON object"),
+        ("[1]", "must be a JSON object"),
+        ('{"a": NaN}', "must be a JSON object"),
+        ('{"max_tokens": 99}', "cannot set max_tokens"),
+        ('{"extra_headers": {"Authorization": "Bearer x"}}', "OPENAI_API_KEY"),
+        ('{"extra_headers": {"X-Api-Password": "x"}}', "such as X-Api-Password"),
+        ('{"extra_headers": {"X-Team": "sk-planted-0123456789"}}', "such as X-Team"),
+        ('{"api_key": "x"}', "such as api_key"),
+        ('{"extra_query": {"access_token": "x"}}', "such as access_token"),
+        ('{"extra_query": {"version": "1"}}', "cannot set extra_query"),
+        ('{"extra_body": {"a": [{"client_secret": "x"}]}}', "such as client_secret"),
+        ('{"extra_headers": {"a": "b\\nc: d"}}', "one line of text"),
+        ('{"extra_headers": 3}', "one line of text"),
+    ],
+)
+def test_extra_fields_that_cannot_be_used_are_one_sentence(text, words):
+    with pytest.raises(UserError) as caught:
+        load_extra(text)
+    assert_one_clean_sentence(caught, "--teacher-extra", words)
+
+
+def test_fields_that_only_sound_like_secrets_are_extra_fields():
+    text = '{"prompt_cache_key": "a", "stop_token_ids": [1], "max_output_tokens": 9, "metadata": {"author": "me"}}'
+    assert load_extra(text) == json.loads(text)
+    opened = open_grader(InteractConfig(reward="random", teacher_extra='{"api_key": "x"}'), corpus=None)
+    with pytest.raises(UserError, match="api_key"), opened:  # nothing is asked, but it would be recorded
+        pass
 
 
 # Models that think.

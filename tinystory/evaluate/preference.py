@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from tinystory.evaluate.intervals import wilson
-from tinystory.evaluate.told import Told
+from tinystory.evaluate.samples import Sample
 from tinystory.run.errors import UserError
 from tinystory.run.folder import PREFERENCES, SAMPLES, read_records
 from tinystory.run.journal import Journal
@@ -51,21 +51,21 @@ def run_pairs(run: Path) -> list[Pair]:
 
 
 def _pairs(run: Path) -> list[Pair]:
-    stories: dict[str, list[Told]] = defaultdict(list)
+    stories: dict[str, list[Sample]] = defaultdict(list)
     for record in read_records(Path(run) / SAMPLES):
-        stories[record["when"]].append(Told(record["opening"], record["story"]))
+        stories[record["when"]].append(Sample(record["opening"], record["story"]))
     return _couples(stories["before"], stories["after"])
 
 
-def _couples(first: Sequence[Told], second: Sequence[Told]) -> list[Pair]:
-    waiting: dict[str, list[Told]] = defaultdict(list)
+def _couples(first: Sequence[Sample], second: Sequence[Sample]) -> list[Pair]:
+    waiting: dict[str, list[Sample]] = defaultdict(list)
     for story in reversed(second):
         waiting[story.opening].append(story)
     couples = [(story, waiting[story.opening].pop()) for story in first if waiting[story.opening]]
     return [pair_of(a.opening, a.text, b.text) for a, b in couples if a.text != b.text]
 
 
-def story_pairs(first: Sequence[Told], second: Sequence[Told]) -> list[Pair]:
+def story_pairs(first: Sequence[Sample], second: Sequence[Sample]) -> list[Pair]:
     """The n-th story to each opening in one list and the n-th to it in the other, where they differ. Raises UserError
     if there are none."""
     if pairs := _couples(first, second):

@@ -12,7 +12,7 @@ import numpy as np
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import mean_ci, wilson
-from tinystory.evaluate.told import Told
+from tinystory.evaluate.samples import Sample
 from tinystory.rl.reward import cluster_ids, partition
 from tinystory.student.generate import generate
 from tinystory.student.model import Student
@@ -40,17 +40,17 @@ def distinct_ngrams(texts: list[str], n: int = 4) -> float | None:
 
 def write_stories(
     student: Student, tokenizer: Tokenizer, *, openings: Sequence[str], n_stories: int, **sampling: Any
-) -> list[Told]:
+) -> list[Sample]:
     """`n_stories` sampled stories, spread evenly over the openings; the same seed gives the same draws. sampling:
     max_new_tokens, temperature and seed, as for `generate`."""
     per_opening, rest = divmod(n_stories, len(openings))
     prompts = [opening for i, opening in enumerate(openings) for _ in range(per_opening + (i < rest))]
     stories = generate(student, None, tokenizer, prompts, first_index=0, **sampling)
-    return [Told(story.opening, story.text, story.ended, float(story.entropies.sum())) for story in stories]
+    return [Sample(story.opening, story.text, story.ended, float(story.entropies.sum())) for story in stories]
 
 
 def story_measures(
-    stories: Sequence[Told],
+    stories: Sequence[Sample],
     *,
     grade: GradeStories | None = None,
     corpus: Corpus | None = None,

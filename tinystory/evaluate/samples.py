@@ -7,8 +7,8 @@ from tinystory.run.errors import UserError
 from tinystory.run.folder import read_records
 
 
-class Told(NamedTuple):
-    """A story by whoever told it; `text` goes on from the opening."""
+class Sample(NamedTuple):
+    """A story; `text` goes on from the opening."""
 
     opening: str
     text: str
@@ -16,7 +16,7 @@ class Told(NamedTuple):
     entropy: float | None = None  # of the distributions that it was sampled from, summed over tokens, in nats
 
 
-def read_stories(path: Path) -> list[Told]:
+def read_stories(path: Path) -> list[Sample]:
     """The stories of a .jsonl file, by whatever model or human: objects with `opening` and `story`, which goes on from
     it, and `ended` where known. An opening that `story` repeats is left out. Raises UserError for any other file."""
     stories = []
@@ -24,7 +24,7 @@ def read_stories(path: Path) -> list[Told]:
         opening, story, ended = (record.get(name) for name in ("opening", "story", "ended"))
         if not (isinstance(opening, str) and isinstance(story, str)):
             raise UserError(f"{path} line {number} lacks an opening and a story: each line is an object with both")
-        stories.append(Told(opening, story.removeprefix(opening).strip(), ended if isinstance(ended, str) else None))
+        stories.append(Sample(opening, story.removeprefix(opening).strip(), ended if isinstance(ended, str) else None))
     if not stories:
         raise UserError(f"{path} holds no stories: give a .jsonl file of objects with an opening and a story")
     return stories
