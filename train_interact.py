@@ -12,6 +12,7 @@ evaluated on held-out openings, and the best student is kept.
 import contextlib
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,9 +25,9 @@ from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.held_out import Evaluator, due, story_means, story_records, write_samples
 from tinystory.ops.compute import resolve
 from tinystory.report.charts import text_curve
-from tinystory.report.run import write_report
+from tinystory.report.run import live_report
 from tinystory.rl import ppo
-from tinystory.rl.collapse import warnings
+from tinystory.rl.collapse import Watch, score_relations
 from tinystory.rl.policy import RunState, load_policy, rollout
 from tinystory.rl.reward import story_rewards
 from tinystory.rubric.process import builtin_teacher
@@ -39,6 +40,8 @@ from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, require_room
 from tinystory.teacher.grade import require_scores, score_means
 from tinystory.teacher.grader import CallableGrader, Grader, open_grader
+from tinystory.teacher.prompt import load_template
+from tinystory.teacher.rank import Ranked
 
 PRETRAIN_RUN = Path("runs/pretrain")
 # Words taken in during interaction at which a checkpoint is kept.
@@ -84,9 +87,11 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     opened = open_grader(config, builtin_teacher, corpus=facts.get("corpus"), replies=run / "replies.jsonl")
     idle = CallableGrader(lambda openings, stories: [], "rank 0")
     grader: Grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else idle)
+    ranked = config.teacher_mode == "rank"
+    ranker = Ranked(grader, load_template(config.teacher_prompt), config.stories_per_opening) if ranked else grader
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
-    to_grade = (config.steps - state.step) * n + evaluations * config.stories_per_evaluation
-    if forecast := grader.forecast(to_grade, openings[0]):
+    expected = (config.steps - state.step) * n + evaluations * config.stories_per_evaluation
+    if forecast := grader.forecast(expected, openings[0], config.stories_per_opening if ranked else 1):
         print(f"forecast: {forecast}")
     grader_facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
     print(f"student {origin}, scored by {grader_facts['scored_by']}")
@@ -100,6 +105,8 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     resume_step = state.step if config.resume else None
     log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
     log.config(asdict(config) | grader_facts | compute.recorded | {"init": config.init or str(origin)})
+    update_report = stack.enter_context(live_report(run, rank0))
+    watch = Watch(read_metrics(run), config.kl_target)
 
     def save(name: str = "", replace: bool = False) -> None:
         policy.save(run / "checkpoints" / (name or f"step_{state.step:07d}"), state, replace=replace)
@@ -107,12 +114,12 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     if not resume_from:
         save("start")
     distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
-    stop, warned = stack.enter_context(Stop().listening()), set[str]()
+    stop = stack.enter_context(Stop().listening())
     evaluator = Evaluator(config, policy, openings, grader, log, stop)
     bar = tqdm(total=config.steps * n, initial=state.written, unit="story", disable=not rank0)
 
     def send(index: int, opening: str, story: str) -> None:
-        grader.send(index, opening, story)
+        ranker.send(index, opening, story)
         bar.update()
 
     with contextlib.suppress(Interrupted), bar:
@@ -138,7 +145,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 )
             reference_end = now(compute.device)  # so that a GPU's time does not count as the teacher's
             try:
-                grades = distributed.rank0_value(lambda: grader.collect(stop))
+                grades = distributed.rank0_value(lambda: ranker.collect(stop))
                 require_scores(grades, config.max_unscored)
             except UserError:  # nothing has been learned in this step, so the state after the last one is saved
                 save()
@@ -163,14 +170,15 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             records = story_records(state.step, stories, grades, rewards)
             means = story_means(records)
             log.stories(records)
-            log.metrics(
+            record = log.metrics(
                 step=state.step, **stats, **score_means(grades), **means,
+                **score_relations([grade.score for grade in grades], stories),
                 **evaluation, words_in=state.words_in, words_out=state.words_out,
                 entropy=sum(float(story.entropies.sum()) for story in stories) / n,
                 tokens_mean=sum(len(story.tokens) for story in stories) / n,
                 rollout_s=rollout_end - began, reference_s=reference_end - rollout_end,
                 teacher_s=teacher_end - reference_end, update_s=update_end - teacher_end,
-                peak_memory_mb=peak_memory_mb(compute.device), **grader.stats(),
+                peak_memory_mb=peak_memory_mb(compute.device), **ranker.stats(),
             )  # fmt: skip
             bar.set_postfix({"reward": stats["reward_mean"], "words": means["length_mean"], "kl": stats["kl"]})
             for name, words in milestones.items():
@@ -180,13 +188,11 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 save()
             if failure:
                 raise failure
-            if rank0 and state.step % (5 * config.save_every) == 0:
-                write_report(run)
-            signs = distributed.rank0_value(lambda: warnings(read_metrics(run), config.kl_target, n))
-            for kind in signs.keys() - warned:
-                bar.write(signs[kind])
-            warned |= signs.keys()
-            if "collapse" in signs and config.stop_on_collapse:
+            update_report()
+            warnings = distributed.rank0_value(partial(watch.add, record))
+            for warning in warnings.values() if rank0 else ():
+                bar.write(warning)
+            if config.stop_on_collapse and warnings.keys() & {"collapse", "kl"}:
                 break
         if not distributed.all_reduce_max(stop.requested) and not evaluator.done(state.step):  # an early end
             evaluator.evaluate(state)
@@ -226,7 +232,7 @@ def report(run: Path, state: RunState, *, stopped: bool) -> None:
         return
     print(write_samples(run, state.best_step))
     print(f"mean reward per step {text_curve([record.get('reward_mean') for record in read_metrics(run)], 60)}")
-    print(f"report: {write_report(run)}\nnext:   {usage('python scripts/sample.py', checkpoint.find(run))}")
+    print(f"report: {run / 'report.html'}\nnext:   {usage('python scripts/sample.py', checkpoint.find(run))}")
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ from tinystory.data.shards import prepare
 from tinystory.data.windows import Windows
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import resolve
-from tinystory.report.run import write_report
+from tinystory.report.run import live_report
+from tinystory.rl.collapse import Watch
 from tinystory.run import distributed
 from tinystory.run.device import Download, Stop, peak_memory_mb, upload
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import RunLog, held
+from tinystory.run.folder import RunLog, held, read_metrics
 from tinystory.run.paths import usage
 from tinystory.run.step_log import StepLog
 from tinystory.run.text import printable
@@ -160,9 +161,9 @@ def pretrain(config: PretrainConfig) -> None:
         total=config.words, initial=state.words, unit="word", unit_scale=True, desc="pretraining", mininterval=0.5,
         disable=not rank0,
     )  # fmt: skip
-    steps = StepLog(log, bar, config.batch_size * config.context)
+    steps = StepLog(log, bar, config.batch_size * config.context, Watch(read_metrics(run)).add)
     next_batch = load_batch(state.step)
-    with log, bar, Stop().listening() as stop:
+    with log, live_report(run, rank0) as update_report, bar, Stop().listening() as stop:
         # A signal to any process stops all of them.
         while state.words < config.words and not distributed.all_reduce_max(stop.requested):
             began, (batch, words) = time.perf_counter(), next_batch
@@ -185,12 +186,12 @@ def pretrain(config: PretrainConfig) -> None:
             for name in milestones:
                 steps.write(0)  # first, for a resumed run keeps the metrics up to its checkpoint
                 save(name)
+            update_report()
         steps.write(0)
         save(f"step_{state.step:07d}")
 
     if not rank0:
         return
-    report = write_report(run)
     if state.words < config.words:
         resume = usage("python train_pretrain.py", "--out", run, "--resume")
         print(f"stopped after {state.words:,} words, all saved; go on with: {resume}")
@@ -205,7 +206,8 @@ def pretrain(config: PretrainConfig) -> None:
     if steps.metrics:  # {} of a run that was finished before it was resumed
         loss, bits = steps.metrics["val_loss"], steps.metrics["val_bits_per_byte"]
         print(f"validation loss {loss:.3f} nats per token, {bits:.3f} bits per byte")
-    print(f"report: {report}\nnext:   {usage('python train_interact.py', '--init', checkpoint.newest(run))}")
+    print(f"report: {run / 'report.html'}")
+    print(f"next:   {usage('python train_interact.py', '--init', checkpoint.newest(run))}")
 
 
 if __name__ == "__main__":

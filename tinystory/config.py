@@ -5,6 +5,7 @@ Flags override the preset, which overrides the defaults: `python train_pretrain.
 
 import argparse
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from tinystory.run.errors import UserError
 from tinystory.run.folder import CONFIG, recorded_options
+from tinystory.run.track import TRACKERS
 
 
 def option(
@@ -89,6 +91,7 @@ class PretrainConfig:
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
     save_every: int = option(200, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
+    track: str = option("none", "also send the records to tensorboard, wandb (offline) or trackio", TRACKERS)
 
     n_layer: int = option(4, "transformer blocks", "[1, 1000]", group="model")
     n_head: int = option(4, "attention heads", "[1, 1000]")
@@ -139,12 +142,14 @@ class InteractConfig:
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
     steps: int = option(4, "maximum number of PPO steps", "[1, 1e9]")
     save_every: int = option(1, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
+    track: str = option("none", "also send the records to tensorboard, wandb (offline) or trackio", TRACKERS)
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
     teacher_url: list[str] = option(
         [], "OpenAI-compatible endpoints, as http://127.0.0.1:11434/v1 (default: the built-in teacher)", group="teacher"
     )
     teacher_model: list[str] = option([], "model name, or one per --teacher-url (default: the server's first one)")
+    teacher_mode: str = option("score", "score each story, or rank those of an opening", ("score", "rank"))
     teacher_concurrency: int = option(16, "maximum number of requests in flight per server", "[1, 10000]")
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher", "[0, 2]")
     teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]")
@@ -385,6 +390,8 @@ def _check_option(f: dataclasses.Field, kind: Any, value: Any) -> Iterator[str]:
 
 def _check_together(config: Any) -> Iterator[str]:
     """A sentence for each group of options that do not go together. The range of one option stands beside its help."""
+    if config.track != "none" and importlib.util.find_spec(config.track) is None:
+        yield f"--track {config.track} needs its package: pip install {config.track}"
     if isinstance(config, PretrainConfig):
         size, rest = divmod(config.n_embd, config.n_head)
         if rest or size % 16 or size > 256:
@@ -397,6 +404,13 @@ def _check_together(config: Any) -> Iterator[str]:
         yield (
             f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's probabilities must not "
             "reach the student"
+        )
+    group, teacher = config.stories_per_opening, config.teacher_url or config.replay
+    comparable = 2 <= group <= config.teacher_max_tokens / 2 and config.stories_per_step % group == 0
+    if config.teacher_mode == "rank" and not (teacher and comparable):
+        yield (
+            "--teacher-mode rank compares the stories of an opening: give a --teacher-url, --stories-per-opening 2 to "
+            "half of --teacher-max-tokens, and a multiple of it as --stories-per-step"
         )
     if config.budget_cost and not config.price_in + config.price_out:
         yield "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"

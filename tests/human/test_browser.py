@@ -1,4 +1,5 @@
-"""A person teaches a student: in a real browser, by keys alone, through a whole run, while servers die.
+"""A person teaches a student: in a real browser, by keys alone, through a whole run, while servers die; and the report
+of a run that goes on reloads itself there.
 
 It needs playwright (a test extra) and a Chromium on the machine (Debian: apt install chromium).
 """
@@ -17,7 +18,8 @@ from conftest import ROOT, metrics
 from fault_server import closed_port
 
 from tinystory.evaluate.preference import run_pairs, run_preferences
-from tinystory.run.folder import SAMPLES, read_records, read_stories
+from tinystory.report.run import live_report, write_report
+from tinystory.run.folder import SAMPLES, RunLog, read_records, read_stories
 from tinystory.teacher.prompt import CRITERIA, clean
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -216,3 +218,29 @@ def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
         for process in (client, server):
             process.kill()
             process.wait()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_of_a_run_that_goes_on_reloads_itself(browser, tmp_path, monkeypatch, scheme):
+    monkeypatch.setattr("tinystory.report.run.RELOAD_S", 1)
+    context = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    try:
+        with RunLog(tmp_path, resume_step=None) as log, live_report(tmp_path, True):
+            log.config({"steps": 9})
+            log.metrics(step=1, reward_mean=0.5, rollout_s=30.0)
+            write_report(tmp_path, live=True)
+            page.goto((tmp_path / "report.html").as_uri())
+            assert "1 step" in page.text_content("p.note") and "about 4 min left" in page.text_content("p.note")
+            log.metrics(step=2, reward_mean=0.6, rollout_s=30.0)
+            write_report(tmp_path, live=True)
+            page.wait_for_selector("text=2 steps")
+        page.wait_for_selector("text=running", state="detached")
+        page.evaluate("window.seen = true")  # no script of the page's, which allows none
+        page.wait_for_timeout(2500)
+        assert page.evaluate("window.seen")  # it reloads no more
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, colour[4:-1].split(","))) > 384) == (scheme == "light")
+    finally:
+        context.close()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.report.frontier import best_of_n, tilt
-from tinystory.report.run import RANDOM, UNSCORED, Digest, write_report
+from tinystory.report.run import RANDOM, UNSCORED, Digest, live_report, remaining, write_report
 from tinystory.run.errors import UserError
 from tinystory.run.folder import RunLog
 
@@ -38,12 +38,13 @@ def story(step, index, reward=0.5, **other):
 
 def interaction_run(folder, steps=20, stories=()):
     with RunLog(folder, resume_step=None) as log:
-        log.config({"teacher_url": "http://127.0.0.1:9/v1", "note": EVIL, "device": "cpu"})
+        log.config({"teacher_url": "http://127.0.0.1:9/v1", "note": EVIL, "device": "cpu", "steps": 16})
         for step in range(1, steps + 1):
             log.metrics(
                 step=step,
                 reward_mean=step / 100,
-                score_std=0.0 if step > 5 else 1.0,
+                score_mode=1.0 if step > 5 else 0.3,
+                score_mean=4.5,
                 readability_mean=1 + step / 100,
                 coherence_mean=1.5,
                 creativity_mean=2.0,
@@ -109,12 +110,38 @@ def check_self_contained(page):
     assert not any("url(" in (value or "") for _, value in page.attributes)
 
 
+def test_the_page_of_a_run_reloads_itself_until_the_run_is_over(tmp_path):
+    interaction_run(tmp_path, 12, [story(step, 0) for step in range(1, 13)])
+    with pytest.raises(UserError), live_report(tmp_path, True) as update:
+        update()
+        page = Page(tmp_path / "report.html")
+        assert ("http-equiv", "refresh") in page.attributes and ("content", "10") in page.attributes
+        assert "UTC · running, about 16 s left" in page.text  # 4 steps of 4 seconds
+        check_self_contained(page)
+        (tmp_path / "report.html").unlink()
+        update()  # not due
+        assert not (tmp_path / "report.html").exists()
+        raise UserError("the teacher has gone")
+    page = Page(tmp_path / "report.html")
+    assert ("http-equiv", "refresh") not in page.attributes and "running" not in page.text
+    with live_report(tmp_path / "other rank", False) as update:
+        update()
+
+
+def test_the_time_left_is_said_where_it_can_be_told():
+    words = {"options": {"words": 1000}}
+    step = dict(step=3, words=250, tokens=500, tokens_per_s=10.0)
+    assert remaining([step], words) == "running, about 2 min left"
+    for metrics, config in (([], words), ([step], {}), ([step | {"tokens_per_s": None}], words)):
+        assert remaining(metrics, config) == "running"
+
+
 def test_headline_is_the_mean_of_five_steps_at_each_end(tmp_path):
     interaction_run(tmp_path, 20, [story(step, 0) for step in range(1, 21)])
     text = Page(write_report(tmp_path)).text
     assert "Mean reward0.03 → 0.18first 5 steps → last 5" in text
     assert "Readability1.03 → 1.18" in text
-    assert "in 15 of 20 steps all stories had the same score" in text
+    assert "From step 10: all stories of the last 5 steps had the same score (4.5 in the last)" in text
     assert "Words taken in2,0001,000 written" in text and "Unscored40" in text
     assert "rollout 20 s, 25%teacher 40 s, 50%update 20 s, 25%" in text
 

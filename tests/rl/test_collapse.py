@@ -1,19 +1,28 @@
-"""Collapse and scores without signal are said, health is not."""
+"""Collapse, a runaway KL, exploding losses and scores without signal are said once each; health is not."""
 
+import math
 import random
 
 import pytest
+import torch
 
-from tinystory.rl.collapse import WINDOW, scores_without_signal, signs_of_collapse, warnings
+from tinystory.rl.collapse import FEW, WINDOW, Watch, score_relations
+from tinystory.rl.reward import random_scores
+from tinystory.student.generate import Story
 
-HEALTHY = dict(distinct_4=0.85, story_clusters=40, length_mean=120.0, entropy=150.0, kl=1.5, reward_std=0.1)
+HEALTHY = dict(
+    distinct_4=0.85, story_clusters=40, length_mean=120.0, entropy=150.0, kl=1.5, reward_std=0.1, score_mean=5.0,
+    score_mode=0.3, scored=256, score_length=0.2, score_logprob=0.4, policy_loss=-0.1, value_loss=0.2, grad_norm=0.5,
+    skipped=0,
+)  # fmt: skip
 
 
 def run(steps: int = 30, **end) -> list[dict]:
     """Records that move in a line from a healthy start to `end`, with noise."""
     rng = random.Random(0)
     return [
-        {
+        {"step": step + 1}
+        | {
             name: (start + (end.get(name, start) - start) * step / (steps - 1)) * rng.uniform(0.9, 1.1)
             for name, start in HEALTHY.items()
         }
@@ -21,43 +30,101 @@ def run(steps: int = 30, **end) -> list[dict]:
     ]
 
 
+def kinds(records, kl_target=2.0) -> set[str]:
+    return {*Watch(records, kl_target).warnings}
+
+
 def test_a_healthy_run_is_left_alone():
-    assert signs_of_collapse(run(), 2.0) == ""
-    assert signs_of_collapse(run(distinct_4=0.7, story_clusters=30, length_mean=140.0, entropy=100.0), 2.0) == ""
+    assert kinds(run()) == set()
+    assert kinds(run(distinct_4=0.7, story_clusters=30, length_mean=140.0, entropy=100.0, grad_norm=3.0)) == set()
 
 
 @pytest.mark.parametrize(
-    ("end", "said"),
+    ("kind", "sentence", "advice", "end"),
     [
-        (dict(distinct_4=0.35), "grow alike"),
-        (dict(story_clusters=2), "few clusters"),
-        (dict(length_mean=30.0), "shrink"),
-        (dict(entropy=20.0), "entropy"),
-        (dict(kl=12.0), "KL runs away"),
-        (dict(reward_std=0.001), "have the same reward"),
+        ("collapse", "grow alike", "--kl-coef", dict(distinct_4=0.35)),
+        ("collapse", "few clusters", "--diversity", dict(story_clusters=2)),
+        ("collapse", "shrink", "--kl-coef", dict(length_mean=30.0)),
+        ("collapse", "entropy", "--kl-coef", dict(entropy=20.0)),
+        ("collapse", "have the same reward", "--kl-coef", dict(reward_std=0.001)),
+        ("kl", "the KL runs away", "--kl-horizon", dict(kl=12.0)),
+        ("loss", "the value loss explodes", "--learning-rate", dict(value_loss=90.0)),
+        ("loss", "the gradient explodes", "--grad-clip", dict(grad_norm=300.0)),
+        ("loss", "every step skips minibatches", "--learning-rate", dict(skipped=1)),
+        ("signal", "95% or more of the stories", "--teacher-prompt", dict(score_mode=1.1)),
+        (
+            "signal",
+            "as unrelated to the stories",
+            "--calibrate",
+            dict(score_length=0.0, score_logprob=0.0),
+        ),
     ],
 )
-def test_each_sign_is_said_with_what_to_try(end, said):
-    signs = signs_of_collapse(run(**end), 2.0)
-    assert said in signs and "--kl-coef" in signs and signs.count(":") == 1
+def test_each_sign_is_said_with_what_to_try(kind, sentence, advice, end):
+    ((found, (step, warning)),) = Watch(run(**end), 2.0).warnings.items()
+    assert found == kind and sentence in warning and advice in warning and WINDOW <= step <= 30
+    assert warning.count(": ") == 1
 
 
-def test_scores_that_are_all_the_same_for_some_steps_are_said_with_what_to_try():
-    told, flat = dict(score_mean=5.0, score_std=1.2), dict(score_mean=9.0, score_std=0.0)
-    assert "--teacher-prompt" in scores_without_signal([told] * 3 + [flat] * WINDOW)
-    for records in ([flat] * (WINDOW - 1), [flat] * 9 + [told], [told] * 9, [dict(score_std=None)] * 9, [{}] * 9):
-        assert scores_without_signal(records) == ""
-    assert warnings([flat] * WINDOW, 2.0, 64).keys() == {"signal"}
-    assert warnings(run(kl=12.0), 2.0, 64).keys() == {"collapse"}
+def test_a_warning_comes_at_the_first_step_that_gives_reason_and_only_once():
+    records = run(16, distinct_4=0.2)
+    watch = Watch(kl_target=2.0)
+    news = [watch.add(record) for record in records]
+    (step,) = [record["step"] for record, new in zip(records, news, strict=True) if new]
+    assert 10 <= step < 16 and watch.warnings["collapse"][0] == step
+    resumed = Watch(records[:step], 2.0)  # what an earlier process said is not said again
+    assert [resumed.add(record) for record in records[step:]] == [{}] * (16 - step)
+
+
+def test_scores_that_are_all_the_same_for_some_steps_are_said():
+    varied, flat = dict(step=1, score_mean=5.0, score_mode=0.3), dict(step=1, score_mean=9.0, score_mode=1.0)
+    _, sentence = Watch([varied] * 3 + [flat] * WINDOW).warnings["signal"]
+    assert sentence.startswith("all stories of the last 5 steps had the same score (9 in the last)")
+    unknown = dict(step=1, score_mode=None)
+    for records in ([flat] * (WINDOW - 1), [flat] * 4 + [varied] + [flat] * 4, [varied] * 9, [unknown] * 9):
+        assert kinds(records) == set()
 
 
 def test_few_large_steps_are_enough_for_a_warning():
-    collapsed = run(4, distinct_4=0.2)
-    assert warnings(collapsed, 2.0, 1024).keys() == {"collapse"} and warnings(collapsed, 2.0, 256) == {}
-    flat = [dict(score_mean=9.0, score_std=0.0)]
-    assert "of the last step had" in warnings(flat, 2.0, 1024)["signal"] and warnings(flat, 2.0, 512) == {}
+    collapsed = [record | {"scored": 1024} for record in run(4, distinct_4=0.1)]
+    assert "collapse" in kinds(collapsed) and kinds([record | {"scored": 200} for record in collapsed]) == set()
+    flat = dict(step=1, score_mean=9.0, score_mode=1.0, scored=2000)
+    assert "of the last step had" in Watch([flat]).warnings["signal"][1]
+
+
+def test_a_loss_of_pretraining_that_rises_is_said():
+    falling = [dict(step=step, loss=7 - step / 5) for step in range(20)]
+    assert kinds(falling) == set() and kinds([*falling, *[dict(step=20, loss=4.0)] * 9]) == set()
+    warnings = Watch([*falling, *[dict(step=20, loss=6.0)] * 9]).warnings
+    assert warnings.keys() == {"loss"} and "the loss explodes (3.6 to 5.4" in warnings["loss"][1]
+
+
+def stories(count: int) -> list[Story]:
+    torch.manual_seed(count)
+    lengths = torch.randint(5, 80, (count,)).tolist()
+    return [
+        Story(i, "Once", f"a{i} " * n, torch.arange(n), -torch.rand(n) * i, torch.zeros(n), torch.zeros(n), "eos")
+        for i, n in enumerate(lengths)
+    ]
+
+
+def test_random_scores_are_told_from_those_that_follow_the_story():
+    by_length = [score_relations([s.words / 80 for s in stories(n)], stories(n)) for n in range(64, 69)]
+    assert all(r["score_length"] == pytest.approx(1) and r["scored"] >= 64 for r in by_length)
+    by_chance = [score_relations(random_scores("", [s.text for s in stories(n)]), stories(n)) for n in range(64, 69)]
+    assert kinds([dict(step=1, **relations) for relations in by_length]) == set()
+    assert kinds([dict(step=1, **relations) for relations in by_chance]) == {"signal"}
+    few = [dict(step=1, scored=FEW // WINDOW - 1, score_length=0.0, score_logprob=0.0)] * 9
+    assert kinds(few) == set()  # too few to tell
+
+
+def test_relations_that_are_undefined_are_none():
+    for scores in ([None] * 3, [0.5] * 3, [None, None, 0.2]):
+        relations = score_relations(scores, stories(3))
+        assert relations["score_length"] is None and relations["score_logprob"] is None
+    assert score_relations([0.1, None, 0.4], stories(3))["scored"] == 2
 
 
 def test_a_short_run_and_missing_values_say_nothing():
-    assert signs_of_collapse(run(6, distinct_4=0.1), 2.0) == ""
-    assert signs_of_collapse([{"distinct_4": None}] * 30, 2.0) == ""
+    assert kinds(run(6, distinct_4=0.1)) == set()
+    assert kinds([{"step": 1, "distinct_4": None, "kl": None}] * 30) == set() and math.inf == Watch().kl_target

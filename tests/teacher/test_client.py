@@ -15,7 +15,7 @@ from tinystory.teacher.client import Teacher
 from tinystory.teacher.endpoint import Slots
 from tinystory.teacher.grade import Grade
 from tinystory.teacher.pool import Queue
-from tinystory.teacher.prompt import CRITERIA, Template, read_back
+from tinystory.teacher.prompt import CRITERIA, Template, Text, read_back
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -124,7 +124,7 @@ def test_an_empty_story_needs_no_teacher():
 def test_closing_leaves_nothing_in_flight():
     with FaultServer(lambda story, n: "hang") as server:
         teacher = Teacher(server.url, concurrency=8)
-        futures = [teacher.submit("Once", f"Dog {i} ran.", i) for i in range(20)]
+        futures = [teacher.submit(Text("Once", f"Dog {i} ran.", i)) for i in range(20)]
         while server.in_flight < 8:
             time.sleep(0.01)
         teacher.close()

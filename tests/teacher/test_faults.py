@@ -22,6 +22,7 @@ from tinystory.run.folder import read_stories
 from tinystory.student import checkpoint
 from tinystory.teacher import pool
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.prompt import Text
 from tinystory.teacher.replay import Replay
 
 STORIES = int(os.environ.get("TINYSTORY_FAULT_STORIES", "200"))  # 2000 for the full size
@@ -242,17 +243,20 @@ def test_a_story_that_was_given_up_stays_so_even_if_its_words_come_again(tmp_pat
     """Story 1 was given up, and story 2 with the same words was graded: a replay distinguishes them."""
     script = lambda story, n: "500" if n < pool.FAILURES else "1 1 1"  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
-        lost, found = (teacher.grades([("Once", "A cat ran.", index)])[0] for index in (1, 2))
+        lost, found = (teacher.grades([Text("Once", "A cat ran.", index)])[0] for index in (1, 2))
     assert lost.scores is None and found.scores is not None
-    told = [story_record(1, index, story="A cat ran.", scores=scores) for index, scores in ((1, None), (2, {}))]
+    told = [
+        story_record(1, index, story="A cat ran.", scores=scores, reward=reward)
+        for index, scores, reward in ((1, None, None), (2, {}, 0.5))
+    ]
     (tmp_path / "stories.jsonl").write_text("".join(json.dumps(record) + "\n" for record in told))
     again = Replay(tmp_path)
-    assert again.grades([("Once", "A cat ran.", 1)])[0].scores is None
-    assert again.grades([("Once", "A cat ran.", 1)])[0].reply_words == lost.reply_words == 0
-    assert again.grades([("Once", "A cat ran.", 2)])[0].scores == found.scores
-    assert again.grades([("Once", " ", 3)])[0].score == 0.0
+    assert again.grades([Text("Once", "A cat ran.", 1)])[0].scores is None
+    assert again.grades([Text("Once", "A cat ran.", 1)])[0].reply_words == lost.reply_words == 0
+    assert again.grades([Text("Once", "A cat ran.", 2)])[0].scores == found.scores
+    assert again.grades([Text("Once", " ", 3)])[0].score == 0.0
     with pytest.raises(UserError, match="story 4 was not graded"):
-        again.grades([("Once", "A dog ran.", 4)])
+        again.grades([Text("Once", "A dog ran.", 4)])
 
 
 def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(init, tmp_path, capsys, monkeypatch):

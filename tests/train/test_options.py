@@ -68,7 +68,11 @@ REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-ti
 --critic value|--optimizer sgd|--weights-init zero|--dtype float16|--max-unscored 1|--diversity 1.1|--context 1
 --reward random --teacher-url http://127.0.0.1:9|--replay x --teacher-url http://127.0.0.1:9|--reward random --replay x
 --stories-per-step 1|--budget-cost 1|--critic head|--value-coef 0.1
---preset paper --critic ridge|--preset paper --value-coef 0"""
+--preset paper --critic ridge|--preset paper --value-coef 0
+--teacher-mode rank --stories-per-opening 4|--teacher-url http://127.0.0.1:9 --teacher-mode rank
+--teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-opening 16
+--teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-step 10 --stories-per-opening 4
+--reward random --stories-per-opening 4 --teacher-mode rank|--track neptune"""
 
 
 @pytest.mark.parametrize("argv", REFUSED.replace("\n", "|").split("|"))

@@ -14,10 +14,12 @@ TOP_SCORE = 3  # each criterion is scored from 0 to this
 LONGEST = 3000  # characters of a story that are shown
 
 
-def write(path: Path, title: str, subtitle: str, sections: Sequence[str]) -> Path:
-    """The path, to which a self-contained page of the non-empty sections is written. All other arguments are HTML."""
+def write(path: Path, title: str, subtitle: str, sections: Sequence[str], reload_s: int = 0) -> Path:
+    """The path, to which a self-contained page of the non-empty sections is written. reload_s: seconds after which the
+    page reloads itself; 0: it does not. All other arguments are HTML."""
     style, body = charts.palette() + charts.STYLE + STYLE, "\n".join(filter(None, sections))
-    text = PAGE.format(name=title, style=style, subtitle=subtitle, sections=body)
+    reload = f'<meta http-equiv="refresh" content="{reload_s}">\n' if reload_s else ""
+    text = PAGE.format(name=title, style=style, subtitle=subtitle, sections=body, reload=reload)
     atomic_write(path, text.encode("utf-8", "replace"))  # text of a model may hold lone surrogates
     return path
 
@@ -162,7 +164,7 @@ PAGE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{name} · tinystory</title>
+{reload}<title>{name} · tinystory</title>
 <style>{style}</style>
 </head>
 <body>
@@ -187,6 +189,7 @@ h3 { margin: 0; font-size: .8rem; font-weight: 600; color: var(--muted); }
 section, details { margin-top: 4rem; }
 details + details { margin-top: 1.5rem; }
 .note { margin: .3rem 0 1.4rem; color: var(--muted); max-width: 44rem; text-wrap: pretty; }
+.warning { margin: 1.2rem 0 0; padding-left: .9rem; border-left: 3px solid var(--coherence); max-width: 44rem; }
 .hero { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 3rem; margin-top: 2.2rem; }
 .tiles { align-content: start; display: grid; grid-template-columns: repeat(2, 1fr); gap: 1.8rem 1rem; }
 .tile p { margin: 0; font-size: 1.7rem; line-height: 1.3; font-weight: 600; color: var(--tint); white-space: nowrap; }

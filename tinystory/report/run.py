@@ -1,12 +1,16 @@
 """report.html: one self-contained page about one run, without network access, scripts or other files.
 
-It is generated only from the records in the run's folder, so it can be written again at any time.
+It is generated only from the records in the run's folder, so it can be written again at any time. While its run goes
+on, it is, and reloads itself.
 """
 
+import contextlib
 import hashlib
 import itertools
+import math
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from tinystory.report import charts, judges, page
 from tinystory.report.charts import Line, chart, number
 from tinystory.report.frontier import best_of_n, tilt
 from tinystory.report.page import TOP_SCORE, block, colour, details, grid, section, story_card, tile
+from tinystory.rl.collapse import Watch
 from tinystory.rl.reward import cluster_sizes
 from tinystory.run.errors import UserError
 from tinystory.run.folder import SAMPLES, Record, read_config, read_metrics, read_records, read_stories
@@ -21,6 +26,8 @@ from tinystory.run.folder import SAMPLES, Record, read_config, read_metrics, rea
 EDGE = 5  # the headline compares the means of the first and last so many steps
 PAIRS, RANDOM, UNSCORED = 12, 6, 3  # stories shown: before and after; random ones; unscored
 HERO = (560, 300)  # size of the chart at the top, in pixels
+RELOAD_S = 10  # of the page of a run that goes on
+RECENT = 5  # steps whose pace the time left is estimated from
 PARTS = ("rollout", "reference", "teacher", "update")  # of a step, in chronological order
 
 SAMENESS_CURVES = {
@@ -62,8 +69,27 @@ PRETRAINING_CURVES = {
 }
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write report.html into the folder of a run, finished or not, and return its path.
+@contextlib.contextmanager
+def live_report(run: Path, writes: bool) -> Iterator[Callable[[], None]]:
+    """Yields what keeps the report of a run up to date if called after every step. At the end of the block, however it
+    comes, the page is written once more and no longer reloads itself. writes: False in all processes but one."""
+    due = 0.0
+
+    def update() -> None:
+        nonlocal due
+        if writes and (start := time.monotonic()) >= due:
+            write_report(run, live=True)
+            due = start + max(RELOAD_S, 20 * (time.monotonic() - start))  # at most a twentieth of the run's time
+
+    try:
+        yield update
+    finally:
+        if writes:
+            write_report(run)
+
+
+def write_report(run_folder: Path, live: bool = False) -> Path:
+    """Write report.html into the folder of a run, finished or not, and return its path. live: the page reloads itself.
 
     Raises UserError if the folder holds no run.
     """
@@ -81,7 +107,29 @@ def write_report(run_folder: Path) -> Path:
         rest = {key: value for key, value in config.items() if key != "options"}
         lists = page.facts(flat(config["options"])) + page.facts(flat(rest))
         sections.append(details("How it was run", lists, opened=True))
-    return page.write(folder / "report.html", escape(folder.resolve().name), subtitle(metrics, config), sections)
+    for step, sentence in Watch(metrics, number_option(config, "kl_target") or math.inf).warnings.values():
+        sections.insert(0, f'<p class="warning"><b>From step {number(step)}:</b> {escape(sentence)}</p>')
+    heading = subtitle(metrics, config) + f" · {remaining(metrics, config)}" * live
+    return page.write(folder / "report.html", escape(folder.resolve().name), heading, sections, RELOAD_S * live)
+
+
+def number_option(config: Record, name: str) -> float | None:
+    value = config.get("options", {}).get(name)
+    return value if type(value) in (int, float) else None
+
+
+def remaining(metrics: list[Record], config: Record) -> str:
+    """The state of a run that goes on, with the time left, where the pace of its RECENT steps tells it."""
+    recent, last = metrics[-RECENT:], metrics[-1] if metrics else {}
+    words, speed = last.get("words"), mean(column(recent, "tokens_per_s"))
+    if "reward_mean" in last and (steps := number_option(config, "steps")):
+        seconds = sum(record.get(f"{part}_s") or 0 for part in PARTS for record in recent)
+        left = (steps - last["step"]) * seconds / len(recent)
+    elif words and speed and (total := number_option(config, "words")):
+        left = (total / words - 1) * (last.get("tokens") or 0) / speed
+    else:
+        return "running"
+    return f"running, about {page.duration(left)} left"
 
 
 def subtitle(metrics: list[Record], config: Record) -> str:
@@ -127,7 +175,7 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
         section(
             "The teacher’s scores",
             f"{judges.scored_by_note(scored_by, config)} Mean score per step, from 0 to 3. The bold line is a rolling "
-            f"mean, the band one standard deviation over its window.{without_signal(metrics)}",
+            "mean, the band one standard deviation over its window.",
             grid(scores),
         ),
         reward_against_kl(metrics, digest),
@@ -147,11 +195,6 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
         details("PPO diagnostics", grid(curve_charts(metrics, PPO_CURVES))),
         teacher_requests(metrics),
     ]
-
-
-def without_signal(metrics: list[Record]) -> str:
-    flat = sum(std == 0 for std in column(metrics, "score_std"))
-    return f" But in {flat} of {len(metrics)} steps all stories had the same score." if flat else ""
 
 
 def title(criterion: str) -> str:

@@ -1,62 +1,104 @@
-"""Warnings about a run, each with what to try: the stories collapse, or the scores carry no signal."""
+"""Warnings about a run, each kind once, with what to try: the stories collapse, the KL runs away, a loss explodes, or
+the scores carry no signal. They are looked for after every step, in the records of metrics.jsonl alone."""
 
-from collections.abc import Sequence
-from statistics import fmean
-from typing import Any
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from statistics import StatisticsError, correlation, fmean
+from typing import TYPE_CHECKING
 
-WINDOW = 5  # steps that are averaged, but no more than hold so many stories:
-STORIES = 1024
+if TYPE_CHECKING:  # reports need no torch
+    from tinystory.student.generate import Story
+
+WINDOW = 5  # steps that are averaged, or as few as hold so many scores:
+SCORES = 2048
+# Kind, metric, and by which factor its mean falls from that of the first steps, or rises from its lowest one, before it
+# is a sign. The factors are coarse on purpose: far outside what a step's noise does to a mean of WINDOW steps.
+SIGNS = (
+    ("collapse", "distinct_4", "the stories grow alike", 0.6),
+    ("collapse", "story_clusters", "few clusters of stories are left", 0.4),
+    ("collapse", "length_mean", "the stories shrink", 0.5),
+    ("collapse", "entropy", "the stories' entropy collapses", 0.35),
+    ("collapse", "reward_std", "all stories have the same reward", 0.1),
+    ("loss", "loss", "the loss explodes", 1.5),
+    ("loss", "value_loss", "the value loss explodes", 10),
+    ("loss", "grad_norm", "the gradient explodes", 10),
+)
+ADVICE = {
+    "collapse": "more --stories-per-step, a higher --kl-coef or --diversity, or a lower --learning-rate",
+    "kl": "a higher --kl-coef, a shorter --kl-horizon, a lower --learning-rate or fewer --epochs",
+    "loss": "a lower --learning-rate, or --grad-clip 1",
+    "signal": "another --teacher-model, criteria with more to tell apart (--teacher-prompt), --teacher-logprobs, or a "
+    "student that was pretrained longer (scripts/doctor.py --calibrate tells a teacher that cannot judge)",
+}
+SAME = 0.9  # fraction of a step's stories that may have the same score before the scores say nothing
+FEW = 160  # scores of a window below which no correlation is significant
 
 
-def warnings(metrics: Sequence[dict], kl_target: float, stories_per_step: int) -> dict[str, str]:
-    """The warnings that the records of metrics.jsonl give reason for, by kind: "collapse" and "signal"."""
-    window = min(WINDOW, max(STORIES // stories_per_step, 1))
-    collapse, flat = signs_of_collapse(metrics, kl_target, window), scores_without_signal(metrics, window)
-    return {kind: warning for kind, warning in (("collapse", collapse), ("signal", flat)) if warning}
+class Watch:
+    """Reads a run's records one at a time. warnings: per kind, the first step that gave reason for it, and one
+    sentence."""
+
+    def __init__(self, records: Iterable[dict] = (), kl_target: float = math.inf):
+        self.kl_target = kl_target
+        self.warnings: dict[str, tuple[int, str]] = {}
+        self._last: deque[dict] = deque()
+        self._base: dict[str, float] = {}
+        for record in records:
+            self.add(record)
+
+    def add(self, record: dict) -> dict[str, str]:
+        """The warnings that this step gives reason for and no earlier one did, by kind."""
+        self._last = deque(self._last, min(WINDOW, max(int(SCORES // (record.get("scored") or 1)), 1)))
+        self._last.append(record)
+        signs: dict[str, list[str]] = {kind: [] for kind in ADVICE}
+        for kind, metric, text, factor in SIGNS:
+            if (mean := self._mean(metric)) is not None:
+                base = self._base.setdefault(metric, mean)
+                if factor > 1:
+                    self._base[metric] = min(base, mean)
+                if mean > factor * base if factor > 1 else mean < factor * base:
+                    signs[kind].append(f"{text} ({base:.3g} to {mean:.3g})")
+        if (kl := self._mean("kl")) is not None and kl > 3 * self.kl_target:
+            signs["kl"].append(f"the KL runs away ({kl:.1f} nats per story, target {self.kl_target:g})")
+        if len(self._last) == self._last.maxlen and all(record.get("skipped") for record in self._last):
+            signs["loss"].append("every step skips minibatches")
+        if sentence := self._without_signal():
+            signs["signal"].append(f"{sentence}, so nothing is learned from the teacher")
+        news = {k: f"{', '.join(s)}: try {ADVICE[k]}" for k, s in signs.items() if s and k not in self.warnings}
+        self.warnings |= {kind: (record["step"], sentence) for kind, sentence in news.items()}
+        return news
+
+    def _mean(self, metric: str) -> float | None:
+        """Over the last steps; None if one of them lacks it."""
+        values = [value for record in self._last if (value := record.get(metric)) is not None]
+        return fmean(values) if len(values) == self._last.maxlen else None
+
+    def _without_signal(self) -> str:
+        """What makes the scores of the last steps useless; "" if nothing does."""
+        steps = f"{len(self._last)} steps" if len(self._last) > 1 else "step"
+        modes = [record.get("score_mode") or 0.0 for record in self._last]
+        if len(modes) == self._last.maxlen and min(modes) >= SAME:
+            stories = "all" if min(modes) == 1 else f"{min(modes):.0%} or more of the"
+            level = self._last[-1].get("score_mean") or 0
+            return f"{stories} stories of the last {steps} had the same score ({level:g} in the last)"
+        scored = sum(record.get("scored") or 0 for record in self._last)
+        related = [abs(r) for name in ("score_length", "score_logprob") if (r := self._mean(name)) is not None]
+        if not related or scored < FEW or max(related) > 2 / math.sqrt(scored):  # two standard errors
+            return ""
+        return f"the scores of the last {steps} are as unrelated to the stories as random ones"
 
 
-def signs_of_collapse(metrics: Sequence[dict], kl_target: float, window: int = WINDOW) -> str:
-    """What the last `window` records of metrics.jsonl show against the first, in one sentence; empty if nothing is
-    wrong.
-
-    The thresholds are coarse on purpose: each is far outside what a step's noise does to a mean of WINDOW steps.
+def score_relations(scores: Sequence[float | None], stories: Sequence["Story"]) -> dict[str, float | None]:
+    """Pearson's correlation of the scores with the stories' words (score_length) and with their mean log-probability
+    per token under the policy that wrote them (score_logprob), None where undefined; and the number of stories scored.
     """
-    if len(metrics) < 2 * window:
-        return ""
-    parts, signs = (metrics[:window], metrics[-window:]), []
+    rows = [(x, s.words, float(s.logprobs.mean())) for x, s in zip(scores, stories, strict=True) if x is not None]
 
-    def first_and_last(name: str) -> list[float]:
-        values: list[list[Any]] = [[record.get(name) for record in part] for part in parts]
-        return [] if None in values[0] + values[1] else [fmean(part) for part in values]
+    def related(column: int) -> float | None:
+        try:
+            return correlation([row[0] for row in rows], [row[column] for row in rows])
+        except StatisticsError:  # fewer than two stories, or a column without variance
+            return None
 
-    for metric, message, threshold in (
-        ("distinct_4", "they grow alike (distinct_4 {:.2f} to {:.2f})", 0.6),
-        ("story_clusters", "few clusters of stories are left ({:.0f} to {:.0f})", 0.4),
-        ("length_mean", "they shrink ({:.0f} to {:.0f} words)", 0.5),
-        ("entropy", "their entropy collapses ({:.0f} to {:.0f} nats)", 0.35),
-    ):
-        ends = first_and_last(metric)
-        if ends and ends[1] < threshold * ends[0]:
-            signs.append(message.format(*ends))
-    kl, spread = first_and_last("kl"), first_and_last("reward_std")
-    if kl and kl[1] > 3 * kl_target:
-        signs.append(f"the KL runs away ({kl[1]:.1f} nats per story, target {kl_target:g})")
-    if spread and spread[1] < 0.1 * spread[0]:
-        signs.append("all stories have the same reward")
-    if not signs:
-        return ""
-    advice = "try more --stories-per-step, a higher --kl-coef or --diversity, or a lower --learning-rate"
-    return f"the stories collapse; {', '.join(signs)}: {advice}"
-
-
-def scores_without_signal(metrics: Sequence[dict], window: int = WINDOW) -> str:
-    """A sentence if in each of the last `window` steps all stories had the same score; else empty."""
-    last = metrics[-window:]
-    if len(last) < window or any(record.get("score_std") != 0 for record in last):
-        return ""
-    steps = f"{window} steps" if window > 1 else "step"
-    return (
-        f"all stories of the last {steps} had the same score ({last[-1]['score_mean']:g} in the last), so "
-        "nothing is learned from the teacher: try another --teacher-model, criteria with more to tell apart "
-        "(--teacher-prompt), --teacher-logprobs, or a student that was pretrained longer"
-    )
+    return {"scored": len(rows), "score_length": related(1), "score_logprob": related(2)}

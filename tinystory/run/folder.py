@@ -26,6 +26,7 @@ from typing import IO, Any, TypeAlias
 from tinystory import __version__
 from tinystory.run.errors import UserError, advice
 from tinystory.run.paths import ROOT
+from tinystory.run.track import Tracker
 
 Record: TypeAlias = dict[str, Any]  # one JSON object
 Fields: TypeAlias = dict[str, tuple[type, ...]]
@@ -133,6 +134,16 @@ def held(folder: Path) -> Iterator[None]:
                     parent.rmdir()
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process holds a run's folder."""
+    with contextlib.suppress(FileNotFoundError), open(folder / LOCK) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 class RunLog(contextlib.ExitStack):
     """Writes the records of a run. As a context manager it closes its files.
 
@@ -145,6 +156,8 @@ class RunLog(contextlib.ExitStack):
         super().__init__()
         self.folder, self.resume_step, self.writes = Path(folder), resume_step, writes
         self._files: dict[str, IO[bytes]] = {}
+        self._tracker: Tracker | None = None
+        self._last_step = -1  # that an earlier process recorded, and sent to the tracker
         if not writes:
             return
         try:
@@ -155,6 +168,7 @@ class RunLog(contextlib.ExitStack):
             if holds_run(self.folder):
                 raise UserError(f"{self.folder} already holds a run: continue it with --resume or choose another --out")
         else:
+            self._last_step = max((record["step"] for record in read_metrics(self.folder)), default=-1)
             for name in (METRICS, STORIES):
                 keep_until(self.folder / name, resume_step)
             # The checkpoint of step 0 is saved before the evaluation, all others after.
@@ -184,10 +198,18 @@ class RunLog(contextlib.ExitStack):
         # A password in a URL (https://user:password@host) must not be recorded.
         text = re.sub(r'(?<=://)[^/@\s"]+@', "", json.dumps(record, indent=2, default=str))
         atomic_write(self.folder / CONFIG, text + "\n")
+        if (tracker := options.get("track", "none")) != "none":  # the same run there at each resume
+            run_id = re.sub(r"\W+", "-", f"{self.folder.resolve().name}-{record['started']}")
+            self._tracker = Tracker(tracker, self.folder, run_id, json.loads(text)["options"])
+            self.callback(self._tracker.close)
 
-    def metrics(self, *, step: int, **values: Any) -> None:
-        """Append the record of one step. Floats keep 7 significant digits; NaN and infinity become null."""
-        self._append(METRICS, [{"step": step} | values])
+    def metrics(self, *, step: int, **values: Any) -> Record:
+        """Append the record of one step, and return it: floats keep 7 digits, and NaN and infinity become null."""
+        record = plain({"step": step} | values)
+        self._append(METRICS, [record])
+        if self._tracker is not None and step > self._last_step:
+            self._tracker.metrics(record)
+        return record
 
     def stories(self, records: Sequence[Record]) -> None:
         """Append one record per story: step, index, opening, story, reply, scores, reward, words, ended."""
@@ -196,6 +218,8 @@ class RunLog(contextlib.ExitStack):
     def evaluations(self, records: Sequence[Record]) -> None:
         """The same for an evaluation's stories, which nothing is learned from."""
         self._append(EVALUATIONS, records)
+        if self._tracker is not None and records[0]["step"] > self._last_step:
+            self._tracker.stories(records)
 
     def _append(self, name: str, records: Sequence[Record]) -> None:
         if not self.writes:

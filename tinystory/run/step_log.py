@@ -10,15 +10,15 @@ from tqdm import tqdm
 
 from tinystory.run.device import Download
 from tinystory.run.errors import UserError
-from tinystory.run.folder import RunLog
+from tinystory.run.folder import Record, RunLog
 
 
 class StepLog:
     """Writes the metrics of pretraining steps, in order, while a GPU may still be computing later ones. step_tokens:
-    tokens per step."""
+    tokens per step. watch: the warnings, by kind, that a record gives reason for."""
 
-    def __init__(self, log: RunLog, bar: tqdm, step_tokens: int):
-        self.log, self.bar, self.step_tokens = log, bar, step_tokens
+    def __init__(self, log: RunLog, bar: tqdm, step_tokens: int, watch: Callable[[Record], dict[str, str]]):
+        self.log, self.bar, self.step_tokens, self.watch = log, bar, step_tokens, watch
         self.launched: deque[tuple[float, Download, dict[str, Any]]] = deque()
         self.last_end = 0.0  # time at which the last written step had ended
         self.metrics: dict[str, Any] = {}  # of the last step written
@@ -45,7 +45,9 @@ class StepLog:
             if validate and not self.launched:
                 metrics |= validate()
                 postfix |= {"val": f"{metrics['val_loss']:.3f}"}
-            self.log.metrics(**metrics)
+            record = self.log.metrics(**metrics)
             self.bar.update(metrics["words"] - self.bar.n)
             self.bar.set_postfix(postfix)
             self.metrics = metrics
+            for warning in self.watch(record).values() if self.log.writes else ():
+                self.bar.write(warning)

@@ -25,7 +25,7 @@ from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.parse import expected_scores, parse_scores
 from tinystory.teacher.pool import Question, ServerPool, Session
 from tinystory.teacher.probe import FIRST_STORY, Prober
-from tinystory.teacher.prompt import DEFAULT, Template, fence, render
+from tinystory.teacher.prompt import DEFAULT, Template, Text, fence, render
 
 if TYPE_CHECKING:
     from tinystory.run.device import Stop
@@ -84,10 +84,11 @@ class Teacher(GraderBase):
         for i, url in enumerate(urls):
             key = self.api_key or os.environ.get(f"OPENAI_API_KEY_{i + 1}") or os.environ.get("OPENAI_API_KEY")
             client, slots = ChatClient(url, key, self.deadline_s / self.attempts), Slots(self.concurrency)
-            model, criteria = models[i % len(models)], self.template.names
-            self.endpoints.append(Endpoint(url, model, client, slots, self.ledger, criteria, self.max_tokens))
+            model = models[i % len(models)]
+            endpoint = Endpoint(url, model, client, slots, self.ledger, self.template, self.max_tokens)
+            self.endpoints.append(endpoint)
         self._pool: ServerPool | None = None  # since the probe
-        self._sent: dict[tuple[str, str, int], concurrent.futures.Future[Grade]] = {}
+        self._sent: dict[Text, concurrent.futures.Future[Grade]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
@@ -130,21 +131,21 @@ class Teacher(GraderBase):
     def stats(self) -> dict[str, Any]:
         return {f"teacher_{name}": value for name, value in self.ledger.stats().items()}
 
-    def forecast(self, stories: int, opening: str) -> str:
-        totals = self.estimate(stories, opening)
+    def forecast(self, stories: int, opening: str, together: int = 1) -> str:
+        totals = self.estimate(stories, opening, together)
         cost = f", cost {totals['cost']:.2f}" if totals["cost"] else ""
         return (
             f"{stories:,} stories, {totals['tokens_in']:,} prompt tokens and {totals['tokens_out']:,} reply tokens, "
             f"{totals['words']:,} words for the student{cost}, about {totals['hours']:.1f} hours of grading"
         )
 
-    def estimate(self, stories: int, opening: str) -> dict[str, float]:
+    def estimate(self, stories: int, opening: str, together: int = 1) -> dict[str, float]:
         """The cost of grading so many stories, estimated from the probe for one readable reply per story: {"tokens_in",
         "tokens_out", "words" (the opening and all replies, for the student's budget), "cost", "hours"}."""
         probes = self.probes()
         first, characters = probes[0], len(str(render(*FIRST_STORY, fence="=", template=self.template)))
         prompt, reply = first.tokens or (characters / 4, len(first.reply) / 2)
-        longer = len(opening.split()) + STORY_WORDS - len(" ".join(FIRST_STORY).split())
+        longer = len(opening.split()) + together * STORY_WORDS - len(" ".join(FIRST_STORY).split())
         tokens_in, tokens_out = stories * (prompt + longer * TOKENS_PER_WORD), stories * reply
         return dict(
             tokens_in=round(tokens_in),
@@ -159,20 +160,19 @@ class Teacher(GraderBase):
         news = self._session.news
         return [news.pop(0) for _ in range(len(news))]
 
-    def send(self, index: int, opening: str, story: str) -> None:
-        """Send a story as soon as it ends: the teacher grades it while the student writes the others."""
-        super().send(index, opening, story)
-        self._sent[opening, story, index] = self.submit(opening, story, index)
+    def prepare(self, text: Text) -> None:
+        """Send a text at once: the teacher grades it while the student writes the others."""
+        self._sent[text] = self.submit(text)
 
     def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
         """The grades. If more than a fraction `max_unscored` has no score, the stories whose replies an earlier process
         kept are asked again: the teacher may have been fixed."""
         sent = [None if again else self._sent.pop(story, None) for story in stories]
-        futures = [sent[i] or self.submit(*story, again) for i, story in enumerate(stories)]
+        futures = [sent[i] or self.submit(text, again) for i, text in enumerate(stories)]
         grades = self._wait(futures, stop)
         if too_few_scores(grades, self.max_unscored):
             old = [i for i, grade in enumerate(grades) if grade.score is None and grade.attempts and not grade.seconds]
-            new = self._wait([self.submit(*stories[i], again, afresh=True) for i in old], stop)
+            new = self._wait([self.submit(stories[i], again, afresh=True) for i in old], stop)
             for i, grade in zip(old, new, strict=True):
                 grades[i] = grade
         for message in self.news():
@@ -193,17 +193,14 @@ class Teacher(GraderBase):
                     stop.check()
         return [future.result() for future in futures]
 
-    def submit(
-        self, opening: str, story: str, index: int, again: int = 0, afresh: bool = False
-    ) -> "concurrent.futures.Future[Grade]":
-        """Send one story, after `probe`. index: the story's number in the run, from which its fence is derived. again:
-        how often the same story was sent before, if it is to be judged anew: with other seeds, and not from the cache.
-        afresh: what an earlier process kept is not used.
+    def submit(self, text: Text, again: int = 0, afresh: bool = False) -> "concurrent.futures.Future[Grade]":
+        """Send one text, after `probe`. again: how often the same one was sent before, if it is to be judged anew: with
+        other seeds, and not from the cache. afresh: what an earlier process kept is not used.
 
         A story without text gets 0 for each criterion, by the rubric, and is not sent.
         """
         self.probe()
-        return self._run(self._grade(opening, story, index, again, afresh))
+        return self._run(self._grade(text, again, afresh))
 
     def close(self) -> None:
         """Cancel the requests in flight, and close the connections and the cache."""
@@ -292,39 +289,40 @@ class Teacher(GraderBase):
         replies = (reply.text for key, reply in self._cache.items() if not key.startswith("probe "))
         return any(parse_scores(reply, self.template.names) for reply in replies)
 
-    async def _grade(self, opening: str, story: str, index: int, again: int, afresh: bool) -> Grade:
+    async def _grade(self, text: Text, again: int, afresh: bool) -> Grade:
         # After a fatal failure most of the other tasks are never awaited: asyncio need not report their exceptions.
         task = asyncio.current_task()
         assert task is not None
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        if empty := grade_if_empty(self.template, story):
+        template = text.template or self.template
+        if empty := grade_if_empty(template, text.story):
             return empty
-        mark = fence(self.seed, index, f"{opening}\n{story}")
-        messages = render(opening, story, fence=mark, template=self.template)
+        mark = fence(self.seed, text.number, f"{text.opening}\n{text.story}")
+        messages = render(text.opening, text.story, fence=mark, template=template)
         question, first_attempt = Question(messages, mark, afresh), again * self.attempts
         scores: Mapping[str, float] | None = None
         replies: list[str] = []
         error: str | None = None
         while scores is None and error is None:
             try:
-                reply, expected = await self._reply(question, first_attempt + len(replies))
+                reply, expected = await self._reply(question, first_attempt + len(replies), template.names)
             except Failure as failure:
                 error = f"the teacher {failure}"
             else:
                 replies.append(reply)
-                scores = expected if self.logprobs else parse_scores(reply, self.template.names)
+                scores = expected if self.logprobs else parse_scores(reply, template.names)
                 if scores is None and len(replies) == self.attempts:
                     error = f"no scores in {len(replies)} replies"
         seconds = 0.0 if question.since is None else time.monotonic() - question.since
-        return grade_of(self.template, scores, replies, max_tokens=self.longest_reply, seconds=seconds, error=error)
+        return grade_of(template, scores, replies, max_tokens=self.longest_reply, seconds=seconds, error=error)
 
-    async def _reply(self, question: Question, attempt: int) -> CachedReply:
-        """One reply: from the cache, or a new one, which is then kept there."""
+    async def _reply(self, question: Question, attempt: int, names: Sequence[str]) -> CachedReply:
+        """One reply: from the cache, or a new one, which is then kept there. names: of the criteria."""
         assert self._pool is not None  # since the probe
         first, seed, logprobs = self._pool.endpoints[0], self.seed + attempt, LOGPROBS if self.logprobs else {}
         assert first.model is not None and first.probe is not None
         if self._cache is not None:
-            sampling = first.sampling(seed, self.temperature) | logprobs | {"held_to": first.probe.held_to}
+            sampling = first.sampling(seed, self.temperature, names) | logprobs | {"held_to": first.probe.held_to}
             key = cache_key(first.model, question.messages, question.fence, sampling)
             cached = self._cache.get(key, earlier=not question.afresh)
             if cached is not None:
@@ -333,12 +331,12 @@ class Teacher(GraderBase):
 
         async def ask(endpoint: Endpoint) -> tuple[Reply, str]:
             assert endpoint.probe is not None
-            constrained = constraint(endpoint.probe.held_to, self.template.names)
-            fields = {**endpoint.sampling(seed, self.temperature), **logprobs, **constrained}
+            constrained = constraint(endpoint.probe.held_to, names)
+            fields = {**endpoint.sampling(seed, self.temperature, names), **logprobs, **constrained}
             return await endpoint.chat(endpoint.probe, question.messages, **fields), endpoint.url
 
         reply, url = await self._pool.ask(ask, question)
-        expected = expected_scores(reply.text, self.template.names, reply.logprobs) if self.logprobs else None
+        expected = expected_scores(reply.text, names, reply.logprobs) if self.logprobs else None
         answer = CachedReply(reply.text, expected)
         if self._cache is None:
             return answer

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from tinystory.run.errors import UserError
 from tinystory.teacher.api import ChatClient, Reply
 from tinystory.teacher.ledger import Ledger
-from tinystory.teacher.prompt import TOP
+from tinystory.teacher.prompt import TOP, Template, instructions
 
 TEMPLATE_TOKENS = 256  # upper bound on what a chat template adds to two messages
 PIECE = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")  # a word, a number or another character: about a token
@@ -138,7 +138,7 @@ class Endpoint:
     client: ChatClient
     slots: Slots
     ledger: Ledger
-    names: Sequence[str]  # of the criteria
+    template: Template  # of most questions
     max_reply: int  # tokens of a reply in numbers
     probe: Probe | None = None  # None until the server has been probed
     failures: int = 0  # transient ones since its last answer
@@ -148,15 +148,17 @@ class Endpoint:
     def max_tokens(self) -> int:
         """Tokens of a reply that is wanted: JSON needs more than numbers."""
         by_json = self.probe is not None and self.probe.held_to == "json"
-        return max(self.max_reply, json_tokens(self.names)) if by_json else self.max_reply
+        return max(self.max_reply, json_tokens(self.template.names)) if by_json else self.max_reply
 
     @property
     def token_cap(self) -> int:
         """The most tokens that one answer can have."""
         return max(self.max_tokens, self.probe.least_tokens if self.probe else 0)
 
-    def sampling(self, seed: int, temperature: float) -> dict[str, Any]:
-        return {"temperature": temperature, "max_tokens": self.max_tokens, "seed": seed % 2**31}  # servers take 32 bits
+    def sampling(self, seed: int, temperature: float, names: Sequence[str] = ()) -> dict[str, Any]:
+        """names: of the criteria, if not the template's."""
+        tokens = max(self.max_tokens, json_tokens(names) if self.max_tokens > self.max_reply else 0)
+        return {"temperature": temperature, "max_tokens": tokens, "seed": seed % 2**31}  # servers take 32 bits
 
     async def chat(self, form: Form, messages: list[dict], *, max_tokens: int, **fields: Any) -> Reply:
         """One chat completion. A reply that had to be allowed more tokens is cut to about `max_tokens`."""
@@ -165,7 +167,8 @@ class Endpoint:
         # server counted the tokens of the probe's story, only the part that differs from it is uncertain.
         sizes = [len(message["content"].encode()) for message in messages]
         counted = self.probe.tokens if self.probe is not None else None
-        longest = counted[0] + sizes[-1] if counted and len(sizes) == 2 else sum(sizes) + TEMPLATE_TOKENS
+        other_system = max(sizes[0] - len(instructions(self.template).encode()), 0)  # of a ranking
+        longest = counted[0] + other_system + sizes[-1] if counted and len(sizes) == 2 else sum(sizes) + TEMPLATE_TOKENS
         cap = request[form.token_cap]
         while self.ledger.must_wait(longest, cap):  # only near the end of a budget
             await asyncio.sleep(0.01)

@@ -2,18 +2,19 @@
 
 import statistics
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.parse import LONGEST_REPLY
-from tinystory.teacher.prompt import CRITERIA, Template, clean
+from tinystory.teacher.prompt import CRITERIA, Template, Text, clean
 
 if TYPE_CHECKING:  # it imports torch, which asking a teacher does not need
     from tinystory.run.device import Stop
 
-Stories: TypeAlias = Sequence[tuple[str, str, int]]  # opening, story and index of each
+Stories: TypeAlias = Sequence[Text]
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class GraderBase(ABC):
         """True if grading so many more stories is within the budget, however many attempts they take."""
         return True
 
-    def forecast(self, stories: int, opening: str) -> str:
-        """One sentence on what grading so many stories will take; empty if it takes nothing."""
+    def forecast(self, stories: int, opening: str, together: int = 1) -> str:
+        """One sentence on what grading so many stories will take, with so many in each request; empty for nothing."""
         return ""
 
     def stats(self) -> dict[str, Any]:
@@ -62,11 +63,15 @@ class GraderBase(ABC):
     def send(self, index: int, opening: str, story: str) -> None:
         """Hand over a story as soon as it ends."""
         self.pending[index] = opening, story
+        self.prepare(Text(opening, story, index))
+
+    def prepare(self, text: Text) -> None:  # noqa: B027 - few graders have to
+        """Begin to grade what `grades` will be asked for."""
 
     def collect(self, stop: "Stop") -> list[Grade]:
         """The grades of all stories sent, in the order of their indices. Raises Interrupted if `stop` is requested, and
         UserError for a failure that would meet every story."""
-        stories = [(opening, story, index) for index, (opening, story) in sorted(self.pending.items())]
+        stories = [Text(*pair, index) for index, pair in sorted(self.pending.items())]
         self.pending = {}
         return self.grades(stories, stop)
 
@@ -76,11 +81,11 @@ class GraderBase(ABC):
 
     def grade_each(self, pairs: Sequence[tuple[str, str]], again: int = 0) -> list[Grade]:
         """The grades of (opening, story) pairs, in their order. again: 1 for a second answer to the same questions."""
-        return self.grades([(*pair, index) for index, pair in enumerate(pairs)], again=again)
+        return self.grades([Text(*pair, index) for index, pair in enumerate(pairs)], again=again)
 
     @abstractmethod
     def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
-        """The grades of stories, each with its opening and index, in their order. stop, again: as above."""
+        """The grades of stories, in their order. stop, again: as above."""
 
 
 def grade_of(
@@ -124,10 +129,13 @@ def require_scores(grades: list[Grade], max_unscored: float) -> None:
 def score_means(grades: list[Grade]) -> dict[str, float | None]:
     """score_mean: the sum of the criteria's scores, 0..9, as the paper plots it (or a callable's score, 0..1), with its
     standard deviation score_std, None of one story; and the mean of each criterion. The paper's three criteria are
-    always there, None if others are graded."""
+    always there, None if others are graded. score_mode: the fraction of the scored stories that have the commonest
+    score."""
     scored = [grade for grade in grades if grade.score is not None]
     names = dict.fromkeys([*CRITERIA, *(name for grade in scored for name in grade.scores or ())])
     values = {f"{name}_mean": [g.scores[name] for g in scored if g.scores and name in g.scores] for name in names}
     values["score_mean"] = [sum(g.scores.values()) if g.scores else g.score for g in grades if g.score is not None]
     means = {name: sum(column) / len(column) if column else None for name, column in values.items()}
-    return means | {"score_std": statistics.stdev(values["score_mean"]) if len(values["score_mean"]) > 1 else None}
+    sums = values["score_mean"]
+    std, mode = (statistics.stdev(sums), max(Counter(sums).values()) / len(sums)) if len(sums) > 1 else (None, None)
+    return means | {"score_std": std, "score_mode": mode}

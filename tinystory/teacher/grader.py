@@ -26,7 +26,7 @@ class CallableGrader(GraderBase):
         self.function = function
 
     def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
-        scores = self.function([opening for opening, _, _ in stories], [story for _, story, _ in stories])
+        scores = self.function([text.opening for text in stories], [text.story for text in stories])
         unscored = Grade(None, None, error=f"{self.facts['scored_by']} gave None")
         return [unscored if score is None else Grade(None, score) for score in scores]
 

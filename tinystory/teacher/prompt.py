@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tinystory.run.errors import UserError
 from tinystory.run.folder import read_text
@@ -91,6 +92,15 @@ class Template:
 
 
 DEFAULT = Template()
+
+
+class Text(NamedTuple):
+    """A text to be graded. number: the story's in the run; template: of the question, if not the grader's own."""
+
+    opening: str
+    story: str
+    number: int
+    template: Template | None = None
 
 
 def load_template(path: str | os.PathLike) -> Template:

@@ -14,7 +14,7 @@ from tinystory.teacher.cache import CachedReply, question_key, read_replies
 from tinystory.teacher.endpoint import Probe, facts_of, json_tokens
 from tinystory.teacher.grade import Grade, GraderBase, Stories, grade_if_empty, grade_of
 from tinystory.teacher.parse import parse_scores
-from tinystory.teacher.prompt import DEFAULT, Template, fence, render
+from tinystory.teacher.prompt import DEFAULT, Template, Text, fence, render
 
 if TYPE_CHECKING:
     from tinystory.run.device import Stop
@@ -58,7 +58,7 @@ class Replay(GraderBase):
         # The stories that were given up: another story with the same words may have got a reply later.
         logs = [self.run / name for name in (STORIES, EVALUATIONS)]
         stories = (record for log in logs if log.exists() for record in read_records(log))
-        self._given_up = {(record["index"], record["story"]) for record in stories if record["scores"] is None}
+        self._given_up = {(record["index"], record["story"]) for record in stories if record["reward"] is None}
 
     def probes(self) -> list[Probe]:
         """The recorded results of the run's probe."""
@@ -70,27 +70,31 @@ class Replay(GraderBase):
 
     def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
         """The recorded grades. Raises UserError for a story that was not graded in the run."""
-        return [grade_if_empty(self.template, story[1]) or self._grade(*story) for story in stories]
+        return [self._grade(text, text.template or self.template) for text in stories]
 
-    def _grade(self, opening: str, story: str, index: int) -> Grade:
+    def _grade(self, text: Text, template: Template) -> Grade:
+        if empty := grade_if_empty(template, text.story):
+            return empty
+        opening, story, index, _ = text
         mark = fence(0, index, f"{opening}\n{story}")  # the question's key leaves the fence out
-        messages = render(opening, story, fence=mark, template=self.template)
+        messages = render(opening, story, fence=mark, template=template)
         recorded = self._replies.get(question_key(messages, mark), {})
         scores: Mapping[str, float] | None = None
         replies: list[str] = []
         while scores is None and len(replies) < self.attempts and len(replies) in recorded:
             reply, expected = recorded[len(replies)]
             replies.append(reply)
-            scores = expected if self.logprobs else parse_scores(reply, self.template.names)
+            scores = expected if self.logprobs else parse_scores(reply, template.names)
         error = None
         if (index, story) in self._given_up and scores is not None:
             scores, error = None, "the teacher gave no answer"
             del replies[-1]
         elif scores is None:
-            if (index, story) not in self._given_up and len(replies) < self.attempts:
+            given_up = index in {index for index, _ in self._given_up}  # whatever the text: a ranking's holds others
+            if not given_up and len(replies) < self.attempts:
                 raise UserError(
                     f"--replay {self.run}: story {index} was not graded there; start from the same checkpoint, with "
                     "the same options, on the same kind of machine, and with no more steps than the run had"
                 )
             error = f"no scores in {len(replies)} replies"
-        return grade_of(self.template, scores, replies, max_tokens=self.max_tokens, error=error)
+        return grade_of(template, scores, replies, max_tokens=self.max_tokens, error=error)

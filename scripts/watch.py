@@ -1,0 +1,73 @@
+"""Watch a run in the terminal until it is over: curves, warnings, the last stories and the time left.
+
+python scripts/watch.py runs/interact
+"""
+
+import argparse
+import math
+import shutil
+import sys
+import textwrap
+import time
+from collections import deque
+from pathlib import Path
+
+from tinystory.report.charts import number, text_curve
+from tinystory.report.run import column, number_option, remaining
+from tinystory.rl.collapse import Watch
+from tinystory.run.errors import UserError, command
+from tinystory.run.folder import holds_run, is_held, read_config, read_metrics, read_stories
+from tinystory.run.paths import usage
+from tinystory.run.text import printable
+
+CURVES = {
+    "reward_mean": "reward", "held_out_reward": "held-out reward", "score_mean": "score", "kl": "KL, nats",
+    "story_clusters": "story clusters", "length_mean": "words per story", "loss": "loss, nats per token",
+    "val_loss": "validation loss", "tokens_per_s": "tokens per second",
+}  # fmt: skip
+CURVE_WIDTH, CURVE_HEIGHT = 34, 4  # characters and lines
+STORIES = 3
+PAUSE_S = 5.0
+CLEAR = "\x1b[H\x1b[2J"
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run; one that is over, or piped, is printed once")
+    run = parser.parse_args(argv).run
+    if not holds_run(run):
+        raise UserError(f"{run} holds no run: give the folder that --out named")
+    while (running := is_held(run)) and sys.stdout.isatty():
+        size, start = shutil.get_terminal_size(), time.monotonic()
+        lines = page(run, size.columns, running)[: size.lines - 1]  # more would scroll the first ones away
+        print(CLEAR + "\n".join(lines), flush=True)
+        time.sleep(max(PAUSE_S, 20 * (time.monotonic() - start)))  # at most a twentieth of a processor
+    print("\n".join(page(run, shutil.get_terminal_size((100, 0)).columns, running)))
+
+
+def page(run: Path, width: int, running: bool) -> list[str]:
+    """The lines, of at most `width` characters."""
+    metrics, config = read_metrics(run), read_config(run)
+    last = f"step {number(metrics[-1]['step'])}" if metrics else "no step yet"
+    lines = [f"{run}: {last}, {remaining(metrics, config) if running else 'over'}"]
+    for step, warning in Watch(metrics, number_option(config, "kl_target") or math.inf).warnings.values():
+        lines += ["", *textwrap.wrap(f"Warning at step {step}: {warning}", width)]
+    charts = []
+    for key, name in CURVES.items():
+        if values := [value for value in column(metrics, key) if value is not None]:
+            heading = f"{name} {number(values[0])} → {number(values[-1])}"
+            stretched = [value for value in values for _ in range(max(1, CURVE_WIDTH // len(values)))]
+            charts.append([heading, *text_curve(stretched, CURVE_WIDTH, CURVE_HEIGHT).split("\n")])
+    across = max(1, width // (CURVE_WIDTH + 2))
+    for row in (charts[i : i + across] for i in range(0, len(charts), across)):
+        lines += ["", *("  ".join(line.ljust(CURVE_WIDTH) for line in part) for part in zip(*row, strict=True))]
+    for story in deque(read_stories(run), STORIES):
+        reward = "no score" if story["reward"] is None else f"reward {story['reward']:.3f}"
+        text = f"Step {story['step']}, {reward}: {printable(story['opening'])} {printable(story['story'])}"
+        lines += ["", *textwrap.wrap(text, width)]
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""watch.py: a run in the terminal, one that goes on and one that is over, whatever a model wrote."""
+
+import os
+import sys
+
+import pytest
+from conftest import fails, story_record
+
+from scripts import watch
+from tinystory.run.folder import LOCK, RunLog, held, is_held
+
+
+@pytest.fixture
+def run(tmp_path):
+    with RunLog(tmp_path / "i", resume_step=None) as log:
+        log.config({"steps": 16, "kl_target": 1.0})
+        for step in range(1, 13):
+            log.metrics(step=step, reward_mean=step / 10, kl=step, score_mean=None, rollout_s=30.0)
+        log.stories([story_record(12, i, story=f"story {i} \x1b[31mred\nblue", reward=i or None) for i in range(9)])
+    return tmp_path / "i"
+
+
+def test_a_run_that_is_over_is_printed_once(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    watch.main([str(run)])
+    lines = capsys.readouterr().out.splitlines()
+    text = "\n".join(lines)
+    assert lines[0] == f"{run}: step 12, over" and all(len(line) <= 80 for line in lines[1:])
+    assert "reward 0.1 → 1.2" in text and "KL, nats 1 → 12" in text and "score " not in text
+    assert "▁" in text and "█" in text and "Warning at step 6: the KL runs away" in " ".join(text.split())
+    assert [line for line in lines if line.startswith("Step 12")] == [
+        f"Step 12, reward {i}.000: Once story {i} [31mred blue" for i in (6, 7, 8)
+    ]
+
+
+def test_a_run_that_goes_on_is_shown_until_it_is_over(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(watch.shutil, "get_terminal_size", lambda *_: os.terminal_size((50, 20)))
+    with held(run):
+        pauses = []
+
+        def sleep(seconds):
+            pauses.append(seconds)
+            if len(pauses) == 2:
+                (run / LOCK).unlink()  # as the run does at its end
+
+        monkeypatch.setattr(watch.time, "sleep", sleep)
+        watch.main([str(run)])
+    _, first, second = capsys.readouterr().out.split(watch.CLEAR)
+    assert first.splitlines()[0].endswith("step 12, running, about 2 min left") and len(first.splitlines()) == 19
+    assert second.startswith(first) and f"{run}: step 12, over\n" in second and len(pauses) == 2  # at last all of it
+
+
+def test_a_lock_that_a_killed_run_left_does_not_count(tmp_path):
+    assert not is_held(tmp_path)
+    (tmp_path / LOCK).write_text("process 1 on somewhere since long ago\n")
+    assert not is_held(tmp_path)
+    with held(tmp_path):
+        assert is_held(tmp_path) and is_held(tmp_path)
+    assert not is_held(tmp_path)
+
+
+def test_pretraining_a_run_without_steps_and_no_run(tmp_path, capsys):
+    with RunLog(tmp_path / "p", resume_step=None) as log:
+        log.config({"words": 1000})
+        watch.main([str(tmp_path / "p")])
+        assert capsys.readouterr().out == f"{tmp_path / 'p'}: no step yet, over\n"
+        for step in range(1, 9):
+            log.metrics(step=step, words=100 * step, tokens=130 * step, loss=9 - step, val_loss=None, tokens_per_s=9.5)
+    watch.main([str(tmp_path / "p")])
+    text = capsys.readouterr().out
+    assert "loss, nats per token 8 → 1" in text and "validation" not in text and "tokens per second 9.5 → 9.5" in text
+    assert "holds no run" in fails(watch.main, [str(tmp_path)], capsys)

@@ -1,0 +1,85 @@
+"""A run's records in TensorBoard, wandb or trackio, beside its own files: on this machine, unless the tracker's own
+environment variables (WANDB_MODE, TRACKIO_SPACE_ID) say otherwise."""
+
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tinystory.run.text import printable
+
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+COLUMNS = ("index", "opening", "story", "scores", "reward")  # of a table of stories
+
+
+class Tracker:
+    """Sends records to the tracker `name`, as the run `run_id` there. If it fails, one line says so, and the run goes
+    on without it."""
+
+    def __init__(self, name: str, folder: Path, run_id: str, options: Mapping[str, Any]):
+        self.name = name
+        self._sink: TensorBoard | Wandb | None = None
+        self._sink = self._try(TensorBoard if name == "tensorboard" else Wandb, name, folder, run_id, options)
+
+    def metrics(self, record: Mapping[str, Any]) -> None:
+        """One curve for each number of a record of metrics.jsonl."""
+        numbers = {key: value for key, value in record.items() if key != "step" and type(value) in (int, float)}
+        if self._sink:
+            self._try(self._sink.log, record["step"], numbers)
+
+    def stories(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """The stories of an evaluation as a table of text."""
+        rows = [[" ".join(printable(str(record[name])).split()) for name in COLUMNS] for record in records]
+        if self._sink:
+            self._try(self._sink.table, records[0]["step"], rows)
+
+    def close(self) -> None:
+        if self._sink:
+            self._try(self._sink.close)
+
+    def _try(self, send: Callable, *arguments: Any) -> Any:
+        try:
+            return send(*arguments)
+        except Exception as error:  # Any: what trackers, their storage and their network raise has no common class, and
+            # a run of hours must not end because a picture of it cannot be drawn.
+            self._sink = None
+            message = printable(" ".join(str(error).split()))[:200] or type(error).__name__
+            tqdm.write(f"warning: {self.name} failed ({message}): the run goes on, and records everything, without it")
+
+
+class TensorBoard:
+    """Event files in the run's folder: `tensorboard --logdir runs`."""
+
+    def __init__(self, name: str, folder: Path, *_: object):
+        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder / name)
+        self.close = self.writer.close
+
+    def log(self, step: int, numbers: dict) -> None:
+        for key, value in numbers.items():  # in float64, as metrics.jsonl has them
+            self.writer.add_scalar(key, value, step, new_style=True, double_precision=True)
+        self.writer.flush()
+
+    def table(self, step: int, rows: list) -> None:
+        lines = [COLUMNS, ["---"] * len(COLUMNS), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+        self.writer.add_text("stories", "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
+
+
+class Wandb:
+    """wandb, or trackio, which has its interface."""
+
+    def __init__(self, name: str, folder: Path, run_id: str, options: Mapping[str, Any]):
+        self.module = importlib.import_module(name)
+        own: dict[str, Any] = dict(name=run_id, embed=False, auto_log_cpu=False, auto_log_gpu=False)
+        if name == "wandb":
+            own = dict(name=folder.name, id=run_id, dir=folder, mode=os.environ.get("WANDB_MODE", "offline"))
+        self.module.init(project="tinystory", resume="allow", config=dict(options), **own)
+        self.close = self.module.finish
+
+    def log(self, step: int, numbers: dict) -> None:
+        self.module.log(numbers, step=step)
+
+    def table(self, step: int, rows: list) -> None:
+        self.log(step, {"stories": self.module.Table(columns=list(COLUMNS), data=rows)})

@@ -1,0 +1,92 @@
+"""A relative judge: the stories to one opening are judged together, and their ranks are their scores (as ART's RULER).
+
+A group of n stories takes n requests, in each of which another comes first and the others follow in turn. Each stands
+once in each place, so a judge's preference for places adds the same to all of them. A request has the form of a grade:
+its text is all the stories, its criteria are story_1, story_2 ..., so the client's parsing, retries and cache serve it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean, pvariance
+from typing import TYPE_CHECKING, Any
+
+from tinystory.teacher.grade import Grade, GraderBase, Stories
+from tinystory.teacher.prompt import Criterion, Template, Text, clean
+
+if TYPE_CHECKING:
+    from tinystory.run.device import Stop
+
+
+def ranking(template: Template, count: int) -> Template:
+    """The question how `count` stories compare with each other by the criteria of `template`."""
+    names = [f"story_{i}" for i in range(1, count + 1)]
+    levels = ("among the worst of them", "below their middle", "above their middle", "among the best of them")
+    listed = " ".join(f"{c.name.capitalize()} (weight {c.weight:g}): {c.question}" for c in template.criteria)
+    return Template(
+        tuple(Criterion(name, f"How does {name} compare with the others?", levels) for name in names),
+        f"You compare {count} short stories by beginners. All go on from the same opening, and each may stop before "
+        "its end; do not count that against it, nor its place, nor its length. The text to grade holds all of them, "
+        f"each below a line of dashes with its name. Compare them by these criteria. {listed}",
+    )
+
+
+def joined(stories: Sequence[str]) -> str:
+    """The text to grade that holds all the stories, each below a heading that no story can hold."""
+    stories = [clean(story).strip() for story in stories]
+    mark = "-" * 8
+    while any(mark in story for story in stories):
+        mark += "-" * 8
+    return "\n".join(f"{mark} story_{i}\n{story}" for i, story in enumerate(stories, start=1))
+
+
+def ranks(table: Sequence[Sequence[float]]) -> list[float]:
+    """The score of each story of a group, 0..1: the fraction of the others that it beats, a tie counting one half.
+    table[i][j]: the grade of the j-th story of the i-th request, which is story (i + j) mod n."""
+    n = len(table)
+    sums = [round(sum(table[i][(story - i) % n] for i in range(n)), 6) for story in range(n)]
+    return [(sum((a > b) + (a == b) / 2 for b in sums) - 0.5) / (n - 1) for a in sums]
+
+
+class Ranked(GraderBase):
+    """Ranks `size` consecutive stories, which share an opening, by `grader`. A group of which one reply cannot be read
+    has no scores."""
+
+    def __init__(self, grader: GraderBase, template: Template, size: int):
+        super().__init__(grader.facts)
+        self.grader, self.size, self.template = grader, size, ranking(template, size)
+        self._tables: list[list[list[float]]] = []
+
+    def prepare(self, text: Text) -> None:
+        """Send a group as soon as its last story ends."""
+        first = text.number - text.number % self.size
+        if all(i in self.pending for i in range(first, first + self.size)):
+            for request in self._requests([Text(*self.pending[i], i) for i in range(first, first + self.size)]):
+                self.grader.prepare(request)
+
+    def _requests(self, group: Stories) -> list[Text]:
+        """The i-th begins with the i-th story, and has its number."""
+        turns = [[text.story for text in (*group[i:], *group[:i])] for i in range(len(group))]
+        return [
+            text._replace(story=joined(turn), template=self.template) for text, turn in zip(group, turns, strict=True)
+        ]
+
+    def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
+        groups = [stories[i : i + self.size] for i in range(0, len(stories), self.size)]
+        replies = self.grader.grades([text for group in groups for text in self._requests(group)], stop, again)
+        grades, self._tables = [], []
+        for i in range(0, len(replies), self.size):
+            group = [replace(reply, score=None, scores=None) for reply in replies[i : i + self.size]]
+            table = [[*reply.scores.values()] for reply in replies[i : i + self.size] if reply.scores is not None]
+            if len(table) == self.size:
+                self._tables.append(table)
+                group = [replace(grade, score=score) for grade, score in zip(group, ranks(table), strict=True)]
+            grades += group
+        return grades
+
+    def stats(self) -> dict[str, Any]:
+        """The grader's metrics, and rank_position_bias: the fraction of the grades' variance that their places explain,
+        0 for a consistent judge and 1 for one who only looks at places."""
+        rows = [row for table in self._tables for row in table]
+        spread = pvariance([grade for row in rows for grade in row]) if rows else 0.0
+        by_place = pvariance([fmean(column) for column in zip(*rows, strict=True)]) if spread else 0.0
+        return self.grader.stats() | {"rank_position_bias": by_place / spread if spread else None}
