@@ -252,6 +252,19 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     assert "mean reward" in said and f"before and after step {best}, the best" in said
 
 
+def test_an_evaluation_measures_the_best_of_several_stories_beside_the_one_that_it_would_have_had(place, tmp_path):
+    run_interact(place, tmp_path / "one", "--diversity", "0")
+    run_interact(place, tmp_path / "three", "--diversity", "0", "--eval-best-of", "3")
+    one, three = metrics(tmp_path / "one"), metrics(tmp_path / "three")
+    for plain, more in zip(one, three, strict=True):
+        assert {name: value for name, value in plain.items() if name.startswith("held_out")}.items() <= more.items()
+        if plain["step"] % 2 == 0:
+            assert more["held_out_best_of_reward"] > more["held_out_reward"]
+    stories = [(tmp_path / name / "evaluations.jsonl").read_text() for name in ("one", "three")]
+    assert stories[0] == stories[1]
+    assert three[-1]["words_out"] > one[-1]["words_out"]  # all that is written counts
+
+
 def test_the_best_student_is_the_latest_that_none_clearly_beats():
     def evaluation(step, *rewards):
         return [{"step": step, "index": i, "reward": reward} for i, reward in enumerate(rewards)]
@@ -271,9 +284,10 @@ def test_the_best_student_is_the_latest_that_none_clearly_beats():
 
 
 def test_interaction_resumes_to_the_same_bits(place, tmp_path):
-    run_interact(place, tmp_path / "whole", "--minibatch-size", "4")
+    more = ["--minibatch-size", "4", "--eval-best-of", "2"]
+    run_interact(place, tmp_path / "whole", *more)
     with interrupted_at(interact, step=3):
-        run_interact(place, tmp_path / "parts", "--minibatch-size", "4")
+        run_interact(place, tmp_path / "parts", *more)
     assert checkpoint.newest(tmp_path / "parts").name == "step_0000003"
     interact.main(["--resume", "--out", str(tmp_path / "parts")])
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
