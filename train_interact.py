@@ -29,6 +29,7 @@ from tinystory.report.run import live_report
 from tinystory.rl import ppo
 from tinystory.rl.collapse import Watch, score_relations
 from tinystory.rl.policy import RunState, load_policy, rollout
+from tinystory.rl.reading import Reading
 from tinystory.rl.reward import story_rewards
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
@@ -77,9 +78,11 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
         print("there is one opening, so none is held out: evaluations use the one that is trained on")
     longest = max((encode_opening(tokenizer, text) for text in openings.train + openings.held_out), key=len)
     require_room(reference, longest, config.max_new_tokens)
+    reading = Reading(config, facts, tokenizer, reference.config.context)
     milestones = INTERACTION_CHECKPOINTS
     if config.preset in babylm.TRACKS:
-        babylm.check_interaction(config.preset, facts, config.budget_words)
+        reads = config.budget_words if config.reading_weight else 0
+        babylm.check_interaction(config.preset, facts, config.budget_words, reads)
         milestones = babylm.milestones_beyond(facts)
     state = policy.restore(resume_from) if resume_from else RunState(config.kl_coef)
 
@@ -90,13 +93,13 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     ranked = config.teacher_mode == "rank"
     ranker = Ranked(grader, load_template(config.teacher_prompt), config.stories_per_opening) if ranked else grader
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
-    expected = (config.steps - state.step) * n + evaluations * config.stories_per_evaluation
-    if forecast := grader.forecast(expected, openings[0], config.stories_per_opening if ranked else 1):
+    to_grade = (config.steps - state.step) * n + evaluations * config.stories_per_evaluation
+    if forecast := grader.forecast(to_grade, openings[0], config.stories_per_opening if ranked else 1):
         print(f"forecast: {forecast}")
     grader_facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
     print(f"student {origin}, scored by {grader_facts['scored_by']}")
     if state.step == 0 and (
-        budget := distributed.rank0_value(lambda: exhausted_budget(config, state, grader, openings, 2))
+        budget := distributed.rank0_value(lambda: exhausted_budget(config, state, grader, openings, reading, 2))
     ):
         raise UserError(
             f"{budget} does not hold a single step and the evaluations around it: raise it, or lower "
@@ -127,7 +130,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             evaluator.evaluate(state)
         # A signal to any process stops all of them.
         while state.step < config.steps and not distributed.all_reduce_max(stop.requested):
-            if budget := distributed.rank0_value(lambda: exhausted_budget(config, state, grader, openings)):
+            if budget := distributed.rank0_value(lambda: exhausted_budget(config, state, grader, openings, reading)):
                 bar.write(f"{budget} does not hold another step")
                 break
             began = time.perf_counter()
@@ -141,7 +144,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             with compute.autocast():
                 batch = ppo.reread(policy, batch) if dropout else batch
                 reference_stats = ppo.read_reference(
-                    reference, batch, config.temperature, config.micro_batch_size, states=policy.value_head is None
+                    reference, batch, config.temperature, config.micro_batch_size, states=config.learner == "ridge"
                 )
             reference_end = now(compute.device)  # so that a GPU's time does not count as the teacher's
             try:
@@ -156,12 +159,13 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             scores = [invented if grade.score is None else grade.score for grade in grades]
             rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
-            stats = ppo.step(policy, batch, reference_stats, rewards, state.kl_coef, state.step)
+            to_read = reading.batches(state.step)
+            stats = ppo.step(policy, batch, reference_stats, rewards, state.kl_coef, state.step, to_read)
             update_end = time.perf_counter()
 
             words_before = state.words_in
             words_in = openings.new_words(state.written, n, config.charge_opening and state.step == 0)
-            words_in += sum(grade.reply_words for grade in grades)
+            words_in += sum(grade.reply_words for grade in grades) + int(stats["words_read"])
             state.spend(stories, words_in)
             state.step, state.written = state.step + 1, state.written + n
             state.kl_coef = ppo.next_kl_coef(state.kl_coef, stats["kl"], n - int(stats["unscored"]), config)
@@ -210,14 +214,14 @@ def starting_checkpoint(init: str) -> Path:
 
 
 def exhausted_budget(
-    config: InteractConfig, state: RunState, grader: Grader, openings: Openings, evaluations: int = 1
+    config: InteractConfig, state: RunState, grader: Grader, openings: Openings, reading: Reading, evaluations: int = 1
 ) -> str:
     """Which budget does not hold another step and so many evaluations; "" if all do. (The cost is limited once more,
     before each request.)"""
     n = config.stories_per_step
     stories = n + evaluations * config.stories_per_evaluation
     words_in = openings.new_words(state.written, n, config.charge_opening and state.step == 0)
-    words_in += state.words_in + stories * grader.most_words
+    words_in += state.words_in + stories * grader.most_words + sum(words for _, words in reading.batches(state.step))
     words_out = state.words_out + stories * config.max_new_tokens
     if words_in > config.budget_words or words_out > config.budget_words_out:
         return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"

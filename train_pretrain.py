@@ -5,7 +5,6 @@ python train_pretrain.py --corpus my_stories.txt --words 3M --n-embd 256
 python train_pretrain.py --preset paper                    GPT-2-small on BabyLM's 100 M words, eleven epochs
 """
 
-import math
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tinystory import ops
 from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse, published_options
 from tinystory.data import babylm
 from tinystory.data.babylm import MILESTONES
@@ -34,6 +32,7 @@ from tinystory.run.step_log import StepLog
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, generate
+from tinystory.student.loss import next_token_loss
 from tinystory.student.model import Student, StudentConfig
 from tinystory.student.optim import make_optimizer, set_learning_rate
 
@@ -66,18 +65,13 @@ def train_step(
     rank = distributed.rank()
     torch.manual_seed(config.seed * 1_000_003 + step + (rank << 40))
     attention_seeds = random.Random(f"{config.seed} {step} {rank}")  # no draw of torch's, which would wait for a GPU
-    loss = torch.zeros((), device=batch.device)
-    with student.lowered(dtype):
-        for part in distributed.shard_strided(batch).split(config.micro_batch_size):
-            with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                hidden = student.hidden(part[:, :-1], config.dropout, seed=attention_seeds.getrandbits(48))
-                nats = ops.cross_entropy(hidden.flatten(0, 1), student.wte.weight, part[:, 1:].flatten())
-            part_loss = nats * (len(part) / len(batch))
-            part_loss.backward()
-            loss += part_loss.detach()
+    micro = config.micro_batch_size
+    loss = next_token_loss(student, batch, micro, dtype, dropout=config.dropout, seeds=attention_seeds)
     distributed.all_reduce_gradients(student.parameters())
-    distributed.all_reduce_sum(loss)
-    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf)
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
+    # The step divides by it as it reads the gradient: clipping takes no pass of its own over the memory.
+    scale = (grad_norm / config.grad_clip).clamp(min=1.0) if config.grad_clip else None
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
@@ -152,6 +146,8 @@ def pretrain(config: PretrainConfig) -> None:
         if not rank0:  # it would drop what rank 0 is writing as left half-written
             return
         facts = dict(words=state.words, tokens=state.tokens, corpus=config.corpus, corpus_words=data.train.word_count)
+        # Which documents were held out, for --reading-weight.
+        facts |= dict(corpus_seed=config.seed, val_fraction=config.val_fraction, documents=config.documents)
         tensors = checkpoint.pack_optimizer(optimizer, names)
         folder = run / "checkpoints" / name
         checkpoint.save(folder, student, tokenizer, facts=facts, state=tensors, counters=asdict(state))

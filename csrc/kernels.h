@@ -129,13 +129,14 @@ void logprob_stats(const TokenLogprob&, int64_t begin, int64_t end);        // i
 void logprob_grad_weight(const TokenLogprob&, int64_t begin, int64_t end);  // items: its groups; logits -> gradients
 void logprob_grad_hidden(const TokenLogprob&, int64_t begin, int64_t end);  // items: rows / kLogprobRows
 int64_t linear_workspace(const Linear&);                                    // for chunks of `rows` rows
-int64_t linear_tiles(const Linear&, int64_t columns);                       // items of forward (N) and grad_x (K)
+int64_t linear_tiles(const Linear&);                                        // items of forward, or of grad_x
+int64_t linear_weight_tiles(const Linear&);                                 // items of grad_weight
 void linear_pack_weight(const Linear&, int64_t begin, int64_t end);         // items: N / 64, backward N / 32
 void linear_pack_x(const Linear&, int64_t begin, int64_t end);              // items: rows
 void linear_forward(const Linear&, int64_t begin, int64_t end);
 void linear_pack_grad(const Linear&, int64_t begin, int64_t end);  // items: rows / kLinearRows
 void linear_grad_x(const Linear&, int64_t begin, int64_t end);
-void linear_grad_weight(const Linear&, int64_t begin, int64_t end);      // items: N / 64 * K / 64
+void linear_grad_weight(const Linear&, int64_t begin, int64_t end);
 void layer_norm(const LayerNorm&, int64_t begin, int64_t end);           // items: rows
 void layer_norm_backward(const LayerNorm&, int64_t begin, int64_t end);  // items: rows / kLinearRows
 }  // namespace cpu

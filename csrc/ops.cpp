@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& hidden, const Ten
   TORCH_CHECK(p.x.N > 0, "cross_entropy: hidden has no rows");
   p.x.grad_everywhere = -1.0 / p.x.N;
   p.allocate_results();
-  p.run(32 << 20, true, true);
+  p.run(64 << 20, true, true);
   const auto [grad_hidden, grad_weight] = p.grads();
   return {p.logprob.mean(at::kDouble).neg_().to(p.logprob.scalar_type()), grad_hidden, grad_weight};
 }
@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const T
   l.y = y.data_ptr(), l.slope = slope.data_ptr();
   linear_chunks(l, blocks(l.N, 64), [&](const auto& step) {
     step(cpu::linear_pack_x, l.rows);
-    step(cpu::linear_forward, cpu::linear_tiles(l, l.N));
+    step(cpu::linear_forward, cpu::linear_tiles(l));
   });
   return {y, slope};
 }
@@ -264,8 +264,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_y, const T
   l.grad_weight = grad_weight.data_ptr<float>(), l.bias_parts = bias_parts.data_ptr<float>();
   linear_chunks(l, l.N / 32, [&](const auto& step) {
     step(cpu::linear_pack_grad, blocks(l.rows, kLinearRows));
-    step(cpu::linear_grad_x, cpu::linear_tiles(l, l.K));
-    step(cpu::linear_grad_weight, blocks(l.N, 64) * blocks(l.K, 64));
+    step(cpu::linear_grad_x, cpu::linear_tiles(l));
+    step(cpu::linear_grad_weight, cpu::linear_weight_tiles(l));
   });
   return {grad_x, grad_weight, bias_parts.sum(0)};
 }

@@ -26,8 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from tinystory.config import InteractConfig, add_number
+from tinystory.data.corpus import Corpus
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.coreference import coreference, unseen_stories
+from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import distinct_ngrams
 from tinystory.ops.compute import resolve
 from tinystory.rl import ppo
@@ -137,8 +139,12 @@ def measure(row: Row, start: Path, grader: Grader, count: int) -> dict[str, floa
             "largest": max(sizes),
         }
         measures |= {where + name: value for name, value in means.items()}
-    places = coreference(student, tokenizer, unseen_stories(COREFERENCE)) if row.n == row.temperature == 1 else {}
-    return measures | {name: places.get(name) for name in ("repeated_name", "introduced_name", "he_or_she")}
+    reading: dict[str, Any] = {}
+    if row.n == row.temperature == 1:
+        unseen = Corpus(["unseen"], [("unseen", lambda: iter(unseen_stories(COREFERENCE)))])
+        reading = coreference(student, tokenizer, unseen.documents()) | bits_per_byte(student, tokenizer, unseen)
+    names = ("repeated_name", "introduced_name", "he_or_she", "bits_per_byte")
+    return measures | {name: reading.get(name) for name in names}
 
 
 def mean(values: Sequence[float | None]) -> float:

@@ -76,6 +76,10 @@ PYTORCH_OPS_HELP = (
 DTYPE_HELP = "auto, float32, tf32 (on a GPU) or bfloat16 (matmuls only; weights and optimiser stay float32)"
 DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
+ADVANTAGES = ("ridge", "gae", "rloo", "grpo", "dr_grpo")
+# The learners (`InteractConfig.learner`) that read an option which others ignore.
+READ_BY = {"gamma": ADVANTAGES[:2], "lam": ADVANTAGES[:2], "value_coef": ("gae",)}
+READ_BY |= {"clip_ratio": ADVANTAGES, "advantage": ADVANTAGES}
 
 
 @dataclass
@@ -189,16 +193,20 @@ class InteractConfig:
     grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
     epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]", group="PPO")
-    critic: str = option("ridge", "value baseline: ridge regression, or head (on the student)", ("ridge", "head"))
+    learn: str = option("ppo", "ppo, or sft-best: cross-entropy on a step's best quarter (RAFT)", ("ppo", "sft-best"))
+    advantage: str = option("ridge", "GAE, with values by ridge or a head (gae); or rloo, grpo, dr_grpo", ADVANTAGES)
     gamma: float = option(1.0, "discount factor", "[0, 1]")
     lam: float = option(0.95, "GAE lambda; 1 if a step has only a few stories", "[0, 1]")
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
     clip_value: float = option(0.2, "", "(0, 1e9]")  # clipping range of the value
-    value_coef: float = option(0.0, "weight of the value loss, for --critic head", "[0, 1000]")
+    value_coef: float = option(0.1, "weight of the value loss, for --advantage gae", "[0, 1000]")
     max_ratio: float = option(10.0, "", "[1, 1e9]")  # mean policy ratio above which a minibatch is skipped, and counted
+    kl_in: str = option("reward", "the KL penalty: log-ratio in the reward, or k3 in the loss", ("reward", "loss"))
     kl_coef: float = option(0.01, "initial coefficient of the KL penalty against the starting checkpoint", "[0, 1000]")
     kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)", "(0, 1e6]")
     kl_horizon: float = option(2_000.0, "horizon of the adaptive controller, in stories", "(0, 1e12]")
+    reading_weight: float = option(0.0, "weight of next-word prediction on the student's own corpus", "[0, 1000]")
+    reading_batch: int = option(32, "sequences of it per update; their words count as words in", "[1, 1e9]")
 
     eval_every: int = option(1, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation")
     eval_stories: int = option(40, "stories per evaluation; `best` is the last student that none beats", "[1, 1e9]")
@@ -207,6 +215,11 @@ class InteractConfig:
     @property
     def stories_per_evaluation(self) -> int:
         return self.eval_stories * self.eval_best_of
+
+    @property
+    def learner(self) -> str:
+        """What makes the gradient: one of ADVANTAGES, or sft-best, which has no advantages."""
+        return self.advantage if self.learn == "ppo" else self.learn
 
     rollout_dropout: float = option(0.0, "dropout in rollouts after the first step", "[0, 1)", group="as published")
     unreadable_score: str = option("none", "score of a story without a readable reply: none, or 0.5", ("none", "0.5"))
@@ -226,7 +239,7 @@ _PAPER_INTERACT = dict(
     dtype="float32", openings=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
     stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000,
     budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, eval_every=0,
-    save_every=20, learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, critic="head",
+    save_every=20, learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, advantage="gae",
     adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1,
     max_ratio=10.0, grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
@@ -417,15 +430,23 @@ def _check_together(config: Any) -> Iterator[str]:
     graders = {"--reward": config.reward, "--replay": config.replay, "--teacher-url": config.teacher_url}
     if len(chosen := [flag for flag, value in graders.items() if value]) > 1:
         yield f"{' and '.join(chosen)} do not go together: one of them scores the stories"
-    if config.reward:
-        defaults = [vars(InteractConfig()), INTERACT_PRESETS[config.preset]]
-        for f in _options(InteractConfig):
-            is_teachers = f.name.startswith(("teacher_", "price_", "budget_cost")) and f.name != "teacher_timeout"
-            if is_teachers and getattr(config, f.name) not in [options.get(f.name) for options in defaults]:
-                yield f"{_flag(f)} is for a teacher, and --reward takes its place: leave one of them out"
-    if config.critic == "ridge" and config.stories_per_step < 2:
-        yield "--critic ridge learns from the other stories of a step: give --stories-per-step 2 or more"
-    if config.critic == "ridge" and config.value_coef:
-        yield "--value-coef is the weight of a value head's loss: give --critic head, or --value-coef 0"
-    if config.critic == "head" and not config.value_coef:
-        yield "--critic head learns from the value loss alone: give --value-coef, say 0.1"
+    defaults, learner = [vars(InteractConfig()), INTERACT_PRESETS[config.preset]], config.learner
+    for f in _options(InteractConfig):
+        is_teachers = f.name.startswith(("teacher_", "price_", "budget_cost")) and f.name != "teacher_timeout"
+        if getattr(config, f.name) in [options.get(f.name) for options in defaults]:
+            continue
+        if config.reward and is_teachers:
+            yield f"{_flag(f)} is for a teacher, and --reward takes its place: leave one of them out"
+        if learner not in READ_BY.get(f.name, (learner,)):
+            readers = " or ".join(READ_BY[f.name])
+            yield f"{_flag(f)} is read by --learn ppo with --advantage {readers} only: leave it out"
+    if learner == "ridge" and config.stories_per_step < 2:
+        yield "--advantage ridge learns from the other stories of a step: give --stories-per-step 2 or more"
+    if learner == "gae" and not config.value_coef:
+        yield "--advantage gae learns from the value loss alone: give --value-coef, say 0.1"
+    group = config.stories_per_opening
+    if learner in ADVANTAGES[2:] and (group < 2 or config.stories_per_step % group):
+        yield (
+            f"--advantage {learner} compares the stories of an opening: give --stories-per-opening 2 or more, and "
+            "--stories-per-step a multiple of it"
+        )

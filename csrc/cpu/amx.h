@@ -50,11 +50,13 @@ inline bool permitted() {
 }
 
 // c (rows, columns) = a b, or with `add` c += a b, of 1 to 32 rows and 16 or 32 columns, reducing over n_k pairs, a
-// multiple of 16. Strides in elements of 4 bytes. The tiles are configured for these rows.
+// multiple of 16. Strides in elements of 4 bytes; element (row, k) of a tile's corner in a lies at row am + k ak, and its
+// rows are am apart, or ak where that is 16. The tiles are configured for these rows.
 template <bool kBelow, bool kRight>
-inline void block(int64_t n_k, const uint32_t* a, int64_t am, const uint32_t* b, int64_t bk, float* c, int64_t cm,
-                  bool add) {
+inline void block(int64_t n_k, const uint32_t* a, int64_t am, int64_t ak, const uint32_t* b, int64_t bk, float* c,
+                  int64_t cm, bool add, const char* next, int64_t lines) {
   float* below = c + kRows * cm;
+  const int64_t apart = 4 * (ak == 1 ? am : ak);
   if (add) {
     TILE_LOAD(0, c, 4 * cm);
     if constexpr (kRight) TILE_LOAD(1, c + kPacks, 4 * cm);
@@ -67,15 +69,16 @@ inline void block(int64_t n_k, const uint32_t* a, int64_t am, const uint32_t* b,
     if constexpr (kBelow && kRight) TILE_ZERO(3);
   }
   for (int64_t k = 0; k < n_k; k += kPacks, b += kPacks * bk) {
-    TILE_LOAD(4, a + k, 4 * am);
     TILE_LOAD(6, b, 4 * bk);
+    TILE_LOAD(4, a + k * ak, apart);
+    for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
     TILE_DOT(0, 4, 6);
     if constexpr (kRight) {
       TILE_LOAD(7, b + kPacks, 4 * bk);
       TILE_DOT(1, 4, 7);
     }
     if constexpr (kBelow) {
-      TILE_LOAD(5, a + kRows * am + k, 4 * am);
+      TILE_LOAD(5, a + kRows * am + k * ak, apart);
       TILE_DOT(2, 5, 6);
       if constexpr (kRight) TILE_DOT(3, 5, 7);
     }
@@ -89,9 +92,12 @@ inline void block(int64_t n_k, const uint32_t* a, int64_t am, const uint32_t* b,
 // The same for any rows, and columns in multiples of 16; calls done(row, n) after each n rows. The thread's tiles are
 // configured and released here.
 template <class Done>
-void panel(int64_t rows, int64_t columns, int64_t n_k, const uint32_t* a, int64_t am, const uint32_t* b, int64_t bk,
-           float* c, int64_t cm, bool add, const Done& done) {
+void panel(int64_t rows, int64_t columns, int64_t n_k, const uint32_t* a, int64_t am, int64_t ak, const uint32_t* b,
+           int64_t bk, float* c, int64_t cm, bool add, const Done& done) {
   int64_t configured = 0;
+  // What follows a whole panel's rows comes next, and lies beyond the L2 cache: it is prefetched evenly.
+  const auto* next = reinterpret_cast<const char*>(b + n_k * bk);
+  const int64_t lines = bk == 2 * kPacks ? (2 * kPacks + (rows + 31) / 32 - 1) / ((rows + 31) / 32) : 0;
   for (int64_t r = 0; r < rows; r += 2 * kRows) {
     const int64_t n = rows - r < 2 * kRows ? rows - r : 2 * kRows;
     if (n != configured) {
@@ -104,7 +110,8 @@ void panel(int64_t rows, int64_t columns, int64_t n_k, const uint32_t* a, int64_
       const bool right = columns - j > kPacks;
       const auto run = n > kRows ? (right ? block<true, true> : block<true, false>)
                                  : (right ? block<false, true> : block<false, false>);
-      run(n_k, a + r * am, am, b + j, bk, c + r * cm + j, cm, add);
+      run(n_k, a + r * am, am, ak, b + j, bk, c + r * cm + j, cm, add, next, lines);
+      next += n_k / kPacks * lines * 64;
     }
     done(r, n);
   }

@@ -63,7 +63,20 @@ struct BF16 {
 };
 // The same by instructions that multiply small matrices, AMX's tiles or ARM's BFMMLA, where there are any: for a left
 // operand whose k_stride is 1. Whether they run depends on the machine and n_k, not on the rows, whose results it changes.
-struct BF16Tiles : BF16 {};
+struct BF16Tiles : BF16 {
+#if defined(TINYSTORY_AMX)
+  static constexpr int64_t kReduce = 128;  // 32 columns of them take a third of the L1 cache; sums go on from the last
+#endif
+};
+#endif
+
+// Whether AMX's tiles may run a GEMM of this policy; the machine decides.
+#if defined(TINYSTORY_AMX)
+template <class Policy>
+constexpr bool kForAmx = std::is_same_v<Policy, BF16Tiles>;
+#else
+template <class Policy>
+constexpr bool kForAmx = false;
 #endif
 
 // Packs that a right operand's rows, and with them k, are padded to, in zeros.
@@ -72,10 +85,13 @@ constexpr int64_t kPadding = Policy::kPack == 2 ? 16 : 1;
 
 // Columns per panel of a packed right operand: what the micro-kernel takes at once, so that it reads memory in order.
 template <class Policy>
-constexpr int64_t kPanel = Policy::kPack == 2 ? kColumns : kMicroVectors * lanes<VecOf<typename Policy::Acc>>;
+constexpr int64_t kPanel = kForAmx<Policy>      ? 32
+                           : Policy::kPack == 2 ? kColumns
+                                                : kMicroVectors * lanes<VecOf<typename Policy::Acc>>;
 
 // Operands, in Packs. Element (row, k) of the left one lies at at[row * row_stride + k * k_stride]; the right one has
-// panels of kPanel columns, and element (k, column) of a panel lies at at[k * k_stride + column].
+// panels of kPanel columns, and element (k, column) of a panel lies at at[k * k_stride + column]. For AMX the left one
+// may lie in tiles (LeftLayout): this is then true of the first element of a tile, and k_stride is 16.
 template <class Policy>
 struct Left {
   const typename Policy::Pack* at;
@@ -136,7 +152,7 @@ void micro_column(int64_t rows, int64_t n_k, Left<Policy> a, const typename Poli
 template <class Policy>
 bool on_tiles() {
 #if defined(TINYSTORY_AMX)
-  return std::is_same_v<Policy, BF16Tiles> && amx::permitted();
+  return kForAmx<Policy> && amx::permitted();
 #elif defined(TINYSTORY_ARM_BF16)
   return std::is_same_v<Policy, BF16Tiles>;
 #else
@@ -150,9 +166,9 @@ void gemm_panel(int64_t rows, int64_t vectors, int64_t n_k, Left<Policy> a, cons
                 typename Policy::Acc* c, int64_t cm, bool add, const Done& done) {
   constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>;
 #if defined(TINYSTORY_AMX)
-  if constexpr (std::is_same_v<Policy, BF16Tiles>)
+  if constexpr (kForAmx<Policy>)
     if (on_tiles<Policy>() && n_k % amx::kPacks == 0 && vectors * L % amx::kPacks == 0)
-      return amx::panel(rows, vectors * L, n_k, a.at, a.row_stride, b, bk, c, cm, add, done);
+      return amx::panel(rows, vectors * L, n_k, a.at, a.row_stride, a.k_stride, b, bk, c, cm, add, done);
 #elif defined(TINYSTORY_ARM_BF16)
   if constexpr (std::is_same_v<Policy, BF16Tiles>)
     if (n_k % arm::kPacks == 0)
@@ -171,28 +187,16 @@ void gemm_panel(int64_t rows, int64_t vectors, int64_t n_k, Left<Policy> a, cons
   if (vectors == 1) run(std::integral_constant<int, 1>());
 }
 
-// The driver: c (rows, columns) = a b, or with `add` c += a b, reducing over n_k Packs. The columns are whole vectors. A
-// left operand that lies by columns, in more pages than the first-level TLB maps, is copied, a part at a time.
+// The rows of a left operand that are multiplied with one panel after another. On AMX, whose panels come from beyond the
+// L2 cache, they are as many as fill half of it, and whole pairs of tiles.
 template <class Policy>
-void gemm(int64_t rows, int64_t columns, int64_t n_k, Left<Policy> a, Right<Policy> b, typename Policy::Acc* c,
-          int64_t cm, bool add = false) {
-  using Pack = typename Policy::Pack;
-  constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>, kWidth = kPanel<Policy>, kMapped = 64 * 4096;
-  constexpr bool kMayCopy = Policy::kPack == 1;
-  alignas(64) Pack copy[kMayCopy ? Policy::kReduce * kTileRows : 1];
-  for (int64_t k = 0; k < n_k; k += Policy::kReduce, add = true)
-    for (int64_t first = 0; first < rows; first += kTileRows) {
-      const int64_t n = std::min(kTileRows, rows - first), depth = std::min(Policy::kReduce, n_k - k);
-      Left<Policy> part = a.part(first, k);
-      if (kMayCopy && a.row_stride == 1 && depth * a.k_stride * int64_t(sizeof(Pack)) > kMapped) {
-        for (int64_t i = 0; i < depth; ++i) std::memcpy(copy + i * n, part.at + i * a.k_stride, n * sizeof(Pack));
-        part = {copy, 1, n};
-      }
-      for (int64_t j = 0; j < columns; j += kWidth)
-        gemm_panel<Policy>(n, std::min(kWidth, columns - j) / L, depth, part,
-                           b.at + j / kWidth * b.panel_stride + k * b.k_stride, b.k_stride, c + first * cm + j, cm, add,
-                           [](int64_t, int64_t) {});
-    }
+constexpr int64_t kMostRows = kForAmx<Policy> ? 256 : kTileRows;
+template <class Policy>
+int64_t block_rows(int64_t rows, int64_t n_k) {
+  if (!kForAmx<Policy> || !on_tiles<Policy>()) return kTileRows;
+  const int64_t most = std::clamp<int64_t>((1 << 18) / n_k / 32 * 32, 32, kMostRows<Policy>);
+  const int64_t pairs = (rows + 31) / 32, blocks = std::max<int64_t>(1, (rows + most - 1) / most);
+  return (pairs + blocks - 1) / blocks * 32;
 }
 
 // The driver for sums that are not stored: calls finish(row, column, sum) for each vector of rows [first, last) and
@@ -203,12 +207,13 @@ void gemm_tile(int64_t first, int64_t last, int64_t column, int64_t end, int64_t
                const Finish& finish) {
   using Vec = VecOf<typename Policy::Acc>;
   constexpr int64_t L = lanes<Vec>, kWidth = kPanel<Policy>;
-  alignas(64) typename Policy::Acc sums[kTileRows * kWidth];
-  for (; first < last; first += kTileRows)
+  const int64_t together = block_rows<Policy>(last - first, n_k);
+  alignas(64) typename Policy::Acc sums[kMostRows<Policy> * kWidth];
+  for (; first < last; first += together)
     for (int64_t j = column; j < end; j += kWidth)
       for (int64_t k = 0; k < n_k; k += Policy::kReduce) {
         const int64_t width = std::min(kWidth, end - j);
-        gemm_panel<Policy>(std::min(kTileRows, last - first), width / L, std::min(Policy::kReduce, n_k - k),
+        gemm_panel<Policy>(std::min(together, last - first), width / L, std::min(Policy::kReduce, n_k - k),
                            a.part(first, k), b.at + j / kWidth * b.panel_stride + k * b.k_stride, b.k_stride, sums,
                            kWidth, k > 0, [&](int64_t row, int64_t n) {
                              if (k + Policy::kReduce < n_k) return;
@@ -217,6 +222,39 @@ void gemm_tile(int64_t first, int64_t last, int64_t column, int64_t end, int64_t
                                  finish(first + r, j + v, load<Vec>(sums + r * kWidth + v));
                            });
       }
+}
+
+// The driver: c (rows, columns) = a b, or with `add` c += a b, reducing over n_k Packs. The columns are whole vectors. A
+// left operand that lies by columns, in more pages than the first-level TLB maps, is copied, a part at a time.
+template <class Policy>
+void gemm(int64_t rows, int64_t columns, int64_t n_k, Left<Policy> a, Right<Policy> b, typename Policy::Acc* c,
+          int64_t cm, bool add = false) {
+  using Pack = typename Policy::Pack;
+  constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>, kWidth = kPanel<Policy>, kMapped = 64 * 4096;
+  constexpr bool kMayCopy = Policy::kPack == 1;
+  alignas(64) Pack copy[kMayCopy ? Policy::kReduce * kTileRows : 1];
+  const int64_t together = block_rows<Policy>(rows, n_k);
+  if (kForAmx<Policy> && on_tiles<Policy>() && n_k > Policy::kReduce) {  // tiles of sums are read and written often
+    gemm_tile<Policy>(0, rows, 0, columns, n_k, a, b, [&](int64_t row, int64_t j, auto sum) {
+      auto* to = c + row * cm + j;
+      __builtin_prefetch(to + 32 * cm, 1, 2);
+      store(to, add ? load<decltype(sum)>(to) + sum : sum);
+    });
+    return;
+  }
+  for (int64_t k = 0; k < n_k; k += Policy::kReduce, add = true)
+    for (int64_t first = 0; first < rows; first += together) {
+      const int64_t n = std::min(together, rows - first), depth = std::min(Policy::kReduce, n_k - k);
+      Left<Policy> part = a.part(first, k);
+      if (kMayCopy && a.row_stride == 1 && depth * a.k_stride * int64_t(sizeof(Pack)) > kMapped) {
+        for (int64_t i = 0; i < depth; ++i) std::memcpy(copy + i * n, part.at + i * a.k_stride, n * sizeof(Pack));
+        part = {copy, 1, n};
+      }
+      for (int64_t j = 0; j < columns; j += kWidth)
+        gemm_panel<Policy>(n, std::min(kWidth, columns - j) / L, depth, part,
+                           b.at + j / kWidth * b.panel_stride + k * b.k_stride, b.k_stride, c + first * cm + j, cm, add,
+                           [](int64_t, int64_t) {});
+    }
 }
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -302,6 +340,19 @@ void transpose_packs(Pack* to, int64_t to_stride, const Pack* from, int64_t from
       for (int r = 0; r < L; ++r) store(to + (j + r) * to_stride + i, block[r]);
     }
 }
+
+// Where a left operand's rows of `packs` Packs lie: in tiles for AMX, [rows / 16][packs / 16][16][16], which its loads
+// find in 16 consecutive cache lines, else one after another.
+template <class Policy>
+struct LeftLayout {
+  int64_t packs;
+  int64_t apart = kForAmx<Policy> && on_tiles<Policy>() ? 16 : 1;  // k_stride, and rows of a tile
+  int64_t stride() const { return apart == 1 ? packs : apart; }    // from row to row
+  int64_t at(int64_t row, int64_t k) const {
+    return row / apart * apart * packs + k / apart * apart * apart + row % apart * apart + k % apart;
+  }
+  Left<Policy> operator()(const typename Policy::Pack* p) const { return {p, packs, apart}; }
+};
 
 // Transposes rows into panels [padded / kPanel][D / kPack][kPanel], the right operand of a GEMM that reduces over D.
 template <class Policy>

@@ -24,6 +24,8 @@ struct Layer {
 
   const Linear& l;
   const int64_t in, out, pairs;  // Packs per row of x and of y; per column of the chunk, padded
+  const LeftLayout<Policy> x_rows{in}, y_rows{out}, columns{pairs};
+  const bool tiled = x_rows.apart > 1;
   Pack *panels, *rows, *grad_rows, *x_pairs, *grad_columns;
   size_t bytes;
 
@@ -32,18 +34,20 @@ struct Layer {
         pairs(round_up(round_up(l.rows, Policy::kPack) / Policy::kPack, kPadding<Policy>)) {
     Arena m{static_cast<char*>(l.workspace), 0};
     panels = m.take<Pack>(std::max(round_up(l.N, kColumns) * in, round_up(l.K, kColumns) * out));
-    rows = m.take<Pack>(l.grad_y || l.x_type == kStored ? 0 : l.rows * in);
-    const int64_t n = l.grad_y ? pairs : 0;
-    grad_rows = m.take<Pack>(grad_stored() ? 0 : n * Policy::kPack * out);
+    const int64_t n = l.grad_y ? pairs : 0, whole = round_up(l.rows, x_rows.apart);
+    rows = m.take<Pack>(l.grad_y || x_stored() ? 0 : whole * in);
+    grad_rows = m.take<Pack>(!l.grad_y || grad_stored() ? 0 : whole * out);
     x_pairs = m.take<Pack>(n * round_up(l.K, kColumns));
     grad_columns = m.take<Pack>(kTransposed ? n * l.N : 0);
     bytes = m.used;
   }
 
   const void* x_at(int64_t row) const { return at(l.x, l.x_type, (l.first + row) * l.K); }
-  const Pack* x_rows() const { return l.x_type == kStored ? static_cast<const Pack*>(x_at(0)) : rows; }
+  // The left operand of the forward pass is x itself, or rows.
+  bool x_tiled() const { return tiled && l.N > 512; }  // else too few columns share the copy
+  bool x_stored() const { return !x_tiled() && l.x_type == kStored; }
   // The gradient before the bias is grad_y itself, or grad_rows.
-  bool grad_stored() const { return !l.gelu && l.y_type == kStored; }
+  bool grad_stored() const { return !tiled && !l.gelu && l.y_type == kStored; }
   const Pack* grads() const {
     return grad_stored() ? static_cast<const Pack*>(at(l.grad_y, l.y_type, l.first * l.N)) : grad_rows;
   }
@@ -61,24 +65,38 @@ struct Layer {
   }
 
   void pack_x(int64_t begin, int64_t end) {
-    const int64_t n = end - begin;
-    if (l.x_type != kStored) pack_rows<Policy>(rows + begin * in, x_at(begin), l.x_type, l.K, n, n, l.K, l.K);
+    if (x_stored()) return;
+    Pack* row = reinterpret_cast<Pack*>(scratch(in * sizeof(Pack)));
+    for (int64_t i = begin; i < end; ++i) {
+      if (!x_tiled()) row = rows + i * in;
+      pack_rows<Policy>(row, x_at(i), l.x_type, l.K, 1, 1, l.K, l.K);
+      if (x_tiled())
+        for (int64_t k = 0; k < in; k += 16) std::memcpy(rows + x_rows.at(i, k), row + k, 16 * sizeof(Pack));
+    }
   }
 
-  // Calls finish(row, column, sum), a vector at a time, for each item: kTileRows rows of a (rows, packs), 64 columns.
+  // Items of matmul are blocks of rows, as many as share a panel, times 64 columns.
+  static int64_t tiles(int64_t rows, int64_t packs, int64_t columns) {
+    const int64_t together = block_rows<Policy>(rows, packs);
+    return (rows + together - 1) / together * ((columns + kColumns - 1) / kColumns);
+  }
+  // Calls finish(row, column, sum), a vector at a time, for each item of a (rows, packs).
   template <class F>
-  void matmul(int64_t begin, int64_t end, const Pack* a, int64_t packs, int64_t columns, const F& finish) const {
-    const int64_t across = (columns + kColumns - 1) / kColumns;
+  void matmul(int64_t begin, int64_t end, Left<Policy> a, int64_t packs, int64_t columns, const F& finish) const {
+    const int64_t across = (columns + kColumns - 1) / kColumns, together = block_rows<Policy>(l.rows, packs);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item / across * kTileRows, column = item % across * kColumns;
-      gemm_tile<Policy>(first, std::min(l.rows, first + kTileRows), column, std::min(columns, column + kColumns), packs,
-                        {a, packs, 1}, {panels, kWidth, packs * kWidth}, finish);
+      const int64_t first = item / across * together, column = item % across * kColumns;
+      gemm_tile<Policy>(first, std::min(l.rows, first + together), column, std::min(columns, column + kColumns), packs,
+                        a, {panels, kWidth, packs * kWidth}, finish);
     }
   }
 
   void forward(int64_t begin, int64_t end) {
-    matmul(begin, end, x_rows(), in, l.N, [&](int64_t row, int64_t j, vf y) {
-      const int64_t to = (l.first + row) * l.N + j;
+    const auto* x = x_stored() ? static_cast<const Pack*>(x_at(0)) : rows;
+    matmul(begin, end, x_tiled() ? x_rows(x) : Left<Policy>{x, in, 1}, in, l.N, [&](int64_t row, int64_t j, vf y) {
+      const int64_t to = (l.first + row) * l.N + j, later = to + kAhead * l.N;
+      __builtin_prefetch(at(l.y, l.y_type, later), 1, 2);
+      if (l.gelu) __builtin_prefetch(at(l.slope, l.gemm_type, later), 1, 2);
       y += load<vf>(l.bias + j);
       if (l.gelu) {
         const auto [value, slope] = gelu_and_slope(y);
@@ -91,61 +109,77 @@ struct Layer {
 
   // items: blocks of kLinearRows rows. Packs the gradient before the bias by rows, for bf16 by columns too; x by pairs.
   void pack_grad(int64_t begin, int64_t end) {
-    const size_t block_packs = kLinearRows * std::max(in, out);
-    Pack* copy = reinterpret_cast<Pack*>(scratch(2 * block_packs * sizeof(Pack) + l.N * sizeof(float)));
-    Pack* in_rows = copy + block_packs;
-    float* sums = reinterpret_cast<float*>(in_rows + block_packs);
-    // Reads the rows in place if they are stored as Packs and need no padding, else from `copy`.
-    const auto in_pairs = [&](Pack* to, int64_t width, const void* from, DType type, int64_t n, int64_t columns) {
-      const int64_t padded = round_up(n, Policy::kPack * kPadding<Policy>);
-      if (type != kStored || padded > n) {
-        pack_rows<Policy>(copy, from, type, columns, n, padded, columns, columns);
-        from = copy;
-      }
-      pair_rows<Policy>(to, static_cast<const Pack*>(from), padded, columns, width, pairs);
-      return padded / Policy::kPack;
-    };
+    constexpr int64_t kStrip = 128;  // columns at a time: their pairs of rows stay in the L1 cache
+    Pack* copy = reinterpret_cast<Pack*>(scratch(std::max(kLinearRows * in, kLinearRows / 2 * kStrip) * sizeof(Pack)));
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kLinearRows, n = std::min(kLinearRows, l.rows - first);
-      std::memset(sums, 0, l.N * sizeof(float));
-      for (int64_t i = first; i < first + n; ++i)
-        for (int64_t j = 0; j < l.N; j += W) {
-          const int64_t from = (l.first + i) * l.N + j;
-          vf g = load_as<vf>(at(l.grad_y, l.y_type, from), l.y_type);
-          if (l.gelu) g *= load_as<vf>(at(l.slope, l.gemm_type, from), l.gemm_type);
-          store(sums + j, load<vf>(sums + j) + g);
-          if (!grad_stored()) store_elements<Policy>(grad_rows + i * out, j, g);
-        }
-      std::memcpy(l.bias_parts + (l.first / kLinearRows + block) * l.N, sums, l.N * sizeof(float));
-      const int64_t at = first / Policy::kPack;
-      if constexpr (kTransposed) {
-        const int64_t packs = in_pairs(in_rows, l.N, grads() + first * out, kStored, n, l.N);
-        transpose_packs(grad_columns + at, pairs, in_rows, l.N, packs, l.N);
+      const int64_t first = block * kLinearRows, n = std::min(kLinearRows, l.rows - first),
+                    pair0 = first / Policy::kPack;
+      const int64_t padded = round_up(n, Policy::kPack * kPadding<Policy>), packs = padded / Policy::kPack;
+      float* bias = l.bias_parts + (l.first / kLinearRows + block) * l.N;
+      for (int64_t j0 = 0; j0 < l.N; j0 += kStrip) {
+        const int64_t width = std::min(kStrip, l.N - j0);
+        vf sums[kStrip / W]{};
+        for (int64_t i = 0; i < padded; i += Policy::kPack)
+          for (int64_t j = 0; j < width; j += W) {
+            vf g[2]{};
+            for (int64_t e = 0; e < Policy::kPack && i + e < n; ++e) {
+              const int64_t row = first + i + e, from = (l.first + row) * l.N + j0 + j;
+              __builtin_prefetch(at(l.grad_y, l.y_type, from + kStrip), 0, 2);
+              g[e] = load_as<vf>(at(l.grad_y, l.y_type, from), l.y_type);
+              if (l.gelu) {
+                __builtin_prefetch(at(l.slope, l.gemm_type, from + kStrip), 0, 2);
+                g[e] *= load_as<vf>(at(l.slope, l.gemm_type, from), l.gemm_type);
+              }
+              sums[j / W] += g[e];
+              if (!grad_stored()) {
+                const int64_t k = (j0 + j) / Policy::kPack;  // of a Pack, or half of a vector of them
+                store_elements<Policy>(grad_rows + y_rows.at(row, k), 0, g[e]);
+              }
+            }
+            if constexpr (kTransposed) store(copy + i / 2 * kStrip + j, pair(to_bf16(g[0]), to_bf16(g[1])));
+          }
+        for (int64_t j = 0; j < width; j += W) store(bias + j0 + j, sums[j / W]);
+        if constexpr (kTransposed)
+          for (int64_t k = 0; k < packs; k += kPadding<Policy>)
+            for (int64_t j = 0; j < width; j += 16)
+              transpose_packs(grad_columns + columns.at(j0 + j, pair0 + k), columns.stride(), copy + k * kStrip + j,
+                              kStrip, kPadding<Policy>, 16);
       }
-      in_pairs(x_pairs + at * kWidth, kWidth, x_at(first), l.x_type, n, l.K);
+      // The rows of x are read in place if they are stored as Packs and need no padding, else from `copy`.
+      const void* x = x_at(first);
+      if (l.x_type != kStored || padded > n) {
+        pack_rows<Policy>(copy, x, l.x_type, l.K, n, padded, l.K, l.K);
+        x = copy;
+      }
+      pair_rows<Policy>(x_pairs + pair0 * kWidth, static_cast<const Pack*>(x), padded, l.K, kWidth, pairs);
     }
   }
 
   void grad_x(int64_t begin, int64_t end) {
-    matmul(begin, end, grads(), out, l.K, [&](int64_t row, int64_t j, vf g) {
-      store_as(at(l.grad_x, l.x_type, (l.first + row) * l.K + j), l.x_type, g);
+    matmul(begin, end, y_rows(grads()), out, l.K, [&](int64_t row, int64_t j, vf g) {
+      const int64_t to = (l.first + row) * l.K + j;
+      __builtin_prefetch(at(l.grad_x, l.x_type, to + kAhead * l.K), 1, 2);
+      store_as(at(l.grad_x, l.x_type, to), l.x_type, g);
     });
   }
 
-  // items: tiles of 64 x 64
+  // items: blocks of rows times 64 columns
+  static int64_t weight_rows(int64_t N, int64_t pairs) {
+    return kForAmx<Policy> && on_tiles<Policy>() ? block_rows<Policy>(N, pairs) : kColumns;
+  }
   void grad_weight(int64_t begin, int64_t end) {
-    const int64_t across = (l.K + kColumns - 1) / kColumns;
+    const int64_t across = (l.K + kColumns - 1) / kColumns, together = weight_rows(l.N, pairs);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t n = item / across * kColumns, c = item % across * kColumns;
-      const Left<Policy> left =
-          kTransposed ? Left<Policy>{grad_columns + n * pairs, pairs, 1} : Left<Policy>{grads() + n, 1, l.N};
-      gemm<Policy>(std::min(kColumns, l.N - n), std::min(kColumns, l.K - c), pairs, left,
+      const int64_t n = item / across * together, c = item % across * kColumns;
+      const Left<Policy> left = kTransposed ? columns(grad_columns).part(n, 0) : Left<Policy>{grads() + n, 1, l.N};
+      gemm<Policy>(std::min(together, l.N - n), std::min(kColumns, l.K - c), pairs, left,
                    {x_pairs + c * pairs, kWidth, pairs * kWidth}, l.grad_weight + n * l.K + c, l.K, l.first > 0);
     }
   }
 
  private:
   static constexpr int64_t kWeightRows = 32;
+  static constexpr int64_t kAhead = 32;  // rows that results are prefetched ahead: they lie too far apart otherwise
 };
 
 template <class F>
@@ -180,8 +214,16 @@ const char* instructions() {
 int64_t linear_workspace(const Linear& l) {
   return with_layer(l, [](auto layer) { return int64_t(layer.bytes); });
 }
-int64_t linear_tiles(const Linear& l, int64_t columns) {
-  return (l.rows + kTileRows - 1) / kTileRows * ((columns + kColumns - 1) / kColumns);
+int64_t linear_tiles(const Linear& l) {
+  return with_layer(l, [&](auto layer) {
+    return l.grad_y ? layer.tiles(l.rows, layer.out, l.K) : layer.tiles(l.rows, layer.in, l.N);
+  });
+}
+int64_t linear_weight_tiles(const Linear& l) {
+  return with_layer(l, [&](auto layer) {
+    const int64_t rows = layer.weight_rows(l.N, layer.pairs);
+    return (l.N + rows - 1) / rows * ((l.K + kColumns - 1) / kColumns);
+  });
 }
 void linear_pack_weight(const Linear& l, int64_t begin, int64_t end) {
   with_layer(l, [&](auto layer) { layer.pack_weight(begin, end); });

@@ -61,11 +61,11 @@ void test_linear(DType gemm_type, bool gelu_too, int64_t M, int64_t K, int64_t N
         l.rows = std::min(chunk, M - l.first);
         if (grad) {
           step(cpu::linear_pack_grad, (l.rows + kLinearRows - 1) / kLinearRows);
-          step(cpu::linear_grad_x, cpu::linear_tiles(l, K));
-          step(cpu::linear_grad_weight, (N + 63) / 64 * ((K + 63) / 64));
+          step(cpu::linear_grad_x, cpu::linear_tiles(l));
+          step(cpu::linear_grad_weight, cpu::linear_weight_tiles(l));
         } else {
           step(cpu::linear_pack_x, l.rows);
-          step(cpu::linear_forward, cpu::linear_tiles(l, N));
+          step(cpu::linear_forward, cpu::linear_tiles(l));
         }
       }
     }

@@ -12,7 +12,7 @@ from tinystory.student.generate import Story
 
 HEALTHY = dict(
     distinct_4=0.85, story_clusters=40, length_mean=120.0, entropy=150.0, kl=1.5, reward_std=0.1, score_mean=5.0,
-    score_mode=0.3, scored=256, score_length=0.2, score_logprob=0.4, policy_loss=-0.1, value_loss=0.2, grad_norm=0.5,
+    score_mode=0.3, scored=100, score_length=0.2, score_logprob=0.4, policy_loss=-0.1, value_loss=0.2, grad_norm=0.5,
     skipped=0,
 )  # fmt: skip
 
@@ -85,13 +85,6 @@ def test_scores_that_are_all_the_same_for_some_steps_are_said():
         assert kinds(records) == set()
 
 
-def test_few_large_steps_are_enough_for_a_warning():
-    collapsed = [record | {"scored": 1024} for record in run(4, distinct_4=0.1)]
-    assert "collapse" in kinds(collapsed) and kinds([record | {"scored": 200} for record in collapsed]) == set()
-    flat = dict(step=1, score_mean=9.0, score_mode=1.0, scored=2000)
-    assert "of the last step had" in Watch([flat]).warnings["signal"][1]
-
-
 def test_a_loss_of_pretraining_that_rises_is_said():
     falling = [dict(step=step, loss=7 - step / 5) for step in range(20)]
     assert kinds(falling) == set() and kinds([*falling, *[dict(step=20, loss=4.0)] * 9]) == set()
@@ -123,6 +116,14 @@ def test_relations_that_are_undefined_are_none():
         relations = score_relations(scores, stories(3))
         assert relations["score_length"] is None and relations["score_logprob"] is None
     assert score_relations([0.1, None, 0.4], stories(3))["scored"] == 2
+
+
+def test_few_large_steps_are_enough_for_a_warning():
+    collapsed = run(4, distinct_4=0.2)
+    assert kinds([record | {"scored": 1020, "unscored": 4} for record in collapsed]) == {"collapse"}
+    assert kinds([record | {"scored": 256} for record in collapsed]) == set()
+    flat = [dict(step=1, score_mean=9.0, score_mode=1.0, scored=1024)]
+    assert "of the last step had" in Watch(flat).warnings["signal"][1]
 
 
 def test_a_short_run_and_missing_values_say_nothing():

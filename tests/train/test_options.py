@@ -65,10 +65,12 @@ def capture(command, capsys) -> str:
 REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-timeout 0|--n-embd 20
 --n-embd 130|--n-head 3|--n-embd 2048 --n-head 4|--val-fraction 0|--val-fraction 1|--vocab-size 1e9|--vocab-size 260
 --teacher-max-tokens 0|--teacher-max-tokens -5|--kl-coef -5|--clip-ratio -1|--gamma 5|--warmup 1|--dropout 1
---critic value|--optimizer sgd|--weights-init zero|--dtype float16|--max-unscored 1|--diversity 1.1|--context 1
+--optimizer sgd|--weights-init zero|--dtype float16|--max-unscored 1|--diversity 1.1|--context 1|--advantage head
 --reward random --teacher-url http://127.0.0.1:9|--replay x --teacher-url http://127.0.0.1:9|--reward random --replay x
---stories-per-step 1|--budget-cost 1|--critic head|--value-coef 0.1
---preset paper --critic ridge|--preset paper --value-coef 0
+--stories-per-step 1|--budget-cost 1|--advantage gae --value-coef 0|--value-coef 1|--preset paper --value-coef 0
+--advantage grpo|--advantage rloo --stories-per-opening 1|--advantage dr_grpo --stories-per-opening 7
+--kl-in both|--learn sft|--learn sft-best --advantage gae|--learn sft-best --clip-ratio 0.1
+--advantage grpo --stories-per-opening 2 --lam 1
 --teacher-mode rank --stories-per-opening 4|--teacher-url http://127.0.0.1:9 --teacher-mode rank
 --teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-opening 16
 --teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-step 10 --stories-per-opening 4
@@ -94,17 +96,6 @@ def test_whole_numbers_are_exact():
         1500,
         10**15 - 1,
     ]
-
-
-def test_a_refused_critic_names_what_to_give():
-    for argv, flags in (
-        (["--critic", "head"], ("--value-coef",)),
-        (["--value-coef", "1"], ("head",)),
-    ):
-        with pytest.raises(UserError) as error:
-            parse(InteractConfig, INTERACT_PRESETS, argv)
-        assert all(flag in str(error.value) for flag in flags)
-    parse(InteractConfig, INTERACT_PRESETS, ["--critic", "head", "--value-coef", "0.1"])
 
 
 JUNK = (

@@ -83,6 +83,8 @@ def test_a_track_counts_the_corpus_once_and_all_interaction(track, unit):
         babylm.check_pretraining(track, 100 * unit + 1, 1)
     with pytest.raises(UserError, match=f"--words {900 * unit} or fewer"):
         babylm.check_interaction(track, facts | dict(words=900 * unit + 1), 1)
+    with pytest.raises(UserError, match=f"--words {900 * unit - 10} or fewer"):  # reading on is a part of ten epochs
+        babylm.check_interaction(track, facts, 10, reads=10)
     with pytest.raises(UserError, match="--words 999 or fewer"):  # the last step, of up to a word per token, must fit
         babylm.check_pretraining(track, 100, 1000, last_step=1)
     with pytest.raises(UserError, match="does not say"):

@@ -1,6 +1,7 @@
 """The two train commands as a user runs them: complete, stopped and resumed runs, and users' mistakes."""
 
 import contextlib
+import functools
 import json
 import math
 import shutil
@@ -24,6 +25,7 @@ from tinystory.run.device import Stop
 from tinystory.run.errors import Interrupted, Output
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
+from tinystory.student.optim import make_optimizer
 from tinystory.teacher.grader import CallableGrader
 
 
@@ -143,9 +145,26 @@ def test_dropout_of_attention_depends_on_the_seed_the_step_and_the_micro_batch(m
     monkeypatch.setattr(student, "hidden", recorded)
     batch = torch.randint(64, (4, 9))
     for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
-        config = PretrainConfig(seed=seed, dropout=0.1, micro_batch_size=2)
+        config = PretrainConfig(seed=seed, dropout=0.1, micro_batch_size=2, grad_clip=0)
         pretrain.train_step(student, optimizer, batch, config, torch.float32, step)
     assert len(set(seeds)) == 6 and seeds[:2] == seeds[6:]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_clipped_step_is_one_with_the_scaled_gradient(optimizer):
+    weights = []
+    for clip in (0.01, 0.0):
+        torch.manual_seed(0)
+        student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=32, context=8, vocab_size=64))
+        config = PretrainConfig(optimizer=optimizer, grad_clip=clip, eps=1.0, learning_rate=0.1)
+        optim, _ = make_optimizer(student, config, torch.float32)
+        if not clip:
+            clipping = functools.partial(torch.nn.utils.clip_grad_norm_, list(student.parameters()), 0.01)
+            optim.register_step_pre_hook(lambda *_, clipping=clipping: [None, clipping()][0])
+        for batch in (torch.randint(64, (4, 9)), torch.zeros(4, 9, dtype=torch.long)):
+            pretrain.train_step(student, optim, batch, config, torch.float32, 0)
+        weights.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
+    assert (weights[0] - weights[1]).abs().max() < 1e-4  # 0.045 if one of them is not clipped
 
 
 @pytest.mark.parametrize("dropout", ["0.0", "0.1"])

@@ -36,15 +36,15 @@ def check_pretraining(track: str, corpus_words: int, words: int, last_step: int 
         )
 
 
-def check_interaction(track: str, facts: dict[str, Any], words_in: int) -> None:
+def check_interaction(track: str, facts: dict[str, Any], words_in: int, reads: int = 0) -> None:
     """Raises UserError unless the track allows a student with these `facts` (see `checkpoint.save`) to take in so many
-    words. What it writes is not limited in 2026."""
+    words, `reads` of them from its corpus at most. What it writes is not limited in 2026."""
     if "corpus_words" not in facts:
         raise UserError(
             f"--preset {track} needs the number of words that the student was trained on, which this checkpoint "
             f"does not say: start from one that train_pretrain.py --preset {track} wrote"
         )
-    check_pretraining(track, facts["corpus_words"], facts["words"])
+    check_pretraining(track, facts["corpus_words"], facts["words"], reads)
     left = max(TRACKS[track] - facts["corpus_words"] - facts.get("interaction_words_in", 0), 0)
     if words_in > left:
         raise UserError(

@@ -1,5 +1,6 @@
-"""A critic without a network of its own: what a story will earn, estimated by ridge regression on the states that the
-frozen reference passes through as it reads the story.
+"""Advantages without a network of their own: those of a story among the stories of its opening (RLOO, GRPO, Dr. GRPO),
+and for GAE (`ppo.advantages_and_returns`) a critic, which estimates what a story will earn by ridge regression on the
+states that the frozen reference passes through as it reads the story.
 
 A value head on the student's trunk learns slowly and disturbs the trunk. The reference reads every story anyway, for
 the KL penalty, and a linear function of its states explains most of the variance of the rewards after one step
@@ -14,6 +15,39 @@ from torch import Tensor, nn
 PRIOR = 5000
 # What a step weighs beside the one after it: the policy, and so its returns, moves on.
 DECAY = 0.9
+
+
+def rloo(returns: Tensor, groups: Tensor) -> Tensor:
+    """(B,): each story's return minus the mean of the others' of its group; 0 for one alone. RLOO (Ahmadian et al.
+    2024, arXiv 2402.14740, "RLOO"). returns: (B,), reward and KL penalty; groups: (B,) int64, equal within a group."""
+    count, total = _group_sums(torch.ones_like(returns), groups), _group_sums(returns, groups)
+    return torch.where(count > 1, returns - (total - returns) / (count - 1).clamp(min=1), 0.0)
+
+
+def dr_grpo(returns: Tensor, groups: Tensor) -> Tensor:
+    """(B,): each story's return minus the mean of its group. Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, figure 1)."""
+    return returns - _group_sums(returns, groups) / _group_sums(torch.ones_like(returns), groups)
+
+
+def grpo(returns: Tensor, groups: Tensor) -> Tensor:
+    """(B,): the same, divided by the group's standard deviation. GRPO (Shao et al. 2024, arXiv 2402.03300, section
+    4.1.2); Bessel's correction and 1e-4 added, as in TRL."""
+    centred, count = dr_grpo(returns, groups), _group_sums(torch.ones_like(returns), groups)
+    return centred / ((_group_sums(centred**2, groups) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
+
+
+GROUPED = {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo}
+
+
+def _group_sums(x: Tensor, groups: Tensor) -> Tensor:
+    """(B,): at each entry the sum over its group; as a product, which a GPU adds up in one order."""
+    return ((groups[:, None] == groups).double() @ x.double()).to(x.dtype)
+
+
+def best_quarter(returns: Tensor) -> Tensor:
+    """Indices of the quarter with the highest returns, (B,), rounded up, in order. RAFT (Dong et al. 2023, arXiv
+    2304.06767, algorithm 1) trains on the best of each opening; here it is the best of the step."""
+    return returns.argsort(descending=True, stable=True)[: -(-len(returns) // 4)].sort().values
 
 
 class Critic(nn.Module):

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # reports need no torch
     from tinystory.student.generate import Story
 
-WINDOW = 5  # steps that are averaged, or as few as hold so many scores:
-SCORES = 2048
+WINDOW, STORIES = 5, 1024  # steps that are averaged: so many, or fewer that hold so many stories
 # Kind, metric, and by which factor its mean falls from that of the first steps, or rises from its lowest one, before it
 # is a sign. The factors are coarse on purpose: far outside what a step's noise does to a mean of WINDOW steps.
 SIGNS = (
@@ -42,15 +41,16 @@ class Watch:
     def __init__(self, records: Iterable[dict] = (), kl_target: float = math.inf):
         self.kl_target = kl_target
         self.warnings: dict[str, tuple[int, str]] = {}
-        self._last: deque[dict] = deque()
+        self._last: deque[dict] = deque(maxlen=WINDOW)
         self._base: dict[str, float] = {}
         for record in records:
             self.add(record)
 
     def add(self, record: dict) -> dict[str, str]:
         """The warnings that this step gives reason for and no earlier one did, by kind."""
-        self._last = deque(self._last, min(WINDOW, max(int(SCORES // (record.get("scored") or 1)), 1)))
         self._last.append(record)
+        while sum(map(_stories, self._last)) - _stories(self._last[0]) >= STORIES:
+            self._last.popleft()
         signs: dict[str, list[str]] = {kind: [] for kind in ADVICE}
         for kind, metric, text, factor in SIGNS:
             if (mean := self._mean(metric)) is not None:
@@ -61,7 +61,7 @@ class Watch:
                     signs[kind].append(f"{text} ({base:.3g} to {mean:.3g})")
         if (kl := self._mean("kl")) is not None and kl > 3 * self.kl_target:
             signs["kl"].append(f"the KL runs away ({kl:.1f} nats per story, target {self.kl_target:g})")
-        if len(self._last) == self._last.maxlen and all(record.get("skipped") for record in self._last):
+        if len(self._last) == WINDOW and all(record.get("skipped") for record in self._last):
             signs["loss"].append("every step skips minibatches")
         if sentence := self._without_signal():
             signs["signal"].append(f"{sentence}, so nothing is learned from the teacher")
@@ -70,15 +70,19 @@ class Watch:
         return news
 
     def _mean(self, metric: str) -> float | None:
-        """Over the last steps; None if one of them lacks it."""
+        """Over the last steps; None if they are too few, or one of them lacks it."""
         values = [value for record in self._last if (value := record.get(metric)) is not None]
-        return fmean(values) if len(values) == self._last.maxlen else None
+        return fmean(values) if self._enough and len(values) == len(self._last) else None
+
+    @property
+    def _enough(self) -> bool:
+        return len(self._last) == WINDOW or sum(map(_stories, self._last)) >= STORIES
 
     def _without_signal(self) -> str:
         """What makes the scores of the last steps useless; "" if nothing does."""
-        steps = f"{len(self._last)} steps" if len(self._last) > 1 else "step"
         modes = [record.get("score_mode") or 0.0 for record in self._last]
-        if len(modes) == self._last.maxlen and min(modes) >= SAME:
+        steps = f"{len(self._last)} steps" if len(self._last) > 1 else "step"
+        if self._enough and min(modes) >= SAME:
             stories = "all" if min(modes) == 1 else f"{min(modes):.0%} or more of the"
             level = self._last[-1].get("score_mean") or 0
             return f"{stories} stories of the last {steps} had the same score ({level:g} in the last)"
@@ -87,6 +91,10 @@ class Watch:
         if not related or scored < FEW or max(related) > 2 / math.sqrt(scored):  # two standard errors
             return ""
         return f"the scores of the last {steps} are as unrelated to the stories as random ones"
+
+
+def _stories(record: dict) -> int:
+    return (record.get("scored") or 0) + (record.get("unscored") or 0)
 
 
 def score_relations(scores: Sequence[float | None], stories: Sequence["Story"]) -> dict[str, float | None]:

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from tinystory.config import InteractConfig
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.ops.compute import Compute
@@ -18,8 +20,8 @@ from tinystory.student.model import ValueHead
 
 @dataclass
 class RunState:
-    """written: stories so far; words_in, words_out: spent of the word budget. In: each opening once, and each word of
-    each reply (arXiv 2509.15714); out: each word that the student writes."""
+    """written: stories so far; words_in, words_out: spent of the word budget. In: each opening once, each word of each
+    reply (arXiv 2509.15714), and each that --reading-weight reads; out: each word that the student writes."""
 
     kl_coef: float
     step: int = 0
@@ -67,7 +69,9 @@ class Policy(ppo.Learner):
 def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Policy:
     """The student of a checkpoint, with a new critic and a new optimizer."""
     student, tokenizer, facts = checkpoint.load(folder, compute.device)
-    critic = (ValueHead if config.critic == "head" else Critic)(student.config.n_embd).to(compute.device)
+    critics = {"ridge": Critic, "gae": ValueHead}  # the other learners have no values
+    made = critics[config.learner](student.config.n_embd) if config.learner in critics else nn.Module()
+    critic = made.to(compute.device)
     optimizer, names = ppo.make_optimizer(student, critic, config)
     autocast = compute.autocast
     return Policy(student, critic, optimizer, config, autocast, tokenizer=tokenizer, facts=facts, names=names)

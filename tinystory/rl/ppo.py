@@ -1,7 +1,8 @@
 """PPO on stories: per-token rewards, advantages, the clipped losses, the adaptive KL coefficient.
 
 Formulas follow TRL 0.9.4's PPOTrainer, which the paper used (arXiv 2509.15714), itself after Ziegler et al. 2019
-(arXiv 1909.08593); PPO is Schulman et al. 2017 (arXiv 1707.06347), GAE Schulman et al. 2015 (arXiv 1506.02438).
+(arXiv 1909.08593); PPO is Schulman et al. 2017 (arXiv 1707.06347), GAE Schulman et al. 2015 (arXiv 1506.02438). The
+losses of RLOO, GRPO, Dr. GRPO and of fine-tuning on the best stories follow TRL 1.16.0.
 Tensors are (B, N): one row per story, one column per response token; `mask` is True at tokens, False at padding.
 """
 
@@ -20,20 +21,21 @@ from torch.nn.utils.rnn import pad_sequence
 from tinystory import ops
 from tinystory.config import InteractConfig
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.rl.advantages import Critic
+from tinystory.rl.advantages import GROUPED, Critic, best_quarter
 from tinystory.run import distributed
 from tinystory.run.device import upload
 from tinystory.student.generate import Story, encode_opening
+from tinystory.student.loss import next_token_loss
 from tinystory.student.model import Student, ValueHead
 
 
 @dataclass
 class Learner:
-    """What PPO trains, and how. autocast: the context of the forward passes, and of them alone: inside it the backward
-    pass would round the value head's float32 gradient."""
+    """What PPO trains, and how. critic: an empty module for learners without values. autocast: the context of the
+    forward passes, and of them alone: inside it the backward pass would round the value head's float32 gradient."""
 
     student: Student
-    critic: Critic | ValueHead
+    critic: Critic | ValueHead | nn.Module
     optimizer: torch.optim.Optimizer
     config: InteractConfig
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
@@ -47,7 +49,7 @@ class Learner:
 class Batch:
     """The stories of one step, right-padded. inputs: (B, T) int64, opening and story but for its last token; predicts:
     (B, T) bool, True where the next token is the story's; tokens: (B, N) int64; mask: (B, N) bool; logprobs, values,
-    entropies: (B, N) float32, from when the token was sampled."""
+    entropies: (B, N) float32, from when the token was sampled; ref_logprobs: (B, N), the reference's, for k3."""
 
     inputs: Tensor
     predicts: Tensor
@@ -56,6 +58,7 @@ class Batch:
     logprobs: Tensor
     values: Tensor
     entropies: Tensor
+    ref_logprobs: Tensor | None = None
 
     @cached_property
     def host(self) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +88,8 @@ class Batch:
     def rows(self, rows: Tensor) -> "Batch":
         """rows: int64, on the CPU."""
         at = upload(rows, self.mask.device)
-        part = Batch(*(getattr(self, field.name)[at] for field in dataclasses.fields(self)))
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        part = Batch(**{name: x[at] for name, x in fields.items() if x is not None})
         part.host = self.host[0][np.asarray(rows)], self.host[1][np.asarray(rows)]
         return part
 
@@ -175,7 +179,7 @@ class SharpAdam(torch.optim.Adam):
         self.sharpness.zero_()
 
 
-def make_optimizer(student: Student, critic: Critic | ValueHead, config: InteractConfig) -> tuple[SharpAdam, list[str]]:
+def make_optimizer(student: Student, critic: nn.Module, config: InteractConfig) -> tuple[SharpAdam, list[str]]:
     """The optimizer of student and critic, and its parameters' names, in order."""
     parameters = dict(student.named_parameters()) | {f"critic.{name}": p for name, p in critic.named_parameters()}
     rates = config.learning_rate, config.sharpness_rate
@@ -259,30 +263,44 @@ def step(
     story_rewards: Sequence[float | None],
     kl_coef: float,
     steps: int = 0,
+    reading: Sequence[tuple[Tensor, int]] = (),
 ) -> dict[str, float]:
     """One PPO step: token rewards, advantages, the update. Returns the step's statistics. reference: the log-probs and
     states of `read_reference`. story_rewards: per row; a row without one gives no gradient. steps: done before this
-    one."""
+    one; reading: of `update`."""
     config, critic = learner.config, learner.critic
     scored = torch.tensor([row for row, reward in enumerate(story_rewards) if reward is not None])
     at = scored.to(batch.mask.device)
     batch, ref_logprobs, ref_states = batch.rows(scored), *(x[at] for x in reference)
     rewards = torch.tensor([reward for reward in story_rewards if reward is not None], device=at.device)
-    per_token = token_rewards(rewards, batch.logprobs, ref_logprobs, batch.mask, kl_coef)
-    if isinstance(critic, Critic):
-        targets = discounted(per_token, config.gamma) * batch.mask
-        batch = dataclasses.replace(batch, values=critic.estimate(ref_states, ref_logprobs, targets, batch.mask))
-    advantages, returns = advantages_and_returns(per_token, batch.values, batch.mask, config.gamma, config.lam)
-    whitened = whiten(advantages, batch.mask)
+    in_reward, in_loss = (kl_coef, 0.0) if config.kl_in == "reward" else (0.0, kl_coef)
+    batch.ref_logprobs = ref_logprobs
+    per_token = token_rewards(rewards, batch.logprobs, ref_logprobs, batch.mask, in_reward)
     mean_kl = float(((batch.logprobs - ref_logprobs) * batch.mask).sum(1).mean())
     reward_mean = float(rewards.mean())
     stats = dict(reward_mean=reward_mean, reward_std=float(rewards.std()), unscored=len(story_rewards) - len(rewards))
     stats |= dict(kl=mean_kl, kl_coef=kl_coef, objective=reward_mean - kl_coef * mean_kl)
-    return stats | update(learner, batch, whitened, returns, steps)
+    if config.learner in ("ridge", "gae"):
+        if isinstance(critic, Critic):
+            targets = discounted(per_token, config.gamma) * batch.mask
+            batch = dataclasses.replace(batch, values=critic.estimate(ref_states, ref_logprobs, targets, batch.mask))
+        advantages, returns = advantages_and_returns(per_token, batch.values, batch.mask, config.gamma, config.lam)
+        advantages = whiten(advantages, batch.mask)
+    elif config.learner in GROUPED:  # one advantage per story
+        of_story = GROUPED[config.learner](per_token.sum(1), at // config.stories_per_opening)
+        advantages, returns = of_story[:, None] * batch.mask, batch.values
+    else:
+        batch = batch.rows(best_quarter(per_token.sum(1)).cpu())
+        advantages, returns = batch.mask.float(), batch.values
+    return stats | update(learner, batch, advantages, returns, steps, in_loss, reading)
 
 
-def update(learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor, steps: int = 0) -> dict[str, float]:
-    """config.epochs passes of PPO over the batch. advantages: already whitened. Returns the step's statistics.
+def update(
+    learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor, steps: int = 0, kl_coef: float = 0.0,
+    reading: Sequence[tuple[Tensor, int]] = (),
+) -> dict[str, float]:  # fmt: skip
+    """config.epochs passes of PPO over the batch. advantages: already whitened. Returns the step's statistics. kl_coef:
+    of the penalty in the loss. reading: of `Reading.batches`, one per minibatch, to whose gradient its own is added.
 
     The order of minibatches is drawn from torch's global generator. The gradient of a minibatch is accumulated over
     micro-batches and processes and divided by the number of its tokens, so both affect only memory and speed.
@@ -290,8 +308,8 @@ def update(learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor, 
     student, optimizer, config, B = learner.student, learner.optimizer, learner.config, len(batch.tokens)
     minibatch = config.minibatch_size or B
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm"), 0.0)
-    ratio_error, updates, skipped = 0.0, 0, 0
+    names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm", "reading_loss")
+    sums, ratio_error, updates, skipped, words_read = dict.fromkeys(names, 0.0), 0.0, 0, 0, 0
     with learner.autocast():
         dtype = ops.matmul_dtype(student.wte.weight)
     for epoch in range(config.epochs):
@@ -300,42 +318,52 @@ def update(learner: Learner, batch: Batch, advantages: Tensor, returns: Tensor, 
         for i, chosen in enumerate(minibatches):
             set_learning_rate(optimizer, config, steps + (epoch + i / len(minibatches)) / config.epochs)
             optimizer.zero_grad(set_to_none=True)
-            count = batch.mask[upload(chosen, batch.tokens.device)].sum()
+            rows = upload(chosen, batch.tokens.device)
+            size = batch.mask[rows].sum(), len(rows)
             with student.lowered(dtype):
                 shard = distributed.shard_strided(chosen)
-                total, error = backward(learner, batch, shard, count, advantages, returns)
-                distributed.all_reduce_gradients(parameters)
+                total, error = backward(learner, batch, shard, size, advantages, returns, kl_coef)
             if epoch == i == 0:  # no update yet: any ratio other than 1 is rounding
                 ratio_error = float(error)
             *means, mean_ratio = distributed.all_reduce_sum(total).tolist()
             if not mean_ratio <= config.max_ratio:  # also true for NaN
                 skipped += 1
                 continue
+            reading_loss = math.nan
+            if reading:
+                tokens, words = reading[updates + skipped]
+                tokens, weight = upload(tokens, rows.device), config.reading_weight
+                reading_loss = float(next_token_loss(student, tokens, config.micro_batch_size, dtype, weight=weight))
+                words_read += words
+            distributed.all_reduce_gradients(parameters)
             norm = float(nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
             optimizer.step()
             updates += 1
-            for name, value in zip(sums, (*means, norm), strict=True):
+            for name, value in zip(sums, (*means, norm, reading_loss), strict=True):
                 sums[name] += value
     optimizer.zero_grad(set_to_none=True)
     targets, unexplained = batch.packed(returns), math.nan
-    if len(targets) > 1:  # one has no variance
+    if len(targets) > 1 and config.learner in ("ridge", "gae"):  # one has no variance
         unexplained = float((targets - batch.packed(batch.values)).var() / targets.var().clamp(min=1e-12))
     return {name: value / max(updates, 1) for name, value in sums.items()} | {
         "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,
+        "words_read": words_read,
         "explained_variance": 1 - unexplained,
     }
 
 
 def backward(
-    learner: Learner, batch: Batch, shard: Tensor, count: Tensor, advantages: Tensor, returns: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Add to the parameters' gradients those of the stories in `shard`, divided by `count` tokens.
+    learner: Learner, batch: Batch, shard: Tensor, size: tuple[Tensor, int], advantages: Tensor, returns: Tensor,
+    kl_coef: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Add to the parameters' gradients those of the stories in `shard`, divided by the minibatch's size: its tokens, or
+    for the learners of `GROUPED` its stories. kl_coef: of the penalty in the loss.
 
     shard: rows of the batch, int64, on the CPU. Returns sums over their tokens, also divided, (5,) float64: policy and
     value loss, clipped, approx_kl and ratio; and the largest |ratio - 1|. Both stay on the device, so that a GPU runs
     ahead."""
-    config, value_head, device = learner.config, learner.value_head, batch.tokens.device
+    config, value_head, device, (count, n) = learner.config, learner.value_head, batch.tokens.device, size
     sums, max_ratio_error = torch.zeros(5, dtype=torch.float64, device=device), torch.zeros((), device=device)
     for part in by_length(batch.lengths[shard], config.micro_batch_size):
         old, rows = batch.rows(shard[part]), upload(shard[part], device)
@@ -343,17 +371,28 @@ def backward(
         with learner.autocast():
             logprob, value = response_stats(learner.student, value_head, old, config.temperature)
         value = old.values if value_head is None else value
-        ratio = torch.exp(torch.where(mask, logprob - old.logprobs, 0.0))
-        clipped_ratio = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
+        log_ratio = torch.where(mask, logprob - old.logprobs, 0.0)
+        ratio, weight = torch.exp(log_ratio), mask
+        # With RLOO one action is the whole story.
+        of_action = torch.exp(log_ratio.sum(1, keepdim=True)).expand_as(ratio) if config.learner == "rloo" else ratio
+        clipped_ratio = of_action.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
+        if config.learner in GROUPED:  # per story the mean over its tokens; Dr. GRPO: the sum, over the most there are
+            length = config.max_new_tokens if config.learner == "dr_grpo" else mask.sum(1, keepdim=True)
+            weight = mask * (count / (n * length))
         clipped_values = old.values + (value - old.values).clamp(-config.clip_value, config.clip_value)
         advantage, target = advantages[rows], returns[rows]
-        policy_loss = torch.maximum(-advantage * ratio, -advantage * clipped_ratio) * mask
+        policy_loss = torch.maximum(-advantage * of_action, -advantage * clipped_ratio) * weight
+        if config.learn == "sft-best":
+            policy_loss, clipped_ratio = -logprob * mask, ratio
+        if kl_coef and old.ref_logprobs is not None:  # k3 (Schulman 2020), as in GRPO (its eq. 4)
+            log_ratio = old.ref_logprobs - logprob
+            policy_loss = policy_loss + kl_coef * (torch.exp(log_ratio) - log_ratio - 1) * weight
         value_loss = torch.maximum((value - target) ** 2, (clipped_values - target) ** 2) * mask
         loss = (policy_loss.sum() + config.value_coef * 0.5 * value_loss.sum()) / count
         loss.backward()
         with torch.no_grad():
             max_ratio_error = torch.maximum(max_ratio_error, ((ratio - 1).abs() * mask).max())
-            clipped = (-advantage * clipped_ratio > -advantage * ratio) & mask
+            clipped = (-advantage * clipped_ratio > -advantage * of_action) & mask
             approx_kl = ((ratio - 1) - ratio.log()) * mask
             parts = (policy_loss, 0.5 * value_loss, clipped, approx_kl, ratio * mask)
             sums += torch.stack([part.sum().double() for part in parts]) / count

@@ -31,6 +31,7 @@ class MuonAdamW(torch.optim.AdamW):
     ):  # fmt: skip
         super().__init__([dict(params=list(matrices), weight_decay=0.0, muon=True), *others], **options)
         self.heads, self.dtype = heads, dtype
+        self.grad_scale: Tensor | None = None  # the gradient is divided by it, as AdamW's fused step does
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
@@ -43,6 +44,8 @@ class MuonAdamW(torch.optim.AdamW):
             if "momentum" not in state:
                 state["step"] = torch.zeros(())  # AdamW expects one in every state that it loads
                 state["momentum"] = torch.zeros_like(p)
+            if self.grad_scale is not None:
+                p.grad.div_(self.grad_scale)
             state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
             update = p.grad.lerp_(state["momentum"], MOMENTUM)  # Nesterov's
             # All matrices of a shape are one batch, but on a CPU each large one is its own, which stays in the caches.

@@ -62,7 +62,7 @@ OBJECTIVES = {
 PRETRAIN = dict(weights_init="gpt2", optimizer="adamw", learning_rate=2e-3, packing="stream")
 INTERACT = dict(
     stories_per_step=64, epochs=1, temperature=1.0, learning_rate=1e-4, lr_decay=False, sharpness_rate=0.0,
-    critic="head", value_coef=1.0, kl_coef=0.02, kl_target=12.0, kl_horizon=10_000.0, eval_every=0,
+    advantage="gae", value_coef=1.0, kl_coef=0.02, kl_target=12.0, kl_horizon=10_000.0, eval_every=0,
 )  # fmt: skip
 SCALES = {
     "tiny": Scale(

@@ -1,0 +1,180 @@
+"""Write trl_learners.safetensors: what TRL 1.16.0's RLOOTrainer, GRPOTrainer and SFTTrainer compute, for
+tests/rl/test_learner_parity.py to compare with.
+
+In a venv of its own, for make_trl_fixtures.py needs another TRL:
+
+    pip install torch trl==1.16.0
+    python tests/rl/make_trl_learner_fixtures.py
+
+A two-layer GPT-2, float32, learns from two batches of three openings, four stories each, two updates per batch. Kept
+of each batch: stories, scores, the advantages, and of each update the loss; at the end, all weights. Tensors are named
+LEARNER/BATCH/QUANTITY; weights have our names and our layout.
+"""
+
+import copy
+import json
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+SHAPE = dict(n_layer=2, n_head=1, n_embd=16, context=16, vocab_size=32)
+PAD, EOS = 1, 2
+OPENINGS = [[7, 30, 11, 5], [9, 8, 3, 21], [4, 12, 12, 6]]
+GROUP, LONGEST, BATCHES, EPOCHS = 4, 10, 2, 2
+
+# Our options, named as in InteractConfig. The learning rate exceeds the default, so that clipping sets in.
+ALL = dict(learning_rate=3e-3, adam_eps=1e-8, epochs=EPOCHS, clip_ratio=0.1, stories_per_opening=GROUP)
+SETTINGS = {
+    "rloo": ALL | dict(advantage="rloo", kl_in="reward", kl_coef=0.05),
+    "grpo": ALL | dict(advantage="grpo", kl_in="loss", kl_coef=0.3),
+    "dr_grpo": ALL | dict(advantage="dr_grpo", kl_in="loss", kl_coef=0.3),
+    "sft-best": ALL | dict(learn="sft-best", kl_in="reward", kl_coef=0.0, adam_eps=1e-5),
+}
+
+
+def our_weights(model) -> dict[str, torch.Tensor]:
+    gpt2 = {name: p.detach().clone() for name, p in model.transformer.named_parameters()}
+    ours = {"wte.weight": gpt2["wte.weight"], "wpe.weight": gpt2["wpe.weight"]}
+    layers = {"ln_1": "ln_1", "attn.c_attn": "qkv", "attn.c_proj": "attn_proj", "ln_2": "ln_2", "mlp.c_fc": "fc",
+              "mlp.c_proj": "mlp_proj"}  # fmt: skip
+    for i in range(SHAPE["n_layer"]):
+        for theirs, name in layers.items():
+            weight = gpt2[f"h.{i}.{theirs}.weight"]
+            ours[f"blocks.{i}.{name}.weight"] = weight.T.contiguous() if weight.dim() == 2 else weight
+            ours[f"blocks.{i}.{name}.bias"] = gpt2[f"h.{i}.{theirs}.bias"]
+    return ours | {f"ln_f.{part}": gpt2[f"ln_f.{part}"] for part in ("weight", "bias")}
+
+
+def start() -> GPT2LMHeadModel:
+    """Far enough from zero that every path contributes."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=SHAPE["vocab_size"], n_positions=SHAPE["context"], n_embd=SHAPE["n_embd"],
+        n_layer=SHAPE["n_layer"], n_head=SHAPE["n_head"], initializer_range=0.2, bos_token_id=0, eos_token_id=EOS,
+        pad_token_id=PAD, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    for p in model.parameters():
+        if p.dim() == 1:
+            torch.nn.init.normal_(p, mean=float(p[0] == 1), std=0.1)
+    return model
+
+
+def trainer_of(learner: str, model, tokenizer):
+    setting = SETTINGS[learner]
+    folder = tempfile.mkdtemp()
+    common = dict(output_dir=folder, use_cpu=True, report_to="none", bf16=False, gradient_checkpointing=False)
+    if learner == "sft-best":
+        rows = Dataset.from_dict({"input_ids": [[7, 8, 9]], "labels": [[7, 8, 9]]})
+        return SFTTrainer(model, args=SFTConfig(**common), train_dataset=rows, processing_class=tokenizer)
+    common |= dict(
+        per_device_train_batch_size=len(OPENINGS) * GROUP, num_generations=GROUP, max_completion_length=LONGEST,
+        num_iterations=EPOCHS, epsilon=setting["clip_ratio"], beta=0.0, temperature=1.0,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"prompt": ["t7"] * len(OPENINGS)})
+    made = dict(reward_funcs=lambda completions, **_: [0.0] * len(completions), train_dataset=rows)
+    if learner == "rloo":
+        trainer = RLOOTrainer(model, args=RLOOConfig(**common), processing_class=tokenizer, **made)
+    else:
+        scale = {"grpo": "group", "dr_grpo": "none"}[learner]
+        papers = dict(use_bias_correction_kl=False)  # TRL's default multiplies GRPO's k3 by the ratio
+        config = GRPOConfig(**common, loss_type=learner, scale_rewards=scale, **papers)
+        trainer = GRPOTrainer(model, args=config, processing_class=tokenizer, **made)
+    trainer.beta, trainer.ref_model = setting["kl_coef"], copy_of(model)
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def copy_of(model):
+    """The frozen reference, with the LM head that TRL gives to one."""
+    reference = start()
+    reference.load_state_dict(model.state_dict())
+    add_fused_lm_head(reference, temperature=1.0)
+    return reference.eval()
+
+
+@torch.no_grad()
+def write_stories(model, batch: int) -> list[list[int]]:
+    """Sampled token by token; three are cut short, so that lengths differ and some end with the end token."""
+    torch.manual_seed(1 + batch)
+    stories = []
+    for opening in OPENINGS:
+        for _ in range(GROUP):
+            tokens = list(opening)
+            while len(tokens) < len(opening) + LONGEST and tokens[-1] != EOS:
+                logits = model(torch.tensor([tokens])).logits[0, -1]
+                logits[PAD] = -torch.inf
+                tokens.append(int(torch.multinomial(logits.softmax(-1), 1)))
+            stories.append(tokens[len(opening) :])
+    stories[0], stories[1], stories[6] = stories[0][:1], [EOS], [*stories[6][:5], EOS]
+    return stories
+
+
+def inputs_of(learner: str, trainer, stories: list[list[int]], scores: torch.Tensor):
+    """What TRL's own code makes of these stories and scores: what its loss is given."""
+    prompts = [opening for opening in OPENINGS for _ in range(GROUP)]
+    if learner == "sft-best":
+        best = sorted(scores.argsort(descending=True)[: len(stories) // 4].tolist())
+        width = len(OPENINGS[0]) + LONGEST
+        ids, labels = torch.full((len(best), width), PAD), torch.full((len(best), width), -100)
+        for row, i in enumerate(best):
+            tokens = torch.tensor(prompts[i] + stories[i])
+            ids[row, : len(tokens)] = tokens
+            labels[row, len(prompts[i]) : len(tokens)] = torch.tensor(stories[i])
+        return dict(input_ids=ids, labels=labels, attention_mask=(ids != PAD).long())
+    texts = ["t"] * len(stories)
+    if learner == "rloo":
+        trainer._generate = lambda prompts_: (prompts, stories, texts)
+    else:
+        trainer._generate = lambda prompts_: (prompts, stories, None, texts, None, {}, None, None)
+    trainer._calculate_rewards = lambda *_: scores[:, None]
+    trainer.model.train()
+    return trainer._generate_and_score_completions([{"prompt": "t7"}] * len(stories))
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SHAPE["vocab_size"])}, unk_token="t0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="t0", pad_token="t1", eos_token="t2")
+    tensors = {f"start/{name}": w for name, w in our_weights(start()).items()}
+    for learner, setting in SETTINGS.items():
+        model = start()
+        trainer = trainer_of(learner, model, tokenizer)
+        optimizer = torch.optim.Adam(model.parameters(), lr=setting["learning_rate"], eps=setting["adam_eps"])
+        for batch in range(BATCHES):
+            stories = write_stories(model, batch)
+            scores = torch.rand(len(stories), generator=torch.Generator().manual_seed(100 + batch))
+            inputs, losses, norms = inputs_of(learner, trainer, stories, scores), [], []
+            for _ in range(EPOCHS):
+                loss = trainer.compute_loss(model, copy.copy(inputs))
+                optimizer.zero_grad()
+                loss.backward()
+                norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
+                optimizer.step()
+                losses.append(loss.detach())
+            rows = [torch.tensor(story) for story in stories] + [torch.zeros(LONGEST).long()]
+            lengths = torch.tensor([len(story) for story in stories])
+            tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:-1]
+            record = dict(tokens=tokens, lengths=lengths, scores=scores, losses=torch.stack(losses))
+            record["grad_norms"] = torch.stack(norms)
+            if "advantages" in inputs:
+                record["advantages"] = inputs["advantages"].clone()
+            tensors |= {f"{learner}/{batch}/{name}": x for name, x in record.items()}
+            print(learner, batch, [float(x) for x in losses], [float(x) for x in norms])
+        tensors |= {f"{learner}/weights/{name}": w for name, w in our_weights(model).items()}
+    facts = dict(shape=SHAPE, openings=OPENINGS, longest=LONGEST, settings=SETTINGS, batches=BATCHES)
+    file = Path(__file__).with_name("trl_learners.safetensors")
+    save_file({name: x.contiguous() for name, x in tensors.items()}, file, metadata={"facts": json.dumps(facts)})
+    print(f"{file}: {file.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

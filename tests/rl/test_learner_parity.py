@@ -1,0 +1,74 @@
+"""RLOO, GRPO, Dr. GRPO and fine-tuning on the best stories against TRL 1.16.0, weight by weight.
+
+What TRL computed is in trl_learners.safetensors (make_trl_learner_fixtures.py ran it). `pytest -s` prints the largest
+absolute difference of each quantity.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_ppo import with_openings
+
+from tinystory.config import INTERACT_PRESETS, InteractConfig
+from tinystory.rl import ppo
+from tinystory.student.model import Student, StudentConfig
+
+with safe_open(Path(__file__).with_name("trl_learners.safetensors"), "pt") as file:
+    FACTS = json.loads(file.metadata()["facts"])
+    TENSORS = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open has no other way)
+
+
+def tensors(prefix: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): x for key, x in TENSORS.items() if key.startswith(prefix)}
+
+
+def start() -> Student:
+    student = Student(StudentConfig(**FACTS["shape"]))
+    student.load_state_dict(tensors("start/"))
+    return student
+
+
+@pytest.mark.parametrize("learner", FACTS["settings"])
+def test_four_updates_of_each_learner_are_trls(learner, monkeypatch):
+    options = dict(lr_decay=False, max_new_tokens=FACTS["longest"], stories_per_step=12, max_ratio=1e9)
+    config = InteractConfig(**INTERACT_PRESETS["paper"] | {"advantage": "ridge"} | options | FACTS["settings"][learner])
+    config.micro_batch_size = 5  # TRL has no micro-batches: they must not matter
+    student, reference, differences = start(), start(), {}
+    optimizer, _ = ppo.make_optimizer(student, torch.nn.Module(), config)
+
+    def compare(name: str, got, want) -> None:
+        differences[name] = max(differences.get(name, 0.0), float((torch.as_tensor(got) - want).abs().max()))
+
+    def recorded(learner_, batch, advantages, *more):
+        used["advantages"] = advantages
+        return update(learner_, batch, advantages, *more)
+
+    update, used = ppo.update, {}
+    monkeypatch.setattr(ppo, "update", recorded)
+    for number in range(FACTS["batches"]):
+        theirs = tensors(f"{learner}/{number}/")
+        tokens, mask = theirs["tokens"], torch.arange(FACTS["longest"]) < theirs["lengths"][:, None]
+        openings = [torch.tensor(opening) for opening in FACTS["openings"] for _ in range(config.stories_per_opening)]
+        batch = with_openings(openings, tokens, mask, *[torch.zeros(mask.shape)] * 2)
+        with torch.no_grad():
+            batch.logprobs = ppo.response_stats(student, None, batch, 1.0)[0]
+        refs = ppo.read_reference(reference, batch, 1.0, 5, states=False)
+        parts = ppo.Learner(student, torch.nn.Module(), optimizer, config)
+        stats = ppo.step(parts, batch, refs, theirs["scores"].tolist(), config.kl_coef)
+        compare("loss", stats["policy_loss"], theirs["losses"].mean())
+        compare("gradient norm", stats["grad_norm"], theirs["grad_norms"].mean())
+        if "advantages" in theirs:
+            compare("advantages", used["advantages"], theirs["advantages"][:, None] * mask)
+    C = student.config.n_embd
+    for name, want in tensors(f"{learner}/weights/").items():
+        got = dict(student.named_parameters())[name].detach()
+        if name.endswith("qkv.bias"):  # the keys' has no effect, and a gradient of rounding errors (test_parity.py)
+            got, want = (torch.cat([x[:C], x[2 * C :]]) for x in (got, want))
+        compare("weights", got, want)
+        compare("moved", got, tensors("start/")[name] if not name.endswith("qkv.bias") else got)
+    print(f"\n{learner}:", ", ".join(f"{name} {value:.1e}" for name, value in differences.items()))
+    assert differences.pop("moved") > 1e-3
+    assert {name: value for name, value in differences.items() if not value <= 1e-5} == {}
