@@ -190,14 +190,14 @@ WRONG = {
         (b"", "holds no documents"),
         (b" \n\n\t\n", "holds no documents"),
         ((MARKER * 3).encode(), "holds no documents"),
-        (b"One.\nTw\xe9o", r"not UTF-8: byte 7 \(counted from 0\), in line 2, is 0xe9"),
-        (b"\xef\xbb\xbfOne.\nTw\xe9o", r"byte 10 .* line 2, is 0xe9"),
-        (b"\n" * 1_100_000 + b"\xff", r"byte 1100000 .* line 1100001, is 0xff"),
-        (b"x" * ((1 << 20) - 1) + b"\xe7\x8c", rf"byte {(1 << 20) - 1} .* line 1, is 0xe7"),  # begun, never ended
-        ("One.".encode("utf-16"), "byte 0 .* 0xff"),
-        ("One.".encode("utf-16-le"), r"NUL characters, the first at byte 1 .* iconv -f UTF-16"),
+        (b"One.\nTw\xe9o", r"not UTF-8 \(0xe9 at byte 7 \(counted from 0\)"),
+        (b"\xef\xbb\xbfOne.\nTw\xe9o", "0xe9 at byte 10 "),
+        (b"\n" * 1_100_000 + b"\xff", "0xff at byte 1100000 "),
+        (b"x" * ((1 << 20) - 1) + b"\xe7\x8c", f"0xe7 at byte {(1 << 20) - 1} "),  # begun, never ended
+        ("One.".encode("utf-16"), "0xff at byte 0 "),
+        ("One.".encode("utf-16-le"), "NUL characters: .*iconv -f UTF-16"),
     ],
-    "a.txt.gz": [(gzip.compress(bytes(3 << 20)), "NUL characters, the first at byte 0")],
+    "a.txt.gz": [(gzip.compress(bytes(3 << 20)), "NUL characters")],
     "a.csv": [(b"One.", "neither .txt nor .jsonl")],
     "a.gz": [(b"One.", "neither .txt nor .jsonl")],
     "noextension": [(b"One.", "neither .txt nor .jsonl")],
@@ -326,10 +326,10 @@ def test_hub_corpora_are_downloaded_once_and_then_there_without_a_network(hub, t
 def test_what_is_wrong_with_the_hub_is_said(hub, tmp_path):
     pytest.importorskip("huggingface_hub")
     fetch = functools.partial(from_hub, home=tmp_path)
-    assert "not in its cache" in fetch("tinystories", endpoint=hub, HF_HUB_OFFLINE="1")
-    assert "gated: accept its terms" in fetch("babylm-100m", endpoint=hub)
-    assert "the server has no roneneldan/TinyStories" in fetch("tinystories", endpoint=hub + "/elsewhere")
-    assert "cannot download" in fetch("tinystories", endpoint="nonsense")
+    begin = "cannot download roneneldan/TinyStories from the Hugging Face Hub ("
+    for endpoint, variables in ((hub, {"HF_HUB_OFFLINE": "1"}), (hub + "/elsewhere", {}), ("nonsense", {})):
+        assert fetch("tinystories", endpoint=endpoint, **variables).startswith(begin)
+    assert re.search(r"BabyLM-2026-Strict .*gated, accept its terms there", fetch("babylm-100m", endpoint=hub))
 
 
 def test_without_huggingface_hub_it_says_what_to_install(monkeypatch):

@@ -1,6 +1,5 @@
 """The report: right numbers, whatever a model wrote kept as text, small and streaming however long the run."""
 
-import itertools
 import math
 import random
 import re
@@ -9,10 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tinystory.report.frontier import best_of_n, tilt
 from tinystory.report.run import RANDOM, UNSCORED, Digest, live_report, remaining, write_report
 from tinystory.run.errors import UserError
 from tinystory.run.folder import RunLog
@@ -228,52 +224,6 @@ def test_held_out_openings_are_shown_before_and_after_with_their_scorer(tmp_path
     text = Page(write_report(tmp_path)).text
     assert re.search("Before, step 0.*before 0.*After, step 30.*after 0.*before 1.*after 1", text)
     assert text.count("scored by stern <b>") == 4
-
-
-@pytest.mark.parametrize("share,gain", [(0.5, 1.0), (0.1, 0.3)])
-def test_the_tilt_of_two_rewards_is_that_of_a_coin(share, gain):
-    """A coin of chance p, tilted to chance q, has a KL of q log(q / p) + (1 - q) log((1 - q) / (1 - p))."""
-    n = 1000
-    curve = tilt([gain if i < share * n else 0.0 for i in range(n)])
-    assert curve[0] == (0.0, pytest.approx(share * gain)) and len(curve) > 10
-    for kl, reward in curve[1:]:
-        q = reward / gain
-        assert kl == pytest.approx(q * math.log(q / share) + (1 - q) * math.log((1 - q) / (1 - share)), abs=1e-9)
-    assert [*curve] == sorted(curve)  # more KL, more reward
-
-
-def test_the_tilt_ends_where_too_few_stories_carry_it():
-    assert tilt([0.5] * 9) == [(0.0, 0.5)]
-    rewards = [0.0] * 99 + [1.0]
-    assert max(reward for _, reward in tilt(rewards)) < 0.5
-
-
-def test_the_best_of_n_is_the_mean_over_all_draws():
-    rewards = [0.3, 0.1, 0.9]
-    curve = best_of_n(rewards, most=4)
-    for (kl, reward), n in zip(curve, (1, 2, 4), strict=True):
-        draws = list(itertools.product(rewards, repeat=n))
-        assert reward == pytest.approx(sum(map(max, draws)) / len(draws))
-        assert kl == pytest.approx(math.log(n) - (n - 1) / n)
-
-
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=40))
-def test_nothing_beats_the_tilt_at_its_kl(rewards):
-    """Resampling the same stories by any weights earns no more at that KL."""
-    curve, rng = tilt(rewards), np.random.default_rng(0)
-    weights = rng.dirichlet(np.ones(len(rewards)), 50)
-    kl, earned = (weights * np.log(np.maximum(weights * len(rewards), 1e-300))).sum(1), weights @ np.array(rewards)
-    for (low, _), (high, reward) in itertools.pairwise(curve):
-        assert (earned[(kl > low) & (kl <= high)] <= reward + 1e-9).all()
-
-
-def test_the_page_holds_the_run_against_what_needs_no_training(tmp_path):
-    told = [story(1, i, reward=i / 10) for i in range(10)] + [story(20, i) for i in range(10, 20)]
-    interaction_run(tmp_path, stories=told)
-    text = write_report(tmp_path).read_text("utf-8")
-    assert "Reward against KL" in text and "best possible" in text
-    interaction_run(tmp_path / "later", stories=told[10:])  # the first step's stories are not there
-    assert "Reward against KL" not in write_report(tmp_path / "later").read_text("utf-8")
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 7, 9, 400])

@@ -22,7 +22,6 @@ from tinystory.report.run import write_report
 from tinystory.run.errors import UserError
 from tinystory.run.folder import RunLog, held, read_config, read_metrics, read_records
 from tinystory.student import checkpoint
-from tinystory.studies.parts import last_record
 
 HOLDER = """
 import sys, time
@@ -198,7 +197,6 @@ def test_no_harm_to_a_record_is_a_traceback(a_run, tmp_path_factory, data):
     shutil.copytree(a_run, folder, dirs_exist_ok=True)
     path = folder / data.draw(st.sampled_from([*RECORDS, "config.json"]))
     damage(path, data)
-    last_record(folder / "metrics.jsonl")
     for use in (
         lambda: read_config(folder),
         lambda: read_metrics(folder),

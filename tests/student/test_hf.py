@@ -219,8 +219,8 @@ def test_a_student_on_the_hub_is_read_at_its_branch(theirs, tmp_path):
     argv = [sys.executable, "-c", textwrap.dedent(code), *names]
     lines = subprocess.run(argv, env=environment, capture_output=True, text=True).stdout.splitlines()
     assert lines[0] == "1" * 40 + " 64"
-    assert "has no us/blm/config.json at chck_30M" in lines[1]
-    assert "is no repository's name" in lines[2]
+    assert "us/blm " in lines[1] and "Revision Not Found" in lines[1] and "/chck_30M/" in lines[1]
+    assert lines[2].startswith("error: cannot download ")
     server.shutdown()
     server.server_close()
 

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import fails, story_record
+from conftest import fails
 
 from scripts import reproduce as command
 from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, parse
@@ -20,7 +20,7 @@ from tinystory.run.errors import UserError
 from tinystory.studies import parts as running
 from tinystory.studies import reproduce
 from tinystory.studies.page import equivalent_words, write_experiment_report
-from tinystory.studies.parts import MILLION, Part, last_record, locked, run_parts
+from tinystory.studies.parts import MILLION, Part, locked, run_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,7 +142,7 @@ def calls(out):
 
 def test_what_is_finished_is_not_done_again(fakes):
     run(some_parts(), fakes)
-    assert [part.fraction_done(fakes) for part in some_parts()] == [1, 1, 1]
+    assert all(part.finished(fakes) for part in some_parts())
     run(some_parts(), fakes)
     assert calls(fakes) == ["0 ", "0 ", "0 "]
 
@@ -151,7 +151,7 @@ def test_a_part_that_ended_early_is_named_and_goes_on_where_it_was(fakes):
     (fakes / "interact" / "fail").touch()
     with pytest.raises(UserError, match=r"interact/1M-0 ended with exit code 3 before .*logs/interact-1M-0\.txt"):
         run(some_parts(), fakes, jobs=1)
-    assert some_parts()[0].fraction_done(fakes) == 0.5
+    assert not some_parts()[0].finished(fakes)
     (fakes / "interact" / "fail").unlink()
     run(some_parts(), fakes)
     assert calls(fakes) == ["0 2 ", "0 ", "0 "]
@@ -162,7 +162,6 @@ def test_a_part_killed_before_its_first_checkpoint_starts_anew(fakes):
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     run(some_parts(), fakes)
-    assert last_record(folder / "metrics.jsonl") == {"step": 4}
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
 
 
@@ -202,13 +201,6 @@ def test_a_part_that_outlives_a_killed_parent_is_waited_for(tmp_path):
         part.communicate(b"end")
 
 
-def test_the_last_record_of_a_torn_file_is_the_last_whole_one(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert last_record(path) == {}
-    path.write_text('{"step": 1, "x": "' + "y" * 9000 + '"}\n{"step": 2}\n{"st')
-    assert last_record(path) == {"step": 2}
-
-
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
@@ -237,14 +229,6 @@ def experiment(tmp_path):
         (tmp_path / "evaluation" / f"{i}.json").write_text(json.dumps(each))
     described = dict(scale="tiny", teacher="<b>", device="cpu", evaluation={"stories": 8})
     (tmp_path / "experiment.json").write_text(json.dumps(described))
-    for start in (1, 4):
-        folder = tmp_path / "interact" / f"{start}M-0"
-        folder.mkdir(parents=True)
-        told = [
-            story_record(step, story=f"{which} at {step} <i>")
-            for step in (0, 10, 40) for which in ("first", "second")
-        ]  # fmt: skip
-        (folder / "evaluations.jsonl").write_text("".join(json.dumps(each) + "\n" for each in told))
     return tmp_path
 
 
@@ -270,10 +254,9 @@ def test_the_published_curves_are_drawn_beside_the_papers_experiment_and_its_reh
         assert ("published, + interaction" in page) == drawn
 
 
-def test_the_report_escapes_what_models_wrote(experiment):
+def test_the_report_escapes_the_name_of_a_model(experiment):
     page = write_experiment_report(experiment).read_text()
-    assert "first at 0 &lt;i&gt;" in page and "first at 40 &lt;i&gt;" in page and "&lt;b&gt;" in page
-    assert "<script" not in page and "second at" not in page and "at 10" not in page
+    assert "&lt;b&gt;" in page and "<b>" not in page and "<script" not in page
 
 
 class CountingEvaluator:

@@ -152,8 +152,8 @@ def _gzipped(path: Path) -> bool:
 
 def _text(path: Path) -> Iterator[str]:
     """Chunks of a UTF-8 file, gunzipped if its name ends in .gz, without the BOM and with \\n for every line end."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
-    done, lines, first = 0, 1, True  # bytes decoded so far, the line that they end in, before the first chunk
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    done = 0  # bytes decoded so far
     try:
         with (gzip.open if _gzipped(path) else open)(path, "rb") as file:
             while True:
@@ -162,23 +162,15 @@ def _text(path: Path) -> Iterator[str]:
                     text = decoder.decode(data, final=not data)
                 except UnicodeDecodeError as error:  # error.object: an incomplete character, then this chunk
                     at = done - (len(error.object) - len(data)) + error.start
-                    line = lines + error.object.count(b"\n", 0, error.start)
-                    raise UserError(
-                        f"{path} is not UTF-8: byte {at} (counted from 0), in line {line}, is "
-                        f"0x{error.object[error.start]:02x}; convert it, for instance with iconv"
-                    ) from None
+                    what = f"0x{error.object[error.start]:02x} at byte {at} (counted from 0)"
+                    raise UserError(f"{path} is not UTF-8 ({what}): convert it, for instance with iconv") from None
                 if b"\0" in data:
-                    raise UserError(
-                        f"{path} holds NUL characters, the first at byte {done + data.index(0)} (counted from 0): it "
-                        "is not UTF-8 text; convert it, for instance with iconv -f UTF-16 -t UTF-8"
-                    )
+                    raise UserError(f"{path} holds NUL characters: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
                 if text:
-                    yield text.removeprefix("\ufeff") if first else text
-                    first = False
+                    yield text
                 if not data:
                     return
                 done += len(data)
-                lines += data.count(b"\n")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file ({error}): download or compress it again") from None
     except OSError as error:

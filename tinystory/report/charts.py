@@ -200,12 +200,12 @@ class Axes:
         return "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in zip(self.x(x), self.y(y), strict=True))
 
     def label(self, labels: Sequence[tuple[float, float, str, str]]) -> None:
-        """Add labels (y, x, colour or "", text) in pixels, moved down where they would overlap."""
+        """Add labels (y, x, colour, text) in pixels, moved down where they would overlap."""
         lowest = -math.inf
         for y, x, colour, text in sorted(labels):
             lowest = max(y + 4, lowest + 13)
-            tint = f'class="value" style="--tint: var(--{colour})" ' if colour else ""
-            self.parts.append(f'<text {tint}x="{x:.1f}" y="{lowest:.1f}">{html.escape(text)}</text>')
+            place = f'style="--tint: var(--{colour})" x="{x:.1f}" y="{lowest:.1f}"'
+            self.parts.append(f'<text class="value" {place}>{html.escape(text)}</text>')
 
     def svg(self) -> str:
         return svg(self.title, self.size, self.parts)
@@ -267,27 +267,14 @@ def padded_range(values: np.ndarray) -> Span:
     return (low - margin if low < 0 or low > margin else 0.0, high + margin)
 
 
-def trail(
-    title: str,
-    points: Sequence[Span],
-    x_name: str,
-    x: Span,
-    y: Span,
-    beside: Mapping[str, Sequence[Span]] | None = None,
-) -> str:
+def trail(title: str, points: Sequence[Span], x_name: str, x: Span, y: Span) -> str:
     """An SVG of a pair of measures over a run, smoothed, from its first point (grey) to its last; "" for fewer than two
-    points. beside: named curves to compare with, in grey."""
+    points."""
     if len(points) < 2:
         return ""
     window = max(5, len(points) // 16) if len(points) >= 8 else 1
     a, b = (thin(rolling(values, window)[0] if window > 1 else values) for values in np.array(points, dtype=float).T)
     axes = Axes(title, SIZE, x, y, ticks(*x), x_name, RIGHT, log_x=False)
-    labels = []
-    for name, curve in (beside or {}).items():
-        path = axes.path(*zip(*curve, strict=True))
-        axes.parts.append(f'<path class="line" style="--tint: var(--grey)" d="{path}"/>')
-        labels.append((axes.y(curve[-1][1]), axes.x(curve[-1][0]) + 5, "", name))
-    axes.label(labels)
     axes.parts.append(f'<path class="line" style="--tint: var(--reward)" d="{axes.path(a, b)}"/>')
     for i, colour, name, offset in ((0, "grey", "first", 17), (-1, "reward", "last", -9)):
         across, down = axes.x(a[i]), axes.y(b[i])

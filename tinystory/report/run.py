@@ -16,7 +16,6 @@ from pathlib import Path
 
 from tinystory.report import charts, judges, page
 from tinystory.report.charts import Line, chart, number
-from tinystory.report.frontier import best_of_n, tilt
 from tinystory.report.page import TOP_SCORE, block, colour, details, grid, section, story_card, tile
 from tinystory.rl.collapse import Watch
 from tinystory.rl.reward import cluster_sizes
@@ -178,7 +177,6 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
             "mean, the band one standard deviation over its window.",
             grid(scores),
         ),
-        reward_against_kl(metrics, digest),
         section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
         judges.judges_section(folder),
         before_and_after(folder, scored_by),
@@ -255,25 +253,6 @@ def sameness(metrics: list[Record], digest: "Digest") -> str:
         "has stories; two stories are similar if they share more than 12 % of their phrases of three words, names "
         "aside.",
         bars + grid([trail, *curve_charts(metrics, SAMENESS_CURVES)]),
-    )
-
-
-def reward_against_kl(metrics: list[Record], digest: "Digest") -> str:
-    """Reward against KL, beside what sampling from the initial student could reach without any training."""
-    rewards = [record["reward"] for record in digest.first if record["reward"] is not None]
-    points = pairs(metrics, "kl", "reward_mean")
-    if not rewards or metrics[0]["step"] != digest.first[0]["step"] or len(points) < 2:
-        return ""
-    beside = {"best possible": tilt(rewards), "best of n": best_of_n(rewards)}
-    kl, reward = zip(*points, *itertools.chain(*beside.values()), strict=True)
-    ranges = (min(0.0, *kl), max(kl) * 1.05), (min(reward) - 0.02, max(reward) + 0.02)
-    name = "KL to the initial student, nats per story"
-    return section(
-        "Reward against KL",
-        "The distance from the initial student, and the mean reward there. In grey, estimates from the stories of the "
-        "first step of what needs no training: sampling stories in proportion to p exp(reward / beta), the optimum at "
-        "each KL, and keeping the best of 1, 2, 4, 8 and 16 stories.",
-        grid([charts.trail("Reward against KL, step by step", points, name, *ranges, beside)]),
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tinystory.run.errors import UserError
 
@@ -12,34 +13,19 @@ def download(
     """Local paths of a repository's files, downloaded unless they are in huggingface_hub's cache.
 
     The library's own variables configure cache, server and offline mode: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT,
-    HF_HUB_OFFLINE, HF_TOKEN.
+    HF_HUB_OFFLINE, HF_TOKEN. Raises UserError for whatever keeps a file from being there.
     """
     try:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError:
         raise UserError(f"{repository} is on the Hugging Face Hub: pip install huggingface_hub first") from None
-    paths = []
-    for file in files:
-        try:
-            path = huggingface_hub.hf_hub_download(repository, file, repo_type=repo_type, revision=revision)
-            paths.append(Path(path))
-            continue
-        except errors.LocalEntryNotFoundError:
-            message = (
-                f"cannot reach the Hugging Face Hub and {repository}/{file} is not in its cache: "
-                "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-            )
-        except errors.GatedRepoError:
-            message = f"{repository} is gated: accept its terms on the Hugging Face Hub, then hf auth login"
-        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError):
-            at = f" at {revision}" if revision else ""
-            message = f"the server has no {repository}/{file}{at}: check the name and HF_ENDPOINT"
-        except errors.HFValidationError as error:
-            message = f"{repository!r} is no repository's name: {str(error)[:200]}"
-        except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # of the HTTP library below it
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            why = f"the server answered {status}" if status else getattr(error, "strerror", "") or "connection lost"
-            message = f"cannot download {repository}/{file}: {why}; check the network and HF_ENDPOINT, then try again"
-        raise UserError(message)
-    return paths
+    where: dict[str, Any] = dict(repo_type=repo_type, revision=revision)
+    try:
+        return [Path(huggingface_hub.hf_hub_download(repository, file, **where)) for file in files]
+    except (errors.HTTPError, errors.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"cannot download {repository} from the Hugging Face Hub ({reason}): check the name, the network, "
+            "HF_ENDPOINT and HF_HUB_OFFLINE; if it is gated, accept its terms there, then hf auth login"
+        ) from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from tinystory.report import charts, page
 from tinystory.report.charts import Line, chart, number
 from tinystory.report.evaluation import at
-from tinystory.run.folder import EVALUATIONS, Record, atomic_write, read_records
+from tinystory.run.folder import Record, atomic_write
 
 EXPERIMENT, EVALUATION = "experiment.json", "evaluation"
 # Arm of the experiment: (name, colour).
@@ -21,15 +21,12 @@ ARMS = {
 }
 # Measures: name, and path into a record's measures.
 SCORE = ("stories", "score_mean")
-OTHER_SCORE = ("other_openings", "score_mean")
-REWARDED = {
+MEASURES = {  # the first four are rewarded
     "Score": SCORE,
     "readability": ("stories", "readability_mean"),
     "coherence": ("stories", "coherence_mean"),
     "creativity": ("stories", "creativity_mean"),
-}
-UNREWARDED = {
-    "Score, other openings": OTHER_SCORE,
+    "Score, other openings": ("other_openings", "score_mean"),
     "distinct_4": ("stories", "distinct_4"),
     "self-BLEU": ("stories", "self_bleu"),
     "Clusters of 10": ("stories", "story_clusters_10"),
@@ -49,7 +46,7 @@ PUBLISHED[900] = (2.641, 3.368)
 def write_experiment_report(out: Path) -> Path:
     """The path of OUT/report.html, which is written with its first figure, OUT/figure.svg.
 
-    Input: OUT/experiment.json, the OUT/evaluation/*.json that have the same settings, and the runs in OUT."""
+    Input: OUT/experiment.json and the OUT/evaluation/*.json that have the same settings."""
     facts = json.loads((out / EXPERIMENT).read_bytes())
     records = [json.loads(path.read_bytes()) for path in (out / EVALUATION).glob("*.json")]
     records = [record for record in records if record["settings"] == facts["evaluation"]]
@@ -66,7 +63,6 @@ def write_experiment_report(out: Path) -> Path:
         page.hero(headline(records), figure),
         equivalents(records),
         measures_table(records),
-        stories(out, records),
         page.details("How it was run", page.facts(facts.items()), opened=True),
     ]
     subtitle = escape(f"scale {facts['scale']} · teacher {facts['teacher']} · {facts['device']}")
@@ -170,7 +166,7 @@ def equivalents(records: Sequence[Record]) -> str:
 
 
 def measures_table(records: Sequence[Record]) -> str:
-    columns = {name: path for name, path in (REWARDED | UNREWARDED).items() if values(records, path)}
+    columns = {name: path for name, path in MEASURES.items() if values(records, path)}
     rows = []
     for start in of_arm(records, "interact"):
         for arm, (name, _) in ARMS.items():
@@ -185,16 +181,3 @@ def measures_table(records: Sequence[Record]) -> str:
         "bits per byte: on held-out text. A score bought by repeating the same story shows in these.",
         page.table(["Student", *columns], rows),
     )
-
-
-def stories(out: Path, records: Sequence[Record]) -> str:
-    """The first evaluation story before and after the interactions of seed 0, with the same random numbers."""
-    pairs = []
-    for start in of_arm(records, "interact"):
-        evaluations = list(read_records(out / "interact" / f"{start // 10**6}M-0" / EVALUATIONS))
-        first = {record["step"]: record for record in reversed(evaluations)}
-        sides = (("before", first[min(first)]), ("after", first[max(first)]))
-        cards = [page.story_card(record, f"{millions(start)} words, {when} interaction") for when, record in sides]
-        pairs.append(page.block("pair", "".join(cards)))
-    note = "The first story of seed 0."
-    return page.section("The same random numbers, before and after", note, "".join(pairs))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS
 from tinystory.data.babylm import milestone_name
 from tinystory.run.errors import UserError
-from tinystory.run.folder import CONFIG, METRICS, SAMPLES, Record, atomic_write, parse_object, read_config
+from tinystory.run.folder import CONFIG, SAMPLES, atomic_write, read_config
 from tinystory.run.paths import ROOT
 from tinystory.student import checkpoint
 
@@ -63,31 +63,12 @@ class Part:
                 argv += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
         return argv
 
-    def fraction_done(self, out: Path) -> float:
-        """The fraction done, 0..1, from its metrics; 1 only if it is finished."""
+    def finished(self, out: Path) -> bool:
         folder = out / self.name
-        last = last_record(folder / METRICS)
-        if self.pretrains:
-            newest, words = checkpoint.newest(folder), self.options["words"]
-            finished = newest and checkpoint.read_counters(newest).get("words", 0) >= words
-            fraction = (last.get("words", 0) - self.start) / (words - self.start)
-        else:
-            finished = (folder / SAMPLES).exists()  # the last file that an interaction writes
-            fraction = last.get("step", 0) / self.options["steps"]
-        return 1.0 if finished else min(0.99, max(0.0, fraction))
-
-
-def last_record(path: Path) -> Record:
-    """The last complete record of a JSON Lines file, without reading the rest; {} if there is none."""
-    if not path.exists():
-        return {}
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 8192))
-        lines = file.read().split(b"\n")[:-1]  # text after the last line break is incomplete
-    try:
-        return parse_object(lines[-1]) if lines else {}
-    except ValueError:  # whoever reads the whole file reports it
-        return {}
+        if not self.pretrains:
+            return (folder / SAMPLES).exists()  # the last file that an interaction writes
+        newest = checkpoint.newest(folder)
+        return newest is not None and checkpoint.read_counters(newest)["words"] >= self.options["words"]
 
 
 def require_same_settings(part: Part, out: Path) -> None:
@@ -139,38 +120,31 @@ def start(part: Part, out: Path, preset: str, lock: int) -> subprocess.Popen[byt
 
 
 def run_parts(parts: Sequence[Part], out: Path, preset: str, jobs: int, lock: int) -> None:
-    """Run the unfinished parts, `jobs` at a time, each with a log file in OUT/logs. lock: from `locked`.
+    """Run the unfinished parts, `jobs` at a time. OUT/logs says how far each is. lock: from `locked`.
 
     Raises UserError if one of them fails. However this function ends, it terminates the others, which first save a
     checkpoint."""
     for part in parts:
         require_same_settings(part, out)
-    fractions = {part.name: part.fraction_done(out) for part in parts}
-    waiting = [part for part in parts if fractions[part.name] < 1]
+    waiting = [part for part in parts if not part.finished(out)]
     running: list[tuple[Part, subprocess.Popen[bytes]]] = []
     arms = ", ".join(dict.fromkeys(part.arm for part in parts))
-    layout = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left"
-    bar = tqdm(
-        total=len(parts), initial=sum(fractions.values()), desc=arms, bar_format=layout, smoothing=0, mininterval=1
-    )
+    bar = tqdm(total=len(parts), initial=len(parts) - len(waiting), desc=arms, unit="part")
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 part = waiting.pop(0)
                 running.append((part, start(part, out, preset, lock)))
             time.sleep(0.3)
-            for part, process in list(running):
-                ended = process.poll() is not None
-                fractions[part.name] = part.fraction_done(out)
-                bar.update(sum(fractions.values()) - bar.n)
-                if ended and fractions[part.name] < 1:
+            for part, process in [pair for pair in running if pair[1].poll() is not None]:
+                if not part.finished(out):
                     raise UserError(
                         f"{part.name} ended with exit code {process.returncode} before it was done; "
                         f"{log_path(part, out)} says why; the same command continues from there"
                     )
-                if ended:
-                    running.remove((part, process))
-                    bar.write(f"{part.name} is finished")
+                running.remove((part, process))
+                bar.update()
+                bar.write(f"{part.name} is finished")
     finally:
         for _, process in running:
             process.terminate()
