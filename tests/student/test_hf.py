@@ -220,7 +220,7 @@ def test_a_student_on_the_hub_is_read_at_its_branch(theirs, tmp_path):
     lines = subprocess.run(argv, env=environment, capture_output=True, text=True).stdout.splitlines()
     assert lines[0] == "1" * 40 + " 64"
     assert "us/blm " in lines[1] and "Revision Not Found" in lines[1] and "/chck_30M/" in lines[1]
-    assert lines[2].startswith("error: cannot download ")
+    assert lines[2].startswith("cannot download a/b/c ")
     server.shutdown()
     server.server_close()
 
@@ -290,7 +290,7 @@ REFUSED = {
     "model_type is 'llama'": config(model_type="llama"),
     "not the tanh GELU": config(activation_function="relu"),
     "n_layer is 1000000000": config(n_layer=10**9),
-    "has no tensor h.2": config(n_layer=3),
+    "h.2.* is missing": config(n_layer=3),
     "n_embd is '32'": config(n_embd="32"),
     "head size is 8": config(n_head=4),
     r"wpe.weight is \(48, 32\)": config(n_positions=49),
@@ -318,7 +318,7 @@ def test_a_claim_of_more_layers_than_memory_holds_is_refused_before_anything_is_
     monkeypatch.setattr(memory, "total", lambda device: memory_gb << 30)
     edit(foreign / "config.json", n_layer=100_000)
     tracemalloc.start()
-    with pytest.raises(UserError, match="GB of memory" if memory_gb == 1 else "has no tensor h.2"):
+    with pytest.raises(UserError, match="GB of memory" if memory_gb == 1 else "h.2.* is missing"):
         checkpoint.load(foreign)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

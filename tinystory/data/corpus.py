@@ -214,10 +214,8 @@ def _records(path: Path) -> Iterator[str]:
             record = json.loads(line)
             document = record["text"] if "text" in record else record["story"]
             document.encode()  # JSON can spell lone surrogates, which are not valid Unicode
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"line {number} of {path} is not a JSON object with Unicode text: {error}") from None
-        except (KeyError, TypeError, AttributeError):
-            message = f'line {number} of {path} is not a JSON object with a string called "text" or "story"'
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            message = f'line {number} of {path} is not a JSON object with a string of Unicode text as "text" or "story"'
             raise UserError(message) from None
         yield document
 

@@ -171,9 +171,8 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
                 name = own if ours else prefix + theirs
                 if ours and transposed:
                     transposed, expected = False, expected[::-1]
-                if name not in names:
-                    raise UserError(f"{path} has no tensor {name}: it is not the model of the .json file beside it")
-                if (size := tuple(file.get_slice(name).get_shape())) != expected:
+                size = tuple(file.get_slice(name).get_shape()) if name in names else "missing"
+                if size != expected:
                     raise UserError(f"{path}: {name} is {size}, and the .json file beside it says {expected}")
                 tensor = file.get_tensor(name).float()
                 state[own] = (tensor.T if transposed else tensor).clone(memory_format=torch.contiguous_format)

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tinystory.run.errors import UserError
 from tinystory.run.folder import read_text
@@ -117,54 +117,46 @@ def load_template(path: str | os.PathLike) -> Template:
     if not path:
         return DEFAULT
     try:
-        value = json.loads(read_text(Path(path)))
-    except UserError as error:
-        raise UserError(f"--teacher-prompt {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--teacher-prompt {path} is not JSON: {str(error)[:100]}") from None
-    if mistake := _mistake(value):
-        raise UserError(f"--teacher-prompt {path}: {mistake}")
-    if "user" in value:
-        return Template(system=value.get("system", ""), user=value["user"])
-    criteria = tuple(
-        Criterion(c["name"], c["question"], tuple(c["levels"]), float(c.get("weight", 1))) for c in value["criteria"]
-    )
-    return Template(criteria, value.get("preface", PREFACE))
+        return _template(json.loads(read_text(Path(path))))
+    except (UserError, ValueError, RecursionError) as error:
+        raise UserError(f"--teacher-prompt {path} is no template: {str(error)[:300]}") from None
 
 
-def _mistake(value: object) -> str | None:
-    """Why a JSON value is not a template; None if it is one."""
+def _template(value: object) -> Template:
+    """The template that a JSON value describes. Raises ValueError if it describes none."""
     match value:
-        case {"user": user, **rest} if not rest.keys() - {"system"}:
-            texts = (user, rest.get("system", ""))
-            if not all(isinstance(text, str) and text == text.encode(errors="replace").decode() for text in texts):
-                return '"user" and "system" must be Unicode text'
-            return None if "{story}" in user else '"user" must hold {story}, and may hold {opening}'
-        case {"criteria": [_, *_] as criteria, **rest} if not rest.keys() - {"preface"}:
-            pass
-        case _:
-            return 'it must be an object with "criteria", at least one, perhaps "preface"; or "user", perhaps "system"'
-    if not _is_text(rest.get("preface", PREFACE)):
-        return '"preface" must be plain text: no control characters or tokens'
-    for number, criterion in enumerate(criteria, start=1):
-        if not isinstance(criterion, dict) or criterion.keys() - {"weight"} != {"name", "question", "levels"}:
-            return f'criterion {number} must have "name", "question", "levels", perhaps "weight", and nothing else'
-        name, question, levels, weight = (criterion.get(key, 1) for key in ("name", "question", "levels", "weight"))
-        if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]{0,31}", name):
-            return f"criterion {number}: its name must be one word of small letters, digits and _"
-        if not _is_text(question):
-            return f"criterion {number}: its question must be plain text: no control characters or tokens"
-        if not isinstance(levels, list) or len(levels) != TOP + 1 or not all(map(_is_text, levels)):
-            return f"criterion {number}: its levels must be {TOP + 1} texts, what 0, 1, 2 and {TOP} mean"
-        if type(weight) not in (int, float) or not math.isfinite(weight) or weight <= 0:
-            return f"criterion {number}: its weight must be a number above 0"
-    if len({criterion["name"] for criterion in criteria}) != len(criteria):
-        return "two criteria have the same name"
-    return None
+        case {"user": str(user), **rest} if rest.keys() <= {"system"} and "{story}" in user:
+            system = rest.get("system", "")
+            if isinstance(system, str) and (system + user).encode():  # JSON can spell what is not Unicode
+                return Template(system=system, user=user)
+        case {"criteria": [_, *_] as criteria, **rest} if rest.keys() <= {"preface"}:
+            template = Template(tuple(map(_criterion, criteria)), _plain(rest.get("preface", PREFACE)))
+            if len(set(template.names)) < len(criteria):
+                raise ValueError("two criteria have the same name")
+            return template
+    raise ValueError(
+        'it must hold "criteria", at least one, perhaps "preface"; or "user" with {story}, perhaps "system"'
+    )
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and clean(value) == value
+def _criterion(value: Any) -> Criterion:
+    match value:
+        case {"name": str(name), "question": question, "levels": [zero, one, two, three], **rest}:
+            weight: Any = rest.pop("weight", 1)
+            positive = type(weight) in (int, float) and 0 < weight < math.inf
+            if positive and not rest and re.fullmatch("[a-z][a-z0-9_]{0,31}", name):
+                levels = _plain(zero), _plain(one), _plain(two), _plain(three)
+                return Criterion(name, _plain(question), levels, float(weight))
+    raise ValueError(
+        'a criterion has a "name" (one word of small letters, digits and _), a "question", 4 "levels", perhaps a '
+        '"weight" above 0, and nothing else'
+    )
+
+
+def _plain(text: object) -> str:
+    if not isinstance(text, str) or not text.strip() or clean(text) != text:
+        raise ValueError(f"{text!r:.60} is not plain text: no control characters or tokens")
+    return text
 
 
 # The user message is BEFORE + opening + BETWEEN + fence + newline + story + newline + fence + AFTER.
