@@ -19,7 +19,6 @@ from tinystory.report.charts import (
     thin,
     tick_names,
     ticks,
-    trail,
 )
 
 values = st.floats(-1e9, 1e9, allow_nan=False)
@@ -102,16 +101,6 @@ def test_text_curve():
     assert text_curve([5.0] * 3) == "▄▄▄"
     long = text_curve(range(1000), 40)
     assert len(long) == 40 and list(long) == sorted(long) and long[0] == "▁" and long[-1] == "█"
-
-
-def test_a_trail_goes_from_the_first_point_to_the_last():
-    drawing = trail("Score", [(0.9, 4.0), (0.5, 6.0)], "difference", (0, 1), (0, 8))
-    circles = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawing)
-    (x0, y0), (x1, y1) = ((float(x), float(y)) for x, y in circles)
-    across, down = 340 - 44 - 50, 210 - 30 - 34
-    assert x0 - x1 == pytest.approx(0.4 * across, abs=0.11) and y0 - y1 == pytest.approx(2 / 8 * down, abs=0.11)
-    assert trail("Score", [(0.9, 4.0)], "difference", (0, 1), (0, 8)) == ""
-    ElementTree.fromstring(standalone(trail("A < B", [(i / 500, i) for i in range(400)], "&", (0, 1), (0, 400))))
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_there_and_back(exported, student, tokenizer):
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), student.parameters(), strict=True))
     assert all(p.requires_grad for p in back.parameters())
     assert vocabulary.fingerprint() == tokenizer.fingerprint()
-    with pytest.raises(UserError, match="already exists"):
+    with pytest.raises(UserError, match="File exists"):
         hf.write(exported, student, tokenizer)
 
 

@@ -267,24 +267,6 @@ def padded_range(values: np.ndarray) -> Span:
     return (low - margin if low < 0 or low > margin else 0.0, high + margin)
 
 
-def trail(title: str, points: Sequence[Span], x_name: str, x: Span, y: Span) -> str:
-    """An SVG of a pair of measures over a run, smoothed, from its first point (grey) to its last; "" for fewer than two
-    points."""
-    if len(points) < 2:
-        return ""
-    window = max(5, len(points) // 16) if len(points) >= 8 else 1
-    a, b = (thin(rolling(values, window)[0] if window > 1 else values) for values in np.array(points, dtype=float).T)
-    axes = Axes(title, SIZE, x, y, ticks(*x), x_name, RIGHT, log_x=False)
-    axes.parts.append(f'<path class="line" style="--tint: var(--reward)" d="{axes.path(a, b)}"/>')
-    for i, colour, name, offset in ((0, "grey", "first", 17), (-1, "reward", "last", -9)):
-        across, down = axes.x(a[i]), axes.y(b[i])
-        axes.parts.append(
-            f'<circle class="dot" style="--tint: var(--{colour})" r="4" cx="{across:.1f}" cy="{down:.1f}"/>'
-            f'<text x="{across:.1f}" y="{down + offset:.1f}" text-anchor="middle">{name}</text>'
-        )
-    return axes.svg()
-
-
 def svg(title: str, size: Size, parts: Sequence[str]) -> str:
     name = html.escape(title)
     box = f'<svg class="chart" viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{name}">'

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from tinystory.report import charts, judges, page
+from tinystory.report import judges, page
 from tinystory.report.charts import Line, chart, number
 from tinystory.report.page import TOP_SCORE, block, colour, details, grid, section, story_card, tile
 from tinystory.rl.collapse import Watch
@@ -60,7 +60,6 @@ TEACHER_SUMS = {
     "tokens_in": "Prompt tokens",
     "tokens_out": "Reply tokens",
 }
-LATENCIES = {"p50": "50 %", "p90": "90 %", "p99": "99 %"}  # percentiles over the requests of a step
 PRETRAINING_CURVES = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
@@ -238,21 +237,16 @@ def interaction_headline(metrics: list[Record], criteria: Sequence[str]) -> str:
 
 def sameness(metrics: list[Record], digest: "Digest") -> str:
     """Score against diversity: whether a higher score was bought by telling the same story again."""
-    highest = TOP_SCORE * len(digest.criteria) or 1
-    points = pairs(metrics, "diversity_mean", "score_mean")
-    trail = charts.trail(
-        "Score against difference, step by step", points, "difference from the other stories", (0, 1), (0, highest)
-    )
     ends = [digest.first, digest.last] if digest.first is not digest.last else [digest.last]
     sizes = [(cluster_sizes([r["story"] for r in records]), step_name(records[0])) for records in ends if records]
     bars = "".join(page.cluster_bar(*each) for each in sizes)
     return section(
         "Better stories, or one story again?",
-        "A score can be bought by telling one good story over and over: then the trail climbs to the left, the "
-        "clusters become few and their blocks wide. Each block of a bar is a cluster of similar stories, as wide as it "
-        "has stories; two stories are similar if they share more than 12 % of their phrases of three words, names "
-        "aside.",
-        bars + grid([trail, *curve_charts(metrics, SAMENESS_CURVES)]),
+        "A score can be bought by telling one good story over and over: then the difference falls as the score rises, "
+        "the clusters become few and their blocks wide. Each block of a bar is a cluster of similar stories, as wide "
+        "as it has stories; two stories are similar if they share more than 12 % of their phrases of three words, "
+        "names aside.",
+        bars + grid(curve_charts(metrics, SAMENESS_CURVES)),
     )
 
 
@@ -275,15 +269,13 @@ def before_and_after(folder: Path, scored_by: str) -> str:
 
 
 def teacher_requests(metrics: list[Record]) -> str:
-    """Counts and latencies of the requests to the teacher; "" if there were none."""
+    """What the requests to the teacher took; "" if there were none."""
     if not any(column(metrics, "teacher_requests")):
         return ""
     sums = {name: sum(value or 0 for value in column(metrics, f"teacher_{key}")) for key, name in TEACHER_SUMS.items()}
     cost = metrics[-1].get("teacher_cost")
     rows = [(name, number(total)) for name, total in sums.items()] + [("Cost", number(cost))] * bool(cost)
-    latencies = [curve(metrics, f"teacher_latency_{key}", name=name, smooth=False) for key, name in LATENCIES.items()]
-    drawing = chart("Latency percentiles, seconds", latencies)
-    return details("Requests to the teacher", page.facts(rows) + grid([drawing]))
+    return details("Requests to the teacher", page.facts(rows))
 
 
 class Digest:
@@ -344,11 +336,6 @@ def pretraining(metrics: list[Record]) -> list[str]:
 
 def column(metrics: list[Record], key: str) -> list[float | None]:
     return [record.get(key) for record in metrics]
-
-
-def pairs(metrics: list[Record], x: str, y: str) -> list[tuple[float, float]]:
-    """The values of two keys at the steps that have both."""
-    return [*zip(*curve(metrics, y, x=x).points(), strict=True)]
 
 
 def mean(values: Sequence[float | None]) -> float | None:

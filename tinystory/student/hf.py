@@ -100,8 +100,6 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
         (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except FileExistsError as error:
-        raise UserError(f"{folder} already exists: name a new folder, or remove that one") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}; {advice(error)}") from error
 

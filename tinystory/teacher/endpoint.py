@@ -214,10 +214,11 @@ def base_url(url: str) -> str:
         parts.port  # noqa: B018 - raises ValueError if it is not a number
     except ValueError:
         parts = urlsplit("")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise UserError("the teacher's URL must look like http://127.0.0.1:8000/v1 or https://host/v1")
-    if parts.username is not None or parts.password is not None:
-        raise UserError("the teacher's URL must not hold a name or password: put the key in OPENAI_API_KEY")
+    more = parts.query or parts.fragment or parts.username is not None
+    if parts.scheme not in ("http", "https") or not parts.hostname or more:
+        raise UserError(
+            "the teacher's URL must look like http://127.0.0.1:8000/v1 or https://host/v1; its key is OPENAI_API_KEY"
+        )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
 
