@@ -11,7 +11,6 @@ import heapq
 import io
 import itertools
 import json
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -122,10 +121,8 @@ def _grammar_source() -> str:
 
 def _file(path: Path, kind: str) -> tuple[Path, Callable[[], Iterator[str]]]:
     """The file, and a function that opens its stream of documents. Raises UserError if the file cannot be a corpus."""
-    if not os.path.exists(path):
-        raise UserError(f"there is no corpus and no file called {str(path)!r}: the corpora are {', '.join(NAMES)}")
     if not path.is_file():
-        raise UserError(f"{path} is not a file: name its files one by one")
+        raise UserError(f"there is no corpus and no file called {str(path)!r}: the corpora are {', '.join(NAMES)}")
     if _kind(path) not in (".txt", ".jsonl"):
         raise UserError(f"{path} is neither .txt nor .jsonl (optionally .gz): rename or convert it")
     split = _records if _kind(path) == ".jsonl" else _rows if kind == "row" else _passages
@@ -223,14 +220,12 @@ def _records(path: Path) -> Iterator[str]:
 def _lines(path: Path) -> Iterator[str]:
     """Lines that end in \\n only: inside JSON, U+2028 and other Unicode line ends are text."""
     rest = ""
-    for number, text in enumerate(_text(path), 1):
+    for text in _text(path):
         *lines, rest = (rest + text).split("\n")
         yield from lines
         if len(rest) > MAX_RECORD:
-            raise UserError(
-                f"{path} has a line of over {MAX_RECORD >> 20} million characters in its first "
-                f"{number} MB: .jsonl holds one JSON object per line"
-            )
+            size = f"over {MAX_RECORD >> 20} million characters"
+            raise UserError(f"{path} has a line of {size}: .jsonl holds one JSON object per line")
     yield rest
 
 

@@ -94,9 +94,7 @@ class Tokenizer:
         """Read a tokenizer.json. Raises UserError if it is missing, malformed or of another kind."""
         try:
             return cls(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path} is not a tokenizer.json that can be used here ({error}): give one that "
                 "train_pretrain.py or prepare_data.py wrote, or GPT-2's or one made like it"

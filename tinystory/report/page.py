@@ -215,7 +215,6 @@ figcaption { font-size: .85rem; color: var(--muted); margin-bottom: .3rem; }
 .pair, .cards { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 3rem; }
 .pair + .pair, article + article { border-top: 1px solid var(--rule); }
 .pair > article, .cards > article { border-top: 0; }
-.pair h3 { font-size: 1rem; color: var(--ink); }
 article { padding: 1.2rem 0; min-width: 0; }
 article header, article footer { font-size: .8rem; color: var(--muted); }
 article header { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; align-items: baseline; }
