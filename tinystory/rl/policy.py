@@ -75,8 +75,8 @@ def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Polic
     """The student of a checkpoint, with a new critic and a new optimizer."""
     student, tokenizer, facts = checkpoint.load(folder, compute.device)
     critics = {"ridge": Critic, "gae": ValueHead}  # the other learners have no values
-    made = critics[config.learner](student.config.n_embd) if config.learner in critics else nn.Module()
-    critic = made.to(compute.device)
+    critic = critics[config.learner](student.config.n_embd) if config.learner in critics else nn.Module()
+    critic.to(compute.device)
     optimizer, names = ppo.make_optimizer(student, critic, config)
     autocast = compute.autocast
     return Policy(student, critic, optimizer, config, autocast, tokenizer=tokenizer, facts=facts, names=names)
