@@ -171,7 +171,7 @@ def test_a_broken_file_is_refused(tmp_path, data):
         Tokenizer.load(path)
     with pytest.raises(UserError, match="No such file"):
         Tokenizer.load(tmp_path / "nothing.json")
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="Is a directory"):
         Tokenizer.load(tmp_path)
 
 
