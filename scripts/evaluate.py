@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from tinystory.config import SEEDS, InteractConfig, add_number
-from tinystory.data.corpus import Corpus, open_corpus
+from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import load_openings
 from tinystory.evaluate import submission
 from tinystory.evaluate.coreference import coreference, unseen_stories
@@ -88,7 +88,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_number(parser, "--coreference", 0, "[0, 100000]", "unseen built-in stories to measure coreference on")
     add_number(parser, "--stories", 0, "[0, 1e9]", "stories to write and measure, and files of some", files=".jsonl")
-    parser.add_argument("--likelihood", type=Path, metavar="CHECKPOINT", help="a student whose bits per byte they take")
     parser.add_argument("--reader", metavar="NAME", help="read them for sense: smollm2, or a causal language model")
     parser.add_argument("--same-story", nargs="+", metavar="MODEL", help="NoveltyBench's classifier, and its tokenizer")
     parser.add_argument(
@@ -125,16 +124,12 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(options.device)
     file_stories = [read_stories(path)[: count or None] for path in files]
     same = SameStory(*options.same_story[:2]) if options.same_story else None
-    student_reader = checkpoint.load(checkpoint.find(options.likelihood), device)[:2] if options.likelihood else None
     reader = Reader(options.reader, options.device) if options.reader else None
 
     def measures(stories: Sequence[Sample]) -> dict[str, Any]:
         result = story_measures(stories, grade=grade, corpus=corpus, same=same)
         if reader:
             result |= reader.measures([(story.opening, story.text) for story in stories])
-        if student_reader:
-            texts = [f"{story.opening} {story.text}" for story in stories]
-            result["likelihood"] = bits_per_byte(*student_reader, Corpus([], [("", lambda: iter(texts))]))
         return result
 
     records, surprisals = [], []
