@@ -37,6 +37,7 @@ from tinystory.rubric.rubric import Rubric
 from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError, command
 from tinystory.run.paths import cache_dir, usage
+from tinystory.run.text import aligned
 from tinystory.student import memory
 from tinystory.student.model import StudentConfig
 from tinystory.teacher.client import Teacher
@@ -127,10 +128,8 @@ def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> No
         began = time.perf_counter()
         results[judge] = calibrate(scores, known)
         speeds.append(f"{(len(known) + AGAIN) / (time.perf_counter() - began):.3g}")
-    rows = [*table(results), speeds]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print(f"{'':10} " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in aligned([*table(results), speeds]):
+        print(f"{'':10} {line}")
     print(f"{'judgement':10} the teacher {verdict(results[name])}")
     require(results[name], options.require_judgement)
 

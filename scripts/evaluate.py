@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: BabyLM's zero-shot tasks, bits per byte, and measures of the stories.
+"""Evaluate checkpoints: BabyLM's zero-shot tasks, bits per byte, and measures of the stories; or judge runs.
 
     python scripts/evaluate.py runs/pretrain --blimp blimp_filtered --out report.json
     python scripts/evaluate.py runs/pretrain/checkpoints/chck_* --stories 200 --corpus builtin --out report.json
@@ -6,14 +6,21 @@
     python scripts/evaluate.py --compare runs/interact --teacher-url URL     which stories does an LLM prefer, blindly:
                                                                              those before interaction, or after it?
     python scripts/evaluate.py --compare A B --teacher-url URL               ... those of A, or of B?
+    python scripts/evaluate.py --judge runs/a runs/b                         what does a judge see of a run's gain that
+                                                                             was not its teacher?
 
 CHECKPOINT is a checkpoint, a run (its best or newest checkpoint), or a folder that transformers wrote; A and B are two
 of these, or .jsonl files of stories, whose lines have an `opening` and a `story`. The data files are BabyLM's own,
 gzipped or not, and the measures are defined as in its pipeline, to the pair.
+
+--judge puts controls that need no learning beside the stories before and after, graded by the run's teacher too: the
+student that it began with at lower temperatures, and the best of four of its stories. judged.jsonl and the report keep
+all; the last table is of all runs.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
@@ -33,19 +40,21 @@ from tinystory.evaluate.coreference import coreference, unseen_stories
 from tinystory.evaluate.novelty import SameStory
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, keep_choices, run_pairs, story_pairs
-from tinystory.evaluate.reader import Reader
+from tinystory.evaluate.reader import PACKAGED, Reader
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.samples import Sample, read_stories
 from tinystory.evaluate.scoring import bits_per_byte
+from tinystory.evaluate.second_judge import conclusion, judge_run
 from tinystory.evaluate.stories import OPENINGS, GradeStories, mean_of, story_measures, write_stories
-from tinystory.ops.compute import pick_device
+from tinystory.ops.compute import pick_device, resolve
 from tinystory.report.evaluation import comparison
-from tinystory.report.judges import BEFORE_AFTER, preference_lines
+from tinystory.report.judges import BEFORE_AFTER, correlation_line, judged_rows, preference_lines
 from tinystory.report.run import write_report
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import atomic_write
+from tinystory.run.folder import Record, atomic_write, recorded_options
 from tinystory.run.paths import usage
+from tinystory.run.text import aligned
 from tinystory.student import checkpoint, memory
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grader import open_grader
@@ -75,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="RUN|A B",
         help="judge pairs of stories: each in both orders by --teacher-url, else by the built-in teacher's scores",
     )
+    parser.add_argument("--judge", nargs="+", type=Path, metavar="RUN", help="show their stories to --reader")
     for task, (_, text) in TASKS.items():
         parser.add_argument(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
     parser.add_argument("--babylm", type=Path, metavar="FOLDER", help="all of these in BabyLM's full_eval or fast_eval")
@@ -88,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_number(parser, "--coreference", 0, "[0, 100000]", "unseen built-in stories to measure coreference on")
     add_number(parser, "--stories", 0, "[0, 1e9]", "stories to write and measure, and files of some", files=".jsonl")
-    parser.add_argument("--reader", metavar="NAME", help="read them for sense: smollm2, or a causal language model")
+    parser.add_argument("--reader", metavar="NAME", help=f"read them for sense: {PACKAGED}, or a causal language model")
     parser.add_argument("--same-story", nargs="+", metavar="MODEL", help="NoveltyBench's classifier, and its tokenizer")
     parser.add_argument(
         "--openings", metavar="FILE", help="their openings, one per line (default: the first file's, or eight built-in)"
@@ -111,6 +121,9 @@ def main(argv: list[str] | None = None) -> None:
     options.openings = load_openings(options.openings) if options.openings else [*dict.fromkeys(openings)]
     if options.compare:
         compare_stories(options, count or COMPARED)
+        return
+    if options.judge:
+        judge_runs(options)
         return
     wanted = tasks or options.aoa or options.corpus or count or options.coreference
     if not files and not (options.checkpoints and wanted):
@@ -162,11 +175,7 @@ def main(argv: list[str] | None = None) -> None:
             records.append({"name": path.name, "words": None, "stories": measures(stories)})
     if options.predictions and options.aoa:
         submission.save_surprisals(options.predictions, surprisals)
-    rows = comparison(records)
-    width = max(len(row[0]) for row in rows)
-    print(" " * width, *(f"{record['name']:>24}" for record in records))
-    for first, *cells in rows:
-        print(f"{first:<{width}}", *(f"{cell:>24}" for cell in cells))
+    print("\n".join(aligned([["", *(record["name"] for record in records)], *comparison(records)])))
     for record in records:
         if left_out := {task: record[task]["too_long"] for task in tasks if record.get(task, {}).get("too_long")}:
             print(f"{record['name']}: items longer than its context, left out: {left_out}")
@@ -204,6 +213,30 @@ def compare_stories(options: argparse.Namespace, count: int) -> None:
     if run:
         keep_choices(run, by, pairs, result["choices"])
         print(f"report: {write_report(run)}")
+
+
+def judge_runs(options: argparse.Namespace) -> None:
+    """Show the stories of each run and its controls to a reader, and print how much of the gain it sees."""
+    if options.checkpoints:
+        raise UserError("--judge takes runs, and nothing else is evaluated with it")
+    reader, pooled = Reader(options.reader or PACKAGED, options.device), list[Record]()
+    for run in options.judge:
+        recorded = recorded_options(run)
+        names = {field.name for field in dataclasses.fields(InteractConfig) if field.init}
+        config = InteractConfig(**{name: value for name, value in recorded.items() if name in names})
+        compute = resolve(config.device, config.dtype, config.pytorch_ops)
+        corpus = checkpoint.load(run / "checkpoints" / "start", compute.device)[2].get("corpus")
+        with open_grader(config, builtin_teacher, corpus=corpus, replies=run / "judge_replies.jsonl") as grader:
+            records = judge_run(run, config, compute, reader, grader.grade_each)
+        print_judged(str(run), records)
+        print(f"report: {write_report(run)}")
+        pooled += [record | {"index": record["index"] + len(pooled)} for record in records]
+    if len(options.judge) > 1:
+        print_judged(f"{len(options.judge)} runs together", pooled)
+
+
+def print_judged(name: str, records: Sequence[Record]) -> None:
+    print("", name, *aligned(judged_rows(records)), conclusion(records), correlation_line(records), sep="\n")
 
 
 def samples_of(path: Path, options: argparse.Namespace, count: int) -> list[Sample]:

@@ -14,6 +14,7 @@ from tinystory.evaluate.held_out import FIRST_INDEX
 from tinystory.evaluate.intervals import mean_ci
 from tinystory.evaluate.reader import Reader
 from tinystory.ops.compute import Compute
+from tinystory.rl.reward import best_of_n
 from tinystory.run.errors import UserError
 from tinystory.run.folder import EVALUATIONS, JUDGED, SAMPLES, Record, atomic_write, plain, read_records
 from tinystory.student import checkpoint
@@ -61,11 +62,9 @@ def judge_run(
     drawn = write(config.temperature, BEST_OF)
     real = real_stories(corpus_documents(facts.get("corpus", ["builtin"])), len(openings), seed=config.seed)
     groups[REAL] = [(opening, " ".join(sentences)) for opening, *sentences in real]
-    n = len(openings)
     graded = list(dict.fromkeys([*drawn, *(pair for group in groups.values() for pair in group)]))
     scores = dict(zip(graded, map(_score, grade(graded)), strict=True))
-    chosen = [max(range(i, len(drawn), n), key=lambda at: scores[drawn[at]] or 0) for i in range(n)]
-    groups[BEST_OF_N] = [drawn[at] for at in chosen]
+    groups[BEST_OF_N] = [drawn[i] for i in best_of_n([scores[pair] for pair in drawn], len(openings))]
     pairs = [(name, i, pair) for name in GROUPS for i, pair in enumerate(groups[name])]
     senses = reader.sense([pair for _, _, pair in pairs]).tolist()
     records = [
