@@ -70,12 +70,13 @@ def main(argv: list[str] | None = None) -> None:
         top_k=options.top_k,
         top_p=options.top_p,
     )
-    values: list[Any] = [story.likelihood for story in stories]
-    if options.best_of > 1 and (urls or options.reward):
-        with open_grader(config, corpus=None) as grader:
-            grades = grader.grade_each([(story.opening, story.text) for story in stories])
-        values = list(story_rewards(config, stories, [grade.score for grade in grades]))
-    stories = [stories[i] for i in best_of_n(values, options.stories)]
+    if options.best_of > 1:
+        values: list[Any] = [story.likelihood for story in stories]
+        if urls or options.reward:
+            with open_grader(config, corpus=None) as grader:
+                grades = grader.grade_each([(story.opening, story.text) for story in stories])
+            values = list(story_rewards(config, stories, [grade.score for grade in grades]))
+        stories = [stories[i] for i in best_of_n(values, options.stories)]
     if options.out:
         lines = [{"opening": story.opening, "story": story.text, "ended": story.ended} for story in stories]
         atomic_write(options.out, "".join(json.dumps(line) + "\n" for line in lines))

@@ -1,7 +1,9 @@
 """What `make gpu-check` would run on a GPU."""
 
 import re
+import shlex
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -36,5 +38,5 @@ def test_its_benchmarks_exist():
 def test_without_a_gpu_it_says_so():
     if not torch.cuda.is_available():
         (check,) = re.findall(r"\$\(PY\) (-c \".*\")", (ROOT / "Makefile").read_text())
-        run = subprocess.run(f"python {check}", shell=True, capture_output=True, text=True)
+        run = subprocess.run(f"{shlex.quote(sys.executable)} {check}", shell=True, capture_output=True, text=True)
         assert run.returncode == 1 and run.stderr == "torch can use no GPU: see scripts/doctor.py\n"
