@@ -76,41 +76,29 @@ FEWER = "--stories or --max-new-tokens"
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT")
-    parser.add_argument(
-        "--compare",
-        nargs="+",
-        type=Path,
-        metavar="RUN|A B",
-        help="judge pairs of stories: each in both orders by --teacher-url, else by the built-in teacher's scores",
-    )
-    parser.add_argument("--judge", nargs="+", type=Path, metavar="RUN", help="show their stories to --reader")
+    add = parser.add_argument
+    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT")
+    add("--compare", nargs="+", type=Path, metavar="RUN|A B", help="judge pairs, by --teacher-url, else built in")
+    add("--judge", nargs="+", type=Path, metavar="RUN", help="show their stories to --reader")
     for task, (_, text) in TASKS.items():
-        parser.add_argument(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
-    parser.add_argument("--babylm", type=Path, metavar="FOLDER", help="all of these in BabyLM's full_eval or fast_eval")
-    parser.add_argument("--aoa", metavar="FILE", help="cdi_childes.json: words' surprisals, for ages of acquisition")
-    parser.add_argument("--predictions", type=Path, metavar="RESULTS/MODEL", help="where to write BabyLM's predictions")
-    parser.add_argument(
-        "--corpus",
-        nargs="+",
-        metavar="NAME|FILE",
-        help="text for bits per byte, for the measure of copying, and for the built-in teacher",
-    )
+        add(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
+    add("--babylm", type=Path, metavar="FOLDER", help="all of these in BabyLM's full_eval or fast_eval")
+    add("--aoa", metavar="FILE", help="cdi_childes.json: words' surprisals, for ages of acquisition")
+    add("--predictions", type=Path, metavar="RESULTS/MODEL", help="where to write BabyLM's predictions")
+    add("--corpus", nargs="+", metavar="NAME|FILE", help="text for bits per byte, copying and the built-in teacher")
     add_number(parser, "--coreference", 0, "[0, 100000]", "unseen built-in stories to measure coreference on")
     add_number(parser, "--stories", 0, "[0, 1e9]", "stories to write and measure, and files of some", files=".jsonl")
-    parser.add_argument("--reader", metavar="NAME", help=f"read them for sense: {PACKAGED}, or a causal language model")
-    parser.add_argument("--same-story", nargs="+", metavar="MODEL", help="NoveltyBench's classifier, and its tokenizer")
-    parser.add_argument(
-        "--openings", metavar="FILE", help="their openings, one per line (default: the first file's, or eight built-in)"
-    )
+    add("--reader", metavar="NAME", help=f"read them for sense: {PACKAGED}, or a causal language model")
+    add("--same-story", nargs="+", metavar="MODEL", help="NoveltyBench's classifier, and its tokenizer")
+    add("--openings", metavar="FILE", help="their openings, a line each (default: the first file's, or eight built in)")
     add_number(parser, "--max-new-tokens", InteractConfig.max_new_tokens, "[1, 1e6]", "longest story, in tokens")
     add_number(parser, "--temperature", InteractConfig.temperature, "[0, 100]", "at which they are sampled")
-    parser.add_argument("--teacher-url", nargs="+", default=[], help="teacher that scores them (default: built in)")
-    parser.add_argument("--teacher-model", nargs="+", default=[], help="model name (default: the first listed)")
+    add("--teacher-url", nargs="+", default=[], help="teacher that scores them (default: built in)")
+    add("--teacher-model", nargs="+", default=[], help="model name (default: the first listed)")
     add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
     add_number(parser, "--seed", 0, SEEDS, "seed of the stories and of the teacher")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="report.json to write")
+    add("--device", default="auto")
+    add("--out", type=Path, help="report.json to write")
     options = parser.parse_args(argv)
     tasks = submission.find_tasks(options.babylm) if options.babylm else {}
     tasks |= {task: getattr(options, task) for task in TASKS if getattr(options, task)}
