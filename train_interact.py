@@ -31,7 +31,7 @@ from tinystory.report.charts import text_curve
 from tinystory.report.run import live_report
 from tinystory.rl import ppo
 from tinystory.rl.collapse import Watch, score_relations
-from tinystory.rl.policy import RunState, load_policy, rollout
+from tinystory.rl.policy import RunState, load_policy, rollout, rollout_means
 from tinystory.rl.reading import Reading
 from tinystory.rl.reward import story_rewards
 from tinystory.rubric.process import builtin_teacher
@@ -159,8 +159,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 raise
             teacher_end = time.perf_counter()
             bar.set_description("learning")
-            invented = None if config.unreadable_score == "none" else float(config.unreadable_score)
-            scores = [invented if grade.score is None else grade.score for grade in grades]
+            scores = [config.invented_score if grade.score is None else grade.score for grade in grades]
             rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
             to_read = reading.batches(state.step)
@@ -170,8 +169,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             words_before = state.words_in
             words_in = openings.new_words(state.written, n, config.charge_opening and state.step == 0)
             words_in += sum(grade.reply_words for grade in grades) + int(stats["words_read"])
-            state.spend(stories, words_in)
-            state.step, state.written = state.step + 1, state.written + n
+            state.advance(stories, words_in)
             state.kl_coef = ppo.next_kl_coef(state.kl_coef, stats["kl"], n - int(stats["unscored"]), config)
             stats["unscored"] = sum(grade.score is None for grade in grades)  # also those with an invented score
             evaluation, failure = evaluator.evaluate_if_due(state)
@@ -180,10 +178,8 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             log.stories(records)
             record = log.metrics(
                 step=state.step, **stats, **score_means(grades), **means,
-                **score_relations([grade.score for grade in grades], stories),
-                **evaluation, words_in=state.words_in, words_out=state.words_out,
-                entropy=sum(float(story.entropies.sum()) for story in stories) / n,
-                tokens_mean=sum(len(story.tokens) for story in stories) / n,
+                **rollout_means(stories), **score_relations([grade.score for grade in grades], stories), **evaluation,
+                words_in=state.words_in, words_out=state.words_out,
                 rollout_s=rollout_end - began, reference_s=reference_end - rollout_end,
                 teacher_s=teacher_end - reference_end, update_s=update_end - teacher_end,
                 peak_memory_mb=peak_memory_mb(compute.device), **ranker.stats(),

@@ -223,6 +223,11 @@ class InteractConfig:
         return self.eval_stories * self.eval_best_of
 
     @property
+    def invented_score(self) -> float | None:
+        """Of a story without a readable reply; None: it has no score."""
+        return None if self.unreadable_score == "none" else float(self.unreadable_score)
+
+    @property
     def learner(self) -> str:
         """What makes the gradient: one of ADVANTAGES, or sft-best, which has no advantages."""
         return self.advantage if self.learn == "ppo" else self.learn

@@ -1,10 +1,10 @@
-"""Advantages without a network of their own: those of a story among the stories of its opening (RLOO, GRPO, Dr. GRPO),
-and for GAE (`ppo.advantages_and_returns`) a critic, which estimates what a story will earn by ridge regression on the
-states that the frozen reference passes through as it reads the story.
+"""Baselines and advantages: group baselines over the stories of one opening (RLOO, GRPO, Dr. GRPO), the best quarter
+of a step (RAFT), and the default's value baseline for GAE (`ppo.advantages_and_returns`): ridge regression of returns
+on the frozen reference's hidden states.
 
 A value head on the student's trunk learns slowly and disturbs the trunk. The reference reads every story anyway, for
 the KL penalty, and a linear function of its states explains most of the variance of the rewards after one step
-(LOG.md). Knowing at each token what was to be expected, GAE credits the sentences that changed it.
+(LOG.md). With a value at each token, GAE credits the sentences that changed it.
 """
 
 import torch
@@ -64,7 +64,7 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def estimate(self, states: Tensor, logprobs: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-        """(B, N) float32: the return to expect before each token, 0 off the mask; then learns from this batch.
+        """(B, N) float32: the expected return before each token, 0 off the mask; then the batch is added to the sums.
 
         states: (B, N, C), the reference's, from which it predicts each token; logprobs, returns: (B, N). No story has a
         part in its own estimate: one half of the batch is estimated from the other half and all earlier batches.
@@ -72,8 +72,8 @@ class Critic(nn.Module):
         x = features(states, logprobs)
         sums = []
         for half in (0, 1):
-            known, targets = x[half::2][mask[half::2]].double(), returns[half::2][mask[half::2]].double()
-            sums.append((known.T @ known, known.T @ targets))
+            inputs, targets = x[half::2][mask[half::2]].double(), returns[half::2][mask[half::2]].double()
+            sums.append((inputs.T @ inputs, inputs.T @ targets))
         values = torch.zeros_like(returns)
         for half, (gram, moment) in enumerate(reversed(sums)):
             weights = _ridge(self.gram + gram, self.moment + moment)

@@ -34,6 +34,11 @@ class RunState:
         self.words_in += words_in
         self.words_out += sum(story.words for story in stories)
 
+    def advance(self, stories: Sequence[Story], words_in: int) -> None:
+        """Count a step."""
+        self.spend(stories, words_in)
+        self.step, self.written = self.step + 1, self.written + len(stories)
+
 
 @dataclass(kw_only=True)
 class Policy(ppo.Learner):
@@ -70,8 +75,8 @@ def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Polic
     """The student of a checkpoint, with a new critic and a new optimizer."""
     student, tokenizer, facts = checkpoint.load(folder, compute.device)
     critics = {"ridge": Critic, "gae": ValueHead}  # the other learners have no values
-    made = critics[config.learner](student.config.n_embd) if config.learner in critics else nn.Module()
-    critic = made.to(compute.device)
+    critic = critics[config.learner](student.config.n_embd) if config.learner in critics else nn.Module()
+    critic.to(compute.device)
     optimizer, names = ppo.make_optimizer(student, critic, config)
     autocast = compute.autocast
     return Policy(student, critic, optimizer, config, autocast, tokenizer=tokenizer, facts=facts, names=names)
@@ -98,3 +103,9 @@ def rollout(
     for story in stories[len(local) :]:
         on_story(story)
     return stories
+
+
+def rollout_means(stories: Sequence[Story]) -> dict[str, float]:
+    """Means per story: entropy, in nats, of the distributions that its tokens were sampled from, and its tokens."""
+    entropies, tokens = ([float(s.entropies.sum()) for s in stories], [len(s.tokens) for s in stories])
+    return {"entropy": sum(entropies) / len(stories), "tokens_mean": sum(tokens) / len(stories)}
