@@ -9,6 +9,6 @@ setup(
     packages=[*find_packages(include=["tinystory*"]), *CSRC, "tinystory_scripts"],
     package_dir={"tinystory.csrc": "csrc", "tinystory_scripts": "scripts"},
     package_data={name: ["*.cpp", "*.h", "*.cu", "*.cuh"] for name in CSRC}
-    | {"tinystory.human": ["*.html"], "tinystory.data.builtin": ["*.txt"]},
+    | {"tinystory.human": ["*.html"], "tinystory.data.builtin": ["*.txt"], "tinystory.evaluate": ["known/*.txt"]},
     py_modules=["train_pretrain", "train_interact"],
 )

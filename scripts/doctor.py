@@ -37,6 +37,7 @@ from tinystory.rubric.rubric import Rubric
 from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError, command
 from tinystory.run.paths import cache_dir, usage
+from tinystory.run.text import aligned
 from tinystory.student import memory
 from tinystory.student.model import StudentConfig
 from tinystory.teacher.client import Teacher
@@ -58,32 +59,21 @@ MODEL, VLLM_GB, KV_BYTES, LONGEST = "meta-llama/Llama-3.1-8B-Instruct", 1.5, 16_
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher-url", metavar="URL", help="also ask the OpenAI-compatible teacher at this address")
-    parser.add_argument("--teacher-model", metavar="NAME", help="model to ask for (default: the first that it lists)")
+    add = parser.add_argument
+    add("--teacher-url", metavar="URL", help="also ask the OpenAI-compatible teacher at this address")
+    add("--teacher-model", metavar="NAME", help="model to ask for (default: the first that it lists)")
     add_number(parser, "--teacher-max-tokens", 16, "[1, 100000]", "longest reply")
-    parser.add_argument("--teacher-extra", default="", metavar="JSON", help="fields to merge into each request")
-    parser.add_argument("--teacher-prompt", metavar="FILE", help="JSON file of what to grade (default: stories)")
+    add("--teacher-extra", default="", metavar="JSON", help="fields to merge into each request")
+    add("--teacher-prompt", metavar="FILE", help="JSON file of what to grade (default: stories)")
     add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
-    parser.add_argument("--reward", default="", metavar="FILE.py:FUNCTION", help="callable to calibrate; or random")
-    parser.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="show the teacher, else the built-in one, stories of known order, say what it makes of them",
-    )
-    parser.add_argument("--reader", metavar="NAME", help="calibrate a reader too: smollm2, or a causal language model")
+    add("--reward", default="", metavar="FILE.py:FUNCTION", help="callable to calibrate; or random")
+    add("--calibrate", action="store_true", help="show the teacher, else the built-in one, stories of known order")
+    add("--reader", metavar="NAME", help="calibrate a reader too: smollm2, or a causal language model")
     add_number(parser, "--per-kind", FULL, "[2, 1e6]", "stories of each kind")
-    parser.add_argument(
-        "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="whence most of them (default: builtin)"
-    )
-    parser.add_argument(
-        "--registers",
-        nargs="+",
-        default=[],
-        metavar="NAME|FILE",
-        help="corpora whose real stories are shown too",
-    )
+    add("--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="whence most of them (default: builtin)")
+    add("--registers", nargs="+", default=[], metavar="NAME|FILE", help="corpora whose real stories are shown too")
     add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if it judges worse")
-    parser.add_argument("--plan", choices=INTERACT_PRESETS, help="add up the memory of an interaction beside a teacher")
+    add("--plan", choices=INTERACT_PRESETS, help="add up the memory of an interaction beside a teacher")
     add_number(parser, "--gpu-gb", 24.0, "[1, 10000]", "memory of the GPU that both share, in GiB")
     add_number(parser, "--teacher-billions", 8.0, "[0.1, 1000]", "the teacher's parameters")
     options = parser.parse_args(argv)
@@ -127,10 +117,8 @@ def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> No
         began = time.perf_counter()
         results[judge] = calibrate(scores, known)
         speeds.append(f"{(len(known) + AGAIN) / (time.perf_counter() - began):.3g}")
-    rows = [*table(results), speeds]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print(f"{'':10} " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in aligned([*table(results), speeds]):
+        print(f"{'':10} {line}")
     print(f"{'judgement':10} the teacher {verdict(results[name])}")
     require(results[name], options.require_judgement)
 

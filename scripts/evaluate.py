@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: BabyLM's zero-shot tasks, bits per byte, and measures of the stories.
+"""Evaluate checkpoints: BabyLM's zero-shot tasks, bits per byte, and measures of the stories; or judge runs.
 
     python scripts/evaluate.py runs/pretrain --blimp blimp_filtered --out report.json
     python scripts/evaluate.py runs/pretrain/checkpoints/chck_* --stories 200 --corpus builtin --out report.json
@@ -6,14 +6,21 @@
     python scripts/evaluate.py --compare runs/interact --teacher-url URL     which stories does an LLM prefer, blindly:
                                                                              those before interaction, or after it?
     python scripts/evaluate.py --compare A B --teacher-url URL               ... those of A, or of B?
+    python scripts/evaluate.py --judge runs/a runs/b                         what does a judge see of a run's gain that
+                                                                             was not its teacher?
 
 CHECKPOINT is a checkpoint, a run (its best or newest checkpoint), or a folder that transformers wrote; A and B are two
 of these, or .jsonl files of stories, whose lines have an `opening` and a `story`. The data files are BabyLM's own,
 gzipped or not, and the measures are defined as in its pipeline, to the pair.
+
+--judge puts controls that need no learning beside the stories before and after, graded by the run's teacher too: the
+student that it began with at lower temperatures, and the best of four of its stories. judged.jsonl and the report keep
+all; the last table is of all runs.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
@@ -26,26 +33,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from tinystory.config import SEEDS, InteractConfig, add_number
-from tinystory.data.corpus import Corpus, open_corpus
+from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import load_openings
 from tinystory.evaluate import submission
 from tinystory.evaluate.coreference import coreference, unseen_stories
 from tinystory.evaluate.novelty import SameStory
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, keep_choices, run_pairs, story_pairs
-from tinystory.evaluate.reader import Reader
+from tinystory.evaluate.reader import PACKAGED, Reader
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.samples import Sample, read_stories
 from tinystory.evaluate.scoring import bits_per_byte
+from tinystory.evaluate.second_judge import conclusion, judge_run
 from tinystory.evaluate.stories import OPENINGS, GradeStories, mean_of, story_measures, write_stories
-from tinystory.ops.compute import pick_device
+from tinystory.ops.compute import pick_device, resolve
 from tinystory.report.evaluation import comparison
-from tinystory.report.judges import BEFORE_AFTER, preference_lines
+from tinystory.report.judges import BEFORE_AFTER, correlation_line, judged_rows, preference_lines
 from tinystory.report.run import write_report
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import atomic_write
+from tinystory.run.folder import Record, atomic_write, recorded_options
 from tinystory.run.paths import usage
+from tinystory.run.text import aligned
 from tinystory.student import checkpoint, memory
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grader import open_grader
@@ -67,41 +76,29 @@ FEWER = "--stories or --max-new-tokens"
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT")
-    parser.add_argument(
-        "--compare",
-        nargs="+",
-        type=Path,
-        metavar="RUN|A B",
-        help="judge pairs of stories: each in both orders by --teacher-url, else by the built-in teacher's scores",
-    )
+    add = parser.add_argument
+    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT")
+    add("--compare", nargs="+", type=Path, metavar="RUN|A B", help="judge pairs, by --teacher-url, else built in")
+    add("--judge", nargs="+", type=Path, metavar="RUN", help="show their stories to --reader")
     for task, (_, text) in TASKS.items():
-        parser.add_argument(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
-    parser.add_argument("--babylm", type=Path, metavar="FOLDER", help="all of these in BabyLM's full_eval or fast_eval")
-    parser.add_argument("--aoa", metavar="FILE", help="cdi_childes.json: words' surprisals, for ages of acquisition")
-    parser.add_argument("--predictions", type=Path, metavar="RESULTS/MODEL", help="where to write BabyLM's predictions")
-    parser.add_argument(
-        "--corpus",
-        nargs="+",
-        metavar="NAME|FILE",
-        help="text for bits per byte, for the measure of copying, and for the built-in teacher",
-    )
+        add(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
+    add("--babylm", type=Path, metavar="FOLDER", help="all of these in BabyLM's full_eval or fast_eval")
+    add("--aoa", metavar="FILE", help="cdi_childes.json: words' surprisals, for ages of acquisition")
+    add("--predictions", type=Path, metavar="RESULTS/MODEL", help="where to write BabyLM's predictions")
+    add("--corpus", nargs="+", metavar="NAME|FILE", help="text for bits per byte, copying and the built-in teacher")
     add_number(parser, "--coreference", 0, "[0, 100000]", "unseen built-in stories to measure coreference on")
     add_number(parser, "--stories", 0, "[0, 1e9]", "stories to write and measure, and files of some", files=".jsonl")
-    parser.add_argument("--likelihood", type=Path, metavar="CHECKPOINT", help="a student whose bits per byte they take")
-    parser.add_argument("--reader", metavar="NAME", help="read them for sense: smollm2, or a causal language model")
-    parser.add_argument("--same-story", nargs="+", metavar="MODEL", help="NoveltyBench's classifier, and its tokenizer")
-    parser.add_argument(
-        "--openings", metavar="FILE", help="their openings, one per line (default: the first file's, or eight built-in)"
-    )
+    add("--reader", metavar="NAME", help=f"read them for sense: {PACKAGED}, or a causal language model")
+    add("--same-story", nargs="+", metavar="MODEL", help="NoveltyBench's classifier, and its tokenizer")
+    add("--openings", metavar="FILE", help="their openings, a line each (default: the first file's, or eight built in)")
     add_number(parser, "--max-new-tokens", InteractConfig.max_new_tokens, "[1, 1e6]", "longest story, in tokens")
     add_number(parser, "--temperature", InteractConfig.temperature, "[0, 100]", "at which they are sampled")
-    parser.add_argument("--teacher-url", nargs="+", default=[], help="teacher that scores them (default: built in)")
-    parser.add_argument("--teacher-model", nargs="+", default=[], help="model name (default: the first listed)")
+    add("--teacher-url", nargs="+", default=[], help="teacher that scores them (default: built in)")
+    add("--teacher-model", nargs="+", default=[], help="model name (default: the first listed)")
     add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
     add_number(parser, "--seed", 0, SEEDS, "seed of the stories and of the teacher")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="report.json to write")
+    add("--device", default="auto")
+    add("--out", type=Path, help="report.json to write")
     options = parser.parse_args(argv)
     tasks = submission.find_tasks(options.babylm) if options.babylm else {}
     tasks |= {task: getattr(options, task) for task in TASKS if getattr(options, task)}
@@ -112,6 +109,9 @@ def main(argv: list[str] | None = None) -> None:
     options.openings = load_openings(options.openings) if options.openings else [*dict.fromkeys(openings)]
     if options.compare:
         compare_stories(options, count or COMPARED)
+        return
+    if options.judge:
+        judge_runs(options)
         return
     wanted = tasks or options.aoa or options.corpus or count or options.coreference
     if not files and not (options.checkpoints and wanted):
@@ -125,16 +125,12 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(options.device)
     file_stories = [read_stories(path)[: count or None] for path in files]
     same = SameStory(*options.same_story[:2]) if options.same_story else None
-    student_reader = checkpoint.load(checkpoint.find(options.likelihood), device)[:2] if options.likelihood else None
     reader = Reader(options.reader, options.device) if options.reader else None
 
     def measures(stories: Sequence[Sample]) -> dict[str, Any]:
         result = story_measures(stories, grade=grade, corpus=corpus, same=same)
         if reader:
             result |= reader.measures([(story.opening, story.text) for story in stories])
-        if student_reader:
-            texts = [f"{story.opening} {story.text}" for story in stories]
-            result["likelihood"] = bits_per_byte(*student_reader, Corpus([], [("", lambda: iter(texts))]))
         return result
 
     records, surprisals = [], []
@@ -167,11 +163,7 @@ def main(argv: list[str] | None = None) -> None:
             records.append({"name": path.name, "words": None, "stories": measures(stories)})
     if options.predictions and options.aoa:
         submission.save_surprisals(options.predictions, surprisals)
-    rows = comparison(records)
-    width = max(len(row[0]) for row in rows)
-    print(" " * width, *(f"{record['name']:>24}" for record in records))
-    for first, *cells in rows:
-        print(f"{first:<{width}}", *(f"{cell:>24}" for cell in cells))
+    print("\n".join(aligned([["", *(record["name"] for record in records)], *comparison(records)])))
     for record in records:
         if left_out := {task: record[task]["too_long"] for task in tasks if record.get(task, {}).get("too_long")}:
             print(f"{record['name']}: items longer than its context, left out: {left_out}")
@@ -209,6 +201,30 @@ def compare_stories(options: argparse.Namespace, count: int) -> None:
     if run:
         keep_choices(run, by, pairs, result["choices"])
         print(f"report: {write_report(run)}")
+
+
+def judge_runs(options: argparse.Namespace) -> None:
+    """Show the stories of each run and its controls to a reader, and print how much of the gain it sees."""
+    if options.checkpoints:
+        raise UserError("--judge takes runs, and nothing else is evaluated with it")
+    reader, pooled = Reader(options.reader or PACKAGED, options.device), list[Record]()
+    for run in options.judge:
+        recorded = recorded_options(run)
+        names = {field.name for field in dataclasses.fields(InteractConfig) if field.init}
+        config = InteractConfig(**{name: value for name, value in recorded.items() if name in names})
+        compute = resolve(config.device, config.dtype, config.pytorch_ops)
+        corpus = checkpoint.load(run / "checkpoints" / "start", compute.device)[2].get("corpus")
+        with open_grader(config, builtin_teacher, corpus=corpus, replies=run / "judge_replies.jsonl") as grader:
+            records = judge_run(run, config, compute, reader, grader.grade_each)
+        print_judged(str(run), records)
+        print(f"report: {write_report(run)}")
+        pooled += [record | {"index": record["index"] + len(pooled)} for record in records]
+    if len(options.judge) > 1:
+        print_judged(f"{len(options.judge)} runs together", pooled)
+
+
+def print_judged(name: str, records: Sequence[Record]) -> None:
+    print("", name, *aligned(judged_rows(records)), conclusion(records), correlation_line(records), sep="\n")
 
 
 def samples_of(path: Path, options: argparse.Namespace, count: int) -> list[Sample]:

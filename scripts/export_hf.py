@@ -54,11 +54,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"written: {options.gguf}")
     if not options.folder:
         return
-    if options.all_checkpoints:
-        sources = {path.name: path for path in milestones(options.checkpoint)} | {MAIN: best}
-        folders = {name: options.folder / name for name in sources}
-    else:
-        folders, sources = {MAIN: options.folder}, {MAIN: best}
+    several = milestones(options.checkpoint) if options.all_checkpoints else []
+    sources = {path.name: path for path in several} | {MAIN: best}
+    folders = {name: options.folder / name if several else options.folder for name in sources}
     for branch, folder in tqdm(folders.items(), desc="writing", unit=" folders", disable=None):
         student, tokenizer, facts = checkpoint.load(sources[branch])
         hf.write(folder, student, tokenizer)

@@ -62,9 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"), help="folder of the runs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of pretraining and interaction")
-    parser.add_argument(
-        "--options", nargs="+", default=[""], metavar="TEXT", help="for train_interact.py, a text a run"
-    )
+    parser.add_argument("--options", nargs="+", default=[""], metavar="TEXT", help="of train_interact.py, one per run")
     add_number(parser, "--stories", 256, "[64, 1e6]", "stories of a row to held-out openings; thrice as many to others")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -83,9 +81,8 @@ def main(argv: list[str] | None = None) -> None:
                 run("train_interact.py", out, seed, "--init", str(start), *shlex.split(text))
             rows += [Row(name, out), Row(f"{name}, best of 4", out, n=4, graded=True)]
             rows += [Row(f"{name}, best of 4, ungraded", out, n=4)]
-        with open_grader(
-            CONFIG, builtin_teacher, corpus=checkpoint.load(checkpoint.find(start))[2]["corpus"]
-        ) as grader:
+        corpus = checkpoint.load(checkpoint.find(start))[2]["corpus"]
+        with open_grader(CONFIG, builtin_teacher, corpus=corpus) as grader:
             for row in rows:
                 measures = measure(row, start, grader, options.stories)
                 records.append({"name": row.name, "seed": seed} | measures)

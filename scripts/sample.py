@@ -58,18 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     texts = load_openings(options.opening) if options.opening else Openings(load_openings("builtin"), seed=0).held_out
     openings = [texts[i % len(texts)] for i in range(options.stories)] * options.best_of
     room = student.config.context - max(len(encode_opening(tokenizer, opening)) for opening in openings)
-    stories = generate(
-        student,
-        None,
-        tokenizer,
-        openings,
-        first_index=0,
-        max_new_tokens=options.max_new_tokens or max(room, 1),
-        seed=options.seed,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-    )
+    sampling = {name: getattr(options, name) for name in ("seed", "temperature", "top_k", "top_p")}
+    sampling |= {"max_new_tokens": options.max_new_tokens or max(room, 1)}
+    stories = generate(student, None, tokenizer, openings, first_index=0, **sampling)
     if options.best_of > 1:
         values: list[Any] = [story.likelihood for story in stories]
         if urls or options.reward:

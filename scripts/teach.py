@@ -38,15 +38,13 @@ from tinystory.teacher.server import PORTS, until_stopped
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
     add_number(parser, "--port", 8500, PORTS, "port on 127.0.0.1; 0 takes a free one")
-    parser.add_argument(
-        "--grades", type=Path, default=Path("runs/teach/grades.jsonl"), metavar="FILE", help="where grades are kept"
-    )
-    parser.add_argument(
-        "--teacher-prompt", default="", metavar="FILE", help="JSON file of criteria, as for the trainer"
-    )
+    grades = Path("runs/teach/grades.jsonl")
+    add("--grades", type=Path, default=grades, metavar="FILE", help=f"where grades are kept (default: {grades})")
+    add("--teacher-prompt", default="", metavar="FILE", help="JSON file of criteria, as for the trainer")
     text = "compare a run's stories before and after instead, or those of two .jsonl files of openings and stories"
-    parser.add_argument("--compare", nargs="+", type=Path, metavar="RUN|A B", help=text)
+    add("--compare", nargs="+", type=Path, metavar="RUN|A B", help=text)
     options = parser.parse_args(argv)
     if len(options.compare or ()) > 2:
         raise UserError("--compare takes one run, or two files of stories")

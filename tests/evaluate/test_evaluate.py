@@ -436,18 +436,13 @@ def test_the_command_puts_anybodys_stories_beside_a_students(student, tokenizer,
         name: [{"opening": "Tom", "story": f"{name} ran {i}. " * 9} for i in range(12)] for name in ("gpt", "people")
     }
     files = [write_samples_file(tmp_path / f"{name}.jsonl", stories) for name, stories in told.items()]
-    arguments = ["--likelihood", str(ours), "--device", "cpu", "--out", str(tmp_path / "report.json")]
+    arguments = ["--device", "cpu", "--out", str(tmp_path / "report.json")]
     evaluate.main([str(ours), "--stories", "10", *map(str, files), "--max-new-tokens", "40", *arguments])
     records = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
     assert [(r["name"], r["stories"]["stories"]) for r in records] == [
         ("ours", 10), ("gpt.jsonl", 10), ("people.jsonl", 10)
     ]  # fmt: skip
-    assert all(r["stories"]["score_mean"] == 2 and r["stories"]["likelihood"]["bits_per_byte"] > 0 for r in records)
-    text = tmp_path / "people.txt"
-    text.write_text("\n\n".join("Tom " + (f"people ran {i}. " * 9).strip() for i in range(10)))
-    assert records[2]["stories"]["likelihood"] == bits_per_byte(student, tokenizer, open_corpus([str(text)])) | {
-        "ci": records[2]["stories"]["likelihood"]["ci"]
-    }
+    assert all(r["stories"]["score_mean"] == 2 for r in records)
     assert records[1]["stories"]["story_clusters_10"] == 10 and "people.jsonl" in capsys.readouterr().out
     evaluate.main(["--stories", str(files[0]), "--out", str(tmp_path / "report.json")])
     (record,) = json.loads((tmp_path / "report.json").read_text())["checkpoints"]

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, SHORT, fails
 
 import train_interact
-from scripts import judge
+from scripts import evaluate
 from tinystory.evaluate.second_judge import AFTER, BEFORE, BEST_OF_N, COLDER, GROUPS, REAL, conclusion, gain, summary
 from tinystory.report.judges import judged_rows
 from tinystory.rl.reward import load_score
@@ -38,13 +38,13 @@ def run(place, tmp_path, monkeypatch):
     out = tmp_path / "run"
     reward = f"{place / 'reward.py'}:score"
     train_interact.main([*SHORT, "--init", str(place / "p"), "--out", str(out), "--reward", reward])
-    monkeypatch.setattr(judge, "Reader", Reader)
+    monkeypatch.setattr(evaluate, "Reader", Reader)
     monkeypatch.setattr(train_interact, "Reader", Reader)
     return out
 
 
 def test_a_finished_run_is_judged_with_its_controls(run, capsys):
-    judge.main([str(run), str(run), "--reader", "short-words"])
+    evaluate.main(["--judge", str(run), str(run), "--reader", "short-words"])
     said = capsys.readouterr().out
     assert "2 runs together" in said and "not the teacher" in said and said.count("real stories") >= 3
     records = list(read_records(run / JUDGED))
@@ -69,7 +69,9 @@ def test_interaction_judges_at_its_end_if_asked(run, capsys):
 
 def test_a_run_that_was_not_evaluated_is_refused(run, capsys):
     (run / EVALUATIONS).write_text("")
-    assert "give a finished interaction" in fails(judge.main, [str(run), "--reader", "short-words"], capsys)
+    assert "give a finished interaction" in fails(
+        evaluate.main, ["--judge", str(run), "--reader", "short-words"], capsys
+    )
 
 
 def judged(**senses):

@@ -47,6 +47,12 @@ def mean_ci(values: np.ndarray) -> tuple[float, float]:
     return bootstrap(lambda rows: float(values[rows].mean()), len(values))
 
 
+def mean_and_ci(values: np.ndarray) -> tuple[float | None, tuple[float, float] | None]:
+    """The mean of the numbers in (n,) that are not nan, and its bootstrap interval; None if there are none."""
+    values = values[~np.isnan(values)]
+    return (float(values.mean()), mean_ci(values)) if len(values) else (None, None)
+
+
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's rank correlation of (n,) and (n,); ties get their mean rank. nan if all values are equal."""
     a, b = (rank - rank.mean() for rank in (ranks(x), ranks(y)))

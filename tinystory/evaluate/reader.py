@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from tinystory.evaluate.corruptions import names, split_sentences
-from tinystory.evaluate.intervals import mean_ci
+from tinystory.evaluate.intervals import mean_and_ci
 from tinystory.ops.compute import pick_device
 from tinystory.run.device import pick_dtype
 from tinystory.run.errors import UserError
@@ -100,9 +100,7 @@ class Reader:
         NAME_ci; None where no story has the measure. truncated: stories that were not read to their end."""
         out: dict[str, Any] = {"truncated": sum(self._text(*story).truncated for story in stories)}
         for measure in (self.sense, self.half_gain, self.order_gain):
-            values = measure(stories)
-            values = values[~np.isnan(values)]
-            mean, ci = (float(values.mean()), mean_ci(values)) if len(values) else (None, None)
+            mean, ci = mean_and_ci(measure(stories))
             out |= {f"{measure.__name__}_mean": mean, f"{measure.__name__}_ci": ci}
         return out
 

@@ -11,9 +11,10 @@ import torch
 from tinystory.config import InteractConfig
 from tinystory.evaluate.corruptions import corpus_documents, real_stories
 from tinystory.evaluate.held_out import FIRST_INDEX
-from tinystory.evaluate.intervals import mean_ci
+from tinystory.evaluate.intervals import mean_and_ci, mean_ci
 from tinystory.evaluate.reader import Reader
 from tinystory.ops.compute import Compute
+from tinystory.rl.reward import best_of_n
 from tinystory.run.errors import UserError
 from tinystory.run.folder import EVALUATIONS, JUDGED, SAMPLES, Record, atomic_write, plain, read_records
 from tinystory.student import checkpoint
@@ -61,11 +62,9 @@ def judge_run(
     drawn = write(config.temperature, BEST_OF)
     real = real_stories(corpus_documents(facts.get("corpus", ["builtin"])), len(openings), seed=config.seed)
     groups[REAL] = [(opening, " ".join(sentences)) for opening, *sentences in real]
-    n = len(openings)
     graded = list(dict.fromkeys([*drawn, *(pair for group in groups.values() for pair in group)]))
     scores = dict(zip(graded, map(_score, grade(graded)), strict=True))
-    chosen = [max(range(i, len(drawn), n), key=lambda at: scores[drawn[at]] or 0) for i in range(n)]
-    groups[BEST_OF_N] = [drawn[at] for at in chosen]
+    groups[BEST_OF_N] = [drawn[i] for i in best_of_n([scores[pair] for pair in drawn], len(openings))]
     pairs = [(name, i, pair) for name in GROUPS for i, pair in enumerate(groups[name])]
     senses = reader.sense([pair for _, _, pair in pairs]).tolist()
     records = [
@@ -84,23 +83,20 @@ def summary(records: Sequence[Record], measure: str) -> dict[str, dict[str, Any]
     """Per group {"mean", "ci", "gap"} of "score" or "sense": its mean, with a bootstrap interval over the stories, and
     the fraction of the way from BEFORE to REAL; None for what was not measured."""
     values = {name: column(records, name, measure) for name in GROUPS}
-    low, high = mean(values[BEFORE]), mean(values[REAL])
+    means = {name: mean_and_ci(group) for name, group in values.items()}
+    low, high = means[BEFORE][0], means[REAL][0]
     out = {}
-    for name, group in values.items():
-        present = group[~np.isnan(group)]
-        ci = mean_ci(present) if len(present) else None
-        gap = (mean(group) - low) / (high - low) if high > low else float("nan")
-        out[name] = {"mean": plain(mean(group)), "ci": ci, "gap": plain(gap)}
+    for name, (mean, ci) in means.items():
+        gap = None
+        if mean is not None and low is not None and high is not None and high > low:
+            gap = (mean - low) / (high - low)
+        out[name] = {"mean": mean, "ci": ci, "gap": gap}
     return out
 
 
 def column(records: Sequence[Record], group: str, measure: str) -> np.ndarray:
     """float64 (n,), nan for None, in the order of the openings."""
     return np.array([record[measure] for record in records if record["group"] == group], dtype=float)
-
-
-def mean(values: np.ndarray) -> float:
-    return float(np.nanmean(values)) if (~np.isnan(values)).any() else float("nan")
 
 
 def gain(records: Sequence[Record], group: str, over: str, measure: str) -> tuple[float, tuple[float, float]]:
@@ -121,11 +117,11 @@ def conclusion(records: Sequence[Record]) -> str:
     text = f"{value:+.2f} [{ci[0]:.2f}, {ci[1]:.2f}] nats per token"
     if not ci[0] > 0:
         return f"The reader, which was not the teacher, sees no gain in sense from interaction: {text}."
-    fraction = summary(records, "sense")[AFTER]["gap"]
+    groups = summary(records, "sense")
+    fraction = groups[AFTER]["gap"]
     way = "" if fraction is None else f", {fraction:.0%} of the way to real stories"
-    control = max(
-        (*COLDER, BEST_OF_N), key=lambda name: np.nan_to_num(mean(column(records, name, "sense")), nan=-np.inf)
-    )
+    controls = [name for name in (*COLDER, BEST_OF_N) if groups[name]["mean"] is not None]
+    control = max(controls, key=lambda name: groups[name]["mean"], default=BEST_OF_N)
     beyond, beyond_ci = gain(records, AFTER, control, "sense")
     theirs = f"{gain(records, control, BEFORE, 'sense')[0]:+.2f} for “{control}”, which needs no training"
     verdict = "more than" if beyond_ci[0] > 0 else "less than" if beyond_ci[1] < 0 else "no different from"

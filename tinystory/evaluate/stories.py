@@ -11,7 +11,7 @@ import numpy as np
 
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.evaluate.intervals import mean_ci, wilson
+from tinystory.evaluate.intervals import mean_and_ci, mean_ci, wilson
 from tinystory.evaluate.samples import Sample
 from tinystory.rl.reward import cluster_ids, partition
 from tinystory.student.generate import generate
@@ -94,10 +94,9 @@ def story_measures(
     if grade:
         grades = grade([(story.opening, story.text) for story in stories])
         scored = [scores for scores in grades if scores is not None]
-        sums = np.array([sum(scores.values()) for scores in scored], dtype=float)
-        measures |= {"score_mean": None, "score_ci": None, "unscored": len(grades) - len(scored)}
+        mean, ci = mean_and_ci(np.array([sum(scores.values()) for scores in scored], dtype=float))
+        measures |= {"score_mean": mean, "score_ci": ci, "unscored": len(grades) - len(scored)}
         if scored:
-            measures |= {"score_mean": float(sums.mean()), "score_ci": mean_ci(sums)}
             measures |= {f"{name}_mean": fmean(scores[name] for scores in scored) for name in scored[0]}
             values = [sum(scores.values()) if scores else 0.0 for scores in grades]
             measures["utility_10"] = mean_of(

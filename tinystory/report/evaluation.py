@@ -34,7 +34,6 @@ ROWS = (
     ("clusters of 10, by shared phrases", ("stories", "story_clusters_10"), None, 1),
     ("distinct of 10, NoveltyBench's", ("stories", "distinct_of_10"), None, 1),
     ("utility of 10", ("stories", "utility_10"), None, 2),
-    ("bits per byte, by --likelihood", ("stories", "likelihood", "bits_per_byte"), ("stories", "likelihood", "ci"), 3),
     ("copied fraction", ("stories", "copied_share"), None, 3),
 )
 

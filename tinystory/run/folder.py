@@ -33,7 +33,7 @@ Fields: TypeAlias = dict[str, tuple[type, ...]]
 
 CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"  # stories to held-out openings
-JUDGED = "judged.jsonl"  # its stories and controls by the teacher and a reader (--reader, scripts/judge.py)
+JUDGED = "judged.jsonl"  # its stories and controls by the teacher and a reader (--reader, evaluate.py --judge)
 PREFERENCES = "preferences.jsonl"  # choices between its stories before and after (teach.py and evaluate.py --compare)
 MANIFEST = "manifest.json"
 LOCK = ".lock"

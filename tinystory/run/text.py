@@ -1,7 +1,9 @@
-"""Foreign text (a student's, a server's, a file's) without characters that a human reader does not see."""
+"""Text for the terminal: foreign text (a student's, a server's, a file's) without characters that a human reader does
+not see, and tables."""
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 # Characters that are invisible to a human but not to a model: Unicode's Default_Ignorable_Code_Point beyond the
 # categories in `_visible`, variation selectors (which can encode hidden text), fillers and the blank Braille cell.
@@ -22,3 +24,9 @@ def _visible(char: str) -> str:
     if char == "\n" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"):
         return char
     return " " if char.isspace() else ""
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, with columns as wide as their longest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
