@@ -73,8 +73,7 @@ COMPARED = 40  # pairs, if --stories does not say
 FEWER = "--stories or --max-new-tokens"
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT")
@@ -99,13 +98,18 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--seed", 0, SEEDS, "seed of the stories and of the teacher")
     add("--device", default="auto")
     add("--out", type=Path, help="report.json to write")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    options = parse_options(argv)
     tasks = submission.find_tasks(options.babylm) if options.babylm else {}
     tasks |= {task: getattr(options, task) for task in TASKS if getattr(options, task)}
     count = max([0, *(value for value in options.stories if isinstance(value, int))])
     files = [value for value in options.stories if isinstance(value, Path)]
-    told_first = [path for path in [*files, *(options.compare or [])] if path.suffix == ".jsonl"][:1]
-    openings = [story.opening for path in told_first for story in read_stories(path)] or OPENINGS
+    story_files = [path for path in [*files, *(options.compare or [])] if path.suffix == ".jsonl"][:1]
+    openings = [story.opening for path in story_files for story in read_stories(path)] or OPENINGS
     options.openings = load_openings(options.openings) if options.openings else [*dict.fromkeys(openings)]
     if options.compare:
         compare_stories(options, count or COMPARED)
@@ -113,8 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.judge:
         judge_runs(options)
         return
-    wanted = tasks or options.aoa or options.corpus or count or options.coreference
-    if not files and not (options.checkpoints and wanted):
+    measured = tasks or options.aoa or options.corpus or count or options.coreference
+    if not files and not (options.checkpoints and measured):
         raise UserError(
             "nothing to evaluate: name a checkpoint or a run (two with --compare), and give --blimp or another task, "
             "--corpus, --coreference N or --stories N; or files of stories, --stories FILE"
@@ -148,8 +152,8 @@ def main(argv: list[str] | None = None) -> None:
             if options.aoa:
                 by_word = submission.word_surprisals(student, tokenizer, options.aoa)
                 surprisals += [{"step": folder.name, "word_count": words} | row for row in by_word]
-                known = [row["surprisal"] for row in by_word if row["surprisal"] == row["surprisal"]]
-                record["aoa"] = {"surprisal": mean_of(known), "items": len(known)}
+                finite = [row["surprisal"] for row in by_word if row["surprisal"] == row["surprisal"]]
+                record["aoa"] = {"surprisal": mean_of(finite), "items": len(finite)}
             if options.coreference:
                 record["coreference"] = coreference(student, tokenizer, unseen_stories(options.coreference))
             if seen := set(options.corpus or []) & set(facts.get("corpus", [])):

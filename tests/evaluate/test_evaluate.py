@@ -341,12 +341,12 @@ def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measur
     assert found["self_bleu"] == pytest.approx(1) and found["length_mean"] == 4
     assert "entropy_per_word" not in found and "ended_eos_share" not in found
     # A student's own stories, by way of a file, have the same measures but the entropy.
-    told = write_stories(
+    samples = write_stories(
         student, tokenizer, openings=["Tom", "Mia had"], n_stories=20, max_new_tokens=12, temperature=1.0, seed=0
     )
-    write_samples_file(path, [{"opening": s.opening, "story": s.text, "ended": s.ended} for s in told])
-    assert story_measures(told).pop("entropy_per_word") > 0
-    assert story_measures(read_stories(path)) == story_measures([story._replace(entropy=None) for story in told])
+    write_samples_file(path, [{"opening": s.opening, "story": s.text, "ended": s.ended} for s in samples])
+    assert story_measures(samples).pop("entropy_per_word") > 0
+    assert story_measures(read_stories(path)) == story_measures([story._replace(entropy=None) for story in samples])
 
 
 @pytest.mark.parametrize("line", ['{"opening": "Once"}', '{"opening": "Once", "story": 3}', '{"story": "x"}\n'])
@@ -432,10 +432,10 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, 
 def test_the_command_puts_anybodys_stories_beside_a_students(student, tokenizer, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda stories: [{"humour": 2}] * len(stories))
     ours = checkpoint.save(tmp_path / "ours", student, tokenizer, facts={}, state={}, counters={"step": 1})
-    told = {
+    samples = {
         name: [{"opening": "Tom", "story": f"{name} ran {i}. " * 9} for i in range(12)] for name in ("gpt", "people")
     }
-    files = [write_samples_file(tmp_path / f"{name}.jsonl", stories) for name, stories in told.items()]
+    files = [write_samples_file(tmp_path / f"{name}.jsonl", stories) for name, stories in samples.items()]
     arguments = ["--device", "cpu", "--out", str(tmp_path / "report.json")]
     evaluate.main([str(ours), "--stories", "10", *map(str, files), "--max-new-tokens", "40", *arguments])
     records = json.loads((tmp_path / "report.json").read_text())["checkpoints"]
@@ -568,7 +568,7 @@ def test_utility_is_what_a_patient_reader_gets_of_new_stories():
     scarf = "Tom lost his red scarf in the wood and a kind owl brought it back before the sun went down."
     cake = "A baker made one huge cake but nobody came so all the mice of that town had some instead."
     assert utility([scarf], [6.0]) == 6
-    assert utility([scarf, scarf], [6.0, 9.0]) == pytest.approx(6 / 1.8)  # told before: worth nothing
+    assert utility([scarf, scarf], [6.0, 9.0]) == pytest.approx(6 / 1.8)  # repeated: worth nothing
     assert utility([scarf, cake], [6.0, 9.0]) == pytest.approx((6 + 0.8 * 9) / 1.8)
 
 
