@@ -51,6 +51,15 @@ def interrupted_at(module, step: int):
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
+@pytest.fixture
+def terminal():
+    """SIGHUP as in a terminal: under nohup the tests would inherit that it is ignored."""
+    before = signal.signal(HUP, signal.SIG_DFL)
+    yield
+    signal.signal(HUP, before)
+
+
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize(
     "first, second", [(INT, INT), (INT, TERM), (HUP, INT)]
 )  # torchrun passes Ctrl-C on as INT, TERM
@@ -67,6 +76,7 @@ def test_the_first_signal_asks_for_the_end_and_the_second_ends_at_once(first, se
     assert signal.getsignal(second) is before
 
 
+@pytest.mark.usefixtures("terminal")
 def test_a_terminal_that_closes_asks_for_the_end_and_is_no_second_ctrl_c(monkeypatch):
     with Stop().listening() as stop:
         for _ in range(2):
