@@ -100,17 +100,17 @@ def test_accuracy_is_the_mean_over_phenomena(student, tokenizer, tmp_path, name)
     folder = tmp_path / "blimp"
     folder.mkdir()
     write(folder / name, BLIMP)
-    found = evaluate_pairs(student, tokenizer, folder)
+    measures = evaluate_pairs(student, tokenizer, folder)
     right = [
         logprob(student, tokenizer.encode(good), 1) >= logprob(student, tokenizer.encode(bad), 1) for good, bad in PAIRS
     ]
     assert right[2]  # a tie is right
-    rows = found["phenomena"]
+    rows = measures["phenomena"]
     assert [rows[uid]["correct"] for uid in ("one", "two")] == [sum(right[:2]), sum(right[2:])]
     assert [rows[uid]["total"] for uid in ("one", "two")] == [2, 3]
-    assert found["accuracy"] == pytest.approx(100 * (sum(right[:2]) / 2 + sum(right[2:]) / 3) / 2)
-    assert found["items"] == 5 and found["groups"]["field"]["syntax/semantics"]["total"] == 2
-    assert found["ci"][0] < found["accuracy"] < found["ci"][1]
+    assert measures["accuracy"] == pytest.approx(100 * (sum(right[:2]) / 2 + sum(right[2:]) / 3) / 2)
+    assert measures["items"] == 5 and measures["groups"]["field"]["syntax/semantics"]["total"] == 2
+    assert measures["ci"][0] < measures["accuracy"] < measures["ci"][1]
 
 
 def test_the_supplement_takes_its_names_from_its_files(student, tokenizer, tmp_path):
@@ -125,19 +125,19 @@ def test_entities_are_averaged_within_each_file_first(student, tokenizer, tmp_pa
     never = {"input_prefix": PREFIX, "options": wrong_first, "numops": 1}
     write(tmp_path / "regular.jsonl", [flat, never, {**never, "numops": 2}])
     write(tmp_path / "ambiref.jsonl", [flat, {**flat, "options": ["0." * 200, "1."]}])
-    found = evaluate_pairs(student, tokenizer, tmp_path)
-    assert found["accuracy"] == pytest.approx((100 / 3 + 100) / 2) and found["too_long"] == 1
-    assert set(found["phenomena"]) == {"regular_0_ops", "regular_1_ops", "regular_2_ops", "ambiref_0_ops"}
+    measures = evaluate_pairs(student, tokenizer, tmp_path)
+    assert measures["accuracy"] == pytest.approx((100 / 3 + 100) / 2) and measures["too_long"] == 1
+    assert set(measures["phenomena"]) == {"regular_0_ops", "regular_1_ops", "regular_2_ops", "ambiref_0_ops"}
 
 
 def test_the_wug_test_is_a_rank_correlation(student, tokenizer, tmp_path):
-    found = evaluate_wug(student, tokenizer, write(tmp_path / "wug.jsonl", WUG))
+    measures = evaluate_wug(student, tokenizer, write(tmp_path / "wug.jsonl", WUG))
     preferred = []
     for record in WUG:
         a, b = (logprob(student, tokenizer.encode(text), 1) for text in record["sentences"].split("\t"))
         preferred.append(1 / (1 + math.exp(b - a)))
-    assert found["correlation"] == pytest.approx(spearman(np.array(preferred), np.arange(8.0)), abs=1e-6)
-    assert found["items"] == 8 and found["ci"][0] <= found["correlation"] <= found["ci"][1]
+    assert measures["correlation"] == pytest.approx(spearman(np.array(preferred), np.arange(8.0)), abs=1e-6)
+    assert measures["items"] == 8 and measures["ci"][0] <= measures["correlation"] <= measures["ci"][1]
 
 
 def test_spearman_by_hand():
@@ -203,7 +203,7 @@ def write_csv(path, rows):
 
 def test_reading_times_are_regressed_on_surprisal(student, tokenizer, tmp_path):
     rows = reading_rows()
-    found = evaluate_reading(student, tokenizer, write_csv(tmp_path / "reading_data.csv", rows))
+    measures = evaluate_reading(student, tokenizer, write_csv(tmp_path / "reading_data.csv", rows))
 
     def surprisal(text, word):
         total = 0.0
@@ -218,8 +218,10 @@ def test_reading_times_are_regressed_on_surprisal(student, tokenizer, tmp_path):
     data["prev_pred"] = np.array(
         [surprisal(r["prev_item"], r["prev_word"]) if r["prev_item"] else np.nan for r in rows]
     )
-    assert found["eye_tracking"] == pytest.approx(np.mean([explained(data, name, BASELINE) for name in EYES]), rel=1e-2)
-    assert found["self_paced"] == pytest.approx(explained(data, SELF_PACED, SPILLOVER), rel=1e-2)
+    assert measures["eye_tracking"] == pytest.approx(
+        np.mean([explained(data, name, BASELINE) for name in EYES]), rel=1e-2
+    )
+    assert measures["self_paced"] == pytest.approx(explained(data, SELF_PACED, SPILLOVER), rel=1e-2)
 
 
 def test_explained_is_the_share_of_what_the_baseline_leaves():
@@ -251,14 +253,14 @@ def test_bits_a_byte_of_a_uniform_student(student, tokenizer, tmp_path):
     with torch.no_grad():
         student.wte.weight.zero_()  # every token as likely
     (tmp_path / "a.txt").write_text("\n\n".join(tiny_stories(8)))
-    found = bits_per_byte(student, tokenizer, open_corpus([str(tmp_path / "a.txt")]))
+    measures = bits_per_byte(student, tokenizer, open_corpus([str(tmp_path / "a.txt")]))
     ids = [[*tokenizer.encode(story), tokenizer.eos] for story in tiny_stories(8)]
     stream, context = [id for each in ids for id in each], student.config.context
     pieces = [stream[i : i + context] for i in range(0, len(stream) - 1, context - 1)]
     counted = [id for piece in pieces for id in piece[1:]]
     assert len(counted) == len(stream) - 1  # every token once but the very first
     bits = len(counted) * math.log2(tokenizer.vocab_size) / sum(len(tokenizer.token_bytes[id]) for id in counted)
-    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5) and found["ci"][0] <= bits <= found["ci"][1]
+    assert measures["bits_per_byte"] == pytest.approx(bits, rel=1e-5) and measures["ci"][0] <= bits <= measures["ci"][1]
 
 
 def test_self_bleu_by_hand():
@@ -304,21 +306,23 @@ def test_story_measures(student, tokenizer, tmp_path):
     sampling = dict(openings=["Tom", "Mia had"], n_stories=9, max_new_tokens=12, temperature=1.0, seed=3)
     stories = write_stories(student, tokenizer, **sampling)
     assert [story.opening for story in stories] == ["Tom"] * 5 + ["Mia had"] * 4
-    found = story_measures(stories, grade=grade, corpus=corpus)
-    assert found["stories"] == 9 and found["unscored"] == 2
+    measures = story_measures(stories, grade=grade, corpus=corpus)
+    assert measures["stories"] == 9 and measures["unscored"] == 2
     # Four and three scored: 1, 0, 1, 0 and 1, 0, 1 for coherence.
-    assert found["score_mean"] == pytest.approx(1 + 4 / 7) and found["coherence_mean"] == pytest.approx(4 / 7)
-    assert found["score_ci"][0] <= found["score_mean"] <= found["score_ci"][1]
-    assert 0 <= found["copied_share"] <= 1 and 0 <= found["ended_eos_share"] <= 1
+    assert measures["score_mean"] == pytest.approx(1 + 4 / 7) and measures["coherence_mean"] == pytest.approx(4 / 7)
+    assert measures["score_ci"][0] <= measures["score_mean"] <= measures["score_ci"][1]
+    assert 0 <= measures["copied_share"] <= 1 and 0 <= measures["ended_eos_share"] <= 1
     plain = story_measures(stories)
     assert (
-        all(plain[name] == found[name] for name in plain) and "score_mean" not in plain and "copied_share" not in plain
+        all(plain[name] == measures[name] for name in plain)
+        and "score_mean" not in plain
+        and "copied_share" not in plain
     )
     other = story_measures(write_stories(student, tokenizer, **sampling | {"seed": 4}))
     assert other["entropy_per_word"] != plain["entropy_per_word"]
     silent = story_measures(stories, grade=lambda pairs: [None] * len(pairs))
     assert silent["score_mean"] is None and silent["unscored"] == 9
-    assert plain["story_clusters_10"] is None and found["utility_10"] is None  # too few stories to an opening
+    assert plain["story_clusters_10"] is None and measures["utility_10"] is None  # too few stories to an opening
     nineteen = write_stories(student, tokenizer, **sampling | {"n_stories": 19})  # ten to the first, nine
     ten = story_measures(nineteen, grade=grade, same=lambda a, b: True)
     assert 1 <= ten["story_clusters_10"] <= 10 and 0 < ten["utility_10"] <= 2 and ten["distinct_of_10"] == 1
@@ -337,9 +341,9 @@ def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measur
         tmp_path / "a.jsonl", [{"opening": "Once", "story": "Once a big dog ran.", "model": "gpt"}] * 2
     )
     assert read_stories(path) == [Sample("Once", "a big dog ran.")] * 2
-    found = story_measures(read_stories(path))
-    assert found["self_bleu"] == pytest.approx(1) and found["length_mean"] == 4
-    assert "entropy_per_word" not in found and "ended_eos_share" not in found
+    measures = story_measures(read_stories(path))
+    assert measures["self_bleu"] == pytest.approx(1) and measures["length_mean"] == 4
+    assert "entropy_per_word" not in measures and "ended_eos_share" not in measures
     # A student's own stories, by way of a file, have the same measures but the entropy.
     samples = write_stories(
         student, tokenizer, openings=["Tom", "Mia had"], n_stories=20, max_new_tokens=12, temperature=1.0, seed=0
