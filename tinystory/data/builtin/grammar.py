@@ -14,58 +14,23 @@ friend is {f}, introduced as {f.full} or {f.a}; {mom} is a parent or grandparent
 gives advice. Hero and friend never share a pronoun, so each "he" or "she" is unambiguous.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from tinystory.data.builtin import vocabulary
 
 T = TypeVar("T")
-_Part: TypeAlias = "str | _Slot | _Choice | _Detail"
+# (kind, content): "text" and the text, "fact" and its name, "choice" and its options, "detail" and its parts.
+_Part: TypeAlias = tuple[str, Any]
 
 _PRONOUNS = ({"he": "she", "him": "her", "his": "her", "himself": "herself"},
              {"he": "he", "him": "him", "his": "his", "himself": "himself"})  # fmt: skip
 _WITH_CHILDREN = ("child", "robot", "snowman", "toy", "ghost", "puppy")  # classes of heroes whose friend is a child
 ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou])")
-
-
-class _Slot:
-    """{fact} or {phrase}; a capital first letter capitalises the text."""
-
-    def __init__(self, key: str):
-        self.key, self.capital = key[0].lower() + key[1:], key[0].isupper()
-
-    def write(self, tell: _Telling, out: list[str]) -> None:
-        value = tell.facts.get(self.key)
-        if value is None:
-            value = tell.expand(_RULES[self.key])
-        out.append(value[0].upper() + value[1:] if self.capital else value)
-
-
-class _Choice:
-    """[a|b|c]: one of the options."""
-
-    def __init__(self, options: list[list[_Part]]):
-        self.options = options
-
-    def write(self, tell: _Telling, out: list[str]) -> None:
-        tell.write(self.options[int(tell.random() * len(self.options))], out)
-
-
-class _Detail:
-    """<a>: an optional detail."""
-
-    def __init__(self, parts: list[_Part]):
-        self.parts = parts
-
-    def write(self, tell: _Telling, out: list[str]) -> None:
-        if tell.random() < tell.detail:
-            tell.write(self.parts, out)
 
 
 class _Telling:
@@ -79,52 +44,48 @@ class _Telling:
     def pick(self, options: Sequence[T]) -> T:
         return options[int(self.random() * len(options))]
 
-    def write(self, parts: list[_Part], out: list[str]) -> None:
-        for part in parts:
-            if isinstance(part, str):
-                out.append(part)
-            else:
-                part.write(self, out)
-
     def expand(self, parts: list[_Part]) -> str:
-        out: list[str] = []
-        self.write(parts, out)
-        return "".join(out)
+        """The text of these parts in this story."""
+        text = ""
+        for kind, content in parts:
+            if kind == "text":
+                text += content
+            elif kind == "choice":
+                text += self.expand(self.pick(content))
+            elif kind == "fact":
+                key = content[0].lower() + content[1:]
+                value = self.facts[key] if key in self.facts else self.expand(_RULES[key])
+                text += value if content == key else value[0].upper() + value[1:]
+            elif self.random() < self.detail:
+                text += self.expand(content)
+        return text
 
 
 def _parse(text: str) -> list[_Part]:
-    """Markup as a list of parts. Raises ValueError for unbalanced brackets."""
-    tokens = re.findall(r"[\[\]|<>]|\{[^{}]*\}|[^\[\]|<>{}]+", re.sub(r"\s*\n\s*", " ", text.strip()))
+    """Markup, whose brackets are balanced, as a list of parts."""
+    tokens = iter(re.findall(r"[\[\]|<>]|\{[^{}]*\}|[^\[\]|<>{}]+", re.sub(r"\s*\n\s*", " ", text.strip())))
 
-    def sequence(position: int, stops: str) -> tuple[list[_Part], int]:
+    def sequence() -> tuple[list[_Part], str]:
+        """The parts up to the end of an option or a bracket, and what ends them."""
         parts: list[_Part] = []
-        while position < len(tokens) and tokens[position] not in stops:
-            token = tokens[position]
-            position += 1
+        for token in tokens:
             if token == "[":
-                options = []
-                while True:
-                    option, position = sequence(position, "|]")
+                options, end = [], "|"
+                while end == "|":
+                    option, end = sequence()
                     options.append(option)
-                    position += 1
-                    if tokens[position - 1] == "]":
-                        break
-                parts.append(_Choice(options))
+                parts.append(("choice", options))
             elif token == "<":
-                detail, position = sequence(position, ">")
-                position += 1
-                parts.append(_Detail(detail))
+                parts.append(("detail", sequence()[0]))
+            elif token in "|]>":
+                return parts, token
             elif token[0] == "{":
-                parts.append(_Slot(token[1:-1]))
-            elif token in "]|>":
-                raise ValueError(f"stray {token} after {tokens[max(0, position - 4) : position]}")
+                parts.append(("fact", token[1:-1]))
             else:
-                parts.append(token)
-        if stops and position == len(tokens):
-            raise ValueError(f"no {stops[-1]} in {text[:60]!r}")
-        return parts, position
+                parts.append(("text", token))
+        return parts, ""
 
-    return sequence(0, "")[0]
+    return sequence()[0]
 
 
 def _rows(text: str) -> list[list[list[_Part]]]:
