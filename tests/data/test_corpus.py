@@ -202,14 +202,14 @@ WRONG = {
     "a.gz": [(b"One.", "neither .txt nor .jsonl")],
     "noextension": [(b"One.", "neither .txt nor .jsonl")],
     "a.jsonl": [
-        (b'{"text": "One."}\n{"text": }', "line 2 of .* is not a JSON object"),
-        (b'{"text": "One."}\n\n["Two."]', "line 3 of .* with a string"),
-        (b'{"title": "One."}', "line 1 of .* with a string"),
-        (b'{"text": 3}', "line 1 of .* with a string"),
-        (b'{"text": null}', "line 1 of .* with a string"),
-        (b"null", "line 1 of .* with a string"),
-        (b'{"text": "\\ud800"}', "line 1 of .* Unicode text"),
-        (b"[" * 200_000, "line 1 of .* is not a JSON object"),
+        (b'{"text": "One."}\n{"text": }', "its line 2 is not a JSON object"),
+        (b'{"text": "One."}\n\n["Two."]', "its line 3 is .* with a string"),
+        (b'{"title": "One."}', "its line 1 is .* with a string"),
+        (b'{"text": 3}', "its line 1 is .* with a string"),
+        (b'{"text": null}', "its line 1 is .* with a string"),
+        (b"null", "its line 1 is .* with a string"),
+        (b'{"text": "\\ud800"}', "its line 1 is .* Unicode text"),
+        (b"[" * 200_000, "its line 1 is not a JSON object"),
         (b'{"text": ""}', "holds no documents"),
     ],
 }
@@ -229,7 +229,7 @@ def test_broken_gzip(tmp_path):
     for name, data in {"cut": whole[:-5000], "flipped": whole[:3000] + b"!" + whole[3001:], "plain": b"One."}.items():
         path = tmp_path / f"{name}.txt.gz"
         path.write_bytes(data)
-        with pytest.raises(UserError, match="not a whole gzip file"):
+        with pytest.raises(UserError, match=r"cannot be read: \w"):
             read(str(path))
 
 
@@ -241,12 +241,12 @@ def test_a_line_of_json_without_end(tmp_path, monkeypatch):
 
 
 def test_names_that_are_nothing(tmp_path):
-    with pytest.raises(UserError, match=r"no file called 'tinystorys': the corpora are builtin, primer, tinystories"):
+    with pytest.raises(
+        UserError, match="the corpus tinystorys is no file: give another file, or one of builtin, primer, tin"
+    ):
         open_corpus(["tinystorys"])
-    with pytest.raises(UserError, match="no file called"):
+    with pytest.raises(UserError, match="is no file"):
         open_corpus([str(tmp_path)])
-    with pytest.raises(UserError, match="no corpus was named"):
-        open_corpus([])
 
 
 # The Hugging Face Hub: the real client, in a process of its own since it reads its variables at import, and a server

@@ -180,14 +180,11 @@ def test_no_validation_when_none_is_wanted(tmp_path, tokenizer):
     assert data.train.word_count == 2
 
 
-def test_a_single_document_gives_its_end_to_validation(tmp_path, tokenizer):
-    text = " ".join(f"word{i}" for i in range(1000))
-    data = prepare(corpus_of([text]), vocab_size=0, tokenizer=tokenizer, cache=tmp_path)
-    parts = [tokenizer.decode(split.tokens) for split in (data.train, data.val)]
-    assert " ".join(parts) == text
-    assert 40 < data.val.word_count < 60
-    with pytest.raises(UserError, match="too short to set a part aside"):
-        prepare(corpus_of(["word"]), vocab_size=0, tokenizer=tokenizer, cache=tmp_path)
+def test_a_single_document_can_not_be_split(tmp_path, tokenizer):
+    for vocabulary in (tokenizer, None):
+        with pytest.raises(UserError, match=r"separate its stories by blank lines or <\|endoftext\|>"):
+            prepare(corpus_of(["One story."]), vocab_size=300, tokenizer=vocabulary, cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_the_tokenizer_has_not_seen_the_validation_documents(tmp_path):

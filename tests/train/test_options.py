@@ -192,7 +192,9 @@ def test_a_budget_that_holds_no_step_is_refused_at_once(place, tmp_path, capsys)
         assert "does not hold a single step" in line and not (tmp_path / "i").exists()
 
 
-@pytest.mark.parametrize("text", ["a" * 100_000, "one two three " * 9 + " " * 100_000 + "four " * 9, "ab1 " * 30_000])
+@pytest.mark.parametrize(
+    "text", ["a" * 100_000, "one two three " * 9 + " " * 100_000 + "four " * 9, "ab1 " * 30_000 + "\n\nEnd."]
+)
 def test_a_corpus_of_one_endless_line_is_read(tmp_path, text, monkeypatch):
     """Also one letter, or one gap: the time to learn a vocabulary grows with the square of the longest word."""
     monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / "cache"))

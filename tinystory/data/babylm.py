@@ -23,16 +23,12 @@ def milestone_name(words: int) -> str:
 def check_pretraining(track: str, corpus_words: int, words: int, last_step: int = 0) -> None:
     """Raises UserError unless the track allows training on `words` words, counting repeats, of a corpus of
     `corpus_words`. last_step: upper bound on the words by which the last step may exceed `words`."""
-    if corpus_words > TRACKS[track]:
+    limit, too_large = max(EPOCHS * corpus_words - last_step, 0), corpus_words > TRACKS[track]
+    if too_large or words > limit:
+        advice = "a smaller --corpus or a larger --val-fraction" if too_large else f"--words {limit} or fewer"
         raise UserError(
-            f"--preset {track} allows a corpus of {TRACKS[track]:,} words and this one trains on {corpus_words:,}: "
-            "give a smaller --corpus or a larger --val-fraction"
-        )
-    limit = max(EPOCHS * corpus_words - last_step, 0)
-    if words > limit:
-        raise UserError(
-            f"--preset {track} allows {EPOCHS} epochs and this corpus trains on {corpus_words:,} words: give --words "
-            f"{limit} or fewer"
+            f"--preset {track} allows {EPOCHS} epochs of a corpus of {TRACKS[track]:,} words, and this one has "
+            f"{corpus_words:,} to train on: give {advice}"
         )
 
 

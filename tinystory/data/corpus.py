@@ -108,8 +108,6 @@ def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
             parts.extend(_file(path, kind) for path in hub.download(*HUB[name]))
         else:
             parts.append(_file(Path(name), kind))
-    if not parts:
-        raise UserError(f"no corpus was named: give a file, or one of {', '.join(NAMES)}")
     return Corpus(names, parts, kind)
 
 
@@ -121,19 +119,22 @@ def _grammar_source() -> str:
 
 def _file(path: Path, kind: str) -> tuple[Path, Callable[[], Iterator[str]]]:
     """The file, and a function that opens its stream of documents. Raises UserError if the file cannot be a corpus."""
-    if not path.is_file():
-        raise UserError(f"there is no corpus and no file called {str(path)!r}: the corpora are {', '.join(NAMES)}")
-    if _kind(path) not in (".txt", ".jsonl"):
-        raise UserError(f"{path} is neither .txt nor .jsonl (optionally .gz): rename or convert it")
+    if not path.is_file() or _kind(path) not in (".txt", ".jsonl"):
+        problem = "neither .txt nor .jsonl (or .gz of either)" if path.is_file() else "no file"
+        raise UserError(f"the corpus {path} is {problem}: give another file, or one of {', '.join(NAMES)}")
     split = _records if _kind(path) == ".jsonl" else _rows if kind == "row" else _passages
 
     def read() -> Iterator[str]:
-        documents = (piece for document in split(path) for piece in _bounded(document))
-        first = next(documents, None)
-        if first is None:
-            raise UserError(f"{path} holds no documents: choose another corpus")
-        yield first
-        yield from documents
+        empty = True
+        try:
+            for document in split(path):
+                for piece in _bounded(document):
+                    empty = False
+                    yield piece
+            if empty:
+                raise ValueError("it holds no documents")
+        except (OSError, EOFError, zlib.error, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
     return path, read
 
@@ -150,28 +151,21 @@ def _gzipped(path: Path) -> bool:
 def _text(path: Path) -> Iterator[str]:
     """Chunks of a UTF-8 file, gunzipped if its name ends in .gz, without the BOM and with \\n for every line end."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
-    done = 0  # bytes decoded so far
-    try:
-        with (gzip.open if _gzipped(path) else open)(path, "rb") as file:
-            while True:
-                data = file.read(CHUNK)
-                try:
-                    text = decoder.decode(data, final=not data)
-                except UnicodeDecodeError as error:  # error.object: an incomplete character, then this chunk
-                    at = done - (len(error.object) - len(data)) + error.start
-                    what = f"0x{error.object[error.start]:02x} at byte {at} (counted from 0)"
-                    raise UserError(f"{path} is not UTF-8 ({what}): convert it, for instance with iconv") from None
-                if b"\0" in data:
-                    raise UserError(f"{path} holds NUL characters: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
-                if text:
-                    yield text
-                if not data:
-                    return
-                done += len(data)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file ({error}): download or compress it again") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    done, data = 0, b"-"  # bytes decoded so far
+    with (gzip.open if _gzipped(path) else open)(path, "rb") as file:
+        while data:
+            data = file.read(CHUNK)
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:  # error.object: an incomplete character, then this chunk
+                at = done - (len(error.object) - len(data)) + error.start
+                what = f"0x{error.object[error.start]:02x} at byte {at} (counted from 0)"
+                raise ValueError(f"it is not UTF-8 ({what}): convert it, for instance with iconv") from None
+            if b"\0" in data:
+                raise ValueError("it holds NUL characters: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+            if text:
+                yield text
+            done += len(data)
 
 
 def _passages(path: Path) -> Iterator[str]:
@@ -212,8 +206,8 @@ def _records(path: Path) -> Iterator[str]:
             document = record["text"] if "text" in record else record["story"]
             document.encode()  # JSON can spell lone surrogates, which are not valid Unicode
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            message = f'line {number} of {path} is not a JSON object with a string of Unicode text as "text" or "story"'
-            raise UserError(message) from None
+            message = f'its line {number} is not a JSON object with a string of Unicode text as "text" or "story"'
+            raise ValueError(message) from None
         yield document
 
 
@@ -225,7 +219,7 @@ def _lines(path: Path) -> Iterator[str]:
         yield from lines
         if len(rest) > MAX_RECORD:
             size = f"over {MAX_RECORD >> 20} million characters"
-            raise UserError(f"{path} has a line of {size}: .jsonl holds one JSON object per line")
+            raise ValueError(f"it has a line of {size}, where .jsonl holds one JSON object per line")
     yield rest
 
 

@@ -56,10 +56,10 @@ def load_openings(name: str) -> list[str]:
         return [name]
     try:
         lines = [line.strip() for line in read_text(path).splitlines()]
+        if not any(lines):
+            raise UserError(f"{name} holds no opening")
     except UserError as error:
         raise UserError(f"--openings {error}; give builtin, a text file of one per line, or an opening") from None
-    if not any(lines):
-        raise UserError(f"--openings {name} holds no opening: write one per line")
     return list(dict.fromkeys(filter(None, lines)))
 
 

@@ -23,7 +23,7 @@ from typing import TypeAlias
 import numpy as np
 from tqdm import tqdm
 
-from tinystory.data.corpus import Corpus
+from tinystory.data.corpus import MARKER, Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
 from tinystory.run.folder import require_whole, write_manifest
@@ -82,13 +82,12 @@ def prepare(
     """The tokenized corpus, from `cache` (default: cache_dir()/shards) or built there.
 
     Whether a document is held out for validation depends only on `seed` and its index: about `val_fraction` of them
-    are, at least one and never the first; a corpus with a single document is split in two, the end for validation.
-    With `val_fraction` 0 nothing is held out. A tokenizer of up to `vocab_size` tokens is trained on the training
-    split, unless one is given (then `vocab_size` is ignored).
+    are, at least one and never the first; with `val_fraction` 0 none. A tokenizer of up to `vocab_size` tokens is
+    trained on the training split, unless one is given (then `vocab_size` is ignored).
 
     The folder is built under a temporary name and renamed when complete, so a killed build leaves nothing half-written;
     if two processes build it at once, the slower one uses the result of the other. Raises UserError if the cache cannot
-    be written or is damaged; hashing it takes a second for some 400 MB.
+    be written or is damaged, or if the corpus is a single document; hashing it takes a second for some 400 MB.
     """
     root = Path(cache) if cache is not None else cache_dir() / "shards"
     key = [FORMAT, corpus.fingerprint(), tokenizer.fingerprint() if tokenizer else vocab_size, val_fraction, seed]
@@ -117,7 +116,7 @@ def _build(
 
     def training_documents() -> Iterator[str]:
         nonlocal count, characters, smallest
-        for index, document in enumerate(_documents(corpus, val_fraction)):
+        for index, document in enumerate(corpus.documents()):
             draw = _uniform(seed, index)
             count, characters, smallest = count + 1, characters + len(document), min(smallest, draw)
             if draw > val_fraction:
@@ -128,12 +127,17 @@ def _build(
         tokenizer = Tokenizer.train(reading, vocab_size)
     else:
         deque(reading, maxlen=0)
+    if val_fraction and count < 2:
+        raise UserError(
+            "the corpus is a single document, where one is needed to train on and one for validation: separate its "
+            f"stories by blank lines or {MARKER}"
+        )
     threshold = max(val_fraction, smallest) if val_fraction else 0.0  # at least the smallest draw: one document
     tokenizer.save(folder / "tokenizer.json")
 
     writers = [_Writer(folder, name, tokenizer) for name in ("train", "val")]
-    documents = _documents(corpus, val_fraction)
-    batches = _batches((_uniform(seed, index) <= threshold, document) for index, document in enumerate(documents))
+    documents = enumerate(corpus.documents())
+    batches = _batches((_uniform(seed, index) <= threshold, document) for index, document in documents)
     threads = min(os.cpu_count() or 1, MAX_THREADS)
     with (
         ThreadPoolExecutor(threads) as pool,
@@ -155,25 +159,6 @@ def _uniform(seed: int, index: int) -> float:
     if index == 0:
         return 2.0
     return int.from_bytes(hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest(), "little") / 2**64
-
-
-def _documents(corpus: Corpus, val_fraction: float) -> Iterator[str]:
-    """The documents of the corpus; a single one is split in two at the white space before its last `val_fraction`."""
-    stream = corpus.documents()
-    first = next(stream)
-    second = next(stream, None)
-    if second is None and val_fraction:
-        end = int(len(first) * (1 - val_fraction))
-        cut = max(first.rfind(" ", 0, end), first.rfind("\n", 0, end))
-        if cut < 0:
-            raise UserError(
-                "the corpus is a single document, too short to set a part aside for validation: give more text"
-            )
-        first, second = first[:cut].strip(), first[cut:].strip()
-    yield first
-    if second is not None:
-        yield second
-    yield from stream
 
 
 def _batches(documents: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, list[str]]]:
