@@ -13,7 +13,6 @@ each milestone as a branch of that name and the best or newest checkpoint as `ma
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,12 +74,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def milestones(run: Path) -> list[Path]:
-    """The chck_* folders of a run in order of words. Raises UserError if there are none."""
-    folders = [path.parent for path in run.glob("checkpoints/chck_*/model.json")]
+    """The chck_* folders of a run, the earliest first. Raises UserError if there are none."""
+    folders = [folder for _, folder in checkpoint.checkpoints(run) if folder.name.startswith("chck_")]
     if not folders:
         raise UserError(f"{run} has no checkpoints/chck_*: --all-checkpoints takes the folder of a run that has some")
-    unit = {"K": 10**3, "M": 10**6}
-    return sorted(folders, key=lambda path: [int(n) * unit[u] for n, u in re.findall(r"(\d+)([KM])", path.name)])
+    return folders[::-1]
 
 
 def open_hub() -> "HfApi":

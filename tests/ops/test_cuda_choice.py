@@ -40,7 +40,7 @@ def machine(tmp_path, monkeypatch):
 
         def compile_for(name, sources, gpus="", toolkit=""):
             if fails:
-                raise UserError(f"the kernels do not compile; the compiler says:\n{fails}\n(advice)")
+                raise UserError(f"the kernels cannot be built here:\n{fails}\n(advice)")
             built.append(gpus)
 
         monkeypatch.setattr(build, "build", compile_for)

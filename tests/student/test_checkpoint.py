@@ -199,9 +199,15 @@ def test_weights_with_which_nothing_can_be_computed_are_refused(tmp_path, studen
     with torch.no_grad():
         student.blocks[1].fc.weight[3, 5] = value
     hf.write(tmp_path / "foreign", student, tokenizer)
-    for folder in (save(tmp_path / "c", student, tokenizer), tmp_path / "foreign"):
-        with pytest.raises(UserError, match=r"NaN, infinite or absurdly large weights, in blocks\.1\.fc\.weight"):
+    ours = save(tmp_path / "c", student, tokenizer)
+    for folder, name in (
+        (ours, r"blocks\.1\.fc\.weight"),
+        (tmp_path / "foreign", r"transformer\.h\.1\.mlp\.c_fc\.weight"),
+    ):
+        with pytest.raises(UserError, match=f"{folder}/.*NaN, infinite or absurdly large weights, in {name}"):
             checkpoint.load(folder)
+    with pytest.raises(UserError, match="NaN, infinite or absurdly large weights"):
+        checkpoint.restore(student, ours)
 
 
 @pytest.fixture(scope="module")

@@ -285,10 +285,10 @@ def config(**changes):
 
 REFUSED = {
     "is a pickle": _no_safetensors,
-    "cannot be read": _cut,
+    "model.safetensors cannot be used here: Error": _cut,
     "separate output layer": _untie,
     "model_type is 'llama'": config(model_type="llama"),
-    "not the tanh GELU": config(activation_function="relu"),
+    "activation_function is 'relu', not 'gelu_new'": config(activation_function="relu"),
     "n_layer is 1000000000": config(n_layer=10**9),
     "h.2.* is missing": config(n_layer=3),
     "n_embd is '32'": config(n_embd="32"),

@@ -42,7 +42,7 @@ NAME = "tinystory_cpu"
 @functools.cache
 def load() -> ModuleType:
     """The Python module of the CPU kernels, built first if need be; importing it registers the operators with torch.
-    Raises UserError if there is no C++ compiler, or with the compiler's message if it fails."""
+    Raises UserError if there is no C++ compiler, or with its message if it fails."""
     return build(NAME, cpu_sources())
 
 
@@ -57,7 +57,8 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
     with locked(folder):
         try:
             if intact(library):
-                return imported(name, library)
+                with contextlib.suppress(ImportError):
+                    return imported(name, library)
             reason = "again, since they are damaged" if (folder / "built").exists() else f"({len(sources)} files, once)"
             target = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
             print(f"tinystory: compiling the {target} {reason} ...", end=" ", file=sys.stderr, flush=True)
@@ -72,12 +73,10 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
             if library_folder(name, sources, gpus, toolkit) == folder:  # no source has changed meanwhile
                 (folder / "built").write_text(sha256(library))
             return module
-        except ImportError as error:
-            raise UserError(f"cannot load the kernels ({error}); delete {folder} and start again") from None
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ImportError) as error:
             failed = re.findall(r"^FAILED: .*\n.*\n((?:(?!\[\d+/|ninja: ).*\n)*)", str(error), re.MULTILINE)
             message = ("".join(failed).strip() or str(error))[:4000]
-            raise UserError(f"the kernels do not compile; the compiler says:\n{message}\n({INSTEAD})") from None
+            raise UserError(f"the kernels cannot be built here:\n{message}\n({INSTEAD})") from None
 
 
 def intact(library: Path) -> bool:
@@ -136,13 +135,14 @@ def imported(name: str, library: Path) -> ModuleType:
 
 def command() -> list[str]:
     """The C++ compiler, $CXX or the first of c++, g++, clang++, and our flags, the last of which is for threads."""
-    compiler = shlex.split(os.environ.get("CXX", ""))
-    if compiler and not shutil.which(compiler[0]):
-        raise UserError(f"CXX names {compiler[0]}, which is not there; unset CXX or name a C++ compiler")
-    compiler = compiler or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
-    if not compiler:
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    names = chosen[:1] or ["c++", "g++", "clang++"]
+    found = [name for name in names if shutil.which(name)]
+    if not found:
         install = "Debian, Ubuntu: apt install g++; macOS: xcode-select --install"
-        raise UserError(f"no C++ compiler found: install one ({install}), or {INSTEAD}")
+        advice = f"install one ({install}), name it in CXX, or {INSTEAD}"
+        raise UserError(f"no C++ compiler found, for there is no {' or '.join(names)}: {advice}")
+    compiler = [found[0], *chosen[1:]]
     native = [flag for flag in ("-march=native", "-mcpu=native") if macros([*compiler, flag])][:1]
     # GCC's OpenMP is torch's too. Other compilers have another or none: there, csrc/cpu/thread_pool.h has threads.
     return [*compiler, *FLAGS, *native, "-pthread" if "__clang__" in macros(compiler) else "-fopenmp"]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run import distributed
-from tinystory.run.errors import UserError, advice
+from tinystory.run.errors import UserError
 from tinystory.run.folder import cannot_write, read_object, require_whole, sync, write_manifest
 from tinystory.student import hf
 from tinystory.student.model import Student, StudentConfig, wrong_shape
@@ -29,8 +29,6 @@ from tinystory.student.model import Student, StudentConfig, wrong_shape
 T = TypeVar("T")
 BEST = "best"
 FILES = ("model.safetensors", "model.json", "tokenizer.json", "trainer.safetensors", "trainer.json")
-ADAM = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
-LARGEST_WEIGHT = 65504.0  # the largest number of float16; below it no forward pass overflows float32
 
 
 def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[str, Any],
@@ -61,7 +59,7 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[st
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"cannot write checkpoint {folder}: {error}; {advice(error)}") from error
+        raise cannot_write(folder, error) from error
     return folder
 
 
@@ -79,22 +77,12 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tok
             raise UserError(f"{folder / 'model.json'} describes a student that there cannot be: {wrong}")
         student = hf.read_student(folder / "model.safetensors", StudentConfig(**record), ours=True)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    require_finite(student, folder)
     return student.to(device), tokenizer, facts
 
 
-def require_finite(student: Student, folder: Path) -> None:
-    """Raises UserError for weights that are NaN, infinite, or so large that a forward pass could overflow."""
-    for name, parameter in student.named_parameters():
-        if not parameter.abs().max() <= LARGEST_WEIGHT:
-            raise UserError(f"{folder} holds NaN, infinite or absurdly large weights, in {name}: give another one")
-
-
 def restore(student: Student, folder: Path) -> None:
-    """Load the weights of a checkpoint into a student of the same shape. Raises UserError if the shapes differ or a
-    weight is not finite."""
+    """Load the weights of a checkpoint into a student of the same shape. Raises UserError if the shapes differ."""
     weights = hf.read_student(folder / "model.safetensors", student.config, ours=True)
-    require_finite(weights, folder)
     student.load_state_dict(weights.state_dict())
 
 
@@ -117,8 +105,12 @@ def restore_module(module: torch.nn.Module, name: str, state: dict[str, Tensor])
     try:
         module.load_state_dict({key: state[f"{name}.{key}"] for key in module.state_dict()})
     except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the trainer state to resume from does not fit: {reason}") from error
+        raise does_not_fit(error) from error
+
+
+def does_not_fit(error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"the trainer state to resume from does not fit the options of this run: {reason}")
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -200,11 +192,12 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], state: 
     entries: dict[int, dict[str, Tensor]] = {}
     groups = (group for group in optimizer.param_groups for _ in group["params"])
     for i, (name, group) in enumerate(zip(names, groups, strict=True)):
-        entry = {key: state[f"{key}.{name}"] for key in {*ADAM, "momentum"} if f"{key}.{name}" in state}
-        if entry and entry.keys() != set(("step", "momentum") if "muon" in group else ADAM):
-            raise UserError(f"the trainer state to resume from is another optimiser's: that of {name} does not fit")
-        if entry:  # there is none before the first step
-            entries[i] = entry
+        keys = ("step", "momentum") if "muon" in group else ("step", "exp_avg", "exp_avg_sq")
+        if f"step.{name}" in state:  # there is none before the first step
+            try:
+                entries[i] = {key: state[f"{key}.{name}"] for key in keys}
+            except KeyError as error:  # of another optimizer
+                raise does_not_fit(error) from error
     optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from tinystory.data.tokenizer import END_NAMES, SPECIALS, Tokenizer
 from tinystory.run import hub
-from tinystory.run.errors import UserError, advice
-from tinystory.run.folder import read_object, read_text
+from tinystory.run.errors import UserError
+from tinystory.run.folder import cannot_write, read_object, read_text
 from tinystory.student import memory
 from tinystory.student.model import Student, StudentConfig, wrong_shape
 
@@ -32,15 +32,23 @@ MODULES = {
     "mlp.c_fc": "fc",
     "mlp.c_proj": "mlp_proj",
 }
-# Options that the layout fixes: (required value, transformers' default if config.json omits it).
-FIXED = {
-    "layer_norm_epsilon": (1e-5, 1e-5),
-    "scale_attn_weights": (True, True),
-    "scale_attn_by_inverse_layer_idx": (False, False),
-    "add_cross_attention": (False, False),
-    "tie_word_embeddings": (True, True),
+# Options that the layout fixes: the values that they may have, of which the first is transformers' default.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh GELU
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
 }
-TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names for the same function
+# The files to read, and what to do if one is missing.
+FILES = {
+    "model.safetensors": "load it with transformers and save it again with save_pretrained(FOLDER, "
+    "max_shard_size='100GB'); a .bin file is a pickle, which can run code when it is loaded, and is not opened",
+    "tokenizer.json": "save AutoTokenizer.from_pretrained(FOLDER) into it",
+}
+LARGEST_WEIGHT = 65504.0  # the largest number of float16; below it no forward pass overflows float32
 FINE_TUNING = 512  # tokens per sequence in BabyLM's fine-tuning
 
 
@@ -53,8 +61,7 @@ def is_folder(path: Path) -> bool:
 def download(address: str) -> Path:
     """The folder of hub:NAME@REVISION on the Hugging Face Hub; main without @REVISION (a branch, tag or commit)."""
     name, _, revision = address.removeprefix("hub:").partition("@")
-    files = ("config.json", "model.safetensors", "tokenizer.json")
-    return hub.download(name, files, repo_type="model", revision=revision or None)[0].parent
+    return hub.download(name, ("config.json", *FILES), repo_type="model", revision=revision or None)[0].parent
 
 
 def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
@@ -66,12 +73,10 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
     ids = {f"{role}_token_id": id for role, id in roles.items()}
     tokens = {f"{role}_token": names[id] for role, id in roles.items()}
     config = {
-        "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         **sizes,
         "n_positions": context,
-        "activation_function": TANH_GELU[0],
-        **{name: value for name, (value, _) in FIXED.items()},
+        **{name: values[0] for name, values in FIXED.items()},
         "torch_dtype": "float32",
     }
     tokenizer_config = {
@@ -101,7 +106,7 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {error}; {advice(error)}") from error
+        raise cannot_write(folder, error) from error
 
 
 def layout(shape: StudentConfig) -> Iterator[tuple[str, str, bool, tuple[int, ...]]]:
@@ -124,42 +129,34 @@ def read(folder: Path) -> tuple[Student, Tokenizer]:
 
     Raises UserError unless it has GPT-2's layout, byte-level BPE with GPT-2's split, and weights in safetensors.
     """
+    for name, advice in FILES.items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}: {advice}")
     config = read_object(folder / "config.json")
     shape = _shape(folder, config)
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        raise UserError(
-            f"{folder} has no model.safetensors: load it with transformers and save it again with "
-            "save_pretrained(FOLDER, max_shard_size='100GB'), which writes one; a .bin file is a pickle, which can run "
-            "code when it is loaded, and is not opened"
-        )
     memory.require(memory.parameters(shape) * memory.FLOAT, torch.device("cpu"), f"the sizes in {folder}/config.json")
-    return read_student(file, shape), _tokenizer(folder, config, shape.vocab_size)
+    return read_student(folder / "model.safetensors", shape), _tokenizer(folder, config, shape.vocab_size)
 
 
 def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
-    def refuse(problem: str) -> UserError:
-        return UserError(f"{folder}/config.json describes a model that is not supported here: {problem}")
-
-    if config.get("model_type") != "gpt2":
-        raise refuse(f"its model_type is {config.get('model_type')!r}, not 'gpt2'")
     sizes: dict[str, Any] = {name: config.get(name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     sizes["context"] = config.get("n_positions")
-    if wrong := wrong_shape(sizes):
-        raise refuse(wrong.replace("its context", "its n_positions"))
-    for name, (ours, default) in FIXED.items():
-        if config.get(name, default) != ours:
-            raise refuse(f"its {name} is {config[name]!r}, not {ours!r}")
-    if config.get("activation_function", TANH_GELU[0]) not in TANH_GELU:
-        raise refuse(f"its activation_function is {config['activation_function']!r}, not the tanh GELU")
-    if config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
-        raise refuse(f"its n_inner is {config['n_inner']!r}, not 4 * n_embd")
+    wrong = [name for name, values in FIXED.items() if config.get(name, values[0]) not in values]
+    if wrong:
+        problem = f"its {wrong[0]} is {config[wrong[0]]!r}, not {FIXED[wrong[0]][0]!r}"
+    else:
+        problem = wrong_shape(sizes).replace("its context", "its n_positions")
+    if not problem and config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
+        problem = f"its n_inner is {config['n_inner']!r}, not 4 * n_embd"
+    if problem:
+        raise UserError(f"{folder}/config.json describes a model that is not supported here: {problem}")
     return StudentConfig(**sizes)
 
 
 def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Student:
     """The student, in float32 on the CPU, of a file of weights, ours or transformers', whose prefix `transformer.` is
-    optional. Raises UserError if a tensor is missing or has another shape than the configuration beside it says."""
+    optional. Raises UserError if a tensor is missing, has another shape than the configuration beside it says, or holds
+    numbers with which a forward pass could overflow."""
     state = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -171,16 +168,17 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
                     transposed, expected = False, expected[::-1]
                 size = tuple(file.get_slice(name).get_shape()) if name in names else "missing"
                 if size != expected:
-                    raise UserError(f"{path}: {name} is {size}, and the .json file beside it says {expected}")
+                    raise ValueError(f"{name} is {size}, and the .json file beside it says {expected}")
                 tensor = file.get_tensor(name).float()
+                if not tensor.abs().max() <= LARGEST_WEIGHT:
+                    raise ValueError(f"it holds NaN, infinite or absurdly large weights, in {name}")
                 state[own] = (tensor.T if transposed else tensor).clone(memory_format=torch.contiguous_format)
             if any(name.startswith("v_head.") for name in names):  # of TRL; it belongs to the run that trained it
                 print(f"{path}: its value head is left out; a run begins with a new one", file=sys.stderr)
-            head = file.get_tensor("lm_head.weight").float() if "lm_head.weight" in names else state["wte.weight"]
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    if not torch.equal(head, state["wte.weight"]):
-        raise UserError(f"{path} has a separate output layer (lm_head.weight): only a tied one is supported")
+            if "lm_head.weight" in names and not file.get_tensor("lm_head.weight").float().equal(state["wte.weight"]):
+                raise ValueError("it has a separate output layer (lm_head.weight), and only a tied one is supported")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} cannot be used here: {' '.join(str(error).split())[:200]}") from error
     with torch.device("meta"):
         student = Student(shape)
     student.load_state_dict(state, assign=True)
@@ -190,8 +188,6 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
 def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
     """From tokenizer.json; config.json says which token is the end token."""
     file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise UserError(f"{folder} has no tokenizer.json: save AutoTokenizer.from_pretrained(FOLDER) into it")
     spec = read_object(file)
     as_read = json.dumps(spec)
     try:

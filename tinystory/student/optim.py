@@ -33,18 +33,15 @@ def make_optimizer(
     return MuonAdamW(blocks.values(), groups, heads=student.config.n_head, dtype=dtype, **options), names
 
 
-def learning_rate(config: PretrainConfig, words: int) -> float:
-    """AdamW's rate after so many words: linear warm-up, then linear decay to 0."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, words: int) -> float:
+    """AdamW's rate after so many words, now that of its groups: linear warm-up, then linear decay to 0. Muon's rises
+    and falls in proportion."""
     progress = min(words / config.words, 1.0)
     if progress < config.warmup:
         # No words have been read before the first step: it takes the rate at 1 % of the warm-up rather than 0.
-        return config.learning_rate * max(progress / config.warmup, 0.01)
-    return config.learning_rate * ((1 - progress) / (1 - config.warmup))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, words: int) -> float:
-    """AdamW's rate after so many words, now that of its groups; Muon's rises and falls in proportion."""
-    rate = learning_rate(config, words)
+        rate = config.learning_rate * max(progress / config.warmup, 0.01)
+    else:
+        rate = config.learning_rate * ((1 - progress) / (1 - config.warmup))
     for group in optimizer.param_groups:
         group["lr"] = rate * (config.muon_learning_rate / config.learning_rate if "muon" in group else 1.0)
     return rate
