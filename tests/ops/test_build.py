@@ -274,7 +274,7 @@ def test_a_library_that_does_not_load_is_built_again(place):
     assert run(place)[0] == "42"
     (library,) = (place / "cache").rglob("*.so")
     library.write_text("no machine code")
-    library.with_name("built").write_text(build.sha256(library))
+    library.with_name("built").write_text(build.file_hash(library))
     out, err = run(place)
     assert out == "42" and "again, since they are damaged ..." in err
     assert run(place) == ("42", "")

@@ -1,7 +1,5 @@
 """Operators by PyTorch's matmul: the same results as the kernels', and chosen where they are faster, once."""
 
-import json
-
 import pytest
 import torch
 
@@ -18,12 +16,6 @@ CPU = torch.device("cpu")
 def kernels_for_all():
     with backend.using(Backend("ours")):
         yield
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "built").touch()
-    return tmp_path
 
 
 def problem(rows: int, width: int, vocab: int, dtype: torch.dtype):
@@ -98,7 +90,7 @@ def test_float64_stays_the_kernels(monkeypatch):
     assert ops.token_logprob(hidden, weight, targets)[0].dtype == torch.float64
 
 
-def test_the_faster_are_chosen_once_per_build_and_dtype(folder, monkeypatch, capsys):
+def test_the_faster_are_chosen_once_per_build_and_dtype(tmp_path, monkeypatch, capsys):
     names = []
 
     def compare(name, ours, theirs):
@@ -107,15 +99,11 @@ def test_the_faster_are_chosen_once_per_build_and_dtype(folder, monkeypatch, cap
 
     monkeypatch.setattr(fastest, "compare", compare)
     for _ in range(2):
-        assert fastest.faster(folder, torch.float32) == ["linear"]  # 0.95 is within the margin
+        assert fastest.faster(tmp_path, torch.float32) == ["linear"]  # 0.95 is within the margin
         assert sorted(names) == sorted(fastest.NAMES)
     assert capsys.readouterr().err.count("timing the kernels beside PyTorch in float32") == 1
-    assert fastest.faster(folder, torch.bfloat16) == ["linear"] and len(names) == 6
-    (folder / "built").write_text("again")  # another build
-    assert fastest.faster(folder, torch.float32) == ["linear"] and len(names) == 9
-    (folder / fastest.FILE).write_text("[1")  # as a kill may leave it
-    assert fastest.faster(folder, torch.float32) == ["linear"] and len(names) == 12
-    assert set(json.loads((folder / fastest.FILE).read_text())) == {"built", "float32"}
+    assert fastest.faster(tmp_path, torch.bfloat16) == ["linear"] and len(names) == 6
+    assert fastest.measured(tmp_path)["bfloat16"]["token_logprob"] == 1.6
 
 
 def test_compare_runs_both_and_refuses_a_wrong_kernel(capsys):

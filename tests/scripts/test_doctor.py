@@ -33,7 +33,7 @@ def test_it_says_why_there_are_no_kernels(capsys, monkeypatch, tmp_path):
     library.parent.mkdir(parents=True)
     library.write_text("no machine code")
     assert "damaged" in told(capsys)["kernels"]
-    library.with_name("built").write_text(doctor.build.sha256(library))
+    library.with_name("built").write_text(doctor.build.file_hash(library))
     assert f"delete {library.parent}" in told(capsys)["kernels"]
     monkeypatch.setenv("TINYSTORY_KERNELS", "reference")
     assert "reference: plain PyTorch runs" in told(capsys)["kernels"]

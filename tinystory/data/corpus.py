@@ -141,18 +141,14 @@ def _file(path: Path, kind: str) -> tuple[Path, Callable[[], Iterator[str]]]:
 
 def _kind(path: Path) -> str:
     """The file's suffix before .gz: ".txt" or ".jsonl" if it can be a corpus."""
-    return (path.with_suffix("") if _gzipped(path) else path).suffix.lower()
-
-
-def _gzipped(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _text(path: Path) -> Iterator[str]:
     """Chunks of a UTF-8 file, gunzipped if its name ends in .gz, without the BOM and with \\n for every line end."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     done, data = 0, b"-"  # bytes decoded so far
-    with (gzip.open if _gzipped(path) else open)(path, "rb") as file:
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
         while data:
             data = file.read(CHUNK)
             try:

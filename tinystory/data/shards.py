@@ -224,13 +224,12 @@ class _Writer:
         self.dtype = _token_dtype(tokenizer)
         self.files = [open(folder / f"{name}.{part}", "wb") for part in PARTS]  # noqa: SIM115
         self.files[2].write(np.zeros(1, dtype="<i8").tobytes())
-        self.documents = self.tokens = self.words = self.bytes = 0
+        self.tokens = self.words = self.bytes = 0
 
     def append(self, tokens: np.ndarray, words: np.ndarray, lengths: np.ndarray, byte_count: int) -> None:
         offsets = (self.tokens + np.cumsum(lengths)).astype("<i8")
         for file, array in zip(self.files, (tokens.astype(self.dtype), words, offsets), strict=True):
             file.write(array.data)
-        self.documents += len(lengths)
         self.tokens += len(tokens)
         self.words += int(words.sum())
         self.bytes += byte_count
@@ -238,7 +237,7 @@ class _Writer:
     def close(self) -> dict[str, int]:
         for file in self.files:
             file.close()
-        return {"documents": self.documents, "tokens": self.tokens, "words": self.words, "bytes": self.bytes}
+        return {"words": self.words, "bytes": self.bytes}
 
 
 def _token_dtype(tokenizer: Tokenizer) -> str:

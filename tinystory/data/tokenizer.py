@@ -29,14 +29,10 @@ MAX_TOKEN_BYTES = 128  # so that the count of words that begin in one token fits
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's printable characters for bytes: printable Latin-1 is itself, the other bytes map to U+0100 and up."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(moved)}
-
-
-BYTE_OF_CHAR = _byte_of_char()
+# GPT-2's printable characters for bytes: printable Latin-1 is itself, the other bytes map to U+0100 and up.
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+MOVED = sorted({*range(256)} - {*PRINTABLE})
+BYTE_OF_CHAR = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(MOVED)}
 
 
 class Tokenizer:

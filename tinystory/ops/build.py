@@ -30,6 +30,7 @@ import torch
 
 from tinystory import __version__
 from tinystory.run.errors import UserError
+from tinystory.run.folder import file_hash
 from tinystory.run.paths import ROOT, cache_dir
 
 CSRC = ROOT / "csrc" if (ROOT / "csrc").is_dir() else ROOT / "tinystory/csrc"  # a clone's, or a wheel's
@@ -71,7 +72,7 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
             finally:
                 print(outcome, file=sys.stderr)
             if library_folder(name, sources, gpus, toolkit) == folder:  # no source has changed meanwhile
-                (folder / "built").write_text(sha256(library))
+                (folder / "built").write_text(file_hash(library))
             return module
         except (RuntimeError, OSError, ImportError) as error:
             failed = re.findall(r"^FAILED: .*\n.*\n((?:(?!\[\d+/|ninja: ).*\n)*)", str(error), re.MULTILINE)
@@ -82,11 +83,7 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
 def intact(library: Path) -> bool:
     """Whether a library is as it was built: one that was cut would end Python with SIGBUS."""
     built = library.with_name("built")
-    return library.exists() and built.exists() and built.read_bytes() == sha256(library).encode()
-
-
-def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return library.exists() and built.exists() and built.read_text() == file_hash(library)
 
 
 def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleType:
@@ -99,7 +96,9 @@ def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleT
     # other machines share: it does not know which processor -march=native meant.
     settings = {"CXX": compiler, "TORCH_DONT_CHECK_COMPILER_ABI": "1", "TORCH_NO_COMPILER_WRAPPER": "1"}
     settings |= {"TORCH_CUDA_ARCH_LIST": gpus, "PATH": f"{ninja.BIN_DIR}:{os.environ.get('PATH', os.defpath)}"}
-    with environment(settings):
+    before = dict(os.environ)
+    os.environ.update(settings)
+    try:
         return cpp_extension.load(
             name,
             list(map(str, sources)),
@@ -111,15 +110,6 @@ def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleT
             build_directory=str(folder),
             with_cuda=bool(gpus),
         )
-
-
-@contextlib.contextmanager
-def environment(settings: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for the length of a block."""
-    before = dict(os.environ)
-    os.environ.update(settings)
-    try:
-        yield
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -159,7 +149,7 @@ def library_folder(name: str, sources: list[Path], gpus: str = "", toolkit: str 
     versions, compiler = [__version__, torch.__version__, str(torch.version.git_version), sys.version], command()
     folders = {CSRC, *(source.parent for source in sources)}
     files = sorted(file for folder in folders for file in folder.glob("[!.]*.[ch]*"))  # no editor's hidden copies
-    contents = [f"{file.relative_to(CSRC)} {sha256(file)}" for file in files]
+    contents = [f"{file.relative_to(CSRC)} {file_hash(file)}" for file in files]
     parts = [*versions, *compiler, macros(compiler), gpus, toolkit, *contents]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return cache_dir().absolute() / "kernels" / f"{name}-{digest[:16]}"

@@ -5,7 +5,6 @@ times beside the build. A run records the choice, like its dtype, and keeps it w
 same. PyTorch's matmul does not promise what our kernels do: that a row's result depends on that row alone.
 """
 
-import contextlib
 import functools
 import json
 import sys
@@ -13,7 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from timeit import timeit
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from tinystory import ops
 from tinystory.ops import backend, build
 from tinystory.ops.backend import Backend
 from tinystory.run.errors import UserError
+from tinystory.run.folder import atomic_write
 
 NAMES = ("cross_entropy", "linear", "token_logprob")
 MARGIN = 1.1  # by how much PyTorch must be faster: on a noisy machine equals should not change places
@@ -46,15 +45,12 @@ def pick(choice: str, dtype: torch.dtype, device: torch.device) -> str:
 def faster(folder: Path, dtype: torch.dtype) -> list[str]:
     """The operators that PyTorch runs faster in this dtype, timed once per build of the kernels in `folder`."""
     with build.locked(folder):
-        built = (folder / "built").stat().st_mtime_ns
         times = measured(folder)
-        if times.get("built") != built:
-            times = {"built": built}
         if (key := str(dtype).removeprefix("torch.")) not in times:
             print(f"tinystory: timing the kernels beside PyTorch in {key} ...", end=" ", file=sys.stderr, flush=True)
             start = time.monotonic()
             times[key] = {name: compare(name, *pair) for name, pair in pairs(dtype).items()}
-            (folder / FILE).write_text(json.dumps(times))
+            atomic_write(folder / FILE, json.dumps(times))
             print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
     return [name for name, ratio in times[key].items() if loses(ratio)]
 
@@ -64,12 +60,10 @@ def loses(ratio: float) -> bool:
     return ratio < 1 / MARGIN
 
 
-def measured(folder: Path) -> dict[str, Any]:
-    """The file of `faster`: {"built": its time, dtype: {operator: PyTorch's seconds over ours}}; {} if not readable."""
-    with contextlib.suppress(OSError, ValueError):
-        if isinstance(times := json.loads((folder / FILE).read_text()), dict):
-            return times
-    return {}
+def measured(folder: Path) -> dict[str, dict[str, float]]:
+    """What `faster` has measured, {dtype: {operator: PyTorch's seconds over ours}}. A new build empties the folder."""
+    file = folder / FILE
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
