@@ -230,14 +230,9 @@ def _bounded(document: str) -> Iterator[str]:
 def _broken(text: str) -> Iterator[str]:
     """The text, stripped, with runs of MAX_RUN characters or more cut before 2 * MAX_RUN: the time to train BPE grows
     with the square of the longest word, and an endless line of one letter is one word."""
-    start = 0
-    for end in range(MAX_RUN, len(text), MAX_RUN):
-        if UNBROKEN.fullmatch(text, end - MAX_RUN, end):
-            if piece := text[start:end].strip():
-                yield piece
-            start = end
-    if piece := text[start:].strip():
-        yield piece
+    ends = [end for end in range(MAX_RUN, len(text), MAX_RUN) if UNBROKEN.fullmatch(text, end - MAX_RUN, end)]
+    pieces = (text[start:end].strip() for start, end in itertools.pairwise([0, *ends, len(text)]))
+    yield from filter(None, pieces)
 
 
 def _cut(text: str) -> tuple[str, str]:

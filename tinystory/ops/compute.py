@@ -51,10 +51,12 @@ def pick_device(name: str) -> torch.device:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("no kernels for it")
         torch.empty(0, device=device)
+        has_kernels = device.type == "cuda" and backend.load() is not None
+        if has_kernels and (capability := torch.cuda.get_device_capability(device)) < cuda.OLDEST:
+            raise RuntimeError("it has compute capability {}.{}, and {}".format(*capability, cuda.NEEDS))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
-    if device.type == "cuda" and backend.load():
-        cuda.check(torch.cuda.get_device_capability(device))
+    if has_kernels:
         cuda.load()
     return device

@@ -21,22 +21,14 @@ INSTEAD = f"or use --device cpu, or {build.INSTEAD}"
 def load() -> None:
     """Register the CUDA kernels of the operators, built first if need be. Raises UserError where that cannot be."""
     build.load()
-    home = toolkit()
-    if (why := why_not()) or home is None:
+    if why := why_not():
         raise UserError(f"{why}, {INSTEAD}")
     sources = [path for path in sorted(build.CSRC.glob("cuda/*.c*")) if path.suffix != ".cuh"]
     try:
-        build.build("tinystory_cuda", sources, ";".join(architectures()), version(home))
+        build.build("tinystory_cuda", sources, ";".join(architectures()), version())
     except UserError as error:
         hint = "if nvcc refuses the C++ compiler, name an older one, as in CC=gcc-13 CXX=g++-13"
         raise UserError(f"{error}\n({hint}, {INSTEAD})") from None
-
-
-def check(capability: tuple[int, int]) -> None:
-    """Raise UserError for a GPU that the kernels do not run on."""
-    if capability < OLDEST:
-        number = "{}.{}".format(*capability)
-        raise UserError(f"this GPU has compute capability {number}, and {NEEDS}: use another GPU, {INSTEAD}")
 
 
 def why_not() -> str:
@@ -47,29 +39,28 @@ def why_not() -> str:
     if not architectures():
         return f"no GPU here can run them, {NEEDS}: use another GPU"
     home = toolkit()
-    if home is None:
+    if not all((home / part).exists() for part in ("bin/nvcc", "include/cuda_runtime.h")):
         return (
             f"torch has CUDA {torch.version.cuda}, but there is no CUDA toolkit to compile the kernels with: install "
             f"version {major} and set CUDA_HOME to its folder"
         )
-    release = re.search(r"release (\d+)\.\d+", version(home))
+    release = re.search(r"release (\d+)\.\d+", version())
     if not release or release[1] != major:
         nvcc = release[0] if release else "an nvcc that does not say its version"
         return f"torch has CUDA {torch.version.cuda}, but {home} has {nvcc}: set CUDA_HOME to a toolkit of {major}"
     return ""
 
 
-def toolkit() -> Path | None:
-    """The folder of the CUDA toolkit that torch.utils.cpp_extension finds, or None if a part is missing."""
+def toolkit() -> Path:
+    """The folder in which torch.utils.cpp_extension expects the CUDA toolkit; parts of it may be missing."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns on import where no GPU is
     from torch.utils.cpp_extension import CUDA_HOME
 
-    home = Path(CUDA_HOME or os.devnull)
-    return home if all((home / part).exists() for part in ("bin/nvcc", "include/cuda_runtime.h")) else None
+    return Path(CUDA_HOME or os.devnull)
 
 
-def version(home: Path) -> str:
-    return subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
+def version() -> str:
+    return subprocess.run([toolkit() / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
 
 
 def architectures() -> list[str]:
