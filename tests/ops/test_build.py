@@ -83,7 +83,7 @@ class Build(FORKED.Process):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
         build.CSRC = self.place / "csrc"
-        print(build.load().answer())
+        print(build.build(build.NAME, build.cpu_sources()).answer())
 
     def output(self) -> tuple[str, str]:
         self.join(LIMIT)
@@ -353,7 +353,8 @@ def test_nothing_needs_what_only_linux_has(place):
         "import torch; from pathlib import Path; from scripts import doctor; from tinystory import ops;"
         "from tinystory.run import device, folder;"
         "doctor.main([]); print(device.peak_memory_mb(torch.device('cpu')), folder.device_name('cpu'));"
-        f"ops.build.CSRC = Path({str(place / 'csrc')!r}); print(ops.build.load().answer())"
+        f"ops.build.CSRC = Path({str(place / 'csrc')!r}); "
+        "print(ops.build.build(ops.build.NAME, ops.build.cpu_sources()).answer())"
     )
     done = subprocess.run([sys.executable, "-c", WITHOUT + code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("\n42\n"), done.stderr

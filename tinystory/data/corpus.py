@@ -7,7 +7,6 @@ import codecs
 import functools
 import gzip
 import hashlib
-import heapq
 import io
 import itertools
 import json
@@ -70,14 +69,14 @@ class Corpus:
     def mixed(self) -> Iterator[str]:
         """The same documents interleaved: the next one comes from the file that has yielded the fewest words so far, so
         that every beginning of the stream holds text of every file."""
-        heap = [(0, index, read()) for index, (_, read) in enumerate(self._parts)]
-        while heap:
-            words, index, documents = heap[0]
+        words = {read(): 0 for _, read in self._parts}
+        while words:
+            documents = min(words, key=words.__getitem__)  # of equal ones the first
             document = next(documents, None)
             if document is None:
-                heapq.heappop(heap)
+                del words[documents]
             else:
-                heapq.heapreplace(heap, (words + len(document.split()), index, documents))
+                words[documents] += len(document.split())
                 yield document
 
     def fingerprint(self) -> str:

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tinystory.ops import autograd, build, cuda
+from tinystory.ops import build, cuda
 from tinystory.run.errors import UserError
 
 
@@ -101,11 +101,4 @@ def has_kernel(op: str, device: str) -> bool:
 def load() -> ModuleType | None:
     """The Python module of the CPU kernels (csrc/module.cpp), built first if need be; None if the back-end is the
     reference."""
-    return None if current().kernels == "reference" else _load()
-
-
-@functools.cache
-def _load() -> ModuleType:
-    module = build.load()
-    autograd.register()
-    return module
+    return None if current().kernels == "reference" else build.load()

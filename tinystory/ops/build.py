@@ -29,6 +29,7 @@ import pybind11
 import torch
 
 from tinystory import __version__
+from tinystory.ops import autograd
 from tinystory.run.errors import UserError
 from tinystory.run.folder import file_hash
 from tinystory.run.paths import ROOT, cache_dir
@@ -42,9 +43,11 @@ NAME = "tinystory_cpu"
 
 @functools.cache
 def load() -> ModuleType:
-    """The Python module of the CPU kernels, built first if need be; importing it registers the operators with torch.
+    """The Python module of the CPU kernels, built first if need be, and the operators registered with torch.
     Raises UserError if there is no C++ compiler, or with its message if it fails."""
-    return build(NAME, cpu_sources())
+    module = build(NAME, cpu_sources())
+    autograd.register()
+    return module
 
 
 def cpu_sources() -> list[Path]:
