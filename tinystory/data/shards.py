@@ -146,10 +146,7 @@ def _build(
         for is_val, batch, encoded in _encode_ahead(pool, tokenizer, batches, 2 * threads):
             writers[is_val].append(*encoded.result())
             progress.update(sum(map(len, batch)))
-    meta = dict(
-        format=FORMAT, corpus=corpus.names, fingerprint=corpus.fingerprint(), documents=count,
-        val_fraction=val_fraction, seed=seed, train=writers[0].close(), val=writers[1].close(),
-    )  # fmt: skip
+    meta = {"corpus": corpus.names, "train": writers[0].close(), "val": writers[1].close()}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     write_manifest(folder)
 

@@ -143,15 +143,13 @@ def newest_whole(run: Path) -> Path | None:
             print(f"tinystory: {error}; looking for the checkpoint before it", file=sys.stderr)
     if folders:
         raise UserError(f"--resume: every checkpoint in {run} is damaged: restore one from a copy, or start a new run")
+    print(f"{run} was stopped before its first checkpoint: it starts again")
     return None
 
 
 def to_resume(run: Path) -> Path | None:
     """`newest_whole` of rank 0, on every rank."""
-    folder = distributed.rank0_value(lambda: newest_whole(run))
-    if folder is None:
-        print(f"{run} was stopped before its first checkpoint: it starts again")
-    return folder
+    return distributed.rank0_value(lambda: newest_whole(run))
 
 
 def find(path: Path) -> Path:
