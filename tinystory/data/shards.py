@@ -197,15 +197,12 @@ def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> Encoded:
     tokens = np.concatenate([part for array in arrays for part in (array, eos)])
 
     text = "\n".join([*documents, ""])  # one white-space byte after each document, in the place of its </s>
-    ascii = text.isascii()
-    codes = np.frombuffer(text.encode("ascii" if ascii else "utf-32-le"), dtype=np.uint8 if ascii else "<u4")
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     space = IS_SPACE[codes]
-    begins = ~space
+    begins = ~space  # whether a word begins with this character
     begins[1:] &= space[:-1]
-    first = np.flatnonzero(begins)  # the first character of each word; for ASCII also its byte
-    if not ascii:
-        width = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
-        first = (np.cumsum(width) - width)[first]
+    width = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+    first = (np.cumsum(width) - width)[begins]  # the first byte of each word
 
     sizes = tokenizer.token_sizes.copy()
     sizes[tokenizer.eos] = 1

@@ -2,6 +2,7 @@
 kernels: in chunks of rows, so that the (N, V) logits never exist at once.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 CHUNK = 1 << 24  # logits that exist at a time
 
 
-def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+def chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows, and their log-probabilities (rows, V), float32."""
     size = max(1, CHUNK // len(weight))
-    return [slice(i, i + size) for i in range(0, len(hidden), size)]
+    for i in range(0, len(hidden), size):
+        rows = slice(i, i + size)
+        yield rows, (hidden[rows] @ weight.T).float().log_softmax(-1)
 
 
 class TokenLogprob(torch.autograd.Function):
@@ -22,8 +26,7 @@ class TokenLogprob(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         cast = weight.to(hidden.dtype)
         logprob, entropy = hidden.new_empty((2, len(hidden)), dtype=torch.float32)
-        for rows in chunks(hidden, weight):
-            log_p = (hidden[rows] @ cast.T).float().log_softmax(-1)
+        for rows, log_p in chunks(hidden, cast):
             logprob[rows] = log_p.gather(1, targets[rows, None])[:, 0]
             entropy[rows] = -(log_p.exp() * log_p.clamp_min(-1000)).sum(-1)
         ctx.save_for_backward(hidden, weight, targets, entropy)
@@ -34,8 +37,7 @@ class TokenLogprob(torch.autograd.Function):
         hidden, weight, targets, entropy = ctx.saved_tensors
         cast, (grad, grad_entropy) = weight.to(hidden.dtype), grads
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for rows in chunks(hidden, weight):
-            log_p = (hidden[rows] @ cast.T).float().log_softmax(-1)
+        for rows, log_p in chunks(hidden, cast):
             p = log_p.exp()
             # d logprob / d logit = [target] - p;  d entropy / d logit = -p (log p + entropy).
             d = -p * (grad[rows, None] + grad_entropy[rows, None] * (log_p.clamp_min(-1000) + entropy[rows, None]))
@@ -53,8 +55,7 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         cast, loss = weight.to(hidden.dtype), hidden.new_zeros((), dtype=torch.float32)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for rows in chunks(hidden, weight):
-            log_p = (hidden[rows] @ cast.T).float().log_softmax(-1)
+        for rows, log_p in chunks(hidden, cast):
             loss -= log_p.gather(1, targets[rows, None]).sum()
             d = log_p.exp_()
             d.scatter_add_(1, targets[rows, None], d.new_full((len(d), 1), -1.0))

@@ -110,7 +110,9 @@ def restore_module(module: torch.nn.Module, name: str, state: dict[str, Tensor])
 
 def does_not_fit(error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
-    return UserError(f"the trainer state to resume from does not fit the options of this run: {reason}")
+    return UserError(
+        f"the trainer state to resume from does not fit ({reason}): give the options that it was saved with"
+    )
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:

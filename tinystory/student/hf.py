@@ -139,6 +139,7 @@ def read(folder: Path) -> tuple[Student, Tokenizer]:
 
 
 def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
+    """The student's sizes in a config.json. Raises UserError if it describes anything but GPT-2's layout."""
     sizes: dict[str, Any] = {name: config.get(name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     sizes["context"] = config.get("n_positions")
     wrong = [name for name, values in FIXED.items() if config.get(name, values[0]) not in values]
