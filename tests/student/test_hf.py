@@ -24,7 +24,7 @@ import train_interact
 from scripts import export_hf
 from tinystory.data.tokenizer import BYTE_OF_CHAR, Tokenizer
 from tinystory.run.errors import UserError
-from tinystory.student import checkpoint, hf, memory
+from tinystory.student import checkpoint, hf
 from tinystory.student.model import Student, StudentConfig
 
 TEXTS = [*tiny_stories(3), *AWKWARD, "".join(AWKWARD), "<s>a</s>b<pad>", "Ça va déjà? 猫が 🐈‍⬛ ٣٤", ""]
@@ -311,14 +311,10 @@ def test_what_is_refused(foreign, complaint):
         checkpoint.load(foreign)
 
 
-@pytest.mark.parametrize("memory_gb", [1, 10**6])
-def test_a_claim_of_more_layers_than_memory_holds_is_refused_before_anything_is_allocated(
-    foreign, monkeypatch, memory_gb
-):
-    monkeypatch.setattr(memory, "total", lambda device: memory_gb << 30)
+def test_a_claim_of_more_layers_than_memory_holds_is_refused_before_anything_is_allocated(foreign):
     edit(foreign / "config.json", n_layer=100_000)
     tracemalloc.start()
-    with pytest.raises(UserError, match="GB of memory" if memory_gb == 1 else "h.2.* is missing"):
+    with pytest.raises(UserError, match=r"h\.2\.* is missing"):
         checkpoint.load(foreign)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

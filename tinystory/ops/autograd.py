@@ -19,6 +19,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def per_row(x: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
+    """A number of each dtype per row of x."""
+    return tuple(x.new_empty(len(x), dtype=dtype) for dtype in dtypes)
+
+
 # --- causal_attention -------------------------------------------------------------------------------------------------
 def attention_fake(qkv: Tensor, dropout_p: float, seed: int) -> tuple[Tensor, Tensor]:
     b, t, _, h, d = qkv.shape
@@ -39,16 +44,9 @@ def attention_backward(ctx: Any, grad_out: Tensor | None, _: None) -> Gradients:
     return ops.causal_attention_backward(grad_out, qkv, out, lse, ctx.dropout_p, ctx.seed), None, None
 
 
-# --- sample ---------------------------------------------------------------------------------------------------------
-def sample_fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    dtypes = (torch.int64, torch.float32, torch.float32)
-    return tuple(logits.new_empty(len(logits), dtype=dtype) for dtype in dtypes)
-
-
 # --- token_logprob ----------------------------------------------------------------------------------------------------
 def token_logprob_fake(hidden: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-    dtypes = (wide(hidden.dtype), wide(hidden.dtype), torch.float64)
-    return tuple(hidden.new_empty(len(hidden), dtype=dtype) for dtype in dtypes)
+    return per_row(hidden, wide(hidden.dtype), wide(hidden.dtype), torch.float64)
 
 
 def token_logprob_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -179,7 +177,7 @@ OPERATORS: dict[str, tuple[Callable, ...]] = {
     "causal_attention": (attention_fake, attention_setup, attention_backward),
     "causal_attention_backward": (lambda grad_out, qkv, *_: torch.empty_like(qkv),),
     "decode_attention": (lambda qkv, *_: qkv.new_empty(qkv[:, 0].shape),),
-    "sample": (sample_fake,),
+    "sample": (lambda logits, *_: per_row(logits, torch.int64, torch.float32, torch.float32),),
     "token_logprob": (token_logprob_fake, token_logprob_setup, token_logprob_backward),
     "token_logprob_backward": (lambda *inputs: tuple(x.new_empty(x.shape) for x in inputs[2:4]),),  # hidden, weight
     "cross_entropy": (cross_entropy_fake, cross_entropy_setup, cross_entropy_backward),

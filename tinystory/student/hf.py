@@ -20,7 +20,6 @@ from tinystory.data.tokenizer import END_NAMES, SPECIALS, Tokenizer
 from tinystory.run import hub
 from tinystory.run.errors import UserError
 from tinystory.run.folder import cannot_write, read_object, read_text
-from tinystory.student import memory
 from tinystory.student.model import Student, StudentConfig, wrong_shape
 
 # Module names in a block: transformers' -> ours. Its Conv1D stores weights as (in, out), our Linear as (out, in).
@@ -134,7 +133,6 @@ def read(folder: Path) -> tuple[Student, Tokenizer]:
             raise UserError(f"{folder} has no {name}: {advice}")
     config = read_object(folder / "config.json")
     shape = _shape(folder, config)
-    memory.require(memory.parameters(shape) * memory.FLOAT, torch.device("cpu"), f"the sizes in {folder}/config.json")
     return read_student(folder / "model.safetensors", shape), _tokenizer(folder, config, shape.vocab_size)
 
 
