@@ -39,7 +39,7 @@ from tinystory.evaluate import submission
 from tinystory.evaluate.coreference import coreference, unseen_stories
 from tinystory.evaluate.novelty import SameStory
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
-from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, keep_choices, run_pairs, story_pairs
+from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, compared_pairs, keep_choices
 from tinystory.evaluate.reader import PACKAGED, Reader
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.samples import Sample, read_stories
@@ -76,9 +76,10 @@ FEWER = "--stories or --max-new-tokens"
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT")
-    add("--compare", nargs="+", type=Path, metavar="RUN|A B", help="judge pairs, by --teacher-url, else built in")
-    add("--judge", nargs="+", type=Path, metavar="RUN", help="show their stories to --reader")
+    subject = parser.add_mutually_exclusive_group().add_argument
+    subject("checkpoints", nargs="*", type=Path, default=[], metavar="CHECKPOINT")
+    subject("--compare", nargs="+", type=Path, metavar="RUN|A B", help="judge pairs, by --teacher-url, else built in")
+    subject("--judge", nargs="+", type=Path, metavar="RUN", help="show their stories to --reader")
     for task, (_, text) in TASKS.items():
         add(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
     add("--babylm", type=Path, metavar="FOLDER", help="all of these in BabyLM's full_eval or fast_eval")
@@ -180,10 +181,8 @@ def main(argv: list[str] | None = None) -> None:
 def compare_stories(options: argparse.Namespace, count: int) -> None:
     """Ask which stories are better, and print the win rate of the second ones. Choices about a run's own stories are
     kept there, for its report."""
-    if len(options.compare) > 2 or options.checkpoints:
-        raise UserError("--compare takes one run, or two checkpoints or files, and nothing else is evaluated with it")
     run = options.compare[0] if len(options.compare) == 1 else None
-    pairs = run_pairs(run) if run else story_pairs(*(samples_of(path, options, count) for path in options.compare))
+    pairs = compared_pairs(options.compare, lambda path: samples_of(path, options, count))
     with contextlib.ExitStack() as stack:
         if options.teacher_url:
             settings = dict(concurrency=options.teacher_concurrency, seed=options.seed, template=COMPARISON)
@@ -209,8 +208,6 @@ def compare_stories(options: argparse.Namespace, count: int) -> None:
 
 def judge_runs(options: argparse.Namespace) -> None:
     """Show the stories of each run and its controls to a reader, and print how much of the gain it sees."""
-    if options.checkpoints:
-        raise UserError("--judge takes runs, and nothing else is evaluated with it")
     reader, pooled = Reader(options.reader or PACKAGED, options.device), list[Record]()
     for run in options.judge:
         recorded = recorded_options(run)

@@ -11,7 +11,7 @@ from fault_server import FaultServer
 from scripts import doctor
 from tinystory.config import InteractConfig
 from tinystory.evaluate import calibration
-from tinystory.evaluate.calibration import CHEAP, CHEAP_KINDS, area_under_curve, calibrate, calibrated, require, verdict
+from tinystory.evaluate.calibration import CHEAP, CHEAP_KINDS, calibrate, calibrated, require, verdict, wins
 from tinystory.evaluate.coreference import unseen_stories
 from tinystory.evaluate.corruptions import CORRUPTIONS, KINDS, REAL, SENTENCES, WORDS, known_stories, split_sentences
 from tinystory.run.errors import UserError
@@ -123,8 +123,8 @@ def test_a_quotation_is_kept_whole_when_sentences_are_split():
 
 
 def test_the_area_counts_ties_as_one_half():
-    assert area_under_curve(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == (3 + 0.5) / 4
-    assert area_under_curve(np.ones(3), np.ones(5)) == 0.5
+    assert wins(np.array([2.0, 3.0]), np.array([1.0, 2.0])).mean() == (3 + 0.5) / 4
+    assert wins(np.ones(3), np.ones(5)).mean() == 0.5
 
 
 def test_a_teacher_that_knows_gets_every_pair_right():

@@ -2,7 +2,7 @@
 
 import torch
 
-from tinystory.run.errors import UserError
+from tinystory.evaluate.reader import loading
 
 THRESHOLD = 0.102  # probability above which two answers are the same, as in its code
 MAX_TOKENS, SHORT = 128, 5  # tokens read of each answer; answers of up to so many words are compared by their words
@@ -14,15 +14,11 @@ class SameStory:
 
     def __init__(self, model: str, tokenizer: str = ""):
         """Names on the Hub or folders. Raises UserError without transformers, or if it cannot load them."""
-        try:
+        with loading(f"--same-story {model}", "a classifier of the Hub and its tokenizer, or their folders"):
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or model)
             self.model = AutoModelForSequenceClassification.from_pretrained(model).eval()
-        except ImportError as error:
-            raise UserError("--same-story needs transformers: pip install transformers") from error
-        except (OSError, ValueError) as error:
-            raise UserError(f"--same-story cannot load {model}: {' '.join(str(error).split())[:200]}") from error
 
     @torch.inference_mode()
     def __call__(self, first: str, second: str) -> bool:

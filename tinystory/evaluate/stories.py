@@ -109,10 +109,10 @@ def story_measures(
     return measures
 
 
-def mean_of(values: Iterable[float]) -> float | None:
-    """The mean; None of no values."""
-    values = list(values)
-    return fmean(values) if values else None
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are not None; None if there are none."""
+    present = [value for value in values if value is not None]
+    return fmean(present) if present else None
 
 
 def utility(texts: Sequence[str], scores: Sequence[float], patience: float = 0.8) -> float:
