@@ -37,7 +37,6 @@ from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import load_openings
 from tinystory.evaluate import submission
 from tinystory.evaluate.coreference import coreference, unseen_stories
-from tinystory.evaluate.novelty import SameStory
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, compared_pairs, keep_choices
 from tinystory.evaluate.reader import PACKAGED, Reader
@@ -89,7 +88,6 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add_number(parser, "--coreference", 0, "[0, 100000]", "unseen built-in stories to measure coreference on")
     add_number(parser, "--stories", 0, "[0, 1e9]", "stories to write and measure, and files of some", files=".jsonl")
     add("--reader", metavar="NAME", help=f"read them for sense: {PACKAGED}, or a causal language model")
-    add("--same-story", nargs="+", metavar="MODEL", help="NoveltyBench's classifier, and its tokenizer")
     add("--openings", metavar="FILE", help="their openings, a line each (default: the first file's, or eight built in)")
     add_number(parser, "--max-new-tokens", InteractConfig.max_new_tokens, "[1, 1e6]", "longest story, in tokens")
     add_number(parser, "--temperature", InteractConfig.temperature, "[0, 100]", "at which they are sampled")
@@ -129,11 +127,10 @@ def main(argv: list[str] | None = None) -> None:
     corpus = open_corpus(options.corpus) if options.corpus else None
     device = pick_device(options.device)
     file_stories = [read_stories(path)[: count or None] for path in files]
-    same = SameStory(*options.same_story[:2]) if options.same_story else None
     reader = Reader(options.reader, options.device) if options.reader else None
 
     def measures(stories: Sequence[Sample]) -> dict[str, Any]:
-        result = story_measures(stories, grade=grade, corpus=corpus, same=same)
+        result = story_measures(stories, grade=grade, corpus=corpus)
         if reader:
             result |= reader.measures([(story.opening, story.text) for story in stories])
         return result

@@ -17,7 +17,6 @@ from scripts import evaluate
 from tinystory.data.corpus import open_corpus
 from tinystory.evaluate import scoring
 from tinystory.evaluate.intervals import bootstrap, spearman, weighted, wilson
-from tinystory.evaluate.novelty import SameStory
 from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, option_logprobs, read_items
 from tinystory.evaluate.reading import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading, explained
 from tinystory.evaluate.samples import Sample, read_stories
@@ -332,8 +331,8 @@ def test_story_measures(student, tokenizer, tmp_path):
     assert silent["score_mean"] is None and silent["unscored"] == 9
     assert plain["story_clusters_10"] is None and measures["utility_10"] is None  # too few stories to an opening
     nineteen = write_stories(student, tokenizer, **sampling | {"n_stories": 19})  # ten to the first, nine
-    ten = story_measures(nineteen, grade=grade, same=lambda a, b: True)
-    assert 1 <= ten["story_clusters_10"] <= 10 and 0 < ten["utility_10"] <= 2 and ten["distinct_of_10"] == 1
+    ten = story_measures(nineteen, grade=grade)
+    assert 1 <= ten["story_clusters_10"] <= 10 and 0 < ten["utility_10"] <= 2
 
 
 # ---- stories by anybody ---------------------------------------------------------------------------------------------
@@ -368,38 +367,6 @@ def test_a_file_without_stories_is_one_sentence(tmp_path, line):
         read_stories(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match="line 1 lacks an opening and a story"):
         read_stories(tmp_path / "nothing.jsonl")
-
-
-def test_noveltybenchs_classifier_reads_pairs_as_its_authors_code_does(student, tokenizer, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    hf.write(tmp_path / "student", student, tokenizer)
-    vocabulary = transformers.AutoTokenizer.from_pretrained(tmp_path / "student", cls_token="<s>", sep_token="</s>")
-    vocabulary.save_pretrained(tmp_path / "classifier")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=300, initializer_range=1.0,
-    )  # fmt: skip
-    model = transformers.BertForSequenceClassification(config).eval()
-    texts = [" ".join(tiny_stories(i % 9 + 1)[i % 9 : i % 9 + 1 + i % 3]) for i in range(6)]
-
-    def probability(a, b):
-        a, b = (tokenizer.encode(text)[:128] for text in (a, b))
-        ids = torch.tensor([[0, *a, 2, *b, 2]])
-        types = torch.tensor([[0] * (len(a) + 2) + [1] * (len(b) + 1)])
-        return float(model(input_ids=ids, token_type_ids=types).logits.softmax(-1)[0, 1].detach())
-
-    pairs = [(a, b) for a in texts for b in texts]
-    with torch.no_grad():  # so that about half of the pairs are the same
-        middle = float(np.median([probability(*pair) for pair in pairs]))
-        model.classifier.bias[1] += math.log(0.102 / 0.898) - math.log(middle / (1 - middle))
-    model.save_pretrained(tmp_path / "classifier")
-    same = SameStory(str(tmp_path / "classifier"), str(tmp_path / "classifier"))
-    answers = [same(*pair) for pair in pairs]
-    assert answers == [probability(*pair) > 0.102 for pair in pairs] and 8 < sum(answers) < 28
-    assert same("a dog", "the dog") and not same("a dog", "one cat")  # short ones, by half of their words
-    with pytest.raises(UserError, match=r"--same-story .*nowhere cannot be loaded"):
-        SameStory(str(tmp_path / "nowhere"))
 
 
 def test_intervals():

