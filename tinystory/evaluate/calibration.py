@@ -19,9 +19,9 @@ from tinystory.teacher.grader import Grader
 
 FULL, CHEAP = 24, 16  # stories of each kind
 CHEAP_KINDS = (REAL, SENTENCES, WORDS)
-AGAIN = 16  # stories, half of them shuffled, that are graded a second time
+RETESTED = 16  # stories, half of them shuffled, that are graded a second time
 COUNTS_WORDS = 0.7  # correlation of score and length within a kind from which a teacher is said to count words
-STEADY = 0.5  # agreement of a teacher with itself below which it is said to answer at random
+MIN_AGREEMENT = 0.5  # agreement of a teacher with itself below which it is said to answer at random
 
 # grade(stories, again): the score of each (opening, story), as a fraction of the highest, or None for no score.
 # again: 1 for a second answer to the same question, with another seed.
@@ -29,13 +29,13 @@ GradeKnown: TypeAlias = Callable[[Sequence[tuple[str, str]], int], Sequence[floa
 
 
 def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
-    """How a judge scores `known` (see known_stories), and AGAIN of them a second time.
+    """How a judge scores `known` (see known_stories), and RETESTED of them a second time.
 
     Returns {"stories", "unscored", "judgement" and "judgement_ci", "kinds": {kind: {"mean", "auc", "ci"}},
     where auc is the probability that a real story scores above one of the kind, "corruptions" and
     "corruptions_ci": its mean over CORRUPTIONS, "range": [lowest, highest], "length": Spearman's correlation of score
-    and number of words within a kind, with "length_ci", "steady": {"same", "apart", "correlation"}}. A teacher's scores
-    are fractions of the highest possible one, 0..1. None stands for what could not be measured.
+    and number of words within a kind, with "length_ci", "retest": {"equal", "distance", "correlation"}}. A teacher's
+    scores are fractions of the highest possible one, 0..1. None stands for what could not be measured.
 
     Intervals of areas are Wilson's for as many trials as the smaller kind has stories, which is on the safe side; those
     of their mean and of the length are bootstrapped over the stories.
@@ -58,7 +58,7 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
         **_mean_area(scores, rows, [story.opening for story in known]),
         "range": [float(scored.min()), float(scored.max())] if len(scored) else None,
         **_length(scores, kinds, np.array([len(story.story.split()) for story in known])),
-        "steady": _steady(grade, scores, known, kinds),
+        "retest": _retest(grade, scores, known, kinds),
     }
 
 
@@ -124,20 +124,20 @@ def _length(scores: np.ndarray, kinds: np.ndarray, lengths: np.ndarray) -> dict[
     return {"length": float(value), "length_ci": list(bootstrap(pooled, len(rows)))}
 
 
-def _steady(
+def _retest(
     grade: GradeKnown, scores: np.ndarray, known: Sequence[KnownStory], kinds: np.ndarray
 ) -> dict[str, float | None] | None:
     """How far the teacher repeats itself: the fraction of equal scores, their mean distance, and the correlation of the
     first answers with the second ones (None if either is constant)."""
-    rows = [int(i) for kind in (REAL, WORDS) for i in np.flatnonzero(kinds == kind)[: AGAIN // 2]]
+    rows = [int(i) for kind in (REAL, WORDS) for i in np.flatnonzero(kinds == kind)[: RETESTED // 2]]
     second = np.array(grade([(known[i].opening, known[i].story) for i in rows], 1), dtype=float)
     a, b = np.stack([scores[rows], second])[:, ~np.isnan(scores[rows] + second)]
     if not len(a):
         return None
     constant = a.std() == 0 or b.std() == 0
     return {
-        "same": float(np.isclose(a, b).mean()),
-        "apart": float(np.abs(a - b).mean()),
+        "equal": float(np.isclose(a, b).mean()),
+        "distance": float(np.abs(a - b).mean()),
         "correlation": None if constant else float(np.corrcoef(a, b)[0, 1]),
     }
 
@@ -160,11 +160,11 @@ def verdict(result: Mapping[str, Any]) -> str:
         return f"puts a story above shuffled words with probability {probability}"
     if lowest == highest:
         return f"gives everything the same score, {lowest:.0%} of the highest: there is nothing to learn from it"
-    steady = result["steady"]
-    if steady and steady["same"] < STEADY and (steady["correlation"] or 0.0) < STEADY:
+    retest = result["retest"]
+    if retest and retest["equal"] < MIN_AGREEMENT and (retest["correlation"] or 0.0) < MIN_AGREEMENT:
         return (
-            f"answers at random: asked twice, it gives {steady['same']:.0%} of the stories the same score, and it puts "
-            f"a story above shuffled words with probability {probability}, where 0.5 is chance"
+            f"answers at random: asked twice, it gives {retest['equal']:.0%} of the stories the same score, and it "
+            f"puts a story above shuffled words with probability {probability}, where 0.5 is chance"
         )
     return (
         f"cannot tell a story from shuffled words: it puts the story first with probability {probability}, where "
@@ -184,14 +184,14 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     rows += [
         ["mean of the corruptions", *(with_ci(result["corruptions"], result["corruptions_ci"]) for result in columns)],
         ["score and length", *(with_ci(result["length"], result["length_ci"], sign="+") for result in columns)],
-        ["asked twice", *(_steadiness(result["steady"]) for result in columns)],
+        ["asked twice", *(_agreement(result["retest"]) for result in columns)],
         ["without a score", *(f"{result['unscored']} of {result['stories']}" for result in columns)],
     ]
     return rows
 
 
-def _steadiness(steady: Mapping[str, Any] | None) -> str:
-    return f"{steady['same']:.0%} the same, {steady['apart']:.2f} apart" if steady else "no score"
+def _agreement(retest: Mapping[str, Any] | None) -> str:
+    return f"{retest['equal']:.0%} the same, {retest['distance']:.2f} apart" if retest else "no score"
 
 
 def require(result: Mapping[str, Any], least: float) -> None:
