@@ -139,13 +139,6 @@ def test_the_wug_test_is_a_rank_correlation(student, tokenizer, tmp_path):
     assert measures["items"] == 8 and measures["ci"][0] <= measures["correlation"] <= measures["ci"][1]
 
 
-def test_spearman_by_hand():
-    # Ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: Pearson's of them is 4.5 / sqrt(4.5 * 5).
-    assert spearman(np.array([1.0, 5, 5, 9]), np.array([0.1, 3, 2, 7])) == pytest.approx(4.5 / math.sqrt(22.5))
-    assert spearman(np.arange(5), -np.arange(5)) == pytest.approx(-1)
-    assert math.isnan(spearman(np.ones(4), np.arange(4)))
-
-
 BROKEN = {
     b"{": "JSONDecodeError",
     b'{"sentence_good": "a", "sentence_bad": "b"}\n{"sentence_good": "a"}': "KeyError: 'sentence_bad'",
