@@ -29,7 +29,7 @@ from tinystory.evaluate.stories import (
     utility,
     write_stories,
 )
-from tinystory.rl.reward import cluster_sizes
+from tinystory.rl.reward import cluster_ids, cluster_sizes, phrases
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint, hf
 
@@ -545,6 +545,11 @@ def test_utility_is_what_a_patient_reader_gets_of_new_stories():
 
 
 @given(st.lists(st.lists(st.sampled_from("abc"), max_size=9).map(" ".join), max_size=12))
-def test_cluster_sizes_are_sizes_of_groups_of_all_stories(texts):
-    sizes = cluster_sizes(texts)
-    assert sum(sizes) == len(texts) and sizes == sorted(sizes, reverse=True) and 0 not in sizes
+def test_a_story_joins_the_first_founder_that_it_is_near(texts):
+    grams, founders, ids = [phrases(text, 3) for text in texts], [], []
+    for a in grams:
+        near = [i for i, b in enumerate(founders) if len(a & b) > 0.12 * len(a | b)]
+        ids.append(near[0] if near else len(founders))
+        founders += [] if near else [a]
+    assert cluster_ids(texts) == ids
+    assert cluster_sizes(texts) == sorted(Counter(ids).values(), reverse=True)
