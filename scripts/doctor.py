@@ -135,7 +135,8 @@ def plan(preset: str, gpu_gb: float, billions: float) -> None:
     if none does."""
     pretrain = PretrainConfig(**PRETRAIN_PRESETS[preset])
     shape = StudentConfig(**{field.name: getattr(pretrain, field.name) for field in fields(StudentConfig)})
-    parts = memory.interaction(InteractConfig(**INTERACT_PRESETS[preset]), shape) | {"CUDA and libraries": CUDA}
+    parts = memory.interaction(InteractConfig(**INTERACT_PRESETS[preset]), shape, torch.device("cuda"))
+    parts["CUDA and libraries"] = CUDA
     for name, size in (parts | {"together": sum(parts.values())}).items():
         print(f"{size / 2**30:8.2f} GiB  {name}")
     share = math.floor((1 - sum(parts.values()) / 2**30 / gpu_gb) * 100) / 100
