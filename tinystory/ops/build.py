@@ -39,6 +39,7 @@ FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-ffp-contract=off"]  # sampling needs each float step as written; kernels write fma() where they want one
 INSTEAD = "set TINYSTORY_KERNELS=reference to run in plain PyTorch"
 NAME = "tinystory_cpu"
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of nvcc without a GPU
 
 
 @functools.cache
@@ -91,7 +92,6 @@ def intact(library: Path) -> bool:
 
 def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleType:
     """What ninja makes of the sources, loaded."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of nvcc without a GPU
     from torch.utils import cpp_extension  # here, because it takes half a second to import
 
     compiler, *flags = command()

@@ -1,7 +1,6 @@
 """The CUDA kernels: for which GPUs they can be compiled here, and if for none, why not."""
 
 import functools
-import logging
 import os
 import re
 import subprocess
@@ -53,7 +52,6 @@ def why_not() -> str:
 
 def toolkit() -> Path:
     """The folder in which torch.utils.cpp_extension expects the CUDA toolkit; parts of it may be missing."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns on import where no GPU is
     from torch.utils.cpp_extension import CUDA_HOME
 
     return Path(CUDA_HOME or os.devnull)
