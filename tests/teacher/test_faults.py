@@ -232,10 +232,10 @@ def test_a_run_is_replayed_from_its_replies_without_a_server(init, tmp_path, cap
 
 
 def test_what_cannot_be_replayed(tmp_path):
-    with pytest.raises(UserError, match=r"there is no replies\.jsonl"):
+    with pytest.raises(UserError, match=r"no replies\.jsonl there says who graded"):
         Replay(tmp_path)
     (tmp_path / "replies.jsonl").write_text('{"key": "0123", "reply": "1 1 1", "attempt": 0}\n')
-    with pytest.raises(UserError, match="does not say who"):
+    with pytest.raises(UserError, match=r"no replies\.jsonl there says who graded"):
         Replay(tmp_path)
 
 
