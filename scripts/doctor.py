@@ -32,7 +32,6 @@ from tinystory.evaluate.calibration import AGAIN, FULL, GradeKnown, calibrate, o
 from tinystory.evaluate.corruptions import DOCUMENTS, KnownStory, corpus_documents, known_stories, real_stories
 from tinystory.evaluate.reader import Reader
 from tinystory.ops import backend, build, cuda, fastest
-from tinystory.rl.reward import load_score
 from tinystory.rubric.rubric import Rubric
 from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError, command
@@ -40,10 +39,7 @@ from tinystory.run.paths import cache_dir, usage
 from tinystory.run.text import aligned
 from tinystory.student import memory
 from tinystory.student.model import StudentConfig
-from tinystory.teacher.client import Teacher
-from tinystory.teacher.extra import load_extra
-from tinystory.teacher.grader import CallableGrader
-from tinystory.teacher.prompt import Template, load_template
+from tinystory.teacher.grader import open_grader
 
 PACKAGES = (
     "pybind11", "ninja", "setuptools", "numpy", "tokenizers", "tiktoken", "safetensors", "openai", "httpx2", "aiohttp",
@@ -60,11 +56,11 @@ MODEL, VLLM_GB, KV_BYTES, LONGEST = "meta-llama/Llama-3.1-8B-Instruct", 1.5, 16_
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--teacher-url", metavar="URL", help="also ask the OpenAI-compatible teacher at this address")
-    add("--teacher-model", metavar="NAME", help="model to ask for (default: the first that it lists)")
+    add("--teacher-url", nargs=1, default=[], metavar="URL", help="also ask this OpenAI-compatible teacher")
+    add("--teacher-model", nargs=1, default=[], metavar="NAME", help="model to ask for (default: the first listed)")
     add_number(parser, "--teacher-max-tokens", 16, "[1, 100000]", "longest reply")
     add("--teacher-extra", default="", metavar="JSON", help="fields to merge into each request")
-    add("--teacher-prompt", metavar="FILE", help="JSON file of what to grade (default: stories)")
+    add("--teacher-prompt", default="", metavar="FILE", help="JSON file of what to grade (default: stories)")
     add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
     add("--reward", default="", metavar="FILE.py:FUNCTION", help="callable to calibrate; or random")
     add("--calibrate", action="store_true", help="show the teacher, else the built-in one, stories of known order")
@@ -84,19 +80,12 @@ def main(argv: list[str] | None = None) -> None:
     for name, found in machine():
         print(f"{name:10} {found}")
     calibrates = options.calibrate or options.require_judgement > 0
-    if options.teacher_url is not None:
-        template = load_template(options.teacher_prompt) if options.teacher_prompt else Template()
-        limits = dict(max_tokens=options.teacher_max_tokens, template=template, concurrency=options.teacher_concurrency)
-        limits |= dict(extra=load_extra(options.teacher_extra))
-        with Teacher(options.teacher_url, options.teacher_model, **limits) as teacher:
-            probed = teacher.probe()
-            print(f"{'teacher':10} {probed}")
-            for note in probed.notes:
-                print(f"{'':10} {note}")
+    names = {field.name for field in fields(InteractConfig)}
+    config = InteractConfig(**{name: value for name, value in vars(options).items() if name in names})
+    if config.teacher_url or config.reward:
+        with open_grader(config, corpus=None) as grader:
             if calibrates:
-                calibration("teacher", of_grader(teacher), options)
-    elif options.reward and calibrates:
-        calibration(options.reward, of_grader(CallableGrader(load_score(options.reward), options.reward)), options)
+                calibration(options.reward or "teacher", of_grader(grader), options)
     elif calibrates:
         calibration("built-in teacher", builtin_scores(options.corpus), options)
 

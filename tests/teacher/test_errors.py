@@ -107,7 +107,8 @@ def test_no_openai_compatible_api(models, words):
 
 
 @pytest.mark.parametrize(
-    "url", ["", "localhost:8000", "ftp://host/v1", "http://", "http://h:x/v1", "http://[", "http://h?key=1"]
+    "url",
+    ["", "localhost:8000", "ftp://host/v1", "http://", "http://h:x/v1", "http://h:99999", "http://[", "http://h?key=1"],
 )
 def test_invalid_urls(url):
     with pytest.raises(UserError, match="must look like"):

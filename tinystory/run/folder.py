@@ -245,8 +245,7 @@ def parse_object(text: bytes | str, fields: Fields) -> Record:
         raise ValueError("it is nested too deep") from None
     if not isinstance(record, dict):
         raise ValueError("it is not a JSON object")
-    if misfit := _misfit(record, fields):
-        raise ValueError(misfit)
+    _check_fields(record, fields)
     return record
 
 
@@ -366,26 +365,25 @@ def read_records(path: Path, fields: Fields | None = None) -> Iterator[Record]:
             yield record
 
 
-def _misfit(record: Record, fields: Fields) -> str:
-    """Which of its fields makes a record invalid, and why; "" if all are valid."""
+def _check_fields(record: Record, fields: Fields) -> None:
+    """Raises ValueError for a field that is missing, of another type, or out of its range."""
     for name, kinds in fields.items():
         if name not in record:
-            return f"it has no {name!r}"
+            raise ValueError(f"it has no {name!r}")
         if type(record[name]) not in kinds:
-            return f"its {name!r} is {record[name]!r:.40}"
+            raise ValueError(f"its {name!r} is {record[name]!r:.40}")
         if kinds == (int,) and not 0 <= record[name] < 1 << 53:
-            return f"its {name!r} is negative or too large"
+            raise ValueError(f"its {name!r} is negative or too large")
     numbers = [name for name, kinds in fields.items() if kinds == _NUMBER]
     for name, value in record.items() if fields is FIELDS[METRICS] else ((name, record[name]) for name in numbers):
         if type(value) not in (*_NUMBER, bool) and not name.startswith("teacher_"):
-            return f"its {name!r} is {value!r:.40}"
+            raise ValueError(f"its {name!r} is {value!r:.40}")
         if isinstance(value, int | float) and not -LARGEST < value < LARGEST:
-            return f"its {name!r} is too large"
+            raise ValueError(f"its {name!r} is too large")
     if "story" in fields and any(
         type(score) not in (int, float) or not 0 <= score <= 3 for score in (record["scores"] or {}).values()
     ):
-        return "a score in it is not a number from 0 to 3"
-    return ""
+        raise ValueError("a score in it is not a number from 0 to 3")
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -423,11 +421,8 @@ def device_name(device: str) -> str:
     """The device's own name: "NVIDIA H100 80GB HBM3", or the CPU model with the number of threads in use."""
     import torch  # imported here so that --help is fast
 
-    kind = torch.device(device).type
-    if kind == "cuda":
+    if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    if kind != "cpu":
-        return str(torch.device(device))
     names: list[str] = []
     with contextlib.suppress(OSError):
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

@@ -55,9 +55,6 @@ class Cache:
                     self.tokens = (self.tokens[0] + prompt, self.tokens[1] + completion)
         self._earlier = {*self._replies}  # keys of the replies that an earlier process kept
 
-    def __len__(self) -> int:
-        return len(self._replies)
-
     def get(self, key: str, earlier: bool = True) -> CachedReply | None:
         """The reply to a question; None if there is none, or only one of an earlier process and not `earlier`."""
         return None if key in self._earlier and not earlier else self._replies.get(key)
