@@ -1,7 +1,7 @@
-"""Say what this machine has for tinystory, and what keeps it from having the rest.
+"""Report this machine's compiler, kernels, GPU and cache, and why any of them is missing.
 
     python scripts/doctor.py                                            the machine
-    python scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1    ... and the teacher there: what it obeys
+    python scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1    ... and the capabilities of the teacher there
     python scripts/doctor.py --teacher-url URL --calibrate              ... and whether it can judge stories
     python scripts/doctor.py --reward my_reward.py:score --calibrate    the same for a callable
     python scripts/doctor.py --calibrate --reader smollm2               the built-in teacher and a reader, side by side
@@ -63,12 +63,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--teacher-prompt", default="", metavar="FILE", help="JSON file of what to grade (default: stories)")
     add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
     add("--reward", default="", metavar="FILE.py:FUNCTION", help="callable to calibrate; or random")
-    add("--calibrate", action="store_true", help="show the teacher, else the built-in one, stories of known order")
+    add("--calibrate", action="store_true", help="measure how well the teacher, or the built-in one, judges stories")
     add("--reader", metavar="NAME", help="calibrate a reader too: smollm2, or a causal language model")
     add_number(parser, "--per-kind", FULL, "[2, 1e6]", "stories of each kind")
-    add("--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="whence most of them (default: builtin)")
-    add("--registers", nargs="+", default=[], metavar="NAME|FILE", help="corpora whose real stories are shown too")
-    add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if it judges worse")
+    add("--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="their corpus (default: builtin)")
+    add("--registers", nargs="+", default=[], metavar="NAME|FILE", help="corpora whose real stories are scored too")
+    add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if its judgement is lower")
     add("--plan", choices=INTERACT_PRESETS, help="add up the memory of an interaction beside a teacher")
     add_number(parser, "--gpu-gb", 24.0, "[1, 10000]", "memory of the GPU that both share, in GiB")
     add_number(parser, "--teacher-billions", 8.0, "[0.1, 1000]", "the teacher's parameters")
@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.plan:
         plan(options.plan, options.gpu_gb, options.teacher_billions)
         return
-    for name, found in machine():
-        print(f"{name:10} {found}")
+    for component, state in machine():
+        print(f"{component:10} {state}")
     calibrates = options.calibrate or options.require_judgement > 0
     names = {field.name for field in fields(InteractConfig)}
     config = InteractConfig(**{name: value for name, value in vars(options).items() if name in names})
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> None:
-    """Print how a teacher, and --reader, score stories of known order. Raises UserError if the teacher's judgement is
+    """Print how a teacher, and --reader, score stories of known quality. Raises UserError if the teacher's judgement is
     below what is required."""
     judges: dict[str, GradeKnown] = {name: grade}
     if options.reader:
@@ -120,12 +120,12 @@ def builtin_scores(names: list[str]) -> GradeKnown:
 
 
 def plan(preset: str, gpu_gb: float, billions: float) -> None:
-    """Print what a preset's interaction takes of a GPU, and the vLLM server that fits into the rest. Raises UserError
-    if none does."""
+    """Print the GPU memory of a preset's interaction, and the command of a vLLM server that fits beside it. Raises
+    UserError if none does."""
     pretrain = PretrainConfig(**PRETRAIN_PRESETS[preset])
     shape = StudentConfig(**{field.name: getattr(pretrain, field.name) for field in fields(StudentConfig)})
     parts = memory.interaction(InteractConfig(**INTERACT_PRESETS[preset]), shape) | {"CUDA and libraries": CUDA}
-    for name, size in (parts | {"together": sum(parts.values())}).items():
+    for name, size in (parts | {"total": sum(parts.values())}).items():
         print(f"{size / 2**30:8.2f} GiB  {name}")
     share = math.floor((1 - sum(parts.values()) / 2**30 / gpu_gb) * 100) / 100
     for bytes_each, flag in ((2, ""), (1, " --quantization fp8")):

@@ -77,7 +77,7 @@ def shown(url, who="ada"):
 
 def test_a_trainers_client_waits_for_the_person(url, short_pauses):
     with Teacher(url) as teacher:
-        found = teacher.probe()
+        found = teacher.probes()[0]
         assert found.model == HUMAN and found.scored
         assert json.loads(ask(url, "GET", "/state?who=ada")[2])["item"] is None  # the probe bothered nobody
         marks = ("cat", "alert", "dog")
@@ -98,7 +98,7 @@ def test_a_trainers_client_waits_for_the_person(url, short_pauses):
 
 def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
     with Teacher(url, deadline_s=3.0) as teacher:  # 1 s per request, and as long for the next byte
-        teacher.probe()
+        teacher.probes()[0]
         future = teacher.submit(Text("Once upon a time,", "a cat sat.", 0))
         story = shown(url)
         time.sleep(4)
@@ -110,7 +110,7 @@ def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
 def test_a_trainer_with_other_criteria_is_told_so(url, short_pauses):
     humour = Template((Criterion("humour", "Is it funny?", ("no", "a bit", "yes", "very")),))
     with Teacher(url, template=humour) as teacher, pytest.raises(UserError, match="same --teacher-prompt"):
-        teacher.probe()
+        teacher.probes()[0]
 
 
 @pytest.mark.parametrize(

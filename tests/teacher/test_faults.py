@@ -52,7 +52,7 @@ def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted():
         return what
 
     with FaultServer(script) as server, Teacher(server.url, concurrency=64, deadline_s=12.0) as teacher:
-        teacher.probe()
+        teacher.probes()[0]
         teacher.ledger.stats()
         server.delay, began = LATENCY, time.monotonic()
         grades = teacher.grade("Once", stories)

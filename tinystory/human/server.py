@@ -20,7 +20,7 @@ from tinystory.human.pairs import PairDesk
 from tinystory.teacher.client import HUMAN
 from tinystory.teacher.probe import FIRST_STORY
 from tinystory.teacher.prompt import TOP, instructions, read_back
-from tinystory.teacher.server import HOST, Refused, application, errors_as_json, listening, parsed
+from tinystory.teacher.server import HOST, Refused, application, errors_as_json, listening, parse_body
 
 DESCRIPTION = "A human who reads stories on a page and grades them. Nothing else is answered."
 NO_STORY = "A human grades stories here, and this is no story, so nobody was asked."
@@ -51,7 +51,7 @@ async def serve(desk: Desk | PairDesk, port: int = 0, *, style: str = "") -> Asy
         return web.json_response(state, headers={"Cache-Control": "no-store"})
 
     async def post_action(request: web.Request) -> web.Response:
-        body = parsed(await request.read())
+        body = parse_body(await request.read())
         try:
             desk.do(_name(body.get("who")), str(body.get("action")), body)
         except Mistake as mistake:

@@ -96,10 +96,6 @@ class Teacher(GraderBase):
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
 
-    def probe(self) -> Probe:
-        """The first of `probes`."""
-        return self.probes()[0]
-
     def probes(self) -> list[Probe]:
         """What each server can do, found out once: about four requests, or one if the cache holds the result. The
         first is of the server whose replies the others share.
@@ -190,12 +186,12 @@ class Teacher(GraderBase):
         return [future.result() for future in futures]
 
     def submit(self, text: Text, again: int = 0, afresh: bool = False) -> "concurrent.futures.Future[Grade]":
-        """Send one text, after `probe`. again: how often the same one was sent before, if it is to be judged anew: with
-        other seeds, and not from the cache. afresh: what an earlier process kept is not used.
+        """The future grade of a text, which is sent at once. again: how often it was sent before, if it is to be judged
+        anew: with other seeds, and not from the cache. afresh: what an earlier process kept is not used.
 
         A story without text gets 0 for each criterion, by the rubric, and is not sent.
         """
-        self.probe()
+        self.probes()
         return self._run(self._grade(text, again, afresh))
 
     def close(self) -> None:

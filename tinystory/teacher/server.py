@@ -75,7 +75,7 @@ def application(model: str, description: str, respond: Responder) -> web.Applica
         return web.json_response({"object": "list", "data": [entry]})
 
     async def chat(request: web.Request) -> web.StreamResponse:
-        body = parsed(await request.read())
+        body = parse_body(await request.read())
         _check_model(body.get("model"), model)
         messages = _messages(body.get("messages"))
         _check_parameters(body)
@@ -142,7 +142,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     return web.json_response({"error": body}, status=refused.status)
 
 
-def parsed(body: bytes) -> dict:
+def parse_body(body: bytes) -> dict:
     """The JSON object in a request's body."""
     try:
         value = json.loads(body)
