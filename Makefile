@@ -81,7 +81,7 @@ wheel-check: .venv/ready
 
 # Our speed on this machine, a JSON line each; --shape gpt2s for GPT-2-small.
 bench: .venv/ready
-	for part in kernels pretrain rollout ppo; do $(PY) scripts/bench.py $$part --shape small --json; done
+	for part in kernels pretrain rollout ppo; do $(PY) scripts/bench.py $$part --shape small; done
 
 # The CUDA kernels, bound to PyPI's torch for CUDA 13: compiled, loaded and disassembled. Needs nvcc 13, no card; 6 GB.
 cuda-build:

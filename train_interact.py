@@ -10,7 +10,6 @@ evaluated on held-out openings, and the best student is kept.
 """
 
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -36,12 +35,14 @@ from tinystory.rl.reading import Reading
 from tinystory.rl.reward import story_rewards
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
-from tinystory.run.device import Stop, now, peak_memory_mb
+from tinystory.run.device import Stop, peak_memory_mb
 from tinystory.run.errors import Interrupted, UserError, command
 from tinystory.run.folder import Record, RunLog, held, read_metrics
 from tinystory.run.paths import usage
+from tinystory.run.step_log import Stages
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, require_room
+from tinystory.teacher.budget import Budget
 from tinystory.teacher.grade import require_scores, score_means
 from tinystory.teacher.grader import CallableGrader, Grader, open_grader
 from tinystory.teacher.prompt import load_template
@@ -102,13 +103,8 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     grader_facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
     reader = Reader(config.reader, config.device) if rank0 and config.reader != "none" else None
     print(f"student {origin}, scored by {grader_facts['scored_by']}")
-    if state.step == 0 and (
-        budget := distributed.rank0_value(lambda: exhausted_budget(config, state, grader, openings, reading, 2))
-    ):
-        raise UserError(
-            f"{budget} does not hold a single step and the evaluations around it: raise it, or lower "
-            "--stories-per-step or --eval-stories"
-        )
+    budget = Budget(config, grader, openings, reading)
+    budget.require_first_step(state)
     resume_step = state.step if config.resume else None
     log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
     log.config(asdict(config) | grader_facts | compute.recorded | {"init": config.init or str(origin)})
@@ -124,6 +120,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     stop = stack.enter_context(Stop().listening())
     evaluator = Evaluator(config, policy, openings, grader, log, stop)
     bar = tqdm(total=config.steps * n, initial=state.written, unit="story", disable=not rank0)
+    stages = Stages(bar, compute.device)
 
     def send(index: int, opening: str, story: str) -> None:
         ranker.send(index, opening, story)
@@ -134,37 +131,34 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             evaluator.evaluate(state)
         # A signal to any process stops all of them.
         while state.step < config.steps and not distributed.all_reduce_max(stop.requested):
-            if budget := distributed.rank0_value(lambda: exhausted_budget(config, state, grader, openings, reading)):
-                bar.write(f"{budget} does not hold another step")
+            if exhausted := budget.exhausted(state):
+                bar.write(f"{exhausted} does not hold another step")
                 break
-            began = time.perf_counter()
-            bar.set_description("writing")
+            stages.begin("rollout")
             prompts = [openings[state.written + i] for i in range(n)]
             dropout = config.rollout_dropout if state.step else 0.0
             stories = rollout(policy, prompts, state.written, send, dropout)
-            rollout_end = time.perf_counter()
-            bar.set_description("grading")
+            stages.begin("reference")
             batch = ppo.collate(stories, tokenizer, compute.device)
             with compute.autocast():
                 batch = ppo.reread(policy, batch) if dropout else batch
                 reference_stats = ppo.read_reference(
                     reference, batch, config.temperature, config.micro_batch_size, states=config.learner == "ridge"
                 )
-            reference_end = now(compute.device)  # so that a GPU's time does not count as the teacher's
+            stages.begin("teacher")
             try:
                 grades = distributed.rank0_value(lambda: ranker.collect(stop))
                 require_scores(grades, config.max_unscored)
             except UserError:  # nothing has been learned in this step, so the state after the last one is saved
                 save()
                 raise
-            teacher_end = time.perf_counter()
-            bar.set_description("learning")
+            stages.begin("update")
             scores = [config.invented_score if grade.score is None else grade.score for grade in grades]
             rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
             to_read = reading.batches(state.step)
             stats = ppo.step(policy, batch, reference_stats, rewards, state.kl_coef, state.step, to_read)
-            update_end = time.perf_counter()
+            stages.end()
 
             words_before = state.words_in
             words_in = openings.new_words(state.written, n, config.charge_opening and state.step == 0)
@@ -180,9 +174,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 step=state.step, **stats, **score_means(grades), **means,
                 **rollout_means(stories), **score_relations([grade.score for grade in grades], stories), **evaluation,
                 words_in=state.words_in, words_out=state.words_out,
-                rollout_s=rollout_end - began, reference_s=reference_end - rollout_end,
-                teacher_s=teacher_end - reference_end, update_s=update_end - teacher_end,
-                peak_memory_mb=peak_memory_mb(compute.device), **ranker.stats(),
+                **stages.seconds, peak_memory_mb=peak_memory_mb(compute.device), **ranker.stats(),
             )  # fmt: skip
             bar.set_postfix({"reward": stats["reward_mean"], "words": means["length_mean"], "kl": stats["kl"]})
             for name, words in milestones.items():
@@ -212,21 +204,6 @@ def starting_checkpoint(init: str) -> Path:
         first = usage("python train_pretrain.py")
         raise UserError(f"no checkpoint under {PRETRAIN_RUN}: run {first} first, or give --init CHECKPOINT")
     return checkpoint.find(Path(init) if init else PRETRAIN_RUN)
-
-
-def exhausted_budget(
-    config: InteractConfig, state: RunState, grader: Grader, openings: Openings, reading: Reading, evaluations: int = 1
-) -> str:
-    """Which budget does not hold another step and so many evaluations; "" if all do. (The cost is limited once more,
-    before each request.)"""
-    n = config.stories_per_step
-    stories = n + evaluations * config.stories_per_evaluation
-    words_in = openings.new_words(state.written, n, config.charge_opening and state.step == 0)
-    words_in += state.words_in + stories * grader.most_words + sum(words for _, words in reading.batches(state.step))
-    words_out = state.words_out + stories * config.max_new_tokens
-    if words_in > config.budget_words or words_out > config.budget_words_out:
-        return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"
-    return "" if grader.affords(n + config.stories_per_evaluation) else f"--budget-cost {config.budget_cost:g}"
 
 
 def report(run: Path, state: RunState, *, stopped: bool, judge: Callable[[], list[Record]] | None) -> None:

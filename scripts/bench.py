@@ -41,7 +41,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT (peers only)")
     add("--trl", type=Path, metavar="PYTHON", help="of an environment with trl 0.9.4 (peers only)")
     add("--optimizer", choices=("muon", "adamw"), help="of pretraining (default: muon; peers: adamw, as nanoGPT's)")
-    add("--json", action="store_true", help="print only the line of JSON")
     add("--profile", action="store_true", help="then run once more under the profiler")
     a = parser.parse_args(argv)
     compute = resolve(a.device, a.dtype, "none" if a.bench == "kernels" else "auto")
@@ -67,9 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     if a.bench in ("pretrain", "peers"):
         options["optimizer"] = a.optimizer or ("adamw" if a.bench == "peers" else PretrainConfig.optimizer)
     torch.manual_seed(0)
-    if not a.json:
-        print(f"{a.bench} on {name}: {a.runs + 1} runs ...", file=sys.stderr)
-
+    print(f"{a.bench} on {name}: {a.runs + 1} runs ...", file=sys.stderr)
     if a.bench == "kernels":
         facts["kernels"] = kernels.compare(setup, a.runs)
     elif a.bench == "peers":

@@ -28,7 +28,7 @@ import torch
 
 from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig, add_number
 from tinystory.data.corpus import BUILTIN, open_corpus
-from tinystory.evaluate.calibration import AGAIN, FULL, GradeKnown, calibrate, of_grader, require, table, verdict
+from tinystory.evaluate.calibration import FULL, RETESTED, GradeKnown, calibrate, of_grader, require, table, verdict
 from tinystory.evaluate.corruptions import DOCUMENTS, KnownStory, corpus_documents, known_stories, real_stories
 from tinystory.evaluate.reader import Reader
 from tinystory.ops import backend, build, cuda, fastest
@@ -105,7 +105,7 @@ def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> No
     for judge, scores in judges.items():
         began = time.perf_counter()
         results[judge] = calibrate(scores, known)
-        speeds.append(f"{(len(known) + AGAIN) / (time.perf_counter() - began):.3g}")
+        speeds.append(f"{(len(known) + RETESTED) / (time.perf_counter() - began):.3g}")
     for line in aligned([*table(results), speeds]):
         print(f"{'':10} {line}")
     print(f"{'judgement':10} the teacher {verdict(results[name])}")
@@ -124,7 +124,8 @@ def plan(preset: str, gpu_gb: float, billions: float) -> None:
     UserError if none does."""
     pretrain = PretrainConfig(**PRETRAIN_PRESETS[preset])
     shape = StudentConfig(**{field.name: getattr(pretrain, field.name) for field in fields(StudentConfig)})
-    parts = memory.interaction(InteractConfig(**INTERACT_PRESETS[preset]), shape) | {"CUDA and libraries": CUDA}
+    parts = memory.interaction(InteractConfig(**INTERACT_PRESETS[preset]), shape, torch.device("cuda"))
+    parts["CUDA and libraries"] = CUDA
     for name, size in (parts | {"total": sum(parts.values())}).items():
         print(f"{size / 2**30:8.2f} GiB  {name}")
     share = math.floor((1 - sum(parts.values()) / 2**30 / gpu_gb) * 100) / 100

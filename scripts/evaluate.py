@@ -37,9 +37,8 @@ from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import load_openings
 from tinystory.evaluate import submission
 from tinystory.evaluate.coreference import coreference, unseen_stories
-from tinystory.evaluate.novelty import SameStory
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
-from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, keep_choices, run_pairs, story_pairs
+from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, compared_pairs, keep_choices
 from tinystory.evaluate.reader import PACKAGED, Reader
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.samples import Sample, read_stories
@@ -76,9 +75,10 @@ FEWER = "--stories or --max-new-tokens"
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT")
-    add("--compare", nargs="+", type=Path, metavar="RUN|A B", help="judge pairs, by --teacher-url, else built in")
-    add("--judge", nargs="+", type=Path, metavar="RUN", help="show their stories to --reader")
+    subject = parser.add_mutually_exclusive_group().add_argument
+    subject("checkpoints", nargs="*", type=Path, default=[], metavar="CHECKPOINT")
+    subject("--compare", nargs="+", type=Path, metavar="RUN|A B", help="judge pairs, by --teacher-url, else built in")
+    subject("--judge", nargs="+", type=Path, metavar="RUN", help="show their stories to --reader")
     for task, (_, text) in TASKS.items():
         add(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
     add("--babylm", type=Path, metavar="FOLDER", help="all of these in BabyLM's full_eval or fast_eval")
@@ -88,7 +88,6 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add_number(parser, "--coreference", 0, "[0, 100000]", "unseen built-in stories to measure coreference on")
     add_number(parser, "--stories", 0, "[0, 1e9]", "stories to write and measure, and files of some", files=".jsonl")
     add("--reader", metavar="NAME", help=f"read them for sense: {PACKAGED}, or a causal language model")
-    add("--same-story", nargs="+", metavar="MODEL", help="NoveltyBench's classifier, and its tokenizer")
     add("--openings", metavar="FILE", help="their openings, a line each (default: the first file's, or eight built in)")
     add_number(parser, "--max-new-tokens", InteractConfig.max_new_tokens, "[1, 1e6]", "longest story, in tokens")
     add_number(parser, "--temperature", InteractConfig.temperature, "[0, 100]", "at which they are sampled")
@@ -128,11 +127,10 @@ def main(argv: list[str] | None = None) -> None:
     corpus = open_corpus(options.corpus) if options.corpus else None
     device = pick_device(options.device)
     file_stories = [read_stories(path)[: count or None] for path in files]
-    same = SameStory(*options.same_story[:2]) if options.same_story else None
     reader = Reader(options.reader, options.device) if options.reader else None
 
     def measures(stories: Sequence[Sample]) -> dict[str, Any]:
-        result = story_measures(stories, grade=grade, corpus=corpus, same=same)
+        result = story_measures(stories, grade=grade, corpus=corpus)
         if reader:
             result |= reader.measures([(story.opening, story.text) for story in stories])
         return result
@@ -180,10 +178,8 @@ def main(argv: list[str] | None = None) -> None:
 def compare_stories(options: argparse.Namespace, count: int) -> None:
     """Ask which stories are better, and print the win rate of the second ones. Choices about a run's own stories are
     kept there, for its report."""
-    if len(options.compare) > 2 or options.checkpoints:
-        raise UserError("--compare takes one run, or two checkpoints or files, and nothing else is evaluated with it")
     run = options.compare[0] if len(options.compare) == 1 else None
-    pairs = run_pairs(run) if run else story_pairs(*(samples_of(path, options, count) for path in options.compare))
+    pairs = compared_pairs(options.compare, lambda path: samples_of(path, options, count))
     with contextlib.ExitStack() as stack:
         if options.teacher_url:
             settings = dict(concurrency=options.teacher_concurrency, seed=options.seed, template=COMPARISON)
@@ -209,8 +205,6 @@ def compare_stories(options: argparse.Namespace, count: int) -> None:
 
 def judge_runs(options: argparse.Namespace) -> None:
     """Show the stories of each run and its controls to a reader, and print how much of the gain it sees."""
-    if options.checkpoints:
-        raise UserError("--judge takes runs, and nothing else is evaluated with it")
     reader, pooled = Reader(options.reader or PACKAGED, options.device), list[Record]()
     for run in options.judge:
         recorded = recorded_options(run)

@@ -39,7 +39,7 @@ from tinystory.run.errors import UserError, command
 from tinystory.run.folder import SAMPLES, read_metrics
 from tinystory.run.paths import ROOT
 from tinystory.student import checkpoint
-from tinystory.student.generate import generate
+from tinystory.student.generate import Story, generate
 from tinystory.teacher.grader import Grader, open_grader
 
 CONFIG = InteractConfig()
@@ -63,7 +63,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"), help="folder of the runs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of pretraining and interaction")
     parser.add_argument("--options", nargs="+", default=[""], metavar="TEXT", help="of train_interact.py, one per run")
-    add_number(parser, "--stories", 256, "[64, 1e6]", "stories of a row to held-out openings; thrice as many to others")
+    add_number(
+        parser,
+        "--stories",
+        256,
+        "[64, 1e6]",
+        "stories of a row to held-out openings, each compared with the others; to openings of training three such sets",
+    )
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
@@ -113,26 +119,35 @@ def measure(row: Row, start: Path, grader: Grader, count: int) -> dict[str, floa
     parts = ("rollout_s", "reference_s", "teacher_s", "update_s")
     measures: dict[str, float | None] = {"seconds": float(sum(step[part] for step in steps for part in parts))}
     training = [OPENINGS[FIRST_INDEX + i] for i in range(3 * count)]
-    for where, openings in (("", training), ("held_out_", list(islice(cycle(OPENINGS.held_out), count)))):
-        sampling: dict[str, Any] = dict(max_new_tokens=CONFIG.max_new_tokens, temperature=row.temperature)
-        with compute.autocast():
-            stories = generate(student, None, tokenizer, openings * row.n, first_index=FIRST_INDEX, seed=0, **sampling)
-            batch = ppo.collate(stories[: len(openings)], tokenizer, compute.device)
-            ref_logprobs, _ = ppo.read_reference(reference, batch, 1.0, CONFIG.micro_batch_size, states=False)
-        scores = [grade.score for grade in grader.grade_each([(story.opening, story.text) for story in stories])]
-        rewards = story_rewards(CONFIG, stories, scores)
-        chosen = best_of_n(rewards if row.graded else [story.likelihood for story in stories], len(openings))
-        stories, scores = [stories[i] for i in chosen], [scores[i] for i in chosen]
-        texts = [story.text for story in stories]
-        kl = float(((batch.logprobs - ref_logprobs) * batch.mask).sum(1).mean())
+    held_out = list(islice(cycle(OPENINGS.held_out), count))
+    for where, openings in (("", training), ("held_out_", held_out)):
+        kls: list[float] = []
+        rewards: list[float | None] = []
+        stories: list[Story] = []
+        scores: list[float | None] = []
+        for first in range(0, len(openings), count):  # a story is compared with the others of its set
+            few, index = openings[first : first + count], FIRST_INDEX + first * row.n
+            sampling: dict[str, Any] = dict(max_new_tokens=CONFIG.max_new_tokens, temperature=row.temperature)
+            with compute.autocast():
+                new = generate(student, None, tokenizer, few * row.n, first_index=index, seed=0, **sampling)
+                batch = ppo.collate(new[:count], tokenizer, compute.device)
+                ref_logprobs, _ = ppo.read_reference(reference, batch, 1.0, CONFIG.micro_batch_size, states=False)
+            kls.append(float(((batch.logprobs - ref_logprobs) * batch.mask).sum(1).mean()))
+            grades = [grade.score for grade in grader.grade_each([(story.opening, story.text) for story in new])]
+            values = story_rewards(CONFIG, new, grades) if row.graded else [story.likelihood for story in new]
+            chosen = best_of_n(values, count)
+            new, grades = [new[i] for i in chosen], [grades[i] for i in chosen]
+            rewards += story_rewards(CONFIG, new, grades)
+            stories, scores = stories + new, scores + grades
+        texts = [story.text for story in stories[:CLUSTERED]]
         means = {
-            "reward": mean(story_rewards(CONFIG, stories, scores)),
-            "kl": kl + math.log(row.n) - (row.n - 1) / row.n,
+            "reward": mean(rewards),
+            "kl": fmean(kls) + math.log(row.n) - (row.n - 1) / row.n,
             "score": 9 * mean(scores),
             "ended": fmean(story.ended == "eos" for story in stories),
             "words": fmean(story.words for story in stories),
-            "distinct_4": distinct_ngrams(texts[:CLUSTERED]) or 0.0,
-            "clusters": len(sizes := cluster_sizes(texts[:CLUSTERED])),
+            "distinct_4": distinct_ngrams(texts) or 0.0,
+            "clusters": len(sizes := cluster_sizes(texts)),
             "largest": max(sizes),
         }
         measures |= {where + name: value for name, value in means.items()}

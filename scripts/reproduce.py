@@ -46,7 +46,6 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
     add("--milestones", nargs="+", type=int, metavar="M", help="starts of interaction, million words")
     add_number(parser, "--seeds", 0, "[0, 1000]", "interactions per milestone; 0: as --scale has it")
-    add_number(parser, "--random-seeds", -1, "[-1, 1000]", "random-reward runs per milestone; -1: as --scale has it")
     add_number(parser, "--steps", 0, "[0, 1e6]", "PPO steps per interaction; 0: as --scale has it")
     add("--objective", choices=OBJECTIVES, default="paper", help="reward and openings (default: paper)")
     add("--blimp", default="", help="folder of BLiMP's .jsonl files, evaluated too")
@@ -61,7 +60,6 @@ def main(argv: list[str] | None = None) -> None:
         interact=objective | scale.interact | ({"steps": options.steps} if options.steps else {}),
         starts=tuple(options.milestones or scale.starts),
         seeds=options.seeds or scale.seeds,
-        random_seeds=scale.random_seeds if options.random_seeds < 0 else options.random_seeds,
     )
     teacher = {name: value for name in ("teacher_url", "teacher_model") if (value := getattr(options, name))}
     teacher |= {"teacher_concurrency": options.teacher_concurrency} if options.teacher_url else {}

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.config import add_number
-from tinystory.evaluate.preference import preferences, run_pairs, story_pairs
+from tinystory.evaluate.preference import compared_pairs, preferences
 from tinystory.evaluate.samples import read_stories
 from tinystory.human.desk import Desk
 from tinystory.human.pairs import PairDesk
@@ -27,7 +27,7 @@ from tinystory.human.server import serve
 from tinystory.report import charts, page
 from tinystory.report.judges import BEFORE_AFTER, preference_lines
 from tinystory.report.run import write_report
-from tinystory.run.errors import UserError, command
+from tinystory.run.errors import command
 from tinystory.run.folder import METRICS, PREFERENCES
 from tinystory.run.paths import usage
 from tinystory.run.text import printable
@@ -46,13 +46,11 @@ def main(argv: list[str] | None = None) -> None:
     text = "compare a run's stories before and after instead, or those of two .jsonl files of openings and stories"
     add("--compare", nargs="+", type=Path, metavar="RUN|A B", help=text)
     options = parser.parse_args(argv)
-    if len(options.compare or ()) > 2:
-        raise UserError("--compare takes one run, or two files of stories")
     desk: Desk | PairDesk
     if options.compare:
         run, *others = options.compare
         choices = (options.grades.parent if others else run) / PREFERENCES
-        pairs = story_pairs(read_stories(run), read_stories(*others)) if others else run_pairs(run)
+        pairs = compared_pairs(options.compare, read_stories)
         desk = PairDesk(choices, pairs)
     else:
         desk = Desk(options.grades, load_template(options.teacher_prompt))

@@ -11,7 +11,7 @@ from fault_server import FaultServer
 from scripts import doctor
 from tinystory.config import InteractConfig
 from tinystory.evaluate import calibration
-from tinystory.evaluate.calibration import CHEAP, CHEAP_KINDS, area_under_curve, calibrate, calibrated, require, verdict
+from tinystory.evaluate.calibration import CHEAP, CHEAP_KINDS, calibrate, calibrated, require, verdict, wins
 from tinystory.evaluate.coreference import unseen_stories
 from tinystory.evaluate.corruptions import CORRUPTIONS, KINDS, REAL, SENTENCES, WORDS, known_stories, split_sentences
 from tinystory.run.errors import UserError
@@ -123,8 +123,8 @@ def test_a_quotation_is_kept_whole_when_sentences_are_split():
 
 
 def test_the_area_counts_ties_as_one_half():
-    assert area_under_curve(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == (3 + 0.5) / 4
-    assert area_under_curve(np.ones(3), np.ones(5)) == 0.5
+    assert wins(np.array([2.0, 3.0]), np.array([1.0, 2.0])).mean() == (3 + 0.5) / 4
+    assert wins(np.ones(3), np.ones(5)).mean() == 0.5
 
 
 def test_a_teacher_that_knows_gets_every_pair_right():
@@ -132,7 +132,7 @@ def test_a_teacher_that_knows_gets_every_pair_right():
     assert all(found["kinds"][kind]["auc"] == 1 for kind in KINDS[1:]) and found["judgement"] == 1
     assert found["corruptions"] == 1 and found["corruptions_ci"] == [1, 1]
     assert found["kinds"][REAL]["mean"] == 1 and found["range"] == [0, 1] and found["unscored"] == 0
-    assert found["steady"]["same"] == 1 and found["length"] is None  # one score per kind: length changes nothing
+    assert found["retest"]["equal"] == 1 and found["length"] is None  # one score per kind: length changes nothing
     assert verdict(found).startswith("puts a story above shuffled words with probability 1.00 [0.8")
 
 
@@ -182,7 +182,7 @@ def test_the_doctor_calibrates_an_endpoint(capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "judgement  the teacher counts words" in said and "another language" in said
     known = known_stories(unseen_stories(1500), 12)
-    assert asked == 1 + len({each[1:] for each in known}) + calibration.AGAIN  # the probe's, each text, some twice
+    assert asked == 1 + len({each[1:] for each in known}) + calibration.RETESTED  # the probe's, each text, some twice
 
 
 def test_the_doctor_calibrates_a_callable_and_refuses_it(capsys, monkeypatch):
@@ -247,4 +247,4 @@ def test_a_callable_or_the_builtin_teacher_is_not_calibrated_unless_judgement_is
     with open_grader(config, corpus=None) as grader:
         assert calibrated(config, grader) == {}
         config.require_judgement = 0.3
-        assert calibrated(config, grader)["calibration"]["steady"]["same"] == 1
+        assert calibrated(config, grader)["calibration"]["retest"]["equal"] == 1

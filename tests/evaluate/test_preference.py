@@ -17,11 +17,11 @@ from tinystory.evaluate.preference import (
     both_orders,
     compare,
     compare_scores,
+    compared_pairs,
     keep_choices,
     pair_of,
     run_pairs,
     run_preferences,
-    story_pairs,
     win_rate,
 )
 from tinystory.evaluate.samples import read_stories
@@ -96,7 +96,7 @@ def test_a_runs_pairs_are_its_stories_before_and_after(tmp_path):
     assert run_pairs(tmp_path) == PAIRS
     samples(tmp_path, [pair_of("Once", "the same", "the same")])
     with pytest.raises(UserError, match="finished interaction"):
-        run_pairs(tmp_path)
+        compared_pairs([tmp_path], read_stories)
     assert run_preferences(tmp_path) == run_preferences(tmp_path / "nowhere") == {}  # a report asks without knowing
 
 
@@ -143,15 +143,15 @@ def files(folder, pairs=PAIRS):
 
 def test_stories_of_two_files_are_paired_by_their_openings(tmp_path, capsys, short_pauses):
     paths = files(tmp_path)
-    assert story_pairs(*(read_stories(Path(path)) for path in paths)) == PAIRS
+    assert compared_pairs([*map(Path, paths)], read_stories) == PAIRS
     with FaultServer(lambda text, n: "3" if "fine" in text.rpartition("\n")[2] else "0") as server:
         server.first = lambda: "1"
         evaluate.main(["--compare", *paths, "--teacher-url", server.url])
     out = capsys.readouterr().out
     assert "first preferred b.jsonl in 10 of 10 pairs, a.jsonl in 0, and neither in 0: win rate 1.00 [0." in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
-    with pytest.raises(UserError, match="nothing to compare"):
-        story_pairs(read_stories(Path(paths[0])), read_stories(Path(paths[0])))
+    with pytest.raises(UserError, match="different stories to the same openings"):
+        compared_pairs([Path(paths[0])] * 2, read_stories)
 
 
 def test_a_student_beside_a_file_writes_to_the_files_openings(student, tokenizer, tmp_path, capsys, monkeypatch):
@@ -179,6 +179,6 @@ def test_a_judge_that_scores_prefers_the_higher_score_and_has_no_second_place(tm
 
 def test_wrong_comparisons_are_one_sentence(tmp_path, capsys):
     url = ["--teacher-url", "http://127.0.0.1:9/v1"]
-    assert "one run, or two" in fails(evaluate.main, ["--compare", "a", "b", "c", *url], capsys)
+    assert "or two that tell" in fails(evaluate.main, ["--compare", "a", "b", "c", *url], capsys)
     assert "finished interaction" in fails(evaluate.main, ["--compare", str(tmp_path), *url], capsys)
     assert "nothing to evaluate" in fails(evaluate.main, [], capsys)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tinystory.evaluate import reader
-from tinystory.evaluate.reader import HIGH, MAX_TOKENS, REPEATED, Reader, _halves, _renamed, _repeated
+from tinystory.evaluate.reader import HIGH, MAX_TOKENS, REPEATED, Reader, _repeated
 from tinystory.run.errors import UserError
 
 VOCABULARY = 500
@@ -91,28 +91,6 @@ def test_repetition_is_paid_as_repetition(judge):
     assert abs(often - REPEATED) < 0.1 and single <= HIGH
 
 
-def test_a_half_is_read_after_its_own_and_after_anothers(judge):
-    first, second = "A cat sat. It was red.", "The cat was red."
-    stories = [("Once.", f"{first} {second}"), ("Once.", "Trees grow up. We go home. Now good night.")]
-    gains = judge.half_gain(stories)
-    assert gains[0] > 0.1 and gains[0] > gains[1] and np.isnan(judge.half_gain(stories[:1])[0])
-    assert judge.half_gain([("", "One sentence only."), stories[1]])[0] != judge.half_gain(stories)[0]
-    assert _halves([(1, 2), (3,), (4, 5, 6)]) == ([(1, 2), (3,)], [(4, 5, 6)]) and _halves([]) == ([], [])
-    assert _halves([(1,), (2, 3, 4, 5)]) == ([(1,)], [(2, 3, 4, 5)])
-
-
-def test_the_other_half_has_this_ones_names():
-    other = _renamed("One day Tom met Mia.", "He gave Mia a hat, said Tom.", "Now Rosa ran.", "She saw Ben, and Rosa.")
-    assert other == ("One day Rosa met Ben.", "He gave Ben a hat, said Rosa.")
-    assert _renamed("So Tom ran.", "He saw Mia.", "", "a dog ran.") == ("So Tom ran.", "He saw Mia.")
-
-
-def test_the_order_of_the_first_half_does_not_matter_to_a_model_that_only_counts(judge):
-    story = "A cat sat. A dog came. They ran off. The cat sat. The dog came. All ran home."
-    assert judge.order_gain([("Once.", story)]) == pytest.approx([0], abs=1e-5)
-    assert np.isnan(judge.order_gain([("Once.", "A cat sat.")])[0])
-
-
 HOSTILE = {
     "long": "word " * 20_000,
     "one word": "a" * 100_000,
@@ -148,7 +126,9 @@ def test_a_model_of_a_short_context_reads_what_fits(monkeypatch):
 
 def test_what_is_missing_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r"--reader smollm2 needs transformers: pip install 'tinystory\[reader\]'"):
+    with pytest.raises(
+        UserError, match=r"--reader smollm2 cannot be loaded .*transformers.*: pip install 'tinystory\[reader\]'"
+    ):
         Reader(device="cpu")
 
 

@@ -269,12 +269,6 @@ def test_pretraining(tmp_path):
     assert "Bits a byte" not in page.text and "val 0.08" in page.text
 
 
-def test_a_folder_without_a_run(tmp_path):
-    with pytest.raises(UserError, match="holds no run"):
-        write_report(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_what_the_teacher_took_is_summed(tmp_path):
     interaction_run(tmp_path / "callable")
     assert "Requests to the teacher" not in write_report(tmp_path / "callable").read_text()

@@ -21,9 +21,9 @@ def bench(monkeypatch):
 @pytest.fixture
 def run(bench, capsys):
     def run(*argv: str) -> dict:
-        bench.main(["--device", "cpu", "--json", "--runs", "1", *argv])
-        out, err = capsys.readouterr()
-        assert out.count("\n") == 1 and err == ""
+        bench.main(["--device", "cpu", "--runs", "1", *argv])
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1
         return json.loads(out)
 
     return run
@@ -173,7 +173,7 @@ def test_peers_take_turns_and_a_slow_mode_is_measured_once(nanogpt, run, monkeyp
 def test_a_peer_that_fails_is_quoted(nanogpt, bench, capsys):
     (nanogpt / "model.py").write_text("raise SystemExit('no such model')")
     with pytest.raises(SystemExit):
-        bench.main(["peers", "--nanogpt", str(nanogpt), "--new", "9", "--json"])
+        bench.main(["peers", "--nanogpt", str(nanogpt), "--new", "9"])
     assert "the peer nanogpt ended with status 1: no such model" in capsys.readouterr().err
 
 
@@ -181,8 +181,8 @@ def test_a_peer_that_fails_is_quoted(nanogpt, bench, capsys):
     "arguments, said",
     [
         (["peers"], "peers needs --nanogpt DIR"),
-        (["peers", "--nanogpt", "nowhere"], "nowhere has no model.py"),
-        (["peers", "--trl", "nowhere"], "nowhere is no file"),
+        (["peers", "--nanogpt", "nowhere"], "with its model.py"),
+        (["peers", "--trl", "nowhere"], "the interpreter of an environment"),
         (["peers", "--nanogpt", ".", "--batch", "2"], "leave out --batch"),
         (["ppo", "--trl", "python"], "go with the bench peers"),
     ],

@@ -48,6 +48,17 @@ def test_a_story_is_the_same_in_any_batch(eager_to_end, tokenizer, monkeypatch, 
         torch.testing.assert_close(alone.logprobs, story.logprobs, atol=1e-4, rtol=1e-4)
 
 
+def test_how_many_stories_are_written_at_once_changes_nothing(eager_to_end, tokenizer, monkeypatch):
+    openings = [["Ben", OPENING][i % 2] for i in range(24)]
+    together, sent = write(eager_to_end, tokenizer, openings=openings), []
+    monkeypatch.setattr(generation, "ROWS", 7)
+    apart = write(eager_to_end, tokenizer, openings=openings, on_story=lambda story: sent.append(story.index))
+    for a, b in zip(together, apart, strict=True):
+        assert (a.index, a.opening, a.text, a.ended) == (b.index, b.opening, b.text, b.ended)
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.logprobs, b.logprobs)
+    assert sorted(sent) == list(range(24)) and max(sent[:7]) == 6
+
+
 def test_threads_change_nothing(eager_to_end, tokenizer):
     before = torch.get_num_threads()
     try:

@@ -232,7 +232,8 @@ def test_a_model_without_a_system_message_gets_the_rubric_first_in_the_users(sta
             return await super()._chat(request)
 
     with Merged(refuse) as server, Teacher(server.url) as teacher:
-        assert scored(teacher) and not teacher.probes()[0].system and "no system message" in str(teacher.probe())
+        assert scored(teacher) and not teacher.probes()[0].system
+        assert "no system message" in str(teacher.probes()[0])
         (message,) = server.requests[-1]["messages"]
         assert "A dog ran." in message["content"] and len(server.all) == 1 + 2  # refused once, and not retried
 

@@ -50,7 +50,7 @@ def test_a_server_that_obeys_is_held_to_numbers(field):
         FaultServer(other=lambda asked: numbers_if_held(asked, field)) as server,
         Teacher(server.url) as teacher,
     ):
-        assert teacher.probes()[0].structure == teacher.probe().held_to == "numbers"
+        assert teacher.probes()[0].structure == teacher.probes()[0].held_to == "numbers"
         assert len(server.others) == 1
         assert teacher.grade("Once", ["A dog ran."])[0].scores
         assert server.requests[-1]["structured_outputs"] == {"regex": "[0-3] [0-3] [0-3]"}

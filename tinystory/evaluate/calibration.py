@@ -4,7 +4,7 @@ The judgement is the probability that it puts a story above shuffled words (the 
 one half). 0.5 is chance, and a teacher near it teaches noise.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,16 +12,16 @@ import numpy as np
 from tinystory.config import InteractConfig
 from tinystory.evaluate.coreference import unseen_stories
 from tinystory.evaluate.corruptions import CORRUPTIONS, DOCUMENTS, REAL, SENTENCES, WORDS, KnownStory, known_stories
-from tinystory.evaluate.intervals import bootstrap, ranks, wilson
+from tinystory.evaluate.intervals import bootstrap, ranks, wilson, with_ci
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import HUMAN, Teacher
 from tinystory.teacher.grader import Grader
 
 FULL, CHEAP = 24, 16  # stories of each kind
 CHEAP_KINDS = (REAL, SENTENCES, WORDS)
-AGAIN = 16  # stories, half of them shuffled, that are graded a second time
+RETESTED = 16  # stories, half of them shuffled, that are graded a second time
 COUNTS_WORDS = 0.7  # correlation of score and length within a kind from which a teacher is said to count words
-STEADY = 0.5  # agreement of a teacher with itself below which it is said to answer at random
+MIN_AGREEMENT = 0.5  # agreement of a teacher with itself below which it is said to answer at random
 
 # grade(stories, again): the score of each (opening, story), as a fraction of the highest, or None for no score.
 # again: 1 for a second answer to the same question, with another seed.
@@ -29,18 +29,18 @@ GradeKnown: TypeAlias = Callable[[Sequence[tuple[str, str]], int], Sequence[floa
 
 
 def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
-    """How a judge scores `known` (see known_stories), and AGAIN of them a second time.
+    """How a judge scores `known` (see known_stories), and RETESTED of them a second time.
 
-    Returns {"stories", "unscored", "judgement" and "judgement_ci", "kinds": {kind: {"mean", "low", "high", "auc",
-    "ci"}}, where auc is the probability that a real story scores above one of the kind, "corruptions" and
+    Returns {"stories", "unscored", "judgement" and "judgement_ci", "kinds": {kind: {"mean", "auc", "ci"}},
+    where auc is the probability that a real story scores above one of the kind, "corruptions" and
     "corruptions_ci": its mean over CORRUPTIONS, "range": [lowest, highest], "length": Spearman's correlation of score
-    and number of words within a kind, with "length_ci", "steady": {"same", "apart", "correlation"}}. A teacher's scores
-    are fractions of the highest possible one, 0..1. None stands for what could not be measured.
+    and number of words within a kind, with "length_ci", "retest": {"equal", "distance", "correlation"}}. A teacher's
+    scores are fractions of the highest possible one, 0..1. None stands for what could not be measured.
 
     Intervals of areas are Wilson's for as many trials as the smaller kind has stories, which is on the safe side; those
     of their mean and of the length are bootstrapped over the stories.
     """
-    scores = _floats(grade([(story.opening, story.story) for story in known], 0))
+    scores = np.array(grade([(story.opening, story.story) for story in known], 0), dtype=float)  # None becomes nan
     kinds = np.array([story.kind for story in known])
     rows = {kind: np.flatnonzero((kinds == kind) & ~np.isnan(scores)) for kind in dict.fromkeys(kinds.tolist())}
     areas = {kind: _area(scores[rows[REAL]], scores[chosen]) for kind, chosen in rows.items() if kind != REAL}
@@ -51,18 +51,15 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
         "unscored": len(known) - len(scored),
         "judgement": judgement.get("auc"),
         "judgement_ci": judgement.get("ci"),
-        "kinds": {kind: _spread(scores[chosen]) | areas.get(kind, {}) for kind, chosen in rows.items()},
+        "kinds": {
+            kind: {"mean": float(scores[chosen].mean()) if len(chosen) else None} | areas.get(kind, {})
+            for kind, chosen in rows.items()
+        },
         **_mean_area(scores, rows, [story.opening for story in known]),
         "range": [float(scored.min()), float(scored.max())] if len(scored) else None,
         **_length(scores, kinds, np.array([len(story.story.split()) for story in known])),
-        "steady": _steady(grade, scores, known),
+        "retest": _retest(grade, scores, known, kinds),
     }
-
-
-def _spread(values: np.ndarray) -> dict[str, float | None]:
-    if not len(values):
-        return {"mean": None, "low": None, "high": None}
-    return {"mean": float(values.mean()), "low": float(values.min()), "high": float(values.max())}
 
 
 def _mean_area(scores: np.ndarray, rows: Mapping[str, np.ndarray], openings: Sequence[str]) -> dict[str, Any]:
@@ -70,18 +67,18 @@ def _mean_area(scores: np.ndarray, rows: Mapping[str, np.ndarray], openings: Seq
     it."""
     group = np.unique(np.array(openings), return_inverse=True)[1]
     real = rows[REAL]
-    wins = {
-        kind: (scores[real][:, None] > scores[worse]) + (scores[real][:, None] == scores[worse]) / 2
+    won = {
+        kind: wins(scores[real], scores[worse])
         for kind, worse in rows.items()
         if kind in CORRUPTIONS and len(worse) and len(real)
     }
-    if len(wins) < len(CORRUPTIONS):
+    if len(won) < len(CORRUPTIONS):
         return {"corruptions": None, "corruptions_ci": None}
 
     def mean(sample: np.ndarray) -> float:
         count = np.bincount(group[sample], minlength=len(group)).astype(float)
         areas = []
-        for kind, above in wins.items():
+        for kind, above in won.items():
             a, b = count[group[real]], count[group[rows[kind]]]
             areas.append(a @ above @ b / max(a.sum() * b.sum(), 1))
         return float(np.mean(areas))
@@ -91,24 +88,18 @@ def _mean_area(scores: np.ndarray, rows: Mapping[str, np.ndarray], openings: Seq
     return {"corruptions": mean(firsts), "corruptions_ci": list(interval)}
 
 
-def _floats(values: Iterable[float | None]) -> np.ndarray:
-    """float64 (n,), with nan for None."""
-    return np.array([np.nan if value is None else value for value in values], dtype=float)
-
-
 def _area(better: np.ndarray, worse: np.ndarray) -> dict[str, Any]:
     trials = min(len(better), len(worse))
     if not trials:
         return {"auc": None, "ci": None}
-    area = area_under_curve(better, worse)
+    area = float(wins(better, worse).mean())
     return {"auc": area, "ci": list(wilson(area * trials, trials))}
 
 
-def area_under_curve(better: np.ndarray, worse: np.ndarray) -> float:
-    """The fraction of pairs in which the better one has the higher score; ties count one half (Mann and Whitney 1947).
-    (n,), (m,)."""
-    above = better[:, None] > worse[None, :]
-    return float(above.mean() + (better[:, None] == worse[None, :]).mean() / 2)
+def wins(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
+    """1 for a pair in which the better one has the higher score, 1/2 for a tie. (n,), (m,) -> float64 (n, m), whose
+    mean is the area under the ROC curve (Mann and Whitney 1947)."""
+    return (better[:, None] > worse) + (better[:, None] == worse) / 2
 
 
 def _length(scores: np.ndarray, kinds: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
@@ -133,20 +124,20 @@ def _length(scores: np.ndarray, kinds: np.ndarray, lengths: np.ndarray) -> dict[
     return {"length": float(value), "length_ci": list(bootstrap(pooled, len(rows)))}
 
 
-def _steady(grade: GradeKnown, scores: np.ndarray, known: Sequence[KnownStory]) -> dict[str, float | None] | None:
+def _retest(
+    grade: GradeKnown, scores: np.ndarray, known: Sequence[KnownStory], kinds: np.ndarray
+) -> dict[str, float | None] | None:
     """How far the teacher repeats itself: the fraction of equal scores, their mean distance, and the correlation of the
     first answers with the second ones (None if either is constant)."""
-    rows = [
-        i for kind in (REAL, WORDS) for i in [i for i, story in enumerate(known) if story.kind == kind][: AGAIN // 2]
-    ]
-    second = _floats(grade([(known[i].opening, known[i].story) for i in rows], 1))
+    rows = [int(i) for kind in (REAL, WORDS) for i in np.flatnonzero(kinds == kind)[: RETESTED // 2]]
+    second = np.array(grade([(known[i].opening, known[i].story) for i in rows], 1), dtype=float)
     a, b = np.stack([scores[rows], second])[:, ~np.isnan(scores[rows] + second)]
     if not len(a):
         return None
     constant = a.std() == 0 or b.std() == 0
     return {
-        "same": float(np.isclose(a, b).mean()),
-        "apart": float(np.abs(a - b).mean()),
+        "equal": float(np.isclose(a, b).mean()),
+        "distance": float(np.abs(a - b).mean()),
         "correlation": None if constant else float(np.corrcoef(a, b)[0, 1]),
     }
 
@@ -158,7 +149,7 @@ def verdict(result: Mapping[str, Any]) -> str:
     """The calibration in one clause, which continues "the teacher ..."."""
     if result["judgement"] is None:
         return f"gave no scores: {result['unscored']} of {result['stories']} stories are without one"
-    probability = f"{result['judgement']:.2f} {_interval(result['judgement_ci'])}"
+    probability = with_ci(result["judgement"], result["judgement_ci"])
     lowest, highest = result["range"]
     if result["length"] is not None and result["length"] >= COUNTS_WORDS and result["length_ci"][0] > 0.5:
         return (
@@ -169,11 +160,11 @@ def verdict(result: Mapping[str, Any]) -> str:
         return f"puts a story above shuffled words with probability {probability}"
     if lowest == highest:
         return f"gives everything the same score, {lowest:.0%} of the highest: there is nothing to learn from it"
-    steady = result["steady"]
-    if steady and steady["same"] < STEADY and (steady["correlation"] or 0.0) < STEADY:
+    retest = result["retest"]
+    if retest and retest["equal"] < MIN_AGREEMENT and (retest["correlation"] or 0.0) < MIN_AGREEMENT:
         return (
-            f"answers at random: asked twice, it gives {steady['same']:.0%} of the stories the same score, and it puts "
-            f"a story above shuffled words with probability {probability}, where 0.5 is chance"
+            f"answers at random: asked twice, it gives {retest['equal']:.0%} of the stories the same score, and it "
+            f"puts a story above shuffled words with probability {probability}, where 0.5 is chance"
         )
     return (
         f"cannot tell a story from shuffled words: it puts the story first with probability {probability}, where "
@@ -185,30 +176,22 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Calibrations of several judges on the same stories side by side, as rows of cells: the names, then per kind the
     mean score and how often a real story has the higher one (0.5 is chance), with a 95 % interval."""
     columns = list(results.values())
-
-    def cell(value: float | None, ci: Sequence[float] | None = None, sign: str = "") -> str:
-        return "no score" if value is None else f"{value:{sign}.2f}" + (f" {_interval(ci)}" if ci else "")
-
     rows = [["", *results]]
     for kind in columns[0]["kinds"]:
         values = [result["kinds"][kind] for result in columns]
-        areas = [f": {cell(value['auc'], value['ci'])}" if "auc" in value else "" for value in values]
-        rows.append([kind, *(cell(value["mean"]) + area for value, area in zip(values, areas, strict=True))])
+        areas = [f": {with_ci(value['auc'], value['ci'])}" if "auc" in value else "" for value in values]
+        rows.append([kind, *(with_ci(value["mean"], None) + area for value, area in zip(values, areas, strict=True))])
     rows += [
-        ["mean of the corruptions", *(cell(result["corruptions"], result["corruptions_ci"]) for result in columns)],
-        ["score and length", *(cell(result["length"], result["length_ci"], "+") for result in columns)],
-        ["asked twice", *(_steadiness(result["steady"]) for result in columns)],
+        ["mean of the corruptions", *(with_ci(result["corruptions"], result["corruptions_ci"]) for result in columns)],
+        ["score and length", *(with_ci(result["length"], result["length_ci"], sign="+") for result in columns)],
+        ["asked twice", *(_agreement(result["retest"]) for result in columns)],
         ["without a score", *(f"{result['unscored']} of {result['stories']}" for result in columns)],
     ]
     return rows
 
 
-def _steadiness(steady: Mapping[str, Any] | None) -> str:
-    return f"{steady['same']:.0%} the same, {steady['apart']:.2f} apart" if steady else "no score"
-
-
-def _interval(ci: Sequence[float]) -> str:
-    return f"[{ci[0]:.2f}, {ci[1]:.2f}]"
+def _agreement(retest: Mapping[str, Any] | None) -> str:
+    return f"{retest['equal']:.0%} the same, {retest['distance']:.2f} apart" if retest else "no score"
 
 
 def require(result: Mapping[str, Any], least: float) -> None:

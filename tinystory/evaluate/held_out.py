@@ -116,7 +116,7 @@ def story_means(records: Sequence[Record]) -> dict[str, float | None]:
 
 def reward_mean(records: Sequence[Record]) -> float | None:
     """The mean over the stories that have a reward; None if none has."""
-    return mean_of(record["reward"] for record in records if record["reward"] is not None)
+    return mean_of(record["reward"] for record in records)
 
 
 def is_best(records: Iterable[Record], step: int) -> bool:

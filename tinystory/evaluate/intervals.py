@@ -1,5 +1,5 @@
-"""95 % confidence intervals: for a proportion, a weighted mean of proportions, and any statistic of a sample; and
-Spearman's rank correlation, which several measures share."""
+"""95 % confidence intervals: for a proportion, a weighted mean of proportions, and any statistic of a sample, and how
+they are printed; and Spearman's rank correlation, which several measures share."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -51,6 +51,15 @@ def mean_and_ci(values: np.ndarray) -> tuple[float | None, tuple[float, float] |
     """The mean of the numbers in (n,) that are not nan, and its bootstrap interval; None if there are none."""
     values = values[~np.isnan(values)]
     return (float(values.mean()), mean_ci(values)) if len(values) else (None, None)
+
+
+def with_ci(value: float | None, ci: Sequence[float] | None, decimals: int = 2, sign: str = "") -> str:
+    """0.52 [0.40, 0.63], or the value alone without an interval; a dash for None. sign: "+" to print that of a positive
+    value too."""
+    if value is None:
+        return "\N{EN DASH}"
+    ends = f" [{ci[0]:.{decimals}f}, {ci[1]:.{decimals}f}]" if ci else ""
+    return f"{value:{sign}.{decimals}f}{ends}"
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:

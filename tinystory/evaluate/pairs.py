@@ -8,15 +8,17 @@ is never scored; after a prefix (EWoK's context, COMPS's concept, entity trackin
 goes to the first option, which is always the correct one; the average is taken over phenomena, not over pairs.
 """
 
+import contextlib
+import csv
 import gzip
 import itertools
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, TypeAlias
 
 import numpy as np
 import torch
@@ -44,33 +46,33 @@ class Item:
     whole: bool = False
 
 
-def read_items(path: str | Path) -> list[Item]:
-    """The items of a .jsonl or .jsonl.gz file, or of all such files in a folder, in BabyLM's formats.
+Scored: TypeAlias = list[tuple[Item, torch.Tensor]]  # items, each with the log-probabilities of its options
 
-    Raises UserError if there are none or if a line has an unknown format.
-    """
+
+def read_items(path: str | Path) -> list[Item]:
+    """The items of a .jsonl or .jsonl.gz file, or of all such files in a folder, in BabyLM's formats. Raises UserError
+    if a line has an unknown format."""
     path = Path(path)
     files = sorted(path.glob("*.jsonl")) + sorted(path.glob("*.jsonl.gz")) if path.is_dir() else [path]
-    items = [item for file in files for item in _read(file)]
-    if not items:
-        raise UserError(f"{path} holds no evaluation items: give a .jsonl (or .jsonl.gz) file, or a folder of them")
+    items = []
+    for file in files:
+        name = file.name.removesuffix(".gz").removesuffix(".jsonl")
+        with babylm_file(file, "BabyLM's sentence tasks") as lines:
+            items += [_item(json.loads(line), name) for line in lines if line.strip()]
     return items
 
 
-def _read(file: Path) -> list[Item]:
-    name = file.name.removesuffix(".gz").removesuffix(".jsonl")
-    items, where = [], str(file)
+@contextlib.contextmanager
+def babylm_file(path: Path, kind: str) -> Iterator[TextIO]:
+    """A text file of BabyLM's data, gzipped or not, to read in the block. Errors of reading and parsing become a
+    UserError: the file is not of this kind."""
+    broken = (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, csv.Error, zlib.error)
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{file}, line {number},"
-                if line.strip():
-                    items.append(_item(json.loads(line), name))
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, zlib.error) as error:
-        raise UserError(f"{where} is not an item of BabyLM's sentence tasks ({error!r}): give its own files") from error
-    return items
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+            yield file
+    except (OSError, *broken) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} cannot be read as {kind} ({reason}): give BabyLM's own file") from error
 
 
 def _item(record: dict[str, Any], file: str) -> Item:
@@ -97,9 +99,7 @@ def _item(record: dict[str, Any], file: str) -> Item:
     return Item(tuple(options), uid, **more)
 
 
-def option_logprobs(
-    student: Student, tokenizer: Tokenizer, items: Sequence[Item], desc: str
-) -> list[tuple[Item, torch.Tensor]]:
+def option_logprobs(student: Student, tokenizer: Tokenizer, items: Sequence[Item], desc: str) -> Scored:
     """Each item that fits the student's context, with the log-probabilities of its options after their common prefix,
     in nats: (options,) float64. desc: label of the progress bar."""
     groups = [[part(tokenizer, *option) for option in item.options] for item in items]
@@ -108,7 +108,22 @@ def option_logprobs(
     return list(zip(compress(items, fits), sums, strict=True))
 
 
-def predictions(results: Iterable[tuple[Item, torch.Tensor]], uid: str = "") -> dict[str, Any]:
+def _score(student: Student, tokenizer: Tokenizer, path: str | Path, *, wug: bool, fewest: int) -> tuple[int, Scored]:
+    """The number of items, and `option_logprobs` of those that fit. Raises UserError if they are of the wug test and
+    should not be, or the other way round, or if fewer than `fewest` fit."""
+    items = read_items(path)
+    if any((item.ratio is not None) != wug for item in items):
+        raise UserError(f"{path} is not of this task: --wug takes the wug test, and nothing else does")
+    scored = option_logprobs(student, tokenizer, items, Path(path).name)
+    if len(scored) < fewest:
+        raise UserError(
+            f"{path} holds {len(items)} items, and {len(scored)} of them fit the student's context of "
+            f"{student.config.context} tokens: give .jsonl or .jsonl.gz files of which {fewest} or more fit"
+        )
+    return len(items), scored
+
+
+def predictions(results: Scored, uid: str = "") -> dict[str, Any]:
     """The chosen options as BabyLM's pipeline saves them, {uid: {"predictions": [{"id", "pred"}, ...]}}; in the wug
     tests under `uid`, with the first option's "prob", in float32 as there."""
     table: dict[str, Any] = {}
@@ -129,16 +144,11 @@ def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> 
     groups {"field": {name: row}, ...}, where a row holds accuracy, ci (Wilson), correct and total. Raises UserError if
     no item fits, or for the files of the wug test.
     """
-    items = read_items(path)
-    if any(item.ratio is not None for item in items):
-        raise UserError(f"{path} holds the wug test, which has no right answers: give it as --wug")
-    scored = option_logprobs(student, tokenizer, items, Path(path).name)
+    count, scored = _score(student, tokenizer, path, wug=False, fewest=1)
     # argmax takes the first of equal values, as in the pipeline
     results = [(item, int(logprobs.argmax()) == 0) for item, logprobs in scored]
-    if not results:
-        raise UserError(f"no item of {path} fits the student's context of {student.config.context} tokens")
     phenomena = _rows((item.uid, correct) for item, correct in results)
-    kinds = dict.fromkeys(kind for item in items for kind in item.groups)
+    kinds = dict.fromkeys(kind for item, _ in results for kind in item.groups)
     splits: dict[str, set[str]] = {}
     for item, _ in results:
         splits.setdefault(item.split, set()).add(item.uid)
@@ -151,7 +161,7 @@ def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> 
         "accuracy": 100 * sum(weight * correct / total for correct, total, weight in counts),
         "ci": _percent(weighted(counts)),
         "items": len(results),
-        "too_long": len(items) - len(results),
+        "too_long": count - len(results),
         "phenomena": phenomena,
         "groups": {
             kind: _rows((item.groups[kind], correct) for item, correct in results if kind in item.groups)
@@ -185,12 +195,7 @@ def evaluate_wug(student: Student, tokenizer: Tokenizer, path: str | Path, name:
     form (the softmax of the log-probabilities) and the fraction of humans who chose it.
 
     Returns correlation (-1..1), ci (bootstrap), items and too_long. Raises UserError for files of another task."""
-    items = read_items(path)
-    if any(item.ratio is None for item in items):
-        raise UserError(f"{path} has items without a ratio: --wug takes the wug test's files")
-    results = option_logprobs(student, tokenizer, items, Path(path).name)
-    if len(results) < 3:
-        raise UserError(f"{path} has {len(results)} items that fit the student's context: a correlation needs three")
+    count, results = _score(student, tokenizer, path, wug=True, fewest=3)
     # In float32, as in the pipeline, where preferences near 0 and 1 become ties.
     model = torch.stack([logprobs.float().softmax(0)[0] for _, logprobs in results]).numpy()
     human = np.array([item.ratio for item, _ in results])
@@ -198,6 +203,6 @@ def evaluate_wug(student: Student, tokenizer: Tokenizer, path: str | Path, name:
         "correlation": spearman(model, human),
         "ci": bootstrap(lambda rows: spearman(model[rows], human[rows]), len(results)),
         "items": len(results),
-        "too_long": len(items) - len(results),
+        "too_long": count - len(results),
         "predictions": predictions(results, name),
     }

@@ -40,37 +40,30 @@ def pair_of(opening: str, first: str, second: str) -> Pair:
     return Pair(hashlib.sha256(json.dumps([opening, first, second]).encode()).hexdigest()[:24], opening, first, second)
 
 
+def compared_pairs(paths: Sequence[Path], read: Callable[[Path], Sequence[Sample]]) -> list[Pair]:
+    """The pairs of one run, or of two storytellers, whose stories `read` returns. Raises UserError if there are
+    none."""
+    pairs = run_pairs(*paths) if len(paths) == 1 else story_pairs(*map(read, paths)) if len(paths) == 2 else []
+    if pairs:
+        return pairs
+    raise UserError("--compare takes a finished interaction, or two that tell different stories to the same openings")
+
+
 def run_pairs(run: Path) -> list[Pair]:
-    """The stories to a run's held-out openings before interaction (first) and after it (second).
-
-    Raises UserError if there are none."""
-    pairs = _pairs(run)
-    if not pairs:
-        raise UserError(f"{run} has no stories before and after ({SAMPLES}): give the folder of a finished interaction")
-    return pairs
-
-
-def _pairs(run: Path) -> list[Pair]:
+    """The stories to a run's held-out openings before interaction (first) and after it (second)."""
     stories: dict[str, list[Sample]] = defaultdict(list)
     for record in read_records(Path(run) / SAMPLES):
         stories[record["when"]].append(Sample(record["opening"], record["story"]))
-    return _couples(stories["before"], stories["after"])
+    return story_pairs(stories["before"], stories["after"])
 
 
-def _couples(first: Sequence[Sample], second: Sequence[Sample]) -> list[Pair]:
+def story_pairs(first: Sequence[Sample], second: Sequence[Sample]) -> list[Pair]:
+    """The n-th story to each opening in one list and the n-th to it in the other, where they differ."""
     waiting: dict[str, list[Sample]] = defaultdict(list)
     for story in reversed(second):
         waiting[story.opening].append(story)
     couples = [(story, waiting[story.opening].pop()) for story in first if waiting[story.opening]]
     return [pair_of(a.opening, a.text, b.text) for a, b in couples if a.text != b.text]
-
-
-def story_pairs(first: Sequence[Sample], second: Sequence[Sample]) -> list[Pair]:
-    """The n-th story to each opening in one list and the n-th to it in the other, where they differ. Raises UserError
-    if there are none."""
-    if pairs := _couples(first, second):
-        return pairs
-    raise UserError("there is nothing to compare: the two tell the same stories, or none to the same opening")
 
 
 def win_rate(choices: Sequence[Choice]) -> dict[str, Any]:
@@ -89,7 +82,7 @@ def win_rate(choices: Sequence[Choice]) -> dict[str, Any]:
 
 def run_preferences(run: Path) -> dict[str, dict[str, Any]]:
     """Per judge, the win rate of a run's stories after interaction."""
-    return preferences(Path(run) / PREFERENCES, _pairs(run))
+    return preferences(Path(run) / PREFERENCES, run_pairs(run))
 
 
 def preferences(path: Path, pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:

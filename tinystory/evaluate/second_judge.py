@@ -11,7 +11,7 @@ import torch
 from tinystory.config import InteractConfig
 from tinystory.evaluate.corruptions import corpus_documents, real_stories
 from tinystory.evaluate.held_out import FIRST_INDEX
-from tinystory.evaluate.intervals import mean_and_ci, mean_ci
+from tinystory.evaluate.intervals import mean_and_ci, mean_ci, with_ci
 from tinystory.evaluate.reader import Reader
 from tinystory.ops.compute import Compute
 from tinystory.rl.reward import best_of_n
@@ -114,7 +114,7 @@ def gain(records: Sequence[Record], group: str, over: str, measure: str) -> tupl
 def conclusion(records: Sequence[Record]) -> str:
     """One sentence: which of the run's gain the reader sees."""
     value, ci = gain(records, AFTER, BEFORE, "sense")
-    text = f"{value:+.2f} [{ci[0]:.2f}, {ci[1]:.2f}] nats per token"
+    text = f"{with_ci(value, ci, sign='+')} nats per token"
     if not ci[0] > 0:
         return f"The reader, which was not the teacher, sees no gain in sense from interaction: {text}."
     groups = summary(records, "sense")
@@ -127,5 +127,5 @@ def conclusion(records: Sequence[Record]) -> str:
     verdict = "more than" if beyond_ci[0] > 0 else "less than" if beyond_ci[1] < 0 else "no different from"
     return (
         f"The reader, which was not the teacher, sees a gain in sense of {text}{way}; that is {verdict} the {theirs} "
-        f"(difference {beyond:+.2f} [{beyond_ci[0]:.2f}, {beyond_ci[1]:.2f}])."
+        f"(difference {with_ci(beyond, beyond_ci, sign='+')})."
     )

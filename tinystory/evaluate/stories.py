@@ -13,7 +13,7 @@ from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import mean_and_ci, mean_ci, wilson
 from tinystory.evaluate.samples import Sample
-from tinystory.rl.reward import cluster_ids, partition
+from tinystory.rl.reward import cluster_ids
 from tinystory.student.generate import generate
 from tinystory.student.model import Student
 
@@ -50,25 +50,20 @@ def write_stories(
 
 
 def story_measures(
-    stories: Sequence[Sample],
-    *,
-    grade: GradeStories | None = None,
-    corpus: Corpus | None = None,
-    same: Callable[[str, str], bool] | None = None,
+    stories: Sequence[Sample], *, grade: GradeStories | None = None, corpus: Corpus | None = None
 ) -> dict[str, Any]:
     """Measures of stories by a student, another model or humans.
 
-    grade(pairs) returns the scores of each (opening, story) per criterion, 0..3 each, or None for no score. same:
-    whether two stories to one opening are the same, as for `partition`.
+    grade(pairs) returns the scores of each (opening, story) per criterion, 0..3 each, or None for no score.
 
     Returns, over all stories: length_mean (words) with length_ci; distinct_1 to distinct_4 (distinct word n-grams over
     all of them); self_bleu (None for a single story); story_clusters_10, of the first ten stories to an opening,
-    averaged over openings with as many (NoveltyBench's distinct, with shared phrases in place of its classifier), and
-    distinct_of_10, the same by `same`. Where known of all: ended_eos_share with ended_eos_ci (Wilson); entropy_per_word
-    (nats: entropies of the sampling distributions, summed over tokens, per word). With `grade`: score_mean, the sum of
-    the criteria's scores, with score_ci; NAME_mean of each criterion; unscored; utility_10 (see `utility`). With
-    `corpus`: copied_share, the words of the longest phrase shared with it over the story's words, and copied_longest,
-    the longest such phrase in words. The other intervals are bootstrapped over stories.
+    averaged over openings with as many (NoveltyBench's distinct, with shared phrases in place of its classifier). Where
+    known of all: ended_eos_share with ended_eos_ci (Wilson); entropy_per_word (nats: entropies of the sampling
+    distributions, summed over tokens, per word). With `grade`: score_mean, the sum of the criteria's scores, with
+    score_ci; NAME_mean of each criterion; unscored; utility_10 (see `utility`). With `corpus`: copied_share, the words
+    of the longest phrase shared with it over the story's words, and copied_longest, the longest such phrase in words.
+    The other intervals are bootstrapped over stories.
     """
     texts = [story.text for story in stories]
     by_opening: dict[str, list[int]] = {}
@@ -84,8 +79,6 @@ def story_measures(
         "self_bleu": self_bleu(texts),
     }
     measures["story_clusters_10"] = mean_of(len({*cluster_ids([texts[i] for i in rows])}) for rows in tens)
-    if same:
-        measures["distinct_of_10"] = mean_of(len({*partition([texts[i] for i in rows], same)}) for rows in tens)
     if all(story.ended for story in stories):
         ended = sum(story.ended == "eos" for story in stories)
         measures |= {"ended_eos_share": ended / len(stories), "ended_eos_ci": wilson(ended, len(stories))}
@@ -109,10 +102,10 @@ def story_measures(
     return measures
 
 
-def mean_of(values: Iterable[float]) -> float | None:
-    """The mean; None of no values."""
-    values = list(values)
-    return fmean(values) if values else None
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are not None; None if there are none."""
+    present = [value for value in values if value is not None]
+    return fmean(present) if present else None
 
 
 def utility(texts: Sequence[str], scores: Sequence[float], patience: float = 0.8) -> float:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.evaluate.pairs import babylm_file
 from tinystory.evaluate.scoring import part, sum_logprobs
 from tinystory.run.errors import UserError
-from tinystory.run.folder import atomic_write, read_text
+from tinystory.run.folder import atomic_write
 from tinystory.student.model import Student
 
 # Our tasks and BabyLM's. The names of its folders of data begin with ours, or with its own.
@@ -57,12 +58,10 @@ def word_surprisals(student: Student, tokenizer: Tokenizer, path: str | Path) ->
     """The surprisal, in nats, of each word of cdi_childes.json in each context there, for ages of acquisition (Chang &
     Bergen 2022): {"target_word", "context_id", "context", "surprisal"} in the file's order. As in the pipeline, words
     of one letter are left out, and what is too long has nan. Raises UserError for another file."""
-    try:
-        words = json.loads(read_text(Path(path)))
+    with babylm_file(Path(path), "BabyLM's cdi_childes.json") as file:
+        words = json.load(file)
         items = [(w, i, c["context"]) for w, contexts in words.items() if len(w) > 1 for i, c in enumerate(contexts)]
         parts = [part(tokenizer, f"{context.strip()} ", word.strip()) for word, _, context in items]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not BabyLM's cdi_childes.json ({error!r}): give that file") from error
     fits = [len(ids) <= student.config.context for ids, _ in parts]
     groups = [[part] for part, fit in zip(parts, fits, strict=True) if fit]
     sums = iter(sum_logprobs(student, groups, "age of acquisition"))

@@ -208,7 +208,9 @@ class Axes:
             self.parts.append(f'<text class="value" {place}>{html.escape(text)}</text>')
 
     def svg(self) -> str:
-        return svg(self.title, self.size, self.parts)
+        name = html.escape(self.title)
+        box = f'<svg class="chart" viewBox="0 0 {self.size[0]} {self.size[1]}" role="img" aria-label="{name}">'
+        return f'{box}<text class="title" x="0" y="14">{name}</text>{"".join(self.parts)}</svg>'
 
 
 def chart(
@@ -265,12 +267,6 @@ def padded_range(values: np.ndarray) -> Span:
     constant = high - low <= max(1e-6 * level, 1e-300)  # up to rounding
     margin = (level * 0.1 or 1.0) if constant else (high - low) * 0.06
     return (low - margin if low < 0 or low > margin else 0.0, high + margin)
-
-
-def svg(title: str, size: Size, parts: Sequence[str]) -> str:
-    name = html.escape(title)
-    box = f'<svg class="chart" viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{name}">'
-    return f'{box}<text class="title" x="0" y="14">{name}</text>{"".join(parts)}</svg>'
 
 
 def standalone(drawing: str) -> str:

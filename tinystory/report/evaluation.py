@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tinystory.report.charts import number
+from tinystory.evaluate.intervals import with_ci
 from tinystory.run.folder import Record
 
 # Name, path to the value in a record, path to its interval, decimals.
@@ -24,15 +24,12 @@ ROWS = (
     ("he or she", ("coreference", "he_or_she"), None, 3),
     ("teacher's score", ("stories", "score_mean"), ("stories", "score_ci"), 2),
     ("reader: sense", ("stories", "sense_mean"), ("stories", "sense_ci"), 2),
-    ("reader: half gain", ("stories", "half_gain_mean"), ("stories", "half_gain_ci"), 2),
-    ("reader: order gain", ("stories", "order_gain_mean"), ("stories", "order_gain_ci"), 2),
     ("words per story", ("stories", "length_mean"), ("stories", "length_ci"), 1),
     ("fraction that end", ("stories", "ended_eos_share"), ("stories", "ended_eos_ci"), 2),
     ("nats per word", ("stories", "entropy_per_word"), None, 2),
     ("distinct_4", ("stories", "distinct_4"), None, 3),
     ("self-BLEU", ("stories", "self_bleu"), None, 3),
     ("clusters of 10, by shared phrases", ("stories", "story_clusters_10"), None, 1),
-    ("distinct of 10, NoveltyBench's", ("stories", "distinct_of_10"), None, 1),
     ("utility of 10", ("stories", "utility_10"), None, 2),
     ("copied fraction", ("stories", "copied_share"), None, 3),
 )
@@ -50,11 +47,8 @@ def comparison(records: Sequence[Record]) -> list[list[str]]:
     """One row per measure that was taken: its name, then the value and 95 % interval for each checkpoint."""
     rows = []
     for name, path, interval, decimals in ROWS:
-        cells = []
-        for record in records:
-            value, ends = at(record, path), at(record, interval)
-            cell = number(None) if value is None else f"{value:.{decimals}f}"
-            cells.append(f"{cell} [{ends[0]:.{decimals}f}, {ends[1]:.{decimals}f}]" if ends else cell)
-        if any(at(record, path) is not None for record in records):
-            rows.append([name, *cells])
+        values = [at(record, path) for record in records]
+        if any(value is not None for value in values):
+            ends = (at(record, interval) for record in records)
+            rows.append([name, *(with_ci(value, ci, decimals) for value, ci in zip(values, ends, strict=True))])
     return rows

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinystory.evaluate.intervals import spearman
+from tinystory.evaluate.intervals import spearman, with_ci
 from tinystory.evaluate.preference import run_preferences
 from tinystory.evaluate.second_judge import AFTER, BEFORE, GROUPS, column, conclusion, summary
 from tinystory.report import page
@@ -49,7 +49,7 @@ def judged_rows(records: Sequence[Record]) -> list[list[str]]:
         cells = []
         for table in tables.values():
             row = table[name]
-            cells += [with_ends(row["mean"], row["ci"]), number(None) if row["gap"] is None else f"{row['gap']:.0%}"]
+            cells += [with_ci(row["mean"], row["ci"]), number(None) if row["gap"] is None else f"{row['gap']:.0%}"]
         rows.append([name, str(sum(record["group"] == name for record in records)), *cells])
     return rows
 
@@ -64,11 +64,6 @@ def correlation_line(records: Sequence[Record]) -> str:
     return "Spearman’s correlation of the two judges is {:.2f} before and {:.2f} after.".format(*values)
 
 
-def with_ends(value: float | None, interval: Any) -> str:
-    """0.52 [0.40, 0.63]; a dash for None."""
-    return number(None) if value is None else f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
-
-
 def preference_lines(preferences: Mapping[str, Mapping[str, Any]], names: Sequence[str] = BEFORE_AFTER) -> list[str]:
     """One sentence per judge that compared stories without knowing which is whose. names: of the two storytellers."""
     lines = []
@@ -76,6 +71,6 @@ def preference_lines(preferences: Mapping[str, Mapping[str, Any]], names: Sequen
         order = f" ({rates['inconsistent']} of them depended on the order)" if rates["inconsistent"] else ""
         lines.append(
             f"{judge} preferred {names[1]} in {rates['second']} of {rates['pairs']} pairs, {names[0]} in "
-            f"{rates['first']}, and neither in {rates['same']}{order}: win rate {with_ends(rates['rate'], rates['ci'])}"
+            f"{rates['first']}, and neither in {rates['same']}{order}: win rate {with_ci(rates['rate'], rates['ci'])}"
         )
     return lines

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
+from tinystory.evaluate.stories import mean_of
 from tinystory.report import judges, page
 from tinystory.report.charts import Line, chart, number
 from tinystory.report.page import TOP_SCORE, block, colour, details, grid, section, story_card, tile
 from tinystory.rl.collapse import Watch
 from tinystory.rl.reward import cluster_sizes
-from tinystory.run.errors import UserError
 from tinystory.run.folder import SAMPLES, Record, read_config, read_metrics, read_records, read_stories
 
 EDGE = 5  # the headline compares the means of the first and last so many steps
@@ -87,14 +87,9 @@ def live_report(run: Path, writes: bool) -> Iterator[Callable[[], None]]:
 
 
 def write_report(run_folder: Path, live: bool = False) -> Path:
-    """Write report.html into the folder of a run, finished or not, and return its path. live: the page reloads itself.
-
-    Raises UserError if the folder holds no run.
-    """
+    """The path of report.html, written into the folder of a run, finished or not. live: the page reloads itself."""
     folder = Path(run_folder)
     metrics, config = read_metrics(folder), read_config(folder)
-    if not metrics and not config:
-        raise UserError(f"{folder} holds no run (no config.json, no metrics.jsonl): give the folder of a run")
     if not metrics:
         sections = ['<p class="note">No step is recorded yet.</p>']
     elif "reward_mean" in metrics[-1]:
@@ -119,7 +114,7 @@ def number_option(config: Record, name: str) -> float | None:
 def remaining(metrics: list[Record], config: Record) -> str:
     """The state of a run that goes on, with the time left, where the pace of its RECENT steps tells it."""
     recent, last = metrics[-RECENT:], metrics[-1] if metrics else {}
-    words, speed = last.get("words"), mean(column(recent, "tokens_per_s"))
+    words, speed = last.get("words"), mean_of(column(recent, "tokens_per_s"))
     if "reward_mean" in last and (steps := number_option(config, "steps")):
         seconds = sum(record.get(f"{part}_s") or 0 for part in PARTS for record in recent)
         left = (steps - last["step"]) * seconds / len(recent)
@@ -211,7 +206,7 @@ def interaction_headline(metrics: list[Record], criteria: Sequence[str]) -> str:
 
     def ends(key: str) -> list[float | None]:
         values = column(metrics, key)
-        return [mean(values[:edge]), mean(values[-edge:])] if len(values) > 1 else [mean(values)]
+        return [mean_of(values[:edge]), mean_of(values[-edge:])] if len(values) > 1 else [mean_of(values)]
 
     steps = {0: "the only step", 1: "first step → last"}.get(len(metrics) // 2, f"first {edge} steps → last {edge}")
     means = [
@@ -239,7 +234,7 @@ def sameness(metrics: list[Record], digest: "Digest") -> str:
     """Score against diversity: whether a higher score was bought by telling the same story again."""
     ends = [digest.first, digest.last] if digest.first is not digest.last else [digest.last]
     sizes = [(cluster_sizes([r["story"] for r in records]), step_name(records[0])) for records in ends if records]
-    bars = "".join(page.cluster_bar(*each) for each in sizes)
+    bars = "".join(page.cluster_bar(*step) for step in sizes)
     return section(
         "Better stories, or one story again?",
         "A score can be bought by telling one good story over and over: then the difference falls as the score rises, "
@@ -336,11 +331,6 @@ def pretraining(metrics: list[Record]) -> list[str]:
 
 def column(metrics: list[Record], key: str) -> list[float | None]:
     return [record.get(key) for record in metrics]
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else None
 
 
 def curve(

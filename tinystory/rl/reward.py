@@ -15,10 +15,10 @@ import runpy
 import signal
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
@@ -26,7 +26,6 @@ from tinystory.run.errors import UserError
 if TYPE_CHECKING:  # reports need no torch
     from tinystory.student.generate import Story
 
-T = TypeVar("T")
 ScoreStories = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]  # openings and stories of a step
 
 
@@ -80,20 +79,21 @@ def cluster_sizes(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
 
 
 def cluster_ids(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
-    """The `partition` of texts in which two are the same if they share more than `threshold` of their word 3-grams
-    (Jaccard; capitalised words count as one word)."""
-    return partition([phrases(text, 3) for text in texts], lambda a, b: len(a & b) > threshold * len(a | b))
-
-
-def partition(items: Iterable[T], same: Callable[[T, T], bool]) -> list[int]:
-    """The cluster of each item, numbered from 0 by first appearance. An item joins the first cluster whose founder is
-    the same, or founds one."""
-    founders: list[T] = []
-    ids = []
-    for item in items:
-        ids.append(next((i for i, founder in enumerate(founders) if same(founder, item)), len(founders)))
-        if ids[-1] == len(founders):
-            founders.append(item)
+    """The cluster of each text, numbered from 0 by first appearance. A text joins the first cluster with whose founder
+    it shares more than `threshold` of their word 3-grams (Jaccard; capitalised words count as one word), or founds one.
+    """
+    ids: list[int] = []
+    sizes: list[int] = []  # of the founders, in 3-grams
+    founders: dict[tuple[str, ...], list[int]] = {}  # by 3-gram
+    for text in texts:
+        grams = phrases(text, 3)
+        shared = Counter(founder for gram in grams for founder in founders.get(gram, ()))
+        near = [i for i, count in shared.items() if count > threshold * (len(grams) + sizes[i] - count)]
+        ids.append(min(near, default=len(sizes)))
+        if not near:
+            for gram in grams:
+                founders.setdefault(gram, []).append(len(sizes))
+            sizes.append(len(grams))
     return ids
 
 

@@ -1,4 +1,4 @@
-"""The metrics of pretraining steps, which a GPU may still be computing when they are launched."""
+"""What a step's record is made of: the seconds of its stages, and metrics that a GPU may still be computing."""
 
 import math
 import time
@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from tinystory.run.device import Download
+from tinystory.run.device import Download, now
 from tinystory.run.errors import UserError
 from tinystory.run.folder import Record, RunLog
 
@@ -51,3 +52,23 @@ class StepLog:
             self.metrics = metrics
             for warning in self.watch(record).values() if self.log.writes else ():
                 self.bar.write(warning)
+
+
+class Stages:
+    """The stages of a step, one after the other. seconds: of each that has ended, as NAME_s."""
+
+    def __init__(self, bar: tqdm, device: torch.device):
+        self.bar, self.device = bar, device
+        self.name, self.began = "", 0.0
+        self.seconds: dict[str, float] = {}
+
+    def begin(self, name: str) -> None:
+        """End the present stage, and begin another, whose name the bar shows."""
+        self.end()
+        self.bar.set_description(name)
+        self.name, self.began = name, time.perf_counter()
+
+    def end(self) -> None:
+        if self.name:
+            self.seconds[f"{self.name}_s"] = now(self.device) - self.began  # a GPU's time counts where it was launched
+        self.name = ""

@@ -10,7 +10,7 @@ import math
 import random
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -26,6 +26,8 @@ from tinystory.ops import reference
 from tinystory.run.device import Download
 from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, ValueHead
+
+ROWS = 128  # stories that a CPU writes at the same time
 
 
 @dataclass
@@ -87,22 +89,42 @@ def generate(
 ) -> list[Story]:
     """A story for each opening, in order, with the indices first_index, first_index + 1, ...
 
-    An opening that several stories share is read once. Each story is handed to `on_story` as soon as it ends.
-    A temperature below 1e-6 is greedy decoding; dropout: see `dropout_steps`. The matmuls and the KV cache have
-    autocast's type. Raises UserError when an opening and its story do not fit the context.
+    An opening that several stories share is read once (on a CPU once for ROWS stories). Each story is handed to
+    `on_story` as soon as it ends. A temperature below 1e-6 is greedy decoding; dropout: see `dropout_steps`. The
+    matmuls and the KV cache have autocast's type. Raises UserError when an opening and its story do not fit the
+    context.
     """
     if temperature < 1e-6:
         temperature, top_k = 1.0, 1
     sampling = Sampling(max_new_tokens, tokenizer.eos, seed, temperature, top_k, top_p, dropout)
+    prompts = {text: encode_opening(tokenizer, text) for text in openings}
+    require_room(student, max(prompts.values(), key=len), max_new_tokens)
+    size = rows_at_once(len(openings), student.wte.weight.device)
+    stories: list[Story] = []
+    for first in range(0, len(openings), size):
+        some = openings[first : first + size]
+        stories += _write(student, value_head, tokenizer, some, prompts, sampling, first_index + first, on_story)
+    return stories
+
+
+def rows_at_once(count: int, device: torch.device) -> int:
+    """How many of so many stories are written at the same time: on a CPU few enough for its caches to hold what is
+    read for each token."""
+    return count if device.type == "cuda" else min(count, ROWS)
+
+
+def _write(
+    student: Student, head: ValueHead | None, tokenizer: Tokenizer, openings: Sequence[str],
+    prompts: Mapping[str, list[int]], sampling: Sampling, first_index: int, on_story: Callable[[Story], None] | None,
+) -> list[Story]:  # fmt: skip
+    """The stories that are written at the same time. prompts: the tokens of each opening."""
     device = student.wte.weight.device
     distinct = {text: i for i, text in enumerate(dict.fromkeys(openings))}
-    prompts = [encode_opening(tokenizer, text) for text in distinct]
-    require_room(student, max(prompts, key=len), max_new_tokens)
-    prompt_tokens = [torch.tensor(prompt, device=device) for prompt in prompts]
+    prompt_tokens = [torch.tensor(prompts[text], device=device) for text in distinct]
     prompt_of = torch.tensor([distinct[text] for text in openings], device=device)
     token_steps = engine_steps if engine_runs(device, ops.matmul_dtype(student.wte.weight)) else student_steps
-    token_steps = dropout_steps if dropout else token_steps
-    steps = token_steps(student, value_head, prompt_tokens, prompt_of, sampling, first_index)
+    token_steps = dropout_steps if sampling.dropout else token_steps
+    steps = token_steps(student, head, prompt_tokens, prompt_of, sampling, first_index)
     stories: dict[int, Story] = {}
     for t, (outputs, ended) in enumerate(steps):
         if not ended:

@@ -12,6 +12,7 @@ import torch
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.run import distributed
 from tinystory.run.errors import UserError
+from tinystory.student.generate import rows_at_once
 from tinystory.student.model import StudentConfig
 
 FLOAT = 4  # bytes
@@ -56,7 +57,7 @@ def require_for_pretraining(config: PretrainConfig, device: torch.device) -> Non
     require(parameters(shape) * TRAINED + batch + activations, device, advice)
 
 
-def interaction(config: InteractConfig, shape: StudentConfig) -> dict[str, int]:
+def interaction(config: InteractConfig, shape: StudentConfig, device: torch.device) -> dict[str, int]:
     """Bytes that each part of an interaction takes on one of the processes. Student, reference and KV cache are
     certain; the activations are those of stories of full length, and on a CPU their memory and the cache's are the
     same."""
@@ -67,24 +68,27 @@ def interaction(config: InteractConfig, shape: StudentConfig) -> dict[str, int]:
     return {
         "student, gradients and Adam's moments": parameters(shape) * 4 * FLOAT,
         "frozen reference": parameters(shape) * FLOAT,
-        f"KV cache of {stories} stories": story_memory(stories, config.max_new_tokens, shape, size),
+        f"KV cache of {rows_at_once(stories, device)} stories": (
+            story_memory(stories, config.max_new_tokens, shape, device, size)
+        ),
         f"activations of {rows} stories": tokens * shape.n_layer * shape.n_embd * KEPT * size,
     }
 
 
-def story_memory(stories: int, max_new_tokens: int, shape: StudentConfig, size: int = 2) -> int:
+def story_memory(stories: int, max_new_tokens: int, shape: StudentConfig, device: torch.device, size: int = 2) -> int:
     """Bytes of KV cache and outputs while so many stories are written. size: of an entry of the cache."""
-    return stories * max_new_tokens * (shape.n_layer * 2 * shape.n_embd * size + 8 + 3 * FLOAT)
+    cache = rows_at_once(stories, device) * shape.n_layer * 2 * shape.n_embd * size
+    return (cache + stories * (8 + 3 * FLOAT)) * max_new_tokens
 
 
 def require_for_interaction(config: InteractConfig, shape: StudentConfig, device: torch.device) -> None:
     """Raises UserError if such a run of a student of this shape cannot fit."""
-    *certain, _ = interaction(config, shape).values()
+    *certain, _ = interaction(config, shape, device).values()
     require(sum(certain), device, "--stories-per-step, --eval-stories, --eval-best-of or --max-new-tokens")
 
 
 def require_for_stories(
     stories: int, max_new_tokens: int, shape: StudentConfig, device: torch.device, advice: str
 ) -> None:
-    """Raises UserError if so many stories cannot be written at once."""
-    require(parameters(shape) * FLOAT + story_memory(stories, max_new_tokens, shape), device, advice)
+    """Raises UserError if so many stories do not fit."""
+    require(parameters(shape) * FLOAT + story_memory(stories, max_new_tokens, shape, device), device, advice)

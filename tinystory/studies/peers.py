@@ -93,12 +93,12 @@ def require(nanogpt: Path | None, trl: Path | None, batch: int, device: torch.de
     """Raises UserError for options with which peers cannot be timed."""
     if device.type != "cpu" or batch:
         raise UserError("peers are timed on the CPU, with the batch sizes of the published figures: leave out --batch")
-    if not (nanogpt or trl):
-        raise UserError("peers needs --nanogpt DIR (a clone), --trl PYTHON (of an environment with trl 0.9.4), or both")
-    if nanogpt and not (nanogpt / "model.py").is_file():
-        raise UserError(f"--nanogpt {nanogpt} has no model.py: clone github.com/karpathy/nanoGPT")
-    if trl and not trl.is_file():
-        raise UserError(f"--trl {trl} is no file: name the Python of an environment with trl 0.9.4, transformers 4.53")
+    files = [path for path in (nanogpt and nanogpt / "model.py", trl) if path]
+    if not files or not all(path.is_file() for path in files):
+        raise UserError(
+            "peers needs --nanogpt DIR, a clone of github.com/karpathy/nanoGPT with its model.py, or --trl PYTHON, the "
+            "interpreter of an environment with trl 0.9.4 and transformers 4.53, or both"
+        )
 
 
 def compare(
