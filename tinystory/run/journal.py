@@ -1,5 +1,6 @@
 """An append-only file of JSON objects, one per line, that survives a kill at any instant."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -36,10 +37,11 @@ class Journal:
         lines = "".join(json.dumps(record) + "\n" for record in records).encode()
         size = self._file.seek(0, os.SEEK_END)
         try:
-            if self._file.write(lines) != len(lines):
-                self._file.truncate(size)
-                raise OSError(None, "the disk is full")
+            while lines:  # an unbuffered write may be partial, as on a nearly full disk
+                lines = lines[self._file.write(lines) :]
         except OSError as error:
+            with contextlib.suppress(OSError):  # of a device, which has no size
+                self._file.truncate(size)
             raise cannot_write(self.path, error) from error
 
     def close(self) -> None:

@@ -255,7 +255,8 @@ class Teacher(GraderBase):
         key = self._probe_key(endpoint)
         cached = self._cache.get(key) if self._cache is not None else None
         probe = cached and Probe.load(cached.text)
-        if not probe or not probe.scored:  # the teacher may have been fixed
+        # A probe without scores is not what a run starts from again, unless the run got scores in spite of it.
+        if not probe or not (probe.scored or self._got_scores()):
             probe = await prober.probe()
             if self._cache is not None:
                 self._cache.put(key, CachedReply(probe.dump()), again=True)
@@ -277,6 +278,11 @@ class Teacher(GraderBase):
             return endpoints[0]
         keys = {self._probe_key(endpoint): endpoint for endpoint in reversed(endpoints)}
         return next(keys[key] for key, _ in self._cache.items() if key in keys)
+
+    def _got_scores(self) -> bool:
+        assert self._cache is not None
+        replies = (reply.text for key, reply in self._cache.items() if not key.startswith("probe "))
+        return any(parse_scores(reply, self.template.names) for reply in replies)
 
     async def _grade(self, text: Text, again: int, afresh: bool) -> Grade:
         # After a fatal failure most of the other tasks are never awaited: asyncio need not report their exceptions.
