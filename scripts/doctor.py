@@ -1,7 +1,7 @@
-"""Say what this machine has for tinystory, and what keeps it from having the rest.
+"""Report this machine's compiler, kernels, GPU and cache, and why any of them is missing.
 
     python scripts/doctor.py                                            the machine
-    python scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1    ... and the teacher there: what it obeys
+    python scripts/doctor.py --teacher-url http://127.0.0.1:11434/v1    ... and the capabilities of the teacher there
     python scripts/doctor.py --teacher-url URL --calibrate              ... and whether it can judge stories
     python scripts/doctor.py --reward my_reward.py:score --calibrate    the same for a callable
     python scripts/doctor.py --calibrate --reader smollm2               the built-in teacher and a reader, side by side
@@ -32,7 +32,6 @@ from tinystory.evaluate.calibration import FULL, RETESTED, GradeKnown, calibrate
 from tinystory.evaluate.corruptions import DOCUMENTS, KnownStory, corpus_documents, known_stories, real_stories
 from tinystory.evaluate.reader import Reader
 from tinystory.ops import backend, build, cuda, fastest
-from tinystory.rl.reward import load_score
 from tinystory.rubric.rubric import Rubric
 from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError, command
@@ -40,10 +39,7 @@ from tinystory.run.paths import cache_dir, usage
 from tinystory.run.text import aligned
 from tinystory.student import memory
 from tinystory.student.model import StudentConfig
-from tinystory.teacher.client import Teacher
-from tinystory.teacher.extra import load_extra
-from tinystory.teacher.grader import CallableGrader
-from tinystory.teacher.prompt import Template, load_template
+from tinystory.teacher.grader import open_grader
 
 PACKAGES = (
     "pybind11", "ninja", "setuptools", "numpy", "tokenizers", "tiktoken", "safetensors", "openai", "httpx2", "aiohttp",
@@ -60,19 +56,19 @@ MODEL, VLLM_GB, KV_BYTES, LONGEST = "meta-llama/Llama-3.1-8B-Instruct", 1.5, 16_
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--teacher-url", metavar="URL", help="also ask the OpenAI-compatible teacher at this address")
-    add("--teacher-model", metavar="NAME", help="model to ask for (default: the first that it lists)")
+    add("--teacher-url", nargs=1, default=[], metavar="URL", help="also ask this OpenAI-compatible teacher")
+    add("--teacher-model", nargs=1, default=[], metavar="NAME", help="model to ask for (default: the first listed)")
     add_number(parser, "--teacher-max-tokens", 16, "[1, 100000]", "longest reply")
     add("--teacher-extra", default="", metavar="JSON", help="fields to merge into each request")
-    add("--teacher-prompt", metavar="FILE", help="JSON file of what to grade (default: stories)")
+    add("--teacher-prompt", default="", metavar="FILE", help="JSON file of what to grade (default: stories)")
     add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
     add("--reward", default="", metavar="FILE.py:FUNCTION", help="callable to calibrate; or random")
-    add("--calibrate", action="store_true", help="show the teacher, else the built-in one, stories of known order")
+    add("--calibrate", action="store_true", help="measure how well the teacher, or the built-in one, judges stories")
     add("--reader", metavar="NAME", help="calibrate a reader too: smollm2, or a causal language model")
     add_number(parser, "--per-kind", FULL, "[2, 1e6]", "stories of each kind")
-    add("--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="whence most of them (default: builtin)")
-    add("--registers", nargs="+", default=[], metavar="NAME|FILE", help="corpora whose real stories are shown too")
-    add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if it judges worse")
+    add("--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="their corpus (default: builtin)")
+    add("--registers", nargs="+", default=[], metavar="NAME|FILE", help="corpora whose real stories are scored too")
+    add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if its judgement is lower")
     add("--plan", choices=INTERACT_PRESETS, help="add up the memory of an interaction beside a teacher")
     add_number(parser, "--gpu-gb", 24.0, "[1, 10000]", "memory of the GPU that both share, in GiB")
     add_number(parser, "--teacher-billions", 8.0, "[0.1, 1000]", "the teacher's parameters")
@@ -81,28 +77,21 @@ def main(argv: list[str] | None = None) -> None:
     if options.plan:
         plan(options.plan, options.gpu_gb, options.teacher_billions)
         return
-    for name, found in machine():
-        print(f"{name:10} {found}")
+    for component, state in machine():
+        print(f"{component:10} {state}")
     calibrates = options.calibrate or options.require_judgement > 0
-    if options.teacher_url is not None:
-        template = load_template(options.teacher_prompt) if options.teacher_prompt else Template()
-        limits = dict(max_tokens=options.teacher_max_tokens, template=template, concurrency=options.teacher_concurrency)
-        limits |= dict(extra=load_extra(options.teacher_extra))
-        with Teacher(options.teacher_url, options.teacher_model, **limits) as teacher:
-            probed = teacher.probe()
-            print(f"{'teacher':10} {probed}")
-            for note in probed.notes:
-                print(f"{'':10} {note}")
+    names = {field.name for field in fields(InteractConfig)}
+    config = InteractConfig(**{name: value for name, value in vars(options).items() if name in names})
+    if config.teacher_url or config.reward:
+        with open_grader(config, corpus=None) as grader:
             if calibrates:
-                calibration("teacher", of_grader(teacher), options)
-    elif options.reward and calibrates:
-        calibration(options.reward, of_grader(CallableGrader(load_score(options.reward), options.reward)), options)
+                calibration(options.reward or "teacher", of_grader(grader), options)
     elif calibrates:
         calibration("built-in teacher", builtin_scores(options.corpus), options)
 
 
 def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> None:
-    """Print how a teacher, and --reader, score stories of known order. Raises UserError if the teacher's judgement is
+    """Print how a teacher, and --reader, score stories of known quality. Raises UserError if the teacher's judgement is
     below what is required."""
     judges: dict[str, GradeKnown] = {name: grade}
     if options.reader:
@@ -131,13 +120,13 @@ def builtin_scores(names: list[str]) -> GradeKnown:
 
 
 def plan(preset: str, gpu_gb: float, billions: float) -> None:
-    """Print what a preset's interaction takes of a GPU, and the vLLM server that fits into the rest. Raises UserError
-    if none does."""
+    """Print the GPU memory of a preset's interaction, and the command of a vLLM server that fits beside it. Raises
+    UserError if none does."""
     pretrain = PretrainConfig(**PRETRAIN_PRESETS[preset])
     shape = StudentConfig(**{field.name: getattr(pretrain, field.name) for field in fields(StudentConfig)})
     parts = memory.interaction(InteractConfig(**INTERACT_PRESETS[preset]), shape, torch.device("cuda"))
     parts["CUDA and libraries"] = CUDA
-    for name, size in (parts | {"together": sum(parts.values())}).items():
+    for name, size in (parts | {"total": sum(parts.values())}).items():
         print(f"{size / 2**30:8.2f} GiB  {name}")
     share = math.floor((1 - sum(parts.values()) / 2**30 / gpu_gb) * 100) / 100
     for bytes_each, flag in ((2, ""), (1, " --quantization fp8")):

@@ -5,8 +5,8 @@
 For each seed a student is pretrained by the defaults of train_pretrain.py, and for each text of --options trained by
 train_interact.py with these. What is finished is not run again. Then each student, the untouched one first, writes
 fresh stories, which the built-in teacher grades. Beside them stand lower temperatures, and the best of several stories,
-chosen by their reward or, without a grade, by the student's own likelihood. The rows are printed as Markdown, means
-over the seeds; OUT/rows.jsonl has each seed's.
+chosen by their reward or, without a grade, by the student's own likelihood; these also with the first of --options. The
+rows are printed as Markdown, means over the seeds; OUT/rows.jsonl has each seed's.
 """
 
 import argparse
@@ -85,8 +85,9 @@ def main(argv: list[str] | None = None) -> None:
             out = options.out / f"{'_'.join(text.replace('--', '').split()) or 'default'}-{seed}"
             if not (out / SAMPLES).exists():  # the last file that an interaction writes
                 run("train_interact.py", out, seed, "--init", str(start), *shlex.split(text))
-            rows += [Row(name, out), Row(f"{name}, best of 4", out, n=4, graded=True)]
-            rows += [Row(f"{name}, best of 4, ungraded", out, n=4)]
+            rows.append(Row(name, out))
+            if text == options.options[0]:
+                rows += [Row(f"{name}, best of 4{how}", out, n=4, graded=not how) for how in ("", ", ungraded")]
         corpus = checkpoint.load(checkpoint.find(start))[2]["corpus"]
         with open_grader(CONFIG, builtin_teacher, corpus=corpus) as grader:
             for row in rows:

@@ -38,15 +38,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.die_with_parent:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
-    try:
-        start = time.monotonic()
-        rubric = Rubric.from_corpus(open_corpus(options.corpus).mixed())
-        seconds = f"{time.monotonic() - start:.1f} s"
-        message = f"this teacher is a rubric, a stand-in for an LLM, fitted to {' '.join(options.corpus)} in {seconds}"
-        print(message, file=sys.stderr, flush=True)
-        asyncio.run(_serve(rubric, options.port))
-    except KeyboardInterrupt:  # before the server listens; afterwards Ctrl-C is a normal exit
-        sys.exit(130)
+    start = time.monotonic()
+    rubric = Rubric.from_corpus(open_corpus(options.corpus).mixed())
+    seconds = f"{time.monotonic() - start:.1f} s"
+    message = f"this teacher is a rubric, a stand-in for an LLM, fitted to {' '.join(options.corpus)} in {seconds}"
+    print(message, file=sys.stderr, flush=True)
+    asyncio.run(_serve(rubric, options.port))
 
 
 async def _serve(rubric: Rubric, port: int) -> None:

@@ -97,9 +97,9 @@ class PretrainConfig:
     save_every: int = option(200, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
     track: str = option("none", "also send the records to tensorboard, wandb (offline) or trackio", TRACKERS)
 
-    n_layer: int = option(4, "transformer blocks", "[1, 1000]", group="model")
+    n_layer: int = option(3, "transformer blocks", "[1, 1000]", group="model")
     n_head: int = option(4, "attention heads", "[1, 1000]")
-    n_embd: int = option(128, "width of the residual stream", "[16, 100000]")
+    n_embd: int = option(192, "width of the residual stream", "[16, 100000]")
     context: int = option(256, "context length, in tokens", "[2, 1e6]")
     vocab_size: int = option(2048, "vocabulary size, trained on the corpus; five tokens are special", "[261, 1e6]")
     weights_init: str = option("unit", "initial weights: unit (scaled with the width) or gpt2", ("unit", "gpt2"))

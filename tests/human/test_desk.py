@@ -236,5 +236,5 @@ def test_other_criteria_make_another_question(tmp_path):
 
 def test_a_file_of_something_else_is_the_users_error(tmp_path):
     (tmp_path / "grades.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match="choose another with --grades"):
+    with pytest.raises(UserError, match=r"has no .key.*choose another file"):
         Desk(tmp_path / "grades.jsonl", Template())

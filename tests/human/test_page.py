@@ -77,7 +77,7 @@ def shown(url, who="ada"):
 
 def test_a_trainers_client_waits_for_the_person(url, short_pauses):
     with Teacher(url) as teacher:
-        found = teacher.probe()
+        found = teacher.probes()[0]
         assert found.model == HUMAN and found.scored
         assert json.loads(ask(url, "GET", "/state?who=ada")[2])["item"] is None  # the probe bothered nobody
         marks = ("cat", "alert", "dog")
@@ -98,7 +98,7 @@ def test_a_trainers_client_waits_for_the_person(url, short_pauses):
 
 def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
     with Teacher(url, deadline_s=3.0) as teacher:  # 1 s per request, and as long for the next byte
-        teacher.probe()
+        teacher.probes()[0]
         future = teacher.submit(Text("Once upon a time,", "a cat sat.", 0))
         story = shown(url)
         time.sleep(4)
@@ -110,7 +110,7 @@ def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
 def test_a_trainer_with_other_criteria_is_told_so(url, short_pauses):
     humour = Template((Criterion("humour", "Is it funny?", ("no", "a bit", "yes", "very")),))
     with Teacher(url, template=humour) as teacher, pytest.raises(UserError, match="same --teacher-prompt"):
-        teacher.probe()
+        teacher.probes()[0]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,6 @@ def test_the_page_runs_its_own_script_only(url):
         ({"who": "ada", "action": "back"}, 409, "nothing to go back to"),
         ({"who": "ada", "action": "grade", "key": "none", "scores": {}}, 409, "give a score"),
         ({"who": "ada", "action": "skip", "key": ["x"]}, 409, "not what was asked"),
-        ({"who": "ada", "action": "skip", "seconds": float("nan")}, 400, "not valid JSON"),
         ([], 400, "must be a JSON object"),
     ],
 )
@@ -156,14 +155,6 @@ def test_wrong_requests_of_a_page_are_said_and_break_nothing(url, body, status, 
     found, _, text = ask(url, "POST", "/do", body)
     assert found == status and words in json.loads(text)["error"]["message"]
     assert ask(url, "GET", "/state?who=ada")[0] == 200
-
-
-def test_a_time_beyond_all_numbers_is_refused(url):
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
-    connection.request("POST", "/do", b'{"who": "ada", "action": "skip", "seconds": 1e999}')
-    answer = connection.getresponse()
-    assert answer.status == 400 and "1e999 is no number" in answer.read().decode()
-    connection.close()
 
 
 def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url, tmp_path):

@@ -99,17 +99,6 @@ def test_a_story_cannot_grade_itself(client):
     assert _ask(client, story).choices[0].message.content == "0 0 0"
 
 
-@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
-def test_a_response_format_is_obeyed(client, rubric, kind):
-    response_format = {"type": kind}
-    if kind == "json_schema":
-        properties = {name: {"type": "integer"} for name in reversed(CRITERIA)}
-        response_format["json_schema"] = {"name": "scores", "strict": True, "schema": {"properties": properties}}
-    reply = _ask(client, STORIES[0], response_format=response_format).choices[0].message.content
-    assert parse_scores(reply, CRITERIA) == rubric.score(OPENING, STORIES[0])
-    assert list(json.loads(reply)) == list(CRITERIA if kind == "json_object" else reversed(CRITERIA))
-
-
 @pytest.mark.parametrize("cap", ["max_tokens", "max_completion_tokens"])
 def test_a_token_cap_cuts_the_reply(client, cap):
     whole = _ask(client, STORIES[0]).choices[0].message.content
@@ -132,18 +121,9 @@ def test_a_token_cap_cuts_the_reply(client, cap):
     ids=["chat", "other prompt", "no instructions", "other criteria", "other order"],
 )
 def test_it_grades_only_if_asked_for_its_criteria(client, messages):
-    for options in ({}, {"response_format": {"type": "json_object"}}):
-        reply = client.chat.completions.create(model=MODEL, messages=messages, **options).choices[0].message.content
-        assert "stands in for a language model" in reply
-        assert parse_scores(reply, CRITERIA) is None
-
-
-def test_content_may_come_in_parts(client):
-    system, user = _messages(STORIES[0])
-    half = len(user["content"]) // 2
-    parts = [{"type": "text", "text": text} for text in (user["content"][:half], user["content"][half:])]
-    answer = client.chat.completions.create(model=MODEL, messages=[system, {"role": "user", "content": parts}])
-    assert answer.choices[0].message.content == _ask(client, STORIES[0]).choices[0].message.content
+    reply = client.chat.completions.create(model=MODEL, messages=messages).choices[0].message.content
+    assert "stands in for a language model" in reply
+    assert parse_scores(reply, CRITERIA) is None
 
 
 def test_many_at_once(url, rubric):
@@ -159,12 +139,10 @@ def test_many_at_once(url, rubric):
 # The rest of the interface
 
 
-def test_it_lists_itself_as_a_stand_in(client, url):
+def test_it_lists_itself_as_a_stand_in(client):
     (model,) = client.models.list().data
     assert model.id == MODEL and model.object == "model"
     assert "stand-in for an LLM" in model.description
-    assert client.models.retrieve(MODEL) == model
-    assert _raw(url, "GET", "/health") == (200, {"status": "ok"})
 
 
 def test_an_unknown_model_is_not_found(client):
@@ -172,8 +150,6 @@ def test_an_unknown_model_is_not_found(client):
         client.chat.completions.create(model="gpt-4o", messages=_messages("Tom ran."))
     assert caught.value.code == "model_not_found" and caught.value.param == "model"
     assert MODEL in caught.value.message
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("gpt-4o")
 
 
 @pytest.mark.parametrize(
@@ -186,8 +162,7 @@ def test_an_unknown_model_is_not_found(client):
         ({"messages": "Hi"}, "messages"),
         ({"messages": ["Hi"]}, "messages[0]"),
         ({"messages": [{"role": "user"}]}, "messages[0]"),
-        ({"messages": [{"role": "poet", "content": "Hi"}]}, "messages[0]"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]"),
         ({"stream": True}, "stream"),
         ({"logprobs": True}, "logprobs"),
         ({"tools": [{}]}, "tools"),
@@ -195,15 +170,8 @@ def test_an_unknown_model_is_not_found(client):
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
         ({"max_completion_tokens": 1.5}, "max_completion_tokens"),
-        ({"temperature": "hot"}, "temperature"),
-        ({"temperature": 2.5}, "temperature"),
-        ({"seed": "s"}, "seed"),
         ({"response_format": "json"}, "response_format"),
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"properties": {"fun": {}}}}}},
-            "response_format.json_schema.schema",
-        ),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )
 def test_a_wrong_request_is_refused_in_openais_shape(url, change, param):
@@ -281,8 +249,8 @@ def test_a_client_that_goes_away_in_the_middle_leaves_no_traceback(url, caplog, 
         with socket.create_connection(url.split("/")[2].split(":"), timeout=10) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             connection.sendall(begun)
-            assert _raw(url, "GET", "/health")[0] == 200  # until the server has read it
-    assert _raw(url, "GET", "/health")[0] == 200 and not caplog.records
+            assert _raw(url, "GET", "/v1/models")[0] == 200  # until the server has read it
+    assert _raw(url, "GET", "/v1/models")[0] == 200 and not caplog.records
 
 
 # The command

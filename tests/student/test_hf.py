@@ -298,7 +298,7 @@ REFUSED = {
     "scale_attn_by_inverse_layer_idx is True": config(scale_attn_by_inverse_layer_idx=True),
     "end token is 260 and that of config.json is 5": config(eos_token_id=5),
     "has no tokenizer.json": lambda folder: (folder / "tokenizer.json").unlink(),
-    "is damaged: it is nested too deep": lambda folder: (folder / "tokenizer.json").write_text("[" * 100_000),
+    "cannot be read: it is nested too deep": lambda folder: (folder / "tokenizer.json").write_text("[" * 100_000),
     "has 262 tokens and the model 261": lambda folder: edit_tokenizer(folder, extra=261),
     "cannot be used here": lambda folder: edit_tokenizer(folder, the=[]),
 }

@@ -67,10 +67,8 @@ def test_a_cache_cut_anywhere_keeps_its_whole_lines(tmp_path, cut):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) - cut])
     with contextlib.closing(Cache(path)) as cache:
-        assert [cache.get(str(i)) for i in range(len(cache))] == [
-            CachedReply("\u2028 1 1\n" * i) for i in range(len(cache))
-        ]
-        assert len(cache) == whole[: len(whole) - cut].count(b"\n")
+        left = whole[: len(whole) - cut].count(b"\n")
+        assert [*cache.items()] == [(str(i), CachedReply("\u2028 1 1\n" * i)) for i in range(left)]
         for i in range(5):
             cache.put(str(i), CachedReply("\u2028 1 1\n" * i))
     assert path.read_bytes() == whole
@@ -80,7 +78,7 @@ def test_a_cache_cut_anywhere_keeps_its_whole_lines(tmp_path, cut):
 def test_another_file_is_not_a_cache(tmp_path, line):
     path = tmp_path / "notes.txt"
     path.write_bytes(line)
-    with pytest.raises(UserError, match=r"notes\.txt line 1"):
+    with pytest.raises(UserError, match=r"line 1 of .*notes\.txt"):
         Cache(path)
     assert path.read_bytes() == line
     with pytest.raises(UserError, match=r"cannot write .*: (Not a directory|File exists)"):

@@ -37,7 +37,7 @@ def test_every_story_is_scored_or_counted_exactly_once():
         return plan[story][n] if n < len(plan[story]) else honest(story)
 
     with FaultServer(script) as server, Teacher(server.url, concurrency=32, deadline_s=9.0) as teacher:
-        teacher.probe()
+        teacher.probes()[0]
         probes = teacher.ledger.total["requests"]
         grades = teacher.grade("Once", list(plan))
         assert 2 < server.most_in_flight <= 32
@@ -101,7 +101,7 @@ def test_what_is_sent():
 
 def test_as_many_requests_are_in_flight_as_allowed():
     with FaultServer() as server, Teacher(server.url, concurrency=130) as teacher:
-        teacher.probe()
+        teacher.probes()[0]
         server.together, server.delay = 130, 0.2  # held until all are sent, however long a busy machine takes
         teacher.grade("Once", [f"Dog {i} ran." for i in range(140)])
     assert server.most_in_flight == 130

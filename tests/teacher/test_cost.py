@@ -1,5 +1,6 @@
 """The cost of grading, and the budget that no request exceeds."""
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -26,7 +27,7 @@ def test_stats_and_cost_are_what_the_server_counted(tmp_path):
     prices = dict(price_in=2.0, price_out=8.0, cache=tmp_path / "replies.jsonl")
     script = lambda story, n: "500" if story == stories[3] and n == 0 else counted("2 1 3")  # noqa: E731
     with Counting(script) as server, Teacher(server.url, **prices) as teacher:
-        teacher.probe()
+        teacher.probes()[0]
         teacher.ledger.stats()
         assert all(grade.scores for grade in teacher.grade("Once", stories + stories[:2]))
         stats = teacher.ledger.stats()
@@ -47,15 +48,16 @@ def test_stats_and_cost_are_what_the_server_counted(tmp_path):
 
 def test_a_forecast_is_the_probe_times_the_stories():
     with Counting() as server, Teacher(server.url, concurrency=4, price_in=1.0, price_out=2.0) as teacher:
-        short, long = teacher.estimate(1000, "Once"), teacher.estimate(1000, "Once " * 50)
+        teacher.endpoints[0].probe = dataclasses.replace(teacher.probes()[0], seconds=1.8)
+        forecasts = [teacher.forecast(8000, opening) for opening in ("Once", "Once " * 50)]
         assert len(server.requests) == 1  # the probe's
-        assert short["words"] == 3001 and long["words"] == 3050
-        longer = 1 + client.STORY_WORDS - len(" ".join(client.FIRST_STORY).split())
-        assert short["tokens_in"] == round(1000 * (500 + longer * client.TOKENS_PER_WORD))
-        assert short["tokens_out"] == long["tokens_out"] == 6000
-        assert long["tokens_in"] - short["tokens_in"] == round(1000 * 49 * client.TOKENS_PER_WORD)
-        assert short["cost"] == pytest.approx((short["tokens_in"] + 2 * short["tokens_out"]) / 1e6, rel=1e-6)
-        assert short["hours"] == pytest.approx(1000 * teacher.probe().seconds / 4 / 3600)
+        longer = client.STORY_WORDS - len(" ".join(client.FIRST_STORY).split())
+        for forecast, words in zip(forecasts, (1, 50), strict=True):
+            tokens_in = 8000 * (500 + (longer + words) * client.TOKENS_PER_WORD)
+            assert forecast == (
+                f"8,000 stories, {tokens_in:,.0f} prompt tokens and 48,000 reply tokens, {24_000 + words:,} words for "
+                f"the student, cost {(tokens_in + 2 * 48_000) / 1e6:.2f}, about 1.0 hours of grading"
+            )
 
 
 @pytest.mark.parametrize("counts", [True, False])
@@ -75,7 +77,7 @@ def test_a_budget_is_never_exceeded_whatever_goes_wrong(counts):
         return (billed["tokens_in"] * 1.0 + billed["tokens_out"] * 3.0) / 1e6
 
     with Counting(script) as server, Teacher(server.url, price_in=1.0, price_out=3.0, budget_cost=0.06) as teacher:
-        teacher.probe()
+        teacher.probes()[0]
         billed.update(tokens_in=teacher.ledger.total["tokens_in"], tokens_out=teacher.ledger.total["tokens_out"])
         teacher.grade("Once", stories[:1])
         assert teacher.affords(1) and not teacher.affords(400)

@@ -60,7 +60,7 @@ def test_a_server_that_does_not_list_its_models_is_tried_with_the_one_that_is_na
         assert server.requests[-1]["model"] == "claude"
         assert "warning" in capsys.readouterr().out
         with Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
-            teacher.probe()
+            teacher.probes()[0]
     assert_one_clean_sentence(caught, server.url)
     assert "--teacher-model" in str(caught.value)
 
@@ -72,7 +72,7 @@ def test_a_server_that_does_not_list_its_models_is_tried_with_the_one_that_is_na
 def test_a_model_is_asked_for_by_the_name_that_was_given_though_another_is_listed(listed, named):
     with FaultServer(models=[listed]) as server, Teacher(server.url, named) as teacher:
         assert scored(teacher) and server.requests[-1]["model"] == named
-        (note,) = teacher.probe().notes
+        (note,) = teacher.probes()[0].notes
         assert named in note and listed in note
 
 
@@ -82,16 +82,16 @@ def test_a_model_that_no_server_has_is_one_sentence_with_those_that_are_listed()
         Teacher(server.url, "third") as teacher,
         pytest.raises(UserError) as caught,
     ):
-        teacher.probe()
+        teacher.probes()[0]
     assert_one_clean_sentence(caught, "'third'", "first, second")
 
 
 def test_an_embedding_model_that_is_listed_first_is_not_asked_to_grade():
     listed = ["text-embedding-nomic-embed-text-v1.5", "bge-m3", "whisper-1", "qwen3-8b", "llama3.1"]
     with FaultServer(models=listed) as server, Teacher(server.url) as teacher:
-        assert teacher.probe().model == "qwen3-8b"
+        assert teacher.probes()[0].model == "qwen3-8b"
     with FaultServer(models=listed[:2]) as server, Teacher(server.url) as teacher:
-        assert teacher.probe().model == listed[0]  # nothing else is there: let it say why not
+        assert teacher.probes()[0].model == listed[0]  # nothing else is there: let it say why not
 
 
 # Errors.
@@ -127,13 +127,13 @@ SHAPES = {
 def test_the_cause_of_a_refusal_is_read_in_every_shape(shape):
     refuse = lambda asked: SHAPES[shape](400, "'seed' is not permitted") if "seed" in asked else None  # noqa: E731
     with Picky(refuse) as server, Teacher(server.url) as teacher:
-        assert teacher.probe().refused == ("seed",) and scored(teacher)
+        assert teacher.probes()[0].refused == ("seed",) and scored(teacher)
     with (
         Picky(lambda asked: SHAPES[shape](400, "the moon is full")) as server,
         Teacher(server.url) as teacher,
         pytest.raises(UserError) as caught,
     ):
-        teacher.probe()
+        teacher.probes()[0]
     assert_one_clean_sentence(caught, "the moon is full", "HTTP 400")
 
 
@@ -141,7 +141,7 @@ def test_a_parameter_that_is_named_only_by_its_place_is_left_out():
     body = {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}
     refuse = lambda asked: web.json_response({"message": body}, status=422) if "seed" in asked else None  # noqa: E731
     with Picky(refuse) as server, Teacher(server.url) as teacher:
-        assert teacher.probe().refused == ("seed",)
+        assert teacher.probes()[0].refused == ("seed",)
 
 
 def test_an_error_nested_without_end_is_read_to_a_depth():
@@ -150,7 +150,7 @@ def test_an_error_nested_without_end_is_read_to_a_depth():
         body = {"error": [body], "message": "around"}
     refuse = lambda asked: web.json_response(body, status=400)  # noqa: E731
     with Picky(refuse) as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
-        teacher.probe()
+        teacher.probes()[0]
     assert_one_clean_sentence(caught, "around")
 
 
@@ -170,7 +170,7 @@ def test_one_flagged_story_costs_the_story_not_the_run():
 def test_a_server_that_forbids_everything_is_one_sentence():
     refuse = lambda asked: error(403, "Forbidden")  # noqa: E731
     with Picky(refuse) as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
-        teacher.probe()
+        teacher.probes()[0]
     assert_one_clean_sentence(caught, "HTTP 403", "OPENAI_API_KEY")
 
 
@@ -199,7 +199,7 @@ def test_a_server_that_wants_at_least_16_tokens_gets_them_and_the_reply_is_cut_t
     replies = {"A dog ran.": "2 1 3", "A cat ran.": "2 1 3\n\nIt is a fine and simple story about a cat that runs."}
     server = Picky(below_minimum, script=lambda story, n: replies[story])
     with server, Teacher(server.url, max_tokens=6) as teacher:
-        found = teacher.probe()
+        found = teacher.probes()[0]
         assert (found.least_tokens, teacher.longest_reply) == (16, 6) and "at least 16" in str(found)
         dog, cat = teacher.grade("Once", list(replies))
     assert dog.scores and cat.scores is None and cat.reply == "2 1 3\n\nIt is a" and cat.reply_words == 3 * 6
@@ -232,7 +232,8 @@ def test_a_model_without_a_system_message_gets_the_rubric_first_in_the_users(sta
             return await super()._chat(request)
 
     with Merged(refuse) as server, Teacher(server.url) as teacher:
-        assert scored(teacher) and not teacher.probe().system and "no system message" in str(teacher.probe())
+        assert scored(teacher) and not teacher.probes()[0].system
+        assert "no system message" in str(teacher.probes()[0])
         (message,) = server.requests[-1]["messages"]
         assert "A dog ran." in message["content"] and len(server.all) == 1 + 2  # refused once, and not retried
 
@@ -340,7 +341,7 @@ def test_a_model_that_thinks_is_told_less_and_less_until_it_answers(name, tmp_pa
     with Picky(refuse) as server:
         for _ in range(2):
             with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
-                found = teacher.probe()
+                found = teacher.probes()[0]
                 assert found.thinks and found.scored and found.quiet == kept and not found.least_tokens
                 assert json.dumps(kept) in str(found)
         assert len(server.all) <= 1 + 4 + 4  # each rung once, and the outcome is kept
@@ -429,8 +430,8 @@ def test_a_probe_without_scores_is_made_again_until_there_are_scores(tmp_path):
         for said in ("Nice!", "2 1 3", "Oh"):
             first = said
             with Teacher(server.url, cache=replies) as teacher:
-                assert teacher.probe().scored == (said != "Nice!") or said == "Oh"
-                assert teacher.probe().reply == ("2 1 3" if said == "Oh" else said)  # that one is kept
+                assert teacher.probes()[0].scored == (said != "Nice!") or said == "Oh"
+                assert teacher.probes()[0].reply == ("2 1 3" if said == "Oh" else said)  # that one is kept
 
 
 def test_a_step_that_was_only_killed_is_resumed_from_every_reply(tmp_path):

@@ -50,7 +50,7 @@ def test_a_failure_that_a_retry_cannot_fix_stops_everything(words, monkeypatch, 
 def test_nothing_there():
     url = closed_port()
     with Teacher(url) as teacher, pytest.raises(UserError) as caught:
-        teacher.probe()
+        teacher.probes()[0]
     assert_one_clean_sentence(caught, f"{url}/v1", "cannot be reached", "start it")
 
 
@@ -60,14 +60,14 @@ def test_a_proxy_that_is_away_is_named(scheme, monkeypatch):
     proxy = closed_port()
     monkeypatch.setenv(f"{scheme.upper()}_PROXY", proxy.replace("//", f"//me:{KEY}@"))
     with Teacher(f"{scheme}://teacher.example/v1") as teacher, pytest.raises(UserError) as caught:
-        teacher.probe()
+        teacher.probes()[0]
     assert_one_clean_sentence(caught, "teacher.example", f"start the proxy {proxy[7:]}", "NO_PROXY")
 
 
 def test_a_server_that_goes_away_stops_the_run():
     with FaultServer() as server:
         teacher = Teacher(server.url)
-        teacher.probe()
+        teacher.probes()[0]
     with teacher, pytest.raises(UserError) as caught:
         teacher.grade("Once", ["A dog ran.", "A cat ran."])
     assert_one_clean_sentence(caught, "cannot be reached")
@@ -85,7 +85,7 @@ def test_not_http_at_all():
 
         threading.Thread(target=greet, daemon=True).start()
         with Teacher(f"http://127.0.0.1:{listener.getsockname()[1]}/") as teacher, pytest.raises(UserError) as caught:
-            teacher.probe()
+            teacher.probes()[0]
     assert_one_clean_sentence(caught, "broke off")
 
 
@@ -102,12 +102,13 @@ def test_not_http_at_all():
 )
 def test_no_openai_compatible_api(models, words):
     with FaultServer(models=models) as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
-        teacher.probe()
+        teacher.probes()[0]
     assert_one_clean_sentence(caught, server.url, words)
 
 
 @pytest.mark.parametrize(
-    "url", ["", "localhost:8000", "ftp://host/v1", "http://", "http://h:x/v1", "http://[", "http://h?key=1"]
+    "url",
+    ["", "localhost:8000", "ftp://host/v1", "http://", "http://h:x/v1", "http://h:99999", "http://[", "http://h?key=1"],
 )
 def test_invalid_urls(url):
     with pytest.raises(UserError, match="must look like"):

@@ -130,10 +130,10 @@ def test_a_server_without_log_probabilities_is_refused_before_the_first_story(an
 
     with Silent(lambda story, n: answers.get(answer, lambda: "2 1 3")()) as server:
         with Teacher(server.url, logprobs=True) as teacher, pytest.raises(UserError) as caught:
-            teacher.probe()
+            teacher.probes()[0]
         assert_one_clean_sentence(caught, server.url, "no log-probabilities", "--teacher-logprobs")
         with Teacher(server.url) as teacher:
-            assert teacher.probe().scored
+            assert teacher.probes()[0].scored
 
 
 def test_the_fault_server_sends_log_probabilities_as_the_api_does():

@@ -52,7 +52,7 @@ def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted():
         return what
 
     with FaultServer(script) as server, Teacher(server.url, concurrency=64, deadline_s=12.0) as teacher:
-        teacher.probe()
+        teacher.probes()[0]
         teacher.ledger.stats()
         server.delay, began = LATENCY, time.monotonic()
         grades = teacher.grade("Once", stories)
@@ -232,10 +232,10 @@ def test_a_run_is_replayed_from_its_replies_without_a_server(init, tmp_path, cap
 
 
 def test_what_cannot_be_replayed(tmp_path):
-    with pytest.raises(UserError, match=r"there is no replies\.jsonl"):
+    with pytest.raises(UserError, match=r"no replies\.jsonl there says who graded"):
         Replay(tmp_path)
     (tmp_path / "replies.jsonl").write_text('{"key": "0123", "reply": "1 1 1", "attempt": 0}\n')
-    with pytest.raises(UserError, match="does not say who"):
+    with pytest.raises(UserError, match=r"no replies\.jsonl there says who graded"):
         Replay(tmp_path)
 
 

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 def test_the_probe_says_what_it_found():
     with FaultServer() as server, Teacher(server.url.removesuffix("/v1")) as teacher:
-        found = teacher.probe()
-        assert found is teacher.probe()  # once
+        found = teacher.probes()[0]
+        assert found is teacher.probes()[0]  # once
         assert (found.url, found.model, found.token_cap, found.refused) == (server.url, "first", "max_tokens", ())
         assert (found.reply, found.scored, found.thinks, found.tokens) == ("2 1 3", True, False, None)
         assert found.structure == found.held_to == "nothing"
@@ -32,10 +32,10 @@ def test_a_server_is_probed_once_per_run(tmp_path):
     with FaultServer() as server:
         for _ in range(2):
             with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
-                found = teacher.probe()
+                found = teacher.probes()[0]
         assert found.scored and len(server.requests) == 1 and len(server.others) == 2
         with Teacher(server.url, "second", cache=tmp_path / "replies.jsonl") as teacher:
-            assert teacher.probe().model == "second"
+            assert teacher.probes()[0].model == "second"
         assert len(server.requests) == 2
 
 
@@ -50,7 +50,7 @@ def test_a_server_that_obeys_is_held_to_numbers(field):
         FaultServer(other=lambda asked: numbers_if_held(asked, field)) as server,
         Teacher(server.url) as teacher,
     ):
-        assert teacher.probe().structure == teacher.probe().held_to == "numbers"
+        assert teacher.probes()[0].structure == teacher.probes()[0].held_to == "numbers"
         assert len(server.others) == 1
         assert teacher.grade("Once", ["A dog ran."])[0].scores
         assert server.requests[-1]["structured_outputs"] == {"regex": "[0-3] [0-3] [0-3]"}
@@ -74,7 +74,7 @@ def test_json_is_for_models_that_give_no_plain_numbers(plain):
             return await super()._chat(request)
 
     with Json() as server, Teacher(server.url, max_tokens=6) as teacher:
-        found = teacher.probe()
+        found = teacher.probes()[0]
         assert (found.structure, found.held_to, found.scored) == ("json", "nothing" if plain else "json", True)
         (grade,) = teacher.grade("Once", ["A dog ran."])
         assert grade.score == pytest.approx(2 / 3)
@@ -86,7 +86,7 @@ def test_an_option_that_is_accepted_and_ignored_is_not_used():
     dice = random.Random(0)
     animals = ["fox", "3 3 3!", "owl", "1, 2 and 3", '{"readability": 3}', "A hare."]
     with FaultServer(other=lambda asked: dice.choice(animals)) as server, Teacher(server.url) as teacher:
-        assert teacher.probe().structure == "nothing"
+        assert teacher.probes()[0].structure == "nothing"
         teacher.grade("Once", ["A dog ran."])
         assert not {"response_format", "grammar", "structured_outputs"} & server.requests[-1].keys()
 
@@ -101,7 +101,7 @@ def test_what_a_server_refuses_by_name_is_left_out():
             return await super()._chat(request)
 
     with Strict() as server, Teacher(server.url) as teacher:
-        found = teacher.probe()
+        found = teacher.probes()[0]
         assert (found.refused, found.token_cap) == (("seed", "temperature"), "max_completion_tokens")
         assert "no seed" in str(found) and "no temperature" in str(found)
         assert teacher.grade("Once", ["A dog ran."])[0].error is None
@@ -121,7 +121,7 @@ def test_a_model_that_only_thinks_is_refused_with_a_reason(answer):
             return thought(*answer)
 
     with Thinker() as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
-        teacher.probe()
+        teacher.probes()[0]
     assert_one_clean_sentence(caught, server.url, "thinks before it answers", "4096 tokens")
     assert len(server.requests) == 1 + 4 + 1  # as it is, told four times, and with more tokens
 
@@ -135,7 +135,7 @@ def test_a_model_that_can_be_told_not_to_think_is():
             return await super()._chat(request)
 
     with Qwen() as server, Teacher(server.url) as teacher:
-        found = teacher.probe()
+        found = teacher.probes()[0]
         assert found.thinks and found.scored and "told not to think" in str(found)
         assert found.quiet == {"chat_template_kwargs": {"enable_thinking": False}}
         assert teacher.grade("Once", ["A dog ran."])[0].scores == dict(zip(CRITERIA, (2, 1, 3), strict=True))
@@ -151,6 +151,6 @@ def test_a_server_that_wants_the_other_token_cap_gets_it():
             return await super()._chat(request)
 
     with Picky() as server, Teacher(server.url) as teacher:
-        assert teacher.probe().token_cap == "max_completion_tokens"
+        assert teacher.probes()[0].token_cap == "max_completion_tokens"
         assert teacher.grade("Once", ["A dog ran."])[0].error is None
         assert all(request["max_completion_tokens"] == 16 for request in server.requests)

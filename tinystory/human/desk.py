@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinystory.run.errors import UserError
-from tinystory.run.folder import Record, timestamp
+from tinystory.run.folder import Fields, Record, read_records, timestamp
 from tinystory.run.journal import Journal
 from tinystory.teacher.prompt import TOP, Template, instructions
 
@@ -26,6 +25,8 @@ GRACE_S = 2.0  # from the last grade of those that wait until they are handed in
 AWAY_S = 10.0  # a page that has not asked for so long is closed, and its story is free for others
 FORGET_S = 60.0  # a story for which no trainer has asked for so long is taken off the desk
 LONGEST_S = 1e9  # seconds that a page can have been open
+# That each record of a file of grades has at least; a skipped story has no scores.
+GRADE: Fields = {"key": (str,), "by": (str,), "opening": (str,), "story": (str,), "scores": (dict, type(None))}
 LONGEST_NAME = 40  # characters of a human's name
 
 
@@ -56,7 +57,6 @@ class Desk:
 
     def __init__(self, path: Path, template: Template, clock: Callable[[], float] = time.monotonic):
         self.template, self._clock = template, clock
-        self._journal = Journal(path)
         self._waiting: dict[str, _Story] = {}  # by key, in the order in which they came
         self._grades: dict[str, dict[str, Record]] = defaultdict(dict)  # by key and human, the first human first
         self._current: dict[str, str] = {}  # human: key of the story on the page
@@ -64,10 +64,9 @@ class Desk:
         self._history: dict[str, list[str]] = defaultdict(list)  # human: keys graded, for the way back
         self._back: set[str] = set()  # keys that were taken back, and are not handed in until they are graded again
         self._graded = 0.0  # when the last grade was given
-        for record in self._journal.records:
-            if not {"key", "by", "scores", "opening", "story"} <= record.keys():
-                raise UserError(f"{self._journal.path} is not a file of grades: choose another with --grades")
+        for record in read_records(path, GRADE):
             self._add(record)
+        self._journal = Journal(path)
 
     def _add(self, record: Record) -> None:
         key, who = record["key"], record["by"]

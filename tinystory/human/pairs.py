@@ -9,7 +9,7 @@ from typing import Any
 
 from tinystory.evaluate.preference import SAME, Choice, Pair, win_rate
 from tinystory.human.desk import Mistake, step_back
-from tinystory.run.folder import Record, timestamp
+from tinystory.run.folder import Record, read_records, timestamp
 from tinystory.run.journal import Journal
 
 
@@ -21,12 +21,12 @@ class PairDesk:
 
     def __init__(self, path: Path, pairs: Sequence[Pair]):
         self.pairs = {pair.key: pair for pair in pairs}
-        self._journal = Journal(path)
         self._choices: dict[str, dict[str, Record]] = defaultdict(dict)  # by human and key, in order
         self._current: dict[str, str] = {}  # human: key of the pair on the page
-        for record in self._journal.records:
-            if record.get("key") in self.pairs:
+        for record in read_records(path):
+            if record["key"] in self.pairs:
                 self._choices[record["by"]][record["key"]] = record
+        self._journal = Journal(path)
 
     def swapped(self, who: str, key: str) -> bool:
         """Whether the first story of this pair is on the right."""

@@ -8,7 +8,6 @@ import asyncio
 import base64
 import contextlib
 import hashlib
-import json
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from tinystory.human.pairs import PairDesk
 from tinystory.teacher.client import HUMAN
 from tinystory.teacher.probe import FIRST_STORY
 from tinystory.teacher.prompt import TOP, instructions, read_back
-from tinystory.teacher.server import HOST, Refused, application, errors_as_json, listening, parsed
+from tinystory.teacher.server import HOST, Refused, application, errors_as_json, listening, parse_body
 
 DESCRIPTION = "A human who reads stories on a page and grades them. Nothing else is answered."
 NO_STORY = "A human grades stories here, and this is no story, so nobody was asked."
@@ -52,7 +51,7 @@ async def serve(desk: Desk | PairDesk, port: int = 0, *, style: str = "") -> Asy
         return web.json_response(state, headers={"Cache-Control": "no-store"})
 
     async def post_action(request: web.Request) -> web.Response:
-        body = parsed(await request.read())
+        body = parse_body(await request.read())
         try:
             desk.do(_name(body.get("who")), str(body.get("action")), body)
         except Mistake as mistake:
@@ -60,7 +59,7 @@ async def serve(desk: Desk | PairDesk, port: int = 0, *, style: str = "") -> Asy
         return web.json_response({})
 
     if isinstance(desk, Desk):
-        routes = application(HUMAN, DESCRIPTION, desk.template.names, lambda *request: _respond(desk, *request))
+        routes = application(HUMAN, DESCRIPTION, lambda messages: _respond(desk, messages))
     else:
         routes = web.Application(middlewares=[errors_as_json])
     routes.middlewares.append(_from_this_machine)
@@ -81,7 +80,7 @@ async def serve(desk: Desk | PairDesk, port: int = 0, *, style: str = "") -> Asy
             ticking.cancel()
 
 
-async def _respond(desk: Desk, messages: list[dict], keys: list[str] | None) -> str:
+async def _respond(desk: Desk, messages: list[dict]) -> str:
     """The reply to one request of a trainer, by a human only if it asks about a story."""
     question = read_back(messages)
     if question is None:
@@ -92,9 +91,7 @@ async def _respond(desk: Desk, messages: list[dict], keys: list[str] | None) -> 
     scores = dict.fromkeys(desk.template.names, EXAMPLE) if question == FIRST_STORY else await desk.ask(*question)
     if scores is None:
         return SKIPPED
-    if keys is None:
-        return " ".join(str(scores[name]) for name in desk.template.names)
-    return json.dumps({name: scores[name] for name in keys})
+    return " ".join(str(scores[name]) for name in desk.template.names)
 
 
 @web.middleware

@@ -1,11 +1,9 @@
 """The built-in teacher: the rubric behind OpenAI's HTTP interface, on this machine only.
 
 It stands in for an LLM and says so in /v1/models. It gets the same prompt as an LLM, measures the story in it and
-replies "2 1 3", or the JSON that a response_format asks for. A prompt that does not ask for these three criteria gets a
-reply in words, without numbers.
+replies "2 1 3". A prompt that does not ask for these three criteria gets a reply in words, without numbers.
 """
 
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -22,20 +20,18 @@ REFUSAL = (
 
 
 @asynccontextmanager
-async def serve(rubric: Rubric, port: int = 0, model: str = MODEL) -> AsyncIterator[str]:
+async def serve(rubric: Rubric, port: int = 0) -> AsyncIterator[str]:
     """Serve on 127.0.0.1 for as long as the block runs, and yield the base URL. port: 0 takes a free one.
 
     Raises UserError if the port is not free.
     """
 
-    async def reply(messages: list[dict], keys: list[str] | None) -> str:
+    async def reply(messages: list[dict]) -> str:
         question = read_back(messages)
         if question is None or ", ".join(CRITERIA) not in messages[0]["content"]:  # it asks for other criteria
-            return REFUSAL if keys is None else json.dumps({"error": REFUSAL})
+            return REFUSAL
         scores = rubric.score(*question)
-        if keys is None:
-            return " ".join(str(scores[name]) for name in CRITERIA)
-        return json.dumps({name: scores[name] for name in keys})
+        return " ".join(str(scores[name]) for name in CRITERIA)
 
-    async with listening(application(model, DESCRIPTION, CRITERIA, reply), port) as url:
+    async with listening(application(MODEL, DESCRIPTION, reply), port) as url:
         yield f"{url}/v1"

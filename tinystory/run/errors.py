@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ParamSpec, TextIO, TypeVar
 
 if sys.platform == "win32":  # no fcntl, no resource, and no compiler that takes our flags
@@ -54,6 +55,10 @@ class Interrupted(Exception):
 def advice(error: Exception) -> str:
     """Advice for a file that cannot be written."""
     return ADVICE.get(getattr(error, "errno", None) or errno.ENOSPC, "choose another folder")
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {advice(error)}")
 
 
 def shortage(error: Exception) -> str:

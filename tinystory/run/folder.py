@@ -1,7 +1,7 @@
 """A run's folder: config.json, metrics.jsonl (one object per step) and stories.jsonl (one object per story).
 
-Records are written as whole lines, unbuffered, so a killed run leaves at most an incomplete last line, which readers
-skip. A resumed run first truncates these files to the step of its checkpoint. One process at a time writes (`held`).
+A killed run leaves at most an incomplete last line of records, which readers skip. A resumed run first truncates these
+files to the step of its checkpoint. One process at a time writes (`held`).
 
 A folder may have been cut, edited or written by something else: each kind of file has one reader here, which checks
 names, types and sizes, so that the users of its records need not.
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from tinystory import __version__
-from tinystory.run.errors import UserError, advice
+from tinystory.run.errors import UserError, cannot_write
+from tinystory.run.journal import Journal
 from tinystory.run.paths import ROOT
 from tinystory.run.track import Tracker
 
@@ -45,6 +46,7 @@ _STORY: Fields = {
     "opening": (str,), "story": (str,), "scores": (dict, type(None)), "step": (int,), "index": (int,),
     "reply": (str, type(None)), "reward": _NUMBER, "words": (int,), "ended": (str,),
 }  # fmt: skip
+NO_FIELDS: Fields = {}
 FIELDS: dict[str, Fields] = {  # that each record has at least
     METRICS: {"step": (int,)},
     STORIES: _STORY,
@@ -90,10 +92,6 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     """Write content (str as UTF-8) to path atomically: a kill at any instant leaves the old content or the new."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
-
-
-def cannot_write(path: Path, error: Exception) -> UserError:
-    return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {advice(error)}")
 
 
 @contextlib.contextmanager
@@ -155,7 +153,7 @@ class RunLog(contextlib.ExitStack):
     def __init__(self, folder: Path, *, resume_step: int | None, writes: bool = True):
         super().__init__()
         self.folder, self.resume_step, self.writes = Path(folder), resume_step, writes
-        self._files: dict[str, IO[bytes]] = {}
+        self._journals: dict[str, Journal] = {}
         self._tracker: Tracker | None = None
         self._last_step = -1  # that an earlier process recorded, and sent to the tracker
         if not writes:
@@ -224,15 +222,9 @@ class RunLog(contextlib.ExitStack):
     def _append(self, name: str, records: Sequence[Record]) -> None:
         if not self.writes:
             return
-        lines = "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in records).encode()
-        path = self.folder / name
-        try:
-            if name not in self._files:
-                self._files[name] = self.enter_context(open(path, "ab", buffering=0))  # noqa: SIM115
-            while lines:  # an unbuffered write may be partial, as on a nearly full disk
-                lines = lines[self._files[name].write(lines) :]
-        except OSError as error:
-            raise cannot_write(path, error) from error
+        if name not in self._journals:
+            self._journals[name] = self.enter_context(contextlib.closing(Journal(self.folder / name)))
+        self._journals[name].append(*map(plain, records))
 
 
 def timestamp() -> str:
@@ -240,19 +232,21 @@ def timestamp() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def parse_object(text: bytes | str) -> Record:
-    """The JSON object in a text. Raises ValueError for anything else, and for NaN or Infinity in it."""
+def parse_object(text: bytes | str, fields: Fields) -> Record:
+    """The JSON object in a text, with at least these fields. Raises ValueError for anything else, and for NaN or
+    Infinity in it."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"it holds {name}")
 
     try:
-        value = json.loads(text, parse_constant=refuse)
+        record = json.loads(text, parse_constant=refuse)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    if not isinstance(value, dict):
+    if not isinstance(record, dict):
         raise ValueError("it is not a JSON object")
-    return value
+    _check_fields(record, fields)
+    return record
 
 
 @contextlib.contextmanager
@@ -272,20 +266,22 @@ def read_text(path: Path) -> str:
     """The text of a regular file. Raises UserError, without advice, for anything else: a file of over LONGEST bytes,
     with NUL characters, or not in UTF-8."""
     with open_bytes(path) as file:
-        content = file.read(LONGEST + 1)
-        if len(content) > LONGEST:
-            raise ValueError(f"it is over {LONGEST >> 20} MB")
-        if b"\0" in content:
-            raise ValueError("it holds NUL characters")
-        return content.decode()
+        return _text(file)
 
 
-def read_object(path: Path) -> Record:
-    """The JSON object in a file. Raises UserError, without advice, for anything else."""
-    try:
-        return parse_object(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split()):.200}") from error
+def _text(file: IO[bytes]) -> str:
+    content = file.read(LONGEST + 1)
+    if len(content) > LONGEST:
+        raise ValueError(f"it is over {LONGEST >> 20} MB")
+    if b"\0" in content:
+        raise ValueError("it holds NUL characters")
+    return content.decode()
+
+
+def read_object(path: Path, fields: Fields = NO_FIELDS) -> Record:
+    """The JSON object in a file, with at least these fields. Raises UserError, without advice, for anything else."""
+    with open_bytes(path) as file:
+        return parse_object(_text(file), fields)
 
 
 def file_hash(path: Path) -> str:
@@ -319,27 +315,17 @@ def read_config(folder: Path) -> Record:
     """The object in config.json; {} if there is no such file. Raises UserError unless it is as RunLog.config writes
     it."""
     path = Path(folder) / CONFIG
-    if not path.exists():
-        return {}
-    try:
-        config = read_object(path)
-        if misfit := _misfit(config, FIELDS[CONFIG]):
-            raise UserError(f"{path} is damaged: {misfit}")
-    except UserError as error:
-        raise UserError(f"{error}; restore it from a copy, or start a new run in another --out") from error
-    return config
+    return read_object(path, FIELDS[CONFIG]) if path.exists() else {}
 
 
 def recorded_options(folder: Path) -> Record:
     """The options of a run to be resumed. Raises UserError if they are not known."""
-    if config := read_config(folder):
-        return config["options"]
-    if holds_run(Path(folder)):
-        raise UserError(
-            f"{Path(folder) / CONFIG} is missing, and with it the options of the run: restore it from a copy, or start "
-            "a new run in another --out"
-        )
-    raise UserError(f"--resume: {folder} holds no run, and no checkpoint yet; start without --resume")
+    if not holds_run(Path(folder)):
+        raise UserError(f"--resume: {folder} holds no run, and no checkpoint yet; start without --resume")
+    try:
+        return read_object(Path(folder) / CONFIG, FIELDS[CONFIG])["options"]
+    except UserError as error:
+        raise UserError(f"{error}; restore it from a copy, or start a new run in another --out") from error
 
 
 def holds_run(folder: Path) -> bool:
@@ -356,50 +342,48 @@ def read_stories(folder: Path) -> Iterator[Record]:
     return read_records(Path(folder) / STORIES)
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """The records of a JSON Lines file, each with the FIELDS of its kind; none if it is missing. An incomplete last
-    line is skipped. Raises UserError if any other line is not such a record: something else has written to the file.
-    """
+def read_records(path: Path, fields: Fields | None = None) -> Iterator[Record]:
+    """The records of a JSON Lines file, each with at least these fields (default: FIELDS of its name); none if it is
+    missing. An incomplete last line was being written when a process died, and is skipped. Raises UserError if any
+    other line is not such a record: something else has written to the file."""
     if not path.exists():
         return
-    number, problem = 0, ""
+    fields = FIELDS.get(path.name, NO_FIELDS) if fields is None else fields
     with open_bytes(path) as file:
-        while line := file.readline(LONGEST + 1):
-            number += 1
-            if problem:  # in a line that is not the last one
-                raise UserError(problem)
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), start=1):
             try:
                 if len(line) > LONGEST:
                     raise ValueError(f"it is over {LONGEST >> 20} MB")
-                record = parse_object(line)
+                record = parse_object(line, fields)
             except ValueError as error:
-                problem = f"line {number} of {path} is not a JSON object ({error}): fix or delete that line"
-                continue
-            if misfit := _misfit(record, FIELDS.get(path.name, {})):
-                raise UserError(f"line {number} of {path} is not a record of a run ({misfit}): fix or delete that line")
+                if len(line) <= LONGEST and not line.endswith(b"\n"):
+                    return
+                raise UserError(
+                    f"line {number} of {path} does not belong there ({error}): fix or delete that line, or choose "
+                    "another file"
+                ) from None
             yield record
 
 
-def _misfit(record: Record, fields: Fields) -> str:
-    """Which of its fields makes a record invalid, and why; "" if all are valid."""
+def _check_fields(record: Record, fields: Fields) -> None:
+    """Raises ValueError for a field that is missing, of another type, or out of its range."""
     for name, kinds in fields.items():
         if name not in record:
-            return f"it has no {name!r}"
+            raise ValueError(f"it has no {name!r}")
         if type(record[name]) not in kinds:
-            return f"its {name!r} is {record[name]!r:.40}"
+            raise ValueError(f"its {name!r} is {record[name]!r:.40}")
         if kinds == (int,) and not 0 <= record[name] < 1 << 53:
-            return f"its {name!r} is negative or too large"
+            raise ValueError(f"its {name!r} is negative or too large")
     numbers = [name for name, kinds in fields.items() if kinds == _NUMBER]
     for name, value in record.items() if fields is FIELDS[METRICS] else ((name, record[name]) for name in numbers):
         if type(value) not in (*_NUMBER, bool) and not name.startswith("teacher_"):
-            return f"its {name!r} is {value!r:.40}"
+            raise ValueError(f"its {name!r} is {value!r:.40}")
         if isinstance(value, int | float) and not -LARGEST < value < LARGEST:
-            return f"its {name!r} is too large"
+            raise ValueError(f"its {name!r} is too large")
     if "story" in fields and any(
         type(score) not in (int, float) or not 0 <= score <= 3 for score in (record["scores"] or {}).values()
     ):
-        return "a score in it is not a number from 0 to 3"
-    return ""
+        raise ValueError("a score in it is not a number from 0 to 3")
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -437,11 +421,8 @@ def device_name(device: str) -> str:
     """The device's own name: "NVIDIA H100 80GB HBM3", or the CPU model with the number of threads in use."""
     import torch  # imported here so that --help is fast
 
-    kind = torch.device(device).type
-    if kind == "cuda":
+    if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    if kind != "cpu":
-        return str(torch.device(device))
     names: list[str] = []
     with contextlib.suppress(OSError):
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tinystory.run.errors import UserError
 
@@ -16,13 +15,11 @@ def download(
     HF_HUB_OFFLINE, HF_TOKEN. Raises UserError for whatever keeps a file from being there.
     """
     try:
-        import huggingface_hub
-        from huggingface_hub import errors
+        from huggingface_hub import errors, hf_hub_download
     except ImportError:
         raise UserError(f"{repository} is on the Hugging Face Hub: pip install huggingface_hub first") from None
-    where: dict[str, Any] = dict(repo_type=repo_type, revision=revision)
     try:
-        return [Path(huggingface_hub.hf_hub_download(repository, file, **where)) for file in files]
+        return [Path(hf_hub_download(repository, file, repo_type=repo_type, revision=revision)) for file in files]
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
         reason = " ".join(str(error).split())[:300]
         raise UserError(

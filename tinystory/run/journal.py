@@ -1,39 +1,48 @@
 """An append-only file of JSON objects, one per line, that survives a kill at any instant."""
 
+import contextlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from tinystory.run.folder import Record, cannot_write, read_records
+from tinystory.run.errors import cannot_write
+
+TAIL = 1 << 26  # bytes, more than any record has
 
 
 class Journal:
-    """The records of `path`, which is created with its folder. Each line reaches the disk before `append` returns. An
-    incomplete last line was being written when a process died, and is dropped. Raises UserError if the file cannot be
-    written, or holds something else."""
+    """Appends records to `path`, which is created with its folder; `run.folder.read_records` reads them.
+
+    Records are handed to the operating system before `append` returns, so killing the process loses none of them; a
+    power cut loses those that the system has not written back yet. An incomplete last line was being written when a
+    process died, and is cut off. Raises UserError if the file cannot be written."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.records: list[Record] = list(read_records(self.path))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  (open for as long as the process lives)
-            self._file.seek(0)
-            self._file.truncate(self._file.read().rfind(b"\n") + 1)
+            self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  (closed by `close`)
+            size = self._file.seek(0, os.SEEK_END)
+            self._file.seek(max(size - TAIL, 0))
+            tail = self._file.read(min(size, TAIL))
+            if tail and not tail.endswith(b"\n"):
+                self._file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    def append(self, record: Record) -> None:
-        line = (json.dumps(record) + "\n").encode()
-        whole = self._file.seek(0, os.SEEK_END)
+    def append(self, *records: Mapping[str, Any]) -> None:
+        """Write all the records or none."""
+        lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+        size = self._file.seek(0, os.SEEK_END)
         try:
-            if self._file.write(line) != len(line):
-                self._file.truncate(whole)
-                raise OSError(None, "the disk is full")
-            os.fsync(self._file.fileno())
+            while lines:  # an unbuffered write may be partial, as on a nearly full disk
+                lines = lines[self._file.write(lines) :]
         except OSError as error:
+            with contextlib.suppress(OSError):  # of a device, which has no size
+                self._file.truncate(size)
             raise cannot_write(self.path, error) from error
-        self.records.append(record)
 
     def close(self) -> None:
         self._file.close()

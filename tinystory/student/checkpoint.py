@@ -21,8 +21,8 @@ from torch import Tensor
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run import distributed
-from tinystory.run.errors import UserError
-from tinystory.run.folder import cannot_write, read_object, require_whole, sync, write_manifest
+from tinystory.run.errors import UserError, cannot_write
+from tinystory.run.folder import read_object, require_whole, sync, write_manifest
 from tinystory.student import hf
 from tinystory.student.model import Student, StudentConfig, wrong_shape
 

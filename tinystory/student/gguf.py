@@ -8,8 +8,7 @@ import json
 from pathlib import Path
 
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.run.errors import UserError
-from tinystory.run.folder import cannot_write
+from tinystory.run.errors import UserError, cannot_write
 from tinystory.student.hf import FIXED
 from tinystory.student.model import Student
 

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from tinystory.data.tokenizer import END_NAMES, SPECIALS, Tokenizer
 from tinystory.run import hub
-from tinystory.run.errors import UserError
-from tinystory.run.folder import cannot_write, read_object, read_text
+from tinystory.run.errors import UserError, cannot_write
+from tinystory.run.folder import read_object, read_text
 from tinystory.student.model import Student, StudentConfig, wrong_shape
 
 # Module names in a block: transformers' -> ours. Its Conv1D stores weights as (in, out), our Linear as (out, in).

@@ -72,34 +72,30 @@ class ChatClient:
     waits for the next byte. To be used on one event loop."""
 
     def __init__(self, url: str, key: str | None, timeout_s: float):
-        try:  # not at the top of the file: the import takes a second, and only runs with a teacher need it
-            import aiohttp
-            import httpx2
-            import openai
-        except ImportError as error:
-            raise UserError(f"asking a teacher needs {error.name}: pip install 'openai[aiohttp]'") from None
+        # Not at the top of the file: the import takes a second, and only runs with a teacher need it.
+        import aiohttp
+        import httpx2
+        import openai
+
         self._key = (key or "").strip()
         if not re.fullmatch(r"[!-~]*", self._key):
             raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
         self._broken = (openai.APIConnectionError, httpx2.RequestError, aiohttp.ClientError, OSError)
         self._unreachable = aiohttp.ClientConnectorError
         timeout = openai.Timeout(timeout_s, connect=min(timeout_s, 10.0))
-        try:
-            # The pool limits the connections: to aiohttp, 0 means no limit and None its own limit of 100. A redirect
-            # could carry the key to another host, so none is followed. A proxy cannot reach this machine's loopback.
-            http_client = openai.DefaultAioHttpClient(
-                timeout=timeout,
-                limits=httpx2.Limits(max_connections=0, keepalive_expiry=KEEP_ALIVE_S),
-                follow_redirects=False,
-                event_hooks={"response": [self._check_status]},
-                trust_env=not LOOPBACK.match(url),
-            )
-            self._client = openai.AsyncOpenAI(
-                base_url=url, api_key=self._key or "none", max_retries=0, timeout=timeout, http_client=http_client
-            )
-            self._host = httpx2.URL(url).raw_host.decode()
-        except httpx2.InvalidURL as error:
-            raise UserError(f"the teacher's URL cannot be used: {error}") from None
+        # The pool limits the connections: to aiohttp, 0 means no limit and None its own limit of 100. A redirect could
+        # carry the key to another host, so none is followed. A proxy cannot reach this machine's loopback.
+        http_client = openai.DefaultAioHttpClient(
+            timeout=timeout,
+            limits=httpx2.Limits(max_connections=0, keepalive_expiry=KEEP_ALIVE_S),
+            follow_redirects=False,
+            event_hooks={"response": [self._check_status]},
+            trust_env=not LOOPBACK.match(url),
+        )
+        self._client = openai.AsyncOpenAI(
+            base_url=url, api_key=self._key or "none", max_retries=0, timeout=timeout, http_client=http_client
+        )
+        self._host = httpx2.URL(url).raw_host.decode()
 
     async def close(self) -> None:
         await self._client.close()

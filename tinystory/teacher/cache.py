@@ -1,21 +1,20 @@
 """An append-only cache of the teacher's replies, one JSON line each.
 
 The key of a reply is the question, so a run that was killed and resumed finds the replies that it already has and asks
-only for the others. Each line is one write to the operating system, made before the reply is used: killing the process
-at any instant loses no reply. A power cut loses at most the last few seconds of them, which are then asked for again
-(they reach the disk at `close`, or when the system writes them back).
+only for the others. A reply is written before it is used: killing the process at any instant loses none.
 """
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tinystory.run.errors import UserError
-from tinystory.run.folder import cannot_write, open_bytes
+from tinystory.run.folder import Fields, read_records
+from tinystory.run.journal import Journal
+
+REPLY: Fields = {"key": (str,), "reply": (str,)}  # that each line has at least
 
 
 def cache_key(model: str, messages: Sequence[Mapping[str, str]], fence: str, sampling: Mapping[str, object]) -> str:
@@ -36,26 +35,6 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def read_replies(path: Path) -> Iterator[tuple[dict, int]]:
-    """Each line of a cache's file and its size in bytes; none if there is no file. An incomplete last line, which was
-    being written when the process died, is skipped. Raises UserError for any other line that is not a reply."""
-    if not path.exists():
-        return
-    with open_bytes(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            match record:
-                case {"key": str(), "reply": str()}:
-                    yield record, len(line)
-                case _:
-                    raise UserError(f"{path} line {number} is not a teacher's reply: repair it or move the file away")
-
-
 class CachedReply(NamedTuple):
     text: str
     expected: dict[str, float] | None = None  # expected scores, if the teacher is asked for log-probabilities
@@ -68,18 +47,13 @@ class Cache:
         self.path = Path(path)
         self._replies: dict[str, CachedReply] = {}
         self.tokens = (0, 0)  # (prompt, completion) that earlier processes paid for, as far as the server counted
-        self._file: io.FileIO | None = None
-        self._size = 0  # bytes of all whole lines
-        for record, size in read_replies(self.path):
+        self._journal: Journal | None = None
+        for record in read_records(self.path, REPLY):
             self._replies[record["key"]] = CachedReply(record["reply"], record.get("expected"))  # the last: see `put`
             match record:
                 case {"tokens": [int(prompt), int(completion)]}:
                     self.tokens = (self.tokens[0] + prompt, self.tokens[1] + completion)
-            self._size += size
         self._earlier = {*self._replies}  # keys of the replies that an earlier process kept
-
-    def __len__(self) -> int:
-        return len(self._replies)
 
     def get(self, key: str, earlier: bool = True) -> CachedReply | None:
         """The reply to a question; None if there is none, or only one of an earlier process and not `earlier`."""
@@ -97,23 +71,13 @@ class Cache:
         if key in self._replies and not (again and key in self._earlier):
             return self._replies[key]
         expected = {"expected": reply.expected} if reply.expected is not None else {}
-        line = (json.dumps({"key": key, "reply": reply.text, **expected, **facts}) + "\n").encode()
-        try:
-            if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
-                self._file.truncate(self._size)
-            if self._file.write(line) != len(line):
-                self._file.truncate(self._size)
-                raise OSError(None, "the disk is full")
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
-        self._size += len(line)
+        if self._journal is None:
+            self._journal = Journal(self.path)
+        self._journal.append({"key": key, "reply": reply.text, **expected, **facts})
         self._earlier.discard(key)
         self._replies[key] = reply
         return reply
 
     def close(self) -> None:
-        if self._file is not None and not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+        if self._journal is not None:
+            self._journal.close()

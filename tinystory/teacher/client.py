@@ -74,10 +74,11 @@ class Teacher(GraderBase):
         urls = [base_url(url) for url in ([self.urls] if isinstance(self.urls, str) else self.urls)]
         names = [self.models] if isinstance(self.models, str) else self.models
         models: Sequence[str | None] = names or [None]
-        if len(models) not in (1, len(urls)):
-            raise UserError(f"{len(models)} models were named for {len(urls)} teachers: name one, or one for each URL")
-        if len(set(urls)) < len(urls):
-            raise UserError("one URL was given twice: name each server once")
+        if len(models) not in (1, len(urls)) or len(set(urls)) < len(urls):
+            raise UserError(
+                f"name each teacher's URL once, and one model for all or one for each URL: there are {len(models)} "
+                f"models and {len(set(urls))} URLs"
+            )
         self._cache = None if self.cache is None else Cache(self.cache)
         paid = self._cache.tokens if self._cache is not None else (0, 0)
         self.ledger = Ledger(self.price_in, self.price_out, self.budget_cost, paid)
@@ -94,10 +95,6 @@ class Teacher(GraderBase):
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
-
-    def probe(self) -> Probe:
-        """The first of `probes`."""
-        return self.probes()[0]
 
     def probes(self) -> list[Probe]:
         """What each server can do, found out once: about four requests, or one if the cache holds the result. The
@@ -134,27 +131,20 @@ class Teacher(GraderBase):
         return {f"teacher_{name}": value for name, value in self.ledger.stats().items()}
 
     def forecast(self, stories: int, opening: str, together: int = 1) -> str:
-        totals = self.estimate(stories, opening, together)
-        cost = f", cost {totals['cost']:.2f}" if totals["cost"] else ""
-        return (
-            f"{stories:,} stories, {totals['tokens_in']:,} prompt tokens and {totals['tokens_out']:,} reply tokens, "
-            f"{totals['words']:,} words for the student{cost}, about {totals['hours']:.1f} hours of grading"
-        )
-
-    def estimate(self, stories: int, opening: str, together: int = 1) -> dict[str, float]:
-        """The cost of grading so many stories, estimated from the probe for one readable reply per story: {"tokens_in",
-        "tokens_out", "words" (the opening and all replies, for the student's budget), "cost", "hours"}."""
+        """Estimated from the probe, for one readable reply per story. Its words, of the opening and all replies, are
+        for the student's budget."""
         probes = self.probes()
         first, characters = probes[0], len(str(render(*FIRST_STORY, fence="=", template=self.template)))
         prompt, reply = first.tokens or (characters / 4, len(first.reply) / 2)
         longer = len(opening.split()) + together * STORY_WORDS - len(" ".join(FIRST_STORY).split())
         tokens_in, tokens_out = stories * (prompt + longer * TOKENS_PER_WORD), stories * reply
-        return dict(
-            tokens_in=round(tokens_in),
-            tokens_out=round(tokens_out),
-            words=len(opening.split()) + stories * len(first.reply.split()),
-            cost=self.ledger.price(tokens_in, tokens_out),
-            hours=stories / sum(self.concurrency / probe.seconds for probe in probes) / 3600,
+        words = len(opening.split()) + stories * len(first.reply.split())
+        price = self.ledger.price(tokens_in, tokens_out)
+        cost = f", cost {price:.2f}" if price else ""
+        hours = stories / sum(self.concurrency / probe.seconds for probe in probes) / 3600
+        return (
+            f"{stories:,} stories, {tokens_in:,.0f} prompt tokens and {tokens_out:,.0f} reply tokens, "
+            f"{words:,} words for the student{cost}, about {hours:.1f} hours of grading"
         )
 
     def news(self) -> list[str]:
@@ -196,12 +186,12 @@ class Teacher(GraderBase):
         return [future.result() for future in futures]
 
     def submit(self, text: Text, again: int = 0, afresh: bool = False) -> "concurrent.futures.Future[Grade]":
-        """Send one text, after `probe`. again: how often the same one was sent before, if it is to be judged anew: with
-        other seeds, and not from the cache. afresh: what an earlier process kept is not used.
+        """The future grade of a text, which is sent at once. again: how often it was sent before, if it is to be judged
+        anew: with other seeds, and not from the cache. afresh: what an earlier process kept is not used.
 
         A story without text gets 0 for each criterion, by the rubric, and is not sent.
         """
-        self.probe()
+        self.probes()
         return self._run(self._grade(text, again, afresh))
 
     def close(self) -> None:
@@ -239,15 +229,14 @@ class Teacher(GraderBase):
         outcomes = await asyncio.gather(*map(self._examine, self.endpoints), return_exceptions=True)
         away = {}
         for endpoint, outcome in zip(self.endpoints, outcomes, strict=True):
-            if isinstance(outcome, Failure) and outcome.unreachable:
+            if isinstance(outcome, Failure):
                 away[endpoint] = outcome
-            elif isinstance(outcome, Failure):
-                raise UserError(f"the teacher at {endpoint.url} {outcome}") from None
             elif outcome is not None:
                 raise outcome
         present = [endpoint for endpoint in self.endpoints if endpoint not in away]
-        if not present:
-            raise UserError(f"the teacher at {self.endpoints[0].url} {away[self.endpoints[0]]}")
+        for endpoint, failure in away.items():
+            if not (present and failure.unreachable):
+                raise UserError(f"the teacher at {endpoint.url} {failure}")
         if len({endpoint.model for endpoint in present}) > 1:
             names = ", ".join(str(endpoint.model) for endpoint in self.endpoints)
             self._session.news.append(f"{names} are taken for one model")

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.api import ChatClient, Reply
@@ -209,17 +208,18 @@ def json_tokens(names: Sequence[str]) -> int:
 
 def base_url(url: str) -> str:
     """`url`, with the usual path /v1 if it has none."""
+    import httpx2  # not at the top of the file, as in api.py
+
     try:
-        parts = urlsplit(url.strip())
-        parts.port  # noqa: B018 - raises ValueError if it is not a number
-    except ValueError:
-        parts = urlsplit("")
-    more = parts.query or parts.fragment or parts.username is not None
-    if parts.scheme not in ("http", "https") or not parts.hostname or more:
+        parts = httpx2.URL(url.strip())
+    except httpx2.InvalidURL:
+        parts = httpx2.URL("")
+    is_host = parts.scheme in ("http", "https") and parts.host and "%" not in parts.host and (parts.port or 0) < 1 << 16
+    if not is_host or parts.userinfo or parts.query or parts.fragment:
         raise UserError(
             "the teacher's URL must look like http://127.0.0.1:8000/v1 or https://host/v1; its key is OPENAI_API_KEY"
         )
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
+    return str(parts.copy_with(path=parts.path.rstrip("/") or "/v1"))
 
 
 def facts_of(probes: Sequence[Probe]) -> dict[str, Any]:

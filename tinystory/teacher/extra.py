@@ -19,28 +19,28 @@ SECRET_VALUE = re.compile(r"(bearer|basic) |(sk|gsk|hf|ghp|xai|nvapi)[-_]|AIza|e
 def load_extra(text: str) -> dict[str, Any]:
     """The fields of the JSON object; "extra_headers" in it are headers. Raises UserError for anything else, and for
     what looks like a secret at any depth, since options are recorded."""
-
-    def without_secrets(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for name, value in pairs:
-            if SECRET_NAME.search(name) or (isinstance(value, str) and SECRET_VALUE.match(value)):
-                raise UserError(
-                    f"--teacher-extra is recorded, so it must hold no secret such as {name}: use OPENAI_API_KEY"
-                )
-        return dict(pairs)
-
     try:
-        fields = json.loads(text or "{}", parse_constant=float, object_pairs_hook=without_secrets)
+        fields = json.loads(text or "{}", parse_constant=float, object_pairs_hook=_without_secrets)
         json.dumps(fields, allow_nan=False)
-    except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):
-        raise UserError('--teacher-extra must be a JSON object such as \'{"service_tier": "flex"}\'')
-    if taken := sorted(OWN_FIELDS & fields.keys()):
-        raise UserError(f"--teacher-extra cannot set {taken[0]}: it has an option of its own, or the client needs it")
-    headers = fields.get("extra_headers", {})
-    if not isinstance(headers, dict) or not all(_is_header(*item) for item in headers.items()):
-        raise UserError("--teacher-extra: extra_headers must be an object whose values are one line of text each")
+        if not isinstance(fields, dict):
+            raise ValueError("this is none")
+        if taken := sorted(OWN_FIELDS & fields.keys()):
+            raise ValueError(f"it cannot set {taken[0]}, which has an option of its own, or which the client needs")
+        headers = fields.get("extra_headers", {})
+        if not isinstance(headers, dict) or not all(_is_header(*item) for item in headers.items()):
+            raise ValueError("its extra_headers must be an object whose values are one line of text each")
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f'--teacher-extra must be a JSON object such as \'{{"service_tier": "flex"}}\': {error}'
+        ) from None
     return fields
+
+
+def _without_secrets(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name, value in pairs:
+        if SECRET_NAME.search(name) or (isinstance(value, str) and SECRET_VALUE.match(value)):
+            raise ValueError(f"it is recorded, so it must hold no secret such as {name}; use OPENAI_API_KEY")
+    return dict(pairs)
 
 
 def _is_header(name: str, value: object) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tinystory.run.errors import UserError
 from tinystory.run.folder import EVALUATIONS, STORIES, read_records
-from tinystory.teacher.cache import CachedReply, question_key, read_replies
+from tinystory.teacher.cache import REPLY, CachedReply, question_key
 from tinystory.teacher.endpoint import Probe, facts_of, json_tokens
 from tinystory.teacher.grade import Grade, GraderBase, Stories, grade_if_empty, grade_of
 from tinystory.teacher.parse import parse_scores
@@ -39,9 +39,7 @@ class Replay(GraderBase):
         self.logprobs = logprobs
         self._replies: dict[str, dict[int, CachedReply]] = {}  # by question and attempt
         probes: dict[str, Probe] = {}  # the last of each server, in the order of the first
-        if not (self.run / REPLIES).is_file():
-            raise UserError(f"--replay {run}: there is no {REPLIES} in it; give the folder of a run with a teacher")
-        for record, _ in read_replies(self.run / REPLIES):
+        for record in read_records(self.run / REPLIES, REPLY):
             if record["key"].startswith("probe "):
                 if probe := Probe.load(record["reply"]):
                     probes[probe.url] = probe
@@ -50,14 +48,13 @@ class Replay(GraderBase):
                 reply = CachedReply(record["reply"], record.get("expected"))
                 self._replies.setdefault(question, {})[record["attempt"]] = reply  # the last counts
         if not probes:
-            raise UserError(f"--replay {run}: {REPLIES} does not say who gave the replies; run it again to replay it")
+            raise UserError(f"--replay {run}: no {REPLIES} there says who graded; give a run with a teacher")
         self._probes = [*probes.values()]
         super().__init__(facts_of(self._probes))
         if any(probe.held_to == "json" for probe in self._probes):
             self.max_tokens = max(self.max_tokens, json_tokens(template.names))
         # The stories that were given up: another story with the same words may have got a reply later.
-        logs = [self.run / name for name in (STORIES, EVALUATIONS)]
-        stories = (record for log in logs if log.exists() for record in read_records(log))
+        stories = (record for name in (STORIES, EVALUATIONS) for record in read_records(self.run / name))
         self._given_up = {(record["index"], record["story"]) for record in stories if record["reward"] is None}
 
     def probes(self) -> list[Probe]:

@@ -6,12 +6,10 @@ Tokens are words, numbers and single other characters, each with the space befor
 import asyncio
 import json
 import logging
-import math
-import re
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
@@ -19,16 +17,14 @@ from aiohttp import http, web
 from aiohttp.typedefs import Handler
 
 from tinystory.run.errors import UserError
+from tinystory.teacher.endpoint import PIECE
 
 HOST = "127.0.0.1"
 PORTS = "[0, 65535]"  # of an option
 LONGEST_BODY = 256 * 1024  # bytes; a request has about 4,000
 KEEP_ALIVE_S = 5.0  # between the spaces before an answer that takes long
-ROLES = ("system", "developer", "user", "assistant", "tool")
-TOKEN = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
 
-# The reply to messages: as text, or with the JSON object that has the given keys; it may raise Refused.
-Responder: TypeAlias = Callable[[list[dict], list[str] | None], Awaitable[str]]
+Responder: TypeAlias = Callable[[list[dict]], Awaitable[str]]  # the reply to messages; it may raise Refused
 CLIENT_ERRORS = (http.HttpProcessingError, web.RequestPayloadError, ConnectionError)  # garbage, or a hang-up
 
 # aiohttp logs the errors of clients too, each with a traceback.
@@ -70,33 +66,26 @@ class Refused(Exception):
         self.message, self.param, self.code, self.status = message, param, code, status
 
 
-def application(model: str, description: str, criteria: Sequence[str], respond: Responder) -> web.Application:
-    """The routes of a server whose only model is `model`. criteria: the keys of a reply as a JSON object."""
+def application(model: str, description: str, respond: Responder) -> web.Application:
+    """The routes of a server whose only model is `model`."""
     entry = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "tinystory"}
     entry["description"] = description
 
     async def models(request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [entry]})
 
-    async def one_model(request: web.Request) -> web.Response:
-        _check_model(request.match_info["model"], model)
-        return web.json_response(entry)
-
-    async def health(request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok"})
-
     async def chat(request: web.Request) -> web.StreamResponse:
-        body = parsed(await request.read())
+        body = parse_body(await request.read())
         _check_model(body.get("model"), model)
-        messages, keys = _messages(body.get("messages")), _keys(body.get("response_format"), criteria)
+        messages = _messages(body.get("messages"))
         _check_parameters(body)
-        return await _kept_alive(request, completion(body, messages, keys))
+        return await _kept_alive(request, completion(body, messages))
 
-    async def completion(body: dict, messages: list[dict], keys: list[str] | None) -> dict:
+    async def completion(body: dict, messages: list[dict]) -> dict:
         longest = body.get("max_completion_tokens") or body.get("max_tokens")
-        tokens = TOKEN.findall(await respond(messages, keys))
+        tokens = PIECE.findall(await respond(messages))
         n_reply = len(tokens[:longest])
-        n_prompt = sum(len(TOKEN.findall(message["content"])) + 3 for message in messages)
+        n_prompt = sum(len(PIECE.findall(message["content"])) + 3 for message in messages)
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": "".join(tokens[:n_reply]), "refusal": None},
@@ -115,8 +104,6 @@ def application(model: str, description: str, criteria: Sequence[str], respond: 
     routes = web.Application(middlewares=[errors_as_json], client_max_size=LONGEST_BODY)
     routes.router.add_post("/v1/chat/completions", chat)
     routes.router.add_get("/v1/models", models)
-    routes.router.add_get("/v1/models/{model:.+}", one_model)
-    routes.router.add_get("/health", health)
     return routes
 
 
@@ -143,42 +130,27 @@ async def _kept_alive(request: web.Request, answer: Coroutine[Any, Any, dict]) -
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn every error, including aiohttp's own, into {"error": {message, type, param, code}}."""
-    headers = {}
     try:
         return await handler(request)
     except Refused as error:
         refused = error
-    except web.HTTPNotFound:
-        refused = Refused(f"Unknown request URL: {request.method} {request.path}", code="unknown_url", status=404)
-    except web.HTTPMethodNotAllowed as error:
-        headers["Allow"] = ", ".join(sorted(error.allowed_methods))
-        message = f"Not allowed to {request.method} on {request.path} (HINT: use {headers['Allow']})"
-        refused = Refused(message, code="method_not_supported", status=405)
     except web.RequestPayloadError:
         refused = Refused("The body of the request cannot be read.")
-    except web.HTTPRequestEntityTooLarge:
-        message = f"The body of the request is longer than {LONGEST_BODY} bytes."
-        refused = Refused(message, code="request_too_large", status=413)
+    except web.HTTPException as error:  # an unknown URL or method, a body that is too long
+        refused = Refused(f"{error.reason}: {request.method} {request.path}", status=error.status)
     body = {"message": refused.message, "type": "invalid_request_error", "param": refused.param, "code": refused.code}
-    return web.json_response({"error": body}, status=refused.status, headers=headers)
+    return web.json_response({"error": body}, status=refused.status)
 
 
-def parsed(body: bytes) -> dict:
+def parse_body(body: bytes) -> dict:
     """The JSON object in a request's body."""
     try:
-        value = json.loads(body, parse_float=_finite, parse_constant=_finite)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON (as NaN is not), or nested too deeply
+        value = json.loads(body)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise Refused(f"The body of the request is not valid JSON: {str(error)[:100]}.") from None
     if not isinstance(value, dict):
         raise Refused("The body of the request must be a JSON object.")
     return value
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is no number")
-    return number
 
 
 def _check_model(name: object, model: str) -> None:
@@ -190,29 +162,15 @@ def _check_model(name: object, model: str) -> None:
 
 
 def _messages(value: object) -> list[dict]:
-    """The messages, with each content as text."""
+    """The messages, each with a role and a content that is text."""
     if not isinstance(value, list) or not value:
         raise Refused("`messages` must be a list of at least one message.", "messages")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
-
-
-def _message(message: object, param: str) -> dict:
-    match message:
-        case {"role": str(role), "content": str(content)} if role in ROLES:
-            return {"role": role, "content": content}
-        case {"role": str(role), "content": [*parts]} if role in ROLES:
-            texts = [text for part in parts if (text := _text_of(part)) is not None]
-            if len(texts) == len(parts):
-                return {"role": role, "content": "".join(texts)}
-            raise Refused("This model reads text only.", f"{param}.content", "unsupported_value")
-    raise Refused(f"A message needs a role ({', '.join(ROLES)}) and a content that is text.", param, "invalid_type")
-
-
-def _text_of(part: object) -> str | None:
-    match part:
-        case {"type": "text", "text": str(text)}:
-            return text
-    return None
+    for index, message in enumerate(value):
+        match message:
+            case {"role": str(), "content": str()}:
+                continue
+        raise Refused("A message needs a role and a content that is text.", f"messages[{index}]", "invalid_type")
+    return value
 
 
 def _check_parameters(body: dict) -> None:
@@ -221,25 +179,8 @@ def _check_parameters(body: dict) -> None:
         **{name: (lambda v: type(v) is int and v >= 1, "must be a whole number of at least 1.") for name in counts},
         **{name: (lambda v: not v, "is not supported by this model.") for name in unsupported},
         "n": (lambda v: v == 1, "must be 1: this model always gives the same answer."),
-        "temperature": (lambda v: type(v) in (int, float) and 0 <= v <= 2, "must be a number from 0 to 2."),
-        "seed": (lambda v: type(v) is int, "must be a whole number."),
+        "response_format": (lambda v: v == {"type": "text"}, "must be of type text: this model replies in no other."),
     }
     for name, (is_valid, requirement) in rules.items():
         if body.get(name) is not None and not is_valid(body[name]):
             raise Refused(f"`{name}` {requirement}", name, "invalid_value")
-
-
-def _keys(response_format: object, criteria: Sequence[str]) -> list[str] | None:
-    """The keys of the JSON object to reply with; None: reply as text."""
-    match response_format:
-        case None | {"type": "text"}:
-            return None
-        case {"type": "json_object"}:
-            return list(criteria)
-        case {"type": "json_schema", "json_schema": {"schema": {"properties": dict(properties)}}}:
-            if properties.keys() == set(criteria):
-                return list(properties)
-            message = f"This model can only fill a schema whose properties are {', '.join(criteria)}."
-            raise Refused(message, "response_format.json_schema.schema", "unsupported_value")
-    message = "`response_format` must be of type text, json_object, or json_schema with a schema that has properties."
-    raise Refused(message, "response_format", "invalid_value")
