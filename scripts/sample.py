@@ -3,6 +3,7 @@
 python scripts/sample.py                                   best of runs/interact, else newest of runs/pretrain
 python scripts/sample.py runs/pretrain/checkpoints/chck_1M --opening "One day, a small dragon" --stories 3
 python scripts/sample.py --best-of 4                       each the best of four, by the student's own likelihood
+python scripts/sample.py --best-of 4 --teacher-url URL     ... by a teacher's score, in the reward of interaction
 """
 
 import argparse
@@ -10,19 +11,21 @@ import json
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.config import SEEDS, InteractConfig, add_number
+from tinystory.config import SEEDS, InteractConfig, add_number, check
 from tinystory.data.openings import Openings, load_openings
 from tinystory.ops.compute import pick_device
-from tinystory.rl.reward import best_of_n
+from tinystory.rl.reward import best_of_n, story_rewards
 from tinystory.run.errors import command
 from tinystory.run.folder import atomic_write
 from tinystory.run.paths import usage
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, generate
+from tinystory.teacher.grader import open_grader
 
 
 @command
@@ -36,10 +39,15 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--top-k", 0, "[0, 1e9]", "keep the k most probable tokens; 0: all")
     add_number(parser, "--top-p", 1.0, "(0, 1]", "nucleus sampling: probability to keep")
     add_number(parser, "--seed", 0, SEEDS, "seed of the stories")
-    add_number(parser, "--best-of", 1, "[1, 1000]", "print the likeliest of so many stories to each opening")
+    add_number(parser, "--best-of", 1, "[1, 1000]", "print the best of so many stories to each opening")
+    for name in ("--teacher-url", "--teacher-model", "--reward"):
+        parser.add_argument(name, default="", help="who chooses it, as in train_interact.py (default: its likelihood)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write the stories there, for evaluate.py")
     options = parser.parse_args(argv)
+    urls, models = ([text] if text else [] for text in (options.teacher_url, options.teacher_model))
+    config = InteractConfig(teacher_url=urls, teacher_model=models, reward=options.reward, seed=options.seed)
+    check(config)
 
     run = Path("runs/interact")
     folder = checkpoint.find(options.checkpoint or (run if run.exists() else Path("runs/pretrain")))
@@ -55,7 +63,12 @@ def main(argv: list[str] | None = None) -> None:
     sampling |= {"max_new_tokens": options.max_new_tokens or max(room, 1)}
     stories = generate(student, None, tokenizer, openings, first_index=0, **sampling)
     if options.best_of > 1:
-        stories = [stories[i] for i in best_of_n([story.likelihood for story in stories], options.stories)]
+        values: list[Any] = [story.likelihood for story in stories]
+        if urls or options.reward:
+            with open_grader(config, corpus=None) as grader:
+                grades = grader.grade_each([(story.opening, story.text) for story in stories])
+            values = list(story_rewards(config, stories, [grade.score for grade in grades]))
+        stories = [stories[i] for i in best_of_n(values, options.stories)]
     if options.out:
         lines = [{"opening": story.opening, "story": story.text, "ended": story.ended} for story in stories]
         atomic_write(options.out, "".join(json.dumps(line) + "\n" for line in lines))

@@ -176,15 +176,17 @@ def test_more_stories_than_memory_holds_are_refused_before_they_are_begun(place,
         assert "GB of memory" in line and "--max-new-tokens" in line
 
 
-def test_the_best_of_several_stories_is_printed(place, capsys):
-    """The likeliest of those that end."""
+def test_the_best_of_several_stories_is_printed(place, tmp_path, capsys):
+    """By the callable's score: the length that it asks for; without one, the likeliest of those that end."""
+    (tmp_path / "r.py").write_text("def long(o, stories):\n    return [min(len(s) / 999, 1.0) for s in stories]\n")
     common = f"{checkpoint.newest(place / 'p')} --stories 2 --max-new-tokens 12 --device cpu --opening Once".split()
     printed = []
-    for more in ([], ["--best-of", "8"]):
+    for more in ([], ["--best-of", "8", "--reward", f"{tmp_path / 'r.py'}:long"], ["--best-of", "8"]):
         sample.main([*common, *more])
         printed.append(capsys.readouterr().out)
-    assert all(out.count("--- story") == 2 for out in printed) and printed[0] != printed[1]
-    assert printed[1].count("cut off") <= printed[0].count("cut off")
+    assert all(out.count("--- story") == 2 for out in printed) and len(set(printed)) == 3
+    assert len(printed[1]) > len(printed[0]) and printed[2].count("cut off") <= printed[0].count("cut off")
+    assert "do not go together" in fails(sample.main, [*common, "--teacher-url=http://x", "--reward=random"], capsys)
 
 
 @pytest.mark.parametrize("temperature", ["0", "1e-9", "100"])
