@@ -8,6 +8,10 @@ train_pretrain.py does the same at its start, or uses the result of this script 
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.config import PretrainConfig, add_options, check
 from tinystory.data.corpus import open_corpus

@@ -203,3 +203,14 @@ def test_a_samples_file_is_read_by_evaluate(place, tmp_path, capsys):
     sample.main([run, "--opening", str(tmp_path / "openings.txt"), *more])
     assert [story.opening for story in read_stories(out)] == ["Tom had", "Mia saw", "Tom had"]
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["doctor", "watch"])
+def test_a_script_finds_the_package_of_its_own_clone(name):
+    """Where nothing is installed but what tinystory depends on. The finder of an editable install is left out."""
+    code = (
+        "import runpy, sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()];"
+        f"sys.argv = ['{name}', '--help']; runpy.run_path('{ROOT}/scripts/{name}.py', run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd="/")
+    assert result.returncode == 0 and "usage" in result.stdout, result.stderr
