@@ -20,6 +20,7 @@ TRAINED = 3 * FLOAT  # per parameter: itself, its gradient and one moment at lea
 ACTIVATIONS = 10  # 16-bit values that a layer keeps per token and unit of width for its backward pass, at least
 KEPT = 16  # values that it keeps: residual stream and norm twice, qkv, attention, and the MLP's hidden layer twice
 OPENING = 24  # tokens, in a plan
+STORY = 1024  # bytes of the objects that hold a story, at least
 
 
 def parameters(shape: StudentConfig) -> int:
@@ -78,7 +79,7 @@ def interaction(config: InteractConfig, shape: StudentConfig, device: torch.devi
 def story_memory(stories: int, max_new_tokens: int, shape: StudentConfig, device: torch.device, size: int = 2) -> int:
     """Bytes of KV cache and outputs while so many stories are written. size: of an entry of the cache."""
     cache = rows_at_once(stories, device) * shape.n_layer * 2 * shape.n_embd * size
-    return (cache + stories * (8 + 3 * FLOAT)) * max_new_tokens
+    return (cache + stories * (8 + 3 * FLOAT)) * max_new_tokens + stories * STORY
 
 
 def require_for_interaction(config: InteractConfig, shape: StudentConfig, device: torch.device) -> None:
