@@ -351,6 +351,8 @@ def read_records(path: Path, fields: Fields | None = None) -> Iterator[Record]:
     fields = FIELDS.get(path.name, NO_FIELDS) if fields is None else fields
     with open_bytes(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), start=1):
+            if line == b"\n":
+                continue
             try:
                 if len(line) > LONGEST:
                     raise ValueError(f"it is over {LONGEST >> 20} MB")
