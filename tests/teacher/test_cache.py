@@ -74,7 +74,7 @@ def test_a_cache_cut_anywhere_keeps_its_whole_lines(tmp_path, cut):
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("line", [b"hello\n", b"[]\n", b'{"key": 1, "reply": "1 1 1"}\n', b"\xff\n", b"\n"])
+@pytest.mark.parametrize("line", [b"hello\n", b"[]\n", b'{"key": 1, "reply": "1 1 1"}\n', b"\xff\n"])
 def test_another_file_is_not_a_cache(tmp_path, line):
     path = tmp_path / "notes.txt"
     path.write_bytes(line)
