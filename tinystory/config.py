@@ -185,7 +185,7 @@ class InteractConfig:
     diversity: float = option(0.5, "share of the score multiplied by the difference from other stories", "[0, 1]")
     unfinished: float = option(0.5, "fraction of its reward that a story without an end keeps", "[0, 1]")
 
-    learning_rate: float = option(3e-4, "initial learning rate of Adam", "(0, 100]", group="optimiser")
+    learning_rate: float = option(4e-4, "initial learning rate of Adam", "(0, 100]", group="optimiser")
     lr_decay: bool = option(True, "let the learning rates fall linearly to 0 over all updates of --steps")
     sharpness_rate: float = option(0.02, "initial learning rate of a global logit scale; 0 disables it", "[0, 100]")
     minibatch_size: int = option(128, "stories per gradient step; 0 means all", "[0, 1e9]")
