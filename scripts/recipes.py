@@ -87,7 +87,10 @@ def main(argv: list[str] | None = None) -> None:
                 run("train_interact.py", out, seed, "--init", str(start), *shlex.split(text))
             rows.append(Row(name, out))
             if text == options.options[0]:
-                rows += [Row(f"{name}, best of 4{how}", out, n=4, graded=not how) for how in ("", ", ungraded")]
+                rows += [
+                    Row(f"{name}, best of 4", out, n=4, graded=True),
+                    Row(f"{name}, best of 4, ungraded", out, n=4),
+                ]
         corpus = checkpoint.load(checkpoint.find(start))[2]["corpus"]
         with open_grader(CONFIG, builtin_teacher, corpus=corpus) as grader:
             for row in rows:
@@ -127,19 +130,21 @@ def measure(row: Row, start: Path, grader: Grader, count: int) -> dict[str, floa
         stories: list[Story] = []
         scores: list[float | None] = []
         for first in range(0, len(openings), count):  # a story is compared with the others of its set
-            few, index = openings[first : first + count], FIRST_INDEX + first * row.n
+            prompts, index = openings[first : first + count], FIRST_INDEX + first * row.n
             sampling: dict[str, Any] = dict(max_new_tokens=CONFIG.max_new_tokens, temperature=row.temperature)
             with compute.autocast():
-                new = generate(student, None, tokenizer, few * row.n, first_index=index, seed=0, **sampling)
-                batch = ppo.collate(new[:count], tokenizer, compute.device)
+                candidates = generate(student, None, tokenizer, prompts * row.n, first_index=index, seed=0, **sampling)
+                batch = ppo.collate(candidates[:count], tokenizer, compute.device)
                 ref_logprobs, _ = ppo.read_reference(reference, batch, 1.0, CONFIG.micro_batch_size, states=False)
             kls.append(float(((batch.logprobs - ref_logprobs) * batch.mask).sum(1).mean()))
-            grades = [grade.score for grade in grader.grade_each([(story.opening, story.text) for story in new])]
-            values = story_rewards(CONFIG, new, grades) if row.graded else [story.likelihood for story in new]
+            grades = [grade.score for grade in grader.grade_each([(story.opening, story.text) for story in candidates])]
+            values = (
+                story_rewards(CONFIG, candidates, grades) if row.graded else [story.likelihood for story in candidates]
+            )
             chosen = best_of_n(values, count)
-            new, grades = [new[i] for i in chosen], [grades[i] for i in chosen]
-            rewards += story_rewards(CONFIG, new, grades)
-            stories, scores = stories + new, scores + grades
+            best, grades = [candidates[i] for i in chosen], [grades[i] for i in chosen]
+            rewards += story_rewards(CONFIG, best, grades)
+            stories, scores = stories + best, scores + grades
         texts = [story.text for story in stories[:CLUSTERED]]
         means = {
             "reward": mean(rewards),

@@ -1,5 +1,6 @@
 """Shared fixtures and helpers: a student small enough to train within a test, its corpus, and short retry pauses."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -119,6 +120,19 @@ JUNK = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
+
+
+def send_hub_file(handler, body: bytes, commit: str, status: int = 200, error: str = "") -> None:
+    """A Hub's answer to a request for a file, or its refusal."""
+    handler.send_response(status)
+    if error:
+        handler.send_header("X-Error-Code", error)
+    handler.send_header("X-Repo-Commit", commit)
+    handler.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    if handler.command == "GET":
+        handler.wfile.write(body)
 
 
 def damage(path: Path, data) -> None:

@@ -1,6 +1,5 @@
 import functools
 import gzip
-import hashlib
 import http.server
 import json
 import os
@@ -13,6 +12,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from conftest import send_hub_file
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -263,17 +263,9 @@ GATED = "/datasets/BabyLM-community/BabyLM-2026-Strict/"
 class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         body = HUB_FILES.get(self.path, b"")
-        error = "EntryNotFound" if not body else "GatedRepo" if self.path.startswith(GATED) else None
-        self.send_response({None: 200, "EntryNotFound": 404, "GatedRepo": 403}[error])
-        if error:
-            self.send_header("X-Error-Code", error)
-            body = b""
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
+        error = "EntryNotFound" if not body else "GatedRepo" if self.path.startswith(GATED) else ""
+        status = {"": 200, "EntryNotFound": 404, "GatedRepo": 403}[error]
+        send_hub_file(self, b"" if error else body, "0" * 40, status, error)
 
     do_HEAD = do_GET
 

@@ -33,8 +33,8 @@ def sentences(sample):
 
 def offenders(pattern, texts):
     """Where the pattern occurs, with its surroundings, for a message one can read."""
-    found = (re.search(pattern, text) for text in texts)
-    return [m.string[max(0, m.start() - 30) : m.end() + 30] for m in found if m][:5]
+    matches = (re.search(pattern, text) for text in texts)
+    return [m.string[max(0, m.start() - 30) : m.end() + 30] for m in matches if m][:5]
 
 
 def digest(texts):
@@ -213,9 +213,9 @@ def test_stories_do_not_repeat_each_other(sample, sentences):
 def test_the_brackets_of_the_markup_are_balanced():
     tables = (grammar.vocabulary.HEROES, grammar.vocabulary.HELPERS, grammar.vocabulary.PARENTS)
     for text in [*grammar._TEXTS, *grammar.vocabulary.RULES.values(), *(rows for t in tables for rows in t.values())]:
-        found = 1
-        while found:
-            text, found = re.subn(r"\[[^][<>]*\]|<[^][|<>]*>", "", text)
+        count = 1
+        while count:
+            text, count = re.subn(r"\[[^][<>]*\]|<[^][|<>]*>", "", text)
         assert not set("[]<>|") & set(text), re.findall(".{,20}[][<>|].{,20}", text)
 
 

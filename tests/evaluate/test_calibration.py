@@ -128,12 +128,12 @@ def test_the_area_counts_ties_as_one_half():
 
 
 def test_a_teacher_that_knows_gets_every_pair_right():
-    found = calibrate(knowing, STORIES)
-    assert all(found["kinds"][kind]["auc"] == 1 for kind in KINDS[1:]) and found["judgement"] == 1
-    assert found["corruptions"] == 1 and found["corruptions_ci"] == [1, 1]
-    assert found["kinds"][REAL]["mean"] == 1 and found["range"] == [0, 1] and found["unscored"] == 0
-    assert found["retest"]["equal"] == 1 and found["length"] is None  # one score per kind: length changes nothing
-    assert verdict(found).startswith("puts a story above shuffled words with probability 1.00 [0.8")
+    result = calibrate(knowing, STORIES)
+    assert all(result["kinds"][kind]["auc"] == 1 for kind in KINDS[1:]) and result["judgement"] == 1
+    assert result["corruptions"] == 1 and result["corruptions_ci"] == [1, 1]
+    assert result["kinds"][REAL]["mean"] == 1 and result["range"] == [0, 1] and result["unscored"] == 0
+    assert result["retest"]["equal"] == 1 and result["length"] is None  # one score per kind: length changes nothing
+    assert verdict(result).startswith("puts a story above shuffled words with probability 1.00 [0.8")
 
 
 # Teachers are called what they are
@@ -150,19 +150,19 @@ def test_a_teacher_that_knows_gets_every_pair_right():
     ],
 )
 def test_a_teacher_that_cannot_judge_is_said_so_and_can_be_refused(teacher, says):
-    found = calibrate(teacher, STORIES)
-    assert says in verdict(found)
-    require(found, 0.0)
+    result = calibrate(teacher, STORIES)
+    assert says in verdict(result)
+    require(result, 0.0)
     with pytest.raises(UserError, match=r"--require-judgement 0\.8: the teacher"):
-        require(found, 0.8)
+        require(result, 0.8)
 
 
 def test_some_stories_without_a_score_are_left_out_and_counted():
     def forgetful(told, again):
         return [None if i % 5 == 0 else score for i, score in enumerate(knowing(told, again))]
 
-    found = calibrate(forgetful, STORIES)
-    assert found["judgement"] == 1 and found["unscored"] == len(range(0, len(STORIES), 5))
+    result = calibrate(forgetful, STORIES)
+    assert result["judgement"] == 1 and result["unscored"] == len(range(0, len(STORIES), 5))
 
 
 # Commands
@@ -179,8 +179,8 @@ def test_the_doctor_calibrates_an_endpoint(capsys, monkeypatch):
     with FaultServer(_counts_words) as server:
         doctor.main(["--teacher-url", server.url, "--calibrate"])
         asked = len(server.requests)
-    said = capsys.readouterr().out
-    assert "judgement  the teacher counts words" in said and "another language" in said
+    printed = capsys.readouterr().out
+    assert "judgement  the teacher counts words" in printed and "another language" in printed
     known = known_stories(unseen_stories(1500), 12)
     assert asked == 1 + len({each[1:] for each in known}) + calibration.RETESTED  # the probe's, each text, some twice
 
@@ -218,17 +218,17 @@ def test_a_run_says_what_its_teacher_is_before_it_begins(short_pauses, tmp_path,
     with FaultServer(_counts_words) as server:
         config = InteractConfig(teacher_url=[server.url])
         with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:
-            found = calibrated(config, grader)["calibration"]
+            result = calibrated(config, grader)["calibration"]
             asked = len(server.requests)
         with open_grader(config, corpus=None, replies=tmp_path / "replies.jsonl") as grader:  # resumed: nothing anew
-            assert calibrated(config, grader)["calibration"] == found and len(server.requests) == asked
+            assert calibrated(config, grader)["calibration"] == result and len(server.requests) == asked
             config.require_judgement = 0.7
             with pytest.raises(UserError, match="counts words"):
                 calibrated(config, grader)
             config.calibrate, config.require_judgement = False, 0.0
             assert calibrated(config, grader) == {}
     assert "calibration: the teacher counts words" in capsys.readouterr().out
-    assert found["verdict"].startswith("counts words") and found["stories"] == CHEAP * len(CHEAP_KINDS)
+    assert result["verdict"].startswith("counts words") and result["stories"] == CHEAP * len(CHEAP_KINDS)
 
 
 def test_a_second_answer_is_a_new_question_with_another_seed(short_pauses, tmp_path):

@@ -397,8 +397,8 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, 
         ("run/chck_1M", 10**6), ("run/chck_2M", 2 * 10**6), ("<b>theirs", None)
     ]  # fmt: skip
     assert records[0]["blimp"] == records[2]["blimp"] and records[0]["stories"] == records[2]["stories"]
-    said = capsys.readouterr().out
-    assert "BLiMP, %" in said and "run/chck_2M" in said and "bits per byte" in said
+    printed = capsys.readouterr().out
+    assert "BLiMP, %" in printed and "run/chck_2M" in printed and "bits per byte" in printed
 
 
 def test_the_command_puts_anybodys_stories_beside_a_students(student, tokenizer, tmp_path, capsys, monkeypatch):

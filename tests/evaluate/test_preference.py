@@ -40,27 +40,27 @@ def likes(word):
 
 
 def test_who_prefers_the_same_story_in_both_orders_wins_it():
-    found = compare(PAIRS, likes("fine"))
-    assert (found["second"], found["first"], found["same"], found["rate"]) == (10, 0, 0, 1)
-    assert found["second_place"] == 0.5 and found["ci"][0] > 0.7 and found["choices"] == [Choice(SECOND)] * 10
+    result = compare(PAIRS, likes("fine"))
+    assert (result["second"], result["first"], result["same"], result["rate"]) == (10, 0, 0, 1)
+    assert result["second_place"] == 0.5 and result["ci"][0] > 0.7 and result["choices"] == [Choice(SECOND)] * 10
     assert compare(PAIRS, likes("plain"))["rate"] == 0
 
 
 def test_who_prefers_a_place_decides_nothing():
-    found = compare(PAIRS, lambda samples: [2 / 3] * len(samples))
-    assert found["rate"] == 0.5 and found["same"] == found["inconsistent"] == 10 and found["second_place"] == 1
+    result = compare(PAIRS, lambda samples: [2 / 3] * len(samples))
+    assert result["rate"] == 0.5 and result["same"] == result["inconsistent"] == 10 and result["second_place"] == 1
 
 
 def test_a_pair_without_an_answer_is_left_out():
-    found = compare(
+    result = compare(
         PAIRS, lambda samples: [None if i == 3 else answer for i, answer in enumerate(likes("fine")(samples))]
     )
-    assert found["pairs"] == 9 and found["unscored"] == 1 and found["choices"][1] is None
+    assert result["pairs"] == 9 and result["unscored"] == 1 and result["choices"][1] is None
 
 
 def test_a_tie_counts_one_half():
-    found = win_rate([Choice(FIRST), Choice(SECOND), Choice(SAME), Choice(SAME)])
-    assert found["rate"] == 0.5 and found["ci"][0] < 0.5 < found["ci"][1]
+    result = win_rate([Choice(FIRST), Choice(SECOND), Choice(SAME), Choice(SAME)])
+    assert result["rate"] == 0.5 and result["ci"][0] < 0.5 < result["ci"][1]
     assert win_rate([])["rate"] is None
 
 
@@ -105,9 +105,9 @@ def test_choices_about_stories_that_are_no_longer_there_do_not_count(tmp_path):
     keep_choices(tmp_path, "m", PAIRS, [Choice(FIRST)] * 10)
     keep_choices(tmp_path, "m", PAIRS, [None, *[Choice(SECOND)] * 9])  # the last word counts
     keep_choices(tmp_path, "n", [pair_of("Once", "old", "stories")], [Choice(FIRST)])
-    found = run_preferences(tmp_path)
-    assert list(found) == ["m"] and (found["m"]["second"], found["m"]["first"]) == (9, 0)
-    (line,) = preference_lines(found)
+    result = run_preferences(tmp_path)
+    assert list(result) == ["m"] and (result["m"]["second"], result["m"]["first"]) == (9, 0)
+    (line,) = preference_lines(result)
     assert "m preferred the story after interaction in 9 of 9 pairs" in line and "win rate 1.00 [0." in line
 
 
@@ -122,9 +122,9 @@ def test_a_language_model_is_asked_about_each_pair_twice(tmp_path, capsys, short
         texts = {request["messages"][-1]["content"] for request in server.requests}
         system = {request["messages"][0]["content"] for request in server.requests}
     assert len(texts) == 1 + 2 * len(PAIRS) and system == {instructions(COMPARISON)}
-    said = capsys.readouterr().out
-    assert "first preferred the story after interaction in 10 of 10 pairs" in said
-    assert "second in 50% of its answers" in said
+    printed = capsys.readouterr().out
+    assert "first preferred the story after interaction in 10 of 10 pairs" in printed
+    assert "second in 50% of its answers" in printed
     assert run_preferences(tmp_path)["first"]["rate"] == 1
     assert "first preferred the story after interaction in 10 of 10" in (tmp_path / "report.html").read_text()
 
@@ -166,9 +166,9 @@ def test_a_student_beside_a_file_writes_to_the_files_openings(student, tokenizer
 def test_a_judge_that_scores_prefers_the_higher_score_and_has_no_second_place(tmp_path, capsys, monkeypatch):
     scores = {"a": 1.0, "b": 2.0, "c": 2.0, "d": None}
     pairs = [pair_of("Once", *pair) for pair in ("ab", "ba", "bc", "ad")]
-    found = compare_scores(pairs, lambda texts: [scores[story] for _, story in texts])
-    assert [choice and choice.better for choice in found["choices"]] == [SECOND, FIRST, SAME, None]
-    assert (found["rate"], found["unscored"], found["second_place"]) == (0.5, 1, None)
+    result = compare_scores(pairs, lambda texts: [scores[story] for _, story in texts])
+    assert [choice and choice.better for choice in result["choices"]] == [SECOND, FIRST, SAME, None]
+    assert (result["rate"], result["unscored"], result["second_place"]) == (0.5, 1, None)
     monkeypatch.setattr(
         evaluate, "open_teacher", lambda *_: lambda pairs: [{"humour": "fine" in story} for _, story in pairs]
     )

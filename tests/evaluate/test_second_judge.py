@@ -45,8 +45,8 @@ def run(place, tmp_path, monkeypatch):
 
 def test_a_finished_run_is_judged_with_its_controls(run, capsys):
     evaluate.main(["--judge", str(run), str(run), "--reader", "short-words"])
-    said = capsys.readouterr().out
-    assert "2 runs together" in said and "not the teacher" in said and said.count("real stories") >= 3
+    printed = capsys.readouterr().out
+    assert "2 runs together" in printed and "not the teacher" in printed and printed.count("real stories") >= 3
     records = list(read_records(run / JUDGED))
     evaluations = [record for record in read_records(run / EVALUATIONS) if record["step"] == 0]
     by_group = {name: [record for record in records if record["group"] == name] for name in GROUPS}

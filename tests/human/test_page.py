@@ -77,8 +77,8 @@ def shown(url, who="ada"):
 
 def test_a_trainers_client_waits_for_the_person(url, short_pauses):
     with Teacher(url) as teacher:
-        found = teacher.probes()[0]
-        assert found.model == HUMAN and found.scored
+        probe = teacher.probes()[0]
+        assert probe.model == HUMAN and probe.scored
         assert json.loads(ask(url, "GET", "/state?who=ada")[2])["item"] is None  # the probe bothered nobody
         marks = ("cat", "alert", "dog")
         stories = ["a cat sat.", EVIL, "a dog ran."]

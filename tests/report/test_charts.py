@@ -59,11 +59,11 @@ def test_one_wild_step_neither_flattens_the_curve_nor_leaves_the_frame():
 def test_ticks_are_even_round_and_inside(low, span):
     if low + span == low or span < 1e-6 * abs(low):
         return
-    found = ticks(low, low + span)
-    assert 3 <= len(found) <= 13
+    marks = ticks(low, low + span)
+    assert 3 <= len(marks) <= 13
     slack = span * 1e-4
-    assert low - slack <= found[0] and found[-1] <= low + span + slack
-    steps = np.diff(found)
+    assert low - slack <= marks[0] and marks[-1] <= low + span + slack
+    steps = np.diff(marks)
     assert np.allclose(steps, steps[0], rtol=1e-2)
 
 

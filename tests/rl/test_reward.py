@@ -55,10 +55,10 @@ def test_stories_that_share_no_phrase_are_wholly_different(lengths, random):
 
 @given(st.lists(st.lists(st.sampled_from(["a", "b", "Tom", "Mia"]), max_size=12).map(" ".join), max_size=8))
 def test_a_difference_does_not_depend_on_order_or_on_names(stories):
-    found = differences(stories)
-    assert all(0 <= each <= 1 for each in found)
-    assert differences(stories[::-1]) == pytest.approx(found[::-1])
-    assert differences([story.replace("Tom", "Peanut") for story in stories]) == pytest.approx(found)
+    result = differences(stories)
+    assert all(0 <= each <= 1 for each in result)
+    assert differences(stories[::-1]) == pytest.approx(result[::-1])
+    assert differences([story.replace("Tom", "Peanut") for story in stories]) == pytest.approx(result)
 
 
 def test_phrases_count_names_as_one_word_and_ignore_punctuation():

@@ -27,6 +27,7 @@ from tinystory.run.folder import (
     read_records,
     read_stories,
 )
+from tinystory.run.journal import Journal
 
 
 def a_run(folder, steps):
@@ -243,3 +244,15 @@ while True:
         writer.wait()
         writer.stdout.close()
     assert len(seen) > 1 and json.loads(path.read_bytes())["n"] >= max(seen)
+
+
+def test_a_durable_journal_waits_for_the_disk_at_each_record(tmp_path, monkeypatch):
+    """A human's grade, which nobody gives twice."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    for durable in (False, True):
+        journal = Journal(tmp_path / f"{durable}.jsonl", durable)
+        journal.append({"a": 1})
+        journal.append({"a": 2})
+        journal.close()
+    assert synced == [9, 18]

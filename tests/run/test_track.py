@@ -105,8 +105,8 @@ def test_a_tracker_that_fails_says_so_once_and_stops_no_run(place, tmp_path, cap
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     interact(place, tmp_path / "i", "--track", "trackio")
     output = capsys.readouterr()
-    said = (output.out + output.err).count("warning: trackio failed (no route [31mto host): the run goes on")
-    assert said == (n < 99) and len(metrics(tmp_path / "i")) == 4
+    warnings = (output.out + output.err).count("warning: trackio failed (no route [31mto host): the run goes on")
+    assert warnings == (n < 99) and len(metrics(tmp_path / "i")) == 4
 
 
 def test_a_tracker_that_is_not_installed_is_one_sentence(place, tmp_path, capsys, monkeypatch):

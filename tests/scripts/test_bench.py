@@ -161,13 +161,13 @@ def test_peers_take_turns_and_a_slow_mode_is_measured_once(nanogpt, run, monkeyp
 
     monkeypatch.setitem(timing.WORK, "pretrain", (ours, *rest))
     monkeypatch.setattr(peers, "Peer", Watched)
-    found = run("peers", "--nanogpt", str(nanogpt), "--new", "9", "--runs", "3", *optimizer)["peers"]["pretrain"]
+    result = run("peers", "--nanogpt", str(nanogpt), "--new", "9", "--runs", "3", *optimizer)["peers"]["pretrain"]
     assert order == ["ours"] + ["ours", "peer"] * 3  # one to warm up
     turns = [peer / our for peer, our in zip(seconds["peer"], seconds["ours"][1:], strict=True)]
-    assert found["ratio"] == pytest.approx(statistics.median(turns), abs=0.006)
-    assert found["best"] == "eager-float32"
-    assert found["peer_s"]["eager-bfloat16"] >= 2 > found["peer_s"]["eager-float32"]
-    assert found["tokens_per_s"] == pytest.approx(16 * 64 / found["ours_s"], rel=0.01)
+    assert result["ratio"] == pytest.approx(statistics.median(turns), abs=0.006)
+    assert result["best"] == "eager-float32"
+    assert result["peer_s"]["eager-bfloat16"] >= 2 > result["peer_s"]["eager-float32"]
+    assert result["tokens_per_s"] == pytest.approx(16 * 64 / result["ours_s"], rel=0.01)
 
 
 def test_a_peer_that_fails_is_quoted(nanogpt, bench, capsys):

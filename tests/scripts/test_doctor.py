@@ -71,22 +71,27 @@ def test_a_plan_adds_up_and_gives_the_teacher_what_is_left(capsys):
 def test_a_bad_url_is_one_sentence_and_exit_code_2(capsys, url, words):
     with pytest.raises(SystemExit) as caught:
         doctor.main(["--teacher-url", url or closed_port()])
-    said = capsys.readouterr()
-    assert caught.value.code == 2 and words in said.err and said.err.count("\n") == 1 and "teacher " not in said.out
-    assert KEY not in said.err + said.out
+    printed = capsys.readouterr()
+    assert (
+        caught.value.code == 2
+        and words in printed.err
+        and printed.err.count("\n") == 1
+        and "teacher " not in printed.out
+    )
+    assert KEY not in printed.err + printed.out
 
 
 def test_a_teacher_that_refuses_the_key_is_one_sentence(capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with FaultServer(models=lambda: error(401, f"no such key: {KEY}")) as server, pytest.raises(SystemExit) as caught:
         doctor.main(["--teacher-url", server.url])
-    said = capsys.readouterr()
-    assert caught.value.code == 2 and "refuses the key" in said.err and KEY not in said.err + said.out
+    printed = capsys.readouterr()
+    assert caught.value.code == 2 and "refuses the key" in printed.err and KEY not in printed.err + printed.out
 
 
 def test_help_shows_how(capsys):
     with pytest.raises(SystemExit) as caught:
         doctor.main(["--help"])
     assert caught.value.code == 0
-    said = capsys.readouterr().out
-    assert "--teacher-url URL" in said and "python scripts/doctor.py" in said
+    printed = capsys.readouterr().out
+    assert "--teacher-url URL" in printed and "python scripts/doctor.py" in printed

@@ -21,5 +21,5 @@ def test_it_exists_and_its_help_says_what_to_type(name, monkeypatch, capsys):
     assert paths.usage(f"{script} --out x") == f"{name} --out x"
     with pytest.raises(SystemExit):
         module.main(["--help"])
-    said = capsys.readouterr().out
-    assert "python " not in said and set(re.findall(r"\btinystory-[\w-]+", said)) <= set(ENTRY_POINTS)
+    printed = capsys.readouterr().out
+    assert "python " not in printed and set(re.findall(r"\btinystory-[\w-]+", printed)) <= set(ENTRY_POINTS)

@@ -2,7 +2,6 @@
 files stands in for it; where it is (4.51.3 is what BabyLM's pipeline pins), it reads them itself."""
 
 import base64
-import hashlib
 import http.server
 import json
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import AWKWARD, tiny_stories
+from conftest import AWKWARD, send_hub_file, tiny_stories
 from safetensors.torch import load_file, save_file
 
 import train_interact
@@ -180,15 +179,8 @@ class Branches(http.server.BaseHTTPRequestHandler):
         file = self.path.removeprefix("/us/blm/resolve/chck_20M/")
         known = ("config.json", "model.safetensors", "tokenizer.json")
         body = (self.folder / file).read_bytes() if file in known else b""
-        self.send_response(200 if body else 404)
-        if not body:
-            self.send_header("X-Error-Code", "EntryNotFound" if "chck_20M" in self.path else "RevisionNotFound")
-        self.send_header("X-Repo-Commit", "1" * 40)
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
+        missing = "EntryNotFound" if "chck_20M" in self.path else "RevisionNotFound"
+        send_hub_file(self, body, "1" * 40, 200 if body else 404, "" if body else missing)
 
     do_HEAD = do_GET
 

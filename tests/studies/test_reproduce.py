@@ -58,8 +58,8 @@ def test_the_objective_is_the_papers_unless_told_otherwise(tmp_path, monkeypatch
     want = {name: reproduce.INTERACT_PRESETS["paper"][name] for name in reproduce.OBJECTIVES["paper"]}
     assert {name: getattr(paper, name) for name in want} == want
     assert {name: getattr(demo, name) for name in want} == {name: getattr(InteractConfig, name) for name in want}
-    said = capsys.readouterr().out
-    assert "objective paper: openings 'Let me tell you" in said and "objective demo: openings 'builtin'" in said
+    printed = capsys.readouterr().out
+    assert "objective paper: openings 'Let me tell you" in printed and "objective demo: openings 'builtin'" in printed
 
 
 def test_a_start_without_a_checkpoint_is_refused_before_anything_is_written(tmp_path, capsys):

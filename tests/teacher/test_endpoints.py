@@ -199,8 +199,8 @@ def test_a_server_that_wants_at_least_16_tokens_gets_them_and_the_reply_is_cut_t
     replies = {"A dog ran.": "2 1 3", "A cat ran.": "2 1 3\n\nIt is a fine and simple story about a cat that runs."}
     server = Picky(below_minimum, script=lambda story, n: replies[story])
     with server, Teacher(server.url, max_tokens=6) as teacher:
-        found = teacher.probes()[0]
-        assert (found.least_tokens, teacher.longest_reply) == (16, 6) and "at least 16" in str(found)
+        probe = teacher.probes()[0]
+        assert (probe.least_tokens, teacher.longest_reply) == (16, 6) and "at least 16" in str(probe)
         dog, cat = teacher.grade("Once", list(replies))
     assert dog.scores and cat.scores is None and cat.reply == "2 1 3\n\nIt is a" and cat.reply_words == 3 * 6
     assert all(asked["max_tokens"] >= 16 for asked in server.requests)
@@ -341,9 +341,9 @@ def test_a_model_that_thinks_is_told_less_and_less_until_it_answers(name, tmp_pa
     with Picky(refuse) as server:
         for _ in range(2):
             with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
-                found = teacher.probes()[0]
-                assert found.thinks and found.scored and found.quiet == kept and not found.least_tokens
-                assert json.dumps(kept) in str(found)
+                probe = teacher.probes()[0]
+                assert probe.thinks and probe.scored and probe.quiet == kept and not probe.least_tokens
+                assert json.dumps(kept) in str(probe)
         assert len(server.all) <= 1 + 4 + 4  # each rung once, and the outcome is kept
         with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
             assert scored(teacher)

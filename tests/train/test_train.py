@@ -277,8 +277,8 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     assert records[3]["objective"] == pytest.approx(records[3]["reward_mean"] - penalty, abs=1e-5)
     assert records[3]["ended"] == pytest.approx(sum(s["ended"] == "eos" for s in stories[18:]) / 6, abs=1e-6)
     assert 0 < records[3]["diversity_mean"] <= 1 and 1 <= records[3]["story_clusters"] <= 6
-    said = capsys.readouterr().out
-    assert "mean reward" in said and f"before and after step {best}, the best" in said
+    printed = capsys.readouterr().out
+    assert "mean reward" in printed and f"before and after step {best}, the best" in printed
 
 
 def test_an_evaluation_measures_the_best_of_several_stories_beside_the_one_that_it_would_have_had(place, tmp_path):
@@ -389,8 +389,8 @@ def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monk
     news = lambda self, record: {"collapse": "all the same"} if record["step"] == 3 else {}  # noqa: E731
     monkeypatch.setattr("tinystory.rl.collapse.Watch.add", news)
     run_interact(place, tmp_path / "on")
-    said = capsys.readouterr()
-    assert (said.out + said.err).count("all the same") == 1 and len(metrics(tmp_path / "on")) == 4
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("all the same") == 1 and len(metrics(tmp_path / "on")) == 4
     run_interact(place, tmp_path / "off", "--stop-on-collapse", "--eval-every", "0", "--save-every", "20")
     assert len(metrics(tmp_path / "off")) == 3
     evaluations = [json.loads(line) for line in (tmp_path / "off" / "evaluations.jsonl").read_text().splitlines()]
@@ -402,8 +402,8 @@ def test_a_teacher_that_tells_nothing_apart_is_warned_of_once(place, tmp_path, c
     """A score of 0.5 for every story; the rewards still differ, by length."""
     (tmp_path / "r.py").write_text("def flat(opening, stories):\n    return [0.5] * len(stories)\n")
     run_interact(place, tmp_path / "i", "--reward", f"{tmp_path / 'r.py'}:flat", "--steps", "7", "--eval-every", "0")
-    said = capsys.readouterr()
-    assert (said.out + said.err).count("all stories of the last 5 steps had the same score (0.5 in the last)") == 1
+    printed = "".join(capsys.readouterr())
+    assert printed.count("all stories of the last 5 steps had the same score (0.5 in the last)") == 1
     assert all(record["score_std"] == 0 for record in metrics(tmp_path / "i"))
 
 

@@ -66,7 +66,7 @@ class Desk:
         self._graded = 0.0  # when the last grade was given
         for record in read_records(path, GRADE):
             self._add(record)
-        self._journal = Journal(path)
+        self._journal = Journal(path, durable=True)
 
     def _add(self, record: Record) -> None:
         key, who = record["key"], record["by"]

@@ -26,7 +26,7 @@ class PairDesk:
         for record in read_records(path):
             if record["key"] in self.pairs:
                 self._choices[record["by"]][record["key"]] = record
-        self._journal = Journal(path)
+        self._journal = Journal(path, durable=True)
 
     def swapped(self, who: str, key: str) -> bool:
         """Whether the first story of this pair is on the right."""

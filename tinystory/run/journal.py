@@ -15,12 +15,12 @@ TAIL = 1 << 26  # bytes, more than any record has
 class Journal:
     """Appends records to `path`, which is created with its folder; `run.folder.read_records` reads them.
 
-    Records are handed to the operating system before `append` returns, so killing the process loses none of them; a
-    power cut loses those that the system has not written back yet. An incomplete last line was being written when a
-    process died, and is cut off. Raises UserError if the file cannot be written."""
+    Records are handed to the operating system before `append` returns, so killing the process loses none of them. A
+    power cut loses those that the system has not written back yet, and none if `durable`. An incomplete last line was
+    being written when a process died, and is cut off. Raises UserError if the file cannot be written."""
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    def __init__(self, path: Path, durable: bool = False):
+        self.path, self.durable = Path(path), durable
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  (closed by `close`)
@@ -39,6 +39,8 @@ class Journal:
         try:
             while lines:  # an unbuffered write may be partial, as on a nearly full disk
                 lines = lines[self._file.write(lines) :]
+            if self.durable:
+                os.fsync(self._file.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):  # of a device, which has no size
                 self._file.truncate(size)

@@ -142,11 +142,11 @@ def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
     sizes["context"] = config.get("n_positions")
     wrong = [name for name, values in FIXED.items() if config.get(name, values[0]) not in values]
     if wrong:
-        problem = f"its {wrong[0]} is {config[wrong[0]]!r}, not {FIXED[wrong[0]][0]!r}"
+        problem = f"its {wrong[0]} is {config[wrong[0]]!r:.80}, not {FIXED[wrong[0]][0]!r}"
     else:
         problem = wrong_shape(sizes).replace("its context", "its n_positions")
     if not problem and config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
-        problem = f"its n_inner is {config['n_inner']!r}, not 4 * n_embd"
+        problem = f"its n_inner is {config['n_inner']!r:.80}, not 4 * n_embd"
     if problem:
         raise UserError(f"{folder}/config.json describes a model that is not supported here: {problem}")
     return StudentConfig(**sizes)
