@@ -16,8 +16,8 @@ class Journal:
     """Appends records to `path`, which is created with its folder; `run.folder.read_records` reads them.
 
     Records are handed to the operating system before `append` returns, so killing the process loses none of them. A
-    power cut loses those that the system has not written back yet, and none if `durable`. An incomplete last line was
-    being written when a process died, and is cut off. Raises UserError if the file cannot be written."""
+    power cut loses those that the system has not written back yet: none after `close`, or if `durable`. An incomplete
+    last line was being written when a process died, and is cut off. Raises UserError if the file cannot be written."""
 
     def __init__(self, path: Path, durable: bool = False):
         self.path, self.durable = Path(path), durable
@@ -47,4 +47,6 @@ class Journal:
             raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # of a device, which has nothing to write back
+            os.fsync(self._file.fileno())
         self._file.close()
