@@ -83,6 +83,7 @@ struct Linear {
   DType gemm_type;       // f32 or bf16: of the matmuls, and of slope
   bool gelu;
   int64_t M, K, N;
+  int64_t threads;                  // that share the items of linear_grad_weight
   const void* x;                    // (M, K)
   const float *weight, *bias;       // (N, K), (N,)
   void *y, *slope;                  // (M, N); slope: GELU's derivative, kept for backward

@@ -111,7 +111,7 @@ struct Logprob {
     const int64_t fit = bytes / int64_t(wide.dtype().itemsize());
     const int64_t all_groups = blocks(x.V, kLogprobGroup), threads = at::get_num_threads();
     const auto at_least = [](int64_t least, int64_t n) { return std::max(least, n); };
-    const int64_t rows = std::min(x.N, stats && grads ? at_least(6, fit / at_least(1, x.V) / 6 * 6) : 4096);
+    const int64_t rows = std::min(x.N, stats && grads ? at_least(2, fit / at_least(1, x.V) / 2 * 2) : 4096);
     const int64_t groups = fit / at_least(1, rows) / kLogprobGroup;
     const int64_t columns = stats ? all_groups : at_least(1, blocks(groups, threads)) * threads;
     if (grads) allocate_grads(std::min(x.V, columns * kLogprobGroup));
@@ -212,6 +212,7 @@ Linear linear_args(const Tensor& x, const Tensor& weight, bool gelu, at::ScalarT
           .M = x.numel() / std::max<int64_t>(K, 1),
           .K = K,
           .N = N,
+          .threads = at::get_num_threads(),
           .x = x.const_data_ptr(),
           .weight = weight.const_data_ptr<float>(),
           .rows = {}};

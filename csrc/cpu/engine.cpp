@@ -380,7 +380,9 @@ class EngineOf final : public Engine {
     });
     const int64_t V = student_.V;
     matmul("engine: logits", head_, normed_.data, rows, [&](int64_t i, int64_t j, vf v) {
-      std::memcpy(logits_.data + i * V + j, &v, std::min<int64_t>(W, V - j) * sizeof(float));
+      float* to = logits_.data + i * V + j;
+      if (j + W <= V) store(to, v);
+      else std::memcpy(to, &v, (V - j) * sizeof(float));
     });
   }
 

@@ -13,8 +13,11 @@
 
 namespace tinystory::cpu {
 
-constexpr int64_t kColumns = 64;                  // columns per item of work; callers pad to them
-constexpr int64_t kTileRows = W == 16 ? 48 : 96;  // rows that share a panel in the L1 cache with their sums
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+constexpr int64_t kColumns = 64;                   // columns per item of work; callers pad to them
+constexpr int64_t kSix = 6;                        // rows of a micro-kernel
+constexpr int64_t kTileRows = W == 16 ? 48 : 132;  // rows that share a panel in the L1 cache with their sums
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kMicroVectors = 4;  // vectors per row of the tile: 6 * 4 sums and 4 columns fit 32 registers
 #else
@@ -22,15 +25,15 @@ constexpr int kMicroVectors = 2;
 #endif
 
 // A Policy says how to multiply and add. A Pack is the unit along the reduced dimension: one element, or two bf16 for
-// the processor's dot-product instruction. kPack is the number of elements in a Pack; kReduce, the number of Packs per
-// partial sum: a sum of short sums rounds less than one long sum, and bf16 has rounded far more already. A panel of
-// kReduce rows takes up to half of the L1 cache.
-constexpr int64_t kReduceWide = W == 16 ? 128 : 192;  // of 4 and 8 bytes
+// the processor's dot-product instruction. kPack is the number of elements in a Pack; kReduce, the number of Packs that
+// are reduced at a time: a panel of them takes up to half of the L1 cache; kSum, the number per partial sum: a sum of
+// short sums rounds less than one long sum, and bf16 has rounded far more already.
+constexpr int64_t kSumWide = W == 16 ? 128 : 192, kReduceWide = W == 16 ? 128 : 384;  // of 4 and 8 bytes
 struct F32 {
   using Acc = float;
   using Pack = float;
   static constexpr int kPack = 1;
-  static constexpr int64_t kReduce = kReduceWide;
+  static constexpr int64_t kSum = kSumWide, kReduce = kReduceWide;
   static vf broadcast(const char* p) { return splat<vf>(load<float>(p)); }
   static vf dot(vf a, vf b, vf sum) { return fma(a, b, sum); }
 };
@@ -38,7 +41,7 @@ struct F64 {
   using Acc = double;
   using Pack = double;
   static constexpr int kPack = 1;
-  static constexpr int64_t kReduce = kReduceWide;
+  static constexpr int64_t kSum = kSumWide, kReduce = kReduceWide;
   static vd broadcast(const char* p) { return splat<vd>(load<double>(p)); }
   static vd dot(vd a, vd b, vd sum) { return fma(a, b, sum); }
 };
@@ -48,7 +51,7 @@ struct BF16 {
   using Acc = float;
   using Pack = uint32_t;
   static constexpr int kPack = 2;
-  static constexpr int64_t kReduce = 384;
+  static constexpr int64_t kSum = 384, kReduce = 384;
   static vf broadcast(const char* p) { return (vf)(vu{} + load<uint32_t>(p)); }
 #if defined(TINYSTORY_ARM_BF16)
   static vf dot(vf a, vf b, vf sum) { return arm::dot(a, b, sum); }
@@ -110,9 +113,8 @@ void micro_kernel(int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, i
                   int64_t cm, bool add) {
   using Vec = VecOf<typename Policy::Acc>;
   constexpr int L = lanes<Vec>;
-  if (add)  // prefetched while the sums are formed
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < C; ++j) __builtin_prefetch(c + r * cm + j * L, 1);
+  for (int r = 0; r < R; ++r)  // while the sums are formed
+    for (int j = 0; j < C; ++j) __builtin_prefetch(c + r * cm + j * L, 1);
   Vec acc[R][C];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < C; ++j) acc[r][j] = Vec{};
@@ -135,10 +137,19 @@ void micro_kernel(int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, i
 template <class Policy, int C, class Done>
 void micro_column(int64_t rows, int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, int64_t bk,
                   typename Policy::Acc* c, int64_t cm, bool add, const Done& done) {
+  using Vec = VecOf<typename Policy::Acc>;
+  constexpr int64_t L = lanes<Vec>, kWidth = C * L;
   int64_t row = 0;
   const auto take = [&]<int R>(std::integral_constant<int, R>) {
-    micro_kernel<Policy, R, C>(n_k, {a.at + row * a.row_stride, a.row_stride, a.k_stride}, b, bk, c + row * cm, cm,
-                               add);
+    typename Policy::Acc sums[R * kWidth], *to = c + row * cm;
+    const bool apart = add && n_k > Policy::kSum;
+    for (int64_t k = 0; k < n_k; k += Policy::kSum)
+      micro_kernel<Policy, R, C>(std::min(Policy::kSum, n_k - k), a.part(row, k), b + k * bk, bk, apart ? sums : to,
+                                 apart ? kWidth : cm, k > 0 || (add && !apart));
+    if (apart)
+      for (int r = 0; r < R; ++r)
+        for (int64_t j = 0; j < kWidth; j += L)
+          store(to + r * cm + j, load<Vec>(to + r * cm + j) + load<Vec>(sums + r * kWidth + j));
     done(row, R);
     row += R;
   };
@@ -224,6 +235,19 @@ void gemm_tile(int64_t first, int64_t last, int64_t column, int64_t end, int64_t
       }
 }
 
+// Copies `rows` rows that lie by columns into blocks of kSix, [rows / kSix][depth][kSix], which the micro-kernel reads in
+// order.
+template <class Pack>
+void copy_columns(Pack* to, const Pack* from, int64_t k_stride, int64_t rows, int64_t depth) {
+  constexpr int64_t kAhead = 16, kLine = 64 / sizeof(Pack);  // each column may lie in a page of its own
+  for (int64_t k = 0; k < depth; ++k, from += k_stride, to += kSix) {
+    for (int64_t row = 0; row < rows; row += kLine) __builtin_prefetch(from + kAhead * k_stride + row);
+    int64_t row = 0;
+    for (; row + kSix <= rows; row += kSix) std::memcpy(to + row * depth, from + row, kSix * sizeof(Pack));
+    std::memcpy(to + row * depth, from + row, (rows - row) * sizeof(Pack));
+  }
+}
+
 // The driver: c (rows, columns) = a b, or with `add` c += a b, reducing over n_k Packs. The columns are whole vectors. A
 // left operand that lies by columns, in more pages than the first-level TLB maps, is copied, a part at a time.
 template <class Policy>
@@ -231,8 +255,6 @@ void gemm(int64_t rows, int64_t columns, int64_t n_k, Left<Policy> a, Right<Poli
           int64_t cm, bool add = false) {
   using Pack = typename Policy::Pack;
   constexpr int64_t L = lanes<VecOf<typename Policy::Acc>>, kWidth = kPanel<Policy>, kMapped = 64 * 4096;
-  constexpr bool kMayCopy = Policy::kPack == 1;
-  alignas(64) Pack copy[kMayCopy ? Policy::kReduce * kTileRows : 1];
   const int64_t together = block_rows<Policy>(rows, n_k);
   if (kForAmx<Policy> && on_tiles<Policy>() && n_k > Policy::kReduce) {  // tiles of sums are read and written often
     gemm_tile<Policy>(0, rows, 0, columns, n_k, a, b, [&](int64_t row, int64_t j, auto sum) {
@@ -242,22 +264,25 @@ void gemm(int64_t rows, int64_t columns, int64_t n_k, Left<Policy> a, Right<Poli
     });
     return;
   }
+  const int64_t span = std::min(Policy::kReduce, n_k) * a.k_stride * int64_t(sizeof(Pack));
+  const bool copies = Policy::kPack == 1 && a.row_stride == 1 && span > kMapped;
+  Pack* copy =
+      copies ? reinterpret_cast<Pack*>(scratch<1>(Policy::kReduce * round_up(together, kSix) * sizeof(Pack))) : nullptr;
   for (int64_t k = 0; k < n_k; k += Policy::kReduce, add = true)
     for (int64_t first = 0; first < rows; first += together) {
       const int64_t n = std::min(together, rows - first), depth = std::min(Policy::kReduce, n_k - k);
-      Left<Policy> part = a.part(first, k);
-      if (kMayCopy && a.row_stride == 1 && depth * a.k_stride * int64_t(sizeof(Pack)) > kMapped) {
-        for (int64_t i = 0; i < depth; ++i) std::memcpy(copy + i * n, part.at + i * a.k_stride, n * sizeof(Pack));
-        part = {copy, 1, n};
-      }
+      const Left<Policy> part = a.part(first, k);
+      if (copies) copy_columns(copy, part.at, a.k_stride, n, depth);
       for (int64_t j = 0; j < columns; j += kWidth)
-        gemm_panel<Policy>(n, std::min(kWidth, columns - j) / L, depth, part,
-                           b.at + j / kWidth * b.panel_stride + k * b.k_stride, b.k_stride, c + first * cm + j, cm, add,
-                           [](int64_t, int64_t) {});
+        for (int64_t row = 0, m; row < n; row += m) {
+          m = copies ? std::min(kSix, n - row) : n;
+          gemm_panel<Policy>(m, std::min(kWidth, columns - j) / L, depth,
+                             copies ? Left<Policy>{copy + row * depth, 1, kSix} : part,
+                             b.at + j / kWidth * b.panel_stride + k * b.k_stride, b.k_stride,
+                             c + (first + row) * cm + j, cm, add, [](int64_t, int64_t) {});
+        }
     }
 }
-
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Stores elements j, j + 1, ... of a row of Packs.
 template <class Policy>

@@ -95,8 +95,8 @@ struct Layer {
     const auto* x = x_stored() ? static_cast<const Pack*>(x_at(0)) : rows;
     matmul(begin, end, x_tiled() ? x_rows(x) : Left<Policy>{x, in, 1}, in, l.N, [&](int64_t row, int64_t j, vf y) {
       const int64_t to = (l.first + row) * l.N + j, later = to + kAhead * l.N;
-      __builtin_prefetch(at(l.y, l.y_type, later), 1, 2);
-      if (l.gelu) __builtin_prefetch(at(l.slope, l.gemm_type, later), 1, 2);
+      __builtin_prefetch(at(l.y, l.y_type, later), 1, kCache);
+      if (l.gelu) __builtin_prefetch(at(l.slope, l.gemm_type, later), 1, kCache);
       y += load<vf>(l.bias + j);
       if (l.gelu) {
         const auto [value, slope] = gelu_and_slope(y);
@@ -158,28 +158,38 @@ struct Layer {
   void grad_x(int64_t begin, int64_t end) {
     matmul(begin, end, y_rows(grads()), out, l.K, [&](int64_t row, int64_t j, vf g) {
       const int64_t to = (l.first + row) * l.K + j;
-      __builtin_prefetch(at(l.grad_x, l.x_type, to + kAhead * l.K), 1, 2);
+      __builtin_prefetch(at(l.grad_x, l.x_type, to + kAhead * l.K), 1, kCache);
       store_as(at(l.grad_x, l.x_type, to), l.x_type, g);
     });
   }
 
-  // items: blocks of rows times 64 columns
-  static int64_t weight_rows(int64_t N, int64_t pairs) {
-    return kForAmx<Policy> && on_tiles<Policy>() ? block_rows<Policy>(N, pairs) : kColumns;
+  // Rows and columns per item of grad_weight. Wide items read less; there are enough of them for all threads to be busy.
+  std::pair<int64_t, int64_t> weight_tile() const {
+    if (kForAmx<Policy> && on_tiles<Policy>()) return {block_rows<Policy>(l.N, pairs), kColumns};
+    int64_t width = kTransposed ? kColumns : 256;
+    const int64_t rows = kTransposed ? kColumns : 128;
+    while (width > kColumns && weight_tiles(rows, width) < 2 * l.threads) width /= 2;
+    return {rows, width};
+  }
+  int64_t weight_tiles(int64_t rows, int64_t width) const {
+    return (l.N + rows - 1) / rows * ((l.K + width - 1) / width);
   }
   void grad_weight(int64_t begin, int64_t end) {
-    const int64_t across = (l.K + kColumns - 1) / kColumns, together = weight_rows(l.N, pairs);
+    const auto [together, width] = weight_tile();
+    const int64_t across = (l.K + width - 1) / width;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t n = item / across * together, c = item % across * kColumns;
+      const int64_t n = item / across * together, c = item % across * width;
       const Left<Policy> left = kTransposed ? columns(grad_columns).part(n, 0) : Left<Policy>{grads() + n, 1, l.N};
-      gemm<Policy>(std::min(together, l.N - n), std::min(kColumns, l.K - c), pairs, left,
+      gemm<Policy>(std::min(together, l.N - n), std::min(width, l.K - c), pairs, left,
                    {x_pairs + c * pairs, kWidth, pairs * kWidth}, l.grad_weight + n * l.K + c, l.K, l.first > 0);
     }
   }
 
  private:
   static constexpr int64_t kWeightRows = 32;
-  static constexpr int64_t kAhead = 32;  // rows that results are prefetched ahead: they lie too far apart otherwise
+  // Results are prefetched so many rows ahead, into this cache: they lie too far apart otherwise.
+  static constexpr int64_t kAhead = Policy::kPack == 1 ? kSix : 32;
+  static constexpr int kCache = Policy::kPack == 1 ? 3 : 2;
 };
 
 template <class F>
@@ -221,8 +231,8 @@ int64_t linear_tiles(const Linear& l) {
 }
 int64_t linear_weight_tiles(const Linear& l) {
   return with_layer(l, [&](auto layer) {
-    const int64_t rows = layer.weight_rows(l.N, layer.pairs);
-    return (l.N + rows - 1) / rows * ((l.K + kColumns - 1) / kColumns);
+    const auto [rows, width] = layer.weight_tile();
+    return layer.weight_tiles(rows, width);
   });
 }
 void linear_pack_weight(const Linear& l, int64_t begin, int64_t end) {

@@ -174,13 +174,17 @@ inline vh to_bf16(vf x) {
 
 inline float from_f16(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
-  // Scaling by 2^112 moves the exponent's bias from 15 to 127 and makes subnormals normal.
-  uint32_t bits = rest >= 0x7c00 ? (0x7f800000 | rest << 13) : rest << 13;
-  float f = 0;
-  std::memcpy(&f, &bits, 4);
-  if (rest < 0x7c00) f *= 0x1p112f;
-  std::memcpy(&bits, &f, 4);
+  uint32_t bits = rest << 13;
+  if (rest >= 0x7c00) {
+    bits |= 0x7f800000;
+  } else if (rest >= 0x400) {
+    bits += 112 << 23;  // the exponent's bias from 15 to 127
+  } else {
+    const float subnormal = float(rest) * 0x1p-24f;
+    std::memcpy(&bits, &subnormal, 4);
+  }
   bits |= sign;
+  float f;
   std::memcpy(&f, &bits, 4);
   return f;
 }
@@ -261,7 +265,9 @@ inline void store_tail(void* p, DType t, int64_t n, Vec x) {
   std::memcpy(p, bytes, n * size_of(t));
 }
 
-// This thread's scratch memory, 64-byte aligned and kept between calls: a new mmap per call would cost page faults.
+// This thread's scratch memory, 64-byte aligned and kept between calls: a new mmap per call would cost page faults. What
+// is in use at the same time has numbers of its own.
+template <int kNumber = 0>
 inline char* scratch(size_t bytes) {
   thread_local std::vector<char> memory;
   if (memory.size() < bytes + 64) memory.resize(bytes + 64);

@@ -94,8 +94,17 @@ void test(const Size& s, bool transposed) {
       const int64_t n = std::min(Policy::kReduce, s.n_k - k);
       const auto* from_a = left.at + row * left.row_stride + k * left.k_stride;
       const auto* from_b = right.at + column / kWidth * right.panel_stride + k * kWidth + column % kWidth;
-      want = partial<Policy>(from_a, left.k_stride, from_b, kWidth, n, want, k > 0);
-      want_added = partial<Policy>(from_a, left.k_stride, from_b, kWidth, n, want_added, true);
+      if (kForAmx<Policy>) {  // its sums go on from the last
+        want = partial<Policy>(from_a, left.k_stride, from_b, kWidth, n, want, k > 0);
+        want_added = partial<Policy>(from_a, left.k_stride, from_b, kWidth, n, want_added, true);
+        continue;
+      }
+      float sum = 0;
+      for (int64_t i = 0; i < n; i += Policy::kSum)
+        sum = partial<Policy>(from_a + i * left.k_stride, left.k_stride, from_b + i * kWidth, kWidth,
+                              std::min(Policy::kSum, n - i), sum, i > 0);
+      want = k > 0 ? want + sum : sum;
+      want_added += sum;
     }
     if (kForAmx<Policy> && s.n_k > Policy::kReduce) want_added = before[i] + want;  // of more than one part: added last
     const int64_t j = row * s.columns + column;
@@ -131,6 +140,7 @@ int main() {
         if (amx::permitted() && rows == 97 && n_k == 48) test<BF16Tiles>({kMostRows<BF16Tiles> + rows, 32, n_k}, false);
 #endif
       }
+  test<F32>({601, 80, 250}, true);  // a left operand that is copied
 #if defined(TINYSTORY_ARM_BF16) && !defined(TINYSTORY_AMX)
   for (int64_t rows : {1, 2, 3, 5, 6, 7, 13, 97})
     for (int64_t columns : {W, 16, 16 + W, 64, 80})

@@ -39,6 +39,7 @@ void test_linear(DType gemm_type, bool gelu_too, int64_t M, int64_t K, int64_t N
                .M = M,
                .K = K,
                .N = N,
+               .threads = threads,
                .x = x.data(),
                .weight = weight.data(),
                .bias = bias.data(),

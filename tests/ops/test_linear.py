@@ -1,6 +1,7 @@
 """ops.linear and ops.add_layer_norm: as exact as PyTorch, gradients too; a row's bits depend on that row alone."""
 
 import functools
+import platform
 
 import pytest
 import torch
@@ -125,6 +126,14 @@ def test_reference_gradients():
     for branch in (None, r):
         run = functools.partial(reference.add_layer_norm, dropout_p=0.25, seed=3, dtype=torch.float64)
         assert torch.autograd.gradcheck(run, (x, branch, w[0], w[1]))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors are not slowed by subnormals")
+def test_subnormals_are_zero_in_kernels_and_nowhere_else():
+    tiny, ones, zeros = torch.full((64, 32), 1e-39), torch.ones(32, 32), torch.zeros(32)
+    y, _ = torch.ops.tinystory.linear(tiny, ones, zeros, False, torch.float32, torch.float32)
+    assert not y.any()
+    assert (tiny * 2).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
