@@ -107,10 +107,11 @@ struct Right {
   int64_t k_stride, panel_stride;
 };
 
-// The micro-kernel: c[m][n] (+)= sum over k of a[m][k] * b[k][n] for an R x (C * lanes) tile held in registers.
+// The micro-kernel: c[m][n] (+)= sum over k of a[m][k] * b[k][n] for an R x (C * lanes) tile held in registers. Its
+// parameters are no structs: those would be copied through memory, behind stores that wait for it.
 template <class Policy, int R, int C>
-void micro_kernel(int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, int64_t bk, typename Policy::Acc* c,
-                  int64_t cm, bool add) {
+void micro_kernel(int64_t n_k, const typename Policy::Pack* a, int64_t am, int64_t ak, const typename Policy::Pack* b,
+                  int64_t bk, typename Policy::Acc* c, int64_t cm, bool add) {
   using Vec = VecOf<typename Policy::Acc>;
   constexpr int L = lanes<Vec>;
   for (int r = 0; r < R; ++r)  // while the sums are formed
@@ -118,11 +119,11 @@ void micro_kernel(int64_t n_k, Left<Policy> a, const typename Policy::Pack* b, i
   Vec acc[R][C];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < C; ++j) acc[r][j] = Vec{};
-  for (int64_t k = 0; k < n_k; ++k, a.at += a.k_stride, b += bk) {
+  for (int64_t k = 0; k < n_k; ++k, a += ak, b += bk) {
     Vec col[C];
     for (int j = 0; j < C; ++j) col[j] = load<Vec>(b + j * L);
     for (int r = 0; r < R; ++r) {
-      const Vec row = Policy::broadcast(reinterpret_cast<const char*>(a.at + r * a.row_stride));
+      const Vec row = Policy::broadcast(reinterpret_cast<const char*>(a + r * am));
       for (int j = 0; j < C; ++j) acc[r][j] = Policy::dot(row, col[j], acc[r][j]);
     }
   }
@@ -144,8 +145,8 @@ void micro_column(int64_t rows, int64_t n_k, Left<Policy> a, const typename Poli
     typename Policy::Acc sums[R * kWidth], *to = c + row * cm;
     const bool apart = add && n_k > Policy::kSum;
     for (int64_t k = 0; k < n_k; k += Policy::kSum)
-      micro_kernel<Policy, R, C>(std::min(Policy::kSum, n_k - k), a.part(row, k), b + k * bk, bk, apart ? sums : to,
-                                 apart ? kWidth : cm, k > 0 || (add && !apart));
+      micro_kernel<Policy, R, C>(std::min(Policy::kSum, n_k - k), a.part(row, k).at, a.row_stride, a.k_stride,
+                                 b + k * bk, bk, apart ? sums : to, apart ? kWidth : cm, k > 0 || (add && !apart));
     if (apart)
       for (int r = 0; r < R; ++r)
         for (int64_t j = 0; j < kWidth; j += L)
