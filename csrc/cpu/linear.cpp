@@ -163,15 +163,18 @@ struct Layer {
     });
   }
 
-  // Rows and columns per item of grad_weight. Wide items read less; there are enough of them for all threads to be busy.
+  // Rows and columns per item of grad_weight: few, since each reads its operands anew, but equal shares for the threads.
   std::pair<int64_t, int64_t> weight_tile() const {
     if (kForAmx<Policy> && on_tiles<Policy>()) return {block_rows<Policy>(l.N, pairs), kColumns};
-    int64_t width = kTransposed ? kColumns : 256;
-    const int64_t rows = kTransposed ? kColumns : 128;
-    while (width > kColumns && weight_tiles(rows, width) < 2 * l.threads) width /= 2;
-    return {rows, width};
+    if (kTransposed) return {kColumns, kColumns};
+    int64_t down = (l.N + 127) / 128, across = (l.K + 255) / 256;
+    const auto uneven = [&] { return down * across < 2 * l.threads || down * across % l.threads; };
+    while (uneven() && down < l.N / 48) ++down;
+    while (uneven() && across < l.K / kColumns) ++across;
+    return {round_up((l.N + down - 1) / down, kSix), round_up((l.K + across - 1) / across, kWidth)};
   }
-  int64_t weight_tiles(int64_t rows, int64_t width) const {
+  int64_t weight_tiles() const {
+    const auto [rows, width] = weight_tile();
     return (l.N + rows - 1) / rows * ((l.K + width - 1) / width);
   }
   void grad_weight(int64_t begin, int64_t end) {
@@ -230,10 +233,7 @@ int64_t linear_tiles(const Linear& l) {
   });
 }
 int64_t linear_weight_tiles(const Linear& l) {
-  return with_layer(l, [&](auto layer) {
-    const auto [rows, width] = layer.weight_tile();
-    return layer.weight_tiles(rows, width);
-  });
+  return with_layer(l, [](auto layer) { return layer.weight_tiles(); });
 }
 void linear_pack_weight(const Linear& l, int64_t begin, int64_t end) {
   with_layer(l, [&](auto layer) { layer.pack_weight(begin, end); });
