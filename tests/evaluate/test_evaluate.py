@@ -4,7 +4,6 @@ import csv
 import gzip
 import json
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,17 +13,10 @@ from conftest import fails, tiny_stories
 from scripts import evaluate
 from tinystory.data.corpus import open_corpus
 from tinystory.evaluate import scoring
-from tinystory.evaluate.intervals import bootstrap, spearman, weighted, wilson
+from tinystory.evaluate.intervals import spearman
 from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, option_logprobs, read_items
 from tinystory.evaluate.reading import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading, explained
-from tinystory.evaluate.samples import Sample, read_stories
 from tinystory.evaluate.scoring import bits_per_byte, part, sum_logprobs
-from tinystory.evaluate.stories import (
-    longest_shared,
-    self_bleu,
-    story_measures,
-    write_stories,
-)
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint, hf
 
@@ -241,7 +233,7 @@ def test_a_reading_file_of_another_kind_is_named(student, tokenizer, tmp_path):
         evaluate_reading(student, tokenizer, tmp_path / "nothing.csv")
 
 
-# ---- bits a byte, stories, intervals --------------------------------------------------------------------------------
+# ---- bits per byte --------------------------------------------------------------------------------------------------
 
 
 def test_bits_a_byte_of_a_uniform_student(student, tokenizer, tmp_path):
@@ -256,117 +248,6 @@ def test_bits_a_byte_of_a_uniform_student(student, tokenizer, tmp_path):
     assert len(counted) == len(stream) - 1  # every token once but the very first
     bits = len(counted) * math.log2(tokenizer.vocab_size) / sum(len(tokenizer.token_bytes[id]) for id in counted)
     assert measures["bits_per_byte"] == pytest.approx(bits, rel=1e-5) and measures["ci"][0] <= bits <= measures["ci"][1]
-
-
-def test_self_bleu_by_hand():
-    same = "the cat sat on the mat"
-    assert self_bleu([same, same, same]) == pytest.approx(1)
-    assert self_bleu([same]) is None and self_bleu(["a b", same]) is None
-    # "a b c d" in "a b c d e": precisions 1, brevity exp(1 - 5 / 4). The other way: 4/5, 3/4, 2/3, 1/2, no brevity.
-    expected = (math.exp(-1 / 4) + (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25) / 2
-    assert self_bleu(["a b c d", "a b c d e"]) == pytest.approx(expected)
-    # A count is clipped at the most in any one other text; no match counts as 0.1.
-    expected = (math.exp(0.25 * sum(math.log(p) for p in (1 / 4, 0.1 / 3, 0.1 / 2, 0.1))) +
-                math.exp(0.25 * sum(math.log(p) for p in (1 / 4, 0.1 / 3, 0.1 / 2, 0.1)))) / 2  # fmt: skip
-    assert self_bleu(["a a a a", "a b c d"]) == pytest.approx(expected)
-
-
-def test_the_longest_phrase_shared_with_the_corpus(tmp_path):
-    (tmp_path / "a.txt").write_text("One two three four five.\n\nSix seven two three.")
-    corpus = open_corpus([str(tmp_path / "a.txt")])
-    texts = [
-        "so two three four again",
-        "five. Six",
-        "nothing",
-        "",
-        "Six seven two three. four",
-        "three three two three",
-    ]
-    assert longest_shared(texts, corpus) == [3, 1, 0, 0, 4, 2]
-
-
-def test_story_measures(student, tokenizer, tmp_path):
-    (tmp_path / "a.txt").write_text("\n\n".join(tiny_stories(20)))
-    corpus = open_corpus([str(tmp_path / "a.txt")])
-
-    def grade(stories):
-        counts = Counter()
-        scores = []
-        for opening, _ in stories:
-            i = counts[opening]
-            counts[opening] += 1
-            scores.append({"readability": 1, "coherence": i % 2, "creativity": 0} if i else None)
-        return scores
-
-    sampling = dict(openings=["Tom", "Mia had"], n_stories=9, max_new_tokens=12, temperature=1.0, seed=3)
-    stories = write_stories(student, tokenizer, **sampling)
-    assert [story.opening for story in stories] == ["Tom"] * 5 + ["Mia had"] * 4
-    measures = story_measures(stories, grade=grade, corpus=corpus)
-    assert measures["stories"] == 9 and measures["unscored"] == 2
-    # Four and three scored: 1, 0, 1, 0 and 1, 0, 1 for coherence.
-    assert measures["score_mean"] == pytest.approx(1 + 4 / 7) and measures["coherence_mean"] == pytest.approx(4 / 7)
-    assert measures["score_ci"][0] <= measures["score_mean"] <= measures["score_ci"][1]
-    assert 0 <= measures["copied_share"] <= 1 and 0 <= measures["ended_eos_share"] <= 1
-    plain = story_measures(stories)
-    assert (
-        all(plain[name] == measures[name] for name in plain)
-        and "score_mean" not in plain
-        and "copied_share" not in plain
-    )
-    other = story_measures(write_stories(student, tokenizer, **sampling | {"seed": 4}))
-    assert other["entropy_per_word"] != plain["entropy_per_word"]
-    silent = story_measures(stories, grade=lambda pairs: [None] * len(pairs))
-    assert silent["score_mean"] is None and silent["unscored"] == 9
-    assert plain["story_clusters_10"] is None and measures["utility_10"] is None  # too few stories to an opening
-    nineteen = write_stories(student, tokenizer, **sampling | {"n_stories": 19})  # ten to the first, nine
-    ten = story_measures(nineteen, grade=grade)
-    assert 1 <= ten["story_clusters_10"] <= 10 and 0 < ten["utility_10"] <= 2
-
-
-# ---- stories by anybody ---------------------------------------------------------------------------------------------
-
-
-def write_samples_file(path, stories):
-    path.write_text("".join(json.dumps(story) + "\n" for story in stories))
-    return path
-
-
-def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measured(student, tokenizer, tmp_path):
-    path = write_samples_file(
-        tmp_path / "a.jsonl", [{"opening": "Once", "story": "Once a big dog ran.", "model": "gpt"}] * 2
-    )
-    assert read_stories(path) == [Sample("Once", "a big dog ran.")] * 2
-    measures = story_measures(read_stories(path))
-    assert measures["self_bleu"] == pytest.approx(1) and measures["length_mean"] == 4
-    assert "entropy_per_word" not in measures and "ended_eos_share" not in measures
-    # A student's own stories, by way of a file, have the same measures but the entropy.
-    samples = write_stories(
-        student, tokenizer, openings=["Tom", "Mia had"], n_stories=20, max_new_tokens=12, temperature=1.0, seed=0
-    )
-    write_samples_file(path, [{"opening": s.opening, "story": s.text, "ended": s.ended} for s in samples])
-    assert story_measures(samples).pop("entropy_per_word") > 0
-    assert story_measures(read_stories(path)) == story_measures([story._replace(entropy=None) for story in samples])
-
-
-@pytest.mark.parametrize("line", ['{"opening": "Once"}', '{"opening": "Once", "story": 3}', '{"story": "x"}\n'])
-def test_a_file_without_stories_is_one_sentence(tmp_path, line):
-    (tmp_path / "a.jsonl").write_text(line + "\n")
-    with pytest.raises(UserError, match="line 1 lacks an opening and a story"):
-        read_stories(tmp_path / "a.jsonl")
-    with pytest.raises(UserError, match="line 1 lacks an opening and a story"):
-        read_stories(tmp_path / "nothing.jsonl")
-
-
-def test_intervals():
-    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)  # Newcombe 1998's formula by hand
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # his table I, method 3
-    low, high = weighted([(50, 100, 1.0)])
-    assert (low + high) / 2 == pytest.approx(0.5) and high - low == pytest.approx(
-        2 * 1.96 * math.sqrt(0.25 / 104), rel=1e-3
-    )
-    sample = np.random.default_rng(0).normal(size=400)
-    low, high = bootstrap(lambda rows: float(sample[rows].mean()), 400)
-    assert high - low == pytest.approx(2 * 1.96 * sample.std() / 20, rel=0.1) and low < sample.mean() < high
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -402,7 +283,7 @@ def test_the_command_puts_anybodys_stories_beside_a_students(student, tokenizer,
     samples = {
         name: [{"opening": "Tom", "story": f"{name} ran {i}. " * 9} for i in range(12)] for name in ("gpt", "people")
     }
-    files = [write_samples_file(tmp_path / f"{name}.jsonl", stories) for name, stories in samples.items()]
+    files = [write(tmp_path / f"{name}.jsonl", stories) for name, stories in samples.items()]
     arguments = ["--device", "cpu", "--out", str(tmp_path / "report.json")]
     evaluate.main([str(ours), "--stories", "10", *map(str, files), "--max-new-tokens", "40", *arguments])
     records = json.loads((tmp_path / "report.json").read_text())["checkpoints"]

@@ -1,13 +1,26 @@
-"""Statistics of stories: n-grams, story clusters, utility."""
+"""Statistics of stories: n-grams, story clusters, utility, scores, what is copied; and files of stories by anybody."""
 
+import json
+import math
 from collections import Counter
 
 import pytest
+from conftest import tiny_stories
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinystory.evaluate.stories import distinct_ngrams, utility
+from tinystory.data.corpus import open_corpus
+from tinystory.evaluate.samples import Sample, read_stories
+from tinystory.evaluate.stories import (
+    distinct_ngrams,
+    longest_shared,
+    self_bleu,
+    story_measures,
+    utility,
+    write_stories,
+)
 from tinystory.rl.reward import cluster_ids, cluster_sizes, phrases
+from tinystory.run.errors import UserError
 
 
 def test_distinct_ngrams_tell_collapse():
@@ -44,3 +57,102 @@ def test_a_story_joins_the_first_founder_that_it_is_near(texts):
         founders += [] if near else [a]
     assert cluster_ids(texts) == ids
     assert cluster_sizes(texts) == sorted(Counter(ids).values(), reverse=True)
+
+
+def test_self_bleu_by_hand():
+    same = "the cat sat on the mat"
+    assert self_bleu([same, same, same]) == pytest.approx(1)
+    assert self_bleu([same]) is None and self_bleu(["a b", same]) is None
+    # "a b c d" in "a b c d e": precisions 1, brevity exp(1 - 5 / 4). The other way: 4/5, 3/4, 2/3, 1/2, no brevity.
+    expected = (math.exp(-1 / 4) + (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25) / 2
+    assert self_bleu(["a b c d", "a b c d e"]) == pytest.approx(expected)
+    # A count is clipped at the most in any one other text; no match counts as 0.1.
+    expected = (math.exp(0.25 * sum(math.log(p) for p in (1 / 4, 0.1 / 3, 0.1 / 2, 0.1))) +
+                math.exp(0.25 * sum(math.log(p) for p in (1 / 4, 0.1 / 3, 0.1 / 2, 0.1)))) / 2  # fmt: skip
+    assert self_bleu(["a a a a", "a b c d"]) == pytest.approx(expected)
+
+
+def test_the_longest_phrase_shared_with_the_corpus(tmp_path):
+    (tmp_path / "a.txt").write_text("One two three four five.\n\nSix seven two three.")
+    corpus = open_corpus([str(tmp_path / "a.txt")])
+    texts = [
+        "so two three four again",
+        "five. Six",
+        "nothing",
+        "",
+        "Six seven two three. four",
+        "three three two three",
+    ]
+    assert longest_shared(texts, corpus) == [3, 1, 0, 0, 4, 2]
+
+
+def test_story_measures(student, tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(tiny_stories(20)))
+    corpus = open_corpus([str(tmp_path / "a.txt")])
+
+    def grade(stories):
+        counts = Counter()
+        scores = []
+        for opening, _ in stories:
+            i = counts[opening]
+            counts[opening] += 1
+            scores.append({"readability": 1, "coherence": i % 2, "creativity": 0} if i else None)
+        return scores
+
+    sampling = dict(openings=["Tom", "Mia had"], n_stories=9, max_new_tokens=12, temperature=1.0, seed=3)
+    stories = write_stories(student, tokenizer, **sampling)
+    assert [story.opening for story in stories] == ["Tom"] * 5 + ["Mia had"] * 4
+    measures = story_measures(stories, grade=grade, corpus=corpus)
+    assert measures["stories"] == 9 and measures["unscored"] == 2
+    # Four and three scored: 1, 0, 1, 0 and 1, 0, 1 for coherence.
+    assert measures["score_mean"] == pytest.approx(1 + 4 / 7) and measures["coherence_mean"] == pytest.approx(4 / 7)
+    assert measures["score_ci"][0] <= measures["score_mean"] <= measures["score_ci"][1]
+    assert 0 <= measures["copied_share"] <= 1 and 0 <= measures["ended_eos_share"] <= 1
+    plain = story_measures(stories)
+    assert (
+        all(plain[name] == measures[name] for name in plain)
+        and "score_mean" not in plain
+        and "copied_share" not in plain
+    )
+    other = story_measures(write_stories(student, tokenizer, **sampling | {"seed": 4}))
+    assert other["entropy_per_word"] != plain["entropy_per_word"]
+    silent = story_measures(stories, grade=lambda pairs: [None] * len(pairs))
+    assert silent["score_mean"] is None and silent["unscored"] == 9
+    assert plain["story_clusters_10"] is None and measures["utility_10"] is None  # too few stories to an opening
+    nineteen = write_stories(student, tokenizer, **sampling | {"n_stories": 19})  # ten to the first, nine
+    ten = story_measures(nineteen, grade=grade)
+    assert 1 <= ten["story_clusters_10"] <= 10 and 0 < ten["utility_10"] <= 2
+
+
+# ---- stories by anybody ---------------------------------------------------------------------------------------------
+
+
+def write_samples_file(path, stories):
+    path.write_text("".join(json.dumps(story) + "\n" for story in stories))
+    return path
+
+
+def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measured(student, tokenizer, tmp_path):
+    path = write_samples_file(
+        tmp_path / "a.jsonl", [{"opening": "Once", "story": "Once a big dog ran.", "model": "gpt"}] * 2
+    )
+    assert read_stories(path) == [Sample("Once", "a big dog ran.")] * 2
+    measures = story_measures(read_stories(path))
+    assert measures["self_bleu"] == pytest.approx(1) and measures["length_mean"] == 4
+    assert "entropy_per_word" not in measures and "ended_eos_share" not in measures
+    # A student's own stories, by way of a file, have the same measures but the entropy.
+    samples = write_stories(
+        student, tokenizer, openings=["Tom", "Mia had"], n_stories=20, max_new_tokens=12, temperature=1.0, seed=0
+    )
+    write_samples_file(path, [{"opening": s.opening, "story": s.text, "ended": s.ended} for s in samples])
+    assert story_measures(samples).pop("entropy_per_word") > 0
+    assert story_measures(read_stories(path)) == story_measures([story._replace(entropy=None) for story in samples])
+
+
+@pytest.mark.parametrize("line", ['{"opening": "Once"}', '{"opening": "Once", "story": 3}', '{"story": "x"}\n'])
+def test_a_file_without_stories_is_one_sentence(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="line 1 lacks an opening and a story"):
+        read_stories(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="line 1 lacks an opening and a story"):
+        read_stories(tmp_path / "nothing.jsonl")

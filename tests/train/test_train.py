@@ -8,7 +8,6 @@ import shutil
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import NAMES, SHORT, SMALL, THINGS, assert_same_bits, fails, metrics, tiny_stories
@@ -17,12 +16,8 @@ import train_interact as interact
 import train_pretrain as pretrain
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.openings import Openings
-from tinystory.data.shards import TokenFile
 from tinystory.evaluate import held_out
-from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import resolve
-from tinystory.run.device import Stop
-from tinystory.run.errors import Interrupted, Output
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.student.optim import make_optimizer
@@ -46,87 +41,6 @@ def interrupted_at(module, step: int):
         yield
     finally:
         module.RunLog.metrics = log
-
-
-INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-
-
-@pytest.fixture
-def terminal():
-    """SIGHUP as in a terminal: under nohup the tests would inherit that it is ignored."""
-    before = signal.signal(HUP, signal.SIG_DFL)
-    yield
-    signal.signal(HUP, before)
-
-
-@pytest.mark.usefixtures("terminal")
-@pytest.mark.parametrize(
-    "first, second", [(INT, INT), (INT, TERM), (HUP, INT)]
-)  # torchrun passes Ctrl-C on as INT, TERM
-def test_the_first_signal_asks_for_the_end_and_the_second_ends_at_once(first, second):
-    before = signal.getsignal(second)
-    with Stop().listening() as stop:
-        stop.check()
-        signal.raise_signal(first)
-        assert stop.requested
-        with pytest.raises(Interrupted):
-            stop.check()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(second)
-    assert signal.getsignal(second) is before
-
-
-@pytest.mark.usefixtures("terminal")
-def test_a_terminal_that_closes_asks_for_the_end_and_is_no_second_ctrl_c(monkeypatch):
-    with Stop().listening() as stop:
-        for _ in range(2):
-            signal.raise_signal(signal.SIGHUP)
-            assert stop.requested
-    with Stop().listening() as stop:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGHUP)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
-    with Stop().listening() as stop:
-        signal.raise_signal(signal.SIGHUP)
-        assert not stop.requested
-    signal.signal(signal.SIGHUP, before)
-    monkeypatch.setattr(Output, "reader_gone", True)  # before the first step
-    assert Stop().requested
-
-
-def test_a_short_validation_reads_from_all_of_the_file():
-    """In a corpus of several files, the first sequences would all come from the first file."""
-    torch.manual_seed(0)
-    student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=32, context=8, vocab_size=64))
-    tokens = torch.randint(64, (4 * 8 + 1,)).numpy()
-    sizes, empty = np.ones(64, np.int64), np.empty(0)
-
-    def nats(tokens, sequences=None):
-        file = TokenFile(tokens=tokens, words=empty, offsets=empty, word_count=0, byte_count=0)
-        return validate(student, file, sizes, sequences, batch=3, packing="stream")[0]
-
-    each = [nats(tokens[start : start + 9]) for start in (0, 8, 16, 24)]
-    assert nats(tokens, 2) == pytest.approx((each[0] + each[2]) / 2)
-    assert nats(tokens, 3) == pytest.approx((each[0] + each[1] + each[2]) / 3)
-    assert nats(tokens) == nats(tokens, 9) == pytest.approx(sum(each) / 4)
-
-
-def test_validation_of_whole_documents_counts_each_token_once():
-    torch.manual_seed(0)
-    student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=32, context=8, vocab_size=64))
-    lengths = [3, 5, 8, 2, 11]
-    tokens, offsets = torch.randint(1, 64, (sum(lengths),)).numpy(), np.array([0, *np.cumsum(lengths)])
-    tokens[offsets[1:] - 1] = 0
-    file = TokenFile(tokens=tokens, words=np.empty(0), offsets=offsets, word_count=0, byte_count=0)
-    nats, bits = validate(student, file, np.full(64, 4), None, batch=3, packing="whole")
-    assert bits == pytest.approx(nats / math.log(2) / 4)
-    # The longest is cut after eight tokens; its rest goes before the two that fit beside it.
-    total = 0.0
-    for parts in ([(0, 3), (3, 8)], [(8, 16)], [(18, 26)], [(26, 29), (16, 18)]):
-        row = [int(tokens[parts[0][0] - 1]), *(int(t) for part in parts for t in tokens[slice(*part)])]
-        logprobs = student(torch.tensor([row[:-1]])).log_softmax(-1)[0]
-        total -= float(logprobs[torch.arange(len(row) - 1), row[1:]].detach().sum())
-    assert nats == pytest.approx(total / len(tokens))
 
 
 def test_pretraining_learns_and_records(place):
