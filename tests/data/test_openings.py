@@ -80,7 +80,7 @@ def test_what_is_no_file_is_the_opening_itself():
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("no.txt", None, "cannot be read"),
         ("no", None, "cannot be read"),
@@ -90,11 +90,11 @@ def test_what_is_no_file_is_the_opening_itself():
         ("long.txt", b"Once " * 300, "over 0 MB"),
     ],
 )
-def test_what_is_no_list_of_openings_is_said(tmp_path, monkeypatch, name, content, said):
+def test_what_is_no_list_of_openings_is_said(tmp_path, monkeypatch, name, content, message):
     monkeypatch.setattr(runlog, "LONGEST", 1000 if name == "long.txt" else runlog.LONGEST)
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_openings(str(tmp_path / name))
 
 

@@ -251,10 +251,10 @@ def test_a_kill_while_building_leaves_nothing_that_looks_whole(tmp_path, tale):
 
 def test_two_processes_that_build_at_once_agree(tmp_path, tale):
     both = [build(tale, tmp_path / "cache") for _ in range(2)]
-    said = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert said[0][0] == said[1][0]
-    assert [str(path) for path in (tmp_path / "cache").iterdir()] == [said[0][0].strip()]
+    outputs = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    assert [str(path) for path in (tmp_path / "cache").iterdir()] == [outputs[0][0].strip()]
 
 
 @pytest.mark.parametrize("name", [*shards.FILES, "manifest.json"])
@@ -277,12 +277,12 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 def test_the_command_says_what_is_in_a_corpus(tmp_path, tale):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TINYSTORY_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, ROOT / "scripts" / "prepare_data.py", "--vocab-size", "400", "--corpus"]
-    said = subprocess.run([*command, tale], env=environment, capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
+    process = subprocess.run([*command, tale], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     path = next((tmp_path / "cache" / "shards").iterdir())
     meta = json.loads((path / "meta.json").read_text())
     for number in (*meta["train"].values(), *meta["val"].values()):
-        assert f"{number:,}" in said.stdout
-    assert str(path) in said.stdout
+        assert f"{number:,}" in process.stdout
+    assert str(path) in process.stdout
     wrong = subprocess.run([*command, tmp_path / "no.txt"], env=environment, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1

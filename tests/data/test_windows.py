@@ -39,14 +39,14 @@ def test_a_document_that_fits_is_read_whole_and_after_an_end(lengths, context, s
     if len(file) <= context:
         return
     windows = Windows(file, context, 1, seed, "whole")
-    found = set()
+    spans = set()
     for number in range(windows.count):
         (row,) = windows.batch(number)[0].tolist()
         ends = [i for i, token in enumerate(row) if token == EOS]
-        found |= {tuple(row[i : j + 1]) for i in ends for j in ends}
+        spans |= {tuple(row[i : j + 1]) for i in ends for j in ends}
     for begin, length in zip(file.offsets[:-1], lengths, strict=True):
         if length <= context:
-            assert (EOS, *file.tokens[begin : begin + length].tolist()) in found
+            assert (EOS, *file.tokens[begin : begin + length].tolist()) in spans
 
 
 def test_an_epoch_holds_every_sequence_in_an_order_of_its_own():

@@ -35,9 +35,9 @@ PATIENCE_MS = 600_000  # of a busy machine
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture
@@ -144,9 +144,9 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
     stories = list(read_stories(run))
     assert len(stories) == 16 and [record["unscored"] for record in metrics(run)] in ([1, 0], [0, 1])
     for story in stories:  # what was said last is what was learned; of nothing nobody is asked
-        said = by_story.get(clean(story["story"]))
-        assert story["scores"] == (said[-1]["scores"] if said else dict.fromkeys(CRITERIA, 0))
-        assert said or not story["story"].strip()
+        grade = by_story.get(clean(story["story"]))
+        assert story["scores"] == (grade[-1]["scores"] if grade else dict.fromkeys(CRITERIA, 0))
+        assert grade or not story["story"].strip()
     assert json.loads((run / "config.json").read_text())["options"]["teacher"]["model"] == "person"
 
 
@@ -181,8 +181,8 @@ def test_a_blind_comparison_by_keys(page, tmp_path):
         assert "in 5 of 6 pairs" in page.text_content("#resting") and len(set(sides)) == 2
     finally:
         server.send_signal(signal.SIGINT)
-        said = server.communicate(timeout=60)[0]
-    assert server.returncode == 0 and "ada preferred the story after interaction in 5 of 6 pairs" in said
+        output = server.communicate(timeout=60)[0]
+    assert server.returncode == 0 and "ada preferred the story after interaction in 5 of 6 pairs" in output
     assert run_preferences(run)["ada"]["second"] == 5 and len(run_pairs(run)) == 6
     assert {record["left"] for record in read_records(run / "preferences.jsonl")} == {"first", "second"}
 

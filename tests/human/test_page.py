@@ -127,8 +127,8 @@ def test_a_trainer_with_other_criteria_is_told_so(url, short_pauses):
 )
 @pytest.mark.parametrize("path", ["/", "/state?who=ada", "/v1/models"])
 def test_strangers_get_nothing(url, headers, status, path):
-    found, _, text = ask(url, "GET", path, **headers)
-    assert found == status and ("only to this machine" in text) == (status == 403)
+    code, _, text = ask(url, "GET", path, **headers)
+    assert code == status and ("only to this machine" in text) == (status == 403)
 
 
 def test_the_page_runs_its_own_script_only(url):
@@ -152,8 +152,8 @@ def test_the_page_runs_its_own_script_only(url):
     ],
 )
 def test_wrong_requests_of_a_page_are_said_and_break_nothing(url, body, status, words):
-    found, _, text = ask(url, "POST", "/do", body)
-    assert found == status and words in json.loads(text)["error"]["message"]
+    code, _, text = ask(url, "POST", "/do", body)
+    assert code == status and words in json.loads(text)["error"]["message"]
     assert ask(url, "GET", "/state?who=ada")[0] == 200
 
 

@@ -102,9 +102,9 @@ def run(place: Path) -> tuple[str, str]:
 def calls(place: Path) -> list[str]:
     """The compiler's calls since the last look."""
     path = place / "calls"
-    found = path.read_text().split() if path.exists() else []
+    names = path.read_text().split() if path.exists() else []
     path.unlink(missing_ok=True)
-    return sorted(found)
+    return sorted(names)
 
 
 def test_it_compiles_once_for_each_content_of_the_sources_and_says_so_in_one_line(place):
@@ -126,8 +126,8 @@ def test_the_compilers_message_reaches_the_user_and_the_next_build_goes_on(place
     process = Build(place)
     _, err = process.output()
     assert process.exitcode and "... failed" in err and "TINYSTORY_KERNELS=reference" in err
-    said = err[err.index("UserError") :]
-    assert "no_such_name" in said and "answer.cpp" in said and "-ffp-contract" not in said  # no command lines
+    message = err[err.index("UserError") :]
+    assert "no_such_name" in message and "answer.cpp" in message and "-ffp-contract" not in message  # no command lines
     (place / "csrc/cpu/answer.h").write_text("#define ANSWER 7\n")
     assert run(place)[0] == "7"
 

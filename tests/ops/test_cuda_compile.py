@@ -122,12 +122,12 @@ def read_sass(built: Path) -> dict[tuple[str, str], list[str]]:
     functions: dict[tuple[str, str], list[str]] = {}
     arch, instructions = "", []
     for line in text.splitlines():
-        if found := re.search(r"arch = (\w+)", line):
-            arch = found[1]
-        elif found := re.search(r"Function : (\w+)", line):
-            instructions = functions.setdefault((arch, found[1]), [])
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", line):
-            instructions.append(found[1])
+        if match := re.search(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function : (\w+)", line):
+            instructions = functions.setdefault((arch, match[1]), [])
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", line):
+            instructions.append(match[1])
     return functions
 
 

@@ -61,8 +61,8 @@ def test_a_healthy_run_is_left_alone():
     ],
 )
 def test_each_sign_is_said_with_what_to_try(kind, sentence, advice, end):
-    ((found, (step, warning)),) = Watch(run(**end), 2.0).warnings.items()
-    assert found == kind and sentence in warning and advice in warning and WINDOW <= step <= 30
+    ((name, (step, warning)),) = Watch(run(**end), 2.0).warnings.items()
+    assert name == kind and sentence in warning and advice in warning and WINDOW <= step <= 30
     assert warning.count(": ") == 1
 
 

@@ -282,8 +282,8 @@ def test_the_command_says_when_it_is_ready_and_ends_cleanly(corpus, end):
             process.send_signal(end)
         assert process.wait(10) == 0
         assert process.stdout.read() == ""  # one line only
-        said = process.stderr.read()
-        assert "stand-in for an LLM" in said and "Traceback" not in said
+        stderr = process.stderr.read()
+        assert "stand-in for an LLM" in stderr and "Traceback" not in stderr
 
 
 @pytest.mark.parametrize(

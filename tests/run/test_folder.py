@@ -96,8 +96,8 @@ def test_another_number_of_threads_is_warned_of_on_resume(tmp_path, capsys, monk
     assert capsys.readouterr().out == ""
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
     RunLog(tmp_path, resume_step=0).config({"device": "cpu"})
-    said = capsys.readouterr().out
-    assert said.startswith("warning: 2 threads, where the run had 1:") and said.count("\n") == 1
+    output = capsys.readouterr().out
+    assert output.startswith("warning: 2 threads, where the run had 1:") and output.count("\n") == 1
 
 
 def test_resume_cuts_evaluations_back_too(tmp_path):
@@ -201,8 +201,8 @@ def test_no_such_folder_and_a_file_in_the_way(tmp_path):
 
 def test_what_cannot_be_written_is_said_with_its_cause(tmp_path):
     for code, words in ((errno.EMFILE, "ulimit -n"), (errno.ENAMETOOLONG, "shorter"), (errno.EACCES, "another folder")):
-        said = str(cannot_write(tmp_path, OSError(code, os.strerror(code))))
-        assert os.strerror(code) in said and words in said and "free some space" not in said
+        message = str(cannot_write(tmp_path, OSError(code, os.strerror(code))))
+        assert os.strerror(code) in message and words in message and "free some space" not in message
     assert "free some space" in str(cannot_write(tmp_path, OSError(errno.ENOSPC, "No space left")))
     with pytest.raises(UserError, match="File name too long; choose a shorter name"), held(tmp_path / ("a" * 300)):
         pass

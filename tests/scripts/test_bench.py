@@ -178,7 +178,7 @@ def test_a_peer_that_fails_is_quoted(nanogpt, bench, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         (["peers"], "peers needs --nanogpt DIR"),
         (["peers", "--nanogpt", "nowhere"], "with its model.py"),
@@ -187,7 +187,7 @@ def test_a_peer_that_fails_is_quoted(nanogpt, bench, capsys):
         (["ppo", "--trl", "python"], "go with the bench peers"),
     ],
 )
-def test_what_peers_needs_is_said(bench, capsys, arguments, said):
+def test_what_peers_needs_is_said(bench, capsys, arguments, message):
     with pytest.raises(SystemExit):
         bench.main(arguments)
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

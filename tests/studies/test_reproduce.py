@@ -74,8 +74,8 @@ def test_the_student_compared_is_the_last_not_the_best(tmp_path):
         folder = tmp_path / part.name / "checkpoints" / name
         folder.mkdir(parents=True)
         (folder / "trainer.json").write_text(json.dumps({"step": step, "words_in": 7}))
-    (found,) = reproduce.subjects([Part("pretrain", 0, 0, {}), part], tmp_path)
-    assert found.folder.name == "step_0000004" and found.words == MILLION + 7
+    (subject,) = reproduce.subjects([Part("pretrain", 0, 0, {}), part], tmp_path)
+    assert subject.folder.name == "step_0000004" and subject.words == MILLION + 7
 
 
 def test_the_random_control_differs_in_the_reward_alone(tmp_path):
@@ -270,11 +270,11 @@ class CountingEvaluator:
 
 def test_a_checkpoint_is_evaluated_once_for_the_same_settings(tmp_path):
     (tmp_path / "evaluation").mkdir()
-    found = [reproduce.Subject("before", 0, 0, m * MILLION, Path(f"chck_{m}M")) for m in (1, 2)]
+    subjects = [reproduce.Subject("before", 0, 0, m * MILLION, Path(f"chck_{m}M")) for m in (1, 2)]
 
     def measured(**settings):
         evaluator = CountingEvaluator(**settings)
-        reproduce.evaluate(found, tmp_path, evaluator)
+        reproduce.evaluate(subjects, tmp_path, evaluator)
         return evaluator.measured
 
     assert measured(stories=8) == ["chck_1M", "chck_2M"]

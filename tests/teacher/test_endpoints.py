@@ -371,8 +371,8 @@ def test_a_model_that_always_thinks_gets_more_tokens_and_the_user_hears_the_cost
             assert grader.grade("Once", ["A dog ran."])[0].reply_words == 3
             assert grader.most_words == 3 * 6  # thoughts are no words that the student reads
             assert "321 reply tokens" in grader.forecast(1, "Once")
-        said = capsys.readouterr().out
-    assert f"may cost up to {THINKING_TOKENS} tokens; it used 321" in said and "cannot be told not to think" in said
+        output = capsys.readouterr().out
+    assert f"may cost up to {THINKING_TOKENS} tokens; it used 321" in output and "cannot be told not to think" in output
     assert server.all[-1]["max_tokens"] == THINKING_TOKENS and server.all[-1]["reasoning_effort"] == "low"
 
 
@@ -427,11 +427,11 @@ def test_a_probe_without_scores_is_made_again_until_there_are_scores(tmp_path):
     first = "Nice!"
     with FaultServer() as server:
         server.script, server.first = (lambda story, n: first), (lambda: first)
-        for said in ("Nice!", "2 1 3", "Oh"):
-            first = said
+        for reply in ("Nice!", "2 1 3", "Oh"):
+            first = reply
             with Teacher(server.url, cache=replies) as teacher:
-                assert teacher.probes()[0].scored == (said != "Nice!") or said == "Oh"
-                assert teacher.probes()[0].reply == ("2 1 3" if said == "Oh" else said)  # that one is kept
+                assert teacher.probes()[0].scored == (reply != "Nice!") or reply == "Oh"
+                assert teacher.probes()[0].reply == ("2 1 3" if reply == "Oh" else reply)  # that one is kept
 
 
 def test_a_step_that_was_only_killed_is_resumed_from_every_reply(tmp_path):
@@ -449,9 +449,9 @@ def test_a_step_that_was_only_killed_is_resumed_from_every_reply(tmp_path):
 
 
 def test_what_the_teacher_said_is_told_once():
-    said = "I am sorry, but I cannot grade this."
-    with FaultServer(lambda story, n: said) as server, Teacher(server.url) as teacher:
+    refusal = "I am sorry, but I cannot grade this."
+    with FaultServer(lambda story, n: refusal) as server, Teacher(server.url) as teacher:
         grades = teacher.grade("Once", [f"Dog {i} ran." for i in range(5)])
     with pytest.raises(UserError) as caught:
         require_scores(grades, 0.1)
-    assert str(caught.value).count(said) == 1
+    assert str(caught.value).count(refusal) == 1

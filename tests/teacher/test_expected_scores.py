@@ -26,8 +26,8 @@ def tokens(*pieces, **chances):
 def test_an_expected_score_is_the_mean_over_the_candidate_digits():
     # Probability 0.2 is on tokens that are not scores; the rest is 1 to 3 on the digits 1 and 2.
     place = {"1": math.log(0.2), "2": math.log(0.5), " 2": math.log(0.1), "4": math.log(0.1), "x": math.log(0.1)}
-    said = [("2", place), (" ", {" ": 0.0}), ("1", {"1": -0.5}), (" 3", {" 3": -1.0, "3": -1.0})]
-    assert expected_scores("2 1 3", CRITERIA, said) == {"readability": 1.75, "coherence": 1.0, "creativity": 3.0}
+    logprobs = [("2", place), (" ", {" ": 0.0}), ("1", {"1": -0.5}), (" 3", {" 3": -1.0, "3": -1.0})]
+    assert expected_scores("2 1 3", CRITERIA, logprobs) == {"readability": 1.75, "coherence": 1.0, "creativity": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -42,17 +42,17 @@ def test_an_expected_score_is_the_mean_over_the_candidate_digits():
 )
 def test_digits_are_found_in_every_form(pieces):
     reply = "".join(pieces).removesuffix("<|eot_id|>").strip()
-    found = [(piece, {piece: math.log(0.9), "2": math.log(0.1)}) for piece in pieces]
-    assert expected_scores(reply, CRITERIA, found) == {"readability": 2.9, "coherence": 1.1, "creativity": 0.2}
+    logprobs = [(piece, {piece: math.log(0.9), "2": math.log(0.1)}) for piece in pieces]
+    assert expected_scores(reply, CRITERIA, logprobs) == {"readability": 2.9, "coherence": 1.1, "creativity": 0.2}
 
 
 def test_digits_in_names_are_not_scores():
-    found = tokens("q1", ": ", "2", ", ", "q2", ": ", "2", d2=0.5, d0=0.5)
-    assert expected_scores("q1: 2, q2: 2", ["q1", "q2"], found) == {"q1": 1.0, "q2": 1.0}
+    logprobs = tokens("q1", ": ", "2", ", ", "q2", ": ", "2", d2=0.5, d0=0.5)
+    assert expected_scores("q1: 2, q2: 2", ["q1", "q2"], logprobs) == {"q1": 1.0, "q2": 1.0}
 
 
 @pytest.mark.parametrize(
-    "reply, said",
+    "reply, logprobs",
     [
         ("2 1 3", []),
         ("2 1 3", tokens("2 1", " ", "3", d3=1.0)),  # no token is a digit alone
@@ -62,9 +62,9 @@ def test_digits_in_names_are_not_scores():
         ('{"\\u0072eadability": 1, "coherence": 1, "creativity": 1}', None),
     ],
 )
-def test_without_probabilities_for_each_digit_there_is_no_score(reply, said):
-    said = tokens(*reply, d1=1.0) if said is None else said
-    assert expected_scores(reply, CRITERIA, said) is None
+def test_without_probabilities_for_each_digit_there_is_no_score(reply, logprobs):
+    logprobs = tokens(*reply, d1=1.0) if logprobs is None else logprobs
+    assert expected_scores(reply, CRITERIA, logprobs) is None
 
 
 @given(st.lists(st.integers(0, 3), min_size=3, max_size=3), st.lists(st.floats(-30, 0), min_size=4, max_size=4))

@@ -126,19 +126,19 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(i
             time.sleep(0.02)
         until.cancel()
         process.send_signal(how)
-        said = process.communicate()[0]
+        output = process.communicate()[0]
         while server.in_flight:  # the server sees every connection closed
             time.sleep(0.01)
-        return process.returncode, said
+        return process.returncode, output
 
     with FaultServer(script) as server:
-        code, said = stop_at(4 + 8, signal.SIGINT, *arguments(init, stopped, server.url))
+        code, output = stop_at(4 + 8, signal.SIGINT, *arguments(init, stopped, server.url))
         assert (
             code == 0
-            and "stopped after step 1, all saved" in said
+            and "stopped after step 1, all saved" in output
             and checkpoint.newest(stopped).name == "step_0000001"
         )
-        code, said = stop_at(4 + 12 + 4 + 2, signal.SIGKILL, "--resume", "--out", str(stopped))
+        code, output = stop_at(4 + 12 + 4 + 2, signal.SIGKILL, "--resume", "--out", str(stopped))
         assert code == -signal.SIGKILL and len(metrics(stopped)) == 2
         alive = -1
         interact.main(["--resume", "--out", str(stopped)])
@@ -243,8 +243,8 @@ def test_a_story_that_was_given_up_stays_so_even_if_its_words_come_again(tmp_pat
     """Story 1 was given up, and story 2 with the same words was graded: a replay distinguishes them."""
     script = lambda story, n: "500" if n < pool.FAILURES else "1 1 1"  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
-        lost, found = (teacher.grades([Text("Once", "A cat ran.", index)])[0] for index in (1, 2))
-    assert lost.scores is None and found.scores is not None
+        lost, graded = (teacher.grades([Text("Once", "A cat ran.", index)])[0] for index in (1, 2))
+    assert lost.scores is None and graded.scores is not None
     told = [
         story_record(1, index, story="A cat ran.", scores=scores, reward=reward)
         for index, scores, reward in ((1, None, None), (2, {}, 0.5))
@@ -253,7 +253,7 @@ def test_a_story_that_was_given_up_stays_so_even_if_its_words_come_again(tmp_pat
     again = Replay(tmp_path)
     assert again.grades([Text("Once", "A cat ran.", 1)])[0].scores is None
     assert again.grades([Text("Once", "A cat ran.", 1)])[0].reply_words == lost.reply_words == 0
-    assert again.grades([Text("Once", "A cat ran.", 2)])[0].scores == found.scores
+    assert again.grades([Text("Once", "A cat ran.", 2)])[0].scores == graded.scores
     assert again.grades([Text("Once", " ", 3)])[0].score == 0.0
     with pytest.raises(UserError, match="story 4 was not graded"):
         again.grades([Text("Once", "A dog ran.", 4)])
@@ -286,11 +286,14 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(ini
     story = json.loads((out / "stories.jsonl").read_text().splitlines()[0])
     length = 0.4 * min(story["words"] / 90, 1)
     assert story["reward"] == pytest.approx(((3 * 3 + 1) / 12 + length) / 1.4)
-    said = capsys.readouterr()
-    assert "forecast: 36 stories" in said.out and "--budget-cost 0.5 does not hold another step" in said.out + said.err
+    output = capsys.readouterr()
+    assert (
+        "forecast: 36 stories" in output.out
+        and "--budget-cost 0.5 does not hold another step" in output.out + output.err
+    )
     assert json.loads((out / "config.json").read_text())["options"]["teacher"]["scored"] is True
     written = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
-    assert KEY not in said.out + said.err and not any(KEY.encode() in content for content in written)
+    assert KEY not in output.out + output.err and not any(KEY.encode() in content for content in written)
 
 
 @pytest.mark.parametrize(

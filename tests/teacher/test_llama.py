@@ -50,9 +50,9 @@ def test_train_interact_learns_from_it(url, flags, tokenizer, tmp_path):
     checkpoint.save(init, student, tokenizer, facts={"corpus": ["builtin"]}, state={}, counters={"step": 0})
     argv = ["--init", str(init), "--out", str(out), "--teacher-url", url, "--teacher-concurrency", "2", *SHORT]
     interact.main([*argv, "--steps", "2", "--stories-per-step", "3", "--teacher-max-tokens", "6", *flags])
-    found = json.loads((out / "config.json").read_text())["options"]["teacher"]
-    assert found["model"] == "smollm2" and found["scored"] and found["token_cap"] == "max_tokens"
-    assert found["structure"] == found["held_to"] == "numbers" and found["tokens"][0] > 300
+    teacher = json.loads((out / "config.json").read_text())["options"]["teacher"]
+    assert teacher["model"] == "smollm2" and teacher["scored"] and teacher["token_cap"] == "max_tokens"
+    assert teacher["structure"] == teacher["held_to"] == "numbers" and teacher["tokens"][0] > 300
     records, stories = metrics(out), list(read_stories(out))
     assert [record["unscored"] for record in records] == [0, 0] and len(stories) == 6
     for story in stories:

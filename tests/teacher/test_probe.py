@@ -17,14 +17,14 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 def test_the_probe_says_what_it_found():
     with FaultServer() as server, Teacher(server.url.removesuffix("/v1")) as teacher:
-        found = teacher.probes()[0]
-        assert found is teacher.probes()[0]  # once
-        assert (found.url, found.model, found.token_cap, found.refused) == (server.url, "first", "max_tokens", ())
-        assert (found.reply, found.scored, found.thinks, found.tokens) == ("2 1 3", True, False, None)
-        assert found.structure == found.held_to == "nothing"
-        assert Probe.load(found.dump()) == found and Probe.load('{"url": ""}') is Probe.load("no") is None
+        probe = teacher.probes()[0]
+        assert probe is teacher.probes()[0]  # once
+        assert (probe.url, probe.model, probe.token_cap, probe.refused) == (server.url, "first", "max_tokens", ())
+        assert (probe.reply, probe.scored, probe.thinks, probe.tokens) == ("2 1 3", True, False, None)
+        assert probe.structure == probe.held_to == "nothing"
+        assert Probe.load(probe.dump()) == probe and Probe.load('{"url": ""}') is Probe.load("no") is None
         assert len(server.requests) == 1 and len(server.others) == 2  # two structures
-        line = str(found)
+        line = str(probe)
         assert line.isprintable() and f"first at {server.url}: scored a story" in line and "obeys no structure" in line
 
 
@@ -32,8 +32,8 @@ def test_a_server_is_probed_once_per_run(tmp_path):
     with FaultServer() as server:
         for _ in range(2):
             with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
-                found = teacher.probes()[0]
-        assert found.scored and len(server.requests) == 1 and len(server.others) == 2
+                probe = teacher.probes()[0]
+        assert probe.scored and len(server.requests) == 1 and len(server.others) == 2
         with Teacher(server.url, "second", cache=tmp_path / "replies.jsonl") as teacher:
             assert teacher.probes()[0].model == "second"
         assert len(server.requests) == 2
@@ -74,8 +74,8 @@ def test_json_is_for_models_that_give_no_plain_numbers(plain):
             return await super()._chat(request)
 
     with Json() as server, Teacher(server.url, max_tokens=6) as teacher:
-        found = teacher.probes()[0]
-        assert (found.structure, found.held_to, found.scored) == ("json", "nothing" if plain else "json", True)
+        probe = teacher.probes()[0]
+        assert (probe.structure, probe.held_to, probe.scored) == ("json", "nothing" if plain else "json", True)
         (grade,) = teacher.grade("Once", ["A dog ran."])
         assert grade.score == pytest.approx(2 / 3)
         assert ("response_format" in server.requests[-1]) != plain
@@ -101,9 +101,9 @@ def test_what_a_server_refuses_by_name_is_left_out():
             return await super()._chat(request)
 
     with Strict() as server, Teacher(server.url) as teacher:
-        found = teacher.probes()[0]
-        assert (found.refused, found.token_cap) == (("seed", "temperature"), "max_completion_tokens")
-        assert "no seed" in str(found) and "no temperature" in str(found)
+        probe = teacher.probes()[0]
+        assert (probe.refused, probe.token_cap) == (("seed", "temperature"), "max_completion_tokens")
+        assert "no seed" in str(probe) and "no temperature" in str(probe)
         assert teacher.grade("Once", ["A dog ran."])[0].error is None
         assert not {"seed", "temperature"} & server.requests[-1].keys()
 
@@ -135,9 +135,9 @@ def test_a_model_that_can_be_told_not_to_think_is():
             return await super()._chat(request)
 
     with Qwen() as server, Teacher(server.url) as teacher:
-        found = teacher.probes()[0]
-        assert found.thinks and found.scored and "told not to think" in str(found)
-        assert found.quiet == {"chat_template_kwargs": {"enable_thinking": False}}
+        probe = teacher.probes()[0]
+        assert probe.thinks and probe.scored and "told not to think" in str(probe)
+        assert probe.quiet == {"chat_template_kwargs": {"enable_thinking": False}}
         assert teacher.grade("Once", ["A dog ran."])[0].scores == dict(zip(CRITERIA, (2, 1, 3), strict=True))
 
 

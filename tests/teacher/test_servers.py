@@ -28,8 +28,8 @@ def servers(*scripts, models=("m",)):
         yield [stack.enter_context(FaultServer(script, models=models)) for script in scripts]
 
 
-def urls(found):
-    return [server.url for server in found]
+def urls(fleet):
+    return [server.url for server in fleet]
 
 
 def stories(count, name="Dog"):
@@ -128,7 +128,7 @@ def test_a_server_that_refuses_the_key_leaves_the_run_to_the_others_and_the_last
 def test_a_server_that_is_down_at_the_start_is_told_and_used_when_it_comes(capsys):
     late = closed_port()
     with servers(good) as (there,), Teacher([late, there.url], concurrency=2) as teacher:
-        assert [found.url for found in teacher.probes()] == [there.url]
+        assert [probe.url for probe in teacher.probes()] == [there.url]
         (told,) = teacher.news()
         assert late in told and "cannot be reached" in told
         assert all(grade.scores for grade in teacher.grade("Once", stories(5)))
@@ -148,16 +148,16 @@ def test_a_server_that_is_down_at_the_start_is_told_and_used_when_it_comes(capsy
 def test_a_run_resumed_with_several_servers_pays_for_no_reply_twice(tmp_path):
     kept = tmp_path / "replies.jsonl"
     script = lambda story, n: honest(story)  # noqa: E731
-    with servers(script, script, script) as found:
+    with servers(script, script, script) as fleet:
         for count in (20, 50):
-            with Teacher(urls(found), cache=kept, price_in=1.0) as teacher:
+            with Teacher(urls(fleet), cache=kept, price_in=1.0) as teacher:
                 grades = teacher.grade("Once", stories(count))
-        assert all(sum(server.good[story] for server in found) == 1 for story in stories(50))
+        assert all(sum(server.good[story] for server in fleet) == 1 for story in stories(50))
         assert [grade.reply for grade in grades] == [honest(story) for story in stories(50)]
-        with Teacher(found[1].url, cache=kept) as teacher:  # with the one that is left
+        with Teacher(fleet[1].url, cache=kept) as teacher:  # with the one that is left
             assert teacher.grade("Once", stories(50)) == grades or teacher.ledger.total["cached"] == 50
     answered = Counter(json.loads(line).get("server") for line in kept.read_text().splitlines())
-    assert set(answered) - {None} <= set(urls(found)) and sum(answered.values()) == 50 + 3
+    assert set(answered) - {None} <= set(urls(fleet)) and sum(answered.values()) == 50 + 3
     again = Replay(tmp_path)
     assert [grade.reply for grade in again.grade("Once", stories(50))] == [grade.reply for grade in grades]
 

@@ -146,33 +146,33 @@ def waits_for(name: str, args: tuple) -> bool:
 
 
 class Operators(TorchDispatchMode):
-    def __init__(self, found: list[str]):
+    def __init__(self, calls: list[str]):
         super().__init__()
-        self.found = found
+        self.calls = calls
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        self.found.extend([name] * waits_for(name, args))
+        self.calls.extend([name] * waits_for(name, args))
         return func(*args, **(kwargs or {}))
 
 
 class Methods(TorchFunctionMode):
     """Some of which reach no operator on a CPU: tolist, for one."""
 
-    def __init__(self, found: list[str]):
+    def __init__(self, calls: list[str]):
         super().__init__()
-        self.found = found
+        self.calls = calls
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.found.extend([func.__name__] * (func.__name__ in READ))
+        self.calls.extend([func.__name__] * (func.__name__ in READ))
         return func(*args, **(kwargs or {}))
 
 
 def waits(run) -> list[str]:
-    found = []
-    with Methods(found), Operators(found):
+    calls = []
+    with Methods(calls), Operators(calls):
         run()
-    return found
+    return calls
 
 
 def test_what_waits_is_seen():

@@ -144,9 +144,9 @@ def test_a_dead_process_is_told_in_a_sentence(place, tmp_path, rank):
     launch, workers = under_torchrun(place, tmp_path / "p")
     assert len(workers) == 2
     os.kill(workers[rank], signal.SIGKILL)
-    said = launch.communicate(timeout=120)[1]
-    assert f"error: process {1 - rank} lost the others of this run" in said and "--resume" in said
-    assert 'train_pretrain.py", line' not in said and not any(map(running, workers))
+    stderr = launch.communicate(timeout=120)[1]
+    assert f"error: process {1 - rank} lost the others of this run" in stderr and "--resume" in stderr
+    assert 'train_pretrain.py", line' not in stderr and not any(map(running, workers))
     with held(tmp_path / "p"):
         assert len(metrics(tmp_path / "p")) > 0
 

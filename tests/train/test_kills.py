@@ -113,9 +113,9 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(place, tmp_path, run
     seen = set()  # what was there when a kill came
     while kills < KILLS or not ends:
         argv = ["--resume", "--out", str(out)] if (out / "config.json").exists() else arguments(place, command, out)
-        code, said = run(command, argv, rng.uniform(0, longest / 2) if kills < KILLS else None)
-        assert code in (0, -signal.SIGKILL), said
-        assert "Traceback" not in said
+        code, stderr = run(command, argv, rng.uniform(0, longest / 2) if kills < KILLS else None)
+        assert code in (0, -signal.SIGKILL), stderr
+        assert "Traceback" not in stderr
         newest = checkpoint.newest(out)
         if code == 0:
             assert_same_bits(whole, out)
@@ -148,8 +148,8 @@ def test_of_two_resumes_at_once_one_is_refused(place, tmp_path, run):
     streams: dict = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # as `run` has: another number gives other bits
     both = [subprocess.Popen(resume, env=env, **streams) for _ in range(2)]
-    said = [process.communicate(timeout=600)[1] for process in both]
-    assert sorted(process.returncode for process in both) == [0, 2], said
-    assert sum(text.startswith("error: ") and "in use by process" in text for text in said) == 1
+    errors = [process.communicate(timeout=600)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], errors
+    assert sum(text.startswith("error: ") and "in use by process" in text for text in errors) == 1
     assert_same_bits(whole, out)
     assert [record["step"] for record in metrics(out)] == [record["step"] for record in metrics(whole)]

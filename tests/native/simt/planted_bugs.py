@@ -225,8 +225,8 @@ def main() -> int:
         if any(unsound):
             raise SystemExit(f"planted_bugs: the tests fail without a bug: {[what for what in unsound if what]}")
         missed = 0
-        found = pool.map(lambda bug: caught_by(bug, bug.test, args.compiler, work, objects), bugs)
-        for bug, what in zip(bugs, found, strict=True):
+        outcomes = pool.map(lambda bug: caught_by(bug, bug.test, args.compiler, work, objects), bugs)
+        for bug, what in zip(bugs, outcomes, strict=True):
             print(f"{bug.name:50} {what or 'NOT CAUGHT'}", flush=True)
             missed += not what
     print(f"planted bugs: {len(bugs) - missed} passed, {missed} failed")

@@ -45,7 +45,7 @@ def find_tool(name: str) -> str | None:
     places = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
     for packages in map(Path, site.getsitepackages()):
         places += [*packages.glob("nvidia/*/bin"), packages / "triton/backends/nvidia/bin"]
-    return shutil.which(name) or next((found for place in places if (found := shutil.which(name, path=place))), None)
+    return shutil.which(name) or next((path for place in places if (path := shutil.which(name, path=place))), None)
 
 
 def build(nvcc: str, source: Path, out: Path) -> tuple[Path, str]:
@@ -56,11 +56,11 @@ def build(nvcc: str, source: Path, out: Path) -> tuple[Path, str]:
 
 def short_name(mangled: str) -> str:
     """'..24attention_forward_kernelINS0_4bf16ELi64ELb0EEE..' -> 'attention_forward_kernel<bf16,64,false>'."""
-    found = re.search(r".*\d([a-z]\w*?_kernel)I(?:NS0_\d(b?f16)E|f)(?:Li(\d+)E)?(?:Lb([01])E)?", mangled)
-    if found is None:
+    match = re.search(r".*\d([a-z]\w*?_kernel)I(?:NS0_\d(b?f16)E|f)(?:Li(\d+)E)?(?:Lb([01])E)?", mangled)
+    if match is None:
         raise SystemExit(f"sass_report: not a kernel of ours: {mangled}")
-    arguments = [found[2] or "float", found[3], {"0": "false", "1": "true", None: None}[found[4]]]
-    return f"{found[1]}<{','.join(filter(None, arguments))}>"
+    arguments = [match[2] or "float", match[3], {"0": "false", "1": "true", None: None}[match[4]]]
+    return f"{match[1]}<{','.join(filter(None, arguments))}>"
 
 
 def resources(log: str) -> dict[str, tuple[int, int]]:
@@ -76,12 +76,12 @@ def read_sass(cuobjdump: str, path: str, cubin: Path) -> dict[str, list[Instruct
     kernels: dict[str, list[Instruction]] = {}
     body: list[Instruction] = []
     for line in text.splitlines():
-        if found := re.search(r"Function : (\w+)", line):
-            body = kernels.setdefault(short_name(found[1]), [])
-        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);", line):
-            target = re.search(r"0x([0-9a-f]+)\s*$", found[4]) if found[3] == "BRA" else None
+        if match := re.search(r"Function : (\w+)", line):
+            body = kernels.setdefault(short_name(match[1]), [])
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);", line):
+            target = re.search(r"0x([0-9a-f]+)\s*$", match[4]) if match[3] == "BRA" else None
             branch = int(target[1], 16) if target else None
-            body.append(Instruction(int(found[1], 16), found[3], found[2] is not None, branch))
+            body.append(Instruction(int(match[1], 16), match[3], match[2] is not None, branch))
     return kernels
 
 
