@@ -9,6 +9,7 @@ It is a rubric that stands in for a language model. Use a real one if you have o
 
 import argparse
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -26,6 +27,8 @@ from tinystory.run.errors import command
 from tinystory.run.paths import usage
 from tinystory.teacher.server import PORTS, until_stopped
 
+NICENESS = 19
+
 
 @command
 def main(argv: list[str] | None = None) -> None:
@@ -38,12 +41,20 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.die_with_parent:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
+        _yield_to_parent()
     start = time.monotonic()
     rubric = Rubric.from_corpus(open_corpus(options.corpus).mixed())
     seconds = f"{time.monotonic() - start:.1f} s"
     message = f"this teacher is a rubric, a stand-in for an LLM, fitted to {' '.join(options.corpus)} in {seconds}"
     print(message, file=sys.stderr, flush=True)
     asyncio.run(_serve(rubric, options.port))
+
+
+def _yield_to_parent() -> None:
+    """Run while the trainer leaves a core idle: its threads wait for each other, so one without a core stops all."""
+    os.nice(NICENESS)
+    with contextlib.suppress(OSError):  # Linux divides cores among sessions first
+        Path("/proc/self/autogroup").write_text(str(NICENESS))
 
 
 async def _serve(rubric: Rubric, port: int) -> None:
