@@ -14,8 +14,8 @@ namespace tinystory {
 
 inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// While it lives, this thread takes subnormal floats for zero. An x86 core needs some hundred cycles for an instruction
-// that meets one, and where attention is sharp, most gradients of its queries and keys are.
+// While it lives, this thread takes subnormal floats for zero: an x86 core needs some hundred cycles for an instruction
+// that meets one, and sharp attention has subnormal gradients.
 class SubnormalsAsZero {
 #if defined(__x86_64__)
  public:

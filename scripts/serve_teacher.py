@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="corpus to measure by (default: builtin)"
     )
-    parser.add_argument("--die-with-parent", action="store_true", help="exit when standard input closes")
+    parser.add_argument(
+        "--die-with-parent", action="store_true", help="exit when standard input closes; yield cores to others"
+    )
     options = parser.parse_args(argv)
     if options.die_with_parent:
         threading.Thread(target=_end_with_stdin, daemon=True).start()

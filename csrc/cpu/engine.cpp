@@ -382,7 +382,7 @@ class EngineOf final : public Engine {
     matmul("engine: logits", head_, normed_.data, rows, [&](int64_t i, int64_t j, vf v) {
       float* to = logits_.data + i * V + j;
       if (j + W <= V) store(to, v);
-      else std::memcpy(to, &v, (V - j) * sizeof(float));
+      else store_tail(to, DType::f32, V - j, v);
     });
   }
 

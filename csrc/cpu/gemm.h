@@ -16,7 +16,7 @@ namespace tinystory::cpu {
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 constexpr int64_t kColumns = 64;                   // columns per item of work; callers pad to them
-constexpr int64_t kSix = 6;                        // rows of a micro-kernel
+constexpr int64_t kMicroRows = 6;                  // rows of the micro-kernel's tile
 constexpr int64_t kTileRows = W == 16 ? 48 : 132;  // rows that share a panel in the L1 cache with their sums
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kMicroVectors = 4;  // vectors per row of the tile: 6 * 4 sums and 4 columns fit 32 registers
@@ -107,14 +107,14 @@ struct Right {
   int64_t k_stride, panel_stride;
 };
 
-// The micro-kernel: c[m][n] (+)= sum over k of a[m][k] * b[k][n] for an R x (C * lanes) tile held in registers. Its
-// parameters are no structs: those would be copied through memory, behind stores that wait for it.
+// The micro-kernel: c[m][n] (+)= sum over k of a[m][k] * b[k][n] for an R x (C * lanes) tile held in registers. It takes
+// no structs: one would be passed on the stack, and loading it would wait for the stores before the call.
 template <class Policy, int R, int C>
 void micro_kernel(int64_t n_k, const typename Policy::Pack* a, int64_t am, int64_t ak, const typename Policy::Pack* b,
                   int64_t bk, typename Policy::Acc* c, int64_t cm, bool add) {
   using Vec = VecOf<typename Policy::Acc>;
   constexpr int L = lanes<Vec>;
-  for (int r = 0; r < R; ++r)  // while the sums are formed
+  for (int r = 0; r < R; ++r)  // arrives while the sums are formed
     for (int j = 0; j < C; ++j) __builtin_prefetch(c + r * cm + j * L, 1);
   Vec acc[R][C];
   for (int r = 0; r < R; ++r)
@@ -154,7 +154,7 @@ void micro_column(int64_t rows, int64_t n_k, Left<Policy> a, const typename Poli
     done(row, R);
     row += R;
   };
-  while (rows - row >= 6) take(std::integral_constant<int, 6>());
+  while (rows - row >= kMicroRows) take(std::integral_constant<int, kMicroRows>());
   if (rows - row >= 4) take(std::integral_constant<int, 4>());
   if (rows - row >= 2) take(std::integral_constant<int, 2>());
   if (rows > row) take(std::integral_constant<int, 1>());
@@ -247,15 +247,16 @@ void gemm_tile(int64_t first, int64_t last, int64_t column, int64_t end, int64_t
       }
 }
 
-// Copies `rows` rows that lie by columns into blocks of kSix, [rows / kSix][depth][kSix], which the micro-kernel reads in
-// order.
+// Copies `rows` rows that lie by columns into blocks [rows / kMicroRows][depth][kMicroRows], which the micro-kernel reads
+// in order.
 template <class Pack>
 void copy_columns(Pack* to, const Pack* from, int64_t k_stride, int64_t rows, int64_t depth) {
   constexpr int64_t kAhead = 16, kLine = 64 / sizeof(Pack);  // each column may lie in a page of its own
-  for (int64_t k = 0; k < depth; ++k, from += k_stride, to += kSix) {
+  for (int64_t k = 0; k < depth; ++k, from += k_stride, to += kMicroRows) {
     for (int64_t row = 0; row < rows; row += kLine) __builtin_prefetch(from + kAhead * k_stride + row);
     int64_t row = 0;
-    for (; row + kSix <= rows; row += kSix) std::memcpy(to + row * depth, from + row, kSix * sizeof(Pack));
+    for (; row + kMicroRows <= rows; row += kMicroRows)
+      std::memcpy(to + row * depth, from + row, kMicroRows * sizeof(Pack));
     std::memcpy(to + row * depth, from + row, (rows - row) * sizeof(Pack));
   }
 }
@@ -279,7 +280,8 @@ void gemm(int64_t rows, int64_t columns, int64_t n_k, Left<Policy> a, Right<Poli
   const int64_t span = std::min(Policy::kReduce, n_k) * a.k_stride * int64_t(sizeof(Pack));
   const bool copies = Policy::kPack == 1 && a.row_stride == 1 && span > kMapped;
   Pack* copy =
-      copies ? reinterpret_cast<Pack*>(scratch<1>(Policy::kReduce * round_up(together, kSix) * sizeof(Pack))) : nullptr;
+      copies ? reinterpret_cast<Pack*>(scratch<1>(Policy::kReduce * round_up(together, kMicroRows) * sizeof(Pack)))
+             : nullptr;
   for (int64_t k = 0; k < n_k; k += Policy::kReduce, add = true)
     for (int64_t first = 0; first < rows; first += together) {
       const int64_t n = std::min(together, rows - first), depth = std::min(Policy::kReduce, n_k - k);
@@ -287,9 +289,9 @@ void gemm(int64_t rows, int64_t columns, int64_t n_k, Left<Policy> a, Right<Poli
       if (copies) copy_columns(copy, part.at, a.k_stride, n, depth);
       for (int64_t j = 0; j < columns; j += kWidth)
         for (int64_t row = 0, m; row < n; row += m) {
-          m = copies ? std::min(kSix, n - row) : n;
+          m = copies ? std::min(kMicroRows, n - row) : n;
           gemm_panel<Policy>(m, std::min(kWidth, columns - j) / L, depth,
-                             copies ? Left<Policy>{copy + row * depth, 1, kSix} : part,
+                             copies ? Left<Policy>{copy + row * depth, 1, kMicroRows} : part,
                              b.at + j / kWidth * b.panel_stride + k * b.k_stride, b.k_stride,
                              c + (first + row) * cm + j, cm, add, [](int64_t, int64_t) {});
         }

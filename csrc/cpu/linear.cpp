@@ -171,7 +171,7 @@ struct Layer {
     const auto uneven = [&] { return down * across < 2 * l.threads || down * across % l.threads; };
     while (uneven() && down < l.N / 48) ++down;
     while (uneven() && across < l.K / kColumns) ++across;
-    return {round_up((l.N + down - 1) / down, kSix), round_up((l.K + across - 1) / across, kWidth)};
+    return {round_up((l.N + down - 1) / down, kMicroRows), round_up((l.K + across - 1) / across, kWidth)};
   }
   int64_t weight_tiles() const {
     const auto [rows, width] = weight_tile();
@@ -191,7 +191,7 @@ struct Layer {
  private:
   static constexpr int64_t kWeightRows = 32;
   // Results are prefetched so many rows ahead, into this cache: they lie too far apart otherwise.
-  static constexpr int64_t kAhead = Policy::kPack == 1 ? kSix : 32;
+  static constexpr int64_t kAhead = Policy::kPack == 1 ? kMicroRows : 32;
   static constexpr int kCache = Policy::kPack == 1 ? 3 : 2;
 };
 

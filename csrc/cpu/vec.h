@@ -180,7 +180,7 @@ inline float from_f16(uint16_t h) {
   } else if (rest >= 0x400) {
     bits += 112 << 23;  // the exponent's bias from 15 to 127
   } else {
-    const float subnormal = float(rest) * 0x1p-24f;
+    const float subnormal = float(rest) * 0x1p-24f;  // normal in f32, and so kept by a thread that flushes subnormals
     std::memcpy(&bits, &subnormal, 4);
   }
   bits |= sign;

@@ -22,10 +22,10 @@ def test_a_short_validation_reads_from_all_of_the_file():
         file = TokenFile(tokens=tokens, words=empty, offsets=empty, word_count=0, byte_count=0)
         return validate(student, file, sizes, sequences, batch=3, packing="stream")[0]
 
-    each = [nats(tokens[start : start + 9]) for start in (0, 8, 16, 24)]
-    assert nats(tokens, 2) == pytest.approx((each[0] + each[2]) / 2)
-    assert nats(tokens, 3) == pytest.approx((each[0] + each[1] + each[2]) / 3)
-    assert nats(tokens) == nats(tokens, 9) == pytest.approx(sum(each) / 4)
+    quarters = [nats(tokens[start : start + 9]) for start in (0, 8, 16, 24)]
+    assert nats(tokens, 2) == pytest.approx((quarters[0] + quarters[2]) / 2)
+    assert nats(tokens, 3) == pytest.approx((quarters[0] + quarters[1] + quarters[2]) / 3)
+    assert nats(tokens) == nats(tokens, 9) == pytest.approx(sum(quarters) / 4)
 
 
 def test_validation_of_whole_documents_counts_each_token_once():
