@@ -22,6 +22,7 @@ from tinystory import ops
 from tinystory.config import InteractConfig
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.rl.advantages import GROUPED, Critic, best_quarter
+from tinystory.rl.packing import pack
 from tinystory.run import distributed
 from tinystory.run.device import upload
 from tinystory.student.generate import Story, encode_opening
@@ -61,20 +62,20 @@ class Batch:
     ref_logprobs: Tensor | None = None
 
     @cached_property
-    def host(self) -> tuple[np.ndarray, np.ndarray]:
-        """predicts and mask, for sizes that the host must know: read once, so that no micro-batch waits for a GPU."""
-        return self.predicts.cpu().numpy(), self.mask.cpu().numpy()
+    def host(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """inputs, predicts and mask, for what the host must know: read once, so that no micro-batch waits for a GPU."""
+        return self.inputs.cpu().numpy(), self.predicts.cpu().numpy(), self.mask.cpu().numpy()
 
     @property
     def lengths(self) -> Tensor:
         """(B,) int64, on the CPU: the inputs of each row, padding not counted."""
-        predicts, _ = self.host
+        _, predicts, _ = self.host
         return torch.from_numpy((predicts * np.arange(1, predicts.shape[1] + 1)).max(1))
 
     @cached_property
     def places(self) -> Tensor:
         """(tokens,) int64: where the stories' tokens are in (B * N)."""
-        return true_places(self.host[1], self.mask.device)
+        return true_places(self.host[2], self.mask.device)
 
     def packed(self, x: Tensor) -> Tensor:
         """(B, N) -> (tokens,): the entries on the mask, in order."""
@@ -90,7 +91,8 @@ class Batch:
         at = upload(rows, self.mask.device)
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         part = Batch(**{name: x[at] for name, x in fields.items() if x is not None})
-        part.host = self.host[0][np.asarray(rows)], self.host[1][np.asarray(rows)]
+        inputs, predicts, mask = (x[np.asarray(rows)] for x in self.host)
+        part.host = inputs, predicts, mask
         return part
 
 
@@ -195,11 +197,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: InteractConfig, 
 
 def response_states(student: Student, batch: Batch) -> Tensor:
     """(tokens, C): forward pass over whole stories, the state from which each response token is predicted, in the order
-    of the mask. Columns that are padding in every row are not computed."""
-    predicts, _ = batch.host
+    of the mask. Columns that are padding in every row are not computed, and on a CPU no opening twice (on a GPU, whose
+    sums of gradients by index depend on the threads' order, it is)."""
+    inputs, predicts, _ = batch.host
     T = int(np.flatnonzero(predicts.any(0))[-1]) + 1
-    hidden = student.hidden(batch.inputs[:, :T])
-    return hidden.flatten(0, 1).index_select(0, true_places(predicts[:, :T], hidden.device))
+    tokens, places = batch.inputs[:, :T], true_places(predicts[:, :T], batch.inputs.device)
+    packing = None if ops.on_gpu(tokens) else pack(inputs[:, :T], predicts[:, :T])
+    if packing is None:
+        return student.hidden(tokens).flatten(0, 1).index_select(0, places)
+    return packing.hidden(student, tokens).index_select(0, packing.source[places])
 
 
 def response_stats(

@@ -1,0 +1,57 @@
+"""Stories that share an opening give what each gives alone: log-probabilities to the bit, gradients up to rounding."""
+
+import numpy as np
+import pytest
+import torch
+from test_ppo import random_batch
+
+from tinystory.rl import ppo
+from tinystory.rl.packing import Spread, pack
+
+A, B, C = torch.tensor([2, 9, 11]), torch.tensor([2, 9]), torch.tensor([2, 7, 7, 8])
+
+
+def test_each_opening_and_each_token_of_a_story_stands_once():
+    batch = random_batch([3, 1, 2, 2], 50, openings=[A, B, A, B])  # 2 + 3, 1 + 1, 2 + 2, 1 + 2 inputs
+    inputs, predicts, _ = batch.host
+    packing = pack(inputs, predicts)
+    T = inputs.shape[1]
+    assert packing.places.tolist() == [0, 1, 2, 3, 4, T, T + 1, 2 * T + 3, 3 * T + 2]
+    own = inputs.flatten()[packing.places]
+    for row, length in enumerate(batch.lengths.tolist()):
+        assert own[packing.source[row * T : row * T + length]].tolist() == inputs[row, :length].tolist()
+    assert packing.copies.tolist() == [2 * T, 2 * T + 1, 2 * T + 2, 3 * T, 3 * T + 1]
+    assert packing.shared[packing.owners].tolist() == [0, 1, 2, 5, 6]
+
+
+def test_there_is_no_packing_without_a_shared_opening():
+    inputs, predicts, _ = random_batch([3, 1, 2], 50, openings=[A, B, C]).host
+    assert pack(inputs, predicts) is None
+
+
+@pytest.mark.parametrize("openings", [[A] * 6, [A, B, A, C, B, A], [B, C, A, A, A, A]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_and_gradients_as_padded_rows(student, monkeypatch, openings, dtype):
+    batch = random_batch([4, 9, 1, 7, 3, 12], student.config.vocab_size, openings=openings)
+    weight, results = torch.randn(batch.mask.shape), []
+    for packed in (True, False):
+        if not packed:
+            monkeypatch.setattr(ppo, "pack", lambda *_: None)
+        student.zero_grad()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            logprob, _ = ppo.response_stats(student, None, batch, 0.8)
+        (logprob * weight).sum().backward()
+        results.append((logprob.detach(), {name: p.grad.clone() for name, p in student.named_parameters()}))
+    (ours, grads), (want, want_grads) = results
+    assert torch.equal(ours, want)
+    rounding = 2e-6 if dtype == torch.float32 else 3e-2
+    for name, grad in grads.items():
+        assert float((grad - want_grads[name]).abs().max()) <= rounding * float(want_grads[name].abs().max()), name
+
+
+def test_gradients_of_copies_are_added_in_float32():
+    inputs, predicts, _ = random_batch([1] * 400, 50, openings=[B] * 400).host
+    packing = pack(inputs, predicts)
+    x = torch.zeros(len(packing.places), 3, dtype=torch.bfloat16, requires_grad=True)
+    Spread.apply(x, packing).sum().backward()
+    assert x.grad.tolist() == [[400.0] * 3] * 2 and np.array_equal(packing.places, [0, 1])  # in bfloat16: 256

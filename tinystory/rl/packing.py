@@ -1,0 +1,73 @@
+"""Stories that share their opening, as one sequence: the opening is computed once for all of them."""
+
+from dataclasses import dataclass
+from typing import Any  # torch's ctx takes any attribute
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinystory import ops
+from tinystory.student.model import Student
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The tokens of (B, T) padded stories in one sequence of n, without padding, each opening once. All int64.
+
+    places: (n,), their places in (B * T). source: (B * T,), for each place its token in the sequence, 0 for padding.
+    shared: (m,), the tokens with several places; copies: (k,), those places of theirs that `places` does not name;
+    owners: (k,), whose copies they are, as indices into shared."""
+
+    places: Tensor
+    source: Tensor
+    shared: Tensor
+    copies: Tensor
+    owners: Tensor
+
+    def hidden(self, student: Student, tokens: Tensor) -> Tensor:
+        """The student's final hidden states, (n, C), of tokens (B, T)."""
+
+        def attend(_: int, qkv: Tensor) -> Tensor:
+            out = ops.causal_attention(Spread.apply(qkv, self).unflatten(0, tokens.shape))
+            return out.flatten(0, 1).index_select(0, self.places)
+
+        x = student.wte(tokens.flatten()[self.places]) + student.wpe(self.places % tokens.shape[1])
+        return student.trunk(x, attend)
+
+
+class Spread(torch.autograd.Function):
+    """(n, ...) -> (B * T, ...): every token at each of its places. Its gradient is the sum of theirs, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return x.index_select(0, packing.source)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,), p = grads, ctx.packing
+        own, wide = grad.index_select(0, p.places), torch.promote_types(grad.dtype, torch.float32)
+        total = own.index_select(0, p.shared).to(wide)
+        total.index_add_(0, p.owners, grad.index_select(0, p.copies).to(wide))
+        return own.index_copy_(0, p.shared, total.to(grad.dtype)), None
+
+
+def pack(inputs: np.ndarray, predicts: np.ndarray) -> Packing | None:
+    """The packing of inputs (B, T) whose states at `predicts`, (B, T) bool, are wanted: of each row one span, which
+    begins at the last token of its opening. None if no two openings are the same."""
+    B, T = inputs.shape
+    rows, columns = np.arange(B), np.arange(T)
+    opening = predicts.argmax(1) + 1
+    first: dict[bytes, int] = {}
+    owner = np.array([first.setdefault(inputs[row, : opening[row]].tobytes(), row) for row in range(B)])
+    if len(first) == B:
+        return None
+    in_opening, is_owner = columns < opening[:, None], (owner == rows)[:, None]
+    own = np.where(in_opening, is_owner, columns < (predicts * (columns + 1)).max(1)[:, None])
+    number = own.cumsum().reshape(B, T) - 1
+    copied = in_opening & ~is_owner
+    source = np.where(copied, number[owner], np.where(own, number, 0)).flatten()
+    copies = np.flatnonzero(copied)
+    shared, owners = np.unique(source[copies], return_inverse=True)
+    return Packing(*map(torch.from_numpy, (np.flatnonzero(own), source, shared, copies, owners)))
