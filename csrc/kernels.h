@@ -70,10 +70,15 @@ struct TokenLogprob {
   void *grad_hidden, *grad_weight;
   int64_t first, rows;          // the chunk
   int64_t first_group, groups;  // its columns
-  void* workspace;              // logprob_workspace() bytes
+  // The first groups' logits, f32 (f64), (kept_groups, N, kLogprobStride): `logits` keeps them for chunks of gradients,
+  // which compute the others again.
+  void* kept_logits;
+  int64_t kept_groups;
+  void* workspace;  // logprob_workspace() bytes
 };
-constexpr int64_t kLogprobGroup = 256;  // columns per group; the last may have fewer
-constexpr int64_t kLogprobRows = 96;    // rows per item of logprob_grad_hidden
+constexpr int64_t kLogprobGroup = 256;                  // columns per group; the last may have fewer
+constexpr int64_t kLogprobStride = kLogprobGroup + 16;  // rows 1 KB apart would share a few sets of the L1 cache
+constexpr int64_t kLogprobRows = 96;                    // rows per item of logprob_grad_hidden
 
 // y = gelu(x weight^T + bias), where gelu is optional; sums in f32. The caller divides the M rows into chunks. Forward:
 // pack_weight once, then pack_x and forward per chunk. Backward: pack_weight once, then pack_grad, grad_x and
@@ -86,7 +91,7 @@ struct Linear {
   int64_t threads;                  // that share the items of linear_grad_weight
   const void* x;                    // (M, K)
   const float *weight, *bias;       // (N, K), (N,)
-  void *y, *slope;                  // (M, N); slope: GELU's derivative, kept for backward
+  void *y, *slope;                  // (M, N); slope: GELU's derivative, kept for backward, at a multiple of 64 bytes
   const void* grad_y;               // (M, N); null: forward
   void* grad_x;                     // (M, K)
   float *grad_weight, *bias_parts;  // (N, K); (blocks of kLinearRows rows, N): their sum is grad_bias

@@ -7,7 +7,9 @@
 
 #if defined(__linux__)
 #include <malloc.h>
+#include <sys/mman.h>
 #endif
+#include <cstdlib>
 #include <tuple>
 
 #include "arguments.h"
@@ -16,17 +18,42 @@
 namespace tinystory {
 namespace {
 
+// Asks for huge pages in [p, p + bytes): walking the tables of small ones costs 4 % of a pretraining step.
+[[maybe_unused]] void use_huge_pages(void* p, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(p), end = (begin + bytes) / kPage * kPage;
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 #if defined(__GLIBC__)
 // A step's activations are freed, and allocated again in the next step. Returning the memory to the system in between
-// costs page faults each time (8 % of a pretraining step). 32 MiB is glibc's maximum for the first threshold.
-[[maybe_unused]] const bool kept = mallopt(M_MMAP_THRESHOLD, 32 << 20) && mallopt(M_TRIM_THRESHOLD, 1 << 30);
+// costs page faults each time (8 % of a pretraining step). 32 MiB is glibc's maximum for the first threshold. The heap
+// grows once, by what it may keep: until it is used, that takes no memory.
+[[maybe_unused]] const bool heap_is_kept = [] {
+  constexpr size_t kKept = 1 << 30, kHeap = kKept / 8 * 7;
+  mallopt(M_MMAP_THRESHOLD, 32 << 20), mallopt(M_TRIM_THRESHOLD, kKept);
+  mallopt(M_MMAP_MAX, 0);
+  void* heap = std::malloc(kHeap);
+  mallopt(M_MMAP_MAX, 65536);  // glibc's default
+  if (heap) use_huge_pages(heap, kHeap);
+  std::free(heap);
+  return true;
+}();
 #endif
 
-// One per thread, kept between calls: a new 50 MB would cost its page faults each time.
-void* workspace(int64_t bytes) {
+// Memory of this thread, kept between calls: a new 50 MB would cost its page faults each time. Another piece, if a tensor
+// that an earlier call returned still lies in this one. What is in use at the same time has numbers of its own.
+template <int kNumber = 0>
+Tensor workspace(int64_t bytes) {
   thread_local Tensor memory;
-  if (!memory.defined() || memory.numel() < bytes) memory = at::empty({bytes}, at::kByte);
-  return memory.data_ptr();
+  if (!memory.defined() || memory.numel() < bytes || memory.storage().use_count() > 1) {
+    memory = at::empty({bytes}, at::kByte);
+    use_huge_pages(memory.data_ptr(), bytes);
+  }
+  return memory.narrow(0, 0, bytes);
 }
 
 std::tuple<Tensor, Tensor> causal_attention(const Tensor& qkv, double dropout_p, int64_t seed) {
@@ -72,7 +99,8 @@ struct Logprob {
   const Tensor hidden, weight, targets;
   const at::TensorOptions wide;  // f32, or f64 for f64
   TokenLogprob x{};
-  Tensor logprob, entropy, lse, grad_hidden, grad_weight, sums;  // sums: grad_weight of the chunk's columns
+  Tensor logprob, entropy, lse, grad_hidden, grad_weight;
+  Tensor sums;  // grad_weight of the chunk's columns
 
   Logprob(const Tensor& h, const Tensor& w, const Tensor& t, const char* op)
       : hidden(check(h, w, t, op).contiguous()), weight(w.contiguous()), targets(t.contiguous()),
@@ -98,6 +126,10 @@ struct Logprob {
     x.entropy = entropy_.data_ptr();
     x.lse = lse_.data_ptr<double>();
   }
+  void keep(const Tensor& logits) {
+    x.kept_logits = logits.data_ptr();
+    x.kept_groups = logits.size(0);
+  }
   void allocate_results() {
     logprob = at::empty({x.N}, wide), entropy = at::empty({x.N}, wide);
     lse = at::empty({x.N}, wide.dtype(at::kDouble));
@@ -119,7 +151,7 @@ struct Logprob {
       parallel(items, [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
     };
     x.rows = rows, x.groups = std::min(columns, all_groups);
-    x.workspace = workspace(cpu::logprob_workspace(x));
+    x.workspace = workspace(cpu::logprob_workspace(x)).data_ptr();
     for (x.first_group = 0; x.first_group < all_groups; x.first_group += columns) {
       x.groups = std::min(columns, all_groups - x.first_group);
       for (x.first = 0; x.first < x.N; x.first += rows) {
@@ -152,20 +184,26 @@ struct Logprob {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> token_logprob(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprob(const Tensor& hidden, const Tensor& weight,
+                                                         const Tensor& targets, int64_t kept_groups) {
   Logprob p(hidden, weight, targets, "token_logprob");
   p.allocate_results();
+  const int64_t bytes = kept_groups * p.x.N * kLogprobStride * int64_t(p.wide.dtype().itemsize());
+  const Tensor logits =
+      workspace<1>(bytes).view(p.wide.dtype().toScalarType()).view({kept_groups, p.x.N, kLogprobStride});
+  p.keep(logits);
   p.run(0, true, false);
-  return {p.logprob, p.entropy, p.lse};
+  return {p.logprob, p.entropy, p.lse, logits};
 }
 
 std::tuple<Tensor, Tensor> token_logprob_backward(const Tensor& grad_logprob, const Tensor& grad_entropy,
                                                   const Tensor& hidden, const Tensor& weight, const Tensor& targets,
-                                                  const Tensor& entropy, const Tensor& lse) {
+                                                  const Tensor& entropy, const Tensor& lse, const Tensor& logits) {
   Logprob p(hidden, weight, targets, "token_logprob_backward");
   const Tensor g = grad_logprob.contiguous(), ge = grad_entropy.contiguous();
   p.x.grad_logprob = g.const_data_ptr(), p.x.grad_entropy = ge.const_data_ptr();
   p.use(entropy, lse);
+  p.keep(logits);
   p.run(10 << 20, false, true);
   return p.grads();
 }
@@ -222,7 +260,7 @@ Linear linear_args(const Tensor& x, const Tensor& weight, bool gelu, at::ScalarT
 template <class F>
 void linear_chunks(Linear& l, int64_t weight_items, const F& run) {
   l.rows = std::min(kChunkRows, l.M);
-  l.workspace = workspace(cpu::linear_workspace(l));
+  l.workspace = workspace(cpu::linear_workspace(l)).data_ptr();
   parallel(weight_items, [&](int64_t begin, int64_t end) { cpu::linear_pack_weight(l, begin, end); });
   for (; l.first < l.M; l.first += kChunkRows) {
     l.rows = std::min(kChunkRows, l.M - l.first);
@@ -307,10 +345,11 @@ TORCH_LIBRARY(tinystory, m) {
   op("sample(Tensor logits, SymInt seed, Tensor rows, Tensor steps, float temperature, int top_k, float top_p)"
      " -> (Tensor tokens, Tensor logprobs, Tensor entropy)",
      sample);
-  op("token_logprob(Tensor hidden, Tensor weight, Tensor targets) -> (Tensor logprob, Tensor entropy, Tensor lse)",
+  op("token_logprob(Tensor hidden, Tensor weight, Tensor targets, int kept_groups) -> (Tensor logprob, Tensor entropy,"
+     " Tensor lse, Tensor logits)",
      token_logprob);
   op("token_logprob_backward(Tensor grad_logprob, Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor targets,"
-     " Tensor entropy, Tensor lse) -> (Tensor grad_hidden, Tensor grad_weight)",
+     " Tensor entropy, Tensor lse, Tensor logits) -> (Tensor grad_hidden, Tensor grad_weight)",
      token_logprob_backward);
   op("cross_entropy(Tensor hidden, Tensor weight, Tensor targets)"
      " -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)",

@@ -211,34 +211,42 @@ int64_t block_rows(int64_t rows, int64_t n_k) {
   return (pairs + blocks - 1) / blocks * 32;
 }
 
-// Prefetches into L2 the part of `packs` Packs that belongs to rows [row, row + n) of `rows`.
+// Memory that is read after a panel, prefetched into L2 meanwhile: a share with each of the panel's rows.
 template <class Pack>
-void prefetch(const Pack* from, int64_t packs, int64_t row, int64_t n, int64_t rows) {
-  constexpr int64_t kLine = 64 / sizeof(Pack);
-  for (int64_t i = packs * row / rows / kLine * kLine; i < packs * (row + n) / rows; i += kLine)
-    __builtin_prefetch(from + i, 0, 2);
-}
+struct Prefetch {
+  const Pack* at;
+  int64_t packs, share;
+  Prefetch(const Pack* at, int64_t packs, int64_t rows) : at(at), packs(packs), share((packs + rows - 1) / rows) {}
+  void rows(int64_t row, int64_t n) const {
+    constexpr int64_t kLine = 64 / sizeof(Pack);
+    for (int64_t i = row * share / kLine * kLine; i < std::min(packs, (row + n) * share); i += kLine)
+      __builtin_prefetch(at + i, 0, 2);
+  }
+};
 
 // The driver for sums that are not stored: calls finish(row, column, sum) for each vector of rows [first, last) and
 // columns [column, end) of a b, as soon as the sum is complete, so that the next sums hide what `finish` waits for.
-// `column` is the first of a panel.
+// `column` is the first of a panel. The caller reads `packs` Packs at `later` next.
 template <class Policy, class Finish>
 void gemm_tile(int64_t first, int64_t last, int64_t column, int64_t end, int64_t n_k, Left<Policy> a, Right<Policy> b,
-               const Finish& finish) {
+               const Finish& finish, const typename Policy::Pack* later = nullptr, int64_t packs = 0) {
   using Vec = VecOf<typename Policy::Acc>;
   constexpr int64_t L = lanes<Vec>, kWidth = kPanel<Policy>;
   const int64_t together = block_rows<Policy>(last - first, n_k);
   alignas(64) typename Policy::Acc sums[kMostRows<Policy> * kWidth];
+  const int64_t parts = (end - column + kWidth - 1) / kWidth * ((n_k + Policy::kReduce - 1) / Policy::kReduce);
   for (; first < last; first += together)
     for (int64_t j = column; j < end; j += kWidth)
       for (int64_t k = 0; k < n_k; k += Policy::kReduce) {
         const int64_t rows = std::min(together, last - first), width = std::min(kWidth, end - j);
         const int64_t depth = std::min(Policy::kReduce, n_k - k);
         const auto* part = b.at + j / kWidth * b.panel_stride + k * b.k_stride;
-        const auto* next = part + depth * b.k_stride;  // of this panel, or of the one after it
+        const Prefetch next(part + depth * b.k_stride, depth * b.k_stride, rows);  // of this panel or the one after it
+        const Prefetch after(later, packs / parts, rows);
+        later += packs / parts;
         gemm_panel<Policy>(rows, width / L, depth, a.part(first, k), part, b.k_stride, sums, kWidth, k > 0,
                            [&](int64_t row, int64_t n) {
-                             if constexpr (!kForAmx<Policy>) prefetch(next, depth * b.k_stride, row, n, rows);
+                             if constexpr (!kForAmx<Policy>) next.rows(row, n), after.rows(row, n);
                              if (k + Policy::kReduce < n_k) return;
                              for (int64_t r = row; r < row + n; ++r)
                                for (int64_t v = 0; v < width; v += L)

@@ -86,25 +86,27 @@ struct Layer {
     const int64_t across = (columns + kColumns - 1) / kColumns, together = block_rows<Policy>(l.rows, packs);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item / across * together, column = item % across * kColumns;
-      gemm_tile<Policy>(first, std::min(l.rows, first + together), column, std::min(columns, column + kColumns), packs,
-                        a, {panels, kWidth, packs * kWidth}, finish);
+      const int64_t last = std::min(l.rows, first + together);
+      const int64_t share = std::min(l.rows - last, together) * packs / across;  // of the next block of a
+      gemm_tile<Policy>(first, last, column, std::min(columns, column + kColumns), packs, a,
+                        {panels, kWidth, packs * kWidth}, finish, a.part(last, 0).at + item % across * share, share);
     }
   }
 
   void forward(int64_t begin, int64_t end) {
     const auto* x = x_stored() ? static_cast<const Pack*>(x_at(0)) : rows;
     matmul(begin, end, x_tiled() ? x_rows(x) : Left<Policy>{x, in, 1}, in, l.N, [&](int64_t row, int64_t j, vf y) {
-      const int64_t to = (l.first + row) * l.N + j, later = to + kAhead * l.N;
-      __builtin_prefetch(at(l.y, l.y_type, later), 1, kCache);
-      if (l.gelu) __builtin_prefetch(at(l.slope, l.gemm_type, later), 1, kCache);
+      const int64_t to = (l.first + row) * l.N + j;
+      __builtin_prefetch(at(l.y, l.y_type, to + kAhead * l.N), 1, kCache);
       y += load<vf>(l.bias + j);
       if (l.gelu) {
         const auto [value, slope] = gelu_and_slope(y);
-        store_as(at(l.slope, l.gemm_type, to), l.gemm_type, slope);
+        stream_as(at(l.slope, l.gemm_type, to), l.gemm_type, slope);
         y = value;
       }
       store_as(at(l.y, l.y_type, to), l.y_type, y);
     });
+    end_streams();
   }
 
   // items: blocks of kLinearRows rows. Packs the gradient before the bias by rows, for bf16 by columns too; x by pairs.

@@ -1,9 +1,9 @@
 // Log-probabilities and entropies of targets under softmax(hidden weight^T), and their gradients.
 //
 // Logits are computed with gemm.h in groups of kGroup columns, in f32 (f64). One block of rows exists at a time: first
-// for a few sums, then again for the gradients. Where the gradients need nothing but these sums, a chunk's logits are
-// kept instead, [group][row][kStride]. For bf16 the logits' gradients are stored twice as bf16: by rows and, while they
-// are in use, as pairs of rows.
+// for a few sums, then again for the gradients, unless the caller keeps them. Where the gradients need nothing but these
+// sums, they follow them chunk by chunk, and a chunk's logits are kept until then, [group][row][kStride]. For bf16 the
+// logits' gradients are stored twice as bf16: by rows and, while they are in use, as pairs of rows.
 #include <algorithm>
 #include <limits>
 
@@ -13,7 +13,7 @@ namespace tinystory::cpu {
 namespace {
 
 constexpr int64_t kGroup = kLogprobGroup;
-constexpr int64_t kStride = kGroup + 16;  // rows a power of two apart would share a few sets of the L1 cache
+constexpr int64_t kStride = kLogprobStride;
 constexpr int64_t kBlock = 96;  // rows per block that is multiplied with a panel: with their logits they fit in L2
 constexpr double kLog2e = 1.4426950408889634;
 
@@ -25,15 +25,15 @@ struct Chunk {
   static constexpr int64_t L = lanes<Vec>, kWidth = kPanel<Policy>;
 
   const TokenLogprob& x;
-  const bool keeps;                      // whether the logits are kept for the gradients
+  const bool at_once;                    // whether the gradients follow the sums, chunk by chunk
   const int64_t rows, C, packs, stride;  // rows and C padded for gemm.h; row stride of grads
   Pack *weight_pairs, *hidden, *hidden_panels, *grads;
   Acc *sums, *logits;  // sums (groups, rows, 3), see sum_group; logits share the memory of grads
   size_t bytes;
 
   explicit Chunk(const TokenLogprob& x)
-      : x(x), keeps(x.logprob && x.grad_hidden), rows(round_up(x.rows, 2 * kPadding<Policy>)),
-        C(round_up(x.C, kColumns)), packs(C / Policy::kPack), stride(keeps ? kStride : kStride / Policy::kPack) {
+      : x(x), at_once(x.logprob && x.grad_hidden), rows(round_up(x.rows, 2 * kPadding<Policy>)),
+        C(round_up(x.C, kColumns)), packs(C / Policy::kPack), stride(at_once ? kStride : kStride / Policy::kPack) {
     Arena m{static_cast<char*>(x.workspace), 0};
     weight_pairs = m.take<Pack>(x.grad_hidden ? x.groups * kGroup * packs : 0);  // first: in place for all row chunks
     hidden = m.take<Pack>(rows * packs);
@@ -67,6 +67,12 @@ struct Chunk {
   int64_t column(int64_t group) const { return (x.first_group + group) * kGroup; }  // the group's first column
   int64_t width(int64_t group) const { return std::min(kGroup, x.V - column(group)); }
   Pack* grads_at(int64_t group, int64_t row) const { return grads + (group * rows + row) * stride; }
+  // Where the logits of a group are kept, from this row on; or null.
+  Acc* kept(int64_t group, int64_t row) const {
+    if (at_once) return logits + (group * rows + row) * kStride;
+    if (x.first_group + group >= x.kept_groups) return nullptr;
+    return static_cast<Acc*>(x.kept_logits) + ((x.first_group + group) * x.N + x.first + row) * kStride;
+  }
   // Packs the group's rows of the weight; zero up to a whole panel.
   void weight_rows(Pack* to, int64_t group) const {
     pack_rows<Policy>(to, at(x.weight, x.weight_dtype, column(group) * x.C), x.weight_dtype, x.C, width(group),
@@ -83,25 +89,32 @@ struct Chunk {
                       rows / Policy::kPack);
   }
 
-  // Calls use(first, end, logits) on blocks of the chunk's rows, with this group's logits [row - first][kStride].
-  template <class F>
-  void each_block(int64_t g, const Own& own, const F& use) {
+  // Packs the group's rows of the weight: for the logits, and for grad_hidden, which needs them once for all row chunks.
+  void pack_weight(int64_t g, const Own& own) {
     weight_rows(own.weight, g);
     const int64_t n = round_up(width(g), kColumns);
     transpose_rows<Policy>(own.panels, own.weight, n, C);
     if (x.grad_hidden && x.first == 0)
       pair_rows<Policy>(weight_pairs + g * kGroup * packs, own.weight, n, C, kWidth, n / Policy::kPack);
+  }
+
+  // Calls use(first, end, logits) on blocks of the chunk's rows, with this group's logits [row - first][kStride], which
+  // are computed, or `known`.
+  template <class F>
+  void each_block(int64_t g, const Own& own, bool known, const F& use) {
+    if (!known || (x.first == 0 && !at_once)) pack_weight(g, own);
     for (int64_t first = 0; first < x.rows; first += kBlock) {
       const int64_t end = std::min(first + kBlock, x.rows);
-      Acc* to = keeps ? logits + (g * rows + first) * kStride : own.logits;
-      gemm<Policy>(end - first, n, packs, {hidden + first * packs, packs, 1}, {own.panels, kWidth, packs * kWidth}, to,
-                   kStride);
+      Acc *place = kept(g, first), *to = place ? place : own.logits;
+      if (!known)
+        gemm<Policy>(end - first, round_up(width(g), kColumns), packs, {hidden + first * packs, packs, 1},
+                     {own.panels, kWidth, packs * kWidth}, to, kStride);
       use(first, end, to);
     }
   }
 
   void sum_logits(int64_t g) {
-    each_block(g, own(), [&](int64_t first, int64_t end, const Acc* logits) {
+    each_block(g, own(), false, [&](int64_t first, int64_t end, const Acc* logits) {
       for (int64_t r = first; r < end; ++r) sum_group(g, r, logits + (r - first) * kStride);
     });
   }
@@ -171,10 +184,10 @@ struct Chunk {
     return r;
   }
 
-  // The gradients of the logits of rows [first, end), first even; where the logits are kept, they are overwritten.
+  // The gradients of the logits of rows [first, end), first even; if they follow the sums, they overwrite the logits.
   void differentiate(int64_t g, int64_t first, int64_t end, const Acc* logits, Pack* pairs) {
     const int64_t n = width(g);
-    Vec index;
+    Vec index{};
     for (int64_t l = 0; l < L; ++l) index[l] = Acc(l);
     for (int64_t row = first; row < end; row += 2) {
       const Acc* from[2] = {logits + (row - first) * kStride, logits + (row + 1 - first) * kStride};
@@ -217,10 +230,7 @@ struct Chunk {
         transpose_packs(o.columns + first / 2, rows / 2, o.pairs, kStride, padded, round_up(width(g), kColumns));
       }
     };
-    if (!keeps) each_block(g, o, use);
-    else
-      for (int64_t first = 0; first < x.rows; first += kBlock)
-        use(first, std::min(first + kBlock, x.rows), logits + (g * rows + first) * kStride);
+    each_block(g, o, kept(g, 0) != nullptr, use);
     const int64_t n = rows / Policy::kPack;
     const Left<Policy> left =
         Policy::kPack == 2 ? Left<Policy>{o.columns, n, 1} : Left<Policy>{grads_at(g, 0), 1, kStride};

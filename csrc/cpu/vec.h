@@ -249,6 +249,25 @@ inline void store_as(void* p, DType t, vf x) {
 }
 inline void store_as(void* p, DType, vd x) { store(p, x); }
 
+// As store_as, but past the caches, for what is read much later: an ordinary store reads the line from memory first. The
+// type is f32 or bf16, and p is aligned to the stored vector. Before another thread reads it, call end_streams.
+inline void stream_as(void* p, DType t, vf x) {
+#if defined(__AVX512F__)
+  if (t == DType::f32) _mm512_stream_ps(static_cast<float*>(p), (__m512)x);
+  else _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)to_bf16(x));
+#elif defined(__AVX__)
+  if (t == DType::f32) _mm256_stream_ps(static_cast<float*>(p), (__m256)x);
+  else _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)to_bf16(x));
+#else
+  store_as(p, t, x);
+#endif
+}
+inline void end_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // The first n <= lanes elements at p; the other lanes hold `fill`. Bytes beyond the n elements are never touched.
 template <class Vec>
 inline Vec load_tail(const void* p, DType t, int64_t n, float fill) {

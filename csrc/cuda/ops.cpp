@@ -119,16 +119,18 @@ struct Logprob {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> token_logprob(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprob(const Tensor& hidden, const Tensor& weight,
+                                                         const Tensor& targets, int64_t kept_groups) {
+  TORCH_CHECK(kept_groups == 0, "token_logprob: only the CPU's kernel keeps logits");
   Logprob p(hidden, weight, targets, "token_logprob");
   p.allocate_results();
   p.run(true, false);
-  return {p.logprob, p.entropy, p.lse};
+  return {p.logprob, p.entropy, p.lse, at::empty({0, p.N, kLogprobStride}, p.float_options)};
 }
 
 std::tuple<Tensor, Tensor> token_logprob_backward(const Tensor& grad_logprob, const Tensor& grad_entropy,
                                                   const Tensor& hidden, const Tensor& weight, const Tensor& targets,
-                                                  const Tensor& entropy, const Tensor& lse) {
+                                                  const Tensor& entropy, const Tensor& lse, const Tensor&) {
   Logprob p(hidden, weight, targets, "token_logprob_backward");
   p.grad_logprob = grad_logprob.contiguous(), p.grad_entropy = grad_entropy.contiguous();
   p.entropy = entropy, p.lse = lse;

@@ -11,8 +11,14 @@
 
 using namespace tinystory;
 
+struct alignas(64) Line {
+  float x[16];
+  bool operator==(const Line&) const = default;
+};
+
 struct Results {
-  std::vector<float> y, slope, grad_x, grad_weight, bias_parts;
+  std::vector<float> y, grad_x, grad_weight, bias_parts;
+  std::vector<Line> slope;
   bool operator==(const Results&) const = default;
 };
 
@@ -29,8 +35,8 @@ void test_linear(DType gemm_type, bool gelu_too, int64_t M, int64_t K, int64_t N
   const std::vector<float> bias = normal(N, 3), grad_y = normal(M * N, 5);
   const int64_t blocks = (M + kLinearRows - 1) / kLinearRows;
   const auto run = [&](int threads) {
-    Results r{std::vector<float>(M * N), std::vector<float>(bf16 ? M * N / 2 : M * N), std::vector<float>(M * K),
-              std::vector<float>(N * K), std::vector<float>(blocks * N)};
+    Results r{std::vector<float>(M * N), std::vector<float>(M * K), std::vector<float>(N * K),
+              std::vector<float>(blocks * N), std::vector<Line>((bf16 ? M * N / 2 : M * N) / 16)};
     for (const float* grad : {(const float*)nullptr, grad_y.data()}) {
       Linear l{.x_type = DType::f32,
                .y_type = DType::f32,

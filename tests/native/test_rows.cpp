@@ -98,6 +98,8 @@ void test_logprob(DType type, int64_t N, int64_t V, int64_t C, int64_t chunk) {
                  .rows = chunk,
                  .first_group = 0,
                  .groups = groups,
+                 .kept_logits = nullptr,
+                 .kept_groups = 0,
                  .workspace = nullptr};
   if (type == DType::bf16) x.hidden = half.data(), x.weight = half.data() + N * C;
   constexpr char kNaN = -1;  // in any float: padding that is read must have been written
@@ -109,23 +111,28 @@ void test_logprob(DType type, int64_t N, int64_t V, int64_t C, int64_t chunk) {
       kernel(x, begin, end);
     });
   };
-  const auto rows = [&](bool stats) {
+  const auto rows = [&](bool stats, bool grads) {
+    x.logprob = stats ? logprob.data() : nullptr, x.grad_hidden = grads ? dh.data() : nullptr;
     for (x.first = 0; x.first < N; x.first += chunk) {
       x.rows = std::min(chunk, N - x.first);
       step(cpu::logprob_pack, (x.rows + 1) / 2);
       if (stats) step(cpu::logprob_logits, x.groups), step(cpu::logprob_stats, x.rows);
-      step(cpu::logprob_grad_weight, x.groups);
-      step(cpu::logprob_grad_hidden, (x.rows + kLogprobRows - 1) / kLogprobRows);
+      if (grads) step(cpu::logprob_grad_weight, x.groups);
+      if (grads) step(cpu::logprob_grad_hidden, (x.rows + kLogprobRows - 1) / kLogprobRows);
     }
   };
-  rows(true);
-  {  // The gradients by chunks of columns are the same to the bit.
-    const std::vector<float> dh_whole = dh, dw_whole = dw;
-    x.logprob = nullptr;
+  rows(true, true);
+  // The gradients by chunks of columns are the same to the bit, whether the logits are kept for them or not.
+  const std::vector<float> dh_whole = dh, dw_whole = dw;
+  for (int64_t kept : {int64_t(0), std::min<int64_t>(1, groups - 1), groups}) {
+    std::vector<float> kept_logits(kept * N * kLogprobStride);
+    x.kept_logits = kept_logits.data(), x.kept_groups = kept;
+    x.first_group = 0, x.groups = groups;
+    if (kept) rows(true, false);
     for (x.first_group = 0; x.first_group < groups; x.first_group += 2) {
       x.groups = std::min<int64_t>(2, groups - x.first_group);
       x.grad_weight = dw.data() + x.first_group * kLogprobGroup * padded;
-      rows(false);
+      rows(false, true);
     }
     CHECK(dh == dh_whole && dw == dw_whole);
   }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import assert_largest_no_worse, assert_no_worse, on_gpu
 
 from tinystory import ops
-from tinystory.ops import reference
+from tinystory.ops import autograd, reference
 
 SHAPES = int(os.environ.get("TINYSTORY_TEST_SHAPES", "60"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -130,12 +130,34 @@ def test_the_same_bits_at_any_thread_count():
     assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
 
 
+def test_kept_logits_change_no_bit_and_are_kept_within_their_limit(monkeypatch):
+    hidden, weight = torch.randn(50, 32, requires_grad=True), torch.randn(700, 32, requires_grad=True)
+    targets, seen = torch.randint(700, (50,)), []
+    group = 50 * autograd.LOGIT_STRIDE * 4
+    for limit, groups in ((0, 0), (2 * group, 2), (9 * group, 3)):
+        monkeypatch.setattr(autograd, "KEPT_BYTES", limit)
+        assert autograd.kept_groups(hidden, weight) == groups
+        logprob, entropy = ops.token_logprob(hidden, weight, targets)
+        other, _ = ops.token_logprob(hidden * 2, weight, targets)  # before the first one's backward pass
+        results = torch.autograd.grad((logprob + entropy + other).sum(), (hidden, weight), retain_graph=True)
+        again = torch.autograd.grad((logprob + entropy + other).sum(), (hidden, weight))
+        assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+        seen.append((logprob, entropy, other, *results))
+    assert all(torch.equal(a, b) for some in seen[1:] for a, b in zip(seen[0], some, strict=True))
+    with torch.no_grad():
+        assert autograd.kept_groups(hidden, weight) == 0
+    assert autograd.kept_groups(hidden.bfloat16(), weight) == autograd.kept_groups(hidden[:0], weight) == 0
+
+
 def test_opcheck_and_compile():
     ops.load()
     hidden, weight = torch.randn(20, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     targets = torch.randint(50, (20,))
-    for op in (torch.ops.tinystory.token_logprob, torch.ops.tinystory.cross_entropy):
-        torch.library.opcheck(op.default, (hidden, weight, targets))
+    torch.library.opcheck(torch.ops.tinystory.cross_entropy.default, (hidden, weight, targets))
+    op = torch.ops.tinystory.token_logprob.default
+    torch.library.opcheck(op, (hidden, weight, targets, 0))
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")  # the other compares memory never written
+    torch.library.opcheck(op, (hidden, weight, targets, 1), test_utils=utils)
 
     def step(qkv, hidden, seed):
         mixed = ops.causal_attention(qkv * 1.5, 0.1, seed).sum() + ops.cross_entropy(hidden * 2, weight, targets)

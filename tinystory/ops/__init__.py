@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tinystory.ops import chunked, reference
+from tinystory.ops.autograd import kept_groups
 from tinystory.ops.autograd import lowered_linear as lowered_linear
 from tinystory.ops.backend import implementation
 from tinystory.ops.backend import load as load
@@ -75,13 +76,15 @@ def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
     """Log-probability of each target and entropy, in nats, under softmax(hidden @ weight.T).
 
     hidden (N, C), weight (V, C), targets (N,) int64 -> logprob (N,), entropy (N,) in float32 (float64 for float64).
-    The matmul is computed in hidden's type, or in autocast's; weight and its gradient keep theirs. The (N, V) logits
-    exist one chunk at a time, and again in the backward pass. Both outputs have gradients by hidden and weight.
+    The matmul is computed in hidden's type, or in autocast's; weight and its gradient keep theirs. Of the (N, V) logits
+    100 MB are kept for the backward pass (see kept_groups); the others exist one chunk at a time, and again in the
+    backward pass. Both outputs have gradients by hidden and weight.
     """
     hidden = hidden.to(matmul_dtype(hidden))
     runs = implementation("token_logprob", hidden)
     if runs == "kernel":
-        return torch.ops.tinystory.token_logprob(hidden, weight, targets)[:2]
+        kept = kept_groups(hidden, weight)
+        return torch.ops.tinystory.token_logprob(hidden, weight, targets, kept)[:2]
     return (chunked if runs == "pytorch" else reference).token_logprob(hidden, weight, targets)
 
 

@@ -45,18 +45,38 @@ def attention_backward(ctx: Any, grad_out: Tensor | None, _: None) -> Gradients:
 
 
 # --- token_logprob ----------------------------------------------------------------------------------------------------
-def token_logprob_fake(hidden: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-    return per_row(hidden, wide(hidden.dtype), wide(hidden.dtype), torch.float64)
+LOGIT_GROUP, LOGIT_STRIDE = 256, 272  # columns, as in csrc/kernels.h
+KEPT_BYTES = 100 << 20  # a PPO micro-batch of 32 stories of 90 tokens, vocabulary 8 192
+
+
+def kept_groups(hidden: Tensor, weight: Tensor) -> int:
+    """For how many groups of columns token_logprob keeps the logits for a backward pass: on a CPU as many as KEPT_BYTES
+    hold, without a backward pass none. In bfloat16 they would cost as much to read as to compute again."""
+    needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if hidden.is_cuda or hidden.dtype == torch.bfloat16 or not needed or not len(hidden):
+        return 0
+    groups = (len(weight) + LOGIT_GROUP - 1) // LOGIT_GROUP
+    return min(groups, KEPT_BYTES // (len(hidden) * LOGIT_STRIDE * wide(hidden.dtype).itemsize))
+
+
+def token_logprob_fake(hidden: Tensor, weight: Tensor, targets: Tensor, kept_groups: int) -> tuple[Tensor, ...]:
+    logits = hidden.new_empty(kept_groups, len(hidden), LOGIT_STRIDE, dtype=wide(hidden.dtype))
+    return *per_row(hidden, wide(hidden.dtype), wide(hidden.dtype), torch.float64), logits
 
 
 def token_logprob_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    _, entropy, lse = output
-    ctx.save_for_backward(*inputs, entropy, lse)
-    ctx.mark_non_differentiable(lse)
+    _, entropy, lse, logits = output
+    ctx.save_for_backward(*inputs[:3], entropy, lse, logits)
+    ctx.mark_non_differentiable(lse, logits)
+    ctx.set_materialize_grads(False)  # of the logits: 100 MB of zeros
 
 
-def token_logprob_backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> Gradients:
-    return *ops.token_logprob_backward(grad_logprob, grad_entropy, *ctx.saved_tensors), None
+def token_logprob_backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+    if grads[0] is None and grads[1] is None:
+        return (None,) * 4
+    entropy = ctx.saved_tensors[3]
+    both = (torch.zeros_like(entropy) if grad is None else grad for grad in grads[:2])
+    return *ops.token_logprob_backward(*both, *ctx.saved_tensors), None, None
 
 
 # --- cross_entropy ----------------------------------------------------------------------------------------------------
