@@ -62,20 +62,20 @@ class Batch:
     ref_logprobs: Tensor | None = None
 
     @cached_property
-    def host(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """inputs, predicts and mask, for what the host must know: read once, so that no micro-batch waits for a GPU."""
-        return self.inputs.cpu().numpy(), self.predicts.cpu().numpy(), self.mask.cpu().numpy()
+    def host(self) -> tuple[np.ndarray, np.ndarray]:
+        """predicts and mask, for sizes that the host must know: read once, so that no micro-batch waits for a GPU."""
+        return self.predicts.cpu().numpy(), self.mask.cpu().numpy()
 
     @property
     def lengths(self) -> Tensor:
         """(B,) int64, on the CPU: the inputs of each row, padding not counted."""
-        _, predicts, _ = self.host
+        predicts, _ = self.host
         return torch.from_numpy((predicts * np.arange(1, predicts.shape[1] + 1)).max(1))
 
     @cached_property
     def places(self) -> Tensor:
         """(tokens,) int64: where the stories' tokens are in (B * N)."""
-        return true_places(self.host[2], self.mask.device)
+        return true_places(self.host[1], self.mask.device)
 
     def packed(self, x: Tensor) -> Tensor:
         """(B, N) -> (tokens,): the entries on the mask, in order."""
@@ -91,8 +91,7 @@ class Batch:
         at = upload(rows, self.mask.device)
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         part = Batch(**{name: x[at] for name, x in fields.items() if x is not None})
-        inputs, predicts, mask = (x[np.asarray(rows)] for x in self.host)
-        part.host = inputs, predicts, mask
+        part.host = self.host[0][np.asarray(rows)], self.host[1][np.asarray(rows)]
         return part
 
 
@@ -199,10 +198,10 @@ def response_states(student: Student, batch: Batch) -> Tensor:
     """(tokens, C): forward pass over whole stories, the state from which each response token is predicted, in the order
     of the mask. Columns that are padding in every row are not computed, and on a CPU no opening twice (on a GPU, whose
     sums of gradients by index depend on the threads' order, it is)."""
-    inputs, predicts, _ = batch.host
+    predicts, _ = batch.host
     T = int(np.flatnonzero(predicts.any(0))[-1]) + 1
     tokens, places = batch.inputs[:, :T], true_places(predicts[:, :T], batch.inputs.device)
-    packing = None if ops.on_gpu(tokens) else pack(inputs[:, :T], predicts[:, :T])
+    packing = None if ops.on_gpu(tokens) else pack(tokens.numpy(), predicts[:, :T])
     if packing is None:
         return student.hidden(tokens).flatten(0, 1).index_select(0, places)
     return packing.hidden(student, tokens).index_select(0, packing.source[places])
