@@ -19,7 +19,7 @@ namespace tinystory {
 namespace {
 
 // Asks for huge pages in [p, p + bytes): walking the tables of small ones costs 4 % of a pretraining step.
-[[maybe_unused]] void use_huge_pages(void* p, size_t bytes) {
+void use_huge_pages(void* p, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(p), end = (begin + bytes) / kPage * kPage;

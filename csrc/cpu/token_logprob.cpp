@@ -25,15 +25,15 @@ struct Chunk {
   static constexpr int64_t L = lanes<Vec>, kWidth = kPanel<Policy>;
 
   const TokenLogprob& x;
-  const bool at_once;                    // whether the gradients follow the sums, chunk by chunk
+  const bool fused;                      // whether the gradients follow the sums, chunk by chunk
   const int64_t rows, C, packs, stride;  // rows and C padded for gemm.h; row stride of grads
   Pack *weight_pairs, *hidden, *hidden_panels, *grads;
   Acc *sums, *logits;  // sums (groups, rows, 3), see sum_group; logits share the memory of grads
   size_t bytes;
 
   explicit Chunk(const TokenLogprob& x)
-      : x(x), at_once(x.logprob && x.grad_hidden), rows(round_up(x.rows, 2 * kPadding<Policy>)),
-        C(round_up(x.C, kColumns)), packs(C / Policy::kPack), stride(at_once ? kStride : kStride / Policy::kPack) {
+      : x(x), fused(x.logprob && x.grad_hidden), rows(round_up(x.rows, 2 * kPadding<Policy>)),
+        C(round_up(x.C, kColumns)), packs(C / Policy::kPack), stride(fused ? kStride : kStride / Policy::kPack) {
     Arena m{static_cast<char*>(x.workspace), 0};
     weight_pairs = m.take<Pack>(x.grad_hidden ? x.groups * kGroup * packs : 0);  // first: in place for all row chunks
     hidden = m.take<Pack>(rows * packs);
@@ -67,9 +67,9 @@ struct Chunk {
   int64_t column(int64_t group) const { return (x.first_group + group) * kGroup; }  // the group's first column
   int64_t width(int64_t group) const { return std::min(kGroup, x.V - column(group)); }
   Pack* grads_at(int64_t group, int64_t row) const { return grads + (group * rows + row) * stride; }
-  // Where the logits of a group are kept, from this row on; or null.
-  Acc* kept(int64_t group, int64_t row) const {
-    if (at_once) return logits + (group * rows + row) * kStride;
+  // The kept logits of a group, from this row on; null if they are not kept.
+  Acc* kept_logits(int64_t group, int64_t row) const {
+    if (fused) return logits + (group * rows + row) * kStride;
     if (x.first_group + group >= x.kept_groups) return nullptr;
     return static_cast<Acc*>(x.kept_logits) + ((x.first_group + group) * x.N + x.first + row) * kStride;
   }
@@ -99,14 +99,14 @@ struct Chunk {
   }
 
   // Calls use(first, end, logits) on blocks of the chunk's rows, with this group's logits [row - first][kStride], which
-  // are computed, or `known`.
+  // are computed first, or are there already.
   template <class F>
-  void each_block(int64_t g, const Own& own, bool known, const F& use) {
-    if (!known || (x.first == 0 && !at_once)) pack_weight(g, own);
+  void each_block(int64_t g, const Own& own, bool compute, const F& use) {
+    if (compute || (x.first == 0 && !fused)) pack_weight(g, own);
     for (int64_t first = 0; first < x.rows; first += kBlock) {
       const int64_t end = std::min(first + kBlock, x.rows);
-      Acc *place = kept(g, first), *to = place ? place : own.logits;
-      if (!known)
+      Acc *place = kept_logits(g, first), *to = place ? place : own.logits;
+      if (compute)
         gemm<Policy>(end - first, round_up(width(g), kColumns), packs, {hidden + first * packs, packs, 1},
                      {own.panels, kWidth, packs * kWidth}, to, kStride);
       use(first, end, to);
@@ -114,7 +114,7 @@ struct Chunk {
   }
 
   void sum_logits(int64_t g) {
-    each_block(g, own(), false, [&](int64_t first, int64_t end, const Acc* logits) {
+    each_block(g, own(), true, [&](int64_t first, int64_t end, const Acc* logits) {
       for (int64_t r = first; r < end; ++r) sum_group(g, r, logits + (r - first) * kStride);
     });
   }
@@ -230,7 +230,7 @@ struct Chunk {
         transpose_packs(o.columns + first / 2, rows / 2, o.pairs, kStride, padded, round_up(width(g), kColumns));
       }
     };
-    each_block(g, o, kept(g, 0) != nullptr, use);
+    each_block(g, o, kept_logits(g, 0) == nullptr, use);
     const int64_t n = rows / Policy::kPack;
     const Left<Policy> left =
         Policy::kPack == 2 ? Left<Policy>{o.columns, n, 1} : Left<Policy>{grads_at(g, 0), 1, kStride};

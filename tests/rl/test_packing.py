@@ -6,15 +6,18 @@ import torch
 from test_ppo import random_batch
 
 from tinystory.rl import ppo
-from tinystory.rl.packing import Spread, pack
+from tinystory.rl.packing import Unpack, pack
 
 A, B, C = torch.tensor([2, 9, 11]), torch.tensor([2, 9]), torch.tensor([2, 7, 7, 8])
 
 
+def packing_of(batch):
+    return pack(batch.inputs.numpy(), batch.predicts.numpy().argmax(1) + 1, batch.lengths.numpy())
+
+
 def test_each_opening_and_each_token_of_a_story_stands_once():
     batch = random_batch([3, 1, 2, 2], 50, openings=[A, B, A, B])  # 2 + 3, 1 + 1, 2 + 2, 1 + 2 inputs
-    inputs, predicts = batch.inputs.numpy(), batch.predicts.numpy()
-    packing = pack(inputs, predicts)
+    inputs, packing = batch.inputs.numpy(), packing_of(batch)
     T = inputs.shape[1]
     assert packing.places.tolist() == [0, 1, 2, 3, 4, T, T + 1, 2 * T + 3, 3 * T + 2]
     own = inputs.flatten()[packing.places]
@@ -26,7 +29,7 @@ def test_each_opening_and_each_token_of_a_story_stands_once():
 
 def test_there_is_no_packing_without_a_shared_opening():
     batch = random_batch([3, 1, 2], 50, openings=[A, B, C])
-    assert pack(batch.inputs.numpy(), batch.predicts.numpy()) is None
+    assert packing_of(batch) is None
 
 
 @pytest.mark.parametrize("openings", [[A] * 6, [A, B, A, C, B, A], [B, C, A, A, A, A]])
@@ -51,7 +54,7 @@ def test_the_same_bits_and_gradients_as_padded_rows(student, monkeypatch, openin
 
 def test_gradients_of_copies_are_added_in_float32():
     batch = random_batch([1] * 400, 50, openings=[B] * 400)
-    packing = pack(batch.inputs.numpy(), batch.predicts.numpy())
+    packing = packing_of(batch)
     x = torch.zeros(len(packing.places), 3, dtype=torch.bfloat16, requires_grad=True)
-    Spread.apply(x, packing).sum().backward()
+    Unpack.apply(x, packing).sum().backward()
     assert x.grad.tolist() == [[400.0] * 3] * 2 and np.array_equal(packing.places, [0, 1])  # in bfloat16: 256

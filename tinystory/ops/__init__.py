@@ -76,15 +76,14 @@ def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
     """Log-probability of each target and entropy, in nats, under softmax(hidden @ weight.T).
 
     hidden (N, C), weight (V, C), targets (N,) int64 -> logprob (N,), entropy (N,) in float32 (float64 for float64).
-    The matmul is computed in hidden's type, or in autocast's; weight and its gradient keep theirs. Of the (N, V) logits
-    100 MB are kept for the backward pass (see kept_groups); the others exist one chunk at a time, and again in the
-    backward pass. Both outputs have gradients by hidden and weight.
+    The matmul is computed in hidden's type, or in autocast's; weight and its gradient keep theirs. Up to 100 MB
+    of the (N, V) logits are kept for the backward pass (see kept_groups); the others exist one chunk at a time, and
+    again in the backward pass. Both outputs have gradients by hidden and weight.
     """
     hidden = hidden.to(matmul_dtype(hidden))
     runs = implementation("token_logprob", hidden)
     if runs == "kernel":
-        kept = kept_groups(hidden, weight)
-        return torch.ops.tinystory.token_logprob(hidden, weight, targets, kept)[:2]
+        return torch.ops.tinystory.token_logprob(hidden, weight, targets, kept_groups(hidden, weight))[:2]
     return (chunked if runs == "pytorch" else reference).token_logprob(hidden, weight, targets)
 
 

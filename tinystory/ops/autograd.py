@@ -75,8 +75,8 @@ def token_logprob_backward(ctx: Any, *grads: Tensor | None) -> Gradients:
     if grads[0] is None and grads[1] is None:
         return (None,) * 4
     entropy = ctx.saved_tensors[3]
-    both = (torch.zeros_like(entropy) if grad is None else grad for grad in grads[:2])
-    return *ops.token_logprob_backward(*both, *ctx.saved_tensors), None, None
+    grad_logprob, grad_entropy = (torch.zeros_like(entropy) if grad is None else grad for grad in grads[:2])
+    return *ops.token_logprob_backward(grad_logprob, grad_entropy, *ctx.saved_tensors), None, None
 
 
 # --- cross_entropy ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Stories that share their opening, as one sequence: the opening is computed once for all of them."""
+"""Sequence packing with shared prefixes: stories without padding, in which an opening that several share is computed
+once."""
 
 from dataclasses import dataclass
 from typing import Any  # torch's ctx takes any attribute
@@ -29,14 +30,14 @@ class Packing:
         """The student's final hidden states, (n, C), of tokens (B, T)."""
 
         def attend(_: int, qkv: Tensor) -> Tensor:
-            out = ops.causal_attention(Spread.apply(qkv, self).unflatten(0, tokens.shape))
+            out = ops.causal_attention(Unpack.apply(qkv, self).unflatten(0, tokens.shape))
             return out.flatten(0, 1).index_select(0, self.places)
 
         x = student.wte(tokens.flatten()[self.places]) + student.wpe(self.places % tokens.shape[1])
         return student.trunk(x, attend)
 
 
-class Spread(torch.autograd.Function):
+class Unpack(torch.autograd.Function):
     """(n, ...) -> (B * T, ...): every token at each of its places. Its gradient is the sum of theirs, in float32."""
 
     @staticmethod
@@ -53,21 +54,20 @@ class Spread(torch.autograd.Function):
         return own.index_copy_(0, p.shared, total.to(grad.dtype)), None
 
 
-def pack(inputs: np.ndarray, predicts: np.ndarray) -> Packing | None:
-    """The packing of inputs (B, T) whose states at `predicts`, (B, T) bool, are wanted: of each row one span, which
-    begins at the last token of its opening. None if no two openings are the same."""
+def pack(inputs: np.ndarray, openings: np.ndarray, lengths: np.ndarray) -> Packing | None:
+    """The packing of inputs (B, T), or None if no two rows have the same opening. openings: (B,), the tokens of each
+    row's opening; lengths: (B,), of each row without its padding."""
     B, T = inputs.shape
     rows, columns = np.arange(B), np.arange(T)
-    opening = predicts.argmax(1) + 1
     first: dict[bytes, int] = {}
-    owner = np.array([first.setdefault(inputs[row, : opening[row]].tobytes(), row) for row in range(B)])
+    owner = np.array([first.setdefault(inputs[row, : openings[row]].tobytes(), row) for row in range(B)])
     if len(first) == B:
         return None
-    in_opening, is_owner = columns < opening[:, None], (owner == rows)[:, None]
-    own = np.where(in_opening, is_owner, columns < (predicts * (columns + 1)).max(1)[:, None])
-    number = own.cumsum().reshape(B, T) - 1
-    copied = in_opening & ~is_owner
-    source = np.where(copied, number[owner], np.where(own, number, 0)).flatten()
-    copies = np.flatnonzero(copied)
+    in_opening, is_owner = columns < openings[:, None], (owner == rows)[:, None]
+    is_computed = np.where(in_opening, is_owner, columns < lengths[:, None])
+    number = is_computed.cumsum().reshape(B, T) - 1
+    is_copy = in_opening & ~is_owner
+    source = np.where(is_copy, number[owner], np.where(is_computed, number, 0)).flatten()
+    copies = np.flatnonzero(is_copy)
     shared, owners = np.unique(source[copies], return_inverse=True)
-    return Packing(*map(torch.from_numpy, (np.flatnonzero(own), source, shared, copies, owners)))
+    return Packing(*map(torch.from_numpy, (np.flatnonzero(is_computed), source, shared, copies, owners)))
