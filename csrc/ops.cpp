@@ -1,6 +1,5 @@
 // The operators: their schemas (at the end), and the kernels of csrc/cpu that run them; cuda/ops.cpp has the kernels of
-// csrc/cuda. These two, arguments.h and module.cpp know torch; no other file does. Autograd and fake kernels are in
-// tinystory/ops/autograd.py.
+// csrc/cuda. These two, arguments.h, autograd.cpp, with the gradients, and module.cpp know torch; no other file does.
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>

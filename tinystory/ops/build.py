@@ -29,7 +29,7 @@ import pybind11
 import torch
 
 from tinystory import __version__
-from tinystory.ops import autograd
+from tinystory.ops import fake
 from tinystory.run.errors import UserError
 from tinystory.run.folder import file_hash
 from tinystory.run.paths import ROOT, cache_dir
@@ -47,7 +47,7 @@ def load() -> ModuleType:
     """The Python module of the CPU kernels, built first if need be, and the operators registered with torch.
     Raises UserError if there is no C++ compiler, or with its message if it fails."""
     module = build(NAME, cpu_sources())
-    autograd.register()
+    fake.register()
     return module
 
 

@@ -36,7 +36,7 @@ class MuonAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
         group = self.param_groups[0]
-        updates: dict[tuple[torch.Size, int], list[tuple[Tensor, Tensor]]] = {}
+        batches: dict[tuple[int, ...], list[tuple[Tensor, Tensor, float]]] = {}  # weights, updates, scales
         for i, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
@@ -48,16 +48,20 @@ class MuonAdamW(torch.optim.AdamW):
                 p.grad.div_(self.grad_scale)
             state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
             update = p.grad.lerp_(state["momentum"], MOMENTUM)  # Nesterov's
-            # All matrices of a shape are one batch, but on a CPU each large one is its own, which stays in the caches.
-            batch = i if p.device.type == "cpu" and p.numel() > LARGE else -1
-            lowered = matrices(update, self.heads).to(self.dtype)
-            updates.setdefault((p.shape, batch), []).append((matrices(p, self.heads), lowered))
             p.grad = None  # AdamW leaves it alone
-        for ((rows, columns), _), pairs in updates.items():
-            scale = max(1.0, rows / columns) ** 0.5 if len(pairs[0][0]) == 1 else 1.0
-            directions = orthogonalize(torch.cat([update for _, update in pairs]))
-            for (p, _), direction in zip(pairs, directions.split(len(pairs[0][0])), strict=True):
-                p.add_(direction, alpha=-group["lr"] * scale)
+            weights, update = matrices(p, self.heads), matrices(update, self.heads).to(self.dtype)
+            scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5 if len(weights) == 1 else 1.0
+            if p.device.type == "cpu" and p.numel() > LARGE:  # a batch of its own stays in the caches
+                batches[i,] = [(weights, update, scale)]
+                continue
+            if weights.shape[1] > weights.shape[2]:
+                weights, update = weights.mT, update.mT
+            batches.setdefault(weights.shape[1:], []).append((weights, update, scale))
+        for batch in batches.values():
+            directions = orthogonalize(torch.cat([update for _, update, _ in batch]))
+            parts = directions.split([len(weights) for weights, _, _ in batch])
+            for (weights, _, scale), direction in zip(batch, parts, strict=True):
+                weights.add_(direction, alpha=-group["lr"] * scale)
         super().step()
 
 
