@@ -27,17 +27,23 @@ class SubnormalsAsZero {
 #endif
 };
 
-// Calls f(begin, end) on parts that cover [0, items), each taken by the thread that is free next, so that a core that
-// is slower, or busy with other programs, delays no other. An item's result depends on neither part nor thread.
+// Calls f(begin, end) on parts that cover [0, items), each taken by the thread that is free next: half of an equal share of
+// what is left, so that the threads end together, even if a core is slower or busy with other programs. An item's result
+// depends on neither part nor thread.
 template <class F>
 void parallel(int64_t items, const F& f) {
-  const int64_t threads = at::get_num_threads(), part = std::max<int64_t>(1, items / (8 * threads));
-  const int64_t useful = std::min(threads, blocks(items, part));
+  const int64_t threads = at::get_num_threads();
   std::atomic<int64_t> next{0};
   const auto work = [&] {
     [[maybe_unused]] const SubnormalsAsZero mode;
-    for (int64_t begin; (begin = next.fetch_add(part)) < items;) f(begin, std::min(items, begin + part));
+    for (int64_t begin = next; begin < items;) {
+      const int64_t end = begin + std::max<int64_t>(1, (items - begin) / (2 * threads));
+      if (!next.compare_exchange_weak(begin, end)) continue;  // begin is now what another thread has left
+      f(begin, end);
+      begin = next;
+    }
   };
+  const int64_t useful = std::min(threads, items);
 #ifdef _OPENMP
   at::parallel_for(0, useful, 1, [&](int64_t, int64_t) { work(); });
 #else
