@@ -118,7 +118,7 @@ struct LayerNorm {
   const float* grad_sum;  // (rows, C) or null
   float* grad_x;          // (rows, C)
   void* grad_branch;      // (rows, C) or null
-  float* parts;           // (blocks of kLinearRows rows, 2, C), on CUDA (2, layer_norm_blocks(rows), C): their sums are
+  float* parts;           // (2, blocks of kLinearRows rows, C), on CUDA (2, layer_norm_blocks(rows), C): their sums are
                           // grad_weight and grad_bias
 };
 

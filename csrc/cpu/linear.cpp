@@ -309,8 +309,9 @@ void layer_norm(const LayerNorm& n, int64_t begin, int64_t end) {
 void layer_norm_backward(const LayerNorm& n, int64_t begin, int64_t end) {
   BranchMask mask(n);
   for (int64_t block = begin; block < end; ++block) {
-    float *weight_part = n.parts + 2 * block * n.C, *bias_part = weight_part + n.C;
-    std::memset(weight_part, 0, 2 * n.C * sizeof(float));
+    const int64_t blocks = (n.rows + kLinearRows - 1) / kLinearRows;
+    float *weight_part = n.parts + block * n.C, *bias_part = weight_part + blocks * n.C;
+    for (float* part : {weight_part, bias_part}) std::memset(part, 0, n.C * sizeof(float));
     for (int64_t i = block * kLinearRows; i < std::min(n.rows, (block + 1) * kLinearRows); ++i) {
       const float *x = n.x + i * n.C, mean = n.mean[i], scale = n.scale[i];
       const auto grad = [&](int64_t c) { return load_as<vf>(at(n.grad_y, n.y_type, i * n.C + c), n.y_type); };

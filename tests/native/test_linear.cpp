@@ -168,7 +168,7 @@ void test_layer_norm(int64_t rows, int64_t C, double dropout) {
   }
   for (int64_t c = 0; c < 2 * C; ++c) {
     double total = 0;
-    for (int64_t b = 0; b < blocks; ++b) total += parts[b * 2 * C + c];
+    for (int64_t b = 0; b < blocks; ++b) total += parts[(c / C * blocks + b) * C + c % C];
     CHECK(std::fabs(total - sums[c]) < 1e-4);
   }
 }

@@ -47,8 +47,8 @@ class StepLog:
                 metrics |= validate()
                 postfix |= {"val": f"{metrics['val_loss']:.3f}"}
             record = self.log.metrics(**metrics)
+            self.bar.set_postfix(postfix, refresh=False)  # `update` shows it, a few times a second
             self.bar.update(metrics["words"] - self.bar.n)
-            self.bar.set_postfix(postfix)
             self.metrics = metrics
             for warning in self.watch(record).values() if self.log.writes else ():
                 self.bar.write(warning)

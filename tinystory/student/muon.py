@@ -36,18 +36,18 @@ class MuonAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
         group = self.param_groups[0]
+        parameters = [p for p in group["params"] if p.grad is not None]
+        for p in parameters:
+            if "momentum" not in self.state[p]:
+                self.state[p]["step"] = torch.zeros(())  # AdamW expects one in every state that it loads
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta, updates = [self.state[p]["momentum"] for p in parameters], [p.grad for p in parameters]
+        if self.grad_scale is not None:
+            torch._foreach_div_(updates, self.grad_scale)
+        torch._foreach_lerp_(momenta, updates, 1 - MOMENTUM)
+        torch._foreach_lerp_(updates, momenta, MOMENTUM)  # Nesterov's
         batches: dict[tuple[int, ...], list[tuple[Tensor, Tensor, float]]] = {}  # weights, updates, scales
-        for i, p in enumerate(group["params"]):
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if "momentum" not in state:
-                state["step"] = torch.zeros(())  # AdamW expects one in every state that it loads
-                state["momentum"] = torch.zeros_like(p)
-            if self.grad_scale is not None:
-                p.grad.div_(self.grad_scale)
-            state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-            update = p.grad.lerp_(state["momentum"], MOMENTUM)  # Nesterov's
+        for i, (p, update) in enumerate(zip(parameters, updates, strict=True)):
             p.grad = None  # AdamW leaves it alone
             weights, update = matrices(p, self.heads), matrices(update, self.heads).to(self.dtype)
             scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5 if len(weights) == 1 else 1.0
