@@ -98,7 +98,7 @@ class PretrainConfig:
     track: str = option("none", "also send the records to tensorboard, wandb (offline) or trackio", TRACKERS)
 
     n_layer: int = option(3, "transformer blocks", "[1, 1000]", group="model")
-    n_head: int = option(4, "attention heads", "[1, 1000]")
+    n_head: int = option(0, "attention heads; 0: as many as give heads of size 64", "[0, 1000]")
     n_embd: int = option(192, "width of the residual stream", "[16, 100000]")
     context: int = option(256, "context length, in tokens", "[2, 1e6]")
     vocab_size: int = option(2048, "vocabulary size, trained on the corpus; five tokens are special", "[261, 1e6]")
@@ -129,6 +129,10 @@ class PretrainConfig:
 
     eval_every: int = option(100, "steps between validations", "[1, 1e9]", group="evaluation")
     eval_sequences: int = option(32, "sequences per validation, evenly spread; the last one uses all", "[1, 1e9]")
+
+    def __post_init__(self) -> None:
+        if self.n_head == 0:
+            self.n_head = max(1, self.n_embd // 64)
 
 
 @dataclass

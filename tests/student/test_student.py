@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinystory.ops import reference
-from tinystory.student.model import KVCache, Student, StudentConfig, ValueHead
+from tinystory.ops import backend, reference
+from tinystory.run.errors import UserError
+from tinystory.student.model import KVCache, Student, StudentConfig, ValueHead, moved
 
 
 def test_reading_and_writing_agree(student):
@@ -92,3 +93,10 @@ def test_size_is_gpt2s(shape):
 def test_value_head_starts_at_zero(student):
     hidden = student.hidden(torch.randint(5, 300, (2, 8)))
     assert torch.equal(ValueHead(64)(hidden), torch.zeros(2, 8))
+
+
+def test_a_head_size_that_no_cuda_kernel_has_is_refused_in_a_sentence():
+    student = Student(StudentConfig(n_layer=1, n_head=2, n_embd=96, context=8, vocab_size=16))
+    with backend.using(backend.Backend("auto")), pytest.raises(UserError, match=r"heads have size 48.*--n-head"):
+        moved(student, "cuda")
+    assert moved(student, "cpu") is student

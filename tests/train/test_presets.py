@@ -11,6 +11,8 @@ from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig,
 from tinystory.data import babylm
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
+from tinystory.student.model import CUDA_HEADS
+from tinystory.studies.reproduce import SCALES
 
 # The settings of arXiv 2509.15714 and its code.
 PAPER_PRETRAIN = dict(
@@ -37,6 +39,12 @@ def test_the_papers_preset_has_the_papers_figures():
         assert {name: getattr(writing, name) for name in PAPER_INTERACT} == PAPER_INTERACT
     three_words_a_reply = 360 * 3 * 920 + len(writing.openings.split())
     assert three_words_a_reply <= writing.budget_words < three_words_a_reply + 10 * 360 * 3
+
+
+def test_every_preset_and_scale_has_heads_for_the_cuda_kernels():
+    configs = [parse(PretrainConfig, PRETRAIN_PRESETS, ["--preset", name]) for name in PRETRAIN_PRESETS]
+    configs += [PretrainConfig(**PRETRAIN_PRESETS[scale.preset] | scale.pretrain) for scale in SCALES.values()]
+    assert {config.n_embd // config.n_head for config in configs} <= set(CUDA_HEADS)
 
 
 def test_a_presets_fields_can_be_overridden(tmp_path):

@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tinystory import ops
+from tinystory.ops import backend
+from tinystory.run.errors import UserError
+
+CUDA_HEADS = (32, 64, 128)  # sizes of a head that the CUDA kernels are compiled for
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,17 @@ def wrong_shape(sizes: Mapping[str, Any]) -> str:
             return f"its {name} is {sizes[name]!r:.80}"
     head = sizes["n_embd"] / sizes["n_head"]
     return "" if head % 16 == 0 and head <= 256 else f"its head size is {head:g}, not a multiple of 16 up to 256"
+
+
+def moved(student: "Student", device: torch.device | str) -> "Student":
+    """The student on this device. Raises UserError for heads of a size that no CUDA kernel has."""
+    head = student.config.n_embd // student.config.n_head
+    if torch.device(device).type == "cuda" and head not in CUDA_HEADS and backend.current().kernels != "reference":
+        raise UserError(
+            f"this student's heads have size {head}, and the CUDA kernels are for {CUDA_HEADS}: choose --n-head so "
+            "that --n-embd divided by it is one of them, or use --device cpu"
+        )
+    return student.to(device)
 
 
 class KVCache:

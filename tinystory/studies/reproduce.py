@@ -82,7 +82,7 @@ SCALES = {
     "rehearsal": Scale(
         "paper",
         dict(
-            corpus=["builtin"], words=2 * MILLION, n_layer=1, n_head=2, n_embd=32, context=128, vocab_size=512,
+            corpus=["builtin"], words=2 * MILLION, n_layer=1, n_head=1, n_embd=32, context=128, vocab_size=512,
             batch_size=16, micro_batch_size=16, learning_rate=4e-3, eval_every=500,
         ),
         dict(stories_per_step=12, micro_batch_size=12, eval_stories=4, budget_words=34_000),
