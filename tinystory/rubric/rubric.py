@@ -318,8 +318,8 @@ def _by_sentence(logprob: np.ndarray, bounds: list[tuple[int, int]]) -> np.ndarr
 def _order(places: list[float]) -> float:
     """-1..1: whether the sentences are in the order in which their words usually come in a story."""
     differences = np.subtract.outer(places, places)[np.tril_indices(len(places), -1)]
-    total = np.abs(differences).sum()
-    return float(differences.sum() / total) * min(1.0, (len(places) - 1) / 4) if total > 0 else 0.0
+    total = float(np.abs(differences).sum())
+    return float(differences.sum()) / total * min(1.0, (len(places) - 1) / 4) if total > 0 else 0.0
 
 
 def _joined(logprob: np.ndarray, spans: list[tuple[int, int]]) -> float:
