@@ -54,7 +54,7 @@ class MuonAdamW(torch.optim.AdamW):
             if p.device.type == "cpu" and p.numel() > LARGE:  # a batch of its own stays in the caches
                 batches[i,] = [(weights, update, scale)]
                 continue
-            if weights.shape[1] > weights.shape[2]:
+            if weights.shape[1] > weights.shape[2]:  # in one batch with those of the transposed shape
                 weights, update = weights.mT, update.mT
             batches.setdefault(weights.shape[1:], []).append((weights, update, scale))
         for batch in batches.values():
