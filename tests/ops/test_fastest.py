@@ -116,6 +116,7 @@ def test_compare_runs_both_and_refuses_a_wrong_kernel(capsys):
     assert fastest.compare("linear", lambda: same * torch.nan, lambda: same) == 0.0 and fastest.loses(0.0)
 
 
+@torch.no_grad()  # as an evaluation may ask first
 def test_the_measured_pairs_agree_and_are_kernel_and_pytorch(monkeypatch):
     monkeypatch.setattr(fastest, "ROWS", 48)
     monkeypatch.setattr(fastest, "VOCAB", 96)
