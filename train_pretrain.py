@@ -33,7 +33,7 @@ from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, generate
 from tinystory.student.loss import next_token_loss
-from tinystory.student.model import Student, StudentConfig, moved
+from tinystory.student.model import Student, StudentConfig, to_device
 from tinystory.student.optim import make_optimizer, set_learning_rate
 
 OPENING = "Once upon a time,"
@@ -109,7 +109,7 @@ def pretrain(config: PretrainConfig) -> None:
     windows = Windows(data.train, config.context, config.batch_size, config.seed, config.packing)
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)
     torch.manual_seed(config.seed)
-    student = moved(Student(shape, config.weights_init), device)
+    student = to_device(Student(shape, config.weights_init), device)
     optimizer, names = make_optimizer(student, config, compute.dtype)
     state = RunState(corpus.fingerprint())
     if resume_from:

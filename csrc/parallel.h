@@ -27,9 +27,9 @@ class SubnormalsAsZero {
 #endif
 };
 
-// Calls f(begin, end) on parts that cover [0, items), each taken by the thread that is free next: half of an equal share of
-// what is left, so that the threads end together, even if a core is slower or busy with other programs. An item's result
-// depends on neither part nor thread.
+// Calls f(begin, end) on parts that cover [0, items), each taken by the thread that is free next: half of an equal share
+// of what is left, so that the threads end together, even if a core is slower or busy with other programs. An item's
+// result depends on neither part nor thread.
 template <class F>
 void parallel(int64_t items, const F& f) {
   const int64_t threads = at::get_num_threads();

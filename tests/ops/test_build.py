@@ -161,8 +161,10 @@ def kill_at(place: Path, step: str) -> Path:
 def test_a_killed_build_does_not_hinder_the_next(place, step):
     lock = kill_at(place, step)
     assert lock.exists(), "it stays behind"
+    lock.write_text("killed")
     out, err = run(place)
-    assert out == "42" and "waiting" not in err  # whether a lock's file is left there again, each torch decides
+    assert out == "42" and "waiting" not in err
+    assert not lock.exists() or lock.read_text() != "killed"  # torch 2.15 leaves a new one, which nothing holds
 
 
 def test_a_damaged_library_is_built_again_and_not_loaded(place):

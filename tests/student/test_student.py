@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tinystory.ops import backend, reference
 from tinystory.run.errors import UserError
-from tinystory.student.model import KVCache, Student, StudentConfig, ValueHead, moved
+from tinystory.student.model import KVCache, Student, StudentConfig, ValueHead, to_device
 
 
 def test_reading_and_writing_agree(student):
@@ -98,5 +98,5 @@ def test_value_head_starts_at_zero(student):
 def test_a_head_size_that_no_cuda_kernel_has_is_refused_in_a_sentence():
     student = Student(StudentConfig(n_layer=1, n_head=2, n_embd=96, context=8, vocab_size=16))
     with backend.using(backend.Backend("auto")), pytest.raises(UserError, match=r"heads have size 48.*--n-head"):
-        moved(student, "cuda")
-    assert moved(student, "cpu") is student
+        to_device(student, "cuda")
+    assert to_device(student, "cpu") is student

@@ -11,7 +11,7 @@ from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig,
 from tinystory.data import babylm
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
-from tinystory.student.model import CUDA_HEADS
+from tinystory.student.model import CUDA_HEAD_SIZES
 from tinystory.studies.reproduce import SCALES
 
 # The settings of arXiv 2509.15714 and its code.
@@ -44,7 +44,7 @@ def test_the_papers_preset_has_the_papers_figures():
 def test_every_preset_and_scale_has_heads_for_the_cuda_kernels():
     configs = [parse(PretrainConfig, PRETRAIN_PRESETS, ["--preset", name]) for name in PRETRAIN_PRESETS]
     configs += [PretrainConfig(**PRETRAIN_PRESETS[scale.preset] | scale.pretrain) for scale in SCALES.values()]
-    assert {config.n_embd // config.n_head for config in configs} <= set(CUDA_HEADS)
+    assert {config.n_embd // config.n_head for config in configs} <= set(CUDA_HEAD_SIZES)
 
 
 def test_a_presets_fields_can_be_overridden(tmp_path):

@@ -24,7 +24,7 @@ from tinystory.run import distributed
 from tinystory.run.errors import UserError, cannot_write
 from tinystory.run.folder import read_object, require_whole, sync, write_manifest
 from tinystory.student import hf
-from tinystory.student.model import Student, StudentConfig, moved, wrong_shape
+from tinystory.student.model import Student, StudentConfig, to_device, wrong_shape
 
 T = TypeVar("T")
 BEST = "best"
@@ -77,7 +77,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tok
             raise UserError(f"{folder / 'model.json'} describes a student that there cannot be: {wrong}")
         student = hf.read_student(folder / "model.safetensors", StudentConfig(**record), ours=True)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    return moved(student, device), tokenizer, facts
+    return to_device(student, device), tokenizer, facts
 
 
 def restore(student: Student, folder: Path) -> None:

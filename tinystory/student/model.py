@@ -24,7 +24,7 @@ from tinystory import ops
 from tinystory.ops import backend
 from tinystory.run.errors import UserError
 
-CUDA_HEADS = (32, 64, 128)  # sizes of a head that the CUDA kernels are compiled for
+CUDA_HEAD_SIZES = (32, 64, 128)  # sizes of a head that the CUDA kernels are compiled for
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ def wrong_shape(sizes: Mapping[str, Any]) -> str:
     return "" if head % 16 == 0 and head <= 256 else f"its head size is {head:g}, not a multiple of 16 up to 256"
 
 
-def moved(student: "Student", device: torch.device | str) -> "Student":
+def to_device(student: "Student", device: torch.device | str) -> "Student":
     """The student on this device. Raises UserError for heads of a size that no CUDA kernel has."""
     head = student.config.n_embd // student.config.n_head
-    if torch.device(device).type == "cuda" and head not in CUDA_HEADS and backend.current().kernels != "reference":
+    if torch.device(device).type == "cuda" and head not in CUDA_HEAD_SIZES and backend.current().kernels != "reference":
         raise UserError(
-            f"this student's heads have size {head}, and the CUDA kernels are for {CUDA_HEADS}: choose --n-head so "
-            "that --n-embd divided by it is one of them, or use --device cpu"
+            f"this student's heads have size {head}, and the CUDA kernels are for {CUDA_HEAD_SIZES}: choose --n-head "
+            "so that --n-embd divided by it is one of them, or use --device cpu"
         )
     return student.to(device)
 
