@@ -1,5 +1,7 @@
 """Word association: which content words occur in the same story ("carrot" with "rabbit", not with "rocket")."""
 
+import functools
+
 import numpy as np
 
 from tinystory.rubric.lexicon import Lexicon
@@ -46,5 +48,11 @@ class WordAssociation:
         return rows[rows >= 0]
 
     def _pairs(self, words: np.ndarray) -> np.ndarray:
-        first, second = np.triu_indices(len(words), 1)
+        first, second = _pairs_of(len(words))
         return words[first] * self._size + words[second]
+
+
+@functools.cache
+def _pairs_of(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The indices of the first and of the second of each pair among so many."""
+    return np.triu_indices(count, 1)

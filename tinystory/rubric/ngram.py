@@ -1,5 +1,6 @@
 """An interpolated n-gram model in sorted numpy arrays: a million words in seconds, a lookup in microseconds."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +11,21 @@ DISCOUNT = 0.75
 ODD = 0.1  # ratio of observed to expected count below which an n-gram is odd (see NgramModel.read)
 
 
-def hashes(ids: np.ndarray, n: int) -> np.ndarray:
-    """(T,) ids -> (T - n + 1,) uint64: a rolling hash of each n-gram, in order of its first token."""
+def rolling_hashes(ids: np.ndarray, longest: int) -> Iterator[np.ndarray]:
+    """For n from 1 to `longest`, (T,) ids -> (T - n + 1,) uint64: a hash of each n-gram, in order of its first
+    token."""
     mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
     hashed = mixed
-    for i in range(1, n):
+    yield hashed
+    for i in range(1, longest):
         hashed = hashed[:-1] * np.uint64(0x9E3779B97F4A7C15) + mixed[i:]
+        yield hashed
+
+
+def hashes(ids: np.ndarray, n: int) -> np.ndarray:
+    """The last of the `rolling_hashes`: of the n-grams."""
+    *_, hashed = rolling_hashes(ids, n)
     return hashed
 
 
@@ -59,12 +68,13 @@ class NgramModel:
         self._unigram = (counts / counts.sum()).astype(np.float32)
         self._length = len(ids)
         self._orders: list[_Order] = []
-        for n in range(1, ORDER + 1):
-            keys, first, count = _unique(hashes(ids, n))
-            if n == 1:
+        shorter = None
+        for hashed in rolling_hashes(ids, ORDER):
+            keys, first, count = _unique(hashed)
+            if shorter is None:
                 probability = self._unigram[ids[first]]
             else:
-                lower, shorter = self._orders[-1], hashes(ids, n - 1)
+                lower = self._orders[-1]
                 context, _ = find(lower.keys, shorter[first])
                 same_word, _ = find(lower.keys, shorter[first + 1])
                 total = np.bincount(context, weights=count, minlength=len(lower.keys))
@@ -74,6 +84,7 @@ class NgramModel:
                 probability = (count - DISCOUNT) / total[context]
                 probability += lower.left_over[context] * lower.probability[same_word]
             self._orders.append(_Order(keys, count.astype(np.float32), probability.astype(np.float32)))
+            shorter = hashed
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(T,) ids from the beginning of a document -> (ORDER, T) natural-log probabilities, in row n given the n
@@ -86,8 +97,8 @@ class NgramModel:
         probability, left_over = self._unigram[padded], None
         rows, counts = [], []
         odd = np.zeros(len(ids), bool)
-        for n, order in enumerate(self._orders, start=1):
-            index, present = find(order.keys, hashes(padded, n))
+        for n, (order, hashed) in enumerate(zip(self._orders, rolling_hashes(padded, ORDER), strict=True), start=1):
+            index, present = find(order.keys, hashed)
             counts.append(np.where(present, order.count[index], 0.0))
             if left_over is not None:
                 probability = np.where(present, order.probability[index], left_over[:-1] * probability[1:])

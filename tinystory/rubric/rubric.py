@@ -42,7 +42,6 @@ three words is less than a sentence: 0 0 0.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import numpy as np
 
@@ -72,9 +71,10 @@ TROUBLE = frozenset(
 NAMED, THING, ACT, OTHER = range(1 << 30, (1 << 30) + 4)
 
 
-def ramp(x: float | np.ndarray, zero: float, one: float) -> Any:
-    """0 up to `zero`, 1 from `one` on, linear between them; `zero` may be greater. Shaped as x."""
-    return np.clip((x - zero) / (one - zero), 0.0, 1.0)
+def ramp(x: float | np.ndarray, zero: float, one: float) -> float:
+    """0 up to `zero`, 1 from `one` on, linear between them; `zero` may be greater. Of an array the mean."""
+    along = (x - zero) / (one - zero)
+    return float(np.clip(along, 0.0, 1.0).mean()) if isinstance(along, np.ndarray) else min(max(float(along), 0.0), 1.0)
 
 
 class Rubric:
@@ -130,10 +130,7 @@ class Rubric:
         raw = self._raw_parts(tokenize(opening)[-MAX_STORY:], tokenize(story)[:MAX_STORY])
         if raw is None:
             return dict.fromkeys((*CRITERIA, "total"), 0.0)
-        part = {
-            name: 0.5 if raw[name] is None else float(ramp(raw[name], *scale).mean())
-            for name, scale in self._scale.items()
-        }
+        part = {name: 0.5 if raw[name] is None else ramp(raw[name], *scale) for name, scale in self._scale.items()}
         part |= {name: float(raw[name]) for name in ("shape", "rhythm", "fresh")}
         fresh = part["fresh"]
         # Small floors, so that an improvement raises the total even of the worst text.

@@ -15,7 +15,7 @@ _IGNORABLE = re.compile(
 def printable(text: str) -> str:
     """`text` without control, invisible or unencodable characters, escape sequences among them. Newlines stay; other
     white space among these characters becomes a space, so words stay apart. Idempotent."""
-    if text.isascii() and text.isprintable():
+    if text.isascii() and text.replace("\n", "").isprintable():
         return text
     return _IGNORABLE.sub("", "".join(map(_visible, text)))
 
