@@ -42,7 +42,7 @@ class Engine {
   }
 
   Outputs start(const std::vector<Tensor>& prompts, const Tensor& prompt_of, int64_t max_new, int64_t eos, int64_t seed,
-                int64_t first_row, double temperature, int64_t top_k, double top_p) {
+                int64_t first_row, int64_t at_once, double temperature, int64_t top_k, double top_p) {
     constexpr auto op = "Engine.start";
     const int64_t count = prompt_of.numel();
     std::vector<std::vector<int64_t>> openings;
@@ -53,6 +53,7 @@ class Engine {
                   " tokens: each must be at least 1, and prompt and story must fit the context of ", context_);
     }
     const std::vector<int64_t> continues = ids(prompt_of, openings.size(), "prompt_of");
+    TORCH_CHECK(at_once >= 1, op, ": at_once must be at least 1, not ", at_once);
     check_sampling(temperature, top_k, top_p, op);
     tokens_ = at::zeros({count, max_new}, at::kLong);
     logprobs_ = at::zeros({count, max_new}, at::kFloat);
@@ -63,6 +64,7 @@ class Engine {
                     .eos = eos,
                     .seed = uint64_t(seed),
                     .first_row = first_row,
+                    .at_once = at_once,
                     .temperature = temperature,
                     .top_k = top_k,
                     .top_p = top_p,
@@ -73,9 +75,12 @@ class Engine {
     return {tokens_, logprobs_, values_, entropies_};
   }
 
-  std::vector<int64_t> step() {
+  // (row of the outputs, its tokens) of each story that ends.
+  std::vector<std::pair<int64_t, int64_t>> step() {
     TORCH_CHECK(tokens_.defined(), "Engine.step: call start first");
-    return engine_->step();
+    std::vector<std::pair<int64_t, int64_t>> ended;
+    for (const auto& [story, tokens] : engine_->step()) ended.emplace_back(story, tokens);
+    return ended;
   }
 
  private:

@@ -1,8 +1,9 @@
 // The forward pass of `Student.trunk` (tinystory/student/model.py) for decoding. If you change one, change the other.
 //
 // A token step is a few phases per layer, each split over the threads: norms by rows, matmuls by panels of 64 columns,
-// attention by rows and heads. A story's keys and values stay where they were written until it ends, so nothing moves
-// when stories end; a prompt's are stored once for all stories that continue it.
+// attention by rows and heads. Its rows are the last tokens of the stories that are being written and the prompts of
+// those that begin. A story's keys and values stay in its slot until it ends, so nothing moves when stories end; a
+// prompt's are stored once for all stories that continue it.
 #include "engine.h"
 
 #include <algorithm>
@@ -68,21 +69,29 @@ class EngineOf final : public Engine {
   Linear head_;
   Buffer<Pack> packed_;
 
-  struct Prompt {
-    int64_t length, at;  // `at`: its first position in the prompts' cache, a multiple of W
+  struct Prompt {                 // a slot of the prompts' cache
+    int64_t id, length, stories;  // which prompt, -1 for none; the stories being written that continue it
+  };
+  struct Story {                       // one that is being written
+    int64_t id, slot, prompt, tokens;  // its row of the outputs, its slots of both caches, the tokens drawn so far
+  };
+  struct Token {                          // a row of the forward pass
+    int64_t id, position, prompt, story;  // prompt: its slot; story: an index into written_, -1 for a prompt's token
   };
 
   Stories stories_{};
+  int64_t next_ = 0;  // the first story that has not begun
+  std::vector<Story> written_;
   std::vector<Prompt> prompts_;
-  std::vector<int64_t> prompt_of_, position_;  // of each token of the prompts
-  int64_t time_ = 0;
-  std::vector<int64_t> slots_;  // the stories that have not ended: the rows of a step
+  std::vector<int64_t> free_;  // slots of the stories' cache
+  std::vector<Token> tokens_;
   std::vector<int64_t> drawn_, rows_, steps_;
   std::vector<float> logprobs_, entropies_, values_;
-  Buffer<Pack> keys_, values_cache_;          // [layer][slot][head][head_packs(room)]
-  Buffer<Pack> prompt_keys_, prompt_values_;  // [layer][head][head_packs(prompt room)]
+  Buffer<Pack> keys_, values_cache_;          // [layer][slot][head][head_packs(room_)]
+  Buffer<Pack> prompt_keys_, prompt_values_;  // the same of the prompts' slots and room
   int64_t room_ = 0, prompt_room_ = 0;
-  Buffer<float> x_, qkv_, logits_;          // (rows, C), (rows, 3 C), (rows, V)
+  Buffer<float> x_, qkv_, logits_;          // (rows, C), (rows, 3 C), (stories, V)
+  Buffer<float> prompt_states_;             // (prompts' slots, C): x after the last token, from which stories begin
   Buffer<Pack> normed_, attended_, inner_;  // (rows, C), (rows, C), (rows, 4 C)
 
  public:
@@ -117,69 +126,83 @@ class EngineOf final : public Engine {
 
   void start(const Stories& stories) override {
     stories_ = stories;
-    time_ = 0;
-    const int64_t count = stories.prompt_of.size(), prompts = stories.prompts.size(), layers = blocks_.size();
-    slots_.resize(count);
-    for (int64_t i = 0; i < count; ++i) slots_[i] = i;
-    drawn_.clear(), prompts_.clear(), prompt_of_.clear(), position_.clear();
-    prompt_room_ = 0;
-    for (const auto& tokens : stories.prompts) {
-      const int64_t length = tokens.size();
-      for (int64_t t = 0; t < length; ++t) prompt_of_.push_back(prompts_.size()), position_.push_back(t);
-      drawn_.insert(drawn_.end(), tokens.begin(), tokens.end());
-      prompts_.push_back({length, prompt_room_});
-      prompt_room_ += round_up(length, W);
-    }
-    const int64_t P = drawn_.size(), rows = std::max(P, count);
-    room_ = round_up(stories.max_new, W);
-    for (auto* cache : {&keys_, &values_cache_}) cache->resize(layers * count * H * head_packs(room_));
-    for (auto* cache : {&prompt_keys_, &prompt_values_}) cache->resize(layers * H * head_packs(prompt_room_));
-    x_.resize(rows * C), qkv_.resize(rows * 3 * C), logits_.resize(std::max(prompts, count) * student_.V);
-    normed_.resize(packs(rows * C)), attended_.resize(packs(rows * C)), inner_.resize(packs(rows * 4 * C));
-
-    embed(P, [&](int64_t i) { return position_[i]; });
-    run_layers(P, true);
-    for (int64_t p = 0, end = 0; p < prompts; ++p) {  // the state after each prompt, from which its stories draw
-      end += prompts_[p].length;
-      std::memmove(x_.data + p * C, x_.data + (end - 1) * C, C * sizeof(float));
-    }
-    run_head(prompts);
+    next_ = 0;
+    const int64_t slots = std::min<int64_t>(stories.at_once, stories.prompt_of.size());
+    size_t longest = 0;
+    for (const auto& tokens : stories.prompts) longest = std::max(longest, tokens.size());
+    room_ = round_up(stories.max_new, W), prompt_room_ = round_up(longest, W);
+    const int64_t heads = slots * H * blocks_.size();
+    for (auto* cache : {&keys_, &values_cache_}) cache->resize(heads * head_packs(room_));
+    for (auto* cache : {&prompt_keys_, &prompt_values_}) cache->resize(heads * head_packs(prompt_room_));
+    prompt_states_.resize(slots * C), logits_.resize(slots * student_.V);
+    written_.clear(), prompts_.assign(slots, {-1, 0, 0}), free_.resize(slots);
+    for (int64_t i = 0; i < slots; ++i) free_[i] = slots - 1 - i;
   }
 
-  std::vector<int64_t> step() override {
-    const int64_t n = slots_.size();
-    if (!n) return {};
-    if (time_) {
-      embed(n, [&](int64_t i) { return prompt(i).length + time_ - 1; });
-      run_layers(n, false);
-      run_head(n);
+  std::vector<Ended> step() override {
+    const int64_t running = written_.size();
+    tokens_.clear();
+    for (int64_t i = 0; i < running; ++i) {
+      const Story& s = written_[i];
+      tokens_.push_back({drawn_[i], prompts_[s.prompt].length + s.tokens - 1, s.prompt, i});
     }
+    while (next_ < int64_t(stories_.prompt_of.size()) && !free_.empty()) begin_story();
+    const int64_t n = written_.size(), rows = tokens_.size();
+    if (!n) return {};
+    reserve(std::max(n, rows));
+    if (rows) run_layers(rows, running);
+    for (int64_t i = running; i < rows; ++i) {
+      const Token& t = tokens_[i];
+      if (t.position + 1 == prompts_[t.prompt].length)
+        std::memcpy(prompt_states_.data + t.prompt * C, x_.data + i * C, C * sizeof(float));
+    }
+    for (int64_t i = running; i < n; ++i)
+      std::memcpy(x_.data + i * C, prompt_states_.data + written_[i].prompt * C, C * sizeof(float));
+    run_head(n);
     draw(n);
-    std::vector<int64_t> ended, left;
+    std::vector<Ended> ended;
     int64_t kept = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t slot = slots_[i], to = slot * stories_.max_new + time_;
+      Story s = written_[i];
+      const int64_t to = s.id * stories_.max_new + s.tokens++;
       stories_.tokens[to] = drawn_[i];
       stories_.logprobs[to] = logprobs_[i];
       stories_.entropies[to] = entropies_[i];
-      stories_.values[to] = values_[state_row(i)];
-      if (drawn_[i] == stories_.eos || time_ + 1 == stories_.max_new) {
-        ended.push_back(slot);
+      stories_.values[to] = values_[i];
+      if (drawn_[i] == stories_.eos || s.tokens == stories_.max_new) {
+        ended.push_back({s.id, s.tokens});
+        free_.push_back(s.slot);
+        --prompts_[s.prompt].stories;
       } else {
-        slots_[kept] = slot;
+        written_[kept] = s;
         drawn_[kept++] = drawn_[i];
       }
     }
-    slots_.resize(kept);
-    ++time_;
+    written_.resize(kept);
     return ended;
   }
 
  private:
-  // The prompt that the story in row i continues.
-  const Prompt& prompt(int64_t i) const { return prompts_[stories_.prompt_of[slots_[i]]]; }
-  // The row of the state from which row i draws: at step 0 the stories of a prompt share one.
-  int64_t state_row(int64_t i) const { return time_ ? i : stories_.prompt_of[slots_[i]]; }
+  void reserve(int64_t rows) {
+    x_.resize(rows * C), qkv_.resize(rows * 3 * C);
+    normed_.resize(packs(rows * C)), attended_.resize(packs(rows * C)), inner_.resize(packs(rows * 4 * C));
+  }
+
+  // Gives the next story its slots. If its prompt is in none, adds the prompt's tokens to those of this step.
+  void begin_story() {
+    const int64_t id = stories_.prompt_of[next_];
+    auto found = std::find_if(prompts_.begin(), prompts_.end(), [&](const Prompt& p) { return p.id == id; });
+    if (found == prompts_.end()) {
+      found = std::find_if(prompts_.begin(), prompts_.end(), [](const Prompt& p) { return p.stories == 0; });
+      const auto& prompt = stories_.prompts[id];
+      *found = {id, int64_t(prompt.size()), 0};
+      for (size_t t = 0; t < prompt.size(); ++t)
+        tokens_.push_back({prompt[t], int64_t(t), found - prompts_.begin(), -1});
+    }
+    ++found->stories;
+    written_.push_back({next_++, free_.back(), found - prompts_.begin(), 0});
+    free_.pop_back();
+  }
 
   static int64_t across(const Linear& l) { return round_up(l.out, kColumns) / kColumns; }
   static int64_t packs(int64_t elements) { return elements / Policy::kPack; }
@@ -218,14 +241,6 @@ class EngineOf final : public Engine {
     matmul(phase, l, a, rows, [&](int64_t i, int64_t j, vf sum) { finish(i, j, sum + load<vf>(l.bias + j)); });
   }
 
-  template <class F>
-  void embed(int64_t rows, const F& position) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t c = 0; c < C; c += W)
-        store(x_.data + i * C + c,
-              load<vf>(student_.wte + drawn_[i] * C + c) + load<vf>(student_.wpe + position(i) * C + c));
-  }
-
   void norm_rows(int64_t rows, const StudentWeights::Affine& ln) {
     threads_.run("engine: norm", rows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -236,26 +251,24 @@ class EngineOf final : public Engine {
     });
   }
 
-  void run_layers(int64_t rows, bool prompts) {
+  // The first `running` rows are stories' tokens, the others prompts'.
+  void run_layers(int64_t rows, int64_t running) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const float *token = student_.wte + tokens_[i].id * C, *position = student_.wpe + tokens_[i].position * C;
+      for (int64_t c = 0; c < C; c += W) store(x_.data + i * C + c, load<vf>(token + c) + load<vf>(position + c));
+    }
     for (size_t layer = 0; layer < blocks_.size(); ++layer) {
       const Block& b = blocks_[layer];
       norm_rows(rows, b.ln_1);
       linear("engine: qkv", b.qkv, normed_.data, rows,
              [&](int64_t i, int64_t j, vf v) { store(qkv_.data + i * 3 * C + j, v); });
-      if (prompts) {
-        for (int64_t i = 0; i < rows * H; ++i) append(layer, i / H, i % H, true);
-        threads_.run("engine: attention", rows * H, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i)
-            attend(layer, i / H, i % H, prompts_[prompt_of_[i / H]].at, position_[i / H] + 1, 0);
-        });
-      } else {
-        threads_.run("engine: attention", rows * H, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            append(layer, i / H, i % H, false);
-            attend(layer, i / H, i % H, prompt(i / H).at, prompt(i / H).length, time_);
-          }
-        });
-      }
+      for (int64_t i = running * H; i < rows * H; ++i) append(layer, tokens_[i / H], i / H, i % H);
+      threads_.run("engine: attention", rows * H, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          if (i < running * H) append(layer, tokens_[i / H], i / H, i % H);
+          attend(layer, tokens_[i / H], i / H, i % H);
+        }
+      });
       const auto add_to_x = [&](const char* phase, const Linear& l, const Pack* a) {
         linear(phase, l, a, rows, [&](int64_t i, int64_t j, vf v) {
           float* to = x_.data + i * C + j;
@@ -274,18 +287,19 @@ class EngineOf final : public Engine {
   // --- the cache, in Packs: keys [position / W][D / kPack][W], so that a vector holds W scores, and values
   // [position / kPack][D]. A position that is not yet written may share its Packs with others: it is zero there. ---
   int64_t head_packs(int64_t room) const { return packs(room * D); }
-  Pack* keys(int64_t layer, int64_t slot, int64_t head) const {
-    return keys_.data + ((layer * stories_.prompt_of.size() + slot) * H + head) * head_packs(room_);
+  Pack* of_story(const Buffer<Pack>& cache, int64_t layer, const Token& t, int64_t head) const {
+    return cache.data + ((layer * prompts_.size() + written_[t.story].slot) * H + head) * head_packs(room_);
   }
-  Pack* values(int64_t layer, int64_t slot, int64_t head) const {
-    return values_cache_.data + ((layer * stories_.prompt_of.size() + slot) * H + head) * head_packs(room_);
+  Pack* of_prompt(const Buffer<Pack>& cache, int64_t layer, const Token& t, int64_t head) const {
+    return cache.data + ((layer * prompts_.size() + t.prompt) * H + head) * head_packs(prompt_room_);
   }
 
-  void append(int64_t layer, int64_t row, int64_t head, bool prompt) {
-    const int64_t shared = (layer * H + head) * head_packs(prompt_room_);
-    const int64_t t = prompt ? prompts_[prompt_of_[row]].at + position_[row] : time_ - 1;
-    Pack* k = (prompt ? prompt_keys_.data + shared : keys(layer, slots_[row], head)) + t / W * head_packs(W) + t % W;
-    Pack* v = (prompt ? prompt_values_.data + shared : values(layer, slots_[row], head)) + t / Policy::kPack * D;
+  void append(int64_t layer, const Token& token, int64_t row, int64_t head) {
+    const bool prompt = token.story < 0;
+    const int64_t t = token.position - (prompt ? 0 : prompts_[token.prompt].length);
+    Pack* k = prompt ? of_prompt(prompt_keys_, layer, token, head) : of_story(keys_, layer, token, head);
+    Pack* v = prompt ? of_prompt(prompt_values_, layer, token, head) : of_story(values_cache_, layer, token, head);
+    k += t / W * head_packs(W) + t % W, v += t / Policy::kPack * D;
     const float* from = qkv_.data + row * 3 * C + C + head * D;
     for (int64_t d = 0; d < D; d += W) {
       const vf value = load<vf>(from + C + d);
@@ -301,17 +315,18 @@ class EngineOf final : public Engine {
     }
   }
 
-  // The row's query attends to the `shared` positions of a prompt from `prompt_at` on and the first `own` of its story.
-  void attend(int64_t layer, int64_t row, int64_t head, int64_t prompt_at, int64_t shared, int64_t own) {
+  // The row's query attends to the prompt up to its own position, or to the whole prompt and its story.
+  void attend(int64_t layer, const Token& token, int64_t row, int64_t head) {
+    const int64_t shared = std::min(token.position + 1, prompts_[token.prompt].length);
+    const int64_t own = token.position + 1 - shared;
     const int64_t first = round_up(shared, W), positions = first + round_up(own, W);
     float* scores = reinterpret_cast<float*>(scratch((positions + D) * sizeof(float)));
     Pack* weights = reinterpret_cast<Pack*>(scores);  // written in place: they take no more memory
     Pack* q = reinterpret_cast<Pack*>(scores + positions);
     for (int64_t d = 0; d < D; d += W) store_elements<Policy>(q, d, load<vf>(qkv_.data + row * 3 * C + head * D + d));
-    const int64_t shared_at = (layer * H + head) * head_packs(prompt_room_) + head_packs(prompt_at);
-    const Pack *k0 = prompt_keys_.data + shared_at, *v0 = prompt_values_.data + shared_at;
-    const Pack* k1 = own ? keys(layer, slots_[row], head) : nullptr;
-    const Pack* v1 = own ? values(layer, slots_[row], head) : nullptr;
+    const Pack *k0 = of_prompt(prompt_keys_, layer, token, head), *v0 = of_prompt(prompt_values_, layer, token, head);
+    const Pack* k1 = own ? of_story(keys_, layer, token, head) : nullptr;
+    const Pack* v1 = own ? of_story(values_cache_, layer, token, head) : nullptr;
 
     vf tops = splat<vf>(-INFINITY);
     score(q, k0, shared, scores, tops);
@@ -389,13 +404,13 @@ class EngineOf final : public Engine {
   void draw(int64_t n) {
     for (auto* ids : {&drawn_, &rows_, &steps_}) ids->resize(n);
     logprobs_.resize(n), entropies_.resize(n);
-    for (int64_t i = 0; i < n; ++i) rows_[i] = stories_.first_row + slots_[i], steps_[i] = time_;
+    for (int64_t i = 0; i < n; ++i) rows_[i] = stories_.first_row + written_[i].id, steps_[i] = written_[i].tokens;
     threads_.run("engine: draw", n, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         sample({.dtype = DType::f32,
                 .B = 1,
                 .V = student_.V,
-                .logits = logits_.data + state_row(i) * student_.V,
+                .logits = logits_.data + i * student_.V,
                 .rows = &rows_[i],
                 .steps = &steps_[i],
                 .seed = stories_.seed,
@@ -410,7 +425,7 @@ class EngineOf final : public Engine {
     for (int64_t i = 0; i < n; ++i)
       if (drawn_[i] < 0)
         throw std::runtime_error("Engine: the logits of story " + std::to_string(rows_[i]) + " at token " +
-                                 std::to_string(time_) + " are not finite");
+                                 std::to_string(steps_[i]) + " are not finite");
   }
 };
 

@@ -43,14 +43,14 @@ struct StudentWeights {
 // Throws std::invalid_argument for a parameter that is missing, unexpected or misshapen.
 StudentWeights find_weights(int64_t n_layer, int64_t n_head, const std::map<std::string, Parameter>&);
 
-// count is prompt_of.size(). Row `slot` of the (count, max_new) outputs is the story that draws its tokens as row id
-// first_row + slot.
+// count is prompt_of.size(). Row i of the (count, max_new) outputs is the story that draws its tokens as row id
+// first_row + i. At most `at_once` of them are written at the same time.
 struct Stories {
   std::vector<std::vector<int64_t>> prompts;  // the distinct openings, each of at least one token
   std::vector<int64_t> prompt_of;             // (count,): the prompt that each story continues
   int64_t max_new, eos;
   uint64_t seed;
-  int64_t first_row;
+  int64_t first_row, at_once;
   double temperature;
   int64_t top_k;
   double top_p;
@@ -60,13 +60,17 @@ struct Stories {
 
 class Engine {
  public:
+  struct Ended {
+    int64_t story, tokens;  // its row of the outputs, and how many tokens it has
+  };
+
   virtual ~Engine() = default;
-  // Reads each prompt once, whatever the number of its stories.
   virtual void start(const Stories&) = 0;
-  // Draws one more token for every story that has not ended; returns the slots of those that end with it. A story's
-  // results depend on its row id and the weights alone: not on the other stories, nor on the threads.
-  // Throws std::runtime_error if a logit is NaN or +inf.
-  virtual std::vector<int64_t> step() = 0;
+  // Begins stories, in order, in place of those that ended with the last step, and draws one more token for each that is
+  // being written; returns those that end with it, none once all have ended. A prompt is read once for all of its
+  // stories that are written at the same time. A story's results depend on its row id and the weights alone: not on the
+  // other stories, nor on the threads. Throws std::runtime_error if a logit is NaN or +inf.
+  virtual std::vector<Ended> step() = 0;
 };
 
 // dtype of the matmuls and the KV cache: f32, or bf16 where engine_has_bf16(). Sums, norms and logits are f32.

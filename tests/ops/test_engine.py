@@ -33,19 +33,19 @@ def make(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=320, end=0.0):
     return student, head
 
 
-def engine_of(student, head=None):
+def engine_of(student, head=None, dtype=torch.float32):
     """An engine for the student; values are 0 without a head."""
     values = {} if head is None else dict(head.named_parameters(prefix="value_head"))
-    return new_engine(dict(student.named_parameters()) | values, student.config.n_layer, student.config.n_head)
+    return new_engine(dict(student.named_parameters()) | values, student.config.n_layer, student.config.n_head, dtype)
 
 
-def new_engine(parameters, n_layer, n_head):
+def new_engine(parameters, n_layer, n_head, dtype=torch.float32):
     parameters = {name: p.detach() for name, p in parameters.items()}
-    return ops.load().Engine(parameters, n_layer, n_head, torch.float32)
+    return ops.load().Engine(parameters, n_layer, n_head, dtype)
 
 
-def start(engine, prompts, prompt_of, s):
-    sizes = s.max_new_tokens, s.eos, s.seed, 0
+def start(engine, prompts, prompt_of, s, at_once=1000):
+    sizes = s.max_new_tokens, s.eos, s.seed, 0, at_once
     return engine.start(prompts, prompt_of, *sizes, s.temperature, s.top_k, s.top_p)
 
 
@@ -56,8 +56,8 @@ def write(steps, student, head, dtype=torch.float32, prompt=(5, 6, 7, 8, 9), cou
     with torch.no_grad(), torch.autocast("cpu", enabled=dtype != torch.float32):
         for t, step in enumerate(steps(student, head, [torch.tensor(prompt)], prompt_of, sampling, first_row)):
             outputs, ended = step
-            for row in ended:
-                assert last[row] == -1
+            for row, tokens in ended:
+                assert last[row] == -1 and tokens == t + 1
                 last[row] = t
     return outputs, torch.tensor(last)
 
@@ -137,6 +137,36 @@ def test_a_story_is_the_same_to_the_bit_in_any_batch_and_on_any_threads(dtype):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 7, 59])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_stories_that_begin_as_others_end_are_the_same_to_the_bit(dtype, at_once):
+    """With prompts of different lengths that several stories share, some of them again after others; none is begun
+    before there is room, and none is left out."""
+    student, head = make(n_layer=2, n_head=2, n_embd=96, vocab_size=400, end=1.2)
+    prompts = [torch.arange(5, 5 + n) for n in (1, 19, 4, 33, 16, 7)]
+    prompt_of = torch.tensor([i // 3 % 6 for i in range(40)] + [i % 6 for i in range(20)])
+    s = Sampling(25, eos=EOS, seed=3)
+
+    def write_all(at_once):
+        engine = engine_of(student, head, dtype)
+        outputs, ended, begun = start(engine, prompts, prompt_of, s, at_once), {}, at_once
+        for t in range(1, 60 * 25 + 1):
+            step = engine.step()
+            assert all(row not in ended and row < begun for row, _ in step)
+            ended |= dict(step)
+            begun = len(ended) + at_once
+            if len(ended) == 60:
+                return outputs, ended, t
+        raise AssertionError("stories are missing")
+
+    together, lengths, steps = write_all(60)
+    apart, same_lengths, more_steps = write_all(at_once)
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True)) and same_lengths == lengths
+    assert len(set(lengths.values())) > 5 and steps <= 25
+    assert more_steps >= sum(lengths.values()) / at_once  # the batch stays full: no step is spent on fewer without need
+    assert more_steps <= sum(lengths.values()) / at_once + 25
+
+
 def test_nothing_is_written_after_a_story_has_ended():
     student, head = make(end=1.5)
     outputs, last = write(engine_steps, student, head)
@@ -162,7 +192,7 @@ def test_an_engine_starts_again_and_agrees_with_itself():
         tokens, *_ = start(engine, [torch.tensor(prompt)], prompt_of, Sampling(12, eos=-1, seed=1))
         for _ in range(12):
             ended = engine.step()
-        assert ended == list(range(count)) and engine.step() == []
+        assert ended == [(row, 12) for row in range(count)] and engine.step() == []
         runs.append(tokens)
     assert torch.equal(runs[0], runs[2])
 

@@ -89,7 +89,7 @@ def generate(
 ) -> list[Story]:
     """A story for each opening, in order, with the indices first_index, first_index + 1, ...
 
-    An opening that several stories share is read once (on a CPU once for ROWS stories). Each story is handed to
+    An opening is read once for all of its stories that are written at the same time. Each story is handed to
     `on_story` as soon as it ends. A temperature below 1e-6 is greedy decoding; dropout: see `dropout_steps`. The
     matmuls and the KV cache have autocast's type. Raises UserError when an opening and its story do not fit the
     context.
@@ -99,11 +99,14 @@ def generate(
     sampling = Sampling(max_new_tokens, tokenizer.eos, seed, temperature, top_k, top_p, dropout)
     prompts = {text: encode_opening(tokenizer, text) for text in openings}
     require_room(student, max(prompts.values(), key=len), max_new_tokens)
-    size = rows_at_once(len(openings), student.wte.weight.device)
+    device, token_steps = student.wte.weight.device, dropout_steps if dropout else student_steps
+    size = rows_at_once(len(openings), device)
+    if engine_runs(device, ops.matmul_dtype(student.wte.weight)) and not dropout:
+        token_steps, size = engine_steps, len(openings)  # the engine begins new stories in place of those that end
     stories: list[Story] = []
     for first in range(0, len(openings), size):
-        some = openings[first : first + size]
-        stories += _write(student, value_head, tokenizer, some, prompts, sampling, first_index + first, on_story)
+        some, index = openings[first : first + size], first_index + first
+        stories += _write(token_steps, student, value_head, tokenizer, some, prompts, sampling, index, on_story)
     return stories
 
 
@@ -114,24 +117,23 @@ def rows_at_once(count: int, device: torch.device) -> int:
 
 
 def _write(
-    student: Student, head: ValueHead | None, tokenizer: Tokenizer, openings: Sequence[str],
+    token_steps: "TokenSteps", student: Student, head: ValueHead | None, tokenizer: Tokenizer, openings: Sequence[str],
     prompts: Mapping[str, list[int]], sampling: Sampling, first_index: int, on_story: Callable[[Story], None] | None,
 ) -> list[Story]:  # fmt: skip
-    """The stories that are written at the same time. prompts: the tokens of each opening."""
+    """The stories of one call of `token_steps`. prompts: the tokens of each opening."""
     device = student.wte.weight.device
     distinct = {text: i for i, text in enumerate(dict.fromkeys(openings))}
     prompt_tokens = [torch.tensor(prompts[text], device=device) for text in distinct]
     prompt_of = torch.tensor([distinct[text] for text in openings], device=device)
-    token_steps = engine_steps if engine_runs(device, ops.matmul_dtype(student.wte.weight)) else student_steps
-    token_steps = dropout_steps if sampling.dropout else token_steps
-    steps = token_steps(student, head, prompt_tokens, prompt_of, sampling, first_index)
     stories: dict[int, Story] = {}
-    for t, (outputs, ended) in enumerate(steps):
+    for outputs, ended in token_steps(student, head, prompt_tokens, prompt_of, sampling, first_index):
         if not ended:
             continue
+        rows, lengths = map(list, zip(*ended, strict=True))
         with reading(device):
-            columns = [column[ended, : t + 1].cpu() for column in outputs]
-        for row, tokens, logprobs, values, entropies in zip(ended, *columns, strict=True):
+            columns = [column[rows, : max(lengths)].cpu() for column in outputs]
+        for row, length, *padded in zip(rows, lengths, *columns, strict=True):
+            tokens, logprobs, values, entropies = (column[:length] for column in padded)
             text = tokenizer.decode(tokens.tolist()).strip()
             reason = "eos" if tokens[-1] == tokenizer.eos else "length"
             stories[row] = Story(first_index + row, openings[row], text, tokens, logprobs, values, entropies, reason)
@@ -141,8 +143,9 @@ def _write(
 
 
 # The outputs up to this token step, tokens int64 and logprobs, values, entropies float32, all (count, max_new_tokens);
-# and the stories that end with it.
-Step = tuple[tuple[Tensor, ...], list[int]]
+# and, of each story that ends with it, its row there and how many tokens it has.
+Step = tuple[tuple[Tensor, ...], list[tuple[int, int]]]
+TokenSteps = Callable[[Student, ValueHead | None, list[Tensor], Tensor, Sampling, int], Iterator[Step]]
 
 
 def engine_runs(device: torch.device, dtype: torch.dtype) -> bool:
@@ -156,15 +159,15 @@ def engine_steps(
     student: Student, head: ValueHead | None, prompts: list[Tensor], prompt_of: Tensor, sampling: Sampling, offset: int
 ) -> Iterator[Step]:
     """Token steps until every story has ended, by the C++ engine (csrc/module.cpp), in autocast's type; sums, norms,
-    softmax and logits are float32. Neither the rest of the batch nor the number of threads changes a bit of a story.
-    The parameters must not change meanwhile. prompts: the distinct ones, (P_i,) int64. prompt_of: each story's,
-    (count,) int64. Story i draws as row id offset + i."""
+    softmax and logits are float32. ROWS stories are written at the same time: whenever some end, the next ones begin.
+    Neither they nor the number of threads change a bit of a story. The parameters must not change meanwhile. prompts:
+    the distinct ones, (P_i,) int64. prompt_of: each story's, (count,) int64. Story i draws as row id offset + i."""
     heads = [] if head is None else head.named_parameters(prefix="value_head")
     parameters = {name: p.detach() for name, p in (*student.named_parameters(), *heads)}
     config, s, module = student.config, sampling, ops.load()
     assert module is not None, "engine_runs says whether there is an engine"
     engine = module.Engine(parameters, config.n_layer, config.n_head, ops.matmul_dtype(student.wte.weight))
-    sizes = s.max_new_tokens, s.eos, s.seed, offset
+    sizes = s.max_new_tokens, s.eos, s.seed, offset, ROWS
     outputs = engine.start(prompts, prompt_of, *sizes, s.temperature, s.top_k, s.top_p)
     alive = len(prompt_of)
     while alive:
@@ -196,7 +199,7 @@ def student_steps(
             tokens, alive_here = download.wait(), alive[rows]
             ops.require_drawn(tokens[alive_here], rows[alive_here] + offset)
             ended = rows[alive_here & ((tokens == sampling.eos) | (t == last))]
-            yield outputs, ended.tolist()
+            yield outputs, [(row, t + 1) for row in ended.tolist()]
             alive[ended] = False
             if not alive.any():
                 return
@@ -238,7 +241,7 @@ def dropout_steps(
         )
         outputs[0][:, t], outputs[1][:, t], outputs[3][:, t] = drawn, logprobs, entropies
         ended = alive & ((drawn == s.eos).cpu() | (t + 1 == s.max_new_tokens))
-        yield outputs, ended.nonzero()[:, 0].tolist()
+        yield outputs, [(row, t + 1) for row in ended.nonzero()[:, 0].tolist()]
         alive &= ~ended
         if not alive.any():
             return
