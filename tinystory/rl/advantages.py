@@ -15,6 +15,7 @@ from torch import Tensor, nn
 PRIOR = 5000
 # What a step weighs beside the one after it: the policy, and so its returns, moves on.
 DECAY = 0.9
+CHUNK = 32  # stories whose features are in memory at the same time, so that they stay in a CPU's caches
 
 
 def rloo(returns: Tensor, groups: Tensor) -> Tensor:
@@ -69,15 +70,20 @@ class Critic(nn.Module):
         states: (B, N, C), the reference's, from which it predicts each token; logprobs, returns: (B, N). No story has a
         part in its own estimate: one half of the batch is estimated from the other half and all earlier batches.
         """
-        x = features(states, logprobs)
+        halves = [torch.arange(half, len(states), 2, device=states.device).split(CHUNK) for half in (0, 1)]
         sums = []
-        for half in (0, 1):
-            inputs, targets = x[half::2][mask[half::2]].double(), returns[half::2][mask[half::2]].double()
-            sums.append((inputs.T @ inputs, inputs.T @ targets))
+        for half in halves:
+            gram, moment = torch.zeros_like(self.gram), torch.zeros_like(self.moment)
+            for rows in half:
+                x = features(states[rows], logprobs[rows])[mask[rows]].double()
+                gram.addmm_(x.T, x)
+                moment.addmv_(x.T, returns[rows][mask[rows]].double())
+            sums.append((gram, moment))
         values = torch.zeros_like(returns)
-        for half, (gram, moment) in enumerate(reversed(sums)):
+        for half, (gram, moment) in zip(halves, reversed(sums), strict=True):
             weights = _ridge(self.gram + gram, self.moment + moment)
-            values[half::2] = (x[half::2].double() @ weights).to(values.dtype)
+            for rows in half:
+                values[rows] = (features(states[rows], logprobs[rows]).double() @ weights).to(values.dtype)
         for total, parts in zip((self.gram, self.moment), zip(*sums, strict=True), strict=True):
             total.add_(sum(parts)).mul_(DECAY)
         return values * mask

@@ -27,7 +27,7 @@ from tinystory.run.device import Download
 from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, ValueHead
 
-ROWS = 128  # stories that a CPU writes at the same time
+ROWS = 64  # stories that a CPU writes at the same time
 
 
 @dataclass
