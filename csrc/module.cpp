@@ -37,8 +37,12 @@ class Engine {
       RECORD_USER_SCOPE(phase);
       parallel(items, f);
     };
+    const auto run_here = [](const char* phase, int64_t items, const std::function<void(int64_t, int64_t)>& f) {
+      RECORD_USER_SCOPE(phase);
+      f(0, items);
+    };
     engine_ = cpu::make_engine(dtype == at::kBFloat16 ? DType::bf16 : DType::f32, std::move(weights),
-                               {at::get_num_threads(), run});
+                               {at::get_num_threads(), run, run_here});
   }
 
   Outputs start(const std::vector<Tensor>& prompts, const Tensor& prompt_of, int64_t max_new, int64_t eos, int64_t seed,

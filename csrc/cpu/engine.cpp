@@ -1,9 +1,10 @@
 // The forward pass of `Student.trunk` (tinystory/student/model.py) for decoding. If you change one, change the other.
 //
-// A token step is a few phases per layer, each split over the threads: norms by rows, matmuls by panels of 64 columns,
-// attention by rows and heads. Its rows are the last tokens of the stories that are being written and the prompts of
-// those that begin. A story's keys and values stay in its slot until it ends, so nothing moves when stories end; a
-// prompt's are stored once for all stories that continue it.
+// The rows of a token step are the last tokens of the stories that are being written and the prompts of those that begin.
+// If the weights stay in the caches, each thread takes its own rows through all layers. Else the weights are read once
+// for all rows: a step is a few phases per layer, each split over the threads, norms by rows, matmuls by panels of 64
+// columns, attention by rows and heads. A story's keys and values stay in its slot until it ends, so nothing moves when
+// stories end; a prompt's are stored once for all stories that continue it.
 #include "engine.h"
 
 #include <algorithm>
@@ -50,6 +51,8 @@ template <class Policy>
 class EngineOf final : public Engine {
   using Pack = typename Policy::Pack;
 
+  static constexpr int64_t kCached = 32 << 20;  // bytes of weights that each thread reads for its own rows
+
   struct Linear {
     const Pack* panels;  // the weight as a right operand of gemm.h, padded to whole 64 rows and columns
     const float* bias;
@@ -63,11 +66,12 @@ class EngineOf final : public Engine {
   };
 
   const StudentWeights student_;
-  const Threads threads_;
+  const Threads threads_, here_;  // here_: the thread that calls it
   const int64_t C, H, D;
   std::vector<Block> blocks_;
   Linear head_;
   Buffer<Pack> packed_;
+  bool by_rows_;  // whether each thread takes its own rows
 
   struct Prompt {                 // a slot of the prompts' cache
     int64_t id, length, stories;  // which prompt, -1 for none; the stories being written that continue it
@@ -96,7 +100,8 @@ class EngineOf final : public Engine {
 
  public:
   EngineOf(StudentWeights student, Threads threads)
-      : student_(std::move(student)), threads_(threads), C(student_.C), H(student_.heads), D(C / H) {
+      : student_(std::move(student)), threads_(threads), here_{1, threads.run_here, threads.run_here}, C(student_.C),
+        H(student_.heads), D(C / H) {
     std::vector<std::pair<Linear*, const float*>> all;
     blocks_.resize(student_.blocks.size());
     const auto add = [&](Linear& to, const StudentWeights::Affine& from, int64_t in, int64_t out) {
@@ -116,6 +121,7 @@ class EngineOf final : public Engine {
     int64_t packs = 0;
     for (auto& [to, from] : all) packs += to->packs();
     packed_.resize(packs);
+    by_rows_ = packs * int64_t(sizeof(Pack)) <= kCached;
     Pack* at = packed_.data;
     for (auto& [to, from] : all) {
       to->panels = at;
@@ -150,7 +156,10 @@ class EngineOf final : public Engine {
     const int64_t n = written_.size(), rows = tokens_.size();
     if (!n) return {};
     reserve(std::max(n, rows));
-    if (rows) run_layers(rows, running);
+    // The tokens of a prompt, which attend to each other, stay together.
+    split(
+        rows, [&](int64_t i) { return tokens_[i].story >= 0 || tokens_[i].position == 0; },
+        [&](const Threads& threads, int64_t first, int64_t last) { run_layers(threads, first, last); });
     for (int64_t i = running; i < rows; ++i) {
       const Token& t = tokens_[i];
       if (t.position + 1 == prompts_[t.prompt].length)
@@ -158,8 +167,14 @@ class EngineOf final : public Engine {
     }
     for (int64_t i = running; i < n; ++i)
       std::memcpy(x_.data + i * C, prompt_states_.data + written_[i].prompt * C, C * sizeof(float));
-    run_head(n);
-    draw(n);
+    begin_draw(n);
+    split(
+        n, [](int64_t) { return true; },
+        [&](const Threads& threads, int64_t first, int64_t last) {
+          run_head(threads, first, last);
+          draw(threads, first, last);
+        });
+    require_drawn();
     std::vector<Ended> ended;
     int64_t kept = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -183,6 +198,22 @@ class EngineOf final : public Engine {
   }
 
  private:
+  // Calls f on all rows, or on a part of them per thread, which begins at a row that `may_begin`.
+  template <class P, class F>
+  void split(int64_t rows, const P& may_begin, const F& f) const {
+    if (!by_rows_) {
+      if (rows) f(threads_, 0, rows);
+      return;
+    }
+    std::vector<int64_t> starts;
+    for (int64_t i = 0; i < rows; ++i)
+      if (i * threads_.count >= int64_t(starts.size()) * rows && may_begin(i)) starts.push_back(i);
+    starts.push_back(rows);
+    threads_.run("engine: rows", starts.size() - 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) f(here_, starts[part], starts[part + 1]);
+    });
+  }
+
   void reserve(int64_t rows) {
     x_.resize(rows * C), qkv_.resize(rows * 3 * C);
     normed_.resize(packs(rows * C)), attended_.resize(packs(rows * C)), inner_.resize(packs(rows * 4 * C));
@@ -219,31 +250,34 @@ class EngineOf final : public Engine {
     });
   }
 
-  // a (rows, in) times the weight: calls finish(row, column, sum), a vector at a time. The last one may reach beyond
-  // the matrix's last column.
+  // Rows first to last - 1 of a (rows, in) times the weight: calls finish(row, column, sum), a vector at a time. The
+  // last one may reach beyond the matrix's last column.
   template <class F>
-  void matmul(const char* phase, const Linear& l, const Pack* a, int64_t rows, const F& finish) const {
+  void matmul(const Threads& threads, const char* phase, const Linear& l, const Pack* a, int64_t first, int64_t last,
+              const F& finish) const {
     constexpr int64_t kWidth = kPanel<Policy>;
-    const int64_t n_k = packs(l.in), columns = across(l);
-    const int64_t blocks = std::max<int64_t>(1, std::min(2 * threads_.count / columns, rows / 12));
+    const int64_t n_k = packs(l.in), columns = across(l), rows = last - first;
+    const int64_t blocks = std::max<int64_t>(1, std::min(2 * threads.count / columns, rows / 12));
     const int64_t block = round_up((rows + blocks - 1) / blocks, 6);
-    threads_.run(phase, columns * blocks, [&](int64_t begin, int64_t end) {
+    threads.run(phase, columns * blocks, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t column = item / blocks * kColumns, first = item % blocks * block;
-        gemm_tile<Policy>(first, std::min(rows, first + block), column, std::min(round_up(l.out, W), column + kColumns),
+        const int64_t column = item / blocks * kColumns, row = first + item % blocks * block;
+        gemm_tile<Policy>(row, std::min(last, row + block), column, std::min(round_up(l.out, W), column + kColumns),
                           n_k, {a, n_k, 1}, {l.panels, kWidth, l.k_packs() * kWidth}, finish);
       }
     });
   }
   // The same for sum + bias; `out` is whole vectors.
   template <class F>
-  void linear(const char* phase, const Linear& l, const Pack* a, int64_t rows, const F& finish) const {
-    matmul(phase, l, a, rows, [&](int64_t i, int64_t j, vf sum) { finish(i, j, sum + load<vf>(l.bias + j)); });
+  void linear(const Threads& threads, const char* phase, const Linear& l, const Pack* a, int64_t first, int64_t last,
+              const F& finish) const {
+    matmul(threads, phase, l, a, first, last,
+           [&](int64_t i, int64_t j, vf sum) { finish(i, j, sum + load<vf>(l.bias + j)); });
   }
 
-  void norm_rows(int64_t rows, const StudentWeights::Affine& ln) {
-    threads_.run("engine: norm", rows, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+  void norm_rows(const Threads& threads, int64_t first, int64_t last, const StudentWeights::Affine& ln) {
+    threads.run("engine: norm", last - first, [&](int64_t begin, int64_t end) {
+      for (int64_t i = first + begin; i < first + end; ++i) {
         Pack* to = normed_.data + packs(i * C);
         layer_norm_row(x_.data + i * C, C, ln.weight, ln.bias,
                        [&](int64_t c, vf v) { store_elements<Policy>(to, c, v); });
@@ -251,33 +285,34 @@ class EngineOf final : public Engine {
     });
   }
 
-  // The first `running` rows are stories' tokens, the others prompts'.
-  void run_layers(int64_t rows, int64_t running) {
-    for (int64_t i = 0; i < rows; ++i) {
+  void run_layers(const Threads& threads, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
       const float *token = student_.wte + tokens_[i].id * C, *position = student_.wpe + tokens_[i].position * C;
       for (int64_t c = 0; c < C; c += W) store(x_.data + i * C + c, load<vf>(token + c) + load<vf>(position + c));
     }
     for (size_t layer = 0; layer < blocks_.size(); ++layer) {
       const Block& b = blocks_[layer];
-      norm_rows(rows, b.ln_1);
-      linear("engine: qkv", b.qkv, normed_.data, rows,
+      norm_rows(threads, first, last, b.ln_1);
+      linear(threads, "engine: qkv", b.qkv, normed_.data, first, last,
              [&](int64_t i, int64_t j, vf v) { store(qkv_.data + i * 3 * C + j, v); });
-      for (int64_t i = running * H; i < rows * H; ++i) append(layer, tokens_[i / H], i / H, i % H);
-      threads_.run("engine: attention", rows * H, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          if (i < running * H) append(layer, tokens_[i / H], i / H, i % H);
-          attend(layer, tokens_[i / H], i / H, i % H);
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t h = 0; tokens_[i].story < 0 && h < H; ++h) append(layer, tokens_[i], i, h);
+      threads.run("engine: attention", (last - first) * H, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t i = first + item / H, h = item % H;
+          if (tokens_[i].story >= 0) append(layer, tokens_[i], i, h);
+          attend(layer, tokens_[i], i, h);
         }
       });
       const auto add_to_x = [&](const char* phase, const Linear& l, const Pack* a) {
-        linear(phase, l, a, rows, [&](int64_t i, int64_t j, vf v) {
+        linear(threads, phase, l, a, first, last, [&](int64_t i, int64_t j, vf v) {
           float* to = x_.data + i * C + j;
           store(to, load<vf>(to) + v);
         });
       };
       add_to_x("engine: attn_proj", b.attn_proj, attended_.data);
-      norm_rows(rows, b.ln_2);
-      linear("engine: fc, gelu", b.fc, normed_.data, rows, [&](int64_t i, int64_t j, vf v) {
+      norm_rows(threads, first, last, b.ln_2);
+      linear(threads, "engine: fc, gelu", b.fc, normed_.data, first, last, [&](int64_t i, int64_t j, vf v) {
         store_elements<Policy>(inner_.data + packs(i * 4 * C), j, gelu_and_slope(v).first);
       });
       add_to_x("engine: mlp_proj", b.mlp_proj, inner_.data);
@@ -381,10 +416,15 @@ class EngineOf final : public Engine {
   }
 
   // --- logits, values, draws -----------------------------------------------------------------------------------------
-  void run_head(int64_t rows) {
-    values_.assign(rows, 0.0f);
-    threads_.run("engine: norm", rows, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+  void begin_draw(int64_t n) {
+    for (auto* ids : {&drawn_, &rows_, &steps_}) ids->resize(n);
+    for (auto* results : {&logprobs_, &entropies_, &values_}) results->assign(n, 0.0f);
+    for (int64_t i = 0; i < n; ++i) rows_[i] = stories_.first_row + written_[i].id, steps_[i] = written_[i].tokens;
+  }
+
+  void run_head(const Threads& threads, int64_t first, int64_t last) {
+    threads.run("engine: norm", last - first, [&](int64_t begin, int64_t end) {
+      for (int64_t i = first + begin; i < first + end; ++i) {
         vf value{};
         layer_norm_row(x_.data + i * C, C, student_.ln_f.weight, student_.ln_f.bias, [&](int64_t c, vf v) {
           store_elements<Policy>(normed_.data + i * C / Policy::kPack, c, v);
@@ -394,19 +434,16 @@ class EngineOf final : public Engine {
       }
     });
     const int64_t V = student_.V;
-    matmul("engine: logits", head_, normed_.data, rows, [&](int64_t i, int64_t j, vf v) {
+    matmul(threads, "engine: logits", head_, normed_.data, first, last, [&](int64_t i, int64_t j, vf v) {
       float* to = logits_.data + i * V + j;
       if (j + W <= V) store(to, v);
       else store_tail(to, DType::f32, V - j, v);
     });
   }
 
-  void draw(int64_t n) {
-    for (auto* ids : {&drawn_, &rows_, &steps_}) ids->resize(n);
-    logprobs_.resize(n), entropies_.resize(n);
-    for (int64_t i = 0; i < n; ++i) rows_[i] = stories_.first_row + written_[i].id, steps_[i] = written_[i].tokens;
-    threads_.run("engine: draw", n, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
+  void draw(const Threads& threads, int64_t first, int64_t last) {
+    threads.run("engine: draw", last - first, [&](int64_t begin, int64_t end) {
+      for (int64_t i = first + begin; i < first + end; ++i)
         sample({.dtype = DType::f32,
                 .B = 1,
                 .V = student_.V,
@@ -422,7 +459,10 @@ class EngineOf final : public Engine {
                 .entropy = &entropies_[i]},
                0, 1);
     });
-    for (int64_t i = 0; i < n; ++i)
+  }
+
+  void require_drawn() const {
+    for (size_t i = 0; i < drawn_.size(); ++i)
       if (drawn_[i] < 0)
         throw std::runtime_error("Engine: the logits of story " + std::to_string(rows_[i]) + " at token " +
                                  std::to_string(steps_[i]) + " are not finite");

@@ -27,7 +27,7 @@ from tinystory.run.device import Download
 from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, ValueHead
 
-ROWS = 64  # stories that a CPU writes at the same time
+ROWS = 32  # stories that each thread of a CPU writes at the same time
 
 
 @dataclass
@@ -113,7 +113,7 @@ def generate(
 def rows_at_once(count: int, device: torch.device) -> int:
     """How many of so many stories are written at the same time: on a CPU few enough for its caches to hold what is
     read for each token."""
-    return count if device.type == "cuda" else min(count, ROWS)
+    return count if device.type == "cuda" else min(count, ROWS * torch.get_num_threads())
 
 
 def _write(
@@ -159,7 +159,7 @@ def engine_steps(
     student: Student, head: ValueHead | None, prompts: list[Tensor], prompt_of: Tensor, sampling: Sampling, offset: int
 ) -> Iterator[Step]:
     """Token steps until every story has ended, by the C++ engine (csrc/module.cpp), in autocast's type; sums, norms,
-    softmax and logits are float32. ROWS stories are written at the same time: whenever some end, the next ones begin.
+    softmax and logits are float32. No more than `rows_at_once` are written at a time: when some end, the next begin.
     Neither they nor the number of threads change a bit of a story. The parameters must not change meanwhile. prompts:
     the distinct ones, (P_i,) int64. prompt_of: each story's, (count,) int64. Story i draws as row id offset + i."""
     heads = [] if head is None else head.named_parameters(prefix="value_head")
@@ -167,7 +167,7 @@ def engine_steps(
     config, s, module = student.config, sampling, ops.load()
     assert module is not None, "engine_runs says whether there is an engine"
     engine = module.Engine(parameters, config.n_layer, config.n_head, ops.matmul_dtype(student.wte.weight))
-    sizes = s.max_new_tokens, s.eos, s.seed, offset, ROWS
+    sizes = s.max_new_tokens, s.eos, s.seed, offset, rows_at_once(len(prompt_of), prompt_of.device)
     outputs = engine.start(prompts, prompt_of, *sizes, s.temperature, s.top_k, s.top_p)
     alive = len(prompt_of)
     while alive:
