@@ -124,9 +124,7 @@ def test_results_are_those_of_the_forward_pass(dtype, temperature):
         assert error.mean().abs() < bound / 10  # rounding leans neither way
 
 
-@pytest.mark.parametrize(
-    "shape", [dict(n_head=3, n_embd=144, vocab_size=700, end=1.2), LARGE | dict(end=0.6)], ids=str
-)
+@pytest.mark.parametrize("shape", [dict(n_head=3, n_embd=144, vocab_size=700, end=1.2), LARGE | dict(end=0.6)], ids=str)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_a_story_is_the_same_to_the_bit_in_any_batch_and_on_any_threads(dtype, shape):
     student, head = make(**shape)

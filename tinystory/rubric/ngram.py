@@ -31,7 +31,9 @@ def hashes(ids: np.ndarray, n: int) -> np.ndarray:
 
 def find(table: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The index of each key in the sorted table, and whether it is there."""
-    index = np.minimum(np.searchsorted(table, keys), len(table) - 1)
+    order = np.argsort(keys)  # in order, each search begins where the one before it ended
+    index = np.empty(len(keys), np.int64)
+    index[order] = np.minimum(np.searchsorted(table, keys[order]), len(table) - 1)
     return index, table[index] == keys if len(table) else np.zeros(len(keys), bool)
 
 

@@ -42,6 +42,7 @@ three words is less than a sentence: 0 0 0.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -83,10 +84,12 @@ class Rubric:
     def __init__(self, stories: list[list[str]], examples: list[list[str]]):
         """stories: of the corpus, as tokens, to count in; examples: held-out ones, which set the scales."""
         self.lexicon = lexicon = Lexicon(stories)
-        self.model = NgramModel(lexicon.ids, len(lexicon))
-        self.patterns = NgramModel(lexicon.pattern[lexicon.ids], len(lexicon))
-        self.phrases = _phrases(lexicon, examples)
-        self.characters, self.association = Characters(lexicon), WordAssociation(lexicon)
+        with ThreadPoolExecutor() as pool:  # numpy sorts without Python's lock
+            models = [pool.submit(NgramModel, ids, len(lexicon)) for ids in (lexicon.ids, lexicon.pattern[lexicon.ids])]
+            phrases, association = pool.submit(_phrases, lexicon, examples), pool.submit(WordAssociation, lexicon)
+            self.characters = Characters(lexicon)
+            self.model, self.patterns = (model.result() for model in models)
+            self.phrases, self.association = phrases.result(), association.result()
         self._frame = np.arange(len(lexicon))
         self._frame[lexicon.name | (lexicon.pronoun >= 0)] = NAMED
         self._skeleton = self._frame.copy()
