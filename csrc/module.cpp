@@ -14,6 +14,8 @@
 namespace tinystory {
 namespace {
 
+constexpr int64_t kCache = 32 << 20;  // bytes; not measured beyond one kind of machine (LOG.md)
+
 // cpu::Engine with the tensors that it reads and writes.
 class Engine {
  public:
@@ -42,7 +44,7 @@ class Engine {
       f(0, items);
     };
     engine_ = cpu::make_engine(dtype == at::kBFloat16 ? DType::bf16 : DType::f32, std::move(weights),
-                               {at::get_num_threads(), run, run_here});
+                               {at::get_num_threads(), kCache, run, run_here});
   }
 
   Outputs start(const std::vector<Tensor>& prompts, const Tensor& prompt_of, int64_t max_new, int64_t eos, int64_t seed,

@@ -51,8 +51,6 @@ template <class Policy>
 class EngineOf final : public Engine {
   using Pack = typename Policy::Pack;
 
-  static constexpr int64_t kCached = 32 << 20;  // bytes of weights that each thread reads for its own rows
-
   struct Linear {
     const Pack* panels;  // the weight as a right operand of gemm.h, padded to whole 64 rows and columns
     const float* bias;
@@ -100,8 +98,8 @@ class EngineOf final : public Engine {
 
  public:
   EngineOf(StudentWeights student, Threads threads)
-      : student_(std::move(student)), threads_(threads), here_{1, threads.run_here, threads.run_here}, C(student_.C),
-        H(student_.heads), D(C / H) {
+      : student_(std::move(student)), threads_(threads), here_{1, threads.cache, threads.run_here, threads.run_here},
+        C(student_.C), H(student_.heads), D(C / H) {
     std::vector<std::pair<Linear*, const float*>> all;
     blocks_.resize(student_.blocks.size());
     const auto add = [&](Linear& to, const StudentWeights::Affine& from, int64_t in, int64_t out) {
@@ -121,7 +119,7 @@ class EngineOf final : public Engine {
     int64_t packs = 0;
     for (auto& [to, from] : all) packs += to->packs();
     packed_.resize(packs);
-    by_rows_ = packs * int64_t(sizeof(Pack)) <= kCached;
+    by_rows_ = packs * int64_t(sizeof(Pack)) <= threads_.cache;
     Pack* at = packed_.data;
     for (auto& [to, from] : all) {
       to->panels = at;

@@ -123,15 +123,18 @@ struct Written {
   std::vector<int64_t> length;
 };
 
+enum Split : int64_t { kByColumns = 0, kByRows = 1 << 30 };
+
 template <int kThreads>
-cpu::Threads threads() {
-  return {kThreads, [](const char*, int64_t items, const std::function<void(int64_t, int64_t)>& f) {
-            parallel(items, kThreads, f);
-          }};
+cpu::Threads threads(Split split) {
+  return {
+      kThreads, split,
+      [](const char*, int64_t items, const std::function<void(int64_t, int64_t)>& f) { parallel(items, kThreads, f); },
+      [](const char*, int64_t items, const std::function<void(int64_t, int64_t)>& f) { f(0, items); }};
 }
 
 Written write(const Model& m, DType type, cpu::Threads threads, const std::vector<std::vector<int64_t>>& prompts,
-              const std::vector<int64_t>& which, int64_t first, int64_t max_new) {
+              const std::vector<int64_t>& which, int64_t first, int64_t max_new, int64_t at_once = 1000) {
   const int64_t count = which.size();
   const size_t n = count * max_new;
   Written out{std::vector<int64_t>(n, -7), std::vector<float>(n, -7), std::vector<float>(n, -7),
@@ -143,6 +146,7 @@ Written write(const Model& m, DType type, cpu::Threads threads, const std::vecto
                  .eos = kEos,
                  .seed = 11,
                  .first_row = first,
+                 .at_once = at_once,
                  .temperature = 0.9,
                  .top_k = 0,
                  .top_p = 1,
@@ -150,9 +154,8 @@ Written write(const Model& m, DType type, cpu::Threads threads, const std::vecto
                  .logprobs = out.logprobs.data(),
                  .values = out.values.data(),
                  .entropies = out.entropies.data()});
-  int64_t ended = 0;
-  for (int64_t t = 1; ended < count; ++t)
-    for (int64_t slot : engine->step()) out.length[slot] = t, ++ended;
+  for (int64_t ended = 0; ended < count;)
+    for (const auto& [story, tokens] : engine->step()) out.length[story] = tokens, ++ended;
   CHECK(engine->step().empty());
   return out;
 }
@@ -162,7 +165,7 @@ void test(const Model& m, DType type, const std::vector<std::vector<int64_t>>& p
           int64_t max_new) {
   std::vector<int64_t> which(count);
   for (int64_t i = 0; i < count; ++i) which[i] = i % prompts.size();
-  const Written all = write(m, type, threads<3>(), prompts, which, 100, max_new);
+  const Written all = write(m, type, threads<3>(kByRows), prompts, which, 100, max_new);
   // With bf16 only the rounding of activations and cache differs.
   const double tolerance = type == DType::bf16 ? 0.15 : 2e-4;
   for (int64_t i = 0; i < count; ++i) {
@@ -191,17 +194,23 @@ void test(const Model& m, DType type, const std::vector<std::vector<int64_t>>& p
       CHECK(std::fabs(row[m.w.V] - all.values[at + t]) < tolerance, "%g %g", row[m.w.V], all.values[at + t]);
     }
   }
-  const int64_t third = count / 3;
+  const auto check_same = [&](const Written& part, int64_t first) {
+    CHECK(std::equal(part.tokens.begin(), part.tokens.end(), all.tokens.begin() + first * max_new));
+    CHECK(std::equal(part.logprobs.begin(), part.logprobs.end(), all.logprobs.begin() + first * max_new));
+    CHECK(std::equal(part.values.begin(), part.values.end(), all.values.begin() + first * max_new));
+    CHECK(std::equal(part.entropies.begin(), part.entropies.end(), all.entropies.begin() + first * max_new));
+    CHECK(std::equal(part.length.begin(), part.length.end(), all.length.begin() + first));
+  };
+  for (const int64_t at_once : {1, 4, 1000})
+    check_same(write(m, type, threads<2>(kByColumns), prompts, which, 100, max_new, at_once), 0);
+  check_same(write(m, type, threads<2>(kByRows), prompts, which, 100, max_new, 3), 0);
   // The last two thirds, with the prompts in another order and one that nobody continues.
+  const int64_t third = count / 3;
   std::vector<std::vector<int64_t>> others(prompts.rbegin(), prompts.rend());
   others.insert(others.begin(), {1, 2, 3});
   std::vector<int64_t> continued;
   for (int64_t i = third; i < count; ++i) continued.push_back(prompts.size() - which[i]);
-  const Written part = write(m, type, threads<1>(), others, continued, 100 + third, max_new);
-  CHECK(std::equal(part.tokens.begin(), part.tokens.end(), all.tokens.begin() + third * max_new));
-  CHECK(std::equal(part.logprobs.begin(), part.logprobs.end(), all.logprobs.begin() + third * max_new));
-  CHECK(std::equal(part.values.begin(), part.values.end(), all.values.begin() + third * max_new));
-  CHECK(std::equal(part.entropies.begin(), part.entropies.end(), all.entropies.begin() + third * max_new));
+  check_same(write(m, type, threads<1>(kByRows), others, continued, 100 + third, max_new), third);
 }
 
 template <class Change>
@@ -245,7 +254,7 @@ int main() {
   Model broken(1, 1, 64, 65, 8);
   broken.storage["ln_f.bias"][3] = NAN;
   try {
-    write(broken, DType::f32, threads<2>(), {{1}}, {0, 0}, 40, 3);
+    write(broken, DType::f32, threads<2>(kByRows), {{1}}, {0, 0}, 40, 3);
     CHECK(false, "NaN was drawn from");
   } catch (const std::runtime_error& error) {
     CHECK(std::strstr(error.what(), "story 40 at token 0"), "%s", error.what());
