@@ -14,14 +14,12 @@
 namespace tinystory {
 namespace {
 
-constexpr int64_t kCache = 32 << 20;  // bytes; not measured beyond one kind of machine (LOG.md)
-
 // cpu::Engine with the tensors that it reads and writes.
 class Engine {
  public:
   using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-  Engine(std::map<std::string, Tensor> parameters, int64_t n_layer, int64_t n_head, at::ScalarType dtype)
+  Engine(std::map<std::string, Tensor> parameters, int64_t n_layer, int64_t n_head, at::ScalarType dtype, int64_t cache)
       : parameters_(std::move(parameters)) {
     TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16, "Engine: dtype must be float32 or bfloat16, not ",
                       dtype);
@@ -44,7 +42,7 @@ class Engine {
       f(0, items);
     };
     engine_ = cpu::make_engine(dtype == at::kBFloat16 ? DType::bf16 : DType::f32, std::move(weights),
-                               {at::get_num_threads(), kCache, run, run_here});
+                               {at::get_num_threads(), cache, run, run_here});
   }
 
   Outputs start(const std::vector<Tensor>& prompts, const Tensor& prompt_of, int64_t max_new, int64_t eos, int64_t seed,
@@ -119,7 +117,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("engine_has_bf16", tinystory::cpu::engine_has_bf16);
   m.def("instructions", tinystory::cpu::instructions);
   py::class_<Engine>(m, "Engine")
-      .def(py::init<std::map<std::string, at::Tensor>, int64_t, int64_t, at::ScalarType>(), NoGil())
+      .def(py::init<std::map<std::string, at::Tensor>, int64_t, int64_t, at::ScalarType, int64_t>(), NoGil())
       .def("start", &Engine::start, NoGil())
       .def("step", &Engine::step, NoGil());
 }

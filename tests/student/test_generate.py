@@ -51,7 +51,7 @@ def test_a_story_is_the_same_in_any_batch(eager_to_end, tokenizer, monkeypatch, 
 def test_how_many_stories_are_written_at_once_changes_nothing(eager_to_end, tokenizer, monkeypatch):
     openings = [["Ben", OPENING][i % 2] for i in range(24)]
     together, sent = write(eager_to_end, tokenizer, openings=openings), []
-    monkeypatch.setattr(generation, "rows_at_once", lambda count, device: min(count, 7))
+    monkeypatch.setattr(generation, "rows_at_once", lambda count, weights, device: min(count, 7))
     apart = write(eager_to_end, tokenizer, openings=openings, on_story=lambda story: sent.append(story.index))
     for a, b in zip(together, apart, strict=True):
         assert (a.index, a.opening, a.text, a.ended) == (b.index, b.opening, b.text, b.ended)

@@ -27,7 +27,9 @@ from tinystory.run.device import Download
 from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, ValueHead
 
-ROWS = 32  # stories that each thread of a CPU writes at the same time
+# Stories that each thread of a CPU writes at the same time. It takes them through weights of up to CACHE bytes alone;
+# with more it shares the work on every matrix, which is read once for all stories.
+ROWS, LARGE_ROWS, CACHE = 32, 64, 32 << 20
 
 
 @dataclass
@@ -100,7 +102,7 @@ def generate(
     prompts = {text: encode_opening(tokenizer, text) for text in openings}
     require_room(student, max(prompts.values(), key=len), max_new_tokens)
     device, token_steps = student.wte.weight.device, dropout_steps if dropout else student_steps
-    size = rows_at_once(len(openings), device)
+    size = rows_at_once(len(openings), weights_size(student), device)
     if engine_runs(device, ops.matmul_dtype(student.wte.weight)) and not dropout:
         token_steps, size = engine_steps, len(openings)  # the engine begins new stories in place of those that end
     stories: list[Story] = []
@@ -110,10 +112,16 @@ def generate(
     return stories
 
 
-def rows_at_once(count: int, device: torch.device) -> int:
-    """How many of so many stories are written at the same time: on a CPU few enough for its caches to hold what is
-    read for each token."""
-    return count if device.type == "cuda" else min(count, ROWS * torch.get_num_threads())
+def rows_at_once(count: int, weights: int, device: torch.device) -> int:
+    """How many of so many stories are written at the same time: on a CPU few enough for its caches to hold what is read
+    for each token. weights: the student's, in bytes."""
+    rows = (ROWS if weights <= CACHE else LARGE_ROWS) * torch.get_num_threads()
+    return count if device.type == "cuda" else min(count, rows)
+
+
+def weights_size(student: Student) -> int:
+    """Bytes of the student's weights in autocast's type."""
+    return sum(p.numel() for p in student.parameters()) * ops.matmul_dtype(student.wte.weight).itemsize
 
 
 def _write(
@@ -166,8 +174,9 @@ def engine_steps(
     parameters = {name: p.detach() for name, p in (*student.named_parameters(), *heads)}
     config, s, module = student.config, sampling, ops.load()
     assert module is not None, "engine_runs says whether there is an engine"
-    engine = module.Engine(parameters, config.n_layer, config.n_head, ops.matmul_dtype(student.wte.weight))
-    sizes = s.max_new_tokens, s.eos, s.seed, offset, rows_at_once(len(prompt_of), prompt_of.device)
+    engine = module.Engine(parameters, config.n_layer, config.n_head, ops.matmul_dtype(student.wte.weight), CACHE)
+    at_once = rows_at_once(len(prompt_of), weights_size(student), prompt_of.device)
+    sizes = s.max_new_tokens, s.eos, s.seed, offset, at_once
     outputs = engine.start(prompts, prompt_of, *sizes, s.temperature, s.top_k, s.top_p)
     alive = len(prompt_of)
     while alive:

@@ -69,7 +69,7 @@ def interaction(config: InteractConfig, shape: StudentConfig, device: torch.devi
     return {
         "student, gradients and Adam's moments": parameters(shape) * 4 * FLOAT,
         "frozen reference": parameters(shape) * FLOAT,
-        f"KV cache of {rows_at_once(stories, device)} stories": (
+        f"KV cache of {rows_at_once(stories, parameters(shape) * size, device)} stories": (
             story_memory(stories, config.max_new_tokens, shape, device, size)
         ),
         f"activations of {rows} stories": tokens * shape.n_layer * shape.n_embd * KEPT * size,
@@ -78,7 +78,8 @@ def interaction(config: InteractConfig, shape: StudentConfig, device: torch.devi
 
 def story_memory(stories: int, max_new_tokens: int, shape: StudentConfig, device: torch.device, size: int = 2) -> int:
     """Bytes of KV cache and outputs while so many stories are written. size: of an entry of the cache."""
-    cache = rows_at_once(stories, device) * shape.n_layer * 2 * shape.n_embd * size
+    rows = rows_at_once(stories, parameters(shape) * size, device)
+    cache = rows * shape.n_layer * 2 * shape.n_embd * size
     return (cache + stories * (8 + 3 * FLOAT)) * max_new_tokens + stories * STORY
 
 
