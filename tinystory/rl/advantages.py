@@ -15,7 +15,7 @@ from torch import Tensor, nn
 PRIOR = 5000
 # What a step weighs beside the one after it: the policy, and so its returns, moves on.
 DECAY = 0.9
-CHUNK = 32  # stories whose features are in memory at the same time, so that they stay in a CPU's caches
+CHUNK = 32  # stories whose features exist at the same time: memory for all of a step's takes longer than the products
 
 
 def rloo(returns: Tensor, groups: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ from tinystory.run.device import Download
 from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, ValueHead
 
-# Stories that each thread of a CPU writes at the same time. It takes them through weights of up to CACHE bytes alone;
-# with more it shares the work on every matrix, which is read once for all stories.
-ROWS, LARGE_ROWS, CACHE = 32, 64, 32 << 20
+# Stories that a CPU writes at the same time: ROWS per thread, which takes them through weights of up to CACHE bytes;
+# larger ones are read once for LARGE_ROWS, and the threads share the work on every matrix.
+ROWS, LARGE_ROWS, CACHE = 32, 128, 32 << 20
 
 
 @dataclass
@@ -115,7 +115,7 @@ def generate(
 def rows_at_once(count: int, weights: int, device: torch.device) -> int:
     """How many of so many stories are written at the same time: on a CPU few enough for its caches to hold what is read
     for each token. weights: the student's, in bytes."""
-    rows = (ROWS if weights <= CACHE else LARGE_ROWS) * torch.get_num_threads()
+    rows = ROWS * torch.get_num_threads() if weights <= CACHE else LARGE_ROWS
     return count if device.type == "cuda" else min(count, rows)
 
 
