@@ -64,7 +64,7 @@ class EngineOf final : public Engine {
   };
 
   const StudentWeights student_;
-  const Threads threads_, here_;  // here_: the thread that calls it
+  const Threads threads_, this_thread_;  // this_thread_: runs everything on the caller
   const int64_t C, H, D;
   std::vector<Block> blocks_;
   Linear head_;
@@ -78,14 +78,14 @@ class EngineOf final : public Engine {
     int64_t id, slot, prompt, tokens;  // its row of the outputs, its slots of both caches, the tokens drawn so far
   };
   struct Token {                          // a row of the forward pass
-    int64_t id, position, prompt, story;  // prompt: its slot; story: an index into written_, -1 for a prompt's token
+    int64_t id, position, prompt, story;  // prompt: its slot; story: an index into active_, -1 for a prompt's token
   };
 
   Stories stories_{};
   int64_t next_ = 0;  // the first story that has not begun
-  std::vector<Story> written_;
+  std::vector<Story> active_;
   std::vector<Prompt> prompts_;
-  std::vector<int64_t> free_;  // slots of the stories' cache
+  std::vector<int64_t> free_slots_;  // slots of the stories' cache
   std::vector<Token> tokens_;
   std::vector<int64_t> drawn_, rows_, steps_;
   std::vector<float> logprobs_, entropies_, values_;
@@ -98,8 +98,8 @@ class EngineOf final : public Engine {
 
  public:
   EngineOf(StudentWeights student, Threads threads)
-      : student_(std::move(student)), threads_(threads), here_{1, threads.cache, threads.run_here, threads.run_here},
-        C(student_.C), H(student_.heads), D(C / H) {
+      : student_(std::move(student)), threads_(threads),
+        this_thread_{1, threads.cache, threads.run_here, threads.run_here}, C(student_.C), H(student_.heads), D(C / H) {
     std::vector<std::pair<Linear*, const float*>> all;
     blocks_.resize(student_.blocks.size());
     const auto add = [&](Linear& to, const StudentWeights::Affine& from, int64_t in, int64_t out) {
@@ -139,19 +139,19 @@ class EngineOf final : public Engine {
     for (auto* cache : {&keys_, &values_cache_}) cache->resize(heads * head_packs(room_));
     for (auto* cache : {&prompt_keys_, &prompt_values_}) cache->resize(heads * head_packs(prompt_room_));
     prompt_states_.resize(slots * C), logits_.resize(slots * student_.V);
-    written_.clear(), prompts_.assign(slots, {-1, 0, 0}), free_.resize(slots);
-    for (int64_t i = 0; i < slots; ++i) free_[i] = slots - 1 - i;
+    active_.clear(), prompts_.assign(slots, {-1, 0, 0}), free_slots_.resize(slots);
+    for (int64_t i = 0; i < slots; ++i) free_slots_[i] = slots - 1 - i;
   }
 
   std::vector<Ended> step() override {
-    const int64_t running = written_.size();
+    const int64_t running = active_.size();
     tokens_.clear();
     for (int64_t i = 0; i < running; ++i) {
-      const Story& s = written_[i];
+      const Story& s = active_[i];
       tokens_.push_back({drawn_[i], prompts_[s.prompt].length + s.tokens - 1, s.prompt, i});
     }
-    while (next_ < int64_t(stories_.prompt_of.size()) && !free_.empty()) begin_story();
-    const int64_t n = written_.size(), rows = tokens_.size();
+    while (next_ < int64_t(stories_.prompt_of.size()) && !free_slots_.empty()) begin_story();
+    const int64_t n = active_.size(), rows = tokens_.size();
     if (!n) return {};
     reserve(std::max(n, rows));
     // The tokens of a prompt, which attend to each other, stay together.
@@ -164,8 +164,8 @@ class EngineOf final : public Engine {
         std::memcpy(prompt_states_.data + t.prompt * C, x_.data + i * C, C * sizeof(float));
     }
     for (int64_t i = running; i < n; ++i)
-      std::memcpy(x_.data + i * C, prompt_states_.data + written_[i].prompt * C, C * sizeof(float));
-    begin_draw(n);
+      std::memcpy(x_.data + i * C, prompt_states_.data + active_[i].prompt * C, C * sizeof(float));
+    prepare_draw(n);
     split(
         n, [](int64_t) { return true; },
         [&](const Threads& threads, int64_t first, int64_t last) {
@@ -176,7 +176,7 @@ class EngineOf final : public Engine {
     std::vector<Ended> ended;
     int64_t kept = 0;
     for (int64_t i = 0; i < n; ++i) {
-      Story s = written_[i];
+      Story s = active_[i];
       const int64_t to = s.id * stories_.max_new + s.tokens++;
       stories_.tokens[to] = drawn_[i];
       stories_.logprobs[to] = logprobs_[i];
@@ -184,14 +184,14 @@ class EngineOf final : public Engine {
       stories_.values[to] = values_[i];
       if (drawn_[i] == stories_.eos || s.tokens == stories_.max_new) {
         ended.push_back({s.id, s.tokens});
-        free_.push_back(s.slot);
+        free_slots_.push_back(s.slot);
         --prompts_[s.prompt].stories;
       } else {
-        written_[kept] = s;
+        active_[kept] = s;
         drawn_[kept++] = drawn_[i];
       }
     }
-    written_.resize(kept);
+    active_.resize(kept);
     return ended;
   }
 
@@ -208,7 +208,7 @@ class EngineOf final : public Engine {
       if (i * threads_.count >= int64_t(starts.size()) * rows && may_begin(i)) starts.push_back(i);
     starts.push_back(rows);
     threads_.run("engine: rows", starts.size() - 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) f(here_, starts[part], starts[part + 1]);
+      for (int64_t part = begin; part < end; ++part) f(this_thread_, starts[part], starts[part + 1]);
     });
   }
 
@@ -220,17 +220,17 @@ class EngineOf final : public Engine {
   // Gives the next story its slots. If its prompt is in none, adds the prompt's tokens to those of this step.
   void begin_story() {
     const int64_t id = stories_.prompt_of[next_];
-    auto found = std::find_if(prompts_.begin(), prompts_.end(), [&](const Prompt& p) { return p.id == id; });
-    if (found == prompts_.end()) {
-      found = std::find_if(prompts_.begin(), prompts_.end(), [](const Prompt& p) { return p.stories == 0; });
+    auto slot = std::find_if(prompts_.begin(), prompts_.end(), [&](const Prompt& p) { return p.id == id; });
+    if (slot == prompts_.end()) {
+      slot = std::find_if(prompts_.begin(), prompts_.end(), [](const Prompt& p) { return p.stories == 0; });
       const auto& prompt = stories_.prompts[id];
-      *found = {id, int64_t(prompt.size()), 0};
+      *slot = {id, int64_t(prompt.size()), 0};
       for (size_t t = 0; t < prompt.size(); ++t)
-        tokens_.push_back({prompt[t], int64_t(t), found - prompts_.begin(), -1});
+        tokens_.push_back({prompt[t], int64_t(t), slot - prompts_.begin(), -1});
     }
-    ++found->stories;
-    written_.push_back({next_++, free_.back(), found - prompts_.begin(), 0});
-    free_.pop_back();
+    ++slot->stories;
+    active_.push_back({next_++, free_slots_.back(), slot - prompts_.begin(), 0});
+    free_slots_.pop_back();
   }
 
   static int64_t across(const Linear& l) { return round_up(l.out, kColumns) / kColumns; }
@@ -321,7 +321,7 @@ class EngineOf final : public Engine {
   // [position / kPack][D]. A position that is not yet written may share its Packs with others: it is zero there. ---
   int64_t head_packs(int64_t room) const { return packs(room * D); }
   Pack* of_story(const Buffer<Pack>& cache, int64_t layer, const Token& t, int64_t head) const {
-    return cache.data + ((layer * prompts_.size() + written_[t.story].slot) * H + head) * head_packs(room_);
+    return cache.data + ((layer * prompts_.size() + active_[t.story].slot) * H + head) * head_packs(room_);
   }
   Pack* of_prompt(const Buffer<Pack>& cache, int64_t layer, const Token& t, int64_t head) const {
     return cache.data + ((layer * prompts_.size() + t.prompt) * H + head) * head_packs(prompt_room_);
@@ -414,10 +414,10 @@ class EngineOf final : public Engine {
   }
 
   // --- logits, values, draws -----------------------------------------------------------------------------------------
-  void begin_draw(int64_t n) {
+  void prepare_draw(int64_t n) {
     for (auto* ids : {&drawn_, &rows_, &steps_}) ids->resize(n);
     for (auto* results : {&logprobs_, &entropies_, &values_}) results->assign(n, 0.0f);
-    for (int64_t i = 0; i < n; ++i) rows_[i] = stories_.first_row + written_[i].id, steps_[i] = written_[i].tokens;
+    for (int64_t i = 0; i < n; ++i) rows_[i] = stories_.first_row + active_[i].id, steps_[i] = active_[i].tokens;
   }
 
   void run_head(const Threads& threads, int64_t first, int64_t last) {

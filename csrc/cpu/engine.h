@@ -16,7 +16,7 @@ namespace tinystory::cpu {
 // Runs f on parts [begin, end) that cover [0, items); `phase` is for profilers. Results do not depend on the parts.
 struct Threads {
   using Run = void (*)(const char* phase, int64_t items, const std::function<void(int64_t begin, int64_t end)>& f);
-  int64_t count, cache;  // cache: bytes that one of them reads again and again without memory's bandwidth as its bound
+  int64_t count, cache;  // cache: bytes of weights that stay in its caches from step to step
   Run run, run_here;     // run_here: on the thread that calls it
 };
 

@@ -171,8 +171,7 @@ def test_stories_that_begin_as_others_end_are_the_same_to_the_bit(split, dtype, 
     apart, same_lengths, more_steps = write_all(at_once)
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True)) and same_lengths == lengths
     assert len(set(lengths.values())) > 5 and steps <= 25
-    assert more_steps >= sum(lengths.values()) / at_once  # the batch stays full: no step is spent on fewer without need
-    assert more_steps <= sum(lengths.values()) / at_once + 25
+    assert more_steps <= sum(lengths.values()) / at_once + 25  # the batch is full until no story is left to begin
 
 
 def test_nothing_is_written_after_a_story_has_ended():

@@ -11,6 +11,8 @@ CORPUS_WINDOW = 200  # tokens; words further apart are not counted as a pair
 WINDOW = 90  # tokens of a text whose words are paired: the more words, the less each pair has in common
 FEWEST_WORDS = 4  # different content words that a text must have to be measured
 
+_triu_indices = functools.cache(np.triu_indices)
+
 
 class WordAssociation:
     """Counts of the windows of a corpus that hold each pair of content words."""
@@ -48,11 +50,5 @@ class WordAssociation:
         return rows[rows >= 0]
 
     def _pairs(self, words: np.ndarray) -> np.ndarray:
-        first, second = _pairs_of(len(words))
+        first, second = _triu_indices(len(words), 1)
         return words[first] * self._size + words[second]
-
-
-@functools.cache
-def _pairs_of(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The indices of the first and of the second of each pair among so many."""
-    return np.triu_indices(count, 1)

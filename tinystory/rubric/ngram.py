@@ -24,7 +24,7 @@ def rolling_hashes(ids: np.ndarray, longest: int) -> Iterator[np.ndarray]:
 
 
 def hashes(ids: np.ndarray, n: int) -> np.ndarray:
-    """The last of the `rolling_hashes`: of the n-grams."""
+    """(T - n + 1,) uint64: a hash of each n-gram of (T,) ids, in order of its first token."""
     *_, hashed = rolling_hashes(ids, n)
     return hashed
 

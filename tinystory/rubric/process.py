@@ -24,8 +24,6 @@ def builtin_teacher(corpus: Sequence[str]) -> Iterator[str]:
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
     assert process.stdin is not None and process.stdout is not None
-    import openai  # noqa: F401  # takes a second, and the client needs it next: meanwhile the process starts
-
     try:
         line = process.stdout.readline().strip()
         if not line.startswith(READY):

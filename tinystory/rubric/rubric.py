@@ -74,8 +74,10 @@ NAMED, THING, ACT, OTHER = range(1 << 30, (1 << 30) + 4)
 
 def ramp(x: float | np.ndarray, zero: float, one: float) -> float:
     """0 up to `zero`, 1 from `one` on, linear between them; `zero` may be greater. Of an array the mean."""
-    along = (x - zero) / (one - zero)
-    return float(np.clip(along, 0.0, 1.0).mean()) if isinstance(along, np.ndarray) else min(max(float(along), 0.0), 1.0)
+    fraction = (x - zero) / (one - zero)
+    if isinstance(fraction, np.ndarray):
+        return float(np.clip(fraction, 0.0, 1.0).mean())
+    return min(max(float(fraction), 0.0), 1.0)
 
 
 class Rubric:

@@ -27,8 +27,8 @@ from tinystory.run.device import Download
 from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, ValueHead
 
-# Stories that a CPU writes at the same time: ROWS per thread, which takes them through weights of up to CACHE bytes;
-# larger ones are read once for LARGE_ROWS, and the threads share the work on every matrix.
+# Stories decoded at the same time on a CPU: ROWS per thread if the weights are at most CACHE bytes, which stay in its
+# caches; else LARGE_ROWS in all, so that a token step reads the weights once for many.
 ROWS, LARGE_ROWS, CACHE = 32, 128, 32 << 20
 
 
@@ -102,9 +102,10 @@ def generate(
     prompts = {text: encode_opening(tokenizer, text) for text in openings}
     require_room(student, max(prompts.values(), key=len), max_new_tokens)
     device, token_steps = student.wte.weight.device, dropout_steps if dropout else student_steps
-    size = rows_at_once(len(openings), weights_size(student), device)
     if engine_runs(device, ops.matmul_dtype(student.wte.weight)) and not dropout:
         token_steps, size = engine_steps, len(openings)  # the engine begins new stories in place of those that end
+    else:
+        size = rows_at_once(len(openings), weights_size(student), device)
     stories: list[Story] = []
     for first in range(0, len(openings), size):
         some, index = openings[first : first + size], first_index + first

@@ -109,7 +109,7 @@ class ChatClient:
 
     async def chat(self, **request: Any) -> Reply:
         """The first choice of one chat completion."""
-        # In the extra body, which openai sends as it is: checking the messages' types is a fifth of a request's work.
+        # In the extra body, which openai sends as it is; elsewhere it checks the type of every field of every message.
         extra_body, headers = request.pop("extra_body", {}), request.pop("extra_headers", None)
         completions = self._client.chat.completions.with_streaming_response
         body = {**request, **extra_body}
