@@ -97,11 +97,12 @@ def test_a_profile_names_the_engines_phases(bench, capsys):
         assert phase in err
 
 
-def test_peak_memory_is_that_of_the_call():
-    peak = kernels.peak_mb(lambda: torch.ones(32 * 2**18).sum(), torch.device("cpu"))
-    if peak is None:
-        pytest.skip("the system does not report it")
-    assert 30 < peak < 60
+def test_peak_memory_is_that_of_the_call_whatever_ran_in_threads_before():
+    for mb in (50, 32, 8, 32) * 3:
+        peak = kernels.peak_mb(lambda mb=mb: [torch.ones(2**18) for _ in range(mb)], torch.device("cpu"))
+        if peak is None:
+            pytest.skip("the system does not report it")
+        assert mb - 2 < peak < mb + 28
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinystory import ops
 from tinystory.studies.timing import PROMPT, Setup
 
+M_TRIM_THRESHOLD = -1  # of malloc.h
 SDPA_BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
 ROWS = 64  # stories that are decoded at a time
 UNITS = {"flops": ("tflop_s", 1e12), "bytes": ("gb_s", 1e9)}
@@ -161,16 +162,32 @@ def peak_mb(f: Callable, device: torch.device) -> float | None:
         before = torch.cuda.memory_allocated(device)
         f()
         return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
-    try:  # Linux: 5 resets the high-water mark to the resident memory
-        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak_kb() -> int:
+        return_freed_memory()
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark to the resident memory
         before = status_kb("VmRSS")
+        f()
+        return status_kb("VmHWM") - before
+
+    try:
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(f).result()
-        return round((status_kb("VmHWM") - before) / 1024, 1)
+            return round(thread.submit(peak_kb).result() / 1024, 1)
     except OSError:
         return None
+
+
+def return_freed_memory() -> None:
+    """Of the main thread, and of the calling one, whose heap may be an ended thread's. glibc's malloc_trim leaves the
+    end of such a heap alone: freeing a large block returns what exceeds the threshold."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        return
+    libc.malloc.restype = ctypes.c_void_p
+    libc.mallopt(M_TRIM_THRESHOLD, 0)
+    libc.free(ctypes.c_void_p(libc.malloc(2**16)))
+    libc.mallopt(M_TRIM_THRESHOLD, 2**30)  # as in csrc/ops.cpp
+    libc.malloc_trim(0)
 
 
 def status_kb(name: str) -> int:
