@@ -37,7 +37,7 @@ from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
 from tinystory.run.device import Stop, peak_memory_mb
 from tinystory.run.errors import Interrupted, UserError, command
-from tinystory.run.folder import Record, RunLog, held, read_metrics
+from tinystory.run.folder import Record, RunLog, locked, read_metrics
 from tinystory.run.paths import usage
 from tinystory.run.step_log import Stages
 from tinystory.student import checkpoint, memory
@@ -57,7 +57,7 @@ INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)} | 
 def main(argv: list[str] | None = None) -> None:
     config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
     distributed.start(config.device)
-    with distributed.on_rank0(held(Path(config.out))), contextlib.ExitStack() as stack:
+    with distributed.on_rank0(locked(Path(config.out))), contextlib.ExitStack() as stack:
         interact(config, stack)
 
 
@@ -80,7 +80,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
     if openings.train == openings.held_out:
         print("there is one opening, so none is held out: evaluations use the one that is trained on")
-    longest = max((encode_opening(tokenizer, text) for text in openings.train + openings.held_out), key=len)
+    longest = max(len(encode_opening(tokenizer, text)) for text in openings.train + openings.held_out)
     require_room(reference, longest, config.max_new_tokens)
     reading = Reading(config, facts, tokenizer, reference.config.context)
     milestones = INTERACTION_CHECKPOINTS

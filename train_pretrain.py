@@ -26,7 +26,7 @@ from tinystory.rl.collapse import Watch
 from tinystory.run import distributed
 from tinystory.run.device import Download, Stop, peak_memory_mb, upload
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import RunLog, held, read_metrics
+from tinystory.run.folder import RunLog, locked, read_metrics
 from tinystory.run.paths import usage
 from tinystory.run.step_log import StepLog
 from tinystory.run.text import printable
@@ -81,7 +81,7 @@ def train_step(
 def main(argv: list[str] | None = None) -> None:
     config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
     distributed.start(config.device)
-    with distributed.on_rank0(held(Path(config.out))):
+    with distributed.on_rank0(locked(Path(config.out))):
         pretrain(config)
 
 

@@ -41,7 +41,7 @@ from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, compared_pairs, keep_choices
 from tinystory.evaluate.reader import PACKAGED, Reader
 from tinystory.evaluate.reading import evaluate_reading
-from tinystory.evaluate.samples import Sample, read_stories
+from tinystory.evaluate.samples import Sample, read_samples
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.second_judge import conclusion, judge_run
 from tinystory.evaluate.stories import OPENINGS, GradeStories, mean_of, story_measures, write_stories
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     count = max([0, *(value for value in options.stories if isinstance(value, int))])
     files = [value for value in options.stories if isinstance(value, Path)]
     story_files = [path for path in [*files, *(options.compare or [])] if path.suffix == ".jsonl"][:1]
-    openings = [story.opening for path in story_files for story in read_stories(path)] or OPENINGS
+    openings = [story.opening for path in story_files for story in read_samples(path)] or OPENINGS
     options.openings = load_openings(options.openings) if options.openings else [*dict.fromkeys(openings)]
     if options.compare:
         compare_stories(options, count or COMPARED)
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--predictions needs the data that BabyLM asks for: give --babylm FOLDER or --aoa FILE")
     corpus = open_corpus(options.corpus) if options.corpus else None
     device = pick_device(options.device)
-    file_stories = [read_stories(path)[: count or None] for path in files]
+    file_stories = [read_samples(path)[: count or None] for path in files]
     reader = Reader(options.reader, options.device) if options.reader else None
 
     def measures(stories: Sequence[Sample]) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def print_judged(name: str, records: Sequence[Record]) -> None:
 def samples_of(path: Path, options: argparse.Namespace, count: int) -> list[Sample]:
     """The stories of a file, or `count` by a student; of two students to the same openings, by the same draws."""
     if path.suffix == ".jsonl":
-        return read_stories(path)
+        return read_samples(path)
     student, tokenizer, _ = checkpoint.load(checkpoint.find(path), pick_device(options.device))
     memory.require_for_stories(count, options.max_new_tokens, student.config, student.wte.weight.device, FEWER)
     sampling = {name: getattr(options, name) for name in ("openings", "max_new_tokens", "temperature", "seed")}

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.config import add_number
 from tinystory.evaluate.preference import compared_pairs, preferences
-from tinystory.evaluate.samples import read_stories
+from tinystory.evaluate.samples import read_samples
 from tinystory.human.desk import Desk
 from tinystory.human.pairs import PairDesk
 from tinystory.human.server import serve
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.compare:
         run, *others = options.compare
         choices = (options.grades.parent if others else run) / PREFERENCES
-        pairs = compared_pairs(options.compare, read_stories)
+        pairs = compared_pairs(options.compare, read_samples)
         desk = PairDesk(choices, pairs)
     else:
         desk = Desk(options.grades, load_template(options.teacher_prompt))

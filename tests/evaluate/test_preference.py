@@ -24,7 +24,7 @@ from tinystory.evaluate.preference import (
     run_preferences,
     win_rate,
 )
-from tinystory.evaluate.samples import read_stories
+from tinystory.evaluate.samples import read_samples
 from tinystory.report.judges import preference_lines
 from tinystory.run.errors import UserError
 from tinystory.run.folder import SAMPLES, RunLog
@@ -96,7 +96,7 @@ def test_a_runs_pairs_are_its_stories_before_and_after(tmp_path):
     assert run_pairs(tmp_path) == PAIRS
     samples(tmp_path, [pair_of("Once", "the same", "the same")])
     with pytest.raises(UserError, match="finished interaction"):
-        compared_pairs([tmp_path], read_stories)
+        compared_pairs([tmp_path], read_samples)
     assert run_preferences(tmp_path) == run_preferences(tmp_path / "nowhere") == {}  # a report asks without knowing
 
 
@@ -143,7 +143,7 @@ def files(folder, pairs=PAIRS):
 
 def test_stories_of_two_files_are_paired_by_their_openings(tmp_path, capsys, short_pauses):
     paths = files(tmp_path)
-    assert compared_pairs([*map(Path, paths)], read_stories) == PAIRS
+    assert compared_pairs([*map(Path, paths)], read_samples) == PAIRS
     with FaultServer(lambda text, n: "3" if "fine" in text.rpartition("\n")[2] else "0") as server:
         server.first = lambda: "1"
         evaluate.main(["--compare", *paths, "--teacher-url", server.url])
@@ -151,7 +151,7 @@ def test_stories_of_two_files_are_paired_by_their_openings(tmp_path, capsys, sho
     assert "first preferred b.jsonl in 10 of 10 pairs, a.jsonl in 0, and neither in 0: win rate 1.00 [0." in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
     with pytest.raises(UserError, match="different stories to the same openings"):
-        compared_pairs([Path(paths[0])] * 2, read_stories)
+        compared_pairs([Path(paths[0])] * 2, read_samples)
 
 
 def test_a_student_beside_a_file_writes_to_the_files_openings(student, tokenizer, tmp_path, capsys, monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.data.corpus import open_corpus
-from tinystory.evaluate.samples import Sample, read_stories
+from tinystory.evaluate.samples import Sample, read_samples
 from tinystory.evaluate.stories import (
     distinct_ngrams,
     longest_shared,
@@ -136,8 +136,8 @@ def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measur
     path = write_samples_file(
         tmp_path / "a.jsonl", [{"opening": "Once", "story": "Once a big dog ran.", "model": "gpt"}] * 2
     )
-    assert read_stories(path) == [Sample("Once", "a big dog ran.")] * 2
-    measures = story_measures(read_stories(path))
+    assert read_samples(path) == [Sample("Once", "a big dog ran.")] * 2
+    measures = story_measures(read_samples(path))
     assert measures["self_bleu"] == pytest.approx(1) and measures["length_mean"] == 4
     assert "entropy_per_word" not in measures and "ended_eos_share" not in measures
     # A student's own stories, by way of a file, have the same measures but the entropy.
@@ -146,13 +146,13 @@ def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measur
     )
     write_samples_file(path, [{"opening": s.opening, "story": s.text, "ended": s.ended} for s in samples])
     assert story_measures(samples).pop("entropy_per_word") > 0
-    assert story_measures(read_stories(path)) == story_measures([story._replace(entropy=None) for story in samples])
+    assert story_measures(read_samples(path)) == story_measures([story._replace(entropy=None) for story in samples])
 
 
 @pytest.mark.parametrize("line", ['{"opening": "Once"}', '{"opening": "Once", "story": 3}', '{"story": "x"}\n'])
 def test_a_file_without_stories_is_one_sentence(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match="line 1 lacks an opening and a story"):
-        read_stories(tmp_path / "a.jsonl")
+        read_samples(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match="line 1 lacks an opening and a story"):
-        read_stories(tmp_path / "nothing.jsonl")
+        read_samples(tmp_path / "nothing.jsonl")

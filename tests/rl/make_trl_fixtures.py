@@ -19,13 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tiny_gpt2 import EOS, PAD, SHAPE, our_weights, random_gpt2
 from tokenizers import Tokenizer, models
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from trl.core import masked_mean, masked_var
 
-SHAPE = dict(n_layer=2, n_head=1, n_embd=16, context=16, vocab_size=32)
-PAD, EOS = 1, 2
 OPENING = [7, 30, 11, 5]
 STORIES, LONGEST, UPDATES = 12, 10, 4
 
@@ -46,35 +45,9 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def our_weights(policy) -> dict[str, torch.Tensor]:
-    gpt2 = {name: p.detach().clone() for name, p in policy.pretrained_model.transformer.named_parameters()}
-    ours = {"wte.weight": gpt2["wte.weight"], "wpe.weight": gpt2["wpe.weight"]}
-    layers = {"ln_1": "ln_1", "attn.c_attn": "qkv", "attn.c_proj": "attn_proj", "ln_2": "ln_2", "mlp.c_fc": "fc",
-              "mlp.c_proj": "mlp_proj"}  # fmt: skip
-    for i in range(SHAPE["n_layer"]):
-        for theirs, name in layers.items():
-            weight = gpt2[f"h.{i}.{theirs}.weight"]
-            ours[f"blocks.{i}.{name}.weight"] = weight.T.contiguous() if weight.dim() == 2 else weight
-            ours[f"blocks.{i}.{name}.bias"] = gpt2[f"h.{i}.{theirs}.bias"]
-    ours |= {f"ln_f.{part}": gpt2[f"ln_f.{part}"] for part in ("weight", "bias")}
-    head = policy.v_head.summary
-    return ours | {"value_head.weight": head.weight.detach().clone(), "value_head.bias": head.bias.detach().clone()}
-
-
-def models_alike() -> tuple[AutoModelForCausalLMWithValueHead, AutoModelForCausalLMWithValueHead]:
-    """Policy and reference, far enough from zero that every path contributes."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=SHAPE["vocab_size"], n_positions=SHAPE["context"], n_embd=SHAPE["n_embd"],
-        n_layer=SHAPE["n_layer"], n_head=SHAPE["n_head"], initializer_range=0.2, bos_token_id=0, eos_token_id=EOS,
-        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
-    )  # fmt: skip
-    base = GPT2LMHeadModel(config)
-    for p in base.parameters():
-        if p.dim() == 1:
-            torch.nn.init.normal_(p, mean=float(p[0] == 1), std=0.1)
-    policy = AutoModelForCausalLMWithValueHead.from_pretrained(base)  # its value head has TRL's dropout of 0.1
-    return policy, copy.deepcopy(policy)
+def policy_weights(policy) -> dict[str, torch.Tensor]:
+    head = {f"value_head.{name}": p.detach().clone() for name, p in policy.v_head.summary.named_parameters()}
+    return our_weights(policy.pretrained_model) | head
 
 
 class Recorded:
@@ -156,9 +129,9 @@ class Recorded:
 def write_stories(trainer: PPOTrainer, update: int) -> list[torch.Tensor]:
     """Sampled by TRL; three are cut short, so that lengths differ and some end with the end token."""
     torch.manual_seed(update)
-    how = dict(max_new_tokens=LONGEST, min_length=-1, top_k=0, top_p=1.0, do_sample=True, pad_token_id=PAD)
+    sampling = dict(max_new_tokens=LONGEST, min_length=-1, top_k=0, top_p=1.0, do_sample=True, pad_token_id=PAD)
     with torch.no_grad():
-        stories = trainer.generate([torch.tensor(OPENING)] * STORIES, return_prompt=False, **how)
+        stories = trainer.generate([torch.tensor(OPENING)] * STORIES, return_prompt=False, **sampling)
     stories[0], stories[1] = stories[0][:1], torch.tensor([EOS])
     stories[2] = torch.cat([stories[2][:5], torch.tensor([EOS])])
     return stories
@@ -169,10 +142,11 @@ def main() -> None:
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SHAPE["vocab_size"])}, unk_token="t0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="t0", pad_token="t1", eos_token="t2")
     tokenizer.padding_side = "right"  # TRL passes no position ids, so left-padded rows would have wrong positions
-    kept, statistics = {}, {}
+    fixtures, statistics = {}, {}
     for name, setting in SETTINGS.items():
-        policy, reference = models_alike()
-        kept |= {f"start/{key}": w for key, w in our_weights(policy).items()}
+        policy = AutoModelForCausalLMWithValueHead.from_pretrained(random_gpt2())  # its head has TRL's dropout of 0.1
+        reference = copy.deepcopy(policy)
+        fixtures |= {f"start/{key}": w for key, w in policy_weights(policy).items()}
         recorded = Recorded(policy, reference, tokenizer, setting)
         for update in range(UPDATES):
             stories = write_stories(recorded.trainer, update)
@@ -181,11 +155,11 @@ def main() -> None:
             tokens = torch.nn.utils.rnn.pad_sequence([*stories, torch.zeros(LONGEST).long()], True)[:-1]
             tensors |= {"tokens": tokens.to(torch.int16), "scores": scores}
             if name == "paper" or update == UPDATES - 1:  # to keep the file small
-                tensors |= {f"weights/{key}": w for key, w in our_weights(policy).items()}
-            kept |= {f"{name}/{update}/{key}": x.contiguous() for key, x in tensors.items()}
+                tensors |= {f"weights/{key}": w for key, w in policy_weights(policy).items()}
+            fixtures |= {f"{name}/{update}/{key}": x.contiguous() for key, x in tensors.items()}
     facts = dict(shape=SHAPE, opening=OPENING, settings=SETTINGS, updates=UPDATES, statistics=statistics)
     file = Path(__file__).with_name("trl_ppo.safetensors")
-    save_file(kept, file, metadata={"facts": json.dumps(facts)})
+    save_file(fixtures, file, metadata={"facts": json.dumps(facts)})
     print(f"{file}: {file.stat().st_size:,} bytes")
     print(json.dumps(statistics, indent=1))
 

@@ -20,13 +20,12 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
+from tiny_gpt2 import EOS, PAD, SHAPE, our_weights, random_gpt2
 from tokenizers import Tokenizer, models
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-SHAPE = dict(n_layer=2, n_head=1, n_embd=16, context=16, vocab_size=32)
-PAD, EOS = 1, 2
 OPENINGS = [[7, 30, 11, 5], [9, 8, 3, 21], [4, 12, 12, 6]]
 GROUP, LONGEST, BATCHES, EPOCHS = 4, 10, 2, 2
 
@@ -38,34 +37,6 @@ SETTINGS = {
     "dr_grpo": ALL | dict(advantage="dr_grpo", kl_in="loss", kl_coef=0.3),
     "sft-best": ALL | dict(learn="sft-best", kl_in="reward", kl_coef=0.0, adam_eps=1e-5),
 }
-
-
-def our_weights(model) -> dict[str, torch.Tensor]:
-    gpt2 = {name: p.detach().clone() for name, p in model.transformer.named_parameters()}
-    ours = {"wte.weight": gpt2["wte.weight"], "wpe.weight": gpt2["wpe.weight"]}
-    layers = {"ln_1": "ln_1", "attn.c_attn": "qkv", "attn.c_proj": "attn_proj", "ln_2": "ln_2", "mlp.c_fc": "fc",
-              "mlp.c_proj": "mlp_proj"}  # fmt: skip
-    for i in range(SHAPE["n_layer"]):
-        for theirs, name in layers.items():
-            weight = gpt2[f"h.{i}.{theirs}.weight"]
-            ours[f"blocks.{i}.{name}.weight"] = weight.T.contiguous() if weight.dim() == 2 else weight
-            ours[f"blocks.{i}.{name}.bias"] = gpt2[f"h.{i}.{theirs}.bias"]
-    return ours | {f"ln_f.{part}": gpt2[f"ln_f.{part}"] for part in ("weight", "bias")}
-
-
-def start() -> GPT2LMHeadModel:
-    """Far enough from zero that every path contributes."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=SHAPE["vocab_size"], n_positions=SHAPE["context"], n_embd=SHAPE["n_embd"],
-        n_layer=SHAPE["n_layer"], n_head=SHAPE["n_head"], initializer_range=0.2, bos_token_id=0, eos_token_id=EOS,
-        pad_token_id=PAD, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config)
-    for p in model.parameters():
-        if p.dim() == 1:
-            torch.nn.init.normal_(p, mean=float(p[0] == 1), std=0.1)
-    return model
 
 
 def trainer_of(learner: str, model, tokenizer):
@@ -95,7 +66,7 @@ def trainer_of(learner: str, model, tokenizer):
 
 def copy_of(model):
     """The frozen reference, with the LM head that TRL gives to one."""
-    reference = start()
+    reference = random_gpt2(pad_token_id=PAD)
     reference.load_state_dict(model.state_dict())
     add_fused_lm_head(reference, temperature=1.0)
     return reference.eval()
@@ -144,9 +115,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SHAPE["vocab_size"])}, unk_token="t0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="t0", pad_token="t1", eos_token="t2")
-    tensors = {f"start/{name}": w for name, w in our_weights(start()).items()}
+    tensors = {f"start/{name}": w for name, w in our_weights(random_gpt2(pad_token_id=PAD)).items()}
     for learner, setting in SETTINGS.items():
-        model = start()
+        model = random_gpt2(pad_token_id=PAD)
         trainer = trainer_of(learner, model, tokenizer)
         optimizer = torch.optim.Adam(model.parameters(), lr=setting["learning_rate"], eps=setting["adam_eps"])
         for batch in range(BATCHES):

@@ -20,14 +20,14 @@ from tinystory.evaluate.held_out import write_samples
 from tinystory.evaluate.preference import pair_of
 from tinystory.report.run import write_report
 from tinystory.run.errors import UserError
-from tinystory.run.folder import RunLog, held, read_config, read_metrics, read_records
+from tinystory.run.folder import RunLog, locked, read_config, read_metrics, read_records
 from tinystory.student import checkpoint
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tinystory.run.folder import held
-with held(Path(sys.argv[1])):
+from tinystory.run.folder import locked
+with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -59,12 +59,12 @@ def test_a_second_command_is_refused_until_the_first_is_gone(place, tmp_path, ca
 
 
 def test_a_lock_leaves_no_trace_of_a_block_that_wrote_nothing(tmp_path):
-    with held(tmp_path / "a" / "b"):
+    with locked(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b" / ".lock").exists()
     assert not list(tmp_path.iterdir())
-    with held(tmp_path / "a"):
+    with locked(tmp_path / "a"):
         (tmp_path / "a" / "note").write_text("")
-        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} "), held(tmp_path / "a"):
+        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} "), locked(tmp_path / "a"):
             pass
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["note"]
 

@@ -20,7 +20,7 @@ from tinystory.run.folder import (
     atomic_file,
     atomic_write,
     cannot_write,
-    held,
+    locked,
     plain,
     read_config,
     read_metrics,
@@ -204,7 +204,7 @@ def test_what_cannot_be_written_is_said_with_its_cause(tmp_path):
         message = str(cannot_write(tmp_path, OSError(code, os.strerror(code))))
         assert os.strerror(code) in message and words in message and "free some space" not in message
     assert "free some space" in str(cannot_write(tmp_path, OSError(errno.ENOSPC, "No space left")))
-    with pytest.raises(UserError, match="File name too long; choose a shorter name"), held(tmp_path / ("a" * 300)):
+    with pytest.raises(UserError, match="File name too long; choose a shorter name"), locked(tmp_path / ("a" * 300)):
         pass
 
 

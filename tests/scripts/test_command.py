@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, fails
 
 from scripts import doctor, evaluate, prepare_data, sample
-from tinystory.evaluate.samples import read_stories
+from tinystory.evaluate.samples import read_samples
 from tinystory.run import errors, paths
 from tinystory.run.errors import PeerLost, UserError, command
 from tinystory.student import checkpoint, memory
@@ -201,7 +201,7 @@ def test_a_samples_file_is_read_by_evaluate(place, tmp_path, capsys):
     (tmp_path / "openings.txt").write_text("Tom had\nMia saw\n")
     more = ["--stories", "3", "--max-new-tokens", "4", "--device", "cpu", "--out", str(out)]
     sample.main([run, "--opening", str(tmp_path / "openings.txt"), *more])
-    assert [story.opening for story in read_stories(out)] == ["Tom had", "Mia saw", "Tom had"]
+    assert [story.opening for story in read_samples(out)] == ["Tom had", "Mia saw", "Tom had"]
     assert capsys.readouterr().out == ""
 
 

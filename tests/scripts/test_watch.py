@@ -7,7 +7,7 @@ import pytest
 from conftest import fails, story_record
 
 from scripts import watch
-from tinystory.run.folder import LOCK, RunLog, held, is_held
+from tinystory.run.folder import LOCK, RunLog, is_locked, locked
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_run_that_is_over_is_printed_once(run, capsys, monkeypatch):
 def test_a_run_that_goes_on_is_shown_until_it_is_over(run, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(watch.shutil, "get_terminal_size", lambda *_: os.terminal_size((50, 20)))
-    with held(run):
+    with locked(run):
         pauses = []
 
         def sleep(seconds):
@@ -52,12 +52,12 @@ def test_a_run_that_goes_on_is_shown_until_it_is_over(run, capsys, monkeypatch):
 
 
 def test_a_lock_that_a_killed_run_left_does_not_count(tmp_path):
-    assert not is_held(tmp_path)
+    assert not is_locked(tmp_path)
     (tmp_path / LOCK).write_text("process 1 on somewhere since long ago\n")
-    assert not is_held(tmp_path)
-    with held(tmp_path):
-        assert is_held(tmp_path) and is_held(tmp_path)
-    assert not is_held(tmp_path)
+    assert not is_locked(tmp_path)
+    with locked(tmp_path):
+        assert is_locked(tmp_path) and is_locked(tmp_path)
+    assert not is_locked(tmp_path)
 
 
 def test_pretraining_a_run_without_steps_and_no_run(tmp_path, capsys):

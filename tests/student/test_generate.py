@@ -74,7 +74,7 @@ def test_threads_change_nothing(eager_to_end, tokenizer):
 @pytest.mark.parametrize("prompt, advice", [(60, "lower --max-new-tokens to 4, or"), (64, "64: shorten the opening")])
 def test_an_opening_that_leaves_no_room_is_to_be_shortened(student, prompt, advice):
     with pytest.raises(UserError, match=advice):
-        require_room(student, [0] * prompt, 8)
+        require_room(student, prompt, 8)
 
 
 def test_another_seed_or_index_is_another_story(student, tokenizer):
@@ -89,6 +89,8 @@ def test_stories_end_at_the_end_token_and_keep_it(eager_to_end, tokenizer):
         assert story.ended == "eos" or len(story.tokens) == 30
         assert len(story.tokens) == len(story.logprobs) == len(story.values) == len(story.entropies)
         assert story.text == tokenizer.decode(story.tokens.tolist()).strip()
+        for column in (story.tokens, story.logprobs, story.values, story.entropies):  # of which pickle writes all
+            assert column.untyped_storage().nbytes() == column.nbytes
 
 
 def test_the_score_stands_on_the_last_token_that_was_drawn(eager_to_end, tokenizer):

@@ -17,7 +17,7 @@ import train_interact as interact
 import train_pretrain as pretrain
 from tinystory.run import distributed
 from tinystory.run.errors import TORCHRUN, PeerLost, UserError
-from tinystory.run.folder import held
+from tinystory.run.folder import locked
 from tinystory.student import checkpoint
 
 BOTH = f"""
@@ -147,7 +147,7 @@ def test_a_dead_process_is_told_in_a_sentence(place, tmp_path, rank):
     stderr = launch.communicate(timeout=120)[1]
     assert f"error: process {1 - rank} lost the others of this run" in stderr and "--resume" in stderr
     assert 'train_pretrain.py", line' not in stderr and not any(map(running, workers))
-    with held(tmp_path / "p"):
+    with locked(tmp_path / "p"):
         assert len(metrics(tmp_path / "p")) > 0
 
 
@@ -182,7 +182,7 @@ def test_ctrl_c_under_torchrun_ends_the_step_and_saves_and_twice_ends_at_once(pl
     assert (newest is None) == (times == 2)
     if newest:
         assert checkpoint.read_counters(newest)["step"] == metrics(tmp_path / "p")[-1]["step"]
-    with held(tmp_path / "p"):  # the lock is free again
+    with locked(tmp_path / "p"):  # the lock is free again
         assert metrics(tmp_path / "p")
 
 

@@ -16,7 +16,7 @@ class Sample(NamedTuple):
     entropy: float | None = None  # of the distributions that it was sampled from, summed over tokens, in nats
 
 
-def read_stories(path: Path) -> list[Sample]:
+def read_samples(path: Path) -> list[Sample]:
     """The stories of a .jsonl file, by whatever model or human: objects with `opening` and `story`, which goes on from
     it, and `ended` where known. An opening that `story` repeats is left out. Raises UserError for any other file."""
     stories = []

@@ -1,7 +1,7 @@
 """A run's folder: config.json, metrics.jsonl (one object per step) and stories.jsonl (one object per story).
 
 A killed run leaves at most an incomplete last line of records, which readers skip. A resumed run first truncates these
-files to the step of its checkpoint. One process at a time writes (`held`).
+files to the step of its checkpoint. One process at a time writes (`locked`).
 
 A folder may have been cut, edited or written by something else: each kind of file has one reader here, which checks
 names, types and sizes, so that the users of its records need not.
@@ -95,10 +95,10 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, created if need be, for the block. The operating system's lock is released however the
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a run's folder, created if need be, for the block. The operating system releases the lock however the
     process ends. Directories created here are removed again if nothing was written to them. Raises UserError, naming
-    the holder, if another process holds the folder."""
+    the holder, if another process has the lock."""
     folder, path = Path(folder), Path(folder) / LOCK
     try:
         new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -132,8 +132,8 @@ def held(folder: Path) -> Iterator[None]:
                     parent.rmdir()
 
 
-def is_held(folder: Path) -> bool:
-    """Whether a process holds a run's folder."""
+def is_locked(folder: Path) -> bool:
+    """Whether a process has locked a run's folder."""
     with contextlib.suppress(FileNotFoundError), open(folder / LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

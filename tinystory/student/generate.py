@@ -10,7 +10,7 @@ import math
 import random
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -99,18 +99,30 @@ def generate(
     if temperature < 1e-6:
         temperature, top_k = 1.0, 1
     sampling = Sampling(max_new_tokens, tokenizer.eos, seed, temperature, top_k, top_p, dropout)
-    prompts = {text: encode_opening(tokenizer, text) for text in openings}
-    require_room(student, max(prompts.values(), key=len), max_new_tokens)
-    device, token_steps = student.wte.weight.device, dropout_steps if dropout else student_steps
-    if engine_runs(device, ops.matmul_dtype(student.wte.weight)) and not dropout:
-        token_steps, size = engine_steps, len(openings)  # the engine begins new stories in place of those that end
-    else:
-        size = rows_at_once(len(openings), weights_size(student), device)
-    stories: list[Story] = []
+    device, dtype = student.wte.weight.device, ops.matmul_dtype(student.wte.weight)
+    prompts = {text: torch.tensor(encode_opening(tokenizer, text), device=device) for text in openings}
+    require_room(student, max(map(len, prompts.values())), max_new_tokens)
+    token_steps, size = student_steps, rows_at_once(len(openings), weights_size(student), device)
+    if dropout:
+        token_steps = dropout_steps
+    elif engine_runs(device, dtype):  # it begins new stories in place of those that end
+        token_steps, size = engine_steps, len(openings)
+    stories: dict[int, Story] = {}
     for first in range(0, len(openings), size):
-        some, index = openings[first : first + size], first_index + first
-        stories += _write(token_steps, student, value_head, tokenizer, some, prompts, sampling, index, on_story)
-    return stories
+        texts = openings[first : first + size]
+        distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        prompt_of = torch.tensor([distinct[text] for text in texts], device=device)
+        offset = first_index + first
+        steps = token_steps(student, value_head, [prompts[text] for text in distinct], prompt_of, sampling, offset)
+        for outputs, ended in steps:
+            for row, (tokens, logprobs, values, entropies) in ended_rows(outputs, ended):
+                text = tokenizer.decode(tokens.tolist()).strip()
+                reason = "eos" if tokens[-1] == tokenizer.eos else "length"
+                story = Story(offset + row, texts[row], text, tokens, logprobs, values, entropies, reason)
+                stories[first + row] = story
+                if on_story:
+                    on_story(story)
+    return [stories[row] for row in range(len(openings))]
 
 
 def rows_at_once(count: int, weights: int, device: torch.device) -> int:
@@ -125,36 +137,21 @@ def weights_size(student: Student) -> int:
     return sum(p.numel() for p in student.parameters()) * ops.matmul_dtype(student.wte.weight).itemsize
 
 
-def _write(
-    token_steps: "TokenSteps", student: Student, head: ValueHead | None, tokenizer: Tokenizer, openings: Sequence[str],
-    prompts: Mapping[str, list[int]], sampling: Sampling, first_index: int, on_story: Callable[[Story], None] | None,
-) -> list[Story]:  # fmt: skip
-    """The stories of one call of `token_steps`. prompts: the tokens of each opening."""
-    device = student.wte.weight.device
-    distinct = {text: i for i, text in enumerate(dict.fromkeys(openings))}
-    prompt_tokens = [torch.tensor(prompts[text], device=device) for text in distinct]
-    prompt_of = torch.tensor([distinct[text] for text in openings], device=device)
-    stories: dict[int, Story] = {}
-    for outputs, ended in token_steps(student, head, prompt_tokens, prompt_of, sampling, first_index):
-        if not ended:
-            continue
-        rows, lengths = map(list, zip(*ended, strict=True))
-        with reading(device):
-            columns = [column[rows, : max(lengths)].cpu() for column in outputs]
-        for row, length, *padded in zip(rows, lengths, *columns, strict=True):
-            tokens, logprobs, values, entropies = (column[:length] for column in padded)
-            text = tokenizer.decode(tokens.tolist()).strip()
-            reason = "eos" if tokens[-1] == tokenizer.eos else "length"
-            stories[row] = Story(first_index + row, openings[row], text, tokens, logprobs, values, entropies, reason)
-            if on_story:
-                on_story(stories[row])
-    return [stories[row] for row in range(len(openings))]
-
-
 # The outputs up to this token step, tokens int64 and logprobs, values, entropies float32, all (count, max_new_tokens);
 # and, of each story that ends with it, its row there and how many tokens it has.
 Step = tuple[tuple[Tensor, ...], list[tuple[int, int]]]
 TokenSteps = Callable[[Student, ValueHead | None, list[Tensor], Tensor, Sampling, int], Iterator[Step]]
+
+
+def ended_rows(outputs: Sequence[Tensor], ended: list[tuple[int, int]]) -> Iterator[tuple[int, list[Tensor]]]:
+    """The row of each story that has ended, and its part of the outputs, on the CPU. ended: rows and lengths. Not
+    views: pickle writes the whole tensor of a view."""
+    if ended:
+        rows, lengths = map(list, zip(*ended, strict=True))
+        with reading(outputs[0].device):
+            columns = [column[rows, : max(lengths)].cpu() for column in outputs]
+        for i, (row, length) in enumerate(ended):
+            yield row, [column[i, :length].clone() for column in columns]
 
 
 def engine_runs(device: torch.device, dtype: torch.dtype) -> bool:
@@ -437,13 +434,13 @@ def reading(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.stream(side_stream(device, "reading")) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def require_room(student: Student, prompt: list[int], max_new_tokens: int) -> None:
+def require_room(student: Student, opening_tokens: int, max_new_tokens: int) -> None:
     """Raises UserError when opening and story do not fit the context."""
-    room = student.config.context - len(prompt)
+    room = student.config.context - opening_tokens
     if max_new_tokens > room:
         advice = f"lower --max-new-tokens to {room}, or " * (room > 0) + "shorten the opening"
         raise UserError(
-            f"the opening ({len(prompt)} tokens) and the story (--max-new-tokens {max_new_tokens}) do not fit the "
+            f"the opening ({opening_tokens} tokens) and the story (--max-new-tokens {max_new_tokens}) do not fit the "
             f"student's context of {student.config.context}: {advice}"
         )
 
