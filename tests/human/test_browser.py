@@ -147,7 +147,7 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
         grade = by_story.get(clean(story["story"]))
         assert story["scores"] == (grade[-1]["scores"] if grade else dict.fromkeys(CRITERIA, 0))
         assert grade or not story["story"].strip()
-    assert json.loads((run / "config.json").read_text())["options"]["teacher"]["model"] == "person"
+    assert json.loads((run / "config.json").read_text())["options"]["teacher"]["model"] == "human"
 
 
 def test_a_blind_comparison_by_keys(page, tmp_path):
@@ -194,7 +194,7 @@ def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
     port = closed_port().rpartition(":")[2]
     server = start(tmp_path, port)
     asker = "import sys; from tinystory.teacher.client import Teacher\n"
-    asker += "with Teacher(sys.argv[1]) as t:\n t.grade('Once upon a time,', [sys.argv[2]], 0)"
+    asker += "with Teacher(sys.argv[1]) as t:\n t.grade('Once upon a time,', [sys.argv[2]])"
     story = "there was a little fox who wanted to catch the moon. " * 4 + "W" * 200
     client = subprocess.Popen([sys.executable, "-c", asker, f"http://127.0.0.1:{port}/v1", story], cwd=ROOT)
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)

@@ -103,15 +103,15 @@ def test_the_binding_compiles_without_cuda_in_torch(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def registers_are_full(arch: str, kernel: str) -> bool:
-    return arch == "sm_90" and re.search("attention_backward_kernel.*Li128E", kernel) is not None
+def registers_are_full(kernel: str) -> bool:
+    return re.search("attention_backward_kernel.*Li128E", kernel) is not None
 
 
 def test_no_kernel_spills_or_uses_local_memory(compiled):
-    """But for one: at D 128 the registers of the backward kernel are full, and on sm_90 a value is in local
-    memory (docs/kernels.md)."""
+    """But for one: at D 128 the registers of the backward kernel are full, and a value is in local memory
+    (docs/kernels.md)."""
     kernels = [k for _, log in compiled.values() for k in read_ptxas(log)]
-    full = [k for k in kernels if registers_are_full(k.arch, k.name)]
+    full = [k for k in kernels if registers_are_full(k.name)]
     assert full and all(k.stack <= 8 and k.spilled <= 4 for k in full)
     assert [k for k in kernels if (k.stack or k.spilled) and k not in full] == []
 
