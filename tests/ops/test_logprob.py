@@ -108,7 +108,7 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_the_weight_gradient_wide():
     hidden, weight = torch.randn(20, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
     targets = torch.randint(50, (20,))
     for op in (lambda *a: -ops.token_logprob(*a)[0].mean(), ops.cross_entropy):
-        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        with torch.autocast(hidden.device.type, torch.bfloat16):
             loss = op(hidden, weight, targets)
         grads = torch.autograd.grad(loss, (hidden, weight))
         assert loss.dtype == grads[0].dtype == grads[1].dtype == torch.float32

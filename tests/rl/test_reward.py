@@ -166,11 +166,15 @@ def test_what_a_reward_does_to_torchs_settings_is_undone(tmp_path):
         "def f(o, s):\n    torch.set_default_dtype(torch.float16)\n    torch.set_default_device('meta')\n"
         "    torch.set_grad_enabled(False)\n    torch.set_num_threads(1 + torch.get_num_threads())\n    return [0.5]\n"
     )
-    settings = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.get_num_threads()
+
+    def settings():
+        device = torch.empty(0).device
+        return torch.get_default_dtype(), device, torch.is_grad_enabled(), torch.get_num_threads()
+
+    before = settings()
     score = load_score(f"{tmp_path / 'r.py'}:f")
-    assert torch.get_default_dtype() == settings[0] and score(["o"], ["a"]) == [0.5]
-    now = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.get_num_threads()
-    assert now == settings
+    assert torch.get_default_dtype() == before[0] and score(["o"], ["a"]) == [0.5]
+    assert settings() == before
 
 
 def test_the_best_of_n_is_the_largest_of_each_group_and_no_score_loses():

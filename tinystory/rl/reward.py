@@ -196,12 +196,13 @@ def _user_code(spec: str, file: str, timeout_s: float) -> Iterator[None]:
 def _torch_settings_restored() -> Iterator[None]:
     import torch  # here, because reports do not need it
 
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    dtype, device, threads = torch.get_default_dtype(), torch.empty(0).device, torch.get_num_threads()
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):  # which restores the mode
             yield
     finally:
         torch.set_default_dtype(dtype)
-        torch.set_default_device(None)
+        if torch.empty(0).device != device:  # after it torch 2.9's get_default_device fails
+            torch.set_default_device(None)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
