@@ -87,11 +87,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def pretrain(config: PretrainConfig) -> None:
     distributed.require_one_each("--batch-size", config.batch_size)
-    run, rank0, compute = (
-        Path(config.out),
-        distributed.is_rank0(),
-        resolve(config.device, config.dtype, config.pytorch_ops),
-    )
+    run, rank0 = Path(config.out), distributed.is_rank0()
+    compute = resolve(config.device, config.dtype, config.pytorch_ops)
     device = compute.device
     memory.require_for_pretraining(config, device)
     for warning in published_options(config) if rank0 else ():
