@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # reports need no torch
     from tinystory.student.generate import Story
 
-WINDOW, STORIES = 5, 1024  # steps that are averaged: so many, or fewer that hold so many stories
+WINDOW, STORIES = 5, 768  # steps that are averaged: so many, or fewer that hold so many stories
 # Kind, metric, and by which factor its mean falls from that of the first steps, or rises from its lowest one, before it
 # is a sign. The factors are coarse on purpose: far outside what a step's noise does to a mean of WINDOW steps.
 SIGNS = (
