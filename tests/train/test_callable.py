@@ -62,6 +62,15 @@ def test_a_reward_cannot_change_how_the_student_learns(place, whole, tmp_path):
     assert_same_bits(whole, tmp_path / "i")
 
 
+def test_the_story_shown_is_the_first_that_training_changed(tmp_path):
+    stories = {0: ["It ran.", "A cat.", "A dog."], 1: ["It ran.", "A bird.", "A fox."]}
+    records = [story_record(step, story=story) for step, texts in stories.items() for story in texts]
+    (tmp_path / EVALUATIONS).write_text("".join(json.dumps(record) + "\n" for record in records))
+    summary = write_samples(tmp_path, 1)
+    assert "A cat." in summary and "A bird." in summary and "It ran." not in summary
+    assert "It ran." in write_samples(tmp_path, 0)  # nothing has changed
+
+
 @pytest.mark.parametrize("command", ["pretrain", "interact", "sample"])
 def test_a_terminal_gets_no_escape_sequences_of_a_story(place, tmp_path, capsys, monkeypatch, command):
     nothing = torch.zeros(0)

@@ -137,16 +137,17 @@ def is_best(records: Iterable[Record], step: int) -> bool:
 
 
 def write_samples(folder: Path, best_step: int) -> str:
-    """A summary for the terminal: a story before and after training, and the metrics of both evaluations. Writes
-    samples.jsonl, the stories of the evaluations before training and of `best`."""
+    """A summary for the terminal: the first story that training changed, before and after, and the metrics of both
+    evaluations. Writes samples.jsonl, the stories of the evaluations before training and of `best`."""
     records = list(read_records(folder / EVALUATIONS))
     before, after = ([record for record in records if record["step"] == step] for step in (0, best_step))
     samples = [{"when": "before"} | record for record in before] + [{"when": "after"} | record for record in after]
     atomic_write(folder / SAMPLES, "".join(json.dumps(record) + "\n" for record in samples))
-    if not before or not after:  # evaluations.jsonl can have lost one
+    if not before or not after:  # evaluations.jsonl can have lost some
         return ""
-    lines = []
-    for when, record in (("before", before[0]), ("after", after[0])):
+    pairs, lines = [*zip(before, after, strict=False)], []
+    pair = next((pair for pair in pairs if pair[0]["story"] != pair[1]["story"]), pairs[0])
+    for when, record in zip(("before", "after"), pair, strict=True):
         text = printable(f"{record['opening']} {record['story']}")
         lines.append(f"\n{when}, scored {record['scores']}:\n{text}")
     lines.append(f"\n{len(before)} evaluation stories, before and after step {best_step}, the best:")
