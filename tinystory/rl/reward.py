@@ -202,7 +202,7 @@ def _torch_settings_restored() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
-        if torch.empty(0).device != device:  # after it torch 2.9's get_default_device fails
+        if torch.empty(0).device != device:  # from then on torch 2.9's get_default_device fails
             torch.set_default_device(None)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)

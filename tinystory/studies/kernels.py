@@ -178,8 +178,9 @@ def peak_mb(f: Callable, device: torch.device) -> float | None:
 
 
 def return_freed_memory() -> None:
-    """Of the main thread, and of the calling one, whose heap may be an ended thread's. glibc's malloc_trim leaves the
-    end of such a heap alone: freeing a large block returns what exceeds the threshold."""
+    """Returns to the system what is free in the heaps of the main thread and of the calling one, which may have been an
+    ended thread's. glibc's malloc_trim leaves the end of such a heap alone; freeing a large block returns it, if it
+    exceeds the threshold."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "malloc_trim"):
         return
