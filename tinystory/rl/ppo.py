@@ -67,10 +67,15 @@ class Batch:
         return self.predicts.cpu().numpy(), self.mask.cpu().numpy()
 
     @property
-    def lengths(self) -> Tensor:
-        """(B,) int64, on the CPU: the inputs of each row, padding not counted."""
+    def host_lengths(self) -> np.ndarray:
+        """(B,): the inputs of each row, padding not counted."""
         predicts, _ = self.host
-        return torch.from_numpy((predicts * np.arange(1, predicts.shape[1] + 1)).max(1))
+        return (predicts * np.arange(1, predicts.shape[1] + 1)).max(1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """host_lengths as (B,) int64, on the CPU."""
+        return torch.from_numpy(self.host_lengths)
 
     @cached_property
     def places(self) -> Tensor:
@@ -198,7 +203,7 @@ def response_states(student: Student, batch: Batch) -> Tensor:
     """(tokens, C): forward pass over whole stories, the state from which each response token is predicted, in the order
     of the mask. Columns that are padding in every row are not computed, and on a CPU no opening twice (on a GPU, whose
     sums of gradients by index depend on the threads' order, it is)."""
-    lengths, (predicts, _) = batch.lengths.numpy(), batch.host
+    lengths, (predicts, _) = batch.host_lengths, batch.host
     T = int(lengths.max())
     tokens, places = batch.inputs[:, :T], true_places(predicts[:, :T], batch.inputs.device)
     packing = None if ops.on_gpu(tokens) else pack(tokens.numpy(), predicts.argmax(1) + 1, lengths)
