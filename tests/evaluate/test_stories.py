@@ -1,7 +1,6 @@
-"""Statistics of stories: n-grams, story clusters, utility, scores, what is copied; and files of stories by anybody."""
+"""Statistics of stories: n-grams, story clusters, scores, what is copied; and files of stories by anybody."""
 
 import json
-import math
 from collections import Counter
 
 import pytest
@@ -14,9 +13,7 @@ from tinystory.evaluate.samples import Sample, read_samples
 from tinystory.evaluate.stories import (
     distinct_ngrams,
     longest_shared,
-    self_bleu,
     story_measures,
-    utility,
     write_stories,
 )
 from tinystory.rl.reward import cluster_ids, cluster_sizes, phrases
@@ -39,15 +36,6 @@ def test_clusters_count_stories_told_again():
     assert cluster_sizes(["", "", "too short"]) == [1, 1, 1]  # no phrases, so nothing in common
 
 
-def test_utility_is_what_a_patient_reader_gets_of_new_stories():
-    """A reader who goes on with chance 0.8 sees story i with chance 0.8 ** i."""
-    scarf = "Tom lost his red scarf in the wood and a kind owl brought it back before the sun went down."
-    cake = "A baker made one huge cake but nobody came so all the mice of that town had some instead."
-    assert utility([scarf], [6.0]) == 6
-    assert utility([scarf, scarf], [6.0, 9.0]) == pytest.approx(6 / 1.8)  # repeated: worth nothing
-    assert utility([scarf, cake], [6.0, 9.0]) == pytest.approx((6 + 0.8 * 9) / 1.8)
-
-
 @given(st.lists(st.lists(st.sampled_from("abc"), max_size=9).map(" ".join), max_size=12))
 def test_a_story_joins_the_first_founder_that_it_is_near(texts):
     grams, founders, ids = [phrases(text, 3) for text in texts], [], []
@@ -57,19 +45,6 @@ def test_a_story_joins_the_first_founder_that_it_is_near(texts):
         founders += [] if near else [a]
     assert cluster_ids(texts) == ids
     assert cluster_sizes(texts) == sorted(Counter(ids).values(), reverse=True)
-
-
-def test_self_bleu_by_hand():
-    same = "the cat sat on the mat"
-    assert self_bleu([same, same, same]) == pytest.approx(1)
-    assert self_bleu([same]) is None and self_bleu(["a b", same]) is None
-    # "a b c d" in "a b c d e": precisions 1, brevity exp(1 - 5 / 4). The other way: 4/5, 3/4, 2/3, 1/2, no brevity.
-    expected = (math.exp(-1 / 4) + (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25) / 2
-    assert self_bleu(["a b c d", "a b c d e"]) == pytest.approx(expected)
-    # A count is clipped at the most in any one other text; no match counts as 0.1.
-    expected = (math.exp(0.25 * sum(math.log(p) for p in (1 / 4, 0.1 / 3, 0.1 / 2, 0.1))) +
-                math.exp(0.25 * sum(math.log(p) for p in (1 / 4, 0.1 / 3, 0.1 / 2, 0.1)))) / 2  # fmt: skip
-    assert self_bleu(["a a a a", "a b c d"]) == pytest.approx(expected)
 
 
 def test_the_longest_phrase_shared_with_the_corpus(tmp_path):
@@ -118,10 +93,10 @@ def test_story_measures(student, tokenizer, tmp_path):
     assert other["entropy_per_word"] != plain["entropy_per_word"]
     silent = story_measures(stories, grade=lambda pairs: [None] * len(pairs))
     assert silent["score_mean"] is None and silent["unscored"] == 9
-    assert plain["story_clusters_10"] is None and measures["utility_10"] is None  # too few stories to an opening
+    assert plain["story_clusters_10"] is None  # too few stories to an opening
     nineteen = write_stories(student, tokenizer, **sampling | {"n_stories": 19})  # ten to the first, nine
     ten = story_measures(nineteen, grade=grade)
-    assert 1 <= ten["story_clusters_10"] <= 10 and 0 < ten["utility_10"] <= 2
+    assert 1 <= ten["story_clusters_10"] <= 10
 
 
 # ---- stories by anybody ---------------------------------------------------------------------------------------------
@@ -138,7 +113,7 @@ def test_stories_by_anybody_are_read_and_what_is_not_known_of_them_is_not_measur
     )
     assert read_samples(path) == [Sample("Once", "a big dog ran.")] * 2
     measures = story_measures(read_samples(path))
-    assert measures["self_bleu"] == pytest.approx(1) and measures["length_mean"] == 4
+    assert measures["distinct_4"] == 0.5 and measures["length_mean"] == 4
     assert "entropy_per_word" not in measures and "ended_eos_share" not in measures
     # A student's own stories, by way of a file, have the same measures but the entropy.
     samples = write_stories(

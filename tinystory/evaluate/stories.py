@@ -1,8 +1,6 @@
 """Measures of a student's stories: the teacher's scores, diversity, copying from the corpus, length and endings."""
 
 import functools
-import math
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -57,13 +55,12 @@ def story_measures(
     grade(pairs) returns the scores of each (opening, story) per criterion, 0..3 each, or None for no score.
 
     Returns, over all stories: length_mean (words) with length_ci; distinct_1 to distinct_4 (distinct word n-grams over
-    all of them); self_bleu (None for a single story); story_clusters_10, of the first ten stories to an opening,
-    averaged over openings with as many (NoveltyBench's distinct, with shared phrases in place of its classifier). Where
-    known of all: ended_eos_share with ended_eos_ci (Wilson); entropy_per_word (nats: entropies of the sampling
-    distributions, summed over tokens, per word). With `grade`: score_mean, the sum of the criteria's scores, with
-    score_ci; NAME_mean of each criterion; unscored; utility_10 (see `utility`). With `corpus`: copied_share, the words
-    of the longest phrase shared with it over the story's words, and copied_longest, the longest such phrase in words.
-    The other intervals are bootstrapped over stories.
+    all of them); story_clusters_10, of the first ten stories to an opening, averaged over openings with as many
+    (NoveltyBench's distinct, with shared phrases in place of its classifier). Where known of all: ended_eos_share with
+    ended_eos_ci (Wilson); entropy_per_word (nats: entropies of the sampling distributions, summed over tokens, per
+    word). With `grade`: score_mean, the sum of the criteria's scores, with score_ci; NAME_mean of each criterion;
+    unscored. With `corpus`: copied_share, the words of the longest phrase shared with it over the story's words, and
+    copied_longest, the longest such phrase in words. The other intervals are bootstrapped over stories.
     """
     texts = [story.text for story in stories]
     by_opening: dict[str, list[int]] = {}
@@ -76,7 +73,6 @@ def story_measures(
         "length_mean": float(lengths.mean()),
         "length_ci": mean_ci(lengths),
         **{f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2, 3, 4)},
-        "self_bleu": self_bleu(texts),
     }
     measures["story_clusters_10"] = mean_of(len({*cluster_ids([texts[i] for i in rows])}) for rows in tens)
     if all(story.ended for story in stories):
@@ -91,10 +87,6 @@ def story_measures(
         measures |= {"score_mean": mean, "score_ci": ci, "unscored": len(grades) - len(scored)}
         if scored:
             measures |= {f"{name}_mean": fmean(scores[name] for scores in scored) for name in scored[0]}
-            values = [sum(scores.values()) if scores else 0.0 for scores in grades]
-            measures["utility_10"] = mean_of(
-                utility([texts[i] for i in rows], [values[i] for i in rows]) for rows in tens
-            )
     if corpus:
         shared = longest_shared(texts, corpus)
         measures["copied_share"] = fmean(n / max(words, 1) for n, words in zip(shared, lengths.tolist(), strict=True))
@@ -106,48 +98,6 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     """The mean of the values that are not None; None if there are none."""
     present = [value for value in values if value is not None]
     return fmean(present) if present else None
-
-
-def utility(texts: Sequence[str], scores: Sequence[float], patience: float = 0.8) -> float:
-    """The utility of answers to one prompt (NoveltyBench, arXiv 2504.05228, eq. 2), in units of a score: the mean score
-    that a reader gets who asks for another answer with probability `patience`, and for whom an answer of an earlier
-    cluster is worth nothing.
-
-    There, a classifier says whether two answers are the same; here, they are if they are in one cluster."""
-    clusters = cluster_ids(texts)
-    weights = patience ** np.arange(len(texts))
-    new = np.array([cluster not in clusters[:i] for i, cluster in enumerate(clusters)], dtype=float)
-    return float((weights * new * np.asarray(scores, dtype=float)).sum() / weights.sum())
-
-
-def self_bleu(texts: Sequence[str], most: int = 4) -> float | None:
-    """Mean BLEU of each text against all others (Zhu et al. 2018, arXiv 1802.01886): 1 if all texts are the same.
-
-    Word n-grams of orders 1 to `most`, with equal weights; zero matches count as 0.1 (smoothing 1 of Chen and Cherry
-    2014); the reference length is the closest one among the others. Texts of fewer than `most` words are left out; None
-    if fewer than two remain.
-    """
-    words = [text.split() for text in texts if len(text.split()) >= most]
-    if len(words) < 2:
-        return None
-    logs = np.zeros(len(words))
-    for n in range(1, most + 1):
-        counts = [Counter(tuple(w[i : i + n]) for i in range(len(w) - n + 1)) for w in words]
-        by_gram = defaultdict(list)
-        for counter in counts:
-            for gram, count in counter.items():
-                by_gram[gram].append(count)
-        highest = {gram: sorted([0, *values])[-2:] for gram, values in by_gram.items()}
-        for i, counter in enumerate(counts):
-            # Clipped at the highest count in another text: the second highest if this text has the highest.
-            matched = sum(min(count, highest[gram][count < highest[gram][1]]) for gram, count in counter.items())
-            logs[i] += math.log(max(matched, 0.1) / counter.total()) / most
-    lengths = np.array([len(w) for w in words])
-    for index, length in enumerate(lengths):
-        others = np.delete(lengths, index)
-        nearest = others[np.lexsort((others, np.abs(others - length)))[0]]  # the shorter of two equally close ones
-        logs[index] += min(0.0, 1 - nearest / length)
-    return float(np.exp(logs).mean())
 
 
 def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:

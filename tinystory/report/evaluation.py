@@ -28,9 +28,7 @@ ROWS = (
     ("fraction that end", ("stories", "ended_eos_share"), ("stories", "ended_eos_ci"), 2),
     ("nats per word", ("stories", "entropy_per_word"), None, 2),
     ("distinct_4", ("stories", "distinct_4"), None, 3),
-    ("self-BLEU", ("stories", "self_bleu"), None, 3),
     ("clusters of 10, by shared phrases", ("stories", "story_clusters_10"), None, 1),
-    ("utility of 10", ("stories", "utility_10"), None, 2),
     ("copied fraction", ("stories", "copied_share"), None, 3),
 )
 

@@ -28,9 +28,7 @@ MEASURES = {  # the first four are rewarded
     "creativity": ("stories", "creativity_mean"),
     "Score, other openings": ("other_openings", "score_mean"),
     "distinct_4": ("stories", "distinct_4"),
-    "self-BLEU": ("stories", "self_bleu"),
     "Clusters of 10": ("stories", "story_clusters_10"),
-    "Utility of 10": ("stories", "utility_10"),
     "Nats per word": ("stories", "entropy_per_word"),
     "Copied": ("stories", "copied_share"),
     "Words": ("stories", "length_mean"),
@@ -177,7 +175,7 @@ def measures_table(records: Sequence[Record]) -> str:
         "What was rewarded and what was not",
         "Only the score and its three criteria were rewarded; with --objective demo also being different from the "
         "other stories, and an end. distinct_4: distinct word 4-grams over all 4-grams; "
-        "self-BLEU: similarity of the stories to each other; copied: the longest phrase of the corpus in a story; "
+        "copied: the longest phrase of the corpus in a story; "
         "bits per byte: on held-out text. A score bought by repeating the same story shows in these.",
         page.table(["Student", *columns], rows),
     )
