@@ -9,9 +9,10 @@ from conftest import ROOT, SHORT, fails
 
 import train_interact
 from scripts import evaluate
+from tinystory.evaluate import second_judge
 from tinystory.evaluate.second_judge import AFTER, BEFORE, BEST_OF_N, COLDER, GROUPS, REAL, conclusion, gain, summary
 from tinystory.report.judges import judged_rows
-from tinystory.rl.reward import load_score
+from tinystory.rl.reward import best_of_n, load_score
 from tinystory.run.folder import EVALUATIONS, JUDGED, read_records
 
 
@@ -43,7 +44,9 @@ def run(place, tmp_path, monkeypatch):
     return out
 
 
-def test_a_finished_run_is_judged_with_its_controls(run, capsys):
+def test_a_finished_run_is_judged_with_its_controls(run, capsys, monkeypatch):
+    drawn = []  # scores by the teacher
+    monkeypatch.setattr(second_judge, "best_of_n", lambda *args: [drawn.append(args[0]), best_of_n(*args)][1])
     evaluate.main(["--judge", str(run), str(run), "--reader", "short-words"])
     printed = capsys.readouterr().out
     assert "2 runs together" in printed and "not the teacher" in printed and printed.count("real stories") >= 3
@@ -55,8 +58,13 @@ def test_a_finished_run_is_judged_with_its_controls(run, capsys):
     openings = [record["opening"] for record in evaluations]
     for name in (AFTER, *COLDER, BEST_OF_N):
         assert [record["opening"] for record in by_group[name]] == openings
-    means = {name: np.mean([record["score"] for record in group]) for name, group in by_group.items()}
-    assert means[BEST_OF_N] > means[BEFORE]  # by this teacher's own choice
+    for i, (before, best) in enumerate(zip(by_group[BEFORE], by_group[BEST_OF_N], strict=True)):
+        candidates = drawn[0][i :: len(openings)]
+        assert (
+            len(candidates) == second_judge.BEST_OF
+            and candidates[0] == before["score"]
+            and max(candidates) == best["score"]
+        )
     page = (run / "report.html").read_text()
     assert "A judge that was not the teacher" in page and "temperature 0.5" in page
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from scripts import doctor, evaluate, prepare_data, sample
 from tinystory.evaluate.samples import read_samples
 from tinystory.run import errors, paths
 from tinystory.run.errors import PeerLost, UserError, command
+from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
+from tinystory.student.generate import generate
 
 COMMAND = """
 import os, signal, sys
@@ -177,15 +180,18 @@ def test_more_stories_than_memory_holds_are_refused_before_they_are_begun(place,
 
 
 def test_the_best_of_several_stories_is_printed(place, tmp_path, capsys):
-    """By the callable's score: the length that it asks for; without one, the likeliest of those that end."""
-    (tmp_path / "r.py").write_text("def long(o, stories):\n    return [min(len(s) / 999, 1.0) for s in stories]\n")
+    """The one that the callable likes; without a callable, the likeliest of those that end."""
+    student, tokenizer, _ = checkpoint.load(checkpoint.newest(place / "p"))
+    drawn = generate(student, None, tokenizer, ["Once"] * 16, first_index=0, max_new_tokens=12, seed=0)
+    likeliest = [max(drawn[i::2], key=lambda story: story.likelihood) for i in range(2)]
     common = f"{checkpoint.newest(place / 'p')} --stories 2 --max-new-tokens 12 --device cpu --opening Once".split()
-    printed = []
-    for more in ([], ["--best-of", "8", "--reward", f"{tmp_path / 'r.py'}:long"], ["--best-of", "8"]):
+    reward = tmp_path / "r.py"
+    reward.write_text(f"def liked(o, stories):\n    return [s in {[s.text for s in drawn[-2:]]!r} for s in stories]\n")
+    eight = ["--best-of", "8"]
+    for more, best in ([], drawn[:2]), ([*eight, "--reward", f"{reward}:liked"], drawn[-2:]), (eight, likeliest):
         sample.main([*common, *more])
-        printed.append(capsys.readouterr().out)
-    assert all(out.count("--- story") == 2 for out in printed) and len(set(printed)) == 3
-    assert len(printed[1]) > len(printed[0]) and printed[2].count("cut off") <= printed[0].count("cut off")
+        printed = "".join(re.split("--- story.*", capsys.readouterr().out))  # wrapped
+        assert "".join(printed.split()) == "".join(printable(" ".join(f"Once {story.text}" for story in best)).split())
     assert "do not go together" in fails(sample.main, [*common, "--teacher-url=http://x", "--reward=random"], capsys)
 
 
