@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tinystory.config import INTERACT_PRESETS, InteractConfig, parse, published_options
+from tinystory.config import INTERACT_PRESETS, InteractConfig, leads_out, parse, published_options
 from tinystory.data import babylm
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import calibrated
@@ -37,7 +37,7 @@ from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
 from tinystory.run.device import Stop, peak_memory_mb
 from tinystory.run.errors import Interrupted, UserError, command
-from tinystory.run.folder import Record, RunLog, locked, read_metrics
+from tinystory.run.folder import Record, RunLog, locked, read_metrics, recorded_options
 from tinystory.run.paths import usage
 from tinystory.run.step_log import Stages
 from tinystory.student import checkpoint, memory
@@ -209,7 +209,7 @@ def starting_checkpoint(init: str) -> Path:
 def report(run: Path, state: RunState, *, stopped: bool, judge: Callable[[], list[Record]] | None) -> None:
     """Print how to go on with a run that was asked to stop, or what another one learned."""
     if stopped:
-        resume = usage("python train_interact.py", "--out", run, "--resume")
+        resume = usage("python train_interact.py", "--out", run, "--resume", *leads_out(recorded_options(run)))
         print(f"stopped after step {state.step}, all saved; go on with: {resume}")
         return
     print(write_samples(run, state.best_step))

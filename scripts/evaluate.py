@@ -20,9 +20,9 @@ all; the last table is of all runs.
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from tinystory.config import SEEDS, InteractConfig, add_number
-from tinystory.data.corpus import open_corpus
+from tinystory.config import SEEDS, InteractConfig, add_number, recorded_config
+from tinystory.data.corpus import NAMES, open_corpus
 from tinystory.data.openings import load_openings
 from tinystory.evaluate import submission
 from tinystory.evaluate.coreference import coreference, unseen_stories
@@ -51,7 +51,7 @@ from tinystory.report.judges import BEFORE_AFTER, correlation_line, judged_rows,
 from tinystory.report.run import write_report
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import Record, atomic_write, recorded_options
+from tinystory.run.folder import Record, atomic_write
 from tinystory.run.paths import usage
 from tinystory.run.text import aligned
 from tinystory.student import checkpoint, memory
@@ -92,6 +92,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add_number(parser, "--max-new-tokens", InteractConfig.max_new_tokens, "[1, 1e6]", "longest story, in tokens")
     add_number(parser, "--temperature", InteractConfig.temperature, "[0, 100]", "at which they are sampled")
     add("--teacher-url", nargs="+", default=[], help="teacher that scores them (default: built in)")
+    add("--reward", default="", metavar="FILE.py:FUNCTION", help="the teacher of a --judge RUN that had this one")
     add("--teacher-model", nargs="+", default=[], help="model name (default: the first listed)")
     add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
     add_number(parser, "--seed", 0, SEEDS, "seed of the stories and of the teacher")
@@ -206,14 +207,19 @@ def compare_stories(options: argparse.Namespace, count: int) -> None:
 def judge_runs(options: argparse.Namespace) -> None:
     """Show the stories of each run and its controls to a reader, and print how much of the gain it sees."""
     reader, pooled = Reader(options.reader or PACKAGED, options.device), list[Record]()
+    typed = {name: getattr(options, name) for name in ("reward", "teacher_url", "teacher_model")}
+    typed = {name: value for name, value in typed.items() if value}
     for run in options.judge:
-        recorded = recorded_options(run)
-        names = {field.name for field in dataclasses.fields(InteractConfig) if field.init}
-        config = InteractConfig(**{name: value for name, value in recorded.items() if name in names})
+        config: InteractConfig = recorded_config(InteractConfig, run, typed)
         compute = resolve(config.device, config.dtype, config.pytorch_ops)
-        corpus = checkpoint.load(run / "checkpoints" / "start", compute.device)[2].get("corpus")
+        corpus = options.corpus or checkpoint.load(run / "checkpoints" / "start")[2].get("corpus") or ["builtin"]
+        if not options.corpus and (files := [name for name in corpus if name not in NAMES]):
+            raise UserError(
+                f"{run} would read {files[0]}, its student's corpus, and quote it as real stories; a run's folder may "
+                f"come from somebody else, so if you trust it add --corpus {shlex.join(corpus)}"
+            )
         with open_grader(config, builtin_teacher, corpus=corpus, replies=run / "judge_replies.jsonl") as grader:
-            records = judge_run(run, config, compute, reader, grader.grade_each)
+            records = judge_run(run, config, compute, reader, grader.grade_each, corpus)
         print_judged(str(run), records)
         print(f"report: {write_report(run)}")
         pooled += [record | {"index": record["index"] + len(pooled)} for record in records]

@@ -6,13 +6,15 @@ Flags override the preset, which overrides the defaults: `python train_pretrain.
 import argparse
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from tinystory.run.errors import UserError
-from tinystory.run.folder import CONFIG, recorded_options
+from tinystory.run.folder import CONFIG, recorded_options, without_passwords
 from tinystory.run.track import TRACKERS
 
 
@@ -131,7 +133,7 @@ class PretrainConfig:
     eval_sequences: int = option(32, "sequences per validation, evenly spread; the last one uses all", "[1, 1e9]")
 
     def __post_init__(self) -> None:
-        if self.n_head == 0:
+        if type(self.n_head) is type(self.n_embd) is int and self.n_head == 0:  # other types are for `check` to refuse
             self.n_head = max(1, self.n_embd // 64)
 
 
@@ -214,7 +216,9 @@ class InteractConfig:
     reading_batch: int = option(32, "sequences of it per update; their words count as words in", "[1, 1e9]")
 
     eval_every: int = option(1, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation")
-    eval_stories: int = option(40, "stories per evaluation; `best` is the last student that none beats", "[1, 1e9]")
+    eval_stories: int = option(
+        40, "stories per evaluation; `best`: the latest within a standard error of the highest", "[1, 1e9]"
+    )
     eval_best_of: int = option(1, "stories per opening of which the best is measured too", "[1, 1000]")
     reader: str = option("none", "second judge, at the end: none, smollm2, or a causal model of the Hub or a folder")
 
@@ -313,28 +317,21 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
     parser.add_argument("--preset", choices=presets, help="named set of the options below (default: demo)")
     add_options(parser, config_class)
     typed = vars(parser.parse_args(argv))
-    preset, recorded, folder = typed.pop("preset"), {}, Path()
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
-        folder = Path(str(typed.get("out", vars(config_class)["out"])))
-        recorded = _recorded(config_class, folder, typed | {"preset": preset})
-        preset = recorded.pop("preset")
-        if preset not in [*presets]:  # a list, because the value may be anything
-            raise UserError(f"{folder / CONFIG} names an unknown preset {preset!r}: restore it from a copy")
-    config = config_class(**{**presets[preset or "demo"], **recorded, **typed})
-    config.preset = preset or "demo"
-    try:
-        check(config)
-    except UserError as error:
-        raise UserError(f"{folder / CONFIG}: {error}; correct it there, or by a flag") if recorded else error from None
+        return _resumed(config_class, typed)
+    preset = typed.pop("preset") or "demo"
+    config = config_class(**{**presets[preset], **typed})
+    config.preset = preset
+    check(config)
     return config
 
 
-def _recorded(config_class: type, folder: Path, typed: dict[str, Any]) -> dict[str, Any]:
-    """The preset and options in config.json of the run in the folder. Raises UserError if it is a run of another
-    command or version, or if `typed` has another preset or start, which a resumed run would ignore."""
-    recorded = recorded_options(folder) | {"out": str(folder)}
-    names = ["preset", *(f.name for f in _options(config_class))]
-    if missing := [name for name in names if name not in recorded]:
+def _resumed(config_class: type, typed: dict[str, Any]) -> Any:
+    """The options of a run to be resumed. Raises UserError if it is a run of another command or version, or if `typed`
+    has another preset or start, which it would ignore."""
+    folder = Path(typed.setdefault("out", vars(config_class)["out"]))
+    recorded = recorded_options(folder)
+    if missing := [name for name in ("preset", *_names(config_class)) if name not in recorded]:
         for command, mark in (("train_pretrain.py", "n_layer"), ("train_interact.py", "stories_per_step")):
             if mark in recorded and not hasattr(config_class, mark):
                 raise UserError(f"{folder} is a run of {command}: resume it with that, or give another --out")
@@ -348,7 +345,43 @@ def _recorded(config_class: type, folder: Path, typed: dict[str, Any]) -> dict[s
                 f"--{name} {typed[name]} does not go with --resume: {folder} was begun with {recorded.get(name)!r}; "
                 "leave it out, or start a new run in another --out"
             )
-    return {name: recorded[name] for name in names}
+    return recorded_config(config_class, folder, typed | {"preset": recorded["preset"]}, resumes=True)
+
+
+def recorded_config(config_class: type, run: Path, typed: dict[str, Any], *, resumes: bool = False) -> Any:
+    """The options in a run's config.json, overridden by `typed`, those of the command line.
+
+    The run may come from somebody else, and its options decide neither what code is run nor who gets the user's key:
+    UserError for those (`leads_out`) that `typed` does not name anew, and for what `check` refuses."""
+    recorded = recorded_options(run)
+    options = {name: recorded[name] for name in ("preset", *_names(config_class)) if name in recorded} | typed
+    preset = options.pop("preset", "demo")
+    if preset not in [*PRETRAIN_PRESETS]:  # a list, because the value may be anything
+        raise UserError(f"{run / CONFIG} names an unknown preset {preset!r}: restore it from a copy")
+    config = config_class(**options)
+    config.preset = preset
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{run / CONFIG}: {error}; correct it there, or by a flag") from None
+    if flags := leads_out({name: value for name, value in vars(config).items() if name not in typed}, resumes):
+        raise UserError(
+            f"{run / CONFIG} asks for {shlex.join(flags)}, which runs code, or sends stories and your key to a server; "
+            "a run's folder may come from somebody else, so add exactly that to the command if you trust it"
+        )
+    return config
+
+
+def leads_out(options: Mapping[str, Any], resumes: bool = True) -> list[str]:
+    """The flags that a run's config.json cannot set by itself: --reward FILE.py:FUNCTION, and --teacher-url, of a run
+    that is resumed only if there is a key to send."""
+    words: list[str] = []
+    if options.get("reward", "") not in ("", "random"):
+        words += ["--reward", options["reward"]]
+    has_key = any(name.startswith("OPENAI_API_KEY") for name in os.environ)
+    if options.get("teacher_url") and (has_key or not resumes):
+        words += ["--teacher-url", *map(without_passwords, options["teacher_url"])]
+    return words
 
 
 def check(config: Any) -> None:
@@ -369,6 +402,10 @@ def published_options(config: Any) -> list[str]:
 
 def _options(config_class: type) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(config_class) if f.init]  # all but `preset`
+
+
+def _names(config_class: type) -> list[str]:
+    return [f.name for f in _options(config_class)]
 
 
 def _flag(f: dataclasses.Field) -> str:

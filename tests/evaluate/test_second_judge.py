@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from conftest import ROOT, SHORT, fails
+from fault_server import FaultServer
 
 import train_interact
 from scripts import evaluate
@@ -33,6 +34,18 @@ class Rubric:
         return dict.fromkeys("abc", 3 if story else 0)
 
 
+def trusted(place):
+    """The flags that name anew what a run's folder says of code and files outside of it."""
+    return [
+        "--reward",
+        f"{place / 'reward.py'}:score",
+        "--corpus",
+        str(place / "corpus.txt"),
+        "--reader",
+        "short-words",
+    ]
+
+
 @pytest.fixture
 def run(place, tmp_path, monkeypatch):
     """A finished run with a callable as its teacher, which no second judge has seen."""
@@ -44,10 +57,10 @@ def run(place, tmp_path, monkeypatch):
     return out
 
 
-def test_a_finished_run_is_judged_with_its_controls(run, capsys, monkeypatch):
+def test_a_finished_run_is_judged_with_its_controls(place, run, capsys, monkeypatch):
     drawn = []  # scores by the teacher
     monkeypatch.setattr(second_judge, "best_of_n", lambda *args: [drawn.append(args[0]), best_of_n(*args)][1])
-    evaluate.main(["--judge", str(run), str(run), "--reader", "short-words"])
+    evaluate.main(["--judge", str(run), str(run), *trusted(place)])
     printed = capsys.readouterr().out
     assert "2 runs together" in printed and "not the teacher" in printed and printed.count("real stories") >= 3
     records = list(read_records(run / JUDGED))
@@ -69,17 +82,43 @@ def test_a_finished_run_is_judged_with_its_controls(run, capsys, monkeypatch):
     assert "A judge that was not the teacher" in page and "temperature 0.5" in page
 
 
-def test_interaction_judges_at_its_end_if_asked(run, capsys):
+def test_interaction_judges_at_its_end_if_asked(place, run, capsys):
     assert not (run / JUDGED).exists()
-    train_interact.main(["--out", str(run), "--resume", "--reader", "short-words"])
+    train_interact.main(["--out", str(run), "--resume", *trusted(place)[:2], "--reader", "short-words"])
     assert "not the teacher" in capsys.readouterr().out and (run / JUDGED).exists()
 
 
-def test_a_run_that_was_not_evaluated_is_refused(run, capsys):
+def test_a_run_that_was_not_evaluated_is_refused(place, run, capsys):
     (run / EVALUATIONS).write_text("")
-    assert "give a finished interaction" in fails(
-        evaluate.main, ["--judge", str(run), "--reader", "short-words"], capsys
-    )
+    assert "give a finished interaction" in fails(evaluate.main, ["--judge", str(run), *trusted(place)], capsys)
+
+
+def change_config(run, **options):
+    config = json.loads((run / "config.json").read_text())
+    config["options"] |= options
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def test_a_run_that_somebody_sent_runs_no_code_sends_no_key_and_reads_no_file(place, run, capsys, monkeypatch):
+    """Until the user names anew what it asks for."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    (run / "evil.py").write_text("open(__file__ + '.ran', 'w')\ndef f(opening, stories): return [1.0] * len(stories)\n")
+    judge = ["--judge", str(run), "--reader", "short-words"]
+    change_config(run, reward=f"{run / 'evil.py'}:f")
+    assert "add exactly that to the command" in fails(evaluate.main, judge, capsys)
+    resume = fails(train_interact.main, ["--resume", "--steps", "5", "--out", str(run)], capsys)
+    assert f"asks for --reward {run / 'evil.py'}:f, which runs code" in resume
+    with FaultServer() as server:
+        change_config(run, reward="", teacher_url=[server.url])
+        assert f"asks for --teacher-url {server.url}, which" in fails(evaluate.main, judge, capsys)
+        assert server.url in fails(train_interact.main, ["--resume", "--steps", "5", "--out", str(run)], capsys)
+        assert not server.seen
+    change_config(run, teacher_url=[])
+    line = fails(evaluate.main, judge, capsys)
+    assert f"add --corpus {place / 'corpus.txt'}" in line
+    assert not (run / "evil.py.ran").exists() and not (run / JUDGED).exists()
+    evaluate.main([*judge, "--corpus", "builtin", "--reward", f"{run / 'evil.py'}:f"])
+    assert (run / "evil.py.ran").exists() and (run / JUDGED).exists()
 
 
 def judged(**senses):

@@ -41,7 +41,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(run, tmp_path, options):
     with interrupted_at(interact, step=3):
         run(tmp_path / "parts", *options.split())
     assert checkpoint.newest(tmp_path / "parts").name == "step_0000003"
-    interact.main(["--resume", "--out", str(tmp_path / "parts")])
+    run(tmp_path / "parts", *options.split(), "--resume")
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
     whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
     assert [record["words_in"] for record in whole] == [record["words_in"] for record in parts]

@@ -241,7 +241,7 @@ def test_interaction_resumes_to_the_same_bits(place, tmp_path):
     with interrupted_at(interact, step=3):
         run_interact(place, tmp_path / "parts", *more)
     assert checkpoint.newest(tmp_path / "parts").name == "step_0000003"
-    interact.main(["--resume", "--out", str(tmp_path / "parts")])
+    run_interact(place, tmp_path / "parts", "--resume", *more)
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
     for name in ("stories.jsonl", "evaluations.jsonl", "samples.jsonl"):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
@@ -253,7 +253,7 @@ def test_a_killed_interaction_resumes_from_its_last_checkpoint(place, tmp_path):
     folder = tmp_path / "killed" / "checkpoints"
     shutil.copytree(folder / "start", folder / "step_0000000")  # as if killed after step 1 was logged, before any save
     shutil.rmtree(folder / "step_0000004")
-    interact.main(["--resume", "--out", str(tmp_path / "killed")])
+    run_interact(place, tmp_path / "killed", "--resume")
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
     assert len(metrics(tmp_path / "killed")) == 4
     for name in ("evaluations.jsonl", "checkpoints/best/trainer.json", "checkpoints/best/model.safetensors"):
@@ -285,7 +285,7 @@ def test_an_interrupted_evaluation_is_made_up_for(place, tmp_path, monkeypatch):
         run_interact(place, tmp_path / "parts")
     assert len(metrics(tmp_path / "parts")) == 2 and "held_out_reward" not in metrics(tmp_path / "parts")[1]
     assert not (tmp_path / "parts" / "samples.jsonl").exists()
-    interact.main(["--resume", "--out", str(tmp_path / "parts")])
+    run_interact(place, tmp_path / "parts", "--resume")
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
     for name in ("evaluations.jsonl", "samples.jsonl", "checkpoints/best/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()

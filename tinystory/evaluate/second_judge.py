@@ -32,14 +32,15 @@ Pair = tuple[str, str]  # opening and story
 
 
 def judge_run(
-    run: Path, config: InteractConfig, compute: Compute, reader: Reader, grade: Callable[[Sequence[Pair]], list[Grade]]
-) -> list[Record]:
+    run: Path, config: InteractConfig, compute: Compute, reader: Reader,
+    grade: Callable[[Sequence[Pair]], list[Grade]], corpus: Sequence[str] = (),
+) -> list[Record]:  # fmt: skip
     """The records of judged.jsonl, which is written: GROUPS of stories to the openings of the run's evaluations, each
     story with the teacher's score (the sum of its criteria, or a callable's score) and the reader's sense.
 
     The stories before, after the last step and of `best` are those evaluations; the others are written by the student
-    that the run began with. Real stories are of its corpus. grade: by the run's teacher. Raises UserError for a run
-    that was not evaluated at its start and end."""
+    that the run began with. grade: by the run's teacher. corpus: of the real stories (default: the student's own).
+    Raises UserError for a run that was not evaluated at its start and end."""
     by_step: dict[int, list[Pair]] = {}
     for record in sorted(read_records(run / EVALUATIONS), key=lambda record: (record["step"], record["index"])):
         by_step.setdefault(record["step"], []).append((record["opening"], record["story"]))
@@ -60,7 +61,7 @@ def judge_run(
 
     groups |= {name: write(temperature) for name, temperature in zip(COLDER, TEMPERATURES, strict=True)}
     drawn = write(config.temperature, BEST_OF)
-    real = real_stories(corpus_documents(facts.get("corpus", ["builtin"])), len(openings), seed=config.seed)
+    real = real_stories(corpus_documents(corpus or facts.get("corpus", ["builtin"])), len(openings), seed=config.seed)
     groups[REAL] = [(opening, " ".join(sentences)) for opening, *sentences in real]
     graded = list(dict.fromkeys([*drawn, *(pair for group in groups.values() for pair in group)]))
     scores = dict(zip(graded, map(_score, grade(graded)), strict=True))

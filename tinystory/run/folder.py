@@ -193,8 +193,7 @@ class RunLog(contextlib.ExitStack):
             resumed.append({"step": self.resume_step, "at": at})
         machine = dict(versions=versions(), device=device_name(device), threads=threads, git_commit=git_commit())
         record = dict(options=options, **machine, started=before.get("started", at), resumed=resumed)
-        # A password in a URL (https://user:password@host) must not be recorded.
-        text = re.sub(r'(?<=://)[^/@\s"]+@', "", json.dumps(record, indent=2, default=str))
+        text = without_passwords(json.dumps(record, indent=2, default=str))
         atomic_write(self.folder / CONFIG, text + "\n")
         if (tracker := options.get("track", "none")) != "none":  # the same run there at each resume
             run_id = re.sub(r"\W+", "-", f"{self.folder.resolve().name}-{record['started']}")
@@ -225,6 +224,11 @@ class RunLog(contextlib.ExitStack):
         if name not in self._journals:
             self._journals[name] = self.enter_context(contextlib.closing(Journal(self.folder / name)))
         self._journals[name].append(*map(plain, records))
+
+
+def without_passwords(text: str) -> str:
+    """A text to be recorded, in which https://user:password@host has become https://host."""
+    return re.sub(r'(?<=://)[^/@\s"]+@', "", text)
 
 
 def timestamp() -> str:
