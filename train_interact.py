@@ -139,7 +139,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             dropout = config.rollout_dropout if state.step else 0.0
             stories = rollout(policy, prompts, state.written, send, dropout)
             stages.begin("reference")
-            batch = ppo.collate(stories, tokenizer, compute.device)
+            batch = ppo.collate(stories, compute.device)
             with compute.autocast():
                 batch = ppo.reread(policy, batch) if dropout else batch
                 reference_stats = ppo.read_reference(

@@ -134,7 +134,7 @@ def measure(row: Row, start: Path, grader: Grader, count: int) -> dict[str, floa
             sampling: dict[str, Any] = dict(max_new_tokens=CONFIG.max_new_tokens, temperature=row.temperature)
             with compute.autocast():
                 candidates = generate(student, None, tokenizer, prompts * row.n, first_index=index, seed=0, **sampling)
-                batch = ppo.collate(candidates[:count], tokenizer, compute.device)
+                batch = ppo.collate(candidates[:count], compute.device)
                 ref_logprobs, _ = ppo.read_reference(reference, batch, 1.0, CONFIG.micro_batch_size, states=False)
             kls.append(float(((batch.logprobs - ref_logprobs) * batch.mask).sum(1).mean()))
             grades = [grade.score for grade in grader.grade_each([(story.opening, story.text) for story in candidates])]

@@ -96,7 +96,17 @@ def stories(count: int) -> list[Story]:
     torch.manual_seed(count)
     lengths = torch.randint(5, 80, (count,)).tolist()
     return [
-        Story(i, "Once", f"a{i} " * n, torch.arange(n), -torch.rand(n) * i, torch.zeros(n), torch.zeros(n), "eos")
+        Story(
+            i,
+            "Once",
+            f"a{i} " * n,
+            torch.arange(1),
+            torch.arange(n),
+            -torch.rand(n) * i,
+            torch.zeros(n),
+            torch.zeros(n),
+            "eos",
+        )
         for i, n in enumerate(lengths)
     ]
 

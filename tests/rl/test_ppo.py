@@ -314,8 +314,9 @@ def test_a_batch_holds_each_story_after_its_own_opening(tokenizer):
     for i, (opening, text) in enumerate(zip(openings, words, strict=True)):
         tokens = torch.tensor(tokenizer.encode(" " + text))
         numbers = torch.arange(len(tokens), dtype=torch.float32)
-        told.append(Story(i, opening, text, tokens, -numbers, numbers, numbers, "length"))
-    batch = ppo.collate(told, tokenizer, torch.device("cpu"))
+        ids = torch.tensor(encode_opening(tokenizer, opening))
+        told.append(Story(i, opening, text, ids, tokens, -numbers, numbers, numbers, "length"))
+    batch = ppo.collate(told, torch.device("cpu"))
     for b, story in enumerate(told):
         opening, n = encode_opening(tokenizer, story.opening), len(story.tokens)
         assert batch.inputs[b, : batch.lengths[b]].tolist() == [*opening, *story.tokens[:-1].tolist()]

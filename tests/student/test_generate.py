@@ -96,7 +96,7 @@ def test_stories_end_at_the_end_token_and_keep_it(eager_to_end, tokenizer):
 def test_the_score_stands_on_the_last_token_that_was_drawn(eager_to_end, tokenizer):
     """On the end token where there is one, never on padding; and no sample is edited on its way to PPO."""
     stories = write(eager_to_end, tokenizer)
-    batch = ppo.collate(stories, tokenizer, torch.device("cpu"))
+    batch = ppo.collate(stories, torch.device("cpu"))
     scores = torch.arange(1.0, 25.0)
     rewards = ppo.token_rewards(scores, batch.logprobs, batch.logprobs, batch.mask, 0.2)
     for row, story in enumerate(stories):
@@ -113,11 +113,12 @@ def test_logprobs_and_values_are_those_of_the_trainer(eager_to_end, tokenizer, t
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight)
     stories = write(eager_to_end, tokenizer, head, temperature=temperature, openings=[OPENING, "Once", "Ben said"] * 8)
-    batch = ppo.collate(stories, tokenizer, torch.device("cpu"))
+    batch = ppo.collate(stories, torch.device("cpu"))
     with torch.no_grad():
         logprobs, values = ppo.response_stats(eager_to_end, head, batch, temperature)
     torch.testing.assert_close(batch.logprobs, logprobs, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(batch.values, values, atol=2e-3, rtol=1e-3)
+    assert all(s.prompt_ids.tolist() == encode_opening(tokenizer, s.opening) for s in stories)
 
 
 def test_each_story_is_handed_over_once_as_it_ends(eager_to_end, tokenizer):
@@ -356,6 +357,6 @@ def test_dropout_in_a_rollout_is_another_policy_and_is_read_again_without(eager_
     options = dict(first_index=0, max_new_tokens=20, seed=3, dropout=0.3)
     stories, again = (generate(eager_to_end, None, tokenizer, ["Once"] * 16, **options) for _ in range(2))
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(stories, again, strict=True))
-    batch = ppo.collate(stories, tokenizer, torch.device("cpu"))
+    batch = ppo.collate(stories, torch.device("cpu"))
     logprobs, _ = ppo.read_reference(eager_to_end, batch, 1.0, 8, states=False)
     assert float(((batch.logprobs - logprobs) * batch.mask).abs().max()) > 0.1

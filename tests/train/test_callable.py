@@ -74,7 +74,7 @@ def test_the_story_shown_is_the_first_that_training_changed(tmp_path):
 @pytest.mark.parametrize("command", ["pretrain", "interact", "sample"])
 def test_a_terminal_gets_no_escape_sequences_of_a_story(place, tmp_path, capsys, monkeypatch, command):
     nothing = torch.zeros(0)
-    story = Story(0, "Once", ESCAPES, nothing.long(), nothing, nothing, nothing, "eos")
+    story = Story(0, "Once", ESCAPES, nothing.long(), nothing.long(), nothing, nothing, nothing, "eos")
     if command == "pretrain":
         monkeypatch.setattr(pretrain, "generate", lambda *_, **__: [story])
         monkeypatch.setattr("tinystory.data.shards.cache_dir", lambda: place / "cache")

@@ -20,12 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tinystory import ops
 from tinystory.config import InteractConfig
-from tinystory.data.tokenizer import Tokenizer
 from tinystory.rl.advantages import GROUPED, Critic, best_quarter
 from tinystory.rl.packing import pack
 from tinystory.run import distributed
 from tinystory.run.device import upload
-from tinystory.student.generate import Story, encode_opening
+from tinystory.student.generate import Story
 from tinystory.student.loss import next_token_loss
 from tinystory.student.model import Student, ValueHead
 
@@ -106,21 +105,16 @@ def true_places(mask: np.ndarray, device: torch.device) -> Tensor:
     return upload(torch.from_numpy(np.flatnonzero(mask)), device)
 
 
-def collate(stories: list[Story], tokenizer: Tokenizer, device: torch.device) -> Batch:
+def collate(stories: Sequence[Story], device: torch.device) -> Batch:
     """Stack stories into right-padded tensors."""
     fields = []
     for story in stories:
-        opening = torch.tensor(encode_opening(tokenizer, story.opening))
+        opening = story.prompt_ids
         mask = torch.ones(len(story.tokens), dtype=torch.bool)
         predicts = torch.cat([mask.new_zeros(len(opening) - 1), mask])
         inputs = torch.cat([opening, story.tokens[:-1]])
         fields.append((inputs, predicts, story.tokens, mask, story.logprobs, story.values, story.entropies))
-    padding = (tokenizer.pad, False, tokenizer.pad, False, 0.0, 0.0, 0.0)
-    padded = (
-        pad_sequence(list(rows), batch_first=True, padding_value=value).to(device)
-        for rows, value in zip(zip(*fields, strict=True), padding, strict=True)
-    )
-    return Batch(*padded)
+    return Batch(*(pad_sequence(list(rows), batch_first=True).to(device) for rows in zip(*fields, strict=True)))
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:

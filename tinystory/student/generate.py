@@ -36,14 +36,15 @@ ROWS, LARGE_ROWS, CACHE = 32, 128, 32 << 20
 class Story:
     """A continuation of an opening, on the CPU.
 
-    tokens (n,) int64: with the end token, if the story drew one. logprobs, entropies (n,) float32, in nats: of
-    softmax(logits / temperature) at each token, before top-k and top-p truncate it. values (n,) float32: the value
-    head's, or 0 without one. ended: "eos" or "length".
+    prompt_ids (P,) int64: the opening, after an end token. tokens (n,) int64: with the end token, if the story drew
+    one. logprobs, entropies (n,) float32, in nats: of softmax(logits / temperature) at each token, before top-k and
+    top-p truncate it. values (n,) float32: the value head's, or 0 without one. ended: "eos" or "length".
     """
 
     index: int
     opening: str
     text: str
+    prompt_ids: Tensor
     tokens: Tensor
     logprobs: Tensor
     values: Tensor
@@ -100,7 +101,8 @@ def generate(
         temperature, top_k = 1.0, 1
     sampling = Sampling(max_new_tokens, tokenizer.eos, seed, temperature, top_k, top_p, dropout)
     device, dtype = student.wte.weight.device, ops.matmul_dtype(student.wte.weight)
-    prompts = {text: torch.tensor(encode_opening(tokenizer, text), device=device) for text in openings}
+    prompt_ids = {text: torch.tensor(encode_opening(tokenizer, text), device="cpu") for text in dict.fromkeys(openings)}
+    prompts = {text: ids.to(device) for text, ids in prompt_ids.items()}
     require_room(student, max(map(len, prompts.values())), max_new_tokens)
     token_steps, size = student_steps, rows_at_once(len(openings), weights_size(student), device)
     if dropout:
@@ -118,7 +120,9 @@ def generate(
             for row, (tokens, logprobs, values, entropies) in ended_rows(outputs, ended):
                 text = tokenizer.decode(tokens.tolist()).strip()
                 reason = "eos" if tokens[-1] == tokenizer.eos else "length"
-                story = Story(offset + row, texts[row], text, tokens, logprobs, values, entropies, reason)
+                opening = texts[row]
+                ids = prompt_ids[opening]
+                story = Story(offset + row, opening, text, ids, tokens, logprobs, values, entropies, reason)
                 stories[first + row] = story
                 if on_story:
                     on_story(story)

@@ -109,7 +109,7 @@ def ppo_iteration(setup: Setup) -> Run:
     def run() -> dict[str, float]:
         start = now(device)
         stories = write(setup, student, head, tokenizer)
-        batch = ppo.collate(stories, tokenizer, device)
+        batch = ppo.collate(stories, device)
         after_rollout = now(device)
         with learner.autocast():
             under_reference = ppo.read_reference(reference, batch, 1.0, options.micro_batch_size, states=False)
