@@ -190,6 +190,29 @@ def test_compilers_that_outlive_a_killed_build_do_not_reach_the_next(place):
     assert {path.name: path.stat().st_mtime_ns for path in objects.iterdir()} == before
 
 
+ORPHAN = """
+import itertools
+for i in itertools.count():
+    open(f"object{i % 100}", "w").close()
+"""
+
+
+def test_a_build_beside_a_compiler_that_keeps_writing_succeeds_and_the_next_sweeps_what_is_left(place):
+    assert run(place)[0] == "42"
+    (library,) = (place / "cache").rglob("*.so")
+    library.write_text("no machine code")
+    with subprocess.Popen([sys.executable, "-c", ORPHAN], cwd=library.parent, stderr=subprocess.DEVNULL) as orphan:
+        try:
+            wait_until((library.parent / "object99").exists)
+            assert run(place)[0] == "42"
+        finally:
+            orphan.kill()
+    assert not list(library.parent.glob("object*"))
+    library.write_text("no machine code")
+    assert run(place)[0] == "42"
+    assert not list(library.parent.parent.glob(f"*{build.OLD}"))
+
+
 def test_a_source_that_changes_while_others_compile_is_compiled_by_the_next_build(place):
     first, held, _ = start_and_hold(place, "link")
     (place / "csrc/cpu/answer.h").write_text("#define ANSWER 43\n")

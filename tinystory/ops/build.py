@@ -8,7 +8,6 @@ sources included. A lock of the operating system guards it: unlike torch's lock 
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -19,11 +18,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import filelock
 import ninja
 import pybind11
 import torch
@@ -40,6 +41,7 @@ FLAGS += ["-falign-loops=64"]  # a micro-kernel's loop that began in the middle 
 FLAGS += ["-ffp-contract=off"]  # sampling needs each float step as written; kernels write fma() where they want one
 INSTEAD = "set TINYSTORY_KERNELS=reference to run in plain PyTorch"
 NAME = "tinystory_cpu"
+OLD = ".old"  # suffix of folders that are to be removed
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of nvcc without a GPU
 
 
@@ -68,8 +70,7 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
             reason = "again, since they are damaged" if (folder / "built").exists() else f"({len(sources)} files, once)"
             target = f"CUDA kernels for {gpus}" if gpus else "kernels for this processor"
             print(f"tinystory: compiling the {target} {reason} ...", end=" ", file=sys.stderr, flush=True)
-            shutil.rmtree(folder)  # compilers of a killed build may still run, and now write into a folder that is gone
-            folder.mkdir()
+            renew(folder)
             started, outcome = time.monotonic(), "failed"
             try:
                 module = compiled(name, sources, folder, gpus)
@@ -83,6 +84,15 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
             failed = re.findall(r"^FAILED: .*\n.*\n((?:(?!\[\d+/|ninja: ).*\n)*)", str(error), re.MULTILINE)
             message = ("".join(failed).strip() or str(error))[:4000]
             raise UserError(f"the kernels cannot be built here:\n{message}\n({INSTEAD})") from None
+
+
+def renew(folder: Path) -> None:
+    """Put an empty folder in place of this one. Compilers of a killed build may still run and go on writing into the
+    old folder, which can then not be removed: the next build sweeps what is left."""
+    folder.rename(tempfile.mkdtemp(OLD, dir=folder.parent))
+    folder.mkdir()
+    for old in folder.parent.glob(f"*{OLD}"):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def intact(library: Path) -> bool:
@@ -164,14 +174,14 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for this process. Raises UserError where it cannot be written or locked."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder.with_suffix(".lock"), "w")  # noqa: SIM115
+        lock = filelock.FileLock(folder.with_suffix(".lock"))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            held = lock.acquire(timeout=0)
+        except filelock.Timeout:
             print("tinystory: waiting for another process that compiles the kernels", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            held = lock.acquire()
     except OSError as error:
         problem = f"{folder} cannot be written or locked ({error.strerror})"
         raise UserError(f"{problem}: set TINYSTORY_CACHE to a folder on a local disk that can, or {INSTEAD}") from None
-    with file:
+    with held:
         yield
