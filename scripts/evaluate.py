@@ -38,7 +38,7 @@ from tinystory.data.openings import load_openings
 from tinystory.evaluate import submission
 from tinystory.evaluate.coreference import coreference, unseen_stories
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
-from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, compared_pairs, keep_choices
+from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, compared_pairs, keep_choices, win_rate
 from tinystory.evaluate.reader import PACKAGED, Reader
 from tinystory.evaluate.reading import evaluate_reading
 from tinystory.evaluate.samples import Sample, read_samples
@@ -181,26 +181,28 @@ def compare_stories(options: argparse.Namespace, count: int) -> None:
     kept there, for its report."""
     run = options.compare[0] if len(options.compare) == 1 else None
     pairs = compared_pairs(options.compare, lambda path: samples_of(path, options, count))
+    second_place = None
     with contextlib.ExitStack() as stack:
         if options.teacher_url:
             settings = dict(concurrency=options.teacher_concurrency, seed=options.seed, template=COMPARISON)
             cache = run / "comparison_replies.jsonl" if run else None
             teacher = Teacher(options.teacher_url, options.teacher_model or None, cache=cache, **settings)
             stack.enter_context(teacher)
-            result = compare(pairs, lambda texts: [grade.score for grade in teacher.grade_each(texts)])
+            choices, second_place = compare(pairs, lambda texts: [grade.score for grade in teacher.grade_each(texts)])
             by = str(teacher.model)
         else:
             by, scores = "the built-in teacher", open_teacher(options, stack)
-            result = compare_scores(pairs, lambda texts: [sum(s.values()) if s else None for s in scores(texts)])
-    if not result["pairs"]:
+            choices = compare_scores(pairs, lambda texts: [sum(s.values()) if s else None for s in scores(texts)])
+    rates = win_rate(choices)
+    if not rates["pairs"]:
         raise UserError(f"{by} compared none of {len(pairs)} pairs: see scripts/doctor.py --teacher-url URL")
-    print(*preference_lines({by: result}, BEFORE_AFTER if run else [name_of(path) for path in options.compare]))
-    if result["second_place"] is not None:
-        print(f"it preferred what came second in {result['second_place']:.0%} of its answers (50 % without a bias)")
-    if result["unscored"]:
-        print(f"{result['unscored']} pairs without an answer")
+    print(*preference_lines({by: rates}, BEFORE_AFTER if run else [name_of(path) for path in options.compare]))
+    if second_place is not None:
+        print(f"it preferred what came second in {second_place:.0%} of its answers (50 % without a bias)")
+    if None in choices:
+        print(f"{choices.count(None)} pairs without an answer")
     if run:
-        keep_choices(run, by, pairs, result["choices"])
+        keep_choices(run, by, pairs, choices)
         print(f"report: {write_report(run)}")
 
 

@@ -3,8 +3,8 @@
     python scripts/teach.py                          then open the page that it names, and in another terminal
     python train_interact.py --teacher-url ...       the command that it prints
 
-    python scripts/teach.py --compare runs/interact  which of two stories is better, without knowing which is which
-    python scripts/teach.py --compare A.jsonl B.jsonl
+    python scripts/teach.py --compare                which of two stories is better, without knowing which is which:
+    python scripts/evaluate.py --compare runs/interact --teacher-url ...
 
 Keys 0 to 3 grade; B goes back, S skips, P pauses. Every grade is kept in --grades as it is given, and no story is asked
 about twice. Several humans can open the page, each with a name.
@@ -19,18 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.config import add_number
-from tinystory.evaluate.preference import compared_pairs, preferences
-from tinystory.evaluate.samples import read_samples
+from tinystory.evaluate.preference import COMPARISON
 from tinystory.human.desk import Desk
-from tinystory.human.pairs import PairDesk
 from tinystory.human.server import serve
 from tinystory.report import charts, page
-from tinystory.report.judges import BEFORE_AFTER, preference_lines
-from tinystory.report.run import write_report
 from tinystory.run.errors import command
-from tinystory.run.folder import METRICS, PREFERENCES
 from tinystory.run.paths import usage
-from tinystory.run.text import printable
 from tinystory.teacher.prompt import load_template
 from tinystory.teacher.server import PORTS, until_stopped
 
@@ -43,33 +37,19 @@ def main(argv: list[str] | None = None) -> None:
     grades = Path("runs/teach/grades.jsonl")
     add("--grades", type=Path, default=grades, metavar="FILE", help=f"where grades are kept (default: {grades})")
     add("--teacher-prompt", default="", metavar="FILE", help="JSON file of criteria, as for the trainer")
-    text = "compare a run's stories before and after instead, or those of two .jsonl files of openings and stories"
-    add("--compare", nargs="+", type=Path, metavar="RUN|A B", help=text)
+    add("--compare", action="store_true", help="compare the pairs of stories that evaluate.py --compare sends")
     options = parser.parse_args(argv)
-    desk: Desk | PairDesk
-    if options.compare:
-        run, *others = options.compare
-        choices = (options.grades.parent if others else run) / PREFERENCES
-        pairs = compared_pairs(options.compare, read_samples)
-        desk = PairDesk(choices, pairs)
-    else:
-        desk = Desk(options.grades, load_template(options.teacher_prompt))
-    with contextlib.closing(desk):
+    template = COMPARISON if options.compare else load_template(options.teacher_prompt)
+    with contextlib.closing(Desk(options.grades, template)) as desk:
         asyncio.run(_serve(desk, options))
-    if options.compare:
-        names = [path.name for path in options.compare] if others else BEFORE_AFTER
-        for line in preference_lines(preferences(choices, pairs), names):
-            print(printable(line))
-        if not others and (run / METRICS).exists():
-            print(f"report: {write_report(run)}")
 
 
-async def _serve(desk: Desk | PairDesk, options: argparse.Namespace) -> None:
+async def _serve(desk: Desk, options: argparse.Namespace) -> None:
     async with serve(desk, options.port, style=charts.palette() + page.STYLE) as url:
         print(f"open {url} in a browser", flush=True)
-        if not options.compare:
-            flags = "--steps 16 --stories-per-step 8 --eval-every 4 --eval-stories 8 --lam 1 --max-unscored 0.5"
-            print(f"and start: python train_interact.py --teacher-url {url}/v1 {flags}", flush=True)
+        flags = "--steps 16 --stories-per-step 8 --eval-every 4 --eval-stories 8 --lam 1 --max-unscored 0.5"
+        client = "scripts/evaluate.py --compare RUN" if options.compare else f"train_interact.py {flags}"
+        print(f"and start: python {client} --teacher-url {url}/v1", flush=True)
         await until_stopped()
 
 

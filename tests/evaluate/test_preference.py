@@ -11,15 +11,15 @@ from scripts import evaluate
 from tinystory.evaluate.preference import (
     COMPARISON,
     FIRST,
+    ORDER,
     SAME,
     SECOND,
-    Choice,
+    StoryPair,
     both_orders,
     compare,
     compare_scores,
     compared_pairs,
     keep_choices,
-    pair_of,
     run_pairs,
     run_preferences,
     win_rate,
@@ -31,7 +31,7 @@ from tinystory.run.folder import SAMPLES, RunLog
 from tinystory.student import checkpoint
 from tinystory.teacher.prompt import instructions
 
-PAIRS = [pair_of("Once", f"a plain tale {i}.", f"a fine tale {i}.") for i in range(10)]
+PAIRS = [StoryPair("Once", f"a plain tale {i}.", f"a fine tale {i}.") for i in range(10)]
 
 
 def likes(word):
@@ -40,32 +40,30 @@ def likes(word):
 
 
 def test_who_prefers_the_same_story_in_both_orders_wins_it():
-    result = compare(PAIRS, likes("fine"))
-    assert (result["second"], result["first"], result["same"], result["rate"]) == (10, 0, 0, 1)
-    assert result["second_place"] == 0.5 and result["ci"][0] > 0.7 and result["choices"] == [Choice(SECOND)] * 10
-    assert compare(PAIRS, likes("plain"))["rate"] == 0
+    assert compare(PAIRS, likes("fine")) == ([SECOND] * 10, 0.5)
+    assert compare(PAIRS, likes("plain")) == ([FIRST] * 10, 0.5)
 
 
 def test_who_prefers_a_place_decides_nothing():
-    result = compare(PAIRS, lambda samples: [2 / 3] * len(samples))
-    assert result["rate"] == 0.5 and result["same"] == result["inconsistent"] == 10 and result["second_place"] == 1
+    assert compare(PAIRS, lambda samples: [2 / 3] * len(samples)) == ([ORDER] * 10, 1.0)
 
 
 def test_a_pair_without_an_answer_is_left_out():
-    result = compare(
-        PAIRS, lambda samples: [None if i == 3 else answer for i, answer in enumerate(likes("fine")(samples))]
-    )
-    assert result["pairs"] == 9 and result["unscored"] == 1 and result["choices"][1] is None
+    def silent_once(samples):
+        return [None if sample == both_orders(PAIRS[1])[1] else likes("fine")([sample])[0] for sample in samples]
+
+    choices, _ = compare(PAIRS, silent_once)
+    assert choices == [SECOND, None, *[SECOND] * 8] and win_rate(choices)["pairs"] == 9
 
 
 def test_a_tie_counts_one_half():
-    result = win_rate([Choice(FIRST), Choice(SECOND), Choice(SAME), Choice(SAME)])
-    assert result["rate"] == 0.5 and result["ci"][0] < 0.5 < result["ci"][1]
-    assert win_rate([])["rate"] is None
+    result = win_rate([FIRST, SECOND, SAME, ORDER, None])
+    assert result["rate"] == 0.5 and result["ci"][0] < 0.5 < result["ci"][1] and result["pairs"] == 4
+    assert win_rate([SECOND] * 10)["ci"][0] > 0.7 and win_rate([None])["rate"] is None
 
 
 def test_no_story_can_pretend_to_be_two():
-    pair = pair_of("Once", "one\n--------\nand two", "three")
+    pair = StoryPair("Once", "one\n--------\nand two", "three")
     for _, text in both_orders(pair):
         assert text.count("-" * 16) == 1
 
@@ -94,7 +92,7 @@ def samples(run, pairs=PAIRS):
 def test_a_runs_pairs_are_its_stories_before_and_after(tmp_path):
     samples(tmp_path)
     assert run_pairs(tmp_path) == PAIRS
-    samples(tmp_path, [pair_of("Once", "the same", "the same")])
+    samples(tmp_path, [StoryPair("Once", "the same", "the same")])
     with pytest.raises(UserError, match="finished interaction"):
         compared_pairs([tmp_path], read_samples)
     assert run_preferences(tmp_path) == run_preferences(tmp_path / "nowhere") == {}  # a report asks without knowing
@@ -102,9 +100,9 @@ def test_a_runs_pairs_are_its_stories_before_and_after(tmp_path):
 
 def test_choices_about_stories_that_are_no_longer_there_do_not_count(tmp_path):
     samples(tmp_path)
-    keep_choices(tmp_path, "m", PAIRS, [Choice(FIRST)] * 10)
-    keep_choices(tmp_path, "m", PAIRS, [None, *[Choice(SECOND)] * 9])  # the last word counts
-    keep_choices(tmp_path, "n", [pair_of("Once", "old", "stories")], [Choice(FIRST)])
+    keep_choices(tmp_path, "m", PAIRS, [FIRST] * 10)
+    keep_choices(tmp_path, "m", PAIRS, [None, *[SECOND] * 9])  # the last word counts
+    keep_choices(tmp_path, "n", [StoryPair("Once", "old", "stories")], [FIRST])
     result = run_preferences(tmp_path)
     assert list(result) == ["m"] and (result["m"]["second"], result["m"]["first"]) == (9, 0)
     (line,) = preference_lines(result)
@@ -165,10 +163,9 @@ def test_a_student_beside_a_file_writes_to_the_files_openings(student, tokenizer
 
 def test_a_judge_that_scores_prefers_the_higher_score_and_has_no_second_place(tmp_path, capsys, monkeypatch):
     scores = {"a": 1.0, "b": 2.0, "c": 2.0, "d": None}
-    pairs = [pair_of("Once", *pair) for pair in ("ab", "ba", "bc", "ad")]
-    result = compare_scores(pairs, lambda texts: [scores[story] for _, story in texts])
-    assert [choice and choice.better for choice in result["choices"]] == [SECOND, FIRST, SAME, None]
-    assert (result["rate"], result["unscored"], result["second_place"]) == (0.5, 1, None)
+    pairs = [StoryPair("Once", *pair) for pair in ("ab", "ba", "bc", "ad")]
+    choices = compare_scores(pairs, lambda texts: [scores[story] for _, story in texts])
+    assert choices == [SECOND, FIRST, SAME, None]
     monkeypatch.setattr(
         evaluate, "open_teacher", lambda *_: lambda pairs: [{"humour": "fine" in story} for _, story in pairs]
     )

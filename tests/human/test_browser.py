@@ -17,9 +17,8 @@ import pytest
 from conftest import ROOT, metrics
 from fault_server import closed_port
 
-from tinystory.evaluate.preference import run_pairs, run_preferences
 from tinystory.report.run import live_report, write_report
-from tinystory.run.folder import SAMPLES, RunLog, read_records, read_stories
+from tinystory.run.folder import RunLog, read_stories
 from tinystory.teacher.prompt import CRITERIA, clean
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -28,7 +27,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (Debian: apt install chromium)"),
 ]
-EVIL = "<img src=x onerror=\"document.title='caught'\"><script>document.title='caught'</script>"
+EVIL = "&lt;b&gt;<img src=x onerror=\"document.title='caught'\"><script>document.title='caught'</script>"
 PATIENCE_MS = 600_000  # of a busy machine
 
 
@@ -150,43 +149,6 @@ def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, pl
     assert json.loads((run / "config.json").read_text())["options"]["teacher"]["model"] == "human"
 
 
-def test_a_blind_comparison_by_keys(page, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    rest = {"scores": None, "reply": None, "reward": None, "words": 3, "ended": "eos"}
-    told = [
-        {"when": when, "step": step, "index": i, "opening": "Once", "story": f"{when} {i} {EVIL}"} | rest
-        for i in range(6)
-        for when, step in (("before", 0), ("after", 3))
-    ]
-    (run / SAMPLES).write_text("".join(json.dumps(record) + "\n" for record in told))
-    port = closed_port().rpartition(":")[2]
-    server = start(tmp_path, port, "--compare", str(run))
-    try:
-        page.goto(f"http://127.0.0.1:{port}/?who=ada")
-        sides = []
-        for number in range(6):
-            page.wait_for_selector("#story:not([hidden])")
-            first = page.text_content("#first")
-            assert EVIL in first and page.title() != "caught"  # a story is text
-            assert "before" not in page.text_content("header") and "step" not in page.text_content("header")
-            sides.append("after" in first)
-            key = "0" if number == 3 else ("1" if "after" in first else "2")
-            page.keyboard.press(key)
-            page.wait_for_function(
-                "before => document.getElementById('story').hidden || "
-                "document.getElementById('first').textContent !== before",
-                arg=first,
-            )
-        assert "in 5 of 6 pairs" in page.text_content("#resting") and len(set(sides)) == 2
-    finally:
-        server.send_signal(signal.SIGINT)
-        output = server.communicate(timeout=60)[0]
-    assert server.returncode == 0 and "ada preferred the story after interaction in 5 of 6 pairs" in output
-    assert run_preferences(run)["ada"]["second"] == 5 and len(run_pairs(run)) == 6
-    assert {record["left"] for record in read_records(run / "preferences.jsonl")} == {"first", "second"}
-
-
 @pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
@@ -195,14 +157,14 @@ def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
     server = start(tmp_path, port)
     asker = "import sys; from tinystory.teacher.client import Teacher\n"
     asker += "with Teacher(sys.argv[1]) as t:\n t.grade('Once upon a time,', [sys.argv[2]])"
-    story = "there was a little fox who wanted to catch the moon. " * 4 + "W" * 200
+    story = "there was a little fox who wanted to catch the moon. " * 4 + "W" * 200 + EVIL
     client = subprocess.Popen([sys.executable, "-c", asker, f"http://127.0.0.1:{port}/v1", story], cwd=ROOT)
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     context.set_default_timeout(PATIENCE_MS)
     try:
         page = context.new_page()
         page.goto(f"http://127.0.0.1:{port}/?who=ada")
-        read(page, client)
+        assert clean(EVIL) in read(page, client) and page.title() != "caught"  # a story is text: &lt; stays so
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         page.keyboard.press("2")
         assert page.locator("fieldset.now legend").inner_text().startswith("Coherence")

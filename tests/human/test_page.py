@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from scripts import teach
+from scripts import evaluate, teach
+from tinystory.evaluate.preference import COMPARISON
 from tinystory.human import desk as desks
 from tinystory.human.desk import Desk
 from tinystory.human.server import page, serve
@@ -168,25 +169,28 @@ def test_it_listens_on_this_machine_alone_and_a_port_in_use_is_one_sentence(url,
         asyncio.run(again())
 
 
-def test_choices_between_two_files_of_stories_are_kept_beside_the_grades_and_summed_up(tmp_path, capsys, monkeypatch):
-    for name, word in (("a.jsonl", "plain"), ("b.jsonl", "fine")):
-        lines = [json.dumps({"opening": f"Day {i},", "story": f"a {word} tale."}) for i in range(4)]
-        (tmp_path / name).write_text("\n".join(lines) + "\n")
+def test_a_person_compares_stories_blindly_through_the_same_page(tmp_path, monkeypatch, short_pauses, capsys):
+    monkeypatch.setattr(desks, "GRACE_S", 0.05)
+    for name, word in (("a", "plain"), ("b", "fine")):
+        lines = [json.dumps({"opening": f"Day {i},", "story": f"a {word} tale."}) + "\n" for i in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    with serving(Desk(tmp_path / "grades.jsonl", COMPARISON)) as url:
+        files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+        asker = threading.Thread(target=evaluate.main, args=(["--compare", *files, "--teacher-url", f"{url}/v1"],))
+        asker.start()
+        places = []
+        for _ in range(2 * 3):
+            story = shown(url)
+            places.append("fine" in story["story"].rpartition("\n")[2])
+            scores = {"preference": 3 if places[-1] else 0}
+            asked = {**story, "who": "ada", "action": "grade", "scores": scores}
+            assert ask(url, "POST", "/do", asked)[0] == 200
+        asker.join(60)
+    assert places.count(True) == 3 and places not in ([True, False] * 3, [False, True] * 3)
+    assert "human preferred b.jsonl in 3 of 3 pairs, a.jsonl in 0" in capsys.readouterr().out
 
-    async def choose(desk, options):
-        for _ in range(3):
-            item = desk.state("ada")["item"]
-            side = "left" if "fine" in item["stories"][0] else "right"
-            desk.do("ada", "choose", {"key": item["key"], "side": side})
 
-    monkeypatch.setattr(teach, "_serve", choose)
-    files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-    teach.main(["--compare", *files, "--grades", str(tmp_path / "kept" / "grades.jsonl")])
-    assert "ada preferred b.jsonl in 3 of 3 pairs, a.jsonl in 0" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["preferences.jsonl"]
-
-
-@pytest.mark.parametrize("argv", [["--port", "70000"], ["--compare", "nowhere"], ["--compare", "a", "b", "c"]])
+@pytest.mark.parametrize("argv", [["--port", "70000"], ["--teacher-prompt", "nowhere"]])
 def test_a_wrong_option_is_one_sentence(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:

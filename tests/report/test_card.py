@@ -8,7 +8,7 @@ from conftest import SHORT, metrics
 import train_interact
 from scripts import export_hf
 from tinystory.data.corpus import HUB
-from tinystory.evaluate.preference import SECOND, Choice, keep_choices, run_pairs
+from tinystory.evaluate.preference import SECOND, keep_choices, run_pairs
 from tinystory.run.folder import EVALUATIONS, read_records
 from tinystory.run.text import printable
 from tinystory.student import checkpoint
@@ -46,7 +46,7 @@ def run(place, tmp_path_factory):
 
 def test_an_interactions_card_holds_its_figures(run, tmp_path):
     pairs = run_pairs(run)
-    keep_choices(run, "a judge", pairs, [Choice(SECOND)] * len(pairs))
+    keep_choices(run, "a judge", pairs, [SECOND] * len(pairs))
     config = json.loads((run / "config.json").read_text())
     config["options"] |= {
         "teacher": {"model": "[`x`](http://evil)"},

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import train_interact as interact
 import train_pretrain as pretrain
 from tinystory.evaluate.held_out import write_samples
-from tinystory.evaluate.preference import pair_of
+from tinystory.evaluate.preference import StoryPair
 from tinystory.report.run import write_report
 from tinystory.run.errors import UserError
 from tinystory.run.folder import RunLog, locked, read_config, read_metrics, read_records
@@ -165,7 +165,7 @@ def test_a_bit_flipped_in_each_file_in_turn_is_a_sentence_or_no_matter(place, tm
 
 
 BETTER = "Tim said yes, and he ran home."
-PAIR = pair_of("Once", story_record(0)["story"], BETTER)
+PAIR = StoryPair("Once", story_record(0)["story"], BETTER)
 RECORDS = {
     "metrics.jsonl": [dict(step=i, reward_mean=0.1 * i, score_mean=1.0, kl=None, teacher_cost=0.5) for i in (1, 2, 3)],
     "stories.jsonl": [story_record(i // 2, i, scores=dict(a=i % 4, b=1.5)) for i in range(6)],

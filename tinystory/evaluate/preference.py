@@ -1,12 +1,11 @@
 """Blind comparison of two stories to one opening: before and after interaction, or by any two storytellers.
 
-A human sees the two in random order. A language model sees each pair in both orders, since many prefer whatever comes
-first (or last): a story wins only if it is preferred in both orders, and otherwise the pair is a tie.
+A judge, a language model or a human, sees each pair in both orders, since many prefer whatever comes first (or last): a
+story wins only if it is preferred in both orders, and otherwise the pair is a tie.
 """
 
 import contextlib
-import hashlib
-import json
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,28 +18,21 @@ from tinystory.run.folder import PREFERENCES, SAMPLES, read_records
 from tinystory.run.journal import Journal
 from tinystory.teacher.prompt import Criterion, Template
 
-FIRST, SECOND, SAME = "first", "second", "same"
+# A choice: the story that is better; SAME for equal scores; ORDER if the two orders were judged differently.
+FIRST, SECOND, SAME, ORDER = "first", "second", "same", "order"
+# grade(texts): per (opening, text to grade) a number, or None for no answer.
+GradeTexts: TypeAlias = Callable[[Sequence[tuple[str, str]]], Iterable[float | None]]
 
 
-class Pair(NamedTuple):
+class StoryPair(NamedTuple):
     """Two stories to one opening; `second` is the one expected to be better."""
 
-    key: str
     opening: str
     first: str
     second: str
 
 
-class Choice(NamedTuple):
-    better: str  # FIRST, SECOND or SAME
-    inconsistent: bool = False  # whether it is SAME because the two orders were judged differently
-
-
-def pair_of(opening: str, first: str, second: str) -> Pair:
-    return Pair(hashlib.sha256(json.dumps([opening, first, second]).encode()).hexdigest()[:24], opening, first, second)
-
-
-def compared_pairs(paths: Sequence[Path], read: Callable[[Path], Sequence[Sample]]) -> list[Pair]:
+def compared_pairs(paths: Sequence[Path], read: Callable[[Path], Sequence[Sample]]) -> list[StoryPair]:
     """The pairs of one run, or of two storytellers, whose stories `read` returns. Raises UserError if there are
     none."""
     pairs = run_pairs(*paths) if len(paths) == 1 else story_pairs(*map(read, paths)) if len(paths) == 2 else []
@@ -49,7 +41,7 @@ def compared_pairs(paths: Sequence[Path], read: Callable[[Path], Sequence[Sample
     raise UserError("--compare takes a finished interaction, or two that tell different stories to the same openings")
 
 
-def run_pairs(run: Path) -> list[Pair]:
+def run_pairs(run: Path) -> list[StoryPair]:
     """The stories to a run's held-out openings before interaction (first) and after it (second)."""
     stories: dict[str, list[Sample]] = defaultdict(list)
     for record in read_records(Path(run) / SAMPLES):
@@ -57,56 +49,42 @@ def run_pairs(run: Path) -> list[Pair]:
     return story_pairs(stories["before"], stories["after"])
 
 
-def story_pairs(first: Sequence[Sample], second: Sequence[Sample]) -> list[Pair]:
+def story_pairs(first: Sequence[Sample], second: Sequence[Sample]) -> list[StoryPair]:
     """The n-th story to each opening in one list and the n-th to it in the other, where they differ."""
     waiting: dict[str, list[Sample]] = defaultdict(list)
     for story in reversed(second):
         waiting[story.opening].append(story)
     couples = [(story, waiting[story.opening].pop()) for story in first if waiting[story.opening]]
-    return [pair_of(a.opening, a.text, b.text) for a, b in couples if a.text != b.text]
+    return [StoryPair(a.opening, a.text, b.text) for a, b in couples if a.text != b.text]
 
 
-def win_rate(choices: Sequence[Choice]) -> dict[str, Any]:
-    """{"pairs", "first", "second", "same", "rate", "ci", "inconsistent"}. rate: the fraction of pairs won by the second
-    story, where a tie counts one half; its interval is Wilson's. None without pairs."""
-    counts = {name: sum(choice.better == name for choice in choices) for name in (FIRST, SECOND, SAME)}
-    won, pairs = counts[SECOND] + counts[SAME] / 2, len(choices)
-    return {
-        "pairs": pairs,
-        **counts,
-        "rate": won / pairs if pairs else None,
-        "ci": list(wilson(won, pairs)) if pairs else None,
-        "inconsistent": sum(choice.inconsistent for choice in choices),
-    }
+def win_rate(choices: Sequence[str | None]) -> dict[str, Any]:
+    """{"pairs", "first", "second", "same", "order", "rate", "ci"}. rate: the fraction of pairs won by the second story,
+    where a tie counts one half; its interval is Wilson's. None without pairs. A choice that is None does not count."""
+    counts = {name: choices.count(name) for name in (FIRST, SECOND, SAME, ORDER)}
+    pairs, won = sum(counts.values()), counts[SECOND] + (counts[SAME] + counts[ORDER]) / 2
+    known = {"rate": won / pairs, "ci": list(wilson(won, pairs))} if pairs else {"rate": None, "ci": None}
+    return {"pairs": pairs, **counts, **known}
 
 
 def run_preferences(run: Path) -> dict[str, dict[str, Any]]:
-    """Per judge, the win rate of a run's stories after interaction."""
-    return preferences(Path(run) / PREFERENCES, run_pairs(run))
-
-
-def preferences(path: Path, pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
-    """Per judge in a file of choices, the win rate of the second stories of `pairs`. Judges are humans, and models of
-    `evaluate.py --compare`; the last choice of each on a pair counts, unless it is null."""
-    keys = {pair.key for pair in pairs}
-    by: dict[str, dict[str, Choice | None]] = defaultdict(dict)
-    for record in read_records(path):
-        if record["key"] in keys:
-            choice = Choice(record["choice"], record.get("inconsistent") is True) if record["choice"] else None
-            by[record["by"]][record["key"]] = choice
-    rates = {judge: win_rate([choice for choice in choices.values() if choice]) for judge, choices in by.items()}
+    """Per judge of `evaluate.py --compare`, the win rate of a run's stories after interaction. The last choice of each
+    on a pair counts."""
+    pairs = set(run_pairs(run))
+    by: dict[str, dict[StoryPair, str | None]] = defaultdict(dict)
+    for record in read_records(Path(run) / PREFERENCES):
+        if (pair := StoryPair(*(record[name] for name in StoryPair._fields))) in pairs:
+            by[record["by"]][pair] = record["choice"]
+    rates = {judge: win_rate(list(choices.values())) for judge, choices in by.items()}
     return {judge: rate for judge, rate in rates.items() if rate["pairs"]}
 
 
-def keep_choices(run: Path, by: str, pairs: Sequence[Pair], choices: Sequence[Choice | None]) -> None:
-    """Append a model's choices between a run's pairs, in place of its earlier ones."""
+def keep_choices(run: Path, by: str, pairs: Sequence[StoryPair], choices: Sequence[str | None]) -> None:
+    """Append a judge's choices between a run's pairs, in place of its earlier ones."""
     with contextlib.closing(Journal(Path(run) / PREFERENCES)) as journal:
         for pair, choice in zip(pairs, choices, strict=True):
-            fields = {"choice": choice.better, "inconsistent": choice.inconsistent} if choice else {"choice": None}
-            journal.append({**pair._asdict(), **fields, "by": by})
+            journal.append({**pair._asdict(), "choice": choice, "by": by})
 
-
-# ---- a language model -----------------------------------------------------------------------------------------------
 
 # A comparison takes the form of a grade, so that the client's strict parsing, retries, cache and fence all serve it:
 # the text to grade is two stories, and the score says which is better, and how clearly.
@@ -129,7 +107,7 @@ COMPARISON = Template(
 )
 
 
-def both_orders(pair: Pair) -> tuple[tuple[str, str], tuple[str, str]]:
+def both_orders(pair: StoryPair) -> tuple[tuple[str, str], tuple[str, str]]:
     """(opening, text to grade) with the first story above the second, and below it."""
     mark = "-" * 8
     while mark in pair.first + pair.second:  # no story can pretend to be two
@@ -138,38 +116,29 @@ def both_orders(pair: Pair) -> tuple[tuple[str, str], tuple[str, str]]:
     return (pair.opening, f"{first}\n{mark}\n{second}"), (pair.opening, f"{second}\n{mark}\n{first}")
 
 
-Grade: TypeAlias = Callable[[Sequence[tuple[str, str]]], Iterable[float | None]]
+def compare(pairs: Sequence[StoryPair], grade: GradeTexts) -> tuple[list[str | None], float | None]:
+    """The choice on each pair, which is judged in both orders, or None without an answer; and the fraction of grades
+    for the story that came second (0.5 without position bias). grade: as COMPARISON asks, 0..1, above 0.5 for the story
+    that comes second."""
+    texts = [text for pair in pairs for text in both_orders(pair)]
+    shuffled = random.Random(0).sample(texts, len(texts))  # a human is not to know which story comes first
+    grades = dict(zip(shuffled, grade(shuffled), strict=True))
+    scored = [preference for preference in grades.values() if preference is not None]
+    choices: list[str | None] = []
+    for pair in pairs:
+        straight, turned = (grades[text] for text in both_orders(pair))
+        if straight is None or turned is None:
+            choices.append(None)
+        else:
+            choices.append(ORDER if (straight > 0.5) == (turned > 0.5) else SECOND if straight > 0.5 else FIRST)
+    return choices, sum(preference > 0.5 for preference in scored) / len(scored) if scored else None
 
 
-def compare(pairs: Sequence[Pair], grade: Grade) -> dict[str, Any]:
-    """The win rate of the second stories, from each pair in both orders; "unscored" pairs, which are left out;
-    "second_place", the fraction of grades for the story that came second (0.5 without position bias); and "choices",
-    one or None per pair. grade: per text to grade, the preference 0..1 for the story that comes second, or None."""
-    grades = list(grade([text for pair in pairs for text in both_orders(pair)]))
-    scored = [preference for preference in grades if preference is not None]
-    second_place = sum(preference > 0.5 for preference in scored) / len(scored) if scored else None
-    result = _result(grades, lambda straight, turned: _choice(straight > 0.5, turned < 0.5))
-    return result | {"second_place": second_place}
-
-
-def compare_scores(pairs: Sequence[Pair], grade: Grade) -> dict[str, Any]:
-    """The same by a judge that scores each story by itself, so that none comes second: the higher score wins, and equal
-    ones are a tie. grade: per (opening, story) its score, or None."""
+def compare_scores(pairs: Sequence[StoryPair], grade: GradeTexts) -> list[str | None]:
+    """The choice on each pair by a judge that scores each story by itself: the higher score wins, and equal ones are a
+    tie. grade: per (opening, story) its score, or None."""
     scores = list(grade([(pair.opening, story) for pair in pairs for story in (pair.first, pair.second)]))
-    result = _result(scores, lambda a, b: Choice(SAME if a == b else SECOND if a < b else FIRST))
-    return result | {"second_place": None}
-
-
-def _result(values: Sequence[float | None], choose: Callable[[float, float], Choice]) -> dict[str, Any]:
-    """values: two per pair."""
-    couples = zip(values[::2], values[1::2], strict=True)
-    choices = [None if a is None or b is None else choose(a, b) for a, b in couples]
-    rates = win_rate([choice for choice in choices if choice])
-    return rates | {"unscored": choices.count(None), "choices": choices}
-
-
-def _choice(straight: bool, turned: bool) -> Choice:
-    """From whether the second story was preferred where it stood below, and where it stood above."""
-    if straight == turned:
-        return Choice(SECOND if straight else FIRST)
-    return Choice(SAME, inconsistent=True)
+    return [
+        None if a is None or b is None else SAME if a == b else SECOND if a < b else FIRST
+        for a, b in zip(scores[::2], scores[1::2], strict=True)
+    ]

@@ -53,8 +53,6 @@ class _Story:
 class Desk:
     """Grades by `template`, kept in the file `path`."""
 
-    mode = "grade"
-
     def __init__(self, path: Path, template: Template, clock: Callable[[], float] = time.monotonic):
         self.template, self._clock = template, clock
         self._waiting: dict[str, _Story] = {}  # by key, in the order in which they came
@@ -124,7 +122,6 @@ class Desk:
             self._current.pop(who, None)
             key = self._next(who)
         return {
-            "mode": self.mode,
             "item": None if key is None else self._item(who, key),
             "left": len(self._ungraded()),
             "done": len(self._history[who]),

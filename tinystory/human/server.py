@@ -16,11 +16,10 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from tinystory.human.desk import LONGEST_NAME, Desk, Mistake
-from tinystory.human.pairs import PairDesk
 from tinystory.teacher.client import HUMAN
 from tinystory.teacher.probe import FIRST_STORY
 from tinystory.teacher.prompt import TOP, instructions, read_back
-from tinystory.teacher.server import HOST, Refused, application, errors_as_json, listening, parse_body
+from tinystory.teacher.server import HOST, Refused, application, listening, parse_body
 
 DESCRIPTION = "A human who reads stories on a page and grades them. Nothing else is answered."
 NO_STORY = "A human grades stories here, and this is no story, so nobody was asked."
@@ -31,9 +30,8 @@ TICK_S = 0.25
 
 
 @contextlib.asynccontextmanager
-async def serve(desk: Desk | PairDesk, port: int = 0, *, style: str = "") -> AsyncIterator[str]:
-    """Serve the page on 127.0.0.1, and with a Desk also /v1, for as long as the block runs; yields the URL. style: CSS
-    of the page.
+async def serve(desk: Desk, port: int = 0, *, style: str = "") -> AsyncIterator[str]:
+    """Serve the page and /v1 on 127.0.0.1 for as long as the block runs; yields the URL. style: CSS of the page.
 
     Raises UserError if the port is not free."""
     html = page(style)
@@ -58,10 +56,7 @@ async def serve(desk: Desk | PairDesk, port: int = 0, *, style: str = "") -> Asy
             raise Refused(str(mistake), status=409) from None
         return web.json_response({})
 
-    if isinstance(desk, Desk):
-        routes = application(HUMAN, DESCRIPTION, lambda messages: _respond(desk, messages))
-    else:
-        routes = web.Application(middlewares=[errors_as_json])
+    routes = application(HUMAN, DESCRIPTION, lambda messages: _respond(desk, messages))
     routes.middlewares.append(_from_this_machine)
     routes.router.add_get("/", get_page)
     routes.router.add_get("/state", get_state)

@@ -68,9 +68,10 @@ def preference_lines(preferences: Mapping[str, Mapping[str, Any]], names: Sequen
     """One sentence per judge that compared stories without knowing which is whose. names: of the two storytellers."""
     lines = []
     for judge, rates in preferences.items():
-        order = f" ({rates['inconsistent']} of them depended on the order)" if rates["inconsistent"] else ""
+        order = f" ({rates['order']} of them depended on the order)" if rates["order"] else ""
         lines.append(
             f"{judge} preferred {names[1]} in {rates['second']} of {rates['pairs']} pairs, {names[0]} in "
-            f"{rates['first']}, and neither in {rates['same']}{order}: win rate {with_ci(rates['rate'], rates['ci'])}"
+            f"{rates['first']}, and neither in {rates['same'] + rates['order']}{order}: "
+            f"win rate {with_ci(rates['rate'], rates['ci'])}"
         )
     return lines

@@ -35,7 +35,7 @@ Fields: TypeAlias = dict[str, tuple[type, ...]]
 CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"  # stories to held-out openings
 JUDGED = "judged.jsonl"  # its stories and controls by the teacher and a reader (--reader, evaluate.py --judge)
-PREFERENCES = "preferences.jsonl"  # choices between its stories before and after (teach.py and evaluate.py --compare)
+PREFERENCES = "preferences.jsonl"  # choices between its stories before and after (evaluate.py --compare)
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 LONGEST = 1 << 26  # bytes of a JSON file, or of a line of records
@@ -54,7 +54,7 @@ FIELDS: dict[str, Fields] = {  # that each record has at least
     SAMPLES: _STORY | {"when": (str,)},
     JUDGED: {"group": (str,), "index": (int,), "score": _NUMBER, "sense": _NUMBER},
     CONFIG: {"options": (dict,), "started": (str,), "device": (str,), "resumed": (list,)},
-    PREFERENCES: {"key": (str,), "choice": (str, type(None)), "by": (str,)},
+    PREFERENCES: {"opening": (str,), "first": (str,), "second": (str,), "choice": (str, type(None)), "by": (str,)},
 }
 
 
