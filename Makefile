@@ -1,8 +1,8 @@
 # Thin on purpose: each recipe is a line or two that can be copied into a shell.
 PY := .venv/bin/python
 
-.PHONY: demo test planted-bugs fuzz browser-check slow-tests sanitize portable-check lowest-check wheel-check \
-        bench cuda-build ptx-check kernel-report clean gpu-check gpu-tests gpu-memcheck gpu-racecheck \
+.PHONY: demo test test-elsewhere planted-bugs fuzz browser-check slow-tests sanitize portable-check lowest-check \
+        wheel-check bench cuda-build ptx-check kernel-report clean gpu-check gpu-tests gpu-memcheck gpu-racecheck \
         gpu-synccheck gpu-speeds
 
 # From nothing to a student that tells better stories: about ten minutes on two cores.
@@ -21,6 +21,15 @@ test: .venv/ready
 	.venv/bin/cmake --build build/native -j 2
 	.venv/bin/ctest --test-dir build/native --output-on-failure -j 2
 	.venv/bin/pytest
+
+# pytest as on other machines: first the kernels and torch as on a processor without AVX-512 and bfloat16, with one
+# thread; then five threads beside four busy processes. Tests in random order; --randomly-seed=N repeats one.
+elsewhere = .venv/bin/pytest -v -p randomly
+test-elsewhere: .venv/ready
+	CXX='c++ -march=x86-64-v3' ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	  OMP_NUM_THREADS=1 $(elsewhere)
+	for i in 1 2 3 4; do yes > /dev/null & busy="$$busy $$!"; done; trap 'kill $$busy' EXIT; \
+	  OMP_NUM_THREADS=5 $(elsewhere)
 
 # What takes longer; the hosted workflow runs it. One bug at a time in the CUDA kernels, which their tests must catch:
 planted-bugs: .venv/ready

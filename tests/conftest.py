@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import hypothesis
 import pytest
 import torch

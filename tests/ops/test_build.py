@@ -316,6 +316,11 @@ def test_flags_are_those_that_the_compiler_knows(tmp_path, monkeypatch):
     assert build.command() == [str(script), "-m64", *build.FLAGS, "-mcpu=native", "-pthread"]
 
 
+def test_the_users_processor_takes_the_place_of_this_one(monkeypatch):
+    monkeypatch.setenv("CXX", "c++ -march=x86-64-v3")
+    assert not any("native" in flag for flag in build.command())
+
+
 def test_reference_runs_without_a_compiler_and_says_so_once(tmp_path):
     code = (
         "import torch; from tinystory import ops; x = torch.randn(1, 5, 3, 1, 32);"

@@ -101,6 +101,13 @@ def test_private_functions_of_torch_may_be_missing(monkeypatch):
     assert not cpu_has_bf16()
 
 
+def test_bfloat16_is_not_chosen_where_torch_is_kept_from_it(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    for capability, dtype in (("AVX512", torch.bfloat16), ("AVX2", torch.float32)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert pick_dtype("auto", torch.device("cpu")) == dtype
+
+
 def test_tf32_is_a_choice_on_a_gpu_only():
     for name in ("float32", "bfloat16"):
         assert pick_dtype(name, torch.device("cuda")) == getattr(torch, name)

@@ -1,7 +1,10 @@
 """The console entry points of a wheel: each is there, and in a wheel the commands that we print are entry points."""
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -23,3 +26,38 @@ def test_it_exists_and_its_help_says_what_to_type(name, monkeypatch, capsys):
         module.main(["--help"])
     printed = capsys.readouterr().out
     assert "python " not in printed and set(re.findall(r"\btinystory-[\w-]+", printed)) <= set(ENTRY_POINTS)
+
+
+IMPORTS = """
+import contextlib, importlib, os, sys
+class Torch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            raise ImportError
+sys.meta_path.insert(0, Torch())
+before = dict(os.environ), set(sys.modules)
+for name in sys.argv[1:]:
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+    os.environ.clear()
+    os.environ.update(before[0])
+    for module in [module for module in sys.modules if module.startswith(("tinystory", "scripts", "train_"))]:
+        del sys.modules[module]
+"""
+
+
+@pytest.mark.parametrize(
+    "variables, spins",
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_openmps_threads_spin_little_unless_the_user_says_how(variables, spins):
+    """Whatever is set is set before torch is imported, which reads it."""
+    scripts = [path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "peer"]  # another's, elsewhere
+    names = ["train_pretrain", "train_interact", *(f"scripts.{name}" for name in scripts)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "OMP"))}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS, *names], env=environment | variables, cwd=ROOT, capture_output=True, text=True
+    )
+    printed = done.stdout.split()
+    assert len(printed) >= 10 and set(printed) == {spins}, done.stdout + done.stderr

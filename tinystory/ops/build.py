@@ -138,7 +138,8 @@ def imported(name: str, library: Path) -> ModuleType:
 
 
 def command() -> list[str]:
-    """The C++ compiler, $CXX or the first of c++, g++, clang++, and our flags, the last of which is for threads."""
+    """The C++ compiler, $CXX or the first of c++, g++, clang++, and our flags, the last of which is for threads. They
+    are for this processor, unless $CXX names another: "c++ -march=x86-64-v3"."""
     chosen = shlex.split(os.environ.get("CXX", ""))
     names = chosen[:1] or ["c++", "g++", "clang++"]
     found = [name for name in names if shutil.which(name)]
@@ -147,7 +148,8 @@ def command() -> list[str]:
         advice = f"install one ({install}), name it in CXX, or {INSTEAD}"
         raise UserError(f"no C++ compiler found, for there is no {' or '.join(names)}: {advice}")
     compiler = [found[0], *chosen[1:]]
-    native = [flag for flag in ("-march=native", "-mcpu=native") if macros([*compiler, flag])][:1]
+    flags = [] if re.search("-m(arch|cpu)=", " ".join(compiler)) else ["-march=native", "-mcpu=native"]
+    native = [flag for flag in flags if macros([*compiler, flag])][:1]
     # GCC's OpenMP is torch's too. Other compilers have another or none: there, csrc/cpu/thread_pool.h has threads.
     return [*compiler, *FLAGS, *native, "-pthread" if "__clang__" in macros(compiler) else "-fopenmp"]
 

@@ -15,7 +15,10 @@ from tinystory.run.errors import Interrupted, Output, UserError
 
 
 def cpu_has_bf16() -> bool:
-    """True where bf16 matmuls run in hardware; elsewhere they would be emulated, slower than float32."""
+    """True where bf16 matmuls run in hardware; elsewhere they would be emulated, slower than float32. So they are where
+    ATEN_CPU_CAPABILITY=avx2 keeps torch from the processor's newer instructions."""
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return False
     flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, and not in every version of torch
     return any(getattr(torch.cpu, flag, bool)() for flag in flags)
 
