@@ -27,6 +27,7 @@ from tinystory.evaluate.held_out import Evaluator, due, story_means, story_recor
 from tinystory.evaluate.reader import Reader
 from tinystory.evaluate.second_judge import conclusion, judge_run
 from tinystory.ops.compute import resolve
+from tinystory.report.before_after import summary
 from tinystory.report.charts import text_curve
 from tinystory.report.run import live_report
 from tinystory.rl import ppo
@@ -108,7 +109,10 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     budget.require_first_step(state)
     resume_step = state.step if config.resume else None
     log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
-    log.config(asdict(config) | grader_facts | compute.recorded | {"init": config.init or str(origin)})
+    size = sum(parameter.numel() for parameter in reference.parameters())
+    student_facts = {"parameters": size, "corpus": facts.get("corpus"), "words": facts.get("words")}
+    init = {"init": config.init or str(origin), "student": student_facts}
+    log.config(asdict(config) | grader_facts | compute.recorded | init)
     update_report = stack.enter_context(live_report(run, rank0))
     watch = Watch(read_metrics(run), config.kl_target)
 
@@ -213,7 +217,8 @@ def report(run: Path, state: RunState, *, stopped: bool, judge: Callable[[], lis
         resume = usage("python train_interact.py", "--out", run, "--resume", *leads_out(recorded_options(run)))
         print(f"stopped after step {state.step}, all saved; go on with: {resume}")
         return
-    print(write_samples(run, state.best_step))
+    write_samples(run, state.best_step)
+    print(summary(run))
     print(f"mean reward per step {text_curve([record.get('reward_mean') for record in read_metrics(run)], 60)}")
     if judge:
         print(conclusion(judge()))

@@ -120,8 +120,8 @@ def pretrain(config: PretrainConfig) -> None:
     resume_step = state.step if config.resume else None
     log = distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0))
     distributed.broadcast_from_rank0(student.parameters())
-    log.config(asdict(config) | compute.recorded)
     size = sum(p.numel() for p in student.parameters())
+    log.config(asdict(config) | compute.recorded | {"student": {"parameters": size, "corpus": config.corpus}})
     print(
         f"student with {size / 1e6:.1f} M parameters, {tokenizer.vocab_size} tokens, {device}, "
         f"{compute.recorded['dtype']}; {config.words:,} words to train on, "

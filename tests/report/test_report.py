@@ -132,28 +132,26 @@ def test_the_time_left_is_said_where_it_can_be_told():
         assert remaining(metrics, config) == "running"
 
 
-def test_headline_is_the_mean_of_five_steps_at_each_end(tmp_path):
+def test_the_page_sums_what_a_run_took(tmp_path):
     interaction_run(tmp_path, 20, [story(step, 0) for step in range(1, 21)])
     text = Page(write_report(tmp_path)).text
-    assert "Mean reward0.03 → 0.18first 5 steps → last 5" in text
-    assert "Readability1.03 → 1.18" in text
     assert "From step 10: all stories of the last 5 steps had the same score (4.5 in the last)" in text
-    assert "Words taken in2,0001,000 written" in text and "Unscored40" in text
-    assert "rollout 20 s, 25%teacher 40 s, 50%update 20 s, 25%" in text
+    assert "Words taken in2,000Words written1,000Stories without a score, left out of the update40" in text
+    assert "Time of rollout20 sTime of reference0.0 sTime of teacher40 sTime of update20 s" in text
 
 
 def test_what_models_and_servers_write_stays_text(tmp_path):
     stories = [story(1, 0, story=EVIL, opening=EVIL), story(1, 1, reward=None, scores=None, reply=EVIL, story="x")]
     interaction_run(tmp_path, 2, stories)
-    unsaid = dict(opening=EVIL, story=EVIL, scores=None, reward=None, reply=None)
+    unsaid = dict(opening=EVIL, story=EVIL, scores={EVIL: 1}, reward=0.5, reply=None)
     with RunLog(tmp_path, resume_step=2) as log:
         log._append("samples.jsonl", [story(0, 0, when=when, **unsaid) for when in ("before", "after")])
     path = write_report(tmp_path)
     page = Page(path)
     check_self_contained(page)
     shown = "</p></article><script>alert(1)</script><img src=x onerror=y>&lt;"
-    # both stories drawn at random, unscored and its reply, two samples, and the option
-    assert page.text.count(shown) == (2 + 1) + 1 + 2 * 2 + 1
+    # both stories drawn at random, unscored and its reply, a pair with a criterion each, and the option
+    assert page.text.count(shown) == (2 + 1) + 1 + 2 * 3 + 1
     assert "default-src 'none'" in path.read_text() and "\x1b" not in path.read_text()
 
 
@@ -215,17 +213,6 @@ def test_stories_at_random_do_not_depend_on_their_reward():
     assert abs(np.mean(drawn) - 19.5) < 1.5  # the standard error of the mean is 0.3
 
 
-def test_held_out_openings_are_shown_before_and_after_with_their_scorer(tmp_path):
-    with RunLog(tmp_path, resume_step=None) as log:
-        log.config({"device": "cpu", "scored_by": "x at http://h/v1", "teacher": {"model": "stern <b>"}})
-        log.metrics(step=1, reward_mean=0.5)
-        for when, step in (("before", 0), ("after", 30)):
-            log._append("samples.jsonl", [story(step, 10**9 + i, story=f"{when} {i}") | {"when": when} for i in (1, 0)])
-    text = Page(write_report(tmp_path)).text
-    assert re.search("Before, step 0.*before 0.*After, step 30.*after 0.*before 1.*after 1", text)
-    assert text.count("scored by stern <b>") == 4
-
-
 @pytest.mark.parametrize("steps", [0, 1, 2, 7, 9, 400])
 @pytest.mark.parametrize("with_stories", [False, True])
 def test_a_run_of_any_length_gives_a_page(tmp_path, steps, with_stories):
@@ -279,5 +266,5 @@ def test_what_the_teacher_took_is_summed(tmp_path):
                 teacher_tokens_in=40_000, teacher_tokens_out=400, teacher_cost=0.25 * step,
             )  # fmt: skip
     page = Page(write_report(tmp_path / "run"))
-    for words in ("Requests to the teacher", "Requests350", "Retries after a failure30", "200k", "2,000", "Cost1.25"):
+    for words in ("Requests to the teacher350", "Retries after a failure30", "200k", "2,000", "Cost1.25"):
         assert words in page.text, words

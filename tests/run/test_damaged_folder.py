@@ -18,6 +18,7 @@ import train_interact as interact
 import train_pretrain as pretrain
 from tinystory.evaluate.held_out import write_samples
 from tinystory.evaluate.preference import StoryPair
+from tinystory.report.before_after import summary
 from tinystory.report.run import write_report
 from tinystory.run.errors import UserError
 from tinystory.run.folder import RunLog, locked, read_config, read_metrics, read_records
@@ -203,6 +204,7 @@ def test_no_harm_to_a_record_is_a_traceback(a_run, tmp_path_factory, data):
         lambda: [list(read_records(folder / name)) for name in RECORDS],
         lambda: write_report(folder),
         lambda: write_samples(folder, 1),
+        lambda: summary(folder),
         lambda: RunLog(folder, resume_step=1).config({"device": "cpu"}),
     ):
         with contextlib.suppress(UserError):

@@ -10,7 +10,7 @@ from conftest import SHORT, assert_same_bits, fails, metrics, story_record
 import train_interact as interact
 import train_pretrain as pretrain
 from scripts import sample
-from tinystory.evaluate.held_out import write_samples
+from tinystory.report.before_after import summary
 from tinystory.run.folder import EVALUATIONS
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story
@@ -62,15 +62,6 @@ def test_a_reward_cannot_change_how_the_student_learns(place, whole, tmp_path):
     assert_same_bits(whole, tmp_path / "i")
 
 
-def test_the_story_shown_is_the_first_that_training_changed(tmp_path):
-    stories = {0: ["It ran.", "A cat.", "A dog."], 1: ["It ran.", "A bird.", "A fox."]}
-    records = [story_record(step, story=story) for step, texts in stories.items() for story in texts]
-    (tmp_path / EVALUATIONS).write_text("".join(json.dumps(record) + "\n" for record in records))
-    summary = write_samples(tmp_path, 1)
-    assert "A cat." in summary and "A bird." in summary and "It ran." not in summary
-    assert "It ran." in write_samples(tmp_path, 0)  # nothing has changed
-
-
 @pytest.mark.parametrize("command", ["pretrain", "interact", "sample"])
 def test_a_terminal_gets_no_escape_sequences_of_a_story(place, tmp_path, capsys, monkeypatch, command):
     nothing = torch.zeros(0)
@@ -85,6 +76,6 @@ def test_a_terminal_gets_no_escape_sequences_of_a_story(place, tmp_path, capsys,
     else:
         records = [story_record(step, opening="\x1bOnce", story=ESCAPES) for step in (0, 1)]
         (tmp_path / EVALUATIONS).write_text("".join(json.dumps(record) + "\n" for record in records))
-        print(write_samples(tmp_path, 1))
+        print(summary(tmp_path))
     out = capsys.readouterr().out
     assert "dog" in out and out.replace("\n", "").isprintable()

@@ -18,7 +18,6 @@ from tinystory.run import distributed
 from tinystory.run.device import Stop
 from tinystory.run.errors import Interrupted, UserError
 from tinystory.run.folder import EVALUATIONS, SAMPLES, Record, RunLog, atomic_write, read_records
-from tinystory.run.text import printable
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story
 from tinystory.teacher.grade import Grade, score_means
@@ -136,22 +135,9 @@ def is_best(records: Iterable[Record], step: int) -> bool:
     return bool(deficits) and fmean(deficits) <= error
 
 
-def write_samples(folder: Path, best_step: int) -> str:
-    """A summary for the terminal: the first story that training changed, before and after, and the metrics of both
-    evaluations. Writes samples.jsonl, the stories of the evaluations before training and of `best`."""
+def write_samples(folder: Path, best_step: int) -> None:
+    """Write samples.jsonl, the stories of the evaluations before training and of `best`."""
     records = list(read_records(folder / EVALUATIONS))
     before, after = ([record for record in records if record["step"] == step] for step in (0, best_step))
     samples = [{"when": "before"} | record for record in before] + [{"when": "after"} | record for record in after]
     atomic_write(folder / SAMPLES, "".join(json.dumps(record) + "\n" for record in samples))
-    if not before or not after:  # evaluations.jsonl can have lost some
-        return ""
-    pairs, lines = [*zip(before, after, strict=False)], []
-    pair = next((pair for pair in pairs if pair[0]["story"] != pair[1]["story"]), pairs[0])
-    for when, record in zip(("before", "after"), pair, strict=True):
-        text = printable(f"{record['opening']} {record['story']}")
-        lines.append(f"\n{when}, scored {record['scores']}:\n{text}")
-    lines.append(f"\n{len(before)} evaluation stories, before and after step {best_step}, the best:")
-    first, best = ({"reward": reward_mean(group)} | story_means(group) for group in (before, after))
-    for name in ("reward", "ended", "distinct_4", "story_clusters"):
-        lines.append(f"  {name:14} {first[name] or 0:.3g} -> {best[name] or 0:.3g}")
-    return "\n".join(lines)

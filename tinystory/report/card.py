@@ -7,13 +7,12 @@ from html import escape
 from pathlib import Path
 
 from tinystory.data.corpus import BUILTIN, HUB, LICENCES
-from tinystory.evaluate.held_out import reward_mean, story_means
 from tinystory.evaluate.preference import run_preferences
-from tinystory.evaluate.stories import mean_of
+from tinystory.report.before_after import grade_line, read_before_after, story_lines
 from tinystory.report.charts import number
 from tinystory.report.judges import preference_lines
 from tinystory.report.run import scorer
-from tinystory.run.folder import EVALUATIONS, Record, read_config, read_metrics, read_records
+from tinystory.run.folder import Record, read_config, read_metrics
 from tinystory.run.text import printable
 from tinystory.student import checkpoint
 from tinystory.student.model import Student
@@ -70,22 +69,22 @@ def _run(source: Path, facts: Record) -> Iterable[str]:
         f"and replies, and moved {number(metrics[-1]['kl'])} nats per story from the student before. "
         f"{_code(scorer(config))} graded. On stories of known order, it {verdict}."
     )
-    evaluations: dict[int, list[Record]] = {}
-    for record in read_records(run / EVALUATIONS):
-        if record["step"] <= step:
-            evaluations.setdefault(record["step"], []).append(record)
-    if len(evaluations) < 2:
+    if (comparison := read_before_after(run, step)) is None:
         return
-    means = []
-    for records in (evaluations[min(evaluations)], evaluations[max(evaluations)]):
-        score = mean_of(sum(record["scores"].values()) for record in records if record["scores"])
-        means.append({"score_mean": score, "reward_mean": reward_mean(records), **story_means(records)})
-    yield f"## What it scores\n\n{len(records)} stories, to held-out openings unless there was only one:"
-    rows = [f"| {key} | {number(before)} | {number(means[1][key])} |" for key, before in means[0].items()]
-    yield "\n".join([f"| | before interaction | after step {max(evaluations)} |", "|---|---|---|", *rows])
+    header, *rows = ([_cell(text) for text in row] for row in comparison.table())
+    yield "## What it scores"
+    yield "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
     yield from (escape(line).replace("[", "\\[") + "." for line in preference_lines(run_preferences(run)))
-    example = textwrap.fill(printable(f"{records[0]['opening']} {records[0]['story']}"), 100)
-    yield f"The first of these stories, not the best:\n\n{textwrap.indent(example, '    ')}"
+    rule, pairs = comparison.typical()
+    for pair in pairs[:1]:
+        for name, record in zip(comparison.names, pair, strict=True):
+            story = textwrap.indent(story_lines(record), "    ")
+            rule += f"\n\n{name.capitalize()}, {_cell(grade_line(record))}:\n\n{story}"
+    yield rule
+
+
+def _cell(text: str) -> str:
+    return escape(printable(text)).replace("|", "\\|").replace("[", "\\[")
 
 
 def _code(text: str) -> str:

@@ -12,6 +12,7 @@ from tinystory.run.folder import Record, atomic_write
 
 TOP_SCORE = 3  # each criterion is scored from 0 to this
 LONGEST = 3000  # characters of a story that are shown
+LARGEST = 30  # clusters that are drawn one by one
 
 
 def write(path: Path, title: str, subtitle: str, sections: Sequence[str], reload_s: int = 0) -> Path:
@@ -28,8 +29,10 @@ def section(title: str, note: str, body: str) -> str:
     return f'<section><h2>{title}</h2><p class="note">{note}</p>{body}</section>' if body else ""
 
 
-def details(title: str, body: str, opened: bool = False) -> str:
-    return f"<details{' open' if opened else ''}><summary>{title}</summary>{body}</details>" if body else ""
+def details(title: str, note: str, body: str) -> str:
+    """A section that is folded until it is asked for."""
+    note = f'<p class="note">{note}</p>' if note else ""
+    return f"<details><summary>{title}</summary>{note}{body}</details>" if body else ""
 
 
 def block(style: str, body: str) -> str:
@@ -56,26 +59,13 @@ def change(ends: Sequence[float | None], decimals: int = 2) -> str:
     return texts[0] if len(texts) == 1 else f'<span class="from">{texts[0]} →</span> {texts[-1]}'
 
 
-def time_bar(parts: Sequence[tuple[str, float]]) -> str:
-    """One stacked bar of (name, seconds)."""
-    parts = [(name, seconds) for name, seconds in parts if seconds]
-    total = sum(seconds for _, seconds in parts)
-    if not total:
-        return ""
-    bars = "".join(
-        f'<i class="t{i}" style="flex-grow: {seconds / total:.4f}"></i>' for i, (_, seconds) in enumerate(parts)
-    )
-    names = "".join(
-        f'<span><b class="t{i}"></b>{name} {duration(seconds)}, {seconds / total:.0%}</span>'
-        for i, (name, seconds) in enumerate(parts)
-    )
-    return f'<div class="time"><p>Time: {duration(total)}</p><div class="parts">{bars}</div><p>{names}</p></div>'
-
-
 def cluster_bar(sizes: Sequence[int], when: str) -> str:
-    """Clusters of similar stories as one bar of blocks. sizes: stories per cluster, the largest first."""
+    """Clusters of similar stories as one bar: a block for each of the LARGEST clusters, and one for the rest. sizes:
+    stories per cluster, the largest first."""
     clusters, stories = count(len(sizes), "cluster"), count(sum(sizes), "story", "stories")
-    blocks = "".join(f'<i style="flex-grow: {size}"></i>' for size in sizes)
+    blocks = "".join(f'<i style="flex-grow: {size}"></i>' for size in sizes[:LARGEST])
+    if rest := sum(sizes[LARGEST:]):
+        blocks += f'<i class="rest" style="flex-grow: {rest}"></i>'
     caption = f"{when}: {clusters} in {stories}, the largest of {sizes[0]}"
     return f'<figure class="clusters"><figcaption>{caption}</figcaption><div class="parts">{blocks}</div></figure>'
 
@@ -113,9 +103,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>' if rows else ""
 
 
-def story_card(record: Record, title: str, scored_by: str = "") -> str:
-    """A story after its opening, with its scores and its scorer. record: opening and story; optionally scores, reward,
-    words, ended, reply."""
+def story_card(record: Record, title: str) -> str:
+    """A story after its opening, with its scores. record: opening and story; optionally scores, reward, words, ended,
+    reply."""
     opening, story = record["opening"], record["story"]
     gap = "" if not opening or opening[-1].isspace() or re.match(r"\s|[.,!?;:]|$", story) else " "
     text = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"
@@ -123,7 +113,6 @@ def story_card(record: Record, title: str, scored_by: str = "") -> str:
     marks = "".join(dots(criterion, score) for criterion, score in (scores or {}).items())
     notes = [
         "no score" if reward is None else f"reward {reward:.3f}",
-        f"scored by {clip(scored_by, 80)}" if scored_by and reward is not None else "",
         "" if words is None else f"{number(words)} words",
         "cut off at the length limit" if record.get("ended") == "length" else "",
         f"the teacher’s reply: <q>{clip(reply, 300)}</q>" if reward is None and reply else "",
@@ -142,7 +131,7 @@ def colour(criterion: str) -> str:
 
 def dots(criterion: str, score: float) -> str:
     """A score as three dots, filled up to the score."""
-    name = escape(criterion.replace("_", " "))
+    name = clip(criterion.replace("_", " "), 80)
     label = f"{name} {score:g} of {TOP_SCORE}"
     symbols = "●" * round(score) + "○" * (TOP_SCORE - round(score))
     return (
@@ -197,22 +186,16 @@ details + details { margin-top: 1.5rem; }
 .tile small { color: var(--muted); }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 2.2rem; }
 figure { margin: 0; }
-.time { margin-top: 1.2rem; font-size: .85rem; color: var(--muted); }
-.time p { margin: .4rem 0; }
-.time span { margin-right: 1.3em; white-space: nowrap; }
-.time b { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .45em; }
-.parts { display: flex; gap: 2px; height: .6rem; }
-.parts i { min-width: 2px; border-radius: 2px; }
-.t0, .t1, .t2, .t3 { background: var(--plain); }
-.t1 { opacity: .7; }
-.t2 { opacity: .45; }
-.t3 { opacity: .25; }
 .clusters { margin-bottom: 1.2rem; }
 .clusters + .grid { margin-top: 2.4rem; }
 figcaption { font-size: .85rem; color: var(--muted); margin-bottom: .3rem; }
-.clusters .parts { gap: 1px; height: 1.4rem; }
-.clusters .parts i { flex-basis: 0; min-width: 1px; background: var(--reward); }
+.parts { display: flex; gap: 1px; height: 1.4rem; }
+.parts i { flex-basis: 0; min-width: 1px; border-radius: 2px; background: var(--reward); }
+.parts .rest { background: var(--grey); }
 .pair, .cards { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 3rem; }
+.hero .pair { grid-template-columns: minmax(0, 1fr); }
+.hero details { margin-top: 1rem; }
+.hero summary { font-size: 1rem; }
 .pair + .pair, article + article { border-top: 1px solid var(--rule); }
 .pair > article, .cards > article { border-top: 0; }
 article { padding: 1.2rem 0; min-width: 0; }

@@ -6,24 +6,23 @@ on, it is, and reloads itself.
 
 import contextlib
 import hashlib
-import itertools
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from pathlib import Path
 
 from tinystory.evaluate.stories import mean_of
 from tinystory.report import judges, page
+from tinystory.report.before_after import BeforeAfter, from_start, read_before_after
 from tinystory.report.charts import Line, chart, number
 from tinystory.report.page import TOP_SCORE, block, colour, details, grid, section, story_card, tile
 from tinystory.rl.collapse import Watch
 from tinystory.rl.reward import cluster_sizes
-from tinystory.run.folder import SAMPLES, Record, read_config, read_metrics, read_records, read_stories
+from tinystory.run.folder import Record, read_config, read_metrics, read_stories
+from tinystory.run.text import printable
 
-EDGE = 5  # the headline compares the means of the first and last so many steps
-PAIRS, RANDOM, UNSCORED = 12, 6, 3  # stories shown: before and after; random ones; unscored
+RANDOM, UNSCORED = 6, 3  # stories shown: random ones; unscored
 HERO = (560, 300)  # size of the chart at the top, in pixels
 RELOAD_S = 10  # of the page of a run that goes on
 RECENT = 5  # steps whose pace the time left is estimated from
@@ -34,7 +33,7 @@ SAMENESS_CURVES = {
     "diversity_mean": "Difference from the other stories, 0 to 1",
     "distinct_4": "Distinct 4-grams in a step’s stories",
     "ended": "Fraction of stories that end",
-    "held_out_reward": "Reward of evaluations",
+    "held_out_story_clusters": "Clusters in an evaluation",
 }
 STUDENT_CURVES = {
     "objective": "Objective: reward less the KL penalty",
@@ -53,12 +52,14 @@ PPO_CURVES = {
     "grad_norm": "Gradient norm",
     "ratio_error": "Ratio error before the first update",
 }
-TEACHER_SUMS = {
-    "requests": "Requests",
-    "retries": "Retries after a failure",
-    "cached": "Replies from the cache",
-    "tokens_in": "Prompt tokens",
-    "tokens_out": "Reply tokens",
+LAST = {"words_in": "Words taken in", "words_out": "Words written", "teacher_cost": "Cost"}  # of the run so far
+TOTALS = {
+    "unscored": "Stories without a score, left out of the update",
+    "teacher_requests": "Requests to the teacher",
+    "teacher_retries": "Retries after a failure",
+    "teacher_cached": "Replies from the cache",
+    "teacher_tokens_in": "Prompt tokens",
+    "teacher_tokens_out": "Reply tokens",
 }
 PRETRAINING_CURVES = {
     "lr": "Learning rate",
@@ -98,12 +99,36 @@ def write_report(run_folder: Path, live: bool = False) -> Path:
         sections = pretraining(metrics)
     if config:
         rest = {key: value for key, value in config.items() if key != "options"}
-        lists = page.facts(flat(config["options"])) + page.facts(flat(rest))
-        sections.append(details("How it was run", lists, opened=True))
+        sections.append(details("How it was run", "", page.facts(flat(config["options"])) + page.facts(flat(rest))))
     for step, sentence in Watch(metrics, number_option(config, "kl_target") or math.inf).warnings.values():
         sections.insert(0, f'<p class="warning"><b>From step {number(step)}:</b> {escape(sentence)}</p>')
-    heading = subtitle(metrics, config) + f" · {remaining(metrics, config)}" * live
-    return page.write(folder / "report.html", escape(folder.resolve().name), heading, sections, RELOAD_S * live)
+    title, note = heading(folder, metrics, config)
+    return page.write(
+        folder / "report.html",
+        title,
+        f"{note} · {remaining(metrics, config)}" * live or note,
+        sections,
+        RELOAD_S * live,
+    )
+
+
+def heading(folder: Path, metrics: list[Record], config: Record) -> tuple[str, str]:
+    """What the page is about, from config.json, and when and where it ran; as HTML."""
+    options = config.get("options", {})
+    student = options.get("student") if isinstance(options.get("student"), dict) else {}
+    size, corpus = student.get("parameters"), student.get("corpus")
+    name = f"A storyteller of {number(size)} parameters" if type(size) is int else "A storyteller"
+    read = ", ".join(Path(str(key)).name for key in corpus) if isinstance(corpus, list) else ""
+    if metrics and "reward_mean" in metrics[-1]:
+        teacher = scorer(config)
+        title = f"{name}, taught by {teacher}" if teacher else f"{name}, taught by scores"
+        parts = [f"It had read {read}"] * bool(read) + [f"interaction of {page.count(metrics[-1]['step'], 'step')}"]
+    else:
+        title = f"{name}, reading {read}" if read else name
+        parts = [f"pretraining of {page.count(metrics[-1]['step'], 'step')}"] if metrics else []
+    if config:
+        parts += [config["device"], f"{config['started'][:16].replace('T', ' ')} UTC"]
+    return escape(title), " · ".join(map(escape, [folder.resolve().name, *parts]))
 
 
 def number_option(config: Record, name: str) -> float | None:
@@ -123,16 +148,6 @@ def remaining(metrics: list[Record], config: Record) -> str:
     else:
         return "running"
     return f"running, about {page.duration(left)} left"
-
-
-def subtitle(metrics: list[Record], config: Record) -> str:
-    parts = []
-    if metrics:
-        parts.append("Interaction" if "reward_mean" in metrics[-1] else "Pretraining")
-        parts.append(page.count(metrics[-1]["step"], "step"))
-    if config:
-        parts += [config["device"], f"{config['started'][:16].replace('T', ' ')} UTC"]
-    return " · ".join(escape(part) for part in parts)
 
 
 def flat(values: Record, path: str = "") -> Iterable[tuple[str, object]]:
@@ -157,14 +172,14 @@ def scorer(config: Record) -> str:
 
 
 def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str]:
-    digest, scored_by = Digest(read_stories(folder)), scorer(config)
+    digest, scored_by, curves = Digest(read_stories(folder)), scorer(config), from_start(folder, metrics)
     scores = [
         chart(title(name), [curve(metrics, f"{name}_mean", colour(name))], y_range=(0, TOP_SCORE))
         for name in digest.criteria
     ]
     return [
-        interaction_headline(metrics, digest.criteria),
-        sameness(metrics, digest),
+        first_screen(metrics, curves, read_before_after(folder)),
+        sameness(curves, digest),
         section(
             "The teacher’s scores",
             f"{judges.scored_by_note(scored_by, config)} Mean score per step, from 0 to 3. The bold line is a rolling "
@@ -173,61 +188,52 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
         ),
         section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
         judges.judges_section(folder),
-        before_and_after(folder, scored_by),
-        section(
+        details(
             "Samples of the last step",
-            "Drawn at random, whatever their reward: what to expect of the student.",
-            block("cards", cards(digest.random, scored_by)),
+            "Drawn at random, whatever their reward.",
+            block("cards", cards(digest.random)),
         ),
-        section(
+        details(
             "Stories without a score",
             "The teacher returned no valid score for these, so they were left out of the update. The first ones:",
             block("cards", cards(digest.unscored)),
         ),
-        details("PPO diagnostics", grid(curve_charts(metrics, PPO_CURVES))),
-        teacher_requests(metrics),
+        details("PPO diagnostics", "", grid(curve_charts(metrics, PPO_CURVES))),
+        details("Time, words and requests", "", page.facts(totals(metrics))),
     ]
 
 
 def title(criterion: str) -> str:
-    return criterion.replace("_", " ").capitalize()
+    return printable(criterion.replace("_", " ").capitalize())
 
 
 def step_name(record: Record) -> str:
     return f"Step {number(record['step'])}"
 
 
-def cards(records: Iterable[Record], scored_by: str = "") -> str:
-    return "".join(story_card(record, step_name(record), scored_by) for record in records)
+def cards(records: Iterable[Record]) -> str:
+    return "".join(story_card(record, step_name(record)) for record in records)
 
 
-def interaction_headline(metrics: list[Record], criteria: Sequence[str]) -> str:
-    edge = max(1, min(EDGE, len(metrics) // 2))
-
-    def ends(key: str) -> list[float | None]:
-        values = column(metrics, key)
-        return [mean_of(values[:edge]), mean_of(values[-edge:])] if len(values) > 1 else [mean_of(values)]
-
-    steps = {0: "the only step", 1: "first step → last"}.get(len(metrics) // 2, f"first {edge} steps → last {edge}")
-    means = [
-        ("reward_mean", "Mean reward", steps, "reward", 2),
-        *((f"{name}_mean", escape(title(name)), f"out of {TOP_SCORE}", colour(name), 2) for name in criteria),
-        ("story_clusters", "Story clusters", "in the stories of a step", "ink", 0),
-        ("ended", "Finished stories", "fraction", "ink", 2),
+def first_screen(metrics: list[Record], curves: list[Record], comparison: BeforeAfter | None) -> str:
+    """The typical pair of stories beside the curve of the reward and the means before and after."""
+    lines = [
+        curve(metrics, "reward_mean", "plain", name="training"),
+        curve(curves, "held_out_reward", "reward", name="held out", smooth=False),
     ]
-    tiles = [
-        tile(name, page.change(ends(key), decimals), note, tint)
-        for key, name, note, tint, decimals in means
-        if key == "reward_mean" or ends(key)[0] is not None
-    ]
-    last, unscored = metrics[-1], sum(value or 0 for value in column(metrics, "unscored"))
-    tiles += [
-        tile("Words taken in", number(last.get("words_in")), f"{number(last.get('words_out'))} written"),
-        tile("Unscored", number(unscored), "stories, left out of the update"),
-    ]
-    drawing = chart("Mean reward per step", [curve(metrics, "reward_mean", "reward")], size=HERO)
-    seconds = [(part, sum(value or 0 for value in column(metrics, f"{part}_s"))) for part in PARTS]
-    return page.hero(tiles, drawing + page.time_bar(seconds))
+    right = chart("Mean reward", lines, size=HERO)
+    if comparison is None:
+        return block("hero", f"<div>{right}</div>")
+    rule, pairs = comparison.typical()
+    names = [name.capitalize() for name in comparison.names]
+    first, *more = [block("pair", "".join(map(story_card, pair, names))) for pair in pairs] or [""]
+    others = details("The largest loss, and the quartiles of the gain", "", "".join(more))
+    header, *rows = comparison.table()
+    right += page.table(header, rows) + f"<p>{escape(comparison.conclusion())}</p>"
+    return block(
+        "hero",
+        f'<div><h2>Before and after</h2><p class="note">{escape(rule)}</p>{first}{others}</div><div>{right}</div>',
+    )
 
 
 def sameness(metrics: list[Record], digest: "Digest") -> str:
@@ -245,32 +251,14 @@ def sameness(metrics: list[Record], digest: "Digest") -> str:
     )
 
 
-def before_and_after(folder: Path, scored_by: str) -> str:
-    samples: dict[int, dict[str, Record]] = defaultdict(dict)
-    for record in read_records(folder / SAMPLES):
-        samples[record["index"]][record["when"]] = record
-    body = ""
-    for _, sides in sorted(samples.items())[:PAIRS]:
-        records = [sides[when] for when in ("before", "after") if when in sides]
-        titles = [f"{record['when'].capitalize()}, step {number(record['step'])}" for record in records]
-        body += block("pair", "".join(map(story_card, records, titles, itertools.repeat(scored_by))))
-    return section(
-        "Evaluation, before and after",
-        "The opening, in colour, is given; the student continues it, both times with the same random numbers. It was "
-        "never trained on, unless there is only one. After: the checkpoint best, which is the latest student whose "
-        "reward in evaluations is within a standard error of the highest.",
-        body,
-    )
-
-
-def teacher_requests(metrics: list[Record]) -> str:
-    """What the requests to the teacher took; "" if there were none."""
-    if not any(column(metrics, "teacher_requests")):
-        return ""
-    sums = {name: sum(value or 0 for value in column(metrics, f"teacher_{key}")) for key, name in TEACHER_SUMS.items()}
-    cost = metrics[-1].get("teacher_cost")
-    rows = [(name, number(total)) for name, total in sums.items()] + [("Cost", number(cost))] * bool(cost)
-    return details("Requests to the teacher", page.facts(rows))
+def totals(metrics: list[Record]) -> list[tuple[str, str]]:
+    """Names and sums over the run."""
+    seconds = {part: sum(value or 0 for value in column(metrics, f"{part}_s")) for part in PARTS}
+    rows = [(f"Time of {part}", page.duration(value)) for part, value in seconds.items()]
+    rows += [(name, number(value)) for key, name in LAST.items() if (value := column(metrics, key)[-1])]
+    sums = {name: sum(value or 0 for value in column(metrics, key)) for key, name in TOTALS.items()}
+    rows += [(name, number(value)) for name, value in sums.items() if value]
+    return rows
 
 
 class Digest:
@@ -330,7 +318,8 @@ def pretraining(metrics: list[Record]) -> list[str]:
 
 
 def column(metrics: list[Record], key: str) -> list[float | None]:
-    return [record.get(key) for record in metrics]
+    """The numbers of a key, None where there is none: a server may have sent anything."""
+    return [value if type(value := record.get(key)) in (int, float) else None for record in metrics]
 
 
 def curve(

@@ -61,7 +61,7 @@ def write_experiment_report(out: Path) -> Path:
         page.hero(headline(records), figure),
         equivalents(records),
         measures_table(records),
-        page.details("How it was run", page.facts(facts.items()), opened=True),
+        page.details("How it was run", "", page.facts(facts.items())),
     ]
     subtitle = escape(f"scale {facts['scale']} · teacher {facts['teacher']} · {facts['device']}")
     return page.write(out / "report.html", "Does interaction replace pretraining?", subtitle, sections)

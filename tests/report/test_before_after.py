@@ -1,0 +1,112 @@
+"""The terminal, the report and the card show the same two numbers and the same typical pair."""
+
+import json
+import re
+
+import pytest
+from conftest import story_record
+
+from scripts import watch
+from tinystory.report.before_after import BeforeAfter, read_before_after, summary
+from tinystory.report.run import write_report
+from tinystory.run.folder import EVALUATIONS, JUDGED, SAMPLES, RunLog
+
+GAINS = {0: -0.3, 1: 0.0, 2: 0.1, 3: 0.2, 4: 0.4}  # by opening; the median is 0.1
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def evaluation(step, rewards, **other):
+    return [story_record(step, i, story=f"story {step} {i}", reward=reward, **other) for i, reward in rewards.items()]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """An interaction of three steps whose best student is that of step 2, over."""
+    with RunLog(tmp_path, resume_step=None) as log:
+        log.config({"student": {"parameters": 1_800_000, "corpus": ["primer", "/home/me/own.txt"]}, "device": "cpu"})
+        for step in range(1, 4):
+            log.metrics(step=step, reward_mean=0.5, held_out_reward=0.5 + step / 100)
+    before, after = evaluation(0, dict.fromkeys(GAINS, 0.5)), evaluation(2, {i: 0.5 + g for i, g in GAINS.items()})
+    write(tmp_path / EVALUATIONS, [*before, *evaluation(1, dict.fromkeys(GAINS, 0.4)), *after])
+    write(tmp_path / SAMPLES, [r | {"when": w} for w, rs in (("before", before), ("after", after)) for r in rs])
+    return tmp_path
+
+
+def text_of(page):
+    return " ".join(re.sub("<style>.*?</style>|<[^>]+>", " ", page.read_text(), flags=re.DOTALL).split())
+
+
+def test_terminal_and_report_say_the_same_numbers_and_show_the_same_pair(run):
+    terminal, page = " ".join(summary(run).split()), text_of(write_report(run))
+    for said in (
+        "The mean reward rose from 0.5 before interaction to 0.58 after step 2.",
+        "The pair with the median gain in reward among 5 held-out openings whose stories both end.",
+    ):
+        assert said in terminal and said in page, said
+    for text in (terminal, page):
+        assert text.index("story 0 2") < text.index("story 2 2")
+    assert page.index("story 2 2") < page.index("story 2 0") < page.index("story 2 1") < page.index("story 2 3")
+    assert "story 2 4" not in page and "reward 0.6:" in terminal
+
+
+def test_the_curves_begin_with_the_evaluation_before_the_first_step(run, capsys):
+    watch.main([str(run)])
+    assert "held-out reward 0.5 → 0.53" in capsys.readouterr().out
+    curve = re.search(r'class="line" d="M([^"]*)"/><circle', write_report(run).read_text().split("held out")[0])
+    assert curve
+    held_out = re.findall(r'<path class="line" d="M([^"]+)"', write_report(run).read_text())[1]
+    assert held_out.count(",") == 4  # steps 0 to 3
+
+
+def test_the_title_says_what_it_is(run):
+    page = text_of(write_report(run))
+    assert page.count("A storyteller of 1.8M parameters, taught by scores") == 2  # <title> and heading
+    assert "It had read primer, own.txt" in page and "/home/me" not in page.split("How it was run")[0]
+
+
+def test_a_story_without_an_end_is_typical_only_if_no_pair_has_two(tmp_path):
+    def pair_of(*ended):
+        before = evaluation(0, dict.fromkeys(range(3), 0.5))
+        after = [r | {"ended": end} for r, end in zip(evaluation(1, {0: 0.6, 1: 0.7, 2: 0.8}), ended, strict=True)]
+        rule, pairs = BeforeAfter(before, after, {}).typical()
+        return pairs[0].after["index"], "both end" in rule
+
+    assert pair_of("eos", "eos", "eos") == (1, True)
+    assert pair_of("eos", "length", "length") == (0, True)
+    assert pair_of("length", "length", "length") == (1, False)
+    assert BeforeAfter(evaluation(0, {0: None}), evaluation(1, {0: 0.5}), {}).typical() == ("", [])
+
+
+@pytest.mark.parametrize(
+    "after, said", [(0.834, "fell from 0.873 before interaction to 0.834"), (0.873, "stayed from 0.873")]
+)
+def test_a_reward_that_fell_is_said_to_have_fallen(tmp_path, after, said):
+    write(tmp_path / EVALUATIONS, evaluation(0, {0: 0.873}) + evaluation(1, {0: after}))
+    assert said in summary(tmp_path)
+
+
+def test_a_run_scored_by_a_callable_shows_rewards_and_no_scores(tmp_path):
+    write(tmp_path / EVALUATIONS, evaluation(0, {0: 0.5, 1: 0.7}) + evaluation(1, {0: 0.6, 1: 0.8}))
+    text = summary(tmp_path)
+    assert "before interaction, reward 0.5:" in text and "None" not in text and "score" not in text
+
+
+def test_controls_stand_beside_before_and_after(run):
+    group = "before, temperature 0.7"
+    write(run / JUDGED, [dict(group=group, index=i, score=score, sense=None) for i, score in enumerate((5, 6))])
+    before_after = read_before_after(run)
+    header, *rows = before_after.table()
+    assert header[0] == "5 stories to held-out openings" and [row[0] for row in rows][2:] == [group]
+    assert group in summary(run) and group in text_of(write_report(run))
+
+
+def test_an_unfinished_run_is_compared_at_its_latest_evaluation(run):
+    (run / SAMPLES).unlink()
+    assert "to 0.58 after step 2" in summary(run)
+    assert "to 0.4 after step 1" in read_before_after(run, 1).conclusion()
+    write(run / EVALUATIONS, evaluation(0, {0: 0.5}))
+    assert summary(run) == ""
+    assert "Before and after" not in text_of(write_report(run))

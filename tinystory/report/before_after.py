@@ -1,0 +1,141 @@
+"""Before and after interaction, on held-out openings: the numbers and the pair of stories that the terminal, the report
+and the model card all show."""
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tinystory.evaluate.held_out import reward_mean, story_means
+from tinystory.evaluate.second_judge import BEST_OF_N, COLDER
+from tinystory.evaluate.stories import mean_of
+from tinystory.report.charts import number
+from tinystory.run.folder import EVALUATIONS, JUDGED, SAMPLES, Record, read_records
+from tinystory.run.text import aligned, printable
+
+COLUMNS = {
+    "reward": "reward", "score_mean": "score", "ended": "ended", "story_clusters": "clusters",
+    "distinct_4": "distinct 4-grams", "length_mean": "words",
+}  # fmt: skip
+NOT_SHOWN = ("diversity_mean",)
+MORE = (0.0, 0.25, 0.75)  # quantiles of the gain at which further pairs are shown
+
+
+class Pair(NamedTuple):
+    """Two stories to one opening, drawn with the same random numbers."""
+
+    before: Record
+    after: Record
+
+    @property
+    def gain(self) -> float:
+        return float(self.after["reward"] - self.before["reward"])
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """The evaluation before the first step, a later one, and the teacher's scores of controls that need no training."""
+
+    before: list[Record]
+    after: list[Record]  # of the checkpoint best, or the latest while the run goes on
+    controls: dict[str, list[Record]]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return "before interaction", f"after step {number(self.after[0]['step'])}"
+
+    def pairs(self) -> list[Pair]:
+        """The pairs that have rewards, in ascending order of the gain: those whose stories both end, if there are any,
+        else all."""
+        after = {record["index"]: record for record in self.after}
+        pairs = [Pair(record, after[record["index"]]) for record in self.before if record["index"] in after]
+        pairs = [pair for pair in pairs if None not in (pair.before["reward"], pair.after["reward"])]
+        ended = [pair for pair in pairs if pair.before["ended"] == pair.after["ended"] == "eos"]
+        return sorted(ended or pairs, key=lambda pair: pair.gain)
+
+    def typical(self) -> tuple[str, list[Pair]]:
+        """A sentence on how the pairs were chosen, and the pairs: the typical one, then those at the quantiles MORE.
+        No pair if no opening has two rewards."""
+        pairs = self.pairs()
+        if not pairs:
+            return "", []
+        ends = " whose stories both end" if pairs[0].before["ended"] == pairs[0].after["ended"] == "eos" else ""
+        rule = f"The pair with the median gain in reward among {len(pairs)} held-out openings{ends}."
+        return rule, [pairs[i] for i in dict.fromkeys(int(q * (len(pairs) - 1)) for q in (0.5, *MORE))]
+
+    def table(self) -> list[list[str]]:
+        """A header, and a row of means per group of stories."""
+        groups = dict(zip(self.names, (self.before, self.after), strict=True)) | self.controls
+        means = {name: group_means(records) for name, records in groups.items()}
+        shown = [key for key, value in means[self.names[1]].items() if value is not None and key not in NOT_SHOWN]
+        header = [f"{len(self.before)} stories to held-out openings", *(COLUMNS.get(key, key) for key in shown)]
+        return [header, *([name, *(number(row.get(key)) for key in shown)] for name, row in means.items())]
+
+    def conclusion(self) -> str:
+        """One sentence on the reward; "" if no story has one."""
+        first, last = reward_mean(self.before), reward_mean(self.after)
+        if first is None or last is None:
+            return ""
+        if self.after[0]["step"] == self.before[0]["step"]:
+            return f"No evaluation surpassed the student before interaction, with a mean reward of {number(first)}."
+        verb = "rose" if last > first else "fell" if last < first else "stayed"
+        return f"The mean reward {verb} from {number(first)} before interaction to {number(last)} {self.names[1]}."
+
+
+def read_before_after(run: Path, step: int | None = None) -> BeforeAfter | None:
+    """The comparison with the evaluation after `step` steps, or the last one before it; by default, with that of the
+    checkpoint `best`, or the last one while the run goes on. None if there are not two evaluations."""
+    evaluations: dict[int, list[Record]] = {}
+    for record in read_records(run / EVALUATIONS):
+        if step is None or record["step"] <= step:
+            evaluations.setdefault(record["step"], []).append(record)
+    samples = list(read_records(run / SAMPLES)) if step is None else []
+    before = [record for record in samples if record["when"] == "before"] or evaluations.get(0, [])
+    after = [record for record in samples if record["when"] == "after"]
+    if not after and len(evaluations) > 1:
+        after = evaluations[max(evaluations)]
+    controls: dict[str, list[Record]] = {name: [] for name in (*COLDER, BEST_OF_N)}
+    for record in read_records(run / JUDGED):
+        if record["group"] in controls:
+            controls[record["group"]].append(record)
+    judged = {name: records for name, records in controls.items() if records}
+    return BeforeAfter(before, after, judged) if before and after else None
+
+
+def group_means(records: list[Record]) -> dict[str, float | None]:
+    """The means of evaluation stories; of controls, which have neither reward nor end on record, the score."""
+    if "reward" not in records[0]:
+        return {"score_mean": mean_of(record["score"] for record in records)}
+    score = mean_of(sum(record["scores"].values()) for record in records if record["scores"])
+    return {"reward": reward_mean(records), "score_mean": score} | story_means(records)
+
+
+def from_start(run: Path, metrics: list[Record]) -> list[Record]:
+    """The records of metrics.jsonl, behind one of step 0 with the means of the evaluation before it, if it was made."""
+    start = [record for record in read_records(run / EVALUATIONS) if record["step"] == 0]
+    if not start:
+        return metrics
+    return [{"step": 0} | {f"held_out_{key}": value for key, value in group_means(start).items()}, *metrics]
+
+
+def summary(run: Path) -> str:
+    """What the terminal shows at the end of a run; "" if its evaluations are not on record."""
+    comparison = read_before_after(run)
+    if comparison is None:
+        return ""
+    rule, pairs = comparison.typical()
+    lines = [rule]
+    for pair in pairs[:1]:
+        for name, record in zip(comparison.names, pair, strict=True):
+            lines += ["", f"{name}, {grade_line(record)}:", story_lines(record)]
+    return "\n".join([*lines, "", *aligned(comparison.table()), "", comparison.conclusion()])
+
+
+def grade_line(record: Record) -> str:
+    """reward 0.61 (readability 2, coherence 2, creativity 1)."""
+    scores = ", ".join(f"{printable(name)} {score:g}" for name, score in (record["scores"] or {}).items())
+    return f"reward {number(record['reward'])}" + (f" ({scores})" if scores else "")
+
+
+def story_lines(record: Record) -> str:
+    return textwrap.fill(printable(f"{record['opening']} {record['story']}"), 100)
