@@ -192,10 +192,11 @@ def pretrain(config: PretrainConfig) -> None:
         return
     room = config.context - len(encode_opening(tokenizer, OPENING))
     if room > 0:
-        (story,) = generate(
-            student, None, tokenizer, [OPENING], first_index=0, max_new_tokens=min(90, config.context // 2, room),
-            temperature=InteractConfig.temperature, seed=config.seed,
-        )  # fmt: skip
+        with compute.autocast():
+            (story,) = generate(
+                student, None, tokenizer, [OPENING], first_index=0, max_new_tokens=min(90, config.context // 2, room),
+                temperature=InteractConfig.temperature, seed=config.seed,
+            )  # fmt: skip
         print(f"\n{OPENING} {printable(story.text)}\n")
     if steps.metrics:  # {} of a run that was finished before it was resumed
         loss, bits = steps.metrics["val_loss"], steps.metrics["val_bits_per_byte"]

@@ -12,8 +12,9 @@ from conftest import assert_no_worse
 from tinystory import ops
 from tinystory.ops import backend, reference
 from tinystory.ops.backend import Backend
-from tinystory.student.generate import Sampling, student_steps
+from tinystory.student.generate import StudentDecoder
 from tinystory.student.model import Student, StudentConfig, ValueHead
+from tinystory.student.token_step import Sampling
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -31,8 +32,11 @@ def trained(student: Student, tokens: torch.Tensor, dtype: torch.dtype) -> list[
 
 @torch.no_grad()
 def stories(student: Student, head: ValueHead, sampling: Sampling) -> list[torch.Tensor]:
-    prompts, prompt_of = [torch.tensor([5, 6, 7]), torch.tensor([8])], torch.arange(6) % 2
-    return [[*outputs] for outputs, _ in student_steps(student, head, prompts, prompt_of, sampling, 0)][-1]
+    decoder, stories = StudentDecoder(student, head, sampling), {}
+    decoder.start([torch.tensor([5, 6, 7]), torch.tensor([8])], [0, 1] * 3, 0)
+    while len(stories) < 6:
+        stories |= dict(decoder.step())
+    return [torch.cat(column) for column in zip(*(stories[i] for i in range(6)), strict=True)]
 
 
 def main(library: str) -> None:

@@ -4,11 +4,13 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tinystory import ops
 from tinystory.student import generate
-from tinystory.student.generate import Sampling, engine_runs, engine_steps, student_steps
+from tinystory.student.generate import EngineDecoder, StudentDecoder, engine_runs
 from tinystory.student.model import Student, StudentConfig, ValueHead
+from tinystory.student.token_step import Sampling
 
 CPU = torch.device("cpu")
 EOS = 2
@@ -50,17 +52,21 @@ def start(engine, prompts, prompt_of, s, at_once=1000):
     return engine.start(prompts, prompt_of, *sizes, s.temperature, s.top_k, s.top_p)
 
 
-def write(steps, student, head, dtype=torch.float32, prompt=(5, 6, 7, 8, 9), count=24, first_row=0, **options):
-    """All stories: their outputs, and the place of each one's last token."""
+def write(kind, student, head, dtype=torch.float32, prompt=(5, 6, 7, 8, 9), count=24, first_row=0, **options):
+    """All stories by this kind of decoder: (count, max_new_tokens) columns, 0 behind a story's end, and the place of
+    each one's last token."""
     sampling = Sampling(**dict(max_new_tokens=30, eos=EOS, seed=7) | options)
-    prompt_of, last = torch.zeros(count, dtype=torch.int64), [-1] * count
+    last, stories = torch.full((count,), -1), {}
     with torch.no_grad(), torch.autocast("cpu", enabled=dtype != torch.float32):
-        for step in steps(student, head, [torch.tensor(prompt)], prompt_of, sampling, first_row):
-            outputs, ended = step
-            for row, tokens in ended:
-                assert last[row] == -1
-                last[row] = tokens - 1
-    return outputs, torch.tensor(last)
+        decoder = kind(student, head, sampling)
+        decoder.start([torch.tensor(prompt)], [0] * count, first_row)
+        while len(stories) < count:
+            for row, columns in decoder.step():
+                assert row not in stories
+                stories[row], last[row] = columns, len(columns[0]) - 1
+    columns = zip(*(stories[row] for row in range(count)), strict=True)
+    room = sampling.max_new_tokens
+    return [torch.stack([F.pad(x, (0, room - len(x))) for x in column]) for column in columns], last
 
 
 @torch.no_grad()
@@ -103,8 +109,8 @@ def split(request, monkeypatch):
 )
 def test_stories_are_those_of_the_plain_loop(split, shape, options):
     student, head = make(**shape, end=1.0)
-    ours, last = write(engine_steps, student, head, **options)
-    plain, plain_last = write(student_steps, student, head, **options)
+    ours, last = write(EngineDecoder, student, head, **options)
+    plain, plain_last = write(StudentDecoder, student, head, **options)
     assert torch.equal(last, plain_last)
     assert torch.equal(ours[0], plain[0])
     for column, same in zip(ours[1:], plain[1:], strict=True):
@@ -117,7 +123,7 @@ def test_results_are_those_of_the_forward_pass(dtype, temperature):
     """The draw is of the distribution that PPO reads again. bfloat16 is no further from float32 than PyTorch's own."""
     student, head = make(n_layer=4, n_head=4, n_embd=128, vocab_size=500, end=0.5)
     prompt = (5, 6, 7)
-    outputs, last = write(engine_steps, student, head, dtype, prompt, count=40, temperature=temperature)
+    outputs, last = write(EngineDecoder, student, head, dtype, prompt, count=40, temperature=temperature)
     mask = torch.arange(30) <= last[:, None]
     exact = read_again(student, head, prompt, outputs, temperature)
     with torch.autocast("cpu"):
@@ -132,13 +138,13 @@ def test_results_are_those_of_the_forward_pass(dtype, temperature):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_a_story_is_the_same_to_the_bit_in_any_batch_and_on_any_threads(split, dtype):
     student, head = make(n_layer=2, n_head=3, n_embd=144, vocab_size=700, end=1.2)
-    together, last = write(engine_steps, student, head, dtype, count=50)
+    together, last = write(EngineDecoder, student, head, dtype, count=50)
     assert len(set(last.tolist())) > 3  # the batch shrank many times
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         for first, count in ((0, 50), (0, 1), (13, 1), (20, 7), (49, 1)):
-            part, _ = write(engine_steps, student, head, dtype, count=count, first_row=first)
+            part, _ = write(EngineDecoder, student, head, dtype, count=count, first_row=first)
             for column, whole in zip(part, together, strict=True):
                 assert torch.equal(column, whole[first : first + count])
     finally:
@@ -174,19 +180,17 @@ def test_stories_that_begin_as_others_end_are_the_same_to_the_bit(split, dtype, 
     assert more_steps <= sum(lengths.values()) / at_once + 25  # the batch is full until no story is left to begin
 
 
-def test_nothing_is_written_after_a_story_has_ended():
+def test_a_story_ends_with_its_first_end_token():
     student, head = make(end=1.5)
-    outputs, last = write(engine_steps, student, head)
+    outputs, last = write(EngineDecoder, student, head)
     assert set(last.tolist()) - {29}
-    beyond = torch.arange(30) > last[:, None]
-    assert all((column[beyond] == 0).all() for column in outputs)
-    assert (outputs[0][~beyond] == EOS).sum() == (outputs[0].gather(1, last[:, None]) == EOS).sum()
+    assert (outputs[0] == EOS).sum() == (outputs[0].gather(1, last[:, None]) == EOS).sum()
 
 
 def test_without_a_value_head_values_are_zero():
     student, head = make()
-    ours, _ = write(engine_steps, student, head)
-    bare, _ = write(engine_steps, student, None)
+    ours, _ = write(EngineDecoder, student, head)
+    bare, _ = write(EngineDecoder, student, None)
     assert torch.equal(ours[0], bare[0]) and (bare[2] == 0).all() and (ours[2] != 0).any()
 
 
@@ -209,7 +213,7 @@ def test_logits_that_are_not_finite_are_an_error():
     with torch.no_grad():
         student.ln_f.bias[3] = float("nan")
     with pytest.raises(RuntimeError, match="story 4 at token 0 are not finite"):
-        write(engine_steps, student, head, first_row=4)
+        write(EngineDecoder, student, head, first_row=4)
 
 
 def drop(name):
@@ -272,7 +276,7 @@ def test_a_student_whose_block_has_changed_is_refused(change):
     student, head = make()
     change(student)
     with pytest.raises(ValueError, match=r"^Engine: .*; csrc/cpu/engine\.cpp must be taught"):
-        write(engine_steps, student, head)
+        write(EngineDecoder, student, head)
 
 
 def test_what_does_not_fit_is_an_error():

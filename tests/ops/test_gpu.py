@@ -37,8 +37,9 @@ from test_student import test_reading_and_writing_agree  # noqa: F401
 import train_interact as interact
 import train_pretrain as pretrain
 from tinystory import ops
-from tinystory.student.generate import TokenStep, generate
+from tinystory.student.generate import generate
 from tinystory.student.model import ValueHead
+from tinystory.student.token_step import TokenStep
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():

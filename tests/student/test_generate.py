@@ -13,8 +13,10 @@ from tinystory import ops
 from tinystory.rl import ppo
 from tinystory.run.errors import UserError
 from tinystory.student import generate as generation
-from tinystory.student.generate import Sampling, TokenStep, encode_opening, generate, require_room, student_steps
+from tinystory.student import token_step as token_steps
+from tinystory.student.generate import StudentDecoder, encode_opening, generate, require_room
 from tinystory.student.model import KVCache, Student, StudentConfig, ValueHead
+from tinystory.student.token_step import Sampling, TokenStep
 
 OPENING = "Once upon a time,"
 
@@ -181,12 +183,19 @@ def head():
 
 
 def steps_of(student, head, eos, dtype=torch.float32):
-    """The outputs after all steps, and the rows that ended with each."""
-    prompts, prompt_of = [torch.tensor(prompt) for prompt in PROMPTS], torch.arange(COUNT) % len(PROMPTS)
-    with torch.no_grad(), torch.autocast(prompt_of.device.type, dtype, enabled=dtype != torch.float32):
-        steps = [*student_steps(student, head, prompts, prompt_of, Sampling(NEW, eos, **DRAWS), FIRST_ROW)]
-    assert all(tokens == t for t, (_, ended) in enumerate(steps, 1) for _, tokens in ended)
-    return steps[-1][0], [[row for row, _ in ended] for _, ended in steps] + [[]] * (NEW - len(steps))
+    """The columns of all stories, 0 behind a story's end, and the rows that ended with each step."""
+    outputs, ended = [torch.zeros(COUNT, NEW, dtype=t) for t in (torch.int64, *[torch.float32] * 3)], []
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        decoder = StudentDecoder(student, head, Sampling(NEW, eos, **DRAWS))
+        decoder.start([torch.tensor(prompt) for prompt in PROMPTS], [i % len(PROMPTS) for i in range(COUNT)], FIRST_ROW)
+        while sum(map(len, ended)) < COUNT:
+            stories = decoder.step()
+            ended.append([row for row, _ in stories])
+            for row, columns in stories:
+                assert all(len(column) == len(ended) for column in columns)
+                for output, column in zip(outputs, columns, strict=True):
+                    output[row, : len(ended)] = column
+    return outputs, ended + [[]] * (NEW - len(ended))
 
 
 @torch.no_grad()
@@ -249,7 +258,7 @@ class Recorded(TokenStep):
     warm_up = TokenStep.run
 
     def capture(self):
-        state = [self.state, self.cache.own, self.cache.lengths, *self.outputs]
+        state = [self.state, self.cache.own, self.cache.lengths, self.outputs]
         before = [x.clone() for x in state]
         graph = Graph()
         with graph:
@@ -266,8 +275,8 @@ def recorded(monkeypatch):
         pytest.skip("the kernels are not compiled")
     sizes, capture = [], Recorded.capture
     monkeypatch.setattr(Recorded, "capture", lambda self: (sizes.append(len(self.at)), capture(self))[1])
-    monkeypatch.setattr(generation, "TokenStep", Recorded)
-    monkeypatch.setattr(generation, "graphs_run", lambda device: True)
+    monkeypatch.setattr(token_steps, "TokenStep", Recorded)
+    monkeypatch.setattr(token_steps, "graphs_run", lambda device: True)
     return sizes
 
 
@@ -281,8 +290,7 @@ def assert_same_steps(steps, others):
 def test_steps_are_recorded_once_a_size_for_all_rollouts_and_follow_the_weights(ends_soon, head, tokenizer, recorded):
     for _ in range(3):
         steps = steps_of(ends_soon, head, tokenizer.eos)
-        outputs = tuple(column.clone() for column in steps[0])
-        assert_same_steps((outputs, steps[1]), steps_by_definition(ends_soon, head, tokenizer.eos, torch.float32))
+        assert_same_steps(steps, steps_by_definition(ends_soon, head, tokenizer.eos, torch.float32))
         assert recorded == [COUNT, COUNT // 2]
         with torch.no_grad():
             for p in [*ends_soon.parameters(), *head.parameters()]:
@@ -297,7 +305,7 @@ def test_what_a_recorded_step_cannot_serve_is_recorded_anew(ends_soon, head, tok
         steps_of(ends_soon, head, tokenizer.eos), steps_by_definition(ends_soon, head, tokenizer.eos, torch.float32)
     )
     assert len(recorded) > before
-    step = generation.TOKEN_STEPS[ends_soon]
+    step = token_steps.TOKEN_STEPS[ends_soon]
     assert step.fits(head, COUNT - 1, 9, step.sampling)
     for other in [
         (None, COUNT, 9, step.sampling),
@@ -313,7 +321,7 @@ def test_what_a_recorded_step_cannot_serve_is_recorded_anew(ends_soon, head, tok
 def test_a_student_that_is_gone_keeps_no_step(tokenizer, recorded):
     student = Student(StudentConfig(n_layer=1, n_head=2, n_embd=32, context=40, vocab_size=320))
     steps_of(student, None, tokenizer.eos)
-    step = weakref.ref(generation.TOKEN_STEPS[student])
+    step = weakref.ref(token_steps.TOKEN_STEPS[student])
     assert step() is not None
     del student
     gc.collect()
@@ -326,7 +334,7 @@ def test_columns_that_pad_the_vocabulary_are_never_drawn(head, tokenizer, record
     assert_same_steps(
         steps_of(student, head, tokenizer.eos), steps_by_definition(student, head, tokenizer.eos, torch.float32)
     )
-    assert len(generation.TOKEN_STEPS[student].unembedding) == 384
+    assert len(token_steps.TOKEN_STEPS[student].unembedding) == 384
 
 
 def test_the_host_reads_a_step_when_later_ones_are_launched(ends_soon, tokenizer, recorded, monkeypatch):
@@ -337,7 +345,7 @@ def test_the_host_reads_a_step_when_later_ones_are_launched(ends_soon, tokenizer
         generation.Download, "wait", lambda self: (launched_at_read.append(len(launched)), wait(self))[1]
     )
     steps_of(ends_soon, None, -5)  # no story ends early
-    assert launched_at_read == [min(t + generation.STEPS_AHEAD, NEW - 1) for t in range(NEW)]
+    assert launched_at_read[:NEW] == [min(t + generation.STEPS_AHEAD, NEW - 1) for t in range(NEW)]
 
 
 def test_without_a_mask_the_steps_with_dropout_write_the_same_stories(eager_to_end, tokenizer):

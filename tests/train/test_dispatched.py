@@ -20,9 +20,9 @@ import train_pretrain as pretrain
 from tinystory import ops
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.rl import ppo
-from tinystory.student.generate import Sampling, TokenStep
 from tinystory.student.model import Student, StudentConfig, ValueHead
 from tinystory.student.optim import make_optimizer
+from tinystory.student.token_step import Sampling, TokenStep
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")  # of twins that replace a kernel
 LAYERS = 12
@@ -116,7 +116,7 @@ def token_step() -> Counter:
     student = small_student()
     with torch.autocast("cpu", BF16), student.lowered(BF16):
         step = TokenStep(student, ValueHead(64), 5, 9, Sampling(4, eos=0, seed=0))
-        step.start([torch.arange(9)], torch.zeros(5, dtype=torch.int64), 0)
+        step.start([torch.arange(9)], [0] * 5, 0)
         with Count() as count:
             step.run()
     return +count.calls

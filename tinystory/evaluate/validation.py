@@ -28,16 +28,17 @@ def validate(
     shard = distributed.shard_strided([packed[i * len(packed) // count] for i in range(count)])
     tokens = size = 0
     nats = torch.zeros((), dtype=torch.float64, device=device)  # read once, at the end: no synchronisation per batch
-    for i in range(0, len(shard), batch):
-        rows = [torch.from_numpy(file.tokens[places(cuts[row])].astype(np.int64)) for row in shard[i : i + batch]]
-        targets = torch.cat([row[1:] for row in rows])
-        tokens += len(targets)
-        size += int(token_sizes[targets].sum())
-        inputs = pad_sequence([row[:-1] for row in rows], batch_first=True)
-        mask = pad_sequence([torch.ones(len(row) - 1, dtype=torch.bool) for row in rows], batch_first=True)
-        hidden = student.hidden(upload(inputs, device)).flatten(0, 1)
-        hidden = hidden.index_select(0, upload(mask.flatten().nonzero().flatten(), device))
-        nats -= ops.token_logprob(hidden, student.wte.weight, upload(targets, device))[0].double().sum()
+    with student.lowered(ops.matmul_dtype(student.wte.weight)):
+        for i in range(0, len(shard), batch):
+            rows = [torch.from_numpy(file.tokens[places(cuts[row])].astype(np.int64)) for row in shard[i : i + batch]]
+            targets = torch.cat([row[1:] for row in rows])
+            tokens += len(targets)
+            size += int(token_sizes[targets].sum())
+            inputs = pad_sequence([row[:-1] for row in rows], batch_first=True)
+            mask = pad_sequence([torch.ones(len(row) - 1, dtype=torch.bool) for row in rows], batch_first=True)
+            hidden = student.hidden(upload(inputs, device)).flatten(0, 1)
+            hidden = hidden.index_select(0, upload(mask.flatten().nonzero().flatten(), device))
+            nats -= ops.token_logprob(hidden, student.wte.weight, upload(targets, device))[0].double().sum()
     sums = torch.tensor([float(nats), tokens, size], dtype=torch.float64)
     total, tokens, size = distributed.all_reduce_sum(sums).tolist()
     return total / tokens, total / math.log(2) / size
