@@ -129,8 +129,8 @@ class Decoder(Protocol):
     change from `start` until the last story has ended."""
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
-        """Begin a batch: story i continues prompts[prompt_of[i]] and draws with row id offset + i. prompts: (P,) int64 each, on
-        the CPU."""
+        """Begin a batch: story i continues prompts[prompt_of[i]] and draws with row id offset + i. prompts: each (P,)
+        int64, on the CPU."""
 
     def step(self) -> list[tuple[int, Columns]]:
         """Decode a token of each story. Returns the stories that it ends, as pairs of i and columns."""
