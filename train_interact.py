@@ -45,10 +45,9 @@ from tinystory.run.step_log import Stages
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, require_room
 from tinystory.teacher.budget import Budget
-from tinystory.teacher.grade import require_scores, score_means
-from tinystory.teacher.grader import CallableGrader, Grader, open_grader
-from tinystory.teacher.prompt import load_template
-from tinystory.teacher.rank import Ranked
+from tinystory.teacher.callable import CallableGrader
+from tinystory.teacher.grade import Grader, require_scores, score_means
+from tinystory.teacher.grader import open_grader
 
 PRETRAIN_RUN = Path("runs/pretrain")
 # Words taken in during interaction at which a checkpoint is kept.
@@ -96,11 +95,9 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     opened = open_grader(config, builtin_teacher, corpus=facts.get("corpus"), replies=run / "replies.jsonl")
     idle = CallableGrader(lambda openings, stories: [], "rank 0")
     grader: Grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else idle)
-    ranked = config.teacher_mode == "rank"
-    ranker = Ranked(grader, load_template(config.teacher_prompt), config.stories_per_opening) if ranked else grader
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
     to_grade = (config.steps - state.step) * n + evaluations * config.stories_per_evaluation
-    if forecast := grader.forecast(to_grade, openings[0], config.stories_per_opening if ranked else 1):
+    if forecast := grader.forecast(to_grade, openings[0]):
         print(f"forecast: {forecast}")
     grader_facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
     reader = Reader(config.reader, config.device) if rank0 and config.reader != "none" else None
@@ -123,12 +120,12 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
         save("start")
     distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
     stop = stack.enter_context(Stop().listening())
-    evaluator = Evaluator(config, policy, openings, grader, log, stop)
+    evaluator = Evaluator(config, policy, openings, grader.scorer, log, stop)
     bar = tqdm(total=config.steps * n, initial=state.written, unit="story", disable=not rank0)
     stages = Stages(bar, compute.device)
 
     def send(index: int, opening: str, story: str) -> None:
-        ranker.send(index, opening, story)
+        grader.send(index, opening, story)
         bar.update()
 
     with contextlib.suppress(Interrupted), bar:
@@ -152,7 +149,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 )
             stages.begin("teacher")
             try:
-                grades = distributed.rank0_value(lambda: ranker.collect(stop))
+                grades = distributed.rank0_value(lambda: grader.collect(stop))
                 require_scores(grades, config.max_unscored)
             except UserError:  # nothing has been learned in this step, so the state after the last one is saved
                 save()
@@ -179,7 +176,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 step=state.step, **stats, **score_means(grades), **means,
                 **rollout_means(stories), **score_relations([grade.score for grade in grades], stories), **evaluation,
                 words_in=state.words_in, words_out=state.words_out,
-                **stages.seconds, peak_memory_mb=peak_memory_mb(compute.device), **ranker.stats(),
+                **stages.seconds, peak_memory_mb=peak_memory_mb(compute.device), **grader.stats(),
             )  # fmt: skip
             bar.set_postfix({"reward": stats["reward_mean"], "words": means["length_mean"], "kl": stats["kl"]})
             for name, words in milestones.items():

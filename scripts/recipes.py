@@ -41,7 +41,8 @@ from tinystory.run.folder import SAMPLES, read_metrics
 from tinystory.run.paths import ROOT
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, generate
-from tinystory.teacher.grader import Grader, open_grader
+from tinystory.teacher.grade import Grader
+from tinystory.teacher.grader import open_grader
 
 CONFIG = InteractConfig()
 FIRST_INDEX = 2 * 10**9  # of the stories that are measured: no run draws these random numbers

@@ -172,7 +172,7 @@ class InteractConfig:
     budget_cost: float = option(0.0, "maximum cost of the teacher at these prices; 0 means no limit", "[0, 1e12]")
     replay: str = option("", "folder of a run whose teacher's replies are replayed, without a server")
     teacher_corpus: list[str] = option([], "corpus of the built-in teacher (default: the student's own)")
-    reward: str = option("", "FILE.py:FUNCTION in place of a teacher: f(opening, stories) -> [0..1 or None]; or random")
+    reward: str = option("", "FILE.py[:FUNCTION], a teacher: score(opening, stories) -> [0..1 or None]; or random")
     calibrate: bool = option(True, "before the run, measure whether --teacher-url scores stories above shuffled words")
     require_judgement: float = option(0.0, "minimum P(story scores above shuffled words); chance is 0.5", "[0, 1)")
     max_unscored: float = option(0.1, "maximum fraction of a step's stories without a score", "[0, 1)")

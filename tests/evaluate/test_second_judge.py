@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from scripts import evaluate
 from tinystory.evaluate import second_judge
 from tinystory.evaluate.second_judge import AFTER, BEFORE, BEST_OF_N, COLDER, GROUPS, REAL, conclusion, gain, summary
 from tinystory.report.judges import judged_rows
-from tinystory.rl.reward import best_of_n, load_score
+from tinystory.rl.reward import best_of_n
 from tinystory.run.folder import EVALUATIONS, JUDGED, read_records
 
 
@@ -168,6 +169,6 @@ def test_the_reward_of_two_judges_in_the_docs_is_one(monkeypatch, tmp_path):
     (tmp_path / "my_judges.py").write_text(re.search(r"```python\n(# my_judges.py.*?)```", text, re.S)[1])
     monkeypatch.setattr("tinystory.evaluate.reader.Reader", lambda: Reader("short-words"))
     monkeypatch.setattr("tinystory.rubric.rubric.Rubric.from_corpus", lambda documents: Rubric())
-    score = load_score(f"{tmp_path / 'my_judges.py'}:score")
+    score = runpy.run_path(str(tmp_path / "my_judges.py"))["score"]
     good, nothing = score(["Once", "Once"], ["a b c d e.", ""])
     assert nothing == 0 < good <= 1

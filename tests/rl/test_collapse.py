@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tinystory.rl.collapse import FEW, WINDOW, Watch, score_relations
-from tinystory.rl.reward import random_scores
 from tinystory.student.generate import Story
+from tinystory.teacher.callable import random_scores
 
 HEALTHY = dict(
     distinct_4=0.85, story_clusters=40, length_mean=120.0, entropy=150.0, kl=1.5, reward_std=0.1, score_mean=5.0,

@@ -8,8 +8,8 @@ from conftest import ROOT, SHORT, metrics
 
 import train_interact
 from scripts import doctor
-from tinystory.rl.reward import load_score
 from tinystory.student import hf
+from tinystory.teacher.callable import load_score
 
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
@@ -35,23 +35,23 @@ def spec(request, student, tokenizer, tmp_path, monkeypatch):
     return f"{tmp_path / 'reward_model.py'}:score"
 
 
-def test_a_sequence_classifier_is_a_teacher_batched_and_on_a_scale_that_does_not_saturate(spec, capsys):
-    score = load_score(spec)
+def test_a_sequence_classifier_is_a_teacher_batched_and_on_a_scale_that_does_not_saturate(spec, capfd):
     stories = [f"Tom had a {thing}. " * (i % 7 + 1) for i, thing in enumerate(["ball", "cat", "hat", "owl"] * 9)]
     openings = ["Once", "One day,"] * 18
-    scores = score(openings, stories)
+    with load_score(spec) as score:
+        scores = score(openings, stories)
+        # Neither the batch nor the padding changes a score.
+        alone = [score([o], [s])[0] for o, s in zip(openings, stories, strict=True)]
     assert len(set(scores)) > 20 and all(0.02 < s < 0.98 for s in scores)
-    # Neither the batch nor the padding changes a score.
-    alone = [score([o], [s])[0] for o, s in zip(openings, stories, strict=True)]
     assert scores == pytest.approx(alone, abs=1e-4)
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert re.match(r"reward model: logits -?\d+\.\d\d, std \d+\.\d\d, 0% of the scores saturated\n", out)
     assert out.count("reward model") == 1 + len(stories)
 
 
-def test_it_trains_and_is_calibrated(spec, place, tmp_path, capsys):
+def test_it_trains_and_is_calibrated(spec, place, tmp_path, capfd):
     out = tmp_path / "i"
     train_interact.main([*SHORT, "--init", str(place / "p"), "--out", str(out), "--reward", spec, "--steps", "1"])
-    assert metrics(out)[0]["score_std"] > 0 and capsys.readouterr().out.count("reward model: ") == 3
+    assert metrics(out)[0]["score_std"] > 0 and capfd.readouterr().out.count("reward model: ") == 3
     doctor.main(["--reward", spec, "--calibrate"])
-    assert "judgement  the teacher " in capsys.readouterr().out
+    assert "judgement  the teacher " in capfd.readouterr().out

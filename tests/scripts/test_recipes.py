@@ -9,7 +9,7 @@ from scripts import recipes
 from tinystory.data.openings import Openings
 from tinystory.ops.compute import resolve
 from tinystory.student import checkpoint
-from tinystory.teacher.grader import CallableGrader
+from tinystory.teacher.callable import CallableGrader
 
 COUNT = 24
 

@@ -15,12 +15,12 @@ from conftest import fails
 from scripts import reproduce as command
 from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, parse
 from tinystory.report.charts import Line, chart, log_ticks
-from tinystory.rl.reward import random_scores
 from tinystory.run.errors import UserError
 from tinystory.studies import parts as running
 from tinystory.studies import reproduce
 from tinystory.studies.page import equivalent_words, write_experiment_report
 from tinystory.studies.parts import MILLION, Part, locked, run_parts
+from tinystory.teacher.callable import random_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,7 +22,7 @@ def flags(place, out, body="pass"):
     """The flags of a run of two steps whose reward counts words, and does `body` in the second one."""
     reward = out.parent / f"{out.name}.py"
     reward.write_text(
-        "import signal, sys, torch\ncalls = []\ndef f(opening, stories):\n    calls.append(stories)\n"
+        "import sys\ncalls = []\ndef f(opening, stories):\n    calls.append(stories)\n"
         f"    if len(calls) == 3:  # after the first evaluation and the first step\n        {body}\n"
         "    return [min(1.0, len(s.split()) / 12) for s in stories]\n"
     )
@@ -42,7 +42,7 @@ def whole(place, tmp_path_factory):
     "body, words",
     [
         ("sys.exit(0)", "line 6: SystemExit: 0"),
-        ("signal.raise_signal(signal.SIGALRM)", "line 6: it took more than 99 s (--teacher-timeout)"),
+        ("import os; os._exit(0)", "it ended its process (exit code 0)"),
         ("return [10**400] * len(stories)", "gave 1000"),
         ("raise ValueError('\\x1b[31m')", "line 6: ValueError: [31m"),
     ],
@@ -57,7 +57,7 @@ def test_a_reward_that_ends_badly_is_one_sentence_and_no_step_is_lost(place, who
 
 
 def test_a_reward_cannot_change_how_the_student_learns(place, whole, tmp_path):
-    body = "torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False); torch.manual_seed(1)"
+    body = "import torch; torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False); torch.manual_seed(1)"
     interact.main(flags(place, tmp_path / "i", f"{body}; torch.set_num_threads(1 + torch.get_num_threads())"))
     assert_same_bits(whole, tmp_path / "i")
 

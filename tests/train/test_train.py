@@ -23,7 +23,7 @@ from tinystory.rl.reward import best_of_n
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.student.optim import make_optimizer
-from tinystory.teacher.grader import CallableGrader
+from tinystory.teacher.callable import CallableGrader
 
 
 @contextlib.contextmanager

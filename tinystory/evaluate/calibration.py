@@ -15,7 +15,7 @@ from tinystory.evaluate.corruptions import CORRUPTIONS, DOCUMENTS, REAL, SENTENC
 from tinystory.evaluate.intervals import bootstrap, ranks, wilson, with_ci
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import HUMAN, Teacher
-from tinystory.teacher.grader import Grader
+from tinystory.teacher.grade import Grader
 
 FULL, CHEAP = 24, 16  # stories of each kind
 CHEAP_KINDS = (REAL, SENTENCES, WORDS)
@@ -205,7 +205,7 @@ def calibrated(config: InteractConfig, grader: Grader) -> dict[str, Any]:
     not needed: for a replay, for the built-in teacher, which is known, and for a human, whose time is expensive.
     Raises UserError if the judgement is below --require-judgement."""
     needed = (config.teacher_url and config.calibrate) or config.require_judgement
-    human = isinstance(grader, Teacher) and grader.model == HUMAN
+    human = isinstance(grader.scorer, Teacher) and grader.scorer.model == HUMAN
     if config.replay or not needed or human:
         return {}
     result = calibrate(of_grader(grader), known_stories(unseen_stories(DOCUMENTS), CHEAP, CHEAP_KINDS))

@@ -20,8 +20,7 @@ from tinystory.run.errors import Interrupted, UserError
 from tinystory.run.folder import EVALUATIONS, SAMPLES, Record, RunLog, atomic_write, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story
-from tinystory.teacher.grade import Grade, score_means
-from tinystory.teacher.grader import Grader
+from tinystory.teacher.grade import Grade, Grader, score_means
 
 FIRST_INDEX = 10**9  # of an evaluation's stories: the same random numbers each time, and none of training's
 

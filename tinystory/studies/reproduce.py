@@ -28,7 +28,8 @@ from tinystory.run.folder import atomic_write, device_name, git_commit, plain, r
 from tinystory.student import checkpoint
 from tinystory.studies.page import EVALUATION, EXPERIMENT, write_experiment_report
 from tinystory.studies.parts import MILLION, Part, locked, run_parts
-from tinystory.teacher.grader import Grader, open_grader
+from tinystory.teacher.grade import Grader
+from tinystory.teacher.grader import open_grader
 
 SEED = 1_000_003  # seed of the stories for evaluation, which no interaction uses
 VAL_SEQUENCES = 256  # held-out sequences for bits per byte

@@ -8,7 +8,7 @@ from tinystory.rl.policy import RunState
 from tinystory.rl.reading import Reading
 from tinystory.run import distributed
 from tinystory.run.errors import UserError
-from tinystory.teacher.grade import GraderBase
+from tinystory.teacher.grade import Grader
 
 
 @dataclass
@@ -16,7 +16,7 @@ class Budget:
     """What a run may spend. (The cost is limited once more, before each request.)"""
 
     config: InteractConfig
-    grader: GraderBase
+    grader: Grader
     openings: Openings
     reading: Reading
 

@@ -21,7 +21,7 @@ from tinystory.run.errors import UserError
 from tinystory.teacher.api import ChatClient, Failure, Reply
 from tinystory.teacher.cache import Cache, CachedReply, cache_key
 from tinystory.teacher.endpoint import LOGPROBS, Endpoint, Probe, Slots, base_url, constraint, facts_of
-from tinystory.teacher.grade import Grade, GraderBase, Stories, grade_if_empty, grade_of, too_few_scores
+from tinystory.teacher.grade import Grade, Grader, Stories, grade_if_empty, grade_of, too_few_scores
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.parse import expected_scores, parse_scores
 from tinystory.teacher.pool import Question, ServerPool, Session
@@ -39,7 +39,7 @@ TOKENS_PER_WORD = 1.4  # English stories have 1.2 to 1.4 tokens per word under t
 
 
 @dataclass(eq=False, repr=False)
-class Teacher(GraderBase):
+class Teacher(Grader):
     """A client of the teacher at `urls`: one server or several, of one model.
 
     A story's requests all end within `deadline_s` seconds of its first; the timeout of each is deadline_s / attempts,

@@ -36,12 +36,17 @@ class Grade:
         return self.reply or self.error or ""
 
 
-class GraderBase(ABC):
+class Grader(ABC):
     """A grader that takes in no words and costs nothing. facts: what config.json records about it."""
 
     def __init__(self, facts: dict[str, Any]):
         self.facts = facts
         self.pending: dict[int, tuple[str, str]] = {}  # opening and story, by index
+
+    @property
+    def scorer(self) -> "Grader":
+        """The grader that scores each story by itself, for evaluations of one that ranks."""
+        return self
 
     @property
     def most_words(self) -> int:

@@ -4,35 +4,17 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from tinystory.config import InteractConfig
-from tinystory.rl.reward import ScoreStories, load_score
 from tinystory.run.errors import UserError
+from tinystory.teacher.callable import CallableGrader, load_score
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.extra import load_extra
-from tinystory.teacher.grade import Grade, GraderBase, Stories
+from tinystory.teacher.grade import Grader
 from tinystory.teacher.prompt import load_template
+from tinystory.teacher.rank import Ranked
 from tinystory.teacher.replay import Replay
-
-if TYPE_CHECKING:
-    from tinystory.run.device import Stop
-
-
-class CallableGrader(GraderBase):
-    """Stories are scored by `function`."""
-
-    def __init__(self, function: ScoreStories, name: str):
-        super().__init__({"scored_by": name})
-        self.function = function
-
-    def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
-        scores = self.function([text.opening for text in stories], [text.story for text in stories])
-        unscored = Grade(None, None, error=f"{self.facts['scored_by']} gave None")
-        return [unscored if score is None else Grade(None, score) for score in scores]
-
-
-Grader: TypeAlias = Teacher | Replay | CallableGrader
 
 
 @contextlib.contextmanager
@@ -43,14 +25,16 @@ def open_grader(
     corpus: Sequence[str] | None,
     replies: Path | None = None,
 ) -> Iterator[Grader]:
-    """The grader that the options describe, probed and ready, for as long as the block lasts.
+    """The grader that the options describe, probed and ready, for as long as the block lasts; its `send` and `collect`
+    rank with --teacher-mode rank.
 
     builtin_teacher: starts a teacher that knows a corpus, and yields its URL, for options that name no other grader.
     corpus: the student's, and so that teacher's by default; None if unknown. replies: file in which a teacher's replies
     are kept. Raises UserError if the grader cannot be had."""
     extra = load_extra(config.teacher_extra)
     if config.reward:
-        yield CallableGrader(load_score(config.reward, config.teacher_timeout), config.reward)
+        with load_score(config.reward, config.teacher_timeout) as score:
+            yield CallableGrader(score, config.reward)
         return
     shared: dict[str, Any] = dict(
         template=load_template(config.teacher_prompt),
@@ -89,7 +73,10 @@ def open_grader(
                 print(f"warning: {note}")
         for message in grader.news() if isinstance(grader, Teacher) else ():
             print(f"warning: {message}")
-        yield grader
+        if config.teacher_mode == "rank":
+            yield Ranked(grader, shared["template"], config.stories_per_opening)
+        else:
+            yield grader
 
 
 def _measured_by(config: InteractConfig, corpus: Sequence[str]) -> Sequence[str]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from statistics import fmean, pvariance
 from typing import TYPE_CHECKING, Any
 
-from tinystory.teacher.grade import Grade, GraderBase, Stories
+from tinystory.teacher.grade import Grade, Grader, Stories
 from tinystory.teacher.prompt import Criterion, Template, Text, clean
 
 if TYPE_CHECKING:
@@ -47,14 +47,32 @@ def ranks(table: Sequence[Sequence[float]]) -> list[float]:
     return [(sum((a > b) + (a == b) / 2 for b in sums) - 0.5) / (n - 1) for a in sums]
 
 
-class Ranked(GraderBase):
+class Ranked(Grader):
     """Ranks `size` consecutive stories, which share an opening, by `grader`. A group of which one reply cannot be read
     has no scores."""
 
-    def __init__(self, grader: GraderBase, template: Template, size: int):
+    def __init__(self, grader: Grader, template: Template, size: int):
         super().__init__(grader.facts)
         self.grader, self.size, self.template = grader, size, ranking(template, size)
         self._tables: list[list[list[float]]] = []
+
+    @property
+    def scorer(self) -> Grader:
+        return self.grader
+
+    @property
+    def most_words(self) -> int:
+        return self.grader.most_words  # a story takes one request, as when it is scored
+
+    def affords(self, stories: int) -> bool:
+        return self.grader.affords(stories)
+
+    def forecast(self, stories: int, opening: str, together: int = 1) -> str:
+        return self.grader.forecast(stories, opening, self.size)
+
+    def grade_each(self, pairs: Sequence[tuple[str, str]], again: int = 0) -> list[Grade]:
+        """Scores, since these stories are of no group."""
+        return self.grader.grade_each(pairs, again)
 
     def prepare(self, text: Text) -> None:
         """Send a group as soon as its last story ends."""

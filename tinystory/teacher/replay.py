@@ -12,7 +12,7 @@ from tinystory.run.errors import UserError
 from tinystory.run.folder import EVALUATIONS, STORIES, read_records
 from tinystory.teacher.cache import REPLY, CachedReply, question_key
 from tinystory.teacher.endpoint import Probe, facts_of, json_tokens
-from tinystory.teacher.grade import Grade, GraderBase, Stories, grade_if_empty, grade_of
+from tinystory.teacher.grade import Grade, Grader, Stories, grade_if_empty, grade_of
 from tinystory.teacher.parse import parse_scores
 from tinystory.teacher.prompt import DEFAULT, Template, Text, fence, render
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 REPLIES = "replies.jsonl"
 
 
-class Replay(GraderBase):
+class Replay(Grader):
     """Stands in for the Teacher of the run in the folder `run`. `template`, `max_tokens`, `attempts` and `logprobs`
     must have the values that they had there. Raises UserError if the folder holds no replies."""
 

@@ -1,0 +1,201 @@
+"""A user's Python function as the teacher, in a process of its own: whatever it does, the run keeps what it has.
+
+Anything can be the teacher: any callable `f(opening, stories)` that returns one score per story, 0..1 or None, or
+`f(openings, stories)`, which is given all stories of a step at once, each with its opening. None is no score: the story
+gets no reward and no gradient, and it is counted.
+"""
+
+import contextlib
+import faulthandler
+import hashlib
+import inspect
+import json
+import os
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from tinystory.run.errors import UserError
+from tinystory.run.paths import ROOT
+from tinystory.teacher.grade import Grade, Grader, Stories
+
+if TYPE_CHECKING:
+    from tinystory.run.device import Stop
+
+ScoreStories = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]  # openings and stories of a step
+FUNCTION = "score"  # of a FILE.py without :FUNCTION
+
+
+class CallableGrader(Grader):
+    """Stories are scored by `function`."""
+
+    def __init__(self, function: ScoreStories, name: str):
+        super().__init__({"scored_by": name})
+        self.function = function
+
+    def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
+        scores = self.function([text.opening for text in stories], [text.story for text in stories])
+        unscored = Grade(None, None, error=f"{self.facts['scored_by']} gave None")
+        return [unscored if score is None else Grade(None, score) for score in scores]
+
+
+def random_scores(openings: Sequence[str], stories: Sequence[str]) -> list[float]:
+    """The control that tells drift from learning, `--reward random`. Per story, the sum of three scores from 0 to 3
+    divided by 9, as from a teacher, but drawn from the story's hash. The other terms of the reward stay the same."""
+    digests = (hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=3).digest() for story in stories)
+    return [sum(byte % 4 for byte in digest) / 9 for digest in digests]
+
+
+@contextlib.contextmanager
+def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
+    """Yield `random_scores` for "random", else the function named by FILE.py:FUNCTION (`score` for FILE.py), which runs
+    in a process of its own until the block ends: it can neither change the trainer's settings nor outlive its time.
+
+    Raises UserError if there is no such function, if its file or a call of it fails, ends the process or takes longer
+    than `timeout_s`, and from a call whose scores are not one number in 0..1 or None per story."""
+    if spec == "random":
+        yield random_scores
+        return
+    file, _, name = (spec if not spec.endswith(".py") else f"{spec}:{FUNCTION}").rpartition(":")
+    if not (Path(file).is_file() and file.endswith(".py")):
+        raise UserError(f"--reward {spec}: there is no Python file {file!r}; write it as FILE.py or FILE.py:FUNCTION")
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-u", "-m", __name__, file, name, str(timeout_s), str(theirs.fileno())]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with ours, ours.makefile("rw") as stream:
+        with theirs:
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": path})
+
+        def answer() -> Any:
+            line = stream.readline()
+            if line.startswith("Timeout"):  # the traceback that faulthandler writes, the newest frame first
+                at = re.search(rf'"{re.escape(_escaped(file))}", (line [0-9]+)', stream.read())
+                line = f", {at[1]}" if at else ""
+                raise UserError(f"--reward {spec}: {file}{line}: it took more than {timeout_s:g} s (--teacher-timeout)")
+            if not line:
+                raise UserError(f"--reward {spec}: {file}: it ended its process (exit code {process.wait()})")
+            if "error" in (value := json.loads(line)):
+                raise UserError(f"--reward {spec}: {value['error']}")
+            return value["scores"]
+
+        def score(openings: Sequence[str], stories: Sequence[str]) -> Sequence[float | None]:
+            with contextlib.suppress(BrokenPipeError):  # it has ended: `answer` says why
+                print(json.dumps([openings, stories]), file=stream, flush=True)
+            return answer()
+
+        try:
+            answer()
+            yield score
+        finally:
+            process.kill()
+            process.wait()
+
+
+# ---- in the process of its own --------------------------------------------------------------------------------------
+
+
+class _Refused(Exception):
+    """What the function gave is no list of scores; the message says what it did."""
+
+
+def main() -> None:
+    file, name, seconds, descriptor = sys.argv[1:]
+    sys.argv = [file]
+    for ended in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # the trainer needs its scores to end the step
+        signal.signal(ended, signal.SIG_IGN)
+    with socket.socket(fileno=int(descriptor)) as connection, connection.makefile("rw") as stream:
+        try:
+            _serve(file, name, float(seconds), int(descriptor), stream)
+        except _Refused as error:
+            message = str(error)
+        except BrokenPipeError:  # the trainer has ended
+            return
+        except BaseException as error:  # the user's code can raise anything, an exit included
+            message = _cause(error, file)
+        else:
+            return
+        print(json.dumps({"error": message}), file=stream)
+
+
+def _serve(file: str, name: str, seconds: float, descriptor: int, stream: IO[str]) -> None:
+    """Answer each line, openings and stories, with their scores, until the stream ends."""
+
+    @contextlib.contextmanager
+    def limited() -> Iterator[None]:
+        # A thread without the interpreter's lock ends the process, whatever the user's code catches or waits for.
+        faulthandler.dump_traceback_later(seconds, exit=True, file=descriptor)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def call(opening: str | Sequence[str], stories: Sequence[str]) -> Sequence[float | None]:
+        with limited():  # also the scores' own methods
+            scores = graded_by(opening, stories)
+            if scores is None or isinstance(scores, str):
+                raise _Refused(f"it gave {_short(scores)}; it must give a list with one score per story")
+            scores = list(scores)
+            if len(scores) != len(stories):
+                raise _Refused(f"it gave {len(scores)} scores for {len(stories)} stories; it must give one per story")
+            for value in scores:
+                if value is not None and not _is_score(value):
+                    raise _Refused(f"it gave {_short(value)}; a score is a number from 0 to 1, or None")
+            return [None if value is None else float(value) for value in scores]
+
+    def by_opening(openings: Sequence[str], stories: Sequence[str]) -> Sequence[float | None]:
+        scores: dict[int, float | None] = {}
+        for opening in dict.fromkeys(openings):
+            rows = [i for i, other in enumerate(openings) if other == opening]
+            scores |= zip(rows, call(opening, [stories[i] for i in rows]), strict=True)
+        return [scores[i] for i in range(len(stories))]
+
+    with limited():
+        names = runpy.run_path(file, run_name=Path(file).stem)
+    if not callable(names.get(name)):
+        own = [each for each, value in names.items() if inspect.isfunction(value)]
+        hint = f"; it has {', '.join(own[:8])}: write {file}:{own[0]}" if own else ""
+        raise _Refused(f"{file} has no function {name!r}{hint}")
+    graded_by, whole_step = names[name], False
+    with contextlib.suppress(TypeError, ValueError):  # a callable without a signature
+        whole_step = next(iter(inspect.signature(graded_by).parameters), "") == "openings"
+    print(json.dumps({"scores": []}), file=stream, flush=True)
+    for line in stream:
+        print(json.dumps({"scores": (call if whole_step else by_opening)(*json.loads(line))}), file=stream, flush=True)
+
+
+def _is_score(value: object) -> bool:
+    """Whether it is a number from 0 to 1 of any library's; text that reads as one is none."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # of arrays, complex numbers and 10**400
+        return not isinstance(value, str | bytes) and 0 <= float(value) <= 1  # type: ignore[arg-type]
+    return False
+
+
+def _short(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _cause(error: BaseException, file: str) -> str:
+    """The last line of the file that was running, and what it raised."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    at = f"{file}, line {lines[-1]}" if lines else file
+    if isinstance(error, SyntaxError):
+        at, message = f"{error.filename or file}, line {error.lineno}", error.msg
+    else:  # whose own str() can fail too
+        message = " ".join(str(traceback.TracebackException.from_exception(error)).split())
+    return f"{at}: {type(error).__name__}" + f": {message[:200]}" * bool(message)
+
+
+def _escaped(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()
+
+
+if __name__ == "__main__":
+    main()
