@@ -63,8 +63,10 @@ def test_the_curves_begin_with_the_evaluation_before_the_first_step(run, capsys)
 
 def test_the_title_says_what_it_is(run):
     page = text_of(write_report(run))
-    assert page.count("A storyteller of 1.8M parameters, taught by scores") == 2  # <title> and heading
-    assert "It had read primer, own.txt" in page and "/home/me" not in page.split("How it was run")[0]
+    assert (
+        page.count("A student of 1.8M parameters, taught by scores after reading primer, own.txt") == 2
+    )  # <title> and heading
+    assert "/home/me" not in page.split("How it was run")[0]
 
 
 def test_a_story_without_an_end_is_typical_only_if_no_pair_has_two(tmp_path):
@@ -101,6 +103,15 @@ def test_controls_stand_beside_before_and_after(run):
     header, *rows = before_after.table()
     assert header[0] == "5 stories to held-out openings" and [row[0] for row in rows][2:] == [group]
     assert group in summary(run) and group in text_of(write_report(run))
+
+
+def test_the_shift_in_kinds_of_teller_is_shown(tmp_path):
+    records = [evaluation(step, {0: 0.5, 1: 0.7}) for step in (0, 1)]
+    comparison = BeforeAfter(*records, {})
+    assert comparison.tellers() == ""
+    for record, kind in zip((*records[0], *records[1]), ("list", "story", "story", "story"), strict=True):
+        record["teller"] = kind
+    assert "list 50% → 0%" in comparison.tellers() and "story 50% → 100%" in comparison.tellers()
 
 
 def test_an_unfinished_run_is_compared_at_its_latest_evaluation(run):

@@ -74,14 +74,14 @@ def test_ticks_close_together_are_told_apart():
 
 
 @given(st.lists(values, min_size=1, max_size=80), st.integers(5, 30))
-def test_rolling_is_the_mean_and_spread_of_the_window(y, window):
+def test_rolling_is_the_mean_of_the_window(y, window):
     y = np.array(y)
-    mean, spread = rolling(y, window)
+    mean = rolling(y, window)
     for i in range(len(y)):
         reach = min(max(i, 2), window // 2)
         part = y[max(i - reach, 0) : i + reach + 1]
         scale = np.abs(y).max() + 1e-9
-        assert abs(mean[i] - part.mean()) < 1e-9 * scale and abs(spread[i] - part.std()) < 1e-6 * scale
+        assert abs(mean[i] - part.mean()) < 1e-9 * scale
 
 
 @given(st.lists(values, min_size=1, max_size=500), st.integers(1, 50))

@@ -2,6 +2,7 @@
 and the model card all show."""
 
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,6 @@ COLUMNS = {
     "reward": "reward", "score_mean": "score", "ended": "ended", "story_clusters": "clusters",
     "distinct_4": "distinct 4-grams", "length_mean": "words",
 }  # fmt: skip
-NOT_SHOWN = ("diversity_mean",)
 MORE = (0.0, 0.25, 0.75)  # quantiles of the gain at which further pairs are shown
 
 
@@ -67,9 +67,20 @@ class BeforeAfter:
         """A header, and a row of means per group of stories."""
         groups = dict(zip(self.names, (self.before, self.after), strict=True)) | self.controls
         means = {name: group_means(records) for name, records in groups.items()}
-        shown = [key for key, value in means[self.names[1]].items() if value is not None and key not in NOT_SHOWN]
-        header = [f"{len(self.before)} stories to held-out openings", *(COLUMNS.get(key, key) for key in shown)]
+        shown = [key for key in COLUMNS if any(row.get(key) is not None for row in means.values())]
+        header = [f"{len(self.before)} stories to held-out openings", *(COLUMNS[key] for key in shown)]
         return [header, *([name, *(number(row.get(key)) for key in shown)] for name, row in means.items())]
+
+    def tellers(self) -> str:
+        """One sentence on which kinds of teller the student imitates; "" if the stories are not told apart by kind."""
+        groups = [
+            [str(record["teller"]) for record in group if "teller" in record] for group in (self.before, self.after)
+        ]
+        if not all(groups):
+            return ""
+        kinds = Counter(groups[0] + groups[1])
+        shifts = (f"{kind} {' → '.join(f'{group.count(kind) / len(group):.0%}' for group in groups)}" for kind in kinds)
+        return printable(f"Kinds of teller: {', '.join(shifts)}.")
 
     def conclusion(self) -> str:
         """One sentence on the reward; "" if no story has one."""
@@ -128,7 +139,7 @@ def summary(run: Path) -> str:
     for pair in pairs[:1]:
         for name, record in zip(comparison.names, pair, strict=True):
             lines += ["", f"{name}, {grade_line(record)}:", story_lines(record)]
-    return "\n".join([*lines, "", *aligned(comparison.table()), "", comparison.conclusion()])
+    return "\n".join([*lines, "", *aligned(comparison.table()), comparison.tellers(), comparison.conclusion()])
 
 
 def grade_line(record: Record) -> str:

@@ -44,7 +44,6 @@ svg.chart text { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, sans-s
 svg.chart text.title { font-size: 13px; font-weight: 600; fill: var(--ink); }
 svg.chart text.value { font-weight: 600; fill: var(--tint); }
 svg.chart .grid { stroke: var(--rule); stroke-width: 1; }
-svg.chart .band { fill: var(--tint); opacity: .13; }
 svg.chart .raw { fill: none; stroke: var(--tint); stroke-width: 1; opacity: .35; }
 svg.chart .line { fill: none; stroke: var(--tint); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 svg.chart .dot { fill: var(--tint); }
@@ -60,8 +59,8 @@ def palette() -> str:
 
 @dataclass
 class Line:
-    """One curve. smooth: a rolling mean with its standard deviation as a band and the raw values faintly, else only the
-    values. errors: half the length of each value's error bar, None for no bar."""
+    """One curve. smooth: a rolling mean and the raw values faintly, else only the values. errors: half the length of
+    each value's error bar, None for no bar."""
 
     x: Sequence[float | None]
     y: Sequence[float | None]
@@ -83,36 +82,29 @@ class Line:
         return np.array(bars).reshape(-1, 3)
 
     def curves(self) -> dict[str, np.ndarray]:
-        """The arrays to draw: x, line and, if smoothed, raw, low and high; extent: y values that the axis must show."""
+        """The arrays to draw: x, line and, if smoothed, raw; extent: y values that the axis must show."""
         x, y = self.points()
         if not self.smooth or len(y) < 8:
             line = thin(y)
             return dict(x=thin(x), line=line, extent=np.concatenate([line, self.bars()[:, 1:].ravel()]))
-        mean, std = rolling(y, max(5, len(y) // 16))
-        arrays = dict(x=x, raw=y, line=mean, low=mean - std, high=mean + std)
-        arrays = {name: thin(values) for name, values in arrays.items()}
+        arrays = dict(x=thin(x), raw=thin(y), line=thin(rolling(y, max(5, len(y) // 16))))
         # The axis shows the mean and the central 98 % of the raw values. Clipping keeps a single outlier from
         # flattening the rest.
         low, high = np.quantile(y, [0.01, 0.99])
         return arrays | dict(extent=np.array([*np.clip(arrays["line"], 2 * low - high, 2 * high - low), low, high]))
 
 
-def rolling(y: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of y over a centred window. (n,) -> (n,), (n,).
+def rolling(y: np.ndarray, window: int) -> np.ndarray:
+    """The mean of y over a centred window. (n,) -> (n,).
 
     At the start, where curves are steep, the window narrows on both sides, so that the mean begins near the first
     values; at the end it is truncated on one side, so that the last mean still averages many values.
     """
     n = len(y)
     reach = np.clip(np.arange(n), 2, window // 2)
-    low = np.maximum(np.arange(n) - reach, 0)
-    high = np.minimum(np.arange(n) + reach + 1, n)
-    centre = y.mean()  # sums of squares of values near zero do not suffer from cancellation
-    first = np.concatenate([[0.0], np.cumsum(y - centre)])
-    second = np.concatenate([[0.0], np.cumsum((y - centre) ** 2)])
-    mean = (first[high] - first[low]) / (high - low)
-    square = (second[high] - second[low]) / (high - low)
-    return mean + centre, np.sqrt(np.maximum(square - mean**2, 0))
+    low, high = np.maximum(np.arange(n) - reach, 0), np.minimum(np.arange(n) + reach + 1, n)
+    sums = np.concatenate([[0.0], np.cumsum(y - y.mean())])  # near zero: little cancels
+    return (sums[high] - sums[low]) / (high - low) + y.mean()
 
 
 def thin(values: np.ndarray, limit: int = POINTS) -> np.ndarray:
@@ -243,11 +235,9 @@ def chart(
 
 
 def draw(axes: Axes, line: Line, arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """A line as SVG: its band, raw values and error bars, the curve, and a dot per point where there are few."""
+    """A line as SVG: raw values and error bars, the curve, and a dot per point where there are few."""
     x, y, parts = arrays["x"], arrays["line"], [f'<g style="--tint: var(--{line.colour})">']
     if "raw" in arrays:
-        upper, lower = axes.path(x, arrays["high"]), axes.path(x[::-1], arrays["low"][::-1])
-        parts.append(f'<path class="band" d="{upper}L{lower[1:]}Z"/>')
         parts.append(f'<path class="raw" d="{axes.path(x, arrays["raw"])}"/>')
     for at, low, high in line.bars():
         a, b, c = axes.x(at), axes.y(low), axes.y(high)

@@ -44,21 +44,6 @@ def grid(drawings: Sequence[str]) -> str:
     return block("grid", "".join(f"<figure>{drawing}</figure>" for drawing in drawings if drawing))
 
 
-def hero(tiles: Sequence[str], drawing: str) -> str:
-    return f'<section class="hero"><div class="tiles">{"".join(tiles)}</div><div>{drawing}</div></section>'
-
-
-def tile(name: str, value: str, note: str, colour: str = "ink") -> str:
-    """One headline figure; value may be HTML."""
-    return f'<div class="tile" style="--tint: var(--{colour})"><h3>{name}</h3><p>{value}</p><small>{note}</small></div>'
-
-
-def change(ends: Sequence[float | None], decimals: int = 2) -> str:
-    """0.31 → 0.62, or a single value."""
-    texts = [number(None) if value is None else f"{value:.{decimals}f}" for value in ends]
-    return texts[0] if len(texts) == 1 else f'<span class="from">{texts[0]} →</span> {texts[-1]}'
-
-
 def cluster_bar(sizes: Sequence[int], when: str) -> str:
     """Clusters of similar stories as one bar: a block for each of the LARGEST clusters, and one for the rest. sizes:
     stories per cluster, the largest first."""
@@ -109,35 +94,24 @@ def story_card(record: Record, title: str) -> str:
     opening, story = record["opening"], record["story"]
     gap = "" if not opening or opening[-1].isspace() or re.match(r"\s|[.,!?;:]|$", story) else " "
     text = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"
-    scores, reward, words, reply = (record.get(key) for key in ("scores", "reward", "words", "reply"))
-    marks = "".join(dots(criterion, score) for criterion, score in (scores or {}).items())
+    reward, words, reply = (record.get(key) for key in ("reward", "words", "reply"))
+    scores = (f"{clip(name, 80)} {score:g}" for name, score in (record.get("scores") or {}).items())
     notes = [
         "no score" if reward is None else f"reward {reward:.3f}",
+        ", ".join(scores),
         "" if words is None else f"{number(words)} words",
         "cut off at the length limit" if record.get("ended") == "length" else "",
         f"the teacher’s reply: <q>{clip(reply, 300)}</q>" if reward is None and reply else "",
     ]
     return (
-        f'<article><header><strong>{escape(title)}</strong><span class="scores">{marks}</span></header>'
-        f'<p class="story"><em>{clip(opening)}</em>{text}</p>'
-        f"<footer>{' · '.join(filter(None, notes))}</footer></article>"
+        f"<article><header><strong>{escape(title)}</strong> {' · '.join(filter(None, notes))}</header>"
+        f'<p class="story"><em>{clip(opening)}</em>{text}</p></article>'
     )
 
 
 def colour(criterion: str) -> str:
     """The colour of a criterion's charts; "plain" for one that is not the paper's."""
     return criterion if criterion in CRITERION_COLOURS else "plain"
-
-
-def dots(criterion: str, score: float) -> str:
-    """A score as three dots, filled up to the score."""
-    name = clip(criterion.replace("_", " "), 80)
-    label = f"{name} {score:g} of {TOP_SCORE}"
-    symbols = "●" * round(score) + "○" * (TOP_SCORE - round(score))
-    return (
-        f'<span style="--tint: var(--{colour(criterion)})" title="{label}">{name} '
-        f'<b role="img" aria-label="{label}">{symbols}</b></span>'
-    )
 
 
 def clip(text: str, limit: int = LONGEST) -> str:
@@ -168,22 +142,17 @@ STYLE = """
 :root { --serif: "Iowan Old Style", "Palatino Linotype", Palatino, Georgia, "Noto Serif", serif;
   --sans: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 3rem 1.25rem 5rem; max-width: 70rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 1.6rem 1.25rem 4rem; max-width: 76rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 var(--sans); font-variant-numeric: tabular-nums; }
 h1, h2, summary { font-family: var(--serif); font-weight: 600; line-height: 1.2; margin: 0; text-wrap: balance;
   overflow-wrap: anywhere; }
-h1 { font-size: 2.5rem; }
-h2, summary { font-size: 1.5rem; }
-h3 { margin: 0; font-size: .8rem; font-weight: 600; color: var(--muted); }
-section, details { margin-top: 4rem; }
-details + details { margin-top: 1.5rem; }
-.note { margin: .3rem 0 1.4rem; color: var(--muted); max-width: 44rem; text-wrap: pretty; }
+h1 { font-size: clamp(1.4rem, 3vw, 2rem); }
+h2, summary { font-size: 1.35rem; }
+section, details { margin-top: 3rem; }
+details + details { margin-top: 1rem; }
+.note { margin: .3rem 0 .6rem; color: var(--muted); max-width: 44rem; text-wrap: pretty; }
 .warning { margin: 1.2rem 0 0; padding-left: .9rem; border-left: 3px solid var(--coherence); max-width: 44rem; }
-.hero { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 3rem; margin-top: 2.2rem; }
-.tiles { align-content: start; display: grid; grid-template-columns: repeat(2, 1fr); gap: 1.8rem 1rem; }
-.tile p { margin: 0; font-size: 1.7rem; line-height: 1.3; font-weight: 600; color: var(--tint); white-space: nowrap; }
-.tile .from { color: var(--muted); font-weight: 400; font-size: 1.15rem; }
-.tile small { color: var(--muted); }
+.hero { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 1rem 3rem; margin-top: 1rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 2.2rem; }
 figure { margin: 0; }
 .clusters { margin-bottom: 1.2rem; }
@@ -194,16 +163,15 @@ figcaption { font-size: .85rem; color: var(--muted); margin-bottom: .3rem; }
 .parts .rest { background: var(--grey); }
 .pair, .cards { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 3rem; }
 .hero .pair { grid-template-columns: minmax(0, 1fr); }
+.hero article { padding: .4rem 0; }
+.hero .story { font-size: .98rem; line-height: 1.42; max-width: none; }
 .hero details { margin-top: 1rem; }
 .hero summary { font-size: 1rem; }
 .pair + .pair, article + article { border-top: 1px solid var(--rule); }
 .pair > article, .cards > article { border-top: 0; }
 article { padding: 1.2rem 0; min-width: 0; }
-article header, article footer { font-size: .8rem; color: var(--muted); }
-article header { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; align-items: baseline; }
-article strong { color: var(--ink); }
-.scores { display: flex; flex-wrap: wrap; gap: .1rem 1rem; }
-.scores b { color: var(--tint); letter-spacing: .08em; font-weight: 400; }
+article header { font-size: .8rem; color: var(--muted); }
+article strong { color: var(--ink); margin-right: .8rem; }
 .story { margin: .5rem 0; max-width: 36rem; font: 1.08rem/1.6 var(--serif); white-space: pre-wrap;
   overflow-wrap: anywhere; unicode-bidi: isolate; }
 .story em { font-style: normal; color: var(--reward); }

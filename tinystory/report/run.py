@@ -5,18 +5,18 @@ on, it is, and reloads itself.
 """
 
 import contextlib
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from pathlib import Path
+from zlib import crc32
 
 from tinystory.evaluate.stories import mean_of
 from tinystory.report import judges, page
 from tinystory.report.before_after import BeforeAfter, from_start, read_before_after
 from tinystory.report.charts import Line, chart, number
-from tinystory.report.page import TOP_SCORE, block, colour, details, grid, section, story_card, tile
+from tinystory.report.page import TOP_SCORE, block, colour, details, grid, section, story_card
 from tinystory.rl.collapse import Watch
 from tinystory.rl.reward import cluster_sizes
 from tinystory.run.folder import Record, read_config, read_metrics, read_stories
@@ -52,20 +52,11 @@ PPO_CURVES = {
     "grad_norm": "Gradient norm",
     "ratio_error": "Ratio error before the first update",
 }
-LAST = {"words_in": "Words taken in", "words_out": "Words written", "teacher_cost": "Cost"}  # of the run so far
-TOTALS = {
-    "unscored": "Stories without a score, left out of the update",
-    "teacher_requests": "Requests to the teacher",
-    "teacher_retries": "Retries after a failure",
-    "teacher_cached": "Replies from the cache",
-    "teacher_tokens_in": "Prompt tokens",
-    "teacher_tokens_out": "Reply tokens",
-}
-PRETRAINING_CURVES = {
-    "lr": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "tokens_per_s": "Tokens per second",
-}
+LATEST = ("words_in", "words_out", "teacher_cost")  # metrics whose last value is shown, and those whose sum is
+SUMMED = (*(f"{part}_s" for part in PARTS), "unscored", "teacher_requests", "teacher_retries", "teacher_cached")
+SUMMED += ("teacher_tokens_in", "teacher_tokens_out")
+ENDS = {"val_loss": "Validation loss, nats per token", "val_bits_per_byte": "Validation, bits per byte"}
+PRETRAINING_CURVES = {"lr": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_s": "Tokens per second"}
 
 
 @contextlib.contextmanager
@@ -103,32 +94,22 @@ def write_report(run_folder: Path, live: bool = False) -> Path:
     for step, sentence in Watch(metrics, number_option(config, "kl_target") or math.inf).warnings.values():
         sections.insert(0, f'<p class="warning"><b>From step {number(step)}:</b> {escape(sentence)}</p>')
     title, note = heading(folder, metrics, config)
-    return page.write(
-        folder / "report.html",
-        title,
-        f"{note} · {remaining(metrics, config)}" * live or note,
-        sections,
-        RELOAD_S * live,
-    )
+    note += f" · {remaining(metrics, config)}" * live
+    return page.write(folder / "report.html", title, note, sections, RELOAD_S * live)
 
 
 def heading(folder: Path, metrics: list[Record], config: Record) -> tuple[str, str]:
     """What the page is about, from config.json, and when and where it ran; as HTML."""
-    options = config.get("options", {})
-    student = options.get("student") if isinstance(options.get("student"), dict) else {}
-    size, corpus = student.get("parameters"), student.get("corpus")
-    name = f"A storyteller of {number(size)} parameters" if type(size) is int else "A storyteller"
-    read = ", ".join(Path(str(key)).name for key in corpus) if isinstance(corpus, list) else ""
-    if metrics and "reward_mean" in metrics[-1]:
-        teacher = scorer(config)
-        title = f"{name}, taught by {teacher}" if teacher else f"{name}, taught by scores"
-        parts = [f"It had read {read}"] * bool(read) + [f"interaction of {page.count(metrics[-1]['step'], 'step')}"]
-    else:
-        title = f"{name}, reading {read}" if read else name
-        parts = [f"pretraining of {page.count(metrics[-1]['step'], 'step')}"] if metrics else []
+    student = config.get("options", {}).get("student")
+    size, corpus = (student.get("parameters"), student.get("corpus")) if isinstance(student, dict) else (None, None)
+    name = f"A student of {number(size)} parameters" if type(size) is int else "A student"
+    read = ", ".join(Path(str(key)).name for key in corpus) if isinstance(corpus, list) else "a corpus"
+    interacts = bool(metrics) and "reward_mean" in metrics[-1]
+    stage = f"taught by {scorer(config) or 'scores'} after reading" if interacts else "reading"
+    notes = [folder.resolve().name, *(page.count(record["step"], "step") for record in metrics[-1:])]
     if config:
-        parts += [config["device"], f"{config['started'][:16].replace('T', ' ')} UTC"]
-    return escape(title), " · ".join(map(escape, [folder.resolve().name, *parts]))
+        notes += [config["device"], f"{config['started'][:16].replace('T', ' ')} UTC"]
+    return escape(f"{name}, {stage} {read}"), escape(" · ".join(notes))
 
 
 def number_option(config: Record, name: str) -> float | None:
@@ -172,39 +153,27 @@ def scorer(config: Record) -> str:
 
 
 def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str]:
-    digest, scored_by, curves = Digest(read_stories(folder)), scorer(config), from_start(folder, metrics)
+    digest, curves = Digest(read_stories(folder)), from_start(folder, metrics)
     scores = [
-        chart(title(name), [curve(metrics, f"{name}_mean", colour(name))], y_range=(0, TOP_SCORE))
+        chart(
+            printable(name.replace("_", " ").capitalize()),
+            [curve(metrics, f"{name}_mean", colour(name))],
+            (0, TOP_SCORE),
+        )
         for name in digest.criteria
     ]
+    unscored = "The teacher returned no valid score for these, so they were left out of the update. The first ones:"
     return [
         first_screen(metrics, curves, read_before_after(folder)),
         sameness(curves, digest),
-        section(
-            "The teacher’s scores",
-            f"{judges.scored_by_note(scored_by, config)} Mean score per step, from 0 to 3. The bold line is a rolling "
-            "mean, the band one standard deviation over its window.",
-            grid(scores),
-        ),
+        section("Scores", judges.scored_by_note(scorer(config), config), grid(scores)),
         section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
         judges.judges_section(folder),
-        details(
-            "Samples of the last step",
-            "Drawn at random, whatever their reward.",
-            block("cards", cards(digest.random)),
-        ),
-        details(
-            "Stories without a score",
-            "The teacher returned no valid score for these, so they were left out of the update. The first ones:",
-            block("cards", cards(digest.unscored)),
-        ),
+        details("Samples of the last step", "Drawn at random, whatever their reward.", cards(digest.random)),
+        details("Stories without a score", unscored, cards(digest.unscored)),
         details("PPO diagnostics", "", grid(curve_charts(metrics, PPO_CURVES))),
-        details("Time, words and requests", "", page.facts(totals(metrics))),
+        details("Time, words and requests", "Keys of metrics.jsonl.", page.facts(totals(metrics))),
     ]
-
-
-def title(criterion: str) -> str:
-    return printable(criterion.replace("_", " ").capitalize())
 
 
 def step_name(record: Record) -> str:
@@ -212,7 +181,7 @@ def step_name(record: Record) -> str:
 
 
 def cards(records: Iterable[Record]) -> str:
-    return "".join(story_card(record, step_name(record)) for record in records)
+    return block("cards", "".join(story_card(record, step_name(record)) for record in records))
 
 
 def first_screen(metrics: list[Record], curves: list[Record], comparison: BeforeAfter | None) -> str:
@@ -229,11 +198,9 @@ def first_screen(metrics: list[Record], curves: list[Record], comparison: Before
     first, *more = [block("pair", "".join(map(story_card, pair, names))) for pair in pairs] or [""]
     others = details("The largest loss, and the quartiles of the gain", "", "".join(more))
     header, *rows = comparison.table()
-    right += page.table(header, rows) + f"<p>{escape(comparison.conclusion())}</p>"
-    return block(
-        "hero",
-        f'<div><h2>Before and after</h2><p class="note">{escape(rule)}</p>{first}{others}</div><div>{right}</div>',
-    )
+    right += page.table(header, rows) + f'<p class="note">{escape(comparison.tellers())}</p>'
+    left = f'<b>{escape(comparison.conclusion())}</b><p class="note">{escape(rule)}</p>{first}{others}'
+    return block("hero", f"<div>{left}</div><div>{right}</div>")
 
 
 def sameness(metrics: list[Record], digest: "Digest") -> str:
@@ -252,13 +219,10 @@ def sameness(metrics: list[Record], digest: "Digest") -> str:
 
 
 def totals(metrics: list[Record]) -> list[tuple[str, str]]:
-    """Names and sums over the run."""
-    seconds = {part: sum(value or 0 for value in column(metrics, f"{part}_s")) for part in PARTS}
-    rows = [(f"Time of {part}", page.duration(value)) for part, value in seconds.items()]
-    rows += [(name, number(value)) for key, name in LAST.items() if (value := column(metrics, key)[-1])]
-    sums = {name: sum(value or 0 for value in column(metrics, key)) for key, name in TOTALS.items()}
-    rows += [(name, number(value)) for name, value in sums.items() if value]
-    return rows
+    """What the run took: the last value or the sum of the keys of metrics.jsonl that are on record and not 0."""
+    values = {key: column(metrics, key)[-1] for key in LATEST}
+    values |= {key: sum(value or 0 for value in column(metrics, key)) for key in SUMMED}
+    return [(key, number(value)) for key, value in values.items() if value]
 
 
 class Digest:
@@ -283,12 +247,7 @@ class Digest:
                 continue
             if record["scores"]:  # with --reward a callable replaces the teacher and gives no scores
                 self.criteria = tuple(record["scores"])  # the last ones: a resume may bring another --teacher-prompt
-        self.random = sorted(self.last, key=shuffled)[:RANDOM]
-
-
-def shuffled(record: Record) -> bytes:
-    """A key that puts stories in random order: a hash of step and index."""
-    return hashlib.blake2b(f"{record['step']} {record['index']}".encode(), digest_size=8).digest()
+        self.random = sorted(self.last, key=lambda record: crc32(b"%d %d" % (record["step"], record["index"])))[:RANDOM]
 
 
 # ---- a pretraining run ----------------------------------------------------------------------------------------------
@@ -299,19 +258,16 @@ def pretraining(metrics: list[Record]) -> list[str]:
         curve(metrics, "loss", x="words", name="train"),
         curve(metrics, "val_loss", "reward", x="words", name="val", smooth=False),
     ]
-    tiles = []
-    for key, name in (("val_loss", "Validation loss"), ("val_bits_per_byte", "Bits per byte")):
+    rows = [("Training words", number(metrics[-1].get("words"))), ("Tokens", number(metrics[-1].get("tokens")))]
+    for key, name in ENDS.items():
         if values := [value for value in column(metrics, key) if value is not None]:
-            note = "nats per token" if key == "val_loss" else "on validation"
-            tiles.append(tile(name, page.change([values[0], values[-1]]), f"{note}, first → last", "reward"))
-    tiles.append(
-        tile("Training words", number(metrics[-1].get("words")), f"{number(metrics[-1].get('tokens'))} tokens")
-    )
-    if speeds := sorted(value for value in column(metrics, "tokens_per_s") if value is not None):
-        tiles.append(tile("Tokens per second", number(speeds[len(speeds) // 2]), "median step"))
+            rows.append((name, f"{number(values[0])} → {number(values[-1])}"))
     drawing = chart("Loss, nats per token", losses, x_name="training words", size=HERO)
     drawings = curve_charts(metrics, PRETRAINING_CURVES, "words", "training words")
-    return [page.hero(tiles, drawing), section("Training", "", grid(drawings))]
+    return [
+        block("hero", f"<div>{drawing}</div><div>{page.facts(rows)}</div>"),
+        section("Training", "", grid(drawings)),
+    ]
 
 
 # ---- columns of the metrics -----------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def write_experiment_report(out: Path) -> Path:
     figure = chart("Teacher’s score, 0 to 9", curves, x_name=x_name, log_x=True, size=HERO)
     atomic_write(out / "figure.svg", charts.standalone(figure))
     sections = [
-        page.hero(headline(records), figure),
+        figure,
         equivalents(records),
         measures_table(records),
         page.details("How it was run", "", page.facts(facts.items())),
@@ -127,15 +127,6 @@ def lines(records: Sequence[Record], path: Sequence[str]) -> list[Line]:
         x = [statistics.fmean(record["words"] for record in group) for group in groups]
         curves.append(Line(x, [mean for mean, _ in points], colour, name, False, [std for _, std in points]))
     return curves
-
-
-def headline(records: Sequence[Record]) -> list[str]:
-    """One tile per start: the score before and after interaction."""
-    before, tiles = of_arm(records, "before"), []
-    for start, group in of_arm(records, "interact").items():
-        ends = [mean_and_std(values(side, SCORE))[0] for side in (before[start], group)]
-        tiles.append(page.tile(f"From {millions(start)} words", page.change(ends), "teacher’s score of 9", "reward"))
-    return tiles
 
 
 def equivalents(records: Sequence[Record]) -> str:
