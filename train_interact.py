@@ -58,7 +58,7 @@ INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)} | 
 def main(argv: list[str] | None = None) -> None:
     config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
     distributed.start(config.device)
-    with distributed.on_rank0(locked(Path(config.out))), contextlib.ExitStack() as stack:
+    with distributed.on_rank0(locked(Path(config.out), new=not config.resume)), contextlib.ExitStack() as stack:
         interact(config, stack)
 
 
@@ -72,7 +72,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
 
     # Two copies of the starting checkpoint: the policy, which learns, and the frozen reference of the KL penalty.
     origin = run / "checkpoints" / "start" if resume_from else starting_checkpoint(config.init)
-    reference, tokenizer, facts = checkpoint.load(origin, compute.device)
+    reference, tokenizer, history = checkpoint.load(origin, compute.device)
     reference.requires_grad_(False)
     policy = load_policy(config, origin, compute)
     memory.require_for_interaction(config, reference.config, compute.device)
@@ -83,16 +83,16 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
         print("there is one opening, so none is held out: evaluations use the one that is trained on")
     longest = max(len(encode_opening(tokenizer, text)) for text in openings.train + openings.held_out)
     require_room(reference, longest, config.max_new_tokens)
-    reading = Reading(config, facts, tokenizer, reference.config.context)
+    reading = Reading(config, history, tokenizer, reference.config.context)
     milestones = INTERACTION_CHECKPOINTS
     if config.preset in babylm.TRACKS:
         reads = config.budget_words if config.reading_weight else 0
-        babylm.check_interaction(config.preset, facts, config.budget_words, reads)
-        milestones = babylm.milestones_beyond(facts)
+        babylm.check_interaction(config.preset, history, config.budget_words, reads)
+        milestones = babylm.milestones_beyond(history)
     state = policy.restore(resume_from) if resume_from else RunState(config.kl_coef)
 
     # Only rank 0 asks its grader. It is opened before the run's folder is: a mistake leaves nothing behind.
-    opened = open_grader(config, builtin_teacher, corpus=facts.get("corpus"), replies=run / "replies.jsonl")
+    opened = open_grader(config, builtin_teacher, corpus=history.get("corpus"), replies=run / "replies.jsonl")
     idle = CallableGrader(lambda openings, stories: [], "rank 0")
     grader: Grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else idle)
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))

@@ -82,7 +82,7 @@ def train_step(
 def main(argv: list[str] | None = None) -> None:
     config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
     distributed.start(config.device)
-    with distributed.on_rank0(locked(Path(config.out))):
+    with distributed.on_rank0(locked(Path(config.out), new=not config.resume)):
         pretrain(config)
 
 
@@ -143,12 +143,12 @@ def pretrain(config: PretrainConfig) -> None:
     def save(name: str) -> None:
         if not rank0:  # it would drop what rank 0 is writing as left half-written
             return
-        facts = dict(words=state.words, tokens=state.tokens, corpus=config.corpus, corpus_words=data.train.word_count)
+        history = dict(words=state.words, tokens=state.tokens, corpus=config.corpus, corpus_words=data.train.word_count)
         # Which documents were held out, for --reading-weight.
-        facts |= dict(corpus_seed=config.seed, val_fraction=config.val_fraction, documents=config.documents)
+        history |= dict(corpus_seed=config.seed, val_fraction=config.val_fraction, documents=config.documents)
         tensors = checkpoint.pack_optimizer(optimizer, names)
         folder = run / "checkpoints" / name
-        checkpoint.save(folder, student, tokenizer, facts=facts, state=tensors, counters=asdict(state))
+        checkpoint.save(folder, student, tokenizer, history=history, state=tensors, counters=asdict(state))
         checkpoint.drop_older(folder)
 
     bar = tqdm(

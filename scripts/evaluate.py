@@ -140,8 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         grade = open_teacher(options, stack) if count or files else None
         for folder in tqdm([checkpoint.find(path) for path in options.checkpoints], desc="checkpoints", disable=None):
-            student, tokenizer, facts = checkpoint.load(folder, device)
-            words = facts.get("words", 0) + facts.get("interaction_words_in", 0)
+            student, tokenizer, history = checkpoint.load(folder, device)
+            words = history.get("words", 0) + history.get("interaction_words_in", 0)
             record: dict[str, Any] = {"name": name_of(folder), "checkpoint": str(folder), "words": words or None}
             for task, data in tasks.items():
                 record[task] = TASKS[task][0](student, tokenizer, data)
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
                 record["aoa"] = {"surprisal": mean_of(finite), "items": len(finite)}
             if options.coreference:
                 record["coreference"] = coreference(student, tokenizer, unseen_stories(options.coreference))
-            if seen := set(options.corpus or []) & set(facts.get("corpus", [])):
+            if seen := set(options.corpus or []) & set(history.get("corpus", [])):
                 print(f"{record['name']}: it was trained on {', '.join(sorted(seen))}, so that is no test of it")
             if corpus:
                 record["corpus"] = bits_per_byte(student, tokenizer, corpus)

@@ -57,10 +57,10 @@ def main(argv: list[str] | None = None) -> None:
     sources = {path.name: path for path in several} | {MAIN: best}
     folders = {name: options.folder / name if several else options.folder for name in sources}
     for branch, folder in tqdm(folders.items(), desc="writing", unit=" folders", disable=None):
-        student, tokenizer, facts = checkpoint.load(sources[branch])
+        student, tokenizer, history = checkpoint.load(sources[branch])
         hf.write(folder, student, tokenizer)
         revision = branch if options.push and branch != MAIN else ""
-        card = model_card(options.push or folder.name, sources[branch], student, facts, revision)
+        card = model_card(options.push or folder.name, sources[branch], student, history, revision)
         atomic_write(folder / "README.md", card)
     if student.config.context < hf.FINE_TUNING:
         print(

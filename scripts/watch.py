@@ -19,7 +19,7 @@ from tinystory.report.charts import number, text_curve
 from tinystory.report.run import column, number_option, remaining
 from tinystory.rl.collapse import Watch
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import holds_run, is_locked, read_config, read_metrics, read_stories
+from tinystory.run.folder import holds_run, in_use, read_config, read_metrics, read_stories
 from tinystory.run.paths import usage
 from tinystory.run.text import printable
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     run = parser.parse_args(argv).run
     if not holds_run(run):
         raise UserError(f"{run} holds no run: give the folder that --out named")
-    while (running := is_locked(run)) and sys.stdout.isatty():
+    while (running := in_use(run)) and sys.stdout.isatty():
         size, start = shutil.get_terminal_size(), time.monotonic()
         lines = page(run, size.columns, running)[: size.lines - 1]  # more would scroll the first ones away
         print(CLEAR + "\n".join(lines), flush=True)

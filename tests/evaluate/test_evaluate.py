@@ -257,8 +257,8 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, 
     monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda stories: [{"humour": 2}] * len(stories))
     run = tmp_path / "run" / "checkpoints"
     for step, name in enumerate(("chck_1M", "chck_2M"), 1):
-        facts = {"words": step * 1_000_000}
-        checkpoint.save(run / name, student, tokenizer, facts=facts, state={}, counters={"step": step})
+        history = {"words": step * 1_000_000}
+        checkpoint.save(run / name, student, tokenizer, history=history, state={}, counters={"step": step})
     hf.write(tmp_path / "<b>theirs", student, tokenizer)
     (tmp_path / "a.txt").write_text("\n\n".join(tiny_stories(8)))
     tasks = {"blimp": write(tmp_path / "blimp.jsonl", BLIMP), "wug": write(tmp_path / "wug.jsonl", WUG)}
@@ -279,7 +279,7 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, 
 
 def test_the_command_puts_anybodys_stories_beside_a_students(student, tokenizer, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda stories: [{"humour": 2}] * len(stories))
-    ours = checkpoint.save(tmp_path / "ours", student, tokenizer, facts={}, state={}, counters={"step": 1})
+    ours = checkpoint.save(tmp_path / "ours", student, tokenizer, history={}, state={}, counters={"step": 1})
     samples = {
         name: [{"opening": "Tom", "story": f"{name} ran {i}. " * 9} for i in range(12)] for name in ("gpt", "people")
     }
@@ -336,8 +336,8 @@ def babylm_data(folder, fast):
 def test_predictions_are_the_files_that_babylm_collates(student, tokenizer, tmp_path):
     """Names, keys and ids are read off its pipeline; that the choices are its own is tested above."""
     for step, name in enumerate(("chck_1M", "chck_100M"), 1):
-        facts = {"words": step * 1_000_000}
-        checkpoint.save(tmp_path / name, student, tokenizer, facts=facts, state={}, counters={"step": step})
+        history = {"words": step * 1_000_000}
+        checkpoint.save(tmp_path / name, student, tokenizer, history=history, state={}, counters={"step": step})
     fast, full = babylm_data(tmp_path / "fast_eval", True), babylm_data(tmp_path / "full_eval", False)
     common = ["--predictions", str(tmp_path / "results" / "toy"), "--device", "cpu"]
     checkpoints = [str(tmp_path / name) for name in ("chck_1M", "chck_100M")]
@@ -382,7 +382,7 @@ def test_predictions_are_the_files_that_babylm_collates(student, tokenizer, tmp_
 
 
 def test_what_is_wrong_with_a_submission_is_said(student, tokenizer, tmp_path, capsys):
-    checkpoint.save(tmp_path / "chck_1M", student, tokenizer, facts={}, state={}, counters={"step": 1})
+    checkpoint.save(tmp_path / "chck_1M", student, tokenizer, history={}, state={}, counters={"step": 1})
     data = babylm_data(tmp_path / "fast_eval", True)
     write(data / "entity_tracking_fast" / "regular.jsonl", [ENTITIES[0] | {"input_prefix": "Tom " * 100}, *ENTITIES])
     common = [str(tmp_path / "chck_1M"), "--device", "cpu", "--predictions", str(tmp_path / "results" / "toy")]

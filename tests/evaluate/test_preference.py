@@ -153,7 +153,7 @@ def test_stories_of_two_files_are_paired_by_their_openings(tmp_path, capsys, sho
 
 
 def test_a_student_beside_a_file_writes_to_the_files_openings(student, tokenizer, tmp_path, capsys, monkeypatch):
-    ours = checkpoint.save(tmp_path / "ours", student, tokenizer, facts={}, state={}, counters={"step": 1})
+    ours = checkpoint.save(tmp_path / "ours", student, tokenizer, history={}, state={}, counters={"step": 1})
     monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda pairs: [{"humour": s == "plain"} for _, s in pairs])
     (tmp_path / "a.jsonl").write_text('{"opening": "Tom", "story": "plain"}\n{"opening": "Mia", "story": "plain"}\n')
     more = ["--max-new-tokens", "4", "--device", "cpu"]

@@ -55,8 +55,8 @@ def test_an_interactions_card_holds_its_figures(run, tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     newest = checkpoint.newest(run)
     metadata, text = card(newest, tmp_path / "tale")
-    last, facts = metrics(run)[-1], json.loads((newest / "model.json").read_text())["facts"]
-    assert f"{facts['words']:,} words" in text and f"In 2 steps of PPO it wrote {last['words_out']}" in text
+    last, history = metrics(run)[-1], json.loads((newest / "model.json").read_text())["history"]
+    assert f"{history['words']:,} words" in text and f"In 2 steps of PPO it wrote {last['words_out']}" in text
     assert "`[x](http://evil)` graded" in text and "it tells stories from noise" in text
     assert f"a judge preferred the story after interaction in {len(pairs)} of {len(pairs)}" in text
     evaluation = [record for record in read_records(run / EVALUATIONS) if record["step"] == 2]
@@ -81,8 +81,8 @@ def test_a_pretrained_students_card_holds_its_own(place, tmp_path, monkeypatch):
     "corpora, licence", [(["primer", "builtin"], "mit"), (["tinystories"], None), (["babylm-10m", "own.txt"], None)]
 )
 def test_metadata_names_what_is_known_of_the_corpus(corpora, licence, student, tokenizer, tmp_path):
-    facts = {"words": 2_800_000, "corpus": corpora}
-    path = checkpoint.save(tmp_path / "c", student, tokenizer, facts=facts, state={}, counters={"step": 1})
+    history = {"words": 2_800_000, "corpus": corpora}
+    path = checkpoint.save(tmp_path / "c", student, tokenizer, history=history, state={}, counters={"step": 1})
     metadata, text = card(path, tmp_path / "tale")
     assert metadata.get("license") == licence and ("language" in metadata) == ("own.txt" not in corpora)
     assert metadata.get("datasets", []) == [HUB[name][0] for name in corpora if name in HUB]
@@ -91,7 +91,7 @@ def test_metadata_names_what_is_known_of_the_corpus(corpora, licence, student, t
 
 def test_the_cards_code_tells_a_story(student, tokenizer, tmp_path, capsys, monkeypatch):
     pytest.importorskip("transformers")
-    path = checkpoint.save(tmp_path / "c", student, tokenizer, facts={}, state={}, counters={"step": 1})
+    path = checkpoint.save(tmp_path / "c", student, tokenizer, history={}, state={}, counters={"step": 1})
     text = card(path, tmp_path / "tale")[1]
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()

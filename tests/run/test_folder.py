@@ -62,8 +62,9 @@ def test_config_records_what_is_needed_to_repeat_the_run(tmp_path):
 def test_a_new_run_never_writes_over_an_old_one(tmp_path):
     a_run(tmp_path, 2)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"already holds a run: continue it with --resume or choose another --out"):
-        RunLog(tmp_path, resume_step=None)
+    error = pytest.raises(UserError, match=r"already holds a run: continue it with --resume or choose another --out")
+    with error, locked(tmp_path, new=True):
+        pass
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 

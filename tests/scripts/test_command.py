@@ -20,12 +20,11 @@ from tinystory.student import checkpoint, memory
 from tinystory.student.generate import generate
 
 COMMAND = """
-import os, signal, sys
+import os, sys
+from tinystory.run.device import Stop
 from tinystory.run.errors import UserError, command
 
-stop = []
-if "saves" in sys.argv:
-    signal.signal(signal.SIGHUP, lambda *_: stop.append(1))
+stop = Stop()
 
 @command
 def main():
@@ -35,8 +34,8 @@ def main():
     for _ in range(100_000 if "prints" in sys.argv else 1):
         print("Ça va? 猫", flush="prints" in sys.argv)
         print("line", file=sys.stderr)
-        if stop:
-            open(sys.argv[1], "w").write("saved" * len(stop))
+        if "saves" in sys.argv and stop.requested:
+            open(sys.argv[1], "w").write("saved")
             return
     if "fails" in sys.argv:
         raise UserError("naïve")
@@ -102,6 +101,8 @@ OUT_OF = [
     (OSError(errno.EMFILE, "Too many open files", "x"), "Too many open files: 'x'; raise the limit of open files"),
     (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "'aaa'; choose a shorter name"),
     (MemoryError("\x1b[2Jno room"), "([2Jno room)"),
+    (PermissionError(errno.EACCES, "Permission denied", "run"), "Permission denied: 'run'; ask its owner"),
+    (OSError(errno.EROFS, "Read-only file system", "run"), "Read-only file system: 'run'; choose another folder"),
 ]
 
 

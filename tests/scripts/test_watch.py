@@ -1,13 +1,15 @@
 """watch.py: a run in the terminal, one that goes on and one that is over, whatever a model wrote."""
 
 import os
+import socket
+import subprocess
 import sys
 
 import pytest
 from conftest import fails, story_record
 
 from scripts import watch
-from tinystory.run.folder import LOCK, RunLog, is_locked, locked
+from tinystory.run.folder import LOCK, RunLog, in_use, locked
 
 
 @pytest.fixture
@@ -51,13 +53,20 @@ def test_a_run_that_goes_on_is_shown_until_it_is_over(run, capsys, monkeypatch):
     assert second.startswith(first) and f"{run}: step 12, over\n" in second and len(pauses) == 2  # at last all of it
 
 
-def test_a_lock_that_a_killed_run_left_does_not_count(tmp_path):
-    assert not is_locked(tmp_path)
-    (tmp_path / LOCK).write_text("process 1 on somewhere since long ago\n")
-    assert not is_locked(tmp_path)
+def test_a_lock_that_a_killed_run_left_does_not_count_and_looking_takes_none(tmp_path, monkeypatch):
+    assert not in_use(tmp_path)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for holder, used in ((f"process {gone.pid} on {socket.gethostname()}", False), ("process 1 on elsewhere", True)):
+        (tmp_path / LOCK).write_text(f"{holder} since 2026-01-01T00:00:00+00:00\n")
+        assert in_use(tmp_path) == used
+    (tmp_path / LOCK).write_text("\x1b[31m")
+    assert not in_use(tmp_path)
     with locked(tmp_path):
-        assert is_locked(tmp_path) and is_locked(tmp_path)
-    assert not is_locked(tmp_path)
+        monkeypatch.setattr("fcntl.flock", None)
+        assert in_use(tmp_path) and in_use(tmp_path)
+        monkeypatch.undo()
+    assert not in_use(tmp_path)
 
 
 def test_pretraining_a_run_without_steps_and_no_run(tmp_path, capsys):

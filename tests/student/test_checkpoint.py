@@ -12,6 +12,7 @@ import torch
 from conftest import damage, tiny_stories
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
@@ -22,9 +23,8 @@ from train_pretrain import RunState
 
 
 def save(folder, student, tokenizer, step=3, state=None):
-    return checkpoint.save(
-        folder, student, tokenizer, facts={"words": 7}, state=state or {"x": torch.arange(3.0)}, counters={"step": step}
-    )
+    state = state or {"x": torch.arange(3.0)}
+    return checkpoint.save(folder, student, tokenizer, history={"words": 7}, state=state, counters={"step": step})
 
 
 def seal(folder):
@@ -35,9 +35,9 @@ def seal(folder):
 
 def test_comes_back_as_it_went(tmp_path, student, tokenizer):
     folder = save(tmp_path / "chck_1M", student, tokenizer)
-    loaded, loaded_tokenizer, facts = checkpoint.load(folder)
-    state, counters = checkpoint.load_trainer(folder, dict)
-    assert loaded.config == student.config and facts == {"words": 7} and counters == {"step": 3}
+    loaded, loaded_tokenizer, history = checkpoint.load(folder)
+    state, counters = load_file(folder / "trainer.safetensors"), checkpoint.read_counters(folder)
+    assert loaded.config == student.config and history == {"words": 7} and counters == {"step": 3}
     assert all(
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), student.state_dict().values(), strict=True)
     )
@@ -62,13 +62,54 @@ def test_a_kill_while_saving_leaves_the_earlier_one(tmp_path, student, tokenizer
     checkpoint.load(checkpoint.newest(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "name, key, value",
+    [
+        *(("model", "history", value) for value in ([1], None, {"words": "x"}, {"corpus": [1]}, {"val_fraction": 7.0})),
+        *(("trainer", "words", "9"), ("trainer", "more", 1)),
+    ],
+)
+def test_a_crafted_checkpoint_is_a_sentence(whole, tmp_path, name, key, value):
+    """One whose manifest says that it is whole."""
+    folder = shutil.copytree(whole / "checkpoints" / "a", tmp_path / "a")
+    record = json.loads((folder / f"{name}.json").read_text()) | {key: value}
+    (folder / f"{name}.json").write_text(json.dumps(record))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    with pytest.raises(UserError, match=f"{name}.json (holds no history|is not what this command saves)"):
+        checkpoint.load(folder)
+        checkpoint.load_trainer(folder, RunState)
+
+
+def test_weights_may_be_read_by_whom_other_files_may(tmp_path, student, tokenizer):
+    folder = save(tmp_path / "step_0000001", student, tokenizer)
+    hf.write(tmp_path / "exported", student, tokenizer)
+    for path in (*folder.iterdir(), *(tmp_path / "exported").iterdir()):
+        assert path.stat().st_mode == (folder / "model.json").stat().st_mode, path
+
+
+def test_a_checkpoint_does_not_bring_back_a_run_that_was_deleted(tmp_path, student, tokenizer):
+    with pytest.raises(UserError, match="cannot write"):
+        save(tmp_path / "deleted" / "checkpoints" / "step_0000001", student, tokenizer)
+
+
 def test_superseded_ones_go_and_milestones_stay(tmp_path, student, tokenizer):
     for name, step in (("chck_1M", 5), ("step_0000005", 5), ("step_0000007", 7), ("step_0000009", 9)):
         last = save(tmp_path / "checkpoints" / name, student, tokenizer, step=step)
     (tmp_path / "checkpoints" / ".step_0000011").mkdir()  # half written by a killed process
+    (tmp_path / "checkpoints" / ".best.old").mkdir()
+    (tmp_path / "checkpoints" / ".DS_Store").touch()  # of a file manager
+    (tmp_path / "checkpoints" / ".nfs001").mkdir()
     checkpoint.drop_older(last)
     names = ["chck_1M", "step_0000007", "step_0000009"]  # the last two: one of them may be damaged later
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == names
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [".DS_Store", ".nfs001", *names]
+
+
+def test_the_optimizers_state_of_another_student_is_a_sentence(student):
+    names = [name for name, _ in student.named_parameters()]
+    state = {f"{key}.{name}": torch.zeros(3) for name in names for key in ("step", "exp_avg", "exp_avg_sq")}
+    with pytest.raises(UserError, match="does not fit"):
+        checkpoint.unpack_optimizer(torch.optim.Adam(student.parameters()), names, state)
 
 
 def test_optimizer_round_trip(student):
@@ -101,7 +142,7 @@ def test_best_is_replaced_shown_and_never_resumed_from(tmp_path, student, tokeni
     for step, name in enumerate(("start", "step_0000001", "best")):
         with torch.no_grad():
             student.wte.weight[0, 0] = step
-        state = dict(facts={}, state={}, counters={"step": step})
+        state = dict(history={}, state={}, counters={"step": step})
         checkpoint.save(tmp_path / "checkpoints" / name, student, tokenizer, **state)
     assert checkpoint.find(tmp_path).name == "best" and checkpoint.newest(tmp_path).name == "step_0000001"
     with torch.no_grad():
@@ -217,7 +258,7 @@ def whole(tmp_path_factory):
     tokenizer = Tokenizer.train(tiny_stories(200), 320)
     student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=16, context=8, vocab_size=tokenizer.vocab_size))
     counters = dict(step=3, words=9, tokens=9, corpus="0123")
-    facts = dict(words=9, corpus=["a.txt"], corpus_words=9)
+    history = dict(words=9, corpus=["a.txt"], corpus_words=9)
     run = tmp_path_factory.mktemp("run")
     state = {
         f"{key}.{name}": p.detach().clone()
@@ -225,16 +266,21 @@ def whole(tmp_path_factory):
         for key in ("exp_avg", "exp_avg_sq")
     }
     state |= {f"step.{name}": torch.tensor(3.0) for name, _ in student.named_parameters()}
-    checkpoint.save(run / "checkpoints" / "a", student, tokenizer, facts=facts, state=state, counters=counters)
+    checkpoint.save(run / "checkpoints" / "a", student, tokenizer, history=history, state=state, counters=counters)
     return run
 
 
 @given(data=st.data())
 def test_no_harm_to_a_checkpoint_is_a_traceback(whole, tmp_path_factory, data):
-    """Bytes cut, flipped and replaced, values of other types, keys that are missing."""
+    """Bytes cut, flipped and replaced, values of other types, keys that are missing; also if it was meant so, and the
+    manifest agrees."""
     run = tmp_path_factory.mktemp("harmed")
     shutil.copytree(whole, run, dirs_exist_ok=True)
-    damage(run / "checkpoints" / "a" / data.draw(st.sampled_from([*checkpoint.FILES, "manifest.json"])), data)
+    folder = run / "checkpoints" / "a"
+    damage(folder / data.draw(st.sampled_from([*checkpoint.FILES, "manifest.json"])), data)
+    if data.draw(st.booleans()):
+        (folder / "manifest.json").unlink()
+        write_manifest(folder)
     student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=16, context=8, vocab_size=320))
     optimizer = torch.optim.Adam(student.parameters())
     names = [name for name, _ in student.named_parameters()]
@@ -243,6 +289,6 @@ def test_no_harm_to_a_checkpoint_is_a_traceback(whole, tmp_path_factory, data):
         folder = checkpoint.newest_whole(run)
         checkpoint.load(checkpoint.find(run))
         checkpoint.restore(student, folder)
-        state, _ = checkpoint.load_trainer(folder, dict)
+        state, _ = checkpoint.load_trainer(folder, RunState)
         checkpoint.unpack_optimizer(optimizer, names, state)
         checkpoint.load_trainer(folder, RunState)

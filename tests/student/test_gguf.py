@@ -25,7 +25,7 @@ def student(tokenizer) -> Student:
 def file(student, tokenizer, tmp_path_factory):
     pytest.importorskip("gguf", reason="pip install gguf")
     folder = tmp_path_factory.mktemp("gguf")
-    checkpoint.save(folder / "checkpoints" / "best", student, tokenizer, facts={}, state={}, counters={"step": 1})
+    checkpoint.save(folder / "checkpoints" / "best", student, tokenizer, history={}, state={}, counters={"step": 1})
     export_hf.main([str(folder), "--gguf", str(folder / "new" / "tale.gguf")])
     assert [path.name for path in (folder / "new").iterdir()] == ["tale.gguf"]
     return folder / "new" / "tale.gguf"
@@ -70,7 +70,7 @@ def test_llama_cpp_tells_the_same_story(file, student, tokenizer):
 
 
 def test_without_the_package_or_a_place_to_write_it_is_one_sentence(tmp_path, student, tokenizer, capsys, monkeypatch):
-    checkpoint.save(tmp_path / "best", student, tokenizer, facts={}, state={}, counters={"step": 1})
+    checkpoint.save(tmp_path / "best", student, tokenizer, history={}, state={}, counters={"step": 1})
     assert "nothing to write" in fails(export_hf.main, [str(tmp_path / "best")], capsys)
     monkeypatch.setitem(sys.modules, "gguf", None)
     argv = [str(tmp_path / "best"), "--gguf", str(tmp_path / "tale.gguf")]

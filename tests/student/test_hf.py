@@ -102,8 +102,8 @@ def test_the_tokenizer_gives_no_token_types(exported):
 
 def test_there_and_back(exported, student, tokenizer):
     assert checkpoint.find(exported) == exported
-    back, vocabulary, facts = checkpoint.load(exported)
-    assert back.config == student.config and facts == {}
+    back, vocabulary, history = checkpoint.load(exported)
+    assert back.config == student.config and history == {}
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), student.parameters(), strict=True))
     assert all(p.requires_grad for p in back.parameters())
     assert vocabulary.fingerprint() == tokenizer.fingerprint()
@@ -319,8 +319,8 @@ def test_interaction_starts_from_it(foreign, tmp_path):
     options = dict(init=foreign, out=out, reward=f"{tmp_path / 'words.py'}:score", steps=1, stories_per_step=4)
     options |= dict(max_new_tokens=8, openings="the", device="cpu")
     train_interact.main([word for name, v in options.items() for word in (f"--{name.replace('_', '-')}", str(v))])
-    student, tokenizer, facts = checkpoint.load(checkpoint.newest(out))
-    assert tokenizer.eos == student.config.vocab_size - 1 and facts["interaction_words_out"] > 0
+    student, tokenizer, history = checkpoint.load(checkpoint.newest(out))
+    assert tokenizer.eos == student.config.vocab_size - 1 and history["interaction_words_out"] > 0
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def run(tmp_path, student, tokenizer) -> Path:
         with torch.no_grad():
             student.wte.weight[0, 0] = step
         checkpoint.save(
-            tmp_path / "run" / "checkpoints" / name, student, tokenizer, facts={}, state={}, counters={"step": step}
+            tmp_path / "run" / "checkpoints" / name, student, tokenizer, history={}, state={}, counters={"step": step}
         )
     return tmp_path / "run"
 

@@ -89,7 +89,7 @@ def init(tokenizer, tmp_path_factory) -> str:
     torch.manual_seed(0)
     student = Student(StudentConfig(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=tokenizer.vocab_size))
     folder = tmp_path_factory.mktemp("init") / "start"
-    checkpoint.save(folder, student, tokenizer, facts={"corpus": ["builtin"]}, state={}, counters={"step": 0})
+    checkpoint.save(folder, student, tokenizer, history={"corpus": ["builtin"]}, state={}, counters={"step": 0})
     return str(folder)
 
 

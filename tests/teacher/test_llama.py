@@ -47,7 +47,7 @@ def url(tmp_path_factory):
 def test_train_interact_learns_from_it(url, flags, tokenizer, tmp_path):
     student = Student(StudentConfig(n_layer=2, n_head=2, n_embd=64, context=64, vocab_size=tokenizer.vocab_size))
     init, out = tmp_path / "init", tmp_path / "run"
-    checkpoint.save(init, student, tokenizer, facts={"corpus": ["builtin"]}, state={}, counters={"step": 0})
+    checkpoint.save(init, student, tokenizer, history={"corpus": ["builtin"]}, state={}, counters={"step": 0})
     argv = ["--init", str(init), "--out", str(out), "--teacher-url", url, "--teacher-concurrency", "2", *SHORT]
     interact.main([*argv, "--steps", "2", "--stories-per-step", "3", "--teacher-max-tokens", "6", *flags])
     teacher = json.loads((out / "config.json").read_text())["options"]["teacher"]

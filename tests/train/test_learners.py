@@ -78,11 +78,11 @@ def test_what_is_read_counts_as_words_in_and_keeps_within_the_budget(run, place,
 
 def test_no_document_that_pretraining_held_out_is_read(place, monkeypatch):
     monkeypatch.setattr("tinystory.data.shards.cache_dir", lambda: place / "cache")
-    student, tokenizer, facts = checkpoint.load(checkpoint.newest(place / "p"))
+    student, tokenizer, history = checkpoint.load(checkpoint.newest(place / "p"))
     config = InteractConfig(reading_weight=1.0, reading_batch=4, stories_per_step=6, minibatch_size=2, epochs=2)
-    reading = Reading(config, facts, tokenizer, student.config.context)
-    data = prepare(open_corpus(facts["corpus"]), vocab_size=320, val_fraction=0.05, seed=0)
-    assert reading.windows.file.word_count == data.train.word_count == facts["corpus_words"]
+    reading = Reading(config, history, tokenizer, student.config.context)
+    data = prepare(open_corpus(history["corpus"]), vocab_size=320, val_fraction=0.05, seed=0)
+    assert reading.windows.file.word_count == data.train.word_count == history["corpus_words"]
     assert reading.updates == 6 and reading.windows.file.tokens.tolist() == data.train.tokens.tolist()
     first, again, second = reading.batches(0), reading.batches(0), reading.batches(1)
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, again, strict=True))
@@ -95,7 +95,7 @@ def test_a_start_that_does_not_say_what_it_was_trained_on_is_refused(place, tmp_
     old = tmp_path / "old"
     shutil.copytree(checkpoint.newest(place / "p"), old)
     record = json.loads((old / "model.json").read_text())
-    del record["facts"]["val_fraction"]
+    del record["history"]["val_fraction"]
     (old / "model.json").write_text(json.dumps(record))
     write_manifest(old)
     line = fails(

@@ -59,7 +59,7 @@ def test_the_presets_run(place, tmp_path, preset):
     config = json.loads((tmp_path / "p" / "config.json").read_text())["options"]
     assert (config["preset"], config["dropout"], config["n_embd"]) == (preset, 0.1, 64)
     init = checkpoint.newest(tmp_path / "p")
-    assert json.loads((init / "model.json").read_text())["facts"]["corpus_words"] > 1000
+    assert json.loads((init / "model.json").read_text())["history"]["corpus_words"] > 1000
     few = [*SHORT, "--stories-per-step", "8", "--steps", "1"]
     reward = ["--reward", f"{place / 'reward.py'}:score"]
     interact.main(["--preset", preset, "--init", str(init), *reward, *few, "--out", str(tmp_path / "i")])
@@ -79,20 +79,20 @@ def test_the_tracks_limits_are_told_in_one_sentence(place, tmp_path, capsys):
 
 @pytest.mark.parametrize("track, unit", [("babylm-2026-strict", 10**6), ("babylm-2026-strict-small", 10**5)])
 def test_a_track_counts_the_corpus_once_and_all_interaction(track, unit):
-    facts = dict(words=900 * unit, corpus_words=90 * unit)
-    babylm.check_interaction(track, facts, 10 * unit)
+    history = dict(words=900 * unit, corpus_words=90 * unit)
+    babylm.check_interaction(track, history, 10 * unit)
     with pytest.raises(UserError, match=f"--budget-words {10 * unit} or fewer"):
-        babylm.check_interaction(track, facts, 10 * unit + 1)
-    before = facts | dict(interaction_words_in=9 * unit)
+        babylm.check_interaction(track, history, 10 * unit + 1)
+    before = history | dict(interaction_words_in=9 * unit)
     babylm.check_interaction(track, before, unit)
     with pytest.raises(UserError, match=f"--budget-words {unit} or fewer"):
         babylm.check_interaction(track, before, unit + 1)
     with pytest.raises(UserError, match=f"a corpus of {100 * unit:,} words"):
         babylm.check_pretraining(track, 100 * unit + 1, 1)
     with pytest.raises(UserError, match=f"--words {900 * unit} or fewer"):
-        babylm.check_interaction(track, facts | dict(words=900 * unit + 1), 1)
+        babylm.check_interaction(track, history | dict(words=900 * unit + 1), 1)
     with pytest.raises(UserError, match=f"--words {900 * unit - 10} or fewer"):  # reading on is a part of ten epochs
-        babylm.check_interaction(track, facts, 10, reads=10)
+        babylm.check_interaction(track, history, 10, reads=10)
     with pytest.raises(UserError, match="--words 999 or fewer"):  # the last step, of up to a word per token, must fit
         babylm.check_pretraining(track, 100, 1000, last_step=1)
     with pytest.raises(UserError, match="does not say"):

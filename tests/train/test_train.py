@@ -56,8 +56,8 @@ def test_pretraining_learns_and_records(place):
     assert all(record.keys() == wanted for record in records)
     assert json.loads((run / "config.json").read_text())["options"]["n_embd"] == 64
     assert "<svg" in (run / "report.html").read_text() or "data:image" in (run / "report.html").read_text()
-    student, tokenizer, facts = checkpoint.load(checkpoint.newest(run))
-    assert facts["words"] == records[-1]["words"] and student.config.vocab_size == tokenizer.vocab_size == 320
+    student, tokenizer, history = checkpoint.load(checkpoint.newest(run))
+    assert history["words"] == records[-1]["words"] and student.config.vocab_size == tokenizer.vocab_size == 320
 
 
 def test_dropout_of_attention_depends_on_the_seed_the_step_and_the_micro_batch(monkeypatch):

@@ -32,16 +32,16 @@ def check_pretraining(track: str, corpus_words: int, words: int, last_step: int 
         )
 
 
-def check_interaction(track: str, facts: dict[str, Any], words_in: int, reads: int = 0) -> None:
-    """Raises UserError unless the track allows a student with these `facts` (see `checkpoint.save`) to take in so many
+def check_interaction(track: str, history: dict[str, Any], words_in: int, reads: int = 0) -> None:
+    """Raises UserError unless the track allows a student of this `history` (see `checkpoint.save`) to take in so many
     words, `reads` of them from its corpus at most. What it writes is not limited in 2026."""
-    if "corpus_words" not in facts:
+    if "corpus_words" not in history:
         raise UserError(
             f"--preset {track} needs the number of words that the student was trained on, which this checkpoint "
             f"does not say: start from one that train_pretrain.py --preset {track} wrote"
         )
-    check_pretraining(track, facts["corpus_words"], facts["words"], reads)
-    left = max(TRACKS[track] - facts["corpus_words"] - facts.get("interaction_words_in", 0), 0)
+    check_pretraining(track, history["corpus_words"], history.get("words", 0), reads)
+    left = max(TRACKS[track] - history["corpus_words"] - history.get("interaction_words_in", 0), 0)
     if words_in > left:
         raise UserError(
             f"--preset {track} leaves this student {left:,} words after its training so far: give --budget-words "
@@ -49,7 +49,7 @@ def check_interaction(track: str, facts: dict[str, Any], words_in: int, reads: i
         )
 
 
-def milestones_beyond(facts: dict[str, Any]) -> dict[str, int]:
+def milestones_beyond(history: dict[str, Any]) -> dict[str, int]:
     """The official milestones ahead of a student, and how many more words it takes in until each."""
-    past = facts["words"] + facts.get("interaction_words_in", 0)
+    past = history.get("words", 0) + history.get("interaction_words_in", 0)
     return {milestone_name(words): words - past for words in MILESTONES if words > past}

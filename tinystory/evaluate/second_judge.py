@@ -48,7 +48,7 @@ def judge_run(
     if len(by_step) < 2 or 0 not in by_step or best not in by_step:
         raise UserError(f"{run} was not evaluated before its first step and at its end: give a finished interaction")
     groups = {BEFORE: by_step[0], AFTER: by_step[max(by_step)], BEST: by_step[best]}
-    student, tokenizer, facts = checkpoint.load(run / "checkpoints" / "start", compute.device)
+    student, tokenizer, history = checkpoint.load(run / "checkpoints" / "start", compute.device)
     openings = [opening for opening, _ in by_step[0]]
 
     def write(temperature: float, copies: int = 1) -> list[Pair]:
@@ -61,7 +61,7 @@ def judge_run(
 
     groups |= {name: write(temperature) for name, temperature in zip(COLDER, TEMPERATURES, strict=True)}
     drawn = write(config.temperature, BEST_OF)
-    real = real_stories(corpus_documents(corpus or facts.get("corpus", ["builtin"])), len(openings), seed=config.seed)
+    real = real_stories(corpus_documents(corpus or history.get("corpus", ["builtin"])), len(openings), seed=config.seed)
     groups[REAL] = [(opening, " ".join(sentences)) for opening, *sentences in real]
     graded = list(dict.fromkeys([*drawn, *(pair for group in groups.values() for pair in group)]))
     scores = dict(zip(graded, map(_score, grade(graded)), strict=True))

@@ -1,6 +1,7 @@
 """The model card of an exported student: README.md beside its weights, from the records of its run and nothing else."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterable
 from html import escape
@@ -30,19 +31,19 @@ What its corpus says of people, it may say too. A score that it was trained on s
 its stories are, and scores by different graders cannot be compared."""
 
 
-def model_card(name: str, source: Path, student: Student, facts: Record, revision: str = "") -> str:
+def model_card(name: str, source: Path, student: Student, history: Record, revision: str = "") -> str:
     """The text of the card, with the Hub's metadata. name: the repository, with the revision, or the folder to load the
-    student from; source: its checkpoint; facts: what was loaded with it ({} for a folder that transformers wrote)."""
+    student from; source: its checkpoint; history: what was loaded with it ({} for a folder that transformers wrote)."""
     sizes = ", ".join(f"{key} {value}" for key, value in vars(student.config).items())
     size = sum(parameter.numel() for parameter in student.parameters())
-    corpora = [Path(key).name for key in facts.get("corpus", [])]  # no folders of whoever trained it
+    corpora = [Path(key).name for key in history.get("corpus", [])]  # no folders of whoever trained it
     licences = [f"- {_code(key)}: {LICENCES.get(key, 'files of the user who trained it')}" for key in corpora]
     paragraphs = [
         f"# {name}",
         f"A storyteller of {number(size)} parameters, trained from scratch with tinystory. GPT-2's layout, {sizes}.",
         USE.format(at=json.dumps(name) + (f", revision={json.dumps(revision)}" if revision else "")),
-        f"## What it read\n\n{number(facts.get('words'))} words, counting repeats, of {_code(', '.join(corpora))}.",
-        *(_run(source, facts) if facts else ()),
+        f"## What it read\n\n{number(history.get('words'))} words, counting repeats, of {_code(', '.join(corpora))}.",
+        *(_run(source, history) if history else ()),
         f"## Limits\n\n{LIMITS}",
         "\n".join(["## Licence of the corpus\n", *(licences or ["Not recorded."])]),
     ]
@@ -54,7 +55,7 @@ def model_card(name: str, source: Path, student: Student, facts: Record, revisio
     return "\n".join(["---", *metadata, "---", "", *(f"{text}\n" for text in paragraphs)])
 
 
-def _run(source: Path, facts: Record) -> Iterable[str]:
+def _run(source: Path, history: Record) -> Iterable[str]:
     """The paragraphs about the run in which a checkpoint of ours lies."""
     run, step = source.resolve().parents[1], checkpoint.read_counters(source)["step"]
     config, metrics = read_config(run), [row for row in read_metrics(run) if row["step"] <= step]
@@ -62,12 +63,14 @@ def _run(source: Path, facts: Record) -> Iterable[str]:
         yield f"Held-out documents take {bits[-1]:.3f} bits per byte."
     if not metrics or "reward_mean" not in metrics[-1]:
         return
-    verdict = (config.get("options", {}).get("calibration") or {}).get("verdict", "was not tried before the run")
+    calibration = config.get("options", {}).get("calibration")
+    verdict = calibration.get("verdict") if isinstance(calibration, dict) else "was not tried before the run"
     yield (
         f"## How it interacted, and who graded\n\nIn {step} steps of PPO it wrote "
-        f"{number(facts['interaction_words_out'])} words, took in {number(facts['interaction_words_in'])} of openings "
-        f"and replies, and moved {number(metrics[-1]['kl'])} nats per story from the student before. "
-        f"{_code(scorer(config))} graded. On stories of known order, it {verdict}."
+        f"{number(history.get('interaction_words_out'))} words, took in "
+        f"{number(history.get('interaction_words_in'))} of openings and replies, and moved "
+        f"{number(metrics[-1].get('kl'))} nats per story from the student before. "
+        f"{_code(scorer(config))} graded. On stories of known order, it {_plain(verdict)}."
     )
     if (comparison := read_before_after(run, step)) is None:
         return
@@ -85,6 +88,11 @@ def _run(source: Path, facts: Record) -> Iterable[str]:
 
 def _cell(text: str) -> str:
     return escape(printable(text)).replace("|", "\\|").replace("[", "\\[")
+
+
+def _plain(text: object) -> str:
+    """Recorded text on one line of Markdown, without the signs that would make it more than text."""
+    return re.sub(r"[<>\[\]`*_]", "", " ".join(printable(str(text)).split()))
 
 
 def _code(text: str) -> str:

@@ -42,10 +42,10 @@ class RunState:
 
 @dataclass(kw_only=True)
 class Policy(ppo.Learner):
-    """facts: the student's history, for model.json; names: of the optimizer's parameters, in order."""
+    """history: the student's history, for model.json; names: of the optimizer's parameters, in order."""
 
     tokenizer: Tokenizer
-    facts: dict[str, Any]
+    history: dict[str, Any]
     names: list[str]
 
     def save(self, folder: Path, state: RunState, *, replace: bool = False) -> None:
@@ -53,12 +53,12 @@ class Policy(ppo.Learner):
         if not distributed.is_rank0():  # it would drop what rank 0 is writing as left half-written
             return
         words = dict(interaction_words_in=state.words_in, interaction_words_out=state.words_out)
-        lifetime = {name: self.facts.get(name, 0) + count for name, count in words.items()} if state.step else {}
+        lifetime = {name: self.history.get(name, 0) + count for name, count in words.items()} if state.step else {}
         tensors = checkpoint.pack_optimizer(self.optimizer, self.names)
         tensors |= {f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()}
         checkpoint.save(
-            folder, self.student, self.tokenizer, facts=self.facts | lifetime, state=tensors, counters=asdict(state),
-            replace=replace,
+            folder, self.student, self.tokenizer, history=self.history | lifetime, state=tensors,
+            counters=asdict(state), replace=replace,
         )  # fmt: skip
         checkpoint.drop_older(folder)
 
@@ -73,13 +73,13 @@ class Policy(ppo.Learner):
 
 def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Policy:
     """The student of a checkpoint, with a new critic and a new optimizer."""
-    student, tokenizer, facts = checkpoint.load(folder, compute.device)
+    student, tokenizer, history = checkpoint.load(folder, compute.device)
     critics = {"ridge": Critic, "gae": ValueHead}  # the other learners have no values
     critic = critics[config.learner](student.config.n_embd) if config.learner in critics else nn.Module()
     critic.to(compute.device)
     optimizer, names = ppo.make_optimizer(student, critic, config)
     autocast = compute.autocast
-    return Policy(student, critic, optimizer, config, autocast, tokenizer=tokenizer, facts=facts, names=names)
+    return Policy(student, critic, optimizer, config, autocast, tokenizer=tokenizer, history=history, names=names)
 
 
 def rollout(

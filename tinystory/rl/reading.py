@@ -18,19 +18,19 @@ class Reading:
     """Batches of the training split of a student's corpus, in an order drawn from the seed: for each step as many as it
     can have updates, so that a resumed run reads the same ones. None without --reading-weight."""
 
-    def __init__(self, config: InteractConfig, facts: Mapping[str, Any], tokenizer: Tokenizer, context: int):
+    def __init__(self, config: InteractConfig, history: Mapping[str, Any], tokenizer: Tokenizer, context: int):
         """facts: of the student's checkpoint. Raises UserError if they do not name the corpus, or if it is gone."""
         self.updates = 0
         if not config.reading_weight:
             return
-        if missing := {"corpus", "documents", "corpus_seed", "val_fraction"} - facts.keys():
+        if missing := {"corpus", "documents", "corpus_seed", "val_fraction"} - history.keys():
             raise UserError(
                 f"--reading-weight reads what the student was trained on, and its checkpoint names no {min(missing)}: "
                 "pretrain one with train_pretrain.py of this version, or leave it out"
             )
         distributed.require_one_each("--reading-batch", config.reading_batch)
-        split = dict(vocab_size=tokenizer.vocab_size, val_fraction=facts["val_fraction"], seed=facts["corpus_seed"])
-        corpus = open_corpus(facts["corpus"], facts["documents"])
+        split = dict(vocab_size=tokenizer.vocab_size, val_fraction=history["val_fraction"], seed=history["corpus_seed"])
+        corpus = open_corpus(history["corpus"], history["documents"])
         data = distributed.rank0_first(lambda: prepare(corpus, **split, tokenizer=tokenizer))
         self.windows = Windows(data.train, context, config.reading_batch, config.seed, "whole")
         self.updates = config.epochs * -(-config.stories_per_step // (config.minibatch_size or config.stories_per_step))

@@ -76,12 +76,15 @@ def peak_memory_mb(device: torch.device) -> int:
 
 
 class Stop:
-    """`requested` turns true at the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal; nohup ignores it), and the loop
-    ends after the step. A later Ctrl-C or SIGTERM ends it at once; a later SIGHUP does not, because Ctrl-C also ends
-    the reader of a pipe, for which errors.Output sends one."""
+    """`requested` turns true at the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal; nohup ignores it), or when the
+    reader of the output has gone, and the loop ends after the step. A later Ctrl-C or SIGTERM ends it at once."""
 
     def __init__(self) -> None:
-        self.requested = Output.reader_gone
+        self.signalled = False
+
+    @property
+    def requested(self) -> bool:
+        return self.signalled or Output.reader_gone
 
     def check(self) -> None:
         """Raises Interrupted if an end was requested. For long waits that can be given up."""
@@ -91,9 +94,9 @@ class Stop:
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
         def handle(signum: int, frame: FrameType | None) -> None:
-            if self.requested and signum != signal.SIGHUP:
+            if self.signalled and signum != signal.SIGHUP:  # a terminal that closes may send several
                 raise KeyboardInterrupt
-            self.requested = True
+            self.signalled = True
 
         signals = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

@@ -31,6 +31,8 @@ NO_MEMORY = re.compile(
     "allocate memory|out of memory|bad_alloc|map segment|start new thread|Resource temporarily unavailable", re.I
 )
 ADVICE = {
+    errno.EACCES: "ask its owner for the right to it, or choose another folder",
+    errno.EROFS: "choose another folder",
     errno.EMFILE: "raise the limit of open files (ulimit -n), or lower --teacher-concurrency",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOSPC: "free some space or choose another folder",
@@ -62,8 +64,8 @@ def cannot_write(path: Path, error: Exception) -> UserError:
 
 
 def shortage(error: Exception) -> str:
-    """One sentence for an error of exhausted memory, threads, files or disk space, or of a name that is too long, else
-    an empty string."""
+    """One sentence for an error of exhausted memory, threads, files or disk space, of a name that is too long, or of a
+    file that this user may not read or write, else an empty string."""
     text = " ".join(str(error).split())[:200]
     if isinstance(error, MemoryError) or NO_MEMORY.search(text):
         return (
@@ -74,8 +76,7 @@ def shortage(error: Exception) -> str:
 
 
 class Output(io.FileIO):
-    """stdout or stderr. When its reader has gone, further output is dropped, and a run that handles SIGHUP, the signal
-    of a closed terminal, is sent one."""
+    """stdout or stderr. When its reader has gone, further output is dropped."""
 
     reader_gone = False  # of stdout or stderr
 
@@ -88,10 +89,7 @@ class Output(io.FileIO):
             os.dup2(null.fileno(), self.fileno())  # so that no later write fails
         if failure.errno not in (errno.EPIPE, errno.EIO):  # EIO: of a terminal that has closed, with a SIGHUP
             raise failure
-        if failure.errno == errno.EPIPE and not Output.reader_gone:
-            Output.reader_gone = True
-            if signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
-                os.kill(os.getpid(), signal.SIGHUP)
+        Output.reader_gone |= failure.errno == errno.EPIPE
         return len(data)
 
 

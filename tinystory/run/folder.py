@@ -9,7 +9,7 @@ names, types and sizes, so that the users of its records need not.
 
 import contextlib
 import datetime
-import fcntl
+import errno
 import hashlib
 import json
 import math
@@ -18,10 +18,13 @@ import platform
 import re
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, TypeAlias
+
+from filelock import FileLock, Timeout
 
 from tinystory import __version__
 from tinystory.run.errors import UserError, cannot_write
@@ -30,7 +33,7 @@ from tinystory.run.paths import ROOT
 from tinystory.run.track import Tracker
 
 Record: TypeAlias = dict[str, Any]  # one JSON object
-Fields: TypeAlias = dict[str, tuple[type, ...]]
+Fields: TypeAlias = dict[str, tuple[type | None, ...]]  # types of a field; None: it may be missing
 
 CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"  # stories to held-out openings
@@ -76,7 +79,19 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only file system even of a file that is not there
+            partial.unlink()
+
+
+def require_writable(path: Path) -> None:
+    """Make the folder of a file that is to be written after long work. Raises UserError unless it can be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def sync(path: Path) -> None:
@@ -95,59 +110,62 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
     """Lock a run's folder, created if need be, for the block. The operating system releases the lock however the
     process ends. Directories created here are removed again if nothing was written to them. Raises UserError, naming
-    the holder, if another process has the lock."""
+    the holder, if another process has the lock; also if the folder holds a run, and is to be that of a `new` one."""
     folder, path = Path(folder), Path(folder) / LOCK
+    lock = FileLock(path, blocking=False)
     try:
         new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")  # noqa: SIM115  (closed below)
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{folder} is in use by {_holder(folder) or 'another process'}: wait until that has ended, stop it, or "
+            "choose another --out"
+        ) from None
     except OSError as error:
         raise cannot_write(folder, error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            current = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
-        except BlockingIOError:
-            current = False
-        except OSError as error:
-            raise cannot_write(path, error) from error
-        if not current:
-            file.seek(0)
-            holder = file.read(200).strip() or "another process"
-            raise UserError(
-                f"{folder} is in use by {holder}: wait until that has ended, stop it, or choose another --out"
-            )
-        try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {timestamp()}\n")
-            file.flush()
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # a folder that is not empty stays
-                for parent in new_folders:
-                    parent.rmdir()
+    try:
+        if new and holds_run(folder):
+            raise UserError(f"{folder} already holds a run: continue it with --resume or choose another --out")
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {timestamp()}\n")
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
+            for parent in new_folders:
+                parent.rmdir()
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether a process has locked a run's folder."""
-    with contextlib.suppress(FileNotFoundError), open(folder / LOCK) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+def _holder(folder: Path) -> str:
+    """The process that has locked a run's folder, as `locked` describes it; "" if none has."""
+    with contextlib.suppress(OSError), open(folder / LOCK, errors="replace") as file:
+        return file.read(200).strip()
+    return ""
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process writes to a run's folder, without a lock that could get in its way. On another machine it is
+    believed to, since it cannot be asked."""
+    if not (holder := re.fullmatch(r"process (\d{1,9}) on (\S+) since \S+", _holder(folder))):
+        return False
+    try:
+        os.kill(int(holder[1]) if holder[2] == socket.gethostname() else os.getpid(), 0)  # signal 0: does it exist?
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 class RunLog(contextlib.ExitStack):
     """Writes the records of a run. As a context manager it closes its files.
 
     resume_step: None for a new run, else the step of the checkpoint that the run continues from (0: from the start);
-    records of later steps are dropped. writes: False in all processes but one. Raises UserError if a new run would
-    overwrite an old one.
+    records of later steps are dropped. writes: False in all processes but one.
     """
 
     def __init__(self, folder: Path, *, resume_step: int | None, writes: bool = True):
@@ -162,10 +180,7 @@ class RunLog(contextlib.ExitStack):
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise cannot_write(self.folder, error) from error
-        if resume_step is None:
-            if holds_run(self.folder):
-                raise UserError(f"{self.folder} already holds a run: continue it with --resume or choose another --out")
-        else:
+        if resume_step is not None:
             self._last_step = max((record["step"] for record in read_metrics(self.folder)), default=-1)
             for name in (METRICS, STORIES):
                 keep_until(self.folder / name, resume_step)
@@ -183,7 +198,7 @@ class RunLog(contextlib.ExitStack):
 
         before = read_config(self.folder) if self.resume_step is not None else {}
         at, threads, device = timestamp(), torch.get_num_threads(), options.get("device") or "cpu"
-        if device == "cpu" and before.get("threads", threads) != threads:
+        if device == "cpu" and type(before.get("threads")) is int and before["threads"] != threads:
             print(
                 f"warning: {threads} threads, where the run had {before['threads']}: its bits will not be those of a "
                 f"run never stopped; OMP_NUM_THREADS={before['threads']} would keep them"
@@ -249,7 +264,7 @@ def parse_object(text: bytes | str, fields: Fields) -> Record:
         raise ValueError("it is nested too deep") from None
     if not isinstance(record, dict):
         raise ValueError("it is not a JSON object")
-    _check_fields(record, fields)
+    check_fields(record, fields)
     return record
 
 
@@ -371,14 +386,16 @@ def read_records(path: Path, fields: Fields | None = None) -> Iterator[Record]:
             yield record
 
 
-def _check_fields(record: Record, fields: Fields) -> None:
+def check_fields(record: Record, fields: Fields) -> None:
     """Raises ValueError for a field that is missing, of another type, or out of its range."""
     for name, kinds in fields.items():
+        if name not in record and None in kinds:
+            continue
         if name not in record:
             raise ValueError(f"it has no {name!r}")
         if type(record[name]) not in kinds:
             raise ValueError(f"its {name!r} is {record[name]!r:.40}")
-        if kinds == (int,) and not 0 <= record[name] < 1 << 53:
+        if int in kinds and float not in kinds and not 0 <= record[name] < 1 << 53:
             raise ValueError(f"its {name!r} is negative or too large")
     numbers = [name for name, kinds in fields.items() if kinds == _NUMBER]
     for name, value in record.items() if fields is FIELDS[METRICS] else ((name, record[name]) for name in numbers):

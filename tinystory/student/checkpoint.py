@@ -7,33 +7,40 @@ that is used again, is what an interaction is shown by.
 
 import contextlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.run import distributed
 from tinystory.run.errors import UserError, cannot_write
-from tinystory.run.folder import read_object, require_whole, sync, write_manifest
+from tinystory.run.folder import Fields, check_fields, read_object, require_whole, sync, write_manifest
 from tinystory.student import hf
 from tinystory.student.model import Student, StudentConfig, to_device, wrong_shape
 
 T = TypeVar("T")
 BEST = "best"
+OURS = re.compile(r"\.(start|best|chck_\w+|step_\d+)(\.old)?")  # checkpoints that are half-written, or half-removed
+# What `save` is given as `history`. A student may come from somebody else, who counted otherwise, or lies.
+HISTORY: Fields = dict.fromkeys(
+    ("words", "tokens", "corpus_words", "corpus_seed", "interaction_words_in", "interaction_words_out"), (int, None)
+)
+HISTORY |= {"corpus": (list, None), "val_fraction": (float, None), "documents": (str, None)}
 FILES = ("model.safetensors", "model.json", "tokenizer.json", "trainer.safetensors", "trainer.json")
 
 
-def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[str, Any],
+def save(folder: Path, student: Student, tokenizer: Tokenizer, *, history: dict[str, Any],
          state: dict[str, Tensor], counters: dict[str, Any], replace: bool = False) -> Path:  # fmt: skip
-    """Write one checkpoint and return its folder. One that exists whole is left as it is, or replaced. facts: the
+    """Write one checkpoint and return its folder. One that exists whole is left as it is, or replaced. history: the
     training history (words, corpus), stored in model.json; state and counters: what the trainer needs for a bit-exact
     resume. Raises UserError if it cannot be written."""
     if folder.exists() and not replace:  # the same step of the same run, before a resume
@@ -44,10 +51,11 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[st
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        save_file(_on_cpu(student.state_dict()), partial / "model.safetensors")
-        save_file(_on_cpu(state), partial / "trainer.safetensors")
-        record = asdict(student.config) | {"facts": facts}
+        folder.parent.mkdir(exist_ok=True)  # not the run's own: if that was deleted, its records are gone
+        partial.mkdir()
+        hf.write_tensors(partial / "model.safetensors", _on_cpu(student.state_dict()))
+        hf.write_tensors(partial / "trainer.safetensors", _on_cpu(state))
+        record = asdict(student.config) | {"history": history}
         (partial / "model.json").write_text(json.dumps(record, indent=2) + "\n")
         (partial / "trainer.json").write_text(json.dumps(counters, indent=2) + "\n")
         tokenizer.save(partial / "tokenizer.json")
@@ -64,20 +72,35 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, facts: dict[st
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tokenizer, dict[str, Any]]:
-    """Student, tokenizer and facts of a checkpoint, or of a folder that transformers wrote ({} for the facts). Raises
-    UserError if it is incomplete or malformed, before anything is allocated that its weights do not fill."""
-    facts: dict[str, Any] = {}
+    """Student, tokenizer and history (see HISTORY; {} of a folder that transformers wrote). Raises UserError if the
+    checkpoint is incomplete or malformed, before anything is allocated that its weights do not fill."""
+    history: dict[str, Any] = {}
     if hf.is_folder(folder):
         student, tokenizer = hf.read(folder)
     else:
         require_whole(folder, FILES)
         record = read_object(folder / "model.json")
-        facts = record.pop("facts", {})
+        history = _history(folder, record.pop("history" if "history" in record else "facts", {}))
         if wrong := wrong_shape(record):
             raise UserError(f"{folder / 'model.json'} describes a student that there cannot be: {wrong}")
         student = hf.read_student(folder / "model.safetensors", StudentConfig(**record), ours=True)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    return to_device(student, device), tokenizer, facts
+    return to_device(student, device), tokenizer, history
+
+
+def _history(folder: Path, history: object) -> dict[str, Any]:
+    """A history, as `save` was given it. Raises UserError for anything else."""
+    try:
+        if not isinstance(history, dict):
+            raise ValueError(f"it is {history!r:.40}")
+        check_fields(history, HISTORY)
+        if not all(isinstance(name, str) and "\0" not in name for name in history.get("corpus", [])):
+            raise ValueError("its 'corpus' is no list of names")
+        if not 0 < history.get("val_fraction", 0.5) < 1:
+            raise ValueError("its 'val_fraction' is none")
+    except ValueError as error:
+        raise UserError(f"{folder / 'model.json'} holds no history that a student can have: {error}") from None
+    return history
 
 
 def restore(student: Student, folder: Path) -> None:
@@ -87,16 +110,22 @@ def restore(student: Student, folder: Path) -> None:
 
 
 def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, Tensor], T]:
-    """The `state` given to `save`, and the `counters` as the dataclass that they were."""
-    return load_file(folder / "trainer.safetensors"), run_state(**read_counters(folder))
+    """The `state` given to `save`, and the `counters` as the dataclass that they were. Raises UserError for others."""
+    counters, kinds = read_counters(folder), get_type_hints(run_state)
+    allowed = {name: (int, float) if kind is float else (kind,) for name, kind in kinds.items()}
+    if counters.keys() != kinds.keys() or any(type(value) not in allowed[name] for name, value in counters.items()):
+        raise UserError(f"{folder / 'trainer.json'} is not what this command saves: it must hold {', '.join(kinds)}")
+    try:
+        return load_file(folder / "trainer.safetensors"), run_state(**counters)
+    except SafetensorError as error:
+        raise UserError(
+            f"{folder / 'trainer.safetensors'} is damaged ({error}): start from another checkpoint"
+        ) from error
 
 
 def read_counters(folder: Path) -> dict[str, Any]:
     """The `counters` given to `save`: at least `step`. Raises UserError if they cannot be read."""
-    counters = read_object(folder / "trainer.json")
-    if type(counters.get("step")) is not int:
-        raise UserError(f"{folder / 'trainer.json'} is damaged: it has no 'step'")
-    return counters
+    return read_object(folder / "trainer.json", {"step": (int,)})
 
 
 def restore_module(module: torch.nn.Module, name: str, state: dict[str, Tensor]) -> None:
@@ -176,7 +205,8 @@ def drop_older(folder: Path) -> None:
         for path in older[:-1]:
             path.rename(path.with_name("." + path.name))  # so that a kill leaves none that is half removed
         for path in folder.parent.glob(".*"):
-            shutil.rmtree(path)
+            if OURS.fullmatch(path.name):  # what a file manager or a network file system keeps here is not
+                shutil.rmtree(path, ignore_errors=True)  # the rest of it is removed next time
     except OSError as error:
         raise cannot_write(folder.parent, error) from error
 
@@ -190,14 +220,14 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[s
 def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], state: dict[str, Tensor]) -> None:
     """The inverse of `pack_optimizer`; other tensors in `state` are ignored. Raises UserError if one does not fit."""
     entries: dict[int, dict[str, Tensor]] = {}
-    groups = (group for group in optimizer.param_groups for _ in group["params"])
-    for i, (name, group) in enumerate(zip(names, groups, strict=True)):
+    parameters = ((p, group) for group in optimizer.param_groups for p in group["params"])
+    for i, (name, (p, group)) in enumerate(zip(names, parameters, strict=True)):
         keys = ("step", "momentum") if "muon" in group else ("step", "exp_avg", "exp_avg_sq")
         if f"step.{name}" in state:  # there is none before the first step
-            try:
-                entries[i] = {key: state[f"{key}.{name}"] for key in keys}
-            except KeyError as error:  # of another optimizer
-                raise does_not_fit(error) from error
+            shapes = {key: () if key == "step" else p.shape for key in keys}
+            entries[i] = {key: state[f"{key}.{name}"] for key in keys if f"{key}.{name}" in state}
+            if {key: value.shape for key, value in entries[i].items()} != shapes:
+                raise does_not_fit(KeyError(name))  # of another optimizer, or another student
     optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
 
 

@@ -63,6 +63,14 @@ def download(address: str) -> Path:
     return hub.download(name, ("config.json", *FILES), repo_type="model", revision=revision or None)[0].parent
 
 
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a new file of tensors, with the permissions of any new file: save_file would give it 0600."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
     """Write a new folder that transformers can load. Raises UserError if it exists or cannot be written."""
     sizes = asdict(student.config)
@@ -100,7 +108,7 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
     }
     try:
         folder.mkdir(parents=True)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / "model.safetensors", weights)
         (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
