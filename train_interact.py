@@ -107,7 +107,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     resume_step = state.step if config.resume else None
     log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
     size = sum(parameter.numel() for parameter in reference.parameters())
-    student_facts = {"parameters": size, "corpus": facts.get("corpus"), "words": facts.get("words")}
+    student_facts = {"parameters": size, "corpus": history.get("corpus"), "words": history.get("words")}
     init = {"init": config.init or str(origin), "student": student_facts}
     log.config(asdict(config) | grader_facts | compute.recorded | init)
     update_report = stack.enter_context(live_report(run, rank0))
