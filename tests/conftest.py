@@ -24,6 +24,8 @@ examples = 100 * int(os.environ.get("TINYSTORY_FUZZ", "1"))
 hypothesis.settings.register_profile("patient", deadline=None, max_examples=examples)
 hypothesis.settings.load_profile("patient")
 
+LIMIT_S = 600  # for what ends by itself: only a hang reaches it, however busy the machine is
+
 NAMES = ("Tom", "Mia", "Ben", "Lily", "Max", "Ana", "Sam", "Eva")
 THINGS = ("ball", "kite", "boat", "drum", "hat", "cake", "shell", "lamp")
 PLACES = ("park", "wood", "house", "garden", "shop", "barn")

@@ -11,7 +11,9 @@ import traceback
 from collections import Counter
 
 from aiohttp import web
+from conftest import LIMIT_S
 
+from tinystory.teacher.api import ChatClient
 from tinystory.teacher.prompt import read_back
 
 KEY = "sk-planted-0123456789"
@@ -30,8 +32,9 @@ class FaultServer:
         self.seen = Counter()
         self.good = Counter()  # complete replies sent, per story
         self.in_flight = self.most_in_flight = 0
+        self.hanging: set[str] = set()  # stories with a request that gets no whole answer
         self.delay = 0.0  # seconds before a good reply
-        self.together = 0  # good replies are held until so many requests have been in flight at once, for a minute
+        self.ready = lambda: True  # good replies are held until this is true
         self.port = 0  # any that is free
 
     def __enter__(self):
@@ -93,6 +96,7 @@ class FaultServer:
             case web.Response():
                 return what
             case "hang":
+                self.hanging.add(story)
                 while request.transport is not None and not request.transport.is_closing():
                     await asyncio.sleep(0.01)
                 return web.Response()
@@ -111,6 +115,7 @@ class FaultServer:
             case "huge":
                 return web.Response(text=completion("3 3 3 " * 1_000_000), content_type="application/json")
             case "reset" | "drip":
+                self.hanging |= {story} if what == "drip" else set()
                 response = web.StreamResponse(headers={"Content-Length": str(len(whole))})
                 await response.prepare(request)
                 with contextlib.suppress(ConnectionError):
@@ -120,13 +125,31 @@ class FaultServer:
                 if request.transport is not None:
                     request.transport.abort()
                 return response
-        for _ in range(6000):
-            if self.most_in_flight >= self.together:
+        for _ in range(100 * LIMIT_S):
+            if self.ready():
                 break
             await asyncio.sleep(0.01)
         await asyncio.sleep(self.delay)
         self.good[story] += 1
         return web.Response(text=completion(what), content_type="application/json")
+
+
+def time_out_hanging_requests(server, monkeypatch):
+    """The client's requests time out once they hang, and no others, so that no clock decides."""
+    chat = ChatClient.chat
+
+    async def timed(self, **request):
+        story = (read_back(request["messages"]) or ("", ""))[1]
+        task = asyncio.ensure_future(chat(self, **request))
+        while not (await asyncio.wait({task}, timeout=0.01))[0]:
+            if story in server.hanging:
+                task.cancel()
+                await asyncio.wait({task})
+                server.hanging.discard(story)
+                raise asyncio.TimeoutError
+        return task.result()
+
+    monkeypatch.setattr(ChatClient, "chat", timed)
 
 
 def completion(reply):

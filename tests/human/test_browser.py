@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -173,8 +172,7 @@ def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
         if folder := os.environ.get("SCREENSHOTS"):
             page.screenshot(path=f"{folder}/teach_{width}_{scheme}.png", full_page=True)
         page.keyboard.press("p")
-        time.sleep(0.1)
-        assert "Paused" in page.text_content("#resting")
+        page.wait_for_function("document.getElementById('resting').textContent.includes('Paused')")
     finally:
         context.close()
         for process in (client, server):

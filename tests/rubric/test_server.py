@@ -14,6 +14,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from conftest import LIMIT_S
 
 from tinystory.data.builtin import grammar
 from tinystory.rubric.rubric import Rubric
@@ -47,10 +48,10 @@ def url(rubric):
     loop, ended = asyncio.new_event_loop(), asyncio.Event()
     thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(LIMIT_S)
     yield addresses[0]
     loop.call_soon_threadsafe(ended.set)
-    thread.join(10)
+    thread.join(LIMIT_S)
     assert not thread.is_alive()
     loop.close()
 
@@ -70,7 +71,7 @@ def _ask(client, story: str, **options):
 
 
 def _raw(url: str, method: str, path: str, body: bytes | None = None) -> tuple[int, dict]:
-    connection = http.client.HTTPConnection(url.removeprefix("http://").removesuffix("/v1"), timeout=10)
+    connection = http.client.HTTPConnection(url.removeprefix("http://").removesuffix("/v1"), timeout=LIMIT_S)
     connection.request(method, path, body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     answer = json.loads(response.read())
@@ -236,7 +237,7 @@ GARBAGE = {
 
 @pytest.mark.parametrize("what", GARBAGE)
 def test_garbage_is_refused_without_a_traceback(url, caplog, what):
-    with socket.create_connection(url.split("/")[2].split(":"), timeout=10) as connection:
+    with socket.create_connection(url.split("/")[2].split(":"), timeout=LIMIT_S) as connection:
         connection.sendall(GARBAGE[what])
         assert b" 400 Bad Request" in connection.recv(100)
         while connection.recv(1000):  # until it is closed
@@ -247,7 +248,7 @@ def test_garbage_is_refused_without_a_traceback(url, caplog, what):
 @pytest.mark.parametrize("begun", [b"", b"POST", HEAD, HEAD + b"Content-Length: 9\r\n\r\n{"])
 def test_a_client_that_goes_away_in_the_middle_leaves_no_traceback(url, caplog, begun):
     for linger in (struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)):  # a reset, and an orderly end
-        with socket.create_connection(url.split("/")[2].split(":"), timeout=10) as connection:
+        with socket.create_connection(url.split("/")[2].split(":"), timeout=LIMIT_S) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             connection.sendall(begun)
             assert _raw(url, "GET", "/v1/models")[0] == 200  # until the server has read it
@@ -283,7 +284,7 @@ def test_the_command_says_when_it_is_ready_and_ends_cleanly(corpus, end):
             process.stdin.close()
         else:
             process.send_signal(end)
-        assert process.wait(10) == 0
+        assert process.wait(LIMIT_S) == 0
         assert process.stdout.read() == ""  # one line only
         stderr = process.stderr.read()
         assert "stand-in for an LLM" in stderr and "Traceback" not in stderr
@@ -303,7 +304,7 @@ def test_the_command_ends_with_one_sentence_where_it_cannot_start(corpus, option
         taken.listen()
         options = [str(taken.getsockname()[1]) if option == "taken" else option for option in options]
         command = [sys.executable, str(SCRIPT), "--corpus", str(corpus), *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 2 and done.stdout == ""
     assert words in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import fails
+from conftest import LIMIT_S, fails
 
 from scripts import reproduce as command
 from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, parse
@@ -184,7 +184,7 @@ def shut_out_of(out):
     other.start()
     assert not entered.wait(0.2)
     yield
-    other.join(10)
+    other.join(LIMIT_S)
     assert entered.is_set()
 
 

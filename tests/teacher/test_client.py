@@ -8,19 +8,21 @@ import sys
 import time
 
 import pytest
-from fault_server import FaultServer, closed_port, error
+from fault_server import FaultServer, closed_port, error, time_out_hanging_requests
 
 from tinystory.teacher import api, pool
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.endpoint import Slots
+from tinystory.teacher.endpoint import Endpoint, Slots
 from tinystory.teacher.grade import Grade
+from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.pool import Queue
 from tinystory.teacher.prompt import CRITERIA, Template, Text, read_back
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
+LONG_S = 3000.0  # a deadline that nothing reaches: each request has a third of it
 
 
-def test_every_story_is_scored_or_counted_exactly_once():
+def test_every_story_is_scored_or_counted_exactly_once(monkeypatch):
     faults = ["500", "429", "hang", "reset", "empty", "html", "malformed", "shape", "huge", "drip", "3/3 2/3 1", "2 2"]
     dice = random.Random(1)
     plan = {}  # what each story's first requests get, before the honest reply
@@ -36,7 +38,8 @@ def test_every_story_is_scored_or_counted_exactly_once():
     def script(story, n):
         return plan[story][n] if n < len(plan[story]) else honest(story)
 
-    with FaultServer(script) as server, Teacher(server.url, concurrency=32, deadline_s=9.0) as teacher:
+    with FaultServer(script) as server, Teacher(server.url, concurrency=32, deadline_s=LONG_S) as teacher:
+        time_out_hanging_requests(server, monkeypatch)
         teacher.probes()[0]
         probes = teacher.ledger.total["requests"]
         grades = teacher.grade("Once", list(plan))
@@ -66,7 +69,9 @@ def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
 
 
 def test_a_hanging_request_is_cut_at_its_deadline():
-    with FaultServer(lambda story, n: "drip") as server, Teacher(server.url, deadline_s=0.6, attempts=2) as teacher:
+    with FaultServer(lambda story, n: "drip") as server, Teacher(server.url, attempts=2) as teacher:
+        teacher.probes()[0]
+        teacher._session.deadline_s = 0.6  # which a busy machine could take for the probe
         (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.scores is None and "too long" in grade.error and server.seen["A dog ran."] == 2
 
@@ -80,10 +85,10 @@ def test_the_client_waits_as_long_as_the_server_asks(headers):
     assert server.times[-1] - server.times[-2] >= 0.3
 
 
-def test_retry_after_in_every_form():
-    late = time.time() + 30
-    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(late))
-    assert api._retry_after({"retry-after": date}) == pytest.approx(30, abs=5)
+def test_retry_after_in_every_form(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.0)
+    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
+    assert api._retry_after({"retry-after": date}) == pytest.approx(30)
     assert api._retry_after({"retry-after-ms": "1500", "retry-after": "9"}) == 1.5
     for nonsense in ("", "nan", "inf", "-5", "soon", "9" * 400, "Fri, 99 Xxx 2025 00:00:00 GMT"):
         assert api._retry_after({"retry-after": nonsense}) is None
@@ -102,7 +107,7 @@ def test_what_is_sent():
 def test_as_many_requests_are_in_flight_as_allowed():
     with FaultServer() as server, Teacher(server.url, concurrency=130) as teacher:
         teacher.probes()[0]
-        server.together, server.delay = 130, 0.2  # held until all are sent, however long a busy machine takes
+        server.ready = lambda: server.most_in_flight >= 130  # held until all are sent
         teacher.grade("Once", [f"Dog {i} ran." for i in range(140)])
     assert server.most_in_flight == 130
 
@@ -175,21 +180,31 @@ def test_slots_never_exceed_the_limit_and_are_never_lost():
     asyncio.run(run())
 
 
-def test_an_overloaded_server_gets_fewer_requests_and_more_when_it_recovers():
+def test_an_overloaded_server_gets_fewer_requests_and_more_when_it_recovers(monkeypatch):
     """The server has room for 3 requests, then for all, then for 3, and the requests in flight follow."""
-    room, at_once = 3, []
+    monkeypatch.setattr(pool, "PAUSE_S", 0.0)  # so that no clock decides who is in flight
+    at_once, ledger, slots = [], Ledger(0.0, 0.0, None, (0, 0)), Slots(16)
+    endpoint = Endpoint("http://x", "m", None, slots, ledger, Template(), 6, {})
+    servers, in_flight = pool.ServerPool([endpoint], pool.Session(LONG_S, 3, ledger)), 0
 
-    def script(story, n):
-        at_once.append(server.in_flight)
-        return "429" if server.in_flight > room else "2 1 3"
+    async def request(endpoint):
+        nonlocal in_flight
+        in_flight += 1
+        at_once.append(in_flight)
+        busy = in_flight > room
+        for _ in range(100):  # meanwhile every other request that has a slot is sent
+            await asyncio.sleep(0)
+        in_flight -= 1
+        if busy:
+            raise api.Failure("is busy", again=True, busy=True)
 
-    with FaultServer(script) as server, Teacher(server.url, concurrency=16) as teacher:
-        server.delay = 0.2  # longer than a busy machine takes to send the next request
-        for room, count, last in ((3, 60, range(2, 12)), (99, 200, range(13, 17)), (3, 60, range(2, 12))):  # noqa: B007
-            at_once.clear()
-            grades = teacher.grade("Once", [f"Dog {i} of {count} ran." for i in range(count)])
-            assert all(grade.scores for grade in grades)
-            assert max(at_once[-60:-20]) in last and int(teacher.endpoints[0].slots.limit) in last
+    async def ask(count):
+        await asyncio.gather(*(servers.ask(request, pool.Question([], "")) for _ in range(count)))
+
+    for room, count, last in ((3, 60, range(2, 12)), (99, 200, range(13, 17)), (3, 60, range(2, 12))):  # noqa: B007
+        at_once.clear()
+        asyncio.run(ask(count))
+        assert max(at_once[-60:-20]) in last and int(slots.limit) in last
 
 
 def test_a_refused_round_halves_the_slots_and_an_answered_one_adds_one():
@@ -227,10 +242,10 @@ def test_the_timeout_follows_the_slowest_answers_and_doubles():
 def test_a_request_that_is_long_overdue_is_retried(monkeypatch):
     monkeypatch.setattr("tinystory.teacher.endpoint.SHORTEST_S", 0.3)
     script = lambda story, n: "hang" if story == "Dog 99 ran." and n == 0 else "2 1 3"  # noqa: E731
-    with FaultServer(script) as server, Teacher(server.url, deadline_s=300.0) as teacher:
+    with FaultServer(script) as server, Teacher(server.url, deadline_s=LONG_S) as teacher:
         began = time.monotonic()
         assert all(grade.scores for grade in teacher.grade("Once", [f"Dog {i} ran." for i in range(100)]))
-    assert server.seen["Dog 99 ran."] == 2 and time.monotonic() - began < 60  # not the 100 s of its own timeout
+    assert server.seen["Dog 99 ran."] >= 2 and time.monotonic() - began < LONG_S / 3  # its own timeout
 
 
 def test_a_users_own_messages_reach_the_teacher_as_they_are_and_its_scores_count():

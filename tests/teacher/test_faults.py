@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHORT, assert_same_bits, fails, metrics, story_record
-from fault_server import KEY, FaultServer, counted, error, weighed
+from conftest import LIMIT_S, ROOT, SHORT, assert_same_bits, fails, metrics, story_record
+from fault_server import KEY, FaultServer, counted, error, time_out_hanging_requests, weighed
 
 import train_interact as interact
 from tinystory.run.errors import UserError
@@ -38,7 +38,7 @@ def honest(story: str) -> str:
     return f"{digest[0] % 4} {digest[1] % 4} {digest[2] % 4}"
 
 
-def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted():
+def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted(monkeypatch):
     stories = [f"Story {i} of a cat." for i in range(STORIES)]
     hopeless = set(stories[::50])
     sent = Counter()
@@ -51,7 +51,8 @@ def test_with_a_fifth_of_all_replies_bad_every_story_is_scored_or_counted():
         sent[what if what in FAULTS else "honest"] += 1
         return what
 
-    with FaultServer(script) as server, Teacher(server.url, concurrency=64, deadline_s=12.0) as teacher:
+    with FaultServer(script) as server, Teacher(server.url, concurrency=64, deadline_s=3000.0) as teacher:
+        time_out_hanging_requests(server, monkeypatch)
         teacher.probes()[0]
         teacher.ledger.stats()
         server.delay, began = LATENCY, time.monotonic()
@@ -117,7 +118,7 @@ def test_a_run_stopped_within_a_step_pays_for_no_reply_twice_and_ends_the_same(i
         alive = replies
         command = [sys.executable, str(ROOT / "train_interact.py"), *argv]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        until = threading.Timer(120, process.kill)  # so that the wait for its output ends
+        until = threading.Timer(LIMIT_S, process.kill)  # so that the wait for its output ends
         until.start()
         kept = stopped / "replies.jsonl"
         # The probe's record is also a line of the file.

@@ -7,12 +7,14 @@ import time
 from collections import Counter
 
 import pytest
+from conftest import LIMIT_S
 from fault_server import FaultServer, assert_one_clean_sentence, closed_port, error
 from test_faults import honest
 
 from tinystory.config import InteractConfig
 from tinystory.run.device import Stop
 from tinystory.run.errors import UserError
+from tinystory.teacher import pool
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.endpoint import Slots
 from tinystory.teacher.grader import open_grader
@@ -80,7 +82,7 @@ def test_every_story_is_graded_once_though_a_server_dies_and_it_is_asked_again_w
             config = InteractConfig(teacher_url=urls([dies, stays]), teacher_concurrency=4)
             grader = contextlib.ExitStack()
             opened = grader.enter_context(open_grader(config, corpus=None))
-            stays.delay = dies.delay = 0.02
+            stays.ready = lambda: sum(dies.good.values()) > 3
             opened.grade("Once", stories(20))
             assert sum(dies.good.values()) > 3
         with grader:  # `dies` is down now
@@ -92,10 +94,10 @@ def test_every_story_is_graded_once_though_a_server_dies_and_it_is_asked_again_w
             back = FaultServer(models=("m",))
             back.port = port
             with back:
-                until = time.monotonic() + 60
+                until = time.monotonic() + LIMIT_S
                 while not opened.endpoints[0].slots.open and time.monotonic() < until:
                     time.sleep(0.02)
-                back.delay = stays.delay = 0.02
+                stays.ready = lambda: sum(back.good.values()) > 3
                 assert all(grade.scores for grade in opened.grade("Once", stories(40, "Hen")))
                 assert sum(back.good.values()) > 3
                 assert all(back.good[story] + stays.good[story] == 1 for story in stories(40, "Hen"))
@@ -108,7 +110,7 @@ def test_a_server_that_only_fails_is_left_out(fault, capsys):
     scripts = good, lambda story, n: fault
     with servers(*scripts) as (fine, broken), Teacher(urls([fine, broken]), concurrency=8) as teacher:
         teacher.probes()[0]
-        fine.delay = 0.02
+        fine.ready = lambda: len(broken.requests) > pool.FAILURES
         assert all(grade.scores for grade in teacher.grade("Once", stories(120)))
     assert "without it" in capsys.readouterr().out
 
@@ -135,10 +137,10 @@ def test_a_server_that_is_down_at_the_start_is_told_and_used_when_it_comes(capsy
         comes = FaultServer(models=("m",))
         comes.port = int(late.rpartition(":")[2])
         with comes:
-            until = time.monotonic() + 60
+            until = time.monotonic() + LIMIT_S
             while teacher.endpoints[0].probe is None and time.monotonic() < until:
                 time.sleep(0.02)
-            there.delay = comes.delay = 0.03
+            there.ready = lambda: sum(comes.good.values()) > 3
             assert all(grade.scores for grade in teacher.grade("Once", stories(40, "Cat")))
             assert sum(comes.good.values()) > 3
     with Teacher([late, closed_port()]) as teacher, pytest.raises(UserError, match="cannot be reached"):

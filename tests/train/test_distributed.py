@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, SMALL, metrics
+from conftest import LIMIT_S, ROOT, SHORT, SMALL, metrics
 from safetensors.torch import load_file
 
 import train_interact as interact
@@ -71,7 +71,7 @@ def test_two_processes_do_what_one_does(place, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script,
          place / "cache", *first, "--then", *second],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=LIMIT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("parameters") == 1  # only rank 0 prints
@@ -106,7 +106,7 @@ train_interact.main(sys.argv[2:])
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, place / "cache",
          *argv],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=LIMIT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("stopped after step 1, all saved") == 1 and "mean reward per step" not in done.stdout
@@ -144,7 +144,7 @@ def test_a_dead_process_is_told_in_a_sentence(place, tmp_path, rank):
     launch, workers = under_torchrun(place, tmp_path / "p")
     assert len(workers) == 2
     os.kill(workers[rank], signal.SIGKILL)
-    stderr = launch.communicate(timeout=120)[1]
+    stderr = launch.communicate(timeout=LIMIT_S)[1]
     assert f"error: process {1 - rank} lost the others of this run" in stderr and "--resume" in stderr
     assert 'train_pretrain.py", line' not in stderr and not any(map(running, workers))
     with locked(tmp_path / "p"):
@@ -156,7 +156,7 @@ def test_torchrun_killed_leaves_no_worker_and_nothing_unsaved(place, tmp_path):
     launch, workers = under_torchrun(place, tmp_path / "p")
     launch.kill()
     launch.wait()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT_S
     while any(map(running, workers)) and time.monotonic() < deadline:
         time.sleep(0.2)
     launch.stderr.close()
@@ -176,7 +176,7 @@ def test_ctrl_c_under_torchrun_ends_the_step_and_saves_and_twice_ends_at_once(pl
     for _ in range(times):
         os.killpg(launch.pid, signal.SIGINT)
         time.sleep(1)
-    launch.communicate(timeout=120)
+    launch.communicate(timeout=LIMIT_S)
     assert len(workers) == 2 and not any(map(running, workers))
     newest = checkpoint.newest_whole(tmp_path / "p")
     assert (newest is None) == (times == 2)
@@ -222,7 +222,7 @@ def test_collectives_of_two_processes(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(LIMIT_S)
     assert [process.exitcode for process in processes] == [0, 0]
 
 
