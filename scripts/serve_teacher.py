@@ -17,17 +17,19 @@ import threading
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.config import add_number
 from tinystory.data.corpus import open_corpus
-from tinystory.rubric.rubric import Rubric
+from tinystory.rubric.rubric import PARTS, Rubric
 from tinystory.rubric.server import serve
 from tinystory.run.errors import command
 from tinystory.run.paths import usage
 from tinystory.teacher.server import PORTS, until_stopped
 
-NICENESS = 19
+NICENESS = 10
 
 
 @command
@@ -38,25 +40,29 @@ def main(argv: list[str] | None = None) -> None:
         "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="corpus to measure by (default: builtin)"
     )
     parser.add_argument(
-        "--die-with-parent", action="store_true", help="exit when standard input closes; yield cores to others"
+        "--die-with-parent", action="store_true", help="exit when standard input closes; once fitted, yield cores"
     )
     options = parser.parse_args(argv)
     if options.die_with_parent:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
-        _yield_to_parent()
-    start = time.monotonic()
-    rubric = Rubric.from_corpus(open_corpus(options.corpus).mixed())
+    documents, names, start = open_corpus(options.corpus).mixed(), " ".join(options.corpus), time.monotonic()
+    print(f"fitting the built-in teacher to {names} ...", file=sys.stderr, flush=True)
+    with tqdm(total=PARTS, desc="fitting", unit="part", leave=False, disable=None) as bar:
+        rubric = Rubric.from_corpus(documents, bar.update)
     seconds = f"{time.monotonic() - start:.1f} s"
-    message = f"this teacher is a rubric, a stand-in for an LLM, fitted to {' '.join(options.corpus)} in {seconds}"
+    message = f"this teacher is a rubric, a stand-in for an LLM, fitted to {names} in {seconds}"
     print(message, file=sys.stderr, flush=True)
+    if options.die_with_parent:
+        _yield_to_parent()  # not before: the trainer waits until the teacher is fitted
     asyncio.run(_serve(rubric, options.port))
 
 
 def _yield_to_parent() -> None:
-    """Run while the trainer leaves a core idle: its threads wait for each other, so one without a core stops all."""
+    """Leave the cores to the trainer: its threads wait for each other, so one without a core stops all."""
     os.nice(NICENESS)
-    with contextlib.suppress(OSError):  # Linux divides cores among sessions first
-        Path("/proc/self/autogroup").write_text(str(NICENESS))
+    if os.getsid(0) == os.getpid():  # Linux divides cores among sessions first, and this one is no terminal's
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(NICENESS))
 
 
 async def _serve(rubric: Rubric, port: int) -> None:

@@ -16,15 +16,15 @@ import openai
 import pytest
 from conftest import LIMIT_S
 
+from scripts import serve_teacher
 from tinystory.data.builtin import grammar
-from tinystory.rubric.rubric import Rubric
+from tinystory.rubric.rubric import PARTS, Rubric
 from tinystory.rubric.server import MODEL, serve
 from tinystory.run.errors import UserError
 from tinystory.teacher.parse import parse_scores
 from tinystory.teacher.prompt import CRITERIA, STORYTELLING, Criterion, Template, fence, render
 from tinystory.teacher.server import LONGEST_BODY
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "serve_teacher.py"
 OPENING = "Once upon a time,"
 STORIES = [story[:450] for story in grammar.stories(4_000, seed=1)][:12]
 
@@ -266,7 +266,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def _start(corpus: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, str(SCRIPT), "--port", "0", "--corpus", str(corpus), *options]
+    command = [sys.executable, serve_teacher.__file__, "--port", "0", "--corpus", str(corpus), *options]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
@@ -279,7 +279,7 @@ def test_the_command_says_when_it_is_ready_and_ends_cleanly(corpus, end):
         assert prefix == "listening" and url.startswith("http://127.0.0.1:") and url.endswith("/v1")
         assert _raw(url, "GET", "/v1/models")[1]["data"][0]["id"] == MODEL
         niceness, ours = (os.getpriority(os.PRIO_PROCESS, pid) for pid in (process.pid, 0))
-        assert niceness == (19 if end == "stdin" else ours)  # the trainer's threads come first
+        assert niceness == (serve_teacher.NICENESS if end == "stdin" else ours)  # the trainer's threads come first
         if end == "stdin":
             process.stdin.close()
         else:
@@ -287,7 +287,34 @@ def test_the_command_says_when_it_is_ready_and_ends_cleanly(corpus, end):
         assert process.wait(LIMIT_S) == 0
         assert process.stdout.read() == ""  # one line only
         stderr = process.stderr.read()
+        assert stderr.startswith("fitting the built-in teacher to ") and "\r" not in stderr  # no bar in a file
         assert "stand-in for an LLM" in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("own_session", [True, False])
+def test_it_yields_once_it_is_fitted_and_takes_no_terminal_along(monkeypatch, own_session):
+    done = []
+
+    def fit(documents, advance):
+        for _ in range(PARTS):
+            advance()
+        done.append("fitted")
+
+    monkeypatch.setattr(serve_teacher, "_end_with_stdin", lambda: None)
+    monkeypatch.setattr(serve_teacher.Rubric, "from_corpus", fit)
+    monkeypatch.setattr(serve_teacher, "_serve", lambda rubric, port: done.append("served"))
+    monkeypatch.setattr(serve_teacher.asyncio, "run", lambda served: None)
+    monkeypatch.setattr(os, "nice", lambda by: done.append("niced"))
+    monkeypatch.setattr(os, "getsid", lambda pid: os.getpid() + (not own_session))
+    monkeypatch.setattr(Path, "write_text", lambda path, text: done.append(str(path)))
+    serve_teacher.main(["--die-with-parent"])
+    assert done == ["fitted", "niced", *["/proc/self/autogroup"] * own_session, "served"]
+
+
+def test_a_progress_bar_of_the_fit_reaches_its_end():
+    done = []
+    Rubric.from_corpus(grammar.stories(400, seed=0), lambda: done.append(1))
+    assert len(done) == PARTS
 
 
 @pytest.mark.parametrize(
@@ -303,7 +330,7 @@ def test_the_command_ends_with_one_sentence_where_it_cannot_start(corpus, option
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         options = [str(taken.getsockname()[1]) if option == "taken" else option for option in options]
-        command = [sys.executable, str(SCRIPT), "--corpus", str(corpus), *options]
+        command = [sys.executable, serve_teacher.__file__, "--corpus", str(corpus), *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 2 and done.stdout == ""
     assert words in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: ")
