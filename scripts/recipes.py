@@ -73,6 +73,10 @@ def main(argv: list[str] | None = None) -> None:
         "stories of a row to held-out openings, each compared with the others; to openings of training three such sets",
     )
     options = parser.parse_args(argv)
+    try:
+        flags = {text: shlex.split(text) for text in options.options}
+    except ValueError as error:
+        raise UserError(f"--options: {str(error).lower()}; write each text as on a command line") from None
     options.out.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     for seed in options.seeds:
@@ -86,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
             name = f"`{text}`" if text else "the default"
             out = options.out / f"{'_'.join(text.replace('--', '').split()) or 'default'}-{seed}"
             if not (out / SAMPLES).exists():  # the last file that an interaction writes
-                run("train_interact.py", out, seed, "--init", str(start), *shlex.split(text))
+                run("train_interact.py", out, seed, "--init", str(start), *flags[text])
             rows.append(Row(name, out))
             if text == options.options[0]:
                 rows += [

@@ -13,7 +13,7 @@ from conftest import ROOT, fails
 
 from scripts import doctor, evaluate, prepare_data, sample
 from tinystory.evaluate.samples import read_samples
-from tinystory.run import errors, paths
+from tinystory.run import distributed, errors, paths
 from tinystory.run.errors import PeerLost, UserError, command
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
@@ -134,6 +134,13 @@ def test_one_process_of_torchrun_says_what_is_wrong_and_a_rank_that_was_left_in_
         raises(UserError("x"))([])
     assert not capsys.readouterr().err
     assert fails(raises(PeerLost("x")), [], capsys) == "error: x"
+
+
+def test_variables_that_torchrun_cannot_have_set_are_one_sentence(monkeypatch, capsys):
+    for name in errors.TORCHRUN:
+        monkeypatch.setenv(name, "x")
+    line = fails(errors.command(lambda argv: distributed.start("cpu")), [], capsys)
+    assert "RANK, WORLD_SIZE" in line and "must be numbers" in line
 
 
 def test_without_a_home_the_cache_is_asked_for(monkeypatch):

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+from conftest import fails
 
 from scripts import recipes
 from tinystory.data.openings import Openings
@@ -22,6 +23,11 @@ def measures(place, monkeypatch):
     start = checkpoint.newest(place / "p")
     grader = CallableGrader(lambda opening, stories: [min(len(set(s)) / 30, 1.0) for s in stories], "letters")
     return lambda **how: recipes.measure(recipes.Row("", start, **how), start, grader, COUNT)
+
+
+def test_options_that_are_no_command_line_are_one_sentence(tmp_path, capsys):
+    line = fails(recipes.main, ["--out", str(tmp_path / "r"), "--options", "'unclosed"], capsys)
+    assert "--options: no closing quotation" in line and not (tmp_path / "r").exists()
 
 
 def test_the_untouched_student_is_at_no_distance_and_a_lower_temperature_is(measures):

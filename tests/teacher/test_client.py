@@ -90,6 +90,8 @@ def test_retry_after_in_every_form(monkeypatch):
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
     assert api._retry_after({"retry-after": date}) == pytest.approx(30)
     assert api._retry_after({"retry-after-ms": "1500", "retry-after": "9"}) == 1.5
+    wrong = {"date": "Fri, 01 Jan 2027 00:00:00 GMT", "retry-after": "Fri, 01 Jan 2027 00:00:07 GMT"}
+    assert api._retry_after(wrong) == 7 and api._retry_after(wrong | {"date": "?"}) != 7  # whatever our clock says
     for nonsense in ("", "nan", "inf", "-5", "soon", "9" * 400, "Fri, 99 Xxx 2025 00:00:00 GMT"):
         assert api._retry_after({"retry-after": nonsense}) is None
 

@@ -256,6 +256,9 @@ def test_extra_fields_and_headers_are_merged_into_each_request(tmp_path):
     assert headers[: len(headers) // 2] == ["1"] * (len(headers) // 2) and headers[-1] is None
 
 
+SECRETS = "github_pat_ ghp_ gho_ xoxb- xoxp- glpat- hf_ gsk_ AKIA ya29. eyJ npm_ SG. sk_live_".split()
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -270,6 +273,10 @@ def test_extra_fields_and_headers_are_merged_into_each_request(tmp_path):
         ('{"extra_query": {"access_token": "x"}}', "such as access_token"),
         ('{"extra_query": {"version": "1"}}', "cannot set extra_query"),
         ('{"extra_body": {"a": [{"client_secret": "x"}]}}', "such as client_secret"),
+        ('{"metadata": ["a", ["sk-planted-0123456789"]]}', "such as metadata"),
+        ('{"metadata": [{"a": ["Bearer x"]}]}', "such as a"),
+        ('{"sk-planted-0123456789": 1}', "such as a field's name"),
+        *((json.dumps({"x": f"{prefix}0123456789abcdef"}), "such as x") for prefix in SECRETS),
         ('{"extra_headers": {"a": "b\\nc: d"}}', "one line of text"),
         ('{"extra_headers": 3}', "one line of text"),
     ],

@@ -27,6 +27,7 @@ FATAL = {
     "too short a context": lambda: error(400, "This model's maximum context length is 64 tokens.", type="invalid"),
     "redirects to": lambda: web.Response(status=302, headers={"Location": f"http://127.0.0.1:9/{KEY}"}),
     NOT_ONE: lambda: web.Response(status=404, text="<h1>no</h1>", content_type="text/html"),
+    f"{NOT_ONE} (HTTP 101)": lambda: web.Response(status=101),
 }
 
 
@@ -108,7 +109,19 @@ def test_no_openai_compatible_api(models, words):
 
 @pytest.mark.parametrize(
     "url",
-    ["", "localhost:8000", "ftp://host/v1", "http://", "http://h:x/v1", "http://h:99999", "http://[", "http://h?key=1"],
+    [
+        *(
+            "",
+            "localhost:8000",
+            "ftp://host/v1",
+            "http://",
+            "http://h:x/v1",
+            "http://h:99999",
+            "http://[",
+            "http://h?k=1",
+        ),
+        *("http://h/v1%0d%0aX: y", f"http://{'a' * 300}/v1", f"http://{'a.' * 150}b/v1", "http://a..b/v1"),
+    ],
 )
 def test_invalid_urls(url):
     with pytest.raises(UserError, match="must look like"):
@@ -122,6 +135,31 @@ def test_a_url_with_a_password_or_an_impossible_key_is_refused(monkeypatch):
     with pytest.raises(UserError) as caught:
         Teacher("http://127.0.0.1:9/v1", api_key=f"{KEY}\nX: y")
     assert_one_clean_sentence(caught, "OPENAI_API_KEY")
+
+
+@pytest.mark.parametrize("proxy", ["::::x", f"ftp://u:{KEY}@h", f"http://u:{KEY}@h:99999", f"http://{'x' * 300}"])
+def test_an_impossible_proxy_is_one_sentence_without_its_password(proxy, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    with pytest.raises(UserError) as caught:
+        Teacher("http://teacher.example/v1")
+    assert_one_clean_sentence(caught, "HTTP_PROXY is not the URL of a proxy", "unset it")
+
+
+@pytest.mark.parametrize("name", ["OPENAI_PROJECT_ID", "OPENAI_ORG_ID", "OPENAI_CUSTOM_HEADERS"])
+def test_a_header_from_the_environment_that_cannot_be_sent_is_one_sentence(name, monkeypatch):
+    monkeypatch.setenv(name, f"X: {KEY}\n\r\x01")
+    with pytest.raises(UserError) as caught:
+        Teacher("http://127.0.0.1:9/v1")
+    assert_one_clean_sentence(caught, name, "no header can have")
+
+
+@pytest.mark.parametrize("key, words", [("", "wants a key"), (KEY, "refuses the key")])
+def test_litellms_words_for_a_key_that_is_not_its_own_are_said_in_ours(key, words, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    no = lambda: error(400, "No connected db.", type="no_db_connection", code="400")  # noqa: E731
+    with FaultServer(models=no) as server, Teacher(server.url) as teacher, pytest.raises(UserError) as caught:
+        teacher.probes()
+    assert_one_clean_sentence(caught, server.url, words, "set OPENAI_API_KEY")
 
 
 def test_a_key_that_a_reply_echoes_is_not_kept(monkeypatch, tmp_path):

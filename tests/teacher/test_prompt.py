@@ -270,6 +270,9 @@ def test_a_template_may_leave_out_preface_and_weight(tmp_path):
     assert "exactly 1 number separated" in instructions(template)
 
 
+TAKEN = ("length", "diversity", "reward", "score", "tokens", "held_out_score")
+
+
 @pytest.mark.parametrize(
     "template, words",
     [
@@ -289,6 +292,7 @@ def test_a_template_may_leave_out_preface_and_weight(tmp_path):
         ({"criteria": [{**HUMOUR, "levels": "abcd"}]}, '4 "levels"'),
         ({"criteria": [{**HUMOUR, "levels": ["a", "b", "c", 4]}]}, "4 is not plain text"),
         ({"criteria": [SUSPENSE, {**HUMOUR, "question": "a\x1b[2J"}]}, "is not plain text"),
+        *(({"criteria": [{**HUMOUR, "name": name}]}, f"cannot be called {name}:") for name in TAKEN),
         ({"criteria": [{**HUMOUR, "weight": 0}]}, "weight"),
         ({"criteria": [{**HUMOUR, "weight": "1"}]}, "weight"),
         ({"criteria": [{**HUMOUR, "weight": True}]}, "weight"),

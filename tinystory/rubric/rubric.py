@@ -42,7 +42,7 @@ three words is less than a sentence: 0 0 0.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -93,7 +93,8 @@ class Rubric:
         with ThreadPoolExecutor() as pool:  # numpy sorts without Python's lock
             models = [pool.submit(NgramModel, ids, len(lexicon)) for ids in (lexicon.ids, lexicon.pattern[lexicon.ids])]
             phrases, association = pool.submit(_phrases, lexicon, examples), pool.submit(WordAssociation, lexicon)
-            for future in (*models, phrases, association):
+            futures: list[Future] = [*models, phrases, association]
+            for future in futures:
                 future.add_done_callback(lambda _: done())
             self.characters = Characters(lexicon)
             self.model, self.patterns = (model.result() for model in models)

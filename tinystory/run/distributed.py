@@ -34,9 +34,12 @@ TIMEOUT = datetime.timedelta(hours=6)  # of a collective: the other ranks wait f
 
 def start(device: str) -> None:
     """Join the processes that torchrun started. With a GPU ("auto" or "cuda") each takes the one of its local rank.
-    Raises UserError if there is not one GPU per process."""
+    Raises UserError if there is not one GPU per process, or if what torchrun sets makes no sense."""
     if dist.is_initialized() or not all(name in os.environ for name in TORCHRUN):
         return
+    numbers = [name for name in TORCHRUN if name not in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR")]
+    if wrong := [name for name in numbers if not re.fullmatch("[0-9]{1,9}", os.environ[name])]:
+        raise UserError(f"{', '.join(wrong)}, of torchrun must be numbers: start the run by torchrun, or unset them")
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()

@@ -119,7 +119,7 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             sys.stdout.flush()
         except UserError as error:
             torchrun = all(name in os.environ for name in TORCHRUN)  # then rank 0 speaks for all
-            if not torchrun or os.environ["RANK"] == "0" or isinstance(error, PeerLost):
+            if not (torchrun and os.environ["RANK"].strip("0").isdecimal()) or isinstance(error, PeerLost):
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except (MemoryError, OSError, RuntimeError, ImportError) as error:

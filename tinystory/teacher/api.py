@@ -5,9 +5,11 @@ control characters, no echoed key) before they become part of a message.
 """
 
 import json
+import os
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+import urllib.request
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import KW_ONLY, dataclass
 from email.utils import parsedate_to_datetime
@@ -27,6 +29,8 @@ SHORTEST_SECRET = 8  # characters of a key; a shorter one ("1", "none") is a dum
 LONGEST_MESSAGE = 300  # characters of the server's message that an error quotes
 
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+WRONG_KEY = {"no_db_connection"}  # litellm's 400 for a key that is not its own
+NOT_OPENAI = "not as an OpenAI-compatible API"
 NO_CONTEXT = {"context_length_exceeded", "exceed_context_size_error"}
 LOOPBACK = re.compile(r"https?://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/|$)", re.IGNORECASE)
 NO_CONTEXT_WORDS = re.compile(r"context (length|size|window)", re.IGNORECASE)
@@ -80,6 +84,14 @@ class ChatClient:
         self._key = (key or "").strip()
         if not re.fullmatch(r"[!-~]*", self._key):
             raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
+        for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"):  # which openai reads
+            if not re.fullmatch(r"[ -~]*" if name.endswith("ID") else r"[ -~\n]*", os.environ.get(name, "")):
+                raise UserError(f"{name} holds characters that no header can have: set it again, or unset it")
+        for scheme, proxy in urllib.request.getproxies().items() if not LOOPBACK.match(url) else ():
+            full = proxy if "://" in proxy else f"http://{proxy}"
+            if scheme in ("http", "https", "all") and not server_url(full, ("http", "https", "socks5", "socks5h")):
+                name = f"{scheme.upper()}_PROXY"
+                raise UserError(f"{name} is not the URL of a proxy: set it to one like http://host:port, or unset it")
         self._broken = (openai.APIConnectionError, httpx2.RequestError, aiohttp.ClientError, OSError)
         self._unreachable = aiohttp.ClientConnectorError
         timeout = openai.Timeout(timeout_s, connect=min(timeout_s, 10.0))
@@ -105,7 +117,7 @@ class ChatClient:
         match await self._answer(self._client.models.with_streaming_response.list(), LONGEST_LIST):
             case {"data": [*entries]} if all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries):
                 return [name for entry in entries if (name := self.one_line(entry["id"]))]
-        raise Failure("answers, but not as an OpenAI-compatible API: check the URL", status=200)
+        raise Failure(f"answers, but {NOT_OPENAI}: check the URL", status=200)
 
     async def chat(self, **request: Any) -> Reply:
         """The first choice of one chat completion."""
@@ -169,8 +181,10 @@ class ChatClient:
     async def _check_status(self, response: "httpx2.Response") -> None:
         """Called with every response before its body is read: raises Failure for any status but success."""
         status, headers = response.status_code, response.headers
-        if status < 300:
+        if 200 <= status < 300:
             return
+        if status < 200:
+            raise Failure(f"answers, but {NOT_OPENAI} (HTTP {status}): check the URL", status=status, fatal=True)
         if status < 400:
             location = self.one_line(headers.get("location", "nowhere"))
             raise Failure(f"redirects to {location} (HTTP {status}): give that URL instead", status=status, fatal=True)
@@ -180,8 +194,8 @@ class ChatClient:
         fatal = True
         if status == 402 or codes & NO_QUOTA:
             message = f"has no quota left for this key ({error})"
-        elif status == 401:
-            message = f"refuses the key ({error}): set OPENAI_API_KEY"
+        elif status == 401 or codes & WRONG_KEY:
+            message = f"{'refuses the' if self._key else 'wants a'} key ({error}): set OPENAI_API_KEY"
         elif status == 403:  # perhaps for this story alone: OpenRouter's moderation
             message, fatal = f"forbids the request ({error}); if it forbids every one, set OPENAI_API_KEY", False
         elif transient:
@@ -193,7 +207,7 @@ class ChatClient:
                 retry_after=_retry_after(headers),
             )
         elif status == 404 and not codes:
-            message = f"answers, but not as an OpenAI-compatible API ({error}): check the URL"
+            message = f"answers, but {NOT_OPENAI} ({error}): check the URL"
         elif status == 404:
             message = f"does not have what was asked for ({error})"
         elif codes & NO_CONTEXT or NO_CONTEXT_WORDS.search(error):
@@ -282,12 +296,33 @@ def _error_text(answer: object) -> tuple[str, set[str]]:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from retry-after-ms or Retry-After (seconds or an HTTP date, RFC 9110); None without either."""
+    """Seconds to wait, from retry-after-ms or Retry-After (seconds or an HTTP date, RFC 9110); None without either. A
+    date counts from the server's own Date, so a clock that is wrong here makes no wait longer."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = headers.get(name, "")
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", value):
             return float(value) * unit
+    then, now = (_seconds(headers.get(name, "")) for name in ("retry-after", "date"))
+    return None if then is None else max(then - (time.time() if now is None else now), 0.0)
+
+
+def _seconds(date: str) -> float | None:
+    """An HTTP date in seconds since 1970; None for any other text."""
     try:
-        return max(parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time(), 0.0)
+        return parsedate_to_datetime(date).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
+
+
+def server_url(text: str, schemes: Sequence[str]) -> "httpx2.URL | None":
+    """The URL in a text; None if no server can be at it."""
+    import httpx2  # as above
+
+    try:
+        url = httpx2.URL(text)
+    except httpx2.InvalidURL:
+        return None
+    host = url.raw_host.decode().rstrip(".")
+    fits = len(host) <= 253 and all(0 < len(label) <= 63 for label in host.split("."))  # RFC 1035
+    possible = url.scheme in schemes and fits and "%" not in host and (url.port or 0) < 1 << 16
+    return url if possible and url.path.isprintable() else None

@@ -141,10 +141,13 @@ class Teacher(Grader):
         words = len(opening.split()) + stories * len(first.reply.split())
         price = self.ledger.price(tokens_in, tokens_out)
         cost = f", cost {price:.2f}" if price else ""
-        hours = stories / sum(self.concurrency / probe.seconds for probe in probes) / 3600
+        minutes = stories / sum(self.concurrency / probe.seconds for probe in probes) / 60
+        duration = (
+            f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.0f} minutes" if minutes > 1.5 else "a minute"
+        )
         return (
             f"{stories:,} stories, {tokens_in:,.0f} prompt tokens and {tokens_out:,.0f} reply tokens, "
-            f"{words:,} words for the student{cost}, about {hours:.1f} hours of grading"
+            f"{words:,} words for the student{cost}, about {duration} of grading"
         )
 
     def news(self) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tinystory.run.errors import UserError
-from tinystory.teacher.api import ChatClient, Reply
+from tinystory.teacher.api import ChatClient, Reply, server_url
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.prompt import TOP, Template, instructions
 
@@ -208,14 +208,8 @@ def json_tokens(names: Sequence[str]) -> int:
 
 def base_url(url: str) -> str:
     """`url`, with the usual path /v1 if it has none."""
-    import httpx2  # not at the top of the file, as in api.py
-
-    try:
-        parts = httpx2.URL(url.strip())
-    except httpx2.InvalidURL:
-        parts = httpx2.URL("")
-    is_host = parts.scheme in ("http", "https") and parts.host and "%" not in parts.host and (parts.port or 0) < 1 << 16
-    if not is_host or parts.userinfo or parts.query or parts.fragment:
+    parts = server_url(url.strip(), ("http", "https"))
+    if parts is None or parts.userinfo or parts.query or parts.fragment:
         raise UserError(
             "the teacher's URL must look like http://127.0.0.1:8000/v1 or https://host/v1; its key is OPENAI_API_KEY"
         )

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from tinystory.run.errors import UserError
@@ -13,7 +14,11 @@ OWN_FIELDS |= {"logprobs", "top_logprobs", "extra_body", "extra_query"}
 SECRET_NAME = re.compile(
     r"auth(?!or$)|bearer|cookie|credential|pass(p|w|$)|secret|signature|(?<!cache_)key|token(?!s|_|i)", re.IGNORECASE
 )
-SECRET_VALUE = re.compile(r"(bearer|basic) |(sk|gsk|hf|ghp|xai|nvapi)[-_]|AIza|eyJ", re.IGNORECASE)
+SECRET_VALUE = re.compile(
+    r"(bearer|basic) |-----begin |(sk|rk|gsk|csk|hf|gh[opsur]|github_pat|glpat|xai|nvapi|pplx|tvly|npm|pypi)[-_]|r8_|"
+    r"xox[a-z]-|xapp-|(AKIA|ASIA)[0-9A-Z]{16}$|AIza|ya29\.|eyJ|SG\.",
+    re.IGNORECASE,
+)
 
 
 def load_extra(text: str) -> dict[str, Any]:
@@ -38,9 +43,20 @@ def load_extra(text: str) -> dict[str, Any]:
 
 def _without_secrets(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
-        if SECRET_NAME.search(name) or (isinstance(value, str) and SECRET_VALUE.match(value)):
+        if SECRET_VALUE.match(name):
+            raise ValueError("it is recorded, so it must hold no secret such as a field's name; use OPENAI_API_KEY")
+        if SECRET_NAME.search(name) or any(map(SECRET_VALUE.match, _texts(value))):
             raise ValueError(f"it is recorded, so it must hold no secret such as {name}; use OPENAI_API_KEY")
     return dict(pairs)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The texts in a value of a field, with those in lists; objects have been searched before."""
+    if isinstance(value, str):
+        yield value.lstrip()
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
 
 
 def _is_header(name: str, value: object) -> bool:

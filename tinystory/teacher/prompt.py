@@ -64,6 +64,7 @@ STORYTELLING = (
     ),
 )
 CRITERIA = tuple(criterion.name for criterion in STORYTELLING)
+RESERVED = re.compile("reward|score|length|tokens|diversity|held_out_.*")  # NAME_mean is another metric
 PREFACE = (
     "You are a kind teacher who grades short stories by a beginner. The beginner was given an opening and has room "
     "for about 80 words after it, so the story may stop before its end; do not count that against it. "
@@ -144,6 +145,8 @@ def _criterion(value: Any) -> Criterion:
         case {"name": str(name), "question": question, "levels": [zero, one, two, three], **rest}:
             weight: Any = rest.pop("weight", 1)
             positive = type(weight) in (int, float) and 0 < weight < math.inf
+            if RESERVED.fullmatch(name):
+                raise ValueError(f"a criterion cannot be called {name}: metrics.jsonl has a {name}_mean of its own")
             if positive and not rest and re.fullmatch("[a-z][a-z0-9_]{0,31}", name):
                 levels = _plain(zero), _plain(one), _plain(two), _plain(three)
                 return Criterion(name, _plain(question), levels, float(weight))
