@@ -42,8 +42,9 @@ def test_the_papers_preset_has_the_papers_figures():
 
 
 def test_every_preset_and_scale_has_heads_for_the_cuda_kernels():
-    configs = [parse(PretrainConfig, PRETRAIN_PRESETS, ["--preset", name]) for name in PRETRAIN_PRESETS]
-    configs += [PretrainConfig(**PRETRAIN_PRESETS[scale.preset] | scale.pretrain) for scale in SCALES.values()]
+    options = [["--preset", name] for name in PRETRAIN_PRESETS]
+    options += [["--preset", scale.preset, *scale.pretrain.split()] for scale in SCALES.values()]
+    configs = [parse(PretrainConfig, PRETRAIN_PRESETS, argv) for argv in options]
     assert {config.n_embd // config.n_head for config in configs} <= set(CUDA_HEAD_SIZES)
 
 
