@@ -5,10 +5,12 @@ Flags override the preset, which overrides the defaults: `python train_pretrain.
 
 import argparse
 import dataclasses
+import difflib
 import importlib.util
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -64,18 +66,36 @@ def add_number(
         return value
 
     number.__name__ = _KINDS[kind].removeprefix("a ")  # argparse names it in its error message
-    help = f"{help} (default: {default:g}; {interval})"
+    help += _note(default, interval)
     settings: dict[str, Any] = dict(default=default, metavar=_METAVARS[kind])
     if files:
         settings = dict(default=[default], metavar=f"N|FILE{files}", nargs="+")
     parser.add_argument(flag, type=number, help=help, **settings)
 
 
+def _note(default: Any, allowed: object) -> str:
+    """What --help says of a default, and of bounds that one could run into; "" if there is nothing to say."""
+    said = " ".join(default) if isinstance(default, list) else "on" if default is True else str(default)
+    parts = [f"default: {said}"] * (said not in ("", "False"))
+    parts += [str(allowed)] * (isinstance(allowed, Interval) and allowed.high <= 2)
+    return f" ({'; '.join(parts)})".replace("%", "%%") if parts else ""
+
+
 PYTORCH_OPS_HELP = (
-    "what PyTorch runs on a CPU in place of our kernels: auto (what it is faster at, measured once), none, or some of "
-    "cross_entropy,linear,token_logprob"
+    "operators that PyTorch runs on a CPU instead of our kernels: auto (those it is faster at, measured once), none, "
+    "or some of cross_entropy,linear,token_logprob"
 )
-DTYPE_HELP = "auto, float32, tf32 (on a GPU) or bfloat16 (matmuls only; weights and optimiser stay float32)"
+DTYPE_HELP = "precision of the matmuls (tf32 on a GPU only); weights and optimiser states are float32"
+DEVICE_HELP = "auto, cpu, cuda or cuda:N"
+RESUME_HELP = "continue the run in --out from its newest checkpoint, with its recorded options"
+SAVE_HELP = "steps between the checkpoints that --resume starts from"
+TRACK_HELP = "tracker that also receives the records (wandb offline)"
+# The options that --help lists; --help-all lists the others too.
+FIRST = set(
+    "init out resume seed device corpus words n_layer n_head n_embd context vocab_size batch_size learning_rate "
+    "optimizer eval_every teacher_url teacher_model teacher_concurrency reward openings steps stories_per_step "
+    "max_new_tokens budget_words diversity epochs learner kl_coef".split()
+)
 DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
 ADVANTAGES = ("ridge", "gae", "rloo", "grpo", "dr_grpo")
@@ -91,37 +111,37 @@ class PretrainConfig:
     preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
 
     out: str = option("runs/pretrain", "folder of the run", group="run")
-    resume: bool = option(False, "continue from the newest checkpoint in --out")
+    resume: bool = option(False, RESUME_HELP)
     seed: int = option(0, "seed of initialisation, data order and dropout", SEEDS)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
+    device: str = option("auto", DEVICE_HELP)
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
-    save_every: int = option(200, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
-    track: str = option("none", "also send the records to tensorboard, wandb (offline) or trackio", TRACKERS)
+    save_every: int = option(200, SAVE_HELP, "[1, 1e9]")
+    track: str = option("none", TRACK_HELP, TRACKERS)
 
     n_layer: int = option(3, "transformer blocks", "[1, 1000]", group="model")
-    n_head: int = option(0, "attention heads; 0: as many as give heads of size 64", "[0, 1000]")
+    n_head: int = option(0, "attention heads; 0: heads of size 64", "[0, 1000]")
     n_embd: int = option(192, "width of the residual stream", "[16, 100000]")
     context: int = option(256, "context length, in tokens", "[2, 1e6]")
     vocab_size: int = option(2048, "vocabulary size, trained on the corpus; five tokens are special", "[261, 1e6]")
-    weights_init: str = option("unit", "initial weights: unit (scaled with the width) or gpt2", ("unit", "gpt2"))
+    weights_init: str = option("unit", "scale of the initial weights: by width, or as GPT-2's", ("unit", "gpt2"))
     dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", "[0, 1)")
 
     corpus: list[str] = option(
         ["primer", "builtin"],
-        "primer, builtin, tinystories, babylm-10m, babylm-100m, or .txt/.jsonl files (.gz too)",
+        "primer, builtin, tinystories, babylm-10m, babylm-100m, or .txt and .jsonl files, gzipped or not",
         group="data",
     )
     words: int = option(2_800_000, "total words to train on, counting repeats", "[1, 1e15]")
     val_fraction: float = option(0.05, "fraction of the documents held out for validation", "(0, 1)")
-    packing: str = option("whole", "documents as sequences: whole, where they fit, or one stream", ("whole", "stream"))
-    documents: str = option("passage", "documents of a .txt file: each passage, or each row", ("passage", "row"))
+    packing: str = option("whole", "whole documents per sequence where they fit, or one stream", ("whole", "stream"))
+    documents: str = option("passage", "unit of a .txt file that counts as a document", ("passage", "row"))
 
     batch_size: int = option(8, "sequences per step", "[1, 1e9]", group="optimiser")
-    micro_batch_size: int = option(16, "sequences per forward pass; gradients are accumulated over a step", "[1, 1e9]")
-    optimizer: str = option("muon", "muon (for the blocks' matrices, AdamW for the rest) or adamw", ("muon", "adamw"))
+    micro_batch_size: int = option(16, "sequences per forward pass; gradients accumulate over a step", "[1, 1e9]")
+    optimizer: str = option("muon", "Muon for the blocks' matrices, or AdamW for all weights", ("muon", "adamw"))
     muon_learning_rate: float = option(0.02, "peak learning rate of Muon", "(0, 100]")
-    learning_rate: float = option(2.4e-2, "peak learning rate of AdamW; a tenth of it without Muon", "(0, 100]")
+    learning_rate: float = option(0.0, "peak learning rate of AdamW; 0: 0.024 beside Muon, 0.0024 alone", "[0, 100]")
     warmup: float = option(0.2, "fraction of the words over which the learning rate rises linearly", "[0, 1)")
     beta1: float = option(0.9, "", "[0, 1)")  # of AdamW
     beta2: float = option(0.99, "", "[0, 1)")
@@ -135,6 +155,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if type(self.n_head) is type(self.n_embd) is int and self.n_head == 0:  # other types are for `check` to refuse
             self.n_head = max(1, self.n_embd // 64)
+        if self.learning_rate == 0:
+            self.learning_rate = 2.4e-2 if self.optimizer == "muon" else 2.4e-3
 
 
 @dataclass
@@ -145,26 +167,26 @@ class InteractConfig:
 
     init: str = option("", "checkpoint, or hub:NAME@REVISION (default: newest under runs/pretrain)", group="run")
     out: str = option("runs/interact", "folder of the run")
-    resume: bool = option(False, "continue from the newest checkpoint in --out")
+    resume: bool = option(False, RESUME_HELP)
     seed: int = option(0, "seed of the stories, the minibatch order and the teacher's sampling", SEEDS)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
+    device: str = option("auto", DEVICE_HELP)
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
     pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
     steps: int = option(4, "maximum number of PPO steps", "[1, 1e9]")
-    save_every: int = option(1, "steps between checkpoints for --resume, besides word milestones", "[1, 1e9]")
-    track: str = option("none", "also send the records to tensorboard, wandb (offline) or trackio", TRACKERS)
+    save_every: int = option(1, SAVE_HELP, "[1, 1e9]")
+    track: str = option("none", TRACK_HELP, TRACKERS)
     stop_on_collapse: bool = option(False, "end the run, with everything saved, when the stories collapse")
 
     teacher_url: list[str] = option(
-        [], "OpenAI-compatible endpoints, as http://127.0.0.1:11434/v1 (default: the built-in teacher)", group="teacher"
+        [], "OpenAI-compatible endpoints, such as http://127.0.0.1:11434/v1 (default: built in)", group="teacher"
     )
     teacher_model: list[str] = option([], "model name, or one per --teacher-url (default: the server's first one)")
-    teacher_mode: str = option("score", "score each story, or rank those of an opening", ("score", "rank"))
+    teacher_mode: str = option("score", "score each story, or rank the stories of an opening", ("score", "rank"))
     teacher_concurrency: int = option(16, "maximum number of requests in flight per server", "[1, 10000]")
     teacher_temperature: float = option(0.2, "sampling temperature of the teacher", "[0, 2]")
-    teacher_extra: str = option("", "JSON object whose fields are merged into each request, e.g. a service_tier")
+    teacher_extra: str = option("", "JSON object whose fields are merged into each request, such as a service_tier")
     teacher_max_tokens: int = option(16, "maximum tokens of a reply; three numbers need 6", "[1, 100000]")
-    teacher_timeout: float = option(300.0, "seconds per story with its retries, or per call of --reward", "(0, 86400]")
+    teacher_timeout: float = option(300.0, "time limit in seconds per story, or per call of --reward", "(0, 86400]")
     teacher_prompt: str = option("", "JSON file with other criteria, levels and weights (see docs/teachers.md)")
     teacher_logprobs: bool = option(False, "use expected scores under the teacher's token probabilities")
     price_in: float = option(0.0, "price per million prompt tokens, in any currency", "[0, 1e9]")
@@ -184,15 +206,15 @@ class InteractConfig:
     stories_per_step: int = option(768, "stories per step", "[1, 1e9]")
     max_new_tokens: int = option(200, "maximum tokens of a story", "[1, 1e6]")
     temperature: float = option(1.0, "sampling temperature of the student", "[0.01, 100]")
-    budget_words: int = option(1_000_000, "word budget, in: each opening once, each word of each reply", "[1, 1e15]")
-    budget_words_out: int = option(100_000_000, "word budget, out: every word that the student writes", "[1, 1e15]")
+    budget_words: int = option(1_000_000, "budget of words taken in: each opening once, and all replies", "[1, 1e15]")
+    budget_words_out: int = option(100_000_000, "budget of words written by the student", "[1, 1e15]")
     length_weight: float = option(0.4, "weight of the length term relative to the teacher's score", "[0, 100]")
     length_words: int = option(90, "words at which the length term reaches its maximum", "[1, 1e9]")
-    diversity: float = option(0.5, "share of the score multiplied by the difference from other stories", "[0, 1]")
-    unfinished: float = option(0.5, "fraction of its reward that a story without an end keeps", "[0, 1]")
+    diversity: float = option(0.5, "fraction of the score multiplied by the difference from other stories", "[0, 1]")
+    unfinished: float = option(0.5, "fraction of the reward that an unfinished story keeps", "[0, 1]")
 
     learning_rate: float = option(4e-4, "initial learning rate of Adam", "(0, 100]", group="optimiser")
-    lr_decay: bool = option(True, "let the learning rates fall linearly to 0 over all updates of --steps")
+    lr_decay: bool = option(True, "linear decay of the learning rates to 0 over all updates of --steps")
     sharpness_rate: float = option(0.02, "initial learning rate of a global logit scale; 0 disables it", "[0, 100]")
     minibatch_size: int = option(96, "stories per gradient step; 0 means all", "[0, 1e9]")
     micro_batch_size: int = option(32, "stories per forward pass; gradients accumulate over a minibatch", "[1, 1e9]")
@@ -203,27 +225,29 @@ class InteractConfig:
     learn: str = option("ppo", "ppo, or sft-best: cross-entropy on a step's best quarter (RAFT)", ("ppo", "sft-best"))
     advantage: str = option("ridge", "GAE, with values by ridge or a head (gae); or rloo, grpo, dr_grpo", ADVANTAGES)
     gamma: float = option(1.0, "discount factor", "[0, 1]")
-    lam: float = option(0.95, "GAE lambda; 1 if a step has only a few stories", "[0, 1]")
+    lam: float = option(0.95, "GAE lambda; 1 suits steps of only a few stories", "[0, 1]")
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
     clip_value: float = option(0.2, "", "(0, 1e9]")  # clipping range of the value
     value_coef: float = option(0.1, "weight of the value loss, for --advantage gae", "[0, 1000]")
     max_ratio: float = option(10.0, "", "[1, 1e9]")  # mean policy ratio above which a minibatch is skipped, and counted
-    kl_in: str = option("reward", "the KL penalty: log-ratio in the reward, or k3 in the loss", ("reward", "loss"))
+    kl_in: str = option("reward", "place of the KL penalty (in the loss: k3)", ("reward", "loss"))
     kl_coef: float = option(0.01, "initial coefficient of the KL penalty against the starting checkpoint", "[0, 1000]")
     kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)", "(0, 1e6]")
     kl_horizon: float = option(2_000.0, "horizon of the adaptive controller, in stories", "(0, 1e12]")
-    reading_weight: float = option(0.0, "weight of next-word prediction on the student's own corpus", "[0, 1000]")
-    reading_batch: int = option(32, "sequences of it per update; their words count as words in", "[1, 1e9]")
+    reading_weight: float = option(0.0, "weight of next-token prediction on the student's own corpus", "[0, 1000]")
+    reading_batch: int = option(32, "sequences of that corpus per update; their words count as taken in", "[1, 1e9]")
 
     eval_every: int = option(1, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation")
     eval_stories: int = option(
         40, "stories per evaluation; `best`: the latest within a standard error of the highest", "[1, 1e9]"
     )
-    eval_best_of: int = option(1, "stories per opening of which the best is measured too", "[1, 1000]")
-    reader: str = option("none", "second judge, at the end: none, smollm2, or a causal model of the Hub or a folder")
+    eval_best_of: int = option(1, "samples per opening in an evaluation; the best is measured too", "[1, 1000]")
+    reader: str = option("none", "second judge at the end: none, smollm2, or a causal language model (Hub or folder)")
 
-    rollout_dropout: float = option(0.0, "dropout in rollouts after the first step", "[0, 1)", group="as published")
-    unreadable_score: str = option("none", "score of a story without a readable reply: none, or 0.5", ("none", "0.5"))
+    rollout_dropout: float = option(
+        0.0, "dropout rate of later rollouts than the first", "[0, 1)", group="as published"
+    )
+    unreadable_score: str = option("none", "score of a story whose reply is unreadable", ("none", "0.5"))
     charge_opening: bool = option(False, "charge the opening once for each story of the first step")
 
     @property
@@ -286,9 +310,12 @@ INTERACT_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser, config_class: type, names: Sequence[str] = ()) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, config_class: type, names: Sequence[str] = (), shown: Container[str] | None = None
+) -> None:
     """Add the fields of a config class, or those named, to a command line, as flags in their groups. A flag that the
-    user leaves out is not in the namespace, so a preset overrides defaults but not flags."""
+    user leaves out is not in the namespace, so a preset overrides defaults but not flags. shown: the fields that --help
+    lists (default: all)."""
     types = get_type_hints(config_class)
     group: argparse._ActionsContainer = parser
     for f in _options(config_class):
@@ -298,25 +325,36 @@ def add_options(parser: argparse.ArgumentParser, config_class: type, names: Sequ
             continue
         kind, allowed = types[f.name], f.metadata["allowed"]
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        bounds = f"; {allowed}" if isinstance(allowed, Interval) else ""
-        help = f"{f.metadata['help']} (default: {default!r}{bounds})".replace("%", "%%")
+        help = f.metadata["help"].replace("%", "%%") + _note(default, allowed)
         settings: dict[str, Any] = dict(default=argparse.SUPPRESS, help=help)
+        if shown is not None and f.name not in shown:
+            settings["help"] = argparse.SUPPRESS
         if kind is bool:
             settings |= dict(action=argparse.BooleanOptionalAction)
         elif get_origin(kind) is list:
             settings |= dict(nargs="+", type=get_args(kind)[0], metavar="NAME")
         else:
-            settings |= dict(type=_READERS[kind], metavar=_METAVARS[kind])
+            metavar = "{" + ",".join(allowed) + "}" if isinstance(allowed, tuple) else _METAVARS[kind]
+            settings |= dict(type=_READERS[kind], metavar=metavar)
         group.add_argument(_flag(f), *f.metadata["flags"], dest=f.name, **settings)
 
 
 def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> Any:
     """Parse a command line into a `config_class`, whose attribute `preset` is the preset's name. Raises UserError for
-    an option out of range; with --resume, options that are not given come from the run's config.json."""
-    parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
-    parser.add_argument("--preset", choices=presets, help="named set of the options below (default: demo)")
-    add_options(parser, config_class)
-    typed = vars(parser.parse_args(argv))
+    an option that is unknown or out of range; with --resume, options that are not given come from the run's
+    config.json."""
+    words = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=config_class.__doc__, allow_abbrev=False)
+    parser.add_argument("--help-all", action="store_true", help="show every option, and exit")
+    parser.add_argument("--preset", choices=presets, help="named set of options (default: demo)")
+    add_options(parser, config_class, shown=None if "--help-all" in words else FIRST)
+    options, unknown = parser.parse_known_args(words)
+    typed = vars(options)
+    if typed.pop("help_all"):
+        parser.print_help()
+        parser.exit()
+    if unknown:
+        raise UserError(_unknown(unknown[0].split("=")[0], parser))
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
         return _resumed(config_class, typed)
     preset = typed.pop("preset") or "demo"
@@ -324,6 +362,15 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
     config.preset = preset
     check(config)
     return config
+
+
+def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
+    """The sentence for a word that is no option, with the option that it may have meant."""
+    names = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
+    name = word.lstrip("-").replace("_", "-")
+    near = difflib.get_close_matches(name, names, 1)
+    near += [full for full in names if name == "".join(part[:1] for part in full.split("-"))]  # --lr
+    return f"there is no option {word}: " + (f"did you mean --{near[0]}?" if near else "--help-all lists them all")
 
 
 def _resumed(config_class: type, typed: dict[str, Any]) -> Any:
@@ -445,6 +492,8 @@ def _check_option(f: dataclasses.Field, kind: Any, value: Any) -> Iterator[str]:
             yield f"{allowed}, not {item}"
         if isinstance(allowed, tuple) and item not in allowed:
             yield f"{', '.join(allowed[:-1])} or {allowed[-1]}, not {item!r:.80}"
+        if item == "" != f.default:  # as of a shell variable that is not set
+            yield "given: it is empty"
         if scalar is str and ("\0" in item or item != item.encode(errors="replace").decode()):
             yield f"Unicode text without NUL characters, not {item!r:.80}"
 
@@ -488,6 +537,8 @@ def _check_together(config: Any) -> Iterator[str]:
         if learner not in READ_BY.get(f.name, (learner,)):
             readers = " or ".join(READ_BY[f.name])
             yield f"{_flag(f)} is read by --learn ppo with --advantage {readers} only: leave it out"
+    if config.reading_batch != InteractConfig.reading_batch and not config.reading_weight:
+        yield "--reading-batch is read with --reading-weight only: give that too, or leave it out"
     if learner == "ridge" and config.stories_per_step < 2:
         yield "--advantage ridge learns from the other stories of a step: give --stories-per-step 2 or more"
     if learner == "gae" and not config.value_coef:

@@ -27,7 +27,7 @@ def test_every_option_and_file_that_the_docs_name_exists(capsys):
     for name in ["train_pretrain", "train_interact", *(f"scripts.{path.stem}" for path in ROOT.glob("scripts/*.py"))]:
         if name != "scripts.peer":  # runs in other programs' environments
             with pytest.raises(SystemExit):
-                importlib.import_module(name).main(["--help"])
+                importlib.import_module(name).main(["--help-all" if name.startswith("train_") else "--help"])
     options = {*OTHERS.split(), *re.findall(r"--[a-z][\w-]*", capsys.readouterr().out)}
     for doc in DOCS:
         text = doc.read_text()

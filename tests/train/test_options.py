@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import train_interact as interact
 import train_pretrain as pretrain
 from tinystory.config import (
+    FIRST,
     INTERACT_PRESETS,
     PRETRAIN_PRESETS,
     InteractConfig,
@@ -74,7 +75,7 @@ REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-ti
 --teacher-mode rank --stories-per-opening 4|--teacher-url http://127.0.0.1:9 --teacher-mode rank
 --teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-opening 16
 --teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-step 10 --stories-per-opening 4
---reward random --stories-per-opening 4 --teacher-mode rank|--track neptune"""
+--reward random --stories-per-opening 4 --teacher-mode rank|--track neptune|--reading-batch 5"""
 
 
 @pytest.mark.parametrize("argv", REFUSED.replace("\n", "|").split("|"))
@@ -83,6 +84,47 @@ def test_senseless_options_are_refused(argv):
     config_class = next(c for c in COMMANDS if {f.name for f in options(c)} >= {argv[-2][2:].replace("-", "_")})
     with pytest.raises(UserError, match="--"):
         parse(config_class, COMMANDS[config_class], argv)
+
+
+@pytest.mark.parametrize("flag", ["--out", "--openings", "--device", "--teacher-url"])
+def test_an_empty_value_as_of_an_unset_variable_is_refused(flag):
+    with pytest.raises(UserError, match=f"{flag} must be given: it is empty"):
+        parse(InteractConfig, INTERACT_PRESETS, [flag, ""])
+
+
+@pytest.mark.parametrize(
+    "word, words",
+    [
+        *(("--batch_size", "did you mean --batch-size"), ("--lr=1", "option --lr: did you mean --learning-rate")),
+        *(("--epoch", "did you mean --epochs"), ("-x", "--help-all"), ("runs/a", "--help-all")),
+    ],
+)
+def test_an_unknown_option_is_told_with_the_one_that_was_meant(word, words):
+    config_class = InteractConfig if word == "--epoch" else PretrainConfig
+    with pytest.raises(UserError, match=words):
+        parse(config_class, COMMANDS[config_class], [word, "3"])
+
+
+@pytest.mark.parametrize("config_class", COMMANDS)
+def test_help_lists_what_people_use_first_and_the_rest_on_request(config_class, capsys):
+    texts = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            parse(config_class, COMMANDS[config_class], [flag])
+        texts[flag] = " ".join(capsys.readouterr().out.split())
+        assert "(default: )" not in texts[flag] and "1000000000" not in texts[flag] and "[]" not in texts[flag]
+    names = {f.name: f"--{f.name.replace('_', '-')} " for f in options(config_class) if f.metadata["help"]}
+    first = {name for name, flag in names.items() if flag in texts["--help"].replace(",", " ")}
+    assert 12 <= len(first) <= 22 and first == names.keys() & FIRST
+    assert all(flag in texts["--help-all"].replace(",", " ") for flag in names.values())
+    for f in options(config_class):
+        if isinstance(f.metadata["allowed"], tuple):
+            assert "{" + ",".join(f.metadata["allowed"]) + "}" in texts["--help-all"]
+
+
+def test_the_learning_rate_of_adamw_follows_the_optimizer():
+    for optimizer, rate in (("muon", 0.024), ("adamw", 0.0024)):
+        assert parse(PretrainConfig, PRETRAIN_PRESETS, ["--optimizer", optimizer]).learning_rate == rate
 
 
 def test_whole_numbers_are_exact():
