@@ -12,7 +12,6 @@ human is a teacher too: run scripts/teach.py, and give its URL.
 """
 
 import argparse
-import math
 import os
 import platform
 import shutil
@@ -51,9 +50,6 @@ PACKAGES = (
 )  # fmt: skip
 WANTED_DISK = 2 << 30  # bytes: shards of a large corpus, checkpoints, kernels
 CUDA = 600 << 20  # bytes of a GPU that a process takes before its first tensor
-# Of vLLM: GiB for activations and graphs; bytes of KV cache per token and billion parameters (Llama 3.1 8B: 32 layers,
-# 8 key and value heads of 128, 16 bits); tokens of the longest question, as in the authors' server.
-MODEL, VLLM_GB, KV_BYTES, LONGEST = "meta-llama/Llama-3.1-8B-Instruct", 1.5, 16_384, 1024
 
 
 @command
@@ -75,11 +71,10 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if its judgement is lower")
     add("--plan", choices=INTERACT_PRESETS, help="add up the memory of an interaction beside a teacher")
     add_number(parser, "--gpu-gb", 24.0, "[1, 10000]", "memory of the GPU that both share, in GiB")
-    add_number(parser, "--teacher-billions", 8.0, "[0.1, 1000]", "the teacher's parameters")
     options = parser.parse_args(argv)
 
     if options.plan:
-        plan(options.plan, options.gpu_gb, options.teacher_billions)
+        plan(options.plan, options.gpu_gb)
         return
     for component, state in machine():
         print(f"{component:10} {state}")
@@ -123,27 +118,19 @@ def builtin_scores(names: list[str]) -> GradeKnown:
     return lambda stories, again: [sum(rubric.score(*story).values()) / 9 for story in stories]
 
 
-def plan(preset: str, gpu_gb: float, billions: float) -> None:
-    """Print the GPU memory of a preset's interaction, and the command of a vLLM server that fits beside it. Raises
-    UserError if none does."""
+def plan(preset: str, gpu_gb: float) -> None:
+    """Print the GPU memory of a preset's interaction, and what it leaves a vLLM server. Raises UserError if nothing."""
     pretrain = PretrainConfig(**PRETRAIN_PRESETS[preset])
     shape = StudentConfig(**{field.name: getattr(pretrain, field.name) for field in fields(StudentConfig)})
     parts = memory.interaction(InteractConfig(**INTERACT_PRESETS[preset]), shape, torch.device("cuda"))
     parts["CUDA and libraries"] = CUDA
     for name, size in (parts | {"total": sum(parts.values())}).items():
         print(f"{size / 2**30:8.2f} GiB  {name}")
-    share = math.floor((1 - sum(parts.values()) / 2**30 / gpu_gb) * 100) / 100
-    for bytes_each, flag in ((2, ""), (1, " --quantization fp8")):
-        weights, per_token = billions * 1e9 * bytes_each / 2**30, billions * KV_BYTES / 2**30
-        cached = (share * gpu_gb - weights - VLLM_GB) / per_token
-        if cached >= LONGEST:
-            print(f"{share * gpu_gb:8.2f} GiB  teacher: {weights:.2f} of weights, a KV cache of {cached:,.0f} tokens")
-            print(f"vllm serve {MODEL} --gpu-memory-utilization {share:.2f} --max-model-len {LONGEST}{flag}")
-            return
-    raise UserError(
-        f"a teacher of {billions:g} B parameters does not fit beside the student in {gpu_gb:g} GiB, even with 8 bits "
-        "each: take a smaller one with --teacher-billions, or a larger GPU"
-    )
+    percent = int(100 - sum(parts.values()) / 2**30 / gpu_gb * 100)
+    if percent < 1:
+        raise UserError(f"--preset {preset} leaves a teacher nothing of {gpu_gb:g} GiB: give it another GPU")
+    share = percent / 100
+    print(f"{share * gpu_gb:8.2f} GiB  left for a teacher: vllm serve MODEL --gpu-memory-utilization {share:.2f}")
 
 
 def machine() -> Iterator[tuple[str, str]]:

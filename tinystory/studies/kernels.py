@@ -1,13 +1,10 @@
-"""Our operators beside PyTorch's own: seconds and memory, and on a GPU the rate beside its limit."""
+"""Our operators beside PyTorch's own: seconds, and on a GPU memory and the rate beside its limit."""
 
 import contextlib
-import ctypes
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -18,8 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinystory import ops
 from tinystory.studies.timing import PROMPT, Setup
 
-M_TRIM_THRESHOLD = -1  # of malloc.h
-SDPA_BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+SDPA_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION")
 ROWS = 64  # stories that are decoded at a time
 UNITS = {"flops": ("tflop_s", 1e12), "bytes": ("gb_s", 1e9)}
 # Ours, PyTorch's, and the number of floating-point operations, or of bytes that must be read.
@@ -94,9 +90,9 @@ def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
 
 
 def compare(setup: Setup, runs: int) -> dict[str, dict[str, Any]]:
-    """Per operator: median milliseconds of ours and PyTorch's, alternating; their ratio (above 1: ours is faster); peak
-    memory beyond the inputs in MB (null if the system does not report it). On a GPU also every backend of SDPA, the
-    best of which counts as PyTorch's, and our achieved TFLOP/s or GB/s beside the rate of a GEMM and of a copy."""
+    """Per operator: median milliseconds of ours and PyTorch's, alternating, and their ratio (above 1: ours is faster).
+    On a GPU also our achieved TFLOP/s or GB/s beside the rate of a GEMM and of a copy, and the peak memory beyond the
+    inputs in MB; there, PyTorch's attention is the fastest backend of SDPA."""
     table, leaves = operators(setup)
     device = setup.compute.device
     flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device.type == "cuda" else None
@@ -116,26 +112,20 @@ def compare(setup: Setup, runs: int) -> dict[str, dict[str, Any]]:
         gemm, copy = medians(lambda: a @ a, lambda: big.clone())
         limits = dict(flops=2 * 8192**3 / gemm, bytes=2 * 2**28 / copy)
         del a, big
-    results: dict[str, dict[str, float | None]] = {}
+    results: dict[str, dict[str, float]] = {}
     for name, (ours, theirs, unit, amount) in table.items():
         ours_s, theirs_s = medians(ours, theirs)
-        row: dict[str, float | None] = dict(ours_ms=round(1000 * ours_s, 3))
-        if name == "attention" and flush is not None:
-            backends = {}
-            for backend in SDPA_BACKENDS:
-                try:
-                    (backends[backend],) = medians(backward(sdpa, leaves[0], backend))
-                except RuntimeError as error:  # unsupported for this dtype or GPU, or out of memory
-                    print(f"SDPA's {backend}: {str(error).splitlines()[0]}", file=sys.stderr)
-            theirs_s = min(backends.values())
-            row |= {f"{backend.lower()}_ms": round(1000 * lap, 3) for backend, lap in backends.items()}
-        row |= dict(torch_ms=round(1000 * theirs_s, 3), ratio=round(theirs_s / ours_s, 2))
+        for backend in SDPA_BACKENDS if name == "attention" and limits else ():
+            try:
+                theirs_s = min(theirs_s, *medians(backward(sdpa, leaves[0], backend)))
+            except RuntimeError as error:  # unsupported for this dtype or GPU
+                print(f"SDPA's {backend}: {str(error).splitlines()[0]}", file=sys.stderr)
+        results[name] = {"ours_ms": 1000 * ours_s, "torch_ms": 1000 * theirs_s, "ratio": theirs_s / ours_s}
         if limits:
             key, scale = UNITS[unit]
-            row |= {key: round(amount / ours_s / scale, 1), f"limit_{key}": round(limits[unit] / scale, 1)}
-        row |= dict(ours_mb=peak_mb(ours, device), torch_mb=peak_mb(theirs, device))
-        results[name] = row
-    return results
+            results[name] |= {key: amount / ours_s / scale, f"limit_{key}": limits[unit] / scale}
+            results[name] |= dict(ours_mb=peak_mb(ours, device), torch_mb=peak_mb(theirs, device))
+    return {name: {key: round(value, 3) for key, value in row.items()} for name, row in results.items()}
 
 
 def seconds(f: Callable, flush: Tensor | None) -> float:
@@ -154,43 +144,9 @@ def seconds(f: Callable, flush: Tensor | None) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def peak_mb(f: Callable, device: torch.device) -> float | None:
-    """Peak memory of one call beyond the memory in use before it, in MB. On a CPU freed memory is first returned to the
-    system, and the call runs in a new thread, so that memory which a thread keeps between calls is counted too."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        f()
-        return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
-
-    def peak_kb() -> int:
-        return_freed_memory()
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark to the resident memory
-        before = status_kb("VmRSS")
-        f()
-        return status_kb("VmHWM") - before
-
-    try:
-        with ThreadPoolExecutor(1) as thread:
-            return round(thread.submit(peak_kb).result() / 1024, 1)
-    except OSError:
-        return None
-
-
-def return_freed_memory() -> None:
-    """Returns to the system what is free in the heaps of the main thread and of the calling one, which may have been an
-    ended thread's. glibc's malloc_trim leaves the end of such a heap alone; freeing a large block returns it, if it
-    exceeds the threshold."""
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "malloc_trim"):
-        return
-    libc.malloc.restype = ctypes.c_void_p
-    libc.mallopt(M_TRIM_THRESHOLD, 0)
-    libc.free(ctypes.c_void_p(libc.malloc(2**16)))
-    libc.mallopt(M_TRIM_THRESHOLD, 2**30)  # as in csrc/ops.cpp
-    libc.malloc_trim(0)
-
-
-def status_kb(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+def peak_mb(f: Callable, device: torch.device) -> float:
+    """Peak memory of one call beyond the memory in use before it, in MB, on a GPU."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    f()
+    return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
