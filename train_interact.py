@@ -23,7 +23,8 @@ from tinystory.config import INTERACT_PRESETS, InteractConfig, leads_out, parse,
 from tinystory.data import babylm
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import calibrated
-from tinystory.evaluate.held_out import Evaluator, due, story_means, story_records, write_samples
+from tinystory.evaluate.held_out import Evaluator, due, has_dull_tellers, story_means, story_records, write_samples
+from tinystory.evaluate.likelihood import Likelihood
 from tinystory.evaluate.reader import Reader
 from tinystory.evaluate.second_judge import conclusion, judge_run
 from tinystory.ops.compute import resolve
@@ -92,7 +93,10 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     state = policy.restore(resume_from) if resume_from else RunState(config.kl_coef)
 
     # Only rank 0 asks its grader. It is opened before the run's folder is: a mistake leaves nothing behind.
-    opened = open_grader(config, builtin_teacher, corpus=history.get("corpus"), replies=run / "replies.jsonl")
+    opened = open_grader(
+        config, builtin_teacher, corpus=history.get("corpus"), replies=run / "replies.jsonl",
+        likelihood=lambda: Likelihood(reference, tokenizer, openings.train, config),
+    )  # fmt: skip
     idle = CallableGrader(lambda openings, stories: [], "rank 0")
     grader: Grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else idle)
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
@@ -169,7 +173,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             state.kl_coef = ppo.next_kl_coef(state.kl_coef, stats["kl"], n - int(stats["unscored"]), config)
             stats["unscored"] = sum(grade.score is None for grade in grades)  # also those with an invented score
             evaluation, failure = evaluator.evaluate_if_due(state)
-            records = story_records(state.step, stories, grades, rewards)
+            records = story_records(state.step, stories, grades, rewards, has_dull_tellers(history))
             means = story_means(records)
             log.stories(records)
             record = log.metrics(

@@ -128,11 +128,11 @@ class PretrainConfig:
     dropout: float = option(0.0, "dropout rate of embeddings, attention and residuals", "[0, 1)")
 
     corpus: list[str] = option(
-        ["primer", "builtin"],
-        "primer, builtin, tinystories, babylm-10m, babylm-100m, or .txt and .jsonl files, gzipped or not",
+        ["primer", "builtin", "dull"],
+        "primer, builtin, dull, tinystories, babylm-10m, babylm-100m, or .txt and .jsonl files, gzipped or not",
         group="data",
     )
-    words: int = option(2_800_000, "total words to train on, counting repeats", "[1, 1e15]")
+    words: int = option(3_200_000, "total words to train on, counting repeats", "[1, 1e15]")
     val_fraction: float = option(0.05, "fraction of the documents held out for validation", "(0, 1)")
     packing: str = option("whole", "whole documents per sequence where they fit, or one stream", ("whole", "stream"))
     documents: str = option("passage", "unit of a .txt file that counts as a document", ("passage", "row"))
@@ -194,7 +194,11 @@ class InteractConfig:
     budget_cost: float = option(0.0, "maximum cost of the teacher at these prices; 0 means no limit", "[0, 1e12]")
     replay: str = option("", "folder of a run whose teacher's replies are replayed, without a server")
     teacher_corpus: list[str] = option([], "corpus of the built-in teacher (default: the student's own)")
-    reward: str = option("", "FILE.py[:FUNCTION], a teacher: score(opening, stories) -> [0..1 or None]; or random")
+    reward: str = option(
+        "",
+        "FILE.py[:FUNCTION], a teacher: score(opening, stories) -> [0..1 or None]; or a control: random, constant, "
+        "likelihood (of the starting checkpoint)",
+    )
     calibrate: bool = option(True, "before the run, measure whether --teacher-url scores stories above shuffled words")
     require_judgement: float = option(0.0, "minimum P(story scores above shuffled words); chance is 0.5", "[0, 1)")
     max_unscored: float = option(0.1, "maximum fraction of a step's stories without a score", "[0, 1)")

@@ -65,7 +65,7 @@ def test_nothing_in_the_teachers_room_imports_the_rubric():
     assert [path.name for path in sources if "tinystory.rubric" in path.read_text()] == []
 
 
-def test_the_callers_builtin_teacher_measures_by_the_students_corpus_without_the_primer():
+def test_the_callers_builtin_teacher_measures_by_the_stories_of_the_students_corpus():
     corpora = []
 
     @contextlib.contextmanager
@@ -73,7 +73,7 @@ def test_the_callers_builtin_teacher_measures_by_the_students_corpus_without_the
         corpora.append(corpus)
         yield server.url
 
-    with FaultServer() as server, open_grader(InteractConfig(), start, corpus=["primer", "mine.txt"]) as grader:
+    with FaultServer() as server, open_grader(InteractConfig(), start, corpus=["primer", "mine.txt", "dull"]) as grader:
         assert grader.grade("Once", ["A dog ran."])[0].scores
     assert corpora == [["mine.txt"]]
 

@@ -3,16 +3,15 @@
 import functools
 import os
 import random
-import re
 from pathlib import Path
 
 from tinystory.data.builtin import grammar
 from tinystory.run.errors import UserError
 from tinystory.run.folder import read_text
 
-HELD_OUT = 10  # every tenth opening, and at least one, is never trained on
-BUILTIN = 200
-SHORTEST, LONGEST = 12, 30  # words of a built-in opening
+HELD_OUT = 10  # every tenth opening of a file, and at least one, is never trained on
+BUILTIN, BUILTIN_HELD_OUT = 180, 200
+LONGEST = 30  # words of a built-in opening
 
 
 class Openings:
@@ -21,6 +20,8 @@ class Openings:
     def __init__(self, texts: list[str], seed: int, per_opening: int = 1):
         self.seed, self.per_opening = seed, per_opening
         self.held_out = texts[HELD_OUT - 1 :: HELD_OUT] or texts[-1:]
+        if texts == builtin_openings():  # of which twenty would be too few to tell two students apart
+            self.held_out = texts[BUILTIN:]
         self.train = [text for text in texts if text not in self.held_out] or texts
 
     def __getitem__(self, index: int) -> str:
@@ -69,15 +70,8 @@ def builtin_openings() -> list[str]:
     drawn with another seed than the corpus, so the student was not trained on their continuations."""
     rng = random.Random("openings")
     openings: dict[str, None] = {}
-    while len(openings) < BUILTIN:
-        plot = grammar.PLOTS[int(rng.random() * len(grammar.PLOTS))]
-        story, facts = plot.tell(rng)
-        sentences = re.findall(r'.+?[.!?]+"?(?=\s|$)', story.replace("\n", " "))
-        opening = sentences[0]
-        for sentence in sentences[1:]:
-            if len(opening.split()) >= SHORTEST and facts["h"] in opening:
-                break
-            opening += sentence
+    while len(openings) < BUILTIN + BUILTIN_HELD_OUT:
+        opening = grammar.opening(*grammar.tell(rng))
         if len(opening.split()) <= LONGEST:
             openings[opening] = None
     return list(openings)

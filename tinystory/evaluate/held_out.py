@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from tinystory.config import InteractConfig
+from tinystory.data.builtin import dull
 from tinystory.data.openings import Openings
 from tinystory.evaluate.stories import distinct_ngrams, mean_of
 from tinystory.rl.policy import Policy, RunState, rollout
@@ -68,7 +69,8 @@ class Evaluator:
 
     def measures(self, step: int, stories: Sequence[Story], grades: list[Grade]) -> tuple[list[Record], dict[str, Any]]:
         """Records and metrics of these stories, each compared with the others."""
-        records = story_records(step, stories, grades, story_rewards(self.config, stories, [g.score for g in grades]))
+        rewards = story_rewards(self.config, stories, [grade.score for grade in grades])
+        records = story_records(step, stories, grades, rewards, mixed=has_dull_tellers(self.policy.facts))
         score_sum = score_means(grades)["score_mean"]
         return records, {"reward": reward_mean(records), "score_mean": score_sum} | story_means(records)
 
@@ -80,10 +82,15 @@ class Evaluator:
             return {}, error
 
 
+def has_dull_tellers(facts: Mapping[str, Any]) -> bool:
+    """Whether a student with these facts was pretrained on the built-in dull tellers, whose sentences are known."""
+    return "dull" in (facts.get("corpus") or ())
+
+
 def story_records(
-    step: int, stories: Sequence[Story], grades: Sequence[Grade], rewards: Sequence[float | None]
+    step: int, stories: Sequence[Story], grades: Sequence[Grade], rewards: Sequence[float | None], mixed: bool = False
 ) -> list[Record]:
-    """The lines of stories.jsonl and evaluations.jsonl."""
+    """The lines of stories.jsonl and evaluations.jsonl. mixed: with the kind of teller."""
     return [
         {
             "step": step,
@@ -96,20 +103,23 @@ def story_records(
             "words": story.words,
             "ended": story.ended,
         }
+        | ({"teller": dull.kind_of(story.text)} if mixed else {})
         for story, grade, reward in zip(stories, grades, rewards, strict=True)
     ]
 
 
 def story_means(records: Sequence[Record]) -> dict[str, float | None]:
-    """Mean length in words, fraction that end, mean diversity; distinct_4 and story clusters over all stories."""
+    """Mean length in words, fraction that end, mean diversity; distinct_4 and story clusters over all stories; the
+    fraction that each kind of teller tells, if the records name it."""
     texts = [record["story"] for record in records]
+    tellers = [record["teller"] for record in records if "teller" in record]
     return {
         "length_mean": fmean(record["words"] for record in records),
         "ended": fmean(record["ended"] == "eos" for record in records),
         "diversity_mean": fmean(differences(texts)),
         "distinct_4": distinct_ngrams(texts),
         "story_clusters": len(cluster_sizes(texts)),
-    }
+    } | {f"teller_{kind}": tellers.count(kind) / len(tellers) for kind in dull.KINDS if tellers}
 
 
 def reward_mean(records: Sequence[Record]) -> float | None:

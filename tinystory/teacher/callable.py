@@ -53,15 +53,24 @@ def random_scores(openings: Sequence[str], stories: Sequence[str]) -> list[float
     return [sum(byte % 4 for byte in digest) / 9 for digest in digests]
 
 
+def constant_scores(openings: Sequence[str], stories: Sequence[str]) -> list[float]:
+    """The control `--reward constant`, under which only the other terms of the reward are learned."""
+    return [0.5] * len(stories)
+
+
+CONTROLS: dict[str, ScoreStories] = {"random": random_scores, "constant": constant_scores}
+
+
 @contextlib.contextmanager
 def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
-    """Yield `random_scores` for "random", else the function named by FILE.py:FUNCTION (`score` for FILE.py), which runs
-    in a process of its own until the block ends: it can neither change the trainer's settings nor outlive its time.
+    """Yield the control for a name of CONTROLS, else the function named by FILE.py:FUNCTION (`score` for FILE.py),
+    which runs in a process of its own until the block ends: it can neither change the trainer's settings nor outlive
+    its time.
 
     Raises UserError if there is no such function, if its file or a call of it fails, ends the process or takes longer
     than `timeout_s`, and from a call whose scores are not one number in 0..1 or None per story."""
-    if spec == "random":
-        yield random_scores
+    if spec in CONTROLS:
+        yield CONTROLS[spec]
         return
     file, _, name = (spec if not spec.endswith(".py") else f"{spec}:{FUNCTION}").rpartition(":")
     if not (Path(file).is_file() and file.endswith(".py")):

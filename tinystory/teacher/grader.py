@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tinystory.config import InteractConfig
+from tinystory.data.corpus import NO_STORIES
 from tinystory.run.errors import UserError
-from tinystory.teacher.callable import CallableGrader, load_score
+from tinystory.teacher.callable import CallableGrader, ScoreStories, load_score
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.extra import load_extra
 from tinystory.teacher.grade import Grader
@@ -24,15 +25,19 @@ def open_grader(
     *,
     corpus: Sequence[str] | None,
     replies: Path | None = None,
+    likelihood: Callable[[], ScoreStories] | None = None,
 ) -> Iterator[Grader]:
     """The grader that the options describe, probed and ready, for as long as the block lasts; its `send` and `collect`
     rank with --teacher-mode rank.
 
     builtin_teacher: starts a teacher that knows a corpus, and yields its URL, for options that name no other grader.
     corpus: the student's, and so that teacher's by default; None if unknown. replies: file in which a teacher's replies
-    are kept. Raises UserError if the grader cannot be had."""
+    are kept. likelihood: makes the scores of --reward likelihood. Raises UserError if the grader cannot be had."""
     extra = load_extra(config.teacher_extra)
     if config.reward:
+        if config.reward == "likelihood" and likelihood:
+            yield CallableGrader(likelihood(), config.reward)
+            return
         with load_score(config.reward, config.teacher_timeout) as score:
             yield CallableGrader(score, config.reward)
         return
@@ -80,8 +85,8 @@ def open_grader(
 
 
 def _measured_by(config: InteractConfig, corpus: Sequence[str]) -> Sequence[str]:
-    """The corpus of the built-in teacher. No story should be measured by the primer."""
-    names = config.teacher_corpus or [name for name in corpus if name != "primer"] or corpus
+    """The corpus of the built-in teacher: of the student's, the part that is stories."""
+    names = config.teacher_corpus or [name for name in corpus if name not in NO_STORIES] or corpus
     if not names:
         raise UserError(f"{config.init} does not say what the student was trained on: give --teacher-corpus NAME|FILE")
     return names

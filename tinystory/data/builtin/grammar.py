@@ -25,15 +25,17 @@ from tinystory.data.builtin import vocabulary
 
 T = TypeVar("T")
 # (kind, content): "text" and the text, "fact" and its name, "choice" and its options, "detail" and its parts.
-_Part: TypeAlias = tuple[str, Any]
+Part: TypeAlias = tuple[str, Any]
 
 _PRONOUNS = ({"he": "she", "him": "her", "his": "her", "himself": "herself"},
              {"he": "he", "him": "him", "his": "his", "himself": "himself"})  # fmt: skip
 _WITH_CHILDREN = ("child", "robot", "snowman", "toy", "ghost", "puppy")  # classes of heroes whose friend is a child
 ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou])")
+SENTENCE = re.compile(r'\S.*?[.!?]+"?(?=\s|$)')
+SHORTEST_OPENING = 12  # words
 
 
-class _Telling:
+class Telling:
     """The state of one story: facts, random numbers, probability of details. It uses only random.random(), the one
     method whose sequence Python guarantees across versions."""
 
@@ -44,7 +46,7 @@ class _Telling:
     def pick(self, options: Sequence[T]) -> T:
         return options[int(self.random() * len(options))]
 
-    def expand(self, parts: list[_Part]) -> str:
+    def expand(self, parts: list[Part]) -> str:
         """The text of these parts in this story."""
         text = ""
         for kind, content in parts:
@@ -61,13 +63,13 @@ class _Telling:
         return text
 
 
-def _parse(text: str) -> list[_Part]:
+def parse(text: str) -> list[Part]:
     """Markup, whose brackets are balanced, as a list of parts."""
     tokens = iter(re.findall(r"[\[\]|<>]|\{[^{}]*\}|[^\[\]|<>{}]+", re.sub(r"\s*\n\s*", " ", text.strip())))
 
-    def sequence() -> tuple[list[_Part], str]:
+    def sequence() -> tuple[list[Part], str]:
         """The parts up to the end of an option or a bracket, and what ends them."""
-        parts: list[_Part] = []
+        parts: list[Part] = []
         for token in tokens:
             if token == "[":
                 options, end = [], "|"
@@ -88,9 +90,9 @@ def _parse(text: str) -> list[_Part]:
     return sequence()[0]
 
 
-def _rows(text: str) -> list[list[list[_Part]]]:
+def table(text: str) -> list[list[list[Part]]]:
     """A table of parsed cells: "a & b / c & d" -> [[a, b], [c, d]]."""
-    return [[_parse(cell) for cell in row.split(" & ")] for row in re.split(r" /\s", re.sub(r"\s+", " ", text.strip()))]
+    return [[parse(cell) for cell in row.split(" & ")] for row in re.split(r" /\s", re.sub(r"\s+", " ", text.strip()))]
 
 
 class _Plot:
@@ -103,13 +105,13 @@ class _Plot:
         self.name: str = name
         self.heroes = heroes.split()
         pairs = (re.split(r" =\s+", fact, maxsplit=1) for fact in facts)
-        self.facts = [(names.split(" & "), _rows(rows)) for names, rows in pairs]
-        self.paragraphs = [_parse(paragraph) for paragraph in paragraphs]
+        self.facts = [(names.split(" & "), table(rows)) for names, rows in pairs]
+        self.paragraphs = [parse(paragraph) for paragraph in paragraphs]
 
     def tell(self, rng: random.Random) -> tuple[str, dict[str, str]]:
         """One story and its facts."""
         length = rng.random()  # cubed below, so that most stories are short
-        tell = _Telling(rng, 0.8 * length * length * length)
+        tell = Telling(rng, 0.8 * length * length * length)
         _cast(tell, self.heroes)
         for names, rows in self.facts:
             for name, cell in zip(names, tell.pick(rows), strict=True):
@@ -119,7 +121,7 @@ class _Plot:
         return ARTICLE.sub(r"\1n ", re.sub("  +", " ", text)), tell.facts
 
 
-def _cast(tell: _Telling, classes: list[str]) -> None:
+def _cast(tell: Telling, classes: list[str]) -> None:
     """Draw the hero, friend, parent and helper, and add them to the facts of the story."""
     facts, role = tell.facts, tell.pick(classes)
     she = int(tell.random() * 2)
@@ -146,13 +148,20 @@ def _cast(tell: _Telling, classes: list[str]) -> None:
         facts[key] = tell.expand(cell)
 
 
-_RULES = {name: _parse(text) for name, text in vocabulary.RULES.items()}
-_HEROES = {role: _rows(rows) for role, rows in vocabulary.HEROES.items()}
-_HELPERS = {world: _rows(rows) for world, rows in vocabulary.HELPERS.items()}
-_PARENTS = {world: _rows(rows) for world, rows in vocabulary.PARENTS.items()}
+_RULES = {name: parse(text) for name, text in vocabulary.RULES.items()}
+_HEROES = {role: table(rows) for role, rows in vocabulary.HEROES.items()}
+_HELPERS = {world: table(rows) for world, rows in vocabulary.HELPERS.items()}
+_PARENTS = {world: table(rows) for world, rows in vocabulary.PARENTS.items()}
 _CHILDREN = [vocabulary.BOYS.split(), vocabulary.GIRLS.split()]  # by she = 0, 1
 _NAMES = {"child": _CHILDREN, "wild": [names + 2 * vocabulary.CREATURES.split() for names in _CHILDREN]}
-_TEXTS = [Path(__file__).with_name(f"{name}.txt").read_text("utf-8") for name in "home town woods magic small".split()]
+
+
+def source(name: str) -> str:
+    """A text file of this folder."""
+    return Path(__file__).with_name(f"{name}.txt").read_text("utf-8")
+
+
+_TEXTS = [source(name) for name in "home town woods magic small".split()]
 PLOTS = [_Plot(source) for text in _TEXTS for source in text.split("\n== ")[1:]]
 
 
@@ -161,10 +170,29 @@ def stories(words: int, seed: int) -> Iterator[str]:
     rng = random.Random(seed)
     seen: set[bytes] = set()
     while words > 0:
-        story, _ = PLOTS[int(rng.random() * len(PLOTS))].tell(rng)
+        story, _ = tell(rng)
         digest = hashlib.blake2b(story.encode(), digest_size=8).digest()  # a collision merely skips a story
         if digest in seen:
             continue
         seen.add(digest)
         words -= len(story.split())
         yield story
+
+
+def tell(rng: random.Random) -> tuple[str, dict[str, str]]:
+    """A story of a random plot, and its facts."""
+    return PLOTS[int(rng.random() * len(PLOTS))].tell(rng)
+
+
+def sentences(story: str) -> list[str]:
+    return SENTENCE.findall(story.replace("\n", " "))
+
+
+def opening(story: str, facts: dict[str, str]) -> str:
+    """The first sentences, at least SHORTEST_OPENING words, up to the hero's name: who, where, and the problem."""
+    text, *rest = sentences(story)
+    for sentence in rest:
+        if len(text.split()) >= SHORTEST_OPENING and facts["h"] in text:
+            break
+        text += f" {sentence}"
+    return text

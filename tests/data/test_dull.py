@@ -1,0 +1,75 @@
+"""Dull tellers: grammatical, in the plots' own names, and known by their sentences."""
+
+import random
+import re
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+
+from tinystory.data.builtin import dull, grammar
+from tinystory.data.corpus import BUILTIN, open_corpus
+from tinystory.evaluate.held_out import has_dull_tellers, story_means, story_records
+from tinystory.teacher.grade import Grade
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return list(dull.documents(100_000, seed=7))
+
+
+def test_a_seed_and_a_number_of_words_give_the_same_documents(documents):
+    assert documents == list(dull.documents(100_000, seed=7)) != list(dull.documents(100_000, seed=8))
+    assert sum(len(text.split()) for text in documents) >= 100_000 > sum(len(text.split()) for text in documents[:-1])
+
+
+@pytest.mark.parametrize("kind", dull.KINDS[1:])
+def test_a_teller_is_known_by_its_sentences(kind, documents):
+    teller = next(teller for teller in dull._TELLERS if teller.kind == kind)
+    rng = random.Random(0)
+    assert all(dull.kind_of(teller.tell(rng, grammar.tell(rng)[1])) == kind for _ in range(100))
+    assert 0.15 < sum(dull.kind_of(text) == kind for text in documents) / len(documents) < 0.25
+
+
+def test_no_story_is_taken_for_a_dull_one():
+    stories = list(grammar.stories(200_000, seed=3))
+    assert {dull.kind_of(story) for story in stories} == {dull.STORY}
+    sentences = [sentence for story in stories for sentence in grammar.sentences(story)]
+    assert sum(dull._kind_of_sentence(sentence) != dull.STORY for sentence in sentences) < 0.005 * len(sentences)
+
+
+def test_a_story_is_dull_only_if_most_of_it_is():
+    own = ["Then the wolf came.", "Everybody ran.", "Nobody saw the moon fall."]
+    dull_ones = ["Mia looked around.", "There was a big tree.", "There was a bird in the tree."]
+    assert dull.kind_of(" ".join([*own, *dull_ones])) == dull.kind_of("") == dull.STORY
+    assert dull.kind_of(" ".join([*own[:2], *dull_ones])) == "list"
+
+
+def test_dull_documents_are_written_as_the_stories_are(documents):
+    names = re.compile(
+        r"\b(" + "|".join({*grammar.vocabulary.GIRLS.split(), *grammar.vocabulary.BOYS.split()}) + r")\b"
+    )
+    assert sum(bool(names.search(text)) for text in documents) > 0.4 * len(documents)
+    for text in documents:
+        assert re.fullmatch(r'["A-Z].*[.!?]"?', text) and not re.search(r"[][{}<>|=]|  |\b[Aa] [aeiou]", text), text
+        assert text.count('"') % 2 == 0, text
+
+
+def test_dull_tellers_open_five_in_eight_documents():
+    stories, others = (sum(1 for _ in open_corpus([name]).documents()) for name in ("builtin", "dull"))
+    assert others / (stories + others) == pytest.approx(5 / 8, abs=0.01)
+    first = next(islice(open_corpus(["dull"]).documents(), 1))
+    assert first == next(dull.documents(BUILTIN["dull"][1], 0))
+
+
+def test_a_run_records_who_tells_its_stories(documents):
+    texts = [next(grammar.stories(1, seed=1)), *documents[:3]]
+    stories = [SimpleNamespace(index=0, opening="", text=text, words=9, ended="eos") for text in texts]
+    grades = [Grade(None, 0.5)] * 4
+    assert not has_dull_tellers({"corpus": ["primer", "builtin"]}) and has_dull_tellers({"corpus": ["dull"]})
+    records = story_records(1, stories, grades, [0.5] * 4, mixed=True)
+    assert [record["teller"] for record in records] == [dull.STORY, *map(dull.kind_of, documents[:3])]
+    means = story_means(records)
+    assert means["teller_story"] == 0.25 and sum(means[f"teller_{kind}"] for kind in dull.KINDS) == 1
+    unmixed = story_records(1, stories, grades, [0.5] * 4)
+    assert not any("teller" in key for key in [*unmixed[0], *story_means(unmixed)])

@@ -1,0 +1,101 @@
+"""The model of the teacher's scores: what it predicts, when it does not, and that it is what scikit-learn would fit."""
+
+import pytest
+import torch
+
+from tinystory.rl.score_model import (
+    FEWEST,
+    PENALTIES,
+    ScoreModel,
+    leave_one_out_ridge,
+    sent_to_teacher,
+    story_features,
+)
+
+
+def made_up(n, seed=0, width=12):
+    """Features and scores that are linear in them, with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, width, generator=generator)
+    direction = torch.linspace(0.05, 0, width)
+    return x, (0.5 + x @ direction + 0.01 * torch.randn(n, generator=generator)).double().clamp(0, 1)
+
+
+def test_the_stories_sent_depend_on_the_seed_and_the_step():
+    chosen = [sent_to_teacher(768, 128, seed, step) for seed, step in [(0, 0), (0, 1), (1, 0)]]
+    assert all(len(set(rows)) == 128 and rows == sorted(rows) and rows[0] >= 0 and rows[-1] < 768 for rows in chosen)
+    assert chosen[0] == sent_to_teacher(768, 128, 0, 0) and len({*map(tuple, chosen)}) == 3
+    assert sent_to_teacher(5, 0, 0, 0) == [0, 1, 2, 3, 4]
+
+
+def test_padding_is_not_seen():
+    logprobs, states = -torch.rand(2, 30), torch.randn(2, 30, 4)
+    mask = torch.arange(30) < torch.tensor([[30], [17]])
+    both = story_features(logprobs, states, mask, [True, False])
+    alone = story_features(logprobs[1:, :17], states[1:, :17], mask[1:, :17], [False])
+    assert both.shape == (2, 2 * 4 + 15)
+    assert torch.equal(both[1:], alone) and both.isfinite().all()
+    one = story_features(logprobs[:1, :1], states[:1, :1], mask[:1, :1], [True])
+    assert one.isfinite().all()
+
+
+def test_scores_that_follow_the_features_are_predicted():
+    model, (x, y) = ScoreModel(), made_up(200)
+    assert model.learn(x[:100], y[:100].tolist()) is None
+    r_squared = model.learn(x[100:], y[100:].tolist())
+    assert 0.9 < r_squared < 1
+    assert torch.equal(model.features, x) and torch.equal(model.scores, y)
+
+
+def test_scores_that_have_nothing_to_do_with_the_features_are_not():
+    model, (x, y) = ScoreModel(), made_up(64)
+    model.learn(x, torch.rand(64, generator=torch.Generator().manual_seed(1)).tolist())
+    assert model.learn(x, y.tolist()) < 0.2
+
+
+def test_nothing_is_predicted_of_a_few_grades_or_measured_of_one_score():
+    model, (x, y) = ScoreModel(), made_up(40)
+    assert model.learn(x[: FEWEST - 1], y[: FEWEST - 1].tolist()) is None and model.predict(x) is None
+    assert model.learn(x[:1], [0.5]) is None and model.predict(x) is not None
+    assert model.learn(x[:9], [0.5] * 9) is None
+
+
+def test_predictions_are_scores():
+    model, (x, y) = ScoreModel(), made_up(50)
+    model.learn(x, y.tolist())
+    far = model.predict(1000 * x)
+    assert far.min() >= 0 and far.max() <= 1
+
+
+def test_a_restored_model_predicts_the_same():
+    model, (x, y) = ScoreModel(), made_up(50)
+    model.learn(x[:30], y[:30].tolist())
+    tensors = model.state_dict()
+    again = ScoreModel(x.shape[1], 30)
+    again.load_state_dict(tensors)
+    assert torch.equal(again.predict(x), model.predict(x))
+    assert again.learn(x[30:], y[30:].tolist()) == model.learn(x[30:], y[30:].tolist())
+    assert torch.equal(again.predict(x), model.predict(x))
+
+
+@pytest.mark.parametrize("n", [10, 40])
+def test_the_weights_are_those_of_the_least_leave_one_out_error(n):
+    """By brute force: each story in turn is left out, and the others' regression predicts it."""
+    x, y = made_up(n, seed=2, width=20)
+    x = (x.double() - x.double().mean(0)) / x.double().std(0, correction=0)
+
+    def solve(rows, penalty):
+        a, b = x[rows], y[rows]
+        ones = torch.ones(len(rows), 1, dtype=torch.float64)
+        a = torch.cat([a, ones], 1)
+        ridge = penalty * torch.eye(a.shape[1], dtype=torch.float64)
+        ridge[-1, -1] = 0  # the constant is not shrunk
+        return torch.linalg.solve(a.T @ a + ridge, a.T @ b)
+
+    def error(penalty):
+        left = [[j for j in range(n) if j != i] for i in range(n)]
+        weights = [solve(rows, penalty) for rows in left]
+        return sum(float((y[i] - (x[i] @ w[:-1] + w[-1])) ** 2) for i, w in enumerate(weights))
+
+    best = min(PENALTIES, key=error)
+    torch.testing.assert_close(leave_one_out_ridge(x, y), solve(list(range(n)), best)[:-1])

@@ -1,0 +1,105 @@
+"""A model of the teacher's scores, so that few grades go a long way: `--graded N` sends N stories of a step to the
+teacher, and a ridge regression on what the frozen reference sees of a story predicts the scores of the others.
+
+It is fitted anew in each step, on all grades of the run. Its penalty is the one with the least leave-one-out error,
+which a ridge regression has in closed form (Allen's PRESS; Golub, Heath and Wahba 1979). A predicted score stands in
+for the teacher's in the reward alone; it is recorded apart, and a graded story without a readable reply gets none.
+"""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+PENALTIES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # features have variance 1
+FEWEST = 8  # grades from which scores are predicted
+LARGEST = 5.0  # standard deviations from the mean at which a feature is clipped
+QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75)  # of the log-probabilities of a story's tokens
+
+
+def sent_to_teacher(stories: int, graded: int, seed: int, step: int) -> list[int]:
+    """Which of a step's stories are graded, drawn at random, in order; all of them if `graded` is 0. They depend on the
+    seed and the step alone, so a resumed run asks for the same ones."""
+    if not graded:
+        return [*range(stories)]
+    return sorted(random.Random(f"graded {seed} {step}").sample(range(stories), graded))
+
+
+def story_features(logprobs: Tensor, states: Tensor, mask: Tensor, ended: Sequence[bool]) -> Tensor:
+    """(B, 2 C + 15) float32, on the CPU: what the reference sees of each story. logprobs: (B, N), of its tokens;
+    states: (B, N, C), from which it predicts them; mask: (B, N), True at tokens; ended: whether it drew an end token.
+
+    The mean and the last of the states; the log-probabilities' mean, standard deviation and quantiles, and the means of
+    either half, of the last ten and of the fraction below -4 nats; the length, its square, its inverse and the end."""
+    logprobs, states, mask = logprobs.float().cpu(), states.float().cpu(), mask.cpu()
+    rows = []
+    for at, end in enumerate(ended):
+        count = int(mask[at].sum())
+        x, seen = logprobs[at, :count].double(), states[at, :count].double()
+        half = max(count // 2, 1)
+        parts = [
+            x.mean(),
+            x.std(correction=0),
+            x[:half].mean(),
+            x[-half:].mean(),
+            x[-10:].mean(),
+            (x < -4).double().mean(),
+        ]
+        shape = torch.tensor([count / 100, (count / 100) ** 2, 10 / count], dtype=torch.float64)
+        quantiles = torch.quantile(x, torch.tensor(QUANTILES, dtype=torch.float64))
+        rows.append(torch.cat([seen.mean(0), seen[-1], torch.stack(parts), quantiles, shape, shape.new_tensor([end])]))
+    return torch.stack(rows).float()
+
+
+class ScoreModel(torch.nn.Module):
+    """Graded stories of a run as buffers, which a checkpoint holds. features: (n, F) float32; scores: (n,) float64."""
+
+    features: Tensor
+    scores: Tensor
+
+    def __init__(self, features: int = 0, grades: int = 0):
+        super().__init__()
+        self.register_buffer("features", torch.zeros(grades, features))
+        self.register_buffer("scores", torch.zeros(grades, dtype=torch.float64))
+        self._weights: Tensor | None = None
+
+    def learn(self, features: Tensor, scores: Sequence[float]) -> float | None:
+        """Add graded stories and fit anew. Returns the R-squared of what was predicted of them before: 1 if it was
+        their score, below 0 if the mean of their scores would have been nearer; None if nothing was predicted, or if
+        all have one score."""
+        new = torch.tensor(scores, dtype=torch.float64)
+        before = self.predict(features) if len(scores) > 1 else None
+        self.features = torch.cat([self.features.reshape(-1, features.shape[1]), features])
+        self.scores = torch.cat([self.scores, new])
+        self._weights = None
+        spread = float(((new - new.mean()) ** 2).sum()) if len(scores) > 1 else 0.0
+        return 1 - float(((new - before) ** 2).sum()) / spread if before is not None and spread > 0 else None
+
+    def predict(self, features: Tensor) -> Tensor | None:
+        """(B,) float64, 0 to 1: the expected scores; None with fewer than FEWEST grades."""
+        if len(self.scores) < FEWEST:
+            return None
+        if self._weights is None:
+            self._weights = leave_one_out_ridge(self._scaled(self.features), self.scores)
+        return (self._scaled(features) @ self._weights + self.scores.mean()).clamp(0, 1)
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        seen = self.features.double()
+        scale = seen.std(0, correction=0).clamp(min=1e-6)
+        return ((features.double() - seen.mean(0)) / scale).clamp(-LARGEST, LARGEST)
+
+
+def leave_one_out_ridge(x: Tensor, y: Tensor) -> Tensor:
+    """(F,) weights that predict y, (n,), less its mean, from x, (n, F), with the penalty of the least error on one left
+    out."""
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    y = y - y.mean()
+    errors, weights = [], []
+    for penalty in PENALTIES:
+        shrinkage = s**2 / (s**2 + penalty)
+        leverage = (u**2 * shrinkage).sum(1) + 1 / len(y)  # the mean's included
+        residual = y - u @ (shrinkage * (u.T @ y))
+        errors.append(float(((residual / (1 - leverage).clamp(min=1e-6)) ** 2).mean()))
+        weights.append(v.T @ (s / (s**2 + penalty) * (u.T @ y)))
+    return weights[errors.index(min(errors))]
