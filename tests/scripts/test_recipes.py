@@ -1,28 +1,44 @@
-"""scripts/recipes.py: what it measures of a student, and which stories are the best of several."""
+"""scripts/recipes.py: what it measures of a student, which stories are the best of several, and the table it prints."""
 
+import contextlib
 import dataclasses
-import math
+import subprocess
 
 import pytest
 from conftest import fails
 
 from scripts import recipes
-from tinystory.data.openings import Openings
+from tinystory.data.builtin import dull
 from tinystory.ops.compute import resolve
 from tinystory.student import checkpoint
 from tinystory.teacher.callable import CallableGrader
 
-COUNT = 24
+OPENINGS = ["Once", "Tom", "Mia had", "Ben"] * 6
 
 
 @pytest.fixture
-def measures(place, monkeypatch):
-    monkeypatch.setattr(recipes, "CONFIG", dataclasses.replace(recipes.CONFIG, max_new_tokens=12, diversity=0.0))
+def settings(monkeypatch):
+    config = dataclasses.replace(recipes.CONFIG, max_new_tokens=12, diversity=0.0)
+    monkeypatch.setattr(recipes, "CONFIG", config)
     monkeypatch.setattr(recipes, "resolve", lambda *_: resolve("cpu", "float32", "none"))
-    monkeypatch.setattr(recipes, "OPENINGS", Openings(["Once", "Tom", "Mia had"], 0))
-    start = checkpoint.newest(place / "p")
+    monkeypatch.setattr(recipes, "OPENINGS", OPENINGS)
+    monkeypatch.setattr(recipes, "COREFERENCE", 4)
+
+
+def test_the_best_of_several_is_by_reward_or_by_likelihood(settings, place):
     grader = CallableGrader(lambda opening, stories: [min(len(set(s)) / 30, 1.0) for s in stories], "letters")
-    return lambda **how: recipes.measure(recipes.Row("", start, **how), start, grader, COUNT)
+    start = checkpoint.newest(place / "p")
+    plain, likeliest, best = (
+        recipes.measure(recipes.Row("", start, n=4, chosen_by=choice), start, grader)
+        for choice in ("first", "likelihood", "reward")
+    )
+    assert plain.keys() == likeliest.keys() == best.keys()
+    assert best["reward"] >= max(plain["reward"], likeliest["reward"])  # of the same candidates
+    assert likeliest["ended"] >= plain["ended"]
+    alone = recipes.measure(recipes.Row("", start), start, grader)
+    assert alone == plain and plain["bits_per_byte"] > 0
+    assert sum(plain[kind] for kind in dull.KINDS) == pytest.approx(1)
+    assert len(plain["rewards"]) == len(OPENINGS)
 
 
 def test_options_that_are_no_command_line_are_one_sentence(tmp_path, capsys):
@@ -30,17 +46,22 @@ def test_options_that_are_no_command_line_are_one_sentence(tmp_path, capsys):
     assert "--options: no closing quotation" in line and not (tmp_path / "r").exists()
 
 
-def test_the_untouched_student_is_at_no_distance_and_a_lower_temperature_is(measures):
-    plain, cooler = measures(), measures(temperature=0.5)
-    assert abs(plain["kl"]) < 0.01 < cooler["kl"] and plain["seconds"] == 0
-    assert plain["he_or_she"] is None or 0 <= plain["he_or_she"] <= 1
-    assert set(plain) == set(cooler) and plain["held_out_words"] > 0
+def test_the_table_has_the_untouched_student_the_demo_and_the_controls(settings, place, tmp_path, monkeypatch, capsys):
+    calls = []
 
+    def run(command):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 0)
 
-def test_the_best_of_several_is_by_reward_or_by_likelihood(measures):
-    plain, graded, ungraded = measures(), measures(n=4, graded=True), measures(n=4)
-    assert graded["reward"] >= ungraded["reward"]  # of the same candidates
-    # Held-out stories by the plain student are the first of theirs, and of 24 one at least is not the best of its four.
-    assert graded["held_out_reward"] > plain["held_out_reward"]
-    assert ungraded["held_out_ended"] >= plain["held_out_ended"]
-    assert graded["kl"] == pytest.approx(plain["kl"] + math.log(4) - 0.75, abs=0.02)  # of other stories
+    monkeypatch.setattr(recipes.subprocess, "run", run)
+    monkeypatch.setattr(recipes, "open_grader", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(recipes, "measure", lambda row, *_: {"score": len(row.name), "rewards": [0.25, 0.75]})
+    monkeypatch.setattr(recipes.checkpoint, "find", lambda folder: checkpoint.newest(place / "p"))
+    recipes.main(["--out", str(tmp_path), "--seeds", "1", "2"])
+    table = capsys.readouterr().out.split("|---|")[1].splitlines()[1:]
+    assert [line.split("|")[1].strip() for line in table] == [
+        "untouched", "likeliest of 4", "best of 4 by reward", "temperature 0.7", "temperature 0.6", "temperature 0.5",
+        "the demo", "`--reward likelihood`", "`--reward constant`",
+    ]  # fmt: skip
+    assert all(line.endswith("| 0.250 |") for line in table)
+    assert len(calls) == 8 and sum("likelihood" in call for call in calls) == 2
