@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -129,7 +130,7 @@ def written(folder: Path, temperature: float, n: int, grader: Grader) -> tuple[l
 def measure(row: Row, start: Path, grader: Grader) -> dict[str, Any]:
     """Measures of a row. A story's reward compares it with the others that are chosen, one to each opening."""
     candidates, scores = written(row.folder, row.temperature, row.n, grader)
-    values = {
+    values: Sequence[Any] = {
         "first": [-i for i in range(len(candidates))],
         "likelihood": [story.likelihood for story in candidates],
         "reward": story_rewards(CONFIG, candidates, scores) if row.chosen_by == "reward" else [],

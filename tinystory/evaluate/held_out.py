@@ -70,7 +70,7 @@ class Evaluator:
     def measures(self, step: int, stories: Sequence[Story], grades: list[Grade]) -> tuple[list[Record], dict[str, Any]]:
         """Records and metrics of these stories, each compared with the others."""
         rewards = story_rewards(self.config, stories, [grade.score for grade in grades])
-        records = story_records(step, stories, grades, rewards, mixed=has_dull_tellers(self.policy.facts))
+        records = story_records(step, stories, grades, rewards, mixed=has_dull_tellers(self.policy.history))
         score_sum = score_means(grades)["score_mean"]
         return records, {"reward": reward_mean(records), "score_mean": score_sum} | story_means(records)
 
