@@ -130,12 +130,12 @@ def written(folder: Path, temperature: float, n: int, grader: Grader) -> tuple[l
 def measure(row: Row, start: Path, grader: Grader) -> dict[str, Any]:
     """Measures of a row. A story's reward compares it with the others that are chosen, one to each opening."""
     candidates, scores = written(row.folder, row.temperature, row.n, grader)
-    values: Sequence[Any] = {
+    values: dict[str, Sequence[Any]] = {
         "first": [-i for i in range(len(candidates))],
         "likelihood": [story.likelihood for story in candidates],
         "reward": story_rewards(CONFIG, candidates, scores) if row.chosen_by == "reward" else [],
-    }[row.chosen_by]
-    chosen = best_of_n(values, len(OPENINGS))
+    }
+    chosen = best_of_n(values[row.chosen_by], len(OPENINGS))
     stories, scores = [candidates[i] for i in chosen], [scores[i] for i in chosen]
     texts = [story.text for story in stories]
     rewards, kinds = story_rewards(CONFIG, stories, scores), Counter(map(dull.kind_of, texts))
