@@ -58,7 +58,7 @@ def test_the_table_has_the_untouched_student_the_demo_and_the_controls(settings,
     monkeypatch.setattr(recipes, "measure", lambda row, *_: {"score": len(row.name), "rewards": [0.25, 0.75]})
     monkeypatch.setattr(recipes.checkpoint, "find", lambda folder: checkpoint.newest(place / "p"))
     recipes.main(["--out", str(tmp_path), "--seeds", "1", "2"])
-    table = capsys.readouterr().out.split("|---|")[1].splitlines()[1:]
+    table = capsys.readouterr().out.splitlines()[2:]
     assert [line.split("|")[1].strip() for line in table] == [
         "untouched", "likeliest of 4", "best of 4 by reward", "temperature 0.7", "temperature 0.6", "temperature 0.5",
         "the demo", "`--reward likelihood`", "`--reward constant`",
