@@ -7,7 +7,7 @@
     python scripts/doctor.py --calibrate --reader smollm2               the built-in teacher and a reader, side by side
     python scripts/doctor.py --plan paper --gpu-gb 24                   how student and teacher share one GPU
 
-It builds nothing and changes nothing. Asking a teacher takes about eight short requests, calibrating it 440 more. A
+It builds nothing and changes nothing. Asking a teacher takes about eight short requests, calibrating it 200 more. A
 human is a teacher too: run scripts/teach.py, and give its URL.
 """
 
@@ -32,7 +32,7 @@ import torch
 from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig, add_number
 from tinystory.data.corpus import BUILTIN, open_corpus
 from tinystory.evaluate.calibration import FULL, RETESTED, GradeKnown, calibrate, of_grader, require, table, verdict
-from tinystory.evaluate.corruptions import DOCUMENTS, KnownStory, corpus_documents, known_stories, real_stories
+from tinystory.evaluate.corruptions import DOCUMENTS, corpus_documents, known_stories
 from tinystory.evaluate.reader import Reader
 from tinystory.ops import backend, build, cuda, fastest
 from tinystory.rubric.rubric import Rubric
@@ -67,7 +67,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--reader", metavar="NAME", help="calibrate a reader too: smollm2, or a causal language model")
     add_number(parser, "--per-kind", FULL, "[2, 1e6]", "stories of each kind")
     add("--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="their corpus (default: builtin)")
-    add("--registers", nargs="+", default=[], metavar="NAME|FILE", help="corpora whose real stories are scored too")
     add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if its judgement is lower")
     add("--plan", choices=INTERACT_PRESETS, help="add up the memory of an interaction beside a teacher")
     add_number(parser, "--gpu-gb", 24.0, "[1, 10000]", "memory of the GPU that both share, in GiB")
@@ -97,9 +96,6 @@ def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> No
         reader = Reader(options.reader)
         judges[options.reader] = lambda stories, again: reader.sense(stories).tolist()
     known = known_stories(corpus_documents(options.corpus), options.per_kind)
-    for corpus in options.registers:
-        others = real_stories(corpus_documents([corpus]), options.per_kind)
-        known += [KnownStory(f"of {Path(corpus).name}", first, " ".join(rest)) for first, *rest in others]
     results, speeds = {}, ["stories per second"]
     for judge, scores in judges.items():
         began = time.perf_counter()

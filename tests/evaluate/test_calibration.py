@@ -56,47 +56,32 @@ def test_each_kind_is_what_it_says():
         for kind in (SENTENCES, WORDS):
             assert sorted(texts[kind].split()) == sorted(real.split())
         assert sorted(split_sentences(texts[SENTENCES])) == sorted(sentences)
-        repeated = texts["one word repeated"].split()
-        assert len(set(repeated)) == 1 and len(repeated) == len(real.split())
-        assert set(split_sentences(texts["one sentence repeated"])) <= set(sentences)
-        assert real.startswith(texts["cut in the middle"]) and len(texts["cut in the middle"]) < 0.7 * len(real)
         assert all(texts[kind] != real for kind in CORRUPTIONS if kind in texts)
+    assert len({each.story for each in STORIES if each.kind == "essay: full marks"}) == CHEAP
     lengths = [len(each.story.split()) for each in STORIES if each.kind == REAL]
     assert min(lengths) < 75 and max(lengths) > 120  # without a spread no bias by length could be seen
 
 
-def test_of_another_story_there_is_a_half_an_ending_or_a_sentence():
+def test_of_another_story_there_is_the_second_half():
     for texts in by_opening():
         sentences = split_sentences(texts[REAL])
         first, ending = " ".join(sentences[: len(sentences) // 2]), " ".join(sentences[-2:])
         assert texts["halves of two stories"].startswith(first) and ending not in texts["halves of two stories"]
-        assert texts["alien ending"].startswith(first) and ending not in texts["alien ending"]
-        ours = [sentence for sentence in split_sentences(texts["alien sentence"]) if sentence in sentences]
-        assert len(ours) == len(sentences) - 1
-        rest = split_sentences(texts["40 % of sentences dropped"])
-        assert [sentence for sentence in sentences if sentence in rest] == rest
-        assert len(rest) == round(0.6 * len(sentences))
 
 
-def test_some_words_are_replaced_and_all_others_stay():
-    low, high = {"30 % of nouns replaced": 0.005, "10 % of words replaced": 0.03}, 0.35
+@pytest.mark.parametrize("kind, least", [("30 % of nouns replaced", 0.005), ("10 % of words replaced", 0.03)])
+def test_some_words_are_replaced_and_all_others_stay(kind, least):
+    parts = []
     for texts in by_opening():
-        real = texts[REAL].split()
-        for kind in ("30 % of nouns replaced", "10 % of words replaced", "names replaced", "he and she flipped"):
-            pairs = list(zip(real, texts.get(kind, "").split(), strict=False))
-            changed = [(a, b) for a, b in pairs if a != b]
-            assert len(changed) <= high * len(real), kind
-            if kind == "names replaced":
-                assert all(a.lstrip("\"'")[0].isupper() and b.lstrip("\"'")[0].isupper() for a, b in changed)
-            if kind == "he and she flipped":
-                assert all(a.lower()[:2] in ("he", "sh", "hi", '"h', '"s') for a, _ in changed)
-    means = {kind: np.mean([len(texts.get(kind, "x")) for texts in by_opening()]) for kind in low}
-    assert all(mean > 100 for mean in means.values())
+        real, changed = (texts.get(name, texts[REAL]).split() for name in (REAL, kind))
+        assert len(real) == len(changed)
+        parts.append(np.mean([a != b for a, b in zip(real, changed, strict=True)]))
+    assert max(parts) < 0.35 and np.mean(parts) > least
 
 
 def test_a_corruption_does_not_depend_on_the_kinds_beside_it():
-    some = known_stories(unseen_stories(300), CHEAP, (REAL, "alien ending"))
-    assert some == [each for each in STORIES if each.kind in (REAL, "alien ending")]
+    some = known_stories(unseen_stories(300), CHEAP, (REAL, "halves of two stories"))
+    assert some == [each for each in STORIES if each.kind in (REAL, "halves of two stories")]
 
 
 def test_half_of_the_stories_are_of_the_corpus_and_a_poor_corpus_is_no_error():
@@ -130,7 +115,6 @@ def test_the_area_counts_ties_as_one_half():
 def test_a_teacher_that_knows_gets_every_pair_right():
     result = calibrate(knowing, STORIES)
     assert all(result["kinds"][kind]["auc"] == 1 for kind in KINDS[1:]) and result["judgement"] == 1
-    assert result["corruptions"] == 1 and result["corruptions_ci"] == [1, 1]
     assert result["kinds"][REAL]["mean"] == 1 and result["range"] == [0, 1] and result["unscored"] == 0
     assert result["retest"]["equal"] == 1 and result["length"] is None  # one score per kind: length changes nothing
     assert verdict(result).startswith("puts a story above shuffled words with probability 1.00 [0.8")
@@ -180,7 +164,7 @@ def test_the_doctor_calibrates_an_endpoint(capsys, monkeypatch):
         doctor.main(["--teacher-url", server.url, "--calibrate"])
         asked = len(server.requests)
     printed = capsys.readouterr().out
-    assert "judgement  the teacher counts words" in printed and "another language" in printed
+    assert "judgement  the teacher counts words" in printed and "generic sentences" in printed
     known = known_stories(unseen_stories(1500), 12)
     assert asked == 1 + len({each[1:] for each in known}) + calibration.RETESTED  # the probe's, each text, some twice
 
@@ -202,15 +186,12 @@ def test_the_doctor_calibrates_the_builtin_teacher_and_a_reader_side_by_side(cap
     monkeypatch.setattr(doctor, "machine", lambda: [])
     monkeypatch.setattr(doctor, "Reader", Reader)
     (tmp_path / "c.txt").write_text("\n\n".join(unseen_stories(1900)))
-    (tmp_path / "other.txt").write_text("\n\n".join(unseen_stories(60)[50:]))
-    corpora = ["--corpus", str(tmp_path / "c.txt"), "--registers", str(tmp_path / "other.txt")]
-    doctor.main(["--calibrate", "--reader", "mine", "--per-kind", "4", *corpora])
+    doctor.main(["--calibrate", "--reader", "mine", "--per-kind", "4", "--corpus", str(tmp_path / "c.txt")])
     lines = capsys.readouterr().out.splitlines()
     header = next(line for line in lines if "mine" in line)
-    assert "built-in teacher" in header and any("of other.txt" in line for line in lines)
+    assert "built-in teacher" in header
     words = next(line for line in lines if "words shuffled" in line)
     assert words.count("[") == 2  # two judges, each with an interval
-    assert any("mean of the corruptions" in line and line.count("[") == 2 for line in lines)
     assert lines[-1].startswith("judgement  the teacher puts a story above shuffled words")
 
 

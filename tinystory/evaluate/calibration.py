@@ -11,7 +11,7 @@ import numpy as np
 
 from tinystory.config import InteractConfig
 from tinystory.evaluate.coreference import unseen_stories
-from tinystory.evaluate.corruptions import CORRUPTIONS, DOCUMENTS, REAL, SENTENCES, WORDS, KnownStory, known_stories
+from tinystory.evaluate.corruptions import DOCUMENTS, REAL, SENTENCES, WORDS, KnownStory, known_stories
 from tinystory.evaluate.intervals import bootstrap, ranks, wilson, with_ci
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import HUMAN, Teacher
@@ -32,13 +32,13 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
     """How a judge scores `known` (see known_stories), and RETESTED of them a second time.
 
     Returns {"stories", "unscored", "judgement" and "judgement_ci", "kinds": {kind: {"mean", "auc", "ci"}},
-    where auc is the probability that a real story scores above one of the kind, "corruptions" and
-    "corruptions_ci": its mean over CORRUPTIONS, "range": [lowest, highest], "length": Spearman's correlation of score
-    and number of words within a kind, with "length_ci", "retest": {"equal", "distance", "correlation"}}. A teacher's
-    scores are fractions of the highest possible one, 0..1. None stands for what could not be measured.
+    where auc is the probability that a real story scores above one of the kind, "range": [lowest, highest], "length":
+    Spearman's correlation of score and number of words within a kind, with "length_ci", "retest": {"equal", "distance",
+    "correlation"}}. A teacher's scores are fractions of the highest possible one, 0..1. None stands for what could not
+    be measured.
 
-    Intervals of areas are Wilson's for as many trials as the smaller kind has stories, which is on the safe side; those
-    of their mean and of the length are bootstrapped over the stories.
+    Intervals of areas are Wilson's for as many trials as the smaller kind has stories, which is on the safe side; that
+    of the length is bootstrapped over the stories.
     """
     scores = np.array(grade([(story.opening, story.story) for story in known], 0), dtype=float)  # None becomes nan
     kinds = np.array([story.kind for story in known])
@@ -55,37 +55,10 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
             kind: {"mean": float(scores[chosen].mean()) if len(chosen) else None} | areas.get(kind, {})
             for kind, chosen in rows.items()
         },
-        **_mean_area(scores, rows, [story.opening for story in known]),
         "range": [float(scored.min()), float(scored.max())] if len(scored) else None,
         **_length(scores, kinds, np.array([len(story.story.split()) for story in known])),
         "retest": _retest(grade, scores, known, kinds),
     }
-
-
-def _mean_area(scores: np.ndarray, rows: Mapping[str, np.ndarray], openings: Sequence[str]) -> dict[str, Any]:
-    """The mean over CORRUPTIONS of the area; for its interval, a story is drawn together with all that was made of
-    it."""
-    group = np.unique(np.array(openings), return_inverse=True)[1]
-    real = rows[REAL]
-    won = {
-        kind: wins(scores[real], scores[worse])
-        for kind, worse in rows.items()
-        if kind in CORRUPTIONS and len(worse) and len(real)
-    }
-    if len(won) < len(CORRUPTIONS):
-        return {"corruptions": None, "corruptions_ci": None}
-
-    def mean(sample: np.ndarray) -> float:
-        count = np.bincount(group[sample], minlength=len(group)).astype(float)
-        areas = []
-        for kind, above in won.items():
-            a, b = count[group[real]], count[group[rows[kind]]]
-            areas.append(a @ above @ b / max(a.sum() * b.sum(), 1))
-        return float(np.mean(areas))
-
-    firsts = np.unique(group, return_index=True)[1]
-    interval = bootstrap(lambda sample: mean(firsts[sample]), len(firsts))
-    return {"corruptions": mean(firsts), "corruptions_ci": list(interval)}
 
 
 def _area(better: np.ndarray, worse: np.ndarray) -> dict[str, Any]:
@@ -105,23 +78,21 @@ def wins(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
 def _length(scores: np.ndarray, kinds: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
     """Spearman's correlation of score and words, pooled within the kinds whose texts have many lengths: between the
     kinds, the better ones may be the longer ones. (n,) each."""
-    rows = np.flatnonzero(np.isin(kinds, CHEAP_KINDS) & ~np.isnan(scores))
-    rows = rows[np.argsort([CHEAP_KINDS.index(kind) for kind in kinds[rows]], kind="stable")]
+    centred = [np.empty((2, 0))]
+    for kind in CHEAP_KINDS:
+        rows = np.flatnonzero((kinds == kind) & ~np.isnan(scores))
+        if len(np.unique(scores[rows])) > 1:  # one score for all lengths tells nothing
+            centred.append(np.stack([rank - rank.mean() for rank in (ranks(lengths[rows]), ranks(scores[rows]))]))
+    a, b = np.concatenate(centred, 1)
 
-    def pooled(sample: np.ndarray) -> float:
-        products, squares = 0.0, np.zeros(2)
-        for kind in CHEAP_KINDS:
-            chosen = rows[sample][kinds[rows[sample]] == kind]
-            if len(chosen) > 1 and len(np.unique(scores[chosen])) > 1:  # one score for all lengths tells nothing
-                a, b = (rank - rank.mean() for rank in (ranks(lengths[chosen]), ranks(scores[chosen])))
-                products += (a * b).sum()
-                squares += (a * a).sum(), (b * b).sum()
-        return products / np.sqrt(squares.prod()) if squares.all() else float("nan")
+    def correlation(rows: np.ndarray) -> float:
+        scale = np.sqrt((a[rows] ** 2).sum() * (b[rows] ** 2).sum())
+        return float((a[rows] * b[rows]).sum() / scale) if scale else float("nan")
 
-    value = pooled(np.arange(len(rows)))
+    value = correlation(np.arange(len(a)))
     if np.isnan(value):
         return {"length": None, "length_ci": None}
-    return {"length": float(value), "length_ci": list(bootstrap(pooled, len(rows)))}
+    return {"length": value, "length_ci": list(bootstrap(correlation, len(a)))}
 
 
 def _retest(
@@ -182,7 +153,6 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         areas = [f": {with_ci(value['auc'], value['ci'])}" if "auc" in value else "" for value in values]
         rows.append([kind, *(with_ci(value["mean"], None) + area for value, area in zip(values, areas, strict=True))])
     rows += [
-        ["mean of the corruptions", *(with_ci(result["corruptions"], result["corruptions_ci"]) for result in columns)],
         ["score and length", *(with_ci(result["length"], result["length_ci"], sign="+") for result in columns)],
         ["asked twice", *(_agreement(result["retest"]) for result in columns)],
         ["without a score", *(f"{result['unscored']} of {result['stories']}" for result in columns)],

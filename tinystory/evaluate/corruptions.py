@@ -16,9 +16,6 @@ LENGTHS = (60, 90, 120, 150, 180)  # words to which stories are cut, at the end 
 FEWEST_SENTENCES = 6  # with fewer, another order may be no worse
 DOCUMENTS = 1500  # documents of a corpus among which stories are drawn
 
-_NUMBERS = "One Two Three Four Five Six Seven Eight Nine Ten Eleven Twelve".split()
-_SWAPS = dict(he="she", she="he", his="her", her="his", him="her", himself="herself", herself="himself")
-_NAME = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]{2,}")  # capitalised within a sentence
 _NOUN = re.compile(
     r"\b(?:the|an?|his|her|my|their) ([a-z]{3,})(?=[.,!?;]| (?:and|was|is|in|to|of|with|that|on|had|were)\b)"
 )
@@ -30,49 +27,6 @@ class KnownStory(NamedTuple):
     kind: str
     opening: str
     story: str
-
-
-class Source(NamedTuple):
-    """What corruptions draw from: the sentences of another story; names, nouns and words of all stories."""
-
-    other: Sequence[str]
-    names: Sequence[str]
-    nouns: Sequence[str]
-    words: Sequence[str]
-
-
-def _alien_sentence(sentences: list[str], source: Source, rng: random.Random) -> list[str]:
-    at = rng.randrange(1, len(sentences) - 1)
-    return [*sentences[:at], source.other[len(source.other) // 2], *sentences[at + 1 :]]
-
-
-def _dropped(sentences: list[str], rng: random.Random) -> list[str]:
-    rows = rng.sample(range(len(sentences)), max(round(0.6 * len(sentences)), 1))
-    return [sentences[row] for row in sorted(rows)]
-
-
-def _new_nouns(sentences: list[str], source: Source, rng: random.Random) -> list[str]:
-    nouns = set(source.nouns)
-    return _replaced(sentences, lambda word: rng.choice(source.nouns) if word in nouns and rng.random() < 0.3 else word)
-
-
-def _new_words(sentences: list[str], source: Source, rng: random.Random) -> list[str]:
-    return _replaced(sentences, lambda word: rng.choice(source.words) if rng.random() < 0.1 else word)
-
-
-def _new_names(sentences: list[str], source: Source, rng: random.Random) -> list[str]:
-    known = set(names(" ".join(sentences)))
-    return _replaced(sentences, lambda word: rng.choice(source.names) if word in known else word)
-
-
-def _flipped(sentences: list[str], source: Source, rng: random.Random) -> list[str]:
-    def flip(word: str) -> str:
-        other = _SWAPS.get(word.lower())
-        if other is None or rng.random() < 0.5:
-            return word
-        return other.capitalize() if word[0].isupper() else other
-
-    return _replaced(sentences, flip)
 
 
 def _replaced(sentences: list[str], replace: Callable[[str], str]) -> list[str]:
@@ -87,33 +41,32 @@ def _reordered(parts: list[str], rng: random.Random) -> list[str]:
     return out
 
 
-def _rhyme(rng: random.Random) -> str:
-    animals, place = rng.choice("ducks mice frogs hens bees cats".split()), rng.choice("wall log hill roof".split())
-    return " ".join(f"{number} little {animals} sat on the {place}." for number in _NUMBERS)
+class Pool(NamedTuple):
+    """The nouns, without repeats, and the words of many stories."""
+
+    nouns: Sequence[str]
+    words: Sequence[str]
+
+    def new_nouns(self, sentences: list[str], rng: random.Random) -> list[str]:
+        nouns = set(self.nouns)
+        return _replaced(sentences, lambda w: rng.choice(self.nouns) if w in nouns and rng.random() < 0.3 else w)
+
+    def new_words(self, sentences: list[str], rng: random.Random) -> list[str]:
+        return _replaced(sentences, lambda word: rng.choice(self.words) if rng.random() < 0.1 else word)
 
 
-# Of a story's sentences s; each gives sentences or words, to be joined by spaces.
-CORRUPTIONS: dict[str, Callable[[list[str], Source, random.Random], list[str]]] = {
-    SENTENCES: lambda s, source, rng: _reordered(s, rng),
-    WORDS: lambda s, source, rng: _reordered(" ".join(s).split(), rng),
-    "halves of two stories": lambda s, source, rng: [*s[: len(s) // 2], *source.other[len(source.other) // 2 :]],
-    "alien sentence": _alien_sentence,
-    "alien ending": lambda s, source, rng: [*s[:-2], *source.other[-2:]],
-    "40 % of sentences dropped": lambda s, source, rng: _dropped(s, rng),
-    "cut in the middle": lambda s, source, rng: " ".join(s).split()[: len(" ".join(s).split()) // 2],
-    "30 % of nouns replaced": _new_nouns,
-    "10 % of words replaced": _new_words,
-    "names replaced": _new_names,
-    "he and she flipped": _flipped,
+# Given a story's sentences s and those of another story, sentences or words to be joined by spaces.
+CORRUPTIONS: dict[str, Callable[[list[str], Sequence[str], Pool, random.Random], list[str]]] = {
+    SENTENCES: lambda s, other, pool, rng: _reordered(s, rng),
+    WORDS: lambda s, other, pool, rng: _reordered(" ".join(s).split(), rng),
+    "halves of two stories": lambda s, other, pool, rng: [*s[: len(s) // 2], *other[len(other) // 2 :]],
+    "30 % of nouns replaced": lambda s, other, pool, rng: pool.new_nouns(s, rng),
+    "10 % of words replaced": lambda s, other, pool, rng: pool.new_words(s, rng),
 }
 # Texts that are no stories. index: of the story in whose place they stand.
-NO_STORIES: dict[str, Callable[[list[str], int, random.Random], str]] = {
-    "one word repeated": lambda s, index, rng: " ".join([rng.choice(" ".join(s).split())] * len(" ".join(s).split())),
-    "one sentence repeated": lambda s, index, rng: " ".join([rng.choice(s)] * len(s)),
-    "generic sentences": lambda s, index, rng: " ".join(rng.sample(split_sentences(*_paragraphs("generic")), 14)),
-    "counting rhyme": lambda s, index, rng: _rhyme(rng),
-    "another language": lambda s, index, rng: _nth("other_languages", index),
-    "essay: full marks": lambda s, index, rng: _nth("essays", index),
+NO_STORIES: dict[str, Callable[[int, random.Random], str]] = {
+    "generic sentences": lambda index, rng: " ".join(rng.sample(split_sentences(*_paragraphs("generic")), 14)),
+    "essay: full marks": lambda index, rng: _essay(index),
 }
 KINDS = (REAL, *CORRUPTIONS, *NO_STORIES)
 
@@ -122,24 +75,24 @@ def known_stories(
     documents: Iterable[str], count: int, kinds: Sequence[str] = KINDS, seed: int = 0
 ) -> list[KnownStory]:
     """`count` stories of each kind; those of one index have one opening, the first sentence. A corruption that changes
-    nothing, as of names where there are none, is left out. Half of the real ones are ours while they last, the others
+    nothing is left out. Half of the real ones are ours while they last, the others
     are a corpus's (see real_stories)."""
     usable = _usable_of(documents, count)
     ours = [_first_sentences(text, LENGTHS[i % len(LENGTHS)]) for i, text in enumerate(_paragraphs("stories"))]
     texts = [*ours[: count // 2], *real_stories(usable, count - len(ours[: count // 2]), seed)]
-    pool = " ".join(usable[:300])
-    all_names, nouns, words = names(pool), sorted(set(_NOUN.findall(pool))), re.findall(r"[a-z]+", pool)
+    text = " ".join(usable[:300])
+    pool = Pool(sorted(set(_NOUN.findall(text))), re.findall(r"[a-z]+", text))
     stories = []
     for i, (opening, *sentences) in enumerate(texts):
-        source = Source(texts[(i + len(texts) // 2) % len(texts)][1:], all_names, nouns, words)
+        other = texts[(i + len(texts) // 2) % len(texts)][1:]
         for kind in kinds:
             draw = random.Random(f"{seed} {kind} {i}")  # the same text whatever the other kinds are
             if kind in CORRUPTIONS:
-                story = " ".join(CORRUPTIONS[kind](sentences, source, draw))
+                story = " ".join(CORRUPTIONS[kind](sentences, other, pool, draw))
                 if story == " ".join(sentences):
                     continue
             else:
-                story = NO_STORIES[kind](sentences, i, draw) if kind in NO_STORIES else " ".join(sentences)
+                story = NO_STORIES[kind](i, draw) if kind in NO_STORIES else " ".join(sentences)
             stories.append(KnownStory(kind, opening, story))
     return stories
 
@@ -158,11 +111,6 @@ def _usable_of(documents: Iterable[str], count: int) -> list[str]:
 
 def split_sentences(text: str) -> list[str]:
     return re.split(r"(?:(?<=[.!?])|(?<=[.!?][\"”']))\s+(?=[\"“'A-Z])", " ".join(text.split()))
-
-
-def names(text: str) -> list[str]:
-    """The distinct names of a text, in order of appearance: its words that are capitalised within a sentence."""
-    return list(dict.fromkeys(_NAME.findall(text)))
 
 
 def _first_sentences(text: str, words: int) -> list[str]:
@@ -184,11 +132,11 @@ def _paragraphs(name: str) -> list[str]:
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
 
 
-def _nth(name: str, index: int) -> str:
-    """The text of this index in a file; once all are used, they are repeated with another sentence first."""
-    paragraphs = _paragraphs(name)
-    sentences = split_sentences(paragraphs[index % len(paragraphs)])
-    shift = index // len(paragraphs) % len(sentences)
+def _essay(index: int) -> str:
+    """An essay; once all are used, they are repeated with another sentence first."""
+    essays = _paragraphs("essays")
+    sentences = split_sentences(essays[index % len(essays)])
+    shift = index // len(essays) % len(sentences)
     return " ".join(sentences[shift:] + sentences[:shift])
 
 

@@ -302,7 +302,11 @@ def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Seq
     header = ["Student", "Seeds", *columns, "As much as pretraining on"]
     table = page.table(header, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
     facts = page.details("How it was run", "", page.facts(settings.items()))
-    sections = [figure, page.section("What was rewarded and what was not", note, table), facts]
+    sections = [
+        f'<div style="max-width: 44rem">{figure}</div>',
+        page.section("What was rewarded and what was not", note, table),
+        facts,
+    ]
     subtitle = escape(f"scored by {settings['scored by']}")
     return page.write(out / "report.html", "Does interaction replace pretraining?", subtitle, sections)
 
