@@ -78,6 +78,12 @@ def tiny_stories(count: int) -> list[str]:
     return stories
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test's random numbers do not depend on those that ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train(tiny_stories(200), 320)

@@ -48,7 +48,8 @@ def test_pytorchs_logprobs_are_the_definitions(monkeypatch, name, dtype, shape):
     exact = results(getattr(reference, name), exact_hidden, exact_weight, targets, wide)
     for result, theirs, right in zip(ours, plain, exact, strict=True):
         assert result.dtype == theirs.dtype and result.shape == theirs.shape
-        assert_no_worse(result, theirs, right, name, scale=right.abs().max().expand(right.shape))
+        # A gradient is a sum of terms as large as the largest result, some of which cancel.
+        assert_no_worse(result, theirs, right, name, scale=2 * right.abs().max().expand(right.shape))
 
 
 def test_an_operator_by_pytorch_is_not_the_kernel(monkeypatch):
