@@ -8,7 +8,7 @@ train_interact.py with these: by default the demo, and the same with the student
 the score. What is finished is not run again. Then each student, the untouched one first, writes a story to each
 held-out opening, which the built-in teacher grades; beside them stand lower temperatures, and of four stories the
 likeliest and the best by reward. Markdown is printed: means over the seeds, and the reward's standard error over the
-openings. OUT/rows.jsonl has each seed's measures and each story's reward.
+openings. OUT/rows.jsonl has each seed's measures and each story's reward, OUT/reward.svg is README's picture.
 """
 
 import argparse
@@ -37,10 +37,11 @@ from tinystory.evaluate.coreference import coreference, unseen_stories
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import distinct_ngrams, mean_of
 from tinystory.ops.compute import resolve
+from tinystory.report import charts
 from tinystory.rl.reward import best_of_n, cluster_sizes, story_rewards
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import SAMPLES
+from tinystory.run.folder import SAMPLES, atomic_write
 from tinystory.run.paths import ROOT
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, generate
@@ -96,12 +97,17 @@ def main(argv: list[str] | None = None) -> None:
                     file.write(json.dumps(records[-1]) + "\n")
     columns = [column for column in records[-1] if column not in ("name", "seed", "rewards")]
     print(f"| | {' | '.join(columns)} | standard error |\n|---|{'---|' * (len(columns) + 1)}")
+    bars = []
     for name in dict.fromkeys(record["name"] for record in records):
         same = [record for record in records if record["name"] == name]
         means = [mean_of(record[column] for record in same) for column in columns]
         openings = [x for x in map(mean_of, zip(*(record["rewards"] for record in same), strict=True)) if x is not None]
-        cells = ["" if x is None else f"{x:.3f}" for x in [*means, stdev(openings) / math.sqrt(len(openings))]]
+        standard_error = stdev(openings) / math.sqrt(len(openings))
+        bars.append((name.strip("`"), fmean(openings), standard_error))
+        cells = ["" if x is None else f"{x:.3f}" for x in [*means, standard_error]]
         print(f"| {name} | {' | '.join(cells)} |")
+    title = "Reward of stories to held-out openings, with the standard error over openings"
+    atomic_write(options.out / "reward.svg", charts.standalone(charts.bars(title, bars, "the demo")))
 
 
 def run(script: str, out: Path, seed: int, *more: str) -> None:

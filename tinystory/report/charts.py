@@ -250,6 +250,21 @@ def draw(axes: Axes, line: Line, arrays: Mapping[str, np.ndarray]) -> list[str]:
     return [*parts, "</g>"]
 
 
+def bars(title: str, rows: Sequence[tuple[str, float, float]], highlighted: str) -> str:
+    """An SVG of horizontal bars from 0. rows: name, value above 0 and its standard error; highlighted: a name."""
+    left, scale = 12 + 7 * max(len(name) for name, _, _ in rows), max(value for _, value, _ in rows)
+    parts = []
+    for i, (name, value, error) in enumerate(rows):
+        y, length = 26 * i + 28, (540 - left) * value / scale
+        parts.append(f'<text x="0" y="{y + 12}">{html.escape(name)}</text>')
+        colour = "reward" if name == highlighted else "grey"
+        path = f'class="dot" style="--tint: var(--{colour})" d="M{left},{y}h{length:.1f}v16h-{length:.1f}Z"'
+        parts.append(f'<path {path}/><text x="{left + length + 7:.1f}" y="{y + 12}">{value:.3f} ± {error:.3f}</text>')
+    name, height = html.escape(title), 26 * len(rows) + 30
+    box = f'<svg class="chart" viewBox="0 0 640 {height}" role="img" aria-label="{name}">'
+    return f'{box}<text class="title" x="0" y="14">{name}</text>{"".join(parts)}</svg>'
+
+
 def padded_range(values: np.ndarray) -> Span:
     """The range of the values with a margin, or from 0 if they begin just above it."""
     low, high = float(values.min()), float(values.max())
