@@ -24,9 +24,10 @@ void sample(const Sample&, cudaStream_t);
 
 // The steps of TokenLogprob between its GEMMs, on a chunk of rows; all pointers point into the chunk.
 struct LogitChunk {
-  DType dtype;
+  DType grad_dtype;
   int64_t rows, V;
-  void* logits;            // (rows, V) contiguous; logit_grad overwrites it with its gradient
+  const float* logits;     // (rows, V) contiguous
+  void* grad;              // (rows, V) contiguous, for logit_grad; may be the logits, if it is float32
   const int64_t* targets;  // (rows,)
   float *logprob, *entropy;
   double* lse;

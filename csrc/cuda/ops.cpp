@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, int64_t seed, co
 }
 
 // --- token_logprob ---------------------------------------------------------------------------------------------------
-// GEMMs and logits are in hidden's dtype; sums over chunks and results are in float32.
+// The operands of GEMMs are in hidden's dtype; logits, which are their sums, sums over chunks and results in float32.
 struct Logprob {
   static constexpr int64_t kChunkBytes = 128 << 20;  // of logits per chunk: enough rows to fill the device
 
@@ -87,18 +87,23 @@ struct Logprob {
 
   void run(bool stats, bool grads) {
     if (grads) grad_hidden = at::empty({N, C}, hidden.options());
-    const int64_t fit = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, V * hidden.itemsize()));
-    Tensor memory = at::empty({std::min(fit, N), V}, hidden.options());
+    const int64_t fit = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, V * int64_t(sizeof(float))));
+    const DType dtype = dtype_of(hidden, "token_logprob", "hidden");
+    const bool wide = dtype == DType::f32;
+    const Tensor memory = at::empty({std::min(fit, N), V}, float_options);
+    const Tensor grad_memory = wide || !grads ? memory : at::empty(memory.sizes(), hidden.options());
     for (int64_t first = 0; first < N; first += fit) {
       const int64_t rows = std::min(fit, N - first);
       const auto chunk = [&](const Tensor& t) { return t.narrow(0, first, rows); };
       const auto pointer = [&](const Tensor& t) { return t.defined() ? t.data_ptr<float>() + first : nullptr; };
-      Tensor logits = memory.narrow(0, 0, rows);
-      at::mm_out(logits, chunk(hidden), weight.t());
-      const cuda::LogitChunk x{.dtype = dtype_of(hidden, "token_logprob", "hidden"),
+      Tensor logits = memory.narrow(0, 0, rows), grad = grad_memory.narrow(0, 0, rows);
+      if (wide) at::mm_out(logits, chunk(hidden), weight.t());
+      else at::mm_out(logits, chunk(hidden), weight.t(), at::kFloat);
+      const cuda::LogitChunk x{.grad_dtype = dtype,
                                .rows = rows,
                                .V = V,
-                               .logits = logits.data_ptr(),
+                               .logits = logits.data_ptr<float>(),
+                               .grad = grad.data_ptr(),
                                .targets = targets.const_data_ptr<int64_t>() + first,
                                .logprob = pointer(logprob),
                                .entropy = pointer(entropy),
@@ -108,11 +113,10 @@ struct Logprob {
                                .grad_everywhere = grad_everywhere};
       if (stats) cuda::logit_stats(x, on.stream);
       if (!grads) continue;
-      cuda::logit_grad(x, on.stream);  // logits now hold their gradient
+      cuda::logit_grad(x, on.stream);
       Tensor to = chunk(grad_hidden);
-      at::mm_out(to, logits, weight);
-      const Tensor left = logits.t(), right = chunk(hidden);
-      const Tensor part = left.scalar_type() == at::kFloat ? at::mm(left, right) : at::mm(left, right, at::kFloat);
+      at::mm_out(to, grad, weight);
+      const Tensor part = wide ? at::mm(grad.t(), chunk(hidden)) : at::mm(grad.t(), chunk(hidden), at::kFloat);
       grad_weight = grad_weight.defined() ? grad_weight.add_(part) : part;
     }
     if (grads) grad_weight = N ? grad_weight.to(weight_type) : at::zeros({V, C}, weight.options().dtype(weight_type));

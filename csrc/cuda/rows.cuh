@@ -6,7 +6,7 @@
 
 namespace tinystory::cuda {
 
-// A row of V elements, read and written kVec at a time; one 16-byte access where the row's alignment allows it.
+// A row of V elements, read kVec at a time; one 16-byte access where the row's alignment allows it.
 template <class Element>
 struct LogitRow {
   using Value = std::remove_const_t<Element>;
@@ -23,15 +23,6 @@ struct LogitRow {
     } else {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) x[i] = v + i < V ? to_float(row[v + i]) : past_end;
-    }
-  }
-  __device__ __forceinline__ void store(const float (&x)[kVec], int v) const {
-    if (vectorizable(v)) {
-      store16(row + v, pack(x, Element{}));
-    } else {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i)
-        if (v + i < V) row[v + i] = from_float<Element>(x[i]);
     }
   }
 };

@@ -1,5 +1,5 @@
-// Per row of logits: log-probability of the target and entropy in a single pass (online softmax), and the gradient of
-// both with respect to the logits, in place. One block per row.
+// Per row of float32 logits: log-probability of the target and entropy in a single pass (online softmax), and the
+// gradient of both with respect to the logits, in the dtype of the GEMMs that read it. One block per row.
 #include "rows.cuh"
 
 namespace tinystory::cuda {
@@ -20,11 +20,10 @@ struct Stats {
   }
 };
 
-template <class Element>
 __global__ void __launch_bounds__(kThreads) stats_kernel(LogitChunk p) {
-  constexpr int kVec = kVecElements<Element>;
+  constexpr int kVec = kVecElements<float>;
   const int n = int(blockIdx.x);
-  const LogitRow<const Element> row{static_cast<const Element*>(p.logits) + int64_t(n) * p.V, int(p.V)};
+  const LogitRow<const float> row{p.logits + int64_t(n) * p.V, int(p.V)};
   Stats own{-3e38f, 0, 0};
   for (int v = int(threadIdx.x) * kVec; v < p.V; v += kThreads * kVec) {
     float x[kVec], m_new = own.m;
@@ -47,16 +46,17 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(LogitChunk p) {
     const double log_total = log(double(l));
     p.lse[n] = own.m + log_total;
     require(p.targets[n] >= 0 && p.targets[n] < p.V, "token_logprob: an entry of targets is not in 0 .. V - 1");
-    p.logprob[n] = float(to_float(row.row[p.targets[n]]) - own.m - log_total);
+    p.logprob[n] = float(row.row[p.targets[n]] - own.m - log_total);
     p.entropy[n] = float(log_total - double(z_sum) / l * double(kLn2));
   }
 }
 
 template <class Element>
 __global__ void __launch_bounds__(kThreads) grad_kernel(LogitChunk p) {
-  constexpr int kVec = kVecElements<Element>;
+  constexpr int kVec = kVecElements<float>;
   const int n = int(blockIdx.x);
-  const LogitRow<Element> row{static_cast<Element*>(p.logits) + int64_t(n) * p.V, int(p.V)};
+  const LogitRow<const float> row{p.logits + int64_t(n) * p.V, int(p.V)};
+  Element* grad = static_cast<Element*>(p.grad) + int64_t(n) * p.V;
   const float lse = float(p.lse[n]), lse_low = float(p.lse[n] - lse);  // high and low part of the double
   const float g = p.grad_logprob ? p.grad_logprob[n] : float(p.grad_everywhere);
   const float ge = p.grad_entropy ? p.grad_entropy[n] : 0;
@@ -72,7 +72,13 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(LogitChunk p) {
       const float e = exp2_fast(log_p * kLog2e);
       x[i] = v + i == target ? -g * expm1f(log_p) - e * entropy_term : -e * (g + entropy_term);
     }
-    row.store(x, v);
+    if (row.vectorizable(v) && (reinterpret_cast<uintptr_t>(grad) & (4 * sizeof(Element) - 1)) == 0) {
+      store4(grad + v, x);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i)
+        if (v + i < p.V) grad[v + i] = from_float<Element>(x[i]);
+    }
   }
 }
 
@@ -80,14 +86,12 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(LogitChunk p) {
 
 void logit_stats(const LogitChunk& x, cudaStream_t stream) {
   if (x.rows == 0) return;
-  dispatch_dtype(x.dtype, "token_logprob", [&](auto e) {
-    launch(stats_kernel<decltype(e)>, x.rows, kThreads, kThreads / kWarpSize * sizeof(float), stream, x);
-  });
+  launch(stats_kernel, x.rows, kThreads, kThreads / kWarpSize * sizeof(float), stream, x);
 }
 
 void logit_grad(const LogitChunk& x, cudaStream_t stream) {
   if (x.rows == 0) return;
-  dispatch_dtype(x.dtype, "token_logprob",
+  dispatch_dtype(x.grad_dtype, "token_logprob",
                  [&](auto e) { launch(grad_kernel<decltype(e)>, x.rows, kThreads, 0, stream, x); });
 }
 

@@ -115,6 +115,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False, wide:
     return reference.linear(x, weight, bias, gelu)
 
 
+def wide_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T, for logits: x (R, K) and weight (N, K) in one dtype -> (R, N).
+
+    On a GPU the float32 sums of 16-bit operands are kept, as in `token_logprob`: rounded to bfloat16, the sampler's
+    log-probabilities and PPO's would differ in their second digit."""
+    if on_gpu(x) and x.dtype != torch.float32:
+        return torch.ops.aten.mm.dtype(x, weight.t(), torch.float32)  # which only CUDA has
+    return x @ weight.t()
+
+
 def add_layer_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, dropout_p: float = 0.0, seed: int = 0
 ) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tinystory import ops
@@ -77,11 +76,8 @@ class TokenStep:
         self.student = cast(Student, weakref.proxy(student))  # whose entry in TOKEN_STEPS this is
         self.head, self.dtype, self.sampling = head, dtype, sampling
         # Tokens are looked up in the embedding as it is. Rows of logits that are no whole cache lines slow cuBLAS down.
-        (V, C), padding = student.wte.weight.shape, -student.wte.weight.shape[0] % 64 if self.on_graph else 0
-        self.unembedding = torch.zeros(V + padding, C, dtype=dtype, device=device)
-        self.padding_bias = torch.zeros(V + padding, dtype=dtype, device=device) if padding else None
-        if self.padding_bias is not None:
-            self.padding_bias[V:] = -math.inf
+        V, C = student.wte.weight.shape
+        self.unembedding = torch.zeros(V + (-V % 64 if self.on_graph else 0), C, dtype=dtype, device=device)
         spans = torch.zeros(rows, 2, dtype=torch.int64, device=device)
         self.cache = KVCache(student.config, spans, sampling.max_new_tokens, dtype, self.prefix)
         self.state = torch.zeros(3, rows, dtype=torch.int64, device=device)
@@ -120,7 +116,8 @@ class TokenStep:
     def draw(self, hidden: Tensor) -> None:
         """Draw from the final hidden states (R, C)."""
         step, s = self.cache.lengths, self.sampling
-        logits = F.linear(hidden, self.unembedding, self.padding_bias)
+        logits = ops.wide_matmul(hidden.to(self.dtype), self.unembedding)
+        logits[:, len(self.student.wte.weight) :] = -math.inf
         drawn, logprobs, entropies = ops.sample(
             logits, seed=s.seed, rows=self.ids, step=step, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p
         )

@@ -244,9 +244,8 @@ void sample(int64_t B, int64_t V, int64_t top_k, double top_p) {
 template <class Element>
 void logprob(int64_t N, int64_t V) {
   std::mt19937_64 random(1);
-  const auto values = normal<Element>(random, N * V, 3);
-  simt::Buffer<Element> logits(values.size());
-  std::copy(values.begin(), values.end(), logits.data());
+  const simt::Buffer<float> logits(normal<float>(random, N * V, 3));
+  simt::Buffer<Element> grad(N * V);
   const simt::Buffer<int64_t> targets(std::vector<int64_t>(N, V / 2));
   const simt::Buffer<float> grad_logprob(normal<float>(random, N)), grad_entropy(normal<float>(random, N));
   simt::Buffer<float> out(N), entropy(N);
@@ -255,6 +254,7 @@ void logprob(int64_t N, int64_t V) {
                            N,
                            V,
                            logits.data(),
+                           grad.data(),
                            targets.data(),
                            out.data(),
                            entropy.data(),

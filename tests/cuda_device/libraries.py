@@ -1,0 +1,77 @@
+"""The native libraries of the simulated device, compiled at first use into the project's cache.
+
+device_library()  device.cpp, alone
+kernel_library()  the project's CUDA binding and kernels on the SIMT machine of tests/native/simt
+
+As a script, which those two start: libraries.py NAME FOLDER. Compiling loads a library into the process that asked,
+which would then have the device; so that is never a process of the tests.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SIMT = ROOT / "tests" / "native" / "simt"
+CUDA = ROOT / "csrc" / "cuda"
+
+
+def device_library() -> Path:
+    return library("simulated_device", [HERE / "device.cpp"])
+
+
+def kernel_library() -> Path:
+    folders = [SIMT, SIMT / "torch", SIMT / "torch/c10/cuda", CUDA, ROOT / "csrc"]
+    return library("simulated_kernels", [file for folder in folders for file in sorted(folder.glob("*.[ch]*"))])
+
+
+def library(name: str, files: list[Path]) -> Path:
+    """The library, compiled if none has been made of these files by this compiler for this torch."""
+    sys.path.insert(0, str(ROOT))
+    from tinystory.run.paths import cache_dir  # which does not import torch
+
+    versions = [sys.version, importlib.metadata.version("torch"), os.environ.get("CXX", "c++")]
+    digest = hashlib.sha256("\0".join(versions).encode() + b"".join(file.read_bytes() for file in files)).hexdigest()
+    made = cache_dir().absolute() / "kernels" / f"{name}-{digest[:16]}"
+    if not (made / "whole").exists():
+        made.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, __file__, name, str(made)], check=True)
+    return made / f"{name}.so"
+
+
+def main(name: str, folder: Path) -> None:
+    import ninja
+    from torch.utils import cpp_extension
+
+    from tinystory.ops.build import locked
+
+    os.environ |= {
+        "PATH": f"{ninja.BIN_DIR}:{os.environ.get('PATH', os.defpath)}",
+        "TORCH_DONT_CHECK_COMPILER_ABI": "1",
+    }
+    sources, flags, include = [HERE / "device.cpp"], ["-std=c++20", "-O1", "-w"], []
+    with locked(folder):
+        if (folder / "whole").exists():
+            return
+        if name == "simulated_kernels":
+            flags += ["-march=native", "-ffp-contract=off"]  # as SIMT's own CMakeLists.txt compiles them
+            include = [str(SIMT), str(SIMT / "torch")]
+            sources = [SIMT / "simt.cpp", SIMT / "trace.cpp", SIMT / "torch/backend.cpp"]
+            for kernel in sorted(CUDA.glob("*.cu")):  # which ninja would give to nvcc
+                sources.append(folder / f"{kernel.stem}_cu.cpp")
+                sources[-1].write_text(f'#include "{kernel}"\n')
+        cpp_extension.load(
+            name, [str(source) for source in sources], extra_cflags=flags, extra_include_paths=include,
+            extra_ldflags=[f"-Wl,-rpath,{path}" for path in cpp_extension.library_paths()],
+            build_directory=str(folder), is_python_module=False, with_cuda=False,
+        )  # fmt: skip
+        (folder / "whole").touch()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main(sys.argv[1], Path(sys.argv[2]))

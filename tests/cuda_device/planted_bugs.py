@@ -1,0 +1,162 @@
+"""Plant the bugs of planted_bugs.txt, one at a time, in a copy of the project, run a command on the simulated device,
+and say what gives each away. Exits with 1 if one is missed.
+
+python tests/cuda_device/planted_bugs.py [NUMBER ...]
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+SHAPE = "--n-layer 2 --n-head 2 --n-embd 64 --context 64 --vocab-size 300 --batch-size 4 --micro-batch-size 2"
+PRETRAIN = f"train_pretrain.py --corpus corpus.txt {SHAPE} --eval-every 3 --words 800 --dropout 0.1"
+INTERACT = "train_interact.py --init init --reward reward.py:score --openings openings.txt --steps 2 --eval-stories 4"
+INTERACT += " --eval-every 1 --stories-per-step 100 --max-new-tokens 24 --no-calibrate"
+COMMANDS = {
+    "pretrain": f"{PRETRAIN} --dtype float32",
+    "pretrain16": f"{PRETRAIN} --dtype bfloat16",
+    "one head": f"{PRETRAIN} --dtype float32 --n-embd 96 --n-head 1 --words 200",
+    "interact": f"{INTERACT} --dtype float32",
+    "interact16": f"{INTERACT} --dtype bfloat16",
+}
+
+
+@dataclass
+class Bug:
+    """changes: file, text in it, text instead."""
+
+    name: str
+    command: str
+    changes: list[tuple[str, str, str]]
+
+
+def read_bugs() -> list[Bug]:
+    bugs = []
+    for block in re.split(r"\n\n+", (HERE / "planted_bugs.txt").read_text().strip())[1:]:
+        name, command, *lines = block.splitlines()
+        changes: list[tuple[str, list[str], list[str]]] = []
+        for line in lines:
+            if line.startswith("    "):
+                changes[-1][1 if line[4] == "-" else 2].append(line[5:])
+            else:
+                changes.append((line.strip(), [], []))
+        bugs.append(Bug(name, command.strip(), [(file, "\n".join(a), "\n".join(b)) for file, a, b in changes]))
+    return bugs
+
+
+@dataclass
+class Outcome:
+    """Of a command: its exit code and last error, the stories and losses, and what it cost on the device."""
+
+    code: int
+    error: str
+    results: list
+    costs: dict[str, int] = field(default_factory=dict)
+
+
+def run(root: Path, command: str, work: Path, device: str) -> Outcome:
+    shutil.rmtree(work / "out", ignore_errors=True)
+    counts = work / "counts.json"
+    counts.unlink(missing_ok=True)
+    start = [] if device == "cpu" else [root / "tests/cuda_device/run.py"]
+    script, *options = COMMANDS[command].split()
+    script = script if start else str(root / script)
+    env = os.environ | {"PYTHONPATH": str(root), "CUDA_DEVICE_COUNTS": str(counts), "TINYSTORY_KERNELS": "ours"}
+    line = [sys.executable, *start, script, *options, "--device", device, "--out", "out"]
+    done = subprocess.run([*map(str, line)], capture_output=True, text=True, env=env, cwd=work)
+    results = []
+    for name, key in (("metrics.jsonl", "loss"), ("stories.jsonl", "story"), ("evaluations.jsonl", "story")):
+        if (file := work / "out" / name).exists():
+            results += [record.get(key) for record in map(json.loads, file.read_text().splitlines())]
+    errors = [x for x in done.stderr.splitlines() if re.match(r"^\S*(Error|Problem|error)\b", x)]
+    made = json.loads(counts.read_text()) if counts.exists() else {}
+    costs = dict(captures=made.get("captures", 0), reserved=made.get("reserved", 0))
+    costs["launches"] = sum(made.get("launches", {}).values())
+    for kind, where, n in made.get("waits", ()):
+        key = f"{kind} in {re.sub(r':[0-9]+', '', where)}"
+        costs[key] = costs.get(key, 0) + n
+    return Outcome(done.returncode, (errors or [""])[-1], results, costs)
+
+
+def differing(a: list, b: list) -> int:
+    """How many results are not the same, losses within 1e-4."""
+    pairs = zip(a, b, strict=False)
+    near = (abs(x - y) < 1e-4 if isinstance(x, float) and isinstance(y, float) else x == y for x, y in pairs)
+    return sum(not same for same in near) + abs(len(a) - len(b))
+
+
+def evidence(clean: Outcome, planted: Outcome) -> list[str]:
+    if planted.code:
+        return [f"exit {planted.code}: {planted.error[:150]}"]
+    found = []
+    if count := differing(clean.results, planted.results):
+        found.append(f"{count} of {len(clean.results)} results differ")
+    more = {key: (n, clean.costs.get(key, 0)) for key, n in planted.costs.items() if n > clean.costs.get(key, 0)}
+    return found + [f"{key}: {n} instead of {was}" for key, (n, was) in more.items()]
+
+
+def prepare(work: Path) -> None:
+    """A corpus, openings, a reward and a student that ends its stories soon."""
+    import torch
+    from conftest import tiny_stories
+
+    import train_pretrain
+    from tinystory.student import checkpoint
+
+    (work / "corpus.txt").write_text("\n<|endoftext|>\n".join(tiny_stories(150)))
+    (work / "openings.txt").write_text("Once upon a time,\nMia said\nThen Tom had a boat\nOnce\n")
+    (work / "reward.py").write_text(
+        "def score(opening, stories):\n    return [min(1.0, len(set(s.split())) / 12) for s in stories]\n"
+    )
+    out = ["--out", str(work / "p"), "--dtype", "float32", "--device", "cpu", "--words", "2500"]
+    train_pretrain.main(["--corpus", str(work / "corpus.txt"), *SHAPE.split(), *out])
+    student, tokenizer, _ = checkpoint.load(checkpoint.newest(work / "p"))
+    with torch.no_grad():
+        student.ln_f.bias += 3.0 * student.wte.weight[tokenizer.eos] / student.wte.weight[tokenizer.eos].norm() ** 2
+    checkpoint.save(work / "init", student, tokenizer, facts={}, state={}, counters={"step": 0})
+
+
+def plant(changes: list[tuple[str, str, str]], copy: Path) -> None:
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "build", "runs"))
+    for file, old, new in changes:
+        text = (copy / file).read_text()
+        assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
+        (copy / file).write_text(text.replace(old, new))
+
+
+def main(numbers: list[str]) -> int:
+    bugs = read_bugs()
+    chosen = [bugs[int(n) - 1] for n in numbers] or bugs
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        prepare(work)
+        clean = {}
+        for command in dict.fromkeys(bug.command for bug in chosen):
+            clean[command] = run(ROOT, command, work, "cuda")
+            here = run(ROOT, command, work, "cpu")
+            if here.code == 0 and "16" not in command:  # a student of one head has no CUDA kernel
+                assert clean[command].code != 0 or not differing(here.results, clean[command].results), command
+            print(f"{command}: exit {clean[command].code}, {len(clean[command].results)} results", flush=True)
+        for bug in chosen:
+            plant(bug.changes, work / "planted")
+            why = evidence(clean[bug.command], run(work / "planted", bug.command, work, "cuda"))
+            missed += not why
+            print(f"{'caught' if why else 'MISSED'}: {bug.name}: {'; '.join(why)[:220]}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} caught")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
