@@ -101,17 +101,18 @@ def evidence(clean: Outcome, planted: Outcome) -> list[str]:
     found = []
     if count := differing(clean.results, planted.results):
         found.append(f"{count} of {len(clean.results)} results differ")
-    more = {key: (n, clean.costs.get(key, 0)) for key, n in planted.costs.items() if n > clean.costs.get(key, 0)}
-    return found + [f"{key}: {n} instead of {was}" for key, (n, was) in more.items()]
+    for key, n in planted.costs.items():
+        was = clean.costs.get(key, 0)
+        if n > was * (1.02 if key == "launches" else 1):  # the planted text may launch something itself
+            found.append(f"{key}: {n} instead of {was}")
+    return found
 
 
 def prepare(work: Path) -> None:
     """A corpus, openings, a reward and a student that ends its stories soon."""
-    import torch
-    from conftest import tiny_stories
+    from conftest import save_eager, tiny_stories
 
     import train_pretrain
-    from tinystory.student import checkpoint
 
     (work / "corpus.txt").write_text("\n<|endoftext|>\n".join(tiny_stories(150)))
     (work / "openings.txt").write_text("Once upon a time,\nMia said\nThen Tom had a boat\nOnce\n")
@@ -120,10 +121,7 @@ def prepare(work: Path) -> None:
     )
     out = ["--out", str(work / "p"), "--dtype", "float32", "--device", "cpu", "--words", "2500"]
     train_pretrain.main(["--corpus", str(work / "corpus.txt"), *SHAPE.split(), *out])
-    student, tokenizer, _ = checkpoint.load(checkpoint.newest(work / "p"))
-    with torch.no_grad():
-        student.ln_f.bias += 3.0 * student.wte.weight[tokenizer.eos] / student.wte.weight[tokenizer.eos].norm() ** 2
-    checkpoint.save(work / "init", student, tokenizer, facts={}, state={}, counters={"step": 0})
+    save_eager(work / "p", work / "init")
 
 
 def plant(changes: list[tuple[str, str, str]], copy: Path) -> None:

@@ -2,17 +2,15 @@
 read of either raises), and no wait of the host where docs/kernels.md promises none. test_cuda_device.py starts it.
 """
 
-import json
 import shutil
 
 import pytest
 import torch
-from conftest import metrics, tiny_stories, weights
+from conftest import metrics, read_lines, save_eager, tiny_stories, weights
 from plugin import waits_within
 
 import train_interact as interact
 import train_pretrain as pretrain
-from tinystory.student import checkpoint
 from tinystory.student.generate import generate
 from tinystory.student.model import Student, StudentConfig
 
@@ -35,15 +33,8 @@ def place(tmp_path_factory):
     for device in ("cpu", "cuda"):
         out = ["--out", str(folder / device), "--device", device]
         pretrain.main(["--corpus", str(folder / "corpus.txt"), *PRETRAIN, *out])
-    student, tokenizer, _ = checkpoint.load(checkpoint.newest(folder / "cpu"))
-    with torch.no_grad():
-        student.ln_f.bias += 3.0 * student.wte.weight[tokenizer.eos] / student.wte.weight[tokenizer.eos].norm() ** 2
-    checkpoint.save(folder / "init", student, tokenizer, facts={}, state={}, counters={"step": 0})
+    save_eager(folder / "cpu", folder / "init")
     return folder
-
-
-def read_lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def interaction(place, name, device, *options) -> None:
