@@ -41,7 +41,7 @@ from tinystory.run import distributed
 from tinystory.run.device import Stop, peak_memory_mb
 from tinystory.run.errors import Interrupted, UserError, command
 from tinystory.run.folder import Record, RunLog, locked, read_metrics, recorded_options
-from tinystory.run.paths import usage
+from tinystory.run.paths import hint
 from tinystory.run.step_log import Stages
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, require_room
@@ -207,7 +207,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
 
 def starting_checkpoint(init: str) -> Path:
     if not init and checkpoint.newest(PRETRAIN_RUN) is None:
-        first = usage("python train_pretrain.py")
+        first = hint("train_pretrain.py")
         raise UserError(f"no checkpoint under {PRETRAIN_RUN}: run {first} first, or give --init CHECKPOINT")
     return checkpoint.find(Path(init) if init else PRETRAIN_RUN)
 
@@ -215,7 +215,7 @@ def starting_checkpoint(init: str) -> Path:
 def report(run: Path, state: RunState, *, stopped: bool, judge: Callable[[], list[Record]] | None) -> None:
     """Print how to go on with a run that was asked to stop, or what another one learned."""
     if stopped:
-        resume = usage("python train_interact.py", "--out", run, "--resume", *leads_out(recorded_options(run)))
+        resume = hint("train_interact.py", "--out", run, "--resume", *leads_out(recorded_options(run)))
         print(f"stopped after step {state.step}, all saved; go on with: {resume}")
         return
     write_samples(run, state.best_step)
@@ -223,7 +223,7 @@ def report(run: Path, state: RunState, *, stopped: bool, judge: Callable[[], lis
     print(f"mean reward per step {text_curve([record.get('reward_mean') for record in read_metrics(run)], 60)}")
     if judge:
         print(conclusion(judge()))
-    print(f"report: {run / 'report.html'}\nnext:   {usage('python scripts/sample.py', checkpoint.find(run))}")
+    print(f"report: {run / 'report.html'}\nnext:   {hint('scripts/sample.py', checkpoint.find(run))}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from tinystory.run import distributed
 from tinystory.run.device import Download, Stop, peak_memory_mb, upload
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import RunLog, locked, read_metrics
-from tinystory.run.paths import usage
+from tinystory.run.paths import hint
 from tinystory.run.step_log import StepLog
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
@@ -187,7 +187,7 @@ def pretrain(config: PretrainConfig) -> None:
     if not rank0:
         return
     if state.words < config.words:
-        resume = usage("python train_pretrain.py", "--out", run, "--resume")
+        resume = hint("train_pretrain.py", "--out", run, "--resume")
         print(f"stopped after {state.words:,} words, all saved; go on with: {resume}")
         return
     room = config.context - len(encode_opening(tokenizer, OPENING))
@@ -202,7 +202,7 @@ def pretrain(config: PretrainConfig) -> None:
         loss, bits = steps.metrics["val_loss"], steps.metrics["val_bits_per_byte"]
         print(f"validation loss {loss:.3f} nats per token, {bits:.3f} bits per byte")
     print(f"report: {run / 'report.html'}")
-    print(f"next:   {usage('python train_interact.py', '--init', checkpoint.newest(run))}")
+    print(f"next:   {hint('train_interact.py', '--init', checkpoint.newest(run))}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@
     python scripts/evaluate.py --judge runs/a runs/b                         what does a judge see of a run's gain that
                                                                              was not its teacher?
 
-CHECKPOINT is a checkpoint, a run (its best or newest checkpoint), or a folder that transformers wrote; A and B are two
-of these, or .jsonl files of stories, whose lines have an `opening` and a `story`. The data files are BabyLM's own,
-gzipped or not, and the measures are defined as in its pipeline, to the pair.
+CHECKPOINT is a checkpoint, a run (its best or newest checkpoint; default: the newest run under runs/, also for --judge
+and --compare), or a folder that transformers wrote; A and B are two of these, or .jsonl files of stories, whose lines
+have an `opening` and a `story`. The data files are BabyLM's own, gzipped or not, and the measures are defined as in its
+pipeline, to the pair.
 
 --judge puts controls that need no learning beside the stories before and after, graded by the run's teacher too: the
 student that it began with at lower temperatures, and the best of four of its stories. judged.jsonl and the report keep
@@ -51,7 +52,7 @@ from tinystory.report.judges import BEFORE_AFTER, correlation_line, judged_rows,
 from tinystory.report.run import write_report
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import Record, atomic_write
+from tinystory.run.folder import Record, atomic_write, newest_run, require_writable
 from tinystory.run.paths import usage
 from tinystory.run.text import aligned
 from tinystory.student import checkpoint, memory
@@ -77,8 +78,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     subject = parser.add_mutually_exclusive_group().add_argument
     subject("checkpoints", nargs="*", type=Path, default=[], metavar="CHECKPOINT")
-    subject("--compare", nargs="+", type=Path, metavar="RUN|A B", help="judge pairs, by --teacher-url, else built in")
-    subject("--judge", nargs="+", type=Path, metavar="RUN", help="show their stories to --reader")
+    subject("--compare", nargs="*", type=Path, metavar="RUN|A B", help="judge pairs, by --teacher-url, else built in")
+    subject("--judge", nargs="*", type=Path, metavar="RUN", help="show their stories to --reader")
     for task, (_, text) in TASKS.items():
         add(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
     add("--babylm", type=Path, metavar="FOLDER", help="all of these in BabyLM's full_eval or fast_eval")
@@ -111,20 +112,26 @@ def main(argv: list[str] | None = None) -> None:
     story_files = [path for path in [*files, *(options.compare or [])] if path.suffix == ".jsonl"][:1]
     openings = [story.opening for path in story_files for story in read_samples(path)] or OPENINGS
     options.openings = load_openings(options.openings) if options.openings else [*dict.fromkeys(openings)]
-    if options.compare:
+    if options.out:
+        require_writable(options.out)
+    if options.compare is not None:
+        options.compare = options.compare or [newest_run()]
         compare_stories(options, count or COMPARED)
         return
-    if options.judge:
+    if options.judge is not None:
+        options.judge = options.judge or [newest_run()]
         judge_runs(options)
         return
     measured = tasks or options.aoa or options.corpus or count or options.coreference
-    if not files and not (options.checkpoints and measured):
+    if not files and not measured:
         raise UserError(
-            "nothing to evaluate: name a checkpoint or a run (two with --compare), and give --blimp or another task, "
-            "--corpus, --coreference N or --stories N; or files of stories, --stories FILE"
+            "nothing to evaluate: give --blimp or another task, --corpus, --coreference N or --stories N; or files of "
+            "stories, --stories FILE; or --compare or --judge"
         )
     if options.predictions and not (options.babylm or options.aoa):
         raise UserError("--predictions needs the data that BabyLM asks for: give --babylm FOLDER or --aoa FILE")
+    if measured and not files and not options.checkpoints:
+        options.checkpoints = [newest_run()]
     corpus = open_corpus(options.corpus) if options.corpus else None
     device = pick_device(options.device)
     file_stories = [read_samples(path)[: count or None] for path in files]
@@ -172,7 +179,6 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{record['name']}: items longer than its context, left out: {left_out}")
     if options.out:
         text = json.dumps({"tasks": tasks, "corpus": options.corpus, "checkpoints": records}, indent=1) + "\n"
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(options.out, text)
 
 

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from tinystory.report.card import model_card
+from tinystory.run import hub
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import atomic_write
+from tinystory.run.folder import atomic_write, require_writable
 from tinystory.run.paths import usage
 from tinystory.student import checkpoint, gguf, hf
 
@@ -44,16 +45,17 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if not (options.folder or options.gguf) or ((options.push or options.all_checkpoints) and not options.folder):
         raise UserError("there is nothing to write: give a new folder, or --gguf FILE alone")
-    api = open_hub() if options.push else None
-
     best = checkpoint.find(options.checkpoint)
+    several = milestones(options.checkpoint) if options.all_checkpoints else []
+    for path in filter(None, (options.gguf, options.folder)):
+        require_writable(path)
+    api, address = open_hub(options.push) if options.push else (None, "")
     if options.gguf:
         student, tokenizer, _ = checkpoint.load(best)
         gguf.write(options.gguf, student, tokenizer)
         print(f"written: {options.gguf}")
     if not options.folder:
         return
-    several = milestones(options.checkpoint) if options.all_checkpoints else []
     sources = {path.name: path for path in several} | {MAIN: best}
     folders = {name: options.folder / name if several else options.folder for name in sources}
     for branch, folder in tqdm(folders.items(), desc="writing", unit=" folders", disable=None):
@@ -62,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         revision = branch if options.push and branch != MAIN else ""
         card = model_card(options.push or folder.name, sources[branch], student, history, revision)
         atomic_write(folder / "README.md", card)
-    if student.config.context < hf.FINE_TUNING:
+    babylm = options.all_checkpoints or any(name.startswith("babylm") for name in history.get("corpus", []))
+    if babylm and student.config.context < hf.FINE_TUNING:
         print(
             f"warning: this student reads {student.config.context} tokens at most; BabyLM's fine-tuning uses "
             f"{hf.FINE_TUNING}: train with --context {hf.FINE_TUNING}, or fine-tune with a shorter --sequence_length",
@@ -70,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     print(f"written: {', '.join(map(str, folders.values()))}")
     if api:
-        print(f"pushed: {push(api, options.push, folders)}")
+        push(api, options.push, folders)
+        print(f"pushed: {address}")
 
 
 def milestones(run: Path) -> list[Path]:
@@ -81,20 +85,17 @@ def milestones(run: Path) -> list[Path]:
     return folders[::-1]
 
 
-def open_hub() -> "HfApi":
-    try:
+def open_hub(repository: str) -> tuple["HfApi", str]:
+    """The Hub's client, and the URL of the repository, which is created if it is not there."""
+    with hub.reached(f"push to {repository}"):
         from huggingface_hub import HfApi
-    except ImportError as error:
-        raise UserError("--push needs the Hub's client: pip install huggingface_hub") from error
-    return HfApi()
+
+        return (api := HfApi()), str(api.create_repo(repository, exist_ok=True))
 
 
-def push(api: "HfApi", repository: str, folders: dict[str, Path]) -> str:
-    """Upload each folder to the branch of its name, replacing the content. Returns the URL of the repository."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        address = api.create_repo(repository, exist_ok=True)
+def push(api: "HfApi", repository: str, folders: dict[str, Path]) -> None:
+    """Upload each folder to the branch of its name, replacing the content."""
+    with hub.reached(f"push to {repository}, for which the written folders are kept"):
         for branch, folder in tqdm(folders.items(), desc="pushing", unit=" branches", disable=None):
             if branch != MAIN:
                 api.create_branch(repository, branch=branch, exist_ok=True)
@@ -102,12 +103,6 @@ def push(api: "HfApi", repository: str, folders: dict[str, Path]) -> str:
                 repo_id=repository, folder_path=folder, revision=branch, delete_patterns="*",
                 commit_message=f"{branch} of a tinystory student",
             )  # fmt: skip
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"cannot push to {repository}: {' '.join(str(error).split())[:300]}; the written folders are kept: fix the "
-            "cause and push again"
-        ) from error
-    return str(address)
 
 
 if __name__ == "__main__":

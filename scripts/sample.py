@@ -1,6 +1,6 @@
 """Print stories by the student of a checkpoint.
 
-python scripts/sample.py                                   best of runs/interact, else newest of runs/pretrain
+python scripts/sample.py                                   by the best checkpoint of the newest run under runs/
 python scripts/sample.py runs/pretrain/checkpoints/chck_1M --opening "One day, a small dragon" --stories 3
 python scripts/sample.py --best-of 4                       each the best of four, by the student's own likelihood
 python scripts/sample.py --best-of 4 --teacher-url URL     ... by a teacher's score, in the reward of interaction
@@ -20,7 +20,7 @@ from tinystory.data.openings import Openings, load_openings
 from tinystory.ops.compute import pick_device
 from tinystory.rl.reward import best_of_n, story_rewards
 from tinystory.run.errors import command
-from tinystory.run.folder import atomic_write
+from tinystory.run.folder import atomic_write, newest_run, require_writable
 from tinystory.run.paths import usage
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--top-k", 0, "[0, 1e9]", "keep the k most probable tokens; 0: all")
     add_number(parser, "--top-p", 1.0, "(0, 1]", "nucleus sampling: probability to keep")
     add_number(parser, "--seed", 0, SEEDS, "seed of the stories")
-    add_number(parser, "--best-of", 1, "[1, 1000]", "print the best of so many stories to each opening")
+    add_number(parser, "--best-of", 1, "[1, 1000]", "stories per opening, of which the best is printed")
     for name in ("--teacher-url", "--teacher-model", "--reward"):
         parser.add_argument(name, default="", help="who chooses it, as in train_interact.py (default: its likelihood)")
     parser.add_argument("--device", default="auto")
@@ -49,8 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     config = InteractConfig(teacher_url=urls, teacher_model=models, reward=options.reward, seed=options.seed)
     check(config)
 
-    run = Path("runs/interact")
-    folder = checkpoint.find(options.checkpoint or (run if run.exists() else Path("runs/pretrain")))
+    if options.out:
+        require_writable(options.out)
+    folder = checkpoint.find(options.checkpoint or newest_run())
     device = pick_device(options.device)
     student, tokenizer, _ = checkpoint.load(folder, device)
     tokens = options.max_new_tokens or 1

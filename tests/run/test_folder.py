@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -190,6 +191,15 @@ def test_a_full_disk_is_one_clear_sentence(tmp_path):
         (tmp_path / "metrics.jsonl").symlink_to(full)
         with pytest.raises(UserError, match="No space left on device"):
             log.metrics(step=1)
+
+
+def test_a_run_whose_folder_is_deleted_meanwhile_does_not_go_on_into_nothing(tmp_path):
+    with RunLog(tmp_path / "run", resume_step=None) as log:
+        log.metrics(step=1)
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(UserError, match=r"metrics\.jsonl was deleted while it was written to"):
+            log.metrics(step=2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_such_folder_and_a_file_in_the_way(tmp_path):

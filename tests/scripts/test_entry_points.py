@@ -4,6 +4,7 @@ import importlib
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -18,13 +19,23 @@ def test_it_exists_and_its_help_says_what_to_type(name, monkeypatch, capsys):
     module = importlib.import_module(ENTRY_POINTS[name].replace("tinystory_scripts.", "scripts."))
     script = f"python {module.__name__.replace('.', '/')}.py"
     assert paths.usage(f"{script} --out x") == f"{script} --out x"
-    assert paths.usage(script, "--out", "my runs/a") == f"{script} --out 'my runs/a'"
     monkeypatch.setattr(paths, "ROOT", ROOT / "tests")  # a folder without pyproject.toml, as site-packages is
     assert paths.usage(f"{script} --out x") == f"{name} --out x"
+    assert paths.hint(script.removeprefix("python "), "--out", "my runs/a") == f"{name} --out 'my runs/a'"
     with pytest.raises(SystemExit):
         module.main(["--help"])
     printed = capsys.readouterr().out
     assert "python " not in printed and set(re.findall(r"\btinystory-[\w-]+", printed)) <= set(ENTRY_POINTS)
+
+
+@pytest.mark.parametrize("where", [".", ".."])
+def test_a_hint_runs_with_the_interpreter_that_printed_it(where, monkeypatch):
+    monkeypatch.chdir(ROOT / where)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # as in a shell that has not activated the environment
+    done = subprocess.run(["bash", "-c", paths.hint("scripts/sample.py", "--help")], capture_output=True, text=True)
+    assert done.returncode == 0 and "--best-of" in done.stdout, done.stderr
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert paths.hint("scripts/sample.py").startswith(f"{Path(sys.executable).name} ")
 
 
 IMPORTS = """

@@ -350,6 +350,8 @@ def test_a_folder_a_milestone(run, tmp_path, capsys):
     }
     assert "fine-tuning uses 512" in capsys.readouterr().err
     assert [path.name for path in export_hf.milestones(run)] == ["chck_2M", "chck_10M"]
+    export_hf.main([str(run), str(tmp_path / "one")])  # of no BabyLM corpus, and not its milestones
+    assert "fine-tuning" not in capsys.readouterr().err
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -413,7 +415,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_milestones_become_branches_of_the_hub(run, tmp_path, capsys, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
+    pytest.importorskip("huggingface_hub")
     Hub.files = {("chck_2M", "old.txt"): b"superseded"}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -422,7 +424,7 @@ def test_milestones_become_branches_of_the_hub(run, tmp_path, capsys, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)  # read from HF_ENDPOINT at import
 
     def push(folder, token):
-        monkeypatch.setattr(export_hf, "open_hub", lambda: hub.HfApi(token=token))
+        monkeypatch.setenv("HF_TOKEN", token)
         export_hf.main([str(run), str(tmp_path / folder), "--all-checkpoints", "--push", "me/tale"])
 
     with pytest.raises(SystemExit, match="2"):
@@ -436,6 +438,15 @@ def test_milestones_become_branches_of_the_hub(run, tmp_path, capsys, monkeypatc
     assert Hub.files == written and {branch for branch, _ in written} == {"chck_2M", "chck_10M", "main"}
     assert b'"me/tale", revision="chck_2M")' in written["chck_2M", "README.md"]
     assert b'"me/tale")' in written["main", "README.md"]
+
+
+def test_offline_a_push_is_refused_before_anything_is_written(run, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    with pytest.raises(SystemExit, match="2"):
+        export_hf.main([str(run), str(tmp_path / "x"), "--push", "me/tale"])
+    assert capsys.readouterr().err.startswith("error: cannot push to me/tale (") and not (tmp_path / "x").exists()
 
 
 def test_what_the_command_says_of_a_wrong_call(run, tmp_path, capsys, monkeypatch):

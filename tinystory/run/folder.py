@@ -18,6 +18,7 @@ import platform
 import re
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -349,6 +350,17 @@ def recorded_options(folder: Path) -> Record:
 
 def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CONFIG, METRICS, STORIES, SAMPLES, "checkpoints"))
+
+
+def newest_run() -> Path:
+    """The run under runs/ that was written to last, for a command that names none. Raises UserError without any."""
+    configs = Path("runs").glob(f"**/{CONFIG}")
+    runs = [path.parent for path in configs if not (path.parent / "model.safetensors").exists()]  # that is an export
+    if not runs:
+        raise UserError("there is no run under runs/: give the folder of one, or begin one with train_pretrain.py")
+    run = max(runs, key=lambda folder: max(path.stat().st_mtime for path in folder.iterdir()))
+    print(f"the newest run: {run}", file=sys.stderr)
+    return run
 
 
 def read_metrics(folder: Path) -> list[Record]:

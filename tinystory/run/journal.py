@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tinystory.run.errors import cannot_write
+from tinystory.run.errors import UserError, cannot_write
 
 TAIL = 1 << 26  # bytes, more than any record has
 
@@ -36,6 +36,8 @@ class Journal:
         """Write all the records or none."""
         lines = "".join(json.dumps(record) + "\n" for record in records).encode()
         size = self._file.seek(0, os.SEEK_END)
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise UserError(f"{self.path} was deleted while it was written to, and its records with it: start again")
         try:
             while lines:  # an unbuffered write may be partial, as on a nearly full disk
                 lines = lines[self._file.write(lines) :]

@@ -3,6 +3,8 @@
 import os
 import re
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 from tinystory.run.errors import UserError
@@ -20,11 +22,24 @@ def cache_dir() -> Path:
         raise UserError("there is no home folder to cache in: set HOME, or TINYSTORY_CACHE to a folder") from None
 
 
-def usage(text: str | None, *arguments: object) -> str:
+def usage(text: str | None) -> str:
     """`text` as the user can type its commands: where there is no clone, `python train_interact.py` becomes
-    `tinystory-interact` and `python scripts/sample.py` `tinystory-sample`, the entry points of pyproject.toml.
-    arguments: appended, quoted for the shell."""
-    text = " ".join([text or "", *(shlex.quote(str(argument)) for argument in arguments)])
+    `tinystory-interact` and `python scripts/sample.py` `tinystory-sample`, the entry points of pyproject.toml."""
     if (ROOT / "pyproject.toml").is_file():
-        return text
-    return re.sub(r"python (?:scripts/|train_)(\w+)\.py", lambda m: f"tinystory-{m[1]}".replace("_", "-"), text)
+        return text or ""
+    return re.sub(r"python (?:scripts/|train_)(\w+)\.py", lambda m: f"tinystory-{m[1]}".replace("_", "-"), text or "")
+
+
+def hint(script: str, *arguments: object) -> str:
+    """The command that runs a script, to be typed in this folder: in a clone by the interpreter that runs now."""
+    words = usage(f"python {script}").split()
+    if words[0] == "python":
+        python = Path(sys.executable)
+        on_path = shutil.which(python.name) == sys.executable
+        words = [python.name if on_path else _from_here(python), _from_here(ROOT / script)]
+    return shlex.join([*words, *map(str, arguments)])
+
+
+def _from_here(path: Path) -> str:
+    """A path below the current folder as one relative to it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -51,8 +51,7 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, history: dict[
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     try:
-        folder.parent.mkdir(exist_ok=True)  # not the run's own: if that was deleted, its records are gone
-        partial.mkdir()
+        partial.mkdir(parents=True)
         hf.write_tensors(partial / "model.safetensors", _on_cpu(student.state_dict()))
         hf.write_tensors(partial / "trainer.safetensors", _on_cpu(state))
         record = asdict(student.config) | {"history": history}
