@@ -192,7 +192,6 @@ class InteractConfig:
     price_in: float = option(0.0, "price per million prompt tokens, in any currency", "[0, 1e9]")
     price_out: float = option(0.0, "price per million reply tokens", "[0, 1e9]")
     budget_cost: float = option(0.0, "maximum cost of the teacher at these prices; 0 means no limit", "[0, 1e12]")
-    replay: str = option("", "folder of a run whose teacher's replies are replayed, without a server")
     teacher_corpus: list[str] = option([], "corpus of the built-in teacher (default: the student's own)")
     reward: str = option(
         "",
@@ -519,18 +518,15 @@ def _check_together(config: Any) -> Iterator[str]:
             f"--teacher-logprobs does not go with --preset {config.preset}: there the teacher's probabilities must not "
             "reach the student"
         )
-    group, teacher = config.stories_per_opening, config.teacher_url or config.replay
+    group = config.stories_per_opening
     comparable = 2 <= group <= config.teacher_max_tokens / 2 and config.stories_per_step % group == 0
-    if config.teacher_mode == "rank" and not (teacher and comparable):
+    if config.teacher_mode == "rank" and not (config.teacher_url and comparable):
         yield (
             "--teacher-mode rank compares the stories of an opening: give a --teacher-url, --stories-per-opening 2 to "
             "half of --teacher-max-tokens, and a multiple of it as --stories-per-step"
         )
     if config.budget_cost and not config.price_in + config.price_out:
         yield "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"
-    graders = {"--reward": config.reward, "--replay": config.replay, "--teacher-url": config.teacher_url}
-    if len(chosen := [flag for flag, value in graders.items() if value]) > 1:
-        yield f"{' and '.join(chosen)} do not go together: one of them scores the stories"
     defaults, learner = [vars(InteractConfig()), INTERACT_PRESETS[config.preset]], config.learner
     for f in _options(InteractConfig):
         is_teachers = f.name.startswith(("teacher_", "price_", "budget_cost")) and f.name != "teacher_timeout"

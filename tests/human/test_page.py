@@ -18,7 +18,7 @@ from tinystory.human.server import page, serve
 from tinystory.run.errors import UserError
 from tinystory.teacher import server as chat
 from tinystory.teacher.client import HUMAN, Teacher
-from tinystory.teacher.prompt import Criterion, Template, Text
+from tinystory.teacher.prompt import Criterion, Question, Template
 
 EVIL = "</script><script>alert(1)</script><b onmouseover=x>"
 
@@ -85,7 +85,7 @@ def test_a_trainers_client_waits_for_the_person(url, short_pauses):
         assert json.loads(ask(url, "GET", "/state?who=ada")[2])["item"] is None  # the probe bothered nobody
         marks = ("cat", "alert", "dog")
         stories = ["a cat sat.", EVIL, "a dog ran."]
-        futures = [teacher.submit(Text("Once upon a time,", story, i)) for i, story in enumerate(stories)]
+        futures = [teacher.submit(Question("Once upon a time,", story, i)) for i, story in enumerate(stories)]
         given = {}
         for scores in ({"readability": 3, "coherence": 2, "creativity": 1}, None, dict.fromkeys(Template().names, 0)):
             story = shown(url)
@@ -102,7 +102,7 @@ def test_a_trainers_client_waits_for_the_person(url, short_pauses):
 def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
     with Teacher(url, deadline_s=6.0) as teacher:  # 2 s per request, and as long for the next byte
         teacher.probes()[0]
-        future = teacher.submit(Text("Once upon a time,", "a cat sat.", 0))
+        future = teacher.submit(Question("Once upon a time,", "a cat sat.", 0))
         story = shown(url)
         time.sleep(7)
         asked = {**story, "who": "ada", "action": "grade", "scores": dict.fromkeys(Template().names, 2)}

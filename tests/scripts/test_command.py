@@ -200,7 +200,9 @@ def test_the_best_of_several_stories_is_printed(place, tmp_path, capsys):
         sample.main([*common, *more])
         printed = "".join(re.split("--- story.*", capsys.readouterr().out))  # wrapped
         assert "".join(printed.split()) == "".join(printable(" ".join(f"Once {story.text}" for story in best)).split())
-    assert "do not go together" in fails(sample.main, [*common, "--teacher-url=http://x", "--reward=random"], capsys)
+    assert "--teacher-url is for a teacher" in fails(
+        sample.main, [*common, "--teacher-url=http://x", "--reward=random"], capsys
+    )
 
 
 @pytest.mark.parametrize("temperature", ["0", "1e-9", "100"])

@@ -16,7 +16,7 @@ from tinystory.teacher.endpoint import Endpoint, Slots
 from tinystory.teacher.grade import Grade
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.pool import Queue
-from tinystory.teacher.prompt import CRITERIA, Template, Text, read_back
+from tinystory.teacher.prompt import CRITERIA, Question, Template, read_back
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 LONG_S = 3000.0  # a deadline that nothing reaches: each request has a third of it
@@ -71,7 +71,7 @@ def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
 def test_a_hanging_request_is_cut_at_its_deadline():
     with FaultServer(lambda story, n: "drip") as server, Teacher(server.url, attempts=2) as teacher:
         teacher.probes()[0]
-        teacher._session.deadline_s = 0.6  # which a busy machine could take for the probe
+        teacher.pool.deadline_s = 0.6  # which a busy machine could take for the probe
         (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.scores is None and "too long" in grade.error and server.seen["A dog ran."] == 2
 
@@ -131,7 +131,7 @@ def test_an_empty_story_needs_no_teacher():
 def test_closing_leaves_nothing_in_flight():
     with FaultServer(lambda story, n: "hang") as server:
         teacher = Teacher(server.url, concurrency=8)
-        futures = [teacher.submit(Text("Once", f"Dog {i} ran.", i)) for i in range(20)]
+        futures = [teacher.submit(Question("Once", f"Dog {i} ran.", i)) for i in range(20)]
         while server.in_flight < 8:
             time.sleep(0.01)
         teacher.close()
@@ -187,7 +187,7 @@ def test_an_overloaded_server_gets_fewer_requests_and_more_when_it_recovers(monk
     monkeypatch.setattr(pool, "PAUSE_S", 0.0)  # so that no clock decides who is in flight
     at_once, ledger, slots = [], Ledger(0.0, 0.0, None, (0, 0)), Slots(16)
     endpoint = Endpoint("http://x", "m", None, slots, ledger, Template(), 6, {})
-    servers, in_flight = pool.ServerPool([endpoint], pool.Session(LONG_S, 3, ledger)), 0
+    servers, in_flight = pool.ServerPool([endpoint], LONG_S, 3, ledger), 0
 
     async def request(endpoint):
         nonlocal in_flight
@@ -201,7 +201,7 @@ def test_an_overloaded_server_gets_fewer_requests_and_more_when_it_recovers(monk
             raise api.Failure("is busy", again=True, busy=True)
 
     async def ask(count):
-        await asyncio.gather(*(servers.ask(request, pool.Question([], "")) for _ in range(count)))
+        await asyncio.gather(*(servers.ask(request) for _ in range(count)))
 
     for room, count, last in ((3, 60, range(2, 12)), (99, 200, range(13, 17)), (3, 60, range(2, 12))):  # noqa: B007
         at_once.clear()

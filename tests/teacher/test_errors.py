@@ -14,7 +14,7 @@ from tinystory.config import InteractConfig
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grader import open_grader
-from tinystory.teacher.prompt import Text
+from tinystory.teacher.prompt import Question
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -41,7 +41,7 @@ def test_a_failure_that_a_retry_cannot_fix_stops_everything(words, monkeypatch, 
         assert_one_clean_sentence(caught, server.url, words)
         assert len(server.requests) <= 1 + 4  # only those in flight
         with pytest.raises(UserError):
-            teacher.submit(Text("Once", "One more.", 50)).result()
+            teacher.submit(Question("Once", "One more.", 50)).result()
         assert KEY not in repr(teacher) + repr(teacher.endpoints[0].client) + caplog.text
     del teacher
     gc.collect()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,17 +14,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT_S, ROOT, SHORT, assert_same_bits, fails, metrics, story_record
+from conftest import LIMIT_S, ROOT, SHORT, assert_same_bits, fails, metrics
 from fault_server import KEY, FaultServer, counted, error, time_out_hanging_requests, weighed
 
 import train_interact as interact
-from tinystory.run.errors import UserError
 from tinystory.run.folder import read_stories
 from tinystory.student import checkpoint
 from tinystory.teacher import pool
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.prompt import CRITERIA, RESERVED, Text
-from tinystory.teacher.replay import Replay
+from tinystory.teacher.prompt import CRITERIA, RESERVED, Question
 
 STORIES = int(os.environ.get("TINYSTORY_FAULT_STORIES", "200"))  # 2000 for the full size
 LATENCY = float(os.environ.get("TINYSTORY_FAULT_LATENCY", "0"))  # seconds per good reply, as with a real model
@@ -200,64 +199,57 @@ def graded_now_and_then(story: str, n: int) -> str:
     return "What a tale" if mood == 0 or (mood < 3 and n == 0) else honest(story)
 
 
-def replay(init: str, run: Path, out: Path, *more: str) -> None:
-    flags = ["--max-unscored", "0.9", "--replay", str(run), *more]
-    interact.main([*arguments(init, out), *flags])
-
-
 @pytest.mark.parametrize("flags", [[], ["--teacher-logprobs"]])
-def test_a_run_is_replayed_from_its_replies_without_a_server(init, tmp_path, capsys, flags):
+def test_a_run_is_repeated_from_its_replies_without_a_server(init, tmp_path, capsys, monkeypatch, flags):
+    """Also the stories that were given up: some after replies without scores, some after errors."""
+
     def script(story, n):
+        if hashlib.sha256(story.encode()).digest()[4] % 9 == 0:
+            return "500"
         reply = graded_now_and_then(story, n)
         return weighed(reply, 0.25) if flags else reply
 
+    run, again = tmp_path / "run", tmp_path / "again"
     with FaultServer(script) as server:
         server.first = lambda: weighed("2 1 3", 0.25)
-        interact.main([*arguments(init, tmp_path / "run", server.url), "--max-unscored", "0.9", *flags])
-        asked = len(server.requests)
-    replay(init, tmp_path / "run", tmp_path / "again", *flags)
-    assert len(server.requests) == asked
-    assert_same_bits(tmp_path / "run", tmp_path / "again")
-    first, second = metrics(tmp_path / "run"), metrics(tmp_path / "again")
-    assert sum(record["unscored"] for record in first) > 0
-    for a, b in zip(first, second, strict=True):
+        argv = [*arguments(init, run, server.url), "--max-unscored", "0.9", *flags]
+        interact.main(argv)
+    again.mkdir()
+    shutil.copy(run / "replies.jsonl", again)
+    capsys.readouterr()
+    interact.main([*argv, "--out", str(again)])
+    assert "cannot be reached" in capsys.readouterr().out  # said, since other options would need it
+    assert_same_bits(run, again)
+    assert (run / "stories.jsonl").read_text() == (again / "stories.jsonl").read_text()
+    for a, b in zip(metrics(run), metrics(again), strict=True):
         for name in ("reward_mean", "score_mean", "kl", "words_in", "words_out", "unscored"):
             assert a[name] == b[name], name
-    story = next(story for story in read_stories(tmp_path / "run") if story["scores"])
+    assert sum(record["teacher_requests"] for record in metrics(again)) == 0
+    assert any("HTTP 500" in story["reply"] for story in read_stories(run))
+    story = next(story for story in read_stories(run) if story["scores"])
     assert any(score % 1 == 0.75 for score in story["scores"].values()) == bool(flags)
-    capsys.readouterr()
     # Another seed gives other stories, for which there are no replies: an error, not a guess.
-    flags = ["--seed", "1", *flags]
-    line = fails(lambda argv: replay(init, tmp_path / "run", tmp_path / "other", *argv), flags, capsys)
-    assert "was not graded there" in line and "--replay" in line
-
-
-def test_what_cannot_be_replayed(tmp_path):
-    with pytest.raises(UserError, match=r"no replies\.jsonl there says who graded"):
-        Replay(tmp_path)
-    (tmp_path / "replies.jsonl").write_text('{"key": "0123", "reply": "1 1 1", "attempt": 0}\n')
-    with pytest.raises(UserError, match=r"no replies\.jsonl there says who graded"):
-        Replay(tmp_path)
+    (tmp_path / "other").mkdir()
+    shutil.copy(run / "replies.jsonl", tmp_path / "other")
+    line = fails(interact.main, [*argv, "--out", str(tmp_path / "other"), "--seed", "1"], capsys)
+    assert "cannot be reached" in line and server.url in line
 
 
 def test_a_story_that_was_given_up_stays_so_even_if_its_words_come_again(tmp_path):
-    """Story 1 was given up, and story 2 with the same words was graded: a replay distinguishes them."""
+    """Story 1 was given up, and story 2 with the same words was graded: without a server as with one."""
     script = lambda story, n: "500" if n < pool.FAILURES else "1 1 1"  # noqa: E731
-    with FaultServer(script) as server, Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
-        lost, graded = (teacher.grades([Text("Once", "A cat ran.", index)])[0] for index in (1, 2))
-    assert lost.scores is None and graded.scores is not None
-    told = [
-        story_record(1, index, story="A cat ran.", scores=scores, reward=reward)
-        for index, scores, reward in ((1, None, None), (2, {}, 0.5))
-    ]
-    (tmp_path / "stories.jsonl").write_text("".join(json.dumps(record) + "\n" for record in told))
-    again = Replay(tmp_path)
-    assert again.grades([Text("Once", "A cat ran.", 1)])[0].scores is None
-    assert again.grades([Text("Once", "A cat ran.", 1)])[0].reply_words == lost.reply_words == 0
-    assert again.grades([Text("Once", "A cat ran.", 2)])[0].scores == graded.scores
-    assert again.grades([Text("Once", " ", 3)])[0].score == 0.0
-    with pytest.raises(UserError, match="story 4 was not graded"):
-        again.grades([Text("Once", "A dog ran.", 4)])
+    questions = [Question("Once", "A cat ran.", number) for number in (1, 2)]
+    with FaultServer(script) as server:
+        for _ in range(2):
+            with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
+                lost, graded = (teacher.grades([question])[0] for question in questions)
+            assert lost.scores is None and lost.reply_words == 0 and graded.scores is not None
+        asked = server.seen["A cat ran."]
+        with Teacher(server.url, cache=tmp_path / "replies.jsonl", max_unscored=0.5) as teacher:
+            assert teacher.grades(questions[:1])[0].scores is not None  # asked again, since too few have a score
+        assert server.seen["A cat ran."] == asked + 1 or asked == pool.FAILURES + 1
+    with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:  # and so it stays
+        assert [grade.scores is None for grade in teacher.grades(questions)] == [False, False]
 
 
 def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(init, tmp_path, capsys, monkeypatch):
@@ -302,7 +294,6 @@ def test_a_run_with_custom_criteria_stays_within_its_budget_and_leaks_no_key(ini
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--replay", "nowhere"], "--replay nowhere"),
         (["--teacher-prompt", "nowhere.json"], "--teacher-prompt nowhere.json"),
         (["--budget-cost", "3"], "--price-in"),
         (["--price-in", "-1"], "--price-in"),

@@ -1,10 +1,10 @@
-"""A relative judge: ranks as scores, whatever the judge thinks of places; masked, counted, cached and replayed."""
+"""A relative judge: ranks as scores, whatever the judge thinks of places; masked, counted and cached."""
 
-import json
 import re
+import shutil
 
 import pytest
-from conftest import SHORT, assert_same_bits, metrics, story_record
+from conftest import SHORT, assert_same_bits, metrics
 from fault_server import FaultServer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +16,6 @@ from tinystory.teacher.client import Teacher
 from tinystory.teacher.endpoint import constraint
 from tinystory.teacher.prompt import DEFAULT, Criterion, Template, clean, instructions
 from tinystory.teacher.rank import Ranked, joined, ranking, ranks
-from tinystory.teacher.replay import Replay
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 STORIES = ["A dog ran.", "A dog ran and ran.", "Mud.", "The dog ran home and the sun was warm."]
@@ -84,7 +83,7 @@ def test_a_group_with_a_malformed_ranking_has_no_scores_and_is_counted():
         assert Ranked(teacher, DEFAULT, 4).stats()["rank_position_bias"] is None
 
 
-def test_rankings_are_cached_and_replayed(tmp_path):
+def test_rankings_are_cached_and_need_no_server_then(tmp_path):
     kept = tmp_path / "replies.jsonl"
     script = lambda joint, n: "hm" if n == 0 and "Mud." in texts(joint)[:1] else longest_first(joint)  # noqa: E731
     with FaultServer(script) as server:
@@ -93,20 +92,20 @@ def test_rankings_are_cached_and_replayed(tmp_path):
         with Teacher(server.url, cache=kept) as teacher:
             after, stats = graded(teacher)
         assert stats["teacher_requests"] == 0 and stats["teacher_cached"] == 5
-    replayed, _ = graded(Replay(tmp_path))
-    rows = [[(g.score, g.reply, g.attempts, g.reply_words) for g in grades] for grades in (before, after, replayed)]
+    with Teacher(server.url, cache=kept) as teacher:  # which is down
+        offline, _ = graded(teacher)
+    rows = [[(g.score, g.reply, g.attempts, g.reply_words) for g in grades] for grades in (before, after, offline)]
     assert rows[0] == rows[1] == rows[2] and rows[0][2][2] == 2
 
 
-def test_a_group_that_was_given_up_is_given_up_in_a_replay(tmp_path):
+def test_a_group_that_was_given_up_is_given_up_without_a_server(tmp_path):
     script = lambda joint, n: "500" if "Mud." in texts(joint)[:1] else longest_first(joint)  # noqa: E731
     with FaultServer(script) as server, Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
         before, _ = graded(teacher)
-    lines = [story_record(1, i, story=story, reward=None) for i, story in enumerate(STORIES)]
-    (tmp_path / "stories.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    replayed, _ = graded(Replay(tmp_path))
-    assert [(g.score, g.reply_words) for g in before] == [(g.score, g.reply_words) for g in replayed]
-    assert {g.score for g in replayed} == {None}
+    with Teacher(server.url, cache=tmp_path / "replies.jsonl") as teacher:
+        after, _ = graded(teacher)
+    assert [(g.score, g.reply_words) for g in before] == [(g.score, g.reply_words) for g in after]
+    assert {g.score for g in after} == {None}
 
 
 @given(st.lists(st.text(alphabet="- story_1\n\u200b", max_size=60), min_size=2, max_size=4))
@@ -124,7 +123,7 @@ def test_the_question_names_every_criterion_and_a_constrained_reply_every_story(
     assert schema["required"] == ["story_1", "story_2", "story_3"]
 
 
-def test_a_run_is_ranked_resumed_and_replayed_to_the_same_bits(place, tmp_path, capsys):
+def test_a_run_is_ranked_resumed_and_repeated_offline_to_the_same_bits(place, tmp_path, capsys):
     more = ["--teacher-mode", "rank", "--stories-per-opening", "3", "--init", str(place / "p"), "--no-lr-decay"]
 
     def interact(out, *own):
@@ -136,7 +135,9 @@ def test_a_run_is_ranked_resumed_and_replayed_to_the_same_bits(place, tmp_path, 
         interact("parts", *teacher, "--steps", "2")
         train_interact.main(["--out", str(tmp_path / "parts"), "--resume", "--steps", "4"])
     assert "forecast: 36 stories" in capsys.readouterr().out
-    interact("again", "--replay", str(tmp_path / "whole"))
+    (tmp_path / "again").mkdir()
+    shutil.copy(tmp_path / "whole" / "replies.jsonl", tmp_path / "again")
+    interact("again", *teacher)  # the server is down
     for run in ("parts", "again"):
         assert_same_bits(tmp_path / "whole", tmp_path / run)
     steps = metrics(tmp_path / "whole")

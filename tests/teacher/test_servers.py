@@ -19,7 +19,6 @@ from tinystory.teacher.client import Teacher
 from tinystory.teacher.endpoint import Slots
 from tinystory.teacher.grader import open_grader
 from tinystory.teacher.pool import Queue
-from tinystory.teacher.replay import Replay
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -160,8 +159,11 @@ def test_a_run_resumed_with_several_servers_pays_for_no_reply_twice(tmp_path):
             assert teacher.grade("Once", stories(50)) == grades or teacher.ledger.total["cached"] == 50
     answered = Counter(json.loads(line).get("server") for line in kept.read_text().splitlines())
     assert set(answered) - {None} <= set(urls(fleet)) and sum(answered.values()) == 50 + 3
-    again = Replay(tmp_path)
-    assert [grade.reply for grade in again.grade("Once", stories(50))] == [grade.reply for grade in grades]
+    with Teacher(urls(fleet), cache=kept) as teacher:  # with none at all
+        teacher.probes()
+        assert len(teacher.news()) == 3
+        assert [grade.reply for grade in teacher.grade("Once", stories(50))] == [grade.reply for grade in grades]
+        assert teacher.ledger.total["requests"] == 0
 
 
 @pytest.mark.parametrize(

@@ -172,11 +172,11 @@ def require(result: Mapping[str, Any], least: float) -> None:
 
 def calibrated(config: InteractConfig, grader: Grader) -> dict[str, Any]:
     """{"calibration": ...}, the cheap calibration of a grader before a run, whose verdict is printed. {} where it is
-    not needed: for a replay, for the built-in teacher, which is known, and for a human, whose time is expensive.
+    not needed: for the built-in teacher, which is known, and for a human, whose time is expensive.
     Raises UserError if the judgement is below --require-judgement."""
     needed = (config.teacher_url and config.calibrate) or config.require_judgement
     human = isinstance(grader.scorer, Teacher) and grader.scorer.model == HUMAN
-    if config.replay or not needed or human:
+    if not needed or human:
         return {}
     result = calibrate(of_grader(grader), known_stories(unseen_stories(DOCUMENTS), CHEAP, CHEAP_KINDS))
     print(f"calibration: the teacher {verdict(result)} (details: scripts/doctor.py --calibrate)")

@@ -4,13 +4,13 @@ Nothing that the server sends is trusted: its size is bounded, its shape is chec
 control characters, no echoed key) before they become part of a message.
 """
 
+import contextlib
 import json
 import os
 import re
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from tinystory.run.text import printable
 
 if TYPE_CHECKING:
     import httpx2
-    import openai
 
 LONGEST_ANSWER = 64 * 1024  # bytes; a reply is three numbers
 LONGEST_LIST = 8 * 1024 * 1024  # bytes; some hosts list hundreds of models, with prices
@@ -114,21 +113,24 @@ class ChatClient:
 
     async def models(self) -> list[str]:
         """The names of the models that the server lists, in its order."""
-        match await self._answer(self._client.models.with_streaming_response.list(), LONGEST_LIST):
+        with self._failures():
+            async with self._client.models.with_streaming_response.list() as response:
+                answer = _json(await _read(response.iter_bytes(), LONGEST_LIST))
+        match answer:
             case {"data": [*entries]} if all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries):
                 return [name for entry in entries if (name := self.one_line(entry["id"]))]
         raise Failure(f"answers, but {NOT_OPENAI}: check the URL", status=200)
 
-    async def chat(self, **request: Any) -> Reply:
+    async def chat(self, headers: Mapping[str, str] | None, body: Mapping[str, Any]) -> Reply:
         """The first choice of one chat completion."""
-        # In the extra body, which openai sends as it is; elsewhere it checks the type of every field of every message.
-        extra_body, headers = request.pop("extra_body", {}), request.pop("extra_headers", None)
         completions = self._client.chat.completions.with_streaming_response
-        body = {**request, **extra_body}
         try:
-            answer = await self._answer(
-                completions.create(model="", messages=[], extra_body=body, extra_headers=headers)
-            )
+            # In the extra body, which openai sends as it is; elsewhere it checks the type of every field.
+            with self._failures():
+                async with completions.create(
+                    model="", messages=[], extra_body=body, extra_headers=headers
+                ) as response:
+                    answer = _json(await _read(response.iter_bytes(), LONGEST_ANSWER))
         except Failure as failure:
             if failure.status == 400 and CUT_SHORT in failure.message:
                 return Reply("", "length")
@@ -154,13 +156,11 @@ class ChatClient:
             _tokens(rest.get("usage")),
         )
 
-    async def _answer(
-        self, request: "AbstractAsyncContextManager[openai.AsyncAPIResponse]", longest: int = LONGEST_ANSWER
-    ) -> object:
-        """The JSON value of the response; None if it is not JSON."""
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Around each request: a connection that breaks, or cannot be made, becomes a Failure."""
         try:
-            async with request as response:
-                return _json(await _read(response.iter_bytes(), longest))
+            yield
         except self._broken as error:
             causes: list[BaseException] = [error]
             while causes[-1].__cause__ is not None:

@@ -1,7 +1,9 @@
 """An append-only cache of the teacher's replies, one JSON line each.
 
 The key of a reply is the question, so a run that was killed and resumed finds the replies that it already has and asks
-only for the others. A reply is written before it is used: killing the process at any instant loses none.
+only for the others. A reply is written before it is used: killing the process at any instant loses none. A run that
+finds all of them, in a copy of another run's file, needs no server: it asks the same questions and ends with the same
+weights (bit for bit on a CPU).
 """
 
 import hashlib
@@ -23,12 +25,8 @@ def cache_key(model: str, messages: Sequence[Mapping[str, str]], fence: str, sam
     The fence, which differs from story to story, is left out: the same story sent twice is one question. It is replaced
     by a character that `clean` removes from every prompt, so two different prompts never get the same key.
     """
-    return question_key(messages, fence) + _digest([model, sorted(sampling.items())])[:8]
-
-
-def question_key(messages: Sequence[Mapping[str, str]], fence: str) -> str:
-    """The first part of `cache_key`: the question, whoever the teacher is."""
-    return _digest([[message["role"], message["content"].replace(fence, "\0")] for message in messages])[:24]
+    question = [[message["role"], message["content"].replace(fence, "\0")] for message in messages]
+    return _digest(question)[:24] + _digest([model, sorted(sampling.items())])[:8]
 
 
 def _digest(value: object) -> str:
@@ -38,18 +36,20 @@ def _digest(value: object) -> str:
 class CachedReply(NamedTuple):
     text: str
     expected: dict[str, float] | None = None  # expected scores, if the teacher is asked for log-probabilities
+    error: str | None = None  # why the question was given up, if it was: a repeated run gives it up too
 
 
 class Cache:
-    """Replies by `cache_key`, in memory and in the file `path`, which is created with the first reply."""
+    """Replies by `cache_key`, in memory and, unless it is None, in the file `path`, which the first reply creates."""
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike | None):
+        self.path = None if path is None else Path(path)
         self._replies: dict[str, CachedReply] = {}
         self.tokens = (0, 0)  # (prompt, completion) that earlier processes paid for, as far as the server counted
         self._journal: Journal | None = None
-        for record in read_records(self.path, REPLY):
-            self._replies[record["key"]] = CachedReply(record["reply"], record.get("expected"))  # the last: see `put`
+        for record in read_records(self.path, REPLY) if self.path else ():
+            reply = CachedReply(record["reply"], record.get("expected"), record.get("error"))
+            self._replies[record["key"]] = reply  # the last: see `put`
             match record:
                 case {"tokens": [int(prompt), int(completion)]}:
                     self.tokens = (self.tokens[0] + prompt, self.tokens[1] + completion)
@@ -63,17 +63,18 @@ class Cache:
         """Keys and replies, the oldest key first."""
         return iter(self._replies.items())
 
-    def put(self, key: str, reply: CachedReply, *, again: bool = False, **facts: object) -> CachedReply:
-        """The reply that is kept for `key`, with other facts about it in the file: the first one, so that if the same
-        question was sent twice at once, both senders get the same reply, now and after a resume. again: the question
-        was asked again because the reply of an earlier process is of no use; that one stays in the file, but this one
-        counts."""
+    def put(self, key: str, reply: CachedReply, *, again: bool = False, **about: object) -> CachedReply:
+        """The reply that is kept for `key`, in the file with what else is known about it: the first one, so that if the
+        same question was sent twice at once, both senders get the same reply, now and after a resume. again: the
+        question was asked again because the reply of an earlier process is of no use; that one stays in the file, but
+        this one counts."""
         if key in self._replies and not (again and key in self._earlier):
             return self._replies[key]
-        expected = {"expected": reply.expected} if reply.expected is not None else {}
-        if self._journal is None:
+        optional = {name: value for name in ("expected", "error") if (value := getattr(reply, name)) is not None}
+        if self._journal is None and self.path:
             self._journal = Journal(self.path)
-        self._journal.append({"key": key, "reply": reply.text, **expected, **facts})
+        if self._journal is not None:
+            self._journal.append({"key": key, "reply": reply.text, **optional, **about})
         self._earlier.discard(key)
         self._replies[key] = reply
         return reply

@@ -24,7 +24,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from tinystory.run.errors import UserError
 from tinystory.run.paths import ROOT
-from tinystory.teacher.grade import Grade, Grader, Stories
+from tinystory.teacher.grade import Grade, Grader
+from tinystory.teacher.prompt import Question
 
 if TYPE_CHECKING:
     from tinystory.run.device import Stop
@@ -40,8 +41,8 @@ class CallableGrader(Grader):
         super().__init__({"scored_by": name})
         self.function = function
 
-    def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
-        scores = self.function([text.opening for text in stories], [text.story for text in stories])
+    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
+        scores = self.function([each.opening for each in questions], [each.story for each in questions])
         unscored = Grade(None, None, error=f"{self.facts['scored_by']} gave None")
         return [unscored if score is None else Grade(None, score) for score in scores]
 

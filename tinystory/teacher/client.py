@@ -10,28 +10,27 @@ import hashlib
 import json
 import os
 import threading
-import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.api import ChatClient, Failure, Reply
 from tinystory.teacher.cache import Cache, CachedReply, cache_key
-from tinystory.teacher.endpoint import LOGPROBS, Endpoint, Probe, Slots, base_url, constraint, facts_of
-from tinystory.teacher.grade import Grade, Grader, Stories, grade_if_empty, grade_of, too_few_scores
+from tinystory.teacher.endpoint import LOGPROBS, Endpoint, Probe, Slots, base_url, constraint, recorded
+from tinystory.teacher.grade import Grade, Grader, too_few_scores
 from tinystory.teacher.ledger import Ledger
-from tinystory.teacher.parse import expected_scores, parse_scores
-from tinystory.teacher.pool import Question, ServerPool, Session
+from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
+from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.probe import FIRST_STORY, Prober
-from tinystory.teacher.prompt import DEFAULT, Template, Text, fence, render
+from tinystory.teacher.prompt import DEFAULT, Question, Template, clean, fence, render
 
 if TYPE_CHECKING:
     from tinystory.run.device import Stop
 
-T = TypeVar("T")
+PROBE = "probe "  # begins the key of a probe in the cache
 HUMAN = "human"  # the model of a server behind which a human grades (scripts/teach.py)
 PATIENCE_S = 3 * 86_400.0  # with a human
 STORY_WORDS = 80  # length of a story in a forecast
@@ -79,10 +78,8 @@ class Teacher(Grader):
                 f"name each teacher's URL once, and one model for all or one for each URL: there are {len(models)} "
                 f"models and {len(set(urls))} URLs"
             )
-        self._cache = None if self.cache is None else Cache(self.cache)
-        paid = self._cache.tokens if self._cache is not None else (0, 0)
-        self.ledger = Ledger(self.price_in, self.price_out, self.budget_cost, paid)
-        self._session = Session(self.deadline_s, self.attempts, self.ledger)
+        self._cache = Cache(self.cache)
+        self.ledger = Ledger(self.price_in, self.price_out, self.budget_cost, self._cache.tokens)
         self.endpoints = []
         for i, url in enumerate(urls):
             key = self.api_key or os.environ.get(f"OPENAI_API_KEY_{i + 1}") or os.environ.get("OPENAI_API_KEY")
@@ -90,8 +87,9 @@ class Teacher(Grader):
             model = models[i % len(models)]
             endpoint = Endpoint(url, model, client, slots, self.ledger, self.template, self.max_tokens, self.extra)
             self.endpoints.append(endpoint)
-        self._pool: ServerPool | None = None  # since the probe
-        self._sent: dict[Text, concurrent.futures.Future[Grade]] = {}
+        self.pool = ServerPool(self.endpoints, self.deadline_s, self.attempts, self.ledger, self._examine)
+        self.sent: dict[Question, concurrent.futures.Future[Grade]] = {}  # what `grades` will be asked for
+        self._first: Endpoint | None = None  # since the probe: the server that stands for all in the cache's keys
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
@@ -101,12 +99,14 @@ class Teacher(Grader):
         first is of the server whose replies the others share.
 
         Raises UserError if no server can be reached, or if one is not an OpenAI-compatible API, does not have the
-        model, refuses, or has a model that gives no reply in time.
+        model, refuses, or has a model that gives no reply in time. If none can be reached, what the cache holds will
+        do: a run whose replies are all there needs no server.
         """
-        if self._pool is None:
-            self._pool = self._run(self._probe()).result()
-            self.facts |= facts_of(self.probes())
-        return [endpoint.probe for endpoint in self._pool.endpoints if endpoint.probe is not None]
+        if self._first is None:
+            self._first = asyncio.run_coroutine_threadsafe(self._probe(), self._loop).result()
+            self.facts |= recorded(self.probes())
+        others = (endpoint for endpoint in self.endpoints if endpoint is not self._first)
+        return [endpoint.probe for endpoint in (self._first, *others) if endpoint.probe is not None]
 
     @property
     def model(self) -> str:
@@ -152,22 +152,21 @@ class Teacher(Grader):
 
     def news(self) -> list[str]:
         """What the user should know and was not told yet: servers that went away or came back."""
-        news = self._session.news
-        return [news.pop(0) for _ in range(len(news))]
+        return [self.pool.news.pop(0) for _ in range(len(self.pool.news))]
 
-    def prepare(self, text: Text) -> None:
-        """Send a text at once: the teacher grades it while the student writes the others."""
-        self._sent[text] = self.submit(text)
+    def send(self, index: int, opening: str, story: str) -> None:
+        """Send a story at once: the teacher grades it while the student writes the others."""
+        super().send(index, opening, story)
+        self.sent[self.pending[index]] = self.submit(self.pending[index])
 
-    def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
+    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
         """The grades. If more than a fraction `max_unscored` has no score, the stories whose replies an earlier process
         kept are asked again: the teacher may have been fixed."""
-        sent = [None if again else self._sent.pop(story, None) for story in stories]
-        futures = [sent[i] or self.submit(text, again) for i, text in enumerate(stories)]
-        grades = self._wait(futures, stop)
+        sent = [None if again else self.sent.pop(question, None) for question in questions]
+        grades = self._wait([sent[i] or self.submit(question, again) for i, question in enumerate(questions)], stop)
         if too_few_scores(grades, self.max_unscored):
-            old = [i for i, grade in enumerate(grades) if grade.score is None and grade.attempts and not grade.seconds]
-            new = self._wait([self.submit(stories[i], again, afresh=True) for i in old], stop)
+            old = [i for i, grade in enumerate(grades) if grade.score is None and not grade.asked]
+            new = self._wait([self.submit(questions[i], again, afresh=True) for i in old], stop)
             for i, grade in zip(old, new, strict=True):
                 grades[i] = grade
         for message in self.news():
@@ -188,25 +187,24 @@ class Teacher(Grader):
                     stop.check()
         return [future.result() for future in futures]
 
-    def submit(self, text: Text, again: int = 0, afresh: bool = False) -> "concurrent.futures.Future[Grade]":
-        """The future grade of a text, which is sent at once. again: how often it was sent before, if it is to be judged
-        anew: with other seeds, and not from the cache. afresh: what an earlier process kept is not used.
+    def submit(self, question: Question, again: int = 0, afresh: bool = False) -> "concurrent.futures.Future[Grade]":
+        """The future grade of a story, which is sent at once. again: how often it was sent before, if it is to be
+        judged anew: with other seeds, and not from the cache. afresh: what an earlier process kept is not used.
 
         A story without text gets 0 for each criterion, by the rubric, and is not sent.
         """
         self.probes()
-        return self._run(self._grade(text, again, afresh))
+        return asyncio.run_coroutine_threadsafe(self._grade(question, again, afresh), self._loop)
 
     def close(self) -> None:
         """Cancel the requests in flight, and close the connections and the cache."""
         if self._loop.is_closed():
             return
-        self._run(self._shut()).result()
+        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        if self._cache is not None:
-            self._cache.close()
+        self._cache.close()
 
     def __enter__(self) -> "Teacher":
         return self
@@ -216,9 +214,6 @@ class Teacher(Grader):
 
     # All coroutines below run on the event loop's thread.
 
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
     async def _shut(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
@@ -227,8 +222,8 @@ class Teacher(Grader):
         for endpoint in self.endpoints:
             await endpoint.client.close()
 
-    async def _probe(self) -> ServerPool:
-        """The pool of all servers, each examined."""
+    async def _probe(self) -> Endpoint:
+        """Examine all servers. Returns the one that was examined first in the run, now or earlier."""
         outcomes = await asyncio.gather(*map(self._examine, self.endpoints), return_exceptions=True)
         away = {}
         for endpoint, outcome in zip(self.endpoints, outcomes, strict=True):
@@ -236,109 +231,112 @@ class Teacher(Grader):
                 away[endpoint] = outcome
             elif outcome is not None:
                 raise outcome
+        if len(away) == len(self.endpoints):
+            for endpoint, failure in [*away.items()]:
+                if failure.unreachable and (probe := self._kept_probe(endpoint)):
+                    endpoint.model, endpoint.probe = probe.model, probe
+                    del away[endpoint]
+                    self.pool.news.append(f"the teacher at {endpoint.url} {failure}; until then, kept replies will do")
         present = [endpoint for endpoint in self.endpoints if endpoint not in away]
         for endpoint, failure in away.items():
             if not (present and failure.unreachable):
                 raise UserError(f"the teacher at {endpoint.url} {failure}")
+            self.pool.leave_out(endpoint, failure)
         if len({endpoint.model for endpoint in present}) > 1:
             names = ", ".join(str(endpoint.model) for endpoint in self.endpoints)
-            self._session.news.append(f"{names} are taken for one model")
-        # The server that was examined first in the run, now or earlier, stands for all in the cache's keys.
-        first = self._examined_first(present)
-        others = [endpoint for endpoint in self.endpoints if endpoint is not first]
-        pool = ServerPool([first, *others], self._session, self._examine)
-        for endpoint, failure in away.items():
-            pool.leave_out(endpoint, failure)
-        return pool
+            self.pool.news.append(f"{names} are taken for one model")
+        keys = {self._probe_key(endpoint.url, endpoint.model): endpoint for endpoint in present}
+        return next(keys[key] for key, _ in self._cache.items() if key in keys)
 
     async def _examine(self, endpoint: Endpoint) -> None:
         """Probe the server, or take what the cache holds about it."""
-        prober = Prober(endpoint, self._session, self.template, self.seed, self.temperature, self.logprobs)
+        prober = Prober(self.pool.alone(endpoint), self.template, self.seed, self.temperature, self.logprobs)
         await prober.choose_model()
-        key = self._probe_key(endpoint)
-        cached = self._cache.get(key) if self._cache is not None else None
-        probe = cached and Probe.load(cached.text)
+        probe = self._kept_probe(endpoint)
         # A probe without scores is not what a run starts from again, unless the run got scores in spite of it.
         if not probe or not (probe.scored or self._got_scores()):
             probe = await prober.probe()
-            if self._cache is not None:
-                self._cache.put(key, CachedReply(probe.dump()), again=True)
+            self._cache.put(self._probe_key(endpoint.url, endpoint.model), CachedReply(probe.dump()), again=True)
         endpoint.probe = probe
         if endpoint.model == HUMAN:  # who may stop for lunch
-            self._session.deadline_s = endpoint.slots.shortest = PATIENCE_S
+            self.pool.deadline_s = endpoint.slots.shortest = PATIENCE_S
 
-    def _probe_key(self, endpoint: Endpoint) -> str:
-        request = f"{self.max_tokens} {self.temperature} {self.logprobs} {self.template}{self._extra_json}"
-        text = f"{endpoint.url} {endpoint.model} {request}"
-        return "probe " + hashlib.sha256(text.encode()).hexdigest()[:24]
+    def _kept_probe(self, endpoint: Endpoint) -> Probe | None:
+        """The newest probe in the cache of this server, if it is asked now as it was then."""
+        probes = (Probe.load(reply.text) for key, reply in reversed([*self._cache.items()]) if key.startswith(PROBE))
+        for probe in probes:
+            if not probe or probe.url != endpoint.url or endpoint.model not in (None, probe.model):
+                continue
+            if self._cache.get(self._probe_key(probe.url, probe.model)):
+                return probe
+        return None
+
+    def _probe_key(self, url: str, model: str | None) -> str:
+        text = f"{url} {model} {self.max_tokens} {self.temperature} {self.logprobs} {self.template}{self._extra_json}"
+        return PROBE + hashlib.sha256(text.encode()).hexdigest()[:24]
 
     @property
     def _extra_json(self) -> str:
         return json.dumps(self.extra, sort_keys=True) if self.extra else ""
 
-    def _examined_first(self, endpoints: Sequence[Endpoint]) -> Endpoint:
-        if self._cache is None:
-            return endpoints[0]
-        keys = {self._probe_key(endpoint): endpoint for endpoint in reversed(endpoints)}
-        return next(keys[key] for key, _ in self._cache.items() if key in keys)
-
     def _got_scores(self) -> bool:
-        assert self._cache is not None
-        replies = (reply.text for key, reply in self._cache.items() if not key.startswith("probe "))
+        replies = (reply.text for key, reply in self._cache.items() if not key.startswith(PROBE))
         return any(parse_scores(reply, self.template.names) for reply in replies)
 
-    async def _grade(self, text: Text, again: int, afresh: bool) -> Grade:
+    async def _grade(self, question: Question, again: int, afresh: bool) -> Grade:
+        """The grade: each attempt's reply is a kept one, or is asked for and kept, and is read."""
         # After a fatal failure most of the other tasks are never awaited: asyncio need not report their exceptions.
-        task = asyncio.current_task()
-        assert task is not None
+        task, first = asyncio.current_task(), self._first
+        assert task is not None and first is not None and first.model is not None and first.probe is not None
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        template = text.template or self.template
-        if empty := grade_if_empty(template, text.story):
-            return empty
-        mark = fence(self.seed, text.number, f"{text.opening}\n{text.story}")
-        messages = render(text.opening, text.story, fence=mark, template=template)
-        question, first_attempt = Question(messages, mark, afresh), again * self.attempts
+        opening, story, number, template = question
+        template = template or self.template
+        if not clean(story).strip():
+            return Grade(dict.fromkeys(template.names, 0), 0.0)
+        names, cache = template.names, self._cache
+        mark = fence(self.seed, number, f"{opening}\n{story}")
+        messages = render(opening, story, fence=mark, template=template)
+        logprobs = LOGPROBS if self.logprobs else {}
         scores: Mapping[str, float] | None = None
         replies: list[str] = []
         error: str | None = None
+        deadline: float | None = None
+        asked = False
         while scores is None and error is None:
-            try:
-                reply, expected = await self._reply(question, first_attempt + len(replies), template.names)
-            except Failure as failure:
-                error = f"the teacher {failure}"
-            else:
-                replies.append(reply)
-                scores = expected if self.logprobs else parse_scores(reply, template.names)
-                if scores is None and len(replies) == self.attempts:
-                    error = f"no scores in {len(replies)} replies"
-        seconds = 0.0 if question.since is None else time.monotonic() - question.since
-        return grade_of(template, scores, replies, max_tokens=self.longest_reply, seconds=seconds, error=error)
+            seed = self.seed + again * self.attempts + len(replies)
 
-    async def _reply(self, question: Question, attempt: int, names: Sequence[str]) -> CachedReply:
-        """One reply: from the cache, or a new one, which is then kept there. names: of the criteria."""
-        assert self._pool is not None  # since the probe
-        first, seed, logprobs = self._pool.endpoints[0], self.seed + attempt, LOGPROBS if self.logprobs else {}
-        assert first.model is not None and first.probe is not None
-        if self._cache is not None:
+            async def request(endpoint: Endpoint, seed: int = seed) -> tuple[Reply, str]:
+                assert endpoint.probe is not None
+                fields = endpoint.sampling(seed, self.temperature, names) | logprobs
+                fields |= constraint(endpoint.probe.held_to, names)
+                return await endpoint.chat(endpoint.probe, messages, **fields), endpoint.url
+
             sampling = first.sampling(seed, self.temperature, names) | logprobs | {"held_to": first.probe.held_to}
             sampling |= {"extra": self._extra_json} if self.extra else {}
-            key = cache_key(first.model, question.messages, question.fence, sampling)
-            cached = self._cache.get(key, earlier=not question.afresh)
-            if cached is not None:
-                self.ledger.count("cached")
-                return cached
-
-        async def ask(endpoint: Endpoint) -> tuple[Reply, str]:
-            assert endpoint.probe is not None
-            constrained = constraint(endpoint.probe.held_to, names)
-            fields = {**endpoint.sampling(seed, self.temperature, names), **logprobs, **constrained}
-            return await endpoint.chat(endpoint.probe, question.messages, **fields), endpoint.url
-
-        reply, url = await self._pool.ask(ask, question)
-        expected = expected_scores(reply.text, names, reply.logprobs) if self.logprobs else None
-        answer = CachedReply(reply.text, expected)
-        if self._cache is None:
-            return answer
-        server = {"server": url} if len(self.endpoints) > 1 else {}
-        facts = {"model": first.model, "attempt": attempt, "tokens": reply.tokens, **server}
-        return self._cache.put(key, answer, again=question.afresh, **facts)
+            key = cache_key(first.model, messages, mark, sampling)
+            given_up = f"{key} {number}"  # only this story, whatever becomes of another with the same words
+            if kept := cache.get(given_up, earlier=not afresh) or cache.get(key, earlier=not afresh):
+                self.ledger.total["cached"] += 1
+            else:
+                asked = True
+                try:
+                    (reply, url), deadline = await self.pool.ask(request, deadline)
+                except Failure as failure:
+                    kept = cache.put(given_up, CachedReply("", error=f"the teacher {failure}"), again=afresh)
+                else:
+                    expected = expected_scores(reply.text, names, reply.logprobs) if self.logprobs else None
+                    about = {"model": first.model, "attempt": seed - self.seed, "tokens": reply.tokens}
+                    about |= {"server": url} if len(self.endpoints) > 1 else {}
+                    where = given_up if cache.get(given_up) else key
+                    kept = cache.put(where, CachedReply(reply.text, expected), again=afresh, **about)
+            if kept.error:
+                error = kept.error
+                continue
+            replies.append(kept.text)
+            scores = kept.expected if self.logprobs else parse_scores(kept.text, names)
+            if scores is None and len(replies) == self.attempts:
+                error = f"no scores in {len(replies)} replies"
+        # A word is at least one token. If a server ignores max_tokens, nobody reads the words beyond it.
+        words = sum(min(len(reply.split()), self.longest_reply) for reply in replies)
+        score = None if scores is None else template.score(scores)
+        return Grade(scores, score, (replies or [""])[-1][:LONGEST_REPLY], len(replies), words, asked, error)

@@ -32,14 +32,12 @@ class Form:
     quiet: Mapping[str, Any] = field(default_factory=dict)  # fields that make the model reason less
     system: bool = True  # False: the rubric opens the user's message, for models without a system message
 
-    def request(self, messages: list[dict], max_tokens: int, **fields: Any) -> dict[str, Any]:
-        """The arguments of a chat completion. max_tokens: of the reply that is wanted."""
-        request = {name: value for name, value in fields.items() if name not in self.refused}
-        if self.quiet:
-            request["extra_body"] = {**request.get("extra_body", {}), **self.quiet}
+    def body(self, messages: list[dict], max_tokens: int, **fields: Any) -> dict[str, Any]:
+        """The fields of a chat completion. max_tokens: of the reply that is wanted."""
+        kept = {name: value for name, value in fields.items() if name not in self.refused}
         if not self.system and len(messages) > 1:
             messages = [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
-        return {"messages": messages, **request, self.token_cap: max(max_tokens, self.least_tokens)}
+        return {"messages": messages, **kept, **self.quiet, self.token_cap: max(max_tokens, self.least_tokens)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,23 +160,21 @@ class Endpoint:
 
     async def chat(self, form: Form, messages: list[dict], *, max_tokens: int, **fields: Any) -> Reply:
         """One chat completion. A reply that had to be allowed more tokens is cut to about `max_tokens`."""
-        request = form.request(messages, max_tokens, **fields)
-        if self.extra:
-            body = {**request.pop("extra_body", {}), **self.extra}
-            headers = body.pop("extra_headers", None)
-            request |= {"extra_body": body} | ({"extra_headers": headers} if headers else {})
+        body = {"model": self.model, **form.body(messages, max_tokens, **fields), **self.extra}
+        headers = body.pop("extra_headers", None)
         # An upper bound on the prompt's tokens: a token is at least one byte, and the chat template adds a few. If the
         # server counted the tokens of the probe's story, only the part that differs from it is uncertain.
         sizes = [len(message["content"].encode()) for message in messages]
         counted = self.probe.tokens if self.probe is not None else None
         other_system = max(sizes[0] - len(instructions(self.template).encode()), 0)  # of a ranking
         longest = counted[0] + other_system + sizes[-1] if counted and len(sizes) == 2 else sum(sizes) + TEMPLATE_TOKENS
-        cap = request[form.token_cap]
+        cap = body[form.token_cap]
         while self.ledger.must_wait(longest, cap):  # only near the end of a budget
             await asyncio.sleep(0.01)
-        with self.ledger.request(longest, cap) as receipt:
-            reply = await self.client.chat(model=self.model, **request)
-            receipt.tokens = reply.tokens
+        with self.ledger.request(longest, cap) as charge:
+            reply = await self.client.chat(headers, body)
+            if reply.tokens:
+                charge.update(zip(charge, reply.tokens, strict=True))
         return reply if cap == max_tokens else replace(reply, text="".join(PIECE.findall(reply.text)[:max_tokens]))
 
 
@@ -188,7 +184,7 @@ def constraint(structure: str, names: Sequence[str]) -> dict:
         case "numbers":  # vLLM obeys the first field, llama.cpp's server the second; each ignores the other
             digits = [f"[0-{TOP}]"] * len(names)
             grammar = "root ::= " + ' " " '.join(digits)
-            return {"extra_body": {"structured_outputs": {"regex": " ".join(digits)}, "grammar": grammar}}
+            return {"structured_outputs": {"regex": " ".join(digits)}, "grammar": grammar}
         case "json":
             schema = {
                 "type": "object",
@@ -216,7 +212,7 @@ def base_url(url: str) -> str:
     return str(parts.copy_with(path=parts.path.rstrip("/") or "/v1"))
 
 
-def facts_of(probes: Sequence[Probe]) -> dict[str, Any]:
+def recorded(probes: Sequence[Probe]) -> dict[str, Any]:
     """What config.json records about the teachers on these servers."""
     names = ", ".join(f"{probe.model} at {probe.url}" for probe in probes)
     facts: dict[str, Any] = {"scored_by": names, "teacher": asdict(probes[0])}

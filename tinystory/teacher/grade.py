@@ -5,16 +5,13 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from tinystory.run.errors import UserError
-from tinystory.teacher.parse import LONGEST_REPLY
-from tinystory.teacher.prompt import CRITERIA, Template, Text, clean
+from tinystory.teacher.prompt import CRITERIA, Question
 
 if TYPE_CHECKING:  # it imports torch, which asking a teacher does not need
     from tinystory.run.device import Stop
-
-Stories: TypeAlias = Sequence[Text]
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Grade:
     reply: str = ""  # the last reply, at most LONGEST_REPLY characters
     attempts: int = 0  # replies received; more than one if the first could not be read
     reply_words: int = 0  # whitespace-separated words of all replies, at most max_tokens each: the student's input
-    seconds: float = 0.0  # from the first request to the last reply; 0 if no request was made
+    asked: bool = False  # whether a request was made; if not, all replies were kept ones
     error: str | None = None  # why there is no score
 
     @property
@@ -41,7 +38,7 @@ class Grader(ABC):
 
     def __init__(self, facts: dict[str, Any]):
         self.facts = facts
-        self.pending: dict[int, tuple[str, str]] = {}  # opening and story, by index
+        self.pending: dict[int, Question] = {}  # sent and not collected, by index
 
     @property
     def scorer(self) -> "Grader":
@@ -67,18 +64,14 @@ class Grader(ABC):
 
     def send(self, index: int, opening: str, story: str) -> None:
         """Hand over a story as soon as it ends."""
-        self.pending[index] = opening, story
-        self.prepare(Text(opening, story, index))
-
-    def prepare(self, text: Text) -> None:  # noqa: B027 - few graders have to
-        """Begin to grade what `grades` will be asked for."""
+        self.pending[index] = Question(opening, story, index)
 
     def collect(self, stop: "Stop") -> list[Grade]:
         """The grades of all stories sent, in the order of their indices. Raises Interrupted if `stop` is requested, and
         UserError for a failure that would meet every story."""
-        stories = [Text(*pair, index) for index, pair in sorted(self.pending.items())]
+        questions = [question for _, question in sorted(self.pending.items())]
         self.pending = {}
-        return self.grades(stories, stop)
+        return self.grades(questions, stop)
 
     def grade(self, opening: str, stories: Sequence[str]) -> list[Grade]:
         """The grades of stories to one opening, in their order."""
@@ -86,33 +79,11 @@ class Grader(ABC):
 
     def grade_each(self, pairs: Sequence[tuple[str, str]], again: int = 0) -> list[Grade]:
         """The grades of (opening, story) pairs, in their order. again: 1 for a second answer to the same questions."""
-        return self.grades([Text(*pair, index) for index, pair in enumerate(pairs)], again=again)
+        return self.grades([Question(*pair, index) for index, pair in enumerate(pairs)], again=again)
 
     @abstractmethod
-    def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
+    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
         """The grades of stories, in their order. stop, again: as above."""
-
-
-def grade_of(
-    template: Template,
-    scores: Mapping[str, float] | None,
-    replies: Sequence[str],
-    *,
-    max_tokens: int,
-    seconds: float = 0.0,
-    error: str | None = None,
-) -> Grade:
-    """The grade that a story's replies make: either the last one holds `scores`, or none does and `error` says why."""
-    score = None if scores is None else template.score(scores)
-    reply = replies[-1][:LONGEST_REPLY] if replies else ""
-    # A word is at least one token. If a server ignores max_tokens, nobody reads the words beyond it.
-    words = sum(min(len(reply.split()), max_tokens) for reply in replies)
-    return Grade(scores, score, reply, len(replies), words, seconds, error)
-
-
-def grade_if_empty(template: Template, story: str) -> Grade | None:
-    """All 0, by the rubric, for a story without text, which is not sent to the teacher; None for any other story."""
-    return None if clean(story).strip() else Grade(dict.fromkeys(template.names, 0), 0.0)
 
 
 def too_few_scores(grades: Sequence[Grade], max_unscored: float) -> bool:

@@ -1,10 +1,9 @@
-"""From the options to whoever scores the stories: a teacher over HTTP, a recorded run's replies, or any callable."""
+"""From the options to whoever scores the stories: a teacher over HTTP, or any callable."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from tinystory.config import InteractConfig
 from tinystory.data.corpus import NO_STORIES
@@ -15,7 +14,6 @@ from tinystory.teacher.extra import load_extra
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.prompt import load_template
 from tinystory.teacher.rank import Ranked
-from tinystory.teacher.replay import Replay
 
 
 @contextlib.contextmanager
@@ -41,47 +39,38 @@ def open_grader(
         with load_score(config.reward, config.teacher_timeout) as score:
             yield CallableGrader(score, config.reward)
         return
-    shared: dict[str, Any] = dict(
-        template=load_template(config.teacher_prompt),
-        max_tokens=config.teacher_max_tokens,
-        logprobs=config.teacher_logprobs,
-    )
-    grader: Teacher | Replay
     with contextlib.ExitStack() as stack:
-        if config.replay:
-            grader = Replay(Path(config.replay), **shared)
-        else:
-            urls = config.teacher_url
-            if not urls:
-                assert builtin_teacher is not None
-                urls = [stack.enter_context(builtin_teacher(_measured_by(config, corpus or [])))]
-                print(f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}")
-            grader = Teacher(
-                urls,
-                config.teacher_model,
-                concurrency=config.teacher_concurrency,
-                seed=config.seed,
-                temperature=config.teacher_temperature,
-                extra=extra,
-                deadline_s=config.teacher_timeout,
-                max_unscored=config.max_unscored,
-                cache=replies,
-                price_in=config.price_in,
-                price_out=config.price_out,
-                budget_cost=config.budget_cost or None,
-                **shared,
-            )
-            stack.enter_context(grader)
-        for probe in grader.probes():
+        urls = config.teacher_url
+        if not urls:
+            assert builtin_teacher is not None
+            urls = [stack.enter_context(builtin_teacher(_measured_by(config, corpus or [])))]
+            print(f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}")
+        teacher = Teacher(
+            urls,
+            config.teacher_model,
+            template=load_template(config.teacher_prompt),
+            max_tokens=config.teacher_max_tokens,
+            logprobs=config.teacher_logprobs,
+            concurrency=config.teacher_concurrency,
+            seed=config.seed,
+            temperature=config.teacher_temperature,
+            extra=extra,
+            deadline_s=config.teacher_timeout,
+            max_unscored=config.max_unscored,
+            cache=replies,
+            price_in=config.price_in,
+            price_out=config.price_out,
+            budget_cost=config.budget_cost or None,
+        )
+        stack.enter_context(teacher)
+        for probe in teacher.probes():
             print(f"teacher: {probe}")
             for note in probe.notes:
                 print(f"warning: {note}")
-        for message in grader.news() if isinstance(grader, Teacher) else ():
+        for message in teacher.news():
             print(f"warning: {message}")
-        if config.teacher_mode == "rank":
-            yield Ranked(grader, shared["template"], config.stories_per_opening)
-        else:
-            yield grader
+        ranks = config.teacher_mode == "rank"
+        yield Ranked(teacher, teacher.template, config.stories_per_opening) if ranks else teacher
 
 
 def _measured_by(config: InteractConfig, corpus: Sequence[str]) -> Sequence[str]:

@@ -5,17 +5,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from tinystory.teacher.api import Failure
-
-
-@dataclass
-class Receipt:
-    """The (prompt, completion) tokens that one request used, filled in by its sender."""
-
-    tokens: tuple[int, int] | None = None
 
 
 class Ledger:
@@ -59,21 +51,22 @@ class Ledger:
         return any(self._reserved.values()) and spent <= self.budget
 
     @contextmanager
-    def request(self, tokens_in: int, tokens_out: int) -> Iterator[Receipt]:
-        """Wraps a request of at most so many tokens. Raises Failure if that could exceed the budget."""
+    def request(self, tokens_in: int, tokens_out: int) -> Iterator[dict[str, int]]:
+        """Wraps a request of at most so many tokens; yields the tokens that it is charged, for its sender to replace by
+        the server's count. Raises Failure if that could exceed the budget."""
         if not self.affords(tokens_in, tokens_out):
             raise Failure(
                 f"cannot be asked again within --budget-cost {self.budget:g} ({self.cost:.4f} is spent): "
                 "raise it and go on with --resume",
                 fatal=True,
             )
-        reservation = Counter(tokens_in=tokens_in, tokens_out=tokens_out)
+        reservation = dict(tokens_in=tokens_in, tokens_out=tokens_out)
         self._reserved.update(reservation)
-        receipt, billed = Receipt(), True
-        self.count("requests")
+        charge, billed = reservation.copy(), True
+        self.total["requests"] += 1
         start = time.monotonic()
         try:
-            yield receipt
+            yield charge
             self._seconds.append(time.monotonic() - start)
         except Failure as failure:  # an error status or no connection: the server did no work that it could bill
             billed = not failure.unreachable and failure.status in (None, 200)
@@ -81,11 +74,7 @@ class Ledger:
         finally:
             self._reserved.subtract(reservation)
             if billed:
-                for name, tokens in zip(reservation, receipt.tokens or reservation.values(), strict=True):
-                    self.count(name, tokens)
-
-    def count(self, name: str, number: int = 1) -> None:
-        self.total[name] += number
+                self.total.update(charge)
 
     def stats(self) -> dict[str, Any]:
         """Since the last call: requests, retries, cached, tokens_in, tokens_out, and latency_p50, _p90 and _p99 in

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 from tinystory.run.errors import UserError
@@ -59,75 +59,57 @@ class Queue:
         return pace * (slots.taken + 1), slots.taken
 
 
-@dataclass
-class Question:
-    """A story to be graded: the messages, the fence in them, and when its first request was sent."""
-
-    messages: list[dict]
-    fence: str
-    afresh: bool = False  # whether replies that an earlier process kept are of no use
-    since: float | None = None
-
-
-@dataclass
-class Session:
-    """What all pools of a teacher share. A story's requests end within `deadline_s` seconds, and each within
-    deadline_s / attempts."""
-
-    deadline_s: float
-    attempts: int
-    ledger: Ledger
-    news: list[str] = field(default_factory=list)  # for the user
-    fatal: UserError | None = None  # set once no further story can be graded
-
-
+@dataclass(eq=False)
 class ServerPool:
     """`endpoints` serve the same model. A server that cannot be reached, refuses the key or fails FAILURES times in a
-    row is left out as long as another one is there; one that may come back is asked again when it does.
+    row is left out as long as another one is there; one that may come back is asked again when it does."""
 
-    examine: probes a server that comes up for the first time. probing: one server is being probed; a failure is the
-    caller's to judge and never ends the run.
-    """
+    endpoints: Sequence[Endpoint]
+    deadline_s: float  # in which all requests of a story end, from its first
+    attempts: int  # each request takes at most deadline_s / attempts
+    ledger: Ledger
+    examine: Callable[[Endpoint], Awaitable[None]] | None = None  # probes a server that comes up for the first time
+    probing: bool = False  # one server is being probed: a failure is the caller's to judge and never ends the run
 
-    def __init__(
-        self,
-        endpoints: Sequence[Endpoint],
-        session: Session,
-        examine: Callable[[Endpoint], Awaitable[None]] | None = None,
-        probing: bool = False,
-    ):
-        self.endpoints, self.session, self.examine, self.probing = endpoints, session, examine, probing
-        self.queue = Queue([Slots(1) if probing else endpoint.slots for endpoint in endpoints])
+    def __post_init__(self) -> None:
+        self.news: list[str] = []  # for the user
+        self.fatal: UserError | None = None  # set once no further story can be graded
+        self._queue = Queue([Slots(1) if self.probing else endpoint.slots for endpoint in self.endpoints])
         self._returns: set[asyncio.Task[None]] = set()
 
-    async def ask(self, request: Callable[[Endpoint], Awaitable[T]], question: Question, exists: bool = True) -> T:
-        """The result of `request`, retried after transient failures; raises Failure when it is given up.
+    def alone(self, endpoint: Endpoint) -> "ServerPool":
+        """A pool to probe one of the servers."""
+        return ServerPool([endpoint], self.deadline_s, self.attempts, self.ledger, probing=True)
+
+    async def ask(
+        self, request: Callable[[Endpoint], Awaitable[T]], deadline: float | None = None, exists: bool = True
+    ) -> tuple[T, float]:
+        """The result of `request`, retried after transient failures, and the story's deadline for the next one, which
+        the first request sets; raises Failure when it is given up.
 
         Each request waits for a free slot, and a story that pauses holds none. exists: whether the server is known to
         exist; if not, one that gives no answer is given up at once.
         """
-        session, failures, timeouts = self.session, 0, 0
+        failures = timeouts = 0
         while True:
-            async with self.queue.slot(first=question.since is not None) as server:
+            async with self._queue.slot(first=deadline is not None) as server:
                 endpoint = self.endpoints[server]
-                if session.fatal is not None and not self.probing:
-                    raise session.fatal
+                if self.fatal is not None:
+                    raise self.fatal
                 start = time.monotonic()
-                if question.since is None:
-                    question.since = start
-                deadline = question.since + session.deadline_s
-                timeout = endpoint.slots.timeout(session.deadline_s / session.attempts, timeouts)
+                deadline = deadline or start + self.deadline_s
+                timeout = endpoint.slots.timeout(self.deadline_s / self.attempts, timeouts)
                 try:
                     answer = await asyncio.wait_for(request(endpoint), min(max(deadline - start, 0.0), timeout))
                     endpoint.slots.answered(time.monotonic() - start)
                     endpoint.failures = endpoint.absences = 0
-                    return answer
+                    return answer, deadline
                 except asyncio.TimeoutError:  # the builtin TimeoutError only from Python 3.11 on
                     failure = Failure("takes too long to answer", again=True)
                     timeouts += 1
                 except Failure as error:
                     failure = error
-                session.ledger.count("failures")
+                self.ledger.total["failures"] += 1
                 endpoint.failures += failure.again and not failure.busy
                 if failure.busy:
                     endpoint.slots.refused()
@@ -139,7 +121,7 @@ class ServerPool:
             pause = jittered(PAUSE_S * 2 ** (failures - 1)) + min(failure.retry_after or 0.0, LONGEST_RETRY_AFTER_S)
             hopeful = failure.again and (failures < FAILURES or failure.busy) and (exists or failure.status)
             if hopeful and time.monotonic() + pause <= deadline:
-                session.ledger.count("retries")
+                self.ledger.total["retries"] += 1
                 await asyncio.sleep(pause)
                 continue
             if failure.unreachable:  # after all retries, so the story is not the cause
@@ -149,7 +131,7 @@ class ServerPool:
     def leave_out(self, endpoint: Endpoint, failure: Failure) -> None:
         """Ask the other servers from now on, and this one again if it comes back."""
         endpoint.slots.open = False
-        self.session.news.append(f"the teacher at {endpoint.url} {failure}; the others go on without it")
+        self.news.append(f"the teacher at {endpoint.url} {failure}; the others go on without it")
         if not failure.fatal:
             task = asyncio.create_task(self._await_return(endpoint))
             self._returns.add(task)
@@ -185,18 +167,18 @@ class ServerPool:
             if self.examine is not None and endpoint.probe is None:
                 await self.examine(endpoint)
         except (Failure, UserError) as error:
-            self.session.news.append(f"the teacher at {endpoint.url} is back, but cannot be used: {error}")
+            self.news.append(f"the teacher at {endpoint.url} is back, but cannot be used: {error}")
             return
-        self.session.news.append(f"the teacher at {endpoint.url} is back")
+        self.news.append(f"the teacher at {endpoint.url} is back")
         endpoint.failures = FAILURES - 1
         endpoint.slots.reopen()
-        self.queue.admit()
+        self._queue.admit()
 
     def _stop(self, endpoint: Endpoint, failure: Failure) -> NoReturn:
         if self.probing:
             raise failure
-        self.session.fatal = UserError(f"the teacher at {endpoint.url} {failure}")
-        raise self.session.fatal
+        self.fatal = UserError(f"the teacher at {endpoint.url} {failure}")
+        raise self.fatal
 
 
 def jittered(pause: float) -> float:

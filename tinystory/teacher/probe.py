@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from tinystory.teacher.api import NO_SYSTEM, Failure, Reply
-from tinystory.teacher.endpoint import LOGPROBS, Endpoint, Form, Probe, constraint, json_tokens
+from tinystory.teacher.endpoint import LOGPROBS, Form, Probe, constraint, json_tokens
 from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
-from tinystory.teacher.pool import Question, ServerPool, Session
+from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.prompt import Template, fence, render
 
 FIRST_STORY = "Once upon a time,", "a cat sat down by the fire and slept."  # opening and story
@@ -56,17 +56,14 @@ def remedy(form: Form, failure: Failure) -> Form:
 
 
 class Prober:
-    """Probes one endpoint with a story to grade by `template`. All methods raise Failure if the server gives no usable
-    answer."""
+    """Probes the endpoint of a pool of one, by a story to grade. All methods raise Failure if the server gives no
+    usable answer."""
 
-    def __init__(
-        self, endpoint: Endpoint, session: Session, template: Template, seed: int, temperature: float, logprobs: bool
-    ):
-        self.endpoint, self.session, self.names, self.logprobs = endpoint, session, template.names, logprobs
-        self.pool = ServerPool([endpoint], session, probing=True)
+    def __init__(self, pool: ServerPool, template: Template, seed: int, temperature: float, logprobs: bool):
+        (self.endpoint,), self.pool, self.names, self.logprobs = pool.endpoints, pool, template.names, logprobs
         mark = fence(seed, -1, "\n".join(FIRST_STORY))
-        self.question = Question(render(*FIRST_STORY, fence=mark, template=template), mark)
-        self.sampling = endpoint.sampling(seed, temperature)
+        self.messages = render(*FIRST_STORY, fence=mark, template=template)
+        self.sampling = self.endpoint.sampling(seed, temperature)
         self.form = Form()
         self.notes: list[str] = []
         self.unlisted = ""  # the models that are listed, if the one that was named is not
@@ -76,7 +73,7 @@ class Prober:
         """Take the first chat model that the server lists, unless one was named."""
         endpoint = self.endpoint
         try:
-            models = await self.pool.ask(lambda endpoint: endpoint.client.models(), Question([], ""), exists=False)
+            models, _ = await self.pool.ask(lambda endpoint: endpoint.client.models(), exists=False)
         except Failure as failure:
             if failure.status is None:
                 raise
@@ -108,7 +105,7 @@ class Prober:
         if held_to != "nothing" and not scored:
             max_tokens = max(self.endpoint.max_tokens, json_tokens(self.names))
             constrained = constraint(held_to, self.names)
-            reply = await self._ask(self.question.messages, max_tokens=max_tokens, **constrained)
+            reply = await self._ask(self.messages, max_tokens=max_tokens, **constrained)
             scored = self._scored(reply)
         if self.logprobs:
             await self._require_logprobs(held_to)
@@ -121,7 +118,7 @@ class Prober:
         )  # fmt: skip
 
     async def _ask(self, messages: list[dict], **fields: Any) -> Reply:
-        start, timeout = time.monotonic(), self.session.deadline_s / self.session.attempts
+        start, timeout = time.monotonic(), self.pool.deadline_s / self.pool.attempts
         try:
             reply = await asyncio.wait_for(self.endpoint.chat(self.form, messages, **fields), timeout)
         except asyncio.TimeoutError:
@@ -145,7 +142,7 @@ class Prober:
         """The reply to the story, in the form that the server's refusals lead to."""
         while True:
             try:
-                return await self.pool.ask(lambda _: self._ask(self.question.messages, **self.sampling), self.question)
+                return (await self.pool.ask(lambda _: self._ask(self.messages, **self.sampling)))[0]
             except Failure as failure:
                 if failure.status == 404 and self.unlisted:
                     message = f"has no model {self.endpoint.model!r} ({failure}); it lists: {self.unlisted}"
@@ -160,7 +157,7 @@ class Prober:
                 self.form = replace(self.form, quiet=quiet)
             else:
                 self.form = replace(self.form, quiet=accepted, least_tokens=THINKING_TOKENS)
-            reply = await self._try(self.question.messages, **self.sampling)
+            reply = await self._try(self.messages, **self.sampling)
             if reply is None:
                 continue
             if self._scored(reply) or not _thought(reply):
@@ -191,7 +188,7 @@ class Prober:
         """Raises Failure unless a reply that holds scores comes with what expected scores need."""
         fields = {**self.sampling, **constraint(held_to, self.names), **LOGPROBS}
         try:
-            reply = await self._ask(self.question.messages, **fields)
+            reply = await self._ask(self.messages, **fields)
         except Failure as failure:
             if failure.fatal or failure.unreachable or failure.again:
                 raise

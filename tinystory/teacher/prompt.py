@@ -95,8 +95,8 @@ class Template:
 DEFAULT = Template()
 
 
-class Text(NamedTuple):
-    """A text to be graded. number: the story's in the run; template: of the question, if not the grader's own."""
+class Question(NamedTuple):
+    """A story to be graded. number: the story's in the run; template: what is asked, if not what the grader asks."""
 
     opening: str
     story: str

@@ -10,8 +10,9 @@ from dataclasses import replace
 from statistics import fmean, pvariance
 from typing import TYPE_CHECKING, Any
 
-from tinystory.teacher.grade import Grade, Grader, Stories
-from tinystory.teacher.prompt import Criterion, Template, Text, clean
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.grade import Grade, Grader
+from tinystory.teacher.prompt import Criterion, Question, Template, clean
 
 if TYPE_CHECKING:
     from tinystory.run.device import Stop
@@ -48,49 +49,49 @@ def ranks(table: Sequence[Sequence[float]]) -> list[float]:
 
 
 class Ranked(Grader):
-    """Ranks `size` consecutive stories, which share an opening, by `grader`. A group of which one reply cannot be read
-    has no scores."""
+    """Ranks `size` consecutive stories, which share an opening, by `scorer`. A group of which one reply cannot be read
+    has no scores. Stories that are not sent but given are scored, since they are of no group."""
 
-    def __init__(self, grader: Grader, template: Template, size: int):
-        super().__init__(grader.facts)
-        self.grader, self.size, self.template = grader, size, ranking(template, size)
+    def __init__(self, teacher: Teacher, template: Template, size: int):
+        super().__init__(teacher.facts)
+        self.teacher, self.size, self.template = teacher, size, ranking(template, size)
         self._tables: list[list[list[float]]] = []
 
     @property
-    def scorer(self) -> Grader:
-        return self.grader
+    def scorer(self) -> Teacher:
+        return self.teacher
 
     @property
     def most_words(self) -> int:
-        return self.grader.most_words  # a story takes one request, as when it is scored
+        return self.teacher.most_words  # a story takes one request, as when it is scored
 
     def affords(self, stories: int) -> bool:
-        return self.grader.affords(stories)
+        return self.teacher.affords(stories)
 
     def forecast(self, stories: int, opening: str, together: int = 1) -> str:
-        return self.grader.forecast(stories, opening, self.size)
+        return self.teacher.forecast(stories, opening, self.size)
 
     def grade_each(self, pairs: Sequence[tuple[str, str]], again: int = 0) -> list[Grade]:
-        """Scores, since these stories are of no group."""
-        return self.grader.grade_each(pairs, again)
+        return self.teacher.grade_each(pairs, again)
 
-    def prepare(self, text: Text) -> None:
+    def send(self, index: int, opening: str, story: str) -> None:
         """Send a group as soon as its last story ends."""
-        first = text.number - text.number % self.size
-        if all(i in self.pending for i in range(first, first + self.size)):
-            for request in self._requests([Text(*self.pending[i], i) for i in range(first, first + self.size)]):
-                self.grader.prepare(request)
+        super().send(index, opening, story)
+        group = range(index - index % self.size, index - index % self.size + self.size)
+        if all(i in self.pending for i in group):
+            for question in self._questions([self.pending[i] for i in group]):
+                self.teacher.sent[question] = self.teacher.submit(question)
 
-    def _requests(self, group: Stories) -> list[Text]:
+    def _questions(self, group: Sequence[Question]) -> list[Question]:
         """The i-th begins with the i-th story, and has its number."""
-        turns = [[text.story for text in (*group[i:], *group[:i])] for i in range(len(group))]
+        turns = [[each.story for each in (*group[i:], *group[:i])] for i in range(len(group))]
         return [
-            text._replace(story=joined(turn), template=self.template) for text, turn in zip(group, turns, strict=True)
+            each._replace(story=joined(turn), template=self.template) for each, turn in zip(group, turns, strict=True)
         ]
 
-    def grades(self, stories: Stories, stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
-        groups = [stories[i : i + self.size] for i in range(0, len(stories), self.size)]
-        replies = self.grader.grades([text for group in groups for text in self._requests(group)], stop, again)
+    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
+        groups = [questions[i : i + self.size] for i in range(0, len(questions), self.size)]
+        replies = self.teacher.grades([each for group in groups for each in self._questions(group)], stop, again)
         grades, self._tables = [], []
         for i in range(0, len(replies), self.size):
             group = [replace(reply, score=None, scores=None) for reply in replies[i : i + self.size]]
@@ -107,4 +108,4 @@ class Ranked(Grader):
         rows = [row for table in self._tables for row in table]
         spread = pvariance([grade for row in rows for grade in row]) if rows else 0.0
         by_place = pvariance([fmean(column) for column in zip(*rows, strict=True)]) if spread else 0.0
-        return self.grader.stats() | {"rank_position_bias": by_place / spread if spread else None}
+        return self.teacher.stats() | {"rank_position_bias": by_place / spread if spread else None}
