@@ -74,7 +74,7 @@ def test_a_story_without_an_end_is_typical_only_if_no_pair_has_two(tmp_path):
         before = evaluation(0, dict.fromkeys(range(3), 0.5))
         after = [r | {"ended": end} for r, end in zip(evaluation(1, {0: 0.6, 1: 0.7, 2: 0.8}), ended, strict=True)]
         rule, pairs = BeforeAfter(before, after, {}).typical()
-        return pairs[0].after["index"], "both end" in rule
+        return pairs[0][1]["index"], "both end" in rule
 
     assert pair_of("eos", "eos", "eos") == (1, True)
     assert pair_of("eos", "length", "length") == (0, True)

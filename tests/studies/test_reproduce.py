@@ -207,7 +207,7 @@ def test_the_report_compares_the_arms_and_escapes_the_name_of_a_model(tmp_path):
 
 
 def test_a_chart_with_error_bars_over_a_logarithm():
-    line = Line([1e6, 1e7, 1e8], [1.0, 2.0, 3.0], "reward", "seeds", False, [0.5, None, 2.0])
+    line = Line([1e6, 1e7, 1e8], [1.0, 2.0, 3.0], "reward", "seeds", [0.5, None, 2.0])
     drawing = chart("Score", [line], log_x=True)
     x = [float(each) for each in re.findall(r'cx="([\d.]+)"', drawing)]
     assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.11)

@@ -5,7 +5,7 @@ import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeAlias
 
 from tinystory.evaluate.held_out import reward_mean, story_means
 from tinystory.evaluate.second_judge import BEST_OF_N, COLDER
@@ -21,15 +21,7 @@ COLUMNS = {
 MORE = (0.0, 0.25, 0.75)  # quantiles of the gain at which further pairs are shown
 
 
-class Pair(NamedTuple):
-    """Two stories to one opening, drawn with the same random numbers."""
-
-    before: Record
-    after: Record
-
-    @property
-    def gain(self) -> float:
-        return float(self.after["reward"] - self.before["reward"])
+Pair: TypeAlias = tuple[Record, Record]  # stories to one opening before and after, by the same random numbers
 
 
 @dataclass(frozen=True)
@@ -44,24 +36,17 @@ class BeforeAfter:
     def names(self) -> tuple[str, str]:
         return "before interaction", f"after step {number(self.after[0]['step'])}"
 
-    def pairs(self) -> list[Pair]:
-        """The pairs that have rewards, in ascending order of the gain: those whose stories both end, if there are any,
-        else all."""
-        after = {record["index"]: record for record in self.after}
-        pairs = [Pair(record, after[record["index"]]) for record in self.before if record["index"] in after]
-        pairs = [pair for pair in pairs if None not in (pair.before["reward"], pair.after["reward"])]
-        ended = [pair for pair in pairs if pair.before["ended"] == pair.after["ended"] == "eos"]
-        return sorted(ended or pairs, key=lambda pair: pair.gain)
-
     def typical(self) -> tuple[str, list[Pair]]:
-        """A sentence on how the pairs were chosen, and the pairs: the typical one, then those at the quantiles MORE.
-        No pair if no opening has two rewards."""
-        pairs = self.pairs()
-        if not pairs:
-            return "", []
-        ends = " whose stories both end" if pairs[0].before["ended"] == pairs[0].after["ended"] == "eos" else ""
-        rule = f"The pair with the median gain in reward among {len(pairs)} held-out openings{ends}."
-        return rule, [pairs[i] for i in dict.fromkeys(int(q * (len(pairs) - 1)) for q in (0.5, *MORE))]
+        """A sentence on how the pairs were chosen, and the pairs: the typical one, then those at the quantiles MORE of
+        the gain. Only pairs whose stories both end, if there are any. No pair if no opening has two rewards."""
+        after = {record["index"]: record for record in self.after if record["reward"] is not None}
+        scored = [record for record in self.before if record["reward"] is not None and record["index"] in after]
+        pairs = [(record, after[record["index"]]) for record in scored]
+        ended = [pair for pair in pairs if pair[0]["ended"] == pair[1]["ended"] == "eos"]
+        pairs = sorted(ended or pairs, key=lambda pair: float(pair[1]["reward"] - pair[0]["reward"]))
+        ends = " whose stories both end" if ended else ""
+        rule = f"The pair with the median gain in reward among {len(pairs)} held-out openings{ends}." if pairs else ""
+        return rule, [pairs[i] for i in dict.fromkeys(int(q * (len(pairs) - 1)) for q in (0.5, *MORE)) if pairs]
 
     def table(self) -> list[list[str]]:
         """A header, and a row of means per group of stories."""
@@ -139,7 +124,9 @@ def summary(run: Path) -> str:
     for pair in pairs[:1]:
         for name, record in zip(comparison.names, pair, strict=True):
             lines += ["", f"{name}, {grade_line(record)}:", story_lines(record)]
-    return "\n".join([*lines, "", *aligned(comparison.table()), comparison.tellers(), comparison.conclusion()])
+    lines += ["", *aligned(comparison.table()), comparison.tellers(), comparison.conclusion()]
+    best = f"checkpoints/best is the student {comparison.names[1]}: its evaluation is the latest whose mean reward is\n"
+    return "\n".join([*lines, f"{best}within a standard error of the highest."])
 
 
 def grade_line(record: Record) -> str:

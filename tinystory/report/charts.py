@@ -6,7 +6,7 @@ dark backgrounds. `standalone` turns a chart into the text of an .svg file.
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 Span: TypeAlias = tuple[float, float]  # low and high end of an axis; or a point, x and y
 Size: TypeAlias = tuple[int, int]  # width and height in pixels
 
-POINTS = 240  # points per curve; more cannot be distinguished at the size drawn
+POINTS = 60  # points per curve: a step of a long run is noise
 SIZE = (340, 210)  # unless stated otherwise
 LEFT, RIGHT, TOP, BOTTOM = 44, 50, 30, 34  # margins around the plotting area
 
@@ -44,7 +44,6 @@ svg.chart text { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, sans-s
 svg.chart text.title { font-size: 13px; font-weight: 600; fill: var(--ink); }
 svg.chart text.value { font-weight: 600; fill: var(--tint); }
 svg.chart .grid { stroke: var(--rule); stroke-width: 1; }
-svg.chart .raw { fill: none; stroke: var(--tint); stroke-width: 1; opacity: .35; }
 svg.chart .line { fill: none; stroke: var(--tint); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 svg.chart .dot { fill: var(--tint); }
 svg.chart .error { fill: none; stroke: var(--tint); stroke-width: 1.5; }
@@ -59,14 +58,13 @@ def palette() -> str:
 
 @dataclass
 class Line:
-    """One curve. smooth: a rolling mean and the raw values faintly, else only the values. errors: half the length of
-    each value's error bar, None for no bar."""
+    """One curve, which averages neighbours where it has over POINTS values. errors: half the length of each value's
+    error bar, None for no bar."""
 
     x: Sequence[float | None]
     y: Sequence[float | None]
     colour: str = "plain"
     name: str = ""
-    smooth: bool = True
     errors: Sequence[float | None] = ()
 
     def points(self) -> tuple[np.ndarray, np.ndarray]:
@@ -81,30 +79,15 @@ class Line:
         bars = [(x, y - e, y + e) for x, y, e in rows if x is not None and y is not None and e is not None]
         return np.array(bars).reshape(-1, 3)
 
-    def curves(self) -> dict[str, np.ndarray]:
-        """The arrays to draw: x, line and, if smoothed, raw; extent: y values that the axis must show."""
-        x, y = self.points()
-        if not self.smooth or len(y) < 8:
-            line = thin(y)
-            return dict(x=thin(x), line=line, extent=np.concatenate([line, self.bars()[:, 1:].ravel()]))
-        arrays = dict(x=thin(x), raw=thin(y), line=thin(rolling(y, max(5, len(y) // 16))))
-        # The axis shows the mean and the central 98 % of the raw values. Clipping keeps a single outlier from
-        # flattening the rest.
-        low, high = np.quantile(y, [0.01, 0.99])
-        return arrays | dict(extent=np.array([*np.clip(arrays["line"], 2 * low - high, 2 * high - low), low, high]))
-
-
-def rolling(y: np.ndarray, window: int) -> np.ndarray:
-    """The mean of y over a centred window. (n,) -> (n,).
-
-    At the start, where curves are steep, the window narrows on both sides, so that the mean begins near the first
-    values; at the end it is truncated on one side, so that the last mean still averages many values.
-    """
-    n = len(y)
-    reach = np.clip(np.arange(n), 2, window // 2)
-    low, high = np.maximum(np.arange(n) - reach, 0), np.minimum(np.arange(n) + reach + 1, n)
-    sums = np.concatenate([[0.0], np.cumsum(y - y.mean())])  # near zero: little cancels
-    return (sums[high] - sums[low]) / (high - low) + y.mean()
+    def curves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """x and y of the points to draw, and y values that the axis must show."""
+        along, values = self.points()
+        x, y = thin(along), thin(values)
+        if len(y) < 8:
+            return x, y, np.concatenate([y, self.bars()[:, 1:].ravel()])
+        # The axis shows the central 98 % of the values and hardly more: a single outlier would flatten the rest.
+        low, high = np.quantile(values, [0.01, 0.99])
+        return x, y, np.clip(y, 2 * low - high, 2 * high - low)
 
 
 def thin(values: np.ndarray, limit: int = POINTS) -> np.ndarray:
@@ -223,22 +206,20 @@ def chart(
     if x_high == x_low:
         x_low, x_high = (x_low / 2, x_high * 2) if log_x else (x_low - 0.5, x_high + 0.5)
     x_ticks = log_ticks(x_low, x_high) if log_x else [tick for tick in ticks(x_low, x_high) if tick == int(tick)]
-    y_range = y_range or padded_range(np.concatenate([arrays["extent"] for arrays in curves]))
+    y_range = y_range or padded_range(np.concatenate([extent for _, _, extent in curves]))
     name_length = max(len(line.name) for line in lines)
     right = max(86, 50 + 7 * name_length) if name_length else RIGHT
     axes = Axes(title, size, (x_low, x_high), y_range, x_ticks, x_name, right, log_x)
-    for line, arrays in zip(lines, curves, strict=True):
-        axes.parts += draw(axes, line, arrays)
-    ends = zip(lines, (float(arrays["line"][-1]) for arrays in curves), strict=True)
+    for line, (along, up, _) in zip(lines, curves, strict=True):
+        axes.parts += draw(axes, line, along, up)
+    ends = zip(lines, (float(up[-1]) for _, up, _ in curves), strict=True)
     axes.label([(axes.y(y), axes.end + 7, line.colour, f"{line.name} {number(y)}".strip()) for line, y in ends])
     return axes.svg()
 
 
-def draw(axes: Axes, line: Line, arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """A line as SVG: raw values and error bars, the curve, and a dot per point where there are few."""
-    x, y, parts = arrays["x"], arrays["line"], [f'<g style="--tint: var(--{line.colour})">']
-    if "raw" in arrays:
-        parts.append(f'<path class="raw" d="{axes.path(x, arrays["raw"])}"/>')
+def draw(axes: Axes, line: Line, x: np.ndarray, y: np.ndarray) -> list[str]:
+    """A line as SVG: its error bars, the curve, and a dot per point where there are few."""
+    parts = [f'<g style="--tint: var(--{line.colour})">']
     for at, low, high in line.bars():
         a, b, c = axes.x(at), axes.y(low), axes.y(high)
         shape = f"M{a:.1f},{b:.1f}V{c:.1f}M{a - 3:.1f},{b:.1f}h6M{a - 3:.1f},{c:.1f}h6"

@@ -188,7 +188,7 @@ def first_screen(metrics: list[Record], curves: list[Record], comparison: Before
     """The typical pair of stories beside the curve of the reward and the means before and after."""
     lines = [
         curve(metrics, "reward_mean", "plain", name="training"),
-        curve(curves, "held_out_reward", "reward", name="held out", smooth=False),
+        curve(curves, "held_out_reward", "reward", name="held out"),
     ]
     right = chart("Mean reward", lines, size=HERO)
     if comparison is None:
@@ -256,7 +256,7 @@ class Digest:
 def pretraining(metrics: list[Record]) -> list[str]:
     losses = [
         curve(metrics, "loss", x="words", name="train"),
-        curve(metrics, "val_loss", "reward", x="words", name="val", smooth=False),
+        curve(metrics, "val_loss", "reward", x="words", name="val"),
     ]
     rows = [("Training words", number(metrics[-1].get("words"))), ("Tokens", number(metrics[-1].get("tokens")))]
     for key, name in ENDS.items():
@@ -278,15 +278,9 @@ def column(metrics: list[Record], key: str) -> list[float | None]:
     return [value if type(value := record.get(key)) in (int, float) else None for record in metrics]
 
 
-def curve(
-    metrics: list[Record], key: str, colour: str = "plain", *, x: str = "step", name: str = "", smooth: bool = True
-) -> Line:
-    return Line(column(metrics, x), column(metrics, key), colour, name, smooth)
+def curve(metrics: list[Record], key: str, colour: str = "plain", *, x: str = "step", name: str = "") -> Line:
+    return Line(column(metrics, x), column(metrics, key), colour, name)
 
 
 def curve_charts(metrics: list[Record], titles: dict[str, str], x: str = "step", x_name: str = "step") -> list[str]:
-    return [
-        # lr and kl_coef are set, not measured.
-        chart(title, [curve(metrics, key, x=x, smooth=key not in ("lr", "kl_coef"))], x_name=x_name)
-        for key, title in titles.items()
-    ]
+    return [chart(title, [curve(metrics, key, x=x)], x_name=x_name) for key, title in titles.items()]

@@ -284,7 +284,7 @@ def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Seq
         name, by_start = names.get(arm, f"+ --reward {arm}"), groups.get(arm, {})
         means, errors = zip(*(mean_and_error(group, SCORE) for group in by_start.values()), strict=True)
         words = [statistics.fmean(record["words"] for record in group) for group in by_start.values()]
-        lines.append(charts.Line(words, means, colour, name, False, errors))
+        lines.append(charts.Line(words, means, colour, name, errors))
         for (start, group), mean in zip(by_start.items(), means, strict=True):
             cells = [plus_minus(*mean_and_error(group, path)) for path in columns.values()]
             equivalent = "" if arm == BEFORE or mean is None else equivalent_words(mean, curve)
