@@ -1,37 +1,36 @@
-"""One peer of `bench.py peers`, run by a Python that has it and not us. Prints the seconds of a run after a warm-up,
-and of another for each line of input.
+"""One peer of `bench.py peers`, run by a Python that has it and not us. For each line of input it prints the seconds of
+a run.
 
-    python scripts/peer.py trl --model '{"n_layer": 4, ...}' --batch 64 --prompt 20 --new 90 --threads 2
+    python scripts/peer.py trl '{"model": {"n_layer": 4, ...}, "batch": 64, "prompt": 20, "new": 90, "threads": 2}'
 
 Made for trl 0.9.4 and transformers 4.53.
 """
 
-import argparse
 import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 
-def nanogpt(a: argparse.Namespace) -> Callable:
-    """A training step of nanoGPT's own model: forward and backward pass, fused AdamW, as its train.py has them."""
+def nanogpt(a: SimpleNamespace) -> Callable:
+    """A training step of nanoGPT's own model, compiled: forward and backward pass, fused AdamW, as in its train.py."""
     sys.path.insert(0, a.repo)
     from model import GPT, GPTConfig  # nanoGPT's
 
     sizes = dict(a.model)
     model = GPT(GPTConfig(block_size=sizes.pop("context"), dropout=0.0, bias=True, **sizes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    kind, dtype = a.mode.split("-")
-    forward = torch.compile(model) if kind == "compile" else model
+    forward = torch.compile(model)
     tokens = torch.randint(0, a.model["vocab_size"], (2, a.batch, a.model["context"]))
 
     def run() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=a.dtype == "bfloat16"):
             _, loss = forward(tokens[0], tokens[1])
         loss.backward()
         optimizer.step()
@@ -47,9 +46,9 @@ def gpt2(model: dict) -> Any:  # a transformers model
     return GPT2LMHeadModel(GPT2Config(bos_token_id=1, eos_token_id=2, n_positions=sizes.pop("context"), **sizes))
 
 
-def transformers(a: argparse.Namespace) -> Callable:
+def transformers(a: SimpleNamespace) -> Callable:
     """generate() by pure sampling. No story ends early, so the work is fixed."""
-    model = gpt2(a.model).eval().to(getattr(torch, a.mode))
+    model = gpt2(a.model).eval().to(getattr(torch, a.dtype))
     ids = torch.randint(5, a.model["vocab_size"], (1, a.prompt)).repeat(a.batch, 1)
     options = dict(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=a.new, min_new_tokens=a.new, pad_token_id=0)
 
@@ -60,7 +59,7 @@ def transformers(a: argparse.Namespace) -> Callable:
     return run
 
 
-def trl(a: argparse.Namespace) -> Callable:
+def trl(a: SimpleNamespace) -> Callable:
     """A PPO iteration of TRL 0.9.4, on which the paper's code builds: generate, log-probabilities under the student and
     the reference, four epochs over one batch. The reward is a constant, so only the student's work is timed."""
     from tokenizers import Tokenizer, models
@@ -87,26 +86,17 @@ def trl(a: argparse.Namespace) -> Callable:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peer", choices=PEERS)
-    parser.add_argument("--model", type=json.loads, required=True, help="n_layer, n_head, n_embd, context, vocab_size")
-    for name in ("batch", "prompt", "new", "threads"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--mode", default="")
-    parser.add_argument("--repo", help="a clone of nanoGPT")
-    a = parser.parse_args()
+    peer, settings = sys.argv[1:]
+    a = SimpleNamespace(**json.loads(settings))
     output = os.fdopen(os.dup(1), "w")  # since libraries print what they like to standard output
     os.dup2(2, 1)
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
-    run = PEERS[a.peer](a)
-    run()
-    while True:
+    run = PEERS[peer](a)
+    for _ in sys.stdin:
         start = time.perf_counter()
         run()
         print(time.perf_counter() - start, file=output, flush=True)
-        if not sys.stdin.readline():
-            return
 
 
 PEERS = {"nanogpt": nanogpt, "transformers": transformers, "trl": trl}

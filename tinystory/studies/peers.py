@@ -1,13 +1,11 @@
 """Other programs timed in turns with ours (`scripts/bench.py peers`), each a process of scripts/peer.py."""
 
+import contextlib
 import dataclasses
 import json
 import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,74 +17,28 @@ from tinystory.run.errors import UserError
 from tinystory.run.paths import ROOT
 from tinystory.studies.timing import PROMPT, WORK, Setup, gemm_limit
 
-HOPELESS = 3.0  # a mode that takes so many times the fastest one's seconds is measured once
-DTYPES = ("float32", "bfloat16")
-PEERS = {  # work: the peer and its modes
-    "pretrain": ("nanogpt", tuple(f"{kind}-{dtype}" for kind in ("eager", "compile") for dtype in DTYPES)),
-    "rollout": ("transformers", DTYPES),
-    "ppo": ("trl", ("",)),
-}
+PEERS = {"pretrain": "nanogpt", "rollout": "transformers", "ppo": "trl"}  # by work
 
 
 class Peer:
-    """A process of scripts/peer.py, ready to run. Raises UserError, with its last line of stderr, if it ends."""
+    """A process of scripts/peer.py, whose standard error is ours. Raises UserError if it ends."""
 
-    def __init__(self, python: str, *arguments: str):
-        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process)
-        argv, pipe = [python, str(ROOT / "scripts/peer.py"), *arguments], subprocess.PIPE
-        self.process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=self.stderr, text=True)
-        self.name = arguments[0]
-        self.warm_s = self.seconds()
-
-    def seconds(self) -> float:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.stderr.seek(0)
-            last = (self.stderr.read().strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"the peer {self.name} ended with status {self.process.returncode}: {last}")
-        return float(line)
+    def __init__(self, python: str, name: str, settings: dict[str, Any]):
+        argv, pipe = [python, str(ROOT / "scripts/peer.py"), name, json.dumps(settings)], subprocess.PIPE
+        self.name, self.process = name, subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True)
 
     def run(self) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write("run\n")
-        self.process.stdin.flush()
-        return self.seconds()
+        """The seconds of a run."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # its output has ended too
+            print("run", file=self.process.stdin, flush=True)
+        if line := self.process.stdout.readline():
+            return float(line)
+        raise UserError(f"the peer {self.name} ended with status {self.process.wait()}: its message is above")
 
     def close(self) -> None:
         self.process.kill()
-        self.process.wait()
-
-
-def take_turns(
-    ours: Callable[[], float],
-    python: str,
-    peer: str,
-    modes: Sequence[str],
-    arguments: list[str],
-    runs: int,
-) -> dict[str, Any]:
-    """Median seconds of ours and of each mode of the peer, which take turns, so that a machine's drift meets both; and
-    ratio, the median over the turns of the seconds of the best mode to ours (above 1: ours is faster)."""
-    with ExitStack() as stack:
-        peers: dict[str, Peer] = {}
-        for mode in tqdm(modes, desc=f"{peer}: warm-up", unit="mode", disable=None):
-            peers[mode] = Peer(python, peer, "--mode", mode, *arguments)
-            stack.callback(peers[mode].close)
-        best_s = min(process.warm_s for process in peers.values())
-        laps: dict[str, list[float]] = {mode: [] for mode, p in peers.items() if p.warm_s < HOPELESS * best_s}
-        ours()  # a warm-up
-        own = []
-        for _ in tqdm(range(runs), desc=f"{peer}: in turns with ours", unit="turn", disable=None):
-            own.append(ours())
-            for mode, seconds in laps.items():
-                seconds.append(peers[mode].run())
-    medians = {mode: statistics.median(laps.get(mode) or [process.warm_s]) for mode, process in peers.items()}
-    best = min(laps, key=medians.__getitem__)
-    ratio = statistics.median(other / our for other, our in zip(laps[best], own, strict=True))
-    row: dict[str, Any] = dict(ours_s=round(statistics.median(own), 4), peer=peer, best=best, ratio=round(ratio, 2))
-    return row | dict(peer_s={mode: round(seconds, 4) for mode, seconds in medians.items()})
+        self.process.communicate()
 
 
 def require(nanogpt: Path | None, trl: Path | None, batch: int, device: torch.device) -> None:
@@ -104,25 +56,37 @@ def require(nanogpt: Path | None, trl: Path | None, batch: int, device: torch.de
 def compare(
     setup: Setup, shape: str, runs: int, nanogpt: Path | None, trl: Path | None, optimizer: str
 ) -> dict[str, dict[str, Any]]:
-    """Per work that has a peer here the result of take_turns, and tokens per second beside those of the GEMMs
-    alone."""
-    results = {}
-    for work, (peer, modes) in PEERS.items():
-        python = str(trl or "") if peer != "nanogpt" else sys.executable if nanogpt else ""
+    """Per work that has a peer here: median seconds of ours and, by dtype, of the peer, which take turns, so that a
+    machine's drift meets both; ratio, the median over the turns of the seconds of its faster dtype to ours (above 1:
+    ours is faster); tokens per second beside those of the GEMMs alone."""
+    results: dict[str, dict[str, Any]] = {}
+    for work, peer in PEERS.items():
+        python = (sys.executable if nanogpt else None) if peer == "nanogpt" else trl
         if not python:
             continue
-        if not cpu_has_bf16():  # emulated: a step takes thirty times as long
-            modes = tuple(mode for mode in modes if not mode.endswith("bfloat16"))
         make_run, key, batches = WORK[work]
         setup = dataclasses.replace(setup, batch=batches[shape])
         run = make_run(setup, optimizer=optimizer) if work == "pretrain" else make_run(setup)
-        sizes = dict(batch=setup.batch, new=setup.new, prompt=PROMPT, threads=torch.get_num_threads(), repo=nanogpt)
-        arguments = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-        arguments += ["--model", json.dumps(dataclasses.asdict(setup.config))]
-        row: dict[str, Any] = dict(batch=setup.batch)
-        row |= take_turns(lambda: run()[key], python, peer, modes, arguments, runs)  # noqa: B023
+        settings = dict(model=dataclasses.asdict(setup.config), batch=setup.batch, new=setup.new, prompt=PROMPT)
+        settings |= dict(threads=torch.get_num_threads(), repo=str(nanogpt))
+        # TRL computes in float32; without hardware bfloat16 is emulated, and a step takes thirty times as long.
+        dtypes = ("float32", "bfloat16") if peer != "trl" and cpu_has_bf16() else ("float32",)
+        with contextlib.ExitStack() as stack:
+            peers = {dtype: Peer(str(python), peer, settings | {"dtype": dtype}) for dtype in dtypes}
+            for process in peers.values():
+                stack.callback(process.close)
+            laps = []
+            for _ in tqdm(range(runs + 1), desc=f"{peer} and ours", unit="turn", disable=None):
+                laps.append([run()[key], *(process.run() for process in peers.values())])
+        ours_s, *peer_s = (statistics.median(column) for column in zip(*laps[1:], strict=True))  # the first warms up
+        best = peer_s.index(min(peer_s))
+        ratio = statistics.median(lap[1 + best] / lap[0] for lap in laps[1:])
+        results[work] = dict(batch=setup.batch, ours_s=round(ours_s, 4), peer=peer, best=dtypes[best])
+        results[work] |= dict(
+            ratio=round(ratio, 2), peer_s=dict(zip(dtypes, (round(s, 4) for s in peer_s), strict=True))
+        )
         if work != "ppo":
             tokens = setup.batch * (setup.config.context if work == "pretrain" else setup.new)
-            row |= dict(tokens_per_s=round(tokens / row["ours_s"], 1), gemm_limit_tokens_per_s=gemm_limit(work, setup))
-        results[work] = row
+            results[work] |= dict(tokens_per_s=round(tokens / ours_s, 1))
+            results[work] |= dict(gemm_limit_tokens_per_s=gemm_limit(work, setup))
     return results
