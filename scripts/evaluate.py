@@ -41,7 +41,7 @@ from tinystory.evaluate.coreference import coreference, unseen_stories
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, compared_pairs, keep_choices, win_rate
 from tinystory.evaluate.reader import PACKAGED, Reader
-from tinystory.evaluate.reading import evaluate_reading
+from tinystory.evaluate.reading_times import evaluate_reading_times
 from tinystory.evaluate.samples import Sample, read_samples
 from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.second_judge import conclusion, judge_run
@@ -67,7 +67,7 @@ TASKS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
     "wug": (evaluate_wug, "wug test of adjective nominalisation"),
     "wug_past": (functools.partial(evaluate_wug, name="wug_past"), "wug test of past tenses"),
     "comps": (evaluate_pairs, "COMPS"),
-    "reading": (evaluate_reading, "reading_data.csv"),
+    "reading": (evaluate_reading_times, "reading_data.csv"),
 }
 COMPARED = 40  # pairs, if --stories does not say
 FEWER = "--stories or --max-new-tokens"

@@ -15,7 +15,7 @@ from tinystory.data.corpus import open_corpus
 from tinystory.evaluate import scoring
 from tinystory.evaluate.intervals import spearman
 from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, option_logprobs, read_items
-from tinystory.evaluate.reading import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading, explained
+from tinystory.evaluate.reading_times import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading_times, explained
 from tinystory.evaluate.scoring import bits_per_byte, part, sum_logprobs
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint, hf
@@ -188,7 +188,7 @@ def write_csv(path, rows):
 
 def test_reading_times_are_regressed_on_surprisal(student, tokenizer, tmp_path):
     rows = reading_rows()
-    measures = evaluate_reading(student, tokenizer, write_csv(tmp_path / "reading_data.csv", rows))
+    measures = evaluate_reading_times(student, tokenizer, write_csv(tmp_path / "reading_data.csv", rows))
 
     def surprisal(text, word):
         total = 0.0
@@ -228,9 +228,9 @@ def test_a_reading_file_of_another_kind_is_named(student, tokenizer, tmp_path):
     rows = reading_rows()
     for wrong in ([{"item": "a", "word": "b"}], [*rows, rows[0] | {SELF_PACED: "fast"}]):
         with pytest.raises(UserError, match="cannot be read as BabyLM's reading_data"):
-            evaluate_reading(student, tokenizer, write_csv(tmp_path / "a.csv", wrong))
+            evaluate_reading_times(student, tokenizer, write_csv(tmp_path / "a.csv", wrong))
     with pytest.raises(UserError, match="No such file"):
-        evaluate_reading(student, tokenizer, tmp_path / "nothing.csv")
+        evaluate_reading_times(student, tokenizer, tmp_path / "nothing.csv")
 
 
 # ---- bits per byte --------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ Ids: TypeAlias = tuple[int, ...]
 Stories: TypeAlias = Sequence[tuple[str, str]]  # (opening, story)
 
 
-class Text(NamedTuple):
+class TokenizedStory(NamedTuple):
     """An opening and a story as token ids. context: of everything before the story; tail: its last, unfinished
     sentence, which the story's first one continues; sentences: of the story; truncated: the story has more."""
 
@@ -110,7 +110,7 @@ class Reader:
     def _encode(self, text: str) -> Ids:
         return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-    def _text(self, opening: str, story: str) -> Text:
+    def _text(self, opening: str, story: str) -> TokenizedStory:
         before, after = (" ".join(clean(part[:MAX_CHARACTERS]).split()) for part in (opening, story))
         unfinished = split_sentences(before)[-1] if before and before[-1] not in '.!?"\u201d' else ""
         context = self._encode(f" {before}" if before else "")[-self._limit :]
@@ -120,7 +120,7 @@ class Reader:
             sentences.append(ids[: max(room, 0)])
             room -= len(ids)
         truncated = len(story) > MAX_CHARACTERS or room < 0
-        return Text(self._prefix + context, tail, [ids for ids in sentences if ids], truncated)
+        return TokenizedStory(self._prefix + context, tail, [ids for ids in sentences if ids], truncated)
 
     @torch.inference_mode()
     def _logprobs(self, rows: Sequence[Ids]) -> dict[Ids, np.ndarray]:
@@ -129,7 +129,7 @@ class Reader:
         out = {}
         total = sum(map(len, todo))
         with tqdm(
-            total=total, desc="reading", unit=" tokens", unit_scale=True, leave=False, delay=2, disable=None
+            total=total, desc="reader", unit=" tokens", unit_scale=True, leave=False, delay=2, disable=None
         ) as bar:
             while todo:  # the longest first, so that a lack of memory shows at once
                 start = max(len(todo) - max(BATCH // len(todo[-1]), 1), 0)

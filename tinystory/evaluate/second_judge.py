@@ -28,12 +28,10 @@ BEST_OF_N = f"before, best of {BEST_OF} by the teacher"
 COLDER = tuple(f"before, temperature {temperature}" for temperature in TEMPERATURES)
 GROUPS = (BEFORE, AFTER, BEST, *COLDER, BEST_OF_N, REAL)
 
-Pair = tuple[str, str]  # opening and story
-
 
 def judge_run(
     run: Path, config: InteractConfig, compute: Compute, reader: Reader,
-    grade: Callable[[Sequence[Pair]], list[Grade]], corpus: Sequence[str] = (),
+    grade: Callable[[Sequence[tuple[str, str]]], list[Grade]], corpus: Sequence[str] = (),
 ) -> list[Record]:  # fmt: skip
     """The records of judged.jsonl, which is written: GROUPS of stories to the openings of the run's evaluations, each
     story with the teacher's score (the sum of its criteria, or a callable's score) and the reader's sense.
@@ -41,7 +39,7 @@ def judge_run(
     The stories before, after the last step and of `best` are those evaluations; the others are written by the student
     that the run began with. grade: by the run's teacher. corpus: of the real stories (default: the student's own).
     Raises UserError for a run that was not evaluated at its start and end."""
-    by_step: dict[int, list[Pair]] = {}
+    by_step: dict[int, list[tuple[str, str]]] = {}
     for record in sorted(read_records(run / EVALUATIONS), key=lambda record: (record["step"], record["index"])):
         by_step.setdefault(record["step"], []).append((record["opening"], record["story"]))
     best = next((record["step"] for record in read_records(run / SAMPLES) if record["when"] == "after"), None)
@@ -51,7 +49,7 @@ def judge_run(
     student, tokenizer, history = checkpoint.load(run / "checkpoints" / "start", compute.device)
     openings = [opening for opening, _ in by_step[0]]
 
-    def write(temperature: float, copies: int = 1) -> list[Pair]:
+    def write(temperature: float, copies: int = 1) -> list[tuple[str, str]]:
         with torch.no_grad(), compute.autocast():
             stories = generate(
                 student, None, tokenizer, openings * copies, first_index=FIRST_INDEX, seed=config.seed,

@@ -54,13 +54,13 @@ def story_measures(
 
     grade(pairs) returns the scores of each (opening, story) per criterion, 0..3 each, or None for no score.
 
-    Returns, over all stories: length_mean (words) with length_ci; distinct_1 to distinct_4 (distinct word n-grams over
-    all of them); story_clusters_10, of the first ten stories to an opening, averaged over openings with as many
-    (NoveltyBench's distinct, with shared phrases in place of its classifier). Where known of all: ended_eos_share with
-    ended_eos_ci (Wilson); entropy_per_word (nats: entropies of the sampling distributions, summed over tokens, per
-    word). With `grade`: score_mean, the sum of the criteria's scores, with score_ci; NAME_mean of each criterion;
-    unscored. With `corpus`: copied_share, the words of the longest phrase shared with it over the story's words, and
-    copied_longest, the longest such phrase in words. The other intervals are bootstrapped over stories.
+    Returns, over all stories: length_mean (words) with length_ci; distinct_4 (distinct word 4-grams over all of them);
+    story_clusters_10, of the first ten stories to an opening, averaged over openings with as many (NoveltyBench's
+    distinct, with shared phrases in place of its classifier). Where known of all: ended_eos_share with ended_eos_ci
+    (Wilson); entropy_per_word (nats: entropies of the sampling distributions, summed over tokens, per word). With
+    `grade`: score_mean, the sum of the criteria's scores, with score_ci; NAME_mean of each criterion; unscored. With
+    `corpus`: copied_share, the words of the longest phrase shared with it over the story's words, and copied_longest,
+    the longest such phrase in words. The other intervals are bootstrapped over stories.
     """
     texts = [story.text for story in stories]
     by_opening: dict[str, list[int]] = {}
@@ -72,7 +72,7 @@ def story_measures(
         "stories": len(stories),
         "length_mean": float(lengths.mean()),
         "length_ci": mean_ci(lengths),
-        **{f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2, 3, 4)},
+        "distinct_4": distinct_ngrams(texts),
     }
     measures["story_clusters_10"] = mean_of(len({*cluster_ids([texts[i] for i in rows])}) for rows in tens)
     if all(story.ended for story in stories):

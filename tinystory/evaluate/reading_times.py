@@ -25,7 +25,7 @@ BASELINE = ("Subtlex_log10", "length", "context_length")
 SPILLOVER = (*BASELINE, "prev_length", "prev_pred")  # effects of the previous word
 
 
-def evaluate_reading(student: Student, tokenizer: Tokenizer, path: str | Path) -> dict[str, Any]:
+def evaluate_reading_times(student: Student, tokenizer: Tokenizer, path: str | Path) -> dict[str, Any]:
     """Scores on reading_data.csv: eye_tracking (mean over four measures) and self_paced (with one word of spillover).
 
     Each is the percentage of the variance left unexplained by word length, frequency and position that surprisal
