@@ -17,7 +17,6 @@ from pathlib import Path
 
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
-from tqdm import tqdm
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, leads_out, parse, published_options
 from tinystory.data import babylm
@@ -42,7 +41,7 @@ from tinystory.run.device import Stop, peak_memory_mb
 from tinystory.run.errors import Interrupted, UserError, command
 from tinystory.run.folder import Record, RunLog, locked, read_metrics, recorded_options
 from tinystory.run.paths import hint
-from tinystory.run.step_log import Stages
+from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, require_room
 from tinystory.teacher.budget import Budget
@@ -125,7 +124,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
     stop = stack.enter_context(Stop().listening())
     evaluator = Evaluator(config, policy, openings, grader.scorer, log, stop)
-    bar = tqdm(total=config.steps * n, initial=state.written, unit="story", disable=not rank0)
+    bar = Progress(total=config.steps * n, initial=state.written, unit="story", disable=not rank0)
     stages = Stages(bar, compute.device)
 
     def send(index: int, opening: str, story: str) -> None:
@@ -182,7 +181,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
                 words_in=state.words_in, words_out=state.words_out,
                 **stages.seconds, peak_memory_mb=peak_memory_mb(compute.device), **grader.stats(),
             )  # fmt: skip
-            bar.set_postfix({"reward": stats["reward_mean"], "words": means["length_mean"], "kl": stats["kl"]})
+            bar.end_step({"reward": stats["reward_mean"], "words": means["length_mean"], "kl": stats["kl"]})
             for name, words in milestones.items():
                 if words_before < words <= state.words_in:
                     save(name)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
-from tqdm import tqdm
 
 from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse, published_options
 from tinystory.data import babylm
@@ -29,7 +28,7 @@ from tinystory.run.device import Download, Stop, peak_memory_mb, upload
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import RunLog, locked, read_metrics
 from tinystory.run.paths import hint
-from tinystory.run.step_log import StepLog
+from tinystory.run.step_log import Progress, StepLog
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, generate
@@ -151,7 +150,7 @@ def pretrain(config: PretrainConfig) -> None:
         checkpoint.save(folder, student, tokenizer, history=history, state=tensors, counters=asdict(state))
         checkpoint.drop_older(folder)
 
-    bar = tqdm(
+    bar = Progress(
         total=config.words, initial=state.words, unit="word", unit_scale=True, desc="pretraining", mininterval=0.5,
         disable=not rank0,
     )  # fmt: skip

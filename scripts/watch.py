@@ -1,6 +1,7 @@
 """Watch a run in the terminal until it is over: curves, warnings, the last stories and the time left.
 
-python scripts/watch.py runs/interact
+python scripts/watch.py                     the newest run under runs/
+python scripts/watch.py runs/interact       one that is over, or whose page is piped, is printed once
 """
 
 import argparse
@@ -14,12 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.report.before_after import from_start
 from tinystory.report.charts import number, text_curve
 from tinystory.report.run import column, number_option, remaining
 from tinystory.rl.collapse import Watch
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import holds_run, in_use, read_config, read_metrics, read_stories
+from tinystory.run.folder import holds_run, in_use, newest_run, read_config, read_metrics, read_stories
 from tinystory.run.paths import usage
 from tinystory.run.text import printable
 
@@ -29,7 +29,7 @@ CURVES = {
     "val_loss": "validation loss", "tokens_per_s": "tokens per second",
 }  # fmt: skip
 CURVE_WIDTH, CURVE_HEIGHT = 34, 4  # characters and lines
-STORIES = 3
+STORIES, STORY = 3, 2000  # stories shown, and characters of each
 PAUSE_S = 5.0
 CLEAR = "\x1b[H\x1b[2J"
 
@@ -37,39 +37,46 @@ CLEAR = "\x1b[H\x1b[2J"
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run; one that is over, or piped, is printed once")
-    run = parser.parse_args(argv).run
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a run (default: the newest under runs/)")
+    run = parser.parse_args(argv).run or newest_run()
     if not holds_run(run):
         raise UserError(f"{run} holds no run: give the folder that --out named")
-    while (running := in_use(run)) and sys.stdout.isatty():
-        size, start = shutil.get_terminal_size(), time.monotonic()
-        lines = page(run, size.columns, running)[: size.lines - 1]  # more would scroll the first ones away
-        print(CLEAR + "\n".join(lines), flush=True)
+    terminal = sys.stdout.isatty()
+    while (running := in_use(run)) and terminal:
+        start = time.monotonic()
+        print(CLEAR + screen(run, running), flush=True)
         time.sleep(max(PAUSE_S, 20 * (time.monotonic() - start)))  # at most a twentieth of a processor
-    print("\n".join(page(run, shutil.get_terminal_size((100, 0)).columns, running)))
+    columns = shutil.get_terminal_size((100, 0)).columns
+    print(CLEAR + screen(run, running) if terminal else "\n".join(page(run, columns, running)))
+
+
+def screen(run: Path, running: bool) -> str:
+    """The page, as much of it as the terminal holds: more would scroll the first lines away."""
+    size = shutil.get_terminal_size()
+    lines, rows = page(run, size.columns, running), size.lines - 1
+    return "\n".join(lines if len(lines) <= rows else [*lines[: rows - 1], "..."])
 
 
 def page(run: Path, width: int, running: bool) -> list[str]:
     """The lines, of at most `width` characters."""
     metrics, config = read_metrics(run), read_config(run)
     last = f"step {number(metrics[-1]['step'])}" if metrics else "no step yet"
-    lines = [f"{run}: {last}, {remaining(metrics, config) if running else 'over'}"]
+    lines = textwrap.wrap(f"{printable(str(run))}: {last}, {remaining(metrics, config) if running else 'over'}", width)
     for step, warning in Watch(metrics, number_option(config, "kl_target") or math.inf).warnings.values():
         lines += ["", *textwrap.wrap(f"Warning at step {step}: {warning}", width)]
-    charts = []
-    curves = from_start(run, metrics)
+    charts, wide = [], min(CURVE_WIDTH, width)
     for key, name in CURVES.items():
-        if values := [value for value in column(curves, key) if value is not None]:
-            heading = f"{name} {number(values[0])} → {number(values[-1])}"
-            stretched = [value for value in values for _ in range(max(1, CURVE_WIDTH // len(values)))]
-            charts.append([heading, *text_curve(stretched, CURVE_WIDTH, CURVE_HEIGHT).split("\n")])
-    across = max(1, width // (CURVE_WIDTH + 2))
+        if values := [value for value in column(metrics, key) if value is not None]:
+            heading = f"{name} {number(values[0])} → {number(values[-1])}"[:wide]
+            stretched = [value for value in values for _ in range(max(1, wide // len(values)))]
+            charts.append([heading, *text_curve(stretched, wide, CURVE_HEIGHT).split("\n")])
+    across = max(1, (width + 2) // (wide + 2))
     for row in (charts[i : i + across] for i in range(0, len(charts), across)):
-        lines += ["", *("  ".join(line.ljust(CURVE_WIDTH) for line in part) for part in zip(*row, strict=True))]
+        lines += ["", *("  ".join(line.ljust(wide) for line in part) for part in zip(*row, strict=True))]
     for story in deque(read_stories(run), STORIES):
         reward = "no score" if story["reward"] is None else f"reward {story['reward']:.3f}"
-        text = f"Step {story['step']}, {reward}: {printable(story['opening'])} {printable(story['story'])}"
-        lines += ["", *textwrap.wrap(text, width)]
+        text = printable(f"{story['opening'][:STORY]} {story['story'][:STORY]}")
+        lines += ["", *textwrap.wrap(f"Step {story['step']}, {reward}: {text}", width)]
     return lines
 
 

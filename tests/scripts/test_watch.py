@@ -1,9 +1,11 @@
 """watch.py: a run in the terminal, one that goes on and one that is over, whatever a model wrote."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import fails, story_record
@@ -27,7 +29,7 @@ def test_a_run_that_is_over_is_printed_once(run, capsys, monkeypatch):
     watch.main([str(run)])
     lines = capsys.readouterr().out.splitlines()
     text = "\n".join(lines)
-    assert lines[0] == f"{run}: step 12, over" and all(len(line) <= 80 for line in lines[1:])
+    assert "step 12, over" in " ".join(lines[:2]) and all(len(line) <= 80 for line in lines)
     assert "reward 0.1 → 1.2" in text and "KL, nats 1 → 12" in text and "score " not in text
     assert "▁" in text and "█" in text and "Warning at step 6: the KL runs away" in " ".join(text.split())
     assert [line for line in lines if line.startswith("Step 12")] == [
@@ -48,9 +50,30 @@ def test_a_run_that_goes_on_is_shown_until_it_is_over(run, capsys, monkeypatch):
 
         monkeypatch.setattr(watch.time, "sleep", sleep)
         watch.main([str(run)])
-    _, first, second = capsys.readouterr().out.split(watch.CLEAR)
-    assert first.splitlines()[0].endswith("step 12, running, about 2 min left") and len(first.splitlines()) == 19
-    assert second.startswith(first) and f"{run}: step 12, over\n" in second and len(pauses) == 2  # at last all of it
+    _, first, second, last = capsys.readouterr().out.split(watch.CLEAR)
+    assert " step 12, running, about 2 min left" in " ".join(first.split()) and first.count("\n") == 19 == last.count(
+        "\n"
+    )
+    assert second == first and "step 12, over" in " ".join(last.split()) and len(pauses) == 2 and last.endswith("...\n")
+
+
+def test_a_narrow_terminal_and_an_endless_story_fit(run, capsys, monkeypatch):
+    with RunLog(run, resume_step=12) as log:
+        log.stories([story_record(12, 9, story="word " * 1_000_000)])
+    lines = watch.page(run, 20, running=False)
+    assert max(map(len, lines)) <= 20 and len(lines) < 500 and lines[0].startswith(str(run)[:5])
+
+
+def test_without_a_folder_the_newest_run_is_shown(run, capsys, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    assert "there is no run under runs/" in fails(watch.main, [], capsys)
+    for i, name in enumerate(("runs/old", "runs/demo/interact", "runs/exported")):
+        folder = Path(shutil.copytree(run, name))
+        for path in folder.iterdir():
+            os.utime(path, (1000 + i, 1000 + i))
+    (Path("runs/exported") / "model.safetensors").touch()  # by export_hf.py
+    watch.main([])
+    assert capsys.readouterr().out.startswith("runs/demo/interact: step 12, over")
 
 
 def test_a_lock_that_a_killed_run_left_does_not_count_and_looking_takes_none(tmp_path, monkeypatch):

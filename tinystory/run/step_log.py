@@ -1,6 +1,7 @@
 """What a step's record is made of: the seconds of its stages, and metrics that a GPU may still be computing."""
 
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -13,12 +14,40 @@ from tinystory.run.device import Download, now
 from tinystory.run.errors import UserError
 from tinystory.run.folder import Record, RunLog
 
+LINE = "{desc}{n_fmt} of {total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"
+LINE_S = 10.0  # seconds
+
+
+class Progress(tqdm):  # type: ignore[misc]
+    """A run's bar on a terminal. Elsewhere, one line for a step that has ended, and at most one in LINE_S."""
+
+    def __init__(self, **options: Any):
+        self.lines = not sys.stderr.isatty()
+        self.due = 0.0  # time of the next line
+        super().__init__(bar_format=LINE if self.lines else None, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if not self.lines:
+            super().display(msg, pos)
+
+    def clear(self, nolock: bool = False) -> None:
+        if not self.lines:
+            super().clear(nolock)
+
+    def end_step(self, numbers: dict[str, Any], advance: float = 0) -> None:
+        """Show the numbers of a step that has ended. advance: what `update` has not been told of it."""
+        self.set_postfix(numbers, refresh=False)  # on a terminal `update` shows it, a few times a second
+        self.update(advance) if advance else self.refresh()
+        if self.lines and not self.disable and (self.n >= self.total or time.monotonic() >= self.due):
+            self.due = time.monotonic() + LINE_S
+            print(self, file=sys.stderr, flush=True)
+
 
 class StepLog:
     """Writes the metrics of pretraining steps, in order, while a GPU may still be computing later ones. step_tokens:
     tokens per step. watch: the warnings, by kind, that a record gives reason for."""
 
-    def __init__(self, log: RunLog, bar: tqdm, step_tokens: int, watch: Callable[[Record], dict[str, str]]):
+    def __init__(self, log: RunLog, bar: Progress, step_tokens: int, watch: Callable[[Record], dict[str, str]]):
         self.log, self.bar, self.step_tokens, self.watch = log, bar, step_tokens, watch
         self.launched: deque[tuple[float, Download, dict[str, Any]]] = deque()
         self.last_end = 0.0  # time at which the last written step had ended
@@ -47,8 +76,7 @@ class StepLog:
                 metrics |= validate()
                 postfix |= {"val": f"{metrics['val_loss']:.3f}"}
             record = self.log.metrics(**metrics)
-            self.bar.set_postfix(postfix, refresh=False)  # `update` shows it, a few times a second
-            self.bar.update(metrics["words"] - self.bar.n)
+            self.bar.end_step(postfix, metrics["words"] - self.bar.n)
             self.metrics = metrics
             for warning in self.watch(record).values() if self.log.writes else ():
                 self.bar.write(warning)
@@ -57,7 +85,7 @@ class StepLog:
 class Stages:
     """The stages of a step, one after the other. seconds: of each that has ended, as NAME_s."""
 
-    def __init__(self, bar: tqdm, device: torch.device):
+    def __init__(self, bar: Progress, device: torch.device):
         self.bar, self.device = bar, device
         self.name, self.began = "", 0.0
         self.seconds: dict[str, float] = {}

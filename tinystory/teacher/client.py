@@ -175,7 +175,7 @@ class Teacher(Grader):
 
     def _wait(self, futures: Sequence["concurrent.futures.Future[Grade]"], stop: "Stop | None") -> list[Grade]:
         waiting = set(futures)
-        with tqdm(total=len(futures), desc="teacher", unit="story", leave=False, delay=2) as bar:
+        with tqdm(total=len(futures), desc="teacher", unit="story", leave=False, delay=2, disable=None) as bar:
             while waiting:
                 done, waiting = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_EXCEPTION)
                 bar.update(len(done))
