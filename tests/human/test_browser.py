@@ -18,7 +18,8 @@ from fault_server import closed_port
 
 from tinystory.report.run import live_report, write_report
 from tinystory.run.folder import RunLog, read_stories
-from tinystory.teacher.prompt import CRITERIA, clean
+from tinystory.teacher.client import Teacher
+from tinystory.teacher.prompt import CRITERIA, Question, clean
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install 'tinystory[test]'")
@@ -76,6 +77,28 @@ def press(page, keys: str, before: str) -> None:
         page.keyboard.press(key)
     page.wait_for_function("before => document.getElementById('story').hidden || "
                            "document.getElementById('tale').textContent !== before", arg=before)  # fmt: skip
+
+
+def test_all_criteria_are_on_the_first_screen_beside_a_story_of_90_words_and_the_first_page_says_what_it_is(
+    page, tmp_path
+):
+    port = closed_port().rpartition(":")[2]
+    server = start(tmp_path, port)
+    page.set_viewport_size({"width": 1280, "height": 800})
+    try:
+        page.goto(f"http://127.0.0.1:{port}")
+        assert "a small language model" in page.inner_text("#who").lower()
+        page.get_by_label("Your name").fill("ada")
+        page.keyboard.press("Enter")
+        with Teacher(f"http://127.0.0.1:{port}/v1") as teacher:
+            teacher.submit(Question("Once upon a time,", "a little girl went to the park. " * 13, 0))
+            page.wait_for_selector("#story:not([hidden])")
+            bottoms = page.evaluate("[...document.querySelectorAll('fieldset, #tale, #story nav')].map("
+                                    "each => each.getBoundingClientRect().bottom)")  # fmt: skip
+        assert len(bottoms) == len(CRITERIA) + 2 and max(bottoms) <= 800
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_a_whole_run_is_taught_by_keys_while_the_pages_server_is_killed(page, place, tmp_path):
