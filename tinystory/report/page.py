@@ -193,6 +193,9 @@ dt { flex: 0 0 10rem; color: var(--muted); overflow-wrap: anywhere; }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 @media (max-width: 50rem) { .hero, .pair, .cards { grid-template-columns: minmax(0, 1fr); }
   .pair > article + article { padding-top: 0; }
-  .hero svg.chart text { font-size: 15px; } }
+  .hero svg.chart text { font-size: 15px; }
+  .hero table { font-size: .68rem; }
+  .hero th, .hero td { padding-right: 0; padding-left: .2rem; white-space: normal; }
+  .hero th:first-child { padding-left: 0; } }
 @media print { details:not([open]) { display: none; } }
 """
