@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tinystory.report.before_after import from_start
 from tinystory.report.charts import number, text_curve
 from tinystory.report.run import column, number_option, remaining
 from tinystory.rl.collapse import Watch
@@ -65,8 +66,9 @@ def page(run: Path, width: int, running: bool) -> list[str]:
     for step, warning in Watch(metrics, number_option(config, "kl_target") or math.inf).warnings.values():
         lines += ["", *textwrap.wrap(f"Warning at step {step}: {warning}", width)]
     charts, wide = [], min(CURVE_WIDTH, width)
+    curves = from_start(run, metrics)
     for key, name in CURVES.items():
-        if values := [value for value in column(metrics, key) if value is not None]:
+        if values := [value for value in column(curves, key) if value is not None]:
             heading = f"{name} {number(values[0])} → {number(values[-1])}"[:wide]
             stretched = [value for value in values for _ in range(max(1, wide // len(values)))]
             charts.append([heading, *text_curve(stretched, wide, CURVE_HEIGHT).split("\n")])
