@@ -30,10 +30,11 @@ from tinystory.ops.compute import resolve
 from tinystory.report.before_after import summary
 from tinystory.report.charts import text_curve
 from tinystory.report.run import live_report
-from tinystory.rl import ppo
+from tinystory.rl import learners, ppo
+from tinystory.rl.batch import collate
 from tinystory.rl.collapse import Watch, score_relations
 from tinystory.rl.policy import RunState, load_policy, rollout, rollout_means
-from tinystory.rl.reading import Reading
+from tinystory.rl.replay import CorpusReplay
 from tinystory.rl.reward import story_rewards
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
@@ -57,6 +58,7 @@ INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)} | 
 @command
 def main(argv: list[str] | None = None) -> None:
     config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
+    learners.check(config)
     distributed.start(config.device)
     with distributed.on_rank0(locked(Path(config.out), new=not config.resume)), contextlib.ExitStack() as stack:
         interact(config, stack)
@@ -83,10 +85,10 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
         print("there is one opening, so none is held out: evaluations use the one that is trained on")
     longest = max(len(encode_opening(tokenizer, text)) for text in openings.train + openings.held_out)
     require_room(reference, longest, config.max_new_tokens)
-    reading = Reading(config, history, tokenizer, reference.config.context)
+    replay = CorpusReplay(config, history, tokenizer, reference.config.context)
     milestones = INTERACTION_CHECKPOINTS
     if config.preset in babylm.TRACKS:
-        reads = config.budget_words if config.reading_weight else 0
+        reads = config.budget_words if config.replay_weight else 0
         babylm.check_interaction(config.preset, history, config.budget_words, reads)
         milestones = babylm.milestones_beyond(history)
     state = policy.restore(resume_from) if resume_from else RunState(config.kl_coef)
@@ -105,7 +107,7 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
     grader_facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
     reader = Reader(config.reader, config.device) if rank0 and config.reader != "none" else None
     print(f"student {origin}, scored by {grader_facts['scored_by']}")
-    budget = Budget(config, grader, openings, reading)
+    budget = Budget(config, grader, openings, replay)
     budget.require_first_step(state)
     resume_step = state.step if config.resume else None
     log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
@@ -144,12 +146,10 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             dropout = config.rollout_dropout if state.step else 0.0
             stories = rollout(policy, prompts, state.written, send, dropout)
             stages.begin("reference")
-            batch = ppo.collate(stories, compute.device)
+            batch = collate(stories, compute.device)
             with compute.autocast():
                 batch = ppo.reread(policy, batch) if dropout else batch
-                reference_stats = ppo.read_reference(
-                    reference, batch, config.temperature, config.micro_batch_size, states=config.learner == "ridge"
-                )
+                batch = ppo.read_reference(reference, batch, config)
             stages.begin("teacher")
             try:
                 grades = distributed.rank0_value(lambda: grader.collect(stop))
@@ -161,13 +161,13 @@ def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
             scores = [config.invented_score if grade.score is None else grade.score for grade in grades]
             rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
-            to_read = reading.batches(state.step)
-            stats = ppo.step(policy, batch, reference_stats, rewards, state.kl_coef, state.step, to_read)
+            texts = replay.batches(state.step)
+            stats = ppo.step(policy, batch, rewards, state.kl_coef, state.step, texts)
             stages.end()
 
             words_before = state.words_in
             words_in = openings.new_words(state.written, n, config.charge_opening and state.step == 0)
-            words_in += sum(grade.reply_words for grade in grades) + int(stats["words_read"])
+            words_in += sum(grade.reply_words for grade in grades) + int(stats["words_replayed"])
             state.advance(stories, words_in)
             state.kl_coef = ppo.next_kl_coef(state.kl_coef, stats["kl"], n - int(stats["unscored"]), config)
             stats["unscored"] = sum(grade.score is None for grade in grades)  # also those with an invented score

@@ -143,7 +143,7 @@ def pretrain(config: PretrainConfig) -> None:
         if not rank0:  # it would drop what rank 0 is writing as left half-written
             return
         history = dict(words=state.words, tokens=state.tokens, corpus=config.corpus, corpus_words=data.train.word_count)
-        # Which documents were held out, for --reading-weight.
+        # Which documents were held out, for --replay-weight.
         history |= dict(corpus_seed=config.seed, val_fraction=config.val_fraction, documents=config.documents)
         tensors = checkpoint.pack_optimizer(optimizer, names)
         folder = run / "checkpoints" / name

@@ -98,10 +98,7 @@ FIRST = set(
 )
 DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
-ADVANTAGES = ("ridge", "gae", "rloo", "grpo", "dr_grpo")
-# The learners (`InteractConfig.learner`) that read an option which others ignore.
-READ_BY = {"gamma": ADVANTAGES[:2], "lam": ADVANTAGES[:2], "value_coef": ("gae",)}
-READ_BY |= {"clip_ratio": ADVANTAGES, "advantage": ADVANTAGES}
+LEARNERS = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")  # what they are: tinystory/rl/learners.py
 
 
 @dataclass
@@ -225,20 +222,24 @@ class InteractConfig:
     grad_clip: float = option(0.0, "maximum gradient norm; 0 means no clipping", "[0, 1e9]")
 
     epochs: int = option(1, "PPO passes over a step's stories", "[1, 1000]", group="PPO")
-    learn: str = option("ppo", "ppo, or sft-best: cross-entropy on a step's best quarter (RAFT)", ("ppo", "sft-best"))
-    advantage: str = option("ridge", "GAE, with values by ridge or a head (gae); or rloo, grpo, dr_grpo", ADVANTAGES)
+    learner: str = option(
+        "ridge",
+        "PPO with values by ridge regression or a head (gae); rloo, grpo, dr_grpo; or cross-entropy on a step's best "
+        "quarter (sft-best)",
+        LEARNERS,
+    )
     gamma: float = option(1.0, "discount factor", "[0, 1]")
     lam: float = option(0.95, "GAE lambda; 1 suits steps of only a few stories", "[0, 1]")
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
     clip_value: float = option(0.2, "", "(0, 1e9]")  # clipping range of the value
-    value_coef: float = option(0.1, "weight of the value loss, for --advantage gae", "[0, 1000]")
+    value_coef: float = option(0.1, "weight of the value loss, for --learner gae", "[0, 1000]")
     max_ratio: float = option(10.0, "", "[1, 1e9]")  # mean policy ratio above which a minibatch is skipped, and counted
     kl_in: str = option("reward", "place of the KL penalty (in the loss: k3)", ("reward", "loss"))
     kl_coef: float = option(0.01, "initial coefficient of the KL penalty against the starting checkpoint", "[0, 1000]")
     kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)", "(0, 1e6]")
     kl_horizon: float = option(2_000.0, "horizon of the adaptive controller, in stories", "(0, 1e12]")
-    reading_weight: float = option(0.0, "weight of next-token prediction on the student's own corpus", "[0, 1000]")
-    reading_batch: int = option(32, "sequences of that corpus per update; their words count as taken in", "[1, 1e9]")
+    replay_weight: float = option(0.0, "weight of next-token prediction on the student's own corpus", "[0, 1000]")
+    replay_batch: int = option(32, "sequences of that corpus per update; their words count as taken in", "[1, 1e9]")
 
     eval_every: int = option(1, "steps between evaluations; 0: at start and end only", "[0, 1e9]", group="evaluation")
     eval_stories: int = option(
@@ -262,11 +263,6 @@ class InteractConfig:
         """Of a story without a readable reply; None: it has no score."""
         return None if self.unreadable_score == "none" else float(self.unreadable_score)
 
-    @property
-    def learner(self) -> str:
-        """What makes the gradient: one of ADVANTAGES, or sft-best, which has no advantages."""
-        return self.advantage if self.learn == "ppo" else self.learn
-
 
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of their libraries
 # (gradient clipping in pretraining: transformers' Trainer; float32 in the interaction: TRL).
@@ -281,7 +277,7 @@ _PAPER_INTERACT = dict(
     dtype="float32", openings=PAPER_OPENING, teacher_temperature=0.2, teacher_max_tokens=6, steps=920,
     stories_per_step=360, stories_per_opening=1, max_new_tokens=90, temperature=1.0, budget_words=1_000_000,
     budget_words_out=100_000_000, length_weight=0.4, length_words=90, diversity=0.0, unfinished=1.0, eval_every=0,
-    save_every=20, learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, advantage="gae",
+    save_every=20, learning_rate=1e-6, lr_decay=False, sharpness_rate=0.0, learner="gae",
     adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1,
     max_ratio=10.0, grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
@@ -450,6 +446,13 @@ def published_options(config: Any) -> list[str]:
     return [f"{_flag(f)} {getattr(config, f.name)}, as published: {AS_PUBLISHED[f.name]}" for f in chosen]
 
 
+def changed_options(config: InteractConfig) -> dict[str, str]:
+    """The options, with their flags, whose values are neither the defaults nor the preset's."""
+    usual = vars(InteractConfig()), INTERACT_PRESETS[config.preset]
+    changed = [f for f in _options(InteractConfig) if getattr(config, f.name) not in [o.get(f.name) for o in usual]]
+    return {f.name: _flag(f) for f in changed}
+
+
 def _options(config_class: type) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(config_class) if f.init]  # all but `preset`
 
@@ -527,25 +530,8 @@ def _check_together(config: Any) -> Iterator[str]:
         )
     if config.budget_cost and not config.price_in + config.price_out:
         yield "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"
-    defaults, learner = [vars(InteractConfig()), INTERACT_PRESETS[config.preset]], config.learner
-    for f in _options(InteractConfig):
-        is_teachers = f.name.startswith(("teacher_", "price_", "budget_cost")) and f.name != "teacher_timeout"
-        if getattr(config, f.name) in [options.get(f.name) for options in defaults]:
-            continue
-        if config.reward and is_teachers:
-            yield f"{_flag(f)} is for a teacher, and --reward takes its place: leave one of them out"
-        if learner not in READ_BY.get(f.name, (learner,)):
-            readers = " or ".join(READ_BY[f.name])
-            yield f"{_flag(f)} is read by --learn ppo with --advantage {readers} only: leave it out"
-    if config.reading_batch != InteractConfig.reading_batch and not config.reading_weight:
-        yield "--reading-batch is read with --reading-weight only: give that too, or leave it out"
-    if learner == "ridge" and config.stories_per_step < 2:
-        yield "--advantage ridge learns from the other stories of a step: give --stories-per-step 2 or more"
-    if learner == "gae" and not config.value_coef:
-        yield "--advantage gae learns from the value loss alone: give --value-coef, say 0.1"
-    group = config.stories_per_opening
-    if learner in ADVANTAGES[2:] and (group < 2 or config.stories_per_step % group):
-        yield (
-            f"--advantage {learner} compares the stories of an opening: give --stories-per-opening 2 or more, and "
-            "--stories-per-step a multiple of it"
-        )
+    if config.replay_batch != InteractConfig.replay_batch and not config.replay_weight:
+        yield "--replay-batch is read with --replay-weight only: give that too, or leave it out"
+    for name, flag in changed_options(config).items() if config.reward else ():
+        if name.startswith(("teacher_", "price_", "budget_cost")) and name != "teacher_timeout":
+            yield f"{flag} is for a teacher, and --reward takes its place: leave one of them out"

@@ -32,10 +32,10 @@ GROUP, LONGEST, BATCHES, EPOCHS = 4, 10, 2, 2
 # Our options, named as in InteractConfig. The learning rate exceeds the default, so that clipping sets in.
 ALL = dict(learning_rate=3e-3, adam_eps=1e-8, epochs=EPOCHS, clip_ratio=0.1, stories_per_opening=GROUP)
 SETTINGS = {
-    "rloo": ALL | dict(advantage="rloo", kl_in="reward", kl_coef=0.05),
-    "grpo": ALL | dict(advantage="grpo", kl_in="loss", kl_coef=0.3),
-    "dr_grpo": ALL | dict(advantage="dr_grpo", kl_in="loss", kl_coef=0.3),
-    "sft-best": ALL | dict(learn="sft-best", kl_in="reward", kl_coef=0.0, adam_eps=1e-5),
+    "rloo": ALL | dict(learner="rloo", kl_in="reward", kl_coef=0.05),
+    "grpo": ALL | dict(learner="grpo", kl_in="loss", kl_coef=0.3),
+    "dr_grpo": ALL | dict(learner="dr_grpo", kl_in="loss", kl_coef=0.3),
+    "sft-best": ALL | dict(learner="sft-best", kl_in="reward", kl_coef=0.0, adam_eps=1e-5),
 }
 
 

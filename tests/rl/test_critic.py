@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tinystory.rl.advantages import DECAY, PRIOR, Critic, features
+from tinystory.rl.batch import Batch
+from tinystory.rl.critic import DECAY, PRIOR, RidgeCritic, features
 
 WIDTH = 6
 
@@ -21,6 +22,18 @@ def stories(seed, count=20, longest=40, width=WIDTH):
     return states, logprobs, returns, mask
 
 
+def estimate(critic, states, logprobs, returns, mask):
+    """(B, N): the critic's estimates of a batch of these stories."""
+    count, longest = mask.shape
+    sizes = dict(indices=np.arange(count), openings=np.arange(count), prompt_lengths=np.ones(count, int))
+    batch = Batch(
+        inputs=torch.zeros(count, longest, dtype=torch.int64), tokens=torch.zeros(int(mask.sum()), dtype=torch.int64),
+        logprobs=logprobs[mask], values=logprobs[mask], ref_logprobs=logprobs[mask], ref_states=states[mask],
+        returns=returns[mask], lengths=mask.sum(1).numpy(), longest=longest, **sizes,
+    )  # fmt: skip
+    return batch.padded(critic.estimate(batch))
+
+
 def test_features_are_what_is_known_before_each_token():
     states, logprobs, _, _ = stories(0, count=2)
     x = features(states, logprobs)
@@ -33,10 +46,10 @@ def test_features_are_what_is_known_before_each_token():
 
 
 def test_estimates_are_the_ridge_regressions_of_the_other_half_and_all_before_by_their_age():
-    critic, earlier = Critic(WIDTH), []
+    critic, earlier = RidgeCritic(WIDTH), []
     for seed in range(3):
         states, logprobs, returns, mask = stories(seed)
-        values = critic.estimate(states, logprobs, returns, mask)
+        values = estimate(critic, states, logprobs, returns, mask)
         x = features(states, logprobs).double().numpy()
         for half in (0, 1):
             other = mask.clone()
@@ -59,21 +72,21 @@ def test_estimates_are_the_ridge_regressions_of_the_other_half_and_all_before_by
 
 
 def test_what_was_true_long_ago_is_forgotten():
-    critic, (states, logprobs, returns, mask) = Critic(WIDTH), stories(5)
+    critic, (states, logprobs, returns, mask) = RidgeCritic(WIDTH), stories(5)
     for sign in [1] * 10 + [-1] * 30:
-        values = critic.estimate(states, logprobs, sign * returns, mask)
-    fresh = Critic(WIDTH)
+        values = estimate(critic, states, logprobs, sign * returns, mask)
+    fresh = RidgeCritic(WIDTH)
     for _ in range(30):
-        want = fresh.estimate(states, logprobs, -returns, mask)
+        want = estimate(fresh, states, logprobs, -returns, mask)
     errors = [float(((v + returns) ** 2)[mask].mean()) for v in (values, want)]
     assert errors[0] < 1.1 * errors[1]
 
 
 def test_no_story_has_a_part_in_its_own_estimate():
     states, logprobs, returns, mask = stories(1)
-    plain = Critic(WIDTH).estimate(states, logprobs, returns, mask)
+    plain = estimate(RidgeCritic(WIDTH), states, logprobs, returns, mask)
     returns[4] += 100 * mask[4]
-    other = Critic(WIDTH).estimate(states, logprobs, returns, mask)
+    other = estimate(RidgeCritic(WIDTH), states, logprobs, returns, mask)
     assert torch.equal(other[::2], plain[::2])
     assert (other[1::2] != plain[1::2])[mask[1::2]].all()
 
@@ -81,17 +94,18 @@ def test_no_story_has_a_part_in_its_own_estimate():
 def test_what_comes_later_in_a_story_has_no_part_in_an_estimate():
     states, logprobs, returns, mask = stories(2)
     mask[0] = True
-    plain = Critic(WIDTH).estimate(states, logprobs, returns, mask)
+    plain = estimate(RidgeCritic(WIDTH), states, logprobs, returns, mask)
     states[0, 9:], logprobs[0, 9:] = 3.0, -2.0
-    later = Critic(WIDTH).estimate(states, logprobs, returns, mask)
+    later = estimate(RidgeCritic(WIDTH), states, logprobs, returns, mask)
     assert torch.equal(later[0, :9], plain[0, :9]) and not torch.equal(later[0, 9:], plain[0, 9:])
 
 
 def test_padding_changes_no_estimate():
     states, logprobs, returns, mask = stories(3)
-    narrow = Critic(WIDTH).estimate(states, logprobs, returns, mask)
+    narrow = estimate(RidgeCritic(WIDTH), states, logprobs, returns, mask)
     pad = torch.nn.functional.pad
-    wide = Critic(WIDTH).estimate(
+    wide = estimate(
+        RidgeCritic(WIDTH),
         pad(states, (0, 0, 0, 5), value=7.0), pad(logprobs, (0, 5), value=-7.0), pad(returns, (0, 5), value=7.0),
         pad(mask, (0, 5)),
     )  # fmt: skip
@@ -100,16 +114,16 @@ def test_padding_changes_no_estimate():
 
 
 def test_it_learns_what_can_be_expected():
-    critic = Critic(WIDTH)
+    critic = RidgeCritic(WIDTH)
     for seed in range(4):
         states, logprobs, returns, mask = stories(seed, count=400)
-        values = critic.estimate(states, logprobs, returns, mask)
+        values = estimate(critic, states, logprobs, returns, mask)
     errors = [float((values - returns)[:, t][mask[:, t]].var() / returns[:, t][mask[:, t]].var()) for t in (0, 30)]
     assert errors[0] < 0.8 and errors[1] < 0.3  # one state tells a part of it, the mean of thirty nearly all
-    constant = Critic(WIDTH).estimate(states, logprobs, torch.full_like(returns, 0.7) * mask, mask)
+    constant = estimate(RidgeCritic(WIDTH), states, logprobs, torch.full_like(returns, 0.7) * mask, mask)
     assert constant[mask].numpy() == pytest.approx(0.7, abs=1e-5)
 
 
 def test_two_stories_are_enough():
-    values = Critic(WIDTH).estimate(*(x[:2] for x in stories(4)))
+    values = estimate(RidgeCritic(WIDTH), *(x[:2] for x in stories(4)))
     assert torch.isfinite(values).all()

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from test_ppo import with_openings
+from test_ppo import policy, with_openings
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig
-from tinystory.rl import ppo
+from tinystory.rl import optim, ppo
 from tinystory.student.model import Student, StudentConfig
 
 with safe_open(Path(__file__).with_name("trl_learners.safetensors"), "pt") as file:
@@ -34,34 +34,33 @@ def start() -> Student:
 @pytest.mark.parametrize("learner", FACTS["settings"])
 def test_four_updates_of_each_learner_are_trls(learner, monkeypatch):
     options = dict(lr_decay=False, max_new_tokens=FACTS["longest"], stories_per_step=12, max_ratio=1e9)
-    config = InteractConfig(**INTERACT_PRESETS["paper"] | {"advantage": "ridge"} | options | FACTS["settings"][learner])
+    config = InteractConfig(**INTERACT_PRESETS["paper"] | options | FACTS["settings"][learner])
     config.micro_batch_size = 5  # TRL has no micro-batches: they must not matter
     student, reference, differences = start(), start(), {}
-    optimizer, _ = ppo.make_optimizer(student, torch.nn.Module(), config)
+    optimizer, _ = optim.make_optimizer(student, torch.nn.Module(), config)
 
     def compare(name: str, got, want) -> None:
         differences[name] = max(differences.get(name, 0.0), float((torch.as_tensor(got) - want).abs().max()))
 
-    def recorded(learner_, batch, advantages, *more):
-        used["advantages"] = advantages
-        return update(learner_, batch, advantages, *more)
+    def recorded(policy, batch, *more):
+        used["batch"] = batch
+        return update(policy, batch, *more)
 
     update, used = ppo.update, {}
     monkeypatch.setattr(ppo, "update", recorded)
     for number in range(FACTS["batches"]):
         theirs = tensors(f"{learner}/{number}/")
-        tokens, mask = theirs["tokens"], torch.arange(FACTS["longest"]) < theirs["lengths"][:, None]
         openings = [torch.tensor(opening) for opening in FACTS["openings"] for _ in range(config.stories_per_opening)]
-        batch = with_openings(openings, tokens, mask, *[torch.zeros(mask.shape)] * 2)
+        batch = with_openings(openings, theirs["tokens"], theirs["lengths"].tolist())
         with torch.no_grad():
             batch.logprobs = ppo.response_stats(student, None, batch, 1.0)[0]
-        refs = ppo.read_reference(reference, batch, 1.0, 5, states=False)
-        parts = ppo.Learner(student, torch.nn.Module(), optimizer, config)
-        stats = ppo.step(parts, batch, refs, theirs["scores"].tolist(), config.kl_coef)
+        batch = ppo.read_reference(reference, batch, config)
+        parts = policy(student, torch.nn.Module(), optimizer, config)
+        stats = ppo.step(parts, batch, theirs["scores"].tolist(), config.kl_coef)
         compare("loss", stats["policy_loss"], theirs["losses"].mean())
         compare("gradient norm", stats["grad_norm"], theirs["grad_norms"].mean())
         if "advantages" in theirs:
-            compare("advantages", used["advantages"], theirs["advantages"][:, None] * mask)
+            compare("advantages", used["batch"].advantages, batch.packed(theirs["advantages"][:, None]))
     C = student.config.n_embd
     for name, want in tensors(f"{learner}/weights/").items():
         got = dict(student.named_parameters())[name].detach()

@@ -12,7 +12,7 @@ A, B, C = torch.tensor([2, 9, 11]), torch.tensor([2, 9]), torch.tensor([2, 7, 7,
 
 
 def packing_of(batch):
-    return pack(batch.inputs.numpy(), batch.predicts.numpy().argmax(1) + 1, batch.lengths.numpy())
+    return pack(batch.openings, batch.prompt_lengths, batch.input_lengths)
 
 
 def test_each_opening_and_each_token_of_a_story_stands_once():
@@ -21,7 +21,7 @@ def test_each_opening_and_each_token_of_a_story_stands_once():
     T = inputs.shape[1]
     assert packing.places.tolist() == [0, 1, 2, 3, 4, T, T + 1, 2 * T + 3, 3 * T + 2]
     own = inputs.flatten()[packing.places]
-    for row, length in enumerate(batch.lengths.tolist()):
+    for row, length in enumerate(batch.input_lengths.tolist()):
         assert own[packing.source[row * T : row * T + length]].tolist() == inputs[row, :length].tolist()
     assert packing.copies.tolist() == [2 * T, 2 * T + 1, 2 * T + 2, 3 * T, 3 * T + 1]
     assert packing.shared[packing.owners].tolist() == [0, 1, 2, 5, 6]
@@ -36,7 +36,7 @@ def test_there_is_no_packing_without_a_shared_opening():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_and_gradients_as_padded_rows(student, monkeypatch, openings, dtype):
     batch = random_batch([4, 9, 1, 7, 3, 12], student.config.vocab_size, openings=openings)
-    weight, results = torch.randn(batch.mask.shape), []
+    weight, results = torch.randn(len(batch.logprobs)), []
     for packed in (True, False):
         if not packed:
             monkeypatch.setattr(ppo, "pack", lambda *_: None)

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from test_ppo import policy, with_openings
 
 from tinystory import ops
 from tinystory.config import INTERACT_PRESETS, InteractConfig
-from tinystory.rl import ppo
+from tinystory.rl import learners, optim, ppo
 from tinystory.student.model import Student, StudentConfig, ValueHead
 
 FILE = Path(__file__).with_name("trl_ppo.safetensors")
@@ -42,7 +43,7 @@ def test_four_updates_are_trls(setting, monkeypatch):
     config = InteractConfig(**options, micro_batch_size=5)  # TRL has no micro-batches: they must not matter
     student, head = load(tensors("start/"))
     reference, _ = load(tensors("start/"))
-    optimizer, _ = ppo.make_optimizer(student, head, config)
+    optimizer, _ = optim.make_optimizer(student, head, config)
     C, off, kl_coef = student.config.n_embd, {}, config.kl_coef
 
     def compare(name: str, got, want) -> None:
@@ -52,25 +53,22 @@ def test_four_updates_are_trls(setting, monkeypatch):
     for update in range(FACTS["updates"]):
         theirs, statistics = tensors(f"{setting}/{update}/"), FACTS["statistics"][f"{setting}/{update}"]
         mask, scores = theirs["mask"], theirs["scores"]
-        tokens, opening = theirs["tokens"].long(), torch.tensor(FACTS["opening"]).expand(len(mask), -1)
-        inputs = torch.cat([opening, tokens[:, :-1]], 1)
-        predicts = torch.cat([torch.zeros(len(mask), opening.shape[1] - 1, dtype=torch.bool), mask], 1)
-        batch = ppo.Batch(inputs, predicts, tokens, mask, *[torch.zeros(mask.shape)] * 3)
+        openings = [torch.tensor(FACTS["opening"])] * len(mask)
+        batch = with_openings(openings, theirs["tokens"].long(), mask.sum(1).tolist())
         with torch.no_grad():
             batch.logprobs, batch.values = ppo.response_stats(student, head, batch, 1.0)
-            hidden = student.hidden(inputs)[:, opening.shape[1] - 1 :][mask]
-            entropy = float(ops.token_logprob(hidden, student.wte.weight, batch.tokens[mask])[1].sum()) / len(mask)
-        ref_logprobs, ref_states = ppo.read_reference(reference, batch, 1.0, 5, states=False)
-        rewards = ppo.token_rewards(scores, batch.logprobs, ref_logprobs, mask, kl_coef)
-        advantages, returns = ppo.advantages_and_returns(rewards, batch.values, mask, config.gamma, config.lam)
-        ours = (batch.logprobs, ref_logprobs, batch.values, rewards, ppo.whiten(advantages, mask) * mask, returns)
+            hidden = ppo.response_states(student, batch)
+            entropy = float(ops.token_logprob(hidden, student.wte.weight, batch.tokens)[1].sum()) / len(mask)
+        batch = ppo.read_reference(reference, batch, config)
+        rewards = ppo.token_rewards(scores, batch, kl_coef)
+        judged = learners.gae(config, head, batch, rewards)
+        ours = (batch.logprobs, batch.ref_logprobs, batch.values, rewards, judged.advantages, judged.returns)
         for name, got in zip(ON_THE_WAY, ours, strict=True):
-            compare(name, got, theirs[name])
+            compare(name, batch.padded(got), theirs[name])
 
         orders = iter(theirs["orders"])
         monkeypatch.setattr(torch, "randperm", lambda n, orders=orders: next(orders))
-        learner = ppo.Learner(student, head, optimizer, config)
-        got = ppo.step(learner, batch, (ref_logprobs, ref_states), scores.tolist(), kl_coef)
+        got = ppo.step(policy(student, head, optimizer, config), batch, scores.tolist(), kl_coef)
         kl_coef = ppo.next_kl_coef(kl_coef, got["kl"], len(scores), config)
         got |= dict(tokens_mean=mask.sum(1).float().mean(), entropy=entropy, kl_coef_after=kl_coef)
         assert got["skipped"] == 0

@@ -8,34 +8,47 @@ import pytest
 import torch
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig
-from tinystory.rl import ppo
+from tinystory.rl import learners, optim, ppo
+from tinystory.rl.batch import Batch, collate
+from tinystory.rl.policy import Policy
 from tinystory.student.generate import Story, encode_opening
 from tinystory.student.model import ValueHead
 
 OPENING = torch.tensor([2, 9, 11, 30])
 
 
-def with_openings(openings, tokens, mask, logprobs, values) -> ppo.Batch:
-    """The batch of stories that continue these openings, one per row: (P_i,) each."""
-    B, P, N = len(tokens), max(map(len, openings)), tokens.shape[1]
-    inputs, predicts = torch.zeros(B, P + N - 1, dtype=torch.int64), torch.zeros(B, P + N - 1, dtype=torch.bool)
-    for b, opening in enumerate(openings):
-        first, n = len(opening) - 1, int(mask[b].sum())
-        inputs[b, : first + n] = torch.cat([opening, tokens[b, : n - 1]])
-        predicts[b, first : first + n] = True
-    return ppo.Batch(inputs, predicts, tokens, mask, logprobs, values, torch.zeros(mask.shape))
+def with_openings(openings, tokens, lengths) -> Batch:
+    """The batch of stories that continue these openings, (P_i,) each. tokens: (B, N), padded."""
+    stories = []
+    for i, (opening, row, n) in enumerate(zip(openings, tokens, lengths, strict=True)):
+        zeros = torch.zeros(n)
+        stories.append(Story(i, str(opening.tolist()), "", opening, row[:n], zeros, zeros, zeros, "length"))
+    return collate(stories, torch.device("cpu"))
+
+
+def policy(student, critic, optimizer, config) -> Policy:
+    parts = dict(student=student, critic=critic, optimizer=optimizer, config=config)
+    return Policy(**parts, tokenizer=None, history={}, names=[])
+
+
+def with_targets(batch, advantages=None, returns=None) -> Batch:
+    """The batch with advantages and returns, by default its values."""
+    default = batch.values
+    return dataclasses.replace(
+        batch, advantages=default if advantages is None else advantages, returns=default if returns is None else returns
+    )
 
 
 CONFIG = InteractConfig(**INTERACT_PRESETS["paper"])
 
 
-def random_batch(lengths, vocab, seed=0, openings=None) -> ppo.Batch:
+def random_batch(lengths, vocab, seed=0, openings=None) -> Batch:
     g = torch.Generator().manual_seed(seed)
-    B, N = len(lengths), max(lengths)
-    mask = torch.arange(N) < torch.tensor(lengths)[:, None]
-    normal = torch.randn(2, B, N, generator=g) * mask
-    tokens = torch.randint(5, vocab, (B, N), generator=g)
-    return with_openings(openings or [OPENING] * B, tokens, mask, -1 - normal[0].abs() * mask, normal[1])
+    tokens = torch.randint(5, vocab, (len(lengths), max(lengths)), generator=g)
+    batch = with_openings(openings or [OPENING] * len(lengths), tokens, lengths)
+    logprobs, batch.values = torch.randn(2, sum(lengths), generator=g)
+    batch.logprobs = -1 - logprobs.abs()
+    return batch
 
 
 def test_sharpness_scales_all_logits_along_the_gradient(student):
@@ -48,7 +61,7 @@ def test_sharpness_scales_all_logits_along_the_gradient(student):
     with torch.no_grad():
         before, h = student(tokens), 1e-3
         slope = (loss(math.exp(h)) - loss(math.exp(-h))) / (2 * h)
-    optimizer = ppo.SharpAdam(student.ln_f, student.parameters(), lr=0.0, rate=0.1, eps=1e-8)
+    optimizer = optim.SharpAdam(student.ln_f, student.parameters(), lr=0.0, rate=0.1, eps=1e-8)
     loss().backward()
     optimizer.step()
     moment = optimizer.state[optimizer.sharpness]["exp_avg"] / 0.1  # Adam's first moment after one step
@@ -58,13 +71,34 @@ def test_sharpness_scales_all_logits_along_the_gradient(student):
     assert optimizer.sharpness == 0  # folded into the weights
 
 
+def test_sharpness_changes_no_value_and_takes_no_slope_from_them(student):
+    tokens, head = torch.arange(2 * 12).view(2, 12) % 50, ValueHead(64)
+    torch.nn.init.normal_(head.linear.weight)
+    config = dataclasses.replace(CONFIG, learning_rate=1e-30, sharpness_rate=0.1)
+
+    def stepped(value_coef):
+        copied, copied_head = copy.deepcopy(student), copy.deepcopy(head)
+        optimizer, _ = optim.make_optimizer(copied, copied_head, config)
+        hidden = copied.hidden(tokens)
+        loss = torch.nn.functional.cross_entropy(copied.logits(hidden).flatten(0, 1), tokens.flatten())
+        (loss + value_coef * copied_head(hidden).square().mean()).backward()
+        optimizer.step()
+        return copied, copied_head, optimizer.state[optimizer.sharpness]["exp_avg"]
+
+    moved, moved_head, slope = stepped(100.0)
+    assert (moved.ln_f.weight - student.ln_f.weight).abs().max() > 0.01
+    with torch.no_grad():
+        torch.testing.assert_close(moved_head(moved.hidden(tokens)), head(student.hidden(tokens)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(slope, stepped(0.0)[2], rtol=1e-3, atol=1e-5)
+
+
 def test_without_sharpness_it_is_adam_bit_for_bit(student):
     start = student
     tokens = torch.arange(2 * 12).view(2, 12) % 50
     trained = []
     for make in (
         lambda s: torch.optim.Adam(s.parameters(), lr=1e-3, eps=1e-6, fused=True),
-        lambda s: ppo.SharpAdam(s.ln_f, s.parameters(), lr=1e-3, rate=0.0, eps=1e-6),
+        lambda s: optim.SharpAdam(s.ln_f, s.parameters(), lr=1e-3, rate=0.0, eps=1e-6),
     ):
         student = copy.deepcopy(start)
         optimizer = make(student)
@@ -77,21 +111,25 @@ def test_without_sharpness_it_is_adam_bit_for_bit(student):
 
 
 def test_token_rewards_are_kl_at_each_token_and_the_storys_reward_at_the_last():
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.5, 7.0, 7.0]])
-    ref = torch.tensor([[-1.5, -2.0, -2.0], [-1.0, 9.0, 9.0]])
-    got = ppo.token_rewards(torch.tensor([0.5, 0.25]), logprobs, ref, mask, kl_coef=0.2)
-    torch.testing.assert_close(got, torch.tensor([[-0.1, 0.0, 0.2 + 0.5], [0.1 + 0.25, 0.0, 0.0]]))
+    batch = random_batch([3, 1], 300)
+    batch.logprobs, batch.ref_logprobs = torch.tensor([-1.0, -2.0, -3.0, -1.5]), torch.tensor([-1.5, -2.0, -2.0, -1.0])
+    got = ppo.token_rewards(torch.tensor([0.5, 0.25]), batch, kl_coef=0.2)
+    torch.testing.assert_close(got, torch.tensor([-0.1, 0.0, 0.2 + 0.5, 0.1 + 0.25]))
+
+
+def random_tables(lengths):
+    """Token rewards, values and their mask, (B, N) each."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return *torch.randn(2, *mask.shape, generator=torch.Generator().manual_seed(3)) * mask, mask
 
 
 @pytest.mark.parametrize("gamma,lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)])
 def test_advantages_are_the_discounted_sum_of_temporal_differences(gamma, lam):
     lengths = [5, 1, 8]
-    batch = random_batch(lengths, 300)
-    rewards = torch.randn(3, 8, generator=torch.Generator().manual_seed(3)) * batch.mask
-    advantages, returns = ppo.advantages_and_returns(rewards, batch.values, batch.mask, gamma, lam)
+    rewards, table, mask = random_tables(lengths)
+    advantages, returns = learners.advantages_and_returns(rewards, table, mask, gamma, lam)
     for b, n in enumerate(lengths):
-        values = [*batch.values[b, :n].tolist(), 0.0]
+        values = [*table[b, :n].tolist(), 0.0]
         delta = [float(rewards[b, t]) + gamma * values[t + 1] - values[t] for t in range(n)]
         for t in range(n):
             want = sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n))
@@ -101,22 +139,22 @@ def test_advantages_are_the_discounted_sum_of_temporal_differences(gamma, lam):
 
 
 def test_padding_changes_no_advantage():
-    batch = random_batch([4, 6], 300)
-    wide = torch.nn.functional.pad(batch.values, (0, 5), value=3.0), torch.nn.functional.pad(batch.mask, (0, 5))
-    narrow = ppo.advantages_and_returns(batch.logprobs, batch.values, batch.mask, 1.0, 0.95)
-    padded = ppo.advantages_and_returns(torch.nn.functional.pad(batch.logprobs, (0, 5), value=9.0), *wide, 1.0, 0.95)
-    for values, wider in zip(narrow, padded, strict=True):  # sums of another shape may be rounded in another order
-        torch.testing.assert_close(values, wider[:, :6])
+    rewards, values, mask = random_tables([4, 6])
+    wide = torch.nn.functional.pad(values, (0, 5), value=3.0), torch.nn.functional.pad(mask, (0, 5))
+    narrow = learners.advantages_and_returns(rewards, values, mask, 1.0, 0.95)
+    padded = learners.advantages_and_returns(torch.nn.functional.pad(rewards, (0, 5), value=9.0), *wide, 1.0, 0.95)
+    for table, wider in zip(narrow, padded, strict=True):  # sums of another shape may be rounded in another order
+        torch.testing.assert_close(table, wider[:, :6])
 
 
 def test_whitening_sees_the_masked_entries_only():
     mask = torch.rand(6, 9, generator=torch.Generator().manual_seed(0)) < 0.6
     x = torch.randn(6, 9, generator=torch.Generator().manual_seed(1)) * 3 + 5
-    kept = ppo.whiten(x, mask)[mask]
+    kept = learners.whiten(x, mask)[mask]
     want = (x[mask] - x[mask].mean()) / math.sqrt(float(x[mask].var()) + 1e-8)  # torch's var has Bessel's correction
     torch.testing.assert_close(kept, want)
     poisoned = torch.where(mask, x, torch.full_like(x, 1e6))
-    torch.testing.assert_close(ppo.whiten(poisoned, mask)[mask], want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(learners.whiten(poisoned, mask)[mask], want, rtol=1e-4, atol=1e-4)
 
 
 def test_adaptive_kl_follows_the_formula():
@@ -129,30 +167,29 @@ def test_adaptive_kl_follows_the_formula():
 def test_story_stats_are_those_of_each_story_alone(student, opening_lengths):
     openings = [torch.arange(5, 5 + n) for n in opening_lengths]
     batch = random_batch([7, 2, 12], student.config.vocab_size, openings=openings)
-    assert batch.lengths.tolist() == [p + n - 1 for p, n in zip(opening_lengths, (7, 2, 12), strict=True)]
+    assert batch.input_lengths.tolist() == [p + n - 1 for p, n in zip(opening_lengths, (7, 2, 12), strict=True)]
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight)
     with torch.no_grad():
-        logprob, value = ppo.response_stats(student, head, batch, temperature=0.7)
-        for b, n in enumerate((7, 2, 12)):
-            row, first = torch.cat([openings[b], batch.tokens[b, :n]]), len(openings[b]) - 1
+        stats = ppo.response_stats(student, head, batch, temperature=0.7)
+        columns = (x.split([7, 2, 12]) for x in (batch.tokens, *stats))
+        for b, (tokens, logprob, value) in enumerate(zip(*columns, strict=True)):
+            row, first = torch.cat([openings[b], tokens]), len(openings[b]) - 1
             logits = student(row[None])[0, first:-1].double() / 0.7
-            want = logits.log_softmax(-1).gather(1, batch.tokens[b, :n, None])[:, 0]
-            torch.testing.assert_close(logprob[b, :n].double(), want, atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(value[b, :n], head(student.hidden(row[None])[0, first:-1]), atol=1e-4, rtol=1e-4)
-            assert not logprob[b, n:].any() and not value[b, n:].any()
+            want = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+            torch.testing.assert_close(logprob.double(), want, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(value, head(student.hidden(row[None])[0, first:-1]), atol=1e-4, rtol=1e-4)
 
 
-def plain_loss(student, head, batch, advantages, returns, c) -> torch.Tensor:
+def plain_loss(student, head, batch, c) -> torch.Tensor:
     """TRL 0.9.4's PPO loss with equal weight per token, one story at a time."""
     policy, value_loss, count = 0.0, 0.0, 0
-    for b in range(len(batch.tokens)):
-        n = int(batch.mask[b].sum())
-        row = torch.cat([OPENING, batch.tokens[b, :n]])
+    columns = (batch.tokens, batch.logprobs, batch.values, batch.advantages, batch.returns)
+    for tokens, logprobs, old, a, r in zip(*(x.split(batch.lengths.tolist()) for x in columns), strict=True):
+        row, n = torch.cat([OPENING, tokens]), len(tokens)
         hidden = student.hidden(row[None])[0, len(OPENING) - 1 : -1]
-        new = student.logits(hidden).log_softmax(-1).gather(1, batch.tokens[b, :n, None])[:, 0]
-        ratio = (new - batch.logprobs[b, :n]).exp()
-        a, r, old, v = advantages[b, :n], returns[b, :n], batch.values[b, :n], head(hidden)
+        new = student.logits(hidden).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        ratio, v = (new - logprobs).exp(), head(hidden)
         policy += torch.max(-a * ratio, -a * ratio.clamp(1 - c.clip_ratio, 1 + c.clip_ratio)).sum()
         clipped = torch.max(torch.min(v, old + c.clip_value), old - c.clip_value)
         value_loss += 0.5 * torch.max((v - r) ** 2, (clipped - r) ** 2).sum()
@@ -170,12 +207,12 @@ def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size
     torch.nn.init.normal_(head.linear.weight, std=0.1)
     with torch.no_grad():
         now, _ = ppo.response_stats(student, head, batch, 1.0)
-    batch.logprobs = now + 0.3 * torch.randn(now.shape, generator=torch.Generator().manual_seed(5)) * batch.mask
-    advantages = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(6)) * batch.mask
-    returns = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(7)) * batch.mask
+    noise, advantages, returns = torch.randn(3, len(now), generator=torch.Generator().manual_seed(5))
+    batch.logprobs = now + 0.3 * noise
+    batch = with_targets(batch, advantages, returns)
 
     twin, twin_head = copy.deepcopy(student), copy.deepcopy(head)
-    plain = plain_loss(twin, twin_head, batch, advantages, returns, config)
+    plain = plain_loss(twin, twin_head, batch, config)
     plain.backward()
     grads = [p.grad for p in (*twin.parameters(), *twin_head.parameters())]
 
@@ -183,7 +220,7 @@ def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size
     optimizer = torch.optim.SGD([*student.parameters(), *head.parameters()], lr=0.0)
     step = optimizer.step
     optimizer.step = lambda: (seen.extend(p.grad.clone() for p in (*student.parameters(), *head.parameters())), step())
-    stats = ppo.update(ppo.Learner(student, head, optimizer, config), batch, advantages, returns)
+    stats = ppo.update(policy(student, head, optimizer, config), batch)
     for got, want in zip(seen, grads, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-3)
     assert stats["policy_loss"] + config.value_coef * stats["value_loss"] == pytest.approx(plain.item(), abs=1e-4)
@@ -197,7 +234,7 @@ def test_a_minibatch_with_a_wild_ratio_is_skipped(student):
     before = [p.clone() for p in student.parameters()]
     head = ValueHead(64)
     optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=1e-2)
-    stats = ppo.update(ppo.Learner(student, head, optimizer, config), batch, batch.values, batch.values)
+    stats = ppo.update(policy(student, head, optimizer, config), with_targets(batch))
     assert stats["skipped"] == 2
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
 
@@ -217,7 +254,7 @@ def test_every_gradient_is_clipped(student):
         moved.append(float(torch.stack(norms).norm()))
 
     optimizer.step = recorded
-    ppo.update(ppo.Learner(student, head, optimizer, config), batch, batch.values, batch.values)
+    ppo.update(policy(student, head, optimizer, config), with_targets(batch))
     assert moved == [pytest.approx(1e-3, rel=0.01)] * 6
 
 
@@ -229,8 +266,8 @@ def test_the_value_head_starts_at_zero(student):
 def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
     batch = random_batch([5, 3], student.config.vocab_size)
     with torch.no_grad():
-        batch.logprobs, batch.values = ppo.response_stats(student, None, batch, 1.0)
-    ref_logprobs = batch.logprobs - 2.0 * batch.mask  # 10 and 6 nats
+        batch.logprobs, _ = ppo.response_stats(student, None, batch, 1.0)
+    batch.ref_logprobs = batch.logprobs - 2.0  # 10 and 6 nats
     head, seen = ValueHead(student.config.n_embd), {}
     optimizer = torch.optim.SGD([*student.parameters(), *head.parameters()], lr=0.0)
 
@@ -241,10 +278,10 @@ def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
     token_rewards = ppo.token_rewards
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "token_rewards", rewards)
-        ref, config = (ref_logprobs, ref_logprobs[..., None]), dataclasses.replace(CONFIG, epochs=1)
-        stats = ppo.step(ppo.Learner(student, head, optimizer, config), batch, ref, [1.0, 0.5], 0.2)
+        config = dataclasses.replace(CONFIG, epochs=1)
+        stats = ppo.step(policy(student, head, optimizer, config), batch, [1.0, 0.5], 0.2)
     assert stats["kl"] == pytest.approx(8.0, abs=1e-4) and stats["kl_coef"] == 0.2
-    want = torch.tensor([[-0.4, -0.4, -0.4, -0.4, 0.6], [-0.4, -0.4, 0.1, 0.0, 0.0]])
+    want = torch.tensor([-0.4, -0.4, -0.4, -0.4, 0.6, -0.4, -0.4, 0.1])
     torch.testing.assert_close(seen["rewards"], want)
 
 
@@ -252,11 +289,11 @@ def test_a_story_without_a_reward_has_no_part_in_a_step(student):
     batch = random_batch([5, 3, 4], student.config.vocab_size)
     with torch.no_grad():
         batch.logprobs, _ = ppo.response_stats(student, None, batch, 1.0)
-    ref, ends, stats = (batch.logprobs - 0.1 * batch.mask, batch.logprobs[..., None]), [], []
+    batch.ref_logprobs, ends, stats = batch.logprobs - 0.1, [], []
     for rows, rewards in (([0, 1, 2], [1.0, None, 0.5]), ([0, 2], [1.0, 0.5])):
-        copied, head, at = copy.deepcopy(student), ValueHead(student.config.n_embd), torch.tensor(rows)
-        learner = ppo.Learner(copied, head, ppo.make_optimizer(copied, head, CONFIG)[0], CONFIG)
-        stats.append(ppo.step(learner, batch.rows(at), [x[at] for x in ref], rewards, 0.2))
+        copied, head = copy.deepcopy(student), ValueHead(student.config.n_embd)
+        learner = policy(copied, head, optim.make_optimizer(copied, head, CONFIG)[0], CONFIG)
+        stats.append(ppo.step(learner, batch.rows(rows), rewards, 0.2))
         ends.append(copied.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert stats[0] == pytest.approx(stats[1] | {"unscored": 1}, rel=0, abs=0, nan_ok=True)
@@ -266,14 +303,15 @@ def test_learning_moves_the_policy_towards_what_is_rewarded(student):
     """One token is rewarded: its probability rises, and the value head learns to predict the return."""
     config = dataclasses.replace(CONFIG, epochs=4)
     batch = random_batch([10] * 8, student.config.vocab_size)
-    batch.tokens[:, ::2] = 42
+    batch.tokens[::2] = 42
     head = ValueHead(64)
     optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=1e-3)
     with torch.no_grad():
         batch.logprobs, batch.values = ppo.response_stats(student, head, batch, 1.0)
     gain = torch.where(batch.tokens == 42, 1.0, -1.0)
     returns = torch.ones_like(gain)
-    first = ppo.update(ppo.Learner(student, head, optimizer, config), batch, ppo.whiten(gain, batch.mask), returns)
+    targets = with_targets(batch, learners.whiten(gain, torch.ones_like(gain).bool()), returns)
+    first = ppo.update(policy(student, head, optimizer, config), targets)
     assert first["ratio_error"] < 1e-5
     with torch.no_grad():
         after, value = ppo.response_stats(student, head, batch, 1.0)
@@ -285,11 +323,11 @@ def test_learning_moves_the_policy_towards_what_is_rewarded(student):
 def test_the_learning_rate_falls_linearly_over_all_updates_of_a_run(student, monkeypatch):
     config = dataclasses.replace(CONFIG, steps=2, epochs=2, minibatch_size=4, learning_rate=0.8, lr_decay=True)
     batch, head, rates = random_batch([3] * 7, student.config.vocab_size), ValueHead(student.config.n_embd), []
-    optimizer, _ = ppo.make_optimizer(student, head, config)
+    optimizer, _ = optim.make_optimizer(student, head, config)
     monkeypatch.setattr(optimizer, "step", lambda: rates.append(optimizer.param_groups[0]["lr"]))
     for steps in range(2):
         config = dataclasses.replace(config, max_ratio=1e9)
-        ppo.update(ppo.Learner(student, head, optimizer, config), batch, batch.values, batch.values, steps)
+        ppo.update(policy(student, head, optimizer, config), with_targets(batch), steps=steps)
     assert rates == pytest.approx([0.8 - 0.1 * update for update in range(8)])
 
 
@@ -304,7 +342,7 @@ def test_under_autocast_each_epoch_uses_the_weights_of_the_one_before(student):
         config = dataclasses.replace(CONFIG, epochs=epochs, max_ratio=1e9)
         for _ in range(calls):
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                ppo.update(ppo.Learner(student, head, optimizer, config), batch, batch.values, batch.values)
+                ppo.update(policy(student, head, optimizer, config), with_targets(batch))
         ends.append(copy.deepcopy(student.state_dict()))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
 
@@ -317,11 +355,14 @@ def test_a_batch_holds_each_story_after_its_own_opening(tokenizer):
         numbers = torch.arange(len(tokens), dtype=torch.float32)
         ids = torch.tensor(encode_opening(tokenizer, opening))
         told.append(Story(i, opening, text, ids, tokens, -numbers, numbers, numbers, "length"))
-    batch = ppo.collate(told, torch.device("cpu"))
+    whole = collate(told, torch.device("cpu"))
     for b, story in enumerate(told):
         opening, n = encode_opening(tokenizer, story.opening), len(story.tokens)
-        assert batch.inputs[b, : batch.lengths[b]].tolist() == [*opening, *story.tokens[:-1].tolist()]
-        assert batch.predicts[b].nonzero()[:, 0].tolist() == [*range(len(opening) - 1, len(opening) - 1 + n)]
-        assert batch.tokens[b][batch.mask[b]].tolist() == story.tokens.tolist()
-        assert torch.equal(batch.values[b, :n], story.values) and torch.equal(batch.logprobs[b, :n], story.logprobs)
-    assert batch.predicts.sum() == batch.mask.sum()
+        assert whole.inputs[b, : whole.input_lengths[b]].tolist() == [*opening, *story.tokens[:-1].tolist()]
+        assert (whole.prompt_lengths[b], whole.lengths[b]) == (len(opening), n)
+        part = whole.rows([b])
+        assert part.tokens.tolist() == story.tokens.tolist() and part.indices.tolist() == [b]
+        assert torch.equal(part.values, story.values) and torch.equal(part.logprobs, story.logprobs)
+        assert torch.equal(whole.padded(whole.logprobs)[b, :n], story.logprobs)
+    assert torch.equal(whole.packed(whole.padded(whole.values)), whole.values)
+    assert whole.story_sums(whole.values).tolist() == [float(story.values.sum()) for story in told]

@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tinystory import ops
+from tinystory.config import InteractConfig
 from tinystory.rl import ppo
+from tinystory.rl.batch import collate
 from tinystory.run.errors import UserError
 from tinystory.student import generate as generation
 from tinystory.student import token_step as token_steps
@@ -98,15 +100,14 @@ def test_stories_end_at_the_end_token_and_keep_it(eager_to_end, tokenizer):
 def test_the_score_stands_on_the_last_token_that_was_drawn(eager_to_end, tokenizer):
     """On the end token where there is one, never on padding; and no sample is edited on its way to PPO."""
     stories = write(eager_to_end, tokenizer)
-    batch = ppo.collate(stories, torch.device("cpu"))
+    batch = collate(stories, torch.device("cpu"))
     scores = torch.arange(1.0, 25.0)
-    rewards = ppo.token_rewards(scores, batch.logprobs, batch.logprobs, batch.mask, 0.2)
-    for row, story in enumerate(stories):
+    batch.ref_logprobs = batch.logprobs
+    columns = (x.split(batch.lengths.tolist()) for x in (batch.tokens, ppo.token_rewards(scores, batch, 0.2)))
+    for story, score, tokens, rewards in zip(stories, scores, *columns, strict=True):
         n = len(story.tokens)
-        assert batch.tokens[row, :n].equal(story.tokens) and int(batch.mask[row].sum()) == n
-        assert batch.mask[row, :n].all() and rewards[row].nonzero().tolist() == [[n - 1]]
-        assert float(rewards[row, n - 1]) == scores[row]
-        assert (int(batch.tokens[row, n - 1]) == tokenizer.eos) == (story.ended == "eos")
+        assert tokens.equal(story.tokens) and rewards.nonzero().tolist() == [[n - 1]] and rewards[n - 1] == score
+        assert (int(tokens[n - 1]) == tokenizer.eos) == (story.ended == "eos")
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -115,7 +116,7 @@ def test_logprobs_and_values_are_those_of_the_trainer(eager_to_end, tokenizer, t
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight)
     stories = write(eager_to_end, tokenizer, head, temperature=temperature, openings=[OPENING, "Once", "Ben said"] * 8)
-    batch = ppo.collate(stories, torch.device("cpu"))
+    batch = collate(stories, torch.device("cpu"))
     with torch.no_grad():
         logprobs, values = ppo.response_stats(eager_to_end, head, batch, temperature)
     torch.testing.assert_close(batch.logprobs, logprobs, atol=2e-4, rtol=1e-4)
@@ -365,6 +366,6 @@ def test_dropout_in_a_rollout_is_another_policy_and_is_read_again_without(eager_
     options = dict(first_index=0, max_new_tokens=20, seed=3, dropout=0.3)
     stories, again = (generate(eager_to_end, None, tokenizer, ["Once"] * 16, **options) for _ in range(2))
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(stories, again, strict=True))
-    batch = ppo.collate(stories, torch.device("cpu"))
-    logprobs, _ = ppo.read_reference(eager_to_end, batch, 1.0, 8, states=False)
-    assert float(((batch.logprobs - logprobs) * batch.mask).abs().max()) > 0.1
+    batch = collate(stories, torch.device("cpu"))
+    logprobs, _ = ppo.read(eager_to_end, batch, InteractConfig(micro_batch_size=8), states=False)
+    assert float((batch.logprobs - logprobs).abs().max()) > 0.1

@@ -20,6 +20,9 @@ import train_pretrain as pretrain
 from tinystory import ops
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.rl import ppo
+from tinystory.rl.batch import Batch, collate
+from tinystory.rl.policy import Policy
+from tinystory.student.generate import Story
 from tinystory.student.model import Student, StudentConfig, ValueHead
 from tinystory.student.optim import make_optimizer
 from tinystory.student.token_step import Sampling, TokenStep
@@ -89,21 +92,27 @@ def pretraining(dropout: float) -> Counter:
     return second_micro_batch(lambda rows: pretrain.train_step(student, optimizer, tokens[:rows], config, BF16, 0))
 
 
-def written(rows: int) -> ppo.Batch:
+def written(rows: int) -> Batch:
     T, N = 16, 12
     stories = torch.randint(96, (rows, T + 1))
-    predicts = torch.arange(T).expand(rows, T) >= T - N
-    mask, zeros = torch.ones(rows, N, dtype=torch.bool), torch.zeros(rows, N)
-    return ppo.Batch(stories[:, :-1], predicts, stories[:, -N:], mask, zeros - 4.6, zeros, zeros)
+    zeros, each = torch.zeros(N), dict(text="", ended="length")
+    told = [
+        Story(
+            i, str(i), prompt_ids=row[:-N], tokens=row[-N:], logprobs=zeros - 4.6, values=zeros, entropies=zeros, **each
+        )
+        for i, row in enumerate(stories)
+    ]
+    batch = collate(told, torch.device("cpu"))
+    batch.advantages = batch.returns = batch.values
+    return batch
 
 
 def update(student: Student, value_head: ValueHead | None, rows: int) -> None:
     config = InteractConfig(micro_batch_size=2, minibatch_size=0, epochs=1, lr_decay=False)
     parameters = [p for module in (student, value_head) if module for p in module.parameters()]
-    optimizer, batch = torch.optim.SGD(parameters, lr=0.0), written(rows)
-    targets = batch.values, batch.values  # advantages and returns
-    learner = ppo.Learner(student, value_head, optimizer, config, lambda: torch.autocast("cpu", BF16))
-    ppo.update(learner, batch, *targets)
+    parts = dict(student=student, critic=value_head, optimizer=torch.optim.SGD(parameters, lr=0.0), config=config)
+    parts |= dict(autocast=lambda: torch.autocast("cpu", BF16), tokenizer=None, history={}, names=[])
+    ppo.update(Policy(**parts), written(rows))
 
 
 def interaction() -> Counter:
@@ -200,9 +209,9 @@ def test_a_ppo_micro_batch_waits_for_nothing(as_on_a_gpu):
     assert one == two and len(one) < 20
 
 
-def test_reading_under_the_reference_waits_once(as_on_a_gpu):
-    student = small_student(2)
-    assert waits(lambda: ppo.read_reference(student, written(4), 1.0, 2, states=True)) == ["cpu", "numpy"] * 2
+def test_reading_under_the_reference_waits_for_nothing(as_on_a_gpu):
+    student, batch = small_student(2), written(4)
+    assert waits(lambda: ppo.read_reference(student, batch, InteractConfig(micro_batch_size=2))) == []
 
 
 # --- it computes the same ---------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def test_two_processes_do_what_one_does(place, tmp_path):
     reading += ["--batch-size", "5", "--micro-batch-size", "2", "--learning-rate", "1e-3"]
     writing = [*SHORT, "--reward", f"{place / 'reward.py'}:some", "--max-unscored", "0.5", "--minibatch-size", "3"]
     writing += ["--stories-per-step", "7", "--steps", "2", "--micro-batch-size", "2", "--learning-rate", "1e-4"]
-    writing += ["--dtype", "float32", "--kl-in", "loss", "--reading-weight", "0.5", "--reading-batch", "3"]
+    writing += ["--dtype", "float32", "--kl-in", "loss", "--replay-weight", "0.5", "--replay-batch", "3"]
 
     def both(name: str) -> list[str]:
         p, i = tmp_path / name / "p", tmp_path / name / "i"

@@ -1,4 +1,4 @@
-"""Every learner, and reading on while interacting, as a user runs them: stopped and resumed, counted, refused."""
+"""Every learner, and replay of the corpus, as a user runs them: stopped and resumed, counted, refused."""
 
 import json
 import shutil
@@ -12,17 +12,18 @@ import train_interact as interact
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
 from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import prepare
+from tinystory.rl.learners import check
 from tinystory.rl.policy import load_policy
-from tinystory.rl.reading import Reading
+from tinystory.rl.replay import CorpusReplay
 from tinystory.run.errors import UserError
 from tinystory.run.folder import write_manifest
 from tinystory.student import checkpoint
 
-READING = "--reading-weight 0.3 --reading-batch 3"
+REPLAY = "--replay-weight 0.3 --replay-batch 3"
 LEARNERS = [
-    "--advantage gae", "--advantage rloo --stories-per-opening 3", f"--learn sft-best {READING}",
-    "--advantage grpo --stories-per-opening 2 --kl-in loss", "--advantage dr_grpo --stories-per-opening 2 --epochs 2",
-    f"--minibatch-size 2 {READING}",
+    "--learner gae", "--learner rloo --stories-per-opening 3", f"--learner sft-best {REPLAY}",
+    "--learner grpo --stories-per-opening 2 --kl-in loss", "--learner dr_grpo --stories-per-opening 2 --epochs 2",
+    f"--minibatch-size 2 {REPLAY}",
 ]  # fmt: skip
 
 
@@ -49,42 +50,42 @@ def test_a_stopped_run_resumes_to_the_same_bits(run, tmp_path, options):
 
 
 def test_a_value_head_learns_and_the_other_learners_have_none(run, tmp_path):
-    for advantage, more in (("gae", []), ("rloo", ["--stories-per-opening", "2"])):
-        run(tmp_path / advantage, "--advantage", advantage, *more)
-        state = checkpoint.load_file(checkpoint.newest(tmp_path / advantage) / "trainer.safetensors")
-        assert ("critic.linear.weight" in state) == (advantage == "gae")
-        if advantage == "gae":
+    for learner, more in (("gae", []), ("rloo", ["--stories-per-opening", "2"])):
+        run(tmp_path / learner, "--learner", learner, *more)
+        state = checkpoint.load_file(checkpoint.newest(tmp_path / learner) / "trainer.safetensors")
+        assert ("critic.linear.weight" in state) == (learner == "gae")
+        if learner == "gae":
             assert state["critic.linear.weight"].abs().max() > 0
-            assert all(record["value_loss"] > 0 for record in metrics(tmp_path / advantage))
+            assert all(record["value_loss"] > 0 for record in metrics(tmp_path / learner))
         else:
             assert not any(name.startswith("critic.") for name in state)
-            assert metrics(tmp_path / advantage)[-1]["explained_variance"] is None
+            assert metrics(tmp_path / learner)[-1]["explained_variance"] is None
 
 
 def test_what_is_read_counts_as_words_in_and_keeps_within_the_budget(run, place, tmp_path):
     run(tmp_path / "off")
-    run(tmp_path / "on", *READING.split())
+    run(tmp_path / "on", *REPLAY.split())
     off, on = metrics(tmp_path / "off"), metrics(tmp_path / "on")
-    assert all(record["words_read"] == 0 and record["reading_loss"] is None for record in off)
-    assert all(record["words_read"] > 0 and record["reading_loss"] > 0 for record in on)
+    assert all(record["words_replayed"] == 0 and record["replay_loss"] is None for record in off)
+    assert all(record["words_replayed"] > 0 and record["replay_loss"] > 0 for record in on)
     total = 0
     for without, record in zip(off, on, strict=True):
-        total += record["words_read"]
+        total += record["words_replayed"]
         assert record["words_in"] == without["words_in"] + total
-    budget = on[1]["words_in"] + on[2]["words_read"] - 1  # one word too few for the third step
-    run(tmp_path / "short", *READING.split(), "--budget-words", str(budget))
+    budget = on[1]["words_in"] + on[2]["words_replayed"] - 1  # one word too few for the third step
+    run(tmp_path / "short", *REPLAY.split(), "--budget-words", str(budget))
     assert len(metrics(tmp_path / "short")) == 2
 
 
 def test_no_document_that_pretraining_held_out_is_read(place, monkeypatch):
     monkeypatch.setattr("tinystory.data.shards.cache_dir", lambda: place / "cache")
     student, tokenizer, history = checkpoint.load(checkpoint.newest(place / "p"))
-    config = InteractConfig(reading_weight=1.0, reading_batch=4, stories_per_step=6, minibatch_size=2, epochs=2)
-    reading = Reading(config, history, tokenizer, student.config.context)
+    config = InteractConfig(replay_weight=1.0, replay_batch=4, stories_per_step=6, minibatch_size=2, epochs=2)
+    replay = CorpusReplay(config, history, tokenizer, student.config.context)
     data = prepare(open_corpus(history["corpus"]), vocab_size=320, val_fraction=0.05, seed=0)
-    assert reading.windows.file.word_count == data.train.word_count == history["corpus_words"]
-    assert reading.updates == 6 and reading.windows.file.tokens.tolist() == data.train.tokens.tolist()
-    first, again, second = reading.batches(0), reading.batches(0), reading.batches(1)
+    assert replay.windows.file.word_count == data.train.word_count == history["corpus_words"]
+    assert replay.updates == 6 and replay.windows.file.tokens.tolist() == data.train.tokens.tolist()
+    first, again, second = replay.batches(0), replay.batches(0), replay.batches(1)
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, again, strict=True))
     assert not torch.equal(first[0][0], second[0][0])
     ends = sum(text.count(tokenizer.eos) for text in first[0][0].tolist())
@@ -99,20 +100,20 @@ def test_a_start_that_does_not_say_what_it_was_trained_on_is_refused(place, tmp_
     (old / "model.json").write_text(json.dumps(record))
     write_manifest(old)
     line = fails(
-        interact.main, ["--init", str(old), "--reward", "random", *SHORT, *READING.split(), "--out", "x"], capsys
+        interact.main, ["--init", str(old), "--reward", "random", *SHORT, *REPLAY.split(), "--out", "x"], capsys
     )
-    assert "val_fraction" in line and "--reading-weight" in line
+    assert "val_fraction" in line and "--replay-weight" in line
 
 
 def test_a_refusal_names_what_to_give():
     for argv, words in (
-        ("--advantage gae --value-coef 0", ("--advantage gae", "--value-coef")),
+        ("--learner gae --value-coef 0", ("--learner gae", "--value-coef")),
         ("--value-coef 1", ("--value-coef", "gae")),
-        ("--advantage grpo", ("--stories-per-opening 2", "--stories-per-step")),
-        ("--learn sft-best --advantage gae", ("--advantage", "--learn ppo")),
+        ("--learner grpo", ("--stories-per-opening 2", "--stories-per-step")),
+        ("--learner sft-best --lam 0.5", ("--lam", "--learner ridge or gae")),
     ):
         with pytest.raises(UserError) as error:
-            parse(InteractConfig, INTERACT_PRESETS, argv.split())
+            check(parse(InteractConfig, INTERACT_PRESETS, argv.split()))
         assert all(word in str(error.value) for word in words)
 
 
@@ -120,9 +121,9 @@ def test_a_policy_has_the_critic_of_its_learner(place):
     compute = interact.resolve("cpu", "float32", "none")
     for options, parts in (
         (dict(), 2),
-        (dict(advantage="gae"), 2),
-        (dict(advantage="grpo"), 0),
-        (dict(learn="sft-best"), 0),
+        (dict(learner="gae"), 2),
+        (dict(learner="grpo"), 0),
+        (dict(learner="sft-best"), 0),
     ):
         policy = load_policy(InteractConfig(**options), checkpoint.newest(place / "p"), compute)
         assert len(policy.critic.state_dict()) == parts

@@ -21,6 +21,7 @@ from tinystory.config import (
     check,
     parse,
 )
+from tinystory.rl import learners
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint, memory
 
@@ -66,16 +67,16 @@ def capture(command, capsys) -> str:
 REFUSED = """--temperature 1e-9|--temperature 1e9|--seed 4294967296|--teacher-timeout 0|--n-embd 20
 --n-embd 130|--n-head 5|--n-embd 2048 --n-head 4|--val-fraction 0|--val-fraction 1|--vocab-size 1e9|--vocab-size 260
 --teacher-max-tokens 0|--teacher-max-tokens -5|--kl-coef -5|--clip-ratio -1|--gamma 5|--warmup 1|--dropout 1
---optimizer sgd|--weights-init zero|--dtype float16|--max-unscored 1|--diversity 1.1|--context 1|--advantage head
+--optimizer sgd|--weights-init zero|--dtype float16|--max-unscored 1|--diversity 1.1|--context 1|--learner head
 --reward random --teacher-url http://127.0.0.1:9
---stories-per-step 1|--budget-cost 1|--advantage gae --value-coef 0|--value-coef 1|--preset paper --value-coef 0
---advantage grpo|--advantage rloo --stories-per-opening 1|--advantage dr_grpo --stories-per-opening 7
---kl-in both|--learn sft|--learn sft-best --advantage gae|--learn sft-best --clip-ratio 0.1
---advantage grpo --stories-per-opening 2 --lam 1
+--stories-per-step 1|--budget-cost 1|--learner gae --value-coef 0|--value-coef 1|--preset paper --value-coef 0
+--learner grpo|--learner rloo --stories-per-opening 1|--learner dr_grpo --stories-per-opening 7
+--kl-in both|--learner sft|--learner sft-best --gamma 0.9|--learner sft-best --clip-ratio 0.1
+--learner grpo --stories-per-opening 2 --lam 1
 --teacher-mode rank --stories-per-opening 4|--teacher-url http://127.0.0.1:9 --teacher-mode rank
 --teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-opening 16
 --teacher-url http://127.0.0.1:9 --teacher-mode rank --stories-per-step 10 --stories-per-opening 4
---reward random --stories-per-opening 4 --teacher-mode rank|--track neptune|--reading-batch 5"""
+--reward random --stories-per-opening 4 --teacher-mode rank|--track neptune|--replay-batch 5"""
 
 
 @pytest.mark.parametrize("argv", REFUSED.replace("\n", "|").split("|"))
@@ -83,7 +84,8 @@ def test_senseless_options_are_refused(argv):
     argv = argv.split()
     config_class = next(c for c in COMMANDS if {f.name for f in options(c)} >= {argv[-2][2:].replace("-", "_")})
     with pytest.raises(UserError, match="--"):
-        parse(config_class, COMMANDS[config_class], argv)
+        config = parse(config_class, COMMANDS[config_class], argv)
+        learners.check(config)
 
 
 @pytest.mark.parametrize("flag", ["--out", "--openings", "--device", "--teacher-url"])

@@ -16,9 +16,9 @@ from tinystory.student.model import Student
 class Packing:
     """The tokens of (B, T) padded stories in one sequence of n, without padding, each opening once. All int64.
 
-    places: (n,), their places in (B * T). source: (B * T,), for each place its token in the sequence, 0 for padding.
-    shared: (m,), the tokens with several places; copies: (k,), those places of theirs that `places` does not name;
-    owners: (k,), whose copies they are, as indices into shared."""
+    places: (n,) positions of the sequence's tokens in (B * T). source: (B * T,) at each position the index of its token
+    in the sequence, 0 for padding. copies: (k,) padded positions of repeated opening tokens. shared: (m,) indices in
+    the sequence of the tokens that are repeated; owners: (k,) index in `shared` of the token that each copy repeats."""
 
     places: Tensor
     source: Tensor
@@ -38,7 +38,7 @@ class Packing:
 
 
 class Unpack(torch.autograd.Function):
-    """(n, ...) -> (B * T, ...): every token at each of its places. Its gradient is the sum of theirs, in float32."""
+    """(n, ...) -> (B * T, ...): each token at all of its positions. The gradient sums over them, in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
@@ -54,18 +54,16 @@ class Unpack(torch.autograd.Function):
         return own.index_copy_(0, p.shared, total.to(grad.dtype)), None
 
 
-def pack(inputs: np.ndarray, openings: np.ndarray, lengths: np.ndarray) -> Packing | None:
-    """The packing of inputs (B, T), or None if no two rows have the same opening. openings: (B,), the tokens of each
-    row's opening; lengths: (B,), of each row without its padding."""
-    B, T = inputs.shape
-    rows, columns = np.arange(B), np.arange(T)
-    first: dict[bytes, int] = {}
-    owner = np.array([first.setdefault(inputs[row, : openings[row]].tobytes(), row) for row in range(B)])
-    if len(first) == B:
+def pack(openings: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray) -> Packing | None:
+    """The packing of B rows, or None if no two have the same opening. All (B,): an identifier and the length of each
+    row's opening, and the length of the row without its padding."""
+    _, first, group = np.unique(openings, return_index=True, return_inverse=True)
+    if len(first) == len(openings):
         return None
-    in_opening, is_owner = columns < openings[:, None], (owner == rows)[:, None]
+    rows, columns, owner = np.arange(len(openings)), np.arange(lengths.max()), first[group]
+    in_opening, is_owner = columns < prompt_lengths[:, None], (owner == rows)[:, None]
     is_computed = np.where(in_opening, is_owner, columns < lengths[:, None])
-    number = is_computed.cumsum().reshape(B, T) - 1
+    number = is_computed.cumsum().reshape(is_computed.shape) - 1
     is_copy = in_opening & ~is_owner
     source = np.where(is_copy, number[owner], np.where(is_computed, number, 0)).flatten()
     copies = np.flatnonzero(is_copy)

@@ -1,27 +1,29 @@
 """The policy that learns, the state of its run, which a checkpoint of an interaction holds, and its rollout."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tinystory.config import InteractConfig
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.ops.compute import Compute
-from tinystory.rl import ppo
-from tinystory.rl.advantages import Critic
+from tinystory.rl.learners import LEARNERS
+from tinystory.rl.optim import make_optimizer
 from tinystory.run import distributed
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, generate
-from tinystory.student.model import ValueHead
+from tinystory.student.model import Student, ValueHead
 
 
 @dataclass
 class RunState:
     """written: stories so far; words_in, words_out: spent of the word budget. In: each opening once, each word of each
-    reply (arXiv 2509.15714), and each that --reading-weight reads; out: each word that the student writes."""
+    reply (arXiv 2509.15714), and each that --replay-weight replays; out: each word that the student writes."""
 
     kl_coef: float
     step: int = 0
@@ -41,12 +43,23 @@ class RunState:
 
 
 @dataclass(kw_only=True)
-class Policy(ppo.Learner):
-    """history: the student's history, for model.json; names: of the optimizer's parameters, in order."""
+class Policy:
+    """What learns. critic: an empty module for learners without values. autocast: the context of the forward passes,
+    and of them alone: inside it the backward pass would round the value head's float32 gradient. history: the student's
+    history, for model.json; names: of the optimizer's parameters, in order."""
 
+    student: Student
+    critic: nn.Module
+    optimizer: torch.optim.Optimizer
+    config: InteractConfig
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     tokenizer: Tokenizer
     history: dict[str, Any]
     names: list[str]
+
+    @property
+    def value_head(self) -> ValueHead | None:
+        return self.critic if isinstance(self.critic, ValueHead) else None
 
     def save(self, folder: Path, state: RunState, *, replace: bool = False) -> None:
         """Write a checkpoint, and drop what is older."""
@@ -74,12 +87,13 @@ class Policy(ppo.Learner):
 def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Policy:
     """The student of a checkpoint, with a new critic and a new optimizer."""
     student, tokenizer, history = checkpoint.load(folder, compute.device)
-    critics = {"ridge": Critic, "gae": ValueHead}  # the other learners have no values
-    critic = critics[config.learner](student.config.n_embd) if config.learner in critics else nn.Module()
-    critic.to(compute.device)
-    optimizer, names = ppo.make_optimizer(student, critic, config)
-    autocast = compute.autocast
-    return Policy(student, critic, optimizer, config, autocast, tokenizer=tokenizer, history=history, names=names)
+    critic_class = LEARNERS[config.learner].critic
+    critic = (critic_class(student.config.n_embd) if critic_class else nn.Module()).to(compute.device)
+    optimizer, names = make_optimizer(student, critic, config)
+    return Policy(
+        student=student, critic=critic, optimizer=optimizer, config=config, autocast=compute.autocast,
+        tokenizer=tokenizer, history=history, names=names,
+    )  # fmt: skip
 
 
 def rollout(

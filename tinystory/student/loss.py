@@ -1,4 +1,4 @@
-"""Next-word prediction: pretraining's loss, and what --reading-weight adds to interaction."""
+"""Next-word prediction: pretraining's loss, and what --replay-weight adds to interaction."""
 
 import random
 

@@ -81,7 +81,7 @@ class Scale:
 # epoch over more stories, a weak KL penalty, and the paper's reward.
 _PRETRAIN = "--weights-init gpt2 --optimizer adamw --packing stream"
 _INTERACT = (
-    "--stories-per-step 64 --learning-rate 1e-4 --no-lr-decay --sharpness-rate 0 --advantage gae --value-coef 1 "
+    "--stories-per-step 64 --learning-rate 1e-4 --no-lr-decay --sharpness-rate 0 --learner gae --value-coef 1 "
     "--kl-coef 0.02 --kl-target 12 --kl-horizon 10000 --eval-every 0 "
     f"--openings {shlex.quote(PAPER_OPENING)} --max-new-tokens 90 --diversity 0 --unfinished 1"
 )

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from tinystory.config import INTERACT_PRESETS, InteractConfig, PretrainConfig
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.ops.compute import Compute
-from tinystory.rl import ppo
+from tinystory.rl import optim, ppo
+from tinystory.rl.batch import collate
+from tinystory.rl.policy import Policy
 from tinystory.run.device import now
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student, StudentConfig, ValueHead
@@ -102,19 +104,22 @@ def ppo_iteration(setup: Setup) -> Run:
     tokenizer = RandomTokenizer(config.vocab_size)
     reference = Student(config).to(device).requires_grad_(False)
     reference.load_state_dict(student.state_dict())
-    optimizer, _ = ppo.make_optimizer(student, head, options)
-    learner = ppo.Learner(student, head, optimizer, options, setup.compute.autocast)
+    optimizer, names = optim.make_optimizer(student, head, options)
+    policy = Policy(
+        student=student, critic=head, optimizer=optimizer, config=options, autocast=setup.compute.autocast,
+        tokenizer=tokenizer, history={}, names=names,
+    )  # fmt: skip
     rewards = [0.5] * setup.batch
 
     def run() -> dict[str, float]:
         start = now(device)
         stories = write(setup, student, head, tokenizer)
-        batch = ppo.collate(stories, device)
+        batch = collate(stories, device)
         after_rollout = now(device)
-        with learner.autocast():
-            under_reference = ppo.read_reference(reference, batch, 1.0, options.micro_batch_size, states=False)
+        with policy.autocast():
+            batch = ppo.read_reference(reference, batch, options)
         after_reference = now(device)
-        ppo.step(learner, batch, under_reference, rewards, options.kl_coef)
+        ppo.step(policy, batch, rewards, options.kl_coef)
         end = now(device)
         seconds = dict(total_s=end - start, rollout_s=after_rollout - start)
         seconds |= dict(update_s=end - after_rollout, reference_s=after_reference - after_rollout)

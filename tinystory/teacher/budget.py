@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings
 from tinystory.rl.policy import RunState
-from tinystory.rl.reading import Reading
+from tinystory.rl.replay import CorpusReplay
 from tinystory.run import distributed
 from tinystory.run.errors import UserError
 from tinystory.teacher.grade import Grader
@@ -18,7 +18,7 @@ class Budget:
     config: InteractConfig
     grader: Grader
     openings: Openings
-    reading: Reading
+    replay: CorpusReplay
 
     def exhausted(self, state: RunState, evaluations: int = 1) -> str:
         """Which limit does not hold another step and so many evaluations, as rank 0 sees it; "" if all do."""
@@ -37,7 +37,7 @@ class Budget:
         stories = n + evaluations * config.stories_per_evaluation
         words_in = self.openings.new_words(state.written, n, config.charge_opening and state.step == 0)
         words_in += state.words_in + stories * self.grader.most_words
-        words_in += sum(words for _, words in self.reading.batches(state.step))
+        words_in += sum(words for _, words in self.replay.batches(state.step))
         words_out = state.words_out + stories * config.max_new_tokens
         if words_in > config.budget_words or words_out > config.budget_words_out:
             return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"

@@ -1,4 +1,4 @@
-"""--reading-weight: the student reads on in its own corpus while it interacts."""
+"""Replay of the corpus (--replay-weight): next-word prediction on it while the student interacts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,27 +14,27 @@ from tinystory.run import distributed
 from tinystory.run.errors import UserError
 
 
-class Reading:
-    """Batches of the training split of a student's corpus, in an order drawn from the seed: for each step as many as it
-    can have updates, so that a resumed run reads the same ones. None without --reading-weight."""
+class CorpusReplay:
+    """Batches of the training split of a student's corpus, in an order drawn from the seed: one per update that a step
+    can have, so that a resumed run reads the same ones. None without --replay-weight."""
 
     def __init__(self, config: InteractConfig, history: Mapping[str, Any], tokenizer: Tokenizer, context: int):
-        """facts: of the student's checkpoint. Raises UserError if they do not name the corpus, or if it is gone."""
+        """history: of the student's checkpoint. Raises UserError if they do not name the corpus, or if it is gone."""
         self.updates = 0
-        if not config.reading_weight:
+        if not config.replay_weight:
             return
         if missing := {"corpus", "documents", "corpus_seed", "val_fraction"} - history.keys():
             raise UserError(
-                f"--reading-weight reads what the student was trained on, and its checkpoint names no {min(missing)}: "
+                f"--replay-weight trains on the student's own corpus, and its checkpoint names no {min(missing)}: "
                 "pretrain one with train_pretrain.py of this version, or leave it out"
             )
-        distributed.require_one_each("--reading-batch", config.reading_batch)
+        distributed.require_one_each("--replay-batch", config.replay_batch)
         split = dict(vocab_size=tokenizer.vocab_size, val_fraction=history["val_fraction"], seed=history["corpus_seed"])
         corpus = open_corpus(history["corpus"], history["documents"])
         data = distributed.rank0_first(lambda: prepare(corpus, **split, tokenizer=tokenizer))
-        self.windows = Windows(data.train, context, config.reading_batch, config.seed, "whole")
+        self.windows = Windows(data.train, context, config.replay_batch, config.seed, "whole")
         self.updates = config.epochs * -(-config.stories_per_step // (config.minibatch_size or config.stories_per_step))
 
     def batches(self, step: int) -> list[tuple[Tensor, int]]:
-        """Per update of a step the sequences, (reading_batch, context + 1) int64, and the number of their words."""
+        """Per update of a step the sequences, (replay_batch, context + 1) int64, and the number of their words."""
         return [self.windows.batch(step * self.updates + i) for i in range(self.updates)]

@@ -1,0 +1,121 @@
+"""The stories of a step as tensors: padded rows where attention reads them, one entry per token everywhere else."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tinystory.run.device import upload
+from tinystory.student.generate import Story
+
+Rows = Sequence[int] | np.ndarray
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """B stories with n tokens in all.
+
+    inputs: (B, T) int64, right-padded: opening and story without its last token. Each of the other tensors has one
+    entry per token of a story, in the stories' order: tokens (n,) int64; logprobs, values (n,) float32, from when the
+    token was sampled; ref_logprobs (n,) and ref_states (n, C) under the reference; advantages and returns (n,), of
+    the learner. The sizes are NumPy arrays on the host, so that no micro-batch waits for a GPU, each (B,) int64:
+    indices of the stories; prompt_lengths, lengths: tokens of each opening and story; openings: equal for stories with
+    the same opening. longest: columns of a padded table, the same for all parts of a step.
+    """
+
+    inputs: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+    values: Tensor
+    ref_logprobs: Tensor | None = None
+    ref_states: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    indices: np.ndarray
+    openings: np.ndarray
+    prompt_lengths: np.ndarray
+    lengths: np.ndarray
+    longest: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def input_lengths(self) -> np.ndarray:
+        """(B,): the inputs of each row, padding not counted."""
+        return self.prompt_lengths + self.lengths - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs.device
+
+    def rows(self, rows: Rows) -> "Batch":
+        """The batch of these stories."""
+        chosen: dict[str, Any] = {}
+        at, token_at = self.upload(np.asarray(rows, np.int64)), self.token_places(rows)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                chosen[field.name] = value[rows]
+            elif isinstance(value, Tensor):
+                chosen[field.name] = value.index_select(0, at if field.name == "inputs" else token_at)
+        return dataclasses.replace(self, **chosen)
+
+    def token_places(self, rows: Rows) -> Tensor:
+        """The places of these stories' tokens in a tensor of all tokens, int64, on the device."""
+        starts = self.lengths.cumsum() - self.lengths
+        return self.upload(spans(starts[rows], self.lengths[rows]))
+
+    def padded(self, x: Tensor) -> Tensor:
+        """(n, ...) float32 -> (B, longest, ...), 0 where there is no token."""
+        table = torch.zeros(len(self) * self.longest, *x.shape[1:], device=x.device)
+        return table.index_copy(0, self._table_places, x).unflatten(0, (len(self), self.longest))
+
+    def packed(self, table: Tensor) -> Tensor:
+        """The inverse of `padded`; of a table (B, 1) the story's entry at each of its tokens."""
+        return table.expand(-1, self.longest, *table.shape[2:]).flatten(0, 1).index_select(0, self._table_places)
+
+    def story_sums(self, x: Tensor) -> Tensor:
+        """(n,) -> (B,): the sum over each story's tokens."""
+        return self.padded(x).sum(1)
+
+    def upload(self, x: np.ndarray) -> Tensor:
+        return upload(torch.from_numpy(x), self.device)
+
+    @property
+    def _table_places(self) -> Tensor:
+        return self.upload(spans(np.arange(len(self)) * self.longest, self.lengths))
+
+
+def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ..., start + length - 1 for each of the starts, in one array."""
+    return np.repeat(starts + lengths - lengths.cumsum(), lengths) + np.arange(lengths.sum())
+
+
+def collate(stories: Sequence[Story], device: torch.device) -> Batch:
+    """The batch of these stories."""
+    first: dict[str, int] = {}
+    inputs = [torch.cat([story.prompt_ids, story.tokens[:-1]]) for story in stories]
+    lengths = np.array([len(story.tokens) for story in stories])
+    tokens, logprobs, values = (
+        upload(torch.cat([getattr(story, name) for story in stories]), device)
+        for name in ("tokens", "logprobs", "values")
+    )
+    return Batch(
+        inputs=upload(pad_sequence(inputs, batch_first=True), device), tokens=tokens, logprobs=logprobs, values=values,
+        indices=np.array([story.index for story in stories]),
+        openings=np.array([first.setdefault(story.opening, row) for row, story in enumerate(stories)]),
+        prompt_lengths=np.array([len(story.prompt_ids) for story in stories]),
+        lengths=lengths, longest=int(lengths.max()),
+    )  # fmt: skip
+
+
+def by_length(lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Indices of `lengths` in groups of at most `size`, similar ones together, so that little padding is computed."""
+    order = lengths.argsort(kind="stable")
+    return (order[first : first + size] for first in range(0, len(order), size))
