@@ -10,10 +10,10 @@ evaluated on held-out openings, and the best student is kept.
 """
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
@@ -26,14 +26,15 @@ from tinystory.evaluate.held_out import Evaluator, due, has_dull_tellers, story_
 from tinystory.evaluate.likelihood import Likelihood
 from tinystory.evaluate.reader import Reader
 from tinystory.evaluate.second_judge import conclusion, judge_run
-from tinystory.ops.compute import resolve
+from tinystory.ops.compute import Compute, resolve
 from tinystory.report.before_after import summary
 from tinystory.report.charts import text_curve
 from tinystory.report.run import live_report
 from tinystory.rl import learners, ppo
-from tinystory.rl.batch import collate
-from tinystory.rl.collapse import Watch, score_relations
-from tinystory.rl.policy import RunState, load_policy, rollout, rollout_means
+from tinystory.rl.batch import Batch, collate
+from tinystory.rl.budget import Budget
+from tinystory.rl.collapse import CollapseDetector, score_relations
+from tinystory.rl.policy import Policy, RunState, load_policy, rollout, rollout_means
 from tinystory.rl.replay import CorpusReplay
 from tinystory.rl.reward import story_rewards
 from tinystory.rubric.process import builtin_teacher
@@ -44,10 +45,10 @@ from tinystory.run.folder import Record, RunLog, locked, read_metrics, recorded_
 from tinystory.run.paths import hint
 from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint, memory
-from tinystory.student.generate import encode_opening, require_room
-from tinystory.teacher.budget import Budget
+from tinystory.student.generate import Story, encode_opening, require_room
+from tinystory.student.model import Student
 from tinystory.teacher.callable import CallableGrader
-from tinystory.teacher.grade import Grader, require_scores, score_means
+from tinystory.teacher.grade import Grade, Grader, require_scores, score_means
 from tinystory.teacher.grader import open_grader
 
 PRETRAIN_RUN = Path("runs/pretrain")
@@ -60,148 +61,214 @@ def main(argv: list[str] | None = None) -> None:
     config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
     learners.check(config)
     distributed.start(config.device)
-    with distributed.on_rank0(locked(Path(config.out), new=not config.resume)), contextlib.ExitStack() as stack:
-        interact(config, stack)
+    with distributed.on_rank0(locked(Path(config.out), new=not config.resume)), open_run(config) as run:
+        interact(run)
+        report(run)
 
 
-def interact(config: InteractConfig, stack: contextlib.ExitStack) -> None:
-    """The whole run. stack: closes the teacher and the records when it ends."""
-    n, rank0, run = config.stories_per_step, distributed.is_rank0(), Path(config.out)
-    distributed.require_one_each("--stories-per-step", n)
-    distributed.require_one_each("--eval-stories", config.stories_per_evaluation)
-    compute = resolve(config.device, config.dtype, config.pytorch_ops)
-    resume_from = checkpoint.to_resume(run) if config.resume else None
+@dataclass(kw_only=True)
+class InteractionRun:
+    """A run that is open: what learns, who grades, and where it is recorded."""
 
-    # Two copies of the starting checkpoint: the policy, which learns, and the frozen reference of the KL penalty.
-    origin = run / "checkpoints" / "start" if resume_from else starting_checkpoint(config.init)
-    reference, tokenizer, history = checkpoint.load(origin, compute.device)
-    reference.requires_grad_(False)
-    policy = load_policy(config, origin, compute)
-    memory.require_for_interaction(config, reference.config, compute.device)
-    for warning in published_options(config) if rank0 else ():
-        print(f"warning: {warning}")
-    openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
-    if openings.train == openings.held_out:
-        print("there is one opening, so none is held out: evaluations use the one that is trained on")
-    longest = max(len(encode_opening(tokenizer, text)) for text in openings.train + openings.held_out)
-    require_room(reference, longest, config.max_new_tokens)
-    replay = CorpusReplay(config, history, tokenizer, reference.config.context)
-    milestones = INTERACTION_CHECKPOINTS
-    if config.preset in babylm.TRACKS:
-        reads = config.budget_words if config.replay_weight else 0
-        babylm.check_interaction(config.preset, history, config.budget_words, reads)
-        milestones = babylm.milestones_beyond(history)
-    state = policy.restore(resume_from) if resume_from else RunState(config.kl_coef)
+    config: InteractConfig
+    compute: Compute
+    policy: Policy
+    reference: Student  # the starting checkpoint, frozen, for the KL penalty
+    state: RunState
+    openings: Openings
+    replay: CorpusReplay
+    grader: Grader
+    budget: Budget
+    evaluator: Evaluator
+    detector: CollapseDetector
+    reader: Reader | None
+    log: RunLog
+    update_report: Callable[[], None]
+    stop: Stop
+    bar: Progress
+    stages: Stages
 
-    # Only rank 0 asks its grader. It is opened before the run's folder is: a mistake leaves nothing behind.
-    opened = open_grader(
-        config, builtin_teacher, corpus=history.get("corpus"), replies=run / "replies.jsonl",
-        likelihood=lambda: Likelihood(reference, tokenizer, openings.train, config),
-    )  # fmt: skip
-    idle = CallableGrader(lambda openings, stories: [], "rank 0")
-    grader: Grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else idle)
-    evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
-    to_grade = (config.steps - state.step) * n + evaluations * config.stories_per_evaluation
-    if forecast := grader.forecast(to_grade, openings[0]):
-        print(f"forecast: {forecast}")
-    grader_facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
-    reader = Reader(config.reader, config.device) if rank0 and config.reader != "none" else None
-    print(f"student {origin}, scored by {grader_facts['scored_by']}")
-    budget = Budget(config, grader, openings, replay)
-    budget.require_first_step(state)
-    resume_step = state.step if config.resume else None
-    log = stack.enter_context(distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0)))
-    size = sum(parameter.numel() for parameter in reference.parameters())
-    student_facts = {"parameters": size, "corpus": history.get("corpus"), "words": history.get("words")}
-    init = {"init": config.init or str(origin), "student": student_facts}
-    log.config(asdict(config) | grader_facts | compute.recorded | init)
-    update_report = stack.enter_context(live_report(run, rank0))
-    watch = Watch(read_metrics(run), config.kl_target)
 
-    def save(name: str = "", replace: bool = False) -> None:
-        policy.save(run / "checkpoints" / (name or f"step_{state.step:07d}"), state, replace=replace)
-
-    if not resume_from:
-        save("start")
-    distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
-    stop = stack.enter_context(Stop().listening())
-    evaluator = Evaluator(config, policy, openings, grader.scorer, log, stop)
-    bar = Progress(total=config.steps * n, initial=state.written, unit="story", disable=not rank0)
-    stages = Stages(bar, compute.device)
-
-    def send(index: int, opening: str, story: str) -> None:
-        grader.send(index, opening, story)
-        bar.update()
-
-    with contextlib.suppress(Interrupted), bar:
-        if due(config, state.step) and not evaluator.done(state.step):
-            evaluator.evaluate(state)
-        # A signal to any process stops all of them.
-        while state.step < config.steps and not distributed.all_reduce_max(stop.requested):
-            if exhausted := budget.exhausted(state):
-                bar.write(f"{exhausted} does not hold another step")
-                break
+def interact(run: InteractionRun) -> None:
+    """The run, step by step, until its last one, a signal, the end of its budget, or a collapse."""
+    config, policy, state, stages = run.config, run.policy, run.state, run.stages
+    with contextlib.suppress(Interrupted), run.bar:
+        if due(config, state.step):
+            evaluate_at_rest(run)
+        while goes_on(run):
             stages.begin("rollout")
-            prompts = [openings[state.written + i] for i in range(n)]
-            dropout = config.rollout_dropout if state.step else 0.0
-            stories = rollout(policy, prompts, state.written, send, dropout)
+            prompts = [run.openings[state.written + i] for i in range(config.stories_per_step)]
+            stories = rollout(policy, prompts, state.written, run.grader, run.bar, dropout(run))
             stages.begin("reference")
-            batch = collate(stories, compute.device)
-            with compute.autocast():
-                batch = ppo.reread(policy, batch) if dropout else batch
-                batch = ppo.read_reference(reference, batch, config)
+            batch = read(run, collate(stories, run.compute.device))  # while the teacher grades
             stages.begin("teacher")
-            try:
-                grades = distributed.rank0_value(lambda: grader.collect(stop))
-                require_scores(grades, config.max_unscored)
-            except UserError:  # nothing has been learned in this step, so the state after the last one is saved
-                save()
-                raise
+            grades = collect(run)
             stages.begin("update")
             scores = [config.invented_score if grade.score is None else grade.score for grade in grades]
             rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
-            texts = replay.batches(state.step)
-            stats = ppo.step(policy, batch, rewards, state.kl_coef, state.step, texts)
+            stats = ppo.step(policy, batch, rewards, state.kl_coef, state.step, run.replay.batches(state.step))
             stages.end()
-
-            words_before = state.words_in
-            words_in = openings.new_words(state.written, n, config.charge_opening and state.step == 0)
-            words_in += sum(grade.reply_words for grade in grades) + int(stats["words_replayed"])
-            state.advance(stories, words_in)
-            state.kl_coef = ppo.next_kl_coef(state.kl_coef, stats["kl"], n - int(stats["unscored"]), config)
-            stats["unscored"] = sum(grade.score is None for grade in grades)  # also those with an invented score
-            evaluation, failure = evaluator.evaluate_if_due(state)
-            records = story_records(state.step, stories, grades, rewards, has_dull_tellers(history))
-            means = story_means(records)
-            log.stories(records)
-            record = log.metrics(
-                step=state.step, **stats, **score_means(grades), **means,
-                **rollout_means(stories), **score_relations([grade.score for grade in grades], stories), **evaluation,
-                words_in=state.words_in, words_out=state.words_out,
-                **stages.seconds, peak_memory_mb=peak_memory_mb(compute.device), **grader.stats(),
-            )  # fmt: skip
-            bar.end_step({"reward": stats["reward_mean"], "words": means["length_mean"], "kl": stats["kl"]})
-            for name, words in milestones.items():
-                if words_before < words <= state.words_in:
-                    save(name)
+            milestones = count(run, stories, grades, stats)
+            evaluation, failure = run.evaluator.evaluate_if_due(state)
+            record = log(run, stories, grades, rewards, stats | evaluation)
+            save(run, *milestones)
             if failure or state.step % config.save_every == 0:
-                save()
+                save(run, step_name(state))
             if failure:
                 raise failure
-            update_report()
-            warnings = distributed.rank0_value(partial(watch.add, record))
-            for warning in warnings.values() if rank0 else ():
-                bar.write(warning)
-            if config.stop_on_collapse and warnings.keys() & {"collapse", "kl"}:
+            if warn(run, record):
                 break
-        if not distributed.all_reduce_max(stop.requested) and not evaluator.done(state.step):  # an early end
-            evaluator.evaluate(state)
-    save(replace=True)
-    stopped = distributed.all_reduce_max(stop.requested)
-    if rank0:
-        judge = None if reader is None else lambda: judge_run(run, config, compute, reader, grader.grade_each)
-        report(run, state, stopped=bool(stopped), judge=judge)
+        if not distributed.all_reduce_max(run.stop.requested):
+            evaluate_at_rest(run)
+    save(run, step_name(state), replace=True)
+
+
+# ---- the stages of a step --------------------------------------------------------------------------------------------
+
+
+def goes_on(run: InteractionRun) -> bool:
+    """Whether there is another step. A signal to any process stops all of them."""
+    if run.state.step >= run.config.steps or distributed.all_reduce_max(run.stop.requested):
+        return False
+    if exhausted := run.budget.exhausted(run.state):
+        run.bar.write(f"{exhausted} does not hold another step")
+    return not exhausted
+
+
+def dropout(run: InteractionRun) -> float:
+    """Of the rollout."""
+    return run.config.rollout_dropout if run.state.step else 0.0
+
+
+def read(run: InteractionRun, batch: Batch) -> Batch:
+    """The stories under the reference, and under the policy too if they were sampled with dropout."""
+    with run.compute.autocast():
+        batch = ppo.reread(run.policy, batch) if dropout(run) else batch
+        return ppo.read_reference(run.reference, batch, run.config)
+
+
+def collect(run: InteractionRun) -> list[Grade]:
+    """The grades of the step's stories. If the teacher fails, nothing has been learned in this step, and the state
+    after the last one is saved."""
+    try:
+        grades = distributed.rank0_value(lambda: run.grader.collect(run.stop))
+        require_scores(grades, run.config.max_unscored)
+    except UserError:
+        save(run, step_name(run.state))
+        raise
+    return grades
+
+
+def count(run: InteractionRun, stories: Sequence[Story], grades: list[Grade], stats: dict[str, Any]) -> list[str]:
+    """Count the step, and adapt the KL coefficient to it. Returns the milestones in words that it passes."""
+    state, before = run.state, run.state.words_in
+    replies, scored = sum(grade.reply_words for grade in grades), len(stories) - int(stats["unscored"])
+    state.advance(stories, run.budget.opening_words(state) + replies + int(stats["words_replayed"]))
+    state.kl_coef = ppo.next_kl_coef(state.kl_coef, stats["kl"], scored, run.config)
+    return run.budget.passed(before, state.words_in)
+
+
+def log(
+    run: InteractionRun, stories: Sequence[Story], grades: list[Grade], rewards: list[float | None],
+    stats: dict[str, Any],
+) -> Record:  # fmt: skip
+    """Record the step: its stories, and its metrics, which are returned."""
+    state = run.state
+    records = story_records(run.state.step, stories, grades, rewards, has_dull_tellers(run.policy.history))
+    means, scores = story_means(records), [grade.score for grade in grades]
+    run.log.stories(records)
+    run.bar.end_step({"reward": stats["reward_mean"], "words": means["length_mean"], "kl": stats["kl"]})
+    return run.log.metrics(
+        step=state.step, **stats | {"unscored": scores.count(None)}, **score_means(grades), **means,
+        **rollout_means(stories), **score_relations(scores, stories), words_in=state.words_in,
+        words_out=state.words_out, **run.stages.seconds, peak_memory_mb=peak_memory_mb(run.compute.device),
+        **run.grader.stats(),
+    )  # fmt: skip
+
+
+def save(run: InteractionRun, *names: str, replace: bool = False) -> None:
+    for name in names:
+        run.policy.save(run.log.folder / "checkpoints" / name, run.state, replace=replace)
+
+
+def step_name(state: RunState) -> str:
+    return f"step_{state.step:07d}"
+
+
+def warn(run: InteractionRun, record: Record) -> bool:
+    """Show what is wrong with the run, if anything, in the terminal and the report. Returns whether that ends it."""
+    run.update_report()
+    warnings = distributed.rank0_value(lambda: run.detector.add(record))
+    for warning in warnings.values() if distributed.is_rank0() else ():
+        run.bar.write(warning)
+    return run.config.stop_on_collapse and bool(warnings.keys() & {"collapse", "kl"})
+
+
+def evaluate_at_rest(run: InteractionRun) -> None:
+    """Evaluate the policy before the first step or after the last one, unless that is on record. The state is saved
+    first: the teacher can fail."""
+    if not run.evaluator.done(run.state.step):
+        if run.state.step:
+            save(run, step_name(run.state))
+        run.evaluator.evaluate(run.state)
+
+
+# ---- before and after the loop ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
+    """The run, ready for its next step. At the end of the block its teacher and its records are closed."""
+    folder, rank0 = Path(config.out), distributed.is_rank0()
+    distributed.require_one_each("--stories-per-step", config.stories_per_step)
+    distributed.require_one_each("--eval-stories", config.stories_per_evaluation)
+    compute = resolve(config.device, config.dtype, config.pytorch_ops)
+    resumed = checkpoint.to_resume(folder) if config.resume else None
+    origin = folder / "checkpoints" / "start" if resumed else starting_checkpoint(config.init)
+    reference = checkpoint.load(origin, compute.device)[0].requires_grad_(False)
+    policy = load_policy(config, origin, compute)
+    state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
+    memory.require_for_interaction(config, reference.config, compute.device)
+    for warning in published_options(config) if rank0 else ():
+        print(f"warning: {warning}")
+    openings = open_openings(config, policy)
+    replay = CorpusReplay(config, policy.history, policy.tokenizer, reference.config.context)
+    milestones = words_of_milestones(config, policy.history)
+    with contextlib.ExitStack() as stack:
+        # Only rank 0 asks its grader. It is opened before the run's folder is: a mistake leaves nothing behind.
+        opened = open_grader(
+            config, builtin_teacher, corpus=policy.history.get("corpus"), replies=folder / "replies.jsonl",
+            likelihood=lambda: Likelihood(reference, policy.tokenizer, openings.train, config),
+        )  # fmt: skip
+        idle = CallableGrader(lambda openings, stories: [], "rank 0")
+        grader: Grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else idle)
+        if forecast := grader.forecast(stories_to_grade(config, state), openings[0]):
+            print(f"forecast: {forecast}")
+        facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
+        reader = Reader(config.reader, config.device) if rank0 and config.reader != "none" else None
+        print(f"student {origin}, scored by {facts['scored_by']}")
+        budget = Budget(config, openings, replay, milestones, grader.most_words, grader.affords)
+        budget.require_first_step(state)
+        resume_step = state.step if config.resume else None
+        records = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))
+        stack.enter_context(records)
+        records.config(asdict(config) | facts | compute.recorded | student_record(config, origin, policy))
+        update_report = stack.enter_context(live_report(folder, rank0))
+        distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
+        stop = stack.enter_context(Stop().listening())
+        bar = Progress(
+            total=config.steps * config.stories_per_step, initial=state.written, unit="story", disable=not rank0
+        )
+        run = InteractionRun(
+            config=config, compute=compute, policy=policy, reference=reference, state=state, openings=openings,
+            replay=replay, grader=grader, budget=budget, reader=reader, log=records, update_report=update_report,
+            evaluator=Evaluator(config, policy, openings, grader.scorer, records, stop), stop=stop, bar=bar,
+            detector=CollapseDetector(read_metrics(folder), config.kl_target), stages=Stages(bar, compute.device),
+        )  # fmt: skip
+        if not resumed:
+            save(run, "start")
+        yield run
 
 
 def starting_checkpoint(init: str) -> Path:
@@ -211,18 +278,54 @@ def starting_checkpoint(init: str) -> Path:
     return checkpoint.find(Path(init) if init else PRETRAIN_RUN)
 
 
-def report(run: Path, state: RunState, *, stopped: bool, judge: Callable[[], list[Record]] | None) -> None:
+def open_openings(config: InteractConfig, policy: Policy) -> Openings:
+    """The openings. Raises UserError if one does not fit the student's context with its story."""
+    openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
+    if openings.train == openings.held_out:
+        print("there is one opening, so none is held out: evaluations use the one that is trained on")
+    longest = max(len(encode_opening(policy.tokenizer, text)) for text in openings.train + openings.held_out)
+    require_room(policy.student, longest, config.max_new_tokens)
+    return openings
+
+
+def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict[str, int]:
+    """The words taken in at which checkpoints are kept, by name. Raises UserError for what BabyLM does not allow."""
+    if config.preset not in babylm.TRACKS:
+        return INTERACTION_CHECKPOINTS
+    replayed = config.budget_words if config.replay_weight else 0
+    babylm.check_interaction(config.preset, history, config.budget_words, replayed)
+    return babylm.milestones_beyond(history)
+
+
+def stories_to_grade(config: InteractConfig, state: RunState) -> int:
+    """The stories that the rest of the run writes, evaluations included."""
+    evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
+    return (config.steps - state.step) * config.stories_per_step + evaluations * config.stories_per_evaluation
+
+
+def student_record(config: InteractConfig, origin: Path, policy: Policy) -> dict[str, Any]:
+    """What config.json says of the student."""
+    size = sum(parameter.numel() for parameter in policy.student.parameters())
+    corpus, words = policy.history.get("corpus"), policy.history.get("words")
+    return {"init": config.init or str(origin), "student": {"parameters": size, "corpus": corpus, "words": words}}
+
+
+def report(run: InteractionRun) -> None:
     """Print how to go on with a run that was asked to stop, or what another one learned."""
+    config, state, folder, reader = run.config, run.state, run.log.folder, run.reader
+    stopped = distributed.all_reduce_max(run.stop.requested)
+    if not distributed.is_rank0():
+        return
     if stopped:
-        resume = hint("train_interact.py", "--out", run, "--resume", *leads_out(recorded_options(run)))
+        resume = hint("train_interact.py", "--out", folder, "--resume", *leads_out(recorded_options(folder)))
         print(f"stopped after step {state.step}, all saved; go on with: {resume}")
         return
-    write_samples(run, state.best_step)
-    print(summary(run))
-    print(f"mean reward per step {text_curve([record.get('reward_mean') for record in read_metrics(run)], 60)}")
-    if judge:
-        print(conclusion(judge()))
-    print(f"report: {run / 'report.html'}\nnext:   {hint('scripts/sample.py', checkpoint.find(run))}")
+    write_samples(folder, state.best_step)
+    print(summary(folder))
+    print(f"mean reward per step {text_curve([record.get('reward_mean') for record in read_metrics(folder)], 60)}")
+    if reader is not None:
+        print(conclusion(judge_run(folder, config, run.compute, reader, run.grader.grade_each)))
+    print(f"report: {folder / 'report.html'}\nnext:   {hint('scripts/sample.py', checkpoint.find(folder))}")
 
 
 if __name__ == "__main__":

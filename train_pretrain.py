@@ -22,7 +22,7 @@ from tinystory.data.windows import Windows
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import resolve
 from tinystory.report.run import live_report
-from tinystory.rl.collapse import Watch
+from tinystory.rl.collapse import CollapseDetector
 from tinystory.run import distributed
 from tinystory.run.device import Download, Stop, peak_memory_mb, upload
 from tinystory.run.errors import UserError, command
@@ -154,7 +154,7 @@ def pretrain(config: PretrainConfig) -> None:
         total=config.words, initial=state.words, unit="word", unit_scale=True, desc="pretraining", mininterval=0.5,
         disable=not rank0,
     )  # fmt: skip
-    steps = StepLog(log, bar, config.batch_size * config.context, Watch(read_metrics(run)).add)
+    steps = StepLog(log, bar, config.batch_size * config.context, CollapseDetector(read_metrics(run)).add)
     next_batch = load_batch(state.step)
     with log, live_report(run, rank0) as update_report, bar, Stop().listening() as stop:
         # A signal to any process stops all of them.

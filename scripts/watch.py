@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tinystory.report.before_after import from_start
 from tinystory.report.charts import number, text_curve
 from tinystory.report.run import column, number_option, remaining
-from tinystory.rl.collapse import Watch
+from tinystory.rl.collapse import CollapseDetector
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import holds_run, in_use, newest_run, read_config, read_metrics, read_stories
 from tinystory.run.paths import usage
@@ -63,7 +63,7 @@ def page(run: Path, width: int, running: bool) -> list[str]:
     metrics, config = read_metrics(run), read_config(run)
     last = f"step {number(metrics[-1]['step'])}" if metrics else "no step yet"
     lines = textwrap.wrap(f"{printable(str(run))}: {last}, {remaining(metrics, config) if running else 'over'}", width)
-    for step, warning in Watch(metrics, number_option(config, "kl_target") or math.inf).warnings.values():
+    for step, warning in CollapseDetector(metrics, number_option(config, "kl_target") or math.inf).warnings.values():
         lines += ["", *textwrap.wrap(f"Warning at step {step}: {warning}", width)]
     charts, wide = [], min(CURVE_WIDTH, width)
     curves = from_start(run, metrics)

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from tinystory.rl.collapse import FEW, WINDOW, Watch, score_relations
+from tinystory.rl.collapse import FEW, WINDOW, CollapseDetector, score_relations
 from tinystory.student.generate import Story
 from tinystory.teacher.callable import random_scores
 
@@ -31,7 +31,7 @@ def run(steps: int = 30, **end) -> list[dict]:
 
 
 def kinds(records, kl_target=2.0) -> set[str]:
-    return {*Watch(records, kl_target).warnings}
+    return {*CollapseDetector(records, kl_target).warnings}
 
 
 def test_a_healthy_run_is_left_alone():
@@ -61,24 +61,24 @@ def test_a_healthy_run_is_left_alone():
     ],
 )
 def test_each_sign_is_said_with_what_to_try(kind, sentence, advice, end):
-    ((name, (step, warning)),) = Watch(run(**end), 2.0).warnings.items()
+    ((name, (step, warning)),) = CollapseDetector(run(**end), 2.0).warnings.items()
     assert name == kind and sentence in warning and advice in warning and WINDOW <= step <= 30
     assert warning.count(": ") == 1
 
 
 def test_a_warning_comes_at_the_first_step_that_gives_reason_and_only_once():
     records = run(16, distinct_4=0.2)
-    watch = Watch(kl_target=2.0)
+    watch = CollapseDetector(kl_target=2.0)
     news = [watch.add(record) for record in records]
     (step,) = [record["step"] for record, new in zip(records, news, strict=True) if new]
     assert 10 <= step < 16 and watch.warnings["collapse"][0] == step
-    resumed = Watch(records[:step], 2.0)  # what an earlier process said is not said again
+    resumed = CollapseDetector(records[:step], 2.0)  # what an earlier process said is not said again
     assert [resumed.add(record) for record in records[step:]] == [{}] * (16 - step)
 
 
 def test_scores_that_are_all_the_same_for_some_steps_are_said():
     varied, flat = dict(step=1, score_mean=5.0, score_mode=0.3), dict(step=1, score_mean=9.0, score_mode=1.0)
-    _, sentence = Watch([varied] * 3 + [flat] * WINDOW).warnings["signal"]
+    _, sentence = CollapseDetector([varied] * 3 + [flat] * WINDOW).warnings["signal"]
     assert sentence.startswith("all stories of the last 5 steps had the same score (9 in the last)")
     unknown = dict(step=1, score_mode=None)
     for records in ([flat] * (WINDOW - 1), [flat] * 4 + [varied] + [flat] * 4, [varied] * 9, [unknown] * 9):
@@ -88,7 +88,7 @@ def test_scores_that_are_all_the_same_for_some_steps_are_said():
 def test_a_loss_of_pretraining_that_rises_is_said():
     falling = [dict(step=step, loss=7 - step / 5) for step in range(20)]
     assert kinds(falling) == set() and kinds([*falling, *[dict(step=20, loss=4.0)] * 9]) == set()
-    warnings = Watch([*falling, *[dict(step=20, loss=6.0)] * 9]).warnings
+    warnings = CollapseDetector([*falling, *[dict(step=20, loss=6.0)] * 9]).warnings
     assert warnings.keys() == {"loss"} and "the loss explodes (3.6 to 5.4" in warnings["loss"][1]
 
 
@@ -133,9 +133,11 @@ def test_few_large_steps_are_enough_for_a_warning():
     assert kinds([record | {"scored": 1020, "unscored": 4} for record in collapsed]) == {"collapse"}
     assert kinds([record | {"scored": 256} for record in collapsed]) == set()
     flat = [dict(step=1, score_mean=9.0, score_mode=1.0, scored=1024)]
-    assert "of the last step had" in Watch(flat).warnings["signal"][1]
+    assert "of the last step had" in CollapseDetector(flat).warnings["signal"][1]
 
 
 def test_a_short_run_and_missing_values_say_nothing():
     assert kinds(run(6, distinct_4=0.1)) == set()
-    assert kinds([{"step": 1, "distinct_4": None, "kl": None}] * 30) == set() and math.inf == Watch().kl_target
+    assert (
+        kinds([{"step": 1, "distinct_4": None, "kl": None}] * 30) == set() and math.inf == CollapseDetector().kl_target
+    )

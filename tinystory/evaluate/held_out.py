@@ -53,7 +53,7 @@ class Evaluator:
         folder = self.log.folder
         n, count = self.config.eval_best_of, self.config.eval_stories
         prompts = list(islice(cycle(self.openings.held_out), count)) * n  # the first are the same for any n
-        stories = rollout(self.policy, prompts, FIRST_INDEX, self.grader.send)
+        stories = rollout(self.policy, prompts, FIRST_INDEX, self.grader)
         grades = distributed.rank0_value(lambda: self.grader.collect(self.stop))
         state.spend(stories, sum(grade.reply_words for grade in grades))
         records, metrics = self.measures(state.step, stories[:count], grades[:count])

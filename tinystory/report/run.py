@@ -17,7 +17,7 @@ from tinystory.report import judges, page
 from tinystory.report.before_after import BeforeAfter, from_start, read_before_after
 from tinystory.report.charts import Line, chart, number
 from tinystory.report.page import TOP_SCORE, block, colour, details, grid, section, story_card
-from tinystory.rl.collapse import Watch
+from tinystory.rl.collapse import CollapseDetector
 from tinystory.rl.reward import cluster_sizes
 from tinystory.run.folder import Record, read_config, read_metrics, read_stories
 from tinystory.run.text import printable
@@ -91,7 +91,7 @@ def write_report(run_folder: Path, live: bool = False) -> Path:
     if config:
         rest = {key: value for key, value in config.items() if key != "options"}
         sections.append(details("How it was run", "", page.facts(flat(config["options"])) + page.facts(flat(rest))))
-    for step, sentence in Watch(metrics, number_option(config, "kl_target") or math.inf).warnings.values():
+    for step, sentence in CollapseDetector(metrics, number_option(config, "kl_target") or math.inf).warnings.values():
         sections.insert(0, f'<p class="warning"><b>From step {number(step)}:</b> {escape(sentence)}</p>')
     title, note = heading(folder, metrics, config)
     note += f" · {remaining(metrics, config)}" * live

@@ -34,7 +34,7 @@ SAME = 0.9  # fraction of a step's stories that may have the same score before t
 FEW = 160  # scores of a window below which no correlation is significant
 
 
-class Watch:
+class CollapseDetector:
     """Reads a run's records one at a time. warnings: per kind, the first step that gave reason for it, and one
     sentence."""
 

@@ -4,10 +4,11 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from tinystory.config import InteractConfig
 from tinystory.data.tokenizer import Tokenizer
@@ -96,15 +97,22 @@ def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Polic
     )  # fmt: skip
 
 
+class TakesStories(Protocol):
+    def send(self, index: int, opening: str, story: str) -> None: ...
+
+
 def rollout(
-    policy: Policy, openings: Sequence[str], first_index: int, send: Callable[[int, str, str], None], dropout: float = 0
-) -> list[Story]:
-    """Stories first_index, first_index + 1, ... to these openings, on every rank. On rank 0 each is sent (its index,
-    opening and text), those of its own shard as soon as they end."""
+    policy: Policy, openings: Sequence[str], first_index: int, grader: TakesStories, bar: tqdm | None = None,
+    dropout: float = 0.0,
+) -> list[Story]:  # fmt: skip
+    """Stories first_index, first_index + 1, ... to these openings, on every rank. Rank 0 sends each to the grader,
+    those of its own shard as soon as they end."""
 
     def on_story(story: Story) -> None:
         if distributed.is_rank0():
-            send(story.index, story.opening, story.text)
+            grader.send(story.index, story.opening, story.text)
+        if bar is not None:
+            bar.update()
 
     shard = distributed.shard_contiguous(len(openings))
     with policy.autocast():

@@ -1,5 +1,6 @@
 """The limits of an interaction: words in and out, and what the teacher costs."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tinystory.config import InteractConfig
@@ -8,17 +9,20 @@ from tinystory.rl.policy import RunState
 from tinystory.rl.replay import CorpusReplay
 from tinystory.run import distributed
 from tinystory.run.errors import UserError
-from tinystory.teacher.grade import Grader
 
 
 @dataclass
 class Budget:
-    """What a run may spend. (The cost is limited once more, before each request.)"""
+    """What a run may spend, and the milestones on the way (names, and words taken in). most_words: upper bound on the
+    words in the replies to one story; affords: whether grading so many more stories is within the cost (which is
+    limited once more, before each request)."""
 
     config: InteractConfig
-    grader: Grader
     openings: Openings
     replay: CorpusReplay
+    milestones: Mapping[str, int]
+    most_words: int
+    affords: Callable[[int], bool]
 
     def exhausted(self, state: RunState, evaluations: int = 1) -> str:
         """Which limit does not hold another step and so many evaluations, as rank 0 sees it; "" if all do."""
@@ -32,13 +36,21 @@ class Budget:
                 "--stories-per-step or --eval-stories"
             )
 
+    def opening_words(self, state: RunState) -> int:
+        """The words of the openings that the next step is the first to use."""
+        repeated = self.config.charge_opening and state.step == 0
+        return self.openings.new_words(state.written, self.config.stories_per_step, repeated)
+
+    def passed(self, before: int, words_in: int) -> list[str]:
+        """The names of the milestones between two counts of words taken in."""
+        return [name for name, words in self.milestones.items() if before < words <= words_in]
+
     def _exhausted(self, state: RunState, evaluations: int) -> str:
-        config, n = self.config, self.config.stories_per_step
-        stories = n + evaluations * config.stories_per_evaluation
-        words_in = self.openings.new_words(state.written, n, config.charge_opening and state.step == 0)
-        words_in += state.words_in + stories * self.grader.most_words
+        config = self.config
+        stories = config.stories_per_step + evaluations * config.stories_per_evaluation
+        words_in = state.words_in + self.opening_words(state) + stories * self.most_words
         words_in += sum(words for _, words in self.replay.batches(state.step))
         words_out = state.words_out + stories * config.max_new_tokens
         if words_in > config.budget_words or words_out > config.budget_words_out:
             return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"
-        return "" if self.grader.affords(n + config.stories_per_evaluation) else f"--budget-cost {config.budget_cost:g}"
+        return "" if self.affords(stories) else f"--budget-cost {config.budget_cost:g}"
