@@ -255,6 +255,10 @@ class InteractConfig:
     charge_opening: bool = option(False, "charge the opening once for each story of the first step")
 
     @property
+    def updates_per_step(self) -> int:
+        return self.epochs * -(-self.stories_per_step // (self.minibatch_size or self.stories_per_step))
+
+    @property
     def stories_per_evaluation(self) -> int:
         return self.eval_stories * self.eval_best_of
 

@@ -220,8 +220,8 @@ def test_what_cannot_fit_memory_is_refused_before_it_is_allocated(place, tmp_pat
         line = fails(pretrain.main, [*corpus, *flag.split()], capsys)
         assert "GB of memory" in line and "lower --batch-size" in line
     init = ["--init", str(checkpoint.newest(place / "p")), *SHORT, "--reward", "random", "--out", str(tmp_path / "i")]
-    for flag in ("--stories-per-step", "--eval-stories"):
-        assert "GB of memory" in fails(interact.main, [*init, flag, "1e9"], capsys)
+    for flags in ("--stories-per-step 1e9", "--eval-stories 1e9", "--replay-weight 0.1 --replay-batch 1e9"):
+        assert "GB of memory" in fails(interact.main, [*init, *flags.split()], capsys)
     assert not list(tmp_path.iterdir())
 
 

@@ -33,7 +33,7 @@ class CorpusReplay:
         corpus = open_corpus(history["corpus"], history["documents"])
         data = distributed.rank0_first(lambda: prepare(corpus, **split, tokenizer=tokenizer))
         self.windows = Windows(data.train, context, config.replay_batch, config.seed, "whole")
-        self.updates = config.epochs * -(-config.stories_per_step // (config.minibatch_size or config.stories_per_step))
+        self.updates = config.updates_per_step
 
     def batches(self, step: int) -> list[tuple[Tensor, int]]:
         """Per update of a step the sequences, (replay_batch, context + 1) int64, and the number of their words."""

@@ -66,7 +66,8 @@ def interaction(config: InteractConfig, shape: StudentConfig, device: torch.devi
     stories = max(config.stories_per_step, config.stories_per_evaluation) // distributed.world_size()
     rows = min(config.micro_batch_size, stories)
     tokens = rows * (OPENING + config.max_new_tokens)
-    return {
+    replayed = {f"{config.replay_batch} replayed sequences per update": replay_memory(config, shape)}
+    return (replayed if config.replay_weight else {}) | {
         "student, gradients and Adam's moments": parameters(shape) * 4 * FLOAT,
         "frozen reference": parameters(shape) * FLOAT,
         f"KV cache of {rows_at_once(stories, parameters(shape) * size, device)} stories": (
@@ -74,6 +75,11 @@ def interaction(config: InteractConfig, shape: StudentConfig, device: torch.devi
         ),
         f"activations of {rows} stories": tokens * shape.n_layer * shape.n_embd * KEPT * size,
     }
+
+
+def replay_memory(config: InteractConfig, shape: StudentConfig) -> int:
+    """Bytes of the sequences of the corpus that a step replays."""
+    return config.updates_per_step * config.replay_batch * 8 * (shape.context + 1)
 
 
 def story_memory(stories: int, max_new_tokens: int, shape: StudentConfig, device: torch.device, size: int = 2) -> int:
@@ -86,7 +92,8 @@ def story_memory(stories: int, max_new_tokens: int, shape: StudentConfig, device
 def require_for_interaction(config: InteractConfig, shape: StudentConfig, device: torch.device) -> None:
     """Raises UserError if such a run of a student of this shape cannot fit."""
     *certain, _ = interaction(config, shape, device).values()
-    require(sum(certain), device, "--stories-per-step, --eval-stories, --eval-best-of or --max-new-tokens")
+    advice = "--stories-per-step, --eval-stories, --eval-best-of, --max-new-tokens or --replay-batch"
+    require(sum(certain), device, advice)
 
 
 def require_for_stories(
