@@ -79,8 +79,8 @@ class BeforeAfter:
 
 
 def read_before_after(run: Path, step: int | None = None) -> BeforeAfter | None:
-    """The comparison with the evaluation after `step` steps, or the last one before it; by default, with that of the
-    checkpoint `best`, or the last one while the run goes on. None if there are not two evaluations."""
+    """The comparison with the last evaluation up to `step`; by default, with that of the checkpoint `best`, or with the
+    last one while the run goes on. None if there are not two evaluations."""
     evaluations: dict[int, list[Record]] = {}
     for record in read_records(run / EVALUATIONS):
         if step is None or record["step"] <= step:
@@ -99,7 +99,7 @@ def read_before_after(run: Path, step: int | None = None) -> BeforeAfter | None:
 
 
 def group_means(records: list[Record]) -> dict[str, float | None]:
-    """The means of evaluation stories; of controls, which have neither reward nor end on record, the score."""
+    """Means of evaluation stories. Controls have only a score, since their rewards and ends are not on record."""
     if "reward" not in records[0]:
         return {"score_mean": mean_of(record["score"] for record in records)}
     score = mean_of(sum(record["scores"].values()) for record in records if record["scores"])

@@ -1,4 +1,4 @@
-"""What a report shows of judges: who scored a run, and what a judge sees that was not its teacher."""
+"""The report's sections on judges: who scored a run, and how a judge that was not its teacher sees the stories."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -65,7 +65,7 @@ def correlation_line(records: Sequence[Record]) -> str:
 
 
 def preference_lines(preferences: Mapping[str, Mapping[str, Any]], names: Sequence[str] = BEFORE_AFTER) -> list[str]:
-    """One sentence per judge that compared stories without knowing which is whose. names: of the two storytellers."""
+    """One sentence per judge that compared stories without knowing which is whose. names: the two storytellers."""
     lines = []
     for judge, rates in preferences.items():
         order = f" ({rates['order']} of them depended on the order)" if rates["order"] else ""

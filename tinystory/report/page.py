@@ -67,7 +67,7 @@ def duration(seconds: float) -> str:
 
 
 def facts(rows: Iterable[tuple[str, object]]) -> str:
-    """A list of names and values: text as it is, a dash for what is empty, anything else as JSON."""
+    """A list of names and values. Text is shown unchanged, an empty value as a dash, anything else as JSON."""
 
     def text(value: object) -> str:
         if value is None or value == "" or value == []:

@@ -52,7 +52,7 @@ PPO_CURVES = {
     "grad_norm": "Gradient norm",
     "ratio_error": "Ratio error before the first update",
 }
-LATEST = ("words_in", "words_out", "teacher_cost")  # metrics whose last value is shown, and those whose sum is
+LATEST = ("words_in", "words_out", "teacher_cost")  # shown by their last value; the others by their sum
 SUMMED = (*(f"{part}_s" for part in PARTS), "unscored", "teacher_requests", "teacher_retries", "teacher_cached")
 SUMMED += ("teacher_tokens_in", "teacher_tokens_out")
 ENDS = {"val_loss": "Validation loss, nats per token", "val_bits_per_byte": "Validation, bits per byte"}
