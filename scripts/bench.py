@@ -20,10 +20,11 @@ import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP'
 import torch
 
 from tinystory import ops
-from tinystory.config import PretrainConfig, add_number
+from tinystory.config import PretrainConfig
 from tinystory.ops.compute import resolve
 from tinystory.run.device import peak_memory_mb
 from tinystory.run.errors import UserError, command
+from tinystory.run.options import add_number
 from tinystory.studies import kernels, peers, timing
 from tinystory.studies.timing import PROMPT, SHAPES, WORK, Setup
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
 
-from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig, add_number
+from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig
 from tinystory.data.corpus import BUILTIN, open_corpus
 from tinystory.evaluate.calibration import FULL, RETESTED, GradeKnown, calibrate, of_grader, require, table, verdict
 from tinystory.evaluate.corruptions import DOCUMENTS, corpus_documents, known_stories
@@ -38,6 +38,7 @@ from tinystory.ops import backend, build, cuda, fastest
 from tinystory.rubric.rubric import Rubric
 from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError, command
+from tinystory.run.options import add_number
 from tinystory.run.paths import cache_dir, usage
 from tinystory.run.text import aligned
 from tinystory.student import memory

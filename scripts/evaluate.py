@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from tinystory.config import SEEDS, InteractConfig, add_number, recorded_config
+from tinystory.config import SEEDS, InteractConfig, recorded_config
 from tinystory.data.corpus import NAMES, open_corpus
 from tinystory.data.openings import load_openings
 from tinystory.evaluate import submission
@@ -53,6 +53,7 @@ from tinystory.report.run import write_report
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import Record, atomic_write, newest_run, require_writable
+from tinystory.run.options import add_number
 from tinystory.run.paths import usage
 from tinystory.run.text import aligned
 from tinystory.student import checkpoint, memory

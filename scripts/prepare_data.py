@@ -13,10 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.config import PretrainConfig, add_options, check
+from tinystory.config import PretrainConfig, check
 from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import prepare
 from tinystory.run.errors import command
+from tinystory.run.options import add_options
 from tinystory.run.paths import usage
 
 

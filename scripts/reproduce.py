@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
 
-from tinystory.config import add_number
 from tinystory.run.errors import command
+from tinystory.run.options import add_number
 from tinystory.studies.reproduce import SCALES, reproduce
 
 

@@ -15,12 +15,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.config import SEEDS, InteractConfig, add_number, check
+from tinystory.config import SEEDS, InteractConfig, check
 from tinystory.data.openings import Openings, load_openings
 from tinystory.ops.compute import pick_device
 from tinystory.rl.reward import best_of_n, story_rewards
 from tinystory.run.errors import command
 from tinystory.run.folder import atomic_write, newest_run, require_writable
+from tinystory.run.options import add_number
 from tinystory.run.paths import usage
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory

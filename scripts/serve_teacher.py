@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.config import add_number
 from tinystory.data.corpus import open_corpus
 from tinystory.rubric.rubric import PARTS, Rubric
 from tinystory.rubric.server import serve
 from tinystory.run.errors import command
+from tinystory.run.options import add_number
 from tinystory.run.paths import usage
 from tinystory.teacher.server import PORTS, until_stopped
 

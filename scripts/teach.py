@@ -18,12 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.config import add_number
 from tinystory.evaluate.preference import COMPARISON
 from tinystory.human.desk import Desk
 from tinystory.human.server import serve
 from tinystory.report import charts, page
 from tinystory.run.errors import command
+from tinystory.run.options import add_number
 from tinystory.run.paths import usage
 from tinystory.teacher.prompt import load_template
 from tinystory.teacher.server import PORTS, until_stopped

@@ -4,82 +4,19 @@ Flags override the preset, which overrides the defaults: `python train_pretrain.
 """
 
 import argparse
-import dataclasses
-import difflib
 import importlib.util
 import os
 import shlex
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from tinystory.run.errors import UserError
 from tinystory.run.folder import CONFIG, recorded_options, without_passwords
+from tinystory.run.options import add_options, field_names, fields, flag_of, mistakes, option, unknown_option
 from tinystory.run.track import TRACKERS
-
-
-def option(
-    default: Any, help: str, allowed: str | tuple[str, ...] = "", *, group: str = "", flags: tuple[str, ...] = ()
-) -> Any:
-    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: shown by --help; "": not a flag, only
-    presets set it. allowed: the range of a number, as an interval like "[0, 1)", or the choices of a text.
-    group: heading in --help, on the first option of each group. flags: further names."""
-    interval = Interval(allowed) if isinstance(allowed, str) and allowed else allowed
-    metadata = {"help": help, "allowed": interval, "group": group, "flags": flags}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-class Interval:
-    """The numbers from `low` to `high`. A bound is included if its bracket is square; nan is in no interval."""
-
-    def __init__(self, text: str):
-        low, high = text[1:-1].split(",")
-        self.low, self.high = float(low), float(high)
-        self.includes_low, self.includes_high = text[0] == "[", text[-1] == "]"
-
-    def __contains__(self, number: float) -> bool:
-        above = self.low <= number if self.includes_low else self.low < number
-        return above and (number <= self.high if self.includes_high else number < self.high)
-
-    def __str__(self) -> str:
-        low = f"{'at least' if self.includes_low else 'above'} {self.low:.12g}"
-        return f"{low} and {'at most' if self.includes_high else 'below'} {self.high:.12g}"
-
-
-def add_number(
-    parser: argparse.ArgumentParser, flag: str, default: float, allowed: str, help: str, files: str = ""
-) -> None:
-    """Add the option of a number, an integer if its default is, to a command line. Parsing raises UserError for a
-    number outside the interval. files: a suffix; then the option is a list, of files that end so and of numbers."""
-    interval, kind = Interval(allowed), type(default)
-
-    def number(text: str) -> Any:
-        if files and text.endswith(files):
-            return Path(text)
-        value = _READERS[kind](text)
-        if value not in interval:
-            raise UserError(f"{flag} must be {interval}, not {value}")
-        return value
-
-    number.__name__ = _KINDS[kind].removeprefix("a ")  # argparse names it in its error message
-    help += _note(default, interval)
-    settings: dict[str, Any] = dict(default=default, metavar=_METAVARS[kind])
-    if files:
-        settings = dict(default=[default], metavar=f"N|FILE{files}", nargs="+")
-    parser.add_argument(flag, type=number, help=help, **settings)
-
-
-def _note(default: Any, allowed: object) -> str:
-    """What --help says of a default, and of bounds that one could run into; "" if there is nothing to say."""
-    said = " ".join(default) if isinstance(default, list) else "on" if default is True else str(default)
-    parts = [f"default: {said}"] * (said not in ("", "False"))
-    parts += [str(allowed)] * (isinstance(allowed, Interval) and allowed.high <= 2)
-    return f" ({'; '.join(parts)})".replace("%", "%%") if parts else ""
-
 
 PYTORCH_OPS_HELP = (
     "operators that PyTorch runs on a CPU instead of our kernels: auto (those it is faster at, measured once), none, "
@@ -152,7 +89,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if type(self.n_head) is type(self.n_embd) is int and self.n_head == 0:  # other types are for `check` to refuse
             self.n_head = max(1, self.n_embd // 64)
-        if self.learning_rate == 0:
+        if type(self.learning_rate) in (int, float) and self.learning_rate == 0:
             self.learning_rate = 2.4e-2 if self.optimizer == "muon" else 2.4e-3
 
 
@@ -313,35 +250,6 @@ INTERACT_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def add_options(
-    parser: argparse.ArgumentParser, config_class: type, names: Sequence[str] = (), shown: Container[str] | None = None
-) -> None:
-    """Add the fields of a config class, or those named, to a command line, as flags in their groups. A flag that the
-    user leaves out is not in the namespace, so a preset overrides defaults but not flags. shown: the fields that --help
-    lists (default: all)."""
-    types = get_type_hints(config_class)
-    group: argparse._ActionsContainer = parser
-    for f in _options(config_class):
-        if f.metadata["group"] and not names:
-            group = parser.add_argument_group(f.metadata["group"])
-        if not f.metadata["help"] or (names and f.name not in names):
-            continue
-        kind, allowed = types[f.name], f.metadata["allowed"]
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        help = f.metadata["help"].replace("%", "%%") + _note(default, allowed)
-        settings: dict[str, Any] = dict(default=argparse.SUPPRESS, help=help)
-        if shown is not None and f.name not in shown:
-            settings["help"] = argparse.SUPPRESS
-        if kind is bool:
-            settings |= dict(action=argparse.BooleanOptionalAction)
-        elif get_origin(kind) is list:
-            settings |= dict(nargs="+", type=get_args(kind)[0], metavar="NAME")
-        else:
-            metavar = "{" + ",".join(allowed) + "}" if isinstance(allowed, tuple) else _METAVARS[kind]
-            settings |= dict(type=_READERS[kind], metavar=metavar)
-        group.add_argument(_flag(f), *f.metadata["flags"], dest=f.name, **settings)
-
-
 def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> Any:
     """Parse a command line into a `config_class`, whose attribute `preset` is the preset's name. Raises UserError for
     an option that is unknown or out of range; with --resume, options that are not given come from the run's
@@ -357,7 +265,7 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
         parser.print_help()
         parser.exit()
     if unknown:
-        raise UserError(_unknown(unknown[0].split("=")[0], parser))
+        raise UserError(unknown_option(unknown[0].split("=")[0], parser))
     if typed.get("resume"):  # a run continues with its own options, overridden by flags
         return _resumed(config_class, typed)
     preset = typed.pop("preset") or "demo"
@@ -367,21 +275,12 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
     return config
 
 
-def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
-    """The sentence for a word that is no option, with the option that it may have meant."""
-    names = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
-    name = word.lstrip("-").replace("_", "-")
-    near = difflib.get_close_matches(name, names, 1)
-    near += [full for full in names if name == "".join(part[:1] for part in full.split("-"))]  # --lr
-    return f"there is no option {word}: " + (f"did you mean --{near[0]}?" if near else "--help-all lists them all")
-
-
 def _resumed(config_class: type, typed: dict[str, Any]) -> Any:
     """The options of a run to be resumed. Raises UserError if it is a run of another command or version, or if `typed`
     has another preset or start, which it would ignore."""
     folder = Path(typed.setdefault("out", vars(config_class)["out"]))
     recorded = recorded_options(folder)
-    if missing := [name for name in ("preset", *_names(config_class)) if name not in recorded]:
+    if missing := [name for name in ("preset", *field_names(config_class)) if name not in recorded]:
         for command, mark in (("train_pretrain.py", "n_layer"), ("train_interact.py", "stories_per_step")):
             if mark in recorded and not hasattr(config_class, mark):
                 raise UserError(f"{folder} is a run of {command}: resume it with that, or give another --out")
@@ -404,7 +303,7 @@ def recorded_config(config_class: type, run: Path, typed: dict[str, Any], *, res
     The run may come from somebody else, and its options decide neither what code is run nor who gets the user's key:
     UserError for those (`leads_out`) that `typed` does not name anew, and for what `check` refuses."""
     recorded = recorded_options(run)
-    options = {name: recorded[name] for name in ("preset", *_names(config_class)) if name in recorded} | typed
+    options = {name: recorded[name] for name in ("preset", *field_names(config_class)) if name in recorded} | typed
     preset = options.pop("preset", "demo")
     if preset not in [*PRETRAIN_PRESETS]:  # a list, because the value may be anything
         raise UserError(f"{run / CONFIG} names an unknown preset {preset!r}: restore it from a copy")
@@ -437,75 +336,24 @@ def leads_out(options: Mapping[str, Any], resumes: bool = True) -> list[str]:
 def check(config: Any) -> None:
     """Raises UserError unless each option is in its range and all go together."""
     types = get_type_hints(type(config))
-    for f in _options(type(config)):
-        for mistake in _check_option(f, types[f.name], getattr(config, f.name)):
-            raise UserError(f"{_flag(f)} must be {mistake}")
+    for f in fields(type(config)):
+        for mistake in mistakes(f, types[f.name], getattr(config, f.name)):
+            raise UserError(f"{flag_of(f)} must be {mistake}")
     for mistake in _check_together(config):
         raise UserError(mistake)
 
 
 def published_options(config: Any) -> list[str]:
     """A warning for each option that does as the authors' code where ours does otherwise by default."""
-    chosen = [f for f in _options(type(config)) if f.name in AS_PUBLISHED and getattr(config, f.name) != f.default]
-    return [f"{_flag(f)} {getattr(config, f.name)}, as published: {AS_PUBLISHED[f.name]}" for f in chosen]
+    chosen = [f for f in fields(type(config)) if f.name in AS_PUBLISHED and getattr(config, f.name) != f.default]
+    return [f"{flag_of(f)} {getattr(config, f.name)}, as published: {AS_PUBLISHED[f.name]}" for f in chosen]
 
 
 def changed_options(config: InteractConfig) -> dict[str, str]:
     """The options, with their flags, whose values are neither the defaults nor the preset's."""
     usual = vars(InteractConfig()), INTERACT_PRESETS[config.preset]
-    changed = [f for f in _options(InteractConfig) if getattr(config, f.name) not in [o.get(f.name) for o in usual]]
-    return {f.name: _flag(f) for f in changed}
-
-
-def _options(config_class: type) -> list[dataclasses.Field]:
-    return [f for f in dataclasses.fields(config_class) if f.init]  # all but `preset`
-
-
-def _names(config_class: type) -> list[str]:
-    return [f.name for f in _options(config_class)]
-
-
-def _flag(f: dataclasses.Field) -> str:
-    """What the user writes: the flag, or the name in config.json of a constant."""
-    return "--" + f.name.replace("_", "-") if f.metadata["help"] else f.name
-
-
-def _whole(text: str) -> int:
-    """An integer written as 1000000, 1_000_000, 1e6 or 1M."""
-    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
-    digits = text[:-1] if scale > 1 else text
-    try:
-        return int(digits) * scale
-    except ValueError:
-        number = float(digits) * scale
-        if not number.is_integer():
-            raise
-        return int(number)
-
-
-_whole.__name__ = "whole number"  # argparse names the type in its error message
-_READERS: dict[type, Callable[[str], Any]] = {int: _whole, float: float, str: str}
-_METAVARS = {int: "N", float: "X", str: "TEXT"}
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-
-def _check_option(f: dataclasses.Field, kind: Any, value: Any) -> Iterator[str]:
-    """What an option must be and its value, of the command line or of a config.json, is not."""
-    allowed, is_list = f.metadata["allowed"], get_origin(kind) is list
-    scalar = get_args(kind)[0] if is_list else kind
-    if is_list and not isinstance(value, list):
-        yield f"a list, not {value!r:.80}"
-    for item in value if is_list else [value]:
-        if not (type(item) is scalar or (scalar is float and type(item) is int)):
-            yield f"{_KINDS[scalar]}, not {item!r:.80}"
-        if isinstance(allowed, Interval) and item not in allowed:
-            yield f"{allowed}, not {item}"
-        if isinstance(allowed, tuple) and item not in allowed:
-            yield f"{', '.join(allowed[:-1])} or {allowed[-1]}, not {item!r:.80}"
-        if item == "" != f.default:  # as of a shell variable that is not set
-            yield "given: it is empty"
-        if scalar is str and ("\0" in item or item != item.encode(errors="replace").decode()):
-            yield f"Unicode text without NUL characters, not {item!r:.80}"
+    changed = [f for f in fields(InteractConfig) if getattr(config, f.name) not in [o.get(f.name) for o in usual]]
+    return {f.name: flag_of(f) for f in changed}
 
 
 def _check_together(config: Any) -> Iterator[str]:

@@ -16,13 +16,13 @@ from tinystory.config import (
     INTERACT_PRESETS,
     PRETRAIN_PRESETS,
     InteractConfig,
-    Interval,
     PretrainConfig,
     check,
     parse,
 )
 from tinystory.rl import learners
 from tinystory.run.errors import UserError
+from tinystory.run.options import Interval
 from tinystory.student import checkpoint, memory
 
 COMMANDS = {PretrainConfig: PRETRAIN_PRESETS, InteractConfig: INTERACT_PRESETS}
@@ -169,8 +169,16 @@ def test_a_resumed_run_checks_what_its_config_says(tmp_path_factory, data):
         assert name in str(error).replace("-", "_") or "cannot be read" in str(error)  # JSON with Infinity
     else:
         assert config.out == str(out) and config.resume
-        taken = getattr(config, name)
-        assert name in ("out", "resume") or taken == record[name] or record[name] is None or not (taken or record[name])
+        taken, said = getattr(config, name), record[name]
+        assert (
+            name in ("out", "resume")
+            or taken == said
+            or said is None
+            or not (taken or said)
+            or (
+                name in ("n_head", "learning_rate") and said == 0  # chosen by other options
+            )
+        )
 
 
 @pytest.mark.parametrize("config_class", COMMANDS)
