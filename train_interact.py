@@ -37,6 +37,7 @@ from tinystory.rl.collapse import CollapseDetector, score_relations
 from tinystory.rl.policy import Policy, RunState, load_policy, rollout, rollout_means
 from tinystory.rl.replay import CorpusReplay
 from tinystory.rl.reward import story_rewards
+from tinystory.rl.score_model import sent_to_teacher, story_features
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
 from tinystory.run.device import Stop, peak_memory_mb
@@ -52,6 +53,7 @@ from tinystory.teacher.grade import Grade, Grader, require_scores, score_means
 from tinystory.teacher.grader import open_grader
 
 PRETRAIN_RUN = Path("runs/pretrain")
+NOT_SENT = Grade(None, None, error="not sent to the teacher (--graded)")
 # Words taken in during interaction at which a checkpoint is kept.
 INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)} | {"chck_1M": 1_000_000}
 
@@ -98,20 +100,21 @@ def interact(run: InteractionRun) -> None:
         while goes_on(run):
             stages.begin("rollout")
             prompts = [run.openings[state.written + i] for i in range(config.stories_per_step)]
-            stories = rollout(policy, prompts, state.written, run.grader, run.bar, dropout(run))
+            stories = rollout(policy, prompts, state.written, run.grader, run.bar, dropout(run), unsent(run))
             stages.begin("reference")
             batch = read(run, collate(stories, run.compute.device))  # while the teacher grades
             stages.begin("teacher")
-            grades = collect(run)
+            grades, predicted, prediction = with_predictions(run, batch, stories, collect(run))
             stages.begin("update")
             scores = [config.invented_score if grade.score is None else grade.score for grade in grades]
+            scores = [score if other is None else other for score, other in zip(scores, predicted, strict=True)]
             rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
             stats = ppo.step(policy, batch, rewards, state.kl_coef, state.step, run.replay.batches(state.step))
             stages.end()
             milestones = count(run, stories, grades, stats)
             evaluation, failure = run.evaluator.evaluate_if_due(state)
-            record = log(run, stories, grades, rewards, stats | evaluation)
+            record = log(run, stories, grades, rewards, stats | prediction | evaluation, predicted)
             save(run, *milestones)
             if failure or state.step % config.save_every == 0:
                 save(run, step_name(state))
@@ -141,6 +144,12 @@ def dropout(run: InteractionRun) -> float:
     return run.config.rollout_dropout if run.state.step else 0.0
 
 
+def unsent(run: InteractionRun) -> set[int]:
+    """Rows of the step's stories that the teacher does not grade, with --graded."""
+    config, n = run.config, run.config.stories_per_step
+    return {*range(n)} - {*sent_to_teacher(n, config.graded, config.seed, run.state.step)}
+
+
 def read(run: InteractionRun, batch: Batch) -> Batch:
     """The stories under the reference, and under the policy too if they were sampled with dropout."""
     with run.compute.autocast():
@@ -160,6 +169,25 @@ def collect(run: InteractionRun) -> list[Grade]:
     return grades
 
 
+def with_predictions(
+    run: InteractionRun, batch: Batch, stories: Sequence[Story], grades: list[Grade]
+) -> tuple[list[Grade], list[float | None], dict[str, Any]]:
+    """A grade for each story, where with --graded only some were sent; the predicted scores of the others; and what is
+    recorded of the predictions."""
+    config, n = run.config, len(stories)
+    if not config.graded:
+        return grades, [None] * n, {}
+    assert batch.ref_logprobs is not None and batch.ref_states is not None
+    rows = sent_to_teacher(n, config.graded, config.seed, run.state.step)
+    ended = [story.ended == "eos" for story in stories]
+    features = story_features(batch.ref_logprobs, batch.ref_states, batch.lengths, ended)
+    scores = [grade.score for grade in grades]
+    predicted, r_squared = distributed.rank0_value(lambda: run.policy.score_model.complete(features, rows, scores))
+    by_row = dict(zip(rows, grades, strict=True))
+    facts = {"predicted": n - predicted.count(None), "score_r_squared": r_squared}
+    return [by_row.get(row, NOT_SENT) for row in range(n)], predicted, facts
+
+
 def count(run: InteractionRun, stories: Sequence[Story], grades: list[Grade], stats: dict[str, Any]) -> list[str]:
     """Count the step, and adapt the KL coefficient to it. Returns the milestones in words that it passes."""
     state, before = run.state, run.state.words_in
@@ -171,16 +199,18 @@ def count(run: InteractionRun, stories: Sequence[Story], grades: list[Grade], st
 
 def log(
     run: InteractionRun, stories: Sequence[Story], grades: list[Grade], rewards: list[float | None],
-    stats: dict[str, Any],
+    stats: dict[str, Any], predicted: Sequence[float | None],
 ) -> Record:  # fmt: skip
     """Record the step: its stories, and its metrics, which are returned."""
     state = run.state
-    records = story_records(run.state.step, stories, grades, rewards, has_dull_tellers(run.policy.history))
+    predicted = predicted if run.config.graded else ()
+    records = story_records(run.state.step, stories, grades, rewards, has_dull_tellers(run.policy.history), predicted)
     means, scores = story_means(records), [grade.score for grade in grades]
+    unscored = scores.count(None) - grades.count(NOT_SENT)
     run.log.stories(records)
     run.bar.end_step({"reward": stats["reward_mean"], "words": means["length_mean"], "kl": stats["kl"]})
     return run.log.metrics(
-        step=state.step, **stats | {"unscored": scores.count(None)}, **score_means(grades), **means,
+        step=state.step, **stats | {"unscored": unscored}, **score_means(grades), **means,
         **rollout_means(stories), **score_relations(scores, stories), words_in=state.words_in,
         words_out=state.words_out, **run.stages.seconds, peak_memory_mb=peak_memory_mb(run.compute.device),
         **run.grader.stats(),
@@ -243,8 +273,9 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         )  # fmt: skip
         idle = CallableGrader(lambda openings, stories: [], "rank 0")
         grader: Grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else idle)
-        if forecast := grader.forecast(stories_to_grade(config, state), openings[0]):
-            print(f"forecast: {forecast}")
+        if forecast := grader.forecast(stories_to_grade(config, state, config.graded_per_step), openings[0]):
+            everything = f"; without --graded {stories_to_grade(config, state, config.stories_per_step):,} stories"
+            print(f"forecast: {forecast}{everything if config.graded else ''}")
         facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
         reader = Reader(config.reader, config.device) if rank0 and config.reader != "none" else None
         print(f"student {origin}, scored by {facts['scored_by']}")
@@ -297,10 +328,10 @@ def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict
     return babylm.milestones_beyond(history)
 
 
-def stories_to_grade(config: InteractConfig, state: RunState) -> int:
-    """The stories that the rest of the run writes, evaluations included."""
+def stories_to_grade(config: InteractConfig, state: RunState, per_step: int) -> int:
+    """The stories of the rest of the run, so many of each step, and those of its evaluations."""
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
-    return (config.steps - state.step) * config.stories_per_step + evaluations * config.stories_per_evaluation
+    return (config.steps - state.step) * per_step + evaluations * config.stories_per_evaluation
 
 
 def student_record(config: InteractConfig, origin: Path, policy: Policy) -> dict[str, Any]:

@@ -35,6 +35,7 @@ FIRST = set(
 )
 DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
+FEWEST_GRADED = 8  # stories of a step, for --graded
 LEARNERS = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")  # what they are: tinystory/rl/learners.py
 
 
@@ -66,7 +67,7 @@ class PretrainConfig:
         "primer, builtin, dull, tinystories, babylm-10m, babylm-100m, or .txt and .jsonl files, gzipped or not",
         group="data",
     )
-    words: int = option(3_200_000, "total words to train on, counting repeats", "[1, 1e15]")
+    words: int = option(2_800_000, "total words to train on, counting repeats", "[1, 1e15]")
     val_fraction: float = option(0.05, "fraction of the documents held out for validation", "(0, 1)")
     packing: str = option("whole", "whole documents per sequence where they fit, or one stream", ("whole", "stream"))
     documents: str = option("passage", "unit of a .txt file that counts as a document", ("passage", "row"))
@@ -134,7 +135,10 @@ class InteractConfig:
     )
     calibrate: bool = option(True, "before the run, measure whether --teacher-url scores stories above shuffled words")
     require_judgement: float = option(0.0, "minimum P(story scores above shuffled words); chance is 0.5", "[0, 1)")
-    max_unscored: float = option(0.1, "maximum fraction of a step's stories without a score", "[0, 1)")
+    max_unscored: float = option(0.1, "maximum fraction of a step's graded stories without a score", "[0, 1)")
+    graded: int = option(
+        0, "stories per step that the teacher grades, a model predicting the other scores; 0: all", "[0, 1e9]"
+    )
 
     openings: str = option(
         "builtin", "builtin, a file of one opening per line, or the text of one", group="story", flags=("--opening",)
@@ -198,6 +202,10 @@ class InteractConfig:
     @property
     def stories_per_evaluation(self) -> int:
         return self.eval_stories * self.eval_best_of
+
+    @property
+    def graded_per_step(self) -> int:
+        return self.graded or self.stories_per_step
 
     @property
     def invented_score(self) -> float | None:
@@ -380,6 +388,15 @@ def _check_together(config: Any) -> Iterator[str]:
             "--teacher-mode rank compares the stories of an opening: give a --teacher-url, --stories-per-opening 2 to "
             "half of --teacher-max-tokens, and a multiple of it as --stories-per-step"
         )
+    if config.graded and not (FEWEST_GRADED <= config.graded < config.stories_per_step):
+        yield (
+            f"--graded must be at least {FEWEST_GRADED} and fewer than --stories-per-step {config.stories_per_step}; "
+            "leave it out to have all graded"
+        )
+    if config.graded and config.teacher_mode == "rank":
+        yield "--graded does not go with --teacher-mode rank, which compares all stories of an opening: leave one out"
+    if config.graded and config.unreadable_score != "none":
+        yield "--graded does not go with --unreadable-score, which invents scores to learn from: leave one of them out"
     if config.budget_cost and not config.price_in + config.price_out:
         yield "--budget-cost needs the prices: give --price-in and --price-out, per million tokens"
     if config.replay_batch != InteractConfig.replay_batch and not config.replay_weight:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tinystory.config import FEWEST_GRADED
 from tinystory.rl.score_model import (
-    FEWEST,
     PENALTIES,
     ScoreModel,
     leave_one_out_ridge,
@@ -28,15 +28,12 @@ def test_the_stories_sent_depend_on_the_seed_and_the_step():
     assert sent_to_teacher(5, 0, 0, 0) == [0, 1, 2, 3, 4]
 
 
-def test_padding_is_not_seen():
-    logprobs, states = -torch.rand(2, 30), torch.randn(2, 30, 4)
-    mask = torch.arange(30) < torch.tensor([[30], [17]])
-    both = story_features(logprobs, states, mask, [True, False])
-    alone = story_features(logprobs[1:, :17], states[1:, :17], mask[1:, :17], [False])
-    assert both.shape == (2, 2 * 4 + 15)
-    assert torch.equal(both[1:], alone) and both.isfinite().all()
-    one = story_features(logprobs[:1, :1], states[:1, :1], mask[:1, :1], [True])
-    assert one.isfinite().all()
+def test_a_story_is_seen_alone():
+    logprobs, states = -torch.rand(48), torch.randn(48, 4)
+    both = story_features(logprobs, states, [30, 18], [True, False])
+    assert both.shape == (2, 2 * 4 + 15) and both.dtype == torch.float32 and both.isfinite().all()
+    assert torch.equal(both[1:], story_features(logprobs[30:], states[30:], [18], [False]))
+    assert story_features(logprobs[:1], states[:1], [1], [True]).isfinite().all()
 
 
 def test_scores_that_follow_the_features_are_predicted():
@@ -55,7 +52,7 @@ def test_scores_that_have_nothing_to_do_with_the_features_are_not():
 
 def test_nothing_is_predicted_of_a_few_grades_or_measured_of_one_score():
     model, (x, y) = ScoreModel(), made_up(40)
-    assert model.learn(x[: FEWEST - 1], y[: FEWEST - 1].tolist()) is None and model.predict(x) is None
+    assert model.learn(x[: FEWEST_GRADED - 1], y[: FEWEST_GRADED - 1].tolist()) is None and model.predict(x) is None
     assert model.learn(x[:1], [0.5]) is None and model.predict(x) is not None
     assert model.learn(x[:9], [0.5] * 9) is None
 
@@ -70,12 +67,25 @@ def test_predictions_are_scores():
 def test_a_restored_model_predicts_the_same():
     model, (x, y) = ScoreModel(), made_up(50)
     model.learn(x[:30], y[:30].tolist())
-    tensors = model.state_dict()
-    again = ScoreModel(x.shape[1], 30)
-    again.load_state_dict(tensors)
+    again = ScoreModel()
+    again.restore({name: tensor.clone() for name, tensor in model.tensors().items()})
     assert torch.equal(again.predict(x), model.predict(x))
     assert again.learn(x[30:], y[30:].tolist()) == model.learn(x[30:], y[30:].tolist())
     assert torch.equal(again.predict(x), model.predict(x))
+
+
+def test_only_stories_that_were_not_sent_have_a_predicted_score():
+    """A graded story whose reply was missing, refused or late has none; it is not learned from either."""
+    model, (x, y) = ScoreModel(), made_up(40)
+    graded = list(range(0, 40, 2))
+    scores = [None if row in (4, 10) else float(y[row]) for row in graded]
+    predicted, r_squared = model.complete(x, graded, scores)
+    assert [row for row, score in enumerate(predicted) if score is None] == graded and r_squared is None
+    assert len(model.scores) == 18
+    nothing, r_squared = model.complete(x, graded, [None] * 20)
+    assert nothing == predicted and r_squared is None and len(model.scores) == 18
+    assert ScoreModel().complete(x, graded, [None] * 20) == ([None] * 40, None)
+    assert ScoreModel().complete(x, graded[: FEWEST_GRADED - 1], scores[: FEWEST_GRADED - 1]) == ([None] * 40, None)
 
 
 @pytest.mark.parametrize("n", [10, 40])

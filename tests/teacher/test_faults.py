@@ -193,6 +193,40 @@ def test_a_teacher_that_refuses_during_an_evaluation_costs_no_step(init, tmp_pat
     assert metrics(whole)[-1]["words_in"] == metrics(stopped)[-1]["words_in"]
 
 
+def test_a_run_that_predicts_scores_ends_the_same_when_its_teacher_fails_within_a_step(init, tmp_path, capsys):
+    """Ten of twenty stories are graded. Some get no score ever, and some replies come late; then the quota ends."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = ["--stories-per-step", "20", "--graded", "10", "--max-unscored", "0.6"]
+    left = 10**6
+
+    def script(story, n):
+        nonlocal left
+        left -= 1
+        return graded_now_and_then(story, n) if left >= 0 else error(402, "no quota")
+
+    with FaultServer(script) as server:
+        interact.main([*arguments(init, whole, server.url), *flags])
+        assert len(server.good) - 1 <= 4 * 10 + 3 * 4  # what is not sent costs nothing; and the probe
+        assert "forecast: 52 stories" in capsys.readouterr().out
+    with FaultServer(script) as server:
+        left = 40
+        assert "no quota" in fails(interact.main, [*arguments(init, stopped, server.url), *flags], capsys)
+        assert len(metrics(stopped)) in (1, 2)
+        left = 10**6
+        interact.main(["--resume", "--out", str(stopped)])
+        assert_same_bits(whole, stopped)
+    assert (whole / "stories.jsonl").read_text() == (stopped / "stories.jsonl").read_text()
+    steps, stories = metrics(whole), list(read_stories(whole))
+    unscored = [story for story in stories if "What a tale" in story["reply"]]
+    others = [story for story in stories if "--graded" in story["reply"]]
+    assert unscored and all(story["predicted"] is story["scores"] is story["reward"] is None for story in unscored)
+    assert len(others) == 4 * 10 and all(story["scores"] is None for story in others)
+    assert all((story["reward"] is None) == (story["predicted"] is None) for story in others)
+    assert sum(record["predicted"] for record in steps) == sum(story["predicted"] is not None for story in stories)
+    assert [record["scored"] + record["unscored"] for record in steps] == [10] * 4
+    assert steps[0]["score_r_squared"] is None and steps[-1]["score_r_squared"] is not None
+
+
 def graded_now_and_then(story: str, n: int) -> str:
     """A teacher that first replies to a third of the stories without scores, and to some of them always."""
     mood = hashlib.sha256(story.encode()).digest()[3] % 9

@@ -88,9 +88,11 @@ def has_dull_tellers(facts: Mapping[str, Any]) -> bool:
 
 
 def story_records(
-    step: int, stories: Sequence[Story], grades: Sequence[Grade], rewards: Sequence[float | None], mixed: bool = False
-) -> list[Record]:
-    """The lines of stories.jsonl and evaluations.jsonl. mixed: with the kind of teller."""
+    step: int, stories: Sequence[Story], grades: Sequence[Grade], rewards: Sequence[float | None], mixed: bool = False,
+    predicted: Sequence[float | None] = (),
+) -> list[Record]:  # fmt: skip
+    """The lines of stories.jsonl and evaluations.jsonl. mixed: with the kind of teller. predicted: with --graded, the
+    score that each story has from the score model instead of the teacher."""
     return [
         {
             "step": step,
@@ -103,8 +105,9 @@ def story_records(
             "words": story.words,
             "ended": story.ended,
         }
+        | ({"predicted": predicted[i]} if predicted else {})
         | ({"teller": dull.kind_of(story.text)} if mixed else {})
-        for story, grade, reward in zip(stories, grades, rewards, strict=True)
+        for i, (story, grade, reward) in enumerate(zip(stories, grades, rewards, strict=True))
     ]
 
 

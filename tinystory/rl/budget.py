@@ -46,11 +46,11 @@ class Budget:
         return [name for name, words in self.milestones.items() if before < words <= words_in]
 
     def _exhausted(self, state: RunState, evaluations: int) -> str:
-        config = self.config
-        stories = config.stories_per_step + evaluations * config.stories_per_evaluation
-        words_in = state.words_in + self.opening_words(state) + stories * self.most_words
+        config, evaluated = self.config, evaluations * self.config.stories_per_evaluation
+        graded = config.graded_per_step + evaluated
+        words_in = state.words_in + self.opening_words(state) + graded * self.most_words
         words_in += sum(words for _, words in self.replay.batches(state.step))
-        words_out = state.words_out + stories * config.max_new_tokens
+        words_out = state.words_out + (config.stories_per_step + evaluated) * config.max_new_tokens
         if words_in > config.budget_words or words_out > config.budget_words_out:
             return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"
-        return "" if self.affords(stories) else f"--budget-cost {config.budget_cost:g}"
+        return "" if self.affords(graded) else f"--budget-cost {config.budget_cost:g}"

@@ -27,6 +27,7 @@ ADVICE = {
     "collapse": "more --stories-per-step, a higher --kl-coef or --diversity, or a lower --learning-rate",
     "kl": "a higher --kl-coef, a shorter --kl-horizon, a lower --learning-rate or fewer --epochs",
     "loss": "a lower --learning-rate, or --grad-clip 1",
+    "predicted": "more stories per step with --graded",
     "signal": "another --teacher-model, criteria with more to tell apart (--teacher-prompt), --teacher-logprobs, or a "
     "student that was pretrained longer (scripts/doctor.py --calibrate tells a teacher that cannot judge)",
 }
@@ -63,6 +64,10 @@ class CollapseDetector:
             signs["kl"].append(f"the KL runs away ({kl:.1f} nats per story, target {self.kl_target:g})")
         if len(self._last) == WINDOW and all(record.get("skipped") for record in self._last):
             signs["loss"].append("every step skips minibatches")
+        if (r_squared := record.get("score_r_squared") or 0) < 0:
+            signs["predicted"].append(
+                f"the predicted scores of step {record['step']} are worse than a constant (R-squared {r_squared:.2f})"
+            )
         if sentence := self._without_signal():
             signs["signal"].append(f"{sentence}, so nothing is learned from the teacher")
         news = {k: f"{', '.join(s)}: try {ADVICE[k]}" for k, s in signs.items() if s and k not in self.warnings}

@@ -1,8 +1,8 @@
 """The policy that learns, the state of its run, which a checkpoint of an interaction holds, and its rollout."""
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from tinystory.data.tokenizer import Tokenizer
 from tinystory.ops.compute import Compute
 from tinystory.rl.learners import LEARNERS
 from tinystory.rl.optim import make_optimizer
+from tinystory.rl.score_model import ScoreModel
 from tinystory.run import distributed
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, generate
@@ -57,6 +58,7 @@ class Policy:
     tokenizer: Tokenizer
     history: dict[str, Any]
     names: list[str]
+    score_model: ScoreModel = field(default_factory=ScoreModel)  # with --graded
 
     @property
     def value_head(self) -> ValueHead | None:
@@ -70,6 +72,7 @@ class Policy:
         lifetime = {name: self.history.get(name, 0) + count for name, count in words.items()} if state.step else {}
         tensors = checkpoint.pack_optimizer(self.optimizer, self.names)
         tensors |= {f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()}
+        tensors |= self.score_model.tensors()
         checkpoint.save(
             folder, self.student, self.tokenizer, history=self.history | lifetime, state=tensors,
             counters=asdict(state), replace=replace,
@@ -81,6 +84,7 @@ class Policy:
         checkpoint.restore(self.student, folder)
         tensors, state = checkpoint.load_trainer(folder, RunState)
         checkpoint.restore_module(self.critic, "critic", tensors)
+        self.score_model.restore(tensors)
         checkpoint.unpack_optimizer(self.optimizer, self.names, tensors)
         return state
 
@@ -103,13 +107,13 @@ class TakesStories(Protocol):
 
 def rollout(
     policy: Policy, openings: Sequence[str], first_index: int, grader: TakesStories, bar: tqdm | None = None,
-    dropout: float = 0.0,
+    dropout: float = 0.0, unsent: Container[int] = (),
 ) -> list[Story]:  # fmt: skip
     """Stories first_index, first_index + 1, ... to these openings, on every rank. Rank 0 sends each to the grader,
-    those of its own shard as soon as they end."""
+    those of its own shard as soon as they end, but for those whose place among these is in `unsent`."""
 
     def on_story(story: Story) -> None:
-        if distributed.is_rank0():
+        if distributed.is_rank0() and story.index - first_index not in unsent:
             grader.send(story.index, story.opening, story.text)
         if bar is not None:
             bar.update()

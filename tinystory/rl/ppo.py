@@ -88,8 +88,9 @@ def read(student: Student, batch: Batch, config: InteractConfig, *, states: bool
 
 
 def read_reference(reference: Student, batch: Batch, config: InteractConfig) -> Batch:
-    """The batch with the frozen starting checkpoint's log-probabilities, and its states for the ridge critic."""
-    logprobs, states = read(reference, batch, config, states=config.learner == "ridge")
+    """The batch with the frozen starting checkpoint's log-probabilities, and its states for the ridge critic and for
+    the score model."""
+    logprobs, states = read(reference, batch, config, states=config.learner == "ridge" or config.graded > 0)
     return dataclasses.replace(batch, ref_logprobs=logprobs, ref_states=states)
 
 

@@ -7,62 +7,62 @@ for the teacher's in the reward alone; it is recorded apart, and a graded story 
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from tinystory.config import FEWEST_GRADED
+
 PENALTIES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # features have variance 1
-FEWEST = 8  # grades from which scores are predicted
 LARGEST = 5.0  # standard deviations from the mean at which a feature is clipped
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75)  # of the log-probabilities of a story's tokens
 
 
 def sent_to_teacher(stories: int, graded: int, seed: int, step: int) -> list[int]:
-    """Which of a step's stories are graded, drawn at random, in order; all of them if `graded` is 0. They depend on the
-    seed and the step alone, so a resumed run asks for the same ones."""
-    if not graded:
-        return [*range(stories)]
-    return sorted(random.Random(f"graded {seed} {step}").sample(range(stories), graded))
+    """The rows of a step's stories that are graded, drawn at random, in order; all of them if `graded` is 0. They
+    depend on the seed and the step alone, so a resumed run asks for the same ones."""
+    return sorted(random.Random(f"graded {seed} {step}").sample(range(stories), graded or stories))
 
 
-def story_features(logprobs: Tensor, states: Tensor, mask: Tensor, ended: Sequence[bool]) -> Tensor:
-    """(B, 2 C + 15) float32, on the CPU: what the reference sees of each story. logprobs: (B, N), of its tokens;
-    states: (B, N, C), from which it predicts them; mask: (B, N), True at tokens; ended: whether it drew an end token.
+def story_features(logprobs: Tensor, states: Tensor, lengths: Iterable[int], ended: Sequence[bool]) -> Tensor:
+    """(B, 2 C + 15) float32, on the CPU: what the reference sees of each story. logprobs: (n,), of the tokens of all
+    stories, one story after the other; states: (n, C), from which it predicts them; lengths: tokens of each story;
+    ended: whether it drew an end token.
 
     The mean and the last of the states; the log-probabilities' mean, standard deviation and quantiles, and the means of
     either half, of the last ten and of the fraction below -4 nats; the length, its square, its inverse and the end."""
-    logprobs, states, mask = logprobs.float().cpu(), states.float().cpu(), mask.cpu()
     rows = []
-    for at, end in enumerate(ended):
-        count = int(mask[at].sum())
-        x, seen = logprobs[at, :count].double(), states[at, :count].double()
-        half = max(count // 2, 1)
-        parts = [
-            x.mean(),
-            x.std(correction=0),
-            x[:half].mean(),
-            x[-half:].mean(),
-            x[-10:].mean(),
-            (x < -4).double().mean(),
-        ]
-        shape = torch.tensor([count / 100, (count / 100) ** 2, 10 / count], dtype=torch.float64)
-        quantiles = torch.quantile(x, torch.tensor(QUANTILES, dtype=torch.float64))
-        rows.append(torch.cat([seen.mean(0), seen[-1], torch.stack(parts), quantiles, shape, shape.new_tensor([end])]))
+    sizes = [int(length) for length in lengths]
+    for x, seen, end in zip(
+        logprobs.cpu().double().split(sizes), states.cpu().double().split(sizes), ended, strict=True
+    ):
+        count, half = len(x), max(len(x) // 2, 1)
+        rare = (x < -4).double().mean()
+        parts = [x.mean(), x.std(correction=0), x[:half].mean(), x[-half:].mean(), x[-10:].mean(), rare]
+        shape = x.new_tensor([count / 100, (count / 100) ** 2, 10 / count, end])
+        quantiles = torch.quantile(x, x.new_tensor(QUANTILES))
+        rows.append(torch.cat([seen.mean(0), seen[-1], torch.stack(parts), quantiles, shape]))
     return torch.stack(rows).float()
 
 
-class ScoreModel(torch.nn.Module):
-    """Graded stories of a run as buffers, which a checkpoint holds. features: (n, F) float32; scores: (n,) float64."""
+class ScoreModel:
+    """The graded stories of a run, which its checkpoints hold. features: (n, F) float32; scores: (n,) float64."""
 
-    features: Tensor
-    scores: Tensor
-
-    def __init__(self, features: int = 0, grades: int = 0):
-        super().__init__()
-        self.register_buffer("features", torch.zeros(grades, features))
-        self.register_buffer("scores", torch.zeros(grades, dtype=torch.float64))
+    def __init__(self) -> None:
+        self.features, self.scores = torch.zeros(0, 0), torch.zeros(0, dtype=torch.float64)
         self._weights: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint: none before the first grade."""
+        kept = {"features": self.features, "scores": self.scores}
+        return {f"score_model.{name}": tensor for name, tensor in kept.items() if len(self.scores)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `tensors`; others are ignored."""
+        self.features = tensors.get("score_model.features", self.features)
+        self.scores = tensors.get("score_model.scores", self.scores)
+        self._weights = None
 
     def learn(self, features: Tensor, scores: Sequence[float]) -> float | None:
         """Add graded stories and fit anew. Returns the R-squared of what was predicted of them before: 1 if it was
@@ -77,12 +77,26 @@ class ScoreModel(torch.nn.Module):
         return 1 - float(((new - before) ** 2).sum()) / spread if before is not None and spread > 0 else None
 
     def predict(self, features: Tensor) -> Tensor | None:
-        """(B,) float64, 0 to 1: the expected scores; None with fewer than FEWEST grades."""
-        if len(self.scores) < FEWEST:
+        """(B,) float64, 0 to 1: the expected scores; None with fewer than FEWEST_GRADED grades."""
+        if len(self.scores) < FEWEST_GRADED:
             return None
         if self._weights is None:
             self._weights = leave_one_out_ridge(self._scaled(self.features), self.scores)
         return (self._scaled(features) @ self._weights + self.scores.mean()).clamp(0, 1)
+
+    def complete(
+        self, features: Tensor, graded: Sequence[int], scores: Sequence[float | None]
+    ) -> tuple[list[float | None], float | None]:
+        """Learn from a step's graded stories and predict the scores of its others. features: (B, F), of all of them;
+        graded: rows of those sent to the teacher; scores: theirs, None where the teacher gave none.
+
+        Returns a predicted score per story, None for those that were sent and where there are too few grades to
+        predict; and the R-squared of `learn`."""
+        known = [(row, score) for row, score in zip(graded, scores, strict=True) if score is not None]
+        r_squared = self.learn(features[[row for row, _ in known]], [score for _, score in known]) if known else None
+        expected, sent = self.predict(features), set(graded)
+        predicted = [None] * len(features) if expected is None else expected.tolist()
+        return [None if row in sent else score for row, score in enumerate(predicted)], r_squared
 
     def _scaled(self, features: Tensor) -> Tensor:
         seen = self.features.double()
