@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
 
-from tinystory.config import InteractConfig
+from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.builtin import dull
 from tinystory.data.corpus import Corpus
 from tinystory.data.openings import Openings, load_openings
@@ -41,7 +41,7 @@ from tinystory.report import charts
 from tinystory.rl.reward import best_of_n, cluster_sizes, story_rewards
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import SAMPLES, atomic_write
+from tinystory.run.folder import SAMPLES, atomic_write, read_metrics
 from tinystory.run.paths import ROOT
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, generate
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     records: list[dict[str, Any]] = []
     for seed in options.seeds:
         start = options.out / f"pretrain-{seed}"
-        if not (start / "report.html").exists():  # the last file that a pretraining writes
+        if not any(record["words"] >= PretrainConfig().words for record in read_metrics(start)):
             run("train_pretrain.py", start, seed)
         by = {"first": "untouched", "likelihood": "likeliest of 4", "reward": "best of 4 by reward"}
         rows = [Row(name, start, n=4, chosen_by=choice) for choice, name in by.items()]
