@@ -29,7 +29,7 @@ from tinystory.student import checkpoint
 if os.environ["RANK"] != "0":  # writes no checkpoint and drops none, which could be the one that rank 0 is writing
     checkpoint.save = checkpoint.drop_older = None
 elif "SAVES_FOR_EVER" in os.environ:
-    checkpoint.save = lambda *args, **kwargs: __import__("time").sleep(3600)
+    checkpoint.save = lambda *args, **kwargs: [open(os.environ["SAVES_FOR_EVER"], "w"), __import__("time").sleep(3600)]
 shards.cache_dir = lambda: __import__("pathlib").Path(sys.argv[1])
 split = sys.argv.index("--then")
 train_pretrain.main(sys.argv[2:split])
@@ -171,11 +171,13 @@ def test_ctrl_c_under_torchrun_ends_the_step_and_saves_and_twice_ends_at_once(pl
     """As a terminal sends it: to torchrun, which passes it on to its workers, which have sessions of their own."""
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # seconds, then SIGKILL
     if times == 2:
-        monkeypatch.setenv("SAVES_FOR_EVER", "1")  # so that the first does not suffice
+        monkeypatch.setenv("SAVES_FOR_EVER", str(tmp_path / "saving"))  # so that the first does not suffice
     launch, workers = under_torchrun(place, tmp_path / "p")
-    for _ in range(times):
+    os.killpg(launch.pid, signal.SIGINT)
+    if times == 2:
+        while launch.poll() is None and not (tmp_path / "saving").exists():
+            time.sleep(0.1)
         os.killpg(launch.pid, signal.SIGINT)
-        time.sleep(1)
     launch.communicate(timeout=LIMIT_S)
     assert len(workers) == 2 and not any(map(running, workers))
     newest = checkpoint.newest_whole(tmp_path / "p")

@@ -111,10 +111,11 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(place, tmp_path, run
     began = time.monotonic()
     assert run(command, arguments(place, command, whole))[0] == 0
     longest = time.monotonic() - began
-    seen = set()  # what was there when a kill came
-    while kills < KILLS or not ends:
+    seen = set()  # what was there when a kill came: 2 is a checkpoint
+    while (goes_on := kills < KILLS or 2 not in seen) or not ends:
         argv = ["--resume", "--out", str(out)] if (out / "config.json").exists() else arguments(place, command, out)
-        code, stderr = run(command, argv, rng.uniform(0, longest / 2) if kills < KILLS else None)
+        code, stderr = run(command, argv, rng.uniform(0, longest / 2) if goes_on else None)
+        longest *= 1.1  # as if the machine had become slower, which it may have
         assert code in (0, -signal.SIGKILL), stderr
         assert "Traceback" not in stderr
         newest = checkpoint.newest(out)
@@ -135,7 +136,6 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(place, tmp_path, run
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
             path.write_bytes(data)
     print(f"{command.__name__}: {kills} kills, {ends} ends, {seen}")
-    assert 2 in seen
 
 
 @pytest.mark.slow
