@@ -46,7 +46,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(run, tmp_path, options):
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
     whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
     assert [record["words_in"] for record in whole] == [record["words_in"] for record in parts]
-    assert all(record["grad_norm"] > 0 for record in whole)
+    assert any(record["grad_norm"] > 0 for record in whole)  # stories of equal reward have none
 
 
 def test_a_value_head_learns_and_the_other_learners_have_none(run, tmp_path):
