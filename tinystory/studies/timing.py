@@ -170,4 +170,4 @@ def profile(run: Run, device: torch.device) -> None:
     ) as profiler:
         run()
     key = f"self_{device.type}_time_total"
-    print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=40), file=sys.stderr)
+    print(profiler.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=40), file=sys.stderr)
