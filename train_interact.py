@@ -28,7 +28,6 @@ from tinystory.evaluate.reader import Reader
 from tinystory.evaluate.second_judge import conclusion, judge_run
 from tinystory.ops.compute import Compute, resolve
 from tinystory.report.before_after import summary
-from tinystory.report.charts import text_curve
 from tinystory.report.run import live_report
 from tinystory.rl import learners, ppo
 from tinystory.rl.batch import Batch, collate
@@ -353,7 +352,6 @@ def report(run: InteractionRun) -> None:
         return
     write_samples(folder, state.best_step)
     print(summary(folder))
-    print(f"mean reward per step {text_curve([record.get('reward_mean') for record in read_metrics(folder)], 60)}")
     if reader is not None:
         print(conclusion(judge_run(folder, config, run.compute, reader, run.grader.grade_each)))
     print(f"report: {folder / 'report.html'}\nnext:   {hint('scripts/sample.py', checkpoint.find(folder))}")

@@ -46,6 +46,7 @@ def test_terminal_and_report_say_the_same_numbers_and_show_the_same_pair(run):
         "The pair with the median gain in reward among 5 held-out openings whose stories both end.",
     ):
         assert said in terminal and said in page, said
+    assert "from step 0: ▁▃▆█" in terminal
     for text in (terminal, page):
         assert text.index("story 0 2") < text.index("story 2 2")
     assert page.index("story 2 2") < page.index("story 2 0") < page.index("story 2 1") < page.index("story 2 3")

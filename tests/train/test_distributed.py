@@ -109,7 +109,7 @@ train_interact.main(sys.argv[2:])
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=LIMIT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("stopped after step 1, all saved") == 1 and "mean reward per step" not in done.stdout
+    assert done.stdout.count("stopped after step 1, all saved") == 1 and "Mean reward" not in done.stdout
     assert len(metrics(tmp_path / "i")) == 1
 
 

@@ -2,7 +2,6 @@
 and the model card all show."""
 
 import textwrap
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -10,14 +9,15 @@ from typing import TypeAlias
 from tinystory.evaluate.held_out import reward_mean, story_means
 from tinystory.evaluate.second_judge import BEST_OF_N, COLDER
 from tinystory.evaluate.stories import mean_of
-from tinystory.report.charts import number
-from tinystory.run.folder import EVALUATIONS, JUDGED, SAMPLES, Record, read_records
+from tinystory.report.charts import number, text_curve
+from tinystory.run.folder import EVALUATIONS, JUDGED, SAMPLES, Record, read_metrics, read_records
 from tinystory.run.text import aligned, printable
 
 COLUMNS = {
     "reward": "reward", "score_mean": "score", "ended": "ended", "story_clusters": "clusters",
     "distinct_4": "distinct 4-grams", "length_mean": "words",
 }  # fmt: skip
+TELLER = "teller_"  # of a corpus with dull tellers: the means with the fraction of stories by each kind
 MORE = (0.0, 0.25, 0.75)  # quantiles of the gain at which further pairs are shown
 
 
@@ -58,14 +58,10 @@ class BeforeAfter:
 
     def tellers(self) -> str:
         """One sentence on which kinds of teller the student imitates; "" if the stories are not told apart by kind."""
-        groups = [
-            [str(record["teller"]) for record in group if "teller" in record] for group in (self.before, self.after)
-        ]
-        if not all(groups):
-            return ""
-        kinds = Counter(groups[0] + groups[1])
-        shifts = (f"{kind} {' → '.join(f'{group.count(kind) / len(group):.0%}' for group in groups)}" for kind in kinds)
-        return printable(f"Kinds of teller: {', '.join(shifts)}.")
+        before, after = group_means(self.before), group_means(self.after)
+        kinds = [key for key in before if key.startswith(TELLER) and key in after]
+        shifts = (f"{key.removeprefix(TELLER)} {before[key]:.0%} → {after[key]:.0%}" for key in kinds)
+        return f"Kinds of teller: {', '.join(shifts)}." if kinds else ""
 
     def conclusion(self) -> str:
         """One sentence on the reward; "" if no story has one."""
@@ -125,6 +121,8 @@ def summary(run: Path) -> str:
         for name, record in zip(comparison.names, pair, strict=True):
             lines += ["", f"{name}, {grade_line(record)}:", story_lines(record)]
     lines += ["", *aligned(comparison.table()), comparison.tellers(), comparison.conclusion()]
+    held_out = [record.get("held_out_reward") for record in from_start(run, read_metrics(run))]
+    lines.append(f"Mean reward of every evaluation, from step 0: {text_curve(held_out)}")
     best = f"checkpoints/best is the student {comparison.names[1]}: its evaluation is the latest whose mean reward is\n"
     return "\n".join([*lines, f"{best}within a standard error of the highest."])
 
