@@ -117,6 +117,15 @@ def test_a_file_alone_means_its_function_score(tmp_path):
         scores("score")
 
 
+def test_a_process_that_ends_between_two_calls_is_one_sentence(tmp_path):
+    body = "import os, threading\ndef f(o, s):\n    threading.Thread(target=lambda: after()).start()\n    return [1]\n"
+    body += "def after():\n    import time\n    time.sleep(0.1)\n    os._exit(7)\n"
+    (tmp_path / "r.py").write_text(body)
+    with load_score(f"{tmp_path / 'r.py'}:f") as score, pytest.raises(UserError, match=r"\(exit code 7\)$"):
+        for _ in range(10_000):
+            score(["o"], ["a" * 100])
+
+
 def test_a_call_keeps_what_an_earlier_one_left_and_its_process_ends_with_the_block(tmp_path):
     body = "import os\ncalls = []\ndef f(o, s):\n    calls.append(s)\n    return [len(calls) / 4, os.getpid() / 1e9]\n"
     (tmp_path / "r.py").write_text(body)

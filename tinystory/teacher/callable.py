@@ -20,7 +20,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from tinystory.run.errors import UserError
 from tinystory.run.paths import ROOT
@@ -79,25 +79,29 @@ def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-u", "-m", __name__, file, name, str(timeout_s), str(theirs.fileno())]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with ours, ours.makefile("rw") as stream:
+    with ours, ours.makefile() as stream:
         with theirs:
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": path})
 
         def answer() -> Any:
-            line = stream.readline()
+            line = ""
+            with contextlib.suppress(ConnectionError):  # it ended with openings and stories unread
+                line = stream.readline()
             if line.startswith("Timeout"):  # the traceback that faulthandler writes, the newest frame first
                 at = re.search(rf'"{re.escape(_escaped(file))}", (line [0-9]+)', stream.read())
                 line = f", {at[1]}" if at else ""
                 raise UserError(f"--reward {spec}: {file}{line}: it took more than {timeout_s:g} s (--teacher-timeout)")
             if not line:
-                raise UserError(f"--reward {spec}: {file}: it ended its process (exit code {process.wait()})")
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it can have closed the connection alone
+                    process.wait(5)
+                raise UserError(f"--reward {spec}: {file}: it ended its process (exit code {process.returncode})")
             if "error" in (value := json.loads(line)):
                 raise UserError(f"--reward {spec}: {value['error']}")
             return value["scores"]
 
         def score(openings: Sequence[str], stories: Sequence[str]) -> Sequence[float | None]:
-            with contextlib.suppress(BrokenPipeError):  # it has ended: `answer` says why
-                print(json.dumps([openings, stories]), file=stream, flush=True)
+            with contextlib.suppress(ConnectionError):  # it has ended: `answer` says why
+                _send(ours, [openings, stories])
             return answer()
 
         try:
@@ -106,6 +110,10 @@ def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
         finally:
             process.kill()
             process.wait()
+
+
+def _send(connection: socket.socket, value: object) -> None:
+    connection.sendall(json.dumps(value).encode() + b"\n")
 
 
 # ---- in the process of its own --------------------------------------------------------------------------------------
@@ -120,27 +128,25 @@ def main() -> None:
     sys.argv = [file]
     for ended in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # the trainer needs its scores to end the step
         signal.signal(ended, signal.SIG_IGN)
-    with socket.socket(fileno=int(descriptor)) as connection, connection.makefile("rw") as stream:
+    with socket.socket(fileno=int(descriptor)) as connection:
         try:
-            _serve(file, name, float(seconds), int(descriptor), stream)
+            _serve(file, name, float(seconds), connection)
+            return
         except _Refused as error:
             message = str(error)
-        except BrokenPipeError:  # the trainer has ended
-            return
         except BaseException as error:  # the user's code can raise anything, an exit included
             message = _cause(error, file)
-        else:
-            return
-        print(json.dumps({"error": message}), file=stream)
+        with contextlib.suppress(ConnectionError):  # the trainer has ended
+            _send(connection, {"error": message})
 
 
-def _serve(file: str, name: str, seconds: float, descriptor: int, stream: IO[str]) -> None:
-    """Answer each line, openings and stories, with their scores, until the stream ends."""
+def _serve(file: str, name: str, seconds: float, connection: socket.socket) -> None:
+    """Answer each line, openings and stories, with their scores, until the connection ends."""
 
     @contextlib.contextmanager
     def limited() -> Iterator[None]:
         # A thread without the interpreter's lock ends the process, whatever the user's code catches or waits for.
-        faulthandler.dump_traceback_later(seconds, exit=True, file=descriptor)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=connection.fileno())
         try:
             yield
         finally:
@@ -175,9 +181,9 @@ def _serve(file: str, name: str, seconds: float, descriptor: int, stream: IO[str
     graded_by, whole_step = names[name], False
     with contextlib.suppress(TypeError, ValueError):  # a callable without a signature
         whole_step = next(iter(inspect.signature(graded_by).parameters), "") == "openings"
-    print(json.dumps({"scores": []}), file=stream, flush=True)
-    for line in stream:
-        print(json.dumps({"scores": (call if whole_step else by_opening)(*json.loads(line))}), file=stream, flush=True)
+    _send(connection, {"scores": []})
+    for line in connection.makefile():
+        _send(connection, {"scores": (call if whole_step else by_opening)(*json.loads(line))})
 
 
 def _is_score(value: object) -> bool:
