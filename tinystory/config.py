@@ -67,7 +67,7 @@ class PretrainConfig:
         "primer, builtin, dull, tinystories, babylm-10m, babylm-100m, or .txt and .jsonl files, gzipped or not",
         group="data",
     )
-    words: int = option(2_800_000, "total words to train on, counting repeats", "[1, 1e15]")
+    words: int = option(3_200_000, "total words to train on, counting repeats", "[1, 1e15]")
     val_fraction: float = option(0.05, "fraction of the documents held out for validation", "(0, 1)")
     packing: str = option("whole", "whole documents per sequence where they fit, or one stream", ("whole", "stream"))
     documents: str = option("passage", "unit of a .txt file that counts as a document", ("passage", "row"))
