@@ -4,6 +4,7 @@ import json
 import statistics
 
 import pytest
+import torch
 
 from scripts import bench as bench_script
 from tinystory.student.model import StudentConfig
@@ -89,7 +90,12 @@ def test_what_cannot_be_is_one_sentence(bench, capsys):
 def test_a_profile_names_the_engines_phases(bench, capsys):
     if not bench.ops.load():
         pytest.skip("the kernels are not compiled")
-    bench.main(["rollout", "--batch", "4", "--new", "5", "--device", "cpu", "--runs", "1", "--profile"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the profiler sees this one
+    try:
+        bench.main(["rollout", "--batch", "4", "--new", "5", "--device", "cpu", "--runs", "1", "--profile"])
+    finally:
+        torch.set_num_threads(threads)
     out, err = capsys.readouterr()
     assert json.loads(out)["bench"] == "rollout"
     for phase in ("engine: qkv", "engine: attention", "engine: draw"):
