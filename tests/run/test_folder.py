@@ -11,10 +11,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import story_record
+from conftest import fails, story_record
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scripts import evaluate, sample
 from tinystory.run.errors import UserError
 from tinystory.run.folder import (
     RunLog,
@@ -269,3 +270,23 @@ def test_a_durable_journal_waits_for_the_disk_at_each_record(tmp_path, monkeypat
         journal.append({"a": 2})
         journal.close()
     assert synced == [18, 9, 18, 18]  # and at the end
+
+
+def test_a_read_only_file_system_is_one_clear_sentence(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("builtins.open", refused)
+    monkeypatch.setattr("pathlib.Path.unlink", refused)  # there, even of a file that is not there
+    with pytest.raises(UserError, match="Read-only file system; choose another folder"):
+        atomic_write(tmp_path / "x", "text")
+
+
+@pytest.mark.parametrize("out", ["file/report.json", "folder"])
+def test_an_out_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys, out):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(evaluate.checkpoint, "find", lambda path: pytest.fail("it has begun to work"))
+    monkeypatch.setattr(sample.checkpoint, "find", lambda path: pytest.fail("it has begun to work"))
+    for command, argv in ((evaluate, ["run", "--coreference", "1"]), (sample, ["run"])):
+        assert "cannot write" in fails(command.main, [*argv, "--out", str(tmp_path / out)], capsys)
