@@ -99,9 +99,10 @@ def interact(run: InteractionRun) -> None:
         while goes_on(run):
             stages.begin("rollout")
             prompts = [run.openings[state.written + i] for i in range(config.stories_per_step)]
-            stories = rollout(policy, prompts, state.written, run.grader, run.bar, dropout(run), unsent(run))
+            dropout = config.rollout_dropout if state.step else 0.0
+            stories = rollout(policy, prompts, state.written, run.grader, run.bar, dropout, unsent(run))
             stages.begin("reference")
-            batch = read(run, collate(stories, run.compute.device))  # while the teacher grades
+            batch = read(run, collate(stories, run.compute.device), dropout)  # while the teacher grades
             stages.begin("teacher")
             grades, predicted, prediction = with_predictions(run, batch, stories, collect(run))
             stages.begin("update")
@@ -114,16 +115,17 @@ def interact(run: InteractionRun) -> None:
             milestones = count(run, stories, grades, stats)
             evaluation, failure = run.evaluator.evaluate_if_due(state)
             record = log(run, stories, grades, rewards, stats | prediction | evaluation, predicted)
-            save(run, *milestones)
+            for name in milestones:
+                save(run, name)
             if failure or state.step % config.save_every == 0:
-                save(run, step_name(state))
+                save(run)
             if failure:
                 raise failure
             if warn(run, record):
                 break
         if not distributed.all_reduce_max(run.stop.requested):
             evaluate_at_rest(run)
-    save(run, step_name(state), replace=True)
+    save(run, replace=True)
 
 
 # ---- the stages of a step --------------------------------------------------------------------------------------------
@@ -138,21 +140,16 @@ def goes_on(run: InteractionRun) -> bool:
     return not exhausted
 
 
-def dropout(run: InteractionRun) -> float:
-    """Of the rollout."""
-    return run.config.rollout_dropout if run.state.step else 0.0
-
-
 def unsent(run: InteractionRun) -> set[int]:
     """Rows of the step's stories that the teacher does not grade, with --graded."""
     config, n = run.config, run.config.stories_per_step
     return {*range(n)} - {*sent_to_teacher(n, config.graded, config.seed, run.state.step)}
 
 
-def read(run: InteractionRun, batch: Batch) -> Batch:
+def read(run: InteractionRun, batch: Batch, dropout: float) -> Batch:
     """The stories under the reference, and under the policy too if they were sampled with dropout."""
     with run.compute.autocast():
-        batch = ppo.reread(run.policy, batch) if dropout(run) else batch
+        batch = ppo.reread(run.policy, batch) if dropout else batch
         return ppo.read_reference(run.reference, batch, run.config)
 
 
@@ -163,7 +160,7 @@ def collect(run: InteractionRun) -> list[Grade]:
         grades = distributed.rank0_value(lambda: run.grader.collect(run.stop))
         require_scores(grades, run.config.max_unscored)
     except UserError:
-        save(run, step_name(run.state))
+        save(run)
         raise
     return grades
 
@@ -216,13 +213,10 @@ def log(
     )  # fmt: skip
 
 
-def save(run: InteractionRun, *names: str, replace: bool = False) -> None:
-    for name in names:
-        run.policy.save(run.log.folder / "checkpoints" / name, run.state, replace=replace)
-
-
-def step_name(state: RunState) -> str:
-    return f"step_{state.step:07d}"
+def save(run: InteractionRun, name: str = "", *, replace: bool = False) -> None:
+    """Save a checkpoint, named after the step by default."""
+    folder = run.log.folder / "checkpoints" / (name or f"step_{run.state.step:07d}")
+    run.policy.save(folder, run.state, replace=replace)
 
 
 def warn(run: InteractionRun, record: Record) -> bool:
@@ -239,7 +233,7 @@ def evaluate_at_rest(run: InteractionRun) -> None:
     first: the teacher can fail."""
     if not run.evaluator.done(run.state.step):
         if run.state.step:
-            save(run, step_name(run.state))
+            save(run)
         run.evaluator.evaluate(run.state)
 
 
@@ -283,7 +277,10 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         resume_step = state.step if config.resume else None
         records = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))
         stack.enter_context(records)
-        records.config(asdict(config) | facts | compute.recorded | student_record(config, origin, policy))
+        student: dict[str, Any] = {name: policy.history.get(name) for name in ("corpus", "words")}
+        student["parameters"] = sum(parameter.numel() for parameter in reference.parameters())
+        start = {"init": config.init or str(origin), "student": student}
+        records.config(asdict(config) | facts | compute.recorded | start)
         update_report = stack.enter_context(live_report(folder, rank0))
         distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
         stop = stack.enter_context(Stop().listening())
@@ -331,13 +328,6 @@ def stories_to_grade(config: InteractConfig, state: RunState, per_step: int) -> 
     """The stories of the rest of the run, so many of each step, and those of its evaluations."""
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
     return (config.steps - state.step) * per_step + evaluations * config.stories_per_evaluation
-
-
-def student_record(config: InteractConfig, origin: Path, policy: Policy) -> dict[str, Any]:
-    """What config.json says of the student."""
-    size = sum(parameter.numel() for parameter in policy.student.parameters())
-    corpus, words = policy.history.get("corpus"), policy.history.get("words")
-    return {"init": config.init or str(origin), "student": {"parameters": size, "corpus": corpus, "words": words}}
 
 
 def report(run: InteractionRun) -> None:

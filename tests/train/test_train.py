@@ -20,6 +20,7 @@ from tinystory.data.openings import Openings
 from tinystory.evaluate import held_out
 from tinystory.ops.compute import resolve
 from tinystory.rl.reward import best_of_n
+from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.student.optim import make_optimizer
@@ -319,6 +320,26 @@ def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monk
     evaluations = [json.loads(line) for line in (tmp_path / "off" / "evaluations.jsonl").read_text().splitlines()]
     assert {record["step"] for record in evaluations} == {0, 3}  # the last student is evaluated, wherever the run ends
     assert checkpoint.newest(tmp_path / "off").name == "step_0000003"
+
+
+def test_an_early_end_is_saved_before_its_evaluation(place, tmp_path, capsys, monkeypatch):
+    news = lambda self, record: {"collapse": "all the same"} if record["step"] == 3 else {}  # noqa: E731
+    monkeypatch.setattr("tinystory.rl.collapse.CollapseDetector.add", news)
+    collect = CallableGrader.collect
+
+    def gone(self, stop):
+        if min(self.pending) >= held_out.FIRST_INDEX and (tmp_path / "i" / "metrics.jsonl").exists():
+            raise UserError("the teacher has gone")
+        return collect(self, stop)
+
+    monkeypatch.setattr(CallableGrader, "collect", gone)
+    argv = ["--init", str(checkpoint.newest(place / "p")), "--reward", f"{place / 'reward.py'}:score", *SHORT]
+    argv += ["--stop-on-collapse", "--eval-every", "0", "--save-every", "20", "--out", str(tmp_path / "i")]
+    assert "the teacher has gone" in fails(interact.main, argv, capsys)
+    assert checkpoint.newest(tmp_path / "i").name == "step_0000003"
+    monkeypatch.undo()
+    run_interact(place, tmp_path / "i", "--resume", "--steps", "3")
+    assert len(metrics(tmp_path / "i")) == 3
 
 
 def test_a_teacher_that_tells_nothing_apart_is_warned_of_once(place, tmp_path, capsys):
