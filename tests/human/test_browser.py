@@ -229,18 +229,19 @@ def test_the_report_of_a_run_that_goes_on_reloads_itself(browser, tmp_path, monk
         context.close()
 
 
-def test_a_report_scrolls_sideways_on_no_screen(page, tmp_path):
-    """185 clusters, a word without a space and controls, on a phone."""
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_report_scrolls_sideways_on_no_screen(page, tmp_path, width):
+    """185 clusters, a word without a space and controls, on a phone and on a laptop."""
     with RunLog(tmp_path, resume_step=None) as log:
         log.config({"device": "cpu", "student": {"parameters": 10**6, "corpus": ["x" * 80]}})
         log.metrics(step=1, reward_mean=0.5, held_out_reward=0.5)
         log.stories([story_record(1, i, story=f"w{i} " * 9 + "z" * 200) for i in range(185)])
         log.evaluations([story_record(step, i, scores={"readability": 2}) for step in (0, 1) for i in range(9)])
-        log._append(JUDGED, [dict(group="before, temperature 0.7", index=0, score=5, sense=None)])
-    page.set_viewport_size({"width": 390, "height": 844})
+        log._append(JUDGED, [dict(group="before, best of 4 by the teacher", index=0, score=5, sense=None)])
+    page.set_viewport_size({"width": width, "height": 844})
     page.goto(f"file://{write_report(tmp_path)}")
     for folded in page.query_selector_all("details"):
         folded.evaluate("element => element.open = true")
-    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.evaluate("(table => table.scrollWidth - table.clientWidth)(document.querySelector('.hero .wide'))") == 0
     assert page.locator(".clusters i").count() == 31

@@ -4,7 +4,6 @@ import json
 import re
 import textwrap
 from collections.abc import Iterable
-from html import escape
 from pathlib import Path
 
 from tinystory.data.corpus import BUILTIN, HUB, LICENCES
@@ -74,25 +73,21 @@ def _run(source: Path, history: Record) -> Iterable[str]:
     )
     if (comparison := read_before_after(run, step)) is None:
         return
-    header, *rows = ([_cell(text) for text in row] for row in comparison.table())
+    header, *rows = ([_plain(text) for text in row] for row in comparison.table())
     yield "## What it scores"
     yield "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-    yield from (escape(line).replace("[", "\\[") + "." for line in preference_lines(run_preferences(run)))
+    yield from (f"{_plain(line)}." for line in preference_lines(run_preferences(run)))
     rule, pairs = comparison.typical()
     for pair in pairs[:1]:
         for name, record in zip(comparison.names, pair, strict=True):
             story = textwrap.indent(story_lines(record), "    ")
-            rule += f"\n\n{name.capitalize()}, {_cell(grade_line(record))}:\n\n{story}"
+            rule += f"\n\n{name.capitalize()}, {_plain(grade_line(record))}:\n\n{story}"
     yield rule
-
-
-def _cell(text: str) -> str:
-    return escape(printable(text)).replace("|", "\\|").replace("[", "\\[")
 
 
 def _plain(text: object) -> str:
     """Recorded text on one line of Markdown, without the signs that would make it more than text."""
-    return re.sub(r"[<>\[\]`*_]", "", " ".join(printable(str(text)).split()))
+    return re.sub(r"[<>\[\]`*_|]", "", " ".join(printable(str(text)).split()))
 
 
 def _code(text: str) -> str:

@@ -188,14 +188,14 @@ th, td { padding: .35rem .9rem .35rem 0; text-align: right; vertical-align: bott
 th { font-weight: 600; }
 thead th { color: var(--muted); white-space: normal; }
 th:first-child { text-align: left; }
+.hero th, .hero td { padding-right: 0; white-space: normal; }
+.hero td, .hero th + th { padding-left: .7rem; }
 tr { border-bottom: 1px solid var(--rule); }
 dt { flex: 0 0 10rem; color: var(--muted); overflow-wrap: anywhere; }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 @media (max-width: 50rem) { .hero, .pair, .cards { grid-template-columns: minmax(0, 1fr); }
   .pair > article + article { padding-top: 0; }
   .hero svg.chart text { font-size: 15px; }
-  .hero table { font-size: .68rem; }
-  .hero th, .hero td { padding-right: 0; padding-left: .2rem; white-space: normal; }
-  .hero th:first-child { padding-left: 0; } }
+  .hero table { font-size: .68rem; } .hero td, .hero th + th { padding-left: .2rem; } }
 @media print { details:not([open]) { display: none; } }
 """
