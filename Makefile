@@ -1,8 +1,8 @@
 # Thin on purpose: each recipe is a line or two that can be copied into a shell.
 PY := .venv/bin/python
 
-.PHONY: demo test test-elsewhere planted-bugs fuzz browser-check slow-tests sanitize portable-check lowest-check \
-        wheel-check bench cuda-build ptx-check kernel-report clean gpu-check gpu-tests gpu-memcheck gpu-racecheck \
+.PHONY: demo test test-elsewhere planted-bugs gpu-host-check fuzz browser-check slow-tests sanitize portable-check \
+        lowest-check wheel-check bench cuda-build ptx-check kernel-report clean gpu-check gpu-tests gpu-memcheck gpu-racecheck \
         gpu-synccheck gpu-speeds
 
 # From nothing to a student that tells better stories: about ten minutes on two cores.
@@ -35,6 +35,11 @@ test-elsewhere: .venv/ready
 planted-bugs: .venv/ready
 	$(PY) tests/native/simt/planted_bugs.py
 
+# A GPU's host path (copies, streams, graphs, waits) on a simulated device, and bugs planted in it. No GPU.
+gpu-host-check: .venv/ready
+	.venv/bin/pytest -m '' tests/cuda_device
+	$(PY) tests/cuda_device/planted_bugs.py
+
 # Property tests, with fifty times as many examples as in `make test`.
 fuzz: .venv/ready
 	TINYSTORY_FUZZ=50 .venv/bin/pytest -m hypothesis
@@ -44,7 +49,7 @@ browser-check: .venv/ready
 	.venv/bin/pytest -m slow tests/human/test_browser.py
 
 slow-tests: .venv/ready
-	.venv/bin/pytest -m slow --ignore tests/human/test_browser.py
+	.venv/bin/pytest -m slow --ignore tests/human/test_browser.py --ignore tests/cuda_device
 
 # The native tests of the CPU kernels under AddressSanitizer and UBSan, then under ThreadSanitizer.
 sanitize: .venv/ready

@@ -1,5 +1,6 @@
 """The GPU's host path on the simulated device, in processes of their own: README.md says how it works."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL, metrics
+from libraries import kernel_library
 
 HERE = Path(__file__).parent
 pytestmark = [
@@ -28,3 +30,65 @@ def on_device(*arguments: object, **env: str) -> str:
 
 def test_both_commands_whole_as_on_the_cpu():
     on_device(HERE / "whole_runs.py")
+
+
+@pytest.mark.slow
+def test_every_learner_dtype_and_script():
+    on_device(HERE / "more_runs.py")
+
+
+@pytest.mark.slow
+def test_the_cuda_kernels_under_the_whole_host_path():
+    kernels = str(kernel_library())
+    on_device(HERE / "more_runs.py", CUDA_DEVICE_KERNELS=kernels)
+    few = ["-m", "gpu", "-k", "copies_of_weights or the_sum_and_its_norm"]
+    on_device(ROOT / "tests/ops/test_gpu.py", *few, CUDA_DEVICE_KERNELS=kernels)
+
+
+# A device-side assertion, torch.compile, a traced operator, or what the CPU's kernels allow or refuse.
+NEED_A_CARD = "device_sees or opcheck or compile or cannot_be_drawn or not_supported"
+
+
+@pytest.mark.slow
+def test_the_tests_of_a_gpu_that_need_no_card():
+    on_device(ROOT / "tests/ops/test_gpu.py", "-m", "gpu", "-k", f"not ({NEED_A_CARD})", TINYSTORY_TEST_SHAPES="4")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(place, tmp_path):
+    """Under torchrun, a device for each."""
+    shape = [
+        *SMALL[:-1],
+        "cuda",
+        "--dtype",
+        "float32",
+        "--words",
+        "1200",
+        "--batch-size",
+        "4",
+        "--micro-batch-size",
+        "2",
+    ]
+    script = [HERE / "run.py", "train_pretrain.py", "--corpus", place / "corpus.txt", *shape, "--out"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TINYSTORY_KERNELS": "ours", "OMP_NUM_THREADS": "1"}
+    for name, start in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *start, *script, tmp_path / name]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-4000:]
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_gpu_that_is_too_old_for_the_kernels_runs_plain_pytorch(place, tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TINYSTORY_KERNELS": "", "CUDA_DEVICE_CAPABILITY": "7.5"}
+    script = [sys.executable, HERE / "run.py", "train_pretrain.py", "--corpus", place / "corpus.txt", *SMALL[:-1]]
+    for device in ("cuda", "auto"):
+        command = [*script, device, "--words", "400", "--out", tmp_path / device]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert "this GPU has compute capability 7.5, and the CUDA kernels need 8.0" in done.stderr
+        record = json.loads((tmp_path / device / "config.json").read_text())
+        on = "cuda" if device == "cuda" else "cpu"
+        assert record["device"] == on and (on == "cpu" or record["options"]["dtype"] == "float32")

@@ -2,7 +2,11 @@
 read of either raises), and no wait of the host where docs/kernels.md promises none. test_cuda_device.py starts it.
 """
 
+import copy
+import dataclasses
+import gc
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -11,8 +15,11 @@ from plugin import waits_within
 
 import train_interact as interact
 import train_pretrain as pretrain
-from tinystory.student.generate import generate
-from tinystory.student.model import Student, StudentConfig
+from tinystory.data.tokenizer import Tokenizer
+from tinystory.student import generate as generation
+from tinystory.student.generate import StudentDecoder, generate
+from tinystory.student.model import Student, StudentConfig, ValueHead
+from tinystory.student.token_step import TOKEN_STEPS, TokenStep
 
 PRETRAIN = "--n-layer 2 --n-head 2 --n-embd 64 --context 64 --vocab-size 320 --batch-size 4 --micro-batch-size 2"
 PRETRAIN = f"{PRETRAIN} --dropout 0.1 --words 1200 --eval-every 5 --save-every 6 --dtype float32".split()
@@ -96,15 +103,30 @@ def test_interaction_is_the_cpus_and_waits_where_it_says(place, device_machine):
     assert read_lines(again / "stories.jsonl") == stories
 
 
+# --- rollouts ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Its vocabulary is no multiple of 64, so rows of logits are padded."""
+    return Tokenizer.train(tiny_stories(200), 333)
+
+
 @pytest.fixture
 def student():
     torch.manual_seed(0)
-    return Student(StudentConfig(2, 2, 64, 64, 320), "unit").to("cuda")
+    return Student(StudentConfig(2, 2, 64, 64, 333), "unit").to("cuda")
 
 
-@torch.no_grad()
-def rollout(student, tokenizer, openings, new=8):
-    return generate(student, None, tokenizer, openings, first_index=0, max_new_tokens=new, seed=1)
+def rollout(student, tokenizer, openings, new=8, head=None, seed=1):
+    return generate(student, head, tokenizer, openings, first_index=0, max_new_tokens=new, seed=seed)
+
+
+def same(stories, others) -> bool:
+    """Whether they have the same tokens, and all else but for rounding."""
+    pairs = [*zip(stories, others, strict=True)]
+    for a, b in pairs:
+        for name in ("logprobs", "values", "entropies"):
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=1e-4, rtol=1e-4)
+    return all(torch.equal(a.tokens, b.tokens) for a, b in pairs)
 
 
 def test_a_rollout_waits_once_per_token_and_once_per_token_that_ends_stories(student, tokenizer, device_machine):
@@ -114,23 +136,65 @@ def test_a_rollout_waits_once_per_token_and_once_per_token_that_ends_stories(stu
     assert {kind for kind, _ in device_machine.waits} == {"event"}
 
 
+def test_the_host_reads_a_step_when_later_ones_are_launched(student, tokenizer, monkeypatch):
+    launched, launched_at_read = [], []
+    advance, step = TokenStep.advance, StudentDecoder.step
+    monkeypatch.setattr(TokenStep, "advance", lambda self: (launched.append(self), advance(self)))
+    monkeypatch.setattr(StudentDecoder, "step", lambda self: (step(self), launched_at_read.append(len(launched)))[0])
+    with torch.no_grad():
+        student.ln_f.bias -= 9 * student.wte.weight[tokenizer.eos]  # no story ends early
+    rollout(student, tokenizer, ["Once"] * 3, 20)
+    assert launched_at_read == [min(t + generation.STEPS_AHEAD, 19) for t in range(20)]
+
+
+def test_graphs_follow_the_weights_and_weights_elsewhere_are_captured_anew(student, tokenizer, device_machine):
+    """Stories are those of a student that has no graph yet."""
+    head = ValueHead(64).to("cuda")
+    torch.nn.init.normal_(head.linear.weight)
+    openings = ["Once", "Mia said"] * 40
+    for captured_anew in (True, False, False, True):
+        if captured_anew:
+            student.wpe.weight = torch.nn.Parameter(student.wpe.weight.detach() * 1.5)  # at another address
+        before = device_machine.captures
+        stories = rollout(student, tokenizer, openings, head=head)
+        assert (device_machine.captures > before) == captured_anew
+        assert same(stories, rollout(copy.deepcopy(student), tokenizer, openings, head=head))
+        with torch.no_grad():
+            student.wpe.weight.mul_(1.5)
+    step = TOKEN_STEPS[student]
+    assert step.fits(head, 79, 9, step.sampling)
+    other = dataclasses.replace(step.sampling, seed=4)
+    for wrong in ((None, 80, 9, step.sampling), (head, 81, 9, step.sampling), (head, 80, 2000, step.sampling)):
+        assert not step.fits(*wrong)
+    assert not step.fits(head, 80, 9, other)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert not step.fits(head, 80, 9, step.sampling)
+
+
+def test_a_student_that_is_gone_keeps_no_step(tokenizer):
+    student = Student(StudentConfig(1, 2, 64, 40, 333)).to("cuda")
+    rollout(student, tokenizer, ["Once"])
+    step = weakref.ref(TOKEN_STEPS[student])
+    assert step() is not None
+    del student
+    gc.collect()
+    assert step() is None
+
+
 def test_an_evaluation_with_longer_prompts_and_fewer_stories_costs_no_capture_per_rollout(
     student, tokenizer, device_machine
 ):
     texts = [f"Once upon a time, there was a boat number {i}, and nobody" for i in range(50)]
     assert sum(len(tokenizer.encode(text)) for text in texts) > 1024
-    before = []
+    captures = []
     for _ in range(3):
         rollout(student, tokenizer, ["Once"] * 80), rollout(student, tokenizer, texts)
-        before.append(device_machine.captures)
-    assert before[1] == before[2]
+        captures.append(device_machine.captures)
+    assert captures[1] == captures[2]
 
 
 def test_a_default_device_of_the_caller_changes_nothing(student, tokenizer):
     plain = rollout(student, tokenizer, ["Once"] * 3)
     for device in ("cpu", "cuda"):
         with torch.device(device):
-            assert all(
-                torch.equal(a.tokens, b.tokens)
-                for a, b in zip(plain, rollout(student, tokenizer, ["Once"] * 3), strict=True)
-            )
+            assert same(plain, rollout(student, tokenizer, ["Once"] * 3))

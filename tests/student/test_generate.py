@@ -1,13 +1,7 @@
 """Stories come out the same whatever they are batched with, and carry the numbers that PPO needs."""
 
-import gc
-import weakref
-from dataclasses import replace
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tinystory import ops
 from tinystory.config import InteractConfig
@@ -15,10 +9,9 @@ from tinystory.rl import ppo
 from tinystory.rl.batch import collate
 from tinystory.run.errors import UserError
 from tinystory.student import generate as generation
-from tinystory.student import token_step as token_steps
 from tinystory.student.generate import StudentDecoder, encode_opening, generate, require_room
-from tinystory.student.model import KVCache, Student, StudentConfig, ValueHead
-from tinystory.student.token_step import Sampling, TokenStep
+from tinystory.student.model import KVCache, ValueHead
+from tinystory.student.token_step import Sampling
 
 OPENING = "Once upon a time,"
 
@@ -147,7 +140,7 @@ def test_a_context_too_short_is_an_error(student, tokenizer):
         write(student, tokenizer, max_new_tokens=64)
 
 
-# --- the token step that CUDA captures --------------------------------------------------------------------------------
+# --- StudentDecoder without graphs; tests/cuda_device has it with -----------------------------------------------------
 PROMPTS, COUNT, NEW = ((5, 6, 7), (8,), (9, 6, 5, 7, 8, 5)), 100, 30
 FIRST_ROW = 11
 DRAWS = dict(seed=3, temperature=0.9, top_k=200, top_p=0.99)
@@ -230,123 +223,6 @@ def test_rows_that_have_ended_change_nothing(ends_soon, head, tokenizer, monkeyp
     for column, same in zip(outputs[1:], defined[1:], strict=True):
         exact = rule is never  # every product has the same shape then
         torch.testing.assert_close(column, same, atol=0 if exact else 1e-4, rtol=0 if exact else 1e-4)
-
-
-class Graph(TorchDispatchMode):
-    """Stands in for a CUDA graph: records the operators that run while it is entered; `replay` runs them again, with
-    the same arguments, and puts the results into the same tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "waits"
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self):
-        for func, args, kwargs, out in self.calls:
-            if not func.is_view:
-                for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                    old.copy_(new)
-
-
-class Recorded(TokenStep):
-    """The step as on CUDA, with that graph."""
-
-    warm_up = TokenStep.run
-
-    def capture(self):
-        state = [self.state, self.cache.own, self.cache.lengths, self.outputs]
-        before = [x.clone() for x in state]
-        graph = Graph()
-        with graph:
-            self.run()
-        for x, old in zip(state, before, strict=True):  # a capture runs nothing
-            x.copy_(old)
-        return graph
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    """Steps are recorded as on CUDA: the sizes at which they were."""
-    if not ops.load():
-        pytest.skip("the kernels are not compiled")
-    sizes, capture = [], Recorded.capture
-    monkeypatch.setattr(Recorded, "capture", lambda self: (sizes.append(len(self.at)), capture(self))[1])
-    monkeypatch.setattr(token_steps, "TokenStep", Recorded)
-    monkeypatch.setattr(token_steps, "graphs_run", lambda device: True)
-    return sizes
-
-
-def assert_same_steps(steps, others):
-    (outputs, ended), (defined, ended_there) = steps, others
-    assert ended == ended_there and torch.equal(outputs[0], defined[0])
-    for column, same in zip(outputs[1:], defined[1:], strict=True):
-        torch.testing.assert_close(column, same, atol=1e-4, rtol=1e-4)
-
-
-def test_steps_are_recorded_once_a_size_for_all_rollouts_and_follow_the_weights(ends_soon, head, tokenizer, recorded):
-    for _ in range(3):
-        steps = steps_of(ends_soon, head, tokenizer.eos)
-        assert_same_steps(steps, steps_by_definition(ends_soon, head, tokenizer.eos, torch.float32))
-        assert recorded == [COUNT, COUNT // 2]
-        with torch.no_grad():
-            for p in [*ends_soon.parameters(), *head.parameters()]:
-                p += 0.05 * torch.randn_like(p)
-
-
-def test_what_a_recorded_step_cannot_serve_is_recorded_anew(ends_soon, head, tokenizer, recorded):
-    steps_of(ends_soon, head, tokenizer.eos)
-    before = len(recorded)
-    ends_soon.wpe.weight = torch.nn.Parameter(ends_soon.wpe.weight.detach() * 1.5)  # at another address
-    assert_same_steps(
-        steps_of(ends_soon, head, tokenizer.eos), steps_by_definition(ends_soon, head, tokenizer.eos, torch.float32)
-    )
-    assert len(recorded) > before
-    step = token_steps.TOKEN_STEPS[ends_soon]
-    assert step.fits(head, COUNT - 1, 9, step.sampling)
-    for other in [
-        (None, COUNT, 9, step.sampling),
-        (head, COUNT + 1, 9, step.sampling),
-        (head, COUNT, 2000, step.sampling),
-        (head, COUNT, 9, replace(step.sampling, seed=4)),
-    ]:
-        assert not step.fits(*other)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not step.fits(head, COUNT, 9, step.sampling)
-
-
-def test_a_student_that_is_gone_keeps_no_step(tokenizer, recorded):
-    student = Student(StudentConfig(n_layer=1, n_head=2, n_embd=32, context=40, vocab_size=320))
-    steps_of(student, None, tokenizer.eos)
-    step = weakref.ref(token_steps.TOKEN_STEPS[student])
-    assert step() is not None
-    del student
-    gc.collect()
-    assert step() is None
-
-
-def test_columns_that_pad_the_vocabulary_are_never_drawn(head, tokenizer, recorded):
-    torch.manual_seed(0)
-    student = Student(StudentConfig(n_layer=1, n_head=2, n_embd=64, context=40, vocab_size=333), "unit")
-    assert_same_steps(
-        steps_of(student, head, tokenizer.eos), steps_by_definition(student, head, tokenizer.eos, torch.float32)
-    )
-    assert len(token_steps.TOKEN_STEPS[student].unembedding) == 384
-
-
-def test_the_host_reads_a_step_when_later_ones_are_launched(ends_soon, tokenizer, recorded, monkeypatch):
-    launched, launched_at_read = [], []
-    advance, wait = Recorded.advance, generation.Download.wait
-    monkeypatch.setattr(Recorded, "advance", lambda self: (launched.append(self), advance(self)))
-    monkeypatch.setattr(
-        generation.Download, "wait", lambda self: (launched_at_read.append(len(launched)), wait(self))[1]
-    )
-    steps_of(ends_soon, None, -5)  # no story ends early
-    assert launched_at_read[:NEW] == [min(t + generation.STEPS_AHEAD, NEW - 1) for t in range(NEW)]
 
 
 def test_without_a_mask_the_steps_with_dropout_write_the_same_stories(eager_to_end, tokenizer):

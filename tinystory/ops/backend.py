@@ -60,6 +60,13 @@ def run_by_pytorch(names: str) -> None:
     _current = replace(current(), pytorch_ops=frozenset(names.split(",")) - {"none"})
 
 
+def run_reference(reason: str) -> None:
+    """Let plain PyTorch run every operator from now on, and say why."""
+    global _current
+    _current = replace(current(), kernels="reference")
+    print(f"tinystory: {reason}: plain PyTorch runs in place of the kernels", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def using(backend: Backend) -> Iterator[None]:
     """Another back-end for the length of a block."""

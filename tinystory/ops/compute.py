@@ -36,11 +36,14 @@ def resolve(device_name: str, dtype_name: str, pytorch_ops: str) -> Compute:
 
 def pick_device(name: str) -> torch.device:
     """The device of --device. auto is a GPU if torch sees one and the kernels can be compiled for it, else the CPU,
-    which one line then explains. Raises UserError for a device that cannot be used."""
+    which one line then explains. On a GPU that is too old for the kernels plain PyTorch runs, which one line says.
+    Raises UserError for a device that cannot be used."""
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
         try:
+            if backend.load() is not None and (reason := too_old(torch.device("cuda"))):
+                raise UserError(f"{reason}; for a large student --device cuda may be faster: plain PyTorch on the GPU")
             return pick_device("cuda")
         except UserError as error:
             reason = str(error).splitlines()[0]
@@ -51,12 +54,19 @@ def pick_device(name: str) -> torch.device:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("no kernels for it")
         torch.empty(0, device=device)
-        has_kernels = device.type == "cuda" and backend.load() is not None
-        if has_kernels and (capability := torch.cuda.get_device_capability(device)) < cuda.OLDEST:
-            raise RuntimeError("it has compute capability {}.{}, and {}".format(*capability, cuda.NEEDS))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
-    if has_kernels:
-        cuda.load()
+    if device.type == "cuda" and backend.load() is not None:
+        if reason := too_old(device):
+            backend.run_reference(reason)
+        else:
+            cuda.load()
     return device
+
+
+def too_old(device: torch.device) -> str:
+    """Why the CUDA kernels cannot run on this GPU, or ""."""
+    major, minor = torch.cuda.get_device_capability(device)
+    known = (major, minor) >= cuda.OLDEST
+    return "" if known else f"this GPU has compute capability {major}.{minor}, and {cuda.NEEDS}"

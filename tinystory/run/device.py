@@ -33,7 +33,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.float32
     if name != "auto":
         return getattr(torch, name)
-    supported = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+    on_gpu = device.type == "cuda"  # where bf16 is emulated on older ones
+    supported = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_bf16()
     return torch.bfloat16 if supported else torch.float32
 
 

@@ -1,5 +1,5 @@
 // csrc/cuda/ops.cpp with the SIMT machine as its device and the CPU's tensors as those of CUDA: once loaded into torch, the
-// operators on the CPU are the CUDA ones. tests/ops/cuda_on_cpu.py builds and uses it.
+// operators on the CPU are the CUDA ones. tests/cuda_device/libraries.py builds it.
 #include <ATen/ATen.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
