@@ -73,6 +73,16 @@ def test_both_commands_run_in_every_dtype(place, tmp_path, device_machine, dtype
     assert all(record["ratio_error"] < (1e-3 if dtype == "float32" else 0.05) for record in steps)
 
 
+@pytest.mark.parametrize("preset", ["paper", "paper-published"])
+def test_presets_run(place, tmp_path, device_machine, preset):
+    """The paper's options at a small size, the dropout of its rollouts among them."""
+    corpus = ["--preset", preset, "--corpus", str(place / "corpus.txt"), "--words", "600", "--micro-batch-size", "2"]
+    pretrain.main([*corpus, "--out", str(tmp_path / "p"), *on("cuda", SMALL)])
+    files = ["--init", str(tmp_path / "p"), "--reward", f"{place / 'reward.py'}:score", "--out", str(tmp_path / "i")]
+    interact.main(["--preset", preset, *files, *on("cuda", SHORT, "--steps", "2", "--micro-batch-size", "2")])
+    assert len(metrics(tmp_path / "i")) == 2
+
+
 @needs_kernels
 @pytest.mark.parametrize("options", ["", "--advantage rloo --stories-per-opening 4"])
 def test_a_policy_that_was_not_updated_is_the_sampler(place, tmp_path, device_machine, options):

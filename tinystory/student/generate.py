@@ -202,12 +202,12 @@ class StudentDecoder:
         ended = stories[alive & ((tokens == self.sampling.eos) | (self.t == last))]
         self.alive[ended], self.t = False, self.t + 1
         outputs = [*self.token_step.read(ended, self.t)] if len(ended) else []
-        size = next_batch_size(int(self.alive.sum()), len(self.batch), on_graph)
-        if 0 < size < len(self.batch):
+        remain = int(self.alive.sum())
+        if remain and (size := next_batch_size(remain, len(self.batch), on_graph)) < len(self.batch):
             # The first of the rows that have ended fill the batch up to its size.
-            remaining = (~self.alive[self.batch]).to(torch.uint8).argsort(stable=True)[:size].sort().values
-            self.token_step.keep(remaining)
-            self.batch = self.batch[remaining]
+            rows = (~self.alive[self.batch]).to(torch.uint8).argsort(stable=True)[:size].sort().values
+            self.token_step.keep(rows)
+            self.batch = self.batch[rows]
         return [(row, columns_of(outputs, i, self.t)) for i, row in enumerate(ended.tolist())]
 
 
