@@ -84,7 +84,7 @@ def test_presets_run(place, tmp_path, device_machine, preset):
 
 
 @needs_kernels
-@pytest.mark.parametrize("options", ["", "--advantage rloo --stories-per-opening 4"])
+@pytest.mark.parametrize("options", ["", "--learner rloo --stories-per-opening 4"])
 def test_a_policy_that_was_not_updated_is_the_sampler(place, tmp_path, device_machine, options):
     """In bfloat16, by logits that are kept in float32 on both sides. One epoch of one minibatch measures before it
     updates."""
