@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tinystory.config import FEWEST_GRADED
+from tinystory.rl import score_model
 from tinystory.rl.score_model import (
     PENALTIES,
     ScoreModel,
@@ -55,6 +56,14 @@ def test_nothing_is_predicted_of_a_few_grades_or_measured_of_one_score():
     assert model.learn(x[: FEWEST_GRADED - 1], y[: FEWEST_GRADED - 1].tolist()) is None and model.predict(x) is None
     assert model.learn(x[:1], [0.5]) is None and model.predict(x) is not None
     assert model.learn(x[:9], [0.5] * 9) is None
+
+
+def test_the_newest_grades_are_kept(monkeypatch):
+    monkeypatch.setattr(score_model, "MOST", 30)
+    model, (x, y) = ScoreModel(), made_up(50)
+    model.learn(x[:20], y[:20].tolist())
+    model.learn(x[20:], y[20:].tolist())
+    assert torch.equal(model.features, x[20:]) and torch.equal(model.scores, y[20:])
 
 
 def test_predictions_are_scores():

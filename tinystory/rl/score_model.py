@@ -1,7 +1,7 @@
 """A model of the teacher's scores, so that few grades go a long way: `--graded N` sends N stories of a step to the
 teacher, and a ridge regression on what the frozen reference sees of a story predicts the scores of the others.
 
-It is fitted anew in each step, on all grades of the run. Its penalty is the one with the least leave-one-out error,
+It is fitted anew in each step, on the grades of the run. Its penalty is the one with the least leave-one-out error,
 which a ridge regression has in closed form (Allen's PRESS; Golub, Heath and Wahba 1979). A predicted score stands in
 for the teacher's in the reward alone; it is recorded apart, and a graded story without a readable reply gets none.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from tinystory.config import FEWEST_GRADED
 
 PENALTIES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # features have variance 1
+MOST = 4096  # grades that are kept, the newest: a bound on the checkpoint and on the time to fit
 LARGEST = 5.0  # standard deviations from the mean at which a feature is clipped
 QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75)  # of the log-probabilities of a story's tokens
 
@@ -70,8 +71,8 @@ class ScoreModel:
         all have one score."""
         new = torch.tensor(scores, dtype=torch.float64)
         before = self.predict(features) if len(scores) > 1 else None
-        self.features = torch.cat([self.features.reshape(-1, features.shape[1]), features])
-        self.scores = torch.cat([self.scores, new])
+        self.features = torch.cat([self.features.reshape(-1, features.shape[1]), features])[-MOST:]
+        self.scores = torch.cat([self.scores, new])[-MOST:]
         self._weights = None
         spread = float(((new - new.mean()) ** 2).sum()) if len(scores) > 1 else 0.0
         return 1 - float(((new - before) ** 2).sum()) / spread if before is not None and spread > 0 else None
