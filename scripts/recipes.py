@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         corpus = checkpoint.load(checkpoint.find(start))[2]["corpus"]
         with open_grader(CONFIG, builtin_teacher, corpus=corpus) as grader:
             for row in rows:
-                records.append({"name": row.name, "seed": seed} | measure(row, start, grader))
+                records.append({"name": row.name, "seed": seed} | measure(row, grader))
                 with open(options.out / "rows.jsonl", "a") as file:
                     file.write(json.dumps(records[-1]) + "\n")
     columns = [column for column in records[-1] if column not in ("name", "seed", "rewards")]
@@ -133,7 +133,7 @@ def written(folder: Path, temperature: float, n: int, grader: Grader) -> tuple[l
     return stories, [grade.score for grade in grades]
 
 
-def measure(row: Row, start: Path, grader: Grader) -> dict[str, Any]:
+def measure(row: Row, grader: Grader) -> dict[str, Any]:
     """Measures of a row. A story's reward compares it with the others that are chosen, one to each opening."""
     candidates, scores = written(row.folder, row.temperature, row.n, grader)
     values: dict[str, Sequence[Any]] = {
