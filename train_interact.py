@@ -246,7 +246,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     folder, rank0 = Path(config.out), distributed.is_rank0()
     distributed.require_one_each("--stories-per-step", config.stories_per_step)
     distributed.require_one_each("--eval-stories", config.stories_per_evaluation)
-    compute = resolve(config.device, config.dtype, config.pytorch_ops)
+    compute = resolve(config.device, config.dtype)
     resumed = checkpoint.to_resume(folder) if config.resume else None
     origin = folder / "checkpoints" / "start" if resumed else starting_checkpoint(config.init)
     reference = checkpoint.load(origin, compute.device)[0].requires_grad_(False)

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 def pretrain(config: PretrainConfig) -> None:
     distributed.require_one_each("--batch-size", config.batch_size)
     run, rank0 = Path(config.out), distributed.is_rank0()
-    compute = resolve(config.device, config.dtype, config.pytorch_ops)
+    compute = resolve(config.device, config.dtype)
     device = compute.device
     memory.require_for_pretraining(config, device)
     for warning in published_options(config) if rank0 else ():

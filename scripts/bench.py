@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--optimizer", choices=("muon", "adamw"), help="of pretraining (default: muon; peers: adamw, as nanoGPT's)")
     add("--profile", action="store_true", help="then run once more under the profiler")
     a = parser.parse_args(argv)
-    compute = resolve(a.device, a.dtype, "none" if a.bench == "kernels" else "auto")
+    compute = resolve(a.device, a.dtype)
     config, device = SHAPES[a.shape], compute.device
     batch = a.batch or WORK.get(a.bench, WORK["pretrain"])[2][a.shape]
     if a.bench == "peers":
@@ -63,7 +63,6 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu":
         module = ops.load()
         facts["instructions"] = module.instructions() if module else "PyTorch's"
-        facts["pytorch_ops"] = compute.recorded["pytorch_ops"]
     options = {}
     if a.bench in ("pretrain", "peers"):
         options["optimizer"] = a.optimizer or ("adamw" if a.bench == "peers" else PretrainConfig.optimizer)

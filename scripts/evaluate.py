@@ -220,7 +220,7 @@ def judge_runs(options: argparse.Namespace) -> None:
     typed = {name: value for name, value in typed.items() if value}
     for run in options.judge:
         config: InteractConfig = recorded_config(InteractConfig, run, typed)
-        compute = resolve(config.device, config.dtype, config.pytorch_ops)
+        compute = resolve(config.device, config.dtype)
         corpus = options.corpus or checkpoint.load(run / "checkpoints" / "start")[2].get("corpus") or ["builtin"]
         if not options.corpus and (files := [name for name in corpus if name not in NAMES]):
             raise UserError(

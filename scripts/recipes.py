@@ -122,7 +122,7 @@ def run(script: str, out: Path, seed: int, *more: str) -> None:
 def written(folder: Path, temperature: float, n: int, grader: Grader) -> tuple[list[Story], list[float | None]]:
     """n stories to each held-out opening by the newest checkpoint of a run (none is to be shown by its best), first one
     to each; and their scores."""
-    compute = resolve("auto", "auto", "auto")
+    compute = resolve("auto", "auto")
     student, tokenizer, _ = checkpoint.load(checkpoint.newest(folder) or folder, compute.device)
     with compute.autocast():
         stories = generate(

@@ -18,7 +18,7 @@ from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher import pool
 
-os.environ.setdefault("TINYSTORY_KERNELS", "ours")  # not PyTorch's where it is faster
+os.environ.setdefault("TINYSTORY_KERNELS", "ours")  # on a Mac too
 # TINYSTORY_FUZZ=50 pytest -m hypothesis: fifty times as many examples. No deadline, since a slow machine is no failure.
 examples = 100 * int(os.environ.get("TINYSTORY_FUZZ", "1"))
 hypothesis.settings.register_profile("patient", deadline=None, max_examples=examples)

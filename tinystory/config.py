@@ -18,10 +18,6 @@ from tinystory.run.folder import CONFIG, recorded_options, without_passwords
 from tinystory.run.options import add_options, field_names, fields, flag_of, mistakes, option, unknown_option
 from tinystory.run.track import TRACKERS
 
-PYTORCH_OPS_HELP = (
-    "operators that PyTorch runs on a CPU instead of our kernels: auto (those it is faster at, measured once), none, "
-    "or some of cross_entropy,linear,token_logprob"
-)
 DTYPE_HELP = "precision of the matmuls (tf32 on a GPU only); weights and optimiser states are float32"
 DEVICE_HELP = "auto, cpu, cuda or cuda:N"
 RESUME_HELP = "continue the run in --out from its newest checkpoint, with its recorded options"
@@ -50,7 +46,6 @@ class PretrainConfig:
     seed: int = option(0, "seed of initialisation, data order and dropout", SEEDS)
     device: str = option("auto", DEVICE_HELP)
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
-    pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
     save_every: int = option(200, SAVE_HELP, "[1, 1e9]")
     track: str = option("none", TRACK_HELP, TRACKERS)
 
@@ -106,7 +101,6 @@ class InteractConfig:
     seed: int = option(0, "seed of the stories, the minibatch order and the teacher's sampling", SEEDS)
     device: str = option("auto", DEVICE_HELP)
     dtype: str = option("auto", DTYPE_HELP, DTYPES)
-    pytorch_ops: str = option("auto", PYTORCH_OPS_HELP)
     steps: int = option(4, "maximum number of PPO steps", "[1, 1e9]")
     save_every: int = option(1, SAVE_HELP, "[1, 1e9]")
     track: str = option("none", TRACK_HELP, TRACKERS)

@@ -21,7 +21,7 @@ OPENINGS = ["Once", "Tom", "Mia had", "Ben"] * 6
 def settings(monkeypatch):
     config = dataclasses.replace(recipes.CONFIG, max_new_tokens=12, diversity=0.0)
     monkeypatch.setattr(recipes, "CONFIG", config)
-    monkeypatch.setattr(recipes, "resolve", lambda *_: resolve("cpu", "float32", "none"))
+    monkeypatch.setattr(recipes, "resolve", lambda *_: resolve("cpu", "float32"))
     monkeypatch.setattr(recipes, "OPENINGS", OPENINGS)
     monkeypatch.setattr(recipes, "COREFERENCE", 4)
 

@@ -118,7 +118,7 @@ def test_a_refusal_names_what_to_give():
 
 
 def test_a_policy_has_the_critic_of_its_learner(place):
-    compute = interact.resolve("cpu", "float32", "none")
+    compute = interact.resolve("cpu", "float32")
     for options, parts in (
         (dict(), 2),
         (dict(learner="gae"), 2),

@@ -446,4 +446,4 @@ def test_the_builtin_teacher_end_to_end(place, tmp_path, capsys):
 )
 def test_a_run_records_how_it_multiplies(asked, dtype, recorded, monkeypatch):
     monkeypatch.setattr("tinystory.ops.compute.pick_dtype", lambda name, device: dtype)
-    assert resolve("cpu", asked, "none").recorded["dtype"] == recorded
+    assert resolve("cpu", asked).recorded["dtype"] == recorded

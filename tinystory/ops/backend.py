@@ -1,7 +1,7 @@
 """The back-end: which implementation runs each operator, and the loading of the compiled ones.
 
-A kernel is compiled C++ or CUDA (csrc/). On a CPU PyTorch's matmul may run an operator in its place, where it is faster
-(fastest.py). The reference is the operator's definition in plain PyTorch (reference.py).
+A kernel is compiled C++ or CUDA (csrc/). On a Mac PyTorch's matmul runs three operators in its place (MATMULS). The
+reference is the operator's definition in plain PyTorch (reference.py).
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import functools
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -18,19 +18,18 @@ from torch import Tensor
 from tinystory.ops import build, cuda
 from tinystory.run.errors import UserError
 
+REFERENCE = "TINYSTORY_KERNELS=reference: plain PyTorch runs in place of the kernels"
+
+# Operators that are nearly all matmul. In float32 on a Mac PyTorch's is Accelerate, which runs on Apple's matrix units.
+MATMULS = ("cross_entropy", "linear", "token_logprob")
+ACCELERATE = sys.platform == "darwin"
+
 
 @dataclass(frozen=True)
 class Backend:
-    """kernels: "auto", "ours" (`--pytorch-ops auto` then means none) or "reference". pytorch_ops: the operators that
-    PyTorch runs on a CPU in place of a kernel."""
+    """kernels: "auto", "ours" (also on a Mac) or "reference"."""
 
     kernels: str = "auto"
-    pytorch_ops: frozenset[str] = frozenset()
-
-    def __str__(self) -> str:
-        if self.kernels == "reference":
-            return "TINYSTORY_KERNELS=reference: plain PyTorch runs in place of the kernels"
-        return "compiled kernels" + f", PyTorch for {', '.join(sorted(self.pytorch_ops))}" * bool(self.pytorch_ops)
 
 
 def from_environment() -> Backend:
@@ -50,20 +49,14 @@ def current() -> Backend:
     if _current is None:
         _current = from_environment()
         if _current.kernels == "reference":
-            print(f"tinystory: {_current}", file=sys.stderr)
+            print(f"tinystory: {REFERENCE}", file=sys.stderr)
     return _current
-
-
-def run_by_pytorch(names: str) -> None:
-    """Let PyTorch run these operators on a CPU from now on; names as fastest.pick returns them."""
-    global _current
-    _current = replace(current(), pytorch_ops=frozenset(names.split(",")) - {"none"})
 
 
 def run_reference(reason: str) -> None:
     """Let plain PyTorch run every operator from now on, and say why."""
     global _current
-    _current = replace(current(), kernels="reference")
+    _current = Backend("reference")
     print(f"tinystory: {reason}: plain PyTorch runs in place of the kernels", file=sys.stderr)
 
 
@@ -85,10 +78,11 @@ def implementation(op: str, x: Tensor) -> str:
 
 @torch.compiler.assume_constant_result
 def _implementation(op: str, device: str, dtype: torch.dtype) -> str:
-    backend = current()
-    if backend.kernels == "reference" or not has_kernel(op, device):
+    kernels = current().kernels
+    if kernels == "reference" or not has_kernel(op, device):
         return "reference"
-    return "pytorch" if op in backend.pytorch_ops and device == "cpu" and dtype != torch.float64 else "kernel"
+    accelerated = ACCELERATE and device == "cpu" and dtype == torch.float32
+    return "pytorch" if accelerated and kernels == "auto" and op in MATMULS else "kernel"
 
 
 @functools.cache

@@ -1,5 +1,5 @@
-"""ops.token_logprob and ops.cross_entropy by PyTorch's matmul (MKL, oneDNN, Accelerate), where that is faster than our
-kernels: in chunks of rows, so that the (N, V) logits never exist at once.
+"""ops.token_logprob and ops.cross_entropy by PyTorch's matmul, which on a Mac is Accelerate, faster than our kernels:
+in chunks of rows, so that the (N, V) logits never exist at once.
 """
 
 from collections.abc import Iterator

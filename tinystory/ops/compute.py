@@ -1,12 +1,11 @@
-"""Where a run computes: the device, the dtype of its matmuls and the back-end, from the options that name them."""
+"""Where a run computes: the device and the dtype of its matmuls, from the options that name them."""
 
 import sys
 from dataclasses import dataclass
 
 import torch
 
-from tinystory.ops import backend, cuda, fastest
-from tinystory.run import distributed
+from tinystory.ops import backend, cuda
 from tinystory.run.device import pick_dtype
 from tinystory.run.errors import UserError
 
@@ -24,14 +23,12 @@ class Compute:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
-def resolve(device_name: str, dtype_name: str, pytorch_ops: str) -> Compute:
-    """What --device, --dtype and --pytorch-ops mean here. Raises UserError for what cannot be used."""
+def resolve(device_name: str, dtype_name: str) -> Compute:
+    """What --device and --dtype mean here. Raises UserError for what cannot be used."""
     device = pick_device(device_name)
     dtype = pick_dtype(dtype_name, device)
-    pytorch_ops = distributed.rank0_value(lambda: fastest.pick(pytorch_ops, dtype, device))
-    backend.run_by_pytorch(pytorch_ops)
     name = str(dtype).removeprefix("torch.") if dtype_name == "auto" else dtype_name
-    return Compute(device, dtype, dict(device=str(device), dtype=name, pytorch_ops=pytorch_ops))
+    return Compute(device, dtype, dict(device=str(device), dtype=name))
 
 
 def pick_device(name: str) -> torch.device:

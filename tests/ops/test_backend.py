@@ -1,0 +1,95 @@
+"""Which implementation runs an operator; and operators by PyTorch's matmul: the same results as the kernels'."""
+
+import pytest
+import torch
+
+from tests.conftest import assert_no_worse
+from tinystory import ops
+from tinystory.ops import backend, chunked, reference
+from tinystory.ops.backend import Backend
+from tinystory.run.errors import UserError
+
+
+@pytest.fixture
+def on_a_mac(monkeypatch):
+    monkeypatch.setattr(backend, "ACCELERATE", True)
+    with backend.using(Backend("auto")):
+        yield
+
+
+def problem(rows: int, width: int, vocab: int, dtype: torch.dtype):
+    torch.manual_seed(rows)
+    hidden = torch.randn(rows, width).to(dtype).requires_grad_()
+    weight = (torch.randn(vocab, width) * 0.3).requires_grad_()
+    return hidden, weight, torch.randint(vocab, (rows,))
+
+
+def results(f, hidden, weight, targets, grads):
+    hidden.grad = weight.grad = None
+    outputs = f(hidden, weight, targets)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(outputs, grads[: len(outputs)])
+    return [x.detach() for x in (*outputs, hidden.grad, weight.grad)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["token_logprob", "cross_entropy"])
+@pytest.mark.parametrize("shape", [(1, 32, 5), (37, 64, 300), (70, 32, 1000)])
+def test_pytorchs_logprobs_are_the_definitions(monkeypatch, name, dtype, shape):
+    monkeypatch.setattr(chunked, "CHUNK", 9000)  # 9 to 1 800 rows at a time
+    hidden, weight, targets = problem(*shape, dtype)
+    grads = (torch.randn(shape[0]), torch.randn(shape[0])) if name == "token_logprob" else (torch.tensor(2.5),)
+    ours = results(getattr(chunked, name), hidden, weight, targets, grads)
+    plain = results(getattr(reference, name), hidden, weight, targets, grads)
+    exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    wide = tuple(grad.double() for grad in grads)
+    exact = results(getattr(reference, name), exact_hidden, exact_weight, targets, wide)
+    for result, theirs, right in zip(ours, plain, exact, strict=True):
+        assert result.dtype == theirs.dtype and result.shape == theirs.shape
+        # A gradient is a sum of terms as large as the largest result, some of which cancel.
+        assert_no_worse(result, theirs, right, name, scale=2 * right.abs().max().expand(right.shape))
+
+
+@pytest.mark.parametrize("name", backend.MATMULS)
+def test_on_a_mac_pytorch_multiplies_in_float32_unless_the_kernels_are_asked_for(monkeypatch, on_a_mac, name):
+    assert backend.implementation(name, torch.zeros(1)) == "pytorch"
+    assert backend.implementation(name, torch.zeros(1).double()) == "kernel"
+    assert backend.implementation(name, torch.zeros(1).bfloat16()) == "kernel"
+    assert backend.implementation("sample", torch.zeros(1)) == "kernel"
+    with backend.using(Backend("ours")):
+        assert backend.implementation(name, torch.zeros(1)) == "kernel"
+    monkeypatch.setattr(backend, "ACCELERATE", False)
+    assert backend.implementation(name, torch.zeros(1)) == "kernel"
+
+
+def test_an_operator_by_pytorch_is_not_the_kernel(monkeypatch, on_a_mac):
+    calls = []
+    monkeypatch.setattr(reference, "linear", lambda x, *_: calls.append("linear") or x)
+    for name in ("cross_entropy", "token_logprob"):
+        monkeypatch.setattr(chunked, name, lambda x, *_, name=name: calls.append(name) or x)
+    hidden, weight, targets = problem(3, 32, 64, torch.float32)
+    for kernels in ("ours", "auto"):
+        with backend.using(Backend(kernels)):
+            ops.linear(hidden, weight, torch.zeros(64))
+            ops.token_logprob(hidden, weight, targets)
+            ops.cross_entropy(hidden, weight, targets)
+    assert calls == ["linear", "token_logprob", "cross_entropy"]
+
+
+def test_the_environment_chooses_the_back_end(monkeypatch):
+    for value, kernels in (("", "auto"), ("ours", "ours"), ("reference", "reference")):
+        monkeypatch.setenv("TINYSTORY_KERNELS", value)
+        assert backend.from_environment() == Backend(kernels)
+    monkeypatch.setenv("TINYSTORY_KERNELS", "theirs")
+    with pytest.raises(UserError, match="TINYSTORY_KERNELS='theirs' is not known; unset it, or set it to 'reference'"):
+        backend.from_environment()
+
+
+def test_the_reference_runs_no_kernel(on_a_mac):
+    hidden = torch.randn(3, 32)
+    with backend.using(Backend("reference")):
+        assert ops.load() is None
+        for name in ("causal_attention", "linear", "token_logprob"):
+            assert backend.implementation(name, hidden) == "reference"
+    with backend.using(Backend("ours")):
+        assert backend.implementation("token_logprob", hidden) == "kernel" and ops.load()
