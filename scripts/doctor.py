@@ -31,7 +31,7 @@ import torch
 
 from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig
 from tinystory.data.corpus import BUILTIN, open_corpus
-from tinystory.evaluate.calibration import FULL, RETESTED, GradeKnown, calibrate, of_grader, require, table, verdict
+from tinystory.evaluate.calibration import FULL, GradeKnown, calibrate, of_grader, require, table, verdict
 from tinystory.evaluate.corruptions import DOCUMENTS, corpus_documents, known_stories
 from tinystory.evaluate.reader import Reader
 from tinystory.ops import backend, build, cuda
@@ -95,13 +95,13 @@ def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> No
     judges: dict[str, GradeKnown] = {name: grade}
     if options.reader:
         reader = Reader(options.reader)
-        judges[options.reader] = lambda stories, again: reader.sense(stories).tolist()
+        judges[options.reader] = lambda stories: reader.sense(stories).tolist()
     known = known_stories(corpus_documents(options.corpus), options.per_kind)
     results, speeds = {}, ["stories per second"]
     for judge, scores in judges.items():
         began = time.perf_counter()
         results[judge] = calibrate(scores, known)
-        speeds.append(f"{(len(known) + RETESTED) / (time.perf_counter() - began):.3g}")
+        speeds.append(f"{len(known) / (time.perf_counter() - began):.3g}")
     for line in aligned([*table(results), speeds]):
         print(f"{'':10} {line}")
     print(f"{'judgement':10} the teacher {verdict(results[name])}")
@@ -112,7 +112,7 @@ def builtin_scores(names: list[str]) -> GradeKnown:
     """The built-in teacher, fitted to a corpus without the documents among which known stories are drawn."""
     files = [name for name in names if name not in BUILTIN]
     rubric = Rubric.from_corpus(islice(open_corpus(files or ["builtin"]).mixed(), DOCUMENTS if files else 0, None))
-    return lambda stories, again: [sum(rubric.score(*story).values()) / 9 for story in stories]
+    return lambda stories: [sum(rubric.score(*story).values()) / 9 for story in stories]
 
 
 def plan(preset: str, gpu_gb: float) -> None:

@@ -41,7 +41,7 @@ class CallableGrader(Grader):
         super().__init__({"scored_by": name})
         self.function = function
 
-    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
+    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None) -> list[Grade]:
         scores = self.function([each.opening for each in questions], [each.story for each in questions])
         unscored = Grade(None, None, error=f"{self.facts['scored_by']} gave None")
         return [unscored if score is None else Grade(None, score) for score in scores]

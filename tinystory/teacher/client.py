@@ -162,14 +162,14 @@ class Teacher(Grader):
         super().send(index, opening, story)
         self.sent[self.pending[index]] = self.submit(self.pending[index])
 
-    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
+    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None) -> list[Grade]:
         """The grades. If more than a fraction `max_unscored` has no score, the stories whose replies an earlier process
         kept are asked again: the teacher may have been fixed."""
-        sent = [None if again else self.sent.pop(question, None) for question in questions]
-        grades = self._wait([sent[i] or self.submit(question, again) for i, question in enumerate(questions)], stop)
+        sent = [self.sent.pop(each) if each in self.sent else self.submit(each) for each in questions]
+        grades = self._wait(sent, stop)
         if too_few_scores(grades, self.max_unscored):
             old = [i for i, grade in enumerate(grades) if grade.score is None and not grade.asked]
-            new = self._wait([self.submit(questions[i], again, afresh=True) for i in old], stop)
+            new = self._wait([self.submit(questions[i], afresh=True) for i in old], stop)
             for i, grade in zip(old, new, strict=True):
                 grades[i] = grade
         for message in self.news():
@@ -194,14 +194,13 @@ class Teacher(Grader):
                     stop.check()
         return [future.result() for future in futures]
 
-    def submit(self, question: Question, again: int = 0, afresh: bool = False) -> "concurrent.futures.Future[Grade]":
-        """The future grade of a story, which is sent at once. again: how often it was sent before, if it is to be
-        judged anew: with other seeds, and not from the cache. afresh: what an earlier process kept is not used.
+    def submit(self, question: Question, afresh: bool = False) -> "concurrent.futures.Future[Grade]":
+        """The future grade of a story, which is sent at once. afresh: what an earlier process kept is not used.
 
         A story without text gets 0 for each criterion, by the rubric, and is not sent.
         """
         self.probes()
-        return asyncio.run_coroutine_threadsafe(self._grade(question, again, afresh), self._loop)
+        return asyncio.run_coroutine_threadsafe(self._grade(question, afresh), self._loop)
 
     def close(self) -> None:
         """Cancel the requests in flight, and close the connections and the cache."""
@@ -290,7 +289,7 @@ class Teacher(Grader):
         replies = (reply.text for key, reply in self._cache.items() if not key.startswith(PROBE))
         return any(parse_scores(reply, self.template.names) for reply in replies)
 
-    async def _grade(self, question: Question, again: int, afresh: bool) -> Grade:
+    async def _grade(self, question: Question, afresh: bool) -> Grade:
         """The grade: each attempt's reply is a kept one, or is asked for and kept, and is read."""
         # After a fatal failure most of the other tasks are never awaited: asyncio need not report their exceptions.
         task, first = asyncio.current_task(), self._first
@@ -310,7 +309,7 @@ class Teacher(Grader):
         deadline: float | None = None
         asked = False
         while scores is None and error is None:
-            seed = self.seed + again * self.attempts + len(replies)
+            seed = self.seed + len(replies)
 
             async def request(endpoint: Endpoint, seed: int = seed) -> tuple[Reply, str]:
                 assert endpoint.probe is not None

@@ -77,13 +77,13 @@ class Grader(ABC):
         """The grades of stories to one opening, in their order."""
         return self.grade_each([(opening, story) for story in stories])
 
-    def grade_each(self, pairs: Sequence[tuple[str, str]], again: int = 0) -> list[Grade]:
-        """The grades of (opening, story) pairs, in their order. again: 1 for a second answer to the same questions."""
-        return self.grades([Question(*pair, index) for index, pair in enumerate(pairs)], again=again)
+    def grade_each(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
+        """The grades of (opening, story) pairs, in their order."""
+        return self.grades([Question(*pair, index) for index, pair in enumerate(pairs)])
 
     @abstractmethod
-    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
-        """The grades of stories, in their order. stop, again: as above."""
+    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None) -> list[Grade]:
+        """The grades of stories, in their order. stop: as above."""
 
 
 def too_few_scores(grades: Sequence[Grade], max_unscored: float) -> bool:

@@ -71,8 +71,8 @@ class Ranked(Grader):
     def forecast(self, stories: int, opening: str, together: int = 1) -> str:
         return self.teacher.forecast(stories, opening, self.size)
 
-    def grade_each(self, pairs: Sequence[tuple[str, str]], again: int = 0) -> list[Grade]:
-        return self.teacher.grade_each(pairs, again)
+    def grade_each(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
+        return self.teacher.grade_each(pairs)
 
     def send(self, index: int, opening: str, story: str) -> None:
         """Send a group as soon as its last story ends."""
@@ -89,9 +89,9 @@ class Ranked(Grader):
             each._replace(story=joined(turn), template=self.template) for each, turn in zip(group, turns, strict=True)
         ]
 
-    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None, again: int = 0) -> list[Grade]:
+    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None) -> list[Grade]:
         groups = [questions[i : i + self.size] for i in range(0, len(questions), self.size)]
-        replies = self.teacher.grades([each for group in groups for each in self._questions(group)], stop, again)
+        replies = self.teacher.grades([each for group in groups for each in self._questions(group)], stop)
         grades, self._tables = [], []
         for i in range(0, len(replies), self.size):
             group = [replace(reply, score=None, scores=None) for reply in replies[i : i + self.size]]
