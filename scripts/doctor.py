@@ -5,7 +5,6 @@
     python scripts/doctor.py --teacher-url URL --calibrate              ... and whether it can judge stories
     python scripts/doctor.py --reward my_reward.py:score --calibrate    the same for a callable
     python scripts/doctor.py --calibrate --reader smollm2               the built-in teacher and a reader, side by side
-    python scripts/doctor.py --plan paper --gpu-gb 24                   how student and teacher share one GPU
 
 It builds nothing and changes nothing. Asking a teacher takes about eight short requests, calibrating it 200 more. A
 human is a teacher too: run scripts/teach.py, and give its URL.
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
 
-from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig
+from tinystory.config import InteractConfig
 from tinystory.data.corpus import BUILTIN, open_corpus
 from tinystory.evaluate.calibration import FULL, GradeKnown, calibrate, of_grader, require, table, verdict
 from tinystory.evaluate.corruptions import DOCUMENTS, corpus_documents, known_stories
@@ -41,8 +40,6 @@ from tinystory.run.errors import UserError, command
 from tinystory.run.options import add_number
 from tinystory.run.paths import cache_dir, usage
 from tinystory.run.text import aligned
-from tinystory.student import memory
-from tinystory.student.model import StudentConfig
 from tinystory.teacher.grader import open_grader
 
 PACKAGES = (
@@ -50,7 +47,6 @@ PACKAGES = (
     "tqdm", "huggingface_hub", "transformers",  # the last two are optional
 )  # fmt: skip
 WANTED_DISK = 2 << 30  # bytes: shards of a large corpus, checkpoints, kernels
-CUDA = 600 << 20  # bytes of a GPU that a process takes before its first tensor
 
 
 @command
@@ -69,13 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--per-kind", FULL, "[2, 1e6]", "stories of each kind")
     add("--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="their corpus (default: builtin)")
     add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if its judgement is lower")
-    add("--plan", choices=INTERACT_PRESETS, help="add up the memory of an interaction beside a teacher")
-    add_number(parser, "--gpu-gb", 24.0, "[1, 10000]", "memory of the GPU that both share, in GiB")
     options = parser.parse_args(argv)
 
-    if options.plan:
-        plan(options.plan, options.gpu_gb)
-        return
     for component, state in machine():
         print(f"{component:10} {state}")
     calibrates = options.calibrate or options.require_judgement > 0
@@ -113,21 +104,6 @@ def builtin_scores(names: list[str]) -> GradeKnown:
     files = [name for name in names if name not in BUILTIN]
     rubric = Rubric.from_corpus(islice(open_corpus(files or ["builtin"]).mixed(), DOCUMENTS if files else 0, None))
     return lambda stories: [sum(rubric.score(*story).values()) / 9 for story in stories]
-
-
-def plan(preset: str, gpu_gb: float) -> None:
-    """Print the GPU memory of a preset's interaction, and what it leaves a vLLM server. Raises UserError if nothing."""
-    pretrain = PretrainConfig(**PRETRAIN_PRESETS[preset])
-    shape = StudentConfig(**{field.name: getattr(pretrain, field.name) for field in fields(StudentConfig)})
-    parts = memory.interaction(InteractConfig(**INTERACT_PRESETS[preset]), shape, torch.device("cuda"))
-    parts["CUDA and libraries"] = CUDA
-    for name, size in (parts | {"total": sum(parts.values())}).items():
-        print(f"{size / 2**30:8.2f} GiB  {name}")
-    percent = int(100 - sum(parts.values()) / 2**30 / gpu_gb * 100)
-    if percent < 1:
-        raise UserError(f"--preset {preset} leaves a teacher nothing of {gpu_gb:g} GiB: give it another GPU")
-    share = percent / 100
-    print(f"{share * gpu_gb:8.2f} GiB  left for a teacher: vllm serve MODEL --gpu-memory-utilization {share:.2f}")
 
 
 def machine() -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Whether a run can fit memory at all, asked before anything is allocated, and what an interaction will take.
+"""Whether a run can fit memory at all, asked before anything is allocated.
 
 A refusal counts only what is certain: weights, gradients, the optimiser's state, and the largest tensors that sizes of
 the command line multiply. A run that passes may still need more than there is.
@@ -18,8 +18,6 @@ from tinystory.student.model import StudentConfig
 FLOAT = 4  # bytes
 TRAINED = 3 * FLOAT  # per parameter: itself, its gradient and one moment at least
 ACTIVATIONS = 10  # 16-bit values that a layer keeps per token and unit of width for its backward pass, at least
-KEPT = 16  # values that it keeps: residual stream and norm twice, qkv, attention, and the MLP's hidden layer twice
-OPENING = 24  # tokens, in a plan
 STORY = 1024  # bytes of the objects that hold a story, at least
 
 
@@ -58,30 +56,6 @@ def require_for_pretraining(config: PretrainConfig, device: torch.device) -> Non
     require(parameters(shape) * TRAINED + batch + activations, device, advice)
 
 
-def interaction(config: InteractConfig, shape: StudentConfig, device: torch.device) -> dict[str, int]:
-    """Bytes that each part of an interaction takes on one of the processes. Student, reference and KV cache are
-    certain; the activations are those of stories of full length, and on a CPU their memory and the cache's are the
-    same."""
-    size = FLOAT if config.dtype == "float32" else 2
-    stories = max(config.stories_per_step, config.stories_per_evaluation) // distributed.world_size()
-    rows = min(config.micro_batch_size, stories)
-    tokens = rows * (OPENING + config.max_new_tokens)
-    replayed = {f"{config.replay_batch} replayed sequences per update": replay_memory(config, shape)}
-    return (replayed if config.replay_weight else {}) | {
-        "student, gradients and Adam's moments": parameters(shape) * 4 * FLOAT,
-        "frozen reference": parameters(shape) * FLOAT,
-        f"KV cache of {rows_at_once(stories, parameters(shape) * size, device)} stories": (
-            story_memory(stories, config.max_new_tokens, shape, device, size)
-        ),
-        f"activations of {rows} stories": tokens * shape.n_layer * shape.n_embd * KEPT * size,
-    }
-
-
-def replay_memory(config: InteractConfig, shape: StudentConfig) -> int:
-    """Bytes of the sequences of the corpus that a step replays."""
-    return config.updates_per_step * config.replay_batch * 8 * (shape.context + 1)
-
-
 def story_memory(stories: int, max_new_tokens: int, shape: StudentConfig, device: torch.device, size: int = 2) -> int:
     """Bytes of KV cache and outputs while so many stories are written. size: of an entry of the cache."""
     rows = rows_at_once(stories, parameters(shape) * size, device)
@@ -91,9 +65,12 @@ def story_memory(stories: int, max_new_tokens: int, shape: StudentConfig, device
 
 def require_for_interaction(config: InteractConfig, shape: StudentConfig, device: torch.device) -> None:
     """Raises UserError if such a run of a student of this shape cannot fit."""
-    *certain, _ = interaction(config, shape, device).values()
-    advice = "--stories-per-step, --eval-stories, --eval-best-of, --max-new-tokens or --replay-batch"
-    require(sum(certain), device, advice)
+    size = FLOAT if config.dtype == "float32" else 2
+    stories = max(config.stories_per_step, config.stories_per_evaluation) // distributed.world_size()
+    students = parameters(shape) * (4 + 1) * FLOAT  # one with gradients and Adam's moments, and the reference
+    replayed = config.updates_per_step * config.replay_batch * 8 * (shape.context + 1) if config.replay_weight else 0
+    needed = students + story_memory(stories, config.max_new_tokens, shape, device, size) + replayed
+    require(needed, device, "--stories-per-step, --eval-stories, --eval-best-of, --max-new-tokens or --replay-batch")
 
 
 def require_for_stories(
