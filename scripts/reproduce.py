@@ -25,9 +25,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
-import torch
-
 from tinystory.run.errors import command
 from tinystory.run.options import add_number
 from tinystory.studies.reproduce import SCALES, reproduce
@@ -48,7 +45,6 @@ def main(argv: list[str] | None = None) -> None:
     add_number(parser, "--stories", 0, "[0, 1e6]", "stories of an evaluation; 0: as --scale has it")
     add("--blimp", default="", help="folder of BLiMP's .jsonl files, evaluated too")
     add("--device", default="auto")
-    add_number(parser, "--jobs", 0, "[0, 1000]", "parallel runs; 0: one per core, or one on a GPU")
     options = parser.parse_args(argv)
 
     scale = SCALES[options.scale]
@@ -63,7 +59,6 @@ def main(argv: list[str] | None = None) -> None:
     # Treat kill PID like Ctrl-C: the runs save a checkpoint.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     settings = {name: getattr(options, name) for name in ("teacher", "controls", "device", "blimp")}
-    settings["jobs"] = options.jobs or (1 if torch.cuda.is_available() else torch.get_num_threads())
     print(f"report: {reproduce(scale, options.out or Path('runs') / f'reproduce-{options.scale}', **settings)}")
 
 

@@ -5,21 +5,17 @@ from it, so a kill leaves nothing inconsistent.
 """
 
 import json
-import os
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from tinystory.config import INTERACT_PRESETS, PAPER_OPENING, PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
@@ -117,49 +113,36 @@ class TrainingRun(NamedTuple):
         return newest is not None and checkpoint.read_counters(newest)["words"] >= self.words
 
     def begin(self) -> subprocess.Popen[bytes]:
-        """Its process, in a session of its own: Ctrl-C reaches only ours, which passes it on. Runs that may be parallel
-        have one thread, whatever --jobs: the number of threads changes the order of sums, and so the rounding."""
-        one_thread = self.start and not torch.cuda.is_available()
+        """Its process, in a session of its own: Ctrl-C reaches only ours, which passes it on."""
         script = ROOT / ("train_pretrain.py" if self.words else "train_interact.py")
         options = [*(["--resume"] if (self.folder / CONFIG).exists() else self.argv), *self.again]
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with open(self.folder.with_suffix(".log"), "ab") as log:
             return subprocess.Popen(
                 [sys.executable, str(script), "--out", str(self.folder), *options],
-                env=os.environ | ({"OMP_NUM_THREADS": "1"} if one_thread else {}),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
 
-def run_all(runs: Sequence[TrainingRun], jobs: int) -> None:
-    """Run what is unfinished, `jobs` at a time. Raises UserError if a run fails. However this function ends, it
-    terminates the others, which first save a checkpoint."""
-    waiting = [run for run in runs if not run.finished()]
-    running: list[tuple[TrainingRun, subprocess.Popen[bytes]]] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                run = waiting.pop(0)
-                print(f"{run.folder} ...", flush=True)
-                running.append((run, run.begin()))
-            time.sleep(0.3)
-            for run, process in [pair for pair in running if pair[1].poll() is not None]:
-                running.remove((run, process))
-                if not run.finished():
-                    raise UserError(
-                        f"{run.folder} ended with exit code {process.returncode} before it was done; "
-                        f"{run.folder.with_suffix('.log')} says why; the same command continues from there"
-                    )
-    finally:
-        for _, process in running:
-            process.terminate()
-        for _, process in running:
+def run_all(runs: Sequence[TrainingRun]) -> None:
+    """Run what is unfinished, one after the other. Raises UserError if a run fails. However this function ends, the run
+    ends too, after it has saved a checkpoint."""
+    for run in (run for run in runs if not run.finished()):
+        print(f"{run.folder} ...", flush=True)
+        process = run.begin()
+        try:
             process.wait()
+        finally:
+            process.terminate()
+            process.wait()
+        if not run.finished():
+            raise UserError(
+                f"{run.folder} ended with exit code {process.returncode} before it was done; "
+                f"{run.folder.with_suffix('.log')} says why; the same command continues from there"
+            )
 
 
-def reproduce(
-    scale: Scale, out: Path, *, teacher: str, controls: Sequence[str], device: str, blimp: str, jobs: int
-) -> Path:
+def reproduce(scale: Scale, out: Path, *, teacher: str, controls: Sequence[str], device: str, blimp: str) -> Path:
     """The path of the page, after what is unfinished of the experiment has run. teacher: options of train_interact.py;
     controls: values of its --reward."""
     on_device = ["--device", device]
@@ -179,7 +162,7 @@ def reproduce(
     require_same(out / "experiment.json", settings)
 
     pretraining = TrainingRun(BEFORE, 0, 0, out / "pretrain", pretrain_argv, on_device, pretrain.words)
-    run_all([pretraining], 1)
+    run_all([pretraining])
     milestones = {words: pretraining.folder / "checkpoints" / milestone_name(words) for words in MILESTONES}
     interactions = []
     for arm, scorer in scorers.items():
@@ -188,10 +171,10 @@ def reproduce(
                 folder = out / arm.replace("/", "_") / f"{start // MILLION}M-{seed}"
                 argv = [*interact_argv, "--init", str(milestones[start]), "--seed", str(seed)]
                 interactions.append(TrainingRun(arm, start, seed, folder, argv, [*scorer, *on_device]))
-    run_all(interactions, jobs)
+    run_all(interactions)
     first_seed = [run for run in interactions if (run.arm, run.seed) == (INTERACT, 0)]
     more = [more_pretraining(run, milestones[run.start], on_device) for run in first_seed]
-    run_all(more, jobs)
+    run_all(more)
 
     students = [(pretraining, words, path) for words, path in milestones.items() if path.exists()]
     students += [(run, *last_checkpoint(run)) for run in [*interactions, *more]]
@@ -276,7 +259,6 @@ def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Seq
     groups: dict[str, dict[int, list[Record]]] = {}
     for record in sorted(records, key=lambda record: record["start"]):
         groups.setdefault(record["arm"], {}).setdefault(record["start"], []).append(record)
-    curve = {start: mean_and_error(group, SCORE)[0] or 0.0 for start, group in groups[BEFORE].items()}
     lines, rows = [], list[tuple[int, list[str]]]()
     names = {BEFORE: "pretrained", INTERACT: "+ interaction", MORE: "+ more pretraining"}
     colours = ("plain", "reward", "readability", "coherence", "creativity", "muted")
@@ -285,22 +267,18 @@ def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Seq
         means, errors = zip(*(mean_and_error(group, SCORE) for group in by_start.values()), strict=True)
         words = [statistics.fmean(record["words"] for record in group) for group in by_start.values()]
         lines.append(charts.Line(words, means, colour, name, errors))
-        for (start, group), mean in zip(by_start.items(), means, strict=True):
+        for start, group in by_start.items():
             cells = [plus_minus(*mean_and_error(group, path)) for path in columns.values()]
-            equivalent = "" if arm == BEFORE or mean is None else equivalent_words(mean, curve)
-            rows.append((start, [f"{millions(start)} {name}", str(len(group)), *cells, equivalent]))
+            rows.append((start, [f"{start / MILLION:.3g} M {name}", str(len(group)), *cells]))
     figure = charts.chart(
         "Teacher’s score, 0 to 9", lines, x_name="words of pretraining and taken in", log_x=True, size=(640, 380)
     )
     atomic_write(out / "figure.svg", charts.standalone(figure))
     note = (
         "Mean and standard error over the seeds of interaction. Only the score is rewarded; distinct_4: distinct word "
-        "4-grams over all 4-grams; copied: the longest phrase of the corpus in a story; bits per byte: on held-out "
-        "text. The last column says where the curve of pretraining alone first reaches the score, interpolated in the "
-        "logarithm of words."
+        "4-grams over all 4-grams; copied: the longest phrase of the corpus in a story; bits per byte: held-out text."
     )
-    header = ["Student", "Seeds", *columns, "As much as pretraining on"]
-    table = page.table(header, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+    table = page.table(["Student", "Seeds", *columns], [cells for _, cells in sorted(rows, key=lambda row: row[0])])
     facts = page.details("How it was run", "", page.facts(settings.items()))
     sections = [
         f'<div style="max-width: 44rem">{figure}</div>',
@@ -324,20 +302,3 @@ def plus_minus(mean: float | None, error: float | None) -> str:
         return charts.number(None)
     decimals = 2 if abs(mean) < 10 else 1
     return f"{mean:.{decimals}f}" + ("" if error is None else f" ± {error:.{decimals}f}")
-
-
-def equivalent_words(score: float, curve: Mapping[int, float]) -> str:
-    """The fewest words of pretraining that reach the score, on the curve {ascending words: score}, interpolated
-    linearly in log(words); outside the curve, only a bound."""
-    words, best = np.array(list(curve)), np.maximum.accumulate(list(curve.values()))
-    if score <= best[0]:
-        return f"at most {millions(words[0])}"
-    if score > best[-1]:
-        return f"more than {millions(words[-1])}"
-    i = int(np.searchsorted(best, score))  # the first that reaches it
-    t = (score - best[i - 1]) / (best[i] - best[i - 1])
-    return millions(words[i - 1] * (words[i] / words[i - 1]) ** t)
-
-
-def millions(words: float) -> str:
-    return f"{words / MILLION:.3g} M"
