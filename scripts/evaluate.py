@@ -39,13 +39,13 @@ from tinystory.data.openings import load_openings
 from tinystory.evaluate import submission
 from tinystory.evaluate.coreference import coreference, unseen_stories
 from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
-from tinystory.evaluate.preference import COMPARISON, compare, compare_scores, compared_pairs, keep_choices, win_rate
+from tinystory.evaluate.preference import COMPARISON, compare, compared_pairs, keep_choices, win_rate
 from tinystory.evaluate.reader import PACKAGED, Reader
 from tinystory.evaluate.reading_times import evaluate_reading_times
 from tinystory.evaluate.samples import Sample, read_samples
-from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.second_judge import conclusion, judge_run
 from tinystory.evaluate.stories import OPENINGS, GradeStories, mean_of, story_measures, write_stories
+from tinystory.evaluate.validation import bits_per_byte
 from tinystory.ops.compute import pick_device, resolve
 from tinystory.report.evaluation import comparison
 from tinystory.report.judges import BEFORE_AFTER, correlation_line, judged_rows, preference_lines
@@ -79,7 +79,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     subject = parser.add_mutually_exclusive_group().add_argument
     subject("checkpoints", nargs="*", type=Path, default=[], metavar="CHECKPOINT")
-    subject("--compare", nargs="*", type=Path, metavar="RUN|A B", help="judge pairs, by --teacher-url, else built in")
+    subject("--compare", nargs="*", type=Path, metavar="RUN|A B", help="judge pairs, by --teacher-url")
     subject("--judge", nargs="*", type=Path, metavar="RUN", help="show their stories to --reader")
     for task, (_, text) in TASKS.items():
         add(f"--{task.replace('_', '-')}", metavar="PATH", help=text)
@@ -186,20 +186,17 @@ def main(argv: list[str] | None = None) -> None:
 def compare_stories(options: argparse.Namespace, count: int) -> None:
     """Ask which stories are better, and print the win rate of the second ones. Choices about a run's own stories are
     kept there, for its report."""
+    if not options.teacher_url:
+        raise UserError(
+            "--compare needs a judge that sees two stories: give --teacher-url, of a model or of teach.py --compare"
+        )
     run = options.compare[0] if len(options.compare) == 1 else None
     pairs = compared_pairs(options.compare, lambda path: samples_of(path, options, count))
-    second_place = None
-    with contextlib.ExitStack() as stack:
-        if options.teacher_url:
-            settings = dict(concurrency=options.teacher_concurrency, seed=options.seed, template=COMPARISON)
-            cache = run / "comparison_replies.jsonl" if run else None
-            teacher = Teacher(options.teacher_url, options.teacher_model or None, cache=cache, **settings)
-            stack.enter_context(teacher)
-            choices, second_place = compare(pairs, lambda texts: [grade.score for grade in teacher.grade_each(texts)])
-            by = str(teacher.model)
-        else:
-            by, scores = "the built-in teacher", open_teacher(options, stack)
-            choices = compare_scores(pairs, lambda texts: [sum(s.values()) if s else None for s in scores(texts)])
+    settings = dict(concurrency=options.teacher_concurrency, seed=options.seed, template=COMPARISON)
+    cache = run / "comparison_replies.jsonl" if run else None
+    with Teacher(options.teacher_url, options.teacher_model or None, cache=cache, **settings) as teacher:
+        choices, second_place = compare(pairs, lambda texts: [grade.score for grade in teacher.grade_each(texts)])
+        by = str(teacher.model)
     rates = win_rate(choices)
     if not rates["pairs"]:
         raise UserError(f"{by} compared none of {len(pairs)} pairs: see scripts/doctor.py --teacher-url URL")

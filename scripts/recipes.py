@@ -34,8 +34,8 @@ from tinystory.data.builtin import dull
 from tinystory.data.corpus import Corpus
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.coreference import coreference, unseen_stories
-from tinystory.evaluate.scoring import bits_per_byte
 from tinystory.evaluate.stories import distinct_ngrams, mean_of
+from tinystory.evaluate.validation import bits_per_byte
 from tinystory.ops.compute import resolve
 from tinystory.report import charts
 from tinystory.rl.reward import best_of_n, cluster_sizes, story_rewards

@@ -12,12 +12,10 @@ from tinystory.evaluate.preference import (
     COMPARISON,
     FIRST,
     ORDER,
-    SAME,
     SECOND,
     StoryPair,
     both_orders,
     compare,
-    compare_scores,
     compared_pairs,
     keep_choices,
     run_pairs,
@@ -57,7 +55,7 @@ def test_a_pair_without_an_answer_is_left_out():
 
 
 def test_a_tie_counts_one_half():
-    result = win_rate([FIRST, SECOND, SAME, ORDER, None])
+    result = win_rate([FIRST, SECOND, ORDER, ORDER, None])
     assert result["rate"] == 0.5 and result["ci"][0] < 0.5 < result["ci"][1] and result["pairs"] == 4
     assert win_rate([SECOND] * 10)["ci"][0] > 0.7 and win_rate([None])["rate"] is None
 
@@ -146,36 +144,27 @@ def test_stories_of_two_files_are_paired_by_their_openings(tmp_path, capsys, sho
         server.first = lambda: "1"
         evaluate.main(["--compare", *paths, "--teacher-url", server.url])
     out = capsys.readouterr().out
-    assert "first preferred b.jsonl in 10 of 10 pairs, a.jsonl in 0, and neither in 0: win rate 1.00 [0." in out
+    assert (
+        "first preferred b.jsonl in 10 of 10 pairs, a.jsonl in 0, and one or the other by their order in 0: win" in out
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
     with pytest.raises(UserError, match="different stories to the same openings"):
         compared_pairs([Path(paths[0])] * 2, read_samples)
 
 
-def test_a_student_beside_a_file_writes_to_the_files_openings(student, tokenizer, tmp_path, capsys, monkeypatch):
+def test_a_student_beside_a_file_writes_to_the_files_openings(student, tokenizer, tmp_path, capsys, short_pauses):
     ours = checkpoint.save(tmp_path / "ours", student, tokenizer, history={}, state={}, counters={"step": 1})
-    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda pairs: [{"humour": s == "plain"} for _, s in pairs])
     (tmp_path / "a.jsonl").write_text('{"opening": "Tom", "story": "plain"}\n{"opening": "Mia", "story": "plain"}\n')
-    more = ["--max-new-tokens", "4", "--device", "cpu"]
-    evaluate.main(["--compare", str(tmp_path / "a.jsonl"), str(ours), "--stories", "2", *more])
+    more = ["--max-new-tokens", "4", "--device", "cpu", "--stories", "2"]
+    with FaultServer(lambda text, n: "3" if text.rpartition("\n")[2] == "plain" else "0") as server:
+        server.first = lambda: "1"
+        evaluate.main(["--compare", str(tmp_path / "a.jsonl"), str(ours), *more, "--teacher-url", server.url])
     assert "preferred ours in 0 of 2 pairs, a.jsonl in 2" in capsys.readouterr().out
-
-
-def test_a_judge_that_scores_prefers_the_higher_score_and_has_no_second_place(tmp_path, capsys, monkeypatch):
-    scores = {"a": 1.0, "b": 2.0, "c": 2.0, "d": None}
-    pairs = [StoryPair("Once", *pair) for pair in ("ab", "ba", "bc", "ad")]
-    choices = compare_scores(pairs, lambda texts: [scores[story] for _, story in texts])
-    assert choices == [SECOND, FIRST, SAME, None]
-    monkeypatch.setattr(
-        evaluate, "open_teacher", lambda *_: lambda pairs: [{"humour": "fine" in story} for _, story in pairs]
-    )
-    evaluate.main(["--compare", *files(tmp_path)])
-    out = capsys.readouterr().out
-    assert "the built-in teacher preferred b.jsonl in 10 of 10" in out and "came second" not in out
 
 
 def test_wrong_comparisons_are_one_sentence(tmp_path, capsys):
     url = ["--teacher-url", "http://127.0.0.1:9/v1"]
     assert "or two that tell" in fails(evaluate.main, ["--compare", "a", "b", "c", *url], capsys)
     assert "finished interaction" in fails(evaluate.main, ["--compare", str(tmp_path), *url], capsys)
+    assert "give --teacher-url" in fails(evaluate.main, ["--compare", *files(tmp_path)], capsys)
     assert "nothing to evaluate" in fails(evaluate.main, [], capsys)

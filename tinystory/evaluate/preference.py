@@ -18,8 +18,8 @@ from tinystory.run.folder import PREFERENCES, SAMPLES, read_records
 from tinystory.run.journal import Journal
 from tinystory.teacher.prompt import Criterion, Template
 
-# A choice: the story that is better; SAME for equal scores; ORDER if the two orders were judged differently.
-FIRST, SECOND, SAME, ORDER = "first", "second", "same", "order"
+# A choice: the story that is better; ORDER if the two orders were judged differently.
+FIRST, SECOND, ORDER = "first", "second", "order"
 # grade(texts): per (opening, text to grade) a number, or None for no answer.
 GradeTexts: TypeAlias = Callable[[Sequence[tuple[str, str]]], Iterable[float | None]]
 
@@ -59,10 +59,10 @@ def story_pairs(first: Sequence[Sample], second: Sequence[Sample]) -> list[Story
 
 
 def win_rate(choices: Sequence[str | None]) -> dict[str, Any]:
-    """{"pairs", "first", "second", "same", "order", "rate", "ci"}. rate: the fraction of pairs won by the second story,
+    """{"pairs", "first", "second", "order", "rate", "ci"}. rate: the fraction of pairs won by the second story,
     where a tie counts one half; its interval is Wilson's. None without pairs. A choice that is None does not count."""
-    counts = {name: choices.count(name) for name in (FIRST, SECOND, SAME, ORDER)}
-    pairs, won = sum(counts.values()), counts[SECOND] + (counts[SAME] + counts[ORDER]) / 2
+    counts = {name: choices.count(name) for name in (FIRST, SECOND, ORDER)}
+    pairs, won = sum(counts.values()), counts[SECOND] + counts[ORDER] / 2
     known = {"rate": won / pairs, "ci": list(wilson(won, pairs))} if pairs else {"rate": None, "ci": None}
     return {"pairs": pairs, **counts, **known}
 
@@ -132,13 +132,3 @@ def compare(pairs: Sequence[StoryPair], grade: GradeTexts) -> tuple[list[str | N
         else:
             choices.append(ORDER if (straight > 0.5) == (turned > 0.5) else SECOND if straight > 0.5 else FIRST)
     return choices, sum(preference > 0.5 for preference in scored) / len(scored) if scored else None
-
-
-def compare_scores(pairs: Sequence[StoryPair], grade: GradeTexts) -> list[str | None]:
-    """The choice on each pair by a judge that scores each story by itself: the higher score wins, and equal ones are a
-    tie. grade: per (opening, story) its score, or None."""
-    scores = list(grade([(pair.opening, story) for pair in pairs for story in (pair.first, pair.second)]))
-    return [
-        None if a is None or b is None else SAME if a == b else SECOND if a < b else FIRST
-        for a, b in zip(scores[::2], scores[1::2], strict=True)
-    ]

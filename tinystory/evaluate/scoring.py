@@ -5,7 +5,6 @@ logits are computed only where a log-probability is needed. No token precedes a 
 token is context only.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
@@ -18,14 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from tinystory import ops
-from tinystory.data.corpus import Corpus
-from tinystory.data.shards import encode
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.evaluate.intervals import bootstrap
 from tinystory.student.model import Student
 
 BATCH = 4096  # tokens, including padding
-MAX_TOKENS = 500_000  # of a corpus, for its bits per byte
 
 Part = tuple[tuple[int, ...], int]  # token ids, and the index (>= 1) of the first whose log-probability counts
 
@@ -110,26 +105,3 @@ def _hidden(student: Student, tokens: Tensor, positions: Tensor, branch: Tensor)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).transpose(1, 2)
 
     return student.trunk(student.wte(tokens) + student.wpe(positions), attend)
-
-
-def bits_per_byte(student: Student, tokenizer: Tokenizer, corpus: Corpus) -> dict:
-    """bits_per_byte over the first MAX_TOKENS of a corpus, its ci (bootstrap over pieces) and the number of tokens.
-
-    The documents, an end token after each, are cut into pieces of the context's length; each token is predicted from
-    the tokens before it in its piece. The metric is the bits of all tokens except each piece's first (end tokens
-    included), divided by the bytes of text that they encode.
-    """
-    documents, size = [], 0
-    for document in corpus.documents():
-        documents.append(document)
-        size += len(document)
-        if size > 5 * MAX_TOKENS:  # enough: the average token has fewer than five characters
-            break
-    stream = encode(tokenizer, documents)[0][:MAX_TOKENS].astype(np.int64)
-    context = student.config.context
-    pieces = [stream[start : start + context] for start in range(0, len(stream) - 1, context - 1)]
-    logprobs = sum_logprobs(student, [[(tuple(piece.tolist()), 1)] for piece in pieces], "bits per byte")
-    bits = -torch.cat(logprobs).numpy() / math.log(2)
-    sizes = np.array([tokenizer.token_sizes[piece[1:]].sum() for piece in pieces])
-    ci = bootstrap(lambda rows: float(bits[rows].sum() / sizes[rows].sum()), len(pieces))
-    return {"bits_per_byte": float(bits.sum() / sizes.sum()), "ci": ci, "tokens": len(stream)}

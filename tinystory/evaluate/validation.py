@@ -1,4 +1,4 @@
-"""Validation loss of a student."""
+"""Loss of a student on text: the validation of pretraining, and bits per byte of any corpus."""
 
 import math
 
@@ -7,11 +7,15 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from tinystory import ops
-from tinystory.data.shards import TokenFile
+from tinystory.data.corpus import Corpus
+from tinystory.data.shards import TokenFile, encode
+from tinystory.data.tokenizer import Tokenizer
 from tinystory.data.windows import pack, pieces, places
 from tinystory.run import distributed
 from tinystory.run.device import upload
 from tinystory.student.model import Student
+
+MAX_TOKENS = 500_000  # of a corpus, for its bits per byte
 
 
 @torch.no_grad()
@@ -42,3 +46,18 @@ def validate(
     sums = torch.tensor([float(nats), tokens, size], dtype=torch.float64)
     total, tokens, size = distributed.all_reduce_sum(sums).tolist()
     return total / tokens, total / math.log(2) / size
+
+
+def bits_per_byte(student: Student, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, float]:
+    """{"bits_per_byte", "tokens"} of the first MAX_TOKENS of a corpus: its documents, an end token after each, as one
+    stream in pieces of the context's length, by `validate`."""
+    documents, size = [], 0
+    for document in corpus.documents():
+        documents.append(document)
+        size += len(document)
+        if size > 5 * MAX_TOKENS:  # enough: the average token has fewer than five characters
+            break
+    tokens, words, _, byte_count = encode(tokenizer, documents)
+    file = TokenFile(tokens[:MAX_TOKENS], words, np.array([0, len(tokens)]), 0, byte_count)
+    _, bits = validate(student, file, tokenizer.token_sizes, None, batch=16, packing="stream")
+    return {"bits_per_byte": bits, "tokens": len(file)}

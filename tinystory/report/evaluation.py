@@ -18,7 +18,7 @@ ROWS = (
     ("words of childhood, nats", ("aoa", "surprisal"), None, 2),
     ("eye tracking, % explained", ("reading", "eye_tracking"), None, 2),
     ("self-paced reading, % explained", ("reading", "self_paced"), None, 2),
-    ("bits per byte", ("corpus", "bits_per_byte"), ("corpus", "ci"), 3),
+    ("bits per byte", ("corpus", "bits_per_byte"), None, 3),
     ("repeated name", ("coreference", "repeated_name"), None, 3),
     ("any introduced name", ("coreference", "introduced_name"), None, 3),
     ("he or she", ("coreference", "he_or_she"), None, 3),

@@ -68,10 +68,9 @@ def preference_lines(preferences: Mapping[str, Mapping[str, Any]], names: Sequen
     """One sentence per judge that compared stories without knowing which is whose. names: the two storytellers."""
     lines = []
     for judge, rates in preferences.items():
-        order = f" ({rates['order']} of them depended on the order)" if rates["order"] else ""
         lines.append(
             f"{judge} preferred {names[1]} in {rates['second']} of {rates['pairs']} pairs, {names[0]} in "
-            f"{rates['first']}, and neither in {rates['same'] + rates['order']}{order}: "
+            f"{rates['first']}, and one or the other by their order in {rates['order']}: "
             f"win rate {with_ci(rates['rate'], rates['ci'])}"
         )
     return lines
