@@ -63,7 +63,7 @@ def test_a_token_across_the_border_belongs_to_the_option(student, tokenizer):
         assert first == max(next(i for i, end in enumerate(ends) if end > len(prefix.encode())), 1)
 
 
-def test_trees_give_what_each_text_alone_gives(student, tokenizer):
+def test_batches_give_what_each_text_alone_gives(student, tokenizer):
     texts = [part(tokenizer, PREFIX, option) for option in ENTITIES[0]["options"]]
     together = sum_logprobs(student, [texts, texts[:2]], "x")
     alone = torch.cat(sum_logprobs(student, [[each] for each in texts], "x"))

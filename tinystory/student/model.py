@@ -1,8 +1,8 @@
 """The student: GPT-2's layout, any size. Learned positions, pre-norm, biases, tanh GELU, tied embedding.
 
 `Student.trunk` is the one forward pass in Python; each caller brings its own attention: `hidden` attends within whole
-sequences (training), `prefill` and `step` over a KV cache (decoding), tinystory/evaluate/scoring.py over trees. None of
-them computes logits: the tied embedding meets the final hidden state in `ops.token_logprob` or in `logits`.
+sequences (training, evaluation), `prefill` and `step` over a KV cache (decoding). None of them computes logits: the
+tied embedding meets the final hidden state in `ops.token_logprob` or in `logits`.
 
 csrc/cpu/engine.cpp is the same forward pass in C++, for decoding on a CPU: a change to one needs the same change to the
 other. The engine takes parameters by name and refuses those that it does not know.
