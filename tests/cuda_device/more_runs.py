@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, SHORT, SMALL, metrics, read_lines, tiny_stories
+from plugin import waits_within
 
 import train_interact as interact
 import train_pretrain as pretrain
+from tinystory import ops
+from tinystory.run.device import pick_dtype
 from tinystory.student import checkpoint
 
 sys.path[:0] = [str(ROOT / "tests/train"), str(ROOT / "scripts")]
@@ -61,23 +65,24 @@ def test_every_learner_is_the_cpus(place, tmp_path, device_machine, options):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "tf32"])
-def test_both_commands_run_in_every_dtype(place, tmp_path, device_machine, dtype):
+def test_both_commands_run_in_every_dtype(place, tmp_path, device_machine, monkeypatch, dtype):
+    decode, decoded = ops.decode_attention, set()
+    monkeypatch.setattr(ops, "decode_attention", lambda qkv, *more: (decoded.add(qkv.dtype), decode(qkv, *more))[1])
     corpus = ["--corpus", str(place / "corpus.txt"), "--words", "1500", "--dtype", dtype]
     pretrain.main([*corpus, "--out", str(tmp_path / "p"), *on("cuda", SMALL, "--optimizer", "muon")])
     losses = [record["loss"] for record in metrics(tmp_path / "p")]
     assert losses[-1] < losses[0] - 0.3
-    if dtype == "bfloat16":  # validation and the closing story included
-        types = {key.split(" ", 1)[1] for key in device_machine.ran if key.startswith("tinystory.decode_attention")}
-        assert types and all(text.startswith("[torch.bfloat16") for text in types)
+    assert decoded == {pick_dtype(dtype, torch.device("cuda"))}  # of the closing story
     steps = run(place, tmp_path / "i", "cuda", "--dtype", dtype, "--steps", "2")
     assert all(record["ratio_error"] < (1e-3 if dtype == "float32" else 0.05) for record in steps)
 
 
 @pytest.mark.parametrize("preset", ["paper", "paper-published"])
 def test_presets_run(place, tmp_path, device_machine, preset):
-    """The paper's options at a small size, the dropout of its rollouts among them."""
+    """The paper's options at a small size, AdamW and the dropout of its rollouts among them."""
     corpus = ["--preset", preset, "--corpus", str(place / "corpus.txt"), "--words", "600", "--micro-batch-size", "2"]
     pretrain.main([*corpus, "--out", str(tmp_path / "p"), *on("cuda", SMALL)])
+    assert waits_within("train_step") == []
     files = ["--init", str(tmp_path / "p"), "--reward", f"{place / 'reward.py'}:score", "--out", str(tmp_path / "i")]
     interact.main(["--preset", preset, *files, *on("cuda", SHORT, "--steps", "2", "--micro-batch-size", "2")])
     assert len(metrics(tmp_path / "i")) == 2

@@ -78,7 +78,9 @@ def ppo(name: str, s: Shape, rows: int, new: int, epochs: int, micro: int, updat
     flops = trunk + logits + epochs * (3 * trunk + 4 * logits)
     moved = s.activations(tokens) * (1 + 3 * epochs) + rows * new * s.V * (8 + 22 * epochs)
     moved += s.parameters * (34 * updates + 8 * parts)
-    return Work(f"{name}: PPO, {rows} x {new}, {epochs} epochs", flops, moved, f"{parts} x {launches}", "21")
+    return Work(
+        f"{name}: PPO, {rows} x {new}, {epochs} epochs", flops, moved, f"{parts} x {launches}", f"{2 * updates + 8}"
+    )
 
 
 def main() -> None:

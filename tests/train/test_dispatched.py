@@ -1,20 +1,16 @@
-"""How many operators the GPU's path dispatches, and where it waits for the GPU, counted on a CPU; and that it computes
-what the CPU's path does.
+"""How many operators the GPU's path dispatches, counted on a CPU; and that it computes what the CPU's path does.
 
 A layer costs the same whatever its size, so a small student of GPT-2-small's twelve layers has the real one's counts.
 docs/kernels.md has them in a table.
 """
 
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_no_worse
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train_pretrain as pretrain
 from tinystory import ops
@@ -24,7 +20,6 @@ from tinystory.rl.batch import Batch, collate
 from tinystory.rl.policy import Policy
 from tinystory.student.generate import Story
 from tinystory.student.model import Student, StudentConfig, ValueHead
-from tinystory.student.optim import make_optimizer
 from tinystory.student.token_step import Sampling, TokenStep
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")  # of twins that replace a kernel
@@ -141,77 +136,6 @@ BUDGETS = {"pretraining": (460, 3), "pretraining, dropout": (470, 3), "PPO": (56
 def test_a_step_stays_within_its_budget(as_on_a_gpu, name):
     calls, (most, casts) = MEASURED[name](), BUDGETS[name]
     assert calls.total() <= most and calls["aten._to_copy"] <= casts, calls
-
-
-# --- where the host waits for a GPU -----------------------------------------------------------------------------------
-READ = "item tolist numpy cpu __bool__ __int__ __float__ __index__ _local_scalar_dense equal".split()
-SIZED = "nonzero masked_select masked_scatter_backward _unique2 unique_dim unique_consecutive".split()  # by values
-
-
-def waits_for(name: str, args: tuple) -> bool:
-    """Whether a call has to know values. Indexing with a mask does, to know the size of the result."""
-    indices = [x for x in tree_leaves(args[1:2]) if isinstance(x, torch.Tensor)] if "index" in name else []
-    return name in READ + SIZED or any(x.dtype == torch.bool for x in indices)
-
-
-class Operators(TorchDispatchMode):
-    def __init__(self, calls: list[str]):
-        super().__init__()
-        self.calls = calls
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        self.calls.extend([name] * waits_for(name, args))
-        return func(*args, **(kwargs or {}))
-
-
-class Methods(TorchFunctionMode):
-    """Some of which reach no operator on a CPU: tolist, for one."""
-
-    def __init__(self, calls: list[str]):
-        super().__init__()
-        self.calls = calls
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.calls.extend([func.__name__] * (func.__name__ in READ))
-        return func(*args, **(kwargs or {}))
-
-
-def waits(run) -> list[str]:
-    calls = []
-    with Methods(calls), Operators(calls):
-        run()
-    return calls
-
-
-def test_what_waits_is_seen():
-    x, mask = torch.arange(4.0).requires_grad_(), torch.tensor([True, False, True, False])
-    assert waits(lambda: x.sum().item()) == ["item", "_local_scalar_dense"]
-    assert waits(lambda: x.tolist()) == ["tolist"]
-    assert waits(lambda: x[mask].sum().backward()) == ["index", "index_put"]
-    assert waits(lambda: torch.zeros(4).masked_scatter(mask, x).sum().backward()) == ["masked_scatter_backward"]
-    assert waits(lambda: x[torch.tensor([0, 2])].sum().backward()) == []
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_pretraining_step_waits_for_nothing(as_on_a_gpu, optimizer):
-    student, tokens = small_student(2), torch.randint(96, (4, 17))
-    config = PretrainConfig(batch_size=4, micro_batch_size=2, dropout=0.1, optimizer=optimizer)
-    trained_by, _ = make_optimizer(student, config, BF16)
-    for step in range(2):
-        run = partial(pretrain.train_step, student, trained_by, tokens, config, BF16, step)
-        assert waits(run) == []
-
-
-def test_a_ppo_micro_batch_waits_for_nothing(as_on_a_gpu):
-    student, value_head = small_student(2), ValueHead(64)
-    one, two = (waits(partial(update, student, value_head, rows)) for rows in (4, 8))
-    assert one == two and len(one) < 20
-
-
-def test_reading_under_the_reference_waits_for_nothing(as_on_a_gpu):
-    student, batch = small_student(2), written(4)
-    assert waits(lambda: ppo.read_reference(student, batch, InteractConfig(micro_batch_size=2))) == []
 
 
 # --- it computes the same ---------------------------------------------------------------------------------------------
