@@ -15,10 +15,10 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice, repeat
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -28,8 +28,6 @@ from tinystory.data.tokenizer import Tokenizer
 from tinystory.run.errors import UserError
 from tinystory.run.folder import require_whole, write_manifest
 from tinystory.run.paths import cache_dir
-
-Encoded: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, int]  # of `encode`
 
 FORMAT = 3  # increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
 PARTS = ("tokens", "words", "offsets")
@@ -143,9 +141,11 @@ def _build(
         ThreadPoolExecutor(threads) as pool,
         tqdm(total=characters, desc="encoding", unit=" characters", unit_scale=True, disable=None) as progress,
     ):
-        for is_val, batch, encoded in _encode_ahead(pool, tokenizer, batches, 2 * threads):
-            writers[is_val].append(*encoded.result())
-            progress.update(sum(map(len, batch)))
+        while some := list(islice(batches, 2 * threads)):
+            encoded = pool.map(encode, repeat(tokenizer), [batch for _, batch in some])
+            for (is_val, batch), arrays in zip(some, encoded, strict=True):
+                writers[is_val].append(*arrays)
+                progress.update(sum(map(len, batch)))
     meta = {"corpus": corpus.names, "train": writers[0].close(), "val": writers[1].close()}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     write_manifest(folder)
@@ -172,19 +172,7 @@ def _batches(documents: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, list
     yield from ((is_val, batch) for is_val, batch in zip((False, True), batches, strict=True) if batch)
 
 
-def _encode_ahead(
-    pool: ThreadPoolExecutor, tokenizer: Tokenizer, batches: Iterable[tuple[bool, list[str]]], ahead: int
-) -> Iterator[tuple[bool, list[str], "Future[Encoded]"]]:
-    """(is_val, batch, its future `encode`) in order, with at most `ahead` batches in progress."""
-    queue: deque[tuple[bool, list[str], Future[Encoded]]] = deque()
-    for is_val, batch in batches:
-        queue.append((is_val, batch, pool.submit(encode, tokenizer, batch)))
-        if len(queue) >= ahead:
-            yield queue.popleft()
-    yield from queue
-
-
-def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> Encoded:
+def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Tokens of the documents, each followed by `</s>`, and the number of words that begin in each token.
 
     Returns tokens (n,) uint32, words (n,) uint8, lengths (documents,) int64 in tokens, and the number of UTF-8 bytes.
