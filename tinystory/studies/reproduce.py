@@ -24,7 +24,7 @@ from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import Openings, load_openings
 from tinystory.data.shards import prepare
 from tinystory.evaluate.pairs import evaluate_pairs
-from tinystory.evaluate.stories import story_measures, write_stories
+from tinystory.evaluate.stories import OPENINGS, story_measures, write_stories
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import pick_device
 from tinystory.report import charts, page
@@ -40,10 +40,6 @@ from tinystory.teacher.grader import open_grader
 MILLION = 10**6
 SEED = 1_000_003  # seed of the stories for evaluation, which no interaction uses
 VAL_SEQUENCES = 256  # held-out sequences for bits per byte
-OPENINGS = (  # which no interaction uses
-    "One day,|There was once a little girl who|Tom and his dog|It was a cold night, and|Once there was a bear.|"
-    "Mum said,|In the garden,|The old king"
-).split("|")
 BEFORE, INTERACT, MORE = "before", "interact", "more"  # arms; a control's is its value of --reward
 SCORE = ("stories", "score_mean")
 MEASURES = {  # columns of the page's table: path into a record's measures
@@ -238,7 +234,10 @@ def measure(
 
     measures: dict[str, Any] = {}
     training = Openings(load_openings(config.openings), 0).train
-    for name, openings in (("stories", training), ("other_openings", OPENINGS)):
+    for name, openings in (
+        ("stories", training),
+        ("other_openings", [text for text in OPENINGS if text not in training]),
+    ):
         samples = write_stories(student, tokenizer, openings=openings, n_stories=stories, **sampling)
         measures[name] = story_measures(samples, grade=grade, corpus=corpus)
     val = prepare(corpus, **sizes).val
