@@ -104,11 +104,10 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_story_takes_bounded_time_and_is_said_to_be_cut(judge, kind):
+def test_a_hostile_story_takes_bounded_time(judge, kind):
     story = HOSTILE[kind]
     measures = judge.measures([("Once " * 30_000, story), ("Once.", "A cat sat. It was red. The cat ran.")])
     assert judge._model.widest <= 4096 and judge._model.tokens < 100 * MAX_TOKENS
-    assert measures["truncated"] == (len(story) > reader.MAX_CHARACTERS)
     assert np.isnan(judge.sense([("Once.", story)])[0]) == (kind in ("nothing", "invisible"))
     assert judge.sense([]).shape == (0,) and measures["sense_ci"][0] <= measures["sense_mean"]
 
@@ -117,8 +116,8 @@ def test_a_model_of_a_short_context_reads_what_fits(monkeypatch):
     model = Echo(longest=64)
     monkeypatch.setattr(reader, "_load", lambda name, device: (Words(), model))
     judge = Reader("echo", "cpu")
-    measures = judge.measures([("Once " * 90, "A cat sat on it. " * 30)] * 2)
-    assert model.widest <= 64 and measures["truncated"] == 2
+    judge.sense([("Once " * 90, "A cat sat on it. " * 30)] * 2)
+    assert model.widest <= 64
     model.config.max_position_embeddings = 6
     with pytest.raises(UserError, match="reads only 6 tokens"):
         Reader("echo", "cpu")

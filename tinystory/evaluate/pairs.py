@@ -15,7 +15,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
@@ -34,14 +34,12 @@ from tinystory.student.model import Student
 class Item:
     """Options to choose from, the correct one first, each a prefix and the text after it, which counts.
 
-    uid: the phenomenon; split: phenomena are first averaged within a split; groups: further categories {kind: name} to
-    report it under; ratio: the fraction of humans who chose the first option (wug tests only); whole: the predictions
-    name an option with its prefix."""
+    uid: the phenomenon; split: phenomena are first averaged within a split; ratio: the fraction of humans who chose the
+    first option (wug tests only); whole: the predictions name an option with its prefix."""
 
     options: tuple[tuple[str, str], ...]
     uid: str
     split: str = ""
-    groups: dict[str, str] = field(default_factory=dict)
     ratio: float | None = None
     whole: bool = False
 
@@ -79,9 +77,6 @@ def _item(record: dict[str, Any], file: str) -> Item:
     more: dict[str, Any] = {}
     if "sentence_good" in record:
         uid, options = record.get("UID", file), [("", record["sentence_good"]), ("", record["sentence_bad"])]
-        if "field" in record:  # the supplement's files name no field, and most of them no phenomenon
-            field = record["field"].replace("syntax_semantics", "syntax/semantics")
-            more = {"groups": {"field": field, "linguistics_term": record["linguistics_term"]}}
     elif "options" in record:
         uid, options = f"{file}_{record['numops']}_ops", [(record["input_prefix"], text) for text in record["options"]]
         more = {"split": file}
@@ -140,15 +135,14 @@ def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> 
     """Accuracy on BLiMP, its supplement, EWoK, COMPS or entity tracking.
 
     Returns a dict: accuracy and ci (95 % interval), in per cent, averaged over phenomena as in the pipeline; items, the
-    number scored; too_long, the number left out because they do not fit the student's context; phenomena {uid: row} and
-    groups {"field": {name: row}, ...}, where a row holds accuracy, ci (Wilson), correct and total. Raises UserError if
+    number scored; too_long, the number left out because they do not fit the student's context; phenomena {uid: row},
+    where a row holds accuracy, ci (Wilson), correct and total. Raises UserError if
     no item fits, or for the files of the wug test.
     """
     count, scored = _score(student, tokenizer, path, wug=False, fewest=1)
     # argmax takes the first of equal values, as in the pipeline
     results = [(item, int(logprobs.argmax()) == 0) for item, logprobs in scored]
     phenomena = _rows((item.uid, correct) for item, correct in results)
-    kinds = dict.fromkeys(kind for item, _ in results for kind in item.groups)
     splits: dict[str, set[str]] = {}
     for item, _ in results:
         splits.setdefault(item.split, set()).add(item.uid)
@@ -163,10 +157,6 @@ def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> 
         "items": len(results),
         "too_long": count - len(results),
         "phenomena": phenomena,
-        "groups": {
-            kind: _rows((item.groups[kind], correct) for item, correct in results if kind in item.groups)
-            for kind in kinds
-        },
         "predictions": predictions(scored),
     }
 

@@ -37,12 +37,11 @@ Stories: TypeAlias = Sequence[tuple[str, str]]  # (opening, story)
 
 class TokenizedStory(NamedTuple):
     """An opening and a story as token ids. context: of everything before the story; tail: its last, unfinished
-    sentence, which the story's first one continues; sentences: of the story; truncated: the story has more."""
+    sentence, which the story's first one continues; sentences: of the story."""
 
     context: Ids
     tail: Ids
     sentences: list[Ids]
-    truncated: bool
 
     @property
     def tokens(self) -> Ids:
@@ -101,11 +100,9 @@ class Reader:
         return values
 
     def measures(self, stories: Stories) -> dict[str, Any]:
-        """sense_mean over the stories, with its bootstrap interval, sense_ci; None where no story has a word;
-        truncated: the number of stories that were not read to their end."""
+        """sense_mean over the stories, with its bootstrap interval, sense_ci; None where no story has a word."""
         mean, ci = mean_and_ci(self.sense(stories))
-        truncated = sum(self._text(*story).truncated for story in stories)
-        return {"sense_mean": mean, "sense_ci": ci, "truncated": truncated}
+        return {"sense_mean": mean, "sense_ci": ci}
 
     def _encode(self, text: str) -> Ids:
         return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
@@ -119,8 +116,7 @@ class Reader:
         for ids in (self._encode(f" {sentence}") for sentence in split_sentences(after) if sentence):
             sentences.append(ids[: max(room, 0)])
             room -= len(ids)
-        truncated = len(story) > MAX_CHARACTERS or room < 0
-        return TokenizedStory(self._prefix + context, tail, [ids for ids in sentences if ids], truncated)
+        return TokenizedStory(self._prefix + context, tail, [ids for ids in sentences if ids])
 
     @torch.inference_mode()
     def _logprobs(self, rows: Sequence[Ids]) -> dict[Ids, np.ndarray]:
