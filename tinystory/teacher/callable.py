@@ -6,12 +6,10 @@ gets no reward and no gradient, and it is counted.
 """
 
 import contextlib
-import faulthandler
 import hashlib
 import inspect
 import json
 import os
-import re
 import runpy
 import signal
 import socket
@@ -77,36 +75,42 @@ def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
     if not (Path(file).is_file() and file.endswith(".py")):
         raise UserError(f"--reward {spec}: there is no Python file {file!r}; write it as FILE.py or FILE.py:FUNCTION")
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-u", "-m", __name__, file, name, str(timeout_s), str(theirs.fileno())]
+    command = [sys.executable, "-u", "-m", __name__, file, name, str(theirs.fileno())]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    ours.settimeout(timeout_s)
     with ours, ours.makefile() as stream:
         with theirs:
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": path})
 
-        def answer() -> Any:
+        def answer(*question: object) -> Any:
             line = ""
-            with contextlib.suppress(ConnectionError):  # it ended with openings and stories unread
+            try:
+                if question:
+                    _send(ours, question)
                 line = stream.readline()
-            if line.startswith("Timeout"):  # the traceback that faulthandler writes, the newest frame first
-                at = re.search(rf'"{re.escape(_escaped(file))}", (line [0-9]+)', stream.read())
-                line = f", {at[1]}" if at else ""
-                raise UserError(f"--reward {spec}: {file}{line}: it took more than {timeout_s:g} s (--teacher-timeout)")
+            except TimeoutError:
+                raise UserError(
+                    f"--reward {spec}: {file}: it took more than {timeout_s:g} s (--teacher-timeout)"
+                ) from None
+            except ConnectionError:  # it ended with openings and stories unread
+                pass
             if not line:
                 with contextlib.suppress(subprocess.TimeoutExpired):  # it can have closed the connection alone
                     process.wait(5)
                 raise UserError(f"--reward {spec}: {file}: it ended its process (exit code {process.returncode})")
             if "error" in (value := json.loads(line)):
                 raise UserError(f"--reward {spec}: {value['error']}")
-            return value["scores"]
+            return value["answer"]
 
-        def score(openings: Sequence[str], stories: Sequence[str]) -> Sequence[float | None]:
-            with contextlib.suppress(ConnectionError):  # it has ended: `answer` says why
-                _send(ours, [openings, stories])
-            return answer()
+        def by_opening(openings: Sequence[str], stories: Sequence[str]) -> Sequence[float | None]:
+            scores: dict[int, float | None] = {}
+            for opening in dict.fromkeys(openings):
+                rows = [i for i, other in enumerate(openings) if other == opening]
+                scores |= zip(rows, answer(opening, [stories[i] for i in rows]), strict=True)
+            return [scores[i] for i in range(len(stories))]
 
         try:
-            answer()
-            yield score
+            yield answer if answer() == "openings" else by_opening
         finally:
             process.kill()
             process.wait()
@@ -124,13 +128,13 @@ class _Refused(Exception):
 
 
 def main() -> None:
-    file, name, seconds, descriptor = sys.argv[1:]
+    file, name, descriptor = sys.argv[1:]
     sys.argv = [file]
     for ended in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # the trainer needs its scores to end the step
         signal.signal(ended, signal.SIG_IGN)
     with socket.socket(fileno=int(descriptor)) as connection:
         try:
-            _serve(file, name, float(seconds), connection)
+            _serve(file, name, connection)
             return
         except _Refused as error:
             message = str(error)
@@ -140,50 +144,30 @@ def main() -> None:
             _send(connection, {"error": message})
 
 
-def _serve(file: str, name: str, seconds: float, connection: socket.socket) -> None:
-    """Answer each line, openings and stories, with their scores, until the connection ends."""
-
-    @contextlib.contextmanager
-    def limited() -> Iterator[None]:
-        # A thread without the interpreter's lock ends the process, whatever the user's code catches or waits for.
-        faulthandler.dump_traceback_later(seconds, exit=True, file=connection.fileno())
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-
-    def call(opening: str | Sequence[str], stories: Sequence[str]) -> Sequence[float | None]:
-        with limited():  # also the scores' own methods
-            scores = graded_by(opening, stories)
-            if scores is None or isinstance(scores, str):
-                raise _Refused(f"it gave {_short(scores)}; it must give a list with one score per story")
-            scores = list(scores)
-            if len(scores) != len(stories):
-                raise _Refused(f"it gave {len(scores)} scores for {len(stories)} stories; it must give one per story")
-            for value in scores:
-                if value is not None and not _is_score(value):
-                    raise _Refused(f"it gave {_short(value)}; a score is a number from 0 to 1, or None")
-            return [None if value is None else float(value) for value in scores]
-
-    def by_opening(openings: Sequence[str], stories: Sequence[str]) -> Sequence[float | None]:
-        scores: dict[int, float | None] = {}
-        for opening in dict.fromkeys(openings):
-            rows = [i for i, other in enumerate(openings) if other == opening]
-            scores |= zip(rows, call(opening, [stories[i] for i in rows]), strict=True)
-        return [scores[i] for i in range(len(stories))]
-
-    with limited():
-        names = runpy.run_path(file, run_name=Path(file).stem)
-    if not callable(names.get(name)):
+def _serve(file: str, name: str, connection: socket.socket) -> None:
+    """Send the name of the function's first parameter. Then answer each line, opening (or openings) and stories, with
+    their scores, until the connection ends."""
+    names = runpy.run_path(file, run_name=Path(file).stem)
+    if not callable(function := names.get(name)):
         own = [each for each, value in names.items() if inspect.isfunction(value)]
         hint = f"; it has {', '.join(own[:8])}: write {file}:{own[0]}" if own else ""
         raise _Refused(f"{file} has no function {name!r}{hint}")
-    graded_by, whole_step = names[name], False
+    first = ""
     with contextlib.suppress(TypeError, ValueError):  # a callable without a signature
-        whole_step = next(iter(inspect.signature(graded_by).parameters), "") == "openings"
-    _send(connection, {"scores": []})
+        first = next(iter(inspect.signature(function).parameters), "")
+    _send(connection, {"answer": first})
     for line in connection.makefile():
-        _send(connection, {"scores": (call if whole_step else by_opening)(*json.loads(line))})
+        opening, stories = json.loads(line)
+        scores = function(opening, stories)
+        if scores is None or isinstance(scores, str):
+            raise _Refused(f"it gave {_short(scores)}; it must give a list with one score per story")
+        scores = list(scores)
+        if len(scores) != len(stories):
+            raise _Refused(f"it gave {len(scores)} scores for {len(stories)} stories; it must give one per story")
+        for value in scores:
+            if value is not None and not _is_score(value):
+                raise _Refused(f"it gave {_short(value)}; a score is a number from 0 to 1, or None")
+        _send(connection, {"answer": [None if value is None else float(value) for value in scores]})
 
 
 def _is_score(value: object) -> bool:
@@ -207,10 +191,6 @@ def _cause(error: BaseException, file: str) -> str:
     else:  # whose own str() can fail too
         message = " ".join(str(traceback.TracebackException.from_exception(error)).split())
     return f"{at}: {type(error).__name__}" + f": {message[:200]}" * bool(message)
-
-
-def _escaped(text: str) -> str:
-    return text.encode("ascii", "backslashreplace").decode()
 
 
 if __name__ == "__main__":
