@@ -32,12 +32,11 @@ def results(f, hidden, weight, targets, grads):
     return [x.detach() for x in (*outputs, hidden.grad, weight.grad)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["token_logprob", "cross_entropy"])
 @pytest.mark.parametrize("shape", [(1, 32, 5), (37, 64, 300), (70, 32, 1000)])
-def test_pytorchs_logprobs_are_the_definitions(monkeypatch, name, dtype, shape):
+def test_pytorchs_logprobs_are_the_definitions(monkeypatch, name, shape):
     monkeypatch.setattr(chunked, "CHUNK", 9000)  # 9 to 1 800 rows at a time
-    hidden, weight, targets = problem(*shape, dtype)
+    hidden, weight, targets = problem(*shape, torch.float32)
     grads = (torch.randn(shape[0]), torch.randn(shape[0])) if name == "token_logprob" else (torch.tensor(2.5),)
     ours = results(getattr(chunked, name), hidden, weight, targets, grads)
     plain = results(getattr(reference, name), hidden, weight, targets, grads)

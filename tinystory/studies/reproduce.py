@@ -234,10 +234,7 @@ def measure(
 
     measures: dict[str, Any] = {}
     training = Openings(load_openings(config.openings), 0).train
-    for name, openings in (
-        ("stories", training),
-        ("other_openings", [text for text in OPENINGS if text not in training]),
-    ):
+    for name, openings in (("stories", training), ("other_openings", OPENINGS)):
         samples = write_stories(student, tokenizer, openings=openings, n_stories=stories, **sampling)
         measures[name] = story_measures(samples, grade=grade, corpus=corpus)
     val = prepare(corpus, **sizes).val
