@@ -245,7 +245,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     """The run, ready for its next step. At the end of the block its teacher and its records are closed."""
     folder, rank0 = Path(config.out), distributed.is_rank0()
     distributed.require_one_each("--stories-per-step", config.stories_per_step)
-    distributed.require_one_each("--eval-stories", config.stories_per_evaluation)
+    distributed.require_one_each("--eval-stories", config.eval_stories)
     compute = resolve(config.device, config.dtype)
     resumed = checkpoint.to_resume(folder) if config.resume else None
     origin = folder / "checkpoints" / "start" if resumed else starting_checkpoint(config.init)
@@ -327,7 +327,7 @@ def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict
 def stories_to_grade(config: InteractConfig, state: RunState, per_step: int) -> int:
     """The stories of the rest of the run, so many of each step, and those of its evaluations."""
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
-    return (config.steps - state.step) * per_step + evaluations * config.stories_per_evaluation
+    return (config.steps - state.step) * per_step + evaluations * config.eval_stories
 
 
 def report(run: InteractionRun) -> None:

@@ -180,7 +180,6 @@ class InteractConfig:
     eval_stories: int = option(
         40, "stories per evaluation; `best`: the latest within a standard error of the highest", "[1, 1e9]"
     )
-    eval_best_of: int = option(1, "samples per opening in an evaluation; the best is measured too", "[1, 1000]")
     reader: str = option("none", "second judge at the end: none, smollm2, or a causal language model (Hub or folder)")
 
     rollout_dropout: float = option(
@@ -192,10 +191,6 @@ class InteractConfig:
     @property
     def updates_per_step(self) -> int:
         return self.epochs * -(-self.stories_per_step // (self.minibatch_size or self.stories_per_step))
-
-    @property
-    def stories_per_evaluation(self) -> int:
-        return self.eval_stories * self.eval_best_of
 
     @property
     def graded_per_step(self) -> int:

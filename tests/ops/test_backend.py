@@ -49,6 +49,16 @@ def test_pytorchs_logprobs_are_the_definitions(monkeypatch, name, shape):
         assert_no_worse(result, theirs, right, name, scale=2 * right.abs().max().expand(right.shape))
 
 
+def test_no_more_logits_than_a_chunk_exist_at_once(monkeypatch):
+    sizes, plain = [], reference.token_logprob
+    record = lambda hidden, weight, ids: sizes.append(len(hidden) * len(weight)) or plain(hidden, weight, ids)  # noqa: E731
+    monkeypatch.setattr(reference, "token_logprob", record)
+    monkeypatch.setattr(chunked, "CHUNK", 900)
+    hidden, weight, targets = problem(37, 64, 300, torch.float32)
+    chunked.token_logprob(hidden, weight, targets)[0].sum().backward()
+    assert max(sizes) <= 900 and len(sizes) == 2 * 13  # 13 chunks, forward and again in the backward pass
+
+
 @pytest.mark.parametrize("name", backend.MATMULS)
 def test_on_a_mac_pytorch_multiplies_in_float32_unless_the_kernels_are_asked_for(monkeypatch, on_a_mac, name):
     assert backend.implementation(name, torch.zeros(1)) == "pytorch"

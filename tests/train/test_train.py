@@ -7,7 +7,6 @@ import math
 import shutil
 import signal
 from pathlib import Path
-from statistics import fmean
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.openings import Openings
 from tinystory.evaluate import held_out
 from tinystory.ops.compute import resolve
-from tinystory.rl.reward import best_of_n
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
@@ -198,26 +196,6 @@ def test_interaction_records_what_it_did(place, tmp_path, capsys):
     assert "mean reward" in printed and "held-out openings" in printed
 
 
-def test_an_evaluation_measures_the_best_of_several_stories_beside_the_one_that_it_would_have_had(
-    place, tmp_path, monkeypatch
-):
-    drawn = []  # rewards of an evaluation's stories
-    monkeypatch.setattr(held_out, "best_of_n", lambda *args: [drawn.append(args[0]), best_of_n(*args)][1])
-    run_interact(place, tmp_path / "one", "--diversity", "0")
-    run_interact(place, tmp_path / "three", "--diversity", "0", "--eval-best-of", "3")
-    one, three = metrics(tmp_path / "one"), metrics(tmp_path / "three")
-    for plain, more in zip(one, three, strict=True):
-        assert {name: value for name, value in plain.items() if name.startswith("held_out")}.items() <= more.items()
-        if plain["step"] % 2 == 0:
-            rewards = drawn[plain["step"] // 2]
-            assert more["held_out_reward"] == pytest.approx(fmean(rewards[:4]), abs=1e-6)
-            best = fmean(max(rewards[i::4]) for i in range(4))
-            assert len(rewards) == 12 and more["held_out_best_of_reward"] == pytest.approx(best, abs=1e-6)
-    stories = [(tmp_path / name / "evaluations.jsonl").read_text() for name in ("one", "three")]
-    assert stories[0] == stories[1]
-    assert three[-1]["words_out"] > one[-1]["words_out"]  # all that is written counts
-
-
 def test_the_best_student_is_the_latest_that_none_clearly_beats():
     def evaluation(step, *rewards):
         return [{"step": step, "index": i, "reward": reward} for i, reward in enumerate(rewards)]
@@ -237,7 +215,7 @@ def test_the_best_student_is_the_latest_that_none_clearly_beats():
 
 
 def test_interaction_resumes_to_the_same_bits(place, tmp_path):
-    more = ["--minibatch-size", "4", "--eval-best-of", "2"]
+    more = ["--minibatch-size", "4"]
     run_interact(place, tmp_path / "whole", *more)
     with interrupted_at(interact, step=3):
         run_interact(place, tmp_path / "parts", *more)

@@ -14,7 +14,7 @@ from tinystory.data.builtin import dull
 from tinystory.data.openings import Openings
 from tinystory.evaluate.stories import distinct_ngrams, mean_of
 from tinystory.rl.policy import Policy, RunState, rollout
-from tinystory.rl.reward import best_of_n, cluster_sizes, differences, story_rewards
+from tinystory.rl.reward import cluster_sizes, differences, story_rewards
 from tinystory.run import distributed
 from tinystory.run.device import Stop
 from tinystory.run.errors import Interrupted, UserError
@@ -51,28 +51,18 @@ class Evaluator:
         """The metrics of an evaluation, whose words count against the budget. Raises Interrupted if the run is asked
         to stop."""
         folder = self.log.folder
-        n, count = self.config.eval_best_of, self.config.eval_stories
-        prompts = list(islice(cycle(self.openings.held_out), count)) * n  # the first are the same for any n
+        prompts = list(islice(cycle(self.openings.held_out), self.config.eval_stories))
         stories = rollout(self.policy, prompts, FIRST_INDEX, self.grader)
         grades = distributed.rank0_value(lambda: self.grader.collect(self.stop))
         state.spend(stories, sum(grade.reply_words for grade in grades))
-        records, metrics = self.measures(state.step, stories[:count], grades[:count])
-        if n > 1:
-            chosen = best_of_n(story_rewards(self.config, stories, [grade.score for grade in grades]), count)
-            _, best = self.measures(state.step, [stories[i] for i in chosen], [grades[i] for i in chosen])
-            metrics |= {f"best_of_{name}": value for name, value in best.items()}
+        rewards = story_rewards(self.config, stories, [grade.score for grade in grades])
+        records = story_records(state.step, stories, grades, rewards, mixed=has_dull_tellers(self.policy.history))
+        metrics = {"reward": reward_mean(records), "score_mean": score_means(grades)["score_mean"]}
         self.log.evaluations(records)
         if distributed.rank0_value(lambda: is_best(read_records(folder / EVALUATIONS), state.step)):
             state.best_step = state.step
             self.policy.save(folder / "checkpoints" / checkpoint.BEST, state, replace=True)
-        return {f"held_out_{name}": value for name, value in metrics.items()}
-
-    def measures(self, step: int, stories: Sequence[Story], grades: list[Grade]) -> tuple[list[Record], dict[str, Any]]:
-        """Records and metrics of these stories, each compared with the others."""
-        rewards = story_rewards(self.config, stories, [grade.score for grade in grades])
-        records = story_records(step, stories, grades, rewards, mixed=has_dull_tellers(self.policy.history))
-        score_sum = score_means(grades)["score_mean"]
-        return records, {"reward": reward_mean(records), "score_mean": score_sum} | story_means(records)
+        return {f"held_out_{name}": value for name, value in (metrics | story_means(records)).items()}
 
     def evaluate_if_due(self, state: RunState) -> tuple[dict[str, Any], UserError | Interrupted | None]:
         """The metrics, and a failure of the teacher or Interrupted, to raise once the step is logged and saved."""

@@ -46,7 +46,7 @@ class Budget:
         return [name for name, words in self.milestones.items() if before < words <= words_in]
 
     def _exhausted(self, state: RunState, evaluations: int) -> str:
-        config, evaluated = self.config, evaluations * self.config.stories_per_evaluation
+        config, evaluated = self.config, evaluations * self.config.eval_stories
         graded = config.graded_per_step + evaluated
         words_in = state.words_in + self.opening_words(state) + graded * self.most_words
         words_in += sum(words for _, words in self.replay.batches(state.step))

@@ -66,11 +66,11 @@ def story_memory(stories: int, max_new_tokens: int, shape: StudentConfig, device
 def require_for_interaction(config: InteractConfig, shape: StudentConfig, device: torch.device) -> None:
     """Raises UserError if such a run of a student of this shape cannot fit."""
     size = FLOAT if config.dtype == "float32" else 2
-    stories = max(config.stories_per_step, config.stories_per_evaluation) // distributed.world_size()
+    stories = max(config.stories_per_step, config.eval_stories) // distributed.world_size()
     students = parameters(shape) * (4 + 1) * FLOAT  # one with gradients and Adam's moments, and the reference
     replayed = config.updates_per_step * config.replay_batch * 8 * (shape.context + 1) if config.replay_weight else 0
     needed = students + story_memory(stories, config.max_new_tokens, shape, device, size) + replayed
-    require(needed, device, "--stories-per-step, --eval-stories, --eval-best-of, --max-new-tokens or --replay-batch")
+    require(needed, device, "--stories-per-step, --eval-stories, --max-new-tokens or --replay-batch")
 
 
 def require_for_stories(
