@@ -25,7 +25,10 @@ WAITING = set(
 )
 INDEXING = set("index index_put index_put_ _index_put_impl_ _unsafe_index _unsafe_index_put".split())
 # Not pointwise by their tags, and still take a CPU scalar.
-SCALAR = set("masked_fill masked_fill_ fill_ lerp where index_fill_ _foreach_mul_ _foreach_div_ _foreach_add_".split())
+SCALAR = set(
+    "masked_fill masked_fill_ fill_ lerp where index_fill_ index_put_ _index_put_impl_ _foreach_mul_ _foreach_div_ "
+    "_foreach_add_".split()
+)
 # Take a number in a tensor's place; the others want a tensor.
 NUMBER = {name + end for name in "add sub mul div subtract multiply divide true_divide".split() for end in ("", "_")}
 GEMM = set("mm bmm addmm baddbmm addmm_ _addmm_activation linear matmul mv addmv_ dot".split())

@@ -104,8 +104,10 @@ def test_scripts_run(place, tmp_path, device_machine, capsys):
     import sample
 
     where, files = ["--device", "cuda"], [str(checkpoint.newest(place / "p"))]
-    sample.main([*files, "--stories", "3", "--max-new-tokens", "8", *where])
-    evaluate.main([*files, "--stories", "4", "--max-new-tokens", "8", *where])
+    (tmp_path / "openings.txt").write_text("Once\n")
+    sample.main([*files, "--stories", "3", "--max-new-tokens", "8", "--opening", "Once", *where])
+    openings = ["--openings", str(tmp_path / "openings.txt")]
+    evaluate.main([*files, "--stories", "4", "--max-new-tokens", "8", *openings, *where])
     for name in ("pretrain", "rollout", "ppo"):
         bench.main([name, "--batch", "2", "--new", "4", "--runs", "1", *where])
     assert device_machine.replays
