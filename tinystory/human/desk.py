@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from tinystory.teacher.prompt import TOP, Template, instructions
 GRACE_S = 2.0  # from the last grade of those that wait until they are handed in
 AWAY_S = 10.0  # a page that has not asked for so long is closed, and its story is free for others
 FORGET_S = 60.0  # a story for which no trainer has asked for so long is taken off the desk
-LONGEST_S = 1e9  # seconds that a page can have been open
 # That each record of a file of grades has at least; a skipped story has no scores.
 GRADE: Fields = {"key": (str,), "by": (str,), "opening": (str,), "story": (str,), "scores": (dict, type(None))}
 LONGEST_NAME = 40  # characters of a human's name
@@ -32,13 +31,6 @@ LONGEST_NAME = 40  # characters of a human's name
 
 class Mistake(Exception):
     """A request of the page that cannot be done; the message says why."""
-
-
-def step_back(history: Sequence[str], current: str | None) -> str:
-    """The key in `history` before `current`, or the last one. Raises Mistake if there is none."""
-    if not history:
-        raise Mistake("there is nothing to go back to")
-    return history[max(history.index(current) - 1, 0)] if current in history else history[-1]
 
 
 @dataclass
@@ -157,7 +149,10 @@ class Desk:
             case "grade" | "skip":
                 self._grade(who, request, self._scores(request) if action == "grade" else None)
             case "back":
-                key = step_back(self._history[who], self._current.get(who))
+                history, current = self._history[who], self._current.get(who)
+                if not history:
+                    raise Mistake("there is nothing to go back to")
+                key = history[max(history.index(current) - 1, 0)] if current in history else history[-1]
                 self._leave(who)
                 self._current[who] = key
                 if key in self._waiting:
@@ -181,13 +176,10 @@ class Desk:
 
     def _grade(self, who: str, request: Mapping[str, Any], scores: dict[str, int] | None) -> None:
         # The page says what it shows: after a restart a grade may come before the trainer has asked again.
-        key, opening, story, seconds = (request.get(name) for name in ("key", "opening", "story", "seconds"))
+        key, opening, story = (request.get(name) for name in ("key", "opening", "story"))
         if not (isinstance(opening, str) and isinstance(story, str)) or key != self.key(opening, story):
             raise Mistake("this is not what was asked about: load the page again")
-        if seconds is not None and not (type(seconds) in (int, float) and 0 <= seconds < LONGEST_S):
-            raise Mistake(f"grading takes from 0 to {LONGEST_S:.0e} seconds")
-        record: Record = dict(key=key, opening=opening, story=story, scores=scores, by=who)
-        record |= dict(seconds=seconds if seconds is None else round(seconds, 1), at=timestamp())
+        record: Record = dict(key=key, opening=opening, story=story, scores=scores, by=who, at=timestamp())
         self._journal.append(record)
         self._add(record)
         self._back.discard(key)
