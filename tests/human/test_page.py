@@ -16,7 +16,6 @@ from tinystory.human import desk as desks
 from tinystory.human.desk import Desk
 from tinystory.human.server import page, serve
 from tinystory.run.errors import UserError
-from tinystory.teacher import server as chat
 from tinystory.teacher.client import HUMAN, Teacher
 from tinystory.teacher.prompt import Criterion, Question, Template
 
@@ -50,7 +49,6 @@ def serving(desk):
 @pytest.fixture
 def url(tmp_path, monkeypatch):
     monkeypatch.setattr(desks, "GRACE_S", 0.05)
-    monkeypatch.setattr(chat, "KEEP_ALIVE_S", 0.05)
     with serving(Desk(tmp_path / "grades.jsonl", Template())) as address:
         yield address
 
@@ -90,7 +88,6 @@ def test_a_trainers_client_waits_for_the_person(url, short_pauses):
         for scores in ({"readability": 3, "coherence": 2, "creativity": 1}, None, dict.fromkeys(Template().names, 0)):
             story = shown(url)
             given[next(mark for mark in marks if mark in story["story"])] = scores
-            time.sleep(0.2)  # several spaces go over the line
             asked = {**story, "who": "ada", "action": "grade" if scores else "skip", "scores": scores}
             assert ask(url, "POST", "/do", asked)[0] == 200
         for mark, future in zip(marks, futures, strict=True):
@@ -100,7 +97,7 @@ def test_a_trainers_client_waits_for_the_person(url, short_pauses):
 
 
 def test_a_person_may_take_longer_than_any_timeout(url, short_pauses):
-    with Teacher(url, deadline_s=6.0) as teacher:  # 2 s per request, and as long for the next byte
+    with Teacher(url, deadline_s=6.0) as teacher:  # 2 s per request
         teacher.probes()[0]
         future = teacher.submit(Question("Once upon a time,", "a cat sat.", 0))
         story = shown(url)

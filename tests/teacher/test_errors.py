@@ -26,8 +26,8 @@ FATAL = {
     "does not have what was asked for": lambda: error(404, "The model `first` does not exist", code="model_not_found"),
     "too short a context": lambda: error(400, "This model's maximum context length is 64 tokens.", type="invalid"),
     "redirects to": lambda: web.Response(status=302, headers={"Location": f"http://127.0.0.1:9/{KEY}"}),
-    NOT_ONE: lambda: web.Response(status=404, text="<h1>no</h1>", content_type="text/html"),
-    f"{NOT_ONE} (HTTP 101)": lambda: web.Response(status=101),
+    "(HTTP 404): check the URL": lambda: web.Response(status=404, text="<h1>no</h1>", content_type="text/html"),
+    f"{NOT_ONE}: check the URL (HTTP 101)": lambda: web.Response(status=101),
 }
 
 
@@ -96,7 +96,7 @@ def test_not_http_at_all():
         (lambda: web.Response(text="<html>Welcome to nginx</html>", content_type="text/html"), NOT_ONE),
         (lambda: web.json_response({"models": ["first"]}), NOT_ONE),
         (lambda: web.json_response({"data": [{"name": "first"}]}), NOT_ONE),
-        (lambda: web.json_response({"detail": "Not Found"}, status=404), NOT_ONE),
+        (lambda: web.json_response({"detail": "Not Found"}, status=404), "check the URL"),
         (lambda: web.Response(text="[" * 100_000), NOT_ONE),
         (lambda: web.json_response({"data": []}), "lists no model"),
     ],

@@ -16,9 +16,7 @@ from tinystory.run.device import Stop
 from tinystory.run.errors import UserError
 from tinystory.teacher import pool
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.endpoint import Slots
 from tinystory.teacher.grader import open_grader
-from tinystory.teacher.pool import Queue
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -56,21 +54,6 @@ def test_servers_of_one_model_share_the_stories_by_how_fast_they_answer():
     answers = [sum(server.good[story] for story in stories(80)) for server in (fast, slow)]
     assert sum(answers) == 80 and answers[0] >= 70 and answers[1] >= 4
     assert max(fast.most_in_flight, slow.most_in_flight) <= 4
-
-
-def test_a_free_slot_of_the_server_that_is_expected_to_answer_first_is_taken():
-    each = [Slots(4), Slots(4), Slots(4)]
-    queue = Queue(each)
-    each[0].answered(3.0)
-    each[1].answered(1.0)  # nothing is known of the last: it is tried as if it were as fast
-
-    async def grants(count):
-        async with contextlib.AsyncExitStack() as stack:
-            return [await stack.enter_async_context(queue.slot(first=False)) for _ in range(count)]
-
-    assert sorted(asyncio.run(grants(8))) == [0, 1, 1, 1, 1, 2, 2, 2] and not any(slots.taken for slots in each)
-    each[1].open = False
-    assert 1 not in asyncio.run(grants(8))
 
 
 def test_every_story_is_graded_once_though_a_server_dies_and_it_is_asked_again_when_it_is_back(capsys):

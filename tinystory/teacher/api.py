@@ -8,11 +8,9 @@ import contextlib
 import json
 import os
 import re
-import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from tinystory.run.errors import UserError
@@ -28,17 +26,16 @@ SHORTEST_SECRET = 8  # characters of a key; a shorter one ("1", "none") is a dum
 LONGEST_MESSAGE = 300  # characters of the server's message that an error quotes
 
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
-WRONG_KEY = {"no_db_connection"}  # litellm's 400 for a key that is not its own
-NOT_OPENAI = "not as an OpenAI-compatible API"
-NO_CONTEXT = {"context_length_exceeded", "exceed_context_size_error"}
+WRONG_KEY = "no_db_connection"  # litellm's 400 for a key that is not its own
+NOT_OPENAI = "answers, but not as an OpenAI-compatible API: check the URL"
 LOOPBACK = re.compile(r"https?://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/|$)", re.IGNORECASE)
-NO_CONTEXT_WORDS = re.compile(r"context (length|size|window)", re.IGNORECASE)
+NO_CONTEXT = re.compile(r"context[ _](length|size|window)", re.IGNORECASE)
 # Refusals by templates without a system message: Gemma's and Mistral's, which llama.cpp answers with 500, and Google.
 NO_SYSTEM = re.compile(
     r"(system|developer) (role|message|prompt|instruction)|roles must alternate|roles are supported", re.IGNORECASE
 )
 CUT_SHORT = "output limit was reached"  # OpenAI's 400 where the thoughts alone fill the cap
-DEEPEST = 8  # levels of an error that are read: one provider's within another's
+TOLD = ("message", "error", "detail", "loc", "msg", "metadata", "raw", "type", "code")  # what is read of an error
 
 
 @dataclass(eq=False)
@@ -71,10 +68,10 @@ class Reply:
 
 
 class ChatClient:
-    """The server at `url`, which includes /v1. key: None for servers without keys; timeout_s: how long one request
-    waits for the next byte. To be used on one event loop."""
+    """The server at `url`, which includes /v1. key: None for servers without keys. To be used on one event loop. How
+    long an answer may take is for the caller to say."""
 
-    def __init__(self, url: str, key: str | None, timeout_s: float):
+    def __init__(self, url: str, key: str | None):
         # Not at the top of the file: the import takes a second, and only runs with a teacher need it.
         import aiohttp
         import httpx2
@@ -93,7 +90,7 @@ class ChatClient:
                 raise UserError(f"{name} is not the URL of a proxy: set it to one like http://host:port, or unset it")
         self._broken = (openai.APIConnectionError, httpx2.RequestError, aiohttp.ClientError, OSError)
         self._unreachable = aiohttp.ClientConnectorError
-        timeout = openai.Timeout(timeout_s, connect=min(timeout_s, 10.0))
+        timeout = openai.Timeout(None, connect=10.0)
         # The pool limits the connections: to aiohttp, 0 means no limit and None its own limit of 100. A redirect could
         # carry the key to another host, so none is followed. A proxy cannot reach this machine's loopback.
         http_client = openai.DefaultAioHttpClient(
@@ -119,7 +116,7 @@ class ChatClient:
         match answer:
             case {"data": [*entries]} if all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries):
                 return [name for entry in entries if (name := self.one_line(entry["id"]))]
-        raise Failure(f"answers, but {NOT_OPENAI}: check the URL", status=200)
+        raise Failure(NOT_OPENAI, status=200)
 
     async def chat(self, headers: Mapping[str, str] | None, body: Mapping[str, Any]) -> Reply:
         """The first choice of one chat completion."""
@@ -141,9 +138,9 @@ class ChatClient:
             ):
                 pass
             case _:
-                error = self.one_line(_error_text(answer)[0])
+                error = self.one_line("; ".join(_error_texts(answer)))
                 raise Failure(
-                    "answers, but not with a chat completion" + f" ({error})" * bool(error), status=200, again=True
+                    f"answers, but not with a chat completion ({error or 'nor an error'})", status=200, again=True
                 )
         # Some servers leave the thoughts in the text. JSON can hold half a surrogate pair.
         thoughts, _, text = (content or "").encode(errors="replace").decode().rpartition("</think>")
@@ -183,22 +180,17 @@ class ChatClient:
         status, headers = response.status_code, response.headers
         if 200 <= status < 300:
             return
-        if status < 200:
-            raise Failure(f"answers, but {NOT_OPENAI} (HTTP {status}): check the URL", status=status, fatal=True)
         if status < 400:
-            location = self.one_line(headers.get("location", "nowhere"))
-            raise Failure(f"redirects to {location} (HTTP {status}): give that URL instead", status=status, fatal=True)
-        error, codes = _error_text(_json(await _read(response.aiter_bytes(), LONGEST_ANSWER)))
-        error = f"HTTP {status}: {self.one_line(error)}" if error else f"HTTP {status}"
-        transient = status in (408, 409, 429) or (status >= 500 and not NO_SYSTEM.search(error))
+            place = f"redirects to {headers['location']}: give that URL" if "location" in headers else NOT_OPENAI
+            raise Failure(f"{self.one_line(place)} (HTTP {status})", status=status, fatal=True)
+        texts = _error_texts(_json(await _read(response.aiter_bytes(), LONGEST_ANSWER)))
+        error = self.one_line(": ".join(filter(None, [f"HTTP {status}", "; ".join(texts)])))
         fatal = True
-        if status == 402 or codes & NO_QUOTA:
+        if status == 402 or not NO_QUOTA.isdisjoint(texts):
             message = f"has no quota left for this key ({error})"
-        elif status == 401 or codes & WRONG_KEY:
+        elif status == 401 or WRONG_KEY in texts:
             message = f"{'refuses the' if self._key else 'wants a'} key ({error}): set OPENAI_API_KEY"
-        elif status == 403:  # perhaps for this story alone: OpenRouter's moderation
-            message, fatal = f"forbids the request ({error}); if it forbids every one, set OPENAI_API_KEY", False
-        elif transient:
+        elif status in (408, 409, 429) or (status >= 500 and not NO_SYSTEM.search(error)):
             raise Failure(
                 f"is in trouble ({error})",
                 status=status,
@@ -206,14 +198,13 @@ class ChatClient:
                 busy=status in (429, 503, 529),  # 503: the full queue of Ollama; 529: Anthropic is overloaded
                 retry_after=_retry_after(headers),
             )
-        elif status == 404 and not codes:
-            message = f"answers, but {NOT_OPENAI} ({error}): check the URL"
         elif status == 404:
-            message = f"does not have what was asked for ({error})"
-        elif codes & NO_CONTEXT or NO_CONTEXT_WORDS.search(error):
+            message = f"does not have what was asked for ({error}): check the URL and --teacher-model"
+        elif NO_CONTEXT.search(error):
             message = f"has too short a context for opening and story ({error})"
-        else:
+        else:  # 403 is perhaps for this story alone: OpenRouter's moderation
             message, fatal = f"refuses the request ({error})", False
+            message += "; if it refuses every one, set OPENAI_API_KEY" * (status == 403)
         raise Failure(message, status=status, fatal=fatal)
 
     def _redacted(self, text: str) -> str:
@@ -267,51 +258,33 @@ def _is_token(entry: object) -> bool:
     return False
 
 
-def _error_text(answer: object) -> tuple[str, set[str]]:
-    """The messages and the codes of an error, however they are nested: OpenAI's object, FastAPI's detail, Gemini's
-    list, OpenRouter's metadata with a provider's own error as text; ("", no codes) if there are none."""
-    messages: dict[str, None] = {}  # without repetitions
-    codes: set[str] = set()
-
-    def read(value: object, depth: int) -> None:
-        if isinstance(value, str):
-            inner = _json(value) if value.lstrip().startswith(("{", "[")) else None
-            if isinstance(inner, dict | list):
-                read(inner, depth + 1)
-            else:
-                messages[value] = None
-        elif isinstance(value, list) and depth < DEEPEST:
-            for item in value[:4]:
-                read(item, depth + 1)
-        elif isinstance(value, dict) and depth < DEEPEST:
-            if "message" in value:
-                codes.update((str(value.get("code")), str(value.get("type"))))
-            if isinstance(value.get("loc"), list):  # the field of the request that FastAPI's msg is about
-                messages[".".join(map(str, value["loc"]))] = None
-            for name in ("message", "error", "detail", "msg", "metadata", "raw"):
-                read(value.get(name), depth + 1)
-
-    read(answer, 0)
-    return "; ".join(messages), codes
+def _error_texts(answer: object) -> list[str]:
+    """The messages and codes of an error, without repetitions, however they are nested: OpenAI's object, FastAPI's
+    detail with the field's place, Gemini's list, OpenRouter's metadata with a provider's own error as text."""
+    texts: dict[str, None] = {}
+    values: list[object] = [answer]
+    while values:
+        match values.pop():
+            case {**fields}:
+                values += [fields[name] for name in reversed(TOLD) if name in fields]
+            case [*items]:
+                values += reversed(items)
+            case str(text):
+                inner = _json(text)
+                if isinstance(inner, dict | list):
+                    values.append(inner)
+                else:
+                    texts[text] = None
+    return [*texts]
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from retry-after-ms or Retry-After (seconds or an HTTP date, RFC 9110); None without either. A
-    date counts from the server's own Date, so a clock that is wrong here makes no wait longer."""
+    """Seconds to wait, from retry-after-ms or Retry-After in seconds; None without either."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = headers.get(name, "")
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", value):
             return float(value) * unit
-    then, now = (_seconds(headers.get(name, "")) for name in ("retry-after", "date"))
-    return None if then is None else max(then - (time.time() if now is None else now), 0.0)
-
-
-def _seconds(date: str) -> float | None:
-    """An HTTP date in seconds since 1970; None for any other text."""
-    try:
-        return parsedate_to_datetime(date).timestamp()
-    except (ValueError, TypeError, OverflowError):
-        return None
+    return None
 
 
 def server_url(text: str, schemes: Sequence[str]) -> "httpx2.URL | None":

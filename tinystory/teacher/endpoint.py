@@ -1,6 +1,5 @@
 """One model on one server: what it can do, the form of its requests, and one request to it."""
 
-import asyncio
 import json
 import re
 from collections import deque
@@ -102,11 +101,6 @@ class Slots:
     def free(self) -> bool:
         return self.open and self.taken < int(self.limit)
 
-    @property
-    def pace(self) -> float:
-        """Mean seconds of the last answers; 0 if there are none."""
-        return sum(self._seconds) / max(len(self._seconds), 1)
-
     def reopen(self) -> None:
         """A server that was away starts with one request."""
         self.open, self.limit = True, 1.0
@@ -169,8 +163,6 @@ class Endpoint:
         other_system = max(sizes[0] - len(instructions(self.template).encode()), 0)  # of a ranking
         longest = counted[0] + other_system + sizes[-1] if counted and len(sizes) == 2 else sum(sizes) + TEMPLATE_TOKENS
         cap = body[form.token_cap]
-        while self.ledger.must_wait(longest, cap):  # only near the end of a budget
-            await asyncio.sleep(0.01)
         with self.ledger.request(longest, cap) as charge:
             reply = await self.client.chat(headers, body)
             if reply.tokens:

@@ -41,19 +41,11 @@ class Ledger:
         charged_out = self.total["tokens_out"] + self._reserved["tokens_out"]
         return self.budget is None or self.price(charged_in + tokens_in, charged_out + tokens_out) <= self.budget
 
-    def must_wait(self, tokens_in: int, tokens_out: int) -> bool:
-        """True if so many more tokens may become affordable once the requests in flight are charged less than they
-        reserved."""
-        self.largest_in = max(self.largest_in, tokens_in)
-        if self.budget is None or self.affords(tokens_in, tokens_out):
-            return False
-        spent = self.price(self.total["tokens_in"] + tokens_in, self.total["tokens_out"] + tokens_out)
-        return any(self._reserved.values()) and spent <= self.budget
-
     @contextmanager
     def request(self, tokens_in: int, tokens_out: int) -> Iterator[dict[str, int]]:
         """Wraps a request of at most so many tokens; yields the tokens that it is charged, for its sender to replace by
         the server's count. Raises Failure if that could exceed the budget."""
+        self.largest_in = max(self.largest_in, tokens_in)
         if not self.affords(tokens_in, tokens_out):
             raise Failure(
                 f"cannot be asked again within --budget-cost {self.budget:g} ({self.cost:.4f} is spent): "

@@ -23,7 +23,7 @@ PING_S = 10.0  # seconds that a server which was away has to answer
 
 class Queue:
     """Requests that wait for a slot of any of several servers. While there are more requests than slots, each server
-    takes as many as it answers; otherwise a request goes where its answer is expected first."""
+    takes as many as it answers; otherwise a request goes where the fewest are in flight."""
 
     def __init__(self, slots: Sequence[Slots]):
         self.slots = slots
@@ -48,15 +48,9 @@ class Queue:
         while self._waiting and (free := [i for i, slots in enumerate(self.slots) if slots.free]):
             turn = self._waiting.popleft()
             if not turn.done():
-                best = free[0] if len(free) == 1 else min(free, key=self._expected_seconds)
-                self.slots[best].taken += 1
-                turn.set_result(best)
-
-    def _expected_seconds(self, server: int) -> tuple[float, int]:
-        """A sort key for one more request: its time if a server slows down in proportion to what it has in flight."""
-        slots = self.slots[server]
-        pace = slots.pace or min((other.pace for other in self.slots if other.pace), default=1.0)  # unknown: try it
-        return pace * (slots.taken + 1), slots.taken
+                server = min(free, key=lambda i: self.slots[i].taken)
+                self.slots[server].taken += 1
+                turn.set_result(server)
 
 
 @dataclass(eq=False)

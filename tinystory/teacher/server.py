@@ -4,13 +4,13 @@ Tokens are words, numbers and single other characters, each with the space befor
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 
 from aiohttp import http, web
@@ -22,7 +22,6 @@ from tinystory.teacher.endpoint import PIECE
 HOST = "127.0.0.1"
 PORTS = "[0, 65535]"  # of an option
 LONGEST_BODY = 256 * 1024  # bytes; a request has about 4,000
-KEEP_ALIVE_S = 5.0  # between the spaces before an answer that takes long
 
 Responder: TypeAlias = Callable[[list[dict]], Awaitable[str]]  # the reply to messages; it may raise Refused
 CLIENT_ERRORS = (http.HttpProcessingError, web.RequestPayloadError, ConnectionError)  # garbage, or a hang-up
@@ -32,13 +31,14 @@ logger = logging.getLogger(__name__)
 logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], CLIENT_ERRORS)))
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def listening(application: web.Application, port: int = 0) -> AsyncIterator[str]:
     """Serve on 127.0.0.1 for as long as the block runs, and yield the URL without a path. port: 0 takes a free one.
 
     Raises UserError if the port is not free.
     """
-    runner = web.AppRunner(application, access_log=None, logger=logger, shutdown_timeout=1.0)
+    # A handler is cancelled when its client hangs up, so a human sees no story for which nobody waits.
+    runner = web.AppRunner(application, access_log=None, logger=logger, shutdown_timeout=1.0, handler_cancellation=True)
     await runner.setup()
     try:
         try:
@@ -74,14 +74,10 @@ def application(model: str, description: str, respond: Responder) -> web.Applica
     async def models(request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [entry]})
 
-    async def chat(request: web.Request) -> web.StreamResponse:
+    async def chat(request: web.Request) -> web.Response:
         body = parse_body(await request.read())
-        _check_model(body.get("model"), model)
-        messages = _messages(body.get("messages"))
-        _check_parameters(body)
-        return await _kept_alive(request, completion(body, messages))
-
-    async def completion(body: dict, messages: list[dict]) -> dict:
+        _check(body, model)
+        messages = body["messages"]
         longest = body.get("max_completion_tokens") or body.get("max_tokens")
         tokens = PIECE.findall(await respond(messages))
         n_reply = len(tokens[:longest])
@@ -92,7 +88,7 @@ def application(model: str, description: str, respond: Responder) -> web.Applica
             "logprobs": None,
             "finish_reason": "stop" if n_reply == len(tokens) else "length",
         }
-        return {
+        answer = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion",
             "created": int(time.time()),
@@ -100,31 +96,12 @@ def application(model: str, description: str, respond: Responder) -> web.Applica
             "choices": [choice],
             "usage": dict(prompt_tokens=n_prompt, completion_tokens=n_reply, total_tokens=n_prompt + n_reply),
         }
+        return web.json_response(answer)
 
     routes = web.Application(middlewares=[errors_as_json], client_max_size=LONGEST_BODY)
     routes.router.add_post("/v1/chat/completions", chat)
     routes.router.add_get("/v1/models", models)
     return routes
-
-
-async def _kept_alive(request: web.Request, answer: Coroutine[Any, Any, dict]) -> web.StreamResponse:
-    """The response with this answer. While the answer takes its time, as a human's does, a space is sent now and then:
-    JSON may begin with spaces, the client sees that the server lives, and we see when the client does not."""
-    task = asyncio.ensure_future(answer)
-    try:
-        done, _ = await asyncio.wait({task}, timeout=KEEP_ALIVE_S)
-        if done:
-            return web.json_response(task.result())
-        response = web.StreamResponse(headers={"Content-Type": "application/json"})
-        await response.prepare(request)
-        while not done:
-            await response.write(b" ")
-            done, _ = await asyncio.wait({task}, timeout=KEEP_ALIVE_S)
-        await response.write(json.dumps(task.result()).encode())
-        await response.write_eof()
-        return response
-    finally:
-        task.cancel()
 
 
 @web.middleware
@@ -144,43 +121,35 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
 
 def parse_body(body: bytes) -> dict:
     """The JSON object in a request's body."""
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
-        raise Refused(f"The body of the request is not valid JSON: {str(error)[:100]}.") from None
-    if not isinstance(value, dict):
-        raise Refused("The body of the request must be a JSON object.")
-    return value
+    with contextlib.suppress(ValueError, RecursionError):  # not UTF-8, not JSON, or nested too deeply
+        if isinstance(value := json.loads(body), dict):
+            return value
+    raise Refused("The body of the request must be a JSON object.")
 
 
-def _check_model(name: object, model: str) -> None:
-    if not isinstance(name, str):
-        raise Refused("You must provide a model: a string.", "model")
-    if name != model:
-        message = f"The model `{name[:100]}` does not exist; this server has `{model}`."
-        raise Refused(message, "model", "model_not_found", 404)
+def _check(body: dict, model: str) -> None:
+    """Raises Refused for the first field that is wrong, or that asks for what this server cannot do."""
 
+    def are_messages(value: Any) -> bool:
+        try:
+            texts = [text for message in value for text in (message["role"], message["content"])]
+        except (TypeError, KeyError):
+            return False
+        return bool(texts) and all(isinstance(text, str) for text in texts)
 
-def _messages(value: object) -> list[dict]:
-    """The messages, each with a role and a content that is text."""
-    if not isinstance(value, list) or not value:
-        raise Refused("`messages` must be a list of at least one message.", "messages")
-    for index, message in enumerate(value):
-        match message:
-            case {"role": str(), "content": str()}:
-                continue
-        raise Refused("A message needs a role and a content that is text.", f"messages[{index}]", "invalid_type")
-    return value
-
-
-def _check_parameters(body: dict) -> None:
-    counts, unsupported = ("max_tokens", "max_completion_tokens"), ("stream", "logprobs", "tools", "functions")
-    rules: dict[str, tuple[Callable[[Any], bool], str]] = {  # True is an int too
-        **{name: (lambda v: type(v) is int and v >= 1, "must be a whole number of at least 1.") for name in counts},
-        **{name: (lambda v: not v, "is not supported by this model.") for name in unsupported},
-        "n": (lambda v: v == 1, "must be 1: this model always gives the same answer."),
-        "response_format": (lambda v: v == {"type": "text"}, "must be of type text: this model replies in no other."),
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "model": (lambda v: isinstance(v, str), "must be a string."),
+        "messages": (are_messages, "must be a list of at least one message, each with a role and a text as content."),
+        "n": (lambda v: v in (None, 1), "must be 1: this model always gives the same answer."),
+        "response_format": (lambda v: v in (None, {"type": "text"}), "must be of type text."),
     }
+    for name in ("max_tokens", "max_completion_tokens"):  # True is an int too
+        rules[name] = (lambda v: v is None or (type(v) is int and v >= 1), "must be a whole number of at least 1.")
+    for name in ("stream", "logprobs", "tools", "functions"):
+        rules[name] = (lambda v: not v, "is not supported by this model.")
     for name, (is_valid, requirement) in rules.items():
-        if body.get(name) is not None and not is_valid(body[name]):
-            raise Refused(f"`{name}` {requirement}", name, "invalid_value")
+        if not is_valid(body.get(name)):
+            raise Refused(f"`{name}` {requirement}", name)
+    if body["model"] != model:
+        message = f"The model `{body['model'][:100]}` does not exist; this server has `{model}`."
+        raise Refused(message, "model", "model_not_found", 404)
