@@ -145,7 +145,7 @@ def compiler() -> str:
 def kernels() -> str:
     """Whether the compiled operators are there, and if not, why."""
     try:
-        if backend.from_environment().kernels == "reference":
+        if backend.from_environment() == "reference":
             return backend.REFERENCE
         library = build.library_folder(build.NAME, build.cpu_sources()) / f"{build.NAME}.so"
     except UserError as error:

@@ -1,5 +1,6 @@
 """Shared fixtures and helpers: a student small enough to train within a test, its corpus, and short retry pauses."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 import train_pretrain
 from tinystory.data.tokenizer import Tokenizer
+from tinystory.ops import backend
 from tinystory.student import checkpoint
 from tinystory.student.model import Student, StudentConfig
 from tinystory.teacher import pool
@@ -35,6 +37,14 @@ PLACES = ("park", "wood", "house", "garden", "shop", "barn")
 AWKWARD = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 AWKWARD += ["<|endoftext|>", " ", "  ", "\n", "\r\n", "\t", "\x00", "\x1c", "\x85", "\u00a0", "\u200b"]
 AWKWARD += ["\u2028", "\u3000", "\ufeff", "\ufffd", "\U0010ffff", "'s", "'LL", "e\u0301", "🐈‍⬛", "猫", "१", " 12"]
+
+
+@contextlib.contextmanager
+def using(kernels: str):
+    """Another back-end for the length of a block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "_current", kernels)
+        yield
 
 
 def on_gpu() -> bool:

@@ -3,17 +3,16 @@
 import pytest
 import torch
 
-from tests.conftest import assert_no_worse
+from tests.conftest import assert_no_worse, using
 from tinystory import ops
 from tinystory.ops import backend, chunked, reference
-from tinystory.ops.backend import Backend
 from tinystory.run.errors import UserError
 
 
 @pytest.fixture
 def on_a_mac(monkeypatch):
     monkeypatch.setattr(backend, "ACCELERATE", True)
-    with backend.using(Backend("auto")):
+    with using("auto"):
         yield
 
 
@@ -65,7 +64,7 @@ def test_on_a_mac_pytorch_multiplies_in_float32_unless_the_kernels_are_asked_for
     assert backend.implementation(name, torch.zeros(1).double()) == "kernel"
     assert backend.implementation(name, torch.zeros(1).bfloat16()) == "kernel"
     assert backend.implementation("sample", torch.zeros(1)) == "kernel"
-    with backend.using(Backend("ours")):
+    with using("ours"):
         assert backend.implementation(name, torch.zeros(1)) == "kernel"
     monkeypatch.setattr(backend, "ACCELERATE", False)
     assert backend.implementation(name, torch.zeros(1)) == "kernel"
@@ -78,7 +77,7 @@ def test_an_operator_by_pytorch_is_not_the_kernel(monkeypatch, on_a_mac):
         monkeypatch.setattr(chunked, name, lambda x, *_, name=name: calls.append(name) or x)
     hidden, weight, targets = problem(3, 32, 64, torch.float32)
     for kernels in ("ours", "auto"):
-        with backend.using(Backend(kernels)):
+        with using(kernels):
             ops.linear(hidden, weight, torch.zeros(64))
             ops.token_logprob(hidden, weight, targets)
             ops.cross_entropy(hidden, weight, targets)
@@ -88,7 +87,7 @@ def test_an_operator_by_pytorch_is_not_the_kernel(monkeypatch, on_a_mac):
 def test_the_environment_chooses_the_back_end(monkeypatch):
     for value, kernels in (("", "auto"), ("ours", "ours"), ("reference", "reference")):
         monkeypatch.setenv("TINYSTORY_KERNELS", value)
-        assert backend.from_environment() == Backend(kernels)
+        assert backend.from_environment() == kernels
     monkeypatch.setenv("TINYSTORY_KERNELS", "theirs")
     with pytest.raises(UserError, match="TINYSTORY_KERNELS='theirs' is not known; unset it, or set it to 'reference'"):
         backend.from_environment()
@@ -96,9 +95,9 @@ def test_the_environment_chooses_the_back_end(monkeypatch):
 
 def test_the_reference_runs_no_kernel(on_a_mac):
     hidden = torch.randn(3, 32)
-    with backend.using(Backend("reference")):
+    with using("reference"):
         assert ops.load() is None
         for name in ("causal_attention", "linear", "token_logprob"):
             assert backend.implementation(name, hidden) == "reference"
-    with backend.using(Backend("ours")):
+    with using("ours"):
         assert backend.implementation("token_logprob", hidden) == "kernel" and ops.load()

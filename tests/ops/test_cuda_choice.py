@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+from tests.conftest import using
 from tinystory import ops
 from tinystory.ops import backend, build, compute, cuda
-from tinystory.ops.backend import Backend
 from tinystory.run.device import cpu_has_bf16, pick_dtype
 from tinystory.run.errors import UserError
 
@@ -83,17 +83,17 @@ def test_the_cpu_runs_and_device_cuda_is_one_sentence(machine, capsys, case):
 
 def test_on_an_old_gpu_plain_pytorch_runs_and_a_new_one_beside_it_has_kernels(machine, capsys):
     built = machine(gpus=((7, 5), (9, 0)))
-    with backend.using(backend.current()):
+    with using(backend.current()):
         assert compute.pick_device("auto").type == "cpu"
         assert "capability 7.5" in (line := capsys.readouterr().err) and "--device cuda may be faster" in line
         assert compute.pick_device("cuda:1").type == "cuda" and built == ["9.0"]
-        assert compute.pick_device("cuda:0").type == "cuda" and backend.current().kernels == "reference"
+        assert compute.pick_device("cuda:0").type == "cuda" and backend.current() == "reference"
         assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_reference_needs_no_toolkit(machine):
     machine(gpus=((7, 5),), nvcc="")
-    with backend.using(Backend("reference")):
+    with using("reference"):
         assert compute.pick_device("auto").type == "cuda"
 
 

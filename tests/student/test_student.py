@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinystory.ops import backend, reference
+from tests.conftest import using
+from tinystory.ops import reference
 from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, StudentConfig, ValueHead, to_device
 
@@ -97,6 +98,6 @@ def test_value_head_starts_at_zero(student):
 
 def test_a_head_size_that_no_cuda_kernel_has_is_refused_in_a_sentence():
     student = Student(StudentConfig(n_layer=1, n_head=2, n_embd=96, context=8, vocab_size=16))
-    with backend.using(backend.Backend("auto")), pytest.raises(UserError, match=r"heads have size 48.*--n-head"):
+    with using("auto"), pytest.raises(UserError, match=r"heads have size 48.*--n-head"):
         to_device(student, "cuda")
     assert to_device(student, "cpu") is student

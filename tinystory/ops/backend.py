@@ -4,12 +4,9 @@ A kernel is compiled C++ or CUDA (csrc/). On a Mac PyTorch's matmul runs three o
 reference is the operator's definition in plain PyTorch (reference.py).
 """
 
-import contextlib
 import functools
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -25,30 +22,24 @@ MATMULS = ("cross_entropy", "linear", "token_logprob")
 ACCELERATE = sys.platform == "darwin"
 
 
-@dataclass(frozen=True)
-class Backend:
-    """kernels: "auto", "ours" (also on a Mac) or "reference"."""
-
-    kernels: str = "auto"
-
-
-def from_environment() -> Backend:
-    """The back-end that TINYSTORY_KERNELS chooses. Raises UserError for an unknown value."""
+def from_environment() -> str:
+    """The back-end that TINYSTORY_KERNELS chooses: "auto", "ours" (also on a Mac) or "reference". Raises UserError for
+    an unknown value."""
     kernels = os.environ.get("TINYSTORY_KERNELS") or "auto"
     if kernels not in ("auto", "ours", "reference"):
         raise UserError(f"TINYSTORY_KERNELS={kernels!r} is not known; unset it, or set it to 'reference' or 'ours'")
-    return Backend(kernels)
+    return kernels
 
 
-_current: Backend | None = None
+_current: str | None = None
 
 
-def current() -> Backend:
+def current() -> str:
     """This process's back-end."""
     global _current
     if _current is None:
         _current = from_environment()
-        if _current.kernels == "reference":
+        if _current == "reference":
             print(f"tinystory: {REFERENCE}", file=sys.stderr)
     return _current
 
@@ -56,19 +47,8 @@ def current() -> Backend:
 def run_reference(reason: str) -> None:
     """Let plain PyTorch run every operator from now on, and say why."""
     global _current
-    _current = Backend("reference")
+    _current = "reference"
     print(f"tinystory: {reason}: plain PyTorch runs in place of the kernels", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def using(backend: Backend) -> Iterator[None]:
-    """Another back-end for the length of a block."""
-    global _current
-    before, _current = current(), backend
-    try:
-        yield
-    finally:
-        _current = before
 
 
 def implementation(op: str, x: Tensor) -> str:
@@ -78,7 +58,7 @@ def implementation(op: str, x: Tensor) -> str:
 
 @torch.compiler.assume_constant_result
 def _implementation(op: str, device: str, dtype: torch.dtype) -> str:
-    kernels = current().kernels
+    kernels = current()
     if kernels == "reference" or not has_kernel(op, device):
         return "reference"
     accelerated = ACCELERATE and device == "cpu" and dtype == torch.float32
@@ -102,4 +82,4 @@ def has_kernel(op: str, device: str) -> bool:
 def load() -> ModuleType | None:
     """The Python module of the CPU kernels (csrc/module.cpp), built first if need be; None if the back-end is the
     reference."""
-    return None if current().kernels == "reference" else build.load()
+    return None if current() == "reference" else build.load()

@@ -53,7 +53,7 @@ def wrong_shape(sizes: Mapping[str, Any]) -> str:
 def to_device(student: "Student", device: torch.device | str) -> "Student":
     """The student on this device. Raises UserError for heads of a size that no CUDA kernel has."""
     head = student.config.n_embd // student.config.n_head
-    if torch.device(device).type == "cuda" and head not in CUDA_HEAD_SIZES and backend.current().kernels != "reference":
+    if torch.device(device).type == "cuda" and head not in CUDA_HEAD_SIZES and backend.current() != "reference":
         raise UserError(
             f"this student's heads have size {head}, and the CUDA kernels are for {CUDA_HEAD_SIZES}: choose --n-head "
             "so that --n-embd divided by it is one of them, or use --device cpu"

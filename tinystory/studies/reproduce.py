@@ -249,8 +249,7 @@ def measure(
 
 def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Sequence[Record]) -> Path:
     """The path of OUT/report.html, which is written with its figure, OUT/figure.svg. scorers: the arms of interaction;
-    records: arm, start, seed, words and measures of
-    each checkpoint."""
+    records: arm, start, seed, words and measures of each checkpoint."""
     columns = {name: path for name, path in MEASURES.items() if mean_and_error(records, path)[0] is not None}
     groups: dict[str, dict[int, list[Record]]] = {}
     for record in sorted(records, key=lambda record: record["start"]):
