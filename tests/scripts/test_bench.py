@@ -164,7 +164,6 @@ def test_peers_take_turns_with_ours(nanogpt, run, monkeypatch, optimizer):
     turns = [float32_s / ours["step_s"] for ours, float32_s, _ in laps[1:]]
     assert result["ratio"] == pytest.approx(statistics.median(turns), abs=0.006)
     assert result["best"] == "float32" and result["peer_s"] == {"float32": 0.01, "bfloat16": 2}
-    assert result["tokens_per_s"] == pytest.approx(16 * 64 / result["ours_s"], rel=0.01)
 
 
 def test_a_peer_that_fails_is_named_below_its_own_message(nanogpt, bench, capfd):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError
 from tinystory.run.paths import ROOT
-from tinystory.studies.timing import PROMPT, WORK, Setup, gemm_limit
+from tinystory.studies.timing import PROMPT, WORK, Setup
 
 PEERS = {"pretrain": "nanogpt", "rollout": "transformers", "ppo": "trl"}  # by work
 
@@ -58,7 +58,7 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Per work that has a peer here: median seconds of ours and, by dtype, of the peer, which take turns, so that a
     machine's drift meets both; ratio, the median over the turns of the seconds of its faster dtype to ours (above 1:
-    ours is faster); tokens per second beside those of the GEMMs alone."""
+    ours is faster)."""
     results: dict[str, dict[str, Any]] = {}
     for work, peer in PEERS.items():
         python = (sys.executable if nanogpt else None) if peer == "nanogpt" else trl
@@ -85,8 +85,4 @@ def compare(
         results[work] |= dict(
             ratio=round(ratio, 2), peer_s=dict(zip(dtypes, (round(s, 4) for s in peer_s), strict=True))
         )
-        if work != "ppo":
-            tokens = setup.batch * (setup.config.context if work == "pretrain" else setup.new)
-            results[work] |= dict(tokens_per_s=round(tokens / ours_s, 1))
-            results[work] |= dict(gemm_limit_tokens_per_s=gemm_limit(work, setup))
     return results
