@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from tinystory.run.errors import UserError
@@ -10,13 +9,14 @@ from tinystory.run.errors import UserError
 # Fields of a request that options of their own, or the client, set.
 OWN_FIELDS = {"model", "messages", "stream", "n", "temperature", "seed", "max_tokens", "max_completion_tokens"}
 OWN_FIELDS |= {"logprobs", "top_logprobs", "extra_body", "extra_query"}
-# Credentials, by name (not prompt_cache_key, stop_token_ids, skip_special_tokens or tokenizer) and by how they begin.
+# Credentials in JSON, by name (not prompt_cache_key, stop_token_ids, skip_special_tokens or tokenizer) and by how any
+# text in it begins.
 SECRET_NAME = re.compile(
     r"auth(?!or$)|bearer|cookie|credential|pass(p|w|$)|secret|signature|(?<!cache_)key|token(?!s|_|i)", re.IGNORECASE
 )
-SECRET_VALUE = re.compile(
-    r"(bearer|basic) |-----begin |(sk|rk|gsk|csk|hf|gh[opsur]|github_pat|glpat|xai|nvapi|pplx|tvly|npm|pypi)[-_]|r8_|"
-    r"xox[a-z]-|xapp-|(AKIA|ASIA)[0-9A-Z]{16}$|AIza|ya29\.|eyJ|SG\.",
+SECRET_TEXT = re.compile(
+    r'"(\s|\\[nrt])*((bearer|basic) |-----begin |(sk|rk|gsk|csk|hf|gh[opsur]|github_pat|glpat|xai|nvapi|pplx|tvly|npm|'
+    r'pypi)[-_]|r8_|xox[a-z]-|xapp-|(AKIA|ASIA)[0-9A-Z]{16}"|AIza|ya29\.|eyJ|SG\.)',
     re.IGNORECASE,
 )
 
@@ -43,20 +43,10 @@ def load_extra(text: str) -> dict[str, Any]:
 
 def _without_secrets(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
-        if SECRET_VALUE.match(name):
-            raise ValueError("it is recorded, so it must hold no secret such as a field's name; use OPENAI_API_KEY")
-        if SECRET_NAME.search(name) or any(map(SECRET_VALUE.match, _texts(value))):
-            raise ValueError(f"it is recorded, so it must hold no secret such as {name}; use OPENAI_API_KEY")
+        if SECRET_NAME.search(name) or SECRET_TEXT.search(json.dumps([name, value])):
+            shown = "a field's name" if SECRET_TEXT.search(json.dumps(name)) else name
+            raise ValueError(f"it is recorded, so it must hold no secret such as {shown}; use OPENAI_API_KEY")
     return dict(pairs)
-
-
-def _texts(value: object) -> Iterator[str]:
-    """The texts in a value of a field, with those in lists; objects have been searched before."""
-    if isinstance(value, str):
-        yield value.lstrip()
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
 
 
 def _is_header(name: str, value: object) -> bool:
