@@ -63,7 +63,7 @@ def test_a_callable_of_openings_gets_the_whole_step_and_any_other_one_opening_at
         ("def f(o, s):\n    return [10**400]\n", "gave 1000"),
         (
             "class A:\n    def __repr__(self):\n        raise OSError('no')\ndef f(o, s):\n    return [A()]\n",
-            "line 3: OSError",
+            "gave <A instance at",
         ),
         ("class A(OSError):\n    def __str__(self):\n        1 / 0\ndef f(o, s):\n    raise A\n", "line 5: A: <"),
         ("def f(o, s):\n    raise OSError('\\x1b[31mred')\n", "line 2: OSError: [31mred"),

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import os
+import reprlib
 import runpy
 import signal
 import socket
@@ -160,13 +161,13 @@ def _serve(file: str, name: str, connection: socket.socket) -> None:
         opening, stories = json.loads(line)
         scores = function(opening, stories)
         if scores is None or isinstance(scores, str):
-            raise _Refused(f"it gave {_short(scores)}; it must give a list with one score per story")
+            raise _Refused(f"it gave {reprlib.repr(scores)}; it must give a list with one score per story")
         scores = list(scores)
         if len(scores) != len(stories):
             raise _Refused(f"it gave {len(scores)} scores for {len(stories)} stories; it must give one per story")
         for value in scores:
             if value is not None and not _is_score(value):
-                raise _Refused(f"it gave {_short(value)}; a score is a number from 0 to 1, or None")
+                raise _Refused(f"it gave {reprlib.repr(value)}; a score is a number from 0 to 1, or None")
         _send(connection, {"answer": [None if value is None else float(value) for value in scores]})
 
 
@@ -175,11 +176,6 @@ def _is_score(value: object) -> bool:
     with contextlib.suppress(TypeError, ValueError, OverflowError):  # of arrays, complex numbers and 10**400
         return not isinstance(value, str | bytes) and 0 <= float(value) <= 1  # type: ignore[arg-type]
     return False
-
-
-def _short(value: object) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _cause(error: BaseException, file: str) -> str:
