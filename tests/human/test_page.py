@@ -145,9 +145,9 @@ def test_the_page_runs_its_own_script_only(url):
         ({"who": "", "action": "back"}, 400, "A name has"),
         ({"who": "x" * 41, "action": "back"}, 400, "A name has"),
         ({"who": "a\nb", "action": "back"}, 400, "A name has"),
-        ({"who": "ada", "action": "back"}, 409, "nothing to go back to"),
-        ({"who": "ada", "action": "grade", "key": "none", "scores": {}}, 409, "give a score"),
-        ({"who": "ada", "action": "skip", "key": ["x"]}, 409, "not what was asked"),
+        ({"who": "ada", "action": "back"}, 400, "nothing to go back to"),
+        ({"who": "ada", "action": "grade", "key": "none", "scores": {}}, 400, "give a score"),
+        ({"who": "ada", "action": "skip", "key": ["x"]}, 400, "not what was asked"),
         ([], 400, "must be a JSON object"),
     ],
 )

@@ -20,17 +20,13 @@ from typing import Any
 from tinystory.run.folder import Fields, Record, read_records, timestamp
 from tinystory.run.journal import Journal
 from tinystory.teacher.prompt import TOP, Template, instructions
+from tinystory.teacher.server import Refused
 
 GRACE_S = 2.0  # from the last grade of those that wait until they are handed in
 AWAY_S = 10.0  # a page that has not asked for so long is closed, and its story is free for others
-FORGET_S = 60.0  # a story for which no trainer has asked for so long is taken off the desk
 # That each record of a file of grades has at least; a skipped story has no scores.
 GRADE: Fields = {"key": (str,), "by": (str,), "opening": (str,), "story": (str,), "scores": (dict, type(None))}
 LONGEST_NAME = 40  # characters of a human's name
-
-
-class Mistake(Exception):
-    """A request of the page that cannot be done; the message says why."""
 
 
 @dataclass
@@ -38,7 +34,6 @@ class _Story:
     opening: str
     story: str
     trainers: int = 0  # requests that wait for its grade
-    left: float = 0.0  # when the last of them went away
     handed_in: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -80,16 +75,14 @@ class Desk:
                 await waiting.handed_in.wait()
             finally:  # also when the trainer hangs up
                 waiting.trainers -= 1
-                waiting.left = self._clock()
+                if not waiting.trainers:
+                    self._waiting.pop(key, None)
         # The scores of the first human who gave any.
         return next((record["scores"] for record in self._grades[key].values() if record["scores"]), None)
 
     def tick(self) -> None:
-        """To be called every now and then: hand in what is ready, and take off what nobody waits for."""
+        """To be called every now and then: hand in what is ready, and free the stories of closed pages."""
         now = self._clock()
-        for key, waiting in list(self._waiting.items()):
-            if not waiting.trainers and now - waiting.left > FORGET_S:
-                del self._waiting[key]
         for who in [who for who, seen in self._seen.items() if now - seen > AWAY_S]:
             del self._seen[who]
             self._leave(who)
@@ -143,7 +136,7 @@ class Desk:
         return next((key for key in self._waiting if key not in self._grades and key not in taken), None)
 
     def do(self, who: str, action: str, request: Mapping[str, Any]) -> None:
-        """Grade, skip, go back or pause, as the page says. Raises Mistake if that cannot be done."""
+        """Grade, skip, go back or pause, as the page says. Raises Refused if that cannot be done."""
         self._seen[who] = self._clock()
         match action:
             case "grade" | "skip":
@@ -151,7 +144,7 @@ class Desk:
             case "back":
                 history, current = self._history[who], self._current.get(who)
                 if not history:
-                    raise Mistake("there is nothing to go back to")
+                    raise Refused("there is nothing to go back to")
                 key = history[max(history.index(current) - 1, 0)] if current in history else history[-1]
                 self._leave(who)
                 self._current[who] = key
@@ -160,7 +153,7 @@ class Desk:
             case "pause":
                 self._leave(who)
             case _:
-                raise Mistake(f"unknown action {action[:20]!r}")
+                raise Refused(f"unknown action {action[:20]!r}")
 
     def _leave(self, who: str) -> None:
         """Take the story off this human's page. A grade that was taken back counts again."""
@@ -169,16 +162,16 @@ class Desk:
     def _scores(self, request: Mapping[str, Any]) -> dict[str, int]:
         scores = request.get("scores")
         if not isinstance(scores, dict) or scores.keys() != set(self.template.names):
-            raise Mistake(f"give a score for each of {', '.join(self.template.names)}")
+            raise Refused(f"give a score for each of {', '.join(self.template.names)}")
         if not all(type(score) is int and 0 <= score <= TOP for score in scores.values()):
-            raise Mistake(f"a score is a whole number from 0 to {TOP}")
+            raise Refused(f"a score is a whole number from 0 to {TOP}")
         return {name: scores[name] for name in self.template.names}
 
     def _grade(self, who: str, request: Mapping[str, Any], scores: dict[str, int] | None) -> None:
         # The page says what it shows: after a restart a grade may come before the trainer has asked again.
         key, opening, story = (request.get(name) for name in ("key", "opening", "story"))
         if not (isinstance(opening, str) and isinstance(story, str)) or key != self.key(opening, story):
-            raise Mistake("this is not what was asked about: load the page again")
+            raise Refused("this is not what was asked about: load the page again")
         record: Record = dict(key=key, opening=opening, story=story, scores=scores, by=who, at=timestamp())
         self._journal.append(record)
         self._add(record)

@@ -15,7 +15,7 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from tinystory.human.desk import LONGEST_NAME, Desk, Mistake
+from tinystory.human.desk import LONGEST_NAME, Desk
 from tinystory.teacher.client import HUMAN
 from tinystory.teacher.probe import FIRST_STORY
 from tinystory.teacher.prompt import TOP, instructions, read_back
@@ -50,10 +50,7 @@ async def serve(desk: Desk, port: int = 0, *, style: str = "") -> AsyncIterator[
 
     async def post_action(request: web.Request) -> web.Response:
         body = parse_body(await request.read())
-        try:
-            desk.do(_name(body.get("who")), str(body.get("action")), body)
-        except Mistake as mistake:
-            raise Refused(str(mistake), status=409) from None
+        desk.do(_name(body.get("who")), str(body.get("action")), body)
         return web.json_response({})
 
     routes = application(HUMAN, DESCRIPTION, lambda messages: _respond(desk, messages))
