@@ -272,7 +272,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
         reader = Reader(config.reader, config.device) if rank0 and config.reader != "none" else None
         print(f"student {origin}, scored by {facts['scored_by']}")
-        budget = Budget(config, openings, replay, milestones, grader.most_words, grader.affords)
+        budget = Budget(config, openings, replay, milestones, grader.scorer.most_words, grader.scorer.affords)
         budget.require_first_step(state)
         resume_step = state.step if config.resume else None
         records = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))

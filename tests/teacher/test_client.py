@@ -15,7 +15,6 @@ from tinystory.teacher.client import Teacher
 from tinystory.teacher.endpoint import Endpoint, Slots
 from tinystory.teacher.grade import Grade
 from tinystory.teacher.ledger import Ledger
-from tinystory.teacher.pool import Queue
 from tinystory.teacher.prompt import CRITERIA, Question, Template, read_back
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -154,17 +153,18 @@ def test_ctrl_c_ends_the_wait_for_grades():
 
 def test_slots_never_exceed_the_limit_and_are_never_lost():
     async def run():
-        each, dice, most = [Slots(4), Slots(2)], random.Random(0), 0
-        queue = Queue(each)
+        each, dice, most, ledger = [Slots(4), Slots(2)], random.Random(0), 0, Ledger(0.0, 0.0, None, (0, 0))
+        endpoints = [Endpoint("http://x", "m", None, slots, ledger, Template(), 6, {}) for slots in each]
+        servers = pool.ServerPool(endpoints, LONG_S, 3, ledger)
 
         async def story(i):
             nonlocal most
             for again in (False, True, True):
-                async with queue.slot(first=again) as at:
+                async with servers.slot(first=again) as endpoint:
                     most = max(most, sum(slots.taken for slots in each))
-                    assert each[at].taken <= each[at].most
+                    assert endpoint.slots.taken <= endpoint.slots.most
                     await asyncio.sleep(dice.random() / 500)
-                    each[at].refused() if dice.random() < 0.1 else each[at].answered(0.1)
+                    endpoint.slots.refused() if dice.random() < 0.1 else endpoint.slots.answered(0.1)
 
         tasks = [asyncio.create_task(story(i)) for i in range(200)]
         for _ in range(20):

@@ -89,7 +89,7 @@ def story_records(
             "index": story.index,
             "opening": story.opening,
             "story": story.text,
-            "reply": grade.reply_or_error,
+            "reply": grade.reply or grade.error or "",
             "scores": grade.scores,
             "reward": reward,
             "words": story.words,

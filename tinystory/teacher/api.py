@@ -51,9 +51,6 @@ class Failure(Exception):
     unreachable: bool = False  # no connection could be made
     retry_after: float | None = None  # seconds that the server asks to wait
 
-    def __str__(self) -> str:
-        return self.message
-
 
 @dataclass(frozen=True)
 class Reply:
@@ -240,22 +237,15 @@ def _tokens(usage: object) -> tuple[int, int] | None:
     return None
 
 
-def _logprobs(value: object) -> tuple[tuple[str, dict[str, float]], ...]:
-    match value:
-        case {"content": [*tokens]} if all(
-            _is_token(token) and all(map(_is_token, token.get("top_logprobs") or ())) for token in tokens
-        ):
-            candidates = [[token, *(token.get("top_logprobs") or ())] for token in tokens]
-            return tuple((row[0]["token"], {entry["token"]: entry["logprob"] for entry in row}) for row in candidates)
-    return ()
-
-
-def _is_token(entry: object) -> bool:
-    match entry:
-        case {"token": str(), "logprob": int() | float() as logprob, **rest}:
-            # Rounding can make it slightly positive; some servers send -9999 for probability 0.
-            return -1e6 < logprob < 1e-3 and isinstance(rest.get("top_logprobs"), list | None)
-    return False
+def _logprobs(value: Any) -> tuple[tuple[str, dict[str, float]], ...]:
+    """`Reply.logprobs`; () unless each token has one. Rounding can make one slightly positive; some servers send -9999
+    for probability 0."""
+    try:
+        rows = [[token, *(token.get("top_logprobs") or ())] for token in value["content"]]
+        tokens = tuple((str(row[0]["token"]), {str(e["token"]): float(e["logprob"]) for e in row}) for row in rows)
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
+        return ()
+    return tokens if all(logprob < 1e-3 for _, candidates in tokens for logprob in candidates.values()) else ()
 
 
 def _error_texts(answer: object) -> list[str]:

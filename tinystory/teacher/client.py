@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tinystory.run.errors import UserError
 from tinystory.teacher.api import ChatClient, Failure, Reply
 from tinystory.teacher.cache import Cache, CachedReply, cache_key
-from tinystory.teacher.endpoint import LOGPROBS, Endpoint, Probe, Slots, base_url, constraint, recorded
+from tinystory.teacher.endpoint import LOGPROBS, Endpoint, Probe, Slots, base_url, constraint
 from tinystory.teacher.grade import Grade, Grader, too_few_scores
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
@@ -104,7 +104,9 @@ class Teacher(Grader):
         """
         if self._first is None:
             self._first = asyncio.run_coroutine_threadsafe(self._probe(), self._loop).result()
-            self.facts |= recorded(self.probes())
+            probes = self.probes()
+            scored_by = ", ".join(f"{probe.model} at {probe.url}" for probe in probes)
+            self.facts |= {"scored_by": scored_by, "teacher": asdict(probes[0])}
         others = (endpoint for endpoint in self.endpoints if endpoint is not self._first)
         return [endpoint.probe for endpoint in (self._first, *others) if endpoint.probe is not None]
 
@@ -246,7 +248,8 @@ class Teacher(Grader):
 
     async def _examine(self, endpoint: Endpoint) -> None:
         """Probe the server, or take what the cache holds about it."""
-        prober = Prober(self.pool.alone(endpoint), self.template, self.seed, self.temperature, self.logprobs)
+        pool = ServerPool([endpoint], self.pool.deadline_s, self.attempts, self.ledger, probing=True)
+        prober = Prober(pool, self.template, self.seed, self.temperature, self.logprobs)
         await prober.choose_model()
         probe = self._kept_probe(endpoint)
         # A probe without scores is not what a run starts from again, unless the run got scores in spite of it.

@@ -101,10 +101,6 @@ class Slots:
     def free(self) -> bool:
         return self.open and self.taken < int(self.limit)
 
-    def reopen(self) -> None:
-        """A server that was away starts with one request."""
-        self.open, self.limit = True, 1.0
-
     def answered(self, seconds: float) -> None:
         self._seconds.append(seconds)
         self.limit = min(self.limit + 1 / self.limit, self.most)
@@ -202,10 +198,3 @@ def base_url(url: str) -> str:
             "the teacher's URL must look like http://127.0.0.1:8000/v1 or https://host/v1; its key is OPENAI_API_KEY"
         )
     return str(parts.copy_with(path=parts.path.rstrip("/") or "/v1"))
-
-
-def recorded(probes: Sequence[Probe]) -> dict[str, Any]:
-    """What config.json records about the teachers on these servers."""
-    names = ", ".join(f"{probe.model} at {probe.url}" for probe in probes)
-    facts: dict[str, Any] = {"scored_by": names, "teacher": asdict(probes[0])}
-    return facts | ({"teachers": [asdict(probe) for probe in probes]} if len(probes) > 1 else {})

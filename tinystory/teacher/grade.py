@@ -28,10 +28,6 @@ class Grade:
     asked: bool = False  # whether a request was made; if not, all replies were kept ones
     error: str | None = None  # why there is no score
 
-    @property
-    def reply_or_error(self) -> str:
-        return self.reply or self.error or ""
-
 
 class Grader(ABC):
     """A grader that takes in no words and costs nothing. facts: what config.json records about it."""
@@ -42,7 +38,7 @@ class Grader(ABC):
 
     @property
     def scorer(self) -> "Grader":
-        """The grader that scores each story by itself, for evaluations of one that ranks."""
+        """The grader that scores each story by itself: for evaluations, and for what a story costs."""
         return self
 
     @property
@@ -94,7 +90,7 @@ def require_scores(grades: list[Grade], max_unscored: float) -> None:
     """Raises UserError if more than a fraction `max_unscored` of a step's stories has no score: never a guess."""
     if too_few_scores(grades, max_unscored):
         unscored = [grade for grade in grades if grade.score is None]
-        distinct = dict.fromkeys(repr(grade.reply_or_error[:160]) for grade in unscored)
+        distinct = dict.fromkeys(repr((grade.reply or grade.error or "")[:160]) for grade in unscored)
         replies = "; ".join([*distinct][:4])
         raise UserError(
             f"{len(unscored)} of {len(grades)} stories got no score, more than --max-unscored {max_unscored:g} allows; "

@@ -21,42 +21,13 @@ LONGEST_RETRY_AFTER_S = 60.0
 PING_S = 10.0  # seconds that a server which was away has to answer
 
 
-class Queue:
-    """Requests that wait for a slot of any of several servers. While there are more requests than slots, each server
-    takes as many as it answers; otherwise a request goes where the fewest are in flight."""
-
-    def __init__(self, slots: Sequence[Slots]):
-        self.slots = slots
-        self._waiting: deque[asyncio.Future[int]] = deque()
-
-    @asynccontextmanager
-    async def slot(self, first: bool) -> AsyncIterator[int]:
-        """Wait for a slot and hold it; yields the number of its server. first: ahead of the queue, for a story that has
-        held a slot before."""
-        turn: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        (self._waiting.appendleft if first else self._waiting.append)(turn)
-        self.admit()
-        try:
-            yield await turn
-        finally:
-            if turn.done() and not turn.cancelled():
-                self.slots[turn.result()].taken -= 1
-                self.admit()
-
-    def admit(self) -> None:
-        """Give every free slot to the next request."""
-        while self._waiting and (free := [i for i, slots in enumerate(self.slots) if slots.free]):
-            turn = self._waiting.popleft()
-            if not turn.done():
-                server = min(free, key=lambda i: self.slots[i].taken)
-                self.slots[server].taken += 1
-                turn.set_result(server)
-
-
 @dataclass(eq=False)
 class ServerPool:
-    """`endpoints` serve the same model. A server that cannot be reached, refuses the key or fails FAILURES times in a
-    row is left out as long as another one is there; one that may come back is asked again when it does."""
+    """`endpoints` serve the same model. While there are more requests than slots, each takes as many as it answers;
+    otherwise a request goes where the fewest are in flight.
+
+    A server that cannot be reached, refuses the key or fails FAILURES times in a row is left out as long as another one
+    is there; one that may come back is asked again when it does."""
 
     endpoints: Sequence[Endpoint]
     deadline_s: float  # in which all requests of a story end, from its first
@@ -68,12 +39,32 @@ class ServerPool:
     def __post_init__(self) -> None:
         self.news: list[str] = []  # for the user
         self.fatal: UserError | None = None  # set once no further story can be graded
-        self._queue = Queue([Slots(1) if self.probing else endpoint.slots for endpoint in self.endpoints])
+        self._slots = {endpoint: Slots(1) if self.probing else endpoint.slots for endpoint in self.endpoints}
+        self._waiting: deque[asyncio.Future[Endpoint]] = deque()  # requests without a slot
         self._returns: set[asyncio.Task[None]] = set()
 
-    def alone(self, endpoint: Endpoint) -> "ServerPool":
-        """A pool to probe one of the servers."""
-        return ServerPool([endpoint], self.deadline_s, self.attempts, self.ledger, probing=True)
+    @asynccontextmanager
+    async def slot(self, first: bool) -> AsyncIterator[Endpoint]:
+        """Wait for a slot and hold it; yields its server. first: ahead of the queue, for a story that has held a slot
+        before."""
+        turn: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
+        (self._waiting.appendleft if first else self._waiting.append)(turn)
+        self._admit()
+        try:
+            yield await turn
+        finally:
+            if turn.done() and not turn.cancelled():
+                self._slots[turn.result()].taken -= 1
+                self._admit()
+
+    def _admit(self) -> None:
+        """Give every free slot to the next request."""
+        while self._waiting and (free := [endpoint for endpoint, slots in self._slots.items() if slots.free]):
+            turn = self._waiting.popleft()
+            if not turn.done():
+                endpoint = min(free, key=lambda endpoint: self._slots[endpoint].taken)
+                self._slots[endpoint].taken += 1
+                turn.set_result(endpoint)
 
     async def ask(
         self, request: Callable[[Endpoint], Awaitable[T]], deadline: float | None = None, exists: bool = True
@@ -86,8 +77,7 @@ class ServerPool:
         """
         failures = timeouts = 0
         while True:
-            async with self._queue.slot(first=deadline is not None) as server:
-                endpoint = self.endpoints[server]
+            async with self.slot(first=deadline is not None) as endpoint:
                 if self.fatal is not None:
                     raise self.fatal
                 start = time.monotonic()
@@ -165,8 +155,8 @@ class ServerPool:
             return
         self.news.append(f"the teacher at {endpoint.url} is back")
         endpoint.failures = FAILURES - 1
-        endpoint.slots.reopen()
-        self._queue.admit()
+        endpoint.slots.open, endpoint.slots.limit = True, 1.0
+        self._admit()
 
     def _stop(self, endpoint: Endpoint, failure: Failure) -> NoReturn:
         if self.probing:

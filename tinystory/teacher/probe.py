@@ -28,20 +28,18 @@ QUIETER: tuple[dict[str, Any], ...] = (
 THINKING_TOKENS = 4096  # cap of a reply by a model that reasons whatever it is told
 
 
-def _without(name: str) -> Callable[[Form, re.Match], Form]:
-    return lambda form, _: replace(form, refused=tuple(sorted({*form.refused, name})))
-
-
-# The words of a refusal, and the form of request that avoids it.
-REMEDIES: tuple[tuple[re.Pattern, Callable[[Form, re.Match], Form]], ...] = (
-    (re.compile("max_completion_tokens"), lambda form, _: replace(form, token_cap="max_completion_tokens")),
-    (re.compile(r"\btemperature\b"), _without("temperature")),
-    (re.compile(r"\bseed\b"), _without("seed")),
+# The words of a refusal, and the fields of a form that avoids it, from the form and the words.
+REMEDIES: tuple[tuple[re.Pattern, Callable[[Form, re.Match], dict[str, Any]]], ...] = (
+    (re.compile("max_completion_tokens"), lambda form, _: {"token_cap": "max_completion_tokens"}),
+    (
+        re.compile(r"\b(temperature|seed)\b"),
+        lambda form, match: {"refused": tuple(sorted({*form.refused, match[1]}))},
+    ),
     (
         re.compile(r"(?:>=|at least|minimum (?:value )?(?:of|is)|greater than or equal to)\D{0,12}([0-9]{1,3})\b"),
-        lambda form, match: replace(form, least_tokens=int(match[1])),
+        lambda form, match: {"least_tokens": int(match[1])},
     ),
-    (NO_SYSTEM, lambda form, _: replace(form, system=False)),
+    (NO_SYSTEM, lambda form, _: {"system": False}),
 )
 
 
@@ -49,9 +47,9 @@ def remedy(form: Form, failure: Failure) -> Form:
     """The first form that `failure` asks for and that differs from `form`. Raises `failure` if there is none."""
     if failure.status in (400, 422, 500):
         for pattern, change in REMEDIES:
-            match = pattern.search(failure.message)
-            if match and (changed := change(form, match)) != form:
-                return changed
+            for match in pattern.finditer(failure.message):
+                if (changed := replace(form, **change(form, match))) != form:
+                    return changed
     raise failure
 
 
@@ -152,28 +150,23 @@ class Prober:
     async def _reply_without_thoughts(self) -> Reply:
         """The reply of a model that thinks, told to think less and less, and at last given tokens for its thoughts."""
         accepted: Mapping[str, Any] = {}
-        for quiet in (*QUIETER, None):
-            if quiet is not None:
-                self.form = replace(self.form, quiet=quiet)
-            else:
-                self.form = replace(self.form, quiet=accepted, least_tokens=THINKING_TOKENS)
-            reply = await self._try(self.messages, **self.sampling)
-            if reply is None:
-                continue
-            if self._scored(reply) or not _thought(reply):
-                break
-            accepted = accepted if quiet is None else quiet
-        else:
+        for quiet in QUIETER:
+            self.form = replace(self.form, quiet=quiet)
+            if reply := await self._try(self.messages, **self.sampling):
+                if self._scored(reply) or not _thought(reply):
+                    return reply
+                accepted = quiet
+        self.form = replace(self.form, quiet=accepted, least_tokens=THINKING_TOKENS)
+        reply = await self._try(self.messages, **self.sampling)
+        if reply is None or (_thought(reply) and not self._scored(reply)):
             raise Failure(
                 f"has a model, {self.endpoint.model}, that thinks before it answers, and {THINKING_TOKENS} tokens hold "
                 "no scores: choose a model that does not, or switch its thinking off on the server"
             )
-        if self.form.least_tokens == THINKING_TOKENS:
-            used = f"; it used {reply.tokens[1]} for the first story" if reply.tokens else ""
-            self.notes.append(
-                f"{self.endpoint.model} cannot be told not to think: a reply may cost up to {THINKING_TOKENS} "
-                f"tokens{used}"
-            )
+        used = f"; it used {reply.tokens[1]} for the first story" if reply.tokens else ""
+        self.notes.append(
+            f"{self.endpoint.model} cannot be told not to think: a reply may cost up to {THINKING_TOKENS} tokens{used}"
+        )
         return reply
 
     async def _structure(self) -> str:

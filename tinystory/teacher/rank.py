@@ -61,13 +61,6 @@ class Ranked(Grader):
     def scorer(self) -> Teacher:
         return self.teacher
 
-    @property
-    def most_words(self) -> int:
-        return self.teacher.most_words  # a story takes one request, as when it is scored
-
-    def affords(self, stories: int) -> bool:
-        return self.teacher.affords(stories)
-
     def forecast(self, stories: int, opening: str, together: int = 1) -> str:
         return self.teacher.forecast(stories, opening, self.size)
 
