@@ -37,6 +37,7 @@ def test_an_expected_score_is_the_mean_over_the_candidate_digits():
         ["3", ",", " 1", ",", " 0", ".", "<|eot_id|>"],
         [" ", "3", "\n", "1", "\n", "0", "\n"],
         ['{"', "creativity", '":', " ", "0", ', "', "readability", '":', "3", ', "coherence":', "1", "}"],
+        ["readability", ":", " 3", ", coherence:", "1", ", creativity:", " ", "0"],
     ],
 )
 def test_digits_are_found_in_every_form(pieces):
@@ -46,8 +47,8 @@ def test_digits_are_found_in_every_form(pieces):
 
 
 def test_digits_in_names_are_not_scores():
-    logprobs = tokens('{"q1', '": ', "2", ', "', "q2", '": ', "2", "}", d2=0.5, d0=0.5)
-    assert expected_scores('{"q1": 2, "q2": 2}', ["q1", "q2"], logprobs) == {"q1": 1.0, "q2": 1.0}
+    logprobs = tokens("q1", ": ", "2", ", ", "q2", ": ", "2", d2=0.5, d0=0.5)
+    assert expected_scores("q1: 2, q2: 2", ["q1", "q2"], logprobs) == {"q1": 1.0, "q2": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,11 @@ def test_three_numbers_are_read_in_the_order_asked(values, a, b, before, after, 
 
 
 @given(scores, st.permutations(CRITERIA), st.sampled_from(["{}", "```json\n{}\n```", "```\n{}```", " {}\n"]))
-def test_json_is_read_in_any_order(values, names, wrap):
+def test_json_and_labels_are_read_in_any_order(values, names, wrap):
     wanted = dict(zip(names, values, strict=True))
     read = parse_scores(wrap.replace("{}", json.dumps(wanted)), CRITERIA)
     assert read == wanted and tuple(read) == CRITERIA
+    assert parse_scores(", ".join(f"{name}: {value}" for name, value in wanted.items()), CRITERIA) == wanted
 
 
 @given(st.text('0123459 \n,.:-+/{}[]"`e', max_size=24) | st.text(max_size=40))
@@ -65,8 +66,9 @@ def test_no_digit_of_an_accepted_reply_is_ignored(reply):
         "3\u00a03\u00a03",
         "three three three",
         "readability: 3, coherence: 3",
+        "readability: 3, coherence: 3, readability: 3",
         "Grammar: 3, coherence: 3, creativity: 3",
-        "readability: 3, coherence: 3, creativity: 3",
+        "readability: 3, coherence: 3, creativity: 4",
         '{"readability": 3, "coherence": 3}',
         '{"readability": 3, "coherence": 3, "creativity": 3, "humour": 3}',
         '{"readability": 1, "readability": 3, "coherence": 3, "creativity": 3}',

@@ -1,10 +1,11 @@
 """Scores read from a teacher's reply: exactly the scores asked for, or none.
 
-A reply that is read generously becomes an invented reward ("2 2", cut short, is not 4/9), so two forms are
+A reply that is read generously becomes an invented reward ("2 2", cut short, is not 4/9), so three forms are
 understood and nothing else is. For the criteria readability, coherence, creativity they are
 
     2 1 3                                           integers in the order asked, separated by spaces, commas or newlines
     {"readability": 2, "coherence": 1, ...}         one JSON object with exactly these keys, bare or in a ```json fence
+    readability: 2, coherence: 1, creativity: 3     exactly these labels
 """
 
 import bisect
@@ -26,13 +27,19 @@ _FENCED = re.compile(rf"```(?:json)?{_SPACE}*(\{{.*\}}){_SPACE}*```", re.DOTALL)
 
 
 def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
-    """The score, 0..3, of each criterion, in the order of `criteria`; None if the reply is not exactly one of the two
+    """The score, 0..3, of each criterion, in the order of `criteria`; None if the reply is not exactly one of the three
     forms."""
     if len(reply) > LONGEST_REPLY:
         return None
     text = reply.strip(" \t\r\n")
-    match = _numbers(len(criteria)).fullmatch(text)
-    items = list(zip(criteria, map(int, match.groups()), strict=True)) if match else _json_items(text)
+    numbers, labelled = _patterns(tuple(criteria))
+    items: list[tuple[str, object]]
+    if match := numbers.fullmatch(text):
+        items = list(zip(criteria, map(int, match.groups()), strict=True))
+    elif match := labelled.fullmatch(text):
+        items = list(zip(match.groups()[0::2], map(int, match.groups()[1::2]), strict=True))
+    else:
+        items = _json_items(text)
     scores = {name: value for name, value in items if type(value) is int and 0 <= value <= TOP}  # True is no score
     if len(items) != len(criteria) or scores.keys() != set(criteria):
         return None
@@ -69,7 +76,7 @@ def expected_scores(
 
 def _digit_positions(reply: str, criteria: Sequence[str]) -> dict[str, int]:
     """The index of each criterion's digit in a reply that holds scores."""
-    if numbers := _numbers(len(criteria)).fullmatch(reply.strip(" \t\r\n")):
+    if numbers := _patterns(tuple(criteria))[0].fullmatch(reply.strip(" \t\r\n")):
         stripped = len(reply) - len(reply.lstrip(" \t\r\n"))
         return {name: stripped + numbers.start(i) for i, name in enumerate(criteria, start=1)}
     matches = ((name, re.search(rf'\b{name}"?{_SPACE}*:{_SPACE}*({_DIGIT})', reply)) for name in criteria)
@@ -77,8 +84,11 @@ def _digit_positions(reply: str, criteria: Sequence[str]) -> dict[str, int]:
 
 
 @functools.cache
-def _numbers(count: int) -> re.Pattern:
-    return re.compile(_BETWEEN.join([f"({_DIGIT})"] * count) + r"\.?")
+def _patterns(criteria: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
+    numbers = _BETWEEN.join([f"({_DIGIT})"] * len(criteria))
+    label = "|".join(map(re.escape, criteria))
+    labelled = _BETWEEN.join([rf"({label}){_SPACE}*:{_SPACE}*({_DIGIT})"] * len(criteria))
+    return re.compile(numbers + r"\.?"), re.compile(labelled + r"\.?")
 
 
 def _json_items(text: str) -> list[tuple[str, object]]:
