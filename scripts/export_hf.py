@@ -1,30 +1,37 @@
-"""Write a checkpoint for transformers, or for llama.cpp, Ollama and LM Studio.
+"""Write a checkpoint for transformers, or for llama.cpp, Ollama and LM Studio, or upload a run's milestones to the Hub.
 
     python scripts/export_hf.py runs/pretrain exported                   its best or newest checkpoint -> exported/
     python scripts/export_hf.py runs/pretrain --gguf student.gguf        ... and -> student.gguf
     python scripts/export_hf.py runs/pretrain exported --all-checkpoints exported/chck_1M, exported/chck_2M, ...
+    python scripts/export_hf.py runs/pretrain exported --all-checkpoints --push NAME/REPO
 
 Each folder has a model card, README.md, written from the records of the run.
 
-BabyLM's pipeline ignores --revision_name for a local folder: give it one folder per milestone, or upload each as a
-branch of the Hugging Face Hub: `for f in exported/*; do hf upload NAME/REPO $f --revision $(basename $f); done`.
+BabyLM's pipeline ignores --revision_name for a local folder: give it one folder per milestone, or push, which uploads
+each milestone as a branch of that name and the best or newest checkpoint as `main`. Pushing needs
+`pip install huggingface_hub` and a token: `hf auth login`, or HF_TOKEN.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
 from tinystory.report.card import model_card
+from tinystory.run import hub
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import atomic_write, require_writable
 from tinystory.run.paths import usage
 from tinystory.student import checkpoint, gguf, hf
 
-MAIN = "main"  # folder of the best or newest checkpoint: the Hub's default revision
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+MAIN = "main"  # branch of the best or newest checkpoint: the Hub's default revision
 
 
 @command
@@ -34,13 +41,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="new folder to write")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="file of GGUF to write")
     parser.add_argument("--all-checkpoints", action="store_true", help="write all chck_* of the run, one folder each")
+    parser.add_argument("--push", metavar="REPO", default="", help="then upload to this repository on the Hub")
     options = parser.parse_args(argv)
-    if not (options.folder or options.gguf) or (options.all_checkpoints and not options.folder):
+    if not (options.folder or options.gguf) or ((options.push or options.all_checkpoints) and not options.folder):
         raise UserError("there is nothing to write: give a new folder, or --gguf FILE alone")
     best = checkpoint.find(options.checkpoint)
     several = milestones(options.checkpoint) if options.all_checkpoints else []
     for path in filter(None, (options.gguf, options.folder)):
         require_writable(path)
+    api, address = open_hub(options.push) if options.push else (None, "")
     if options.gguf:
         student, tokenizer, _ = checkpoint.load(best)
         gguf.write(options.gguf, student, tokenizer)
@@ -49,10 +58,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     sources = {path.name: path for path in several} | {MAIN: best}
     folders = {name: options.folder / name if several else options.folder for name in sources}
-    for name, folder in tqdm(folders.items(), desc="writing", unit=" folders", disable=None):
-        student, tokenizer, history = checkpoint.load(sources[name])
+    for branch, folder in tqdm(folders.items(), desc="writing", unit=" folders", disable=None):
+        student, tokenizer, history = checkpoint.load(sources[branch])
         hf.write(folder, student, tokenizer)
-        atomic_write(folder / "README.md", model_card(folder.name, sources[name], student, history))
+        revision = branch if options.push and branch != MAIN else ""
+        card = model_card(options.push or folder.name, sources[branch], student, history, revision)
+        atomic_write(folder / "README.md", card)
     babylm = options.all_checkpoints or any(name.startswith("babylm") for name in history.get("corpus", []))
     if babylm and student.config.context < hf.FINE_TUNING:
         print(
@@ -61,6 +72,9 @@ def main(argv: list[str] | None = None) -> None:
             file=sys.stderr,
         )
     print(f"written: {', '.join(map(str, folders.values()))}")
+    if api:
+        push(api, options.push, folders)
+        print(f"pushed: {address}")
 
 
 def milestones(run: Path) -> list[Path]:
@@ -69,6 +83,26 @@ def milestones(run: Path) -> list[Path]:
     if not folders:
         raise UserError(f"{run} has no checkpoints/chck_*: --all-checkpoints takes the folder of a run that has some")
     return folders[::-1]
+
+
+def open_hub(repository: str) -> tuple["HfApi", str]:
+    """The Hub's client, and the URL of the repository, which is created if it is not there."""
+    with hub.reached(f"push to {repository}"):
+        from huggingface_hub import HfApi
+
+        return (api := HfApi()), str(api.create_repo(repository, exist_ok=True))
+
+
+def push(api: "HfApi", repository: str, folders: dict[str, Path]) -> None:
+    """Upload each folder to the branch of its name, replacing the content."""
+    with hub.reached(f"push to {repository}, for which the written folders are kept"):
+        for branch, folder in tqdm(folders.items(), desc="pushing", unit=" branches", disable=None):
+            if branch != MAIN:
+                api.create_branch(repository, branch=branch, exist_ok=True)
+            api.upload_folder(
+                repo_id=repository, folder_path=folder, revision=branch, delete_patterns="*",
+                commit_message=f"{branch} of a tinystory student",
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ What its corpus says of people, it may say too. A score that it was trained on s
 its stories are, and scores by different graders cannot be compared."""
 
 
-def model_card(name: str, source: Path, student: Student, history: Record) -> str:
-    """The text of the card, with the Hub's metadata. name: the folder to load the student
-    from; source: its checkpoint; history: what was loaded with it ({} for a folder that transformers wrote)."""
+def model_card(name: str, source: Path, student: Student, history: Record, revision: str = "") -> str:
+    """The text of the card, with the Hub's metadata. name: the repository, with the revision, or the folder to load the
+    student from; source: its checkpoint; history: what was loaded with it ({} for a folder that transformers wrote)."""
     sizes = ", ".join(f"{key} {value}" for key, value in vars(student.config).items())
     size = sum(parameter.numel() for parameter in student.parameters())
     corpora = [Path(key).name for key in history.get("corpus", [])]  # no folders of whoever trained it
@@ -40,7 +40,7 @@ def model_card(name: str, source: Path, student: Student, history: Record) -> st
     paragraphs = [
         f"# {name}",
         f"A storyteller of {number(size)} parameters, trained from scratch with tinystory. GPT-2's layout, {sizes}.",
-        USE.format(at=json.dumps(name)),
+        USE.format(at=json.dumps(name) + (f", revision={json.dumps(revision)}" if revision else "")),
         f"## What it read\n\n{number(history.get('words'))} words, counting repeats, of {_code(', '.join(corpora))}.",
         *(_run(source, history) if history else ()),
         f"## Limits\n\n{LIMITS}",

@@ -1,6 +1,7 @@
 """Files on the Hugging Face Hub."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tinystory.run.errors import UserError
@@ -14,16 +15,24 @@ def download(
     The library's own variables configure cache, server and offline mode: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT,
     HF_HUB_OFFLINE, HF_TOKEN. Raises UserError for whatever keeps a file from being there.
     """
-    doing = f"cannot download {repository} from the Hugging Face Hub"
-    try:
-        from huggingface_hub import errors, hf_hub_download
-    except ImportError:
-        raise UserError(f"{doing}: pip install huggingface_hub first") from None
-    try:
+    with reached(f"download {repository} from the Hugging Face Hub"):
+        from huggingface_hub import hf_hub_download
+
         return [Path(hf_hub_download(repository, file, repo_type=repo_type, revision=revision)) for file in files]
+
+
+@contextlib.contextmanager
+def reached(doing: str) -> Iterator[None]:
+    """Around what is asked of the Hub: its errors, those of the network, and a missing client become a UserError."""
+    try:
+        from huggingface_hub import errors
+    except ImportError:
+        raise UserError(f"cannot {doing}: pip install huggingface_hub first") from None
+    try:
+        yield
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{doing} ({reason}): check the name, the network, HF_ENDPOINT and HF_HUB_OFFLINE; if it is gated, accept "
-            "its terms there, then hf auth login"
+            f"cannot {doing} ({reason}): check the name, the network, HF_ENDPOINT and HF_HUB_OFFLINE; if it is gated, "
+            "accept its terms there, then hf auth login"
         ) from None
