@@ -47,14 +47,14 @@ def test_k3_and_replay_add_their_gradients_to_the_losss(student):
     config = dataclasses.replace(CONFIG, epochs=1, micro_batch_size=2, replay_weight=0.7, clip_ratio=10.0)
     batch = random_batch([4, 6, 5], student.config.vocab_size)
     with torch.no_grad():
-        batch.logprobs = ppo.response_stats(student, None, batch, 1.0)[0]
+        batch.logprobs = ppo.response_logprobs(student, batch, 1.0)[0]
     batch.ref_logprobs = batch.logprobs + 0.3 * torch.randn(len(batch.logprobs))
     texts = [(torch.randint(5, 90, (5, 13)), 9)]
     zeros, advantages = torch.zeros(len(batch.logprobs)), torch.randn(len(batch.logprobs))
     plain = gradient(student, config, batch, advantages)
     both = gradient(student, config, batch, advantages, kl_coef=0.4, texts=texts)
 
-    logprobs = ppo.response_stats(student, None, batch, 1.0)[0]
+    logprobs = ppo.response_logprobs(student, batch, 1.0)[0]
     ratio = (batch.ref_logprobs - logprobs).exp()
     k3 = (ratio - 1 - ratio.log()).mean()
     tokens = texts[0][0]
@@ -70,7 +70,7 @@ def test_grpo_weighs_stories_alike_and_dr_grpo_their_tokens(student):
     """The gradient of one story beside another that has no advantage: GRPO's shrinks with its own length only."""
     batch = random_batch([8, 2], student.config.vocab_size)
     with torch.no_grad():
-        batch.logprobs = ppo.response_stats(student, None, batch, 1.0)[0]
+        batch.logprobs = ppo.response_logprobs(student, batch, 1.0)[0]
     norms = {}
     for learner in ("rloo", "grpo", "dr_grpo"):
         config = dataclasses.replace(CONFIG, epochs=1, learner=learner, max_new_tokens=16)

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from test_ppo import policy, with_openings
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig
-from tinystory.rl import optim, ppo
+from tinystory.rl import ppo
+from tinystory.rl.policy import make_optimizer
 from tinystory.student.model import Student, StudentConfig
 
 with safe_open(Path(__file__).with_name("trl_learners.safetensors"), "pt") as file:
@@ -37,7 +38,7 @@ def test_four_updates_of_each_learner_are_trls(learner, monkeypatch):
     config = InteractConfig(**INTERACT_PRESETS["paper"] | options | FACTS["settings"][learner])
     config.micro_batch_size = 5  # TRL has no micro-batches: they must not matter
     student, reference, differences = start(), start(), {}
-    optimizer, _ = optim.make_optimizer(student, torch.nn.Module(), config)
+    optimizer, _ = make_optimizer(student, torch.nn.Module(), config)
 
     def compare(name: str, got, want) -> None:
         differences[name] = max(differences.get(name, 0.0), float((torch.as_tensor(got) - want).abs().max()))
@@ -53,7 +54,7 @@ def test_four_updates_of_each_learner_are_trls(learner, monkeypatch):
         openings = [torch.tensor(opening) for opening in FACTS["openings"] for _ in range(config.stories_per_opening)]
         batch = with_openings(openings, theirs["tokens"], theirs["lengths"].tolist())
         with torch.no_grad():
-            batch.logprobs = ppo.response_stats(student, None, batch, 1.0)[0]
+            batch.logprobs = ppo.response_logprobs(student, batch, 1.0)[0]
         batch = ppo.read_reference(reference, batch, config)
         parts = policy(student, torch.nn.Module(), optimizer, config)
         stats = ppo.step(parts, batch, theirs["scores"].tolist(), config.kl_coef)

@@ -14,7 +14,8 @@ from test_ppo import policy, with_openings
 
 from tinystory import ops
 from tinystory.config import INTERACT_PRESETS, InteractConfig
-from tinystory.rl import learners, optim, ppo
+from tinystory.rl import learners, ppo
+from tinystory.rl.policy import make_optimizer
 from tinystory.student.model import Student, StudentConfig, ValueHead
 
 FILE = Path(__file__).with_name("trl_ppo.safetensors")
@@ -43,7 +44,7 @@ def test_four_updates_are_trls(setting, monkeypatch):
     config = InteractConfig(**options, micro_batch_size=5)  # TRL has no micro-batches: they must not matter
     student, head = load(tensors("start/"))
     reference, _ = load(tensors("start/"))
-    optimizer, _ = optim.make_optimizer(student, head, config)
+    optimizer, _ = make_optimizer(student, head, config)
     C, off, kl_coef = student.config.n_embd, {}, config.kl_coef
 
     def compare(name: str, got, want) -> None:
@@ -56,8 +57,8 @@ def test_four_updates_are_trls(setting, monkeypatch):
         openings = [torch.tensor(FACTS["opening"])] * len(mask)
         batch = with_openings(openings, theirs["tokens"].long(), mask.sum(1).tolist())
         with torch.no_grad():
-            batch.logprobs, batch.values = ppo.response_stats(student, head, batch, 1.0)
-            hidden = ppo.response_states(student, batch)
+            batch.logprobs, hidden = ppo.response_logprobs(student, batch, 1.0)
+            batch.values = head(hidden)
             entropy = float(ops.token_logprob(hidden, student.wte.weight, batch.tokens)[1].sum()) / len(mask)
         batch = ppo.read_reference(reference, batch, config)
         rewards = ppo.token_rewards(scores, batch, kl_coef)

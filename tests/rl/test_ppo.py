@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig
-from tinystory.rl import learners, optim, ppo
+from tinystory.rl import learners, ppo
 from tinystory.rl.batch import Batch, collate
-from tinystory.rl.policy import Policy
+from tinystory.rl.policy import Policy, SharpAdam, make_optimizer
 from tinystory.student.generate import Story, encode_opening
 from tinystory.student.model import ValueHead
 
@@ -61,7 +61,7 @@ def test_sharpness_scales_all_logits_along_the_gradient(student):
     with torch.no_grad():
         before, h = student(tokens), 1e-3
         slope = (loss(math.exp(h)) - loss(math.exp(-h))) / (2 * h)
-    optimizer = optim.SharpAdam(student.ln_f, student.parameters(), lr=0.0, rate=0.1, eps=1e-8)
+    optimizer = SharpAdam(student.ln_f, student.parameters(), lr=0.0, rate=0.1, eps=1e-8)
     loss().backward()
     optimizer.step()
     moment = optimizer.state[optimizer.sharpness]["exp_avg"] / 0.1  # Adam's first moment after one step
@@ -78,7 +78,7 @@ def test_sharpness_changes_no_value_and_takes_no_slope_from_them(student):
 
     def stepped(value_coef):
         copied, copied_head = copy.deepcopy(student), copy.deepcopy(head)
-        optimizer, _ = optim.make_optimizer(copied, copied_head, config)
+        optimizer, _ = make_optimizer(copied, copied_head, config)
         hidden = copied.hidden(tokens)
         loss = torch.nn.functional.cross_entropy(copied.logits(hidden).flatten(0, 1), tokens.flatten())
         (loss + value_coef * copied_head(hidden).square().mean()).backward()
@@ -98,7 +98,7 @@ def test_without_sharpness_it_is_adam_bit_for_bit(student):
     trained = []
     for make in (
         lambda s: torch.optim.Adam(s.parameters(), lr=1e-3, eps=1e-6, fused=True),
-        lambda s: optim.SharpAdam(s.ln_f, s.parameters(), lr=1e-3, rate=0.0, eps=1e-6),
+        lambda s: SharpAdam(s.ln_f, s.parameters(), lr=1e-3, rate=0.0, eps=1e-6),
     ):
         student = copy.deepcopy(start)
         optimizer = make(student)
@@ -171,8 +171,8 @@ def test_story_stats_are_those_of_each_story_alone(student, opening_lengths):
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight)
     with torch.no_grad():
-        stats = ppo.response_stats(student, head, batch, temperature=0.7)
-        columns = (x.split([7, 2, 12]) for x in (batch.tokens, *stats))
+        logprobs, states = ppo.response_logprobs(student, batch, temperature=0.7)
+        columns = (x.split([7, 2, 12]) for x in (batch.tokens, logprobs, head(states)))
         for b, (tokens, logprob, value) in enumerate(zip(*columns, strict=True)):
             row, first = torch.cat([openings[b], tokens]), len(openings[b]) - 1
             logits = student(row[None])[0, first:-1].double() / 0.7
@@ -206,7 +206,7 @@ def test_one_update_is_one_adam_step_on_the_plain_loss(student, micro_batch_size
     head = ValueHead(64)
     torch.nn.init.normal_(head.linear.weight, std=0.1)
     with torch.no_grad():
-        now, _ = ppo.response_stats(student, head, batch, 1.0)
+        now, _ = ppo.response_logprobs(student, batch, 1.0)
     noise, advantages, returns = torch.randn(3, len(now), generator=torch.Generator().manual_seed(5))
     batch.logprobs = now + 0.3 * noise
     batch = with_targets(batch, advantages, returns)
@@ -266,7 +266,7 @@ def test_the_value_head_starts_at_zero(student):
 def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
     batch = random_batch([5, 3], student.config.vocab_size)
     with torch.no_grad():
-        batch.logprobs, _ = ppo.response_stats(student, None, batch, 1.0)
+        batch.logprobs, _ = ppo.response_logprobs(student, batch, 1.0)
     batch.ref_logprobs = batch.logprobs - 2.0  # 10 and 6 nats
     head, seen = ValueHead(student.config.n_embd), {}
     optimizer = torch.optim.SGD([*student.parameters(), *head.parameters()], lr=0.0)
@@ -288,11 +288,11 @@ def test_a_step_penalises_with_the_coefficient_that_it_logs(student):
 def test_a_story_without_a_reward_has_no_part_in_a_step(student):
     batch = random_batch([5, 3, 4], student.config.vocab_size)
     with torch.no_grad():
-        batch.logprobs, _ = ppo.response_stats(student, None, batch, 1.0)
+        batch.logprobs, _ = ppo.response_logprobs(student, batch, 1.0)
     batch.ref_logprobs, ends, stats = batch.logprobs - 0.1, [], []
     for rows, rewards in (([0, 1, 2], [1.0, None, 0.5]), ([0, 2], [1.0, 0.5])):
         copied, head = copy.deepcopy(student), ValueHead(student.config.n_embd)
-        learner = policy(copied, head, optim.make_optimizer(copied, head, CONFIG)[0], CONFIG)
+        learner = policy(copied, head, make_optimizer(copied, head, CONFIG)[0], CONFIG)
         stats.append(ppo.step(learner, batch.rows(rows), rewards, 0.2))
         ends.append(copied.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -307,14 +307,16 @@ def test_learning_moves_the_policy_towards_what_is_rewarded(student):
     head = ValueHead(64)
     optimizer = torch.optim.Adam([*student.parameters(), *head.parameters()], lr=1e-3)
     with torch.no_grad():
-        batch.logprobs, batch.values = ppo.response_stats(student, head, batch, 1.0)
+        batch.logprobs, states = ppo.response_logprobs(student, batch, 1.0)
+        batch.values = head(states)
     gain = torch.where(batch.tokens == 42, 1.0, -1.0)
     returns = torch.ones_like(gain)
     targets = with_targets(batch, learners.whiten(gain, torch.ones_like(gain).bool()), returns)
     first = ppo.update(policy(student, head, optimizer, config), targets)
     assert first["ratio_error"] < 1e-5
     with torch.no_grad():
-        after, value = ppo.response_stats(student, head, batch, 1.0)
+        after, states = ppo.response_logprobs(student, batch, 1.0)
+        value = head(states)
     assert float((after - batch.logprobs)[batch.tokens == 42].mean()) > 0
     assert float((after - batch.logprobs)[batch.tokens != 42].mean()) < 0
     assert float((value - returns).abs().mean()) < float((batch.values - returns).abs().mean())
@@ -323,7 +325,7 @@ def test_learning_moves_the_policy_towards_what_is_rewarded(student):
 def test_the_learning_rate_falls_linearly_over_all_updates_of_a_run(student, monkeypatch):
     config = dataclasses.replace(CONFIG, steps=2, epochs=2, minibatch_size=4, learning_rate=0.8, lr_decay=True)
     batch, head, rates = random_batch([3] * 7, student.config.vocab_size), ValueHead(student.config.n_embd), []
-    optimizer, _ = optim.make_optimizer(student, head, config)
+    optimizer, _ = make_optimizer(student, head, config)
     monkeypatch.setattr(optimizer, "step", lambda: rates.append(optimizer.param_groups[0]["lr"]))
     for steps in range(2):
         config = dataclasses.replace(config, max_ratio=1e9)

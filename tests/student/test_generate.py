@@ -111,7 +111,8 @@ def test_logprobs_and_values_are_those_of_the_trainer(eager_to_end, tokenizer, t
     stories = write(eager_to_end, tokenizer, head, temperature=temperature, openings=[OPENING, "Once", "Ben said"] * 8)
     batch = collate(stories, torch.device("cpu"))
     with torch.no_grad():
-        logprobs, values = ppo.response_stats(eager_to_end, head, batch, temperature)
+        logprobs, states = ppo.response_logprobs(eager_to_end, batch, temperature)
+        values = head(states)
     torch.testing.assert_close(batch.logprobs, logprobs, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(batch.values, values, atol=2e-3, rtol=1e-3)
     assert all(s.prompt_ids.tolist() == encode_opening(tokenizer, s.opening) for s in stories)

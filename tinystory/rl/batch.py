@@ -50,10 +50,6 @@ class Batch:
         """(B,): the inputs of each row, padding not counted."""
         return self.prompt_lengths + self.lengths - 1
 
-    @property
-    def device(self) -> torch.device:
-        return self.inputs.device
-
     def rows(self, rows: Rows) -> "Batch":
         """The batch of these stories."""
         chosen: dict[str, Any] = {}
@@ -85,7 +81,7 @@ class Batch:
         return self.padded(x).sum(1)
 
     def upload(self, x: np.ndarray) -> Tensor:
-        return upload(torch.from_numpy(x), self.device)
+        return upload(torch.from_numpy(x), self.inputs.device)
 
     @property
     def _table_places(self) -> Tensor:

@@ -18,13 +18,12 @@ from tinystory import ops
 from tinystory.config import InteractConfig
 from tinystory.rl.batch import Batch, by_length, spans
 from tinystory.rl.learners import LEARNERS, Size
-from tinystory.rl.optim import set_learning_rate
 from tinystory.rl.packing import pack
 from tinystory.rl.policy import Policy
 from tinystory.run import distributed
 from tinystory.run.device import upload
 from tinystory.student.loss import next_token_loss
-from tinystory.student.model import Student, ValueHead
+from tinystory.student.model import Student
 
 Texts = Sequence[tuple[Tensor, int]]  # per update, sequences of the corpus and the number of their words
 MEANS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
@@ -57,18 +56,10 @@ def response_states(student: Student, batch: Batch) -> Tensor:
     return packing.hidden(student, tokens).index_select(0, packing.source[places])
 
 
-def response_stats(
-    student: Student, value_head: ValueHead | None, batch: Batch, temperature: float
-) -> tuple[Tensor, Tensor | None]:
-    """The log-probability of every token of the stories, and its value under a value head."""
+def response_logprobs(student: Student, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    """(n,) log-probabilities of the stories' tokens, and (n, C) the states from which they are predicted."""
     states = response_states(student, batch)
-    logprob = token_logprobs(student, states, batch, temperature)
-    return logprob, None if value_head is None else value_head(states)
-
-
-def token_logprobs(student: Student, states: Tensor, batch: Batch, temperature: float) -> Tensor:
-    """(n,) log-probabilities of the stories' tokens, given `response_states`."""
-    return ops.token_logprob(states / temperature, student.wte.weight, batch.tokens)[0]
+    return ops.token_logprob(states / temperature, student.wte.weight, batch.tokens)[0], states
 
 
 @torch.no_grad()
@@ -80,8 +71,7 @@ def read(student: Student, batch: Batch, config: InteractConfig, *, states: bool
     with student.lowered(ops.matmul_dtype(student.wte.weight)):
         for rows in distributed.shard_strided([*by_length(batch.input_lengths, config.micro_batch_size)]):
             part, places = batch.rows(rows), batch.token_places(rows)
-            part_states = response_states(student, part)
-            logprobs[places] = token_logprobs(student, part_states, part, config.temperature)
+            logprobs[places], part_states = response_logprobs(student, part, config.temperature)
             if all_states is not None:
                 all_states[places] = part_states.float()
     return distributed.all_reduce_sum(logprobs), None if all_states is None else distributed.all_reduce_sum(all_states)
@@ -112,7 +102,7 @@ def step(
     story_rewards: per story; one without gives no gradient. steps: done before this one; texts: of `update`."""
     config, learner = policy.config, LEARNERS[policy.config.learner]
     batch = batch.rows([row for row, reward in enumerate(story_rewards) if reward is not None])
-    rewards = torch.tensor([reward for reward in story_rewards if reward is not None], device=batch.device)
+    rewards = torch.tensor([reward for reward in story_rewards if reward is not None], device=batch.inputs.device)
     assert batch.ref_logprobs is not None
     mean_kl = float(batch.story_sums(batch.logprobs - batch.ref_logprobs).mean())
     reward_mean = float(rewards.mean())
@@ -131,7 +121,7 @@ def update(policy: Policy, batch: Batch, kl_coef: float = 0.0, steps: int = 0, t
     The order of minibatches is drawn from torch's global generator. The gradient of a minibatch is accumulated over
     micro-batches and processes and divided by the number of its tokens, so both affect only memory and speed.
     """
-    student, optimizer, config = policy.student, policy.optimizer, policy.config
+    student, optimizer, config, device = policy.student, policy.optimizer, policy.config, batch.inputs.device
     size = min(config.minibatch_size or len(batch), len(batch))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sums = dict.fromkeys((*MEANS, "grad_norm", "replay_loss"), 0.0)
@@ -142,7 +132,9 @@ def update(policy: Policy, batch: Batch, kl_coef: float = 0.0, steps: int = 0, t
         order = np.arange(len(batch)) if size == len(batch) else torch.randperm(len(batch)).numpy()
         minibatches = np.split(order, range(size, len(batch), size))
         for i, minibatch in enumerate(minibatches):
-            set_learning_rate(optimizer, config, steps + (epoch + i / len(minibatches)) / config.epochs)
+            done = steps + (epoch + i / len(minibatches)) / config.epochs
+            for group in optimizer.param_groups if config.lr_decay else ():
+                group["lr"] = group["initial_lr"] * (1 - done / config.steps)
             optimizer.zero_grad(set_to_none=True)
             with student.lowered(dtype):
                 total, error = backward(policy, batch, minibatch, kl_coef)
@@ -156,7 +148,7 @@ def update(policy: Policy, batch: Batch, kl_coef: float = 0.0, steps: int = 0, t
             if texts:
                 tokens, text_words = texts[updates + skipped]
                 replayed = next_token_loss(
-                    student, upload(tokens, batch.device), config.micro_batch_size, dtype, weight=config.replay_weight
+                    student, upload(tokens, device), config.micro_batch_size, dtype, weight=config.replay_weight
                 )
                 replay_loss, words = float(replayed), words + text_words
             distributed.all_reduce_gradients(parameters)
@@ -187,15 +179,16 @@ def backward(policy: Policy, batch: Batch, minibatch: np.ndarray, kl_coef: float
 
     Returns sums over the tokens, also divided, (5,) float64: MEANS and the ratio; and the largest |ratio - 1|. Both
     stay on the device, so that a GPU runs ahead."""
-    config, learner, value_head = policy.config, LEARNERS[policy.config.learner], policy.value_head
+    config, learner = policy.config, LEARNERS[policy.config.learner]
     size = Size(int(batch.lengths[minibatch].sum()), len(minibatch))
-    sums = torch.zeros(5, dtype=torch.float64, device=batch.device)
-    max_ratio_error = torch.zeros((), device=batch.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=batch.inputs.device)
+    max_ratio_error = torch.zeros((), device=batch.inputs.device)
     shard = np.array(distributed.shard_strided(minibatch.tolist()), np.int64)
     for rows in by_length(batch.input_lengths[shard], config.micro_batch_size):
         part = batch.rows(shard[rows])
         with policy.autocast():
-            logprob, value = response_stats(policy.student, value_head, part, config.temperature)
+            logprob, states = response_logprobs(policy.student, part, config.temperature)
+            value = None if policy.value_head is None else policy.value_head(states)
         policy_loss, clipped = learner.loss(config, part, logprob)
         if kl_coef:
             policy_loss = policy_loss + kl_coef * k3(part, logprob)

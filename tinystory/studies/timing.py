@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from tinystory.config import INTERACT_PRESETS, InteractConfig, PretrainConfig
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.ops.compute import Compute
-from tinystory.rl import optim, ppo
+from tinystory.rl import policy as rl_policy
+from tinystory.rl import ppo
 from tinystory.rl.batch import collate
 from tinystory.rl.policy import Policy
 from tinystory.run.device import now
@@ -104,7 +105,7 @@ def ppo_iteration(setup: Setup) -> Run:
     tokenizer = RandomTokenizer(config.vocab_size)
     reference = Student(config).to(device).requires_grad_(False)
     reference.load_state_dict(student.state_dict())
-    optimizer, names = optim.make_optimizer(student, head, options)
+    optimizer, names = rl_policy.make_optimizer(student, head, options)
     policy = Policy(
         student=student, critic=head, optimizer=optimizer, config=options, autocast=setup.compute.autocast,
         tokenizer=tokenizer, history={}, names=names,
