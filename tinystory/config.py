@@ -278,12 +278,9 @@ def _resumed(config_class: type, typed: dict[str, Any]) -> Any:
     folder = Path(typed.setdefault("out", vars(config_class)["out"]))
     recorded = recorded_options(folder)
     if missing := [name for name in ("preset", *field_names(config_class)) if name not in recorded]:
-        for command, mark in (("train_pretrain.py", "n_layer"), ("train_interact.py", "stories_per_step")):
-            if mark in recorded and not hasattr(config_class, mark):
-                raise UserError(f"{folder} is a run of {command}: resume it with that, or give another --out")
         raise UserError(
-            f"{folder / CONFIG} has no {missing[0]}: the run was begun by another version; go on with that version, or "
-            "start a new run in another --out"
+            f"{folder / CONFIG} has no {missing[0]}: the run was begun by another command or another version; go on "
+            "with that one, or start a new run in another --out"
         )
     for name in ("preset", "init"):
         if typed.get(name) not in (None, recorded.get(name)):

@@ -200,8 +200,7 @@ def test_another_start_is_not_recorded_for_a_resumed_run_that_has_nothing_of_it(
 
 @pytest.mark.parametrize("config_class, other", [(PretrainConfig, InteractConfig), (InteractConfig, PretrainConfig)])
 def test_the_folder_of_the_other_command_is_told_as_such(config_class, other, tmp_path):
-    command = "train_interact.py" if other is InteractConfig else "train_pretrain.py"
-    with pytest.raises(UserError, match=rf"is a run of {command}: resume it with that"):
+    with pytest.raises(UserError, match="the run was begun by another command"):
         parse(config_class, COMMANDS[config_class], recorded(tmp_path, asdict(other())))
 
 
@@ -209,7 +208,7 @@ def test_a_run_begun_before_evaluations_had_their_name_is_refused(tmp_path):
     options = asdict(InteractConfig())
     facts = dict(look_every=options.pop("eval_every"), look_stories=options.pop("eval_stories"))
     for more in ([], ["--eval-every", "4", "--eval-stories", "40"]):
-        with pytest.raises(UserError, match="begun by another version"):
+        with pytest.raises(UserError, match="another version"):
             parse(InteractConfig, INTERACT_PRESETS, [*recorded(tmp_path, options | facts), *more])
 
 
@@ -218,7 +217,7 @@ def test_a_run_of_a_version_without_an_option_is_not_guessed_at(config_class, tm
     record = asdict(config_class())
     del record["seed"]
     for more in ([], ["--seed", "7"]):
-        with pytest.raises(UserError, match=r"config\.json has no seed: the run was begun by another version"):
+        with pytest.raises(UserError, match=r"config\.json has no seed: the run was begun by another"):
             parse(config_class, COMMANDS[config_class], [*recorded(tmp_path, record), *more])
 
 

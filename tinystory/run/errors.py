@@ -54,13 +54,10 @@ class Interrupted(Exception):
     """The user asked the run to end; the finished steps are to be saved."""
 
 
-def advice(error: Exception) -> str:
-    """Advice for a file that cannot be written."""
-    return ADVICE.get(getattr(error, "errno", None) or errno.ENOSPC, "choose another folder")
-
-
 def cannot_write(path: Path, error: Exception) -> UserError:
-    return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {advice(error)}")
+    """The error for a file that cannot be written."""
+    advice = ADVICE.get(getattr(error, "errno", None) or errno.ENOSPC, "choose another folder")
+    return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {advice}")
 
 
 def shortage(error: Exception) -> str:
