@@ -102,7 +102,10 @@ def interact(run: InteractionRun) -> None:
             dropout = config.rollout_dropout if state.step else 0.0
             stories = rollout(policy, prompts, state.written, run.grader, run.bar, dropout, unsent(run))
             stages.begin("reference")
-            batch = read(run, collate(stories, run.compute.device), dropout)  # while the teacher grades
+            batch = collate(stories, run.compute.device)
+            with run.compute.autocast():  # while the teacher grades
+                batch = ppo.reread(policy, batch) if dropout else batch
+                batch = ppo.read_reference(run.reference, batch, config)
             stages.begin("teacher")
             grades, predicted, prediction = with_predictions(run, batch, stories, collect(run))
             stages.begin("update")
@@ -135,7 +138,7 @@ def goes_on(run: InteractionRun) -> bool:
     """Whether there is another step. A signal to any process stops all of them."""
     if run.state.step >= run.config.steps or distributed.all_reduce_max(run.stop.requested):
         return False
-    if exhausted := run.budget.exhausted(run.state):
+    if exhausted := distributed.rank0_value(lambda: run.budget.exhausted(run.state)):
         run.bar.write(f"{exhausted} does not hold another step")
     return not exhausted
 
@@ -144,13 +147,6 @@ def unsent(run: InteractionRun) -> set[int]:
     """Rows of the step's stories that the teacher does not grade, with --graded."""
     config, n = run.config, run.config.stories_per_step
     return {*range(n)} - {*sent_to_teacher(n, config.graded, config.seed, run.state.step)}
-
-
-def read(run: InteractionRun, batch: Batch, dropout: float) -> Batch:
-    """The stories under the reference, and under the policy too if they were sampled with dropout."""
-    with run.compute.autocast():
-        batch = ppo.reread(run.policy, batch) if dropout else batch
-        return ppo.read_reference(run.reference, batch, run.config)
 
 
 def collect(run: InteractionRun) -> list[Grade]:
@@ -273,7 +269,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         reader = Reader(config.reader, config.device) if rank0 and config.reader != "none" else None
         print(f"student {origin}, scored by {facts['scored_by']}")
         budget = Budget(config, openings, replay, milestones, grader.scorer.most_words, grader.scorer.affords)
-        budget.require_first_step(state)
+        distributed.rank0_value(lambda: budget.require_first_step(state))
         resume_step = state.step if config.resume else None
         records = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))
         stack.enter_context(records)

@@ -7,7 +7,6 @@ from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings
 from tinystory.rl.policy import RunState
 from tinystory.rl.replay import CorpusReplay
-from tinystory.run import distributed
 from tinystory.run.errors import UserError
 
 
@@ -25,8 +24,15 @@ class Budget:
     affords: Callable[[int], bool]
 
     def exhausted(self, state: RunState, evaluations: int = 1) -> str:
-        """Which limit does not hold another step and so many evaluations, as rank 0 sees it; "" if all do."""
-        return distributed.rank0_value(lambda: self._exhausted(state, evaluations))
+        """Which limit does not hold another step and so many evaluations; "" if all do. Only rank 0 can tell."""
+        config, evaluated = self.config, evaluations * self.config.eval_stories
+        graded = config.graded_per_step + evaluated
+        words_in = state.words_in + self.opening_words(state) + graded * self.most_words
+        words_in += sum(words for _, words in self.replay.batches(state.step))
+        words_out = state.words_out + (config.stories_per_step + evaluated) * config.max_new_tokens
+        if words_in > config.budget_words or words_out > config.budget_words_out:
+            return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"
+        return "" if self.affords(graded) else f"--budget-cost {config.budget_cost:g}"
 
     def require_first_step(self, state: RunState) -> None:
         """Raises UserError if a new run cannot make a step."""
@@ -44,13 +50,3 @@ class Budget:
     def passed(self, before: int, words_in: int) -> list[str]:
         """The names of the milestones between two counts of words taken in."""
         return [name for name, words in self.milestones.items() if before < words <= words_in]
-
-    def _exhausted(self, state: RunState, evaluations: int) -> str:
-        config, evaluated = self.config, evaluations * self.config.eval_stories
-        graded = config.graded_per_step + evaluated
-        words_in = state.words_in + self.opening_words(state) + graded * self.most_words
-        words_in += sum(words for _, words in self.replay.batches(state.step))
-        words_out = state.words_out + (config.stories_per_step + evaluated) * config.max_new_tokens
-        if words_in > config.budget_words or words_out > config.budget_words_out:
-            return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"
-        return "" if self.affords(graded) else f"--budget-cost {config.budget_cost:g}"
