@@ -64,7 +64,8 @@ STORYTELLING = (
     ),
 )
 CRITERIA = tuple(criterion.name for criterion in STORYTELLING)
-RESERVED = re.compile("reward|score|length|tokens|diversity|held_out_.*")  # NAME_mean is another metric
+# Of a criterion; of the names left out, NAME_mean is another metric.
+NAME = re.compile("(?!(reward|score|length|tokens|diversity|held_out_.*)$)[a-z][a-z0-9_]{0,31}")
 PREFACE = (
     "You are a kind teacher who grades short stories by a beginner. The beginner was given an opening and has room "
     "for about 80 words after it, so the story may stop before its end; do not count that against it. "
@@ -131,35 +132,31 @@ def _template(value: object) -> Template:
             if isinstance(system, str) and (system + user).encode():  # JSON can spell what is not Unicode
                 return Template(system=system, user=user)
         case {"criteria": [_, *_] as criteria, **rest} if rest.keys() <= {"preface"}:
-            template = Template(tuple(map(_criterion, criteria)), _plain(rest.get("preface", PREFACE)))
-            if len(set(template.names)) < len(criteria):
-                raise ValueError("two criteria have the same name")
-            return template
+            preface: Any = rest.get("preface", PREFACE)
+            template = Template(tuple(map(_criterion, criteria)), preface)
+            if _is_plain(preface) and len(set(template.names)) == len(criteria):
+                return template
     raise ValueError(
-        'it must hold "criteria", at least one, perhaps "preface"; or "user" with {story}, perhaps "system"'
+        'it must hold "criteria", at least one and each with a name of its own, perhaps "preface", which is plain '
+        'text; or "user" with {story}, perhaps "system"'
     )
 
 
 def _criterion(value: Any) -> Criterion:
     match value:
-        case {"name": str(name), "question": question, "levels": [zero, one, two, three], **rest}:
+        case {"name": str(name), "question": question, "levels": [_, _, _, _] as levels, **rest}:
             weight: Any = rest.pop("weight", 1)
             positive = type(weight) in (int, float) and 0 < weight < math.inf
-            if RESERVED.fullmatch(name):
-                raise ValueError(f"a criterion cannot be called {name}: metrics.jsonl has a {name}_mean of its own")
-            if positive and not rest and re.fullmatch("[a-z][a-z0-9_]{0,31}", name):
-                levels = _plain(zero), _plain(one), _plain(two), _plain(three)
-                return Criterion(name, _plain(question), levels, float(weight))
+            if positive and not rest and NAME.fullmatch(name) and all(map(_is_plain, (question, *levels))):
+                return Criterion(name, question, tuple(levels), float(weight))
     raise ValueError(
-        'a criterion has a "name" (one word of small letters, digits and _), a "question", 4 "levels", perhaps a '
-        '"weight" above 0, and nothing else'
+        f'{value!r:.80} is no criterion: that has a "name" (one word of small letters, digits and _, but no metric of '
+        'metrics.jsonl), a "question" and 4 "levels" of plain text, perhaps a "weight" above 0, and nothing else'
     )
 
 
-def _plain(text: object) -> str:
-    if not isinstance(text, str) or not text.strip() or clean(text) != text:
-        raise ValueError(f"{text!r:.60} is not plain text: no control characters or tokens")
-    return text
+def _is_plain(text: object) -> bool:
+    return isinstance(text, str) and bool(text.strip()) and clean(text) == text
 
 
 # The user message is BEFORE + opening + BETWEEN + fence + newline + story + newline + fence + AFTER.
