@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import asdict
 
 import pytest
 from aiohttp import web
@@ -22,7 +23,7 @@ def test_the_probe_says_what_it_found():
         assert (probe.url, probe.model, probe.token_cap, probe.refused) == (server.url, "first", "max_tokens", ())
         assert (probe.reply, probe.scored, probe.thinks, probe.tokens) == ("2 1 3", True, False, None)
         assert probe.structure == probe.held_to == "nothing"
-        assert Probe.load(probe.dump()) == probe and Probe.load('{"url": ""}') is Probe.load("no") is None
+        assert Probe.load(json.dumps(asdict(probe))) == probe and Probe.load('{"url": ""}') is Probe.load("no") is None
         assert len(server.requests) == 1 and len(server.others) == 2  # two structures
         line = str(probe)
         assert line.isprintable() and f"first at {server.url}: scored a story" in line and "obeys no structure" in line

@@ -13,7 +13,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,7 @@ class Desk:
             "left": len(self._ungraded()),
             "done": len(self._history[who]),
             "handing_in": self._all_graded(),
-            "criteria": [
-                {"name": c.name, "question": c.question, "levels": list(c.levels)} for c in self.template.criteria
-            ],
+            "criteria": [asdict(criterion) for criterion in self.template.criteria],
         }
 
     def _item(self, who: str, key: str) -> dict[str, Any]:

@@ -254,18 +254,17 @@ class Teacher(Grader):
         # A probe without scores is not what a run starts from again, unless the run got scores in spite of it.
         if not probe or not (probe.scored or self._got_scores()):
             probe = await prober.probe()
-            self._cache.put(self._probe_key(endpoint.url, endpoint.model), CachedReply(probe.dump()), again=True)
+            reply = CachedReply(json.dumps(asdict(probe)))
+            self._cache.put(self._probe_key(endpoint.url, endpoint.model), reply, again=True)
         endpoint.probe = probe
         if endpoint.model == HUMAN:  # who may stop for lunch
             self.pool.deadline_s = PATIENCE_S
 
     def _kept_probe(self, endpoint: Endpoint) -> Probe | None:
         """The newest probe in the cache of this server, if it is asked now as it was then."""
-        probes = (Probe.load(reply.text) for key, reply in reversed([*self._cache.items()]) if key.startswith(PROBE))
-        for probe in probes:
-            if not probe or probe.url != endpoint.url or endpoint.model not in (None, probe.model):
-                continue
-            if self._cache.get(self._probe_key(probe.url, probe.model)):
+        for key, reply in reversed([*self._cache.items()]):
+            probe = Probe.load(reply.text) if key.startswith(PROBE) else None
+            if probe and key == self._probe_key(endpoint.url, probe.model) and endpoint.model in (None, probe.model):
                 return probe
         return None
 

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tinystory.run.errors import UserError
@@ -64,12 +64,9 @@ class Probe(Form):
         ]
         return f"{self.model} at {self.url}: {', '.join(findings)}"
 
-    def dump(self) -> str:
-        return json.dumps(asdict(self))
-
     @classmethod
     def load(cls, text: str) -> "Probe | None":
-        """The inverse of `dump`; None for any other text, such as one from another version of this program."""
+        """The probe with these fields, in JSON; None for any other text, such as another version's."""
         try:
             fields = json.loads(text)
             for name in ("refused", "notes"):
