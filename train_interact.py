@@ -114,7 +114,7 @@ def interact(run: InteractionRun) -> None:
             rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
             stats = ppo.step(policy, batch, rewards, state.kl_coef, state.step, run.replay.batches(state.step))
-            stages.end()
+            stages.begin("")
             milestones = count(run, stories, grades, stats)
             evaluation, failure = run.evaluator.evaluate_if_due(state)
             record = log(run, stories, grades, rewards, stats | prediction | evaluation, predicted)

@@ -23,29 +23,28 @@ from tinystory.student.model import ValueHead
 # ---- losses: of each token, before the weighting; and whether it is clipped. logprob: (n,) of the policy. ----------
 
 
-def ppo_loss(config: InteractConfig, batch: Batch, logprob: Tensor) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r, 1 - c, 1 + c) A) with r the token's probability ratio. PPO, Schulman et al. 2017 (arXiv
-    1707.06347), eq. 7; also of GRPO and Dr. GRPO."""
-    return clipped_surrogate(config, batch, torch.exp(logprob - batch.logprobs))
+def ppo_loss(
+    config: InteractConfig, batch: Batch, logprob: Tensor, ratio: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """-min(r A, clip(r, 1 - c, 1 + c) A) with r the `ratio`, by default the token's probability ratio. PPO, Schulman et
+    al. 2017 (arXiv 1707.06347), eq. 7; also of GRPO and Dr. GRPO."""
+    assert batch.advantages is not None
+    ratio = torch.exp(logprob - batch.logprobs) if ratio is None else ratio
+    loss = -batch.advantages * ratio
+    clipped = -batch.advantages * ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
+    return torch.maximum(loss, clipped), clipped.detach() > loss.detach()
 
 
 def rloo_loss(config: InteractConfig, batch: Batch, logprob: Tensor) -> tuple[Tensor, Tensor]:
     """The same with r the ratio of the whole story, since one action is the whole story (Ahmadian et al. 2024, arXiv
     2402.14740)."""
     log_ratios = batch.story_sums(logprob - batch.logprobs)
-    return clipped_surrogate(config, batch, batch.packed(torch.exp(log_ratios)[:, None]))
+    return ppo_loss(config, batch, logprob, batch.packed(torch.exp(log_ratios)[:, None]))
 
 
 def cross_entropy(config: InteractConfig, batch: Batch, logprob: Tensor) -> tuple[Tensor, Tensor]:
     """-log p: RAFT (Dong et al. 2023, arXiv 2304.06767, algorithm 1) fine-tunes on the best stories."""
     return -logprob, torch.zeros_like(logprob, dtype=torch.bool)
-
-
-def clipped_surrogate(config: InteractConfig, batch: Batch, ratio: Tensor) -> tuple[Tensor, Tensor]:
-    assert batch.advantages is not None
-    loss = -batch.advantages * ratio
-    clipped = -batch.advantages * ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
-    return torch.maximum(loss, clipped), clipped.detach() > loss.detach()
 
 
 # ---- weights: of each token in the mean over a minibatch's tokens --------------------------------------------------

@@ -101,9 +101,8 @@ class Policy:
     names: list[str]
     score_model: ScoreModel = field(default_factory=ScoreModel)  # with --graded
 
-    @property
-    def value_head(self) -> ValueHead | None:
-        return self.critic if isinstance(self.critic, ValueHead) else None
+    def __post_init__(self) -> None:
+        self.value_head = self.critic if isinstance(self.critic, ValueHead) else None
 
     def save(self, folder: Path, state: RunState, *, replace: bool = False) -> None:
         """Write a checkpoint, and drop what is older."""

@@ -91,12 +91,9 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     def begin(self, name: str) -> None:
-        """End the present stage, and begin another, whose name the bar shows."""
-        self.end()
-        self.bar.set_description(name)
-        self.name, self.began = name, time.perf_counter()
-
-    def end(self) -> None:
+        """End the present stage, and begin another, whose name the bar shows; "" begins none."""
         if self.name:
             self.seconds[f"{self.name}_s"] = now(self.device) - self.began  # a GPU's time counts where it was launched
-        self.name = ""
+        if name:
+            self.bar.set_description(name)
+        self.name, self.began = name, time.perf_counter()
