@@ -1,9 +1,5 @@
 """Learn by interaction: the student writes stories, a teacher scores them over HTTP, PPO learns from the scores.
 
-    python train_interact.py                                         the built-in teacher (a rubric, not an LLM)
-    python train_interact.py --teacher-url http://127.0.0.1:11434/v1 --teacher-model llama3.1:8b
-    python train_interact.py --reward my_reward.py:score             any callable is a teacher
-
 One step: write stories (each goes to the teacher the moment it ends), read them under the frozen starting checkpoint
 while the teacher grades, turn scores into rewards, and update the policy by PPO. Every --eval-every steps the policy is
 evaluated on held-out openings, and the best student is kept.
@@ -109,8 +105,9 @@ def interact(run: InteractionRun) -> None:
             stages.begin("teacher")
             grades, predicted, prediction = with_predictions(run, batch, stories, collect(run))
             stages.begin("update")
-            scores = [config.invented_score if grade.score is None else grade.score for grade in grades]
-            scores = [score if other is None else other for score, other in zip(scores, predicted, strict=True)]
+            scores = [grade.score if other is None else other for grade, other in zip(grades, predicted, strict=True)]
+            if config.unreadable_score != "none":
+                scores = [float(config.unreadable_score) if score is None else score for score in scores]
             rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
             stats = ppo.step(policy, batch, rewards, state.kl_coef, state.step, run.replay.batches(state.step))
@@ -243,7 +240,7 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
     distributed.require_one_each("--stories-per-step", config.stories_per_step)
     distributed.require_one_each("--eval-stories", config.eval_stories)
     compute = resolve(config.device, config.dtype)
-    resumed = checkpoint.to_resume(folder) if config.resume else None
+    resumed = distributed.rank0_value(lambda: checkpoint.newest_whole(folder)) if config.resume else None
     origin = folder / "checkpoints" / "start" if resumed else starting_checkpoint(config.init)
     reference = checkpoint.load(origin, compute.device)[0].requires_grad_(False)
     policy = load_policy(config, origin, compute)

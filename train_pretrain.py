@@ -1,9 +1,4 @@
-"""Pretrain a student on a corpus, with checkpoints along the way.
-
-python train_pretrain.py                                   the built-in stories, a small student, a few minutes
-python train_pretrain.py --corpus my_stories.txt --words 3M --n-embd 256
-python train_pretrain.py --preset paper                    GPT-2-small on BabyLM's 100 M words, eleven epochs
-"""
+"""Pretrain a student on a corpus, with checkpoints along the way."""
 
 import random
 import time
@@ -93,7 +88,7 @@ def pretrain(config: PretrainConfig) -> None:
     memory.require_for_pretraining(config, device)
     for warning in published_options(config) if rank0 else ():
         print(f"warning: {warning}")
-    resume_from = checkpoint.to_resume(run) if config.resume else None
+    resume_from = distributed.rank0_value(lambda: checkpoint.newest_whole(run)) if config.resume else None
 
     corpus = open_corpus(config.corpus, config.documents)
     data = distributed.rank0_first(

@@ -13,10 +13,6 @@ CHECKPOINT is a checkpoint, a run (its best or newest checkpoint; default: the n
 and --compare), or a folder that transformers wrote; A and B are two of these, or .jsonl files of stories, whose lines
 have an `opening` and a `story`. The data files are BabyLM's own, gzipped or not, and the measures are defined as in its
 pipeline, to the pair.
-
---judge puts controls that need no learning beside the stories before and after, graded by the run's teacher too: the
-student that it began with at lower temperatures, and the best of four of its stories. judged.jsonl and the report keep
-all; the last table is of all runs.
 """
 
 import argparse

@@ -196,11 +196,6 @@ class InteractConfig:
     def graded_per_step(self) -> int:
         return self.graded or self.stories_per_step
 
-    @property
-    def invented_score(self) -> float | None:
-        """Of a story without a readable reply; None: it has no score."""
-        return None if self.unreadable_score == "none" else float(self.unreadable_score)
-
 
 # Source of `paper`: arXiv 2509.15714 and its public code; where they set nothing, the defaults of their libraries
 # (gradient clipping in pretraining: transformers' Trainer; float32 in the interaction: TRL).

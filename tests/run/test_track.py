@@ -33,7 +33,7 @@ def interrupted(place, out, tracker):
     """A run of four steps that is resumed from step 2 after all of them, and so repeats steps 3 and 4."""
     interact(place, out, "--track", tracker)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "to_resume", lambda run: run / "checkpoints" / "step_0000002")
+        patch.setattr(checkpoint, "newest_whole", lambda run: run / "checkpoints" / "step_0000002")
         interact(place, out, "--resume")
     assert read_config(out)["resumed"][0]["step"] == 2
 

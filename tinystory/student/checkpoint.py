@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tinystory.data.tokenizer import Tokenizer
-from tinystory.run import distributed
 from tinystory.run.errors import UserError, cannot_write
 from tinystory.run.folder import Fields, check_fields, read_object, require_whole, sync, write_manifest
 from tinystory.student import hf
@@ -175,11 +174,6 @@ def newest_whole(run: Path) -> Path | None:
         raise UserError(f"--resume: every checkpoint in {run} is damaged: restore one from a copy, or start a new run")
     print(f"{run} was stopped before its first checkpoint: it starts again")
     return None
-
-
-def to_resume(run: Path) -> Path | None:
-    """`newest_whole` of rank 0, on every rank."""
-    return distributed.rank0_value(lambda: newest_whole(run))
 
 
 def find(path: Path) -> Path:
