@@ -12,16 +12,17 @@ from tinystory.config import PRETRAIN_PRESETS, InteractConfig, PretrainConfig, p
 from tinystory.data import babylm
 from tinystory.data.babylm import MILESTONES
 from tinystory.data.corpus import open_corpus
-from tinystory.data.shards import prepare
+from tinystory.data.shards import Dataset, prepare
+from tinystory.data.tokenizer import Tokenizer
 from tinystory.data.windows import Windows
 from tinystory.evaluate.validation import validate
-from tinystory.ops.compute import resolve
+from tinystory.ops.compute import Compute, resolve
 from tinystory.report.run import live_report
 from tinystory.rl.collapse import CollapseDetector
 from tinystory.run import distributed
 from tinystory.run.device import Download, Stop, peak_memory_mb, upload
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import RunLog, locked, read_metrics
+from tinystory.run.folder import Record, RunLog, locked, read_metrics
 from tinystory.run.paths import hint
 from tinystory.run.step_log import Progress, StepLog
 from tinystory.run.text import printable
@@ -80,6 +81,18 @@ def main(argv: list[str] | None = None) -> None:
         pretrain(config)
 
 
+def load_data(config: PretrainConfig) -> tuple[str, Dataset]:
+    """The corpus's fingerprint, and its tokens. Raises UserError for more of it than the preset allows."""
+    corpus = open_corpus(config.corpus, config.documents)
+    data = distributed.rank0_first(
+        lambda: prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
+    )
+    if config.preset in babylm.TRACKS:
+        last_step = config.batch_size * config.context
+        babylm.check_pretraining(config.preset, data.train.word_count, config.words, last_step)
+    return corpus.fingerprint(), data
+
+
 def pretrain(config: PretrainConfig) -> None:
     distributed.require_one_each("--batch-size", config.batch_size)
     run, rank0 = Path(config.out), distributed.is_rank0()
@@ -90,24 +103,18 @@ def pretrain(config: PretrainConfig) -> None:
         print(f"warning: {warning}")
     resume_from = distributed.rank0_value(lambda: checkpoint.newest_whole(run)) if config.resume else None
 
-    corpus = open_corpus(config.corpus, config.documents)
-    data = distributed.rank0_first(
-        lambda: prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
-    )
-    if config.preset in babylm.TRACKS:
-        last_step = config.batch_size * config.context
-        babylm.check_pretraining(config.preset, data.train.word_count, config.words, last_step)
+    fingerprint, data = load_data(config)
     tokenizer = data.tokenizer
     windows = Windows(data.train, config.context, config.batch_size, config.seed, config.packing)
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)
     torch.manual_seed(config.seed)
     student = to_device(Student(shape, config.weights_init), device)
     optimizer, names = make_optimizer(student, config, compute.dtype)
-    state = RunState(corpus.fingerprint())
+    state = RunState(fingerprint)
     if resume_from:
         checkpoint.restore(student, resume_from)
         tensors, state = checkpoint.load_trainer(resume_from, RunState)
-        if state.corpus != corpus.fingerprint():
+        if state.corpus != fingerprint:
             raise UserError(f"the corpus changed since {resume_from} was saved; start a new run with another --out")
         checkpoint.unpack_optimizer(optimizer, names, tensors)
 
@@ -178,11 +185,19 @@ def pretrain(config: PretrainConfig) -> None:
         steps.write(0)
         save(f"step_{state.step:07d}")
 
-    if not rank0:
-        return
-    if state.words < config.words:
+    if rank0:
+        report(config, student, tokenizer, compute, state.words, steps.metrics)
+
+
+def report(
+    config: PretrainConfig, student: Student, tokenizer: Tokenizer, compute: Compute, words: int, last: Record
+) -> None:
+    """Print how to go on with a run that was asked to stop, or a story by the student of another one and its
+    validation. last: the metrics of the last step; {} of a run that was finished before it was resumed."""
+    run = Path(config.out)
+    if words < config.words:
         resume = hint("train_pretrain.py", "--out", run, "--resume")
-        print(f"stopped after {state.words:,} words, all saved; go on with: {resume}")
+        print(f"stopped after {words:,} words, all saved; go on with: {resume}")
         return
     room = config.context - len(encode_opening(tokenizer, OPENING))
     if room > 0:
@@ -192,9 +207,8 @@ def pretrain(config: PretrainConfig) -> None:
                 temperature=InteractConfig.temperature, seed=config.seed,
             )  # fmt: skip
         print(f"\n{OPENING} {printable(story.text)}\n")
-    if steps.metrics:  # {} of a run that was finished before it was resumed
-        loss, bits = steps.metrics["val_loss"], steps.metrics["val_bits_per_byte"]
-        print(f"validation loss {loss:.3f} nats per token, {bits:.3f} bits per byte")
+    if last:
+        print(f"validation loss {last['val_loss']:.3f} nats per token, {last['val_bits_per_byte']:.3f} bits per byte")
     print(f"report: {run / 'report.html'}")
     print(f"next:   {hint('train_interact.py', '--init', checkpoint.newest(run))}")
 
