@@ -164,7 +164,7 @@ def test_slots_never_exceed_the_limit_and_are_never_lost():
                     most = max(most, sum(slots.taken for slots in each))
                     assert endpoint.slots.taken <= endpoint.slots.most
                     await asyncio.sleep(dice.random() / 500)
-                    endpoint.slots.refused() if dice.random() < 0.1 else endpoint.slots.answered()
+                    endpoint.slots.refused() if dice.random() < 0.1 else endpoint.slots.answered(0.1)
 
         tasks = [asyncio.create_task(story(i)) for i in range(200)]
         for _ in range(20):
@@ -210,14 +210,39 @@ def test_a_refused_round_halves_the_slots_and_an_answered_one_adds_one():
         slots.refused()
     assert slots.limit == 32
     for _ in range(32):
-        slots.answered()
+        slots.answered(0.1)
     assert slots.limit == pytest.approx(33, abs=0.02)
     for i in range(10_000):  # one in fifty, like occasional faults: no reason to slow down
-        slots.answered() if i % 50 else slots.refused()
+        slots.answered(0.1) if i % 50 else slots.refused()
     assert slots.limit > 63
     for _ in range(200):
         slots.refused()
     assert slots.limit == 1
+
+
+def test_the_timeout_follows_the_slowest_answers_and_doubles():
+    slots = Slots(40)
+    for _ in range(39):
+        slots.answered(1.0)
+        assert slots.timeout(100.0, 0) == 100.0  # not yet a full round
+    slots.answered(6.0)
+    assert [slots.timeout(100.0, timeouts) for timeouts in range(4)] == [18.0, 36.0, 72.0, 100.0]
+    for _ in range(80):
+        slots.answered(0.1)
+    assert slots.timeout(100.0, 0) == 10.0 and slots.timeout(3.0, 0) == 3.0
+    few = Slots(2)
+    for _ in range(31):
+        few.answered(0.1)
+        assert few.timeout(100.0, 0) == 100.0  # too few to know the slowest
+
+
+def test_a_request_that_is_long_overdue_is_retried(monkeypatch):
+    monkeypatch.setattr("tinystory.teacher.endpoint.SHORTEST_S", 0.3)
+    script = lambda story, n: "hang" if story == "Dog 99 ran." and n == 0 else "2 1 3"  # noqa: E731
+    with FaultServer(script) as server, Teacher(server.url, deadline_s=LONG_S) as teacher:
+        began = time.monotonic()
+        assert all(grade.scores for grade in teacher.grade("Once", [f"Dog {i} ran." for i in range(100)]))
+    assert server.seen["Dog 99 ran."] >= 2 and time.monotonic() - began < LONG_S / 3  # its own timeout
 
 
 def test_a_users_own_messages_reach_the_teacher_as_they_are_and_its_scores_count():

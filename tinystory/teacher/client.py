@@ -41,8 +41,9 @@ TOKENS_PER_WORD = 1.4  # English stories have 1.2 to 1.4 tokens per word under t
 class Teacher(Grader):
     """A client of the teacher at `urls`: one server or several, of one model.
 
-    A story's requests all end within `deadline_s` seconds of its first; the timeout of each is deadline_s / attempts.
-    If a reply holds no scores, the story is sent again with another seed, up to `attempts` times.
+    A story's requests all end within `deadline_s` seconds of its first; the timeout of each is deadline_s / attempts,
+    or less once the server's speed is known (see `Slots.timeout`). If a reply holds no scores, the story is sent again
+    with another seed, up to `attempts` times.
 
     A failure that a retry cannot fix (a refused key, an exhausted quota, an unknown model, a story too long for the
     model's context) raises UserError from whatever waits for a grade, and no further story is sent.
@@ -258,7 +259,7 @@ class Teacher(Grader):
             self._cache.put(self._probe_key(endpoint.url, endpoint.model), reply, again=True)
         endpoint.probe = probe
         if endpoint.model == HUMAN:  # who may stop for lunch
-            self.pool.deadline_s = PATIENCE_S
+            self.pool.deadline_s = endpoint.slots.shortest = PATIENCE_S
 
     def _kept_probe(self, endpoint: Endpoint) -> Probe | None:
         """The newest probe in the cache of this server, if it is asked now as it was then."""

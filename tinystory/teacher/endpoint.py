@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,8 @@ PIECE = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")  # a word, a number or another cha
 JSON_TOKENS = 12  # per criterion: a key, a colon, a digit, a comma and some whitespace
 LOGPROBS = {"logprobs": True, "top_logprobs": 10}  # servers allow up to 20, but the answer must fit LONGEST_ANSWER
 BUSY_COSTS = 0.5  # slots per refused request, so a round that is refused altogether halves the limit
+SLOWER, SHORTEST_S = 3.0, 10.0  # the timeout is this multiple of the slowest recent answer, and at least SHORTEST_S
+KNOWN = 32  # answers (and at least one full round) before the slowest answer is known well enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +91,26 @@ class Slots:
     def __init__(self, most: int):
         self.most, self.limit, self.taken = most, float(most), 0
         self.open = True  # whether the server is asked at all
+        self.shortest = SHORTEST_S
+        self._seconds: deque[float] = deque(maxlen=2 * max(most, KNOWN))  # durations of the last answers
 
     @property
     def free(self) -> bool:
         return self.open and self.taken < int(self.limit)
 
-    def answered(self) -> None:
+    def answered(self, seconds: float) -> None:
+        self._seconds.append(seconds)
         self.limit = min(self.limit + 1 / self.limit, self.most)
 
     def refused(self) -> None:
         self.limit = max(self.limit - BUSY_COSTS, 1.0)
+
+    def timeout(self, longest: float, timeouts: int) -> float:
+        """Seconds to wait for an answer: `longest`, or less once enough answers have come to know the slowest; doubled
+        after each of a story's `timeouts`, as TCP does (RFC 6298), in case the server has become slow."""
+        if len(self._seconds) < max(self.most, KNOWN):
+            return longest
+        return min(longest, max(SLOWER * max(self._seconds), self.shortest) * 2**timeouts)
 
 
 @dataclass(eq=False, repr=False)

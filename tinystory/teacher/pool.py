@@ -75,20 +75,22 @@ class ServerPool:
         Each request waits for a free slot, and a story that pauses holds none. exists: whether the server is known to
         exist; if not, one that gives no answer is given up at once.
         """
-        failures = 0
+        failures = timeouts = 0
         while True:
             async with self.slot(first=deadline is not None) as endpoint:
                 if self.fatal is not None:
                     raise self.fatal
-                deadline = deadline or time.monotonic() + self.deadline_s
-                timeout = min(max(deadline - time.monotonic(), 0.0), self.deadline_s / self.attempts)
+                start = time.monotonic()
+                deadline = deadline or start + self.deadline_s
+                timeout = endpoint.slots.timeout(self.deadline_s / self.attempts, timeouts)
                 try:
-                    answer = await asyncio.wait_for(request(endpoint), timeout)
-                    endpoint.slots.answered()
+                    answer = await asyncio.wait_for(request(endpoint), min(max(deadline - start, 0.0), timeout))
+                    endpoint.slots.answered(time.monotonic() - start)
                     endpoint.failures = endpoint.absences = 0
                     return answer, deadline
                 except asyncio.TimeoutError:  # the builtin TimeoutError only from Python 3.11 on
                     failure = Failure("takes too long to answer", again=True)
+                    timeouts += 1
                 except Failure as error:
                     failure = error
                 self.ledger.total["failures"] += 1
