@@ -8,8 +8,10 @@ import asyncio
 import concurrent.futures
 import hashlib
 import json
+import math
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 PROBE = "probe "  # begins the key of a probe in the cache
 HUMAN = "human"  # the model of a server behind which a human grades (scripts/teach.py)
 PATIENCE_S = 3 * 86_400.0  # with a human
+SILENCE_S = 60.0  # of waiting, after which it is said how far the teacher is
 STORY_WORDS = 80  # length of a story in a forecast
 TOKENS_PER_WORD = 1.4  # English stories have 1.2 to 1.4 tokens per word under the tokenizers of common models
 
@@ -144,9 +147,10 @@ class Teacher(Grader):
         price = self.ledger.price(tokens_in, tokens_out)
         cost = f", cost {price:.2f}" if price else ""
         minutes = stories / sum(self.concurrency / probe.seconds for probe in probes) / 60
+        duration = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(minutes, 1):.0f} min"
         return (
             f"{stories:,} stories, {tokens_in:,.0f} prompt tokens and {tokens_out:,.0f} reply tokens, "
-            f"{words:,} words for the student{cost}, about {minutes / 60:.2f} hours of grading"
+            f"{words:,} words for the student{cost}, about {duration} of grading"
         )
 
     def news(self) -> list[str]:
@@ -173,13 +177,17 @@ class Teacher(Grader):
         return grades
 
     def _wait(self, futures: Sequence["concurrent.futures.Future[Grade]"], stop: "Stop | None") -> list[Grade]:
-        waiting = set(futures)
+        waiting, silent_until = set(futures), time.monotonic() + SILENCE_S
         with tqdm(total=len(futures), desc="teacher", unit="story", leave=False, delay=2, disable=None) as bar:
             while waiting:
                 done, waiting = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_EXCEPTION)
                 bar.update(len(done))
                 for future in done:
                     future.result()  # a fatal failure (bad key, unknown model) ends the wait at once
+                if waiting and time.monotonic() > silent_until and self.model != HUMAN:
+                    silent_until = math.inf
+                    count = f"{len(futures) - len(waiting)} of {len(futures)}"
+                    tqdm.write(f"{self.model} has graded {count} stories so far: the server, or this machine, is busy")
                 if waiting and stop is not None and stop.requested:
                     for future in waiting:
                         future.cancel()
