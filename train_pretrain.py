@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     config: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, argv)
     distributed.start(config.device)
     with distributed.on_rank0(locked(Path(config.out), new=not config.resume)):
+        for warning in published_options(config):
+            print(f"warning: {warning}")
         pretrain(config)
 
 
@@ -99,8 +101,6 @@ def pretrain(config: PretrainConfig) -> None:
     compute = resolve(config.device, config.dtype)
     device = compute.device
     memory.require_for_pretraining(config, device)
-    for warning in published_options(config) if rank0 else ():
-        print(f"warning: {warning}")
     resume_from = distributed.rank0_value(lambda: checkpoint.newest_whole(run)) if config.resume else None
 
     fingerprint, data = load_data(config)
@@ -172,10 +172,8 @@ def pretrain(config: PretrainConfig) -> None:
                 peak_memory_mb=peak_memory_mb(device),
             )  # fmt: skip
 
-            if state.step % config.eval_every == 0 or state.words >= config.words:
-                steps.write(0, validation)
-            else:
-                steps.write(steps_ahead(device))
+            evaluates = state.step % config.eval_every == 0 or state.words >= config.words
+            steps.write(0 if evaluates else steps_ahead(device), validation if evaluates else None)
             if state.step % config.save_every == 0:
                 milestones.append(f"step_{state.step:07d}")
             for name in milestones:
