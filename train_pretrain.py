@@ -109,14 +109,14 @@ def pretrain(config: PretrainConfig) -> None:
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, tokenizer.vocab_size)
     torch.manual_seed(config.seed)
     student = to_device(Student(shape, config.weights_init), device)
-    optimizer, names = make_optimizer(student, config, compute.dtype)
+    optimizer = make_optimizer(student, config, compute.dtype)
     state = RunState(fingerprint)
     if resume_from:
         checkpoint.restore(student, resume_from)
         tensors, state = checkpoint.load_trainer(resume_from, RunState)
         if state.corpus != fingerprint:
             raise UserError(f"the corpus changed since {resume_from} was saved; start a new run with another --out")
-        checkpoint.unpack_optimizer(optimizer, names, tensors)
+        checkpoint.unpack_optimizer(optimizer, tensors)
 
     resume_step = state.step if config.resume else None
     log = distributed.rank0_first(lambda: RunLog(run, resume_step=resume_step, writes=rank0))
@@ -147,7 +147,7 @@ def pretrain(config: PretrainConfig) -> None:
         history = dict(words=state.words, tokens=state.tokens, corpus=config.corpus, corpus_words=data.train.word_count)
         # Which documents were held out, for --replay-weight.
         history |= dict(corpus_seed=config.seed, val_fraction=config.val_fraction, documents=config.documents)
-        tensors = checkpoint.pack_optimizer(optimizer, names)
+        tensors = checkpoint.pack_optimizer(optimizer)
         folder = run / "checkpoints" / name
         checkpoint.save(folder, student, tokenizer, history=history, state=tensors, counters=asdict(state))
         checkpoint.drop_older(folder)

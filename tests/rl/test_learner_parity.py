@@ -14,7 +14,7 @@ from test_ppo import policy, with_openings
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig
 from tinystory.rl import ppo
-from tinystory.rl.policy import make_optimizer
+from tinystory.rl.policy import SharpAdam
 from tinystory.student.model import Student, StudentConfig
 
 with safe_open(Path(__file__).with_name("trl_learners.safetensors"), "pt") as file:
@@ -38,7 +38,7 @@ def test_four_updates_of_each_learner_are_trls(learner, monkeypatch):
     config = InteractConfig(**INTERACT_PRESETS["paper"] | options | FACTS["settings"][learner])
     config.micro_batch_size = 5  # TRL has no micro-batches: they must not matter
     student, reference, differences = start(), start(), {}
-    optimizer, _ = make_optimizer(student, torch.nn.Module(), config)
+    optimizer = SharpAdam(student, torch.nn.Module(), config)
 
     def compare(name: str, got, want) -> None:
         differences[name] = max(differences.get(name, 0.0), float((torch.as_tensor(got) - want).abs().max()))

@@ -15,7 +15,7 @@ from test_ppo import policy, with_openings
 from tinystory import ops
 from tinystory.config import INTERACT_PRESETS, InteractConfig
 from tinystory.rl import learners, ppo
-from tinystory.rl.policy import make_optimizer
+from tinystory.rl.policy import SharpAdam
 from tinystory.student.model import Student, StudentConfig, ValueHead
 
 FILE = Path(__file__).with_name("trl_ppo.safetensors")
@@ -44,7 +44,7 @@ def test_four_updates_are_trls(setting, monkeypatch):
     config = InteractConfig(**options, micro_batch_size=5)  # TRL has no micro-batches: they must not matter
     student, head = load(tensors("start/"))
     reference, _ = load(tensors("start/"))
-    optimizer, _ = make_optimizer(student, head, config)
+    optimizer = SharpAdam(student, head, config)
     C, off, kl_coef = student.config.n_embd, {}, config.kl_coef
 
     def compare(name: str, got, want) -> None:

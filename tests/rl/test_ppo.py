@@ -10,7 +10,7 @@ import torch
 from tinystory.config import INTERACT_PRESETS, InteractConfig
 from tinystory.rl import learners, ppo
 from tinystory.rl.batch import Batch, collate
-from tinystory.rl.policy import Policy, SharpAdam, make_optimizer
+from tinystory.rl.policy import Policy, SharpAdam
 from tinystory.student.generate import Story, encode_opening
 from tinystory.student.model import ValueHead
 
@@ -28,7 +28,7 @@ def with_openings(openings, tokens, lengths) -> Batch:
 
 def policy(student, critic, optimizer, config) -> Policy:
     parts = dict(student=student, critic=critic, optimizer=optimizer, config=config)
-    return Policy(**parts, tokenizer=None, history={}, names=[])
+    return Policy(**parts, tokenizer=None, history={})
 
 
 def with_targets(batch, advantages=None, returns=None) -> Batch:
@@ -61,7 +61,9 @@ def test_sharpness_scales_all_logits_along_the_gradient(student):
     with torch.no_grad():
         before, h = student(tokens), 1e-3
         slope = (loss(math.exp(h)) - loss(math.exp(-h))) / (2 * h)
-    optimizer = SharpAdam(student.ln_f, student.parameters(), lr=0.0, rate=0.1, eps=1e-8)
+    optimizer = SharpAdam(
+        student, torch.nn.Module(), InteractConfig(learning_rate=0.0, sharpness_rate=0.1, adam_eps=1e-8)
+    )
     loss().backward()
     optimizer.step()
     moment = optimizer.state[optimizer.sharpness]["exp_avg"] / 0.1  # Adam's first moment after one step
@@ -78,7 +80,7 @@ def test_sharpness_changes_no_value_and_takes_no_slope_from_them(student):
 
     def stepped(value_coef):
         copied, copied_head = copy.deepcopy(student), copy.deepcopy(head)
-        optimizer, _ = make_optimizer(copied, copied_head, config)
+        optimizer = SharpAdam(copied, copied_head, config)
         hidden = copied.hidden(tokens)
         loss = torch.nn.functional.cross_entropy(copied.logits(hidden).flatten(0, 1), tokens.flatten())
         (loss + value_coef * copied_head(hidden).square().mean()).backward()
@@ -98,7 +100,9 @@ def test_without_sharpness_it_is_adam_bit_for_bit(student):
     trained = []
     for make in (
         lambda s: torch.optim.Adam(s.parameters(), lr=1e-3, eps=1e-6, fused=True),
-        lambda s: SharpAdam(s.ln_f, s.parameters(), lr=1e-3, rate=0.0, eps=1e-6),
+        lambda s: SharpAdam(
+            s, torch.nn.Module(), InteractConfig(learning_rate=1e-3, sharpness_rate=0.0, adam_eps=1e-6)
+        ),
     ):
         student = copy.deepcopy(start)
         optimizer = make(student)
@@ -292,7 +296,7 @@ def test_a_story_without_a_reward_has_no_part_in_a_step(student):
     batch.ref_logprobs, ends, stats = batch.logprobs - 0.1, [], []
     for rows, rewards in (([0, 1, 2], [1.0, None, 0.5]), ([0, 2], [1.0, 0.5])):
         copied, head = copy.deepcopy(student), ValueHead(student.config.n_embd)
-        learner = policy(copied, head, make_optimizer(copied, head, CONFIG)[0], CONFIG)
+        learner = policy(copied, head, SharpAdam(copied, head, CONFIG), CONFIG)
         stats.append(ppo.step(learner, batch.rows(rows), rewards, 0.2))
         ends.append(copied.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -325,7 +329,7 @@ def test_learning_moves_the_policy_towards_what_is_rewarded(student):
 def test_the_learning_rate_falls_linearly_over_all_updates_of_a_run(student, monkeypatch):
     config = dataclasses.replace(CONFIG, steps=2, epochs=2, minibatch_size=4, learning_rate=0.8, lr_decay=True)
     batch, head, rates = random_batch([3] * 7, student.config.vocab_size), ValueHead(student.config.n_embd), []
-    optimizer, _ = make_optimizer(student, head, config)
+    optimizer = SharpAdam(student, head, config)
     monkeypatch.setattr(optimizer, "step", lambda: rates.append(optimizer.param_groups[0]["lr"]))
     for steps in range(2):
         config = dataclasses.replace(config, max_ratio=1e9)

@@ -104,7 +104,7 @@ def test_the_optimizers_state_of_another_student_is_a_sentence(student):
     names = [name for name, _ in student.named_parameters()]
     state = {f"{key}.{name}": torch.zeros(3) for name in names for key in ("step", "exp_avg", "exp_avg_sq")}
     with pytest.raises(UserError, match="does not fit"):
-        checkpoint.unpack_optimizer(torch.optim.Adam(student.parameters()), names, state)
+        checkpoint.unpack_optimizer(torch.optim.Adam(student.named_parameters()), state)
 
 
 def test_optimizer_round_trip(student):
@@ -113,18 +113,17 @@ def test_optimizer_round_trip(student):
         for p in student.parameters():
             p.grad = torch.randn_like(p)
 
-    names = [name for name, _ in student.named_parameters()]
-    optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(student.named_parameters(), lr=1e-3)
     one(0)
     optimizer.step()
-    state = {k: v.clone() for k, v in checkpoint.pack_optimizer(optimizer, names).items()}
+    state = {k: v.clone() for k, v in checkpoint.pack_optimizer(optimizer).items()}
     before = {k: v.clone() for k, v in student.state_dict().items()}
     one(1)
     optimizer.step()
     after = {k: v.clone() for k, v in student.state_dict().items()}
     student.load_state_dict(before)
-    fresh = torch.optim.Adam(student.parameters(), lr=1e-3)
-    checkpoint.unpack_optimizer(fresh, names, state)
+    fresh = torch.optim.Adam(student.named_parameters(), lr=1e-3)
+    checkpoint.unpack_optimizer(fresh, state)
     one(1)
     fresh.step()
     assert all(torch.equal(after[k], v) for k, v in student.state_dict().items())
@@ -277,13 +276,12 @@ def test_no_harm_to_a_checkpoint_is_a_traceback(whole, tmp_path_factory, data):
         (folder / "manifest.json").unlink()
         write_manifest(folder)
     student = Student(StudentConfig(n_layer=1, n_head=1, n_embd=16, context=8, vocab_size=320))
-    optimizer = torch.optim.Adam(student.parameters())
-    names = [name for name, _ in student.named_parameters()]
+    optimizer = torch.optim.Adam(student.named_parameters())
     checkpoint.newest(run)
     with contextlib.suppress(UserError):
         folder = checkpoint.newest_whole(run)
         checkpoint.load(checkpoint.find(run))
         checkpoint.restore(student, folder)
         state, _ = checkpoint.load_trainer(folder, RunState)
-        checkpoint.unpack_optimizer(optimizer, names, state)
+        checkpoint.unpack_optimizer(optimizer, state)
         checkpoint.load_trainer(folder, RunState)

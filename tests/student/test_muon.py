@@ -80,7 +80,7 @@ def test_each_head_has_its_own_queries_keys_values_and_projection():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_its_matmuls_are_in_the_dtype_of_the_run(dtype):
-    optimizer, _ = make_optimizer(Student(SMALL), PretrainConfig(), dtype)
+    optimizer = make_optimizer(Student(SMALL), PretrainConfig(), dtype)
     assert optimizer.dtype == dtype
     matrix = torch.nn.Parameter(torch.zeros(16, 32))
     matrix.grad = torch.randn(16, 32)

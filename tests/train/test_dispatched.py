@@ -106,7 +106,7 @@ def update(student: Student, value_head: ValueHead | None, rows: int) -> None:
     config = InteractConfig(micro_batch_size=2, minibatch_size=0, epochs=1, lr_decay=False)
     parameters = [p for module in (student, value_head) if module for p in module.parameters()]
     parts = dict(student=student, critic=value_head, optimizer=torch.optim.SGD(parameters, lr=0.0), config=config)
-    parts |= dict(autocast=lambda: torch.autocast("cpu", BF16), tokenizer=None, history={}, names=[])
+    parts |= dict(autocast=lambda: torch.autocast("cpu", BF16), tokenizer=None, history={})
     ppo.update(Policy(**parts), written(rows))
 
 

@@ -1,13 +1,13 @@
 """The policy that learns, its optimizer, the state of its run, which a checkpoint holds, and its rollout."""
 
 import contextlib
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from tinystory.config import InteractConfig
@@ -44,7 +44,8 @@ class RunState:
 
 
 class SharpAdam(torch.optim.Adam):
-    """Adam with one more direction: s, the logarithm of a factor on all logits, with a learning rate of its own.
+    """Adam for student and critic, with one more direction: s, the logarithm of a factor on all logits, which has a
+    learning rate of its own.
 
     The correlation between a story's log-ratio along a direction and its reward bounds what a step along it can gain,
     and of 70 directions that scale a part of the student this is the only one that 256 stories tell from noise
@@ -53,14 +54,15 @@ class SharpAdam(torch.optim.Adam):
     the logits (a value head's), are divided by the same factor, so s changes no value.
     """
 
-    def __init__(
-        self, norm: nn.LayerNorm, parameters: Iterable[nn.Parameter], lr: float, rate: float, eps: float,
-        readers: Sequence[Tensor] = (),
-    ):  # fmt: skip
-        self.norm, self.readers = norm, readers
-        self.sharpness = nn.Parameter(torch.zeros((), device=norm.weight.device))
-        groups = [dict(params=list(parameters), lr=lr), dict(params=[self.sharpness], lr=rate)]
-        super().__init__([group | {"initial_lr": group["lr"]} for group in groups], eps=eps, fused=True)
+    def __init__(self, student: Student, critic: nn.Module, config: InteractConfig):
+        self.norm, self.sharpness = student.ln_f, nn.Parameter(torch.zeros((), device=student.ln_f.weight.device))
+        self.readers = [critic.linear.weight] if isinstance(critic, ValueHead) else []
+        named = [*student.named_parameters(), *((f"critic.{name}", p) for name, p in critic.named_parameters())]
+        groups: list[dict[str, Any]] = [
+            dict(params=named, lr=config.learning_rate),
+            dict(params=[("sharpness", self.sharpness)], lr=config.sharpness_rate),
+        ]
+        super().__init__([group | {"initial_lr": group["lr"]} for group in groups], eps=config.adam_eps, fused=True)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody passes a closure
@@ -76,20 +78,11 @@ class SharpAdam(torch.optim.Adam):
         self.sharpness.zero_()
 
 
-def make_optimizer(student: Student, critic: nn.Module, config: InteractConfig) -> tuple[SharpAdam, list[str]]:
-    """The optimizer of student and critic, and its parameters' names, in order."""
-    parameters = dict(student.named_parameters()) | {f"critic.{name}": p for name, p in critic.named_parameters()}
-    readers = [critic.linear.weight] if isinstance(critic, ValueHead) else []
-    rates = config.learning_rate, config.sharpness_rate
-    optimizer = SharpAdam(student.ln_f, parameters.values(), *rates, config.adam_eps, readers)
-    return optimizer, [*parameters, "sharpness"]
-
-
 @dataclass(kw_only=True)
 class Policy:
     """What learns. critic: an empty module for learners without values. autocast: the context of the forward passes,
     and of them alone: inside it the backward pass would round the value head's float32 gradient. history: the student's
-    history, for model.json; names: of the optimizer's parameters, in order."""
+    history, for model.json."""
 
     student: Student
     critic: nn.Module
@@ -98,7 +91,6 @@ class Policy:
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     tokenizer: Tokenizer
     history: dict[str, Any]
-    names: list[str]
     score_model: ScoreModel = field(default_factory=ScoreModel)  # with --graded
 
     def __post_init__(self) -> None:
@@ -110,7 +102,7 @@ class Policy:
             return
         words = dict(interaction_words_in=state.words_in, interaction_words_out=state.words_out)
         lifetime = {name: self.history.get(name, 0) + count for name, count in words.items()} if state.step else {}
-        tensors = checkpoint.pack_optimizer(self.optimizer, self.names)
+        tensors = checkpoint.pack_optimizer(self.optimizer)
         tensors |= {f"critic.{name}": tensor for name, tensor in self.critic.state_dict().items()}
         tensors |= self.score_model.tensors()
         checkpoint.save(
@@ -125,7 +117,7 @@ class Policy:
         tensors, state = checkpoint.load_trainer(folder, RunState)
         checkpoint.restore_module(self.critic, "critic", tensors)
         self.score_model.restore(tensors)
-        checkpoint.unpack_optimizer(self.optimizer, self.names, tensors)
+        checkpoint.unpack_optimizer(self.optimizer, tensors)
         return state
 
 
@@ -134,10 +126,9 @@ def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Polic
     student, tokenizer, history = checkpoint.load(folder, compute.device)
     critic_class = LEARNERS[config.learner].critic
     critic = (critic_class(student.config.n_embd) if critic_class else nn.Module()).to(compute.device)
-    optimizer, names = make_optimizer(student, critic, config)
     return Policy(
-        student=student, critic=critic, optimizer=optimizer, config=config, autocast=compute.autocast,
-        tokenizer=tokenizer, history=history, names=names,
+        student=student, critic=critic, optimizer=SharpAdam(student, critic, config), config=config,
+        autocast=compute.autocast, tokenizer=tokenizer, history=history,
     )  # fmt: skip
 
 

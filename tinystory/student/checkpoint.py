@@ -204,17 +204,22 @@ def drop_older(folder: Path) -> None:
         raise cannot_write(folder.parent, error) from error
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The state of AdamW or MuonAdamW as named tensors. names: of its parameters, in order."""
+def _names(optimizer: torch.optim.Optimizer) -> list[str]:
+    return [name for group in optimizer.param_groups for name in group["param_names"]]
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of AdamW or MuonAdamW, made from named parameters, as named tensors."""
+    names = _names(optimizer)
     entries = optimizer.state_dict()["state"].items()
     return {f"{key}.{names[i]}": value for i, entry in entries for key, value in entry.items()}
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], state: dict[str, Tensor]) -> None:
+def unpack_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
     """The inverse of `pack_optimizer`; other tensors in `state` are ignored. Raises UserError if one does not fit."""
     entries: dict[int, dict[str, Tensor]] = {}
     parameters = ((p, group) for group in optimizer.param_groups for p in group["params"])
-    for i, (name, (p, group)) in enumerate(zip(names, parameters, strict=True)):
+    for i, (name, (p, group)) in enumerate(zip(_names(optimizer), parameters, strict=True)):
         keys = ("step", "momentum") if "muon" in group else ("step", "exp_avg", "exp_avg_sq")
         if f"step.{name}" in state:  # there is none before the first step
             shapes = {key: () if key == "step" else p.shape for key in keys}

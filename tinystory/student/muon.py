@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MOMENTUM = 0.95
 # Composed, these odd quintics take singular values of 0.01 to 1 to within 0.27 of 1. Each is the minimax approximation
@@ -26,7 +26,7 @@ class MuonAdamW(torch.optim.AdamW):
     dtype: of Muon's matmuls."""
 
     def __init__(
-        self, matrices: Iterable[nn.Parameter], others: list[dict[str, Any]], *, heads: int, dtype: torch.dtype,
+        self, matrices: Iterable[Any], others: list[dict[str, Any]], *, heads: int, dtype: torch.dtype,
         **options: Any,
     ):  # fmt: skip
         super().__init__([dict(params=list(matrices), weight_decay=0.0, muon=True), *others], **options)

@@ -9,10 +9,8 @@ from tinystory.student.model import Student
 from tinystory.student.muon import MuonAdamW
 
 
-def make_optimizer(
-    student: Student, config: PretrainConfig, dtype: torch.dtype
-) -> tuple[torch.optim.Optimizer, list[str]]:
-    """The optimizer and its parameters' names, in order: matrices, which have weight decay, then vectors. With
+def make_optimizer(student: Student, config: PretrainConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
+    """The optimizer, which knows its parameters' names: matrices, which have weight decay, then vectors. With
     --optimizer muon the blocks' matrices come first, and AdamW keeps the embeddings and the vectors. dtype: of Muon's
     matmuls."""
     parameters = dict(student.named_parameters())
@@ -21,16 +19,15 @@ def make_optimizer(
     matrices = {name: p for name, p in parameters.items() if p.dim() >= 2 and name not in blocks}
     vectors = {name: p for name, p in parameters.items() if p.dim() < 2}
     groups = [
-        dict(params=list(matrices.values()), weight_decay=config.weight_decay),
-        dict(params=list(vectors.values()), weight_decay=0.0),
+        dict(params=list(matrices.items()), weight_decay=config.weight_decay),
+        dict(params=list(vectors.items()), weight_decay=0.0),
     ]
     options: dict[str, Any] = dict(
         lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
-    names = [*blocks, *matrices, *vectors]
     if not blocks:
-        return torch.optim.AdamW(groups, **options), names
-    return MuonAdamW(blocks.values(), groups, heads=student.config.n_head, dtype=dtype, **options), names
+        return torch.optim.AdamW(groups, **options)
+    return MuonAdamW(blocks.items(), groups, heads=student.config.n_head, dtype=dtype, **options)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, words: int) -> float:

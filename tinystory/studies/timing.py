@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from tinystory.config import INTERACT_PRESETS, InteractConfig, PretrainConfig
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.ops.compute import Compute
-from tinystory.rl import policy as rl_policy
 from tinystory.rl import ppo
 from tinystory.rl.batch import collate
-from tinystory.rl.policy import Policy
+from tinystory.rl.policy import Policy, SharpAdam
 from tinystory.run.device import now
 from tinystory.student.generate import Story, generate
 from tinystory.student.model import Student, StudentConfig, ValueHead
@@ -61,7 +60,7 @@ def pretrain_step(setup: Setup, optimizer: str = PretrainConfig.optimizer) -> Ru
     config, device = setup.config, setup.compute.device
     options = PretrainConfig(batch_size=setup.batch, optimizer=optimizer)
     student = Student(config).to(device)
-    optim, _ = make_optimizer(student, options, setup.compute.dtype)
+    optim = make_optimizer(student, options, setup.compute.dtype)
     batch = torch.randint(0, config.vocab_size, (setup.batch, config.context + 1), device=device)
     tokens = setup.batch * config.context
 
@@ -105,10 +104,9 @@ def ppo_iteration(setup: Setup) -> Run:
     tokenizer = RandomTokenizer(config.vocab_size)
     reference = Student(config).to(device).requires_grad_(False)
     reference.load_state_dict(student.state_dict())
-    optimizer, names = rl_policy.make_optimizer(student, head, options)
     policy = Policy(
-        student=student, critic=head, optimizer=optimizer, config=options, autocast=setup.compute.autocast,
-        tokenizer=tokenizer, history={}, names=names,
+        student=student, critic=head, optimizer=SharpAdam(student, head, options), config=options,
+        autocast=setup.compute.autocast, tokenizer=tokenizer, history={},
     )  # fmt: skip
     rewards = [0.5] * setup.batch
 
