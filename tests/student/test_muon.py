@@ -44,7 +44,13 @@ def test_a_matrix_without_a_gradient_stays():
 
 
 def optimizer_of(matrices, vector, dtype=torch.float32):
-    return MuonAdamW(matrices, [dict(params=[vector], weight_decay=0.0)], heads=2, dtype=dtype, lr=0.01)
+    return MuonAdamW(
+        [(f"a{i}", p) for i, p in enumerate(matrices)],
+        [dict(params=[("b", vector)], weight_decay=0.0)],
+        heads=2,
+        dtype=dtype,
+        lr=0.01,
+    )
 
 
 def test_a_step_is_muons_for_matrices_and_adamws_for_the_rest():
@@ -121,9 +127,9 @@ def test_its_state_is_saved_and_continued():
     steps(whole, parameters, grads)
     first = optimizer_of(copies[:1], copies[1])
     steps(first, copies, grads[:2])
-    state = {k: v.clone() for k, v in checkpoint.pack_optimizer(first, ["a", "b"]).items()}
-    assert {"step.a", "momentum.a", "exp_avg.b", "exp_avg_sq.b", "step.b"} == set(state)
+    state = {k: v.clone() for k, v in checkpoint.pack_optimizer(first).items()}
+    assert {"step.a0", "momentum.a0", "exp_avg.b", "exp_avg_sq.b", "step.b"} == set(state)
     second = optimizer_of(copies[:1], copies[1])
-    checkpoint.unpack_optimizer(second, ["a", "b"], state)
+    checkpoint.unpack_optimizer(second, state)
     steps(second, copies, grads[2:])
     assert all(torch.equal(a, b) for a, b in zip(parameters, copies, strict=True))
