@@ -10,6 +10,7 @@ which would then have the device; so that is never a process of the tests.
 import hashlib
 import importlib.metadata
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -49,11 +50,14 @@ def main(name: str, folder: Path) -> None:
 
     from tinystory.ops.build import locked
 
+    compiler, *flags = shlex.split(os.environ.get("CXX", "c++"))  # torch takes CXX as one word
     os.environ |= {
+        "CXX": compiler,
         "PATH": f"{ninja.BIN_DIR}:{os.environ.get('PATH', os.defpath)}",
         "TORCH_DONT_CHECK_COMPILER_ABI": "1",
     }
-    sources, flags, include = [HERE / "device.cpp"], ["-std=c++20", "-O1", "-w"], []
+    sources, include = [HERE / "device.cpp"], []
+    flags += ["-std=c++20", "-O1", "-w"]
     with locked(folder):
         if (folder / "whole").exists():
             return
