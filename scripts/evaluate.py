@@ -251,12 +251,8 @@ def name_of(folder: Path) -> str:
 
 def open_teacher(options: argparse.Namespace, stack: contextlib.ExitStack) -> GradeStories:
     """A teacher for as long as the stack lasts."""
-    config = InteractConfig(
-        teacher_url=options.teacher_url,
-        teacher_model=options.teacher_model,
-        teacher_concurrency=options.teacher_concurrency,
-        seed=options.seed,
-    )
+    names = ("teacher_url", "teacher_model", "teacher_concurrency", "seed")
+    config = InteractConfig(**{name: getattr(options, name) for name in names})
     grader = stack.enter_context(open_grader(config, builtin_teacher, corpus=options.corpus or ["builtin"]))
     return lambda stories: [grade.scores for grade in grader.grade_each(stories)]
 
