@@ -19,7 +19,7 @@ SIGNS = (
     ("collapse", "length_mean", "the stories shrink", 0.5),
     ("collapse", "entropy", "the stories' entropy collapses", 0.35),
     ("collapse", "reward_std", "all stories have the same reward", 0.1),
-    ("loss", "loss", "the loss explodes", 1.5),
+    ("loss", "loss", "the loss explodes", 2.2),  # batches of dull text and of stories differ by 1.9 (demo, 5 seeds)
     ("loss", "value_loss", "the value loss explodes", 10),
     ("loss", "grad_norm", "the gradient explodes", 10),
 )
