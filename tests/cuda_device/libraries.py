@@ -37,11 +37,11 @@ def library(name: str, files: list[Path]) -> Path:
 
     versions = [sys.version, importlib.metadata.version("torch"), os.environ.get("CXX", "c++")]
     digest = hashlib.sha256("\0".join(versions).encode() + b"".join(file.read_bytes() for file in files)).hexdigest()
-    made = cache_dir().absolute() / "kernels" / f"{name}-{digest[:16]}"
-    if not (made / "whole").exists():
-        made.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, __file__, name, str(made)], check=True)
-    return made / f"{name}.so"
+    folder = cache_dir().absolute() / "kernels" / f"{name}-{digest[:16]}"
+    if not (folder / "whole").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, __file__, name, str(folder)], check=True)
+    return folder / f"{name}.so"
 
 
 def main(name: str, folder: Path) -> None:

@@ -125,8 +125,8 @@ class Machine:
         for verb, others in (("written", writes), ("read", reads)) if write else (("written", writes),):
             for other, times in others.items():
                 if other != stream and int(times[at].max()) > clock.get(other, 0):
-                    mine = "writes" if write else "reads"
-                    self.problem(f"stream {stream} {mine} what stream {other} has {verb}, without waiting for it")
+                    access = "writes" if write else "reads"
+                    self.problem(f"stream {stream} {access} what stream {other} has {verb}, without waiting for it")
         times = (writes if write else reads).setdefault(stream, np.zeros(size // CELL, dtype=np.int32))
         times[at] = clock[stream]
 

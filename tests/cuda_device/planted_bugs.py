@@ -79,10 +79,10 @@ def run(root: Path, command: str, work: Path, device: str) -> Outcome:
         if (file := work / "out" / name).exists():
             results += [record.get(key) for record in map(json.loads, file.read_text().splitlines())]
     errors = [x for x in done.stderr.splitlines() if re.match(r"^\S*(Error|Problem|error)\b", x)]
-    made = json.loads(counts.read_text()) if counts.exists() else {}
-    costs = dict(captures=made.get("captures", 0), reserved=made.get("reserved", 0))
-    costs["launches"] = sum(made.get("launches", {}).values())
-    for kind, where, n in made.get("waits", ()):
+    counted = json.loads(counts.read_text()) if counts.exists() else {}
+    costs = dict(captures=counted.get("captures", 0), reserved=counted.get("reserved", 0))
+    costs["launches"] = sum(counted.get("launches", {}).values())
+    for kind, where, n in counted.get("waits", ()):
         key = f"{kind} in {re.sub(r':[0-9]+', '', where)}"
         costs[key] = costs.get(key, 0) + n
     return Outcome(done.returncode, (errors or [""])[-1], results, costs)

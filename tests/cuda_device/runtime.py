@@ -137,10 +137,10 @@ class CUDAGraph:
         for kernel, (args, kwargs), outputs, accesses in self.kernels:
             for x, write, index in [*accesses, *((x, True, None) for x in outputs)]:
                 machine.access(x, write, clock, index)
-            made = [x for x in pytree.tree_leaves(kernel(*args, **kwargs)) if isinstance(x, Tensor)]
-            if len(made) != len(outputs):  # some are arguments, written in place
-                made = [x for x in made if not any(x is a for a in pytree.tree_leaves((args, kwargs)))]
-            for output, x in zip(outputs, made, strict=True) if outputs else ():
+            results = [x for x in pytree.tree_leaves(kernel(*args, **kwargs)) if isinstance(x, Tensor)]
+            if len(results) != len(outputs):  # some are arguments, written in place
+                results = [x for x in results if not any(x is a for a in pytree.tree_leaves((args, kwargs)))]
+            for output, x in zip(outputs, results, strict=True) if outputs else ():
                 output.copy_(x)
 
     def reset(self) -> None:
