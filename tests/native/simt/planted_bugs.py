@@ -79,7 +79,7 @@ BUGS = [
     Bug("decode: more than the two appended", DECODE, "if (split == 0 && group < 2)", "if (group <= 2)", "decode"),
     Bug("decode: the cache is read P keys late", DECODE, "cache + 2 * (j - P)", "cache + 2 * j", "decode"),
     Bug("decode: a length is not checked", DECODE, "length < p.T,", "length <= p.T,", "assertions"),
-    Bug("logits: the last of a row is not written", ROWS, "if (v + i < V) row", "if (v + i + 1 < V) row", "logprob"),
+    Bug("logits: the last gradient is not written", LOGPROB, "if (v + i < p.V)", "if (v + i + 1 < p.V)", "logprob"),
     Bug("logits: a row is read past its end", ROWS, "v + i < V ? to_float", "true ? to_float", "logprob"),
     Bug("layer_norm: rows past the end are read", NORM, " && row < p.x.rows;", ";", "norm"),
     # Where things lie.
