@@ -195,7 +195,7 @@ def test_the_page_fits_and_looks_right(browser, tmp_path, width, scheme):
         if folder := os.environ.get("SCREENSHOTS"):
             page.screenshot(path=f"{folder}/teach_{width}_{scheme}.png", full_page=True)
         page.keyboard.press("p")
-        page.wait_for_function("document.getElementById('resting').textContent.includes('Paused')")
+        page.locator("#resting", has_text="Paused").wait_for(state="attached")  # by no eval, which the page forbids
     finally:
         context.close()
         for process in (client, server):
