@@ -62,7 +62,7 @@ for name in sys.argv[2:]:
 
 @pytest.mark.parametrize(
     "variables, spins",
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
 )
 def test_openmps_threads_spin_little_unless_the_user_says_how(variables, spins):
     """Whatever is set is set before torch is imported, which reads it."""
