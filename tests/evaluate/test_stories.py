@@ -1,12 +1,14 @@
 """Statistics of stories: n-grams, story clusters, scores, what is copied; and files of stories by anybody."""
 
 import json
+import sys
 from collections import Counter
 
 import pytest
 from conftest import tiny_stories
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from tinystory.data.corpus import open_corpus
 from tinystory.evaluate.samples import Sample, read_samples
@@ -18,6 +20,7 @@ from tinystory.evaluate.stories import (
 )
 from tinystory.rl.reward import cluster_ids, cluster_sizes, phrases
 from tinystory.run.errors import UserError
+from tinystory.student import generate
 
 
 def test_distinct_ngrams_tell_collapse():
@@ -97,6 +100,14 @@ def test_story_measures(student, tokenizer, tmp_path):
     nineteen = write_stories(student, tokenizer, **sampling | {"n_stories": 19})  # ten to the first, nine
     ten = story_measures(nineteen, grade=grade)
     assert 1 <= ten["story_clusters_10"] <= 10
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_counts_the_stories_on_a_terminal_alone(student, tokenizer, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(generate, "tqdm", lambda **options: tqdm(**options | dict(delay=0, mininterval=0)))
+    write_stories(student, tokenizer, openings=["Tom"], n_stories=5, max_new_tokens=3, temperature=1.0, seed=0)
+    assert ("stories: 100%" in capsys.readouterr().err) == terminal
 
 
 # ---- stories by anybody ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -391,6 +392,19 @@ def test_mistakes_are_told_in_one_sentence(place, tmp_path, capsys, monkeypatch)
     ]:
         assert words in fails(interact.main, [*argv, "--out", out], capsys)
     assert not Path(out).exists() or not list(Path(out).iterdir()), "nothing half-written"
+
+
+def test_without_init_the_newest_pretraining_that_has_ended_is_taken(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("runs/old", "runs/demo/pretrain", "runs/stopped", "runs/damaged")):
+        folder = Path(shutil.copytree(place / "p", name))
+        for path in folder.iterdir():
+            os.utime(path, (1000 + i, 1000 + i))
+    config = Path("runs/stopped/config.json")
+    config.write_text(config.read_text().replace('"words": 2500', '"words": 2501000'))
+    Path("runs/damaged/config.json").write_text("{}")
+    assert interact.starting_checkpoint("").parts[:3] == ("runs", "demo", "pretrain")
+    assert capsys.readouterr().err == "the newest finished pretraining: runs/demo/pretrain\n"
 
 
 def test_resuming_a_changed_corpus_is_refused(place, tmp_path, capsys):

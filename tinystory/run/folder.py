@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from tinystory import __version__
 from tinystory.run.errors import UserError, cannot_write
 from tinystory.run.journal import Journal
-from tinystory.run.paths import ROOT
+from tinystory.run.paths import ROOT, hint
 from tinystory.run.track import Tracker
 
 Record: TypeAlias = dict[str, Any]  # one JSON object
@@ -220,9 +220,13 @@ class RunLog(contextlib.ExitStack):
         """Append the record of one step, and return it: floats keep 7 digits, and NaN and infinity become null."""
         record = plain({"step": step} | values)
         self._append(METRICS, [record])
-        if self._tracker is not None and step > self._last_step:
-            self._tracker.metrics(record)
+        self.track(record)
         return record
+
+    def track(self, record: Record) -> None:
+        """Send a step's numbers to the tracker alone, such as an evaluation's before the first step."""
+        if self._tracker is not None and record["step"] > self._last_step:
+            self._tracker.metrics(record)
 
     def stories(self, records: Sequence[Record]) -> None:
         """Append one record per story: step, index, opening, story, reply, scores, reward, words, ended."""
@@ -352,14 +356,16 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CONFIG, METRICS, STORIES, SAMPLES, "checkpoints"))
 
 
-def newest_run() -> Path:
-    """The run under runs/ that was written to last, for a command that names none. Raises UserError without any."""
+def newest_run(kind: str = "run", accepts: Callable[[Path], bool] = Path.exists) -> Path:
+    """The run of this kind under runs/ that was written to last, for a command that names none. Raises UserError if
+    `accepts` is false of all."""
     configs = Path("runs").glob(f"**/{CONFIG}")
     runs = [path.parent for path in configs if not (path.parent / "model.safetensors").exists()]  # that is an export
-    if not runs:
-        raise UserError("there is no run under runs/: give the folder of one, or begin one with train_pretrain.py")
-    run = max(runs, key=lambda folder: max(path.stat().st_mtime for path in folder.iterdir()))
-    print(f"the newest run: {run}", file=sys.stderr)
+    runs.sort(key=lambda folder: max(path.stat().st_mtime for path in folder.iterdir()), reverse=True)
+    if (run := next(filter(accepts, runs), None)) is None:
+        first = hint("train_pretrain.py")
+        raise UserError(f"there is no {kind} under runs/: give the folder of one, or begin one: {first}")
+    print(f"the newest {kind}: {run}", file=sys.stderr)
     return run
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from tinystory import ops
 from tinystory.data.tokenizer import Tokenizer
@@ -79,8 +80,9 @@ def generate(
     """One story per opening, in order, with the indices first_index, first_index + 1, ...
 
     The stories of one opening that are decoded together share one pass over it. Each story is handed to `on_story` as
-    soon as it ends. A temperature below 1e-6 means greedy decoding; dropout: see `DropoutDecoder`. Matmuls and the KV
-    cache have autocast's dtype. Raises UserError when an opening and its story do not fit the context.
+    soon as it ends; without it, a bar counts them on a terminal. A temperature below 1e-6 means greedy decoding;
+    dropout: see `DropoutDecoder`. Matmuls and the KV cache have autocast's dtype. Raises UserError when an opening and
+    its story do not fit the context.
     """
     if temperature < 1e-6:
         temperature, top_k = 1.0, 1
@@ -96,7 +98,9 @@ def generate(
     elif engine_runs(device, dtype):  # it begins new stories in place of those that end
         kind, size = EngineDecoder, len(openings)
     stories: dict[int, Story] = {}
-    with student.lowered(dtype):
+    silent = True if on_story else None  # None: on what is no terminal
+    bar = tqdm(total=len(openings), desc="stories", unit="story", leave=False, delay=2, disable=silent)
+    with student.lowered(dtype), bar:
         decoder: Decoder = kind(student, value_head, sampling)
         for first in range(0, len(openings), size):
             texts = openings[first : first + size]
@@ -109,6 +113,7 @@ def generate(
                     story = stories[first + row] = Story(index, opening, text, prompts[opening], *columns, ended)
                     if on_story:
                         on_story(story)
+                    bar.update()
     return [stories[row] for row in range(len(openings))]
 
 
