@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tinystory.report.run import RANDOM, UNSCORED, Digest, live_report, remaining, write_report
+from tinystory.report.run import RANDOM, UNSCORED, digest, drawn, live_report, remaining, write_report
 from tinystory.run.errors import UserError
 from tinystory.run.folder import RunLog
 
@@ -177,7 +177,7 @@ def test_a_long_run_is_streamed():
             most = max(most, len(alive))
             yield record
 
-    Digest(stories())
+    digest(stories())
     # The first step and the last one are kept whole; there are ten stories per step.
     assert most <= UNSCORED + 2 * 10 + 10
 
@@ -198,18 +198,18 @@ def test_the_page_shows_collapse(tmp_path):
     assert "Step 2: 2 clusters in 8 stories, the largest of 7" in page.text
     widths = [value for name, value in page.attributes if name == "style" and "flex-grow: 7" in (value or "")]
     assert widths == ["flex-grow: 7"]
-    drawn = page.text.split("Samples of the last step")[1]
-    assert drawn.count("named Peanut") >= RANDOM - 1
+    samples = page.text.split("Samples of the last step")[1]
+    assert samples.count("named Peanut") >= RANDOM - 1
     first = path.read_bytes()
     assert write_report(tmp_path).read_bytes() == first
 
 
 def test_stories_at_random_do_not_depend_on_their_reward():
-    drawn = []
+    indices = []
     for step in range(300):
-        drawn += [each["index"] for each in Digest([story(step, i, reward=i / 40) for i in range(40)]).random]
-    assert len(drawn) == 300 * RANDOM
-    assert abs(np.mean(drawn) - 19.5) < 1.5  # the standard error of the mean is 0.3
+        indices += [each["index"] for each in drawn([story(step, i, reward=i / 40) for i in range(40)])]
+    assert len(indices) == 300 * RANDOM
+    assert abs(np.mean(indices) - 19.5) < 1.5  # the standard error of the mean is 0.3
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 7, 9, 400])

@@ -6,26 +6,22 @@ dark backgrounds. `standalone` turns a chart into the text of an .svg file.
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-Span: TypeAlias = tuple[float, float]  # low and high end of an axis; or a point, x and y
+Span: TypeAlias = tuple[float, float]  # low and high end of an axis
 Size: TypeAlias = tuple[int, int]  # width and height in pixels
+ToPixels: TypeAlias = Callable[[ArrayLike], Any]
 
 POINTS = 60  # points per curve: a step of a long run is noise
 SIZE = (340, 210)  # unless stated otherwise
 LEFT, RIGHT, TOP, BOTTOM = 44, 50, 30, 34  # margins around the plotting area
 
-# Colours by role: (on a light background, on a dark one).
-CRITERION_COLOURS = {
-    "readability": ("#2366ab", "#74aef0"),
-    "coherence": ("#b35a00", "#f0a35c"),
-    "creativity": ("#8440b5", "#c794ee"),
-}
+# Colours by role or criterion: (on a light background, on a dark one).
 COLOURS = {
     "ink": ("#26231e", "#e8e4dc"),
     "muted": ("#77716a", "#9c968c"),
@@ -33,7 +29,9 @@ COLOURS = {
     "grey": ("#cfc9be", "#57534b"),
     "paper": ("#fcfbf8", "#1a1917"),
     "reward": ("#0b7a6b", "#4fc3ae"),
-    **CRITERION_COLOURS,
+    "readability": ("#2366ab", "#74aef0"),
+    "coherence": ("#b35a00", "#f0a35c"),
+    "creativity": ("#8440b5", "#c794ee"),
     "plain": ("#5b6470", "#a7b0bd"),
 }
 
@@ -67,24 +65,18 @@ class Line:
     name: str = ""
     errors: Sequence[float | None] = ()
 
-    def points(self) -> tuple[np.ndarray, np.ndarray]:
-        """The points that have both coordinates, as float64 (n,) and (n,)."""
-        pairs = [(x, y) for x, y in zip(self.x, self.y, strict=True) if x is not None and y is not None]
-        x, y = np.array(pairs, dtype=float).reshape(-1, 2).T
-        return x, y
+    def points(self) -> np.ndarray:
+        """x, y and error of the points that have both coordinates, nan for no error: float64 (3, n)."""
+        table = np.array([self.x, self.y, self.errors or [None] * len(self.y)], dtype=float)
+        return table[:, ~np.isnan(table[:2]).any(0)]
 
-    def bars(self) -> np.ndarray:
-        """The error bars as rows of x, low end, high end: float64 (n, 3)."""
-        rows = zip(self.x, self.y, self.errors, strict=True) if self.errors else ()
-        bars = [(x, y - e, y + e) for x, y, e in rows if x is not None and y is not None and e is not None]
-        return np.array(bars).reshape(-1, 3)
-
-    def curves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """x and y of the points to draw, and y values that the axis must show."""
-        along, values = self.points()
+        along, values, errors = self.points()
         x, y = thin(along), thin(values)
         if len(y) < 8:
-            return x, y, np.concatenate([y, self.bars()[:, 1:].ravel()])
+            ends = np.concatenate([values - errors, values + errors])
+            return x, y, np.concatenate([y, ends[~np.isnan(ends)]])
         # The axis shows the central 98 % of the values and hardly more: a single outlier would flatten the rest.
         low, high = np.quantile(values, [0.01, 0.99])
         return x, y, np.clip(y, 2 * low - high, 2 * high - low)
@@ -141,53 +133,6 @@ def number(value: float | None) -> str:
     return f"{value:.3g}"
 
 
-class Axes:
-    """The frame of a chart: its grid and tick labels as SVG in `parts`, to which the caller adds curves. x() and
-    y() map data to pixels."""
-
-    def __init__(
-        self, title: str, size: Size, x: Span, y: Span, x_ticks: Sequence[float], x_name: str, right: int, log_x: bool
-    ):
-        self.title, self.size, self.log_x = title, size, log_x
-        self.x_range, self.y_range = x, y
-        self.end, self.bottom = size[0] - right, size[1] - BOTTOM
-        y_ticks = ticks(*y)
-        self.parts: list[str] = []
-        for tick, name in zip(y_ticks, tick_names(y_ticks), strict=True):
-            down = self.y(tick)
-            self.parts.append(f'<path class="grid" d="M{LEFT},{down:.1f}H{self.end}"/>')
-            self.parts.append(f'<text x="{LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{name}</text>')
-        for tick in x_ticks:
-            place = f'x="{self.x(tick):.1f}" y="{self.bottom + 16}"'
-            self.parts.append(f'<text {place} text-anchor="middle">{number(tick)}</text>')
-        self.parts.append(f'<text x="{self.end}" y="{size[1] - 3}" text-anchor="end">{html.escape(x_name)}</text>')
-
-    def x(self, values: ArrayLike) -> Any:
-        scale = np.log10 if self.log_x else np.asarray
-        low, high = (scale(end) for end in self.x_range)
-        return LEFT + (scale(values) - low) / (high - low) * (self.end - LEFT)
-
-    def y(self, values: ArrayLike) -> Any:
-        low, high = self.y_range
-        return TOP + (high - np.clip(values, low, high)) / (high - low) * (self.bottom - TOP)
-
-    def path(self, x: ArrayLike, y: ArrayLike) -> str:
-        return "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in zip(self.x(x), self.y(y), strict=True))
-
-    def label(self, labels: Sequence[tuple[float, float, str, str]]) -> None:
-        """Add labels (y, x, colour, text) in pixels, moved down where they would overlap."""
-        lowest = -math.inf
-        for y, x, colour, text in sorted(labels):
-            lowest = max(y + 4, lowest + 13)
-            place = f'style="--tint: var(--{colour})" x="{x:.1f}" y="{lowest:.1f}"'
-            self.parts.append(f'<text class="value" {place}>{html.escape(text)}</text>')
-
-    def svg(self) -> str:
-        name = html.escape(self.title)
-        box = f'<svg class="chart" viewBox="0 0 {self.size[0]} {self.size[1]}" role="img" aria-label="{name}">'
-        return f'{box}<text class="title" x="0" y="14">{name}</text>{"".join(self.parts)}</svg>'
-
-
 def chart(
     title: str,
     lines: Sequence[Line],
@@ -198,37 +143,63 @@ def chart(
 ) -> str:
     """An SVG of the lines that have points; "" if none has. y_range: (low, high), by default fitted to the curves;
     log_x: logarithmic x axis, for positive x; size: width and height in pixels."""
-    lines = [line for line in lines if len(line.points()[0])]
+    lines = [line for line in lines if line.points().size]
     if not lines:
         return ""
-    x, curves = [line.points()[0] for line in lines], [line.curves() for line in lines]
-    x_low, x_high = min(values[0] for values in x), max(values[-1] for values in x)
+    x, curves = np.concatenate([line.points()[0] for line in lines]), [line.curve() for line in lines]
+    x_low, x_high = x.min(), x.max()
     if x_high == x_low:
         x_low, x_high = (x_low / 2, x_high * 2) if log_x else (x_low - 0.5, x_high + 0.5)
     x_ticks = log_ticks(x_low, x_high) if log_x else [tick for tick in ticks(x_low, x_high) if tick == int(tick)]
-    y_range = y_range or padded_range(np.concatenate([extent for _, _, extent in curves]))
-    name_length = max(len(line.name) for line in lines)
-    right = max(86, 50 + 7 * name_length) if name_length else RIGHT
-    axes = Axes(title, size, (x_low, x_high), y_range, x_ticks, x_name, right, log_x)
+    y_low, y_high = y_range or padded_range(np.concatenate([extent for _, _, extent in curves]))
+    y_ticks, name_length = ticks(y_low, y_high), max(len(line.name) for line in lines)
+    end, bottom = size[0] - (max(86, 50 + 7 * name_length) if name_length else RIGHT), size[1] - BOTTOM
+    scale = np.log10 if log_x else np.asarray
+
+    def across(values: ArrayLike) -> Any:  # in pixels
+        return LEFT + (scale(values) - scale(x_low)) / (scale(x_high) - scale(x_low)) * (end - LEFT)
+
+    def down(values: ArrayLike) -> Any:
+        return TOP + (y_high - np.clip(values, y_low, y_high)) / (y_high - y_low) * (bottom - TOP)
+
+    parts = []
+    for tick, name in zip(y_ticks, tick_names(y_ticks), strict=True):
+        parts.append(f'<path class="grid" d="M{LEFT},{down(tick):.1f}H{end}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{down(tick) + 4:.1f}" text-anchor="end">{name}</text>')
+    for tick in x_ticks:
+        parts.append(f'<text x="{across(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{number(tick)}</text>')
+    parts.append(f'<text x="{end}" y="{size[1] - 3}" text-anchor="end">{html.escape(x_name)}</text>')
+    labels = []
     for line, (along, up, _) in zip(lines, curves, strict=True):
-        axes.parts += draw(axes, line, along, up)
-    ends = zip(lines, (float(up[-1]) for _, up, _ in curves), strict=True)
-    axes.label([(axes.y(y), axes.end + 7, line.colour, f"{line.name} {number(y)}".strip()) for line, y in ends])
-    return axes.svg()
+        parts += draw(line, across, down, along, up)
+        labels.append((float(down(up[-1])), line.colour, f"{line.name} {number(float(up[-1]))}".strip()))
+    lowest = -math.inf
+    for y, colour, text in sorted(labels):
+        lowest = max(y + 4, lowest + 13)  # below the label above
+        place = f'style="--tint: var(--{colour})" x="{end + 7}" y="{lowest:.1f}"'
+        parts.append(f'<text class="value" {place}>{html.escape(text)}</text>')
+    return svg(title, size, parts)
 
 
-def draw(axes: Axes, line: Line, x: np.ndarray, y: np.ndarray) -> list[str]:
+def draw(line: Line, across: ToPixels, down: ToPixels, x: np.ndarray, y: np.ndarray) -> list[str]:
     """A line as SVG: its error bars, the curve, and a dot per point where there are few."""
     parts = [f'<g style="--tint: var(--{line.colour})">']
-    for at, low, high in line.bars():
-        a, b, c = axes.x(at), axes.y(low), axes.y(high)
+    table = line.points()
+    for at, value, error in table[:, ~np.isnan(table[2])].T:
+        a, b, c = across(at), down(value - error), down(value + error)
         shape = f"M{a:.1f},{b:.1f}V{c:.1f}M{a - 3:.1f},{b:.1f}h6M{a - 3:.1f},{c:.1f}h6"
         parts.append(f'<path class="error" d="{shape}"/>')
-    parts.append(f'<path class="line" d="{axes.path(x, y)}"/>')
-    if len(x) <= 12:
-        dots = zip(axes.x(x), axes.y(y), strict=True)
-        parts += [f'<circle class="dot" r="3" cx="{a:.1f}" cy="{b:.1f}"/>' for a, b in dots]
+    points = [*zip(across(x), down(y), strict=True)]
+    parts.append(f'<path class="line" d="M{"L".join(f"{a:.1f},{b:.1f}" for a, b in points)}"/>')
+    if len(points) <= 12:
+        parts += [f'<circle class="dot" r="3" cx="{a:.1f}" cy="{b:.1f}"/>' for a, b in points]
     return [*parts, "</g>"]
+
+
+def svg(title: str, size: Size, parts: Sequence[str]) -> str:
+    name = html.escape(title)
+    box = f'<svg class="chart" viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{name}">'
+    return f'{box}<text class="title" x="0" y="14">{name}</text>{"".join(parts)}</svg>'
 
 
 def bars(title: str, rows: Sequence[tuple[str, float, float]], highlighted: str) -> str:
@@ -241,9 +212,7 @@ def bars(title: str, rows: Sequence[tuple[str, float, float]], highlighted: str)
         colour = "reward" if name == highlighted else "grey"
         path = f'class="dot" style="--tint: var(--{colour})" d="M{left},{y}h{length:.1f}v16h-{length:.1f}Z"'
         parts.append(f'<path {path}/><text x="{left + length + 7:.1f}" y="{y + 12}">{value:.3f} ± {error:.3f}</text>')
-    name, height = html.escape(title), 26 * len(rows) + 30
-    box = f'<svg class="chart" viewBox="0 0 640 {height}" role="img" aria-label="{name}">'
-    return f'{box}<text class="title" x="0" y="14">{name}</text>{"".join(parts)}</svg>'
+    return svg(title, (640, 26 * len(rows) + 30), parts)
 
 
 def padded_range(values: np.ndarray) -> Span:

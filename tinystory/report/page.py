@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from tinystory.report import charts
-from tinystory.report.charts import CRITERION_COLOURS, number
+from tinystory.report.charts import number
 from tinystory.run.folder import Record, atomic_write
 
 TOP_SCORE = 3  # each criterion is scored from 0 to this
@@ -109,11 +109,6 @@ def story_card(record: Record, title: str) -> str:
     )
 
 
-def colour(criterion: str) -> str:
-    """The colour of a criterion's charts; "plain" for one that is not the paper's."""
-    return criterion if criterion in CRITERION_COLOURS else "plain"
-
-
 def clip(text: str, limit: int = LONGEST) -> str:
     """text escaped, cut to limit characters, with control characters other than line breaks made visible."""
     visible = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text[:limit])
@@ -180,7 +175,6 @@ article q { overflow-wrap: anywhere; unicode-bidi: isolate; }
 summary { cursor: pointer; }
 summary + * { margin-top: 1.4rem; }
 .facts { columns: 24rem; column-gap: 3rem; font-size: .85rem; margin-bottom: 0; }
-.facts + .facts { margin-top: 1rem; padding-top: 1rem; border-top: 1px solid var(--rule); }
 .facts div { display: flex; gap: 1rem; break-inside: avoid; padding: .16rem 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; }

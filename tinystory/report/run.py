@@ -9,14 +9,15 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from zlib import crc32
 
 from tinystory.evaluate.stories import mean_of
 from tinystory.report import judges, page
 from tinystory.report.before_after import BeforeAfter, from_start, read_before_after
-from tinystory.report.charts import Line, chart, number
-from tinystory.report.page import TOP_SCORE, block, colour, details, grid, section, story_card
+from tinystory.report.charts import COLOURS, Line, chart, number
+from tinystory.report.page import TOP_SCORE, block, details, grid, section, story_card
 from tinystory.rl.collapse import CollapseDetector
 from tinystory.rl.reward import cluster_sizes
 from tinystory.run.folder import Record, read_config, read_metrics, read_stories
@@ -43,15 +44,8 @@ STUDENT_CURVES = {
     "length_mean": "Story length, words",
     "reward_std": "Standard deviation of the reward in a step",
 }
-PPO_CURVES = {
-    "policy_loss": "Policy loss",
-    "value_loss": "Value loss",
-    "explained_variance": "Variance of the returns explained by the values",
-    "clip_fraction": "Fraction of ratios clipped",
-    "approx_kl": "KL of an update, nats per token",
-    "grad_norm": "Gradient norm",
-    "ratio_error": "Ratio error before the first update",
-}
+KEYS = "Keys of metrics.jsonl."
+DIAGNOSTICS = "policy_loss value_loss explained_variance clip_fraction approx_kl grad_norm ratio_error".split()
 LATEST = ("words_in", "words_out", "teacher_cost")  # shown by their last value; the others by their sum
 SUMMED = (*(f"{part}_s" for part in PARTS), "unscored", "teacher_requests", "teacher_retries", "teacher_cached")
 SUMMED += ("teacher_tokens_in", "teacher_tokens_out")
@@ -89,8 +83,8 @@ def write_report(run_folder: Path, live: bool = False) -> Path:
     else:
         sections = pretraining(metrics)
     if config:
-        rest = {key: value for key, value in config.items() if key != "options"}
-        sections.append(details("How it was run", "", page.facts(flat(config["options"])) + page.facts(flat(rest))))
+        rest = [item for item in config.items() if item[0] != "options"]
+        sections.append(details("How it was run", "", page.facts([*config["options"].items(), *rest])))
     for step, sentence in CollapseDetector(metrics, number_option(config, "kl_target") or math.inf).warnings.values():
         sections.insert(0, f'<p class="warning"><b>From step {number(step)}:</b> {escape(sentence)}</p>')
     title, note = heading(folder, metrics, config)
@@ -131,15 +125,6 @@ def remaining(metrics: list[Record], config: Record) -> str:
     return f"running, about {page.duration(left)} left"
 
 
-def flat(values: Record, path: str = "") -> Iterable[tuple[str, object]]:
-    """Nested options as pairs like (versions.torch, "2.9.0")."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
-
-
 # ---- an interaction run ---------------------------------------------------------------------------------------------
 
 
@@ -153,26 +138,23 @@ def scorer(config: Record) -> str:
 
 
 def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str]:
-    digest, curves = Digest(read_stories(folder)), from_start(folder, metrics)
-    scores = [
-        chart(
-            printable(name.replace("_", " ").capitalize()),
-            [curve(metrics, f"{name}_mean", colour(name))],
-            (0, TOP_SCORE),
-        )
-        for name in digest.criteria
-    ]
-    unscored = "The teacher returned no valid score for these, so they were left out of the update. The first ones:"
+    first, last, unscored, criteria = digest(read_stories(folder))
+    curves = from_start(folder, metrics)
+    scores = []
+    for name in criteria:
+        line = curve(metrics, f"{name}_mean", name if name in COLOURS else "plain")
+        scores.append(chart(printable(name.replace("_", " ").capitalize()), [line], (0, TOP_SCORE)))
+    without = "The teacher returned no valid score for these, so they were left out of the update. The first ones:"
     return [
         first_screen(metrics, curves, read_before_after(folder)),
-        sameness(curves, digest),
+        sameness(curves, first, last),
         section("Scores", judges.scored_by_note(scorer(config), config), grid(scores)),
         section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
         judges.judges_section(folder),
-        details("Samples of the last step", "Drawn at random, whatever their reward.", cards(digest.random)),
-        details("Stories without a score", unscored, cards(digest.unscored)),
-        details("PPO diagnostics", "", grid(curve_charts(metrics, PPO_CURVES))),
-        details("Time, words and requests", "Keys of metrics.jsonl.", page.facts(totals(metrics))),
+        details("Samples of the last step", "Drawn at random, whatever their reward.", cards(drawn(last))),
+        details("Stories without a score", without, cards(unscored)),
+        details("PPO diagnostics", KEYS, grid(curve_charts(metrics, {key: key for key in DIAGNOSTICS}))),
+        details("Time, words and requests", KEYS, page.facts(totals(metrics))),
     ]
 
 
@@ -203,9 +185,9 @@ def first_screen(metrics: list[Record], curves: list[Record], comparison: Before
     return block("hero", f"<div>{left}</div><div>{right}</div>")
 
 
-def sameness(metrics: list[Record], digest: "Digest") -> str:
+def sameness(metrics: list[Record], first: list[Record], last: list[Record]) -> str:
     """Score against diversity: whether a higher score was bought by telling the same story again."""
-    ends = [digest.first, digest.last] if digest.first is not digest.last else [digest.last]
+    ends = [first] * (first is not last) + [last]
     sizes = [(cluster_sizes([r["story"] for r in records]), step_name(records[0])) for records in ends if records]
     bars = "".join(page.cluster_bar(*step) for step in sizes)
     return section(
@@ -225,29 +207,22 @@ def totals(metrics: list[Record]) -> list[tuple[str, str]]:
     return [(key, number(value)) for key, value in values.items() if value]
 
 
-class Digest:
-    """What the page shows of stories.jsonl, collected in one pass without holding the other stories in memory.
+def digest(stories: Iterable[Record]) -> tuple[list[Record], list[Record], list[Record], tuple[str, ...]]:
+    """The stories of the first step and of the last one, the same list if there is only one; the first UNSCORED without
+    a score; and the criteria. Only these are held in memory."""
+    first, last, unscored = list[Record](), list[Record](), list[Record]()
+    criteria: tuple[str, ...] = ()  # the last ones: a resume may bring another --teacher-prompt
+    for _, step in groupby(stories, lambda record: record["step"]):
+        last = [*step]
+        first = first or last
+        unscored += [record for record in last if record["reward"] is None][: UNSCORED - len(unscored)]
+        criteria = next((tuple(record["scores"]) for record in reversed(last) if record["scores"]), criteria)
+    return first, last, unscored, criteria
 
-    criteria: as graded, () if no story has scores; unscored: the first ones; first, last: the stories of the first step
-    and of the last, the same list if there is only one; random: some of the last step, the same ones at each call.
-    """
 
-    def __init__(self, stories: Iterable[Record]):
-        self.criteria: tuple[str, ...] = ()
-        self.unscored: list[Record] = []
-        self.first: list[Record] = []
-        self.last: list[Record] = self.first
-        for record in stories:
-            if self.last and self.last[0]["step"] != record["step"]:
-                self.last = []
-            self.last.append(record)
-            if record["reward"] is None:
-                if len(self.unscored) < UNSCORED:
-                    self.unscored.append(record)
-                continue
-            if record["scores"]:  # with --reward a callable replaces the teacher and gives no scores
-                self.criteria = tuple(record["scores"])  # the last ones: a resume may bring another --teacher-prompt
-        self.random = sorted(self.last, key=lambda record: crc32(b"%d %d" % (record["step"], record["index"])))[:RANDOM]
+def drawn(stories: Iterable[Record]) -> list[Record]:
+    """RANDOM stories, the same ones at each call."""
+    return sorted(stories, key=lambda record: crc32(b"%d %d" % (record["step"], record["index"])))[:RANDOM]
 
 
 # ---- a pretraining run ----------------------------------------------------------------------------------------------
