@@ -37,7 +37,7 @@ from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
 from tinystory.run.device import Stop, peak_memory_mb
 from tinystory.run.errors import Interrupted, UserError, command
-from tinystory.run.folder import Record, RunLog, locked, newest_run, read_metrics, recorded_options
+from tinystory.run.folder import Record, RunLog, locked, read_metrics, recorded_options
 from tinystory.run.paths import hint
 from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint, memory
@@ -47,6 +47,7 @@ from tinystory.teacher.callable import CallableGrader
 from tinystory.teacher.grade import Grade, Grader, require_scores, score_means
 from tinystory.teacher.grader import open_grader
 
+PRETRAIN_RUNS = Path("runs/pretrain"), Path("runs/demo/pretrain")
 NOT_SENT = Grade(None, None, error="not sent to the teacher (--graded)")
 # Words taken in during interaction at which a checkpoint is kept.
 INTERACTION_CHECKPOINTS = {f"chck_{n}00K": n * 100_000 for n in range(1, 10)} | {"chck_1M": 1_000_000}
@@ -291,16 +292,12 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
 
 
 def starting_checkpoint(init: str) -> Path:
-    """The checkpoint that --init names, by default that of the newest finished pretraining under runs/."""
-    return checkpoint.find(Path(init) if init else newest_run("finished pretraining", has_read_all))
-
-
-def has_read_all(run: Path) -> bool:
-    """Whether a run is a pretraining that has come to its end. One that is damaged has not."""
-    with contextlib.suppress(UserError):
-        words = recorded_options(run).get("words"), checkpoint.read_counters(checkpoint.find(run)).get("words")
-        return type(words[0]) is type(words[1]) is int and words[0] <= words[1]
-    return False
+    """The checkpoint that --init names, by default the newest under runs/pretrain, or else that of `make demo`."""
+    run = Path(init) if init else next(filter(checkpoint.newest, PRETRAIN_RUNS), None)
+    if run is None:
+        first = hint("train_pretrain.py")
+        raise UserError(f"no checkpoint under {PRETRAIN_RUNS[0]}: run {first} first, or give --init CHECKPOINT")
+    return checkpoint.find(run)
 
 
 def open_openings(config: InteractConfig, policy: Policy) -> Openings:

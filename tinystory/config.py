@@ -95,7 +95,7 @@ class InteractConfig:
 
     preset: str = field(init=False, default="demo")  # not an option of its own: `parse` sets it
 
-    init: str = option("", "checkpoint, or hub:NAME@REVISION (default: newest pretraining in runs/)", group="run")
+    init: str = option("", "checkpoint, or hub:NAME@REVISION (default: newest of runs/pretrain)", group="run")
     out: str = option("runs/interact", "folder of the run")
     resume: bool = option(False, RESUME_HELP)
     seed: int = option(0, "seed of the stories, the minibatch order and the teacher's sampling", SEEDS)

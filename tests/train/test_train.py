@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -394,17 +393,13 @@ def test_mistakes_are_told_in_one_sentence(place, tmp_path, capsys, monkeypatch)
     assert not Path(out).exists() or not list(Path(out).iterdir()), "nothing half-written"
 
 
-def test_without_init_the_newest_pretraining_that_has_ended_is_taken(place, tmp_path, capsys, monkeypatch):
+def test_without_init_the_newest_under_runs_pretrain_is_taken_or_that_of_the_demo(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for i, name in enumerate(("runs/old", "runs/demo/pretrain", "runs/stopped", "runs/damaged")):
-        folder = Path(shutil.copytree(place / "p", name))
-        for path in folder.iterdir():
-            os.utime(path, (1000 + i, 1000 + i))
-    config = Path("runs/stopped/config.json")
-    config.write_text(config.read_text().replace('"words": 2500', '"words": 2501000'))
-    Path("runs/damaged/config.json").write_text("{}")
-    assert interact.starting_checkpoint("").parts[:3] == ("runs", "demo", "pretrain")
-    assert capsys.readouterr().err == "the newest finished pretraining: runs/demo/pretrain\n"
+    with pytest.raises(UserError, match=r"no checkpoint under runs/pretrain: run .* first"):
+        interact.starting_checkpoint("")
+    for run in ("runs/demo/pretrain", "runs/pretrain"):
+        shutil.copytree(place / "p", run)
+        assert interact.starting_checkpoint("").parent == Path(run) / "checkpoints"
 
 
 def test_resuming_a_changed_corpus_is_refused(place, tmp_path, capsys):

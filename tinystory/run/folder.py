@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -356,16 +356,16 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CONFIG, METRICS, STORIES, SAMPLES, "checkpoints"))
 
 
-def newest_run(kind: str = "run", accepts: Callable[[Path], bool] = Path.exists) -> Path:
-    """The run of this kind under runs/ that was written to last, for a command that names none. Raises UserError if
-    `accepts` is false of all."""
+def newest_run() -> Path:
+    """The run under runs/ that was written to last, for a command that names none. Raises UserError without any."""
     configs = Path("runs").glob(f"**/{CONFIG}")
     runs = [path.parent for path in configs if not (path.parent / "model.safetensors").exists()]  # that is an export
-    runs.sort(key=lambda folder: max(path.stat().st_mtime for path in folder.iterdir()), reverse=True)
-    if (run := next(filter(accepts, runs), None)) is None:
-        first = hint("train_pretrain.py")
-        raise UserError(f"there is no {kind} under runs/: give the folder of one, or begin one: {first}")
-    print(f"the newest {kind}: {run}", file=sys.stderr)
+    if not runs:
+        raise UserError(
+            f"there is no run under runs/: give the folder of one, or begin one: {hint('train_pretrain.py')}"
+        )
+    run = max(runs, key=lambda folder: max(path.stat().st_mtime for path in folder.iterdir()))
+    print(f"the newest run: {run}", file=sys.stderr)
     return run
 
 
