@@ -38,9 +38,8 @@ from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug
 from tinystory.evaluate.preference import COMPARISON, compare, compared_pairs, keep_choices, win_rate
 from tinystory.evaluate.reader import PACKAGED, Reader
 from tinystory.evaluate.reading_times import evaluate_reading_times
-from tinystory.evaluate.samples import Sample, read_samples
 from tinystory.evaluate.second_judge import conclusion, judge_run
-from tinystory.evaluate.stories import OPENINGS, GradeStories, mean_of, story_measures, write_stories
+from tinystory.evaluate.stories import OPENINGS, Sample, mean_of, read_samples, story_measures, write_stories
 from tinystory.evaluate.validation import bits_per_byte
 from tinystory.ops.compute import pick_device, resolve
 from tinystory.report.evaluation import comparison
@@ -54,6 +53,7 @@ from tinystory.run.paths import usage
 from tinystory.run.text import aligned
 from tinystory.student import checkpoint, memory
 from tinystory.teacher.client import Teacher
+from tinystory.teacher.grade import Grader
 from tinystory.teacher.grader import open_grader
 
 TASKS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
@@ -135,14 +135,14 @@ def main(argv: list[str] | None = None) -> None:
     reader = Reader(options.reader, options.device) if options.reader else None
 
     def measures(stories: Sequence[Sample]) -> dict[str, Any]:
-        result = story_measures(stories, grade=grade, corpus=corpus)
+        result = story_measures(stories, grader=grader, corpus=corpus)
         if reader:
             result |= reader.measures([(story.opening, story.text) for story in stories])
         return result
 
     records, surprisals = [], []
     with contextlib.ExitStack() as stack:
-        grade = open_teacher(options, stack) if count or files else None
+        grader = open_teacher(options, stack) if count or files else None
         for folder in tqdm([checkpoint.find(path) for path in options.checkpoints], desc="checkpoints", disable=None):
             student, tokenizer, history = checkpoint.load(folder, device)
             words = history.get("words", 0) + history.get("interaction_words_in", 0)
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
             if seen := set(options.corpus or []) & set(history.get("corpus", [])):
                 print(f"{record['name']}: it was trained on {', '.join(sorted(seen))}, so that is no test of it")
             if corpus:
-                record["corpus"] = bits_per_byte(student, tokenizer, corpus)
+                record["corpus"] = bits_per_byte(student, tokenizer, corpus.documents())
             if count:
                 record["stories"] = measures(samples_of(folder, options, count))
             records.append(record)
@@ -249,12 +249,11 @@ def name_of(folder: Path) -> str:
     return f"{folder.parents[1].name}/{folder.name}" if folder.parent.name == "checkpoints" else folder.name
 
 
-def open_teacher(options: argparse.Namespace, stack: contextlib.ExitStack) -> GradeStories:
+def open_teacher(options: argparse.Namespace, stack: contextlib.ExitStack) -> Grader:
     """A teacher for as long as the stack lasts."""
     names = ("teacher_url", "teacher_model", "teacher_concurrency", "seed")
     config = InteractConfig(**{name: getattr(options, name) for name in names})
-    grader = stack.enter_context(open_grader(config, builtin_teacher, corpus=options.corpus or ["builtin"]))
-    return lambda stories: [grade.scores for grade in grader.grade_each(stories)]
+    return stack.enter_context(open_grader(config, builtin_teacher, corpus=options.corpus or ["builtin"]))
 
 
 if __name__ == "__main__":

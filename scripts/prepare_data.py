@@ -30,10 +30,10 @@ def main(argv: list[str] | None = None) -> None:
 
     corpus = open_corpus(config.corpus)
     data = prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
-    print(f"{'':12}{'documents':>12}{'words':>14}{'tokens':>14}{'bytes':>14}{'words/token':>13}")
+    print(f"{'':12}{'documents':>12}{'words':>14}{'tokens':>14}{'words/token':>13}")
     for name, split in (("train", data.train), ("validation", data.val)):
         documents, words, tokens = len(split.offsets) - 1, split.word_count, len(split)
-        print(f"{name:12}{documents:12,}{words:14,}{tokens:14,}{split.byte_count:14,}{words / max(tokens, 1):13.3f}")
+        print(f"{name:12}{documents:12,}{words:14,}{tokens:14,}{words / max(tokens, 1):13.3f}")
     print(f"vocabulary  {data.tokenizer.vocab_size:,} tokens")
     print(f"in          {data.path}")
 

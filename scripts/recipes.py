@@ -16,7 +16,6 @@ import functools
 import json
 import math
 import shlex
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -31,20 +30,18 @@ import torch
 
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.builtin import dull
-from tinystory.data.corpus import Corpus
 from tinystory.data.openings import Openings, load_openings
-from tinystory.evaluate.coreference import coreference, unseen_stories
+from tinystory.evaluate.coreference import unseen_measures
 from tinystory.evaluate.stories import distinct_ngrams, mean_of
-from tinystory.evaluate.validation import bits_per_byte
 from tinystory.ops.compute import resolve
 from tinystory.report import charts
 from tinystory.rl.reward import best_of_n, cluster_sizes, story_rewards
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import SAMPLES, atomic_write, read_metrics
-from tinystory.run.paths import ROOT
+from tinystory.run.folder import atomic_write
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, generate
+from tinystory.studies import runs
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.grader import open_grader
 
@@ -79,15 +76,13 @@ def main(argv: list[str] | None = None) -> None:
     records: list[dict[str, Any]] = []
     for seed in options.seeds:
         start = options.out / f"pretrain-{seed}"
-        if not any(record["words"] >= PretrainConfig().words for record in read_metrics(start)):
-            run("train_pretrain.py", start, seed)
+        runs.pretrain(start, PretrainConfig().words, ["--seed", str(seed)])
         by = {"first": "untouched", "likelihood": "likeliest of 4", "reward": "best of 4 by reward"}
         rows = [Row(name, start, n=4, chosen_by=choice) for choice, name in by.items()]
         rows += [Row(f"temperature {t}", start, t) for t in (0.7, 0.6, 0.5)]
         for text in options.options:
             out = options.out / f"{'_'.join(text.replace('--', '').split()) or 'default'}-{seed}"
-            if not (out / SAMPLES).exists():  # the last file that an interaction writes
-                run("train_interact.py", out, seed, "--init", str(start), *flags[text])
+            runs.interact(out, ["--init", str(start), "--seed", str(seed)], flags[text])
             rows.append(Row(f"`{text}`" if text else "the demo", out))
         corpus = checkpoint.load(checkpoint.find(start))[2]["corpus"]
         with open_grader(CONFIG, builtin_teacher, corpus=corpus) as grader:
@@ -108,13 +103,6 @@ def main(argv: list[str] | None = None) -> None:
         print(f"| {name} | {' | '.join(cells)} |")
     title = "Reward of stories to held-out openings, with the standard error over openings"
     atomic_write(options.out / "reward.svg", charts.standalone(charts.bars(title, bars, "the demo")))
-
-
-def run(script: str, out: Path, seed: int, *more: str) -> None:
-    """Run a train command in a process of its own; it goes on where it was interrupted."""
-    more = ("--resume",) if checkpoint.newest(out) else (*more, "--seed", str(seed))
-    if code := subprocess.run([sys.executable, str(ROOT / script), "--out", str(out), *more]).returncode:
-        raise UserError(f"{script} --out {out} ended with exit code {code}: its message is above")
 
 
 @functools.lru_cache(1)
@@ -162,9 +150,7 @@ def measure(row: Row, grader: Grader) -> dict[str, Any]:
     }
     if row.chosen_by == "first" and row.temperature == 1:
         student, tokenizer, _ = checkpoint.load(checkpoint.newest(row.folder) or row.folder, torch.device("cpu"))
-        unseen = Corpus(["unseen"], [("unseen", lambda: iter(unseen_stories(COREFERENCE)))])
-        reading: dict[str, Any] = coreference(student, tokenizer, unseen.documents())
-        reading |= bits_per_byte(student, tokenizer, unseen)
+        reading = unseen_measures(student, tokenizer, COREFERENCE)
         measures |= {name: reading[name] for name in ("repeated_name", "he_or_she", "bits_per_byte")}
     return measures
 

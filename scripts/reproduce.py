@@ -1,6 +1,6 @@
 """The paper's experiment as one command: does interaction replace pretraining on many times as many words?
 
-    python scripts/reproduce.py --scale tiny             takes minutes: shows the output, proves nothing
+    python scripts/reproduce.py --scale tiny             the demo's corpus, teacher and recipe, at a third of the size
     python scripts/reproduce.py --scale small --pretrain "--corpus stories.txt" --out runs/small
     python scripts/reproduce.py --scale paper --teacher "--teacher-url http://127.0.0.1:8000/v1"
 
@@ -10,24 +10,98 @@ One student is pretrained, with a checkpoint at every milestone of words. From s
     random     the same with a control, here a random score (--controls: values of train_interact.py's --reward)
     more       pretraining on as many further words as interaction took in and wrote, the learning rate decaying to 0
 
-The reward is the paper's, for a single opening, unless --interact has other options. Every checkpoint then writes
-stories with the same random numbers, the teacher grades them, and OUT/report.html compares them.
+Every checkpoint then writes stories with the same random numbers, the teacher grades them, and OUT/report.html compares
+them. The reward of `small` and `paper` is the paper's, for a single opening, unless --interact has other options.
 
 Every run is one of train_pretrain.py or train_interact.py in its own folder. Finished runs are not run again and
 interrupted ones are resumed, so after Ctrl-C or a kill the same command continues.
 """
 
 import argparse
-import signal
+import itertools
+import json
+import shlex
+import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from html import escape
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinystory.run.errors import command
+import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
+from tqdm import tqdm
+
+from tinystory.config import INTERACT_PRESETS, PAPER_OPENING, PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
+from tinystory.data.babylm import MILESTONES, milestone_name
+from tinystory.data.builtin import dull
+from tinystory.data.corpus import open_corpus
+from tinystory.data.openings import Openings, load_openings
+from tinystory.data.shards import prepare
+from tinystory.evaluate.coreference import unseen_measures
+from tinystory.evaluate.held_out import has_dull_tellers
+from tinystory.evaluate.pairs import evaluate_pairs
+from tinystory.evaluate.stories import OPENINGS, story_measures, write_stories
+from tinystory.evaluate.validation import validate
+from tinystory.ops.compute import pick_device
+from tinystory.report import charts, page
+from tinystory.rl.reward import cluster_sizes
+from tinystory.rubric.process import builtin_teacher
+from tinystory.run.errors import UserError, command
+from tinystory.run.folder import CONFIG, Record, atomic_write, plain
 from tinystory.run.options import add_number
-from tinystory.studies.reproduce import SCALES, reproduce
+from tinystory.student import checkpoint
+from tinystory.studies import runs
+from tinystory.teacher.grade import Grader
+from tinystory.teacher.grader import open_grader
+
+MILLION = 10**6
+SEED = 1_000_003  # of the stories for evaluation, which no interaction uses
+VAL_SEQUENCES = 256  # held-out sequences for bits per byte
+CLUSTERED = 64  # stories over which clusters are counted
+COREFERENCE = 150  # unseen stories of the built-in grammar
+BEFORE, INTERACT, MORE = "before", "interact", "more"  # arms; a control's is its value of --reward
+STORY_COLUMNS = {
+    "distinct_4": "distinct_4", "Ended": "ended_eos_share",
+    "Copied": "copied_share", "Words": "length_mean",
+}  # fmt: skip
+UNSEEN_COLUMNS = {"Bits per byte": "bits_per_byte", "Repeated name": "repeated_name", "He or she": "he_or_she"}
+COLOURS = ("plain", "reward", "readability", "coherence", "creativity", "muted")  # of the arms' lines
+
+
+class Scale(NamedTuple):
+    """pretrain, interact: options of the train commands, as typed; starts: millions of pretraining words after which
+    interaction begins; seeds: of each arm of interaction, per start; stories: graded per checkpoint and kind of
+    opening; controls: values of --reward."""
+
+    pretrain: str
+    interact: str
+    starts: Sequence[int]
+    seeds: int
+    stories: int
+    controls: Sequence[str]
+
+
+# `small` has the settings of docs/results.md, whatever the demo's are: those that learned most in minutes on a CPU
+# (LOG.md), with one epoch over more stories, a weak KL penalty, and the paper's reward.
+SCALES = {
+    "tiny": Scale(
+        "--words 3M", "--stories-per-step 256 --minibatch-size 32 --eval-every 0",
+        (1, 2, 3), 2, 200, ("likelihood", "constant"),
+    ),
+    "small": Scale(
+        "--weights-init gpt2 --optimizer adamw --packing stream --learning-rate 1.5e-3 --warmup 0.05 --corpus "
+        "tinystories --words 10M --n-layer 4 --n-head 4 --n-embd 256 --vocab-size 8192 --batch-size 16",
+        "--stories-per-step 64 --steps 60 --learning-rate 1e-4 --no-lr-decay --sharpness-rate 0 --learner gae "
+        "--value-coef 1 --kl-coef 0.02 --kl-target 12 --kl-horizon 10000 --eval-every 0 --max-new-tokens 90 "
+        f"--diversity 0 --unfinished 1 --openings {shlex.quote(PAPER_OPENING)}",
+        (1, 2, 5, 10), 3, 256, ("random",),
+    ),
+    "paper": Scale("--preset paper", "--preset paper", (20, 50, 90, 200, 500, 900), 1, 512, ("random",)),
+}  # fmt: skip
 
 
 @command
@@ -39,27 +113,163 @@ def main(argv: list[str] | None = None) -> None:
     add("--pretrain", default="", metavar="TEXT", help="options of train_pretrain.py, over those of the scale")
     add("--interact", default="", metavar="TEXT", help="options of train_interact.py, over those of the scale")
     add("--teacher", default="", metavar="TEXT", help="further ones, that name the teacher (default: built in)")
-    add("--controls", nargs="*", default=["random"], metavar="REWARD", help="interactions for these (default: random)")
+    add("--controls", nargs="*", metavar="REWARD", help="interactions for these (default: as --scale has it)")
     add("--milestones", nargs="+", type=int, metavar="M", help="starts of interaction, million words")
     add_number(parser, "--seeds", 0, "[0, 1000]", "interactions per milestone and arm; 0: as --scale has it")
     add_number(parser, "--stories", 0, "[0, 1e6]", "stories of an evaluation; 0: as --scale has it")
     add("--blimp", default="", help="folder of BLiMP's .jsonl files, evaluated too")
     add("--device", default="auto")
     options = parser.parse_args(argv)
+    scale, out = SCALES[options.scale], options.out or Path("runs") / f"reproduce-{options.scale}"
+    settings: Record = {
+        "pretrain": f"{scale.pretrain} {options.pretrain}".strip(),
+        "interact": f"{scale.interact} {options.interact}".strip(),
+        "stories": options.stories or scale.stories,
+        "blimp": options.blimp,
+    }
+    controls = scale.controls if options.controls is None else options.controls
+    arms = {INTERACT: shlex.split(options.teacher)} | {control: ["--reward", control] for control in controls}
+    on_device = ["--device", options.device]
+    pretrain_argv, interact_argv = (shlex.split(settings[name]) for name in ("pretrain", "interact"))
+    pretrain: PretrainConfig = parse(PretrainConfig, PRETRAIN_PRESETS, [*pretrain_argv, *on_device])
+    config, *_ = [parse(InteractConfig, INTERACT_PRESETS, [*interact_argv, *scorer]) for scorer in arms.values()]
+    starts = [start * MILLION for start in options.milestones or scale.starts]
+    if missing := [start for start in starts if start not in MILESTONES or start > pretrain.words]:
+        raise UserError(
+            f"pretraining on {pretrain.words:,} words leaves no checkpoint at {missing[0] // MILLION} M: choose "
+            "--milestones that it reaches, among 1 to 9, 10 to 90 by 10, 100 to 1000 by 100"
+        )
+    require_same(out / "experiment.json", settings)
 
-    scale = SCALES[options.scale]
-    scale = replace(
-        scale,
-        pretrain=f"{scale.pretrain} {options.pretrain}".strip(),
-        interact=f"{scale.interact} {options.interact}".strip(),
-        starts=tuple(options.milestones or scale.starts),
-        seeds=options.seeds or scale.seeds,
-        stories=options.stories or scale.stories,
+    runs.pretrain(out / "pretrain", pretrain.words, pretrain_argv, on_device)
+    milestones = {words: out / "pretrain" / "checkpoints" / milestone_name(words) for words in MILESTONES}
+    # Arm, pretraining words before it, seed, words of pretraining and taken in, and the last checkpoint: not the best
+    # one, for no arm is to be chosen by its score.
+    students = [(BEFORE, words, 0, words, path) for words, path in milestones.items() if path.exists()]
+    for arm, scorer in arms.items():
+        for seed, start in itertools.product(range(options.seeds or scale.seeds), starts):
+            folder = out / arm.replace("/", "_") / f"{start // MILLION}M-{seed}"
+            init = ["--init", str(milestones[start]), "--seed", str(seed)]
+            last = runs.interact(folder, [*interact_argv, *init], [*scorer, *on_device])
+            spent = checkpoint.read_counters(last)
+            students.append((arm, start, seed, start + spent["words_in"], last))
+            if (arm, seed) == (INTERACT, 0):
+                more, words = out / MORE / folder.name, start + spent["words_in"] + spent["words_out"]
+                copy_milestone(milestones[start], more)
+                last = runs.pretrain(more, words, (), ["--words", str(words), *on_device])
+                students.append((MORE, start, 0, words, last))
+
+    config, records = replace(config, seed=SEED), []
+    with open_grader(config, builtin_teacher, corpus=pretrain.corpus, replies=out / "replies.jsonl") as grader:
+        for arm, start, seed, words, folder in tqdm(students, desc="evaluation", unit="checkpoint"):
+            path = out / "evaluation" / f"{'-'.join(folder.relative_to(out).parts)}.json"
+            if not path.exists():
+                measures = plain(measure(folder, grader, pretrain, config, settings))
+                record = dict(arm=arm, start=start, seed=seed, words=words, measures=measures)
+                path.parent.mkdir(exist_ok=True)
+                atomic_write(path, json.dumps(record, indent=1) + "\n")
+            records.append(json.loads(path.read_bytes()))
+    settings |= {"scored by": str(grader.facts["scored_by"])}
+    print(f"report: {write_page(out, settings, [*arms], records)}")
+
+
+def require_same(path: Path, settings: Record) -> None:
+    """Write what all runs of an experiment share. Raises UserError if the file has something else."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = json.loads(path.read_bytes()) if path.exists() else settings
+    if changed := [name for name in settings if before.get(name) != settings[name]]:
+        old, new = before.get(changed[0]), settings[changed[0]]
+        raise UserError(f"{path.parent} was begun with {changed[0]} {old!r}, not {new!r}: choose another --out")
+    atomic_write(path, json.dumps(settings, indent=1) + "\n")
+
+
+def copy_milestone(milestone: Path, run: Path) -> None:
+    """Make a run that goes on from another's milestone."""
+    if not (run / CONFIG).exists():
+        shutil.rmtree(run, ignore_errors=True)  # copied in part
+        shutil.copytree(milestone, run / "checkpoints" / milestone.name)
+        atomic_write(run / CONFIG, (milestone.parents[1] / CONFIG).read_bytes())
+
+
+def measure(
+    folder: Path, grader: Grader, pretrain: PretrainConfig, config: InteractConfig, settings: Record
+) -> dict[str, float | None]:
+    """The columns of the page for a checkpoint, all with the same random numbers, teacher and texts. The stories are to
+    held-out openings; if the interaction has a single one, to that and, in a second set, to others."""
+    student, tokenizer, history = checkpoint.load(folder, pick_device(pretrain.device))
+    corpus, openings = open_corpus(pretrain.corpus, pretrain.documents), Openings(load_openings(config.openings), 0)
+    sampling: dict[str, Any] = dict(n_stories=settings["stories"], seed=SEED)
+    sampling |= dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+    samples = write_stories(student, tokenizer, openings=openings.held_out, **sampling)
+    measures = story_measures(samples, grader=grader, corpus=corpus)
+    columns = {"Score": measures["score_mean"]}
+    if openings.held_out == openings.train:
+        others = write_stories(student, tokenizer, openings=OPENINGS, **sampling)
+        columns["Score, other openings"] = story_measures(others, grader=grader)["score_mean"]
+    columns |= {name: measures[key] for name, key in STORY_COLUMNS.items()}
+    columns[f"Clusters of {CLUSTERED}"] = len(cluster_sizes([sample.text for sample in samples[:CLUSTERED]]))
+    if has_dull_tellers(history):
+        columns["Dull"] = fmean(dull.kind_of(sample.text) != dull.STORY for sample in samples)
+        unseen = unseen_measures(student, tokenizer, COREFERENCE)
+        columns |= {name: unseen[key] for name, key in UNSEEN_COLUMNS.items()}
+    else:
+        val = prepare(
+            corpus, vocab_size=pretrain.vocab_size, val_fraction=pretrain.val_fraction, seed=pretrain.seed
+        ).val
+        columns["Bits per byte"] = validate(student, val, tokenizer.token_sizes, VAL_SEQUENCES, 16, "stream")[1]
+    if settings["blimp"]:
+        columns["BLiMP"] = evaluate_pairs(student, tokenizer, settings["blimp"])["accuracy"]
+    return columns
+
+
+def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Sequence[Record]) -> Path:
+    """The path of OUT/report.html, which is written with its figure, OUT/figure.svg. scorers: the arms of interaction;
+    records: arm, start, seed, words and measures of each checkpoint."""
+    columns = [*dict.fromkeys(name for record in records for name in record["measures"])]
+    names = {BEFORE: "pretrained", INTERACT: "+ interaction", MORE: "+ more pretraining"}
+    lines, rows = [], list[tuple[int, list[str]]]()
+    for arm, colour in zip((BEFORE, INTERACT, MORE, *scorers[1:]), COLOURS, strict=False):
+        name, own = names.get(arm, f"+ --reward {arm}"), [record for record in records if record["arm"] == arm]
+        points = []
+        for start in sorted({record["start"] for record in own}):
+            group = [record for record in own if record["start"] == start]
+            cells = [mean_and_error(group, column) for column in columns]  # the score first
+            points.append((fmean(record["words"] for record in group), *cells[0]))
+            label = [f"{start / MILLION:.3g} M {name}", str(len(group))]
+            rows.append((start, [*label, *(plus_minus(*cell) for cell in cells)]))
+        words, means, errors = zip(*points, strict=True)
+        lines.append(charts.Line(words, means, colour, name, errors))
+    figure = charts.chart(
+        "Teacher’s score, 0 to 9", lines, x_name="words of pretraining and taken in", log_x=True, size=(640, 380)
     )
-    # Treat kill PID like Ctrl-C: the runs save a checkpoint.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    settings = {name: getattr(options, name) for name in ("teacher", "controls", "device", "blimp")}
-    print(f"report: {reproduce(scale, options.out or Path('runs') / f'reproduce-{options.scale}', **settings)}")
+    atomic_write(out / "figure.svg", charts.standalone(figure))
+    note = (
+        "Mean and standard error over the seeds of interaction. Only the score is rewarded; distinct_4: distinct word "
+        "4-grams over all 4-grams; copied: the longest phrase of the corpus in a story; dull: the fraction of stories "
+        "by the corpus’s dull tellers; bits per byte, and the probability of the right name and pronoun: unseen text."
+    )
+    table = page.table(["Student", "Seeds", *columns], [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+    sections = [
+        f'<div style="max-width: 44rem">{figure}</div>',
+        page.section("What was rewarded and what was not", note, table),
+        page.details("How it was run", "", page.facts(settings.items())),
+    ]
+    subtitle = escape(f"scored by {settings['scored by']}")
+    return page.write(out / "report.html", "Does interaction replace pretraining?", subtitle, sections)
+
+
+def mean_and_error(records: Sequence[Record], column: str) -> tuple[float | None, float | None]:
+    """Mean and standard error over the records that have a value; None for the mean of none, and for the error of
+    one."""
+    values = [value for record in records if (value := record["measures"].get(column)) is not None]
+    return fmean(values) if values else None, stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def plus_minus(mean: float | None, error: float | None) -> str:
+    if mean is None:
+        return charts.number(None)
+    decimals = 1 + (abs(mean) < 10) + (abs(mean) < 1)
+    return f"{mean:.{decimals}f}" + ("" if error is None else f" ± {error:.{decimals}f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
 import hashlib
-import json
 import os
 import random
 import signal
@@ -58,10 +57,9 @@ def words_one_by_one(tokenizer: Tokenizer, text: str) -> list[int]:
 
 @given(documents=st.lists(TEXT, min_size=1, max_size=4))
 def test_words_are_counted_exactly(tokenizer, documents):
-    tokens, words, lengths, byte_count = encode(tokenizer, documents)
+    tokens, words, lengths = encode(tokenizer, documents)
     ends = np.cumsum(lengths)
     assert len(tokens) == len(words) == ends[-1]
-    assert byte_count == sum(len(document.encode()) for document in documents)
     for document, start, end in zip(documents, ends - lengths, ends, strict=True):
         assert tokens[start:end].tolist() == [*tokenizer.encode(document), tokenizer.eos]
         assert words[start:end].tolist() == [*words_one_by_one(tokenizer, document), 0]
@@ -94,7 +92,6 @@ def test_prepare_holds_every_document_in_order(tmp_path):
         assert texts == [story for story in STORIES if story in set(texts)]
         assert words == [len(text.split()) for text in texts]
         assert split.word_count == sum(words)
-        assert split.byte_count == sum(len(text.encode()) for text in texts)
         assert len(split) == len(split.tokens) == len(split.words) == split.offsets[-1]
         told += texts
     assert sorted(told) == sorted(STORIES)
@@ -279,10 +276,10 @@ def test_the_command_says_what_is_in_a_corpus(tmp_path, tale):
     command = [sys.executable, ROOT / "scripts" / "prepare_data.py", "--vocab-size", "400", "--corpus"]
     process = subprocess.run([*command, tale], env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    path = next((tmp_path / "cache" / "shards").iterdir())
-    meta = json.loads((path / "meta.json").read_text())
-    for number in (*meta["train"].values(), *meta["val"].values()):
-        assert f"{number:,}" in process.stdout
-    assert str(path) in process.stdout
+    data = prepare(open_corpus([str(tale)]), vocab_size=400, cache=tmp_path / "cache" / "shards")
+    for split in (data.train, data.val):
+        for number in (len(split.offsets) - 1, split.word_count, len(split)):
+            assert f" {number:,} " in process.stdout
+    assert str(data.path) in process.stdout
     wrong = subprocess.run([*command, tmp_path / "no.txt"], env=environment, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1

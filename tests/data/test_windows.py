@@ -17,7 +17,7 @@ def file_of(lengths: list[int]) -> TokenFile:
     offsets = np.array([0, *np.cumsum(lengths)])
     tokens = np.arange(1, offsets[-1] + 1)
     tokens[offsets[1:] - 1] = EOS
-    return TokenFile(tokens, (tokens % 2).astype(np.uint8), offsets, int((tokens % 2).sum()), 0)
+    return TokenFile(tokens, (tokens % 2).astype(np.uint8), offsets)
 
 
 @given(lengths=LENGTHS, context=st.integers(2, 30), packing=PACKING, seed=st.integers(0, 9))

@@ -20,6 +20,7 @@ from tinystory.evaluate.scoring import part, sum_logprobs
 from tinystory.evaluate.validation import bits_per_byte
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint, hf
+from tinystory.teacher.grade import Grade, Grader
 
 PAIRS = [("Tom had a kite.", "Tom had a a kite."), ("Mia was happy.", "happy Mia was."), ("It is.", "It is."),
          ("The park was in the ball and in the wood.", "The ball was in the park."), ("Ça va?", "猫 va?")]  # fmt: skip
@@ -241,7 +242,7 @@ def test_bits_a_byte_of_a_uniform_student(student, tokenizer, tmp_path):
     with torch.no_grad():
         student.wte.weight.zero_()  # every token as likely
     (tmp_path / "a.txt").write_text("\n\n".join(tiny_stories(8)))
-    measures = bits_per_byte(student, tokenizer, open_corpus([str(tmp_path / "a.txt")]))
+    measures = bits_per_byte(student, tokenizer, open_corpus([str(tmp_path / "a.txt")]).documents())
     ids = [[*tokenizer.encode(story), tokenizer.eos] for story in tiny_stories(8)]
     counted = [id for each in ids for id in each][1:]  # every token once but the very first
     assert len(counted) > student.config.context
@@ -249,11 +250,16 @@ def test_bits_a_byte_of_a_uniform_student(student, tokenizer, tmp_path):
     assert measures["bits_per_byte"] == pytest.approx(bits, rel=1e-5) and measures["tokens"] == len(counted) + 1
 
 
+class Amused(Grader):
+    def grades(self, questions, stop=None):
+        return [Grade({"humour": 2}, 2 / 3)] * len(questions)
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda stories: [{"humour": 2}] * len(stories))
+    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: Amused({}))
     run = tmp_path / "run" / "checkpoints"
     for step, name in enumerate(("chck_1M", "chck_2M"), 1):
         history = {"words": step * 1_000_000}
@@ -277,7 +283,7 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, 
 
 
 def test_the_command_puts_anybodys_stories_beside_a_students(student, tokenizer, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: lambda stories: [{"humour": 2}] * len(stories))
+    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: Amused({}))
     ours = checkpoint.save(tmp_path / "ours", student, tokenizer, history={}, state={}, counters={"step": 1})
     samples = {
         name: [{"opening": "Tom", "story": f"{name} ran {i}. " * 9} for i in range(12)] for name in ("gpt", "people")

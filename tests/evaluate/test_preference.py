@@ -22,7 +22,7 @@ from tinystory.evaluate.preference import (
     run_preferences,
     win_rate,
 )
-from tinystory.evaluate.samples import read_samples
+from tinystory.evaluate.stories import read_samples
 from tinystory.report.judges import preference_lines
 from tinystory.run.errors import UserError
 from tinystory.run.folder import SAMPLES, RunLog

@@ -11,16 +11,19 @@ from hypothesis import strategies as st
 from tqdm import tqdm
 
 from tinystory.data.corpus import open_corpus
-from tinystory.evaluate.samples import Sample, read_samples
 from tinystory.evaluate.stories import (
+    Sample,
     distinct_ngrams,
     longest_shared,
+    read_samples,
     story_measures,
     write_stories,
 )
 from tinystory.rl.reward import cluster_ids, cluster_sizes, phrases
 from tinystory.run.errors import UserError
 from tinystory.student import generate
+from tinystory.teacher.callable import CallableGrader
+from tinystory.teacher.grade import Grade, Grader
 
 
 def test_distinct_ngrams_tell_collapse():
@@ -68,19 +71,21 @@ def test_story_measures(student, tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("\n\n".join(tiny_stories(20)))
     corpus = open_corpus([str(tmp_path / "a.txt")])
 
-    def grade(stories):
-        counts = Counter()
-        scores = []
-        for opening, _ in stories:
-            i = counts[opening]
-            counts[opening] += 1
-            scores.append({"readability": 1, "coherence": i % 2, "creativity": 0} if i else None)
-        return scores
+    class Scorer(Grader):
+        def grades(self, questions, stop=None):
+            counts = Counter()
+            grades = []
+            for question in questions:
+                i = counts[question.opening]
+                counts[question.opening] += 1
+                scores = {"readability": 1, "coherence": i % 2, "creativity": 0}
+                grades.append(Grade(scores, sum(scores.values()) / 9) if i else Grade(None, None))
+            return grades
 
     sampling = dict(openings=["Tom", "Mia had"], n_stories=9, max_new_tokens=12, temperature=1.0, seed=3)
     stories = write_stories(student, tokenizer, **sampling)
     assert [story.opening for story in stories] == ["Tom"] * 5 + ["Mia had"] * 4
-    measures = story_measures(stories, grade=grade, corpus=corpus)
+    measures = story_measures(stories, grader=Scorer({}), corpus=corpus)
     assert measures["stories"] == 9 and measures["unscored"] == 2
     # Four and three scored: 1, 0, 1, 0 and 1, 0, 1 for coherence.
     assert measures["score_mean"] == pytest.approx(1 + 4 / 7) and measures["coherence_mean"] == pytest.approx(4 / 7)
@@ -94,11 +99,11 @@ def test_story_measures(student, tokenizer, tmp_path):
     )
     other = story_measures(write_stories(student, tokenizer, **sampling | {"seed": 4}))
     assert other["entropy_per_word"] != plain["entropy_per_word"]
-    silent = story_measures(stories, grade=lambda pairs: [None] * len(pairs))
+    silent = story_measures(stories, grader=CallableGrader(lambda openings, stories: [None] * len(stories), ""))
     assert silent["score_mean"] is None and silent["unscored"] == 9
     assert plain["story_clusters_10"] is None  # too few stories to an opening
     nineteen = write_stories(student, tokenizer, **sampling | {"n_stories": 19})  # ten to the first, nine
-    ten = story_measures(nineteen, grade=grade)
+    ten = story_measures(nineteen, grader=Scorer({}))
     assert 1 <= ten["story_clusters_10"] <= 10
 
 

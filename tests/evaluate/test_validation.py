@@ -19,7 +19,7 @@ def test_a_short_validation_reads_from_all_of_the_file():
     sizes, empty = np.ones(64, np.int64), np.empty(0)
 
     def nats(tokens, sequences=None):
-        file = TokenFile(tokens=tokens, words=empty, offsets=empty, word_count=0, byte_count=0)
+        file = TokenFile(tokens=tokens, words=empty, offsets=empty)
         return validate(student, file, sizes, sequences, batch=3, packing="stream")[0]
 
     quarters = [nats(tokens[start : start + 9]) for start in (0, 8, 16, 24)]
@@ -34,7 +34,7 @@ def test_validation_of_whole_documents_counts_each_token_once():
     lengths = [3, 5, 8, 2, 11]
     tokens, offsets = torch.randint(1, 64, (sum(lengths),)).numpy(), np.array([0, *np.cumsum(lengths)])
     tokens[offsets[1:] - 1] = 0
-    file = TokenFile(tokens=tokens, words=np.empty(0), offsets=offsets, word_count=0, byte_count=0)
+    file = TokenFile(tokens=tokens, words=np.empty(0), offsets=offsets)
     nats, bits = validate(student, file, np.full(64, 4), None, batch=3, packing="whole")
     assert bits == pytest.approx(nats / math.log(2) / 4)
     # The longest is cut after eight tokens; its rest goes before the two that fit beside it.

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, fails
 
 from scripts import doctor, evaluate, prepare_data, sample
-from tinystory.evaluate.samples import read_samples
+from tinystory.evaluate.stories import read_samples
 from tinystory.run import distributed, errors, paths
 from tinystory.run.errors import PeerLost, UserError, command
 from tinystory.run.text import printable

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import subprocess
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -49,12 +48,8 @@ def test_options_that_are_no_command_line_are_one_sentence(tmp_path, capsys):
 
 def test_the_table_has_the_untouched_student_the_demo_and_the_controls(settings, place, tmp_path, monkeypatch, capsys):
     calls = []
-
-    def run(command):
-        calls.append(command)
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(recipes.subprocess, "run", run)
+    for name in ("pretrain", "interact"):
+        monkeypatch.setattr(recipes.runs, name, lambda out, *options: calls.append(str(options)))
     monkeypatch.setattr(recipes, "open_grader", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(recipes, "measure", lambda row, *_: {"score": len(row.name), "rewards": [0.25, 0.75]})
     monkeypatch.setattr(recipes.checkpoint, "find", lambda folder: checkpoint.newest(place / "p"))

@@ -1,107 +1,135 @@
 """The experiment: what it runs, that it does nothing twice and loses nothing, and what its report says."""
 
+import contextlib
+import itertools
 import json
 import re
+from pathlib import Path
 
 import pytest
 from conftest import fails
 
-from scripts import reproduce as command
+from scripts import reproduce
+from scripts.reproduce import BEFORE, INTERACT, MILLION, MORE
 from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
+from tinystory.data.babylm import MILESTONES
+from tinystory.data.builtin import dull
 from tinystory.report.charts import Line, chart, log_ticks
-from tinystory.run.errors import UserError
-from tinystory.studies import reproduce
-from tinystory.studies.reproduce import BEFORE, INTERACT, MILLION, MORE, TrainingRun, run_all
-from tinystory.teacher.callable import random_scores
+from tinystory.student import checkpoint
+from tinystory.studies import runs
+from tinystory.teacher.callable import CallableGrader, random_scores
 
-# ---- the plan -------------------------------------------------------------------------------------------------------
+# ---- runs of commands that train nothing ----------------------------------------------------------------------------
+
+
+class Trainer:
+    """Stands in for both train commands: writes what tells that a run is finished, and keeps the command lines."""
+
+    def __init__(self):
+        self.calls, self.stops = [], set()
+
+    def __call__(self, argv):
+        options = dict(itertools.pairwise(argv))
+        out = Path(options["--out"])
+        self.calls.append((out, argv[2:]))
+        pretrains = out.name == "pretrain" or out.parent.name == MORE
+        assert ("--resume" in argv) == (out / "config.json").exists()
+        stopped = out.name in self.stops
+        words = {f"chck_{m // MILLION}M": m for m in MILESTONES} if out.name == "pretrain" else {"step_9": 10**9}
+        for step, name in enumerate(words, 1 if out.name == "pretrain" else 99):
+            counters = {"step": step, "words": words[name] * pretrains, "words_in": 30, "words_out": 400}
+            (out / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
+            (out / "checkpoints" / name / "trainer.json").write_text(json.dumps(counters))
+        (out / "config.json").write_text("{}")
+        if not pretrains and not stopped:
+            (out / "samples.jsonl").write_text("")
 
 
 @pytest.fixture
-def planned(monkeypatch, tmp_path):
-    """Calls the command, which plans its interactions and runs nothing; returns the runs."""
-    runs = []
-
-    def stop_after_interactions(more):
-        runs.extend(more)
-        if len(runs) > 1:
-            raise UserError("that is all")
-
-    def plan(*argv):
-        monkeypatch.setattr(reproduce, "run_all", stop_after_interactions)
-        with pytest.raises(SystemExit):
-            command.main(["--out", str(tmp_path), *argv])
-        return runs
-
-    return plan
+def trainer(monkeypatch):
+    trainer = Trainer()
+    monkeypatch.setattr(runs.train_pretrain, "main", trainer)
+    monkeypatch.setattr(runs.train_interact, "main", trainer)
+    monkeypatch.setattr(reproduce, "measure", lambda *_: {"Score": 1.0})
+    monkeypatch.setattr(reproduce, "builtin_teacher", None)
+    grader = CallableGrader(random_scores, "<b>")
+    monkeypatch.setattr(reproduce, "open_grader", lambda *_, **__: contextlib.nullcontext(grader))
+    return trainer
 
 
-def config_of(run):
-    kinds = (PretrainConfig, PRETRAIN_PRESETS) if run.words else (InteractConfig, INTERACT_PRESETS)
-    return parse(*kinds, [*run.argv, *run.again])
+def interactions(trainer):
+    """The options of each interaction by its folder, as configurations."""
+    return {
+        str(out.relative_to(out.parents[1])): parse(InteractConfig, INTERACT_PRESETS, argv)
+        for out, argv in trainer.calls
+        if out.name != "pretrain" and out.parent.name != MORE
+    }
 
 
 @pytest.mark.parametrize("name", reproduce.SCALES)
-def test_every_scale_is_a_plan_of_options_that_the_commands_have(name, planned):
-    pretraining, *interactions = planned("--scale", name)
+def test_every_scale_is_a_plan_of_options_that_the_commands_have(name, trainer, tmp_path):
     scale = reproduce.SCALES[name]
-    assert config_of(pretraining).words == pretraining.words >= max(scale.starts) * MILLION
-    assert {start * MILLION for start in scale.starts} <= set(reproduce.MILESTONES)
-    assert len({run.folder for run in interactions}) == len(interactions) == 2 * len(scale.starts) * scale.seeds
-    for run in interactions:
-        config = config_of(run)
-        assert (config.init.rpartition("/")[2], config.seed) == (f"chck_{run.start // MILLION}M", run.seed)
-        assert {name: getattr(config, name) for name in ("diversity", "unfinished", "openings", "max_new_tokens")} == {
-            name: INTERACT_PRESETS["paper"][name] for name in ("diversity", "unfinished", "openings", "max_new_tokens")
-        }
+    reproduce.main(["--scale", name, "--out", str(tmp_path)])
+    pretrain = parse(PretrainConfig, PRETRAIN_PRESETS, trainer.calls[0][1])
+    assert {start * MILLION for start in scale.starts} <= {m for m in MILESTONES if m <= pretrain.words}
+    configs = interactions(trainer)
+    assert len(configs) == (1 + len(scale.controls)) * len(scale.starts) * scale.seeds
+    for folder, config in configs.items():
+        arm, start, seed = re.fullmatch(r"(\w+)/(\d+M)-(\d)", folder).groups()
+        assert (config.init.rpartition("/")[2], config.seed) == (f"chck_{start}", int(seed))
+        assert config.reward == ("" if arm == INTERACT else arm)
+        paper = {option: INTERACT_PRESETS["paper"][option] for option in ("diversity", "unfinished", "openings")}
+        assert name == "tiny" or {option: getattr(config, option) for option in paper} == paper
 
 
-def test_the_random_control_differs_in_the_reward_alone(planned):
-    runs = [config_of(run) for run in planned("--scale", "small", "--interact", "--steps 7") if run.seed == 1]
-    real, control = (next(run for run in runs if run.reward == reward) for reward in ("", "random"))
-    assert {name for name, value in vars(control).items() if value != vars(real)[name]} == {"reward"}
-    assert real.steps == 7
+def test_a_control_differs_in_the_reward_alone(trainer, tmp_path):
+    reproduce.main(["--scale", "small", "--interact", "--steps 7", "--out", str(tmp_path)])
+    configs = interactions(trainer)
+    real, control = vars(configs["interact/1M-1"]), vars(configs["random/1M-1"])
+    assert {name for name, value in control.items() if value != real[name]} == {"reward"} and real["steps"] == 7
 
 
 def test_a_start_without_a_checkpoint_is_refused_before_anything_is_written(tmp_path, capsys):
-    assert "no checkpoint at 7 M" in fails(command.main, ["--milestones", "7", "--out", str(tmp_path / "out")], capsys)
+    assert "no checkpoint at 7 M" in fails(
+        reproduce.main, ["--milestones", "7", "--out", str(tmp_path / "out")], capsys
+    )
     teacher = ["--teacher=--teacher-concurrency 0"]
-    assert "--teacher-concurrency" in fails(command.main, [*teacher, "--out", str(tmp_path / "out")], capsys)
+    assert "--teacher-concurrency" in fails(reproduce.main, [*teacher, "--out", str(tmp_path / "out")], capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_other_settings_in_the_same_folder_are_refused(planned, tmp_path, capsys):
-    planned("--scale", "tiny")
+def test_other_settings_in_the_same_folder_are_refused(trainer, tmp_path, capsys):
+    reproduce.main(["--out", str(tmp_path)])
     capsys.readouterr()
-    line = fails(command.main, ["--interact", "--lam 0.9", "--out", str(tmp_path)], capsys)
+    line = fails(reproduce.main, ["--interact", "--lam 0.9", "--out", str(tmp_path)], capsys)
     assert "was begun with interact" in line and "--lam 0.9" in line and "another --out" in line
 
 
-def test_the_student_compared_is_the_last_not_the_best(tmp_path):
-    """Else every arm would be chosen by the score that it is judged by."""
-    for name, step in (("best", 2), ("step_0000004", 4)):
-        folder = tmp_path / "checkpoints" / name
-        folder.mkdir(parents=True)
-        (folder / "trainer.json").write_text(json.dumps({"step": step, "words_in": 7}))
-    words, folder = reproduce.last_checkpoint(TrainingRun("random", MILLION, 0, tmp_path, (), ()))
-    assert folder.name == "step_0000004" and words == MILLION + 7
+def test_what_is_finished_is_not_done_again_and_what_was_stopped_goes_on(trainer, tmp_path, capsys):
+    argv = ["--out", str(tmp_path), "--milestones", "1", "--seeds", "1", "--controls", "--device", "cpu"]
+    trainer.stops = {"1M-0"}
+    assert "interact/1M-0 was stopped before its end" in fails(reproduce.main, argv, capsys)
+    trainer.stops.clear()
+    reproduce.main(argv)
+    assert [out.name for out, _ in trainer.calls] == ["pretrain", "1M-0", "1M-0", "1M-0"]
+    assert trainer.calls[2][1] == ["--resume", "--device", "cpu"]
+    reproduce.main(argv)
+    assert len(trainer.calls) == 4
 
 
-def test_more_pretraining_goes_on_from_the_milestone_by_the_words_of_the_interaction(tmp_path):
-    milestone = tmp_path / "pretrain" / "checkpoints" / "chck_1M"
-    milestone.mkdir(parents=True)
-    (milestone / "trainer.json").write_text('{"step": 3, "words": 1000000}')
-    (tmp_path / "pretrain" / "config.json").write_text('{"options": {}}')
-    interaction = TrainingRun(INTERACT, MILLION, 0, tmp_path / INTERACT / "1M-0", (), ())
-    interaction.folder.mkdir(parents=True)
-    (interaction.folder / "metrics.jsonl").write_text('{"step": 1, "words_in": 30, "words_out": 400}\n')
-    half_copied = tmp_path / MORE / "1M-0" / "checkpoints"
+def test_more_pretraining_goes_on_from_the_milestone_by_the_words_of_the_interaction(trainer, tmp_path):
+    argv = ["--out", str(tmp_path), "--milestones", "1", "--seeds", "1", "--controls", "--device", "cpu"]
+    half_copied = tmp_path / MORE / "1M-0" / "checkpoints" / "chck_2M"
     half_copied.mkdir(parents=True)
-    run = reproduce.more_pretraining(interaction, milestone, ["--device", "cpu"])
-    assert run.words == MILLION + 430 and run.again[:2] == ["--words", "1000430"] and not run.finished()
-    assert (run.folder / "checkpoints" / "chck_1M" / "trainer.json").exists() and (run.folder / "config.json").exists()
-    (run.folder / "checkpoints" / "chck_1M" / "trainer.json").write_text('{"step": 9, "words": 1000430}')
-    assert reproduce.more_pretraining(interaction, milestone, []).finished()  # and is not copied again
+    reproduce.main(argv)
+    out, options = trainer.calls[-1]
+    assert out == tmp_path / MORE / "1M-0" and options == ["--resume", "--words", "1000430", "--device", "cpu"]
+    assert (out / "checkpoints" / "chck_1M" / "trainer.json").exists() and not half_copied.exists()
+    evaluated = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
+    assert {(each["arm"], each["start"], each["words"]) for each in evaluated} == {
+        *((BEFORE, m, m) for m in MILESTONES),
+        (INTERACT, MILLION, MILLION + 30), (MORE, MILLION, MILLION + 430),
+    }  # fmt: skip
 
 
 def test_the_random_reward_is_a_teachers_scores_that_know_nothing():
@@ -112,67 +140,32 @@ def test_the_random_reward_is_a_teachers_scores_that_know_nothing():
     assert sum(scores) / len(scores) == pytest.approx(0.5, abs=0.02)
 
 
-# ---- runs of commands that train nothing ----------------------------------------------------------------------------
-
-FAKE = """
-import json, sys
-from pathlib import Path
-options = dict(zip(sys.argv[1:], sys.argv[2:]))
-out = Path(options["--out"])
-trainer = out / "checkpoints" / "c" / "trainer.json"
-step = json.loads(trainer.read_text())["step"] if trainer.exists() else 0
-assert bool(step) == ("--resume" in sys.argv) == ("--epochs" not in sys.argv) and options["--device"] == "cpu"
-trainer.parent.mkdir(parents=True, exist_ok=True)
-(out / "config.json").write_text("{}")
-with open(out.parent / f"calls-{out.name}", "a") as calls:
-    calls.write(f"{step} ")
-while step < 4:
-    step += 1
-    trainer.write_text(json.dumps({"step": step}))
-    if step == 2 and (out.parent / "fail").exists():
-        sys.exit(3)
-(out / "samples.jsonl").write_text("")
-"""
-
-
-@pytest.fixture
-def fakes(tmp_path, monkeypatch):
-    """Three interactions."""
-    (tmp_path / "train_interact.py").write_text(FAKE)
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    folders = [tmp_path / INTERACT / f"{start}M-0" for start in (1, 2, 5)]
-    return [TrainingRun(INTERACT, MILLION, 0, folder, ["--epochs", "1"], ["--device", "cpu"]) for folder in folders]
-
-
-def calls(runs):
-    return [(run.folder.parent / f"calls-{run.folder.name}").read_text() for run in runs]
-
-
-def test_what_is_finished_is_not_done_again(fakes):
-    run_all(fakes)
-    assert all(run.finished() for run in fakes)
-    run_all(fakes)
-    assert calls(fakes) == ["0 ", "0 ", "0 "]
-
-
-def test_a_run_that_ended_early_is_named_and_goes_on_where_it_was(fakes):
-    mark = fakes[0].folder.parent / "fail"
-    mark.parent.mkdir()
-    mark.touch()
-    with pytest.raises(UserError, match=r"interact/1M-0 ended with exit code 3 before .*interact/1M-0\.log says why"):
-        run_all(fakes)
-    assert not fakes[0].finished()
-    mark.unlink()
-    run_all(fakes)
-    assert calls(fakes) == ["0 2 ", "0 ", "0 "]
+def test_a_student_of_the_built_in_corpus_has_columns_of_its_own(place, tmp_path, monkeypatch):
+    student, tokenizer, _ = checkpoint.load(checkpoint.newest(place / "p"))
+    history = {"corpus": ["primer", "builtin", "dull"]}
+    monkeypatch.setattr(reproduce.checkpoint, "load", lambda *_: (student, tokenizer, history))
+    monkeypatch.setattr(reproduce, "COREFERENCE", 4)
+    grader = CallableGrader(lambda openings, stories: [0.5] * len(stories), "half")
+    pretrain = PretrainConfig(corpus=[str(place / "corpus.txt")], device="cpu", vocab_size=300)
+    (tmp_path / "openings.txt").write_text("Tom had a ball.\nMia sat.\n")
+    config = InteractConfig(max_new_tokens=12, openings=str(tmp_path / "openings.txt"))
+    settings = {"stories": 6, "blimp": ""}
+    columns = reproduce.measure(place, grader, pretrain, config, settings)
+    assert columns.keys() >= {"Dull", "Repeated name", "He or she", "Bits per byte"} and 0 <= columns["Dull"] <= 1
+    monkeypatch.setattr(dull, "kind_of", lambda story: "list")
+    assert reproduce.measure(place, grader, pretrain, config, settings)["Dull"] == 1
+    history["corpus"] = ["elsewhere"]
+    config.openings = "Once upon a time,"
+    others = reproduce.measure(place, grader, pretrain, config, settings)
+    assert others.keys() - columns.keys() == {"Score, other openings"} and "Dull" not in others
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
 def record(arm, start, seed, words, score):
-    stories = {"score_mean": score, "distinct_4": 0.9 - seed / 100, "story": "<script>"}
-    return dict(arm=arm, start=start * MILLION, seed=seed, words=words, measures={"stories": stories})
+    measures = {"Score": score, "distinct_4": 0.9 - seed / 100}
+    return dict(arm=arm, start=start * MILLION, seed=seed, words=words, measures=measures)
 
 
 def rows_of(page: str) -> list[list[str]]:
@@ -189,12 +182,12 @@ def test_the_report_compares_the_arms_and_escapes_the_name_of_a_model(tmp_path):
     rows = rows_of(page)
     assert rows[0] == ["Student", "Seeds", "Score", "distinct_4"]
     assert rows[1:5] == [
-        ["1 M pretrained", "1", "1.00", "0.90"],
-        ["1 M + interaction", "3", "1.50 ± 0.06", "0.89 ± 0.01"],  # 0.1 / sqrt(3)
-        ["1 M + more pretraining", "1", "–", "0.90"],
-        ["1 M + --reward random", "1", "0.75", "0.90"],
+        ["1 M pretrained", "1", "1.00", "0.900"],
+        ["1 M + interaction", "3", "1.50 ± 0.06", "0.890 ± 0.006"],  # 0.1 / sqrt(3)
+        ["1 M + more pretraining", "1", "–", "0.900"],
+        ["1 M + --reward random", "1", "0.750", "0.900"],
     ]
-    assert rows[-1] == ["4 M + interaction", "3", "3.50 ± 0.00", "0.89 ± 0.01"]
+    assert rows[-1] == ["4 M + interaction", "3", "3.50 ± 0.00", "0.890 ± 0.006"]
     assert "&lt;b&gt;" in page and "<b>" not in page and "<script" not in page and "<svg" in page
 
 
@@ -215,8 +208,9 @@ def test_a_chart_with_error_bars_over_a_logarithm():
 def test_the_whole_experiment(tmp_path):
     small = "--words 1M --n-layer 1 --n-head 1 --n-embd 32 --vocab-size 320 --batch-size 32 --learning-rate 1e-2"
     argv = ["--out", str(tmp_path), "--device", "cpu", "--milestones", "1", "--stories", "16", "--pretrain", small]
+    argv += ["--controls", "random"]
     argv += ["--interact", "--steps 2 --stories-per-step 8 --max-new-tokens 40"]
-    command.main(argv)
+    reproduce.main(argv)
     runs = {"pretrain", *(f"{arm}/1M-{seed}" for arm in (INTERACT, "random") for seed in (0, 1)), "more/1M-0"}
     assert {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("config.json")} == runs
     rows = rows_of((tmp_path / "report.html").read_text())
@@ -226,6 +220,6 @@ def test_the_whole_experiment(tmp_path):
     ]  # fmt: skip
 
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    command.main(argv)
+    reproduce.main(argv)
     changed = {path.name for path, time in written.items() if path.stat().st_mtime_ns != time}
     assert changed == {"experiment.json"}

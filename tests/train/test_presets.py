@@ -7,12 +7,12 @@ from conftest import SHORT, SMALL, fails, metrics
 
 import train_interact as interact
 import train_pretrain as pretrain
+from scripts.reproduce import SCALES
 from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
 from tinystory.data import babylm
 from tinystory.run.errors import UserError
 from tinystory.student import checkpoint
 from tinystory.student.model import CUDA_HEAD_SIZES
-from tinystory.studies.reproduce import SCALES
 
 # The settings of arXiv 2509.15714 and its code.
 PAPER_PRETRAIN = dict(
@@ -43,7 +43,7 @@ def test_the_papers_preset_has_the_papers_figures():
 
 def test_every_preset_and_scale_has_heads_for_the_cuda_kernels():
     options = [["--preset", name] for name in PRETRAIN_PRESETS]
-    options += [["--preset", scale.preset, *scale.pretrain.split()] for scale in SCALES.values()]
+    options += [scale.pretrain.split() for scale in SCALES.values()]
     configs = [parse(PretrainConfig, PRETRAIN_PRESETS, argv) for argv in options]
     assert {config.n_embd // config.n_head for config in configs} <= set(CUDA_HEAD_SIZES)
 

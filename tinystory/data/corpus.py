@@ -3,17 +3,16 @@
 At most a few megabytes of text are in memory, whatever the size of a file.
 """
 
-import codecs
 import functools
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO, cast
 
 from tinystory.data.builtin import dull, grammar, primer
 from tinystory.run import hub
@@ -46,7 +45,7 @@ LICENCES |= dict.fromkeys(BUILTIN, "MIT, as tinystory") | {"tinystories": "CDLA-
 
 MARKER = "<|endoftext|>"
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
-CHUNK = 1 << 20  # bytes read at a time
+CHUNK = 1 << 20  # characters read at a time
 MAX_DOCUMENT = 1 << 18  # characters; longer documents are split at a line end, so that none has to fit in memory
 MAX_RUN = 1 << 9  # characters; longer runs of letters, of other signs or of white space are split, not all at once
 UNBROKEN = re.compile(r"\w*|\s*|[^\w\s]*")  # every piece of the tokenizer's split lies within such a run
@@ -139,6 +138,11 @@ def _file(path: Path, kind: str) -> tuple[Path, Callable[[], Iterator[str]]]:
                     yield piece
             if empty:
                 raise ValueError("it holds no documents")
+        except UnicodeDecodeError as error:
+            byte = f"0x{error.object[error.start]:02x}"
+            raise UserError(
+                f"{path} is not UTF-8 (it holds a byte {byte}): convert it, for instance with iconv"
+            ) from None
         except (OSError, EOFError, zlib.error, ValueError) as error:
             raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
@@ -150,24 +154,19 @@ def _kind(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
+def _open_text(path: Path) -> TextIO:
+    """A UTF-8 file, gunzipped if its name ends in .gz, without the BOM and with \n for every line end."""
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    return cast(TextIO, opener(path, "rt", encoding="utf-8-sig"))
+
+
 def _text(path: Path) -> Iterator[str]:
-    """Chunks of a UTF-8 file, gunzipped if its name ends in .gz, without the BOM and with \\n for every line end."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
-    done, data = 0, b"-"  # bytes decoded so far
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-        while data:
-            data = file.read(CHUNK)
-            try:
-                text = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:  # error.object: an incomplete character, then this chunk
-                at = done - (len(error.object) - len(data)) + error.start
-                what = f"0x{error.object[error.start]:02x} at byte {at} (counted from 0)"
-                raise ValueError(f"it is not UTF-8 ({what}): convert it, for instance with iconv") from None
-            if b"\0" in data:
+    """Chunks of a file."""
+    with _open_text(path) as file:
+        while text := file.read(CHUNK):
+            if "\0" in text:
                 raise ValueError("it holds NUL characters: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
-            if text:
-                yield text
-            done += len(data)
+            yield text
 
 
 def _passages(path: Path) -> Iterator[str]:
@@ -200,29 +199,21 @@ def _separator(path: Path) -> re.Pattern[str]:
 
 def _records(path: Path) -> Iterator[str]:
     """The documents of a JSON Lines file."""
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            document = record["text"] if "text" in record else record["story"]
-            document.encode()  # JSON can spell lone surrogates, which are not valid Unicode
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            message = f'its line {number} is not a JSON object with a string of Unicode text as "text" or "story"'
-            raise ValueError(message) from None
-        yield document
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines that end in \\n only: inside JSON, U+2028 and other Unicode line ends are text."""
-    rest = ""
-    for text in _text(path):
-        *lines, rest = (rest + text).split("\n")
-        yield from lines
-        if len(rest) > MAX_RECORD:
-            size = f"over {MAX_RECORD >> 20} million characters"
-            raise ValueError(f"it has a line of {size}, where .jsonl holds one JSON object per line")
-    yield rest
+    with _open_text(path) as file:  # whose lines end in \n only: inside JSON, U+2028 and its like are text
+        for number, line in enumerate(iter(lambda: file.readline(MAX_RECORD + 1), ""), 1):
+            if len(line) > MAX_RECORD:
+                size = f"over {MAX_RECORD >> 20} million characters"
+                raise ValueError(f"it has a line of {size}, where .jsonl holds one JSON object per line")
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                document = record["text"] if "text" in record else record["story"]
+                document.encode()  # JSON can spell lone surrogates, which are not valid Unicode
+            except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+                message = f'its line {number} is not a JSON object with a string of Unicode text as "text" or "story"'
+                raise ValueError(message) from None
+            yield document
 
 
 def _bounded(document: str) -> Iterator[str]:

@@ -1,13 +1,14 @@
 """A tokenized corpus with exact word counts: memory-mapped arrays, built once and cached.
 
-A folder of shards holds meta.json, tokenizer.json, manifest.json with the hashes of all other files, which are checked
-whenever it is opened, and three raw little-endian arrays for each of train and val:
+A folder of shards holds tokenizer.json, manifest.json with the hashes of all other files, which are checked whenever it
+is opened, and three raw little-endian arrays for each of train and val:
 
     NAME.tokens   uint16 (uint32 if the vocabulary is over 65 536)  the tokens of every document, each ending in `</s>`
     NAME.words    uint8   per token, the number of words that begin in it
     NAME.offsets  int64   (documents + 1,): document i is tokens[offsets[i]:offsets[i + 1]], its `</s>` included
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from tinystory.run.paths import cache_dir
 
 FORMAT = 3  # increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
 PARTS = ("tokens", "words", "offsets")
-FILES = ("meta.json", "tokenizer.json", *(f"{name}.{part}" for name in ("train", "val") for part in PARTS))
+FILES = ("tokenizer.json", *(f"{name}.{part}" for name in ("train", "val") for part in PARTS))
 BATCH = 1 << 19  # characters that one thread encodes at a time
 MAX_THREADS = 16  # more would wait for the thread that reads, and each needs about 20 MB
 
@@ -42,20 +43,19 @@ IS_SPACE[[c for c in range(sys.maxunicode + 1) if chr(c).isspace()]] = True
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One split: `tokens` (n,) uint16 or uint32, `words` (n,) uint8, `offsets` (documents + 1,) int64.
-
-    `len()` is the number of tokens, `word_count` the sum of `words`, and `byte_count` the number of UTF-8 bytes in the
-    documents without `</s>`, the denominator of bits per byte.
-    """
+    """One split: `tokens` (n,) uint16 or uint32, `words` (n,) uint8, `offsets` (documents + 1,) int64. `len()`: the
+    number of tokens."""
 
     tokens: np.ndarray
     words: np.ndarray
     offsets: np.ndarray
-    word_count: int
-    byte_count: int
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @functools.cached_property
+    def word_count(self) -> int:
+        return int(self.words.sum(dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ def _build(
             for (is_val, batch), arrays in zip(some, encoded, strict=True):
                 writers[is_val].append(*arrays)
                 progress.update(sum(map(len, batch)))
-    meta = {"corpus": corpus.names, "train": writers[0].close(), "val": writers[1].close()}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    for writer in writers:
+        writer.close()
     write_manifest(folder)
 
 
@@ -172,12 +172,11 @@ def _batches(documents: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, list
     yield from ((is_val, batch) for is_val, batch in zip((False, True), batches, strict=True) if batch)
 
 
-def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens of the documents, each followed by `</s>`, and the number of words that begin in each token.
 
-    Returns tokens (n,) uint32, words (n,) uint8, lengths (documents,) int64 in tokens, and the number of UTF-8 bytes.
-    Words are those of str.split(); a word begins in the token that holds the first byte of its first character, so the
-    counts of a document's tokens sum to len(document.split()).
+    Returns tokens (n,) uint32, words (n,) uint8, and lengths (documents,) int64 in tokens. Words are those of
+    str.split(); a word begins in the token that holds the first byte of its first character.
     """
     eos = np.array([tokenizer.eos], dtype=np.uint32)
     arrays = [tokenizer.encode_array(document) for document in documents]
@@ -196,34 +195,30 @@ def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, 
     sizes[tokenizer.eos] = 1
     ends = np.cumsum(sizes[tokens])  # end of each token, in bytes
     words = np.diff(np.searchsorted(first, ends), prepend=0).astype(np.uint8)
-    return tokens, words, lengths, int(ends[-1]) - len(documents)
+    return tokens, words, lengths
 
 
 class _Writer:
     """Appends encoded batches to the three files of one split."""
 
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer):
-        self.dtype = _token_dtype(tokenizer)
+        self.dtypes, self.tokens = _dtypes(tokenizer), 0
         self.files = [open(folder / f"{name}.{part}", "wb") for part in PARTS]  # noqa: SIM115
         self.files[2].write(np.zeros(1, dtype="<i8").tobytes())
-        self.tokens = self.words = self.bytes = 0
 
-    def append(self, tokens: np.ndarray, words: np.ndarray, lengths: np.ndarray, byte_count: int) -> None:
-        offsets = (self.tokens + np.cumsum(lengths)).astype("<i8")
-        for file, array in zip(self.files, (tokens.astype(self.dtype), words, offsets), strict=True):
-            file.write(array.data)
+    def append(self, tokens: np.ndarray, words: np.ndarray, lengths: np.ndarray) -> None:
+        arrays = (tokens, words, self.tokens + np.cumsum(lengths))
+        for file, array, dtype in zip(self.files, arrays, self.dtypes, strict=True):
+            file.write(array.astype(dtype).data)
         self.tokens += len(tokens)
-        self.words += int(words.sum())
-        self.bytes += byte_count
 
-    def close(self) -> dict[str, int]:
+    def close(self) -> None:
         for file in self.files:
             file.close()
-        return {"words": self.words, "bytes": self.bytes}
 
 
-def _token_dtype(tokenizer: Tokenizer) -> str:
-    return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+def _dtypes(tokenizer: Tokenizer) -> tuple[str, str, str]:  # of PARTS
+    return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4", "u1", "<i8"
 
 
 def _open(path: Path) -> Dataset:
@@ -233,13 +228,12 @@ def _open(path: Path) -> Dataset:
     except UserError as error:
         raise UserError(f"{error}; delete {path} and run this again") from None
     tokenizer = Tokenizer.load(path / "tokenizer.json")
-    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
 
     def split(name: str) -> TokenFile:
-        arrays: dict[str, np.ndarray] = {}
-        for part, dtype in zip(PARTS, (_token_dtype(tokenizer), "u1", "<i8"), strict=True):
+        arrays = []
+        for part, dtype in zip(PARTS, _dtypes(tokenizer), strict=True):
             file = path / f"{name}.{part}"  # an empty file cannot be mapped
-            arrays[part] = np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
-        return TokenFile(**arrays, word_count=meta[name]["words"], byte_count=meta[name]["bytes"])
+            arrays.append(np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype))
+        return TokenFile(*arrays)
 
     return Dataset(tokenizer, split("train"), split("val"), path)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from tinystory.evaluate.intervals import wilson
-from tinystory.evaluate.samples import Sample
+from tinystory.evaluate.stories import Sample
 from tinystory.run.errors import UserError
 from tinystory.run.folder import PREFERENCES, SAMPLES, read_records
 from tinystory.run.journal import Journal

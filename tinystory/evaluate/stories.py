@@ -1,21 +1,23 @@
-"""Measures of a student's stories: the teacher's scores, diversity, copying from the corpus, length and endings."""
+"""Stories by anybody (a student, another model, humans), and their measures: the teacher's scores, diversity, copying
+from the corpus, length and endings."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import mean_and_ci, mean_ci, wilson
-from tinystory.evaluate.samples import Sample
 from tinystory.rl.reward import cluster_ids
+from tinystory.run.errors import UserError
+from tinystory.run.folder import read_records
 from tinystory.student.generate import generate
 from tinystory.student.model import Student
-
-GradeStories = Callable[[Sequence[tuple[str, str]]], Sequence[Mapping[str, float] | None]]
+from tinystory.teacher.grade import Grader, score_means
 
 OPENINGS = (
     "Once upon a time, in a faraway land,",
@@ -27,6 +29,27 @@ OPENINGS = (
     "Mia was sad because",
     "There was once a king who",
 )
+
+
+class Sample(NamedTuple):
+    """A story; `text` goes on from the opening."""
+
+    opening: str
+    text: str
+    ended: str | None = None  # "eos" or "length", if known
+    entropy: float | None = None  # of the distributions that it was sampled from, summed over tokens, in nats
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The stories of a .jsonl file, by whatever model or human: objects with `opening` and `story`, which goes on from
+    it, and `ended` where known. An opening that `story` repeats is left out. Raises UserError for any other file."""
+    stories = []
+    for number, record in enumerate([*read_records(path)] or [{}], 1):  # an empty file lacks its first line
+        opening, story, ended = (record.get(name) for name in ("opening", "story", "ended"))
+        if not (isinstance(opening, str) and isinstance(story, str)):
+            raise UserError(f"{path} line {number} lacks an opening and a story: each line is an object with both")
+        stories.append(Sample(opening, story.removeprefix(opening).strip(), ended if isinstance(ended, str) else None))
+    return stories
 
 
 def distinct_ngrams(texts: list[str], n: int = 4) -> float | None:
@@ -48,19 +71,17 @@ def write_stories(
 
 
 def story_measures(
-    stories: Sequence[Sample], *, grade: GradeStories | None = None, corpus: Corpus | None = None
+    stories: Sequence[Sample], *, grader: Grader | None = None, corpus: Corpus | None = None
 ) -> dict[str, Any]:
     """Measures of stories by a student, another model or humans.
-
-    grade(pairs) returns the scores of each (opening, story) per criterion, 0..3 each, or None for no score.
 
     Returns, over all stories: length_mean (words) with length_ci; distinct_4 (distinct word 4-grams over all of them);
     story_clusters_10, of the first ten stories to an opening, averaged over openings with as many (NoveltyBench's
     distinct, with shared phrases in place of its classifier). Where known of all: ended_eos_share with ended_eos_ci
     (Wilson); entropy_per_word (nats: entropies of the sampling distributions, summed over tokens, per word). With
-    `grade`: score_mean, the sum of the criteria's scores, with score_ci; NAME_mean of each criterion; unscored. With
-    `corpus`: copied_share, the words of the longest phrase shared with it over the story's words, and copied_longest,
-    the longest such phrase in words. The other intervals are bootstrapped over stories.
+    `grader`: `score_means`, with score_ci, and unscored. With `corpus`: copied_share, the words of the longest phrase
+    shared with it over the story's words, and copied_longest, the longest such phrase in words. The other intervals are
+    bootstrapped over stories.
     """
     texts = [story.text for story in stories]
     by_opening: dict[str, list[int]] = {}
@@ -80,13 +101,11 @@ def story_measures(
         measures |= {"ended_eos_share": ended / len(stories), "ended_eos_ci": wilson(ended, len(stories))}
     if all(story.entropy is not None for story in stories):
         measures["entropy_per_word"] = sum(story.entropy or 0.0 for story in stories) / max(int(lengths.sum()), 1)
-    if grade:
-        grades = grade([(story.opening, story.text) for story in stories])
-        scored = [scores for scores in grades if scores is not None]
-        mean, ci = mean_and_ci(np.array([sum(scores.values()) for scores in scored], dtype=float))
-        measures |= {"score_mean": mean, "score_ci": ci, "unscored": len(grades) - len(scored)}
-        if scored:
-            measures |= {f"{name}_mean": fmean(scores[name] for scores in scored) for name in scored[0]}
+    if grader:
+        grades = grader.grade_each([(story.opening, story.text) for story in stories])
+        sums = np.array([sum(grade.scores.values()) for grade in grades if grade.scores], dtype=float)
+        measures |= score_means(grades)
+        measures |= {"score_ci": mean_and_ci(sums)[1], "unscored": sum(grade.score is None for grade in grades)}
     if corpus:
         shared = longest_shared(texts, corpus)
         measures["copied_share"] = fmean(n / max(words, 1) for n, words in zip(shared, lengths.tolist(), strict=True))

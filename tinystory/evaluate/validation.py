@@ -1,13 +1,13 @@
 """Loss of a student on text: the validation of pretraining, and bits per byte of any corpus."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from tinystory import ops
-from tinystory.data.corpus import Corpus
 from tinystory.data.shards import TokenFile, encode
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.data.windows import pack, pieces, places
@@ -48,16 +48,16 @@ def validate(
     return total / tokens, total / math.log(2) / size
 
 
-def bits_per_byte(student: Student, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, float]:
-    """{"bits_per_byte", "tokens"} of the first MAX_TOKENS of a corpus: its documents, an end token after each, as one
-    stream in pieces of the context's length, by `validate`."""
-    documents, size = [], 0
-    for document in corpus.documents():
-        documents.append(document)
+def bits_per_byte(student: Student, tokenizer: Tokenizer, documents: Iterable[str]) -> dict[str, float]:
+    """{"bits_per_byte", "tokens"} of the first MAX_TOKENS of these documents, an end token after each, as one stream in
+    pieces of the context's length, by `validate`."""
+    texts, size = [], 0
+    for document in documents:
+        texts.append(document)
         size += len(document)
         if size > 5 * MAX_TOKENS:  # enough: the average token has fewer than five characters
             break
-    tokens, words, _, byte_count = encode(tokenizer, documents)
-    file = TokenFile(tokens[:MAX_TOKENS], words, np.array([0, len(tokens)]), 0, byte_count)
+    tokens, words, _ = encode(tokenizer, texts)
+    file = TokenFile(tokens[:MAX_TOKENS], words, np.array([0, len(tokens)]))
     _, bits = validate(student, file, tokenizer.token_sizes, None, batch=16, packing="stream")
     return {"bits_per_byte": bits, "tokens": len(file)}
