@@ -1,15 +1,37 @@
-"""What a step must compute and move on a GPU, from the shapes alone: the table in docs/kernels.md.
+"""What one step must compute and move on a GPU, and what it asks of the host: the table in docs/kernels.md.
 
 python tests/cuda_device/on_paper.py
 
-FLOPs of GEMMs and of causal attention (half of the square). Bytes: each operator of the path on a GPU reads its inputs
-once and writes its outputs once, whatever the caches keep. bfloat16, residual stream and logits in float32.
+FLOPs and bytes come from the shapes alone: GEMMs and causal attention (half of the square); each operator of the path
+on a GPU reads its inputs once and writes its outputs once, whatever the caches keep. Launches and waits are counted on
+the simulated device, by a step of as many layers, micro-batches and updates on a student that is small otherwise.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-FLOPS, BANDWIDTH = 989e12, 3.35e12  # H100 SXM, dense bfloat16 and HBM3: NVIDIA's data sheet
-NAMES = ("work", "TFLOP", "GB", "at least, ms", "launches", "waits")
+from machine import machine
+from runtime import install, install_project
+
+# isort: split
+import torch
+
+from tinystory.config import INTERACT_PRESETS, PRETRAIN_PRESETS, InteractConfig, PretrainConfig
+from tinystory.ops.compute import Compute
+from tinystory.rl import ppo
+from tinystory.rl.batch import collate
+from tinystory.rl.critic import RidgeCritic
+from tinystory.rl.policy import Policy, SharpAdam
+from tinystory.run.device import Download
+from tinystory.student.generate import Story
+from tinystory.student.model import Student, StudentConfig, ValueHead
+from tinystory.student.optim import make_optimizer
+from tinystory.student.token_step import Sampling, TokenStep
+from train_pretrain import train_step
+
+BANDWIDTH = 3.35e12  # H100 SXM: NVIDIA's data sheet, as the peaks of dense matmuls
+PEAK = {torch.bfloat16: 989e12, torch.float32: 67e12}
+NAMES = ("work", "dtype", "TFLOP", "GB", "at least, ms", "launches", "waits")
+CUDA = torch.device("cuda")
 
 
 @dataclass(frozen=True)
@@ -18,6 +40,8 @@ class Shape:
     C: int  # width
     V: int  # vocabulary
     T: int  # context
+    prompt: int  # tokens
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def matrices(self) -> int:
@@ -31,75 +55,158 @@ class Shape:
         """FLOPs of the trunk for tokens in rows of this length."""
         return tokens * (2 * self.matrices + 2 * self.L * length * self.C)
 
-    def activations(self, tokens: float) -> float:
-        """Bytes of a forward pass: per layer two norms (12 C each), qkv 8 C, attention 8 C, its projection 4 C, the MLP
-        36 C. A backward pass moves about twice as much."""
-        return tokens * self.L * 80 * self.C
+    def activations(self, tokens: float, trains: bool = False) -> float:
+        """Bytes of a forward pass of the trunk. Two norms of a layer read and write the float32 stream; the others are
+        elements of the matmuls' dtype: of the norms 4 C, qkv 4 C, attention 4 C, its projection 2 C, the MLP 10 C, and
+        8 C for a GELU that cuBLAS does not apply. A backward pass moves about twice as much."""
+        gelu = 8 if trains or self.dtype == torch.float32 else 0
+        return tokens * self.L * self.C * (16 + (24 + gelu) * self.dtype.itemsize)
+
+    def weights(self, forward: int, backward: int, updates: int) -> float:
+        """Bytes of weights and gradients in so many passes: a GEMM reads its weight, and writes its gradient in
+        float32, which is added to that of the micro-batches before."""
+        reads = (forward + backward) * self.dtype.itemsize
+        copies = 6 * updates if self.dtype != torch.float32 else 0
+        return self.parameters * (reads + 4 * backward + 12 * (backward - updates) + copies)
+
+    def logits(self, trains: bool) -> int:
+        """Bytes per logit of a forward pass of token_logprob, and of a backward pass, which computes it again."""
+        return 8 + (8 + 3 * self.dtype.itemsize if trains else 0)
 
 
 @dataclass(frozen=True)
 class Work:
-    """launches: as tests/train/test_dispatched.py counts them, per micro-batch or token. waits: as the simulated device
-    counts them."""
-
     name: str
+    shape: Shape
     flops: float
     bytes: float
     launches: str
     waits: str
 
     def row(self) -> tuple[str, ...]:
-        ms = 1e3 * max(self.flops / FLOPS, self.bytes / BANDWIDTH)
-        return self.name, f"{self.flops / 1e12:.3g}", f"{self.bytes / 1e9:.3g}", f"{ms:.3g}", self.launches, self.waits
+        ms = 1e3 * max(self.flops / PEAK[self.shape.dtype], self.bytes / BANDWIDTH)
+        numbers = (f"{float(f'{x:.3g}'):,g}" for x in (self.flops / 1e12, self.bytes / 1e9, ms))
+        return self.name, str(self.shape.dtype).removeprefix("torch."), *numbers, self.launches, self.waits
 
 
-def pretraining(name: str, s: Shape, rows: int, micro: int, launches: int) -> Work:
-    tokens, parts = rows * s.T, -(-rows // micro)
-    logits = 2 * tokens * s.V * s.C
-    flops = 3 * s.forward(tokens, s.T) + 3 * logits
-    optimizer = s.parameters * (28 + 6 + 8 * parts)  # AdamW, copies in 16 bits, gradients added up
-    moved = 3 * s.activations(tokens) + 18 * tokens * s.V + optimizer
-    return Work(f"{name}: pretraining, {rows} x {s.T}", flops, moved, f"{parts} x {launches}", "1")
+# --- on the simulated device ------------------------------------------------------------------------------------------
+def counted(f) -> tuple[str, str]:
+    """Launches and waits of f, when it has run before."""
+    f()
+    before = machine.launches.total(), machine.waits.total()
+    f()
+    return f"{machine.launches.total() - before[0]:,}", str(machine.waits.total() - before[1])
 
 
-def rollout(name: str, s: Shape, rows: int, new: int, launches: int) -> Work:
+def small_student(s: Shape) -> Student:
+    return Student(StudentConfig(s.L, 2, 64, 32, 320)).to(CUDA)
+
+
+def count_pretraining(s: Shape, config: PretrainConfig) -> tuple[str, str]:
+    parts = -(-config.batch_size // config.micro_batch_size)
+    config, student = replace(config, batch_size=parts, micro_batch_size=1), small_student(s)
+    optimizer, batch = make_optimizer(student, config, s.dtype), torch.randint(320, (parts, 17), device=CUDA)
+    return counted(lambda: Download(torch.stack(train_step(student, optimizer, batch, config, s.dtype, 0))).wait())
+
+
+def count_token_step(s: Shape, head: bool) -> int:
+    student, critic = small_student(s), ValueHead(64).to(CUDA) if head else None
+    with torch.no_grad(), autocast(s), student.lowered(s.dtype):
+        step = TokenStep(student, critic, 3, 9, Sampling(8, eos=0, seed=0))
+        step.start([torch.arange(9)], [0] * 3, 0)
+        step.advance(), step.advance()
+    return len(step.graphs[3].kernels)
+
+
+def count_ppo(s: Shape, config: InteractConfig) -> tuple[str, str]:
+    """From stories on the host to the updated policy."""
+    micro = config.micro_batch_size
+    rows, size = -(-config.stories_per_step // micro), -(-config.minibatch_size // micro)
+    config = replace(config, stories_per_step=rows, minibatch_size=size, micro_batch_size=1)
+    zeros, each = torch.zeros(12), dict(text="", ended="length")
+    stories = [
+        Story(i, "", prompt_ids=torch.arange(5), tokens=torch.randint(320, (12,)), logprobs=zeros - 5.8, values=zeros,
+              entropies=zeros, **each)
+        for i in range(rows)
+    ]  # fmt: skip
+    student, reference = small_student(s), small_student(s)
+    critic = (RidgeCritic if config.learner == "ridge" else ValueHead)(64).to(CUDA)
+    policy = Policy(
+        student=student, critic=critic, optimizer=SharpAdam(student, critic, config), config=config,
+        autocast=lambda: autocast(s), tokenizer=None, history={},
+    )  # fmt: skip
+
+    def step() -> None:
+        batch = collate(stories, CUDA)
+        with policy.autocast():
+            batch = ppo.read_reference(reference, batch, config)
+        ppo.step(policy, batch, [0.1 * i for i in range(rows)], config.kl_coef)
+
+    return counted(step)
+
+
+def autocast(s: Shape) -> torch.autocast:
+    return Compute(CUDA, s.dtype, {}).autocast()
+
+
+# --- on paper ---------------------------------------------------------------------------------------------------------
+def pretraining(name: str, s: Shape, config: PretrainConfig) -> Work:
+    rows, parts = config.batch_size, -(-config.batch_size // config.micro_batch_size)
+    tokens = rows * s.T
+    flops = 3 * s.forward(tokens, s.T) + 6 * tokens * s.V * s.C
+    moved = 3 * s.activations(tokens, True) + 18 * tokens * s.V + s.weights(parts, parts, 1)
+    moved += s.parameters * 32  # the norm, and AdamW
+    if config.optimizer == "muon":
+        m, heads = s.C, s.C // 64
+        flops += s.L * (2 * (4 * 4 * m**3 + 18 * m**3) + 4 * heads * (4 * 64**2 * m + 18 * 64**3))
+        moved += s.matrices * 30  # twice two momenta, the cast, Newton-Schulz and its Gram matrices, instead of AdamW
+    return Work(f"{name}: pretraining, {rows} x {s.T}", s, flops, moved, *count_pretraining(s, config))
+
+
+def rollout(name: str, s: Shape, rows: int, new: int, head: bool) -> Work:
     """All rows to their last token; cached keys and values are read anew for each."""
     flops = new * rows * (2 * s.matrices + 2 * s.V * s.C)
-    weights = new * 2 * (s.matrices + s.V * s.C)
-    cache = rows * new * new / 2 * 4 * s.C * s.L
+    weights = new * s.dtype.itemsize * (s.matrices + s.V * s.C)
+    cache = rows * new * (s.prompt + new / 2) * 2 * s.C * s.L * s.dtype.itemsize
     moved = weights + cache + new * (s.activations(rows) + 8 * rows * s.V)
-    return Work(f"{name}: rollout, {rows} x {new}", flops, moved, f"{new} graphs of {launches}", f"{new} + endings")
+    graphs = f"{new} graphs of {count_token_step(s, head)}"
+    return Work(f"{name}: rollout, {rows} x {new}", s, flops, moved, graphs, f"{new} + endings")
 
 
-def ppo(name: str, s: Shape, rows: int, new: int, epochs: int, micro: int, updates: int, launches: int) -> Work:
-    """The reference's pass, then epochs of forward and backward; token_logprob computes logits again to go back."""
-    tokens, length, parts = rows * (new + 8), new + 8, epochs * -(-rows // micro)
-    trunk, logits = s.forward(tokens, length), 2 * rows * new * s.V * s.C
+def learning(name: str, s: Shape, config: InteractConfig) -> Work:
+    """The reference's pass, advantages, then epochs of forward and backward passes; token_logprob computes logits again
+    to go back."""
+    rows, new, epochs, updates = config.stories_per_step, config.max_new_tokens, config.epochs, config.updates_per_step
+    tokens, written, parts = rows * (s.prompt + new), rows * new, -(-rows // config.micro_batch_size)
+    trunk, logits = s.forward(tokens, s.prompt + new), 2 * written * s.V * s.C
     flops = trunk + logits + epochs * (3 * trunk + 4 * logits)
-    moved = s.activations(tokens) * (1 + 3 * epochs) + rows * new * s.V * (8 + 22 * epochs)
-    moved += s.parameters * (34 * updates + 8 * parts)
-    return Work(
-        f"{name}: PPO, {rows} x {new}, {epochs} epochs", flops, moved, f"{parts} x {launches}", f"{2 * updates + 8}"
-    )
+    moved = s.activations(tokens) + epochs * 3 * s.activations(tokens, True)
+    moved += written * s.V * (s.logits(False) + epochs * s.logits(True))
+    moved += s.weights(parts * (1 + epochs), parts * epochs, updates)
+    moved += s.parameters * 40 * updates  # the norm, its factor, Adam
+    if config.learner == "ridge":  # in float64, twice over features of 2 C + 5
+        D = 2 * s.C + 5
+        flops, moved = flops + written * 2 * D**2, moved + 2 * written * (24 * s.C + 44 * D)
+    return Work(f"{name}: PPO, {rows} x {new}, {epochs} epochs", s, flops, moved, *count_ppo(s, config))
 
 
 def main() -> None:
-    demo, gpt2s, paper = Shape(3, 192, 2048, 256), Shape(12, 768, 16_000, 512), Shape(12, 768, 16_000, 512)
+    install()
+    install_project()
+    demo, large = Shape(3, 192, 2048, 256, prompt=8), Shape(12, 768, 16_000, 512, prompt=20)
+    paper_ppo, paper32 = InteractConfig(**INTERACT_PRESETS["paper"]), replace(large, dtype=torch.float32)
     table = [
-        pretraining("demo", demo, 8, 16, DEMO[0]), rollout("demo", demo, 768, 200, DEMO[2]),
-        ppo("demo", demo, 768, 200, 1, 32, 8, DEMO[1]),
-        pretraining("gpt2s", gpt2s, 32, 32, GPT2[0]), rollout("gpt2s", gpt2s, 360, 90, GPT2[2]),
-        ppo("gpt2s", gpt2s, 64, 90, 4, 32, 4, GPT2[1]),
-        pretraining("paper", paper, 256, 32, GPT2[3]), rollout("paper", paper, 360, 90, GPT2[2]),
-        ppo("paper", paper, 360, 90, 4, 32, 4, GPT2[1]),
+        pretraining("demo", demo, PretrainConfig()), rollout("demo", demo, 768, 200, False),
+        learning("demo", demo, InteractConfig()),
+        pretraining("gpt2s", large, PretrainConfig(batch_size=32)), rollout("gpt2s", large, 360, 90, True),
+        learning("gpt2s", large, replace(paper_ppo, stories_per_step=64)),
+        pretraining("paper", large, PretrainConfig(**PRETRAIN_PRESETS["paper"])),
+        rollout("paper", paper32, 360, 90, True), learning("paper", paper32, paper_ppo),
     ]  # fmt: skip
     print("| " + " | ".join(NAMES) + " |\n|" + "---|" * len(NAMES))
     for work in table:
         print("| " + " | ".join(work.row()) + " |")
 
-
-# Launches per pretraining micro-batch, PPO micro-batch, token step and pretraining micro-batch with dropout.
-DEMO, GPT2 = (136, 230, 41, 146), (460, 554, 104, 470)
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,5 @@
 """Plant the bugs of planted_bugs.txt, one at a time, in a copy of the project, run a command on the simulated device,
-and say what gives each away. Exits with 1 if one is missed.
+and say what gives each away, and after how many seconds. Exits with 1 if one is missed.
 
 python tests/cuda_device/planted_bugs.py [NUMBER ...]
 """
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,10 +150,12 @@ def main(numbers: list[str]) -> int:
                 assert clean[command].code != 0 or differ <= len(here.results) // 10, command
             print(f"{command}: exit {clean[command].code}, {len(clean[command].results)} results", flush=True)
         for bug in chosen:
+            start = time.monotonic()
             plant(bug.changes, work / "planted")
             why = evidence(clean[bug.command], run(work / "planted", bug.command, work, "cuda"))
             missed += not why
-            print(f"{'caught' if why else 'MISSED'}: {bug.name}: {'; '.join(why)[:220]}", flush=True)
+            verdict = f"{'caught' if why else 'MISSED'} in {time.monotonic() - start:.0f} s"
+            print(f"{verdict}: {bug.name}: {'; '.join(why)[:220]}", flush=True)
     print(f"{len(chosen) - missed} of {len(chosen)} caught")
     return int(bool(missed))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, metrics
 from libraries import kernel_library
+from planted_bugs import read_bugs
 
 HERE = Path(__file__).parent
 pytestmark = [
@@ -26,6 +28,28 @@ def on_device(*arguments: object, **env: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     return done.stdout
+
+
+def test_planted_bugs_fit_the_project():
+    changes = [change for bug in read_bugs() for change in bug.changes]
+    assert [(file, old) for file, old, _ in changes if (ROOT / file).read_text().count(old) != 1] == []
+
+
+@pytest.mark.slow
+def test_docs_have_the_table_on_paper():
+    """Versions of torch differ by a few launches."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TINYSTORY_KERNELS": "ours"}
+    done = subprocess.run([sys.executable, HERE / "on_paper.py"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    documented = {
+        line.split("|")[1]: line for line in (ROOT / "docs/kernels.md").read_text().splitlines() if "|" in line
+    }
+    for line in done.stdout.splitlines()[2:]:
+        numbers = [
+            [float(x) for x in re.findall(r"[\d.]+", row.replace(",", ""))]
+            for row in (line, documented[line.split("|")[1]])
+        ]
+        assert numbers[0] == pytest.approx(numbers[1], rel=0.03), line
 
 
 def test_both_commands_whole_as_on_the_cpu():

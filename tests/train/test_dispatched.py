@@ -6,6 +6,7 @@ docs/kernels.md has them in a table.
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_pretrain as pretrain
 from tinystory import ops
 from tinystory.config import InteractConfig, PretrainConfig
+from tinystory.data.shards import TokenFile
+from tinystory.evaluate.validation import validate
 from tinystory.rl import ppo
 from tinystory.rl.batch import Batch, collate
 from tinystory.rl.policy import Policy
@@ -87,6 +90,17 @@ def pretraining(dropout: float) -> Counter:
     return second_micro_batch(lambda rows: pretrain.train_step(student, optimizer, tokens[:rows], config, BF16, 0))
 
 
+def validation() -> Counter:
+    student, tokens = small_student(), np.arange(400, dtype=np.uint16) % 96
+    file = TokenFile(tokens, np.ones_like(tokens), np.array([0, 400]), 400, 400)
+
+    def run(rows: int) -> None:
+        with torch.autocast("cpu", BF16):
+            validate(student, file, np.ones(96, np.int64), rows, batch=2, packing="stream")
+
+    return second_micro_batch(run)
+
+
 def written(rows: int) -> Batch:
     T, N = 16, 12
     stories = torch.randint(96, (rows, T + 1))
@@ -127,9 +141,10 @@ def token_step() -> Counter:
 
 
 MEASURED = {"pretraining": lambda: pretraining(0.0), "pretraining, dropout": lambda: pretraining(0.1)}
-MEASURED |= {"PPO": interaction, "token step": token_step}
+MEASURED |= {"validation": validation, "PPO": interaction, "token step": token_step}
 # Dispatched operators, and casts among them. torch's versions differ by a few.
-BUDGETS = {"pretraining": (460, 3), "pretraining, dropout": (470, 3), "PPO": (560, 8), "token step": (105, 2)}
+BUDGETS = {"pretraining": (460, 3), "pretraining, dropout": (470, 3), "validation": (105, 3)}
+BUDGETS |= {"PPO": (535, 8), "token step": (105, 2)}
 
 
 @pytest.mark.parametrize("name", BUDGETS)
