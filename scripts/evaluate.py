@@ -22,6 +22,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -102,49 +103,46 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 @command
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
-    tasks = submission.find_tasks(options.babylm) if options.babylm else {}
-    tasks |= {task: getattr(options, task) for task in TASKS if getattr(options, task)}
-    count = max([0, *(value for value in options.stories if isinstance(value, int))])
-    files = [value for value in options.stories if isinstance(value, Path)]
-    story_files = [path for path in [*files, *(options.compare or [])] if path.suffix == ".jsonl"][:1]
+    options.count = max([0, *(value for value in options.stories if isinstance(value, int))])
+    options.files = [value for value in options.stories if isinstance(value, Path)]
+    story_files = [path for path in [*options.files, *(options.compare or [])] if path.suffix == ".jsonl"][:1]
     openings = [story.opening for path in story_files for story in read_samples(path)] or OPENINGS
     options.openings = load_openings(options.openings) if options.openings else [*dict.fromkeys(openings)]
     if options.out:
         require_writable(options.out)
     if options.compare is not None:
-        options.compare = options.compare or [newest_run()]
-        compare_stories(options, count or COMPARED)
-        return
-    if options.judge is not None:
-        options.judge = options.judge or [newest_run()]
-        judge_runs(options)
-        return
-    measured = tasks or options.aoa or options.corpus or count or options.coreference
-    if not files and not measured:
+        compare_stories(options, options.compare or [newest_run()])
+    elif options.judge is not None:
+        judge_runs(options, options.judge or [newest_run()])
+    else:
+        evaluate(options)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Print the measures of checkpoints and of files of stories, side by side."""
+    tasks = submission.find_tasks(options.babylm) if options.babylm else {}
+    tasks |= {task: getattr(options, task) for task in TASKS if getattr(options, task)}
+    measured = tasks or options.aoa or options.corpus or options.count or options.coreference
+    if not options.files and not measured:
         raise UserError(
             "nothing to evaluate: give --blimp or another task, --corpus, --coreference N or --stories N; or files of "
             "stories, --stories FILE; or --compare or --judge"
         )
     if options.predictions and not (options.babylm or options.aoa):
         raise UserError("--predictions needs the data that BabyLM asks for: give --babylm FOLDER or --aoa FILE")
-    if measured and not files and not options.checkpoints:
-        options.checkpoints = [newest_run()]
+    checkpoints = options.checkpoints or ([newest_run()] if measured and not options.files else [])
     corpus = open_corpus(options.corpus) if options.corpus else None
-    device = pick_device(options.device)
-    file_stories = [read_samples(path)[: count or None] for path in files]
+    files = {path.name: read_samples(path)[: options.count or None] for path in options.files}
     reader = Reader(options.reader, options.device) if options.reader else None
+    records, surprisals = list[dict[str, Any]](), list[dict[str, Any]]()
+    with open_teacher(options) if options.count or files else contextlib.nullcontext() as grader:
 
-    def measures(stories: Sequence[Sample]) -> dict[str, Any]:
-        result = story_measures(stories, grader=grader, corpus=corpus)
-        if reader:
-            result |= reader.measures([(story.opening, story.text) for story in stories])
-        return result
+        def measures(stories: Sequence[Sample]) -> dict[str, Any]:
+            sense = reader.measures([(story.opening, story.text) for story in stories]) if reader else {}
+            return story_measures(stories, grader=grader, corpus=corpus) | sense
 
-    records, surprisals = [], []
-    with contextlib.ExitStack() as stack:
-        grader = open_teacher(options, stack) if count or files else None
-        for folder in tqdm([checkpoint.find(path) for path in options.checkpoints], desc="checkpoints", disable=None):
-            student, tokenizer, history = checkpoint.load(folder, device)
+        for folder in tqdm([checkpoint.find(path) for path in checkpoints], desc="checkpoints", disable=None):
+            student, tokenizer, history = checkpoint.load(folder, pick_device(options.device))
             words = history.get("words", 0) + history.get("interaction_words_in", 0)
             record: dict[str, Any] = {"name": name_of(folder), "checkpoint": str(folder), "words": words or None}
             for task, data in tasks.items():
@@ -163,14 +161,13 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{record['name']}: it was trained on {', '.join(sorted(seen))}, so that is no test of it")
             if corpus:
                 record["corpus"] = bits_per_byte(student, tokenizer, corpus.documents())
-            if count:
-                record["stories"] = measures(samples_of(folder, options, count))
+            if options.count:
+                record["stories"] = measures(samples_of(folder, options))
             records.append(record)
-        for path, stories in zip(files, file_stories, strict=True):
-            records.append({"name": path.name, "words": None, "stories": measures(stories)})
+        records += [{"name": name, "words": None, "stories": measures(stories)} for name, stories in files.items()]
     if options.predictions and options.aoa:
         submission.save_surprisals(options.predictions, surprisals)
-    print("\n".join(aligned([["", *(record["name"] for record in records)], *comparison(records)])))
+    print(*aligned([["", *(record["name"] for record in records)], *comparison(records)]), sep="\n")
     for record in records:
         if left_out := {task: record[task]["too_long"] for task in tasks if record.get(task, {}).get("too_long")}:
             print(f"{record['name']}: items longer than its context, left out: {left_out}")
@@ -179,15 +176,16 @@ def main(argv: list[str] | None = None) -> None:
         atomic_write(options.out, text)
 
 
-def compare_stories(options: argparse.Namespace, count: int) -> None:
+def compare_stories(options: argparse.Namespace, paths: Sequence[Path]) -> None:
     """Ask which stories are better, and print the win rate of the second ones. Choices about a run's own stories are
     kept there, for its report."""
     if not options.teacher_url:
         raise UserError(
             "--compare needs a judge that sees two stories: give --teacher-url, of a model or of teach.py --compare"
         )
-    run = options.compare[0] if len(options.compare) == 1 else None
-    pairs = compared_pairs(options.compare, lambda path: samples_of(path, options, count))
+    options.count = options.count or COMPARED
+    run = paths[0] if len(paths) == 1 else None
+    pairs = compared_pairs(paths, lambda path: samples_of(path, options))
     settings = dict(concurrency=options.teacher_concurrency, seed=options.seed, template=COMPARISON)
     cache = run / "comparison_replies.jsonl" if run else None
     with Teacher(options.teacher_url, options.teacher_model or None, cache=cache, **settings) as teacher:
@@ -196,7 +194,7 @@ def compare_stories(options: argparse.Namespace, count: int) -> None:
     rates = win_rate(choices)
     if not rates["pairs"]:
         raise UserError(f"{by} compared none of {len(pairs)} pairs: see scripts/doctor.py --teacher-url URL")
-    print(*preference_lines({by: rates}, BEFORE_AFTER if run else [name_of(path) for path in options.compare]))
+    print(*preference_lines({by: rates}, BEFORE_AFTER if run else [name_of(path) for path in paths]))
     if second_place is not None:
         print(f"it preferred what came second in {second_place:.0%} of its answers (50 % without a bias)")
     if None in choices:
@@ -206,41 +204,43 @@ def compare_stories(options: argparse.Namespace, count: int) -> None:
         print(f"report: {write_report(run)}")
 
 
-def judge_runs(options: argparse.Namespace) -> None:
+def judge_runs(options: argparse.Namespace, runs: Sequence[Path]) -> None:
     """Show the stories of each run and its controls to a reader, and print how much of the gain it sees."""
     reader, pooled = Reader(options.reader or PACKAGED, options.device), list[Record]()
     typed = {name: getattr(options, name) for name in ("reward", "teacher_url", "teacher_model")}
     typed = {name: value for name, value in typed.items() if value}
-    for run in options.judge:
+    for run in runs:
         config: InteractConfig = recorded_config(InteractConfig, run, typed)
-        compute = resolve(config.device, config.dtype)
         corpus = options.corpus or checkpoint.load(run / "checkpoints" / "start")[2].get("corpus") or ["builtin"]
         if not options.corpus and (files := [name for name in corpus if name not in NAMES]):
             raise UserError(
                 f"{run} would read {files[0]}, its student's corpus, and quote it as real stories; a run's folder may "
                 f"come from somebody else, so if you trust it add --corpus {shlex.join(corpus)}"
             )
+        compute = resolve(config.device, config.dtype)
         with open_grader(config, builtin_teacher, corpus=corpus, replies=run / "judge_replies.jsonl") as grader:
             records = judge_run(run, config, compute, reader, grader.grade_each, corpus)
         print_judged(str(run), records)
         print(f"report: {write_report(run)}")
         pooled += [record | {"index": record["index"] + len(pooled)} for record in records]
-    if len(options.judge) > 1:
-        print_judged(f"{len(options.judge)} runs together", pooled)
+    if len(runs) > 1:
+        print_judged(f"{len(runs)} runs together", pooled)
 
 
 def print_judged(name: str, records: Sequence[Record]) -> None:
     print("", name, *aligned(judged_rows(records)), conclusion(records), correlation_line(records), sep="\n")
 
 
-def samples_of(path: Path, options: argparse.Namespace, count: int) -> list[Sample]:
-    """The stories of a file, or `count` by a student; of two students to the same openings, by the same draws."""
+def samples_of(path: Path, options: argparse.Namespace) -> list[Sample]:
+    """The stories of a file, or as many as asked for by a student; of two students to the same openings, by the same
+    draws."""
     if path.suffix == ".jsonl":
         return read_samples(path)
     student, tokenizer, _ = checkpoint.load(checkpoint.find(path), pick_device(options.device))
-    memory.require_for_stories(count, options.max_new_tokens, student.config, student.wte.weight.device, FEWER)
+    device = student.wte.weight.device
+    memory.require_for_stories(options.count, options.max_new_tokens, student.config, device, FEWER)
     sampling = {name: getattr(options, name) for name in ("openings", "max_new_tokens", "temperature", "seed")}
-    return write_stories(student, tokenizer, n_stories=count, **sampling)
+    return write_stories(student, tokenizer, n_stories=options.count, **sampling)
 
 
 def name_of(folder: Path) -> str:
@@ -249,11 +249,10 @@ def name_of(folder: Path) -> str:
     return f"{folder.parents[1].name}/{folder.name}" if folder.parent.name == "checkpoints" else folder.name
 
 
-def open_teacher(options: argparse.Namespace, stack: contextlib.ExitStack) -> Grader:
-    """A teacher for as long as the stack lasts."""
+def open_teacher(options: argparse.Namespace) -> AbstractContextManager[Grader]:
     names = ("teacher_url", "teacher_model", "teacher_concurrency", "seed")
     config = InteractConfig(**{name: getattr(options, name) for name in names})
-    return stack.enter_context(open_grader(config, builtin_teacher, corpus=options.corpus or ["builtin"]))
+    return open_grader(config, builtin_teacher, corpus=options.corpus or ["builtin"])
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         corpus = checkpoint.load(checkpoint.find(start))[2]["corpus"]
         with open_grader(CONFIG, builtin_teacher, corpus=corpus) as grader:
             for row in rows:
-                records.append({"name": row.name, "seed": seed} | measure(row, grader))
+                records.append({"name": row.name, "seed": seed} | measure(row, grader, CONFIG, OPENINGS))
                 with open(options.out / "rows.jsonl", "a") as file:
                     file.write(json.dumps(records[-1]) + "\n")
     columns = [column for column in records[-1] if column not in ("name", "seed", "rewards")]
@@ -107,32 +107,32 @@ def main(argv: list[str] | None = None) -> None:
 
 @functools.lru_cache(1)
 @torch.no_grad()
-def written(folder: Path, temperature: float, n: int, grader: Grader) -> tuple[list[Story], list[float | None]]:
-    """n stories to each held-out opening by the newest checkpoint of a run (none is to be shown by its best), first one
-    to each; and their scores."""
-    compute = resolve("auto", "auto")
+def written(
+    folder: Path, temperature: float, openings: tuple[str, ...], max_new_tokens: int, device: str, grader: Grader
+) -> tuple[list[Story], list[float | None]]:
+    """A story to each opening by the newest checkpoint of a run (none is to be shown by its best), and its score."""
+    compute = resolve(device, "auto")
     student, tokenizer, _ = checkpoint.load(checkpoint.newest(folder) or folder, compute.device)
+    sampling: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=0)
     with compute.autocast():
-        stories = generate(
-            student, None, tokenizer, OPENINGS * n, first_index=FIRST_INDEX, seed=0,
-            max_new_tokens=CONFIG.max_new_tokens, temperature=temperature,
-        )  # fmt: skip
+        stories = generate(student, None, tokenizer, openings, first_index=FIRST_INDEX, **sampling)
     grades = grader.grade_each([(story.opening, story.text) for story in stories])
     return stories, [grade.score for grade in grades]
 
 
-def measure(row: Row, grader: Grader) -> dict[str, Any]:
+def measure(row: Row, grader: Grader, config: InteractConfig, openings: Sequence[str]) -> dict[str, Any]:
     """Measures of a row. A story's reward compares it with the others that are chosen, one to each opening."""
-    candidates, scores = written(row.folder, row.temperature, row.n, grader)
+    drawn = (*openings,) * row.n
+    candidates, scores = written(row.folder, row.temperature, drawn, config.max_new_tokens, config.device, grader)
     values: dict[str, Sequence[Any]] = {
         "first": [-i for i in range(len(candidates))],
         "likelihood": [story.likelihood for story in candidates],
-        "reward": story_rewards(CONFIG, candidates, scores) if row.chosen_by == "reward" else [],
+        "reward": story_rewards(config, candidates, scores) if row.chosen_by == "reward" else [],
     }
-    chosen = best_of_n(values[row.chosen_by], len(OPENINGS))
+    chosen = best_of_n(values[row.chosen_by], len(openings))
     stories, scores = [candidates[i] for i in chosen], [scores[i] for i in chosen]
     texts = [story.text for story in stories]
-    rewards, kinds = story_rewards(CONFIG, stories, scores), Counter(map(dull.kind_of, texts))
+    rewards, kinds = story_rewards(config, stories, scores), Counter(map(dull.kind_of, texts))
     sizes, score = cluster_sizes(texts[:CLUSTERED]), mean_of(scores)
     measures: dict[str, Any] = {
         "reward": mean_of(rewards),

@@ -35,20 +35,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 from tqdm import tqdm
 
+from scripts import recipes
 from tinystory.config import INTERACT_PRESETS, PAPER_OPENING, PRETRAIN_PRESETS, InteractConfig, PretrainConfig, parse
 from tinystory.data.babylm import MILESTONES, milestone_name
-from tinystory.data.builtin import dull
 from tinystory.data.corpus import open_corpus
 from tinystory.data.openings import Openings, load_openings
 from tinystory.data.shards import prepare
-from tinystory.evaluate.coreference import unseen_measures
 from tinystory.evaluate.held_out import has_dull_tellers
 from tinystory.evaluate.pairs import evaluate_pairs
-from tinystory.evaluate.stories import OPENINGS, story_measures, write_stories
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import pick_device
 from tinystory.report import charts, page
-from tinystory.rl.reward import cluster_sizes
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import CONFIG, Record, atomic_write, plain
@@ -59,16 +56,9 @@ from tinystory.teacher.grade import Grader
 from tinystory.teacher.grader import open_grader
 
 MILLION = 10**6
-SEED = 1_000_003  # of the stories for evaluation, which no interaction uses
 VAL_SEQUENCES = 256  # held-out sequences for bits per byte
-CLUSTERED = 64  # stories over which clusters are counted
-COREFERENCE = 150  # unseen stories of the built-in grammar
+OF_STORIES = ("reward", "score", "ended", "words", "distinct_4", "clusters")  # columns for any corpus
 BEFORE, INTERACT, MORE = "before", "interact", "more"  # arms; a control's is its value of --reward
-STORY_COLUMNS = {
-    "distinct_4": "distinct_4", "Ended": "ended_eos_share",
-    "Copied": "copied_share", "Words": "length_mean",
-}  # fmt: skip
-UNSEEN_COLUMNS = {"Bits per byte": "bits_per_byte", "Repeated name": "repeated_name", "He or she": "he_or_she"}
 COLOURS = ("plain", "reward", "readability", "coherence", "creativity", "muted")  # of the arms' lines
 
 
@@ -159,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
                 last = runs.pretrain(more, words, (), ["--words", str(words), *on_device])
                 students.append((MORE, start, 0, words, last))
 
-    config, records = replace(config, seed=SEED), []
+    config, records = replace(config, device=options.device), []
     with open_grader(config, builtin_teacher, corpus=pretrain.corpus, replies=out / "replies.jsonl") as grader:
         for arm, start, seed, words, folder in tqdm(students, desc="evaluation", unit="checkpoint"):
             path = out / "evaluation" / f"{'-'.join(folder.relative_to(out).parts)}.json"
@@ -193,30 +183,17 @@ def copy_milestone(milestone: Path, run: Path) -> None:
 
 def measure(
     folder: Path, grader: Grader, pretrain: PretrainConfig, config: InteractConfig, settings: Record
-) -> dict[str, float | None]:
-    """The columns of the page for a checkpoint, all with the same random numbers, teacher and texts. The stories are to
-    held-out openings; if the interaction has a single one, to that and, in a second set, to others."""
+) -> dict[str, Any]:
+    """The columns of the page for a checkpoint, all with the same random numbers, teacher and texts."""
+    openings = itertools.cycle(Openings(load_openings(config.openings), 0).held_out)
+    written = [*itertools.islice(openings, settings["stories"])]
+    columns = recipes.measure(recipes.Row("", folder, config.temperature), grader, config, written)
     student, tokenizer, history = checkpoint.load(folder, pick_device(pretrain.device))
-    corpus, openings = open_corpus(pretrain.corpus, pretrain.documents), Openings(load_openings(config.openings), 0)
-    sampling: dict[str, Any] = dict(n_stories=settings["stories"], seed=SEED)
-    sampling |= dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
-    samples = write_stories(student, tokenizer, openings=openings.held_out, **sampling)
-    measures = story_measures(samples, grader=grader, corpus=corpus)
-    columns = {"Score": measures["score_mean"]}
-    if openings.held_out == openings.train:
-        others = write_stories(student, tokenizer, openings=OPENINGS, **sampling)
-        columns["Score, other openings"] = story_measures(others, grader=grader)["score_mean"]
-    columns |= {name: measures[key] for name, key in STORY_COLUMNS.items()}
-    columns[f"Clusters of {CLUSTERED}"] = len(cluster_sizes([sample.text for sample in samples[:CLUSTERED]]))
-    if has_dull_tellers(history):
-        columns["Dull"] = fmean(dull.kind_of(sample.text) != dull.STORY for sample in samples)
-        unseen = unseen_measures(student, tokenizer, COREFERENCE)
-        columns |= {name: unseen[key] for name, key in UNSEEN_COLUMNS.items()}
-    else:
-        val = prepare(
-            corpus, vocab_size=pretrain.vocab_size, val_fraction=pretrain.val_fraction, seed=pretrain.seed
-        ).val
-        columns["Bits per byte"] = validate(student, val, tokenizer.token_sizes, VAL_SEQUENCES, 16, "stream")[1]
+    if not has_dull_tellers(history):  # nor is the grammar's text what it was trained for
+        corpus, sizes = open_corpus(pretrain.corpus, pretrain.documents), (pretrain.vocab_size, pretrain.val_fraction)
+        val = prepare(corpus, vocab_size=sizes[0], val_fraction=sizes[1], seed=pretrain.seed).val
+        columns = {name: columns[name] for name in OF_STORIES}
+        columns["bits_per_byte"] = validate(student, val, tokenizer.token_sizes, VAL_SEQUENCES, 16, "stream")[1]
     if settings["blimp"]:
         columns["BLiMP"] = evaluate_pairs(student, tokenizer, settings["blimp"])["accuracy"]
     return columns
@@ -225,7 +202,7 @@ def measure(
 def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Sequence[Record]) -> Path:
     """The path of OUT/report.html, which is written with its figure, OUT/figure.svg. scorers: the arms of interaction;
     records: arm, start, seed, words and measures of each checkpoint."""
-    columns = [*dict.fromkeys(name for record in records for name in record["measures"])]
+    columns = [*dict.fromkeys(name for record in records for name in record["measures"] if name != "rewards")]
     names = {BEFORE: "pretrained", INTERACT: "+ interaction", MORE: "+ more pretraining"}
     lines, rows = [], list[tuple[int, list[str]]]()
     for arm, colour in zip((BEFORE, INTERACT, MORE, *scorers[1:]), COLOURS, strict=False):
@@ -233,8 +210,8 @@ def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Seq
         points = []
         for start in sorted({record["start"] for record in own}):
             group = [record for record in own if record["start"] == start]
-            cells = [mean_and_error(group, column) for column in columns]  # the score first
-            points.append((fmean(record["words"] for record in group), *cells[0]))
+            cells = [mean_and_error(group, column) for column in columns]
+            points.append((fmean(record["words"] for record in group), *mean_and_error(group, "score")))
             label = [f"{start / MILLION:.3g} M {name}", str(len(group))]
             rows.append((start, [*label, *(plus_minus(*cell) for cell in cells)]))
         words, means, errors = zip(*points, strict=True)
@@ -244,9 +221,9 @@ def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Seq
     )
     atomic_write(out / "figure.svg", charts.standalone(figure))
     note = (
-        "Mean and standard error over the seeds of interaction. Only the score is rewarded; distinct_4: distinct word "
-        "4-grams over all 4-grams; copied: the longest phrase of the corpus in a story; dull: the fraction of stories "
-        "by the corpus’s dull tellers; bits per byte, and the probability of the right name and pronoun: unseen text."
+        "Mean and standard error over the seeds of interaction. Only the reward was learned from. Story, routine, list "
+        "...: the fraction that each kind of teller tells; distinct_4 and clusters: over 64 stories; bits_per_byte, "
+        "repeated_name and he_or_she: on unseen text, the latter two the probability of the right one."
     )
     table = page.table(["Student", "Seeds", *columns], [cells for _, cells in sorted(rows, key=lambda row: row[0])])
     sections = [

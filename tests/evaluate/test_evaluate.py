@@ -1,5 +1,6 @@
 """The definitions of BabyLM's pipeline, on small files in its formats, against plain sums over logits."""
 
+import contextlib
 import csv
 import gzip
 import json
@@ -259,7 +260,7 @@ class Amused(Grader):
 
 
 def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: Amused({}))
+    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: contextlib.nullcontext(Amused({})))
     run = tmp_path / "run" / "checkpoints"
     for step, name in enumerate(("chck_1M", "chck_2M"), 1):
         history = {"words": step * 1_000_000}
@@ -283,7 +284,7 @@ def test_the_command_compares_checkpoints(student, tokenizer, tmp_path, capsys, 
 
 
 def test_the_command_puts_anybodys_stories_beside_a_students(student, tokenizer, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: Amused({}))
+    monkeypatch.setattr(evaluate, "open_teacher", lambda *_: contextlib.nullcontext(Amused({})))
     ours = checkpoint.save(tmp_path / "ours", student, tokenizer, history={}, state={}, counters={"step": 1})
     samples = {
         name: [{"opening": "Tom", "story": f"{name} ran {i}. " * 9} for i in range(12)] for name in ("gpt", "people")

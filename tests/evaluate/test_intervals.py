@@ -26,7 +26,8 @@ def test_spearman_is_scipys(pairs):
 def test_intervals():
     assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)  # Newcombe 1998's formula by hand
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # his table I, method 3
-    low, high = weighted([(50, 100, 1.0)])
+    mean, (low, high) = weighted([(50, 100)], [1.0])
+    assert mean == 0.5
     assert (low + high) / 2 == pytest.approx(0.5) and high - low == pytest.approx(
         2 * 1.96 * math.sqrt(0.25 / 104), rel=1e-3
     )

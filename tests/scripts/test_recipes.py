@@ -29,13 +29,13 @@ def test_the_best_of_several_is_by_reward_or_by_likelihood(settings, place):
     grader = CallableGrader(lambda opening, stories: [min(len(set(s)) / 30, 1.0) for s in stories], "letters")
     start = checkpoint.newest(place / "p")
     plain, likeliest, best = (
-        recipes.measure(recipes.Row("", start, n=4, chosen_by=choice), grader)
+        recipes.measure(recipes.Row("", start, n=4, chosen_by=choice), grader, recipes.CONFIG, OPENINGS)
         for choice in ("first", "likelihood", "reward")
     )
     assert plain.keys() == likeliest.keys() == best.keys()
     assert best["reward"] >= max(plain["reward"], likeliest["reward"])  # of the same candidates
     assert likeliest["ended"] >= plain["ended"]
-    alone = recipes.measure(recipes.Row("", start), grader)
+    alone = recipes.measure(recipes.Row("", start), grader, recipes.CONFIG, OPENINGS)
     assert alone == plain and plain["bits_per_byte"] > 0
     assert sum(plain[kind] for kind in dull.KINDS) == pytest.approx(1)
     assert len(plain["rewards"]) == len(OPENINGS)

@@ -50,7 +50,7 @@ def trainer(monkeypatch):
     trainer = Trainer()
     monkeypatch.setattr(runs.train_pretrain, "main", trainer)
     monkeypatch.setattr(runs.train_interact, "main", trainer)
-    monkeypatch.setattr(reproduce, "measure", lambda *_: {"Score": 1.0})
+    monkeypatch.setattr(reproduce, "measure", lambda *_: {"score": 1.0})
     monkeypatch.setattr(reproduce, "builtin_teacher", None)
     grader = CallableGrader(random_scores, "<b>")
     monkeypatch.setattr(reproduce, "open_grader", lambda *_, **__: contextlib.nullcontext(grader))
@@ -143,28 +143,29 @@ def test_the_random_reward_is_a_teachers_scores_that_know_nothing():
 def test_a_student_of_the_built_in_corpus_has_columns_of_its_own(place, tmp_path, monkeypatch):
     student, tokenizer, _ = checkpoint.load(checkpoint.newest(place / "p"))
     history = {"corpus": ["primer", "builtin", "dull"]}
-    monkeypatch.setattr(reproduce.checkpoint, "load", lambda *_: (student, tokenizer, history))
-    monkeypatch.setattr(reproduce, "COREFERENCE", 4)
+    monkeypatch.setattr(checkpoint, "load", lambda *_: (student, tokenizer, history))
+    monkeypatch.setattr(reproduce.recipes, "COREFERENCE", 4)
     grader = CallableGrader(lambda openings, stories: [0.5] * len(stories), "half")
     pretrain = PretrainConfig(corpus=[str(place / "corpus.txt")], device="cpu", vocab_size=300)
     (tmp_path / "openings.txt").write_text("Tom had a ball.\nMia sat.\n")
-    config = InteractConfig(max_new_tokens=12, openings=str(tmp_path / "openings.txt"))
+    config = InteractConfig(max_new_tokens=12, openings=str(tmp_path / "openings.txt"), device="cpu")
     settings = {"stories": 6, "blimp": ""}
-    columns = reproduce.measure(place, grader, pretrain, config, settings)
-    assert columns.keys() >= {"Dull", "Repeated name", "He or she", "Bits per byte"} and 0 <= columns["Dull"] <= 1
-    monkeypatch.setattr(dull, "kind_of", lambda story: "list")
-    assert reproduce.measure(place, grader, pretrain, config, settings)["Dull"] == 1
+    columns = reproduce.measure(place / "p", grader, pretrain, config, settings)
+    assert {*dull.KINDS, "repeated_name", "he_or_she", "bits_per_byte"} < columns.keys() and columns["score"] == 4.5
     history["corpus"] = ["elsewhere"]
-    config.openings = "Once upon a time,"
-    others = reproduce.measure(place, grader, pretrain, config, settings)
-    assert others.keys() - columns.keys() == {"Score, other openings"} and "Dull" not in others
+    others = reproduce.measure(place / "p", grader, pretrain, config, settings)
+    assert others.keys() == {*reproduce.OF_STORIES, "bits_per_byte"}
+    assert {name: others[name] for name in reproduce.OF_STORIES} == {
+        name: columns[name] for name in reproduce.OF_STORIES
+    }
+    assert others["bits_per_byte"] != columns["bits_per_byte"]
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
 def record(arm, start, seed, words, score):
-    measures = {"Score": score, "distinct_4": 0.9 - seed / 100}
+    measures = {"score": score, "rewards": [0.5], "distinct_4": 0.9 - seed / 100}
     return dict(arm=arm, start=start * MILLION, seed=seed, words=words, measures=measures)
 
 
@@ -180,7 +181,7 @@ def test_the_report_compares_the_arms_and_escapes_the_name_of_a_model(tmp_path):
     settings = {"preset": "demo", "scored by": "<b>"}
     page = reproduce.write_page(tmp_path, settings, [INTERACT, "random"], records).read_text()
     rows = rows_of(page)
-    assert rows[0] == ["Student", "Seeds", "Score", "distinct_4"]
+    assert rows[0] == ["Student", "Seeds", "score", "distinct_4"]
     assert rows[1:5] == [
         ["1 M pretrained", "1", "1.00", "0.900"],
         ["1 M + interaction", "3", "1.50 ± 0.06", "0.890 ± 0.006"],  # 0.1 / sqrt(3)

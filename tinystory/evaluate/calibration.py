@@ -34,30 +34,24 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
     Intervals are Wilson's for as many trials as the smaller kind has stories, which is on the safe side.
     """
     scores = np.array(grade([(story.opening, story.story) for story in known]), dtype=float)  # None becomes nan
-    kinds = np.array([story.kind for story in known])
-    rows = {kind: np.flatnonzero((kinds == kind) & ~np.isnan(scores)) for kind in dict.fromkeys(kinds.tolist())}
-    areas = {kind: _area(scores[rows[REAL]], scores[chosen]) for kind, chosen in rows.items() if kind != REAL}
-    judgement = areas.get(WORDS, {})
-    scored = scores[~np.isnan(scores)]
+    kinds, scored = np.array([story.kind for story in known]), scores[~np.isnan(scores)]
+    by_kind = {kind: scores[(kinds == kind) & ~np.isnan(scores)] for kind in dict.fromkeys(kinds.tolist())}
+    results: dict[str, dict[str, Any]] = {}
+    for kind, values in by_kind.items():
+        results[kind] = {"mean": float(values.mean()) if len(values) else None}
+        if kind != REAL:
+            trials = min(len(by_kind[REAL]), len(values))
+            auc = float(wins(by_kind[REAL], values).mean()) if trials else None
+            results[kind] |= {"auc": auc, "ci": None if auc is None else list(wilson(auc * trials, trials))}
+    judgement = results.get(WORDS, {})
     return {
         "stories": len(known),
         "unscored": len(known) - len(scored),
         "judgement": judgement.get("auc"),
         "judgement_ci": judgement.get("ci"),
-        "kinds": {
-            kind: {"mean": float(scores[chosen].mean()) if len(chosen) else None} | areas.get(kind, {})
-            for kind, chosen in rows.items()
-        },
+        "kinds": results,
         "range": [float(scored.min()), float(scored.max())] if len(scored) else None,
     }
-
-
-def _area(better: np.ndarray, worse: np.ndarray) -> dict[str, Any]:
-    trials = min(len(better), len(worse))
-    if not trials:
-        return {"auc": None, "ci": None}
-    area = float(wins(better, worse).mean())
-    return {"auc": area, "ci": list(wilson(area * trials, trials))}
 
 
 def wins(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
@@ -94,10 +88,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         values = [result["kinds"][kind] for result in columns]
         areas = [f": {with_ci(value['auc'], value['ci'])}" if "auc" in value else "" for value in values]
         rows.append([kind, *(with_ci(value["mean"], None) + area for value, area in zip(values, areas, strict=True))])
-    rows += [
-        ["without a score", *(f"{result['unscored']} of {result['stories']}" for result in columns)],
-    ]
-    return rows
+    return [*rows, ["without a score", *(f"{result['unscored']} of {result['stories']}" for result in columns)]]
 
 
 def require(result: Mapping[str, Any], least: float) -> None:

@@ -29,8 +29,11 @@ class KnownStory(NamedTuple):
     story: str
 
 
-def _replaced(sentences: list[str], replace: Callable[[str], str]) -> list[str]:
-    return [re.sub(r"[A-Za-z]+", lambda match: replace(match[0]), sentence) for sentence in sentences]
+class Pool(NamedTuple):
+    """The nouns, without repeats, and the words of many stories."""
+
+    nouns: Sequence[str]
+    words: Sequence[str]
 
 
 def _reordered(parts: list[str], rng: random.Random) -> list[str]:
@@ -41,18 +44,12 @@ def _reordered(parts: list[str], rng: random.Random) -> list[str]:
     return out
 
 
-class Pool(NamedTuple):
-    """The nouns, without repeats, and the words of many stories."""
+def _replaced(sentences: list[str], replace: Callable[[str], str]) -> list[str]:
+    return [re.sub(r"[A-Za-z]+", lambda match: replace(match[0]), sentence) for sentence in sentences]
 
-    nouns: Sequence[str]
-    words: Sequence[str]
 
-    def new_nouns(self, sentences: list[str], rng: random.Random) -> list[str]:
-        nouns = set(self.nouns)
-        return _replaced(sentences, lambda w: rng.choice(self.nouns) if w in nouns and rng.random() < 0.3 else w)
-
-    def new_words(self, sentences: list[str], rng: random.Random) -> list[str]:
-        return _replaced(sentences, lambda word: rng.choice(self.words) if rng.random() < 0.1 else word)
+def _new_nouns(sentences: list[str], nouns: Sequence[str], rng: random.Random) -> list[str]:
+    return _replaced(sentences, lambda w: rng.choice(nouns) if w in nouns and rng.random() < 0.3 else w)
 
 
 # Given a story's sentences s and those of another story, sentences or words to be joined by spaces.
@@ -60,8 +57,10 @@ CORRUPTIONS: dict[str, Callable[[list[str], Sequence[str], Pool, random.Random],
     SENTENCES: lambda s, other, pool, rng: _reordered(s, rng),
     WORDS: lambda s, other, pool, rng: _reordered(" ".join(s).split(), rng),
     "halves of two stories": lambda s, other, pool, rng: [*s[: len(s) // 2], *other[len(other) // 2 :]],
-    "30 % of nouns replaced": lambda s, other, pool, rng: pool.new_nouns(s, rng),
-    "10 % of words replaced": lambda s, other, pool, rng: pool.new_words(s, rng),
+    "30 % of nouns replaced": lambda s, other, pool, rng: _new_nouns(s, pool.nouns, rng),
+    "10 % of words replaced": lambda s, other, pool, rng: _replaced(
+        s, lambda word: rng.choice(pool.words) if rng.random() < 0.1 else word
+    ),
 }
 # Texts that are no stories. index: of the story in whose place they stand.
 NO_STORIES: dict[str, Callable[[int, random.Random], str]] = {
@@ -75,25 +74,23 @@ def known_stories(
     documents: Iterable[str], count: int, kinds: Sequence[str] = KINDS, seed: int = 0
 ) -> list[KnownStory]:
     """`count` stories of each kind; those of one index have one opening, the first sentence. A corruption that changes
-    nothing is left out. Half of the real ones are ours while they last, the others
-    are a corpus's (see real_stories)."""
+    nothing is left out. Half of the real ones are ours while they last, the others are a corpus's (real_stories)."""
     usable = _usable_of(documents, count)
-    ours = [_first_sentences(text, LENGTHS[i % len(LENGTHS)]) for i, text in enumerate(_paragraphs("stories"))]
-    texts = [*ours[: count // 2], *real_stories(usable, count - len(ours[: count // 2]), seed)]
+    ours = [_first_sentences(text, i) for i, text in enumerate(_paragraphs("stories")[: count // 2])]
+    texts = [*ours, *real_stories(usable, count - len(ours), seed)]
     text = " ".join(usable[:300])
     pool = Pool(sorted(set(_NOUN.findall(text))), re.findall(r"[a-z]+", text))
     stories = []
     for i, (opening, *sentences) in enumerate(texts):
-        other = texts[(i + len(texts) // 2) % len(texts)][1:]
+        other, real = texts[(i + len(texts) // 2) % len(texts)][1:], " ".join(sentences)
         for kind in kinds:
             draw = random.Random(f"{seed} {kind} {i}")  # the same text whatever the other kinds are
             if kind in CORRUPTIONS:
                 story = " ".join(CORRUPTIONS[kind](sentences, other, pool, draw))
-                if story == " ".join(sentences):
-                    continue
             else:
-                story = NO_STORIES[kind](i, draw) if kind in NO_STORIES else " ".join(sentences)
-            stories.append(KnownStory(kind, opening, story))
+                story = NO_STORIES[kind](i, draw) if kind in NO_STORIES else real
+            if kind == REAL or story != real:
+                stories.append(KnownStory(kind, opening, story))
     return stories
 
 
@@ -101,29 +98,27 @@ def real_stories(documents: Iterable[str], count: int, seed: int = 0) -> list[li
     """The first sentences of `count` stories, drawn from the first documents of a corpus, or from the built-in grammar
     if too few of those have several sentences."""
     drawn = random.Random(seed).sample(_usable_of(documents, count), count)
-    return [_first_sentences(text, LENGTHS[i % len(LENGTHS)]) for i, text in enumerate(drawn)]
+    return [_first_sentences(text, i) for i, text in enumerate(drawn)]
 
 
 def _usable_of(documents: Iterable[str], count: int) -> list[str]:
-    usable = [text for text in itertools.islice(documents, DOCUMENTS) if _usable(text)]
-    return usable if len(usable) >= count else [text for text in unseen_stories(DOCUMENTS) if _usable(text)]
+    def usable(texts: Iterable[str]) -> list[str]:
+        return [t for t in texts if len(split_sentences(t)) > FEWEST_SENTENCES and len(t.split()) >= min(LENGTHS)]
+
+    found = usable(itertools.islice(documents, DOCUMENTS))
+    return found if len(found) >= count else usable(unseen_stories(DOCUMENTS))
 
 
 def split_sentences(text: str) -> list[str]:
     return re.split(r"(?:(?<=[.!?])|(?<=[.!?][\"”']))\s+(?=[\"“'A-Z])", " ".join(text.split()))
 
 
-def _first_sentences(text: str, words: int) -> list[str]:
-    """The first sentences that have at least so many words together, and no fewer than FEWEST_SENTENCES."""
-    sentences = split_sentences(text)
-    end = FEWEST_SENTENCES
-    while end < len(sentences) and len(" ".join(sentences[:end]).split()) < words:
+def _first_sentences(text: str, index: int) -> list[str]:
+    """The first sentences, at least FEWEST_SENTENCES, up to the length of the story with this index."""
+    sentences, end = split_sentences(text), FEWEST_SENTENCES
+    while end < len(sentences) and len(" ".join(sentences[:end]).split()) < LENGTHS[index % len(LENGTHS)]:
         end += 1
     return sentences[:end]
-
-
-def _usable(text: str) -> bool:
-    return len(split_sentences(text)) > FEWEST_SENTENCES and len(text.split()) >= min(LENGTHS)
 
 
 def _paragraphs(name: str) -> list[str]:

@@ -18,18 +18,16 @@ def wilson(correct: float, total: int) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def weighted(counts: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
-    """Normal interval for sum(weight * correct / total) over independent proportions; counts: (correct, total, weight).
+def weighted(counts: Sequence[tuple[int, int]], weights: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """The sum of weight * correct / total over independent proportions, and its normal interval. counts: (correct,
+    total).
 
     The variance adds two successes and two failures to each proportion (Agresti and Coull), so that a proportion of 0
     or 1 does not count as certain."""
-    middle = sum(weight * correct / total for correct, total, weight in counts)
-    variance = 0.0
-    for correct, total, weight in counts:
-        p = (correct + 2) / (total + 4)
-        variance += weight**2 * p * (1 - p) / (total + 4)
-    half = Z * math.sqrt(variance)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    correct, total = np.array(counts, dtype=float).T
+    mean, p = float(weights @ (correct / total)), (correct + 2) / (total + 4)
+    half = Z * math.sqrt(np.square(weights) @ (p * (1 - p) / (total + 4)))
+    return mean, (max(mean - half, 0.0), min(mean + half, 1.0))
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], size: int, resamples: int = RESAMPLES) -> tuple[float, float]:

@@ -5,6 +5,7 @@ Where the likelier story is the better one, a student learns as much from this a
 
 from collections.abc import Sequence
 from statistics import fmean, pstdev
+from typing import Any
 
 import torch
 
@@ -24,11 +25,9 @@ class Likelihood:
     def __init__(self, student: Student, tokenizer: Tokenizer, openings: Sequence[str], config: InteractConfig):
         self.student, self.tokenizer = student, tokenizer
         prompts = [openings[i % len(openings)] for i in range(STORIES)]
+        sampling: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "max_new_tokens", "temperature")}
         with torch.no_grad():
-            stories = generate(
-                student, None, tokenizer, prompts, first_index=0, seed=config.seed,
-                max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            )  # fmt: skip
+            stories = generate(student, None, tokenizer, prompts, first_index=0, **sampling)
         own = [x for x in self._mean_logprobs(prompts, [story.text for story in stories]) if x is not None]
         self.mean, self.spread = fmean(own), max(pstdev(own), 1e-6)
 
@@ -42,7 +41,5 @@ class Likelihood:
     def _mean_logprobs(self, openings: Sequence[str], stories: Sequence[str]) -> list[float | None]:
         parts = [part(self.tokenizer, opening, f" {story}") for opening, story in zip(openings, stories, strict=True)]
         sums = sum_logprobs(self.student, [[ids] for ids in parts], "likelihood")
-        counts = [len(ids) - first for ids, first in parts]
-        return [
-            float(total) / n if n and story else None for total, n, story in zip(sums, counts, stories, strict=True)
-        ]
+        counts = [len(ids) - first if story else 0 for (ids, first), story in zip(parts, stories, strict=True)]
+        return [float(total) / n if n else None for total, n in zip(sums, counts, strict=True)]

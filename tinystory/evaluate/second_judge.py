@@ -50,11 +50,9 @@ def judge_run(
     openings = [opening for opening, _ in by_step[0]]
 
     def write(temperature: float, copies: int = 1) -> list[tuple[str, str]]:
+        sampling: dict[str, Any] = dict(max_new_tokens=config.max_new_tokens, temperature=temperature, seed=config.seed)
         with torch.no_grad(), compute.autocast():
-            stories = generate(
-                student, None, tokenizer, openings * copies, first_index=FIRST_INDEX, seed=config.seed,
-                max_new_tokens=config.max_new_tokens, temperature=temperature,
-            )  # fmt: skip
+            stories = generate(student, None, tokenizer, openings * copies, first_index=FIRST_INDEX, **sampling)
         return [(story.opening, story.text) for story in stories]
 
     groups |= {name: write(temperature) for name, temperature in zip(COLDER, TEMPERATURES, strict=True)}
@@ -64,12 +62,13 @@ def judge_run(
     graded = list(dict.fromkeys([*drawn, *(pair for group in groups.values() for pair in group)]))
     scores = dict(zip(graded, map(_score, grade(graded)), strict=True))
     groups[BEST_OF_N] = [drawn[i] for i in best_of_n([scores[pair] for pair in drawn], len(openings))]
-    pairs = [(name, i, pair) for name in GROUPS for i, pair in enumerate(groups[name])]
-    senses = reader.sense([pair for _, _, pair in pairs]).tolist()
-    records = [
-        {"group": name, "index": i, "opening": pair[0], "story": pair[1], "score": scores[pair], "sense": plain(sense)}
-        for (name, i, pair), sense in zip(pairs, senses, strict=True)
+    records: list[Record] = [
+        {"group": name, "index": i, "opening": pair[0], "story": pair[1], "score": scores[pair]}
+        for name in GROUPS
+        for i, pair in enumerate(groups[name])
     ]
+    senses = reader.sense([(record["opening"], record["story"]) for record in records]).tolist()
+    records = [record | {"sense": plain(sense)} for record, sense in zip(records, senses, strict=True)]
     atomic_write(run / JUDGED, "".join(json.dumps(record) + "\n" for record in records))
     return records
 
@@ -81,16 +80,13 @@ def _score(grade: Grade) -> float | None:
 def summary(records: Sequence[Record], measure: str) -> dict[str, dict[str, Any]]:
     """Per group {"mean", "ci", "gap"} of "score" or "sense": its mean, with a bootstrap interval over the stories, and
     the fraction of the way from BEFORE to REAL; None for what was not measured."""
-    values = {name: column(records, name, measure) for name in GROUPS}
-    means = {name: mean_and_ci(group) for name, group in values.items()}
+    means: dict[str, Any] = {name: mean_and_ci(column(records, name, measure)) for name in GROUPS}
     low, high = means[BEFORE][0], means[REAL][0]
-    out = {}
-    for name, (mean, ci) in means.items():
-        gap = None
-        if mean is not None and low is not None and high is not None and high > low:
-            gap = (mean - low) / (high - low)
-        out[name] = {"mean": mean, "ci": ci, "gap": gap}
-    return out
+    wide = low is not None and high is not None and high > low
+    return {
+        name: {"mean": mean, "ci": ci, "gap": (mean - low) / (high - low) if wide and mean is not None else None}
+        for name, (mean, ci) in means.items()
+    }
 
 
 def column(records: Sequence[Record], group: str, measure: str) -> np.ndarray:
