@@ -11,18 +11,14 @@ import argparse
 import asyncio
 import contextlib
 import os
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
-
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.data.corpus import open_corpus
-from tinystory.rubric.rubric import PARTS, Rubric
+from tinystory.rubric.rubric import Rubric
 from tinystory.rubric.server import serve
 from tinystory.run.errors import command
 from tinystory.run.options import add_number
@@ -43,38 +39,22 @@ def main(argv: list[str] | None = None) -> None:
         "--die-with-parent", action="store_true", help="exit when standard input closes; once fitted, yield cores"
     )
     options = parser.parse_args(argv)
-    if options.die_with_parent:
-        threading.Thread(target=_end_with_stdin, daemon=True).start()
     documents, names, start = open_corpus(options.corpus).mixed(), " ".join(options.corpus), time.monotonic()
     print(f"fitting the built-in teacher to {names} ...", file=sys.stderr, flush=True)
-    with tqdm(total=PARTS, desc="fitting", unit="part", leave=False, disable=None) as bar:
-        rubric = Rubric.from_corpus(documents, bar.update)
-    seconds = f"{time.monotonic() - start:.1f} s"
-    message = f"this teacher is a rubric, a stand-in for an LLM, fitted to {names} in {seconds}"
+    rubric = Rubric.from_corpus(documents)
+    message = f"this teacher is a rubric, a stand-in for an LLM, fitted to {names} in {time.monotonic() - start:.1f} s"
     print(message, file=sys.stderr, flush=True)
-    if options.die_with_parent:
-        _yield_to_parent()  # not before: the trainer waits until the teacher is fitted
-    asyncio.run(_serve(rubric, options.port))
-
-
-def _yield_to_parent() -> None:
-    """Leave the cores to the trainer: its threads wait for each other, so one without a core stops all."""
-    os.nice(NICENESS)
-    if os.getsid(0) == os.getpid():  # Linux divides cores among sessions first, and this one is no terminal's
-        with contextlib.suppress(OSError):
+    if options.die_with_parent:  # whose threads wait for each other, so one without a core stops all
+        os.nice(NICENESS)  # not before: the parent waits until the teacher is fitted
+        with contextlib.suppress(OSError):  # Linux divides cores among sessions first, and this process has its own
             Path("/proc/self/autogroup").write_text(str(NICENESS))
+    asyncio.run(_serve(rubric, options.port, options.die_with_parent))
 
 
-async def _serve(rubric: Rubric, port: int) -> None:
+async def _serve(rubric: Rubric, port: int, die_with_parent: bool) -> None:
     async with serve(rubric, port) as url:
-        print(f"listening on {url}", flush=True)
-        await until_stopped()
-
-
-def _end_with_stdin() -> None:
-    while os.read(0, 4096):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
+        print(f"listening on {url}/v1", flush=True)
+        await until_stopped(or_stdin_closed=die_with_parent)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
     python scripts/evaluate.py --compare runs/interact --teacher-url ...
 
 Keys 0 to 3 grade; B goes back, S skips, P pauses. Every grade is kept in --grades as it is given, and no story is asked
-about twice. Several humans can open the page, each with a name.
+about twice.
 """
 
 import argparse

@@ -309,7 +309,7 @@ def test_common_words_that_never_meet_jar():
 
 def test_phrases_find_what_is_copied():
     ids = np.arange(100)
-    phrases = Phrases(ids, 8)
+    phrases = Phrases(ids, [np.array([7, 7, 7, 7, 7, 7, 7, 7])])
     assert phrases.copied(ids[20:40]) == 1
     assert phrases.copied(ids[::-1]) == 0
     assert phrases.copied(np.concatenate([ids[:10], ids[::-1][:10]])) == 0.5

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tinystory.teacher import api, pool
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.endpoint import Endpoint, Slots
+from tinystory.teacher.endpoint import Endpoint, Options, Slots
 from tinystory.teacher.grade import Grade
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.prompt import CRITERIA, Question, Template, read_back
@@ -71,7 +71,7 @@ def test_a_server_that_fails_on_a_story_costs_the_story_not_the_run():
 def test_a_hanging_request_is_cut_at_its_deadline():
     with FaultServer(lambda story, n: "drip") as server, Teacher(server.url, attempts=2) as teacher:
         teacher.probes()[0]
-        teacher.pool.deadline_s = 0.6  # which a busy machine could take for the probe
+        teacher.deadline_s = 0.6  # which a busy machine could take for the probe
         (grade,) = teacher.grade("Once", ["A dog ran."])
     assert grade.scores is None and "too long" in grade.error and server.seen["A dog ran."] == 2
 
@@ -166,8 +166,9 @@ def test_ctrl_c_ends_the_wait_for_grades():
 def test_slots_never_exceed_the_limit_and_are_never_lost():
     async def run():
         each, dice, most, ledger = [Slots(4), Slots(2)], random.Random(0), 0, Ledger(0.0, 0.0, None, (0, 0))
-        endpoints = [Endpoint("http://x", "m", None, slots, ledger, Template(), 6, {}) for slots in each]
-        servers = pool.ServerPool(endpoints, LONG_S, 3, ledger)
+        options = Options(deadline_s=LONG_S)
+        endpoints = [Endpoint("http://x", "m", None, slots, ledger, options) for slots in each]
+        servers = pool.ServerPool(endpoints, options)
 
         async def story(i):
             nonlocal most
@@ -193,8 +194,8 @@ def test_an_overloaded_server_gets_fewer_requests_and_more_when_it_recovers(monk
     """The server has room for 3 requests, then for all, then for 3, and the requests in flight follow."""
     monkeypatch.setattr(pool, "PAUSE_S", 0.0)  # so that no clock decides who is in flight
     at_once, ledger, slots = [], Ledger(0.0, 0.0, None, (0, 0)), Slots(16)
-    endpoint = Endpoint("http://x", "m", None, slots, ledger, Template(), 6, {})
-    servers, in_flight = pool.ServerPool([endpoint], LONG_S, 3, ledger), 0
+    endpoint = Endpoint("http://x", "m", None, slots, ledger, Options())
+    servers, in_flight = pool.ServerPool([endpoint], Options(deadline_s=LONG_S)), 0
 
     async def request(endpoint):
         nonlocal in_flight

@@ -11,9 +11,8 @@ from tinystory.config import InteractConfig
 from tinystory.run.device import Stop
 from tinystory.run.errors import UserError
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.extra import load_extra
 from tinystory.teacher.grade import require_scores
-from tinystory.teacher.grader import open_grader
+from tinystory.teacher.grader import load_extra, open_grader
 from tinystory.teacher.probe import THINKING_TOKENS
 from tinystory.teacher.prompt import CRITERIA, instructions
 

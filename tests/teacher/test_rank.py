@@ -38,7 +38,7 @@ def first_places(joint: str, n: int = 0) -> str:
 
 
 def graded(teacher, stories=STORIES, size=4):
-    ranked = Ranked(teacher, DEFAULT, size)
+    ranked = Ranked(teacher, size)
     for index, story in enumerate(stories):
         ranked.send(index, "Once", story)
     return ranked.collect(Stop()), ranked.stats()
@@ -80,7 +80,7 @@ def test_a_group_with_a_malformed_ranking_has_no_scores_and_is_counted():
         assert [grade.attempts for grade in grades] == [1, 1, 3, 1] + [1] * 4
         assert "no scores in 3 replies" in grades[2].error and stats["rank_position_bias"] == 0
         assert stats["teacher_requests"] - len(server.others) - 1 == 10
-        assert Ranked(teacher, DEFAULT, 4).stats()["rank_position_bias"] is None
+        assert Ranked(teacher, 4).stats()["rank_position_bias"] is None
 
 
 def test_rankings_are_cached_and_need_no_server_then(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from tinystory.human.desk import LONGEST_NAME, Desk
+from tinystory.human.desk import Desk
 from tinystory.teacher.client import HUMAN
 from tinystory.teacher.probe import FIRST_STORY
 from tinystory.teacher.prompt import TOP, instructions, read_back
@@ -27,16 +27,17 @@ SKIPPED = "The human skipped this story."
 EXAMPLE = 1  # each score of the client's first story, which is there to see whether replies can be read
 NAMES = (HOST, "localhost", "[::1]")  # under which this machine may be asked
 TICK_S = 0.25
+LONGEST_NAME = 40  # characters of a human's name
 
 
 @contextlib.asynccontextmanager
 async def serve(desk: Desk, port: int = 0, *, style: str = "") -> AsyncIterator[str]:
-    """Serve the page and /v1 on 127.0.0.1 for as long as the block runs; yields the URL. style: CSS of the page.
-
-    Raises UserError if the port is not free."""
+    """Serve the page, with this CSS, and /v1 for as long as the block runs; yields the URL. See `listening`."""
     html = page(style)
+    script = html[html.index("<script>") + len("<script>") : html.index("</script>")]
+    own = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # no other script runs
     policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src '{_script_hash(html)}'; connect-src 'self'; "
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src '{own}'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
@@ -45,8 +46,8 @@ async def serve(desk: Desk, port: int = 0, *, style: str = "") -> AsyncIterator[
         return web.Response(text=html, content_type="text/html", headers=headers)
 
     async def get_state(request: web.Request) -> web.Response:
-        state = desk.state(_name(request.query.get("who")))
-        return web.json_response(state, headers={"Cache-Control": "no-store"})
+        _name(request.query.get("who"))
+        return web.json_response(desk.state(), headers={"Cache-Control": "no-store"})
 
     async def post_action(request: web.Request) -> web.Response:
         body = parse_body(await request.read())
@@ -105,9 +106,3 @@ def _name(who: object) -> str:
 def page(style: str) -> str:
     text = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     return text.replace("/* style */", style, 1).replace("TOP_SCORE", str(TOP), 1)
-
-
-def _script_hash(html: str) -> str:
-    """The script's hash for a Content-Security-Policy: no other script runs on the page."""
-    script = html[html.index("<script>") + len("<script>") : html.index("</script>")]
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

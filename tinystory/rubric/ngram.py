@@ -12,8 +12,7 @@ ODD = 0.1  # ratio of observed to expected count below which an n-gram is odd (s
 
 
 def rolling_hashes(ids: np.ndarray, longest: int) -> Iterator[np.ndarray]:
-    """For n from 1 to `longest`, (T,) ids -> (T - n + 1,) uint64: a hash of each n-gram, in order of its first
-    token."""
+    """(T,) ids -> for n from 1 to `longest`, (T - n + 1,) uint64: a hash of each n-gram, by its first token."""
     mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
     hashed = mixed
@@ -93,8 +92,7 @@ class NgramModel:
         tokens before; and (T,) bool, whether an odd n-gram ends at the token.
 
         A pair, triple or quadruple is odd if the corpus hardly has it, though its two overlapping parts are common
-        enough to expect it: observed + 0.5 < ODD * (expected + 0.5).
-        """
+        enough to expect it: observed + 0.5 < ODD * (expected + 0.5)."""
         padded = np.concatenate([np.full(ORDER - 1, BOUNDARY), ids])
         probability, left_over = self._unigram[padded], None
         rows, counts = [], []
@@ -134,16 +132,19 @@ def _unique(hashed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class Phrases:
-    """The set of all n-grams of a text, by hash."""
+    """The phrases of a corpus, of the shortest length at which held-out stories share little with it: in a repetitive
+    corpus only longer shared phrases are copies."""
 
-    def __init__(self, ids: np.ndarray, n: int):
-        self.n = n
-        self._keys = np.sort(hashes(ids, n))
+    def __init__(self, ids: np.ndarray, examples: list[np.ndarray]):
+        for n in (8, 12, 16, 24):
+            self._n, self._keys = n, np.sort(hashes(ids, n))
+            if np.mean([self.copied(example) for example in examples]) < 0.3:
+                break
 
     def copied(self, ids: np.ndarray) -> float:
-        """The fraction of the tokens that are part of an n-gram of the text."""
-        _, present = find(self._keys, hashes(ids, self.n))
-        return float(covered(present, self.n, len(ids)).mean())
+        """The fraction of the tokens that are part of such a phrase."""
+        _, present = find(self._keys, hashes(ids, self._n))
+        return float(covered(present, self._n, len(ids)).mean())
 
 
 def sample(ids: np.ndarray, boundary: int, length: int, count: int, context: int = 2) -> list[np.ndarray]:

@@ -20,19 +20,15 @@ def builtin_teacher(corpus: Sequence[str]) -> Iterator[str]:
     command = [sys.executable, str(SCRIPT), "--port", "0", "--die-with-parent", "--corpus", *corpus]
     environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
     # A session of its own: Ctrl-C is for the trainer, which still needs its scores to end the step.
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        line = process.stdout.readline().strip()
-        if not line.startswith(READY):
-            raise UserError(f"the built-in teacher did not start (exit code {process.wait(10)}); its message is above")
-        yield line.removeprefix(READY)
-    finally:
-        process.stdin.close()  # which tells it to end
+    ) as process:
+        assert process.stdout is not None
         try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
+            line = process.stdout.readline().strip()
+            if not line.startswith(READY):
+                code = process.wait(10)
+                raise UserError(f"the built-in teacher did not start (exit code {code}); its message is above")
+            yield line.removeprefix(READY)
+        finally:
             process.kill()
-            process.wait()

@@ -1,48 +1,47 @@
 """The built-in teacher's rubric: readability, coherence and creativity measured on the text, without a neural network.
 
-It stands in for an LLM as judge, so that everything runs where there is none. Each criterion is a formula of parts
-between 0 and 1, and its score is three times the criterion, rounded to an integer:
+It stands in for an LLM as judge, so that everything runs where there is none. `measure` makes each criterion of parts
+between 0 and 1, and its score is three times the criterion, rounded to an integer. Readability is made of
 
-    readability = known * formed * clean * the geometric mean of fluent, grammatical, smooth and 0.1 + 0.9 reach,
-                  for 25 fresh words or more
-        known       fraction of tokens in the corpus's vocabulary
-        formed      fraction of words in sentences with a capital, an end mark, a verb and at most 30 words
-        clean       few slips: a/an, "they was", doubled words, odd capitals, stray or unclosed quotation marks
-        fluent      probability of each sentence under a 5-gram model of the corpus
-        grammatical the same for its pattern: function words, and only class and ending of all other words
-        smooth      few odd pairs, triples and quadruples: of common words, but hardly ever together in the corpus
-        reach       whether words are likelier given the four words before them than given two
-    coherence = (0.15 focus + 0.1 introduced + 0.1 referred + 0.2 order + 0.1 joined + 0.15 shape + 0.2 association)
-                * (0.2 + 0.5 names + 0.3 agreement) * unlooped, as far as readable, for 40 fresh words or more
-        focus       fraction of mentions whose thing or character is mentioned more than once
-        introduced  "a dog", "named Tim" at the first mention and "the dog", "Tim" later
-        referred    he, she, it, they fit one of the last five things or characters mentioned
-        order       sentences are in the order in which their words usually come in a story
-        joined      sentences begin as sentences do after the one before
-        shape       a problem, an end mark, and a last sentence that sounds like an ending
-        association content words that occur in the same stories (association.py)
-        names       names are introduced before they are used as known (characters.py)
-        agreement   he and she agree with the character they refer to (characters.py)
-        unlooped    few repeated phrases (names and pronouns count as the same word, so do sentence patterns)
-    creativity = (0.4 varied + 0.4 rare (0.2 + 0.8 association) + 0.2 rhythm) * (1 + 2 uncopied) / 3 * unlooped,
-                 as far as readable and coherent, for 45 fresh words or more
-        varied      distinct words, corrected for length
-        rare        content words other than the commonest ones
-        rhythm      sentences are not all tiny and do not all begin alike
-        uncopied    fraction of the story outside long phrases of the corpus
+    known       fraction of tokens in the corpus's vocabulary
+    formed      fraction of words in sentences with a capital, an end mark, a verb and at most 30 words
+    clean       few slips: a/an, "they was", doubled words, odd capitals, stray or unclosed quotation marks
+    fluent      probability of each sentence under a 5-gram model of the corpus
+    grammatical the same for its pattern: function words, and only class and ending of all other words
+    smooth      few odd pairs, triples and quadruples: of common words, but hardly ever together in the corpus
+    reach       whether words are likelier given the four words before them than given two
 
-The scale of a part is learned from held-out stories of the corpus: most of them reach 1. The same words in random order
-set 0 for fluent, grammatical and smooth. For reach and the parts of coherence, 0 is set by an n-gram sampler with two
-tokens of context or, if that is lower, by the same sentences in random order; for names, agreement and association, by
-the same stories with their names drawn at random, with half of he and she exchanged, and with the second half of
-another story. A story without names, or without he and she, gets one half for that part. The rubric should therefore be
-fitted to the corpus that the student is trained on. A word is fresh if it is not part of a phrase that came before, in
-the story or in its opening: padding, echoes and loops score nothing. A text without an end mark or with fewer than
-three words is less than a sentence: 0 0 0.
+coherence of
+
+    focus       fraction of mentions whose thing or character is mentioned more than once
+    introduced  "a dog", "named Tim" at the first mention and "the dog", "Tim" later
+    referred    he, she, it, they fit one of the last five things or characters mentioned
+    order       sentences are in the order in which their words usually come in a story
+    joined      sentences begin as sentences do after the one before
+    shape       a problem, an end mark, and a last sentence that sounds like an ending
+    association content words that occur in the same stories (association.py)
+    names       names are introduced before they are used as known (characters.py)
+    agreement   he and she agree with the character they refer to (characters.py)
+    unlooped    few repeated phrases (names and pronouns count as the same word, so do sentence patterns)
+
+and creativity of
+
+    varied      distinct words, corrected for length
+    rare        content words other than the commonest ones
+    rhythm      sentences are not all tiny and do not all begin alike
+    uncopied    fraction of the story outside long phrases of the corpus
+
+The scale of a part is learned, so the rubric should be fitted to the corpus that the student is trained on: most
+held-out stories reach 1. The same words in random order set 0 for fluent, grammatical and smooth; an n-gram sampler
+with two tokens of context or, if that is lower, the same sentences in random order, for reach and the parts of
+coherence; and for names, agreement and association, names drawn at random, half of he and she exchanged, and the second
+half of another story. A story without names, or without he and she, gets one half for that part. A word is fresh if it
+is not part of a phrase that came before, in the story or in its opening: padding, echoes and loops score nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 
 import numpy as np
 
@@ -60,7 +59,6 @@ MAX_PASSAGE = 600  # tokens; a longer document counts as several stories
 MAX_STORY = 1000  # tokens of a story that are measured; the student writes about a hundred
 EXCERPT = 90  # tokens of each story that sets the scales: about as many as the student writes
 HELD_OUT = 200  # stories held out to set the scales, one in sixteen
-PARTS = 8  # of fitting, for a progress bar
 
 TROUBLE = frozenset(
     (
@@ -69,6 +67,7 @@ TROUBLE = frozenset(
         "mean lonely missing difficult hard help careful sorry"
     ).split()
 )
+Measure: TypeAlias = Callable[[np.ndarray], float | None]
 # Ids beyond all words, for classes that count as one word when phrases are compared.
 NAMED, THING, ACT, OTHER = range(1 << 30, (1 << 30) + 4)
 
@@ -84,18 +83,13 @@ def ramp(x: float | np.ndarray, zero: float, one: float) -> float:
 class Rubric:
     """Measures stories against a corpus, deterministically: the same text always gets the same scores."""
 
-    def __init__(self, stories: list[list[str]], examples: list[list[str]], done: Callable[[], object] = lambda: None):
-        """stories: of the corpus, as tokens, to count in; examples: held-out ones, which set the scales. done: called
-        after each of the PARTS of fitting."""
-        done()  # the corpus is read
+    def __init__(self, stories: list[list[str]], examples: list[list[str]]):
+        """stories: of the corpus, as tokens, to count in; examples: held-out ones, which set the scales."""
         self.lexicon = lexicon = Lexicon(stories)
-        done()
+        excerpts = [lexicon.look_up(tokens) for tokens in examples]
         with ThreadPoolExecutor() as pool:  # numpy sorts without Python's lock
             models = [pool.submit(NgramModel, ids, len(lexicon)) for ids in (lexicon.ids, lexicon.pattern[lexicon.ids])]
-            phrases, association = pool.submit(_phrases, lexicon, examples), pool.submit(WordAssociation, lexicon)
-            futures: list[Future] = [*models, phrases, association]
-            for future in futures:
-                future.add_done_callback(lambda _: done())
+            phrases, association = pool.submit(Phrases, lexicon.ids, excerpts), pool.submit(WordAssociation, lexicon)
             self.characters = Characters(lexicon)
             self.model, self.patterns = (model.result() for model in models)
             self.phrases, self.association = phrases.result(), association.result()
@@ -108,14 +102,12 @@ class Rubric:
         self._scale = {"known": (0.75, 0.97), "formed": (0.2, 0.95), "clean": (0.92, 0.995), "unlooped": (0.5, 0.9)}
         rng = np.random.default_rng(0)
         self._set_scales(examples, rng)
-        done()
-        self._set_coreference_scales([lexicon.look_up(tokens) for tokens in examples], rng)
-        done()
+        self._set_coreference_scales(excerpts, rng)
 
     @classmethod
-    def from_corpus(cls, documents: Iterable[str], done: Callable[[], object] = lambda: None) -> "Rubric":
+    def from_corpus(cls, documents: Iterable[str]) -> "Rubric":
         """A rubric fitted to about 1.5 M words of the documents, of which some stories are held out to set the scales.
-        done: as above. Raises UserError if there are too few words."""
+        Raises UserError if there are too few words."""
         stories: list[list[str]] = []
         held_out: list[list[str]] = []
         count = 0
@@ -130,7 +122,7 @@ class Rubric:
                 break
         if count < MIN_CORPUS_TOKENS:
             raise UserError(f"the corpus has only {count} words and stops: give the teacher more stories to measure by")
-        return cls(stories, [next(_passages(passage, EXCERPT)) for passage in held_out or stories[:HELD_OUT]], done)
+        return cls(stories, [next(_passages(passage, EXCERPT)) for passage in held_out or stories[:HELD_OUT]])
 
     def score(self, opening: str, story: str) -> dict[str, int]:
         """The integer score, 0..3, of each criterion."""
@@ -138,7 +130,8 @@ class Rubric:
         return {name: int(3 * measured[name] + 0.5) for name in CRITERIA}
 
     def measure(self, opening: str, story: str) -> dict[str, float]:
-        """The parts and the three criteria, each 0..1, their sum `total`, and `fresh`, the number of fresh words."""
+        """The parts and the three criteria, each 0..1, their sum `total`, and `fresh`, the number of fresh words. Zeros
+        for less than a sentence: a text without an end mark or with fewer than three words."""
         raw = self._raw_parts(tokenize(opening)[-MAX_STORY:], tokenize(story)[:MAX_STORY])
         if raw is None:
             return dict.fromkeys((*CRITERIA, "total"), 0.0)
@@ -195,9 +188,7 @@ class Rubric:
     def _set_coreference_scales(self, stories: list[np.ndarray], rng: np.random.Generator) -> None:
         """The same for names, agreement and association. stories: ids of the held-out ones."""
 
-        def scale(
-            measure: Callable[[np.ndarray], float | None], corrupted: list[np.ndarray], least: float
-        ) -> tuple[float, float]:
+        def scale(measure: Measure, corrupted: list[np.ndarray], least: float) -> tuple[float, float]:
             real, worse = (
                 [value for text in group if (value := measure(text)) is not None] or [0.0]
                 for group in (stories, corrupted)
@@ -273,8 +264,7 @@ class Rubric:
         return {"focus": np.mean(mentions[ids[at]] > 1), "introduced": evidence.mean()}
 
     def _referred(self, ids: np.ndarray, start: int) -> float:
-        """How well each he, she, it, they fits one of the last five entities: the mean over pronouns of the best
-        probability."""
+        """The mean over he, she, it, they of their best probability after one of the last five entities."""
         lexicon = self.lexicon
         recent: list[int] = []
         best: list[float] = []
@@ -301,16 +291,6 @@ def _passages(tokens: list[str], longest: int) -> Iterator[list[str]]:
 
 def _shuffled(pieces: list[list[str]], rng: np.random.Generator) -> list[str]:
     return [token for at in rng.permutation(len(pieces)) for token in pieces[at]]
-
-
-def _phrases(lexicon: Lexicon, examples: list[list[str]]) -> Phrases:
-    """The corpus's phrases of the shortest length, from 8 tokens on, at which held-out stories share little with it: in
-    a repetitive corpus only longer shared phrases are copies."""
-    for n in (8, 12, 16, 24):
-        phrases = Phrases(lexicon.ids, n)
-        if np.mean([phrases.copied(lexicon.look_up(tokens)) for tokens in examples]) < 0.3:
-            break
-    return phrases
 
 
 def _repeated(ids: np.ndarray, n: int) -> np.ndarray:

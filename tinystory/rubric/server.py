@@ -1,11 +1,7 @@
-"""The built-in teacher: the rubric behind OpenAI's HTTP interface, on this machine only.
+"""The built-in teacher: the rubric behind OpenAI's HTTP interface. It gets the prompt that an LLM gets and replies
+"2 1 3", or, to a prompt that does not ask for its three criteria, in words without numbers."""
 
-It stands in for an LLM and says so in /v1/models. It gets the same prompt as an LLM, measures the story in it and
-replies "2 1 3". A prompt that does not ask for these three criteria gets a reply in words, without numbers.
-"""
-
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 
 from tinystory.rubric.rubric import Rubric
 from tinystory.teacher.prompt import CRITERIA, read_back
@@ -19,12 +15,8 @@ REFUSAL = (
 )
 
 
-@asynccontextmanager
-async def serve(rubric: Rubric, port: int = 0) -> AsyncIterator[str]:
-    """Serve on 127.0.0.1 for as long as the block runs, and yield the base URL. port: 0 takes a free one.
-
-    Raises UserError if the port is not free.
-    """
+def serve(rubric: Rubric, port: int = 0) -> AbstractAsyncContextManager[str]:
+    """A block in which the rubric is served; see `listening`."""
 
     async def reply(messages: list[dict]) -> str:
         question = read_back(messages)
@@ -33,5 +25,4 @@ async def serve(rubric: Rubric, port: int = 0) -> AsyncIterator[str]:
         scores = rubric.score(*question)
         return " ".join(str(scores[name]) for name in CRITERIA)
 
-    async with listening(application(MODEL, DESCRIPTION, reply), port) as url:
-        yield f"{url}/v1"
+    return listening(application(MODEL, DESCRIPTION, reply), port)

@@ -53,11 +53,9 @@ def split_sentences(tokens: list[str]) -> Sentences:
 
 
 def well_formed_words(tokens: list[str], sentences: Sentences, verb: list[bool], continues: bool) -> int:
-    """The number of words in well-formed sentences: with a capital, an end mark and a verb, and not too long.
-
-    In a quotation a few words are enough ("Oh, no!"). The last sentence may be cut short. continues: the first sentence
-    continues an unfinished opening.
-    """
+    """The number of words in well-formed sentences: with a capital, an end mark and a verb, and not too long. In a
+    quotation a few words are enough ("Oh, no!"). The last sentence may be cut short. continues: the first one continues
+    an unfinished opening."""
     count = 0
     for first, end in sentences.bounds:
         words = [at for at in range(first, end) if tokens[at][0].isalpha()]

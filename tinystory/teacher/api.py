@@ -4,12 +4,12 @@ Nothing that the server sends is trusted: its size is bounded, its shape is chec
 control characters, no echoed key) before they become part of a message.
 """
 
-import contextlib
 import json
 import os
 import re
 import urllib.request
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,16 +57,14 @@ class Reply:
     """A chat completion's first choice."""
 
     text: str  # "" if the server sends none
-    finish: str = ""  # why it ended: "stop", "length" or another of the server's words; "" if unknown
-    thoughts: int = 0  # characters of reasoning that came apart from the text
+    thought: bool  # whether the model reasoned before it replied, visibly or not
     # Each token with the natural log-probabilities of the candidates at its position, itself included; () if unknown.
     logprobs: tuple[tuple[str, dict[str, float]], ...] = ()
     tokens: tuple[int, int] | None = None  # (prompt, completion) as the server counts them; None if it does not
 
 
 class ChatClient:
-    """The server at `url`, which includes /v1. key: None for servers without keys. To be used on one event loop. How
-    long an answer may take is for the caller to say."""
+    """The server at `url`, which includes /v1, on one event loop; how long it may take is for the caller to say."""
 
     def __init__(self, url: str, key: str | None):
         # Not at the top of the file: the import takes a second, and only runs with a teacher need it.
@@ -100,17 +98,12 @@ class ChatClient:
         self._client = openai.AsyncOpenAI(
             base_url=url, api_key=self._key or "none", max_retries=0, timeout=timeout, http_client=http_client
         )
+        self.close = self._client.close
         self._host = httpx2.URL(url).raw_host.decode()
-
-    async def close(self) -> None:
-        await self._client.close()
 
     async def models(self) -> list[str]:
         """The names of the models that the server lists, in its order."""
-        with self._failures():
-            async with self._client.models.with_streaming_response.list() as response:
-                answer = _json(await _read(response.iter_bytes(), LONGEST_LIST))
-        match answer:
+        match await self._answer(self._client.models.with_streaming_response.list(), LONGEST_LIST):
             case {"data": [*entries]} if all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries):
                 return [name for entry in entries if (name := self.one_line(entry["id"]))]
         raise Failure(NOT_OPENAI, status=200)
@@ -120,14 +113,11 @@ class ChatClient:
         completions = self._client.chat.completions.with_streaming_response
         try:
             # In the extra body, which openai sends as it is; elsewhere it checks the type of every field.
-            with self._failures():
-                async with completions.create(
-                    model="", messages=[], extra_body=body, extra_headers=headers
-                ) as response:
-                    answer = _json(await _read(response.iter_bytes(), LONGEST_ANSWER))
+            request = completions.create(model="", messages=[], extra_body=body, extra_headers=headers)
+            answer = await self._answer(request, LONGEST_ANSWER)
         except Failure as failure:
             if failure.status == 400 and CUT_SHORT in failure.message:
-                return Reply("", "length")
+                return Reply("", thought=True)
             raise
         match answer:
             case {"choices": [{"message": {**message}, **choice}, *_], **rest} if isinstance(
@@ -141,20 +131,17 @@ class ChatClient:
                 )
         # Some servers leave the thoughts in the text. JSON can hold half a surrogate pair.
         thoughts, _, text = (content or "").encode(errors="replace").decode().rpartition("</think>")
-        reasoning = (str(message.get(name) or "") for name in ("reasoning_content", "reasoning"))
-        return Reply(
-            self._redacted(text.lstrip() if thoughts else text),
-            self.one_line(str(choice.get("finish_reason") or "")),
-            sum(map(len, reasoning)) + len(thoughts.replace("<think>", "").strip()),
-            _logprobs(choice.get("logprobs")),
-            _tokens(rest.get("usage")),
-        )
+        text = self._redacted(text.lstrip() if thoughts else text)
+        apart = message.get("reasoning_content") or message.get("reasoning") or thoughts.replace("<think>", "").strip()
+        cut = not text.strip() and choice.get("finish_reason") == "length"
+        thought = bool(apart) or cut or "<think>" in text[:20]
+        return Reply(text, thought, _logprobs(choice.get("logprobs")), _tokens(rest.get("usage")))
 
-    @contextlib.contextmanager
-    def _failures(self) -> Iterator[None]:
-        """Around each request: a connection that breaks, or cannot be made, becomes a Failure."""
+    async def _answer(self, request: AbstractAsyncContextManager[Any], longest: int) -> object:
+        """The JSON of the answer. A connection that breaks, or cannot be made, becomes a Failure."""
         try:
-            yield
+            async with request as response:
+                return parse_json(await _read(response.iter_bytes(), longest))
         except self._broken as error:
             causes: list[BaseException] = [error]
             while causes[-1].__cause__ is not None:
@@ -180,7 +167,7 @@ class ChatClient:
         if status < 400:
             place = f"redirects to {headers['location']}: give that URL" if "location" in headers else NOT_OPENAI
             raise Failure(f"{self.one_line(place)} (HTTP {status})", status=status, fatal=True)
-        texts = _error_texts(_json(await _read(response.aiter_bytes(), LONGEST_ANSWER)))
+        texts = _error_texts(parse_json(await _read(response.aiter_bytes(), LONGEST_ANSWER)))
         error = self.one_line(": ".join(filter(None, [f"HTTP {status}", "; ".join(texts)])))
         fatal = True
         if status == 402 or not NO_QUOTA.isdisjoint(texts):
@@ -223,7 +210,8 @@ async def _read(chunks: AsyncIterator[bytes], longest: int) -> bytes:
     return bytes(body)
 
 
-def _json(body: bytes | str) -> object:
+def parse_json(body: bytes | str) -> object:
+    """The value; None for what is not JSON, or nested too deeply."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -260,7 +248,7 @@ def _error_texts(answer: object) -> list[str]:
             case [*items]:
                 values += reversed(items)
             case str(text):
-                inner = _json(text)
+                inner = parse_json(text)
                 if isinstance(inner, dict | list):
                     values.append(inner)
                 else:

@@ -23,14 +23,11 @@ def cache_key(model: str, messages: Sequence[Mapping[str, str]], fence: str, sam
     """The key of one question: model, prompt and sampling parameters (the seed says which attempt it is).
 
     The fence, which differs from story to story, is left out: the same story sent twice is one question. It is replaced
-    by a character that `clean` removes from every prompt, so two different prompts never get the same key.
-    """
+    by a character that `clean` removes from every prompt, so two different prompts never get the same key."""
     question = [[message["role"], message["content"].replace(fence, "\0")] for message in messages]
-    return _digest(question)[:24] + _digest([model, sorted(sampling.items())])[:8]
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    asked = [question, [model, sorted(sampling.items())]]
+    whole, short = (hashlib.sha256(json.dumps(value).encode()).hexdigest() for value in asked)
+    return whole[:24] + short[:8]
 
 
 class CachedReply(NamedTuple):
@@ -43,11 +40,11 @@ class Cache:
     """Replies by `cache_key`, in memory and, unless it is None, in the file `path`, which the first reply creates."""
 
     def __init__(self, path: str | os.PathLike | None):
-        self.path = None if path is None else Path(path)
+        self._path = path and Path(path)
         self._replies: dict[str, CachedReply] = {}
         self.tokens = (0, 0)  # (prompt, completion) that earlier processes paid for, as far as the server counted
         self._journal: Journal | None = None
-        for record in read_records(self.path, REPLY) if self.path else ():
+        for record in read_records(self._path, REPLY) if self._path else ():
             reply = CachedReply(record["reply"], record.get("expected"), record.get("error"))
             self._replies[record["key"]] = reply  # the last: see `put`
             match record:
@@ -64,16 +61,14 @@ class Cache:
         return iter(self._replies.items())
 
     def put(self, key: str, reply: CachedReply, *, again: bool = False, **about: object) -> CachedReply:
-        """The reply that is kept for `key`, in the file with what else is known about it: the first one, so that if the
-        same question was sent twice at once, both senders get the same reply, now and after a resume. again: the
-        question was asked again because the reply of an earlier process is of no use; that one stays in the file, but
-        this one counts."""
+        """The reply that is kept for `key`, in the file with what else is known `about` it: the first one, so that two
+        senders of one question get the same reply, now and after a resume. again: the question was asked again because
+        the reply of an earlier process is of no use; that one stays in the file, but this one counts."""
         if key in self._replies and not (again and key in self._earlier):
             return self._replies[key]
         optional = {name: value for name in ("expected", "error") if (value := getattr(reply, name)) is not None}
-        if self._journal is None and self.path:
-            self._journal = Journal(self.path)
-        if self._journal is not None:
+        if self._path:
+            self._journal = self._journal or Journal(self._path)
             self._journal.append({"key": key, "reply": reply.text, **optional, **about})
         self._earlier.discard(key)
         self._replies[key] = reply

@@ -34,8 +34,6 @@ FUNCTION = "score"  # of a FILE.py without :FUNCTION
 
 
 class CallableGrader(Grader):
-    """Stories are scored by `function`."""
-
     def __init__(self, function: ScoreStories, name: str):
         super().__init__({"scored_by": name})
         self.function = function
@@ -64,11 +62,9 @@ CONTROLS: dict[str, ScoreStories] = {"random": random_scores, "constant": consta
 @contextlib.contextmanager
 def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
     """Yield the control for a name of CONTROLS, else the function named by FILE.py:FUNCTION (`score` for FILE.py),
-    which runs in a process of its own until the block ends: it can neither change the trainer's settings nor outlive
-    its time.
-
-    Raises UserError if there is no such function, if its file or a call of it fails, ends the process or takes longer
-    than `timeout_s`, and from a call whose scores are not one number in 0..1 or None per story."""
+    which runs in a process of its own until the block ends. Raises UserError if there is no such function, if its file
+    or a call of it fails, ends the process or takes longer than `timeout_s`, and from a call whose scores are not one
+    number in 0..1 or None per story."""
     if spec in CONTROLS:
         yield CONTROLS[spec]
         return
@@ -84,17 +80,15 @@ def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": path})
 
         def answer(*question: object) -> Any:
-            line = ""
             try:
                 if question:
                     _send(ours, question)
                 line = stream.readline()
             except TimeoutError:
-                raise UserError(
-                    f"--reward {spec}: {file}: it took more than {timeout_s:g} s (--teacher-timeout)"
-                ) from None
+                message = f"{file}: it took more than {timeout_s:g} s (--teacher-timeout)"
+                raise UserError(f"--reward {spec}: {message}") from None
             except ConnectionError:  # it ended with openings and stories unread
-                pass
+                line = ""
             if not line:
                 with contextlib.suppress(subprocess.TimeoutExpired):  # it can have closed the connection alone
                     process.wait(5)
@@ -125,7 +119,7 @@ def _send(connection: socket.socket, value: object) -> None:
 
 
 class _Refused(Exception):
-    """What the function gave is no list of scores; the message says what it did."""
+    """The message says what is wrong with the function or with what it gave."""
 
 
 def main() -> None:
@@ -136,13 +130,10 @@ def main() -> None:
     with socket.socket(fileno=int(descriptor)) as connection:
         try:
             _serve(file, name, connection)
-            return
-        except _Refused as error:
-            message = str(error)
         except BaseException as error:  # the user's code can raise anything, an exit included
-            message = _cause(error, file)
-        with contextlib.suppress(ConnectionError):  # the trainer has ended
-            _send(connection, {"error": message})
+            message = str(error) if isinstance(error, _Refused) else _cause(error, file)
+            with contextlib.suppress(ConnectionError):  # the trainer has ended
+                _send(connection, {"error": message})
 
 
 def _serve(file: str, name: str, connection: socket.socket) -> None:
@@ -172,7 +163,7 @@ def _serve(file: str, name: str, connection: socket.socket) -> None:
 
 
 def _is_score(value: object) -> bool:
-    """Whether it is a number from 0 to 1 of any library's; text that reads as one is none."""
+    """Whether it is a number from 0 to 1, of any library."""
     with contextlib.suppress(TypeError, ValueError, OverflowError):  # of arrays, complex numbers and 10**400
         return not isinstance(value, str | bytes) and 0 <= float(value) <= 1  # type: ignore[arg-type]
     return False

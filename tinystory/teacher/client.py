@@ -6,6 +6,7 @@ ends either with scores that the teacher gave or with none. Several servers of o
 
 import asyncio
 import concurrent.futures
+import functools
 import hashlib
 import json
 import math
@@ -13,21 +14,22 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from tinystory.run.errors import UserError
-from tinystory.teacher.api import ChatClient, Failure, Reply
+from tinystory.teacher.api import ChatClient, Failure
 from tinystory.teacher.cache import Cache, CachedReply, cache_key
-from tinystory.teacher.endpoint import LOGPROBS, Endpoint, Probe, Slots, base_url, constraint
+from tinystory.teacher.endpoint import Endpoint, Options, Probe, Slots, base_url
 from tinystory.teacher.grade import Grade, Grader, too_few_scores
 from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
 from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.probe import FIRST_STORY, Prober
-from tinystory.teacher.prompt import DEFAULT, Question, Template, clean, fence, render
+from tinystory.teacher.prompt import Question, clean, fence, render
 
 if TYPE_CHECKING:
     from tinystory.run.device import Stop
@@ -41,41 +43,28 @@ TOKENS_PER_WORD = 1.4  # English stories have 1.2 to 1.4 tokens per word under t
 
 
 @dataclass(eq=False, repr=False)
-class Teacher(Grader):
-    """A client of the teacher at `urls`: one server or several, of one model.
-
-    A story's requests all end within `deadline_s` seconds of its first; the timeout of each is deadline_s / attempts,
-    or less once the server's speed is known (see `Slots.timeout`). If a reply holds no scores, the story is sent again
-    with another seed, up to `attempts` times.
+class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
+    """A client of the teacher at `urls`: one server or several, of one model. If a reply holds no scores, the story is
+    sent again with another seed, up to `attempts` times.
 
     A failure that a retry cannot fix (a refused key, an exhausted quota, an unknown model, a story too long for the
-    model's context) raises UserError from whatever waits for a grade, and no further story is sent.
-    """
+    model's context) raises UserError from whatever waits for a grade, and no further story is sent."""
 
     urls: str | Sequence[str]
     models: str | Sequence[str] | None = None  # one for all servers, or one for each; None: the first that each lists
     _: KW_ONLY
     concurrency: int = 16  # requests in flight per server
-    temperature: float = 0.2
-    seed: int = 0
-    max_tokens: int = 16  # of a reply; more once a probe has found that the replies are JSON
-    deadline_s: float = 300.0
-    attempts: int = 3
     cache: str | os.PathLike | None = None  # path of the file that keeps every reply (see cache.py)
     api_key: str | None = None  # default: OPENAI_API_KEY_1, _2 ... in the order of the URLs, or else OPENAI_API_KEY
-    extra: Mapping[str, Any] = field(default_factory=dict)  # fields that are merged into every request
-    template: Template = DEFAULT
-    logprobs: bool = False  # scores are expected values, and a reply without the log-probabilities for them holds none
     max_unscored: float = 1.0  # with a larger fraction, stories are asked again (see `grades`)
     price_in: float = 0.0  # per million tokens
     price_out: float = 0.0
     budget_cost: float | None = None  # no request is sent that could take the cost beyond it
 
     def __post_init__(self) -> None:
-        super().__init__({})  # the facts come with the probe
+        Grader.__init__(self, {})  # the facts come with the probe
         urls = [base_url(url) for url in ([self.urls] if isinstance(self.urls, str) else self.urls)]
-        names = [self.models] if isinstance(self.models, str) else self.models
-        models: Sequence[str | None] = names or [None]
+        models: Sequence[str | None] = ([self.models] if isinstance(self.models, str) else self.models) or [None]
         if len(models) not in (1, len(urls)) or len(set(urls)) < len(urls):
             raise UserError(
                 f"name each teacher's URL once, and one model for all or one for each URL: there are {len(models)} "
@@ -86,11 +75,9 @@ class Teacher(Grader):
         self.endpoints = []
         for i, url in enumerate(urls):
             key = self.api_key or os.environ.get(f"OPENAI_API_KEY_{i + 1}") or os.environ.get("OPENAI_API_KEY")
-            client, slots = ChatClient(url, key), Slots(self.concurrency)
-            model = models[i % len(models)]
-            endpoint = Endpoint(url, model, client, slots, self.ledger, self.template, self.max_tokens, self.extra)
-            self.endpoints.append(endpoint)
-        self.pool = ServerPool(self.endpoints, self.deadline_s, self.attempts, self.ledger, self._examine)
+            client, slots, model = ChatClient(url, key), Slots(self.concurrency), models[i % len(models)]
+            self.endpoints.append(Endpoint(url, model, client, slots, self.ledger, self))
+        self.pool = ServerPool(self.endpoints, self, self._examine)
         self.sent: dict[Question, concurrent.futures.Future[Grade]] = {}  # what `grades` will be asked for
         self._first: Endpoint | None = None  # since the probe: the server that stands for all in the cache's keys
         self._loop = asyncio.new_event_loop()
@@ -98,20 +85,19 @@ class Teacher(Grader):
         self._thread.start()
 
     def probes(self) -> list[Probe]:
-        """What each server can do, found out once: about four requests, or one if the cache holds the result. The
-        first is of the server whose replies the others share.
+        """What each server can do, found out once: about four requests, or one if the cache holds the result, which
+        also does if the server cannot be reached. The first is of the server whose replies the others share.
 
         Raises UserError if no server can be reached, or if one is not an OpenAI-compatible API, does not have the
-        model, refuses, or has a model that gives no reply in time. If none can be reached, what the cache holds will
-        do: a run whose replies are all there needs no server.
-        """
+        model, refuses, or has a model that gives no reply in time."""
         if self._first is None:
             self._first = asyncio.run_coroutine_threadsafe(self._probe(), self._loop).result()
-            probes = self.probes()
+        others = (endpoint for endpoint in self.endpoints if endpoint is not self._first)
+        probes = [endpoint.probe for endpoint in (self._first, *others) if endpoint.probe is not None]
+        if not self.facts:
             scored_by = ", ".join(f"{probe.model} at {probe.url}" for probe in probes)
             self.facts |= {"scored_by": scored_by, "teacher": asdict(probes[0])}
-        others = (endpoint for endpoint in self.endpoints if endpoint is not self._first)
-        return [endpoint.probe for endpoint in (self._first, *others) if endpoint.probe is not None]
+        return probes
 
     @property
     def model(self) -> str:
@@ -125,37 +111,32 @@ class Teacher(Grader):
     @property
     def longest_reply(self) -> int:
         """Tokens of the longest reply that is read."""
-        return max(endpoint.max_tokens for endpoint in self.endpoints)
+        return max(endpoint.max_tokens(self.template.names) for endpoint in self.endpoints)
 
     def affords(self, stories: int) -> bool:
+        thoughts = max(endpoint.probe.least_tokens for endpoint in self.endpoints if endpoint.probe)
         requests = stories * self.attempts
-        cap = max(endpoint.token_cap for endpoint in self.endpoints)
-        return self.ledger.affords(requests * self.ledger.largest_in, requests * cap)
+        return self.ledger.affords(requests * self.ledger.largest_in, requests * max(self.longest_reply, thoughts))
 
     def stats(self) -> dict[str, Any]:
         return {f"teacher_{name}": value for name, value in self.ledger.stats().items()}
 
     def forecast(self, stories: int, opening: str, together: int = 1) -> str:
-        """Estimated from the probe, for one readable reply per story. Its words, of the opening and all replies, are
-        for the student's budget."""
-        probes = self.probes()
-        first, characters = probes[0], len(str(render(*FIRST_STORY, fence="=", template=self.template)))
+        """Estimated from the probe, for one readable reply per story; the student reads the opening and all replies."""
+        first, *_ = probes = self.probes()
+        characters = len(str(render(*FIRST_STORY, fence="=", template=self.template)))
         prompt, reply = first.tokens or (characters / 4, len(first.reply) / 2)
-        longer = len(opening.split()) + together * STORY_WORDS - len(" ".join(FIRST_STORY).split())
+        opening_words = len(opening.split())
+        longer = opening_words + together * STORY_WORDS - len(" ".join(FIRST_STORY).split())
         tokens_in, tokens_out = stories * (prompt + longer * TOKENS_PER_WORD), stories * reply
-        words = len(opening.split()) + stories * len(first.reply.split())
         price = self.ledger.price(tokens_in, tokens_out)
-        cost = f", cost {price:.2f}" if price else ""
         minutes = stories / sum(self.concurrency / probe.seconds for probe in probes) / 60
         duration = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(minutes, 1):.0f} min"
         return (
             f"{stories:,} stories, {tokens_in:,.0f} prompt tokens and {tokens_out:,.0f} reply tokens, "
-            f"{words:,} words for the student{cost}, about {duration} of grading"
+            f"{opening_words + stories * len(first.reply.split()):,} words for the student"
+            f"{f', cost {price:.2f}' if price else ''}, about {duration} of grading"
         )
-
-    def news(self) -> list[str]:
-        """What the user should know and was not told yet: servers that went away or came back."""
-        return [self.pool.news.pop(0) for _ in range(len(self.pool.news))]
 
     def send(self, index: int, opening: str, story: str) -> None:
         """Send a story at once: the teacher grades it while the student writes the others."""
@@ -172,8 +153,6 @@ class Teacher(Grader):
             new = self._wait([self.submit(questions[i], afresh=True) for i in old], stop)
             for i, grade in zip(old, new, strict=True):
                 grades[i] = grade
-        for message in self.news():
-            tqdm.write(f"warning: {message}")
         return grades
 
     def _wait(self, futures: Sequence["concurrent.futures.Future[Grade]"], stop: "Stop | None") -> list[Grade]:
@@ -195,10 +174,7 @@ class Teacher(Grader):
         return [future.result() for future in futures]
 
     def submit(self, question: Question, afresh: bool = False) -> "concurrent.futures.Future[Grade]":
-        """The future grade of a story, which is sent at once. afresh: what an earlier process kept is not used.
-
-        A story without text gets 0 for each criterion, by the rubric, and is not sent.
-        """
+        """The future grade of a story, which is sent at once. afresh: what an earlier process kept is not used."""
         self.probes()
         return asyncio.run_coroutine_threadsafe(self._grade(question, afresh), self._loop)
 
@@ -211,9 +187,6 @@ class Teacher(Grader):
         self._thread.join()
         self._loop.close()
         self._cache.close()
-
-    def __enter__(self) -> "Teacher":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -231,43 +204,40 @@ class Teacher(Grader):
     async def _probe(self) -> Endpoint:
         """Examine all servers. Returns the one that was examined first in the run, now or earlier."""
         outcomes = await asyncio.gather(*map(self._examine, self.endpoints), return_exceptions=True)
-        away = {}
+        present = [endpoint for endpoint, outcome in zip(self.endpoints, outcomes, strict=True) if outcome is None]
         for endpoint, outcome in zip(self.endpoints, outcomes, strict=True):
-            if isinstance(outcome, Failure):
-                away[endpoint] = outcome
+            if isinstance(outcome, Failure) and outcome.unreachable and present:
+                self.pool.leave_out(endpoint, outcome)
+            elif isinstance(outcome, Failure):
+                raise UserError(f"the teacher at {endpoint.url} {outcome}")
             elif outcome is not None:
                 raise outcome
-        if len(away) == len(self.endpoints):
-            for endpoint, failure in [*away.items()]:
-                if failure.unreachable and (probe := self._kept_probe(endpoint)):
-                    endpoint.model, endpoint.probe = probe.model, probe
-                    del away[endpoint]
-                    self.pool.news.append(f"the teacher at {endpoint.url} {failure}; until then, kept replies will do")
-        present = [endpoint for endpoint in self.endpoints if endpoint not in away]
-        for endpoint, failure in away.items():
-            if not (present and failure.unreachable):
-                raise UserError(f"the teacher at {endpoint.url} {failure}")
-            self.pool.leave_out(endpoint, failure)
         if len({endpoint.model for endpoint in present}) > 1:
-            names = ", ".join(str(endpoint.model) for endpoint in self.endpoints)
-            self.pool.news.append(f"{names} are taken for one model")
+            tqdm.write(f"warning: {self.model} are taken for one model")
         keys = {self._probe_key(endpoint.url, endpoint.model): endpoint for endpoint in present}
         return next(keys[key] for key, _ in self._cache.items() if key in keys)
 
     async def _examine(self, endpoint: Endpoint) -> None:
-        """Probe the server, or take what the cache holds about it."""
-        pool = ServerPool([endpoint], self.pool.deadline_s, self.attempts, self.ledger, probing=True)
-        prober = Prober(pool, self.template, self.seed, self.temperature, self.logprobs)
-        await prober.choose_model()
+        """Probe the server, or take what the cache holds about it, which also does while it cannot be reached."""
+        prober = Prober(ServerPool([endpoint], self, probing=True))
+        try:
+            await prober.choose_model()
+        except Failure as failure:
+            kept = self._kept_probe(endpoint)
+            if kept is None or not failure.unreachable:
+                raise
+            endpoint.model, endpoint.probe = kept.model, kept
+            tqdm.write(f"warning: the teacher at {endpoint.url} {failure}; until then, kept replies will do")
+            return
         probe = self._kept_probe(endpoint)
         # A probe without scores is not what a run starts from again, unless the run got scores in spite of it.
-        if not probe or not (probe.scored or self._got_scores()):
+        if probe is None or not (probe.scored or self._got_scores()):
             probe = await prober.probe()
             reply = CachedReply(json.dumps(asdict(probe)))
             self._cache.put(self._probe_key(endpoint.url, endpoint.model), reply, again=True)
         endpoint.probe = probe
         if endpoint.model == HUMAN:  # who may stop for lunch
-            self.pool.deadline_s = endpoint.slots.shortest = PATIENCE_S
+            self.deadline_s = endpoint.slots.shortest = PATIENCE_S
 
     def _kept_probe(self, endpoint: Endpoint) -> Probe | None:
         """The newest probe in the cache of this server, if it is asked now as it was then."""
@@ -286,62 +256,54 @@ class Teacher(Grader):
         return json.dumps(self.extra, sort_keys=True) if self.extra else ""
 
     def _got_scores(self) -> bool:
-        replies = (reply.text for key, reply in self._cache.items() if not key.startswith(PROBE))
-        return any(parse_scores(reply, self.template.names) for reply in replies)
+        return any(parse_scores(reply.text, self.template.names) for _, reply in self._cache.items())
 
     async def _grade(self, question: Question, afresh: bool) -> Grade:
         """The grade: each attempt's reply is a kept one, or is asked for and kept, and is read."""
         # After a fatal failure most of the other tasks are never awaited: asyncio need not report their exceptions.
-        task, first = asyncio.current_task(), self._first
+        task, first, cache = asyncio.current_task(), self._first, self._cache
         assert task is not None and first is not None and first.model is not None and first.probe is not None
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         opening, story, number, template = question
         template = template or self.template
+        names = template.names
         if not clean(story).strip():
-            return Grade(dict.fromkeys(template.names, 0), 0.0)
-        names, cache = template.names, self._cache
+            return Grade(dict.fromkeys(names, 0), 0.0)  # by the rubric
         mark = fence(self.seed, number, f"{opening}\n{story}")
         messages = render(opening, story, fence=mark, template=template)
-        logprobs = LOGPROBS if self.logprobs else {}
+        asked_as = {"held_to": first.probe.held_to} | ({"extra": self._extra_json} if self.extra else {})
         scores: Mapping[str, float] | None = None
         replies: list[str] = []
         error: str | None = None
         deadline: float | None = None
         asked = False
-        while scores is None and error is None:
-            seed = self.seed + len(replies)
-
-            async def request(endpoint: Endpoint, seed: int = seed) -> tuple[Reply, str]:
-                assert endpoint.probe is not None
-                fields = endpoint.sampling(seed, self.temperature, names) | logprobs
-                fields |= constraint(endpoint.probe.held_to, names)
-                return await endpoint.chat(endpoint.probe, messages, **fields), endpoint.url
-
-            sampling = first.sampling(seed, self.temperature, names) | logprobs | {"held_to": first.probe.held_to}
-            sampling |= {"extra": self._extra_json} if self.extra else {}
-            key = cache_key(first.model, messages, mark, sampling)
+        for attempt in range(self.attempts):
+            seed = self.seed + attempt
+            key = cache_key(first.model, messages, mark, first.sampling(seed, names) | asked_as)
             given_up = f"{key} {number}"  # only this story, whatever becomes of another with the same words
             if kept := cache.get(given_up, earlier=not afresh) or cache.get(key, earlier=not afresh):
                 self.ledger.total["cached"] += 1
             else:
                 asked = True
+                request = functools.partial(Endpoint.grade, messages=messages, seed=seed, names=names)
                 try:
-                    (reply, url), deadline = await self.pool.ask(request, deadline)
+                    reply, server, deadline = await self.pool.ask(request, deadline)
                 except Failure as failure:
                     kept = cache.put(given_up, CachedReply("", error=f"the teacher {failure}"), again=afresh)
                 else:
                     expected = expected_scores(reply.text, names, reply.logprobs) if self.logprobs else None
-                    about = {"model": first.model, "attempt": seed - self.seed, "tokens": reply.tokens}
-                    about |= {"server": url} if len(self.endpoints) > 1 else {}
+                    about = {"model": first.model, "attempt": attempt, "tokens": reply.tokens}
+                    about |= {"server": server.url} if len(self.endpoints) > 1 else {}
                     where = given_up if cache.get(given_up) else key
                     kept = cache.put(where, CachedReply(reply.text, expected), again=afresh, **about)
-            if kept.error:
-                error = kept.error
-                continue
+            if error := kept.error:
+                break
             replies.append(kept.text)
             scores = kept.expected if self.logprobs else parse_scores(kept.text, names)
-            if scores is None and len(replies) == self.attempts:
-                error = f"no scores in {len(replies)} replies"
+            if scores is not None:
+                break
+        else:
+            error = f"no scores in {self.attempts} replies"
         # A word is at least one token. If a server ignores max_tokens, nobody reads the words beyond it.
         words = sum(min(len(reply.split()), self.longest_reply) for reply in replies)
         score = None if scores is None else template.score(scores)

@@ -10,49 +10,50 @@ from typing import Any
 from tinystory.run.errors import UserError
 from tinystory.teacher.api import ChatClient, Reply, server_url
 from tinystory.teacher.ledger import Ledger
-from tinystory.teacher.prompt import TOP, Template, instructions
+from tinystory.teacher.prompt import DEFAULT, TOP, Template, instructions
 
 TEMPLATE_TOKENS = 256  # upper bound on what a chat template adds to two messages
 PIECE = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")  # a word, a number or another character: about a token
 JSON_TOKENS = 12  # per criterion: a key, a colon, a digit, a comma and some whitespace
 LOGPROBS = {"logprobs": True, "top_logprobs": 10}  # servers allow up to 20, but the answer must fit LONGEST_ANSWER
-BUSY_COSTS = 0.5  # slots per refused request, so a round that is refused altogether halves the limit
+BUSY_COSTS = 0.5  # slots per refused request
 SLOWER, SHORTEST_S = 3.0, 10.0  # the timeout is this multiple of the slowest recent answer, and at least SHORTEST_S
 KNOWN = 32  # answers (and at least one full round) before the slowest answer is known well enough
 
 
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """The form of a request."""
+@dataclass(kw_only=True, eq=False, repr=False)
+class Options:
+    """How the stories are asked about, at every server."""
 
+    template: Template = DEFAULT
+    temperature: float = 0.2
+    seed: int = 0
+    max_tokens: int = 16  # of a reply in numbers; JSON gets more
+    logprobs: bool = False  # scores are expected values, and a reply without the log-probabilities for them holds none
+    extra: dict[str, Any] = field(default_factory=dict)  # fields that are merged into every request, and win
+    deadline_s: float = 300.0  # in which all requests of a story end, from its first
+    attempts: int = 3  # each request takes at most deadline_s / attempts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """The capabilities of one model on one server, and the form in which it is asked."""
+
+    url: str
+    model: str
     token_cap: str = "max_tokens"  # the server's name for the longest reply: max_tokens or max_completion_tokens
     least_tokens: int = 0  # the smallest value of it that is sent
     refused: tuple[str, ...] = ()  # parameters that the server refuses, which are not sent
     quiet: Mapping[str, Any] = field(default_factory=dict)  # fields that make the model reason less
     system: bool = True  # False: the rubric opens the user's message, for models without a system message
-
-    def body(self, messages: list[dict], max_tokens: int, **fields: Any) -> dict[str, Any]:
-        """The fields of a chat completion. max_tokens: of the reply that is wanted."""
-        kept = {name: value for name, value in fields.items() if name not in self.refused}
-        if not self.system and len(messages) > 1:
-            messages = [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
-        return {"messages": messages, **kept, **self.quiet, self.token_cap: max(max_tokens, self.least_tokens)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe(Form):
-    """The capabilities of one model on one server, and the form in which it is asked."""
-
-    url: str
-    model: str
-    reply: str  # to the probe's story
-    scored: bool  # whether that reply held scores
-    thinks: bool  # whether the model reasons before it replies, unless told not to
-    structure: str  # the strictest constraint on a reply that works: "numbers", "json" or "nothing"
-    held_to: str  # the constraint used: "json", which has more words, only if the model gives no numbers without it
-    tokens: tuple[int, int] | None  # (prompt, completion) of the probe's story; None if the server does not count
-    seconds: float  # of the fastest answer: the first may have waited until the model was loaded
-    notes: tuple[str, ...]  # what the user should know
+    reply: str = ""  # to the probe's story
+    scored: bool = False  # whether that reply held scores
+    thinks: bool = False  # whether the model reasons before it replies, unless told not to
+    structure: str = "nothing"  # the strictest constraint on a reply that works: "numbers", "json" or "nothing"
+    held_to: str = "nothing"  # the one used: "json", which has more words, only if there are no numbers without it
+    tokens: tuple[int, int] | None = None  # (prompt, completion) of the probe's story; None if the server counts none
+    seconds: float = 0.0  # of the fastest answer: the first may have waited until the model was loaded
+    notes: tuple[str, ...] = ()  # what the user should know
 
     def __str__(self) -> str:
         findings = [
@@ -71,22 +72,16 @@ class Probe(Form):
     def load(cls, text: str) -> "Probe | None":
         """The probe with these fields, in JSON; None for any other text, such as another version's."""
         try:
-            fields = json.loads(text)
-            for name in ("refused", "notes"):
-                fields[name] = tuple(fields[name])
-            fields["tokens"] = fields["tokens"] and tuple(fields["tokens"])
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
             return cls(**fields)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, AttributeError):
             return None
 
 
 class Slots:
     """One server's limit on requests in flight: `most`, half a slot less for each request that it refuses as busy, and
-    one slot more for each full round of answers.
-
-    So a round with a refused share s lowers the limit by s/2, as DCTCP (RFC 8257) does for a share of marked packets: a
-    server that refuses now and then keeps nearly all its requests, an overloaded one has half of them within a round.
-    """
+    one slot more for each full round of answers. So a round with a refused share s lowers the limit by s/2, as DCTCP
+    (RFC 8257) does for a share of marked packets."""
 
     def __init__(self, most: int):
         self.most, self.limit, self.taken = most, float(most), 0
@@ -122,40 +117,43 @@ class Endpoint:
     client: ChatClient
     slots: Slots
     ledger: Ledger
-    template: Template  # of most questions
-    max_reply: int  # tokens of a reply in numbers
-    extra: Mapping[str, Any]  # fields that are merged into every request, and win
+    options: Options
     probe: Probe | None = None  # None until the server has been probed
     failures: int = 0  # transient ones since its last answer
     absences: int = 0  # times that it was left out since then
 
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of a reply that is wanted: JSON needs more than numbers."""
+    def max_tokens(self, names: Sequence[str]) -> int:
+        """Tokens of a reply with scores for `names`."""
         by_json = self.probe is not None and self.probe.held_to == "json"
-        return max(self.max_reply, json_tokens(self.template.names)) if by_json else self.max_reply
+        return max(self.options.max_tokens, json_tokens(names) if by_json else 0)
 
-    @property
-    def token_cap(self) -> int:
-        """The most tokens that one answer can have."""
-        return max(self.max_tokens, self.probe.least_tokens if self.probe else 0)
+    def sampling(self, seed: int, names: Sequence[str]) -> dict[str, Any]:
+        """The fields of a request that decide which reply comes; log-probabilities once the server has been probed."""
+        logprobs = LOGPROBS if self.options.logprobs and self.probe else {}
+        seed %= 2**31  # servers take 32 bits
+        return {"temperature": self.options.temperature, "max_tokens": self.max_tokens(names), "seed": seed, **logprobs}
 
-    def sampling(self, seed: int, temperature: float, names: Sequence[str] = ()) -> dict[str, Any]:
-        """names: of the criteria, if not the template's."""
-        tokens = max(self.max_tokens, json_tokens(names) if self.max_tokens > self.max_reply else 0)
-        return {"temperature": temperature, "max_tokens": tokens, "seed": seed % 2**31}  # servers take 32 bits
+    async def grade(self, messages: list[dict], seed: int, names: Sequence[str]) -> Reply:
+        """The reply to a question that asks for scores for `names`, in the form that the probe found."""
+        assert self.probe is not None
+        fields = self.sampling(seed, names) | constraint(self.probe.held_to, names)
+        return await self.chat(self.probe, messages, **fields)
 
-    async def chat(self, form: Form, messages: list[dict], *, max_tokens: int, **fields: Any) -> Reply:
+    async def chat(self, form: Probe, messages: list[dict], *, max_tokens: int, **fields: Any) -> Reply:
         """One chat completion. A reply that had to be allowed more tokens is cut to about `max_tokens`."""
-        body = {"model": self.model, **form.body(messages, max_tokens, **fields), **self.extra}
+        cap, texts = max(max_tokens, form.least_tokens), [message["content"] for message in messages]
+        body = {"model": self.model, "messages": messages, **fields, **form.quiet, form.token_cap: cap}
+        body = {name: value for name, value in body.items() if name not in form.refused} | self.options.extra
+        if not form.system and len(messages) > 1:
+            body["messages"] = [{"role": "user", "content": "\n\n".join(texts)}]
         headers = body.pop("extra_headers", None)
         # An upper bound on the prompt's tokens: a token is at least one byte, and the chat template adds a few. If the
         # server counted the tokens of the probe's story, only the part that differs from it is uncertain.
-        sizes = [len(message["content"].encode()) for message in messages]
-        counted = self.probe.tokens if self.probe is not None else None
-        other_system = max(sizes[0] - len(instructions(self.template).encode()), 0)  # of a ranking
-        longest = counted[0] + other_system + sizes[-1] if counted and len(sizes) == 2 else sum(sizes) + TEMPLATE_TOKENS
-        cap = body[form.token_cap]
+        sizes = [len(text.encode()) for text in texts]
+        longest = sum(sizes) + TEMPLATE_TOKENS
+        if self.probe is not None and self.probe.tokens and len(sizes) == 2:
+            rubric = len(instructions(self.options.template).encode())  # shorter than that of a ranking
+            longest = self.probe.tokens[0] + max(sizes[0] - rubric, 0) + sizes[1]
         with self.ledger.request(longest, cap) as charge:
             reply = await self.client.chat(headers, body)
             if reply.tokens:

@@ -35,11 +35,7 @@ class Grader(ABC):
     def __init__(self, facts: dict[str, Any]):
         self.facts = facts
         self.pending: dict[int, Question] = {}  # sent and not collected, by index
-
-    @property
-    def scorer(self) -> "Grader":
-        """The grader that scores each story by itself: for evaluations, and for what a story costs."""
-        return self
+        self.scorer: Grader = self  # scores each story by itself: for evaluations, and for what a story costs
 
     @property
     def most_words(self) -> int:
@@ -47,7 +43,7 @@ class Grader(ABC):
         return 0
 
     def affords(self, stories: int) -> bool:
-        """True if grading so many more stories is within the budget, however many attempts they take."""
+        """Whether grading so many more stories is within the budget, however many attempts they take."""
         return True
 
     def forecast(self, stories: int, opening: str, together: int = 1) -> str:
@@ -65,8 +61,7 @@ class Grader(ABC):
     def collect(self, stop: "Stop") -> list[Grade]:
         """The grades of all stories sent, in the order of their indices. Raises Interrupted if `stop` is requested, and
         UserError for a failure that would meet every story."""
-        questions = [question for _, question in sorted(self.pending.items())]
-        self.pending = {}
+        questions, self.pending = [question for _, question in sorted(self.pending.items())], {}
         return self.grades(questions, stop)
 
     def grade(self, opening: str, stories: Sequence[str]) -> list[Grade]:
@@ -100,14 +95,13 @@ def require_scores(grades: list[Grade], max_unscored: float) -> None:
 
 def score_means(grades: list[Grade]) -> dict[str, float | None]:
     """score_mean: the sum of the criteria's scores, 0..9, as the paper plots it (or a callable's score, 0..1), with its
-    standard deviation score_std, None of one story; and the mean of each criterion. The paper's three criteria are
-    always there, None if others are graded. score_mode: the fraction of the scored stories that have the commonest
-    score."""
+    standard deviation score_std, None of one story; the mean of each criterion (the paper's three are always there,
+    None if others are graded); and score_mode, the fraction of the scored stories that have the commonest score."""
     scored = [grade for grade in grades if grade.score is not None]
     names = dict.fromkeys([*CRITERIA, *(name for grade in scored for name in grade.scores or ())])
     values = {f"{name}_mean": [g.scores[name] for g in scored if g.scores and name in g.scores] for name in names}
-    values["score_mean"] = [sum(g.scores.values()) if g.scores else g.score for g in grades if g.score is not None]
+    sums = [sum(g.scores.values()) if g.scores else g.score for g in grades if g.score is not None]
+    values["score_mean"] = sums
     means = {name: sum(column) / len(column) if column else None for name, column in values.items()}
-    sums = values["score_mean"]
     std, mode = (statistics.stdev(sums), max(Counter(sums).values()) / len(sums)) if len(sums) > 1 else (None, None)
     return means | {"score_std": std, "score_mode": mode}

@@ -1,19 +1,35 @@
 """From the options to whoever scores the stories: a teacher over HTTP, or any callable."""
 
 import contextlib
+import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from tinystory.config import InteractConfig
 from tinystory.data.corpus import NO_STORIES
 from tinystory.run.errors import UserError
 from tinystory.teacher.callable import CallableGrader, ScoreStories, load_score
 from tinystory.teacher.client import Teacher
-from tinystory.teacher.extra import load_extra
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.prompt import load_template
 from tinystory.teacher.rank import Ranked
+
+# Fields of a request that options of their own, or the client, set.
+OWN_FIELDS = {"model", "messages", "stream", "n", "temperature", "seed", "max_tokens", "max_completion_tokens"}
+OWN_FIELDS |= {"logprobs", "top_logprobs", "extra_body", "extra_query"}
+# Credentials in JSON, by name (not prompt_cache_key, stop_token_ids, skip_special_tokens or tokenizer) and by how any
+# text in it begins.
+SECRET_NAME = re.compile(
+    r"auth(?!or$)|bearer|cookie|credential|pass(p|w|$)|secret|signature|(?<!cache_)key|token(?!s|_|i)", re.IGNORECASE
+)
+SECRET_TEXT = re.compile(
+    r'"(\s|\\[nrt])*((bearer|basic) |-----begin |(sk|rk|gsk|csk|hf|gh[opsur]|github_pat|glpat|xai|nvapi|pplx|tvly|npm|'
+    r'pypi)[-_]|r8_|xox[a-z]-|xapp-|(AKIA|ASIA)[0-9A-Z]{16}"|AIza|ya29\.|eyJ|SG\.)',
+    re.IGNORECASE,
+)
 
 
 @contextlib.contextmanager
@@ -26,20 +42,18 @@ def open_grader(
     likelihood: Callable[[], ScoreStories] | None = None,
 ) -> Iterator[Grader]:
     """The grader that the options describe, probed and ready, for as long as the block lasts; its `send` and `collect`
-    rank with --teacher-mode rank.
+    rank with --teacher-mode rank. Raises UserError if it cannot be had.
 
     builtin_teacher: starts a teacher that knows a corpus, and yields its URL, for options that name no other grader.
-    corpus: the student's, and so that teacher's by default; None if unknown. replies: file in which a teacher's replies
-    are kept. likelihood: makes the scores of --reward likelihood. Raises UserError if the grader cannot be had."""
+    corpus: the student's, and so that teacher's by default; None if unknown. replies: file that keeps a teacher's
+    replies. likelihood: makes the scores of --reward likelihood."""
     extra = load_extra(config.teacher_extra)
-    if config.reward:
-        if config.reward == "likelihood" and likelihood:
-            yield CallableGrader(likelihood(), config.reward)
-            return
-        with load_score(config.reward, config.teacher_timeout) as score:
-            yield CallableGrader(score, config.reward)
-        return
     with contextlib.ExitStack() as stack:
+        if config.reward:
+            local = config.reward == "likelihood" and likelihood
+            score = local() if local else stack.enter_context(load_score(config.reward, config.teacher_timeout))
+            yield CallableGrader(score, config.reward)
+            return
         urls = config.teacher_url
         if not urls:
             assert builtin_teacher is not None
@@ -62,15 +76,11 @@ def open_grader(
             price_out=config.price_out,
             budget_cost=config.budget_cost or None,
         )
-        stack.enter_context(teacher)
-        for probe in teacher.probes():
+        for probe in stack.enter_context(teacher).probes():
             print(f"teacher: {probe}")
             for note in probe.notes:
                 print(f"warning: {note}")
-        for message in teacher.news():
-            print(f"warning: {message}")
-        ranks = config.teacher_mode == "rank"
-        yield Ranked(teacher, teacher.template, config.stories_per_opening) if ranks else teacher
+        yield Ranked(teacher, config.stories_per_opening) if config.teacher_mode == "rank" else teacher
 
 
 def _measured_by(config: InteractConfig, corpus: Sequence[str]) -> Sequence[str]:
@@ -79,3 +89,35 @@ def _measured_by(config: InteractConfig, corpus: Sequence[str]) -> Sequence[str]
     if not names:
         raise UserError(f"{config.init} does not say what the student was trained on: give --teacher-corpus NAME|FILE")
     return names
+
+
+def load_extra(text: str) -> dict[str, Any]:
+    """The fields of --teacher-extra, a JSON object, in which "extra_headers" are headers. Raises UserError for anything
+    else, and for what looks like a secret at any depth, since options are recorded."""
+    try:
+        fields = json.loads(text or "{}", parse_constant=float, object_pairs_hook=_without_secrets)
+        json.dumps(fields, allow_nan=False)
+        if not isinstance(fields, dict):
+            raise ValueError("this is none")
+        if taken := sorted(OWN_FIELDS & fields.keys()):
+            raise ValueError(f"it cannot set {taken[0]}, which has an option of its own, or which the client needs")
+        headers = fields.get("extra_headers", {})
+        if not isinstance(headers, dict) or not all(_is_header(*item) for item in headers.items()):
+            raise ValueError("its extra_headers must be an object whose values are one line of text each")
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f'--teacher-extra must be a JSON object such as \'{{"service_tier": "flex"}}\': {error}'
+        ) from None
+    return fields
+
+
+def _without_secrets(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name, value in pairs:
+        if SECRET_NAME.search(name) or SECRET_TEXT.search(json.dumps([name, value])):
+            shown = "a field's name" if SECRET_TEXT.search(json.dumps(name)) else name
+            raise ValueError(f"it is recorded, so it must hold no secret such as {shown}; use OPENAI_API_KEY")
+    return dict(pairs)
+
+
+def _is_header(name: str, value: object) -> bool:
+    return bool(re.fullmatch(r"[A-Za-z0-9-]+", name)) and isinstance(value, str) and bool(re.fullmatch("[ -~]*", value))

@@ -11,13 +11,9 @@ from tinystory.teacher.api import Failure
 
 
 class Ledger:
-    """Prices are per million tokens, in the currency of `budget` (None: no limit).
-
-    Before it is sent, a request reserves the most that it can cost; afterwards it is charged what the server reports.
-    If no answer came, the request may have been billed all the same, so the whole reservation is charged. What a killed
-    process had in flight is unknown: at most one request per slot. paid: (prompt, completion) tokens of earlier
-    processes of the same run.
-    """
+    """Prices are per million tokens, in the currency of `budget` (None: no limit). A request first reserves the most
+    that it can cost; then it is charged what the server reports, or all of it if no answer came. What a killed process
+    had in flight is unknown. paid: (prompt, completion) tokens of earlier processes of the run."""
 
     def __init__(self, price_in: float, price_out: float, budget: float | None, paid: tuple[int, int]):
         self.price_in, self.price_out, self.budget = price_in, price_out, budget

@@ -27,8 +27,7 @@ _FENCED = re.compile(rf"```(?:json)?{_SPACE}*(\{{.*\}}){_SPACE}*```", re.DOTALL)
 
 
 def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
-    """The score, 0..3, of each criterion, in the order of `criteria`; None if the reply is not exactly one of the three
-    forms."""
+    """The score, 0..3, of each criterion, in their order; None if the reply is not exactly one of the three forms."""
     if len(reply) > LONGEST_REPLY:
         return None
     text = reply.strip(" \t\r\n")
@@ -53,8 +52,7 @@ def expected_scores(
     score's position, normalised to sum to 1 (G-Eval, arXiv 2303.16634, equation 1), rounded to 4 decimals.
 
     tokens: those of the reply, each with the natural log-probabilities of the candidates at its position. None if the
-    reply holds no scores, or if the tokens do not spell the reply, or if no candidate is a digit alone.
-    """
+    reply holds no scores, or if the tokens do not spell the reply, or if no candidate is a digit alone."""
     spelled = "".join(token for token, _ in tokens)
     # A server may strip the reply, send thoughts before it, or add the end-of-turn token to the tokens.
     start = spelled.rfind(reply)
@@ -92,8 +90,7 @@ def _patterns(criteria: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
 
 
 def _json_items(text: str) -> list[tuple[str, object]]:
-    """The (key, value) pairs of a flat JSON object, with repeated keys so that they can be refused; [] for any other
-    text."""
+    """The (key, value) pairs of a flat JSON object, repeated keys included; [] for any other text."""
     if match := _FENCED.fullmatch(text):
         text = match[1]
     if not text.startswith("{") or text.count("{") != 1:

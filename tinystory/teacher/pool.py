@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import TypeVar
+
+from tqdm import tqdm
 
 from tinystory.run.errors import UserError
 from tinystory.teacher.api import Failure
-from tinystory.teacher.endpoint import Endpoint, Slots
-from tinystory.teacher.ledger import Ledger
+from tinystory.teacher.endpoint import Endpoint, Options
 
 T = TypeVar("T")
 FAILURES = 8  # failed requests after which a story is given up; with the pauses below, after a minute or more
@@ -24,29 +25,25 @@ PING_S = 10.0  # seconds that a server which was away has to answer
 @dataclass(eq=False)
 class ServerPool:
     """`endpoints` serve the same model. While there are more requests than slots, each takes as many as it answers;
-    otherwise a request goes where the fewest are in flight.
-
-    A server that cannot be reached, refuses the key or fails FAILURES times in a row is left out as long as another one
-    is there; one that may come back is asked again when it does."""
+    otherwise a request goes where the fewest are in flight. A server that cannot be reached, refuses the key or fails
+    FAILURES times in a row is left out as long as another one is there, and asked again if it comes back."""
 
     endpoints: Sequence[Endpoint]
-    deadline_s: float  # in which all requests of a story end, from its first
-    attempts: int  # each request takes at most deadline_s / attempts
-    ledger: Ledger
+    options: Options
     examine: Callable[[Endpoint], Awaitable[None]] | None = None  # probes a server that comes up for the first time
     probing: bool = False  # one server is being probed: a failure is the caller's to judge and never ends the run
 
     def __post_init__(self) -> None:
-        self.news: list[str] = []  # for the user
         self.fatal: UserError | None = None  # set once no further story can be graded
-        self._slots = {endpoint: Slots(1) if self.probing else endpoint.slots for endpoint in self.endpoints}
         self._waiting: deque[asyncio.Future[Endpoint]] = deque()  # requests without a slot
         self._returns: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def slot(self, first: bool) -> AsyncIterator[Endpoint]:
-        """Wait for a slot and hold it; yields its server. first: ahead of the queue, for a story that has held a slot
-        before."""
+        """Wait for a slot and hold it; yields its server. first: ahead of the queue, for a story that has held one."""
+        if self.probing:
+            yield self.endpoints[0]
+            return
         turn: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
         (self._waiting.appendleft if first else self._waiting.append)(turn)
         self._admit()
@@ -54,68 +51,64 @@ class ServerPool:
             yield await turn
         finally:
             if turn.done() and not turn.cancelled():
-                self._slots[turn.result()].taken -= 1
+                turn.result().slots.taken -= 1
                 self._admit()
 
     def _admit(self) -> None:
         """Give every free slot to the next request."""
-        while self._waiting and (free := [endpoint for endpoint, slots in self._slots.items() if slots.free]):
+        while self._waiting and (free := [endpoint for endpoint in self.endpoints if endpoint.slots.free]):
             turn = self._waiting.popleft()
             if not turn.done():
-                endpoint = min(free, key=lambda endpoint: self._slots[endpoint].taken)
-                self._slots[endpoint].taken += 1
+                endpoint = min(free, key=lambda endpoint: endpoint.slots.taken)
+                endpoint.slots.taken += 1
                 turn.set_result(endpoint)
 
     async def ask(
         self, request: Callable[[Endpoint], Awaitable[T]], deadline: float | None = None, exists: bool = True
-    ) -> tuple[T, float]:
-        """The result of `request`, retried after transient failures, and the story's deadline for the next one, which
-        the first request sets; raises Failure when it is given up.
-
-        Each request waits for a free slot, and a story that pauses holds none. exists: whether the server is known to
-        exist; if not, one that gives no answer is given up at once.
-        """
+    ) -> tuple[T, Endpoint, float]:
+        """The result of `request`, retried after transient failures; the server that gave it; and the story's deadline
+        for the next one, which the first request sets. Raises Failure when it is given up. exists: whether the server
+        is known to exist; if not, one that gives no answer is given up at once."""
         failures = timeouts = 0
         while True:
             async with self.slot(first=deadline is not None) as endpoint:
                 if self.fatal is not None:
                     raise self.fatal
                 start = time.monotonic()
-                deadline = deadline or start + self.deadline_s
-                timeout = endpoint.slots.timeout(self.deadline_s / self.attempts, timeouts)
+                deadline = deadline or start + self.options.deadline_s
+                timeout = endpoint.slots.timeout(self.options.deadline_s / self.options.attempts, timeouts)
                 try:
                     answer = await asyncio.wait_for(request(endpoint), min(max(deadline - start, 0.0), timeout))
                     endpoint.slots.answered(time.monotonic() - start)
                     endpoint.failures = endpoint.absences = 0
-                    return answer, deadline
+                    return answer, endpoint, deadline
                 except asyncio.TimeoutError:  # the builtin TimeoutError only from Python 3.11 on
                     failure = Failure("takes too long to answer", again=True)
                     timeouts += 1
                 except Failure as error:
                     failure = error
-                self.ledger.total["failures"] += 1
+                endpoint.ledger.total["failures"] += 1
                 endpoint.failures += failure.again and not failure.busy
                 if failure.busy:
                     endpoint.slots.refused()
                 if self._is_left_out(endpoint, failure):  # the story is not the cause
                     continue
             failures += 1
-            if failure.fatal:
-                self._stop(endpoint, failure)
             pause = jittered(PAUSE_S * 2 ** (failures - 1)) + min(failure.retry_after or 0.0, LONGEST_RETRY_AFTER_S)
             hopeful = failure.again and (failures < FAILURES or failure.busy) and (exists or failure.status)
             if hopeful and time.monotonic() + pause <= deadline:
-                self.ledger.total["retries"] += 1
+                endpoint.ledger.total["retries"] += 1
                 await asyncio.sleep(pause)
                 continue
-            if failure.unreachable:  # after all retries, so the story is not the cause
-                self._stop(endpoint, failure)
+            if (failure.fatal or failure.unreachable) and not self.probing:  # the story is not the cause
+                self.fatal = UserError(f"the teacher at {endpoint.url} {failure}")
+                raise self.fatal
             raise failure
 
     def leave_out(self, endpoint: Endpoint, failure: Failure) -> None:
         """Ask the other servers from now on, and this one again if it comes back."""
         endpoint.slots.open = False
-        self.news.append(f"the teacher at {endpoint.url} {failure}; the others go on without it")
+        tqdm.write(f"warning: the teacher at {endpoint.url} {failure}; the others go on without it")
         if not failure.fatal:
             task = asyncio.create_task(self._await_return(endpoint))
             self._returns.add(task)
@@ -125,44 +118,34 @@ class ServerPool:
         """Whether others go on without the server."""
         if self.probing:
             return False
-        if not endpoint.slots.open:  # another request has left it out
-            return True
         gone = (failure.fatal and failure.status) or failure.unreachable or endpoint.failures >= FAILURES
-        if not gone or not any(other.slots.open for other in self.endpoints if other is not endpoint):
-            return False
-        self.leave_out(endpoint, failure)
-        return True
+        others = any(other.slots.open for other in self.endpoints if other is not endpoint)
+        if gone and others and endpoint.slots.open:
+            self.leave_out(endpoint, failure)
+        return not endpoint.slots.open
 
     async def _await_return(self, endpoint: Endpoint) -> None:
-        """Until the server answers again, whatever it says of its models. Then it gets one request at a time, and is
-        left out for longer if the first one fails."""
+        """Wait until the server answers again. Then it gets one request at a time, and is left out for longer if the
+        first one fails."""
         while True:
             await asyncio.sleep(jittered(PAUSE_S * 2**endpoint.absences))
             endpoint.absences = min(endpoint.absences + 1, 9)
             try:
                 await asyncio.wait_for(endpoint.client.models(), PING_S)
-            except asyncio.TimeoutError:
-                continue
-            except Failure as failure:
-                if failure.again:
+            except (asyncio.TimeoutError, Failure) as error:
+                if not isinstance(error, Failure) or error.again:
                     continue
             break
         try:
             if self.examine is not None and endpoint.probe is None:
                 await self.examine(endpoint)
         except (Failure, UserError) as error:
-            self.news.append(f"the teacher at {endpoint.url} is back, but cannot be used: {error}")
+            tqdm.write(f"warning: the teacher at {endpoint.url} is back, but cannot be used: {error}")
             return
-        self.news.append(f"the teacher at {endpoint.url} is back")
+        tqdm.write(f"warning: the teacher at {endpoint.url} is back")
         endpoint.failures = FAILURES - 1
         endpoint.slots.open, endpoint.slots.limit = True, 1.0
         self._admit()
-
-    def _stop(self, endpoint: Endpoint, failure: Failure) -> NoReturn:
-        if self.probing:
-            raise failure
-        self.fatal = UserError(f"the teacher at {endpoint.url} {failure}")
-        raise self.fatal
 
 
 def jittered(pause: float) -> float:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from tinystory.teacher.api import NO_SYSTEM, Failure, Reply
-from tinystory.teacher.endpoint import LOGPROBS, Form, Probe, constraint, json_tokens
+from tinystory.teacher.endpoint import LOGPROBS, Probe, constraint, json_tokens
 from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
 from tinystory.teacher.pool import ServerPool
-from tinystory.teacher.prompt import Template, fence, render
+from tinystory.teacher.prompt import fence, render
 
 FIRST_STORY = "Once upon a time,", "a cat sat down by the fire and slept."  # opening and story
 # Asked for animals, a model answers with scores only if the server constrains it to them.
@@ -29,7 +29,7 @@ THINKING_TOKENS = 4096  # cap of a reply by a model that reasons whatever it is 
 
 
 # The words of a refusal, and the fields of a form that avoids it, from the form and the words.
-REMEDIES: tuple[tuple[re.Pattern, Callable[[Form, re.Match], dict[str, Any]]], ...] = (
+REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], ...] = (
     (re.compile("max_completion_tokens"), lambda form, _: {"token_cap": "max_completion_tokens"}),
     (
         re.compile(r"\b(temperature|seed)\b"),
@@ -43,7 +43,7 @@ REMEDIES: tuple[tuple[re.Pattern, Callable[[Form, re.Match], dict[str, Any]]], .
 )
 
 
-def remedy(form: Form, failure: Failure) -> Form:
+def remedy(form: Probe, failure: Failure) -> Probe:
     """The first form that `failure` asks for and that differs from `form`. Raises `failure` if there is none."""
     if failure.status in (400, 422, 500):
         for pattern, change in REMEDIES:
@@ -54,15 +54,14 @@ def remedy(form: Form, failure: Failure) -> Form:
 
 
 class Prober:
-    """Probes the endpoint of a pool of one, by a story to grade. All methods raise Failure if the server gives no
-    usable answer."""
+    """Probes the endpoint of a pool of one. All methods raise Failure if the server gives no usable answer."""
 
-    def __init__(self, pool: ServerPool, template: Template, seed: int, temperature: float, logprobs: bool):
-        (self.endpoint,), self.pool, self.names, self.logprobs = pool.endpoints, pool, template.names, logprobs
-        mark = fence(seed, -1, "\n".join(FIRST_STORY))
-        self.messages = render(*FIRST_STORY, fence=mark, template=template)
-        self.sampling = self.endpoint.sampling(seed, temperature)
-        self.form = Form()
+    def __init__(self, pool: ServerPool):
+        (self.endpoint,), self.pool, options = pool.endpoints, pool, pool.options
+        self.names = options.template.names
+        mark = fence(options.seed, -1, "\n".join(FIRST_STORY))
+        self.messages = render(*FIRST_STORY, fence=mark, template=options.template)
+        self.sampling = self.endpoint.sampling(options.seed, self.names)
         self.notes: list[str] = []
         self.unlisted = ""  # the models that are listed, if the one that was named is not
         self.seconds: list[float] = []
@@ -71,7 +70,7 @@ class Prober:
         """Take the first chat model that the server lists, unless one was named."""
         endpoint = self.endpoint
         try:
-            models, _ = await self.pool.ask(lambda endpoint: endpoint.client.models(), exists=False)
+            models, *_ = await self.pool.ask(lambda endpoint: endpoint.client.models(), exists=False)
         except Failure as failure:
             if failure.status is None:
                 raise
@@ -86,48 +85,48 @@ class Prober:
             endpoint.model = next((name for name in models if not NO_CHAT.search(name)), models[0])
         elif endpoint.model not in models:
             self.unlisted = endpoint.client.one_line(", ".join(models)) or "none"
-            self.notes.append(
-                f"{endpoint.url} does not list {endpoint.model}, which is tried; it lists: {self.unlisted}"
-            )
+            message = f"{endpoint.url} does not list {endpoint.model}, which is tried; it lists: {self.unlisted}"
+            self.notes.append(message)
 
     async def probe(self) -> Probe:
         """The capabilities of the endpoint's model, from a few requests."""
-        url, model = self.endpoint.url, str(self.endpoint.model)
+        model = str(self.endpoint.model)
+        self.form = Probe(url=self.endpoint.url, model=model)
         reply = await self._first_reply()
-        thinks, scored = _thought(reply), self._scored(reply)
+        thinks, scored = reply.thought, self._scored(reply)
         if thinks and not scored:
             reply = await self._reply_without_thoughts()
             scored = self._scored(reply)
         structure = await self._structure()
         held_to = "nothing" if structure == "json" and scored else structure
         if held_to != "nothing" and not scored:
-            max_tokens = max(self.endpoint.max_tokens, json_tokens(self.names))
-            constrained = constraint(held_to, self.names)
-            reply = await self._ask(self.messages, max_tokens=max_tokens, **constrained)
+            most = max(self.sampling["max_tokens"], json_tokens(self.names))
+            reply = await self._ask(max_tokens=most, **constraint(held_to, self.names))
             scored = self._scored(reply)
-        if self.logprobs:
+        if self.pool.options.logprobs:
             await self._require_logprobs(held_to)
         if not scored:
             self.notes.append(f"{model} was shown a story and gave no scores but {reply.text[:80]!r}")
-        return Probe(
-            **vars(self.form), url=url, model=model, reply=reply.text[:LONGEST_REPLY], scored=scored, thinks=thinks,
-            structure=structure, held_to=held_to, tokens=reply.tokens,
-            seconds=min(self.seconds), notes=tuple(self.notes),
+        return replace(
+            self.form, reply=reply.text[:LONGEST_REPLY], scored=scored, thinks=thinks, structure=structure,
+            held_to=held_to, tokens=reply.tokens, seconds=min(self.seconds), notes=tuple(self.notes),
         )  # fmt: skip
 
-    async def _ask(self, messages: list[dict], **fields: Any) -> Reply:
-        start, timeout = time.monotonic(), self.pool.deadline_s / self.pool.attempts
+    async def _ask(self, **fields: Any) -> Reply:
+        """The reply to the story, or to other `messages`."""
+        start, timeout = time.monotonic(), self.pool.options.deadline_s / self.pool.options.attempts
+        asked = {"messages": self.messages, **self.sampling, **fields}
         try:
-            reply = await asyncio.wait_for(self.endpoint.chat(self.form, messages, **fields), timeout)
+            reply = await asyncio.wait_for(self.endpoint.chat(self.form, **asked), timeout)
         except asyncio.TimeoutError:
             raise Failure("takes too long to answer", again=True) from None
         self.seconds.append(time.monotonic() - start)
         return reply
 
-    async def _try(self, messages: list[dict], **fields: Any) -> Reply | None:
+    async def _try(self, **fields: Any) -> Reply | None:
         """The reply; None after a failure that says nothing of other requests."""
         try:
-            return await self._ask(messages, **fields)
+            return await self._ask(**fields)
         except Failure as failure:
             if failure.fatal or failure.unreachable:
                 raise
@@ -140,7 +139,7 @@ class Prober:
         """The reply to the story, in the form that the server's refusals lead to."""
         while True:
             try:
-                return (await self.pool.ask(lambda _: self._ask(self.messages, **self.sampling)))[0]
+                return (await self.pool.ask(lambda _: self._ask()))[0]
             except Failure as failure:
                 if failure.status == 404 and self.unlisted:
                     message = f"has no model {self.endpoint.model!r} ({failure}); it lists: {self.unlisted}"
@@ -152,50 +151,39 @@ class Prober:
         accepted: Mapping[str, Any] = {}
         for quiet in QUIETER:
             self.form = replace(self.form, quiet=quiet)
-            if reply := await self._try(self.messages, **self.sampling):
-                if self._scored(reply) or not _thought(reply):
+            if reply := await self._try():
+                if self._scored(reply) or not reply.thought:
                     return reply
                 accepted = quiet
         self.form = replace(self.form, quiet=accepted, least_tokens=THINKING_TOKENS)
-        reply = await self._try(self.messages, **self.sampling)
-        if reply is None or (_thought(reply) and not self._scored(reply)):
+        reply, model = await self._try(), self.endpoint.model
+        if reply is None or (reply.thought and not self._scored(reply)):
             raise Failure(
-                f"has a model, {self.endpoint.model}, that thinks before it answers, and {THINKING_TOKENS} tokens hold "
-                "no scores: choose a model that does not, or switch its thinking off on the server"
+                f"has a model, {model}, that thinks before it answers, and {THINKING_TOKENS} tokens hold no scores: "
+                "choose a model that does not, or switch its thinking off on the server"
             )
         used = f"; it used {reply.tokens[1]} for the first story" if reply.tokens else ""
-        self.notes.append(
-            f"{self.endpoint.model} cannot be told not to think: a reply may cost up to {THINKING_TOKENS} tokens{used}"
-        )
+        self.notes.append(f"{model} cannot be told not to think: a reply may cost up to {THINKING_TOKENS} tokens{used}")
         return reply
 
     async def _structure(self) -> str:
         """The first structure that the server obeys, "nothing" if it obeys none: at most two requests."""
-        for structure, max_tokens in (("numbers", self.endpoint.max_tokens), ("json", json_tokens(self.names))):
-            reply = await self._try(OFF_TOPIC, max_tokens=max_tokens, **constraint(structure, self.names))
+        for structure, most in (("numbers", self.sampling["max_tokens"]), ("json", json_tokens(self.names))):
+            reply = await self._try(messages=OFF_TOPIC, max_tokens=most, **constraint(structure, self.names))
             if reply is not None and self._scored(reply):
                 return structure
         return "nothing"
 
     async def _require_logprobs(self, held_to: str) -> None:
         """Raises Failure unless a reply that holds scores comes with what expected scores need."""
-        fields = {**self.sampling, **constraint(held_to, self.names), **LOGPROBS}
         try:
-            reply = await self._ask(self.messages, **fields)
+            reply = await self._ask(**constraint(held_to, self.names), **LOGPROBS)
         except Failure as failure:
             if failure.fatal or failure.unreachable or failure.again:
                 raise
-            usable = False  # the server refuses log-probabilities
-        else:
-            expected = expected_scores(reply.text, self.names, reply.logprobs)
-            usable = expected is not None or not self._scored(reply)
-        if not usable:
+            reply = None  # the server refuses log-probabilities
+        if reply is None or (self._scored(reply) and not expected_scores(reply.text, self.names, reply.logprobs)):
             raise Failure(
                 f"has a model, {self.endpoint.model}, that gives no log-probabilities of the single digits of its "
                 "scores: leave --teacher-logprobs out, or ask a server that does"
             )
-
-
-def _thought(reply: Reply) -> bool:
-    """Whether the model reasoned before it replied, visibly or not."""
-    return reply.thoughts > 0 or "<think>" in reply.text[:20] or (not reply.text.strip() and reply.finish == "length")

@@ -5,6 +5,7 @@ The criteria, their order and their scale are those of "Once Upon a Time: Intera
 Small Language Models" (arXiv 2509.15714); the wording is ours.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -64,7 +65,7 @@ STORYTELLING = (
     ),
 )
 CRITERIA = tuple(criterion.name for criterion in STORYTELLING)
-# Of a criterion; of the names left out, NAME_mean is another metric.
+# A criterion's name. The names left out have another metric NAME_mean.
 NAME = re.compile("(?!(reward|score|length|tokens|diversity|held_out_.*)$)[a-z][a-z0-9_]{0,31}")
 PREFACE = (
     "You are a kind teacher who grades short stories by a beginner. The beginner was given an opening and has room "
@@ -106,16 +107,7 @@ class Question(NamedTuple):
 
 
 def load_template(path: str | os.PathLike) -> Template:
-    """The template in a JSON file, DEFAULT without a path:
-
-        {"preface": "You are ...",
-         "criteria": [{"name": "humour", "question": "Is it funny?", "levels": ["no", "a bit", "yes", "very"],
-                       "weight": 1}, ...]}
-
-    `preface` and `weight` may be left out. Or the messages that ask for the usual criteria, sent as they are:
-    {"system": "...", "user": "... {opening} ... {story} ..."}, where `system` may be left out. Raises UserError if the
-    file does not hold such an object.
-    """
+    """The template in a JSON file (docs/teachers.md), DEFAULT without a path. Raises UserError if it holds none."""
     if not path:
         return DEFAULT
     try:
@@ -125,7 +117,6 @@ def load_template(path: str | os.PathLike) -> Template:
 
 
 def _template(value: object) -> Template:
-    """The template that a JSON value describes. Raises ValueError if it describes none."""
     match value:
         case {"user": str(user), **rest} if rest.keys() <= {"system"} and "{story}" in user:
             system = rest.get("system", "")
@@ -188,10 +179,8 @@ def instructions(template: Template = DEFAULT) -> str:
 
 def render(opening: str, story: str, *, fence: str, template: Template = DEFAULT) -> list[dict]:
     """The chat messages that ask for one story's scores. Both texts are cleaned; `fence` comes from `fence()`. A user's
-    own messages have no fence; they are filled in once, so braces in a story are text.
-
-    Raises ValueError if the fence is not one line or occurs in the opening or the story.
-    """
+    own messages have no fence; they are filled in once, so braces in a story are text. Raises ValueError if the fence
+    is not one line or occurs in the opening or the story."""
     if template.user:
         texts = {"{opening}": clean(opening), "{story}": clean(story)}
         user = re.sub(r"\{opening\}|\{story\}", lambda place: texts[place[0]], template.user)
@@ -204,32 +193,26 @@ def render(opening: str, story: str, *, fence: str, template: Template = DEFAULT
 
 
 def read_back(messages: object) -> tuple[str, str] | None:
-    """The cleaned (opening, story) in messages that `render` wrote; None for any others, to the character.
-
-    The fence is the last line, and it occurs exactly twice, so no text in a story can move it.
-    """
+    """The cleaned (opening, story) in messages that `render` wrote; None for any others, to the character. The fence is
+    the last line, and it occurs exactly twice, so no text in a story can move it."""
     match messages:
-        case [*_, {"content": str(user)}] if user.startswith(BEFORE) and user.endswith(AFTER):
-            body = user[len(BEFORE) : -len(AFTER)]
+        case [*_, {"content": str(user)}]:
+            body = user.removeprefix(BEFORE).removesuffix(AFTER)
         case _:
             return None
     mark = body.rpartition("\n")[2]
     parts = body.split(mark) if mark else []
-    if len(parts) != 3:
-        return None
-    opening, story = parts[0].removesuffix(BETWEEN), parts[1][1:-1]
-    try:
-        same = render(opening, story, fence=mark)[-1]["content"] == user
-    except ValueError:  # the mark is elsewhere, too, or once the texts are cleaned
-        return None
-    return (opening, story) if same else None
+    if len(parts) == 3:
+        opening, story = parts[0].removesuffix(BETWEEN), parts[1][1:-1]
+        with contextlib.suppress(ValueError):  # the mark is elsewhere, too, or once the texts are cleaned
+            if render(opening, story, fence=mark)[-1]["content"] == user:
+                return opening, story
+    return None
 
 
 def fence(seed: int, index: int, text: str) -> str:
-    """The fence of story `index`: the same in every run with this seed, with digits that do not occur in `text`.
-
-    text: opening and story. The digits are derived, not random, so a replayed run asks exactly the same question.
-    """
+    """The fence of story `index`, with digits that do not occur in `text`, its opening and story. They are derived from
+    the seed, not random, so a replayed run asks exactly the same question."""
     # Compared as a model may read it: with full-width and other compatible forms of letters and digits made plain.
     text, size = unicodedata.normalize("NFKC", clean(text)).casefold(), 6
     while True:

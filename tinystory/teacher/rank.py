@@ -52,14 +52,11 @@ class Ranked(Grader):
     """Ranks `size` consecutive stories, which share an opening, by `scorer`. A group of which one reply cannot be read
     has no scores. Stories that are not sent but given are scored, since they are of no group."""
 
-    def __init__(self, teacher: Teacher, template: Template, size: int):
+    def __init__(self, teacher: Teacher, size: int):
         super().__init__(teacher.facts)
-        self.teacher, self.size, self.template = teacher, size, ranking(template, size)
-        self._tables: list[list[list[float]]] = []
-
-    @property
-    def scorer(self) -> Teacher:
-        return self.teacher
+        self.teacher, self.size, self.template = teacher, size, ranking(teacher.template, size)
+        self.scorer = teacher
+        self._rows: list[list[float]] = []  # of the last grades' requests: a grade per place
 
     def forecast(self, stories: int, opening: str, together: int = 1) -> str:
         return self.teacher.forecast(stories, opening, self.size)
@@ -85,20 +82,18 @@ class Ranked(Grader):
     def grades(self, questions: Sequence[Question], stop: "Stop | None" = None) -> list[Grade]:
         groups = [questions[i : i + self.size] for i in range(0, len(questions), self.size)]
         replies = self.teacher.grades([each for group in groups for each in self._questions(group)], stop)
-        grades, self._tables = [], []
+        grades, self._rows = [replace(reply, score=None, scores=None) for reply in replies], []
         for i in range(0, len(replies), self.size):
-            group = [replace(reply, score=None, scores=None) for reply in replies[i : i + self.size]]
             table = [[*reply.scores.values()] for reply in replies[i : i + self.size] if reply.scores is not None]
             if len(table) == self.size:
-                self._tables.append(table)
-                group = [replace(grade, score=score) for grade, score in zip(group, ranks(table), strict=True)]
-            grades += group
+                self._rows += table
+                for place, score in enumerate(ranks(table), start=i):
+                    grades[place] = replace(grades[place], score=score)
         return grades
 
     def stats(self) -> dict[str, Any]:
         """The grader's metrics, and rank_position_bias: the fraction of the grades' variance that their places explain,
         0 for a consistent judge and 1 for one who only looks at places."""
-        rows = [row for table in self._tables for row in table]
-        spread = pvariance([grade for row in rows for grade in row]) if rows else 0.0
-        by_place = pvariance([fmean(column) for column in zip(*rows, strict=True)]) if spread else 0.0
+        spread = pvariance([grade for row in self._rows for grade in row]) if self._rows else 0.0
+        by_place = pvariance([fmean(column) for column in zip(*self._rows, strict=True)]) if spread else 0.0
         return self.teacher.stats() | {"rank_position_bias": by_place / spread if spread else None}

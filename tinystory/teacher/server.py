@@ -5,18 +5,19 @@ Tokens are words, numbers and single other characters, each with the space befor
 
 import asyncio
 import contextlib
-import json
 import logging
 import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from aiohttp import http, web
 from aiohttp.typedefs import Handler
 
 from tinystory.run.errors import UserError
+from tinystory.teacher.api import parse_json
 from tinystory.teacher.endpoint import PIECE
 
 HOST = "127.0.0.1"
@@ -34,9 +35,7 @@ logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_i
 @contextlib.asynccontextmanager
 async def listening(application: web.Application, port: int = 0) -> AsyncIterator[str]:
     """Serve on 127.0.0.1 for as long as the block runs, and yield the URL without a path. port: 0 takes a free one.
-
-    Raises UserError if the port is not free.
-    """
+    Raises UserError if the port is not free."""
     # A handler is cancelled when its client hangs up, so a human sees no story for which nobody waits.
     runner = web.AppRunner(application, access_log=None, logger=logger, shutdown_timeout=1.0, handler_cancellation=True)
     await runner.setup()
@@ -50,26 +49,29 @@ async def listening(application: web.Application, port: int = 0) -> AsyncIterato
         await runner.cleanup()
 
 
-async def until_stopped() -> None:
-    """Returns at Ctrl-C or SIGTERM, for which a server ends as usual."""
+async def until_stopped(or_stdin_closed: bool = False) -> None:
+    """Returns at Ctrl-C or SIGTERM, or when a parent closes standard input, into which it writes nothing, or ends."""
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stopped.set)
+    if or_stdin_closed:
+        loop.add_reader(0, stopped.set)
     await stopped.wait()
 
 
+@dataclass(eq=False)
 class Refused(Exception):
     """The client's mistake, for an error response in OpenAI's format."""
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400):
-        super().__init__(message)
-        self.message, self.param, self.code, self.status = message, param, code, status
+    message: str
+    param: str | None = None
+    code: str | None = None
+    status: int = 400
 
 
 def application(model: str, description: str, respond: Responder) -> web.Application:
     """The routes of a server whose only model is `model`."""
-    entry = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "tinystory"}
-    entry["description"] = description
+    entry = dict(id=model, object="model", created=int(time.time()), owned_by="tinystory", description=description)
 
     async def models(request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [entry]})
@@ -78,15 +80,13 @@ def application(model: str, description: str, respond: Responder) -> web.Applica
         body = parse_body(await request.read())
         _check(body, model)
         messages = body["messages"]
-        longest = body.get("max_completion_tokens") or body.get("max_tokens")
-        tokens = PIECE.findall(await respond(messages))
-        n_reply = len(tokens[:longest])
+        whole = PIECE.findall(await respond(messages))
+        reply = whole[: body.get("max_completion_tokens") or body.get("max_tokens")]
         n_prompt = sum(len(PIECE.findall(message["content"])) + 3 for message in messages)
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": "".join(tokens[:n_reply]), "refusal": None},
-            "logprobs": None,
-            "finish_reason": "stop" if n_reply == len(tokens) else "length",
+            "message": {"role": "assistant", "content": "".join(reply)},
+            "finish_reason": "stop" if reply == whole else "length",
         }
         answer = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -94,7 +94,7 @@ def application(model: str, description: str, respond: Responder) -> web.Applica
             "created": int(time.time()),
             "model": model,
             "choices": [choice],
-            "usage": dict(prompt_tokens=n_prompt, completion_tokens=n_reply, total_tokens=n_prompt + n_reply),
+            "usage": dict(prompt_tokens=n_prompt, completion_tokens=len(reply), total_tokens=n_prompt + len(reply)),
         }
         return web.json_response(answer)
 
@@ -121,25 +121,23 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
 
 def parse_body(body: bytes) -> dict:
     """The JSON object in a request's body."""
-    with contextlib.suppress(ValueError, RecursionError):  # not UTF-8, not JSON, or nested too deeply
-        if isinstance(value := json.loads(body), dict):
-            return value
+    if isinstance(value := parse_json(body), dict):
+        return value
     raise Refused("The body of the request must be a JSON object.")
 
 
 def _check(body: dict, model: str) -> None:
     """Raises Refused for the first field that is wrong, or that asks for what this server cannot do."""
 
-    def are_messages(value: Any) -> bool:
-        try:
-            texts = [text for message in value for text in (message["role"], message["content"])]
-        except (TypeError, KeyError):
-            return False
-        return bool(texts) and all(isinstance(text, str) for text in texts)
+    def is_message(value: Any) -> bool:
+        return isinstance(value, dict) and {type(value.get("role")), type(value.get("content"))} == {str}
 
-    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+    rules: dict[str, tuple[Callable[[Any], object], str]] = {
         "model": (lambda v: isinstance(v, str), "must be a string."),
-        "messages": (are_messages, "must be a list of at least one message, each with a role and a text as content."),
+        "messages": (
+            lambda v: isinstance(v, list) and v and all(map(is_message, v)),
+            "must be a list of at least one message, each with a role and a text as content.",
+        ),
         "n": (lambda v: v in (None, 1), "must be 1: this model always gives the same answer."),
         "response_format": (lambda v: v in (None, {"type": "text"}), "must be of type text."),
     }
