@@ -41,7 +41,7 @@ from tinystory.run.errors import UserError, command
 from tinystory.run.folder import atomic_write
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, generate
-from tinystory.studies import runs
+from tinystory.studies.runs import train
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.grader import open_grader
 
@@ -76,13 +76,13 @@ def main(argv: list[str] | None = None) -> None:
     records: list[dict[str, Any]] = []
     for seed in options.seeds:
         start = options.out / f"pretrain-{seed}"
-        runs.pretrain(start, PretrainConfig().words, ["--seed", str(seed)])
+        train(start, ["--seed", str(seed)], words=PretrainConfig().words)
         by = {"first": "untouched", "likelihood": "likeliest of 4", "reward": "best of 4 by reward"}
         rows = [Row(name, start, n=4, chosen_by=choice) for choice, name in by.items()]
         rows += [Row(f"temperature {t}", start, t) for t in (0.7, 0.6, 0.5)]
         for text in options.options:
             out = options.out / f"{'_'.join(text.replace('--', '').split()) or 'default'}-{seed}"
-            runs.interact(out, ["--init", str(start), "--seed", str(seed)], flags[text])
+            train(out, ["--init", str(start), "--seed", str(seed)], flags[text])
             rows.append(Row(f"`{text}`" if text else "the demo", out))
         corpus = checkpoint.load(checkpoint.find(start))[2]["corpus"]
         with open_grader(CONFIG, builtin_teacher, corpus=corpus) as grader:

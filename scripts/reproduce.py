@@ -51,7 +51,7 @@ from tinystory.run.errors import UserError, command
 from tinystory.run.folder import CONFIG, Record, atomic_write, plain
 from tinystory.run.options import add_number
 from tinystory.student import checkpoint
-from tinystory.studies import runs
+from tinystory.studies.runs import train
 from tinystory.teacher.grade import Grader
 from tinystory.teacher.grader import open_grader
 
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     require_same(out / "experiment.json", settings)
 
-    runs.pretrain(out / "pretrain", pretrain.words, pretrain_argv, on_device)
+    train(out / "pretrain", pretrain_argv, on_device, pretrain.words)
     milestones = {words: out / "pretrain" / "checkpoints" / milestone_name(words) for words in MILESTONES}
     # Arm, pretraining words before it, seed, words of pretraining and taken in, and the last checkpoint: not the best
     # one, for no arm is to be chosen by its score.
@@ -140,13 +140,13 @@ def main(argv: list[str] | None = None) -> None:
         for seed, start in itertools.product(range(options.seeds or scale.seeds), starts):
             folder = out / arm.replace("/", "_") / f"{start // MILLION}M-{seed}"
             init = ["--init", str(milestones[start]), "--seed", str(seed)]
-            last = runs.interact(folder, [*interact_argv, *init], [*scorer, *on_device])
+            last = train(folder, [*interact_argv, *init], [*scorer, *on_device])
             spent = checkpoint.read_counters(last)
             students.append((arm, start, seed, start + spent["words_in"], last))
             if (arm, seed) == (INTERACT, 0):
                 more, words = out / MORE / folder.name, start + spent["words_in"] + spent["words_out"]
                 copy_milestone(milestones[start], more)
-                last = runs.pretrain(more, words, (), ["--words", str(words), *on_device])
+                last = train(more, (), ["--words", str(words), *on_device], words)
                 students.append((MORE, start, 0, words, last))
 
     config, records = replace(config, device=options.device), []

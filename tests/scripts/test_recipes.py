@@ -48,8 +48,7 @@ def test_options_that_are_no_command_line_are_one_sentence(tmp_path, capsys):
 
 def test_the_table_has_the_untouched_student_the_demo_and_the_controls(settings, place, tmp_path, monkeypatch, capsys):
     calls = []
-    for name in ("pretrain", "interact"):
-        monkeypatch.setattr(recipes.runs, name, lambda out, *options: calls.append(str(options)))
+    monkeypatch.setattr(recipes, "train", lambda *options, words=0: calls.append(str(options)))
     monkeypatch.setattr(recipes, "open_grader", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(recipes, "measure", lambda row, *_: {"score": len(row.name), "rewards": [0.25, 0.75]})
     monkeypatch.setattr(recipes.checkpoint, "find", lambda folder: checkpoint.newest(place / "p"))

@@ -11,8 +11,9 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO, cast
+from typing import TextIO, TypeAlias, cast
 
 from tinystory.data.builtin import dull, grammar, primer
 from tinystory.run import hub
@@ -52,30 +53,29 @@ UNBROKEN = re.compile(r"\w*|\s*|[^\w\s]*")  # every piece of the tokenizer's spl
 MAX_RECORD = 1 << 26  # characters per line of .jsonl
 
 
+# A file or an identity, for the fingerprint; and a function that opens its stream of documents.
+Part: TypeAlias = tuple[str | Path, Callable[[], Iterator[str]]]
+
+
+@dataclass(eq=False)
 class Corpus:
     """Documents in a fixed order. Built by `open_corpus`."""
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        parts: Sequence[tuple[str | Path, Callable[[], Iterator[str]]]],
-        kind: str = "passage",
-    ):
-        self.names, self.kind = tuple(names), kind
-        self._parts = parts  # (file or identity, for the fingerprint; function that opens the stream of documents)
-        self._fingerprint = ""
+    names: Sequence[str]
+    parts: Sequence[Part]
+    kind: str = "passage"
 
     def documents(self) -> Iterator[str]:
         """A new stream of the non-empty documents, stripped, each at most MAX_DOCUMENT characters long.
 
         Raises UserError while reading if a file is malformed or holds no text.
         """
-        return itertools.chain.from_iterable(read() for _, read in self._parts)
+        return itertools.chain.from_iterable(read() for _, read in self.parts)
 
     def mixed(self) -> Iterator[str]:
         """The same documents interleaved: the next one comes from the file that has yielded the fewest words so far, so
         that every beginning of the stream holds text of every file."""
-        words = {read(): 0 for _, read in self._parts}
+        words = {read(): 0 for _, read in self.parts}
         while words:
             documents = min(words, key=words.__getitem__)  # of equal ones the first
             document = next(documents, None)
@@ -87,11 +87,9 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """Hex digest of each file's content and format, or of the grammar's source. It takes a second for 400 MB."""
-        if not self._fingerprint:
-            parts = [(_kind(x), file_hash(x)) if isinstance(x, Path) else x for x, _ in self._parts]
-            key = [MAX_DOCUMENT, *parts, *[self.kind] * (self.kind != "passage")]
-            self._fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-        return self._fingerprint
+        parts = [(_kind(x), file_hash(x)) if isinstance(x, Path) else x for x, _ in self.parts]
+        key = [MAX_DOCUMENT, *parts, *[self.kind] * (self.kind != "passage")]
+        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
@@ -103,7 +101,7 @@ def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
     file is an object whose "text" or "story" is a document. Corpora on the Hub are downloaded here. Raises UserError
     for anything that cannot be opened.
     """
-    parts: list[tuple[str | Path, Callable[[], Iterator[str]]]] = []
+    parts: list[Part] = []
     for name in names:
         if name in BUILTIN:
             generate, words = BUILTIN[name]
@@ -113,7 +111,7 @@ def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
             parts.extend(_file(path, kind) for path in hub.download(*HUB[name]))
         else:
             parts.append(_file(Path(name), kind))
-    return Corpus(names, parts, kind)
+    return Corpus(tuple(names), parts, kind)
 
 
 def _grammar_source() -> str:
@@ -122,7 +120,7 @@ def _grammar_source() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _file(path: Path, kind: str) -> tuple[Path, Callable[[], Iterator[str]]]:
+def _file(path: Path, kind: str) -> Part:
     """The file, and a function that opens its stream of documents. Raises UserError if the file cannot be a corpus."""
     if not path.is_file() or _kind(path) not in (".txt", ".jsonl"):
         problem = "neither .txt nor .jsonl (or .gz of either)" if path.is_file() else "no file"
@@ -130,14 +128,12 @@ def _file(path: Path, kind: str) -> tuple[Path, Callable[[], Iterator[str]]]:
     split = _records if _kind(path) == ".jsonl" else _rows if kind == "row" else _passages
 
     def read() -> Iterator[str]:
-        empty = True
+        pieces = itertools.chain.from_iterable(map(_bounded, split(path)))
         try:
-            for document in split(path):
-                for piece in _bounded(document):
-                    empty = False
-                    yield piece
-            if empty:
+            if (first := next(pieces, None)) is None:
                 raise ValueError("it holds no documents")
+            yield first
+            yield from pieces
         except UnicodeDecodeError as error:
             byte = f"0x{error.object[error.start]:02x}"
             raise UserError(

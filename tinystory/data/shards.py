@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -81,11 +81,9 @@ def prepare(
 
     Whether a document is held out for validation depends only on `seed` and its index: about `val_fraction` of them
     are, at least one and never the first; with `val_fraction` 0 none. A tokenizer of up to `vocab_size` tokens is
-    trained on the training split, unless one is given (then `vocab_size` is ignored).
-
-    The folder is built under a temporary name and renamed when complete, so a killed build leaves nothing half-written;
-    if two processes build it at once, the slower one uses the result of the other. Raises UserError if the cache cannot
-    be written or is damaged, or if the corpus is a single document; hashing it takes a second for some 400 MB.
+    trained on the training split, unless one is given (then `vocab_size` is ignored). If two processes build it at
+    once, the slower one uses the result of the other. Raises UserError if the cache cannot be written or is damaged, or
+    if the corpus is a single document.
     """
     root = Path(cache) if cache is not None else cache_dir() / "shards"
     key = [FORMAT, corpus.fingerprint(), tokenizer.fingerprint() if tokenizer else vocab_size, val_fraction, seed]
@@ -160,16 +158,14 @@ def _uniform(seed: int, index: int) -> float:
 
 def _batches(documents: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, list[str]]]:
     """Batches of about BATCH characters, each from one split, in the order of that split."""
-    batches: tuple[list[str], list[str]] = ([], [])
-    sizes = [0, 0]
+    batches, sizes = {False: list[str](), True: list[str]()}, Counter[bool]()
     for is_val, document in documents:
         batches[is_val].append(document)
         sizes[is_val] += len(document)
         if sizes[is_val] >= BATCH:
-            yield is_val, batches[is_val].copy()
-            batches[is_val].clear()
-            sizes[is_val] = 0
-    yield from ((is_val, batch) for is_val, batch in zip((False, True), batches, strict=True) if batch)
+            yield is_val, batches[is_val]
+            batches[is_val], sizes[is_val] = [], 0
+    yield from ((is_val, batch) for is_val, batch in batches.items() if batch)
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from tinystory.evaluate.intervals import wilson
-from tinystory.evaluate.stories import Sample
+from tinystory.evaluate.stories import Sample, mean_of
 from tinystory.run.errors import UserError
 from tinystory.run.folder import PREFERENCES, SAMPLES, read_records
 from tinystory.run.journal import Journal
@@ -20,6 +20,13 @@ from tinystory.teacher.prompt import Criterion, Template
 
 # A choice: the story that is better; ORDER if the two orders were judged differently.
 FIRST, SECOND, ORDER = "first", "second", "order"
+# By whether the lower story is preferred with the second one below, and with the first one below.
+CHOICES: dict[tuple[bool | None, bool | None], str] = {
+    (True, True): ORDER,
+    (False, False): ORDER,
+    (True, False): SECOND,
+    (False, True): FIRST,
+}
 # grade(texts): per (opening, text to grade) a number, or None for no answer.
 GradeTexts: TypeAlias = Callable[[Sequence[tuple[str, str]]], Iterable[float | None]]
 
@@ -63,8 +70,8 @@ def win_rate(choices: Sequence[str | None]) -> dict[str, Any]:
     where a tie counts one half; its interval is Wilson's. None without pairs. A choice that is None does not count."""
     counts = {name: choices.count(name) for name in (FIRST, SECOND, ORDER)}
     pairs, won = sum(counts.values()), counts[SECOND] + counts[ORDER] / 2
-    known = {"rate": won / pairs, "ci": list(wilson(won, pairs))} if pairs else {"rate": None, "ci": None}
-    return {"pairs": pairs, **counts, **known}
+    rate, ci = (won / pairs, list(wilson(won, pairs))) if pairs else (None, None)
+    return {"pairs": pairs, **counts, "rate": rate, "ci": ci}
 
 
 def run_preferences(run: Path) -> dict[str, dict[str, Any]]:
@@ -122,13 +129,7 @@ def compare(pairs: Sequence[StoryPair], grade: GradeTexts) -> tuple[list[str | N
     that comes second."""
     texts = [text for pair in pairs for text in both_orders(pair)]
     shuffled = random.Random(0).sample(texts, len(texts))  # a human is not to know which story comes first
-    grades = dict(zip(shuffled, grade(shuffled), strict=True))
-    scored = [preference for preference in grades.values() if preference is not None]
-    choices: list[str | None] = []
-    for pair in pairs:
-        straight, turned = (grades[text] for text in both_orders(pair))
-        if straight is None or turned is None:
-            choices.append(None)
-        else:
-            choices.append(ORDER if (straight > 0.5) == (turned > 0.5) else SECOND if straight > 0.5 else FIRST)
-    return choices, sum(preference > 0.5 for preference in scored) / len(scored) if scored else None
+    grades = zip(shuffled, grade(shuffled), strict=True)
+    lower = {text: None if preference is None else preference > 0.5 for text, preference in grades}
+    choices = [CHOICES.get((lower[straight], lower[turned])) for straight, turned in map(both_orders, pairs)]
+    return choices, mean_of(lower.values())

@@ -122,7 +122,7 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
     """Per text, the length in words of its longest phrase that also occurs in a document of the corpus. Words are
     separated by whitespace and compared as spelled; phrases are compared by 64-bit hashes of their words."""
-    vocabulary, stream = _words(corpus.fingerprint(), corpus)
+    vocabulary, stream = _words(corpus)
     rows = [np.array([vocabulary.get(word, 0) for word in text.split()], dtype=np.int64) for text in texts]
     ours = np.concatenate([np.append(row, -1) for row in rows])  # -1 here, and 0 in the corpus, match nothing
     owner = np.repeat(np.arange(len(rows)), [len(row) + 1 for row in rows])
@@ -158,7 +158,7 @@ def _longer(
 
 
 @functools.lru_cache(maxsize=1)
-def _words(fingerprint: str, corpus: Corpus) -> tuple[dict[str, int], np.ndarray]:
+def _words(corpus: Corpus) -> tuple[dict[str, int], np.ndarray]:
     """The ids of a corpus's words, from 1 on, and its documents as ids, each followed by 0: (n,) int32."""
     vocabulary: dict[str, int] = {}
     documents = []

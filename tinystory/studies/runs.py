@@ -1,6 +1,6 @@
 """Runs of the two train commands: what is finished is not run again, and what was stopped goes on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import train_interact
@@ -10,28 +10,18 @@ from tinystory.run.folder import CONFIG, SAMPLES
 from tinystory.student import checkpoint
 
 
-def pretrain(out: Path, words: int, argv: Sequence[str], again: Sequence[str] = ()) -> Path:
-    """The last checkpoint of a run of train_pretrain.py. words: at which it is finished; argv: its options; again:
-    further ones, which a resumed run is given too. Raises UserError if it is stopped."""
+def train(out: Path, argv: Sequence[str], again: Sequence[str] = (), words: int = 0) -> Path:
+    """The last checkpoint of a run. argv: its options; again: further ones, which a resumed run is given too; words: at
+    which pretraining is finished, 0 for an interaction. Raises UserError if it is stopped."""
 
     def finished() -> bool:
         newest = checkpoint.newest(out)
-        return newest is not None and checkpoint.read_counters(newest)["words"] >= words
+        read = words and newest and checkpoint.read_counters(newest)["words"] >= words
+        return bool(read) if words else (out / SAMPLES).exists()  # the last file that an interaction writes
 
-    return _run(train_pretrain.main, finished, out, argv, again)
-
-
-def interact(out: Path, argv: Sequence[str], again: Sequence[str] = ()) -> Path:
-    """The same for train_interact.py."""
-    return _run(train_interact.main, (out / SAMPLES).exists, out, argv, again)  # the last file that it writes
-
-
-def _run(
-    main: Callable[[list[str]], None], finished: Callable[[], bool], out: Path, argv: Sequence[str],
-    again: Sequence[str],
-) -> Path:  # fmt: skip
     if not finished():
         print(f"{out} ...", flush=True)
+        main = train_pretrain.main if words else train_interact.main
         main(["--out", str(out), *(["--resume"] if (out / CONFIG).exists() else argv), *again])
     last = checkpoint.newest(out)
     if last is None or not finished():
