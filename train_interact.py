@@ -26,15 +26,15 @@ from tinystory.ops.compute import Compute, resolve
 from tinystory.report.before_after import summary
 from tinystory.report.run import live_report
 from tinystory.rl import learners, ppo
-from tinystory.rl.batch import Batch, collate
+from tinystory.rl.batch import collate
 from tinystory.rl.budget import Budget
-from tinystory.rl.collapse import CollapseDetector, score_relations
 from tinystory.rl.policy import Policy, RunState, load_policy, rollout, rollout_means
-from tinystory.rl.replay import CorpusReplay
+from tinystory.rl.replay import CorpusReplay, Texts
 from tinystory.rl.reward import story_rewards
-from tinystory.rl.score_model import sent_to_teacher, story_features
+from tinystory.rl.score_model import sent_to_teacher, with_predictions
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
+from tinystory.run.collapse import CollapseDetector
 from tinystory.run.device import Stop, peak_memory_mb
 from tinystory.run.errors import Interrupted, UserError, command
 from tinystory.run.folder import Record, RunLog, locked, read_metrics, recorded_options
@@ -92,29 +92,32 @@ def interact(run: InteractionRun) -> None:
     with contextlib.suppress(Interrupted), run.bar:
         if due(config, state.step):
             evaluate_at_rest(run)
-        while goes_on(run):
+        while goes_on(run, texts := run.replay.batches(state.step)):
             stages.begin("rollout")
             prompts = [run.openings[state.written + i] for i in range(config.stories_per_step)]
             dropout = config.rollout_dropout if state.step else 0.0
-            stories = rollout(policy, prompts, state.written, run.grader, run.bar, dropout, unsent(run))
+            sent = sent_to_teacher(len(prompts), config.graded, config.seed, state.step)
+            stories = rollout(policy, prompts, state.written, run.grader.send, run.bar, dropout, sent)
             stages.begin("reference")
             batch = collate(stories, run.compute.device)
             with run.compute.autocast():  # while the teacher grades
                 batch = ppo.reread(policy, batch) if dropout else batch
                 batch = ppo.read_reference(run.reference, batch, config)
             stages.begin("teacher")
-            grades, predicted, prediction = with_predictions(run, batch, stories, collect(run))
+            grades, prediction = collect(run, sent), dict[str, Any]()
+            scores = [grade.score for grade in grades]
+            if config.graded:
+                scores, prediction = with_predictions(policy.score_model, batch, stories, scores, sent)
             stages.begin("update")
-            scores = [grade.score if other is None else other for grade, other in zip(grades, predicted, strict=True)]
             if config.unreadable_score != "none":
                 scores = [float(config.unreadable_score) if score is None else score for score in scores]
             rewards = story_rewards(config, stories, scores)
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # so that a resumed run repeats an unbroken one
-            stats = ppo.step(policy, batch, rewards, state.kl_coef, state.step, run.replay.batches(state.step))
+            stats = ppo.step(policy, batch, rewards, state.kl_coef, state.step, texts)
             stages.begin("")
             milestones = count(run, stories, grades, stats)
             evaluation, failure = run.evaluator.evaluate_if_due(state)
-            record = log(run, stories, grades, rewards, stats | prediction | evaluation, predicted)
+            record = log(run, stories, grades, scores, rewards, stats | prediction | evaluation)
             for name in milestones:
                 save(run, name)
             if failure or state.step % config.save_every == 0:
@@ -123,7 +126,7 @@ def interact(run: InteractionRun) -> None:
                 raise failure
             if warn(run, record):
                 break
-        if not distributed.all_reduce_max(run.stop.requested):
+        if not stopped(run):
             evaluate_at_rest(run)
     save(run, replace=True)
 
@@ -131,78 +134,58 @@ def interact(run: InteractionRun) -> None:
 # ---- the stages of a step --------------------------------------------------------------------------------------------
 
 
-def goes_on(run: InteractionRun) -> bool:
-    """Whether there is another step. A signal to any process stops all of them."""
-    if run.state.step >= run.config.steps or distributed.all_reduce_max(run.stop.requested):
+def goes_on(run: InteractionRun, texts: Texts) -> bool:
+    """Whether there is another step, which replays these texts. A signal to any process stops all of them."""
+    if run.state.step >= run.config.steps or stopped(run):
         return False
-    if exhausted := distributed.rank0_value(lambda: run.budget.exhausted(run.state)):
+    if exhausted := distributed.rank0_value(lambda: run.budget.exhausted(run.state, texts)):
         run.bar.write(f"{exhausted} does not hold another step")
     return not exhausted
 
 
-def unsent(run: InteractionRun) -> set[int]:
-    """Rows of the step's stories that the teacher does not grade, with --graded."""
-    config, n = run.config, run.config.stories_per_step
-    return {*range(n)} - {*sent_to_teacher(n, config.graded, config.seed, run.state.step)}
+def stopped(run: InteractionRun) -> bool:
+    return bool(distributed.all_reduce_max(run.stop.requested))
 
 
-def collect(run: InteractionRun) -> list[Grade]:
-    """The grades of the step's stories. If the teacher fails, nothing has been learned in this step, and the state
-    after the last one is saved."""
+def collect(run: InteractionRun, sent: Sequence[int]) -> list[Grade]:
+    """The grades of the step's stories, of which those in `sent` were sent. If the teacher fails, nothing has been
+    learned in this step, and the state after the last one is saved."""
     try:
         grades = distributed.rank0_value(lambda: run.grader.collect(run.stop))
         require_scores(grades, run.config.max_unscored)
     except UserError:
         save(run)
         raise
-    return grades
-
-
-def with_predictions(
-    run: InteractionRun, batch: Batch, stories: Sequence[Story], grades: list[Grade]
-) -> tuple[list[Grade], list[float | None], dict[str, Any]]:
-    """A grade for each story, where with --graded only some were sent; the predicted scores of the others; and what is
-    recorded of the predictions."""
-    config, n = run.config, len(stories)
-    if not config.graded:
-        return grades, [None] * n, {}
-    assert batch.ref_logprobs is not None and batch.ref_states is not None
-    rows = sent_to_teacher(n, config.graded, config.seed, run.state.step)
-    ended = [story.ended == "eos" for story in stories]
-    features = story_features(batch.ref_logprobs, batch.ref_states, batch.lengths, ended)
-    scores = [grade.score for grade in grades]
-    predicted, r_squared = distributed.rank0_value(lambda: run.policy.score_model.complete(features, rows, scores))
-    by_row = dict(zip(rows, grades, strict=True))
-    facts = {"predicted": n - predicted.count(None), "score_r_squared": r_squared}
-    return [by_row.get(row, NOT_SENT) for row in range(n)], predicted, facts
+    by_row = dict(zip(sent, grades, strict=True))
+    return [by_row.get(row, NOT_SENT) for row in range(run.config.stories_per_step)]
 
 
 def count(run: InteractionRun, stories: Sequence[Story], grades: list[Grade], stats: dict[str, Any]) -> list[str]:
     """Count the step, and adapt the KL coefficient to it. Returns the milestones in words that it passes."""
     state, before = run.state, run.state.words_in
     replies, scored = sum(grade.reply_words for grade in grades), len(stories) - int(stats["unscored"])
-    state.advance(stories, run.budget.opening_words(state) + replies + int(stats["words_replayed"]))
+    state.spend(stories, run.budget.opening_words(state) + replies + int(stats["words_replayed"]))
+    state.step, state.written = state.step + 1, state.written + len(stories)
     state.kl_coef = ppo.next_kl_coef(state.kl_coef, stats["kl"], scored, run.config)
     return run.budget.passed(before, state.words_in)
 
 
 def log(
-    run: InteractionRun, stories: Sequence[Story], grades: list[Grade], rewards: list[float | None],
-    stats: dict[str, Any], predicted: Sequence[float | None],
+    run: InteractionRun, stories: Sequence[Story], grades: list[Grade], scores: Sequence[float | None],
+    rewards: list[float | None], stats: dict[str, Any],
 ) -> Record:  # fmt: skip
-    """Record the step: its stories, and its metrics, which are returned."""
-    state = run.state
-    predicted = predicted if run.config.graded else ()
-    records = story_records(run.state.step, stories, grades, rewards, has_dull_tellers(run.policy.history), predicted)
-    means, scores = story_means(records), [grade.score for grade in grades]
-    unscored = scores.count(None) - grades.count(NOT_SENT)
+    """Record the step: its stories, and its metrics, which are returned. scores: the teacher's and the predicted."""
+    state, graded = run.state, [grade.score for grade in grades]
+    predicted = [score if grade == NOT_SENT else None for grade, score in zip(grades, scores, strict=True)]
+    mixed = has_dull_tellers(run.policy.history)
+    records = story_records(state.step, stories, grades, rewards, mixed, predicted if run.config.graded else ())
+    means, unscored = story_means(records), graded.count(None) - grades.count(NOT_SENT)
     run.log.stories(records)
     run.bar.end_step({"reward": stats["reward_mean"], "words": means["length_mean"], "kl": stats["kl"]})
     return run.log.metrics(
         step=state.step, **stats | {"unscored": unscored}, **score_means(grades), **means,
-        **rollout_means(stories), **score_relations(scores, stories), words_in=state.words_in,
-        words_out=state.words_out, **run.stages.seconds, peak_memory_mb=peak_memory_mb(run.compute.device),
-        **run.grader.stats(),
+        **rollout_means(stories, graded), words_in=state.words_in, words_out=state.words_out,
+        **run.stages.seconds, peak_memory_mb=peak_memory_mb(run.compute.device), **run.grader.stats(),
     )  # fmt: skip
 
 
@@ -265,8 +248,8 @@ def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
         facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
         reader = Reader(config.reader, config.device) if rank0 and config.reader != "none" else None
         print(f"student {origin}, scored by {facts['scored_by']}")
-        budget = Budget(config, openings, replay, milestones, grader.scorer.most_words, grader.scorer.affords)
-        distributed.rank0_value(lambda: budget.require_first_step(state))
+        budget = Budget(config, openings, milestones, grader.scorer.most_words, grader.scorer.affords)
+        distributed.rank0_value(lambda: budget.require_first_step(state, replay.batches(state.step)))
         resume_step = state.step if config.resume else None
         records = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))
         stack.enter_context(records)
@@ -328,10 +311,10 @@ def stories_to_grade(config: InteractConfig, state: RunState, per_step: int) -> 
 def report(run: InteractionRun) -> None:
     """Print how to go on with a run that was asked to stop, or what another one learned."""
     config, state, folder, reader = run.config, run.state, run.log.folder, run.reader
-    stopped = distributed.all_reduce_max(run.stop.requested)
+    asked_to_stop = stopped(run)
     if not distributed.is_rank0():
         return
-    if stopped:
+    if asked_to_stop:
         resume = hint("train_interact.py", "--out", folder, "--resume", *leads_out(recorded_options(folder)))
         print(f"stopped after step {state.step}, all saved; go on with: {resume}")
         return

@@ -18,8 +18,8 @@ from tinystory.data.windows import Windows
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import Compute, resolve
 from tinystory.report.run import live_report
-from tinystory.rl.collapse import CollapseDetector
 from tinystory.run import distributed
+from tinystory.run.collapse import CollapseDetector
 from tinystory.run.device import Download, Stop, peak_memory_mb, upload
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import Record, RunLog, locked, read_metrics

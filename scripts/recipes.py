@@ -32,10 +32,10 @@ from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.builtin import dull
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.coreference import unseen_measures
-from tinystory.evaluate.stories import distinct_ngrams, mean_of
+from tinystory.evaluate.stories import best_of_n, cluster_sizes, distinct_ngrams, mean_of
 from tinystory.ops.compute import resolve
 from tinystory.report import charts
-from tinystory.rl.reward import best_of_n, cluster_sizes, story_rewards
+from tinystory.rl.reward import story_rewards
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import atomic_write

@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.config import SEEDS, InteractConfig, check
 from tinystory.data.openings import Openings, load_openings
+from tinystory.evaluate.stories import best_of_n
 from tinystory.ops.compute import pick_device
-from tinystory.rl.reward import best_of_n, story_rewards
+from tinystory.rl.reward import story_rewards
 from tinystory.run.errors import command
 from tinystory.run.folder import atomic_write, newest_run, require_writable
 from tinystory.run.options import add_number

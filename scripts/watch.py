@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tinystory.report.before_after import from_start
 from tinystory.report.charts import number, text_curve
 from tinystory.report.run import column, number_option, remaining
-from tinystory.rl.collapse import CollapseDetector
+from tinystory.run.collapse import CollapseDetector
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import holds_run, in_use, newest_run, read_config, read_metrics, read_stories
 from tinystory.run.paths import usage

@@ -13,8 +13,8 @@ import train_interact
 from scripts import evaluate
 from tinystory.evaluate import second_judge
 from tinystory.evaluate.second_judge import AFTER, BEFORE, BEST_OF_N, COLDER, GROUPS, REAL, conclusion, gain, summary
+from tinystory.evaluate.stories import best_of_n
 from tinystory.report.judges import judged_rows
-from tinystory.rl.reward import best_of_n
 from tinystory.run.folder import EVALUATIONS, JUDGED, read_records
 
 

@@ -13,13 +13,16 @@ from tqdm import tqdm
 from tinystory.data.corpus import open_corpus
 from tinystory.evaluate.stories import (
     Sample,
+    best_of_n,
+    cluster_ids,
+    cluster_sizes,
     distinct_ngrams,
     longest_shared,
     read_samples,
     story_measures,
     write_stories,
 )
-from tinystory.rl.reward import cluster_ids, cluster_sizes, phrases
+from tinystory.rl.reward import phrases
 from tinystory.run.errors import UserError
 from tinystory.student import generate
 from tinystory.teacher.callable import CallableGrader
@@ -113,6 +116,12 @@ def test_a_bar_counts_the_stories_on_a_terminal_alone(student, tokenizer, capsys
     monkeypatch.setattr(generate, "tqdm", lambda **options: tqdm(**options | dict(delay=0, mininterval=0)))
     write_stories(student, tokenizer, openings=["Tom"], n_stories=5, max_new_tokens=3, temperature=1.0, seed=0)
     assert ("stories: 100%" in capsys.readouterr().err) == terminal
+
+
+def test_the_best_of_n_is_the_largest_of_each_group_and_no_score_loses():
+    assert best_of_n([0.1, 0.9, None, 0.5, 0.2, None], 3) == [3, 1, 2]
+    assert best_of_n([0.4, None, 0.4, 0.0], 2) == [0, 3] and best_of_n([None, 3], 2) == [0, 1]
+    assert best_of_n([(True, -9.0), (False, -1.0), (True, -2.0)], 1) == [2]
 
 
 # ---- stories by anybody ---------------------------------------------------------------------------------------------

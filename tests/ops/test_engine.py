@@ -58,7 +58,7 @@ def write(kind, student, head, dtype=torch.float32, prompt=(5, 6, 7, 8, 9), coun
     sampling = Sampling(**dict(max_new_tokens=30, eos=EOS, seed=7) | options)
     last, stories = torch.full((count,), -1), {}
     with torch.no_grad(), torch.autocast("cpu", enabled=dtype != torch.float32):
-        decoder = kind(student, head, sampling)
+        decoder = kind(student, head, sampling, *[32] * (kind is EngineDecoder))  # stories at a time
         decoder.start([torch.tensor(prompt)], [0] * count, first_row)
         while len(stories) < count:
             for row, columns in decoder.step():

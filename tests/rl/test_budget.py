@@ -6,29 +6,28 @@ from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings
 from tinystory.rl.budget import Budget
 from tinystory.rl.policy import RunState
-from tinystory.rl.replay import CorpusReplay
 from tinystory.run.errors import UserError
 
 
 def budget(affordable=10**6, **options) -> Budget:
     config = InteractConfig(stories_per_step=6, eval_stories=4, max_new_tokens=10, **options)
-    openings, replay = Openings(["Once upon a time"], seed=0), CorpusReplay(config, {}, None, 64)
-    return Budget(config, openings, replay, {"a": 10, "b": 20}, 3, lambda stories: stories <= affordable)
+    openings = Openings(["Once upon a time"], seed=0)
+    return Budget(config, openings, {"a": 10, "b": 20}, 3, lambda stories: stories <= affordable)
 
 
 @pytest.mark.parametrize("limit, flag", [(dict(affordable=14), "--budget-cost"), (dict(budget_words_out=140), "word")])
 def test_as_many_evaluations_count_for_the_cost_as_for_the_words(limit, flag):
-    budget(**limit).require_first_step(RunState(0.1))  # a step of 6, and evaluations of 4 before and after it
+    budget(**limit).require_first_step(RunState(0.1), [])  # a step of 6, and evaluations of 4 before and after it
     less = {name: value - 1 for name, value in limit.items()}
     with pytest.raises(UserError, match=flag):
-        budget(**less).require_first_step(RunState(0.1))
-    assert budget(**less).exhausted(RunState(0.1)) == ""  # a later step has one evaluation after it
+        budget(**less).require_first_step(RunState(0.1), [])
+    assert budget(**less).exhausted(RunState(0.1), []) == ""  # a later step has one evaluation after it
 
 
 def test_openings_and_the_longest_replies_count_as_words_in():
     state = RunState(0.1, words_in=100)
-    assert budget(budget_words=100 + 4 + 3 * 10).exhausted(state) == ""
-    assert "the word budget" in budget(budget_words=100 + 4 + 3 * 10 - 1).exhausted(state)
+    assert budget(budget_words=100 + 4 + 3 * 10).exhausted(state, []) == ""
+    assert "the word budget" in budget(budget_words=100 + 4 + 3 * 10 - 1).exhausted(state, [])
 
 
 def test_a_milestone_is_passed_once():

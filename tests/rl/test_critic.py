@@ -29,7 +29,7 @@ def estimate(critic, states, logprobs, returns, mask):
     batch = Batch(
         inputs=torch.zeros(count, longest, dtype=torch.int64), tokens=torch.zeros(int(mask.sum()), dtype=torch.int64),
         logprobs=logprobs[mask], values=logprobs[mask], ref_logprobs=logprobs[mask], ref_states=states[mask],
-        returns=returns[mask], lengths=mask.sum(1).numpy(), longest=longest, **sizes,
+        returns=returns[mask], lengths=mask.sum(1).numpy(), input_lengths=mask.sum(1).numpy(), longest=longest, **sizes,
     )  # fmt: skip
     return batch.padded(critic.estimate(batch))
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig
-from tinystory.rl.reward import best_of_n, differences, phrases, story_reward
+from tinystory.rl.reward import differences, phrases, story_reward
 
 PAPER = InteractConfig(**INTERACT_PRESETS["paper"])
 
@@ -62,9 +62,3 @@ def test_phrases_count_names_as_one_word_and_ignore_punctuation():
     assert phrases("Tom had a big ball") == phrases("Mia had a big, ball!") and phrases("too short here") == set()
     assert phrases("a b c", 2) == {("a", "b"), ("b", "c")}
     assert differences(["Tom saw a dog", "Mia saw a dog", "a cat sat down", "short"]) == [0.5, 0.5, 1.0, 0.0]
-
-
-def test_the_best_of_n_is_the_largest_of_each_group_and_no_score_loses():
-    assert best_of_n([0.1, 0.9, None, 0.5, 0.2, None], 3) == [3, 1, 2]
-    assert best_of_n([0.4, None, 0.4, 0.0], 2) == [0, 3] and best_of_n([None, 3], 2) == [0, 1]
-    assert best_of_n([(True, -9.0), (False, -1.0), (True, -2.0)], 1) == [2]

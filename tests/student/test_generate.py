@@ -244,5 +244,5 @@ def test_dropout_in_a_rollout_is_another_policy_and_is_read_again_without(eager_
     stories, again = (generate(eager_to_end, None, tokenizer, ["Once"] * 16, **options) for _ in range(2))
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(stories, again, strict=True))
     batch = collate(stories, torch.device("cpu"))
-    logprobs, _ = ppo.read(eager_to_end, batch, InteractConfig(micro_batch_size=8), states=False)
+    logprobs = ppo.read_reference(eager_to_end, batch, InteractConfig(micro_batch_size=8), states=False).ref_logprobs
     assert float((batch.logprobs - logprobs).abs().max()) > 0.1

@@ -31,7 +31,7 @@ LEARNERS = [
 def run(place, monkeypatch):
     """A short run of train_interact.py with more options; shards in the cache of the test's corpus."""
     monkeypatch.setattr("tinystory.data.shards.cache_dir", lambda: place / "cache")
-    monkeypatch.setattr("tinystory.rl.collapse.WINDOW", 100)  # no advice about these runs
+    monkeypatch.setattr("tinystory.run.collapse.WINDOW", 100)  # no advice about these runs
     start = ["--init", str(checkpoint.newest(place / "p")), "--reward", f"{place / 'reward.py'}:score", *SHORT]
     return lambda out, *more: interact.main([*start, "--out", str(out), *more])
 

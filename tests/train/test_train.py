@@ -289,7 +289,7 @@ def test_every_opening_is_paid_for_once_and_a_tenth_is_never_trained_on(place, t
 
 def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monkeypatch):
     news = lambda self, record: {"collapse": "all the same"} if record["step"] == 3 else {}  # noqa: E731
-    monkeypatch.setattr("tinystory.rl.collapse.CollapseDetector.add", news)
+    monkeypatch.setattr("tinystory.run.collapse.CollapseDetector.add", news)
     run_interact(place, tmp_path / "on")
     printed = capsys.readouterr()
     assert (printed.out + printed.err).count("all the same") == 1 and len(metrics(tmp_path / "on")) == 4
@@ -302,7 +302,7 @@ def test_collapse_is_said_once_and_can_end_the_run(place, tmp_path, capsys, monk
 
 def test_an_early_end_is_saved_before_its_evaluation(place, tmp_path, capsys, monkeypatch):
     news = lambda self, record: {"collapse": "all the same"} if record["step"] == 3 else {}  # noqa: E731
-    monkeypatch.setattr("tinystory.rl.collapse.CollapseDetector.add", news)
+    monkeypatch.setattr("tinystory.run.collapse.CollapseDetector.add", news)
     collect = CallableGrader.collect
 
     def gone(self, stop):

@@ -12,9 +12,9 @@ from typing import Any
 from tinystory.config import InteractConfig
 from tinystory.data.builtin import dull
 from tinystory.data.openings import Openings
-from tinystory.evaluate.stories import distinct_ngrams, mean_of
+from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams, mean_of
 from tinystory.rl.policy import Policy, RunState, rollout
-from tinystory.rl.reward import cluster_sizes, differences, story_rewards
+from tinystory.rl.reward import differences, story_rewards
 from tinystory.run import distributed
 from tinystory.run.device import Stop
 from tinystory.run.errors import Interrupted, UserError
@@ -52,7 +52,7 @@ class Evaluator:
         to stop."""
         folder = self.log.folder
         prompts = list(islice(cycle(self.openings.held_out), self.config.eval_stories))
-        stories = rollout(self.policy, prompts, FIRST_INDEX, self.grader)
+        stories = rollout(self.policy, prompts, FIRST_INDEX, self.grader.send)
         grades = distributed.rank0_value(lambda: self.grader.collect(self.stop))
         state.spend(stories, sum(grade.reply_words for grade in grades))
         rewards = story_rewards(self.config, stories, [grade.score for grade in grades])

@@ -13,8 +13,8 @@ from tinystory.evaluate.corruptions import corpus_documents, real_stories
 from tinystory.evaluate.held_out import FIRST_INDEX
 from tinystory.evaluate.intervals import mean_and_ci, mean_ci, with_ci
 from tinystory.evaluate.reader import Reader
+from tinystory.evaluate.stories import best_of_n
 from tinystory.ops.compute import Compute
-from tinystory.rl.reward import best_of_n
 from tinystory.run.errors import UserError
 from tinystory.run.folder import EVALUATIONS, JUDGED, SAMPLES, Record, atomic_write, plain, read_records
 from tinystory.student import checkpoint

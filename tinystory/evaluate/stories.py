@@ -2,6 +2,7 @@
 from the corpus, length and endings."""
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +13,7 @@ import numpy as np
 from tinystory.data.corpus import Corpus
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.intervals import mean_and_ci, mean_ci, wilson
-from tinystory.rl.reward import cluster_ids
+from tinystory.rl.reward import phrases
 from tinystory.run.errors import UserError
 from tinystory.run.folder import read_records
 from tinystory.student.generate import generate
@@ -117,6 +118,36 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     """The mean of the values that are not None; None if there are none."""
     present = [value for value in values if value is not None]
     return fmean(present) if present else None
+
+
+def cluster_sizes(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
+    """Sizes of the clusters of near-duplicate stories (`cluster_ids`), largest first."""
+    return sorted(Counter(cluster_ids(texts, threshold)).values(), reverse=True)
+
+
+def cluster_ids(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
+    """The cluster of each text, numbered from 0 by first appearance. A text joins the first cluster with whose founder
+    it shares more than `threshold` of their word 3-grams (Jaccard; capitalised words count as one word), or founds one.
+    """
+    ids: list[int] = []
+    sizes: list[int] = []  # of the founders, in 3-grams
+    founders: dict[tuple[str, ...], list[int]] = {}  # by 3-gram
+    for text in texts:
+        grams = phrases(text, 3)
+        shared = Counter(founder for gram in grams for founder in founders.get(gram, ()))
+        near = [i for i, count in shared.items() if count > threshold * (len(grams) + sizes[i] - count)]
+        ids.append(min(near, default=len(sizes)))
+        if not near:
+            for gram in grams:
+                founders.setdefault(gram, []).append(len(sizes))
+            sizes.append(len(grams))
+    return ids
+
+
+def best_of_n(values: Sequence[Any], count: int) -> list[int]:
+    """The index of the largest of values[i::count], for each i below count; None, no score, is less than any."""
+    groups = (range(i, len(values), count) for i in range(count))
+    return [max(group, key=lambda i: (values[i] is not None, values[i])) for group in groups]
 
 
 def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:

@@ -13,13 +13,12 @@ from itertools import groupby
 from pathlib import Path
 from zlib import crc32
 
-from tinystory.evaluate.stories import mean_of
+from tinystory.evaluate.stories import cluster_sizes, mean_of
 from tinystory.report import judges, page
 from tinystory.report.before_after import BeforeAfter, from_start, read_before_after
 from tinystory.report.charts import COLOURS, Line, chart, number
 from tinystory.report.page import TOP_SCORE, block, details, grid, section, story_card
-from tinystory.rl.collapse import CollapseDetector
-from tinystory.rl.reward import cluster_sizes
+from tinystory.run.collapse import CollapseDetector
 from tinystory.run.folder import Record, read_config, read_metrics, read_stories
 from tinystory.run.text import printable
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tinystory.run.device import upload
 from tinystory.student.generate import Story
 
 Rows = Sequence[int] | np.ndarray
+Later = Tensor | Any  # None until it is computed
 
 
 @dataclass(kw_only=True)
@@ -23,49 +25,44 @@ class Batch:
     inputs: (B, T) int64, right-padded: opening and story without its last token. Each of the other tensors has one
     entry per token of a story, in the stories' order: tokens (n,) int64; logprobs, values (n,) float32, from when the
     token was sampled; ref_logprobs (n,) and ref_states (n, C) under the reference; advantages and returns (n,), of
-    the learner. The sizes are NumPy arrays on the host, so that no micro-batch waits for a GPU, each (B,) int64:
-    indices of the stories; prompt_lengths, lengths: tokens of each opening and story; openings: equal for stories with
-    the same opening. longest: columns of a padded table, the same for all parts of a step.
+    the learner; places (n,) int64, in the batch whose `rows` these are. The sizes are NumPy arrays on the host, so that
+    no micro-batch waits for a GPU, each (B,) int64: indices of the stories; prompt_lengths, lengths: tokens of each
+    opening and story; input_lengths: of each row of inputs, without padding; openings: equal for stories with the same
+    opening. longest: columns of a padded table, the same for all parts of a step.
     """
 
     inputs: Tensor
     tokens: Tensor
     logprobs: Tensor
     values: Tensor
-    ref_logprobs: Tensor | None = None
-    ref_states: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
+    ref_logprobs: Later = None
+    ref_states: Later = None
+    advantages: Later = None
+    returns: Later = None
+    places: Later = None
     indices: np.ndarray
     openings: np.ndarray
     prompt_lengths: np.ndarray
     lengths: np.ndarray
+    input_lengths: np.ndarray
     longest: int
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
-    def input_lengths(self) -> np.ndarray:
-        """(B,): the inputs of each row, padding not counted."""
-        return self.prompt_lengths + self.lengths - 1
-
     def rows(self, rows: Rows) -> "Batch":
         """The batch of these stories."""
         chosen: dict[str, Any] = {}
-        at, token_at = self.upload(np.asarray(rows, np.int64)), self.token_places(rows)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, np.ndarray):
-                chosen[field.name] = value[rows]
-            elif isinstance(value, Tensor):
-                chosen[field.name] = value.index_select(0, at if field.name == "inputs" else token_at)
-        return dataclasses.replace(self, **chosen)
-
-    def token_places(self, rows: Rows) -> Tensor:
-        """The places of these stories' tokens in a tensor of all tokens, int64, on the device."""
+        at = upload(np.asarray(rows, np.int64), self.inputs.device)
         starts = self.lengths.cumsum() - self.lengths
-        return self.upload(spans(starts[rows], self.lengths[rows]))
+        places = upload(spans(starts[rows], self.lengths[rows]), self.inputs.device)
+        for name in {field.name for field in dataclasses.fields(self)} - {"places"}:
+            value = getattr(self, name)
+            if isinstance(value, np.ndarray):
+                chosen[name] = value[rows]
+            elif isinstance(value, Tensor):
+                chosen[name] = value.index_select(0, at if name == "inputs" else places)
+        return dataclasses.replace(self, **chosen, places=places)
 
     def padded(self, x: Tensor) -> Tensor:
         """(n, ...) float32 -> (B, longest, ...), 0 where there is no token."""
@@ -80,12 +77,9 @@ class Batch:
         """(n,) -> (B,): the sum over each story's tokens."""
         return self.padded(x).sum(1)
 
-    def upload(self, x: np.ndarray) -> Tensor:
-        return upload(torch.from_numpy(x), self.inputs.device)
-
-    @property
+    @cached_property
     def _table_places(self) -> Tensor:
-        return self.upload(spans(np.arange(len(self)) * self.longest, self.lengths))
+        return upload(spans(np.arange(len(self)) * self.longest, self.lengths), self.inputs.device)
 
 
 def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -106,8 +100,8 @@ def collate(stories: Sequence[Story], device: torch.device) -> Batch:
         inputs=upload(pad_sequence(inputs, batch_first=True), device), tokens=tokens, logprobs=logprobs, values=values,
         indices=np.array([story.index for story in stories]),
         openings=np.array([first.setdefault(story.opening, row) for row, story in enumerate(stories)]),
-        prompt_lengths=np.array([len(story.prompt_ids) for story in stories]),
-        lengths=lengths, longest=int(lengths.max()),
+        prompt_lengths=np.array([len(story.prompt_ids) for story in stories]), lengths=lengths,
+        input_lengths=np.array([*map(len, inputs)]), longest=int(lengths.max()),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tinystory.config import InteractConfig
 from tinystory.data.openings import Openings
 from tinystory.rl.policy import RunState
-from tinystory.rl.replay import CorpusReplay
+from tinystory.rl.replay import Texts
 from tinystory.run.errors import UserError
 
 
@@ -18,25 +18,25 @@ class Budget:
 
     config: InteractConfig
     openings: Openings
-    replay: CorpusReplay
     milestones: Mapping[str, int]
     most_words: int
     affords: Callable[[int], bool]
 
-    def exhausted(self, state: RunState, evaluations: int = 1) -> str:
-        """Which limit does not hold another step and so many evaluations; "" if all do. Only rank 0 can tell."""
+    def exhausted(self, state: RunState, texts: Texts, evaluations: int = 1) -> str:
+        """Which limit does not hold another step, which replays these texts, and so many evaluations; "" if all do.
+        Only rank 0 can tell."""
         config, evaluated = self.config, evaluations * self.config.eval_stories
         graded = config.graded_per_step + evaluated
         words_in = state.words_in + self.opening_words(state) + graded * self.most_words
-        words_in += sum(words for _, words in self.replay.batches(state.step))
+        words_in += sum(words for _, words in texts)
         words_out = state.words_out + (config.stories_per_step + evaluated) * config.max_new_tokens
         if words_in > config.budget_words or words_out > config.budget_words_out:
             return f"the word budget ({config.budget_words:,} in, {config.budget_words_out:,} out)"
         return "" if self.affords(graded) else f"--budget-cost {config.budget_cost:g}"
 
-    def require_first_step(self, state: RunState) -> None:
+    def require_first_step(self, state: RunState, texts: Texts) -> None:
         """Raises UserError if a new run cannot make a step."""
-        if state.step == 0 and (limit := self.exhausted(state, evaluations=2)):
+        if state.step == 0 and (limit := self.exhausted(state, texts, evaluations=2)):
             raise UserError(
                 f"{limit} does not hold a single step and the evaluations around it: raise it, or lower "
                 "--stories-per-step or --eval-stories"

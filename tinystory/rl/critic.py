@@ -43,27 +43,27 @@ class RidgeCritic(nn.Module):
         sums = []
         for half in halves:
             gram, moment = torch.zeros_like(self.gram), torch.zeros_like(self.moment)
-            for x, returns in chunks(batch, half):
+            for x, returns, _ in chunks(batch, half):
                 gram.addmm_(x.T, x)
                 moment.addmv_(x.T, returns)
             sums.append((gram, moment))
         values = torch.zeros_like(batch.logprobs)
         for half, (gram, moment) in zip(halves, reversed(sums), strict=True):
             weights = _ridge(self.gram + gram, self.moment + moment)
-            estimates = [x @ weights for x, _ in chunks(batch, half)]
-            values[batch.token_places(half)] = torch.cat(estimates).to(values.dtype)
+            for x, _, places in chunks(batch, half):
+                values[places] = (x @ weights).to(values.dtype)
         for total, parts in zip((self.gram, self.moment), zip(*sums, strict=True), strict=True):
             total.add_(sum(parts)).mul_(DECAY)
         return values
 
 
-def chunks(batch: Batch, rows: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features (n, D) and returns (n,) of the tokens of these stories, float64, CHUNK stories at a time."""
+def chunks(batch: Batch, rows: np.ndarray) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Features (n, D) and returns (n,) of the tokens of these stories, float64, and the tokens' places in the batch,
+    CHUNK stories at a time."""
     for first in range(0, max(len(rows), 1), CHUNK):
         part = batch.rows(rows[first : first + CHUNK])
-        assert part.ref_states is not None and part.ref_logprobs is not None and part.returns is not None
         x = part.packed(features(part.padded(part.ref_states), part.padded(part.ref_logprobs)))
-        yield x.double(), part.returns.double()
+        yield x.double(), part.returns.double(), part.places
 
 
 def features(states: Tensor, logprobs: Tensor) -> Tensor:

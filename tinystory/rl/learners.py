@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tinystory.config import InteractConfig, changed_options
 from tinystory.rl.batch import Batch
 from tinystory.rl.critic import RidgeCritic
+from tinystory.run.device import upload
 from tinystory.run.errors import UserError
 from tinystory.student.model import ValueHead
 
@@ -28,7 +29,6 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor]:
     """-min(r A, clip(r, 1 - c, 1 + c) A) with r the `ratio`, by default the token's probability ratio. PPO, Schulman et
     al. 2017 (arXiv 1707.06347), eq. 7; also of GRPO and Dr. GRPO."""
-    assert batch.advantages is not None
     ratio = torch.exp(logprob - batch.logprobs) if ratio is None else ratio
     loss = -batch.advantages * ratio
     clipped = -batch.advantages * ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
@@ -47,7 +47,7 @@ def cross_entropy(config: InteractConfig, batch: Batch, logprob: Tensor) -> tupl
     return -logprob, torch.zeros_like(logprob, dtype=torch.bool)
 
 
-# ---- weights: of each token in the mean over a minibatch's tokens --------------------------------------------------
+# ---- weights: of each token in the mean over a minibatch's tokens, in which by default all weigh the same ----------
 
 
 class Size(NamedTuple):
@@ -57,16 +57,11 @@ class Size(NamedTuple):
     stories: int
 
 
-def token_mean(config: InteractConfig, batch: Batch, size: Size) -> Tensor | float:
-    """All tokens weigh the same."""
-    return 1.0
-
-
 def story_mean(config: InteractConfig, batch: Batch, size: Size) -> Tensor | float:
     """1/G sum_i 1/|o_i| sum_t: the mean over stories of each one's mean over its tokens. GRPO, Shao et al. 2024 (arXiv
     2402.03300), eq. 3."""
     weights = size.tokens / (size.stories * batch.lengths)
-    return batch.packed(batch.upload(weights.astype(np.float32))[:, None])
+    return batch.packed(upload(weights.astype(np.float32), batch.inputs.device)[:, None])
 
 
 def longest_mean(config: InteractConfig, batch: Batch, size: Size) -> Tensor | float:
@@ -97,7 +92,7 @@ def grouped(baseline: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Batch
     """Advantages that compare the stories to an opening: `baseline` of their returns, the same for all tokens."""
 
     def advantages(config: InteractConfig, critic: nn.Module, batch: Batch, rewards: Tensor) -> Batch:
-        groups = batch.upload(batch.indices // config.stories_per_opening)
+        groups = upload(batch.indices // config.stories_per_opening, rewards.device)
         return dataclasses.replace(batch, advantages=batch.packed(baseline(batch.story_sums(rewards), groups)[:, None]))
 
     return advantages
@@ -175,7 +170,7 @@ class Learner:
 
     advantages: Callable[[InteractConfig, nn.Module, Batch, Tensor], Batch]
     loss: Callable[[InteractConfig, Batch, Tensor], tuple[Tensor, Tensor]]
-    weights: Callable[[InteractConfig, Batch, Size], Tensor | float]
+    weights: Callable[[InteractConfig, Batch, Size], Tensor | float] | None = None
     critic: type[RidgeCritic] | type[ValueHead] | None = None
     groups: bool = False
     reads: tuple[str, ...] = ("clip_ratio",)
@@ -183,12 +178,12 @@ class Learner:
 
 GAE = ("clip_ratio", "gamma", "lam")
 LEARNERS = {
-    "ridge": Learner(ridge, ppo_loss, token_mean, critic=RidgeCritic, reads=GAE),
-    "gae": Learner(gae, ppo_loss, token_mean, critic=ValueHead, reads=(*GAE, "clip_value", "value_coef")),
+    "ridge": Learner(ridge, ppo_loss, critic=RidgeCritic, reads=GAE),
+    "gae": Learner(gae, ppo_loss, critic=ValueHead, reads=(*GAE, "clip_value", "value_coef")),
     "rloo": Learner(grouped(rloo), rloo_loss, story_mean, groups=True),
     "grpo": Learner(grouped(grpo), ppo_loss, story_mean, groups=True),
     "dr_grpo": Learner(grouped(dr_grpo), ppo_loss, longest_mean, groups=True),
-    "sft-best": Learner(best_stories, cross_entropy, token_mean, reads=()),
+    "sft-best": Learner(best_stories, cross_entropy, reads=()),
 }
 
 

@@ -1,10 +1,11 @@
 """The policy that learns, its optimizer, the state of its run, which a checkpoint holds, and its rollout."""
 
 import contextlib
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from statistics import StatisticsError, correlation
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,11 +37,6 @@ class RunState:
     def spend(self, stories: Sequence[Story], words_in: int) -> None:
         self.words_in += words_in
         self.words_out += sum(story.words for story in stories)
-
-    def advance(self, stories: Sequence[Story], words_in: int) -> None:
-        """Count a step."""
-        self.spend(stories, words_in)
-        self.step, self.written = self.step + 1, self.written + len(stories)
 
 
 class SharpAdam(torch.optim.Adam):
@@ -132,20 +128,17 @@ def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Polic
     )  # fmt: skip
 
 
-class TakesStories(Protocol):
-    def send(self, index: int, opening: str, story: str) -> None: ...
-
-
 def rollout(
-    policy: Policy, openings: Sequence[str], first_index: int, grader: TakesStories, bar: tqdm | None = None,
-    dropout: float = 0.0, unsent: Container[int] = (),
+    policy: Policy, openings: Sequence[str], first_index: int, send: Callable[[int, str, str], None],
+    bar: tqdm | None = None, dropout: float = 0.0, sent: Sequence[int] | None = None,
 ) -> list[Story]:  # fmt: skip
     """Stories first_index, first_index + 1, ... to these openings, on every rank. Rank 0 sends each to the grader,
-    those of its own shard as soon as they end, but for those whose place among these is in `unsent`."""
+    those of its own shard as soon as they end. sent: the places among these of those to send, by default all."""
+    to_send = set(range(len(openings)) if sent is None else sent)
 
     def on_story(story: Story) -> None:
-        if distributed.is_rank0() and story.index - first_index not in unsent:
-            grader.send(story.index, story.opening, story.text)
+        if distributed.is_rank0() and story.index - first_index in to_send:
+            send(story.index, story.opening, story.text)
         if bar is not None:
             bar.update()
 
@@ -162,7 +155,17 @@ def rollout(
     return stories
 
 
-def rollout_means(stories: Sequence[Story]) -> dict[str, float]:
-    """Means per story: entropy, in nats, of the distributions that its tokens were sampled from, and its tokens."""
-    entropies, tokens = ([float(s.entropies.sum()) for s in stories], [len(s.tokens) for s in stories])
-    return {"entropy": sum(entropies) / len(stories), "tokens_mean": sum(tokens) / len(stories)}
+def rollout_means(stories: Sequence[Story], scores: Sequence[float | None]) -> dict[str, float | None]:
+    """Means per story: entropy, in nats, of the distributions that its tokens were sampled from, and tokens_mean.
+    scored: the number of stories with a score; score_length, score_logprob: Pearson's correlation of the scores with
+    the stories' words and with their mean log-probability per token under the policy that wrote them, or None."""
+    rows = [(x, s.words, float(s.logprobs.mean())) for x, s in zip(scores, stories, strict=True) if x is not None]
+    related: list[float | None] = [None, None]
+    for i in (0, 1):
+        with contextlib.suppress(StatisticsError):  # fewer than two stories, or a column without variance
+            related[i] = correlation([row[0] for row in rows], [row[i + 1] for row in rows])
+    return {
+        "entropy": sum(float(story.entropies.sum()) for story in stories) / len(stories),
+        "tokens_mean": sum(len(story.tokens) for story in stories) / len(stories),
+        "scored": len(rows), "score_length": related[0], "score_logprob": related[1],
+    }  # fmt: skip

@@ -8,7 +8,6 @@ stories of a batch.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,20 +19,19 @@ from tinystory.rl.batch import Batch, by_length, spans
 from tinystory.rl.learners import LEARNERS, Size
 from tinystory.rl.packing import pack
 from tinystory.rl.policy import Policy
+from tinystory.rl.replay import Texts
 from tinystory.run import distributed
 from tinystory.run.device import upload
 from tinystory.student.loss import next_token_loss
 from tinystory.student.model import Student
 
-Texts = Sequence[tuple[Tensor, int]]  # per update, sequences of the corpus and the number of their words
 MEANS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
 
 
 def token_rewards(story_rewards: Tensor, batch: Batch, kl_coef: float) -> Tensor:
     """(n,): -kl_coef * (logprob - ref_logprob) at each token, plus the story's reward, (B,), at its last token."""
-    assert batch.ref_logprobs is not None
     rewards = -kl_coef * (batch.logprobs - batch.ref_logprobs)
-    rewards[batch.upload(batch.lengths.cumsum() - 1)] += story_rewards
+    rewards[upload(batch.lengths.cumsum() - 1, rewards.device)] += story_rewards
     return rewards
 
 
@@ -43,55 +41,46 @@ def next_kl_coef(coef: float, kl: float, stories: int, config: InteractConfig) -
     return coef * (1 + error * stories / config.kl_horizon)
 
 
-def response_states(student: Student, batch: Batch) -> Tensor:
-    """(n, C): forward pass over whole stories, the states from which their tokens are predicted. Columns that are
-    padding in every row are not computed, and on a CPU no opening twice (on a GPU, whose sums of gradients by index
-    depend on the threads' order, it is)."""
-    lengths = batch.input_lengths
-    T = int(lengths.max())
-    tokens, places = batch.inputs[:, :T], spans(np.arange(len(batch)) * T + batch.prompt_lengths - 1, batch.lengths)
-    packing = None if ops.on_gpu(tokens) else pack(batch.openings, batch.prompt_lengths, lengths)
-    if packing is None:
-        return student.hidden(tokens).flatten(0, 1).index_select(0, batch.upload(places))
-    return packing.hidden(student, tokens).index_select(0, packing.source[places])
-
-
 def response_logprobs(student: Student, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-    """(n,) log-probabilities of the stories' tokens, and (n, C) the states from which they are predicted."""
-    states = response_states(student, batch)
+    """(n,) log-probabilities of the stories' tokens, and (n, C) the states from which they are predicted.
+
+    Columns that are padding in every row are not computed, and on a CPU no opening twice (on a GPU, whose sums of
+    gradients by index depend on the threads' order, it is)."""
+    T = int(batch.input_lengths.max())
+    tokens, places = batch.inputs[:, :T], spans(np.arange(len(batch)) * T + batch.prompt_lengths - 1, batch.lengths)
+    packing = None if ops.on_gpu(tokens) else pack(batch.openings, batch.prompt_lengths, batch.input_lengths)
+    if packing is None:
+        states = student.hidden(tokens).flatten(0, 1).index_select(0, upload(places, tokens.device))
+    else:
+        states = packing.hidden(student, tokens).index_select(0, packing.source[places])
     return ops.token_logprob(states / temperature, student.wte.weight, batch.tokens)[0], states
 
 
 @torch.no_grad()
-def read(student: Student, batch: Batch, config: InteractConfig, *, states: bool) -> tuple[Tensor, Tensor | None]:
-    """The log-probabilities of the stories' tokens under a student, and on request the states from which it predicts
-    them, (n, C) float32."""
+def read_reference(reference: Student, batch: Batch, config: InteractConfig, states: bool | None = None) -> Batch:
+    """The batch with the log-probabilities of the stories' tokens under the frozen starting checkpoint, and with the
+    states from which it predicts them, by default if the ridge critic or the score model reads them."""
+    if states is None:
+        states = config.learner == "ridge" or config.graded > 0
     logprobs = torch.zeros_like(batch.logprobs)
-    all_states = logprobs.new_zeros(len(logprobs), student.config.n_embd) if states else None
-    with student.lowered(ops.matmul_dtype(student.wte.weight)):
+    all_states = logprobs.new_zeros(len(logprobs), reference.config.n_embd) if states else None
+    with reference.lowered(ops.matmul_dtype(reference.wte.weight)):
         for rows in distributed.shard_strided([*by_length(batch.input_lengths, config.micro_batch_size)]):
-            part, places = batch.rows(rows), batch.token_places(rows)
-            logprobs[places], part_states = response_logprobs(student, part, config.temperature)
+            part = batch.rows(rows)
+            logprobs[part.places], part_states = response_logprobs(reference, part, config.temperature)
             if all_states is not None:
-                all_states[places] = part_states.float()
-    return distributed.all_reduce_sum(logprobs), None if all_states is None else distributed.all_reduce_sum(all_states)
-
-
-def read_reference(reference: Student, batch: Batch, config: InteractConfig) -> Batch:
-    """The batch with the frozen starting checkpoint's log-probabilities, and its states for the ridge critic and for
-    the score model."""
-    logprobs, states = read(reference, batch, config, states=config.learner == "ridge" or config.graded > 0)
-    return dataclasses.replace(batch, ref_logprobs=logprobs, ref_states=states)
+                all_states[part.places] = part_states.float()
+    all_states = None if all_states is None else distributed.all_reduce_sum(all_states)
+    return dataclasses.replace(batch, ref_logprobs=distributed.all_reduce_sum(logprobs), ref_states=all_states)
 
 
 @torch.no_grad()
 def reread(policy: Policy, batch: Batch) -> Batch:
     """The batch with the policy's own log-probabilities and values, for stories that were sampled with dropout."""
     head = policy.value_head
-    logprobs, states = read(policy.student, batch, policy.config, states=head is not None)
-    return dataclasses.replace(
-        batch, logprobs=logprobs, values=batch.values if head is None or states is None else head(states)
-    )
+    own = read_reference(policy.student, batch, policy.config, states=head is not None)
+    values = batch.values if head is None else head(own.ref_states)
+    return dataclasses.replace(batch, logprobs=own.ref_logprobs, values=values)
 
 
 def step(
@@ -103,7 +92,6 @@ def step(
     config, learner = policy.config, LEARNERS[policy.config.learner]
     batch = batch.rows([row for row, reward in enumerate(story_rewards) if reward is not None])
     rewards = torch.tensor([reward for reward in story_rewards if reward is not None], device=batch.inputs.device)
-    assert batch.ref_logprobs is not None
     mean_kl = float(batch.story_sums(batch.logprobs - batch.ref_logprobs).mean())
     reward_mean = float(rewards.mean())
     stats = dict(reward_mean=reward_mean, reward_std=float(rewards.std()), unscored=len(story_rewards) - len(rewards))
@@ -158,19 +146,15 @@ def update(policy: Policy, batch: Batch, kl_coef: float = 0.0, steps: int = 0, t
             for name, value in zip(sums, (*means, norm, replay_loss), strict=True):
                 sums[name] += value
     optimizer.zero_grad(set_to_none=True)
+    explained = math.nan  # the fraction of the returns' variance that the values explain; without values, nan
+    if batch.returns is not None and len(batch.returns) > 1:
+        explained = 1 - float((batch.returns - batch.values).var() / batch.returns.var().clamp(min=1e-12))
     return {name: value / max(updates, 1) for name, value in sums.items()} | {
         "ratio_error": distributed.all_reduce_max(ratio_error),
         "skipped": skipped,
         "words_replayed": words,
-        "explained_variance": explained_variance(batch),
+        "explained_variance": explained,
     }
-
-
-def explained_variance(batch: Batch) -> float:
-    """The fraction of the returns' variance that the values explain; nan without values, and for a single token."""
-    if batch.returns is None or len(batch.returns) < 2:
-        return math.nan
-    return 1 - float((batch.returns - batch.values).var() / batch.returns.var().clamp(min=1e-12))
 
 
 def backward(policy: Policy, batch: Batch, minibatch: np.ndarray, kl_coef: float) -> tuple[Tensor, Tensor]:
@@ -192,14 +176,15 @@ def backward(policy: Policy, batch: Batch, minibatch: np.ndarray, kl_coef: float
         policy_loss, clipped = learner.loss(config, part, logprob)
         if kl_coef:
             policy_loss = policy_loss + kl_coef * k3(part, logprob)
-        policy_loss = policy_loss * learner.weights(config, part, size)
+        if learner.weights:
+            policy_loss = policy_loss * learner.weights(config, part, size)
         values_loss = value_loss(config, part, value)
         loss = (policy_loss.sum() + config.value_coef * values_loss.sum()) / size.tokens
         loss.backward()
         with torch.no_grad():
             ratio = torch.exp(logprob - part.logprobs)
             max_ratio_error = torch.maximum(max_ratio_error, (ratio - 1).abs().max())
-            parts: tuple[Any, ...] = (policy_loss, values_loss, clipped, (ratio - 1) - ratio.log(), ratio)
+            parts = (policy_loss, values_loss, clipped, (ratio - 1) - ratio.log(), ratio)
             sums += torch.stack([x.sum().double() for x in parts]) / size.tokens
     return sums, max_ratio_error
 
@@ -207,7 +192,6 @@ def backward(policy: Policy, batch: Batch, minibatch: np.ndarray, kl_coef: float
 def k3(batch: Batch, logprob: Tensor) -> Tensor:
     """(n,): an estimate of the KL divergence from the reference (Schulman 2020, joschu.net/blog/kl-approx.html), in the
     loss as in GRPO's eq. 4."""
-    assert batch.ref_logprobs is not None
     log_ratio = batch.ref_logprobs - logprob
     return torch.exp(log_ratio) - log_ratio - 1
 

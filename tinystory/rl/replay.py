@@ -1,6 +1,6 @@
 """Replay of the corpus (--replay-weight): next-word prediction on it while the student interacts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,8 @@ from tinystory.data.tokenizer import Tokenizer
 from tinystory.data.windows import Windows
 from tinystory.run import distributed
 from tinystory.run.errors import UserError
+
+Texts = Sequence[tuple[Tensor, int]]  # per update, sequences of the corpus and the number of their words
 
 
 class CorpusReplay:
@@ -35,6 +37,6 @@ class CorpusReplay:
         self.windows = Windows(data.train, context, config.replay_batch, config.seed, "whole")
         self.updates = config.updates_per_step
 
-    def batches(self, step: int) -> list[tuple[Tensor, int]]:
+    def batches(self, step: int) -> Texts:
         """Per update of a step the sequences, (replay_batch, context + 1) int64, and the number of their words."""
         return [self.windows.batch(step * self.updates + i) for i in range(self.updates)]

@@ -8,11 +8,15 @@ for the teacher's in the reward alone; it is recorded apart, and a graded story 
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinystory.config import FEWEST_GRADED
+from tinystory.rl.batch import Batch
+from tinystory.run import distributed
+from tinystory.student.generate import Story
 
 PENALTIES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # features have variance 1
 MOST = 4096  # grades that are kept, the newest: a bound on the checkpoint and on the time to fit
@@ -45,6 +49,19 @@ def story_features(logprobs: Tensor, states: Tensor, lengths: Iterable[int], end
         quantiles = torch.quantile(x, x.new_tensor(QUANTILES))
         rows.append(torch.cat([seen.mean(0), seen[-1], torch.stack(parts), quantiles, shape]))
     return torch.stack(rows).float()
+
+
+def with_predictions(
+    model: "ScoreModel", batch: Batch, stories: Sequence[Story], scores: Sequence[float | None], sent: Sequence[int]
+) -> tuple[list[float | None], dict[str, Any]]:
+    """The scores, None for those that were not sent, with predicted ones in their place; and what is recorded of that.
+    batch: with what the reference sees; sent: rows of the stories that the teacher was sent."""
+    ended = [story.ended == "eos" for story in stories]
+    features = story_features(batch.ref_logprobs, batch.ref_states, batch.lengths, ended)
+    graded = [scores[row] for row in sent]
+    predicted, r_squared = distributed.rank0_value(lambda: model.complete(features, sent, graded))
+    record = {"predicted": len(stories) - predicted.count(None), "score_r_squared": r_squared}
+    return [score if other is None else other for score, other in zip(scores, predicted, strict=True)], record
 
 
 class ScoreModel:

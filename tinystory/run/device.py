@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,9 +39,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if supported else torch.float32
 
 
-def upload(x: Tensor, device: torch.device) -> Tensor:
+def upload(x: Tensor | np.ndarray, device: torch.device) -> Tensor:
     """A copy on the device of x, which is on the CPU. Does not wait for the GPU."""
-    pinned = device.type == "cuda"
+    x, pinned = torch.as_tensor(x, device="cpu"), device.type == "cuda"
     return (x.pin_memory() if pinned else x).to(device, non_blocking=pinned)
 
 

@@ -96,9 +96,9 @@ def _history(folder: Path, history: object) -> dict[str, Any]:
             raise ValueError("its 'corpus' is no list of names")
         if not 0 < history.get("val_fraction", 0.5) < 1:
             raise ValueError("its 'val_fraction' is none")
+        return history
     except ValueError as error:
         raise UserError(f"{folder / 'model.json'} holds no history that a student can have: {error}") from None
-    return history
 
 
 def restore(student: Student, folder: Path) -> None:
@@ -132,14 +132,11 @@ def restore_module(module: torch.nn.Module, name: str, state: dict[str, Tensor])
     try:
         module.load_state_dict({key: state[f"{name}.{key}"] for key in module.state_dict()})
     except (KeyError, RuntimeError) as error:
-        raise does_not_fit(error) from error
+        raise does_not_fit(" ".join(str(error).split())[:200]) from error
 
 
-def does_not_fit(error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    return UserError(
-        f"the trainer state to resume from does not fit ({reason}): give the options that it was saved with"
-    )
+def does_not_fit(reason: str) -> UserError:
+    return UserError(f"the trainer state to resume from does not fit ({reason}): give the options it was saved with")
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -204,13 +201,9 @@ def drop_older(folder: Path) -> None:
         raise cannot_write(folder.parent, error) from error
 
 
-def _names(optimizer: torch.optim.Optimizer) -> list[str]:
-    return [name for group in optimizer.param_groups for name in group["param_names"]]
-
-
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of AdamW or MuonAdamW, made from named parameters, as named tensors."""
-    names = _names(optimizer)
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
     entries = optimizer.state_dict()["state"].items()
     return {f"{key}.{names[i]}": value for i, entry in entries for key, value in entry.items()}
 
@@ -218,14 +211,17 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def unpack_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
     """The inverse of `pack_optimizer`; other tensors in `state` are ignored. Raises UserError if one does not fit."""
     entries: dict[int, dict[str, Tensor]] = {}
-    parameters = ((p, group) for group in optimizer.param_groups for p in group["params"])
-    for i, (name, (p, group)) in enumerate(zip(_names(optimizer), parameters, strict=True)):
-        keys = ("step", "momentum") if "muon" in group else ("step", "exp_avg", "exp_avg_sq")
+    named = (
+        (name, p, ("step", "momentum") if "muon" in group else ("step", "exp_avg", "exp_avg_sq"))
+        for group in optimizer.param_groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    )
+    for i, (name, p, keys) in enumerate(named):
         if f"step.{name}" in state:  # there is none before the first step
             shapes = {key: () if key == "step" else p.shape for key in keys}
             entries[i] = {key: state[f"{key}.{name}"] for key in keys if f"{key}.{name}" in state}
             if {key: value.shape for key, value in entries[i].items()} != shapes:
-                raise does_not_fit(KeyError(name))  # of another optimizer, or another student
+                raise does_not_fit(name)  # of another optimizer, or another student
     optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
 
 

@@ -91,17 +91,16 @@ def generate(
     distinct = dict.fromkeys(openings)
     prompts = {text: torch.tensor(encode_opening(tokenizer, text), device="cpu") for text in distinct}
     require_room(student, max(map(len, prompts.values())), max_new_tokens)
-    kind: type[EngineDecoder] | type[StudentDecoder] | type[DropoutDecoder]
-    kind, size = StudentDecoder, rows_at_once(len(openings), weights_size(student), device)
+    size = rows_at_once(len(openings), sum(p.numel() for p in student.parameters()) * dtype.itemsize, device)
+    decoder: Decoder = StudentDecoder(student, value_head, sampling)
     if dropout:
-        kind = DropoutDecoder
+        decoder = DropoutDecoder(student, sampling)
     elif engine_runs(device, dtype):  # it begins new stories in place of those that end
-        kind, size = EngineDecoder, len(openings)
+        decoder, size = EngineDecoder(student, value_head, sampling, size), len(openings)
     stories: dict[int, Story] = {}
     silent = True if on_story else None  # None: on what is no terminal
     bar = tqdm(total=len(openings), desc="stories", unit="story", leave=False, delay=2, disable=silent)
     with student.lowered(dtype), bar:
-        decoder: Decoder = kind(student, value_head, sampling)
         for first in range(0, len(openings), size):
             texts = openings[first : first + size]
             place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
@@ -119,14 +118,9 @@ def generate(
 
 def rows_at_once(count: int, weights: int, device: torch.device) -> int:
     """Decoding batch size for `count` stories: on a CPU, few enough that weights and KV cache stay in the caches.
-    weights: the size of the student's, in bytes."""
+    weights: the student's size in bytes, in the dtype of the matmuls."""
     rows = ROWS * torch.get_num_threads() if weights <= CACHE else LARGE_ROWS
     return count if device.type == "cuda" else min(count, rows)
-
-
-def weights_size(student: Student) -> int:
-    """Bytes of the student's weights in autocast's dtype."""
-    return sum(p.numel() for p in student.parameters()) * ops.matmul_dtype(student.wte.weight).itemsize
 
 
 class Decoder(Protocol):
@@ -157,23 +151,22 @@ def columns_of(outputs: Iterable[Tensor], row: int, length: int) -> Columns:
 class EngineDecoder:
     """The C++ engine (csrc/cpu/engine.cpp). Sums, norms, softmax and logits are float32.
 
-    At most `rows_at_once` stories are decoded at the same time: when some end, the next begin. Neither they nor the
-    number of threads change a bit of a story.
+    At most `size` stories are decoded at the same time: when some end, the next begin. Neither they nor the number of
+    threads change a bit of a story.
     """
 
-    def __init__(self, student: Student, head: ValueHead | None, sampling: Sampling):
+    def __init__(self, student: Student, head: ValueHead | None, sampling: Sampling, size: int):
         heads = [] if head is None else head.named_parameters(prefix="value_head")
         parameters = {name: p.detach() for name, p in (*student.named_parameters(), *heads)}
         config, module = student.config, ops.load()
         assert module is not None, "engine_runs says whether there is an engine"
         dtype = ops.matmul_dtype(student.wte.weight)
         self.engine = module.Engine(parameters, config.n_layer, config.n_head, dtype, CACHE)
-        self.sampling, self.weights = sampling, weights_size(student)
+        self.sampling, self.size = sampling, size
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
-        s, cpu = self.sampling, torch.device("cpu")
-        sizes = s.max_new_tokens, s.eos, s.seed, offset, rows_at_once(len(prompt_of), self.weights, cpu)
-        rows = torch.tensor(prompt_of, device=cpu)
+        s, rows = self.sampling, torch.tensor(prompt_of, device="cpu")
+        sizes = s.max_new_tokens, s.eos, s.seed, offset, self.size
         self.outputs = self.engine.start(list(prompts), rows, *sizes, s.temperature, s.top_k, s.top_p)
 
     def step(self) -> list[tuple[int, Columns]]:
@@ -220,7 +213,7 @@ class DropoutDecoder:
     """Plain PyTorch with dropout on the embedding, the attention weights and the branches, for --rollout-dropout. Each
     story and token has its own masks, which depend on the batch. Nothing is truncated, and the values are 0."""
 
-    def __init__(self, student: Student, head: ValueHead | None, sampling: Sampling):
+    def __init__(self, student: Student, sampling: Sampling):
         self.student, self.sampling = student, sampling
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:

@@ -23,14 +23,8 @@ from tinystory.run.folder import read_object, read_text
 from tinystory.student.model import Student, StudentConfig, wrong_shape
 
 # Module names in a block: transformers' -> ours. Its Conv1D stores weights as (in, out), our Linear as (out, in).
-MODULES = {
-    "ln_1": "ln_1",
-    "attn.c_attn": "qkv",
-    "attn.c_proj": "attn_proj",
-    "ln_2": "ln_2",
-    "mlp.c_fc": "fc",
-    "mlp.c_proj": "mlp_proj",
-}
+MODULES = {"ln_1": "ln_1", "attn.c_attn": "qkv", "attn.c_proj": "attn_proj"}
+MODULES |= {"ln_2": "ln_2", "mlp.c_fc": "fc", "mlp.c_proj": "mlp_proj"}
 # Options that the layout fixes: the values that they may have, of which the first is transformers' default.
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
@@ -52,7 +46,7 @@ FINE_TUNING = 512  # tokens per sequence in BabyLM's fine-tuning
 
 
 def is_folder(path: Path) -> bool:
-    """Whether this is a folder in transformers' format."""
+    """Whether this is a folder in transformers' format, and not a checkpoint of ours."""
     config = path / "config.json"
     return config.is_file() and not (path / "model.json").exists() and "model_type" in read_object(config)
 
@@ -79,28 +73,19 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
     roles = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
     ids = {f"{role}_token_id": id for role, id in roles.items()}
     tokens = {f"{role}_token": names[id] for role, id in roles.items()}
-    config = {
-        "architectures": ["GPT2LMHeadModel"],
-        **sizes,
-        "n_positions": context,
-        **{name: values[0] for name, values in FIXED.items()},
-        "torch_dtype": "float32",
-    }
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context,
+    config = dict(architectures=["GPT2LMHeadModel"], **sizes, n_positions=context)
+    config |= {name: values[0] for name, values in FIXED.items()} | dict(torch_dtype="float32")
+    tokenizer_config = dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        model_max_length=context,
         # Without token_type_ids, the default of this class: GPT-2 would add the embedding of token 0 everywhere.
-        "model_input_names": ["input_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "</s>" in a document is ordinary text
-        "padding_side": "right",
-    }
-    files = {
-        "config.json": config | ids,
-        "generation_config.json": ids,
-        "tokenizer_config.json": tokenizer_config | tokens,
-        "special_tokens_map.json": tokens,
-    }
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,  # "</s>" in a document is ordinary text
+        padding_side="right",
+    )
+    files = {"config.json": config | ids, "generation_config.json": ids}
+    files |= {"tokenizer_config.json": tokenizer_config | tokens, "special_tokens_map.json": tokens}
     ours = student.state_dict()
     weights = {
         f"transformer.{theirs}": (ours[name].T if transposed else ours[name]).detach().cpu().contiguous()
@@ -148,12 +133,10 @@ def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
     """The student's sizes in a config.json. Raises UserError if it describes anything but GPT-2's layout."""
     sizes: dict[str, Any] = {name: config.get(name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     sizes["context"] = config.get("n_positions")
-    wrong = [name for name, values in FIXED.items() if config.get(name, values[0]) not in values]
-    if wrong:
+    problem = wrong_shape(sizes).replace("its context", "its n_positions")
+    if wrong := [name for name, values in FIXED.items() if config.get(name, values[0]) not in values]:
         problem = f"its {wrong[0]} is {config[wrong[0]]!r:.80}, not {FIXED[wrong[0]][0]!r}"
-    else:
-        problem = wrong_shape(sizes).replace("its context", "its n_positions")
-    if not problem and config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
+    elif not problem and config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
         problem = f"its n_inner is {config['n_inner']!r:.80}, not 4 * n_embd"
     if problem:
         raise UserError(f"{folder}/config.json describes a model that is not supported here: {problem}")
@@ -171,7 +154,7 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
             prefix = "transformer." if "transformer.wte.weight" in names else ""
             for theirs, own, transposed, expected in layout(shape):
                 name = own if ours else prefix + theirs
-                if ours and transposed:
+                if ours and transposed:  # as we store it, it is not
                     transposed, expected = False, expected[::-1]
                 size = tuple(file.get_slice(name).get_shape()) if name in names else "missing"
                 if size != expected:

@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from tinystory.rl.collapse import FEW, WINDOW, CollapseDetector, score_relations
+from tinystory.rl.policy import rollout_means
+from tinystory.run.collapse import FEW, WINDOW, CollapseDetector
 from tinystory.student.generate import Story
 from tinystory.teacher.callable import random_scores
 
@@ -112,9 +113,9 @@ def stories(count: int) -> list[Story]:
 
 
 def test_random_scores_are_told_from_those_that_follow_the_story():
-    by_length = [score_relations([s.words / 80 for s in stories(n)], stories(n)) for n in range(64, 69)]
+    by_length = [rollout_means(stories(n), [s.words / 80 for s in stories(n)]) for n in range(64, 69)]
     assert all(r["score_length"] == pytest.approx(1) and r["scored"] >= 64 for r in by_length)
-    by_chance = [score_relations(random_scores("", [s.text for s in stories(n)]), stories(n)) for n in range(64, 69)]
+    by_chance = [rollout_means(stories(n), random_scores("", [s.text for s in stories(n)])) for n in range(64, 69)]
     assert kinds([dict(step=1, **relations) for relations in by_length]) == set()
     assert kinds([dict(step=1, **relations) for relations in by_chance]) == {"signal"}
     few = [dict(step=1, scored=FEW // WINDOW - 1, score_length=0.0, score_logprob=0.0)] * 9
@@ -123,9 +124,9 @@ def test_random_scores_are_told_from_those_that_follow_the_story():
 
 def test_relations_that_are_undefined_are_none():
     for scores in ([None] * 3, [0.5] * 3, [None, None, 0.2]):
-        relations = score_relations(scores, stories(3))
+        relations = rollout_means(stories(3), scores)
         assert relations["score_length"] is None and relations["score_logprob"] is None
-    assert score_relations([0.1, None, 0.4], stories(3))["scored"] == 2
+    assert rollout_means(stories(3), [0.1, None, 0.4])["scored"] == 2
 
 
 def test_few_large_steps_are_enough_for_a_warning():

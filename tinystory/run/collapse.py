@@ -3,12 +3,8 @@ the scores carry no signal. They are looked for after every step, in the records
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
-from statistics import StatisticsError, correlation, fmean
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # reports need no torch
-    from tinystory.student.generate import Story
+from collections.abc import Iterable
+from statistics import fmean
 
 WINDOW, STORIES = 5, 768  # steps that are averaged: so many, or fewer that hold so many stories
 # Kind, metric, and by which factor its mean falls from that of the first steps, or rises from its lowest one, before it
@@ -100,18 +96,3 @@ class CollapseDetector:
 
 def _stories(record: dict) -> int:
     return (record.get("scored") or 0) + (record.get("unscored") or 0)
-
-
-def score_relations(scores: Sequence[float | None], stories: Sequence["Story"]) -> dict[str, float | None]:
-    """Pearson's correlation of the scores with the stories' words (score_length) and with their mean log-probability
-    per token under the policy that wrote them (score_logprob), None where undefined; and the number of stories scored.
-    """
-    rows = [(x, s.words, float(s.logprobs.mean())) for x, s in zip(scores, stories, strict=True) if x is not None]
-
-    def related(column: int) -> float | None:
-        try:
-            return correlation([row[0] for row in rows], [row[column] for row in rows])
-        except StatisticsError:  # fewer than two stories, or a column without variance
-            return None
-
-    return {"scored": len(rows), "score_length": related(1), "score_logprob": related(2)}
