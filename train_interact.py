@@ -6,8 +6,8 @@ evaluated on held-out openings, and the best student is kept.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tinystory.evaluate.held_out import Evaluator, due, has_dull_tellers, story_
 from tinystory.evaluate.likelihood import Likelihood
 from tinystory.evaluate.reader import Reader
 from tinystory.evaluate.second_judge import conclusion, judge_run
-from tinystory.ops.compute import Compute, resolve
+from tinystory.ops.compute import resolve
 from tinystory.report.before_after import summary
 from tinystory.report.run import live_report
 from tinystory.rl import learners, ppo
@@ -42,7 +42,6 @@ from tinystory.run.paths import hint
 from tinystory.run.step_log import Progress, Stages
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import Story, encode_opening, require_room
-from tinystory.student.model import Student
 from tinystory.teacher.callable import CallableGrader
 from tinystory.teacher.grade import Grade, Grader, require_scores, score_means
 from tinystory.teacher.grader import open_grader
@@ -58,32 +57,77 @@ def main(argv: list[str] | None = None) -> None:
     config: InteractConfig = parse(InteractConfig, INTERACT_PRESETS, argv)
     learners.check(config)
     distributed.start(config.device)
-    with distributed.on_rank0(locked(Path(config.out), new=not config.resume)), open_run(config) as run:
+    with distributed.on_rank0(locked(Path(config.out), new=not config.resume)), InteractionRun(config) as run:
         interact(run)
         report(run)
 
 
-@dataclass(kw_only=True)
-class InteractionRun:
-    """A run that is open: what learns, who grades, and where it is recorded."""
+class InteractionRun(contextlib.ExitStack):
+    """A run that is open, ready for its next step: what learns, who grades, and where it is recorded. At the end of the
+    block its teacher and its records are closed."""
 
-    config: InteractConfig
-    compute: Compute
-    policy: Policy
-    reference: Student  # the starting checkpoint, frozen, for the KL penalty
-    state: RunState
-    openings: Openings
-    replay: CorpusReplay
-    grader: Grader
-    budget: Budget
-    evaluator: Evaluator
-    detector: CollapseDetector
-    reader: Reader | None
-    log: RunLog
-    update_report: Callable[[], None]
-    stop: Stop
-    bar: Progress
-    stages: Stages
+    def __init__(self, config: InteractConfig):
+        super().__init__()
+        folder, rank0 = Path(config.out), distributed.is_rank0()
+        distributed.require_one_each("--stories-per-step", config.stories_per_step)
+        distributed.require_one_each("--eval-stories", config.eval_stories)
+        self.config, self.compute = config, resolve(config.device, config.dtype)
+        resumed = distributed.rank0_value(lambda: checkpoint.newest_whole(folder)) if config.resume else None
+        origin = folder / "checkpoints" / "start" if resumed else starting_checkpoint(config.init)
+        # The starting checkpoint, frozen, for the KL penalty.
+        self.reference = checkpoint.load(origin, self.compute.device)[0].requires_grad_(False)
+        self.policy = policy = load_policy(config, origin, self.compute)
+        self.state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
+        memory.require_for_interaction(config, self.reference.config, self.compute.device)
+        for warning in published_options(config) if rank0 else ():
+            print(f"warning: {warning}")
+        self.openings = open_openings(config, policy)
+        self.replay = CorpusReplay(config, policy.history, policy.tokenizer, self.reference.config.context)
+        milestones = words_of_milestones(config, policy.history)
+        with contextlib.ExitStack() as stack:
+            self.grader = self.open_grader(stack, folder)
+            facts = self.grader.facts | distributed.rank0_value(lambda: calibrated(config, self.grader))
+            self.reader = Reader(config.reader, config.device) if rank0 and config.reader != "none" else None
+            print(f"student {origin}, scored by {facts['scored_by']}")
+            scorer = self.grader.scorer
+            self.budget = Budget(config, self.openings, milestones, scorer.most_words, scorer.affords)
+            texts = self.replay.batches(self.state.step)
+            distributed.rank0_value(lambda: self.budget.require_first_step(self.state, texts))
+            resume_step = self.state.step if config.resume else None
+            self.log = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))
+            stack.enter_context(self.log)
+            student = {name: policy.history.get(name) for name in ("corpus", "words")}
+            student["parameters"] = sum(parameter.numel() for parameter in self.reference.parameters())
+            start = {"init": config.init or str(origin), "student": student}
+            self.log.config(asdict(config) | facts | self.compute.recorded | start)
+            self.update_report = stack.enter_context(live_report(folder, rank0))
+            distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
+            self.stop = stack.enter_context(Stop().listening())
+            self.evaluator = Evaluator(config, policy, self.openings, scorer, self.log, self.stop)
+            self.detector = CollapseDetector(read_metrics(folder), config.kl_target)
+            total = config.steps * config.stories_per_step
+            self.bar = Progress(total=total, initial=self.state.written, unit="story", disable=not rank0)
+            self.stages = Stages(self.bar, self.compute.device)
+            if not resumed:
+                save(self, "start")
+            self.push(stack.pop_all())
+
+    def open_grader(self, stack: contextlib.ExitStack, folder: Path) -> Grader:
+        """Rank 0's grader, which the others do not ask. It is opened before the run's folder is: a mistake leaves
+        nothing behind."""
+        config, policy = self.config, self.policy
+        opened = open_grader(
+            config, builtin_teacher, corpus=policy.history.get("corpus"), replies=folder / "replies.jsonl",
+            likelihood=lambda: Likelihood(self.reference, policy.tokenizer, self.openings.train, config),
+        )  # fmt: skip
+        idle = CallableGrader(lambda openings, stories: [], "rank 0")
+        grader: Grader = distributed.rank0_first(
+            lambda: stack.enter_context(opened) if distributed.is_rank0() else idle
+        )
+        if forecast := grader.forecast(stories_to_grade(config, self.state, config.graded_per_step), self.openings[0]):
+            everything = f"; without --graded {stories_to_grade(config, self.state, config.stories_per_step):,} stories"
+            print(f"forecast: {forecast}{everything if config.graded else ''}")
+        return grader
 
 
 def interact(run: InteractionRun) -> None:
@@ -214,64 +258,6 @@ def evaluate_at_rest(run: InteractionRun) -> None:
 
 
 # ---- before and after the loop ---------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def open_run(config: InteractConfig) -> Iterator[InteractionRun]:
-    """The run, ready for its next step. At the end of the block its teacher and its records are closed."""
-    folder, rank0 = Path(config.out), distributed.is_rank0()
-    distributed.require_one_each("--stories-per-step", config.stories_per_step)
-    distributed.require_one_each("--eval-stories", config.eval_stories)
-    compute = resolve(config.device, config.dtype)
-    resumed = distributed.rank0_value(lambda: checkpoint.newest_whole(folder)) if config.resume else None
-    origin = folder / "checkpoints" / "start" if resumed else starting_checkpoint(config.init)
-    reference = checkpoint.load(origin, compute.device)[0].requires_grad_(False)
-    policy = load_policy(config, origin, compute)
-    state = policy.restore(resumed) if resumed else RunState(config.kl_coef)
-    memory.require_for_interaction(config, reference.config, compute.device)
-    for warning in published_options(config) if rank0 else ():
-        print(f"warning: {warning}")
-    openings = open_openings(config, policy)
-    replay = CorpusReplay(config, policy.history, policy.tokenizer, reference.config.context)
-    milestones = words_of_milestones(config, policy.history)
-    with contextlib.ExitStack() as stack:
-        # Only rank 0 asks its grader. It is opened before the run's folder is: a mistake leaves nothing behind.
-        opened = open_grader(
-            config, builtin_teacher, corpus=policy.history.get("corpus"), replies=folder / "replies.jsonl",
-            likelihood=lambda: Likelihood(reference, policy.tokenizer, openings.train, config),
-        )  # fmt: skip
-        idle = CallableGrader(lambda openings, stories: [], "rank 0")
-        grader: Grader = distributed.rank0_first(lambda: stack.enter_context(opened) if rank0 else idle)
-        if forecast := grader.forecast(stories_to_grade(config, state, config.graded_per_step), openings[0]):
-            everything = f"; without --graded {stories_to_grade(config, state, config.stories_per_step):,} stories"
-            print(f"forecast: {forecast}{everything if config.graded else ''}")
-        facts = grader.facts | distributed.rank0_value(lambda: calibrated(config, grader))
-        reader = Reader(config.reader, config.device) if rank0 and config.reader != "none" else None
-        print(f"student {origin}, scored by {facts['scored_by']}")
-        budget = Budget(config, openings, milestones, grader.scorer.most_words, grader.scorer.affords)
-        distributed.rank0_value(lambda: budget.require_first_step(state, replay.batches(state.step)))
-        resume_step = state.step if config.resume else None
-        records = distributed.rank0_first(lambda: RunLog(folder, resume_step=resume_step, writes=rank0))
-        stack.enter_context(records)
-        student: dict[str, Any] = {name: policy.history.get(name) for name in ("corpus", "words")}
-        student["parameters"] = sum(parameter.numel() for parameter in reference.parameters())
-        start = {"init": config.init or str(origin), "student": student}
-        records.config(asdict(config) | facts | compute.recorded | start)
-        update_report = stack.enter_context(live_report(folder, rank0))
-        distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
-        stop = stack.enter_context(Stop().listening())
-        bar = Progress(
-            total=config.steps * config.stories_per_step, initial=state.written, unit="story", disable=not rank0
-        )
-        run = InteractionRun(
-            config=config, compute=compute, policy=policy, reference=reference, state=state, openings=openings,
-            replay=replay, grader=grader, budget=budget, reader=reader, log=records, update_report=update_report,
-            evaluator=Evaluator(config, policy, openings, grader.scorer, records, stop), stop=stop, bar=bar,
-            detector=CollapseDetector(read_metrics(folder), config.kl_target), stages=Stages(bar, compute.device),
-        )  # fmt: skip
-        if not resumed:
-            save(run, "start")
-        yield run
 
 
 def starting_checkpoint(init: str) -> Path:

@@ -5,7 +5,7 @@ import torch
 
 from tests.conftest import assert_no_worse, using
 from tinystory import ops
-from tinystory.ops import backend, chunked, reference
+from tinystory.ops import autograd, backend, reference
 from tinystory.run.errors import UserError
 
 
@@ -26,35 +26,33 @@ def problem(rows: int, width: int, vocab: int, dtype: torch.dtype):
 def results(f, hidden, weight, targets, grads):
     hidden.grad = weight.grad = None
     outputs = f(hidden, weight, targets)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    torch.autograd.backward(outputs, grads[: len(outputs)])
+    torch.autograd.backward(outputs, grads)
     return [x.detach() for x in (*outputs, hidden.grad, weight.grad)]
 
 
-@pytest.mark.parametrize("name", ["token_logprob", "cross_entropy"])
 @pytest.mark.parametrize("shape", [(1, 32, 5), (37, 64, 300), (70, 32, 1000)])
-def test_pytorchs_logprobs_are_the_definitions(monkeypatch, name, shape):
-    monkeypatch.setattr(chunked, "CHUNK", 9000)  # 9 to 1 800 rows at a time
+def test_pytorchs_logprobs_are_the_definitions(monkeypatch, shape):
+    monkeypatch.setattr(autograd, "CHUNK", 9000)  # 9 to 1 800 rows at a time
     hidden, weight, targets = problem(*shape, torch.float32)
-    grads = (torch.randn(shape[0]), torch.randn(shape[0])) if name == "token_logprob" else (torch.tensor(2.5),)
-    ours = results(getattr(chunked, name), hidden, weight, targets, grads)
-    plain = results(getattr(reference, name), hidden, weight, targets, grads)
+    grads = torch.randn(shape[0]), torch.randn(shape[0])
+    ours = results(autograd.chunked_token_logprob, hidden, weight, targets, grads)
+    plain = results(reference.token_logprob, hidden, weight, targets, grads)
     exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     wide = tuple(grad.double() for grad in grads)
-    exact = results(getattr(reference, name), exact_hidden, exact_weight, targets, wide)
+    exact = results(reference.token_logprob, exact_hidden, exact_weight, targets, wide)
     for result, theirs, right in zip(ours, plain, exact, strict=True):
         assert result.dtype == theirs.dtype and result.shape == theirs.shape
         # A gradient is a sum of terms as large as the largest result, some of which cancel.
-        assert_no_worse(result, theirs, right, name, scale=2 * right.abs().max().expand(right.shape))
+        assert_no_worse(result, theirs, right, "token_logprob", scale=2 * right.abs().max().expand(right.shape))
 
 
 def test_no_more_logits_than_a_chunk_exist_at_once(monkeypatch):
     sizes, plain = [], reference.token_logprob
     record = lambda hidden, weight, ids: sizes.append(len(hidden) * len(weight)) or plain(hidden, weight, ids)  # noqa: E731
     monkeypatch.setattr(reference, "token_logprob", record)
-    monkeypatch.setattr(chunked, "CHUNK", 900)
+    monkeypatch.setattr(autograd, "CHUNK", 900)
     hidden, weight, targets = problem(37, 64, 300, torch.float32)
-    chunked.token_logprob(hidden, weight, targets)[0].sum().backward()
+    autograd.chunked_token_logprob(hidden, weight, targets)[0].sum().backward()
     assert max(sizes) <= 900 and len(sizes) == 2 * 13  # 13 chunks, forward and again in the backward pass
 
 
@@ -73,15 +71,14 @@ def test_on_a_mac_pytorch_multiplies_in_float32_unless_the_kernels_are_asked_for
 def test_an_operator_by_pytorch_is_not_the_kernel(monkeypatch, on_a_mac):
     calls = []
     monkeypatch.setattr(reference, "linear", lambda x, *_: calls.append("linear") or x)
-    for name in ("cross_entropy", "token_logprob"):
-        monkeypatch.setattr(chunked, name, lambda x, *_, name=name: calls.append(name) or x)
+    monkeypatch.setattr(ops, "chunked_token_logprob", lambda x, *_: calls.append("token_logprob") or (x, x))
     hidden, weight, targets = problem(3, 32, 64, torch.float32)
     for kernels in ("ours", "auto"):
         with using(kernels):
             ops.linear(hidden, weight, torch.zeros(64))
             ops.token_logprob(hidden, weight, targets)
             ops.cross_entropy(hidden, weight, targets)
-    assert calls == ["linear", "token_logprob", "cross_entropy"]
+    assert calls == ["linear", "token_logprob", "token_logprob"]
 
 
 def test_the_environment_chooses_the_back_end(monkeypatch):

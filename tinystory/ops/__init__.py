@@ -6,8 +6,8 @@ backend.py says which implementation runs each of them; reference.py defines eac
 import torch
 from torch import Tensor
 
-from tinystory.ops import chunked, reference
-from tinystory.ops.autograd import kept_groups
+from tinystory.ops import reference
+from tinystory.ops.autograd import chunked_token_logprob, kept_groups
 from tinystory.ops.autograd import lowered_linear as lowered_linear
 from tinystory.ops.backend import implementation
 from tinystory.ops.backend import load as load
@@ -84,20 +84,19 @@ def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
     runs = implementation("token_logprob", hidden)
     if runs == "kernel":
         return torch.ops.tinystory.token_logprob(hidden, weight, targets, kept_groups(hidden, weight))[:2]
-    return (chunked if runs == "pytorch" else reference).token_logprob(hidden, weight, targets)
+    run = chunked_token_logprob if runs == "pytorch" else reference.token_logprob
+    return run(hidden, weight, targets)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean of -logprob as in token_logprob, for pretraining.
 
-    If gradients are required the forward pass computes them too, so that the logits are computed once, not twice."""
-    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
-        return -token_logprob(hidden, weight, targets)[0].mean()
+    If gradients are required the kernel computes them in the forward pass, so that the logits are computed once."""
     hidden = hidden.to(matmul_dtype(hidden))
-    runs = implementation("cross_entropy", hidden)
-    if runs == "kernel":
+    needs_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if needs_gradients and implementation("cross_entropy", hidden) == "kernel":
         return torch.ops.tinystory.cross_entropy(hidden, weight, targets)[0]
-    return (chunked if runs == "pytorch" else reference).cross_entropy(hidden, weight, targets)
+    return -token_logprob(hidden, weight, targets)[0].mean()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False, wide: bool = False) -> Tensor:

@@ -1,14 +1,18 @@
-"""What of the operators' gradients is Python: how many logits token_logprob keeps for its own, and the linear layers of
-a GPU. csrc/autograd.cpp has the others."""
+"""Gradients implemented in Python: the logits that token_logprob keeps for its own, token_logprob on a Mac, and linear
+layers on a GPU. The others are in csrc/autograd.cpp."""
 
 from typing import Any  # torch's ctx takes any attribute
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tinystory.ops import reference
 
 LOGIT_GROUP, LOGIT_STRIDE = 256, 272  # columns, as in csrc/kernels.h
 KEPT_BYTES = 100 << 20  # a PPO micro-batch of 32 stories of 90 tokens, vocabulary 8 192
+CHUNK = 1 << 24  # logits that exist at a time in `chunked_token_logprob`
 
 
 def kept_groups(hidden: Tensor, weight: Tensor) -> int:
@@ -20,6 +24,15 @@ def kept_groups(hidden: Tensor, weight: Tensor) -> int:
     groups = (len(weight) + LOGIT_GROUP - 1) // LOGIT_GROUP
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return min(groups, KEPT_BYTES // (len(hidden) * LOGIT_STRIDE * wide.itemsize))
+
+
+def chunked_token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """ops.token_logprob by PyTorch's matmul, which on a Mac is Accelerate, faster than our kernel. Rows are computed in
+    chunks, and again in the backward pass, so that the (N, V) logits never exist at once."""
+    rows = max(1, CHUNK // len(weight))
+    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+    results = [checkpoint(reference.token_logprob, part, weight, ids, use_reentrant=False) for part, ids in parts]
+    return torch.cat([logprob for logprob, _ in results]), torch.cat([entropy for _, entropy in results])
 
 
 def lowered_linear(x: Tensor, weight: Tensor, bias: Tensor, copies: tuple[Tensor, Tensor], gelu: bool) -> Tensor:

@@ -47,8 +47,8 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it war
 
 @functools.cache
 def load() -> ModuleType:
-    """The Python module of the CPU kernels, built first if need be, and the operators registered with torch.
-    Raises UserError if there is no C++ compiler, or with its message if it fails."""
+    """The module of the CPU kernels, built first if need be, and the operators registered with torch. Raises UserError
+    if there is no C++ compiler, or with its message if it fails."""
     module = build(NAME, cpu_sources())
     fake.register()
     return module
@@ -87,8 +87,8 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
 
 
 def renew(folder: Path) -> None:
-    """Put an empty folder in place of this one. Compilers of a killed build may still run and go on writing into the
-    old folder, which can then not be removed: the next build sweeps what is left."""
+    """Put an empty folder in place of this one, in which compilers of a killed build may go on writing: it can then not
+    be removed, and the next build sweeps what is left."""
     folder.rename(tempfile.mkdtemp(OLD, dir=folder.parent))
     folder.mkdir()
     for old in folder.parent.glob(f"*{OLD}"):
@@ -110,20 +110,16 @@ def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleT
     # other machines share: it does not know which processor -march=native meant.
     settings = {"CXX": compiler, "TORCH_DONT_CHECK_COMPILER_ABI": "1", "TORCH_NO_COMPILER_WRAPPER": "1"}
     settings |= {"TORCH_CUDA_ARCH_LIST": gpus, "PATH": f"{ninja.BIN_DIR}:{os.environ.get('PATH', os.defpath)}"}
+    # torch's own copy of pybind11, which its libraries are built with, comes before the package's, which serves builds
+    # of torch that have no copy (conda-forge, Debian).
+    pybind = f"-isystem {shlex.quote(pybind11.get_include())}"
     before = dict(os.environ)
     os.environ.update(settings)
     try:
         return cpp_extension.load(
-            name,
-            list(map(str, sources)),
-            # torch's own copy of pybind11, which its libraries are built with, comes before the package's, which
-            # serves builds of torch that have no copy (conda-forge, Debian).
-            extra_cflags=[*flags, f"-isystem {shlex.quote(pybind11.get_include())}"],
-            extra_cuda_cflags=["-std=c++20", "-O3"],
-            extra_ldflags=flags[-1:],
-            build_directory=str(folder),
-            with_cuda=bool(gpus),
-        )
+            name, [*map(str, sources)], extra_cflags=[*flags, pybind], extra_cuda_cflags=["-std=c++20", "-O3"],
+            extra_ldflags=flags[-1:], build_directory=str(folder), with_cuda=bool(gpus),
+        )  # fmt: skip
     finally:
         os.environ.clear()
         os.environ.update(before)

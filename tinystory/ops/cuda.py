@@ -52,7 +52,7 @@ def why_not() -> str:
 
 def toolkit() -> Path:
     """The folder in which torch.utils.cpp_extension expects the CUDA toolkit; parts of it may be missing."""
-    from torch.utils.cpp_extension import CUDA_HOME
+    from torch.utils.cpp_extension import CUDA_HOME  # here, because it takes half a second to import
 
     return Path(CUDA_HOME or os.devnull)
 

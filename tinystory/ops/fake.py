@@ -15,7 +15,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def per_row(x: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
-    """A number of each dtype per row of x."""
     return tuple(x.new_empty(len(x), dtype=dtype) for dtype in dtypes)
 
 
@@ -34,9 +33,8 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
     return loss, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, dtype: torch.dtype, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
+    dtype, out_dtype = dtypes
     shape = (*x.shape[:-1], weight.shape[0])
     return x.new_empty(shape, dtype=out_dtype), x.new_empty(shape if gelu else (0,), dtype=dtype)
 
@@ -56,8 +54,7 @@ def add_layer_norm(
 def add_layer_norm_backward(
     grad_sum: Tensor | None, grad_y: Tensor, total: Tensor, weight: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    branch_dtype: torch.dtype | None = others[-1]
-    grad_branch = total.new_empty(0 if branch_dtype is None else total.shape, dtype=branch_dtype)
+    grad_branch = total.new_empty(0 if others[-1] is None else total.shape, dtype=others[-1])  # the branch's dtype
     return torch.empty_like(total), grad_branch, torch.empty_like(weight), torch.empty_like(weight)
 
 

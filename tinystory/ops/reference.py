@@ -49,11 +49,6 @@ def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
     return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -logprob over the rows."""
-    return -token_logprob(hidden, weight, targets)[0].mean()
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
     """gelu(x weight^T + bias), where gelu is optional."""
     y = F.linear(x, weight, bias)

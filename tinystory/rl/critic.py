@@ -49,7 +49,7 @@ class RidgeCritic(nn.Module):
             sums.append((gram, moment))
         values = torch.zeros_like(batch.logprobs)
         for half, (gram, moment) in zip(halves, reversed(sums), strict=True):
-            weights = _ridge(self.gram + gram, self.moment + moment)
+            weights = ridge_weights(self.gram + gram, self.moment + moment)
             for x, _, places in chunks(batch, half):
                 values[places] = (x @ weights).to(values.dtype)
         for total, parts in zip((self.gram, self.moment), zip(*sums, strict=True), strict=True):
@@ -58,8 +58,7 @@ class RidgeCritic(nn.Module):
 
 
 def chunks(batch: Batch, rows: np.ndarray) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Features (n, D) and returns (n,) of the tokens of these stories, float64, and the tokens' places in the batch,
-    CHUNK stories at a time."""
+    """Features (n, D), returns (n,) and places in the batch of the tokens of these stories, CHUNK stories at a time."""
     for first in range(0, max(len(rows), 1), CHUNK):
         part = batch.rows(rows[first : first + CHUNK])
         x = part.packed(features(part.padded(part.ref_states), part.padded(part.ref_logprobs)))
@@ -75,7 +74,7 @@ def features(states: Tensor, logprobs: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(at), at, at**2, surprise, surprise * at, states, states.cumsum(1) / n], 2)
 
 
-def _ridge(gram: Tensor, moment: Tensor) -> Tensor:
+def ridge_weights(gram: Tensor, moment: Tensor) -> Tensor:
     """(D,) weights. The penalty of each but the first, the constant's, is proportional to its feature's variance."""
     second, mean = gram.diagonal() / gram[0, 0].clamp(min=1), gram[0] / gram[0, 0].clamp(min=1)
     penalty = PRIOR * (second - mean**2).clamp(min=0) + 1e-9

@@ -54,8 +54,8 @@ def story_features(logprobs: Tensor, states: Tensor, lengths: Iterable[int], end
 def with_predictions(
     model: "ScoreModel", batch: Batch, stories: Sequence[Story], scores: Sequence[float | None], sent: Sequence[int]
 ) -> tuple[list[float | None], dict[str, Any]]:
-    """The scores, None for those that were not sent, with predicted ones in their place; and what is recorded of that.
-    batch: with what the reference sees; sent: rows of the stories that the teacher was sent."""
+    """The scores, with predicted ones for the stories that were not sent; and what is recorded of that. batch: from
+    `ppo.read_reference`; sent: rows of the stories that the teacher was sent."""
     ended = [story.ended == "eos" for story in stories]
     features = story_features(batch.ref_logprobs, batch.ref_states, batch.lengths, ended)
     graded = [scores[row] for row in sent]
@@ -83,9 +83,8 @@ class ScoreModel:
         self._weights = None
 
     def learn(self, features: Tensor, scores: Sequence[float]) -> float | None:
-        """Add graded stories and fit anew. Returns the R-squared of what was predicted of them before: 1 if it was
-        their score, below 0 if the mean of their scores would have been nearer; None if nothing was predicted, or if
-        all have one score."""
+        """Add graded stories. Returns the R-squared of what was predicted of them before, below 0 if the mean of their
+        scores would have been nearer; None if nothing was predicted, or if all have one score."""
         new = torch.tensor(scores, dtype=torch.float64)
         before = self.predict(features) if len(scores) > 1 else None
         self.features = torch.cat([self.features.reshape(-1, features.shape[1]), features])[-MOST:]
@@ -106,10 +105,8 @@ class ScoreModel:
         self, features: Tensor, graded: Sequence[int], scores: Sequence[float | None]
     ) -> tuple[list[float | None], float | None]:
         """Learn from a step's graded stories and predict the scores of its others. features: (B, F), of all of them;
-        graded: rows of those sent to the teacher; scores: theirs, None where the teacher gave none.
-
-        Returns a predicted score per story, None for those that were sent and where there are too few grades to
-        predict; and the R-squared of `learn`."""
+        graded: rows of those sent to the teacher; scores: theirs, None where the teacher gave none. Returns a score per
+        story, None for those that were sent, and without enough grades; and the R-squared of `learn`."""
         known = [(row, score) for row, score in zip(graded, scores, strict=True) if score is not None]
         r_squared = self.learn(features[[row for row, _ in known]], [score for _, score in known]) if known else None
         expected, sent = self.predict(features), set(graded)
@@ -123,8 +120,7 @@ class ScoreModel:
 
 
 def leave_one_out_ridge(x: Tensor, y: Tensor) -> Tensor:
-    """(F,) weights that predict y, (n,), less its mean, from x, (n, F), with the penalty of the least error on one left
-    out."""
+    """(F,) weights that predict y, (n,), less its mean, from x, (n, F), with the penalty of the least PRESS."""
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     y = y - y.mean()
     errors, weights = [], []

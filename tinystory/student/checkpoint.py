@@ -39,9 +39,8 @@ FILES = ("model.safetensors", "model.json", "tokenizer.json", "trainer.safetenso
 
 def save(folder: Path, student: Student, tokenizer: Tokenizer, *, history: dict[str, Any],
          state: dict[str, Tensor], counters: dict[str, Any], replace: bool = False) -> Path:  # fmt: skip
-    """Write one checkpoint and return its folder. One that exists whole is left as it is, or replaced. history: the
-    training history (words, corpus), stored in model.json; state and counters: what the trainer needs for a bit-exact
-    resume. Raises UserError if it cannot be written."""
+    """Write one checkpoint and return its folder. One that exists whole is left as it is, or replaced. history: for
+    model.json; state and counters: what a bit-exact resume needs. Raises UserError if it cannot be written."""
     if folder.exists() and not replace:  # the same step of the same run, before a resume
         with contextlib.suppress(UserError):
             require_whole(folder, FILES)
@@ -127,8 +126,7 @@ def read_counters(folder: Path) -> dict[str, Any]:
 
 
 def restore_module(module: torch.nn.Module, name: str, state: dict[str, Tensor]) -> None:
-    """Load a module's parameters from a trainer's state, where their names begin with the module's. Raises UserError if
-    they are missing or have other shapes."""
+    """Load a module's parameters from a trainer's state, where they are NAME.*. Raises UserError if they do not fit."""
     try:
         module.load_state_dict({key: state[f"{name}.{key}"] for key in module.state_dict()})
     except (KeyError, RuntimeError) as error:
@@ -160,8 +158,7 @@ def newest(run: Path) -> Path | None:
 def newest_whole(run: Path) -> Path | None:
     """The newest checkpoint to resume from; None if the run never reached one. One that is damaged is named on stderr
     and passed over. Raises UserError if all are."""
-    folders = [folder for _, folder in checkpoints(run)]
-    for folder in folders:
+    for _, folder in (folders := checkpoints(run)):
         try:
             require_whole(folder, FILES)
             return folder

@@ -124,12 +124,12 @@ def rows_at_once(count: int, weights: int, device: torch.device) -> int:
 
 
 class Decoder(Protocol):
-    """Decodes batches of stories, one batch at a time, under no_grad and in autocast's dtype. The parameters must not
-    change from `start` until the last story has ended."""
+    """Decodes one batch of stories at a time, under no_grad and in autocast's dtype. The parameters must not change
+    from `start` until the last story has ended."""
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
-        """Begin a batch: story i continues prompts[prompt_of[i]] and draws with row id offset + i. prompts: each (P,)
-        int64, on the CPU."""
+        """Begin a batch: story i continues prompts[prompt_of[i]], (P,) int64 on the CPU, and draws with row id
+        offset + i."""
 
     def step(self) -> list[tuple[int, Columns]]:
         """Decode a token of each story. Returns the stories that it ends, as pairs of i and columns."""
@@ -268,10 +268,9 @@ STEPS_AHEAD = 4  # a launched step takes a GPU longer than the host takes to rea
 def next_batch_size(alive: int, rows: int, on_graph: bool) -> int:
     """Batch size for the next step, given how many of the rows are still generating.
 
-    Without a graph that number: compacting costs one copy. A graph must be captured for each size, which takes
-    milliseconds. So there the batch is halved when half of its rows have ended: at most log2(rows) graphs serve a whole
-    run. A batch of 64 rows or fewer is never compacted: a step reads the weights once for all rows, so it takes about
-    as long as for one row.
+    Without a graph that number: compacting costs one copy. Capturing a graph for a size takes milliseconds, so there
+    the batch is halved when half of its rows have ended, down to 64 rows, for which a step takes about as long as for
+    one: it reads the weights once for all.
     """
     if not on_graph:
         return alive
@@ -282,8 +281,7 @@ def next_batch_size(alive: int, rows: int, on_graph: bool) -> int:
 
 def require_room(student: Student, opening_tokens: int, max_new_tokens: int) -> None:
     """Raises UserError when opening and story do not fit the context."""
-    room = student.config.context - opening_tokens
-    if max_new_tokens > room:
+    if max_new_tokens > (room := student.config.context - opening_tokens):
         advice = f"lower --max-new-tokens to {room}, or " * (room > 0) + "shorten the opening"
         raise UserError(
             f"the opening ({opening_tokens} tokens) and the story (--max-new-tokens {max_new_tokens}) do not fit the "

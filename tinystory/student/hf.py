@@ -1,8 +1,8 @@
 """To and from the folders of transformers' GPT-2: config.json, model.safetensors, tokenizer.json.
 
-`AutoModelForCausalLM`, `AutoModel`, `AutoTokenizer` and `AutoProcessor` load the folders written here without any code
-of ours. Folders to read are untrusted: only JSON and safetensors are opened, sizes are checked against the file before
-anything is allocated, and a model that is not exactly GPT-2's layout is refused, not approximated.
+transformers' Auto classes load the folders written here without any code of ours. Folders to read are untrusted: only
+JSON and safetensors are opened, sizes are checked against the file before anything is allocated, and a model that is
+not exactly GPT-2's layout is refused, not approximated.
 """
 
 import json
@@ -145,8 +145,7 @@ def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
 
 def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Student:
     """The student, in float32 on the CPU, of a file of weights, ours or transformers', whose prefix `transformer.` is
-    optional. Raises UserError if a tensor is missing, has another shape than the configuration beside it says, or holds
-    numbers with which a forward pass could overflow."""
+    optional. Raises UserError if a tensor is missing, has another shape than `shape` says, or could overflow."""
     state = {}
     try:
         with safe_open(path, framework="pt") as file:

@@ -39,19 +39,17 @@ def total(device: torch.device) -> int:
 
 def require(needed: int, device: torch.device, advice: str) -> None:
     """Raises UserError if the device has less memory than `needed` bytes."""
-    needed_gb, gb = needed / 2**30, total(device) / 2**30
-    if needed_gb > gb:
-        raise UserError(
-            f"this run needs at least {needed_gb:,.1f} GB of memory and {device} has {gb:,.1f}: lower {advice}"
-        )
+    least, gb = needed / 2**30, total(device) / 2**30
+    if least > gb:
+        raise UserError(f"this run needs at least {least:,.1f} GB of memory and {device} has {gb:,.1f}: lower {advice}")
 
 
 def require_for_pretraining(config: PretrainConfig, device: torch.device) -> None:
-    """Raises UserError if such a run cannot fit."""
+    """Raises UserError if it cannot fit."""
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, config.vocab_size)
-    rows = min(config.micro_batch_size, config.batch_size)
+    tokens = min(config.micro_batch_size, config.batch_size) * config.context
+    activations = tokens * config.n_layer * config.n_embd * ACTIVATIONS * 2
     batch = config.batch_size * 8 * (config.context + 1)
-    activations = rows * config.context * config.n_layer * config.n_embd * ACTIVATIONS * 2
     advice = "--batch-size, --micro-batch-size, --context, --vocab-size, --n-layer or --n-embd"
     require(parameters(shape) * TRAINED + batch + activations, device, advice)
 
@@ -73,8 +71,6 @@ def require_for_interaction(config: InteractConfig, shape: StudentConfig, device
     require(needed, device, "--stories-per-step, --eval-stories, --max-new-tokens or --replay-batch")
 
 
-def require_for_stories(
-    stories: int, max_new_tokens: int, shape: StudentConfig, device: torch.device, advice: str
-) -> None:
-    """Raises UserError if so many stories do not fit."""
-    require(parameters(shape) * FLOAT + story_memory(stories, max_new_tokens, shape, device), device, advice)
+def require_for_stories(stories: int, tokens: int, shape: StudentConfig, device: torch.device, advice: str) -> None:
+    """Raises UserError if so many stories of so many tokens do not fit."""
+    require(parameters(shape) * FLOAT + story_memory(stories, tokens, shape, device), device, advice)

@@ -38,8 +38,7 @@ class StudentConfig:
 
 
 def wrong_shape(sizes: Mapping[str, Any]) -> str:
-    """The reason why these sizes make no StudentConfig, or "". They come from an untrusted file, and nothing has been
-    allocated yet."""
+    """The reason why these sizes, which come from an untrusted file, make no StudentConfig, or ""."""
     names = [f.name for f in fields(StudentConfig)]
     if sizes.keys() != set(names):
         return f"it must have {', '.join(names)}, and has {', '.join(map(str, sizes))[:200] or 'nothing'}"
@@ -80,8 +79,7 @@ class KVCache:
         self.memory = self.own, self.lengths, self.spans
 
     def keep(self, rows: Tensor) -> None:
-        """Drop every row but these, which move to the front of the same memory. rows: (R,) int64, indices into the
-        present rows."""
+        """Drop every row but these, (R,) int64, which move to the front of the same memory."""
         n = len(rows)
         self.own[:, :n], self.lengths[:n], self.spans[:n] = self.own[:, rows], self.lengths[rows], self.spans[rows]
         self.own, self.lengths, self.spans = self.own[:, :n], self.lengths[:n], self.spans[:n]
@@ -96,9 +94,7 @@ class KVCache:
 
 class Linear(nn.Linear):
     """A linear layer, with tanh GELU after it if `gelu`. wide: its output goes to the residual stream, so it stays in
-    float32 where the kernel has that at hand (see `ops.linear`).
-
-    copies: weight and bias in the type of the matmul, inside `Student.lowered`."""
+    float32 where the kernel has that at hand (see `ops.linear`). copies: weight and bias, inside `Student.lowered`."""
 
     def __init__(self, n_in: int, n_out: int, gelu: bool = False, wide: bool = False):
         super().__init__(n_in, n_out)
@@ -183,11 +179,8 @@ class Student(nn.Module):
         return self.ln_f(x + F.dropout(branch, dropout))
 
     def hidden(self, tokens: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
-        """Final hidden states (B, T, C) of whole sequences: tokens (B, T) int64, T <= context.
-
-        dropout: applied to the embedding, the attention weights and the residual branches, as in `trunk`; the mask of
-        the attention weights comes from `seed`.
-        """
+        """Final hidden states (B, T, C) of whole sequences: tokens (B, T) int64, T <= context. dropout: as in `trunk`,
+        and of the attention weights, from `seed`."""
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             return ops.causal_attention(qkv, dropout, seed * len(self.blocks) + i)
@@ -196,9 +189,8 @@ class Student(nn.Module):
 
     @contextlib.contextmanager
     def lowered(self, dtype: torch.dtype) -> Iterator[None]:
-        """On a GPU, linear layers read copies of their weights in dtype, autocast's, which are made here by one kernel;
-        autocast would cast each weight in every forward pass. No parameter may change meanwhile. The copies stay at the
-        same addresses from one time to the next."""
+        """On a GPU, linear layers read copies of their weights in dtype, autocast's, made here by one kernel; autocast
+        would cast each weight in every forward pass. No parameter may change meanwhile; the copies stay in place."""
         if not ops.on_gpu(self.wte.weight) or dtype == self.wte.weight.dtype:
             yield
             return

@@ -37,8 +37,8 @@ TOKEN_STEPS: WeakKeyDictionary[Student, "TokenStep"] = WeakKeyDictionary()  # on
 def token_step(
     student: Student, head: ValueHead | None, count: int, prompt_tokens: int, sampling: Sampling
 ) -> "TokenStep":
-    """A TokenStep with room for `count` stories and `prompt_tokens` tokens of prompts. On a GPU it is the last
-    rollout's, with its KV cache and captured graphs, if it fits; otherwise the new one has room for both."""
+    """A TokenStep with room for `count` stories and `prompt_tokens` tokens of prompts: on a GPU the last rollout's,
+    with its KV cache and captured graphs, if it fits; otherwise a new one, with room for both."""
     step = TOKEN_STEPS.pop(student, None)
     if step is None or not step.fits(head, count, prompt_tokens, sampling):
         if step and step.same(head, sampling):
@@ -88,7 +88,7 @@ class TokenStep:
         self.addresses = self.parameter_addresses()
 
     def parameter_addresses(self) -> list[int]:
-        """The addresses of the parameters that a graph reads."""
+        """Of the parameters that a graph reads."""
         heads = [] if self.head is None else self.head.parameters()
         return [p.data_ptr() for p in (*self.student.parameters(), *self.student.copies, *heads)]
 
@@ -144,8 +144,8 @@ class TokenStep:
             graph.replay()
 
     def warm_up(self) -> None:
-        """Run the step on the stream of the capture, so that all set-up that a capture forbids is done before: cuBLAS's
-        and the loading of kernels at their first use."""
+        """Run the step on the stream of the capture: what a capture forbids, cuBLAS's set-up and the loading of kernels
+        at their first use, is done before."""
         device = self.at.device
         main, side = torch.cuda.current_stream(device), side_stream(device, "capture")
         side.wait_stream(main)
