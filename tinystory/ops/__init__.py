@@ -39,15 +39,9 @@ def decode_attention(qkv: Tensor, prefix: Tensor, spans: Tensor, cache: Tensor, 
 
 
 def sample(
-    logits: Tensor,
-    *,
-    seed: int,
-    rows: Tensor,
-    step: int | Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, *, seed: int, rows: Tensor, step: int | Tensor,
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Draw a token from each row of logits (B, V): tokens (B,) int64, logprobs (B,) and entropy (B,) float32.
 
     The draw is a function of (seed, row id, step, that row's logits): rows (B,) int64 are the ids; step is an int or

@@ -8,6 +8,7 @@ token of the stories of a batch, or padded tables (B, N), one row per story, wit
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ from tinystory.rl.critic import RidgeCritic
 from tinystory.run.device import upload
 from tinystory.run.errors import UserError
 from tinystory.student.model import ValueHead
+
+Baseline = Callable[[Tensor, Tensor], Tensor]  # of the stories' returns, (B,), and their groups, (B,)
 
 # ---- losses: of each token, before the weighting; and whether it is clipped. logprob: (n,) of the policy. ----------
 
@@ -88,14 +91,10 @@ def ridge(config: InteractConfig, critic: nn.Module, batch: Batch, rewards: Tens
     return gae(config, critic, dataclasses.replace(batch, values=critic.estimate(batch)), rewards)
 
 
-def grouped(baseline: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Batch]:
+def grouped(baseline: Baseline, config: InteractConfig, critic: nn.Module, batch: Batch, rewards: Tensor) -> Batch:
     """Advantages that compare the stories to an opening: `baseline` of their returns, the same for all tokens."""
-
-    def advantages(config: InteractConfig, critic: nn.Module, batch: Batch, rewards: Tensor) -> Batch:
-        groups = upload(batch.indices // config.stories_per_opening, rewards.device)
-        return dataclasses.replace(batch, advantages=batch.packed(baseline(batch.story_sums(rewards), groups)[:, None]))
-
-    return advantages
+    groups = upload(batch.indices // config.stories_per_opening, rewards.device)
+    return dataclasses.replace(batch, advantages=batch.packed(baseline(batch.story_sums(rewards), groups)[:, None]))
 
 
 def best_stories(config: InteractConfig, critic: nn.Module, batch: Batch, rewards: Tensor) -> Batch:
@@ -180,9 +179,9 @@ GAE = ("clip_ratio", "gamma", "lam")
 LEARNERS = {
     "ridge": Learner(ridge, ppo_loss, critic=RidgeCritic, reads=GAE),
     "gae": Learner(gae, ppo_loss, critic=ValueHead, reads=(*GAE, "clip_value", "value_coef")),
-    "rloo": Learner(grouped(rloo), rloo_loss, story_mean, groups=True),
-    "grpo": Learner(grouped(grpo), ppo_loss, story_mean, groups=True),
-    "dr_grpo": Learner(grouped(dr_grpo), ppo_loss, longest_mean, groups=True),
+    "rloo": Learner(partial(grouped, rloo), rloo_loss, story_mean, groups=True),
+    "grpo": Learner(partial(grouped, grpo), ppo_loss, story_mean, groups=True),
+    "dr_grpo": Learner(partial(grouped, dr_grpo), ppo_loss, longest_mean, groups=True),
     "sft-best": Learner(best_stories, cross_entropy, reads=()),
 }
 

@@ -63,20 +63,10 @@ class Story:
 
 @torch.no_grad()
 def generate(
-    student: Student,
-    value_head: ValueHead | None,
-    tokenizer: Tokenizer,
-    openings: Sequence[str],
-    *,
-    first_index: int,
-    max_new_tokens: int,
-    seed: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    dropout: float = 0.0,
-    on_story: Callable[[Story], None] | None = None,
-) -> list[Story]:
+    student: Student, value_head: ValueHead | None, tokenizer: Tokenizer, openings: Sequence[str], *,
+    first_index: int, max_new_tokens: int, seed: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+    dropout: float = 0.0, on_story: Callable[[Story], None] | None = None,
+) -> list[Story]:  # fmt: skip
     """One story per opening, in order, with the indices first_index, first_index + 1, ...
 
     The stories of one opening that are decoded together share one pass over it. Each story is handed to `on_story` as
@@ -88,8 +78,7 @@ def generate(
         temperature, top_k = 1.0, 1
     sampling = Sampling(max_new_tokens, tokenizer.eos, seed, temperature, top_k, top_p, dropout)
     device, dtype = student.wte.weight.device, ops.matmul_dtype(student.wte.weight)
-    distinct = dict.fromkeys(openings)
-    prompts = {text: torch.tensor(encode_opening(tokenizer, text), device="cpu") for text in distinct}
+    prompts = {text: torch.tensor(encode_opening(tokenizer, text), device="cpu") for text in dict.fromkeys(openings)}
     require_room(student, max(map(len, prompts.values())), max_new_tokens)
     size = rows_at_once(len(openings), sum(p.numel() for p in student.parameters()) * dtype.itemsize, device)
     decoder: Decoder = StudentDecoder(student, value_head, sampling)

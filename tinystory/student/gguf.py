@@ -30,23 +30,18 @@ def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         writer = GGUFWriter(partial, "gpt2")
-        writer.add_name(path.stem)
-        writer.add_file_type(LlamaFileType.ALL_F32)
-        writer.add_block_count(shape.n_layer)
-        writer.add_head_count(shape.n_head)
-        writer.add_embedding_length(shape.n_embd)
-        writer.add_feed_forward_length(4 * shape.n_embd)
-        writer.add_context_length(shape.context)
-        writer.add_layer_norm_eps(FIXED["layer_norm_epsilon"][0])
-        writer.add_tokenizer_model("gpt2")  # byte-level BPE
-        writer.add_tokenizer_pre("gpt-2")  # GPT-2's split
-        writer.add_token_list(sorted(vocab, key=vocab.__getitem__))
-        writer.add_token_types([TokenType.NORMAL if text else TokenType.CONTROL for text in tokenizer.token_bytes])
-        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]])
-        writer.add_bos_token_id(tokenizer.eos)
-        writer.add_eos_token_id(tokenizer.eos)
-        writer.add_pad_token_id(tokenizer.pad)
-        writer.add_add_bos_token(True)
+        fields = dict(
+            name=path.stem, file_type=LlamaFileType.ALL_F32, block_count=shape.n_layer, head_count=shape.n_head,
+            embedding_length=shape.n_embd, feed_forward_length=4 * shape.n_embd, context_length=shape.context,
+            layer_norm_eps=FIXED["layer_norm_epsilon"][0],
+            tokenizer_model="gpt2", tokenizer_pre="gpt-2",  # byte-level BPE, and GPT-2's split
+            token_list=sorted(vocab, key=vocab.__getitem__),
+            token_types=[TokenType.NORMAL if text else TokenType.CONTROL for text in tokenizer.token_bytes],
+            token_merges=[m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]],
+            bos_token_id=tokenizer.eos, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad, add_bos_token=True,
+        )  # fmt: skip
+        for name, value in fields.items():
+            getattr(writer, f"add_{name}")(value)
         for ours, weight in student.state_dict().items():
             writer.add_tensor(".".join(NAMES.get(part, part) for part in ours.split(".")), weight.cpu().numpy())
         writer.write_header_to_file()
