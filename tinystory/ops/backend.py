@@ -1,8 +1,5 @@
-"""The back-end: which implementation runs each operator, and the loading of the compiled ones.
-
-A kernel is compiled C++ or CUDA (csrc/). On a Mac PyTorch's matmul runs three operators in its place (MATMULS). The
-reference is the operator's definition in plain PyTorch (reference.py).
-"""
+"""The back-end: what runs each operator. A kernel is compiled C++ or CUDA (csrc/); on a Mac PyTorch's matmul runs three
+operators in its place (MATMULS); the reference is the operator's definition in plain PyTorch (reference.py)."""
 
 import functools
 import os

@@ -1,8 +1,7 @@
 """The default's value baseline: ridge regression of returns on the frozen reference's hidden states.
 
-A value head on the student's trunk learns slowly and disturbs the trunk. The reference reads every story anyway, for
-the KL penalty, and a linear function of its states explains most of the variance of the rewards after one step
-(LOG.md). With a value at each token, GAE credits the sentences that changed it.
+A value head on the student's trunk learns slowly and disturbs it. The reference reads every story anyway, and a linear
+function of its states explains most of the variance of the rewards after one step (LOG.md).
 """
 
 from collections.abc import Iterator
@@ -13,11 +12,8 @@ from torch import Tensor, nn
 
 from tinystory.rl.batch import Batch
 
-# Ridge prior, in tokens: after PRIOR tokens the weights are shrunk by half. About 40 stories, the best of the values
-# tried on held-out stories.
-PRIOR = 5000
-# Decay per PPO step of the accumulated statistics; older returns come from an older policy.
-DECAY = 0.9
+PRIOR = 5000  # tokens after which the weights are shrunk by half: about 40 stories, the best value on held-out ones
+DECAY = 0.9  # per PPO step, of the accumulated statistics; older returns come from an older policy
 CHUNK = 32  # stories per chunk of features; on a CPU a quarter faster than a whole step's at once (LOG.md)
 
 

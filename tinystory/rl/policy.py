@@ -43,11 +43,10 @@ class SharpAdam(torch.optim.Adam):
     """Adam for student and critic, with one more direction: s, the logarithm of a factor on all logits, which has a
     learning rate of its own.
 
-    The correlation between a story's log-ratio along a direction and its reward bounds what a step along it can gain,
-    and of 70 directions that scale a part of the student this is the only one that 256 stories tell from noise
-    (LOG.md). The gain and bias of the final norm, into which s is folded after each step, can go there too, but at
-    Adam's rate they go as fast in 255 directions of noise. `readers`, the weights that read the norm's output besides
-    the logits (a value head's), are divided by the same factor, so s changes no value.
+    Of 70 directions that scale a part of the student this is the only one of which 256 stories tell a gain from noise
+    (LOG.md). The final norm, into which s is folded after each step, can go there too, but at Adam's rate it goes as
+    fast in 255 directions of noise. `readers`, the weights that read the norm's output besides the logits (a value
+    head's), are divided by the same factor, so s changes no value.
     """
 
     def __init__(self, student: Student, critic: nn.Module, config: InteractConfig):

@@ -1,8 +1,7 @@
 """One step of learning from stories: token rewards with a KL penalty, and the update of PPO and its kin.
 
-Formulas follow TRL 0.9.4's PPOTrainer, which the paper used (arXiv 2509.15714), itself after Ziegler et al. 2019
-(arXiv 1909.08593). What differs between the learners is in learners.py. Tensors are (n,), one entry per token of the
-stories of a batch.
+Formulas follow TRL's PPOTrainer, as in learners.py, which has what differs between the learners. Tensors are (n,), one
+entry per token of the stories of a batch.
 """
 
 import dataclasses
@@ -197,8 +196,8 @@ def k3(batch: Batch, logprob: Tensor) -> Tensor:
 
 
 def value_loss(config: InteractConfig, batch: Batch, value: Tensor | None) -> Tensor:
-    """(n,): half of the larger squared error of a value head's values, clipped to the old ones' vicinity or not; of a
-    critic without gradient the half of its squared error; 0 for a learner without values."""
+    """(n,): half of the larger squared error of a value head's values, clipped to the old ones' vicinity or not; half
+    of the squared error of the ridge critic, without gradient; 0 for a learner without values."""
     if batch.returns is None:
         return torch.zeros_like(batch.logprobs)
     if value is None:

@@ -1,9 +1,9 @@
 """A model of the teacher's scores, so that few grades go a long way: `--graded N` sends N stories of a step to the
 teacher, and a ridge regression on what the frozen reference sees of a story predicts the scores of the others.
 
-It is fitted anew in each step, on the grades of the run. Its penalty is the one with the least leave-one-out error,
-which a ridge regression has in closed form (Allen's PRESS; Golub, Heath and Wahba 1979). A predicted score stands in
-for the teacher's in the reward alone; it is recorded apart, and a graded story without a readable reply gets none.
+It is fitted anew in each step, with the penalty of the least leave-one-out error, which a ridge regression has in
+closed form (Allen's PRESS; Golub, Heath and Wahba 1979). A predicted score stands in for the teacher's in the reward
+alone; it is recorded apart, and a graded story without a readable reply gets none.
 """
 
 import random
@@ -25,8 +25,7 @@ QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75)  # of the log-probabilities of a story'
 
 
 def sent_to_teacher(stories: int, graded: int, seed: int, step: int) -> list[int]:
-    """The rows of a step's stories that are graded, drawn at random, in order; all of them if `graded` is 0. They
-    depend on the seed and the step alone, so a resumed run asks for the same ones."""
+    """The rows of a step's stories that are graded, in order, drawn from seed and step; all if `graded` is 0."""
     return sorted(random.Random(f"graded {seed} {step}").sample(range(stories), graded or stories))
 
 

@@ -69,8 +69,8 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, history: dict[
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tokenizer, dict[str, Any]]:
-    """Student, tokenizer and history (see HISTORY; {} of a folder that transformers wrote). Raises UserError if the
-    checkpoint is incomplete or malformed, before anything is allocated that its weights do not fill."""
+    """Student, tokenizer and history ({} of a folder that transformers wrote). Raises UserError if the checkpoint is
+    incomplete or malformed, before anything is allocated that its weights do not fill."""
     history: dict[str, Any] = {}
     if hf.is_folder(folder):
         student, tokenizer = hf.read(folder)
@@ -138,8 +138,8 @@ def does_not_fit(reason: str) -> UserError:
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """The checkpoints in a run's folder with their steps, newest first; one whose step cannot be read counts as the
-    newest. Not `best`: it is saved before its step is logged."""
+    """The checkpoints in a run's folder with their steps, newest first, and before them those whose step is unreadable.
+    Not `best`: it is saved before its step is logged."""
     steps = []
     for folder in run.glob("checkpoints/[!.]*"):
         if folder.is_dir() and folder.name != BEST:
@@ -172,8 +172,7 @@ def newest_whole(run: Path) -> Path | None:
 
 def find(path: Path) -> Path:
     """`path` itself if it is a checkpoint or a folder that transformers wrote, else the best checkpoint of the run in
-    it, or the newest if none was chosen as the best; hub:NAME@REVISION is downloaded. Raises UserError if there is
-    none."""
+    it, or the newest; hub:NAME@REVISION is downloaded. Raises UserError if there is none."""
     if str(path).startswith("hub:"):
         return hf.download(str(path))
     if (path / "model.json").exists() or hf.is_folder(path):

@@ -23,8 +23,8 @@ from tinystory.run.errors import UserError
 from tinystory.student.model import KVCache, Student, ValueHead
 from tinystory.student.token_step import Sampling, token_step
 
-# Decoding batch size on a CPU: ROWS per thread if the weights are at most CACHE bytes, which stay in its caches; else
-# LARGE_ROWS in all, so that a token step reads the weights once for many stories.
+# Decoding batch size on a CPU: ROWS per thread if the weights are at most CACHE bytes; else LARGE_ROWS in all, so that
+# a token step reads the weights once for many stories.
 ROWS, LARGE_ROWS, CACHE = 32, 128, 32 << 20
 
 # What a decoder returns of a story, on the CPU: tokens (n,) int64; logprobs, values, entropies (n,) float32.
@@ -106,8 +106,8 @@ def generate(
 
 
 def rows_at_once(count: int, weights: int, device: torch.device) -> int:
-    """Decoding batch size for `count` stories: on a CPU, few enough that weights and KV cache stay in the caches.
-    weights: the student's size in bytes, in the dtype of the matmuls."""
+    """Decoding batch size for `count` stories: on a CPU, few enough that weights, of so many bytes, and KV cache stay
+    in the caches."""
     rows = ROWS * torch.get_num_threads() if weights <= CACHE else LARGE_ROWS
     return count if device.type == "cuda" else min(count, rows)
 
@@ -199,8 +199,8 @@ class StudentDecoder:
 
 
 class DropoutDecoder:
-    """Plain PyTorch with dropout on the embedding, the attention weights and the branches, for --rollout-dropout. Each
-    story and token has its own masks, which depend on the batch. Nothing is truncated, and the values are 0."""
+    """Plain PyTorch with dropout, for --rollout-dropout. Each story and token has its own masks, which depend on the
+    batch. Nothing is truncated, and the values are 0."""
 
     def __init__(self, student: Student, sampling: Sampling):
         self.student, self.sampling = student, sampling

@@ -1,8 +1,5 @@
-"""Whether a run can fit memory at all, asked before anything is allocated.
-
-A refusal counts only what is certain: weights, gradients, the optimiser's state, and the largest tensors that sizes of
-the command line multiply. A run that passes may still need more than there is.
-"""
+"""Whether a run can fit memory at all, asked before anything is allocated. Only what is certain counts: weights,
+gradients, the optimiser's state, and the largest tensors that sizes of the command line multiply."""
 
 import os
 from pathlib import Path

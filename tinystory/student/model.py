@@ -126,9 +126,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, branch: Tensor | None, attend: Callable[[Tensor], Tensor], dropout: float, seed: int
     ) -> tuple[Tensor, Tensor]:
-        """x: the residual stream; branch: the output of the previous sublayer, not yet added, or None in the first
-        block; both (..., C). Returns the two after this block. attend: packed queries, keys and values
-        (..., 3, H, D) -> (..., H, D)."""
+        """The residual stream x and the output of the last sublayer, not yet added, after this block; both (..., C).
+        branch: the latter before it, None in the first block. attend: packed queries, keys and values (..., 3, H, D) ->
+        (..., H, D)."""
         x, y = ops.add_layer_norm(x, branch, self.ln_1.weight, self.ln_1.bias, dropout, seed)  # x += branch; ln_1(x)
         qkv = self.qkv(y).unflatten(-1, (3, self.n_head, -1))
         branch = self.attn_proj(attend(qkv).flatten(-2))
@@ -137,11 +137,10 @@ class Block(nn.Module):
 
 
 class Student(nn.Module):
-    """init: "gpt2" is GPT-2's, whose standard deviation of 0.02 suits its width of 768. "unit" scales with the
-    width and keeps the token's own embedding in the foreground of the residual stream: deviations of 1 for
-    embeddings, 0.3 for positions and 1 / sqrt(C) for matrices, a gain of 1 / sqrt(C) in the final norm. Attention
-    then starts sharp enough to be trained, so a small student learns to copy a name hundreds of steps sooner
-    (docs/results.md)."""
+    """init: "gpt2" is GPT-2's, whose standard deviation of 0.02 suits its width of 768. "unit" scales with the width
+    and keeps the token's own embedding in the foreground: deviations of 1 for embeddings, 0.3 for positions and
+    1 / sqrt(C) for matrices, a gain of 1 / sqrt(C) in the final norm. Attention then starts sharp enough to be trained:
+    a small student learns to copy a name hundreds of steps sooner (docs/results.md)."""
 
     def __init__(self, config: StudentConfig, init: str = "gpt2"):
         super().__init__()
@@ -167,11 +166,9 @@ class Student(nn.Module):
             nn.init.constant_(self.ln_f.weight, std)  # so that logits start with deviation 1
 
     def trunk(self, x: Tensor, attend: Callable[[int, Tensor], Tensor], dropout: float = 0.0, seed: int = 0) -> Tensor:
-        """From embedded tokens (..., C) to final hidden states (..., C).
-
-        attend(i, qkv): the attention of layer i, from packed queries, keys and values (..., 3, H, D) to (..., H, D).
-        dropout: applied to the embedding and the last branch with torch's generator, to the other branches from `seed`.
-        """
+        """From embedded tokens (..., C) to final hidden states (..., C). attend(i, qkv): layer i's attention, as in
+        `Block.forward`. dropout: of the embedding and the last branch with torch's generator, of the other branches
+        from `seed`."""
         x = F.dropout(x, dropout)
         branch: Any = None
         for i, block in enumerate(self.blocks):
@@ -217,8 +214,8 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Tensor], cache: KVCache) -> Tensor:
-        """The hidden state after each prompt, (len(prompts), C). Each prompt, (P,) int64 on the CPU, is read once,
-        into the cache's prefix."""
+        """The hidden state after each prompt, (len(prompts), C). Each, (P,) int64 on the CPU, is read into the cache's
+        prefix."""
         lengths = torch.tensor([*map(len, prompts)], device="cpu")
         tokens = pad_sequence(list(prompts), batch_first=True)
         T = tokens.shape[1]

@@ -22,8 +22,7 @@ LARGE = 2**20  # elements of a matrix that fills a CPU's L2 cache with what is c
 class MuonAdamW(torch.optim.AdamW):
     """AdamW, but that matrices of the first group take Muon's steps, with their own rate and no weight decay.
 
-    heads: attention heads, each of which has its own matrices of queries, keys, values and of the projection.
-    dtype: of Muon's matmuls."""
+    heads: each has its own matrices of queries, keys, values and projection; dtype: of Muon's matmuls."""
 
     def __init__(
         self, matrices: Iterable[Any], others: list[dict[str, Any]], *, heads: int, dtype: torch.dtype,

@@ -50,17 +50,11 @@ def token_step(
     return step
 
 
-def graphs_run(device: torch.device) -> bool:
-    """Whether token steps are captured as graphs: on CUDA, unless the reference runs, which waits for the device."""
-    return device.type == "cuda" and bool(ops.load())
-
-
 class TokenStep:
     """One decoding step of R rows: read each row's last token, draw the next, write it to the outputs.
 
-    All state that changes from step to step is in tensors that stay at the same address, for a whole run, and nothing
-    waits for the device. So on CUDA the step is captured as a graph, once for each R; a replay costs the host one
-    launch instead of one per kernel.
+    All state that changes from step to step stays at the same address for a whole run; nothing waits for the device. So
+    on CUDA the step is captured as a graph, once for each R: a replay is one launch instead of one per kernel.
 
     drawn (R,) int64: the last token of each row; `start` draws the first. at (R,) int64: each row's index in the
     outputs. ids (R,) int64: the row ids of its draws. cache: its lengths are also the step that each row is at.
@@ -69,9 +63,9 @@ class TokenStep:
     """
 
     def __init__(self, student: Student, head: ValueHead | None, rows: int, prompt_tokens: int, sampling: Sampling):
-        """rows: the maximum number of stories. prompt_tokens: the maximum number of tokens of all prompts."""
+        """rows, prompt_tokens: the maximum number of stories, and of tokens of all prompts."""
         device, dtype = student.wte.weight.device, ops.matmul_dtype(student.wte.weight)
-        self.on_graph = graphs_run(device)
+        self.on_graph = device.type == "cuda" and bool(ops.load())  # the reference waits for the device
         self.rows, self.prefix = rows, -(-prompt_tokens // 1024) * 1024 if self.on_graph else prompt_tokens
         self.student = cast(Student, weakref.proxy(student))  # whose entry in TOKEN_STEPS this is
         self.head, self.dtype, self.sampling = head, dtype, sampling
@@ -175,8 +169,8 @@ class TokenStep:
         self.at, self.ids, self.drawn = self.state[:, : len(rows)]
 
     def read(self, rows: Tensor, length: int) -> Tensor:
-        """(4, n, length) float32 on the CPU: the first `length` entries of rows of the outputs that no later step
-        writes. rows: (n,) int64, on the CPU. Does not wait for the steps that are launched."""
+        """(4, n, length) float32 on the CPU: the first `length` entries of rows, (n,) int64 on the CPU, that no later
+        step writes. Does not wait for the steps that are launched."""
         device = self.outputs.device
         with torch.cuda.stream(side_stream(device, "reading")) if self.outputs.is_cuda else contextlib.nullcontext():
             return Download(self.outputs[:, :, :length].index_select(1, upload(rows, device))).wait()
