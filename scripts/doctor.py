@@ -46,7 +46,6 @@ PACKAGES = (
     "pybind11", "ninja", "setuptools", "numpy", "tokenizers", "tiktoken", "safetensors", "openai", "httpx2", "aiohttp",
     "tqdm", "huggingface_hub", "transformers",  # the last two are optional
 )  # fmt: skip
-WANTED_DISK = 2 << 30  # bytes: shards of a large corpus, checkpoints, kernels
 
 
 @command
@@ -115,8 +114,12 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "cpu", f"{processors()} processors for us, {torch.get_num_threads()} torch threads; {bf16}"
     yield "compiler", compiler()
     yield "kernels", kernels()
-    yield "gpu", gpu()
-    yield "nvcc", cuda_compiler()
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    found = ", ".join(f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
+    yield "gpu", found or "none that this torch can use: see what nvidia-smi says"
+    unused = cuda.why_not()
+    capabilities = "" if unused else f"for compute capability {', '.join(cuda.architectures())}"
+    yield "nvcc", f"not used: {unused}" if unused else f"{cuda.toolkit()}, {capabilities}"
     yield "cache", cache()
 
 
@@ -139,7 +142,7 @@ def compiler() -> str:
         return f"none: {error}"
     banner = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     threads = "OpenMP" if "-fopenmp" in flags else "threads of our own"
-    return f"{path}: {banner.splitlines()[0] if banner else 'it does not say its version'}; {threads}"
+    return f"{path}: {(banner or 'it does not say its version').splitlines()[0]}; {threads}"
 
 
 def kernels() -> str:
@@ -150,8 +153,6 @@ def kernels() -> str:
         library = build.library_folder(build.NAME, build.cpu_sources()) / f"{build.NAME}.so"
     except UserError as error:
         return f"not built: {error}"
-    if not build.cpu_sources():
-        return f"not built: there are no sources in {build.CSRC}; install tinystory again"
     if not build.intact(library):
         return "not built yet for this compiler, this processor and this torch, or damaged: the next run builds them"
     try:
@@ -161,24 +162,8 @@ def kernels() -> str:
     return f"built, and they load: {library}"
 
 
-def gpu() -> str:
-    if torch.version.cuda is None:
-        return "none: this torch is built without CUDA"
-    if not torch.cuda.is_available():
-        return f"none that torch (CUDA {torch.version.cuda}) can use: see what nvidia-smi says"
-    names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB" for gpu in names)
-
-
-def cuda_compiler() -> str:
-    """Whether the CUDA kernels can be compiled, and if not, why."""
-    if why := cuda.why_not():
-        return f"not used: {why}"
-    return f"{cuda.toolkit()}, for compute capability {', '.join(cuda.architectures())}"
-
-
 def cache() -> str:
-    """The cache's folder, whether it can be written, and the room on its disk."""
+    """The cache's folder, and the room on its disk."""
     try:
         folder = cache_dir()
     except UserError as error:
@@ -186,10 +171,7 @@ def cache() -> str:
     there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
     if not there.is_dir() or not os.access(there, os.W_OK):
         return f"{folder} cannot be written: set TINYSTORY_CACHE to a folder that can"
-    free = shutil.disk_usage(there).free
-    short = " (little: a large corpus needs more)" if free < WANTED_DISK else ""
-    here = shutil.disk_usage(Path.cwd()).free  # for --out
-    return f"{folder}, {free / 2**30:.1f} GiB free{short}; in this folder {here / 2**30:.1f} GiB free"
+    return f"{folder}, {shutil.disk_usage(there).free / 2**30:.1f} GiB free"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """scripts/bench.py on a tiny shape: one line of JSON that adds up, through the product's own functions."""
 
+import contextlib
 import json
 import statistics
 
@@ -152,13 +153,18 @@ def test_peers_take_turns_with_ours(nanogpt, run, monkeypatch, optimizer):
 
         return lap
 
-    class Watched(peers.Peer):
-        def run(self):
-            laps[-1].append(super().run())
-            return laps[-1][-1]
+    @contextlib.contextmanager
+    def watched(*settings, peer=peers.peer):
+        with peer(*settings) as run:
+
+            def lap():
+                laps[-1].append(run())
+                return laps[-1][-1]
+
+            yield lap
 
     monkeypatch.setitem(timing.WORK, "pretrain", (ours, *rest))
-    monkeypatch.setattr(peers, "Peer", Watched)
+    monkeypatch.setattr(peers, "peer", watched)
     result = run("peers", "--nanogpt", str(nanogpt), "--new", "9", "--runs", "3", *optimizer)["peers"]["pretrain"]
     assert [len(lap) for lap in laps] == [3] * 4  # ours, and each dtype; the first turn warms up
     turns = [float32_s / ours["step_s"] for ours, float32_s, _ in laps[1:]]

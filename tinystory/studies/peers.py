@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import json
-import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,25 +21,26 @@ from tinystory.studies.timing import PROMPT, WORK, Setup
 PEERS = {"pretrain": "nanogpt", "rollout": "transformers", "ppo": "trl"}  # by work
 
 
-class Peer:
-    """A process of scripts/peer.py, whose standard error is ours. Raises UserError if it ends."""
+@contextlib.contextmanager
+def peer(python: str, name: str, settings: dict[str, Any]) -> Iterator[Callable[[], float]]:
+    """Yields what returns the seconds of a run in a process of scripts/peer.py, whose standard error is ours, and
+    raises UserError if that has ended."""
+    argv, pipe = [python, str(ROOT / "scripts/peer.py"), name, json.dumps(settings)], subprocess.PIPE
+    process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True)
 
-    def __init__(self, python: str, name: str, settings: dict[str, Any]):
-        argv, pipe = [python, str(ROOT / "scripts/peer.py"), name, json.dumps(settings)], subprocess.PIPE
-        self.name, self.process = name, subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True)
-
-    def run(self) -> float:
-        """The seconds of a run."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+    def run() -> float:
+        assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # its output has ended too
-            print("run", file=self.process.stdin, flush=True)
-        if line := self.process.stdout.readline():
+            print("run", file=process.stdin, flush=True)
+        if line := process.stdout.readline():
             return float(line)
-        raise UserError(f"the peer {self.name} ended with status {self.process.wait()}: its message is above")
+        raise UserError(f"the peer {name} ended with status {process.wait()}: its message is above")
 
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+    try:
+        yield run
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def require(nanogpt: Path | None, trl: Path | None, batch: int, device: torch.device) -> None:
@@ -60,29 +62,26 @@ def compare(
     machine's drift meets both; ratio, the median over the turns of the seconds of its faster dtype to ours (above 1:
     ours is faster)."""
     results: dict[str, dict[str, Any]] = {}
-    for work, peer in PEERS.items():
-        python = (sys.executable if nanogpt else None) if peer == "nanogpt" else trl
-        if not python:
+    pythons = {"nanogpt": sys.executable if nanogpt else None, "transformers": trl, "trl": trl}
+    for work, name in PEERS.items():
+        if not (python := pythons[name]):
             continue
         make_run, key, batches = WORK[work]
         setup = dataclasses.replace(setup, batch=batches[shape])
-        run = make_run(setup, optimizer=optimizer) if work == "pretrain" else make_run(setup)
+        ours = make_run(setup, optimizer=optimizer) if work == "pretrain" else make_run(setup)
         settings = dict(model=dataclasses.asdict(setup.config), batch=setup.batch, new=setup.new, prompt=PROMPT)
         settings |= dict(threads=torch.get_num_threads(), repo=str(nanogpt))
         # TRL computes in float32; without hardware bfloat16 is emulated, and a step takes thirty times as long.
-        dtypes = ("float32", "bfloat16") if peer != "trl" and cpu_has_bf16() else ("float32",)
+        dtypes = ("float32", "bfloat16") if name != "trl" and cpu_has_bf16() else ("float32",)
         with contextlib.ExitStack() as stack:
-            peers = {dtype: Peer(str(python), peer, settings | {"dtype": dtype}) for dtype in dtypes}
-            for process in peers.values():
-                stack.callback(process.close)
-            laps = []
-            for _ in tqdm(range(runs + 1), desc=f"{peer} and ours", unit="turn", disable=None):
-                laps.append([run()[key], *(process.run() for process in peers.values())])
-        ours_s, *peer_s = (statistics.median(column) for column in zip(*laps[1:], strict=True))  # the first warms up
+            peers = [stack.enter_context(peer(str(python), name, settings | {"dtype": dtype})) for dtype in dtypes]
+            turns = tqdm(range(runs + 1), desc=f"{name} and ours", unit="turn", disable=None)
+            laps = [[ours()[key], *(run() for run in peers)] for _ in turns][1:]  # the first warms up
+        ours_s, *peer_s = (round(median(column), 4) for column in zip(*laps, strict=True))
         best = peer_s.index(min(peer_s))
-        ratio = statistics.median(lap[1 + best] / lap[0] for lap in laps[1:])
-        results[work] = dict(batch=setup.batch, ours_s=round(ours_s, 4), peer=peer, best=dtypes[best])
-        results[work] |= dict(
-            ratio=round(ratio, 2), peer_s=dict(zip(dtypes, (round(s, 4) for s in peer_s), strict=True))
+        ratio = round(median(lap[1 + best] / lap[0] for lap in laps), 2)
+        by_dtype = dict(zip(dtypes, peer_s, strict=True))
+        results[work] = dict(
+            batch=setup.batch, ours_s=ours_s, peer=name, best=dtypes[best], ratio=ratio, peer_s=by_dtype
         )
     return results
