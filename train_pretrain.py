@@ -22,7 +22,7 @@ from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.device import Download, Stop, peak_memory_mb, upload
 from tinystory.run.errors import UserError, command
-from tinystory.run.folder import Record, RunLog, locked, read_metrics
+from tinystory.run.folder import Record, RunLog, holds_run, locked, read_metrics
 from tinystory.run.paths import hint
 from tinystory.run.step_log import Progress, StepLog
 from tinystory.run.text import printable
@@ -153,7 +153,7 @@ def pretrain(config: PretrainConfig) -> None:
         checkpoint.drop_older(folder)
 
     bar = Progress(
-        total=config.words, initial=state.words, unit="word", unit_scale=True, desc="pretraining", mininterval=0.5,
+        total=config.words, initial=state.words, unit="word", unit_scale=True, desc="pretraining: ", mininterval=0.5,
         disable=not rank0,
     )  # fmt: skip
     steps = StepLog(log, bar, config.batch_size * config.context, CollapseDetector(read_metrics(run)).add)
@@ -208,7 +208,8 @@ def report(
     if last:
         print(f"validation loss {last['val_loss']:.3f} nats per token, {last['val_bits_per_byte']:.3f} bits per byte")
     print(f"report: {run / 'report.html'}")
-    print(f"next:   {hint('train_interact.py', '--init', checkpoint.newest(run))}")
+    more = ["--out", f"{run}-interact"] if holds_run(Path(InteractConfig.out)) else []
+    print(f"next:   {hint('train_interact.py', '--init', checkpoint.newest(run), *more)}")
 
 
 if __name__ == "__main__":

@@ -191,7 +191,6 @@ def test_ctrl_c_under_torchrun_ends_the_step_and_saves_and_twice_ends_at_once(pl
 def collectives(rank: int, folder: str) -> None:
     """Runs in each of two processes; a failed assertion sets the exit code."""
     distributed.dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    distributed.BUCKET = 8  # several buckets
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 2), (7,), (2,), (5, 5))]
     for i, p in enumerate(parameters):
         if rank == 0 or i != 2:  # a process without rows has no gradient

@@ -25,7 +25,6 @@ from tinystory.run.errors import TORCHRUN, Interrupted, PeerLost, UserError
 
 T = TypeVar("T")
 Rows = TypeVar("Rows", Tensor, list)
-BUCKET = 1 << 24  # elements per all-reduce: enough to saturate the network, few beside all gradients
 GRACE_S = 300.0  # for ending a step and saving, after torchrun was killed
 # Messages of gloo, NCCL and torch's store.
 CONNECTION_LOST = re.compile("connect|broken pipe|socket|timed out|timeout|remote process|network|recv", re.I)
@@ -118,36 +117,27 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 def all_reduce_max(x: float) -> float:
     """Maximum over the processes."""
-    if world_size() > 1:
-        box = torch.tensor(x, dtype=torch.float64)
-        with peers():
-            dist.all_reduce(box, dist.ReduceOp.MAX)
-        return float(box)
-    return x
+    return max(all_gather_list([x]))
 
 
 def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sum every parameter's gradient over the processes, in buckets; a missing gradient is zero."""
+    """Sum every parameter's gradient over the processes; a missing gradient is zero."""
     if world_size() == 1:
         return
-    bucket: list[Tensor] = []
-    for p in [*parameters, None]:
-        if p is None or sum(g.numel() for g in bucket) >= BUCKET:
-            sums = all_reduce_sum(torch.cat([g.flatten() for g in bucket]))
-            for g, total in zip(bucket, sums.split([g.numel() for g in bucket]), strict=True):
-                g.copy_(total.view_as(g))
-            bucket = []
-        if p is not None:
+    with peers():
+        sums = []
+        for p in parameters:  # all at once: a small sum costs little more than its latency
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            bucket.append(p.grad)
+            sums.append(dist.all_reduce(p.grad, async_op=True))
+        for work in sums:
+            work.wait()
 
 
 def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
     """Copy the tensors of rank 0 into those of every process."""
-    if world_size() > 1:
+    for x in tensors if world_size() > 1 else ():
         with peers():
-            for x in tensors:
-                dist.broadcast(x.detach(), 0)
+            dist.broadcast(x.detach(), 0)
 
 
 def rank0_value(make: Callable[[], T]) -> T:
