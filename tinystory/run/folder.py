@@ -151,15 +151,13 @@ def _holder(folder: Path) -> str:
 def in_use(folder: Path) -> bool:
     """Whether a process writes to a run's folder, without a lock that could get in its way. On another machine it is
     believed to, since it cannot be asked."""
-    if not (holder := re.fullmatch(r"process (\d{1,9}) on (\S+) since \S+", _holder(folder))):
-        return False
-    try:
-        os.kill(int(holder[1]) if holder[2] == socket.gethostname() else os.getpid(), 0)  # signal 0: does it exist?
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
+    holder = re.fullmatch(r"process (\d{1,9}) on (\S+) since \S+", _holder(folder))
+    if holder and holder[2] == socket.gethostname():
+        try:
+            os.kill(int(holder[1]), 0)  # signal 0: does it exist?
+        except OSError as error:
+            return isinstance(error, PermissionError)  # another user's
+    return bool(holder)
 
 
 class RunLog(contextlib.ExitStack):
@@ -175,13 +173,9 @@ class RunLog(contextlib.ExitStack):
         self._journals: dict[str, Journal] = {}
         self._tracker: Tracker | None = None
         self._last_step = -1  # that an earlier process recorded, and sent to the tracker
-        if not writes:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(self.folder, error) from error
-        if resume_step is not None:
+        if writes:
+            require_writable(self.folder / CONFIG)
+        if writes and resume_step is not None:
             self._last_step = max((record["step"] for record in read_metrics(self.folder)), default=-1)
             for name in (METRICS, STORIES):
                 keep_until(self.folder / name, resume_step)
@@ -207,7 +201,10 @@ class RunLog(contextlib.ExitStack):
         resumed = before.get("resumed", [])
         if before:
             resumed.append({"step": self.resume_step, "at": at})
-        machine = dict(versions=versions(), device=device_name(device), threads=threads, git_commit=git_commit())
+        # torch.__version__ names the build (+cpu, +cu128), which the metadata of PyPI's wheels do not.
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "tinystory": __version__}
+        versions |= {name: metadata.version(name) for name in ("numpy", "tokenizers")}
+        machine = dict(versions=versions, device=device_name(device), threads=threads, git_commit=git_commit())
         record = dict(options=options, **machine, started=before.get("started", at), resumed=resumed)
         text = without_passwords(json.dumps(record, indent=2, default=str))
         atomic_write(self.folder / CONFIG, text + "\n")
@@ -448,14 +445,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return value
-
-
-def versions() -> dict[str, str]:
-    import torch  # imported here because reports do not need it
-
-    # torch.__version__ names the build (+cpu, +cu128), which the metadata of PyPI's wheels do not.
-    libraries = {name: metadata.version(name) for name in ("numpy", "tokenizers")}
-    return {"python": platform.python_version(), "torch": torch.__version__} | libraries | {"tinystory": __version__}
 
 
 def device_name(device: str) -> str:
