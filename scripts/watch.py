@@ -29,7 +29,7 @@ CURVES = {
     "story_clusters": "story clusters", "length_mean": "words per story", "loss": "loss, nats per token",
     "val_loss": "validation loss", "tokens_per_s": "tokens per second",
 }  # fmt: skip
-CURVE_WIDTH, CURVE_HEIGHT = 34, 4  # characters and lines
+HEADING, CURVE = 36, 43  # characters
 STORIES, STORY = 3, 2000  # stories shown, and characters of each
 PAUSE_S = 5.0
 CLEAR = "\x1b[H\x1b[2J"
@@ -65,16 +65,12 @@ def page(run: Path, width: int, running: bool) -> list[str]:
     lines = textwrap.wrap(f"{printable(str(run))}: {last}, {remaining(metrics, config) if running else 'over'}", width)
     for step, warning in CollapseDetector(metrics, number_option(config, "kl_target") or math.inf).warnings.values():
         lines += ["", *textwrap.wrap(f"Warning at step {step}: {warning}", width)]
-    charts, wide = [], min(CURVE_WIDTH, width)
     curves = from_start(run, metrics)
+    lines += [""] * bool(curves)
     for key, name in CURVES.items():
         if values := [value for value in column(curves, key) if value is not None]:
-            heading = f"{name} {number(values[0])} → {number(values[-1])}"[:wide]
-            stretched = [value for value in values for _ in range(max(1, wide // len(values)))]
-            charts.append([heading, *text_curve(stretched, wide, CURVE_HEIGHT).split("\n")])
-    across = max(1, (width + 2) // (wide + 2))
-    for row in (charts[i : i + across] for i in range(0, len(charts), across)):
-        lines += ["", *("  ".join(line.ljust(wide) for line in part) for part in zip(*row, strict=True))]
+            heading = f"{name} {number(values[0])} → {number(values[-1])}"
+            lines.append(f"{heading:{HEADING}} {text_curve(values, CURVE)}"[:width])
     for story in deque(read_stories(run), STORIES):
         reward = "no score" if story["reward"] is None else f"reward {story['reward']:.3f}"
         text = printable(f"{story['opening'][:STORY]} {story['story'][:STORY]}")

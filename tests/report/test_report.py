@@ -144,7 +144,7 @@ def test_what_models_and_servers_write_stays_text(tmp_path):
     interaction_run(tmp_path, 2, stories)
     unsaid = dict(opening=EVIL, story=EVIL, scores={EVIL: 1}, reward=0.5, reply=None)
     with RunLog(tmp_path, resume_step=2) as log:
-        log._append("samples.jsonl", [story(0, 0, when=when, **unsaid) for when in ("before", "after")])
+        log.evaluations([story(step, 0, **unsaid) for step in (0, 2)])
     path = write_report(tmp_path)
     page = Page(path)
     check_self_contained(page)
@@ -251,7 +251,7 @@ def test_pretraining(tmp_path):
             )
     page = Page(write_report(tmp_path))
     check_self_contained(page)
-    assert "Validation loss, nats per token8 → 0.08" in page.text and "Training words100kTokens130k" in page.text
+    assert "train 0.08" in page.text and "Training words100kTraining tokens130k" in page.text
     assert "bits per byte" not in page.text and "val 0.08" in page.text
 
 

@@ -9,7 +9,7 @@ import torch
 
 from scripts import bench as bench_script
 from tinystory.student.model import StudentConfig
-from tinystory.studies import peers, timing
+from tinystory.studies import timing
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ class GPT(torch.nn.Module):
 def nanogpt(tmp_path, monkeypatch, bench):
     (tmp_path / "model.py").write_text(NANOGPT)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling is PyTorch's own work
-    monkeypatch.setattr(peers, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(bench_script, "cpu_has_bf16", lambda: True)
     return tmp_path
 
 
@@ -154,7 +154,7 @@ def test_peers_take_turns_with_ours(nanogpt, run, monkeypatch, optimizer):
         return lap
 
     @contextlib.contextmanager
-    def watched(*settings, peer=peers.peer):
+    def watched(*settings, peer=bench_script.peer):
         with peer(*settings) as run:
 
             def lap():
@@ -164,7 +164,7 @@ def test_peers_take_turns_with_ours(nanogpt, run, monkeypatch, optimizer):
             yield lap
 
     monkeypatch.setitem(timing.WORK, "pretrain", (ours, *rest))
-    monkeypatch.setattr(peers, "peer", watched)
+    monkeypatch.setattr(bench_script, "peer", watched)
     result = run("peers", "--nanogpt", str(nanogpt), "--new", "9", "--runs", "3", *optimizer)["peers"]["pretrain"]
     assert [len(lap) for lap in laps] == [3] * 4  # ours, and each dtype; the first turn warms up
     turns = [float32_s / ours["step_s"] for ours, float32_s, _ in laps[1:]]

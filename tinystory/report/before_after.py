@@ -81,11 +81,9 @@ def read_before_after(run: Path, step: int | None = None) -> BeforeAfter | None:
     for record in read_records(run / EVALUATIONS):
         if step is None or record["step"] <= step:
             evaluations.setdefault(record["step"], []).append(record)
-    samples = list(read_records(run / SAMPLES)) if step is None else []
-    before = [record for record in samples if record["when"] == "before"] or evaluations.get(0, [])
-    after = [record for record in samples if record["when"] == "after"]
-    if not after and len(evaluations) > 1:
-        after = evaluations[max(evaluations)]
+    best = [record["step"] for record in read_records(run / SAMPLES) if record["when"] == "after" and step is None]
+    chosen = best[0] if best else max(evaluations, default=0)
+    before, after = evaluations.get(0), evaluations.get(chosen) if best or chosen else None
     controls: dict[str, list[Record]] = {name: [] for name in (*COLDER, BEST_OF_N)}
     for record in read_records(run / JUDGED):
         if record["group"] in controls:

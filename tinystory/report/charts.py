@@ -230,14 +230,10 @@ def standalone(drawing: str) -> str:
     return drawing.replace("<svg ", start, 1).replace(">", f"><style>{palette()}{STYLE}</style>", 1) + "\n"
 
 
-def text_curve(values: Sequence[float | None], width: int = 60, height: int = 1) -> str:
-    """A curve of at most width characters in each of its lines, ▁▂▃▄▅▆▇█ from the lowest value to the highest; ""
-    without values."""
-    blocks = " ▁▂▃▄▅▆▇█"
+def text_curve(values: Sequence[float | None], width: int = 60) -> str:
+    """A curve of at most width characters, ▁▂▃▄▅▆▇█ from the lowest value to the highest; "" without values."""
     y = thin(np.array([value for value in values if value is not None and math.isfinite(value)], dtype=float), width)
     if not len(y):
         return ""
     span = y.max() - y.min()
-    eighths = [1 + round(v) for v in ((y - y.min()) / span * (8 * height - 1) if span else np.full(len(y), 3.0))]
-    rows = ("".join(blocks[min(max(n - 8 * row, 0), 8)] for n in eighths) for row in reversed(range(height)))
-    return "\n".join(rows)
+    return "".join("▁▂▃▄▅▆▇█"[round(v)] for v in ((y - y.min()) / span * 7 if span else np.full(len(y), 3.0)))

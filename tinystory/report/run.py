@@ -48,8 +48,12 @@ DIAGNOSTICS = "policy_loss value_loss explained_variance clip_fraction approx_kl
 LATEST = ("words_in", "words_out", "teacher_cost")  # shown by their last value; the others by their sum
 SUMMED = (*(f"{part}_s" for part in PARTS), "unscored", "teacher_requests", "teacher_retries", "teacher_cached")
 SUMMED += ("teacher_tokens_in", "teacher_tokens_out")
-ENDS = {"val_loss": "Validation loss, nats per token", "val_bits_per_byte": "Validation, bits per byte"}
-PRETRAINING_CURVES = {"lr": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_s": "Tokens per second"}
+PRETRAINING_CURVES = {
+    "val_bits_per_byte": "Validation, bits per byte",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "tokens_per_s": "Tokens per second",
+}
 
 
 @contextlib.contextmanager
@@ -232,11 +236,8 @@ def pretraining(metrics: list[Record]) -> list[str]:
         curve(metrics, "loss", x="words", name="train"),
         curve(metrics, "val_loss", "reward", x="words", name="val"),
     ]
-    rows = [("Training words", number(metrics[-1].get("words"))), ("Tokens", number(metrics[-1].get("tokens")))]
-    for key, name in ENDS.items():
-        if values := [value for value in column(metrics, key) if value is not None]:
-            rows.append((name, f"{number(values[0])} → {number(values[-1])}"))
     drawing = chart("Loss, nats per token", losses, x_name="training words", size=HERO)
+    rows = [(f"Training {name}", number(metrics[-1].get(name))) for name in ("words", "tokens")]
     drawings = curve_charts(metrics, PRETRAINING_CURVES, "words", "training words")
     return [
         block("hero", f"<div>{drawing}</div><div>{page.facts(rows)}</div>"),
