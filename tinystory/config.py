@@ -4,6 +4,7 @@ Flags override the preset, which overrides the defaults: `python train_pretrain.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import shlex
@@ -15,7 +16,7 @@ from typing import Any, get_type_hints
 
 from tinystory.run.errors import UserError
 from tinystory.run.folder import CONFIG, recorded_options, without_passwords
-from tinystory.run.options import add_options, field_names, fields, flag_of, mistakes, option, unknown_option
+from tinystory.run.options import add_options, fields, flag_of, mistakes, option, unknown_option
 from tinystory.run.track import TRACKERS
 
 DTYPE_HELP = "precision of the matmuls (tf32 on a GPU only); weights and optimiser states are float32"
@@ -272,7 +273,7 @@ def _resumed(config_class: type, typed: dict[str, Any]) -> Any:
     has another preset or start, which it would ignore."""
     folder = Path(typed.setdefault("out", vars(config_class)["out"]))
     recorded = recorded_options(folder)
-    if missing := [name for name in ("preset", *field_names(config_class)) if name not in recorded]:
+    if missing := [f.name for f in dataclasses.fields(config_class) if f.name not in recorded]:
         raise UserError(
             f"{folder / CONFIG} has no {missing[0]}: the run was begun by another command or another version; go on "
             "with that one, or start a new run in another --out"
@@ -292,7 +293,7 @@ def recorded_config(config_class: type, run: Path, typed: dict[str, Any], *, res
     The run may come from somebody else, and its options decide neither what code is run nor who gets the user's key:
     UserError for those (`leads_out`) that `typed` does not name anew, and for what `check` refuses."""
     recorded = recorded_options(run)
-    options = {name: recorded[name] for name in ("preset", *field_names(config_class)) if name in recorded} | typed
+    options = {f.name: recorded[f.name] for f in dataclasses.fields(config_class) if f.name in recorded} | typed
     preset = options.pop("preset", "demo")
     if preset not in [*PRETRAIN_PRESETS]:  # a list, because the value may be anything
         raise UserError(f"{run / CONFIG} names an unknown preset {preset!r}: restore it from a copy")

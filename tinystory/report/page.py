@@ -68,13 +68,11 @@ def duration(seconds: float) -> str:
 
 def facts(rows: Iterable[tuple[str, object]]) -> str:
     """A list of names and values. Text is shown unchanged, an empty value as a dash, anything else as JSON."""
-
-    def text(value: object) -> str:
-        if value is None or value == "" or value == []:
-            return number(None)
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-    entries = "".join(f"<div><dt>{escape(name)}</dt><dd>{clip(text(value))}</dd></div>" for name, value in rows)
+    entries = ""
+    for name, value in rows:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        shown = number(None) if text in ("", "null", "[]") else clip(text)
+        entries += f"<div><dt>{escape(name)}</dt><dd>{shown}</dd></div>"
     return f'<dl class="facts">{entries}</dl>'
 
 

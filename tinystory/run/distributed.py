@@ -117,7 +117,12 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 def all_reduce_max(x: float) -> float:
     """Maximum over the processes."""
-    return max(all_gather_list([x]))
+    if world_size() > 1:
+        box = torch.tensor(x, dtype=torch.float64)
+        with peers():
+            dist.all_reduce(box, dist.ReduceOp.MAX)
+        return float(box)
+    return x
 
 
 def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:

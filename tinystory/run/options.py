@@ -114,10 +114,6 @@ def fields(config_class: type) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(config_class) if f.init]  # all but `preset`
 
 
-def field_names(config_class: type) -> list[str]:
-    return [f.name for f in fields(config_class)]
-
-
 def flag_of(f: dataclasses.Field) -> str:
     """What the user writes: the flag, or the name in config.json of a constant."""
     return "--" + f.name.replace("_", "-") if f.metadata["help"] else f.name
