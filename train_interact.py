@@ -100,9 +100,9 @@ class InteractionRun(contextlib.ExitStack):
             student["parameters"] = sum(parameter.numel() for parameter in self.reference.parameters())
             start = {"init": config.init or str(origin), "student": student}
             self.log.config(asdict(config) | facts | self.compute.recorded | start)
+            self.stop = stack.enter_context(Stop().listening())
             self.update_report = stack.enter_context(live_report(folder, rank0))
             distributed.broadcast_from_rank0([*policy.student.parameters(), *policy.critic.parameters()])
-            self.stop = stack.enter_context(Stop().listening())
             self.evaluator = Evaluator(config, policy, self.openings, scorer, self.log, self.stop)
             self.detector = CollapseDetector(read_metrics(folder), config.kl_target)
             total = config.steps * config.stories_per_step

@@ -158,7 +158,7 @@ def pretrain(config: PretrainConfig) -> None:
     )  # fmt: skip
     steps = StepLog(log, bar, config.batch_size * config.context, CollapseDetector(read_metrics(run)).add)
     next_batch = load_batch(state.step)
-    with log, live_report(run, rank0) as update_report, bar, Stop().listening() as stop:
+    with log, Stop().listening() as stop, live_report(run, rank0) as update_report, bar:
         # A signal to any process stops all of them.
         while state.words < config.words and not distributed.all_reduce_max(stop.requested):
             began, (batch, words) = time.perf_counter(), next_batch
