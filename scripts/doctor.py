@@ -111,7 +111,7 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "torch", torch.__version__
     yield "packages", ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     bf16 = "bfloat16 in hardware" if cpu_has_bf16() else "no bfloat16 in hardware: float32 is used"
-    yield "cpu", f"{processors()} processors for us, {torch.get_num_threads()} torch threads; {bf16}"
+    yield "cpu", f"{os.cpu_count()} processors, {torch.get_num_threads()} torch threads; {bf16}"
     yield "compiler", compiler()
     yield "kernels", kernels()
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -121,11 +121,6 @@ def machine() -> Iterator[tuple[str, str]]:
     capabilities = "" if unused else f"for compute capability {', '.join(cuda.architectures())}"
     yield "nvcc", f"not used: {unused}" if unused else f"{cuda.toolkit()}, {capabilities}"
     yield "cache", cache()
-
-
-def processors() -> int:
-    """The number of processors that this process may use; on macOS, which cannot say, all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def version(package: str) -> str:

@@ -44,7 +44,7 @@ from tinystory.evaluate.stories import OPENINGS, Sample, mean_of, read_samples, 
 from tinystory.evaluate.validation import bits_per_byte
 from tinystory.ops.compute import pick_device, resolve
 from tinystory.report.evaluation import comparison
-from tinystory.report.judges import BEFORE_AFTER, correlation_line, judged_rows, preference_lines
+from tinystory.report.judges import BEFORE_AFTER, judged_rows, preference_lines
 from tinystory.report.run import write_report
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
@@ -228,7 +228,7 @@ def judge_runs(options: argparse.Namespace, runs: Sequence[Path]) -> None:
 
 
 def print_judged(name: str, records: Sequence[Record]) -> None:
-    print("", name, *aligned(judged_rows(records)), conclusion(records), correlation_line(records), sep="\n")
+    print("", name, *aligned(judged_rows(records)), conclusion(records), sep="\n")
 
 
 def samples_of(path: Path, options: argparse.Namespace) -> list[Sample]:

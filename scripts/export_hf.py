@@ -15,7 +15,7 @@ each milestone as a branch of that name and the best or newest checkpoint as `ma
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,9 +27,6 @@ from tinystory.run.errors import UserError, command
 from tinystory.run.folder import atomic_write, require_writable
 from tinystory.run.paths import usage
 from tinystory.student import checkpoint, gguf, hf
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 MAIN = "main"  # branch of the best or newest checkpoint: the Hub's default revision
 
@@ -85,7 +82,7 @@ def milestones(run: Path) -> list[Path]:
     return folders[::-1]
 
 
-def open_hub(repository: str) -> tuple["HfApi", str]:
+def open_hub(repository: str) -> tuple[Any, str]:
     """The Hub's client, and the URL of the repository, which is created if it is not there."""
     with hub.reached(f"push to {repository}"):
         from huggingface_hub import HfApi
@@ -93,7 +90,7 @@ def open_hub(repository: str) -> tuple["HfApi", str]:
         return (api := HfApi()), str(api.create_repo(repository, exist_ok=True))
 
 
-def push(api: "HfApi", repository: str, folders: dict[str, Path]) -> None:
+def push(api: Any, repository: str, folders: dict[str, Path]) -> None:
     """Upload each folder to the branch of its name, replacing the content."""
     with hub.reached(f"push to {repository}, for which the written folders are kept"):
         for branch, folder in tqdm(folders.items(), desc="pushing", unit=" branches", disable=None):

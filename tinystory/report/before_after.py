@@ -17,7 +17,6 @@ COLUMNS = {
     "reward": "reward", "score_mean": "score", "ended": "ended", "story_clusters": "clusters",
     "distinct_4": "distinct 4-grams", "length_mean": "words",
 }  # fmt: skip
-TELLER = "teller_"  # of a corpus with dull tellers: the means with the fraction of stories by each kind
 MORE = (0.0, 0.25, 0.75)  # quantiles of the gain at which further pairs are shown
 
 
@@ -59,8 +58,8 @@ class BeforeAfter:
     def tellers(self) -> str:
         """One sentence on which kinds of teller the student imitates; "" if the stories are not told apart by kind."""
         before, after = group_means(self.before), group_means(self.after)
-        kinds = [key for key in before if key.startswith(TELLER) and key in after]
-        shifts = (f"{key.removeprefix(TELLER)} {before[key]:.0%} → {after[key]:.0%}" for key in kinds)
+        kinds = [key for key in before if key.startswith("teller_") and key in after]
+        shifts = (f"{key.removeprefix('teller_')} {before[key]:.0%} → {after[key]:.0%}" for key in kinds)
         return f"Kinds of teller: {', '.join(shifts)}." if kinds else ""
 
     def conclusion(self) -> str:

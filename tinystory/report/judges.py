@@ -5,11 +5,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from tinystory.evaluate.intervals import spearman, with_ci
+from tinystory.evaluate.intervals import with_ci
 from tinystory.evaluate.preference import run_preferences
-from tinystory.evaluate.second_judge import AFTER, BEFORE, GROUPS, column, conclusion, summary
+from tinystory.evaluate.second_judge import GROUPS, conclusion, summary
 from tinystory.report import page
 from tinystory.report.charts import number
 from tinystory.run.folder import JUDGED, Record, read_records
@@ -30,7 +28,7 @@ def judges_section(folder: Path) -> str:
     """The same stories by the teacher and by a judge that was not; "" if there is none."""
     records, preferences = list(read_records(folder / JUDGED)), run_preferences(folder)
     header, *rows = judged_rows(records) if records else [[]]
-    lines = ([conclusion(records), correlation_line(records)] if records else []) + preference_lines(preferences)
+    lines = ([conclusion(records)] if records else []) + preference_lines(preferences)
     return page.section(
         "A judge that was not the teacher",
         "Stories to the same openings, never trained on, and real ones, by the teacher and by a language model that "
@@ -52,16 +50,6 @@ def judged_rows(records: Sequence[Record]) -> list[list[str]]:
             cells += [with_ci(row["mean"], row["ci"]), number(None) if row["gap"] is None else f"{row['gap']:.0%}"]
         rows.append([name, str(sum(record["group"] == name for record in records)), *cells])
     return rows
-
-
-def correlation_line(records: Sequence[Record]) -> str:
-    """How far the two judges rank the same stories alike, in one sentence."""
-    values = []
-    for group in (BEFORE, AFTER):
-        a, b = (column(records, group, measure) for measure in ("score", "sense"))
-        both = ~np.isnan(a + b)
-        values.append(spearman(a[both], b[both]) if both.any() else float("nan"))
-    return "Spearman’s correlation of the two judges is {:.2f} before and {:.2f} after.".format(*values)
 
 
 def preference_lines(preferences: Mapping[str, Mapping[str, Any]], names: Sequence[str] = BEFORE_AFTER) -> list[str]:
