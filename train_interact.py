@@ -35,8 +35,8 @@ from tinystory.rl.score_model import sent_to_teacher, with_predictions
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
-from tinystory.run.device import Stop, peak_memory_mb
-from tinystory.run.errors import Interrupted, UserError, command
+from tinystory.run.device import peak_memory_mb
+from tinystory.run.errors import Interrupted, Stop, UserError, command
 from tinystory.run.folder import Record, RunLog, locked, read_metrics, recorded_options
 from tinystory.run.paths import hint
 from tinystory.run.step_log import Progress, Stages

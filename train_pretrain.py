@@ -20,8 +20,8 @@ from tinystory.ops.compute import Compute, resolve
 from tinystory.report.run import live_report
 from tinystory.run import distributed
 from tinystory.run.collapse import CollapseDetector
-from tinystory.run.device import Download, Stop, peak_memory_mb, upload
-from tinystory.run.errors import UserError, command
+from tinystory.run.device import Download, peak_memory_mb, upload
+from tinystory.run.errors import Stop, UserError, command
 from tinystory.run.folder import Record, RunLog, holds_run, locked, read_metrics
 from tinystory.run.paths import hint
 from tinystory.run.step_log import Progress, StepLog

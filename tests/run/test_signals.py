@@ -4,8 +4,7 @@ import signal
 
 import pytest
 
-from tinystory.run.device import Stop
-from tinystory.run.errors import Interrupted, Output
+from tinystory.run.errors import Interrupted, Output, Stop
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 

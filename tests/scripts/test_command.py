@@ -21,8 +21,7 @@ from tinystory.student.generate import generate
 
 COMMAND = """
 import os, sys
-from tinystory.run.device import Stop
-from tinystory.run.errors import UserError, command
+from tinystory.run.errors import Stop, UserError, command
 
 stop = Stop()
 

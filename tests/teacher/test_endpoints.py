@@ -8,8 +8,7 @@ from aiohttp import web
 from fault_server import FaultServer, assert_one_clean_sentence, completion, error
 
 from tinystory.config import InteractConfig
-from tinystory.run.device import Stop
-from tinystory.run.errors import UserError
+from tinystory.run.errors import Stop, UserError
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import require_scores
 from tinystory.teacher.grader import load_extra, open_grader

@@ -8,8 +8,7 @@ from fault_server import FaultServer
 
 from tinystory.config import INTERACT_PRESETS, InteractConfig, parse
 from tinystory.rubric.process import builtin_teacher
-from tinystory.run.device import Stop
-from tinystory.run.errors import Interrupted, UserError
+from tinystory.run.errors import Interrupted, Stop, UserError
 from tinystory.teacher.grader import open_grader
 
 pytestmark = pytest.mark.usefixtures("short_pauses")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_interact
-from tinystory.run.device import Stop
+from tinystory.run.errors import Stop
 from tinystory.run.folder import read_stories
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.endpoint import constraint

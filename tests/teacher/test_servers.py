@@ -12,8 +12,7 @@ from fault_server import FaultServer, assert_one_clean_sentence, closed_port, er
 from test_faults import honest
 
 from tinystory.config import InteractConfig
-from tinystory.run.device import Stop
-from tinystory.run.errors import UserError
+from tinystory.run.errors import Stop, UserError
 from tinystory.teacher import pool
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grader import open_grader

@@ -16,8 +16,7 @@ from tinystory.evaluate.stories import cluster_sizes, distinct_ngrams, mean_of
 from tinystory.rl.policy import Policy, RunState, rollout
 from tinystory.rl.reward import differences, story_rewards
 from tinystory.run import distributed
-from tinystory.run.device import Stop
-from tinystory.run.errors import Interrupted, UserError
+from tinystory.run.errors import Interrupted, Stop, UserError
 from tinystory.run.folder import EVALUATIONS, SAMPLES, Record, RunLog, atomic_write, read_records
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story

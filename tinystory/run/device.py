@@ -1,18 +1,14 @@
-"""Precision, copies between host and device, timing and memory of a device, and signals that end a run."""
+"""Precision, copies between host and device, timing and memory of a device."""
 
-import contextlib
 import resource
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from types import FrameType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tinystory.run.errors import Interrupted, Output, UserError
+from tinystory.run.errors import UserError
 
 
 def cpu_has_bf16() -> bool:
@@ -75,37 +71,3 @@ def peak_memory_mb(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) >> 20
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return rss >> (20 if sys.platform == "darwin" else 10)  # in bytes there, in KiB elsewhere
-
-
-class Stop:
-    """`requested` turns true at the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal; nohup ignores it), or when the
-    reader of the output has gone, and the loop ends after the step. A later Ctrl-C or SIGTERM ends it at once."""
-
-    def __init__(self) -> None:
-        self.signalled = False
-
-    @property
-    def requested(self) -> bool:
-        return self.signalled or Output.reader_gone
-
-    def check(self) -> None:
-        """Raises Interrupted if an end was requested. For long waits that can be given up."""
-        if self.requested:
-            raise Interrupted
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator["Stop"]:
-        def handle(signum: int, frame: FrameType | None) -> None:
-            if self.signalled and signum != signal.SIGHUP:  # a terminal that closes may send several
-                raise KeyboardInterrupt
-            self.signalled = True
-
-        signals = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            signals.append(signal.SIGHUP)
-        before = {s: signal.signal(s, handle) for s in signals}
-        try:
-            yield self
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)

@@ -1,4 +1,4 @@
-"""The error for everything that the user can fix, and `command`, the decorator of every command's main().
+"""The error for everything that the user can fix, signals that end a run, and `command`, the decorator of each main().
 
 Commands print an error as one sentence and exit with code 2. When the reader of their output has gone (`| head -1`), a
 training run is saved and ended, as when a terminal closes; every other command goes on to its end, quietly.
@@ -12,8 +12,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, ParamSpec, TextIO, TypeVar
 
 if sys.platform == "win32":  # no fcntl, no resource, and no compiler that takes our flags
@@ -88,6 +89,40 @@ class Output(io.FileIO):
             raise failure
         Output.reader_gone |= failure.errno == errno.EPIPE
         return len(data)
+
+
+class Stop:
+    """`requested` turns true at the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal; nohup ignores it), or when the
+    reader of the output has gone, and the loop ends after the step. A later Ctrl-C or SIGTERM ends it at once."""
+
+    def __init__(self) -> None:
+        self.signalled = False
+
+    @property
+    def requested(self) -> bool:
+        return self.signalled or Output.reader_gone
+
+    def check(self) -> None:
+        """Raises Interrupted if an end was requested. For long waits that can be given up."""
+        if self.requested:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["Stop"]:
+        def handle(signum: int, frame: FrameType | None) -> None:
+            if self.signalled and signum != signal.SIGHUP:  # a terminal that closes may send several
+                raise KeyboardInterrupt
+            self.signalled = True
+
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signals.append(signal.SIGHUP)
+        before = {s: signal.signal(s, handle) for s in signals}
+        try:
+            yield self
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
 
 
 def open_outputs() -> None:

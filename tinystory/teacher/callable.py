@@ -19,15 +19,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tinystory.run.errors import UserError
+from tinystory.run.errors import Stop, UserError
 from tinystory.run.paths import ROOT
 from tinystory.teacher.grade import Grade, Grader
 from tinystory.teacher.prompt import Question
-
-if TYPE_CHECKING:
-    from tinystory.run.device import Stop
 
 ScoreStories = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]  # openings and stories of a step
 FUNCTION = "score"  # of a FILE.py without :FUNCTION
@@ -38,7 +35,7 @@ class CallableGrader(Grader):
         super().__init__({"scored_by": name})
         self.function = function
 
-    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None) -> list[Grade]:
+    def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
         scores = self.function([each.opening for each in questions], [each.story for each in questions])
         unscored = Grade(None, None, error=f"{self.facts['scored_by']} gave None")
         return [unscored if score is None else Grade(None, score) for score in scores]

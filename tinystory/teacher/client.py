@@ -16,11 +16,11 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
-from tinystory.run.errors import UserError
+from tinystory.run.errors import Stop, UserError
 from tinystory.teacher.api import ChatClient, Failure
 from tinystory.teacher.cache import Cache, CachedReply, cache_key
 from tinystory.teacher.endpoint import Endpoint, Options, Probe, Slots, base_url
@@ -30,9 +30,6 @@ from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
 from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.probe import FIRST_STORY, Prober
 from tinystory.teacher.prompt import Question, clean, fence, render
-
-if TYPE_CHECKING:
-    from tinystory.run.device import Stop
 
 PROBE = "probe "  # begins the key of a probe in the cache
 HUMAN = "human"  # the model of a server behind which a human grades (scripts/teach.py)
@@ -143,7 +140,7 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
         super().send(index, opening, story)
         self.sent[self.pending[index]] = self.submit(self.pending[index])
 
-    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None) -> list[Grade]:
+    def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
         """The grades. If more than a fraction `max_unscored` has no score, the stories whose replies an earlier process
         kept are asked again: the teacher may have been fixed."""
         sent = [self.sent.pop(each) if each in self.sent else self.submit(each) for each in questions]
@@ -155,7 +152,7 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
                 grades[i] = grade
         return grades
 
-    def _wait(self, futures: Sequence["concurrent.futures.Future[Grade]"], stop: "Stop | None") -> list[Grade]:
+    def _wait(self, futures: Sequence["concurrent.futures.Future[Grade]"], stop: Stop | None) -> list[Grade]:
         waiting, silent_until = set(futures), time.monotonic() + SILENCE_S
         with tqdm(total=len(futures), desc="teacher", unit="story", leave=False, delay=2, disable=None) as bar:
             while waiting:

@@ -5,13 +5,10 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tinystory.run.errors import UserError
+from tinystory.run.errors import Stop, UserError
 from tinystory.teacher.prompt import CRITERIA, Question
-
-if TYPE_CHECKING:  # it imports torch, which asking a teacher does not need
-    from tinystory.run.device import Stop
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Grader(ABC):
         """Hand over a story as soon as it ends."""
         self.pending[index] = Question(opening, story, index)
 
-    def collect(self, stop: "Stop") -> list[Grade]:
+    def collect(self, stop: Stop) -> list[Grade]:
         """The grades of all stories sent, in the order of their indices. Raises Interrupted if `stop` is requested, and
         UserError for a failure that would meet every story."""
         questions, self.pending = [question for _, question in sorted(self.pending.items())], {}
@@ -73,7 +70,7 @@ class Grader(ABC):
         return self.grades([Question(*pair, index) for index, pair in enumerate(pairs)])
 
     @abstractmethod
-    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None) -> list[Grade]:
+    def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
         """The grades of stories, in their order. stop: as above."""
 
 

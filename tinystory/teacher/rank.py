@@ -8,14 +8,12 @@ its text is all the stories, its criteria are story_1, story_2 ..., so the clien
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean, pvariance
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tinystory.run.errors import Stop
 from tinystory.teacher.client import Teacher
 from tinystory.teacher.grade import Grade, Grader
 from tinystory.teacher.prompt import Criterion, Question, Template, clean
-
-if TYPE_CHECKING:
-    from tinystory.run.device import Stop
 
 
 def ranking(template: Template, count: int) -> Template:
@@ -79,7 +77,7 @@ class Ranked(Grader):
             each._replace(story=joined(turn), template=self.template) for each, turn in zip(group, turns, strict=True)
         ]
 
-    def grades(self, questions: Sequence[Question], stop: "Stop | None" = None) -> list[Grade]:
+    def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
         groups = [questions[i : i + self.size] for i in range(0, len(questions), self.size)]
         replies = self.teacher.grades([each for group in groups for each in self._questions(group)], stop)
         grades, self._rows = [replace(reply, score=None, scores=None) for reply in replies], []
