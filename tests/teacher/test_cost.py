@@ -90,4 +90,3 @@ def test_a_budget_is_never_exceeded_whatever_goes_wrong(counts):
         assert bill() <= teacher.ledger.cost <= 0.06 and not teacher.affords(1)
         in_flight = teacher.concurrency * teacher.ledger.price(teacher.ledger.largest_in, 16)
         assert teacher.ledger.cost > 0.06 - in_flight
-    assert (teacher.ledger._reserved["tokens_in"], teacher.ledger._reserved["tokens_out"]) == (0, 0)

@@ -1,9 +1,8 @@
 """An append-only cache of the teacher's replies, one JSON line each.
 
-The key of a reply is the question, so a run that was killed and resumed finds the replies that it already has and asks
-only for the others. A reply is written before it is used: killing the process at any instant loses none. A run that
-finds all of them, in a copy of another run's file, needs no server: it asks the same questions and ends with the same
-weights (bit for bit on a CPU).
+The key of a reply is the question, so a run that was killed and resumed asks only for the replies that it does not have
+yet, and a run that finds all of them, in a copy of another run's file, needs no server. A reply is written before it is
+used: killing the process at any instant loses none.
 """
 
 import hashlib

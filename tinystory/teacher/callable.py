@@ -72,9 +72,9 @@ def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
     command = [sys.executable, "-u", "-m", __name__, file, name, str(theirs.fileno())]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     ours.settimeout(timeout_s)
-    with ours, ours.makefile() as stream:
-        with theirs:
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": path})
+    with theirs:
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": path})
+    with process, ours, ours.makefile() as stream:
 
         def answer(*question: object) -> Any:
             try:
@@ -105,7 +105,6 @@ def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
             yield answer if answer() == "openings" else by_opening
         finally:
             process.kill()
-            process.wait()
 
 
 def _send(connection: socket.socket, value: object) -> None:

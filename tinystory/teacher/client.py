@@ -282,7 +282,7 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
                 self.ledger.total["cached"] += 1
             else:
                 asked = True
-                request = functools.partial(Endpoint.grade, messages=messages, seed=seed, names=names)
+                request = functools.partial(Endpoint.chat, messages=messages, seed=seed, names=names)
                 try:
                     reply, server, deadline = await self.pool.ask(request, deadline)
                 except Failure as failure:

@@ -15,7 +15,7 @@ from tinystory.teacher.prompt import DEFAULT, TOP, Template, instructions
 TEMPLATE_TOKENS = 256  # upper bound on what a chat template adds to two messages
 PIECE = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")  # a word, a number or another character: about a token
 JSON_TOKENS = 12  # per criterion: a key, a colon, a digit, a comma and some whitespace
-LOGPROBS = {"logprobs": True, "top_logprobs": 10}  # servers allow up to 20, but the answer must fit LONGEST_ANSWER
+LOGPROBS: dict[str, Any] = {"logprobs": True, "top_logprobs": 10}  # servers allow 20, but LONGEST_ANSWER is short
 BUSY_COSTS = 0.5  # slots per refused request
 SLOWER, SHORTEST_S = 3.0, 10.0  # the timeout is this multiple of the slowest recent answer, and at least SHORTEST_S
 KNOWN = 32  # answers (and at least one full round) before the slowest answer is known well enough
@@ -133,17 +133,18 @@ class Endpoint:
         seed %= 2**31  # servers take 32 bits
         return {"temperature": self.options.temperature, "max_tokens": self.max_tokens(names), "seed": seed, **logprobs}
 
-    async def grade(self, messages: list[dict], seed: int, names: Sequence[str]) -> Reply:
-        """The reply to a question that asks for scores for `names`, in the form that the probe found."""
-        assert self.probe is not None
-        fields = self.sampling(seed, names) | constraint(self.probe.held_to, names)
-        return await self.chat(self.probe, messages, **fields)
-
-    async def chat(self, form: Probe, messages: list[dict], *, max_tokens: int, **fields: Any) -> Reply:
-        """One chat completion. A reply that had to be allowed more tokens is cut to about `max_tokens`."""
-        cap, texts = max(max_tokens, form.least_tokens), [message["content"] for message in messages]
-        body = {"model": self.model, "messages": messages, **fields, **form.quiet, form.token_cap: cap}
-        body = {name: value for name, value in body.items() if name not in form.refused} | self.options.extra
+    async def chat(
+        self, messages: list[dict], seed: int, names: Sequence[str], form: Probe | None = None, **more: Any
+    ) -> Reply:
+        """One chat completion, which asks for scores for `names` in the form that the probe found, or in one that is
+        tried. A reply that had to be allowed more tokens is cut to about as many as it needs."""
+        form = form or self.probe
+        assert form is not None
+        fields = {**self.sampling(seed, names), **constraint(form.held_to, names), **form.quiet, **more}
+        wanted, texts = fields.pop("max_tokens"), [message["content"] for message in messages]
+        cap = max(wanted, form.least_tokens)
+        fields |= {"model": self.model, "messages": messages, form.token_cap: cap}
+        body = {name: value for name, value in fields.items() if name not in form.refused} | self.options.extra
         if not form.system and len(messages) > 1:
             body["messages"] = [{"role": "user", "content": "\n\n".join(texts)}]
         headers = body.pop("extra_headers", None)
@@ -158,7 +159,7 @@ class Endpoint:
             reply = await self.client.chat(headers, body)
             if reply.tokens:
                 charge.update(zip(charge, reply.tokens, strict=True))
-        return reply if cap == max_tokens else replace(reply, text="".join(PIECE.findall(reply.text)[:max_tokens]))
+        return reply if cap == wanted else replace(reply, text="".join(PIECE.findall(reply.text)[:wanted]))
 
 
 def constraint(structure: str, names: Sequence[str]) -> dict:

@@ -18,10 +18,9 @@ class Ledger:
     def __init__(self, price_in: float, price_out: float, budget: float | None, paid: tuple[int, int]):
         self.price_in, self.price_out, self.budget = price_in, price_out, budget
         self.largest_in = 0  # upper bound on the tokens of the longest prompt so far
-        # tokens_in, tokens_out: as reported, or the reservation if nothing was; requests, failures, retries, cached.
+        # tokens_in, tokens_out: as reported, or reserved while they are not; requests, failures, retries, cached.
         self.total = Counter(tokens_in=paid[0], tokens_out=paid[1])
         self._before = self.total.copy()  # at the last `stats`
-        self._reserved: Counter[str] = Counter()  # tokens_in, tokens_out of requests in flight
         self._seconds: list[float] = []  # durations of the answered requests since the last `stats`
 
     def price(self, tokens_in: float, tokens_out: float) -> float:
@@ -32,10 +31,9 @@ class Ledger:
         return self.price(self.total["tokens_in"], self.total["tokens_out"])
 
     def affords(self, tokens_in: int, tokens_out: int) -> bool:
-        """True if so many more tokens, beyond those charged and reserved, stay within the budget."""
-        charged_in = self.total["tokens_in"] + self._reserved["tokens_in"]
-        charged_out = self.total["tokens_out"] + self._reserved["tokens_out"]
-        return self.budget is None or self.price(charged_in + tokens_in, charged_out + tokens_out) <= self.budget
+        """True if so many more tokens, beyond those charged or reserved, stay within the budget."""
+        cost = self.price(self.total["tokens_in"] + tokens_in, self.total["tokens_out"] + tokens_out)
+        return self.budget is None or cost <= self.budget
 
     @contextmanager
     def request(self, tokens_in: int, tokens_out: int) -> Iterator[dict[str, int]]:
@@ -48,21 +46,19 @@ class Ledger:
                 "raise it and go on with --resume",
                 fatal=True,
             )
-        reservation = dict(tokens_in=tokens_in, tokens_out=tokens_out)
-        self._reserved.update(reservation)
-        charge, billed = reservation.copy(), True
-        self.total["requests"] += 1
-        start = time.monotonic()
+        reserved = dict(tokens_in=tokens_in, tokens_out=tokens_out)
+        self.total.update(reserved, requests=1)
+        charge, start = reserved.copy(), time.monotonic()
         try:
             yield charge
             self._seconds.append(time.monotonic() - start)
-        except Failure as failure:  # an error status or no connection: the server did no work that it could bill
-            billed = not failure.unreachable and failure.status in (None, 200)
+        except Failure as failure:
+            if failure.unreachable or failure.status not in (None, 200):  # the server did no work that it could bill
+                charge = {}
             raise
         finally:
-            self._reserved.subtract(reservation)
-            if billed:
-                self.total.update(charge)
+            self.total.update(charge)
+            self.total.subtract(reserved)
 
     def stats(self) -> dict[str, Any]:
         """Since the last call: requests, retries, cached, tokens_in, tokens_out, and latency_p50, _p90 and _p99 in

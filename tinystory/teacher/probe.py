@@ -26,20 +26,13 @@ QUIETER: tuple[dict[str, Any], ...] = (
     {"reasoning_effort": "low"},
 )
 THINKING_TOKENS = 4096  # cap of a reply by a model that reasons whatever it is told
-
-
+LEAST = re.compile(r"(?:>=|at least|minimum (?:value )?(?:of|is)|greater than or equal to)\D{0,12}([0-9]{1,3})\b")
 # The words of a refusal, and the fields of a form that avoids it, from the form and the words.
 REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], ...] = (
-    (re.compile("max_completion_tokens"), lambda form, _: {"token_cap": "max_completion_tokens"}),
-    (
-        re.compile(r"\b(temperature|seed)\b"),
-        lambda form, match: {"refused": tuple(sorted({*form.refused, match[1]}))},
-    ),
-    (
-        re.compile(r"(?:>=|at least|minimum (?:value )?(?:of|is)|greater than or equal to)\D{0,12}([0-9]{1,3})\b"),
-        lambda form, match: {"least_tokens": int(match[1])},
-    ),
-    (NO_SYSTEM, lambda form, _: {"system": False}),
+    (re.compile("max_completion_tokens"), lambda form, words: {"token_cap": "max_completion_tokens"}),
+    (re.compile(r"\b(temperature|seed)\b"), lambda form, words: {"refused": (*sorted({*form.refused, words[1]}),)}),
+    (LEAST, lambda form, words: {"least_tokens": int(words[1])}),
+    (NO_SYSTEM, lambda form, words: {"system": False}),
 )
 
 
@@ -61,7 +54,7 @@ class Prober:
         self.names = options.template.names
         mark = fence(options.seed, -1, "\n".join(FIRST_STORY))
         self.messages = render(*FIRST_STORY, fence=mark, template=options.template)
-        self.sampling = self.endpoint.sampling(options.seed, self.names)
+        self.seed, self.most = options.seed, self.endpoint.max_tokens(self.names)
         self.notes: list[str] = []
         self.unlisted = ""  # the models that are listed, if the one that was named is not
         self.seconds: list[float] = []
@@ -100,7 +93,7 @@ class Prober:
         structure = await self._structure()
         held_to = "nothing" if structure == "json" and scored else structure
         if held_to != "nothing" and not scored:
-            most = max(self.sampling["max_tokens"], json_tokens(self.names))
+            most = max(self.most, json_tokens(self.names))
             reply = await self._ask(max_tokens=most, **constraint(held_to, self.names))
             scored = self._scored(reply)
         if self.pool.options.logprobs:
@@ -112,12 +105,12 @@ class Prober:
             held_to=held_to, tokens=reply.tokens, seconds=min(self.seconds), notes=tuple(self.notes),
         )  # fmt: skip
 
-    async def _ask(self, **fields: Any) -> Reply:
-        """The reply to the story, or to other `messages`."""
+    async def _ask(self, messages: list[dict] | None = None, **fields: Any) -> Reply:
+        """The reply to the story, or to other messages."""
         start, timeout = time.monotonic(), self.pool.options.deadline_s / self.pool.options.attempts
-        asked = {"messages": self.messages, **self.sampling, **fields}
+        asked = self.endpoint.chat(messages or self.messages, self.seed, self.names, self.form, **fields)
         try:
-            reply = await asyncio.wait_for(self.endpoint.chat(self.form, **asked), timeout)
+            reply = await asyncio.wait_for(asked, timeout)
         except asyncio.TimeoutError:
             raise Failure("takes too long to answer", again=True) from None
         self.seconds.append(time.monotonic() - start)
@@ -168,7 +161,7 @@ class Prober:
 
     async def _structure(self) -> str:
         """The first structure that the server obeys, "nothing" if it obeys none: at most two requests."""
-        for structure, most in (("numbers", self.sampling["max_tokens"]), ("json", json_tokens(self.names))):
+        for structure, most in (("numbers", self.most), ("json", json_tokens(self.names))):
             reply = await self._try(messages=OFF_TOPIC, max_tokens=most, **constraint(structure, self.names))
             if reply is not None and self._scored(reply):
                 return structure
