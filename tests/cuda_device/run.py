@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from machine import PROJECT, device, machine
-from runtime import install, install_processes, install_project
+from runtime import CUDAGraph, install, install_processes, install_project
 
 # isort: split
 import torch
@@ -23,7 +23,7 @@ def counts() -> dict:
     """Of this process so far. waits, problems: [kind, where, how often]."""
     return dict(
         launches=dict(machine.launches), captures=machine.captures, replays=machine.replays,
-        reserved=device.memory()[2], waits=[[*key, n] for key, n in machine.waits.items()],
+        pools=CUDAGraph.pools, reserved=device.memory()[2], waits=[[*key, n] for key, n in machine.waits.items()],
         problems=[[*key, n] for key, n in machine.problems.items()],
     )  # fmt: skip
 
