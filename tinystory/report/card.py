@@ -11,7 +11,7 @@ from tinystory.evaluate.preference import run_preferences
 from tinystory.report.before_after import grade_line, read_before_after, story_lines
 from tinystory.report.charts import number
 from tinystory.report.judges import preference_lines
-from tinystory.report.run import scorer
+from tinystory.report.run import scorer, verdict
 from tinystory.run.folder import Record, read_config, read_metrics
 from tinystory.run.text import printable
 from tinystory.student import checkpoint
@@ -62,14 +62,12 @@ def _run(source: Path, history: Record) -> Iterable[str]:
         yield f"Held-out documents take {bits[-1]:.3f} bits per byte."
     if not metrics or "reward_mean" not in metrics[-1]:
         return
-    calibration = config.get("options", {}).get("calibration")
-    verdict = calibration.get("verdict") if isinstance(calibration, dict) else "was not tried before the run"
     yield (
         f"## How it interacted, and who graded\n\nIn {step} steps of PPO it wrote "
         f"{number(history.get('interaction_words_out'))} words, took in "
         f"{number(history.get('interaction_words_in'))} of openings and replies, and moved "
         f"{number(metrics[-1].get('kl'))} nats per story from the student before. "
-        f"{_code(scorer(config))} graded. On stories of known order, it {_plain(verdict)}."
+        f"{_code(scorer(config))} graded. On stories of known order, it {_plain(verdict(config))}."
     )
     if (comparison := read_before_after(run, step)) is None:
         return

@@ -15,15 +15,6 @@ from tinystory.run.folder import JUDGED, Record, read_records
 BEFORE_AFTER = ("the one before", "the story after interaction")
 
 
-def scored_by_note(scored_by: str, config: Record) -> str:
-    """The scorer's name and the verdict of the calibration before the run, as HTML; "" if there is no name."""
-    if not scored_by:
-        return ""
-    calibration = config.get("options", {}).get("calibration")
-    verdict = calibration.get("verdict") if isinstance(calibration, dict) else None
-    return escape(f"Scored by {scored_by}. It {verdict or 'was not calibrated'}.")
-
-
 def judges_section(folder: Path) -> str:
     """The same stories by the teacher and by a judge that was not; "" if there is none."""
     records, preferences = list(read_records(folder / JUDGED)), run_preferences(folder)

@@ -140,9 +140,15 @@ def scorer(config: Record) -> str:
     return Path(scored_by).name if isinstance(scored_by, str) else ""
 
 
+def verdict(config: Record) -> str:
+    """What the calibration before the run found of the scorer, in a clause."""
+    calibration = config.get("options", {}).get("calibration")
+    return str(calibration.get("verdict")) if isinstance(calibration, dict) else "was not calibrated before the run"
+
+
 def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str]:
     first, last, unscored, criteria = digest(read_stories(folder))
-    curves = from_start(folder, metrics)
+    curves, by = from_start(folder, metrics), scorer(config)
     scores = []
     for name in criteria:
         line = curve(metrics, f"{name}_mean", name if name in COLOURS else "plain")
@@ -151,7 +157,7 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
     return [
         first_screen(metrics, curves, read_before_after(folder)),
         sameness(curves, first, last),
-        section("Scores", judges.scored_by_note(scorer(config), config), grid(scores)),
+        section("Scores", escape(f"Scored by {by}. It {verdict(config)}.") if by else "", grid(scores)),
         section("The student", "", grid(curve_charts(metrics, STUDENT_CURVES))),
         judges.judges_section(folder),
         details("Samples of the last step", "Drawn at random, whatever their reward.", cards(drawn(last))),
