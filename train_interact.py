@@ -19,8 +19,8 @@ from tinystory.data import babylm
 from tinystory.data.openings import Openings, load_openings
 from tinystory.evaluate.calibration import calibrated
 from tinystory.evaluate.held_out import Evaluator, due, has_dull_tellers, story_means, story_records, write_samples
-from tinystory.evaluate.likelihood import Likelihood
 from tinystory.evaluate.reader import Reader
+from tinystory.evaluate.scoring import Likelihood
 from tinystory.evaluate.second_judge import conclusion, judge_run
 from tinystory.ops.compute import resolve
 from tinystory.report.before_after import summary

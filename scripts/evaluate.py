@@ -177,8 +177,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def compare_stories(options: argparse.Namespace, paths: Sequence[Path]) -> None:
-    """Ask which stories are better, and print the win rate of the second ones. Choices about a run's own stories are
-    kept there, for its report."""
+    """Ask which stories are better, and print the win rate of the second ones. A run keeps the choices."""
     if not options.teacher_url:
         raise UserError(
             "--compare needs a judge that sees two stories: give --teacher-url, of a model or of teach.py --compare"
@@ -232,8 +231,7 @@ def print_judged(name: str, records: Sequence[Record]) -> None:
 
 
 def samples_of(path: Path, options: argparse.Namespace) -> list[Sample]:
-    """The stories of a file, or as many as asked for by a student; of two students to the same openings, by the same
-    draws."""
+    """The stories of a file, or --stories by a student, who has the same openings and draws as any other."""
     if path.suffix == ".jsonl":
         return read_samples(path)
     student, tokenizer, _ = checkpoint.load(checkpoint.find(path), pick_device(options.device))

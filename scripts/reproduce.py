@@ -1,6 +1,6 @@
 """The paper's experiment as one command: does interaction replace pretraining on many times as many words?
 
-    python scripts/reproduce.py --scale tiny             the demo's corpus, teacher and recipe, at a third of the size
+    python scripts/reproduce.py --scale tiny             the demo's corpus, teacher and recipe, with fewer stories
     python scripts/reproduce.py --scale small --pretrain "--corpus stories.txt" --out runs/small
     python scripts/reproduce.py --scale paper --teacher "--teacher-url http://127.0.0.1:8000/v1"
 
@@ -43,6 +43,7 @@ from tinystory.data.openings import Openings, load_openings
 from tinystory.data.shards import prepare
 from tinystory.evaluate.held_out import has_dull_tellers
 from tinystory.evaluate.pairs import evaluate_pairs
+from tinystory.evaluate.stories import mean_of
 from tinystory.evaluate.validation import validate
 from tinystory.ops.compute import pick_device
 from tinystory.report import charts, page
@@ -64,8 +65,7 @@ COLOURS = ("plain", "reward", "readability", "coherence", "creativity", "muted")
 
 class Scale(NamedTuple):
     """pretrain, interact: options of the train commands, as typed; starts: millions of pretraining words after which
-    interaction begins; seeds: of each arm of interaction, per start; stories: graded per checkpoint and kind of
-    opening; controls: values of --reward."""
+    interaction begins; seeds: of each arm, per start; stories: graded per checkpoint; controls: values of --reward."""
 
     pretrain: str
     interact: str
@@ -79,7 +79,7 @@ class Scale(NamedTuple):
 # (LOG.md), with one epoch over more stories, a weak KL penalty, and the paper's reward.
 SCALES = {
     "tiny": Scale(
-        "--words 3M", "--stories-per-step 256 --minibatch-size 32 --eval-every 0",
+        "--words 3M", "--stories-per-step 512 --minibatch-size 64 --eval-every 0",
         (1, 2, 3), 2, 200, ("likelihood", "constant"),
     ),
     "small": Scale(
@@ -200,8 +200,7 @@ def measure(
 
 
 def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Sequence[Record]) -> Path:
-    """The path of OUT/report.html, which is written with its figure, OUT/figure.svg. scorers: the arms of interaction;
-    records: arm, start, seed, words and measures of each checkpoint."""
+    """The path of OUT/report.html, which is written with OUT/figure.svg. scorers: the arms of interaction."""
     columns = [*dict.fromkeys(name for record in records for name in record["measures"] if name != "rewards")]
     names = {BEFORE: "pretrained", INTERACT: "+ interaction", MORE: "+ more pretraining"}
     lines, rows = [], list[tuple[int, list[str]]]()
@@ -210,10 +209,11 @@ def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Seq
         points = []
         for start in sorted({record["start"] for record in own}):
             group = [record for record in own if record["start"] == start]
-            cells = [mean_and_error(group, column) for column in columns]
             points.append((fmean(record["words"] for record in group), *mean_and_error(group, "score")))
-            label = [f"{start / MILLION:.3g} M {name}", str(len(group))]
-            rows.append((start, [*label, *(plus_minus(*cell) for cell in cells)]))
+            cells = [f"{start / MILLION:.3g} M {name}", str(len(group))]
+            for mean, error in (mean_and_error(group, column) for column in columns):
+                cells.append(charts.number(mean) + (f" ± {charts.number(error)}" if error is not None else ""))
+            rows.append((start, cells))
         words, means, errors = zip(*points, strict=True)
         lines.append(charts.Line(words, means, colour, name, errors))
     figure = charts.chart(
@@ -236,17 +236,9 @@ def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Seq
 
 
 def mean_and_error(records: Sequence[Record], column: str) -> tuple[float | None, float | None]:
-    """Mean and standard error over the records that have a value; None for the mean of none, and for the error of
-    one."""
+    """Mean and standard error over the records that have a value; None for the mean of none and the error of one."""
     values = [value for record in records if (value := record["measures"].get(column)) is not None]
-    return fmean(values) if values else None, stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-
-
-def plus_minus(mean: float | None, error: float | None) -> str:
-    if mean is None:
-        return charts.number(None)
-    decimals = 1 + (abs(mean) < 10) + (abs(mean) < 1)
-    return f"{mean:.{decimals}f}" + ("" if error is None else f" ± {error:.{decimals}f}")
+    return mean_of(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 if __name__ == "__main__":

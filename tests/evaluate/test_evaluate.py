@@ -15,7 +15,7 @@ from scripts import evaluate
 from tinystory.data.corpus import open_corpus
 from tinystory.evaluate import scoring
 from tinystory.evaluate.intervals import spearman
-from tinystory.evaluate.pairs import Item, evaluate_pairs, evaluate_wug, option_logprobs, read_items
+from tinystory.evaluate.pairs import evaluate_pairs, evaluate_wug, read_items
 from tinystory.evaluate.reading_times import BASELINE, EYES, SELF_PACED, SPILLOVER, evaluate_reading_times, explained
 from tinystory.evaluate.scoring import part, sum_logprobs
 from tinystory.evaluate.validation import bits_per_byte
@@ -51,7 +51,7 @@ def logprob(student, tokens, first):
 
 def test_a_text_is_scored_from_its_second_token_on(student, tokenizer):
     for good, bad in PAIRS:
-        ((_, logprobs),) = option_logprobs(student, tokenizer, [Item((("", good), ("", bad)), "x")], "x")
+        (logprobs,) = sum_logprobs(student, [[part(tokenizer, "", text) for text in (good, bad)]], "x")
         whole = [logprob(student, tokenizer.encode(text), 1) for text in (good, bad)]
         assert float(logprobs[0] - logprobs[1]) == pytest.approx(whole[0] - whole[1], abs=1e-3)
 

@@ -7,7 +7,7 @@ from conftest import SHORT, metrics
 
 import train_interact as interact
 from tinystory.config import InteractConfig
-from tinystory.evaluate.likelihood import MEAN, Likelihood
+from tinystory.evaluate.scoring import MEAN, Likelihood
 from tinystory.student import checkpoint
 from tinystory.teacher.callable import load_score
 

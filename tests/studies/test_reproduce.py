@@ -183,12 +183,12 @@ def test_the_report_compares_the_arms_and_escapes_the_name_of_a_model(tmp_path):
     rows = rows_of(page)
     assert rows[0] == ["Student", "Seeds", "score", "distinct_4"]
     assert rows[1:5] == [
-        ["1 M pretrained", "1", "1.00", "0.900"],
-        ["1 M + interaction", "3", "1.50 ± 0.06", "0.890 ± 0.006"],  # 0.1 / sqrt(3)
-        ["1 M + more pretraining", "1", "–", "0.900"],
-        ["1 M + --reward random", "1", "0.750", "0.900"],
+        ["1 M pretrained", "1", "1", "0.9"],
+        ["1 M + interaction", "3", "1.5 ± 0.0577", "0.89 ± 0.00577"],  # 0.1 / sqrt(3)
+        ["1 M + more pretraining", "1", "–", "0.9"],
+        ["1 M + --reward random", "1", "0.75", "0.9"],
     ]
-    assert rows[-1] == ["4 M + interaction", "3", "3.50 ± 0.00", "0.890 ± 0.006"]
+    assert rows[-1] == ["4 M + interaction", "3", "3.5 ± 0", "0.89 ± 0.00577"]
     assert "&lt;b&gt;" in page and "<b>" not in page and "<script" not in page and "<svg" in page
 
 

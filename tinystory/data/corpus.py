@@ -6,6 +6,7 @@ At most a few megabytes of text are in memory, whatever the size of a file.
 import functools
 import gzip
 import hashlib
+import heapq
 import itertools
 import json
 import re
@@ -75,14 +76,11 @@ class Corpus:
     def mixed(self) -> Iterator[str]:
         """The same documents interleaved: the next one comes from the file that has yielded the fewest words so far, so
         that every beginning of the stream holds text of every file."""
-        words = {read(): 0 for _, read in self.parts}
-        while words:
-            documents = min(words, key=words.__getitem__)  # of equal ones the first
-            document = next(documents, None)
-            if document is None:
-                del words[documents]
-            else:
-                words[documents] += len(document.split())
+        heap = [(0, i, read()) for i, (_, read) in enumerate(self.parts)]
+        while heap:
+            words, i, documents = heapq.heappop(heap)
+            if (document := next(documents, None)) is not None:
+                heapq.heappush(heap, (words + len(document.split()), i, documents))
                 yield document
 
     def fingerprint(self) -> str:

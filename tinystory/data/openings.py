@@ -47,8 +47,7 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def load_openings(name: str) -> list[str]:
-    """The distinct openings of `builtin`, of a file with one per line, or else `name` itself. Raises UserError for a
-    file without openings."""
+    """The distinct openings of `builtin`, of a file with one per line (UserError if it has none), or `name` itself."""
     if name == "builtin":
         return builtin_openings()
     path = Path(name)
@@ -56,12 +55,12 @@ def load_openings(name: str) -> list[str]:
     if name.strip() and not is_path:
         return [name]
     try:
-        lines = [line.strip() for line in read_text(path).splitlines()]
-        if not any(lines):
+        texts = [*dict.fromkeys(filter(None, map(str.strip, read_text(path).splitlines())))]
+        if not texts:
             raise UserError(f"{name} holds no opening")
     except UserError as error:
         raise UserError(f"--openings {error}; give builtin, a text file of one per line, or an opening") from None
-    return list(dict.fromkeys(filter(None, lines)))
+    return texts
 
 
 @functools.cache

@@ -113,8 +113,7 @@ class Tokenizer:
 
 
 def _token_bytes(spec: dict[str, Any]) -> tuple[list[bytes], dict[str, int]]:
-    """The bytes of each id and the ids of the special tokens, from a parsed tokenizer.json. Raises ValueError with
-    the first unsupported setting."""
+    """The bytes of each id, and the ids of the special tokens. Raises ValueError with the first unsupported setting."""
     model, split = spec["model"], spec["pre_tokenizer"]
     if model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback") or model.get("ignore_merges"):
         raise ValueError("its model is not plain BPE")

@@ -95,8 +95,7 @@ def known_stories(
 
 
 def real_stories(documents: Iterable[str], count: int, seed: int = 0) -> list[list[str]]:
-    """The first sentences of `count` stories, drawn from the first documents of a corpus, or from the built-in grammar
-    if too few of those have several sentences."""
+    """The first sentences of `count` stories, drawn from the first DOCUMENTS; of the grammar, if too few are usable."""
     drawn = random.Random(seed).sample(_usable_of(documents, count), count)
     return [_first_sentences(text, i) for i, text in enumerate(drawn)]
 
@@ -136,7 +135,6 @@ def _essay(index: int) -> str:
 
 
 def corpus_documents(names: Sequence[str]) -> Iterator[str]:
-    """The documents from which calibration draws: of a named corpus, interleaved; of the built-in grammar, stories that
-    are in no corpus."""
+    """The documents from which calibration draws: of files, interleaved; of the built-in grammar, unseen stories."""
     files = [name for name in names if name not in BUILTIN]
     return open_corpus(files).mixed() if files else iter(unseen_stories(DOCUMENTS))

@@ -47,8 +47,7 @@ class Evaluator:
         return distributed.rank0_value(lambda: any(record["step"] == step for record in read_records(records)))
 
     def evaluate(self, state: RunState) -> dict[str, Any]:
-        """The metrics of an evaluation, whose words count against the budget. Raises Interrupted if the run is asked
-        to stop."""
+        """The metrics of an evaluation, whose words count against the budget. Raises Interrupted."""
         folder = self.log.folder
         prompts = list(islice(cycle(self.openings.held_out), self.config.eval_stories))
         stories = rollout(self.policy, prompts, FIRST_INDEX, self.grader.send)

@@ -30,11 +30,11 @@ def weighted(counts: Sequence[tuple[int, int]], weights: Sequence[float]) -> tup
     return mean, (max(mean - half, 0.0), min(mean + half, 1.0))
 
 
-def bootstrap(statistic: Callable[[np.ndarray], float], size: int, resamples: int = RESAMPLES) -> tuple[float, float]:
+def bootstrap(statistic: Callable[[np.ndarray], float], size: int) -> tuple[float, float]:
     """Percentile bootstrap interval for statistic(rows), where rows are `size` indices drawn with replacement (fixed
     seed). Resamples for which it is nan are left out; if it always is, so are both ends."""
     rng = np.random.default_rng(0)
-    values = np.array([statistic(rng.integers(size, size=size)) for _ in range(resamples)])
+    values = np.array([statistic(rng.integers(size, size=size)) for _ in range(RESAMPLES)])
     values = values[~np.isnan(values)]
     low, high = np.quantile(values, [0.025, 0.975]) if len(values) else (np.nan, np.nan)
     return float(low), float(high)
@@ -52,8 +52,7 @@ def mean_and_ci(values: np.ndarray) -> tuple[float | None, tuple[float, float] |
 
 
 def with_ci(value: float | None, ci: Sequence[float] | None, decimals: int = 2, sign: str = "") -> str:
-    """0.52 [0.40, 0.63], or the value alone without an interval; a dash for None. sign: "+" to print that of a positive
-    value too."""
+    """0.52 [0.40, 0.63], or the value alone without an interval; a dash for None. sign: "+" to print each sign."""
     if value is None:
         return "\N{EN DASH}"
     ends = f" [{ci[0]:.{decimals}f}, {ci[1]:.{decimals}f}]" if ci else ""

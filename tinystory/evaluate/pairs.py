@@ -15,7 +15,7 @@ import itertools
 import json
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -45,12 +45,11 @@ class Item:
     whole: bool = False
 
 
-Scored: TypeAlias = list[tuple[Item, torch.Tensor]]  # items, each with the log-probabilities of its options
+Scored: TypeAlias = list[tuple[Item, torch.Tensor]]
 
 
 def read_items(path: str | Path) -> list[Item]:
-    """The items of a .jsonl or .jsonl.gz file, or of all such files in a folder, in BabyLM's formats. Raises UserError
-    if a line has an unknown format."""
+    """The items of a .jsonl or .jsonl.gz file, or of all such in a folder. Raises UserError for an unknown format."""
     path = Path(path)
     files = sorted(path.glob("*.jsonl")) + sorted(path.glob("*.jsonl.gz")) if path.is_dir() else [path]
     items = []
@@ -63,8 +62,7 @@ def read_items(path: str | Path) -> list[Item]:
 
 @contextlib.contextmanager
 def babylm_file(path: Path, kind: str) -> Iterator[TextIO]:
-    """A text file of BabyLM's data, gzipped or not, to read in the block. Errors of reading and parsing become a
-    UserError: the file is not of this kind."""
+    """A text file of BabyLM's, gzipped or not, to read in the block, whose errors become a UserError."""
     broken = (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, csv.Error, zlib.error)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
@@ -95,28 +93,24 @@ def _item(record: dict[str, Any], file: str) -> Item:
     return Item(tuple(options), uid, **more)
 
 
-def option_logprobs(student: Student, tokenizer: Tokenizer, items: Sequence[Item], desc: str) -> Scored:
-    """Each item that fits the student's context, with the log-probabilities of its options after their common prefix,
-    in nats: (options,) float64. desc: label of the progress bar."""
-    groups = [[part(tokenizer, *option) for option in item.options] for item in items]
-    fits = [max(len(ids) for ids, _ in group) <= student.config.context for group in groups]
-    sums = sum_logprobs(student, list(compress(groups, fits)), desc)
-    return list(zip(compress(items, fits), sums, strict=True))
-
-
-def _score(student: Student, tokenizer: Tokenizer, path: str | Path, *, wug: bool, fewest: int) -> tuple[int, Scored]:
-    """The number of items, and `option_logprobs` of those that fit. Raises UserError if they are of the wug test and
-    should not be, or the other way round, or if fewer than `fewest` fit."""
+def score_items(
+    student: Student, tokenizer: Tokenizer, path: str | Path, *, wug: bool, fewest: int
+) -> tuple[int, Scored]:
+    """The number of items, and those that fit the student's context, each with the log-probabilities of its options
+    after their common prefix, in nats: (options,) float64. Raises UserError if they are of the wug test and should not
+    be, or the other way round, or if fewer than `fewest` fit."""
     items = read_items(path)
     if any((item.ratio is not None) != wug for item in items):
         raise UserError(f"{path} is not of this task: --wug takes the wug test, and nothing else does")
-    scored = option_logprobs(student, tokenizer, items, Path(path).name)
-    if len(scored) < fewest:
+    groups = [[part(tokenizer, *option) for option in item.options] for item in items]
+    fits = [max(len(ids) for ids, _ in group) <= student.config.context for group in groups]
+    if sum(fits) < fewest:
         raise UserError(
-            f"{path} holds {len(items)} items, and {len(scored)} of them fit the student's context of "
+            f"{path} holds {len(items)} items, and {sum(fits)} of them fit the student's context of "
             f"{student.config.context} tokens: give .jsonl or .jsonl.gz files of which {fewest} or more fit"
         )
-    return len(items), scored
+    sums = sum_logprobs(student, list(compress(groups, fits)), Path(path).name)
+    return len(items), list(zip(compress(items, fits), sums, strict=True))
 
 
 def predictions(results: Scored, uid: str = "") -> dict[str, Any]:
@@ -140,7 +134,7 @@ def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> 
     where a row holds accuracy, ci (Wilson), correct and total; and the predictions. Raises UserError if no item fits,
     or for the files of the wug test.
     """
-    count, scored = _score(student, tokenizer, path, wug=False, fewest=1)
+    count, scored = score_items(student, tokenizer, path, wug=False, fewest=1)
     answers: dict[tuple[str, str], list[bool]] = defaultdict(list)  # by split and phenomenon
     for item, logprobs in scored:
         answers[item.split, item.uid].append(int(logprobs.argmax()) == 0)  # the first of equal ones, as in the pipeline
@@ -170,7 +164,7 @@ def evaluate_wug(student: Student, tokenizer: Tokenizer, path: str | Path, name:
     form (the softmax of the log-probabilities) and the fraction of humans who chose it.
 
     Returns correlation (-1..1), ci (bootstrap), items and too_long. Raises UserError for files of another task."""
-    count, results = _score(student, tokenizer, path, wug=True, fewest=3)
+    count, results = score_items(student, tokenizer, path, wug=True, fewest=3)
     # In float32, as in the pipeline, where preferences near 0 and 1 become ties.
     model = torch.stack([logprobs.float().softmax(0)[0] for _, logprobs in results]).numpy()
     human = np.array([item.ratio for item, _ in results])

@@ -40,8 +40,7 @@ class StoryPair(NamedTuple):
 
 
 def compared_pairs(paths: Sequence[Path], read: Callable[[Path], Sequence[Sample]]) -> list[StoryPair]:
-    """The pairs of one run, or of two storytellers, whose stories `read` returns. Raises UserError if there are
-    none."""
+    """The pairs of one run, or of two storytellers, whose stories `read` returns. UserError if there are none."""
     pairs = run_pairs(*paths) if len(paths) == 1 else story_pairs(*map(read, paths)) if len(paths) == 2 else []
     if pairs:
         return pairs
@@ -75,8 +74,7 @@ def win_rate(choices: Sequence[str | None]) -> dict[str, Any]:
 
 
 def run_preferences(run: Path) -> dict[str, dict[str, Any]]:
-    """Per judge of `evaluate.py --compare`, the win rate of a run's stories after interaction. The last choice of each
-    on a pair counts."""
+    """Per judge of `evaluate.py --compare`, the win rate of a run's stories after interaction, by its last choices."""
     pairs = set(run_pairs(run))
     by: dict[str, dict[StoryPair, str | None]] = defaultdict(dict)
     for record in read_records(Path(run) / PREFERENCES):

@@ -38,7 +38,6 @@ class Sample(NamedTuple):
     opening: str
     text: str
     ended: str | None = None  # "eos" or "length", if known
-    entropy: float | None = None  # of the distributions that it was sampled from, summed over tokens, in nats
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -68,7 +67,7 @@ def write_stories(
     per_opening, rest = divmod(n_stories, len(openings))
     prompts = [opening for i, opening in enumerate(openings) for _ in range(per_opening + (i < rest))]
     stories = generate(student, None, tokenizer, prompts, first_index=0, **sampling)
-    return [Sample(story.opening, story.text, story.ended, float(story.entropies.sum())) for story in stories]
+    return [Sample(story.opening, story.text, story.ended) for story in stories]
 
 
 def story_measures(
@@ -79,29 +78,25 @@ def story_measures(
     Returns, over all stories: length_mean (words) with length_ci; distinct_4 (distinct word 4-grams over all of them);
     story_clusters_10, of the first ten stories to an opening, averaged over openings with as many (NoveltyBench's
     distinct, with shared phrases in place of its classifier). Where known of all: ended_eos_share with ended_eos_ci
-    (Wilson); entropy_per_word (nats: entropies of the sampling distributions, summed over tokens, per word). With
-    `grader`: `score_means`, with score_ci, and unscored. With `corpus`: copied_share, the words of the longest phrase
-    shared with it over the story's words, and copied_longest, the longest such phrase in words. The other intervals are
-    bootstrapped over stories.
+    (Wilson). With `grader`: `score_means`, with score_ci, and unscored. With `corpus`: copied_share, the words of the
+    longest phrase shared with it over the story's words. The other intervals are bootstrapped over stories.
     """
     texts = [story.text for story in stories]
-    by_opening: dict[str, list[int]] = {}
-    for i, story in enumerate(stories):
-        by_opening.setdefault(story.opening, []).append(i)
-    tens = [rows[:10] for rows in by_opening.values() if rows[9:]]
+    by_opening: dict[str, list[str]] = {}
+    for story in stories:
+        by_opening.setdefault(story.opening, []).append(story.text)
+    tens = [told[:10] for told in by_opening.values() if told[9:]]
     lengths = np.array([len(text.split()) for text in texts])
     measures: dict[str, Any] = {
         "stories": len(stories),
         "length_mean": float(lengths.mean()),
         "length_ci": mean_ci(lengths),
         "distinct_4": distinct_ngrams(texts),
+        "story_clusters_10": mean_of(len({*cluster_ids(ten)}) for ten in tens),
     }
-    measures["story_clusters_10"] = mean_of(len({*cluster_ids([texts[i] for i in rows])}) for rows in tens)
     if all(story.ended for story in stories):
         ended = sum(story.ended == "eos" for story in stories)
         measures |= {"ended_eos_share": ended / len(stories), "ended_eos_ci": wilson(ended, len(stories))}
-    if all(story.entropy is not None for story in stories):
-        measures["entropy_per_word"] = sum(story.entropy or 0.0 for story in stories) / max(int(lengths.sum()), 1)
     if grader:
         grades = grader.grade_each([(story.opening, story.text) for story in stories])
         sums = np.array([sum(grade.scores.values()) for grade in grades if grade.scores], dtype=float)
@@ -110,7 +105,6 @@ def story_measures(
     if corpus:
         shared = longest_shared(texts, corpus)
         measures["copied_share"] = fmean(n / max(words, 1) for n, words in zip(shared, lengths.tolist(), strict=True))
-        measures["copied_longest"] = max(shared)
     return measures
 
 
@@ -160,6 +154,15 @@ def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
     keys = np.random.default_rng(0).integers(1, 2**63, len(vocabulary) + 2, dtype=np.uint64)
     ours_at, theirs_at = np.flatnonzero(ours > 0), np.flatnonzero(stream)
     ours_hash, theirs_hash = keys[ours[ours_at]], keys[stream[theirs_at]]
+
+    def longer(words: np.ndarray, at: np.ndarray, hashed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The phrases of `length` words at these positions, extended by one word where the text goes on."""
+        inside = at + length < len(words)
+        at, hashed = at[inside], hashed[inside]
+        goes_on = words[at + length] > 0
+        at, hashed = at[goes_on], hashed[goes_on]
+        return at, hashed * np.uint64(6364136223846793005) + keys[words[at + length]]
+
     longest, length = np.zeros(len(rows), dtype=int), 1
     while len(ours_at):
         # A phrase can only grow where a shorter one matched, so few positions in the corpus remain soon. They are
@@ -171,21 +174,10 @@ def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
         shared = np.isin(ours_hash, theirs_hash)
         ours_at, ours_hash = ours_at[shared], ours_hash[shared]
         longest[owner[ours_at]] = length
-        ours_at, ours_hash = _longer(ours, ours_at, ours_hash, length, keys)
-        theirs_at, theirs_hash = _longer(stream, theirs_at, theirs_hash, length, keys)
+        ours_at, ours_hash = longer(ours, ours_at, ours_hash)
+        theirs_at, theirs_hash = longer(stream, theirs_at, theirs_hash)
         length += 1
     return longest.tolist()
-
-
-def _longer(
-    words: np.ndarray, at: np.ndarray, hashed: np.ndarray, length: int, keys: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The phrases of `length` words at these positions, extended by one word where the text goes on."""
-    inside = at + length < len(words)
-    at, hashed = at[inside], hashed[inside]
-    next_word = words[at + length]
-    at, hashed, next_word = (values[next_word > 0] for values in (at, hashed, next_word))
-    return at, hashed * np.uint64(6364136223846793005) + keys[next_word]
 
 
 @functools.lru_cache(maxsize=1)

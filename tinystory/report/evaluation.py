@@ -25,7 +25,6 @@ ROWS = (
     ("reader: sense", "stories", "sense_mean", "sense_ci", 2),
     ("words per story", "stories", "length_mean", "length_ci", 1),
     ("fraction that end", "stories", "ended_eos_share", "ended_eos_ci", 2),
-    ("nats per word", "stories", "entropy_per_word", None, 2),
     ("distinct_4", "stories", "distinct_4", None, 3),
     ("clusters of 10, by shared phrases", "stories", "story_clusters_10", None, 1),
     ("copied fraction", "stories", "copied_share", None, 3),

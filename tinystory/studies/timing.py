@@ -149,9 +149,7 @@ def gemm_limit(work: str, setup: Setup, runs: int = 5) -> float:
     total = 0.0
     for k, n, times in ((C, 3 * C, L), (C, C, L), (C, 4 * C, L), (4 * C, C, L), (C, V, 1)):
         for m, inner, out in [(rows, k, n), (rows, n, k), (n, rows, k)] if backward else [(rows, k, n)]:
-            x, w = (
-                torch.randn(shape, dtype=setup.compute.dtype, device=device) for shape in ((m, inner), (out, inner))
-            )
+            x, w = (torch.randn(size, inner, dtype=setup.compute.dtype, device=device) for size in (m, out))
             laps = []
             for _ in range(runs):
                 start = now(device)
@@ -164,9 +162,7 @@ def gemm_limit(work: str, setup: Setup, runs: int = 5) -> float:
 def profile(run: Run, device: torch.device) -> None:
     """Print the operators of one run that take longest."""
     kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(
-        activities=[kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU]
-    ) as profiler:
+    with torch.profiler.profile(activities=[kinds.CPU, *[kinds.CUDA] * (device.type == "cuda")]) as profiler:
         run()
     key = f"self_{device.type}_time_total"
     print(profiler.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=40), file=sys.stderr)
