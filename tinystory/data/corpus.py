@@ -62,7 +62,6 @@ Part: TypeAlias = tuple[str | Path, Callable[[], Iterator[str]]]
 class Corpus:
     """Documents in a fixed order. Built by `open_corpus`."""
 
-    names: Sequence[str]
     parts: Sequence[Part]
     kind: str = "passage"
 
@@ -109,7 +108,7 @@ def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
             parts.extend(_file(path, kind) for path in hub.download(*HUB[name]))
         else:
             parts.append(_file(Path(name), kind))
-    return Corpus(tuple(names), parts, kind)
+    return Corpus(parts, kind)
 
 
 def _grammar_source() -> str:

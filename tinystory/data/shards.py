@@ -32,7 +32,8 @@ from tinystory.run.paths import cache_dir
 
 FORMAT = 3  # increase it whenever a change here, in corpus.py or in tokenizer.py changes the tokens of a text
 PARTS = ("tokens", "words", "offsets")
-FILES = ("tokenizer.json", *(f"{name}.{part}" for name in ("train", "val") for part in PARTS))
+SPLITS = ("train", "val")
+FILES = ("tokenizer.json", *(f"{name}.{part}" for name in SPLITS for part in PARTS))
 BATCH = 1 << 19  # characters that one thread encodes at a time
 MAX_THREADS = 16  # more would wait for the thread that reads, and each needs about 20 MB
 
@@ -131,7 +132,9 @@ def _build(
     threshold = max(val_fraction, smallest) if val_fraction else 0.0  # at least the smallest draw: one document
     tokenizer.save(folder / "tokenizer.json")
 
-    writers = [_Writer(folder, name, tokenizer) for name in ("train", "val")]
+    for name in SPLITS:
+        _append(folder, name, tokenizer, np.empty(0), np.empty(0), np.zeros(1))
+    written = [0, 0]  # tokens per split
     documents = enumerate(corpus.documents())
     batches = _batches((_uniform(seed, index) <= threshold, document) for index, document in documents)
     threads = min(os.cpu_count() or 1, MAX_THREADS)
@@ -141,11 +144,10 @@ def _build(
     ):
         while some := list(islice(batches, 2 * threads)):
             encoded = pool.map(encode, repeat(tokenizer), [batch for _, batch in some])
-            for (is_val, batch), arrays in zip(some, encoded, strict=True):
-                writers[is_val].append(*arrays)
+            for (is_val, batch), (tokens, words, lengths) in zip(some, encoded, strict=True):
+                _append(folder, SPLITS[is_val], tokenizer, tokens, words, written[is_val] + np.cumsum(lengths))
+                written[is_val] += len(tokens)
                 progress.update(sum(map(len, batch)))
-    for writer in writers:
-        writer.close()
     write_manifest(folder)
 
 
@@ -194,23 +196,11 @@ def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, 
     return tokens, words, lengths
 
 
-class _Writer:
-    """Appends encoded batches to the three files of one split."""
-
-    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer):
-        self.dtypes, self.tokens = _dtypes(tokenizer), 0
-        self.files = [open(folder / f"{name}.{part}", "wb") for part in PARTS]  # noqa: SIM115
-        self.files[2].write(np.zeros(1, dtype="<i8").tobytes())
-
-    def append(self, tokens: np.ndarray, words: np.ndarray, lengths: np.ndarray) -> None:
-        arrays = (tokens, words, self.tokens + np.cumsum(lengths))
-        for file, array, dtype in zip(self.files, arrays, self.dtypes, strict=True):
+def _append(folder: Path, name: str, tokenizer: Tokenizer, *arrays: np.ndarray) -> None:
+    """Append tokens, words and offsets to the files of a split."""
+    for part, dtype, array in zip(PARTS, _dtypes(tokenizer), arrays, strict=True):
+        with open(folder / f"{name}.{part}", "ab") as file:
             file.write(array.astype(dtype).data)
-        self.tokens += len(tokens)
-
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
 
 
 def _dtypes(tokenizer: Tokenizer) -> tuple[str, str, str]:  # of PARTS
