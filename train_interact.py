@@ -1,8 +1,8 @@
 """Learn by interaction: the student writes stories, a teacher scores them over HTTP, PPO learns from the scores.
 
 One step: write stories (each goes to the teacher the moment it ends), read them under the frozen starting checkpoint
-while the teacher grades, turn scores into rewards, and update the policy by PPO. Every --eval-every steps the policy is
-evaluated on held-out openings, and the best student is kept.
+while the teacher grades, turn scores into rewards, and update the policy. Every --eval-every steps it is evaluated on
+held-out openings, and the best student is kept.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import assert_largest_no_worse, assert_no_worse, on_gpu
 
 from tinystory import ops
-from tinystory.ops import autograd, reference
+from tinystory.ops import fake, reference
 
 SHAPES = int(os.environ.get("TINYSTORY_TEST_SHAPES", "60"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -133,10 +133,10 @@ def test_the_same_bits_at_any_thread_count():
 def test_kept_logits_change_no_bit_and_are_kept_within_their_limit(monkeypatch):
     hidden, weight = torch.randn(50, 32, requires_grad=True), torch.randn(700, 32, requires_grad=True)
     targets, seen = torch.randint(700, (50,)), []
-    group = 50 * autograd.LOGIT_STRIDE * 4
+    group = 50 * fake.LOGIT_STRIDE * 4
     for limit, groups in ((0, 0), (2 * group, 2), (9 * group, 3)):
-        monkeypatch.setattr(autograd, "KEPT_BYTES", limit)
-        assert autograd.kept_groups(hidden, weight) == groups
+        monkeypatch.setattr(ops, "KEPT_BYTES", limit)
+        assert ops.kept_groups(hidden, weight) == groups
         logprob, entropy = ops.token_logprob(hidden, weight, targets)
         other, _ = ops.token_logprob(hidden * 2, weight, targets)  # before the first one's backward pass
         results = torch.autograd.grad((logprob + entropy + other).sum(), (hidden, weight), retain_graph=True)
@@ -145,8 +145,8 @@ def test_kept_logits_change_no_bit_and_are_kept_within_their_limit(monkeypatch):
         seen.append((logprob, entropy, other, *results))
     assert all(torch.equal(a, b) for some in seen[1:] for a, b in zip(seen[0], some, strict=True))
     with torch.no_grad():
-        assert autograd.kept_groups(hidden, weight) == 0
-    assert autograd.kept_groups(hidden.bfloat16(), weight) == autograd.kept_groups(hidden[:0], weight) == 0
+        assert ops.kept_groups(hidden, weight) == 0
+    assert ops.kept_groups(hidden.bfloat16(), weight) == ops.kept_groups(hidden[:0], weight) == 0
 
 
 def test_opcheck_and_compile():

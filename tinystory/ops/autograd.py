@@ -1,5 +1,5 @@
-"""Gradients implemented in Python: the logits that token_logprob keeps for its own, token_logprob on a Mac, and linear
-layers on a GPU. The others are in csrc/autograd.cpp."""
+"""Gradients implemented in Python: token_logprob's on a Mac, and linear layers' on a GPU. The others are in
+csrc/autograd.cpp."""
 
 from typing import Any  # torch's ctx takes any attribute
 
@@ -10,20 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinystory.ops import reference
 
-LOGIT_GROUP, LOGIT_STRIDE = 256, 272  # columns, as in csrc/kernels.h
-KEPT_BYTES = 100 << 20  # a PPO micro-batch of 32 stories of 90 tokens, vocabulary 8 192
 CHUNK = 1 << 24  # logits that exist at a time in `chunked_token_logprob`
-
-
-def kept_groups(hidden: Tensor, weight: Tensor) -> int:
-    """For how many groups of columns token_logprob keeps the logits for a backward pass: on a CPU as many as KEPT_BYTES
-    hold, without a backward pass none. In bfloat16 they would cost as much to read as to compute again."""
-    needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if hidden.is_cuda or hidden.dtype == torch.bfloat16 or not needed or not len(hidden):
-        return 0
-    groups = (len(weight) + LOGIT_GROUP - 1) // LOGIT_GROUP
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    return min(groups, KEPT_BYTES // (len(hidden) * LOGIT_STRIDE * wide.itemsize))
 
 
 def chunked_token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,7 @@ def step(
     stats |= dict(kl=mean_kl, kl_coef=kl_coef, objective=reward_mean - kl_coef * mean_kl)
     in_reward, in_loss = (kl_coef, 0.0) if config.kl_in == "reward" else (0.0, kl_coef)
     batch = learner.advantages(config, policy.critic, batch, token_rewards(rewards, batch, in_reward))
+    batch = dataclasses.replace(batch, ref_states=None)  # no micro-batch needs its part of them
     return stats | update(policy, batch, in_loss, steps, texts)
 
 
