@@ -56,12 +56,12 @@ class Batch:
         at = upload(np.asarray(rows, np.int64), self.inputs.device)
         starts = self.lengths.cumsum() - self.lengths
         places = upload(spans(starts[rows], self.lengths[rows]), self.inputs.device)
-        for name in {field.name for field in dataclasses.fields(self)} - {"places"}:
-            value = getattr(self, name)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             if isinstance(value, np.ndarray):
-                chosen[name] = value[rows]
-            elif isinstance(value, Tensor):
-                chosen[name] = value.index_select(0, at if name == "inputs" else places)
+                chosen[field.name] = value[rows]
+            elif isinstance(value, Tensor) and field.name != "places":
+                chosen[field.name] = value.index_select(0, at if field.name == "inputs" else places)
         return dataclasses.replace(self, **chosen, places=places)
 
     def padded(self, x: Tensor) -> Tensor:
