@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         facts["peers"] = compare_peers(setup, a.shape, a.runs, a.nanogpt, a.trl, **options)
     else:
         run = WORK[a.bench][0](setup, **options)
-        facts |= {key: round(median, 4) for key, median in timing.medians(run, a.runs).items()}
+        facts |= {key: round(value, 4) for key, value in timing.medians(run, a.runs).items()}
         if a.bench != "ppo":
             facts["gemm_limit_tokens_per_s"] = timing.gemm_limit(a.bench, setup)
     print(json.dumps(facts | options | dict(peak_mb=peak_memory_mb(device))), flush=True)
