@@ -67,7 +67,7 @@ class Desk:
         return scores
 
     def tick(self) -> None:
-        """To be called every now and then: hand in what is ready."""
+        """Hand in what is ready; to be called every now and then."""
         if not self._ungraded() and self._clock() - self._graded >= GRACE_S:
             for waiting in self._waiting.values():
                 waiting.handed_in.set()

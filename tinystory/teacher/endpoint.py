@@ -122,16 +122,16 @@ class Endpoint:
     failures: int = 0  # transient ones since its last answer
     absences: int = 0  # times that it was left out since then
 
-    def max_tokens(self, names: Sequence[str]) -> int:
-        """Tokens of a reply with scores for `names`."""
-        by_json = self.probe is not None and self.probe.held_to == "json"
-        return max(self.options.max_tokens, json_tokens(names) if by_json else 0)
+    def max_tokens(self, names: Sequence[str], form: Probe | None = None) -> int:
+        """Tokens of a reply with scores for `names`, in the form that the probe found, or in this one."""
+        form = form or self.probe
+        return max(self.options.max_tokens, json_tokens(names) if form is not None and form.held_to == "json" else 0)
 
-    def sampling(self, seed: int, names: Sequence[str]) -> dict[str, Any]:
+    def sampling(self, seed: int, names: Sequence[str], form: Probe | None = None) -> dict[str, Any]:
         """The fields of a request that decide which reply comes; log-probabilities once the server has been probed."""
-        logprobs = LOGPROBS if self.options.logprobs and self.probe else {}
-        seed %= 2**31  # servers take 32 bits
-        return {"temperature": self.options.temperature, "max_tokens": self.max_tokens(names), "seed": seed, **logprobs}
+        fields = {"temperature": self.options.temperature, "seed": seed % 2**31}  # servers take 32 bits
+        fields["max_tokens"] = self.max_tokens(names, form)
+        return fields | (LOGPROBS if self.options.logprobs and self.probe else {})
 
     async def chat(
         self, messages: list[dict], seed: int, names: Sequence[str], form: Probe | None = None, **more: Any
@@ -140,7 +140,7 @@ class Endpoint:
         tried. A reply that had to be allowed more tokens is cut to about as many as it needs."""
         form = form or self.probe
         assert form is not None
-        fields = {**self.sampling(seed, names), **constraint(form.held_to, names), **form.quiet, **more}
+        fields = {**self.sampling(seed, names, form), **constraint(form.held_to, names), **form.quiet, **more}
         wanted, texts = fields.pop("max_tokens"), [message["content"] for message in messages]
         cap = max(wanted, form.least_tokens)
         fields |= {"model": self.model, "messages": messages, form.token_cap: cap}

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from tinystory.teacher.api import NO_SYSTEM, Failure, Reply
-from tinystory.teacher.endpoint import LOGPROBS, Probe, constraint, json_tokens
+from tinystory.teacher.endpoint import LOGPROBS, Probe
 from tinystory.teacher.parse import LONGEST_REPLY, expected_scores, parse_scores
 from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.prompt import fence, render
@@ -54,7 +54,7 @@ class Prober:
         self.names = options.template.names
         mark = fence(options.seed, -1, "\n".join(FIRST_STORY))
         self.messages = render(*FIRST_STORY, fence=mark, template=options.template)
-        self.seed, self.most = options.seed, self.endpoint.max_tokens(self.names)
+        self.seed = options.seed
         self.notes: list[str] = []
         self.unlisted = ""  # the models that are listed, if the one that was named is not
         self.seconds: list[float] = []
@@ -90,19 +90,19 @@ class Prober:
         if thinks and not scored:
             reply = await self._reply_without_thoughts()
             scored = self._scored(reply)
-        structure = await self._structure()
-        held_to = "nothing" if structure == "json" and scored else structure
-        if held_to != "nothing" and not scored:
-            most = max(self.most, json_tokens(self.names))
-            reply = await self._ask(max_tokens=most, **constraint(held_to, self.names))
+        await self._find_structure()
+        if self.form.held_to == "json" and scored:
+            self.form = replace(self.form, held_to="nothing")
+        if self.form.held_to != "nothing" and not scored:
+            reply = await self._ask()
             scored = self._scored(reply)
         if self.pool.options.logprobs:
-            await self._require_logprobs(held_to)
+            await self._require_logprobs()
         if not scored:
             self.notes.append(f"{model} was shown a story and gave no scores but {reply.text[:80]!r}")
         return replace(
-            self.form, reply=reply.text[:LONGEST_REPLY], scored=scored, thinks=thinks, structure=structure,
-            held_to=held_to, tokens=reply.tokens, seconds=min(self.seconds), notes=tuple(self.notes),
+            self.form, reply=reply.text[:LONGEST_REPLY], scored=scored, thinks=thinks, tokens=reply.tokens,
+            seconds=min(self.seconds), notes=tuple(self.notes),
         )  # fmt: skip
 
     async def _ask(self, messages: list[dict] | None = None, **fields: Any) -> Reply:
@@ -116,10 +116,10 @@ class Prober:
         self.seconds.append(time.monotonic() - start)
         return reply
 
-    async def _try(self, **fields: Any) -> Reply | None:
+    async def _try(self, messages: list[dict] | None = None) -> Reply | None:
         """The reply; None after a failure that says nothing of other requests."""
         try:
-            return await self._ask(**fields)
+            return await self._ask(messages)
         except Failure as failure:
             if failure.fatal or failure.unreachable:
                 raise
@@ -159,18 +159,19 @@ class Prober:
         self.notes.append(f"{model} cannot be told not to think: a reply may cost up to {THINKING_TOKENS} tokens{used}")
         return reply
 
-    async def _structure(self) -> str:
-        """The first structure that the server obeys, "nothing" if it obeys none: at most two requests."""
-        for structure, most in (("numbers", self.most), ("json", json_tokens(self.names))):
-            reply = await self._try(messages=OFF_TOPIC, max_tokens=most, **constraint(structure, self.names))
+    async def _find_structure(self) -> None:
+        """Find the first structure that the server obeys, by at most two requests, and hold it to that one."""
+        for structure in ("numbers", "json"):
+            self.form = replace(self.form, structure=structure, held_to=structure)
+            reply = await self._try(OFF_TOPIC)
             if reply is not None and self._scored(reply):
-                return structure
-        return "nothing"
+                return
+        self.form = replace(self.form, structure="nothing", held_to="nothing")
 
-    async def _require_logprobs(self, held_to: str) -> None:
+    async def _require_logprobs(self) -> None:
         """Raises Failure unless a reply that holds scores comes with what expected scores need."""
         try:
-            reply = await self._ask(**constraint(held_to, self.names), **LOGPROBS)
+            reply = await self._ask(**LOGPROBS)
         except Failure as failure:
             if failure.fatal or failure.unreachable or failure.again:
                 raise
