@@ -61,12 +61,10 @@ def with_ci(value: float | None, ci: Sequence[float] | None, decimals: int = 2, 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's rank correlation of (n,) and (n,); ties get their mean rank. nan if all values are equal."""
-    a, b = (rank - rank.mean() for rank in (ranks(x), ranks(y)))
+    ranks = []
+    for values in (x, y):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
+    a, b = (rank - rank.mean() for rank in ranks)
     scale = np.sqrt((a * a).sum() * (b * b).sum())
     return float((a * b).sum() / scale) if scale else float("nan")
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """The ranks of (n,) from 1, as float64 (n,); ties get their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]

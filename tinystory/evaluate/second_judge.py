@@ -94,21 +94,18 @@ def column(records: Sequence[Record], group: str, measure: str) -> np.ndarray:
     return np.array([record[measure] for record in records if record["group"] == group], dtype=float)
 
 
-def gain(records: Sequence[Record], group: str, over: str, measure: str) -> tuple[float, tuple[float, float]]:
-    """The mean difference between two groups' stories to the same openings, and its bootstrap interval."""
-    ours, theirs = (
-        {record["index"]: record[measure] for record in records if record["group"] == name} for name in (group, over)
-    )
-    pairs = [(ours[i], theirs[i]) for i in ours if i in theirs and None not in (ours[i], theirs[i])]
-    if not pairs:
-        return float("nan"), (float("nan"), float("nan"))
-    difference = np.subtract(*np.array(pairs).T)
-    return float(difference.mean()), mean_ci(difference)
+def gain(records: Sequence[Record], group: str, over: str) -> tuple[float, tuple[float, float]]:
+    """The mean difference in sense between two groups' stories to the same openings, and its bootstrap interval."""
+    sense = {(record["group"], record["index"]): record["sense"] for record in records if record["sense"] is not None}
+    pairs = [(value, sense.get((over, index))) for (name, index), value in sense.items() if name == group]
+    difference = np.array([ours - theirs for ours, theirs in pairs if theirs is not None])
+    nothing = float("nan"), (float("nan"), float("nan"))
+    return (float(difference.mean()), mean_ci(difference)) if len(difference) else nothing
 
 
 def conclusion(records: Sequence[Record]) -> str:
     """One sentence: which of the run's gain the reader sees."""
-    value, ci = gain(records, AFTER, BEFORE, "sense")
+    value, ci = gain(records, AFTER, BEFORE)
     text = f"{with_ci(value, ci, sign='+')} nats per token"
     if not ci[0] > 0:
         return f"The reader, which was not the teacher, sees no gain in sense from interaction: {text}."
@@ -117,8 +114,8 @@ def conclusion(records: Sequence[Record]) -> str:
     way = "" if fraction is None else f", {fraction:.0%} of the way to real stories"
     controls = [name for name in (*COLDER, BEST_OF_N) if groups[name]["mean"] is not None]
     control = max(controls, key=lambda name: groups[name]["mean"], default=BEST_OF_N)
-    beyond, beyond_ci = gain(records, AFTER, control, "sense")
-    theirs = f"{gain(records, control, BEFORE, 'sense')[0]:+.2f} for “{control}”, which needs no training"
+    beyond, beyond_ci = gain(records, AFTER, control)
+    theirs = f"{gain(records, control, BEFORE)[0]:+.2f} for “{control}”, which needs no training"
     verdict = "more than" if beyond_ci[0] > 0 else "less than" if beyond_ci[1] < 0 else "no different from"
     return (
         f"The reader, which was not the teacher, sees a gain in sense of {text}{way}; that is {verdict} the {theirs} "
