@@ -92,7 +92,7 @@ def pretraining(dropout: float) -> Counter:
 
 def validation() -> Counter:
     student, tokens = small_student(), np.arange(400, dtype=np.uint16) % 96
-    file = TokenFile(tokens, np.ones_like(tokens), np.array([0, 400]), 400, 400)
+    file = TokenFile(tokens, np.ones_like(tokens), np.array([0, 400]))
 
     def run(rows: int) -> None:
         with torch.autocast("cpu", BF16):
