@@ -32,6 +32,7 @@ FIRST = set(
 )
 DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
+CONTROLS = ("random", "constant", "likelihood")  # values of --reward that are no FILE.py
 FEWEST_GRADED = 8  # stories of a step, for --graded
 LEARNERS = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")  # what they are: tinystory/rl/learners.py
 
@@ -315,7 +316,7 @@ def leads_out(options: Mapping[str, Any], resumes: bool = True) -> list[str]:
     """The flags that a run's config.json cannot set by itself: --reward FILE.py:FUNCTION, and --teacher-url, of a run
     that is resumed only if there is a key to send."""
     words: list[str] = []
-    if options.get("reward", "") not in ("", "random"):
+    if options.get("reward", "") not in ("", *CONTROLS):
         words += ["--reward", options["reward"]]
     has_key = any(name.startswith("OPENAI_API_KEY") for name in os.environ)
     if options.get("teacher_url") and (has_key or not resumes):

@@ -18,6 +18,7 @@ from tinystory.config import (
     InteractConfig,
     PretrainConfig,
     check,
+    leads_out,
     parse,
 )
 from tinystory.rl import learners
@@ -242,6 +243,10 @@ def test_a_budget_that_holds_no_step_is_refused_at_once(place, tmp_path, capsys)
     for words in ("50", "223"):  # 224 are a step of 6 stories and two evaluations of 4, of 16 words each
         line = fails(interact.main, [*init, "--budget-words-out", words], capsys)
         assert "does not hold a single step" in line and not (tmp_path / "i").exists()
+
+
+def test_a_recorded_control_runs_no_code():
+    assert not any(leads_out({"reward": name}) for name in ("", "random", "constant", "likelihood"))
 
 
 @pytest.mark.parametrize(
