@@ -15,10 +15,12 @@ import sys
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinystory.data.corpus import open_corpus
-from tinystory.rubric.rubric import Rubric
+from tinystory.rubric.rubric import PARTS, Rubric
 from tinystory.rubric.server import serve
 from tinystory.run.errors import command
 from tinystory.run.options import add_number
@@ -41,13 +43,15 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     documents, names, start = open_corpus(options.corpus).mixed(), " ".join(options.corpus), time.monotonic()
     print(f"fitting the built-in teacher to {names} ...", file=sys.stderr, flush=True)
-    rubric = Rubric.from_corpus(documents)
+    with tqdm(total=PARTS, desc="fitting", unit="part", leave=False, disable=None) as bar:
+        rubric = Rubric.from_corpus(documents, bar.update)
     message = f"this teacher is a rubric, a stand-in for an LLM, fitted to {names} in {time.monotonic() - start:.1f} s"
     print(message, file=sys.stderr, flush=True)
     if options.die_with_parent:  # whose threads wait for each other, so one without a core stops all
         os.nice(NICENESS)  # not before: the parent waits until the teacher is fitted
-        with contextlib.suppress(OSError):  # Linux divides cores among sessions first, and this process has its own
-            Path("/proc/self/autogroup").write_text(str(NICENESS))
+        if os.getsid(0) == os.getpid():  # Linux divides cores among sessions first, and this one is no terminal's
+            with contextlib.suppress(OSError):
+                Path("/proc/self/autogroup").write_text(str(NICENESS))
     asyncio.run(_serve(rubric, options.port, options.die_with_parent))
 
 

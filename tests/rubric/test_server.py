@@ -18,7 +18,7 @@ from conftest import LIMIT_S
 
 from scripts import serve_teacher
 from tinystory.data.builtin import grammar
-from tinystory.rubric.rubric import Rubric
+from tinystory.rubric.rubric import PARTS, Rubric
 from tinystory.rubric.server import MODEL, serve
 from tinystory.run.errors import UserError
 from tinystory.teacher.parse import parse_scores
@@ -289,19 +289,33 @@ def test_the_command_says_when_it_is_ready_and_ends_cleanly(corpus, end):
         assert process.wait(LIMIT_S) == 0
         assert process.stdout.read() == ""  # one line only
         stderr = process.stderr.read()
-        assert stderr.startswith("fitting the built-in teacher to ")
+        assert stderr.startswith("fitting the built-in teacher to ") and "\r" not in stderr  # no bar in a file
         assert "stand-in for an LLM" in stderr and "Traceback" not in stderr
 
 
-def test_it_yields_once_it_is_fitted(monkeypatch):
+@pytest.mark.parametrize("own_session", [True, False])
+def test_it_yields_once_it_is_fitted_and_takes_no_terminal_along(monkeypatch, own_session):
     done = []
-    monkeypatch.setattr(serve_teacher.Rubric, "from_corpus", lambda documents: done.append("fitted"))
+
+    def fit(documents, advance):
+        for _ in range(PARTS):
+            advance()
+        done.append("fitted")
+
+    monkeypatch.setattr(serve_teacher.Rubric, "from_corpus", fit)
     monkeypatch.setattr(serve_teacher, "_serve", lambda *_: done.append("served"))
     monkeypatch.setattr(serve_teacher.asyncio, "run", lambda served: None)
     monkeypatch.setattr(os, "nice", lambda by: done.append("niced"))
+    monkeypatch.setattr(os, "getsid", lambda pid: os.getpid() + (not own_session))
     monkeypatch.setattr(Path, "write_text", lambda path, text: done.append(str(path)))
     serve_teacher.main(["--die-with-parent"])
-    assert done == ["fitted", "niced", "/proc/self/autogroup", "served"]
+    assert done == ["fitted", "niced", *["/proc/self/autogroup"] * own_session, "served"]
+
+
+def test_a_progress_bar_of_the_fit_reaches_its_end():
+    done = []
+    Rubric.from_corpus(grammar.stories(400, seed=0), lambda: done.append(1))
+    assert len(done) == PARTS
 
 
 @pytest.mark.parametrize(

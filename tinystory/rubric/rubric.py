@@ -40,7 +40,7 @@ is not part of a phrase that came before, in the story or in its opening: paddin
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias
 
 import numpy as np
@@ -59,6 +59,7 @@ MAX_PASSAGE = 600  # tokens; a longer document counts as several stories
 MAX_STORY = 1000  # tokens of a story that are measured; the student writes about a hundred
 EXCERPT = 90  # tokens of each story that sets the scales: about as many as the student writes
 HELD_OUT = 200  # stories held out to set the scales, one in sixteen
+PARTS = 8  # of fitting, for a progress bar
 
 TROUBLE = frozenset(
     (
@@ -83,13 +84,19 @@ def ramp(x: float | np.ndarray, zero: float, one: float) -> float:
 class Rubric:
     """Measures stories against a corpus, deterministically: the same text always gets the same scores."""
 
-    def __init__(self, stories: list[list[str]], examples: list[list[str]]):
-        """stories: of the corpus, as tokens, to count in; examples: held-out ones, which set the scales."""
+    def __init__(self, stories: list[list[str]], examples: list[list[str]], done: Callable[[], object] = lambda: None):
+        """stories: of the corpus, as tokens, to count in; examples: held-out ones, which set the scales; done: called
+        after each of the PARTS of fitting."""
+        done()  # the corpus is read
         self.lexicon = lexicon = Lexicon(stories)
+        done()
         excerpts = [lexicon.look_up(tokens) for tokens in examples]
         with ThreadPoolExecutor() as pool:  # numpy sorts without Python's lock
             models = [pool.submit(NgramModel, ids, len(lexicon)) for ids in (lexicon.ids, lexicon.pattern[lexicon.ids])]
             phrases, association = pool.submit(Phrases, lexicon.ids, excerpts), pool.submit(WordAssociation, lexicon)
+            futures: list[Future] = [*models, phrases, association]
+            for future in futures:
+                future.add_done_callback(lambda _: done())
             self.characters = Characters(lexicon)
             self.model, self.patterns = (model.result() for model in models)
             self.phrases, self.association = phrases.result(), association.result()
@@ -102,12 +109,14 @@ class Rubric:
         self._scale = {"known": (0.75, 0.97), "formed": (0.2, 0.95), "clean": (0.92, 0.995), "unlooped": (0.5, 0.9)}
         rng = np.random.default_rng(0)
         self._set_scales(examples, rng)
+        done()
         self._set_coreference_scales(excerpts, rng)
+        done()
 
     @classmethod
-    def from_corpus(cls, documents: Iterable[str]) -> "Rubric":
+    def from_corpus(cls, documents: Iterable[str], done: Callable[[], object] = lambda: None) -> "Rubric":
         """A rubric fitted to about 1.5 M words of the documents, of which some stories are held out to set the scales.
-        Raises UserError if there are too few words."""
+        done: as above. Raises UserError if there are too few words."""
         stories: list[list[str]] = []
         held_out: list[list[str]] = []
         count = 0
@@ -122,7 +131,7 @@ class Rubric:
                 break
         if count < MIN_CORPUS_TOKENS:
             raise UserError(f"the corpus has only {count} words and stops: give the teacher more stories to measure by")
-        return cls(stories, [next(_passages(passage, EXCERPT)) for passage in held_out or stories[:HELD_OUT]])
+        return cls(stories, [next(_passages(passage, EXCERPT)) for passage in held_out or stories[:HELD_OUT]], done)
 
     def score(self, opening: str, story: str) -> dict[str, int]:
         """The integer score, 0..3, of each criterion."""
