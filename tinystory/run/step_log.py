@@ -1,7 +1,6 @@
 """What a step's record is made of: the seconds of its stages, and metrics that a GPU may still be computing."""
 
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -22,12 +21,18 @@ LINE_S = 10.0  # seconds
 class Progress(tqdm):  # type: ignore[misc]
     """A run's bar on a terminal. Elsewhere, one line for a step that has ended, and at most one in LINE_S."""
 
-    due = 0.0  # time of the next line
-
     def __init__(self, **options: Any):
         self.lines = not sys.stderr.isatty()
-        elsewhere = dict(bar_format=LINE, file=open(os.devnull, "w"))  # noqa: SIM115  (until the process ends)
-        super().__init__(**options, **elsewhere if self.lines else {})
+        self.due = 0.0  # time of the next line
+        super().__init__(bar_format=LINE if self.lines else None, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if not self.lines:
+            super().display(msg, pos)
+
+    def clear(self, nolock: bool = False) -> None:
+        if not self.lines:
+            super().clear(nolock)
 
     def end_step(self, numbers: dict[str, Any], advance: float = 0) -> None:
         """Show the numbers of a step that has ended. advance: what `update` has not been told of it."""
