@@ -27,6 +27,7 @@ using Address = uintptr_t;
 
 constexpr int kPoison = 0xff;  // bytes that are NaN in every float format and -1 in every integer
 constexpr size_t kBlock = 512;
+constexpr size_t kCached = size_t{1} << 30;  // bytes of free blocks; beyond them a freed block returns to the system
 const c10::Device kDevice(c10::kCUDA, 0);
 thread_local int64_t current_stream = 0;
 
@@ -38,11 +39,13 @@ struct Block {
 };
 
 // As PyTorch's caching allocator: a freed block serves later requests of its size, stream and pool, and no others.
+// Unlike it, this one keeps no more than kCached of them, since a step has micro-batches of many sizes.
 struct Memory {
   std::mutex mutex;
-  std::map<Address, Block> blocks;  // never returned to the system
+  std::map<Address, Block> blocks;
   std::map<std::tuple<int64_t, int64_t, size_t>, std::vector<Address>> free;
   std::map<Address, size_t> pinned;
+  std::vector<std::pair<Address, size_t>> released;  // to the system, and the machine has not heard of it
   size_t allocated = 0, peak = 0, reserved = 0;
   int64_t generations = 0;
   int64_t capturing = -1, capture_pool = 0;  // a stream that is captured allocates from its graph's pool
@@ -60,6 +63,13 @@ void free_block(void* p) {
   Block& b = memory.blocks.at(Address(p));
   b.live = false;
   memory.allocated -= b.size;
+  if (b.pool == 0 && memory.capturing < 0 && memory.reserved - memory.allocated > kCached) {
+    memory.reserved -= b.size;
+    memory.released.emplace_back(Address(p), b.size);
+    memory.blocks.erase(Address(p));
+    std::free(p);
+    return;
+  }
   std::memset(p, kPoison, b.size);
   memory.free[{b.pool, b.stream, b.size}].push_back(Address(p));
 }
@@ -242,6 +252,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("to_device", to_device);
   m.def("block_of", block_of);
   m.def("is_pinned", is_pinned);
+  m.def("released", [] {
+    const std::lock_guard lock(memory.mutex);
+    return std::exchange(memory.released, {});
+  });
   m.def("stream", [] { return current_stream; });
   m.def("set_stream", [](int64_t stream) { current_stream = stream; });
   m.def("begin_capture", begin_capture);
