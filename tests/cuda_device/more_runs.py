@@ -91,11 +91,11 @@ def test_presets_run(place, tmp_path, device_machine, preset):
 @needs_kernels
 @pytest.mark.parametrize("options", ["", "--learner rloo --stories-per-opening 4"])
 def test_a_policy_that_was_not_updated_is_the_sampler(place, tmp_path, device_machine, options):
-    """In bfloat16, by logits that are kept in float32 on both sides. One epoch of one minibatch measures before it
-    updates."""
+    """In bfloat16, by logits that are kept in float32 on both sides: 8e-6, and 3e-5 where the sampler's were rounded to
+    bfloat16. One epoch of one minibatch measures before it updates."""
     options = f"{options} --dtype bfloat16 --steps 1 --stories-per-step 16 --max-new-tokens 90 --epochs 1"
     (step,) = run(place, tmp_path / "i", "cuda", *options.split(), "--minibatch-size", "0", student="demo")
-    assert step["approx_kl"] < 4e-5 and step["clip_fraction"] == 0
+    assert step["approx_kl"] < 1.6e-5 and step["clip_fraction"] == 0
 
 
 def test_scripts_run(place, tmp_path, device_machine, capsys):
