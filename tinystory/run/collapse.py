@@ -1,21 +1,20 @@
-"""Warnings about a run, each kind once, with what to try: the stories collapse, the KL runs away, a loss explodes, or
-the scores carry no signal. They are looked for after every step, in the records of metrics.jsonl alone."""
+"""Warnings from metrics.jsonl, once per kind: stories collapse, KL runs away, loss explodes, scores have no signal."""
 
 import math
 from collections import deque
 from collections.abc import Iterable
 from statistics import fmean
 
-WINDOW, STORIES = 5, 768  # steps that are averaged: so many, or fewer that hold so many stories
-# Kind, metric, and by which factor its mean falls from that of the first steps, or rises from its lowest one, before it
-# is a sign. The factors are coarse on purpose: far outside what a step's noise does to a mean of WINDOW steps.
+WINDOW, STORIES = 5, 768  # averages are over WINDOW steps, or over fewer that have STORIES stories
+# Kind, metric, text and factor: below 1 relative to the metric's first mean, above 1 to its lowest one. The factors are
+# coarse on purpose: noise changes a mean over WINDOW steps far less.
 SIGNS = (
     ("collapse", "distinct_4", "the stories grow alike", 0.6),
     ("collapse", "story_clusters", "few clusters of stories are left", 0.4),
     ("collapse", "length_mean", "the stories shrink", 0.5),
     ("collapse", "entropy", "the stories' entropy collapses", 0.35),
     ("collapse", "reward_std", "all stories have the same reward", 0.1),
-    ("loss", "loss", "the loss explodes", 2.2),  # batches of dull text and of stories differ by 1.9 (demo, 5 seeds)
+    ("loss", "loss", "the loss explodes", 2.2),  # dull text and stories differ by a factor of 1.9 (demo, 5 seeds)
     ("loss", "value_loss", "the value loss explodes", 10),
     ("loss", "grad_norm", "the gradient explodes", 10),
 )
@@ -27,13 +26,12 @@ ADVICE = {
     "signal": "another --teacher-model, criteria with more to tell apart (--teacher-prompt), --teacher-logprobs, or a "
     "student that was pretrained longer (scripts/doctor.py --calibrate tells a teacher that cannot judge)",
 }
-SAME = 0.9  # fraction of a step's stories that may have the same score before the scores say nothing
-FEW = 160  # scores of a window below which no correlation is significant
+SAME = 0.9  # fraction of a step's stories with the same score from which on scores carry no signal
+FEW = 160  # scores in a window below which no correlation is significant
 
 
 class CollapseDetector:
-    """Reads a run's records one at a time. warnings: per kind, the first step that gave reason for it, and one
-    sentence."""
+    """Reads a run's records one at a time. warnings: per kind, the step and the sentence of the first warning."""
 
     def __init__(self, records: Iterable[dict] = (), kl_target: float = math.inf):
         self.kl_target = kl_target
@@ -44,7 +42,7 @@ class CollapseDetector:
             self.add(record)
 
     def add(self, record: dict) -> dict[str, str]:
-        """The warnings that this step gives reason for and no earlier one did, by kind."""
+        """Add a step's record. Returns the sentences of new warnings, by kind."""
         self._last.append(record)
         while sum(map(_stories, self._last)) - _stories(self._last[0]) >= STORIES:
             self._last.popleft()
@@ -71,7 +69,7 @@ class CollapseDetector:
         return news
 
     def _mean(self, metric: str) -> float | None:
-        """Over the last steps; None if they are too few, or one of them lacks it."""
+        """Mean over the window; None if the window is too short or one of its records lacks the metric."""
         values = [value for record in self._last if (value := record.get(metric)) is not None]
         return fmean(values) if self._enough and len(values) == len(self._last) else None
 
@@ -80,7 +78,7 @@ class CollapseDetector:
         return len(self._last) == WINDOW or sum(map(_stories, self._last)) >= STORIES
 
     def _without_signal(self) -> str:
-        """What makes the scores of the last steps useless; "" if nothing does."""
+        """A sentence on why the scores in the window carry no signal; "" if they do."""
         modes = [record.get("score_mode") or 0.0 for record in self._last]
         steps = f"{len(self._last)} steps" if len(self._last) > 1 else "step"
         if self._enough and min(modes) >= SAME:

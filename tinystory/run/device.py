@@ -12,8 +12,7 @@ from tinystory.run.errors import UserError
 
 
 def cpu_has_bf16() -> bool:
-    """True where bf16 matmuls run in hardware; elsewhere they would be emulated, slower than float32. So they are where
-    ATEN_CPU_CAPABILITY=avx2 keeps torch from the processor's newer instructions."""
+    """Whether bf16 matmuls run in hardware, if ATEN_CPU_CAPABILITY permits; emulated ones are slower than float32."""
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         return False
     flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, and not in every version of torch
@@ -21,8 +20,8 @@ def cpu_has_bf16() -> bool:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """dtype of the matmuls. auto: bfloat16 where the hardware has it. tf32: float32, with GEMMs that round their inputs
-    to 11 significant bits, in this whole process; UserError on a CPU."""
+    """dtype of the matmuls. auto: bfloat16 where the hardware has it. tf32: float32 whose GEMMs round inputs to 11
+    significant bits, in the whole process; UserError on a CPU."""
     if name == "tf32":
         if device.type != "cuda":
             raise UserError("--dtype tf32 needs a GPU: on a CPU give --dtype float32 or bfloat16")
@@ -30,13 +29,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.float32
     if name != "auto":
         return getattr(torch, name)
-    on_gpu = device.type == "cuda"  # where bf16 is emulated on older ones
+    on_gpu = device.type == "cuda"  # older GPUs emulate bf16
     supported = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_bf16()
     return torch.bfloat16 if supported else torch.float32
 
 
 def upload(x: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device of x, which is on the CPU. Does not wait for the GPU."""
+    """Copy x from the CPU to the device, without waiting for the GPU."""
     x, pinned = torch.as_tensor(x, device="cpu"), device.type == "cuda"
     return (x.pin_memory() if pinned else x).to(device, non_blocking=pinned)
 
@@ -59,15 +58,15 @@ class Download:
 
 
 def now(device: torch.device) -> float:
-    """Seconds of a clock, once the device has finished all launched work."""
+    """time.perf_counter() once the device has finished all launched work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def peak_memory_mb(device: torch.device) -> int:
-    """Peak memory in MiB: on a GPU of torch's tensors, otherwise of this process."""
+    """Peak memory in MiB of torch's tensors on a GPU, otherwise of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return rss >> (20 if sys.platform == "darwin" else 10)  # in bytes there, in KiB elsewhere
+    return rss >> (20 if sys.platform == "darwin" else 10)  # bytes on macOS, KiB elsewhere

@@ -1,9 +1,8 @@
-"""Data parallelism over the processes that torchrun starts: a handful of collectives, and no wrapper around the model.
+"""Data parallelism under torchrun: a handful of collectives, and no wrapper around the model.
 
-Every process holds the whole student and optimiser. Each computes its shard of a step's rows, gradients are summed, and
-all take the same optimiser step, so the result is that of one process, up to the order of sums. Only rank 0 talks to
-the teacher, prints and writes. Without torchrun there is one process, and everything here is a no-op.
-"""
+Every process holds the whole student and optimiser and computes its shard of a step's rows. Gradients are summed and
+all take the same optimiser step, so the result equals that of one process, up to the order of sums. Only rank 0 talks
+to the teacher, prints and writes. Without torchrun there is one process, and everything here is a no-op."""
 
 import atexit
 import contextlib
@@ -25,15 +24,15 @@ from tinystory.run.errors import TORCHRUN, Interrupted, PeerLost, UserError
 
 T = TypeVar("T")
 Rows = TypeVar("Rows", Tensor, list)
-GRACE_S = 300.0  # for ending a step and saving, after torchrun was killed
-# Messages of gloo, NCCL and torch's store.
+GRACE_S = 300.0  # to finish a step and save after torchrun was killed
+# Errors of gloo, NCCL and torch's store.
 CONNECTION_LOST = re.compile("connect|broken pipe|socket|timed out|timeout|remote process|network|recv", re.I)
-TIMEOUT = datetime.timedelta(hours=6)  # of a collective: the other ranks wait for rank 0, which waits for the teacher
+TIMEOUT = datetime.timedelta(hours=6)  # per collective: other ranks wait while rank 0 waits for the teacher
 
 
 def start(device: str) -> None:
-    """Join the processes that torchrun started. With a GPU ("auto" or "cuda") each takes the one of its local rank.
-    Raises UserError if there is not one GPU per process, or if what torchrun sets makes no sense."""
+    """Join torchrun's process group. With a GPU ("auto" or "cuda") each process takes that of its local rank. Raises
+    UserError unless there is one GPU per process and torchrun's variables are numbers."""
     if dist.is_initialized() or not all(name in os.environ for name in TORCHRUN):
         return
     numbers = [name for name in TORCHRUN if name not in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR")]
@@ -56,8 +55,7 @@ def start(device: str) -> None:
 
 
 def follow(parent: int) -> None:
-    """End this process when its parent, torchrun, has been killed: first as Ctrl-C does, so that the run is saved after
-    the step, and after GRACE_S at once."""
+    """If the parent, torchrun, is killed, send this process SIGTERM, which saves the run, and exit after GRACE_S."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -67,7 +65,7 @@ def follow(parent: int) -> None:
 
 @contextlib.contextmanager
 def peers() -> Iterator[None]:
-    """Around each collective: the error of gloo or NCCL when another process has ended becomes PeerLost."""
+    """Wraps collectives: turns the error of gloo or NCCL when another process has ended into PeerLost."""
     try:
         yield
     except RuntimeError as error:
@@ -98,7 +96,7 @@ def require_one_each(flag: str, count: int) -> None:
 
 
 def shard_strided(rows: Rows) -> Rows:
-    """This process's rows of a list or tensor: every world_size()-th one, starting at its rank."""
+    """Every world_size()-th row of a list or tensor, from this process's rank on."""
     return rows[rank() :: world_size()]
 
 
@@ -116,7 +114,6 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def all_reduce_max(x: float) -> float:
-    """Maximum over the processes."""
     if world_size() > 1:
         box = torch.tensor(x, dtype=torch.float64)
         with peers():
@@ -139,7 +136,6 @@ def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
-    """Copy the tensors of rank 0 into those of every process."""
     for x in tensors if world_size() > 1 else ():
         with peers():
             dist.broadcast(x.detach(), 0)
@@ -178,7 +174,7 @@ def on_rank0(context: contextlib.AbstractContextManager) -> Iterator[None]:
 
 
 def all_gather_list(items: list[T]) -> list[T]:
-    """The lists of all processes, concatenated in the order of the ranks, on every rank."""
+    """The lists of all processes, concatenated in rank order, on every rank."""
     if world_size() == 1:
         return items
     lists: list[Any] = [None] * world_size()

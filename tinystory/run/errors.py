@@ -1,8 +1,7 @@
-"""The error for everything that the user can fix, signals that end a run, and `command`, the decorator of each main().
+"""UserError for problems that the user can fix, signals that end a run, and `command`, the decorator of each main().
 
 Commands print an error as one sentence and exit with code 2. When the reader of their output has gone (`| head -1`), a
-training run is saved and ended, as when a terminal closes; every other command goes on to its end, quietly.
-"""
+training run saves and ends, as when its terminal closes; other commands run to their end, quietly."""
 
 import contextlib
 import errno
@@ -56,14 +55,12 @@ class Interrupted(Exception):
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:
-    """The error for a file that cannot be written."""
     advice = ADVICE.get(getattr(error, "errno", None) or errno.ENOSPC, "choose another folder")
     return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {advice}")
 
 
 def shortage(error: Exception) -> str:
-    """One sentence for an error of exhausted memory, threads, files or disk space, of a name that is too long, or of a
-    file that this user may not read or write, else an empty string."""
+    """A sentence on exhausted memory, threads, files or disk space, too long a name, or missing rights; else ""."""
     text = " ".join(str(error).split())[:200]
     if isinstance(error, MemoryError) or NO_MEMORY.search(text):
         return (
@@ -76,7 +73,7 @@ def shortage(error: Exception) -> str:
 class Output(io.FileIO):
     """stdout or stderr. When its reader has gone, further output is dropped."""
 
-    reader_gone = False  # of stdout or stderr
+    reader_gone = False  # set on the class, for stdout and stderr alike
 
     def write(self, data: Any) -> int:
         try:
@@ -85,15 +82,15 @@ class Output(io.FileIO):
             failure = error
         with open(os.devnull, "wb") as null:
             os.dup2(null.fileno(), self.fileno())  # so that no later write fails
-        if failure.errno not in (errno.EPIPE, errno.EIO):  # EIO: of a terminal that has closed, with a SIGHUP
+        if failure.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal has closed, with a SIGHUP
             raise failure
         Output.reader_gone |= failure.errno == errno.EPIPE
         return len(data)
 
 
 class Stop:
-    """`requested` turns true at the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal; nohup ignores it), or when the
-    reader of the output has gone, and the loop ends after the step. A later Ctrl-C or SIGTERM ends it at once."""
+    """`requested` is true after a first Ctrl-C, SIGTERM or SIGHUP (a closed terminal; nohup ignores it), or when the
+    reader of the output has gone; the loop then ends after the step. A later Ctrl-C or SIGTERM ends it at once."""
 
     def __init__(self) -> None:
         self.signalled = False
@@ -103,7 +100,7 @@ class Stop:
         return self.signalled or Output.reader_gone
 
     def check(self) -> None:
-        """Raises Interrupted if an end was requested. For long waits that can be given up."""
+        """Raises Interrupted if an end was requested; for long waits that can be abandoned."""
         if self.requested:
             raise Interrupted
 
@@ -126,8 +123,8 @@ class Stop:
 
 
 def open_outputs() -> None:
-    """Make stdout and stderr an `Output` each, which escapes characters that its encoding lacks. A stream that was
-    closed before the start becomes /dev/null: else the next file to be opened gets its descriptor, and its output."""
+    """Replace stdout and stderr by `Output`s, which escape characters that the encoding lacks. A stream closed before
+    the start becomes /dev/null: otherwise the next opened file would get its descriptor, and its output."""
     for name in ("stdin", "stdout", "stderr"):
         stream: TextIO | None = getattr(sys, name)
         if stream is None:
@@ -140,8 +137,7 @@ def open_outputs() -> None:
 
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a command's main(): an error that the user can fix becomes one line on stderr and exit code 2, without
-    a traceback."""
+    """Decorates main(): an error that the user can fix is printed as one line on stderr, with exit code 2."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -163,7 +159,7 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             sys.exit(130)
         finally:
             with contextlib.suppress(OSError):
-                sys.stdout.flush()  # an error of it at the interpreter's end would be printed
+                sys.stdout.flush()  # otherwise the interpreter prints its error at exit
         if Output.reader_gone:
             sys.exit(READER_GONE)
         return result

@@ -1,11 +1,8 @@
 """A run's folder: config.json, metrics.jsonl (one object per step) and stories.jsonl (one object per story).
 
-A killed run leaves at most an incomplete last line of records, which readers skip. A resumed run first truncates these
-files to the step of its checkpoint. One process at a time writes (`locked`).
-
-A folder may have been cut, edited or written by something else: each kind of file has one reader here, which checks
-names, types and sizes, so that the users of its records need not.
-"""
+A killed run leaves at most an incomplete last line, which readers skip. A resumed run first truncates these files to
+the step of its checkpoint. One process at a time writes (`locked`). A folder may have been cut, edited or written by
+something else, so each kind of file has one reader here, which checks names, types and sizes for its callers."""
 
 import contextlib
 import datetime
@@ -34,16 +31,16 @@ from tinystory.run.paths import ROOT, hint
 from tinystory.run.track import Tracker
 
 Record: TypeAlias = dict[str, Any]  # one JSON object
-Fields: TypeAlias = dict[str, tuple[type | None, ...]]  # types of a field; None: it may be missing
+Fields: TypeAlias = dict[str, tuple[type | None, ...]]  # allowed types by field; None: it may be missing
 
 CONFIG, METRICS, STORIES, SAMPLES = "config.json", "metrics.jsonl", "stories.jsonl", "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"  # stories to held-out openings
-JUDGED = "judged.jsonl"  # its stories and controls by the teacher and a reader (--reader, evaluate.py --judge)
-PREFERENCES = "preferences.jsonl"  # choices between its stories before and after (evaluate.py --compare)
+JUDGED = "judged.jsonl"  # the same and controls, by the teacher and a reader (--reader, evaluate.py --judge)
+PREFERENCES = "preferences.jsonl"  # choices between stories before and after interaction (evaluate.py --compare)
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 LONGEST = 1 << 26  # bytes of a JSON file, or of a line of records
-LARGEST = 1e100  # of a number in a record
+LARGEST = 1e100  # bound on the absolute value of a number in a record
 
 _NUMBER = (int, float, type(None))
 _STORY: Fields = {
@@ -51,7 +48,7 @@ _STORY: Fields = {
     "reply": (str, type(None)), "reward": _NUMBER, "words": (int,), "ended": (str,),
 }  # fmt: skip
 NO_FIELDS: Fields = {}
-FIELDS: dict[str, Fields] = {  # that each record has at least
+FIELDS: dict[str, Fields] = {  # required in each record
     METRICS: {"step": (int,)},
     STORIES: _STORY,
     EVALUATIONS: _STORY,
@@ -64,10 +61,8 @@ FIELDS: dict[str, Fields] = {  # that each record has at least
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that replaces path, durably, when the block ends without an error; else path is left untouched.
-
-    Raises UserError if it cannot be written (disk full, read-only, no such folder).
-    """
+    """A binary file that durably replaces `path` when the block ends without an error; else `path` is untouched. Raises
+    UserError if it cannot be written (disk full, read-only, no such folder)."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -80,12 +75,12 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        with contextlib.suppress(OSError):  # on a read-only file system even of a file that is not there
+        with contextlib.suppress(OSError):  # a read-only file system refuses even to remove a missing file
             partial.unlink()
 
 
 def require_writable(path: Path) -> None:
-    """Make the folder of a file that is to be written after long work. Raises UserError unless it can be."""
+    """Create the folder of a file to be written after long work. Raises UserError if it cannot be written there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -96,7 +91,6 @@ def require_writable(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's or folder's content is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -105,16 +99,16 @@ def sync(path: Path) -> None:
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write content (str as UTF-8) to path atomically: a kill at any instant leaves the old content or the new."""
+    """Write content (str as UTF-8) so that a kill at any instant leaves either the old content or the new."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
-    """Lock a run's folder, created if need be, for the block. The operating system releases the lock however the
-    process ends. Directories created here are removed again if nothing was written to them. Raises UserError, naming
-    the holder, if another process has the lock; also if the folder holds a run, and is to be that of a `new` one."""
+    """Lock a run's folder, created if missing, for the block. The operating system releases the lock however the
+    process ends; new folders that stay empty are removed. Raises UserError, naming the holder, if another process has
+    the lock, or if `new` and the folder already holds a run."""
     folder, path = Path(folder), Path(folder) / LOCK
     lock = FileLock(path, blocking=False)
     try:
@@ -142,15 +136,15 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
 
 
 def _holder(folder: Path) -> str:
-    """The process that has locked a run's folder, as `locked` describes it; "" if none has."""
+    """The process that has locked a folder, as `locked` describes it; "" if none has."""
     with contextlib.suppress(OSError), open(folder / LOCK, errors="replace") as file:
         return file.read(200).strip()
     return ""
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process writes to a run's folder, without a lock that could get in its way. On another machine it is
-    believed to, since it cannot be asked."""
+    """Whether a process writes to a run's folder, from its lock file alone: taking the lock could get in the way. A
+    process on another machine cannot be checked, and counts as running."""
     holder = re.fullmatch(r"process (\d{1,9}) on (\S+) since \S+", _holder(folder))
     if holder and holder[2] == socket.gethostname():
         try:
@@ -161,18 +155,15 @@ def in_use(folder: Path) -> bool:
 
 
 class RunLog(contextlib.ExitStack):
-    """Writes the records of a run. As a context manager it closes its files.
-
-    resume_step: None for a new run, else the step of the checkpoint that the run continues from (0: from the start);
-    records of later steps are dropped. writes: False in all processes but one.
-    """
+    """Writes the records of a run; as a context manager it closes its files. resume_step: step to continue from, whose
+    later records are dropped (0: from the start); None: a new run. writes: False in all processes but one."""
 
     def __init__(self, folder: Path, *, resume_step: int | None, writes: bool = True):
         super().__init__()
         self.folder, self.resume_step, self.writes = Path(folder), resume_step, writes
         self._journals: dict[str, Journal] = {}
         self._tracker: Tracker | None = None
-        self._last_step = -1  # that an earlier process recorded, and sent to the tracker
+        self._last_step = -1  # last one that an earlier process recorded, and sent to the tracker
         if writes:
             require_writable(self.folder / CONFIG)
         if writes and resume_step is not None:
@@ -183,10 +174,8 @@ class RunLog(contextlib.ExitStack):
             keep_until(self.folder / EVALUATIONS, resume_step or -1)
 
     def config(self, options: Mapping[str, Any]) -> None:
-        """Write config.json: the options, versions, device, git commit, and the times of the start and of each resume.
-
-        options["device"] ("cpu", "cuda:0", ...; "cpu" if absent) is the device whose name is recorded.
-        """
+        """Write config.json: options, versions, device, git commit, and the times of the start and of each resume. The
+        device recorded by name is options["device"] ("cpu", "cuda:0", ...; default "cpu")."""
         if not self.writes:
             return
         import torch  # imported here because reports do not need it
@@ -208,20 +197,20 @@ class RunLog(contextlib.ExitStack):
         record = dict(options=options, **machine, started=before.get("started", at), resumed=resumed)
         text = without_passwords(json.dumps(record, indent=2, default=str))
         atomic_write(self.folder / CONFIG, text + "\n")
-        if (tracker := options.get("track", "none")) != "none":  # the same run there at each resume
+        if (tracker := options.get("track", "none")) != "none":  # each resume continues the same run there
             run_id = re.sub(r"\W+", "-", f"{self.folder.resolve().name}-{record['started']}")
             self._tracker = Tracker(tracker, self.folder, run_id, json.loads(text)["options"])
             self.callback(self._tracker.close)
 
     def metrics(self, *, step: int, **values: Any) -> Record:
-        """Append the record of one step, and return it: floats keep 7 digits, and NaN and infinity become null."""
+        """Append and return the record of a step: floats keep 7 digits, NaN and infinity become null."""
         record = plain({"step": step} | values)
         self._append(METRICS, [record])
         self.track(record)
         return record
 
     def track(self, record: Record) -> None:
-        """Send a step's numbers to the tracker alone, such as an evaluation's before the first step."""
+        """Send numbers to the tracker only, such as an evaluation's before the first step."""
         if self._tracker is not None and record["step"] > self._last_step:
             self._tracker.metrics(record)
 
@@ -230,7 +219,7 @@ class RunLog(contextlib.ExitStack):
         self._append(STORIES, records)
 
     def evaluations(self, records: Sequence[Record]) -> None:
-        """The same for an evaluation's stories, which nothing is learned from."""
+        """Append the same for the stories of an evaluation, which are not trained on."""
         self._append(EVALUATIONS, records)
         if self._tracker is not None and records[0]["step"] > self._last_step:
             self._tracker.stories(records)
@@ -244,18 +233,16 @@ class RunLog(contextlib.ExitStack):
 
 
 def without_passwords(text: str) -> str:
-    """A text to be recorded, in which https://user:password@host has become https://host."""
+    """The text with https://user:password@host shortened to https://host, to be recorded."""
     return re.sub(r'(?<=://)[^/@\s"]+@', "", text)
 
 
 def timestamp() -> str:
-    """The time in UTC, to the second, as in all records."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def parse_object(text: bytes | str, fields: Fields) -> Record:
-    """The JSON object in a text, with at least these fields. Raises ValueError for anything else, and for NaN or
-    Infinity in it."""
+    """The JSON object in a text. Raises ValueError unless it is one, with these fields and without NaN or Infinity."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"it holds {name}")
@@ -272,8 +259,8 @@ def parse_object(text: bytes | str, fields: Fields) -> Record:
 
 @contextlib.contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to read in the block, in which OSError and ValueError become a UserError without advice. A pipe or
-    a device is not opened: it might be waited for."""
+    """Open a file to read. In the block, OSError and ValueError become a UserError that offers no remedy; callers may
+    add one. A pipe or a device is refused: reading it could block."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is not a regular file")
@@ -284,8 +271,7 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file. Raises UserError, without advice, for anything else: a file of over LONGEST bytes,
-    with NUL characters, or not in UTF-8."""
+    """The text of a regular file. Raises UserError if it is over LONGEST bytes, has NUL characters or is not UTF-8."""
     with open_bytes(path) as file:
         return _text(file)
 
@@ -300,13 +286,13 @@ def _text(file: IO[bytes]) -> str:
 
 
 def read_object(path: Path, fields: Fields = NO_FIELDS) -> Record:
-    """The JSON object in a file, with at least these fields. Raises UserError, without advice, for anything else."""
+    """The JSON object in a file. Raises UserError unless it is one with these fields."""
     with open_bytes(path) as file:
         return parse_object(_text(file), fields)
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises UserError, without advice, if it cannot be read."""
+    """SHA-256 of a file, in hexadecimal. Raises UserError if it cannot be read."""
     digest = hashlib.sha256()
     with open_bytes(path) as file:
         while data := file.read(1 << 20):
@@ -323,7 +309,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def require_whole(folder: Path, names: Iterable[str]) -> None:
-    """Raises UserError, naming the file, unless these files of a folder are as its MANIFEST describes them."""
+    """Raises UserError, naming the file, unless these files match the folder's MANIFEST."""
     manifest = read_object(folder / MANIFEST)
     for name in names:
         path = folder / name
@@ -333,14 +319,13 @@ def require_whole(folder: Path, names: Iterable[str]) -> None:
 
 
 def read_config(folder: Path) -> Record:
-    """The object in config.json; {} if there is no such file. Raises UserError unless it is as RunLog.config writes
-    it."""
+    """The object in config.json; {} if there is no such file. Raises UserError unless it has RunLog.config's fields."""
     path = Path(folder) / CONFIG
     return read_object(path, FIELDS[CONFIG]) if path.exists() else {}
 
 
 def recorded_options(folder: Path) -> Record:
-    """The options of a run to be resumed. Raises UserError if they are not known."""
+    """The options of a run to be resumed. Raises UserError if they cannot be read."""
     if not holds_run(Path(folder)):
         raise UserError(f"--resume: {folder} holds no run, and no checkpoint yet; start without --resume")
     try:
@@ -354,9 +339,9 @@ def holds_run(folder: Path) -> bool:
 
 
 def newest_run() -> Path:
-    """The run under runs/ that was written to last, for a command that names none. Raises UserError without any."""
+    """The run under runs/ that was written to last, the default of commands. Raises UserError if there is none."""
     configs = Path("runs").glob(f"**/{CONFIG}")
-    runs = [path.parent for path in configs if not (path.parent / "model.safetensors").exists()]  # that is an export
+    runs = [path.parent for path in configs if not (path.parent / "model.safetensors").exists()]  # not an export
     if not runs:
         raise UserError(
             f"there is no run under runs/: give the folder of one, or begin one: {hint('train_pretrain.py')}"
@@ -367,19 +352,17 @@ def newest_run() -> Path:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """All records of metrics.jsonl, in order; [] if there is no such file."""
     return list(read_records(Path(folder) / METRICS))
 
 
 def read_stories(folder: Path) -> Iterator[Record]:
-    """The records of stories.jsonl, one at a time: the file of a long run is too large to hold in memory."""
+    """The records of stories.jsonl, one at a time: a long run's file is too large for memory."""
     return read_records(Path(folder) / STORIES)
 
 
 def read_records(path: Path, fields: Fields | None = None) -> Iterator[Record]:
-    """The records of a JSON Lines file, each with at least these fields (default: FIELDS of its name); none if it is
-    missing. An incomplete last line was being written when a process died, and is skipped. Raises UserError if any
-    other line is not such a record: something else has written to the file."""
+    """The records of a JSON Lines file; none if it is missing. fields: required (default: FIELDS of its name). A last
+    line left incomplete by a killed process is skipped. Raises UserError for any other line that is no such record."""
     if not path.exists():
         return
     fields = FIELDS.get(path.name, NO_FIELDS) if fields is None else fields
@@ -425,7 +408,6 @@ def check_fields(record: Record, fields: Fields) -> None:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Remove the records of later steps from a record file."""
     if not path.exists():
         return
     with atomic_file(path) as file:
@@ -435,7 +417,7 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def plain(value: Any) -> Any:
-    """value with JSON types: tensor and NumPy scalars become numbers, floats are rounded, non-finite ones are None."""
+    """JSON types for value: tensor and NumPy scalars become numbers, floats keep 7 digits, non-finite ones are None."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -448,7 +430,7 @@ def plain(value: Any) -> Any:
 
 
 def device_name(device: str) -> str:
-    """The device's own name: "NVIDIA H100 80GB HBM3", or the CPU model with the number of threads in use."""
+    """The device's own name, such as "NVIDIA H100 80GB HBM3"; for a CPU its model and the threads in use."""
     import torch  # imported here so that --help is fast
 
     if torch.device(device).type == "cuda":
@@ -462,7 +444,7 @@ def device_name(device: str) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the clone that this code runs from, plus "-dirty" if it has changes; None outside a clone."""
+    """The commit of the clone that this code runs from, with "-dirty" if it has changes; None outside a clone."""
     if not (ROOT / ".git").exists():
         return None
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

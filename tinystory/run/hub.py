@@ -10,11 +10,8 @@ from tinystory.run.errors import UserError
 def download(
     repository: str, files: Sequence[str], repo_type: str = "dataset", revision: str | None = None
 ) -> list[Path]:
-    """Local paths of a repository's files, downloaded unless they are in huggingface_hub's cache.
-
-    The library's own variables configure cache, server and offline mode: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT,
-    HF_HUB_OFFLINE, HF_TOKEN. Raises UserError for whatever keeps a file from being there.
-    """
+    """Local paths of a repository's files, downloaded unless in huggingface_hub's cache; its own variables (HF_HOME,
+    HF_HUB_CACHE, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN) apply. Raises UserError on failure."""
     with reached(f"download {repository} from the Hugging Face Hub"):
         from huggingface_hub import hf_hub_download
 
@@ -23,7 +20,7 @@ def download(
 
 @contextlib.contextmanager
 def reached(doing: str) -> Iterator[None]:
-    """Around what is asked of the Hub: its errors, those of the network, and a missing client become a UserError."""
+    """Wraps requests to the Hub: its errors, network errors and a missing client become a UserError."""
     try:
         from huggingface_hub import errors
     except ImportError:

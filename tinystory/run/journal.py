@@ -9,15 +9,15 @@ from typing import Any
 
 from tinystory.run.errors import UserError, cannot_write
 
-TAIL = 1 << 26  # bytes, more than any record has
+TAIL = 1 << 26  # bytes; every record is shorter
 
 
 class Journal:
-    """Appends records to `path`, which is created with its folder; `run.folder.read_records` reads them.
+    """Appends records to `path`, creating its folder; `run.folder.read_records` reads them. Raises UserError if it
+    cannot.
 
-    Records are handed to the operating system before `append` returns, so killing the process loses none of them. A
-    power cut loses those that the system has not written back yet: none after `close`, or if `durable`. An incomplete
-    last line was being written when a process died, and is cut off. Raises UserError if the file cannot be written."""
+    `append` hands records to the operating system, so killing the process loses none. A power cut loses those not yet
+    written back: none after `close`, or if `durable`. An incomplete last line, left by a killed process, is cut off."""
 
     def __init__(self, path: Path, durable: bool = False):
         self.path, self.durable = Path(path), durable
@@ -44,11 +44,11 @@ class Journal:
             if self.durable:
                 os.fsync(self._file.fileno())
         except OSError as error:
-            with contextlib.suppress(OSError):  # of a device, which has no size
+            with contextlib.suppress(OSError):  # a device has no size
                 self._file.truncate(size)
             raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a device, which has nothing to write back
+        with contextlib.suppress(OSError):  # a device has nothing to write back
             os.fsync(self._file.fileno())
         self._file.close()

@@ -1,4 +1,4 @@
-"""Options: dataclass fields that are flags of a command line, and what each of them may be."""
+"""Dataclass fields that are also command-line flags, and the values that each may have."""
 
 import argparse
 import dataclasses
@@ -14,9 +14,8 @@ from tinystory.run.errors import UserError
 def option(
     default: Any, help: str, allowed: str | tuple[str, ...] = "", *, group: str = "", flags: tuple[str, ...] = ()
 ) -> Any:
-    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: shown by --help; "": not a flag, only
-    presets set it. allowed: the range of a number, as an interval like "[0, 1)", or the choices of a text.
-    group: heading in --help, on the first option of each group. flags: further names."""
+    """A dataclass field that is also a flag: `n_layer` is `--n-layer`. help: "": no flag, only presets set it. allowed:
+    an interval such as "[0, 1)", or choices. group: heading in --help, on its first option. flags: further names."""
     interval = Interval(allowed) if isinstance(allowed, str) and allowed else allowed
     metadata = {"help": help, "allowed": interval, "group": group, "flags": flags}
     if isinstance(default, list):
@@ -25,7 +24,7 @@ def option(
 
 
 class Interval:
-    """The numbers from `low` to `high`. A bound is included if its bracket is square; nan is in no interval."""
+    """The numbers between two bounds, as in "[0, 1)": a square bracket includes its bound. NaN is in no interval."""
 
     def __init__(self, text: str):
         low, high = text[1:-1].split(",")
@@ -44,8 +43,8 @@ class Interval:
 def add_number(
     parser: argparse.ArgumentParser, flag: str, default: float, allowed: str, help: str, files: str = ""
 ) -> None:
-    """Add the option of a number, an integer if its default is, to a command line. Parsing raises UserError for a
-    number outside the interval. files: a suffix; then the option is a list, of files that end so and of numbers."""
+    """Add a numeric option, an integer if its default is one. Parsing raises UserError outside the interval. files: a
+    suffix; the option then takes a list of numbers and of files with that suffix."""
     interval, kind = Interval(allowed), type(default)
 
     def number(text: str) -> Any:
@@ -65,7 +64,6 @@ def add_number(
 
 
 def _note(default: Any, allowed: object) -> str:
-    """What --help says of a default, and of bounds that one could run into; "" if there is nothing to say."""
     said = " ".join(default) if isinstance(default, list) else "on" if default is True else str(default)
     parts = [f"default: {said}"] * (said not in ("", "False"))
     parts += [str(allowed)] * (isinstance(allowed, Interval) and allowed.high <= 2)
@@ -75,9 +73,8 @@ def _note(default: Any, allowed: object) -> str:
 def add_options(
     parser: argparse.ArgumentParser, config_class: type, names: Sequence[str] = (), shown: Container[str] | None = None
 ) -> None:
-    """Add the fields of a config class, or those named, to a command line, as flags in their groups. A flag that the
-    user leaves out is not in the namespace, so a preset overrides defaults but not flags. shown: the fields that --help
-    lists (default: all)."""
+    """Add the fields of a config class (or only `names`) as flags in their groups. A flag left out is not in the
+    namespace, so presets override defaults but not flags. shown: the fields that --help lists (default: all)."""
     types = get_type_hints(config_class)
     group: argparse._ActionsContainer = parser
     for f in fields(config_class):
@@ -102,7 +99,6 @@ def add_options(
 
 
 def unknown_option(word: str, parser: argparse.ArgumentParser) -> str:
-    """The sentence for a word that is no option, with the option that it may have meant."""
     names = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
     name = word.lstrip("-").replace("_", "-")
     near = difflib.get_close_matches(name, names, 1)
@@ -115,7 +111,7 @@ def fields(config_class: type) -> list[dataclasses.Field]:
 
 
 def flag_of(f: dataclasses.Field) -> str:
-    """What the user writes: the flag, or the name in config.json of a constant."""
+    """The name of an option for the user: its flag, or its name in config.json if it has none."""
     return "--" + f.name.replace("_", "-") if f.metadata["help"] else f.name
 
 
@@ -139,7 +135,7 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def mistakes(f: dataclasses.Field, kind: Any, value: Any) -> Iterator[str]:
-    """What an option must be and its value, of the command line or of a config.json, is not."""
+    """Yields the end of the sentence "OPTION must be ..." for each way in which the value is invalid."""
     allowed, is_list = f.metadata["allowed"], get_origin(kind) is list
     scalar = get_args(kind)[0] if is_list else kind
     if is_list and not isinstance(value, list):
@@ -151,7 +147,7 @@ def mistakes(f: dataclasses.Field, kind: Any, value: Any) -> Iterator[str]:
             yield f"{allowed}, not {item}"
         if isinstance(allowed, tuple) and item not in allowed:
             yield f"{', '.join(allowed[:-1])} or {allowed[-1]}, not {item!r:.80}"
-        if item == "" != f.default:  # as of a shell variable that is not set
+        if item == "" != f.default:  # as from an unset shell variable
             yield "given: it is empty"
         if scalar is str and ("\0" in item or item != item.encode(errors="replace").decode()):
             yield f"Unicode text without NUL characters, not {item!r:.80}"

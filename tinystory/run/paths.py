@@ -1,4 +1,4 @@
-"""The cache folder, for compiled kernels and tokenized corpora; the names of commands."""
+"""The cache folder, for compiled kernels and tokenized corpora, and commands as the user types them."""
 
 import os
 import re
@@ -23,15 +23,15 @@ def cache_dir() -> Path:
 
 
 def usage(text: str | None) -> str:
-    """`text` as the user can type its commands: where there is no clone, `python train_interact.py` becomes
-    `tinystory-interact` and `python scripts/sample.py` `tinystory-sample`, the entry points of pyproject.toml."""
+    """`text` with commands as the user can type them: outside a clone, `python scripts/sample.py` becomes
+    `tinystory-sample` and `python train_interact.py` `tinystory-interact`, the entry points of pyproject.toml."""
     if (ROOT / "pyproject.toml").is_file():
         return text or ""
     return re.sub(r"python (?:scripts/|train_)(\w+)\.py", lambda m: f"tinystory-{m[1]}".replace("_", "-"), text or "")
 
 
 def hint(script: str, *arguments: object) -> str:
-    """The command that runs a script, to be typed in this folder: in a clone by the interpreter that runs now."""
+    """The command that runs a script from this folder; in a clone, with the current interpreter."""
     words = usage(f"python {script}").split()
     if words[0] == "python":
         python = Path(sys.executable)
@@ -41,5 +41,4 @@ def hint(script: str, *arguments: object) -> str:
 
 
 def _from_here(path: Path) -> str:
-    """A path below the current folder as one relative to it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

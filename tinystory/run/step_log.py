@@ -1,4 +1,4 @@
-"""What a step's record is made of: the seconds of its stages, and metrics that a GPU may still be computing."""
+"""A run's progress bar, metrics of steps that a GPU may still be computing, and the seconds of a step's stages."""
 
 import math
 import sys
@@ -19,7 +19,7 @@ LINE_S = 10.0  # seconds
 
 
 class Progress(tqdm):  # type: ignore[misc]
-    """A run's bar on a terminal. Elsewhere, one line for a step that has ended, and at most one in LINE_S."""
+    """A progress bar on a terminal; elsewhere a line when a step ends, at most one in LINE_S."""
 
     def __init__(self, **options: Any):
         self.lines = not sys.stderr.isatty()
@@ -35,7 +35,7 @@ class Progress(tqdm):  # type: ignore[misc]
             super().clear(nolock)
 
     def end_step(self, numbers: dict[str, Any], advance: float = 0) -> None:
-        """Show the numbers of a step that has ended. advance: what `update` has not been told of it."""
+        """Show the numbers of a step that has ended. advance: progress not yet passed to `update`."""
         self.set_postfix(numbers, refresh=False)  # on a terminal `update` shows it, a few times a second
         self.update(advance) if advance else self.refresh()
         if self.lines and not self.disable and (self.n >= self.total or time.monotonic() >= self.due):
@@ -44,22 +44,22 @@ class Progress(tqdm):  # type: ignore[misc]
 
 
 class StepLog:
-    """Writes the metrics of pretraining steps, in order, while a GPU may still be computing later ones. step_tokens:
-    tokens per step. watch: the warnings, by kind, that a record gives reason for."""
+    """Writes the metrics of pretraining steps in order, while a GPU may still be computing later ones. step_tokens:
+    tokens per step. watch: returns the warnings that a record causes, by kind."""
 
     def __init__(self, log: RunLog, bar: Progress, step_tokens: int, watch: Callable[[Record], dict[str, str]]):
         self.log, self.bar, self.step_tokens, self.watch = log, bar, step_tokens, watch
         self.launched: deque[tuple[float, Download, dict[str, Any]]] = deque()
-        self.last_end = 0.0  # time at which the last written step had ended
-        self.metrics: dict[str, Any] = {}  # of the last step written
+        self.last_end = 0.0  # when the last written step ended
+        self.metrics: dict[str, Any] = {}  # those written last
 
     def launch(self, began: float, statistics: Download, **metrics: Any) -> None:
-        """statistics: the step's loss and gradient norm, (2,) float32."""
+        """statistics: (2,) float32, the step's loss and gradient norm."""
         self.launched.append((began, statistics, metrics))
 
     def write(self, ahead: int, validate: Callable[[], dict[str, float]] | None = None) -> None:
-        """Wait for all launched steps but the last `ahead`, and write their metrics, with a validation after the very
-        last one. Raises UserError for a loss that is not finite."""
+        """Wait for all launched steps but the last `ahead` and write their metrics, the very last with a validation.
+        Raises UserError for a loss that is not finite."""
         while len(self.launched) > ahead:
             began, statistics, metrics = self.launched.popleft()
             loss, grad_norm = statistics.wait().tolist()
@@ -83,7 +83,7 @@ class StepLog:
 
 
 class Stages:
-    """The stages of a step, one after the other. seconds: of each that has ended, as NAME_s."""
+    """Times the consecutive stages of a step. seconds: {NAME_s: seconds} of those that have ended."""
 
     def __init__(self, bar: Progress, device: torch.device):
         self.bar, self.device = bar, device
@@ -91,7 +91,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     def begin(self, name: str) -> None:
-        """End the present stage, and begin another, whose name the bar shows; "" begins none."""
+        """End the present stage and begin the next, which the bar names; "": begin none."""
         if self.name:
             self.seconds[f"{self.name}_s"] = now(self.device) - self.began  # a GPU's time counts where it was launched
         if name:

@@ -1,5 +1,4 @@
-"""Text for the terminal: foreign text (a student's, a server's, a file's) without characters that a human reader does
-not see, and tables."""
+"""Text for the terminal: tables, and foreign text (by students, servers, files) without invisible characters."""
 
 import re
 import unicodedata
@@ -13,8 +12,8 @@ _IGNORABLE = re.compile(
 
 
 def printable(text: str) -> str:
-    """`text` without control, invisible or unencodable characters, escape sequences among them. Newlines stay; other
-    white space among these characters becomes a space, so words stay apart. Idempotent."""
+    """`text` without control characters (escape sequences included), invisible or unencodable ones. Newlines stay;
+    other white space among them becomes a space, so words stay apart. Idempotent."""
     if text.isascii() and text.replace("\n", "").isprintable():
         return text
     return _IGNORABLE.sub("", "".join(map(_visible, text)))

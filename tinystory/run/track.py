@@ -1,4 +1,4 @@
-"""A run's records in TensorBoard, wandb or trackio, beside its own files: on this machine, unless the tracker's own
+"""Sends a run's records to TensorBoard, wandb or trackio as well; they stay on this machine unless the tracker's own
 environment variables (WANDB_MODE, TRACKIO_SPACE_ID) say otherwise."""
 
 import importlib
@@ -12,12 +12,11 @@ from tqdm import tqdm
 from tinystory.run.text import printable
 
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
-COLUMNS = ("index", "opening", "story", "scores", "reward")  # of a table of stories
+COLUMNS = ("index", "opening", "story", "scores", "reward")  # of the table of stories
 
 
 class Tracker:
-    """Sends records to the tracker `name`, as the run `run_id` there. If it fails, one line says so, and the run goes
-    on without it."""
+    """Sends records to a tracker, as its run `run_id`. The first failure is printed, and the run goes on without it."""
 
     def __init__(self, name: str, folder: Path, run_id: str, options: Mapping[str, Any]):
         self.name = name
@@ -25,13 +24,11 @@ class Tracker:
         self._sink = self._try(TensorBoard if name == "tensorboard" else Wandb, name, folder, run_id, options)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """One curve for each number of a record of metrics.jsonl."""
         numbers = {key: value for key, value in record.items() if key != "step" and type(value) in (int, float)}
         if self._sink:
             self._try(self._sink.log, record["step"], numbers)
 
     def stories(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """The stories of an evaluation as a table of text."""
         rows = [[" ".join(printable(str(record[name])).split()) for name in COLUMNS] for record in records]
         if self._sink:
             self._try(self._sink.table, records[0]["step"], rows)
@@ -43,8 +40,8 @@ class Tracker:
     def _try(self, send: Callable, *arguments: Any) -> Any:
         try:
             return send(*arguments)
-        except Exception as error:  # Any: what trackers, their storage and their network raise has no common class, and
-            # a run of hours must not end because a picture of it cannot be drawn.
+        except Exception as error:  # Errors of trackers, storage and network have no common class,
+            # and a failing plot must not end a run of hours.
             self._sink = None
             message = printable(" ".join(str(error).split()))[:200] or type(error).__name__
             tqdm.write(f"warning: {self.name} failed ({message}): the run goes on, and records everything, without it")
