@@ -1,9 +1,8 @@
-"""Learn by interaction: the student writes stories, a teacher scores them over HTTP, PPO learns from the scores.
+"""Learn by interaction: the student writes stories, a teacher scores them over HTTP, and PPO learns from the scores.
 
-One step: write stories (each goes to the teacher the moment it ends), read them under the frozen starting checkpoint
-while the teacher grades, turn scores into rewards, and update the policy. Every --eval-every steps it is evaluated on
-held-out openings, and the best student is kept.
-"""
+One step: write stories (each is sent to the teacher as soon as it ends), compute their log-probabilities under the
+frozen starting checkpoint while the teacher grades, turn scores into rewards, update the policy. Every --eval-every
+steps it is evaluated on held-out openings, and the best student is kept."""
 
 import contextlib
 from collections.abc import Sequence
@@ -63,8 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class InteractionRun(contextlib.ExitStack):
-    """A run that is open, ready for its next step: what learns, who grades, and where it is recorded. At the end of the
-    block its teacher and its records are closed."""
+    """A run opened for its next step: policy, grader and records. Leaving the block closes teacher and records."""
 
     def __init__(self, config: InteractConfig):
         super().__init__()
@@ -113,8 +111,7 @@ class InteractionRun(contextlib.ExitStack):
             self.push(stack.pop_all())
 
     def open_grader(self, stack: contextlib.ExitStack, folder: Path) -> Grader:
-        """Rank 0's grader, which the others do not ask. It is opened before the run's folder is: a mistake leaves
-        nothing behind."""
+        """Rank 0's grader (other ranks' are idle), opened before the run's folder: a mistake leaves nothing behind."""
         config, policy = self.config, self.policy
         opened = open_grader(
             config, builtin_teacher, corpus=policy.history.get("corpus"), replies=folder / "replies.jsonl",
@@ -131,7 +128,7 @@ class InteractionRun(contextlib.ExitStack):
 
 
 def interact(run: InteractionRun) -> None:
-    """The run, step by step, until its last one, a signal, the end of its budget, or a collapse."""
+    """Train until the last step, a signal, the end of the budget, or a collapse."""
     config, policy, state, stages = run.config, run.policy, run.state, run.stages
     with contextlib.suppress(Interrupted), run.bar:
         if due(config, state.step):
@@ -179,7 +176,7 @@ def interact(run: InteractionRun) -> None:
 
 
 def goes_on(run: InteractionRun, texts: Texts) -> bool:
-    """Whether there is another step, which replays these texts. A signal to any process stops all of them."""
+    """Whether there is another step, which would replay `texts`. A signal to any process stops all of them."""
     if run.state.step >= run.config.steps or stopped(run):
         return False
     if exhausted := distributed.rank0_value(lambda: run.budget.exhausted(run.state, texts)):
@@ -192,8 +189,7 @@ def stopped(run: InteractionRun) -> bool:
 
 
 def collect(run: InteractionRun, sent: Sequence[int]) -> list[Grade]:
-    """The grades of the step's stories, of which those in `sent` were sent. If the teacher fails, nothing has been
-    learned in this step, and the state after the last one is saved."""
+    """The step's grades, NOT_SENT outside `sent`. If the teacher fails, the state after the last step is saved."""
     try:
         grades = distributed.rank0_value(lambda: run.grader.collect(run.stop))
         require_scores(grades, run.config.max_unscored)
@@ -205,7 +201,7 @@ def collect(run: InteractionRun, sent: Sequence[int]) -> list[Grade]:
 
 
 def count(run: InteractionRun, stories: Sequence[Story], grades: list[Grade], stats: dict[str, Any]) -> list[str]:
-    """Count the step, and adapt the KL coefficient to it. Returns the milestones in words that it passes."""
+    """Count the step, adapt the KL coefficient, and return the milestones (words taken in) that were passed."""
     state, before = run.state, run.state.words_in
     replies, scored = sum(grade.reply_words for grade in grades), len(stories) - int(stats["unscored"])
     state.spend(stories, run.budget.opening_words(state) + replies + int(stats["words_replayed"]))
@@ -218,7 +214,7 @@ def log(
     run: InteractionRun, stories: Sequence[Story], grades: list[Grade], scores: Sequence[float | None],
     rewards: list[float | None], stats: dict[str, Any],
 ) -> Record:  # fmt: skip
-    """Record the step: its stories, and its metrics, which are returned. scores: the teacher's and the predicted."""
+    """Record the step's stories and metrics, and return the metrics. scores: the teacher's and the predicted."""
     state, graded = run.state, [grade.score for grade in grades]
     predicted = [score if grade == NOT_SENT else None for grade, score in zip(grades, scores, strict=True)]
     mixed = has_dull_tellers(run.policy.history)
@@ -234,13 +230,12 @@ def log(
 
 
 def save(run: InteractionRun, name: str = "", *, replace: bool = False) -> None:
-    """Save a checkpoint, named after the step by default."""
     folder = run.log.folder / "checkpoints" / (name or f"step_{run.state.step:07d}")
     run.policy.save(folder, run.state, replace=replace)
 
 
 def warn(run: InteractionRun, record: Record) -> bool:
-    """Show what is wrong with the run, if anything, in the terminal and the report. Returns whether that ends it."""
+    """Show new warnings in the terminal and the report. Returns whether they end the run."""
     run.update_report()
     warnings = distributed.rank0_value(lambda: run.detector.add(record))
     for warning in warnings.values() if distributed.is_rank0() else ():
@@ -249,8 +244,7 @@ def warn(run: InteractionRun, record: Record) -> bool:
 
 
 def evaluate_at_rest(run: InteractionRun) -> None:
-    """Evaluate the policy before the first step or after the last one, unless that is on record. The state is saved
-    first: the teacher can fail."""
+    """Evaluate at the start or end, unless it is on record. The state is saved first: the teacher can fail."""
     if not run.evaluator.done(run.state.step):
         if run.state.step:
             save(run)
@@ -261,7 +255,7 @@ def evaluate_at_rest(run: InteractionRun) -> None:
 
 
 def starting_checkpoint(init: str) -> Path:
-    """The checkpoint that --init names, by default the newest under runs/pretrain, or else that of `make demo`."""
+    """The checkpoint that --init names; by default the newest under runs/pretrain, or else that of `make demo`."""
     run = Path(init) if init else next(filter(checkpoint.newest, PRETRAIN_RUNS), None)
     if run is None:
         first = hint("train_pretrain.py")
@@ -270,7 +264,7 @@ def starting_checkpoint(init: str) -> Path:
 
 
 def open_openings(config: InteractConfig, policy: Policy) -> Openings:
-    """The openings. Raises UserError if one does not fit the student's context with its story."""
+    """Raises UserError if an opening does not fit the student's context with its story."""
     openings = Openings(load_openings(config.openings), config.seed, config.stories_per_opening)
     if openings.train == openings.held_out:
         print("there is one opening, so none is held out: evaluations use the one that is trained on")
@@ -280,7 +274,7 @@ def open_openings(config: InteractConfig, policy: Policy) -> Openings:
 
 
 def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict[str, int]:
-    """The words taken in at which checkpoints are kept, by name. Raises UserError for what BabyLM does not allow."""
+    """Words taken in at which checkpoints are kept, by name. Raises UserError for what BabyLM does not allow."""
     if config.preset not in babylm.TRACKS:
         return INTERACTION_CHECKPOINTS
     replayed = config.budget_words if config.replay_weight else 0
@@ -289,13 +283,13 @@ def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict
 
 
 def stories_to_grade(config: InteractConfig, state: RunState, per_step: int) -> int:
-    """The stories of the rest of the run, so many of each step, and those of its evaluations."""
+    """How many stories remain to be graded: `per_step` per step, and those of the evaluations."""
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
     return (config.steps - state.step) * per_step + evaluations * config.eval_stories
 
 
 def report(run: InteractionRun) -> None:
-    """Print how to go on with a run that was asked to stop, or what another one learned."""
+    """Print how to resume a run that was asked to stop, or what a finished one learned."""
     config, state, folder, reader = run.config, run.state, run.log.folder, run.reader
     asked_to_stop = stopped(run)
     if not distributed.is_rank0():

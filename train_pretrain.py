@@ -37,7 +37,7 @@ OPENING = "Once upon a time,"
 
 @dataclass
 class RunState:
-    """What a checkpoint holds besides weights and optimizer state. words, tokens: read so far, counting repeats."""
+    """What a checkpoint holds besides weights and optimizer state. words, tokens: trained on, counting repeats."""
 
     corpus: str  # fingerprint
     step: int = 0
@@ -46,7 +46,7 @@ class RunState:
 
 
 def steps_ahead(device: torch.device) -> int:
-    """How many steps are launched before the loss of one is waited for, so that a GPU always has work."""
+    """Steps launched before waiting for the loss of one, so that a GPU always has work."""
     return 1 if device.type == "cuda" else 0
 
 
@@ -55,17 +55,15 @@ def train_step(
     dtype: torch.dtype, step: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """One update on a batch, (B, T + 1) int64, sharded over processes. Returns the mean loss in nats per token and the
-    norm of the gradient.
-
-    Randomness is a function of (seed, step), so a resumed run repeats an unbroken one."""
+    gradient norm. Randomness is a function of (seed, step), so a resumed run repeats an unbroken one."""
     rank = distributed.rank()
     torch.manual_seed(config.seed * 1_000_003 + step + (rank << 40))
-    attention_seeds = random.Random(f"{config.seed} {step} {rank}")  # no draw of torch's, which would wait for a GPU
+    attention_seeds = random.Random(f"{config.seed} {step} {rank}")  # torch's draws would wait for a GPU
     micro = config.micro_batch_size
     loss = next_token_loss(student, batch, micro, dtype, dropout=config.dropout, seeds=attention_seeds)
     distributed.all_reduce_gradients(student.parameters())
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
-    # The step divides by it as it reads the gradient: clipping takes no pass of its own over the memory.
+    # The optimizer divides by it as it reads the gradient, so clipping takes no extra pass over memory.
     scale = (grad_norm / config.grad_clip).clamp(min=1.0) if config.grad_clip else None
     optimizer.grad_scale = scale  # type: ignore[attr-defined]
     optimizer.step()
@@ -84,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_data(config: PretrainConfig) -> tuple[str, Dataset]:
-    """The corpus's fingerprint, and its tokens. Raises UserError for more of it than the preset allows."""
+    """The corpus's fingerprint, and its tokens. Raises UserError if the preset does not allow so many words."""
     corpus = open_corpus(config.corpus, config.documents)
     data = distributed.rank0_first(
         lambda: prepare(corpus, vocab_size=config.vocab_size, val_fraction=config.val_fraction, seed=config.seed)
@@ -142,10 +140,10 @@ def pretrain(config: PretrainConfig) -> None:
         return dict(val_loss=loss, val_bits_per_byte=bits)
 
     def save(name: str) -> None:
-        if not rank0:  # it would drop what rank 0 is writing as left half-written
+        if not rank0:  # it would delete, as incomplete, what rank 0 is writing
             return
         history = dict(words=state.words, tokens=state.tokens, corpus=config.corpus, corpus_words=data.train.word_count)
-        # Which documents were held out, for --replay-weight.
+        # These identify the held-out documents, for --replay-weight.
         history |= dict(corpus_seed=config.seed, val_fraction=config.val_fraction, documents=config.documents)
         tensors = checkpoint.pack_optimizer(optimizer)
         folder = run / "checkpoints" / name
@@ -177,7 +175,7 @@ def pretrain(config: PretrainConfig) -> None:
             if state.step % config.save_every == 0:
                 milestones.append(f"step_{state.step:07d}")
             for name in milestones:
-                steps.write(0)  # first, for a resumed run keeps the metrics up to its checkpoint
+                steps.write(0)  # first: a resumed run keeps the metrics up to its checkpoint
                 save(name)
             update_report()
         steps.write(0)
@@ -190,8 +188,8 @@ def pretrain(config: PretrainConfig) -> None:
 def report(
     config: PretrainConfig, student: Student, tokenizer: Tokenizer, compute: Compute, words: int, last: Record
 ) -> None:
-    """Print how to go on with a run that was asked to stop, or a story by the student of another one and its
-    validation. last: the metrics of the last step; {} of a run that was finished before it was resumed."""
+    """Print how to resume a run that was asked to stop, or a finished student's story and validation. last: metrics of
+    the last step; {} if the run was finished before it was resumed."""
     run = Path(config.out)
     if words < config.words:
         resume = hint("train_pretrain.py", "--out", run, "--resume")

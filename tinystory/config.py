@@ -1,7 +1,6 @@
-"""Every option of both train commands, defined once: the dataclasses are the command line, and config.json's record.
+"""Every option of both train commands: the dataclasses define the command line and the record in config.json.
 
-Flags override the preset, which overrides the defaults: `python train_pretrain.py --preset paper --n-layer 6`.
-"""
+Flags override the preset, which overrides the defaults: `python train_pretrain.py --preset paper --n-layer 6`."""
 
 import argparse
 import dataclasses
@@ -32,9 +31,9 @@ FIRST = set(
 )
 DTYPES = ("auto", "float32", "tf32", "bfloat16")
 SEEDS = "[0, 4294967295]"
-CONTROLS = ("random", "constant", "likelihood")  # values of --reward that are no FILE.py
-FEWEST_GRADED = 8  # stories of a step, for --graded
-LEARNERS = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")  # what they are: tinystory/rl/learners.py
+CONTROLS = ("random", "constant", "likelihood")  # values of --reward that name no file
+FEWEST_GRADED = 8  # minimum of --graded
+LEARNERS = ("ridge", "gae", "rloo", "grpo", "dr_grpo", "sft-best")  # defined in tinystory/rl/learners.py
 
 
 @dataclass
@@ -75,7 +74,7 @@ class PretrainConfig:
     muon_learning_rate: float = option(0.02, "peak learning rate of Muon", "(0, 100]")
     learning_rate: float = option(0.0, "peak learning rate of AdamW; 0: 0.024 beside Muon, 0.0024 alone", "[0, 100]")
     warmup: float = option(0.2, "fraction of the words over which the learning rate rises linearly", "[0, 1)")
-    beta1: float = option(0.9, "", "[0, 1)")  # of AdamW
+    beta1: float = option(0.9, "", "[0, 1)")  # AdamW's
     beta2: float = option(0.99, "", "[0, 1)")
     eps: float = option(1e-8, "", "(0, 1]")
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", "[0, 100]")
@@ -85,7 +84,7 @@ class PretrainConfig:
     eval_sequences: int = option(32, "sequences per validation, evenly spread; the last one uses all", "[1, 1e9]")
 
     def __post_init__(self) -> None:
-        if type(self.n_head) is type(self.n_embd) is int and self.n_head == 0:  # other types are for `check` to refuse
+        if type(self.n_head) is type(self.n_embd) is int and self.n_head == 0:  # `check` refuses other types
             self.n_head = max(1, self.n_embd // 64)
         if type(self.learning_rate) in (int, float) and self.learning_rate == 0:
             self.learning_rate = 2.4e-2 if self.optimizer == "muon" else 2.4e-3
@@ -170,7 +169,7 @@ class InteractConfig:
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
     clip_value: float = option(0.2, "", "(0, 1e9]")  # clipping range of the value
     value_coef: float = option(0.1, "weight of the value loss, for --learner gae", "[0, 1000]")
-    max_ratio: float = option(10.0, "", "[1, 1e9]")  # mean policy ratio above which a minibatch is skipped, and counted
+    max_ratio: float = option(10.0, "", "[1, 1e9]")  # mean policy ratio above which a minibatch is skipped
     kl_in: str = option("reward", "place of the KL penalty (in the loss: k3)", ("reward", "loss"))
     kl_coef: float = option(0.01, "initial coefficient of the KL penalty against the starting checkpoint", "[0, 1000]")
     kl_target: float = option(6.0, "target KL per story, in nats (adaptive controller)", "(0, 1e6]")
@@ -216,7 +215,7 @@ _PAPER_INTERACT = dict(
     adam_eps=1e-8, epochs=4, minibatch_size=0, gamma=1.0, lam=0.95, clip_ratio=0.2, clip_value=0.2, value_coef=0.1,
     max_ratio=10.0, grad_clip=0.0, kl_coef=0.2, kl_target=6.0, kl_horizon=10_000.0,
 )  # fmt: skip
-# What the authors' code does beyond that, and we do only on request (docs/paper.md).
+# Further behaviour of the authors' code, followed only on request (docs/paper.md).
 AS_PUBLISHED = {
     "documents": "an end token follows each row of a text file, so the student ends its stories sooner",
     "rollout_dropout": "from the second step on, the policy that samples is not the one that is optimised",
@@ -227,7 +226,7 @@ PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "paper": _PAPER_PRETRAIN,
     "paper-published": dict(_PAPER_PRETRAIN, documents="row"),
-    # Ten epochs at most (see babylm.py), of so much of the corpus that the teacher's words have room.
+    # At most ten epochs (see babylm.py) of a part of the corpus, which leaves room for the teacher's words.
     "babylm-2026-strict": dict(_PAPER_PRETRAIN, words=900_000_000, val_fraction=0.05),
     "babylm-2026-strict-small": dict(
         _PAPER_PRETRAIN, corpus=["babylm-10m"], words=85_000_000, val_fraction=0.12, batch_size=64
@@ -245,9 +244,8 @@ INTERACT_PRESETS: dict[str, dict[str, Any]] = {
 
 
 def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str] | None = None) -> Any:
-    """Parse a command line into a `config_class`, whose attribute `preset` is the preset's name. Raises UserError for
-    an option that is unknown or out of range; with --resume, options that are not given come from the run's
-    config.json."""
+    """Parse a command line into a `config_class`, whose `preset` is the preset's name. With --resume, options not given
+    come from the run's config.json. Raises UserError for an unknown option or a value out of range."""
     words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=config_class.__doc__, allow_abbrev=False)
     parser.add_argument("--help-all", action="store_true", help="show every option, and exit")
@@ -270,8 +268,8 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]], argv: list[str
 
 
 def _resumed(config_class: type, typed: dict[str, Any]) -> Any:
-    """The options of a run to be resumed. Raises UserError if it is a run of another command or version, or if `typed`
-    has another preset or start, which it would ignore."""
+    """The config of a run to be resumed. Raises UserError if another command or version began it, or for another preset
+    or start in `typed`, which would have no effect."""
     folder = Path(typed.setdefault("out", vars(config_class)["out"]))
     recorded = recorded_options(folder)
     if missing := [f.name for f in dataclasses.fields(config_class) if f.name not in recorded]:
@@ -289,10 +287,10 @@ def _resumed(config_class: type, typed: dict[str, Any]) -> Any:
 
 
 def recorded_config(config_class: type, run: Path, typed: dict[str, Any], *, resumes: bool = False) -> Any:
-    """The options in a run's config.json, overridden by `typed`, those of the command line.
+    """The config in a run's config.json, overridden by `typed`, options from the command line.
 
-    The run may come from somebody else, and its options decide neither what code is run nor who gets the user's key:
-    UserError for those (`leads_out`) that `typed` does not name anew, and for what `check` refuses."""
+    The run may come from somebody else, so it must not decide what code is run nor who gets the user's key: raises
+    UserError for such options (`leads_out`) that `typed` does not repeat, and for what `check` refuses."""
     recorded = recorded_options(run)
     options = {f.name: recorded[f.name] for f in dataclasses.fields(config_class) if f.name in recorded} | typed
     preset = options.pop("preset", "demo")
@@ -313,8 +311,8 @@ def recorded_config(config_class: type, run: Path, typed: dict[str, Any], *, res
 
 
 def leads_out(options: Mapping[str, Any], resumes: bool = True) -> list[str]:
-    """The flags that a run's config.json cannot set by itself: --reward FILE.py:FUNCTION, and --teacher-url, of a run
-    that is resumed only if there is a key to send."""
+    """The flags that config.json may not set by itself: --reward FILE.py:FUNCTION, and --teacher-url, which a resumed
+    run may set if there is no key to send."""
     words: list[str] = []
     if options.get("reward", "") not in ("", *CONTROLS):
         words += ["--reward", options["reward"]]
@@ -335,20 +333,20 @@ def check(config: Any) -> None:
 
 
 def published_options(config: Any) -> list[str]:
-    """A warning for each option that does as the authors' code where ours does otherwise by default."""
+    """A warning for each option set to the behaviour of the authors' code instead of our default."""
     chosen = [f for f in fields(type(config)) if f.name in AS_PUBLISHED and getattr(config, f.name) != f.default]
     return [f"{flag_of(f)} {getattr(config, f.name)}, as published: {AS_PUBLISHED[f.name]}" for f in chosen]
 
 
 def changed_options(config: InteractConfig) -> dict[str, str]:
-    """The options, with their flags, whose values are neither the defaults nor the preset's."""
+    """Flags, by option name, of the options whose value is neither the default nor the preset's."""
     usual = vars(InteractConfig()), INTERACT_PRESETS[config.preset]
     changed = [f for f in fields(InteractConfig) if getattr(config, f.name) not in [o.get(f.name) for o in usual]]
     return {f.name: flag_of(f) for f in changed}
 
 
 def _check_together(config: Any) -> Iterator[str]:
-    """A sentence for each group of options that do not go together. The range of one option stands beside its help."""
+    """Yields a sentence for each group of options that do not go together."""
     if config.track != "none" and importlib.util.find_spec(config.track) is None:
         yield f"--track {config.track} needs its package: pip install {config.track}"
     if isinstance(config, PretrainConfig):

@@ -1,5 +1,4 @@
-"""Before and after interaction, on held-out openings: the numbers and the pair of stories that the terminal, the report
-and the model card all show."""
+"""Before and after interaction, on held-out openings: numbers and pairs of stories for terminal, report, model card."""
 
 import textwrap
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ COLUMNS = {
 MORE = (0.0, 0.25, 0.75)  # quantiles of the gain at which further pairs are shown
 
 
-Pair: TypeAlias = tuple[Record, Record]  # stories to one opening before and after, by the same random numbers
+Pair: TypeAlias = tuple[Record, Record]  # stories to one opening, before and after, from the same random numbers
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class BeforeAfter:
     """The evaluation before the first step, a later one, and the teacher's scores of controls that need no training."""
 
     before: list[Record]
-    after: list[Record]  # of the checkpoint best, or the latest while the run goes on
+    after: list[Record]  # by the checkpoint `best`, or the latest while the run goes on
     controls: dict[str, list[Record]]
 
     @property
@@ -36,8 +35,8 @@ class BeforeAfter:
         return "before interaction", f"after step {number(self.after[0]['step'])}"
 
     def typical(self) -> tuple[str, list[Pair]]:
-        """A sentence on how the pairs were chosen, and the pairs: the typical one, then those at the quantiles MORE of
-        the gain. Only pairs whose stories both end, if there are any. No pair if no opening has two rewards."""
+        """A sentence on how the pairs were chosen, and the pairs: the median gain in reward, then the quantiles MORE.
+        Only pairs of stories that both end, if there are any; none if no opening has two rewards."""
         after = {record["index"]: record for record in self.after if record["reward"] is not None}
         scored = [record for record in self.before if record["reward"] is not None and record["index"] in after]
         pairs = [(record, after[record["index"]]) for record in scored]
@@ -56,14 +55,14 @@ class BeforeAfter:
         return [header, *([name, *(number(row.get(key)) for key in shown)] for name, row in means.items())]
 
     def tellers(self) -> str:
-        """One sentence on which kinds of teller the student imitates; "" if the stories are not told apart by kind."""
+        """A sentence on the kinds of teller that the student imitates; "" if stories are not told apart by kind."""
         before, after = group_means(self.before), group_means(self.after)
         kinds = [key for key in before if key.startswith("teller_") and key in after]
         shifts = (f"{key.removeprefix('teller_')} {before[key]:.0%} → {after[key]:.0%}" for key in kinds)
         return f"Kinds of teller: {', '.join(shifts)}." if kinds else ""
 
     def conclusion(self) -> str:
-        """One sentence on the reward; "" if no story has one."""
+        """A sentence on the reward; "" if no story has one."""
         first, last = reward_mean(self.before), reward_mean(self.after)
         if first is None or last is None:
             return ""
@@ -74,8 +73,8 @@ class BeforeAfter:
 
 
 def read_before_after(run: Path, step: int | None = None) -> BeforeAfter | None:
-    """The comparison with the last evaluation up to `step`; by default, with that of the checkpoint `best`, or with the
-    last one while the run goes on. None if there are not two evaluations."""
+    """The comparison with the last evaluation up to `step`; by default, with that of the checkpoint `best`, or the last
+    one while the run goes on. None without two evaluations."""
     evaluations: dict[int, list[Record]] = {}
     for record in read_records(run / EVALUATIONS):
         if step is None or record["step"] <= step:
@@ -100,7 +99,7 @@ def group_means(records: list[Record]) -> dict[str, float | None]:
 
 
 def from_start(run: Path, metrics: list[Record]) -> list[Record]:
-    """The records of metrics.jsonl, behind one of step 0 with the means of the evaluation before it, if it was made."""
+    """The records of metrics.jsonl, preceded by the means of the evaluation before step 1, if any, as one of step 0."""
     start = [record for record in read_records(run / EVALUATIONS) if record["step"] == 0]
     if not start:
         return metrics

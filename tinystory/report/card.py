@@ -1,4 +1,4 @@
-"""The model card of an exported student: README.md beside its weights, from the records of its run and nothing else."""
+"""The model card (README.md) of an exported student, from the records of its run alone."""
 
 import json
 import re
@@ -31,11 +31,11 @@ its stories are, and scores by different graders cannot be compared."""
 
 
 def model_card(name: str, source: Path, student: Student, history: Record, revision: str = "") -> str:
-    """The text of the card, with the Hub's metadata. name: the repository, with the revision, or the folder to load the
-    student from; source: its checkpoint; history: what was loaded with it ({} for a folder that transformers wrote)."""
+    """The text of the card, with the Hub's metadata. name: the repository (at `revision`) or folder to load from;
+    source: the checkpoint; history: loaded with it, {} for a folder that transformers wrote."""
     sizes = ", ".join(f"{key} {value}" for key, value in vars(student.config).items())
     size = sum(parameter.numel() for parameter in student.parameters())
-    corpora = [Path(key).name for key in history.get("corpus", [])]  # no folders of whoever trained it
+    corpora = [Path(key).name for key in history.get("corpus", [])]  # no private paths
     licences = [f"- {_code(key)}: {LICENCES.get(key, 'files of the user who trained it')}" for key in corpora]
     paragraphs = [
         f"# {name}",
@@ -55,7 +55,7 @@ def model_card(name: str, source: Path, student: Student, history: Record, revis
 
 
 def _run(source: Path, history: Record) -> Iterable[str]:
-    """The paragraphs about the run in which a checkpoint of ours lies."""
+    """Paragraphs about the run that one of our checkpoints belongs to."""
     run, step = source.resolve().parents[1], checkpoint.read_counters(source)["step"]
     config, metrics = read_config(run), [row for row in read_metrics(run) if row["step"] <= step]
     if bits := [row["val_bits_per_byte"] for row in metrics if row.get("val_bits_per_byte")]:
@@ -84,10 +84,10 @@ def _run(source: Path, history: Record) -> Iterable[str]:
 
 
 def _plain(text: object) -> str:
-    """Recorded text on one line of Markdown, without the signs that would make it more than text."""
+    """Recorded text on one line, without Markdown's special characters."""
     return re.sub(r"[<>\[\]`*_|]", "", " ".join(printable(str(text)).split()))
 
 
 def _code(text: str) -> str:
-    """Names as Markdown that no name can break out of."""
+    """Recorded text as inline code, without backticks that would end it."""
     return f"`{printable(text).replace('`', '') or 'not recorded'}`"

@@ -1,8 +1,4 @@
-"""Charts as inline SVG, and a sparkline for the terminal.
-
-The SVG has no colours itself: its classes refer to the page's CSS variables, so that the same chart works on light and
-dark backgrounds. `standalone` turns a chart into the text of an .svg file.
-"""
+"""Charts as inline SVG, whose colours are CSS variables of the page (light and dark), and a sparkline for terminals."""
 
 import html
 import math
@@ -17,8 +13,8 @@ Span: TypeAlias = tuple[float, float]  # low and high end of an axis
 Size: TypeAlias = tuple[int, int]  # width and height in pixels
 ToPixels: TypeAlias = Callable[[ArrayLike], Any]
 
-POINTS = 60  # points per curve: a step of a long run is noise
-SIZE = (340, 210)  # unless stated otherwise
+POINTS = 60  # points per curve: single steps of a long run are noise
+SIZE = (340, 210)  # default
 LEFT, RIGHT, TOP, BOTTOM = 44, 50, 30, 34  # margins around the plotting area
 
 # Colours by role or criterion: (on a light background, on a dark one).
@@ -49,15 +45,13 @@ svg.chart .error { fill: none; stroke: var(--tint); stroke-width: 1.5; }
 
 
 def palette() -> str:
-    """CSS variables for all colours, following the reader's light or dark setting."""
     light, dark = ("".join(f"--{name}: {pair[mode]}; " for name, pair in COLOURS.items()) for mode in (0, 1))
     return f":root {{ {light}}}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n"
 
 
 @dataclass
 class Line:
-    """One curve, which averages neighbours where it has over POINTS values. errors: half the length of each value's
-    error bar, None for no bar."""
+    """A curve, averaged over neighbours beyond POINTS values. errors: half the length of each error bar, or None."""
 
     x: Sequence[float | None]
     y: Sequence[float | None]
@@ -66,7 +60,7 @@ class Line:
     errors: Sequence[float | None] = ()
 
     def points(self) -> np.ndarray:
-        """x, y and error of the points that have both coordinates, nan for no error: float64 (3, n)."""
+        """float64 (3, n): x, y and error (nan: none) of the points that have both coordinates."""
         table = np.array([self.x, self.y, self.errors or [None] * len(self.y)], dtype=float)
         return table[:, ~np.isnan(table[:2]).any(0)]
 
@@ -83,7 +77,7 @@ class Line:
 
 
 def thin(values: np.ndarray, limit: int = POINTS) -> np.ndarray:
-    """values averaged over neighbours to at most limit points. (n,) -> (min(n, limit),)."""
+    """values, averaged over neighbours to at most `limit` points: (n,) -> (min(n, limit),)."""
     if len(values) <= limit:
         return values
     edges = np.linspace(0, len(values), limit + 1).astype(int)
@@ -110,7 +104,6 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_names(values: Sequence[float]) -> list[str]:
-    """The ticks as text, with enough decimals to distinguish them."""
     names = [number(value) for value in values]
     if len(set(names)) < len(names):
         decimals = max(0, -math.floor(math.log10(values[1] - values[0]) + 1e-6))
@@ -141,8 +134,7 @@ def chart(
     log_x: bool = False,
     size: Size = SIZE,
 ) -> str:
-    """An SVG of the lines that have points; "" if none has. y_range: (low, high), by default fitted to the curves;
-    log_x: logarithmic x axis, for positive x; size: width and height in pixels."""
+    """An SVG of the lines that have points; "" if none has. y_range: default fitted to the curves. log_x: all x > 0."""
     lines = [line for line in lines if line.points().size]
     if not lines:
         return ""
@@ -182,7 +174,7 @@ def chart(
 
 
 def draw(line: Line, across: ToPixels, down: ToPixels, x: np.ndarray, y: np.ndarray) -> list[str]:
-    """A line as SVG: its error bars, the curve, and a dot per point where there are few."""
+    """SVG elements of a line: error bars, the curve, and dots if it has few points."""
     parts = [f'<g style="--tint: var(--{line.colour})">']
     table = line.points()
     for at, value, error in table[:, ~np.isnan(table[2])].T:
@@ -203,7 +195,7 @@ def svg(title: str, size: Size, parts: Sequence[str]) -> str:
 
 
 def bars(title: str, rows: Sequence[tuple[str, float, float]], highlighted: str) -> str:
-    """An SVG of horizontal bars from 0. rows: name, value above 0 and its standard error; highlighted: a name."""
+    """An SVG of horizontal bars. rows: name, positive value, standard error; highlighted: a name."""
     left, scale = 12 + 7 * max(len(name) for name, _, _ in rows), max(value for _, value, _ in rows)
     parts = []
     for i, (name, value, error) in enumerate(rows):
@@ -216,7 +208,7 @@ def bars(title: str, rows: Sequence[tuple[str, float, float]], highlighted: str)
 
 
 def padded_range(values: np.ndarray) -> Span:
-    """The range of the values with a margin, or from 0 if they begin just above it."""
+    """The range of the values with a margin; from 0 if they begin just above it."""
     low, high = float(values.min()), float(values.max())
     level = abs(high) if abs(high) > 1e-300 else 0.0
     constant = high - low <= max(1e-6 * level, 1e-300)  # up to rounding
@@ -225,13 +217,13 @@ def padded_range(values: np.ndarray) -> Span:
 
 
 def standalone(drawing: str) -> str:
-    """A chart as the text of an .svg file, for a README; it also follows the reader's light or dark setting."""
+    """A chart as the text of an .svg file, for a README; it also follows light and dark mode."""
     start = '<svg xmlns="http://www.w3.org/2000/svg" '
     return drawing.replace("<svg ", start, 1).replace(">", f"><style>{palette()}{STYLE}</style>", 1) + "\n"
 
 
 def text_curve(values: Sequence[float | None], width: int = 60) -> str:
-    """A curve of at most width characters, ▁▂▃▄▅▆▇█ from the lowest value to the highest; "" without values."""
+    """Block characters, ▁ for the lowest value to █ for the highest, at most `width`; "" without values."""
     y = thin(np.array([value for value in values if value is not None and math.isfinite(value)], dtype=float), width)
     if not len(y):
         return ""

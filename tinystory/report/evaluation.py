@@ -1,11 +1,11 @@
-"""The evaluations of one or several checkpoints side by side, as a table for the terminal."""
+"""A table for the terminal of the evaluations of checkpoints, side by side."""
 
 from collections.abc import Sequence
 
 from tinystory.evaluate.intervals import with_ci
 from tinystory.run.folder import Record
 
-# Name; task, value and interval in a record; decimals.
+# Name, task, keys of the value and its interval in the task's record, decimals.
 ROWS = (
     ("BLiMP, %", "blimp", "accuracy", "ci", 1),
     ("supplement, %", "supplement", "accuracy", "ci", 1),
@@ -32,7 +32,7 @@ ROWS = (
 
 
 def comparison(records: Sequence[Record]) -> list[list[str]]:
-    """One row per measure that was taken: its name, then the value and 95 % interval for each checkpoint."""
+    """One row per measure taken: its name, then the value and 95 % interval per checkpoint."""
     rows = []
     for name, task, value, interval, decimals in ROWS:
         measured = [record.get(task) or {} for record in records]

@@ -1,4 +1,4 @@
-"""The report's sections on judges: who scored a run, and how a judge that was not its teacher sees the stories."""
+"""The report's section on how a judge that was not the run's teacher sees its stories."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -16,7 +16,6 @@ BEFORE_AFTER = ("the one before", "the story after interaction")
 
 
 def judges_section(folder: Path) -> str:
-    """The same stories by the teacher and by a judge that was not; "" if there is none."""
     records, preferences = list(read_records(folder / JUDGED)), run_preferences(folder)
     header, *rows = judged_rows(records) if records else [[]]
     lines = ([conclusion(records)] if records else []) + preference_lines(preferences)
@@ -30,8 +29,7 @@ def judges_section(folder: Path) -> str:
 
 
 def judged_rows(records: Sequence[Record]) -> list[list[str]]:
-    """A header and a row per group of stories: their number, and by both judges the mean and the fraction of the way
-    from before to real stories."""
+    """A header, and per group: size, mean by each judge, and the fraction of the way from before to real stories."""
     tables = {measure: summary(records, measure) for measure in ("score", "sense")}
     rows = [["Stories", "Number", "Teacher’s score", "of the way", "Sense, nats per token", "of the way"]]
     for name in GROUPS:
@@ -44,7 +42,7 @@ def judged_rows(records: Sequence[Record]) -> list[list[str]]:
 
 
 def preference_lines(preferences: Mapping[str, Mapping[str, Any]], names: Sequence[str] = BEFORE_AFTER) -> list[str]:
-    """One sentence per judge that compared stories without knowing which is whose. names: the two storytellers."""
+    """One sentence per judge on its blind comparisons. names: the two storytellers."""
     lines = []
     for judge, rates in preferences.items():
         lines.append(

@@ -16,8 +16,8 @@ LARGEST = 30  # clusters that are drawn one by one
 
 
 def write(path: Path, title: str, subtitle: str, sections: Sequence[str], reload_s: int = 0) -> Path:
-    """The path, to which a self-contained page of the non-empty sections is written. reload_s: seconds after which the
-    page reloads itself; 0: it does not. All other arguments are HTML."""
+    """Write a self-contained page of the non-empty sections, and return its path. Text is HTML. reload_s: 0 means
+    never."""
     style, body = charts.palette() + charts.STYLE + STYLE, "\n".join(filter(None, sections))
     reload = f'<meta http-equiv="refresh" content="{reload_s}">\n' if reload_s else ""
     text = PAGE.format(name=title, style=style, subtitle=subtitle, sections=body, reload=reload)
@@ -30,13 +30,11 @@ def section(title: str, note: str, body: str) -> str:
 
 
 def details(title: str, note: str, body: str) -> str:
-    """A section that is folded until it is asked for."""
     note = f'<p class="note">{note}</p>' if note else ""
     return f"<details><summary>{title}</summary>{note}{body}</details>" if body else ""
 
 
 def block(style: str, body: str) -> str:
-    """A block of this CSS class; "" for an empty body."""
     return f'<div class="{style}">{body}</div>' if body else ""
 
 
@@ -45,8 +43,7 @@ def grid(drawings: Sequence[str]) -> str:
 
 
 def cluster_bar(sizes: Sequence[int], when: str) -> str:
-    """Clusters of similar stories as one bar: a block for each of the LARGEST clusters, and one for the rest. sizes:
-    stories per cluster, the largest first."""
+    """A bar with a block per cluster of similar stories up to LARGEST, and one for the rest. sizes: descending."""
     clusters, stories = count(len(sizes), "cluster"), count(sum(sizes), "story", "stories")
     blocks = "".join(f'<i style="flex-grow: {size}"></i>' for size in sizes[:LARGEST])
     if rest := sum(sizes[LARGEST:]):
@@ -87,8 +84,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def story_card(record: Record, title: str) -> str:
-    """A story after its opening, with its scores. record: opening and story; optionally scores, reward, words, ended,
-    reply."""
+    """A story after its opening. record: opening, story; optionally scores, reward, words, ended, reply."""
     opening, story = record["opening"], record["story"]
     gap = "" if not opening or opening[-1].isspace() or re.match(r"\s|[.,!?;:]|$", story) else " "
     text = f"{gap}{clip(story)}" if story.strip() else " <i>nothing</i>"

@@ -1,8 +1,5 @@
-"""report.html: one self-contained page about one run, without network access, scripts or other files.
-
-It is generated only from the records in the run's folder, so it can be written again at any time. While its run goes
-on, it is, and reloads itself.
-"""
+"""report.html: a self-contained page about one run, without network access, scripts or other files. It is written from
+the records in the run's folder alone, so it can be rewritten at any time; during its run it is, and reloads itself."""
 
 import contextlib
 import math
@@ -24,9 +21,9 @@ from tinystory.run.text import printable
 
 RANDOM, UNSCORED = 6, 3  # stories shown: random ones; unscored
 HERO = (560, 300)  # size of the chart at the top, in pixels
-RELOAD_S = 10  # of the page of a run that goes on
-RECENT = 5  # steps whose pace the time left is estimated from
-PARTS = ("rollout", "reference", "teacher", "update")  # of a step, in chronological order
+RELOAD_S = 10  # while the run goes on
+RECENT = 5  # steps from whose pace the time left is estimated
+PARTS = ("rollout", "reference", "teacher", "update")  # stages of a step, in order
 
 SAMENESS_CURVES = {
     "story_clusters": "Clusters of similar stories in a step",
@@ -58,8 +55,8 @@ PRETRAINING_CURVES = {
 
 @contextlib.contextmanager
 def live_report(run: Path, writes: bool) -> Iterator[Callable[[], None]]:
-    """Yields what keeps the report of a run up to date if called after every step. At the end of the block, however it
-    comes, the page is written once more and no longer reloads itself. writes: False in all processes but one."""
+    """Yields a function to call after every step, which keeps a run's report up to date. However the block ends, the
+    page is written once more and no longer reloads itself. writes: False in all processes but one."""
     due = 0.0
 
     def update() -> None:
@@ -76,7 +73,7 @@ def live_report(run: Path, writes: bool) -> Iterator[Callable[[], None]]:
 
 
 def write_report(run_folder: Path, live: bool = False) -> Path:
-    """The path of report.html, written into the folder of a run, finished or not. live: the page reloads itself."""
+    """Write report.html into a run's folder, finished or not, and return its path. live: the page reloads itself."""
     folder = Path(run_folder)
     metrics, config = read_metrics(folder), read_config(folder)
     if not metrics:
@@ -96,7 +93,7 @@ def write_report(run_folder: Path, live: bool = False) -> Path:
 
 
 def heading(folder: Path, metrics: list[Record], config: Record) -> tuple[str, str]:
-    """What the page is about, from config.json, and when and where it ran; as HTML."""
+    """The title (student, teacher, corpus) and the note (folder, step, device, start), as HTML."""
     student = config.get("options", {}).get("student")
     size, corpus = (student.get("parameters"), student.get("corpus")) if isinstance(student, dict) else (None, None)
     name = f"A student of {number(size)} parameters" if type(size) is int else "A student"
@@ -115,7 +112,7 @@ def number_option(config: Record, name: str) -> float | None:
 
 
 def remaining(metrics: list[Record], config: Record) -> str:
-    """The state of a run that goes on, with the time left, where the pace of its RECENT steps tells it."""
+    """The state of a run that goes on, with the time left if the pace of its RECENT steps is known."""
     recent, last = metrics[-RECENT:], metrics[-1] if metrics else {}
     words, speed = last.get("words"), mean_of(column(recent, "tokens_per_s"))
     if "reward_mean" in last and (steps := number_option(config, "steps")):
@@ -132,7 +129,7 @@ def remaining(metrics: list[Record], config: Record) -> str:
 
 
 def scorer(config: Record) -> str:
-    """The name of the model that scored the stories, or of the callable; "" if it is not recorded."""
+    """The name of the model or callable that scored the stories; "" if it is not recorded."""
     options = config.get("options", {})
     teacher, scored_by = options.get("teacher"), options.get("scored_by")
     if isinstance(teacher, dict) and teacher.get("model"):
@@ -141,7 +138,7 @@ def scorer(config: Record) -> str:
 
 
 def verdict(config: Record) -> str:
-    """What the calibration before the run found of the scorer, in a clause."""
+    """The result of calibrating the scorer before the run, as a clause."""
     calibration = config.get("options", {}).get("calibration")
     return str(calibration.get("verdict")) if isinstance(calibration, dict) else "was not calibrated before the run"
 
@@ -176,7 +173,6 @@ def cards(records: Iterable[Record]) -> str:
 
 
 def first_screen(metrics: list[Record], curves: list[Record], comparison: BeforeAfter | None) -> str:
-    """The typical pair of stories beside the curve of the reward and the means before and after."""
     lines = [
         curve(metrics, "reward_mean", "plain", name="training"),
         curve(curves, "held_out_reward", "reward", name="held out"),
@@ -195,7 +191,6 @@ def first_screen(metrics: list[Record], curves: list[Record], comparison: Before
 
 
 def sameness(metrics: list[Record], first: list[Record], last: list[Record]) -> str:
-    """Score against diversity: whether a higher score was bought by telling the same story again."""
     ends = [first] * (first is not last) + [last]
     sizes = [(cluster_sizes([r["story"] for r in records]), step_name(records[0])) for records in ends if records]
     bars = "".join(page.cluster_bar(*step) for step in sizes)
@@ -210,15 +205,15 @@ def sameness(metrics: list[Record], first: list[Record], last: list[Record]) -> 
 
 
 def totals(metrics: list[Record]) -> list[tuple[str, str]]:
-    """What the run took: the last value or the sum of the keys of metrics.jsonl that are on record and not 0."""
+    """The last value or the sum of each key of metrics.jsonl that is on record and not 0."""
     values = {key: column(metrics, key)[-1] for key in LATEST}
     values |= {key: sum(value or 0 for value in column(metrics, key)) for key in SUMMED}
     return [(key, number(value)) for key, value in values.items() if value]
 
 
 def digest(stories: Iterable[Record]) -> tuple[list[Record], list[Record], list[Record], tuple[str, ...]]:
-    """The stories of the first step and of the last one, the same list if there is only one; the first UNSCORED without
-    a score; and the criteria. Only these are held in memory."""
+    """The stories of the first and the last step (one list if they are the same), the first UNSCORED without a score,
+    and the criteria. Only these are held in memory."""
     first, last, unscored = list[Record](), list[Record](), list[Record]()
     criteria: tuple[str, ...] = ()  # the last ones: a resume may bring another --teacher-prompt
     for _, step in groupby(stories, lambda record: record["step"]):
@@ -255,7 +250,7 @@ def pretraining(metrics: list[Record]) -> list[str]:
 
 
 def column(metrics: list[Record], key: str) -> list[float | None]:
-    """The numbers of a key, None where there is none: a server may have sent anything."""
+    """The numbers of a key; None for anything else, as a server may have sent."""
     return [value if type(value := record.get(key)) in (int, float) else None for record in metrics]
 
 
