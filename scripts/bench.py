@@ -35,7 +35,7 @@ from tinystory.run.paths import ROOT
 from tinystory.studies import kernels, timing
 from tinystory.studies.timing import PROMPT, SHAPES, WORK, Setup
 
-PEERS = {"pretrain": "nanogpt", "rollout": "transformers", "ppo": "trl"}  # by work
+PEERS = {"pretrain": "nanogpt", "rollout": "transformers", "ppo": "trl"}  # by work (timing.WORK)
 
 
 @command
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def peer(python: str, name: str, settings: dict[str, Any]) -> Iterator[Callable[[], float]]:
-    """Yields what times a run, in seconds, in a process of scripts/peer.py, and raises UserError if that has ended."""
+    """Yields a function that returns the seconds of a run in a process of scripts/peer.py, or raises UserError."""
     argv, pipe = [python, str(ROOT / "scripts/peer.py"), name, json.dumps(settings)], subprocess.PIPE
     process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True)
 
@@ -116,7 +116,6 @@ def peer(python: str, name: str, settings: dict[str, Any]) -> Iterator[Callable[
 
 
 def require_peers(nanogpt: Path | None, trl: Path | None, batch: int, device: torch.device) -> None:
-    """Raises UserError for options with which peers cannot be timed."""
     if device.type != "cpu" or batch:
         raise UserError("peers are timed on the CPU, with the batch sizes of the published figures: leave out --batch")
     files = [path for path in (nanogpt and nanogpt / "model.py", trl) if path]
@@ -130,9 +129,9 @@ def require_peers(nanogpt: Path | None, trl: Path | None, batch: int, device: to
 def compare_peers(
     setup: Setup, shape: str, runs: int, nanogpt: Path | None, trl: Path | None, optimizer: str
 ) -> dict[str, dict[str, Any]]:
-    """Per work that has a peer here: median seconds of ours and, by dtype, of the peer, which take turns, so that a
-    machine's drift meets both; ratio, the median over the turns of the seconds of its faster dtype to ours (above 1:
-    ours is faster)."""
+    """Per work with a given peer: median seconds of ours and, by dtype, of the peer, in turns so that a machine's drift
+    affects both; ratio: median over turns of the peer's seconds, in its faster dtype, over ours (above 1: ours is
+    faster)."""
     results: dict[str, dict[str, Any]] = {}
     pythons = {"nanogpt": sys.executable if nanogpt else None, "transformers": trl, "trl": trl}
     for work, name in PEERS.items():
@@ -143,7 +142,7 @@ def compare_peers(
         ours = make_run(setup, optimizer=optimizer) if work == "pretrain" else make_run(setup)
         settings = dict(model=dataclasses.asdict(setup.config), batch=setup.batch, new=setup.new, prompt=PROMPT)
         settings |= dict(threads=torch.get_num_threads(), repo=str(nanogpt))
-        # TRL computes in float32; without hardware bfloat16 is emulated, and a step takes thirty times as long.
+        # TRL computes in float32. Emulated bfloat16 makes a step thirty times as long.
         dtypes = ("float32", "bfloat16") if name != "trl" and cpu_has_bf16() else ("float32",)
         with contextlib.ExitStack() as stack:
             peers = [stack.enter_context(peer(str(python), name, settings | {"dtype": dtype})) for dtype in dtypes]

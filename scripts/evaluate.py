@@ -1,18 +1,15 @@
-"""Evaluate checkpoints: BabyLM's zero-shot tasks, bits per byte, and measures of the stories; or judge runs.
+"""Evaluate checkpoints (BabyLM's zero-shot tasks, bits per byte, measures of their stories), or judge runs.
 
     python scripts/evaluate.py runs/pretrain --blimp blimp_filtered --out report.json
     python scripts/evaluate.py runs/pretrain/checkpoints/chck_* --stories 200 --corpus builtin --out report.json
     python scripts/evaluate.py --stories 200 gpt4.jsonl people.jsonl         stories by anybody, side by side
-    python scripts/evaluate.py --compare runs/interact --teacher-url URL     which stories does an LLM prefer, blindly:
-                                                                             those before interaction, or after it?
-    python scripts/evaluate.py --compare A B --teacher-url URL               ... those of A, or of B?
-    python scripts/evaluate.py --judge runs/a runs/b                         what does a judge see of a run's gain that
-                                                                             was not its teacher?
+    python scripts/evaluate.py --compare runs/interact --teacher-url URL     an LLM's blind choice: before or after?
+    python scripts/evaluate.py --compare A B --teacher-url URL               ... the stories of A or of B?
+    python scripts/evaluate.py --judge runs/a runs/b                         how much of the gain another judge sees
 
-CHECKPOINT is a checkpoint, a run (its best or newest checkpoint; default: the newest run under runs/, also for --judge
-and --compare), or a folder that transformers wrote; A and B are two of these, or .jsonl files of stories, whose lines
-have an `opening` and a `story`. The data files are BabyLM's own, gzipped or not, and the measures are defined as in its
-pipeline, to the pair.
+CHECKPOINT is a checkpoint, a run (its best or newest checkpoint) or a folder that transformers wrote; A and B may also
+be .jsonl files of stories, whose lines have an `opening` and a `story`. The default, also of --compare and --judge, is
+the newest run under runs/. Data files are BabyLM's own, gzipped or not, and measures are defined as in its pipeline.
 """
 
 import argparse
@@ -67,7 +64,7 @@ TASKS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
     "comps": (evaluate_pairs, "COMPS"),
     "reading": (evaluate_reading_times, "reading_data.csv"),
 }
-COMPARED = 40  # pairs, if --stories does not say
+COMPARED = 40  # pairs by default
 FEWER = "--stories or --max-new-tokens"
 
 
@@ -119,7 +116,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Print the measures of checkpoints and of files of stories, side by side."""
     tasks = submission.find_tasks(options.babylm) if options.babylm else {}
     tasks |= {task: getattr(options, task) for task in TASKS if getattr(options, task)}
     measured = tasks or options.aoa or options.corpus or options.count or options.coreference
@@ -177,7 +173,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def compare_stories(options: argparse.Namespace, paths: Sequence[Path]) -> None:
-    """Ask which stories are better, and print the win rate of the second ones. A run keeps the choices."""
+    """Ask which stories are better, and print the second storyteller's win rate. Choices are kept in a run's folder."""
     if not options.teacher_url:
         raise UserError(
             "--compare needs a judge that sees two stories: give --teacher-url, of a model or of teach.py --compare"
@@ -204,7 +200,7 @@ def compare_stories(options: argparse.Namespace, paths: Sequence[Path]) -> None:
 
 
 def judge_runs(options: argparse.Namespace, runs: Sequence[Path]) -> None:
-    """Show the stories of each run and its controls to a reader, and print how much of the gain it sees."""
+    """Show each run's stories and controls to a reader, and print how much of the gain it sees."""
     reader, pooled = Reader(options.reader or PACKAGED, options.device), list[Record]()
     typed = {name: getattr(options, name) for name in ("reward", "teacher_url", "teacher_model")}
     typed = {name: value for name, value in typed.items() if value}
@@ -231,7 +227,7 @@ def print_judged(name: str, records: Sequence[Record]) -> None:
 
 
 def samples_of(path: Path, options: argparse.Namespace) -> list[Sample]:
-    """The stories of a file, or --stories by a student, who has the same openings and draws as any other."""
+    """Stories from a file, or --stories by a student, with the same openings and random numbers for every student."""
     if path.suffix == ".jsonl":
         return read_samples(path)
     student, tokenizer, _ = checkpoint.load(checkpoint.find(path), pick_device(options.device))

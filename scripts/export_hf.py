@@ -5,11 +5,9 @@
     python scripts/export_hf.py runs/pretrain exported --all-checkpoints exported/chck_1M, exported/chck_2M, ...
     python scripts/export_hf.py runs/pretrain exported --all-checkpoints --push NAME/REPO
 
-Each folder has a model card, README.md, written from the records of the run.
-
-BabyLM's pipeline ignores --revision_name for a local folder: give it one folder per milestone, or push, which uploads
-each milestone as a branch of that name and the best or newest checkpoint as `main`. Pushing needs
-`pip install huggingface_hub` and a token: `hf auth login`, or HF_TOKEN.
+Each folder has a model card, README.md, written from the records of the run. --push uploads each milestone as a branch
+of that name, and the best or newest checkpoint as `main`; it needs `pip install huggingface_hub` and a token, from
+`hf auth login` or HF_TOKEN. For a local folder BabyLM's pipeline ignores --revision_name: give it one per milestone.
 """
 
 import argparse
@@ -28,7 +26,7 @@ from tinystory.run.folder import atomic_write, require_writable
 from tinystory.run.paths import usage
 from tinystory.student import checkpoint, gguf, hf
 
-MAIN = "main"  # branch of the best or newest checkpoint: the Hub's default revision
+MAIN = "main"  # branch of the best or newest checkpoint, the Hub's default branch
 
 
 @command
@@ -75,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def milestones(run: Path) -> list[Path]:
-    """The chck_* folders of a run, the earliest first. Raises UserError if there are none."""
+    """The chck_* folders of a run, earliest first. Raises UserError if there are none."""
     folders = [folder for _, folder in checkpoint.checkpoints(run) if folder.name.startswith("chck_")]
     if not folders:
         raise UserError(f"{run} has no checkpoints/chck_*: --all-checkpoints takes the folder of a run that has some")
@@ -83,7 +81,7 @@ def milestones(run: Path) -> list[Path]:
 
 
 def open_hub(repository: str) -> tuple[Any, str]:
-    """The Hub's client, and the URL of the repository, which is created if it is not there."""
+    """The Hub's client, and the URL of the repository, which is created if missing."""
     with hub.reached(f"push to {repository}"):
         from huggingface_hub import HfApi
 

@@ -1,5 +1,4 @@
-"""One peer of `bench.py peers`, run by a Python that has it and not us. For each line of input it prints the seconds of
-a run.
+"""One peer of `bench.py peers`, run by a Python that has its packages. Prints the seconds of a run per line of input.
 
     python scripts/peer.py trl '{"model": {"n_layer": 4, ...}, "batch": 64, "prompt": 20, "new": 90, "threads": 2}'
 
@@ -19,7 +18,7 @@ import torch
 
 
 def nanogpt(a: SimpleNamespace) -> Callable:
-    """A training step of nanoGPT's own model, compiled: forward and backward pass, fused AdamW, as in its train.py."""
+    """A training step of nanoGPT's compiled model with fused AdamW, as in its train.py."""
     sys.path.insert(0, a.repo)
     from model import GPT, GPTConfig  # nanoGPT's
 
@@ -47,7 +46,7 @@ def gpt2(model: dict) -> Any:  # a transformers model
 
 
 def transformers(a: SimpleNamespace) -> Callable:
-    """generate() by pure sampling. No story ends early, so the work is fixed."""
+    """generate() by pure sampling, without an early end, so that the work is fixed."""
     model = gpt2(a.model).eval().to(getattr(torch, a.dtype))
     ids = torch.randint(5, a.model["vocab_size"], (1, a.prompt)).repeat(a.batch, 1)
     options = dict(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=a.new, min_new_tokens=a.new, pad_token_id=0)
@@ -60,8 +59,8 @@ def transformers(a: SimpleNamespace) -> Callable:
 
 
 def trl(a: SimpleNamespace) -> Callable:
-    """A PPO iteration of TRL 0.9.4, on which the paper's code builds: generate, log-probabilities under the student and
-    the reference, four epochs over one batch. The reward is a constant, so only the student's work is timed."""
+    """A PPO iteration of TRL 0.9.4, on which the paper's code builds: generate, log-probabilities under student and
+    reference, four epochs over one batch. The reward is constant, so that only the student's work is timed."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -88,7 +87,7 @@ def trl(a: SimpleNamespace) -> Callable:
 def main() -> None:
     peer, settings = sys.argv[1:]
     a = SimpleNamespace(**json.loads(settings))
-    output = os.fdopen(os.dup(1), "w")  # since libraries print what they like to standard output
+    output = os.fdopen(os.dup(1), "w")  # libraries print to standard output too
     os.dup2(2, 1)
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)

@@ -1,14 +1,14 @@
-"""Recipes of interaction beside controls that need no teacher or no training: the tables of docs/results.md.
+"""Recipes of interaction beside controls without a teacher or training: the tables of docs/results.md.
 
     python scripts/recipes.py --seeds 1 2 3
     python scripts/recipes.py --seeds 1 2 3 --options "" "--graded 128" "--lam 0.9"
 
-For each seed a student is pretrained by the defaults of train_pretrain.py, and for each text of --options trained by
-train_interact.py with these: by default the demo, and the same with the student's own likelihood and with a constant as
-the score. What is finished is not run again. Then each student, the untouched one first, writes a story to each
-held-out opening, which the built-in teacher grades; beside them stand lower temperatures, and of four stories the
-likeliest and the best by reward. Markdown is printed: means over the seeds, and the reward's standard error over the
-openings. OUT/rows.jsonl has each seed's measures and each story's reward, OUT/reward.svg is README's picture.
+Per seed, a student is pretrained with train_pretrain.py's defaults, then trained by train_interact.py once per text of
+--options (default: the demo, and with the student's likelihood or a constant as the score). Finished runs are not
+repeated. The untouched and the trained students then write a story to each held-out opening, which the built-in teacher
+grades; further controls are lower temperatures, and the likeliest or best-rewarded of four stories. Prints Markdown:
+means over the seeds, and the reward's standard error over the openings. Writes OUT/rows.jsonl, with each seed's
+measures and each story's reward, and OUT/reward.svg, README's picture.
 """
 
 import argparse
@@ -46,9 +46,9 @@ from tinystory.teacher.grade import Grader
 from tinystory.teacher.grader import open_grader
 
 CONFIG = InteractConfig()
-FIRST_INDEX = 2 * 10**9  # of the stories that are measured: no run draws these random numbers
+FIRST_INDEX = 2 * 10**9  # of the measured stories: no run uses these random numbers
 COREFERENCE = 300  # stories
-CLUSTERED = 64  # stories over which distinct_4 and clusters are counted
+CLUSTERED = 64  # stories for distinct_4 and clusters
 OPENINGS = Openings(load_openings(CONFIG.openings), CONFIG.seed).held_out
 
 
@@ -57,7 +57,7 @@ class Row(NamedTuple):
     folder: Path
     temperature: float = 1.0
     n: int = 1  # stories per opening
-    chosen_by: str = "first"  # of the n: the first, the likeliest ("likelihood") or the best ("reward")
+    chosen_by: str = "first"  # one of the n: the first, the likeliest ("likelihood") or the best ("reward")
 
 
 @command
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
 def written(
     folder: Path, temperature: float, openings: tuple[str, ...], max_new_tokens: int, device: str, grader: Grader
 ) -> tuple[list[Story], list[float | None]]:
-    """A story to each opening by the newest checkpoint of a run (none is to be shown by its best), and its score."""
+    """A story to each opening by a run's newest checkpoint (`best` would be selected by score), and their scores."""
     compute = resolve(device, "auto")
     student, tokenizer, _ = checkpoint.load(checkpoint.newest(folder) or folder, compute.device)
     sampling: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=0)
@@ -121,7 +121,7 @@ def written(
 
 
 def measure(row: Row, grader: Grader, config: InteractConfig, openings: Sequence[str]) -> dict[str, Any]:
-    """Measures of a row. A story's reward compares it with the others that are chosen, one to each opening."""
+    """Measures of a row. A reward compares a story with the other chosen ones, one per opening."""
     drawn = (*openings,) * row.n
     candidates, scores = written(row.folder, row.temperature, drawn, config.max_new_tokens, config.device, grader)
     values: dict[str, Sequence[Any]] = {

@@ -12,9 +12,8 @@ One student is pretrained, with a checkpoint at every milestone of words. From s
 
 Every checkpoint then writes stories with the same random numbers, the teacher grades them, and OUT/report.html compares
 them. The reward of `small` and `paper` is the paper's, for a single opening, unless --interact has other options.
-
-Every run is one of train_pretrain.py or train_interact.py in its own folder. Finished runs are not run again and
-interrupted ones are resumed, so after Ctrl-C or a kill the same command continues.
+Each run of a train command has its own folder. After Ctrl-C or a kill, the same command resumes interrupted runs and
+skips finished ones.
 """
 
 import argparse
@@ -60,12 +59,12 @@ MILLION = 10**6
 VAL_SEQUENCES = 256  # held-out sequences for bits per byte
 OF_STORIES = ("reward", "score", "ended", "words", "distinct_4", "clusters")  # columns for any corpus
 BEFORE, INTERACT, MORE = "before", "interact", "more"  # arms; a control's is its value of --reward
-COLOURS = ("plain", "reward", "readability", "coherence", "creativity", "muted")  # of the arms' lines
+COLOURS = ("plain", "reward", "readability", "coherence", "creativity", "muted")  # by arm
 
 
 class Scale(NamedTuple):
-    """pretrain, interact: options of the train commands, as typed; starts: millions of pretraining words after which
-    interaction begins; seeds: of each arm, per start; stories: graded per checkpoint; controls: values of --reward."""
+    """pretrain, interact: options of the train commands; starts: millions of pretraining words before interaction;
+    seeds: per arm and start; stories: graded per checkpoint; controls: values of --reward."""
 
     pretrain: str
     interact: str
@@ -75,8 +74,8 @@ class Scale(NamedTuple):
     controls: Sequence[str]
 
 
-# `small` has the settings of docs/results.md, whatever the demo's are: those that learned most in minutes on a CPU
-# (LOG.md), with one epoch over more stories, a weak KL penalty, and the paper's reward.
+# `small`, the settings of docs/results.md whatever the demo's are, learned most in minutes on a CPU (LOG.md): one epoch
+# over more stories, a weak KL penalty, and the paper's reward.
 SCALES = {
     "tiny": Scale(
         "--words 3M", "--stories-per-step 512 --minibatch-size 64 --eval-every 0",
@@ -133,8 +132,8 @@ def main(argv: list[str] | None = None) -> None:
 
     train(out / "pretrain", pretrain_argv, on_device, pretrain.words)
     milestones = {words: out / "pretrain" / "checkpoints" / milestone_name(words) for words in MILESTONES}
-    # Arm, pretraining words before it, seed, words of pretraining and taken in, and the last checkpoint: not the best
-    # one, for no arm is to be chosen by its score.
+    # Arm, pretraining words before it, seed, words of pretraining and taken in, last checkpoint (the best one would be
+    # selected by its score).
     students = [(BEFORE, words, 0, words, path) for words, path in milestones.items() if path.exists()]
     for arm, scorer in arms.items():
         for seed, start in itertools.product(range(options.seeds or scale.seeds), starts):
@@ -164,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def require_same(path: Path, settings: Record) -> None:
-    """Write what all runs of an experiment share. Raises UserError if the file has something else."""
+    """Write the settings that all runs of an experiment share. Raises UserError if the file has others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_bytes()) if path.exists() else settings
     if changed := [name for name in settings if before.get(name) != settings[name]]:
@@ -174,9 +173,8 @@ def require_same(path: Path, settings: Record) -> None:
 
 
 def copy_milestone(milestone: Path, run: Path) -> None:
-    """Make a run that goes on from another's milestone."""
     if not (run / CONFIG).exists():
-        shutil.rmtree(run, ignore_errors=True)  # copied in part
+        shutil.rmtree(run, ignore_errors=True)  # a partial copy
         shutil.copytree(milestone, run / "checkpoints" / milestone.name)
         atomic_write(run / CONFIG, (milestone.parents[1] / CONFIG).read_bytes())
 
@@ -184,12 +182,12 @@ def copy_milestone(milestone: Path, run: Path) -> None:
 def measure(
     folder: Path, grader: Grader, pretrain: PretrainConfig, config: InteractConfig, settings: Record
 ) -> dict[str, Any]:
-    """The columns of the page for a checkpoint, all with the same random numbers, teacher and texts."""
+    """The page's columns for a checkpoint; random numbers, teacher and texts are the same for all."""
     openings = itertools.cycle(Openings(load_openings(config.openings), 0).held_out)
     written = [*itertools.islice(openings, settings["stories"])]
     columns = recipes.measure(recipes.Row("", folder, config.temperature), grader, config, written)
     student, tokenizer, history = checkpoint.load(folder, pick_device(pretrain.device))
-    if not has_dull_tellers(history):  # nor is the grammar's text what it was trained for
+    if not has_dull_tellers(history):  # nor was it trained for the grammar's text
         corpus, sizes = open_corpus(pretrain.corpus, pretrain.documents), (pretrain.vocab_size, pretrain.val_fraction)
         val = prepare(corpus, vocab_size=sizes[0], val_fraction=sizes[1], seed=pretrain.seed).val
         columns = {name: columns[name] for name in OF_STORIES}
@@ -200,7 +198,7 @@ def measure(
 
 
 def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Sequence[Record]) -> Path:
-    """The path of OUT/report.html, which is written with OUT/figure.svg. scorers: the arms of interaction."""
+    """Write OUT/report.html and OUT/figure.svg, and return the report's path. scorers: the arms of interaction."""
     columns = [*dict.fromkeys(name for record in records for name in record["measures"] if name != "rewards")]
     names = {BEFORE: "pretrained", INTERACT: "+ interaction", MORE: "+ more pretraining"}
     lines, rows = [], list[tuple[int, list[str]]]()
@@ -236,7 +234,7 @@ def write_page(out: Path, settings: Record, scorers: Sequence[str], records: Seq
 
 
 def mean_and_error(records: Sequence[Record], column: str) -> tuple[float | None, float | None]:
-    """Mean and standard error over the records that have a value; None for the mean of none and the error of one."""
+    """Mean (None without values) and standard error (None for a single value) of a column."""
     values = [value for record in records if (value := record["measures"].get(column)) is not None]
     return mean_of(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 

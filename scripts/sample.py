@@ -1,9 +1,9 @@
-"""Print stories by the student of a checkpoint.
+"""Print stories by a checkpoint's student.
 
 python scripts/sample.py                                   by the best checkpoint of the newest run under runs/
 python scripts/sample.py runs/pretrain/checkpoints/chck_1M --opening "One day, a small dragon" --stories 3
 python scripts/sample.py --best-of 4                       each the best of four, by the student's own likelihood
-python scripts/sample.py --best-of 4 --teacher-url URL     ... by a teacher's score, in the reward of interaction
+python scripts/sample.py --best-of 4 --teacher-url URL     ... by reward, with a teacher's score
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Watch a run in the terminal until it is over: curves, warnings, the last stories and the time left.
+"""Watch a run in the terminal until it ends: curves, warnings, the last stories and the time left.
 
 python scripts/watch.py                     the newest run under runs/
-python scripts/watch.py runs/interact       one that is over, or whose page is piped, is printed once
+python scripts/watch.py runs/interact       a finished run, or output to a pipe, is printed once
 """
 
 import argparse
@@ -52,14 +52,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def screen(run: Path, running: bool) -> str:
-    """The page, as much of it as the terminal holds: more would scroll the first lines away."""
+    """The page, cut to the terminal's height: more would scroll the first lines away."""
     size = shutil.get_terminal_size()
     lines, rows = page(run, size.columns, running), size.lines - 1
     return "\n".join(lines if len(lines) <= rows else [*lines[: rows - 1], "..."])
 
 
 def page(run: Path, width: int, running: bool) -> list[str]:
-    """The lines, of at most `width` characters."""
     metrics, config = read_metrics(run), read_config(run)
     last = f"step {number(metrics[-1]['step'])}" if metrics else "no step yet"
     lines = textwrap.wrap(f"{printable(str(run))}: {last}, {remaining(metrics, config) if running else 'over'}", width)

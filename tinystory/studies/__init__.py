@@ -1,1 +1,1 @@
-"""What is run over many runs, by scripts/: reproduce and bench. No other room imports it."""
+"""Experiments and timings, run by scripts/reproduce.py, recipes.py and bench.py; no other package imports them."""

@@ -1,4 +1,4 @@
-"""Our operators beside PyTorch's own: seconds, and on a GPU memory and the rate beside its limit."""
+"""Our operators beside PyTorch's: time and, on a GPU, peak memory and throughput beside its limit."""
 
 import contextlib
 import statistics
@@ -16,9 +16,9 @@ from tinystory import ops
 from tinystory.studies.timing import PROMPT, Setup
 
 SDPA_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION")
-ROWS = 64  # stories that are decoded at a time
+ROWS = 64  # stories decoded at a time
 UNITS = {"flops": ("tflop_s", 1e12), "bytes": ("gb_s", 1e9)}
-# Ours, PyTorch's, and the number of floating-point operations, or of bytes that must be read.
+# Ours, PyTorch's, the unit of work (a key of UNITS), and the amount: FLOPs, or bytes that must be read.
 Operator: TypeAlias = tuple[Callable[[], Any], Callable[[], Any], str, float]
 
 
@@ -33,7 +33,7 @@ def backward(f: Callable[..., Tensor], *arguments: Any) -> Callable[[], None]:
 
 
 def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
-    """The operators by name, and the leaves that they leave gradients in: attention's qkv, hidden states, weight."""
+    """The operators by name, and the leaf tensors that receive gradients: attention's qkv, hidden states, weight."""
     B, T, H, C, V = setup.batch, setup.config.context, setup.config.n_head, setup.config.n_embd, setup.config.vocab_size
     D, N, device = C // H, B * T, setup.compute.device
 
@@ -77,7 +77,7 @@ def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
     logprob = backward(lambda: ops.token_logprob(hidden, weight, targets)[0])
     cross_entropy = backward(ops.cross_entropy, hidden, weight, targets)
     linear_loss = backward(lambda: F.cross_entropy(F.linear(hidden, weight), targets))
-    loss_flops, attention_flops = 6.0 * N * C * V, 7.0 * B * H * T * T * D  # causal: half of two GEMMs, then of five
+    loss_flops, attention_flops = 6.0 * N * C * V, 7.0 * B * H * T * T * D  # causal: half of 2 + 5 GEMMs
     cached = (PROMPT + int(lengths.sum())) * 2 * C * setup.compute.dtype.itemsize
     return {
         "attention": (backward(ops.causal_attention, qkv), backward(sdpa, qkv), "flops", attention_flops),
@@ -90,9 +90,9 @@ def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
 
 
 def compare(setup: Setup, runs: int) -> dict[str, dict[str, Any]]:
-    """Per operator: median milliseconds of ours and PyTorch's, alternating, and their ratio (above 1: ours is faster).
-    On a GPU also our achieved TFLOP/s or GB/s beside the rate of a GEMM and of a copy, and the peak memory beyond the
-    inputs in MB; there, PyTorch's attention is the fastest backend of SDPA."""
+    """Per operator: median milliseconds of ours and PyTorch's, measured alternately, and their ratio (above 1: ours is
+    faster). On a GPU also our TFLOP/s or GB/s beside a GEMM's or a copy's, and the peak memory beyond the inputs in MB;
+    attention is compared with SDPA's fastest backend."""
     table, leaves = operators(setup)
     device = setup.compute.device
     flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device.type == "cuda" else None
@@ -129,8 +129,8 @@ def compare(setup: Setup, runs: int) -> dict[str, dict[str, Any]]:
 
 
 def seconds(f: Callable, flush: Tensor | None) -> float:
-    """Seconds of a call. On a GPU they are measured by events, after `flush`, larger than the L2 cache, is overwritten,
-    which also lets the host run ahead of the device."""
+    """Seconds of a call. On a GPU by events, once `flush`, larger than the L2 cache, is overwritten; that also lets the
+    host run ahead of the device."""
     if flush is None:
         before = time.perf_counter()
         f()
@@ -145,7 +145,7 @@ def seconds(f: Callable, flush: Tensor | None) -> float:
 
 
 def peak_mb(f: Callable, device: torch.device) -> float:
-    """Peak memory of one call beyond the memory in use before it, in MB, on a GPU."""
+    """Peak memory of a call on a GPU beyond the memory in use before it, in MB."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     f()

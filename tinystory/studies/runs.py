@@ -1,4 +1,4 @@
-"""Runs of the two train commands: what is finished is not run again, and what was stopped goes on."""
+"""Runs of the two train commands: finished ones are not run again, and stopped ones are resumed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +11,8 @@ from tinystory.student import checkpoint
 
 
 def train(out: Path, argv: Sequence[str], again: Sequence[str] = (), words: int = 0) -> Path:
-    """The last checkpoint of a run. argv: its options; again: further ones, which a resumed run is given too; words: at
-    which pretraining is finished, 0 for an interaction. Raises UserError if it is stopped."""
+    """Finish a run, and return its last checkpoint. argv: options of a new run; again: options given on a resume too;
+    words: length of a pretraining run, 0: an interaction. Raises UserError if the run is stopped."""
 
     def finished() -> bool:
         newest = checkpoint.newest(out)

@@ -1,5 +1,4 @@
-"""Timed work on students with random weights: a pretraining step, a rollout, a PPO iteration; and the limit that
-PyTorch's GEMMs set."""
+"""Timed work with random weights (pretraining step, rollout, PPO iteration), and the limit set by PyTorch's GEMMs."""
 
 import statistics
 import sys
@@ -27,7 +26,7 @@ SHAPES = {
     "gpt2s": StudentConfig(n_layer=12, n_head=12, n_embd=768, context=512, vocab_size=16_000),
 }
 PROMPT = 20  # tokens
-Run: TypeAlias = Callable[[], dict[str, float]]  # works once; returns seconds, and `tokens`
+Run: TypeAlias = Callable[[], dict[str, float]]  # does the work once; returns seconds, and `tokens`
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Setup:
 
 
 class RandomTokenizer(Tokenizer):
-    """A stand-in for a tokenizer: every opening is the same PROMPT - 1 random tokens, and words are token ids."""
+    """Encodes every opening as the same PROMPT - 1 random tokens; words are token ids."""
 
     eos, pad = 2, 1
 
@@ -89,7 +88,7 @@ def rollout(setup: Setup) -> Run:
         start = now(device)
         stories = write(setup, student, head, tokenizer)
         seconds = now(device) - start
-        tokens = sum(len(story.tokens) for story in stories)  # random weights: one draw in V ends its story
+        tokens = sum(len(story.tokens) for story in stories)  # with random weights, one token in V ends a story
         return dict(tokens_per_s=tokens / seconds, rollout_s=seconds, tokens=tokens)
 
     return run
@@ -127,7 +126,7 @@ def ppo_iteration(setup: Setup) -> Run:
     return run
 
 
-# Name: what makes its run, the key of its seconds, the default batch size of each shape.
+# By name: the function that makes its run, the key of its seconds, the default batch size by shape.
 WORK: dict[str, tuple[Callable[..., Run], str, dict[str, int]]] = {
     "pretrain": (pretrain_step, "step_s", {"small": 16, "gpt2s": 4}),
     "rollout": (rollout, "rollout_s", {"small": 64, "gpt2s": 64}),
@@ -136,13 +135,13 @@ WORK: dict[str, tuple[Callable[..., Run], str, dict[str, int]]] = {
 
 
 def medians(run: Run, runs: int) -> dict[str, float]:
-    """The medians over runs after a warm-up."""
+    """Medians over `runs` runs after a warm-up."""
     laps = [run() for _ in range(runs + 1)][1:]
     return {name: statistics.median(lap[name] for lap in laps) for name in laps[0]}
 
 
 def gemm_limit(work: str, setup: Setup, runs: int = 5) -> float:
-    """Tokens per second of pretraining or of a rollout if all but the GEMMs, as PyTorch does them, took no time."""
+    """Tokens per second of pretraining or of a rollout if PyTorch's GEMMs were all that took time."""
     config, device, backward = setup.config, setup.compute.device, work == "pretrain"
     rows = setup.batch * config.context if backward else setup.batch
     C, L, V = config.n_embd, config.n_layer, config.vocab_size
@@ -160,7 +159,6 @@ def gemm_limit(work: str, setup: Setup, runs: int = 5) -> float:
 
 
 def profile(run: Run, device: torch.device) -> None:
-    """Print the operators of one run that take longest."""
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU, *[kinds.CUDA] * (device.type == "cuda")]) as profiler:
         run()
