@@ -283,7 +283,7 @@ def words_of_milestones(config: InteractConfig, history: dict[str, Any]) -> dict
 
 
 def stories_to_grade(config: InteractConfig, state: RunState, per_step: int) -> int:
-    """How many stories remain to be graded: `per_step` per step, and those of the evaluations."""
+    """Number of stories left to grade: `per_step` in each step, and `eval_stories` in each evaluation."""
     evaluations = sum(due(config, step) for step in range(state.step + bool(state.step), config.steps + 1))
     return (config.steps - state.step) * per_step + evaluations * config.eval_stories
 

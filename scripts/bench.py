@@ -4,7 +4,7 @@ python scripts/bench.py pretrain --shape small              a training step: for
 python scripts/bench.py rollout --shape small --batch 64    stories from one opening, without the teacher
 python scripts/bench.py ppo --shape gpt2s --batch 16        rollout, reference, four epochs; a constant reward
 python scripts/bench.py kernels                             each operator and PyTorch's own, interleaved
-python scripts/bench.py peers --nanogpt DIR --trl PYTHON    ours beside nanoGPT, transformers and TRL
+python scripts/bench.py peers --nanogpt DIR --trl PYTHON    compared with nanoGPT, transformers and TRL
 """
 
 import argparse

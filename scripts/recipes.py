@@ -1,4 +1,4 @@
-"""Recipes of interaction beside controls without a teacher or training: the tables of docs/results.md.
+"""Compare recipes of interaction with controls that need no teacher or no training: the tables of docs/results.md.
 
     python scripts/recipes.py --seeds 1 2 3
     python scripts/recipes.py --seeds 1 2 3 --options "" "--graded 128" "--lam 0.9"

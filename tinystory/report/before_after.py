@@ -27,7 +27,7 @@ class BeforeAfter:
     """The evaluation before the first step, a later one, and the teacher's scores of controls that need no training."""
 
     before: list[Record]
-    after: list[Record]  # by the checkpoint `best`, or the latest while the run goes on
+    after: list[Record]  # by the checkpoint `best`, or the latest of an unfinished run
     controls: dict[str, list[Record]]
 
     @property
@@ -73,8 +73,8 @@ class BeforeAfter:
 
 
 def read_before_after(run: Path, step: int | None = None) -> BeforeAfter | None:
-    """The comparison with the last evaluation up to `step`; by default, with that of the checkpoint `best`, or the last
-    one while the run goes on. None without two evaluations."""
+    """Compare with the last evaluation up to `step`; by default with the checkpoint `best`, or with the latest
+    evaluation of an unfinished run. None without two evaluations."""
     evaluations: dict[int, list[Record]] = {}
     for record in read_records(run / EVALUATIONS):
         if step is None or record["step"] <= step:
@@ -99,7 +99,8 @@ def group_means(records: list[Record]) -> dict[str, float | None]:
 
 
 def from_start(run: Path, metrics: list[Record]) -> list[Record]:
-    """The records of metrics.jsonl, preceded by the means of the evaluation before step 1, if any, as one of step 0."""
+    """metrics.jsonl's records, after one of step 0 with the means of the evaluation before training, if there is
+    one."""
     start = [record for record in read_records(run / EVALUATIONS) if record["step"] == 0]
     if not start:
         return metrics

@@ -112,7 +112,7 @@ def number_option(config: Record, name: str) -> float | None:
 
 
 def remaining(metrics: list[Record], config: Record) -> str:
-    """The state of a run that goes on, with the time left if the pace of its RECENT steps is known."""
+    """The state of an unfinished run, with the time left if the pace of its RECENT steps is known."""
     recent, last = metrics[-RECENT:], metrics[-1] if metrics else {}
     words, speed = last.get("words"), mean_of(column(recent, "tokens_per_s"))
     if "reward_mean" in last and (steps := number_option(config, "steps")):

@@ -31,7 +31,7 @@ TIMEOUT = datetime.timedelta(hours=6)  # per collective: other ranks wait while 
 
 
 def start(device: str) -> None:
-    """Join torchrun's process group. With a GPU ("auto" or "cuda") each process takes that of its local rank. Raises
+    """Join torchrun's process group. With a GPU ("auto" or "cuda") each process takes the GPU of its local rank. Raises
     UserError unless there is one GPU per process and torchrun's variables are numbers."""
     if dist.is_initialized() or not all(name in os.environ for name in TORCHRUN):
         return

@@ -83,7 +83,7 @@ class StepLog:
 
 
 class Stages:
-    """Times the consecutive stages of a step. seconds: {NAME_s: seconds} of those that have ended."""
+    """Times the consecutive stages of a step. seconds: {NAME_s: seconds} of the finished ones."""
 
     def __init__(self, bar: Progress, device: torch.device):
         self.bar, self.device = bar, device

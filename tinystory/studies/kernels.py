@@ -1,4 +1,4 @@
-"""Our operators beside PyTorch's: time and, on a GPU, peak memory and throughput beside its limit."""
+"""Our operators compared with PyTorch's: time and, on a GPU, peak memory and throughput relative to its limit."""
 
 import contextlib
 import statistics
@@ -91,8 +91,8 @@ def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
 
 def compare(setup: Setup, runs: int) -> dict[str, dict[str, Any]]:
     """Per operator: median milliseconds of ours and PyTorch's, measured alternately, and their ratio (above 1: ours is
-    faster). On a GPU also our TFLOP/s or GB/s beside a GEMM's or a copy's, and the peak memory beyond the inputs in MB;
-    attention is compared with SDPA's fastest backend."""
+    faster). On a GPU also our TFLOP/s or GB/s and the rate of a GEMM or copy, and the peak memory beyond the inputs in
+    MB; attention is compared with SDPA's fastest backend."""
     table, leaves = operators(setup)
     device = setup.compute.device
     flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device.type == "cuda" else None
