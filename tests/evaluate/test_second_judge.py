@@ -151,6 +151,11 @@ def test_the_sentence_says_which_gain_the_reader_sees(senses, words):
         assert "80% of the way to real stories" in conclusion(records)
 
 
+def test_no_fraction_of_a_way_that_is_none():
+    """Untouched stories within the interval of real ones."""
+    assert {row["gap"] for row in summary(judged(**{BEFORE: -0.7001}), "sense").values()} == {None}
+
+
 def test_stories_that_one_judge_did_not_score_are_left_out():
     records = judged()
     for record in records[::7]:

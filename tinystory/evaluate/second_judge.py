@@ -79,10 +79,10 @@ def _score(grade: Grade) -> float | None:
 
 def summary(records: Sequence[Record], measure: str) -> dict[str, dict[str, Any]]:
     """Per group {"mean", "ci", "gap"} of "score" or "sense": its mean, with a bootstrap interval over the stories, and
-    the fraction of the way from BEFORE to REAL; None for what was not measured."""
+    the fraction of the way from BEFORE to REAL; None for what was not measured, and of a way within REAL's interval."""
     means: dict[str, Any] = {name: mean_and_ci(column(records, name, measure)) for name in GROUPS}
     low, high = means[BEFORE][0], means[REAL][0]
-    wide = low is not None and high is not None and high > low
+    wide = low is not None and high is not None and low < means[REAL][1][0]
     return {
         name: {"mean": mean, "ci": ci, "gap": (mean - low) / (high - low) if wide and mean is not None else None}
         for name, (mean, ci) in means.items()
