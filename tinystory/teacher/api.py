@@ -1,8 +1,5 @@
-"""HTTP to one OpenAI-compatible server: its answer, or a Failure that says what can be done about it.
-
-Nothing that the server sends is trusted: its size is bounded, its shape is checked, and its words are cleaned (no
-control characters, no echoed key) before they become part of a message.
-"""
+"""HTTP client of one OpenAI-compatible server. Its answers are not trusted: their size is bounded, their shape is
+checked, and control characters and an echoed key are removed before any text is quoted in a message."""
 
 import json
 import os
@@ -26,21 +23,21 @@ SHORTEST_SECRET = 8  # characters of a key; a shorter one ("1", "none") is a dum
 LONGEST_MESSAGE = 300  # characters of the server's message that an error quotes
 
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
-WRONG_KEY = "no_db_connection"  # litellm's 400 for a key that is not its own
+WRONG_KEY = "no_db_connection"  # litellm's 400 for a wrong key
 NOT_OPENAI = "answers, but not as an OpenAI-compatible API: check the URL"
 LOOPBACK = re.compile(r"https?://(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?(/|$)", re.IGNORECASE)
 NO_CONTEXT = re.compile(r"context[ _](length|size|window)", re.IGNORECASE)
-# Refusals by templates without a system message: Gemma's and Mistral's, which llama.cpp answers with 500, and Google.
+# Errors of models without a system message: Gemma's and Mistral's chat templates (500 from llama.cpp), Google's API.
 NO_SYSTEM = re.compile(
     r"(system|developer) (role|message|prompt|instruction)|roles must alternate|roles are supported", re.IGNORECASE
 )
-CUT_SHORT = "output limit was reached"  # OpenAI's 400 where the thoughts alone fill the cap
-TOLD = ("message", "error", "detail", "loc", "msg", "metadata", "raw", "type", "code")  # what is read of an error
+CUT_SHORT = "output limit was reached"  # OpenAI's 400 when reasoning uses up the token limit
+TOLD = ("message", "error", "detail", "loc", "msg", "metadata", "raw", "type", "code")  # fields of an error to read
 
 
 @dataclass(eq=False)
 class Failure(Exception):
-    """A request without a usable answer. The message continues "the teacher at URL ..."."""
+    """A request failed. `message` completes the sentence "the teacher at URL ..."."""
 
     message: str
     _: KW_ONLY
@@ -58,13 +55,13 @@ class Reply:
 
     text: str  # "" if the server sends none
     thought: bool  # whether the model reasoned before it replied, visibly or not
-    # Each token with the natural log-probabilities of the candidates at its position, itself included; () if unknown.
+    # Per token: its text, and the natural log-probabilities of the candidates at its position. () if unknown.
     logprobs: tuple[tuple[str, dict[str, float]], ...] = ()
     tokens: tuple[int, int] | None = None  # (prompt, completion) as the server counts them; None if it does not
 
 
 class ChatClient:
-    """The server at `url`, which includes /v1, on one event loop; how long it may take is for the caller to say."""
+    """The server at `url` (including /v1), on one event loop. Only connecting has a time limit; callers set others."""
 
     def __init__(self, url: str, key: str | None):
         # Not at the top of the file: the import takes a second, and only runs with a teacher need it.
@@ -102,17 +99,16 @@ class ChatClient:
         self._host = httpx2.URL(url).raw_host.decode()
 
     async def models(self) -> list[str]:
-        """The names of the models that the server lists, in its order."""
+        """Model names, in the server's order."""
         match await self._answer(self._client.models.with_streaming_response.list(), LONGEST_LIST):
             case {"data": [*entries]} if all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries):
                 return [name for entry in entries if (name := self.one_line(entry["id"]))]
         raise Failure(NOT_OPENAI, status=200)
 
     async def chat(self, headers: Mapping[str, str] | None, body: Mapping[str, Any]) -> Reply:
-        """The first choice of one chat completion."""
         completions = self._client.chat.completions.with_streaming_response
         try:
-            # In the extra body, which openai sends as it is; elsewhere it checks the type of every field.
+            # openai sends the extra body unchanged; elsewhere it would check the type of every field.
             request = completions.create(model="", messages=[], extra_body=body, extra_headers=headers)
             answer = await self._answer(request, LONGEST_ANSWER)
         except Failure as failure:
@@ -129,7 +125,7 @@ class ChatClient:
                 raise Failure(
                     f"answers, but not with a chat completion ({error or 'nor an error'})", status=200, again=True
                 )
-        # Some servers leave the thoughts in the text. JSON can hold half a surrogate pair.
+        # Some servers leave the reasoning in the text. JSON can hold lone surrogates, which cannot be encoded.
         thoughts, _, text = (content or "").encode(errors="replace").decode().rpartition("</think>")
         text = self._redacted(text.lstrip() if thoughts else text)
         apart = message.get("reasoning_content") or message.get("reasoning") or thoughts.replace("<think>", "").strip()
@@ -138,7 +134,7 @@ class ChatClient:
         return Reply(text, thought, _logprobs(choice.get("logprobs")), _tokens(rest.get("usage")))
 
     async def _answer(self, request: AbstractAsyncContextManager[Any], longest: int) -> object:
-        """The JSON of the answer. A connection that breaks, or cannot be made, becomes a Failure."""
+        """Parsed JSON of the response. Raises Failure for a connection that breaks or cannot be made."""
         try:
             async with request as response:
                 return parse_json(await _read(response.iter_bytes(), longest))
@@ -147,7 +143,7 @@ class ChatClient:
             while causes[-1].__cause__ is not None:
                 causes.append(causes[-1].__cause__)
             cause = causes[-1]
-            if isinstance(cause, Failure):  # of _check_status: openai before 3.16 wraps it
+            if isinstance(cause, Failure):  # from _check_status: openai before 3.16 wraps it
                 raise cause from None
             message = self.one_line(str(cause) or type(cause).__name__)
             unreachable = next((cause for cause in causes if isinstance(cause, self._unreachable)), None)
@@ -160,7 +156,7 @@ class ChatClient:
             raise Failure(f"cannot be reached ({message}): {advice}", again=True, unreachable=True) from None
 
     async def _check_status(self, response: "httpx2.Response") -> None:
-        """Called with every response before its body is read: raises Failure for any status but success."""
+        """Response hook, called before the body is read. Raises Failure for any status except 2xx."""
         status, headers = response.status_code, response.headers
         if 200 <= status < 300:
             return
@@ -179,24 +175,24 @@ class ChatClient:
                 f"is in trouble ({error})",
                 status=status,
                 again=True,
-                busy=status in (429, 503, 529),  # 503: the full queue of Ollama; 529: Anthropic is overloaded
+                busy=status in (429, 503, 529),  # 503: Ollama's queue is full; 529: Anthropic is overloaded
                 retry_after=_retry_after(headers),
             )
         elif status == 404:
             message = f"does not have what was asked for ({error}): check the URL and --teacher-model"
         elif NO_CONTEXT.search(error):
             message = f"has too short a context for opening and story ({error})"
-        else:  # 403 is perhaps for this story alone: OpenRouter's moderation
+        else:  # 403 may concern this story only: OpenRouter's moderation
             message, fatal = f"refuses the request ({error})", False
             message += "; if it refuses every one, set OPENAI_API_KEY" * (status == 403)
         raise Failure(message, status=status, fatal=fatal)
 
     def _redacted(self, text: str) -> str:
-        """Text that can be kept, in which every score stays as it came: no dummy key is replaced."""
+        """`text` without the key. A dummy key such as "1" stays, since a score may look like it."""
         return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_SECRET else text
 
     def one_line(self, text: str) -> str:
-        """Text from the server as one short line, cleaned and without the key."""
+        """`text` as one short line, without control characters and the key."""
         line = " ".join(printable(self._redacted(text)).split())
         return line if len(line) <= LONGEST_MESSAGE else line[: LONGEST_MESSAGE - 3] + "..."
 
@@ -211,7 +207,7 @@ async def _read(chunks: AsyncIterator[bytes], longest: int) -> bytes:
 
 
 def parse_json(body: bytes | str) -> object:
-    """The value; None for what is not JSON, or nested too deeply."""
+    """The value; None for invalid or too deeply nested JSON."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -226,8 +222,7 @@ def _tokens(usage: object) -> tuple[int, int] | None:
 
 
 def _logprobs(value: Any) -> tuple[tuple[str, dict[str, float]], ...]:
-    """`Reply.logprobs`; () unless each token has one. Rounding can make one slightly positive; some servers send -9999
-    for probability 0."""
+    """`Reply.logprobs`; () unless every token has one. Rounding can make one positive; -9999 may stand for log 0."""
     try:
         rows = [[token, *(token.get("top_logprobs") or ())] for token in value["content"]]
         tokens = tuple((str(row[0]["token"]), {str(e["token"]): float(e["logprob"]) for e in row}) for row in rows)
@@ -237,8 +232,8 @@ def _logprobs(value: Any) -> tuple[tuple[str, dict[str, float]], ...]:
 
 
 def _error_texts(answer: object) -> list[str]:
-    """The messages and codes of an error, without repetitions, however they are nested: OpenAI's object, FastAPI's
-    detail with the field's place, Gemini's list, OpenRouter's metadata with a provider's own error as text."""
+    """Distinct messages and codes of an error, however nested: OpenAI's object, FastAPI's detail with the field's
+    location, Gemini's list, OpenRouter's metadata with a provider's own error as text."""
     texts: dict[str, None] = {}
     values: list[object] = [answer]
     while values:
@@ -257,7 +252,7 @@ def _error_texts(answer: object) -> list[str]:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from retry-after-ms or Retry-After in seconds; None without either."""
+    """Seconds to wait, from retry-after-ms or Retry-After (in seconds); None without either."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = headers.get(name, "")
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", value):
@@ -266,7 +261,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def server_url(text: str, schemes: Sequence[str]) -> "httpx2.URL | None":
-    """The URL in a text; None if no server can be at it."""
+    """The parsed URL; None if no server can have it."""
     import httpx2  # as above
 
     try:

@@ -1,9 +1,5 @@
-"""An append-only cache of the teacher's replies, one JSON line each.
-
-The key of a reply is the question, so a run that was killed and resumed asks only for the replies that it does not have
-yet, and a run that finds all of them, in a copy of another run's file, needs no server. A reply is written before it is
-used: killing the process at any instant loses none.
-"""
+"""Append-only cache of the teacher's replies, one JSON line each, keyed by the question: a resumed run asks only for
+missing replies, and a run with a copy of another run's file needs no server. A reply is written before it is used."""
 
 import hashlib
 import json
@@ -15,14 +11,12 @@ from typing import NamedTuple
 from tinystory.run.folder import Fields, read_records
 from tinystory.run.journal import Journal
 
-REPLY: Fields = {"key": (str,), "reply": (str,)}  # that each line has at least
+REPLY: Fields = {"key": (str,), "reply": (str,)}  # required fields of each line
 
 
 def cache_key(model: str, messages: Sequence[Mapping[str, str]], fence: str, sampling: Mapping[str, object]) -> str:
-    """The key of one question: model, prompt and sampling parameters (the seed says which attempt it is).
-
-    The fence, which differs from story to story, is left out: the same story sent twice is one question. It is replaced
-    by a character that `clean` removes from every prompt, so two different prompts never get the same key."""
+    """Hash of model, messages and sampling parameters, whose seed differs for each attempt. A character that `clean`
+    removes from prompts replaces the fence: the same story sent twice shares a key, and different prompts never do."""
     question = [[message["role"], message["content"].replace(fence, "\0")] for message in messages]
     asked = [question, [model, sorted(sampling.items())]]
     whole, short = (hashlib.sha256(json.dumps(value).encode()).hexdigest() for value in asked)
@@ -32,37 +26,36 @@ def cache_key(model: str, messages: Sequence[Mapping[str, str]], fence: str, sam
 class CachedReply(NamedTuple):
     text: str
     expected: dict[str, float] | None = None  # expected scores, if the teacher is asked for log-probabilities
-    error: str | None = None  # why the question was given up, if it was: a repeated run gives it up too
+    error: str | None = None  # why the question was given up; a repeated run gives it up too
 
 
 class Cache:
-    """Replies by `cache_key`, in memory and, unless it is None, in the file `path`, which the first reply creates."""
+    """Replies by `cache_key`, in memory and in the file `path` (unless None), which the first reply creates."""
 
     def __init__(self, path: str | os.PathLike | None):
         self._path = path and Path(path)
         self._replies: dict[str, CachedReply] = {}
-        self.tokens = (0, 0)  # (prompt, completion) that earlier processes paid for, as far as the server counted
+        self.tokens = (0, 0)  # (prompt, completion) paid for by earlier processes, where the server counted them
         self._journal: Journal | None = None
         for record in read_records(self._path, REPLY) if self._path else ():
             reply = CachedReply(record["reply"], record.get("expected"), record.get("error"))
-            self._replies[record["key"]] = reply  # the last: see `put`
+            self._replies[record["key"]] = reply  # the last one counts: see `put`
             match record:
                 case {"tokens": [int(prompt), int(completion)]}:
                     self.tokens = (self.tokens[0] + prompt, self.tokens[1] + completion)
-        self._earlier = {*self._replies}  # keys of the replies that an earlier process kept
+        self._earlier = {*self._replies}  # keys of replies from earlier processes
 
     def get(self, key: str, earlier: bool = True) -> CachedReply | None:
-        """The reply to a question; None if there is none, or only one of an earlier process and not `earlier`."""
+        """The reply, or None. earlier: whether a reply kept by an earlier process counts."""
         return None if key in self._earlier and not earlier else self._replies.get(key)
 
     def items(self) -> Iterator[tuple[str, CachedReply]]:
-        """Keys and replies, the oldest key first."""
+        """(key, reply) pairs, oldest key first."""
         return iter(self._replies.items())
 
     def put(self, key: str, reply: CachedReply, *, again: bool = False, **about: object) -> CachedReply:
-        """The reply that is kept for `key`, in the file with what else is known `about` it: the first one, so that two
-        senders of one question get the same reply, now and after a resume. again: the question was asked again because
-        the reply of an earlier process is of no use; that one stays in the file, but this one counts."""
+        """Keep a reply (`about` goes to the file) and return the one that counts: the key's first, so that two senders
+        of a question get the same one, now and after a resume; with `again`, this one replaces an earlier process's."""
         if key in self._replies and not (again and key in self._earlier):
             return self._replies[key]
         optional = {name: value for name in ("expected", "error") if (value := getattr(reply, name)) is not None}

@@ -1,9 +1,6 @@
-"""A user's Python function as the teacher, in a process of its own: whatever it does, the run keeps what it has.
-
-Anything can be the teacher: any callable `f(opening, stories)` that returns one score per story, 0..1 or None, or
-`f(openings, stories)`, which is given all stories of a step at once, each with its opening. None is no score: the story
-gets no reward and no gradient, and it is counted.
-"""
+"""A user's Python function as the teacher, in a subprocess, so that no failure of it costs the run its results. It is
+`f(opening, stories)`, or `f(openings, stories)` for all stories of a step at once, and returns one score per story:
+0..1, or None, with which a story gets no reward and no gradient and is counted as unscored."""
 
 import contextlib
 import hashlib
@@ -27,7 +24,7 @@ from tinystory.teacher.grade import Grade, Grader
 from tinystory.teacher.prompt import Question
 
 ScoreStories = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]  # openings and stories of a step
-FUNCTION = "score"  # of a FILE.py without :FUNCTION
+FUNCTION = "score"  # default of FILE.py without :FUNCTION
 
 
 class CallableGrader(Grader):
@@ -42,14 +39,14 @@ class CallableGrader(Grader):
 
 
 def random_scores(openings: Sequence[str], stories: Sequence[str]) -> list[float]:
-    """The control that tells drift from learning, `--reward random`. Per story, the sum of three scores from 0 to 3
-    divided by 9, as from a teacher, but drawn from the story's hash. The other terms of the reward stay the same."""
+    """`--reward random`, the control that separates drift from learning: per story, three scores 0..3, summed and
+    divided by 9 as a teacher's are, but drawn from the story's hash."""
     digests = (hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=3).digest() for story in stories)
     return [sum(byte % 4 for byte in digest) / 9 for digest in digests]
 
 
 def constant_scores(openings: Sequence[str], stories: Sequence[str]) -> list[float]:
-    """The control `--reward constant`, under which only the other terms of the reward are learned."""
+    """`--reward constant`, the control in which only the other terms of the reward are learned."""
     return [0.5] * len(stories)
 
 
@@ -58,10 +55,9 @@ CONTROLS: dict[str, ScoreStories] = {"random": random_scores, "constant": consta
 
 @contextlib.contextmanager
 def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
-    """Yield the control for a name of CONTROLS, else the function named by FILE.py:FUNCTION (`score` for FILE.py),
-    which runs in a process of its own until the block ends. Raises UserError if there is no such function, if its file
-    or a call of it fails, ends the process or takes longer than `timeout_s`, and from a call whose scores are not one
-    number in 0..1 or None per story."""
+    """Yield the control named `spec`, or the function FILE.py:FUNCTION (default: `score`), which runs in a subprocess
+    until the block ends. Raises UserError, here or from a call, if there is no such function, if it fails, exits or
+    takes longer than `timeout_s`, or if it does not return one number in 0..1 or None per story."""
     if spec in CONTROLS:
         yield CONTROLS[spec]
         return
@@ -84,10 +80,10 @@ def load_score(spec: str, timeout_s: float = 300.0) -> Iterator[ScoreStories]:
             except TimeoutError:
                 message = f"{file}: it took more than {timeout_s:g} s (--teacher-timeout)"
                 raise UserError(f"--reward {spec}: {message}") from None
-            except ConnectionError:  # it ended with openings and stories unread
+            except ConnectionError:  # it exited before it read the question
                 line = ""
             if not line:
-                with contextlib.suppress(subprocess.TimeoutExpired):  # it can have closed the connection alone
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed only the connection
                     process.wait(5)
                 raise UserError(f"--reward {spec}: {file}: it ended its process (exit code {process.returncode})")
             if "error" in (value := json.loads(line)):
@@ -111,11 +107,11 @@ def _send(connection: socket.socket, value: object) -> None:
     connection.sendall(json.dumps(value).encode() + b"\n")
 
 
-# ---- in the process of its own --------------------------------------------------------------------------------------
+# ---- in the subprocess ----------------------------------------------------------------------------------------------
 
 
 class _Refused(Exception):
-    """The message says what is wrong with the function or with what it gave."""
+    """The message says what is wrong with the function or its return value."""
 
 
 def main() -> None:
@@ -133,8 +129,7 @@ def main() -> None:
 
 
 def _serve(file: str, name: str, connection: socket.socket) -> None:
-    """Send the name of the function's first parameter. Then answer each line, opening (or openings) and stories, with
-    their scores, until the connection ends."""
+    """Send the name of the function's first parameter, then the scores for each line [opening(s), stories]."""
     names = runpy.run_path(file, run_name=Path(file).stem)
     if not callable(function := names.get(name)):
         own = [each for each, value in names.items() if inspect.isfunction(value)]
@@ -159,19 +154,19 @@ def _serve(file: str, name: str, connection: socket.socket) -> None:
 
 
 def _is_score(value: object) -> bool:
-    """Whether it is a number from 0 to 1, of any library."""
-    with contextlib.suppress(TypeError, ValueError, OverflowError):  # of arrays, complex numbers and 10**400
+    """Whether it is a number in 0..1, numpy's and torch's scalars included."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):  # raised for arrays, complex numbers and 10**400
         return not isinstance(value, str | bytes) and 0 <= float(value) <= 1  # type: ignore[arg-type]
     return False
 
 
 def _cause(error: BaseException, file: str) -> str:
-    """The last line of the file that was running, and what it raised."""
+    """The exception, and the last line of `file` that was running."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     at = f"{file}, line {lines[-1]}" if lines else file
     if isinstance(error, SyntaxError):
         at, message = f"{error.filename or file}, line {error.lineno}", error.msg
-    else:  # whose own str() can fail too
+    else:  # not str(error): the user's __str__ can fail too
         message = " ".join(str(traceback.TracebackException.from_exception(error)).split())
     return f"{at}: {type(error).__name__}" + f": {message[:200]}" * bool(message)
 

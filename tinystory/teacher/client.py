@@ -1,8 +1,5 @@
-"""The teacher's client: any server with OpenAI's chat completions can grade, and no failure of it is taken for a score.
-
-An event loop in its own thread sends the stories, so some are graded while others are still being written. Every story
-ends either with scores that the teacher gave or with none. Several servers of one model share the stories (pool.py).
-"""
+"""Client of a teacher with an OpenAI-compatible API, on one server or several (pool.py). Its event loop has a thread of
+its own, so stories are graded while others are still being written. A failure is never taken for a score."""
 
 import asyncio
 import concurrent.futures
@@ -31,35 +28,33 @@ from tinystory.teacher.pool import ServerPool
 from tinystory.teacher.probe import FIRST_STORY, Prober
 from tinystory.teacher.prompt import Question, clean, fence, render
 
-PROBE = "probe "  # begins the key of a probe in the cache
-HUMAN = "human"  # the model of a server behind which a human grades (scripts/teach.py)
-PATIENCE_S = 3 * 86_400.0  # with a human
-SILENCE_S = 60.0  # of waiting, after which it is said how far the teacher is
+PROBE = "probe "  # prefix of a probe's key in the cache
+HUMAN = "human"  # the model's name if a human grades (scripts/teach.py)
+PATIENCE_S = 3 * 86_400.0  # time limit of a human
+SILENCE_S = 60.0  # of waiting, after which progress is printed
 STORY_WORDS = 80  # length of a story in a forecast
 TOKENS_PER_WORD = 1.4  # English stories have 1.2 to 1.4 tokens per word under the tokenizers of common models
 
 
 @dataclass(eq=False, repr=False)
 class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
-    """A client of the teacher at `urls`: one server or several, of one model. If a reply holds no scores, the story is
-    sent again with another seed, up to `attempts` times.
-
-    A failure that a retry cannot fix (a refused key, an exhausted quota, an unknown model, a story too long for the
-    model's context) raises UserError from whatever waits for a grade, and no further story is sent."""
+    """The teacher at `urls`: one server or several, of one model. A story whose reply holds no scores is sent again
+    with another seed, up to `attempts` times. A failure that a retry cannot fix (wrong key, exhausted quota, unknown
+    model, too short a context) raises UserError from whatever waits for a grade, and no further story is sent."""
 
     urls: str | Sequence[str]
-    models: str | Sequence[str] | None = None  # one for all servers, or one for each; None: the first that each lists
+    models: str | Sequence[str] | None = None  # one for all servers or one each; None: the first one listed
     _: KW_ONLY
     concurrency: int = 16  # requests in flight per server
-    cache: str | os.PathLike | None = None  # path of the file that keeps every reply (see cache.py)
-    api_key: str | None = None  # default: OPENAI_API_KEY_1, _2 ... in the order of the URLs, or else OPENAI_API_KEY
-    max_unscored: float = 1.0  # with a larger fraction, stories are asked again (see `grades`)
+    cache: str | os.PathLike | None = None  # file for replies (cache.py)
+    api_key: str | None = None  # default: OPENAI_API_KEY_1, _2 ... in the order of the URLs, else OPENAI_API_KEY
+    max_unscored: float = 1.0  # tolerated fraction (see `grades`)
     price_in: float = 0.0  # per million tokens
     price_out: float = 0.0
-    budget_cost: float | None = None  # no request is sent that could take the cost beyond it
+    budget_cost: float | None = None  # a request that could exceed it is not sent
 
     def __post_init__(self) -> None:
-        Grader.__init__(self, {})  # the facts come with the probe
+        Grader.__init__(self, {})  # `probes` fills in the facts
         urls = [base_url(url) for url in ([self.urls] if isinstance(self.urls, str) else self.urls)]
         models: Sequence[str | None] = ([self.models] if isinstance(self.models, str) else self.models) or [None]
         if len(models) not in (1, len(urls)) or len(set(urls)) < len(urls):
@@ -75,18 +70,16 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
             client, slots, model = ChatClient(url, key), Slots(self.concurrency), models[i % len(models)]
             self.endpoints.append(Endpoint(url, model, client, slots, self.ledger, self))
         self.pool = ServerPool(self.endpoints, self, self._examine)
-        self.sent: dict[Question, concurrent.futures.Future[Grade]] = {}  # what `grades` will be asked for
-        self._first: Endpoint | None = None  # since the probe: the server that stands for all in the cache's keys
+        self.sent: dict[Question, concurrent.futures.Future[Grade]] = {}  # sent before `grades` asks for them
+        self._first: Endpoint | None = None  # after probing: the server whose model and probe are in all cache keys
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
         self._thread.start()
 
     def probes(self) -> list[Probe]:
-        """What each server can do, found out once: about four requests, or one if the cache holds the result, which
-        also does if the server cannot be reached. The first is of the server whose replies the others share.
-
-        Raises UserError if no server can be reached, or if one is not an OpenAI-compatible API, does not have the
-        model, refuses, or has a model that gives no reply in time."""
+        """Probe each server once: about four requests, or one if the cache holds the result, which then serves even if
+        the server cannot be reached. The first probe is that of `_first`. Raises UserError if no server can be reached,
+        or if one has no OpenAI-compatible API, lacks the model, refuses the request or does not reply in time."""
         if self._first is None:
             self._first = asyncio.run_coroutine_threadsafe(self._probe(), self._loop).result()
         others = (endpoint for endpoint in self.endpoints if endpoint is not self._first)
@@ -98,7 +91,7 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
 
     @property
     def model(self) -> str:
-        """The name of the model, once it is known; the names if servers call it differently."""
+        """The model's name, once known; several names if servers call it differently."""
         return ", ".join(dict.fromkeys(endpoint.model for endpoint in self.endpoints if endpoint.model))
 
     @property
@@ -107,7 +100,7 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
 
     @property
     def longest_reply(self) -> int:
-        """Tokens of the longest reply that is read."""
+        """Upper bound on the tokens of a reply that are used."""
         return max(endpoint.max_tokens(self.template.names) for endpoint in self.endpoints)
 
     def affords(self, stories: int) -> bool:
@@ -119,7 +112,7 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
         return {f"teacher_{name}": value for name, value in self.ledger.stats().items()}
 
     def forecast(self, stories: int, opening: str, together: int = 1) -> str:
-        """Estimated from the probe, for one readable reply per story; the student reads the opening and all replies."""
+        """Estimated from the first probe, for one readable reply per story. The student reads all replies."""
         first, *_ = probes = self.probes()
         characters = len(str(render(*FIRST_STORY, fence="=", template=self.template)))
         prompt, reply = first.tokens or (characters / 4, len(first.reply) / 2)
@@ -136,13 +129,11 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
         )
 
     def send(self, index: int, opening: str, story: str) -> None:
-        """Send a story at once: the teacher grades it while the student writes the others."""
         super().send(index, opening, story)
         self.sent[self.pending[index]] = self.submit(self.pending[index])
 
     def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
-        """The grades. If more than a fraction `max_unscored` has no score, the stories whose replies an earlier process
-        kept are asked again: the teacher may have been fixed."""
+        """If too many are unscored, those with replies from an earlier process are regraded: it may be fixed now."""
         sent = [self.sent.pop(each) if each in self.sent else self.submit(each) for each in questions]
         grades = self._wait(sent, stop)
         if too_few_scores(grades, self.max_unscored):
@@ -159,7 +150,7 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
                 done, waiting = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_EXCEPTION)
                 bar.update(len(done))
                 for future in done:
-                    future.result()  # a fatal failure (bad key, unknown model) ends the wait at once
+                    future.result()  # raises a fatal failure (wrong key, unknown model) at once
                 if waiting and time.monotonic() > silent_until and self.model != HUMAN:
                     silent_until = math.inf
                     count = f"{len(futures) - len(waiting)} of {len(futures)}"
@@ -171,12 +162,12 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
         return [future.result() for future in futures]
 
     def submit(self, question: Question, afresh: bool = False) -> "concurrent.futures.Future[Grade]":
-        """The future grade of a story, which is sent at once. afresh: what an earlier process kept is not used."""
+        """Send a story now; returns its future grade. afresh: ignore replies from earlier processes."""
         self.probes()
         return asyncio.run_coroutine_threadsafe(self._grade(question, afresh), self._loop)
 
     def close(self) -> None:
-        """Cancel the requests in flight, and close the connections and the cache."""
+        """Cancel the requests in flight; close the connections and the cache."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
@@ -188,7 +179,7 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # All coroutines below run on the event loop's thread.
+    # The coroutines below run in the event loop's thread.
 
     async def _shut(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -199,7 +190,7 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
             await endpoint.client.close()
 
     async def _probe(self) -> Endpoint:
-        """Examine all servers. Returns the one that was examined first in the run, now or earlier."""
+        """Examine all servers; returns the one whose probe is the oldest in the cache."""
         outcomes = await asyncio.gather(*map(self._examine, self.endpoints), return_exceptions=True)
         present = [endpoint for endpoint, outcome in zip(self.endpoints, outcomes, strict=True) if outcome is None]
         for endpoint, outcome in zip(self.endpoints, outcomes, strict=True):
@@ -215,7 +206,7 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
         return next(keys[key] for key, _ in self._cache.items() if key in keys)
 
     async def _examine(self, endpoint: Endpoint) -> None:
-        """Probe the server, or take what the cache holds about it, which also does while it cannot be reached."""
+        """Probe the server, or take its probe from the cache, which also serves while it cannot be reached."""
         prober = Prober(ServerPool([endpoint], self, probing=True))
         try:
             await prober.choose_model()
@@ -227,17 +218,17 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
             tqdm.write(f"warning: the teacher at {endpoint.url} {failure}; until then, kept replies will do")
             return
         probe = self._kept_probe(endpoint)
-        # A probe without scores is not what a run starts from again, unless the run got scores in spite of it.
+        # A cached probe without scores is repeated, unless the run got scores in spite of it.
         if probe is None or not (probe.scored or self._got_scores()):
             probe = await prober.probe()
             reply = CachedReply(json.dumps(asdict(probe)))
             self._cache.put(self._probe_key(endpoint.url, endpoint.model), reply, again=True)
         endpoint.probe = probe
-        if endpoint.model == HUMAN:  # who may stop for lunch
+        if endpoint.model == HUMAN:  # a human may take a break
             self.deadline_s = endpoint.slots.shortest = PATIENCE_S
 
     def _kept_probe(self, endpoint: Endpoint) -> Probe | None:
-        """The newest probe in the cache of this server, if it is asked now as it was then."""
+        """The newest cached probe of this server that was made with the current options."""
         for key, reply in reversed([*self._cache.items()]):
             probe = Probe.load(reply.text) if key.startswith(PROBE) else None
             if probe and key == self._probe_key(endpoint.url, probe.model) and endpoint.model in (None, probe.model):
@@ -256,8 +247,8 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
         return any(parse_scores(reply.text, self.template.names) for _, reply in self._cache.items())
 
     async def _grade(self, question: Question, afresh: bool) -> Grade:
-        """The grade: each attempt's reply is a kept one, or is asked for and kept, and is read."""
-        # After a fatal failure most of the other tasks are never awaited: asyncio need not report their exceptions.
+        """Each attempt takes a reply from the cache, or asks for one and caches it, and parses it."""
+        # After a fatal failure the other tasks are not awaited: keep asyncio from reporting their exceptions.
         task, first, cache = asyncio.current_task(), self._first, self._cache
         assert task is not None and first is not None and first.model is not None and first.probe is not None
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -265,7 +256,7 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
         template = template or self.template
         names = template.names
         if not clean(story).strip():
-            return Grade(dict.fromkeys(names, 0), 0.0)  # by the rubric
+            return Grade(dict.fromkeys(names, 0), 0.0)  # as the instructions say
         mark = fence(self.seed, number, f"{opening}\n{story}")
         messages = render(opening, story, fence=mark, template=template)
         asked_as = {"held_to": first.probe.held_to} | ({"extra": self._extra_json} if self.extra else {})
@@ -277,7 +268,7 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
         for attempt in range(self.attempts):
             seed = self.seed + attempt
             key = cache_key(first.model, messages, mark, first.sampling(seed, names) | asked_as)
-            given_up = f"{key} {number}"  # only this story, whatever becomes of another with the same words
+            given_up = f"{key} {number}"  # a failure is kept for this story only, not for an equal one
             if kept := cache.get(given_up, earlier=not afresh) or cache.get(key, earlier=not afresh):
                 self.ledger.total["cached"] += 1
             else:
@@ -301,7 +292,7 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
                 break
         else:
             error = f"no scores in {self.attempts} replies"
-        # A word is at least one token. If a server ignores max_tokens, nobody reads the words beyond it.
+        # A word is at least one token. Some servers ignore max_tokens; words beyond it are not used.
         words = sum(min(len(reply.split()), self.longest_reply) for reply in replies)
         score = None if scores is None else template.score(scores)
         return Grade(scores, score, (replies or [""])[-1][:LONGEST_REPLY], len(replies), words, asked, error)

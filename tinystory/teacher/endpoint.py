@@ -1,4 +1,4 @@
-"""One model on one server: what it can do, the form of its requests, and one request to it."""
+"""One model on one server: its capabilities, the form of its requests, and the request itself."""
 
 import json
 import re
@@ -13,47 +13,47 @@ from tinystory.teacher.ledger import Ledger
 from tinystory.teacher.prompt import DEFAULT, TOP, Template, instructions
 
 TEMPLATE_TOKENS = 256  # upper bound on what a chat template adds to two messages
-PIECE = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")  # a word, a number or another character: about a token
+PIECE = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")  # a word, number or other character, after any space: about a token
 JSON_TOKENS = 12  # per criterion: a key, a colon, a digit, a comma and some whitespace
-LOGPROBS: dict[str, Any] = {"logprobs": True, "top_logprobs": 10}  # servers allow 20, but LONGEST_ANSWER is short
-BUSY_COSTS = 0.5  # slots per refused request
+LOGPROBS: dict[str, Any] = {"logprobs": True, "top_logprobs": 10}  # servers allow 20, but LONGEST_ANSWER is a limit
+BUSY_COSTS = 0.5  # slots lost per refused request
 SLOWER, SHORTEST_S = 3.0, 10.0  # the timeout is this multiple of the slowest recent answer, and at least SHORTEST_S
-KNOWN = 32  # answers (and at least one full round) before the slowest answer is known well enough
+KNOWN = 32  # answers (and at least one full round) before the timeout is derived from the slowest
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Options:
-    """How the stories are asked about, at every server."""
+    """Options of requests, the same for every server."""
 
     template: Template = DEFAULT
     temperature: float = 0.2
     seed: int = 0
-    max_tokens: int = 16  # of a reply in numbers; JSON gets more
-    logprobs: bool = False  # scores are expected values, and a reply without the log-probabilities for them holds none
-    extra: dict[str, Any] = field(default_factory=dict)  # fields that are merged into every request, and win
-    deadline_s: float = 300.0  # in which all requests of a story end, from its first
+    max_tokens: int = 16  # token limit of a reply in plain numbers; JSON gets more
+    logprobs: bool = False  # scores are expected values; a reply without log-probabilities for them is unscored
+    extra: dict[str, Any] = field(default_factory=dict)  # fields merged into every request, overriding ours
+    deadline_s: float = 300.0  # time limit of a story, from its first request
     attempts: int = 3  # each request takes at most deadline_s / attempts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """The capabilities of one model on one server, and the form in which it is asked."""
+    """The capabilities of one model on one server, and the form of its requests."""
 
     url: str
     model: str
-    token_cap: str = "max_tokens"  # the server's name for the longest reply: max_tokens or max_completion_tokens
-    least_tokens: int = 0  # the smallest value of it that is sent
-    refused: tuple[str, ...] = ()  # parameters that the server refuses, which are not sent
+    token_cap: str = "max_tokens"  # name of the token limit: max_tokens or max_completion_tokens
+    least_tokens: int = 0  # the smallest limit that is sent
+    refused: tuple[str, ...] = ()  # parameters that the server refuses; they are left out
     quiet: Mapping[str, Any] = field(default_factory=dict)  # fields that make the model reason less
     system: bool = True  # False: the rubric opens the user's message, for models without a system message
-    reply: str = ""  # to the probe's story
+    reply: str = ""  # the reply to the probe's story
     scored: bool = False  # whether that reply held scores
     thinks: bool = False  # whether the model reasons before it replies, unless told not to
     structure: str = "nothing"  # the strictest constraint on a reply that works: "numbers", "json" or "nothing"
-    held_to: str = "nothing"  # the one used: "json", which has more words, only if there are no numbers without it
+    held_to: str = "nothing"  # the one used: "json", which is longer, only if replies hold no scores without it
     tokens: tuple[int, int] | None = None  # (prompt, completion) of the probe's story; None if the server counts none
-    seconds: float = 0.0  # of the fastest answer: the first may have waited until the model was loaded
-    notes: tuple[str, ...] = ()  # what the user should know
+    seconds: float = 0.0  # of the fastest answer: the first may include loading the model
+    notes: tuple[str, ...] = ()  # warnings for the user
 
     def __str__(self) -> str:
         findings = [
@@ -70,7 +70,7 @@ class Probe:
 
     @classmethod
     def load(cls, text: str) -> "Probe | None":
-        """The probe with these fields, in JSON; None for any other text, such as another version's."""
+        """Parse a probe from JSON; None for any other text, such as another version's probe."""
         try:
             fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
             return cls(**fields)
@@ -79,9 +79,9 @@ class Probe:
 
 
 class Slots:
-    """One server's limit on requests in flight: `most`, half a slot less for each request that it refuses as busy, and
-    one slot more for each full round of answers. So a round with a refused share s lowers the limit by s/2, as DCTCP
-    (RFC 8257) does for a share of marked packets."""
+    """Limit on a server's requests in flight, at most `most`: half a slot less for each request refused as busy, one
+    more per full round of answers. A round with a refused fraction s lowers it by the fraction s/2, as in DCTCP (RFC
+    8257)."""
 
     def __init__(self, most: int):
         self.most, self.limit, self.taken = most, float(most), 0
@@ -101,8 +101,8 @@ class Slots:
         self.limit = max(self.limit - BUSY_COSTS, 1.0)
 
     def timeout(self, longest: float, timeouts: int) -> float:
-        """Seconds to wait for an answer: `longest`, or less once enough answers have come to know the slowest; doubled
-        after each of a story's `timeouts`, as TCP does (RFC 6298), in case the server has become slow."""
+        """Seconds to wait for an answer: `longest`, or a multiple of the slowest recent answer once KNOWN of them have
+        come. Doubled after each of a story's `timeouts`, as in TCP (RFC 6298), in case the server has become slow."""
         if len(self._seconds) < max(self.most, KNOWN):
             return longest
         return min(longest, max(SLOWER * max(self._seconds), self.shortest) * 2**timeouts)
@@ -110,25 +110,25 @@ class Slots:
 
 @dataclass(eq=False, repr=False)
 class Endpoint:
-    """One model on the server at `url`, which `base_url` gave."""
+    """One model on the server at `url`, which `base_url` normalised."""
 
     url: str
-    model: str | None  # None until it is known which one the server lists first
+    model: str | None  # None until the server has listed its models
     client: ChatClient
     slots: Slots
     ledger: Ledger
     options: Options
     probe: Probe | None = None  # None until the server has been probed
-    failures: int = 0  # transient ones since its last answer
-    absences: int = 0  # times that it was left out since then
+    failures: int = 0  # transient failures since its last answer
+    absences: int = 0  # checks for its return since then
 
     def max_tokens(self, names: Sequence[str], form: Probe | None = None) -> int:
-        """Tokens of a reply with scores for `names`, in the form that the probe found, or in this one."""
+        """Token limit of a reply with scores for `names`. form: default, the server's probe."""
         form = form or self.probe
         return max(self.options.max_tokens, json_tokens(names) if form is not None and form.held_to == "json" else 0)
 
     def sampling(self, seed: int, names: Sequence[str], form: Probe | None = None) -> dict[str, Any]:
-        """The fields of a request that decide which reply comes; log-probabilities once the server has been probed."""
+        """Fields of a request that determine the reply; they ask for log-probabilities once `probe` is set."""
         fields = {"temperature": self.options.temperature, "seed": seed % 2**31}  # servers take 32 bits
         fields["max_tokens"] = self.max_tokens(names, form)
         return fields | (LOGPROBS if self.options.logprobs and self.probe else {})
@@ -136,8 +136,8 @@ class Endpoint:
     async def chat(
         self, messages: list[dict], seed: int, names: Sequence[str], form: Probe | None = None, **more: Any
     ) -> Reply:
-        """One chat completion, which asks for scores for `names` in the form that the probe found, or in one that is
-        tried. A reply that had to be allowed more tokens is cut to about as many as it needs."""
+        """Ask for scores for `names`, in the form of the server's probe or in `form`. If the server needs a higher
+        token limit than `max_tokens`, the reply is cut to about as many tokens."""
         form = form or self.probe
         assert form is not None
         fields = {**self.sampling(seed, names, form), **constraint(form.held_to, names), **form.quiet, **more}
@@ -148,12 +148,12 @@ class Endpoint:
         if not form.system and len(messages) > 1:
             body["messages"] = [{"role": "user", "content": "\n\n".join(texts)}]
         headers = body.pop("extra_headers", None)
-        # An upper bound on the prompt's tokens: a token is at least one byte, and the chat template adds a few. If the
-        # server counted the tokens of the probe's story, only the part that differs from it is uncertain.
+        # Upper bound on the prompt's tokens: a token is at least one byte, and the chat template adds a few. Where the
+        # server counted the tokens of the probe's prompt, only the part that differs from it is estimated.
         sizes = [len(text.encode()) for text in texts]
         longest = sum(sizes) + TEMPLATE_TOKENS
         if self.probe is not None and self.probe.tokens and len(sizes) == 2:
-            rubric = len(instructions(self.options.template).encode())  # shorter than that of a ranking
+            rubric = len(instructions(self.options.template).encode())  # a ranking's instructions are longer
             longest = self.probe.tokens[0] + max(sizes[0] - rubric, 0) + sizes[1]
         with self.ledger.request(longest, cap) as charge:
             reply = await self.client.chat(headers, body)
@@ -163,9 +163,9 @@ class Endpoint:
 
 
 def constraint(structure: str, names: Sequence[str]) -> dict:
-    """The fields of a request that constrain a reply to scores for `names`."""
+    """Fields of a request that constrain the reply to scores for `names`."""
     match structure:
-        case "numbers":  # vLLM obeys the first field, llama.cpp's server the second; each ignores the other
+        case "numbers":  # vLLM obeys the first field and llama.cpp's server the second; each ignores the other
             digits = [f"[0-{TOP}]"] * len(names)
             grammar = "root ::= " + ' " " '.join(digits)
             return {"structured_outputs": {"regex": " ".join(digits)}, "grammar": grammar}
@@ -182,12 +182,12 @@ def constraint(structure: str, names: Sequence[str]) -> dict:
 
 
 def json_tokens(names: Sequence[str]) -> int:
-    """The longest reply, in tokens, that is a JSON object with these keys."""
+    """Upper bound on the tokens of a JSON object of scores for `names`."""
     return JSON_TOKENS * len(names) + 8
 
 
 def base_url(url: str) -> str:
-    """`url`, with the usual path /v1 if it has none."""
+    """`url` with the path /v1 if it has none. Raises UserError if it cannot be a teacher's."""
     parts = server_url(url.strip(), ("http", "https"))
     if parts is None or parts.userinfo or parts.query or parts.fragment:
         raise UserError(

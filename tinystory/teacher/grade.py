@@ -1,4 +1,4 @@
-"""The grade of a story, the interface of whatever gives grades, and statistics over a step's grades."""
+"""The grade of a story, the interface of graders, and statistics of a step's grades."""
 
 import statistics
 from abc import ABC, abstractmethod
@@ -18,21 +18,21 @@ class Grade:
     # 0..3 per criterion: integers, or expected values from log-probabilities. None if no reply could be read, or if a
     # callable graded the story.
     scores: Mapping[str, float] | None
-    score: float | None  # 0..1: the weighted mean of `scores` over TOP, the basis of the reward; None if ungraded
+    score: float | None  # 0..1, the basis of the reward: weighted mean of `scores`, divided by TOP; None if unscored
     reply: str = ""  # the last reply, at most LONGEST_REPLY characters
     attempts: int = 0  # replies received; more than one if the first could not be read
-    reply_words: int = 0  # whitespace-separated words of all replies, at most max_tokens each: the student's input
-    asked: bool = False  # whether a request was made; if not, all replies were kept ones
+    reply_words: int = 0  # whitespace-separated words of all replies, at most max_tokens each: input of the student
+    asked: bool = False  # whether a request was made; False if all replies came from the cache
     error: str | None = None  # why there is no score
 
 
 class Grader(ABC):
-    """A grader that takes in no words and costs nothing. facts: what config.json records about it."""
+    """Interface of graders; by default one costs nothing and writes no words. facts: recorded in config.json."""
 
     def __init__(self, facts: dict[str, Any]):
         self.facts = facts
-        self.pending: dict[int, Question] = {}  # sent and not collected, by index
-        self.scorer: Grader = self  # scores each story by itself: for evaluations, and for what a story costs
+        self.pending: dict[int, Question] = {}  # sent but not yet collected, by index
+        self.scorer: Grader = self  # scores stories one by one, for evaluations
 
     @property
     def most_words(self) -> int:
@@ -40,11 +40,11 @@ class Grader(ABC):
         return 0
 
     def affords(self, stories: int) -> bool:
-        """Whether grading so many more stories is within the budget, however many attempts they take."""
+        """Whether the budget suffices for grading `stories` more, however many attempts they take."""
         return True
 
     def forecast(self, stories: int, opening: str, together: int = 1) -> str:
-        """One sentence on what grading so many stories will take, with so many in each request; empty for nothing."""
+        """One sentence on the cost of grading `stories`, `together` in each request; empty if there is none."""
         return ""
 
     def stats(self) -> dict[str, Any]:
@@ -56,22 +56,21 @@ class Grader(ABC):
         self.pending[index] = Question(opening, story, index)
 
     def collect(self, stop: Stop) -> list[Grade]:
-        """The grades of all stories sent, in the order of their indices. Raises Interrupted if `stop` is requested, and
-        UserError for a failure that would meet every story."""
+        """Grades of all stories sent, by index. Raises Interrupted on `stop`, UserError if every story would fail."""
         questions, self.pending = [question for _, question in sorted(self.pending.items())], {}
         return self.grades(questions, stop)
 
     def grade(self, opening: str, stories: Sequence[str]) -> list[Grade]:
-        """The grades of stories to one opening, in their order."""
+        """Grades of stories that share an opening, in order."""
         return self.grade_each([(opening, story) for story in stories])
 
     def grade_each(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        """The grades of (opening, story) pairs, in their order."""
+        """Grades of (opening, story) pairs, in order."""
         return self.grades([Question(*pair, index) for index, pair in enumerate(pairs)])
 
     @abstractmethod
     def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
-        """The grades of stories, in their order. stop: as above."""
+        """Grades of the questions, in order. Raises as `collect` does."""
 
 
 def too_few_scores(grades: Sequence[Grade], max_unscored: float) -> bool:
@@ -79,7 +78,7 @@ def too_few_scores(grades: Sequence[Grade], max_unscored: float) -> bool:
 
 
 def require_scores(grades: list[Grade], max_unscored: float) -> None:
-    """Raises UserError if more than a fraction `max_unscored` of a step's stories has no score: never a guess."""
+    """Raises UserError if more than a fraction `max_unscored` of a step's stories has no score."""
     if too_few_scores(grades, max_unscored):
         unscored = [grade for grade in grades if grade.score is None]
         distinct = dict.fromkeys(repr((grade.reply or grade.error or "")[:160]) for grade in unscored)
@@ -91,9 +90,9 @@ def require_scores(grades: list[Grade], max_unscored: float) -> None:
 
 
 def score_means(grades: list[Grade]) -> dict[str, float | None]:
-    """score_mean: the sum of the criteria's scores, 0..9, as the paper plots it (or a callable's score, 0..1), with its
-    standard deviation score_std, None of one story; the mean of each criterion (the paper's three are always there,
-    None if others are graded); and score_mode, the fraction of the scored stories that have the commonest score."""
+    """score_mean, the sum of the criteria's scores, 0..9, as the paper plots it (0..1 from a callable); its standard
+    deviation score_std; score_mode, the fraction of scored stories with the commonest score (both None for one story);
+    and NAME_mean of each criterion, None for those of the paper's three that are not graded."""
     scored = [grade for grade in grades if grade.score is not None]
     names = dict.fromkeys([*CRITERIA, *(name for grade in scored for name in grade.scores or ())])
     values = {f"{name}_mean": [g.scores[name] for g in scored if g.scores and name in g.scores] for name in names}

@@ -1,4 +1,4 @@
-"""From the options to whoever scores the stories: a teacher over HTTP, or any callable."""
+"""Build the grader that the options describe: a teacher over HTTP, or any callable."""
 
 import contextlib
 import json
@@ -17,11 +17,11 @@ from tinystory.teacher.grade import Grader
 from tinystory.teacher.prompt import load_template
 from tinystory.teacher.rank import Ranked
 
-# Fields of a request that options of their own, or the client, set.
+# Fields of a request that have options of their own or are set by the client.
 OWN_FIELDS = {"model", "messages", "stream", "n", "temperature", "seed", "max_tokens", "max_completion_tokens"}
 OWN_FIELDS |= {"logprobs", "top_logprobs", "extra_body", "extra_query"}
-# Credentials in JSON, by name (not prompt_cache_key, stop_token_ids, skip_special_tokens or tokenizer) and by how any
-# text in it begins.
+# Credentials in JSON: names of fields (but not prompt_cache_key, stop_token_ids, skip_special_tokens or tokenizer), and
+# prefixes of keys in any text.
 SECRET_NAME = re.compile(
     r"auth(?!or$)|bearer|cookie|credential|pass(p|w|$)|secret|signature|(?<!cache_)key|token(?!s|_|i)", re.IGNORECASE
 )
@@ -41,12 +41,10 @@ def open_grader(
     replies: Path | None = None,
     likelihood: Callable[[], ScoreStories] | None = None,
 ) -> Iterator[Grader]:
-    """The grader that the options describe, probed and ready, for as long as the block lasts; its `send` and `collect`
-    rank with --teacher-mode rank. Raises UserError if it cannot be had.
-
-    builtin_teacher: starts a teacher that knows a corpus, and yields its URL, for options that name no other grader.
-    corpus: the student's, and so that teacher's by default; None if unknown. replies: file that keeps a teacher's
-    replies. likelihood: makes the scores of --reward likelihood."""
+    """Yield the grader that the options describe, ready to use; --teacher-mode rank affects its `send` and `collect`.
+    Raises UserError if it cannot be had. builtin_teacher: starts a teacher fitted to a corpus and yields its URL; used
+    if no other grader is named. corpus: the student's, that teacher's default; None if unknown. replies: cache file of
+    a teacher. likelihood: makes the score function of --reward likelihood."""
     extra = load_extra(config.teacher_extra)
     with contextlib.ExitStack() as stack:
         if config.reward:
@@ -84,7 +82,7 @@ def open_grader(
 
 
 def _measured_by(config: InteractConfig, corpus: Sequence[str]) -> Sequence[str]:
-    """The corpus of the built-in teacher: of the student's, the part that is stories."""
+    """The built-in teacher's corpus; by default, the part of the student's that is stories."""
     names = config.teacher_corpus or [name for name in corpus if name not in NO_STORIES] or corpus
     if not names:
         raise UserError(f"{config.init} does not say what the student was trained on: give --teacher-corpus NAME|FILE")
@@ -92,8 +90,8 @@ def _measured_by(config: InteractConfig, corpus: Sequence[str]) -> Sequence[str]
 
 
 def load_extra(text: str) -> dict[str, Any]:
-    """The fields of --teacher-extra, a JSON object, in which "extra_headers" are headers. Raises UserError for anything
-    else, and for what looks like a secret at any depth, since options are recorded."""
+    """Parse --teacher-extra, a JSON object of request fields whose "extra_headers" are HTTP headers. Raises UserError
+    for anything else and, since options are recorded, for what looks like a secret at any depth."""
     try:
         fields = json.loads(text or "{}", parse_constant=float, object_pairs_hook=_without_secrets)
         json.dumps(fields, allow_nan=False)

@@ -1,4 +1,4 @@
-"""What grading costs: requests, tokens, seconds and money, with a budget that no request can exceed."""
+"""The cost of grading: requests, tokens, latency and money, with a budget that no request can exceed."""
 
 import statistics
 import time
@@ -11,14 +11,14 @@ from tinystory.teacher.api import Failure
 
 
 class Ledger:
-    """Prices are per million tokens, in the currency of `budget` (None: no limit). A request first reserves the most
-    that it can cost; then it is charged what the server reports, or all of it if no answer came. What a killed process
-    had in flight is unknown. paid: (prompt, completion) tokens of earlier processes of the run."""
+    """Prices are per million tokens, in the currency of `budget` (None: unlimited). A request reserves its maximal
+    cost; it is then charged what the server reports, or all of it if no answer came. Requests in flight when a process
+    was killed are not counted. paid: (prompt, completion) tokens of the run's earlier processes."""
 
     def __init__(self, price_in: float, price_out: float, budget: float | None, paid: tuple[int, int]):
         self.price_in, self.price_out, self.budget = price_in, price_out, budget
         self.largest_in = 0  # upper bound on the tokens of the longest prompt so far
-        # tokens_in, tokens_out: as reported, or reserved while they are not; requests, failures, retries, cached.
+        # Keys: tokens_in and tokens_out (reported, else reserved), requests, failures, retries, cached.
         self.total = Counter(tokens_in=paid[0], tokens_out=paid[1])
         self._before = self.total.copy()  # at the last `stats`
         self._seconds: list[float] = []  # durations of the answered requests since the last `stats`
@@ -31,14 +31,13 @@ class Ledger:
         return self.price(self.total["tokens_in"], self.total["tokens_out"])
 
     def affords(self, tokens_in: int, tokens_out: int) -> bool:
-        """True if so many more tokens, beyond those charged or reserved, stay within the budget."""
+        """Whether these tokens, beyond those charged or reserved, stay within the budget."""
         cost = self.price(self.total["tokens_in"] + tokens_in, self.total["tokens_out"] + tokens_out)
         return self.budget is None or cost <= self.budget
 
     @contextmanager
     def request(self, tokens_in: int, tokens_out: int) -> Iterator[dict[str, int]]:
-        """Wraps a request of at most so many tokens; yields the tokens that it is charged, for its sender to replace by
-        the server's count. Raises Failure if that could exceed the budget."""
+        """Reserve tokens for a request; yields its charge, for the sender to update. Raises Failure if over budget."""
         self.largest_in = max(self.largest_in, tokens_in)
         if not self.affords(tokens_in, tokens_out):
             raise Failure(
@@ -62,7 +61,7 @@ class Ledger:
 
     def stats(self) -> dict[str, Any]:
         """Since the last call: requests, retries, cached, tokens_in, tokens_out, and latency_p50, _p90 and _p99 in
-        seconds (None if nothing was answered). For the whole run: cost."""
+        seconds (None without an answer). For the whole run: cost."""
         seconds, self._seconds = self._seconds, []
         before, self._before = self._before, self.total.copy()
         names = ("requests", "retries", "cached", "tokens_in", "tokens_out")

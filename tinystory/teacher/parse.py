@@ -1,7 +1,5 @@
-"""Scores read from a teacher's reply: exactly the scores asked for, or none.
-
-A reply that is read generously becomes an invented reward ("2 2", cut short, is not 4/9), so three forms are
-understood and nothing else is. For the criteria readability, coherence, creativity they are
+"""Parse scores from a teacher's reply: exactly those asked for, or none. A lenient parser invents rewards ("2 2", cut
+short, is not 4/9), so three forms are accepted, here for the criteria readability, coherence, creativity:
 
     2 1 3                                           integers in the order asked, separated by spaces, commas or newlines
     {"readability": 2, "coherence": 1, ...}         one JSON object with exactly these keys, bare or in a ```json fence
@@ -18,16 +16,16 @@ from collections.abc import Mapping, Sequence
 
 from tinystory.teacher.prompt import TOP
 
-LONGEST_REPLY = 1000  # characters; a longer reply is an essay, and refusing it costs nothing
+LONGEST_REPLY = 1000  # characters; a longer reply is an essay without scores
 
 _SPACE = r"[ \t\r\n]"
 _BETWEEN = rf"(?:{_SPACE}+(?:,{_SPACE}*)?|,{_SPACE}*)"
-_DIGIT = rf"[0-{TOP}]"  # a class, not \d, which also means the digits of other scripts
+_DIGIT = rf"[0-{TOP}]"  # not \d, which matches the digits of other scripts too
 _FENCED = re.compile(rf"```(?:json)?{_SPACE}*(\{{.*\}}){_SPACE}*```", re.DOTALL)
 
 
 def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
-    """The score, 0..3, of each criterion, in their order; None if the reply is not exactly one of the three forms."""
+    """Score (0..3) of each criterion, in order; None if the reply has none of the three forms exactly."""
     if len(reply) > LONGEST_REPLY:
         return None
     text = reply.strip(" \t\r\n")
@@ -48,13 +46,11 @@ def parse_scores(reply: str, criteria: Sequence[str]) -> dict[str, int] | None:
 def expected_scores(
     reply: str, criteria: Sequence[str], tokens: Sequence[tuple[str, Mapping[str, float]]]
 ) -> dict[str, float] | None:
-    """The expected value of each score in a reply: the mean of 0..3 under the probabilities of these digits at the
-    score's position, normalised to sum to 1 (G-Eval, arXiv 2303.16634, equation 1), rounded to 4 decimals.
-
-    tokens: those of the reply, each with the natural log-probabilities of the candidates at its position. None if the
-    reply holds no scores, or if the tokens do not spell the reply, or if no candidate is a digit alone."""
+    """Expected value of each score: the mean of 0..3, weighted by the normalised probabilities of these digits at its
+    position (G-Eval, arXiv 2303.16634, equation 1). tokens: the reply's, each with natural log-probabilities of
+    candidates. None if the reply has no scores, the tokens do not spell it, or no candidate is a single digit."""
     spelled = "".join(token for token, _ in tokens)
-    # A server may strip the reply, send thoughts before it, or add the end-of-turn token to the tokens.
+    # The tokens may also hold white space that was stripped, thoughts before the reply, or an end-of-turn token.
     start = spelled.rfind(reply)
     if parse_scores(reply, criteria) is None or start < 0:
         return None
@@ -73,7 +69,7 @@ def expected_scores(
 
 
 def _digit_positions(reply: str, criteria: Sequence[str]) -> dict[str, int]:
-    """The index of each criterion's digit in a reply that holds scores."""
+    """Index of each criterion's digit in a reply that holds scores."""
     if numbers := _patterns(tuple(criteria))[0].fullmatch(reply.strip(" \t\r\n")):
         stripped = len(reply) - len(reply.lstrip(" \t\r\n"))
         return {name: stripped + numbers.start(i) for i, name in enumerate(criteria, start=1)}

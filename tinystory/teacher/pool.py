@@ -1,4 +1,4 @@
-"""One model behind one or several servers: which is asked next, what is retried, and which is left out for a while."""
+"""Load balancing, retries and failover over one or several servers of one model."""
 
 import asyncio
 import random
@@ -16,31 +16,31 @@ from tinystory.teacher.api import Failure
 from tinystory.teacher.endpoint import Endpoint, Options
 
 T = TypeVar("T")
-FAILURES = 8  # failed requests after which a story is given up; with the pauses below, after a minute or more
-PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before the first retry, and before any; doubled each time, with jitter
+FAILURES = 8  # failed requests before a story is given up: with the pauses below, a minute or more
+PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before the first retry, then doubled up to the longest, with jitter
 LONGEST_RETRY_AFTER_S = 60.0
-PING_S = 10.0  # seconds that a server which was away has to answer
+PING_S = 10.0  # time limit of the check whether a server is back
 
 
 @dataclass(eq=False)
 class ServerPool:
-    """`endpoints` serve the same model. While there are more requests than slots, each takes as many as it answers;
-    otherwise a request goes where the fewest are in flight. A server that cannot be reached, refuses the key or fails
-    FAILURES times in a row is left out as long as another one is there, and asked again if it comes back."""
+    """While there are more requests than slots, each server takes as many as it answers; otherwise a request goes to
+    the one with the fewest in flight. A server that cannot be reached, refuses the key or fails FAILURES times in a row
+    is left out while another one is available, and used again once it is back."""
 
     endpoints: Sequence[Endpoint]
     options: Options
     examine: Callable[[Endpoint], Awaitable[None]] | None = None  # probes a server that comes up for the first time
-    probing: bool = False  # one server is being probed: a failure is the caller's to judge and never ends the run
+    probing: bool = False  # for one server: failures are raised to the prober and never end the run
 
     def __post_init__(self) -> None:
-        self.fatal: UserError | None = None  # set once no further story can be graded
+        self.fatal: UserError | None = None  # once set, no further story can be graded
         self._waiting: deque[asyncio.Future[Endpoint]] = deque()  # requests without a slot
         self._returns: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def slot(self, first: bool) -> AsyncIterator[Endpoint]:
-        """Wait for a slot and hold it; yields its server. first: ahead of the queue, for a story that has held one."""
+        """Wait for a slot and hold it; yields its server. first: skip the queue, for a story that held one before."""
         if self.probing:
             yield self.endpoints[0]
             return
@@ -55,7 +55,7 @@ class ServerPool:
                 self._admit()
 
     def _admit(self) -> None:
-        """Give every free slot to the next request."""
+        """Give free slots to waiting requests."""
         while self._waiting and (free := [endpoint for endpoint in self.endpoints if endpoint.slots.free]):
             turn = self._waiting.popleft()
             if not turn.done():
@@ -66,9 +66,9 @@ class ServerPool:
     async def ask(
         self, request: Callable[[Endpoint], Awaitable[T]], deadline: float | None = None, exists: bool = True
     ) -> tuple[T, Endpoint, float]:
-        """The result of `request`, retried after transient failures; the server that gave it; and the story's deadline
-        for the next one, which the first request sets. Raises Failure when it is given up. exists: whether the server
-        is known to exist; if not, one that gives no answer is given up at once."""
+        """Send a request, with retries after transient failures. Returns the result, the server, and the story's
+        deadline (set by its first request) for the next one. Raises Failure when giving up: at once if nothing answers
+        and not `exists`."""
         failures = timeouts = 0
         while True:
             async with self.slot(first=deadline is not None) as endpoint:
@@ -106,7 +106,7 @@ class ServerPool:
             raise failure
 
     def leave_out(self, endpoint: Endpoint, failure: Failure) -> None:
-        """Ask the other servers from now on, and this one again if it comes back."""
+        """Use the other servers only, until this one comes back."""
         endpoint.slots.open = False
         tqdm.write(f"warning: the teacher at {endpoint.url} {failure}; the others go on without it")
         if not failure.fatal:
@@ -115,7 +115,7 @@ class ServerPool:
             task.add_done_callback(self._returns.discard)
 
     def _is_left_out(self, endpoint: Endpoint, failure: Failure) -> bool:
-        """Whether others go on without the server."""
+        """Leave the server out if the failure calls for it and another is open; returns whether it is out."""
         if self.probing:
             return False
         gone = (failure.fatal and failure.status) or failure.unreachable or endpoint.failures >= FAILURES
@@ -125,8 +125,7 @@ class ServerPool:
         return not endpoint.slots.open
 
     async def _await_return(self, endpoint: Endpoint) -> None:
-        """Wait until the server answers again. Then it gets one request at a time, and is left out for longer if the
-        first one fails."""
+        """Wait until the server answers. It restarts with one slot; failing again, it stays out for longer."""
         while True:
             await asyncio.sleep(jittered(PAUSE_S * 2**endpoint.absences))
             endpoint.absences = min(endpoint.absences + 1, 9)

@@ -1,4 +1,4 @@
-"""What a server can do and how it wants to be asked, found by experiment: one that accepts an option may ignore it."""
+"""Probe a server's capabilities and request form by experiment: a server may accept an option and ignore it."""
 
 import asyncio
 import re
@@ -17,17 +17,17 @@ FIRST_STORY = "Once upon a time,", "a cat sat down by the fire and slept."  # op
 # Asked for animals, a model answers with scores only if the server constrains it to them.
 OFF_TOPIC = [{"role": "user", "content": "Name three animals that live in a forest. Write their names and no number."}]
 NO_CHAT = re.compile(r"embed|rerank|moderation|whisper|\btts\b|dall-e|minilm|\bbge-", re.IGNORECASE)  # names of models
-# How a model is told to reason less, one after the other: in the chat template (vLLM, SGLang, llama.cpp), by the effort
-# (Ollama and later versions of the others; gpt-oss and Gemini know no "none", GPT-5 no less than "minimal").
+# Ways to make a model reason less, tried in this order: by the chat template (vLLM, SGLang, llama.cpp), by the effort
+# (Ollama and later versions of the others; gpt-oss and Gemini have no "none", GPT-5 nothing below "minimal").
 QUIETER: tuple[dict[str, Any], ...] = (
     {"chat_template_kwargs": {"enable_thinking": False}},
     {"reasoning_effort": "none"},
     {"reasoning_effort": "minimal"},
     {"reasoning_effort": "low"},
 )
-THINKING_TOKENS = 4096  # cap of a reply by a model that reasons whatever it is told
+THINKING_TOKENS = 4096  # limit of a reply if none of them works
 LEAST = re.compile(r"(?:>=|at least|minimum (?:value )?(?:of|is)|greater than or equal to)\D{0,12}([0-9]{1,3})\b")
-# The words of a refusal, and the fields of a form that avoids it, from the form and the words.
+# Pattern in an error message -> fields of the form to change.
 REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], ...] = (
     (re.compile("max_completion_tokens"), lambda form, words: {"token_cap": "max_completion_tokens"}),
     (re.compile(r"\b(temperature|seed)\b"), lambda form, words: {"refused": (*sorted({*form.refused, words[1]}),)}),
@@ -37,7 +37,7 @@ REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], 
 
 
 def remedy(form: Probe, failure: Failure) -> Probe:
-    """The first form that `failure` asks for and that differs from `form`. Raises `failure` if there is none."""
+    """`form`, changed as the error message demands. Raises `failure` if no remedy changes it."""
     if failure.status in (400, 422, 500):
         for pattern, change in REMEDIES:
             for match in pattern.finditer(failure.message):
@@ -56,7 +56,7 @@ class Prober:
         self.messages = render(*FIRST_STORY, fence=mark, template=options.template)
         self.seed = options.seed
         self.notes: list[str] = []
-        self.unlisted = ""  # the models that are listed, if the one that was named is not
+        self.unlisted = ""  # the listed models, if the named one is not among them
         self.seconds: list[float] = []
 
     async def choose_model(self) -> None:
@@ -82,7 +82,6 @@ class Prober:
             self.notes.append(message)
 
     async def probe(self) -> Probe:
-        """The capabilities of the endpoint's model, from a few requests."""
         model = str(self.endpoint.model)
         self.form = Probe(url=self.endpoint.url, model=model)
         reply = await self._first_reply()
@@ -106,7 +105,7 @@ class Prober:
         )  # fmt: skip
 
     async def _ask(self, messages: list[dict] | None = None, **fields: Any) -> Reply:
-        """The reply to the story, or to other messages."""
+        """The reply to the probe's story, or to `messages`."""
         start, timeout = time.monotonic(), self.pool.options.deadline_s / self.pool.options.attempts
         asked = self.endpoint.chat(messages or self.messages, self.seed, self.names, self.form, **fields)
         try:
@@ -117,7 +116,7 @@ class Prober:
         return reply
 
     async def _try(self, messages: list[dict] | None = None) -> Reply | None:
-        """The reply; None after a failure that says nothing of other requests."""
+        """`_ask`, but None after a failure that does not concern other requests."""
         try:
             return await self._ask(messages)
         except Failure as failure:
@@ -129,7 +128,7 @@ class Prober:
         return parse_scores(reply.text, self.names) is not None
 
     async def _first_reply(self) -> Reply:
-        """The reply to the story, in the form that the server's refusals lead to."""
+        """The reply to the story, after changing the form until the server accepts it."""
         while True:
             try:
                 return (await self.pool.ask(lambda _: self._ask()))[0]
@@ -140,7 +139,7 @@ class Prober:
                 self.form = remedy(self.form, failure)
 
     async def _reply_without_thoughts(self) -> Reply:
-        """The reply of a model that thinks, told to think less and less, and at last given tokens for its thoughts."""
+        """Try QUIETER in turn on a model that reasons, then a limit of THINKING_TOKENS."""
         accepted: Mapping[str, Any] = {}
         for quiet in QUIETER:
             self.form = replace(self.form, quiet=quiet)
@@ -160,7 +159,7 @@ class Prober:
         return reply
 
     async def _find_structure(self) -> None:
-        """Find the first structure that the server obeys, by at most two requests, and hold it to that one."""
+        """Use the first structure that the server obeys, if any, after at most two requests."""
         for structure in ("numbers", "json"):
             self.form = replace(self.form, structure=structure, held_to=structure)
             reply = await self._try(OFF_TOPIC)
@@ -169,7 +168,7 @@ class Prober:
         self.form = replace(self.form, structure="nothing", held_to="nothing")
 
     async def _require_logprobs(self) -> None:
-        """Raises Failure unless a reply that holds scores comes with what expected scores need."""
+        """Raises Failure unless a reply with scores has the log-probabilities for expected scores."""
         try:
             reply = await self._ask(**LOGPROBS)
         except Failure as failure:

@@ -1,9 +1,7 @@
-"""The teacher's prompt. The rubric comes first and is the same for every story, so a server can cache that prefix; the
-story comes last, between two copies of a fence that does not occur in it, so no story can end its own quotation.
-
-The criteria, their order and their scale are those of "Once Upon a Time: Interactive Learning for Storytelling with
-Small Language Models" (arXiv 2509.15714); the wording is ours.
-"""
+"""The teacher's prompt. The rubric comes first and is the same for every story, so a server can cache it as a prefix.
+The story comes last, between two copies of a fence that does not occur in it, so it cannot end its own quotation.
+Criteria, order and scale are those of "Once Upon a Time: Interactive Learning for Storytelling with Small Language
+Models" (arXiv 2509.15714); the wording is ours."""
 
 import contextlib
 import hashlib
@@ -65,7 +63,7 @@ STORYTELLING = (
     ),
 )
 CRITERIA = tuple(criterion.name for criterion in STORYTELLING)
-# A criterion's name. The names left out have another metric NAME_mean.
+# A criterion's name. The excluded ones have another metric NAME_mean.
 NAME = re.compile("(?!(reward|score|length|tokens|diversity|held_out_.*)$)[a-z][a-z0-9_]{0,31}")
 PREFACE = (
     "You are a kind teacher who grades short stories by a beginner. The beginner was given an opening and has room "
@@ -76,8 +74,8 @@ PREFACE = (
 
 @dataclass(frozen=True)
 class Template:
-    """The criteria that a teacher grades, and the preface that introduces them; or, in place of our messages, a user's
-    own, `system` ("" for none) and `user`, in which {opening} and {story} stand for the two."""
+    """The criteria to grade and the preface of our messages; or a user's own messages, `system` ("" for none) and
+    `user`, in which {opening} and {story} are replaced."""
 
     criteria: tuple[Criterion, ...] = STORYTELLING
     preface: str = PREFACE
@@ -89,7 +87,7 @@ class Template:
         return tuple(criterion.name for criterion in self.criteria)
 
     def score(self, scores: Mapping[str, float]) -> float:
-        """The weighted mean of the criteria's scores over TOP: 0..1."""
+        """Weighted mean of the criteria's scores, divided by TOP: 0..1."""
         total = sum(criterion.weight * scores[criterion.name] for criterion in self.criteria)
         return total / (TOP * sum(criterion.weight for criterion in self.criteria))
 
@@ -98,7 +96,7 @@ DEFAULT = Template()
 
 
 class Question(NamedTuple):
-    """A story to be graded. number: the story's in the run; template: what is asked, if not what the grader asks."""
+    """A story to be graded. number: its index in the run; template: replaces the grader's."""
 
     opening: str
     story: str
@@ -107,7 +105,7 @@ class Question(NamedTuple):
 
 
 def load_template(path: str | os.PathLike) -> Template:
-    """The template in a JSON file (docs/teachers.md), DEFAULT without a path. Raises UserError if it holds none."""
+    """The template in a JSON file (docs/teachers.md); DEFAULT without a path. Raises UserError if it is invalid."""
     if not path:
         return DEFAULT
     try:
@@ -120,7 +118,7 @@ def _template(value: object) -> Template:
     match value:
         case {"user": str(user), **rest} if rest.keys() <= {"system"} and "{story}" in user:
             system = rest.get("system", "")
-            if isinstance(system, str) and (system + user).encode():  # JSON can spell what is not Unicode
+            if isinstance(system, str) and (system + user).encode():  # JSON can hold lone surrogates
                 return Template(system=system, user=user)
         case {"criteria": [_, *_] as criteria, **rest} if rest.keys() <= {"preface"}:
             preface: Any = rest.get("preface", PREFACE)
@@ -157,7 +155,7 @@ AFTER = "\n\nYour grades for the story between the marks, numbers only:"
 
 
 def instructions(template: Template = DEFAULT) -> str:
-    """The rubric: the system message, the same for every story of a run."""
+    """The system message with the rubric, the same for every story of a run."""
     graded = "\n\n".join(
         f"{criterion.name.capitalize()}. {criterion.question}\n"
         + "\n".join(f"{level} = {meaning}" for level, meaning in enumerate(criterion.levels))
@@ -178,9 +176,9 @@ def instructions(template: Template = DEFAULT) -> str:
 
 
 def render(opening: str, story: str, *, fence: str, template: Template = DEFAULT) -> list[dict]:
-    """The chat messages that ask for one story's scores. Both texts are cleaned; `fence` comes from `fence()`. A user's
-    own messages have no fence; they are filled in once, so braces in a story are text. Raises ValueError if the fence
-    is not one line or occurs in the opening or the story."""
+    """Chat messages that ask for one story's scores. Both texts are cleaned. A user's own messages have no fence, and
+    are filled in once, so braces in a story stay text. Raises ValueError if the fence is not one line or occurs in a
+    text."""
     if template.user:
         texts = {"{opening}": clean(opening), "{story}": clean(story)}
         user = re.sub(r"\{opening\}|\{story\}", lambda place: texts[place[0]], template.user)
@@ -193,8 +191,8 @@ def render(opening: str, story: str, *, fence: str, template: Template = DEFAULT
 
 
 def read_back(messages: object) -> tuple[str, str] | None:
-    """The cleaned (opening, story) in messages that `render` wrote; None for any others, to the character. The fence is
-    the last line, and it occurs exactly twice, so no text in a story can move it."""
+    """Inverse of `render`: the cleaned (opening, story); None unless the user message matches to the character. The
+    fence is the last line and occurs exactly twice, so no text in a story can move it."""
     match messages:
         case [*_, {"content": str(user)}]:
             body = user.removeprefix(BEFORE).removesuffix(AFTER)
@@ -204,16 +202,16 @@ def read_back(messages: object) -> tuple[str, str] | None:
     parts = body.split(mark) if mark else []
     if len(parts) == 3:
         opening, story = parts[0].removesuffix(BETWEEN), parts[1][1:-1]
-        with contextlib.suppress(ValueError):  # the mark is elsewhere, too, or once the texts are cleaned
+        with contextlib.suppress(ValueError):  # the mark occurs elsewhere too, perhaps only after cleaning
             if render(opening, story, fence=mark)[-1]["content"] == user:
                 return opening, story
     return None
 
 
 def fence(seed: int, index: int, text: str) -> str:
-    """The fence of story `index`, with digits that do not occur in `text`, its opening and story. They are derived from
-    the seed, not random, so a replayed run asks exactly the same question."""
-    # Compared as a model may read it: with full-width and other compatible forms of letters and digits made plain.
+    """The fence of story `index`: digits derived from the seed, so that a replay asks the same, and absent from
+    `text`."""
+    # NFKC: a model may read full-width and other compatible forms of letters and digits as the plain ones.
     text, size = unicodedata.normalize("NFKC", clean(text)).casefold(), 6
     while True:
         digits = hashlib.shake_256(f"{seed} {index}".encode()).hexdigest(size)
@@ -223,9 +221,8 @@ def fence(seed: int, index: int, text: str) -> str:
 
 
 # Control tokens of chat templates (<|eot_id|>, </s>, <start_of_turn>, [INST], [gMASK], <<SYS>>, EXAONE's [|assistant|],
-# MiniMax's [e~[ and ]~b]): some servers interpret them in the text of a message too, where they would end the turn. A
-# space after the bracket makes them plain text. The same holds for brackets and bars that Unicode normalisation (NFKC),
-# which some tokenizers apply first, turns into the plain ones.
+# MiniMax's [e~[ and ]~b]): some servers interpret them in a message's text too, where they would end the turn. A space
+# after the bracket makes them plain text. NFKC forms of brackets and bars are included: some tokenizers normalise text.
 _CONTROL_TOKEN = re.compile(
     r"[<\uff1c\ufe64](?=\S)"
     r"|[\[\uff3b](?=[/\uff0f]?[a-z]?[A-Z\uff21-\uff3a][\w]*[\]\uff3d]|[|\uff5c]|[a-z\uff41-\uff5a]?[~\uff5e])"
@@ -234,5 +231,5 @@ _CONTROL_TOKEN = re.compile(
 
 
 def clean(text: str) -> str:
-    """`text` as `printable` makes it, without control tokens of chat templates. The function is idempotent."""
+    """`printable(text)` with control tokens of chat templates made plain text. Idempotent."""
     return _CONTROL_TOKEN.sub(r"\g<0> ", printable(text))

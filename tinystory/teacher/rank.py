@@ -1,9 +1,7 @@
-"""A relative judge: the stories to one opening are judged together, and their ranks are their scores (as ART's RULER).
-
-A group of n stories takes n requests, in each of which another comes first and the others follow in turn. Each stands
-once in each place, so a judge's preference for places adds the same to all of them. A request has the form of a grade:
-its text is all the stories, its criteria are story_1, story_2 ..., so the client's parsing, retries and cache serve it.
-"""
+"""Relative judge: stories that share an opening are judged together, and their ranks are the scores (as in RULER of
+ART). A group of n stories takes n requests, one per rotation of their order, so each story stands once in each place
+and a preference for places cancels out. A request has the form of a grade (text: all stories; criteria: story_1,
+story_2 ...), so the client's parsing, retries and cache apply."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +15,7 @@ from tinystory.teacher.prompt import Criterion, Question, Template, clean
 
 
 def ranking(template: Template, count: int) -> Template:
-    """The question how `count` stories compare with each other by the criteria of `template`."""
+    """The template that asks how `count` stories compare with each other by the criteria of `template`."""
     names = [f"story_{i}" for i in range(1, count + 1)]
     levels = ("among the worst of them", "below their middle", "above their middle", "among the best of them")
     listed = " ".join(f"{c.name.capitalize()} (weight {c.weight:g}): {c.question}" for c in template.criteria)
@@ -30,7 +28,7 @@ def ranking(template: Template, count: int) -> Template:
 
 
 def joined(stories: Sequence[str]) -> str:
-    """The text to grade that holds all the stories, each below a heading that no story can hold."""
+    """One text to grade with all the stories, each below a heading that occurs in none of them."""
     stories = [clean(story).strip() for story in stories]
     mark = "-" * 8
     while any(mark in story for story in stories):
@@ -39,22 +37,22 @@ def joined(stories: Sequence[str]) -> str:
 
 
 def ranks(table: Sequence[Sequence[float]]) -> list[float]:
-    """The score of each story of a group, 0..1: the fraction of the others that it beats, a tie counting one half.
-    table[i][j]: the grade of the j-th story of the i-th request, which is story (i + j) mod n."""
+    """Score of each story of a group, 0..1: the fraction of the others that it beats (a tie counts 1/2). table[i][j]:
+    grade of place j in request i, where story (i + j) mod n stands."""
     n = len(table)
     sums = [round(sum(table[i][(story - i) % n] for i in range(n)), 6) for story in range(n)]
     return [(sum((a > b) + (a == b) / 2 for b in sums) - 0.5) / (n - 1) for a in sums]
 
 
 class Ranked(Grader):
-    """Ranks `size` consecutive stories, which share an opening, by `scorer`. A group of which one reply cannot be read
-    has no scores. Stories that are not sent but given are scored, since they are of no group."""
+    """Ranks groups of `size` consecutive stories, which share an opening; one unreadable reply leaves its group
+    unscored. Stories given to `grade_each`, as in evaluations, belong to no group and are scored one by one."""
 
     def __init__(self, teacher: Teacher, size: int):
         super().__init__(teacher.facts)
         self.teacher, self.size, self.template = teacher, size, ranking(teacher.template, size)
         self.scorer = teacher
-        self._rows: list[list[float]] = []  # of the last grades' requests: a grade per place
+        self._rows: list[list[float]] = []  # grades by place, a row per request of the last `grades`
 
     def forecast(self, stories: int, opening: str, together: int = 1) -> str:
         return self.teacher.forecast(stories, opening, self.size)
@@ -71,7 +69,7 @@ class Ranked(Grader):
                 self.teacher.sent[question] = self.teacher.submit(question)
 
     def _questions(self, group: Sequence[Question]) -> list[Question]:
-        """The i-th begins with the i-th story, and has its number."""
+        """One per rotation of the group: the i-th begins with the i-th story and has its number."""
         turns = [[each.story for each in (*group[i:], *group[:i])] for i in range(len(group))]
         return [
             each._replace(story=joined(turn), template=self.template) for each, turn in zip(group, turns, strict=True)
@@ -90,8 +88,8 @@ class Ranked(Grader):
         return grades
 
     def stats(self) -> dict[str, Any]:
-        """The grader's metrics, and rank_position_bias: the fraction of the grades' variance that their places explain,
-        0 for a consistent judge and 1 for one who only looks at places."""
+        """The teacher's metrics, and rank_position_bias: the fraction of the grades' variance that places explain (0
+        for a consistent judge, 1 for one that only looks at places)."""
         spread = pvariance([grade for row in self._rows for grade in row]) if self._rows else 0.0
         by_place = pvariance([fmean(column) for column in zip(*self._rows, strict=True)]) if spread else 0.0
         return self.teacher.stats() | {"rank_position_bias": by_place / spread if spread else None}

@@ -1,7 +1,5 @@
-"""OpenAI's chat completions as a server on this machine, for the teachers that are not language models.
-
-Tokens are words, numbers and single other characters, each with the space before it, plus 3 per message.
-"""
+"""OpenAI's chat completions as a server on this machine, for teachers that are not language models. Tokens are counted
+as words, numbers and other single characters, plus 3 per message."""
 
 import asyncio
 import contextlib
@@ -21,21 +19,21 @@ from tinystory.teacher.api import parse_json
 from tinystory.teacher.endpoint import PIECE
 
 HOST = "127.0.0.1"
-PORTS = "[0, 65535]"  # of an option
+PORTS = "[0, 65535]"  # of the option --port
 LONGEST_BODY = 256 * 1024  # bytes; a request has about 4,000
 
 Responder: TypeAlias = Callable[[list[dict]], Awaitable[str]]  # the reply to messages; it may raise Refused
-CLIENT_ERRORS = (http.HttpProcessingError, web.RequestPayloadError, ConnectionError)  # garbage, or a hang-up
+CLIENT_ERRORS = (http.HttpProcessingError, web.RequestPayloadError, ConnectionError)  # malformed requests and hang-ups
 
-# aiohttp logs the errors of clients too, each with a traceback.
+# aiohttp would log these too, each with a traceback.
 logger = logging.getLogger(__name__)
 logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], CLIENT_ERRORS)))
 
 
 @contextlib.asynccontextmanager
 async def listening(application: web.Application, port: int = 0) -> AsyncIterator[str]:
-    """Serve on 127.0.0.1 for as long as the block runs, and yield the URL without a path. port: 0 takes a free one.
-    Raises UserError if the port is not free."""
+    """Serve on 127.0.0.1 during the block; yields the URL without a path. Raises UserError if `port` (0: any) is
+    taken."""
     # A handler is cancelled when its client hangs up, so a human sees no story for which nobody waits.
     runner = web.AppRunner(application, access_log=None, logger=logger, shutdown_timeout=1.0, handler_cancellation=True)
     await runner.setup()
@@ -50,7 +48,7 @@ async def listening(application: web.Application, port: int = 0) -> AsyncIterato
 
 
 async def until_stopped(or_stdin_closed: bool = False) -> None:
-    """Returns at Ctrl-C or SIGTERM, or when a parent closes standard input, into which it writes nothing, or ends."""
+    """Wait for Ctrl-C, SIGTERM or, if asked, until the parent (which sends no input) ends or closes standard input."""
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stopped.set)
@@ -61,7 +59,7 @@ async def until_stopped(or_stdin_closed: bool = False) -> None:
 
 @dataclass(eq=False)
 class Refused(Exception):
-    """The client's mistake, for an error response in OpenAI's format."""
+    """A client's mistake, reported as an error response in OpenAI's format."""
 
     message: str
     param: str | None = None
@@ -70,7 +68,7 @@ class Refused(Exception):
 
 
 def application(model: str, description: str, respond: Responder) -> web.Application:
-    """The routes of a server whose only model is `model`."""
+    """Routes of a server whose only model is `model`."""
     entry = dict(id=model, object="model", created=int(time.time()), owned_by="tinystory", description=description)
 
     async def models(request: web.Request) -> web.Response:
@@ -120,14 +118,14 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
 
 
 def parse_body(body: bytes) -> dict:
-    """The JSON object in a request's body."""
+    """The JSON object in a request's body. Raises Refused for anything else."""
     if isinstance(value := parse_json(body), dict):
         return value
     raise Refused("The body of the request must be a JSON object.")
 
 
 def _check(body: dict, model: str) -> None:
-    """Raises Refused for the first field that is wrong, or that asks for what this server cannot do."""
+    """Raises Refused for the first field that is invalid or asks for something unsupported."""
 
     def is_message(value: Any) -> bool:
         return isinstance(value, dict) and {type(value.get("role")), type(value.get("content"))} == {str}
