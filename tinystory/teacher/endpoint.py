@@ -80,8 +80,7 @@ class Probe:
 
 class Slots:
     """Limit on a server's requests in flight, at most `most`: half a slot less for each request refused as busy, one
-    more per full round of answers. A round with a refused fraction s lowers it by the fraction s/2, as in DCTCP (RFC
-    8257)."""
+    more per full round of answers. A round with a refused fraction s scales it by 1 - s/2, as in DCTCP (RFC 8257)."""
 
     def __init__(self, most: int):
         self.most, self.limit, self.taken = most, float(most), 0

@@ -32,7 +32,7 @@ class Grader(ABC):
     def __init__(self, facts: dict[str, Any]):
         self.facts = facts
         self.pending: dict[int, Question] = {}  # sent but not yet collected, by index
-        self.scorer: Grader = self  # scores stories one by one, for evaluations
+        self.scorer: Grader = self  # scores one story per request: for evaluations, and for the cost of a story
 
     @property
     def most_words(self) -> int:

@@ -66,9 +66,9 @@ class ServerPool:
     async def ask(
         self, request: Callable[[Endpoint], Awaitable[T]], deadline: float | None = None, exists: bool = True
     ) -> tuple[T, Endpoint, float]:
-        """Send a request, with retries after transient failures. Returns the result, the server, and the story's
-        deadline (set by its first request) for the next one. Raises Failure when giving up: at once if nothing answers
-        and not `exists`."""
+        """Send a request, retrying after transient failures. Returns the result, the server, and the story's deadline
+        (set by its first request) for the next one. Raises Failure when giving up; unless `exists`, once nothing
+        answers."""
         failures = timeouts = 0
         while True:
             async with self.slot(first=deadline is not None) as endpoint:

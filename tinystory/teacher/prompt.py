@@ -177,7 +177,7 @@ def instructions(template: Template = DEFAULT) -> str:
 
 def render(opening: str, story: str, *, fence: str, template: Template = DEFAULT) -> list[dict]:
     """Chat messages that ask for one story's scores. Both texts are cleaned. A user's own messages have no fence, and
-    are filled in once, so braces in a story stay text. Raises ValueError if the fence is not one line or occurs in a
+    are filled in once, so braces in a story stay text. Raises ValueError if the fence is not one line or is in a
     text."""
     if template.user:
         texts = {"{opening}": clean(opening), "{story}": clean(story)}
@@ -209,8 +209,7 @@ def read_back(messages: object) -> tuple[str, str] | None:
 
 
 def fence(seed: int, index: int, text: str) -> str:
-    """The fence of story `index`: digits derived from the seed, so that a replay asks the same, and absent from
-    `text`."""
+    """The fence of story `index`: digits not in `text`, derived from the seed, so that a replay asks the same."""
     # NFKC: a model may read full-width and other compatible forms of letters and digits as the plain ones.
     text, size = unicodedata.normalize("NFKC", clean(text)).casefold(), 6
     while True:
