@@ -1,9 +1,6 @@
-"""The desk at which a human grades: the stories that wait, the one on the page, and every grade given.
-
-A story comes from a trainer, which waits for its grade; the page shows it; the grade is kept the moment it is given.
-The grades of all stories that wait are handed in together, a moment after the last of them, so that there is a way back
-until then. A story that was graded before is never asked about again: the trainer gets the grade that was given last.
-"""
+"""The desk at which a human grades: the waiting stories, the one on the page, and every grade given. A trainer sends a
+story and waits; the page shows it; its grade is recorded at once. The waiting stories are handed in together, GRACE_S
+after the last grade, so that until then the human can go back. A story that was graded before gets its kept grade."""
 
 import asyncio
 import hashlib
@@ -19,8 +16,8 @@ from tinystory.run.journal import Journal
 from tinystory.teacher.prompt import TOP, Template, instructions
 from tinystory.teacher.server import Refused
 
-GRACE_S = 2.0  # from the last grade of those that wait until they are handed in
-# That each record of a file of grades has at least; a skipped story has no scores.
+GRACE_S = 2.0  # seconds from the last grade until the waiting stories are handed in
+# Required fields of each record in a file of grades; a skipped story has no scores.
 GRADE: Fields = {"key": (str,), "by": (str,), "opening": (str,), "story": (str,), "scores": (dict, type(None))}
 
 
@@ -39,7 +36,7 @@ class Desk:
         self.template, self._clock = template, clock
         self._waiting: dict[str, _Story] = {}  # by key, in the order in which they came
         self._grades: dict[str, Record] = {}  # by key, in the order in which they were first given
-        self._current: str | None = None  # key of the story on the page; if it has a grade, that was taken back
+        self._current: str | None = None  # key of the story on the page; its grade, if any, was taken back
         self._graded = 0.0  # when the last grade was given
         for record in read_records(path, GRADE):
             self._grades[record["key"]] = record
@@ -48,11 +45,11 @@ class Desk:
     # ---- for the trainer --------------------------------------------------------------------------------------------
 
     def key(self, opening: str, story: str) -> str:
-        """Identifies a question: the story, and what is asked about it."""
+        """Hash of the story and the instructions."""
         return hashlib.sha256(json.dumps([instructions(self.template), opening, story]).encode()).hexdigest()[:24]
 
     async def ask(self, opening: str, story: str) -> Mapping[str, int] | None:
-        """The scores that the human gives; None if the story was skipped. It takes as long as it takes."""
+        """Wait, without limit, for the human's scores; None if the story was skipped."""
         key = self.key(opening, story)
         if key not in self._grades or key in self._waiting:
             waiting = self._waiting.setdefault(key, _Story(opening, story))
@@ -67,7 +64,7 @@ class Desk:
         return scores
 
     def tick(self) -> None:
-        """Hand in what is ready; to be called every now and then."""
+        """Hand in the waiting stories if they are ready; to be called regularly."""
         if not self._ungraded() and self._clock() - self._graded >= GRACE_S:
             for waiting in self._waiting.values():
                 waiting.handed_in.set()
@@ -79,7 +76,7 @@ class Desk:
     # ---- for the page -----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What the page shows: a story that a trainer waits for, or the one to which the human has gone back."""
+        """What the page shows: a story that a trainer waits for, or the one that the human went back to."""
         if self._current not in self._waiting and self._current not in self._grades:  # its trainer has stopped
             self._current = next((key for key in self._waiting if key not in self._grades), None)
         ungraded = self._ungraded()
@@ -104,7 +101,7 @@ class Desk:
         }
 
     def do(self, who: str, action: str, request: Mapping[str, Any]) -> None:
-        """Grade or skip (by the human called `who`), go back or pause. Raises Refused if that cannot be done."""
+        """Grade or skip (by the human called `who`), go back or pause. Raises Refused if that is not possible."""
         match action:
             case "grade" | "skip":
                 self._grade(who, request, self._scores(request) if action == "grade" else None)

@@ -1,8 +1,5 @@
-"""The server behind which a human is the teacher: a page for the human, OpenAI's chat completions for the trainer.
-
-It is for this machine only. Other pages in the human's browser are strangers: requests under another host's name or
-from another origin are refused. A story is text: the page never makes markup of it.
-"""
+"""Server for a human teacher: a page for the human, OpenAI's chat completions for the trainer. Stories are shown as
+text, not markup. A foreign Host or Origin, which any page in the human's browser can send, is refused."""
 
 import asyncio
 import base64
@@ -24,15 +21,15 @@ from tinystory.teacher.server import HOST, Refused, application, listening, pars
 DESCRIPTION = "A human who reads stories on a page and grades them. Nothing else is answered."
 NO_STORY = "A human grades stories here, and this is no story, so nobody was asked."
 SKIPPED = "The human skipped this story."
-EXAMPLE = 1  # each score of the client's first story, which is there to see whether replies can be read
-NAMES = (HOST, "localhost", "[::1]")  # under which this machine may be asked
+EXAMPLE = 1  # each score of the client's first story, which only tests whether replies can be read
+NAMES = (HOST, "localhost", "[::1]")  # accepted host names
 TICK_S = 0.25
 LONGEST_NAME = 40  # characters of a human's name
 
 
 @contextlib.asynccontextmanager
 async def serve(desk: Desk, port: int = 0, *, style: str = "") -> AsyncIterator[str]:
-    """Serve the page, with this CSS, and /v1 for as long as the block runs; yields the URL. See `listening`."""
+    """Serve the page, with this CSS, and /v1 during the block; yields the URL. See `listening`."""
     html = page(style)
     script = html[html.index("<script>") + len("<script>") : html.index("</script>")]
     own = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # no other script runs
@@ -74,7 +71,7 @@ async def serve(desk: Desk, port: int = 0, *, style: str = "") -> AsyncIterator[
 
 
 async def _respond(desk: Desk, messages: list[dict]) -> str:
-    """The reply to one request of a trainer, by a human only if it asks about a story."""
+    """Reply to one request of a trainer; the human is asked only about a story."""
     question = read_back(messages)
     if question is None:
         return NO_STORY
@@ -89,7 +86,7 @@ async def _respond(desk: Desk, messages: list[dict]) -> str:
 
 @web.middleware
 async def _from_this_machine(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse what a stranger's page sends: under a name of its own that leads here, or from its own origin."""
+    """Refuse requests of foreign pages: DNS rebinding (their own Host name) and other origins."""
     own = f"http://{request.host}"
     if re.sub(r":[0-9]+$", "", request.host) not in NAMES or request.headers.get("Origin", own) != own:
         raise Refused("This server answers only to this machine.", status=403)
@@ -97,7 +94,6 @@ async def _from_this_machine(request: web.Request, handler: Handler) -> web.Stre
 
 
 def _name(who: object) -> str:
-    """The name of the human at the page."""
     if not isinstance(who, str) or not who.strip() or len(who) > LONGEST_NAME or not who.isprintable():
         raise Refused(f"A name has 1 to {LONGEST_NAME} printable characters.", "who")
     return who.strip()

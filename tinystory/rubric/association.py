@@ -8,14 +8,14 @@ from tinystory.rubric.lexicon import Lexicon
 from tinystory.rubric.ngram import BOUNDARY, lookup
 
 CORPUS_WINDOW = 200  # tokens; words further apart are not counted as a pair
-WINDOW = 90  # tokens of a text whose words are paired: the more words, the less each pair has in common
-FEWEST_WORDS = 4  # different content words that a text must have to be measured
+WINDOW = 90  # tokens of a text whose words are paired; more words per window make looser pairs
+FEWEST_WORDS = 4  # distinct content words that a text must have to be measured
 
 _triu_indices = functools.cache(np.triu_indices)
 
 
 class WordAssociation:
-    """Counts of the windows of a corpus that hold each pair of content words."""
+    """Counts of the corpus windows that hold each pair of content words."""
 
     def __init__(self, lexicon: Lexicon):
         ids = lexicon.ids
@@ -34,8 +34,8 @@ class WordAssociation:
         self._keys, self._pair_counts = np.unique(np.concatenate(pairs), return_counts=True)
 
     def mean(self, ids: np.ndarray) -> float | None:
-        """Mean over the pairs of the text's words of log (1 + windows with both) / (1 + expected windows with both):
-        smoothed pointwise mutual information (Church and Hanks 1990). None for fewer than FEWEST_WORDS words."""
+        """Smoothed pointwise mutual information (Church and Hanks 1990), averaged over pairs of the text's words: log
+        (1 + windows with both) / (1 + expected windows with both). None for fewer than FEWEST_WORDS words."""
         step = WINDOW // 2
         windows = [self._words(ids[start : start + WINDOW]) for start in range(0, max(len(ids) - step, 1), step)]
         pairs = [self._pairs(words) for words in windows if len(words) >= FEWEST_WORDS]

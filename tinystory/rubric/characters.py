@@ -1,9 +1,6 @@
 """Coreference in a story: whether names are introduced before they are used, and pronouns agree with their characters.
-
-Both are learned by counting, as the lexicon is. A name that comes out of nowhere stands where only a known one would
-("said Pip"); a name that is introduced stands where a new one would ("a mouse named Pip", "his friend Pip"). The cases
-in which "he" and "she" occur are counted in the corpus, and in the corpus with half of its pronouns flipped.
-"""
+Both are learned by counting. Known names occur in other contexts ("said Pip") than new ones ("a mouse named Pip", "his
+friend Pip"). The cases of "he" and "she" are counted in the corpus, and in a copy with half of its pronouns flipped."""
 
 from collections.abc import Iterator
 
@@ -22,11 +19,11 @@ NOUNS = (
 FLIPPED = {"he": "she", "him": "her", "his": "her", "himself": "herself"}
 FLIPPED |= {"she": "he", "her": "his", "herself": "himself"}
 STORIES = 1500  # stories from which agreement is learned
-PRIOR = 4  # observations that the coarser estimate counts for
-MAX_EVIDENCE = 3.0  # nats that one mention can count for
+PRIOR = 4  # pseudo-observations from the coarser estimate
+MAX_EVIDENCE = 3.0  # nats, limit for one mention
 # The case of a pronoun: its form, how the last character was mentioned, and how many sentences ago (0, 1, more).
 NAME, PRONOUN, NOUN, NOBODY = range(4)
-LAST, EARLIER, ABSENT = range(3)  # its sex is that of the last character, of an earlier one, or of nobody in the story
+LAST, EARLIER, ABSENT = range(3)  # who has the pronoun's sex: last character, earlier one, nobody in the story
 
 
 class Characters:
@@ -51,8 +48,8 @@ class Characters:
         self._learn_agreement(lexicon.ids)
 
     def introduction(self, ids: np.ndarray, start: int = 0) -> float | None:
-        """Nats per mention of a name by which the words around it fit its status, known or new; None without a name
-        from `start` on. ids: (T,), the opening's and the story's, which begins at `start`."""
+        """Mean nats per name mentioned from `start` on by which the words around it fit its status, known or new; None
+        without a name. ids: (T,) opening and story, which begins at `start`."""
         at = np.flatnonzero(self.name[ids])
         if not (at >= start).any():
             return None
@@ -64,22 +61,22 @@ class Characters:
         return float(np.clip(evidence, -MAX_EVIDENCE, MAX_EVIDENCE)[at >= start].mean())
 
     def agreement(self, ids: np.ndarray, start: int = 0) -> float | None:
-        """Nats per pronoun by which the text resembles the corpus rather than one with half of he and she exchanged;
-        None without he or she from `start` on."""
+        """Mean nats per he or she from `start` on by which the text resembles the corpus more than the flipped copy;
+        None without he or she."""
         evidence = [self._agreement[case] for case in self._cases(ids, start)]
         return float(np.mean(evidence)) if evidence else None
 
     def flipped(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The same tokens with half of their he and she exchanged."""
+        """`ids` with half of their he and she exchanged at random."""
         return np.where(rng.random(len(ids)) < 0.5, self._flipped[ids], ids)
 
     def renamed(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The same tokens with each mention of a name replaced by a name drawn at random."""
+        """`ids` with a random name in place of each mention of a name."""
         names = np.flatnonzero(self.name)
         return np.where(self.name[ids], rng.choice(names, len(ids)), ids) if len(names) else ids
 
     def _contexts(self, ids: np.ndarray, at: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Keys of the one and of the two tokens before each position, then of those after it."""
+        """Keys of the one token and of the two tokens before each position; the same for those after it."""
         padded = self._masked[np.pad(ids, 2, constant_values=BOUNDARY)]
         size = len(self._masked) + 1
         before, after = padded[at + 1], padded[at + 3]
@@ -103,8 +100,8 @@ class Characters:
         self._agreement = np.clip(real - flipped, -MAX_EVIDENCE, MAX_EVIDENCE)
 
     def _cases(self, ids: np.ndarray, start: int) -> Iterator[tuple[int, int, int, int]]:
-        """For each he or she from `start` on: its form, the last character's mention, its distance, and the outcome."""
-        sexes: dict[int, int] = {}  # of this story's names
+        """(form, mention of the last character, its distance in sentences, outcome) of he and she from `start` on."""
+        sexes: dict[int, int] = {}  # of names in this story
         present = [False, False]
         last, mention, sentence, last_sentence = -1, NOBODY, 0, 0
         unsexed = -1  # the last name whose sex is not known yet
@@ -136,7 +133,7 @@ class Characters:
 
 
 class _Table:
-    """How often each context holds a known and a new name."""
+    """Counts of known and new names in each context."""
 
     def __init__(self, keys: np.ndarray, new: np.ndarray):
         self.keys, inverse = np.unique(keys, return_inverse=True)
@@ -152,6 +149,6 @@ class _Table:
 
 
 def _log_odds(one: _Table, two: _Table, one_keys: np.ndarray, two_keys: np.ndarray) -> np.ndarray:
-    """(n,) nats by which a context of two tokens, backed off to one, speaks for a new name."""
+    """(n,) evidence in nats for a new name in a context of two tokens, backed off to one."""
     log = np.log(two.probability(two_keys, one.probability(one_keys, one.prior)) / one.prior)
     return log[:, 1] - log[:, 0]

@@ -1,7 +1,5 @@
-"""Word statistics of a corpus: known words, names, nouns, verbs, pronouns, and where in a story words occur.
-
-There is no parser. Each class comes from counts over a million words, and is used only in sums over a story.
-"""
+"""Word statistics of a corpus: known words, names, nouns, verbs, pronouns, and where in a story words occur. There is
+no parser: classes come from counts over a million words, and are used only in sums over a story."""
 
 from array import array
 from collections import defaultdict
@@ -30,8 +28,8 @@ INTRODUCTIONS = (("a", "an"), ("the",), POSSESSIVES, ("named", "called"))  # kin
 
 
 class Lexicon:
-    """Vocabulary and word classes of documents, given as tokens. UNKNOWN and BOUNDARY are ids 0 and 1. `ids`, (T,), is
-    the text and `spelling_ids`, (T,), the same as indices into `spellings`; all other arrays have one row per id."""
+    """Vocabulary and word classes of tokenized documents. Ids 0 and 1 are UNKNOWN and BOUNDARY. `ids` (T,) is the text,
+    `spelling_ids` (T,) the same as indices into `spellings`; all other arrays have one row per id."""
 
     def __init__(self, documents: Iterable[list[str]]):
         vocabulary: defaultdict[str, int] = defaultdict()
@@ -44,7 +42,7 @@ class Lexicon:
         total: defaultdict[str, int] = defaultdict(int)
         for spelling, count in zip(self.spellings[1:], np.bincount(self.spelling_ids)[1:].tolist(), strict=True):
             total[_folded(spelling)] += count
-        least = 2 if len(stream) > 200_000 else 1  # a word seen once in a large corpus is as often a slip
+        least = 2 if len(stream) > 200_000 else 1  # words seen once in a large corpus are often typos
         words = sorted((word for word, count in total.items() if count >= least), key=total.__getitem__, reverse=True)
         self.words = ["<unknown>", "<boundary>", *words]
         self.index = {word: id for id, word in enumerate(self.words)}
@@ -61,7 +59,7 @@ class Lexicon:
         return np.array([self.index.get(_folded(token), UNKNOWN) for token in tokens], dtype=np.int64)
 
     def members(self, words: Iterable[str]) -> np.ndarray:
-        """(V,) bool: the ids of these words."""
+        """(V,) bool, True for the ids of these words."""
         flags = np.zeros(len(self), bool)
         flags[[self.index[word] for word in words if word in self.index]] = True
         return flags
@@ -89,7 +87,7 @@ class Lexicon:
         verb = (fraction(self.members(SUBJECTS)[before]) > 0.08) & letters & ~self.name & (total > 2)
         self.verb = (verb & ~function) | self.members(VERBS)
         determined = self.members([*ARTICLES, *POSSESSIVES])[before]
-        last = fraction(determined & (function | self.verb | ~letters)[after])  # of its noun phrase
+        last = fraction(determined & (function | self.verb | ~letters)[after])  # ends its noun phrase
         determined = fraction(determined)
         self.noun = (determined > 0.1) & (last > 0.6 * determined) & letters & ~function & ~self.name
         self.entity = self.noun | self.name
@@ -102,8 +100,7 @@ class Lexicon:
         self.pattern = np.unique(patterns, return_inverse=True)[1]  # UNKNOWN and BOUNDARY stay 0 and 1
 
     def _learn_pronouns(self) -> None:
-        """pronoun: (V,), 0 to 3 for he, she, it, they, else -1. pronoun_given: (V, 4), smoothed probabilities of which
-        of the four comes next after a noun or name."""
+        """pronoun: (V,) 0..3 for he, she, it, they, else -1. pronoun_given: (V, 4) p(next pronoun | noun or name)."""
         ids, size = self.ids, len(self)
         self.pronoun = np.full(size, -1)
         for forms in PRONOUNS:
@@ -119,8 +116,8 @@ class Lexicon:
         self.pronoun_given = (counts + 4 * prior) / (counts.sum(1, keepdims=True) + 4)
 
     def _learn_places_and_introductions(self) -> None:
-        """Where in a story a pair of words occurs, shrunk towards the middle if it is rare. introduction: (V, 2, 5),
-        log p(kind of introduction | word, known or new)."""
+        """Mean place of each word pair in a story, shrunk towards the middle if rare. introduction: (V, 2, 5), log
+        p(kind of introduction | word, known or new)."""
         ids, size = self.ids, len(self)
         starts = np.flatnonzero(ids == BOUNDARY)
         lengths = np.diff(starts, append=len(ids))
@@ -143,7 +140,7 @@ class Lexicon:
         self.introduction = np.log((counts + 8 * prior) / (counts.sum(-1, keepdims=True) + 8))
 
     def place(self, ids: np.ndarray) -> np.ndarray:
-        """(T,) ids -> (T - 1,) where in a story each pair of tokens usually occurs: -0.5 its beginning, 0.5 its end."""
+        """(T,) ids -> (T - 1,) usual place of each pair of tokens in a story, -0.5 (beginning) to 0.5 (end)."""
         return lookup(self._place_keys, self._place, hashes(ids, 2))
 
     def introductions(self, ids: np.ndarray) -> np.ndarray:
@@ -158,5 +155,5 @@ class Lexicon:
 
 
 def _folded(spelling: str) -> str:
-    """Lower case; several end marks become the first of them: "?!" is "?"."""
+    """Lower case; repeated end marks become the first: "?!" is "?"."""
     return spelling[0] if spelling[0] in ".!?" and spelling != "..." else spelling.lower()

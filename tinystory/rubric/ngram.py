@@ -12,7 +12,7 @@ ODD = 0.1  # ratio of observed to expected count below which an n-gram is odd (s
 
 
 def rolling_hashes(ids: np.ndarray, longest: int) -> Iterator[np.ndarray]:
-    """(T,) ids -> for n from 1 to `longest`, (T - n + 1,) uint64: a hash of each n-gram, by its first token."""
+    """(T,) ids -> for n = 1 to `longest`, (T - n + 1,) uint64 hashes of the n-grams, by first token."""
     mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
     hashed = mixed
@@ -23,21 +23,21 @@ def rolling_hashes(ids: np.ndarray, longest: int) -> Iterator[np.ndarray]:
 
 
 def hashes(ids: np.ndarray, n: int) -> np.ndarray:
-    """(T - n + 1,) uint64: a hash of each n-gram of (T,) ids, in order of its first token."""
+    """(T,) ids -> (T - n + 1,) uint64 hashes of the n-grams, by first token."""
     *_, hashed = rolling_hashes(ids, n)
     return hashed
 
 
 def find(table: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The index of each key in the sorted table, and whether it is there."""
-    order = np.argsort(keys)  # in order, each search begins where the one before it ended
+    """The index of each key in the sorted table, and whether it is present."""
+    order = np.argsort(keys)  # sorted: each search starts where the last one ended
     index = np.empty(len(keys), np.int64)
     index[order] = np.minimum(np.searchsorted(table, keys[order]), len(table) - 1)
     return index, table[index] == keys if len(table) else np.zeros(len(keys), bool)
 
 
 def lookup(table: np.ndarray, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """float64: the row of `values` at each key's index in the sorted table, zeros for a key that is not there."""
+    """float64 row of `values` for each key in the sorted table, zeros for absent keys."""
     index, present = find(table, keys)
     out = np.zeros((len(keys), *values.shape[1:]))
     out[present] = values[index[present]]
@@ -52,7 +52,7 @@ def first_occurrences(keys: np.ndarray) -> np.ndarray:
 
 
 def covered(starts: np.ndarray, n: int, length: int) -> np.ndarray:
-    """(length,) bool: the tokens of the n-grams that begin where `starts` is True."""
+    """(length,) bool: the tokens of n-grams that begin where `starts` is True."""
     out = np.zeros(length, bool)
     for offset in range(n):
         out[offset : offset + len(starts)] |= starts
@@ -60,8 +60,8 @@ def covered(starts: np.ndarray, n: int, length: int) -> np.ndarray:
 
 
 class NgramModel:
-    """p(token | the four before it), each order interpolated with the next shorter one by absolute discounting
-    (Ney, Essen and Kneser 1994): p_n(w | h) = max(c(hw) - D, 0) / c(h) + D * types(h) / c(h) * p_{n-1}(w | h')."""
+    """N-gram model, each order interpolated with the next shorter one by absolute discounting (Ney, Essen and Kneser
+    1994): p_n(w | h) = max(c(hw) - D, 0) / c(h) + D * types(h) / c(h) * p_{n-1}(w | h')."""
 
     def __init__(self, ids: np.ndarray, vocabulary: int):
         """ids: (T,) integers below `vocabulary`, documents separated by BOUNDARY."""
@@ -88,11 +88,9 @@ class NgramModel:
             shorter = hashed
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(T,) ids from the beginning of a document -> (ORDER, T) natural-log probabilities, in row n given the n
-        tokens before; and (T,) bool, whether an odd n-gram ends at the token.
-
-        A pair, triple or quadruple is odd if the corpus hardly has it, though its two overlapping parts are common
-        enough to expect it: observed + 0.5 < ODD * (expected + 0.5)."""
+        """(T,) ids of a document from its beginning -> (ORDER, T) natural-log probabilities (row n: given n tokens
+        before), and (T,) bool, whether an odd n-gram ends here: one of 2 to 4 tokens that the corpus hardly has
+        although its two overlapping parts are common, observed + 0.5 < ODD * (expected + 0.5)."""
         padded = np.concatenate([np.full(ORDER - 1, BOUNDARY), ids])
         probability, left_over = self._unigram[padded], None
         rows, counts = [], []
@@ -114,8 +112,7 @@ class NgramModel:
 
 @dataclass
 class _Order:
-    """The n-grams of one length, sorted by hash: the count and probability of each and, as a context of the next order,
-    the probability mass left over for tokens that never followed it."""
+    """N-grams of one length, sorted by hash. left_over: probability mass of a context's unseen next tokens."""
 
     keys: np.ndarray
     count: np.ndarray
@@ -124,7 +121,7 @@ class _Order:
 
 
 def _unique(hashed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """np.unique with return_index and return_counts, several times faster: the index need not be the first one."""
+    """np.unique with return_index and return_counts, but several times faster: any index of a key will do."""
     order = np.argsort(hashed)
     ranked = hashed[order]
     starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
@@ -132,8 +129,7 @@ def _unique(hashed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class Phrases:
-    """The phrases of a corpus, of the shortest length at which held-out stories share little with it: in a repetitive
-    corpus only longer shared phrases are copies."""
+    """N-grams of a corpus, with the least n at which held-out stories share few: only longer overlaps are copies."""
 
     def __init__(self, ids: np.ndarray, examples: list[np.ndarray]):
         for n in (8, 12, 16, 24):
@@ -142,14 +138,14 @@ class Phrases:
                 break
 
     def copied(self, ids: np.ndarray) -> float:
-        """The fraction of the tokens that are part of such a phrase."""
+        """Fraction of the tokens in such n-grams."""
         _, present = find(self._keys, hashes(ids, self._n))
         return float(covered(present, self._n, len(ids)).mean())
 
 
 def sample(ids: np.ndarray, boundary: int, length: int, count: int, context: int = 2) -> list[np.ndarray]:
-    """`count` texts of about `length` ids from an unsmoothed n-gram model: each token is drawn among those that
-    followed the same `context` tokens in `ids` (documents separated by `boundary`)."""
+    """`count` texts of about `length` ids from an unsmoothed n-gram model of `ids`: each token is drawn from those that
+    follow the same `context` tokens. boundary: separates documents."""
     hashed = hashes(ids[:-1], context)
     order = np.argsort(hashed, kind="stable")
     ranked = hashed[order]

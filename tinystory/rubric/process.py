@@ -1,4 +1,4 @@
-"""The built-in teacher as a server process of its own, on 127.0.0.1, for as long as a run lasts."""
+"""The built-in teacher in a server process on 127.0.0.1, for as long as a run lasts."""
 
 import contextlib
 import os

@@ -1,42 +1,36 @@
-"""The built-in teacher's rubric: readability, coherence and creativity measured on the text, without a neural network.
+"""The built-in teacher's rubric, a stand-in for an LLM: three criteria measured on the text without a neural network.
+`measure` combines parts in 0..1 into each criterion; the score is three times the criterion, rounded.
 
-It stands in for an LLM as judge, so that everything runs where there is none. `measure` makes each criterion of parts
-between 0 and 1, and its score is three times the criterion, rounded to an integer. Readability is made of
+    readability
+        known       fraction of tokens in the corpus's vocabulary
+        formed      fraction of words in sentences with a capital, an end mark, a verb and at most 30 words
+        clean       few slips: a/an, "they was", doubled words, odd capitals, stray or unclosed quotation marks
+        fluent      probability of each sentence under a 5-gram model of the corpus
+        grammatical the same for its pattern: function words, and only class and ending of all other words
+        smooth      few n-grams of 2 to 4 common words that hardly ever occur together in the corpus
+        reach       how much likelier words are given four words before them than given two
+    coherence
+        focus       fraction of mentions whose thing or character is mentioned more than once
+        introduced  "a dog", "named Tim" at the first mention and "the dog", "Tim" later
+        referred    he, she, it, they fit one of the last five things or characters mentioned
+        order       sentences are in the order in which their words usually come in a story
+        joined      sentences begin as sentences do after the one before
+        shape       a problem, an end mark, and a last sentence that sounds like an ending
+        association content words that occur in the same stories (association.py)
+        names       names are introduced before they are used as known (characters.py)
+        agreement   he and she agree with the character they refer to (characters.py)
+        unlooped    few repeated phrases (names and pronouns count as one word; sentence patterns too)
+    creativity
+        varied      distinct words, corrected for length
+        rare        content words other than the commonest ones
+        rhythm      sentences are not all tiny and do not all begin alike
+        uncopied    fraction of the story outside long phrases of the corpus
 
-    known       fraction of tokens in the corpus's vocabulary
-    formed      fraction of words in sentences with a capital, an end mark, a verb and at most 30 words
-    clean       few slips: a/an, "they was", doubled words, odd capitals, stray or unclosed quotation marks
-    fluent      probability of each sentence under a 5-gram model of the corpus
-    grammatical the same for its pattern: function words, and only class and ending of all other words
-    smooth      few odd pairs, triples and quadruples: of common words, but hardly ever together in the corpus
-    reach       whether words are likelier given the four words before them than given two
-
-coherence of
-
-    focus       fraction of mentions whose thing or character is mentioned more than once
-    introduced  "a dog", "named Tim" at the first mention and "the dog", "Tim" later
-    referred    he, she, it, they fit one of the last five things or characters mentioned
-    order       sentences are in the order in which their words usually come in a story
-    joined      sentences begin as sentences do after the one before
-    shape       a problem, an end mark, and a last sentence that sounds like an ending
-    association content words that occur in the same stories (association.py)
-    names       names are introduced before they are used as known (characters.py)
-    agreement   he and she agree with the character they refer to (characters.py)
-    unlooped    few repeated phrases (names and pronouns count as the same word, so do sentence patterns)
-
-and creativity of
-
-    varied      distinct words, corrected for length
-    rare        content words other than the commonest ones
-    rhythm      sentences are not all tiny and do not all begin alike
-    uncopied    fraction of the story outside long phrases of the corpus
-
-The scale of a part is learned, so the rubric should be fitted to the corpus that the student is trained on: most
-held-out stories reach 1. The same words in random order set 0 for fluent, grammatical and smooth; an n-gram sampler
-with two tokens of context or, if that is lower, the same sentences in random order, for reach and the parts of
-coherence; and for names, agreement and association, names drawn at random, half of he and she exchanged, and the second
-half of another story. A story without names, or without he and she, gets one half for that part. A word is fresh if it
-is not part of a phrase that came before, in the story or in its opening: padding, echoes and loops score nothing.
+Most scales are learned, so fit the rubric to the student's corpus. Most of its held-out stories reach 1 in each part.
+These set 0: their shuffled words for fluent, grammatical and smooth; samples of a trigram model or, if lower, shuffled
+sentences for reach and coherence; and for names, agreement and association, random names, half of he and she exchanged,
+and joined halves of two stories. A story without names, or without he and she, gets 0.5 for that part. Words in phrases
+that came before, in story or opening, are not fresh: padding, echoes and loops score nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -57,7 +51,7 @@ MAX_CORPUS_TOKENS = 1_700_000  # about 1.5 M words and their punctuation
 MIN_CORPUS_TOKENS = 200
 MAX_PASSAGE = 600  # tokens; a longer document counts as several stories
 MAX_STORY = 1000  # tokens of a story that are measured; the student writes about a hundred
-EXCERPT = 90  # tokens of each story that sets the scales: about as many as the student writes
+EXCERPT = 90  # tokens per story that sets the scales: about as many as the student writes
 HELD_OUT = 200  # stories held out to set the scales, one in sixteen
 PARTS = 8  # of fitting, for a progress bar
 
@@ -69,12 +63,12 @@ TROUBLE = frozenset(
     ).split()
 )
 Measure: TypeAlias = Callable[[np.ndarray], float | None]
-# Ids beyond all words, for classes that count as one word when phrases are compared.
+# Ids beyond those of words, for classes that count as one word when phrases are compared.
 NAMED, THING, ACT, OTHER = range(1 << 30, (1 << 30) + 4)
 
 
 def ramp(x: float | np.ndarray, zero: float, one: float) -> float:
-    """0 up to `zero`, 1 from `one` on, linear between them; `zero` may be greater. Of an array the mean."""
+    """0 up to `zero`, 1 from `one` on, linear between them; `zero` may be greater. The mean for an array."""
     fraction = (x - zero) / (one - zero)
     if isinstance(fraction, np.ndarray):
         return float(np.clip(fraction, 0.0, 1.0).mean())
@@ -82,11 +76,11 @@ def ramp(x: float | np.ndarray, zero: float, one: float) -> float:
 
 
 class Rubric:
-    """Measures stories against a corpus, deterministically: the same text always gets the same scores."""
+    """Measures stories against a corpus, deterministically."""
 
     def __init__(self, stories: list[list[str]], examples: list[list[str]], done: Callable[[], object] = lambda: None):
-        """stories: of the corpus, as tokens, to count in; examples: held-out ones, which set the scales; done: called
-        after each of the PARTS of fitting."""
+        """stories: tokenized stories to count in; examples: held-out ones, which set the scales; done: called after
+        each of the PARTS of fitting."""
         done()  # the corpus is read
         self.lexicon = lexicon = Lexicon(stories)
         done()
@@ -115,8 +109,7 @@ class Rubric:
 
     @classmethod
     def from_corpus(cls, documents: Iterable[str], done: Callable[[], object] = lambda: None) -> "Rubric":
-        """A rubric fitted to about 1.5 M words of the documents, of which some stories are held out to set the scales.
-        done: as above. Raises UserError if there are too few words."""
+        """Fit a rubric to about 1.5 M words of the documents. done: as above. Raises UserError if there are too few."""
         stories: list[list[str]] = []
         held_out: list[list[str]] = []
         count = 0
@@ -139,8 +132,8 @@ class Rubric:
         return {name: int(3 * measured[name] + 0.5) for name in CRITERIA}
 
     def measure(self, opening: str, story: str) -> dict[str, float]:
-        """The parts and the three criteria, each 0..1, their sum `total`, and `fresh`, the number of fresh words. Zeros
-        for less than a sentence: a text without an end mark or with fewer than three words."""
+        """Parts and criteria, each 0..1, `total`, the sum of the criteria, and `fresh`, the number of fresh words.
+        Zeros for less than a sentence: no end mark, or fewer than three words."""
         raw = self._raw_parts(tokenize(opening)[-MAX_STORY:], tokenize(story)[:MAX_STORY])
         if raw is None:
             return dict.fromkeys((*CRITERIA, "total"), 0.0)
@@ -195,7 +188,7 @@ class Rubric:
             self._scale[name] = (min(zero, one - 0.1), one)
 
     def _set_coreference_scales(self, stories: list[np.ndarray], rng: np.random.Generator) -> None:
-        """The same for names, agreement and association. stories: ids of the held-out ones."""
+        """The same for names, agreement and association. stories: ids of held-out stories."""
 
         def scale(measure: Measure, corrupted: list[np.ndarray], least: float) -> tuple[float, float]:
             real, worse = (
@@ -215,7 +208,7 @@ class Rubric:
         }
 
     def _raw_parts(self, before: list[str], after: list[str]) -> dict | None:
-        """The unscaled parts; None for less than a sentence. before, after: tokens of the opening and of the story."""
+        """Unscaled parts; None for less than a sentence. before, after: tokens of opening and story."""
         words = np.array([token[0].isalpha() for token in after], bool)
         count = int(words.sum())
         if count < 3 or not any(token[0] in ".!?" for token in after):
@@ -261,7 +254,6 @@ class Rubric:
         }
 
     def _entities(self, ids: np.ndarray, start: int) -> dict[str, float]:
-        """Whether the story stays with its things and characters, and introduces them as stories do."""
         lexicon = self.lexicon
         at = start + np.flatnonzero(lexicon.entity[ids[start:]])
         if not len(at):
@@ -273,7 +265,7 @@ class Rubric:
         return {"focus": np.mean(mentions[ids[at]] > 1), "introduced": evidence.mean()}
 
     def _referred(self, ids: np.ndarray, start: int) -> float:
-        """The mean over he, she, it, they of their best probability after one of the last five entities."""
+        """Mean over he, she, it, they of their best probability after one of the last five entities."""
         lexicon = self.lexicon
         recent: list[int] = []
         best: list[float] = []
@@ -288,7 +280,7 @@ class Rubric:
 
 
 def _passages(tokens: list[str], longest: int) -> Iterator[list[str]]:
-    """The tokens in passages of whole sentences, of at most `longest` tokens unless a single sentence is longer."""
+    """Split into passages of whole sentences, of at most `longest` tokens unless a single sentence is longer."""
     start = 0
     for first, end in split_sentences(tokens).bounds if len(tokens) > longest else ():
         if end - start > longest and first > start:
@@ -303,18 +295,18 @@ def _shuffled(pieces: list[list[str]], rng: np.random.Generator) -> list[str]:
 
 
 def _repeated(ids: np.ndarray, n: int) -> np.ndarray:
-    """(T,) bool: the tokens of each n-gram that has occurred before."""
+    """(T,) bool: tokens of n-grams that have occurred before."""
     return covered(~first_occurrences(hashes(ids, n)), n, len(ids))
 
 
 def _by_sentence(logprob: np.ndarray, bounds: list[tuple[int, int]]) -> np.ndarray:
-    """For each token the mean of its sentence, so that one easy sentence does not compensate for another."""
+    """Each token's sentence mean, so that one easy sentence does not compensate for another."""
     starts, ends = np.array(bounds).T
     return np.repeat(np.add.reduceat(logprob, starts) / (ends - starts), ends - starts)
 
 
 def _order(places: list[float]) -> float:
-    """-1..1: whether the sentences are in the order in which their words usually come in a story."""
+    """-1..1: whether sentences are in the order in which their words usually come in a story."""
     differences = np.subtract.outer(places, places)[np.tril_indices(len(places), -1)]
     total = float(np.abs(differences).sum())
     return float(differences.sum()) / total * min(1.0, (len(places) - 1) / 4) if total > 0 else 0.0
@@ -322,6 +314,6 @@ def _order(places: list[float]) -> float:
 
 def _joined(logprob: np.ndarray, spans: list[tuple[int, int]]) -> float:
     """Nats per word by which sentence beginnings are likelier given the sentence before than its end mark only."""
-    gain = logprob[-1] - logprob  # row n: given 4 tokens over given n (n - 1 words and an end mark)
+    gain = logprob[-1] - logprob  # row n: given 4 tokens minus given n (n - 1 words and an end mark)
     gains = [gain[at + 1, first + at] for first, end in spans[1:] for at in range(min(ORDER - 2, end - first))]
     return float(np.mean(gains)) if gains else -1.0

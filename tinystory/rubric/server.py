@@ -1,5 +1,4 @@
-"""The built-in teacher: the rubric behind OpenAI's HTTP interface. It gets the prompt that an LLM gets and replies
-"2 1 3", or, to a prompt that does not ask for its three criteria, in words without numbers."""
+"""The rubric behind OpenAI's HTTP interface: replies "2 1 3" to our prompt for its criteria, else without numbers."""
 
 from contextlib import AbstractAsyncContextManager
 
@@ -16,7 +15,7 @@ REFUSAL = (
 
 
 def serve(rubric: Rubric, port: int = 0) -> AbstractAsyncContextManager[str]:
-    """A block in which the rubric is served; see `listening`."""
+    """Serve the rubric during the block; see `listening`."""
 
     async def reply(messages: list[dict]) -> str:
         question = read_back(messages)

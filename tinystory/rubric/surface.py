@@ -1,4 +1,4 @@
-"""What a text shows without much knowledge of its language: tokens, sentences, quotations, slips."""
+"""Surface features of a text: tokens, sentences, quotations, slips."""
 
 import re
 from typing import NamedTuple
@@ -20,15 +20,15 @@ DISAGREEMENTS = frozenset(
 
 
 def tokenize(text: str) -> list[str]:
-    """Words (with 's apart), numbers, end marks and single other characters. Typographic marks become plain ones, but
-    opening and closing quotation marks stay distinct: one that opens has a space before it and none after."""
+    """Words ('s apart), numbers, end marks and single other characters. Typographic marks become plain, but quotation
+    marks that open (after a space, before none) stay distinct from those that close."""
     return TOKEN.findall(_OPENING.sub(OPEN, text.translate(_PLAIN)).replace('"', CLOSE))
 
 
 class Sentences(NamedTuple):
     bounds: list[tuple[int, int]]  # first token and one past the last
     quoted: list[bool]  # for each token: within quotation marks (the opening mark counts, the closing one does not)
-    unpaired: int  # quotation marks that close nothing, open within a quotation, or are still open at the end
+    unpaired: int  # quotation marks that close nothing, open within a quotation, or stay open
 
 
 def split_sentences(tokens: list[str]) -> Sentences:
@@ -53,9 +53,8 @@ def split_sentences(tokens: list[str]) -> Sentences:
 
 
 def well_formed_words(tokens: list[str], sentences: Sentences, verb: list[bool], continues: bool) -> int:
-    """The number of words in well-formed sentences: with a capital, an end mark and a verb, and not too long. In a
-    quotation a few words are enough ("Oh, no!"). The last sentence may be cut short. continues: the first one continues
-    an unfinished opening."""
+    """Words in sentences with a capital, an end mark, a verb and 3 to LONGEST_SENTENCE words, or in short quotations
+    ("Oh, no!"). The last sentence may be cut short. continues: the first one continues the opening."""
     count = 0
     for first, end in sentences.bounds:
         words = [at for at in range(first, end) if tokens[at][0].isalpha()]
@@ -71,7 +70,7 @@ def well_formed_words(tokens: list[str], sentences: Sentences, verb: list[bool],
 
 
 def count_slips(tokens: list[str], sentences: Sentences, may_be_capital: list[bool]) -> float:
-    """The number of slips: a/an, "they was", doubled words, odd capitals, stray punctuation, unclosed quotations."""
+    """Count a/an, "they was", doubled words, odd capitals, stray punctuation, unclosed quotations."""
     count = 2.0 * sentences.unpaired
     last, last_is_word = "", False
     for at, token in enumerate(tokens):
