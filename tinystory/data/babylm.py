@@ -1,9 +1,6 @@
-"""BabyLM's rules of 2026: the names of checkpoints, and the limits of its text tracks (babylm.github.io at 12e16f8, 20
-July 2026; docs/evaluation.md has them as a table).
-
-The student may see 100 M words (Strict) or 10 M (Strict-Small), including the teacher's, each up to ten times. The
-rules do not define a word; here words are separated by whitespace. Only the teacher's text may reach the student.
-"""
+"""BabyLM's 2026 rules: names of checkpoints and limits of the text tracks (babylm.github.io at 12e16f8, 20 July 2026;
+table in docs/evaluation.md). The student may see 100 M words (Strict) or 10 M (Strict-Small), including the teacher's,
+each up to ten times. Our words are separated by white space. Only the teacher's text may reach the student."""
 
 from typing import Any
 
@@ -22,7 +19,7 @@ def milestone_name(words: int) -> str:
 
 def check_pretraining(track: str, corpus_words: int, words: int, last_step: int = 0) -> None:
     """Raises UserError unless the track allows training on `words` words, counting repeats, of a corpus of
-    `corpus_words`. last_step: upper bound on the words by which the last step may exceed `words`."""
+    `corpus_words`. last_step: most words by which the last step may exceed `words`."""
     limit, too_large = max(EPOCHS * corpus_words - last_step, 0), corpus_words > TRACKS[track]
     if too_large or words > limit:
         advice = "a smaller --corpus or a larger --val-fraction" if too_large else f"--words {limit} or fewer"
@@ -33,8 +30,8 @@ def check_pretraining(track: str, corpus_words: int, words: int, last_step: int 
 
 
 def check_interaction(track: str, history: dict[str, Any], words_in: int, reads: int = 0) -> None:
-    """Raises UserError unless the track allows a student of this `history` (see `checkpoint.save`) to take in so many
-    words, `reads` of them from its corpus at most. What it writes is not limited in 2026."""
+    """Raises UserError unless the track allows a student with this `history` (see `checkpoint.save`) to take in
+    `words_in` more words, at most `reads` of them from its corpus. What it writes is not limited in 2026."""
     if "corpus_words" not in history:
         raise UserError(
             f"--preset {track} needs the number of words that the student was trained on, which this checkpoint "
@@ -50,6 +47,6 @@ def check_interaction(track: str, history: dict[str, Any], words_in: int, reads:
 
 
 def milestones_beyond(history: dict[str, Any]) -> dict[str, int]:
-    """The official milestones ahead of a student, and how many more words it takes in until each."""
+    """Official milestones ahead of a student, with the number of words that it takes in until each."""
     past = history.get("words", 0) + history.get("interaction_words_in", 0)
     return {milestone_name(words): words - past for words in MILESTONES if words > past}

@@ -1,7 +1,5 @@
-"""Corpora as streams of documents: the built-in stories, corpora on the Hugging Face Hub, and local files.
-
-At most a few megabytes of text are in memory, whatever the size of a file.
-"""
+"""Corpora as streams of documents: built-in stories, corpora on the Hugging Face Hub, and local files. A stream holds
+at most a few megabytes of text in memory."""
 
 import functools
 import gzip
@@ -21,14 +19,13 @@ from tinystory.run import hub
 from tinystory.run.errors import UserError
 from tinystory.run.folder import file_hash
 
-# Generator, and number of words. The numbers are such that three in eight openings of stories are told to an end, and
-# the others by a dull teller.
+# Generator and number of words; by these, three in eight openings are told to an end, the others by a dull teller.
 BUILTIN = {
     "builtin": (grammar.stories, 1_000_000),
     "primer": (primer.tales, 400_000),
     "dull": (dull.documents, 1_150_000),
 }
-NO_STORIES = ("primer", "dull")  # what no story should be measured by
+NO_STORIES = ("primer", "dull")  # corpora that no story should be measured by
 BUILTIN_SEED = 0
 
 # Corpora on the Hub: the dataset's repository and its files, in order.
@@ -49,12 +46,12 @@ MARKER = "<|endoftext|>"
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 CHUNK = 1 << 20  # characters read at a time
 MAX_DOCUMENT = 1 << 18  # characters; longer documents are split at a line end, so that none has to fit in memory
-MAX_RUN = 1 << 9  # characters; longer runs of letters, of other signs or of white space are split, not all at once
-UNBROKEN = re.compile(r"\w*|\s*|[^\w\s]*")  # every piece of the tokenizer's split lies within such a run
+MAX_RUN = 1 << 9  # characters; longer runs of letters, other signs or white space are split
+UNBROKEN = re.compile(r"\w*|\s*|[^\w\s]*")  # a run; every piece of the tokenizer's split lies within one
 MAX_RECORD = 1 << 26  # characters per line of .jsonl
 
 
-# A file or an identity, for the fingerprint; and a function that opens its stream of documents.
+# (file or, for generated text, its identity; function that opens a stream of its documents).
 Part: TypeAlias = tuple[str | Path, Callable[[], Iterator[str]]]
 
 
@@ -66,15 +63,13 @@ class Corpus:
     kind: str = "passage"
 
     def documents(self) -> Iterator[str]:
-        """A new stream of the non-empty documents, stripped, each at most MAX_DOCUMENT characters long.
-
-        Raises UserError while reading if a file is malformed or holds no text.
-        """
+        """A new stream of non-empty, stripped documents of at most MAX_DOCUMENT characters. Reading raises UserError if
+        a file is malformed or holds no text."""
         return itertools.chain.from_iterable(read() for _, read in self.parts)
 
     def mixed(self) -> Iterator[str]:
-        """The same documents interleaved: the next one comes from the file that has yielded the fewest words so far, so
-        that every beginning of the stream holds text of every file."""
+        """The same documents interleaved: the next one comes from the file with the fewest words so far, so that every
+        prefix of the stream holds text of every file."""
         heap = [(0, i, read()) for i, (_, read) in enumerate(self.parts)]
         while heap:
             words, i, documents = heapq.heappop(heap)
@@ -83,20 +78,19 @@ class Corpus:
                 yield document
 
     def fingerprint(self) -> str:
-        """Hex digest of each file's content and format, or of the grammar's source. It takes a second for 400 MB."""
+        """Hex digest of each file's content and format, or of the grammar's source. Takes a second for 400 MB."""
         parts = [(_kind(x), file_hash(x)) if isinstance(x, Path) else x for x, _ in self.parts]
         key = [MAX_DOCUMENT, *parts, *[self.kind] * (self.kind != "passage")]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
-    """The concatenation of the named corpora and files.
+    """The concatenation of the named corpora and files. Raises UserError for anything that cannot be opened.
 
-    A name is one of NAMES or the path of a .txt or .jsonl file, optionally gzipped (.gz). Documents in a .txt file are
-    separated by `<|endoftext|>`; if there is none, by blank lines; without those, the file is one document. If `kind`
-    is "row", each of its lines is one, as in the dataset that the paper's authors trained on. Each line of a .jsonl
-    file is an object whose "text" or "story" is a document. Corpora on the Hub are downloaded here. Raises UserError
-    for anything that cannot be opened.
+    A name is one of NAMES (those on the Hub are downloaded here) or the path of a .txt or .jsonl file, perhaps gzipped
+    (.gz). In a .txt file, documents are separated by `<|endoftext|>`, else by blank lines, else it is one document;
+    with `kind` "row", lines are documents, as in the dataset of the paper's authors. In .jsonl, each line is an object
+    with a document as "text" or "story".
     """
     parts: list[Part] = []
     for name in names:
@@ -112,13 +106,12 @@ def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
 
 
 def _grammar_source() -> str:
-    """Hex digest of the code and the phrases behind the built-in stories."""
     files = sorted(file for file in Path(grammar.__file__).parent.iterdir() if file.suffix in (".py", ".txt"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _file(path: Path, kind: str) -> Part:
-    """The file, and a function that opens its stream of documents. Raises UserError if the file cannot be a corpus."""
+    """The path, and a function that opens its stream of documents. Raises UserError if it cannot be a corpus."""
     if not path.is_file() or _kind(path) not in (".txt", ".jsonl"):
         problem = "neither .txt nor .jsonl (or .gz of either)" if path.is_file() else "no file"
         raise UserError(f"the corpus {path} is {problem}: give another file, or one of {', '.join(NAMES)}")
@@ -143,18 +136,17 @@ def _file(path: Path, kind: str) -> Part:
 
 
 def _kind(path: Path) -> str:
-    """The file's suffix before .gz: ".txt" or ".jsonl" if it can be a corpus."""
+    """The suffix before .gz: ".txt" or ".jsonl" for a corpus."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _open_text(path: Path) -> TextIO:
-    """A UTF-8 file, gunzipped if its name ends in .gz, without the BOM and with \n for every line end."""
+    """A UTF-8 file, gunzipped if its name ends in .gz, without BOM, with universal newlines."""
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     return cast(TextIO, opener(path, "rt", encoding="utf-8-sig"))
 
 
 def _text(path: Path) -> Iterator[str]:
-    """Chunks of a file."""
     with _open_text(path) as file:
         while text := file.read(CHUNK):
             if "\0" in text:
@@ -163,7 +155,7 @@ def _text(path: Path) -> Iterator[str]:
 
 
 def _passages(path: Path) -> Iterator[str]:
-    """The documents of a plain-text file, long ones in pieces."""
+    """Documents of a plain-text file, long ones in pieces."""
     separator, rest = _separator(path), ""
     for text in _text(path):
         *documents, rest = separator.split(rest + text)
@@ -175,13 +167,11 @@ def _passages(path: Path) -> Iterator[str]:
 
 
 def _rows(path: Path) -> Iterator[str]:
-    """The lines of a plain-text file."""
     for passage in _passages(path):
         yield from passage.split("\n")
 
 
 def _separator(path: Path) -> re.Pattern[str]:
-    """The separator of the documents: the marker if the file holds one, else blank lines."""
     tail = ""
     for text in _text(path):
         if MARKER in tail + text:
@@ -191,8 +181,7 @@ def _separator(path: Path) -> re.Pattern[str]:
 
 
 def _records(path: Path) -> Iterator[str]:
-    """The documents of a JSON Lines file."""
-    with _open_text(path) as file:  # whose lines end in \n only: inside JSON, U+2028 and its like are text
+    with _open_text(path) as file:  # readline ends lines at \n only: in JSON, U+2028 and its like are text
         for number, line in enumerate(iter(lambda: file.readline(MAX_RECORD + 1), ""), 1):
             if len(line) > MAX_RECORD:
                 size = f"over {MAX_RECORD >> 20} million characters"
@@ -202,7 +191,7 @@ def _records(path: Path) -> Iterator[str]:
             try:
                 record = json.loads(line)
                 document = record["text"] if "text" in record else record["story"]
-                document.encode()  # JSON can spell lone surrogates, which are not valid Unicode
+                document.encode()  # JSON can hold lone surrogates, which are not valid Unicode
             except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
                 message = f'its line {number} is not a JSON object with a string of Unicode text as "text" or "story"'
                 raise ValueError(message) from None
@@ -210,7 +199,7 @@ def _records(path: Path) -> Iterator[str]:
 
 
 def _bounded(document: str) -> Iterator[str]:
-    """The stripped document in pieces of at most MAX_DOCUMENT characters, without endless words; none of a blank."""
+    """Non-empty pieces of the document, stripped, of at most MAX_DOCUMENT characters and without endless words."""
     while len(document) > MAX_DOCUMENT:
         piece, document = _cut(document)
         yield from _broken(piece)
@@ -218,8 +207,8 @@ def _bounded(document: str) -> Iterator[str]:
 
 
 def _broken(text: str) -> Iterator[str]:
-    """The text, stripped, with runs of MAX_RUN characters or more cut before 2 * MAX_RUN: the time to train BPE grows
-    with the square of the longest word, and an endless line of one letter is one word."""
+    """`text`, stripped and cut so that runs stay below 2 * MAX_RUN characters: the time to train BPE grows with the
+    square of the longest word, and an endless line of one letter is one word."""
     ends = [end for end in range(MAX_RUN, len(text), MAX_RUN) if UNBROKEN.fullmatch(text, end - MAX_RUN, end)]
     pieces = (text[start:end].strip() for start, end in itertools.pairwise([0, *ends, len(text)]))
     yield from filter(None, pieces)

@@ -15,24 +15,22 @@ LONGEST = 30  # words of a built-in opening
 
 
 class Openings:
-    """The openings of a run: `train` for PPO, `held_out` for evaluation. A single one is both."""
+    """`train`: openings for PPO; `held_out`: openings for evaluation. A single opening is both."""
 
     def __init__(self, texts: list[str], seed: int, per_opening: int = 1):
         self.seed, self.per_opening = seed, per_opening
         self.held_out = texts[HELD_OUT - 1 :: HELD_OUT] or texts[-1:]
-        if texts == builtin_openings():  # of which twenty would be too few to tell two students apart
+        if texts == builtin_openings():  # every tenth would be too few to tell two students apart
             self.held_out = texts[BUILTIN:]
         self.train = [text for text in texts if text not in self.held_out] or texts
 
     def __getitem__(self, index: int) -> str:
-        """The opening of story `index`. `per_opening` consecutive stories share one, and every opening is used once
-        before any is used again, in an order drawn from the seed."""
+        """The opening of story `index`, one per `per_opening` stories; each epoch has all of them in a random order."""
         epoch, place = divmod(index // self.per_opening, len(self.train))
         return self.train[_order(len(self.train), self.seed, epoch)[place]]
 
     def new_words(self, first_index: int, count: int, repeated: bool = False) -> int:
-        """Number of words in the openings that these stories are the first to use: each opening counts once, or, if
-        `repeated`, once for each story."""
+        """Words in openings that these stories are the first to use; with `repeated`, in each story's opening."""
         if repeated:
             return sum(len(self[index].split()) for index in range(first_index, first_index + count))
         first, end = (-(-index // self.per_opening) for index in (first_index, first_index + count))
@@ -47,7 +45,7 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def load_openings(name: str) -> list[str]:
-    """The distinct openings of `builtin`, of a file with one per line (UserError if it has none), or `name` itself."""
+    """Distinct openings: the built-in ones, the lines of a file (UserError if it has none), or `name` itself."""
     if name == "builtin":
         return builtin_openings()
     path = Path(name)
@@ -65,8 +63,8 @@ def load_openings(name: str) -> list[str]:
 
 @functools.cache
 def builtin_openings() -> list[str]:
-    """The first sentences of the grammar's stories, up to the hero's name: who, often where, and the problem. They are
-    drawn with another seed than the corpus, so the student was not trained on their continuations."""
+    """First sentences of the grammar's stories, up to the hero's name: who, often where, and the problem. Their seed is
+    not the corpus's, so the student was not trained on their continuations."""
     rng = random.Random("openings")
     openings: dict[str, None] = {}
     while len(openings) < BUILTIN + BUILTIN_HELD_OUT:

@@ -1,7 +1,5 @@
-"""A tokenized corpus with exact word counts: memory-mapped arrays, built once and cached.
-
-A folder of shards holds tokenizer.json, manifest.json with the hashes of all other files, which are checked whenever it
-is opened, and three raw little-endian arrays for each of train and val:
+"""A tokenized corpus with exact word counts: memory-mapped arrays, built once. A folder holds tokenizer.json,
+manifest.json (hashes of the other files, checked at each opening) and three little-endian arrays for train and for val:
 
     NAME.tokens   uint16 (uint32 if the vocabulary is over 65 536)  the tokens of every document, each ending in `</s>`
     NAME.words    uint8   per token, the number of words that begin in it
@@ -35,7 +33,7 @@ PARTS = ("tokens", "words", "offsets")
 SPLITS = ("train", "val")
 FILES = ("tokenizer.json", *(f"{name}.{part}" for name in SPLITS for part in PARTS))
 BATCH = 1 << 19  # characters that one thread encodes at a time
-MAX_THREADS = 16  # more would wait for the thread that reads, and each needs about 20 MB
+MAX_THREADS = 16  # more would wait for the reading thread, and each needs about 20 MB
 
 # str.split() splits at exactly the characters for which str.isspace() is true.
 IS_SPACE = np.zeros(sys.maxunicode + 1, dtype=bool)
@@ -44,8 +42,7 @@ IS_SPACE[[c for c in range(sys.maxunicode + 1) if chr(c).isspace()]] = True
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One split: `tokens` (n,) uint16 or uint32, `words` (n,) uint8, `offsets` (documents + 1,) int64. `len()`: the
-    number of tokens."""
+    """One split. tokens: (n,) uint16 or uint32; words: (n,) uint8; offsets: (documents + 1,) int64. len() is n."""
 
     tokens: np.ndarray
     words: np.ndarray
@@ -61,7 +58,7 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits of a tokenized corpus; path: its folder of shards."""
+    """Both splits of a tokenized corpus. path: its folder."""
 
     tokenizer: Tokenizer
     train: TokenFile
@@ -78,14 +75,10 @@ def prepare(
     cache: str | os.PathLike[str] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Dataset:
-    """The tokenized corpus, from `cache` (default: cache_dir()/shards) or built there.
-
-    Whether a document is held out for validation depends only on `seed` and its index: about `val_fraction` of them
-    are, at least one and never the first; with `val_fraction` 0 none. A tokenizer of up to `vocab_size` tokens is
-    trained on the training split, unless one is given (then `vocab_size` is ignored). If two processes build it at
-    once, the slower one uses the result of the other. Raises UserError if the cache cannot be written or is damaged, or
-    if the corpus is a single document.
-    """
+    """The tokenized corpus, from `cache` (default: cache_dir()/shards) or built there. About `val_fraction` of the
+    documents are held out for validation: at least one unless it is 0, never the first, chosen by `seed` and index
+    alone. Without a `tokenizer`, one of up to `vocab_size` tokens is trained on the training split. Several processes
+    may build at once. Raises UserError for a damaged or unwritable cache, and for a single document."""
     root = Path(cache) if cache is not None else cache_dir() / "shards"
     key = [FORMAT, corpus.fingerprint(), tokenizer.fingerprint() if tokenizer else vocab_size, val_fraction, seed]
     path = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
@@ -108,7 +101,7 @@ def prepare(
 def _build(
     folder: Path, corpus: Corpus, vocab_size: int, val_fraction: float, seed: int, tokenizer: Tokenizer | None
 ) -> None:
-    """Write a folder of shards, in two passes over the corpus: train the tokenizer and measure, then encode."""
+    """Write a folder of shards in two passes over the corpus: train the tokenizer and measure, then encode."""
     count, characters, smallest = 0, 0, 1.0
 
     def training_documents() -> Iterator[str]:
@@ -152,14 +145,14 @@ def _build(
 
 
 def _uniform(seed: int, index: int) -> float:
-    """A draw from [0, 1) that depends on (seed, index) only; 2 for the first document, which is never held out."""
+    """A draw from [0, 1), a function of (seed, index); 2 for the first document, which is never held out."""
     if index == 0:
         return 2.0
     return int.from_bytes(hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest(), "little") / 2**64
 
 
 def _batches(documents: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, list[str]]]:
-    """Batches of about BATCH characters, each from one split, in the order of that split."""
+    """Batches of about BATCH characters, each from one split, in its order."""
     batches, sizes = {False: list[str](), True: list[str]()}, Counter[bool]()
     for is_val, document in documents:
         batches[is_val].append(document)
@@ -171,17 +164,14 @@ def _batches(documents: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, list
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens of the documents, each followed by `</s>`, and the number of words that begin in each token.
-
-    Returns tokens (n,) uint32, words (n,) uint8, and lengths (documents,) int64 in tokens. Words are those of
-    str.split(); a word begins in the token that holds the first byte of its first character.
-    """
+    """Encode documents, each followed by `</s>`. Returns tokens (n,) uint32; words (n,) uint8, the number of
+    str.split() words whose first byte is in each token; and lengths (documents,) int64, in tokens."""
     eos = np.array([tokenizer.eos], dtype=np.uint32)
     arrays = [tokenizer.encode_array(document) for document in documents]
     lengths = np.array([len(array) + 1 for array in arrays], dtype=np.int64)
     tokens = np.concatenate([part for array in arrays for part in (array, eos)])
 
-    text = "\n".join([*documents, ""])  # one white-space byte after each document, in the place of its </s>
+    text = "\n".join([*documents, ""])  # one white-space byte after each document stands for its </s>
     codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     space = IS_SPACE[codes]
     begins = ~space  # whether a word begins with this character
@@ -197,7 +187,6 @@ def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, 
 
 
 def _append(folder: Path, name: str, tokenizer: Tokenizer, *arrays: np.ndarray) -> None:
-    """Append tokens, words and offsets to the files of a split."""
     for part, dtype, array in zip(PARTS, _dtypes(tokenizer), arrays, strict=True):
         with open(folder / f"{name}.{part}", "ab") as file:
             file.write(array.astype(dtype).data)
@@ -208,7 +197,7 @@ def _dtypes(tokenizer: Tokenizer) -> tuple[str, str, str]:  # of PARTS
 
 
 def _open(path: Path) -> Dataset:
-    """The dataset in a folder of shards. Raises UserError if a file is damaged, rather than train on it silently."""
+    """Open a folder of shards. Raises UserError if a file is damaged."""
     try:
         require_whole(path, FILES)
     except UserError as error:

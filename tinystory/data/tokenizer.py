@@ -1,9 +1,6 @@
-"""Byte-level BPE: trained by `tokenizers`, saved as its tokenizer.json, applied by `tiktoken`.
-
-Both give the same ids. `tokenizers` merges only the pairs that it learned, in order; `tiktoken` merges any two
-neighbours whose union has the lowest rank. For ranks from BPE training the two rules agree: a span of bytes is merged
-in the same way wherever it occurs, so a token can only be produced by the merge that created it.
-"""
+"""Byte-level BPE, trained by `tokenizers`, saved as its tokenizer.json, applied by `tiktoken`. Both give the same ids:
+`tokenizers` applies the learned merges in order, `tiktoken` merges the neighbours whose union has the lowest rank. For
+ranks from BPE training these agree: bytes merge alike everywhere, so only a token's own merge can produce it."""
 
 import hashlib
 import json
@@ -22,7 +19,7 @@ from tinystory.run.errors import UserError
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4
 END_NAMES = ("</s>", "<|endoftext|>")  # ours; GPT-2's
-MAX_TOKEN_BYTES = 128  # so that the count of words that begin in one token fits in a byte (see shards.py)
+MAX_TOKEN_BYTES = 128  # so that the number of words that begin in a token fits in a byte (shards.py)
 
 # GPT-2's split (Radford et al. 2019), in the form that tiktoken publishes for its encoding "gpt2": possessive, so that
 # it never backtracks. `tokenizers` has the same split built into pre_tokenizers.ByteLevel.
@@ -37,15 +34,11 @@ BYTE_OF_CHAR = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enu
 
 class Tokenizer:
     """Encodes any Unicode text and decodes ids. Text like "</s>" in a document is encoded as ordinary bytes.
-
-    `vocab_size` includes the special tokens, of which `bos`, `pad` and `eos` are used; in a foreign vocabulary without
-    `<s>` or `<pad>` the end token takes their role. `token_bytes[i]` holds the bytes of id i (empty for special
-    tokens), `token_sizes` (vocab_size,) int64 their number.
-    """
+    `vocab_size` includes special tokens; `bos` and `pad` are `eos` in a foreign vocabulary without them.
+    token_bytes[i]: bytes of id i, empty for special tokens; token_sizes: (vocab_size,) int64, their lengths."""
 
     def __init__(self, json_text: str):
-        """json_text: a tokenizer.json for byte-level BPE with GPT-2's split, as `train` makes. Raises ValueError,
-        KeyError or TypeError for any other."""
+        """json_text: byte-level BPE with GPT-2's split. Raises ValueError, KeyError or TypeError for any other."""
         self.json = json_text
         self.token_bytes, self.specials = _token_bytes(json.loads(json_text))
         specials = self.specials
@@ -61,8 +54,8 @@ class Tokenizer:
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A tokenizer of up to `vocab_size` tokens, trained on a stream; memory grows with the distinct words only. A
-        corpus with too few repeated pairs yields fewer tokens, with one line on stderr."""
+        """Train up to `vocab_size` tokens on a stream; memory grows with the distinct words only. A corpus with too few
+        repeated pairs yields fewer tokens, with one line on stderr."""
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
@@ -87,7 +80,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Read a tokenizer.json. Raises UserError if it is missing, malformed or of another kind."""
+        """Raises UserError if the tokenizer.json is missing, malformed or of another kind."""
         try:
             return cls(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -97,7 +90,6 @@ class Tokenizer:
             ) from None
 
     def fingerprint(self) -> str:
-        """Hex digest of the vocabulary and how it is applied."""
         return hashlib.sha256(self.json.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -108,12 +100,12 @@ class Tokenizer:
         return self._bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; special tokens are dropped, and bytes that are not UTF-8 (part of a character) become U+FFFD."""
+        """The text. Special tokens are dropped; bytes that are not UTF-8 (part of a character) become U+FFFD."""
         return b"".join(self.token_bytes[id] for id in ids).decode("utf-8", errors="replace")
 
 
 def _token_bytes(spec: dict[str, Any]) -> tuple[list[bytes], dict[str, int]]:
-    """The bytes of each id, and the ids of the special tokens. Raises ValueError with the first unsupported setting."""
+    """Bytes of each id, and ids of the special tokens. Raises ValueError with the first unsupported setting."""
     model, split = spec["model"], spec["pre_tokenizer"]
     if model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback") or model.get("ignore_merges"):
         raise ValueError("its model is not plain BPE")

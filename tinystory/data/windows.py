@@ -1,9 +1,6 @@
-"""Training sequences: documents packed whole, or a stream of them cut every `context` tokens.
-
-In a stream most sequences begin in the middle of a story, with characters that were introduced before it. With packing,
-only documents longer than a sequence are cut (Ding et al. 2024, arXiv 2404.10830), and a student trained on as many
-words tells better stories (docs/results.md).
-"""
+"""Training sequences: documents packed whole, or a stream of them cut every `context` tokens. In a stream most
+sequences begin in the middle of a story. With packing, only documents longer than a sequence are cut (Ding et al. 2024,
+arXiv 2404.10830), and a student trained on as many words tells better stories (docs/results.md)."""
 
 from bisect import bisect_left, insort
 
@@ -15,7 +12,7 @@ from tinystory.run.errors import UserError
 
 
 class Windows:
-    """Sequences of `context` + 1 tokens, inputs and shifted targets, shuffled anew in each epoch."""
+    """Sequences of `context` + 1 tokens, inputs and shifted targets, reshuffled in each epoch."""
 
     def __init__(self, file: TokenFile, context: int, batch_size: int, seed: int, packing: str):
         """packing: "whole" or "stream". Raises UserError for a file shorter than one sequence."""
@@ -26,21 +23,19 @@ class Windows:
                 "take a larger corpus or a shorter context"
             )
         self.pieces = pieces(file, context, packing)
-        if packing == "stream":  # the last piece is shorter
+        if packing == "stream":  # drop the last, shorter piece
             self.pieces = self.pieces[self.pieces[:, 1] - self.pieces[:, 0] == context]
         self.epoch, self.order = 0, self._shuffled(0)
         self.count = len(self.order)  # the same in every epoch: it depends on the lengths alone
 
     def batch(self, number: int) -> tuple[torch.Tensor, int]:
-        """Batch `number`, the same at each call: tokens, (batch_size, context + 1) int64, and the number of words that
-        start in its inputs."""
+        """Batch `number`: tokens (batch_size, context + 1) int64, and the number of words that begin in its inputs."""
         at = np.stack([self._places(number * self.batch_size + i) for i in range(self.batch_size)])
         words = int(self.file.words[at[:, :-1]].sum(dtype=np.int64))
         return torch.from_numpy(self.file.tokens[at].astype(np.int64)), words
 
     def _places(self, index: int) -> np.ndarray:
-        """(context + 1,) int64: positions of a sequence's tokens in the file. Room that its pieces leave is filled with
-        the tokens that follow the last piece in the file."""
+        """(context + 1,) int64: token positions of a sequence in the file; those after its last piece fill it up."""
         epoch, place = divmod(index, self.count)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, self._shuffled(epoch)
@@ -55,7 +50,7 @@ class Windows:
 
 def pieces(file: TokenFile, context: int, packing: str) -> np.ndarray:
     """(n, 3) int64: begin and end of each piece in the file, and whether a document begins with it. Documents are cut
-    every `context` tokens; "stream" cuts the file as one document, without its first token."""
+    every `context` tokens; "stream" treats the file, without its first token, as one document."""
     bounds = file.offsets if packing == "whole" else np.array([1, len(file)])
     counts = -(-np.diff(bounds) // context)
     document = np.repeat(np.arange(len(counts)), counts)
@@ -65,9 +60,9 @@ def pieces(file: TokenFile, context: int, packing: str) -> np.ndarray:
 
 
 def pack(pieces: np.ndarray, context: int, order: np.ndarray) -> list[list[int]]:
-    """Sequences of up to `context` tokens, as lists of pieces, by best-fit decreasing: the longest piece first, each
-    into the sequence with the least sufficient room. `order`, (n,) int64, breaks ties and is the order of the sequences
-    and of the pieces within them, except that pieces from the middle of a document go first."""
+    """Pack pieces into sequences of up to `context` tokens by best-fit decreasing: the longest piece first, each into
+    the sequence with the least sufficient room. Returns lists of piece indices. order: (n,) int64, breaks ties and
+    orders the sequences and the pieces within them, except that pieces from the middle of a document come first."""
     rank = np.argsort(order)
     lengths = pieces[:, 1] - pieces[:, 0]
     by_room: list[list[list[int]]] = [[] for _ in range(context + 1)]
@@ -90,6 +85,6 @@ def pack(pieces: np.ndarray, context: int, order: np.ndarray) -> list[list[int]]
 
 
 def places(sequence: np.ndarray) -> np.ndarray:
-    """(tokens + 1,) int64: positions of the pieces' tokens in the file, preceded by that of the token before them (-1,
-    the last token of the file and also `</s>`, before the first document)."""
+    """(tokens + 1,) int64: positions of the pieces' tokens in the file, after that of the preceding token (-1 before
+    the first document: the file's last token, also `</s>`)."""
     return np.concatenate([sequence[:1, 0] - 1, *(np.arange(begin, end) for begin, end, _ in sequence)])
