@@ -80,8 +80,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> None:
-    """Print how a teacher, and --reader, score stories of known quality. Raises UserError if the teacher's judgement is
-    below what is required."""
+    """Print how a teacher and --reader score stories of known quality. Raises UserError below --require-judgement."""
     judges: dict[str, GradeKnown] = {name: grade}
     if options.reader:
         reader = Reader(options.reader)
@@ -99,14 +98,14 @@ def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> No
 
 
 def builtin_scores(names: list[str]) -> GradeKnown:
-    """The built-in teacher, fitted to a corpus without the documents among which known stories are drawn."""
+    """The built-in teacher, fitted to a corpus without the documents that known stories are drawn from."""
     files = [name for name in names if name not in BUILTIN]
     rubric = Rubric.from_corpus(islice(open_corpus(files or ["builtin"]).mixed(), DOCUMENTS if files else 0, None))
     return lambda stories: [sum(rubric.score(*story).values()) / 9 for story in stories]
 
 
 def machine() -> Iterator[tuple[str, str]]:
-    """(component, its state), in the order in which one needs them."""
+    """(component, state) in the order in which one needs them."""
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "torch", torch.__version__
     yield "packages", ", ".join(f"{name} {version(name)}" for name in PACKAGES)
@@ -141,7 +140,6 @@ def compiler() -> str:
 
 
 def kernels() -> str:
-    """Whether the compiled operators are there, and if not, why."""
     try:
         if backend.from_environment() == "reference":
             return backend.REFERENCE
@@ -158,7 +156,6 @@ def kernels() -> str:
 
 
 def cache() -> str:
-    """The cache's folder, and the room on its disk."""
     try:
         folder = cache_dir()
     except UserError as error:

@@ -3,8 +3,7 @@
     python scripts/prepare_data.py --corpus builtin
     python scripts/prepare_data.py --corpus tales.txt.gz more.jsonl --vocab-size 16000
 
-train_pretrain.py does the same at its start, or uses the result of this script if --corpus, --vocab-size,
---val-fraction and --seed are the same.
+train_pretrain.py does the same, or uses the result if its --corpus, --vocab-size, --val-fraction and --seed are equal.
 """
 
 import argparse

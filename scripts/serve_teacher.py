@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         rubric = Rubric.from_corpus(documents, bar.update)
     message = f"this teacher is a rubric, a stand-in for an LLM, fitted to {names} in {time.monotonic() - start:.1f} s"
     print(message, file=sys.stderr, flush=True)
-    if options.die_with_parent:  # whose threads wait for each other, so one without a core stops all
+    if options.die_with_parent:  # the parent's threads wait for each other: one without a core stops all
         os.nice(NICENESS)  # not before: the parent waits until the teacher is fitted
         if os.getsid(0) == os.getpid():  # Linux divides cores among sessions first, and this one is no terminal's
             with contextlib.suppress(OSError):

@@ -6,8 +6,7 @@
     python scripts/teach.py --compare                which of two stories is better, without knowing which is which:
     python scripts/evaluate.py --compare runs/interact --teacher-url ...
 
-Keys 0 to 3 grade; B goes back, S skips, P pauses. Every grade is kept in --grades as it is given, and no story is asked
-about twice.
+Keys 0 to 3 grade; B goes back, S skips, P pauses. Each grade is saved in --grades at once and never asked for again.
 """
 
 import argparse
