@@ -76,7 +76,7 @@ def ramp(x: float | np.ndarray, zero: float, one: float) -> float:
 
 
 class Rubric:
-    """Measures stories against a corpus, deterministically."""
+    """Measures stories against a corpus, deterministically: equal texts get equal scores."""
 
     def __init__(self, stories: list[list[str]], examples: list[list[str]], done: Callable[[], object] = lambda: None):
         """stories: tokenized stories to count in; examples: held-out ones, which set the scales; done: called after

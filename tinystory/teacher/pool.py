@@ -67,8 +67,8 @@ class ServerPool:
         self, request: Callable[[Endpoint], Awaitable[T]], deadline: float | None = None, exists: bool = True
     ) -> tuple[T, Endpoint, float]:
         """Send a request, retrying after transient failures. Returns the result, the server, and the story's deadline
-        (set by its first request) for the next one. Raises Failure when giving up; unless `exists`, once nothing
-        answers."""
+        (set by its first request) for the next one. Raises Failure when giving up. exists: whether the server is known
+        to exist; if not, getting no answer is not retried."""
         failures = timeouts = 0
         while True:
             async with self.slot(first=deadline is not None) as endpoint:

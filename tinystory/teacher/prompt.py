@@ -176,8 +176,8 @@ def instructions(template: Template = DEFAULT) -> str:
 
 
 def render(opening: str, story: str, *, fence: str, template: Template = DEFAULT) -> list[dict]:
-    """Chat messages that ask for one story's scores. Both texts are cleaned. A user's own messages have no fence, and
-    are filled in once, so braces in a story stay text. Raises ValueError if the fence is not one line or is in a
+    """Chat messages that ask for one story's scores, both texts cleaned. A user's own messages have no fence, and are
+    filled in once, so braces in a story stay text. Raises ValueError if the fence is not one line or occurs in a
     text."""
     if template.user:
         texts = {"{opening}": clean(opening), "{story}": clean(story)}

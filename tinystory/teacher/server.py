@@ -32,8 +32,8 @@ logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_i
 
 @contextlib.asynccontextmanager
 async def listening(application: web.Application, port: int = 0) -> AsyncIterator[str]:
-    """Serve on 127.0.0.1 during the block; yields the URL. port: 0 takes a free one. Raises UserError if it is
-    taken."""
+    """Serve on 127.0.0.1 during the block; yields the URL without a path. port: 0 takes a free one. Raises UserError if
+    the port is taken."""
     # A handler is cancelled when its client hangs up, so a human sees no story for which nobody waits.
     runner = web.AppRunner(application, access_log=None, logger=logger, shutdown_timeout=1.0, handler_cancellation=True)
     await runner.setup()
