@@ -80,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def calibration(name: str, grade: GradeKnown, options: argparse.Namespace) -> None:
-    """Print how a teacher and --reader score stories of known quality. Raises UserError below --require-judgement."""
+    """Print how a teacher and --reader score known stories. Raises UserError for a judgement below
+    --require-judgement."""
     judges: dict[str, GradeKnown] = {name: grade}
     if options.reader:
         reader = Reader(options.reader)

@@ -25,7 +25,7 @@ BUILTIN = {
     "primer": (primer.tales, 400_000),
     "dull": (dull.documents, 1_150_000),
 }
-NO_STORIES = ("primer", "dull")  # corpora that no story should be measured by
+NO_STORIES = ("primer", "dull")  # corpora unfit to measure stories by
 BUILTIN_SEED = 0
 
 # Corpora on the Hub: the dataset's repository and its files, in order.

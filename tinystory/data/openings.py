@@ -25,7 +25,7 @@ class Openings:
         self.train = [text for text in texts if text not in self.held_out] or texts
 
     def __getitem__(self, index: int) -> str:
-        """The opening of story `index`, one per `per_opening` stories; each epoch has all of them in a random order."""
+        """The opening of story `index`, one per `per_opening` stories; each epoch shuffles all of them by `seed`."""
         epoch, place = divmod(index // self.per_opening, len(self.train))
         return self.train[_order(len(self.train), self.seed, epoch)[place]]
 

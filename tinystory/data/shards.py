@@ -192,7 +192,7 @@ def _append(folder: Path, name: str, tokenizer: Tokenizer, *arrays: np.ndarray) 
             file.write(array.astype(dtype).data)
 
 
-def _dtypes(tokenizer: Tokenizer) -> tuple[str, str, str]:  # of PARTS
+def _dtypes(tokenizer: Tokenizer) -> tuple[str, str, str]:  # dtypes in the order of PARTS
     return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4", "u1", "<i8"
 
 

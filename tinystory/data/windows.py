@@ -66,7 +66,7 @@ def pack(pieces: np.ndarray, context: int, order: np.ndarray) -> list[list[int]]
     rank = np.argsort(order)
     lengths = pieces[:, 1] - pieces[:, 0]
     by_room: list[list[list[int]]] = [[] for _ in range(context + 1)]
-    rooms: list[int] = []  # sorted: those with a sequence
+    rooms: list[int] = []  # rooms that some sequence has, sorted
     for piece in order[np.argsort(-lengths[order], kind="stable")].tolist():
         length = int(lengths[piece])
         at = bisect_left(rooms, length)

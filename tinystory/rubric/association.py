@@ -8,7 +8,7 @@ from tinystory.rubric.lexicon import Lexicon
 from tinystory.rubric.ngram import BOUNDARY, lookup
 
 CORPUS_WINDOW = 200  # tokens; words further apart are not counted as a pair
-WINDOW = 90  # tokens of a text whose words are paired; more words per window make looser pairs
+WINDOW = 90  # tokens of a text whose words are paired; pairs in longer windows are less related
 FEWEST_WORDS = 4  # distinct content words that a text must have to be measured
 
 _triu_indices = functools.cache(np.triu_indices)

@@ -10,7 +10,7 @@ from tinystory.run.errors import UserError
 from tinystory.run.paths import ROOT
 
 FOLDER = next((f for f in ("scripts", "tinystory_scripts") if (ROOT / f / "serve_teacher.py").exists()), "scripts")
-SCRIPT = ROOT / FOLDER / "serve_teacher.py"  # of a clone, or of an installed wheel
+SCRIPT = ROOT / FOLDER / "serve_teacher.py"  # in a clone or an installed wheel
 READY = "listening on "
 
 

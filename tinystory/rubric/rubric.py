@@ -53,7 +53,7 @@ MAX_PASSAGE = 600  # tokens; a longer document counts as several stories
 MAX_STORY = 1000  # tokens of a story that are measured; the student writes about a hundred
 EXCERPT = 90  # tokens per story that sets the scales: about as many as the student writes
 HELD_OUT = 200  # stories held out to set the scales, one in sixteen
-PARTS = 8  # of fitting, for a progress bar
+PARTS = 8  # steps of fitting, for a progress bar
 
 TROUBLE = frozenset(
     (

@@ -30,8 +30,8 @@ from tinystory.teacher.prompt import Question, clean, fence, render
 
 PROBE = "probe "  # prefix of a probe's key in the cache
 HUMAN = "human"  # the model's name if a human grades (scripts/teach.py)
-PATIENCE_S = 3 * 86_400.0  # time limit of a human
-SILENCE_S = 60.0  # of waiting, after which progress is printed
+PATIENCE_S = 3 * 86_400.0  # time limit for a human
+SILENCE_S = 60.0  # seconds of waiting before progress is printed
 STORY_WORDS = 80  # length of a story in a forecast
 TOKENS_PER_WORD = 1.4  # English stories have 1.2 to 1.4 tokens per word under the tokenizers of common models
 
@@ -133,7 +133,8 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
         self.sent[self.pending[index]] = self.submit(self.pending[index])
 
     def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
-        """If too many are unscored, those with replies from an earlier process are regraded: it may be fixed now."""
+        """If too many are unscored, those whose replies came from an earlier process are asked about again: the teacher
+        may have been fixed."""
         sent = [self.sent.pop(each) if each in self.sent else self.submit(each) for each in questions]
         grades = self._wait(sent, stop)
         if too_few_scores(grades, self.max_unscored):
@@ -247,7 +248,7 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
         return any(parse_scores(reply.text, self.template.names) for _, reply in self._cache.items())
 
     async def _grade(self, question: Question, afresh: bool) -> Grade:
-        """Each attempt takes a reply from the cache, or asks for one and caches it, and parses it."""
+        """Take each attempt's reply from the cache, or ask for it and cache it; then parse it."""
         # After a fatal failure the other tasks are not awaited: keep asyncio from reporting their exceptions.
         task, first, cache = asyncio.current_task(), self._first, self._cache
         assert task is not None and first is not None and first.model is not None and first.probe is not None

@@ -122,7 +122,7 @@ class Endpoint:
     absences: int = 0  # checks for its return since then
 
     def max_tokens(self, names: Sequence[str], form: Probe | None = None) -> int:
-        """Token limit of a reply with scores for `names`. form: default, the server's probe."""
+        """Token limit of a reply with scores for `names`. form: the server's probe by default."""
         form = form or self.probe
         return max(self.options.max_tokens, json_tokens(names) if form is not None and form.held_to == "json" else 0)
 

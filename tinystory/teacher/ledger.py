@@ -20,7 +20,7 @@ class Ledger:
         self.largest_in = 0  # upper bound on the tokens of the longest prompt so far
         # Keys: tokens_in and tokens_out (reported, else reserved), requests, failures, retries, cached.
         self.total = Counter(tokens_in=paid[0], tokens_out=paid[1])
-        self._before = self.total.copy()  # at the last `stats`
+        self._before = self.total.copy()  # `total` at the last `stats`
         self._seconds: list[float] = []  # durations of the answered requests since the last `stats`
 
     def price(self, tokens_in: float, tokens_out: float) -> float:

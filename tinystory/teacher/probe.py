@@ -25,7 +25,7 @@ QUIETER: tuple[dict[str, Any], ...] = (
     {"reasoning_effort": "minimal"},
     {"reasoning_effort": "low"},
 )
-THINKING_TOKENS = 4096  # limit of a reply if none of them works
+THINKING_TOKENS = 4096  # token limit of a reply if none of them works
 LEAST = re.compile(r"(?:>=|at least|minimum (?:value )?(?:of|is)|greater than or equal to)\D{0,12}([0-9]{1,3})\b")
 # Pattern in an error message -> fields of the form to change.
 REMEDIES: tuple[tuple[re.Pattern, Callable[[Probe, re.Match], dict[str, Any]]], ...] = (
