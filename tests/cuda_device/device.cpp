@@ -35,6 +35,7 @@ thread_local int64_t current_stream = 0;
 struct Block {
   size_t size;
   int64_t pool, stream, generation;  // the generation counts allocations, so that a reused block is another one
+  int64_t born;                      // counts blocks that the system gave, so that no two are one at one address
   bool live;
 };
 
@@ -45,9 +46,9 @@ struct Memory {
   std::map<Address, Block> blocks;
   std::map<std::tuple<int64_t, int64_t, size_t>, std::vector<Address>> free;
   std::map<Address, size_t> pinned;
-  std::vector<std::pair<Address, size_t>> released;  // to the system, and the machine has not heard of it
+  std::vector<int64_t> released;  // `born` of blocks that are the system's again, of which the machine has not heard
   size_t allocated = 0, peak = 0, reserved = 0;
-  int64_t generations = 0;
+  int64_t generations = 0, births = 0;
   int64_t capturing = -1, capture_pool = 0;  // a stream that is captured allocates from its graph's pool
   std::map<Address, std::string> before_capture;
 } memory;
@@ -65,7 +66,7 @@ void free_block(void* p) {
   memory.allocated -= b.size;
   if (b.pool == 0 && memory.capturing < 0 && memory.reserved - memory.allocated > kCached) {
     memory.reserved -= b.size;
-    memory.released.emplace_back(Address(p), b.size);
+    memory.released.push_back(b.born);
     memory.blocks.erase(Address(p));
     std::free(p);
     return;
@@ -85,11 +86,13 @@ struct DeviceAllocator final : c10::Allocator {
     if (list.empty()) {
       list.push_back(Address(std::aligned_alloc(kBlock, size)));
       memory.reserved += size;
+      memory.blocks[list.back()].born = ++memory.births;
     }
     void* p = reinterpret_cast<void*>(list.back());
     list.pop_back();
     std::memset(p, kPoison, size);
-    memory.blocks[Address(p)] = {size, pool, current_stream, ++memory.generations, true};
+    Block& b = memory.blocks.at(Address(p));
+    b = {size, pool, current_stream, ++memory.generations, b.born, true};
     memory.allocated += size;
     memory.peak = std::max(memory.peak, memory.allocated);
     return {p, p, &free_block, kDevice};
@@ -122,13 +125,13 @@ bool is_pinned(Address at) {
   return it != memory.pinned.end() && at < it->first + it->second;
 }
 
-// (address, size, pool, generation, whether it is live) of the block that holds this address, if one does.
-std::optional<std::tuple<Address, size_t, int64_t, int64_t, bool>> block_of(Address at) {
+// (address, size, pool, generation, whether it is live, born) of the block that holds this address, if one does.
+std::optional<std::tuple<Address, size_t, int64_t, int64_t, bool, int64_t>> block_of(Address at) {
   const std::lock_guard lock(memory.mutex);
   const auto it = containing(memory.blocks, at);
   if (it == memory.blocks.end() || at >= it->first + it->second.size) return {};
   const Block& b = it->second;
-  return std::tuple(it->first, b.size, b.pool, b.generation, b.live);
+  return std::tuple(it->first, b.size, b.pool, b.generation, b.live, b.born);
 }
 
 // Kernels run while they are captured, which tells their results' shapes; afterwards all memory is as it was.

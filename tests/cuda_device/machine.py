@@ -56,8 +56,8 @@ class Machine:
     def __init__(self) -> None:
         self.clocks: dict[int, Clock] = {}
         self.host: Clock = {}
-        # Per block of memory, its address and size: the time of each stream's last read and last write of each cell.
-        self.touched: dict[tuple[int, int], tuple[dict[int, np.ndarray], dict[int, np.ndarray]]] = {}
+        # Per block of memory, by `born`: the time of each stream's last read and last write of each cell.
+        self.touched: dict[int, tuple[dict[int, np.ndarray], dict[int, np.ndarray]]] = {}
         # Copies under way between the device and pinned memory: (stream, time, the pinned tensor, its value).
         self.downloads: list[tuple[int, int, Tensor, Tensor]] = []
         self.uploads: list[tuple[int, int, Tensor, Tensor]] = []
@@ -119,12 +119,11 @@ class Machine:
         block = device.block_of(x.untyped_storage().data_ptr()) if x.numel() else None
         if block is None:
             return
-        stream, (base, size, *_) = device.stream(), block
-        if (base, size) not in self.touched:
+        stream, (base, size, *_, born) = device.stream(), block
+        if born not in self.touched:
             for gone in device.released():
                 self.touched.pop(gone, None)
-            self.touched[base, size] = {}, {}
-        reads, writes = self.touched[base, size]
+        reads, writes = self.touched.setdefault(born, ({}, {}))
         at = cells(x, base, index)
         for verb, others in (("written", writes), ("read", reads)) if write else (("written", writes),):
             for other, times in others.items():

@@ -131,7 +131,7 @@ class CUDAGraph:
         assert self.ended, "a graph is replayed after its capture"
         machine.replays += 1
         for base, generation in self.borrowed.items():
-            if (device.block_of(base) or ())[3:] != (generation, True):
+            if (device.block_of(base) or ())[3:5] != (generation, True):
                 machine.problem("a graph uses memory that has been freed since its capture")
         clock = machine.launch("graph")
         for kernel, (args, kwargs), outputs, accesses in self.kernels:
