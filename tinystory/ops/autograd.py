@@ -1,5 +1,4 @@
-"""Gradients implemented in Python: token_logprob's on a Mac, and linear layers' on a GPU. The others are in
-csrc/autograd.cpp."""
+"""Gradients implemented in Python: token_logprob on a Mac, linear layers on a GPU. csrc/autograd.cpp has the others."""
 
 from typing import Any  # torch's ctx takes any attribute
 
@@ -14,8 +13,8 @@ CHUNK = 1 << 24  # logits that exist at a time in `chunked_token_logprob`
 
 
 def chunked_token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """ops.token_logprob by PyTorch's matmul, which on a Mac is Accelerate, faster than our kernel. Rows are computed in
-    chunks, and again in the backward pass, so that the (N, V) logits never exist at once."""
+    """`ops.token_logprob` with PyTorch's matmul, on a Mac Accelerate, which is faster than our kernel. Rows are
+    computed in chunks, and again in the backward pass, so that the (N, V) logits never exist at once."""
     rows = max(1, CHUNK // len(weight))
     parts = zip(hidden.split(rows), targets.split(rows), strict=True)
     results = [checkpoint(reference.token_logprob, part, weight, ids, use_reentrant=False) for part, ids in parts]
@@ -23,8 +22,8 @@ def chunked_token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tu
 
 
 def lowered_linear(x: Tensor, weight: Tensor, bias: Tensor, copies: tuple[Tensor, Tensor], gelu: bool) -> Tensor:
-    """gelu(x weight^T + bias) by cuBLAS, computed with copies of weight and bias in autocast's type, which is 16-bit:
-    PyTorch would cast weight and bias at each use. The gradients are those of weight and bias."""
+    """gelu(x weight^T + bias) by cuBLAS, with 16-bit copies of weight and bias in autocast's type; PyTorch would cast
+    both at each use. The gradients are those of weight and bias."""
     x = x.to(copies[0].dtype)
     if torch.is_grad_enabled():
         return LoweredLinear.apply(x, weight, bias, *copies, gelu)
@@ -36,7 +35,7 @@ def lowered_linear(x: Tensor, weight: Tensor, bias: Tensor, copies: tuple[Tensor
 
 
 class LoweredLinear(torch.autograd.Function):
-    """`lowered_linear` with gradients. They need no cast: the GEMM for the weight's writes the float32 sums."""
+    """`lowered_linear` with gradients. The weight's needs no cast, since its GEMM writes the float32 sums."""
 
     @staticmethod
     def forward(

@@ -1,5 +1,5 @@
-"""The back-end: what runs each operator. A kernel is compiled C++ or CUDA (csrc/); on a Mac PyTorch's matmul runs three
-operators in its place (MATMULS); the reference is the operator's definition in plain PyTorch (reference.py)."""
+"""The back-end: what runs each operator. It is a compiled kernel (csrc/), on a Mac PyTorch's matmul for three operators
+(MATMULS), or the operator's definition in plain PyTorch (reference.py)."""
 
 import functools
 import os
@@ -14,14 +14,13 @@ from tinystory.run.errors import UserError
 
 REFERENCE = "TINYSTORY_KERNELS=reference: plain PyTorch runs in place of the kernels"
 
-# Operators that are nearly all matmul. In float32 on a Mac PyTorch's is Accelerate, which runs on Apple's matrix units.
+# Operators that are nearly all matmul. On a Mac PyTorch's float32 matmul is Accelerate, on Apple's matrix units.
 MATMULS = ("cross_entropy", "linear", "token_logprob")
 ACCELERATE = sys.platform == "darwin"
 
 
 def from_environment() -> str:
-    """The back-end that TINYSTORY_KERNELS chooses: "auto", "ours" (also on a Mac) or "reference". Raises UserError for
-    an unknown value."""
+    """TINYSTORY_KERNELS: "auto", "ours" (also on a Mac) or "reference". Raises UserError for another value."""
     kernels = os.environ.get("TINYSTORY_KERNELS") or "auto"
     if kernels not in ("auto", "ours", "reference"):
         raise UserError(f"TINYSTORY_KERNELS={kernels!r} is not known; unset it, or set it to 'reference' or 'ours'")
@@ -32,7 +31,6 @@ _current: str | None = None
 
 
 def current() -> str:
-    """This process's back-end."""
     global _current
     if _current is None:
         _current = from_environment()
@@ -42,7 +40,7 @@ def current() -> str:
 
 
 def run_reference(reason: str) -> None:
-    """Let plain PyTorch run every operator from now on, and say why."""
+    """Let plain PyTorch run every operator from now on; stderr says why."""
     global _current
     _current = "reference"
     print(f"tinystory: {reason}: plain PyTorch runs in place of the kernels", file=sys.stderr)
@@ -64,8 +62,7 @@ def _implementation(op: str, device: str, dtype: torch.dtype) -> str:
 
 @functools.cache
 def has_kernel(op: str, device: str) -> bool:
-    """Whether there is a kernel of the operator for this kind of device, built first if need be. If not, stderr says
-    so, once."""
+    """Whether the operator has a kernel for this kind of device, built first if need be. If not, stderr says so."""
     load()
     if device == "cuda":
         cuda.load()
@@ -77,6 +74,5 @@ def has_kernel(op: str, device: str) -> bool:
 
 
 def load() -> ModuleType | None:
-    """The Python module of the CPU kernels (csrc/module.cpp), built first if need be; None if the back-end is the
-    reference."""
+    """The module of the CPU kernels (csrc/module.cpp), built first if need be; None if the reference runs."""
     return None if current() == "reference" else build.load()

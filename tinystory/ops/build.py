@@ -1,11 +1,9 @@
-"""Compiles csrc/ for this machine through torch.utils.cpp_extension and ninja, at first use, and loads it.
+"""Compiles csrc/ for this machine with torch.utils.cpp_extension and ninja, at first use, and loads it.
 
 There are two libraries: the CPU's, which defines every operator of `torch.ops.tinystory`, and the GPU's (cuda.py),
-which is built only when a GPU is first used: so no GPU or CUDA toolkit can keep a CPU run from working.
-
-Each has a folder `cache_dir()/kernels/<name>-<key>`; the key is a hash of all that the machine code depends on, the
-sources included. A lock of the operating system guards it: unlike torch's lock file it ends with its process.
-"""
+which is built only when a GPU is first used, so that no GPU or CUDA toolkit can keep a CPU run from working. Each has a
+folder `cache_dir()/kernels/<name>-<key>`; the key is a hash of all that the machine code depends on, sources included.
+An operating-system lock guards it, which ends with its process, unlike torch's lock file."""
 
 import contextlib
 import functools
@@ -47,8 +45,7 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it war
 
 @functools.cache
 def load() -> ModuleType:
-    """The module of the CPU kernels, built first if need be, and the operators registered with torch. Raises UserError
-    if there is no C++ compiler, or with its message if it fails."""
+    """The CPU kernels' module, built first if need be; registers the operators. Raises UserError on failure."""
     module = build(NAME, cpu_sources())
     fake.register()
     return module
@@ -59,7 +56,7 @@ def cpu_sources() -> list[Path]:
 
 
 def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> ModuleType:
-    """Load a library, compiled first if need be: with `gpus`, "8.0;9.0", one for CUDA."""
+    """Load a library, compiled first if need be. gpus: compute capabilities, "8.0;9.0", of a CUDA library."""
     folder = library_folder(name, sources, gpus, toolkit)
     library = folder / f"{name}.so"
     with locked(folder):
@@ -87,8 +84,8 @@ def build(name: str, sources: list[Path], gpus: str = "", toolkit: str = "") -> 
 
 
 def renew(folder: Path) -> None:
-    """Put an empty folder in place of this one, in which compilers of a killed build may go on writing: it can then not
-    be removed, and the next build sweeps what is left."""
+    """Replace this folder by an empty one. Compilers of a killed build may still write to the old one, which a later
+    build then removes."""
     folder.rename(tempfile.mkdtemp(OLD, dir=folder.parent))
     folder.mkdir()
     for old in folder.parent.glob(f"*{OLD}"):
@@ -96,13 +93,12 @@ def renew(folder: Path) -> None:
 
 
 def intact(library: Path) -> bool:
-    """Whether a library is as it was built: one that was cut would end Python with SIGBUS."""
+    """Whether a library is as it was built: a truncated one would end Python with SIGBUS."""
     built = library.with_name("built")
     return library.exists() and built.exists() and built.read_text() == file_hash(library)
 
 
 def compiled(name: str, sources: list[Path], folder: Path, gpus: str) -> ModuleType:
-    """What ninja makes of the sources, loaded."""
     from torch.utils import cpp_extension  # here, because it takes half a second to import
 
     compiler, *flags = command()
@@ -134,8 +130,8 @@ def imported(name: str, library: Path) -> ModuleType:
 
 
 def command() -> list[str]:
-    """The C++ compiler, $CXX or the first of c++, g++, clang++, and our flags, the last of which is for threads. They
-    are for this processor, unless $CXX names another: "c++ -march=x86-64-v3"."""
+    """The C++ compiler ($CXX, or the first of c++, g++, clang++) and our flags; the last one is for threads. They are
+    for this processor, unless $CXX names another: "c++ -march=x86-64-v3"."""
     chosen = shlex.split(os.environ.get("CXX", ""))
     names = chosen[:1] or ["c++", "g++", "clang++"]
     found = [name for name in names if shutil.which(name)]
@@ -151,7 +147,7 @@ def command() -> list[str]:
 
 
 def macros(command: list[str]) -> str:
-    """What the compiler predefines, its version and the processor's instructions among it; '' if a flag is unknown."""
+    """The compiler's predefined macros, which tell its version and the instruction sets; "" for an unknown flag."""
     process = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
     return process.stdout if process.returncode == 0 else ""
 

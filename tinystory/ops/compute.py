@@ -1,4 +1,4 @@
-"""Where a run computes: the device and the dtype of its matmuls, from the options that name them."""
+"""Where a run computes: the device and the dtype of its matmuls, from --device and --dtype."""
 
 import sys
 from dataclasses import dataclass
@@ -12,8 +12,7 @@ from tinystory.run.errors import UserError
 
 @dataclass(frozen=True)
 class Compute:
-    """Where a run computes and in which dtype its matmuls are. recorded: the same for config.json, with what auto
-    meant, so that a resumed run computes as before."""
+    """recorded: device and dtype for config.json, with auto resolved, so that a resumed run computes as before."""
 
     device: torch.device
     dtype: torch.dtype
@@ -24,7 +23,7 @@ class Compute:
 
 
 def resolve(device_name: str, dtype_name: str) -> Compute:
-    """What --device and --dtype mean here. Raises UserError for what cannot be used."""
+    """Resolves --device and --dtype. Raises UserError if one cannot be used."""
     device = pick_device(device_name)
     dtype = pick_dtype(dtype_name, device)
     name = str(dtype).removeprefix("torch.") if dtype_name == "auto" else dtype_name
@@ -32,9 +31,8 @@ def resolve(device_name: str, dtype_name: str) -> Compute:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device. auto is a GPU if torch sees one and the kernels can be compiled for it, else the CPU,
-    which one line then explains. On a GPU that is too old for the kernels plain PyTorch runs, which one line says.
-    Raises UserError for a device that cannot be used."""
+    """The device of --device. auto is a GPU if torch sees one and the kernels can be compiled for it, else the CPU. A
+    GPU too old for the kernels runs plain PyTorch. stderr explains either. Raises UserError for an unusable device."""
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")

@@ -18,7 +18,7 @@ INSTEAD = f"or use --device cpu, or {build.INSTEAD}"
 
 @functools.cache
 def load() -> None:
-    """Register the CUDA kernels of the operators, built first if need be. Raises UserError where that cannot be."""
+    """Register the CUDA kernels of the operators, built first if need be. Raises UserError if they cannot be."""
     build.load()
     if why := why_not():
         raise UserError(f"{why}, {INSTEAD}")
@@ -31,7 +31,7 @@ def load() -> None:
 
 
 def why_not() -> str:
-    """The reason why the CUDA kernels cannot be compiled here, with what to do, or ''."""
+    """Why the CUDA kernels cannot be compiled here, with advice, or ""."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA: install one with it to use a GPU"
     major = torch.version.cuda.split(".")[0]
@@ -62,8 +62,8 @@ def version() -> str:
 
 
 def architectures() -> list[str]:
-    """Compute capabilities to compile for: those of the GPUs here, if they are not too old; without a GPU 8.0 and 9.0,
-    so that the kernels can be compiled. TORCH_CUDA_ARCH_LIST, which containers set for all GPUs, is not read."""
+    """Compute capabilities to compile for: the GPUs' here, if not too old; without a GPU 8.0 and 9.0, so that the
+    kernels can be compiled. TORCH_CUDA_ARCH_LIST, which containers set for all GPUs, is not read."""
     if not torch.cuda.is_available():
         return ["8.0", "9.0"]
     gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}

@@ -1,5 +1,4 @@
-"""Fake kernels of the compiled operators, for torch.compile and torch.library.opcheck: they return empty tensors of the
-results' shapes and dtypes."""
+"""Fake kernels for torch.compile and torch.library.opcheck: they return empty tensors of the right shape and dtype."""
 
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +57,7 @@ def add_layer_norm_backward(
     return torch.empty_like(total), grad_branch, torch.empty_like(weight), torch.empty_like(weight)
 
 
-# Of every operator of csrc/ops.cpp.
+# One for every operator of csrc/ops.cpp.
 FAKE_KERNELS: dict[str, Callable] = {
     "causal_attention": causal_attention,
     "causal_attention_backward": lambda grad_out, qkv, *_: torch.empty_like(qkv),
@@ -75,6 +74,6 @@ FAKE_KERNELS: dict[str, Callable] = {
 
 
 def register() -> None:
-    """Register all of them with torch. Called once, after the operators were loaded."""
+    """Register them with torch, once, after the operators are loaded."""
     for name, fake in FAKE_KERNELS.items():
         torch.library.register_fake(f"tinystory::{name}", fake)

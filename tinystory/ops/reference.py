@@ -1,8 +1,7 @@
 """The definition of each operator in plain PyTorch: any device, any float type, differentiable, slow, memory-hungry.
 
-The kernels are tested against these definitions. Random bits come from the same Philox counters as in csrc/philox.h, so
-dropout masks and sampled tokens are the same bit for bit.
-"""
+`ops` documents arguments and results. The kernels are tested against these definitions. Random bits come from the same
+Philox counters as in csrc/philox.h, so that dropout masks and sampled tokens are the same bit for bit."""
 
 import math
 
@@ -28,9 +27,7 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tens
 def decode_attention(
     qkv: Tensor, prefix: Tensor, spans: Tensor, cache: Tensor, lengths: Tensor, dropout_p: float = 0.0
 ) -> Tensor:
-    """Attention (B, H, D) of one new token per row, qkv (B, 3, H, D), to its span of the prefix (P, 2, H, D), to the
-    lengths[b] filled positions of its cache (B, T, 2, H, D) and to itself; its key and value are appended there.
-    dropout_p: on the attention weights, with torch's generator; no kernel has it."""
+    """`ops.decode_attention`. dropout_p: on the attention weights, from torch's generator; no kernel has it."""
     cache[torch.arange(len(cache), device=cache.device), lengths] = qkv[:, 1:]
     q, kv = qkv[:, 0], torch.cat([prefix.expand(len(cache), *prefix.shape), cache], 1)
     position = torch.arange(kv.size(1), device=q.device)
@@ -43,14 +40,12 @@ def decode_attention(
 
 
 def token_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of the targets and entropy under softmax(hidden weight^T), in float32 (float64 for float64)."""
     logits = hidden @ weight.to(hidden.dtype).T
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
-    """gelu(x weight^T + bias), where gelu is optional."""
     y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
 
@@ -58,7 +53,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tenso
 def add_layer_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, dropout_p: float, seed: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The sum x + dropout(branch), x without a branch, and its layer norm in dtype."""
     if branch is not None:
         x = x + (branch.to(x.dtype) * branch_mask(branch, dropout_p, seed) if dropout_p > 0 else branch)
     return x, F.layer_norm(x, weight.shape, weight, bias).to(dtype)
@@ -67,7 +61,6 @@ def add_layer_norm(
 def sample(
     logits: Tensor, seed: int, rows: Tensor, steps: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A token per row of logits (B, V), with its log-probability and the entropy before top-k and top-p."""
     if not bool((logits < math.inf).all()):
         raise RuntimeError(f"sample: logits row {int((~(logits < math.inf)).any(1).nonzero()[0])} holds NaN or +inf")
     if bool((logits == -math.inf).all(1).any()):
@@ -128,7 +121,7 @@ def branch_mask(branch: Tensor, p: float, seed: int) -> Tensor:
 
 
 def scales(words: list[Tensor], word: Tensor, byte: Tensor, p: float) -> Tensor:
-    """Per element, whose random bits are this byte of this word: 0, or the scale."""
+    """0 or 1 / (1 - p) per element, decided by byte `byte` of word `word` of its random bits."""
     threshold, bits = min(int(p * 256 + 0.5), 255), torch.stack(words)
     bits = bits.gather(0, word.expand(bits.shape[1:])[None])[0] >> (byte * 8) & 0xFF
     return (bits >= threshold).double() * (256 / (256 - threshold))
