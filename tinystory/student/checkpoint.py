@@ -1,9 +1,7 @@
 """Checkpoints: model.safetensors, model.json, tokenizer.json and the trainer state, without pickle, written atomically.
 
-A checkpoint is written under a name that starts with a dot and renamed when complete, so a kill at any instant leaves
-all earlier ones intact. `chck_3M` is a milestone in words, `step_0001200` is for resuming, and `best`, the only name
-that is used again, is what an interaction is shown by.
-"""
+They are written under dotted names and renamed when complete, so that a kill leaves all earlier ones intact. `chck_3M`
+is a milestone in words, `step_0001200` is for resuming, and `best`, which alone is replaced, is the result."""
 
 import contextlib
 import json
@@ -29,7 +27,7 @@ from tinystory.student.model import Student, StudentConfig, to_device, wrong_sha
 T = TypeVar("T")
 BEST = "best"
 OURS = re.compile(r"\.(start|best|chck_\w+|step_\d+)(\.old)?")  # checkpoints that are half-written, or half-removed
-# What `save` is given as `history`. A student may come from somebody else, who counted otherwise, or lies.
+# Types of a `history`. They are checked, because a student may come from somebody else, who counted otherwise, or lies.
 HISTORY: Fields = dict.fromkeys(
     ("words", "tokens", "corpus_words", "corpus_seed", "interaction_words_in", "interaction_words_out"), (int, None)
 )
@@ -39,8 +37,8 @@ FILES = ("model.safetensors", "model.json", "tokenizer.json", "trainer.safetenso
 
 def save(folder: Path, student: Student, tokenizer: Tokenizer, *, history: dict[str, Any],
          state: dict[str, Tensor], counters: dict[str, Any], replace: bool = False) -> Path:  # fmt: skip
-    """Write one checkpoint and return its folder. One that exists whole is left as it is, or replaced. history: for
-    model.json; state and counters: what a bit-exact resume needs. Raises UserError if it cannot be written."""
+    """Write one checkpoint and return its folder. A whole one that exists is kept, unless `replace`. history goes to
+    model.json; state and counters are what a bit-exact resume needs. Raises UserError if it cannot be written."""
     if folder.exists() and not replace:  # the same step of the same run, before a resume
         with contextlib.suppress(UserError):
             require_whole(folder, FILES)
@@ -69,8 +67,8 @@ def save(folder: Path, student: Student, tokenizer: Tokenizer, *, history: dict[
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tokenizer, dict[str, Any]]:
-    """Student, tokenizer and history ({} of a folder that transformers wrote). Raises UserError if the checkpoint is
-    incomplete or malformed, before anything is allocated that its weights do not fill."""
+    """Student, tokenizer and history ({} for a folder that transformers wrote). Raises UserError if the checkpoint is
+    incomplete or malformed, before more is allocated than its weights fill."""
     history: dict[str, Any] = {}
     if hf.is_folder(folder):
         student, tokenizer = hf.read(folder)
@@ -86,7 +84,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Tok
 
 
 def _history(folder: Path, history: object) -> dict[str, Any]:
-    """A history, as `save` was given it. Raises UserError for anything else."""
+    """The history, as given to `save`. Raises UserError if it cannot be one."""
     try:
         if not isinstance(history, dict):
             raise ValueError(f"it is {history!r:.40}")
@@ -107,7 +105,7 @@ def restore(student: Student, folder: Path) -> None:
 
 
 def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, Tensor], T]:
-    """The `state` given to `save`, and the `counters` as the dataclass that they were. Raises UserError for others."""
+    """The `state` given to `save`, and its `counters` as a `run_state`. Raises UserError if they do not fit."""
     counters, kinds = read_counters(folder), get_type_hints(run_state)
     allowed = {name: (int, float) if kind is float else (kind,) for name, kind in kinds.items()}
     if counters.keys() != kinds.keys() or any(type(value) not in allowed[name] for name, value in counters.items()):
@@ -121,12 +119,12 @@ def load_trainer(folder: Path, run_state: Callable[..., T]) -> tuple[dict[str, T
 
 
 def read_counters(folder: Path) -> dict[str, Any]:
-    """The `counters` given to `save`: at least `step`. Raises UserError if they cannot be read."""
+    """The `counters` given to `save`, at least `step`. Raises UserError if they cannot be read."""
     return read_object(folder / "trainer.json", {"step": (int,)})
 
 
 def restore_module(module: torch.nn.Module, name: str, state: dict[str, Tensor]) -> None:
-    """Load a module's parameters from a trainer's state, where they are NAME.*. Raises UserError if they do not fit."""
+    """Load a module's parameters, NAME.* in a trainer's state. Raises UserError if they do not fit."""
     try:
         module.load_state_dict({key: state[f"{name}.{key}"] for key in module.state_dict()})
     except (KeyError, RuntimeError) as error:
@@ -138,8 +136,8 @@ def does_not_fit(reason: str) -> UserError:
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """The checkpoints in a run's folder with their steps, newest first, and before them those whose step is unreadable.
-    Not `best`: it is saved before its step is logged."""
+    """A run's checkpoints with their steps, newest first; those whose step is unreadable come before, with 1 << 63.
+    Without `best`, which is saved before its step is logged."""
     steps = []
     for folder in run.glob("checkpoints/[!.]*"):
         if folder.is_dir() and folder.name != BEST:
@@ -151,13 +149,13 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def newest(run: Path) -> Path | None:
-    """The checkpoint with the most steps in a run's folder, or None."""
+    """A run's checkpoint with the most steps, or None."""
     return next((folder for step, folder in checkpoints(run) if step < 1 << 63), None)
 
 
 def newest_whole(run: Path) -> Path | None:
-    """The newest checkpoint to resume from; None if the run never reached one. One that is damaged is named on stderr
-    and passed over. Raises UserError if all are."""
+    """The newest undamaged checkpoint, to resume from, or None if the run never reached one. Damaged ones are named on
+    stderr. Raises UserError if all are damaged."""
     for _, folder in (folders := checkpoints(run)):
         try:
             require_whole(folder, FILES)
@@ -171,8 +169,8 @@ def newest_whole(run: Path) -> Path | None:
 
 
 def find(path: Path) -> Path:
-    """`path` itself if it is a checkpoint or a folder that transformers wrote, else the best checkpoint of the run in
-    it, or the newest; hub:NAME@REVISION is downloaded. Raises UserError if there is none."""
+    """`path` if it is a checkpoint or a folder that transformers wrote, else its run's best checkpoint, or the newest;
+    hub:NAME@REVISION is downloaded. Raises UserError if there is none."""
     if str(path).startswith("hub:"):
         return hf.download(str(path))
     if (path / "model.json").exists() or hf.is_folder(path):
@@ -184,15 +182,15 @@ def find(path: Path) -> Path:
 
 
 def drop_older(folder: Path) -> None:
-    """Remove the `step_*` checkpoints before `folder` but one, in case that `folder` is damaged later, and what a
-    killed process left half-written. Only for the process that writes them. (All other names sort before `step_`.)"""
+    """Remove what a killed process left half-written, and all `step_*` checkpoints before `folder` but the last, in
+    case `folder` is damaged later. Only for the process that writes them. (All other names sort before `step_`.)"""
     older = sorted(path for path in folder.parent.glob("step_*") if path.name < folder.name)
     try:
         for path in older[:-1]:
             path.rename(path.with_name("." + path.name))  # so that a kill leaves none that is half removed
         for path in folder.parent.glob(".*"):
-            if OURS.fullmatch(path.name):  # what a file manager or a network file system keeps here is not
-                shutil.rmtree(path, ignore_errors=True)  # the rest of it is removed next time
+            if OURS.fullmatch(path.name):  # not what a file manager or a network file system keeps
+                shutil.rmtree(path, ignore_errors=True)  # what is left, the next call removes
     except OSError as error:
         raise cannot_write(folder.parent, error) from error
 
@@ -205,7 +203,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """The inverse of `pack_optimizer`; other tensors in `state` are ignored. Raises UserError if one does not fit."""
+    """The inverse of `pack_optimizer`. Ignores other tensors in `state`. Raises UserError if one does not fit."""
     entries: dict[int, dict[str, Tensor]] = {}
     named = (
         (name, p, ("step", "momentum") if "muon" in group else ("step", "exp_avg", "exp_avg_sq"))
@@ -217,7 +215,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor])
             shapes = {key: () if key == "step" else p.shape for key in keys}
             entries[i] = {key: state[f"{key}.{name}"] for key in keys if f"{key}.{name}" in state}
             if {key: value.shape for key, value in entries[i].items()} != shapes:
-                raise does_not_fit(name)  # of another optimizer, or another student
+                raise does_not_fit(name)  # another optimizer's, or another student's
     optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
 
 

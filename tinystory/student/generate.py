@@ -1,8 +1,7 @@
 """`generate`: the student continues many prompts, sampled token by token with a KV cache.
 
-On a CPU the C++ engine runs the token steps, where it can; otherwise `TokenStep` does, on a GPU as a CUDA graph. A draw
-depends on (seed, story index, position) and the logits alone, so a story does not depend on the rest of its batch.
-"""
+On a CPU the C++ engine runs the token steps where it can; otherwise `TokenStep` does, on a GPU as a CUDA graph. A draw
+depends on (seed, story index, position) and the logits alone, so a story does not depend on the rest of its batch."""
 
 import random
 from collections import deque
@@ -27,7 +26,7 @@ from tinystory.student.token_step import Sampling, token_step
 # a token step reads the weights once for many stories.
 ROWS, LARGE_ROWS, CACHE = 32, 128, 32 << 20
 
-# What a decoder returns of a story, on the CPU: tokens (n,) int64; logprobs, values, entropies (n,) float32.
+# A decoder's story, on the CPU: tokens (n,) int64; logprobs, values, entropies (n,) float32.
 Columns = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -35,11 +34,9 @@ Columns = tuple[Tensor, Tensor, Tensor, Tensor]
 class Story:
     """A continuation of an opening, on the CPU.
 
-    tokens (n,) int64 includes the end token, if the story drew one. logprobs and entropies (n,) float32, in nats, are
-    those of softmax(logits / temperature) at each token, before top-k and top-p truncate it. values (n,) float32 come
-    from the value head and are 0 without one. ended is "eos" or "length". prompt_ids (P,) int64 is the prompt: an end
-    token, as before every document of the corpus, and the opening.
-    """
+    prompt_ids (P,) int64: an end token, as before every document of the corpus, and the opening. tokens (n,) int64:
+    with the end token, if one was drawn. logprobs, entropies (n,) float32: nats, under softmax(logits / temperature)
+    before top-k and top-p. values (n,) float32: the value head's; 0 without one. ended: "eos" or "length"."""
 
     index: int
     opening: str
@@ -57,7 +54,7 @@ class Story:
 
     @property
     def likelihood(self) -> tuple[bool, float]:
-        """Whether it has an end, and the mean of its log-probabilities: the larger, the more the student means it."""
+        """A sort key: whether the story has an end, then its mean log-probability."""
         return self.ended == "eos", float(self.logprobs.mean())
 
 
@@ -69,11 +66,10 @@ def generate(
 ) -> list[Story]:  # fmt: skip
     """One story per opening, in order, with the indices first_index, first_index + 1, ...
 
-    The stories of one opening that are decoded together share one pass over it. Each story is handed to `on_story` as
-    soon as it ends; without it, a bar counts them on a terminal. A temperature below 1e-6 means greedy decoding;
-    dropout: see `DropoutDecoder`. Matmuls and the KV cache have autocast's dtype. Raises UserError when an opening and
-    its story do not fit the context.
-    """
+    The stories to an opening that are decoded together share one pass over it. `on_story` gets each story as soon as it
+    ends; without it, a terminal shows a progress bar. A temperature below 1e-6 is greedy decoding. dropout: see
+    `DropoutDecoder`. Matmuls and the KV cache have autocast's dtype. Raises UserError if a story may not fit the
+    context."""
     if temperature < 1e-6:
         temperature, top_k = 1.0, 1
     sampling = Sampling(max_new_tokens, tokenizer.eos, seed, temperature, top_k, top_p, dropout)
@@ -84,10 +80,10 @@ def generate(
     decoder: Decoder = StudentDecoder(student, value_head, sampling)
     if dropout:
         decoder = DropoutDecoder(student, sampling)
-    elif engine_runs(device, dtype):  # it begins new stories in place of those that end
+    elif engine_runs(device, dtype):  # it begins a new story when one ends
         decoder, size = EngineDecoder(student, value_head, sampling, size), len(openings)
     stories: dict[int, Story] = {}
-    silent = True if on_story else None  # None: on what is no terminal
+    silent = True if on_story else None  # None: silent without a terminal
     bar = tqdm(total=len(openings), desc="stories", unit="story", leave=False, delay=2, disable=silent)
     with student.lowered(dtype), bar:
         for first in range(0, len(openings), size):
@@ -106,8 +102,7 @@ def generate(
 
 
 def rows_at_once(count: int, weights: int, device: torch.device) -> int:
-    """Decoding batch size for `count` stories: on a CPU, few enough that weights, of so many bytes, and KV cache stay
-    in the caches."""
+    """Decoding batch size: on a CPU, few enough that weights (in bytes) and KV cache stay in the caches."""
     rows = ROWS * torch.get_num_threads() if weights <= CACHE else LARGE_ROWS
     return count if device.type == "cuda" else min(count, rows)
 
@@ -117,32 +112,28 @@ class Decoder(Protocol):
     from `start` until the last story has ended."""
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
-        """Begin a batch: story i continues prompts[prompt_of[i]], (P,) int64 on the CPU, and draws with row id
-        offset + i."""
+        """Begin a batch: story i continues prompts[prompt_of[i]], (P,) int64 on the CPU, with row id offset + i."""
 
     def step(self) -> list[tuple[int, Columns]]:
-        """Decode a token of each story. Returns the stories that it ends, as pairs of i and columns."""
+        """Decode a token of each story. Returns pairs (i, columns) for the stories that end."""
 
 
 def engine_runs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the C++ engine runs on this device with matmuls of this dtype, on this machine."""
+    """Whether the C++ engine runs on this machine, for this device and matmul dtype."""
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not (module := ops.load()):
         return False
     return dtype == torch.float32 or module.engine_has_bf16()
 
 
 def columns_of(outputs: Iterable[Tensor], row: int, length: int) -> Columns:
-    """Copies of the first `length` entries of a row: pickle would write the whole tensor of a view."""
+    """Copies, not views, because pickle would write the whole tensor of a view."""
     tokens, logprobs, values, entropies = (column[row, :length].clone() for column in outputs)
     return tokens.long(), logprobs, values, entropies
 
 
 class EngineDecoder:
-    """The C++ engine (csrc/cpu/engine.cpp). Sums, norms, softmax and logits are float32.
-
-    At most `size` stories are decoded at the same time: when some end, the next begin. Neither they nor the number of
-    threads change a bit of a story.
-    """
+    """The C++ engine (csrc/cpu/engine.cpp), with float32 sums, norms, softmax and logits. It decodes at most `size`
+    stories at a time; neither this nor the number of threads changes a bit of a story."""
 
     def __init__(self, student: Student, head: ValueHead | None, sampling: Sampling, size: int):
         heads = [] if head is None else head.named_parameters(prefix="value_head")
@@ -163,8 +154,8 @@ class EngineDecoder:
 
 
 class StudentDecoder:
-    """PyTorch and our kernels, on any device; on CUDA as captured graphs, of which the host has launched STEPS_AHEAD
-    before it reads the tokens of one. The caller is inside `Student.lowered`."""
+    """PyTorch and our kernels on any device, inside `Student.lowered`; on CUDA as captured graphs, of which the host
+    launches STEPS_AHEAD before it reads the tokens of one."""
 
     def __init__(self, student: Student, head: ValueHead | None, sampling: Sampling):
         self.student, self.head, self.sampling = student, head, sampling
@@ -191,7 +182,7 @@ class StudentDecoder:
         outputs = [*self.token_step.read(ended, self.t)] if len(ended) else []
         remain = int(self.alive.sum())
         if remain and (size := next_batch_size(remain, len(self.batch), on_graph)) < len(self.batch):
-            # The first of the rows that have ended fill the batch up to its size.
+            # Rows that have ended fill the batch up to its size.
             rows = (~self.alive[self.batch]).to(torch.uint8).argsort(stable=True)[:size].sort().values
             self.token_step.keep(rows)
             self.batch = self.batch[rows]
@@ -199,8 +190,8 @@ class StudentDecoder:
 
 
 class DropoutDecoder:
-    """Plain PyTorch with dropout, for --rollout-dropout. Each story and token has its own masks, which depend on the
-    batch. Nothing is truncated, and the values are 0."""
+    """Plain PyTorch with dropout, for --rollout-dropout. Masks differ per story and token, and depend on the batch.
+    There is no top-k or top-p, and the values are 0."""
 
     def __init__(self, student: Student, sampling: Sampling):
         self.student, self.sampling = student, sampling
@@ -221,7 +212,7 @@ class DropoutDecoder:
         self.hidden = self.read(tokens, self.student.wpe.weight[:T])[self.rows, self.lengths - 1]
 
     def read(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The final hidden states of tokens (B, T), which begin the stories, or of the next token of each, (B,)."""
+        """The final hidden states of the stories' first tokens, (B, T), or of the next token of each, (B,)."""
         p, seed = self.sampling.dropout, self.bits.getrandbits(40)
 
         def attend(i: int, qkv: Tensor) -> Tensor:
@@ -255,12 +246,11 @@ STEPS_AHEAD = 4  # a launched step takes a GPU longer than the host takes to rea
 
 
 def next_batch_size(alive: int, rows: int, on_graph: bool) -> int:
-    """Batch size for the next step, given how many of the rows are still generating.
+    """Batch size for the next step, when `alive` of the rows are still generating.
 
-    Without a graph that number: compacting costs one copy. Capturing a graph for a size takes milliseconds, so there
-    the batch is halved when half of its rows have ended, down to 64 rows, for which a step takes about as long as for
-    one: it reads the weights once for all.
-    """
+    Without a graph it is `alive`: compacting costs one copy. Capturing a graph for a new size takes milliseconds, so
+    there the batch is halved when half of its rows have ended, down to 64, which take about as long as one, because a
+    step reads the weights once for all rows."""
     if not on_graph:
         return alive
     while rows > 64 and alive <= (rows + 1) // 2:
@@ -269,7 +259,7 @@ def next_batch_size(alive: int, rows: int, on_graph: bool) -> int:
 
 
 def require_room(student: Student, opening_tokens: int, max_new_tokens: int) -> None:
-    """Raises UserError when opening and story do not fit the context."""
+    """Raises UserError if opening and story exceed the context."""
     if max_new_tokens > (room := student.config.context - opening_tokens):
         advice = f"lower --max-new-tokens to {room}, or " * (room > 0) + "shorten the opening"
         raise UserError(

@@ -1,8 +1,7 @@
 """GGUF, the format of llama.cpp, Ollama and LM Studio: GPT-2's architecture in float32, with its tokenizer.
 
-llama.cpp begins a prompt with the token that the file calls `bos`. Here it is the end token, which stands before every
-document in training, so a prompt there is read as `encode_opening` encodes it.
-"""
+llama.cpp begins a prompt with the file's `bos`, here the end token, which stands before every document in training, so
+that it reads a prompt as `encode_opening` encodes it."""
 
 import json
 from pathlib import Path
@@ -18,8 +17,7 @@ NAMES |= {"attn_proj": "attn_output", "ln_2": "ffn_norm", "fc": "ffn_up", "mlp_p
 
 
 def write(path: Path, student: Student, tokenizer: Tokenizer) -> None:
-    """Write the student and its tokenizer as a GGUF file, atomically. Raises UserError without the package `gguf`, or
-    if the file cannot be written."""
+    """Write a GGUF file, atomically. Raises UserError without the package `gguf`, or if the file cannot be written."""
     try:
         from gguf import GGUFWriter, LlamaFileType, TokenType
     except ImportError as error:

@@ -1,9 +1,7 @@
-"""To and from the folders of transformers' GPT-2: config.json, model.safetensors, tokenizer.json.
+"""Reads and writes folders of transformers' GPT-2: config.json, model.safetensors, tokenizer.json.
 
-transformers' Auto classes load the folders written here without any code of ours. Folders to read are untrusted: only
-JSON and safetensors are opened, sizes are checked against the file before anything is allocated, and a model that is
-not exactly GPT-2's layout is refused, not approximated.
-"""
+transformers' Auto classes load what is written here without code of ours. Folders to read are untrusted: only JSON and
+safetensors are opened, sizes are checked before anything is allocated, and only GPT-2's exact layout is accepted."""
 
 import json
 import sys
@@ -25,7 +23,7 @@ from tinystory.student.model import Student, StudentConfig, wrong_shape
 # Module names in a block: transformers' -> ours. Its Conv1D stores weights as (in, out), our Linear as (out, in).
 MODULES = {"ln_1": "ln_1", "attn.c_attn": "qkv", "attn.c_proj": "attn_proj"}
 MODULES |= {"ln_2": "ln_2", "mlp.c_fc": "fc", "mlp.c_proj": "mlp_proj"}
-# Options that the layout fixes: the values that they may have, of which the first is transformers' default.
+# Options that the layout fixes, with the accepted values; the first is transformers' default.
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh GELU
@@ -52,13 +50,13 @@ def is_folder(path: Path) -> bool:
 
 
 def download(address: str) -> Path:
-    """The folder of hub:NAME@REVISION on the Hugging Face Hub; main without @REVISION (a branch, tag or commit)."""
+    """The folder of hub:NAME@REVISION (a branch, tag or commit; by default main) on the Hugging Face Hub."""
     name, _, revision = address.removeprefix("hub:").partition("@")
     return hub.download(name, ("config.json", *FILES), repo_type="model", revision=revision or None)[0].parent
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a new file of tensors, with the permissions of any new file: save_file would give it 0600."""
+    """Write a new file with the default permissions; save_file would give it 0600."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
@@ -102,7 +100,7 @@ def write(folder: Path, student: Student, tokenizer: Tokenizer) -> None:
 
 
 def layout(shape: StudentConfig) -> Iterator[tuple[str, str, bool, tuple[int, ...]]]:
-    """Every parameter: its name in transformers, our name, whether it is transposed, and its shape in transformers."""
+    """Each parameter's name in transformers, our name, whether it is transposed, and its shape in transformers."""
     C = shape.n_embd
     widths = {"qkv": (C, 3 * C), "attn_proj": (C, C), "fc": (C, 4 * C), "mlp_proj": (4 * C, C)}
     yield "wte.weight", "wte.weight", False, (shape.vocab_size, C)
@@ -117,10 +115,8 @@ def layout(shape: StudentConfig) -> Iterator[tuple[str, str, bool, tuple[int, ..
 
 
 def read(folder: Path) -> tuple[Student, Tokenizer]:
-    """The student, in float32 on the CPU, and the tokenizer of a folder in transformers' format.
-
-    Raises UserError unless it has GPT-2's layout, byte-level BPE with GPT-2's split, and weights in safetensors.
-    """
+    """Student (float32, on the CPU) and tokenizer of a folder in transformers' format. Raises UserError unless it has
+    GPT-2's layout, byte-level BPE with GPT-2's split, and weights in safetensors."""
     for name, advice in FILES.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: {advice}")
@@ -130,7 +126,7 @@ def read(folder: Path) -> tuple[Student, Tokenizer]:
 
 
 def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
-    """The student's sizes in a config.json. Raises UserError if it describes anything but GPT-2's layout."""
+    """The student's sizes. Raises UserError if config.json describes anything but GPT-2's layout."""
     sizes: dict[str, Any] = {name: config.get(name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     sizes["context"] = config.get("n_positions")
     problem = wrong_shape(sizes).replace("its context", "its n_positions")
@@ -144,7 +140,7 @@ def _shape(folder: Path, config: dict[str, Any]) -> StudentConfig:
 
 
 def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Student:
-    """The student, in float32 on the CPU, of a file of weights, ours or transformers', whose prefix `transformer.` is
+    """A student (float32, on the CPU) from a weights file, ours or transformers', whose prefix `transformer.` is
     optional. Raises UserError if a tensor is missing, has another shape than `shape` says, or could overflow."""
     state = {}
     try:
@@ -153,7 +149,7 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
             prefix = "transformer." if "transformer.wte.weight" in names else ""
             for theirs, own, transposed, expected in layout(shape):
                 name = own if ours else prefix + theirs
-                if ours and transposed:  # as we store it, it is not
+                if ours and transposed:  # our own files are not transposed
                     transposed, expected = False, expected[::-1]
                 size = tuple(file.get_slice(name).get_shape()) if name in names else "missing"
                 if size != expected:
@@ -162,7 +158,7 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
                 if not tensor.abs().max() <= LARGEST_WEIGHT:
                     raise ValueError(f"it holds NaN, infinite or absurdly large weights, in {name}")
                 state[own] = (tensor.T if transposed else tensor).clone(memory_format=torch.contiguous_format)
-            if any(name.startswith("v_head.") for name in names):  # of TRL; it belongs to the run that trained it
+            if any(name.startswith("v_head.") for name in names):  # TRL's, which belongs to the run that trained it
                 print(f"{path}: its value head is left out; a run begins with a new one", file=sys.stderr)
             if "lm_head.weight" in names and not file.get_tensor("lm_head.weight").float().equal(state["wte.weight"]):
                 raise ValueError("it has a separate output layer (lm_head.weight), and only a tied one is supported")
@@ -175,7 +171,7 @@ def read_student(path: Path, shape: StudentConfig, *, ours: bool = False) -> Stu
 
 
 def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """From tokenizer.json; config.json says which token is the end token."""
+    """The tokenizer of tokenizer.json, with the end token that config.json names."""
     file = folder / "tokenizer.json"
     spec = read_object(file)
     as_read = json.dumps(spec)

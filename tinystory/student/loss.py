@@ -1,4 +1,4 @@
-"""Next-word prediction: pretraining's loss, and what --replay-weight adds to interaction."""
+"""Next-word prediction: the loss of pretraining, which --replay-weight adds to interaction."""
 
 import random
 
@@ -14,8 +14,8 @@ def next_token_loss(
     student: Student, batch: Tensor, micro_batch_size: int, dtype: torch.dtype, *, weight: float = 1.0,
     dropout: float = 0.0, seeds: random.Random | None = None,
 ) -> Tensor:  # fmt: skip
-    """The mean loss on the sequences, nats per token, over all processes; adds `weight` times the gradient of this
-    process's rows to the student's. batch: (B, T + 1) int64; dtype: of the matmuls; seeds: of attention's dropout."""
+    """The mean loss in nats per token, over all processes; adds `weight` times the gradient of this process's rows to
+    the student's. batch: (B, T + 1) int64; dtype: for the matmuls; seeds: for attention dropout."""
     loss = torch.zeros((), device=batch.device)
     with student.lowered(dtype):
         for part in distributed.shard_strided(batch).split(micro_batch_size):

@@ -1,5 +1,5 @@
-"""Whether a run can fit memory at all, asked before anything is allocated. Only what is certain counts: weights,
-gradients, the optimiser's state, and the largest tensors that sizes of the command line multiply."""
+"""Checks that a run fits memory before anything is allocated; each `require*` raises UserError if it does not. Only
+what is certain counts: weights, gradients, optimizer state, and the largest tensors that the options multiply."""
 
 import os
 from pathlib import Path
@@ -19,13 +19,12 @@ STORY = 1024  # bytes of the objects that hold a story, at least
 
 
 def parameters(shape: StudentConfig) -> int:
-    """The number of a student's parameters."""
     C = shape.n_embd
     return (shape.vocab_size + shape.context + 2) * C + shape.n_layer * (12 * C + 13) * C
 
 
 def total(device: torch.device) -> int:
-    """Bytes of the device's memory; of the CPU's, what the machine and its control group allow."""
+    """Bytes of the device's memory; for the CPU, what the machine and its control group allow."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -35,14 +34,12 @@ def total(device: torch.device) -> int:
 
 
 def require(needed: int, device: torch.device, advice: str) -> None:
-    """Raises UserError if the device has less memory than `needed` bytes."""
     least, gb = needed / 2**30, total(device) / 2**30
     if least > gb:
         raise UserError(f"this run needs at least {least:,.1f} GB of memory and {device} has {gb:,.1f}: lower {advice}")
 
 
 def require_for_pretraining(config: PretrainConfig, device: torch.device) -> None:
-    """Raises UserError if it cannot fit."""
     shape = StudentConfig(config.n_layer, config.n_head, config.n_embd, config.context, config.vocab_size)
     tokens = min(config.micro_batch_size, config.batch_size) * config.context
     activations = tokens * config.n_layer * config.n_embd * ACTIVATIONS * 2
@@ -52,14 +49,13 @@ def require_for_pretraining(config: PretrainConfig, device: torch.device) -> Non
 
 
 def story_memory(stories: int, max_new_tokens: int, shape: StudentConfig, device: torch.device, size: int = 2) -> int:
-    """Bytes of KV cache and outputs while so many stories are written. size: of an entry of the cache."""
+    """Bytes of KV cache and outputs while these stories are written. size: bytes per entry of the cache."""
     rows = rows_at_once(stories, parameters(shape) * size, device)
     cache = rows * shape.n_layer * 2 * shape.n_embd * size
     return (cache + stories * (8 + 3 * FLOAT)) * max_new_tokens + stories * STORY
 
 
 def require_for_interaction(config: InteractConfig, shape: StudentConfig, device: torch.device) -> None:
-    """Raises UserError if such a run of a student of this shape cannot fit."""
     size = FLOAT if config.dtype == "float32" else 2
     stories = max(config.stories_per_step, config.eval_stories) // distributed.world_size()
     students = parameters(shape) * (4 + 1) * FLOAT  # one with gradients and Adam's moments, and the reference
@@ -69,5 +65,4 @@ def require_for_interaction(config: InteractConfig, shape: StudentConfig, device
 
 
 def require_for_stories(stories: int, tokens: int, shape: StudentConfig, device: torch.device, advice: str) -> None:
-    """Raises UserError if so many stories of so many tokens do not fit."""
     require(parameters(shape) * FLOAT + story_memory(stories, tokens, shape, device), device, advice)

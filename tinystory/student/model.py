@@ -1,12 +1,11 @@
 """The student: GPT-2's layout, any size. Learned positions, pre-norm, biases, tanh GELU, tied embedding.
 
 `Student.trunk` is the one forward pass in Python; each caller brings its own attention: `hidden` attends within whole
-sequences (training, evaluation), `prefill` and `step` over a KV cache (decoding). None of them computes logits: the
-tied embedding meets the final hidden state in `ops.token_logprob` or in `logits`.
+sequences (training, evaluation), `prefill` and `step` over a KV cache (decoding). The tied embedding is applied to the
+final hidden states in `ops.token_logprob` or in `logits`.
 
-csrc/cpu/engine.cpp is the same forward pass in C++, for decoding on a CPU: a change to one needs the same change to the
-other. The engine takes parameters by name and refuses those that it does not know.
-"""
+csrc/cpu/engine.cpp is the same forward pass in C++, for decoding on a CPU: change both together. The engine takes
+parameters by name and refuses unknown ones."""
 
 import contextlib
 import math
@@ -25,7 +24,7 @@ from tinystory.ops import backend
 from tinystory.run.device import upload
 from tinystory.run.errors import UserError
 
-CUDA_HEAD_SIZES = (32, 64, 128)  # sizes of a head that the CUDA kernels are compiled for
+CUDA_HEAD_SIZES = (32, 64, 128)  # head sizes that the CUDA kernels are compiled for
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class StudentConfig:
 
 
 def wrong_shape(sizes: Mapping[str, Any]) -> str:
-    """The reason why these sizes, which come from an untrusted file, make no StudentConfig, or ""."""
+    """Why these sizes, from an untrusted file, make no StudentConfig, or ""."""
     names = [f.name for f in fields(StudentConfig)]
     if sizes.keys() != set(names):
         return f"it must have {', '.join(names)}, and has {', '.join(map(str, sizes))[:200] or 'nothing'}"
@@ -50,7 +49,7 @@ def wrong_shape(sizes: Mapping[str, Any]) -> str:
 
 
 def to_device(student: "Student", device: torch.device | str) -> "Student":
-    """The student on this device. Raises UserError for heads of a size that no CUDA kernel has."""
+    """Raises UserError if no CUDA kernel has the student's head size."""
     head = student.config.n_embd // student.config.n_head
     if torch.device(device).type == "cuda" and head not in CUDA_HEAD_SIZES and backend.current() != "reference":
         raise UserError(
@@ -63,13 +62,11 @@ def to_device(student: "Student", device: torch.device | str) -> "Student":
 class KVCache:
     """Keys and values of the tokens read so far.
 
-    prefix (n_layer, P, 2, H, D): the prompts', one after the other, each once. spans (B, 2) int64: where in it each
-    row's prompt begins and ends. own (n_layer, B, capacity, 2, H, D): each row's, for the tokens after the prompt.
-    lengths (B,) int64: the number of positions of `own` that each row has filled.
-    """
+    prefix (n_layer, P, 2, H, D): the prompts', each once. spans (B, 2) int64: begin and end of each row's prompt in it.
+    own (n_layer, B, capacity, 2, H, D): each row's after its prompt, of which lengths (B,) int64 are filled."""
 
     def __init__(self, config: StudentConfig, spans: Tensor, capacity: int, dtype: torch.dtype, prefix: int = 0):
-        """prefix: room for so many tokens of prompts, by default for those of `spans`."""
+        """prefix: room for this many tokens of prompts, by default for those of `spans`."""
         heads = (2, config.n_head, config.n_embd // config.n_head)
         zeros = partial(torch.zeros, device=spans.device)
         self.spans = spans
@@ -93,8 +90,8 @@ class KVCache:
 
 
 class Linear(nn.Linear):
-    """A linear layer, with tanh GELU after it if `gelu`. wide: its output goes to the residual stream, so it stays in
-    float32 where the kernel has that at hand (see `ops.linear`). copies: weight and bias, inside `Student.lowered`."""
+    """A linear layer, followed by tanh GELU if `gelu`. wide: the output, for the residual stream, stays float32 where
+    the kernel has it at hand (see `ops.linear`). copies: weight and bias inside `Student.lowered`."""
 
     def __init__(self, n_in: int, n_out: int, gelu: bool = False, wide: bool = False):
         super().__init__(n_in, n_out)
@@ -109,8 +106,8 @@ class Linear(nn.Linear):
 
 
 class Block(nn.Module):
-    """x = x + attn_proj(attend(qkv(ln_1(x)))), then x = x + mlp_proj(gelu(fc(ln_2(x)))). The sum and the layer norm
-    after it are one kernel, so a block begins with the sum that ends the block before."""
+    """x = x + attn_proj(attend(qkv(ln_1(x)))), then x = x + mlp_proj(gelu(fc(ln_2(x)))). A sum and the layer norm after
+    it are one kernel, so a block begins with the sum that ends the block before."""
 
     def __init__(self, config: StudentConfig):
         super().__init__()
@@ -126,9 +123,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, branch: Tensor | None, attend: Callable[[Tensor], Tensor], dropout: float, seed: int
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream x and the output of the last sublayer, not yet added, after this block; both (..., C).
-        branch: the latter before it, None in the first block. attend: packed queries, keys and values (..., 3, H, D) ->
-        (..., H, D)."""
+        """(x, branch) after this block, both (..., C): the residual stream, and the last sublayer's output, yet to be
+        added. branch: the previous block's, or None. attend: packed q, k, v (..., 3, H, D) -> (..., H, D)."""
         x, y = ops.add_layer_norm(x, branch, self.ln_1.weight, self.ln_1.bias, dropout, seed)  # x += branch; ln_1(x)
         qkv = self.qkv(y).unflatten(-1, (3, self.n_head, -1))
         branch = self.attn_proj(attend(qkv).flatten(-2))
@@ -137,10 +133,10 @@ class Block(nn.Module):
 
 
 class Student(nn.Module):
-    """init: "gpt2" is GPT-2's, whose standard deviation of 0.02 suits its width of 768. "unit" scales with the width
-    and keeps the token's own embedding in the foreground: deviations of 1 for embeddings, 0.3 for positions and
-    1 / sqrt(C) for matrices, a gain of 1 / sqrt(C) in the final norm. Attention then starts sharp enough to be trained:
-    a small student learns to copy a name hundreds of steps sooner (docs/results.md)."""
+    """init "gpt2" is GPT-2's, whose standard deviation of 0.02 suits its width of 768. "unit" scales with the width and
+    keeps the token's own embedding in the foreground: deviations of 1 for embeddings, 0.3 for positions and 1 / sqrt(C)
+    for matrices, a gain of 1 / sqrt(C) in the final norm. Attention then starts sharp enough to be trained: a small
+    student learns to copy a name hundreds of steps sooner (docs/results.md)."""
 
     def __init__(self, config: StudentConfig, init: str = "gpt2"):
         super().__init__()
@@ -166,9 +162,8 @@ class Student(nn.Module):
             nn.init.constant_(self.ln_f.weight, std)  # so that logits start with deviation 1
 
     def trunk(self, x: Tensor, attend: Callable[[int, Tensor], Tensor], dropout: float = 0.0, seed: int = 0) -> Tensor:
-        """From embedded tokens (..., C) to final hidden states (..., C). attend(i, qkv): layer i's attention, as in
-        `Block.forward`. dropout: of the embedding and the last branch with torch's generator, of the other branches
-        from `seed`."""
+        """Embedded tokens (..., C) -> final hidden states (..., C). attend(i, qkv): layer i's attention, see
+        `Block.forward`. dropout: torch's generator draws it for the embedding and the last branch, `seed` elsewhere."""
         x = F.dropout(x, dropout)
         branch: Any = None
         for i, block in enumerate(self.blocks):
@@ -177,7 +172,7 @@ class Student(nn.Module):
 
     def hidden(self, tokens: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
         """Final hidden states (B, T, C) of whole sequences: tokens (B, T) int64, T <= context. dropout: as in `trunk`,
-        and of the attention weights, from `seed`."""
+        and on the attention weights, from `seed`."""
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             return ops.causal_attention(qkv, dropout, seed * len(self.blocks) + i)
@@ -186,8 +181,8 @@ class Student(nn.Module):
 
     @contextlib.contextmanager
     def lowered(self, dtype: torch.dtype) -> Iterator[None]:
-        """On a GPU, linear layers read copies of their weights in dtype, autocast's, made here by one kernel; autocast
-        would cast each weight in every forward pass. No parameter may change meanwhile; the copies stay in place."""
+        """On a GPU, linear layers read copies of their weights in autocast's dtype, made by one kernel; autocast would
+        cast each weight in every forward pass. No parameter may change meanwhile. The copies keep their addresses."""
         if not ops.on_gpu(self.wte.weight) or dtype == self.wte.weight.dtype:
             yield
             return
@@ -214,8 +209,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Tensor], cache: KVCache) -> Tensor:
-        """The hidden state after each prompt, (len(prompts), C). Each, (P,) int64 on the CPU, is read into the cache's
-        prefix."""
+        """Hidden states (len(prompts), C) after the prompts, (P,) int64 on the CPU, which fill the cache's prefix."""
         lengths = torch.tensor([*map(len, prompts)], device="cpu")
         tokens = pad_sequence(list(prompts), batch_first=True)
         T = tokens.shape[1]
@@ -233,7 +227,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """The hidden state after one more token per row, (B, C): tokens (B,) int64 are read into the cache."""
+        """Hidden states (B, C) after one more token per row. tokens (B,) int64 are read into the cache."""
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             return ops.decode_attention(qkv, cache.prefix[i], cache.spans, cache.own[i], cache.lengths)
@@ -244,7 +238,7 @@ class Student(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """One value per position from the final hidden state. It starts at zero: the first advantages are the rewards."""
+    """One value per position from the final hidden state; 0 at first, so that the first advantages are the rewards."""
 
     def __init__(self, n_embd: int):
         super().__init__()

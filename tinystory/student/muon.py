@@ -1,9 +1,8 @@
 """Muon for the blocks' matrices, AdamW for everything else: what pretraining uses.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) steps along the orthogonalised momentum, so that directions
-with a small gradient, such as copying a name, move as fast as those with a large one. torch.optim.Muon does the same
-matrix by matrix and in bfloat16, which takes longer than the rest of the step on a processor without bfloat16.
-"""
+with a small gradient, such as copying a name, move as fast as those with a large one. torch.optim.Muon works matrix by
+matrix in bfloat16, which takes longer than the rest of the step on a processor without bfloat16."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,13 +15,12 @@ MOMENTUM = 0.95
 # of 1 on the interval that the one before it maps to (Polar Express, Amsel et al. 2025, arXiv 2505.16932).
 COEFFICIENTS = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
-LARGE = 2**20  # elements of a matrix that fills a CPU's L2 cache with what is computed from it
+LARGE = 2**20  # elements above which a matrix and its intermediates fill a CPU's L2 cache
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW, but that matrices of the first group take Muon's steps, with their own rate and no weight decay.
-
-    heads: each has its own matrices of queries, keys, values and projection; dtype: of Muon's matmuls."""
+    """AdamW, except that the matrices of the first group take Muon's steps, at their own rate and without weight decay.
+    heads: each has its own matrices of queries, keys, values and projection. dtype: for Muon's matmuls."""
 
     def __init__(
         self, matrices: Iterable[Any], others: list[dict[str, Any]], *, heads: int, dtype: torch.dtype,
@@ -65,8 +63,8 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def matrices(x: Tensor, heads: int) -> Tensor:
-    """(rows, columns) -> the matrices that are orthogonalised, (n, ...), as a view: of queries, keys and values each
-    head's rows; of the attention's projection, the square one, each head's columns; else one."""
+    """A view of (rows, columns) as the matrices to orthogonalise, (n, ...): each head's rows for queries, keys and
+    values; each head's columns for the attention's projection, which is square; else one."""
     rows, columns = x.shape
     if rows == 3 * columns:
         return x.view(3 * heads, -1, columns)
@@ -76,9 +74,9 @@ def matrices(x: Tensor, heads: int) -> Tensor:
 def orthogonalize(x: Tensor) -> Tensor:
     """(n, rows, columns) -> about U V^T of each matrix's singular value decomposition U S V^T, by Newton-Schulz.
 
-    An iteration is x <- p x with p = a + b g + c g^2 of the Gram matrix g = x x^T, which becomes p g p. It is enough to
-    follow g and the product of all p, which are smaller than x. A fourth iteration would need g anew from x: rounded to
-    bfloat16, small eigenvalues of g can be negative, and each iteration multiplies them."""
+    An iteration is x <- p x with p = a + b g + c g^2 of the Gram matrix g = x x^T, which becomes p g p. So it is enough
+    to follow g and the product of all p, which are smaller than x. A fourth iteration would need g computed from x
+    again: rounded to bfloat16, g can have small negative eigenvalues, which each iteration multiplies."""
     tall = x.shape[-2] > x.shape[-1]
     gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)  # matmul would copy x.mT
     # Its norm is at least its largest eigenvalue, and much nearer to it than the squared norm of x, its trace.

@@ -1,4 +1,4 @@
-"""Pretraining's optimizer: which parameters go to Muon and which to AdamW, and the learning rate over the run."""
+"""Pretraining's optimizer and its learning-rate schedule."""
 
 from typing import Any
 
@@ -10,9 +10,8 @@ from tinystory.student.muon import MuonAdamW
 
 
 def make_optimizer(student: Student, config: PretrainConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
-    """The optimizer, which knows its parameters' names: matrices, which have weight decay, then vectors. With
-    --optimizer muon the blocks' matrices come first, and AdamW keeps the embeddings and the vectors. dtype: of Muon's
-    matmuls."""
+    """AdamW on named parameters: matrices, which have weight decay, then vectors. With --optimizer muon, MuonAdamW with
+    the blocks' matrices first. dtype: for Muon's matmuls."""
     parameters = dict(student.named_parameters())
     blocks = {name: p for name, p in parameters.items() if p.dim() >= 2 and name.startswith("blocks.")}
     blocks = blocks if config.optimizer == "muon" else {}
@@ -31,8 +30,7 @@ def make_optimizer(student: Student, config: PretrainConfig, dtype: torch.dtype)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, words: int) -> float:
-    """AdamW's rate after so many words, now that of its groups: linear warm-up, then linear decay to 0. Muon's rises
-    and falls in proportion."""
+    """Set and return AdamW's rate: linear warm-up, then linear decay to 0 at config.words. Muon's is proportional."""
     progress = min(words / config.words, 1.0)
     if progress < config.warmup:
         # No words have been read before the first step: it takes the rate at 1 % of the warm-up rather than 0.

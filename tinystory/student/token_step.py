@@ -31,14 +31,14 @@ class Sampling:
     dropout: float = 0.0
 
 
-TOKEN_STEPS: WeakKeyDictionary[Student, "TokenStep"] = WeakKeyDictionary()  # on a GPU, between rollouts
+TOKEN_STEPS: WeakKeyDictionary[Student, "TokenStep"] = WeakKeyDictionary()  # kept between rollouts on a GPU
 
 
 def token_step(
     student: Student, head: ValueHead | None, count: int, prompt_tokens: int, sampling: Sampling
 ) -> "TokenStep":
     """A TokenStep with room for `count` stories and `prompt_tokens` tokens of prompts: on a GPU the last rollout's,
-    with its KV cache and captured graphs, if it fits; otherwise a new one, with room for both."""
+    with its KV cache and captured graphs, if it fits; otherwise a new one, with room for the last rollout too."""
     step = TOKEN_STEPS.pop(student, None)
     if step is None or not step.fits(head, count, prompt_tokens, sampling):
         if step and step.same(head, sampling):
@@ -53,14 +53,12 @@ def token_step(
 class TokenStep:
     """One decoding step of R rows: read each row's last token, draw the next, write it to the outputs.
 
-    All state that changes from step to step stays at the same address for a whole run; nothing waits for the device. So
-    on CUDA the step is captured as a graph, once for each R: a replay is one launch instead of one per kernel.
+    The state keeps its addresses for a whole run and nothing waits for the device, so that on CUDA the step is captured
+    as a graph, once for each R: a replay is one launch instead of one per kernel.
 
-    drawn (R,) int64: the last token of each row; `start` draws the first. at (R,) int64: each row's index in the
-    outputs. ids (R,) int64: the row ids of its draws. cache: its lengths are also the step that each row is at.
-    outputs (4, rows + 1, max_new_tokens) float32: tokens, which are exact in float32, logprobs, values and entropies.
-    Rows that have ended write to the last row of the outputs, which is never read.
-    """
+    drawn (R,) int64: the last token of each row; `start` draws the first. at (R,) int64: its row of the outputs. ids
+    (R,) int64: row ids for the draws. cache.lengths: also each row's step. outputs (4, rows + 1, max_new_tokens)
+    float32: tokens, exact in float32, logprobs, values, entropies. Ended rows write to the extra last row."""
 
     def __init__(self, student: Student, head: ValueHead | None, rows: int, prompt_tokens: int, sampling: Sampling):
         """rows, prompt_tokens: the maximum number of stories, and of tokens of all prompts."""
@@ -69,7 +67,7 @@ class TokenStep:
         self.rows, self.prefix = rows, -(-prompt_tokens // 1024) * 1024 if self.on_graph else prompt_tokens
         self.student = cast(Student, weakref.proxy(student))  # whose entry in TOKEN_STEPS this is
         self.head, self.dtype, self.sampling = head, dtype, sampling
-        # Tokens are looked up in the embedding as it is. Rows of logits that are no whole cache lines slow cuBLAS down.
+        # A padded copy, for logits alone: rows of logits that are not whole cache lines slow cuBLAS down.
         V, C = student.wte.weight.shape
         self.unembedding = torch.zeros(V + (-V % 64 if self.on_graph else 0), C, dtype=dtype, device=device)
         spans = torch.zeros(rows, 2, dtype=torch.int64, device=device)
@@ -82,17 +80,15 @@ class TokenStep:
         self.addresses = self.parameter_addresses()
 
     def parameter_addresses(self) -> list[int]:
-        """Of the parameters that a graph reads."""
         heads = [] if self.head is None else self.head.parameters()
         return [p.data_ptr() for p in (*self.student.parameters(), *self.student.copies, *heads)]
 
     def same(self, head: ValueHead | None, sampling: Sampling) -> bool:
-        """Whether the graphs compute this, in autocast's dtype, for whatever number of rows."""
+        """Whether the graphs compute this, in autocast's dtype, for any number of rows."""
         same = head is self.head and sampling == self.sampling and self.addresses == self.parameter_addresses()
         return same and self.dtype == ops.matmul_dtype(self.student.wte.weight)
 
     def fits(self, head: ValueHead | None, count: int, prompt_tokens: int, sampling: Sampling) -> bool:
-        """Whether this can be started again for so many stories and tokens of prompts."""
         return count <= self.rows and prompt_tokens <= self.prefix and self.same(head, sampling)
 
     def start(self, prompts: Sequence[Tensor], prompt_of: Sequence[int], offset: int) -> None:
@@ -108,7 +104,7 @@ class TokenStep:
         self.draw(self.student.prefill(prompts, self.cache).index_select(0, table[:, 2]))
 
     def draw(self, hidden: Tensor) -> None:
-        """Draw from the final hidden states (R, C)."""
+        """Draw each row's next token from its final hidden state, (R, C)."""
         step, s = self.cache.lengths, self.sampling
         logits = ops.wide_matmul(hidden.to(self.dtype), self.unembedding)
         logits[:, len(self.student.wte.weight) :] = -math.inf
@@ -121,12 +117,11 @@ class TokenStep:
         self.at.masked_fill_(drawn == s.eos, self.rows)
 
     def run(self) -> None:
-        """Read the last tokens and draw the next."""
-        # A negative token could not be drawn. In a row that is alive it raises an error when the host reads it.
+        # A negative token marks a failed draw. In a row that is alive it raises an error when the host reads it.
         self.draw(self.student.step(self.drawn.clamp_min(0), self.cache))
 
     def advance(self) -> None:
-        """Run one step: on CUDA the first ever with so many rows eagerly, the others as a graph."""
+        """Run one step: on CUDA eagerly the first time with this number of rows, then as a graph."""
         rows = len(self.at)
         if not self.on_graph:
             self.run()
@@ -138,8 +133,7 @@ class TokenStep:
             graph.replay()
 
     def warm_up(self) -> None:
-        """Run the step on the stream of the capture: what a capture forbids, cuBLAS's set-up and the loading of kernels
-        at their first use, is done before."""
+        """Run the step on the capture's stream first: a capture forbids cuBLAS's set-up and the loading of kernels."""
         device = self.at.device
         main, side = torch.cuda.current_stream(device), side_stream(device, "capture")
         side.wait_stream(main)
@@ -148,9 +142,8 @@ class TokenStep:
         main.wait_stream(side)
 
     def capture(self) -> torch.cuda.CUDAGraph:
-        """Record the step without running it. Other threads may use the device meanwhile.
-
-        Not by torch.cuda.graph, which waits for the device and empties the allocator's cache each time."""
+        """Record the step without running it. Other threads may use the device meanwhile. Unlike this, torch.cuda.graph
+        waits for the device and empties the allocator's cache."""
         graph = torch.cuda.CUDAGraph()
         pools = [other.pool() for other in self.graphs.values() if other]
         with torch.cuda.stream(side_stream(self.at.device, "capture")):
@@ -162,7 +155,7 @@ class TokenStep:
         return graph
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these. rows: (n,) int64, on the CPU, indices into the present rows."""
+        """Drop all rows but these, (n,) int64 on the CPU, indices into the present rows."""
         rows = upload(rows, self.at.device)
         self.cache.keep(rows)
         self.state[:, : len(rows)] = self.state[:, rows]
@@ -170,7 +163,7 @@ class TokenStep:
 
     def read(self, rows: Tensor, length: int) -> Tensor:
         """(4, n, length) float32 on the CPU: the first `length` entries of rows, (n,) int64 on the CPU, that no later
-        step writes. Does not wait for the steps that are launched."""
+        step writes. Does not wait for steps that are launched."""
         device = self.outputs.device
         with torch.cuda.stream(side_stream(device, "reading")) if self.outputs.is_cuda else contextlib.nullcontext():
             return Download(self.outputs[:, :, :length].index_select(1, upload(rows, device))).wait()
