@@ -1,4 +1,4 @@
-"""The stories of a step as tensors: padded rows where attention reads them, one entry per token everywhere else."""
+"""The stories of a step as tensors: padded rows for attention, one entry per token everywhere else."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -22,14 +22,14 @@ Later = Tensor | Any  # None until it is computed
 class Batch:
     """B stories with n tokens in all.
 
-    inputs: (B, T) int64, right-padded: opening and story without its last token. Each of the other tensors has one
-    entry per token of a story, in the stories' order: tokens (n,) int64; logprobs, values (n,) float32, from when the
-    token was sampled; ref_logprobs (n,) and ref_states (n, C) under the reference; advantages and returns (n,), of
-    the learner; places (n,) int64, in the batch whose `rows` these are. The sizes are NumPy arrays on the host, so that
-    no micro-batch waits for a GPU, each (B,) int64: indices of the stories; prompt_lengths, lengths: tokens of each
-    opening and story; input_lengths: of each row of inputs, without padding; openings: equal for stories with the same
-    opening. longest: columns of a padded table, the same for all parts of a step.
-    """
+    inputs (B, T) int64, right-padded: the opening and the story without its last token. All other tensors have one
+    entry per story token, in the stories' order: tokens (n,) int64; logprobs, values (n,) float32, as sampled;
+    ref_logprobs (n,) and ref_states (n, C), the reference's; advantages, returns (n,), the learner's; places (n,)
+    int64, indices into the batch from which `rows` took them.
+
+    NumPy arrays (B,) int64 stay on the host, so that no micro-batch waits for a GPU: indices of the stories; openings,
+    equal for the same opening; prompt_lengths, lengths: tokens of opening and story; input_lengths: unpadded rows of
+    inputs. longest: columns of a padded table, the same for all parts of a step."""
 
     inputs: Tensor
     tokens: Tensor
@@ -51,7 +51,6 @@ class Batch:
         return len(self.lengths)
 
     def rows(self, rows: Rows) -> "Batch":
-        """The batch of these stories."""
         chosen: dict[str, Any] = {}
         at = upload(np.asarray(rows, np.int64), self.inputs.device)
         starts = self.lengths.cumsum() - self.lengths
@@ -70,7 +69,7 @@ class Batch:
         return table.index_copy(0, self._table_places, x).unflatten(0, (len(self), self.longest))
 
     def packed(self, table: Tensor) -> Tensor:
-        """The inverse of `padded`; of a table (B, 1) the story's entry at each of its tokens."""
+        """The inverse of `padded`. A table (B, 1, ...) is broadcast to each story's tokens."""
         return table.expand(-1, self.longest, *table.shape[2:]).flatten(0, 1).index_select(0, self._table_places)
 
     def story_sums(self, x: Tensor) -> Tensor:
@@ -83,12 +82,11 @@ class Batch:
 
 
 def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, ..., start + length - 1 for each of the starts, in one array."""
+    """start, ..., start + length - 1 for each of the starts, concatenated."""
     return np.repeat(starts + lengths - lengths.cumsum(), lengths) + np.arange(lengths.sum())
 
 
 def collate(stories: Sequence[Story], device: torch.device) -> Batch:
-    """The batch of these stories."""
     first: dict[str, int] = {}
     inputs = [torch.cat([story.prompt_ids, story.tokens[:-1]]) for story in stories]
     lengths = np.array([len(story.tokens) for story in stories])
@@ -106,6 +104,6 @@ def collate(stories: Sequence[Story], device: torch.device) -> Batch:
 
 
 def by_length(lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Indices of `lengths` in groups of at most `size`, similar ones together, so that little padding is computed."""
+    """Indices in groups of at most `size` of similar length, so that little padding is computed."""
     order = lengths.argsort(kind="stable")
     return (order[first : first + size] for first in range(0, len(order), size))

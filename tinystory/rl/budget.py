@@ -1,4 +1,4 @@
-"""The limits of an interaction: words in and out, and what the teacher costs."""
+"""The limits of an interaction: words in, words out, and the teacher's cost."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,9 +12,8 @@ from tinystory.run.errors import UserError
 
 @dataclass
 class Budget:
-    """What a run may spend, and the milestones on the way (names, and words taken in). most_words: upper bound on the
-    words in the replies to one story; affords: whether grading so many more stories is within the cost (which is
-    limited once more, before each request)."""
+    """A run's limits, and its milestones (name -> words in). most_words bounds the words of the replies to one story.
+    affords(n): whether grading n more stories is within the cost, which is checked again before each request."""
 
     config: InteractConfig
     openings: Openings
@@ -23,8 +22,7 @@ class Budget:
     affords: Callable[[int], bool]
 
     def exhausted(self, state: RunState, texts: Texts, evaluations: int = 1) -> str:
-        """Which limit does not hold another step, which replays these texts, and so many evaluations; "" if all do.
-        Only rank 0 can tell."""
+        """The limit that a step which replays `texts`, and these evaluations, would exceed, or "". Rank 0 only."""
         config, evaluated = self.config, evaluations * self.config.eval_stories
         graded = config.graded_per_step + evaluated
         words_in = state.words_in + self.opening_words(state) + graded * self.most_words
@@ -35,7 +33,7 @@ class Budget:
         return "" if self.affords(graded) else f"--budget-cost {config.budget_cost:g}"
 
     def require_first_step(self, state: RunState, texts: Texts) -> None:
-        """Raises UserError if a new run cannot make a step."""
+        """Raises UserError if a new run cannot afford one step."""
         if state.step == 0 and (limit := self.exhausted(state, texts, evaluations=2)):
             raise UserError(
                 f"{limit} does not hold a single step and the evaluations around it: raise it, or lower "
@@ -43,10 +41,10 @@ class Budget:
             )
 
     def opening_words(self, state: RunState) -> int:
-        """The words of the openings that the next step is the first to use."""
+        """Words of the openings that the next step uses for the first time."""
         repeated = self.config.charge_opening and state.step == 0
         return self.openings.new_words(state.written, self.config.stories_per_step, repeated)
 
     def passed(self, before: int, words_in: int) -> list[str]:
-        """The names of the milestones between two counts of words taken in."""
+        """Names of the milestones between two counts of words in."""
         return [name for name, words in self.milestones.items() if before < words <= words_in]

@@ -1,9 +1,8 @@
-"""The learners, in one table: how each turns rewards into advantages, and its loss.
+"""The learners in one table: how each turns rewards into advantages, and its loss.
 
-Formulas follow TRL: 0.9.4's PPOTrainer, which the paper used (arXiv 2509.15714), itself after Ziegler et al. 2019
-(arXiv 1909.08593), and 1.16.0's trainers for RLOO, GRPO, Dr. GRPO and fine-tuning. Tensors are (n,), one entry per
-token of the stories of a batch, or padded tables (B, N), one row per story, with a mask that is True at tokens.
-"""
+Formulas follow TRL: the PPOTrainer of 0.9.4, which the paper used (arXiv 2509.15714), after Ziegler et al. 2019 (arXiv
+1909.08593), and the trainers of 1.16.0 for RLOO, GRPO, Dr. GRPO and fine-tuning. Tensors are (n,), one entry per story
+token of a batch, or padded tables (B, N), one row per story, with a mask that is True at tokens."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,16 +21,16 @@ from tinystory.run.device import upload
 from tinystory.run.errors import UserError
 from tinystory.student.model import ValueHead
 
-Baseline = Callable[[Tensor, Tensor], Tensor]  # of the stories' returns, (B,), and their groups, (B,)
+Baseline = Callable[[Tensor, Tensor], Tensor]  # (returns (B,), groups (B,)) -> advantages (B,)
 
-# ---- losses: of each token, before the weighting; and whether it is clipped. logprob: (n,) of the policy. ----------
+# ---- losses (n,) per token, before weighting, and whether each is clipped (n,). logprob: (n,), the policy's. ---------
 
 
 def ppo_loss(
     config: InteractConfig, batch: Batch, logprob: Tensor, ratio: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r, 1 - c, 1 + c) A) with r the `ratio`, by default the token's probability ratio. PPO, Schulman et
-    al. 2017 (arXiv 1707.06347), eq. 7; also of GRPO and Dr. GRPO."""
+    """-min(r A, clip(r, 1 - c, 1 + c) A), where r is `ratio`, by default the token's probability ratio. PPO (Schulman
+    et al. 2017, arXiv 1707.06347, eq. 7); also for GRPO and Dr. GRPO."""
     ratio = torch.exp(logprob - batch.logprobs) if ratio is None else ratio
     loss = -batch.advantages * ratio
     clipped = -batch.advantages * ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
@@ -39,8 +38,7 @@ def ppo_loss(
 
 
 def rloo_loss(config: InteractConfig, batch: Batch, logprob: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with r the ratio of the whole story, since one action is the whole story (Ahmadian et al. 2024, arXiv
-    2402.14740)."""
+    """`ppo_loss` with the ratio of the whole story, which is one action (Ahmadian et al. 2024, arXiv 2402.14740)."""
     log_ratios = batch.story_sums(logprob - batch.logprobs)
     return ppo_loss(config, batch, logprob, batch.packed(torch.exp(log_ratios)[:, None]))
 
@@ -50,30 +48,28 @@ def cross_entropy(config: InteractConfig, batch: Batch, logprob: Tensor) -> tupl
     return -logprob, torch.zeros_like(logprob, dtype=torch.bool)
 
 
-# ---- weights: of each token in the mean over a minibatch's tokens, in which by default all weigh the same ----------
+# ---- weights (n,) of the tokens in the mean over a minibatch, by default all 1 ---------------------------------------
 
 
 class Size(NamedTuple):
-    """Of a minibatch, over all processes."""
+    """A minibatch's size, over all processes."""
 
     tokens: int
     stories: int
 
 
 def story_mean(config: InteractConfig, batch: Batch, size: Size) -> Tensor | float:
-    """1/G sum_i 1/|o_i| sum_t: the mean over stories of each one's mean over its tokens. GRPO, Shao et al. 2024 (arXiv
-    2402.03300), eq. 3."""
+    """1/G sum_i 1/|o_i| sum_t: the mean of stories' token means. GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3)."""
     weights = size.tokens / (size.stories * batch.lengths)
     return batch.packed(upload(weights.astype(np.float32), batch.inputs.device)[:, None])
 
 
 def longest_mean(config: InteractConfig, batch: Batch, size: Size) -> Tensor | float:
-    """1/G sum_i 1/L sum_t: the mean over stories of each one's sum divided by the most tokens. Dr. GRPO, Liu et al.
-    2025 (arXiv 2503.20783), figure 1."""
+    """1/G sum_i 1/L sum_t, L the most tokens of a story. Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, figure 1)."""
     return size.tokens / (size.stories * config.max_new_tokens)
 
 
-# ---- advantages: of a batch with token rewards (n,), see `ppo.token_rewards` ---------------------------------------
+# ---- advantages from token rewards (n,), see `ppo.token_rewards` -----------------------------------------------------
 
 
 def gae(config: InteractConfig, critic: nn.Module, batch: Batch, rewards: Tensor) -> Batch:
@@ -85,26 +81,26 @@ def gae(config: InteractConfig, critic: nn.Module, batch: Batch, rewards: Tensor
 
 
 def ridge(config: InteractConfig, critic: nn.Module, batch: Batch, rewards: Tensor) -> Batch:
-    """The same with values from the critic's regression on the reference's states."""
+    """`gae` with values from the critic's regression on the reference's states."""
     assert isinstance(critic, RidgeCritic)
     batch = dataclasses.replace(batch, returns=batch.packed(discounted(batch.padded(rewards), config.gamma)))
     return gae(config, critic, dataclasses.replace(batch, values=critic.estimate(batch)), rewards)
 
 
 def grouped(baseline: Baseline, config: InteractConfig, critic: nn.Module, batch: Batch, rewards: Tensor) -> Batch:
-    """Advantages that compare the stories to an opening: `baseline` of their returns, the same for all tokens."""
+    """Advantages that compare the stories to an opening by `baseline`, the same for all tokens of a story."""
     groups = upload(batch.indices // config.stories_per_opening, rewards.device)
     return dataclasses.replace(batch, advantages=batch.packed(baseline(batch.story_sums(rewards), groups)[:, None]))
 
 
 def best_stories(config: InteractConfig, critic: nn.Module, batch: Batch, rewards: Tensor) -> Batch:
-    """The best quarter of the step, which has no advantages. RAFT takes the best of each opening."""
+    """The best quarter of the step, without advantages. RAFT takes the best of each opening."""
     return batch.rows(best_quarter(batch.story_sums(rewards)).cpu().numpy())
 
 
 def rloo(returns: Tensor, groups: Tensor) -> Tensor:
-    """(B,): each story's return minus the mean of the others' of its group; 0 for one alone. RLOO (Ahmadian et al.
-    2024, arXiv 2402.14740, "RLOO"). returns: (B,), reward and KL penalty; groups: (B,) int64, equal within a group."""
+    """(B,): each story's return minus the mean of the others in its group; 0 if it is alone. RLOO (Ahmadian et al.
+    2024, arXiv 2402.14740). returns: (B,), reward and KL penalty; groups: (B,) int64, equal within a group."""
     count, total = _group_sums(torch.ones_like(returns), groups), _group_sums(returns, groups)
     return torch.where(count > 1, returns - (total - returns) / (count - 1).clamp(min=1), 0.0)
 
@@ -115,19 +111,19 @@ def dr_grpo(returns: Tensor, groups: Tensor) -> Tensor:
 
 
 def grpo(returns: Tensor, groups: Tensor) -> Tensor:
-    """(B,): the same, divided by the group's standard deviation. GRPO (Shao et al. 2024, arXiv 2402.03300, section
-    4.1.2); Bessel's correction and 1e-4 added, as in TRL."""
+    """(B,): `dr_grpo` over the group's standard deviation. GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1.2);
+    Bessel's correction and 1e-4 added, as in TRL."""
     centred, count = dr_grpo(returns, groups), _group_sums(torch.ones_like(returns), groups)
     return centred / ((_group_sums(centred**2, groups) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
 
 
 def _group_sums(x: Tensor, groups: Tensor) -> Tensor:
-    """(B,): at each entry the sum over its group; as a product, which a GPU adds up in one order."""
+    """(B,): the sum over each entry's group, as a matrix product, which a GPU adds up in a fixed order."""
     return ((groups[:, None] == groups).double() @ x.double()).to(x.dtype)
 
 
 def best_quarter(returns: Tensor) -> Tensor:
-    """Indices of the quarter with the highest returns, (B,), rounded up, in order."""
+    """Indices, in order, of the highest quarter of returns, (B,), rounded up."""
     return returns.argsort(descending=True, stable=True)[: -(-len(returns) // 4)].sort().values
 
 
@@ -141,8 +137,7 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def discounted(x: Tensor, factor: float) -> Tensor:
-    """(B, N): at each token the sum of x from there on, each token counting `factor` times the one before. As a product
-    with a triangular matrix it is one kernel, not one per token."""
+    """(B, N): the discounted sum of x from each token on, as one product with a triangular matrix instead of a loop."""
     places = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)
     away = places[:, None] - places
     return x @ torch.where(away < 0, 0.0, factor ** away.clamp(min=0))
@@ -164,8 +159,8 @@ def advantages_and_returns(
 
 @dataclass(frozen=True)
 class Learner:
-    """critic: its class, made from the student's width; None without values. groups: whether it compares the stories
-    of a step to the same opening. reads: the options that some learners ignore and this one does not."""
+    """critic: its class, made from the student's width, or None. groups: whether it compares the stories of a step to
+    the same opening. reads: the options that it reads and some other learner does not."""
 
     advantages: Callable[[InteractConfig, nn.Module, Batch, Tensor], Batch]
     loss: Callable[[InteractConfig, Batch, Tensor], tuple[Tensor, Tensor]]

@@ -1,5 +1,4 @@
-"""Sequence packing with shared prefixes: stories without padding, in which an opening that several share is computed
-once."""
+"""Sequence packing with shared prefixes: no padding, and an opening that several stories share is computed once."""
 
 from dataclasses import dataclass
 from typing import Any  # torch's ctx takes any attribute
@@ -14,11 +13,11 @@ from tinystory.student.model import Student
 
 @dataclass(frozen=True)
 class Packing:
-    """The tokens of (B, T) padded stories in one sequence of n, without padding, each opening once. All int64.
+    """Int64 indices that pack (B, T) padded rows into one sequence of n tokens, each opening once.
 
-    places: (n,) positions of the sequence's tokens in (B * T). source: (B * T,) at each position the index of its token
-    in the sequence, 0 for padding. copies: (k,) padded positions of repeated opening tokens. shared: (m,) indices in
-    the sequence of the tokens that are repeated; owners: (k,) index in `shared` of the token that each copy repeats."""
+    places (n,): position in (B * T) of each token of the sequence. source (B * T,): at each position the index of its
+    token in the sequence, 0 for padding. copies (k,): padded positions of repeated opening tokens. shared (m,): indices
+    in the sequence of the tokens that are repeated. owners (k,): index in `shared` of the token that a copy repeats."""
 
     places: Tensor
     source: Tensor
@@ -27,7 +26,7 @@ class Packing:
     owners: Tensor
 
     def hidden(self, student: Student, tokens: Tensor) -> Tensor:
-        """The student's final hidden states, (n, C), of tokens (B, T)."""
+        """The student's final hidden states, (n, C), for tokens (B, T)."""
 
         def attend(_: int, qkv: Tensor) -> Tensor:
             out = ops.causal_attention(Unpack.apply(qkv, self).unflatten(0, tokens.shape))
@@ -55,8 +54,7 @@ class Unpack(torch.autograd.Function):
 
 
 def pack(openings: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray) -> Packing | None:
-    """The packing of B rows, or None if no two have the same opening. All (B,): an identifier and the length of each
-    row's opening, and the length of the row without its padding."""
+    """None if no opening repeats. All (B,): the opening's identifier, its length, and the row's unpadded length."""
     _, first, group = np.unique(openings, return_index=True, return_inverse=True)
     if len(first) == len(openings):
         return None

@@ -1,4 +1,4 @@
-"""The policy that learns, its optimizer, the state of its run, which a checkpoint holds, and its rollout."""
+"""The policy (student, critic and optimizer), the run state that its checkpoints hold, and its rollouts."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ from tinystory.student.model import Student, ValueHead
 
 @dataclass
 class RunState:
-    """written: stories so far; words_in, words_out: spent of the word budget. In: each opening once, each word of each
-    reply (arXiv 2509.15714), and each that --replay-weight replays; out: each word that the student writes."""
+    """written: stories so far. words_in counts each opening once, each word of a reply (arXiv 2509.15714) and each word
+    that --replay-weight replays; words_out counts the words that the student writes."""
 
     kl_coef: float
     step: int = 0
@@ -40,14 +40,12 @@ class RunState:
 
 
 class SharpAdam(torch.optim.Adam):
-    """Adam for student and critic, with one more direction: s, the logarithm of a factor on all logits, which has a
-    learning rate of its own.
+    """Adam for student and critic, and for s, the logarithm of a factor on all logits, which has its own learning rate.
 
-    Of 70 directions that scale a part of the student this is the only one of which 256 stories tell a gain from noise
-    (LOG.md). The final norm, into which s is folded after each step, can go there too, but at Adam's rate it goes as
-    fast in 255 directions of noise. `readers`, the weights that read the norm's output besides the logits (a value
-    head's), are divided by the same factor, so s changes no value.
-    """
+    Of 70 directions that scale a part of the student, s is the only one in which 256 stories tell a gain from noise
+    (LOG.md). After each step it is folded into the final norm. The norm can go there by itself, but at Adam's rate it
+    goes as fast in 255 directions of noise. `readers`, weights that read the norm's output besides the logits (a value
+    head's), are divided by the same factor, so that s changes no value."""
 
     def __init__(self, student: Student, critic: nn.Module, config: InteractConfig):
         self.norm, self.sharpness = student.ln_f, nn.Parameter(torch.zeros((), device=student.ln_f.weight.device))
@@ -75,9 +73,8 @@ class SharpAdam(torch.optim.Adam):
 
 @dataclass(kw_only=True)
 class Policy:
-    """What learns. critic: an empty module for learners without values. autocast: the context of the forward passes,
-    and of them alone: inside it the backward pass would round the value head's float32 gradient. history: the student's
-    history, for model.json."""
+    """critic: an empty module for learners without values. autocast: a context for the forward passes alone, since the
+    backward pass would round the value head's float32 gradient in it. history: the student's, for model.json."""
 
     student: Student
     critic: nn.Module
@@ -92,8 +89,8 @@ class Policy:
         self.value_head = self.critic if isinstance(self.critic, ValueHead) else None
 
     def save(self, folder: Path, state: RunState, *, replace: bool = False) -> None:
-        """Write a checkpoint, and drop what is older."""
-        if not distributed.is_rank0():  # it would drop what rank 0 is writing as left half-written
+        """Write a checkpoint, and drop older ones."""
+        if not distributed.is_rank0():  # another rank would drop what rank 0 is writing
             return
         words = dict(interaction_words_in=state.words_in, interaction_words_out=state.words_out)
         lifetime = {name: self.history.get(name, 0) + count for name, count in words.items()} if state.step else {}
@@ -107,7 +104,6 @@ class Policy:
         checkpoint.drop_older(folder)
 
     def restore(self, folder: Path) -> RunState:
-        """Go on from a checkpoint."""
         checkpoint.restore(self.student, folder)
         tensors, state = checkpoint.load_trainer(folder, RunState)
         checkpoint.restore_module(self.critic, "critic", tensors)
@@ -117,7 +113,7 @@ class Policy:
 
 
 def load_policy(config: InteractConfig, folder: Path, compute: Compute) -> Policy:
-    """The student of a checkpoint, with a new critic and a new optimizer."""
+    """A checkpoint's student with a new critic and a new optimizer."""
     student, tokenizer, history = checkpoint.load(folder, compute.device)
     critic_class = LEARNERS[config.learner].critic
     critic = (critic_class(student.config.n_embd) if critic_class else nn.Module()).to(compute.device)
@@ -132,7 +128,7 @@ def rollout(
     bar: tqdm | None = None, dropout: float = 0.0, sent: Sequence[int] | None = None,
 ) -> list[Story]:  # fmt: skip
     """Stories first_index, first_index + 1, ... to these openings, on every rank. Rank 0 sends each to the grader,
-    those of its own shard as soon as they end. sent: the places among these of those to send, by default all."""
+    those of its own shard as soon as they end. sent: indices of the openings whose stories are sent, by default all."""
     to_send = set(range(len(openings)) if sent is None else sent)
 
     def on_story(story: Story) -> None:
@@ -155,9 +151,9 @@ def rollout(
 
 
 def rollout_means(stories: Sequence[Story], scores: Sequence[float | None]) -> dict[str, float | None]:
-    """Means per story: entropy, in nats, of the distributions that its tokens were sampled from, and tokens_mean.
-    scored: the number of stories with a score; score_length, score_logprob: Pearson's correlation of the scores with
-    the stories' words and with their mean log-probability per token under the policy that wrote them, or None."""
+    """Means per story: entropy (nats, summed over its tokens) of the sampling distributions, and tokens_mean. Over the
+    `scored` stories: Pearson's correlation of the score with the number of words (score_length) and with the mean
+    log-probability per token as sampled (score_logprob), or None."""
     rows = [(x, s.words, float(s.logprobs.mean())) for x, s in zip(scores, stories, strict=True) if x is not None]
     related: list[float | None] = [None, None]
     for i in (0, 1):

@@ -1,8 +1,6 @@
 """One step of learning from stories: token rewards with a KL penalty, and the update of PPO and its kin.
 
-Formulas follow TRL's PPOTrainer, as in learners.py, which has what differs between the learners. Tensors are (n,), one
-entry per token of the stories of a batch.
-"""
+Formulas follow TRL's PPOTrainer; learners.py has what differs. Tensors are (n,), one entry per token of the stories."""
 
 import dataclasses
 import math
@@ -35,16 +33,15 @@ def token_rewards(story_rewards: Tensor, batch: Batch, kl_coef: float) -> Tensor
 
 
 def next_kl_coef(coef: float, kl: float, stories: int, config: InteractConfig) -> float:
-    """The coefficient of the KL penalty for the next step (adaptive controller: Ziegler et al. 2019, section 2.2)."""
+    """The next step's KL coefficient. kl: nats per story (adaptive controller: Ziegler et al. 2019, section 2.2)."""
     error = min(max(kl / config.kl_target - 1, -0.2), 0.2)
     return coef * (1 + error * stories / config.kl_horizon)
 
 
 def response_logprobs(student: Student, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-    """(n,) log-probabilities of the stories' tokens, and (n, C) the states from which they are predicted.
-
-    Columns that are padding in every row are not computed, and on a CPU no opening twice (on a GPU, whose sums of
-    gradients by index depend on the threads' order, it is)."""
+    """(n,) log-probabilities of the stories' tokens, and (n, C) the states that predict them. Columns that are padding
+    in all rows are skipped. A shared opening is computed once on a CPU, but not on a GPU, whose sums of its gradients
+    would depend on the threads' order."""
     T = int(batch.input_lengths.max())
     tokens, places = batch.inputs[:, :T], spans(np.arange(len(batch)) * T + batch.prompt_lengths - 1, batch.lengths)
     packing = None if ops.on_gpu(tokens) else pack(batch.openings, batch.prompt_lengths, batch.input_lengths)
@@ -57,8 +54,8 @@ def response_logprobs(student: Student, batch: Batch, temperature: float) -> tup
 
 @torch.no_grad()
 def read_reference(reference: Student, batch: Batch, config: InteractConfig, states: bool | None = None) -> Batch:
-    """The batch with the log-probabilities of the stories' tokens under the frozen starting checkpoint, and with the
-    states from which it predicts them, by default if the ridge critic or the score model reads them."""
+    """The batch with ref_logprobs under the frozen starting checkpoint, and with ref_states if `states`, by default if
+    the ridge critic or the score model reads them."""
     if states is None:
         states = config.learner == "ridge" or config.graded > 0
     logprobs = torch.zeros_like(batch.logprobs)
@@ -75,7 +72,7 @@ def read_reference(reference: Student, batch: Batch, config: InteractConfig, sta
 
 @torch.no_grad()
 def reread(policy: Policy, batch: Batch) -> Batch:
-    """The batch with the policy's own log-probabilities and values, for stories that were sampled with dropout."""
+    """The batch with the policy's own logprobs and values, for stories that were sampled with dropout."""
     head = policy.value_head
     own = read_reference(policy.student, batch, policy.config, states=head is not None)
     values = batch.values if head is None else head(own.ref_states)
@@ -86,8 +83,8 @@ def step(
     policy: Policy, batch: Batch, story_rewards: Sequence[float | None], kl_coef: float, steps: int = 0,
     texts: Texts = (),
 ) -> dict[str, float]:  # fmt: skip
-    """One step: token rewards, advantages, the update. Returns the step's statistics. batch: from `read_reference`.
-    story_rewards: per story; one without gives no gradient. steps: done before this one; texts: of `update`."""
+    """One step: token rewards, advantages, the update. Returns its statistics. batch: from `read_reference`.
+    story_rewards: a story without one gives no gradient. steps: done before this one. texts: see `update`."""
     config, learner = policy.config, LEARNERS[policy.config.learner]
     batch = batch.rows([row for row, reward in enumerate(story_rewards) if reward is not None])
     rewards = torch.tensor([reward for reward in story_rewards if reward is not None], device=batch.inputs.device)
@@ -102,13 +99,11 @@ def step(
 
 
 def update(policy: Policy, batch: Batch, kl_coef: float = 0.0, steps: int = 0, texts: Texts = ()) -> dict[str, float]:
-    """config.epochs passes over the batch, of which each minibatch makes one optimizer step. Returns the statistics of
-    the step. kl_coef: of the penalty in the loss. texts: of the corpus, one batch per minibatch, whose gradient is
-    added to its own.
+    """config.epochs passes over the batch, with one optimizer step per minibatch. Returns their statistics.
 
-    The order of minibatches is drawn from torch's global generator. The gradient of a minibatch is accumulated over
-    micro-batches and processes and divided by the number of its tokens, so both affect only memory and speed.
-    """
+    kl_coef: the KL penalty's weight in the loss. texts: one batch of the corpus per minibatch, whose gradient is added.
+    torch's global generator draws the order of minibatches. Gradients are accumulated over micro-batches and processes
+    and divided by the minibatch's tokens, so that both affect only memory and speed."""
     student, optimizer, config, device = policy.student, policy.optimizer, policy.config, batch.inputs.device
     size = min(config.minibatch_size or len(batch), len(batch))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -158,10 +153,9 @@ def update(policy: Policy, batch: Batch, kl_coef: float = 0.0, steps: int = 0, t
 
 
 def backward(policy: Policy, batch: Batch, minibatch: np.ndarray, kl_coef: float) -> tuple[Tensor, Tensor]:
-    """Add to the parameters' gradients those of this process's stories of a minibatch, divided by the minibatch's
-    tokens. minibatch: rows of the batch; kl_coef: of the penalty in the loss.
+    """Add the gradients of this process's stories of a minibatch, rows of the batch, divided by the minibatch's tokens.
 
-    Returns sums over the tokens, also divided, (5,) float64: MEANS and the ratio; and the largest |ratio - 1|. Both
+    Returns sums over the tokens, divided alike, of MEANS and the ratio, (5,) float64, and the largest |ratio - 1|. Both
     stay on the device, so that a GPU runs ahead."""
     config, learner = policy.config, LEARNERS[policy.config.learner]
     size = Size(int(batch.lengths[minibatch].sum()), len(minibatch))
@@ -190,15 +184,14 @@ def backward(policy: Policy, batch: Batch, minibatch: np.ndarray, kl_coef: float
 
 
 def k3(batch: Batch, logprob: Tensor) -> Tensor:
-    """(n,): an estimate of the KL divergence from the reference (Schulman 2020, joschu.net/blog/kl-approx.html), in the
-    loss as in GRPO's eq. 4."""
+    """(n,): estimated KL from the reference (Schulman 2020, joschu.net/blog/kl-approx.html), as in GRPO's eq. 4."""
     log_ratio = batch.ref_logprobs - logprob
     return torch.exp(log_ratio) - log_ratio - 1
 
 
 def value_loss(config: InteractConfig, batch: Batch, value: Tensor | None) -> Tensor:
-    """(n,): half of the larger squared error of a value head's values, clipped to the old ones' vicinity or not; half
-    of the squared error of the ridge critic, without gradient; 0 for a learner without values."""
+    """(n,): half the squared error of the value head, whose values are clipped to within clip_value of the old ones if
+    that error is larger; half the ridge critic's squared error, without gradient; 0 without values."""
     if batch.returns is None:
         return torch.zeros_like(batch.logprobs)
     if value is None:

@@ -13,15 +13,15 @@ from tinystory.data.windows import Windows
 from tinystory.run import distributed
 from tinystory.run.errors import UserError
 
-Texts = Sequence[tuple[Tensor, int]]  # per update, sequences of the corpus and the number of their words
+Texts = Sequence[tuple[Tensor, int]]  # per update: sequences, (replay_batch, context + 1) int64, and their words
 
 
 class CorpusReplay:
-    """Batches of the training split of a student's corpus, in an order drawn from the seed: one per update that a step
-    can have, so that a resumed run reads the same ones. None without --replay-weight."""
+    """Batches of the training split of a student's corpus, in an order drawn from the seed: one per possible update of
+    a step, so that a resumed run reads the same ones. No batches without --replay-weight."""
 
     def __init__(self, config: InteractConfig, history: Mapping[str, Any], tokenizer: Tokenizer, context: int):
-        """history: of the student's checkpoint. Raises UserError if they do not name the corpus, or if it is gone."""
+        """history: the checkpoint's. Raises UserError if it does not name the corpus, or if the corpus is gone."""
         self.updates = 0
         if not config.replay_weight:
             return
@@ -38,5 +38,4 @@ class CorpusReplay:
         self.updates = config.updates_per_step
 
     def batches(self, step: int) -> Texts:
-        """Per update of a step the sequences, (replay_batch, context + 1) int64, and the number of their words."""
         return [self.windows.batch(step * self.updates + i) for i in range(self.updates)]

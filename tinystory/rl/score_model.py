@@ -1,10 +1,9 @@
-"""A model of the teacher's scores, so that few grades go a long way: `--graded N` sends N stories of a step to the
-teacher, and a ridge regression on what the frozen reference sees of a story predicts the scores of the others.
+"""A model of the teacher's scores: `--graded N` sends N stories of a step to the teacher, and a ridge regression on
+what the frozen reference sees of a story predicts the scores of the others.
 
-It is fitted anew in each step, with the penalty of the least leave-one-out error, which a ridge regression has in
-closed form (Allen's PRESS; Golub, Heath and Wahba 1979). A predicted score stands in for the teacher's in the reward
-alone; it is recorded apart, and a graded story without a readable reply gets none.
-"""
+It is refitted in each step with the penalty of least leave-one-out error, which has a closed form (Allen's PRESS;
+Golub, Heath and Wahba 1979). A predicted score replaces the teacher's in the reward alone, and is recorded separately.
+A graded story without a readable reply gets none."""
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,23 +18,22 @@ from tinystory.run import distributed
 from tinystory.student.generate import Story
 
 PENALTIES = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # features have variance 1
-MOST = 4096  # grades that are kept, the newest: a bound on the checkpoint and on the time to fit
+MOST = 4096  # newest grades that are kept, a bound on the checkpoint and on the time to fit
 LARGEST = 5.0  # standard deviations from the mean at which a feature is clipped
-QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75)  # of the log-probabilities of a story's tokens
+QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75)  # levels for a story's token log-probabilities
 
 
 def sent_to_teacher(stories: int, graded: int, seed: int, step: int) -> list[int]:
-    """The rows of a step's stories that are graded, in order, drawn from seed and step; all if `graded` is 0."""
+    """Rows of a step's stories to grade, in order, drawn from seed and step; all if `graded` is 0."""
     return sorted(random.Random(f"graded {seed} {step}").sample(range(stories), graded or stories))
 
 
 def story_features(logprobs: Tensor, states: Tensor, lengths: Iterable[int], ended: Sequence[bool]) -> Tensor:
-    """(B, 2 C + 15) float32, on the CPU: what the reference sees of each story. logprobs: (n,), of the tokens of all
-    stories, one story after the other; states: (n, C), from which it predicts them; lengths: tokens of each story;
-    ended: whether it drew an end token.
+    """(B, 2 C + 15) float32 on the CPU: what the reference sees of each story. logprobs (n,) and states (n, C), which
+    predict them, are concatenated over the stories. lengths: tokens per story. ended: whether it drew an end token.
 
-    The mean and the last of the states; the log-probabilities' mean, standard deviation and quantiles, and the means of
-    either half, of the last ten and of the fraction below -4 nats; the length, its square, its inverse and the end."""
+    The mean and last state; the log-probabilities' mean, standard deviation, means of either half and of the last ten,
+    fraction below -4 nats, and quantiles; the length, its square, its inverse and the end."""
     rows = []
     sizes = [int(length) for length in lengths]
     for x, seen, end in zip(
@@ -53,8 +51,8 @@ def story_features(logprobs: Tensor, states: Tensor, lengths: Iterable[int], end
 def with_predictions(
     model: "ScoreModel", batch: Batch, stories: Sequence[Story], scores: Sequence[float | None], sent: Sequence[int]
 ) -> tuple[list[float | None], dict[str, Any]]:
-    """The scores, with predicted ones for the stories that were not sent; and what is recorded of that. batch: from
-    `ppo.read_reference`; sent: rows of the stories that the teacher was sent."""
+    """The scores, with predictions for the stories that were not sent to the teacher, and what to record about them.
+    batch: from `ppo.read_reference`; sent: rows of the stories that were sent."""
     ended = [story.ended == "eos" for story in stories]
     features = story_features(batch.ref_logprobs, batch.ref_states, batch.lengths, ended)
     graded = [scores[row] for row in sent]
@@ -71,7 +69,7 @@ class ScoreModel:
         self._weights: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a checkpoint: none before the first grade."""
+        """For a checkpoint; empty before the first grade."""
         kept = {"features": self.features, "scores": self.scores}
         return {f"score_model.{name}": tensor for name, tensor in kept.items() if len(self.scores)}
 
@@ -82,8 +80,8 @@ class ScoreModel:
         self._weights = None
 
     def learn(self, features: Tensor, scores: Sequence[float]) -> float | None:
-        """Add graded stories. Returns the R-squared of what was predicted of them before, below 0 if the mean of their
-        scores would have been nearer; None if nothing was predicted, or if all have one score."""
+        """Add graded stories. Returns the R-squared of their predictions before (negative if their mean score would
+        have been nearer), or None if there were none or all scores are equal."""
         new = torch.tensor(scores, dtype=torch.float64)
         before = self.predict(features) if len(scores) > 1 else None
         self.features = torch.cat([self.features.reshape(-1, features.shape[1]), features])[-MOST:]
@@ -103,9 +101,9 @@ class ScoreModel:
     def complete(
         self, features: Tensor, graded: Sequence[int], scores: Sequence[float | None]
     ) -> tuple[list[float | None], float | None]:
-        """Learn from a step's graded stories and predict the scores of its others. features: (B, F), of all of them;
-        graded: rows of those sent to the teacher; scores: theirs, None where the teacher gave none. Returns a score per
-        story, None for those that were sent, and without enough grades; and the R-squared of `learn`."""
+        """Learn from a step's graded stories and predict the scores of the others. features: (B, F), of all of them;
+        graded: rows that were sent; scores: the teacher's for these rows, or None. Returns a score per story (None if
+        it was sent, or without enough grades), and the R-squared of `learn`."""
         known = [(row, score) for row, score in zip(graded, scores, strict=True) if score is not None]
         r_squared = self.learn(features[[row for row, _ in known]], [score for _, score in known]) if known else None
         expected, sent = self.predict(features), set(graded)
@@ -119,7 +117,7 @@ class ScoreModel:
 
 
 def leave_one_out_ridge(x: Tensor, y: Tensor) -> Tensor:
-    """(F,) weights that predict y, (n,), less its mean, from x, (n, F), with the penalty of the least PRESS."""
+    """(F,) weights that predict y (n,), less its mean, from x (n, F), with the penalty of least PRESS."""
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     y = y - y.mean()
     errors, weights = [], []
