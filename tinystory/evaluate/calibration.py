@@ -1,8 +1,7 @@
-"""Calibration: whether a judge can judge, by what it says of known stories, before time and money go into learning.
+"""Calibration: tests a judge on known stories before time and money go into learning from it.
 
-The judgement is the probability that it puts a story above shuffled words (the area under the ROC curve; a tie counts
-one half). 0.5 is chance, and a teacher near it teaches noise.
-"""
+`judgement` is the probability that the judge scores a real story above shuffled words (the area under the ROC curve; a
+tie counts one half). 0.5 is chance, and a teacher near it teaches noise."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -20,19 +19,16 @@ from tinystory.teacher.grade import Grader
 FULL, CHEAP = 24, 16  # stories of each kind
 CHEAP_KINDS = (REAL, SENTENCES, WORDS)
 
-# The score of each (opening, story), as a fraction of the highest, or None for no score.
+# (opening, story) pairs -> scores, a teacher's as fractions of the highest possible one; None without a score.
 GradeKnown: TypeAlias = Callable[[Sequence[tuple[str, str]]], Sequence[float | None]]
 
 
 def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
-    """How a judge scores `known` (see known_stories).
+    """Scores `known` (see known_stories) and summarises the scores; None stands for what could not be measured.
 
-    Returns {"stories", "unscored", "judgement" and "judgement_ci", "kinds": {kind: {"mean", "auc", "ci"}},
-    where auc is the probability that a real story scores above one of the kind, "range": [lowest, highest]}. A
-    teacher's scores are fractions of the highest possible one, 0..1. None stands for what could not be measured.
-
-    Intervals are Wilson's for as many trials as the smaller kind has stories, which is on the safe side.
-    """
+    Returns {"stories", "unscored", "judgement", "judgement_ci", "kinds": {kind: {"mean", "auc", "ci"}}, "range":
+    [lowest, highest]}, where auc is the probability that a real story scores above one of this kind. Intervals are
+    Wilson's with as many trials as the smaller kind has stories, which is conservative."""
     scores = np.array(grade([(story.opening, story.story) for story in known]), dtype=float)  # None becomes nan
     kinds, scored = np.array([story.kind for story in known]), scores[~np.isnan(scores)]
     by_kind = {kind: scores[(kinds == kind) & ~np.isnan(scores)] for kind in dict.fromkeys(kinds.tolist())}
@@ -55,8 +51,8 @@ def calibrate(grade: GradeKnown, known: Sequence[KnownStory]) -> dict[str, Any]:
 
 
 def wins(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
-    """1 for a pair in which the better one has the higher score, 1/2 for a tie. (n,), (m,) -> float64 (n, m), whose
-    mean is the area under the ROC curve (Mann and Whitney 1947)."""
+    """(n,), (m,) -> float64 (n, m): 1 where the better one has the higher score, 1/2 for a tie. The mean is the area
+    under the ROC curve (Mann and Whitney 1947)."""
     return (better[:, None] > worse) + (better[:, None] == worse) / 2
 
 
@@ -64,7 +60,7 @@ def wins(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """The calibration in one clause, which continues "the teacher ..."."""
+    """One clause that continues "the teacher ..."."""
     if result["judgement"] is None:
         return f"gave no scores: {result['unscored']} of {result['stories']} stories are without one"
     probability = with_ci(result["judgement"], result["judgement_ci"])
@@ -80,8 +76,8 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Calibrations of several judges on the same stories side by side, as rows of cells: the names, then per kind the
-    mean score and how often a real story has the higher one (0.5 is chance), with a 95 % interval."""
+    """Rows of cells that compare judges on the same stories: names, then per kind the mean score and the AUC with its
+    95 % interval (0.5 is chance), then the number of unscored stories."""
     columns = list(results.values())
     rows = [["", *results]]
     for kind in columns[0]["kinds"]:
@@ -98,9 +94,8 @@ def require(result: Mapping[str, Any], least: float) -> None:
 
 
 def calibrated(config: InteractConfig, grader: Grader) -> dict[str, Any]:
-    """{"calibration": ...}, the cheap calibration of a grader before a run, whose verdict is printed. {} where it is
-    not needed: for the built-in teacher, which is known, and for a human, whose time is expensive.
-    Raises UserError if the judgement is below --require-judgement."""
+    """{"calibration": ...}, a brief calibration before a run, whose verdict is printed. {} where it is not needed: the
+    built-in teacher is known, and a human's time is expensive. Raises UserError below --require-judgement."""
     needed = (config.teacher_url and config.calibrate) or config.require_judgement
     human = isinstance(grader.scorer, Teacher) and grader.scorer.model == HUMAN
     if not needed or human:

@@ -1,4 +1,4 @@
-"""Coreference: how probable the student finds a name that the story introduced, and the right one of he and she."""
+"""Coreference: the probabilities of a name that the story has introduced, and of the right one of he and she."""
 
 import re
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from tinystory.student.model import Student
 
 NAMES = tuple(sorted(set(f"{vocabulary.GIRLS} {vocabulary.BOYS} {vocabulary.CREATURES}".split())))
 NAME = re.compile(rf"\b({'|'.join(NAMES)})\b")
-UNSEEN_SEED = 20_251_125  # of stories that are not in the built-in corpus
+UNSEEN_SEED = 20_251_125  # for stories that are not in the built-in corpus
 BATCH = 16
 
 
@@ -27,21 +27,18 @@ def unseen_stories(count: int) -> list[str]:
 
 
 def unseen_measures(student: Student, tokenizer: Tokenizer, count: int) -> dict[str, float | int | None]:
-    """`coreference` and `bits_per_byte` on unseen stories."""
     stories = unseen_stories(count)
     return coreference(student, tokenizer, stories) | bits_per_byte(student, tokenizer, stories)
 
 
 @torch.no_grad()
 def coreference(student: Student, tokenizer: Tokenizer, stories: Iterable[str]) -> dict[str, float | int | None]:
-    """Mean probabilities among the candidates, and the numbers of places, `names` and `pronouns`.
+    """Mean probability of the right candidate, and the numbers of places, `names` and `pronouns`. None without a place.
 
-    repeated_name: where a story repeats a name, the probability of that name among all NAMES (chance is 1 / 52).
-    introduced_name: there, the probability of all names introduced so far, of which often two would do. he_or_she:
-    wherever he or she stands, the probability of the right one of the two (chance is 1 / 2). None without such a place.
-
-    A story is read from its beginning, as far as the context goes. A name counts if it is one token, with its space.
-    """
+    repeated_name is the probability of a repeated name among all NAMES (chance is 1 / 52). introduced_name is, at the
+    same places, the total probability of all names introduced so far, since two of them would often do. he_or_she is
+    the probability of the right one of the two (chance is 1 / 2). A name counts if it is one token, including its
+    space. Stories are truncated to the context."""
     device, context = student.wte.weight.device, student.config.context
     name_ids = {name: ids[0] for name in NAMES if len(ids := tokenizer.encode(f" {name}")) == 1}
     names = torch.tensor(sorted(name_ids.values()), device=device)
@@ -77,14 +74,14 @@ def coreference(student: Student, tokenizer: Tokenizer, stories: Iterable[str]) 
 
 
 def _probabilities(student: Student, hidden: Tensor, ids: Tensor) -> Tensor:
-    """(..., len(ids)): the probabilities of these tokens among themselves, after hidden states (..., C)."""
+    """(..., len(ids)): the softmax over these tokens alone, after hidden states (..., C)."""
     return (hidden.float() @ student.wte.weight[ids].float().T).softmax(-1)
 
 
 def _repeated_names(
     tokenizer: Tokenizer, story: str, context: int, name_ids: dict[str, int]
 ) -> tuple[list[int], list[tuple[int, list[int]]]]:
-    """The story's tokens; and for each repeated name its position and the ids of all names introduced before it."""
+    """The story's tokens; each repeated name's position, with the ids of all names introduced before it."""
     ids = tokenizer.encode(story)[: context + 1]
     ends = np.cumsum(tokenizer.token_sizes[ids]).tolist()
     name_at = {len(story[: match.end()].encode()): match[1] for match in NAME.finditer(story)}

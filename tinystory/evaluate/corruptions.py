@@ -1,5 +1,4 @@
-"""Known stories, whose order is beyond dispute before any judge sees them: real ones, corruptions of them, and texts
-that are no stories at all."""
+"""Stories of known quality: real ones, corruptions of them, and texts that are no stories at all."""
 
 import itertools
 import random
@@ -22,7 +21,7 @@ _NOUN = re.compile(
 
 
 class KnownStory(NamedTuple):
-    """A story of known quality. The writer was given `opening`; the judge is to grade `story`."""
+    """The writer was given `opening`; a judge grades `story`."""
 
     kind: str
     opening: str
@@ -30,14 +29,14 @@ class KnownStory(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """The nouns, without repeats, and the words of many stories."""
+    """Distinct nouns, and all words, of many stories, from which replacements are drawn."""
 
     nouns: Sequence[str]
     words: Sequence[str]
 
 
 def _reordered(parts: list[str], rng: random.Random) -> list[str]:
-    """The parts in another order, at random, if there is one."""
+    """The parts in a random order that differs from the given one, if there is one."""
     out = list(parts)
     while len(set(parts)) > 1 and out == parts:
         rng.shuffle(out)
@@ -52,7 +51,7 @@ def _new_nouns(sentences: list[str], nouns: Sequence[str], rng: random.Random) -
     return _replaced(sentences, lambda w: rng.choice(nouns) if w in nouns and rng.random() < 0.3 else w)
 
 
-# Given a story's sentences s and those of another story, sentences or words to be joined by spaces.
+# (the story's sentences, another story's sentences, pool, rng) -> sentences or words to be joined by spaces.
 CORRUPTIONS: dict[str, Callable[[list[str], Sequence[str], Pool, random.Random], list[str]]] = {
     SENTENCES: lambda s, other, pool, rng: _reordered(s, rng),
     WORDS: lambda s, other, pool, rng: _reordered(" ".join(s).split(), rng),
@@ -62,7 +61,7 @@ CORRUPTIONS: dict[str, Callable[[list[str], Sequence[str], Pool, random.Random],
         s, lambda word: rng.choice(pool.words) if rng.random() < 0.1 else word
     ),
 }
-# Texts that are no stories. index: of the story in whose place they stand.
+# (index of the story that is replaced, rng) -> a text that is no story.
 NO_STORIES: dict[str, Callable[[int, random.Random], str]] = {
     "generic sentences": lambda index, rng: " ".join(rng.sample(split_sentences(*_paragraphs("generic")), 14)),
     "essay: full marks": lambda index, rng: _essay(index),
@@ -73,8 +72,8 @@ KINDS = (REAL, *CORRUPTIONS, *NO_STORIES)
 def known_stories(
     documents: Iterable[str], count: int, kinds: Sequence[str] = KINDS, seed: int = 0
 ) -> list[KnownStory]:
-    """`count` stories of each kind; those of one index have one opening, the first sentence. A corruption that changes
-    nothing is left out. Half of the real ones are ours while they last, the others are a corpus's (real_stories)."""
+    """`count` stories of each kind. Those with the same index share the opening, their first sentence. Half of the real
+    ones are ours while they last, the others come from `documents`. A corruption that changes nothing is left out."""
     usable = _usable_of(documents, count)
     ours = [_first_sentences(text, i) for i, text in enumerate(_paragraphs("stories")[: count // 2])]
     texts = [*ours, *real_stories(usable, count - len(ours), seed)]
@@ -95,7 +94,7 @@ def known_stories(
 
 
 def real_stories(documents: Iterable[str], count: int, seed: int = 0) -> list[list[str]]:
-    """The first sentences of `count` stories, drawn from the first DOCUMENTS; of the grammar, if too few are usable."""
+    """First sentences of `count` stories drawn from the first DOCUMENTS; if too few are usable, from the grammar."""
     drawn = random.Random(seed).sample(_usable_of(documents, count), count)
     return [_first_sentences(text, i) for i, text in enumerate(drawn)]
 
@@ -113,7 +112,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _first_sentences(text: str, index: int) -> list[str]:
-    """The first sentences, at least FEWEST_SENTENCES, up to the length of the story with this index."""
+    """At least FEWEST_SENTENCES sentences, until they have LENGTHS[index] words (cyclic index)."""
     sentences, end = split_sentences(text), FEWEST_SENTENCES
     while end < len(sentences) and len(" ".join(sentences[:end]).split()) < LENGTHS[index % len(LENGTHS)]:
         end += 1
@@ -121,13 +120,12 @@ def _first_sentences(text: str, index: int) -> list[str]:
 
 
 def _paragraphs(name: str) -> list[str]:
-    """The texts of a file in known/, which are separated by blank lines."""
     text = (Path(__file__).with_name("known") / f"{name}.txt").read_text("utf-8")
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
 
 
 def _essay(index: int) -> str:
-    """An essay; once all are used, they are repeated with another sentence first."""
+    """An essay; once all are used, they repeat, beginning with another sentence."""
     essays = _paragraphs("essays")
     sentences = split_sentences(essays[index % len(essays)])
     shift = index // len(essays) % len(sentences)
@@ -135,6 +133,6 @@ def _essay(index: int) -> str:
 
 
 def corpus_documents(names: Sequence[str]) -> Iterator[str]:
-    """The documents from which calibration draws: of files, interleaved; of the built-in grammar, unseen stories."""
+    """The documents from which calibration draws: the files' interleaved, or unseen stories of the built-in grammar."""
     files = [name for name in names if name not in BUILTIN]
     return open_corpus(files).mixed() if files else iter(unseen_stories(DOCUMENTS))

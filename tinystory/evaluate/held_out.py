@@ -1,4 +1,4 @@
-"""Evaluation during interaction: rewards of stories to held-out openings, and which checkpoint is the best."""
+"""Evaluation during interaction: rewards of stories on held-out openings, and the choice of the best checkpoint."""
 
 import json
 import math
@@ -22,11 +22,10 @@ from tinystory.student import checkpoint
 from tinystory.student.generate import Story
 from tinystory.teacher.grade import Grade, Grader, score_means
 
-FIRST_INDEX = 10**9  # of an evaluation's stories: the same random numbers each time, and none of training's
+FIRST_INDEX = 10**9  # evaluations draw the same random numbers each time, and none of training's
 
 
 def due(config: InteractConfig, step: int) -> bool:
-    """Whether the policy is evaluated after this many steps."""
     return step in (0, config.steps) or (config.eval_every > 0 and step % config.eval_every == 0)
 
 
@@ -42,12 +41,11 @@ class Evaluator:
     stop: Stop
 
     def done(self, step: int) -> bool:
-        """Whether the evaluation after this many steps is on record."""
         records = self.log.folder / EVALUATIONS
         return distributed.rank0_value(lambda: any(record["step"] == step for record in read_records(records)))
 
     def evaluate(self, state: RunState) -> dict[str, Any]:
-        """The metrics of an evaluation, whose words count against the budget. Raises Interrupted."""
+        """Metrics on the held-out openings. The words count against the budget. Raises Interrupted."""
         folder = self.log.folder
         prompts = list(islice(cycle(self.openings.held_out), self.config.eval_stories))
         stories = rollout(self.policy, prompts, FIRST_INDEX, self.grader.send)
@@ -63,7 +61,7 @@ class Evaluator:
         return {f"held_out_{name}": value for name, value in (metrics | story_means(records)).items()}
 
     def evaluate_if_due(self, state: RunState) -> tuple[dict[str, Any], UserError | Interrupted | None]:
-        """The metrics, and a failure of the teacher or Interrupted, to raise once the step is logged and saved."""
+        """The metrics, and an error (the teacher's or Interrupted) to raise once the step is logged and saved."""
         try:
             return self.evaluate(state) if due(self.config, state.step) else {}, None
         except (UserError, Interrupted) as error:
@@ -71,7 +69,7 @@ class Evaluator:
 
 
 def has_dull_tellers(facts: Mapping[str, Any]) -> bool:
-    """Whether a student with these facts was pretrained on the built-in dull tellers, whose sentences are known."""
+    """Whether this history of a student names the built-in dull tellers, whose sentences are known."""
     return "dull" in (facts.get("corpus") or ())
 
 
@@ -79,8 +77,7 @@ def story_records(
     step: int, stories: Sequence[Story], grades: Sequence[Grade], rewards: Sequence[float | None], mixed: bool = False,
     predicted: Sequence[float | None] = (),
 ) -> list[Record]:  # fmt: skip
-    """The lines of stories.jsonl and evaluations.jsonl. mixed: with the kind of teller. predicted: with --graded, the
-    score that each story has from the score model instead of the teacher."""
+    """Lines of stories.jsonl and evaluations.jsonl. mixed: with the teller's kind. predicted: from the score model."""
     return [
         {
             "step": step,
@@ -100,8 +97,7 @@ def story_records(
 
 
 def story_means(records: Sequence[Record]) -> dict[str, float | None]:
-    """Mean length in words, fraction that end, mean diversity; distinct_4 and story clusters over all stories; the
-    fraction that each kind of teller tells, if the records name it."""
+    """Means of length, endings and diversity; distinct_4 and clusters over all stories; the fraction of each teller."""
     texts = [record["story"] for record in records]
     tellers = [record["teller"] for record in records if "teller" in record]
     return {
@@ -114,16 +110,14 @@ def story_means(records: Sequence[Record]) -> dict[str, float | None]:
 
 
 def reward_mean(records: Sequence[Record]) -> float | None:
-    """The mean over the stories that have a reward; None if none has."""
+    """None if no story has a reward."""
     return mean_of(record["reward"] for record in records)
 
 
 def is_best(records: Iterable[Record], step: int) -> bool:
-    """Whether the mean reward of the evaluation at `step` is the highest so far, or within a standard error of it.
-
-    records: of evaluations.jsonl. With few stories, a smaller difference is noise, and then the later student is
-    preferred, as it has learned from more of them."""
-    rewards: dict[int, dict[int, float]] = {}  # by step and index: one index is one opening
+    """Whether the evaluation at `step` in evaluations.jsonl has the highest mean reward so far, within one standard
+    error: a smaller difference is noise, and the later student is preferred, as it has learned from more stories."""
+    rewards: dict[int, dict[int, float]] = {}  # by step, then by index, which always has the same opening
     for record in records:
         if record["reward"] is not None:
             rewards.setdefault(record["step"], {})[record["index"]] = record["reward"]
@@ -136,7 +130,7 @@ def is_best(records: Iterable[Record], step: int) -> bool:
 
 
 def write_samples(folder: Path, best_step: int) -> None:
-    """Write samples.jsonl, the stories of the evaluations before training and of `best`."""
+    """Write samples.jsonl: the stories of the evaluations before training and of `best`."""
     records = list(read_records(folder / EVALUATIONS))
     before, after = ([record for record in records if record["step"] == step] for step in (0, best_step))
     samples = [{"when": "before"} | record for record in before] + [{"when": "after"} | record for record in after]

@@ -1,5 +1,4 @@
-"""95 % confidence intervals: for a proportion, a weighted mean of proportions, and any statistic of a sample, and how
-they are printed; and Spearman's rank correlation, which several measures share."""
+"""95 % confidence intervals of proportions and statistics, their printing, and Spearman's rank correlation."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,11 +18,8 @@ def wilson(correct: float, total: int) -> tuple[float, float]:
 
 
 def weighted(counts: Sequence[tuple[int, int]], weights: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """The sum of weight * correct / total over independent proportions, and its normal interval. counts: (correct,
-    total).
-
-    The variance adds two successes and two failures to each proportion (Agresti and Coull), so that a proportion of 0
-    or 1 does not count as certain."""
+    """The sum of weight * correct / total over independent proportions (correct, total), and its normal interval. The
+    variance counts two more successes and failures each (Agresti and Coull), so that no proportion is certain."""
     correct, total = np.array(counts, dtype=float).T
     mean, p = float(weights @ (correct / total)), (correct + 2) / (total + 4)
     half = Z * math.sqrt(np.square(weights) @ (p * (1 - p) / (total + 4)))
@@ -31,8 +27,8 @@ def weighted(counts: Sequence[tuple[int, int]], weights: Sequence[float]) -> tup
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], size: int) -> tuple[float, float]:
-    """Percentile bootstrap interval for statistic(rows), where rows are `size` indices drawn with replacement (fixed
-    seed). Resamples for which it is nan are left out; if it always is, so are both ends."""
+    """Percentile bootstrap interval of statistic(rows), with `size` row indices drawn with replacement (fixed seed).
+    Resamples for which it is nan are left out; both ends are nan if it always is."""
     rng = np.random.default_rng(0)
     values = np.array([statistic(rng.integers(size, size=size)) for _ in range(RESAMPLES)])
     values = values[~np.isnan(values)]
@@ -41,18 +37,17 @@ def bootstrap(statistic: Callable[[np.ndarray], float], size: int) -> tuple[floa
 
 
 def mean_ci(values: np.ndarray) -> tuple[float, float]:
-    """The bootstrap interval of the mean of (n,)."""
     return bootstrap(lambda rows: float(values[rows].mean()), len(values))
 
 
 def mean_and_ci(values: np.ndarray) -> tuple[float | None, tuple[float, float] | None]:
-    """The mean of the numbers in (n,) that are not nan, and its bootstrap interval; None if there are none."""
+    """The mean of (n,) values, without nans, and its bootstrap interval; (None, None) if there are none."""
     values = values[~np.isnan(values)]
     return (float(values.mean()), mean_ci(values)) if len(values) else (None, None)
 
 
 def with_ci(value: float | None, ci: Sequence[float] | None, decimals: int = 2, sign: str = "") -> str:
-    """0.52 [0.40, 0.63], or the value alone without an interval; a dash for None. sign: "+" to print each sign."""
+    """Formats 0.52 [0.40, 0.63], the value alone without an interval, a dash for None. sign="+" prints every sign."""
     if value is None:
         return "\N{EN DASH}"
     ends = f" [{ci[0]:.{decimals}f}, {ci[1]:.{decimals}f}]" if ci else ""
@@ -60,7 +55,7 @@ def with_ci(value: float | None, ci: Sequence[float] | None, decimals: int = 2, 
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation of (n,) and (n,); ties get their mean rank. nan if all values are equal."""
+    """Spearman's rank correlation of (n,) and (n,). Ties get their mean rank; nan if all values of either are equal."""
     ranks = []
     for values in (x, y):
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)

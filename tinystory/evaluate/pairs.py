@@ -1,12 +1,10 @@
-"""Accuracy of choosing the most probable of several texts: BLiMP, its supplement, EWoK, entity tracking, COMPS and the
-wug tests.
+"""Accuracy of choosing the most probable of several texts: BLiMP and its supplement, EWoK, entity tracking, COMPS, wug.
 
-The definitions are those of BabyLM's pipeline (babylm/evaluation-pipeline-2025, babylm-org/babylm-eval of 2026,
-evaluation_pipeline/sentence_zero_shot: read_files.py, dataset.py, compute_results.py, run.py), so that accuracies agree
-on every pair: token log-probabilities are summed, not divided by length; no token precedes the text, so its first token
-is never scored; after a prefix (EWoK's context, COMPS's concept, entity tracking's boxes) only the rest counts; a tie
-goes to the first option, which is always the correct one; the average is taken over phenomena, not over pairs.
-"""
+Accuracies agree with BabyLM's pipeline on every pair (babylm/evaluation-pipeline-2025, babylm-org/babylm-eval of 2026,
+evaluation_pipeline/sentence_zero_shot: read_files.py, dataset.py, compute_results.py, run.py). Token log-probabilities
+are summed, not divided by length. No token precedes the text, so its first token is never scored. After a prefix
+(EWoK's context, COMPS's concept, entity tracking's boxes) only the rest counts. A tie goes to the first option, which
+is always the correct one. The average is over phenomena, not over pairs."""
 
 import contextlib
 import csv
@@ -33,10 +31,8 @@ from tinystory.student.model import Student
 
 @dataclass(frozen=True)
 class Item:
-    """Options to choose from, the correct one first, each a prefix and the text after it, which counts.
-
-    uid: the phenomenon; split: phenomena are first averaged within a split; ratio: the fraction of humans who chose the
-    first option (wug tests only); whole: the predictions name an option with its prefix."""
+    """Options (prefix, text), the correct one first; only the text is scored. Phenomena (`uid`) are averaged within a
+    `split` first. ratio: fraction of humans who chose the first option (wug). whole: predictions include the prefix."""
 
     options: tuple[tuple[str, str], ...]
     uid: str
@@ -62,7 +58,7 @@ def read_items(path: str | Path) -> list[Item]:
 
 @contextlib.contextmanager
 def babylm_file(path: Path, kind: str) -> Iterator[TextIO]:
-    """A text file of BabyLM's, gzipped or not, to read in the block, whose errors become a UserError."""
+    """Opens a text file of BabyLM's, gzipped or not. Errors in the block become a UserError."""
     broken = (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, csv.Error, zlib.error)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
@@ -96,9 +92,8 @@ def _item(record: dict[str, Any], file: str) -> Item:
 def score_items(
     student: Student, tokenizer: Tokenizer, path: str | Path, *, wug: bool, fewest: int
 ) -> tuple[int, Scored]:
-    """The number of items, and those that fit the student's context, each with the log-probabilities of its options
-    after their common prefix, in nats: (options,) float64. Raises UserError if they are of the wug test and should not
-    be, or the other way round, or if fewer than `fewest` fit."""
+    """The number of items, and those that fit the context, each with its options' log-probabilities after their common
+    prefix, (options,) float64, in nats. Raises UserError for another task's items, or if fewer than `fewest` fit."""
     items = read_items(path)
     if any((item.ratio is not None) != wug for item in items):
         raise UserError(f"{path} is not of this task: --wug takes the wug test, and nothing else does")
@@ -114,8 +109,8 @@ def score_items(
 
 
 def predictions(results: Scored, uid: str = "") -> dict[str, Any]:
-    """The chosen options as BabyLM's pipeline saves them, {uid: {"predictions": [{"id", "pred"}, ...]}}; in the wug
-    tests under `uid`, with the first option's "prob", in float32 as there."""
+    """The chosen options in BabyLM's format, {uid: {"predictions": [{"id", "pred"}, ...]}}. The wug tests have the
+    given `uid`, and "prob", the first option's probability, in float32 as in the pipeline."""
     table: dict[str, Any] = {}
     for item, logprobs in results:
         name = uid or item.uid
@@ -129,11 +124,9 @@ def predictions(results: Scored, uid: str = "") -> dict[str, Any]:
 def evaluate_pairs(student: Student, tokenizer: Tokenizer, path: str | Path) -> dict[str, Any]:
     """Accuracy on BLiMP, its supplement, EWoK, COMPS or entity tracking.
 
-    Returns a dict: accuracy and ci (95 % interval), in per cent, averaged over phenomena as in the pipeline; items, the
-    number scored; too_long, the number left out because they do not fit the student's context; phenomena {uid: row},
-    where a row holds accuracy, ci (Wilson), correct and total; and the predictions. Raises UserError if no item fits,
-    or for the files of the wug test.
-    """
+    Returns accuracy and ci (95 % interval), in per cent, averaged over phenomena as in the pipeline; items (scored) and
+    too_long (left out, since they exceed the context); phenomena {uid: {accuracy, ci (Wilson), correct, total}};
+    predictions. Raises UserError if no item fits, or for the files of the wug test."""
     count, scored = score_items(student, tokenizer, path, wug=False, fewest=1)
     answers: dict[tuple[str, str], list[bool]] = defaultdict(list)  # by split and phenomenon
     for item, logprobs in scored:
@@ -160,10 +153,9 @@ def _percent(interval: tuple[float, float]) -> tuple[float, float]:
 
 
 def evaluate_wug(student: Student, tokenizer: Tokenizer, path: str | Path, name: str = "wug_adj") -> dict[str, Any]:
-    """A wug test, `name` in the predictions: Spearman's rank correlation between the student's preference for the first
-    form (the softmax of the log-probabilities) and the fraction of humans who chose it.
-
-    Returns correlation (-1..1), ci (bootstrap), items and too_long. Raises UserError for files of another task."""
+    """Spearman's rank correlation (-1..1) of the student's preference for the first form (softmax of the
+    log-probabilities) with the fraction of humans who chose it; ci (bootstrap), items, too_long and predictions under
+    `name`. Raises UserError for files of another task, or if fewer than three items fit."""
     count, results = score_items(student, tokenizer, path, wug=True, fewest=3)
     # In float32, as in the pipeline, where preferences near 0 and 1 become ties.
     model = torch.stack([logprobs.float().softmax(0)[0] for _, logprobs in results]).numpy()

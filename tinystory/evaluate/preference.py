@@ -1,8 +1,7 @@
-"""Blind comparison of two stories to one opening: before and after interaction, or by any two storytellers.
+"""Blind comparison of two stories to the same opening, before and after interaction or by any two storytellers.
 
-A judge, a language model or a human, sees each pair in both orders, since many prefer whatever comes first (or last): a
-story wins only if it is preferred in both orders, and otherwise the pair is a tie.
-"""
+The judge, a language model or a human, sees each pair in both orders, since many prefer whichever comes first or last.
+A story wins if it is preferred in both orders; otherwise the pair is a tie."""
 
 import contextlib
 import random
@@ -18,16 +17,16 @@ from tinystory.run.folder import PREFERENCES, SAMPLES, read_records
 from tinystory.run.journal import Journal
 from tinystory.teacher.prompt import Criterion, Template
 
-# A choice: the story that is better; ORDER if the two orders were judged differently.
+# Which story is better, or ORDER if the two orders were judged differently (a tie).
 FIRST, SECOND, ORDER = "first", "second", "order"
-# By whether the lower story is preferred with the second one below, and with the first one below.
+# Keys: whether the lower story is preferred when the second is below, and when the first is below.
 CHOICES: dict[tuple[bool | None, bool | None], str] = {
     (True, True): ORDER,
     (False, False): ORDER,
     (True, False): SECOND,
     (False, True): FIRST,
 }
-# grade(texts): per (opening, text to grade) a number, or None for no answer.
+# (opening, text to grade) pairs -> numbers, None without an answer.
 GradeTexts: TypeAlias = Callable[[Sequence[tuple[str, str]]], Iterable[float | None]]
 
 
@@ -40,7 +39,7 @@ class StoryPair(NamedTuple):
 
 
 def compared_pairs(paths: Sequence[Path], read: Callable[[Path], Sequence[Sample]]) -> list[StoryPair]:
-    """The pairs of one run, or of two storytellers, whose stories `read` returns. UserError if there are none."""
+    """The pairs of one run, or of two storytellers, whose stories `read` loads. Raises UserError if there are none."""
     pairs = run_pairs(*paths) if len(paths) == 1 else story_pairs(*map(read, paths)) if len(paths) == 2 else []
     if pairs:
         return pairs
@@ -48,7 +47,7 @@ def compared_pairs(paths: Sequence[Path], read: Callable[[Path], Sequence[Sample
 
 
 def run_pairs(run: Path) -> list[StoryPair]:
-    """The stories to a run's held-out openings before interaction (first) and after it (second)."""
+    """A run's stories to its held-out openings, before interaction (first) and after it (second)."""
     stories: dict[str, list[Sample]] = defaultdict(list)
     for record in read_records(Path(run) / SAMPLES):
         stories[record["when"]].append(Sample(record["opening"], record["story"]))
@@ -56,7 +55,7 @@ def run_pairs(run: Path) -> list[StoryPair]:
 
 
 def story_pairs(first: Sequence[Sample], second: Sequence[Sample]) -> list[StoryPair]:
-    """The n-th story to each opening in one list and the n-th to it in the other, where they differ."""
+    """The n-th story to each opening in the first list with the n-th in the second, where they differ."""
     waiting: dict[str, list[Sample]] = defaultdict(list)
     for story in reversed(second):
         waiting[story.opening].append(story)
@@ -65,8 +64,8 @@ def story_pairs(first: Sequence[Sample], second: Sequence[Sample]) -> list[Story
 
 
 def win_rate(choices: Sequence[str | None]) -> dict[str, Any]:
-    """{"pairs", "first", "second", "order", "rate", "ci"}. rate: the fraction of pairs won by the second story,
-    where a tie counts one half; its interval is Wilson's. None without pairs. A choice that is None does not count."""
+    """{"pairs", "first", "second", "order", "rate", "ci"}: counts, and the fraction of pairs that the second story
+    wins, a tie counting one half, with Wilson's interval (None without pairs). A choice of None does not count."""
     counts = {name: choices.count(name) for name in (FIRST, SECOND, ORDER)}
     pairs, won = sum(counts.values()), counts[SECOND] + counts[ORDER] / 2
     rate, ci = (won / pairs, list(wilson(won, pairs))) if pairs else (None, None)
@@ -74,7 +73,7 @@ def win_rate(choices: Sequence[str | None]) -> dict[str, Any]:
 
 
 def run_preferences(run: Path) -> dict[str, dict[str, Any]]:
-    """Per judge of `evaluate.py --compare`, the win rate of a run's stories after interaction, by its last choices."""
+    """Each judge's win rate of a run's stories after interaction, by its latest choices in `evaluate.py --compare`."""
     pairs = set(run_pairs(run))
     by: dict[str, dict[StoryPair, str | None]] = defaultdict(dict)
     for record in read_records(Path(run) / PREFERENCES):
@@ -85,14 +84,14 @@ def run_preferences(run: Path) -> dict[str, dict[str, Any]]:
 
 
 def keep_choices(run: Path, by: str, pairs: Sequence[StoryPair], choices: Sequence[str | None]) -> None:
-    """Append a judge's choices between a run's pairs, in place of its earlier ones."""
+    """Append a judge's choices between a run's pairs; they replace its earlier ones."""
     with contextlib.closing(Journal(Path(run) / PREFERENCES)) as journal:
         for pair, choice in zip(pairs, choices, strict=True):
             journal.append({**pair._asdict(), "choice": choice, "by": by})
 
 
-# A comparison takes the form of a grade, so that the client's strict parsing, retries, cache and fence all serve it:
-# the text to grade is two stories, and the score says which is better, and how clearly.
+# A comparison is a grade of a text that holds two stories, so that the client's parsing, retries, cache and fence
+# all serve it. The score says which story is better, and how clearly.
 COMPARISON = Template(
     (
         Criterion(
@@ -113,7 +112,7 @@ COMPARISON = Template(
 
 
 def both_orders(pair: StoryPair) -> tuple[tuple[str, str], tuple[str, str]]:
-    """(opening, text to grade) with the first story above the second, and below it."""
+    """(opening, text to grade), with the first story above the second and then below it."""
     mark = "-" * 8
     while mark in pair.first + pair.second:  # no story can pretend to be two
         mark += "-" * 8
@@ -122,9 +121,8 @@ def both_orders(pair: StoryPair) -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def compare(pairs: Sequence[StoryPair], grade: GradeTexts) -> tuple[list[str | None], float | None]:
-    """The choice on each pair, which is judged in both orders, or None without an answer; and the fraction of grades
-    for the story that came second (0.5 without position bias). grade: as COMPARISON asks, 0..1, above 0.5 for the story
-    that comes second."""
+    """The choice on each pair (None without an answer), judged in both orders, and the fraction of answers that prefer
+    the lower story (0.5 without position bias). grade: answers COMPARISON with 0..1, above 0.5 for the lower story."""
     texts = [text for pair in pairs for text in both_orders(pair)]
     shuffled = random.Random(0).sample(texts, len(texts))  # a human is not to know which story comes first
     grades = zip(shuffled, grade(shuffled), strict=True)

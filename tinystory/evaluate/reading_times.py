@@ -1,9 +1,8 @@
 """BabyLM's reading task: how much of the variance in human reading times the student's surprisal explains.
 
-Data and regressions follow de Varda, Marelli & Amenta 2023 (Behavior Research Methods) as implemented in BabyLM's
-pipeline (babylm/evaluation-pipeline-2025, evaluation_pipeline/reading: evaluation_functions.py, run.py), including its
-peculiarities: a word has no space before it, and the text so far is tokenized again for each token of the word.
-"""
+Data and regressions follow de Varda, Marelli & Amenta 2023 (Behavior Research Methods) as in BabyLM's pipeline
+(babylm/evaluation-pipeline-2025, evaluation_pipeline/reading: evaluation_functions.py, run.py), including its
+peculiarities: no space precedes a word, and the text so far is tokenized again for each token of the word."""
 
 import csv
 import itertools
@@ -28,11 +27,9 @@ SPILLOVER = (*BASELINE, "prev_length", "prev_pred")  # effects of the previous w
 def evaluate_reading_times(student: Student, tokenizer: Tokenizer, path: str | Path) -> dict[str, Any]:
     """Scores on reading_data.csv: eye_tracking (mean over four measures) and self_paced (with one word of spillover).
 
-    Each is the percentage of the variance left unexplained by word length, frequency and position that surprisal
-    explains. There is no interval, because resampling words overstates a gain that cannot be negative. items: the
-    number of words; predictions: their surprisals, as the pipeline saves them. Raises UserError for a file that is not
-    BabyLM's or does not fit the student's context.
-    """
+    A score is the percentage of the variance left by word length, frequency and position that surprisal explains. There
+    is no interval, since resampling words overstates a gain that cannot be negative. items is the number of words;
+    predictions holds their surprisals. Raises UserError for another file, or if a text exceeds the context."""
     rows, data = _read(Path(path))
     current = [(row["item"] or "None", row["word"]) for row in rows]
     previous = [(row["prev_item"], row["prev_word"]) if row["prev_item"] else None for row in rows]
@@ -59,7 +56,7 @@ def evaluate_reading_times(student: Student, tokenizer: Tokenizer, path: str | P
 
 
 def _read(path: Path) -> tuple[list[dict[str, str]], dict[str, np.ndarray]]:
-    """The rows, and their columns of numbers as float64 (n,), nan where there is none."""
+    """The rows, and their numeric columns as float64 (n,), nan where empty."""
     with babylm_file(path, "BabyLM's reading_data.csv") as file:
         rows = list(csv.DictReader(file))
         if not rows or any(None in row.values() for row in rows):
@@ -69,7 +66,7 @@ def _read(path: Path) -> tuple[list[dict[str, str]], dict[str, np.ndarray]]:
 
 
 def word_parts(tokenizer: Tokenizer, sentence: str, word: str) -> list[Part]:
-    """The parts whose log-probabilities sum to that of `word` after `sentence`: one per token of the word."""
+    """One part per token of the word; their log-probabilities sum to the log-probability of `word` after `sentence`."""
     parts: list[Part] = []
     for id in tokenizer.encode(word):
         text = tokenizer.decode([id])
@@ -82,10 +79,8 @@ def word_parts(tokenizer: Tokenizer, sentence: str, word: str) -> list[Part]:
 
 
 def explained(data: dict[str, np.ndarray], outcome: str, baseline: Sequence[str]) -> float:
-    """Percentage of the variance of `outcome` left by the baseline that the surprisal "pred" explains.
-
-    Ordinary least squares on the baseline and its pairwise interactions. data: columns (n,); rows with a nan are left
-    out."""
+    """Percentage of the variance of `outcome` left by the baseline that data["pred"] explains, by ordinary least
+    squares on the baseline and its pairwise interactions. data: columns (n,); rows with a nan are left out."""
     columns = np.array([data[name] for name in (outcome, *baseline, "pred")])
     y, *x, surprisal = columns[:, ~np.isnan(columns).any(0)]
     x = [(column - column.mean()) / column.std() for column in x]  # spans the same space and is better conditioned

@@ -1,8 +1,5 @@
-"""Log-probabilities of many texts: all that the evaluations here need from a student.
-
-Texts are batched with others of similar length, and logits are computed only where a log-probability is needed. No
-token precedes a text, as in BabyLM's pipeline: its first token is context only.
-"""
+"""Log-probabilities of many texts, batched by length; logits are computed only where a log-probability is needed. As in
+BabyLM's pipeline, no token precedes a text, so its first token is context only."""
 
 from collections.abc import Sequence
 from itertools import chain, takewhile
@@ -22,14 +19,14 @@ from tinystory.student.generate import generate
 from tinystory.student.model import Student
 
 BATCH = 4096  # tokens, including padding
-MEAN, SPREAD = 0.5, 0.2  # of the likelihood scores of the student's own stories: about those of a teacher's
-STORIES = 64  # of the student's own, from which the scale is taken
+MEAN, SPREAD = 0.5, 0.2  # the student's own stories get about this mean and deviation from a teacher
+STORIES = 64  # the student's own stories that set the scale
 
 Part = tuple[tuple[int, ...], int]  # token ids, and the index (>= 1) of the first whose log-probability counts
 
 
 def part(tokenizer: Tokenizer, prefix: str, rest: str) -> Part:
-    """`rest` after `prefix`. A token that spans the end of one and the beginning of the other counts."""
+    """`rest`, to be scored after `prefix`. A token that spans their boundary counts."""
     tokens = tokenizer.encode(prefix + rest)
     ends = np.cumsum(tokenizer.token_sizes[tokens])
     first = int(np.searchsorted(ends, len(prefix.encode()), side="right"))
@@ -38,10 +35,8 @@ def part(tokenizer: Tokenizer, prefix: str, rest: str) -> Part:
 
 @torch.no_grad()
 def sum_logprobs(student: Student, groups: Sequence[Sequence[Part]], desc: str) -> list[Tensor]:
-    """Per group a tensor (parts,) float64: the sum over i >= first of log p(token i | tokens before i), in nats.
-
-    The common prefix of a group's parts is not summed, since it cannot decide between them. No part may be longer than
-    the student's context."""
+    """Per group (parts,) float64: the sum over i >= first of log p(token i | tokens before i), in nats. The common
+    prefix of a group's parts, which cannot decide between them, is left out. Parts must fit the student's context."""
     device = student.wte.weight.device
     parts = [_after_common_prefix(group) for group in groups]
     rows = sorted(dict.fromkeys(chain.from_iterable(parts)), key=lambda row: len(row[0]))  # each distinct one once
@@ -71,7 +66,7 @@ def _after_common_prefix(group: Sequence[Part]) -> list[Part]:
 
 class Likelihood:
     """The control `--reward likelihood`: a linear function of the mean log-probability of a story's tokens under the
-    frozen student, cut off at 0 and 1. Where the likelier story is the better one, it teaches as much as a teacher."""
+    frozen student, clipped to 0..1. If the likelier story is the better one, it teaches as much as a teacher."""
 
     def __init__(self, student: Student, tokenizer: Tokenizer, openings: Sequence[str], config: InteractConfig):
         self.student, self.tokenizer = student, tokenizer

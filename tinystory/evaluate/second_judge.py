@@ -1,4 +1,4 @@
-"""A run's gain as a second judge sees it, which was not its teacher, beside controls that need no learning."""
+"""A run's gain as seen by a second judge, which was not its teacher, beside controls that need no learning."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -33,12 +33,11 @@ def judge_run(
     run: Path, config: InteractConfig, compute: Compute, reader: Reader,
     grade: Callable[[Sequence[tuple[str, str]]], list[Grade]], corpus: Sequence[str] = (),
 ) -> list[Record]:  # fmt: skip
-    """The records of judged.jsonl, which is written: GROUPS of stories to the openings of the run's evaluations, each
-    story with the teacher's score (the sum of its criteria, or a callable's score) and the reader's sense.
+    """Write and return judged.jsonl: for each of GROUPS, stories to the openings of the run's evaluations, with the
+    teacher's score (the sum of its criteria, or a callable's score) and the reader's sense.
 
-    The stories before, after the last step and of `best` are those evaluations; the others are written by the student
-    that the run began with. grade: by the run's teacher. corpus: of the real stories (default: the student's own).
-    Raises UserError for a run that was not evaluated at its start and end."""
+    BEFORE, AFTER and BEST are from the evaluations, REAL from `corpus` (default: the student's own); the student at the
+    run's start writes the others. grade: the run's teacher. Raises UserError without evaluations at both ends."""
     by_step: dict[int, list[tuple[str, str]]] = {}
     for record in sorted(read_records(run / EVALUATIONS), key=lambda record: (record["step"], record["index"])):
         by_step.setdefault(record["step"], []).append((record["opening"], record["story"]))
@@ -78,8 +77,8 @@ def _score(grade: Grade) -> float | None:
 
 
 def summary(records: Sequence[Record], measure: str) -> dict[str, dict[str, Any]]:
-    """Per group {"mean", "ci", "gap"} of "score" or "sense": its mean, with a bootstrap interval over the stories, and
-    the fraction of the way from BEFORE to REAL; None for what was not measured, and of a way within REAL's interval."""
+    """Per group the mean "score" or "sense" over its stories, the bootstrap interval "ci", and "gap", the fraction of
+    the way from BEFORE to REAL, None unless BEFORE is below REAL's interval. None for what was not measured."""
     means: dict[str, Any] = {name: mean_and_ci(column(records, name, measure)) for name in GROUPS}
     low, high = means[BEFORE][0], means[REAL][0]
     wide = low is not None and high is not None and low < means[REAL][1][0]
@@ -95,7 +94,7 @@ def column(records: Sequence[Record], group: str, measure: str) -> np.ndarray:
 
 
 def gain(records: Sequence[Record], group: str, over: str) -> tuple[float, tuple[float, float]]:
-    """The mean difference in sense between two groups' stories to the same openings, and its bootstrap interval."""
+    """Mean difference in sense between two groups' stories to the same openings, and its bootstrap interval."""
     sense = {(record["group"], record["index"]): record["sense"] for record in records if record["sense"] is not None}
     pairs = [(value, sense.get((over, index))) for (name, index), value in sense.items() if name == group]
     difference = np.array([ours - theirs for ours, theirs in pairs if theirs is not None])
@@ -104,7 +103,7 @@ def gain(records: Sequence[Record], group: str, over: str) -> tuple[float, tuple
 
 
 def conclusion(records: Sequence[Record]) -> str:
-    """One sentence: which of the run's gain the reader sees."""
+    """One sentence: the gain in sense, compared with the best control."""
     value, ci = gain(records, AFTER, BEFORE)
     text = f"{with_ci(value, ci, sign='+')} nats per token"
     if not ci[0] > 0:

@@ -1,5 +1,4 @@
-"""Stories by anybody (a student, another model, humans), and their measures: the teacher's scores, diversity, copying
-from the corpus, length and endings."""
+"""Stories by a student, another model or humans, and their measures: scores, diversity, copying, length and endings."""
 
 import functools
 from collections import Counter
@@ -41,8 +40,8 @@ class Sample(NamedTuple):
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The stories of a .jsonl file, by whatever model or human: objects with `opening` and `story`, which goes on from
-    it, and `ended` where known. An opening that `story` repeats is left out. Raises UserError for any other file."""
+    """The stories of a .jsonl file of objects with `opening`, `story`, which goes on from it (a repeated opening is
+    removed), and, where known, `ended`. Raises UserError for any other file."""
     stories = []
     for number, record in enumerate([*read_records(path)] or [{}], 1):  # an empty file lacks its first line
         opening, story, ended = (record.get(name) for name in ("opening", "story", "ended"))
@@ -53,8 +52,8 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def distinct_ngrams(texts: list[str], n: int = 4) -> float | None:
-    """Distinct word n-grams of all texts together over the number of their n-grams (Li et al. 2016, arXiv 1510.03055):
-    close to 0 if all texts are the same. None if there are no n-grams."""
+    """Distinct word n-grams divided by all word n-grams of the texts (Li et al. 2016, arXiv 1510.03055): close to 0 if
+    all texts are the same, None without n-grams."""
     grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
@@ -62,8 +61,7 @@ def distinct_ngrams(texts: list[str], n: int = 4) -> float | None:
 def write_stories(
     student: Student, tokenizer: Tokenizer, *, openings: Sequence[str], n_stories: int, **sampling: Any
 ) -> list[Sample]:
-    """`n_stories` sampled stories, spread evenly over the openings; the same seed gives the same draws. sampling:
-    max_new_tokens, temperature and seed, as for `generate`."""
+    """Sample stories, spread evenly over the openings. sampling: max_new_tokens, temperature and seed of `generate`."""
     per_opening, rest = divmod(n_stories, len(openings))
     prompts = [opening for i, opening in enumerate(openings) for _ in range(per_opening + (i < rest))]
     stories = generate(student, None, tokenizer, prompts, first_index=0, **sampling)
@@ -73,14 +71,12 @@ def write_stories(
 def story_measures(
     stories: Sequence[Sample], *, grader: Grader | None = None, corpus: Corpus | None = None
 ) -> dict[str, Any]:
-    """Measures of stories by a student, another model or humans.
+    """Measures of stories, with 95 % intervals bootstrapped over stories.
 
-    Returns, over all stories: length_mean (words) with length_ci; distinct_4 (distinct word 4-grams over all of them);
-    story_clusters_10, of the first ten stories to an opening, averaged over openings with as many (NoveltyBench's
-    distinct, with shared phrases in place of its classifier). Where known of all: ended_eos_share with ended_eos_ci
-    (Wilson). With `grader`: `score_means`, with score_ci, and unscored. With `corpus`: copied_share, the words of the
-    longest phrase shared with it over the story's words. The other intervals are bootstrapped over stories.
-    """
+    length_mean is in words, distinct_4 over all stories. story_clusters_10 is the number of clusters among the first
+    ten stories to an opening, averaged over openings that have ten (NoveltyBench's distinct, with shared phrases
+    instead of its classifier). ended_eos_share, with Wilson's interval, needs `ended` of every story. `grader` adds
+    `score_means`, score_ci and unscored. `corpus` adds copied_share: longest phrase shared with it over words."""
     texts = [story.text for story in stories]
     by_opening: dict[str, list[str]] = {}
     for story in stories:
@@ -115,17 +111,15 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 
 
 def cluster_sizes(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
-    """Sizes of the clusters of near-duplicate stories (`cluster_ids`), largest first."""
     return sorted(Counter(cluster_ids(texts, threshold)).values(), reverse=True)
 
 
 def cluster_ids(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
-    """The cluster of each text, numbered from 0 by first appearance. A text joins the first cluster with whose founder
-    it shares more than `threshold` of their word 3-grams (Jaccard; capitalised words count as one word), or founds one.
-    """
+    """The cluster of each text, numbered by first appearance. A text joins the first cluster whose founder's word
+    3-grams overlap its own by more than `threshold` (Jaccard; capitalised words count as one word), or founds one."""
     ids: list[int] = []
-    sizes: list[int] = []  # of the founders, in 3-grams
-    founders: dict[tuple[str, ...], list[int]] = {}  # by 3-gram
+    sizes: list[int] = []  # number of 3-grams of each founder
+    founders: dict[tuple[str, ...], list[int]] = {}  # clusters whose founder has the 3-gram
     for text in texts:
         grams = phrases(text, 3)
         shared = Counter(founder for gram in grams for founder in founders.get(gram, ()))
@@ -139,14 +133,14 @@ def cluster_ids(texts: Sequence[str], threshold: float = 0.12) -> list[int]:
 
 
 def best_of_n(values: Sequence[Any], count: int) -> list[int]:
-    """The index of the largest of values[i::count], for each i below count; None, no score, is less than any."""
+    """For each i < count, the index of the largest of values[i::count]. None (no score) is less than any value."""
     groups = (range(i, len(values), count) for i in range(count))
     return [max(group, key=lambda i: (values[i] is not None, values[i])) for group in groups]
 
 
 def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
     """Per text, the length in words of its longest phrase that also occurs in a document of the corpus. Words are
-    separated by whitespace and compared as spelled; phrases are compared by 64-bit hashes of their words."""
+    separated by whitespace; phrases are compared by 64-bit hashes of their words."""
     vocabulary, stream = _words(corpus)
     rows = [np.array([vocabulary.get(word, 0) for word in text.split()], dtype=np.int64) for text in texts]
     ours = np.concatenate([np.append(row, -1) for row in rows])  # -1 here, and 0 in the corpus, match nothing
@@ -182,7 +176,7 @@ def longest_shared(texts: Sequence[str], corpus: Corpus) -> list[int]:
 
 @functools.lru_cache(maxsize=1)
 def _words(corpus: Corpus) -> tuple[dict[str, int], np.ndarray]:
-    """The ids of a corpus's words, from 1 on, and its documents as ids, each followed by 0: (n,) int32."""
+    """Word ids of a corpus, from 1, and its documents as ids, each followed by 0: (n,) int32."""
     vocabulary: dict[str, int] = {}
     documents = []
     for document in corpus.documents():

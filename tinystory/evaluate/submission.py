@@ -13,13 +13,13 @@ from tinystory.run.errors import UserError
 from tinystory.run.folder import atomic_write
 from tinystory.student.model import Student
 
-# Our tasks and BabyLM's. The names of its folders of data begin with ours, or with its own.
+# Our tasks -> BabyLM's, whose data folders begin with our name (for wug, with its own).
 TASKS = {name: name for name in ("blimp", "ewok", "entity_tracking", "wug_past", "comps", "reading")}
 TASKS |= {"supplement": "blimp", "wug": "wug_adj"}
 
 
 def find_tasks(folder: Path) -> dict[str, str]:
-    """The data of each task in BabyLM's full_eval or fast_eval. Raises UserError if there is none."""
+    """The path of each task's data in BabyLM's full_eval or fast_eval. Raises UserError if there is none."""
     names = sorted(path.name for path in folder.glob("*/") if path.is_dir())
     begins = {task: task for task in TASKS} | {"wug": "wug_adj"}
     tasks = {task: folder / name for task in TASKS for name in names[::-1] if name.startswith(begins[task])}
@@ -29,8 +29,8 @@ def find_tasks(folder: Path) -> dict[str, str]:
 
 
 def save_predictions(model: Path, folder: Path, task: str, path: str, record: dict[str, Any]) -> None:
-    """Write the predictions of a checkpoint, `folder`: with the fast sets under its name, with the full ones as main.
-    model: RESULTS/MODEL; path: of the task's data; record: its evaluation. Raises UserError if items are missing."""
+    """Write the predictions of checkpoint `folder` on a task: under its name for the fast sets, as main for the full
+    ones. model: RESULTS/MODEL; path: the task's data; record: its evaluation. Raises UserError if items are missing."""
     data = Path(path).parents[task == "reading"]
     if record.get("too_long"):
         raise UserError(
@@ -43,7 +43,6 @@ def save_predictions(model: Path, folder: Path, task: str, path: str, record: di
 
 
 def save_surprisals(model: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Write the surprisals of all checkpoints."""
     steps = len({row["step"] for row in results})
     facts = dict(model_name=model.name, use_bos_only=False, total_steps=steps, completed_steps=steps)
     _write(model / "main/zero_shot/causal/AoA_word/surprisal.json", {"metadata": facts, "results": results})
@@ -55,9 +54,9 @@ def _write(path: Path, value: Any) -> None:
 
 
 def word_surprisals(student: Student, tokenizer: Tokenizer, path: str | Path) -> list[dict[str, Any]]:
-    """The surprisal, in nats, of each word of cdi_childes.json in each context there, for ages of acquisition (Chang &
-    Bergen 2022): {"target_word", "context_id", "context", "surprisal"} in the file's order. As in the pipeline, words
-    of one letter are left out, and what is too long has nan. Raises UserError for another file."""
+    """Surprisal, in nats, of each word of cdi_childes.json in each of its contexts, for ages of acquisition (Chang &
+    Bergen 2022), as {"target_word", "context_id", "context", "surprisal"} in the file's order. As in the pipeline,
+    words of one letter are left out, and texts that are too long get nan. Raises UserError for another file."""
     with babylm_file(Path(path), "BabyLM's cdi_childes.json") as file:
         words = json.load(file)
         items = [(w, i, c["context"]) for w, contexts in words.items() if len(w) > 1 for i, c in enumerate(contexts)]

@@ -1,4 +1,4 @@
-"""Loss of a student on text: the validation of pretraining, and bits per byte of any corpus."""
+"""A student's loss on text: validation during pretraining, and bits per byte of any corpus."""
 
 import math
 from collections.abc import Iterable
@@ -15,16 +15,15 @@ from tinystory.run import distributed
 from tinystory.run.device import upload
 from tinystory.student.model import Student
 
-MAX_TOKENS = 500_000  # of a corpus, for its bits per byte
+MAX_TOKENS = 500_000  # read of a corpus for its bits per byte
 
 
 @torch.no_grad()
 def validate(
     student: Student, file: TokenFile, token_sizes: np.ndarray, sequences: int | None, batch: int, packing: str
 ) -> tuple[float, float]:
-    """Nats per token and bits per byte on `sequences` of the file, evenly spread (None: all), sharded over processes.
-
-    token_sizes: (V,) int, bytes per token; packing: of `Windows`."""
+    """Nats per token and bits per byte on `sequences` (None: all), spread evenly over the file and sharded over
+    processes. token_sizes: (V,) int, bytes per token; packing: as for `Windows`."""
     device, context = student.wte.weight.device, student.config.context
     cuts = pieces(file, context, packing)
     packed = pack(cuts, context, np.arange(len(cuts)))
@@ -49,8 +48,7 @@ def validate(
 
 
 def bits_per_byte(student: Student, tokenizer: Tokenizer, documents: Iterable[str]) -> dict[str, float]:
-    """{"bits_per_byte", "tokens"} of the first MAX_TOKENS of these documents, an end token after each, as one stream in
-    pieces of the context's length, by `validate`."""
+    """{"bits_per_byte", "tokens"} of the first MAX_TOKENS of the documents, joined into one stream with end tokens."""
     texts, size = [], 0
     for document in documents:
         texts.append(document)
