@@ -35,8 +35,6 @@ from tinystory.run.paths import ROOT
 from tinystory.studies import kernels, timing
 from tinystory.studies.timing import PROMPT, SHAPES, WORK, Setup
 
-PEERS = {"pretrain": "nanogpt", "rollout": "transformers", "ppo": "trl"}  # by work (timing.WORK)
-
 
 @command
 def main(argv: list[str] | None = None) -> None:
@@ -52,7 +50,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT (peers only)")
     add("--trl", type=Path, metavar="PYTHON", help="of an environment with trl 0.9.4 (peers only)")
     add("--optimizer", choices=("muon", "adamw"), help="of pretraining (default: muon; peers: adamw, as nanoGPT's)")
-    add("--profile", action="store_true", help="then run once more under the profiler")
     a = parser.parse_args(argv)
     compute = resolve(a.device, a.dtype)
     config, device = SHAPES[a.shape], compute.device
@@ -87,8 +84,6 @@ def main(argv: list[str] | None = None) -> None:
         if a.bench != "ppo":
             facts["gemm_limit_tokens_per_s"] = timing.gemm_limit(a.bench, setup)
     print(json.dumps(facts | options | dict(peak_mb=peak_memory_mb(device))), flush=True)
-    if a.profile and a.bench in WORK:
-        timing.profile(run, device)
 
 
 # ---- other programs, timed in turns with ours ------------------------------------------------------------------------
@@ -133,10 +128,9 @@ def compare_peers(
     affects both; ratio: median over turns of the peer's seconds, in its faster dtype, over ours (above 1: ours is
     faster)."""
     results: dict[str, dict[str, Any]] = {}
-    pythons = {"nanogpt": sys.executable if nanogpt else None, "transformers": trl, "trl": trl}
-    for work, name in PEERS.items():
-        if not (python := pythons[name]):
-            continue
+    peers = {"pretrain": ("nanogpt", sys.executable)} if nanogpt else {}
+    peers |= {"rollout": ("transformers", str(trl)), "ppo": ("trl", str(trl))} if trl else {}
+    for work, (name, python) in peers.items():
         make_run, key, batches = WORK[work]
         setup = dataclasses.replace(setup, batch=batches[shape])
         ours = make_run(setup, optimizer=optimizer) if work == "pretrain" else make_run(setup)
@@ -145,16 +139,14 @@ def compare_peers(
         # TRL computes in float32. Emulated bfloat16 makes a step thirty times as long.
         dtypes = ("float32", "bfloat16") if name != "trl" and cpu_has_bf16() else ("float32",)
         with contextlib.ExitStack() as stack:
-            peers = [stack.enter_context(peer(str(python), name, settings | {"dtype": dtype})) for dtype in dtypes]
+            theirs = [stack.enter_context(peer(python, name, settings | {"dtype": dtype})) for dtype in dtypes]
             turns = tqdm(range(runs + 1), desc=f"{name} and ours", unit="turn", disable=None)
-            laps = [[ours()[key], *(run() for run in peers)] for _ in turns][1:]  # the first warms up
+            laps = [[ours()[key], *(run() for run in theirs)] for _ in turns][1:]  # the first warms up
         ours_s, *peer_s = (round(median(column), 4) for column in zip(*laps, strict=True))
         best = peer_s.index(min(peer_s))
         ratio = round(median(lap[1 + best] / lap[0] for lap in laps), 2)
-        by_dtype = dict(zip(dtypes, peer_s, strict=True))
-        results[work] = dict(
-            batch=setup.batch, ours_s=ours_s, peer=name, best=dtypes[best], ratio=ratio, peer_s=by_dtype
-        )
+        results[work] = dict(batch=setup.batch, ours_s=ours_s, peer=name, best=dtypes[best], ratio=ratio)
+        results[work]["peer_s"] = dict(zip(dtypes, peer_s, strict=True))
     return results
 
 

@@ -48,6 +48,7 @@ from tinystory.teacher.grader import open_grader
 CONFIG = InteractConfig()
 FIRST_INDEX = 2 * 10**9  # of the measured stories: no run uses these random numbers
 COREFERENCE = 300  # stories
+UNSEEN = ("repeated_name", "he_or_she", "bits_per_byte")  # on them; of a student itself, so not of a control
 CLUSTERED = 64  # stories for distinct_4 and clusters
 OPENINGS = Openings(load_openings(CONFIG.openings), CONFIG.seed).held_out
 
@@ -143,15 +144,13 @@ def measure(row: Row, grader: Grader, config: InteractConfig, openings: Sequence
         "distinct_4": distinct_ngrams(texts[:CLUSTERED]),
         "clusters": len(sizes),
         "largest": max(sizes),
-        "repeated_name": None,
-        "he_or_she": None,
-        "bits_per_byte": None,
+        **dict.fromkeys(UNSEEN),
         "rewards": rewards,
     }
     if row.chosen_by == "first" and row.temperature == 1:
         student, tokenizer, _ = checkpoint.load(checkpoint.newest(row.folder) or row.folder, torch.device("cpu"))
         reading = unseen_measures(student, tokenizer, COREFERENCE)
-        measures |= {name: reading[name] for name in ("repeated_name", "he_or_she", "bits_per_byte")}
+        measures |= {name: reading[name] for name in UNSEEN}
     return measures
 
 

@@ -27,7 +27,7 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -179,9 +179,7 @@ def copy_milestone(milestone: Path, run: Path) -> None:
         atomic_write(run / CONFIG, (milestone.parents[1] / CONFIG).read_bytes())
 
 
-def measure(
-    folder: Path, grader: Grader, pretrain: PretrainConfig, config: InteractConfig, settings: Record
-) -> dict[str, Any]:
+def measure(folder: Path, grader: Grader, pretrain: PretrainConfig, config: InteractConfig, settings: Record) -> Record:
     """The page's columns for a checkpoint; random numbers, teacher and texts are the same for all."""
     openings = itertools.cycle(Openings(load_openings(config.openings), 0).held_out)
     written = [*itertools.islice(openings, settings["stories"])]

@@ -33,13 +33,10 @@ NICENESS = 10
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
     add_number(parser, "--port", 8321, PORTS, "port on 127.0.0.1; 0 takes a free one")
-    parser.add_argument(
-        "--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="corpus to measure by (default: builtin)"
-    )
-    parser.add_argument(
-        "--die-with-parent", action="store_true", help="exit when standard input closes; once fitted, yield cores"
-    )
+    add("--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="corpus to measure by (default: builtin)")
+    add("--die-with-parent", action="store_true", help="exit when standard input closes; once fitted, yield cores")
     options = parser.parse_args(argv)
     documents, names, start = open_corpus(options.corpus).mixed(), " ".join(options.corpus), time.monotonic()
     print(f"fitting the built-in teacher to {names} ...", file=sys.stderr, flush=True)

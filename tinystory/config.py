@@ -131,9 +131,7 @@ class InteractConfig:
     calibrate: bool = option(True, "before the run, measure whether --teacher-url scores stories above shuffled words")
     require_judgement: float = option(0.0, "minimum P(story scores above shuffled words); chance is 0.5", "[0, 1)")
     max_unscored: float = option(0.1, "maximum fraction of a step's graded stories without a score", "[0, 1)")
-    graded: int = option(
-        0, "stories per step that the teacher grades, a model predicting the other scores; 0: all", "[0, 1e9]"
-    )
+    graded: int = option(0, "stories per step that the teacher grades; a model predicts the others; 0: all", "[0, 1e9]")
 
     openings: str = option(
         "builtin", "builtin, a file of one opening per line, or the text of one", group="story", flags=("--opening",)
@@ -183,9 +181,7 @@ class InteractConfig:
     )
     reader: str = option("none", "second judge at the end: none, smollm2, or a causal language model (Hub or folder)")
 
-    rollout_dropout: float = option(
-        0.0, "dropout rate of later rollouts than the first", "[0, 1)", group="as published"
-    )
+    rollout_dropout: float = option(0.0, "dropout rate of rollouts after the first", "[0, 1)", group="as published")
     unreadable_score: str = option("none", "score of a story whose reply is unreadable", ("none", "0.5"))
     charge_opening: bool = option(False, "charge the opening once for each story of the first step")
 

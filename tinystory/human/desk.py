@@ -41,6 +41,7 @@ class Desk:
         for record in read_records(path, GRADE):
             self._grades[record["key"]] = record
         self._journal = Journal(path, durable=True)
+        self.close = self._journal.close
 
     # ---- for the trainer --------------------------------------------------------------------------------------------
 
@@ -60,8 +61,7 @@ class Desk:
                 waiting.trainers -= 1
                 if not waiting.trainers:
                     self._waiting.pop(key, None)
-        scores: Mapping[str, int] | None = self._grades[key]["scores"]
-        return scores
+        return self._grades[key]["scores"]
 
     def tick(self) -> None:
         """Hand in the waiting stories if they are ready; to be called regularly."""
@@ -135,6 +135,3 @@ class Desk:
         if self._current == key:
             self._current = None
         self._graded = self._clock()
-
-    def close(self) -> None:
-        self._journal.close()

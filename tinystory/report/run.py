@@ -237,13 +237,10 @@ def pretraining(metrics: list[Record]) -> list[str]:
         curve(metrics, "loss", x="words", name="train"),
         curve(metrics, "val_loss", "reward", x="words", name="val"),
     ]
-    drawing = chart("Loss, nats per token", losses, x_name="training words", size=HERO)
+    figure = chart("Loss, nats per token", losses, x_name="training words", size=HERO)
     rows = [(f"Training {name}", number(metrics[-1].get(name))) for name in ("words", "tokens")]
     drawings = curve_charts(metrics, PRETRAINING_CURVES, "words", "training words")
-    return [
-        block("hero", f"<div>{drawing}</div><div>{page.facts(rows)}</div>"),
-        section("Training", "", grid(drawings)),
-    ]
+    return [block("hero", f"<div>{figure}</div><div>{page.facts(rows)}</div>"), section("Training", "", grid(drawings))]
 
 
 # ---- columns of the metrics -----------------------------------------------------------------------------------------

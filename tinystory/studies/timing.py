@@ -1,7 +1,6 @@
 """Timed work with random weights (pretraining step, rollout, PPO iteration), and the limit set by PyTorch's GEMMs."""
 
 import statistics
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -156,11 +155,3 @@ def gemm_limit(work: str, setup: Setup, runs: int = 5) -> float:
                 laps.append(now(device) - start)
             total += times * statistics.median(laps)
     return round(rows / total, 1)
-
-
-def profile(run: Run, device: torch.device) -> None:
-    kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CPU, *[kinds.CUDA] * (device.type == "cuda")]) as profiler:
-        run()
-    key = f"self_{device.type}_time_total"
-    print(profiler.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=40), file=sys.stderr)
