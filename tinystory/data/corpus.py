@@ -96,18 +96,14 @@ def open_corpus(names: Sequence[str], kind: str = "passage") -> Corpus:
     for name in names:
         if name in BUILTIN:
             generate, words = BUILTIN[name]
-            identity = f"{name} {words} {BUILTIN_SEED} {_grammar_source()}"
-            parts.append((identity, functools.partial(generate, words, BUILTIN_SEED)))
+            files = sorted(file for file in Path(grammar.__file__).parent.iterdir() if file.suffix in (".py", ".txt"))
+            source = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+            parts.append((f"{name} {words} {BUILTIN_SEED} {source}", functools.partial(generate, words, BUILTIN_SEED)))
         elif name in HUB:
             parts.extend(_file(path, kind) for path in hub.download(*HUB[name]))
         else:
             parts.append(_file(Path(name), kind))
     return Corpus(parts, kind)
-
-
-def _grammar_source() -> str:
-    files = sorted(file for file in Path(grammar.__file__).parent.iterdir() if file.suffix in (".py", ".txt"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _file(path: Path, kind: str) -> Part:
@@ -126,9 +122,8 @@ def _file(path: Path, kind: str) -> Part:
             yield from pieces
         except UnicodeDecodeError as error:
             byte = f"0x{error.object[error.start]:02x}"
-            raise UserError(
-                f"{path} is not UTF-8 (it holds a byte {byte}): convert it, for instance with iconv"
-            ) from None
+            message = f"{path} is not UTF-8 (it holds a byte {byte}): convert it, for instance with iconv"
+            raise UserError(message) from None
         except (OSError, EOFError, zlib.error, ValueError) as error:
             raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 

@@ -61,13 +61,9 @@ class Tokenizer:
         bpe.decoder = decoders.ByteLevel()
         bpe.post_processor = processors.ByteLevel(trim_offsets=False)
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            special_tokens=list(SPECIALS),
-            initial_alphabet=sorted(BYTE_OF_CHAR),
-            max_token_length=MAX_TOKEN_BYTES,
-            show_progress=False,
-        )
+            vocab_size=vocab_size, min_frequency=2, max_token_length=MAX_TOKEN_BYTES, show_progress=False,
+            special_tokens=list(SPECIALS), initial_alphabet=sorted(BYTE_OF_CHAR),
+        )  # fmt: skip
         bpe.train_from_iterator(documents, trainer)
         tokenizer = cls(bpe.to_str())
         if tokenizer.vocab_size < vocab_size:

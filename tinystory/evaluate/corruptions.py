@@ -47,16 +47,14 @@ def _replaced(sentences: list[str], replace: Callable[[str], str]) -> list[str]:
     return [re.sub(r"[A-Za-z]+", lambda match: replace(match[0]), sentence) for sentence in sentences]
 
 
-def _new_nouns(sentences: list[str], nouns: Sequence[str], rng: random.Random) -> list[str]:
-    return _replaced(sentences, lambda w: rng.choice(nouns) if w in nouns and rng.random() < 0.3 else w)
-
-
 # (the story's sentences, another story's sentences, pool, rng) -> sentences or words to be joined by spaces.
 CORRUPTIONS: dict[str, Callable[[list[str], Sequence[str], Pool, random.Random], list[str]]] = {
     SENTENCES: lambda s, other, pool, rng: _reordered(s, rng),
     WORDS: lambda s, other, pool, rng: _reordered(" ".join(s).split(), rng),
     "halves of two stories": lambda s, other, pool, rng: [*s[: len(s) // 2], *other[len(other) // 2 :]],
-    "30 % of nouns replaced": lambda s, other, pool, rng: _new_nouns(s, pool.nouns, rng),
+    "30 % of nouns replaced": lambda s, other, pool, rng: _replaced(
+        s, lambda word: rng.choice(pool.nouns) if word in pool.nouns and rng.random() < 0.3 else word
+    ),
     "10 % of words replaced": lambda s, other, pool, rng: _replaced(
         s, lambda word: rng.choice(pool.words) if rng.random() < 0.1 else word
     ),

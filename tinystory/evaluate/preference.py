@@ -19,13 +19,8 @@ from tinystory.teacher.prompt import Criterion, Template
 
 # Which story is better, or ORDER if the two orders were judged differently (a tie).
 FIRST, SECOND, ORDER = "first", "second", "order"
-# Keys: whether the lower story is preferred when the second is below, and when the first is below.
-CHOICES: dict[tuple[bool | None, bool | None], str] = {
-    (True, True): ORDER,
-    (False, False): ORDER,
-    (True, False): SECOND,
-    (False, True): FIRST,
-}
+# Keys: whether the lower story is preferred when the second is below, and when the first is below. Other pairs: ORDER.
+CHOICES: dict[tuple[bool | None, bool | None], str] = {(True, False): SECOND, (False, True): FIRST}
 # (opening, text to grade) pairs -> numbers, None without an answer.
 GradeTexts: TypeAlias = Callable[[Sequence[tuple[str, str]]], Iterable[float | None]]
 
@@ -127,5 +122,6 @@ def compare(pairs: Sequence[StoryPair], grade: GradeTexts) -> tuple[list[str | N
     shuffled = random.Random(0).sample(texts, len(texts))  # a human is not to know which story comes first
     grades = zip(shuffled, grade(shuffled), strict=True)
     lower = {text: None if preference is None else preference > 0.5 for text, preference in grades}
-    choices = [CHOICES.get((lower[straight], lower[turned])) for straight, turned in map(both_orders, pairs)]
+    answers = [(lower[straight], lower[turned]) for straight, turned in map(both_orders, pairs)]
+    choices = [None if None in answer else CHOICES.get(answer, ORDER) for answer in answers]
     return choices, mean_of(lower.values())

@@ -87,8 +87,6 @@ def explained(data: dict[str, np.ndarray], outcome: str, baseline: Sequence[str]
     interactions = [a * b for a, b in itertools.combinations(x, 2)]
     design = np.stack([np.ones_like(y), *x, *interactions, surprisal], axis=1)
     total = ((y - y.mean()) ** 2).sum()
-    residual = [
-        ((y - terms @ np.linalg.lstsq(terms, y, rcond=None)[0]) ** 2).sum() for terms in (design[:, :-1], design)
-    ]
-    base, model = (1 - rest / total for rest in residual)
+    fits = (terms @ np.linalg.lstsq(terms, y, rcond=None)[0] for terms in (design[:, :-1], design))
+    base, model = (1 - ((y - fit) ** 2).sum() / total for fit in fits)
     return float(100 * (model - base) / (1 - base))

@@ -59,7 +59,8 @@ def judge_run(
     real = real_stories(corpus_documents(corpus or history.get("corpus", ["builtin"])), len(openings), seed=config.seed)
     groups[REAL] = [(opening, " ".join(sentences)) for opening, *sentences in real]
     graded = list(dict.fromkeys([*drawn, *(pair for group in groups.values() for pair in group)]))
-    scores = dict(zip(graded, map(_score, grade(graded)), strict=True))
+    grades = zip(graded, grade(graded), strict=True)
+    scores = {pair: sum(each.scores.values()) if each.scores else each.score for pair, each in grades}
     groups[BEST_OF_N] = [drawn[i] for i in best_of_n([scores[pair] for pair in drawn], len(openings))]
     records: list[Record] = [
         {"group": name, "index": i, "opening": pair[0], "story": pair[1], "score": scores[pair]}
@@ -70,10 +71,6 @@ def judge_run(
     records = [record | {"sense": plain(sense)} for record, sense in zip(records, senses, strict=True)]
     atomic_write(run / JUDGED, "".join(json.dumps(record) + "\n" for record in records))
     return records
-
-
-def _score(grade: Grade) -> float | None:
-    return sum(grade.scores.values()) if grade.scores else grade.score
 
 
 def summary(records: Sequence[Record], measure: str) -> dict[str, dict[str, Any]]:

@@ -54,9 +54,8 @@ class Characters:
         if not (at >= start).any():
             return None
         new = first_occurrences(ids[at])
-        log_odds = sum(
-            _log_odds(*tables, *keys) for tables, keys in zip(self._tables, self._contexts(ids, at), strict=True)
-        )
+        sides = zip(self._tables, self._contexts(ids, at), strict=True)
+        log_odds = sum(_log_odds(*tables, *keys) for tables, keys in sides)
         evidence = np.where(new, log_odds, -log_odds)
         return float(np.clip(evidence, -MAX_EVIDENCE, MAX_EVIDENCE)[at >= start].mean())
 
@@ -137,9 +136,8 @@ class _Table:
 
     def __init__(self, keys: np.ndarray, new: np.ndarray):
         self.keys, inverse = np.unique(keys, return_inverse=True)
-        self.counts = np.stack(
-            [np.bincount(inverse, weights=status, minlength=len(self.keys)) for status in (~new, new)], 1
-        )
+        counts = [np.bincount(inverse, weights=status, minlength=len(self.keys)) for status in (~new, new)]
+        self.counts = np.stack(counts, 1)
         self.prior = (self.counts.sum(0) + 1) / (len(keys) + 2)
 
     def probability(self, keys: np.ndarray, prior: np.ndarray) -> np.ndarray:

@@ -220,7 +220,8 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
             return
         probe = self._kept_probe(endpoint)
         # A cached probe without scores is repeated, unless the run got scores in spite of it.
-        if probe is None or not (probe.scored or self._got_scores()):
+        texts = (reply.text for _, reply in self._cache.items())
+        if probe is None or not (probe.scored or any(parse_scores(text, self.template.names) for text in texts)):
             probe = await prober.probe()
             reply = CachedReply(json.dumps(asdict(probe)))
             self._cache.put(self._probe_key(endpoint.url, endpoint.model), reply, again=True)
@@ -243,9 +244,6 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
     @property
     def _extra_json(self) -> str:
         return json.dumps(self.extra, sort_keys=True) if self.extra else ""
-
-    def _got_scores(self) -> bool:
-        return any(parse_scores(reply.text, self.template.names) for _, reply in self._cache.items())
 
     async def _grade(self, question: Question, afresh: bool) -> Grade:
         """Take each attempt's reply from the cache, or ask for it and cache it; then parse it."""

@@ -124,7 +124,8 @@ class Endpoint:
     def max_tokens(self, names: Sequence[str], form: Probe | None = None) -> int:
         """Token limit of a reply with scores for `names`. form: the server's probe by default."""
         form = form or self.probe
-        return max(self.options.max_tokens, json_tokens(names) if form is not None and form.held_to == "json" else 0)
+        json_tokens = JSON_TOKENS * len(names) + 8  # upper bound for a JSON object of scores
+        return max(self.options.max_tokens, json_tokens if form is not None and form.held_to == "json" else 0)
 
     def sampling(self, seed: int, names: Sequence[str], form: Probe | None = None) -> dict[str, Any]:
         """Fields of a request that determine the reply; they ask for log-probabilities once `probe` is set."""
@@ -169,20 +170,11 @@ def constraint(structure: str, names: Sequence[str]) -> dict:
             grammar = "root ::= " + ' " " '.join(digits)
             return {"structured_outputs": {"regex": " ".join(digits)}, "grammar": grammar}
         case "json":
-            schema = {
-                "type": "object",
-                "properties": {name: {"type": "integer", "enum": list(range(TOP + 1))} for name in names},
-                "required": list(names),
-                "additionalProperties": False,
-            }
+            scores = {name: {"type": "integer", "enum": list(range(TOP + 1))} for name in names}
+            schema = dict(type="object", properties=scores, required=list(names), additionalProperties=False)
             form = {"name": "grades", "strict": True, "schema": schema}
             return {"response_format": {"type": "json_schema", "json_schema": form}}
     return {}
-
-
-def json_tokens(names: Sequence[str]) -> int:
-    """Upper bound on the tokens of a JSON object of scores for `names`."""
-    return JSON_TOKENS * len(names) + 8
 
 
 def base_url(url: str) -> str:

@@ -34,13 +34,9 @@ SECRET_TEXT = re.compile(
 
 @contextlib.contextmanager
 def open_grader(
-    config: InteractConfig,
-    builtin_teacher: Callable[[Sequence[str]], AbstractContextManager[str]] | None = None,
-    *,
-    corpus: Sequence[str] | None,
-    replies: Path | None = None,
-    likelihood: Callable[[], ScoreStories] | None = None,
-) -> Iterator[Grader]:
+    config: InteractConfig, builtin_teacher: Callable[[Sequence[str]], AbstractContextManager[str]] | None = None, *,
+    corpus: Sequence[str] | None, replies: Path | None = None, likelihood: Callable[[], ScoreStories] | None = None,
+) -> Iterator[Grader]:  # fmt: skip
     """Yield the grader that the options describe, ready to use; --teacher-mode rank affects its `send` and `collect`.
     Raises UserError if it cannot be had. builtin_teacher: starts a teacher fitted to a corpus and yields its URL; used
     if no other grader is named. corpus: the student's, that teacher's default; None if unknown. replies: cache file of
@@ -58,22 +54,12 @@ def open_grader(
             urls = [stack.enter_context(builtin_teacher(_measured_by(config, corpus or [])))]
             print(f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}")
         teacher = Teacher(
-            urls,
-            config.teacher_model,
-            template=load_template(config.teacher_prompt),
-            max_tokens=config.teacher_max_tokens,
-            logprobs=config.teacher_logprobs,
-            concurrency=config.teacher_concurrency,
-            seed=config.seed,
-            temperature=config.teacher_temperature,
-            extra=extra,
-            deadline_s=config.teacher_timeout,
-            max_unscored=config.max_unscored,
-            cache=replies,
-            price_in=config.price_in,
-            price_out=config.price_out,
+            urls, config.teacher_model, template=load_template(config.teacher_prompt), extra=extra, seed=config.seed,
+            temperature=config.teacher_temperature, max_tokens=config.teacher_max_tokens,
+            logprobs=config.teacher_logprobs, concurrency=config.teacher_concurrency, deadline_s=config.teacher_timeout,
+            max_unscored=config.max_unscored, cache=replies, price_in=config.price_in, price_out=config.price_out,
             budget_cost=config.budget_cost or None,
-        )
+        )  # fmt: skip
         for probe in stack.enter_context(teacher).probes():
             print(f"teacher: {probe}")
             for note in probe.notes:
@@ -103,9 +89,8 @@ def load_extra(text: str) -> dict[str, Any]:
         if not isinstance(headers, dict) or not all(_is_header(*item) for item in headers.items()):
             raise ValueError("its extra_headers must be an object whose values are one line of text each")
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f'--teacher-extra must be a JSON object such as \'{{"service_tier": "flex"}}\': {error}'
-        ) from None
+        message = f'--teacher-extra must be a JSON object such as \'{{"service_tier": "flex"}}\': {error}'
+        raise UserError(message) from None
     return fields
 
 

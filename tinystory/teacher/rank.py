@@ -70,10 +70,8 @@ class Ranked(Grader):
 
     def _questions(self, group: Sequence[Question]) -> list[Question]:
         """One per rotation of the group: the i-th begins with the i-th story and has its number."""
-        turns = [[each.story for each in (*group[i:], *group[:i])] for i in range(len(group))]
-        return [
-            each._replace(story=joined(turn), template=self.template) for each, turn in zip(group, turns, strict=True)
-        ]
+        turns = [joined([each.story for each in (*group[i:], *group[:i])]) for i in range(len(group))]
+        return [each._replace(story=turn, template=self.template) for each, turn in zip(group, turns, strict=True)]
 
     def grades(self, questions: Sequence[Question], stop: Stop | None = None) -> list[Grade]:
         groups = [questions[i : i + self.size] for i in range(0, len(questions), self.size)]

@@ -81,20 +81,11 @@ def application(model: str, description: str, respond: Responder) -> web.Applica
         whole = PIECE.findall(await respond(messages))
         reply = whole[: body.get("max_completion_tokens") or body.get("max_tokens")]
         n_prompt = sum(len(PIECE.findall(message["content"])) + 3 for message in messages)
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": "".join(reply)},
-            "finish_reason": "stop" if reply == whole else "length",
-        }
-        answer = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": model,
-            "choices": [choice],
-            "usage": dict(prompt_tokens=n_prompt, completion_tokens=len(reply), total_tokens=n_prompt + len(reply)),
-        }
-        return web.json_response(answer)
+        message = {"role": "assistant", "content": "".join(reply)}
+        choice = dict(index=0, message=message, finish_reason="stop" if reply == whole else "length")
+        usage = dict(prompt_tokens=n_prompt, completion_tokens=len(reply), total_tokens=n_prompt + len(reply))
+        answer = dict(object="chat.completion", created=int(time.time()), model=model, choices=[choice], usage=usage)
+        return web.json_response({"id": f"chatcmpl-{uuid.uuid4().hex}", **answer})
 
     routes = web.Application(middlewares=[errors_as_json], client_max_size=LONGEST_BODY)
     routes.router.add_post("/v1/chat/completions", chat)
