@@ -7,7 +7,6 @@ python scripts/bench.py kernels                             each operator and Py
 python scripts/bench.py peers --nanogpt DIR --trl PYTHON    compared with nanoGPT, transformers and TRL
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -30,7 +29,7 @@ from tinystory.config import PretrainConfig
 from tinystory.ops.compute import resolve
 from tinystory.run.device import cpu_has_bf16, peak_memory_mb
 from tinystory.run.errors import UserError, command
-from tinystory.run.options import add_number
+from tinystory.run.options import add_number, script_parser
 from tinystory.run.paths import ROOT
 from tinystory.studies import kernels, timing
 from tinystory.studies.timing import PROMPT, SHAPES, WORK, Setup
@@ -38,7 +37,7 @@ from tinystory.studies.timing import PROMPT, SHAPES, WORK, Setup
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("bench", choices=("kernels", *WORK, "peers"))
     add("--shape", choices=SHAPES, default="small", help="4 layers of 256, or GPT-2-small")

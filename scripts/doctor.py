@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tinystory  # isort: skip  # noqa: F401  (before torch: it sets up OpenMP's threads)
 import torch
 
-from tinystory.config import InteractConfig
+from tinystory.config import InteractConfig, check
 from tinystory.data.corpus import BUILTIN, open_corpus
 from tinystory.evaluate.calibration import FULL, GradeKnown, calibrate, of_grader, require, table, verdict
 from tinystory.evaluate.corruptions import DOCUMENTS, corpus_documents, known_stories
@@ -37,8 +36,8 @@ from tinystory.ops import backend, build, cuda
 from tinystory.rubric.rubric import Rubric
 from tinystory.run.device import cpu_has_bf16
 from tinystory.run.errors import UserError, command
-from tinystory.run.options import add_number
-from tinystory.run.paths import cache_dir, usage
+from tinystory.run.options import add_number, add_options, script_parser
+from tinystory.run.paths import cache_dir
 from tinystory.run.text import aligned
 from tinystory.teacher.grader import open_grader
 
@@ -46,35 +45,30 @@ PACKAGES = (
     "pybind11", "ninja", "setuptools", "numpy", "tokenizers", "tiktoken", "safetensors", "openai", "httpx2", "aiohttp",
     "tqdm", "huggingface_hub", "transformers",  # the last two are optional
 )  # fmt: skip
+GRADER = "teacher_url teacher_model teacher_max_tokens teacher_extra teacher_prompt teacher_concurrency reward".split()
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--teacher-url", nargs=1, default=[], metavar="URL", help="also ask this OpenAI-compatible teacher")
-    add("--teacher-model", nargs=1, default=[], metavar="NAME", help="model to ask for (default: the first listed)")
-    add_number(parser, "--teacher-max-tokens", 16, "[1, 100000]", "longest reply")
-    add("--teacher-extra", default="", metavar="JSON", help="fields to merge into each request")
-    add("--teacher-prompt", default="", metavar="FILE", help="JSON file of what to grade (default: stories)")
-    add_number(parser, "--teacher-concurrency", InteractConfig.teacher_concurrency, "[1, 10000]", "requests in flight")
-    add("--reward", default="", metavar="FILE.py:FUNCTION", help="callable to calibrate; or random")
+    add_options(parser, InteractConfig, GRADER)
     add("--calibrate", action="store_true", help="measure how well the teacher, or the built-in one, judges stories")
     add("--reader", metavar="NAME", help="calibrate a reader too: smollm2, or a causal language model")
     add_number(parser, "--per-kind", FULL, "[2, 1e6]", "stories of each kind")
     add("--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="their corpus (default: builtin)")
     add_number(parser, "--require-judgement", 0.0, "[0, 1)", "fail if its judgement is lower")
     options = parser.parse_args(argv)
+    config = InteractConfig(**{name: value for name, value in vars(options).items() if name in GRADER})
+    check(config)
 
     for component, state in machine():
         print(f"{component:10} {state}")
     calibrates = options.calibrate or options.require_judgement > 0
-    names = {field.name for field in fields(InteractConfig)}
-    config = InteractConfig(**{name: value for name, value in vars(options).items() if name in names})
     if config.teacher_url or config.reward:
         with open_grader(config, corpus=None) as grader:
             if calibrates:
-                calibration(options.reward or "teacher", of_grader(grader), options)
+                calibration(config.reward or "teacher", of_grader(grader), options)
     elif calibrates:
         calibration("built-in teacher", builtin_scores(options.corpus), options)
 

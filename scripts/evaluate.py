@@ -46,8 +46,7 @@ from tinystory.report.run import write_report
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import Record, atomic_write, newest_run, require_writable
-from tinystory.run.options import add_number
-from tinystory.run.paths import usage
+from tinystory.run.options import add_number, script_parser
 from tinystory.run.text import aligned
 from tinystory.student import checkpoint, memory
 from tinystory.teacher.client import Teacher
@@ -69,7 +68,7 @@ FEWER = "--stories or --max-new-tokens"
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     subject = parser.add_mutually_exclusive_group().add_argument
     subject("checkpoints", nargs="*", type=Path, default=[], metavar="CHECKPOINT")

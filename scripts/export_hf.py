@@ -10,7 +10,6 @@ of that name, and the best or newest checkpoint as `main`; it needs `pip install
 `hf auth login` or HF_TOKEN. For a local folder BabyLM's pipeline ignores --revision_name: give it one per milestone.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from tinystory.report.card import model_card
 from tinystory.run import hub
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import atomic_write, require_writable
-from tinystory.run.paths import usage
+from tinystory.run.options import script_parser
 from tinystory.student import checkpoint, gguf, hf
 
 MAIN = "main"  # branch of the best or newest checkpoint, the Hub's default branch
@@ -31,7 +30,7 @@ MAIN = "main"  # branch of the best or newest checkpoint, the Hub's default bran
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run (its best or newest one)")
     parser.add_argument("folder", type=Path, nargs="?", help="new folder to write")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="file of GGUF to write")

@@ -6,7 +6,6 @@
 train_pretrain.py does the same, or uses the result if its --corpus, --vocab-size, --val-fraction and --seed are equal.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,13 +15,12 @@ from tinystory.config import PretrainConfig, check
 from tinystory.data.corpus import open_corpus
 from tinystory.data.shards import prepare
 from tinystory.run.errors import command
-from tinystory.run.options import add_options
-from tinystory.run.paths import usage
+from tinystory.run.options import add_options, script_parser
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add_options(parser, PretrainConfig, ("corpus", "vocab_size", "val_fraction", "seed"))
     config = PretrainConfig(**vars(parser.parse_args(argv)))
     check(config)

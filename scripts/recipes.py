@@ -11,7 +11,6 @@ means over the seeds, and the reward's standard error over the openings. Writes 
 measures and each story's reward, and OUT/reward.svg, README's picture.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -39,6 +38,7 @@ from tinystory.rl.reward import story_rewards
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import atomic_write
+from tinystory.run.options import script_parser
 from tinystory.student import checkpoint
 from tinystory.student.generate import Story, generate
 from tinystory.studies.runs import train
@@ -63,7 +63,7 @@ class Row(NamedTuple):
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"), help="folder of the runs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of pretraining and interaction")
     controls = ["", "--reward likelihood", "--reward constant"]

@@ -16,7 +16,6 @@ Each run of a train command has its own folder. After Ctrl-C or a kill, the same
 skips finished ones.
 """
 
-import argparse
 import itertools
 import json
 import shlex
@@ -49,7 +48,7 @@ from tinystory.report import charts, page
 from tinystory.rubric.process import builtin_teacher
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import CONFIG, Record, atomic_write, plain
-from tinystory.run.options import add_number
+from tinystory.run.options import add_number, script_parser
 from tinystory.student import checkpoint
 from tinystory.studies.runs import train
 from tinystory.teacher.grade import Grader
@@ -95,7 +94,7 @@ SCALES = {
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--scale", choices=SCALES, default="tiny")
     add("--out", type=Path, help="folder of the experiment (default: runs/reproduce-SCALE)")

@@ -6,7 +6,6 @@ python scripts/sample.py --best-of 4                       each the best of four
 python scripts/sample.py --best-of 4 --teacher-url URL     ... by reward, with a teacher's score
 """
 
-import argparse
 import json
 import sys
 import textwrap
@@ -22,8 +21,7 @@ from tinystory.ops.compute import pick_device
 from tinystory.rl.reward import story_rewards
 from tinystory.run.errors import command
 from tinystory.run.folder import atomic_write, newest_run, require_writable
-from tinystory.run.options import add_number
-from tinystory.run.paths import usage
+from tinystory.run.options import add_number, script_parser
 from tinystory.run.text import printable
 from tinystory.student import checkpoint, memory
 from tinystory.student.generate import encode_opening, generate
@@ -32,7 +30,7 @@ from tinystory.teacher.grader import open_grader
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("checkpoint", nargs="?", type=Path, help="folder of a checkpoint or a run (its best or newest)")
     parser.add_argument("--opening", help="beginning of every story, or a file of some (default: built-in, held out)")
     add_number(parser, "--stories", 5, "[1, 1e9]", "number of stories")

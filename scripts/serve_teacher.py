@@ -7,7 +7,6 @@
 It is a rubric that stands in for a language model. Use a real one if you have one: the interface is the same.
 """
 
-import argparse
 import asyncio
 import contextlib
 import os
@@ -23,8 +22,7 @@ from tinystory.data.corpus import open_corpus
 from tinystory.rubric.rubric import PARTS, Rubric
 from tinystory.rubric.server import serve
 from tinystory.run.errors import command
-from tinystory.run.options import add_number
-from tinystory.run.paths import usage
+from tinystory.run.options import add_number, script_parser
 from tinystory.teacher.server import PORTS, until_stopped
 
 NICENESS = 10
@@ -32,7 +30,7 @@ NICENESS = 10
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add_number(parser, "--port", 8321, PORTS, "port on 127.0.0.1; 0 takes a free one")
     add("--corpus", nargs="+", default=["builtin"], metavar="NAME|FILE", help="corpus to measure by (default: builtin)")

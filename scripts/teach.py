@@ -22,15 +22,14 @@ from tinystory.human.desk import Desk
 from tinystory.human.server import serve
 from tinystory.report import charts, page
 from tinystory.run.errors import command
-from tinystory.run.options import add_number
-from tinystory.run.paths import usage
+from tinystory.run.options import add_number, script_parser
 from tinystory.teacher.prompt import load_template
 from tinystory.teacher.server import PORTS, until_stopped
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add_number(parser, "--port", 8500, PORTS, "port on 127.0.0.1; 0 takes a free one")
     grades = Path("runs/teach/grades.jsonl")

@@ -4,7 +4,6 @@ python scripts/watch.py                     the newest run under runs/
 python scripts/watch.py runs/interact       a finished run, or output to a pipe, is printed once
 """
 
-import argparse
 import math
 import shutil
 import sys
@@ -21,7 +20,7 @@ from tinystory.report.run import column, number_option, remaining
 from tinystory.run.collapse import CollapseDetector
 from tinystory.run.errors import UserError, command
 from tinystory.run.folder import holds_run, in_use, newest_run, read_config, read_metrics, read_stories
-from tinystory.run.paths import usage
+from tinystory.run.options import script_parser
 from tinystory.run.text import printable
 
 CURVES = {
@@ -37,7 +36,7 @@ CLEAR = "\x1b[H\x1b[2J"
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("run", type=Path, nargs="?", help="folder of a run (default: the newest under runs/)")
     run = parser.parse_args(argv).run or newest_run()
     if not holds_run(run):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from tinystory.run.errors import UserError
+from tinystory.run.paths import usage
 
 
 def option(
@@ -38,6 +39,11 @@ class Interval:
     def __str__(self) -> str:
         low = f"{'at least' if self.includes_low else 'above'} {self.low:.12g}"
         return f"{low} and {'at most' if self.includes_high else 'below'} {self.high:.12g}"
+
+
+def script_parser(text: str | None) -> argparse.ArgumentParser:
+    """A parser whose --help begins with a script's docstring, its commands as the user can type them."""
+    return argparse.ArgumentParser(description=usage(text), formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_number(
