@@ -7,6 +7,7 @@ python scripts/bench.py kernels                             each operator and Py
 python scripts/bench.py peers --nanogpt DIR --trl PYTHON    compared with nanoGPT, transformers and TRL
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     config, device = SHAPES[a.shape], compute.device
     batch = a.batch or WORK.get(a.bench, WORK["pretrain"])[2][a.shape]
     if a.bench == "peers":
-        require_peers(a.nanogpt, a.trl, a.batch, device)
+        require_peers(a, device)
     elif a.nanogpt or a.trl:
         raise UserError("--nanogpt and --trl go with the bench peers")
     writes = a.bench in ("rollout", "ppo", "peers")
@@ -68,18 +69,18 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu":
         module = ops.load()
         facts["instructions"] = module.instructions() if module else "PyTorch's"
-    options = {}
-    if a.bench in ("pretrain", "peers"):
-        options["optimizer"] = a.optimizer or ("adamw" if a.bench == "peers" else PretrainConfig.optimizer)
+    optimizers = {"pretrain": PretrainConfig.optimizer, "peers": "adamw"}
+    options = {"optimizer": a.optimizer or optimizers[a.bench]} if a.bench in optimizers else {}
     torch.manual_seed(0)
     print(f"{a.bench} on {name}: {a.runs + 1} runs ...", file=sys.stderr)
     if a.bench == "kernels":
         facts["kernels"] = kernels.compare(setup, a.runs)
     elif a.bench == "peers":
-        facts["peers"] = compare_peers(setup, a.shape, a.runs, a.nanogpt, a.trl, **options)
+        facts["peers"] = compare_peers(setup, a, **options)
     else:
         run = WORK[a.bench][0](setup, **options)
-        facts |= {key: round(value, 4) for key, value in timing.medians(run, a.runs).items()}
+        laps = [run() for _ in range(a.runs + 1)][1:]  # the first warms up
+        facts |= {key: round(median(lap[key] for lap in laps), 4) for key in laps[0]}
         if a.bench != "ppo":
             facts["gemm_limit_tokens_per_s"] = timing.gemm_limit(a.bench, setup)
     print(json.dumps(facts | options | dict(peak_mb=peak_memory_mb(device))), flush=True)
@@ -109,10 +110,10 @@ def peer(python: str, name: str, settings: dict[str, Any]) -> Iterator[Callable[
         process.communicate()
 
 
-def require_peers(nanogpt: Path | None, trl: Path | None, batch: int, device: torch.device) -> None:
-    if device.type != "cpu" or batch:
+def require_peers(a: argparse.Namespace, device: torch.device) -> None:
+    if device.type != "cpu" or a.batch:
         raise UserError("peers are timed on the CPU, with the batch sizes of the published figures: leave out --batch")
-    files = [path for path in (nanogpt and nanogpt / "model.py", trl) if path]
+    files = [path for path in (a.nanogpt and a.nanogpt / "model.py", a.trl) if path]
     if not files or not all(path.is_file() for path in files):
         raise UserError(
             "peers needs --nanogpt DIR, a clone of github.com/karpathy/nanoGPT with its model.py, or --trl PYTHON, the "
@@ -120,26 +121,24 @@ def require_peers(nanogpt: Path | None, trl: Path | None, batch: int, device: to
         )
 
 
-def compare_peers(
-    setup: Setup, shape: str, runs: int, nanogpt: Path | None, trl: Path | None, optimizer: str
-) -> dict[str, dict[str, Any]]:
+def compare_peers(setup: Setup, a: argparse.Namespace, optimizer: str) -> dict[str, dict[str, Any]]:
     """Per work with a given peer: median seconds of ours and, by dtype, of the peer, in turns so that a machine's drift
     affects both; ratio: median over turns of the peer's seconds, in its faster dtype, over ours (above 1: ours is
     faster)."""
     results: dict[str, dict[str, Any]] = {}
-    peers = {"pretrain": ("nanogpt", sys.executable)} if nanogpt else {}
-    peers |= {"rollout": ("transformers", str(trl)), "ppo": ("trl", str(trl))} if trl else {}
+    peers = {"pretrain": ("nanogpt", sys.executable)} if a.nanogpt else {}
+    peers |= {"rollout": ("transformers", str(a.trl)), "ppo": ("trl", str(a.trl))} if a.trl else {}
     for work, (name, python) in peers.items():
         make_run, key, batches = WORK[work]
-        setup = dataclasses.replace(setup, batch=batches[shape])
+        setup = dataclasses.replace(setup, batch=batches[a.shape])
         ours = make_run(setup, optimizer=optimizer) if work == "pretrain" else make_run(setup)
         settings = dict(model=dataclasses.asdict(setup.config), batch=setup.batch, new=setup.new, prompt=PROMPT)
-        settings |= dict(threads=torch.get_num_threads(), repo=str(nanogpt))
+        settings |= dict(threads=torch.get_num_threads(), repo=str(a.nanogpt))
         # TRL computes in float32. Emulated bfloat16 makes a step thirty times as long.
         dtypes = ("float32", "bfloat16") if name != "trl" and cpu_has_bf16() else ("float32",)
         with contextlib.ExitStack() as stack:
             theirs = [stack.enter_context(peer(python, name, settings | {"dtype": dtype})) for dtype in dtypes]
-            turns = tqdm(range(runs + 1), desc=f"{name} and ours", unit="turn", disable=None)
+            turns = tqdm(range(a.runs + 1), desc=f"{name} and ours", unit="turn", disable=None)
             laps = [[ours()[key], *(run() for run in theirs)] for _ in turns][1:]  # the first warms up
         ours_s, *peer_s = (round(median(column), 4) for column in zip(*laps, strict=True))
         best = peer_s.index(min(peer_s))

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -106,15 +106,22 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "packages", ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     bf16 = "bfloat16 in hardware" if cpu_has_bf16() else "no bfloat16 in hardware: float32 is used"
     yield "cpu", f"{os.cpu_count()} processors, {torch.get_num_threads()} torch threads; {bf16}"
-    yield "compiler", compiler()
-    yield "kernels", kernels()
+    yield "compiler", tried(compiler)
+    yield "kernels", tried(kernels)
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     found = ", ".join(f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
     yield "gpu", found or "none that this torch can use: see what nvidia-smi says"
     unused = cuda.why_not()
     capabilities = "" if unused else f"for compute capability {', '.join(cuda.architectures())}"
     yield "nvcc", f"not used: {unused}" if unused else f"{cuda.toolkit()}, {capabilities}"
-    yield "cache", cache()
+    yield "cache", tried(cache)
+
+
+def tried(state: Callable[[], str]) -> str:
+    try:
+        return state()
+    except UserError as error:
+        return f"none: {error}"
 
 
 def version(package: str) -> str:
@@ -125,22 +132,16 @@ def version(package: str) -> str:
 
 
 def compiler() -> str:
-    try:
-        path, *flags = build.command()
-    except UserError as error:
-        return f"none: {error}"
+    path, *flags = build.command()
     banner = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     threads = "OpenMP" if "-fopenmp" in flags else "threads of our own"
     return f"{path}: {(banner or 'it does not say its version').splitlines()[0]}; {threads}"
 
 
 def kernels() -> str:
-    try:
-        if backend.from_environment() == "reference":
-            return backend.REFERENCE
-        library = build.library_folder(build.NAME, build.cpu_sources()) / f"{build.NAME}.so"
-    except UserError as error:
-        return f"not built: {error}"
+    if backend.from_environment() == "reference":
+        return backend.REFERENCE
+    library = build.library_folder(build.NAME, build.cpu_sources()) / f"{build.NAME}.so"
     if not build.intact(library):
         return "not built yet for this compiler, this processor and this torch, or damaged: the next run builds them"
     try:
@@ -151,10 +152,7 @@ def kernels() -> str:
 
 
 def cache() -> str:
-    try:
-        folder = cache_dir()
-    except UserError as error:
-        return str(error)
+    folder = cache_dir()
     there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
     if not there.is_dir() or not os.access(there, os.W_OK):
         return f"{folder} cannot be written: set TINYSTORY_CACHE to a folder that can"

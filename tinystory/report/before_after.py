@@ -82,12 +82,10 @@ def read_before_after(run: Path, step: int | None = None) -> BeforeAfter | None:
     best = [record["step"] for record in read_records(run / SAMPLES) if record["when"] == "after" and step is None]
     chosen = best[0] if best else max(evaluations, default=0)
     before, after = evaluations.get(0), evaluations.get(chosen) if best or chosen else None
-    controls: dict[str, list[Record]] = {name: [] for name in (*COLDER, BEST_OF_N)}
-    for record in read_records(run / JUDGED):
-        if record["group"] in controls:
-            controls[record["group"]].append(record)
-    judged = {name: records for name, records in controls.items() if records}
-    return BeforeAfter(before, after, judged) if before and after else None
+    judged = [*read_records(run / JUDGED)]
+    groups = {name: [record for record in judged if record["group"] == name] for name in (*COLDER, BEST_OF_N)}
+    controls = {name: records for name, records in groups.items() if records}
+    return BeforeAfter(before, after, controls) if before and after else None
 
 
 def group_means(records: list[Record]) -> dict[str, float | None]:

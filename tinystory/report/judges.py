@@ -43,11 +43,9 @@ def judged_rows(records: Sequence[Record]) -> list[list[str]]:
 
 def preference_lines(preferences: Mapping[str, Mapping[str, Any]], names: Sequence[str] = BEFORE_AFTER) -> list[str]:
     """One sentence per judge on its blind comparisons. names: the two storytellers."""
-    lines = []
-    for judge, rates in preferences.items():
-        lines.append(
-            f"{judge} preferred {names[1]} in {rates['second']} of {rates['pairs']} pairs, {names[0]} in "
-            f"{rates['first']}, and one or the other by their order in {rates['order']}: "
-            f"win rate {with_ci(rates['rate'], rates['ci'])}"
-        )
-    return lines
+    return [
+        f"{judge} preferred {names[1]} in {rates['second']} of {rates['pairs']} pairs, {names[0]} in "
+        f"{rates['first']}, and one or the other by their order in {rates['order']}: "
+        f"win rate {with_ci(rates['rate'], rates['ci'])}"
+        for judge, rates in preferences.items()
+    ]

@@ -42,13 +42,13 @@ def grid(drawings: Sequence[str]) -> str:
     return block("grid", "".join(f"<figure>{drawing}</figure>" for drawing in drawings if drawing))
 
 
-def cluster_bar(sizes: Sequence[int], when: str) -> str:
+def cluster_bar(sizes: Sequence[int], step: int) -> str:
     """A bar with a block per cluster of similar stories up to LARGEST, and one for the rest. sizes: descending."""
     clusters, stories = count(len(sizes), "cluster"), count(sum(sizes), "story", "stories")
     blocks = "".join(f'<i style="flex-grow: {size}"></i>' for size in sizes[:LARGEST])
     if rest := sum(sizes[LARGEST:]):
         blocks += f'<i class="rest" style="flex-grow: {rest}"></i>'
-    caption = f"{when}: {clusters} in {stories}, the largest of {sizes[0]}"
+    caption = f"Step {number(step)}: {clusters} in {stories}, the largest of {sizes[0]}"
     return f'<figure class="clusters"><figcaption>{caption}</figcaption><div class="parts">{blocks}</div></figure>'
 
 

@@ -164,12 +164,8 @@ def interaction(folder: Path, metrics: list[Record], config: Record) -> list[str
     ]
 
 
-def step_name(record: Record) -> str:
-    return f"Step {number(record['step'])}"
-
-
 def cards(records: Iterable[Record]) -> str:
-    return block("cards", "".join(story_card(record, step_name(record)) for record in records))
+    return block("cards", "".join(story_card(record, f"Step {number(record['step'])}") for record in records))
 
 
 def first_screen(metrics: list[Record], curves: list[Record], comparison: BeforeAfter | None) -> str:
@@ -192,8 +188,8 @@ def first_screen(metrics: list[Record], curves: list[Record], comparison: Before
 
 def sameness(metrics: list[Record], first: list[Record], last: list[Record]) -> str:
     ends = [first] * (first is not last) + [last]
-    sizes = [(cluster_sizes([r["story"] for r in records]), step_name(records[0])) for records in ends if records]
-    bars = "".join(page.cluster_bar(*step) for step in sizes)
+    steps = [(cluster_sizes([r["story"] for r in records]), records[0]["step"]) for records in ends if records]
+    bars = "".join(page.cluster_bar(*step) for step in steps)
     return section(
         "Better stories, or one story again?",
         "A score can be bought by telling one good story over and over: then the difference falls as the score rises, "

@@ -91,9 +91,8 @@ def add_options(
         kind, allowed = types[f.name], f.metadata["allowed"]
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         help = f.metadata["help"].replace("%", "%%") + _note(default, allowed)
-        settings: dict[str, Any] = dict(default=argparse.SUPPRESS, help=help)
-        if shown is not None and f.name not in shown:
-            settings["help"] = argparse.SUPPRESS
+        listed = shown is None or f.name in shown
+        settings: dict[str, Any] = dict(default=argparse.SUPPRESS, help=help if listed else argparse.SUPPRESS)
         if kind is bool:
             settings |= dict(action=argparse.BooleanOptionalAction)
         elif get_origin(kind) is list:

@@ -1,31 +1,27 @@
 """Our operators compared with PyTorch's: time and, on a GPU, peak memory and throughput relative to its limit."""
 
-import contextlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinystory import ops
 from tinystory.studies.timing import PROMPT, Setup
 
-SDPA_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION")
 ROWS = 64  # stories decoded at a time
 UNITS = {"flops": ("tflop_s", 1e12), "bytes": ("gb_s", 1e9)}
 # Ours, PyTorch's, the unit of work (a key of UNITS), and the amount: FLOPs, or bytes that must be read.
 Operator: TypeAlias = tuple[Callable[[], Any], Callable[[], Any], str, float]
 
 
-def sdpa(qkv: Tensor, backend: str = "") -> Tensor:
+def sdpa(qkv: Tensor) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    with sdpa_kernel(getattr(SDPBackend, backend)) if backend else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def backward(f: Callable[..., Tensor], *arguments: Any) -> Callable[[], None]:
@@ -68,12 +64,8 @@ def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
         k, v = whole.transpose(1, 3).unbind(2)
         return F.scaled_dot_product_attention(new[:, 0, :, None], k, v, attn_mask=valid)
 
-    def sample() -> Any:
-        return ops.sample(logits, seed=0, rows=rows, step=0)
-
-    def decode() -> Tensor:
-        return ops.decode_attention(new, prefix, spans, cache, lengths)
-
+    sample = partial(ops.sample, logits, seed=0, rows=rows, step=0)
+    decode = partial(ops.decode_attention, new, prefix, spans, cache, lengths)
     logprob = backward(lambda: ops.token_logprob(hidden, weight, targets)[0])
     cross_entropy = backward(ops.cross_entropy, hidden, weight, targets)
     linear_loss = backward(lambda: F.cross_entropy(F.linear(hidden, weight), targets))
@@ -92,7 +84,7 @@ def operators(setup: Setup) -> tuple[dict[str, Operator], list[Tensor]]:
 def compare(setup: Setup, runs: int) -> dict[str, dict[str, Any]]:
     """Per operator: median milliseconds of ours and PyTorch's, measured alternately, and their ratio (above 1: ours is
     faster). On a GPU also our TFLOP/s or GB/s and the rate of a GEMM or copy, and the peak memory beyond the inputs in
-    MB; attention is compared with SDPA's fastest backend."""
+    MB."""
     table, leaves = operators(setup)
     device = setup.compute.device
     flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device.type == "cuda" else None
@@ -115,11 +107,6 @@ def compare(setup: Setup, runs: int) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, float]] = {}
     for name, (ours, theirs, unit, amount) in table.items():
         ours_s, theirs_s = medians(ours, theirs)
-        for backend in SDPA_BACKENDS if name == "attention" and limits else ():
-            try:
-                theirs_s = min(theirs_s, *medians(backward(sdpa, leaves[0], backend)))
-            except RuntimeError as error:  # unsupported for this dtype or GPU
-                print(f"SDPA's {backend}: {str(error).splitlines()[0]}", file=sys.stderr)
         results[name] = {"ours_ms": 1000 * ours_s, "torch_ms": 1000 * theirs_s, "ratio": theirs_s / ours_s}
         if limits:
             key, scale = UNITS[unit]

@@ -133,12 +133,6 @@ WORK: dict[str, tuple[Callable[..., Run], str, dict[str, int]]] = {
 }
 
 
-def medians(run: Run, runs: int) -> dict[str, float]:
-    """Medians over `runs` runs after a warm-up."""
-    laps = [run() for _ in range(runs + 1)][1:]
-    return {name: statistics.median(lap[name] for lap in laps) for name in laps[0]}
-
-
 def gemm_limit(work: str, setup: Setup, runs: int = 5) -> float:
     """Tokens per second of pretraining or of a rollout if PyTorch's GEMMs were all that took time."""
     config, device, backward = setup.config, setup.compute.device, work == "pretrain"
