@@ -30,8 +30,9 @@ import torch
 from tinystory.config import InteractConfig, PretrainConfig
 from tinystory.data.builtin import dull
 from tinystory.data.openings import Openings, load_openings
-from tinystory.evaluate.coreference import unseen_measures
+from tinystory.evaluate.coreference import coreference, unseen_stories
 from tinystory.evaluate.stories import best_of_n, cluster_sizes, distinct_ngrams, mean_of
+from tinystory.evaluate.validation import bits_per_byte
 from tinystory.ops.compute import resolve
 from tinystory.report import charts
 from tinystory.rl.reward import story_rewards
@@ -149,7 +150,8 @@ def measure(row: Row, grader: Grader, config: InteractConfig, openings: Sequence
     }
     if row.chosen_by == "first" and row.temperature == 1:
         student, tokenizer, _ = checkpoint.load(checkpoint.newest(row.folder) or row.folder, torch.device("cpu"))
-        reading = unseen_measures(student, tokenizer, COREFERENCE)
+        unseen = unseen_stories(COREFERENCE)
+        reading = coreference(student, tokenizer, unseen) | bits_per_byte(student, tokenizer, unseen)
         measures |= {name: reading[name] for name in UNSEEN}
     return measures
 

@@ -76,8 +76,15 @@ def test_every_white_space_of_python_parts_words(tokenizer):
 # The folder.
 
 
-def test_prepare_holds_every_document_in_order(tmp_path):
-    data = prepare(corpus_of(STORIES), vocab_size=600, val_fraction=0.2, seed=3, cache=tmp_path)
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for shards."""
+    monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "shards"
+
+
+def test_prepare_holds_every_document_in_order(cache):
+    data = prepare(corpus_of(STORIES), vocab_size=600, val_fraction=0.2, seed=3)
     assert data.tokenizer.vocab_size == 600
     assert data.train.tokens.dtype == np.uint16 and data.train.words.dtype == np.uint8
     assert data.train.offsets.dtype == np.int64
@@ -96,19 +103,19 @@ def test_prepare_holds_every_document_in_order(tmp_path):
         told += texts
     assert sorted(told) == sorted(STORIES)
     assert 0.1 < (len(data.val.offsets) - 1) / len(STORIES) < 0.3
-    assert [path.name for path in tmp_path.iterdir()] == [data.path.name]
+    assert [path.name for path in cache.iterdir()] == [data.path.name]
 
 
-def test_the_second_time_opens_what_is_there(tmp_path):
-    first = prepare(corpus_of(STORIES), vocab_size=600, cache=tmp_path)
-    again = prepare(corpus_of(STORIES, fail=True), vocab_size=600, cache=tmp_path)
+def test_the_second_time_opens_what_is_there(cache):
+    first = prepare(corpus_of(STORIES), vocab_size=600)
+    again = prepare(corpus_of(STORIES, fail=True), vocab_size=600)
     assert again.path == first.path
     assert np.array_equal(again.train.tokens, first.train.tokens)
 
 
-def test_anything_that_matters_gives_another_folder(tmp_path, tokenizer):
+def test_anything_that_matters_gives_another_folder(cache, tokenizer):
     def path(documents=STORIES, **changes):
-        return prepare(corpus_of(documents), **{"vocab_size": 600, "cache": tmp_path, **changes}).path
+        return prepare(corpus_of(documents), **{"vocab_size": 600, **changes}).path
 
     paths = [
         path(),
@@ -122,15 +129,16 @@ def test_anything_that_matters_gives_another_folder(tmp_path, tokenizer):
     assert path(tokenizer=tokenizer, vocab_size=0) == path(tokenizer=tokenizer)
 
 
-def test_a_given_tokenizer_is_used(tmp_path, tokenizer):
-    data = prepare(corpus_of(["Another text.", "And one more."]), vocab_size=0, tokenizer=tokenizer, cache=tmp_path)
+def test_a_given_tokenizer_is_used(cache, tokenizer):
+    data = prepare(corpus_of(["Another text.", "And one more."]), vocab_size=0, tokenizer=tokenizer)
     assert data.tokenizer.json == tokenizer.json
     assert data.train.tokens.tolist() == [*tokenizer.encode("Another text."), tokenizer.eos]
 
 
 def test_bytes_of_the_folder_do_not_depend_on_threads_or_batches(tmp_path, monkeypatch):
     def contents(name):
-        path = prepare(corpus_of(STORIES), vocab_size=600, cache=tmp_path / name).path
+        monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / name))
+        path = prepare(corpus_of(STORIES), vocab_size=600).path
         return {file.name: file.read_bytes() for file in path.iterdir()}
 
     first = contents("a")
@@ -139,10 +147,10 @@ def test_bytes_of_the_folder_do_not_depend_on_threads_or_batches(tmp_path, monke
     assert contents("b") == first
 
 
-def test_a_large_vocabulary_takes_four_bytes(tmp_path):
+def test_a_large_vocabulary_takes_four_bytes(cache):
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(21_000)]
-    data = prepare(corpus_of([" ".join(words)] * 3), vocab_size=66_000, cache=tmp_path)
+    data = prepare(corpus_of([" ".join(words)] * 3), vocab_size=66_000)
     assert data.tokenizer.vocab_size > 1 << 16
     assert data.train.tokens.dtype == np.uint32 and data.train.tokens.max() >= 1 << 16
     assert data.tokenizer.decode(data.train.tokens[: data.train.offsets[1]]) == " ".join(words)
@@ -154,39 +162,39 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("count", [2, 3, 10])
 @pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
-def test_a_few_documents_still_fill_both_splits(tmp_path, tokenizer, count, seed, fraction):
+def test_a_few_documents_still_fill_both_splits(cache, tokenizer, count, seed, fraction):
     documents = [f"Story number {i}." for i in range(count)]
-    options = {"vocab_size": 0, "tokenizer": tokenizer, "cache": tmp_path}
+    options = {"vocab_size": 0, "tokenizer": tokenizer}
     data = prepare(corpus_of(documents), val_fraction=fraction, seed=seed, **options)
     assert len(data.train.offsets) + len(data.val.offsets) == count + 2
     assert min(len(data.train), len(data.val)) > 0
 
 
-def test_growing_the_corpus_moves_no_document_to_the_other_split(tmp_path, tokenizer):
+def test_growing_the_corpus_moves_no_document_to_the_other_split(cache, tokenizer):
     def validation(count):
         corpus = corpus_of([f"Story {i}." for i in range(count)])
-        data = prepare(corpus, vocab_size=0, tokenizer=tokenizer, cache=tmp_path)
+        data = prepare(corpus, vocab_size=0, tokenizer=tokenizer)
         return data.tokenizer.decode(data.val.tokens)
 
     assert validation(400).startswith(validation(200))
 
 
-def test_no_validation_when_none_is_wanted(tmp_path, tokenizer):
-    data = prepare(corpus_of(["One story."]), vocab_size=0, tokenizer=tokenizer, val_fraction=0, cache=tmp_path)
+def test_no_validation_when_none_is_wanted(cache, tokenizer):
+    data = prepare(corpus_of(["One story."]), vocab_size=0, tokenizer=tokenizer, val_fraction=0)
     assert (len(data.val), data.val.word_count, data.val.offsets.tolist()) == (0, 0, [0])
     assert data.train.word_count == 2
 
 
-def test_a_single_document_can_not_be_split(tmp_path, tokenizer):
+def test_a_single_document_can_not_be_split(cache, tokenizer):
     for vocabulary in (tokenizer, None):
         with pytest.raises(UserError, match=r"separate its stories by blank lines or <\|endoftext\|>"):
-            prepare(corpus_of(["One story."]), vocab_size=300, tokenizer=vocabulary, cache=tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+            prepare(corpus_of(["One story."]), vocab_size=300, tokenizer=vocabulary)
+    assert list(cache.iterdir()) == []
 
 
-def test_the_tokenizer_has_not_seen_the_validation_documents(tmp_path):
+def test_the_tokenizer_has_not_seen_the_validation_documents(cache):
     documents = [f"{'abcdefghij'[i % 10] * 3} " * 50 for i in range(10)]
-    data = prepare(corpus_of(documents), vocab_size=400, val_fraction=0.3, seed=1, cache=tmp_path)
+    data = prepare(corpus_of(documents), vocab_size=400, val_fraction=0.3, seed=1)
     for letter in "abcdefghij":
         trained = letter.encode() * 3 in data.tokenizer.token_bytes
         assert trained == (letter in data.tokenizer.decode(data.train.tokens))
@@ -195,12 +203,11 @@ def test_the_tokenizer_has_not_seen_the_validation_documents(tmp_path):
 # Accidents.
 
 
-def test_an_error_while_building_leaves_nothing(tmp_path):
+def test_an_error_while_building_leaves_nothing(cache, tmp_path):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"Once upon a time.\n\n" * 1000 + b"\xff")
-    cache = tmp_path / "cache"
     with pytest.raises(UserError, match="not UTF-8"):
-        prepare(open_corpus([str(bad)]), vocab_size=300, cache=cache)
+        prepare(open_corpus([str(bad)]), vocab_size=300)
     assert list(cache.iterdir()) == []
 
 
@@ -216,7 +223,7 @@ def killed(*arguments):
     return encode(*arguments)
 if "kill" in sys.argv:
     shards.BATCH, shards.encode = 1000, killed
-print(shards.prepare(open_corpus([sys.argv[1]]), vocab_size=400, cache=sys.argv[2]).path)
+print(shards.prepare(open_corpus([sys.argv[1]]), vocab_size=400).path)
 """
 
 
@@ -238,45 +245,46 @@ def tale(tmp_path):
     return path
 
 
-def test_a_kill_while_building_leaves_nothing_that_looks_whole(tmp_path, tale):
-    killed = build(tale, tmp_path / "cache", "kill")
+def test_a_kill_while_building_leaves_nothing_that_looks_whole(cache, tale):
+    killed = build(tale, "kill")
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
-    data = prepare(open_corpus([str(tale)]), vocab_size=400, cache=tmp_path / "cache")
+    data = prepare(open_corpus([str(tale)]), vocab_size=400)
     assert sum(split.word_count for split in (data.train, data.val)) == sum(len(s.split()) for s in STORIES)
 
 
-def test_two_processes_that_build_at_once_agree(tmp_path, tale):
-    both = [build(tale, tmp_path / "cache") for _ in range(2)]
+def test_two_processes_that_build_at_once_agree(cache, tale):
+    both = [build(tale) for _ in range(2)]
     outputs = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]
-    assert [str(path) for path in (tmp_path / "cache").iterdir()] == [outputs[0][0].strip()]
+    assert [str(path) for path in cache.iterdir()] == [outputs[0][0].strip()]
 
 
 @pytest.mark.parametrize("name", [*shards.FILES, "manifest.json"])
-def test_a_flipped_bit_is_noticed_and_no_student_is_trained_on_it(tmp_path, name):
-    path = prepare(corpus_of(STORIES), vocab_size=600, cache=tmp_path).path / name
+def test_a_flipped_bit_is_noticed_and_no_student_is_trained_on_it(cache, name):
+    path = prepare(corpus_of(STORIES), vocab_size=600).path / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"delete {path.parent} and run this again") as caught:
-        prepare(corpus_of(STORIES), vocab_size=600, cache=tmp_path)
+        prepare(corpus_of(STORIES), vocab_size=600)
     assert name in str(caught.value)
 
 
-def test_a_cache_that_cannot_be_written(tmp_path):
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("TINYSTORY_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="TINYSTORY_CACHE"):
-        prepare(corpus_of(STORIES), vocab_size=600, cache=tmp_path / "file" / "cache")
+        prepare(corpus_of(STORIES), vocab_size=600)
 
 
-def test_the_command_says_what_is_in_a_corpus(tmp_path, tale):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TINYSTORY_CACHE": str(tmp_path / "cache")}
+def test_the_command_says_what_is_in_a_corpus(cache, tmp_path, tale):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, ROOT / "scripts" / "prepare_data.py", "--vocab-size", "400", "--corpus"]
     process = subprocess.run([*command, tale], env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    data = prepare(open_corpus([str(tale)]), vocab_size=400, cache=tmp_path / "cache" / "shards")
+    data = prepare(open_corpus([str(tale)]), vocab_size=400)
     for split in (data.train, data.val):
         for number in (len(split.offsets) - 1, split.word_count, len(split)):
             assert f" {number:,} " in process.stdout

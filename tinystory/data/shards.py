@@ -67,19 +67,13 @@ class Dataset:
 
 
 def prepare(
-    corpus: Corpus,
-    *,
-    vocab_size: int,
-    val_fraction: float = 0.05,
-    seed: int = 0,
-    cache: str | os.PathLike[str] | None = None,
-    tokenizer: Tokenizer | None = None,
+    corpus: Corpus, *, vocab_size: int, val_fraction: float = 0.05, seed: int = 0, tokenizer: Tokenizer | None = None
 ) -> Dataset:
-    """The tokenized corpus, from `cache` (default: cache_dir()/shards) or built there. About `val_fraction` of the
-    documents are held out for validation: at least one unless it is 0, never the first, chosen by `seed` and index
-    alone. Without a `tokenizer`, one of up to `vocab_size` tokens is trained on the training split. Several processes
-    may build at once. Raises UserError for a damaged or unwritable cache, and for a single document."""
-    root = Path(cache) if cache is not None else cache_dir() / "shards"
+    """The tokenized corpus, from cache_dir()/shards or built there. About `val_fraction` of the documents are held out
+    for validation: at least one unless it is 0, never the first, chosen by `seed` and index alone. Without a
+    `tokenizer`, one of up to `vocab_size` tokens is trained on the training split. Several processes may build at once.
+    Raises UserError for a damaged or unwritable cache, and for a single document."""
+    root = cache_dir() / "shards"
     key = [FORMAT, corpus.fingerprint(), tokenizer.fingerprint() if tokenizer else vocab_size, val_fraction, seed]
     path = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     if not path.exists():

@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tinystory.data.builtin import grammar, vocabulary
 from tinystory.data.tokenizer import Tokenizer
 from tinystory.evaluate.stories import mean_of
-from tinystory.evaluate.validation import bits_per_byte
 from tinystory.student.model import Student
 
 NAMES = tuple(sorted(set(f"{vocabulary.GIRLS} {vocabulary.BOYS} {vocabulary.CREATURES}".split())))
@@ -24,11 +23,6 @@ BATCH = 16
 def unseen_stories(count: int) -> list[str]:
     """Stories of the built-in grammar that are in no corpus."""
     return list(islice(grammar.stories(10**9, UNSEEN_SEED), count))
-
-
-def unseen_measures(student: Student, tokenizer: Tokenizer, count: int) -> dict[str, float | int | None]:
-    stories = unseen_stories(count)
-    return coreference(student, tokenizer, stories) | bits_per_byte(student, tokenizer, stories)
 
 
 @torch.no_grad()

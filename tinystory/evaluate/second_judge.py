@@ -76,18 +76,14 @@ def judge_run(
 def summary(records: Sequence[Record], measure: str) -> dict[str, dict[str, Any]]:
     """Per group the mean "score" or "sense" over its stories, the bootstrap interval "ci", and "gap", the fraction of
     the way from BEFORE to REAL, None unless BEFORE is below REAL's interval. None for what was not measured."""
-    means: dict[str, Any] = {name: mean_and_ci(column(records, name, measure)) for name in GROUPS}
+    groups = {name: [record[measure] for record in records if record["group"] == name] for name in GROUPS}
+    means: dict[str, Any] = {name: mean_and_ci(np.array(values, dtype=float)) for name, values in groups.items()}
     low, high = means[BEFORE][0], means[REAL][0]
     wide = low is not None and high is not None and low < means[REAL][1][0]
     return {
         name: {"mean": mean, "ci": ci, "gap": (mean - low) / (high - low) if wide and mean is not None else None}
         for name, (mean, ci) in means.items()
     }
-
-
-def column(records: Sequence[Record], group: str, measure: str) -> np.ndarray:
-    """float64 (n,), nan for None, in the order of the openings."""
-    return np.array([record[measure] for record in records if record["group"] == group], dtype=float)
 
 
 def gain(records: Sequence[Record], group: str, over: str) -> tuple[float, tuple[float, float]]:

@@ -62,6 +62,7 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
                 f"name each teacher's URL once, and one model for all or one for each URL: there are {len(models)} "
                 f"models and {len(set(urls))} URLs"
             )
+        self._extra_json = json.dumps(self.extra, sort_keys=True) if self.extra else ""
         self._cache = Cache(self.cache)
         self.ledger = Ledger(self.price_in, self.price_out, self.budget_cost, self._cache.tokens)
         self.endpoints = []
@@ -240,10 +241,6 @@ class Teacher(Options, Grader, AbstractContextManager["Teacher"]):
     def _probe_key(self, url: str, model: str | None) -> str:
         text = f"{url} {model} {self.max_tokens} {self.temperature} {self.logprobs} {self.template}{self._extra_json}"
         return PROBE + hashlib.sha256(text.encode()).hexdigest()[:24]
-
-    @property
-    def _extra_json(self) -> str:
-        return json.dumps(self.extra, sort_keys=True) if self.extra else ""
 
     async def _grade(self, question: Question, afresh: bool) -> Grade:
         """Take each attempt's reply from the cache, or ask for it and cache it; then parse it."""

@@ -51,7 +51,12 @@ def open_grader(
         urls = config.teacher_url
         if not urls:
             assert builtin_teacher is not None
-            urls = [stack.enter_context(builtin_teacher(_measured_by(config, corpus or [])))]
+            # By default, it is fitted to the part of the student's corpus that is stories.
+            names = config.teacher_corpus or [name for name in corpus or [] if name not in NO_STORIES] or corpus
+            if not names:
+                message = f"{config.init} does not say what the student was trained on"
+                raise UserError(f"{message}: give --teacher-corpus NAME|FILE")
+            urls = [stack.enter_context(builtin_teacher(names))]
             print(f"no --teacher-url: the built-in teacher, a rubric that stands in for an LLM, is at {urls[0]}")
         teacher = Teacher(
             urls, config.teacher_model, template=load_template(config.teacher_prompt), extra=extra, seed=config.seed,
@@ -65,14 +70,6 @@ def open_grader(
             for note in probe.notes:
                 print(f"warning: {note}")
         yield Ranked(teacher, config.stories_per_opening) if config.teacher_mode == "rank" else teacher
-
-
-def _measured_by(config: InteractConfig, corpus: Sequence[str]) -> Sequence[str]:
-    """The built-in teacher's corpus; by default, the part of the student's that is stories."""
-    names = config.teacher_corpus or [name for name in corpus if name not in NO_STORIES] or corpus
-    if not names:
-        raise UserError(f"{config.init} does not say what the student was trained on: give --teacher-corpus NAME|FILE")
-    return names
 
 
 def load_extra(text: str) -> dict[str, Any]:
