@@ -163,7 +163,7 @@ class InteractConfig:
         LEARNERS,
     )
     gamma: float = option(1.0, "discount factor", "[0, 1]")
-    lam: float = option(0.95, "GAE lambda; 1 suits steps of only a few stories", "[0, 1]")
+    lam: float = option(0.95, "GAE lambda; 1 suits --learner gae, and steps of only a few stories", "[0, 1]")
     clip_ratio: float = option(0.2, "clipping range of the policy ratio", "(0, 10]")
     clip_value: float = option(0.2, "", "(0, 1e9]")  # clipping range of the value
     value_coef: float = option(0.1, "weight of the value loss, for --learner gae", "[0, 1000]")
