@@ -109,8 +109,8 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "compiler", tried(compiler)
     yield "kernels", tried(kernels)
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    found = ", ".join(f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
-    yield "gpu", found or "none that this torch can use: see what nvidia-smi says"
+    names = ", ".join(f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
+    yield "gpu", names or "none that this torch can use: see what nvidia-smi says"
     unused = cuda.why_not()
     capabilities = "" if unused else f"for compute capability {', '.join(cuda.architectures())}"
     yield "nvcc", f"not used: {unused}" if unused else f"{cuda.toolkit()}, {capabilities}"

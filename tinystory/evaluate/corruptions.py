@@ -101,8 +101,8 @@ def _usable_of(documents: Iterable[str], count: int) -> list[str]:
     def usable(texts: Iterable[str]) -> list[str]:
         return [t for t in texts if len(split_sentences(t)) > FEWEST_SENTENCES and len(t.split()) >= min(LENGTHS)]
 
-    found = usable(itertools.islice(documents, DOCUMENTS))
-    return found if len(found) >= count else usable(unseen_stories(DOCUMENTS))
+    stories = usable(itertools.islice(documents, DOCUMENTS))
+    return stories if len(stories) >= count else usable(unseen_stories(DOCUMENTS))
 
 
 def split_sentences(text: str) -> list[str]:

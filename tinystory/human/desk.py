@@ -90,11 +90,11 @@ class Desk:
 
     def _item(self, key: str) -> dict[str, Any]:
         grade = self._grades.get(key)
-        asked = grade or vars(self._waiting[key])
+        record = grade or vars(self._waiting[key])
         return {
             "key": key,
-            "opening": asked["opening"],
-            "story": asked["story"],
+            "opening": record["opening"],
+            "story": record["story"],
             "scores": grade and grade["scores"],
             "again": grade is not None,
             "late": key not in self._waiting,  # the trainer has its grade already

@@ -68,8 +68,8 @@ def facts(rows: Iterable[tuple[str, object]]) -> str:
     entries = ""
     for name, value in rows:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        shown = number(None) if text in ("", "null", "[]") else clip(text)
-        entries += f"<div><dt>{escape(name)}</dt><dd>{shown}</dd></div>"
+        cell = number(None) if text in ("", "null", "[]") else clip(text)
+        entries += f"<div><dt>{escape(name)}</dt><dd>{cell}</dd></div>"
     return f'<dl class="facts">{entries}</dl>'
 
 
